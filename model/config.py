@@ -1,0 +1,127 @@
+"""Settings of the model, and the presets by name."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    model: str | None = None
+    """A preset (tiny, 125m, 1b, llama3-8b, llama3-70b, qwen3-8b); fields given beside it override its own."""
+    num_layers: int = 0
+    """Transformer layers."""
+    hidden_size: int = 0
+    """Width of the residual stream."""
+    ffn_hidden_size: int = 0
+    """Inner width of the SwiGLU MLP."""
+    num_attention_heads: int = 0
+    """Query heads."""
+    group_query_attention: bool | None = None
+    """Megatron-LM's switch beside --num-query-groups; given, it must agree with it."""
+    num_query_groups: int | None = None
+    """Key/value heads; by default as many as query heads."""
+    kv_channels: int | None = None
+    """Size of one head; by default hidden_size / num_attention_heads."""
+    max_position_embeddings: int | None = None
+    """Longest context written to exported configurations; by default the longest phase. Must cover every phase."""
+    swiglu: bool = True
+    """SwiGLU MLP; the only one built."""
+    normalization: Literal["RMSNorm"] = "RMSNorm"
+    """The only normalization built."""
+    norm_epsilon: float = 1e-5
+    """Added to the mean square inside RMSNorm."""
+    qk_layernorm: bool = False
+    """RMSNorm over each query and key head (Qwen3)."""
+    add_qkv_bias: bool = False
+    """Bias on the query, key and value projections (Qwen2)."""
+    disable_bias_linear: bool = True
+    """No bias on other linear layers; the only way built."""
+    untie_embeddings_and_output_weights: bool = False
+    """Give the output projection its own weights instead of the embedding's."""
+    make_vocab_size_divisible_by: int = 128
+    """The embedding's rows are padded to a multiple of this; padded tokens take no part in the softmax."""
+    init_method_std: float = 0.02
+    """Standard deviation of the initial weights; residual output projections use std / sqrt(2 * num_layers)."""
+    position_embedding_type: Literal["rope"] = "rope"
+    """Rotary position embedding; the only one built."""
+    rotary_base: float = 10000.0
+    """Base of the rotary angles (theta); a phase may change it."""
+    rotary_percent: float = 1.0
+    """Share of each head that is rotated; only 1.0 is built."""
+    attention_dropout: float = 0.0
+    """Accepted at 0 only: there is no dropout."""
+    hidden_dropout: float = 0.0
+    """Accepted at 0 only: there is no dropout."""
+    attention_backend: Literal["auto", "sdpa", "varlen", "flash", "te"] = "auto"
+    """Attention kernel: torch's SDPA, torch's varlen, flash-attn or transformer-engine. auto picks and says why."""
+    recompute_granularity: Literal["full"] | None = None
+    """full = keep only each layer's input and recompute the layer in backward; a phase may change it."""
+
+    @property
+    def head_size(self) -> int:
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.num_query_groups or self.num_attention_heads
+
+    def padded_vocab_size(self, vocab_size: int) -> int:
+        """Rows of the embedding: the vocabulary padded up, the same for every layout."""
+        multiple = self.make_vocab_size_divisible_by
+        return -(-vocab_size // multiple) * multiple
+
+    def validate(self) -> list[str]:
+        """All problems of this section, as `name = value: rule. Fix: ...`."""
+        problems = []
+        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
+                     "make_vocab_size_divisible_by"):
+            if getattr(self, name) < 1:
+                problems.append(f"{name} = {getattr(self, name)}: must be at least 1. "
+                                "Fix: give it, or name a preset with --model.")
+        for name, only in (("swiglu", True), ("disable_bias_linear", True), ("attention_dropout", 0.0),
+                           ("hidden_dropout", 0.0), ("rotary_percent", 1.0)):
+            if getattr(self, name) != only:
+                problems.append(f"{name} = {getattr(self, name)}: only {only} is built. Fix: remove it.")
+        for name in ("norm_epsilon", "init_method_std", "rotary_base"):
+            if not getattr(self, name) > 0:
+                problems.append(f"{name} = {getattr(self, name)}: must be above 0. Fix: give a positive number.")
+        if not problems:
+            problems += self._head_problems()
+        return problems
+
+    def _head_problems(self) -> list[str]:
+        problems = []
+        heads, groups = self.num_attention_heads, self.num_query_groups
+        if groups is not None and (groups < 1 or heads % groups):
+            problems.append(f"num_query_groups = {groups}: must divide num_attention_heads = {heads}. "
+                            f"Fix: one of {[g for g in range(1, heads + 1) if heads % g == 0]}.")
+        if self.group_query_attention is True and groups is None:
+            problems.append("group_query_attention = True: needs --num-query-groups. Fix: give it.")
+        if self.group_query_attention is False and groups not in (None, heads):
+            problems.append(f"group_query_attention = False: but num_query_groups = {groups}. Fix: remove one of them.")
+        if self.kv_channels is None and self.hidden_size % heads:
+            problems.append(f"hidden_size = {self.hidden_size}: must be a multiple of num_attention_heads = {heads} "
+                            "when kv_channels is not given. Fix: change one of them, or give --kv-channels.")
+        elif self.head_size % 2:
+            problems.append(f"kv_channels = {self.head_size}: rotary embedding turns pairs, so the head size must be "
+                            "even. Fix: an even head size.")
+        return problems
+
+
+PRESETS: dict[str, dict] = {
+    # About 10M parameters with an 8K vocabulary: for laptops, tests and the quick start.
+    "tiny": dict(num_layers=8, hidden_size=256, ffn_hidden_size=704, num_attention_heads=8, num_query_groups=4,
+                 untie_embeddings_and_output_weights=True),
+    "125m": dict(num_layers=12, hidden_size=768, ffn_hidden_size=2048, num_attention_heads=12),
+    # Llama 3.2 1B's shape without its rope scaling (huggingface: meta-llama/Llama-3.2-1B config.json).
+    "1b": dict(num_layers=16, hidden_size=2048, ffn_hidden_size=8192, num_attention_heads=32, num_query_groups=8,
+               rotary_base=500000.0),
+    # Shapes as published in the models' config.json.
+    "llama3-8b": dict(num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32,
+                      num_query_groups=8, untie_embeddings_and_output_weights=True, rotary_base=500000.0),
+    "llama3-70b": dict(num_layers=80, hidden_size=8192, ffn_hidden_size=28672, num_attention_heads=64,
+                       num_query_groups=8, untie_embeddings_and_output_weights=True, rotary_base=500000.0),
+    "qwen3-8b": dict(num_layers=36, hidden_size=4096, ffn_hidden_size=12288, num_attention_heads=32,
+                     num_query_groups=8, kv_channels=128, qk_layernorm=True, norm_epsilon=1e-6,
+                     untie_embeddings_and_output_weights=True, rotary_base=1000000.0),
+}

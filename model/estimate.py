@@ -1,0 +1,39 @@
+"""How much a model is: parameters and floating-point operations."""
+
+from model.config import ModelConfig
+
+# Dense bf16 rate in FLOP/s as published in the vendor's data sheets, by a part of the device's name.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "B200": 2250e12}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """The device's dense bf16 rate, or None where it is not known."""
+    return next((rate for name, rate in PEAK_FLOPS.items() if name in device_name), None)
+
+
+def matrix_parameters_per_layer(config: ModelConfig) -> int:
+    """Weights of one layer that take part in matrix products."""
+    D, H = config.hidden_size, config.head_size
+    heads, kv_heads = config.num_attention_heads, config.num_kv_heads
+    return 2 * D * heads * H + 2 * D * kv_heads * H + 3 * D * config.ffn_hidden_size
+
+
+def num_parameters(config: ModelConfig, vocab_size: int) -> int:
+    """All weights, the padded rows of the embedding left out."""
+    D, H = config.hidden_size, config.head_size
+    small = 2 * D + (2 * H if config.qk_layernorm else 0)
+    if config.add_qkv_bias:
+        small += (config.num_attention_heads + 2 * config.num_kv_heads) * H
+    tables = vocab_size * D * (2 if config.untie_embeddings_and_output_weights else 1)
+    return config.num_layers * (matrix_parameters_per_layer(config) + small) + tables + D
+
+
+def step_flops(config: ModelConfig, vocab_size: int, tokens: int, causal_pairs: int) -> float:
+    """Model FLOPs of forward and backward: matrix products and the causal half of attention, no recompute.
+
+    Args:
+        causal_pairs: sum over documents of length * (length + 1) / 2: pairs of tokens that see each other.
+    """
+    weights = config.num_layers * matrix_parameters_per_layer(config) + vocab_size * config.hidden_size
+    attention = 4 * config.num_layers * config.num_attention_heads * config.head_size * causal_pairs
+    return 6.0 * weights * tokens + 3.0 * attention

@@ -1,0 +1,227 @@
+"""The GPT: the whole forward path of one pipeline stage.
+
+    tokens_t -> embedding -> x_tD -> layers -> final norm -> logits_tv -> loss
+
+Modules are made with their full shapes on the meta device; build.py cuts them (model/sharding.py),
+shards them (parallel/shard.py) and fills them (model/init.py).
+
+Legend: T tokens of a microbatch, t this context-parallel rank's slice, D hidden, F MLP width of this
+tp rank, N query and K key/value heads of this tp rank, m heads after the exchange, H head size,
+V vocabulary, v this tp rank's part.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from model.config import ModelConfig
+from model.kernels import Attend
+from model.rope import rotary_tables, rotate
+from parallel.collectives import copy_to, reduce_from
+from parallel.layout import Layout
+from parallel.pipeline import layers_of_stage
+from parallel.tensor import local_part, vocab_parallel_cross_entropy, vocab_parallel_embedding
+from parallel.ulysses import HeadSplit, heads_to_seq, seq_to_heads
+
+IGNORED_LABEL = -100
+"""torch's own convention for a token without a target."""
+
+
+class Microbatch(Protocol):
+    """What a stage reads of a microbatch: this rank's slice of it."""
+
+    tokens: torch.Tensor  # int64 [t]
+    labels: torch.Tensor  # int64 [t], IGNORED_LABEL where there is no target
+    positions: torch.Tensor  # int64 [t], restarting per document
+    cu_seqlens: torch.Tensor  # int32 [documents + 1], over all T tokens
+    max_seqlen: int
+
+
+class Weight(nn.Module):
+    """A weight [out, in] with an optional bias [out]; called, it is a linear layer over this tp rank's part."""
+
+    def __init__(self, rows: int, columns: int, bias: bool = False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns, device="meta"))
+        self.bias = nn.Parameter(torch.empty(rows, device="meta")) if bias else None
+        self.partial_gradient = False
+
+    def local_weight(self) -> torch.Tensor:
+        return local_part(self.weight, self.partial_gradient)
+
+    def local_bias(self) -> torch.Tensor | None:
+        return None if self.bias is None else local_part(self.bias, self.partial_gradient)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.local_weight(), self.local_bias())
+
+
+class RMSNorm(nn.Module):
+    """Root mean square layer normalization (arXiv 1910.07467) over the last dim, statistics in fp32."""
+
+    def __init__(self, size: int, epsilon: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, device="meta"))
+        self.epsilon = epsilon
+        self.partial_gradient = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = local_part(self.weight, self.partial_gradient)
+        return F.rms_norm(x, weight.shape, weight, self.epsilon)
+
+
+class Attention(nn.Module):
+    """Causal self-attention: heads split over tp, tokens over cp (Ulysses), documents kept apart."""
+
+    def __init__(self, config: ModelConfig, layout: Layout, attend: Attend):
+        super().__init__()
+        D, H, tp = config.hidden_size, config.head_size, layout.tp
+        heads, kv_heads = config.num_attention_heads, config.num_kv_heads
+        self.q = Weight(heads * H, D, config.add_qkv_bias)
+        self.k = Weight(kv_heads * H, D, config.add_qkv_bias)
+        self.v = Weight(kv_heads * H, D, config.add_qkv_bias)
+        self.o = Weight(D, heads * H)
+        self.q_norm = RMSNorm(H, config.norm_epsilon) if config.qk_layernorm else None
+        self.k_norm = RMSNorm(H, config.norm_epsilon) if config.qk_layernorm else None
+        self.head_size, self.layout, self.attend = H, layout, attend
+        self.kv_rows: slice | None = None
+        if kv_heads < tp.size:
+            # The weights of all key/value heads are here; this rank's queries read one of them.
+            head = tp.rank * kv_heads // tp.size
+            self.kv_rows = slice(head * H, (head + 1) * H)
+        self.split = HeadSplit.make(heads // tp.size, max(1, kv_heads // tp.size), layout.cp.size)
+        # `attend` pairs query head i with key/value head i // group; an uneven split may need its own pairing.
+        pairing = self.split.kv_of_query(layout.cp.rank)
+        regular = [i * (pairing[-1] + 1) // len(pairing) for i in range(len(pairing))]
+        self.kv_pairing = None if pairing == regular and len(pairing) % (pairing[-1] + 1) == 0 else pairing
+
+    def _project_kv(self, weight: Weight, x_tD: torch.Tensor) -> torch.Tensor:
+        if self.kv_rows is None:
+            return weight(x_tD)
+        bias = weight.local_bias()
+        return F.linear(x_tD, weight.local_weight()[self.kv_rows], None if bias is None else bias[self.kv_rows])
+
+    def forward(self, x_tD: torch.Tensor, cos_tH: torch.Tensor, sin_tH: torch.Tensor, cu_seqlens: torch.Tensor,
+                max_seqlen: int) -> torch.Tensor:
+        t, H, cp = x_tD.shape[0], self.head_size, self.layout.cp
+        x_tD = copy_to(x_tD, self.layout.tp)
+        q_tNH = self.q(x_tD).view(t, -1, H)
+        k_tKH = self._project_kv(self.k, x_tD).view(t, -1, H)
+        v_tKH = self._project_kv(self.v, x_tD).view(t, -1, H)
+        if self.q_norm is not None:
+            q_tNH, k_tKH = self.q_norm(q_tNH), self.k_norm(k_tKH)
+        q_tNH, k_tKH = rotate(q_tNH, cos_tH, sin_tH), rotate(k_tKH, cos_tH, sin_tH)
+
+        q_TmH, k_TkH, v_TkH = seq_to_heads(q_tNH, k_tKH, v_tKH, self.split, cp)
+        if self.kv_pairing is not None:
+            index = torch.tensor(self.kv_pairing, device=k_TkH.device)
+            k_TkH, v_TkH = k_TkH.index_select(1, index), v_TkH.index_select(1, index)
+        o_TmH = self.attend(q_TmH, k_TkH, v_TkH, cu_seqlens, max_seqlen)
+        o_tNH = heads_to_seq(o_TmH, self.split, cp)
+        return reduce_from(self.o(o_tNH.reshape(t, -1)), self.layout.tp)
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202): down(silu(gate(x)) * up(x)), its width split over tp."""
+
+    def __init__(self, config: ModelConfig, layout: Layout):
+        super().__init__()
+        self.gate = Weight(config.ffn_hidden_size, config.hidden_size)
+        self.up = Weight(config.ffn_hidden_size, config.hidden_size)
+        self.down = Weight(config.hidden_size, config.ffn_hidden_size)
+        self.tp = layout.tp
+
+    def forward(self, x_tD: torch.Tensor) -> torch.Tensor:
+        x_tD = copy_to(x_tD, self.tp)
+        return reduce_from(self.down(F.silu(self.gate(x_tD)) * self.up(x_tD)), self.tp)
+
+
+class Layer(nn.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, config: ModelConfig, layout: Layout, attend: Attend):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.attention = Attention(config, layout, attend)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+        self.mlp = MLP(config, layout)
+
+    def forward(self, x_tD, cos_tH, sin_tH, cu_seqlens, max_seqlen):
+        x_tD = x_tD + self.attention(self.attention_norm(x_tD), cos_tH, sin_tH, cu_seqlens, max_seqlen)
+        return x_tD + self.mlp(self.mlp_norm(x_tD))
+
+
+class GPTStage(nn.Module):
+    """The layers of one pipeline stage, with the embedding on the first and the loss on the last.
+
+    A tied embedding exists on both ends under the same name; the trainer sums its two gradients.
+    `rotary_base` and `recompute` are the current phase's.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int, layout: Layout, attend: Attend):
+        super().__init__()
+        pp, rows = layout.pp, config.padded_vocab_size(vocab_size)
+        self.is_first, self.is_last = pp.is_first, pp.is_last
+        self.tied = not config.untie_embeddings_and_output_weights
+        self.layout, self.head_size, self.vocab_size = layout, config.head_size, vocab_size
+        if self.is_first or (self.is_last and self.tied):
+            self.embedding = Weight(rows, config.hidden_size)
+        # Keyed by the global layer number, so that a parameter has one name in every layout.
+        self.layers = nn.ModuleDict({str(i): Layer(config, layout, attend)
+                                     for i in layers_of_stage(config.num_layers, pp.rank, pp.size)})
+        if self.is_last:
+            self.final_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+            if not self.tied:
+                self.output = Weight(rows, config.hidden_size)
+        self.rotary_base, self.recompute = config.rotary_base, config.recompute_granularity
+        self.microbatches: Sequence[Microbatch] = ()
+        self.num_targets = 1
+
+    def begin_step(self, microbatches: Sequence[Microbatch], num_targets: int) -> None:
+        """Set what `forward` looks up: this rank's slices and the target count of the whole global batch."""
+        self.microbatches, self.num_targets = microbatches, max(1, num_targets)
+
+    def forward(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """One microbatch through this stage.
+
+        Args:
+            x: [t, D] from the previous stage; unread on the first stage.
+            index: int64 [1], which of the step's microbatches.
+        Returns:
+            [t, D] for the next stage, or on the last one the scalar sum of target losses in nats divided
+            by the global number of targets (a rank without targets returns 0, with a gradient of 0).
+        """
+        microbatch = self.microbatches[int(index)]
+        x_tD = self.hidden(x, microbatch)
+        if not self.is_last:
+            return x_tD
+        losses_t = vocab_parallel_cross_entropy(self.logits(x_tD), microbatch.labels, self.layout.tp, IGNORED_LABEL)
+        return losses_t.sum() / self.num_targets
+
+    def hidden(self, x: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
+        """Embedding (first stage) and layers: -> [t, D]."""
+        if self.is_first:
+            x = vocab_parallel_embedding(microbatch.tokens, self.embedding.local_weight(), self.layout.tp)
+        tables = rotary_tables(microbatch.positions, self.head_size, self.rotary_base, x.dtype)
+        inputs = (*tables, microbatch.cu_seqlens, microbatch.max_seqlen)
+        for layer in self.layers.values():
+            if self.recompute == "full" and torch.is_grad_enabled():
+                x = checkpoint(layer, x, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, *inputs)
+        return x
+
+    def logits(self, x_tD: torch.Tensor) -> torch.Tensor:
+        """Final norm and output projection: [t, D] -> this tp rank's columns [t, v], padded tokens at -inf."""
+        tp = self.layout.tp
+        x_tD = copy_to(self.final_norm(x_tD), tp)
+        logits_tv = (self.embedding if self.tied else self.output)(x_tD)
+        real = self.vocab_size - tp.rank * logits_tv.shape[1]
+        if real < logits_tv.shape[1]:
+            padded = torch.arange(logits_tv.shape[1], device=x_tD.device) >= real
+            logits_tv = logits_tv.masked_fill(padded, float("-inf"))
+        return logits_tv

@@ -1,0 +1,76 @@
+"""Our parameters and settings in Hugging Face's names, per architecture, both ways.
+
+The rotary embedding uses the same half-split form, so weights are copied without any permutation.
+Names as in transformers' modeling_llama.py, modeling_qwen2.py and modeling_qwen3.py.
+"""
+
+import re
+
+from model.config import ModelConfig
+
+_LAYER_NAMES = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "attention.q.weight": "self_attn.q_proj.weight",
+    "attention.k.weight": "self_attn.k_proj.weight",
+    "attention.v.weight": "self_attn.v_proj.weight",
+    "attention.q.bias": "self_attn.q_proj.bias",
+    "attention.k.bias": "self_attn.k_proj.bias",
+    "attention.v.bias": "self_attn.v_proj.bias",
+    "attention.o.weight": "self_attn.o_proj.weight",
+    "attention.q_norm.weight": "self_attn.q_norm.weight",
+    "attention.k_norm.weight": "self_attn.k_norm.weight",
+    "mlp_norm.weight": "post_attention_layernorm.weight",
+    "mlp.gate.weight": "mlp.gate_proj.weight",
+    "mlp.up.weight": "mlp.up_proj.weight",
+    "mlp.down.weight": "mlp.down_proj.weight",
+}
+_TOP_NAMES = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "final_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+VOCABULARY_ROWS = ("embedding.weight", "output.weight")
+"""Parameters whose padded rows stay behind in an export."""
+
+
+def huggingface_name(name: str) -> str:
+    """layers.7.attention.q.weight -> model.layers.7.self_attn.q_proj.weight."""
+    match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
+    return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}" if match else _TOP_NAMES[name]
+
+
+def architecture(config: ModelConfig) -> tuple[str, str]:
+    """(class name, model_type) of the architecture that has this model's parts.
+
+    Raises:
+        ValueError: no architecture of transformers that we know has them all.
+    """
+    if config.qk_layernorm and config.add_qkv_bias:
+        raise ValueError("qk_layernorm = True with add_qkv_bias = True: no architecture of transformers that we know "
+                         "has both. Fix: train with one of them.")
+    if config.qk_layernorm:
+        return "Qwen3ForCausalLM", "qwen3"
+    if config.add_qkv_bias:
+        return "Qwen2ForCausalLM", "qwen2"
+    return "LlamaForCausalLM", "llama"
+
+
+def huggingface_config(config: ModelConfig, vocab_size: int, rotary_base: float, max_position_embeddings: int,
+                       dtype: str, eos_token_id: int | None) -> dict:
+    """The content of config.json.
+
+    rope_theta stands at the top level too, where transformers before version 5 and other engines read it.
+    """
+    class_name, model_type = architecture(config)
+    return {
+        "architectures": [class_name], "model_type": model_type, "vocab_size": vocab_size,
+        "hidden_size": config.hidden_size, "intermediate_size": config.ffn_hidden_size,
+        "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_size, "hidden_act": "silu",
+        "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0, "use_sliding_window": False,
+        "rms_norm_eps": config.norm_epsilon, "initializer_range": config.init_method_std,
+        "max_position_embeddings": max_position_embeddings, "rope_theta": rotary_base,
+        "rope_parameters": {"rope_type": "default", "rope_theta": rotary_base},
+        "tie_word_embeddings": not config.untie_embeddings_and_output_weights, "torch_dtype": dtype,
+        "bos_token_id": None, "eos_token_id": eos_token_id, "pad_token_id": None, "use_cache": True,
+    }

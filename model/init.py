@@ -1,0 +1,74 @@
+"""Initial weights: a function of (seed, parameter name, position in the full parameter), never of the layout.
+
+Values are drawn block by block, each block from its own generator, so a rank draws only the blocks
+that overlap its part. Always drawn on the CPU in fp32: the same on every device.
+
+Source of the scheme: GPT-2 / Megatron-LM: normal(0, std), residual output projections
+normal(0, std / sqrt(2 * num_layers)), norms 1, biases 0.
+"""
+
+import math
+
+import torch
+import xxhash
+from torch.distributed.tensor import DTensor, Shard
+
+from model.config import ModelConfig
+from model.gpt import GPTStage
+from parallel.layout import Layout
+
+BLOCK_ELEMENTS = 1 << 20
+
+
+def initialize(stage: GPTStage, config: ModelConfig, layout: Layout, seed: int) -> None:
+    """Fill every parameter of a sharded stage (see parallel/shard.py) in place."""
+    for name, parameter in stage.named_parameters():
+        std = _std(name, config)
+        local = parameter.to_local()
+        rows, columns = _local_window(parameter, layout)
+        with torch.no_grad():
+            if std is None:
+                local.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+            elif rows.start < rows.stop:
+                values = normal_rows(seed, name, parameter.shape, rows.start, rows.stop)
+                local.copy_(values[:, columns] * std)
+
+
+def _std(name: str, config: ModelConfig) -> float | None:
+    """Standard deviation of a random parameter; None for norms and biases."""
+    if name.endswith(("norm.weight", ".bias")):
+        return None
+    if name.endswith((".attention.o.weight", ".mlp.down.weight")):
+        return config.init_method_std / math.sqrt(2 * config.num_layers)
+    return config.init_method_std
+
+
+def normal_rows(seed: int, name: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
+    """Rows [start, stop) of the standard normal fp32 matrix that belongs to (seed, name)."""
+    width = shape[1]
+    block_rows = max(1, BLOCK_ELEMENTS // width)
+    parts = []
+    for block in range(start // block_rows, -(-stop // block_rows)):
+        first = block * block_rows
+        generator = torch.Generator().manual_seed(xxhash.xxh64_intdigest(f"{seed}/{name}/{block}".encode()) >> 1)
+        values = torch.randn(min(block_rows, shape[0] - first), width, generator=generator)
+        parts.append(values[max(start - first, 0):stop - first])
+    return torch.cat(parts)
+
+
+def _local_window(parameter: DTensor, layout: Layout) -> tuple[slice, slice]:
+    """Rows and columns of the full parameter that this rank holds.
+
+    tp cuts first (parallel/tensor.py), then FSDP2 cuts the rows of that part as torch.chunk does.
+    """
+    rows, columns = [0, parameter.shape[0]], [0, parameter.shape[1] if parameter.dim() > 1 else 1]
+    tp_placement = parameter.placements[-1]
+    if isinstance(tp_placement, Shard):
+        bounds = rows if tp_placement.dim == 0 else columns
+        part = (bounds[1] - bounds[0]) // layout.tp.size
+        bounds[:] = [layout.tp.rank * part, (layout.tp.rank + 1) * part]
+    count = rows[1] - rows[0]
+    part = -(-count // layout.dp_cp.size)
+    start, stop = (min(rows[0] + part * r, rows[1]) for r in (layout.dp_cp.rank, layout.dp_cp.rank + 1))
+    assert parameter.to_local().shape[0] == stop - start, "FSDP2 cuts rows as torch.chunk does"
+    return slice(start, stop), slice(*columns)

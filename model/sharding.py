@@ -1,0 +1,42 @@
+"""The sharding table: how every parameter of the GPT lies over the tp axis.
+
+One table feeds the modules' gradients, initialisation, the gradient norm, checkpoints and export.
+"""
+
+import re
+
+from model.config import ModelConfig
+from parallel.tensor import ParameterSharding
+
+_REPLICATED = ParameterSharding()
+_ROWS = ParameterSharding(dim=0)
+_COLUMNS = ParameterSharding(dim=1)
+# Every rank holds it, each computes the gradient of its own heads only.
+_REPLICATED_PARTIAL = ParameterSharding(partial_gradient=True)
+
+
+def sharding_table(config: ModelConfig, tp_size: int) -> list[tuple[str, ParameterSharding]]:
+    """Patterns (full match on the parameter's name) and their sharding, first match wins."""
+    # Fewer key/value heads than tp ranks: each rank holds all of them and slices out the one it needs.
+    kv = _ROWS if config.num_kv_heads >= tp_size else _REPLICATED_PARTIAL
+    return [
+        (r"embedding\.weight|output\.weight", _ROWS),
+        (r"layers\.\d+\.attention\.q\.(weight|bias)", _ROWS),
+        (r"layers\.\d+\.attention\.[kv]\.(weight|bias)", kv),
+        (r"layers\.\d+\.attention\.o\.weight", _COLUMNS),
+        (r"layers\.\d+\.attention\.[qk]_norm\.weight", _REPLICATED_PARTIAL),
+        (r"layers\.\d+\.mlp\.(gate|up)\.weight", _ROWS),
+        (r"layers\.\d+\.mlp\.down\.weight", _COLUMNS),
+        (r"layers\.\d+\.(attention|mlp)_norm\.weight|final_norm\.weight", _REPLICATED),
+    ]
+
+
+def shardings_for(names: list[str], config: ModelConfig, tp_size: int) -> dict[str, ParameterSharding]:
+    """Sharding of each named parameter; a name that no pattern matches is an error of ours."""
+    table = sharding_table(config, tp_size)
+    found = {}
+    for name in names:
+        matches = [sharding for pattern, sharding in table if re.fullmatch(pattern, name)]
+        assert matches, f"no row of the sharding table matches {name}"
+        found[name] = matches[0]
+    return found

@@ -1,0 +1,59 @@
+"""Collectives over an `Axis`, with their gradients. On an axis of size 1 each of them is the identity.
+
+Source of the pair copy_to / reduce_from: Megatron-LM (arXiv 1909.08053), its functions f and g.
+"""
+
+import torch
+import torch.distributed as dist
+
+from parallel.layout import Axis
+
+
+def all_reduce(x: torch.Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
+    """Reduce `x` in place over `axis` (no gradient) and return it."""
+    if axis.size > 1:
+        dist.all_reduce(x, op=op, group=axis.group)
+    return x
+
+
+class _CopyTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, axis):
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_reduce(grad.contiguous().clone(), ctx.axis), None
+
+
+class _ReduceFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, axis):
+        return all_reduce(x.contiguous().clone(), axis)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def copy_to(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """Enter a region where each rank of `axis` computes its part from the same `x`: gradients are summed."""
+    return x if axis.size == 1 else _CopyTo.apply(x, axis)
+
+
+def reduce_from(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """Leave such a region: the ranks' partial results are summed; the gradient passes to each unchanged."""
+    return x if axis.size == 1 else _ReduceFrom.apply(x, axis)
+
+
+def all_to_all(x: torch.Tensor, send_rows: list[int], receive_rows: list[int], axis: Axis) -> torch.Tensor:
+    """Exchange rows (dim 0) over `axis`; block r of `x` goes to rank r. No gradient.
+
+    Shapes: x [sum(send_rows), ...] contiguous -> [sum(receive_rows), ...].
+    """
+    if axis.size == 1:
+        return x
+    out = x.new_empty(sum(receive_rows), *x.shape[1:])
+    dist.all_to_all_single(out, x, receive_rows, send_rows, group=axis.group)
+    return out

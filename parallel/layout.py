@@ -1,0 +1,165 @@
+"""Who talks to whom: the process axes tp, cp, dp, pp, made once from Megatron-Core's groups.
+
+This is the only file that imports megatron, the only one that reads the launcher's environment and
+the only one that chooses the device. Rank order is Megatron's (tp fastest, then cp, dp, pp):
+
+    rank = tp + TP * (cp + CP * (dp + DP * pp))
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch.distributed.device_mesh import DeviceMesh
+
+from parallel.config import LayoutConfig, check_world_size
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One process axis as this rank sees it. Size 1 means that its collectives do nothing."""
+
+    name: str
+    rank: int
+    size: int
+    ranks: tuple[int, ...]
+    group: dist.ProcessGroup | None
+    """None only on the axes of size 1 of `single_process_layout`."""
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.rank == self.size - 1
+
+
+@dataclass(frozen=True)
+class World:
+    """The launched processes, before any axis is laid over them."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Every axis of this rank. `dp_cp` shards parameters, `world` sums what is summed once over everything."""
+
+    world: Axis
+    tp: Axis
+    pp: Axis
+    dp: Axis
+    cp: Axis
+    dp_cp: Axis
+    embedding: Axis
+    """First and last pipeline stage (one rank when pp is 1): the two homes of a tied embedding."""
+    mesh: DeviceMesh | None
+    """[dp_cp, tp] of this pipeline stage; parameters are DTensors on it."""
+    device: torch.device
+
+    def describe(self) -> str:
+        return f"tp {self.tp.size} x pp {self.pp.size} x cp {self.cp.size} x dp {self.dp.size} on {self.device.type}"
+
+
+def launched_world_size() -> int:
+    """Number of processes the launcher started (torchrun's WORLD_SIZE), 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_rank() -> int:
+    """This process's rank among them, readable before anything is initialised."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def launched_local_rank() -> int:
+    """This process's rank on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def start_world(config: LayoutConfig, store: dist.Store | None = None, rank: int | None = None,
+                world_size: int | None = None) -> World:
+    """Join the other processes; call once per process, before `build_layout`.
+
+    Rank and size come from torchrun's environment unless given with a `store` (worker pools that
+    form several worlds one after the other).
+    """
+    local_rank = launched_local_rank()
+    has_cuda = torch.cuda.is_available()
+    device_type = "cuda" if has_cuda else "cpu"
+    if config.distributed_backend not in ("auto", "nccl" if has_cuda else "gloo"):
+        raise ValueError(f"distributed_backend = {config.distributed_backend}: this machine's tensors live on "
+                         f"{device_type}. Fix: leave it at auto.")
+    device = torch.device("cuda", local_rank) if has_cuda else torch.device("cpu")
+    if has_cuda:
+        torch.cuda.set_device(device)
+    options = {"backend": "cpu:gloo,cuda:nccl" if has_cuda else "cpu:gloo",
+               "timeout": timedelta(minutes=config.distributed_timeout_minutes)}
+    if store is not None:
+        dist.init_process_group(store=store, rank=rank, world_size=world_size, **options)
+    elif "RANK" in os.environ:
+        dist.init_process_group(**options)
+    else:
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **options)
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def build_layout(config: LayoutConfig, world: World) -> Layout:
+    """Make every group once.
+
+    Raises:
+        ValueError: the world size is no multiple of tp x pp x cp.
+    """
+    tp, pp, cp = (config.tensor_model_parallel_size, config.pipeline_model_parallel_size,
+                  config.context_parallel_size)
+    problem = check_world_size(world.size, tp, pp, cp)
+    if problem:
+        raise ValueError(problem)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp,
+        create_gloo_process_groups=False, distributed_timeout_minutes=config.distributed_timeout_minutes)
+
+    dp_cp = _axis("dp_cp", parallel_state.get_data_parallel_group(with_context_parallel=True))
+    tp_axis = _axis("tp", parallel_state.get_tensor_model_parallel_group())
+    pp_axis = _axis("pp", parallel_state.get_pipeline_model_parallel_group())
+    # The stage's ranks as a [dp_cp, tp] grid: tp is the fastest index of the rank order.
+    first_rank = pp_axis.rank * (world.size // pp)
+    grid = (first_rank + torch.arange(world.size // pp)).view(dp_cp.size, tp)
+    mesh = DeviceMesh.from_group([dp_cp.group, tp_axis.group], world.device.type, mesh=grid,
+                                 mesh_dim_names=("dp_cp", "tp"))
+    return Layout(
+        world=_axis("world", dist.group.WORLD), tp=tp_axis, pp=pp_axis,
+        dp=_axis("dp", parallel_state.get_data_parallel_group()),
+        cp=_axis("cp", parallel_state.get_context_parallel_group()),
+        dp_cp=dp_cp, embedding=_embedding_axis(pp_axis), mesh=mesh, device=world.device)
+
+
+def single_process_layout(device: torch.device) -> Layout:
+    """A layout of one process without any process group, for tools that read or run a model by themselves."""
+    axis = {name: Axis(name, 0, 1, (0,), None) for name in ("world", "tp", "pp", "dp", "cp", "dp_cp", "embedding")}
+    return Layout(**axis, mesh=None, device=device)
+
+
+def end_world() -> None:
+    """Leave every group; without this gloo aborts the process at exit."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _axis(name: str, group: dist.ProcessGroup) -> Axis:
+    return Axis(name, dist.get_rank(group), dist.get_world_size(group), tuple(dist.get_process_group_ranks(group)),
+                group)
+
+
+def _embedding_axis(pp: Axis) -> Axis:
+    """Megatron-Core's embedding group; middle stages, which are in none, get their pp axis as size 1."""
+    if pp.size > 1 and (pp.is_first or pp.is_last):
+        return _axis("embedding", parallel_state.get_embedding_group())
+    return Axis("embedding", 0, 1, (dist.get_rank(),), pp.group)

@@ -1,0 +1,48 @@
+"""Data parallelism: FSDP2 over dp x cp (ZeRO 1, 2 or 3), gradients summed, never averaged.
+
+The loss is already divided by the global number of targets, so a plain sum over all ranks that saw
+different tokens is the gradient of the global mean.
+"""
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from parallel.config import ShardingStrategy
+from parallel.layout import Layout
+
+
+def shard_module(module: nn.Module, blocks: list[nn.Module], layout: Layout, strategy: ShardingStrategy,
+                 compute_dtype: torch.dtype | None) -> None:
+    """Shard `module` in place over dp x cp; each of `blocks` is gathered and freed as one unit.
+
+    Args:
+        compute_dtype: dtype of parameters in forward and backward; None keeps the stored dtype.
+            Gradients are accumulated and reduced in fp32 (in the stored dtype where that is None).
+    """
+    precision = MixedPrecisionPolicy()
+    if compute_dtype is not None:
+        precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32,
+                                         cast_forward_inputs=False)
+    options = {"mesh": layout.mesh["dp_cp"], "mp_policy": precision,
+               "reshard_after_forward": strategy == "optim_grads_params"}
+    for block in blocks:
+        fully_shard(block, **options)
+    fully_shard(module, **options)
+    for unit in module.modules():
+        if isinstance(unit, FSDPModule):
+            # gloo has no pre-multiplied sum; we divide the loss ourselves.
+            unit.set_force_sum_reduction_for_comms(True)
+            unit.set_gradient_divide_factor(1.0)
+
+
+def set_microbatch(module: nn.Module, strategy: ShardingStrategy, is_last: bool) -> None:
+    """Before a microbatch's backward (without a pipeline): what is reduced and freed after it.
+
+    ZeRO-1 keeps whole gradients and reduces once per step; ZeRO-2 and 3 reduce after each microbatch.
+    Parameters that forward keeps (ZeRO-1, 2) stay gathered until the step's last backward.
+    """
+    assert isinstance(module, FSDPModule)
+    module.set_requires_gradient_sync(is_last or strategy != "optim")
+    module.set_is_last_backward(is_last)
+    module.set_reshard_after_backward(is_last or strategy == "optim_grads_params")

@@ -1,0 +1,119 @@
+"""Tensor parallelism: parameters as DTensors on the tp mesh axis, used through `.to_local()`.
+
+A module is written with its full shapes and made on the meta device; `distribute_parameters` then
+replaces each parameter by this rank's part, following a table of `ParameterSharding`. The layers that
+use them state their collectives explicitly (parallel/collectives.py): no DTensor operator runs.
+
+Source of the column / row split and of the vocabulary split: Megatron-LM (arXiv 1909.08053).
+
+Legend: t tokens, D hidden, v this rank's part of the vocabulary, V all of it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from parallel.collectives import all_reduce, reduce_from
+from parallel.layout import Axis
+
+
+@dataclass(frozen=True)
+class ParameterSharding:
+    """How one parameter lies over the tp axis."""
+
+    dim: int | None = None
+    """Tensor dim that is split; None = every rank holds the whole parameter."""
+    partial_gradient: bool = False
+    """Each rank computes only a part of the gradient of a replicated parameter: sum it over tp."""
+
+
+def distribute_parameters(module: nn.Module, shardings: dict[str, ParameterSharding], tp_mesh: DeviceMesh) -> None:
+    """Replace every (meta) parameter of `module` by a DTensor that holds this rank's part, in place.
+
+    Each owning module also gets `partial_gradient`, to be passed to `local_part`.
+
+    Args:
+        shardings: parameter name -> sharding; a missing name is an error (KeyError).
+    """
+    size, rank = tp_mesh.size(), tp_mesh.get_local_rank()
+    for name, parameter in list(module.named_parameters()):
+        sharding = shardings[name]
+        local, placement = parameter.data, Replicate()
+        if sharding.dim is not None:
+            assert parameter.shape[sharding.dim] % size == 0, f"{name} {tuple(parameter.shape)} over tp {size}"
+            local = local.chunk(size, sharding.dim)[rank].contiguous()
+            placement = Shard(sharding.dim)
+        owner_name, _, leaf = name.rpartition(".")
+        distributed = nn.Parameter(DTensor.from_local(local, tp_mesh, [placement], run_check=False))
+        owner = module.get_submodule(owner_name)
+        setattr(owner, leaf, distributed)
+        owner.partial_gradient = sharding.partial_gradient
+
+
+def local_part(parameter: nn.Parameter, partial_gradient: bool = False) -> torch.Tensor:
+    """This tp rank's part of a parameter, as a plain tensor that carries the gradient back.
+
+    Without `partial_gradient` the gradient of a replicated parameter must be the same on all tp ranks.
+    A parameter that was never distributed (one process, no groups) is returned as it is.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter
+    if partial_gradient:
+        return parameter.to_local(grad_placements=[Partial()])
+    return parameter.to_local()
+
+
+def vocab_parallel_embedding(ids_t: torch.Tensor, weight_vD: torch.Tensor, tp: Axis) -> torch.Tensor:
+    """Look up [t] token ids in a table whose rows are split over tp -> [t, D] (summed, same on all tp ranks)."""
+    if tp.size == 1:
+        return nn.functional.embedding(ids_t, weight_vD)
+    v = weight_vD.shape[0]
+    local_ids = ids_t - tp.rank * v
+    absent = (local_ids < 0) | (local_ids >= v)
+    found = nn.functional.embedding(local_ids.masked_fill(absent, 0), weight_vD)
+    return reduce_from(found.masked_fill(absent[:, None], 0.0), tp)
+
+
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    """Per-token -log softmax over logits whose columns are split over tp, in fp32 (fp64 stays fp64)."""
+
+    @staticmethod
+    def forward(ctx, logits_tv, labels_t, tp, ignore):
+        work = logits_tv.dtype if logits_tv.dtype == torch.float64 else torch.float32
+        logits = logits_tv.to(work)
+        top = all_reduce(logits.amax(dim=1), tp, dist.ReduceOp.MAX)
+        exps = (logits - top[:, None]).exp_()
+        v = logits.shape[1]
+        local_labels = labels_t - tp.rank * v
+        absent = (local_labels < 0) | (local_labels >= v)
+        local_labels = local_labels.masked_fill(absent, 0)
+        target = logits.gather(1, local_labels[:, None])[:, 0].masked_fill(absent, 0.0)
+        sums = all_reduce(torch.stack([exps.sum(dim=1), target]), tp)
+        ignored = labels_t == ignore
+        losses = (sums[0].log() + top - sums[1]).masked_fill(ignored, 0.0)
+        softmax = exps.div_(sums[0][:, None])
+        ctx.save_for_backward(softmax, local_labels, absent, ignored)
+        ctx.dtype = logits_tv.dtype
+        return losses
+
+    @staticmethod
+    def backward(ctx, grad_t):
+        softmax, local_labels, absent, ignored = ctx.saved_tensors
+        grad_t = grad_t.masked_fill(ignored, 0.0)
+        one_hot_grad = grad_t.masked_fill(absent, 0.0)
+        grad = softmax * grad_t[:, None]
+        grad.scatter_add_(1, local_labels[:, None], -one_hot_grad[:, None])
+        return grad.to(ctx.dtype), None, None, None
+
+
+def vocab_parallel_cross_entropy(logits_tv: torch.Tensor, labels_t: torch.Tensor, tp: Axis,
+                                 ignore: int) -> torch.Tensor:
+    """Cross entropy of each token in nats, [t, v] logits and [t] labels -> [t]; 0 where the label is `ignore`.
+
+    The result is the same on all tp ranks. Columns that hold no token must be -inf.
+    """
+    return _VocabParallelCrossEntropy.apply(logits_tv, labels_t, tp, ignore)

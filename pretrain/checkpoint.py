@@ -1,0 +1,237 @@
+"""Checkpoints: torch.distributed.checkpoint files, published whole or not at all.
+
+    DIR/iter_0000100/                      DCP files, manifest.json, config.yaml, progress.json, tokenizer/
+    DIR/latest_checkpointed_iteration.txt  100
+
+A save writes into a hidden folder, checksums every file, syncs, and renames; only then does the text
+file name it. A load checks every checksum first. All ranks must see the same folder.
+"""
+
+import json
+import os
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import xxhash
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from parallel.layout import Axis
+
+LATEST = "latest_checkpointed_iteration.txt"
+MANIFEST = "manifest.json"
+
+
+def iteration_folder(root: str | os.PathLike, step: int) -> Path:
+    return Path(root) / f"iter_{step:07d}"
+
+
+def published(root: str | os.PathLike | None, step: int | None = None) -> Path | None:
+    """The folder of the latest published checkpoint under `root` (or of iteration `step`), or None.
+
+    Raises:
+        ValueError: the text file names a checkpoint that is not there or not complete.
+    """
+    if root is None:
+        return None
+    if step is None:
+        latest = Path(root) / LATEST
+        if not latest.is_file():
+            return None
+        text = latest.read_text().strip()
+        if not text.isdigit():
+            raise ValueError(f"{latest} = {text!r}: must hold an iteration number. Fix: write the number of a complete "
+                             "iter_ folder into it.")
+        step = int(text)
+    folder = iteration_folder(root, step)
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(f"checkpoint {folder}: missing or not complete (no {MANIFEST}). Fix: name another iteration "
+                         f"with --ckpt-step, or write its number into {Path(root) / LATEST}.")
+    return folder
+
+
+def read_progress(folder: Path) -> dict:
+    """What progress.json of a published checkpoint says: clock, ledger, phase, data, tokenizer."""
+    return json.loads((folder / "progress.json").read_text())
+
+
+# ---------------------------------------------------------------- writing
+
+
+def save(root: str | os.PathLike, step: int, tensors: dict[str, torch.Tensor], progress: dict, config_yaml: str,
+         tokenizer_files: list[str], world: Axis) -> Path:
+    """Write and publish iteration `step`; collective over `world`.
+
+    Args:
+        tensors: flat name -> DTensor or plain tensor (pretrain/state.py: checkpoint_tensors).
+    Returns:
+        The published folder.
+    """
+    final = iteration_folder(root, step)
+    partial = final.with_name(f".{final.name}.partial")
+    if world.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "tokenizer").mkdir(parents=True)
+        _write(partial / "config.yaml", config_yaml)
+        _write(partial / "progress.json", json.dumps(progress, indent=1))
+        for file in tokenizer_files:
+            shutil.copy(file, partial / "tokenizer" / Path(file).name)
+    dist.barrier(group=world.group)
+    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True),
+             process_group=world.group)
+    checksums = _checksums(partial, world)
+    if world.rank == 0:
+        _write(partial / MANIFEST, json.dumps({"algorithm": "xxh3_128", "files": checksums}, indent=1))
+        _sync_folder(partial)
+        if final.exists():
+            shutil.rmtree(final)
+        os.rename(partial, final)
+        _sync_folder(final.parent)
+        write_atomically(Path(root) / LATEST, str(step))
+    dist.barrier(group=world.group)
+    return final
+
+
+def _checksums(folder: Path, world: Axis) -> dict[str, str]:
+    """Relative path -> checksum of every file, the work shared by all ranks."""
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    mine = {name: checksum(folder / name) for name in files[world.rank::world.size]}
+    gathered: list[dict] = [{} for _ in range(world.size)]
+    dist.all_gather_object(gathered, mine, group=world.group)
+    return {name: value for part in gathered for name, value in sorted(part.items())}
+
+
+def checksum(path: Path) -> str:
+    """xxh3_128 of a file, read in pieces of 16 MiB."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 24):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small file so that a reader sees the old or the new text, never a part."""
+    temporary = path.with_name(f".{path.name}.partial.{os.getpid()}")
+    _write(temporary, text)
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def verify_files(folder: Path, rank: int = 0, size: int = 1) -> list[str]:
+    """Compare files [rank::size] of the manifest with what is on disk; the problems found, each a sentence."""
+    files = sorted(json.loads((folder / MANIFEST).read_text())["files"].items())
+    problems = []
+    for name, expected in files[rank::size]:
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{path} is missing")
+        elif checksum(path) != expected:
+            problems.append(f"{path} differs from its checksum in {MANIFEST}")
+    return problems
+
+
+def load(folder: Path, tensors: dict[str, torch.Tensor], world: Axis) -> None:
+    """Fill `tensors` in place from a checkpoint written on any layout; collective over `world`.
+
+    Raises:
+        ValueError: damaged files, or tensors that the checkpoint lacks or holds in another shape; the
+            same error on all ranks, and nothing is changed.
+    """
+    gathered: list[list[str]] = [[] for _ in range(world.size)]
+    dist.all_gather_object(gathered, verify_files(folder, world.rank, world.size), group=world.group)
+    refuse_damage(folder, [problem for part in gathered for problem in part])
+    reader = SafeReader(folder)
+    _check_tensors(folder, reader.read_metadata(), tensors)
+    dcp.load(tensors, storage_reader=reader, process_group=world.group)
+
+
+def refuse_damage(folder: Path, problems: list[str]) -> None:
+    if problems:
+        raise ValueError(f"checkpoint {folder}: damaged: {'; '.join(problems[:4])}. Fix: start from an earlier "
+                         f"iteration: write its number into {folder.parent / LATEST}, or use --load with --ckpt-step.")
+
+
+def _check_tensors(folder: Path, metadata: Metadata, tensors: dict[str, torch.Tensor]) -> None:
+    stored = metadata.state_dict_metadata
+    problems = []
+    for name, tensor in tensors.items():
+        if name not in stored:
+            problems.append(f"{name} is not in it")
+        elif tuple(stored[name].size) != tuple(tensor.shape):
+            problems.append(f"{name} has shape {tuple(stored[name].size)}, this model needs {tuple(tensor.shape)}")
+    if problems:
+        raise ValueError(f"checkpoint {folder}: does not fit this run: {'; '.join(problems[:4])}"
+                         f"{f' and {len(problems) - 4} more' if len(problems) > 4 else ''}. Fix: load it with the "
+                         "model settings in its config.yaml (--no-load-optim if only optimizer state is missing).")
+
+
+def read_whole_tensors(folder: Path, names: list[str]) -> dict[str, torch.Tensor]:
+    """The named tensors, whole, on the CPU, without any process group."""
+    reader = SafeReader(folder)
+    stored = reader.read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in names}
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def tensor_names(folder: Path, prefix: str = "model.") -> list[str]:
+    """Names of the stored tensors that start with `prefix`."""
+    stored = SafeReader(folder).read_metadata().state_dict_metadata
+    return sorted(name for name, entry in stored.items()
+                  if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata))
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Loads DCP's .metadata and nothing else: a checkpoint from a stranger must not run code."""
+
+    allowed = {
+        "torch.distributed.checkpoint.metadata": {
+            "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties",
+            "ChunkStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING"},
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+        "torch.serialization": {"_get_layout"},
+        "torch": {"Size", "device"},
+        "pathlib": {"PosixPath", "PurePosixPath", "Path"},
+        "collections": {"OrderedDict"},
+    }
+
+    def find_class(self, module: str, name: str):
+        is_dtype = module == "torch" and re.fullmatch(r"[a-z0-9]+", name) and isinstance(
+            getattr(torch, name, None), torch.dtype)
+        if not is_dtype and name not in self.allowed.get(module, ()):
+            raise ValueError(f"checkpoint metadata names {module}.{name}, which no checkpoint of ours holds. "
+                             "Fix: do not load this folder; it may be harmful.")
+        return super().find_class(module, name)
+
+
+class SafeReader(dcp.FileSystemReader):
+    """FileSystemReader whose metadata goes through `_MetadataUnpickler`."""
+
+    def read_metadata(self, *args, **kwargs) -> Metadata:
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata

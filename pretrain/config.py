@@ -1,0 +1,248 @@
+"""The run's configuration: one dataclass field = one YAML key = one flag, in Megatron-LM's spellings.
+
+Precedence: preset < YAML file < flags. The sections belong to the folders that read them.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+from data.config import DataConfig
+from model.config import ModelConfig
+from parallel.config import LayoutConfig, ShardingStrategy
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+
+
+def parse_tokens(text: str) -> int:
+    """'8192', '64Ki', '1.5B', '8Mi' -> tokens. K, M, B, T are powers of ten; Ki, Mi, Gi of 1024.
+
+    Raises:
+        ValueError: not such a number, or not a whole number of tokens.
+    """
+    match = re.fullmatch(r"([0-9_]*\.?[0-9]+(?:[eE][0-9]+)?)\s*([A-Za-z]*)", text.strip())
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(f"{text!r} is no token count: write a number with an optional unit of "
+                         f"{', '.join(u for u in _UNITS if u)}, like 800B or 8Mi")
+    tokens = float(match[1].replace("_", "")) * _UNITS[match[2]]
+    if match[2] == "" and match[1].replace("_", "").isdigit():
+        return int(match[1].replace("_", ""))
+    if tokens != int(tokens):
+        raise ValueError(f"{text!r} is {tokens} tokens: must be a whole number")
+    return int(tokens)
+
+
+Tokens = Annotated[int, tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1, metavar="TOKENS", instance_from_str=lambda args: parse_tokens(args[0]),
+    is_instance=lambda value: isinstance(value, int), str_from_instance=lambda value: [str(value)])]
+"""A count of tokens in a field: YAML and flags accept 800B and 8Mi."""
+
+
+@dataclass(kw_only=True)
+class PhaseConfig:
+    """One entry of `phases:`; what it leaves out is taken from the run's own settings."""
+
+    name: str = ""
+    seq_length: Tokens | None = None
+    train_tokens: Tokens | None = None
+    global_batch_tokens: Tokens | None = None
+    micro_batch_size: int | None = None
+    tensor_model_parallel_size: int | None = None
+    pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int | None = None
+    data_parallel_sharding_strategy: ShardingStrategy | None = None
+    recompute_granularity: Literal["full"] | None = None
+    rotary_base: float | None = None
+    document_masking: bool | None = None
+    lr: float | None = None
+    min_lr: float | None = None
+
+
+@dataclass(kw_only=True)
+class ScheduleConfig:
+    """How much is trained, in what portions. One phase from the flat fields, or several from `phases`."""
+
+    seq_length: Tokens | None = None
+    """Tokens of one sample."""
+    micro_batch_size: int = 1
+    """Samples that a rank packs into one microbatch."""
+    global_batch_size: int | None = None
+    """Samples per optimizer step over all ranks (or give --global-batch-tokens)."""
+    global_batch_tokens: Tokens | None = None
+    """Tokens per optimizer step over all ranks."""
+    train_iters: int | None = None
+    """Optimizer steps (or give --train-samples or --train-tokens)."""
+    train_samples: int | None = None
+    """Samples to train on."""
+    train_tokens: Tokens | None = None
+    """Tokens to train on."""
+    phases: Annotated[list[PhaseConfig], tyro.conf.Suppress] = field(default_factory=list)
+    """Consecutive phases; YAML only."""
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    optimizer: Literal["adam"] = "adam"
+    """AdamW (decoupled weight decay, arXiv 1711.05101), Megatron-LM's adam."""
+    lr: float = 3e-4
+    """Highest learning rate; a phase may change it."""
+    min_lr: float = 0.0
+    """Learning rate where a decay ends."""
+    lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] = "cosine"
+    """Shape between warmup and end; WSD = warmup, stable, decay."""
+    lr_warmup_iters: int | None = None
+    """Warmup in steps of the first phase's global batch (or samples, tokens, fraction)."""
+    lr_warmup_samples: int | None = None
+    """Warmup in samples of the first phase's length."""
+    lr_warmup_tokens: Tokens | None = None
+    """Warmup in tokens."""
+    lr_warmup_fraction: float | None = None
+    """Warmup as a share of the decay's length."""
+    lr_warmup_init: float = 0.0
+    """Learning rate at the first step of the warmup."""
+    lr_decay_iters: int | None = None
+    """Where the decay ends, in steps of the first phase's global batch; by default the end of the run."""
+    lr_decay_samples: int | None = None
+    """Where the decay ends, in samples of the first phase's length."""
+    lr_decay_tokens: Tokens | None = None
+    """Where the decay ends, in tokens."""
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    """Shape of WSD's final decay."""
+    lr_wsd_decay_iters: int | None = None
+    """Length of WSD's final decay in steps of the first phase's global batch."""
+    lr_wsd_decay_samples: int | None = None
+    """Length of WSD's final decay in samples of the first phase's length."""
+    lr_wsd_decay_tokens: Tokens | None = None
+    """Length of WSD's final decay in tokens."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.95
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay on matrices; norms and biases have none."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+    bf16: bool = False
+    """Compute in bf16 over fp32 master weights and optimizer state."""
+    fp64: bool = False
+    """Everything in double precision, to compare layouts exactly."""
+    accumulate_allreduce_grads_in_fp32: bool = True
+    """Gradients are always accumulated and reduced in fp32; accepted, an error when turned off."""
+    calculate_per_token_loss: bool = True
+    """Loss = sum / global target count, our only way; a warning when turned off."""
+    max_skipped_steps: int = 10
+    """Steps in a row that may be skipped for a gradient norm that is not finite; one more ends the run."""
+    seed: int = 1234
+    """Of initial weights, document order and data split."""
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    save: str | None = None
+    """Folder of this run's checkpoints and metrics; a published checkpoint in it is always continued."""
+    load: str | None = None
+    """Folder to start from when --save holds no checkpoint yet; the same folder as --save may be empty."""
+    pretrained_checkpoint: str | None = None
+    """Folder whose weights start a new run: clock 0, fresh optimizer."""
+    finetune: bool = False
+    """Take only the weights of --load: clock 0, fresh optimizer."""
+    no_load_optim: bool = False
+    """Do not load the optimizer state."""
+    ckpt_step: int | None = None
+    """Iteration of --load to start from, instead of the latest."""
+    save_interval: int | None = None
+    """Steps between checkpoints; one is always written at a phase's and the run's end."""
+    exit_interval: int | None = None
+    """Save and stop when the step is a multiple of this."""
+    exit_duration_in_mins: int | None = None
+    """Save and stop after so many minutes."""
+    exit_signal_handler: bool = True
+    """Save and stop on SIGTERM, SIGINT or SIGUSR1."""
+
+
+@dataclass(kw_only=True)
+class LoggingConfig:
+    log_interval: int = 1
+    """Steps between console lines; metrics.jsonl has every step."""
+    eval_interval: int | None = None
+    """Steps between evaluations; without it only at the start and end of phases."""
+    eval_iters: int = 4
+    """Global batches per evaluation; 0 switches it off."""
+    wandb_project: str | None = None
+    """Log to this Weights & Biases project (offline by itself when it cannot be reached)."""
+    wandb_exp_name: str | None = None
+    """Name of the wandb run."""
+    wandb_entity: str | None = None
+    """wandb entity."""
+    wandb_save_dir: str | None = None
+    """Folder of wandb's files; by default inside --save."""
+
+
+@dataclass(kw_only=True)
+class Config:
+    """Pretrain a GPT. Give a YAML file with --config and override any field by its flag."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def validate(self) -> list[str]:
+        """All problems that show without touching the disk, as `name = value: rule. Fix: ...`."""
+        problems = self.model.validate() + self.layout.validate() + self.data.validate()
+        optimizer, schedule, checkpoint = self.optimizer, self.schedule, self.checkpoint
+        positive = [("micro_batch_size", schedule.micro_batch_size), ("lr", optimizer.lr),
+                    ("log_interval", self.logging.log_interval), ("adam_eps", optimizer.adam_eps)]
+        positive += [(name, getattr(section, name)) for section, names in (
+            (schedule, ("seq_length", "global_batch_size", "global_batch_tokens", "train_iters", "train_samples",
+                        "train_tokens")),
+            (checkpoint, ("save_interval", "exit_interval", "exit_duration_in_mins")),
+            (self.logging, ("eval_interval",))) for name in names]
+        problems += [f"{name} = {value}: must be above 0. Fix: give a positive number."
+                     for name, value in positive if value is not None and not value > 0]
+        problems += [f"{name} = {value}: must be at least 0. Fix: give 0 or more."
+                     for name, value in (("min_lr", optimizer.min_lr), ("clip_grad", optimizer.clip_grad),
+                                         ("weight_decay", optimizer.weight_decay),
+                                         ("eval_iters", self.logging.eval_iters),
+                                         ("lr_warmup_init", optimizer.lr_warmup_init)) if not value >= 0]
+        problems += [f"{name} = {value}: must be in [0, 1). Fix: 0.9 and 0.95 are common."
+                     for name, value in (("adam_beta1", optimizer.adam_beta1), ("adam_beta2", optimizer.adam_beta2))
+                     if not 0 <= value < 1]
+        if optimizer.bf16 and optimizer.fp64:
+            problems.append("bf16 = True: cannot be combined with fp64. Fix: remove one of them.")
+        if not optimizer.accumulate_allreduce_grads_in_fp32:
+            problems.append("accumulate_allreduce_grads_in_fp32 = False: gradients are always reduced in fp32. "
+                            "Fix: remove it.")
+        if optimizer.min_lr > optimizer.lr:
+            problems.append(f"min_lr = {optimizer.min_lr}: must not exceed lr = {optimizer.lr}. Fix: lower it.")
+        problems += self._one_of_each()
+        if checkpoint.finetune and not checkpoint.load:
+            problems.append("finetune = True: takes the weights of --load, which is not given. Fix: give --load.")
+        if checkpoint.ckpt_step is not None and not checkpoint.load:
+            problems.append(f"ckpt_step = {checkpoint.ckpt_step}: chooses an iteration of --load, which is not given. "
+                            "Fix: give --load.")
+        if checkpoint.load and checkpoint.pretrained_checkpoint:
+            problems.append(f"pretrained_checkpoint = {checkpoint.pretrained_checkpoint}: a run starts from one place, "
+                            f"and --load = {checkpoint.load}. Fix: remove one of them.")
+        return problems
+
+    def _one_of_each(self) -> list[str]:
+        """Settings that say the same thing in different units: at most one of each may be given."""
+        problems = []
+        for section, names in (
+                (self.schedule, ("train_iters", "train_samples", "train_tokens")),
+                (self.schedule, ("global_batch_size", "global_batch_tokens")),
+                (self.optimizer, ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_tokens", "lr_warmup_fraction")),
+                (self.optimizer, ("lr_decay_iters", "lr_decay_samples", "lr_decay_tokens")),
+                (self.optimizer, ("lr_wsd_decay_iters", "lr_wsd_decay_samples", "lr_wsd_decay_tokens"))):
+            given = [f"{name} = {getattr(section, name)}" for name in names if getattr(section, name) is not None]
+            if len(given) > 1:
+                problems.append(f"{', '.join(given)}: at most one of these may be given. Fix: keep one.")
+        return problems

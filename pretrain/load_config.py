@@ -1,0 +1,244 @@
+"""Reading the configuration: preset, YAML file and flags into one checked `Config`, and back into YAML."""
+
+import dataclasses
+import difflib
+import os
+import sys
+import types
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import tyro
+import yaml
+
+from model.config import PRESETS
+from pretrain.config import Config, PhaseConfig, Tokens, parse_tokens
+
+_TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+# Flags with a second spelling that scripts use.
+ALIASES = {"--ds-sequence-parallel-size": "--context-parallel-size"}
+
+
+def load_config(argv: list[str]) -> Config:
+    """The configuration that `argv` asks for. Prints help or a flag's error and exits as tyro does.
+
+    Raises:
+        ValueError: the YAML file cannot be read or holds unknown keys or values of the wrong type (all
+            of them reported at once).
+    """
+    argv, path = _take_option(_spell(argv), "--config")
+    _, preset = _take_option(argv, "--model")
+    values = _read_yaml(path) if path else {}
+    preset = preset or values.get("model")
+    config = from_flat(_preset(preset), "preset") if preset else Config()
+    config = from_flat(values, path, config)
+    if "-h" not in argv and "--help" not in argv:
+        _check_flags(argv)
+    return tyro.cli(Config, default=config, args=argv, prog="pretrain.train",
+                    config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes))
+
+
+def _spell(argv: list[str]) -> list[str]:
+    """Hyphens in flag names, known aliases replaced, `--flag=value` split."""
+    spelled = []
+    for arg in argv:
+        if arg.startswith("--"):
+            name, equals, value = arg.partition("=")
+            name = name.replace("_", "-")
+            name = ALIASES.get(name, name)
+            spelled += [name, value] if equals else [name]
+        else:
+            spelled.append(arg)
+    return spelled
+
+
+def _take_option(argv: list[str], name: str) -> tuple[list[str], str | None]:
+    """Remove every `name VALUE` from argv; the last value wins."""
+    rest, value = [], None
+    index = 0
+    while index < len(argv):
+        if argv[index] == name:
+            if index + 1 == len(argv):
+                raise ValueError(f"{name}: needs a value. Fix: give one.")
+            value = argv[index + 1]
+            index += 2
+        else:
+            rest.append(argv[index])
+            index += 1
+    return (rest if name == "--config" else argv), value
+
+
+def _check_flags(argv: list[str]) -> None:
+    """Unknown flags, all at once, each with the nearest one that exists."""
+    known = {"--" + name.replace("_", "-") for name in field_table()}
+    known |= {"--no-" + name[2:] for name in known}
+    problems = []
+    for arg in argv:
+        if arg.startswith("--") and arg not in known:
+            near = difflib.get_close_matches(arg, known, 1)
+            problems.append(f"{arg}: no such flag. Fix: " + (f"did you mean {near[0]}?" if near else "see --help."))
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _preset(name: str) -> dict[str, str]:
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, 1)
+        raise ValueError(f"model = {name}: no such preset. Fix: one of {', '.join(PRESETS)}"
+                         + (f"; did you mean {near[0]}?" if near else "."))
+    return {"model": name} | {key: str(value) for key, value in PRESETS[name].items()}
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    """The file's keys with every scalar as text: each field's own type decides what it means."""
+    if not os.path.isfile(path):
+        raise ValueError(f"config = {path}: no such file. Fix: give the path of a YAML file.")
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.load(file, Loader=yaml.BaseLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"config = {path}: not valid YAML: {error}. Fix: mend the file.") from None
+    if values in (None, ""):
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"config = {path}: must hold `key: value` lines, holds a {type(values).__name__}. "
+                         "Fix: one setting per line.")
+    return values
+
+
+def field_table() -> dict[str, tuple[str, Any]]:
+    """Every flat key -> (section, type), from the dataclasses themselves."""
+    table = {}
+    for section, cls in get_type_hints(Config).items():
+        for name, annotation in get_type_hints(cls, include_extras=True).items():
+            assert name not in table, f"{name} is declared twice"
+            table[name] = (section, annotation)
+    return table
+
+
+def from_flat(values: dict[str, Any], where: str, base: Config | None = None) -> Config:
+    """A copy of `base` with the flat `values` set, each coerced by its field's type.
+
+    Raises:
+        ValueError: unknown keys and wrong types, all at once, each naming `where`.
+    """
+    table = field_table()
+    sections = {section: dataclasses.replace(getattr(base or Config(), section)) for section in get_type_hints(Config)}
+    problems: list[str] = []
+    for key, value in values.items():
+        if key == "phases":
+            sections["schedule"].phases = _phases(value, where, problems)
+            continue
+        section, annotation = table.get(key, (None, None))
+        if section is None:
+            problems.append(_unknown_key(key, table, where))
+            continue
+        _try(lambda s=section, k=key, v=value, a=annotation: setattr(sections[s], k, coerce(v, a)), key, value, where,
+             problems)
+    if problems:
+        raise ValueError("\n".join(problems))
+    return Config(**sections)
+
+
+def _phases(value: Any, where: str, problems: list[str]) -> list[PhaseConfig]:
+    types_by_key = get_type_hints(PhaseConfig, include_extras=True)
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        problems.append(f"{where}: phases: must be a list of mappings. Fix: one `- {{name: ..., ...}}` per phase.")
+        return []
+    phases = []
+    for number, entry in enumerate(value):
+        phase = PhaseConfig(name=f"phase{number}")
+        place = f"{where}: phases[{number}]"
+        for key, item in entry.items():
+            if key not in types_by_key:
+                problems.append(_unknown_key(key, types_by_key, place))
+                continue
+            _try(lambda k=key, v=item, p=phase: setattr(p, k, coerce(v, types_by_key[k])), key, item, place, problems)
+        phases.append(phase)
+    return phases
+
+
+def _unknown_key(key: str, known: Any, where: str) -> str:
+    near = difflib.get_close_matches(key.replace("-", "_"), known, 1)
+    return f"{where}: {key}: no such setting. Fix: " + (f"did you mean {near[0]}?" if near else "remove it.")
+
+
+def _try(action: Callable[[], None], key: str, value: Any, where: str, problems: list[str]) -> None:
+    try:
+        action()
+    except ValueError as error:
+        problems.append(f"{where}: {key} = {value!r}: {error}. Fix: give a value of that kind.")
+
+
+def coerce(value: Any, annotation: Any) -> Any:
+    """`value` (text, or a list of texts) as the type that a field declares.
+
+    Raises:
+        ValueError: it is not of that type.
+    """
+    if annotation is Tokens:
+        return parse_tokens(_text(value))
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return coerce(value, args[0])
+    if origin in (Union, types.UnionType):
+        if isinstance(value, str) and value.lower() in ("null", "none", "~", ""):
+            return None
+        return coerce(value, next(arg for arg in args if arg is not type(None)))
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"must be one of {', '.join(map(str, args))}")
+        return value
+    if origin is list:
+        items = value if isinstance(value, list) else [value]
+        return [coerce(item, args[0]) for item in items]
+    if annotation is bool:
+        text = _text(value).lower()
+        if text not in _TRUE + _FALSE:
+            raise ValueError("must be true or false")
+        return text in _TRUE
+    if annotation in (int, float):
+        kind = "a whole number" if annotation is int else "a number"
+        try:
+            return annotation(_text(value).replace("_", ""))
+        except ValueError:
+            raise ValueError(f"must be {kind}") from None
+    assert annotation is str, annotation
+    return _text(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"must be a single value, not a {type(value).__name__}")
+    return value
+
+
+def to_flat(config: Config) -> dict[str, Any]:
+    """Every setting as a flat dict that `from_flat` reads back; unset ones are left out."""
+    flat = {}
+    for section in get_type_hints(Config):
+        for key, value in dataclasses.asdict(getattr(config, section)).items():
+            if key == "phases":
+                value = [{k: v for k, v in phase.items() if v is not None} for phase in value]
+            if value not in (None, []):
+                flat[key] = value
+    return flat
+
+
+def dump_yaml(config: Config) -> str:
+    """The resolved configuration as YAML text, one key per line."""
+    return yaml.safe_dump(to_flat(config), sort_keys=False, default_flow_style=None, allow_unicode=True)
+
+
+def read_config_yaml(path: str) -> Config:
+    """A configuration written by `dump_yaml`."""
+    return from_flat(_read_yaml(path), path)
+
+
+def outcome_path() -> str | None:
+    """The file in which launch/train.sh wants to read how the run ended."""
+    return os.environ.get("ITHACA_OUTCOME_FILE")
+
+
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,131 @@
+"""One training step: forward and backward over the microbatches, reduce, clip, update.
+
+The loss is the sum over targets divided by the target count of the whole global batch, counted before
+the first forward; gradients are then summed over all ranks that saw different tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.distributed.tensor import Shard
+
+from model.gpt import GPTStage, Microbatch
+from parallel.collectives import all_reduce
+from parallel.layout import Layout
+from parallel.pipeline import Pipeline
+from parallel.shard import set_microbatch
+
+
+class CountedMicrobatch(Microbatch, Protocol):
+    num_targets: int  # of this rank's slice
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: float
+    """Mean over the global batch's targets, nats."""
+    num_targets: int
+    grad_norm: float
+    """Global L2 norm before clipping."""
+    skipped: bool
+    """True = the norm was not finite and nothing was updated."""
+
+
+def count_targets(microbatches: Sequence[CountedMicrobatch], layout: Layout) -> int:
+    """Targets of the global batch: all microbatches, dp and cp ranks."""
+    count = torch.tensor(sum(batch.num_targets for batch in microbatches), dtype=torch.int64, device=layout.device)
+    return int(all_reduce(count, layout.dp_cp))
+
+
+class Stepper:
+    """Runs steps of one shape; keeps the pipeline that belongs to it."""
+
+    def __init__(self, stage: GPTStage, layout: Layout, hidden_size: int, compute_dtype: torch.dtype, strategy: str):
+        self.stage, self.layout, self.strategy = stage, layout, strategy
+        self.hidden_size, self.compute_dtype = hidden_size, compute_dtype
+        self.pipeline: Pipeline | None = None
+
+    def run(self, microbatches: Sequence[CountedMicrobatch], train: bool) -> tuple[float, int]:
+        """Forward (and backward) over all microbatches -> (global loss in nats, global targets), on every rank."""
+        num_targets = count_targets(microbatches, self.layout)
+        self.stage.begin_step(microbatches, num_targets)
+        if self.layout.pp.size > 1:
+            share = self._pipeline_for(microbatches).run(train)
+        else:
+            share = self._accumulate(len(microbatches), train)
+        self.stage.begin_step((), 1)
+        return self._global_loss(share), num_targets
+
+    def _pipeline_for(self, microbatches: Sequence[CountedMicrobatch]) -> Pipeline:
+        shape = (len(microbatches), microbatches[0].tokens.shape[0])
+        if self.pipeline is None or self.pipeline.shape != shape:
+            self.pipeline = Pipeline(self.stage, self.layout.pp, self.layout.device, *shape, self.hidden_size,
+                                     self.compute_dtype)
+        return self.pipeline
+
+    def _accumulate(self, count: int, train: bool) -> torch.Tensor:
+        total = None
+        with torch.set_grad_enabled(train):
+            for i in range(count):
+                index = torch.tensor([i])
+                if train:
+                    set_microbatch(self.stage, self.strategy, is_last=i == count - 1)
+                loss = self.stage(index, index)
+                if train:
+                    loss.backward()
+                total = loss.detach() if total is None else total + loss.detach()
+        return total
+
+    def _global_loss(self, share: torch.Tensor | None) -> float:
+        """Sum of the last stage's shares over dp x cp; the same on its tp ranks, so one of them counts."""
+        layout = self.layout
+        total = torch.zeros((), dtype=torch.float64, device=layout.device)
+        if share is not None and layout.tp.is_first:
+            total += share
+        return float(all_reduce(total, layout.world))
+
+
+def sum_tied_gradients(stage: GPTStage, layout: Layout) -> None:
+    """Add up the two gradients of a tied embedding whose copies live on the first and the last stage."""
+    if stage.tied and layout.embedding.size > 1:
+        all_reduce(stage.embedding.weight.grad.to_local(), layout.embedding)
+
+
+def global_grad_norm(stage: GPTStage, layout: Layout) -> torch.Tensor:
+    """L2 norm of the whole model's gradient, each element counted once -> fp64 scalar, same on every rank.
+
+    Shards over dp x cp and tp add up; a parameter replicated over tp counts on tp rank 0 only, a tied
+    embedding on the first stage only.
+    """
+    grads = []
+    for name, parameter in stage.named_parameters():
+        copy_of_first_stage = name == "embedding.weight" and not stage.is_first
+        replicated = not isinstance(parameter.placements[-1], Shard)
+        if not copy_of_first_stage and (layout.tp.is_first or not replicated):
+            grads.append(parameter.grad.to_local())
+    norm = nn.utils.get_total_norm(grads, foreach=True) if grads else torch.zeros(())
+    square = norm.to(layout.device, torch.float64) ** 2
+    return all_reduce(square, layout.world).sqrt()
+
+
+def train_step(stepper: Stepper, optimizer: torch.optim.Optimizer, microbatches: Sequence[CountedMicrobatch],
+               lr: float, clip_grad: float) -> StepResult:
+    """Forward, backward, reduction, clipping and update with learning rate `lr`."""
+    stage, layout = stepper.stage, stepper.layout
+    loss, num_targets = stepper.run(microbatches, train=True)
+    sum_tied_gradients(stage, layout)
+    norm = global_grad_norm(stage, layout)
+    finite = bool(torch.isfinite(norm))
+    if finite:
+        if clip_grad > 0:
+            scale = float(torch.clamp(clip_grad / (norm + 1e-6), max=1.0))
+            if scale < 1.0:
+                torch._foreach_mul_([p.grad.to_local() for p in stage.parameters()], scale)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(loss, num_targets, float(norm), skipped=not finite)

@@ -1,0 +1,335 @@
+"""Pretrain a GPT: `torchrun ... -m pretrain.train --config FILE [--flags]`.
+
+Reads top to bottom: check everything, join the processes, build or load the state, run phase by phase.
+The process ends with an outcome that the launcher reads: done, again (the next phase needs another
+layout), stopped (signal or --exit-...), refused (bad input).
+"""
+
+import dataclasses
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from data.config import DataConfig
+from data.loader import Loader, fingerprint, open_corpus
+from data.stream import DocumentStream
+from data.tokenizer import build_tokenizer
+from model.build import build_stage
+from model.estimate import num_parameters, peak_flops, step_flops
+from model.init import initialize
+from model.kernels import choose_attention
+from parallel.collectives import all_reduce
+from parallel.config import LayoutConfig
+from parallel.layout import (
+    Layout,
+    World,
+    build_layout,
+    end_world,
+    launched_local_rank,
+    launched_rank,
+    launched_world_size,
+    start_world,
+)
+from pretrain import checkpoint
+from pretrain.config import Config
+from pretrain.evaluate import validation_loss
+from pretrain.learning_rate import LearningRate
+from pretrain.load_config import dump_yaml, load_config, outcome_path
+from pretrain.metrics import Reporter
+from pretrain.phases import Phase, check_phases, describe, phase_at, resolve_phases, step_at
+from pretrain.start import Start, check_continuation, find_start
+from pretrain.state import TrainState, build_optimizer, checkpoint_tensors
+from pretrain.step import Stepper, train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything that is decided before processes meet."""
+
+    config: Config
+    phases: list[Phase]
+    learning_rate: LearningRate
+    vocab_size: int
+    tokenizer: object | None
+    start: Start
+    corpus: dict[str, DocumentStream]
+    """Split name -> its documents as one stream."""
+
+
+def make_plan(config: Config, world_size: int) -> Plan:
+    """Check the whole configuration against the world and the disk.
+
+    Raises:
+        ValueError: every problem found, a line each.
+    """
+    problems = config.validate()
+    if problems:
+        raise ValueError("\n".join(problems))
+    phases = resolve_phases(config)
+    if len({phase.layout_key for phase in phases}) > 1 and not config.checkpoint.save:
+        problems.append("save: phases with different layouts hand over through a checkpoint. Fix: give --save.")
+    try:
+        tokenizer, vocab_size = _tokenizer(config.data)
+    except ValueError as error:
+        tokenizer, vocab_size = None, None
+        problems.append(str(error))
+    problems += check_phases(phases, config, world_size, vocab_size)
+    learning_rate = LearningRate.make(config.optimizer, phases)
+    if problems:
+        raise ValueError("\n".join(problems))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, vocab_size=vocab_size))
+    corpus = open_corpus(config.data, config.optimizer.seed, vocab_size)
+    return Plan(config, phases, learning_rate, vocab_size, tokenizer, find_start(config), corpus)
+
+
+def _tokenizer(data: DataConfig):
+    """The tokenizer (None for mock data) and the model's vocabulary size."""
+    if data.mock_data:
+        return None, data.vocab_size
+    tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_size)
+    if data.vocab_size is not None and data.vocab_size < tokenizer.vocab_size:
+        raise ValueError(f"vocab_size = {data.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids. "
+                         "Fix: leave it out, or give at least that many.")
+    return tokenizer, data.vocab_size or tokenizer.vocab_size
+
+
+class Trainer:
+    """One process's part of a run on one layout."""
+
+    def __init__(self, plan: Plan, world: World):
+        self.plan, self.config, self.world = plan, plan.config, world
+        self.corpus, self.data_fingerprint = plan.corpus, fingerprint(plan.corpus)
+        self.tokenizer_description = plan.tokenizer.describe() if plan.tokenizer else None
+        self.started = time.monotonic()
+        self.signalled = False
+        self.in_steps = False
+        """From now on an error may be this rank's alone."""
+
+    def run(self) -> str:
+        """Train until done, or until the layout must change or someone stops us -> the outcome."""
+        start = self.plan.start
+        progress = checkpoint.read_progress(start.folder) if start.folder else None
+        if progress and not start.weights_only:
+            check_continuation(progress, self.data_fingerprint, self.tokenizer_description,
+                               self.config.optimizer.seed)
+        clock = 0 if progress is None or start.weights_only else progress["clock"]
+        phase = phase_at(self.plan.phases, clock)
+        step = step_at(self.plan.phases, clock)
+        if self.world.rank == 0:
+            print(describe(self.plan.phases, self.world.size), flush=True)
+        if phase is None:
+            if self.world.rank == 0:
+                print(f"done: all {step:,} steps are trained; raise the tokens to go on", flush=True)
+            return "done"
+        self.layout = build_layout(_layout_config(self.config.layout, phase), self.world)
+        self.state = self._build_state(phase, progress)
+        reporter = Reporter(self.config, self.world.rank == 0, step, self.state.wandb_run_id)
+        self.state.wandb_run_id = reporter.wandb_run_id
+        reporter.say(f"start: {start.reason}, step {step:,}, phase {phase.name}, {self.layout.describe()}, "
+                     f"{num_parameters(self.config.model, self.plan.vocab_size):,} parameters; {self.attention_note}")
+        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) if self.config.checkpoint.exit_signal_handler \
+                else ():
+            signal.signal(name, self._on_signal)
+        self.in_steps = True
+        try:
+            return self._run_phases(phase, step, reporter)
+        finally:
+            reporter.close()
+
+    def _on_signal(self, number, frame):
+        self.signalled = True
+
+    def _build_state(self, phase: Phase, progress: dict | None) -> TrainState:
+        optimizer_config = self.config.optimizer
+        self.master_dtype = torch.float64 if optimizer_config.fp64 else torch.float32
+        self.compute_dtype = torch.bfloat16 if optimizer_config.bf16 else self.master_dtype
+        attend, self.attention_note = choose_attention(self.config.model.attention_backend, self.layout.device,
+                                                       self.compute_dtype)
+        stage = build_stage(self.config.model, self.plan.vocab_size, self.layout, attend,
+                            strategy=phase.data_parallel_sharding_strategy, master_dtype=self.master_dtype,
+                            compute_dtype=self.compute_dtype)
+        state = TrainState(stage, build_optimizer(stage, optimizer_config))
+        if progress is None:
+            initialize(stage, self.config.model, self.layout, optimizer_config.seed)
+            return state
+        weights_only = self.plan.start.weights_only
+        tensors = checkpoint_tensors(state, not weights_only and not self.config.checkpoint.no_load_optim)
+        checkpoint.load(self.plan.start.folder, tensors, self.layout.world)
+        if not weights_only:
+            state.clock, state.real_tokens = progress["clock"], progress["real_tokens"]
+            state.skipped_in_a_row, state.wandb_run_id = progress["skipped_in_a_row"], progress["wandb_run_id"]
+        return state
+
+    def _run_phases(self, phase: Phase, step: int, reporter: Reporter) -> str:
+        state = self.state
+        while True:
+            outcome, step = self._run_phase(phase, step, reporter)
+            if outcome == "stopped":
+                self._save(phase, step, reporter)
+                return "stopped"
+            following = phase_at(self.plan.phases, state.clock)
+            if following is None:
+                self._save(phase, step, reporter)
+                reporter.say(f"done: {step:,} steps, {state.clock:,} tokens")
+                return "done"
+            self._save(phase, step, reporter)
+            if following.layout_key != phase.layout_key:
+                reporter.say(f"phase {phase.name} is done; phase {following.name} needs another layout: starting again")
+                return "again"
+            phase = following
+
+    def _run_phase(self, phase: Phase, step: int, reporter: Reporter) -> tuple[str, int]:
+        """All remaining steps of one phase -> ("ended" or "stopped", the last step's number)."""
+        state, settings = self.state, self.config.checkpoint
+        state.stage.rotary_base, state.stage.recompute = phase.rotary_base, phase.recompute_granularity
+        stepper = Stepper(state.stage, self.layout, self.config.model.hidden_size, self.compute_dtype,
+                          phase.data_parallel_sharding_strategy)
+        loader = self._loader("train", phase)
+        if state.clock == phase.start:
+            self._evaluate(stepper, phase, step, reporter)
+        while state.clock < phase.end:
+            record = self._step(stepper, loader, phase, step)
+            stop = record.pop("stop")
+            step = record["step"]
+            reporter.step(record, self.plan.phases[-1].end - state.clock)
+            every = self.config.logging.eval_interval
+            if state.clock == phase.end or every and step % every == 0:
+                self._evaluate(stepper, phase, step, reporter)
+            if state.clock < phase.end and stop:
+                return "stopped", step
+            if state.clock < phase.end and settings.save_interval and step % settings.save_interval == 0:
+                self._save(phase, step, reporter)
+        return "ended", step
+
+    def _step(self, stepper: Stepper, loader: Loader, phase: Phase, step: int) -> dict:
+        """Train one step -> its line of metrics.jsonl, plus "stop": someone asks to save and end."""
+        state, config = self.state, self.config
+        began = time.perf_counter()
+        microbatches = [batch.to(self.layout.device) for batch in loader.read(state.clock)]
+        data_seconds = time.perf_counter() - began
+        lr = self.plan.learning_rate.at(state.clock, phase.lr, phase.min_lr)
+        result = train_step(stepper, state.optimizer, microbatches, lr, config.optimizer.clip_grad)
+        state.clock += phase.global_batch_tokens
+        state.real_tokens += phase.global_batch_tokens  # concat never pads
+        state.skipped_in_a_row = state.skipped_in_a_row + 1 if result.skipped else 0
+        if state.skipped_in_a_row > config.optimizer.max_skipped_steps:
+            raise RuntimeError(f"{state.skipped_in_a_row} steps in a row had a gradient that is not finite; the last "
+                               f"loss was {result.loss}. Lower the learning rate or look at the data of these steps.")
+        seconds = time.perf_counter() - began
+        pairs, stop, memory, slowest_data = self._reduce_over_ranks(microbatches, phase, step + 1, data_seconds)
+        flops = step_flops(config.model, self.plan.vocab_size, phase.global_batch_tokens, pairs)
+        rate = peak_flops(torch.cuda.get_device_name(self.layout.device)) if self.layout.device.type == "cuda" else None
+        return {"step": step + 1, "tokens": state.clock, "real_tokens": state.real_tokens, "phase": phase.name,
+                "seq_length": phase.seq_length, "loss": result.loss, "grad_norm": result.grad_norm, "lr": lr,
+                "num_targets": result.num_targets, "tokens_per_second": phase.global_batch_tokens / seconds,
+                "mfu": flops / (seconds * rate * self.world.size) if rate else None, "peak_memory_bytes": memory,
+                "step_seconds": seconds, "data_seconds": slowest_data, "skipped": result.skipped, "stop": stop}
+
+    def _reduce_over_ranks(self, microbatches, phase: Phase, step: int, data_seconds: float):
+        """Causal pairs of the global batch, whether any rank wants to stop, and the largest memory and data time."""
+        layout, settings = self.layout, self.config.checkpoint
+        lengths = [batch.cu_seqlens.diff().double() for batch in microbatches]
+        pairs = sum(float((n * (n + 1) / 2).sum()) for n in lengths)
+        minutes = (time.monotonic() - self.started) / 60
+        stop = self.signalled or bool(settings.exit_interval and step % settings.exit_interval == 0) or bool(
+            settings.exit_duration_in_mins and minutes >= settings.exit_duration_in_mins)
+        is_counted = layout.tp.is_first and layout.cp.is_first and layout.pp.is_first
+        sums = torch.tensor([pairs if is_counted else 0.0, float(stop)], dtype=torch.float64, device=layout.device)
+        highest = torch.tensor([_peak_memory(layout), data_seconds], dtype=torch.float64, device=layout.device)
+        pairs, stops = all_reduce(sums, layout.world).tolist()
+        memory, slowest_data = all_reduce(highest, layout.world, torch.distributed.ReduceOp.MAX).tolist()
+        return pairs, stops > 0, int(memory), slowest_data
+
+    def _loader(self, split: str, phase: Phase) -> Loader:
+        data, layout = self.config.data, self.layout
+        return Loader(self.corpus[split], seq_length=phase.seq_length, micro_batch_size=phase.micro_batch_size,
+                      global_batch_tokens=phase.global_batch_tokens, dp_rank=layout.dp.rank, dp_size=layout.dp.size,
+                      cp_rank=layout.cp.rank, cp_size=layout.cp.size, document_masking=phase.document_masking,
+                      eod=self.plan.tokenizer.eod if self.plan.tokenizer else None, eod_mask_loss=data.eod_mask_loss,
+                      vocab_size=self.plan.vocab_size)
+
+    def _evaluate(self, stepper: Stepper, phase: Phase, step: int, reporter: Reporter) -> None:
+        if "valid" not in self.corpus or self.config.logging.eval_iters == 0:
+            return
+        loss, targets = validation_loss(stepper, self._loader("valid", phase), self.corpus["valid"].tokens_per_epoch,
+                                        self.config.logging.eval_iters, self.layout.device)
+        reporter.evaluation({"step": step, "tokens": self.state.clock, "phase": phase.name,
+                             "seq_length": phase.seq_length, "valid_loss": loss, "num_targets": targets})
+
+    def _save(self, phase: Phase, step: int, reporter: Reporter) -> None:
+        state, root = self.state, self.config.checkpoint.save
+        if root is None:
+            return
+        began = time.perf_counter()
+        progress = {"step": step, "clock": state.clock, "real_tokens": state.real_tokens,
+                    "skipped_in_a_row": state.skipped_in_a_row, "wandb_run_id": state.wandb_run_id,
+                    "phase": dataclasses.asdict(phase), "seed": self.config.optimizer.seed,
+                    "data": self.data_fingerprint, "tokenizer": self.tokenizer_description,
+                    "world_size": self.world.size, "threads": torch.get_num_threads()}
+        files = self.plan.tokenizer.files if self.plan.tokenizer else []
+        folder = checkpoint.save(root, step, checkpoint_tensors(state, True), progress, dump_yaml(self.config), files,
+                                 self.layout.world)
+        reporter.say(f"saved {folder} in {time.perf_counter() - began:.1f} s")
+
+
+def _layout_config(config: LayoutConfig, phase: Phase) -> LayoutConfig:
+    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
+             "data_parallel_sharding_strategy")
+    return dataclasses.replace(config, **{name: getattr(phase, name) for name in names})
+
+
+def _peak_memory(layout: Layout) -> int:
+    """Bytes: allocated on the GPU, or the process's resident memory on the CPU."""
+    if layout.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(layout.device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def write_outcome(outcome: str) -> None:
+    """Tell the launcher of this node how the run ended: torchrun does not pass exit codes on."""
+    path = outcome_path()
+    if path:
+        checkpoint.write_atomically(Path(path), outcome)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run; 0 for an orderly end, 2 for bad input."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        config = load_config([arg for arg in argv if arg != "--print-config"])
+        plan = make_plan(config, launched_world_size())
+        if "--print-config" in argv:
+            if launched_rank() == 0:
+                print(dump_yaml(plan.config), end="")
+            return 0
+        world = start_world(config.layout)
+    except ValueError as error:
+        return refuse(error)
+    trainer = Trainer(plan, world)
+    try:
+        outcome = trainer.run()
+    except ValueError as error:
+        return refuse(error, is_mine_alone=trainer.in_steps)
+    finally:
+        end_world()
+    if launched_local_rank() == 0:
+        write_outcome(outcome)
+    return 0
+
+
+def refuse(error: ValueError, is_mine_alone: bool = False) -> int:
+    """Bad input: say it (once, when all ranks found the same) and tell the launcher not to try again."""
+    if launched_rank() == 0 or is_mine_alone:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr, flush=True)
+    if launched_local_rank() == 0 or is_mine_alone:
+        write_outcome("refused")
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
