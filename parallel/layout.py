@@ -7,15 +7,20 @@ the only one that chooses the device. Rank order is Megatron's (tp fastest, then
 """
 
 import os
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.config import LayoutConfig, check_world_size
+
+with warnings.catch_warnings():
+    # It warns of optional packages whose place we do not let it fill (optimizers, norms).
+    warnings.simplefilter("ignore")
+    from megatron.core import parallel_state
 
 
 @dataclass(frozen=True)

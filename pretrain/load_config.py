@@ -198,9 +198,9 @@ def coerce(value: Any, annotation: Any) -> Any:
             raise ValueError("must be true or false")
         return text in _TRUE
     if annotation in (int, float):
-        kind = "a whole number" if annotation is int else "a number"
+        text, kind = _text(value).replace("_", ""), "a whole number" if annotation is int else "a number"
         try:
-            return annotation(_text(value).replace("_", ""))
+            return annotation(text)
         except ValueError:
             raise ValueError(f"must be {kind}") from None
     assert annotation is str, annotation

@@ -1,0 +1,239 @@
+#!/usr/bin/env bash
+# Train on this node, and start again when the run asks for it:
+#
+#   bash launch/train.sh --config FILE [--flags]        everything goes to `-m pretrain.train`
+#
+# Relative paths are relative to the folder you call from. Run it once on every node. From the environment:
+#
+#   NPROC_PER_NODE   processes on this node     (default: the number of GPUs, 1 where there is none)
+#   NNODES           nodes                      (default: 1)
+#   NODE_RANK        this node's number         (default: 0)
+#   MASTER_ADDR      node 0's name or address   (needed with NNODES > 1)
+#   MASTER_PORT      a port that is free there  (default: 29500; on one node a free one is found)
+#   OMP_NUM_THREADS  CPU threads a process      (default: cores / NPROC_PER_NODE)
+#   GRACE            seconds from a stop signal to the kill: one step + one save (default: 120)
+#   MAX_RESTARTS     restarts after a failure with no new checkpoint in between (default: 3)
+#   RETRY_WAIT       seconds before the first such restart, doubled each time (default: 5)
+#   ITHACA_PYTHON    see launch/setup.sh
+#
+# torchrun hands no exit codes on, so local rank 0 says how the run ended in the file ITHACA_OUTCOME_FILE:
+#
+#   done      exit 0
+#   again     start again at once (the next phase has another layout)
+#   stopped   exit 75, "try again later": a signal or --exit-interval; the state is saved (Slurm requeues)
+#   refused   exit 2: the configuration is wrong, so another try can't help
+#   nothing   a failure: start again, a bounded number of times, then exit 1
+#
+# A stop signal (TERM INT HUP USR1) that no outcome answers gives 128 + its number.
+set -uo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+say() { printf 'train.sh: %s\n' "$*" >&2; }
+refuse() { say "error: $*"; exit 2; }
+
+if [[ $# -eq 0 ]]; then
+  sed -n '2,/^set /{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"
+  exit 2
+fi
+
+# --- settings -----------------------------------------------------------------------------------------------------
+count_gpus() {
+  local visible=${CUDA_VISIBLE_DEVICES-all}
+  if ! command -v nvidia-smi >/dev/null 2>&1 || [[ -z $visible || $visible == -1 ]]; then
+    echo 0
+  elif [[ $visible == all ]]; then
+    nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true
+  else
+    tr ',' '\n' <<<"$visible" | grep -c .
+  fi
+}
+
+require_number() {  # NAME smallest
+  [[ ${!1} =~ ^[0-9]+$ && ${!1} -ge $2 ]] || refuse "$1 = ${!1}: must be a whole number, at least $2"
+}
+
+if [[ -z ${NPROC_PER_NODE:-} ]]; then
+  NPROC_PER_NODE=$(count_gpus)
+  if [[ $NPROC_PER_NODE -eq 0 ]]; then
+    NPROC_PER_NODE=1
+    say "no GPU found: 1 process (set NPROC_PER_NODE for more)"
+  fi
+fi
+NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} GRACE=${GRACE:-120} MAX_RESTARTS=${MAX_RESTARTS:-3}
+RETRY_WAIT=${RETRY_WAIT:-5}
+require_number NPROC_PER_NODE 1
+require_number NNODES 1
+require_number NODE_RANK 0
+require_number GRACE 1
+require_number MAX_RESTARTS 0
+require_number RETRY_WAIT 0
+[[ $NODE_RANK -lt $NNODES ]] || refuse "NODE_RANK = $NODE_RANK: must be below NNODES = $NNODES"
+[[ $NNODES -eq 1 || -n ${MASTER_ADDR:-} ]] || refuse "NNODES = $NNODES needs MASTER_ADDR, the address of node 0"
+
+if [[ -z ${OMP_NUM_THREADS:-} ]]; then
+  OMP_NUM_THREADS=$(($(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) / NPROC_PER_NODE))
+  [[ $OMP_NUM_THREADS -ge 1 ]] || OMP_NUM_THREADS=1
+fi
+export OMP_NUM_THREADS
+
+# shellcheck source=launch/setup.sh
+. "$root/launch/setup.sh" || exit 1
+# Packages come from this repository, never from a folder called `data` or `model` where the caller stands.
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
+
+# Questions that need no processes are answered by one.
+for argument in "$@"; do
+  case $argument in
+    -h | --help | --print-config)
+      RANK=0 LOCAL_RANK=0 WORLD_SIZE=$((NNODES * NPROC_PER_NODE)) exec "$PYTHON" -m pretrain.train "$@" ;;
+  esac
+done
+
+# --- the folder of checkpoints, to tell a run that moves on from one that is stuck ----------------------------------
+save_folder() {  # the value of --save: flags win over the file
+  local save="" config="" previous="" argument
+  for argument in "$@"; do
+    case $argument in
+      --save=*) save=${argument#*=} ;;
+      --config=*) config=${argument#*=} ;;
+    esac
+    case $previous in
+      --save) save=$argument ;;
+      --config) config=$argument ;;
+    esac
+    previous=$argument
+  done
+  if [[ -z $save && -f $config ]]; then
+    save=$(sed -n 's/^save:[[:space:]]*//p' "$config" | sed 's/[[:space:]]*\(#.*\)\{0,1\}$//; s/^["'\'']//; s/["'\'']$//')
+  fi
+  printf '%s' "$save"
+}
+save=$(save_folder "$@")
+published() { cat "${save:-/dev/null}/latest_checkpointed_iteration.txt" 2>/dev/null || true; }
+
+# --- one launch ---------------------------------------------------------------------------------------------------
+scratch=$(mktemp -d "${TMPDIR:-/tmp}/ithaca.XXXXXX") || exit 1
+child="" signal="" forwarded="" repeats=0
+
+# Workers run in sessions of their own and outlive a killed torchrun; the outcome file's name in their environment
+# tells them apart from everything else on the machine.
+end_leftovers() {
+  local environment pid
+  while read -r environment; do
+    pid=${environment#/proc/}
+    kill -KILL "${pid%/environ}" 2>/dev/null
+  done < <(env -u ITHACA_OUTCOME_FILE grep -lsaF "ITHACA_OUTCOME_FILE=$scratch/" /proc/[0-9]*/environ 2>/dev/null)
+  [[ -z $child ]] || kill -KILL -- "-$child" 2>/dev/null
+}
+
+on_signal() {
+  if [[ -n $signal ]]; then
+    repeats=$((repeats + 1))
+    if [[ $1 == INT && $repeats -ge 2 ]]; then
+      say "third signal: ending without a save"
+      end_leftovers
+    else
+      say "SIG$1: already stopping (up to $GRACE s); Ctrl-C again ends without a save"
+    fi
+    return
+  fi
+  signal=$1
+  say "SIG$1: asking the run to save and stop (up to $GRACE s)"
+  forward
+}
+forward() {  # once: a second signal would make torchrun give up waiting
+  if [[ -n $signal && -n $child && -z $forwarded ]]; then
+    forwarded=yes
+    kill "-$signal" "$child" 2>/dev/null
+  fi
+}
+for name in TERM INT HUP USR1; do
+  # shellcheck disable=SC2064  # the name is meant now
+  trap "on_signal $name" "$name"
+done
+trap 'end_leftovers; rm -rf "$scratch"' EXIT
+
+free_port() { "$PYTHON" -I -S -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
+
+launch() {  # number of the launch, then the trainer's arguments; returns torchrun's exit code
+  local number=$1 address port code deadline
+  shift
+  export ITHACA_OUTCOME_FILE="$scratch/outcome.$number"
+  if [[ $NNODES -eq 1 ]]; then
+    address=${MASTER_ADDR:-127.0.0.1}
+    port=${MASTER_PORT:-$(free_port)} || return 1
+  else
+    address=$MASTER_ADDR port=${MASTER_PORT:-29500}
+  fi
+  # Job control gives torchrun a process group of its own (Ctrl-C reaches it once, from here) and keeps bash from
+  # making it ignore SIGINT.
+  set -m
+  "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$NPROC_PER_NODE" \
+    --master-addr "$address" --master-port "$port" --max-restarts 0 \
+    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout "$GRACE" \
+    -m pretrain.train "$@" </dev/null &
+  child=$!
+  set +m
+  forward  # a signal that came while we were starting
+  # `wait` returns early, with a code above 128, whenever a trap runs.
+  wait "$child"
+  code=$?
+  if [[ -n $signal ]]; then
+    deadline=$((SECONDS + 2 * GRACE + 30))  # torchrun ends its workers itself; this is for a torchrun that hangs
+    while kill -0 "$child" 2>/dev/null; do
+      if [[ $SECONDS -ge $deadline ]]; then
+        say "torchrun did not end: killing it"
+        end_leftovers
+      fi
+      sleep 0.1
+    done
+    wait "$child" 2>/dev/null
+    code=$?
+  fi
+  end_leftovers
+  child=""
+  return "$code"
+}
+
+# --- until it is over -----------------------------------------------------------------------------------------------
+failures=0 launches=0
+while true; do
+  launches=$((launches + 1))
+  before=$(published)
+  launch "$launches" "$@"
+  code=$?
+  outcome=$(cat "$ITHACA_OUTCOME_FILE" 2>/dev/null || true)
+  if [[ -n $outcome && $outcome != refused && $code -ne 0 && -z $signal ]]; then
+    say "warning: the run ended as '$outcome', but torchrun with code $code"
+  fi
+  case $outcome in
+    done) exit 0 ;;
+    refused) exit 2 ;;
+    stopped) say "stopped; the same command goes on from the last checkpoint"; exit 75 ;;
+    again)
+      [[ -z $signal ]] || { say "stopped between two layouts; the same command goes on"; exit 75; }
+      say "starting again: the next phase has another layout"
+      failures=0
+      continue ;;
+    "") ;;
+    *) say "error: unknown outcome '$outcome'" ;;
+  esac
+  if [[ -z $signal ]]; then
+    [[ -z $save || $(published) == "$before" ]] || failures=0
+    failures=$((failures + 1))
+    if [[ $failures -gt $MAX_RESTARTS ]]; then
+      say "error: failed $failures times without a new checkpoint (torchrun code $code); giving up"
+      exit 1
+    fi
+    pause=$((failures <= 6 ? RETRY_WAIT << (failures - 1) : RETRY_WAIT << 6))
+    say "failed without an outcome (torchrun code $code); restart $failures of $MAX_RESTARTS in $pause s"
+    for ((tick = 0; tick < pause * 10; tick++)); do
+      [[ -z $signal ]] || break
+      sleep 0.1
+    done
+  fi
+  if [[ -n $signal ]]; then
+    say "ended by SIG$signal without an orderly stop; the last checkpoint counts"
+    exit $((128 + $(kill -l "$signal")))
+  fi
+done

@@ -1,0 +1,128 @@
+"""One training step on any layout, with everything that a single process can be compared on."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from data.loader import Loader
+from data.stream import DocumentStream
+from model.build import build_stage
+from model.config import ModelConfig
+from model.init import initialize
+from model.kernels import choose_attention
+from parallel.config import LayoutConfig
+from parallel.layout import World, build_layout
+from pretrain.config import OptimizerConfig
+from pretrain.state import build_optimizer
+from pretrain.step import Stepper, train_step
+
+VOCABULARY = 101  # no multiple of the padding: the last rows of the embedding hold no token
+TOLERANCE = 1e-10
+"""Largest absolute error over the tensor's largest absolute value, in fp64."""
+
+
+class MemoryCorpus:
+    """Documents in memory with the reader's interface: lengths chosen so that they cross slice edges."""
+
+    def __init__(self, lengths: tuple[int, ...], seed: int = 7):
+        self.document_lengths = np.array(lengths, dtype=np.int64)
+        self.num_documents, self.prefix = len(lengths), "memory"
+        generator = np.random.default_rng(seed)
+        self.documents = [generator.integers(0, VOCABULARY, size=n) for n in lengths]
+
+    def read(self, document: int, offset: int, length: int) -> np.ndarray:
+        return self.documents[document][offset:offset + length].astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout, a model and a batch."""
+
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    dp: int = 1
+    strategy: str = "optim_grads"
+    model: dict = field(default_factory=dict)
+    lengths: tuple[int, ...] = (1, 5, 40, 3, 17, 64, 2, 2, 90, 11, 1, 30)
+    seq_length: int = 32
+    micro_batch_size: int = 1
+    samples: int = 8
+    document_masking: bool = True
+    recompute: str | None = None
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.cp * self.dp
+
+    def single(self) -> "Case":
+        """The same model and batch in one process."""
+        return Case(model=self.model, lengths=self.lengths, seq_length=self.seq_length, samples=self.samples,
+                    document_masking=self.document_masking)
+
+    def model_config(self) -> ModelConfig:
+        # Large initial weights: small ones would make every layer nearly the identity.
+        shape = dict(num_layers=3, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2,
+                     init_method_std=0.2)
+        return ModelConfig(**(shape | self.model))
+
+    def build(self, world: World, seed: int = 1234):
+        """(layout, stage, optimizer, stepper, loader) as the trainer makes them, in fp64."""
+        import torch
+
+        layout = build_layout(LayoutConfig(tensor_model_parallel_size=self.tp, pipeline_model_parallel_size=self.pp,
+                                           context_parallel_size=self.cp), world)
+        attend, _ = choose_attention("auto", layout.device, torch.float64)
+        config = self.model_config()
+        stage = build_stage(config, VOCABULARY, layout, attend, strategy=self.strategy, master_dtype=torch.float64,
+                            compute_dtype=torch.float64)
+        initialize(stage, config, layout, seed)
+        stage.recompute = self.recompute
+        stepper = Stepper(stage, layout, config.hidden_size, torch.float64, self.strategy)
+        stream = DocumentStream(MemoryCorpus(self.lengths), np.arange(len(self.lengths)), seed)
+        loader = Loader(stream, seq_length=self.seq_length, micro_batch_size=self.micro_batch_size,
+                        global_batch_tokens=self.samples * self.seq_length, dp_rank=layout.dp.rank,
+                        dp_size=layout.dp.size, cp_rank=layout.cp.rank, cp_size=layout.cp.size,
+                        document_masking=self.document_masking, eod=None, eod_mask_loss=False,
+                        vocab_size=VOCABULARY)
+        return layout, stage, build_optimizer(stage, OptimizerConfig(lr=1e-3)), stepper, loader
+
+
+def run_step(world: World, case: Case) -> dict:
+    """One optimizer step and one evaluation -> loss, norm, targets, valid, and this rank's whole tensors by name."""
+    layout, stage, optimizer, stepper, loader = case.build(world)
+    gradients = {}
+
+    def capture(*_):
+        gradients.update({name: p.grad.full_tensor().numpy() for name, p in stage.named_parameters()})
+
+    optimizer.register_step_pre_hook(capture)
+    result = train_step(stepper, optimizer, loader.read(0), lr=1e-3, clip_grad=1.0)
+    weights = {name: p.full_tensor().detach().numpy() for name, p in stage.named_parameters()}
+    valid, _ = stepper.run(loader.read(case.samples * case.seq_length), train=False)
+    return {"loss": result.loss, "grad_norm": result.grad_norm, "num_targets": result.num_targets, "valid": valid,
+            "gradients": gradients, "weights": weights, "tp_rank": layout.tp.rank, "pp_rank": layout.pp.rank}
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """Largest absolute error over the largest absolute value."""
+    assert found.shape == expected.shape and np.isfinite(found).all()
+    largest = np.abs(expected).max()
+    assert largest > 0, "comparing with zeros proves nothing"
+    return float(np.abs(found - expected).max() / largest)
+
+
+def compare(results: list[dict], expected: dict) -> None:
+    """Assert that every rank's view equals the single process."""
+    names = set()
+    for rank, result in enumerate(results):
+        assert result["num_targets"] == expected["num_targets"]
+        for key in ("loss", "grad_norm", "valid"):
+            assert abs(result[key] - expected[key]) <= TOLERANCE * abs(expected[key]), (rank, key)
+        for kind in ("gradients", "weights"):
+            for name, tensor in result[kind].items():
+                error = relative_error(tensor, expected[kind][name])
+                assert error <= TOLERANCE, f"rank {rank}: {kind} of {name}: relative error {error:.1e}"
+                names.add((kind, name))
+    missing = {(kind, name) for kind in ("gradients", "weights") for name in expected[kind]} - names
+    assert not missing, f"no rank holds {sorted(missing)[:5]}"

@@ -1,0 +1,100 @@
+"""Worker processes for tests, started once per session and reused: importing torch and megatron takes seconds.
+
+`pool.run(function, world_size, *args)` calls a module-level function on every rank of a fresh world
+and returns the ranks' results in order. A failing rank fails the call with its traceback and the
+workers are replaced.
+"""
+
+import multiprocessing
+import os
+import shutil
+import tempfile
+import traceback
+from multiprocessing.connection import Connection, wait
+
+PRELOADED = ["torch", "torch.distributed.checkpoint", "torch.distributed.tensor", "torch.distributed.pipelining",
+             "parallel.layout", "pretrain.train"]
+
+
+def _serve(connection: Connection, rank: int) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from parallel.config import LayoutConfig
+    from parallel.layout import end_world, start_world
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            job = connection.recv()
+        except EOFError:
+            return
+        function, world_size, store_path, args = job
+        try:
+            os.environ["LOCAL_RANK"] = str(rank)
+            world = start_world(LayoutConfig(distributed_timeout_minutes=2), dist.FileStore(store_path, world_size),
+                                rank, world_size)
+            try:
+                result = function(world, *args)
+            finally:
+                end_world()
+            connection.send((True, result))
+        except BaseException:
+            connection.send((False, traceback.format_exc()))
+
+
+class WorkerPool:
+    """Up to eight workers, one thread each."""
+
+    def __init__(self):
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(PRELOADED)
+        self.folder = tempfile.mkdtemp(prefix="ithaca-pool-")
+        self.workers: list[tuple] = []
+        self.jobs = 0
+
+    def _grow(self, size: int) -> None:
+        while len(self.workers) < size:
+            ours, theirs = self.context.Pipe()
+            process = self.context.Process(target=_serve, args=(theirs, len(self.workers)), daemon=True)
+            process.start()
+            theirs.close()
+            self.workers.append((process, ours))
+
+    def run(self, function, world_size: int, *args, timeout: float = 300.0) -> list:
+        """Results by rank. Raises AssertionError with the first failing rank's traceback."""
+        self._grow(world_size)
+        self.jobs += 1
+        store = os.path.join(self.folder, f"store{self.jobs}")
+        pending = {}
+        for rank in range(world_size):
+            connection = self.workers[rank][1]
+            connection.send((function, world_size, store, args))
+            pending[connection] = rank
+        results = [None] * world_size
+        while pending:
+            ready = wait(list(pending), timeout)
+            if not ready:
+                self.close_workers()
+                raise AssertionError(f"ranks {sorted(pending.values())} did not answer in {timeout:.0f} s")
+            for connection in ready:
+                rank = pending.pop(connection)
+                try:
+                    succeeded, results[rank] = connection.recv()
+                except EOFError:
+                    succeeded, results[rank] = False, "the process died"
+                if not succeeded:
+                    self.close_workers()
+                    raise AssertionError(f"rank {rank} of {world_size} failed:\n{results[rank]}")
+        return results
+
+    def close_workers(self) -> None:
+        for process, connection in self.workers:
+            connection.close()
+            process.kill()
+            process.join()
+        self.workers.clear()
+
+    def close(self) -> None:
+        self.close_workers()
+        shutil.rmtree(self.folder, ignore_errors=True)

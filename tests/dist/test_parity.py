@@ -1,0 +1,74 @@
+"""Every layout gives the loss, every gradient and the updated weights of one process, in fp64."""
+
+import numpy as np
+import pytest
+
+from tests.dist.parity import Case, compare, run_step
+
+QWEN3 = dict(qk_layernorm=True, kv_channels=12)
+QWEN2_TIED = dict(add_qkv_bias=True, num_query_groups=1)
+UNTIED = dict(untie_embeddings_and_output_weights=True)
+
+CASES = {
+    "tp2": Case(tp=2, model=UNTIED),
+    "pp2 tied": Case(pp=2),
+    "dp2": Case(dp=2, model=UNTIED | QWEN3),
+    "cp2": Case(cp=2, model=UNTIED),
+    "tp2 kv1": Case(tp=2, model=QWEN2_TIED),
+    "tp4 kv2 qk-norm": Case(tp=4, model=QWEN3),
+    "cp4 kv1": Case(cp=4, model=QWEN2_TIED),
+    "cp4 six heads": Case(cp=4, model=dict(num_attention_heads=6, num_query_groups=2, hidden_size=48)),
+    "tp2 cp2": Case(tp=2, cp=2, model=UNTIED | QWEN3),
+    "tp2 cp2 kv1": Case(tp=2, cp=2, model=QWEN2_TIED),
+    "pp2 cp2": Case(pp=2, cp=2),
+    "tp2 pp2": Case(tp=2, pp=2, model=QWEN3),
+    "cp2 dp2 micro2": Case(cp=2, dp=2, micro_batch_size=2),
+    "dp2 zero1": Case(dp=2, strategy="optim"),
+    "dp2 zero3": Case(dp=2, strategy="optim_grads_params"),
+    "cp2 zero3 recompute": Case(cp=2, strategy="optim_grads_params", recompute="full"),
+    "pp2 dp2 zero3 recompute": Case(pp=2, dp=2, strategy="optim_grads_params", recompute="full", model=QWEN2_TIED),
+    "cp4 no masking": Case(cp=4, document_masking=False),
+    "cp4 long documents": Case(cp=4, lengths=(400,), model=UNTIED),
+    "tp2 pp2 cp2 tied": Case(tp=2, pp=2, cp=2),
+    "tp2 pp2 cp2 untied": Case(tp=2, pp=2, cp=2, model=UNTIED | QWEN3),
+}
+
+
+@pytest.fixture(scope="module")
+def single(pool):
+    """Results of one process, computed once per model and batch."""
+    known = {}
+
+    def get(case: Case) -> dict:
+        key = repr(case.single())
+        if key not in known:
+            known[key] = pool.run(run_step, 1, case.single())[0]
+        return known[key]
+
+    return get
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_one_process(pool, single, name):
+    case = CASES[name]
+    results = pool.run(run_step, case.world_size, case)
+    compare(results, single(case))
+    for result in results:
+        twin = next(r for r in results if r["pp_rank"] == result["pp_rank"])
+        for tensor_name, tensor in result["weights"].items():
+            assert np.array_equal(tensor, twin["weights"][tensor_name]), f"replicas of {tensor_name} drifted apart"
+
+
+def test_packed_documents_cross_slice_edges():
+    """The batch of the parity cases does what it is meant to: boundaries on and off slice edges, empty slices."""
+    from data.stream import DocumentStream
+    from data.batch import IGNORE, read_batch
+    from tests.dist.parity import MemoryCorpus
+
+    lengths = Case().lengths
+    stream = DocumentStream(MemoryCorpus(lengths), np.arange(len(lengths)), 1234)
+    batches = [read_batch(stream, [sample * 32], 32, 0, 1) for sample in range(8)]
+    edges = {int(edge) for batch in batches for edge in batch.cu_seqlens[1:-1]}
+    assert edges - set(range(0, 32, 8)), "some document must begin inside a slice of cp 4"
+    assert any(len(batch.cu_seqlens) == 2 for batch in batches), "some document must span all slices"
+    assert any((batch.labels == IGNORE).any() for batch in batches)

@@ -1,0 +1,147 @@
+"""Stopping, continuing and changing the layout leave the run what it was."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+from pretrain import checkpoint
+from tests.dist.training import base_arguments, losses, stored, train, write_corpus
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus")
+
+
+@pytest.mark.parametrize("world, layout", [
+    (1, {}), (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+    (4, {"context_parallel_size": 2, "data_parallel_sharding_strategy": "optim_grads_params"})])
+def test_resume_is_bit_identical(pool, corpus, tmp_path, world, layout):
+    straight, stopped = str(tmp_path / "straight"), str(tmp_path / "stopped")
+    common = dict(bf16=True, **layout)
+    assert pool.run(train, world, base_arguments(corpus, save=straight, **common)) == ["done"] * world
+    interrupted = base_arguments(corpus, save=stopped, exit_interval=2, **common)
+    assert [pool.run(train, world, interrupted)[0] for _ in range(3)] == ["stopped", "stopped", "done"]
+    assert losses(straight) == losses(stopped) and len(losses(straight)) == 6
+    expected, found = stored(straight), stored(stopped)
+    assert expected.keys() == found.keys() and len(expected) > 40
+    for name, tensor in expected.items():
+        assert np.array_equal(tensor, found[name]), name
+    # A finished run says so and changes nothing.
+    assert pool.run(train, world, interrupted)[0] == "done"
+    assert len(losses(stopped)) == 6
+
+
+def test_a_step_done_again_stands_once(pool, corpus, tmp_path):
+    """A kill after step 5 with the last checkpoint at step 3: steps 4 and 5 are written again, once."""
+    save = str(tmp_path / "save")
+    pool.run(train, 1, base_arguments(corpus, save=save, save_interval=3))
+    first = losses(save)
+    (tmp_path / "save" / checkpoint.LATEST).write_text("3")
+    with open(tmp_path / "save" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')  # what a kill in the middle of a write leaves
+    assert pool.run(train, 1, base_arguments(corpus, save=save, save_interval=3)) == ["done"]
+    assert losses(save) == first
+
+
+def test_tp2_pp2_continues_on_cp4_with_the_same_next_loss(pool, corpus, tmp_path):
+    save = str(tmp_path / "save")
+    tp2_pp2 = dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    pool.run(train, 4, base_arguments(corpus, save=save, fp64=True, exit_interval=3, **tp2_pp2))
+    for name, layout in (("same", tp2_pp2), ("cp4", dict(context_parallel_size=4)), ("dp4", {})):
+        assert pool.run(train, 4, base_arguments(corpus, save=str(tmp_path / name), load=save, fp64=True, **layout)) \
+            == ["done"] * 4
+    expected = losses(tmp_path / "same")
+    assert sorted(expected) == [4, 5, 6]
+    for name in ("cp4", "dp4"):
+        found = losses(tmp_path / name)
+        assert found.keys() == expected.keys()
+        assert all(abs(found[step] - expected[step]) <= 1e-10 * expected[step] for step in expected), name
+
+
+PHASES = [
+    dict(name="short", seq_length=64, train_tokens=512, global_batch_tokens=256, tensor_model_parallel_size=2),
+    dict(name="same-layout", seq_length=128, train_tokens=512, global_batch_tokens=256, rotary_base=30000.0,
+         tensor_model_parallel_size=2),
+    dict(name="pipeline", seq_length=128, train_tokens=512, global_batch_tokens=512, context_parallel_size=2,
+         pipeline_model_parallel_size=2),
+    dict(name="long", seq_length=256, train_tokens=1000, global_batch_tokens=512, context_parallel_size=4, lr=1e-3),
+]
+LAYOUT_KEYS = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+
+
+def test_phases_with_changing_layouts_equal_one_process(pool, corpus, tmp_path):
+    """Growing context over three layouts (restarts) equals the same phases in one process (no restart)."""
+
+    def arguments(name, keep_layout):
+        phases = [{k: v for k, v in phase.items() if keep_layout or k not in LAYOUT_KEYS} for phase in PHASES]
+        config = tmp_path / f"{name}.yaml"
+        config.write_text(yaml.safe_dump({"phases": phases, "fp64": True}))
+        argv = base_arguments(corpus, save=str(tmp_path / name))
+        for flag in ("--train-iters", "--seq-length", "--global-batch-size"):
+            at = argv.index(flag)
+            del argv[at:at + 2]
+        return ["--config", str(config), *argv]
+
+    assert pool.run(train, 1, arguments("one", False)) == ["done"]
+    outcomes = [pool.run(train, 4, arguments("four", True)) for _ in range(3)]
+    assert outcomes == [["again"] * 4, ["again"] * 4, ["done"] * 4]
+    expected, found = losses(tmp_path / "one"), losses(tmp_path / "four")
+    assert sorted(found) == list(range(1, 8)) and found.keys() == expected.keys()
+    assert all(abs(found[step] - expected[step]) <= 1e-10 * expected[step] for step in expected)
+    lines = [json.loads(line) for line in (tmp_path / "four" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["tokens"] for line in lines] == [256, 512, 768, 1024, 1536, 2048, 2560]
+    assert [line["phase"] for line in lines] == ["short"] * 2 + ["same-layout"] * 2 + ["pipeline"] + ["long"] * 2
+    one, four = stored(tmp_path / "one"), stored(tmp_path / "four")
+    for name, tensor in one.items():
+        assert np.abs(four[name] - tensor).max() <= 1e-9 * max(np.abs(tensor).max(), 1e-30), name
+
+
+def test_finetune_takes_the_weights_only(pool, corpus, tmp_path):
+    pool.run(train, 1, base_arguments(corpus, save=str(tmp_path / "base"), train_iters=2))
+    argv = base_arguments(corpus, save=str(tmp_path / "new"), load=str(tmp_path / "base"), finetune=True,
+                          train_iters=1, lr=1e-12, seed=99)
+    assert pool.run(train, 1, argv) == ["done"]
+    before, after = stored(tmp_path / "base"), stored(tmp_path / "new")
+    assert sorted(losses(tmp_path / "new")) == [1]
+    weights = [name for name in before if name.startswith("model.")]
+    assert weights and all(np.allclose(before[name], after[name], rtol=1e-6, atol=1e-9) for name in weights)
+
+
+def refusal(pool, argv) -> str:
+    with pytest.raises(AssertionError) as error:
+        pool.run(train, 1, argv)
+    text = str(error.value)
+    assert "ValueError" in text
+    return text.splitlines()[-1] if "\nValueError" not in text else text.split("\nValueError")[-1]
+
+
+def test_damaged_checkpoints_are_refused(pool, corpus, tmp_path):
+    save = tmp_path / "save"
+    argv = base_arguments(corpus, save=str(save), train_iters=2)
+    pool.run(train, 1, argv)
+    folder = checkpoint.published(save)
+    longer = base_arguments(corpus, save=str(save), train_iters=4)
+    data = next(folder.glob("*.distcp"))
+    original = data.read_bytes()
+    flipped = bytearray(original)
+    flipped[len(flipped) // 2] ^= 1
+    data.write_bytes(flipped)
+    assert "differs from its checksum" in refusal(pool, longer)
+    data.unlink()
+    assert "is missing" in refusal(pool, longer)
+    data.write_bytes(original)
+    assert pool.run(train, 1, longer) == ["done"]
+
+
+def test_other_models_data_and_seeds_are_refused(pool, corpus, tmp_path):
+    save = str(tmp_path / "save")
+    pool.run(train, 1, base_arguments(corpus, save=save, train_iters=1))
+    other = write_corpus(tmp_path / "other", seed=4)
+    assert "holds another model: hidden_size: checkpoint 32, run 64" in refusal(
+        pool, base_arguments(corpus, save=save, hidden_size=64))
+    assert "data: checkpoint" in refusal(pool, base_arguments(other, save=save, train_iters=2))
+    assert "seed: checkpoint 1234, run 5" in refusal(pool, base_arguments(corpus, save=save, train_iters=2, seed=5))
+    assert losses(save).keys() == {1}

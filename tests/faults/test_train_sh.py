@@ -1,0 +1,225 @@
+"""launch/train.sh: what each outcome of a run leads to, with a stand-in for torchrun that takes no time.
+
+`ITHACA_PYTHON` names a shell script that plays torchrun: it notes the start, then does the next thing of its plan.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN_SH = ROOT / "launch" / "train.sh"
+
+# Each launch takes the next line of the file `plan` (the last line is kept). `hang` waits for a signal, says which
+# one, and ends like a trainer that saved; it leaves an orphan in a session of its own, as a killed torchrun does.
+FAKE_PYTHON = r"""#!/usr/bin/env bash
+[[ $1 == -m ]] || exec {python} "$@"
+here={here}
+if [[ $2 == pretrain.train ]]; then echo "direct $RANK $WORLD_SIZE ${{*:3}}"; exit 0; fi
+echo "$PWD|$OMP_NUM_THREADS|$PYTHONPATH|$*" >> "$here/starts"
+action=$(head -n 1 "$here/plan")
+[[ $(wc -l < "$here/plan") -le 1 ]] || sed -i 1d "$here/plan"
+case $action in
+  nothing) exit 1 ;;
+  silent) exit 0 ;;
+  publish) mkdir -p "$here/save"; date +%s%N > "$here/save/latest_checkpointed_iteration.txt"; exit 1 ;;
+  refused) echo -n refused > "$ITHACA_OUTCOME_FILE"; exit 1 ;;
+  hang | deaf)
+    if [[ $action == hang ]]; then
+      for name in TERM INT HUP USR1; do
+        trap "echo $name >> '$here/signals'; echo -n stopped > '$ITHACA_OUTCOME_FILE'; exit 1" $name
+      done
+    fi
+    setsid sleep 300 &
+    echo $! > "$here/orphan"
+    echo $$ > "$here/ready"
+    while true; do sleep 0.05; done ;;
+  *) echo -n "$action" > "$ITHACA_OUTCOME_FILE"; exit 0 ;;
+esac
+"""
+
+
+class Fixture:
+    """A folder with the stand-in in it, and train.sh run from there."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.python = folder / "python"
+        self.python.write_text(FAKE_PYTHON.format(python=sys.executable, here=folder))
+        self.python.chmod(0o755)
+        self.environment = {key: value for key, value in os.environ.items() if key not in
+                            ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "PYTHONPATH")}
+        self.environment |= {"ITHACA_PYTHON": str(self.python), "RETRY_WAIT": "0", "GRACE": "5",
+                             "NPROC_PER_NODE": "1", "TMPDIR": str(folder)}
+
+    def plan(self, *actions: str) -> None:
+        (self.folder / "plan").write_text("".join(f"{action}\n" for action in actions))
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen:
+        return subprocess.Popen(["bash", str(TRAIN_SH), *(arguments or ("--config", "run.yaml"))], cwd=self.folder,
+                                env=self.environment | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                text=True, start_new_session=True)
+
+    def run(self, *arguments: str, **environment: str) -> tuple[int, str, str]:
+        process = self.start(*arguments, **environment)
+        out, err = process.communicate(timeout=30)
+        self.assert_clean()
+        return process.returncode, out, err
+
+    def starts(self) -> list[str]:
+        path = self.folder / "starts"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + 20
+        while not (self.folder / "ready").exists():
+            assert time.monotonic() < deadline, "the stand-in did not start"
+            time.sleep(0.02)
+
+    def assert_clean(self) -> None:
+        """No scratch folder, and no process that carries its name."""
+        assert not list(self.folder.glob("ithaca.*"))
+        for name in ("ready", "orphan"):
+            path = self.folder / name
+            if path.exists():
+                assert not _is_alive(int(path.read_text())), f"{name} is still running"
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
+
+
+@pytest.fixture
+def fake(tmp_path):
+    return Fixture(tmp_path)
+
+
+def test_done_is_success(fake):
+    fake.plan("done")
+    code, _, err = fake.run("--config", "run.yaml", "--lr", "1")
+    assert code == 0, err
+    (start,) = fake.starts()
+    folder, threads, path, command = start.split("|")
+    assert Path(folder) == fake.folder  # relative paths stay the caller's
+    assert int(threads) >= 1
+    assert path == str(ROOT)
+    assert command.endswith("-m pretrain.train --config run.yaml --lr 1")
+    assert "--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 5" in command
+    assert "--nnodes 1 --node-rank 0 --nproc-per-node 1 --master-addr 127.0.0.1 --master-port" in command
+
+
+def test_again_starts_again(fake):
+    fake.plan("again", "done")
+    assert fake.run()[0] == 0
+    assert len(fake.starts()) == 2
+
+
+def test_stopped_asks_to_be_called_again(fake):
+    fake.plan("stopped")
+    assert fake.run()[0] == 75
+    assert len(fake.starts()) == 1
+
+
+def test_refused_is_not_tried_again(fake):
+    fake.plan("refused")
+    assert fake.run()[0] == 2
+    assert len(fake.starts()) == 1
+
+
+@pytest.mark.parametrize("action", ["nothing", "silent", "nonsense"])
+def test_no_known_outcome_is_a_failure_with_bounded_restarts(fake, action):
+    fake.plan(action)
+    code, _, err = fake.run(MAX_RESTARTS="2")
+    assert code == 1
+    assert len(fake.starts()) == 3
+    assert "giving up" in err
+
+
+def test_failures_then_done(fake):
+    fake.plan("nothing", "nothing", "done")
+    assert fake.run(MAX_RESTARTS="2")[0] == 0
+    assert len(fake.starts()) == 3
+
+
+@pytest.mark.parametrize("arguments", [("--config", "run.yaml", "--save", "save"), ("--config=run.yaml",)])
+def test_a_new_checkpoint_resets_the_count(fake, arguments):
+    (fake.folder / "run.yaml").write_text("lr: 1\nsave: 'save'  # where\n")
+    fake.plan("nothing", "publish", "publish", "nothing", "done")
+    assert fake.run(*arguments, MAX_RESTARTS="2")[0] == 0
+    assert len(fake.starts()) == 5
+    fake.plan("nothing")  # the same checkpoint as before is no progress
+    assert fake.run(*arguments, MAX_RESTARTS="2")[0] == 1
+
+
+@pytest.mark.parametrize("name", ["TERM", "INT", "HUP", "USR1"])
+def test_a_signal_is_forwarded_and_the_outcome_counts(fake, name):
+    fake.plan("hang")
+    process = fake.start()
+    fake.wait_until_ready()
+    process.send_signal(getattr(signal, f"SIG{name}"))
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 75, err
+    assert (fake.folder / "signals").read_text().split() == [name]
+    assert len(fake.starts()) == 1
+    fake.assert_clean()
+
+
+def test_a_signal_without_an_orderly_end_is_not_a_success(fake):
+    fake.plan("deaf")
+    process = fake.start()
+    fake.wait_until_ready()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert len(fake.starts()) == 1
+    fake.assert_clean()
+
+
+def test_a_signal_ends_the_wait_for_a_restart(fake):
+    fake.plan("nothing")
+    process = fake.start(RETRY_WAIT="60")
+    assert "restart 1 of 3 in 60 s" in process.stderr.readline()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=10)
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+def test_several_nodes(fake):
+    fake.plan("done")
+    settings = {"NNODES": "2", "NODE_RANK": "1", "MASTER_PORT": "1234", "NPROC_PER_NODE": "8"}
+    assert fake.run(MASTER_ADDR="node0", **settings)[0] == 0
+    assert "--nnodes 2 --node-rank 1 --nproc-per-node 8 --master-addr node0 --master-port 1234" in fake.starts()[0]
+    code, _, err = fake.run(**settings)
+    assert code == 2 and "MASTER_ADDR" in err
+
+
+@pytest.mark.parametrize("name, value", [("NPROC_PER_NODE", "0"), ("MAX_RESTARTS", "many"), ("NODE_RANK", "1")])
+def test_bad_settings_are_named(fake, name, value):
+    fake.plan("done")
+    code, _, err = fake.run(**{name: value})
+    assert code == 2 and name in err
+    assert not fake.starts()
+
+
+def test_questions_need_no_torchrun(fake):
+    code, out, _ = fake.run("--config", "run.yaml", "--print-config", NPROC_PER_NODE="4")
+    assert code == 0 and not fake.starts()
+    assert out == "direct 0 4 --config run.yaml --print-config\n"
+    code, out, _ = fake.run("--help")
+    assert code == 0 and out == "direct 0 4 --help\n".replace("4", "1")
+
+
+def test_no_arguments_print_the_usage(fake):
+    process = subprocess.run(["bash", str(TRAIN_SH)], cwd=fake.folder, env=fake.environment, capture_output=True,
+                             text=True, timeout=10)
+    assert process.returncode == 2
+    assert "MASTER_ADDR" in process.stdout

@@ -1,0 +1,155 @@
+"""Presets, YAML, flags, and every check of validate()."""
+
+import dataclasses
+from typing import get_type_hints
+
+import pytest
+
+from model.config import PRESETS
+from model.estimate import num_parameters
+from pretrain.config import Config
+from pretrain.load_config import dump_yaml, field_table, load_config, read_config_yaml
+
+
+def write(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_flags_win_over_yaml_and_yaml_over_the_preset(tmp_path):
+    path = write(tmp_path, "model: tiny\nnum_layers: 3\nlr: 3e-4\nseq_length: 8Ki\nbf16: on\n")
+    config = load_config(["--config", path, "--lr", "8.0e-6", "--no-bf16"])
+    assert (config.model.num_layers, config.model.hidden_size) == (3, 256)
+    assert (config.optimizer.lr, config.schedule.seq_length, config.optimizer.bf16) == (8.0e-6, 8192, False)
+
+
+def test_megatron_spellings():
+    config = load_config(["--ds_sequence_parallel_size", "4", "--global-batch-size=8", "--seq_length", "1Mi",
+                          "--data-path", "some/prefix", "--tokenizer_type", "NullTokenizer"])
+    assert config.layout.context_parallel_size == 4 and config.schedule.global_batch_size == 8
+    assert config.schedule.seq_length == 1 << 20 and config.data.data_path == ["some/prefix"]
+
+
+def test_yaml_values_are_read_by_the_type_of_their_field(tmp_path):
+    path = write(tmp_path, "model: tiny\nlr: 8.0e-6\ndocument_masking: off\nnum_query_groups: null\nphases:\n"
+                           "  - {name: a, seq_length: 64Ki, rotary_base: 5.0e8}\n")
+    config = load_config(["--config", path])
+    assert config.optimizer.lr == 8.0e-6 and config.data.document_masking is False
+    assert config.model.num_query_groups is None
+    assert config.schedule.phases[0].seq_length == 65536 and config.schedule.phases[0].rotary_base == 5.0e8
+
+
+def test_all_yaml_errors_at_once(tmp_path):
+    path = write(tmp_path, "num_layrs: 3\nlr: fast\nbf16: maybe\nseq_length: 8q\nlr_decay_style: wsd\n"
+                           "seed: [1, 2]\nphases:\n  - {nam: x}\n")
+    with pytest.raises(ValueError) as error:
+        load_config(["--config", path])
+    text = str(error.value)
+    for part in ("num_layrs: no such setting. Fix: did you mean num_layers?", "lr = 'fast': must be a number",
+                 "bf16 = 'maybe': must be true or false", "'8q' is no token count",
+                 "lr_decay_style = 'wsd': must be one of constant, linear, cosine, WSD",
+                 "seed = ['1', '2']: must be a single value", "phases[0]: nam: no such setting"):
+        assert part in text
+    assert len(text.splitlines()) == 7 and all(path in line for line in text.splitlines())
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--seq-lenght", "8"], "--seq-lenght: no such flag. Fix: did you mean --seq-length?"),
+    (["--model", "lama3-8b"], "did you mean llama3-8b?"),
+    (["--config", "missing.yaml"], "config = missing.yaml: no such file"),
+    (["--config"], "--config: needs a value"),
+])
+def test_bad_flags(argv, message):
+    with pytest.raises(ValueError) as error:
+        load_config(argv)
+    assert message in str(error.value)
+
+
+def test_bad_yaml_files(tmp_path):
+    with pytest.raises(ValueError, match="not valid YAML"):
+        load_config(["--config", write(tmp_path, "a: [1\n")])
+    with pytest.raises(ValueError, match="must hold `key: value` lines"):
+        load_config(["--config", write(tmp_path, "- a\n")])
+    with pytest.raises(ValueError, match="phases: must be a list of mappings"):
+        load_config(["--config", write(tmp_path, "phases: 3\n")])
+
+
+def test_saved_yaml_reads_back_the_same(tmp_path):
+    path = write(tmp_path, "model: qwen3-8b\nlr: 1e-5\nphases:\n  - {name: a, seq_length: 4Ki, lr: 2e-5}\n")
+    config = load_config(["--config", path, "--train-tokens", "1B"])
+    saved = write(tmp_path, dump_yaml(config))
+    assert read_config_yaml(saved) == config
+
+
+def test_every_field_is_explained():
+    for section, cls in get_type_hints(Config).items():
+        source = open(__import__(cls.__module__, fromlist=["x"]).__file__).read()
+        for field in dataclasses.fields(cls):
+            after = source.split(f"\n    {field.name}: ", 1)[1].split("\n    ", 2)
+            assert '"""' in after[1] or '"""' in after[2], f"{section}.{field.name} has no docstring"
+    assert len(field_table()) > 80
+
+
+@pytest.mark.parametrize("name, billions, vocabulary", [
+    ("tiny", 0.0101, 8192), ("125m", 0.124, 50257), ("1b", 1.236, 128256), ("llama3-8b", 8.03, 128256),
+    ("llama3-70b", 70.55, 128256), ("qwen3-8b", 8.19, 151936)])
+def test_presets_have_the_published_sizes(name, billions, vocabulary):
+    config = load_config(["--model", name]).model
+    assert config.validate() == []
+    assert num_parameters(config, vocabulary) / 1e9 == pytest.approx(billions, rel=0.01)
+    assert set(PRESETS[name]) <= {field.name for field in dataclasses.fields(config)}
+
+
+CHECKS = [
+    ("num_layers", 0, "num_layers = 0: must be at least 1"),
+    ("hidden_size", -1, "hidden_size = -1: must be at least 1"),
+    ("swiglu", False, "swiglu = False: only True is built"),
+    ("attention_dropout", 0.1, "attention_dropout = 0.1: only 0.0 is built"),
+    ("rotary_percent", 0.5, "rotary_percent = 0.5: only 1.0 is built"),
+    ("disable_bias_linear", False, "disable_bias_linear = False: only True"),
+    ("norm_epsilon", 0.0, "norm_epsilon = 0.0: must be above 0"),
+    ("num_query_groups", 3, "num_query_groups = 3: must divide num_attention_heads = 8. Fix: one of [1, 2, 4, 8]"),
+    ("num_attention_heads", 5, "must be a multiple of num_attention_heads = 5"),
+    ("kv_channels", 3, "kv_channels = 3: rotary embedding turns pairs"),
+    ("group_query_attention", False, "group_query_attention = False: but num_query_groups = 4"),
+    ("tensor_model_parallel_size", 0, "tensor_model_parallel_size = 0: must be at least 1"),
+    ("sequence_parallel", True, "sequence_parallel = True: Megatron's sequence parallelism is not built yet"),
+    ("use_distributed_optimizer", True, "means --data-parallel-sharding-strategy optim"),
+    ("use_distributed_optimizer", False, "the optimizer is always sharded"),
+    ("lr", 0.0, "lr = 0.0: must be above 0"),
+    ("lr", float("nan"), "lr = nan: must be above 0"),
+    ("min_lr", 1.0, "min_lr = 1.0: must not exceed lr"),
+    ("clip_grad", -1.0, "clip_grad = -1.0: must be at least 0"),
+    ("adam_beta2", 1.0, "adam_beta2 = 1.0: must be in [0, 1)"),
+    ("micro_batch_size", 0, "micro_batch_size = 0: must be above 0"),
+    ("save_interval", 0, "save_interval = 0: must be above 0"),
+    ("fp64", True, "bf16 = True: cannot be combined with fp64"),
+    ("accumulate_allreduce_grads_in_fp32", False, "gradients are always reduced in fp32"),
+    ("finetune", True, "finetune = True: takes the weights of --load"),
+    ("ckpt_step", 5, "ckpt_step = 5: chooses an iteration of --load"),
+    ("train_samples", 5, "train_samples = 5, train_tokens = 1000: at most one of these"),
+    ("global_batch_size", 5, "global_batch_size = 5, global_batch_tokens = 512: at most one of these"),
+]
+
+
+def valid_config() -> Config:
+    config = load_config(["--model", "tiny", "--bf16", "--train-tokens", "1000", "--global-batch-tokens", "512",
+                          "--seq-length", "128", "--data-path", "prefix", "--tokenizer-model", "model"])
+    assert config.validate() == []
+    return config
+
+
+@pytest.mark.parametrize("name, value, message", CHECKS, ids=[f"{name}={value}" for name, value, _ in CHECKS])
+def test_validate_reports(name, value, message):
+    config = valid_config()
+    setattr(getattr(config, field_table()[name][0]), name, value)
+    problems = config.validate()
+    assert any(message in problem for problem in problems), problems
+    assert all(" Fix: " in problem for problem in problems)
+
+
+def test_validate_reports_everything_at_once():
+    config = valid_config()
+    config.model.swiglu, config.layout.sequence_parallel, config.optimizer.lr = False, True, -1.0
+    assert len(config.validate()) == 4  # the fourth: min_lr now exceeds lr

@@ -1,0 +1,131 @@
+"""The clock, the phases and the learning rate."""
+
+import pytest
+
+from pretrain.config import Config, PhaseConfig, parse_tokens
+from pretrain.learning_rate import LearningRate
+from pretrain.phases import check_phases, phase_at, resolve_phases, step_at
+
+
+def config(**schedule) -> Config:
+    made = Config()
+    made.model.num_layers, made.model.hidden_size, made.model.ffn_hidden_size = 4, 64, 128
+    made.model.num_attention_heads = 4
+    for name, value in schedule.items():
+        setattr(made.schedule, name, value)
+    return made
+
+
+def three_phases() -> Config:
+    return config(phases=[
+        PhaseConfig(name="a", seq_length=128, train_tokens=1000, global_batch_tokens=256),
+        PhaseConfig(name="b", seq_length=512, train_tokens=2048, global_batch_tokens=1024, context_parallel_size=2),
+        PhaseConfig(name="c", seq_length=1024, train_tokens=1, global_batch_tokens=2048, rotary_base=5e5, lr=1e-5)])
+
+
+@pytest.mark.parametrize("text, tokens", [("8192", 8192), ("64Ki", 65536), ("1.5B", 1_500_000_000), ("8Mi", 8 << 20),
+                                          ("2T", 2 * 10**12), ("1_000", 1000), ("3e2K", 300_000)])
+def test_token_counts(text, tokens):
+    assert parse_tokens(text) == tokens
+
+
+@pytest.mark.parametrize("text", ["8k", "1.5", "-3", "Ki", "eight", "1.0001K"])
+def test_bad_token_counts(text):
+    with pytest.raises(ValueError, match="token"):
+        parse_tokens(text)
+
+
+def test_phase_ends_round_up_to_whole_steps_and_join():
+    phases = resolve_phases(three_phases())
+    assert [(p.start, p.end, p.steps) for p in phases] == [(0, 1024, 4), (1024, 3072, 2), (3072, 5120, 1)]
+    assert [p.rotary_base for p in phases] == [10000.0, 10000.0, 5e5]
+    assert phases[0].layout_key != phases[1].layout_key
+
+
+def test_phase_and_step_are_functions_of_the_clock():
+    phases = resolve_phases(three_phases())
+    assert [phase_at(phases, clock).name for clock in (0, 1023, 1024, 3071, 3072)] == ["a", "a", "b", "b", "c"]
+    assert phase_at(phases, 5120) is None
+    assert [step_at(phases, clock) for clock in (0, 256, 1024, 2048, 3072, 5120)] == [0, 1, 4, 5, 6, 7]
+
+
+def test_flat_settings_are_one_phase():
+    phases = resolve_phases(config(seq_length=128, global_batch_size=4, train_iters=10))
+    assert len(phases) == 1 and phases[0].steps == 10 and phases[0].global_batch_tokens == 512
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(seq_length=None), "seq_length = None: must be given"),
+    (dict(global_batch_tokens=None), "global_batch_tokens: must be given"),
+    (dict(train_tokens=None), "train_tokens = None: must be given"),
+    (dict(train_tokens=0), "train_tokens = 0: must be given and above 0"),
+    (dict(global_batch_tokens=200), "must be a multiple of seq_length x micro_batch_size = 128. Fix: 128 or 256"),
+    (dict(micro_batch_size=0), "micro_batch_size = 0: must be at least 1"),
+])
+def test_incomplete_phases_are_refused(change, message):
+    entry = dict(name="a", seq_length=128, train_tokens=1000, global_batch_tokens=256) | change
+    with pytest.raises(ValueError, match="phase 'a'") as error:
+        resolve_phases(config(phases=[PhaseConfig(**entry)]))
+    assert message in str(error.value)
+
+
+def test_all_phase_problems_are_reported_at_once():
+    broken = config(train_tokens=5, phases=[PhaseConfig(name="x"), PhaseConfig(name="x", seq_length=8)])
+    with pytest.raises(ValueError) as error:
+        resolve_phases(broken)
+    text = str(error.value)
+    assert "stands twice" in text and "each entry of `phases` says its own tokens" in text
+    assert "seq_length = None" in text and "global_batch_tokens: must be given" in text
+
+
+@pytest.mark.parametrize("change, world, message", [
+    (dict(tensor_model_parallel_size=3), 3, "must divide num_attention_heads = 4. Fix: one of [1, 2, 4]"),
+    (dict(tensor_model_parallel_size=2), 3, "world size = 3: must be a multiple"),
+    (dict(context_parallel_size=8), 8, "Ulysses gives each rank at least one of the 4"),
+    (dict(pipeline_model_parallel_size=8), 8, "each stage needs at least one of the 4 layers"),
+    (dict(pipeline_model_parallel_size=4), 4, "gives 2 microbatches, and 1F1B needs at least one per stage = 4"),
+    (dict(), 4, "must be a multiple of seq_length x micro_batch_size x data-parallel size = 512"),
+    (dict(tensor_model_parallel_size=0), 4, "must be at least 1"),
+    (dict(seq_length=130, global_batch_tokens=260, context_parallel_size=4), 4, "must divide the 130 tokens"),
+    (dict(rotary_base=0.0), 1, "must be above 0"),
+])
+def test_impossible_layouts_are_refused(change, world, message):
+    made = config(phases=[PhaseConfig(**(dict(name="a", seq_length=128, train_tokens=1000, global_batch_tokens=256)
+                                         | change))])
+    problems = check_phases(resolve_phases(made), made, world, vocab_size=100)
+    assert any(message in problem for problem in problems), problems
+    assert all(problem.startswith("phase 'a': ") for problem in problems)
+
+
+def test_possible_layouts_pass():
+    made = three_phases()
+    assert check_phases(resolve_phases(made), made, 2, vocab_size=100) == []
+
+
+def rates(config_changes: dict, clocks) -> list[float]:
+    made = config(seq_length=10, global_batch_tokens=10, train_tokens=1000)
+    for name, value in config_changes.items():
+        setattr(made.optimizer, name, value)
+    made.optimizer.lr, made.optimizer.min_lr = 1.0, 0.1
+    schedule = LearningRate.make(made.optimizer, resolve_phases(made))
+    return [schedule.at(clock, 1.0, 0.1) for clock in clocks]
+
+
+def test_learning_rate_shapes():
+    close = pytest.approx
+    assert rates(dict(lr_decay_style="constant", lr_warmup_iters=10), (0, 50, 100, 999)) == [0.0, 0.5, 1.0, 1.0]
+    assert rates(dict(lr_decay_style="linear"), (0, 500, 1000)) == close([1.0, 0.55, 0.1])
+    assert rates(dict(lr_decay_style="cosine", lr_warmup_fraction=0.5), (250, 500, 750, 1000)) == close(
+        [0.5, 1.0, 0.55, 0.1])
+    wsd = dict(lr_decay_style="WSD", lr_wsd_decay_samples=20)
+    for style, middle in (("linear", 0.5), ("cosine", 0.5), ("exponential", 2 * 0.5**0.5 - 1),
+                          ("minus_sqrt", 1 - 0.5**0.5)):
+        assert rates(wsd | dict(lr_wsd_decay_style=style), (0, 800, 900, 1000)) == close(
+            [1.0, 1.0, 0.1 + 0.9 * middle, 0.1])
+
+
+def test_learning_rate_pieces_longer_than_the_run_are_refused():
+    with pytest.raises(ValueError, match="must not exceed the schedule's 1000 tokens"):
+        rates(dict(lr_decay_style="WSD", lr_wsd_decay_tokens=900, lr_warmup_tokens=200), ())
+    with pytest.raises(ValueError, match="needs the length of its final decay"):
+        rates(dict(lr_decay_style="WSD"), ())
