@@ -40,7 +40,7 @@ class DataConfig:
     def validate(self) -> list[str]:
         """All problems that show without touching the disk, as `name = value: rule. Fix: ...`."""
         problems = self._path_problems() + self._tokenizer_problems()
-        if self.data_path and not self.mock_data:
+        if self.data_path or self.mock_data:
             try:
                 parse_split(self.split)
             except ValueError as error:

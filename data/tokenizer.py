@@ -13,8 +13,8 @@ import xxhash
 
 HUGGINGFACE_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                      "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja")
-SAMPLE_TEXT = ("def f(x):\n\tif x  >  1:\r\n\t\treturn  'a\\tb'   # 3.14159, 2026\n\n\n        pass\n \n<s> </s> <unk> <0x0A>"
-               "\n日本語 é e\u0301 \u200b 😀 \x00\n" + "=" * 79 + "\n" + " " * 77 + "x\n  ")
+SAMPLE_TEXT = ("def f(x):\n\tif x  >  1:\r\n\t\treturn  'a\\tb'   # 3.14159, 2026\n\n\n        pass\n \n"
+               "<s> </s> <unk> <0x0A>\n日本語 é e\u0301 \u200b 😀 \x00\n" + "=" * 79 + "\n" + " " * 77 + "x\n  ")
 """What source code does to tokenizers: tabs, runs of spaces, newlines, digits, control tokens as text, rare letters."""
 
 

@@ -19,6 +19,7 @@ class TrainState:
     """Tokens among them that were not padding."""
     skipped_in_a_row: int = 0
     """Steps in a row without an update because the gradient was not finite."""
+    wandb_run_id: str | None = None
 
 
 def build_optimizer(stage: GPTStage, config: OptimizerConfig) -> torch.optim.Optimizer:

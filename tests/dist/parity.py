@@ -30,8 +30,8 @@ class MemoryCorpus:
         generator = np.random.default_rng(seed)
         self.documents = [generator.integers(0, VOCABULARY, size=n) for n in lengths]
 
-    def read(self, document: int, offset: int, length: int) -> np.ndarray:
-        return self.documents[document][offset:offset + length].astype(np.int64)
+    def read_into(self, document: int, offset: int, out: np.ndarray) -> None:
+        out[:] = self.documents[document][offset:offset + len(out)]
 
 
 @dataclass(frozen=True)

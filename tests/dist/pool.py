@@ -19,6 +19,8 @@ PRELOADED = ["torch", "torch.distributed.checkpoint", "torch.distributed.tensor"
 def _serve(connection: Connection, rank: int) -> None:
     import torch
     import torch.distributed as dist
+    from torch.distributed.tensor._redistribute import _gen_transform_infos
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     from parallel.config import LayoutConfig
     from parallel.layout import end_world, start_world
@@ -38,6 +40,9 @@ def _serve(connection: Connection, rank: int) -> None:
                 result = function(world, *args)
             finally:
                 end_world()
+                # DTensor caches specs by equal meshes; those of the ended world name groups that are gone.
+                _clear_sharding_prop_cache()
+                _gen_transform_infos.cache_clear()
             connection.send((True, result))
         except BaseException:
             connection.send((False, traceback.format_exc()))

@@ -20,7 +20,7 @@ def corpus(tmp_path_factory):
     (4, {"context_parallel_size": 2, "data_parallel_sharding_strategy": "optim_grads_params"})])
 def test_resume_is_bit_identical(pool, corpus, tmp_path, world, layout):
     straight, stopped = str(tmp_path / "straight"), str(tmp_path / "stopped")
-    common = dict(bf16=True, **layout)
+    common = layout
     assert pool.run(train, world, base_arguments(corpus, save=straight, **common)) == ["done"] * world
     interrupted = base_arguments(corpus, save=stopped, exit_interval=2, **common)
     assert [pool.run(train, world, interrupted)[0] for _ in range(3)] == ["stopped", "stopped", "done"]

@@ -1,0 +1,181 @@
+#!/usr/bin/env bash
+# From nothing to a trained model on this machine, with real text, on GPUs or on the CPU:
+#
+#   bash launch/quickstart.sh            train on Python's own standard library
+#   bash launch/quickstart.sh CORPUS     ... on your text: a file or a folder; of .jsonl files each line's "text"
+#
+# Everything goes to runs/quickstart (or the folder QUICKSTART_DIR). Run it again to go on where it ended: finished
+# steps are skipped, training continues from its last checkpoint.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+run=${QUICKSTART_DIR:-$root/runs/quickstart}
+mkdir -p "$run"
+run=$(cd "$run" && pwd -P)
+source_path=${1:-}
+steps=8 step=0 heading="start" child=""
+
+if [[ $# -gt 1 || $source_path == -* ]]; then
+  sed -n '2,/^set /{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"
+  exit 2
+fi
+
+begin() {
+  step=$((step + 1)) heading=$1
+  printf '\n[%d/%d] %s  (%d:%02d so far)\n' "$step" "$steps" "$heading" $((SECONDS / 60)) $((SECONDS % 60))
+}
+skip() { printf '      already there: %s\n' "$1"; }
+fail() {
+  printf '\nquickstart: step %d (%s) failed: %s\n' "$step" "$heading" "$1" >&2
+  exit "${2:-1}"
+}
+
+# Run a command so that a signal to this script reaches it: bash alone would leave it behind.
+stop() { [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true; stopping=yes; }
+stopping=""
+trap stop INT TERM HUP
+attempt() {
+  local code=0
+  [[ -z $stopping ]] || exit 75
+  { "$@" <&3 & } 3<&0  # bash would give it an empty input
+  child=$!
+  wait "$child" || code=$?
+  while kill -0 "$child" 2>/dev/null; do  # a trap ended the wait, not the command
+    code=0
+    wait "$child" || code=$?
+  done
+  if [[ -n $stopping ]]; then
+    code=0
+    wait "$child" 2>/dev/null || code=$?
+  fi
+  child=""
+  if [[ -n $stopping || $code -eq 75 ]]; then
+    printf '\nquickstart: stopped in step %d (%s); the same command goes on from here.\n' "$step" "$heading" >&2
+    exit 75
+  fi
+  return "$code"
+}
+
+begin "setup: the Python environment"
+# shellcheck source=launch/setup.sh
+. "$root/launch/setup.sh" || fail "see the message above"
+echo "      $("$PYTHON" --version) at $PYTHON"
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
+
+begin "corpus: the text, a document per file"
+if [[ -n $source_path ]]; then
+  [[ -e $source_path ]] || fail "$source_path does not exist" 2
+  origin=$(cd "$(dirname "$source_path")" && pwd -P)/$(basename "$source_path")
+else
+  origin=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
+fi
+if [[ -f $run/corpus.origin && $(<"$run/corpus.origin") != "$origin" ]]; then
+  fail "$run was made from $(<"$run/corpus.origin"), not from $origin. Give another folder: QUICKSTART_DIR=FOLDER" 2
+fi
+printf '%s\n' "$origin" >"$run/corpus.origin"
+if [[ -n $source_path ]]; then
+  corpus=$origin
+  echo "      $corpus"
+elif corpus=$run/corpus.jsonl && [[ -f $corpus ]]; then
+  skip "$corpus"
+else
+  attempt "$PYTHON" - "$origin" "$corpus" <<'PYTHON' || fail "see the message above"
+import json
+import os
+import sys
+from pathlib import Path
+
+origin, output = sys.argv[1:]
+# No installed packages, and no tests: they repeat the code they test.
+left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+temporary = f"{output}.{os.getpid()}"
+documents = size = 0
+with open(temporary, "w", encoding="utf-8") as out:
+    for folder, folders, names in os.walk(origin):
+        folders[:] = sorted(set(folders) - left_out)
+        for file in (Path(folder, name) for name in sorted(names) if name.endswith(".py")):
+            try:
+                text = file.read_bytes().decode("utf-8")
+            except (UnicodeDecodeError, OSError):
+                continue  # a few files are in other encodings
+            if text.strip():
+                out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+                documents, size = documents + 1, size + len(text)
+os.replace(temporary, output)
+print(f"      {documents:,} files, {size / 1e6:.1f} MB from {origin}")
+PYTHON
+fi
+
+# Finished steps leave a file here, so that what an interruption left is made anew.
+finished=$run/.finished
+mkdir -p "$finished" "$run/tokenizer" "$run/data"
+
+begin "tokenizer: SentencePiece, 8,192 pieces"
+tokenizer=$run/tokenizer/spm.model
+if [[ -f $finished/tokenizer && -f $tokenizer ]]; then
+  skip "$tokenizer"
+else
+  rm -f "$finished"/* "$run"/tokenizer/spm.*
+  attempt "$PYTHON" -m tools.train_tokenizer --input "$corpus" --vocab-size 8192 \
+    --output-prefix "$run/tokenizer/spm" || fail "see the message above"
+  touch "$finished/tokenizer"
+fi
+
+begin "tokens: the corpus as .bin and .idx"
+if [[ -f $finished/data && -f $run/data/corpus.idx ]]; then
+  skip "$run/data/corpus.idx"
+else
+  rm -f "$run"/data/corpus*
+  attempt "$PYTHON" -m tools.preprocess_data --input "$corpus" --output-prefix "$run/data/corpus" \
+    --tokenizer-type SentencePieceTokenizer --tokenizer-model "$tokenizer" --append-eod --workers 2 \
+    --skip-bad-lines || fail "see the message above"
+  touch "$finished/data"
+fi
+data=$run/data/corpus
+
+gpus=0
+if command -v nvidia-smi >/dev/null 2>&1; then gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true); fi
+config=$root/launch/configs/quickstart.yaml
+if [[ $gpus -ge 4 ]]; then
+  processes=$((gpus / 4 * 4)) where="$((gpus / 4 * 4)) GPUs"  # the layouts of this run are made of fours
+elif [[ $gpus -ge 1 ]]; then
+  config=$root/launch/configs/quickstart-1gpu.yaml processes=1 where="1 GPU"
+else
+  processes=4 where="4 processes on the CPU"
+fi
+begin "training: $where, $(basename "$config")"
+attempt env NPROC_PER_NODE="$processes" bash "$root/launch/train.sh" --config "$config" \
+  --data-path "$data" --tokenizer-model "$tokenizer" --save "$run/checkpoints" || fail "see the messages above" $?
+
+begin "export: to Hugging Face, and the proof that it is the same model"
+iteration=$(cat "$run/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null) || fail "training published no checkpoint"
+if [[ -f $finished/export && $(<"$finished/export") == "$iteration" && -f $run/huggingface/config.json ]]; then
+  skip "$run/huggingface"
+else
+  rm -rf "$finished/export" "$run/huggingface"
+  attempt "$PYTHON" -m tools.export_hf --load "$run/checkpoints" --output "$run/huggingface" --verify ||
+    fail "see the message above"
+  printf '%s\n' "$iteration" >"$finished/export"
+fi
+
+begin 'sample: what follows "def "'
+attempt "$PYTHON" -m tools.generate --load "$run/huggingface" --prompt "def " || fail "see the message above"
+
+begin "plot: the run in one picture"
+attempt "$PYTHON" -m tools.report --load "$run/checkpoints" --output "$run/loss.png" >"$run/summary.txt" ||
+  fail "see the message above"
+echo "      $run/loss.png"
+
+printf '\nDone in %d:%02d.\n\n' $((SECONDS / 60)) $((SECONDS % 60))
+grep -v '^wrote ' "$run/summary.txt" | sed 's/^/  /'
+cat <<SUMMARY
+
+  checkpoints    $run/checkpoints
+  Hugging Face   $run/huggingface
+  loss curve     $run/loss.png
+  every step     $run/checkpoints/metrics.jsonl
+  tokenizer      $tokenizer
+  tokens         $data.bin, .idx
+
+  The run's settings are in launch/configs/$(basename "$config").
+SUMMARY

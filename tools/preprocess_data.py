@@ -1,0 +1,218 @@
+"""Text to token files: `python -m tools.preprocess_data --input F... --output-prefix P --tokenizer-type T
+--tokenizer-model M [--append-eod --workers N]`.
+
+Inputs are .jsonl/.json files (one object per line), other text files (each one document) and folders
+of them. Writes P.bin, P.idx and P.json, all or none; the result does not depend on --workers.
+"""
+
+import multiprocessing
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from data.config import TokenizerType
+from data.indexed import IndexedWriter, optimal_dtype
+from data.tokenizer import Tokenizer, build_tokenizer
+from tools.text_files import EXTENSIONS, Piece, cut_into_pieces, find_files, name_place, read_documents
+
+TASK_BYTES = 1 << 20
+"""Input of one task: large enough to hide the hand-over, small enough to keep all workers busy."""
+TASKS_IN_FLIGHT = 4
+"""Per worker; bounds the memory, since results are written in order."""
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    input: list[str]
+    """Files and folders."""
+    output_prefix: str
+    """Prefix of the files to write."""
+    tokenizer_type: TokenizerType = "SentencePieceTokenizer"
+    """SentencePiece (three spellings of one thing), a Hugging Face folder, or none (text of integers)."""
+    tokenizer_model: str | None = None
+    """The .model file of SentencePiece, or the Hugging Face tokenizer's folder."""
+    vocab_size: int | None = None
+    """Token ids, for NullTokenizer."""
+    append_eod: bool = False
+    """Put the end-of-document token after each document."""
+    workers: int = 1
+    """Processes that tokenize."""
+    json_keys: list[str] = field(default_factory=lambda: ["text"])
+    """Key of the text in .jsonl/.json objects; one per run."""
+    extensions: list[str] = field(default_factory=lambda: list(EXTENSIONS))
+    """Endings of the files to take from folders."""
+    skip_bad_lines: bool = False
+    """Leave out, and count, lines that are not JSON objects with the key, and what is not UTF-8."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Pieces that one worker tokenizes in one go."""
+
+    pieces: list[Piece]
+
+    @property
+    def size(self) -> int:
+        return sum(piece.end - piece.start for piece in self.pieces)
+
+
+@dataclass
+class Result:
+    """Token ids of the documents of a task, in order: one array, and the length of each."""
+
+    ids: np.ndarray
+    lengths: list[int]
+    empty: int
+    bad: int
+    size: int
+
+
+class Encoder:
+    """A worker's state: the tokenizer, and what to do with each document."""
+
+    def __init__(self, arguments: Arguments):
+        self.arguments = arguments
+        self.tokenizer = _tokenizer(arguments)
+        self.dtype = optimal_dtype(self.tokenizer.vocab_size)
+
+    def encode(self, task: Task) -> Result:
+        """Raises ValueError that names file and line."""
+        arrays, empty, bad = [], 0, 0
+        tail = [self.tokenizer.eod] if self.arguments.append_eod else []
+        for piece in task.pieces:
+            documents = read_documents(piece, self.arguments.json_keys[0], self.arguments.skip_bad_lines)
+            bad += documents.bad
+            for text, offset in zip(documents.texts, documents.offsets, strict=True):
+                try:
+                    ids = self.tokenizer.encode(text)
+                except ValueError as error:
+                    raise ValueError(f"{name_place(piece, offset)}: {error}") from None
+                if ids:
+                    arrays.append(np.array(ids + tail, dtype=self.dtype))
+                else:
+                    empty += 1
+        ids = np.concatenate(arrays) if arrays else np.empty(0, dtype=self.dtype)
+        return Result(ids, [len(array) for array in arrays], empty, bad, task.size)
+
+
+_encoder: Encoder | None = None  # of this worker process; a process pool has no other place for it
+
+
+def _start_worker(arguments: Arguments) -> None:
+    global _encoder
+    _encoder = Encoder(arguments)
+
+
+def _work(task: Task) -> Result:
+    assert _encoder is not None
+    return _encoder.encode(task)
+
+
+def _tokenizer(arguments: Arguments) -> Tokenizer:
+    return build_tokenizer(arguments.tokenizer_type, arguments.tokenizer_model, arguments.vocab_size)
+
+
+def _tasks(files: list[Path]) -> Iterator[Task]:
+    """Tasks of about TASK_BYTES (at most 256 files each) in input order."""
+    pieces: list[Piece] = []
+    for path in files:
+        for piece in cut_into_pieces(path, TASK_BYTES):
+            pieces.append(piece)
+            if len(pieces) >= 256 or Task(pieces).size >= TASK_BYTES:
+                yield Task(pieces)
+                pieces = []
+    if pieces:
+        yield Task(pieces)
+
+
+def _results(arguments: Arguments, tasks: Iterable[Task]) -> Iterator[Result]:
+    """Results in the order of the tasks, with a bounded number of them in flight."""
+    if arguments.workers == 1:
+        yield from map(Encoder(arguments).encode, tasks)
+        return
+    # spawn: a forked child may inherit locks that a tokenizer library's threads hold.
+    with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn"), _start_worker,
+                             (arguments,)) as pool:
+        waiting: deque = deque()
+        try:
+            for task in tasks:
+                waiting.append(pool.submit(_work, task))
+                if len(waiting) >= TASKS_IN_FLIGHT * arguments.workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise ValueError(f"workers = {arguments.workers}: a worker died, most likely for want of memory. Fix: "
+                             "fewer --workers, or smaller input files.") from None
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _check(arguments: Arguments) -> Tokenizer:
+    """Raises ValueError for what shows before any text is read."""
+    if arguments.workers < 1:
+        raise ValueError(f"workers = {arguments.workers}: must be at least 1. Fix: give a positive number.")
+    if len(arguments.json_keys) != 1:
+        raise ValueError(f"json_keys = {' '.join(arguments.json_keys)}: must be one key, since it makes one corpus. "
+                         "Fix: run once per key, with a prefix for each.")
+    tokenizer = _tokenizer(arguments)
+    if arguments.append_eod and tokenizer.eod is None:
+        raise ValueError("append_eod = True: the tokenizer has no end-of-document token. Fix: remove it.")
+    return tokenizer
+
+
+def preprocess(arguments: Arguments) -> dict:
+    """Tokenize all inputs and publish the token files -> the summary that `main` prints.
+
+    Raises:
+        ValueError: bad input; nothing was written, and an earlier output stands as it was.
+    """
+    began = time.perf_counter()
+    files = find_files(arguments.input, arguments.extensions)
+    tokenizer = _check(arguments)
+    total = sum(path.stat().st_size for path in files)
+    empty = sum(path.stat().st_size == 0 for path in files)
+    bad = 0
+    with (IndexedWriter(arguments.output_prefix, optimal_dtype(tokenizer.vocab_size)) as writer,
+          tqdm(total=total, unit="B", unit_scale=True, desc="tokenize", disable=None) as bar):
+        for result in _results(arguments, _tasks(files)):
+            for ids in np.split(result.ids, np.cumsum(result.lengths)[:-1]) if result.lengths else []:
+                writer.add_document(ids)
+            empty, bad = empty + result.empty, bad + result.bad
+            bar.update(result.size)
+        if writer.num_documents == 0:
+            raise ValueError(f"input = {' '.join(arguments.input)}: no document has a token ({len(files)} files, "
+                             f"{empty} empty documents, {bad} bad). Fix: give inputs that are not empty.")
+        outputs = writer.finish(tokenizer.describe())
+    return {"files": len(files), "bytes": total, "documents": writer.num_documents, "tokens": writer.num_tokens,
+            "empty": empty, "bad": bad, "seconds": time.perf_counter() - began, "outputs": outputs}
+
+
+def main() -> int:
+    arguments = tyro.cli(Arguments, prog="tools.preprocess_data", description=__doc__)
+    try:
+        summary = preprocess(arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    left_out = [f"{summary[name]:,} {text} left out" for name, text in (("empty", "empty documents"),
+                                                                       ("bad", "bad lines or files")) if summary[name]]
+    print(f"{summary['documents']:,} documents, {summary['tokens']:,} tokens from {summary['bytes']:,} bytes in "
+          f"{summary['files']:,} files{''.join(', ' + text for text in left_out)}; {summary['seconds']:.1f} s, "
+          f"{summary['tokens'] / summary['seconds']:,.0f} tokens/s")
+    print(f"wrote {', '.join(summary['outputs'])}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""Train a SentencePiece BPE tokenizer: `python -m tools.train_tokenizer --input PATHS... --vocab-size 8192
+--output-prefix P` writes P.model.
+
+No normalization and byte fallback, so that encoding then decoding gives any text back (but U+2581, which
+is SentencePiece's own sign for a space). `SentencePiece.save_huggingface` makes the same tokenizer for transformers.
+"""
+
+import io
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from data.stream import permutation
+from tools.text_files import EXTENSIONS, Piece, find_files, read_documents
+
+BLOCK_BYTES = 64 << 10
+"""Unit of the sample: lines that begin in a block."""
+LONGEST_LINE = 4096
+"""Characters; SentencePiece drops sentences above its limit in bytes, so longer lines are cut."""
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    input: list[str]
+    """Files and folders of text, as for tools.preprocess_data."""
+    output_prefix: str
+    """The model is written to PREFIX.model."""
+    vocab_size: int = 8192
+    """Token ids, the 256 bytes and 3 control tokens among them."""
+    max_bytes: int = 20_000_000
+    """Text to train on at most; from larger inputs blocks are drawn evenly over the files."""
+    seed: int = 1234
+    """Of that draw."""
+    json_keys: list[str] = field(default_factory=lambda: ["text"])
+    """Key of the text in .jsonl/.json objects; one per run."""
+    extensions: list[str] = field(default_factory=lambda: list(EXTENSIONS))
+    """Endings of the files to take from folders."""
+
+
+def sample_texts(files: list[Path], max_bytes: int, seed: int, key: str) -> Iterator[str]:
+    """Texts of randomly drawn blocks of the files, at most about `max_bytes` in all.
+
+    Lines that are not UTF-8 or not JSON are left out: tools.preprocess_data reports them.
+    """
+    blocks = [Piece(str(path), start, min(start + BLOCK_BYTES, size)) for path in files
+              for size in [path.stat().st_size] for start in range(0, size, BLOCK_BYTES)]
+    taken = 0
+    for i in permutation(len(blocks), seed):
+        block = blocks[i]
+        if block.is_json:
+            for text in read_documents(block, key, skip_bad=True).texts:
+                taken += len(text.encode())
+                yield text
+        else:
+            taken += block.end - block.start
+            yield _whole_lines(block)
+        if taken >= max_bytes:
+            return
+
+
+def _whole_lines(block: Piece) -> str:
+    """The lines inside a block of a text file; a line longer than the block is cut, a letter cut in two dropped."""
+    with open(block.path, "rb") as file:
+        file.seek(block.start)
+        data = file.read(block.end - block.start)
+        is_last = not file.read(1)
+    if block.start and b"\n" in data:
+        data = data[data.index(b"\n") + 1:]
+    if not is_last and b"\n" in data:
+        data = data[:data.rindex(b"\n") + 1]
+    return data.decode("utf-8", errors="ignore")
+
+
+def train(texts: Iterator[str], vocab_size: int) -> bytes:
+    """Train on the lines of the texts -> the model file's bytes.
+
+    Raises:
+        ValueError: SentencePiece cannot make that many pieces from them.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    # Without newlines: each then is the byte piece <0x0A>, as no merge crosses it.
+    lines = (line[i:i + LONGEST_LINE] for text in texts for line in text.split("\n")
+             for i in range(0, len(line), LONGEST_LINE))
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines, model_writer=model, model_type="bpe", vocab_size=vocab_size, byte_fallback=True,
+            split_digits=True, normalization_rule_name="identity", add_dummy_prefix=False,
+            remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, num_threads=1,
+            max_sentence_length=4 * LONGEST_LINE, minloglevel=2)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"vocab_size = {vocab_size}: SentencePiece refuses it for this text ({reason}). Fix: more "
+                         "text, or a vocabulary between 512 and what the text allows.") from None
+    return model.getvalue()
+
+
+def train_tokenizer(arguments: Arguments) -> str:
+    """Train and publish -> the path of the model.
+
+    Raises:
+        ValueError: bad input; nothing was written.
+    """
+    if len(arguments.json_keys) != 1:
+        raise ValueError(f"json_keys = {' '.join(arguments.json_keys)}: must be one key. Fix: choose one.")
+    if arguments.max_bytes < 1:
+        raise ValueError(f"max_bytes = {arguments.max_bytes}: must be at least 1. Fix: for example 20000000.")
+    files = find_files(arguments.input, arguments.extensions)
+    texts = sample_texts(files, arguments.max_bytes, arguments.seed, arguments.json_keys[0])
+    model = train(texts, arguments.vocab_size)
+    path = Path(f"{arguments.output_prefix}.model")
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(model)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return str(path)
+
+
+def main() -> int:
+    began = time.perf_counter()
+    arguments = tyro.cli(Arguments, prog="tools.train_tokenizer", description=__doc__)
+    try:
+        path = train_tokenizer(arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {path}: {arguments.vocab_size:,} ids, in {time.perf_counter() - began:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
