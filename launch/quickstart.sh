@@ -143,8 +143,12 @@ elif [[ $gpus -ge 1 ]]; then
 else
   processes=4 where="4 processes on the CPU"
 fi
+precision=--bf16
+if [[ $gpus -eq 0 ]] && ! grep -qE 'amx_bf16|avx512_bf16' /proc/cpuinfo 2>/dev/null; then
+  precision=--no-bf16 where="$where in fp32 (no bf16 units)"  # emulated, bf16 is many times slower
+fi
 begin "training: $where, $(basename "$config")"
-attempt env NPROC_PER_NODE="$processes" bash "$root/launch/train.sh" --config "$config" \
+attempt env NPROC_PER_NODE="$processes" bash "$root/launch/train.sh" --config "$config" "$precision" \
   --data-path "$data" --tokenizer-model "$tokenizer" --save "$run/checkpoints" || fail "see the messages above" $?
 
 begin "export: to Hugging Face, and the proof that it is the same model"

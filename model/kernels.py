@@ -93,6 +93,14 @@ def _te() -> Attend:
     return attend
 
 
+def has_bf16_units(device: torch.device) -> bool:
+    """Can the device multiply bf16 matrices in hardware? Without it, bf16 is many times slower than fp32."""
+    if device.type != "cpu":
+        return True
+    known = torch.cpu.get_capabilities()
+    return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
+
+
 BACKENDS = {backend.name: backend for backend in (
     Backend("flash", "flash_attn", True, True, _flash),
     Backend("te", "transformer_engine", True, True, _te),

@@ -161,7 +161,7 @@ class CheckpointConfig:
     exit_duration_in_mins: int | None = None
     """Save and stop after so many minutes."""
     exit_signal_handler: bool = True
-    """Save and stop on SIGTERM, SIGINT or SIGUSR1."""
+    """Save and stop on SIGTERM, SIGINT, SIGHUP or SIGUSR1."""
 
 
 @dataclass(kw_only=True)
@@ -209,7 +209,7 @@ class Config:
                      for name, value in positive if value is not None and not value > 0]
         problems += [f"{name} = {value}: must be at least 0. Fix: give 0 or more."
                      for name, value in (("min_lr", optimizer.min_lr), ("clip_grad", optimizer.clip_grad),
-                                         ("weight_decay", optimizer.weight_decay),
+                                         ("weight_decay", optimizer.weight_decay), ("seed", optimizer.seed),
                                          ("eval_iters", self.logging.eval_iters),
                                          ("lr_warmup_init", optimizer.lr_warmup_init)) if not value >= 0]
         problems += [f"{name} = {value}: must be in [0, 1). Fix: 0.9 and 0.95 are common."

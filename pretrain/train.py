@@ -21,7 +21,7 @@ from data.tokenizer import build_tokenizer
 from model.build import build_stage
 from model.estimate import num_parameters, peak_flops, step_flops
 from model.init import initialize
-from model.kernels import choose_attention
+from model.kernels import choose_attention, has_bf16_units
 from parallel.collectives import all_reduce
 from parallel.config import LayoutConfig
 from parallel.layout import (
@@ -38,7 +38,7 @@ from pretrain import checkpoint
 from pretrain.config import Config
 from pretrain.evaluate import validation_loss
 from pretrain.learning_rate import LearningRate
-from pretrain.load_config import dump_yaml, load_config, outcome_path
+from pretrain.load_config import dump_yaml, load_config, outcome_path, warn
 from pretrain.metrics import Reporter
 from pretrain.phases import Phase, check_phases, describe, phase_at, resolve_phases, step_at
 from pretrain.start import Start, check_continuation, find_start
@@ -131,9 +131,9 @@ class Trainer:
         self.state.wandb_run_id = reporter.wandb_run_id
         reporter.say(f"start: {start.reason}, step {step:,}, phase {phase.name}, {self.layout.describe()}, "
                      f"{num_parameters(self.config.model, self.plan.vocab_size):,} parameters; {self.attention_note}")
-        for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) if self.config.checkpoint.exit_signal_handler \
-                else ():
-            signal.signal(name, self._on_signal)
+        if self.config.checkpoint.exit_signal_handler:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+                signal.signal(number, self._on_signal)
         self.in_steps = True
         try:
             return self._run_phases(phase, step, reporter)
@@ -149,6 +149,8 @@ class Trainer:
         self.compute_dtype = torch.bfloat16 if optimizer_config.bf16 else self.master_dtype
         attend, self.attention_note = choose_attention(self.config.model.attention_backend, self.layout.device,
                                                        self.compute_dtype)
+        if optimizer_config.bf16 and self.world.rank == 0 and not has_bf16_units(self.layout.device):
+            warn("bf16 = True: this CPU has no bf16 units and emulates them many times slower. Fix: --no-bf16")
         stage = build_stage(self.config.model, self.plan.vocab_size, self.layout, attend,
                             strategy=phase.data_parallel_sharding_strategy, master_dtype=self.master_dtype,
                             compute_dtype=self.compute_dtype)

@@ -17,5 +17,5 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     if not config.getoption("--all"):
         for item in items:
-            if "long" in item.keywords or "slow" in item.keywords:
+            if "long" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="long: run with --all"))

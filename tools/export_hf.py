@@ -40,6 +40,8 @@ class Arguments:
     """Compare transformers' logits with ours on real text before publishing; fail if they differ."""
     verify_text: str | None = None
     """Text file to compare on; by default documents of the run's own data."""
+    tokenizer: bool = True
+    """Write the tokenizer too; an error if transformers would give other ids than the one trained with."""
     overwrite: bool = False
     """Replace an existing output folder."""
     max_shard_bytes: int = 5_000_000_000
@@ -138,10 +140,13 @@ def export(arguments: Arguments) -> None:
     config = huggingface_config(source.config.model, source.vocab_size, phase["rotary_base"], longest, arguments.dtype,
                                 source.tokenizer.eod if source.tokenizer else None)
     (partial / "config.json").write_text(json.dumps(config, indent=1))
-    if source.tokenizer is not None:
-        source.tokenizer.save_huggingface(str(partial))
+    if arguments.tokenizer and source.tokenizer is not None:
+        try:
+            source.tokenizer.save_huggingface(str(partial))
+        except ValueError as error:
+            raise ValueError(f"{error} Or export without it: --no-tokenizer.") from None
     if arguments.verify:
-        verify(source, partial, longest, arguments.verify_text)
+        verify(source, partial, longest, arguments.verify_text, with_tokenizer=arguments.tokenizer)
     if output.exists():
         shutil.rmtree(output)
     partial.rename(output)

@@ -38,7 +38,8 @@ def main() -> int:
         else {"do_sample": False}
     with torch.no_grad():
         out = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
-                             max_new_tokens=arguments.max_new_tokens, pad_token_id=model.config.eos_token_id, **sampling)
+                             max_new_tokens=arguments.max_new_tokens, pad_token_id=model.config.eos_token_id,
+                             **sampling)
     print(tokenizer.decode(out[0].tolist()))
     return 0
 

@@ -1,0 +1,122 @@
+"""An exported checkpoint is the same model in transformers, for every architecture we map to."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from data.batch import IGNORE, Batch
+from model import hf
+from pretrain import checkpoint
+from tests.dist.training import VOCABULARY, base_arguments, train, write_corpus
+from tools.export_hf import Arguments, export, open_source
+from tools.verify_hf import _our_logits
+
+MODELS = {
+    "LlamaForCausalLM": dict(untie_embeddings_and_output_weights=True, rotary_base=5e5),
+    "LlamaForCausalLM tied mqa": dict(untie_embeddings_and_output_weights=False, num_query_groups=1, kv_channels=12),
+    "Qwen2ForCausalLM": dict(add_qkv_bias=True, norm_epsilon=1e-6),
+    "Qwen3ForCausalLM": dict(qk_layernorm=True, kv_channels=16),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(pool, tmp_path_factory):
+    """Model name -> folder of a run of 3 steps on tp 2 (large weights, so that logits are not all alike)."""
+    root = tmp_path_factory.mktemp("exports")
+    corpus = write_corpus(root / "corpus")
+    runs = {}
+    for number, (name, model) in enumerate(MODELS.items()):
+        runs[name] = root / f"run{number}"
+        argv = base_arguments(corpus, save=str(runs[name]), train_iters=3, seq_length=256, init_method_std=0.2,
+                              tensor_model_parallel_size=2, **model)
+        assert pool.run(train, 2, argv) == ["done"] * 2
+    return runs
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_export_verifies_and_logits_agree_at_the_last_positions(trained, tmp_path, name, capsys):
+    from transformers import AutoModelForCausalLM
+
+    output = tmp_path / "hf"
+    export(Arguments(load=str(trained[name]), output=str(output), verify=True, max_position_embeddings=100_000))
+    assert capsys.readouterr().out.count(": ok") == 2  # the first positions and the last
+    config = json.loads((output / "config.json").read_text())
+    assert config["architectures"] == [name.split()[0]] and config["max_position_embeddings"] == 100_000
+    assert config["vocab_size"] == VOCABULARY
+    theirs = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    assert theirs.__class__.__name__ == name.split()[0]
+    assert theirs.get_input_embeddings().weight.shape[0] == VOCABULARY, "padded rows must not be exported"
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, VOCABULARY, 300))
+    positions = torch.arange(99_700, 100_000)
+    with torch.no_grad():
+        expected = theirs(input_ids=ids[None], position_ids=positions[None]).logits[0]
+    found = _our_logits(open_source(str(trained[name]), None), output, ids, positions)
+    largest = expected.abs().max()
+    assert largest > 1 and (found - expected).abs().max() <= 1e-5 * largest
+    # One wrong detail is seen: other positions give other logits.
+    shifted = _our_logits(open_source(str(trained[name]), None), output, ids, positions * 2)
+    assert (shifted - expected).abs().max() > 1e-3 * largest
+
+
+def test_verification_catches_swapped_weights(trained, tmp_path, monkeypatch):
+    swapped = dict(hf._LAYER_NAMES)
+    swapped["mlp.gate.weight"], swapped["mlp.up.weight"] = swapped["mlp.up.weight"], swapped["mlp.gate.weight"]
+    monkeypatch.setattr(hf, "_LAYER_NAMES", swapped)
+    with pytest.raises(ValueError, match="verification of the export failed"):
+        export(Arguments(load=str(trained["LlamaForCausalLM"]), output=str(tmp_path / "hf"), verify=True))
+    assert not (tmp_path / "hf").exists()
+
+
+def test_bfloat16_shards_and_rope_settings(trained, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    output = tmp_path / "hf"
+    export(Arguments(load=str(trained["LlamaForCausalLM"]), output=str(output), dtype="bfloat16", verify=True,
+                     max_shard_bytes=20_000))
+    assert len(list(output.glob("model-*.safetensors"))) > 2
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert model.dtype == torch.bfloat16 and model.config.max_position_embeddings == 256
+    assert model.config.rope_parameters["rope_theta"] == 5e5
+
+
+def test_bad_input_leaves_nothing(trained, tmp_path):
+    run = str(trained["LlamaForCausalLM"])
+    (tmp_path / "taken").mkdir()
+    for arguments, message in (
+            (dict(load=str(tmp_path / "nowhere"), output=str(tmp_path / "out")), "no checkpoint is published"),
+            (dict(load=run, output=str(tmp_path / "taken")), "exists already"),
+            (dict(load=run, output=str(tmp_path / "out"), ckpt_step=9), "missing or not complete"),
+            (dict(load=run, output=str(tmp_path / "out"), verify=True, verify_text="x"), "has no tokenizer")):
+        with pytest.raises(ValueError, match=message):
+            export(Arguments(**arguments))
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_weights_are_not_exported(trained, tmp_path):
+    folder = checkpoint.published(trained["Qwen3ForCausalLM"])
+    data = next(folder.glob("*.distcp"))
+    original = data.read_bytes()
+    try:
+        data.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+        with pytest.raises(ValueError, match="differs from its checksum"):
+            export(Arguments(load=str(trained["Qwen3ForCausalLM"]), output=str(tmp_path / "out")))
+    finally:
+        data.write_bytes(original)
+
+
+def test_loss_of_our_model_equals_transformers(trained, tmp_path):
+    """Cross entropy over real positions, not only logits: labels are shifted once, by the data."""
+    from transformers import AutoModelForCausalLM
+
+    output = tmp_path / "hf"
+    export(Arguments(load=str(trained["LlamaForCausalLM"]), output=str(output)))
+    ids = torch.from_numpy(np.random.default_rng(1).integers(0, VOCABULARY, 200))
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(output)(input_ids=ids[None], labels=ids[None]).loss
+    source = open_source(str(trained["LlamaForCausalLM"]), None)
+    ours = torch.nn.functional.cross_entropy(_our_logits(source, output, ids, torch.arange(200))[:-1], ids[1:])
+    assert abs(float(ours - theirs)) < 1e-5 * float(theirs)
+    assert IGNORE == -100 and Batch.__doc__ and os.path.isdir(output)
