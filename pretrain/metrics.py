@@ -94,7 +94,7 @@ class Reporter:
 
     def close(self) -> None:
         if self.wandb:
-            self.wandb.finish(quiet=True)
+            self.wandb.finish()
 
 
 def console_line(record: dict[str, Any], remaining_tokens: int) -> str:

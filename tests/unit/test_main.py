@@ -1,0 +1,90 @@
+"""The door of the trainer: bad input is refused before any process group is made, and the launcher is told."""
+
+import pytest
+import torch.distributed as dist
+
+from pretrain.train import main
+from tests.dist.training import VOCABULARY, base_arguments, write_corpus
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus", documents=20)
+
+
+def refused(argv, capsys, monkeypatch, tmp_path, world=1) -> str:
+    """Run main, check that it refuses in an orderly way -> what it printed."""
+    outcome = tmp_path / "outcome"
+    monkeypatch.setenv("ITHACA_OUTCOME_FILE", str(outcome))
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    assert main(argv) == 2
+    assert outcome.read_text() == "refused" and not dist.is_initialized()
+    text = capsys.readouterr().err
+    assert text and all(line.startswith("error: ") for line in text.splitlines())
+    return text
+
+
+@pytest.mark.parametrize("overrides, world, message", [
+    (dict(tensor_model_parallel_size=2), 3, "world size = 3: must be a multiple of"),
+    (dict(tensor_model_parallel_size=8), 8, "must divide num_attention_heads = 4. Fix: one of [1, 2, 4]"),
+    (dict(pipeline_model_parallel_size=4), 4, "each stage needs at least one of the 2 layers"),
+    (dict(context_parallel_size=8), 8, "Ulysses gives each rank at least one of the 4"),
+    (dict(global_batch_size=3), 2, "must be a multiple of seq_length x micro_batch_size x data-parallel size = 128"),
+    (dict(load="/nonexistent/run"), 1, "load = /nonexistent/run: no checkpoint is published there"),
+    (dict(vocab_size=50), 1, "holds token id"),
+    (dict(tokenizer_type="SentencePieceTokenizer"), 1, "tokenizer_model = None: must be given"),
+    (dict(lr=-1), 1, "lr = -1.0: must be above 0"),
+    (dict(max_position_embeddings=32), 1, "seq_length = 64: beyond max_position_embeddings = 32"),
+    (dict(unknown_flag=1), 1, "--unknown-flag: no such flag"),
+])
+def test_refusals(corpus, capsys, monkeypatch, tmp_path, overrides, world, message):
+    text = refused(base_arguments(corpus, **overrides), capsys, monkeypatch, tmp_path, world)
+    assert message in text and " Fix: " in text
+
+
+def test_damaged_data(corpus, capsys, monkeypatch, tmp_path):
+    broken = tmp_path / "broken"
+    for end in ("bin", "idx"):
+        (tmp_path / f"broken.{end}").write_bytes(open(f"{corpus}.{end}", "rb").read())
+    with open(f"{broken}.bin", "r+b") as file:
+        file.truncate(100)
+    assert "truncated" in refused(base_arguments(str(broken)), capsys, monkeypatch, tmp_path)
+    assert "no such file" in refused(base_arguments(str(tmp_path / "none")), capsys, monkeypatch, tmp_path)
+
+
+def test_several_problems_at_once(corpus, capsys, monkeypatch, tmp_path):
+    text = refused(base_arguments(corpus, lr=-1, clip_grad=-1, num_query_groups=3), capsys, monkeypatch, tmp_path)
+    assert len(text.splitlines()) == 4  # min_lr exceeds a negative lr
+
+
+def test_phases_that_change_the_layout_need_a_save_folder(corpus, capsys, monkeypatch, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("phases:\n  - {name: a, seq_length: 64, train_tokens: 1K, global_batch_tokens: 128}\n"
+                      "  - {name: b, seq_length: 64, train_tokens: 1K, global_batch_tokens: 128, "
+                      "context_parallel_size: 2}\n")
+    argv = base_arguments(corpus)
+    at = argv.index("--train-iters")
+    argv = ["--config", str(config), *argv[:at], *argv[at + 2:]]
+    assert "save: phases with different layouts" in refused(argv, capsys, monkeypatch, tmp_path, world=2)
+
+
+def test_print_config_shows_the_resolved_run_and_trains_nothing(corpus, capsys):
+    assert main([*base_arguments(corpus), "--print-config"]) == 0
+    text = capsys.readouterr().out
+    assert f"vocab_size: {VOCABULARY}" in text and "hidden_size: 32" in text and not dist.is_initialized()
+
+
+def test_one_process_without_a_launcher_trains(corpus, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("ITHACA_OUTCOME_FILE", str(tmp_path / "outcome"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    argv = base_arguments(corpus, save=str(tmp_path / "save"), train_iters=2, log_interval=1, wandb_project="test")
+    try:
+        assert main(argv) == 0
+    finally:
+        import torch.distributed.tensor.debug as debug
+
+        debug._clear_sharding_prop_cache()
+    assert (tmp_path / "outcome").read_text() == "done"
+    out = capsys.readouterr().out
+    assert "step      2 | main 64" in out and "ETA" in out and "evaluation at step 0" in out
+    assert list((tmp_path / "save" / "wandb").glob("offline-run-*"))

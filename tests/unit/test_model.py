@@ -1,0 +1,137 @@
+"""Parts of the model by themselves: attention backends, rotary angles, initial weights, head splits."""
+
+import pytest
+import torch
+
+from data.batch import IGNORE
+from model import gpt
+from model.config import ModelConfig
+from model.estimate import num_parameters, step_flops
+from model.init import BLOCK_ELEMENTS, normal_rows
+from model.kernels import choose_attention
+from model.rope import rotary_tables, rotate
+from model.sharding import shardings_for
+from parallel.pipeline import layers_of_stage
+from parallel.ulysses import HeadSplit
+
+CPU = torch.device("cpu")
+
+
+def masked_attention(q, k, v, cu_seqlens):
+    """The definition: one softmax over a full mask."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    document = torch.bucketize(torch.arange(q.shape[0]), cu_seqlens[1:].long(), right=True)
+    order = torch.arange(q.shape[0])
+    allowed = (document[:, None] == document[None]) & (order[:, None] >= order[None])
+    scores = torch.einsum("qnh,knh->nqk", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("nqk,knh->qnh", scores.masked_fill(~allowed, float("-inf")).softmax(-1), v)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("bounds", [[0, 40], [0, 1, 2, 17, 39, 40]])
+def test_sdpa_equals_the_definition(kv_heads, bounds):
+    torch.manual_seed(0)
+    inputs = [torch.randn(40, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (6, kv_heads, kv_heads)]
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    attend, _ = choose_attention("sdpa", CPU, torch.float64)
+    weight = torch.randn(40, 6, 8, dtype=torch.float64)
+    found = attend(*inputs, cu_seqlens, max(b - a for a, b in zip(bounds, bounds[1:], strict=False)))
+    expected = masked_attention(*inputs, cu_seqlens)
+    assert torch.allclose(found, expected, atol=1e-12)
+    for a, b in zip(torch.autograd.grad((found * weight).sum(), inputs),
+                    torch.autograd.grad((expected * weight).sum(), inputs), strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+def test_a_token_changes_nothing_in_other_documents():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(32, 2, 8) for _ in range(3))
+    cu_seqlens = torch.tensor([0, 10, 11, 32], dtype=torch.int32)
+    attend, _ = choose_attention("sdpa", CPU, torch.float32)
+    before = attend(q, k, v, cu_seqlens, 21).clone()
+    for x in (q, k, v):
+        x[3] += 1.0
+    after = attend(q, k, v, cu_seqlens, 21)
+    assert torch.equal(before[10:], after[10:]) and not torch.equal(before[3:10], after[3:10])
+
+
+@pytest.mark.parametrize("name", ["flash", "te", "varlen"])
+def test_a_named_backend_that_cannot_run_is_refused(name):
+    with pytest.raises(ValueError, match=f"attention_backend = {name}: it needs a GPU"):
+        choose_attention(name, CPU, torch.float32)
+    assert choose_attention("auto", CPU, torch.float32)[1].startswith("attention: sdpa (flash: it needs a GPU")
+
+
+@pytest.mark.parametrize("base", [10000.0, 5e5, 5e8])
+def test_rotary_angles_are_those_of_transformers_bit_for_bit(base):
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+    positions = torch.cat([torch.arange(64), torch.arange(2**20 - 64, 2**20)])
+    config = LlamaConfig(hidden_size=256, num_attention_heads=2, max_position_embeddings=2**20,
+                         rope_parameters={"rope_type": "default", "rope_theta": base})
+    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1, dtype=torch.float32), positions[None])
+    ours = rotary_tables(positions, 128, base, torch.float32)
+    assert torch.equal(ours[0], cos[0]) and torch.equal(ours[1], sin[0])
+    q = torch.randn(128, 2, 128)
+    expected, _ = apply_rotary_pos_emb(q.transpose(0, 1)[None], q.transpose(0, 1)[None], cos, sin)
+    assert torch.equal(rotate(q, *ours), expected[0].transpose(0, 1))
+
+
+def test_initial_rows_do_not_depend_on_who_draws_them():
+    shape = torch.Size([5000, 512])  # three blocks of rows
+    assert BLOCK_ELEMENTS // 512 < 2500
+    whole = normal_rows(1, "layers.0.mlp.up.weight", shape, 0, 5000)
+    for start, stop in ((0, 1), (2000, 2100), (2047, 2049), (4999, 5000), (1000, 5000)):
+        assert torch.equal(normal_rows(1, "layers.0.mlp.up.weight", shape, start, stop), whole[start:stop])
+    assert abs(float(whole.std()) - 1) < 0.01 and abs(float(whole.mean())) < 0.01
+    for other in (normal_rows(2, "layers.0.mlp.up.weight", shape, 0, 10),
+                  normal_rows(1, "layers.1.mlp.up.weight", shape, 0, 10), whole[2048:2058]):
+        assert not torch.equal(other, whole[:10])
+
+
+@pytest.mark.parametrize("heads, kv_heads, cp", [(8, 8, 4), (8, 2, 4), (8, 1, 8), (6, 2, 4), (12, 3, 5), (7, 7, 3)])
+def test_every_head_is_attended_once_with_its_own_key_value_head(heads, kv_heads, cp):
+    split = HeadSplit.make(heads, kv_heads, cp)
+    attended = []
+    for rank in range(cp):
+        (q0, q1), (k0, k1) = split.query[rank], split.kv[rank]
+        assert q1 > q0
+        pairing = split.kv_of_query(rank)
+        assert [k0 + i for i in pairing] == [head // (heads // kv_heads) for head in range(q0, q1)]
+        assert set(pairing) == set(range(k1 - k0)), "a key/value head that nobody reads travels for nothing"
+        attended += range(q0, q1)
+    assert attended == list(range(heads))
+    sizes = [q1 - q0 for q0, q1 in split.query]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("layers, stages", [(8, 2), (7, 3), (3, 3), (80, 16)])
+def test_stages_cover_the_layers_in_order(layers, stages):
+    parts = [layers_of_stage(layers, stage, stages) for stage in range(stages)]
+    assert [layer for part in parts for layer in part] == list(range(layers)) and min(map(len, parts)) >= 1
+
+
+def test_every_parameter_has_a_sharding():
+    names = ["embedding.weight", "layers.31.attention.q.bias", "layers.0.attention.k_norm.weight", "final_norm.weight"]
+    few_kv = ModelConfig(num_attention_heads=8, num_query_groups=2)
+    assert [s.dim for s in shardings_for(names, few_kv, 2).values()] == [0, 0, None, None]
+    assert shardings_for(["layers.0.attention.k.weight"], few_kv, 2)["layers.0.attention.k.weight"].dim == 0
+    replicated = shardings_for(["layers.0.attention.k.weight"], few_kv, 4)["layers.0.attention.k.weight"]
+    assert replicated.dim is None and replicated.partial_gradient
+    with pytest.raises(AssertionError, match="no row of the sharding table"):
+        shardings_for(["layers.0.unknown.weight"], few_kv, 2)
+
+
+def test_flops_count_the_causal_half_of_each_document():
+    config = ModelConfig(num_layers=2, hidden_size=8, ffn_hidden_size=16, num_attention_heads=2)
+    weights = 2 * (4 * 64 + 3 * 128) + 10 * 8
+    assert step_flops(config, 10, 100, 0) == 6 * weights * 100
+    # q k and p v for each pair: 2 products x 2 operations x 8 channels x 2 layers, forward and twice backward
+    assert step_flops(config, 10, 100, 50) - step_flops(config, 10, 100, 0) == 3 * 2 * 2 * 8 * 2 * 50
+    assert num_parameters(config, 10) == weights + 2 * 2 * 8 + 8
+
+
+def test_both_folders_ignore_the_same_label():
+    assert gpt.IGNORED_LABEL == IGNORE
