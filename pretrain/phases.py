@@ -199,4 +199,7 @@ def describe(phases: list[Phase], world_size: int) -> str:
         lines.append(f"{phase.name:<12}{phase.seq_length:>9,}{phase.end - phase.start:>14,}{phase.steps:>8,}"
                      f"{phase.global_batch_tokens:>12,}{phase.num_microbatches(world_size):>7}   tp {tp} pp {pp} "
                      f"cp {cp} dp {phase.data_parallel_size(world_size)} {phase.data_parallel_sharding_strategy}")
+    if any(phase.pipeline_model_parallel_size > 1 and phase.data_parallel_sharding_strategy == "optim_grads"
+           for phase in phases):
+        lines.append("under pipeline parallelism gradients are reduced once per step: optim_grads acts as optim there")
     return "\n".join(lines)

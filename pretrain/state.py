@@ -3,9 +3,14 @@
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
+import xxhash
 from torch import nn
+from torch.distributed.tensor import Replicate
 
 from model.gpt import GPTStage
+from parallel.collectives import all_reduce
+from parallel.layout import Axis, Layout
 from pretrain.config import OptimizerConfig
 
 
@@ -50,3 +55,30 @@ def checkpoint_tensors(state: TrainState, with_optimizer: bool) -> dict[str, tor
             moments = state.optimizer.state[parameter]
             tensors |= {f"optimizer.{name}.{key}": moments[key] for key in ("step", "exp_avg", "exp_avg_sq")}
     return tensors
+
+
+def check_replicas(stage: GPTStage, layout: Layout) -> None:
+    """Compare copies of a parameter bit for bit: over tp, and of a tied embedding over the first and last stage.
+
+    Copies that drift apart (a gradient that was not reduced) look like a healthy run; a checkpoint would
+    keep one of them at random.
+
+    Raises:
+        RuntimeError: on every rank of an axis whose copies differ, naming the parameters.
+    """
+    replicated = [(name, p) for name, p in stage.named_parameters() if isinstance(p.placements[-1], Replicate)]
+    _compare(replicated, layout.tp)
+    if stage.tied and layout.embedding.size > 1:
+        _compare([("embedding.weight", stage.embedding.weight)], layout.embedding)
+
+
+def _compare(parameters: list[tuple[str, nn.Parameter]], axis: Axis) -> None:
+    if axis.size == 1 or not parameters:
+        return
+    digests = [xxhash.xxh3_64_intdigest(p.to_local().detach().cpu().numpy().tobytes()) >> 1 for _, p in parameters]
+    own = torch.tensor(digests, dtype=torch.int64, device=parameters[0][1].to_local().device)
+    highest, lowest = (all_reduce(own.clone(), axis, op) for op in (dist.ReduceOp.MAX, dist.ReduceOp.MIN))
+    differing = [name for (name, _), same in zip(parameters, (highest == lowest).tolist(), strict=True) if not same]
+    if differing:
+        raise RuntimeError(f"copies over {axis.name} ranks {axis.ranks} are no longer the same: "
+                           f"{', '.join(differing[:5])}. The run is not saved; its last checkpoint is good.")

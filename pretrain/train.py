@@ -42,7 +42,7 @@ from pretrain.load_config import dump_yaml, load_config, outcome_path, warn
 from pretrain.metrics import Reporter
 from pretrain.phases import Phase, check_phases, describe, phase_at, resolve_phases, step_at
 from pretrain.start import Start, check_continuation, find_start
-from pretrain.state import TrainState, build_optimizer, checkpoint_tensors
+from pretrain.state import TrainState, build_optimizer, check_replicas, checkpoint_tensors
 from pretrain.step import Stepper, train_step
 
 
@@ -69,6 +69,8 @@ def make_plan(config: Config, world_size: int) -> Plan:
     problems = config.validate()
     if problems:
         raise ValueError("\n".join(problems))
+    if not config.optimizer.calculate_per_token_loss and launched_rank() == 0:
+        warn("calculate_per_token_loss = False: the loss is always the sum over targets / the global target count")
     phases = resolve_phases(config)
     if len({phase.layout_key for phase in phases}) > 1 and not config.checkpoint.save:
         problems.append("save: phases with different layouts hand over through a checkpoint. Fix: give --save.")
@@ -267,6 +269,7 @@ class Trainer:
         if root is None:
             return
         began = time.perf_counter()
+        check_replicas(state.stage, self.layout)
         progress = {"step": step, "clock": state.clock, "real_tokens": state.real_tokens,
                     "skipped_in_a_row": state.skipped_in_a_row, "wandb_run_id": state.wandb_run_id,
                     "phase": dataclasses.asdict(phase), "seed": self.config.optimizer.seed,

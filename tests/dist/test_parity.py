@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from pretrain.state import check_replicas
 from tests.dist.parity import Case, compare, run_step
 
 QWEN3 = dict(qk_layernorm=True, kv_channels=12)
@@ -57,6 +58,31 @@ def test_equals_one_process(pool, single, name):
         twin = next(r for r in results if r["pp_rank"] == result["pp_rank"])
         for tensor_name, tensor in result["weights"].items():
             assert np.array_equal(tensor, twin["weights"][tensor_name]), f"replicas of {tensor_name} drifted apart"
+
+
+def drift(world, case: Case, name: str) -> list[str]:
+    """Change one element of one rank's copy -> what `check_replicas` says before and after."""
+    import torch
+
+    layout, stage, *_ = case.build(world)
+    said = []
+    for change in (0.0, 1e-7):
+        if world.rank == 1:
+            with torch.no_grad():
+                stage.get_parameter(name).to_local().view(-1)[:1] += change
+        try:
+            check_replicas(stage, layout)
+            said.append("")
+        except RuntimeError as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.parametrize("case, name", [(Case(tp=2, model=QWEN2_TIED), "layers.1.attention.k.weight"),
+                                        (Case(pp=2), "embedding.weight")], ids=["tp", "tied"])
+def test_copies_that_drift_apart_are_noticed(pool, case, name):
+    for before, after in pool.run(drift, 2, case, name):
+        assert before == "" and f"are no longer the same: {name}" in after
 
 
 def test_packed_documents_cross_slice_edges():
