@@ -179,23 +179,27 @@ class GPTStage(nn.Module):
                 self.output = Weight(rows, config.hidden_size)
         self.rotary_base, self.recompute = config.rotary_base, config.recompute_granularity
         self.microbatches: Sequence[Microbatch] = ()
-        self.num_targets = 1
+        self.num_targets, self.next_microbatch = 1, 0
 
     def begin_step(self, microbatches: Sequence[Microbatch], num_targets: int) -> None:
         """Set what `forward` looks up: this rank's slices and the target count of the whole global batch."""
         self.microbatches, self.num_targets = microbatches, max(1, num_targets)
+        self.next_microbatch = 0
 
-    def forward(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """One microbatch through this stage.
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The step's next microbatch through this stage.
+
+        Every schedule sends the microbatches through a stage in order, so a counter on the host names
+        them; an index in a tensor would have to be read back from the GPU each time.
 
         Args:
             x: [t, D] from the previous stage; unread on the first stage.
-            index: int64 [1], which of the step's microbatches.
         Returns:
             [t, D] for the next stage, or on the last one the scalar sum of target losses in nats divided
             by the global number of targets (a rank without targets returns 0, with a gradient of 0).
         """
-        microbatch = self.microbatches[int(index)]
+        microbatch = self.microbatches[self.next_microbatch]
+        self.next_microbatch += 1
         x_tD = self.hidden(x, microbatch)
         if not self.is_last:
             return x_tD

@@ -7,6 +7,7 @@ key/value head i // (m // k). Optional packages are imported only inside their b
 """
 
 import importlib.util
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -62,12 +63,21 @@ def _sdpa() -> Attend:
 def _varlen() -> Attend:
     from torch.nn.attention.varlen import varlen_attn
 
+    options = varlen_options(varlen_attn)
+
     def attend(q, k, v, cu_seqlens, max_seqlen):
         group = q.shape[1] // k.shape[1]
-        if group > 1:
+        if group > 1 and "enable_gqa" not in options:
             k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, is_causal=True)
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
     return attend
+
+
+def varlen_options(varlen_attn: Callable) -> dict:
+    """How this torch's varlen_attn is told "causal" and "grouped": its flags differ between releases."""
+    known = inspect.signature(varlen_attn).parameters
+    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
 
 
 def _flash() -> Attend:

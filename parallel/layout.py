@@ -7,6 +7,7 @@ the only one that chooses the device. Rank order is Megatron's (tp fastest, then
 """
 
 import os
+import resource
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -106,6 +107,7 @@ def start_world(config: LayoutConfig, store: dist.Store | None = None, rank: int
         torch.cuda.set_device(device)
     options = {"backend": "cpu:gloo,cuda:nccl" if has_cuda else "cpu:gloo",
                "timeout": timedelta(minutes=config.distributed_timeout_minutes)}
+    _raise_open_files_limit()
     if store is not None:
         dist.init_process_group(store=store, rank=rank, world_size=world_size, **options)
     elif "RANK" in os.environ:
@@ -113,6 +115,13 @@ def start_world(config: LayoutConfig, store: dist.Store | None = None, rank: int
     else:
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **options)
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def _raise_open_files_limit() -> None:
+    """gloo opens a socket to every peer of every group: at 1,024 ranks more than a shell's usual 1,024 files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def build_layout(config: LayoutConfig, world: World) -> Layout:

@@ -1,8 +1,8 @@
 """Pipeline parallelism: torch.distributed.pipelining over our stages.
 
-A stage module is called as `module(x, index)`: `x` is the previous stage's output (the first stage
-gets the index again), `index` an int64 [1] tensor naming the microbatch, whose metadata the module
-looks up by itself. The last stage returns its share of the loss, already scaled: schedules sum it.
+A stage module is called as `module(x)` once per microbatch, in order: `x` is the previous stage's
+output, on the first stage a placeholder. The module looks up everything else about the microbatch by
+itself. The last stage returns its share of the loss, already scaled: schedules sum it.
 
 Source: torch.distributed.pipelining (stage.py, schedules.py); 1F1B is PipeDream-Flush (arXiv 2006.09503).
 """
@@ -32,24 +32,27 @@ class Pipeline:
         """Args: tokens: per rank and microbatch; dtype: of the activations between stages."""
         self.shape = (num_microbatches, tokens)
         activation = torch.empty(tokens, hidden, dtype=dtype, device="meta", requires_grad=True)
-        index = torch.empty(1, dtype=torch.int64, device="meta")
+        placeholder = torch.empty(1, dtype=torch.int64, device="meta")
         loss_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         loss = torch.empty((), dtype=loss_dtype, device="meta", requires_grad=True)
         # With both given, no stage runs an extra microbatch to find its shapes.
-        self.stage = PipelineStage(module, pp.rank, pp.size, device, input_args=index if pp.is_first else activation,
-                                   output_args=loss if pp.is_last else activation, group=pp.group)
+        self.stage = PipelineStage(
+            module, pp.rank, pp.size, device, input_args=placeholder if pp.is_first else activation,
+            output_args=loss if pp.is_last else activation, group=pp.group)
         self.schedule = Schedule1F1B(self.stage, num_microbatches, loss_fn=lambda output, target: output,
                                      scale_grads=False)
-        self.indices = torch.arange(num_microbatches, device=device)
+        # The schedule cuts inputs and targets into microbatches; ours carry nothing but their number.
+        self.placeholders = torch.zeros(num_microbatches, dtype=torch.int64, device=device)
 
     def run(self, train: bool) -> torch.Tensor | None:
         """All microbatches forward (and backward if `train`); the summed loss on the last stage, else None."""
         losses: list[torch.Tensor] | None = [] if self.stage.is_last else None
-        args = (self.indices,) if self.stage.is_first else ()
-        options = {"index": self.indices, "target": self.indices if self.stage.is_last else None, "losses": losses}
+        args = (self.placeholders,) if self.stage.is_first else ()
+        options = {"target": self.placeholders if self.stage.is_last else None, "losses": losses}
         if train:
             self.schedule.step(*args, return_outputs=False, **options)
         else:
             with torch.no_grad():
                 self.schedule.eval(*args, return_outputs=False, **options)
+            self.stage.clear_runtime_states()  # only a backward would let go of the activations
         return torch.stack([loss.detach() for loss in losses]).sum() if losses is not None else None

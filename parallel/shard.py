@@ -18,7 +18,8 @@ def shard_module(module: nn.Module, blocks: list[nn.Module], layout: Layout, str
 
     Args:
         compute_dtype: dtype of parameters in forward and backward; None keeps the stored dtype.
-            Gradients are accumulated and reduced in fp32 (in the stored dtype where that is None).
+            Over dp x cp, gradients are accumulated and reduced in fp32 (in the stored dtype where that is
+            None); sums over tp of a parameter's partial gradients happen in the compute dtype.
     """
     precision = MixedPrecisionPolicy()
     if compute_dtype is not None:

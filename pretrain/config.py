@@ -131,7 +131,7 @@ class OptimizerConfig:
     fp64: bool = False
     """Everything in double precision, to compare layouts exactly."""
     accumulate_allreduce_grads_in_fp32: bool = True
-    """Gradients are always accumulated and reduced in fp32; accepted, an error when turned off."""
+    """Gradients are always accumulated and reduced over dp x cp in fp32; an error when turned off."""
     calculate_per_token_loss: bool = True
     """Loss = sum / global target count, our only way; a warning when turned off."""
     max_skipped_steps: int = 10
@@ -203,12 +203,17 @@ class Config:
         positive += [(name, getattr(section, name)) for section, names in (
             (schedule, ("seq_length", "global_batch_size", "global_batch_tokens", "train_iters", "train_samples",
                         "train_tokens")),
+            (optimizer, ("lr_decay_iters", "lr_decay_samples", "lr_decay_tokens", "lr_wsd_decay_iters",
+                         "lr_wsd_decay_samples", "lr_wsd_decay_tokens")),
             (checkpoint, ("save_interval", "exit_interval", "exit_duration_in_mins")),
             (self.logging, ("eval_interval",))) for name in names]
         problems += [f"{name} = {value}: must be above 0. Fix: give a positive number."
                      for name, value in positive if value is not None and not value > 0]
         problems += [f"{name} = {value}: must be at least 0. Fix: give 0 or more."
-                     for name, value in (("min_lr", optimizer.min_lr), ("clip_grad", optimizer.clip_grad),
+                     for name, value in (*((name, getattr(optimizer, name) or 0) for name in (
+                                             "lr_warmup_iters", "lr_warmup_samples", "lr_warmup_tokens",
+                                             "lr_warmup_fraction")),
+                                         ("min_lr", optimizer.min_lr), ("clip_grad", optimizer.clip_grad),
                                          ("weight_decay", optimizer.weight_decay), ("seed", optimizer.seed),
                                          ("eval_iters", self.logging.eval_iters),
                                          ("lr_warmup_init", optimizer.lr_warmup_init)) if not value >= 0]

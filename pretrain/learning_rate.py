@@ -38,8 +38,8 @@ class LearningRate:
                     return count * factor
             return None
 
-        end = tokens("lr_decay") or phases[-1].end
-        warmup = tokens("lr_warmup") or 0
+        end, warmup = tokens("lr_decay"), tokens("lr_warmup") or 0
+        end = phases[-1].end if end is None else end
         if config.lr_warmup_fraction is not None:
             warmup = round(config.lr_warmup_fraction * end)
         wsd_decay = tokens("lr_wsd_decay") or 0

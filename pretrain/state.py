@@ -64,21 +64,24 @@ def check_replicas(stage: GPTStage, layout: Layout) -> None:
     keep one of them at random.
 
     Raises:
-        RuntimeError: on every rank of an axis whose copies differ, naming the parameters.
+        RuntimeError: on every rank of the world, naming the parameters on the ranks that hold them.
     """
     replicated = [(name, p) for name, p in stage.named_parameters() if isinstance(p.placements[-1], Replicate)]
-    _compare(replicated, layout.tp)
+    problems = _differences(replicated, layout.tp)
     if stage.tied and layout.embedding.size > 1:
-        _compare([("embedding.weight", stage.embedding.weight)], layout.embedding)
+        problems += _differences([("embedding.weight", stage.embedding.weight)], layout.embedding)
+    found = all_reduce(torch.tensor(len(problems), device=layout.device), layout.world)
+    if found > 0:
+        raise RuntimeError(f"copies of parameters are no longer the same: {'; '.join(problems) or 'on other ranks'}. "
+                           "Nothing is saved; the last checkpoint is good.")
 
 
-def _compare(parameters: list[tuple[str, nn.Parameter]], axis: Axis) -> None:
+def _differences(parameters: list[tuple[str, nn.Parameter]], axis: Axis) -> list[str]:
+    """What differs over `axis`, one sentence or none."""
     if axis.size == 1 or not parameters:
-        return
+        return []
     digests = [xxhash.xxh3_64_intdigest(p.to_local().detach().cpu().numpy().tobytes()) >> 1 for _, p in parameters]
     own = torch.tensor(digests, dtype=torch.int64, device=parameters[0][1].to_local().device)
     highest, lowest = (all_reduce(own.clone(), axis, op) for op in (dist.ReduceOp.MAX, dist.ReduceOp.MIN))
     differing = [name for (name, _), same in zip(parameters, (highest == lowest).tolist(), strict=True) if not same]
-    if differing:
-        raise RuntimeError(f"copies over {axis.name} ranks {axis.ranks} are no longer the same: "
-                           f"{', '.join(differing[:5])}. The run is not saved; its last checkpoint is good.")
+    return [f"{', '.join(differing[:5])} over {axis.name} ranks {axis.ranks}"] if differing else []

@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ from pretrain.evaluate import validation_loss
 from pretrain.learning_rate import LearningRate
 from pretrain.load_config import dump_yaml, load_config, outcome_path, warn
 from pretrain.metrics import Reporter
-from pretrain.phases import Phase, check_phases, describe, phase_at, resolve_phases, step_at
+from pretrain.phases import Phase, check_phases, describe, phase_at, resolve_phases
 from pretrain.start import Start, check_continuation, find_start
 from pretrain.state import TrainState, build_optimizer, check_replicas, checkpoint_tensors
 from pretrain.step import Stepper, train_step
@@ -67,25 +68,30 @@ def make_plan(config: Config, world_size: int) -> Plan:
         ValueError: every problem found, a line each.
     """
     problems = config.validate()
-    if problems:
-        raise ValueError("\n".join(problems))
     if not config.optimizer.calculate_per_token_loss and launched_rank() == 0:
         warn("calculate_per_token_loss = False: the loss is always the sum over targets / the global target count")
-    phases = resolve_phases(config)
+    phases = attempt(problems, lambda: resolve_phases(config)) or []
     if len({phase.layout_key for phase in phases}) > 1 and not config.checkpoint.save:
         problems.append("save: phases with different layouts hand over through a checkpoint. Fix: give --save.")
-    try:
-        tokenizer, vocab_size = _tokenizer(config.data)
-    except ValueError as error:
-        tokenizer, vocab_size = None, None
-        problems.append(str(error))
-    problems += check_phases(phases, config, world_size, vocab_size)
-    learning_rate = LearningRate.make(config.optimizer, phases)
+    learning_rate = attempt(problems, lambda: LearningRate.make(config.optimizer, phases)) if phases else None
+    if not config.data.validate():
+        tokenizer, vocab_size = attempt(problems, lambda: _tokenizer(config.data)) or (None, None)
+    if not config.model.validate() and phases:
+        problems += check_phases(phases, config, world_size, None if problems else vocab_size)
     if problems:
         raise ValueError("\n".join(problems))
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, vocab_size=vocab_size))
     corpus = open_corpus(config.data, config.optimizer.seed, vocab_size)
     return Plan(config, phases, learning_rate, vocab_size, tokenizer, find_start(config), corpus)
+
+
+def attempt(problems: list[str], make: Callable):
+    """What `make` gives; or None, and its ValueError among the problems."""
+    try:
+        return make()
+    except ValueError as error:
+        problems += str(error).splitlines()
+        return None
 
 
 def _tokenizer(data: DataConfig):
@@ -120,7 +126,8 @@ class Trainer:
                                self.config.optimizer.seed)
         clock = 0 if progress is None or start.weights_only else progress["clock"]
         phase = phase_at(self.plan.phases, clock)
-        step = step_at(self.plan.phases, clock)
+        # Not recomputed from the phases: with another batch size the same clock is another number of steps.
+        step = 0 if clock == 0 else progress["step"]
         if self.world.rank == 0:
             print(describe(self.plan.phases, self.world.size), flush=True)
         if phase is None:
@@ -171,23 +178,22 @@ class Trainer:
     def _run_phases(self, phase: Phase, step: int, reporter: Reporter) -> str:
         state = self.state
         while True:
-            outcome, step = self._run_phase(phase, step, reporter)
-            if outcome == "stopped":
-                self._save(phase, step, reporter)
-                return "stopped"
+            stop, step = self._run_phase(phase, step, reporter)
+            self._save(phase, step, reporter)
             following = phase_at(self.plan.phases, state.clock)
             if following is None:
-                self._save(phase, step, reporter)
                 reporter.say(f"done: {step:,} steps, {state.clock:,} tokens")
                 return "done"
-            self._save(phase, step, reporter)
+            if stop:
+                reporter.say(f"stopped as asked after step {step:,}")
+                return "stopped"
             if following.layout_key != phase.layout_key:
                 reporter.say(f"phase {phase.name} is done; phase {following.name} needs another layout: starting again")
                 return "again"
             phase = following
 
-    def _run_phase(self, phase: Phase, step: int, reporter: Reporter) -> tuple[str, int]:
-        """All remaining steps of one phase -> ("ended" or "stopped", the last step's number)."""
+    def _run_phase(self, phase: Phase, step: int, reporter: Reporter) -> tuple[bool, int]:
+        """The remaining steps of one phase, or those until someone asks to stop -> (asked, last step's number)."""
         state, settings = self.state, self.config.checkpoint
         state.stage.rotary_base, state.stage.recompute = phase.rotary_base, phase.recompute_granularity
         stepper = Stepper(state.stage, self.layout, self.config.model.hidden_size, self.compute_dtype,
@@ -200,14 +206,14 @@ class Trainer:
             stop = record.pop("stop")
             step = record["step"]
             reporter.step(record, self.plan.phases[-1].end - state.clock)
+            if stop:
+                return True, step
             every = self.config.logging.eval_interval
             if state.clock == phase.end or every and step % every == 0:
                 self._evaluate(stepper, phase, step, reporter)
-            if state.clock < phase.end and stop:
-                return "stopped", step
             if state.clock < phase.end and settings.save_interval and step % settings.save_interval == 0:
                 self._save(phase, step, reporter)
-        return "ended", step
+        return False, step
 
     def _step(self, stepper: Stepper, loader: Loader, phase: Phase, step: int) -> dict:
         """Train one step -> its line of metrics.jsonl, plus "stop": someone asks to save and end."""
@@ -254,7 +260,7 @@ class Trainer:
                       global_batch_tokens=phase.global_batch_tokens, dp_rank=layout.dp.rank, dp_size=layout.dp.size,
                       cp_rank=layout.cp.rank, cp_size=layout.cp.size, document_masking=phase.document_masking,
                       eod=self.plan.tokenizer.eod if self.plan.tokenizer else None, eod_mask_loss=data.eod_mask_loss,
-                      vocab_size=self.plan.vocab_size)
+                      vocab_size=self.plan.vocab_size, prefetch=split == "train")
 
     def _evaluate(self, stepper: Stepper, phase: Phase, step: int, reporter: Reporter) -> None:
         if "valid" not in self.corpus or self.config.logging.eval_iters == 0:
@@ -270,11 +276,12 @@ class Trainer:
             return
         began = time.perf_counter()
         check_replicas(state.stage, self.layout)
+        longest = max(p.seq_length for p in self.plan.phases[:phase.index + 1])
         progress = {"step": step, "clock": state.clock, "real_tokens": state.real_tokens,
                     "skipped_in_a_row": state.skipped_in_a_row, "wandb_run_id": state.wandb_run_id,
-                    "phase": dataclasses.asdict(phase), "seed": self.config.optimizer.seed,
-                    "data": self.data_fingerprint, "tokenizer": self.tokenizer_description,
-                    "world_size": self.world.size, "threads": torch.get_num_threads()}
+                    "phase": dataclasses.asdict(phase),
+                    "longest_seq_length": longest, "seed": self.config.optimizer.seed, "data": self.data_fingerprint,
+                    "tokenizer": self.tokenizer_description, "world_size": self.world.size, "threads": torch.get_num_threads()}
         files = self.plan.tokenizer.files if self.plan.tokenizer else []
         folder = checkpoint.save(root, step, checkpoint_tensors(state, True), progress, dump_yaml(self.config), files,
                                  self.layout.world)

@@ -132,7 +132,8 @@ def export(arguments: Arguments) -> None:
     source = open_source(arguments.load, arguments.ckpt_step)
     architecture(source.config.model)
     phase = source.progress["phase"]
-    longest = arguments.max_position_embeddings or source.config.model.max_position_embeddings or phase["seq_length"]
+    longest = (arguments.max_position_embeddings or source.config.model.max_position_embeddings
+               or source.progress["longest_seq_length"])
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

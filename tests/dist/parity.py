@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from data.loader import Loader
 from data.stream import DocumentStream
@@ -50,6 +51,7 @@ class Case:
     samples: int = 8
     document_masking: bool = True
     recompute: str | None = None
+    clip_grad: float = 1.0
 
     @property
     def world_size(self) -> int:
@@ -58,7 +60,7 @@ class Case:
     def single(self) -> "Case":
         """The same model and batch in one process."""
         return Case(model=self.model, lengths=self.lengths, seq_length=self.seq_length, samples=self.samples,
-                    document_masking=self.document_masking)
+                    document_masking=self.document_masking, clip_grad=self.clip_grad)
 
     def model_config(self) -> ModelConfig:
         # Large initial weights: small ones would make every layer nearly the identity.
@@ -66,19 +68,17 @@ class Case:
                      init_method_std=0.2)
         return ModelConfig(**(shape | self.model))
 
-    def build(self, world: World, seed: int = 1234):
-        """(layout, stage, optimizer, stepper, loader) as the trainer makes them, in fp64."""
-        import torch
-
+    def build(self, world: World, seed: int = 1234, master=torch.float64, compute=torch.float64):
+        """(layout, stage, optimizer, stepper, loader) as the trainer makes them."""
         layout = build_layout(LayoutConfig(tensor_model_parallel_size=self.tp, pipeline_model_parallel_size=self.pp,
                                            context_parallel_size=self.cp), world)
-        attend, _ = choose_attention("auto", layout.device, torch.float64)
+        attend, _ = choose_attention("auto", layout.device, compute)
         config = self.model_config()
-        stage = build_stage(config, VOCABULARY, layout, attend, strategy=self.strategy, master_dtype=torch.float64,
-                            compute_dtype=torch.float64)
+        stage = build_stage(config, VOCABULARY, layout, attend, strategy=self.strategy, master_dtype=master,
+                            compute_dtype=compute)
         initialize(stage, config, layout, seed)
         stage.recompute = self.recompute
-        stepper = Stepper(stage, layout, config.hidden_size, torch.float64, self.strategy)
+        stepper = Stepper(stage, layout, config.hidden_size, compute, self.strategy)
         stream = DocumentStream(MemoryCorpus(self.lengths), np.arange(len(self.lengths)), seed)
         loader = Loader(stream, seq_length=self.seq_length, micro_batch_size=self.micro_batch_size,
                         global_batch_tokens=self.samples * self.seq_length, dp_rank=layout.dp.rank,
@@ -97,7 +97,7 @@ def run_step(world: World, case: Case) -> dict:
         gradients.update({name: p.grad.full_tensor().numpy() for name, p in stage.named_parameters()})
 
     optimizer.register_step_pre_hook(capture)
-    result = train_step(stepper, optimizer, loader.read(0), lr=1e-3, clip_grad=1.0)
+    result = train_step(stepper, optimizer, loader.read(0), lr=1e-3, clip_grad=case.clip_grad)
     weights = {name: p.full_tensor().detach().numpy() for name, p in stage.named_parameters()}
     valid, _ = stepper.run(loader.read(case.samples * case.seq_length), train=False)
     return {"loss": result.loss, "grad_norm": result.grad_norm, "num_targets": result.num_targets, "valid": valid,

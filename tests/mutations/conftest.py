@@ -1,0 +1,1 @@
+from tests.dist.conftest import pool  # noqa: F401  (the same workers)

@@ -1,0 +1,211 @@
+"""Known bugs of this field, each as a change of one function, and the parity case that must notice it.
+
+Sources: the issue trackers of Megatron-LM, DeepSpeed, VeOmni, verl, trl, axolotl, torchtitan and others.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from data.batch import IGNORE
+from tests.dist.parity import Case
+
+UNTIED = dict(untie_embeddings_and_output_weights=True)
+MANY_KV = dict(num_attention_heads=4, num_query_groups=4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutation:
+    """`replace(original)` takes the place of `module.name` (a dotted name may go through a class)."""
+
+    module: str
+    name: str
+    replace: Callable
+    case: Case
+
+    @contextmanager
+    def applied(self):
+        owner = importlib.import_module(self.module)
+        *path, leaf = self.name.split(".")
+        for part in path:
+            owner = getattr(owner, part)
+        original = owner.__dict__[leaf]
+        plain = original.__func__ if isinstance(original, staticmethod) else original
+        mutated = self.replace(plain)
+        setattr(owner, leaf, staticmethod(mutated) if isinstance(original, staticmethod) else mutated)
+        try:
+            yield
+        finally:
+            setattr(owner, leaf, original)
+
+
+def change_batch(change: Callable) -> Callable:
+    """A `read_batch` whose result goes through `change(batch, stream, starts, seq_length, cp_rank, cp_size)`."""
+    def replace(original):
+        def mutated(stream, starts, seq_length, cp_rank, cp_size, **options):
+            batch = original(stream, starts, seq_length, cp_rank, cp_size, **options)
+            return change(batch, stream, starts, seq_length, cp_rank, cp_size)
+        return mutated
+    return replace
+
+
+def labels_shifted_after_slicing(batch, *_):
+    labels = torch.cat([batch.tokens[1:], torch.tensor([IGNORE])])
+    return dataclasses.replace(batch, labels=torch.where(batch.labels == IGNORE, IGNORE, labels), num_targets=-1)
+
+
+def labels_across_documents(batch, stream, starts, seq_length, cp_rank, cp_size):
+    tokens = np.concatenate([stream.read(start + 1, seq_length) for start in starts])
+    t = len(tokens) // cp_size
+    return dataclasses.replace(batch, labels=torch.from_numpy(tokens[cp_rank * t:(cp_rank + 1) * t].copy()),
+                               num_targets=-1)
+
+
+def one_big_document(batch, *_):
+    total = int(batch.cu_seqlens[-1])
+    return dataclasses.replace(batch, cu_seqlens=torch.tensor([0, total], dtype=torch.int32), max_seqlen=total)
+
+
+def positions_of_the_sample(batch, stream, starts, seq_length, cp_rank, cp_size):
+    t = len(batch.tokens)
+    return dataclasses.replace(batch, positions=torch.arange(cp_rank * t, (cp_rank + 1) * t))
+
+
+def positions_from_the_slice(batch, *_):
+    starts_here = batch.positions.clone()
+    first = int(starts_here[0])
+    until = next((i for i, p in enumerate(starts_here.tolist()) if i and p == 0), len(starts_here))
+    starts_here[:until] -= first
+    return dataclasses.replace(batch, positions=starts_here)
+
+
+def kv_gradient_overwritten(original):
+    def mutated(ctx, grad_q, grad_k, grad_v):
+        from parallel import ulysses
+
+        split, axis = ctx.split, ctx.axis
+        q_shape, k_shape = ctx.shapes
+        grads = ulysses._heads_first(torch.cat([grad_q, grad_k, grad_v], dim=1), axis.size)
+        received = ulysses.all_to_all(grads, [split.rows(axis.rank)] * axis.size,
+                                      [split.rows(r) for r in range(axis.size)], axis)
+        q_grad = received.new_empty(q_shape[1], q_shape[0], q_shape[2])
+        kv_grad = received.new_zeros(2, k_shape[1], k_shape[0], k_shape[2])
+        row = 0
+        for (q0, q1), (k0, k1) in zip(split.query, split.kv, strict=True):
+            q, k = q1 - q0, k1 - k0
+            q_grad[q0:q1] = received[row:row + q]
+            kv_grad[:, k0:k1] = received[row + q:row + q + 2 * k].view(2, k, *kv_grad.shape[2:])
+            row += q + 2 * k
+        return q_grad.transpose(0, 1), kv_grad[0].transpose(0, 1), kv_grad[1].transpose(0, 1), None, None
+    return mutated
+
+
+def local_target_count(original):
+    return lambda microbatches, layout: sum(batch.num_targets for batch in microbatches)
+
+
+def count_over_dp_only(original):
+    def mutated(microbatches, layout):
+        return original(microbatches, dataclasses.replace(layout, dp_cp=layout.dp))
+    return mutated
+
+
+def averaged_gradients(original):
+    def mutated(module, blocks, layout, strategy, compute_dtype):
+        from torch.distributed.fsdp import FSDPModule
+
+        original(module, blocks, layout, strategy, compute_dtype)
+        for unit in module.modules():
+            if isinstance(unit, FSDPModule):
+                unit.set_gradient_divide_factor(float(layout.dp_cp.size))
+    return mutated
+
+
+def unmasked_padding(original):
+    def mutated(self, x):
+        vocab_size, self.vocab_size = self.vocab_size, 1 << 30
+        try:
+            return original(self, x)
+        finally:
+            self.vocab_size = vocab_size
+    return mutated
+
+
+def without_max(original):
+    import torch.distributed as dist
+
+    def mutated(x, axis, op=dist.ReduceOp.SUM):
+        return x if op == dist.ReduceOp.MAX else original(x, axis, op)
+    return mutated
+
+
+def last_microbatch_only(original):
+    def mutated(module, strategy, is_last):
+        module.zero_grad(set_to_none=True)
+        return original(module, strategy, is_last)
+    return mutated
+
+
+def norm_of_this_rank(original):
+    def mutated(stage, layout):
+        grads = [p.grad.to_local() for p in stage.parameters()]
+        return torch.nn.utils.get_total_norm(grads).double()
+    return mutated
+
+
+ACROSS_EDGES = Case(cp=2, model=UNTIED)
+MUTATIONS = {
+    "loss divided by this rank's targets (Megatron-LM#7513)": Mutation(
+        "pretrain.step", "count_targets", local_target_count, ACROSS_EDGES),
+    "targets counted over dp without cp (VeOmni#338)": Mutation(
+        "pretrain.step", "count_targets", count_over_dp_only, ACROSS_EDGES),
+    "gradients averaged over cp instead of summed (verl#2857)": Mutation(
+        "model.build", "shard_module", averaged_gradients, ACROSS_EDGES),
+    "labels shifted after slicing (verl#5227)": Mutation(
+        "data.loader", "read_batch", change_batch(labels_shifted_after_slicing), ACROSS_EDGES),
+    "targets across documents": Mutation(
+        "data.loader", "read_batch", change_batch(labels_across_documents), ACROSS_EDGES),
+    "attention across documents (trl#6843)": Mutation(
+        "data.loader", "read_batch", change_batch(one_big_document), ACROSS_EDGES),
+    "positions of the sample, not the document (torchtitan#2559)": Mutation(
+        "data.loader", "read_batch", change_batch(positions_of_the_sample), ACROSS_EDGES),
+    "positions that restart at the slice (Megatron-LM#5243)": Mutation(
+        "data.loader", "read_batch", change_batch(positions_from_the_slice), ACROSS_EDGES),
+    "heads in the wrong order after the exchange": Mutation(
+        "parallel.ulysses", "_tokens_first",
+        lambda original: lambda x, size: original(x, size).flip(1) if size > 1 else original(x, size),
+        Case(cp=2, model=MANY_KV)),
+    "gradient of a shared key/value head overwritten, not summed": Mutation(
+        "parallel.ulysses", "_SeqToHeads.backward", kv_gradient_overwritten, Case(cp=4)),
+    "query heads paired with the wrong key/value head": Mutation(
+        "parallel.ulysses", "HeadSplit.kv_of_query",
+        lambda original: lambda self, rank: original(self, rank)[::-1],
+        Case(cp=4, model=dict(num_attention_heads=6, num_query_groups=2, hidden_size=48))),
+    "partial gradient of a replicated parameter not reduced over tp": Mutation(
+        "model.gpt", "local_part", lambda original: lambda parameter, partial=False: original(parameter),
+        Case(tp=2, model=dict(qk_layernorm=True))),
+    "replicated parameter counted on every tp rank in the norm (Megatron-LM#7452)": Mutation(
+        "pretrain.step", "Shard", lambda original: object, Case(tp=2)),
+    "norm of this rank's gradients only": Mutation(
+        "pretrain.step", "global_grad_norm", norm_of_this_rank, Case(dp=2)),
+    "no reduction of dx behind a column-parallel layer": Mutation(
+        "model.gpt", "copy_to", lambda original: lambda x, axis: x, Case(tp=2)),
+    "row-parallel output summed over the wrong group": Mutation(
+        "parallel.collectives", "all_reduce", lambda original: lambda x, axis, *op: (
+            x if axis.name == "tp" else original(x, axis, *op)), Case(tp=2, cp=2)),
+    "tied embedding's two gradients not summed": Mutation(
+        "pretrain.step", "sum_tied_gradients", lambda original: lambda stage, layout: None, Case(pp=2)),
+    "gradients divided by the number of microbatches under pp": Mutation(
+        "parallel.pipeline", "Schedule1F1B",
+        lambda original: lambda *args, **options: original(*args, **(options | dict(scale_grads=True))), Case(pp=2)),
+    "only the last microbatch's gradient kept": Mutation(
+        "pretrain.step", "set_microbatch", last_microbatch_only, Case(dp=2)),
+    "softmax maximum of this tp rank only": Mutation(
+        "parallel.tensor", "all_reduce", without_max, Case(tp=2)),
+    "padded rows of the vocabulary take part in the softmax (Megatron-Bridge#5375)": Mutation(
+        "model.gpt", "GPTStage.logits", unmasked_padding, Case(tp=2, padded_reference=True)),
+}
