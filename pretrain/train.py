@@ -281,7 +281,8 @@ class Trainer:
                     "skipped_in_a_row": state.skipped_in_a_row, "wandb_run_id": state.wandb_run_id,
                     "phase": dataclasses.asdict(phase),
                     "longest_seq_length": longest, "seed": self.config.optimizer.seed, "data": self.data_fingerprint,
-                    "tokenizer": self.tokenizer_description, "world_size": self.world.size, "threads": torch.get_num_threads()}
+                    "tokenizer": self.tokenizer_description, "world_size": self.world.size,
+                    "threads": torch.get_num_threads()}
         files = self.plan.tokenizer.files if self.plan.tokenizer else []
         folder = checkpoint.save(root, step, checkpoint_tensors(state, True), progress, dump_yaml(self.config), files,
                                  self.layout.world)

@@ -19,3 +19,29 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "long" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="long: run with --all"))
+
+
+@pytest.fixture(scope="session")
+def pool():
+    """Worker processes shared by all distributed tests of the session (tests/dist/pool.py)."""
+    from tests.dist.pool import WorkerPool
+
+    workers = WorkerPool()
+    yield workers
+    workers.close()
+
+
+@pytest.fixture(scope="session")
+def single(pool):
+    """Case -> results of one process on the same model and batch, computed once."""
+    from tests.dist.parity import run_step
+
+    known = {}
+
+    def get(case) -> dict:
+        key = repr(case.single())
+        if key not in known:
+            known[key] = pool.run(run_step, 1, case.single())[0]
+        return known[key]
+
+    return get

@@ -116,9 +116,11 @@ def compare(results: list[dict], expected: dict) -> None:
     """Assert that every rank's view equals the single process."""
     names = set()
     for rank, result in enumerate(results):
-        assert result["num_targets"] == expected["num_targets"]
+        assert result["num_targets"] == expected["num_targets"], \
+            f"rank {rank}: {result['num_targets']} targets, expected {expected['num_targets']}"
         for key in ("loss", "grad_norm", "valid"):
-            assert abs(result[key] - expected[key]) <= TOLERANCE * abs(expected[key]), (rank, key)
+            assert abs(result[key] - expected[key]) <= TOLERANCE * abs(expected[key]), \
+                f"rank {rank}: {key} {result[key]}, expected {expected[key]}"
         for kind in ("gradients", "weights"):
             for name, tensor in result[kind].items():
                 error = relative_error(tensor, expected[kind][name])

@@ -44,20 +44,6 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def single(pool):
-    """Results of one process, computed once per model and batch."""
-    known = {}
-
-    def get(case: Case) -> dict:
-        key = repr(case.single())
-        if key not in known:
-            known[key] = pool.run(run_step, 1, case.single())[0]
-        return known[key]
-
-    return get
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_equals_one_process(pool, single, name):
     case = CASES[name]

@@ -1,1 +1,0 @@
-from tests.dist.conftest import pool  # noqa: F401  (the same workers)

@@ -1,0 +1,40 @@
+"""The parity suite must fail when a known bug is put back: a suite that cannot fail proves nothing."""
+
+import numpy as np
+import pytest
+
+from parallel.layout import World
+from tests.dist.parity import Case, compare, run_step
+from tests.mutations.mutations import MUTATIONS
+
+
+def run_mutated(world: World, case: Case, name: str) -> dict:
+    with MUTATIONS[name].applied():
+        return run_step(world, case)
+
+
+caught: dict[str, str] = {}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_the_parity_suite_notices(pool, single, name):
+    case = MUTATIONS[name].case
+    expected = single(case)
+    with pytest.raises(AssertionError) as found:
+        results = pool.run(run_mutated, case.world_size, case, name)
+        compare(results, expected)
+        for result in results:
+            for tensor, values in result["weights"].items():
+                assert np.array_equal(values, results[0]["weights"].get(tensor, values)), f"replicas of {tensor}"
+    caught[name] = str(found.value).splitlines()[0][:90]
+
+
+def test_table_of_mutations(capsys):
+    """Prints mutation -> what caught it."""
+    if len(caught) < len(MUTATIONS):
+        pytest.skip("only part of the mutations ran")
+    with capsys.disabled():
+        print(f"\n{len(caught)} of {len(MUTATIONS)} mutations caught")
+        for name, message in caught.items():
+            print(f"  {name:<84} {message}")
+    assert len(caught) >= 15
