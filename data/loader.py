@@ -87,8 +87,12 @@ class Loader:
         Thread(target=work, name="data-prefetch").start()
 
 
-def open_corpus(config: DataConfig, seed: int, vocab_size: int) -> dict[str, DocumentStream]:
+def open_corpus(config: DataConfig, seed: int, vocab_size: int,
+                tokenizer: dict | None = None) -> dict[str, DocumentStream]:
     """Open the data of a run -> "train" and, where the settings leave one, "valid".
+
+    Args:
+        tokenizer: `Tokenizer.describe()` of the run's own; a corpus made with another one is refused.
 
     Raises:
         ValueError: files are missing or damaged, hold ids outside the vocabulary, or leave nothing to train on.
@@ -96,12 +100,12 @@ def open_corpus(config: DataConfig, seed: int, vocab_size: int) -> dict[str, Doc
     if config.mock_data:
         return _split(SyntheticReader(vocab_size, seed), config.split, seed)
     if config.data_path:
-        return _split(_open(config.data_path[0], vocab_size), config.split, seed)
+        return _split(_open(config.data_path[0], vocab_size, tokenizer), config.split, seed)
     paths = {"train": config.train_data_path, "valid": config.valid_data_path}
     streams = {}
     for name, path in paths.items():
         if path:
-            reader = _open(path[0], vocab_size)
+            reader = _open(path[0], vocab_size, tokenizer)
             streams[name] = DocumentStream(reader, np.arange(reader.num_documents), seed)
     return streams
 
@@ -124,17 +128,27 @@ def _split(reader: IndexedReader | SyntheticReader, split: str, seed: int) -> di
             if len(parts[name])}
 
 
-def _open(prefix: str, vocab_size: int) -> IndexedReader:
-    """Open a pair and check its ids where that is cheap: by its side file, its dtype or a scan."""
+def _open(prefix: str, vocab_size: int, tokenizer: dict | None) -> IndexedReader:
+    """Open a pair; check its tokenizer, and its ids where that is cheap: by a scan, its dtype or its side file."""
     reader = IndexedReader(prefix)
     side, limits = read_side_file(prefix), np.iinfo(reader.dtype)
+    belongs = side and (side["documents"], side["tokens"]) == (reader.num_documents, reader.num_tokens)
+    if belongs and tokenizer and side.get("tokenizer"):
+        _check_tokenizer(prefix, side["tokenizer"], tokenizer)
     low, high = 0, -1
-    if side and (side["documents"], side["tokens"]) == (reader.num_documents, reader.num_tokens):
-        high = side["max_token_id"]
-    elif limits.min < 0 or limits.max >= vocab_size:
+    if limits.min < 0 or limits.max >= vocab_size:
         if reader.num_tokens * np.dtype(reader.dtype).itemsize < SCANNED_BYTES:
             low, high = reader.token_range()
+        elif belongs:
+            high = side["max_token_id"]
     if low < 0 or high >= vocab_size:
         raise ValueError(f"{prefix}: holds token id {low if low < 0 else high}; ids must be in [0, vocab_size = "
                          f"{vocab_size}). Fix: give the tokenizer (or --vocab-size) that made the corpus.")
     return reader
+
+
+def _check_tokenizer(prefix: str, theirs: dict, ours: dict) -> None:
+    """Raises ValueError unless the corpus was made with the run's tokenizer (ids without one always pass)."""
+    if any(theirs.get(name) != ours.get(name) for name in ("type", "fingerprint")):
+        raise ValueError(f"{prefix}: was made with another tokenizer: {theirs}; this run has {ours}. Fix: give the "
+                         "tokenizer that made the corpus, or preprocess the text again.")

@@ -85,6 +85,8 @@ class ModelConfig:
         for name in ("norm_epsilon", "init_method_std", "rotary_base"):
             if not getattr(self, name) > 0:
                 problems.append(f"{name} = {getattr(self, name)}: must be above 0. Fix: give a positive number.")
+        if self.kv_channels is not None and self.kv_channels < 1:
+            problems.append(f"kv_channels = {self.kv_channels}: must be at least 1. Fix: give the size of one head.")
         if not problems:
             problems += self._head_problems()
         return problems

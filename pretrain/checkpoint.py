@@ -7,11 +7,13 @@ A save writes into a hidden folder, checksums every file, syncs, and renames; on
 file name it. A load checks every checksum first. All ranks must see the same folder.
 """
 
+import fcntl
 import json
 import os
 import pickle
 import re
 import shutil
+import socket
 from pathlib import Path
 
 import torch
@@ -49,8 +51,8 @@ def published(root: str | os.PathLike | None, step: int | None = None) -> Path |
         step = int(text)
     folder = iteration_folder(root, step)
     if not (folder / MANIFEST).is_file():
-        raise ValueError(f"checkpoint {folder}: missing or not complete (no {MANIFEST}). Fix: name another iteration "
-                         f"with --ckpt-step, or write its number into {Path(root) / LATEST}.")
+        raise ValueError(f"checkpoint {folder}: missing or not complete (no {MANIFEST}). Fix: write the number of a "
+                         f"complete one into {Path(root) / LATEST}, or name it with --ckpt-step.")
     return folder
 
 
@@ -60,6 +62,38 @@ def read_progress(folder: Path) -> dict:
 
 
 # ---------------------------------------------------------------- writing
+
+
+class FolderLock:
+    """Keeps a second run out of a --save folder; the system lets go of it when the process ends."""
+
+    def __init__(self, root: str | os.PathLike, world: Axis):
+        """Collective over `world`; global rank 0 holds the lock.
+
+        Raises:
+            ValueError: another run holds it; on all ranks.
+        """
+        self.file, owner = None, [None]
+        if world.rank == 0:
+            Path(root).mkdir(parents=True, exist_ok=True)
+            self.file = open(Path(root) / ".lock", "a+", encoding="utf-8")
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.file.truncate(0)
+                self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                self.file.flush()
+            except BlockingIOError:
+                self.file.seek(0)
+                owner = [self.file.read() or "another process"]
+        dist.broadcast_object_list(owner, src=0, group=world.group)
+        if owner[0]:
+            self.release()
+            raise ValueError(f"save = {root}: {owner[0]} is training into it. Fix: stop that run, or give another "
+                             "--save.")
+
+    def release(self) -> None:
+        if self.file is not None:
+            self.file.close()
 
 
 def save(root: str | os.PathLike, step: int, tensors: dict[str, torch.Tensor], progress: dict, config_yaml: str,
@@ -87,11 +121,14 @@ def save(root: str | os.PathLike, step: int, tensors: dict[str, torch.Tensor], p
     if world.rank == 0:
         _write(partial / MANIFEST, json.dumps({"algorithm": "xxh3_128", "files": checksums}, indent=1))
         _sync_folder(partial)
+        replaced = final.with_name(f".{final.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
         if final.exists():
-            shutil.rmtree(final)
+            os.rename(final, replaced)
         os.rename(partial, final)
         _sync_folder(final.parent)
         write_atomically(Path(root) / LATEST, str(step))
+        shutil.rmtree(replaced, ignore_errors=True)
     dist.barrier(group=world.group)
     return final
 
@@ -171,7 +208,7 @@ def load(folder: Path, tensors: dict[str, torch.Tensor], world: Axis) -> None:
 def refuse_damage(folder: Path, problems: list[str]) -> None:
     if problems:
         raise ValueError(f"checkpoint {folder}: damaged: {'; '.join(problems[:4])}. Fix: start from an earlier "
-                         f"iteration: write its number into {folder.parent / LATEST}, or use --load with --ckpt-step.")
+                         f"iteration: write its number into {folder.parent / LATEST}.")
 
 
 def _check_tensors(folder: Path, metadata: Metadata, tensors: dict[str, torch.Tensor]) -> None:

@@ -5,6 +5,7 @@ Precedence: preset < YAML file < flags. The sections belong to the folders that 
 
 import re
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Annotated, Literal
 
 import tyro
@@ -227,7 +228,7 @@ class Config:
                             "Fix: remove it.")
         if optimizer.min_lr > optimizer.lr:
             problems.append(f"min_lr = {optimizer.min_lr}: must not exceed lr = {optimizer.lr}. Fix: lower it.")
-        problems += self._one_of_each()
+        problems += self._out_of_range() + self._one_of_each()
         if checkpoint.finetune and not checkpoint.load:
             problems.append("finetune = True: takes the weights of --load, which is not given. Fix: give --load.")
         if checkpoint.ckpt_step is not None and not checkpoint.load:
@@ -237,6 +238,35 @@ class Config:
             problems.append(f"pretrained_checkpoint = {checkpoint.pretrained_checkpoint}: a run starts from one place, "
                             f"and --load = {checkpoint.load}. Fix: remove one of them.")
         return problems
+
+    def _out_of_range(self) -> list[str]:
+        """Numbers that no field means: infinite or not a number, or beyond what the generator takes."""
+        problems = []
+        for section in (self.model, self.layout, self.schedule, self.optimizer):
+            problems += [f"{name} = {value}: must be a finite number. Fix: give one."
+                         for name, value in vars(section).items() if isinstance(value, float) and not isfinite(value)]
+        if self.optimizer.seed >= 2**63:
+            problems.append(f"seed = {self.optimizer.seed}: must be below 2^63. Fix: a smaller number.")
+        if self.optimizer.max_skipped_steps < 0:
+            problems.append(f"max_skipped_steps = {self.optimizer.max_skipped_steps}: must be at least 0. Fix: give 0 "
+                            "or more.")
+        return problems
+
+    def warnings(self) -> list[str]:
+        """Settings that have no effect beside the others."""
+        optimizer, logging = self.optimizer, self.logging
+        needs = [(f"lr_wsd_decay_{unit}", optimizer, optimizer.lr_decay_style == "WSD", "--lr-decay-style WSD")
+                 for unit in ("iters", "samples", "tokens")]
+        needs += [(f"lr_decay_{unit}", optimizer, optimizer.lr_decay_style != "constant", "a style that decays")
+                  for unit in ("iters", "samples", "tokens")]
+        needs += [(name, logging, logging.wandb_project is not None, "--wandb-project")
+                  for name in ("wandb_exp_name", "wandb_entity", "wandb_save_dir")]
+        found = [f"{name} = {getattr(section, name)}: has no effect without {need}"
+                 for name, section, met, need in needs if getattr(section, name) is not None and not met]
+        if not optimizer.calculate_per_token_loss:
+            found.append("calculate_per_token_loss = False: the loss is always the sum over targets / the global "
+                         "target count")
+        return found
 
     def _one_of_each(self) -> list[str]:
         """Settings that say the same thing in different units: at most one of each may be given."""

@@ -20,25 +20,24 @@ ALIASES = {"--ds-sequence-parallel-size": "--context-parallel-size"}
 
 
 def load_config(argv: list[str]) -> Config:
-    """The configuration that `argv` asks for. Prints help or a flag's error and exits as tyro does.
+    """The configuration that `argv` (spelled as `spell` returns it) asks for; --help prints and exits.
+
+    Flags and YAML go through the same coercion, so that both give the same messages.
 
     Raises:
-        ValueError: the YAML file cannot be read or holds unknown keys or values of the wrong type (all
-            of them reported at once).
+        ValueError: unknown flags or keys, and values of the wrong type; all of a source at once.
     """
-    argv, path = _take_option(_spell(argv), "--config")
-    _, preset = _take_option(argv, "--model")
-    values = _read_yaml(path) if path else {}
-    preset = preset or values.get("model")
+    if "-h" in argv or "--help" in argv:
+        tyro.cli(Config, args=["--help"], prog="pretrain.train", config=(tyro.conf.OmitArgPrefixes,))
+    flags = _read_flags(argv)
+    path = flags.pop("config", None)
+    values = _read_yaml(path) if path is not None else {}
+    preset = flags.get("model", values.get("model"))
     config = from_flat(_preset(preset), "preset") if preset else Config()
-    config = from_flat(values, path, config)
-    if "-h" not in argv and "--help" not in argv:
-        _check_flags(argv)
-    return tyro.cli(Config, default=config, args=argv, prog="pretrain.train",
-                    config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes))
+    return from_flat(flags, "command line", from_flat(values, path, config))
 
 
-def _spell(argv: list[str]) -> list[str]:
+def spell(argv: list[str]) -> list[str]:
     """Hyphens in flag names, known aliases replaced, `--flag=value` split."""
     spelled = []
     for arg in argv:
@@ -52,41 +51,71 @@ def _spell(argv: list[str]) -> list[str]:
     return spelled
 
 
-def _take_option(argv: list[str], name: str) -> tuple[list[str], str | None]:
-    """Remove every `name VALUE` from argv; the last value wins."""
-    rest, value = [], None
-    index = 0
-    while index < len(argv):
-        if argv[index] == name:
-            if index + 1 == len(argv):
-                raise ValueError(f"{name}: needs a value. Fix: give one.")
-            value = argv[index + 1]
-            index += 2
+def _read_flags(argv: list[str]) -> dict[str, Any]:
+    """Flags as a flat dict of texts, `config` among them; the last of a repeated flag wins.
+
+    Raises:
+        ValueError: unknown flags, stray words and missing values, all at once, with the nearest flag.
+    """
+    types_by_key = {name: annotation for name, (_, annotation) in field_table().items() if name != "phases"}
+    types_by_key["config"] = str
+    known = {"--" + name.replace("_", "-"): (name, annotation) for name, annotation in types_by_key.items()}
+    values, problems, at = {}, [], 0
+    while at < len(argv):
+        flag, at = argv[at], at + 1
+        given = []
+        while at < len(argv) and not argv[at].startswith("--"):
+            given.append(argv[at])
+            at += 1
+        positive = "--" + flag[5:] if flag.startswith("--no-") and flag not in known else flag
+        name, annotation = known.get(positive, (None, None))
+        if name is None or (positive != flag and not _is(annotation, bool)):
+            near = difflib.get_close_matches(flag, known, 1)
+            problems.append(f"{flag}: no such flag. Fix: " + (f"did you mean {near[0]}?" if near else "see --help."))
+        elif _is(annotation, bool):
+            values[name] = given[0] if given else str(positive == flag)
+            problems += [f"{flag} {' '.join(given)}: takes no value. Fix: {positive} or --no-{positive[2:]}."] * (
+                len(given) > 1 or positive != flag and bool(given))
+        elif _is(annotation, list):
+            values[name] = given
+        elif len(given) == 1:
+            values[name] = given[0]
         else:
-            rest.append(argv[index])
-            index += 1
-    return (rest if name == "--config" else argv), value
-
-
-def _check_flags(argv: list[str]) -> None:
-    """Unknown flags, all at once, each with the nearest one that exists."""
-    known = {"--" + name.replace("_", "-") for name in field_table()}
-    known |= {"--no-" + name[2:] for name in known}
-    problems = []
-    for arg in argv:
-        if arg.startswith("--") and arg not in known:
-            near = difflib.get_close_matches(arg, known, 1)
-            problems.append(f"{arg}: no such flag. Fix: " + (f"did you mean {near[0]}?" if near else "see --help."))
+            problems.append(f"{flag} {' '.join(given)}: takes one value, got {len(given)}. Fix: give one.")
     if problems:
         raise ValueError("\n".join(problems))
+    return values
+
+
+def _is(annotation: Any, kind: type) -> bool:
+    """Does the annotation mean `kind`, `kind | None` or `list[...]` (for kind list)?"""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return any(_is(arg, kind) for arg in get_args(annotation))
+    return annotation is kind or get_origin(annotation) is kind
 
 
 def _preset(name: str) -> dict[str, str]:
+    if not isinstance(name, str):
+        raise ValueError(f"model = {name}: must be the name of a preset; settings are not nested. Fix: write the "
+                         "model's settings as keys of their own.")
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, 1)
         raise ValueError(f"model = {name}: no such preset. Fix: one of {', '.join(PRESETS)}"
                          + (f"; did you mean {near[0]}?" if near else "."))
     return {"model": name} | {key: str(value) for key, value in PRESETS[name].items()}
+
+
+class _TextLoader(yaml.BaseLoader):
+    """Scalars as text; a key that stands twice in a mapping is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        twice = [(key, key_node.start_mark.line + 1) for (key_node, _), key in zip(node.value, keys, strict=True)
+                 if keys.count(key) > 1]
+        if twice:
+            lines = " and ".join(str(line) for _, line in twice)
+            raise ValueError(f"{self.name}: {twice[0][0]}: stands twice, in lines {lines}. Fix: keep one.")
+        return super().construct_mapping(node, deep)
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -95,8 +124,8 @@ def _read_yaml(path: str) -> dict[str, Any]:
         raise ValueError(f"config = {path}: no such file. Fix: give the path of a YAML file.")
     try:
         with open(path, encoding="utf-8") as file:
-            values = yaml.load(file, Loader=yaml.BaseLoader)
-    except yaml.YAMLError as error:
+            values = yaml.load(file, Loader=_TextLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config = {path}: not valid YAML: {error}. Fix: mend the file.") from None
     if values in (None, ""):
         return {}
@@ -145,6 +174,8 @@ def _phases(value: Any, where: str, problems: list[str]) -> list[PhaseConfig]:
     if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
         problems.append(f"{where}: phases: must be a list of mappings. Fix: one `- {{name: ..., ...}}` per phase.")
         return []
+    if not value:
+        problems.append(f"{where}: phases: the list is empty. Fix: give a phase, or remove the key.")
     phases = []
     for number, entry in enumerate(value):
         phase = PhaseConfig(name=f"phase{number}")
@@ -190,7 +221,7 @@ def coerce(value: Any, annotation: Any) -> Any:
             raise ValueError(f"must be one of {', '.join(map(str, args))}")
         return value
     if origin is list:
-        items = value if isinstance(value, list) else [value]
+        items = value if isinstance(value, list) else [value] if value else []
         return [coerce(item, args[0]) for item in items]
     if annotation is bool:
         text = _text(value).lower()

@@ -87,12 +87,12 @@ def _resolve(config: Config, entry: PhaseConfig, index: int, start: int) -> Phas
     seq_length = entry.seq_length if entry.seq_length is not None else schedule.seq_length
     if seq_length is None or seq_length < 1:
         return [f"{where}seq_length = {seq_length}: must be given and above 0. Fix: --seq-length or the phase's key."]
-    batch = entry.global_batch_tokens or schedule.global_batch_tokens
+    batch = entry.global_batch_tokens if entry.global_batch_tokens is not None else schedule.global_batch_tokens
     if batch is None and schedule.global_batch_size:
         batch = schedule.global_batch_size * seq_length
-    if batch is None:
-        return [f"{where}global_batch_tokens: must be given. Fix: --global-batch-tokens, --global-batch-size or the "
-                "phase's key."]
+    if batch is None or batch < 1:
+        return [f"{where}global_batch_tokens = {batch}: must be given and above 0. Fix: --global-batch-tokens, "
+                "--global-batch-size or the phase's key."]
     tokens = entry.train_tokens if entry.train_tokens is not None else _train_tokens(config, batch, seq_length)
     if tokens is None or tokens < 1:
         problems.append(f"{where}train_tokens = {tokens}: must be given and above 0. Fix: --train-tokens, "

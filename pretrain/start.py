@@ -26,6 +26,8 @@ class Start:
     weights_only: bool = False
     """Clock 0 and a fresh optimizer on the checkpoint's weights."""
     reason: str = "fresh weights"
+    is_restart: bool = False
+    """From --save itself: the same run goes on."""
 
 
 def find_start(config: Config) -> Start:
@@ -49,7 +51,7 @@ def _choose(config: Config) -> Start:
     settings = config.checkpoint
     found = checkpoint.published(settings.save)
     if found:
-        return Start(found, reason=f"continuing {found}")
+        return Start(found, reason=f"continuing {found}", is_restart=True)
     if settings.load:
         found = checkpoint.published(settings.load, settings.ckpt_step)
         if found:

@@ -6,8 +6,10 @@ layout), stopped (signal or --exit-...), refused (bad input).
 """
 
 import dataclasses
+import os
 import resource
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -39,7 +41,7 @@ from pretrain import checkpoint
 from pretrain.config import Config
 from pretrain.evaluate import validation_loss
 from pretrain.learning_rate import LearningRate
-from pretrain.load_config import dump_yaml, load_config, outcome_path, warn
+from pretrain.load_config import dump_yaml, load_config, outcome_path, spell, warn
 from pretrain.metrics import Reporter
 from pretrain.phases import Phase, check_phases, describe, phase_at, resolve_phases
 from pretrain.start import Start, check_continuation, find_start
@@ -57,8 +59,12 @@ class Plan:
     vocab_size: int
     tokenizer: object | None
     start: Start
+    progress: dict | None
+    """progress.json of the checkpoint that is started from."""
     corpus: dict[str, DocumentStream]
     """Split name -> its documents as one stream."""
+    data_fingerprint: dict
+    tokenizer_description: dict | None
 
 
 def make_plan(config: Config, world_size: int) -> Plan:
@@ -68,12 +74,12 @@ def make_plan(config: Config, world_size: int) -> Plan:
         ValueError: every problem found, a line each.
     """
     problems = config.validate()
-    if not config.optimizer.calculate_per_token_loss and launched_rank() == 0:
-        warn("calculate_per_token_loss = False: the loss is always the sum over targets / the global target count")
+    section_problems = bool(problems)
     phases = attempt(problems, lambda: resolve_phases(config)) or []
     if len({phase.layout_key for phase in phases}) > 1 and not config.checkpoint.save:
         problems.append("save: phases with different layouts hand over through a checkpoint. Fix: give --save.")
-    learning_rate = attempt(problems, lambda: LearningRate.make(config.optimizer, phases)) if phases else None
+    if phases and not section_problems:
+        learning_rate = attempt(problems, lambda: LearningRate.make(config.optimizer, phases))
     if not config.data.validate():
         tokenizer, vocab_size = attempt(problems, lambda: _tokenizer(config.data)) or (None, None)
     if not config.model.validate() and phases:
@@ -81,8 +87,43 @@ def make_plan(config: Config, world_size: int) -> Plan:
     if problems:
         raise ValueError("\n".join(problems))
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, vocab_size=vocab_size))
-    corpus = open_corpus(config.data, config.optimizer.seed, vocab_size)
-    return Plan(config, phases, learning_rate, vocab_size, tokenizer, find_start(config), corpus)
+    start = find_start(config)
+    progress = checkpoint.read_progress(start.folder) if start.folder else None
+    description = tokenizer.describe() if tokenizer else None
+    corpus = open_corpus(config.data, config.optimizer.seed, vocab_size, description)
+    data_fingerprint = fingerprint(corpus)
+    if progress and not start.weights_only:
+        check_continuation(progress, data_fingerprint, description, config.optimizer.seed)
+    if config.checkpoint.save:
+        _check_writable(Path(config.checkpoint.save))
+    return Plan(config, phases, learning_rate, vocab_size, tokenizer, start, progress, corpus, data_fingerprint,
+                description)
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises ValueError unless the folder exists or can be made, and can be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "no permission to write")
+    except OSError as error:
+        raise ValueError(f"save = {folder}: cannot be written ({error.strerror}). Fix: give another --save.") from None
+
+
+def warnings_about(plan: Plan) -> list[str]:
+    """What runs, but perhaps not as meant."""
+    config, end = plan.config, plan.phases[-1].end
+    found = config.warnings()
+    if plan.start.is_restart:
+        found += [f"{name}: has no effect, since --save already holds a checkpoint of this run"
+                  for name in ("load", "ckpt_step", "no_load_optim", "finetune", "pretrained_checkpoint")
+                  if getattr(config.checkpoint, name) and config.checkpoint.load != config.checkpoint.save]
+    epoch = plan.corpus["train"].tokens_per_epoch
+    if end > epoch:
+        found.append(f"the run reads {end:,} tokens and the training data has {epoch:,}: {end / epoch:.1f} epochs")
+    if config.logging.eval_iters and "valid" not in plan.corpus:
+        found.append("there are no validation documents (--split, --valid-data-path): nothing is evaluated")
+    return found
 
 
 def attempt(problems: list[str], make: Callable):
@@ -110,8 +151,7 @@ class Trainer:
 
     def __init__(self, plan: Plan, world: World):
         self.plan, self.config, self.world = plan, plan.config, world
-        self.corpus, self.data_fingerprint = plan.corpus, fingerprint(plan.corpus)
-        self.tokenizer_description = plan.tokenizer.describe() if plan.tokenizer else None
+        self.corpus = plan.corpus
         self.started = time.monotonic()
         self.signalled = False
         self.in_steps = False
@@ -119,22 +159,23 @@ class Trainer:
 
     def run(self) -> str:
         """Train until done, or until the layout must change or someone stops us -> the outcome."""
-        start = self.plan.start
-        progress = checkpoint.read_progress(start.folder) if start.folder else None
-        if progress and not start.weights_only:
-            check_continuation(progress, self.data_fingerprint, self.tokenizer_description,
-                               self.config.optimizer.seed)
+        start, progress = self.plan.start, self.plan.progress
         clock = 0 if progress is None or start.weights_only else progress["clock"]
         phase = phase_at(self.plan.phases, clock)
         # Not recomputed from the phases: with another batch size the same clock is another number of steps.
         step = 0 if clock == 0 else progress["step"]
         if self.world.rank == 0:
             print(describe(self.plan.phases, self.world.size), flush=True)
+            for text in warnings_about(self.plan):
+                warn(text)
         if phase is None:
             if self.world.rank == 0:
                 print(f"done: all {step:,} steps are trained; raise the tokens to go on", flush=True)
             return "done"
         self.layout = build_layout(_layout_config(self.config.layout, phase), self.world)
+        lock = None
+        if self.config.checkpoint.save:
+            lock = checkpoint.FolderLock(self.config.checkpoint.save, self.layout.world)
         self.state = self._build_state(phase, progress)
         reporter = Reporter(self.config, self.world.rank == 0, step, self.state.wandb_run_id)
         self.state.wandb_run_id = reporter.wandb_run_id
@@ -148,6 +189,8 @@ class Trainer:
             return self._run_phases(phase, step, reporter)
         finally:
             reporter.close()
+            if lock is not None:
+                lock.release()
 
     def _on_signal(self, number, frame):
         self.signalled = True
@@ -168,7 +211,9 @@ class Trainer:
             initialize(stage, self.config.model, self.layout, optimizer_config.seed)
             return state
         weights_only = self.plan.start.weights_only
-        tensors = checkpoint_tensors(state, not weights_only and not self.config.checkpoint.no_load_optim)
+        # A restart continues the moments, whatever the flags of the first launch said.
+        fresh_moments = weights_only or self.config.checkpoint.no_load_optim and not self.plan.start.is_restart
+        tensors = checkpoint_tensors(state, not fresh_moments)
         checkpoint.load(self.plan.start.folder, tensors, self.layout.world)
         if not weights_only:
             state.clock, state.real_tokens = progress["clock"], progress["real_tokens"]
@@ -206,11 +251,11 @@ class Trainer:
             stop = record.pop("stop")
             step = record["step"]
             reporter.step(record, self.plan.phases[-1].end - state.clock)
+            every = self.config.logging.eval_interval
+            if state.clock == phase.end or every and step % every == 0 and not stop:
+                self._evaluate(stepper, phase, step, reporter)
             if stop:
                 return True, step
-            every = self.config.logging.eval_interval
-            if state.clock == phase.end or every and step % every == 0:
-                self._evaluate(stepper, phase, step, reporter)
             if state.clock < phase.end and settings.save_interval and step % settings.save_interval == 0:
                 self._save(phase, step, reporter)
         return False, step
@@ -280,9 +325,9 @@ class Trainer:
         progress = {"step": step, "clock": state.clock, "real_tokens": state.real_tokens,
                     "skipped_in_a_row": state.skipped_in_a_row, "wandb_run_id": state.wandb_run_id,
                     "phase": dataclasses.asdict(phase),
-                    "longest_seq_length": longest, "seed": self.config.optimizer.seed, "data": self.data_fingerprint,
-                    "tokenizer": self.tokenizer_description, "world_size": self.world.size,
-                    "threads": torch.get_num_threads()}
+                    "longest_seq_length": longest, "seed": self.config.optimizer.seed,
+                    "data": self.plan.data_fingerprint, "tokenizer": self.plan.tokenizer_description,
+                    "world_size": self.world.size, "threads": torch.get_num_threads()}
         files = self.plan.tokenizer.files if self.plan.tokenizer else []
         folder = checkpoint.save(root, step, checkpoint_tensors(state, True), progress, dump_yaml(self.config), files,
                                  self.layout.world)
@@ -310,8 +355,8 @@ def write_outcome(outcome: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run; 0 for an orderly end, 2 for bad input."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run; 0 for an end that the launcher reads from the outcome file, 2 for bad input without a launcher."""
+    argv = spell(sys.argv[1:] if argv is None else argv)
     try:
         config = load_config([arg for arg in argv if arg != "--print-config"])
         plan = make_plan(config, launched_world_size())
@@ -320,7 +365,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(dump_yaml(plan.config), end="")
             return 0
         world = start_world(config.layout)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return refuse(error)
     trainer = Trainer(plan, world)
     try:
@@ -334,14 +379,18 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def refuse(error: ValueError, is_mine_alone: bool = False) -> int:
-    """Bad input: say it (once, when all ranks found the same) and tell the launcher not to try again."""
-    if launched_rank() == 0 or is_mine_alone:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr, flush=True)
+def refuse(error: Exception, is_mine_alone: bool = False) -> int:
+    """Bad input: say it (once per machine, when all ranks found the same) and tell the launcher not to try again.
+
+    Exit code 2 makes torchrun stop the other ranks and print a traceback of its own; when all ranks
+    end by themselves, the outcome file is enough.
+    """
     if launched_local_rank() == 0 or is_mine_alone:
+        where = "" if launched_rank() == 0 else f" on {socket.gethostname()}"
+        for line in str(error).splitlines():
+            print(f"error{where}: {line}", file=sys.stderr, flush=True)
         write_outcome("refused")
-    return 2
+    return 2 if is_mine_alone or outcome_path() is None else 0
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def export(arguments: Arguments) -> None:
     architecture(source.config.model)
     phase = source.progress["phase"]
     longest = (arguments.max_position_embeddings or source.config.model.max_position_embeddings
-               or source.progress["longest_seq_length"])
+               or source.progress.get("longest_seq_length", phase["seq_length"]))
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -183,6 +183,10 @@ def preprocess(arguments: Arguments) -> dict:
     total = sum(path.stat().st_size for path in files)
     empty = sum(path.stat().st_size == 0 for path in files)
     bad = 0
+    if arguments.output_prefix.endswith("/") or Path(arguments.output_prefix).is_dir():
+        raise ValueError(f"output_prefix = {arguments.output_prefix}: is a folder; the files are named PREFIX.bin and "
+                         "PREFIX.idx. Fix: for example "
+                         f"{arguments.output_prefix.rstrip('/')}/corpus.")
     with (IndexedWriter(arguments.output_prefix, optimal_dtype(tokenizer.vocab_size)) as writer,
           tqdm(total=total, unit="B", unit_scale=True, desc="tokenize", disable=None) as bar):
         for result in _results(arguments, _tasks(files)):

@@ -118,6 +118,60 @@ def refusal(pool, argv) -> str:
     return text.splitlines()[-1] if "\nValueError" not in text else text.split("\nValueError")[-1]
 
 
+def test_another_batch_size_on_continuing_keeps_the_step_count(pool, corpus, tmp_path):
+    """The same clock is another number of steps; no line and no checkpoint of real steps is lost."""
+    save = str(tmp_path / "save")
+    pool.run(train, 1, base_arguments(corpus, save=save, train_iters=4))
+    longer = base_arguments(corpus, save=save, train_iters=4, global_batch_size=8)
+    assert pool.run(train, 1, longer) == ["done"]
+    assert sorted(losses(save)) == [1, 2, 3, 4, 5, 6]
+    assert sorted(path.name for path in (tmp_path / "save").glob("iter_*")) == ["iter_0000004", "iter_0000006"]
+
+
+def test_a_stop_on_a_phases_last_step_is_a_stop(pool, corpus, tmp_path):
+    phases = [dict(name=name, seq_length=64, train_tokens=512, global_batch_tokens=256) for name in "ab"]
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump({"phases": phases}))
+    argv = base_arguments(corpus, save=str(tmp_path / "save"), exit_interval=2)
+    for flag in ("--train-iters", "--seq-length", "--global-batch-size"):
+        at = argv.index(flag)
+        del argv[at:at + 2]
+    argv = ["--config", str(config), *argv]
+    assert [pool.run(train, 1, argv) for _ in range(2)] == [["stopped"], ["done"]]
+    lines = [json.loads(line) for line in (tmp_path / "save" / "validation.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["phase"]) for line in lines] == [(0, "a"), (2, "a"), (2, "b"), (4, "b")]
+
+
+def test_no_load_optim_acts_on_the_first_launch_only(pool, corpus, tmp_path):
+    pool.run(train, 1, base_arguments(corpus, save=str(tmp_path / "base"), train_iters=2))
+    argv = base_arguments(corpus, save=str(tmp_path / "new"), load=str(tmp_path / "base"), no_load_optim=True,
+                          train_iters=6, exit_interval=4)
+    assert [pool.run(train, 1, argv)[0] for _ in range(2)] == ["stopped", "done"]
+    steps = {name: tensor for name, tensor in stored(tmp_path / "new").items() if name.endswith(".step")}
+    assert steps and all(step == 4 for step in steps.values()), "2 steps before the stop, 2 after, none forgotten"
+
+
+def hold_lock(world, root) -> str:
+    from parallel.config import LayoutConfig
+    from parallel.layout import build_layout
+
+    axis = build_layout(LayoutConfig(), world).world
+    first = checkpoint.FolderLock(root, axis)
+    try:
+        checkpoint.FolderLock(root, axis)
+        return "both"
+    except ValueError as error:
+        return str(error)
+    finally:
+        first.release()
+        checkpoint.FolderLock(root, axis).release()
+
+
+def test_a_save_folder_takes_one_run_at_a_time(pool, tmp_path):
+    for text in pool.run(hold_lock, 2, str(tmp_path / "save")):
+        assert "is training into it. Fix: stop that run" in text
+
+
 def test_damaged_checkpoints_are_refused(pool, corpus, tmp_path):
     save = tmp_path / "save"
     argv = base_arguments(corpus, save=str(save), train_iters=2)

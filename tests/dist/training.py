@@ -8,7 +8,7 @@ import numpy as np
 from data.indexed import IndexedWriter
 from parallel.layout import World
 from pretrain import checkpoint
-from pretrain.load_config import load_config
+from pretrain.load_config import load_config, spell
 from pretrain.train import Trainer, make_plan
 
 VOCABULARY = 97
@@ -44,7 +44,7 @@ def base_arguments(prefix: str, **overrides) -> list[str]:
 
 def train(world: World, argv: list[str]) -> str:
     """The outcome of one launch."""
-    return Trainer(make_plan(load_config(argv), world.size), world).run()
+    return Trainer(make_plan(load_config(spell(argv)), world.size), world).run()
 
 
 def losses(save: str | Path) -> dict[int, float]:

@@ -8,7 +8,7 @@ import pytest
 from model.config import PRESETS
 from model.estimate import num_parameters
 from pretrain.config import Config
-from pretrain.load_config import dump_yaml, field_table, load_config, read_config_yaml
+from pretrain.load_config import dump_yaml, field_table, load_config, read_config_yaml, spell
 
 
 def write(tmp_path, text):
@@ -25,8 +25,8 @@ def test_flags_win_over_yaml_and_yaml_over_the_preset(tmp_path):
 
 
 def test_megatron_spellings():
-    config = load_config(["--ds_sequence_parallel_size", "4", "--global-batch-size=8", "--seq_length", "1Mi",
-                          "--data-path", "some/prefix", "--tokenizer_type", "NullTokenizer"])
+    config = load_config(spell(["--ds_sequence_parallel_size", "4", "--global-batch-size=8", "--seq_length", "1Mi",
+                          "--data-path", "some/prefix", "--tokenizer_type", "NullTokenizer"]))
     assert config.layout.context_parallel_size == 4 and config.schedule.global_batch_size == 8
     assert config.schedule.seq_length == 1 << 20 and config.data.data_path == ["some/prefix"]
 
@@ -58,7 +58,14 @@ def test_all_yaml_errors_at_once(tmp_path):
     (["--seq-lenght", "8"], "--seq-lenght: no such flag. Fix: did you mean --seq-length?"),
     (["--model", "lama3-8b"], "did you mean llama3-8b?"),
     (["--config", "missing.yaml"], "config = missing.yaml: no such file"),
-    (["--config"], "--config: needs a value"),
+    (["--config"], "--config : takes one value, got 0"),
+    (["--lr", "1", "2"], "--lr 1 2: takes one value, got 2"),
+    (["stray"], "stray: no such flag"),
+    (["--phases", "x"], "--phases: no such flag"),
+    (["--lr", "fast"], "command line: lr = 'fast': must be a number"),
+    (["--no-lr", "1"], "--no-lr: no such flag"),
+    (["--no-bf16", "true"], "--no-bf16 true: takes no value. Fix: --bf16 or --no-bf16"),
+    (["--bf16", "perhaps"], "bf16 = 'perhaps': must be true or false"),
 ])
 def test_bad_flags(argv, message):
     with pytest.raises(ValueError) as error:
@@ -71,6 +78,12 @@ def test_bad_yaml_files(tmp_path):
         load_config(["--config", write(tmp_path, "a: [1\n")])
     with pytest.raises(ValueError, match="must hold `key: value` lines"):
         load_config(["--config", write(tmp_path, "- a\n")])
+    with pytest.raises(ValueError, match="phases: the list is empty"):
+        load_config(["--config", write(tmp_path, "phases: []\n")])
+    with pytest.raises(ValueError, match="lr: stands twice, in lines 1 and 3"):
+        load_config(["--config", write(tmp_path, "lr: 1\nseed: 2\nlr: 3\n")])
+    with pytest.raises(ValueError, match="settings are not nested"):
+        load_config(["--config", write(tmp_path, "model:\n  num_layers: 2\n")])
     with pytest.raises(ValueError, match="phases: must be a list of mappings"):
         load_config(["--config", write(tmp_path, "phases: 3\n")])
 
@@ -126,6 +139,15 @@ CHECKS = [
     ("save_interval", 0, "save_interval = 0: must be above 0"),
     ("fp64", True, "bf16 = True: cannot be combined with fp64"),
     ("accumulate_allreduce_grads_in_fp32", False, "gradients are always reduced in fp32"),
+    ("lr_decay_iters", 0, "lr_decay_iters = 0: must be above 0"),
+    ("lr_wsd_decay_tokens", -512, "lr_wsd_decay_tokens = -512: must be above 0"),
+    ("lr_warmup_iters", -1, "lr_warmup_iters = -1: must be at least 0"),
+    ("weight_decay", float("inf"), "weight_decay = inf: must be a finite number"),
+    ("rotary_base", float("inf"), "rotary_base = inf: must be a finite number"),
+    ("seed", 10**20, "must be below 2^63"),
+    ("seed", -1, "seed = -1: must be at least 0"),
+    ("max_skipped_steps", -3, "max_skipped_steps = -3: must be at least 0"),
+    ("kv_channels", 0, "kv_channels = 0: must be at least 1"),
     ("finetune", True, "finetune = True: takes the weights of --load"),
     ("ckpt_step", 5, "ckpt_step = 5: chooses an iteration of --load"),
     ("train_samples", 5, "train_samples = 5, train_tokens = 1000: at most one of these"),
@@ -153,3 +175,12 @@ def test_validate_reports_everything_at_once():
     config = valid_config()
     config.model.swiglu, config.layout.sequence_parallel, config.optimizer.lr = False, True, -1.0
     assert len(config.validate()) == 4  # the fourth: min_lr now exceeds lr
+
+
+def test_settings_without_effect_are_named():
+    config = valid_config()
+    assert config.warnings() == []
+    config.optimizer.lr_wsd_decay_iters, config.logging.wandb_exp_name = 5, "x"
+    config.optimizer.calculate_per_token_loss = False
+    assert [text.split(" = ")[0] for text in config.warnings()] == [
+        "lr_wsd_decay_iters", "wandb_exp_name", "calculate_per_token_loss"]

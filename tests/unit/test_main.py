@@ -1,5 +1,6 @@
 """The door of the trainer: bad input is refused before any process group is made, and the launcher is told."""
 
+import numpy as np
 import pytest
 import torch.distributed as dist
 
@@ -17,7 +18,7 @@ def refused(argv, capsys, monkeypatch, tmp_path, world=1) -> str:
     outcome = tmp_path / "outcome"
     monkeypatch.setenv("ITHACA_OUTCOME_FILE", str(outcome))
     monkeypatch.setenv("WORLD_SIZE", str(world))
-    assert main(argv) == 2
+    assert main(argv) == 0, "the launcher reads the outcome; exit code 2 would only add torchrun's traceback"
     assert outcome.read_text() == "refused" and not dist.is_initialized()
     text = capsys.readouterr().err
     assert text and all(line.startswith("error: ") for line in text.splitlines())
@@ -36,6 +37,11 @@ def refused(argv, capsys, monkeypatch, tmp_path, world=1) -> str:
     (dict(lr=-1), 1, "lr = -1.0: must be above 0"),
     (dict(max_position_embeddings=32), 1, "seq_length = 64: beyond max_position_embeddings = 32"),
     (dict(unknown_flag=1), 1, "--unknown-flag: no such flag"),
+    (dict(lr="fast"), 1, "command line: lr = 'fast': must be a number"),
+    (dict(num_layers=1.5), 1, "command line: num_layers = '1.5': must be a whole number"),
+    (dict(lr="inf"), 1, "lr = inf: must be a finite number"),
+    (dict(save="/proc/ithaca"), 1, "save = /proc/ithaca: cannot be written"),
+    (dict(save=__file__), 1, "cannot be written"),
 ])
 def test_refusals(corpus, capsys, monkeypatch, tmp_path, overrides, world, message):
     text = refused(base_arguments(corpus, **overrides), capsys, monkeypatch, tmp_path, world)
@@ -66,6 +72,34 @@ def test_phases_that_change_the_layout_need_a_save_folder(corpus, capsys, monkey
     at = argv.index("--train-iters")
     argv = ["--config", str(config), *argv[:at], *argv[at + 2:]]
     assert "save: phases with different layouts" in refused(argv, capsys, monkeypatch, tmp_path, world=2)
+
+
+def test_without_a_launcher_bad_input_exits_with_2(corpus, capsys):
+    assert main(base_arguments(corpus, lr=-1)) == 2
+    assert "lr = -1.0" in capsys.readouterr().err
+
+
+def test_a_machine_of_its_own_says_its_name(corpus, capsys, monkeypatch):
+    """A file that is missing on node 1 only: rank 0 sees nothing wrong, so node 1 must speak."""
+    for name, value in (("RANK", "8"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "16")):
+        monkeypatch.setenv(name, value)
+    assert main(base_arguments("/nowhere/corpus", global_batch_size=16)) == 2
+    assert capsys.readouterr().err.startswith("error on ")
+
+
+def test_a_corpus_of_another_tokenizer_is_refused(tmp_path):
+    from data.config import DataConfig
+    from data.indexed import IndexedWriter
+    from data.loader import open_corpus
+
+    with IndexedWriter(str(tmp_path / "c"), np.uint16) as writer:
+        for _ in range(5):
+            writer.add_document([1, 2, 3])
+        writer.finish({"type": "SentencePieceTokenizer", "vocab_size": 9, "fingerprint": "aa"})
+    config = DataConfig(data_path=[str(tmp_path / "c")])
+    assert open_corpus(config, 1, 9, {"type": "SentencePieceTokenizer", "vocab_size": 9, "fingerprint": "aa"})
+    with pytest.raises(ValueError, match="was made with another tokenizer"):
+        open_corpus(config, 1, 9, {"type": "SentencePieceTokenizer", "vocab_size": 9, "fingerprint": "bb"})
 
 
 def test_print_config_shows_the_resolved_run_and_trains_nothing(corpus, capsys):

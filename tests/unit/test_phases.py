@@ -56,7 +56,8 @@ def test_flat_settings_are_one_phase():
 
 @pytest.mark.parametrize("change, message", [
     (dict(seq_length=None), "seq_length = None: must be given"),
-    (dict(global_batch_tokens=None), "global_batch_tokens: must be given"),
+    (dict(global_batch_tokens=None), "global_batch_tokens = None: must be given"),
+    (dict(global_batch_tokens=0), "global_batch_tokens = 0: must be given and above 0"),
     (dict(train_tokens=None), "train_tokens = None: must be given"),
     (dict(train_tokens=0), "train_tokens = 0: must be given and above 0"),
     (dict(global_batch_tokens=200), "must be a multiple of seq_length x micro_batch_size = 128. Fix: 128 or 256"),
@@ -75,7 +76,7 @@ def test_all_phase_problems_are_reported_at_once():
         resolve_phases(broken)
     text = str(error.value)
     assert "stands twice" in text and "each entry of `phases` says its own tokens" in text
-    assert "seq_length = None" in text and "global_batch_tokens: must be given" in text
+    assert "seq_length = None" in text and "global_batch_tokens = None: must be given" in text
 
 
 @pytest.mark.parametrize("change, world, message", [
