@@ -24,7 +24,8 @@ def build_stage(config: ModelConfig, vocab_size: int, layout: Layout, attend: At
     """
     stage = GPTStage(config, vocab_size, layout, attend).to(master_dtype)
     names = [name for name, _ in stage.named_parameters()]
-    distribute_parameters(stage, shardings_for(names, config, layout.tp.size), layout.mesh["tp"])
+    distribute_parameters(stage, shardings_for(names, config, layout.tp.size, layout.sequence_parallel),
+                          layout.mesh["tp"])
     shard_module(stage, list(stage.layers.values()), layout, strategy,
                  None if compute_dtype == master_dtype else compute_dtype)
     return stage.to_empty(device=layout.device)

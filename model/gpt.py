@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from model.config import ModelConfig
 from model.kernels import Attend
 from model.rope import rotary_tables, rotate
-from parallel.collectives import copy_to, reduce_from
+from parallel.collectives import copy_to, gather_sequence, reduce_from, scatter_sequence
 from parallel.layout import Layout
 from parallel.pipeline import layers_of_stage
 from parallel.tensor import local_part, vocab_parallel_cross_entropy, vocab_parallel_embedding
@@ -74,6 +74,16 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, weight.shape, weight, self.epsilon)
 
 
+def enter_tensor_parallel(x: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """All tokens of this cp rank, for a part of the weights: gathered over tp where tokens are split over it."""
+    return gather_sequence(x, layout.tp) if layout.sequence_parallel else copy_to(x, layout.tp)
+
+
+def leave_tensor_parallel(x: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Sum the tp ranks' partial results; each keeps all tokens, or its part of them."""
+    return scatter_sequence(x, layout.tp) if layout.sequence_parallel else reduce_from(x, layout.tp)
+
+
 class Attention(nn.Module):
     """Causal self-attention: heads split over tp, tokens over cp (Ulysses), documents kept apart."""
 
@@ -107,8 +117,8 @@ class Attention(nn.Module):
 
     def forward(self, x_tD: torch.Tensor, cos_tH: torch.Tensor, sin_tH: torch.Tensor, cu_seqlens: torch.Tensor,
                 max_seqlen: int) -> torch.Tensor:
+        x_tD = enter_tensor_parallel(x_tD, self.layout)
         t, H, cp = x_tD.shape[0], self.head_size, self.layout.cp
-        x_tD = copy_to(x_tD, self.layout.tp)
         q_tNH = self.q(x_tD).view(t, -1, H)
         k_tKH = self._project_kv(self.k, x_tD).view(t, -1, H)
         v_tKH = self._project_kv(self.v, x_tD).view(t, -1, H)
@@ -122,7 +132,7 @@ class Attention(nn.Module):
             k_TkH, v_TkH = k_TkH.index_select(1, index), v_TkH.index_select(1, index)
         o_TmH = self.attend(q_TmH, k_TkH, v_TkH, cu_seqlens, max_seqlen)
         o_tNH = heads_to_seq(o_TmH, self.split, cp)
-        return reduce_from(self.o(o_tNH.reshape(t, -1)), self.layout.tp)
+        return leave_tensor_parallel(self.o(o_tNH.reshape(t, -1)), self.layout)
 
 
 class MLP(nn.Module):
@@ -133,11 +143,11 @@ class MLP(nn.Module):
         self.gate = Weight(config.ffn_hidden_size, config.hidden_size)
         self.up = Weight(config.ffn_hidden_size, config.hidden_size)
         self.down = Weight(config.hidden_size, config.ffn_hidden_size)
-        self.tp = layout.tp
+        self.layout = layout
 
     def forward(self, x_tD: torch.Tensor) -> torch.Tensor:
-        x_tD = copy_to(x_tD, self.tp)
-        return reduce_from(self.down(F.silu(self.gate(x_tD)) * self.up(x_tD)), self.tp)
+        x_tD = enter_tensor_parallel(x_tD, self.layout)
+        return leave_tensor_parallel(self.down(F.silu(self.gate(x_tD)) * self.up(x_tD)), self.layout)
 
 
 class Layer(nn.Module):
@@ -193,9 +203,9 @@ class GPTStage(nn.Module):
         them; an index in a tensor would have to be read back from the GPU each time.
 
         Args:
-            x: [t, D] from the previous stage; unread on the first stage.
+            x: [t, D] ([t / tp, D] under Megatron-SP) from the previous stage; unread on the first stage.
         Returns:
-            [t, D] for the next stage, or on the last one the scalar sum of target losses in nats divided
+            the same for the next stage, or on the last one the scalar sum of target losses in nats divided
             by the global number of targets (a rank without targets returns 0, with a gradient of 0).
         """
         microbatch = self.microbatches[self.next_microbatch]
@@ -207,9 +217,10 @@ class GPTStage(nn.Module):
         return losses_t.sum() / self.num_targets
 
     def hidden(self, x: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
-        """Embedding (first stage) and layers: -> [t, D]."""
+        """Embedding (first stage) and layers: -> [t, D], under Megatron-SP [t / tp, D]."""
         if self.is_first:
             x = vocab_parallel_embedding(microbatch.tokens, self.embedding.local_weight(), self.layout.tp)
+            x = leave_tensor_parallel(x, self.layout)
         tables = rotary_tables(microbatch.positions, self.head_size, self.rotary_base, x.dtype)
         inputs = (*tables, microbatch.cu_seqlens, microbatch.max_seqlen)
         for layer in self.layers.values():
@@ -220,9 +231,9 @@ class GPTStage(nn.Module):
         return x
 
     def logits(self, x_tD: torch.Tensor) -> torch.Tensor:
-        """Final norm and output projection: [t, D] -> this tp rank's columns [t, v], padded tokens at -inf."""
+        """Final norm and output projection: what `hidden` gives -> this tp rank's columns [t, v], padding at -inf."""
         tp = self.layout.tp
-        x_tD = copy_to(self.final_norm(x_tD), tp)
+        x_tD = enter_tensor_parallel(self.final_norm(x_tD), self.layout)
         logits_tv = (self.embedding if self.tied else self.output)(x_tD)
         real = self.vocab_size - tp.rank * logits_tv.shape[1]
         if real < logits_tv.shape[1]:

@@ -15,10 +15,12 @@ _COLUMNS = ParameterSharding(dim=1)
 _REPLICATED_PARTIAL = ParameterSharding(partial_gradient=True)
 
 
-def sharding_table(config: ModelConfig, tp_size: int) -> list[tuple[str, ParameterSharding]]:
+def sharding_table(config: ModelConfig, tp_size: int, sequence_parallel: bool) -> list[tuple[str, ParameterSharding]]:
     """Patterns (full match on the parameter's name) and their sharding, first match wins."""
     # Fewer key/value heads than tp ranks: each rank holds all of them and slices out the one it needs.
     kv = _ROWS if config.num_kv_heads >= tp_size else _REPLICATED_PARTIAL
+    # With the tokens split over tp, each rank's norms see only its part of them.
+    norm = _REPLICATED_PARTIAL if sequence_parallel else _REPLICATED
     return [
         (r"embedding\.weight|output\.weight", _ROWS),
         (r"layers\.\d+\.attention\.q\.(weight|bias)", _ROWS),
@@ -27,13 +29,14 @@ def sharding_table(config: ModelConfig, tp_size: int) -> list[tuple[str, Paramet
         (r"layers\.\d+\.attention\.[qk]_norm\.weight", _REPLICATED_PARTIAL),
         (r"layers\.\d+\.mlp\.(gate|up)\.weight", _ROWS),
         (r"layers\.\d+\.mlp\.down\.weight", _COLUMNS),
-        (r"layers\.\d+\.(attention|mlp)_norm\.weight|final_norm\.weight", _REPLICATED),
+        (r"layers\.\d+\.(attention|mlp)_norm\.weight|final_norm\.weight", norm),
     ]
 
 
-def shardings_for(names: list[str], config: ModelConfig, tp_size: int) -> dict[str, ParameterSharding]:
+def shardings_for(names: list[str], config: ModelConfig, tp_size: int,
+                  sequence_parallel: bool = False) -> dict[str, ParameterSharding]:
     """Sharding of each named parameter; a name that no pattern matches is an error of ours."""
-    table = sharding_table(config, tp_size)
+    table = sharding_table(config, tp_size, sequence_parallel)
     found = {}
     for name in names:
         matches = [sharding for pattern, sharding in table if re.fullmatch(pattern, name)]

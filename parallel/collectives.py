@@ -47,6 +47,53 @@ def reduce_from(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     return x if axis.size == 1 else _ReduceFrom.apply(x, axis)
 
 
+def _gather_rows(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    out = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
+    dist.all_gather_into_tensor(out, x.contiguous(), group=axis.group)
+    return out
+
+
+def _reduce_scatter_rows(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    out = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
+    dist.reduce_scatter_tensor(out, x.contiguous(), group=axis.group)
+    return out
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, axis):
+        ctx.axis = axis
+        return _gather_rows(x, axis)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _reduce_scatter_rows(grad, ctx.axis), None
+
+
+class _ScatterSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, axis):
+        ctx.axis = axis
+        return _reduce_scatter_rows(x, axis)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _gather_rows(grad, ctx.axis), None
+
+
+def gather_sequence(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """`copy_to` for tokens that are split over `axis`: [t / size, ...] -> [t, ...]; gradients are summed and split.
+
+    Source: Megatron's sequence parallelism (arXiv 2205.05198), its functions g and g-bar.
+    """
+    return x if axis.size == 1 else _GatherSequence.apply(x, axis)
+
+
+def scatter_sequence(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """`reduce_from` that leaves each rank its part of the tokens: [t, ...] -> [t / size, ...]."""
+    return x if axis.size == 1 else _ScatterSequence.apply(x, axis)
+
+
 def all_to_all(x: torch.Tensor, send_rows: list[int], receive_rows: list[int], axis: Axis) -> torch.Tensor:
     """Exchange rows (dim 0) over `axis`; block r of `x` goes to rank r. No gradient.
 

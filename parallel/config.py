@@ -21,7 +21,7 @@ class LayoutConfig:
     use_distributed_optimizer: bool | None = None
     """Megatron-LM's spelling of --data-parallel-sharding-strategy optim; the two must agree."""
     sequence_parallel: bool = False
-    """Megatron's sequence parallelism (norms split over tp). Not built yet: refused."""
+    """Megatron's sequence parallelism: between the tensor-parallel parts, tokens are split over tp."""
     distributed_backend: Literal["auto", "nccl", "gloo"] = "auto"
     """nccl on GPUs, gloo on CPUs; naming the one that the machine does not use is an error."""
     distributed_timeout_minutes: int = 10
@@ -34,9 +34,6 @@ class LayoutConfig:
                      "distributed_timeout_minutes"):
             if getattr(self, name) < 1:
                 problems.append(f"{name} = {getattr(self, name)}: must be at least 1. Fix: give a positive number.")
-        if self.sequence_parallel:
-            problems.append("sequence_parallel = True: Megatron's sequence parallelism is not built yet. "
-                            "Fix: remove it; --context-parallel-size splits the tokens of every layer.")
         if self.use_distributed_optimizer and self.data_parallel_sharding_strategy != "optim":
             problems.append(
                 f"use_distributed_optimizer = True: means --data-parallel-sharding-strategy optim, but that is "

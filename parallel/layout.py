@@ -66,12 +66,16 @@ class Layout:
     dp_cp: Axis
     embedding: Axis
     """First and last pipeline stage (one rank when pp is 1): the two homes of a tied embedding."""
+    sequence_parallel: bool
+    """Are activations between the tensor-parallel parts split over tp by tokens (Megatron-SP)?"""
     mesh: DeviceMesh | None
     """[dp_cp, tp] of this pipeline stage; parameters are DTensors on it."""
     device: torch.device
 
     def describe(self) -> str:
-        return f"tp {self.tp.size} x pp {self.pp.size} x cp {self.cp.size} x dp {self.dp.size} on {self.device.type}"
+        split = " (sequence parallel)" if self.sequence_parallel else ""
+        return (f"tp {self.tp.size}{split} x pp {self.pp.size} x cp {self.cp.size} x dp {self.dp.size} on "
+                f"{self.device.type}")
 
 
 def launched_world_size() -> int:
@@ -151,13 +155,14 @@ def build_layout(config: LayoutConfig, world: World) -> Layout:
         world=_axis("world", dist.group.WORLD), tp=tp_axis, pp=pp_axis,
         dp=_axis("dp", parallel_state.get_data_parallel_group()),
         cp=_axis("cp", parallel_state.get_context_parallel_group()),
-        dp_cp=dp_cp, embedding=_embedding_axis(pp_axis), mesh=mesh, device=world.device)
+        dp_cp=dp_cp, embedding=_embedding_axis(pp_axis), sequence_parallel=config.sequence_parallel and tp > 1,
+        mesh=mesh, device=world.device)
 
 
 def single_process_layout(device: torch.device) -> Layout:
     """A layout of one process without any process group, for tools that read or run a model by themselves."""
     axis = {name: Axis(name, 0, 1, (0,), None) for name in ("world", "tp", "pp", "dp", "cp", "dp_cp", "embedding")}
-    return Layout(**axis, mesh=None, device=device)
+    return Layout(**axis, sequence_parallel=False, mesh=None, device=device)
 
 
 def end_world() -> None:

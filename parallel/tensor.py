@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from parallel.collectives import all_reduce, reduce_from
+from parallel.collectives import all_reduce
 from parallel.layout import Axis
 
 
@@ -68,14 +68,17 @@ def local_part(parameter: nn.Parameter, partial_gradient: bool = False) -> torch
 
 
 def vocab_parallel_embedding(ids_t: torch.Tensor, weight_vD: torch.Tensor, tp: Axis) -> torch.Tensor:
-    """Look up [t] token ids in a table whose rows are split over tp -> [t, D] (summed, same on all tp ranks)."""
+    """Look up [t] token ids in a table whose rows are split over tp -> [t, D], to be summed over tp by the caller.
+
+    A token's row is on one rank; the others return zeros for it.
+    """
     if tp.size == 1:
         return nn.functional.embedding(ids_t, weight_vD)
     v = weight_vD.shape[0]
     local_ids = ids_t - tp.rank * v
     absent = (local_ids < 0) | (local_ids >= v)
     found = nn.functional.embedding(local_ids.masked_fill(absent, 0), weight_vD)
-    return reduce_from(found.masked_fill(absent[:, None], 0.0), tp)
+    return found.masked_fill(absent[:, None], 0.0)
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):

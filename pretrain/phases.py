@@ -151,6 +151,10 @@ def check_phases(phases: list[Phase], config: Config, world_size: int, vocab_siz
         if microbatch % cp:
             found.append(f"context_parallel_size = {cp}: must divide the {microbatch} tokens of a microbatch. "
                          f"Fix: a seq_length that {cp} divides.")
+        elif config.layout.sequence_parallel and microbatch // cp % tp:
+            found.append(f"sequence_parallel = True: tensor parallel size {tp} must divide the {microbatch // cp} "
+                         "tokens of a context-parallel rank. Fix: a seq_length that both divide, or no "
+                         "sequence_parallel.")
         if not phase.rotary_base > 0 or not phase.lr > 0 or phase.min_lr > phase.lr:
             found.append(f"rotary_base = {phase.rotary_base}, lr = {phase.lr}, min_lr = {phase.min_lr}: the first two "
                          "must be above 0 and min_lr at most lr. Fix: change them.")

@@ -60,7 +60,10 @@ class Stepper:
         return self._global_loss(share), num_targets
 
     def _pipeline_for(self, microbatches: Sequence[CountedMicrobatch]) -> Pipeline:
-        shape = (len(microbatches), microbatches[0].tokens.shape[0])
+        tokens = microbatches[0].tokens.shape[0]
+        if self.layout.sequence_parallel:
+            tokens //= self.layout.tp.size
+        shape = (len(microbatches), tokens)
         if self.pipeline is None or self.pipeline.shape != shape:
             self.pipeline = Pipeline(self.stage, self.layout.pp, self.layout.device, *shape, self.hidden_size,
                                      self.compute_dtype)

@@ -51,7 +51,9 @@ class Case:
     samples: int = 8
     document_masking: bool = True
     recompute: str | None = None
+    sequence_parallel: bool = False
     clip_grad: float = 1.0
+    steps: int = 1
 
     @property
     def world_size(self) -> int:
@@ -60,7 +62,8 @@ class Case:
     def single(self) -> "Case":
         """The same model and batch in one process."""
         return Case(model=self.model, lengths=self.lengths, seq_length=self.seq_length, samples=self.samples,
-                    document_masking=self.document_masking, clip_grad=self.clip_grad)
+                    document_masking=self.document_masking, clip_grad=self.clip_grad,
+                    steps=self.steps)
 
     def model_config(self) -> ModelConfig:
         # Large initial weights: small ones would make every layer nearly the identity.
@@ -71,7 +74,8 @@ class Case:
     def build(self, world: World, seed: int = 1234, master=torch.float64, compute=torch.float64):
         """(layout, stage, optimizer, stepper, loader) as the trainer makes them."""
         layout = build_layout(LayoutConfig(tensor_model_parallel_size=self.tp, pipeline_model_parallel_size=self.pp,
-                                           context_parallel_size=self.cp), world)
+                                           context_parallel_size=self.cp,
+                                           sequence_parallel=self.sequence_parallel), world)
         attend, _ = choose_attention("auto", layout.device, compute)
         config = self.model_config()
         stage = build_stage(config, VOCABULARY, layout, attend, strategy=self.strategy, master_dtype=master,
@@ -89,17 +93,23 @@ class Case:
 
 
 def run_step(world: World, case: Case) -> dict:
-    """One optimizer step and one evaluation -> loss, norm, targets, valid, and this rank's whole tensors by name."""
+    """Optimizer steps and an evaluation -> the last loss and norm, targets, valid, whole tensors by name.
+
+    Gradients are those of the first step (clipped), weights those after the last.
+    """
     layout, stage, optimizer, stepper, loader = case.build(world)
     gradients = {}
 
     def capture(*_):
-        gradients.update({name: p.grad.full_tensor().numpy() for name, p in stage.named_parameters()})
+        if not gradients:
+            gradients.update({name: p.grad.full_tensor().numpy() for name, p in stage.named_parameters()})
 
     optimizer.register_step_pre_hook(capture)
-    result = train_step(stepper, optimizer, loader.read(0), lr=1e-3, clip_grad=case.clip_grad)
+    batch_tokens = case.samples * case.seq_length
+    for step in range(case.steps):
+        result = train_step(stepper, optimizer, loader.read(step * batch_tokens), lr=1e-3, clip_grad=case.clip_grad)
     weights = {name: p.full_tensor().detach().numpy() for name, p in stage.named_parameters()}
-    valid, _ = stepper.run(loader.read(case.samples * case.seq_length), train=False)
+    valid, _ = stepper.run(loader.read(case.steps * batch_tokens), train=False)
     return {"loss": result.loss, "grad_norm": result.grad_norm, "num_targets": result.num_targets, "valid": valid,
             "gradients": gradients, "weights": weights, "tp_rank": layout.tp.rank, "pp_rank": layout.pp.rank}
 

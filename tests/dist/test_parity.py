@@ -39,6 +39,11 @@ CASES = {
     "dp4 empty shards zero1": Case(dp=4, strategy="optim", model=dict(qk_layernorm=True, kv_channels=2)),
     "tp4 padding only": Case(tp=4, model=dict(make_vocab_size_divisible_by=160) | QWEN3),
     "tp2 dp2 zero1 partial": Case(tp=2, dp=2, strategy="optim", model=QWEN2_TIED),
+    "tp2 sequence parallel": Case(tp=2, sequence_parallel=True, model=UNTIED | QWEN3),
+    "tp4 sequence parallel kv2 tied": Case(tp=4, sequence_parallel=True, model=dict(add_qkv_bias=True)),
+    "tp2 pp2 cp2 sequence parallel": Case(tp=2, pp=2, cp=2, sequence_parallel=True, recompute="full"),
+    "tp2 cp2 dp2 sequence parallel zero3": Case(tp=2, cp=2, dp=2, sequence_parallel=True, model=QWEN2_TIED,
+                                                strategy="optim_grads_params"),
     "tp2 pp2 cp2 tied": Case(tp=2, pp=2, cp=2),
     "tp2 pp2 cp2 untied": Case(tp=2, pp=2, cp=2, model=UNTIED | QWEN3),
 }

@@ -197,6 +197,9 @@ MUTATIONS = {
     "row-parallel output summed over the wrong group": Mutation(
         "parallel.collectives", "all_reduce", lambda original: lambda x, axis, *op: (
             x if axis.name == "tp" else original(x, axis, *op)), Case(tp=2, cp=2)),
+    "norm weights not reduced under sequence parallelism (Megatron-LM#7452)": Mutation(
+        "model.build", "shardings_for", lambda original: lambda names, config, tp, sequence_parallel: original(
+            names, config, tp, False), Case(tp=2, sequence_parallel=True)),
     "tied embedding's two gradients not summed": Mutation(
         "pretrain.step", "sum_tied_gradients", lambda original: lambda stage, layout: None, Case(pp=2)),
     "gradients divided by the number of microbatches under pp": Mutation(

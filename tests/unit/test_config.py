@@ -127,7 +127,6 @@ CHECKS = [
     ("kv_channels", 3, "kv_channels = 3: rotary embedding turns pairs"),
     ("group_query_attention", False, "group_query_attention = False: but num_query_groups = 4"),
     ("tensor_model_parallel_size", 0, "tensor_model_parallel_size = 0: must be at least 1"),
-    ("sequence_parallel", True, "sequence_parallel = True: Megatron's sequence parallelism is not built yet"),
     ("use_distributed_optimizer", True, "means --data-parallel-sharding-strategy optim"),
     ("use_distributed_optimizer", False, "the optimizer is always sharded"),
     ("lr", 0.0, "lr = 0.0: must be above 0"),
@@ -173,7 +172,7 @@ def test_validate_reports(name, value, message):
 
 def test_validate_reports_everything_at_once():
     config = valid_config()
-    config.model.swiglu, config.layout.sequence_parallel, config.optimizer.lr = False, True, -1.0
+    config.model.swiglu, config.optimizer.clip_grad, config.optimizer.lr = False, -1.0, -1.0
     assert len(config.validate()) == 4  # the fourth: min_lr now exceeds lr
 
 
