@@ -16,8 +16,8 @@ class LayoutConfig:
     """Ranks that split the tokens of a sample (cp), by Ulysses all-to-all around the attention."""
     cp_comm_type: Literal["a2a"] = "a2a"
     """How attention sees the whole sample under context parallelism."""
-    data_parallel_sharding_strategy: ShardingStrategy = "optim_grads"
-    """What is sharded over dp x cp: ZeRO 1 (optim), 2 (optim_grads) or 3 (optim_grads_params)."""
+    data_parallel_sharding_strategy: ShardingStrategy | None = None
+    """What is sharded over dp x cp: ZeRO 1 (optim), 2 (optim_grads, the default) or 3 (optim_grads_params)."""
     use_distributed_optimizer: bool | None = None
     """Megatron-LM's spelling of --data-parallel-sharding-strategy optim; the two must agree."""
     sequence_parallel: bool = False
@@ -27,6 +27,11 @@ class LayoutConfig:
     distributed_timeout_minutes: int = 10
     """Minutes after which a collective that does not complete ends the job."""
 
+    @property
+    def sharding_strategy(self) -> ShardingStrategy:
+        """The level that the two flags mean together."""
+        return self.data_parallel_sharding_strategy or ("optim" if self.use_distributed_optimizer else "optim_grads")
+
     def validate(self) -> list[str]:
         """All problems that this section shows by itself, as `name = value: rule. Fix: ...`."""
         problems = []
@@ -34,7 +39,7 @@ class LayoutConfig:
                      "distributed_timeout_minutes"):
             if getattr(self, name) < 1:
                 problems.append(f"{name} = {getattr(self, name)}: must be at least 1. Fix: give a positive number.")
-        if self.use_distributed_optimizer and self.data_parallel_sharding_strategy != "optim":
+        if self.use_distributed_optimizer and self.data_parallel_sharding_strategy not in (None, "optim"):
             problems.append(
                 f"use_distributed_optimizer = True: means --data-parallel-sharding-strategy optim, but that is "
                 f"{self.data_parallel_sharding_strategy}. Fix: name one of the two, or make them agree.")

@@ -13,6 +13,7 @@ import tyro
 from data.config import DataConfig
 from model.config import ModelConfig
 from parallel.config import LayoutConfig, ShardingStrategy
+from pretrain.compatibility import CompatibilityConfig
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 
@@ -79,6 +80,8 @@ class ScheduleConfig:
     """Samples to train on."""
     train_tokens: Tokens | None = None
     """Tokens to train on."""
+    manual_gc: bool = False
+    """Collect Python's garbage at evaluations and saves only, so that no rank pauses by itself in between."""
     phases: Annotated[list[PhaseConfig], tyro.conf.Suppress] = field(default_factory=list)
     """Consecutive phases; YAML only."""
 
@@ -194,10 +197,12 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    compatibility: CompatibilityConfig = field(default_factory=CompatibilityConfig)
 
     def validate(self) -> list[str]:
         """All problems that show without touching the disk, as `name = value: rule. Fix: ...`."""
-        problems = self.model.validate() + self.layout.validate() + self.data.validate()
+        problems = [problem for section in (self.model, self.layout, self.data, self.compatibility)
+                    for problem in section.validate()]
         optimizer, schedule, checkpoint = self.optimizer, self.schedule, self.checkpoint
         positive = [("micro_batch_size", schedule.micro_batch_size), ("lr", optimizer.lr),
                     ("log_interval", self.logging.log_interval), ("adam_eps", optimizer.adam_eps)]

@@ -248,6 +248,8 @@ def to_flat(config: Config) -> dict[str, Any]:
     """Every setting as a flat dict that `from_flat` reads back; unset ones are left out."""
     flat = {}
     for section in get_type_hints(Config):
+        if section == "compatibility":  # says nothing about the run
+            continue
         for key, value in dataclasses.asdict(getattr(config, section)).items():
             if key == "phases":
                 value = [{k: v for k, v in phase.items() if v is not None} for phase in value]

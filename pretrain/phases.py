@@ -112,10 +112,8 @@ def _resolve(config: Config, entry: PhaseConfig, index: int, start: int) -> Phas
         return value if value is not None else getattr(section, name)
 
     layout = {name: pick(name, config.layout) for name in (
-        "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
-        "data_parallel_sharding_strategy")}
-    if config.layout.use_distributed_optimizer:
-        layout["data_parallel_sharding_strategy"] = "optim"
+        "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")}
+    layout["data_parallel_sharding_strategy"] = entry.data_parallel_sharding_strategy or config.layout.sharding_strategy
     return Phase(
         name=entry.name, index=index, start=start, end=start + math.ceil(tokens / batch) * batch,
         seq_length=seq_length, global_batch_tokens=batch, micro_batch_size=micro, **layout,

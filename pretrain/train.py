@@ -6,21 +6,17 @@ layout), stopped (signal or --exit-...), refused (bad input).
 """
 
 import dataclasses
-import os
+import gc
 import resource
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from data.config import DataConfig
-from data.loader import Loader, fingerprint, open_corpus
-from data.stream import DocumentStream
-from data.tokenizer import build_tokenizer
+from data.loader import Loader
 from model.build import build_stage
 from model.estimate import num_parameters, peak_flops, step_flops
 from model.init import initialize
@@ -38,112 +34,13 @@ from parallel.layout import (
     start_world,
 )
 from pretrain import checkpoint
-from pretrain.config import Config
 from pretrain.evaluate import validation_loss
-from pretrain.learning_rate import LearningRate
 from pretrain.load_config import dump_yaml, load_config, outcome_path, spell, warn
 from pretrain.metrics import Reporter
-from pretrain.phases import Phase, check_phases, describe, phase_at, resolve_phases
-from pretrain.start import Start, check_continuation, find_start
+from pretrain.phases import Phase, describe, phase_at
+from pretrain.plan import Plan, make_plan, warnings_about
 from pretrain.state import TrainState, build_optimizer, check_replicas, checkpoint_tensors
 from pretrain.step import Stepper, train_step
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Everything that is decided before processes meet."""
-
-    config: Config
-    phases: list[Phase]
-    learning_rate: LearningRate
-    vocab_size: int
-    tokenizer: object | None
-    start: Start
-    progress: dict | None
-    """progress.json of the checkpoint that is started from."""
-    corpus: dict[str, DocumentStream]
-    """Split name -> its documents as one stream."""
-    data_fingerprint: dict
-    tokenizer_description: dict | None
-
-
-def make_plan(config: Config, world_size: int) -> Plan:
-    """Check the whole configuration against the world and the disk.
-
-    Raises:
-        ValueError: every problem found, a line each.
-    """
-    problems = config.validate()
-    section_problems = bool(problems)
-    phases = attempt(problems, lambda: resolve_phases(config)) or []
-    if len({phase.layout_key for phase in phases}) > 1 and not config.checkpoint.save:
-        problems.append("save: phases with different layouts hand over through a checkpoint. Fix: give --save.")
-    if phases and not section_problems:
-        learning_rate = attempt(problems, lambda: LearningRate.make(config.optimizer, phases))
-    if not config.data.validate():
-        tokenizer, vocab_size = attempt(problems, lambda: _tokenizer(config.data)) or (None, None)
-    if not config.model.validate() and phases:
-        problems += check_phases(phases, config, world_size, None if problems else vocab_size)
-    if problems:
-        raise ValueError("\n".join(problems))
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, vocab_size=vocab_size))
-    start = find_start(config)
-    progress = checkpoint.read_progress(start.folder) if start.folder else None
-    description = tokenizer.describe() if tokenizer else None
-    corpus = open_corpus(config.data, config.optimizer.seed, vocab_size, description)
-    data_fingerprint = fingerprint(corpus)
-    if progress and not start.weights_only:
-        check_continuation(progress, data_fingerprint, description, config.optimizer.seed)
-    if config.checkpoint.save:
-        _check_writable(Path(config.checkpoint.save))
-    return Plan(config, phases, learning_rate, vocab_size, tokenizer, start, progress, corpus, data_fingerprint,
-                description)
-
-
-def _check_writable(folder: Path) -> None:
-    """Raises ValueError unless the folder exists or can be made, and can be written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(13, "no permission to write")
-    except OSError as error:
-        raise ValueError(f"save = {folder}: cannot be written ({error.strerror}). Fix: give another --save.") from None
-
-
-def warnings_about(plan: Plan) -> list[str]:
-    """What runs, but perhaps not as meant."""
-    config, end = plan.config, plan.phases[-1].end
-    found = config.warnings()
-    if plan.start.is_restart:
-        found += [f"{name}: has no effect, since --save already holds a checkpoint of this run"
-                  for name in ("load", "ckpt_step", "no_load_optim", "finetune", "pretrained_checkpoint")
-                  if getattr(config.checkpoint, name) and config.checkpoint.load != config.checkpoint.save]
-    epoch = plan.corpus["train"].tokens_per_epoch
-    if end > epoch:
-        found.append(f"the run reads {end:,} tokens and the training data has {epoch:,}: {end / epoch:.1f} epochs")
-    if config.logging.eval_iters and "valid" not in plan.corpus:
-        found.append("there are no validation documents (--split, --valid-data-path): nothing is evaluated")
-    return found
-
-
-def attempt(problems: list[str], make: Callable):
-    """What `make` gives; or None, and its ValueError among the problems."""
-    try:
-        return make()
-    except ValueError as error:
-        problems += str(error).splitlines()
-        return None
-
-
-def _tokenizer(data: DataConfig):
-    """The tokenizer (None for mock data) and the model's vocabulary size."""
-    if data.mock_data:
-        return None, data.vocab_size
-    tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_size)
-    if data.vocab_size is not None and data.vocab_size < tokenizer.vocab_size:
-        raise ValueError(f"vocab_size = {data.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids. "
-                         "Fix: leave it out, or give at least that many.")
-    return tokenizer, data.vocab_size or tokenizer.vocab_size
 
 
 class Trainer:
@@ -222,6 +119,8 @@ class Trainer:
 
     def _run_phases(self, phase: Phase, step: int, reporter: Reporter) -> str:
         state = self.state
+        if self.config.schedule.manual_gc:
+            gc.disable()
         while True:
             stop, step = self._run_phase(phase, step, reporter)
             self._save(phase, step, reporter)
@@ -310,6 +209,7 @@ class Trainer:
     def _evaluate(self, stepper: Stepper, phase: Phase, step: int, reporter: Reporter) -> None:
         if "valid" not in self.corpus or self.config.logging.eval_iters == 0:
             return
+        gc.collect()
         loss, targets = validation_loss(stepper, self._loader("valid", phase), self.corpus["valid"].tokens_per_epoch,
                                         self.config.logging.eval_iters, self.layout.device)
         reporter.evaluation({"step": step, "tokens": self.state.clock, "phase": phase.name,
@@ -320,6 +220,7 @@ class Trainer:
         if root is None:
             return
         began = time.perf_counter()
+        gc.collect()
         check_replicas(state.stage, self.layout)
         longest = max(p.seq_length for p in self.plan.phases[:phase.index + 1])
         progress = {"step": step, "clock": state.clock, "real_tokens": state.real_tokens,

@@ -74,11 +74,8 @@ def read_run(folder: Path) -> Run:
     metrics, validation = folder / "metrics.jsonl", folder / "validation.jsonl"
     if not metrics.is_file():
         raise ValueError(f"load = {folder}: no metrics.jsonl in it. Fix: give the --save folder of a run.")
-    lines = read_lines(metrics)
-    evaluations = [line for line in lines if line.get("eval")]
-    if validation.is_file():
-        evaluations += read_lines(validation)
-    steps = [line for line in lines if not line.get("eval")]
+    steps = read_lines(metrics)
+    evaluations = read_lines(validation) if validation.is_file() else []
     if not steps:
         raise ValueError(f"load = {folder}: metrics.jsonl holds no step yet. Fix: train one.")
     needed = ("step", "tokens", "phase", "seq_length", "loss", "lr", "tokens_per_second")

@@ -9,7 +9,8 @@ from data.indexed import IndexedWriter
 from parallel.layout import World
 from pretrain import checkpoint
 from pretrain.load_config import load_config, spell
-from pretrain.train import Trainer, make_plan
+from pretrain.plan import make_plan
+from pretrain.train import Trainer
 
 VOCABULARY = 97
 

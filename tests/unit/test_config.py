@@ -9,6 +9,7 @@ from model.config import PRESETS
 from model.estimate import num_parameters
 from pretrain.config import Config
 from pretrain.load_config import dump_yaml, field_table, load_config, read_config_yaml, spell
+from pretrain.phases import resolve_phases
 
 
 def write(tmp_path, text):
@@ -29,6 +30,27 @@ def test_megatron_spellings():
                           "--data-path", "some/prefix", "--tokenizer_type", "NullTokenizer"]))
     assert config.layout.context_parallel_size == 4 and config.schedule.global_batch_size == 8
     assert config.schedule.seq_length == 1 << 20 and config.data.data_path == ["some/prefix"]
+
+
+def test_a_megatron_llama_script_is_accepted_or_answered():
+    """The model, training and data flags of a public Megatron-LM Llama-3 8B launch script."""
+    argv = """--use-mcore-models --num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32
+        --group-query-attention --num-query-groups 8 --kv-channels 128 --seq-length 8192 --max-position-embeddings 8192
+        --position-embedding-type rope --rotary-base 1000000 --rotary-percent 1.0 --attention-dropout 0.0
+        --hidden-dropout 0.0 --swiglu --init-method-std 0.0134 --attention-backend auto
+        --untie-embeddings-and-output-weights --disable-bias-linear --normalization RMSNorm --micro-batch-size 1
+        --global-batch-size 128 --train-samples 1953125 --lr-decay-samples 1949218 --lr-warmup-samples 3906
+        --lr 0.00015 --min-lr 0.00001 --lr-decay-style cosine --clip-grad 1.0 --weight-decay 0.1 --adam-beta1 0.9
+        --adam-beta2 0.95 --bf16 --calculate-per-token-loss --manual-gc --tensor-model-parallel-size 1
+        --context-parallel-size 2 --pipeline-model-parallel-size 4 --sequence-parallel --use-distributed-optimizer
+        --overlap-grad-reduce --overlap-param-gather --no-create-attention-mask-in-dataloader --num-workers 1
+        --tokenizer-type HuggingFaceTokenizer --tokenizer-model dir --data-path prefix --split 99,1,0
+        --transformer-impl transformer_engine --log-interval 1 --eval-iters 32 --eval-interval 100
+        --save-interval 1000 --log-throughput --ckpt-format torch_dist --distributed-timeout-minutes 60
+        --save out --load out""".split()
+    config = load_config(argv)
+    assert config.validate() == []
+    assert {phase.data_parallel_sharding_strategy for phase in resolve_phases(config)} == {"optim"}
 
 
 def test_yaml_values_are_read_by_the_type_of_their_field(tmp_path):
@@ -127,7 +149,7 @@ CHECKS = [
     ("kv_channels", 3, "kv_channels = 3: rotary embedding turns pairs"),
     ("group_query_attention", False, "group_query_attention = False: but num_query_groups = 4"),
     ("tensor_model_parallel_size", 0, "tensor_model_parallel_size = 0: must be at least 1"),
-    ("use_distributed_optimizer", True, "means --data-parallel-sharding-strategy optim"),
+    ("data_parallel_sharding_strategy", "optim_grads", "means --data-parallel-sharding-strategy optim, but that is"),
     ("use_distributed_optimizer", False, "the optimizer is always sharded"),
     ("lr", 0.0, "lr = 0.0: must be above 0"),
     ("lr", float("nan"), "lr = nan: must be above 0"),
@@ -147,6 +169,8 @@ CHECKS = [
     ("seed", -1, "seed = -1: must be at least 0"),
     ("max_skipped_steps", -3, "max_skipped_steps = -3: must be at least 0"),
     ("kv_channels", 0, "kv_channels = 0: must be at least 1"),
+    ("create_attention_mask_in_dataloader", True, "here it is always False. Fix: remove the flag"),
+    ("ckpt_format", "torch", "ckpt_format = torch: here it is always torch_dist"),
     ("finetune", True, "finetune = True: takes the weights of --load"),
     ("ckpt_step", 5, "ckpt_step = 5: chooses an iteration of --load"),
     ("train_samples", 5, "train_samples = 5, train_tokens = 1000: at most one of these"),
@@ -155,8 +179,8 @@ CHECKS = [
 
 
 def valid_config() -> Config:
-    config = load_config(["--model", "tiny", "--bf16", "--train-tokens", "1000", "--global-batch-tokens", "512",
-                          "--seq-length", "128", "--data-path", "prefix", "--tokenizer-model", "model"])
+    config = load_config("--use-distributed-optimizer --model tiny --bf16 --train-tokens 1000 --seq-length 128 "
+                         "--global-batch-tokens 512 --data-path prefix --tokenizer-model model".split())
     assert config.validate() == []
     return config
 

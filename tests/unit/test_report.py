@@ -3,13 +3,12 @@
 import json
 import sys
 
-import pytest
 from matplotlib.image import imread
 
 from tools import report
 
 
-def write_run(folder, evaluations_inside=False):
+def write_run(folder):
     """Two phases of 30 and 10 steps, evaluated before, between and after."""
     folder.mkdir(parents=True, exist_ok=True)
     lines, evaluations, tokens = [], [{"step": 0, "tokens": 0, "phase": "base", "valid_loss": 9.0}], 0
@@ -21,10 +20,7 @@ def write_run(folder, evaluations_inside=False):
                           "num_targets": 10, "tokens_per_second": 1e5, "mfu": None, "peak_memory_bytes": 1,
                           "step_seconds": 10.0, "data_seconds": 0.1, "skipped": len(lines) == 20})
         evaluations.append({"step": len(lines), "tokens": tokens, "phase": name, "valid_loss": 9 - 0.1 * len(lines)})
-    if evaluations_inside:
-        lines += [{"eval": True} | evaluation for evaluation in evaluations]
-    else:
-        (folder / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in evaluations))
+    (folder / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in evaluations))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -33,9 +29,8 @@ def call(monkeypatch, *arguments) -> int:
     return report.main()
 
 
-@pytest.mark.parametrize("evaluations_inside", [False, True])
-def test_draws_and_sums_up(tmp_path, monkeypatch, capsys, evaluations_inside):
-    write_run(tmp_path / "run", evaluations_inside)
+def test_draws_and_sums_up(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "run")
     output = tmp_path / "plots" / "loss.png"
     assert call(monkeypatch, "--load", tmp_path / "run", "--output", output) == 0
     picture = imread(output)

@@ -1,0 +1,60 @@
+"""Flags of Megatron-LM launch scripts that ask for what is always so here.
+
+Each is accepted at the values that are already true and an error otherwise, so that a script runs with
+every flag accepted or answered. Nothing else reads them.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(kw_only=True)
+class CompatibilityConfig:
+    use_mcore_models: bool = True
+    """The model is always our own (model/gpt.py) over Megatron-Core's groups."""
+    transformer_impl: str = "local"
+    """Layers are our own; --attention-backend chooses the attention kernel. local or transformer_engine."""
+    use_flash_attn: bool = True
+    """Attention never makes a matrix of scores; --attention-backend chooses the kernel."""
+    use_rotary_position_embeddings: bool = True
+    """Positions are always rotary."""
+    attention_softmax_in_fp32: bool = True
+    """Attention kernels always keep the softmax in fp32."""
+    masked_softmax_fusion: bool = False
+    """There is no masked softmax: no mask exists."""
+    create_attention_mask_in_dataloader: bool = False
+    """There is no mask: documents are cu_seqlens."""
+    overlap_grad_reduce: bool = True
+    """FSDP2 always overlaps the reduction of gradients with backward."""
+    overlap_param_gather: bool = True
+    """FSDP2 always prefetches parameters."""
+    exit_on_missing_checkpoint: bool = True
+    """A --load without a checkpoint is always an error."""
+    ckpt_format: str = "torch_dist"
+    """Checkpoints are torch.distributed.checkpoint."""
+    log_throughput: bool = True
+    """Every console line and every line of metrics.jsonl has it."""
+    recompute_method: str = "uniform"
+    """Full recompute is uniform, a layer at a time."""
+    recompute_num_layers: int = 1
+    """Full recompute is a layer at a time."""
+    num_workers: int = 1
+    """Data is read in process, a step ahead, in one thread; any number is accepted."""
+
+    def validate(self) -> list[str]:
+        """A problem for each value that is not already true."""
+        problems = []
+        for name, accepted in ACCEPTED.items():
+            value = getattr(self, name)
+            if value not in accepted:
+                problems.append(f"{name} = {value}: here it is always {' or '.join(map(str, accepted))}. "
+                                "Fix: remove the flag.")
+        return problems
+
+
+ACCEPTED = {
+    "use_mcore_models": (True,), "transformer_impl": ("local", "transformer_engine"), "use_flash_attn": (True,),
+    "use_rotary_position_embeddings": (True,), "attention_softmax_in_fp32": (True,), "masked_softmax_fusion": (False,),
+    "create_attention_mask_in_dataloader": (False,), "overlap_grad_reduce": (True,), "overlap_param_gather": (True,),
+    "exit_on_missing_checkpoint": (True,), "ckpt_format": ("torch_dist",), "log_throughput": (True,),
+    "recompute_method": ("uniform",), "recompute_num_layers": (1,),
+}
