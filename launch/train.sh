@@ -75,6 +75,8 @@ if [[ -z ${OMP_NUM_THREADS:-} ]]; then
   [[ $OMP_NUM_THREADS -ge 1 ]] || OMP_NUM_THREADS=1
 fi
 export OMP_NUM_THREADS
+# torch warns about process groups of two backends when it leaves them; its errors stay visible.
+export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 
 # shellcheck source=launch/setup.sh
 . "$root/launch/setup.sh" || exit 1

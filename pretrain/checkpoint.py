@@ -14,6 +14,7 @@ import pickle
 import re
 import shutil
 import socket
+import warnings
 from pathlib import Path
 
 import torch
@@ -230,7 +231,9 @@ def read_whole_tensors(folder: Path, names: list[str]) -> dict[str, torch.Tensor
     reader = SafeReader(folder)
     stored = reader.read_metadata().state_dict_metadata
     tensors = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in names}
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is meant
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
 
 

@@ -29,7 +29,9 @@ def main() -> int:
               "tools.export_hf.", file=sys.stderr)
         return 2
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(arguments.load)
     model = AutoModelForCausalLM.from_pretrained(arguments.load).eval()
     ids = tokenizer.encode(arguments.prompt, add_special_tokens=False) or [model.config.eos_token_id]

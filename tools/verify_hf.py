@@ -90,7 +90,9 @@ def _real_text(source: Source, text_file: str | None) -> np.ndarray:
 
 def _transformers_logits(folder: Path, attention: str, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=torch.float32).eval()
     with torch.no_grad():
         return model(input_ids=ids[None], position_ids=positions[None], use_cache=False).logits[0]
