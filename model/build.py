@@ -39,6 +39,12 @@ def build_whole_model(config: ModelConfig, vocab_size: int, tensors: dict[str, t
     return stage.eval()
 
 
+def parameter_shapes(config: ModelConfig, vocab_size: int) -> dict[str, torch.Size]:
+    """Name -> full shape of every parameter of the whole model; allocates nothing."""
+    stage = GPTStage(config, vocab_size, single_process_layout(torch.device("cpu")), attend=None)
+    return {name: parameter.shape for name, parameter in stage.named_parameters()}
+
+
 def check_layout(config: ModelConfig, vocab_size: int | None, tp: int, pp: int, cp: int) -> list[str]:
     """Why this model cannot be split into tp x pp x cp, as `name = value: rule. Fix: ...`."""
     problems = []

@@ -74,3 +74,52 @@ def huggingface_config(config: ModelConfig, vocab_size: int, rotary_base: float,
         "tie_word_embeddings": not config.untie_embeddings_and_output_weights, "torch_dtype": dtype,
         "bos_token_id": None, "eos_token_id": eos_token_id, "pad_token_id": None, "use_cache": True,
     }
+
+
+ARCHITECTURES = {"llama": {}, "qwen2": {"add_qkv_bias": True}, "qwen3": {"qk_layernorm": True}}
+"""model_type -> the settings that tell the architectures apart."""
+
+
+def model_settings(config: dict) -> dict:
+    """Our model settings (and vocab_size) from the content of a config.json: the way back of `huggingface_config`.
+
+    Raises:
+        ValueError: an architecture, or a part of one, that is not built here; everything found, a line each.
+    """
+    kind = config.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise ValueError(f"model_type = {kind}: not built here. Fix: one of {', '.join(ARCHITECTURES)}.")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    base = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    problems = []
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    for name, value, only in (("rope_type", rope_type, "default"), ("hidden_act", config.get("hidden_act"), "silu"),
+                              ("mlp_bias", config.get("mlp_bias", False), False),
+                              ("attention_bias", config.get("attention_bias", False), False),
+                              ("use_sliding_window", config.get("use_sliding_window", False), False)):
+        if value != only:
+            problems.append(f"{name} = {value}: only {only} is built. Fix: another model.")
+    if problems:
+        raise ValueError("\n".join(problems))
+    heads = config["num_attention_heads"]
+    return ARCHITECTURES[kind] | {
+        "num_layers": config["num_hidden_layers"], "hidden_size": config["hidden_size"],
+        "ffn_hidden_size": config["intermediate_size"], "num_attention_heads": heads,
+        "num_query_groups": config.get("num_key_value_heads") or heads,
+        "kv_channels": config.get("head_dim") or config["hidden_size"] // heads,
+        "norm_epsilon": config["rms_norm_eps"], "init_method_std": config.get("initializer_range", 0.02),
+        "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
+        "rotary_base": float(base), "vocab_size": config["vocab_size"],
+    }
+
+
+def our_name(name: str) -> str:
+    """model.layers.7.self_attn.q_proj.weight -> layers.7.attention.q.weight; KeyError for a name we do not have."""
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
+    if match:
+        return f"layers.{match[1]}.{_BACK_LAYER[match[2]]}"
+    return _BACK_TOP[name]
+
+
+_BACK_LAYER = {theirs: ours for ours, theirs in _LAYER_NAMES.items()}
+_BACK_TOP = {theirs: ours for ours, theirs in _TOP_NAMES.items()}

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from parallel.layout import Axis
 
+_ALONE = "torch.distributed is disabled"  # DCP's warning where working alone is meant
 LATEST = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
 
@@ -99,7 +100,7 @@ class FolderLock:
 
 def save(root: str | os.PathLike, step: int, tensors: dict[str, torch.Tensor], progress: dict, config_yaml: str,
          tokenizer_files: list[str], world: Axis) -> Path:
-    """Write and publish iteration `step`; collective over `world`.
+    """Write and publish iteration `step`; collective over `world` (of size 1 it needs no process group).
 
     Args:
         tensors: flat name -> DTensor or plain tensor (pretrain/state.py: checkpoint_tensors).
@@ -115,9 +116,11 @@ def save(root: str | os.PathLike, step: int, tensors: dict[str, torch.Tensor], p
         _write(partial / "progress.json", json.dumps(progress, indent=1))
         for file in tokenizer_files:
             shutil.copy(file, partial / "tokenizer" / Path(file).name)
-    dist.barrier(group=world.group)
-    dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True),
-             process_group=world.group)
+    _wait_for_all(world)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=_ALONE)
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True),
+                 process_group=world.group, no_dist=world.group is None)
     checksums = _checksums(partial, world)
     if world.rank == 0:
         _write(partial / MANIFEST, json.dumps({"algorithm": "xxh3_128", "files": checksums}, indent=1))
@@ -130,16 +133,23 @@ def save(root: str | os.PathLike, step: int, tensors: dict[str, torch.Tensor], p
         _sync_folder(final.parent)
         write_atomically(Path(root) / LATEST, str(step))
         shutil.rmtree(replaced, ignore_errors=True)
-    dist.barrier(group=world.group)
+    _wait_for_all(world)
     return final
+
+
+def _wait_for_all(world: Axis) -> None:
+    if world.size > 1:
+        dist.barrier(group=world.group)
 
 
 def _checksums(folder: Path, world: Axis) -> dict[str, str]:
     """Relative path -> checksum of every file, the work shared by all ranks."""
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     mine = {name: checksum(folder / name) for name in files[world.rank::world.size]}
-    gathered: list[dict] = [{} for _ in range(world.size)]
-    dist.all_gather_object(gathered, mine, group=world.group)
+    gathered: list[dict] = [mine]
+    if world.size > 1:
+        gathered *= world.size
+        dist.all_gather_object(gathered, mine, group=world.group)
     return {name: value for part in gathered for name, value in sorted(part.items())}
 
 
@@ -232,7 +242,7 @@ def read_whole_tensors(folder: Path, names: list[str]) -> dict[str, torch.Tensor
     stored = reader.read_metadata().state_dict_metadata
     tensors = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in names}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is meant
+        warnings.filterwarnings("ignore", message=_ALONE)
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
 

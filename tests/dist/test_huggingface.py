@@ -10,8 +10,11 @@ import torch
 from data.batch import IGNORE, Batch
 from model import hf
 from pretrain import checkpoint
-from tests.dist.training import VOCABULARY, base_arguments, train, write_corpus
+from pretrain.start import model_differences
+from tests.dist.training import VOCABULARY, base_arguments, losses, train, write_corpus
 from tools.export_hf import Arguments, export, open_source
+from tools.import_hf import Arguments as ImportArguments
+from tools.import_hf import import_folder
 from tools.verify_hf import _our_logits
 
 MODELS = {
@@ -120,3 +123,53 @@ def test_loss_of_our_model_equals_transformers(trained, tmp_path):
     ours = torch.nn.functional.cross_entropy(_our_logits(source, output, ids, torch.arange(200))[:-1], ids[1:])
     assert abs(float(ours - theirs)) < 1e-5 * float(theirs)
     assert IGNORE == -100 and Batch.__doc__ and os.path.isdir(output)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_import_gives_back_the_same_weights_and_settings(trained, tmp_path, name):
+    from pretrain.load_config import read_config_yaml
+
+    export(Arguments(load=str(trained[name]), output=str(tmp_path / "hf")))
+    folder = import_folder(ImportArguments(hf=str(tmp_path / "hf"), save=str(tmp_path / "imported")))
+    original = checkpoint.published(trained[name])
+    names = checkpoint.tensor_names(original)
+    assert names == checkpoint.tensor_names(folder)
+    before, after = (checkpoint.read_whole_tensors(place, names) for place in (original, folder))
+    for tensor in names:
+        rows = VOCABULARY if tensor in ("model.embedding.weight", "model.output.weight") else before[tensor].shape[0]
+        assert torch.equal(before[tensor][:rows], after[tensor][:rows]), tensor
+    configs = [read_config_yaml(str(place / "config.yaml")) for place in (original, folder)]
+    assert model_differences(configs[0], folder) == [] and configs[0].model.rotary_base == configs[1].model.rotary_base
+
+
+def test_a_run_starts_from_an_imported_model(pool, trained, tmp_path):
+    """The first loss of the new run is the imported model's loss, on another layout."""
+    name, corpus = "Qwen3ForCausalLM", write_corpus(tmp_path / "corpus", seed=5)
+    export(Arguments(load=str(trained[name]), output=str(tmp_path / "hf")))
+    import_folder(ImportArguments(hf=str(tmp_path / "hf"), save=str(tmp_path / "imported")))
+    found = []
+    for source in (trained[name], tmp_path / "imported"):
+        argv = base_arguments(corpus, save=str(tmp_path / f"run{len(found)}"), pretrained_checkpoint=str(source),
+                              train_iters=2, context_parallel_size=2, **MODELS[name])
+        assert pool.run(train, 2, argv) == ["done"] * 2
+        found.append(losses(tmp_path / f"run{len(found)}"))
+    assert found[0] == found[1] and sorted(found[0]) == [1, 2]
+
+
+def test_folders_that_cannot_be_imported_are_refused(trained, tmp_path):
+    export(Arguments(load=str(trained["LlamaForCausalLM"]), output=str(tmp_path / "hf")))
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+
+    def refuse(message, **changes):
+        (tmp_path / "hf" / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(ValueError, match=message):
+            import_folder(ImportArguments(hf=str(tmp_path / "hf"), save=str(tmp_path / "imported")))
+        assert not (tmp_path / "imported").exists()
+
+    refuse("model_type = gpt2: not built here", model_type="gpt2")
+    refuse("rope_type = yarn: only default is built", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4})
+    refuse("attention_bias = True: only False", attention_bias=True)
+    refuse("the weights do not fit config.json", num_hidden_layers=3)
+    refuse("has shape", intermediate_size=64)
+    with pytest.raises(ValueError, match="no config.json in it"):
+        import_folder(ImportArguments(hf=str(tmp_path), save=str(tmp_path / "imported")))

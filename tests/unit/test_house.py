@@ -1,6 +1,7 @@
 """The order of the house: which folder may import which, where the heavy packages may be named, what lies where."""
 
 import ast
+import fnmatch
 import subprocess
 from pathlib import Path
 
@@ -124,3 +125,12 @@ def test_the_checker_lets_good_code_pass(tmp_path, file, code):
     path.parent.mkdir(parents=True)
     path.write_text(code)
     assert violations(tmp_path) == []
+
+
+def test_no_folder_of_tests_is_left_out(pytestconfig):
+    """pytest skips folders by name (`dist` and `build` by default), silently."""
+    skipped = pytestconfig.getini("norecursedirs")
+    folders = [folder.name for folder in (ROOT / "tests").iterdir() if folder.is_dir() and any(folder.glob("test_*.py"))]
+    assert "dist" in folders and "unit" in folders
+    for folder in folders:
+        assert not any(fnmatch.fnmatch(folder, pattern) for pattern in skipped if pattern != "__pycache__"), folder
