@@ -130,7 +130,7 @@ def test_the_checker_lets_good_code_pass(tmp_path, file, code):
 def test_no_folder_of_tests_is_left_out(pytestconfig):
     """pytest skips folders by name (`dist` and `build` by default), silently."""
     skipped = pytestconfig.getini("norecursedirs")
-    folders = [folder.name for folder in (ROOT / "tests").iterdir() if folder.is_dir() and any(folder.glob("test_*.py"))]
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
     assert "dist" in folders and "unit" in folders
     for folder in folders:
         assert not any(fnmatch.fnmatch(folder, pattern) for pattern in skipped if pattern != "__pycache__"), folder
