@@ -86,7 +86,7 @@ export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
 # Questions that need no processes are answered by one.
 for argument in "$@"; do
   case $argument in
-    -h | --help | --print-config)
+    -h | --help | --print-config | --print_config)
       RANK=0 LOCAL_RANK=0 WORLD_SIZE=$((NNODES * NPROC_PER_NODE)) exec "$PYTHON" -m pretrain.train "$@" ;;
   esac
 done

@@ -93,6 +93,11 @@ def launched_local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def launched_on_one_machine() -> bool:
+    """Did the launcher start all processes here?"""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == launched_world_size()
+
+
 def start_world(config: LayoutConfig, store: dist.Store | None = None, rank: int | None = None,
                 world_size: int | None = None) -> World:
     """Join the other processes; call once per process, before `build_layout`.

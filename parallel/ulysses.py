@@ -7,9 +7,9 @@ of this tensor-parallel rank, m and k those of this rank after the exchange, H h
 
 Rank r attends with a contiguous range of query heads and receives exactly the key/value heads that
 they read. q, k and v travel in one all-to-all, the output in another; per rank and layer the forward
-sends (cp - 1) / cp * t * H * (2 N + 2 * kv_sent / cp) elements where kv_sent counts a key/value head
-once per rank that needs it, and the backward sends as much again. Head counts that cp does not divide
-are split unevenly.
+sends (cp - 1) / cp * t * H * (2 N + 2 kv_sent) elements, where kv_sent counts a key/value head once per
+rank that needs it (on average over the ranks where heads split unevenly), and the backward as much
+again. Head counts that cp does not divide are split unevenly.
 
 Source: DeepSpeed-Ulysses (arXiv 2309.14509).
 """

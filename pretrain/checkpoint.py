@@ -7,6 +7,7 @@ A save writes into a hidden folder, checksums every file, syncs, and renames; on
 file name it. A load checks every checksum first. All ranks must see the same folder.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -73,29 +74,45 @@ class FolderLock:
         """Collective over `world`; global rank 0 holds the lock.
 
         Raises:
-            ValueError: another run holds it; on all ranks.
+            ValueError: another run holds it, or the folder cannot be written; on all ranks.
         """
-        self.file, owner = None, [None]
+        self.file, problem = None, [None]
         if world.rank == 0:
-            Path(root).mkdir(parents=True, exist_ok=True)
-            self.file = open(Path(root) / ".lock", "a+", encoding="utf-8")
             try:
+                Path(root).mkdir(parents=True, exist_ok=True)
+                self.file = open(Path(root) / ".lock", "a+", encoding="utf-8")
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self.file.truncate(0)
                 self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
                 self.file.flush()
             except BlockingIOError:
                 self.file.seek(0)
-                owner = [self.file.read() or "another process"]
-        dist.broadcast_object_list(owner, src=0, group=world.group)
-        if owner[0]:
+                problem = [f"{self.file.read() or 'another process'} is training into it. Fix: stop that run, or give "
+                           "another --save."]
+            except OSError as error:
+                # Some network file systems have no locks: then nothing guards the folder.
+                if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                    problem = [f"cannot be written ({error.strerror}). Fix: give another --save."]
+        dist.broadcast_object_list(problem, src=0, group=world.group)
+        if problem[0]:
             self.release()
-            raise ValueError(f"save = {root}: {owner[0]} is training into it. Fix: stop that run, or give another "
-                             "--save.")
+            raise ValueError(f"save = {root}: {problem[0]}")
 
     def release(self) -> None:
         if self.file is not None:
             self.file.close()
+
+
+def same_start_on_all_ranks(root: str | os.PathLike, planned: Path | None, world: Axis) -> bool:
+    """Is `planned` still the latest published checkpoint (None = there is none), on every rank? Collective.
+
+    Plans are made before the processes meet and before the folder is locked.
+    """
+    latest = [published(root) if world.rank == 0 else None]
+    dist.broadcast_object_list(latest, src=0, group=world.group)
+    answers = [False] * world.size
+    dist.all_gather_object(answers, latest[0] == planned, group=world.group)
+    return all(answers)
 
 
 def save(root: str | os.PathLike, step: int, tensors: dict[str, torch.Tensor], progress: dict, config_yaml: str,
@@ -212,7 +229,12 @@ def load(folder: Path, tensors: dict[str, torch.Tensor], world: Axis) -> None:
     dist.all_gather_object(gathered, verify_files(folder, world.rank, world.size), group=world.group)
     refuse_damage(folder, [problem for part in gathered for problem in part])
     reader = SafeReader(folder)
-    _check_tensors(folder, reader.read_metadata(), tensors)
+    dist.all_gather_object(gathered, _misfits(reader.read_metadata(), tensors), group=world.group)
+    problems = list(dict.fromkeys(problem for part in gathered for problem in part))
+    if problems:
+        raise ValueError(f"checkpoint {folder}: does not fit this run: {'; '.join(problems[:4])}"
+                         f"{f' and {len(problems) - 4} more' if len(problems) > 4 else ''}. Fix: load it with the "
+                         "model settings in its config.yaml (--no-load-optim if only optimizer state is missing).")
     dcp.load(tensors, storage_reader=reader, process_group=world.group)
 
 
@@ -222,18 +244,15 @@ def refuse_damage(folder: Path, problems: list[str]) -> None:
                          f"iteration: write its number into {folder.parent / LATEST}.")
 
 
-def _check_tensors(folder: Path, metadata: Metadata, tensors: dict[str, torch.Tensor]) -> None:
-    stored = metadata.state_dict_metadata
-    problems = []
+def _misfits(metadata: Metadata, tensors: dict[str, torch.Tensor]) -> list[str]:
+    """Tensors that the checkpoint lacks, or holds in another shape."""
+    stored, problems = metadata.state_dict_metadata, []
     for name, tensor in tensors.items():
         if name not in stored:
             problems.append(f"{name} is not in it")
         elif tuple(stored[name].size) != tuple(tensor.shape):
             problems.append(f"{name} has shape {tuple(stored[name].size)}, this model needs {tuple(tensor.shape)}")
-    if problems:
-        raise ValueError(f"checkpoint {folder}: does not fit this run: {'; '.join(problems[:4])}"
-                         f"{f' and {len(problems) - 4} more' if len(problems) > 4 else ''}. Fix: load it with the "
-                         "model settings in its config.yaml (--no-load-optim if only optimizer state is missing).")
+    return problems
 
 
 def read_whole_tensors(folder: Path, names: list[str]) -> dict[str, torch.Tensor]:

@@ -28,7 +28,7 @@ class CompatibilityConfig:
     overlap_param_gather: bool = True
     """FSDP2 always prefetches parameters."""
     exit_on_missing_checkpoint: bool = True
-    """A --load without a checkpoint is always an error."""
+    """A --load without a checkpoint is an error, unless it is the empty --save."""
     ckpt_format: str = "torch_dist"
     """Checkpoints are torch.distributed.checkpoint."""
     log_throughput: bool = True

@@ -31,7 +31,7 @@ def parse_tokens(text: str) -> int:
     tokens = float(match[1].replace("_", "")) * _UNITS[match[2]]
     if match[2] == "" and match[1].replace("_", "").isdigit():
         return int(match[1].replace("_", ""))
-    if tokens != int(tokens):
+    if not isfinite(tokens) or tokens != int(tokens):
         raise ValueError(f"{text!r} is {tokens} tokens: must be a whole number")
     return int(tokens)
 
@@ -268,6 +268,10 @@ class Config:
                   for name in ("wandb_exp_name", "wandb_entity", "wandb_save_dir")]
         found = [f"{name} = {getattr(section, name)}: has no effect without {need}"
                  for name, section, met, need in needs if getattr(section, name) is not None and not met]
+        tp_sizes = [phase.tensor_model_parallel_size or self.layout.tensor_model_parallel_size
+                    for phase in self.schedule.phases or [PhaseConfig()]]
+        if self.layout.sequence_parallel and max(tp_sizes) == 1:
+            found.append("sequence_parallel = True: has no effect without --tensor-model-parallel-size above 1")
         if not optimizer.calculate_per_token_loss:
             found.append("calculate_per_token_loss = False: the loss is always the sum over targets / the global "
                          "target count")

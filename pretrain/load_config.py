@@ -38,14 +38,14 @@ def load_config(argv: list[str]) -> Config:
 
 
 def spell(argv: list[str]) -> list[str]:
-    """Hyphens in flag names, known aliases replaced, `--flag=value` split."""
+    """Hyphens in flag names, known aliases replaced."""
     spelled = []
     for arg in argv:
         if arg.startswith("--"):
             name, equals, value = arg.partition("=")
             name = name.replace("_", "-")
             name = ALIASES.get(name, name)
-            spelled += [name, value] if equals else [name]
+            spelled.append(f"{name}={value}" if equals else name)
         else:
             spelled.append(arg)
     return spelled
@@ -62,9 +62,9 @@ def _read_flags(argv: list[str]) -> dict[str, Any]:
     known = {"--" + name.replace("_", "-"): (name, annotation) for name, annotation in types_by_key.items()}
     values, problems, at = {}, [], 0
     while at < len(argv):
-        flag, at = argv[at], at + 1
-        given = []
-        while at < len(argv) and not argv[at].startswith("--"):
+        flag, equals, attached = argv[at].partition("=")
+        at, given = at + 1, [attached] if equals else []
+        while not equals and at < len(argv) and not argv[at].startswith("--"):
             given.append(argv[at])
             at += 1
         positive = "--" + flag[5:] if flag.startswith("--no-") and flag not in known else flag

@@ -153,9 +153,9 @@ def check_phases(phases: list[Phase], config: Config, world_size: int, vocab_siz
             found.append(f"sequence_parallel = True: tensor parallel size {tp} must divide the {microbatch // cp} "
                          "tokens of a context-parallel rank. Fix: a seq_length that both divide, or no "
                          "sequence_parallel.")
-        if not phase.rotary_base > 0 or not phase.lr > 0 or phase.min_lr > phase.lr:
+        if not (0 < phase.rotary_base < math.inf and 0 < phase.lr < math.inf and 0 <= phase.min_lr <= phase.lr):
             found.append(f"rotary_base = {phase.rotary_base}, lr = {phase.lr}, min_lr = {phase.min_lr}: the first two "
-                         "must be above 0 and min_lr at most lr. Fix: change them.")
+                         "must be above 0 and finite, min_lr between 0 and lr. Fix: change them.")
         if not world_problem:
             found += _batch_problems(phase, world_size)
         longest = config.model.max_position_embeddings

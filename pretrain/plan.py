@@ -32,8 +32,11 @@ class Plan:
     tokenizer_description: dict | None
 
 
-def make_plan(config: Config, world_size: int) -> Plan:
+def make_plan(config: Config, world_size: int, only_print: bool = False) -> Plan:
     """Check the whole configuration against the world and the disk.
+
+    Args:
+        only_print: make no folder.
 
     Raises:
         ValueError: every problem found, a line each.
@@ -59,7 +62,7 @@ def make_plan(config: Config, world_size: int) -> Plan:
     data_fingerprint = fingerprint(corpus)
     if progress and not start.weights_only:
         check_continuation(progress, data_fingerprint, description, config.optimizer.seed)
-    if config.checkpoint.save:
+    if config.checkpoint.save and not only_print:
         _check_writable(Path(config.checkpoint.save))
     return Plan(config, phases, learning_rate, vocab_size, tokenizer, start, progress, corpus, data_fingerprint,
                 description)
@@ -80,9 +83,11 @@ def warnings_about(plan: Plan) -> list[str]:
     config, end = plan.config, plan.phases[-1].end
     found = config.warnings()
     if plan.start.is_restart:
-        found += [f"{name}: has no effect, since --save already holds a checkpoint of this run"
+        settings = config.checkpoint
+        same = settings.load and os.path.abspath(settings.load) == os.path.abspath(settings.save)
+        found += [f"{name}: has no effect, since --save already holds a checkpoint of this run, which goes on"
                   for name in ("load", "ckpt_step", "no_load_optim", "finetune", "pretrained_checkpoint")
-                  if getattr(config.checkpoint, name) and config.checkpoint.load != config.checkpoint.save]
+                  if getattr(settings, name) and not (name == "load" and same)]
     epoch = plan.corpus["train"].tokens_per_epoch
     if end > epoch:
         found.append(f"the run reads {end:,} tokens and the training data has {epoch:,}: {end / epoch:.1f} epochs")

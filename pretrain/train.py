@@ -29,6 +29,7 @@ from parallel.layout import (
     build_layout,
     end_world,
     launched_local_rank,
+    launched_on_one_machine,
     launched_rank,
     launched_world_size,
     start_world,
@@ -73,6 +74,10 @@ class Trainer:
         lock = None
         if self.config.checkpoint.save:
             lock = checkpoint.FolderLock(self.config.checkpoint.save, self.layout.world)
+            planned = start.folder if start.is_restart else None
+            if not checkpoint.same_start_on_all_ranks(self.config.checkpoint.save, planned, self.layout.world):
+                raise RuntimeError(f"{self.config.checkpoint.save} got another checkpoint while this run was starting; "
+                                   "starting again picks it up")
         self.state = self._build_state(phase, progress)
         reporter = Reporter(self.config, self.world.rank == 0, step, self.state.wandb_run_id)
         self.state.wandb_run_id = reporter.wandb_run_id
@@ -260,7 +265,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = spell(sys.argv[1:] if argv is None else argv)
     try:
         config = load_config([arg for arg in argv if arg != "--print-config"])
-        plan = make_plan(config, launched_world_size())
+        plan = make_plan(config, launched_world_size(), only_print="--print-config" in argv)
         if "--print-config" in argv:
             if launched_rank() == 0:
                 print(dump_yaml(plan.config), end="")
@@ -283,15 +288,27 @@ def main(argv: list[str] | None = None) -> int:
 def refuse(error: Exception, is_mine_alone: bool = False) -> int:
     """Bad input: say it (once per machine, when all ranks found the same) and tell the launcher not to try again.
 
-    Exit code 2 makes torchrun stop the other ranks and print a traceback of its own; when all ranks
-    end by themselves, the outcome file is enough.
+    Exit code 2 makes torchrun stop the other ranks and print a traceback of its own; where all ranks
+    of the only machine end by themselves, the outcome file is enough.
     """
-    if launched_local_rank() == 0 or is_mine_alone:
-        where = "" if launched_rank() == 0 else f" on {socket.gethostname()}"
-        for line in str(error).splitlines():
-            print(f"error{where}: {line}", file=sys.stderr, flush=True)
-        write_outcome("refused")
-    return 2 if is_mine_alone or outcome_path() is None else 0
+    if not is_mine_alone and launched_local_rank() != 0 and _was_refused_by_others():
+        return 0 if launched_on_one_machine() else 2
+    where = "" if launched_rank() == 0 else f" (rank {launched_rank()} on {socket.gethostname()})"
+    for line in str(error).splitlines():
+        print(f"error{where}: {line}", file=sys.stderr, flush=True)
+    write_outcome("refused")
+    alone = is_mine_alone or launched_local_rank() != 0 or not launched_on_one_machine()
+    return 2 if alone or outcome_path() is None else 0
+
+
+def _was_refused_by_others(wait: float = 5.0) -> bool:
+    """Does local rank 0 say the same within `wait` seconds?"""
+    path, limit = outcome_path(), time.monotonic() + wait
+    while path and time.monotonic() < limit:
+        if Path(path).exists() and Path(path).read_text() == "refused":
+            return True
+        time.sleep(0.05)
+    return False
 
 
 if __name__ == "__main__":

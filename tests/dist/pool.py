@@ -17,6 +17,8 @@ PRELOADED = ["torch", "torch.distributed.checkpoint", "torch.distributed.tensor"
 
 
 def _serve(connection: Connection, rank: int) -> None:
+    import gc
+
     import torch
     import torch.distributed as dist
     from torch.distributed.tensor._redistribute import _gen_transform_infos
@@ -34,11 +36,12 @@ def _serve(connection: Connection, rank: int) -> None:
         function, world_size, store_path, args = job
         try:
             os.environ["LOCAL_RANK"] = str(rank)
-            world = start_world(LayoutConfig(distributed_timeout_minutes=2), dist.FileStore(store_path, world_size),
+            world = start_world(LayoutConfig(distributed_timeout_minutes=10), dist.FileStore(store_path, world_size),
                                 rank, world_size)
             try:
                 result = function(world, *args)
             finally:
+                gc.collect()  # modules hold each other, and the groups with them
                 end_world()
                 # DTensor caches specs by equal meshes; those of the ended world name groups that are gone.
                 _clear_sharding_prop_cache()
@@ -66,7 +69,7 @@ class WorkerPool:
             theirs.close()
             self.workers.append((process, ours))
 
-    def run(self, function, world_size: int, *args, timeout: float = 300.0) -> list:
+    def run(self, function, world_size: int, *args, timeout: float = 900.0) -> list:
         """Results by rank. Raises AssertionError with the first failing rank's traceback."""
         self._grow(world_size)
         self.jobs += 1

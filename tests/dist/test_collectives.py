@@ -17,7 +17,10 @@ COLLECTIVES = [name for name in ("all_reduce", "all_to_all_single", "all_gather_
 
 
 class Recorder:
-    """Notes every collective of torch.distributed: (operation, its ranks, elements, dtype)."""
+    """Notes every call of torch.distributed's collectives: (operation, its ranks, elements, dtype).
+
+    DTensor's own reductions (partial gradients over tp) and the pipeline's messages go other ways.
+    """
 
     def __init__(self):
         self.calls: list[tuple] = []
@@ -71,6 +74,7 @@ ORDER_CASES = {
     "cp4 uneven heads, empty slices": Case(cp=4, lengths=(1,) * 40 + (200,), model=dict(
         num_attention_heads=6, num_query_groups=2, hidden_size=48)),
     "pp2 dp2 tied": Case(pp=2, dp=2),
+    "tp2 cp2 sequence parallel": Case(tp=2, cp=2, sequence_parallel=True),
     "tp2 dp2 zero3 recompute": Case(tp=2, dp=2, strategy="optim_grads_params", recompute="full"),
 }
 
@@ -119,7 +123,7 @@ def exchange_bytes(world: World, heads: int, kv_heads: int, tokens: int, size: i
 @pytest.mark.parametrize("heads, kv_heads", [(8, 8), (8, 4), (8, 1), (6, 2)])
 def test_the_exchange_sends_what_the_docstring_says(pool, heads, kv_heads):
     tokens, size, cp = 12, 4, 4
-    split = HeadSplit.make(heads, kv_heads, cp)
+    split, totals = HeadSplit.make(heads, kv_heads, cp), []
     for rank, sent in pool.run(exchange_bytes, cp, heads, kv_heads, tokens, size):
         others = [r for r in range(cp) if r != rank]
         forward_qkv = sum(split.rows(r) for r in others) * tokens * size
@@ -128,6 +132,9 @@ def test_the_exchange_sends_what_the_docstring_says(pool, heads, kv_heads):
         backward_out = sum(split.query[r][1] - split.query[r][0] for r in others) * tokens * size
         backward_qkv = len(others) * split.rows(rank) * tokens * size
         assert sent == [forward_qkv, forward_out, backward_out, backward_qkv], "two exchanges each way, no more bytes"
+        totals.append(forward_qkv + forward_out)
+    kv_sent = sum(stop - start for start, stop in split.kv)
+    assert sum(totals) / cp == (cp - 1) / cp * tokens * size * (2 * heads + 2 * kv_sent), "the docstring's formula"
 
 
 def logits_of(world: World, case: Case, change: bool) -> np.ndarray:

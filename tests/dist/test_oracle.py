@@ -1,6 +1,7 @@
 """An independent oracle: transformers trained by plain PyTorch gives the same loss curve as our trainer.
 
-The oracle shares no code with us but the corpus: each document piece of a sample goes through
+The oracle shares only the data pipeline with us (labels and document pieces; tests/unit/test_batch.py
+checks those against the definition): each document piece of a sample goes through
 transformers by itself, the losses are summed and divided by the number of targets, and
 torch.optim.AdamW updates. Both in fp64.
 """
@@ -78,7 +79,7 @@ def oracle_curve(case: Case, weights: dict) -> list[float]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses
 
 

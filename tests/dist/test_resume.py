@@ -7,6 +7,8 @@ import pytest
 import yaml
 
 from pretrain import checkpoint
+from pretrain.load_config import load_config
+from pretrain.plan import make_plan, warnings_about
 from tests.dist.training import base_arguments, losses, stored, train, write_corpus
 
 
@@ -149,6 +151,31 @@ def test_no_load_optim_acts_on_the_first_launch_only(pool, corpus, tmp_path):
     assert [pool.run(train, 1, argv)[0] for _ in range(2)] == ["stopped", "done"]
     steps = {name: tensor for name, tensor in stored(tmp_path / "new").items() if name.endswith(".step")}
     assert steps and all(step == 4 for step in steps.values()), "2 steps before the stop, 2 after, none forgotten"
+
+
+def test_flags_that_a_restart_ignores_are_named(pool, corpus, tmp_path):
+    save = str(tmp_path / "save")
+    pool.run(train, 1, base_arguments(corpus, save=save, train_iters=4, save_interval=2))
+    again = base_arguments(corpus, save=save, load=save, ckpt_step=2, train_iters=5, sequence_parallel=True)
+    found = warnings_about(make_plan(load_config(again), 1))
+    assert [text.split(":")[0] for text in found] == ["sequence_parallel = True", "ckpt_step"]
+    assert all("has no effect" in text for text in found)
+
+
+def start_changes(world, root) -> list[bool]:
+    from parallel.config import LayoutConfig
+    from parallel.layout import build_layout
+
+    axis = build_layout(LayoutConfig(), world).world
+    current = checkpoint.published(root)
+    return [checkpoint.same_start_on_all_ranks(root, planned, axis)
+            for planned in (current, None if axis.rank == 1 else current, None)]
+
+
+def test_a_checkpoint_published_while_starting_is_noticed_on_all_ranks(pool, corpus, tmp_path):
+    save = str(tmp_path / "save")
+    pool.run(train, 1, base_arguments(corpus, save=save, train_iters=2))
+    assert pool.run(start_changes, 2, save) == [[True, False, False]] * 2
 
 
 def hold_lock(world, root) -> str:

@@ -37,10 +37,22 @@ def launch(argv: list[str]) -> subprocess.Popen:
 
 
 def wait_for_lines(path: Path, count: int, process: subprocess.Popen) -> None:
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + 600
     while not path.exists() or len(path.read_bytes().splitlines()) < count:
         assert process.poll() is None and time.monotonic() < limit, "the run did not get that far"
         time.sleep(0.02)
+
+
+def end(run: subprocess.Popen, save: Path) -> None:
+    """Leave nothing behind, whatever happened."""
+    if run.poll() is None:
+        run.terminate()
+        try:
+            run.wait(30)
+        except subprocess.TimeoutExpired:
+            run.kill()
+    for worker in workers_of(save):
+        os.kill(worker, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGKILL, 0), (signal.SIGTERM, 75)], ids=["kill -9", "SIGTERM"])
@@ -55,14 +67,16 @@ def test_a_disturbed_run_ends_with_the_weights_of_an_undisturbed_one(pool, tmp_p
             os.kill(workers_of(tmp_path / "disturbed")[-1], number)
         else:
             run.send_signal(number)
-        output, _ = run.communicate(timeout=180)
+        output, _ = run.communicate(timeout=900)
+        assert run.returncode == code, output
+        if code == 75:  # saved and stopped as asked: the same command goes on
+            run = launch(argv)
+            output, _ = run.communicate(timeout=900)
+            assert run.returncode == 0, output
+        # A start from step 0 would end with the same weights.
+        assert "start: continuing" in output and "iter_0000" in output.split("start: continuing")[1]
     finally:
-        run.kill()
-    assert run.returncode == code, output
-    if code == 75:  # saved and stopped as asked: the same command goes on
-        again = launch(argv)
-        output, _ = again.communicate(timeout=180)
-        assert again.returncode == 0, output
+        end(run, tmp_path / "disturbed")
     assert not workers_of(tmp_path / "disturbed"), "a worker was left behind"
     assert pool.run(train, 2, base_arguments(corpus, save=str(tmp_path / "straight"), **settings)) == ["done"] * 2
     assert losses(tmp_path / "disturbed") == losses(tmp_path / "straight")

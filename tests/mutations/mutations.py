@@ -194,7 +194,7 @@ MUTATIONS = {
         "pretrain.step", "global_grad_norm", norm_of_this_rank, Case(dp=2)),
     "no reduction of dx behind a column-parallel layer": Mutation(
         "model.gpt", "copy_to", lambda original: lambda x, axis: x, Case(tp=2)),
-    "row-parallel output summed over the wrong group": Mutation(
+    "no sum over tp at all": Mutation(
         "parallel.collectives", "all_reduce", lambda original: lambda x, axis, *op: (
             x if axis.name == "tp" else original(x, axis, *op)), Case(tp=2, cp=2)),
     "norm weights not reduced under sequence parallelism (Megatron-LM#7452)": Mutation(

@@ -83,6 +83,7 @@ def test_all_yaml_errors_at_once(tmp_path):
     (["--config"], "--config : takes one value, got 0"),
     (["--lr", "1", "2"], "--lr 1 2: takes one value, got 2"),
     (["stray"], "stray: no such flag"),
+    (["--lr=--x"], "command line: lr = '--x': must be a number"),
     (["--phases", "x"], "--phases: no such flag"),
     (["--lr", "fast"], "command line: lr = 'fast': must be a number"),
     (["--no-lr", "1"], "--no-lr: no such flag"),

@@ -18,6 +18,7 @@ def refused(argv, capsys, monkeypatch, tmp_path, world=1) -> str:
     outcome = tmp_path / "outcome"
     monkeypatch.setenv("ITHACA_OUTCOME_FILE", str(outcome))
     monkeypatch.setenv("WORLD_SIZE", str(world))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(world))
     assert main(argv) == 0, "the launcher reads the outcome; exit code 2 would only add torchrun's traceback"
     assert outcome.read_text() == "refused" and not dist.is_initialized()
     text = capsys.readouterr().err
@@ -84,7 +85,27 @@ def test_a_machine_of_its_own_says_its_name(corpus, capsys, monkeypatch):
     for name, value in (("RANK", "8"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "16")):
         monkeypatch.setenv(name, value)
     assert main(base_arguments("/nowhere/corpus", global_batch_size=16)) == 2
-    assert capsys.readouterr().err.startswith("error on ")
+    assert capsys.readouterr().err.startswith("error (rank 8 on ")
+
+
+def test_a_rank_that_refuses_alone_speaks_and_ends_the_others(corpus, capsys, tmp_path, monkeypatch):
+    outcome = tmp_path / "outcome"
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2"),
+                        ("ITHACA_OUTCOME_FILE", str(outcome))):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("pretrain.train._was_refused_by_others", lambda: False)
+    assert main(base_arguments(corpus, lr=-1)) == 2
+    assert "error (rank 1 on " in capsys.readouterr().err and outcome.read_text() == "refused"
+    monkeypatch.undo()
+
+
+def test_a_rank_that_refuses_like_the_others_is_silent(corpus, capsys, tmp_path, monkeypatch):
+    outcome = tmp_path / "outcome"
+    outcome.write_text("refused")  # by local rank 0
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2"),
+                        ("ITHACA_OUTCOME_FILE", str(outcome))):
+        monkeypatch.setenv(name, value)
+    assert main(base_arguments(corpus, lr=-1)) == 0 and capsys.readouterr().err == ""
 
 
 def test_a_corpus_of_another_tokenizer_is_refused(tmp_path):

@@ -29,7 +29,7 @@ def test_token_counts(text, tokens):
     assert parse_tokens(text) == tokens
 
 
-@pytest.mark.parametrize("text", ["8k", "1.5", "-3", "Ki", "eight", "1.0001K"])
+@pytest.mark.parametrize("text", ["8k", "1.5", "-3", "Ki", "eight", "1.0001K", "1e400"])
 def test_bad_token_counts(text):
     with pytest.raises(ValueError, match="token"):
         parse_tokens(text)
@@ -89,6 +89,9 @@ def test_all_phase_problems_are_reported_at_once():
     (dict(tensor_model_parallel_size=0), 4, "must be at least 1"),
     (dict(seq_length=130, global_batch_tokens=260, context_parallel_size=4), 4, "must divide the 130 tokens"),
     (dict(rotary_base=0.0), 1, "must be above 0"),
+    (dict(rotary_base=float("inf")), 1, "must be above 0 and finite"),
+    (dict(lr=float("nan")), 1, "must be above 0 and finite"),
+    (dict(min_lr=-5.0), 1, "min_lr between 0 and lr"),
 ])
 def test_impossible_layouts_are_refused(change, world, message):
     made = config(phases=[PhaseConfig(**(dict(name="a", seq_length=128, train_tokens=1000, global_batch_tokens=256)
