@@ -187,12 +187,6 @@ def phase_at(phases: list[Phase], clock: int) -> Phase | None:
     return None
 
 
-def step_at(phases: list[Phase], clock: int) -> int:
-    """Optimizer steps done when `clock` positions have been consumed."""
-    return sum((min(clock, phase.end) - phase.start) // phase.global_batch_tokens
-               for phase in phases if clock > phase.start)
-
-
 def describe(phases: list[Phase], world_size: int) -> str:
     """The plan, a line per phase."""
     lines = [f"{'phase':<12}{'length':>9}{'tokens':>14}{'steps':>8}{'batch':>12}{'micro':>7}   layout"]

@@ -4,7 +4,7 @@ import pytest
 
 from pretrain.config import Config, PhaseConfig, parse_tokens
 from pretrain.learning_rate import LearningRate
-from pretrain.phases import check_phases, phase_at, resolve_phases, step_at
+from pretrain.phases import check_phases, phase_at, resolve_phases
 
 
 def config(**schedule) -> Config:
@@ -42,11 +42,10 @@ def test_phase_ends_round_up_to_whole_steps_and_join():
     assert phases[0].layout_key != phases[1].layout_key
 
 
-def test_phase_and_step_are_functions_of_the_clock():
+def test_the_phase_is_a_function_of_the_clock():
     phases = resolve_phases(three_phases())
     assert [phase_at(phases, clock).name for clock in (0, 1023, 1024, 3071, 3072)] == ["a", "a", "b", "b", "c"]
     assert phase_at(phases, 5120) is None
-    assert [step_at(phases, clock) for clock in (0, 256, 1024, 2048, 3072, 5120)] == [0, 1, 4, 5, 6, 7]
 
 
 def test_flat_settings_are_one_phase():

@@ -79,7 +79,10 @@ def test_a_loss_that_is_not_finite_is_drawn_around(tmp_path):
     run = report.read_run(tmp_path)
     run.steps[3]["loss"] = float("nan")
     run.steps[4]["loss"] = float("inf")
-    report.draw(run, "title").canvas.draw()
+    figure = report.draw(run, "title")
+    figure.canvas.draw()
+    low, high = figure.axes[0].get_ylim()
+    assert 0 < low < high < 12, "the axis must follow the finite losses"
 
 
 def test_user_errors_take_one_line(tmp_path, monkeypatch, capsys):
