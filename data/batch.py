@@ -1,8 +1,9 @@
 """One rank's slice of one microbatch: tokens, shifted labels, positions and document boundaries.
 
 A microbatch is T packed tokens with no batch dim: its samples one after another. A context-parallel
-rank holds the contiguous slice of t = T / cp tokens and reads no others, but for one token per piece,
-the label of its last position. Boundaries and positions come from the stream's prefix offsets.
+rank holds one or two pieces of it, together t = T / cp tokens, and reads no others, but for one token
+per piece and sample, the label of the last position. Boundaries and positions come from the stream's
+prefix offsets.
 """
 
 from collections.abc import Sequence
@@ -24,8 +25,7 @@ class Batch:
     tokens: torch.Tensor  # int64 [t]
     labels: torch.Tensor  # int64 [t], IGNORE where there is no target
     positions: torch.Tensor  # int64 [t], from 0 in each segment
-    cu_seqlens: torch.Tensor  # int32 [segments + 1], over all T tokens
-    max_seqlen: int  # tokens of the longest segment
+    cu_seqlens: torch.Tensor  # int32 [segments + 1], over all T tokens; stays on the host
     num_targets: int = -1  # of this slice; counted when not given
 
     def __post_init__(self) -> None:
@@ -34,14 +34,14 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same on another device."""
-        tensors = (self.tokens, self.labels, self.positions, self.cu_seqlens)
-        return Batch(*(tensor.to(device) for tensor in tensors), self.max_seqlen, self.num_targets)
+        return Batch(self.tokens.to(device), self.labels.to(device), self.positions.to(device), self.cu_seqlens,
+                     self.num_targets)
 
 
-def read_batch(stream: DocumentStream, starts: Sequence[int], seq_length: int, cp_rank: int, cp_size: int, *,
-               document_masking: bool = True, eod: int | None = None, eod_mask_loss: bool = False,
-               vocab_size: int | None = None) -> Batch:
-    """The slice of context-parallel rank `cp_rank` of the microbatch with these samples.
+def read_batch(stream: DocumentStream, starts: Sequence[int], seq_length: int,
+               pieces: Sequence[tuple[int, int]] | None = None, *, document_masking: bool = True,
+               eod: int | None = None, eod_mask_loss: bool = False, vocab_size: int | None = None) -> Batch:
+    """Those of a microbatch's tokens that lie in `pieces`, in that order.
 
     With document masking each document (cut at the start and end of a sample) is a segment, and the
     last token of a document has no target; one cut by the end of its sample has the next token as
@@ -50,44 +50,47 @@ def read_batch(stream: DocumentStream, starts: Sequence[int], seq_length: int, c
     Args:
         starts: stream position of each sample's first token.
         seq_length: tokens per sample.
+        pieces: half-open ranges of the microbatch's T = len(starts) x seq_length tokens; all by default.
         eod, eod_mask_loss: no target where the input is `eod` (Megatron-LM's meaning).
         vocab_size: ids are checked against it when given.
 
     Raises:
-        ValueError: len(starts) x seq_length is not a multiple of cp_size, a token id is not below
-            vocab_size, or eod_mask_loss without an eod.
+        ValueError: a token id is not below vocab_size, or eod_mask_loss without an eod.
     """
     total = len(starts) * seq_length
-    if total % cp_size:
-        raise ValueError(f"micro_batch_size x seq_length = {len(starts)} x {seq_length} = {total}: must be a multiple "
-                         f"of context_parallel_size = {cp_size}. Fix: change one of them.")
+    pieces = [(0, total)] if pieces is None else pieces
     if eod_mask_loss and eod is None:
         raise ValueError("eod_mask_loss = True: the tokenizer has no end-of-document token. Fix: remove it.")
-    low, high = cp_rank * total // cp_size, (cp_rank + 1) * total // cp_size
-    tokens, labels = np.empty(high - low, dtype=np.int64), np.empty(high - low, dtype=np.int64)
-    document_ends = []
-    for i, start in enumerate(starts):
-        sample = i * seq_length
-        if document_masking:
-            ends = np.cumsum(stream.spans(start, seq_length + 1)[2])
-            document_ends.append(sample + ends[:-1])  # the last is the window's end, not a document's
-        first, last = max(low, sample), min(high, sample + seq_length)
-        if first < last:
-            window = stream.read(start + first - sample, last - first + 1)
-            if vocab_size is not None:
-                _check_ids(stream, start + first - sample, window, vocab_size)
-            tokens[first - low:last - low], labels[first - low:last - low] = window[:-1], window[1:]
-    cuts = np.concatenate([np.arange(0, total + 1, seq_length), *document_ends]).astype(np.int64)
-    cu_seqlens = np.unique(cuts)
+    document_ends = np.empty(0, dtype=np.int64)
     if document_masking:
-        last_tokens = np.concatenate([np.empty(0, dtype=np.int64), *document_ends]) - 1
+        # The last span's end is the window's, not a document's.
+        document_ends = np.concatenate([
+            i * seq_length + np.cumsum(stream.spans(start, seq_length + 1)[2])[:-1] for i, start in enumerate(starts)])
+    cu_seqlens = np.unique(np.concatenate([np.arange(0, total + 1, seq_length), document_ends])).astype(np.int64)
+    parts = [_read_piece(stream, starts, seq_length, low, high, vocab_size) for low, high in pieces]
+    for (low, high), (_, labels) in zip(pieces, parts, strict=True):
+        last_tokens = document_ends - 1
         labels[last_tokens[(last_tokens >= low) & (last_tokens < high)] - low] = IGNORE
+    tokens, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     if eod_mask_loss:
         labels[tokens == eod] = IGNORE
-    positions = _positions(cu_seqlens, low, high)
+    positions = np.concatenate([_positions(cu_seqlens, low, high) for low, high in pieces])
     return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(positions),
-                 torch.from_numpy(cu_seqlens.astype(np.int32)), int(np.diff(cu_seqlens).max()),
-                 num_targets=int((labels != IGNORE).sum()))
+                 torch.from_numpy(cu_seqlens.astype(np.int32)), num_targets=int((labels != IGNORE).sum()))
+
+
+def _read_piece(stream: DocumentStream, starts: Sequence[int], seq_length: int, low: int, high: int,
+                vocab_size: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [low, high) of the microbatch and the token that follows each in its sample."""
+    tokens, labels = np.empty(high - low, dtype=np.int64), np.empty(high - low, dtype=np.int64)
+    for i in range(low // seq_length, -(-high // seq_length)):
+        sample = i * seq_length
+        first, last = max(low, sample), min(high, sample + seq_length)
+        window = stream.read(starts[i] + first - sample, last - first + 1)
+        if vocab_size is not None:
+            _check_ids(stream, starts[i] + first - sample, window, vocab_size)
+        tokens[first - low:last - low], labels[first - low:last - low] = window[:-1], window[1:]
+    return tokens, labels
 
 
 def _positions(cu_seqlens: np.ndarray, low: int, high: int) -> np.ndarray:

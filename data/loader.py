@@ -22,16 +22,16 @@ class Loader:
     """
 
     def __init__(self, stream: DocumentStream, *, seq_length: int, micro_batch_size: int, global_batch_tokens: int,
-                 dp_rank: int, dp_size: int, cp_rank: int, cp_size: int, document_masking: bool = True,
-                 eod: int | None = None, eod_mask_loss: bool = False, vocab_size: int | None = None,
-                 prefetch: bool = True):
+                 dp_rank: int, dp_size: int, pieces: list[tuple[int, int]] | None = None,
+                 document_masking: bool = True, eod: int | None = None, eod_mask_loss: bool = False,
+                 vocab_size: int | None = None, prefetch: bool = True):
         """
         Args:
+            pieces: ranges of a microbatch's tokens that this rank holds (see `read_batch`).
             prefetch: read the next step in a thread while this one is trained; changes no result.
 
         Raises:
-            ValueError: global_batch_tokens is not a multiple of seq_length x micro_batch_size x dp_size, or a
-                microbatch does not divide by cp_size.
+            ValueError: global_batch_tokens is not a multiple of seq_length x micro_batch_size x dp_size.
         """
         unit = seq_length * micro_batch_size * dp_size
         if global_batch_tokens < 1 or global_batch_tokens % unit:
@@ -39,15 +39,11 @@ class Loader:
                              f"micro_batch_size x data-parallel size = {seq_length} x {micro_batch_size} x {dp_size} = "
                              f"{unit}. Fix: {max(1, global_batch_tokens // unit) * unit} or "
                              f"{(global_batch_tokens // unit + 1) * unit}.")
-        if seq_length * micro_batch_size % cp_size:
-            raise ValueError(f"seq_length x micro_batch_size = {seq_length} x {micro_batch_size}: must be a multiple "
-                             f"of context_parallel_size = {cp_size}. Fix: change one of them.")
         self.stream, self.seq_length, self.micro_batch_size = stream, seq_length, micro_batch_size
         self.global_batch_tokens, self.num_microbatches = global_batch_tokens, global_batch_tokens // unit
         self.dp_rank, self.dp_size, self.prefetch = dp_rank, dp_size, prefetch
-        self._slice = {"seq_length": seq_length, "cp_rank": cp_rank, "cp_size": cp_size,
-                       "document_masking": document_masking, "eod": eod, "eod_mask_loss": eod_mask_loss,
-                       "vocab_size": vocab_size}
+        self._slice = {"seq_length": seq_length, "pieces": pieces, "document_masking": document_masking,
+                       "eod": eod, "eod_mask_loss": eod_mask_loss, "vocab_size": vocab_size}
         self._next: tuple[int, Future] | None = None
 
     def read(self, clock: int) -> list[Batch]:

@@ -5,7 +5,8 @@
 Modules are made with their full shapes on the meta device; build.py cuts them (model/sharding.py),
 shards them (parallel/shard.py) and fills them (model/init.py).
 
-Legend: T tokens of a microbatch, t this context-parallel rank's slice, D hidden, F MLP width of this
+Legend: T tokens of a microbatch, t this context-parallel rank's slice, s those of its all-to-all group
+(all T without a second level), D hidden, F MLP width of this
 tp rank, N query and K key/value heads of this tp rank, m heads after the exchange, H head size,
 V vocabulary, v this tp rank's part.
 """
@@ -19,11 +20,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from model.config import ModelConfig
-from model.kernels import Attend
+from model.kernels import Attend, Segments, make_segments
 from model.rope import rotary_tables, rotate
 from parallel.collectives import copy_to, gather_sequence, reduce_from, scatter_sequence
+from parallel.context import gather_keys, group_pieces
 from parallel.layout import Layout
-from parallel.pipeline import layers_of_stage
+from parallel.schedule import layers_of_stage
 from parallel.tensor import local_part, vocab_parallel_cross_entropy, vocab_parallel_embedding
 from parallel.ulysses import HeadSplit, heads_to_seq, seq_to_heads
 
@@ -37,8 +39,7 @@ class Microbatch(Protocol):
     tokens: torch.Tensor  # int64 [t]
     labels: torch.Tensor  # int64 [t], IGNORED_LABEL where there is no target
     positions: torch.Tensor  # int64 [t], restarting per document
-    cu_seqlens: torch.Tensor  # int32 [documents + 1], over all T tokens
-    max_seqlen: int
+    cu_seqlens: torch.Tensor  # int32 [documents + 1] on the host, over all T tokens
 
 
 class Weight(nn.Module):
@@ -103,9 +104,9 @@ class Attention(nn.Module):
             # The weights of all key/value heads are here; this rank's queries read one of them.
             head = tp.rank * kv_heads // tp.size
             self.kv_rows = slice(head * H, (head + 1) * H)
-        self.split = HeadSplit.make(heads // tp.size, max(1, kv_heads // tp.size), layout.cp.size)
+        self.split = HeadSplit.make(heads // tp.size, max(1, kv_heads // tp.size), layout.cp_a2a.size)
         # `attend` pairs query head i with key/value head i // group; an uneven split may need its own pairing.
-        pairing = self.split.kv_of_query(layout.cp.rank)
+        pairing = self.split.kv_of_query(layout.cp_a2a.rank)
         regular = [i * (pairing[-1] + 1) // len(pairing) for i in range(len(pairing))]
         self.kv_pairing = None if pairing == regular and len(pairing) % (pairing[-1] + 1) == 0 else pairing
 
@@ -115,10 +116,10 @@ class Attention(nn.Module):
         bias = weight.local_bias()
         return F.linear(x_tD, weight.local_weight()[self.kv_rows], None if bias is None else bias[self.kv_rows])
 
-    def forward(self, x_tD: torch.Tensor, cos_tH: torch.Tensor, sin_tH: torch.Tensor, cu_seqlens: torch.Tensor,
-                max_seqlen: int) -> torch.Tensor:
+    def forward(self, x_tD: torch.Tensor, cos_tH: torch.Tensor, sin_tH: torch.Tensor,
+                segments: list[Segments]) -> torch.Tensor:
         x_tD = enter_tensor_parallel(x_tD, self.layout)
-        t, H, cp = x_tD.shape[0], self.head_size, self.layout.cp
+        t, H = x_tD.shape[0], self.head_size
         q_tNH = self.q(x_tD).view(t, -1, H)
         k_tKH = self._project_kv(self.k, x_tD).view(t, -1, H)
         v_tKH = self._project_kv(self.v, x_tD).view(t, -1, H)
@@ -126,13 +127,19 @@ class Attention(nn.Module):
             q_tNH, k_tKH = self.q_norm(q_tNH), self.k_norm(k_tKH)
         q_tNH, k_tKH = rotate(q_tNH, cos_tH, sin_tH), rotate(k_tKH, cos_tH, sin_tH)
 
-        q_TmH, k_TkH, v_TkH = seq_to_heads(q_tNH, k_tKH, v_tKH, self.split, cp)
+        o_smH = self._attend(*seq_to_heads(q_tNH, k_tKH, v_tKH, self.split, self.layout.cp_a2a), segments)
+        o_tNH = heads_to_seq(o_smH, self.split, self.layout.cp_a2a)
+        return leave_tensor_parallel(self.o(o_tNH.reshape(t, -1)), self.layout)
+
+    def _attend(self, q_smH: torch.Tensor, k_skH: torch.Tensor, v_skH: torch.Tensor,
+                segments: list[Segments]) -> torch.Tensor:
+        """The queries of this rank's group of tokens against the keys of all tokens -> [s, m, H]."""
+        k_TkH, v_TkH = gather_keys(k_skH, v_skH, self.layout.cp_gather)
         if self.kv_pairing is not None:
             index = torch.tensor(self.kv_pairing, device=k_TkH.device)
             k_TkH, v_TkH = k_TkH.index_select(1, index), v_TkH.index_select(1, index)
-        o_TmH = self.attend(q_TmH, k_TkH, v_TkH, cu_seqlens, max_seqlen)
-        o_tNH = heads_to_seq(o_TmH, self.split, cp)
-        return leave_tensor_parallel(self.o(o_tNH.reshape(t, -1)), self.layout)
+        parts = [self.attend(q_smH[part.queries], k_TkH[part.keys], v_TkH[part.keys], part) for part in segments]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class MLP(nn.Module):
@@ -160,8 +167,8 @@ class Layer(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         self.mlp = MLP(config, layout)
 
-    def forward(self, x_tD, cos_tH, sin_tH, cu_seqlens, max_seqlen):
-        x_tD = x_tD + self.attention(self.attention_norm(x_tD), cos_tH, sin_tH, cu_seqlens, max_seqlen)
+    def forward(self, x_tD, cos_tH, sin_tH, segments):
+        x_tD = x_tD + self.attention(self.attention_norm(x_tD), cos_tH, sin_tH, segments)
         return x_tD + self.mlp(self.mlp_norm(x_tD))
 
 
@@ -172,17 +179,18 @@ class GPTStage(nn.Module):
     `rotary_base` and `recompute` are the current phase's.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int, layout: Layout, attend: Attend):
+    def __init__(self, config: ModelConfig, vocab_size: int, layout: Layout, attend: Attend, number: int = 0):
+        """Args: number: of the stage, one of `layout.stages`."""
         super().__init__()
-        pp, rows = layout.pp, config.padded_vocab_size(vocab_size)
-        self.is_first, self.is_last = pp.is_first, pp.is_last
+        rows = config.padded_vocab_size(vocab_size)
+        self.is_first, self.is_last = number == 0, number == layout.num_stages - 1
         self.tied = not config.untie_embeddings_and_output_weights
         self.layout, self.head_size, self.vocab_size = layout, config.head_size, vocab_size
         if self.is_first or (self.is_last and self.tied):
             self.embedding = Weight(rows, config.hidden_size)
         # Keyed by the global layer number, so that a parameter has one name in every layout.
         self.layers = nn.ModuleDict({str(i): Layer(config, layout, attend)
-                                     for i in layers_of_stage(config.num_layers, pp.rank, pp.size)})
+                                     for i in layers_of_stage(config.num_layers, number, layout.num_stages)})
         if self.is_last:
             self.final_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
             if not self.tied:
@@ -222,7 +230,9 @@ class GPTStage(nn.Module):
             x = vocab_parallel_embedding(microbatch.tokens, self.embedding.local_weight(), self.layout.tp)
             x = leave_tensor_parallel(x, self.layout)
         tables = rotary_tables(microbatch.positions, self.head_size, self.rotary_base, x.dtype)
-        inputs = (*tables, microbatch.cu_seqlens, microbatch.max_seqlen)
+        gather = self.layout.cp_gather
+        pieces = group_pieces(int(microbatch.cu_seqlens[-1]), gather.rank, gather.size)
+        inputs = (*tables, make_segments(microbatch.cu_seqlens, pieces, x.device))
         for layer in self.layers.values():
             if self.recompute == "full" and torch.is_grad_enabled():
                 x = checkpoint(layer, x, *inputs, use_reentrant=False, preserve_rng_state=False)

@@ -20,9 +20,9 @@ from parallel.layout import Layout
 BLOCK_ELEMENTS = 1 << 20
 
 
-def initialize(stage: GPTStage, config: ModelConfig, layout: Layout, seed: int) -> None:
-    """Fill every parameter of a sharded stage (see parallel/shard.py) in place."""
-    for name, parameter in stage.named_parameters():
+def initialize(stages: list[GPTStage], config: ModelConfig, layout: Layout, seed: int) -> None:
+    """Fill every parameter of the sharded stages (see parallel/shard.py) in place."""
+    for name, parameter in (pair for stage in stages for pair in stage.named_parameters()):
         std = _std(name, config)
         local = parameter.to_local()
         rows, columns = _local_window(parameter, layout)

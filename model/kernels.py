@@ -1,9 +1,11 @@
 """Attention backends behind one signature.
 
-    attend(q [T, m, H], k [T, k, H], v [T, k, H], cu_seqlens int32 [documents + 1], max_seqlen) -> [T, m, H]
+    attend(q [n, m, H], k [s, k, H], v [s, k, H], segments) -> [n, m, H]
 
 Causal within each document, nothing across documents, softmax scale 1 / sqrt(H). Query head i reads
-key/value head i // (m // k). Optional packages are imported only inside their backend.
+key/value head i // (m // k). The queries are a range of the sample's tokens; the keys begin where the
+first of their documents begins, and end with the queries: a document's last query and last key are the
+same token ("bottom right"). Optional packages are imported only inside their backend.
 """
 
 import importlib.util
@@ -11,10 +13,53 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+from model.sdpa import document_attention
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The documents of one attention call over tokens [start, stop) of the microbatch."""
+
+    queries: slice
+    """Rows of the rank's queries that the call is for."""
+    keys: slice
+    """Rows of all keys that it reads: from the first document's begin to `stop`."""
+    bounds_q: list[int]
+    """Where each document's queries begin, and the end: [documents + 1], from 0."""
+    bounds_k: list[int]
+    cu_q: torch.Tensor
+    """`bounds_q` as int32 on the device."""
+    cu_k: torch.Tensor
+    max_q: int
+    """Queries of the longest document."""
+    max_k: int
+
+
+def make_segments(cu_seqlens: torch.Tensor, pieces: list[tuple[int, int]], device: torch.device) -> list[Segments]:
+    """The attention calls for queries that are the given ranges of the tokens, one after the other.
+
+    Args:
+        cu_seqlens: int32 [documents + 1] on the host, over all tokens of the microbatch.
+        pieces: half-open ranges (parallel/context.py: group_pieces).
+    """
+    edges, found, row = cu_seqlens.numpy(), [], 0
+    for start, stop in pieces:
+        first = int(np.searchsorted(edges, start, side="right")) - 1
+        last = int(np.searchsorted(edges, stop, side="left"))
+        inside, begin = edges[first:last + 1], int(edges[first])
+        bounds_q, bounds_k = np.clip(inside, start, stop) - start, np.minimum(inside, stop) - begin
+        cu_q, cu_k = (torch.from_numpy(bounds.astype(np.int32)).to(device, non_blocking=True)
+                      for bounds in (bounds_q, bounds_k))
+        found.append(Segments(slice(row, row + stop - start), slice(begin, stop), bounds_q.tolist(), bounds_k.tolist(),
+                              cu_q, cu_k, int(np.diff(bounds_q).max()), int(np.diff(bounds_k).max())))
+        row += stop - start
+    return found
+
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Segments], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,17 +91,18 @@ def _find_module(name: str):
 
 
 def _sdpa() -> Attend:
-    def attend(q, k, v, cu_seqlens, max_seqlen):
+    def attend(q, k, v, segments):
         group = q.shape[1] // k.shape[1]
         if group > 1:
             k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-        # [m, T, H] views; a document is a slice of T, so no mask is ever made.
-        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-        bounds = cu_seqlens.tolist()
-        parts = [scaled_dot_product_attention(q[None, :, a:b], k[None, :, a:b], v[None, :, a:b], is_causal=True)[0]
-                 for a, b in zip(bounds, bounds[1:], strict=False)]
-        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        return out.transpose(0, 1)
+        # [1, m, T, H] views; a document is a slice of T, so no mask is ever made.
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        rows_q, rows_k = ([slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+                          for bounds in (segments.bounds_q, segments.bounds_k))
+        parts = [document_attention(q[:, :, of_q], k[:, :, of_k], v[:, :, of_k])
+                 for of_q, of_k in zip(rows_q, rows_k, strict=True)]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        return out[0].transpose(0, 1)
     return attend
 
 
@@ -65,11 +111,11 @@ def _varlen() -> Attend:
 
     options = varlen_options(varlen_attn)
 
-    def attend(q, k, v, cu_seqlens, max_seqlen):
+    def attend(q, k, v, segments):
         group = q.shape[1] // k.shape[1]
         if group > 1 and "enable_gqa" not in options:
             k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+        return varlen_attn(q, k, v, segments.cu_q, segments.cu_k, segments.max_q, segments.max_k, **options)
     return attend
 
 
@@ -83,8 +129,9 @@ def varlen_options(varlen_attn: Callable) -> dict:
 def _flash() -> Attend:
     from flash_attn import flash_attn_varlen_func
 
-    def attend(q, k, v, cu_seqlens, max_seqlen):
-        return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=True)
+    def attend(q, k, v, segments):
+        return flash_attn_varlen_func(q, k, v, segments.cu_q, segments.cu_k, segments.max_q, segments.max_k,
+                                      causal=True)
     return attend
 
 
@@ -92,13 +139,13 @@ def _te() -> Attend:
     from transformer_engine.pytorch import DotProductAttention
     modules = {}
 
-    def attend(q, k, v, cu_seqlens, max_seqlen):
+    def attend(q, k, v, segments):
         shape = (q.shape[1], k.shape[1], q.shape[2])
         if shape not in modules:
             modules[shape] = DotProductAttention(shape[0], shape[2], num_gqa_groups=shape[1], qkv_format="thd",
-                                                 attn_mask_type="padding_causal", attention_dropout=0.0)
-        out = modules[shape](q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=max_seqlen,
-                             max_seqlen_kv=max_seqlen)
+                                                 attn_mask_type="padding_causal_bottom_right", attention_dropout=0.0)
+        out = modules[shape](q, k, v, cu_seqlens_q=segments.cu_q, cu_seqlens_kv=segments.cu_k,
+                             max_seqlen_q=segments.max_q, max_seqlen_kv=segments.max_k)
         return out.view(q.shape)
     return attend
 

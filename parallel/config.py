@@ -1,9 +1,13 @@
-"""Settings of the process layout: how many ranks each axis takes."""
+"""Settings of the process layout: how many ranks each axis takes, and how they work together."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import lcm, prod
 from typing import Literal
 
+from parallel.schedule import SPLIT_BACKWARD, ScheduleName, accepts, nearest_counts
+
 ShardingStrategy = Literal["optim", "optim_grads", "optim_grads_params"]
+CommType = Literal["a2a", "a2a+allgather", "p2p", "allgather", "a2a+p2p"]
 
 
 @dataclass(kw_only=True)
@@ -12,10 +16,17 @@ class LayoutConfig:
     """Ranks that split every weight matrix and the vocabulary (tp)."""
     pipeline_model_parallel_size: int = 1
     """Ranks that split the layers into consecutive stages (pp)."""
+    pipeline_schedule: ScheduleName | None = None
+    """Order of the microbatches through the stages; 1F1B by default, interleaved with several stages per rank."""
+    num_virtual_stages_per_pipeline_rank: int | None = None
+    """Stages on each pipeline rank: 1 by default, 2 under interleaved and ZBV."""
     context_parallel_size: int = 1
     """Ranks that split the tokens of a sample (cp), by Ulysses all-to-all around the attention."""
-    cp_comm_type: Literal["a2a"] = "a2a"
-    """How attention sees the whole sample under context parallelism."""
+    cp_comm_type: CommType = "a2a"
+    """How attention sees the whole sample: a2a trades tokens for heads; a2a+allgather does so inside groups and
+    gathers keys and values between them, for more ranks than heads. The ring forms are refused."""
+    hierarchical_context_parallel_sizes: list[int] = field(default_factory=list)
+    """Ranks of an all-to-all group and number of groups, for a2a+allgather: for example 4 8 with cp 32."""
     data_parallel_sharding_strategy: ShardingStrategy | None = None
     """What is sharded over dp x cp: ZeRO 1 (optim), 2 (optim_grads, the default) or 3 (optim_grads_params)."""
     use_distributed_optimizer: bool | None = None
@@ -28,17 +39,66 @@ class LayoutConfig:
     """Minutes after which a collective that does not complete ends the job."""
 
     @property
+    def sizes(self) -> tuple[int, int, int]:
+        """tp, pp, cp."""
+        return self.tensor_model_parallel_size, self.pipeline_model_parallel_size, self.context_parallel_size
+
+    @property
     def sharding_strategy(self) -> ShardingStrategy:
         """The level that the two flags mean together."""
         return self.data_parallel_sharding_strategy or ("optim" if self.use_distributed_optimizer else "optim_grads")
+
+    @property
+    def schedule(self) -> ScheduleName:
+        """The pipeline schedule that the settings mean."""
+        several = (self.num_virtual_stages_per_pipeline_rank or 1) > 1
+        return self.pipeline_schedule or ("interleaved" if several else "1F1B")
+
+    @property
+    def stages_per_rank(self) -> int:
+        """Pipeline stages on each rank; 1 without a pipeline."""
+        if self.pipeline_model_parallel_size == 1:
+            return 1
+        return self.num_virtual_stages_per_pipeline_rank or (2 if self.schedule in ("interleaved", "ZBV") else 1)
+
+    @property
+    def context_levels(self) -> tuple[int, int]:
+        """Sizes of the two levels of cp: ranks that trade tokens for heads, groups that gather keys and values.
+
+        One level, (cp, 1), unless the settings name two and are valid.
+        """
+        if self.cp_comm_type == "a2a" or self._context_problems() or self.context_parallel_size == 1:
+            return self.context_parallel_size, 1
+        a2a, gather = self.hierarchical_context_parallel_sizes
+        return a2a, gather
+
+    @property
+    def token_multiple(self) -> int:
+        """What the tokens of a microbatch must be a multiple of, so that every rank gets as many."""
+        tp, _, cp = self.sizes
+        groups = self.context_levels[1]
+        multiple = lcm(cp, 2 * groups) if groups > 1 else cp
+        return lcm(multiple, cp * tp) if self.sequence_parallel else multiple
+
+    def describe(self) -> str:
+        """The part that distinguishes one layout from another, in a few words."""
+        tp, pp, cp = self.sizes
+        text = f"tp {tp} pp {pp}"
+        if pp > 1 and (self.schedule != "1F1B"):
+            text += f" {self.schedule} x {self.stages_per_rank}"
+        text += f" cp {cp}"
+        if self.context_levels[1] > 1:
+            text += " ({} x {})".format(*self.context_levels)
+        return text
 
     def validate(self) -> list[str]:
         """All problems that this section shows by itself, as `name = value: rule. Fix: ...`."""
         problems = []
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
-                     "distributed_timeout_minutes"):
-            if getattr(self, name) < 1:
-                problems.append(f"{name} = {getattr(self, name)}: must be at least 1. Fix: give a positive number.")
+                     "distributed_timeout_minutes", "num_virtual_stages_per_pipeline_rank"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                problems.append(f"{name} = {value}: must be at least 1. Fix: give a positive number.")
         if self.use_distributed_optimizer and self.data_parallel_sharding_strategy not in (None, "optim"):
             problems.append(
                 f"use_distributed_optimizer = True: means --data-parallel-sharding-strategy optim, but that is "
@@ -46,7 +106,38 @@ class LayoutConfig:
         if self.use_distributed_optimizer is False:
             problems.append("use_distributed_optimizer = False: the optimizer is always sharded here. "
                             "Fix: remove the flag.")
-        return problems
+        return problems or self._context_problems() + self._schedule_problems()
+
+    def _context_problems(self) -> list[str]:
+        cp, sizes = self.context_parallel_size, self.hierarchical_context_parallel_sizes
+        if self.cp_comm_type not in ("a2a", "a2a+allgather"):
+            return [f"cp_comm_type = {self.cp_comm_type}: is not built. Fix: a2a, or for more ranks than heads "
+                    "a2a+allgather with --hierarchical-context-parallel-sizes."]
+        if self.cp_comm_type == "a2a":
+            return [f"hierarchical_context_parallel_sizes = {sizes}: are for two levels. Fix: --cp-comm-type "
+                    "a2a+allgather, or remove them."] if sizes else []
+        if cp > 1 and (len(sizes) != 2 or min(sizes) < 1 or prod(sizes) != cp):
+            inner = max(n for n in range(1, cp) if cp % n == 0)
+            return [f"hierarchical_context_parallel_sizes = {sizes}: must be two sizes whose product is "
+                    f"context_parallel_size = {cp}, the all-to-all group first. "
+                    f"Fix: for example {inner} {cp // inner}."]
+        return []
+
+    def _schedule_problems(self) -> list[str]:
+        if self.pipeline_model_parallel_size == 1:
+            return []
+        schedule, per_rank = self.schedule, self.stages_per_rank
+        name = f"num_virtual_stages_per_pipeline_rank = {per_rank}"
+        if schedule == "1F1B" and per_rank != 1:
+            return [f"{name}: 1F1B has one stage per rank. Fix: --pipeline-schedule interleaved, or leave it out."]
+        if schedule == "interleaved" and per_rank == 1:
+            return [f"{name}: interleaved needs at least 2. Fix: 2, or --pipeline-schedule 1F1B."]
+        if schedule == "ZBV" and per_rank != 2:
+            return [f"{name}: ZBV has exactly 2. Fix: leave it out."]
+        if schedule in SPLIT_BACKWARD and self.sharding_strategy == "optim_grads_params":
+            return [f"pipeline_schedule = {schedule}: loses gradients with data_parallel_sharding_strategy = "
+                    "optim_grads_params. Fix: optim or optim_grads, or --pipeline-schedule interleaved."]
+        return []
 
 
 def check_world_size(world_size: int, tp: int, pp: int, cp: int) -> str | None:
@@ -57,3 +148,14 @@ def check_world_size(world_size: int, tp: int, pp: int, cp: int) -> str | None:
     return (f"world size = {world_size}: must be a multiple of tensor x pipeline x context parallel size = "
             f"{tp} x {pp} x {cp} = {model_size}. Fix: start {model_size} processes or a multiple of it, "
             f"or choose sizes whose product divides {world_size}.")
+
+
+def check_microbatches(layout: LayoutConfig, count: int) -> str | None:
+    """The problem with steps of `count` microbatches, or None."""
+    pp = layout.pipeline_model_parallel_size
+    if pp == 1 or accepts(layout.schedule, pp, count):
+        return None
+    rule = (f"at least one per stage = {pp}" if layout.schedule == "1F1B" else
+            f"a multiple of {max(1, count // pp)}, the rounds that it runs them in")
+    nearest = " or ".join(map(str, nearest_counts(layout.schedule, pp, count)))
+    return f"{count} microbatches: {layout.schedule} needs {rule}. Fix: {nearest} microbatches"

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.config import LayoutConfig, check_world_size
+from parallel.schedule import ScheduleName, stages_of_rank
 
 with warnings.catch_warnings():
     # It warns of optional packages whose place we do not let it fill (optimizers, norms).
@@ -63,9 +64,17 @@ class Layout:
     pp: Axis
     dp: Axis
     cp: Axis
+    cp_a2a: Axis
+    """The cp ranks that trade tokens for heads: all of cp, or with two levels a group of neighbours."""
+    cp_gather: Axis
+    """The cp ranks that gather keys and values from each other: of size 1, or with two levels one of each group."""
     dp_cp: Axis
     embedding: Axis
-    """First and last pipeline stage (one rank when pp is 1): the two homes of a tied embedding."""
+    """The two ranks of a tied embedding's two homes; of size 1 where both are on one rank, or this rank has none."""
+    schedule: ScheduleName
+    stages: tuple[int, ...]
+    """Numbers of this rank's pipeline stages, first to last."""
+    num_stages: int
     sequence_parallel: bool
     """Are activations between the tensor-parallel parts split over tp by tokens (Megatron-SP)?"""
     mesh: DeviceMesh | None
@@ -73,9 +82,11 @@ class Layout:
     device: torch.device
 
     def describe(self) -> str:
-        split = " (sequence parallel)" if self.sequence_parallel else ""
-        return (f"tp {self.tp.size}{split} x pp {self.pp.size} x cp {self.cp.size} x dp {self.dp.size} on "
-                f"{self.device.type}")
+        tp_note = " (sequence parallel)" if self.sequence_parallel else ""
+        pp_note = f" ({self.schedule}, {len(self.stages)} stages each)" if self.pp.size > 1 else ""
+        cp_note = f" ({self.cp_a2a.size} a2a x {self.cp_gather.size} gather)" if self.cp_gather.size > 1 else ""
+        return (f"tp {self.tp.size}{tp_note} x pp {self.pp.size}{pp_note} x cp {self.cp.size}{cp_note} x "
+                f"dp {self.dp.size} on {self.device.type}")
 
 
 def launched_world_size() -> int:
@@ -139,13 +150,14 @@ def build_layout(config: LayoutConfig, world: World) -> Layout:
     Raises:
         ValueError: the world size is no multiple of tp x pp x cp.
     """
-    tp, pp, cp = (config.tensor_model_parallel_size, config.pipeline_model_parallel_size,
-                  config.context_parallel_size)
+    tp, pp, cp = config.sizes
     problem = check_world_size(world.size, tp, pp, cp)
     if problem:
         raise ValueError(problem)
+    two_levels = config.context_levels[1] > 1
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp,
+        hierarchical_context_parallel_sizes=list(config.context_levels) if two_levels else None,
         create_gloo_process_groups=False, distributed_timeout_minutes=config.distributed_timeout_minutes)
 
     dp_cp = _axis("dp_cp", parallel_state.get_data_parallel_group(with_context_parallel=True))
@@ -156,18 +168,25 @@ def build_layout(config: LayoutConfig, world: World) -> Layout:
     grid = (first_rank + torch.arange(world.size // pp)).view(dp_cp.size, tp)
     mesh = DeviceMesh.from_group([dp_cp.group, tp_axis.group], world.device.type, mesh=grid,
                                  mesh_dim_names=("dp_cp", "tp"))
+    cp_axis = _axis("cp", parallel_state.get_context_parallel_group())
+    cp_a2a, cp_gather = cp_axis, Axis("cp_gather", 0, 1, (world.rank,), cp_axis.group)
+    if two_levels:
+        inner, outer = parallel_state.get_hierarchical_context_parallel_groups()
+        cp_a2a, cp_gather = _axis("cp_a2a", inner), _axis("cp_gather", outer)
+    stages = stages_of_rank(config.schedule, pp_axis.rank, pp, config.stages_per_rank) if pp > 1 else (0,)
     return Layout(
         world=_axis("world", dist.group.WORLD), tp=tp_axis, pp=pp_axis,
-        dp=_axis("dp", parallel_state.get_data_parallel_group()),
-        cp=_axis("cp", parallel_state.get_context_parallel_group()),
-        dp_cp=dp_cp, embedding=_embedding_axis(pp_axis), sequence_parallel=config.sequence_parallel and tp > 1,
-        mesh=mesh, device=world.device)
+        dp=_axis("dp", parallel_state.get_data_parallel_group()), cp=cp_axis, cp_a2a=cp_a2a, cp_gather=cp_gather,
+        dp_cp=dp_cp, embedding=_embedding_axis(pp_axis, config.schedule), schedule=config.schedule, stages=stages,
+        num_stages=pp * len(stages), sequence_parallel=config.sequence_parallel and tp > 1, mesh=mesh,
+        device=world.device)
 
 
 def single_process_layout(device: torch.device) -> Layout:
     """A layout of one process without any process group, for tools that read or run a model by themselves."""
-    axis = {name: Axis(name, 0, 1, (0,), None) for name in ("world", "tp", "pp", "dp", "cp", "dp_cp", "embedding")}
-    return Layout(**axis, sequence_parallel=False, mesh=None, device=device)
+    names = ("world", "tp", "pp", "dp", "cp", "cp_a2a", "cp_gather", "dp_cp", "embedding")
+    return Layout(**{name: Axis(name, 0, 1, (0,), None) for name in names}, schedule="1F1B", stages=(0,), num_stages=1,
+                  sequence_parallel=False, mesh=None, device=device)
 
 
 def end_world() -> None:
@@ -182,8 +201,8 @@ def _axis(name: str, group: dist.ProcessGroup) -> Axis:
                 group)
 
 
-def _embedding_axis(pp: Axis) -> Axis:
-    """Megatron-Core's embedding group; middle stages, which are in none, get their pp axis as size 1."""
-    if pp.size > 1 and (pp.is_first or pp.is_last):
+def _embedding_axis(pp: Axis, schedule: ScheduleName) -> Axis:
+    """Megatron-Core's group of the first and the last pipeline rank, where the first and the last stage are."""
+    if pp.size > 1 and (pp.is_first or pp.is_last) and schedule != "ZBV":
         return _axis("embedding", parallel_state.get_embedding_group())
     return Axis("embedding", 0, 1, (dist.get_rank(),), pp.group)

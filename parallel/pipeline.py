@@ -4,55 +4,74 @@ A stage module is called as `module(x)` once per microbatch, in order: `x` is th
 output, on the first stage a placeholder. The module looks up everything else about the microbatch by
 itself. The last stage returns its share of the loss, already scaled: schedules sum it.
 
-Source: torch.distributed.pipelining (stage.py, schedules.py); 1F1B is PipeDream-Flush (arXiv 2006.09503).
+Source: torch.distributed.pipelining (stage.py, schedules.py); parallel/schedule.py names the papers.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
+from torch.distributed.pipelining.schedules import BACKWARD_INPUT, BACKWARD_WEIGHT, FULL_BACKWARD, REDUCE_GRAD
 
-from parallel.layout import Axis
+from parallel.layout import Layout
 
-
-def layers_of_stage(num_layers: int, stage: int, num_stages: int) -> range:
-    """Global indices of the layers that `stage` holds; earlier stages take the remainder."""
-    base, extra = divmod(num_layers, num_stages)
-    start = stage * base + min(stage, extra)
-    return range(start, start + base + (stage < extra))
+SCHEDULES = {"1F1B": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B,
+             "zero-bubble": ScheduleInterleavedZeroBubble, "ZBV": ScheduleZBVZeroBubble}
 
 
 class Pipeline:
     """One shape of step: a schedule for `num_microbatches` activations of [tokens, hidden].
 
-    Rebuild it when the shape changes; building is cheap and moves no data.
+    Rebuild it when the shape changes, and have one for training and one for evaluation; building is
+    cheap and moves no data.
     """
 
-    def __init__(self, module: nn.Module, pp: Axis, device: torch.device, num_microbatches: int, tokens: int,
-                 hidden: int, dtype: torch.dtype):
-        """Args: tokens: per rank and microbatch; dtype: of the activations between stages."""
-        self.shape = (num_microbatches, tokens)
+    def __init__(self, modules: Sequence[nn.Module], layout: Layout, num_microbatches: int, tokens: int, hidden: int,
+                 dtype: torch.dtype, train: bool):
+        """Args:
+            modules: of this rank's stages, in the order of `layout.stages`.
+            tokens: per rank and microbatch; dtype: of the activations between stages.
+            train: also run the backward.
+        """
+        self.train = train
         activation = torch.empty(tokens, hidden, dtype=dtype, device="meta", requires_grad=True)
         placeholder = torch.empty(1, dtype=torch.int64, device="meta")
         loss_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         loss = torch.empty((), dtype=loss_dtype, device="meta", requires_grad=True)
         # With both given, no stage runs an extra microbatch to find its shapes.
-        self.stage = PipelineStage(
-            module, pp.rank, pp.size, device, input_args=placeholder if pp.is_first else activation,
-            output_args=loss if pp.is_last else activation, group=pp.group)
-        self.schedule = Schedule1F1B(self.stage, num_microbatches, loss_fn=lambda output, target: output,
-                                     scale_grads=False)
+        self.stages = [PipelineStage(module, number, layout.num_stages, layout.device,
+                                     input_args=activation if number else placeholder,
+                                     output_args=loss if number == layout.num_stages - 1 else activation,
+                                     group=layout.pp.group)
+                       for number, module in zip(layout.stages, modules, strict=True)]
+        is_single = layout.schedule == "1F1B"
+        self.schedule = SCHEDULES[layout.schedule](self.stages[0] if is_single else self.stages, num_microbatches,
+                                                   loss_fn=lambda output, target: output, scale_grads=False)
+        if not train and not is_single:
+            # With two stages on one rank in a row, torch's own evaluation asks for gradients that do not exist.
+            for backward in (FULL_BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, REDUCE_GRAD):
+                self.schedule.register_custom_function(backward, lambda action, context: None)
         # The schedule cuts inputs and targets into microbatches; ours carry nothing but their number.
-        self.placeholders = torch.zeros(num_microbatches, dtype=torch.int64, device=device)
+        self.placeholders = torch.zeros(num_microbatches, dtype=torch.int64, device=layout.device)
 
-    def run(self, train: bool) -> torch.Tensor | None:
-        """All microbatches forward (and backward if `train`); the summed loss on the last stage, else None."""
-        losses: list[torch.Tensor] | None = [] if self.stage.is_last else None
-        args = (self.placeholders,) if self.stage.is_first else ()
-        options = {"target": self.placeholders if self.stage.is_last else None, "losses": losses}
-        if train:
-            self.schedule.step(*args, return_outputs=False, **options)
+    def run(self) -> torch.Tensor | None:
+        """All microbatches; the summed loss on the rank of the last stage, else None."""
+        has_first, has_last = (any(getattr(stage, end) for stage in self.stages) for end in ("is_first", "is_last"))
+        losses: list[torch.Tensor] | None = [] if has_last else None
+        args = (self.placeholders,) if has_first else ()
+        options = {"target": self.placeholders if has_last else None, "losses": losses, "return_outputs": False}
+        if self.train:
+            self.schedule.step(*args, **options)
         else:
             with torch.no_grad():
-                self.schedule.eval(*args, return_outputs=False, **options)
-            self.stage.clear_runtime_states()  # only a backward would let go of the activations
+                self.schedule.eval(*args, **options)
+            for stage in self.stages:
+                stage.clear_runtime_states()  # only a backward would let go of the activations
         return torch.stack([loss.detach() for loss in losses]).sum() if losses is not None else None

@@ -9,7 +9,8 @@ Rank r attends with a contiguous range of query heads and receives exactly the k
 they read. q, k and v travel in one all-to-all, the output in another; per rank and layer the forward
 sends (cp - 1) / cp * t * H * (2 N + 2 kv_sent) elements, where kv_sent counts a key/value head once per
 rank that needs it (on average over the ranks where heads split unevenly), and the backward as much
-again. Head counts that cp does not divide are split unevenly.
+again. Head counts that cp does not divide are split unevenly. With two levels of context parallelism
+(parallel/context.py) cp and T mean those of one group here.
 
 Source: DeepSpeed-Ulysses (arXiv 2309.14509).
 """

@@ -12,7 +12,8 @@ import tyro
 
 from data.config import DataConfig
 from model.config import ModelConfig
-from parallel.config import LayoutConfig, ShardingStrategy
+from parallel.config import CommType, LayoutConfig, ShardingStrategy
+from parallel.schedule import ScheduleName
 from pretrain.compatibility import CompatibilityConfig
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
@@ -54,6 +55,10 @@ class PhaseConfig:
     tensor_model_parallel_size: int | None = None
     pipeline_model_parallel_size: int | None = None
     context_parallel_size: int | None = None
+    pipeline_schedule: ScheduleName | None = None
+    num_virtual_stages_per_pipeline_rank: int | None = None
+    cp_comm_type: CommType | None = None
+    hierarchical_context_parallel_sizes: list[int] | None = None
     data_parallel_sharding_strategy: ShardingStrategy | None = None
     recompute_granularity: Literal["full"] | None = None
     rotary_base: float | None = None
@@ -268,10 +273,15 @@ class Config:
                   for name in ("wandb_exp_name", "wandb_entity", "wandb_save_dir")]
         found = [f"{name} = {getattr(section, name)}: has no effect without {need}"
                  for name, section, met, need in needs if getattr(section, name) is not None and not met]
-        tp_sizes = [phase.tensor_model_parallel_size or self.layout.tensor_model_parallel_size
-                    for phase in self.schedule.phases or [PhaseConfig()]]
-        if self.layout.sequence_parallel and max(tp_sizes) == 1:
-            found.append("sequence_parallel = True: has no effect without --tensor-model-parallel-size above 1")
+        for name, size in (("sequence_parallel", "tensor_model_parallel_size"),
+                           ("pipeline_schedule", "pipeline_model_parallel_size"),
+                           ("num_virtual_stages_per_pipeline_rank", "pipeline_model_parallel_size"),
+                           ("hierarchical_context_parallel_sizes", "context_parallel_size")):
+            sizes = [getattr(phase, size) or getattr(self.layout, size)
+                     for phase in self.schedule.phases or [PhaseConfig()]]
+            if getattr(self.layout, name) and max(sizes) == 1:
+                found.append(f"{name} = {getattr(self.layout, name)}: has no effect without "
+                             f"--{size.replace('_', '-')} above 1")
         if not optimizer.calculate_per_token_loss:
             found.append("calculate_per_token_loss = False: the loss is always the sum over targets / the global "
                          "target count")

@@ -21,7 +21,7 @@ def validation_loss(stepper: Stepper, loader: Loader, tokens_per_epoch: int, max
         microbatches = [batch.to(device) for batch in loader.read(i * loader.global_batch_tokens)]
         loss, count = stepper.run(microbatches, train=False)
         loss_sum, targets = loss_sum + loss * count, targets + count
-    for unit in stepper.stage.modules():
+    for unit in (unit for stage in stepper.stages for unit in stage.modules()):
         if isinstance(unit, FSDPModule):
             unit.reshard()  # training and checkpoints expect the shards
     return loss_sum / max(1, targets), targets

@@ -4,11 +4,13 @@ The clock counts positions (steps x global batch, padding included). A phase cov
 its end is rounded up to whole steps. Iterations and samples are converted to tokens here and nowhere else.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
 from model.build import check_layout
-from parallel.config import check_world_size
+from parallel.config import LayoutConfig, check_microbatches, check_world_size
+from parallel.schedule import SPLIT_BACKWARD
 from pretrain.config import Config, PhaseConfig
 
 
@@ -23,10 +25,7 @@ class Phase:
     seq_length: int
     global_batch_tokens: int
     micro_batch_size: int
-    tensor_model_parallel_size: int
-    pipeline_model_parallel_size: int
-    context_parallel_size: int
-    data_parallel_sharding_strategy: str
+    layout: LayoutConfig
     recompute_granularity: str | None
     rotary_base: float
     document_masking: bool
@@ -36,16 +35,16 @@ class Phase:
     @property
     def layout_key(self) -> tuple:
         """Settings that processes cannot change: another key means a restart."""
-        return (self.tensor_model_parallel_size, self.pipeline_model_parallel_size, self.context_parallel_size,
-                self.data_parallel_sharding_strategy)
+        layout = self.layout
+        return (*layout.sizes, layout.schedule, layout.stages_per_rank, layout.context_levels,
+                layout.sharding_strategy)
 
     @property
     def steps(self) -> int:
         return (self.end - self.start) // self.global_batch_tokens
 
     def data_parallel_size(self, world_size: int) -> int:
-        return world_size // (self.tensor_model_parallel_size * self.pipeline_model_parallel_size
-                              * self.context_parallel_size)
+        return world_size // math.prod(self.layout.sizes)
 
     def num_microbatches(self, world_size: int) -> int:
         """Microbatches of each data-parallel rank in one step."""
@@ -111,12 +110,12 @@ def _resolve(config: Config, entry: PhaseConfig, index: int, start: int) -> Phas
         value = getattr(entry, name)
         return value if value is not None else getattr(section, name)
 
-    layout = {name: pick(name, config.layout) for name in (
-        "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")}
-    layout["data_parallel_sharding_strategy"] = entry.data_parallel_sharding_strategy or config.layout.sharding_strategy
+    layout = dataclasses.replace(config.layout, **{
+        field.name: pick(field.name, config.layout) for field in dataclasses.fields(config.layout)
+        if hasattr(entry, field.name)})
     return Phase(
         name=entry.name, index=index, start=start, end=start + math.ceil(tokens / batch) * batch,
-        seq_length=seq_length, global_batch_tokens=batch, micro_batch_size=micro, **layout,
+        seq_length=seq_length, global_batch_tokens=batch, micro_batch_size=micro, layout=layout,
         recompute_granularity=pick("recompute_granularity", config.model),
         rotary_base=pick("rotary_base", config.model), document_masking=pick("document_masking", config.data),
         lr=pick("lr", config.optimizer), min_lr=pick("min_lr", config.optimizer))
@@ -134,36 +133,48 @@ def _train_tokens(config: Config, batch: int, seq_length: int) -> int | None:
 
 
 def check_phases(phases: list[Phase], config: Config, world_size: int, vocab_size: int | None) -> list[str]:
-    """Why some phase cannot run on `world_size` processes with this model."""
+    """Why some phase cannot run on `world_size` processes with this model, and which layouts could."""
     problems = []
     for phase in phases:
+        found = check_phase_layout(phase, config, world_size, vocab_size)
         where = f"phase {phase.name!r}: "
-        tp, pp, cp = phase.layout_key[:3]
-        if min(tp, pp, cp) < 1:
-            problems.append(f"{where}parallel sizes {tp} x {pp} x {cp}: must be at least 1. Fix: positive numbers.")
-            continue
-        world_problem = check_world_size(world_size, tp, pp, cp)
-        found = [world_problem] if world_problem else []
-        found += check_layout(config.model, vocab_size, tp, pp, cp)
-        microbatch = phase.seq_length * phase.micro_batch_size
-        if microbatch % cp:
-            found.append(f"context_parallel_size = {cp}: must divide the {microbatch} tokens of a microbatch. "
-                         f"Fix: a seq_length that {cp} divides.")
-        elif config.layout.sequence_parallel and microbatch // cp % tp:
-            found.append(f"sequence_parallel = True: tensor parallel size {tp} must divide the {microbatch // cp} "
-                         "tokens of a context-parallel rank. Fix: a seq_length that both divide, or no "
-                         "sequence_parallel.")
+        problems += [where + problem for problem in found]
+        if found and min(phase.layout.sizes) > 0:
+            nearest = nearest_layouts(phase, config, world_size, vocab_size)
+            problems.append(f"{where}layouts that work on {world_size} processes, nearest first: "
+                            f"{'; '.join(nearest) or 'none with this batch and model'}.")
         if not (0 < phase.rotary_base < math.inf and 0 < phase.lr < math.inf and 0 <= phase.min_lr <= phase.lr):
-            found.append(f"rotary_base = {phase.rotary_base}, lr = {phase.lr}, min_lr = {phase.min_lr}: the first two "
-                         "must be above 0 and finite, min_lr between 0 and lr. Fix: change them.")
-        if not world_problem:
-            found += _batch_problems(phase, world_size)
+            problems.append(f"{where}rotary_base = {phase.rotary_base}, lr = {phase.lr}, min_lr = {phase.min_lr}: the "
+                            "first two must be above 0 and finite, min_lr between 0 and lr. Fix: change them.")
         longest = config.model.max_position_embeddings
         if longest is not None and phase.seq_length > longest:
-            found.append(f"seq_length = {phase.seq_length}: beyond max_position_embeddings = {longest}. "
-                         "Fix: raise max_position_embeddings or leave it out.")
-        problems += [where + problem for problem in found]
+            problems.append(f"{where}seq_length = {phase.seq_length}: beyond max_position_embeddings = {longest}. "
+                            "Fix: raise max_position_embeddings or leave it out.")
     return problems
+
+
+def check_phase_layout(phase: Phase, config: Config, world_size: int, vocab_size: int | None) -> list[str]:
+    """Why the phase's layout cannot run it."""
+    layout = phase.layout
+    tp, pp, cp = layout.sizes
+    problems = layout.validate()
+    if problems:
+        return problems
+    world_problem = check_world_size(world_size, tp, pp, cp)
+    problems = [world_problem] if world_problem else []
+    problems += check_layout(config.model, vocab_size, layout)
+    microbatch = phase.seq_length * phase.micro_batch_size
+    if microbatch % layout.token_multiple:
+        because = f"context_parallel_size = {cp}" + (
+            f" in {layout.context_levels[1]} groups" if layout.context_levels[1] > 1 else "") + (
+            f" and sequence_parallel over tp {tp}" if layout.sequence_parallel and tp > 1 else "")
+        nearest = max(1, round(microbatch / layout.token_multiple)) * layout.token_multiple
+        problems.append(f"{because}: the {microbatch} tokens of a microbatch must be a multiple of "
+                        f"{layout.token_multiple}. Fix: for example a seq_length of {nearest}.")
+    if pp > 1 and layout.schedule in SPLIT_BACKWARD and phase.recompute_granularity:
+        problems.append(f"recompute_granularity = {phase.recompute_granularity}: {layout.schedule} would run every "
+                        "forward four times. Fix: no recompute, or --pipeline-schedule interleaved or 1F1B.")
+    return problems if world_problem else problems + _batch_problems(phase, world_size)
 
 
 def _batch_problems(phase: Phase, world_size: int) -> list[str]:
@@ -172,11 +183,34 @@ def _batch_problems(phase: Phase, world_size: int) -> list[str]:
         nearest = max(1, round(phase.global_batch_tokens / unit)) * unit
         return [f"global_batch_tokens = {phase.global_batch_tokens}: must be a multiple of seq_length x "
                 f"micro_batch_size x data-parallel size = {unit}. Fix: {nearest}."]
-    count, stages = phase.num_microbatches(world_size), phase.pipeline_model_parallel_size
-    if stages > 1 and count < stages:
-        return [f"global_batch_tokens = {phase.global_batch_tokens}: gives {count} microbatches, and 1F1B needs at "
-                f"least one per stage = {stages}. Fix: at least {unit * stages}."]
-    return []
+    problem = check_microbatches(phase.layout, phase.num_microbatches(world_size))
+    return [f"global_batch_tokens = {phase.global_batch_tokens}: gives {problem} of {unit} tokens."] if problem else []
+
+
+def nearest_layouts(phase: Phase, config: Config, world_size: int, vocab_size: int | None, count: int = 3) -> list[str]:
+    """Layouts of the same world that would run the phase, the fewest doublings away first."""
+    asked, found = phase.layout, []
+    wanted = (*asked.sizes, max(1, world_size // math.prod(asked.sizes)))
+    sizes = [n for n in range(1, world_size + 1) if world_size % n == 0]
+    for tp in sizes:
+        for pp in (n for n in sizes if world_size % (tp * n) == 0):
+            for cp in (n for n in sizes if world_size % (tp * pp * n) == 0):
+                layout = _with_sizes(asked, config.model.num_attention_heads, tp, pp, cp)
+                candidate = dataclasses.replace(phase, layout=layout)
+                if not check_phase_layout(candidate, config, world_size, vocab_size):
+                    dp = world_size // (tp * pp * cp)
+                    distance = sum(abs(math.log2(a / b)) for a, b in zip((tp, pp, cp, dp), wanted, strict=True))
+                    found.append((distance, f"{layout.describe()} dp {dp}"))
+    return [text for _, text in sorted(found)[:count]]
+
+
+def _with_sizes(layout: LayoutConfig, num_heads: int, tp: int, pp: int, cp: int) -> LayoutConfig:
+    """The same layout with other sizes: two levels where cp is beyond the heads, as many stages where there are."""
+    heads = max((n for n in range(1, max(1, num_heads // tp) + 1) if cp % n == 0), default=1)
+    levels = [heads, cp // heads] if heads < cp else []
+    return dataclasses.replace(
+        layout, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp,
+        cp_comm_type="a2a+allgather" if levels else "a2a", hierarchical_context_parallel_sizes=levels)
 
 
 def phase_at(phases: list[Phase], clock: int) -> Phase | None:
@@ -191,11 +225,11 @@ def describe(phases: list[Phase], world_size: int) -> str:
     """The plan, a line per phase."""
     lines = [f"{'phase':<12}{'length':>9}{'tokens':>14}{'steps':>8}{'batch':>12}{'micro':>7}   layout"]
     for phase in phases:
-        tp, pp, cp = phase.layout_key[:3]
+        layout = phase.layout
         lines.append(f"{phase.name:<12}{phase.seq_length:>9,}{phase.end - phase.start:>14,}{phase.steps:>8,}"
-                     f"{phase.global_batch_tokens:>12,}{phase.num_microbatches(world_size):>7}   tp {tp} pp {pp} "
-                     f"cp {cp} dp {phase.data_parallel_size(world_size)} {phase.data_parallel_sharding_strategy}")
-    if any(phase.pipeline_model_parallel_size > 1 and phase.data_parallel_sharding_strategy == "optim_grads"
+                     f"{phase.global_batch_tokens:>12,}{phase.num_microbatches(world_size):>7}   {layout.describe()} "
+                     f"dp {phase.data_parallel_size(world_size)} {layout.sharding_strategy}")
+    if any(phase.layout.pipeline_model_parallel_size > 1 and phase.layout.sharding_strategy == "optim_grads"
            for phase in phases):
         lines.append("under pipeline parallelism gradients are reduced once per step: optim_grads acts as optim there")
     return "\n".join(lines)

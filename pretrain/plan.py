@@ -50,7 +50,7 @@ def make_plan(config: Config, world_size: int, only_print: bool = False) -> Plan
         learning_rate = attempt(problems, lambda: LearningRate.make(config.optimizer, phases))
     if not config.data.validate():
         tokenizer, vocab_size = attempt(problems, lambda: _tokenizer(config.data)) or (None, None)
-    if not config.model.validate() and phases:
+    if phases and not config.model.validate() and not config.layout.validate():
         problems += check_phases(phases, config, world_size, None if problems else vocab_size)
     if problems:
         raise ValueError("\n".join(problems))

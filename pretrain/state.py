@@ -1,4 +1,4 @@
-"""The train state: this rank's stage of the model, its optimizer, and the clock."""
+"""The train state: this rank's stages of the model, their optimizer, and the clock."""
 
 from dataclasses import dataclass
 
@@ -8,6 +8,7 @@ import xxhash
 from torch import nn
 from torch.distributed.tensor import Replicate
 
+from model.build import tied_copies
 from model.gpt import GPTStage
 from parallel.collectives import all_reduce
 from parallel.layout import Axis, Layout
@@ -16,7 +17,7 @@ from pretrain.config import OptimizerConfig
 
 @dataclass
 class TrainState:
-    stage: GPTStage
+    stages: list[GPTStage]
     optimizer: torch.optim.Optimizer
     clock: int = 0
     """Positions consumed."""
@@ -27,17 +28,18 @@ class TrainState:
     wandb_run_id: str | None = None
 
 
-def build_optimizer(stage: GPTStage, config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(stages: list[GPTStage], config: OptimizerConfig) -> torch.optim.Optimizer:
     """Fused AdamW over this rank's shards; matrices decay, norms and biases do not.
 
     The moments exist from the start, so that loading a checkpoint fills them in place.
     """
-    decayed = [p for p in stage.parameters() if p.dim() > 1]
-    plain = [p for p in stage.parameters() if p.dim() <= 1]
+    parameters = [p for stage in stages for p in stage.parameters()]
+    decayed = [p for p in parameters if p.dim() > 1]
+    plain = [p for p in parameters if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.adam_beta1, config.adam_beta2),
                                   eps=config.adam_eps, fused=True)
-    for parameter in stage.parameters():
+    for parameter in parameters:
         # The dtype that torch itself gives to `step`, on the parameter's device as the fused kernel wants it.
         device = parameter.to_local().device
         optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32, device=device),
@@ -46,10 +48,15 @@ def build_optimizer(stage: GPTStage, config: OptimizerConfig) -> torch.optim.Opt
 
 
 def checkpoint_tensors(state: TrainState, with_optimizer: bool) -> dict[str, torch.Tensor]:
-    """Flat name -> tensor of everything a checkpoint holds, by parameter name: no positions, no groups."""
+    """Flat name -> tensor of everything a checkpoint holds, by parameter name: no positions, no groups.
+
+    A tied embedding has one name; where both copies are here it is the first stage's.
+    """
     tensors = {}
-    for name, parameter in state.stage.named_parameters():
+    for name, parameter in (pair for stage in state.stages for pair in stage.named_parameters()):
         assert isinstance(parameter, nn.Parameter)
+        if f"model.{name}" in tensors:
+            continue
         tensors[f"model.{name}"] = parameter.detach()
         if with_optimizer:
             moments = state.optimizer.state[parameter]
@@ -57,7 +64,18 @@ def checkpoint_tensors(state: TrainState, with_optimizer: bool) -> dict[str, tor
     return tensors
 
 
-def check_replicas(stage: GPTStage, layout: Layout) -> None:
+def fill_tied_copy(state: TrainState) -> None:
+    """After a load: give the last stage's tied embedding what the first stage's got, where both are on this rank."""
+    copies = tied_copies(state.stages)
+    if len(copies) == 2:
+        (source, target), moments = copies, [state.optimizer.state[copy] for copy in copies]
+        with torch.no_grad():
+            target.copy_(source)
+            for key, value in moments[0].items():
+                moments[1][key].copy_(value)
+
+
+def check_replicas(stages: list[GPTStage], layout: Layout) -> None:
     """Compare copies of a parameter bit for bit: over tp, and of a tied embedding over the first and last stage.
 
     Copies that drift apart (a gradient that was not reduced) look like a healthy run; a checkpoint would
@@ -66,10 +84,13 @@ def check_replicas(stage: GPTStage, layout: Layout) -> None:
     Raises:
         RuntimeError: on every rank of the world, naming the parameters on the ranks that hold them.
     """
-    replicated = [(name, p) for name, p in stage.named_parameters() if isinstance(p.placements[-1], Replicate)]
-    problems = _differences(replicated, layout.tp)
-    if stage.tied and layout.embedding.size > 1:
-        problems += _differences([("embedding.weight", stage.embedding.weight)], layout.embedding)
+    named = [pair for stage in stages for pair in stage.named_parameters()]
+    problems = _differences([(name, p) for name, p in named if isinstance(p.placements[-1], Replicate)], layout.tp)
+    copies = tied_copies(stages)
+    if len(copies) == 2 and not torch.equal(copies[0].to_local(), copies[1].to_local()):
+        problems.append(f"embedding.weight over the two stages of rank {layout.world.rank}")
+    if layout.embedding.size > 1:
+        problems += _differences([("embedding.weight", copy) for copy in copies], layout.embedding)
     found = all_reduce(torch.tensor(len(problems), device=layout.device), layout.world)
     if found > 0:
         raise RuntimeError(f"copies of parameters are no longer the same: {'; '.join(problems) or 'on other ranks'}. "

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import Shard
 
+from model.build import tied_copies
 from model.gpt import GPTStage, Microbatch
 from parallel.collectives import all_reduce
 from parallel.layout import Layout
@@ -41,41 +42,44 @@ def count_targets(microbatches: Sequence[CountedMicrobatch], layout: Layout) -> 
 
 
 class Stepper:
-    """Runs steps of one shape; keeps the pipeline that belongs to it."""
+    """Runs steps of this rank's stages; keeps the pipelines of the shapes that it has met."""
 
-    def __init__(self, stage: GPTStage, layout: Layout, hidden_size: int, compute_dtype: torch.dtype, strategy: str):
-        self.stage, self.layout, self.strategy = stage, layout, strategy
+    def __init__(self, stages: list[GPTStage], layout: Layout, hidden_size: int, compute_dtype: torch.dtype,
+                 strategy: str):
+        self.stages, self.layout, self.strategy = stages, layout, strategy
         self.hidden_size, self.compute_dtype = hidden_size, compute_dtype
-        self.pipeline: Pipeline | None = None
+        self.pipelines: dict[tuple, Pipeline] = {}
 
     def run(self, microbatches: Sequence[CountedMicrobatch], train: bool) -> tuple[float, int]:
         """Forward (and backward) over all microbatches -> (global loss in nats, global targets), on every rank."""
         num_targets = count_targets(microbatches, self.layout)
-        self.stage.begin_step(microbatches, num_targets)
+        for stage in self.stages:
+            stage.begin_step(microbatches, num_targets)
         if self.layout.pp.size > 1:
-            share = self._pipeline_for(microbatches).run(train)
+            share = self._pipeline_for(microbatches, train).run()
         else:
             share = self._accumulate(len(microbatches), train)
-        self.stage.begin_step((), 1)
+        for stage in self.stages:
+            stage.begin_step((), 1)
         return self._global_loss(share), num_targets
 
-    def _pipeline_for(self, microbatches: Sequence[CountedMicrobatch]) -> Pipeline:
+    def _pipeline_for(self, microbatches: Sequence[CountedMicrobatch], train: bool) -> Pipeline:
         tokens = microbatches[0].tokens.shape[0]
         if self.layout.sequence_parallel:
             tokens //= self.layout.tp.size
-        shape = (len(microbatches), tokens)
-        if self.pipeline is None or self.pipeline.shape != shape:
-            self.pipeline = Pipeline(self.stage, self.layout.pp, self.layout.device, *shape, self.hidden_size,
-                                     self.compute_dtype)
-        return self.pipeline
+        key = (len(microbatches), tokens, train)
+        if key not in self.pipelines:
+            self.pipelines[key] = Pipeline(self.stages, self.layout, len(microbatches), tokens, self.hidden_size,
+                                           self.compute_dtype, train)
+        return self.pipelines[key]
 
     def _accumulate(self, count: int, train: bool) -> torch.Tensor:
-        total, nothing = None, torch.empty(0, device=self.layout.device)
+        total, nothing, (stage,) = None, torch.empty(0, device=self.layout.device), self.stages
         with torch.set_grad_enabled(train):
             for i in range(count):
                 if train:
-                    set_microbatch(self.stage, self.strategy, is_last=i == count - 1)
-                loss = self.stage(nothing)
+                    set_microbatch(stage, self.strategy, is_last=i == count - 1)
+                loss = stage(nothing)
                 if train:
                     loss.backward()
                 total = loss.detach() if total is None else total + loss.detach()
@@ -90,24 +94,29 @@ class Stepper:
         return float(all_reduce(total, layout.world))
 
 
-def sum_tied_gradients(stage: GPTStage, layout: Layout) -> None:
+def sum_tied_gradients(stages: list[GPTStage], layout: Layout) -> None:
     """Add up the two gradients of a tied embedding whose copies live on the first and the last stage."""
-    if stage.tied and layout.embedding.size > 1:
-        all_reduce(stage.embedding.weight.grad.to_local(), layout.embedding)
+    grads = [copy.grad.to_local() for copy in tied_copies(stages)]
+    if len(grads) == 2:
+        grads[0].add_(grads[1])
+        grads[1].copy_(grads[0])
+    elif layout.embedding.size > 1 and grads:
+        all_reduce(grads[0], layout.embedding)
 
 
-def global_grad_norm(stage: GPTStage, layout: Layout) -> torch.Tensor:
+def global_grad_norm(stages: list[GPTStage], layout: Layout) -> torch.Tensor:
     """L2 norm of the whole model's gradient, each element counted once -> fp64 scalar, same on every rank.
 
     Shards over dp x cp and tp add up; a parameter replicated over tp counts on tp rank 0 only, a tied
     embedding on the first stage only.
     """
     grads = []
-    for name, parameter in stage.named_parameters():
-        copy_of_first_stage = name == "embedding.weight" and not stage.is_first
-        replicated = not isinstance(parameter.placements[-1], Shard)
-        if not copy_of_first_stage and (layout.tp.is_first or not replicated):
-            grads.append(parameter.grad.to_local())
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            copy_of_first_stage = name == "embedding.weight" and not stage.is_first
+            replicated = not isinstance(parameter.placements[-1], Shard)
+            if not copy_of_first_stage and (layout.tp.is_first or not replicated):
+                grads.append(parameter.grad.to_local())
     norm = nn.utils.get_total_norm(grads, foreach=True) if grads else torch.zeros(())
     square = norm.to(layout.device, torch.float64) ** 2
     return all_reduce(square, layout.world).sqrt()
@@ -116,16 +125,16 @@ def global_grad_norm(stage: GPTStage, layout: Layout) -> torch.Tensor:
 def train_step(stepper: Stepper, optimizer: torch.optim.Optimizer, microbatches: Sequence[CountedMicrobatch],
                lr: float, clip_grad: float) -> StepResult:
     """Forward, backward, reduction, clipping and update with learning rate `lr`."""
-    stage, layout = stepper.stage, stepper.layout
+    stages, layout = stepper.stages, stepper.layout
     loss, num_targets = stepper.run(microbatches, train=True)
-    sum_tied_gradients(stage, layout)
-    norm = global_grad_norm(stage, layout)
+    sum_tied_gradients(stages, layout)
+    norm = global_grad_norm(stages, layout)
     finite = bool(torch.isfinite(norm))
     if finite:
         if clip_grad > 0:
             scale = float(torch.clamp(clip_grad / (norm + 1e-6), max=1.0))
             if scale < 1.0:
-                torch._foreach_mul_([p.grad.to_local() for p in stage.parameters()], scale)
+                torch._foreach_mul_([p.grad.to_local() for stage in stages for p in stage.parameters()], scale)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()

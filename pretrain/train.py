@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 
 from data.loader import Loader
-from model.build import build_stage
+from model.build import build_stages
 from model.estimate import num_parameters, peak_flops, step_flops
 from model.init import initialize
 from model.kernels import choose_attention, has_bf16_units
 from parallel.collectives import all_reduce
-from parallel.config import LayoutConfig
+from parallel.context import token_pieces
 from parallel.layout import (
     Layout,
     World,
@@ -40,7 +40,7 @@ from pretrain.load_config import dump_yaml, load_config, outcome_path, spell, wa
 from pretrain.metrics import Reporter
 from pretrain.phases import Phase, describe, phase_at
 from pretrain.plan import Plan, make_plan, warnings_about
-from pretrain.state import TrainState, build_optimizer, check_replicas, checkpoint_tensors
+from pretrain.state import TrainState, build_optimizer, check_replicas, checkpoint_tensors, fill_tied_copy
 from pretrain.step import Stepper, train_step
 
 
@@ -70,7 +70,7 @@ class Trainer:
             if self.world.rank == 0:
                 print(f"done: all {step:,} steps are trained; raise the tokens to go on", flush=True)
             return "done"
-        self.layout = build_layout(_layout_config(self.config.layout, phase), self.world)
+        self.layout = build_layout(phase.layout, self.world)
         lock = None
         if self.config.checkpoint.save:
             lock = checkpoint.FolderLock(self.config.checkpoint.save, self.layout.world)
@@ -105,18 +105,19 @@ class Trainer:
                                                        self.compute_dtype)
         if optimizer_config.bf16 and self.world.rank == 0 and not has_bf16_units(self.layout.device):
             warn("bf16 = True: this CPU has no bf16 units and emulates them many times slower. Fix: --no-bf16")
-        stage = build_stage(self.config.model, self.plan.vocab_size, self.layout, attend,
-                            strategy=phase.data_parallel_sharding_strategy, master_dtype=self.master_dtype,
-                            compute_dtype=self.compute_dtype)
-        state = TrainState(stage, build_optimizer(stage, optimizer_config))
+        stages = build_stages(self.config.model, self.plan.vocab_size, self.layout, attend,
+                              strategy=phase.layout.sharding_strategy, master_dtype=self.master_dtype,
+                              compute_dtype=self.compute_dtype)
+        state = TrainState(stages, build_optimizer(stages, optimizer_config))
         if progress is None:
-            initialize(stage, self.config.model, self.layout, optimizer_config.seed)
+            initialize(stages, self.config.model, self.layout, optimizer_config.seed)
             return state
         weights_only = self.plan.start.weights_only
         # A restart continues the moments, whatever the flags of the first launch said.
         fresh_moments = weights_only or self.config.checkpoint.no_load_optim and not self.plan.start.is_restart
         tensors = checkpoint_tensors(state, not fresh_moments)
         checkpoint.load(self.plan.start.folder, tensors, self.layout.world)
+        fill_tied_copy(state)
         if not weights_only:
             state.clock, state.real_tokens = progress["clock"], progress["real_tokens"]
             state.skipped_in_a_row, state.wandb_run_id = progress["skipped_in_a_row"], progress["wandb_run_id"]
@@ -144,9 +145,10 @@ class Trainer:
     def _run_phase(self, phase: Phase, step: int, reporter: Reporter) -> tuple[bool, int]:
         """The remaining steps of one phase, or those until someone asks to stop -> (asked, last step's number)."""
         state, settings = self.state, self.config.checkpoint
-        state.stage.rotary_base, state.stage.recompute = phase.rotary_base, phase.recompute_granularity
-        stepper = Stepper(state.stage, self.layout, self.config.model.hidden_size, self.compute_dtype,
-                          phase.data_parallel_sharding_strategy)
+        for stage in state.stages:
+            stage.rotary_base, stage.recompute = phase.rotary_base, phase.recompute_granularity
+        stepper = Stepper(state.stages, self.layout, self.config.model.hidden_size, self.compute_dtype,
+                          phase.layout.sharding_strategy)
         loader = self._loader("train", phase)
         if state.clock == phase.start:
             self._evaluate(stepper, phase, step, reporter)
@@ -205,9 +207,10 @@ class Trainer:
 
     def _loader(self, split: str, phase: Phase) -> Loader:
         data, layout = self.config.data, self.layout
+        pieces = token_pieces(phase.seq_length * phase.micro_batch_size, layout)
         return Loader(self.corpus[split], seq_length=phase.seq_length, micro_batch_size=phase.micro_batch_size,
                       global_batch_tokens=phase.global_batch_tokens, dp_rank=layout.dp.rank, dp_size=layout.dp.size,
-                      cp_rank=layout.cp.rank, cp_size=layout.cp.size, document_masking=phase.document_masking,
+                      pieces=pieces, document_masking=phase.document_masking,
                       eod=self.plan.tokenizer.eod if self.plan.tokenizer else None, eod_mask_loss=data.eod_mask_loss,
                       vocab_size=self.plan.vocab_size, prefetch=split == "train")
 
@@ -226,7 +229,7 @@ class Trainer:
             return
         began = time.perf_counter()
         gc.collect()
-        check_replicas(state.stage, self.layout)
+        check_replicas(state.stages, self.layout)
         longest = max(p.seq_length for p in self.plan.phases[:phase.index + 1])
         progress = {"step": step, "clock": state.clock, "real_tokens": state.real_tokens,
                     "skipped_in_a_row": state.skipped_in_a_row, "wandb_run_id": state.wandb_run_id,
@@ -238,12 +241,6 @@ class Trainer:
         folder = checkpoint.save(root, step, checkpoint_tensors(state, True), progress, dump_yaml(self.config), files,
                                  self.layout.world)
         reporter.say(f"saved {folder} in {time.perf_counter() - began:.1f} s")
-
-
-def _layout_config(config: LayoutConfig, phase: Phase) -> LayoutConfig:
-    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
-             "data_parallel_sharding_strategy")
-    return dataclasses.replace(config, **{name: getattr(phase, name) for name in names})
 
 
 def _peak_memory(layout: Layout) -> int:

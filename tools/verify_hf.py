@@ -109,7 +109,7 @@ def _our_logits(source: Source, exported: Path, ids: torch.Tensor, positions: to
     model = build_whole_model(source.config.model, source.vocab_size, tensors, attend, device)
     model.rotary_base = source.progress["phase"]["rotary_base"]
     batch = Batch(tokens=ids, labels=torch.full_like(ids, IGNORE), positions=positions,
-                  cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32), max_seqlen=len(ids))
+                  cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32))
     with torch.no_grad():
         return model.logits(model.hidden(ids, batch))[:, :source.vocab_size]
 

@@ -7,14 +7,15 @@ import torch
 
 from data.loader import Loader
 from data.stream import DocumentStream
-from model.build import build_stage
+from model.build import build_stages
 from model.config import ModelConfig
 from model.init import initialize
 from model.kernels import choose_attention
 from parallel.config import LayoutConfig
+from parallel.context import token_pieces
 from parallel.layout import World, build_layout
 from pretrain.config import OptimizerConfig
-from pretrain.state import build_optimizer
+from pretrain.state import build_optimizer, check_replicas
 from pretrain.step import Stepper, train_step
 
 VOCABULARY = 101  # no multiple of the padding: the last rows of the embedding hold no token
@@ -43,6 +44,9 @@ class Case:
     pp: int = 1
     cp: int = 1
     dp: int = 1
+    schedule: str | None = None
+    stages_per_rank: int | None = None
+    context_levels: tuple[int, ...] = ()
     strategy: str = "optim_grads"
     model: dict = field(default_factory=dict)
     lengths: tuple[int, ...] = (1, 5, 40, 3, 17, 64, 2, 2, 90, 11, 1, 30)
@@ -62,8 +66,7 @@ class Case:
     def single(self) -> "Case":
         """The same model and batch in one process."""
         return Case(model=self.model, lengths=self.lengths, seq_length=self.seq_length, samples=self.samples,
-                    document_masking=self.document_masking, clip_grad=self.clip_grad,
-                    steps=self.steps)
+                    document_masking=self.document_masking, clip_grad=self.clip_grad, steps=self.steps)
 
     def model_config(self) -> ModelConfig:
         # Large initial weights: small ones would make every layer nearly the identity.
@@ -71,25 +74,38 @@ class Case:
                      init_method_std=0.2)
         return ModelConfig(**(shape | self.model))
 
+    def layout_config(self) -> LayoutConfig:
+        return LayoutConfig(
+            tensor_model_parallel_size=self.tp, pipeline_model_parallel_size=self.pp, context_parallel_size=self.cp,
+            pipeline_schedule=self.schedule, num_virtual_stages_per_pipeline_rank=self.stages_per_rank,
+            cp_comm_type="a2a+allgather" if self.context_levels else "a2a",
+            hierarchical_context_parallel_sizes=list(self.context_levels), sequence_parallel=self.sequence_parallel,
+            data_parallel_sharding_strategy=self.strategy)
+
     def build(self, world: World, seed: int = 1234, master=torch.float64, compute=torch.float64):
-        """(layout, stage, optimizer, stepper, loader) as the trainer makes them."""
-        layout = build_layout(LayoutConfig(tensor_model_parallel_size=self.tp, pipeline_model_parallel_size=self.pp,
-                                           context_parallel_size=self.cp,
-                                           sequence_parallel=self.sequence_parallel), world)
+        """(layout, stages, optimizer, stepper, loader) as the trainer makes them."""
+        layout = build_layout(self.layout_config(), world)
         attend, _ = choose_attention("auto", layout.device, compute)
         config = self.model_config()
-        stage = build_stage(config, VOCABULARY, layout, attend, strategy=self.strategy, master_dtype=master,
-                            compute_dtype=compute)
-        initialize(stage, config, layout, seed)
-        stage.recompute = self.recompute
-        stepper = Stepper(stage, layout, config.hidden_size, compute, self.strategy)
+        stages = build_stages(config, VOCABULARY, layout, attend, strategy=self.strategy, master_dtype=master,
+                              compute_dtype=compute)
+        initialize(stages, config, layout, seed)
+        for stage in stages:
+            stage.recompute = self.recompute
+        stepper = Stepper(stages, layout, config.hidden_size, compute, self.strategy)
         stream = DocumentStream(MemoryCorpus(self.lengths), np.arange(len(self.lengths)), seed)
         loader = Loader(stream, seq_length=self.seq_length, micro_batch_size=self.micro_batch_size,
                         global_batch_tokens=self.samples * self.seq_length, dp_rank=layout.dp.rank,
-                        dp_size=layout.dp.size, cp_rank=layout.cp.rank, cp_size=layout.cp.size,
+                        dp_size=layout.dp.size, pieces=token_pieces(self.seq_length * self.micro_batch_size, layout),
                         document_masking=self.document_masking, eod=None, eod_mask_loss=False,
                         vocab_size=VOCABULARY)
-        return layout, stage, build_optimizer(stage, OptimizerConfig(lr=1e-3)), stepper, loader
+        return layout, stages, build_optimizer(stages, OptimizerConfig(lr=1e-3)), stepper, loader
+
+
+def named(stages: list, attribute: str | None = None) -> list[tuple[str, torch.Tensor]]:
+    """(name, parameter, or that attribute of it) over all stages of a rank."""
+    pairs = [pair for stage in stages for pair in stage.named_parameters()]
+    return [(name, getattr(p, attribute) if attribute else p) for name, p in pairs]
 
 
 def run_step(world: World, case: Case) -> dict:
@@ -97,18 +113,19 @@ def run_step(world: World, case: Case) -> dict:
 
     Gradients are those of the first step (clipped), weights those after the last.
     """
-    layout, stage, optimizer, stepper, loader = case.build(world)
+    layout, stages, optimizer, stepper, loader = case.build(world)
     gradients = {}
 
     def capture(*_):
         if not gradients:
-            gradients.update({name: p.grad.full_tensor().numpy() for name, p in stage.named_parameters()})
+            gradients.update({name: grad.full_tensor().numpy() for name, grad in named(stages, "grad")})
 
     optimizer.register_step_pre_hook(capture)
     batch_tokens = case.samples * case.seq_length
     for step in range(case.steps):
         result = train_step(stepper, optimizer, loader.read(step * batch_tokens), lr=1e-3, clip_grad=case.clip_grad)
-    weights = {name: p.full_tensor().detach().numpy() for name, p in stage.named_parameters()}
+    weights = {name: p.full_tensor().detach().numpy() for name, p in named(stages)}
+    check_replicas(stages, layout)
     valid, _ = stepper.run(loader.read(case.steps * batch_tokens), train=False)
     return {"loss": result.loss, "grad_norm": result.grad_norm, "num_targets": result.num_targets, "valid": valid,
             "gradients": gradients, "weights": weights, "tp_rank": layout.tp.rank, "pp_rank": layout.pp.rank}

@@ -16,15 +16,15 @@ from model.hf import VOCABULARY_ROWS, huggingface_config, huggingface_name
 from parallel.layout import World
 from pretrain.config import OptimizerConfig
 from pretrain.step import train_step
-from tests.dist.parity import VOCABULARY, Case, MemoryCorpus
+from tests.dist.parity import VOCABULARY, Case, MemoryCorpus, named
 
 STEPS, LEARNING_RATE = 20, 3e-3
 
 
 def our_curve(world: World, case: Case) -> tuple[list[float], dict]:
     """(losses of 20 steps, initial weights by name) on the case's layout."""
-    _, stage, optimizer, stepper, loader = case.build(world)
-    weights = {name: p.full_tensor().detach().numpy().copy() for name, p in stage.named_parameters()}
+    _, stages, optimizer, stepper, loader = case.build(world)
+    weights = {name: p.full_tensor().detach().numpy().copy() for name, p in named(stages)}
     losses = [train_step(stepper, optimizer, loader.read(step * loader.global_batch_tokens), LEARNING_RATE, 1.0).loss
               for step in range(STEPS)]
     return losses, weights
@@ -67,7 +67,7 @@ def oracle_curve(case: Case, weights: dict) -> list[float]:
     for step in range(STEPS):
         loss, targets = 0.0, 0
         for sample in range(case.samples):
-            batch = read_batch(stream, [(step * case.samples + sample) * case.seq_length], case.seq_length, 0, 1)
+            batch = read_batch(stream, [(step * case.samples + sample) * case.seq_length], case.seq_length)
             bounds = batch.cu_seqlens.tolist()
             for a, b in zip(bounds, bounds[1:], strict=False):
                 logits = model(input_ids=batch.tokens[None, a:b], use_cache=False).logits[0]

@@ -7,7 +7,7 @@ import pytest
 
 from pretrain.state import check_replicas
 from pretrain.step import train_step
-from tests.dist.parity import Case, compare, run_step
+from tests.dist.parity import Case, compare, named, run_step
 
 QWEN3 = dict(qk_layernorm=True, kv_channels=12)
 QWEN2_TIED = dict(add_qkv_bias=True, num_query_groups=1)
@@ -45,6 +45,26 @@ CASES = {
     "tp2 cp2 dp2 sequence parallel zero3": Case(tp=2, cp=2, dp=2, sequence_parallel=True, model=QWEN2_TIED,
                                                 strategy="optim_grads_params"),
     "tp2 pp2 cp2 tied": Case(tp=2, pp=2, cp=2),
+    "pp2 interleaved tied": Case(pp=2, schedule="interleaved", model=dict(num_layers=5)),
+    "pp2 zero-bubble tied": Case(pp=2, schedule="zero-bubble"),
+    "pp2 ZBV tied": Case(pp=2, schedule="ZBV", model=dict(num_layers=5)),
+    "pp2 ZBV untied": Case(pp=2, schedule="ZBV", model=UNTIED | dict(num_layers=4), samples=2),
+    "pp2 interleaved 3 stages dp2 zero3 recompute": Case(
+        pp=2, dp=2, schedule="interleaved", stages_per_rank=3, strategy="optim_grads_params", recompute="full",
+        model=dict(num_layers=7), samples=12),
+    "pp4 zero-bubble 2 stages": Case(pp=4, schedule="zero-bubble", stages_per_rank=2, model=dict(num_layers=9)),
+    "tp2 pp2 cp2 ZBV tied": Case(tp=2, pp=2, cp=2, schedule="ZBV", model=dict(num_layers=4) | QWEN3),
+    "cp4 two levels": Case(cp=4, context_levels=(2, 2)),
+    "cp4 gather only": Case(cp=4, context_levels=(1, 4), model=QWEN2_TIED),
+    "cp8 two heads": Case(cp=8, context_levels=(2, 4), model=dict(num_attention_heads=2, num_query_groups=1)),
+    "cp8 two levels long documents": Case(cp=8, context_levels=(4, 2), lengths=(400,), model=QWEN3),
+    "cp6 odd groups": Case(cp=6, context_levels=(3, 2), seq_length=36, model=dict(
+        num_attention_heads=6, num_query_groups=2, hidden_size=48)),
+    "tp2 cp4 two levels sequence parallel": Case(tp=2, cp=4, context_levels=(2, 2), sequence_parallel=True,
+                                                 micro_batch_size=2),
+    "cp4 two levels no masking": Case(cp=4, context_levels=(2, 2), document_masking=False, recompute="full"),
+    "cp4 one-token documents": Case(cp=4, lengths=(1,) * 40 + (30,)),
+    "cp8 two levels one-token documents": Case(cp=8, context_levels=(2, 4), lengths=(1,) * 40 + (30,)),
     "tp2 pp2 cp2 untied": Case(tp=2, pp=2, cp=2, model=UNTIED | QWEN3),
 }
 
@@ -64,12 +84,12 @@ def bf16_step(world, case: Case) -> dict:
     """One step in the precision that runs on GPUs: bf16 compute, fp32 weights, fp32 accumulation."""
     import torch
 
-    _, stage, optimizer, stepper, loader = case.build(world, master=torch.float32, compute=torch.bfloat16)
+    _, stages, optimizer, stepper, loader = case.build(world, master=torch.float32, compute=torch.bfloat16)
     gradients = {}
     optimizer.register_step_pre_hook(lambda *_: gradients.update(
-        {name: p.grad.full_tensor().numpy() for name, p in stage.named_parameters()}))
+        {name: grad.full_tensor().numpy() for name, grad in named(stages, "grad")}))
     result = train_step(stepper, optimizer, loader.read(0), lr=1e-3, clip_grad=0.0)
-    assert all(p.dtype == torch.float32 for p in stage.parameters())
+    assert all(p.dtype == torch.float32 for _, p in named(stages))
     return {"loss": result.loss, "gradients": gradients}
 
 
@@ -91,14 +111,14 @@ def drift(world, case: Case, name: str) -> list[str]:
     """Change one element of one rank's copy -> what `check_replicas` says before and after."""
     import torch
 
-    layout, stage, *_ = case.build(world)
+    layout, stages, *_ = case.build(world)
     said = []
     for change in (0.0, 1e-7):
         if world.rank == 1:
             with torch.no_grad():
-                stage.get_parameter(name).to_local().view(-1)[:1] += change
+                dict(named(stages))[name].to_local().view(-1)[:1] += change
         try:
-            check_replicas(stage, layout)
+            check_replicas(stages, layout)
             said.append("")
         except RuntimeError as error:
             said.append(str(error))
@@ -120,7 +140,7 @@ def test_packed_documents_cross_slice_edges():
 
     lengths = Case().lengths
     stream = DocumentStream(MemoryCorpus(lengths), np.arange(len(lengths)), 1234)
-    batches = [read_batch(stream, [sample * 32], 32, 0, 1) for sample in range(8)]
+    batches = [read_batch(stream, [sample * 32], 32) for sample in range(8)]
     edges = {int(edge) for batch in batches for edge in batch.cu_seqlens[1:-1]}
     assert edges - set(range(0, 32, 8)), "some document must begin inside a slice of cp 4"
     assert any(len(batch.cu_seqlens) == 2 for batch in batches), "some document must span all slices"

@@ -46,15 +46,20 @@ def expected_batch(stream, starts, seq_length, masking):
     return tokens, labels, positions, cuts + [len(tokens)]
 
 
+def cut(total, rank, size):
+    """The contiguous piece of one of `size` ranks."""
+    return [(rank * total // size, (rank + 1) * total // size)]
+
+
 @pytest.mark.parametrize("masking", [True, False])
 @pytest.mark.parametrize("starts, seq_length", [
     ([0], 16), ([3], 1), ([100], 64), ([120], 24), ([0, 16], 16), ([5, 77, 40], 8), ([250, 256], 6), ([0], 300)])
 def test_whole_microbatch(stream, starts, seq_length, masking):
-    batch = read_batch(stream, starts, seq_length, 0, 1, document_masking=masking)
+    batch = read_batch(stream, starts, seq_length, document_masking=masking)
     tokens, labels, positions, cuts = expected_batch(stream, starts, seq_length, masking)
     assert batch.tokens.tolist() == tokens and batch.labels.tolist() == labels
     assert batch.positions.tolist() == positions and batch.cu_seqlens.tolist() == cuts
-    assert batch.max_seqlen == max(np.diff(cuts)) and batch.num_targets == sum(label != IGNORE for label in labels)
+    assert batch.num_targets == sum(label != IGNORE for label in labels)
     assert [t.dtype for t in (batch.tokens, batch.labels, batch.positions, batch.cu_seqlens)] == [
         torch.int64, torch.int64, torch.int64, torch.int32]
     assert all(t.is_contiguous() for t in (batch.tokens, batch.labels, batch.positions, batch.cu_seqlens))
@@ -64,66 +69,77 @@ def test_whole_microbatch(stream, starts, seq_length, masking):
 @pytest.mark.parametrize("starts, seq_length, cp_size", [
     ([0], 64, 2), ([0], 64, 8), ([96], 64, 64), ([7, 100, 3], 8, 3), ([7, 100], 9, 6), ([0, 50], 5, 5), ([0], 12, 1)])
 def test_slices_concatenate_to_the_whole(stream, starts, seq_length, cp_size, masking):
-    whole = read_batch(stream, starts, seq_length, 0, 1, document_masking=masking)
-    slices = [read_batch(stream, starts, seq_length, rank, cp_size, document_masking=masking)
+    whole = read_batch(stream, starts, seq_length, document_masking=masking)
+    slices = [read_batch(stream, starts, seq_length, cut(len(starts) * seq_length, rank, cp_size),
+                         document_masking=masking)
               for rank in range(cp_size)]
     for name in ("tokens", "labels", "positions"):
         assert torch.equal(torch.cat([getattr(part, name) for part in slices]), getattr(whole, name)), name
     assert all(torch.equal(part.cu_seqlens, whole.cu_seqlens) for part in slices)
-    assert {part.max_seqlen for part in slices} == {whole.max_seqlen}
     assert sum(part.num_targets for part in slices) == whole.num_targets
 
 
 def test_a_rank_reads_only_its_slice():
     reader = Documents([4096])
     stream = DocumentStream(reader, np.array([0]), seed=0)
-    read_batch(stream, [0, 1024], 1024, 3, 8)
+    read_batch(stream, [0, 1024], 1024, cut(2048, 3, 8))
     assert reader.tokens_read == 2048 // 8 + 1
     reader.tokens_read = 0
-    read_batch(stream, [0, 1024, 2048], 512, 1, 2)  # half of the second sample and the whole third
+    read_batch(stream, [0, 1024, 2048], 512, cut(1536, 1, 2))  # half of the second sample and the whole third
     assert reader.tokens_read == 768 + 2
+
+
+def test_two_pieces_of_one_rank():
+    """What two levels of context parallelism give a rank: two ranges, each with its own positions and labels."""
+    stream = DocumentStream(Documents([7, 20, 13]), np.arange(3), seed=0)
+    whole = read_batch(stream, [0, 24], 16)
+    for pieces in ([(0, 8), (24, 32)], [(8, 16), (16, 24)], [(3, 5), (10, 20)]):
+        part = read_batch(stream, [0, 24], 16, pieces)
+        for name in ("tokens", "labels", "positions"):
+            values = getattr(whole, name)
+            assert torch.equal(getattr(part, name), torch.cat([values[a:b] for a, b in pieces])), (name, pieces)
+        assert torch.equal(part.cu_seqlens, whole.cu_seqlens)
+        assert part.num_targets == int((part.labels != IGNORE).sum())
 
 
 def test_label_at_the_edge_of_slice_and_sample():
     stream = DocumentStream(Documents([8, 8]), np.array([0]), seed=0)
-    left, right = (read_batch(stream, [0], 6, rank, 2) for rank in range(2))
+    left, right = (read_batch(stream, [0], 6, cut(6, rank, 2)) for rank in range(2))
     assert left.labels.tolist() == [1, 2, 3]  # 3 is the first token of the other rank
     assert right.labels.tolist() == [4, 5, 6]  # 6 is outside the sample, of the same document
-    following = read_batch(stream, [6], 6, 0, 1)
+    following = read_batch(stream, [6], 6)
     assert following.tokens.tolist() == [6, 7, 0, 1, 2, 3] and following.positions.tolist() == [0, 1, 0, 1, 2, 3]
     assert following.labels.tolist() == [7, IGNORE, 1, 2, 3, 4]  # the same document again is another document
-    assert read_batch(stream, [0], 8, 0, 1).labels.tolist()[-1] == IGNORE
-    assert read_batch(stream, [0], 8, 0, 1).cu_seqlens.tolist() == [0, 8]
-    assert read_batch(stream, [0], 8, 0, 1, document_masking=False).labels.tolist()[-1] == 0
+    assert read_batch(stream, [0], 8).labels.tolist()[-1] == IGNORE
+    assert read_batch(stream, [0], 8).cu_seqlens.tolist() == [0, 8]
+    assert read_batch(stream, [0], 8, document_masking=False).labels.tolist()[-1] == 0
 
 
 def test_one_token_documents_have_no_targets():
     stream = DocumentStream(Documents([1, 1, 1]), np.arange(3), seed=0)
-    batch = read_batch(stream, [0], 6, 0, 1)
-    assert batch.cu_seqlens.tolist() == list(range(7)) and batch.num_targets == 0 and batch.max_seqlen == 1
+    batch = read_batch(stream, [0], 6)
+    assert batch.cu_seqlens.tolist() == list(range(7)) and batch.num_targets == 0
     assert batch.positions.tolist() == [0] * 6
 
 
 def test_eod_mask_loss_looks_at_the_input():
     stream = DocumentStream(Documents([6]), np.array([0]), seed=0)
-    plain = read_batch(stream, [0], 6, 0, 1, document_masking=False, eod=2)
-    masked = read_batch(stream, [0], 6, 0, 1, document_masking=False, eod=2, eod_mask_loss=True)
+    plain = read_batch(stream, [0], 6, document_masking=False, eod=2)
+    masked = read_batch(stream, [0], 6, document_masking=False, eod=2, eod_mask_loss=True)
     assert plain.labels.tolist() == [1, 2, 3, 4, 5, 0] and masked.labels.tolist() == [1, 2, IGNORE, 4, 5, 0]
     assert masked.num_targets == 5
 
 
 def test_batch_refuses(stream):
-    with pytest.raises(ValueError, match="= 15: must be a multiple of context_parallel_size = 2. Fix"):
-        read_batch(stream, [0], 15, 0, 2)
     with pytest.raises(ValueError, match=r"token id 3001 in document 3 of documents: must be in \[0, vocab_size = 3001"
                                          r"\). Fix"):
-        read_batch(DocumentStream(Documents(), np.array([3]), 0), [0], 3, 0, 1, vocab_size=3001)
+        read_batch(DocumentStream(Documents(), np.array([3]), 0), [0], 3, vocab_size=3001)
     with pytest.raises(ValueError, match="no end-of-document token. Fix"):
-        read_batch(stream, [0], 4, 0, 1, eod_mask_loss=True)
+        read_batch(stream, [0], 4, eod_mask_loss=True)
 
 
 def test_counts_its_own_targets_and_moves():
-    batch = Batch(torch.zeros(3), torch.tensor([1, IGNORE, 2]), torch.zeros(3), torch.tensor([0, 3]), 3)
+    batch = Batch(torch.zeros(3), torch.tensor([1, IGNORE, 2]), torch.zeros(3), torch.tensor([0, 3]))
     assert batch.num_targets == 2 and batch.to("cpu").num_targets == 2
     assert batch.to("meta").tokens.device.type == "meta"
 
@@ -144,7 +160,7 @@ def test_each_token_is_an_input_once_and_a_target_once(stream, schedule, masking
     inputs, targets, clock = [], [], 0
     for seq_length, micro, dp, cp, batch_tokens, steps in schedule:
         loaders = [Loader(stream, seq_length=seq_length, micro_batch_size=micro, global_batch_tokens=batch_tokens,
-                          dp_rank=d, dp_size=dp, cp_rank=c, cp_size=cp, document_masking=masking)
+                          dp_rank=d, dp_size=dp, pieces=cut(seq_length * micro, c, cp), document_masking=masking)
                    for d in range(dp) for c in range(cp)]
         for _ in range(steps):
             for loader in loaders:
@@ -163,7 +179,7 @@ def test_each_token_is_an_input_once_and_a_target_once(stream, schedule, masking
 
 def make_loader(stream, **settings):
     return Loader(stream, **{"seq_length": 8, "micro_batch_size": 2, "global_batch_tokens": 32, "dp_rank": 0,
-                             "dp_size": 1, "cp_rank": 0, "cp_size": 1} | settings)
+                             "dp_size": 1} | settings)
 
 
 def test_prefetch_changes_nothing_and_hands_errors_on(stream):
@@ -194,8 +210,6 @@ def test_which_rank_holds_which_sample(stream):
 def test_loader_refuses(stream):
     with pytest.raises(ValueError, match="global_batch_tokens = 40: .*8 x 2 x 1 = 16. Fix: 32 or 48"):
         make_loader(stream, global_batch_tokens=40)
-    with pytest.raises(ValueError, match="8 x 2: must be a multiple of context_parallel_size = 3. Fix"):
-        make_loader(stream, cp_size=3)
 
 
 def write(prefix, documents):

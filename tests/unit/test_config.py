@@ -50,7 +50,7 @@ def test_a_megatron_llama_script_is_accepted_or_answered():
         --save out --load out""".split()
     config = load_config(argv)
     assert config.validate() == []
-    assert {phase.data_parallel_sharding_strategy for phase in resolve_phases(config)} == {"optim"}
+    assert {phase.layout.sharding_strategy for phase in resolve_phases(config)} == {"optim"}
 
 
 def test_yaml_values_are_read_by_the_type_of_their_field(tmp_path):

@@ -8,11 +8,12 @@ from model import gpt
 from model.config import ModelConfig
 from model.estimate import num_parameters, step_flops
 from model.init import BLOCK_ELEMENTS, normal_rows
-from model.kernels import choose_attention, varlen_options
+from model.kernels import choose_attention, make_segments, varlen_options
 from model.rope import rotary_tables, rotate
 from model.sharding import shardings_for
+from parallel.context import group_pieces
 from parallel.layout import single_process_layout
-from parallel.pipeline import layers_of_stage
+from parallel.schedule import layers_of_stage
 from parallel.tensor import vocab_parallel_cross_entropy
 from parallel.ulysses import HeadSplit
 
@@ -38,7 +39,8 @@ def test_sdpa_equals_the_definition(kv_heads, bounds):
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
     attend, _ = choose_attention("sdpa", CPU, torch.float64)
     weight = torch.randn(40, 6, 8, dtype=torch.float64)
-    found = attend(*inputs, cu_seqlens, max(b - a for a, b in zip(bounds, bounds[1:], strict=False)))
+    (segments,) = make_segments(cu_seqlens, [(0, 40)], CPU)
+    found = attend(*inputs, segments)
     expected = masked_attention(*inputs, cu_seqlens)
     assert torch.allclose(found, expected, atol=1e-12)
     for a, b in zip(torch.autograd.grad((found * weight).sum(), inputs),
@@ -46,15 +48,42 @@ def test_sdpa_equals_the_definition(kv_heads, bounds):
         assert torch.allclose(a, b, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("bounds", [[0, 48], [0, 1, 2, 17, 39, 48], [0, 8, 16, 24, 48], list(range(49))])
+@pytest.mark.parametrize("groups", [2, 3])
+def test_queries_of_some_pieces_see_all_earlier_keys_of_their_documents(bounds, groups, dtype, tolerance):
+    torch.manual_seed(0)
+    inputs = [torch.randn(48, heads, 8, dtype=dtype, requires_grad=True) for heads in (6, 2, 2)]
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    attend, _ = choose_attention("sdpa", CPU, dtype)
+    weight = torch.randn(48, 6, 8, dtype=dtype)
+    expected = masked_attention(*inputs, cu_seqlens)
+    expected_grads = torch.autograd.grad((expected * weight).sum(), inputs)
+    grads = [torch.zeros_like(x) for x in inputs]
+    for group in range(groups):
+        pieces = group_pieces(48, group, groups)
+        rows = torch.cat([torch.arange(a, b) for a, b in pieces])
+        q = inputs[0][rows]
+        parts = [attend(q[part.queries], inputs[1][part.keys], inputs[2][part.keys], part)
+                 for part in make_segments(cu_seqlens, pieces, CPU)]
+        found = torch.cat(parts)
+        assert torch.allclose(found, expected[rows], atol=tolerance)
+        for total, grad in zip(grads, torch.autograd.grad((found * weight[rows]).sum(), inputs), strict=True):
+            total += grad
+    for found, wanted in zip(grads, expected_grads, strict=True):
+        assert torch.allclose(found, wanted, atol=tolerance)
+
+
 def test_a_token_changes_nothing_in_other_documents():
     torch.manual_seed(0)
     q, k, v = (torch.randn(32, 2, 8) for _ in range(3))
     cu_seqlens = torch.tensor([0, 10, 11, 32], dtype=torch.int32)
     attend, _ = choose_attention("sdpa", CPU, torch.float32)
-    before = attend(q, k, v, cu_seqlens, 21).clone()
+    (segments,) = make_segments(cu_seqlens, [(0, 32)], CPU)
+    before = attend(q, k, v, segments).clone()
     for x in (q, k, v):
         x[3] += 1.0
-    after = attend(q, k, v, cu_seqlens, 21)
+    after = attend(q, k, v, segments)
     assert torch.equal(before[10:], after[10:]) and not torch.equal(before[3:10], after[3:10])
 
 

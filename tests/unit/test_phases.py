@@ -1,7 +1,10 @@
 """The clock, the phases and the learning rate."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from parallel.schedule import accepts, nearest_counts, stages_of_rank
 from pretrain.config import Config, PhaseConfig, parse_tokens
 from pretrain.learning_rate import LearningRate
 from pretrain.phases import check_phases, phase_at, resolve_phases
@@ -83,10 +86,37 @@ def test_all_phase_problems_are_reported_at_once():
     (dict(tensor_model_parallel_size=2), 3, "world size = 3: must be a multiple"),
     (dict(context_parallel_size=8), 8, "Ulysses gives each rank at least one of the 4"),
     (dict(pipeline_model_parallel_size=8), 8, "each stage needs at least one of the 4 layers"),
-    (dict(pipeline_model_parallel_size=4), 4, "gives 2 microbatches, and 1F1B needs at least one per stage = 4"),
+    (dict(pipeline_model_parallel_size=4), 4, "gives 2 microbatches: 1F1B needs at least one per stage = 4. Fix: 4 "
+     "microbatches of 128 tokens"),
+    (dict(pipeline_model_parallel_size=2, pipeline_schedule="interleaved", global_batch_tokens=640), 2,
+     "gives 5 microbatches: interleaved needs a multiple of 2, the rounds that it runs them in. Fix: 4 or 6"),
+    (dict(pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=3), 2,
+     "pipeline_model_parallel_size = 2 with 3 stages on each rank: each stage needs at least one of the 4 layers"),
+    (dict(pipeline_model_parallel_size=2, pipeline_schedule="1F1B", num_virtual_stages_per_pipeline_rank=2), 2,
+     "1F1B has one stage per rank. Fix: --pipeline-schedule interleaved"),
+    (dict(pipeline_model_parallel_size=2, pipeline_schedule="interleaved", num_virtual_stages_per_pipeline_rank=1), 2,
+     "interleaved needs at least 2"),
+    (dict(pipeline_model_parallel_size=2, pipeline_schedule="ZBV", num_virtual_stages_per_pipeline_rank=3), 2,
+     "ZBV has exactly 2"),
+    (dict(pipeline_model_parallel_size=2, pipeline_schedule="ZBV", recompute_granularity="full"), 2,
+     "recompute_granularity = full: ZBV would run every forward four times"),
+    (dict(pipeline_model_parallel_size=2, pipeline_schedule="zero-bubble",
+          data_parallel_sharding_strategy="optim_grads_params"), 2, "zero-bubble: loses gradients with"),
+    (dict(context_parallel_size=4, cp_comm_type="p2p"), 4, "cp_comm_type = p2p: is not built. Fix: a2a, or for more "
+     "ranks than heads a2a+allgather"),
+    (dict(context_parallel_size=4, cp_comm_type="a2a+allgather"), 4,
+     "hierarchical_context_parallel_sizes = []: must be two sizes whose product is context_parallel_size = 4"),
+    (dict(context_parallel_size=4, cp_comm_type="a2a+allgather", hierarchical_context_parallel_sizes=[2, 3]), 4,
+     "Fix: for example 2 2"),
+    (dict(context_parallel_size=4, hierarchical_context_parallel_sizes=[2, 2]), 4,
+     "are for two levels. Fix: --cp-comm-type a2a+allgather"),
+    (dict(seq_length=18, global_batch_tokens=36, context_parallel_size=2, cp_comm_type="a2a+allgather",
+          hierarchical_context_parallel_sizes=[1, 2]), 2,
+     "in 2 groups: the 18 tokens of a microbatch must be a multiple of 4. Fix: for example a seq_length of 16"),
     (dict(), 4, "must be a multiple of seq_length x micro_batch_size x data-parallel size = 512"),
     (dict(tensor_model_parallel_size=0), 4, "must be at least 1"),
-    (dict(seq_length=130, global_batch_tokens=260, context_parallel_size=4), 4, "must divide the 130 tokens"),
+    (dict(seq_length=130, global_batch_tokens=260, context_parallel_size=4), 4,
+     "the 130 tokens of a microbatch must be a multiple of 4. Fix: for example a seq_length of 128"),
     (dict(rotary_base=0.0), 1, "must be above 0"),
     (dict(rotary_base=float("inf")), 1, "must be above 0 and finite"),
     (dict(lr=float("nan")), 1, "must be above 0 and finite"),
@@ -98,6 +128,46 @@ def test_impossible_layouts_are_refused(change, world, message):
     problems = check_phases(resolve_phases(made), made, world, vocab_size=100)
     assert any(message in problem for problem in problems), problems
     assert all(problem.startswith("phase 'a': ") for problem in problems)
+
+
+def test_a_refused_layout_comes_with_the_nearest_that_work():
+    made = config(phases=[PhaseConfig(name="a", seq_length=128, train_tokens=1000, global_batch_tokens=512,
+                                      tensor_model_parallel_size=8)])
+    (nearest,) = [p for p in check_phases(resolve_phases(made), made, 8, 100) if "nearest first" in p]
+    assert "layouts that work on 8 processes, nearest first: tp 4 pp 1 cp 1 dp 2; tp 4 pp" in nearest
+    made.schedule.phases[0].tensor_model_parallel_size, made.schedule.phases[0].context_parallel_size = 1, 8
+    (nearest,) = [p for p in check_phases(resolve_phases(made), made, 8, 100) if "nearest first" in p]
+    assert "nearest first: tp 1 pp 1 cp 8 (4 x 2) dp 1; " in nearest
+
+
+def test_every_count_of_microbatches_that_a_schedule_accepts():
+    """torch's own rule, asked of torch: it builds the schedule or refuses."""
+    for schedule in ("1F1B", "interleaved", "zero-bubble", "ZBV"):
+        for pp in (2, 3, 4):
+            for count in range(1, 14):
+                assert accepts(schedule, pp, count) == torch_accepts(schedule, pp, count), (schedule, pp, count)
+                if not accepts(schedule, pp, count):
+                    assert all(accepts(schedule, pp, n) for n in nearest_counts(schedule, pp, count))
+    assert nearest_counts("interleaved", 4, 13) == [12, 15] and nearest_counts("1F1B", 4, 2) == [4]
+
+
+def torch_accepts(schedule: str, pp: int, count: int) -> bool:
+    from parallel.pipeline import SCHEDULES
+
+    per_rank = 1 if schedule == "1F1B" else 2
+    stages = [SimpleNamespace(num_stages=pp * per_rank, group_size=pp, group_rank=0, stage_index=number,
+                              is_first=number == 0, is_last=False, submod=None)
+              for number in stages_of_rank(schedule, 0, pp, per_rank)]
+    try:
+        SCHEDULES[schedule](stages[0] if schedule == "1F1B" else stages, count)
+        return True
+    except ValueError:
+        return False
+
+
+def test_stages_of_a_rank():
+    assert [stages_of_rank("interleaved", rank, 2, 3) for rank in range(2)] == [(0, 2, 4), (1, 3, 5)]
+    assert [stages_of_rank("ZBV", rank, 3, 2) for rank in range(3)] == [(0, 5), (1, 4), (2, 3)]
 
 
 def test_possible_layouts_pass():

@@ -1,0 +1,58 @@
+"""Which tokens a context-parallel rank holds, and the gathering of keys and values between groups of ranks.
+
+With one level (Ulysses alone) a rank holds a contiguous slice of the microbatch. With two levels, cp =
+a2a x gather: the a2a ranks of a group trade tokens for heads (parallel/ulysses.py), and each group then
+gathers the keys and values of the other groups. A causal query late in the sample reads more keys than
+an early one, so each group holds two chunks, one from each end: with G groups the tokens are cut into
+2 G chunks and group g holds chunks g and 2 G - 1 - g. The ranks of a group split those in order.
+
+Source of the gathered form: Llama 3 (arXiv 2407.21783, section 3.3.2), which cuts the same chunks.
+
+Legend: T tokens of the microbatch, s those of a group (T / gather), k key/value heads of this rank
+after the exchange, H head size.
+"""
+
+import torch
+
+from parallel.collectives import gather_sequence
+from parallel.layout import Axis, Layout
+
+
+def group_pieces(total: int, group: int, num_groups: int) -> list[tuple[int, int]]:
+    """Half-open ranges of the `total` tokens that a group holds, in order: one, or with several groups two."""
+    if num_groups == 1:
+        return [(0, total)]
+    assert total % (2 * num_groups) == 0, (total, num_groups)
+    chunk = total // (2 * num_groups)
+    return [(number * chunk, (number + 1) * chunk) for number in (group, 2 * num_groups - 1 - group)]
+
+
+def token_pieces(total: int, layout: Layout) -> list[tuple[int, int]]:
+    """Half-open ranges of the `total` tokens of a microbatch that this rank holds, in order."""
+    a2a, gather = layout.cp_a2a, layout.cp_gather
+    share = total // layout.cp.size
+    assert share * layout.cp.size == total, (total, layout.cp.size)
+    first, pieces, place = a2a.rank * share, [], 0
+    for start, stop in group_pieces(total, gather.rank, gather.size):
+        low, high = max(first, place), min(first + share, place + stop - start)
+        if low < high:
+            pieces.append((start + low - place, start + high - place))
+        place += stop - start
+    return pieces
+
+
+def gather_keys(k_skH: torch.Tensor, v_skH: torch.Tensor, axis: Axis) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of all tokens in their order, from those of this group's tokens: [s, k, H] -> [T, k, H].
+
+    Both travel in one all-gather over the gather axis of size G; per rank the forward receives
+    2 (G - 1) / G * T * k * H elements, and the backward (a reduce-scatter: every group that read a key
+    adds to its gradient) sends as much.
+    """
+    if axis.size == 1:
+        return k_skH, v_skH
+    s, k, H = k_skH.shape
+    gathered = gather_sequence(torch.cat([k_skH, v_skH], dim=1), axis).view(axis.size, 2, s // 2, 2 * k, H)
+    # Group g's first half is chunk g, its second half is chunk 2 G - 1 - g.
+    in_order = torch.cat([gathered[:, 0], gathered[:, 1].flip(0)]).view(-1, 2 * k, H)
+    k_TkH, v_TkH = in_order.split(k, dim=1)
+    return k_TkH, v_TkH
