@@ -57,7 +57,7 @@ class Pipeline:
         if not train and not is_single:
             # With two stages on one rank in a row, torch's own evaluation asks for gradients that do not exist.
             for backward in (FULL_BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, REDUCE_GRAD):
-                self.schedule.register_custom_function(backward, lambda action, context: None)
+                self.schedule.register_custom_function(backward, _skip)
         # The schedule cuts inputs and targets into microbatches; ours carry nothing but their number.
         self.placeholders = torch.zeros(num_microbatches, dtype=torch.int64, device=layout.device)
 
@@ -75,3 +75,8 @@ class Pipeline:
             for stage in self.stages:
                 stage.clear_runtime_states()  # only a backward would let go of the activations
         return torch.stack([loss.detach() for loss in losses]).sum() if losses is not None else None
+
+
+def _skip(action, context) -> None:
+    """Instead of a backward: only forget that its gradient was to be received."""
+    context.schedule_ref.bwd_recv_ops.pop((action.stage_index, action.microbatch_index), None)

@@ -1,8 +1,8 @@
 """All 63 layouts of up to 8 processes, each with a model and settings, generated so that pairs are covered.
 
-A layout that no model of the table can have is refused by `check_layout`; the table says why. For the
-others a greedy covering array picks, layout by layout, the legal combination of options that covers
-the most pairs (option, option) and (axis in use, option) not seen so far.
+A layout that no model of the table can have is refused by `check_layout`; the table says why. For each
+of the others the legal combination of options is taken that covers the most pairs (option, option) and
+(axis in use, option) not seen so far; then come further rows until every pair that can be is covered.
 """
 
 import itertools
@@ -10,6 +10,8 @@ import random
 
 from model.build import check_layout
 from model.config import ModelConfig
+from parallel.config import LayoutConfig, check_microbatches
+from parallel.schedule import SPLIT_BACKWARD, accepts
 from tests.dist.parity import VOCABULARY, Case
 
 OPTIONS = {
@@ -22,7 +24,13 @@ OPTIONS = {
     "recompute": (None, "full"),
     "masking": (True, False),
     "micro_batch_size": (1, 2),
+    "microbatches": ("fewest", "more"),
+    "schedule": ("1F1B", "interleaved", "zero-bubble", "zero-bubble x 2", "ZBV"),
+    "context": ("a2a", "two levels"),
+    "sequence_parallel": (False, True),
 }
+NEEDS_AXIS = {"schedule": "pp", "context": "cp", "sequence_parallel": "tp"}
+"""Options that mean something only where an axis is in use."""
 SIZES = range(1, 9)
 LAYOUTS = [sizes for sizes in itertools.product(SIZES, repeat=4) if sizes[0] * sizes[1] * sizes[2] * sizes[3] <= 8]
 AXES = ("tp", "pp", "cp", "dp")
@@ -31,56 +39,72 @@ AXES = ("tp", "pp", "cp", "dp")
 def make_case(layout: tuple[int, int, int, int], options: dict) -> Case | None:
     """The parity case of a layout with these options, or None where the model or the layout refuses."""
     tp, pp, cp, dp = layout
-    model = dict(num_layers=max(3, pp), hidden_size=48, ffn_hidden_size=48, num_attention_heads=options["heads"],
-                 num_query_groups=options["kv_heads"] or options["heads"], init_method_std=0.15,
+    schedule, _, several = options.get("schedule", "1F1B").partition(" x ")
+    heads = options["heads"]
+    levels: tuple[int, ...] = ()
+    if options.get("context") == "two levels":
+        divisors = [n for n in range(1, cp + 1) if cp % n == 0 and heads % tp == 0 and n <= heads // tp]
+        a2a = next((n for n in reversed(divisors) if n < cp), 1)
+        levels = (a2a, cp // a2a)
+    settings = LayoutConfig(
+        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp,
+        pipeline_schedule=schedule, num_virtual_stages_per_pipeline_rank=int(several) if several else None,
+        cp_comm_type="a2a+allgather" if levels else "a2a", hierarchical_context_parallel_sizes=list(levels),
+        data_parallel_sharding_strategy=options["strategy"],
+        sequence_parallel=options.get("sequence_parallel", False))
+    stages = pp * settings.stages_per_rank
+    model = dict(num_layers=max(3, stages + (1 < stages < 8)), hidden_size=48, ffn_hidden_size=48,
+                 num_attention_heads=heads, num_query_groups=options["kv_heads"] or heads, init_method_std=0.15,
                  make_vocab_size_divisible_by=120, untie_embeddings_and_output_weights=not options["tied"],
                  qk_layernorm=options["qk_norm"], add_qkv_bias=options["bias"])
     config = ModelConfig(**model)
-    if config.validate() or check_layout(config, VOCABULARY, tp, pp, cp):
+    if config.validate() or settings.validate() or check_layout(config, VOCABULARY, settings):
         return None
-    length = -(-32 // cp) * cp
-    samples = dp * options["micro_batch_size"] * max(pp, 2)
-    return Case(tp, pp, cp, dp, strategy=options["strategy"], model=model, seq_length=length, samples=samples,
-                micro_batch_size=options["micro_batch_size"], document_masking=options["masking"],
-                recompute=options["recompute"], steps=3)
+    if pp > 1 and schedule in SPLIT_BACKWARD and options["recompute"]:
+        return None
+    fewest = next(n for n in itertools.count(1) if accepts(schedule, pp, n))
+    count = max(2, pp) + 1 if options["microbatches"] == "more" else fewest
+    if check_microbatches(settings, count):
+        return None
+    length = -(-32 // settings.token_multiple) * settings.token_multiple
+    return Case(tp, pp, cp, dp, schedule=settings.schedule, stages_per_rank=settings.stages_per_rank,
+                context_levels=levels, strategy=options["strategy"], model=model, seq_length=length,
+                samples=dp * options["micro_batch_size"] * count, micro_batch_size=options["micro_batch_size"],
+                document_masking=options["masking"], recompute=options["recompute"],
+                sequence_parallel=settings.sequence_parallel, steps=3)
 
 
 def pairs_of(layout: tuple[int, ...], options: dict) -> set[tuple]:
-    """What a row covers: each two options, and each axis in use with each option."""
+    """What a row covers: each two options, and each axis in use with each option and each other axis."""
     items = sorted(options.items(), key=str)
     in_use = [(axis, "in use") for axis, size in zip(AXES, layout, strict=True) if size > 1]
     return set(itertools.combinations(items, 2)) | set(itertools.product(in_use, items)) | set(
         itertools.combinations(in_use, 2))
 
 
-def make_table(candidates: int = 200, seed: int = 1) -> tuple[dict[str, Case], list[tuple], set]:
-    """(name -> case, refused layouts, pairs covered)."""
+def make_table(candidates: int = 60, seed: int = 1) -> tuple[dict[str, Case], list[tuple], set, set]:
+    """(name -> case, refused layouts, pairs covered, pairs that some legal candidate has)."""
     draw = random.Random(seed)
-    cases, refused, covered = {}, [], set()
+    cases, refused, covered, possible, pool = {}, [], set(), set(), []
+
+    def take(layout, row, case, pairs):
+        covered.update(pairs)
+        name = " ".join(f"{axis}{size}" for axis, size in zip(AXES, layout, strict=True) if size > 1) or "one"
+        same = sum(known.split(" (")[0] == name for known in cases)
+        cases[f"{name} ({same + 1})" if same else name] = case
+
     for layout in LAYOUTS:
-        rows = [{name: draw.choice(values) for name, values in OPTIONS.items()} for _ in range(candidates)]
-        legal = [(row, case) for row in rows if (case := make_case(layout, row)) is not None]
+        used = dict(zip(AXES, layout, strict=True))
+        names = [name for name in OPTIONS if used.get(NEEDS_AXIS.get(name), 2) > 1]
+        rows = [{name: draw.choice(OPTIONS[name]) for name in names} for _ in range(candidates)]
+        legal = [(layout, row, case, pairs_of(layout, row)) for row in rows
+                 if (case := make_case(layout, row)) is not None]
         if not legal:
             refused.append(layout)
             continue
-        row, case = max(legal, key=lambda pair: len(pairs_of(layout, pair[0]) - covered))
-        covered |= pairs_of(layout, row)
-        name = " ".join(f"{axis}{size}" for axis, size in zip(AXES, layout, strict=True) if size > 1) or "one"
-        cases[name] = case
-    return cases, refused, covered
-
-
-def possible_pairs() -> set[tuple]:
-    """Pairs of options that some model can have: a kv head count must divide the query heads."""
-    found = set()
-    names = sorted(OPTIONS)
-    for a, b in itertools.combinations(names, 2):
-        for x, y in itertools.product(OPTIONS[a], OPTIONS[b]):
-            row = {name: values[0] for name, values in OPTIONS.items()} | {"heads": 12, "kv_heads": 1} | {a: x, b: y}
-            if a != "heads" and b != "heads" and 8 in (x, y) and "kv_heads" in (a, b):
-                row["heads"] = 8
-            if row["kv_heads"] == 3 and "heads" not in (a, b):
-                row["heads"] = 6
-            if make_case((1, 1, 1, 1), row) is not None:
-                found.add(tuple(sorted(((a, x), (b, y)), key=str)))
-    return found
+        pool += legal
+        possible.update(*(pairs for *_, pairs in legal))
+        take(*max(legal, key=lambda entry: len(entry[3] - covered)))
+    while covered != possible:
+        take(*max(pool, key=lambda entry: (len(entry[3] - covered), -entry[2].world_size)))
+    return cases, refused, covered, possible

@@ -1,5 +1,6 @@
 """One training step on any layout, with everything that a single process can be compared on."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +18,7 @@ from parallel.layout import World, build_layout
 from pretrain.config import OptimizerConfig
 from pretrain.state import build_optimizer, check_replicas
 from pretrain.step import Stepper, train_step
+from tests.dist.recorder import Recorder
 
 VOCABULARY = 101  # no multiple of the padding: the last rows of the embedding hold no token
 TOLERANCE = 1e-10
@@ -113,7 +115,12 @@ def run_step(world: World, case: Case) -> dict:
 
     Gradients are those of the first step (clipped), weights those after the last.
     """
-    layout, stages, optimizer, stepper, loader = case.build(world)
+    return run_built(case, case.build(world))
+
+
+def run_built(case: Case, built: tuple, recorder: Recorder | None = None) -> dict:
+    """`run_step` on what `case.build` made; the recorder notes the collectives of the steps."""
+    layout, stages, optimizer, stepper, loader = built
     gradients = {}
 
     def capture(*_):
@@ -123,7 +130,10 @@ def run_step(world: World, case: Case) -> dict:
     optimizer.register_step_pre_hook(capture)
     batch_tokens = case.samples * case.seq_length
     for step in range(case.steps):
-        result = train_step(stepper, optimizer, loader.read(step * batch_tokens), lr=1e-3, clip_grad=case.clip_grad)
+        with recorder if recorder and step < 2 else nullcontext():
+            result = train_step(stepper, optimizer, loader.read(step * batch_tokens), 1e-3, case.clip_grad)
+        if recorder:
+            recorder.step += 1
     weights = {name: p.full_tensor().detach().numpy() for name, p in named(stages)}
     check_replicas(stages, layout)
     valid, _ = stepper.run(loader.read(case.steps * batch_tokens), train=False)
@@ -155,3 +165,12 @@ def compare(results: list[dict], expected: dict) -> None:
                 names.add((kind, name))
     missing = {(kind, name) for kind in ("gradients", "weights") for name in expected[kind]} - names
     assert not missing, f"no rank holds {sorted(missing)[:5]}"
+
+
+def check_replicas_equal(results: list[dict]) -> None:
+    """Assert that every rank that holds a weight has the same bits."""
+    holders = {}
+    for result in results:
+        for name, tensor in result["weights"].items():
+            first = holders.setdefault(name, tensor)
+            assert np.array_equal(tensor, first), f"replicas of {name} drifted apart"

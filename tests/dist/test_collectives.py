@@ -1,72 +1,28 @@
 """What travels: the same collectives in the same order on all ranks, the promised bytes, and no leaks."""
 
-import numpy as np
+import dataclasses
+
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
 
-from parallel.layout import World
+from parallel.config import LayoutConfig
+from parallel.context import gather_keys
+from parallel.layout import World, build_layout
 from parallel.ulysses import HeadSplit, heads_to_seq, seq_to_heads
 from pretrain.step import train_step
+from tests.dist.leaks import probe
 from tests.dist.parity import Case
-
-# FSDP2 calls the gather and scatter by other names in other releases of torch.
-COLLECTIVES = [name for name in ("all_reduce", "all_to_all_single", "all_gather_into_tensor", "all_gather_single",
-                                 "reduce_scatter_tensor", "reduce_scatter_single", "broadcast") if hasattr(dist, name)]
+from tests.dist.recorder import Call, Recorder, first_difference
 
 
-class Recorder:
-    """Notes every call of torch.distributed's collectives: (operation, its ranks, elements, dtype).
-
-    DTensor's own reductions (partial gradients over tp) and the pipeline's messages go other ways.
-    """
-
-    def __init__(self):
-        self.calls: list[tuple] = []
-
-    def __enter__(self):
-        self.originals = {name: getattr(dist, name) for name in COLLECTIVES}
-        for name, original in self.originals.items():
-            setattr(dist, name, self.wrap(name, original))
-        return self
-
-    def __exit__(self, *_):
-        for name, original in self.originals.items():
-            setattr(dist, name, original)
-
-    def wrap(self, name, original):
-        def recorded(*args, **options):
-            tensor = args[0] if args else next(iter(options.values()))
-            ranks = tuple(dist.get_process_group_ranks(options.get("group") or dist.group.WORLD))
-            self.calls.append((name, ranks, tensor.numel(), str(tensor.dtype)))
-            return original(*args, **options)
-        return recorded
-
-
-def recorded_step(world: World, case: Case) -> list[tuple]:
+def recorded_step(world: World, case: Case) -> list[Call]:
     _, _, optimizer, stepper, loader = case.build(world)
     with Recorder() as recorder:
-        train_step(stepper, optimizer, loader.read(0), lr=1e-3, clip_grad=1.0)
+        for recorder.step in range(2):
+            train_step(stepper, optimizer, loader.read(0), lr=1e-3, clip_grad=1.0)
         stepper.run(loader.read(0), train=False)
     return recorder.calls
-
-
-def first_difference(calls_by_rank: list[list[tuple]]) -> str | None:
-    """Compare, group by group, what each member called; sizes of an uneven exchange may differ."""
-    groups = {ranks for calls in calls_by_rank for _, ranks, _, _ in calls}
-    for ranks in sorted(groups):
-        sequences = {rank: [(name, None if name == "all_to_all_single" else size, dtype)
-                            for name, members, size, dtype in calls_by_rank[rank] if members == ranks]
-                     for rank in ranks}
-        first = sequences[ranks[0]]
-        for rank, sequence in sequences.items():
-            for step, (ours, theirs) in enumerate(zip(sequence, first)):
-                if ours != theirs:
-                    return f"group {ranks}: call {step}: rank {rank} does {ours}, rank {ranks[0]} does {theirs}"
-            if len(sequence) != len(first):
-                return f"group {ranks}: rank {rank} makes {len(sequence)} calls, rank {ranks[0]} makes {len(first)}"
-    return None
 
 
 ORDER_CASES = {
@@ -74,8 +30,11 @@ ORDER_CASES = {
     "cp4 uneven heads, empty slices": Case(cp=4, lengths=(1,) * 40 + (200,), model=dict(
         num_attention_heads=6, num_query_groups=2, hidden_size=48)),
     "pp2 dp2 tied": Case(pp=2, dp=2),
+    "pp2 cp2 ZBV tied": Case(pp=2, cp=2, schedule="ZBV", model=dict(num_layers=4)),
+    "pp2 tp2 interleaved": Case(pp=2, tp=2, schedule="interleaved", model=dict(num_layers=4, qk_layernorm=True)),
     "tp2 cp2 sequence parallel": Case(tp=2, cp=2, sequence_parallel=True),
     "tp2 dp2 zero3 recompute": Case(tp=2, dp=2, strategy="optim_grads_params", recompute="full"),
+    "cp4 two levels": Case(cp=4, context_levels=(2, 2)),
 }
 
 
@@ -87,18 +46,33 @@ def test_all_ranks_make_the_same_collectives_in_the_same_order(pool, name):
     assert first_difference(calls) is None
 
 
+def test_the_recorder_sees_every_library(pool):
+    """FSDP2, DTensor's partial gradients, the pipeline's messages and our own exchanges."""
+    case = Case(tp=2, pp=2, cp=2, model=dict(qk_layernorm=True))
+    for calls in pool.run(recorded_step, 8, case):
+        seen = {call.operation for call in calls}
+        assert {"_allgather_base_", "_reduce_scatter_base_", "alltoall_base_", "allreduce_", "all_reduce"} <= seen
+        assert {"send", "recv_"} & seen
+
+
 def test_a_difference_names_rank_operation_and_step():
-    same = [("all_reduce", (0, 1), 4, "torch.float32")] * 3
-    other = same[:2] + [("broadcast", (0, 1), 4, "torch.float32")]
-    assert "call 2: rank 1 does ('broadcast'" in first_difference([same, other])
-    assert "rank 1 makes 2 calls, rank 0 makes 3" in first_difference([same, same[:2]])
+    call = Call("allreduce_", "0", (0, 1), 4, "float32", step=7)
+    other = dataclasses.replace(call, operation="broadcast_")
+    found = first_difference([[call] * 3, [call, call, other]])
+    assert "call 2: rank 0 makes allreduce_ of 4 x float32 in step 7, rank 1 makes broadcast_ of 4" in found
+    assert "call 2: rank 0 makes allreduce_ of 4" in first_difference([[call] * 3, [call] * 2])
+    assert "rank 1 makes no more calls" in first_difference([[call] * 3, [call] * 2])
+    second = dataclasses.replace(call, group="1")
+    assert first_difference([[call, second], [second, call]]), "an order over two groups that share ranks"
+    sent = dataclasses.replace(call, operation="send", peer=1)
+    received = dataclasses.replace(call, operation="recv_", peer=0)
+    assert first_difference([[sent], [received]]) is None
+    assert "rank 1 makes no more calls" in first_difference([[sent, sent], [received]])
+    assert first_difference([[sent], [dataclasses.replace(received, elements=5)]])
 
 
 def exchange_bytes(world: World, heads: int, kv_heads: int, tokens: int, size: int) -> tuple[int, list]:
     """Elements that this rank sends to others in one forward and one backward, and the calls made."""
-    from parallel.config import LayoutConfig
-    from parallel.layout import build_layout
-
     cp = build_layout(LayoutConfig(context_parallel_size=world.size), world).cp
     split = HeadSplit.make(heads, kv_heads, cp.size)
     sent = []
@@ -137,31 +111,43 @@ def test_the_exchange_sends_what_the_docstring_says(pool, heads, kv_heads):
     assert sum(totals) / cp == (cp - 1) / cp * tokens * size * (2 * heads + 2 * kv_sent), "the docstring's formula"
 
 
-def logits_of(world: World, case: Case, change: bool) -> np.ndarray:
-    """This cp rank's logits of one microbatch; `change` alters one token in the middle of a document."""
-    layout, stage, _, _, loader = case.build(world)
-    for unit in stage.modules():
-        if isinstance(unit, FSDPModule):
-            unit.unshard()
-    batch = loader.read(0)[0]
-    bounds = batch.cu_seqlens.tolist()
-    longest = max(range(len(bounds) - 1), key=lambda i: bounds[i + 1] - bounds[i])
-    target = (bounds[longest] + bounds[longest + 1]) // 2 - layout.cp.rank * len(batch.tokens)
-    if change and 0 <= target < len(batch.tokens):
-        batch.tokens[target] = (batch.tokens[target] + 1) % 50
-    with torch.no_grad():
-        logits = stage.logits(stage.hidden(batch.tokens, batch))
-    return logits.numpy(), bounds, longest, layout.cp.rank
+def gathered_bytes(world: World, tokens: int, kv_heads: int, size: int) -> list[Call]:
+    """The collectives of one forward and backward of the outer level."""
+    layout = build_layout(LayoutConfig(context_parallel_size=4, cp_comm_type="a2a+allgather",
+                                       hierarchical_context_parallel_sizes=[2, 2]), world)
+    k, v = (torch.randn(tokens, kv_heads, size, requires_grad=True) for _ in range(2))
+    with Recorder() as recorder:
+        sum(x.sum() for x in gather_keys(k, v, layout.cp_gather)).backward()
+    return recorder.calls
 
 
-@pytest.mark.parametrize("case", [Case(seq_length=128, samples=4), Case(cp=4, seq_length=128, samples=4),
-                                  Case(tp=2, cp=2, seq_length=128, samples=4)], ids=["one", "cp4", "tp2 cp2"])
-def test_a_token_reaches_its_own_document_only(pool, case):
-    before, after = (pool.run(logits_of, case.world_size, case, change) for change in (False, True))
-    reached = False
-    for (old, bounds, longest, cp_rank), (new, *_) in zip(before, after, strict=True):
-        positions = np.arange(len(old)) + cp_rank * len(old)
-        inside = (positions >= bounds[longest]) & (positions < bounds[longest + 1])
-        assert np.array_equal(old[~inside], new[~inside]), "a document changed that the token is not in"
-        reached |= not np.array_equal(old[inside], new[inside])
-    assert reached and len(bounds) > 3
+def test_keys_and_values_are_gathered_in_one_collective_each_way(pool):
+    tokens, kv_heads, size, groups = 12, 3, 4, 2
+    for calls in pool.run(gathered_bytes, 4, tokens, kv_heads, size):
+        assert [call.operation for call in calls] == ["_allgather_base_", "_reduce_scatter_base_"]
+        # The first tensor of each call is its output: all tokens' keys and values, then the own tokens' gradients.
+        assert [call.elements for call in calls] == [groups * tokens * 2 * kv_heads * size, tokens * 2 * kv_heads * size]
+
+
+def run_probe(world: World, case: Case) -> tuple[list[str], bool]:
+    layout, _, _, stepper, loader = case.build(world)
+    return probe(stepper, layout, case, loader.read(0))
+
+
+LEAK_CASES = {
+    "one": Case(seq_length=128, samples=4),
+    "cp4": Case(cp=4, seq_length=128, samples=4),
+    "tp2 cp2": Case(tp=2, cp=2, seq_length=128, samples=4),
+    "cp4 two levels": Case(cp=4, context_levels=(2, 2), seq_length=128, samples=4),
+    "cp8 two heads": Case(cp=8, context_levels=(2, 4), seq_length=128, samples=4,
+                          model=dict(num_attention_heads=2, num_query_groups=2)),
+    "pp2 cp2 ZBV": Case(pp=2, cp=2, schedule="ZBV", seq_length=128, samples=4, model=dict(num_layers=4)),
+}
+
+
+@pytest.mark.parametrize("name", LEAK_CASES)
+def test_a_token_reaches_later_tokens_of_its_own_document_only(pool, name):
+    case = LEAK_CASES[name]
+    results = pool.run(run_probe, case.world_size, case)
+    assert [problems for problems, _ in results] == [[]] * case.world_size
+    assert any(reached for _, reached in results)

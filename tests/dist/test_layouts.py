@@ -1,40 +1,74 @@
-"""Every layout of up to 8 processes, legal or refused, over shapes and settings (tests/dist/layout_table.py)."""
+"""Every layout of up to 8 processes, legal or refused, over shapes and settings (tests/dist/layout_table.py).
+
+Each is compared with one process, its ranks' collectives with each other, and probed for leaks.
+"""
 
 import pytest
 
-from tests.dist.layout_table import LAYOUTS, make_table, possible_pairs
-from tests.dist.parity import compare, run_step
+from parallel.layout import World
+from tests.dist.layout_table import LAYOUTS, OPTIONS, make_table
+from tests.dist.leaks import probe
+from tests.dist.parity import Case, check_replicas_equal, compare, run_built
+from tests.dist.recorder import Call, Recorder, first_difference
 
-CASES, REFUSED, COVERED = make_table()
+CASES, REFUSED, COVERED, POSSIBLE = make_table()
+IN_EVERY_RUN = [name for index, name in enumerate(CASES) if index % 8 == 0]
+"""The part of the table that runs without --all."""
+
+
+def run_case(world: World, case: Case) -> tuple[dict, list[Call], list[str], bool]:
+    """(what `compare` reads, collectives of the first step, leaks, whether a token reached anything)."""
+    built = case.build(world)
+    layout, _, _, stepper, loader = built
+    recorder = Recorder()
+    result = run_built(case, built, recorder)
+    leaks, reached = probe(stepper, layout, case, loader.read(0)) if case.document_masking else ([], True)
+    return result, recorder.calls, leaks, reached
 
 
 def test_the_table_covers_all_layouts_and_the_pairs_of_options():
-    assert len(LAYOUTS) == 63 and len(CASES) + len(REFUSED) == 63
+    names = {name.split(" (")[0] for name in CASES}
+    assert len(LAYOUTS) == 63 and len(names) + len(REFUSED) == 63
     # 5 and 7 divide no head count of the table; nothing else may be refused.
     assert all({5, 7} & {layout[0]} for layout in REFUSED), REFUSED
-    pairs = possible_pairs()
-    missing = pairs - COVERED
-    assert len(missing) <= 0.03 * len(pairs), f"{len(missing)} of {len(pairs)}: {sorted(missing, key=str)[:10]}"
+    assert COVERED == POSSIBLE
+    values = {(name, value) for name, values in OPTIONS.items() for value in values}
+    assert values <= {item for pair in COVERED for item in pair}
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [
+    name if name in IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.long) for name in CASES])
 def test_layout_equals_one_process_after_three_steps(pool, single, name):
     case = CASES[name]
-    compare(pool.run(run_step, case.world_size, case), single(case))
+    results, calls, leaks, reached = zip(*pool.run(run_case, case.world_size, case), strict=True)
+    compare(results, single(case))
+    check_replicas_equal(results)
+    assert first_difference(calls) is None
+    assert not any(leaks), leaks
+    assert any(reached)
 
 
-@pytest.mark.long
-def test_print_coverage(capsys):
-    pairs = possible_pairs()
+def test_print_coverage(capsys, request):
+    everything = request.config.getoption("--all")
     with capsys.disabled():
-        print(f"\n{len(CASES)} layouts compared with one process, {len(REFUSED)} refused {REFUSED}; "
-              f"{len(pairs & COVERED)} of {len(pairs)} pairs of options covered")
-        for name, case in CASES.items():
-            model = case.model
-            print(f"  {name:<16} heads {model['num_attention_heads']:>2} kv {model['num_query_groups']:>2} "
-                  f"{'untied' if model['untie_embeddings_and_output_weights'] else 'tied':<6} "
-                  f"{'qk-norm ' if model['qk_layernorm'] else ''}{'bias ' if model['add_qkv_bias'] else ''}"
-                  f"{case.strategy} {'recompute ' if case.recompute else ''}micro {case.micro_batch_size} "
-                  f"{'' if case.document_masking else 'no masking'}")
-    assert CASES
+        shown = CASES if everything else IN_EVERY_RUN
+        print(f"\n{len(shown)} of {len(CASES)} rows of the table of layouts compared with one process"
+              f"{'' if everything else ' (--all: every row)'}")
+        if everything:
+            print(f"{len(LAYOUTS)} layouts of up to 8 processes, of these refused {REFUSED}; "
+                  f"{len(COVERED)} of {len(POSSIBLE)} pairs of options covered")
+            for name in CASES:
+                print("  " + describe(name, CASES[name]))
+
+
+def describe(name: str, case: Case) -> str:
+    model = case.model
+    notes = [f"{case.schedule} x {case.stages_per_rank}" if case.pp > 1 else "",
+             "{} x {} levels".format(*case.context_levels) if case.context_levels else "",
+             "sequence parallel" if case.sequence_parallel else "",
+             "untied" if model["untie_embeddings_and_output_weights"] else "tied",
+             "qk-norm" if model["qk_layernorm"] else "", "bias" if model["add_qkv_bias"] else "", case.strategy,
+             "recompute" if case.recompute else "", "" if case.document_masking else "no masking",
+             f"{case.samples // (case.dp * case.micro_batch_size)} microbatches of {case.micro_batch_size}"]
+    return (f"{name:<20} heads {model['num_attention_heads']:>2} kv {model['num_query_groups']:>2}  "
+            f"{', '.join(note for note in notes if note)}")

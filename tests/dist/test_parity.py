@@ -7,7 +7,7 @@ import pytest
 
 from pretrain.state import check_replicas
 from pretrain.step import train_step
-from tests.dist.parity import Case, compare, named, run_step
+from tests.dist.parity import Case, check_replicas_equal, compare, named, run_step
 
 QWEN3 = dict(qk_layernorm=True, kv_channels=12)
 QWEN2_TIED = dict(add_qkv_bias=True, num_query_groups=1)
@@ -74,10 +74,7 @@ def test_equals_one_process(pool, single, name):
     case = CASES[name]
     results = pool.run(run_step, case.world_size, case)
     compare(results, single(case))
-    for result in results:
-        twin = next(r for r in results if r["pp_rank"] == result["pp_rank"])
-        for tensor_name, tensor in result["weights"].items():
-            assert np.array_equal(tensor, twin["weights"][tensor_name]), f"replicas of {tensor_name} drifted apart"
+    check_replicas_equal(results)
 
 
 def bf16_step(world, case: Case) -> dict:
