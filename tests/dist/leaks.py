@@ -1,14 +1,16 @@
-"""The leak probe: one token is changed, and only later logits of its own document may change."""
+"""The leak probe: one token is changed, and only later logits of its own document may change.
+
+Without document masking the whole sample is the document.
+"""
 
 import torch
 
 from parallel.context import token_pieces
 from parallel.layout import Layout
 from pretrain.step import Stepper
-from tests.dist.parity import Case
 
 
-def probe(stepper: Stepper, layout: Layout, case: Case, batches: list) -> tuple[list[str], bool]:
+def probe(stepper: Stepper, layout: Layout, batches: list) -> tuple[list[str], bool]:
     """Forward twice, the second time with one token of the first microbatch changed; `batches` is changed.
 
     Returns:

@@ -131,7 +131,7 @@ def test_keys_and_values_are_gathered_in_one_collective_each_way(pool):
 
 def run_probe(world: World, case: Case) -> tuple[list[str], bool]:
     layout, _, _, stepper, loader = case.build(world)
-    return probe(stepper, layout, case, loader.read(0))
+    return probe(stepper, layout, loader.read(0))
 
 
 LEAK_CASES = {

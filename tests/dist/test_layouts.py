@@ -22,8 +22,7 @@ def run_case(world: World, case: Case) -> tuple[dict, list[Call], list[str], boo
     layout, _, _, stepper, loader = built
     recorder = Recorder()
     result = run_built(case, built, recorder)
-    leaks, reached = probe(stepper, layout, case, loader.read(0)) if case.document_masking else ([], True)
-    return result, recorder.calls, leaks, reached
+    return result, recorder.calls, *probe(stepper, layout, loader.read(0))
 
 
 def test_the_table_covers_all_layouts_and_the_pairs_of_options():

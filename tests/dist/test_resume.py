@@ -1,11 +1,13 @@
 """Stopping, continuing and changing the layout leave the run what it was."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import yaml
 
+from parallel.config import LayoutConfig
 from pretrain import checkpoint
 from pretrain.load_config import load_config
 from pretrain.plan import make_plan, warnings_about
@@ -17,8 +19,12 @@ def corpus(tmp_path_factory):
     return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus")
 
 
+TIED = {"num_layers": 5, "untie_embeddings_and_output_weights": False}
+
+
 @pytest.mark.parametrize("world, layout", [
     (1, {}), (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+    (2, {"pipeline_model_parallel_size": 2, "pipeline_schedule": "ZBV", **TIED}),
     (4, {"context_parallel_size": 2, "data_parallel_sharding_strategy": "optim_grads_params"})])
 def test_resume_is_bit_identical(pool, corpus, tmp_path, world, layout):
     straight, stopped = str(tmp_path / "straight"), str(tmp_path / "stopped")
@@ -29,6 +35,7 @@ def test_resume_is_bit_identical(pool, corpus, tmp_path, world, layout):
     assert losses(straight) == losses(stopped) and len(losses(straight)) == 6
     expected, found = stored(straight), stored(stopped)
     assert expected.keys() == found.keys() and len(expected) > 40
+    assert ("model.output.weight" in expected) == ("untie_embeddings_and_output_weights" not in layout)
     for name, tensor in expected.items():
         assert np.array_equal(tensor, found[name]), name
     # A finished run says so and changes nothing.
@@ -51,13 +58,14 @@ def test_a_step_done_again_stands_once(pool, corpus, tmp_path):
 def test_tp2_pp2_continues_on_cp4_with_the_same_next_loss(pool, corpus, tmp_path):
     save = str(tmp_path / "save")
     tp2_pp2 = dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
-    pool.run(train, 4, base_arguments(corpus, save=save, fp64=True, exit_interval=3, **tp2_pp2))
-    for name, layout in (("same", tp2_pp2), ("cp4", dict(context_parallel_size=4)), ("dp4", {})):
-        assert pool.run(train, 4, base_arguments(corpus, save=str(tmp_path / name), load=save, fp64=True, **layout)) \
-            == ["done"] * 4
+    pool.run(train, 4, base_arguments(corpus, save=save, fp64=True, exit_interval=3, **tp2_pp2, **TIED))
+    for name, layout in (("same", tp2_pp2), ("cp4", dict(context_parallel_size=4)), ("dp4", {}),
+                         ("zbv", dict(pipeline_model_parallel_size=2, pipeline_schedule="ZBV"))):
+        assert pool.run(train, 4, base_arguments(corpus, save=str(tmp_path / name), load=save, fp64=True, **layout,
+                                                      **TIED)) == ["done"] * 4
     expected = losses(tmp_path / "same")
     assert sorted(expected) == [4, 5, 6]
-    for name in ("cp4", "dp4"):
+    for name in ("cp4", "dp4", "zbv"):
         found = losses(tmp_path / name)
         assert found.keys() == expected.keys()
         assert all(abs(found[step] - expected[step]) <= 1e-10 * expected[step] for step in expected), name
@@ -68,10 +76,11 @@ PHASES = [
     dict(name="same-layout", seq_length=128, train_tokens=512, global_batch_tokens=256, rotary_base=30000.0,
          tensor_model_parallel_size=2),
     dict(name="pipeline", seq_length=128, train_tokens=512, global_batch_tokens=512, context_parallel_size=2,
-         pipeline_model_parallel_size=2),
-    dict(name="long", seq_length=256, train_tokens=1000, global_batch_tokens=512, context_parallel_size=4, lr=1e-3),
+         pipeline_model_parallel_size=2, pipeline_schedule="ZBV"),
+    dict(name="long", seq_length=256, train_tokens=1000, global_batch_tokens=512, context_parallel_size=4,
+         cp_comm_type="a2a+allgather", hierarchical_context_parallel_sizes=[2, 2], lr=1e-3),
 ]
-LAYOUT_KEYS = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+LAYOUT_KEYS = {field.name for field in dataclasses.fields(LayoutConfig)}
 
 
 def test_phases_with_changing_layouts_equal_one_process(pool, corpus, tmp_path):
@@ -81,7 +90,7 @@ def test_phases_with_changing_layouts_equal_one_process(pool, corpus, tmp_path):
         phases = [{k: v for k, v in phase.items() if keep_layout or k not in LAYOUT_KEYS} for phase in PHASES]
         config = tmp_path / f"{name}.yaml"
         config.write_text(yaml.safe_dump({"phases": phases, "fp64": True}))
-        argv = base_arguments(corpus, save=str(tmp_path / name))
+        argv = base_arguments(corpus, save=str(tmp_path / name), num_layers=5)
         for flag in ("--train-iters", "--seq-length", "--global-batch-size"):
             at = argv.index(flag)
             del argv[at:at + 2]

@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 from collections.abc import Callable
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -44,11 +45,11 @@ class Mutation:
 
 
 def change_batch(change: Callable) -> Callable:
-    """A `read_batch` whose result goes through `change(batch, stream, starts, seq_length, cp_rank, cp_size)`."""
+    """A `read_batch` whose result goes through `change(batch, stream, starts, seq_length, pieces)`."""
     def replace(original):
-        def mutated(stream, starts, seq_length, cp_rank, cp_size, **options):
-            batch = original(stream, starts, seq_length, cp_rank, cp_size, **options)
-            return change(batch, stream, starts, seq_length, cp_rank, cp_size)
+        def mutated(stream, starts, seq_length, pieces, **options):
+            batch = original(stream, starts, seq_length, pieces, **options)
+            return change(batch, stream, starts, seq_length, pieces)
         return mutated
     return replace
 
@@ -58,21 +59,19 @@ def labels_shifted_after_slicing(batch, *_):
     return dataclasses.replace(batch, labels=torch.where(batch.labels == IGNORE, IGNORE, labels), num_targets=-1)
 
 
-def labels_across_documents(batch, stream, starts, seq_length, cp_rank, cp_size):
+def labels_across_documents(batch, stream, starts, seq_length, pieces):
     tokens = np.concatenate([stream.read(start + 1, seq_length) for start in starts])
-    t = len(tokens) // cp_size
-    return dataclasses.replace(batch, labels=torch.from_numpy(tokens[cp_rank * t:(cp_rank + 1) * t].copy()),
-                               num_targets=-1)
+    labels = np.concatenate([tokens[low:high] for low, high in pieces])
+    return dataclasses.replace(batch, labels=torch.from_numpy(labels), num_targets=-1)
 
 
 def one_big_document(batch, *_):
     total = int(batch.cu_seqlens[-1])
-    return dataclasses.replace(batch, cu_seqlens=torch.tensor([0, total], dtype=torch.int32), max_seqlen=total)
+    return dataclasses.replace(batch, cu_seqlens=torch.tensor([0, total], dtype=torch.int32))
 
 
-def positions_of_the_sample(batch, stream, starts, seq_length, cp_rank, cp_size):
-    t = len(batch.tokens)
-    return dataclasses.replace(batch, positions=torch.arange(cp_rank * t, (cp_rank + 1) * t))
+def positions_of_the_sample(batch, stream, starts, seq_length, pieces):
+    return dataclasses.replace(batch, positions=torch.cat([torch.arange(low, high) for low, high in pieces]))
 
 
 def positions_from_the_slice(batch, *_):
@@ -151,13 +150,59 @@ def last_microbatch_not_reduced(original):
 
 
 def norm_of_this_rank(original):
-    def mutated(stage, layout):
-        grads = [p.grad.to_local() for p in stage.parameters()]
+    def mutated(stages, layout):
+        grads = [p.grad.to_local() for stage in stages for p in stage.parameters()]
         return torch.nn.utils.get_total_norm(grads).double()
     return mutated
 
 
+def scaled_gradients(original):
+    return original | {"1F1B": lambda *args, **options: original["1F1B"](*args, **(options | dict(scale_grads=True)))}
+
+
+def not_reduced_at_all(original):
+    from torch.distributed.fsdp import FSDPModule
+
+    class OwnPart:
+        def allocate(self, size, *, dtype, device):
+            return torch.empty(*size, dtype=dtype, device=device)
+
+        def __call__(self, output_tensor, input_tensor, group, **_):
+            output_tensor.copy_(input_tensor.chunk(group.size())[group.rank()])
+
+    def mutated(module, blocks, layout, strategy, compute_dtype):
+        original(module, blocks, layout, strategy, compute_dtype)
+        for unit in module.modules():
+            if isinstance(unit, FSDPModule):
+                unit.set_custom_reduce_scatter(OwnPart())
+    return mutated
+
+
+def keys_in_the_order_of_groups(original):
+    def mutated(k, v, axis):
+        from parallel.collectives import gather_sequence
+
+        return gather_sequence(k, axis), gather_sequence(v, axis)
+    return mutated
+
+
+def gathered_gradient_of_the_own_group(original):
+    """The gradient of a gathered key is taken from this group's queries only."""
+    def mutated(grad, axis):
+        rows = grad.shape[0] // axis.size
+        return original(grad, axis) * 0 + grad[axis.rank * rows:(axis.rank + 1) * rows]
+    return mutated
+
+
+def contiguous_pieces(original):
+    def mutated(total, layout):
+        share = total // layout.cp.size
+        return [(layout.cp.rank * share, (layout.cp.rank + 1) * share)]
+    return mutated
+
+
 ACROSS_EDGES = Case(cp=2, model=UNTIED)
+TWO_LEVELS = Case(cp=4, context_levels=(2, 2))
 MUTATIONS = {
     "loss divided by this rank's targets (Megatron-LM#7513)": Mutation(
         "pretrain.step", "count_targets", local_target_count, ACROSS_EDGES),
@@ -201,10 +246,31 @@ MUTATIONS = {
         "model.build", "shardings_for", lambda original: lambda names, config, tp, sequence_parallel: original(
             names, config, tp, False), Case(tp=2, sequence_parallel=True)),
     "tied embedding's two gradients not summed": Mutation(
-        "pretrain.step", "sum_tied_gradients", lambda original: lambda stage, layout: None, Case(pp=2)),
+        "pretrain.step", "sum_tied_gradients", lambda original: lambda stages, layout: None, Case(pp=2)),
+    "tied embedding's two gradients not summed on the rank that holds both": Mutation(
+        "pretrain.step", "sum_tied_gradients", lambda original: lambda stages, layout: None,
+        Case(pp=2, schedule="ZBV", model=dict(num_layers=4))),
+    "tied embedding counted twice in the norm": Mutation(
+        "pretrain.step", "global_grad_norm", lambda original: lambda stages, layout: original(
+            [SimpleNamespace(is_first=True, named_parameters=stage.named_parameters) for stage in stages], layout),
+        Case(pp=2, schedule="ZBV", model=dict(num_layers=4))),
+    "norm without the other pipeline stages (wrong group)": Mutation(
+        "pretrain.step", "global_grad_norm", lambda original: lambda stages, layout: original(
+            stages, dataclasses.replace(layout, world=layout.dp_cp)), Case(pp=2, cp=2)),
+    "gradients not reduced over cp (VeOmni#1059)": Mutation(
+        "model.build", "shard_module", not_reduced_at_all, ACROSS_EDGES),
+    "gathered keys in the order of the groups, not of the tokens": Mutation(
+        "model.gpt", "gather_keys", keys_in_the_order_of_groups, TWO_LEVELS),
+    "gradient of a gathered key from one group only": Mutation(
+        "parallel.collectives", "_reduce_scatter_rows", gathered_gradient_of_the_own_group, TWO_LEVELS),
+    "contiguous slices under the balanced order of two levels": Mutation(
+        "tests.dist.parity", "token_pieces", contiguous_pieces, TWO_LEVELS),
+    "heads exchanged between the groups and keys gathered inside them (wrong group)": Mutation(
+        "tests.dist.parity", "build_stages", lambda original: lambda config, vocab_size, layout, *args, **options:
+        original(config, vocab_size, dataclasses.replace(layout, cp_a2a=layout.cp_gather, cp_gather=layout.cp_a2a),
+                 *args, **options), TWO_LEVELS),
     "gradients divided by the number of microbatches under pp": Mutation(
-        "parallel.pipeline", "Schedule1F1B",
-        lambda original: lambda *args, **options: original(*args, **(options | dict(scale_grads=True))), Case(pp=2)),
+        "parallel.pipeline", "SCHEDULES", scaled_gradients, Case(pp=2)),
     "the last microbatch's gradient not reduced": Mutation(
         "pretrain.step", "set_microbatch", last_microbatch_not_reduced, Case(dp=2)),
     "softmax maximum of this tp rank only": Mutation(
