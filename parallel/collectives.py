@@ -95,7 +95,7 @@ def scatter_sequence(x: torch.Tensor, axis: Axis) -> torch.Tensor:
 
 
 def all_to_all(x: torch.Tensor, send_rows: list[int], receive_rows: list[int], axis: Axis) -> torch.Tensor:
-    """Exchange rows (dim 0) over `axis`; block r of `x` goes to rank r. No gradient.
+    """Exchange rows (dim 0; of a flat tensor elements) over `axis`; block r of `x` goes to rank r. No gradient.
 
     Shapes: x [sum(send_rows), ...] contiguous -> [sum(receive_rows), ...].
     """

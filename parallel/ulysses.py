@@ -60,51 +60,47 @@ class HeadSplit:
         return [head // self.group - k0 for head in range(q0, q1)]
 
 
-def _heads_first(x_TmH: torch.Tensor, cp_size: int) -> torch.Tensor:
-    """[T, m, H] -> [cp * m, t, H]: block r holds the tokens of rank r."""
-    T, m, H = x_TmH.shape
-    return x_TmH.view(cp_size, T // cp_size, m, H).transpose(1, 2).reshape(cp_size * m, T // cp_size, H)
-
-
-def _tokens_first(x_RtH: torch.Tensor, cp_size: int) -> torch.Tensor:
-    """[cp * m, t, H] -> [T, m, H]: the inverse of `_heads_first`."""
-    R, t, H = x_RtH.shape
-    return x_RtH.view(cp_size, R // cp_size, t, H).transpose(1, 2).reshape(cp_size * t, R // cp_size, H)
-
-
 class _SeqToHeads(torch.autograd.Function):
-    """The exchange of q, k and v and, in backward, of their gradients."""
+    """The exchange of q, k and v and, in backward, of their gradients.
+
+    A block [t, rows, H] goes to each rank, rows = its query, key and value heads. What arrives is [T, rows, H]
+    as it lies, so each direction copies once before it sends and the backward once more.
+    """
 
     @staticmethod
     def forward(ctx, q_tNH, k_tKH, v_tKH, split: HeadSplit, axis: Axis):
+        t, H = q_tNH.shape[0], q_tNH.shape[2]
         ctx.split, ctx.axis, ctx.shapes = split, axis, (q_tNH.shape, k_tKH.shape)
-        q, k, v = (x.transpose(0, 1) for x in (q_tNH, k_tKH, v_tKH))
-        blocks = []
-        for (q0, q1), (k0, k1) in zip(split.query, split.kv, strict=True):
-            blocks += [q[q0:q1], k[k0:k1], v[k0:k1]]
-        mine = split.rows(axis.rank)
-        received = all_to_all(torch.cat(blocks), [split.rows(r) for r in range(axis.size)], [mine] * axis.size, axis)
-        qkv_TmH = _tokens_first(received, axis.size)
+        ctx.sizes = [t * split.rows(rank) * H for rank in range(axis.size)]
+        send = q_tNH.new_empty(sum(ctx.sizes))
+        for block, (q0, q1), (k0, k1) in zip(send.split(ctx.sizes), split.query, split.kv, strict=True):
+            torch.cat([q_tNH[:, q0:q1], k_tKH[:, k0:k1], v_tKH[:, k0:k1]], dim=1, out=block.view(t, -1, H))
+        received = all_to_all(send, ctx.sizes, [ctx.sizes[axis.rank]] * axis.size, axis)
         m, k_heads = (stop - start for start, stop in (split.query[axis.rank], split.kv[axis.rank]))
-        return qkv_TmH.split([m, k_heads, k_heads], dim=1)
+        return received.view(axis.size * t, -1, H).split([m, k_heads, k_heads], dim=1)
 
     @staticmethod
-    def backward(ctx, grad_q_TmH, grad_k_TkH, grad_v_TkH):
-        split, axis = ctx.split, ctx.axis
+    def backward(ctx, *grads_TmH):
+        split, axis, sizes = ctx.split, ctx.axis, ctx.sizes
         q_shape, k_shape = ctx.shapes
-        grads = _heads_first(torch.cat([grad_q_TmH, grad_k_TkH, grad_v_TkH], dim=1), axis.size)
-        mine = split.rows(axis.rank)
-        received = all_to_all(grads, [mine] * axis.size, [split.rows(r) for r in range(axis.size)], axis)
-        grad_q = received.new_empty(q_shape[1], q_shape[0], q_shape[2])
-        grad_kv = received.new_zeros(2, k_shape[1], k_shape[0], k_shape[2])
-        row = 0
-        for (q0, q1), (k0, k1) in zip(split.query, split.kv, strict=True):
-            q_rows, k_rows = q1 - q0, k1 - k0
-            grad_q[q0:q1] = received[row:row + q_rows]
-            # A key/value head that several ranks read collects the gradient of each of them.
-            grad_kv[:, k0:k1] += received[row + q_rows:row + q_rows + 2 * k_rows].view(2, k_rows, *grad_kv.shape[2:])
-            row += q_rows + 2 * k_rows
-        return grad_q.transpose(0, 1), grad_kv[0].transpose(0, 1), grad_kv[1].transpose(0, 1), None, None
+        send = torch.cat(grads_TmH, dim=1).view(-1)
+        received = all_to_all(send, [sizes[axis.rank]] * axis.size, sizes, axis)
+        grad_q, grad_k, grad_v = (received.new_empty(shape) for shape in (q_shape, k_shape, k_shape))
+        written = 0
+        for block, (q0, q1), (k0, k1) in zip(received.split(sizes), split.query, split.kv, strict=True):
+            block_q, block_k, block_v = block.view(q_shape[0], -1, q_shape[2]).split([q1 - q0, k1 - k0, k1 - k0], dim=1)
+            grad_q[:, q0:q1] = block_q
+            _store(grad_k, block_k, k0, k1, written)
+            _store(grad_v, block_v, k0, k1, written)
+            written = k1
+        return grad_q, grad_k, grad_v, None, None
+
+
+def _store(grad_tKH: torch.Tensor, block: torch.Tensor, start: int, stop: int, written: int) -> None:
+    """Put the gradient of heads [start, stop) in place; the heads below `written` have one from another rank: add."""
+    shared = max(0, written - start)
+    grad_tKH[:, start:start + shared] += block[:, :shared]
+    grad_tKH[:, start + shared:stop] = block[:, shared:]
 
 
 class _HeadsToSeq(torch.autograd.Function):
@@ -112,20 +108,21 @@ class _HeadsToSeq(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, o_TmH, split: HeadSplit, axis: Axis):
+        T, m, H = o_TmH.shape
+        t = T // axis.size
         ctx.split, ctx.axis = split, axis
-        m = o_TmH.shape[1]
-        received = all_to_all(_heads_first(o_TmH, axis.size), [m] * axis.size, _query_rows(split), axis)
-        return received.transpose(0, 1).contiguous()
+        ctx.sizes = [t * (stop - start) * H for start, stop in split.query]
+        received = all_to_all(o_TmH.reshape(-1), [t * m * H] * axis.size, ctx.sizes, axis)
+        return torch.cat([block.view(t, -1, H) for block in received.split(ctx.sizes)], dim=1)
 
     @staticmethod
     def backward(ctx, grad_tNH):
-        axis, rows = ctx.axis, _query_rows(ctx.split)
-        received = all_to_all(grad_tNH.transpose(0, 1).contiguous(), rows, [rows[axis.rank]] * axis.size, axis)
-        return _tokens_first(received, axis.size), None, None
-
-
-def _query_rows(split: HeadSplit) -> list[int]:
-    return [stop - start for start, stop in split.query]
+        axis, sizes, (t, _, H) = ctx.axis, ctx.sizes, grad_tNH.shape
+        send = grad_tNH.new_empty(sum(sizes))
+        for block, (start, stop) in zip(send.split(sizes), ctx.split.query, strict=True):
+            block.view(t, -1, H).copy_(grad_tNH[:, start:stop])
+        received = all_to_all(send, sizes, [sizes[axis.rank]] * axis.size, axis)
+        return received.view(axis.size * t, -1, H), None, None
 
 
 def seq_to_heads(q_tNH: torch.Tensor, k_tKH: torch.Tensor, v_tKH: torch.Tensor, split: HeadSplit,

@@ -82,27 +82,6 @@ def positions_from_the_slice(batch, *_):
     return dataclasses.replace(batch, positions=starts_here)
 
 
-def kv_gradient_overwritten(original):
-    def mutated(ctx, grad_q, grad_k, grad_v):
-        from parallel import ulysses
-
-        split, axis = ctx.split, ctx.axis
-        q_shape, k_shape = ctx.shapes
-        grads = ulysses._heads_first(torch.cat([grad_q, grad_k, grad_v], dim=1), axis.size)
-        received = ulysses.all_to_all(grads, [split.rows(axis.rank)] * axis.size,
-                                      [split.rows(r) for r in range(axis.size)], axis)
-        q_grad = received.new_empty(q_shape[1], q_shape[0], q_shape[2])
-        kv_grad = received.new_zeros(2, k_shape[1], k_shape[0], k_shape[2])
-        row = 0
-        for (q0, q1), (k0, k1) in zip(split.query, split.kv, strict=True):
-            q, k = q1 - q0, k1 - k0
-            q_grad[q0:q1] = received[row:row + q]
-            kv_grad[:, k0:k1] = received[row + q:row + q + 2 * k].view(2, k, *kv_grad.shape[2:])
-            row += q + 2 * k
-        return q_grad.transpose(0, 1), kv_grad[0].transpose(0, 1), kv_grad[1].transpose(0, 1), None, None
-    return mutated
-
-
 def local_target_count(original):
     return lambda microbatches, layout: sum(batch.num_targets for batch in microbatches)
 
@@ -221,11 +200,11 @@ MUTATIONS = {
     "positions that restart at the slice (Megatron-LM#5243)": Mutation(
         "data.loader", "read_batch", change_batch(positions_from_the_slice), ACROSS_EDGES),
     "heads in the wrong order after the exchange": Mutation(
-        "parallel.ulysses", "_tokens_first",
-        lambda original: lambda x, size: original(x, size).flip(1) if size > 1 else original(x, size),
+        "model.gpt", "heads_to_seq", lambda original: lambda o, split, axis: original(o, split, axis).flip(1),
         Case(cp=2, model=MANY_KV)),
     "gradient of a shared key/value head overwritten, not summed": Mutation(
-        "parallel.ulysses", "_SeqToHeads.backward", kv_gradient_overwritten, Case(cp=4)),
+        "parallel.ulysses", "_store", lambda original: lambda grad, block, start, stop, written: original(
+            grad, block, start, stop, 0), Case(cp=4)),
     "query heads paired with the wrong key/value head": Mutation(
         "parallel.ulysses", "HeadSplit.kv_of_query",
         lambda original: lambda self, rank: original(self, rank)[::-1],

@@ -1,0 +1,368 @@
+"""Ulysses attention, forward and backward: ours against DeepSpeed's DistributedAttention, on CPU processes.
+
+Both run in the same processes, on the same q, k, v and output gradient, around the same local kernel; in turns, so
+that whatever else the machine does meets both. Outputs and gradients are compared before anything is timed.
+
+Legend (parallel/ulysses.py): t tokens of this rank, N query heads, K key/value heads, T all tokens, m and k heads of
+this rank after the exchange, H head size.
+"""
+
+import gc
+import importlib.util
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, spawn
+
+from model.kernels import choose_attention, make_segments
+from parallel.config import LayoutConfig
+from parallel.layout import Axis, build_layout, end_world, start_world
+from parallel.ulysses import HeadSplit, heads_to_seq, seq_to_heads
+from tools.bench.report import bar, describe_machine, markdown_table, publish, usable_cores
+
+OURS, THEIRS, REPEATED = "ours", "DeepSpeed", "DeepSpeed, K/V repeated first"
+ATTENTION, ADDITION = "attention", "addition"
+TOLERANCE = 1e-5
+"""Largest difference allowed in an output or gradient, as a share of its largest element; both compute in fp32."""
+BARS = {"all": 1.0, "worst": 1.1, "grouped": 0.8}
+
+Way = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""q, k, v -> output: the whole way [t, N or K, H] -> [t, N, H], or a local kernel [T, m or k, H] -> [T, m, H]."""
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    processes: tuple[int, ...] = (2, 4)
+    """Process counts, one after the other; each must divide the query heads of every shape."""
+    repeats: int = 11
+    """Timed repeats of each shape and contender."""
+    warm_ups: int = 2
+    """Repeats before them that are not timed."""
+    seed: int = 1234
+    """Of the tensors."""
+    output: str | None = None
+    """File to append the result to, as Markdown."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One attention layer over one document of `tokens` tokens."""
+
+    tokens: int
+    heads: int
+    kv_heads: int
+    head_size: int = 64
+
+    @property
+    def grouped(self) -> bool:
+        return self.kv_heads < self.heads
+
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens, {self.heads} heads, {self.kv_heads} kv"
+
+
+SHAPES = (Shape(2048, 8, 8), Shape(2048, 16, 16), Shape(1024, 32, 32),
+          Shape(2048, 8, 4), Shape(2048, 16, 4), Shape(1024, 32, 8), Shape(2048, 8, 1))
+"""Head counts of models from 0.1B to 8B parameters, at lengths that two cores attend over in a second: the whole
+benchmark then takes about three minutes there."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row: a shape on a number of processes, with what each contender took and sent."""
+
+    processes: int
+    kernel: str
+    shape: Shape
+    seconds: dict[str, float]
+    """Contender -> median over the repeats of the slowest rank's time of one forward and backward."""
+    sent: dict[str, int]
+    """Contender -> bytes that a rank sends to other ranks in them, of the rank that sends most."""
+
+
+def run(arguments: Arguments) -> int:
+    """Measure every shape on every process count and publish the result; 0, or 1 where the two disagree, or 2."""
+    problem = find_problem(arguments)
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    machine = describe_machine(["deepspeed"])
+    results = []
+    for processes in arguments.processes:
+        try:
+            results += run_processes(processes, arguments)
+        except (ProcessRaisedException, ProcessExitedException) as failure:
+            print(f"error: {processes} processes: {failure}", file=sys.stderr)
+            return 1
+    publish(describe(results, machine, arguments), arguments.output)
+    return 0
+
+
+def find_problem(arguments: Arguments) -> str | None:
+    """Why the benchmark cannot run, with a fix, or None."""
+    if importlib.util.find_spec("deepspeed") is None:
+        return ("deepspeed is not installed, and this benchmark compares with it. "
+                "Fix: pip install -r tools/bench/requirements.txt")
+    if arguments.repeats < 1 or arguments.warm_ups < 0:
+        return f"repeats = {arguments.repeats}, warm_ups = {arguments.warm_ups}: too few. Fix: at least 1 and 0."
+    common = math.gcd(*(shape.heads for shape in SHAPES))
+    for processes in arguments.processes:
+        if processes < 2 or common % processes:
+            return (f"processes = {processes}: DeepSpeed splits heads evenly, and there are multiples of {common}. "
+                    f"Fix: {' or '.join(str(n) for n in range(2, common + 1) if common % n == 0)}.")
+    return None
+
+
+def run_processes(processes: int, arguments: Arguments) -> list[Result]:
+    """The results of one world. Leaves no process behind: `spawn` ends the others when one fails."""
+    with tempfile.TemporaryDirectory(prefix="ithaca-bench-") as folder:
+        spawn(work, args=(processes, folder, arguments), nprocs=processes)
+        rows = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
+    return [Result(**{**row, "shape": Shape(**row["shape"])}) for row in rows]
+
+
+def work(rank: int, processes: int, folder: str, arguments: Arguments) -> None:
+    """One process of a world; rank 0 leaves the results in `folder`."""
+    # Read by DeepSpeed at its import and by torch at its first look for a GPU: both run on the CPU here.
+    os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
+    torch.set_num_threads(max(1, usable_cores() // processes))
+    world = start_world(LayoutConfig(), dist.FileStore(str(Path(folder) / "store"), processes), rank, processes)
+    try:
+        axis = build_layout(LayoutConfig(context_parallel_size=processes), world).cp
+        start_deepspeed()
+        rows = [measure_shape(shape, kernel, axis, arguments) for kernel in (ATTENTION, ADDITION) for shape in SHAPES]
+        if rank == 0:
+            (Path(folder) / "results.json").write_text(json.dumps(rows), encoding="utf-8")
+    finally:
+        gc.collect()
+        end_world()
+
+
+def start_deepspeed() -> None:
+    """Let deepspeed.comm use the process group that exists, and say nothing about it."""
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("ERROR")
+    # Otherwise it compiles its shared-memory all-reduce for a minute; the exchange does not call it.
+    deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.init_distributed(dist_backend="gloo", dist_init_required=False, verbose=False)
+
+
+def measure_shape(shape: Shape, kernel: str, axis: Axis, arguments: Arguments) -> dict:
+    """Compare, count, then time every contender on one shape; the fields of a `Result`, the same on every rank."""
+    contenders = make_contenders(shape, kernel, axis)
+    qkv, grad_out = make_tensors(shape, axis, arguments.seed)
+    sent = compare(contenders, qkv, grad_out, shape, axis)
+    seconds = time_in_turns(contenders, qkv, grad_out, axis, arguments)
+    if axis.is_first:
+        print(f"{axis.size} processes, {kernel}, {shape}: "
+              + ", ".join(f"{name} {taken * 1e3:.1f} ms" for name, taken in seconds.items()), file=sys.stderr)
+    return {"processes": axis.size, "kernel": kernel, "shape": vars(shape), "seconds": seconds, "sent": sent}
+
+
+def make_tensors(shape: Shape, axis: Axis, seed: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """This rank's q [t, N, H], k and v [t, K, H] as leaves, and the gradient of the output [t, N, H]; fp32."""
+    generator = torch.Generator().manual_seed(seed + axis.rank)
+    tensors = [torch.randn(shape.tokens // axis.size, heads, shape.head_size, generator=generator)
+               for heads in (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)]
+    return [x.requires_grad_() for x in tensors[:3]], tensors[3]
+
+
+def make_contenders(shape: Shape, kernel: str, axis: Axis) -> dict[str, Way]:
+    """Name -> the way from q, k, v to the output.
+
+    Each repeats K/V for grouped heads inside the local kernel, after the exchange; REPEATED before it, as
+    Megatron-DeepSpeed does for models with grouped heads. Key/value heads that the ranks do not divide, which
+    DeepSpeed cannot exchange, are first repeated for it as far as it needs.
+    """
+    from deepspeed.sequence.layer import DistributedAttention
+
+    local = make_kernel(kernel, shape.tokens)
+    split = HeadSplit.make(shape.heads, shape.kv_heads, axis.size)
+
+    def ours(q_tNH, k_tKH, v_tKH):
+        return heads_to_seq(local(*seq_to_heads(q_tNH, k_tKH, v_tKH, split, axis)), split, axis)
+
+    # DeepSpeed's tensors are [tokens, batch, heads, head size]; squeeze and unsqueeze are views both ways.
+    module = DistributedAttention(lambda q, k, v: local(q.squeeze(1), k.squeeze(1), v.squeeze(1)).unsqueeze(1),
+                                  axis.group, scatter_idx=2, gather_idx=0)
+
+    enough = math.lcm(shape.kv_heads, axis.size)
+
+    def theirs(q_tNH, k_tKH, v_tKH):
+        k_tKH, v_tKH = (x if x.shape[1] % axis.size == 0 else repeat_heads(x, enough) for x in (k_tKH, v_tKH))
+        return module(q_tNH.unsqueeze(1), k_tKH.unsqueeze(1), v_tKH.unsqueeze(1), 1).squeeze(1)
+
+    def repeated(q_tNH, k_tKH, v_tKH):
+        return theirs(q_tNH, *(repeat_heads(x, shape.heads) for x in (k_tKH, v_tKH)))
+
+    return {OURS: ours, THEIRS: theirs} | ({REPEATED: repeated} if shape.grouped else {})
+
+
+def make_kernel(name: str, tokens: int) -> Way:
+    """What runs between the exchanges: causal attention over one document, or an addition that costs little."""
+    if name == ADDITION:
+        return lambda q_TmH, k_TkH, v_TkH: q_TmH + repeat_heads(k_TkH + v_TkH, q_TmH.shape[1])
+    device = torch.device("cpu")
+    attend, _ = choose_attention("sdpa", device, torch.float32)
+    (segments,) = make_segments(torch.tensor([0, tokens], dtype=torch.int32), [(0, tokens)], device)
+    return lambda q_TmH, k_TkH, v_TkH: attend(q_TmH, k_TkH, v_TkH, segments)
+
+
+def repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """[T, k, H] -> [T, heads, H], each head as often as query heads read it."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def forward_backward(way: Way, qkv: Sequence[torch.Tensor], grad_out: torch.Tensor) -> torch.Tensor:
+    """Run `way` and its backward into the leaves' `grad`, which takes the leaf's own layout; returns the output."""
+    for x in qkv:
+        x.grad = None
+    out = way(*qkv)
+    out.backward(grad_out)
+    return out.detach()
+
+
+def compare(contenders: dict[str, Way], qkv: list[torch.Tensor], grad_out: torch.Tensor, shape: Shape,
+            axis: Axis) -> dict[str, int]:
+    """Contender -> bytes that one forward and backward sends from a rank to others; of the rank that sends most.
+
+    Raises:
+        ValueError: on every rank, where an output or a gradient differs from ours by more than TOLERANCE.
+    """
+    found, counted = {}, []
+    for name, way in contenders.items():
+        with counted_collectives() as sent:
+            found[name] = [forward_backward(way, qkv, grad_out), *(x.grad for x in qkv)]
+        counted.append(sum(sent))
+    for name, tensors in found.items():
+        shares = torch.stack([(theirs - ours).abs().max() / ours.abs().max()
+                              for theirs, ours in zip(tensors, found[OURS])])
+        dist.all_reduce(shares, dist.ReduceOp.MAX, group=axis.group)
+        for what, share in zip(("output", "gradient of q", "gradient of k", "gradient of v"), shares.tolist()):
+            if not share <= TOLERANCE:
+                raise ValueError(f"{shape}: {what}: {OURS} and {name} differ by {share:.1e} of the largest element, "
+                                 f"allowed are {TOLERANCE:.0e}")
+    most = torch.tensor(counted)
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=axis.group)
+    return dict(zip(contenders, most.tolist()))
+
+
+@contextmanager
+def counted_collectives() -> Iterator[list[int]]:
+    """Bytes to other ranks of each all-to-all that goes through torch.distributed meanwhile, also by way of
+    deepspeed.comm, which wraps it. Any other way to send is an error: it would not be counted.
+    """
+    sent: list[int] = []
+    single, several = dist.all_to_all_single, dist.all_to_all
+
+    def all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, group=None, async_op=False):
+        rows = input_split_sizes or [len(input) // dist.get_world_size(group)] * dist.get_world_size(group)
+        sent.append((sum(rows) - rows[dist.get_rank(group)]) * input[0].numel() * input.element_size())
+        return single(output, input, output_split_sizes, input_split_sizes, group, async_op)
+
+    def all_to_all(output_tensor_list, input_tensor_list, group=None, async_op=False):
+        mine = dist.get_rank(group)
+        sent.append(sum(x.nbytes for peer, x in enumerate(input_tensor_list) if peer != mine))
+        return several(output_tensor_list, input_tensor_list, group, async_op)
+
+    def refuse(*_, **__):
+        raise AssertionError("a collective that the benchmark does not count")
+
+    others = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter", "reduce_scatter_tensor",
+              "broadcast", "gather", "scatter", "send", "recv", "isend", "irecv", "batch_isend_irecv")
+    wrapped = {"all_to_all_single": all_to_all_single, "all_to_all": all_to_all, **dict.fromkeys(others, refuse)}
+    originals = {name: getattr(dist, name) for name in wrapped}
+    try:
+        for name, function in wrapped.items():
+            setattr(dist, name, function)
+        yield sent
+    finally:
+        for name, function in originals.items():
+            setattr(dist, name, function)
+
+
+def time_in_turns(contenders: dict[str, Way], qkv: Sequence[torch.Tensor], grad_out: torch.Tensor, axis: Axis,
+                  arguments: Arguments) -> dict[str, float]:
+    """Contender -> median seconds of a forward and backward, each as long as its slowest rank took.
+
+    In each round every contender runs once; the order turns from round to round, so none always follows another.
+    """
+    names = list(contenders)
+    taken = torch.zeros(arguments.warm_ups + arguments.repeats, len(names), dtype=torch.float64)
+    for turn in range(len(taken)):
+        order = list(range(len(names)))[::-1 if turn % 2 else 1]
+        for place in order:
+            dist.barrier(axis.group)
+            start = time.perf_counter()
+            forward_backward(contenders[names[place]], qkv, grad_out)
+            taken[turn, place] = time.perf_counter() - start
+    dist.all_reduce(taken, dist.ReduceOp.MAX, group=axis.group)
+    timed = taken[arguments.warm_ups:].T.tolist()
+    return {name: statistics.median(times) for name, times in zip(names, timed)}
+
+
+def describe(results: list[Result], machine: str, arguments: Arguments) -> str:
+    """The whole result as Markdown: attention with its bars, then the exchange without attention, for information."""
+    attention, addition = ([row for row in results if row.kernel == kernel] for kernel in (ATTENTION, ADDITION))
+    grouped, grouped_addition = ([row for row in rows if row.shape.grouped] for rows in (attention, addition))
+    worst = max(attention, key=ratio)
+    means = math.exp(statistics.fmean(math.log(ratio(row)) for row in attention))
+    return "\n".join([
+        "## Ulysses attention, forward and backward, against DeepSpeed", "", machine, "",
+        f"gloo, fp32, head size {SHAPES[0].head_size}, one document, processes x threads = cores where cores suffice; "
+        f"medians of {arguments.repeats} repeats in turns, each as long as its slowest rank. MiB: sent by a rank to "
+        "others in forward and backward.",
+        "DeepSpeed takes fewer key/value heads than query heads as they are (fewer than processes: repeated to "
+        "their number); where the last three columns are filled, K/V were also repeated to the query heads before "
+        "its exchange, as Megatron-DeepSpeed does.", "",
+        table(attention), "",
+        bar("all shapes together, sum of medians ours / DeepSpeed", together(attention), BARS["all"]),
+        bar(f"worst shape ({worst.processes} processes, {worst.shape})", ratio(worst), BARS["worst"]),
+        bar("shapes with grouped heads, sum of medians", together(grouped), BARS["grouped"]),
+        f"- geometric mean of the ratios: {means:.3f}",
+        f"- shapes with grouped heads, against DeepSpeed with K/V repeated first: {together(grouped, REPEATED):.3f}",
+        "", "The exchange alone (an addition in the place of the attention, where both spend most of the time):", "",
+        table(addition), "",
+        bar("all shapes together", together(addition), BARS["all"]),
+        bar("shapes with grouped heads", together(grouped_addition), BARS["grouped"]),
+        bar("shapes with grouped heads, against DeepSpeed with K/V repeated first",
+            together(grouped_addition, REPEATED), BARS["grouped"]),
+    ])
+
+
+def ratio(row: Result, peer: str = THEIRS) -> float:
+    """Time of ours / time of the peer, on one shape."""
+    return row.seconds[OURS] / row.seconds[peer]
+
+
+def together(rows: Sequence[Result], peer: str = THEIRS) -> float:
+    """Sum of our medians / sum of the peer's."""
+    return sum(row.seconds[OURS] for row in rows) / sum(row.seconds[peer] for row in rows)
+
+
+def table(rows: Sequence[Result]) -> str:
+    header = ["processes", "tokens", "heads", "kv", "ours ms", "MiB", "DeepSpeed ms", "MiB", "ratio",
+              "repeated first ms", "MiB", "ratio"]
+    lines = []
+    for row in rows:
+        shape = row.shape
+        line = [str(number) for number in (row.processes, shape.tokens, shape.heads, shape.kv_heads)]
+        for name in (OURS, THEIRS, REPEATED):
+            known = name in row.seconds
+            line += [f"{row.seconds[name] * 1e3:.1f}", f"{row.sent[name] / 2**20:.2f}"] if known else ["", ""]
+            line += [f"{ratio(row, name):.3f}" if known else ""] if name != OURS else []
+        lines.append(line)
+    return markdown_table(header, lines)
