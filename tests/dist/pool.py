@@ -21,7 +21,8 @@ def _serve(connection: Connection, rank: int) -> None:
 
     import torch
     import torch.distributed as dist
-    from torch.distributed.tensor._redistribute import _gen_transform_infos
+    from torch.distributed.tensor._collective_utils import MeshTopoInfo
+    from torch.distributed.tensor._redistribute import _gen_transform_infos, clear_redistribute_planner_cache
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     from parallel.config import LayoutConfig
@@ -46,6 +47,8 @@ def _serve(connection: Connection, rank: int) -> None:
                 # DTensor caches specs by equal meshes; those of the ended world name groups that are gone.
                 _clear_sharding_prop_cache()
                 _gen_transform_infos.cache_clear()
+                MeshTopoInfo.build_from_mesh.cache_clear()
+                clear_redistribute_planner_cache()
             connection.send((True, result))
         except BaseException:
             connection.send((False, traceback.format_exc()))

@@ -74,7 +74,7 @@ def test_tp2_pp2_continues_on_cp4_with_the_same_next_loss(pool, corpus, tmp_path
 PHASES = [
     dict(name="short", seq_length=64, train_tokens=512, global_batch_tokens=256, tensor_model_parallel_size=2),
     dict(name="same-layout", seq_length=128, train_tokens=512, global_batch_tokens=256, rotary_base=30000.0,
-         tensor_model_parallel_size=2),
+         document_masking=False, tensor_model_parallel_size=2),
     dict(name="pipeline", seq_length=128, train_tokens=512, global_batch_tokens=512, context_parallel_size=2,
          pipeline_model_parallel_size=2, pipeline_schedule="ZBV"),
     dict(name="long", seq_length=256, train_tokens=1000, global_batch_tokens=512, context_parallel_size=4,
