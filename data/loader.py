@@ -42,6 +42,7 @@ class Loader:
         self.stream, self.seq_length, self.micro_batch_size = stream, seq_length, micro_batch_size
         self.global_batch_tokens, self.num_microbatches = global_batch_tokens, global_batch_tokens // unit
         self.dp_rank, self.dp_size, self.prefetch = dp_rank, dp_size, prefetch
+        self.document_masking = document_masking
         self._slice = {"seq_length": seq_length, "pieces": pieces, "document_masking": document_masking,
                        "eod": eod, "eod_mask_loss": eod_mask_loss, "vocab_size": vocab_size}
         self._next: tuple[int, Future] | None = None

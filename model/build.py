@@ -75,7 +75,8 @@ def check_layout(config: ModelConfig, vocab_size: int | None, layout: LayoutConf
     if config.num_layers < num_stages:
         each = f" with {layout.stages_per_rank} stages on each rank" if layout.stages_per_rank > 1 else ""
         problems.append(f"pipeline_model_parallel_size = {pp}{each}: each stage needs at least one of the "
-                        f"{config.num_layers} layers. Fix: at most {config.num_layers} stages.")
+                        f"{config.num_layers} layers. Fix: lower it or num_virtual_stages_per_pipeline_rank to at most "
+                        f"{config.num_layers} stages together, or another --pipeline-schedule.")
     if heads % tp == 0 and heads // tp < layout.context_levels[0]:
         have = heads // tp
         groups = max(n for n in range(1, have + 1) if cp % n == 0)

@@ -6,9 +6,8 @@ Modules are made with their full shapes on the meta device; build.py cuts them (
 shards them (parallel/shard.py) and fills them (model/init.py).
 
 Legend: T tokens of a microbatch, t this context-parallel rank's slice, s those of its all-to-all group
-(all T without a second level), D hidden, F MLP width of this
-tp rank, N query and K key/value heads of this tp rank, m heads after the exchange, H head size,
-V vocabulary, v this tp rank's part.
+(all T without a second level), D hidden, F MLP width of this tp rank, N query and K key/value heads of
+this tp rank, m heads after the exchange, H head size, V vocabulary, v this tp rank's part.
 """
 
 from collections.abc import Sequence

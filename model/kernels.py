@@ -140,11 +140,12 @@ def _te() -> Attend:
     modules = {}
 
     def attend(q, k, v, segments):
-        shape = (q.shape[1], k.shape[1], q.shape[2])
-        if shape not in modules:
-            modules[shape] = DotProductAttention(shape[0], shape[2], num_gqa_groups=shape[1], qkv_format="thd",
-                                                 attn_mask_type="padding_causal_bottom_right", attention_dropout=0.0)
-        out = modules[shape](q, k, v, cu_seqlens_q=segments.cu_q, cu_seqlens_kv=segments.cu_k,
+        mask = "padding_causal" if segments.bounds_q == segments.bounds_k else "padding_causal_bottom_right"
+        key = (q.shape[1], k.shape[1], q.shape[2], mask)
+        if key not in modules:
+            modules[key] = DotProductAttention(q.shape[1], q.shape[2], num_gqa_groups=k.shape[1], qkv_format="thd",
+                                               attn_mask_type=mask, attention_dropout=0.0)
+        out = modules[key](q, k, v, cu_seqlens_q=segments.cu_q, cu_seqlens_kv=segments.cu_k,
                              max_seqlen_q=segments.max_q, max_seqlen_kv=segments.max_k)
         return out.view(q.shape)
     return attend

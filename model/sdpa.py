@@ -1,4 +1,7 @@
-"""The attention backend over torch's scaled_dot_product_attention: a call per document, no mask.
+"""The attention backend over torch's scaled_dot_product_attention: a call per document.
+
+No mask is made, but for fp64 on a GPU, which has no kernel for it: torch then makes one for a document
+that has more keys than queries.
 
 A document that began in another rank's chunk has more keys than queries: its queries see all of the
 earlier keys and, causally, their own. torch's causal flag means that only where both counts are equal.

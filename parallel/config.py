@@ -50,7 +50,9 @@ class LayoutConfig:
 
     @property
     def schedule(self) -> ScheduleName:
-        """The pipeline schedule that the settings mean."""
+        """The pipeline schedule that the settings mean; without a pipeline it is all the same."""
+        if self.pipeline_model_parallel_size == 1:
+            return "1F1B"
         several = (self.num_virtual_stages_per_pipeline_rank or 1) > 1
         return self.pipeline_schedule or ("interleaved" if several else "1F1B")
 
@@ -65,9 +67,9 @@ class LayoutConfig:
     def context_levels(self) -> tuple[int, int]:
         """Sizes of the two levels of cp: ranks that trade tokens for heads, groups that gather keys and values.
 
-        One level, (cp, 1), unless the settings name two and are valid.
+        One level is (cp, 1). Meaningful only without `combination_problems`.
         """
-        if self.cp_comm_type == "a2a" or self._context_problems() or self.context_parallel_size == 1:
+        if self.cp_comm_type == "a2a" or self.context_parallel_size == 1 or self._context_problems():
             return self.context_parallel_size, 1
         a2a, gather = self.hierarchical_context_parallel_sizes
         return a2a, gather
@@ -92,7 +94,7 @@ class LayoutConfig:
         return text
 
     def validate(self) -> list[str]:
-        """All problems that this section shows by itself, as `name = value: rule. Fix: ...`."""
+        """Problems of single settings, as `name = value: rule. Fix: ...`."""
         problems = []
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
                      "distributed_timeout_minutes", "num_virtual_stages_per_pipeline_rank"):
@@ -106,18 +108,24 @@ class LayoutConfig:
         if self.use_distributed_optimizer is False:
             problems.append("use_distributed_optimizer = False: the optimizer is always sharded here. "
                             "Fix: remove the flag.")
-        return problems or self._context_problems() + self._schedule_problems()
+        return problems
+
+    def combination_problems(self) -> list[str]:
+        """Settings that do not go together; asked of a phase's layout, which may mend what the run's own says."""
+        return self._context_problems() + self._schedule_problems()
 
     def _context_problems(self) -> list[str]:
         cp, sizes = self.context_parallel_size, self.hierarchical_context_parallel_sizes
         if self.cp_comm_type not in ("a2a", "a2a+allgather"):
             return [f"cp_comm_type = {self.cp_comm_type}: is not built. Fix: a2a, or for more ranks than heads "
                     "a2a+allgather with --hierarchical-context-parallel-sizes."]
+        if cp == 1:
+            return []
         if self.cp_comm_type == "a2a":
             return [f"hierarchical_context_parallel_sizes = {sizes}: are for two levels. Fix: --cp-comm-type "
                     "a2a+allgather, or remove them."] if sizes else []
-        if cp > 1 and (len(sizes) != 2 or min(sizes) < 1 or prod(sizes) != cp):
-            inner = max(n for n in range(1, cp) if cp % n == 0)
+        if len(sizes) != 2 or min(sizes) < 1 or prod(sizes) != cp:
+            inner = next(n for n in range(2, cp + 1) if cp % n == 0)
             return [f"hierarchical_context_parallel_sizes = {sizes}: must be two sizes whose product is "
                     f"context_parallel_size = {cp}, the all-to-all group first. "
                     f"Fix: for example {inner} {cp // inner}."]
@@ -129,11 +137,11 @@ class LayoutConfig:
         schedule, per_rank = self.schedule, self.stages_per_rank
         name = f"num_virtual_stages_per_pipeline_rank = {per_rank}"
         if schedule == "1F1B" and per_rank != 1:
-            return [f"{name}: 1F1B has one stage per rank. Fix: --pipeline-schedule interleaved, or leave it out."]
+            return [f"{name}: 1F1B has one stage per rank. Fix: 1 stage, or --pipeline-schedule interleaved."]
         if schedule == "interleaved" and per_rank == 1:
             return [f"{name}: interleaved needs at least 2. Fix: 2, or --pipeline-schedule 1F1B."]
         if schedule == "ZBV" and per_rank != 2:
-            return [f"{name}: ZBV has exactly 2. Fix: leave it out."]
+            return [f"{name}: ZBV has exactly 2. Fix: 2."]
         if schedule in SPLIT_BACKWARD and self.sharding_strategy == "optim_grads_params":
             return [f"pipeline_schedule = {schedule}: loses gradients with data_parallel_sharding_strategy = "
                     "optim_grads_params. Fix: optim or optim_grads, or --pipeline-schedule interleaved."]

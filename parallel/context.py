@@ -6,6 +6,9 @@ gathers the keys and values of the other groups. A causal query late in the samp
 an early one, so each group holds two chunks, one from each end: with G groups the tokens are cut into
 2 G chunks and group g holds chunks g and 2 G - 1 - g. The ranks of a group split those in order.
 
+The gathered keys and values are all tokens', for the heads of this rank: without recompute a layer keeps
+them for its backward, G times what one level of the same a2a size would keep.
+
 Source of the gathered form: Llama 3 (arXiv 2407.21783, section 3.3.2), which cuts the same chunks.
 
 Legend: T tokens of the microbatch, s those of a group (T / gather), k key/value heads of this rank

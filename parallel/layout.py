@@ -83,7 +83,7 @@ class Layout:
 
     def describe(self) -> str:
         tp_note = " (sequence parallel)" if self.sequence_parallel else ""
-        pp_note = f" ({self.schedule}, {len(self.stages)} stages each)" if self.pp.size > 1 else ""
+        pp_note = f" ({self.schedule}, {self.num_stages} stages)" if self.pp.size > 1 else ""
         cp_note = f" ({self.cp_a2a.size} a2a x {self.cp_gather.size} gather)" if self.cp_gather.size > 1 else ""
         return (f"tp {self.tp.size}{tp_note} x pp {self.pp.size}{pp_note} x cp {self.cp.size}{cp_note} x "
                 f"dp {self.dp.size} on {self.device.type}")
@@ -150,6 +150,7 @@ def build_layout(config: LayoutConfig, world: World) -> Layout:
     Raises:
         ValueError: the world size is no multiple of tp x pp x cp.
     """
+    assert not config.combination_problems(), "phases are checked before a layout is built"
     tp, pp, cp = config.sizes
     problem = check_world_size(world.size, tp, pp, cp)
     if problem:

@@ -21,9 +21,18 @@ from torch.distributed.pipelining import (
 from torch.distributed.pipelining.schedules import BACKWARD_INPUT, BACKWARD_WEIGHT, FULL_BACKWARD, REDUCE_GRAD
 
 from parallel.layout import Layout
+from parallel.shard import accumulate_gradients
 
 SCHEDULES = {"1F1B": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B,
              "zero-bubble": ScheduleInterleavedZeroBubble, "ZBV": ScheduleZBVZeroBubble}
+
+
+class Stage(PipelineStage):
+    """A stage whose gradients are added up in the reduction's dtype also where a schedule splits the backward."""
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        super().backward_weight_one_chunk(bwd_chunk_id, last_backward=last_backward)
+        accumulate_gradients(self.submod)
 
 
 class Pipeline:
@@ -46,10 +55,10 @@ class Pipeline:
         loss_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         loss = torch.empty((), dtype=loss_dtype, device="meta", requires_grad=True)
         # With both given, no stage runs an extra microbatch to find its shapes.
-        self.stages = [PipelineStage(module, number, layout.num_stages, layout.device,
-                                     input_args=activation if number else placeholder,
-                                     output_args=loss if number == layout.num_stages - 1 else activation,
-                                     group=layout.pp.group)
+        self.stages = [Stage(module, number, layout.num_stages, layout.device,
+                             input_args=activation if number else placeholder,
+                             output_args=loss if number == layout.num_stages - 1 else activation,
+                             group=layout.pp.group)
                        for number, module in zip(layout.stages, modules, strict=True)]
         is_single = layout.schedule == "1F1B"
         self.schedule = SCHEDULES[layout.schedule](self.stages[0] if is_single else self.stages, num_microbatches,
@@ -78,5 +87,10 @@ class Pipeline:
 
 
 def _skip(action, context) -> None:
-    """Instead of a backward: only forget that its gradient was to be received."""
-    context.schedule_ref.bwd_recv_ops.pop((action.stage_index, action.microbatch_index), None)
+    """Instead of a backward: forget that its gradient was to be received, and wait for parameters gathered for it."""
+    schedule, stage = context.schedule_ref, action.stage_index
+    schedule.bwd_recv_ops.pop((stage, action.microbatch_index), None)
+    if stage in schedule.unshard_ops:
+        for gathered in schedule.unshard_ops.pop(stage):
+            gathered.wait()
+        schedule.unsharded_stages.add(stage)

@@ -9,7 +9,10 @@ from typing import Literal
 ScheduleName = Literal["1F1B", "interleaved", "zero-bubble", "ZBV"]
 
 SPLIT_BACKWARD = ("zero-bubble", "ZBV")
-"""Schedules that run the backward of inputs and that of weights apart."""
+"""Schedules that run the backward of inputs and that of weights apart.
+
+torch's split counts on every parameter being used once in a stage's forward (model/gpt.py does so).
+"""
 
 
 def stages_of_rank(schedule: ScheduleName, rank: int, pp_size: int, per_rank: int) -> tuple[int, ...]:

@@ -37,6 +37,18 @@ def shard_module(module: nn.Module, blocks: list[nn.Module], layout: Layout, str
             unit.set_gradient_divide_factor(1.0)
 
 
+def accumulate_gradients(module: nn.Module) -> None:
+    """After a backward outside FSDP2's hooks: add the gradients up in the dtype in which they are reduced.
+
+    Otherwise those of several microbatches would be summed in the compute dtype.
+    """
+    for unit in module.modules():
+        if isinstance(unit, FSDPModule) and (group := unit._get_fsdp_state()._fsdp_param_group) is not None:
+            for parameter in group.fsdp_params:
+                parameter.accumulate_unsharded_grad_if_needed()
+                parameter.to_accumulated_grad_if_needed()
+
+
 def set_microbatch(module: nn.Module, strategy: ShardingStrategy, is_last: bool) -> None:
     """Before a microbatch's backward (without a pipeline): what is reduced and freed after it.
 

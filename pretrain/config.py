@@ -60,7 +60,7 @@ class PhaseConfig:
     cp_comm_type: CommType | None = None
     hierarchical_context_parallel_sizes: list[int] | None = None
     data_parallel_sharding_strategy: ShardingStrategy | None = None
-    recompute_granularity: Literal["full"] | None = None
+    recompute_granularity: Literal["none", "full"] | None = None
     rotary_base: float | None = None
     document_masking: bool | None = None
     lr: float | None = None
@@ -276,12 +276,15 @@ class Config:
         for name, size in (("sequence_parallel", "tensor_model_parallel_size"),
                            ("pipeline_schedule", "pipeline_model_parallel_size"),
                            ("num_virtual_stages_per_pipeline_rank", "pipeline_model_parallel_size"),
+                           ("cp_comm_type", "context_parallel_size"),
                            ("hierarchical_context_parallel_sizes", "context_parallel_size")):
-            sizes = [getattr(phase, size) or getattr(self.layout, size)
-                     for phase in self.schedule.phases or [PhaseConfig()]]
-            if getattr(self.layout, name) and max(sizes) == 1:
-                found.append(f"{name} = {getattr(self.layout, name)}: has no effect without "
-                             f"--{size.replace('_', '-')} above 1")
+            without, phases = f"has no effect without {size} above 1", self.schedule.phases or [PhaseConfig()]
+            sizes = [getattr(phase, size) or getattr(self.layout, size) for phase in phases]
+            if getattr(self.layout, name) not in (False, None, [], "a2a") and max(sizes) == 1:
+                found.append(f"{name} = {getattr(self.layout, name)}: {without}")
+            found += [f"phase {phase.name!r}: {name} = {getattr(phase, name)}: {without}"
+                      for phase, its_size in zip(phases, sizes, strict=True)
+                      if getattr(phase, name, None) is not None and its_size == 1]
         if not optimizer.calculate_per_token_loss:
             found.append("calculate_per_token_loss = False: the loss is always the sum over targets / the global "
                          "target count")

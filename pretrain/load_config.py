@@ -213,15 +213,19 @@ def coerce(value: Any, annotation: Any) -> Any:
     if origin is Annotated:
         return coerce(value, args[0])
     if origin in (Union, types.UnionType):
-        if isinstance(value, str) and value.lower() in ("null", "none", "~", ""):
+        inner = next(arg for arg in args if arg is not type(None))
+        named = get_args(inner) if get_origin(inner) is Literal else ()
+        if isinstance(value, str) and value.lower() in ("null", "none", "~", "") and value not in named:
             return None
-        return coerce(value, next(arg for arg in args if arg is not type(None)))
+        return coerce(value, inner)
     if origin is Literal:
         if value not in args:
             raise ValueError(f"must be one of {', '.join(map(str, args))}")
         return value
     if origin is list:
         items = value if isinstance(value, list) else [value] if value else []
+        if args[0] is int:  # "4 8" and "4,8" are two numbers
+            items = [part for item in items for part in _text(item).replace(",", " ").split()]
         return [coerce(item, args[0]) for item in items]
     if annotation is bool:
         text = _text(value).lower()

@@ -60,8 +60,8 @@ def resolve_phases(config: Config) -> list[Phase]:
     """
     entries = config.schedule.phases or [PhaseConfig(name="main")]
     phases, problems, clock = [], [], 0
-    flat = bool(config.schedule.phases)
-    if flat and (config.schedule.train_iters or config.schedule.train_samples or config.schedule.train_tokens):
+    schedule = config.schedule
+    if schedule.phases and (schedule.train_iters or schedule.train_samples or schedule.train_tokens):
         problems.append("train_iters, train_samples or train_tokens: each entry of `phases` says its own tokens. "
                         "Fix: remove the flag, or edit the phases.")
     names = [entry.name for entry in entries]
@@ -113,10 +113,11 @@ def _resolve(config: Config, entry: PhaseConfig, index: int, start: int) -> Phas
     layout = dataclasses.replace(config.layout, **{
         field.name: pick(field.name, config.layout) for field in dataclasses.fields(config.layout)
         if hasattr(entry, field.name)})
+    recompute = pick("recompute_granularity", config.model)
     return Phase(
         name=entry.name, index=index, start=start, end=start + math.ceil(tokens / batch) * batch,
         seq_length=seq_length, global_batch_tokens=batch, micro_batch_size=micro, layout=layout,
-        recompute_granularity=pick("recompute_granularity", config.model),
+        recompute_granularity=None if recompute == "none" else recompute,
         rotary_base=pick("rotary_base", config.model), document_masking=pick("document_masking", config.data),
         lr=pick("lr", config.optimizer), min_lr=pick("min_lr", config.optimizer))
 
@@ -139,10 +140,10 @@ def check_phases(phases: list[Phase], config: Config, world_size: int, vocab_siz
         found = check_phase_layout(phase, config, world_size, vocab_size)
         where = f"phase {phase.name!r}: "
         problems += [where + problem for problem in found]
-        if found and min(phase.layout.sizes) > 0:
+        if found and not phase.layout.validate():
             nearest = nearest_layouts(phase, config, world_size, vocab_size)
             problems.append(f"{where}layouts that work on {world_size} processes, nearest first: "
-                            f"{'; '.join(nearest) or 'none with this batch and model'}.")
+                            f"{'; '.join(nearest) or 'none with this batch, length and model'}.")
         if not (0 < phase.rotary_base < math.inf and 0 < phase.lr < math.inf and 0 <= phase.min_lr <= phase.lr):
             problems.append(f"{where}rotary_base = {phase.rotary_base}, lr = {phase.lr}, min_lr = {phase.min_lr}: the "
                             "first two must be above 0 and finite, min_lr between 0 and lr. Fix: change them.")
@@ -157,7 +158,7 @@ def check_phase_layout(phase: Phase, config: Config, world_size: int, vocab_size
     """Why the phase's layout cannot run it."""
     layout = phase.layout
     tp, pp, cp = layout.sizes
-    problems = layout.validate()
+    problems = layout.validate() or layout.combination_problems()
     if problems:
         return problems
     world_problem = check_world_size(world_size, tp, pp, cp)
@@ -173,7 +174,7 @@ def check_phase_layout(phase: Phase, config: Config, world_size: int, vocab_size
                         f"{layout.token_multiple}. Fix: for example a seq_length of {nearest}.")
     if pp > 1 and layout.schedule in SPLIT_BACKWARD and phase.recompute_granularity:
         problems.append(f"recompute_granularity = {phase.recompute_granularity}: {layout.schedule} would run every "
-                        "forward four times. Fix: no recompute, or --pipeline-schedule interleaved or 1F1B.")
+                        "forward four times. Fix: none, or --pipeline-schedule interleaved or 1F1B.")
     return problems if world_problem else problems + _batch_problems(phase, world_size)
 
 
@@ -195,17 +196,20 @@ def nearest_layouts(phase: Phase, config: Config, world_size: int, vocab_size: i
     for tp in sizes:
         for pp in (n for n in sizes if world_size % (tp * n) == 0):
             for cp in (n for n in sizes if world_size % (tp * pp * n) == 0):
+                dp = world_size // (tp * pp * cp)
+                distance = sum(abs(math.log2(a / b)) for a, b in zip((tp, pp, cp, dp), wanted, strict=True))
                 layout = _with_sizes(asked, config.model.num_attention_heads, tp, pp, cp)
-                candidate = dataclasses.replace(phase, layout=layout)
-                if not check_phase_layout(candidate, config, world_size, vocab_size):
-                    dp = world_size // (tp * pp * cp)
-                    distance = sum(abs(math.log2(a / b)) for a, b in zip((tp, pp, cp, dp), wanted, strict=True))
-                    found.append((distance, f"{layout.describe()} dp {dp}"))
+                simple = dataclasses.replace(layout, pipeline_schedule=None, num_virtual_stages_per_pipeline_rank=None)
+                for choice, more in ((layout, 0.0), (simple, 0.5)):
+                    candidate = dataclasses.replace(phase, layout=choice)
+                    if not check_phase_layout(candidate, config, world_size, vocab_size):
+                        found.append((distance + more, f"{choice.describe()} dp {dp}"))
+                        break
     return [text for _, text in sorted(found)[:count]]
 
 
 def _with_sizes(layout: LayoutConfig, num_heads: int, tp: int, pp: int, cp: int) -> LayoutConfig:
-    """The same layout with other sizes: two levels where cp is beyond the heads, as many stages where there are."""
+    """The same layout with other sizes, with two levels of cp where it is beyond the heads."""
     heads = max((n for n in range(1, max(1, num_heads // tp) + 1) if cp % n == 0), default=1)
     levels = [heads, cp // heads] if heads < cp else []
     return dataclasses.replace(

@@ -76,10 +76,8 @@ def make_case(layout: tuple[int, int, int, int], options: dict) -> Case | None:
 
 def pairs_of(layout: tuple[int, ...], options: dict) -> set[tuple]:
     """What a row covers: each two options, and each axis in use with each option and each other axis."""
-    items = sorted(options.items(), key=str)
     in_use = [(axis, "in use") for axis, size in zip(AXES, layout, strict=True) if size > 1]
-    return set(itertools.combinations(items, 2)) | set(itertools.product(in_use, items)) | set(
-        itertools.combinations(in_use, 2))
+    return set(itertools.combinations(sorted([*options.items(), *in_use], key=str), 2))
 
 
 def make_table(candidates: int = 60, seed: int = 1) -> tuple[dict[str, Case], list[tuple], set, set]:

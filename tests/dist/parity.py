@@ -140,7 +140,8 @@ def run_built(case: Case, built: tuple, recorder: Recorder | None = None) -> dic
         check_replicas(stages, layout)
     except RuntimeError as error:
         drift = str(error)
-    valid, _ = stepper.run(loader.read(case.steps * batch_tokens), train=False)
+    with recorder or nullcontext():
+        valid, _ = stepper.run(loader.read(case.steps * batch_tokens), train=False)
     return {"loss": result.loss, "grad_norm": result.grad_norm, "num_targets": result.num_targets, "valid": valid,
             "gradients": gradients, "weights": weights, "drift": drift}
 

@@ -14,6 +14,7 @@ from pretrain.step import train_step
 from tests.dist.leaks import probe
 from tests.dist.parity import Case
 from tests.dist.recorder import Call, Recorder, first_difference
+from tests.mutations.mutations import MUTATIONS
 
 
 def recorded_step(world: World, case: Case) -> list[Call]:
@@ -131,7 +132,12 @@ def test_keys_and_values_are_gathered_in_one_collective_each_way(pool):
 
 def run_probe(world: World, case: Case) -> tuple[list[str], bool]:
     layout, _, _, stepper, loader = case.build(world)
-    return probe(stepper, layout, loader.read(0))
+    return probe(stepper, layout, loader)
+
+
+def run_mutated_probe(world: World, case: Case, name: str) -> tuple[list[str], bool]:
+    with MUTATIONS[name].applied():
+        return run_probe(world, case)
 
 
 LEAK_CASES = {
@@ -151,3 +157,9 @@ def test_a_token_reaches_later_tokens_of_its_own_document_only(pool, name):
     results = pool.run(run_probe, case.world_size, case)
     assert [problems for problems, _ in results] == [[]] * case.world_size
     assert any(reached for _, reached in results)
+
+
+def test_the_probe_notices_attention_across_documents(pool):
+    case = LEAK_CASES["cp4"]
+    results = pool.run(run_mutated_probe, 4, case, "attention kernel without the documents' boundaries (axolotl#3608)")
+    assert any(problems for problems, _ in results)

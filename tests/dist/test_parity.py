@@ -52,6 +52,10 @@ CASES = {
     "pp2 interleaved 3 stages dp2 zero3 recompute": Case(
         pp=2, dp=2, schedule="interleaved", stages_per_rank=3, strategy="optim_grads_params", recompute="full",
         model=dict(num_layers=7), samples=12),
+    "pp2 interleaved 4 stages dp2": Case(pp=2, dp=2, schedule="interleaved", stages_per_rank=4,
+                                         model=dict(num_layers=9)),
+    "pp2 zero-bubble 4 stages dp2": Case(pp=2, dp=2, schedule="zero-bubble", stages_per_rank=4,
+                                         model=dict(num_layers=9)),
     "pp4 zero-bubble 2 stages": Case(pp=4, schedule="zero-bubble", stages_per_rank=2, model=dict(num_layers=9)),
     "tp2 pp2 cp2 ZBV tied": Case(tp=2, pp=2, cp=2, schedule="ZBV", model=dict(num_layers=4) | QWEN3),
     "cp4 two levels": Case(cp=4, context_levels=(2, 2)),
@@ -102,6 +106,18 @@ def test_bf16_with_fp32_master_is_close_to_fp64(pool, single, case):
             reference = expected["gradients"][name]
             error = np.linalg.norm(gradient - reference) / np.linalg.norm(reference)
             assert error < 0.15, f"{name}: {error:.2f}"
+
+
+@pytest.mark.parametrize("schedule, stages", [("ZBV", 2), ("zero-bubble", 2), ("interleaved", 2)])
+def test_bf16_gradients_are_accumulated_in_fp32_by_every_schedule(pool, schedule, stages):
+    """The same products in the same order as 1F1B: only a sum over microbatches in bf16 could differ."""
+    case = Case(pp=2, model=dict(num_layers=4), samples=16)
+    expected = {name: tensor for result in pool.run(bf16_step, 2, case) for name, tensor in result["gradients"].items()}
+    case = dataclasses.replace(case, schedule=schedule, stages_per_rank=stages)
+    for result in pool.run(bf16_step, 2, case):
+        for name, gradient in result["gradients"].items():
+            error = np.linalg.norm(gradient - expected[name]) / np.linalg.norm(expected[name])
+            assert error < 1e-5, f"{name}: {error:.1e}"
 
 
 def drift(world, case: Case, name: str) -> list[str]:

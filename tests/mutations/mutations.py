@@ -195,6 +195,9 @@ MUTATIONS = {
         "data.loader", "read_batch", change_batch(labels_across_documents), ACROSS_EDGES),
     "attention across documents (trl#6843)": Mutation(
         "data.loader", "read_batch", change_batch(one_big_document), ACROSS_EDGES),
+    "attention kernel without the documents' boundaries (axolotl#3608)": Mutation(
+        "model.gpt", "make_segments", lambda original: lambda cu_seqlens, pieces, device: original(
+            cu_seqlens[[0, -1]], pieces, device), ACROSS_EDGES),
     "positions of the sample, not the document (torchtitan#2559)": Mutation(
         "data.loader", "read_batch", change_batch(positions_of_the_sample), ACROSS_EDGES),
     "positions that restart at the slice (Megatron-LM#5243)": Mutation(

@@ -34,4 +34,4 @@ def test_table_of_mutations(capsys):
         print(f"\n{len(caught)} of {len(MUTATIONS)} mutations caught")
         for name, message in caught.items():
             print(f"  {name:<84} {message}")
-    assert len(caught) >= 15
+    assert len(caught) == len(MUTATIONS) >= 15

@@ -93,7 +93,7 @@ def test_all_phase_problems_are_reported_at_once():
     (dict(pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=3), 2,
      "pipeline_model_parallel_size = 2 with 3 stages on each rank: each stage needs at least one of the 4 layers"),
     (dict(pipeline_model_parallel_size=2, pipeline_schedule="1F1B", num_virtual_stages_per_pipeline_rank=2), 2,
-     "1F1B has one stage per rank. Fix: --pipeline-schedule interleaved"),
+     "1F1B has one stage per rank. Fix: 1 stage, or --pipeline-schedule interleaved"),
     (dict(pipeline_model_parallel_size=2, pipeline_schedule="interleaved", num_virtual_stages_per_pipeline_rank=1), 2,
      "interleaved needs at least 2"),
     (dict(pipeline_model_parallel_size=2, pipeline_schedule="ZBV", num_virtual_stages_per_pipeline_rank=3), 2,
@@ -138,6 +138,32 @@ def test_a_refused_layout_comes_with_the_nearest_that_work():
     made.schedule.phases[0].tensor_model_parallel_size, made.schedule.phases[0].context_parallel_size = 1, 8
     (nearest,) = [p for p in check_phases(resolve_phases(made), made, 8, 100) if "nearest first" in p]
     assert "nearest first: tp 1 pp 1 cp 8 (4 x 2) dp 1; " in nearest
+
+
+def test_nearest_layouts_may_change_the_schedule():
+    made = config(phases=[PhaseConfig(name="a", seq_length=128, train_tokens=1000, global_batch_tokens=1536,
+                                      pipeline_model_parallel_size=3, pipeline_schedule="interleaved")])
+    problems = check_phases(resolve_phases(made), made, 6, 100)
+    assert "pipeline_model_parallel_size = 3 with 2 stages on each rank: each stage needs" in problems[0]
+    assert "nearest first: tp 1 pp 3 cp 1 dp 2; " in problems[1]
+
+
+def test_a_phase_mends_what_the_run_says():
+    """Combinations are checked in the phases, and each setting of the run can be taken back."""
+    made = config(phases=[PhaseConfig(
+        name="a", seq_length=128, train_tokens=1000, global_batch_tokens=512, pipeline_model_parallel_size=2,
+        pipeline_schedule="ZBV", recompute_granularity="none", data_parallel_sharding_strategy="optim")])
+    made.layout.data_parallel_sharding_strategy, made.model.recompute_granularity = "optim_grads_params", "full"
+    made.layout.hierarchical_context_parallel_sizes = [2, 2]
+    assert made.layout.validate() == [] and check_phases(resolve_phases(made), made, 2, 100) == []
+
+
+def test_a_schedule_without_a_pipeline_needs_no_restart():
+    made = config(phases=[PhaseConfig(name=name, seq_length=128, train_tokens=256, global_batch_tokens=256,
+                                      pipeline_schedule=schedule) for name, schedule in (("a", None), ("b", "ZBV"))])
+    assert len({phase.layout_key for phase in resolve_phases(made)}) == 1
+    assert "phase 'b': pipeline_schedule = ZBV: has no effect without pipeline_model_parallel_size above 1" in \
+        made.warnings()
 
 
 def test_every_count_of_microbatches_that_a_schedule_accepts():

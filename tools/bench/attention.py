@@ -75,7 +75,7 @@ class Shape:
 SHAPES = (Shape(2048, 8, 8), Shape(2048, 16, 16), Shape(1024, 32, 32),
           Shape(2048, 8, 4), Shape(2048, 16, 4), Shape(1024, 32, 8), Shape(2048, 8, 1))
 """Head counts of models from 0.1B to 8B parameters, at lengths that two cores attend over in a second: the whole
-benchmark then takes about three minutes there."""
+benchmark then takes about four minutes there."""
 
 
 @dataclass(frozen=True)
