@@ -58,7 +58,7 @@ def make_case(layout: tuple[int, int, int, int], options: dict) -> Case | None:
                  make_vocab_size_divisible_by=120, untie_embeddings_and_output_weights=not options["tied"],
                  qk_layernorm=options["qk_norm"], add_qkv_bias=options["bias"])
     config = ModelConfig(**model)
-    if config.validate() or settings.validate() or check_layout(config, VOCABULARY, settings):
+    if config.validate() or settings.combination_problems() or check_layout(config, VOCABULARY, settings):
         return None
     if pp > 1 and schedule in SPLIT_BACKWARD and options["recompute"]:
         return None
