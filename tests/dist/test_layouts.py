@@ -81,6 +81,7 @@ def test_print_coverage(capsys, request):
                   f"{len(COVERED)} of {len(POSSIBLE)} pairs of options covered")
             for name in CASES:
                 print("  " + describe(name, CASES[name]))
+    assert len(CASES) >= len(LAYOUTS) - len(REFUSED)
 
 
 def describe(name: str, case: Case) -> str:
