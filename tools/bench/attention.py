@@ -39,6 +39,8 @@ BARS = {"all": 1.0, "worst": 1.1, "grouped": 0.8}
 
 Way = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """q, k, v -> output: the whole way [t, N or K, H] -> [t, N, H], or a local kernel [T, m or k, H] -> [T, m, H]."""
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
+"""glibc keeps freed memory for the process, as torch's allocator does on a GPU; both sides run with it."""
 
 
 @dataclass(kw_only=True)
@@ -127,6 +129,7 @@ def find_problem(arguments: Arguments) -> str | None:
 def run_processes(processes: int, arguments: Arguments) -> list[Result]:
     """The results of one world. Leaves no process behind: `spawn` ends the others when one fails."""
     with tempfile.TemporaryDirectory(prefix="ithaca-bench-") as folder:
+        os.environ.update(KEEP_MEMORY)  # read by each process's allocator when it starts
         spawn(work, args=(processes, folder, arguments), nprocs=processes)
         rows = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
     return [Result(**{**row, "shape": Shape(**row["shape"])}) for row in rows]
@@ -214,7 +217,8 @@ def make_contenders(shape: Shape, kernel: str, axis: Axis) -> dict[str, Way]:
 def make_kernel(name: str, tokens: int) -> Way:
     """What runs between the exchanges: causal attention over one document, or an addition that costs little."""
     if name == ADDITION:
-        return lambda q_TmH, k_TkH, v_TkH: q_TmH + repeat_heads(k_TkH + v_TkH, q_TmH.shape[1])
+        # In groups of query heads, so that nothing is repeated.
+        return lambda q, k, v: (q.unflatten(1, (k.shape[1], -1)) + (k + v).unsqueeze(2)).flatten(1, 2)
     device = torch.device("cpu")
     attend, _ = choose_attention("sdpa", device, torch.float32)
     (segments,) = make_segments(torch.tensor([0, tokens], dtype=torch.int32), [(0, tokens)], device)
@@ -323,7 +327,8 @@ def describe(results: list[Result], machine: str, arguments: Arguments) -> str:
     return "\n".join([
         "## Ulysses attention, forward and backward, against DeepSpeed", "", machine, "",
         f"gloo, fp32, head size {SHAPES[0].head_size}, one document, processes x threads = cores where cores suffice; "
-        f"medians of {arguments.repeats} repeats in turns, each as long as its slowest rank. MiB: sent by a rank to "
+        f"medians of {arguments.repeats} repeats in turns, each as long as its slowest rank; freed memory stays with "
+        "the process, as with torch's allocator on a GPU. MiB: sent by a rank to "
         "others in forward and backward.",
         "DeepSpeed takes fewer key/value heads than query heads as they are (fewer than processes: repeated to "
         "their number); where the last three columns are filled, K/V were also repeated to the query heads before "
