@@ -44,6 +44,11 @@ esac
 """
 
 
+def _hear_signals() -> None:
+    """What the test runner ignores (SIGHUP under nohup), a shell that it starts could not even trap."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 class Fixture:
     """A folder with the stand-in in it, and train.sh run from there."""
 
@@ -63,7 +68,7 @@ class Fixture:
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen:
         return subprocess.Popen(["bash", str(TRAIN_SH), *(arguments or ("--config", "run.yaml"))], cwd=self.folder,
                                 env=self.environment | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                text=True, start_new_session=True)
+                                text=True, start_new_session=True, preexec_fn=_hear_signals)
 
     def run(self, *arguments: str, **environment: str) -> tuple[int, str, str]:
         process = self.start(*arguments, **environment)
