@@ -8,14 +8,26 @@ prefix offsets.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numba
 import numpy as np
 import torch
 
-from data.stream import DocumentStream
+from data.stream import DocumentStream, Spans
 
 IGNORE = -100
 """Label of a position without a target; torch's own default."""
+
+
+class Sample(NamedTuple):
+    """What one sample holds, in order; it is padded where that is less than its length."""
+
+    stream: DocumentStream
+    intervals: np.ndarray
+    """int64 [intervals, 2]: position in the stream, tokens."""
+    following: int = -1
+    """Position in the stream of the token that comes next; -1 = there is none. Asked for without document masking."""
 
 
 @dataclass
@@ -38,75 +50,153 @@ class Batch:
                      self.num_targets)
 
 
-def read_batch(stream: DocumentStream, starts: Sequence[int], seq_length: int,
-               pieces: Sequence[tuple[int, int]] | None = None, *, document_masking: bool = True,
-               eod: int | None = None, eod_mask_loss: bool = False, vocab_size: int | None = None) -> Batch:
+class _Located(NamedTuple):
+    """A sample and where its spans lie. begins: int64 [spans + 1], place of each span in the sample, then their end."""
+
+    sample: Sample
+    spans: Spans
+    begins: np.ndarray
+    seq_length: int
+
+    @staticmethod
+    def make(sample: Sample, seq_length: int) -> "_Located":
+        spans = sample.stream.locate(sample.intervals)
+        begins = np.zeros(len(spans.lengths) + 1, dtype=np.int64)
+        np.cumsum(spans.lengths, out=begins[1:])
+        assert begins[-1] <= seq_length, (begins[-1], seq_length)
+        return _Located(sample, spans, begins, seq_length)
+
+    def segments(self, document_masking: bool) -> np.ndarray:
+        """Where a segment of attention begins: at each document; the padding is one, too."""
+        starts = np.unique(self.begins if document_masking else self.begins[[0, -1]])
+        return starts[starts < self.seq_length]
+
+
+def read_batch(samples: Sequence[Sample], seq_length: int, pieces: Sequence[tuple[int, int]] | None = None, *,
+               document_masking: bool = True, eod: int | None = None, eod_mask_loss: bool = False,
+               vocab_size: int | None = None) -> Batch:
     """Those of a microbatch's tokens that lie in `pieces`, in that order.
 
-    With document masking each document (cut at the start and end of a sample) is a segment, and the
-    last token of a document has no target; one cut by the end of its sample has the next token as
-    target. Without it each sample is a segment and every token has a target.
+    The label of a token is the next one of its document, also where the sample cuts the document. The
+    last token of a document has none with document masking, and without it the token that follows in the
+    sample (at its end, the one that `following` names). Padding is token 0 (eod where there is one)
+    without a label, a segment of its own.
 
     Args:
-        starts: stream position of each sample's first token.
+        samples: of the microbatch, in order.
         seq_length: tokens per sample.
-        pieces: half-open ranges of the microbatch's T = len(starts) x seq_length tokens; all by default.
+        pieces: half-open ranges of the microbatch's T = len(samples) x seq_length tokens; all by default.
+        document_masking: each document (cut at the start and end of a sample) is a segment; otherwise each sample.
         eod, eod_mask_loss: no target where the input is `eod` (Megatron-LM's meaning).
         vocab_size: ids are checked against it when given.
 
     Raises:
         ValueError: a token id is not below vocab_size, or eod_mask_loss without an eod.
     """
-    total = len(starts) * seq_length
+    total = len(samples) * seq_length
     pieces = [(0, total)] if pieces is None else pieces
     if eod_mask_loss and eod is None:
         raise ValueError("eod_mask_loss = True: the tokenizer has no end-of-document token. Fix: remove it.")
-    document_ends = np.empty(0, dtype=np.int64)
-    if document_masking:
-        # The last span's end is the window's, not a document's.
-        document_ends = np.concatenate([
-            i * seq_length + np.cumsum(stream.spans(start, seq_length + 1)[2])[:-1] for i, start in enumerate(starts)])
-    cu_seqlens = np.unique(np.concatenate([np.arange(0, total + 1, seq_length), document_ends])).astype(np.int64)
-    parts = [_read_piece(stream, starts, seq_length, low, high, vocab_size) for low, high in pieces]
-    for (low, high), (_, labels) in zip(pieces, parts, strict=True):
-        last_tokens = document_ends - 1
-        labels[last_tokens[(last_tokens >= low) & (last_tokens < high)] - low] = IGNORE
-    tokens, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    located = [_Located.make(sample, seq_length) for sample in samples]
+    cu_seqlens = np.concatenate([i * seq_length + sample.segments(document_masking)
+                                 for i, sample in enumerate(located)] + [[total]])
+    size = sum(high - low for low, high in pieces)
+    tokens, labels, positions = (np.empty(size, dtype=np.int64) for _ in range(3))
+    at = 0
+    for low, high in pieces:
+        for i in range(low // seq_length, -(-high // seq_length)):
+            first, last = max(low - i * seq_length, 0), min(high - i * seq_length, seq_length)
+            here = slice(at, at + last - first)
+            _read_part(located[i], first, last, document_masking, 0 if eod is None else eod, vocab_size,
+                       tokens[here], labels[here])
+            at += last - first
+    _fill_positions(cu_seqlens, np.array(pieces, dtype=np.int64), positions)
     if eod_mask_loss:
         labels[tokens == eod] = IGNORE
-    positions = np.concatenate([_positions(cu_seqlens, low, high) for low, high in pieces])
     return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(positions),
-                 torch.from_numpy(cu_seqlens.astype(np.int32)), num_targets=int((labels != IGNORE).sum()))
+                 torch.from_numpy(cu_seqlens.astype(np.int32)))
 
 
-def _read_piece(stream: DocumentStream, starts: Sequence[int], seq_length: int, low: int, high: int,
-                vocab_size: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [low, high) of the microbatch and the token that follows each in its sample."""
-    tokens, labels = np.empty(high - low, dtype=np.int64), np.empty(high - low, dtype=np.int64)
-    for i in range(low // seq_length, -(-high // seq_length)):
-        sample = i * seq_length
-        first, last = max(low, sample), min(high, sample + seq_length)
-        window = stream.read(starts[i] + first - sample, last - first + 1)
-        if vocab_size is not None:
-            _check_ids(stream, starts[i] + first - sample, window, vocab_size)
-        tokens[first - low:last - low], labels[first - low:last - low] = window[:-1], window[1:]
-    return tokens, labels
+def _read_part(located: _Located, first: int, last: int, document_masking: bool, padding: int,
+               vocab_size: int | None, tokens: np.ndarray, labels: np.ndarray) -> None:
+    """Fill the tokens [first, last) of a sample and their labels; reads one token more where a label needs it."""
+    spans, begins = located.spans, located.begins
+    real = min(last, int(begins[-1]))
+    tokens[max(0, real - first):], labels[max(0, real - first):] = padding, IGNORE
+    if real <= first:
+        return
+    low = int(np.searchsorted(begins, first, side="right")) - 1
+    high = int(np.searchsorted(begins, real, side="left"))  # of the spans, [low, high) are touched
+    documents, offsets, lengths = (array[low:high].copy() for array in spans[:3])
+    rests = spans.rests[low:high].copy()
+    skipped, left = first - int(begins[low]), int(begins[high]) - real
+    offsets[0] += skipped
+    lengths[0] -= skipped
+    lengths[-1] -= left
+    rests[-1] += left
+    inner = rests > 0  # the token after a span that does not end its document is read with it
+    window = np.empty(int(lengths.sum() + inner.sum()), dtype=np.int64)
+    located.sample.stream.reader.read_spans(documents, offsets, lengths + inner, window)
+    if vocab_size is not None and (window.min() < 0 or window.max() >= vocab_size):
+        _refuse_id(located.sample.stream, documents, lengths + inner, window, vocab_size)
+    after = IGNORE if document_masking or rests[-1] > 0 else _token_after(located, high)
+    if vocab_size is not None and after >= vocab_size:
+        raise ValueError(f"token id {after} in {located.sample.stream.reader.prefix}: must be in [0, vocab_size = "
+                         f"{vocab_size}). Fix: give the tokenizer (or --vocab-size) that made the corpus.")
+    _arrange(window, lengths, inner, document_masking, after, tokens, labels)
 
 
-def _positions(cu_seqlens: np.ndarray, low: int, high: int) -> np.ndarray:
-    """Place in its segment of each token in [low, high) -> int64 [high - low]."""
-    first = int(np.searchsorted(cu_seqlens, low, side="right")) - 1
-    last = int(np.searchsorted(cu_seqlens, high, side="left"))
-    begins = cu_seqlens[first:last]
-    edges = np.clip(cu_seqlens[first:last + 1], low, high)
-    return np.arange(low, high) - np.repeat(begins, np.diff(edges))
+def _token_after(located: _Located, span: int) -> int:
+    """The first token of a span, or after the last one the token that follows the sample; IGNORE if none does."""
+    spans, stream = located.spans, located.sample.stream
+    if span < len(spans.lengths):
+        return int(stream.reader.read(int(spans.documents[span]), int(spans.offsets[span]), 1)[0])
+    following = located.sample.following
+    return int(stream.read(following, 1)[0]) if following >= 0 else IGNORE
 
 
-def _check_ids(stream: DocumentStream, start: int, tokens: np.ndarray, vocab_size: int) -> None:
-    """Raises ValueError unless all ids, which begin at stream position `start`, are in [0, vocab_size)."""
-    wrong = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))
-    if len(wrong):
-        at = int(wrong[0])
-        document = int(stream.spans(start + at, 1)[0][0])
-        raise ValueError(f"token id {tokens[at]} in document {document} of {stream.reader.prefix}: must be in [0, "
-                         f"vocab_size = {vocab_size}). Fix: give the tokenizer (or --vocab-size) that made the corpus.")
+def _refuse_id(stream: DocumentStream, documents: np.ndarray, lengths: np.ndarray, window: np.ndarray,
+               vocab_size: int) -> None:
+    at = int(np.flatnonzero((window < 0) | (window >= vocab_size))[0])
+    document = int(documents[np.searchsorted(np.cumsum(lengths), at, side="right")])
+    raise ValueError(f"token id {window[at]} in document {document} of {stream.reader.prefix}: must be in [0, "
+                     f"vocab_size = {vocab_size}). Fix: give the tokenizer (or --vocab-size) that made the corpus.")
+
+
+@numba.njit(nogil=True, cache=True)
+def _arrange(window, lengths, inner, document_masking, after, tokens, labels):
+    """Spans of `window` to tokens and labels. inner[i]: a token more of span i's document lies behind it."""
+    read, written = 0, 0
+    for i in range(len(lengths)):
+        length = lengths[i]
+        for j in range(length - 1):
+            tokens[written + j] = window[read + j]
+            labels[written + j] = window[read + j + 1]
+        tokens[written + length - 1] = window[read + length - 1]
+        if inner[i]:
+            label = window[read + length]
+        elif document_masking:
+            label = IGNORE
+        elif i + 1 < len(lengths):
+            label = window[read + length]
+        else:
+            label = after
+        labels[written + length - 1] = label
+        read += length + inner[i]
+        written += length
+
+
+@numba.njit(nogil=True, cache=True)
+def _fill_positions(cu_seqlens, pieces, positions):
+    """Place in its segment of each token in the pieces."""
+    at = 0
+    for i in range(len(pieces)):
+        low, high = pieces[i]
+        segment = np.searchsorted(cu_seqlens, low, side="right") - 1
+        while low < high:
+            begin, end = cu_seqlens[segment], min(high, cu_seqlens[segment + 1])
+            for j in range(end - low):
+                positions[at + j] = low - begin + j
+            at += end - low
+            low = end
+            segment += 1

@@ -3,6 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from data.blend import parse_blend
+from data.units import parse_tokens
+
+Packing = Literal["concat", "best_fit"]
+Exhausted = Literal["repeat", "stop", "error"]
 TokenizerType = Literal["SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer",
                         "HuggingFaceTokenizer", "NullTokenizer"]
 
@@ -10,14 +15,19 @@ TokenizerType = Literal["SentencePieceTokenizer", "GPTSentencePieceTokenizer", "
 @dataclass(kw_only=True)
 class DataConfig:
     data_path: list[str] = field(default_factory=list)
-    """Prefix of a .bin/.idx pair, cut into train, valid and test by --split. One prefix; blends are not supported
-    yet."""
+    """Sources, `[weight prefix ...]` or `[prefix ...]`, each cut into train, valid and test by --split. Weights are
+    shares of the tokens and sum to anything; without them sources count by their tokens. PREFIX[64Ki:] is only the
+    documents of at least 64Ki tokens, PREFIX[:64Ki] the shorter ones. A phase may have its own."""
     train_data_path: list[str] = field(default_factory=list)
-    """Prefix of the training documents, instead of --data-path and --split."""
+    """Sources that are all trained on, instead of --data-path and --split."""
     valid_data_path: list[str] = field(default_factory=list)
-    """Prefix of the validation documents, beside --train-data-path."""
+    """Validation data of its own: `NAME=PREFIX ...`, a set each, or sources as in --data-path, one set."""
+    data_args_path: str | None = None
+    """File with the words of --data-path, for very many sources."""
+    data_cache_path: str | None = None
+    """Folder that keeps the indices of the data across starts; all processes of a node map the same files."""
     split: str = "969,30,1"
-    """Shares of the documents of --data-path for train, valid and test; drawn at random, not in file order."""
+    """Shares of each source's documents for train, valid and test; drawn at random, not in file order."""
     tokenizer_type: TokenizerType = "SentencePieceTokenizer"
     """SentencePiece (three spellings of one thing), a Hugging Face folder, or none (text of integers)."""
     tokenizer_model: str | None = None
@@ -32,8 +42,16 @@ class DataConfig:
     """Megatron-LM's spelling of a part of --document-masking; given, it must agree with it."""
     eod_mask_loss: bool = False
     """No loss at positions whose input is the end-of-document token."""
-    packing: Literal["concat"] = "concat"
-    """Samples are windows of the concatenated documents; the only packing built."""
+    packing: Packing = "concat"
+    """Samples are windows of the concatenated documents, or bins of whole documents (only those longer than a sample
+    are cut); a phase may change it."""
+    data_exhausted: Exhausted = "repeat"
+    """Where a source's tokens end: reshuffle and repeat it, draw only from the others, or refuse the run at its start;
+    a phase may change it."""
+    skip_data: list[str] = field(default_factory=list)
+    """Windows of the clock, as 120B:121B, whose data is passed over when the run comes to them."""
+    accept_changes: list[Literal["data"]] = field(default_factory=list)
+    """Continue although this changed since the checkpoint; changed data is drawn from its beginning."""
     mock_data: bool = False
     """Train on seeded synthetic documents; reads no files and needs --vocab-size."""
 
@@ -41,10 +59,7 @@ class DataConfig:
         """All problems that show without touching the disk, as `name = value: rule. Fix: ...`."""
         problems = self._path_problems() + self._tokenizer_problems()
         if self.data_path or self.mock_data:
-            try:
-                parse_split(self.split)
-            except ValueError as error:
-                problems.append(str(error))
+            problems += _problems_of(lambda: parse_split(self.split))
         for name in ("reset_position_ids", "reset_attention_mask"):
             value = getattr(self, name)
             if value is not None and value != self.document_masking:
@@ -57,19 +72,24 @@ class DataConfig:
         names = ("data_path", "train_data_path", "valid_data_path")
         given = [name for name in names if getattr(self, name)]
         for name in given:
-            if len(getattr(self, name)) > 1:
-                problems.append(f"{name} = {' '.join(getattr(self, name))}: blends are not supported yet. Fix: give "
-                                "one prefix without a weight; merge corpora with tools.preprocess_data.")
+            words = getattr(self, name)
+            if name != "valid_data_path" or not all("=" in word for word in words):
+                problems += _problems_of(lambda n=name, w=words: parse_blend(w, n))
+        problems += _problems_of(lambda: parse_windows(self.skip_data))
         if self.mock_data:
             return problems + [f"{name} = {' '.join(getattr(self, name))}: cannot be combined with mock_data. "
                                "Fix: remove one of them." for name in given]
         if not self.data_path and not self.train_data_path:
             problems.append("data_path = []: there is nothing to train on. Fix: give --data-path PREFIX, "
                             "--train-data-path PREFIX or --mock-data.")
-        if self.data_path and len(given) > 1:
-            problems.append(f"{given[1]} = {' '.join(getattr(self, given[1]))}: data_path is split, so it cannot be "
-                            "combined with a path of its own for a split. Fix: --train-data-path instead of "
-                            "--data-path, or --data-path alone.")
+        if self.data_path and self.train_data_path:
+            problems.append(f"train_data_path = {' '.join(self.train_data_path)}: cannot be combined with data_path, "
+                            "which is split. Fix: one of them.")
+        if self.data_path and self.valid_data_path and _problems_of(lambda: parse_split(self.split)) == [] and (
+                parse_split(self.split)[1] > 0):
+            problems.append(f"valid_data_path = {' '.join(self.valid_data_path)}: split = {self.split} makes "
+                            "validation sets, too. Fix: --train-data-path instead of --data-path, or a --split whose "
+                            "second share is 0.")
         return problems
 
     def _tokenizer_problems(self) -> list[str]:
@@ -106,3 +126,35 @@ def parse_split(split: str) -> tuple[float, float, float]:
     weights += [0.0] * (3 - len(weights))
     train, valid, test = (weight / sum(weights) for weight in weights)
     return train, valid, test
+
+
+def parse_windows(words: list[str]) -> list[tuple[int, int]]:
+    """`START:END` windows of the clock -> sorted (start, end).
+
+    Raises:
+        ValueError: not a window of at least one token, or two overlap.
+    """
+    windows = []
+    for word in words:
+        parts = word.split(":")
+        try:
+            start, end = (parse_tokens(part) for part in parts) if len(parts) == 2 else (0, 0)
+        except ValueError as error:
+            raise ValueError(f"skip_data = {word}: {error}. Fix: for example 120B:121B.") from None
+        if end <= start:
+            raise ValueError(f"skip_data = {word}: must be START:END in tokens, END above START. Fix: for example "
+                             "120B:121B.")
+        windows.append((start, end))
+    windows.sort()
+    for (_, end), (start, _) in zip(windows, windows[1:], strict=False):
+        if start < end:
+            raise ValueError(f"skip_data = {' '.join(words)}: windows overlap. Fix: join them.")
+    return windows
+
+
+def _problems_of(make) -> list[str]:
+    try:
+        make()
+    except ValueError as error:
+        return str(error).splitlines()
+    return []

@@ -10,11 +10,15 @@ files, which we ignore. A document is one or more sequences.
 import json
 import os
 import struct
+import threading
 from array import array
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import numba
 import numpy as np
 import xxhash
 
@@ -42,19 +46,25 @@ def find_code(dtype: type[np.integer]) -> int:
 
 @dataclass(frozen=True)
 class Index:
-    """What .idx says, checked.
+    """What .idx says, checked, of a .bin of the right size.
 
-    dtype: of the tokens in .bin. sequence_lengths: int32 [sequences], tokens.
-    document_indices: int64 [documents + 1], first sequence of each document.
+    dtype: of the tokens in .bin. document_lengths: int32 [documents] (int64 where one is longer), tokens.
+    num_sequences. num_tokens. checksum: xxh3 of dtype, lengths and document ranges, hex.
     """
 
     dtype: type[np.integer]
-    sequence_lengths: np.ndarray
-    document_indices: np.ndarray
+    document_lengths: np.ndarray
+    num_sequences: int
+    num_tokens: int
+    checksum: str
+
+    @property
+    def one_sequence_each(self) -> bool:
+        return len(self.document_lengths) == self.num_sequences
 
 
 def read_index(prefix: str) -> Index:
-    """Read and check .idx, and the size of .bin against it.
+    """Read and check .idx in blocks, and the size of .bin against it.
 
     Raises:
         ValueError: a file is missing, damaged, or does not belong to the other.
@@ -65,37 +75,104 @@ def read_index(prefix: str) -> Index:
             hint = " The prefix has no ending." if prefix.endswith((".bin", ".idx")) else ""
             raise ValueError(f"{file}: no such file.{hint} Fix: give the prefix of a .bin/.idx pair, as "
                              "tools.preprocess_data writes it.")
-    size = idx.stat().st_size
+    code, sequences, indices = _read_header(idx)
+    digest = xxhash.xxh3_128(HEADER.pack(MAGIC, VERSION, code, sequences, indices))
+    itemsize = np.dtype(DTYPES[code]).itemsize
+    lengths = np.fromfile(idx, "<i4", sequences, offset=HEADER.size)
+    digest.update(lengths)
+    end, pointers_start = 0, HEADER.size + 4 * sequences
+    for block in _blocks(idx, pointers_start, sequences):
+        first, pointers = block
+        end = _check_pointers(lengths[first:first + len(pointers)], pointers, end, itemsize)
+        if end < 0:
+            raise ValueError(f"{idx}: its sequence lengths and offsets disagree: it is damaged. Fix: make it again.")
+    found = bin_file.stat().st_size
+    if found != end:
+        raise ValueError(f"{bin_file}: {found:,} bytes, but {idx.name} describes {end:,}: "
+                         f"{'truncated' if found < end else 'too long'}, or of another corpus. Fix: copy both "
+                         "files again, or make them again.")
+    documents = _document_lengths(idx, lengths, pointers_start + 8 * sequences, indices, digest)
+    return Index(DTYPES[code], documents, sequences, end // itemsize, digest.hexdigest())
+
+
+def read_sequences(prefix: str) -> tuple[np.ndarray, np.ndarray]:
+    """int32 length of each sequence and int64 [documents + 1] first sequence of each document, of a sound pair."""
+    idx = Path(f"{prefix}.idx")
+    _, sequences, indices = _read_header(idx)
+    return (np.fromfile(idx, "<i4", sequences, offset=HEADER.size),
+            np.fromfile(idx, "<i8", indices, offset=HEADER.size + 12 * sequences))
+
+
+def _read_header(idx: Path) -> tuple[int, int, int]:
+    """Dtype code, number of sequences, number of document indices."""
     with open(idx, "rb") as file:
-        head = file.read(HEADER.size)
-        magic, version, code, sequences, indices = HEADER.unpack(head.ljust(HEADER.size, b"\0"))
-        if magic != MAGIC or version != VERSION:
-            raise ValueError(f"{idx}: not an index of version {VERSION}. Fix: make it with tools.preprocess_data or "
-                             "Megatron-LM's preprocess_data.py.")
-        if code not in DTYPES:
-            raise ValueError(f"{idx}: dtype code {code}: token ids must be integers (codes {sorted(DTYPES)}). Fix: "
-                             "make the file again with an integer dtype.")
-        plain = HEADER.size + 12 * sequences + 8 * indices
-        if size not in (plain, plain + sequences):
-            raise ValueError(f"{idx}: {size:,} bytes, but its header asks for {plain:,}: it is damaged. Fix: copy or "
-                             "make it again.")
-        lengths = np.fromfile(file, dtype="<i4", count=sequences)
-        pointers = np.fromfile(file, dtype="<i8", count=sequences)
-        documents = np.fromfile(file, dtype="<i8", count=indices)
+        magic, version, code, sequences, indices = HEADER.unpack(file.read(HEADER.size).ljust(HEADER.size, b"\0"))
+    if magic != MAGIC or version != VERSION:
+        raise ValueError(f"{idx}: not an index of version {VERSION}. Fix: make it with tools.preprocess_data or "
+                         "Megatron-LM's preprocess_data.py.")
+    if code not in DTYPES:
+        raise ValueError(f"{idx}: dtype code {code}: token ids must be integers (codes {sorted(DTYPES)}). Fix: "
+                         "make the file again with an integer dtype.")
+    size, plain = idx.stat().st_size, HEADER.size + 12 * sequences + 8 * indices
+    if size not in (plain, plain + sequences):
+        raise ValueError(f"{idx}: {size:,} bytes, but its header asks for {plain:,}: it is damaged. Fix: copy or "
+                         "make it again.")
     if indices < 2:
         raise ValueError(f"{idx}: zero documents. Fix: make it again from inputs that are not empty.")
-    itemsize = np.dtype(DTYPES[code]).itemsize
-    ends = np.cumsum(lengths, dtype=np.int64) * itemsize
-    if (lengths < 0).any() or not np.array_equal(pointers, ends - lengths.astype(np.int64) * itemsize):
-        raise ValueError(f"{idx}: its sequence lengths and offsets disagree: it is damaged. Fix: make it again.")
-    if documents[0] != 0 or documents[-1] != sequences or (np.diff(documents) < 0).any():
-        raise ValueError(f"{idx}: its document ranges do not cover its sequences: it is damaged. Fix: make it again.")
-    expected, found = int(ends[-1]) if sequences else 0, bin_file.stat().st_size
-    if found != expected:
-        raise ValueError(f"{bin_file}: {found:,} bytes, but {idx.name} describes {expected:,}: "
-                         f"{'truncated' if found < expected else 'too long'}, or of another corpus. Fix: copy both "
-                         "files again, or make them again.")
-    return Index(DTYPES[code], lengths, documents)
+    return code, sequences, indices
+
+
+def _blocks(file: Path, start: int, count: int) -> Iterator[tuple[int, np.ndarray]]:
+    """(number of the first, int64 numbers) of `count` numbers from byte `start` on, a block at a time."""
+    block = COPY_BYTES // 8
+    for first in range(0, count, block):
+        yield first, np.fromfile(file, "<i8", min(block, count - first), offset=start + 8 * first)
+
+
+def _document_lengths(idx: Path, lengths: np.ndarray, start: int, indices: int, digest) -> np.ndarray:
+    """Tokens of each document; `lengths` itself where each is one sequence, as they mostly are."""
+    problem = ValueError(f"{idx}: its document ranges do not cover its sequences: it is damaged. Fix: make it again.")
+    documents, last = lengths if indices == len(lengths) + 1 else None, 0
+    sums = []
+    for first, numbers in _blocks(idx, start, indices):
+        digest.update(numbers)
+        if (first == 0 and numbers[0] != 0) or numbers[0] < last or (np.diff(numbers) < 0).any() or (
+                numbers[-1] > len(lengths)):
+            raise problem
+        if documents is not None and not np.array_equal(numbers, np.arange(first, first + len(numbers))):
+            documents = None
+        last = int(numbers[-1])
+    if last != len(lengths):
+        raise problem
+    if documents is not None:
+        return documents
+    before = 0
+    for first, numbers in _blocks(idx, start, indices):
+        sums.append(_sum_ranges(lengths, before, numbers[first == 0:]))
+        before = int(numbers[-1])
+    totals = np.concatenate(sums)
+    return totals if totals.max() > LONGEST_SEQUENCE else totals.astype(np.int32)
+
+
+@numba.njit(nogil=True, cache=True)
+def _check_pointers(lengths, pointers, end, itemsize):
+    """The byte after the last sequence, or -1 where a pointer is not the end of the sequence before."""
+    for i in range(len(lengths)):
+        if pointers[i] != end or lengths[i] < 0:
+            return -1
+        end += numba.int64(lengths[i]) * itemsize
+    return end
+
+
+@numba.njit(nogil=True, cache=True)
+def _sum_ranges(lengths, first, ends):
+    """Sums of lengths[first:ends[0]], lengths[ends[0]:ends[1]], ..."""
+    out = np.zeros(len(ends), dtype=np.int64)
+    for i in range(len(ends)):
+        for sequence in range(first, ends[i]):
+            out[i] += lengths[sequence]
+        first = ends[i]
+    return out
 
 
 def read_side_file(prefix: str) -> dict | None:
@@ -107,69 +184,135 @@ def read_side_file(prefix: str) -> dict | None:
     return side if isinstance(side, dict) and {"documents", "tokens", "max_token_id"} <= side.keys() else None
 
 
+class _Maps(NamedTuple):
+    """A pair's open memory maps. pointers: bytes [sequences, 8], since .idx does not align them."""
+
+    tokens: np.ndarray
+    pointers: np.ndarray
+    first_sequences: np.ndarray
+
+
+class OpenFiles:
+    """Bounds the memory maps that many readers hold open: the one not used for longest is closed.
+
+    Closing lets go of the map; a copy that another thread is making from it is safe, as it holds the map.
+    """
+
+    def __init__(self, limit: int = 256):
+        self.limit = limit
+        self._maps: OrderedDict[IndexedReader, _Maps] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def maps_of(self, reader: "IndexedReader") -> _Maps:
+        with self._lock:
+            if reader not in self._maps:
+                while len(self._maps) >= self.limit:
+                    self._maps.popitem(last=False)
+                self._maps[reader] = reader.open_maps()
+            self._maps.move_to_end(reader)
+            return self._maps[reader]
+
+    def close(self, reader: "IndexedReader") -> None:
+        with self._lock:
+            self._maps.pop(reader, None)
+
+    def __len__(self) -> int:
+        return len(self._maps)
+
+
 class IndexedReader:
     """Random access to the documents of a .bin/.idx pair, memory-mapped.
 
-    Attributes: prefix, dtype, num_documents, num_tokens, document_lengths (int64 [documents], tokens;
+    Attributes: prefix, dtype, num_documents, num_tokens, document_lengths (int32 or int64 [documents], tokens;
     a document may be empty).
     """
 
-    def __init__(self, prefix: str):
+    def __init__(self, prefix: str, files: OpenFiles | None = None):
         """Raises ValueError as `read_index` does."""
         index = read_index(prefix)
-        self.prefix, self.dtype = prefix, index.dtype
-        token_offsets = np.zeros(len(index.sequence_lengths) + 1, dtype=np.int64)
-        np.cumsum(index.sequence_lengths, dtype=np.int64, out=token_offsets[1:])
-        self._offsets = token_offsets[index.document_indices]
-        self.document_lengths = np.diff(self._offsets)
-        self.num_documents, self.num_tokens = len(self.document_lengths), int(self._offsets[-1])
-        self._tokens: np.ndarray | None = np.empty(0, dtype=self.dtype)
-        if self.num_tokens:  # an empty file cannot be mapped
-            self._tokens = np.asarray(np.memmap(f"{prefix}.bin", dtype=self.dtype, mode="r"))
+        self.prefix, self.dtype, self.document_lengths = prefix, index.dtype, index.document_lengths
+        self.num_documents, self.num_tokens = len(index.document_lengths), index.num_tokens
+        self._num_sequences, self._one_sequence_each = index.num_sequences, index.one_sequence_each
+        self._index_checksum, self._identity = index.checksum, ""
+        self._files = files or OpenFiles(1)
+        self._closed = False
 
-    def read_into(self, document: int, offset: int, out: np.ndarray) -> None:
-        """Copy tokens [offset, offset + len(out)) of a document into `out`, int64."""
-        assert 0 <= offset and offset + len(out) <= self.document_lengths[document], (document, offset, len(out))
-        assert self._tokens is not None, "the reader is closed"
-        start = self._offsets[document] + offset
-        out[:] = self._tokens[start:start + len(out)]
+    def open_maps(self) -> _Maps:
+        """Map both files; OpenFiles calls it."""
+        tokens = np.empty(0, dtype=self.dtype)
+        if self.num_tokens:  # an empty file cannot be mapped
+            tokens = np.memmap(f"{self.prefix}.bin", dtype=self.dtype, mode="r").view(np.ndarray)
+        table = np.memmap(f"{self.prefix}.idx", dtype=np.uint8, mode="r").view(np.ndarray)
+        start = HEADER.size + 4 * self._num_sequences
+        middle, end = start + 8 * self._num_sequences, start + 8 * (self._num_sequences + self.num_documents + 1)
+        return _Maps(tokens, table[start:middle].reshape(-1, 8), table[middle:end].reshape(-1, 8))
+
+    def read_spans(self, documents: np.ndarray, offsets: np.ndarray, lengths: np.ndarray, out: np.ndarray) -> None:
+        """Copy spans one after another into `out`, int64 [sum of lengths].
+
+        Args:
+            documents, offsets, lengths: int64 [spans]; tokens [offset, offset + length) of each document.
+        """
+        assert not self._closed, "the reader is closed"
+        assert int(lengths.sum()) == len(out), (lengths.sum(), len(out))
+        maps = self._files.maps_of(self)
+        sequences = documents if self._one_sequence_each else _numbers_at(maps.first_sequences, documents)
+        starts = _numbers_at(maps.pointers, sequences) // np.dtype(self.dtype).itemsize + offsets
+        assert len(starts) == 0 or (starts + lengths).max() <= self.num_tokens, self.prefix
+        _copy_spans(maps.tokens, starts, lengths, out)
 
     def read(self, document: int, offset: int, length: int) -> np.ndarray:
         """Tokens [offset, offset + length) of a document -> int64 [length], a copy."""
+        assert 0 <= offset and offset + length <= self.document_lengths[document], (document, offset, length)
         out = np.empty(length, dtype=np.int64)
-        self.read_into(document, offset, out)
+        self.read_spans(*(np.array([number], dtype=np.int64) for number in (document, offset, length)), out)
         return out
 
     def token_range(self) -> tuple[int, int]:
         """Smallest and largest id of the whole file, read in blocks; (0, -1) when it is empty."""
-        assert self._tokens is not None, "the reader is closed"
-        low, high, block = 0, -1, COPY_BYTES // self._tokens.itemsize
+        tokens = self._files.maps_of(self).tokens
+        low, high, block = 0, -1, COPY_BYTES // tokens.itemsize
         for start in range(0, self.num_tokens, block):
-            part = self._tokens[start:start + block]
+            part = tokens[start:start + block]
             low, high = min(low, int(part.min())), max(high, int(part.max()))
         return low, high
 
     def fingerprint(self) -> str:
-        """xxh3 of the .idx bytes, .bin's size and some blocks of it, spread evenly; hex.
+        """xxh3 of what .idx says, .bin's size and some blocks of it, spread evenly; hex.
 
         The blocks catch a corpus made again with another tokenizer and the same lengths. They do not
         prove that all of .bin is the same.
         """
-        digest = xxhash.xxh3_128()
-        with open(f"{self.prefix}.idx", "rb") as file:
-            while block := file.read(COPY_BYTES):
-                digest.update(block)
-        with open(f"{self.prefix}.bin", "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            digest.update(str(size).encode())
-            for i in range(SAMPLED_BLOCKS):
-                file.seek(max(0, size - SAMPLED_BYTES) * i // (SAMPLED_BLOCKS - 1))
-                digest.update(file.read(SAMPLED_BYTES))
-        return digest.hexdigest()
+        if not self._identity:
+            digest = xxhash.xxh3_128(self._index_checksum.encode())
+            with open(f"{self.prefix}.bin", "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                digest.update(str(size).encode())
+                for i in range(SAMPLED_BLOCKS):
+                    file.seek(max(0, size - SAMPLED_BYTES) * i // (SAMPLED_BLOCKS - 1))
+                    digest.update(file.read(SAMPLED_BYTES))
+            self._identity = digest.hexdigest()
+        return self._identity
 
     def close(self) -> None:
-        """Let go of the file. What was read stays valid: it was copied."""
-        self._tokens = None
+        """Let go of the files. What was read stays valid: it was copied."""
+        self._closed = True
+        self._files.close(self)
+
+
+def _numbers_at(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Rows of a table of little-endian int64 in bytes [rows, 8] -> int64."""
+    return np.take(table, rows, axis=0).view("<i8").reshape(-1)
+
+
+@numba.njit(nogil=True, cache=True)
+def _copy_spans(tokens, starts, lengths, out):
+    at = 0
+    for i in range(len(starts)):
+        start = starts[i]
+        for j in range(lengths[i]):
+            out[at + j] = tokens[start + j]
+        at += lengths[i]
 
 
 class IndexedWriter:
@@ -230,9 +373,10 @@ class IndexedWriter:
             while block := file.read(COPY_BYTES):
                 self.max_token_id = max(self.max_token_id, int(np.frombuffer(block, dtype=self.dtype).max()))
                 self._bin.write(block)
-        self._documents.extend((index.document_indices[1:] + len(self._lengths)).tolist())
-        self._lengths.extend(index.sequence_lengths.tolist())
-        self.num_tokens += int(index.sequence_lengths.sum(dtype=np.int64))
+        lengths, first_sequences = read_sequences(prefix)
+        self._documents.extend((first_sequences[1:] + len(self._lengths)).tolist())
+        self._lengths.extend(lengths.tolist())
+        self.num_tokens += index.num_tokens
 
     def finish(self, tokenizer: dict | None = None) -> list[str]:
         """Publish PREFIX.bin, .json and .idx -> their paths. `tokenizer`: its description, for .json.

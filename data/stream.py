@@ -1,20 +1,30 @@
-"""A corpus as one endless token stream, whatever the sequence length.
+"""A source as one endless token stream, whatever the sequence length.
 
-Epoch e is a permutation of the documents, seeded by (seed, e); the stream is the epochs one after
-another. Prefix offsets over the permuted documents turn a stream position into a document and an
-offset by binary search, so reading is a pure function of the position.
+Epoch e is a permutation of the source's documents, seeded by (seed, e); the stream is the epochs one after another.
+The permutation needs no table (permutation.py), and a prefix offset is kept for each block of 16 permuted documents,
+so an epoch of n documents costs n / 2 bytes. A stream position is found by a binary search over the blocks and a walk
+in one of them; reading is a pure function of the position.
 """
 
+import os
 import threading
-from typing import Protocol
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, Protocol
 
+import numba
 import numpy as np
 import xxhash
 
+from data.cache import IndexCache
 from data.config import parse_split
+from data.permutation import Permutation, permuted
 
 SPLITS = ("train", "valid", "test")
 KEPT_EPOCHS = 2
+BLOCK = 16
+"""Documents per prefix offset."""
+SPLIT_PURPOSE, EPOCH_PURPOSE = 1, 2
+"""Keep the seeds of the two permutations apart."""
 
 
 class Reader(Protocol):
@@ -23,23 +33,144 @@ class Reader(Protocol):
     prefix: str
     document_lengths: np.ndarray
 
-    def read_into(self, document: int, offset: int, out: np.ndarray) -> None: ...
+    def read_spans(self, documents: np.ndarray, offsets: np.ndarray, lengths: np.ndarray, out: np.ndarray) -> None: ...
 
     def fingerprint(self) -> str: ...
 
 
-def permutation(size: int, *seed: int) -> np.ndarray:
-    """Seeded permutation of range(size) -> int64 [size].
+class Spans(NamedTuple):
+    """Pieces of documents, in order: int64 [spans] each, lengths above 0."""
 
-    Sorts raw PCG64 output. numpy guarantees that output for all its versions, but not that of
-    Generator.permutation, and a run may be continued years later.
+    documents: np.ndarray
+    """Number of the document in the reader."""
+    offsets: np.ndarray
+    """First token in the document."""
+    lengths: np.ndarray
+    rests: np.ndarray
+    """Tokens of the document after the span; 0 = the span ends its document."""
+    intervals: np.ndarray
+    """Which of the intervals asked for the span belongs to."""
+
+
+class _Epoch(NamedTuple):
+    """blocks: int64 [blocks + 1], tokens of the epoch before each block of permuted documents."""
+
+    permutation: Permutation
+    blocks: np.ndarray
+
+
+class DocumentStream:
+    """The documents of one source as an endless stream of tokens. Safe to read from several threads.
+
+    Attributes: reader, documents (ids of those that are not empty, ascending; None = all of the reader's), seed,
+    num_documents, tokens_per_epoch.
     """
-    keys = np.random.PCG64(np.random.SeedSequence(seed)).random_raw(size)
-    return np.argsort(keys, kind="stable")
+
+    def __init__(self, reader: Reader, documents: np.ndarray | None, seed: int, cache: IndexCache | None = None):
+        """
+        Args:
+            documents: ids of the documents to stream, ascending; None = all.
+            cache: keeps the prefix offsets across starts.
+
+        Raises:
+            ValueError: the documents hold no token.
+        """
+        lengths = reader.document_lengths if documents is None else reader.document_lengths[documents]
+        if len(lengths) and int(lengths.min()) == 0:
+            keep = np.flatnonzero(lengths)
+            documents, lengths = keep if documents is None else documents[keep], lengths[keep]
+        self.reader, self.documents, self.lengths, self.seed = reader, documents, lengths, seed
+        self.num_documents = len(lengths)
+        self.tokens_per_epoch = int(lengths.sum(dtype=np.int64))
+        if self.tokens_per_epoch == 0:
+            raise ValueError(f"{reader.prefix}: no document has a token. Fix: give a corpus that is not empty, another "
+                             "split, or another range of lengths.")
+        self._cache = cache or IndexCache(None)
+        self._epochs: dict[int, _Epoch] = {}
+        self._lock = threading.Lock()
+        self._identity: dict | None = None
+
+    def locate(self, intervals: np.ndarray) -> Spans:
+        """The spans of documents at the given intervals of the stream, in order.
+
+        Args:
+            intervals: int64 [intervals, 2], stream position of the first token and number of tokens of each.
+        """
+        intervals = np.asarray(intervals, dtype=np.int64).reshape(-1, 2)
+        assert (intervals >= 0).all(), intervals
+        first_epochs = intervals[:, 0] // self.tokens_per_epoch
+        last_epochs = (intervals.sum(axis=1) - 1) // self.tokens_per_epoch
+        if len(intervals) and first_epochs.min() == last_epochs.max():
+            return self._locate_in(int(first_epochs[0]), intervals, np.arange(len(intervals)))
+        parts = [(np.empty(0, dtype=np.int64),) * 5]
+        for number, (start, length) in enumerate(intervals.tolist()):
+            while length > 0:
+                epoch, local = divmod(start, self.tokens_per_epoch)
+                count = min(length, self.tokens_per_epoch - local)
+                parts.append(self._locate_in(epoch, np.array([[start, count]]), np.array([number])))
+                start, length = start + count, length - count
+        return Spans(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+    def spans(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Document, offset in it and length of each span at stream positions [start, start + length)."""
+        found = self.locate(np.array([[start, length]]))
+        return found.documents, found.offsets, found.lengths
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Tokens at stream positions [start, start + length) -> int64 [length], a copy."""
+        out = np.empty(length, dtype=np.int64)
+        self.reader.read_spans(*self.spans(start, length), out)
+        return out
+
+    def documents_before(self, position: int) -> int:
+        """Documents that begin at stream positions below `position`, over all epochs."""
+        epoch, local = divmod(position, self.tokens_per_epoch)
+        if local == 0:
+            return epoch * self.num_documents
+        permutation, blocks = self._epoch(epoch)
+        return epoch * self.num_documents + int(_find_document(local - 1, self.lengths, permutation, blocks)[0]) + 1
+
+    def document_start(self, position: int) -> int:
+        """The first stream position >= `position` at which a document begins (or an epoch, as one then does)."""
+        epoch, local = divmod(position, self.tokens_per_epoch)
+        if local == 0:
+            return position
+        permutation, blocks = self._epoch(epoch)
+        _, start, length = _find_document(local, self.lengths, permutation, blocks)
+        return position if start == local else epoch * self.tokens_per_epoch + int(start + length)
+
+    def fingerprint(self) -> dict:
+        """JSON-able identity of what the stream reads: the files, and which of their documents."""
+        if self._identity is None:
+            selection = "all" if self.documents is None else xxhash.xxh3_128_hexdigest(
+                np.ascontiguousarray(self.documents, dtype=np.int64))
+            self._identity = {"corpus": self.reader.fingerprint(), "documents": self.num_documents,
+                              "tokens": self.tokens_per_epoch, "selection": selection}
+        return self._identity
+
+    def _locate_in(self, epoch: int, intervals: np.ndarray, numbers: np.ndarray) -> Spans:
+        """The spans of intervals that lie in one epoch; `numbers`: what to call them."""
+        permutation, blocks = self._epoch(epoch)
+        starts = intervals[:, 0] - epoch * self.tokens_per_epoch
+        documents, *rest, found = _find_spans(starts, intervals[:, 1], self.lengths, permutation, blocks)
+        if self.documents is not None:
+            documents = self.documents[documents].astype(np.int64)
+        return Spans(documents, *rest, numbers[found])
+
+    def _epoch(self, epoch: int) -> _Epoch:
+        with self._lock:
+            if epoch not in self._epochs:
+                permutation = Permutation.make(self.num_documents, self.seed, EPOCH_PURPOSE, epoch)
+                key = {"what": "offsets", "block": BLOCK, "seed": self.seed, "epoch": epoch} | self.fingerprint()
+                arrays = self._cache.get(key, lambda: {"blocks": _prefix_offsets(self.lengths, permutation)})
+                while len(self._epochs) >= KEPT_EPOCHS:
+                    del self._epochs[next(iter(self._epochs))]
+                self._epochs[epoch] = _Epoch(permutation, arrays["blocks"])
+            return self._epochs[epoch]
 
 
 def split_documents(num_documents: int, split: str, seed: int) -> dict[str, np.ndarray]:
-    """Cut a seeded permutation of the documents by shares -> split name -> document ids, int64, sorted.
+    """Cut a seeded permutation of the documents by shares -> split name -> document ids, ascending.
 
     Random, so that each split is representative, while Megatron-LM cuts in file order. A share above
     0 gets at least one document as long as there are enough; train comes first, then valid.
@@ -59,121 +190,107 @@ def split_documents(num_documents: int, split: str, seed: int) -> dict[str, np.n
         largest = max(range(3), key=lambda i: (counts[i], i))
         counts[largest] -= min(excess, max(1, counts[largest] - 1))
     counts[0] += num_documents - sum(counts)
-    order = permutation(num_documents, seed, 0x5BD17)  # apart from the epochs' seeds
     ends = np.cumsum(counts)
-    return {name: np.sort(order[end - count:end]) for name, count, end in zip(SPLITS, counts, ends, strict=True)}
+    if counts[0] == num_documents:
+        whole = np.arange(num_documents, dtype=_id_type(num_documents))
+        return {"train": whole, "valid": whole[:0], "test": whole[:0]}
+    # A permutation ranks the documents: those of the lowest ranks train.
+    permutation = Permutation.make(num_documents, seed, SPLIT_PURPOSE)
+    outs = [np.empty(count, dtype=_id_type(num_documents)) for count in counts]
+    _deal(permutation, ends, *outs)
+    return dict(zip(SPLITS, outs, strict=True))
 
 
-class DocumentStream:
-    """The documents of one split as an endless stream of tokens. Safe to read from several threads.
-
-    Attributes: reader, documents (int64, ids of those that are not empty), seed, tokens_per_epoch.
-    """
-
-    def __init__(self, reader: Reader, documents: np.ndarray, seed: int):
-        """Raises ValueError when the documents hold no token."""
-        lengths = reader.document_lengths[documents]
-        self.reader, self.documents, self.seed = reader, np.asarray(documents, dtype=np.int64)[lengths > 0], seed
-        self._lengths = lengths[lengths > 0].astype(np.int64)
-        self.tokens_per_epoch = int(self._lengths.sum())
-        if self.tokens_per_epoch == 0:
-            raise ValueError(f"{reader.prefix}: {len(documents)} documents without a single token. Fix: give a corpus "
-                             "that is not empty, or another split.")
-        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._lock = threading.Lock()
-
-    def spans(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The pieces of documents at stream positions [start, start + length).
-
-        Returns:
-            document, offset in the document, length: int64 [pieces] each, lengths > 0. A boundary
-            between two pieces is always an end of a document, even where both have the same id.
-        """
-        assert start >= 0 and length >= 0, (start, length)
-        pieces = []
-        while length > 0:
-            epoch, local = divmod(start, self.tokens_per_epoch)
-            count = min(length, self.tokens_per_epoch - local)
-            documents, offsets = self._epoch(epoch)
-            first = int(np.searchsorted(offsets, local, side="right")) - 1
-            last = int(np.searchsorted(offsets, local + count, side="left"))
-            begins = np.maximum(offsets[first:last], local)
-            ends = np.minimum(offsets[first + 1:last + 1], local + count)
-            pieces.append((documents[first:last], begins - offsets[first:last], ends - begins))
-            start, length = start + count, length - count
-        if not pieces:
-            return (np.empty(0, dtype=np.int64),) * 3
-        documents, offsets, lengths = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
-        return documents, offsets, lengths
-
-    def read(self, start: int, length: int) -> np.ndarray:
-        """Tokens at stream positions [start, start + length) -> int64 [length], a copy."""
-        out, at = np.empty(length, dtype=np.int64), 0
-        for document, offset, count in zip(*(part.tolist() for part in self.spans(start, length)), strict=True):
-            self.reader.read_into(document, offset, out[at:at + count])
-            at += count
-        return out
-
-    def fingerprint(self) -> dict:
-        """JSON-able identity of what the stream reads: the files, and which of their documents."""
-        return {"corpus": self.reader.fingerprint(), "documents": len(self.documents),
-                "tokens": self.tokens_per_epoch, "selection": xxhash.xxh3_128_hexdigest(self.documents.tobytes())}
-
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Document ids in this epoch's order, int64 [documents], and their prefix offsets, int64 [documents + 1]."""
-        with self._lock:
-            if epoch not in self._epochs:
-                order = permutation(len(self.documents), self.seed, epoch)
-                offsets = np.zeros(len(order) + 1, dtype=np.int64)
-                np.cumsum(self._lengths[order], out=offsets[1:])
-                while len(self._epochs) >= KEPT_EPOCHS:
-                    del self._epochs[next(iter(self._epochs))]
-                self._epochs[epoch] = self.documents[order], offsets
-            return self._epochs[epoch]
+def _id_type(num_documents: int) -> type[np.integer]:
+    return np.uint32 if num_documents <= 2**32 else np.int64
 
 
-class SyntheticReader:
-    """Documents that need no files: motifs of 8 tokens from a small pool, in random order. Learnable, and
-    readable at any offset, since every token is a hash of (seed, document, offset).
-
-    Lengths are log-uniform in [16, 8192] tokens.
-    """
-
-    MOTIF, POOL = 8, 64
-
-    def __init__(self, vocab_size: int, seed: int, num_documents: int = 10_000):
-        self.prefix, self.vocab_size, self.seed = "mock data", vocab_size, seed
-        draws = _hash(np.arange(num_documents, dtype=np.uint64), seed, 1) >> np.uint64(11)
-        self.document_lengths = (16 * 512.0 ** (draws / 2.0**53)).astype(np.int64)
-        self.num_documents, self.num_tokens = num_documents, int(self.document_lengths.sum())
-        size = np.uint64(vocab_size)
-        self._motifs = (_hash(np.arange(self.POOL * self.MOTIF, dtype=np.uint64), seed, 2) % size).astype(np.int64)
-
-    def read_into(self, document: int, offset: int, out: np.ndarray) -> None:
-        """Tokens [offset, offset + len(out)) of a document into `out`, int64."""
-        assert offset + len(out) <= self.document_lengths[document], (document, offset, len(out))
-        places = np.arange(offset, offset + len(out), dtype=np.uint64)
-        blocks = places // np.uint64(self.MOTIF) + (np.uint64(document) << np.uint64(32))
-        motifs = _hash(blocks, self.seed, 3) % np.uint64(self.POOL)
-        out[:] = self._motifs[motifs * np.uint64(self.MOTIF) + places % np.uint64(self.MOTIF)]
-
-    def read(self, document: int, offset: int, length: int) -> np.ndarray:
-        """Tokens [offset, offset + length) of a document -> int64 [length]."""
-        out = np.empty(length, dtype=np.int64)
-        self.read_into(document, offset, out)
-        return out
-
-    def fingerprint(self) -> str:
-        return f"synthetic-{self.vocab_size}-{self.seed}-{self.num_documents}"
-
-    def close(self) -> None:
-        """Nothing is open."""
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
-def _hash(values: np.ndarray, seed: int, purpose: int) -> np.ndarray:
-    """splitmix64 (Steele et al., 2014) of uint64 values, keyed."""
-    key = np.array([(seed * 16 + purpose) * 0x9E3779B97F4A7C15 % 2**64], dtype=np.uint64)
-    mixed = (values + key) * np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
+def _prefix_offsets(lengths: np.ndarray, permutation: Permutation) -> np.ndarray:
+    """Tokens before each block of BLOCK permuted documents -> int64 [blocks + 1], on all cores."""
+    blocks = -(-len(lengths) // BLOCK)
+    offsets = np.zeros(blocks + 1, dtype=np.int64)
+    share = max(1 << 16, -(-blocks // (4 * usable_cores())))
+    starts = range(0, blocks, share)
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        list(pool.map(lambda start: _sum_blocks(lengths, permutation, start, offsets[1 + start:1 + start + share]),
+                      starts))
+    return np.cumsum(offsets, out=offsets)
+
+
+@numba.njit(nogil=True, cache=True)
+def _sum_blocks(lengths, permutation, first, out):
+    """out[i] = tokens of the documents of block first + i."""
+    size = len(lengths)
+    for i in range(len(out)):
+        start = (first + i) * BLOCK
+        total = 0
+        for number in range(start, min(size, start + BLOCK)):
+            total += lengths[permuted(number, permutation)]
+        out[i] = total
+
+
+@numba.njit(nogil=True, cache=True)
+def _deal(permutation, ends, train, valid, test):
+    """Put each document into the split whose range of ranks its own lies in."""
+    counts = np.zeros(3, dtype=np.int64)
+    for document in range(permutation.size):
+        rank = permuted(document, permutation)
+        if rank < ends[0]:
+            train[counts[0]] = document
+            counts[0] += 1
+        elif rank < ends[1]:
+            valid[counts[1]] = document
+            counts[1] += 1
+        else:
+            test[counts[2]] = document
+            counts[2] += 1
+
+
+@numba.njit(nogil=True, cache=True)
+def _find_document(position, lengths, permutation, blocks):
+    """The document at a position of the epoch -> (place in the epoch's order, where it begins, its length)."""
+    block = np.searchsorted(blocks, position, side="right") - 1
+    place, start = block * BLOCK, blocks[block]
+    length = numba.int64(lengths[permuted(place, permutation)])
+    while start + length <= position:
+        start += length
+        place += 1
+        length = numba.int64(lengths[permuted(place, permutation)])
+    return place, start, length
+
+
+@numba.njit(nogil=True, cache=True)
+def _find_spans(starts, counts, lengths, permutation, blocks):
+    """Documents, offsets, lengths, rests and interval of the spans at positions [starts, starts + counts)."""
+    room = 2 * len(starts) + 64
+    out = np.empty((5, room), dtype=np.int64)
+    used = 0
+    for i in range(len(starts)):
+        if counts[i] == 0:
+            continue
+        position, end = starts[i], starts[i] + counts[i]
+        place, start, length = _find_document(position, lengths, permutation, blocks)
+        while True:
+            if used == room:
+                room *= 2
+                larger = np.empty((5, room), dtype=np.int64)
+                larger[:, :used] = out
+                out = larger
+            stop = min(end, start + length)
+            out[0, used] = permuted(place, permutation)
+            out[1, used] = position - start
+            out[2, used] = stop - position
+            out[3, used] = start + length - stop
+            out[4, used] = i
+            used += 1
+            if stop == end:
+                break
+            position = start = stop
+            place += 1
+            length = numba.int64(lengths[permuted(place, permutation)])
+    out = out[:, :used]
+    return out[0], out[1], out[2], out[3], out[4]

@@ -3,39 +3,18 @@
 Precedence: preset < YAML file < flags. The sections belong to the folders that read them.
 """
 
-import re
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Annotated, Literal
 
 import tyro
 
-from data.config import DataConfig
+from data.config import DataConfig, Exhausted, Packing
+from data.units import parse_tokens
 from model.config import ModelConfig
 from parallel.config import CommType, LayoutConfig, ShardingStrategy
 from parallel.schedule import ScheduleName
 from pretrain.compatibility import CompatibilityConfig
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
-
-
-def parse_tokens(text: str) -> int:
-    """'8192', '64Ki', '1.5B', '8Mi' -> tokens. K, M, B, T are powers of ten; Ki, Mi, Gi of 1024.
-
-    Raises:
-        ValueError: not such a number, or not a whole number of tokens.
-    """
-    match = re.fullmatch(r"([0-9_]*\.?[0-9]+(?:[eE][0-9]+)?)\s*([A-Za-z]*)", text.strip())
-    if match is None or match[2] not in _UNITS:
-        raise ValueError(f"{text!r} is no token count: write a number with an optional unit of "
-                         f"{', '.join(u for u in _UNITS if u)}, like 800B or 8Mi")
-    tokens = float(match[1].replace("_", "")) * _UNITS[match[2]]
-    if match[2] == "" and match[1].replace("_", "").isdigit():
-        return int(match[1].replace("_", ""))
-    if not isfinite(tokens) or tokens != int(tokens):
-        raise ValueError(f"{text!r} is {tokens} tokens: must be a whole number")
-    return int(tokens)
-
 
 Tokens = Annotated[int, tyro.constructors.PrimitiveConstructorSpec(
     nargs=1, metavar="TOKENS", instance_from_str=lambda args: parse_tokens(args[0]),
@@ -63,6 +42,9 @@ class PhaseConfig:
     recompute_granularity: Literal["none", "full"] | None = None
     rotary_base: float | None = None
     document_masking: bool | None = None
+    packing: Packing | None = None
+    data_path: list[str] | None = None
+    data_exhausted: Exhausted | None = None
     lr: float | None = None
     min_lr: float | None = None
 

@@ -71,7 +71,9 @@ class Reporter:
         if self.metrics:
             self.metrics.append(record)
         if self.wandb:
-            self.wandb.log({k: v for k, v in record.items() if v is not None}, step=record["step"])
+            plain = {k: v for k, v in record.items() if v is not None and not isinstance(v, dict)}
+            of_sources = {f"sources/{name}": tokens for name, tokens in (record.get("sources") or {}).items()}
+            self.wandb.log(plain | of_sources, step=record["step"])
         if record["step"] % self.interval == 0:
             print(console_line(record, remaining_tokens), flush=True)
 
@@ -81,8 +83,10 @@ class Reporter:
         if self.validation and record not in self.validation_lines():
             self.validation.append(record)
         if self.wandb:
-            self.wandb.log({"valid_loss": record["valid_loss"]}, step=record["step"])
-        print(f"evaluation at step {record['step']} ({record['phase']}, {record['seq_length']:,} tokens): "
+            name = "valid_loss" if record["set"] == "valid" else f"valid_loss/{record['set']}"
+            self.wandb.log({name: record["valid_loss"]}, step=record["step"])
+        of_set = "" if record["set"] == "valid" else f" of {record['set']}"
+        print(f"evaluation{of_set} at step {record['step']} ({record['phase']}, {record['seq_length']:,} tokens): "
               f"loss {record['valid_loss']:.4f} over {record['num_targets']:,} targets", flush=True)
 
     def validation_lines(self) -> list[dict]:

@@ -6,8 +6,10 @@ its end is rounded up to whole steps. Iterations and samples are converted to to
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from data.blend import parse_blend
 from model.build import check_layout
 from parallel.config import LayoutConfig, check_microbatches, check_world_size
 from parallel.schedule import SPLIT_BACKWARD
@@ -29,6 +31,10 @@ class Phase:
     recompute_granularity: str | None
     rotary_base: float
     document_masking: bool
+    packing: str
+    data_path: tuple[str, ...]
+    """Words of the blend; empty for mock data."""
+    data_exhausted: str
     lr: float
     min_lr: float
 
@@ -119,6 +125,8 @@ def _resolve(config: Config, entry: PhaseConfig, index: int, start: int) -> Phas
         seq_length=seq_length, global_batch_tokens=batch, micro_batch_size=micro, layout=layout,
         recompute_granularity=None if recompute == "none" else recompute,
         rotary_base=pick("rotary_base", config.model), document_masking=pick("document_masking", config.data),
+        packing=pick("packing", config.data), data_exhausted=pick("data_exhausted", config.data),
+        data_path=tuple(entry.data_path or config.data.data_path or config.data.train_data_path),
         lr=pick("lr", config.optimizer), min_lr=pick("min_lr", config.optimizer))
 
 
@@ -144,6 +152,11 @@ def check_phases(phases: list[Phase], config: Config, world_size: int, vocab_siz
             nearest = nearest_layouts(phase, config, world_size, vocab_size)
             problems.append(f"{where}layouts that work on {world_size} processes, nearest first: "
                             f"{'; '.join(nearest) or 'none with this batch, length and model'}.")
+        if phase.data_path:
+            if config.data.mock_data:
+                problems.append(f"{where}data_path = {' '.join(phase.data_path)}: cannot be combined with mock_data. "
+                                "Fix: remove one of them.")
+            attempt(problems, lambda p=phase, w=where: parse_blend(p.data_path, f"{w}data_path"))
         if not (0 < phase.rotary_base < math.inf and 0 < phase.lr < math.inf and 0 <= phase.min_lr <= phase.lr):
             problems.append(f"{where}rotary_base = {phase.rotary_base}, lr = {phase.lr}, min_lr = {phase.min_lr}: the "
                             "first two must be above 0 and finite, min_lr between 0 and lr. Fix: change them.")
@@ -223,6 +236,15 @@ def phase_at(phases: list[Phase], clock: int) -> Phase | None:
         if clock < phase.end:
             return phase
     return None
+
+
+def attempt(problems: list[str], make: Callable):
+    """What `make` gives; or None, and its ValueError among the problems."""
+    try:
+        return make()
+    except ValueError as error:
+        problems += str(error).splitlines()
+        return None
 
 
 def describe(phases: list[Phase], world_size: int) -> str:

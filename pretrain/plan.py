@@ -2,17 +2,17 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from data.config import DataConfig
-from data.loader import fingerprint, open_corpus
-from data.stream import DocumentStream
+from data.ledger import Ledger
+from data.sources import Corpus, open_corpus
 from data.tokenizer import Tokenizer, build_tokenizer
 from pretrain import checkpoint
 from pretrain.config import Config
+from pretrain.feed import check_windows, forecast_phases, forecast_warnings
 from pretrain.learning_rate import LearningRate
-from pretrain.phases import Phase, check_phases, resolve_phases
+from pretrain.phases import Phase, attempt, check_phases, resolve_phases
 from pretrain.start import Start, check_continuation, find_start
 
 
@@ -26,9 +26,10 @@ class Plan:
     start: Start
     progress: dict | None
     """progress.json of the checkpoint that is started from."""
-    corpus: dict[str, DocumentStream]
-    """Split name -> its documents as one stream."""
-    data_fingerprint: dict
+    corpus: Corpus
+    ledger: Ledger
+    forecast: list[dict]
+    """What each phase will draw (data/ledger.py: forecast)."""
     tokenizer_description: dict | None
 
 
@@ -41,6 +42,7 @@ def make_plan(config: Config, world_size: int, only_print: bool = False) -> Plan
     Raises:
         ValueError: every problem found, a line each.
     """
+    config = _with_data_args(config)
     problems = config.validate()
     section_problems = bool(problems)
     phases = attempt(problems, lambda: resolve_phases(config)) or []
@@ -58,14 +60,34 @@ def make_plan(config: Config, world_size: int, only_print: bool = False) -> Plan
     start = find_start(config)
     progress = checkpoint.read_progress(start.folder) if start.folder else None
     description = tokenizer.describe() if tokenizer else None
-    corpus = open_corpus(config.data, config.optimizer.seed, vocab_size, description)
-    data_fingerprint = fingerprint(corpus)
-    if progress and not start.weights_only:
-        check_continuation(progress, data_fingerprint, description, config.optimizer.seed)
+    goes_on = progress is not None and not start.weights_only
+    if goes_on:
+        check_continuation(progress, description, config.optimizer.seed)
+    corpus = open_corpus(config.data, config.optimizer.seed, vocab_size, description,
+                         [phase.data_path for phase in phases if phase.data_path])
+    ledger = Ledger(corpus.train, progress["data"] if goes_on else None, "data" in config.data.accept_changes)
+    clock = progress["clock"] if goes_on else 0
+    check_windows(config.data, ledger, clock)
+    rows = forecast_phases(ledger, corpus, clock, phases)
     if config.checkpoint.save and not only_print:
         _check_writable(Path(config.checkpoint.save))
-    return Plan(config, phases, learning_rate, vocab_size, tokenizer, start, progress, corpus, data_fingerprint,
+    return Plan(config, phases, learning_rate, vocab_size, tokenizer, start, progress, corpus, ledger, rows,
                 description)
+
+
+def _with_data_args(config: Config) -> Config:
+    """The configuration with the words of --data-args-path in data_path."""
+    path = config.data.data_args_path
+    if path is None:
+        return config
+    if config.data.data_path:
+        raise ValueError(f"data_args_path = {path}: cannot be combined with data_path. Fix: remove one of them.")
+    try:
+        words = Path(path).read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"data_args_path = {path}: cannot be read ({error}). Fix: a text file with the words of "
+                         "--data-path.") from None
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, data_path=words, data_args_path=None))
 
 
 def _check_writable(folder: Path) -> None:
@@ -80,7 +102,7 @@ def _check_writable(folder: Path) -> None:
 
 def warnings_about(plan: Plan) -> list[str]:
     """What runs, but perhaps not as meant."""
-    config, end = plan.config, plan.phases[-1].end
+    config = plan.config
     found = config.warnings()
     if plan.start.is_restart:
         settings = config.checkpoint
@@ -88,21 +110,10 @@ def warnings_about(plan: Plan) -> list[str]:
         found += [f"{name}: has no effect, since --save already holds a checkpoint of this run, which goes on"
                   for name in ("load", "ckpt_step", "no_load_optim", "finetune", "pretrained_checkpoint")
                   if getattr(settings, name) and not (name == "load" and same)]
-    epoch = plan.corpus["train"].tokens_per_epoch
-    if end > epoch:
-        found.append(f"the run reads {end:,} tokens and the training data has {epoch:,}: {end / epoch:.1f} epochs")
-    if config.logging.eval_iters and "valid" not in plan.corpus:
+    found += forecast_warnings(plan.forecast)
+    if config.logging.eval_iters and not plan.corpus.validation:
         found.append("there are no validation documents (--split, --valid-data-path): nothing is evaluated")
     return found
-
-
-def attempt(problems: list[str], make: Callable):
-    """What `make` gives; or None, and its ValueError among the problems."""
-    try:
-        return make()
-    except ValueError as error:
-        problems += str(error).splitlines()
-        return None
 
 
 def _tokenizer(data: DataConfig):

@@ -80,18 +80,17 @@ def model_differences(config: Config, folder: Path) -> list[str]:
     return [f"{name}: checkpoint {theirs}, run {ours}" for name, (theirs, ours) in pairs.items() if theirs != ours]
 
 
-def check_continuation(progress: dict, data_fingerprint: dict, tokenizer: dict | None, seed: int) -> None:
-    """Refuse to continue the clock on other data, another tokenizer or another seed.
+def check_continuation(progress: dict, tokenizer: dict | None, seed: int) -> None:
+    """Refuse to continue the clock with another tokenizer or another seed (for data see data/ledger.py).
 
     Raises:
         ValueError: names what changed.
     """
     problems = []
-    for name, theirs, ours in (("data", progress["data"], data_fingerprint),
-                               ("tokenizer", progress["tokenizer"], tokenizer), ("seed", progress["seed"], seed)):
+    for name, theirs, ours in (("tokenizer", progress["tokenizer"], tokenizer), ("seed", progress["seed"], seed)):
         if theirs != ours:
             problems.append(f"{name}: checkpoint {theirs}, run {ours}")
     if problems:
         raise ValueError(f"the checkpoint was trained on something else: {'; '.join(problems)}. Fix: give the same "
-                         "data, tokenizer and seed, or start a new run from its weights with --finetune and a new "
+                         "tokenizer and seed, or start a new run from its weights with --finetune and a new "
                          "--save.")

@@ -16,13 +16,11 @@ from pathlib import Path
 
 import torch
 
-from data.loader import Loader
 from model.build import build_stages
 from model.estimate import num_parameters, peak_flops, step_flops
 from model.init import initialize
 from model.kernels import choose_attention, has_bf16_units
 from parallel.collectives import all_reduce
-from parallel.context import token_pieces
 from parallel.layout import (
     Layout,
     World,
@@ -36,6 +34,7 @@ from parallel.layout import (
 )
 from pretrain import checkpoint
 from pretrain.evaluate import validation_loss
+from pretrain.feed import SHOWN_SOURCES, Feed, describe_forecast
 from pretrain.load_config import dump_yaml, load_config, outcome_path, spell, warn
 from pretrain.metrics import Reporter
 from pretrain.phases import Phase, describe, phase_at
@@ -49,7 +48,6 @@ class Trainer:
 
     def __init__(self, plan: Plan, world: World):
         self.plan, self.config, self.world = plan, plan.config, world
-        self.corpus = plan.corpus
         self.started = time.monotonic()
         self.signalled = False
         self.in_steps = False
@@ -64,6 +62,8 @@ class Trainer:
         step = 0 if clock == 0 else progress["step"]
         if self.world.rank == 0:
             print(describe(self.plan.phases, self.world.size), flush=True)
+            if phase is not None:
+                print(describe_forecast(self.plan.forecast), flush=True)
             for text in warnings_about(self.plan):
                 warn(text)
         if phase is None:
@@ -79,6 +79,8 @@ class Trainer:
                 raise RuntimeError(f"{self.config.checkpoint.save} got another checkpoint while this run was starting; "
                                    "starting again picks it up")
         self.state = self._build_state(phase, progress)
+        self.feed = Feed(self.config.data, self.plan.corpus, self.plan.ledger, self.layout,
+                         eod=self.plan.tokenizer.eod if self.plan.tokenizer else None, vocab_size=self.plan.vocab_size)
         reporter = Reporter(self.config, self.world.rank == 0, step, self.state.wandb_run_id)
         self.state.wandb_run_id = reporter.wandb_run_id
         reporter.say(f"start: {start.reason}, step {step:,}, phase {phase.name}, {self.layout.describe()}, "
@@ -149,11 +151,11 @@ class Trainer:
             stage.rotary_base, stage.recompute = phase.rotary_base, phase.recompute_granularity
         stepper = Stepper(state.stages, self.layout, self.config.model.hidden_size, self.compute_dtype,
                           phase.layout.sharding_strategy)
-        loader = self._loader("train", phase)
+        self.feed.enter(phase, state.clock)
         if state.clock == phase.start:
             self._evaluate(stepper, phase, step, reporter)
         while state.clock < phase.end:
-            record = self._step(stepper, loader, phase, step)
+            record = self._step(stepper, phase, step)
             stop = record.pop("stop")
             step = record["step"]
             reporter.step(record, self.plan.phases[-1].end - state.clock)
@@ -166,16 +168,17 @@ class Trainer:
                 self._save(phase, step, reporter)
         return False, step
 
-    def _step(self, stepper: Stepper, loader: Loader, phase: Phase, step: int) -> dict:
+    def _step(self, stepper: Stepper, phase: Phase, step: int) -> dict:
         """Train one step -> its line of metrics.jsonl, plus "stop": someone asks to save and end."""
         state, config = self.state, self.config
         began = time.perf_counter()
-        microbatches = [batch.to(self.layout.device) for batch in loader.read(state.clock)]
+        microbatches = [batch.to(self.layout.device) for batch in self.feed.read(state.clock)]
         data_seconds = time.perf_counter() - began
         lr = self.plan.learning_rate.at(state.clock, phase.lr, phase.min_lr)
         result = train_step(stepper, state.optimizer, microbatches, lr, config.optimizer.clip_grad)
         state.clock += phase.global_batch_tokens
-        state.real_tokens += phase.global_batch_tokens  # concat never pads
+        sources = self.feed.tokens_by_source(state.clock) if self.world.rank == 0 else {}
+        state.real_tokens = sum(sources.values())
         state.skipped_in_a_row = state.skipped_in_a_row + 1 if result.skipped else 0
         if state.skipped_in_a_row > config.optimizer.max_skipped_steps:
             raise RuntimeError(f"{state.skipped_in_a_row} steps in a row had a gradient that is not finite; the last "
@@ -188,7 +191,8 @@ class Trainer:
                 "seq_length": phase.seq_length, "loss": result.loss, "grad_norm": result.grad_norm, "lr": lr,
                 "num_targets": result.num_targets, "tokens_per_second": phase.global_batch_tokens / seconds,
                 "mfu": flops / (seconds * rate * self.world.size) if rate else None, "peak_memory_bytes": memory,
-                "step_seconds": seconds, "data_seconds": slowest_data, "skipped": result.skipped, "stop": stop}
+                "step_seconds": seconds, "data_seconds": slowest_data, "skipped": result.skipped,
+                "sources": sources if len(sources) <= SHOWN_SOURCES else None, "stop": stop}
 
     def _reduce_over_ranks(self, microbatches, phase: Phase, step: int, data_seconds: float):
         """Causal pairs of the global batch, whether any rank wants to stop, and the largest memory and data time."""
@@ -205,23 +209,14 @@ class Trainer:
         memory, slowest_data = all_reduce(highest, layout.world, torch.distributed.ReduceOp.MAX).tolist()
         return pairs, stops > 0, int(memory), slowest_data
 
-    def _loader(self, split: str, phase: Phase) -> Loader:
-        data, layout = self.config.data, self.layout
-        pieces = token_pieces(phase.seq_length * phase.micro_batch_size, layout)
-        return Loader(self.corpus[split], seq_length=phase.seq_length, micro_batch_size=phase.micro_batch_size,
-                      global_batch_tokens=phase.global_batch_tokens, dp_rank=layout.dp.rank, dp_size=layout.dp.size,
-                      pieces=pieces, document_masking=phase.document_masking,
-                      eod=self.plan.tokenizer.eod if self.plan.tokenizer else None, eod_mask_loss=data.eod_mask_loss,
-                      vocab_size=self.plan.vocab_size, prefetch=split == "train")
-
     def _evaluate(self, stepper: Stepper, phase: Phase, step: int, reporter: Reporter) -> None:
-        if "valid" not in self.corpus or self.config.logging.eval_iters == 0:
+        if self.config.logging.eval_iters == 0:
             return
         gc.collect()
-        loss, targets = validation_loss(stepper, self._loader("valid", phase), self.corpus["valid"].tokens_per_epoch,
-                                        self.config.logging.eval_iters, self.layout.device)
-        reporter.evaluation({"step": step, "tokens": self.state.clock, "phase": phase.name,
-                             "seq_length": phase.seq_length, "valid_loss": loss, "num_targets": targets})
+        for name, (loader, tokens) in self.feed.validation(phase).items():
+            loss, targets = validation_loss(stepper, loader, tokens, self.config.logging.eval_iters, self.layout.device)
+            reporter.evaluation({"step": step, "tokens": self.state.clock, "phase": phase.name, "set": name,
+                                 "seq_length": phase.seq_length, "valid_loss": loss, "num_targets": targets})
 
     def _save(self, phase: Phase, step: int, reporter: Reporter) -> None:
         state, root = self.state, self.config.checkpoint.save
@@ -235,7 +230,7 @@ class Trainer:
                     "skipped_in_a_row": state.skipped_in_a_row, "wandb_run_id": state.wandb_run_id,
                     "phase": dataclasses.asdict(phase),
                     "longest_seq_length": longest, "seed": self.config.optimizer.seed,
-                    "data": self.plan.data_fingerprint, "tokenizer": self.plan.tokenizer_description,
+                    "data": self.plan.ledger.to_json(state.clock), "tokenizer": self.plan.tokenizer_description,
                     "world_size": self.world.size, "threads": torch.get_num_threads()}
         files = self.plan.tokenizer.files if self.plan.tokenizer else []
         folder = checkpoint.save(root, step, checkpoint_tensors(state, True), progress, dump_yaml(self.config), files,

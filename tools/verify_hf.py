@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from data.batch import IGNORE, Batch
-from data.loader import open_corpus
+from data.sources import open_corpus
 from model.build import build_whole_model
 from model.estimate import num_parameters
 from model.kernels import choose_attention
@@ -84,7 +84,8 @@ def _real_text(source: Source, text_file: str | None) -> np.ndarray:
     except ValueError as error:
         raise ValueError(f"verify: the run's own data cannot be read ({error}). Fix: give --verify-text FILE.") \
             from None
-    stream = corpus.get("valid", corpus["train"])
+    streams = [stream for blend in corpus.validation.values() for _, stream in blend] or list(corpus.train.values())
+    stream = streams[0]
     return stream.read(0, min(WINDOW, stream.tokens_per_epoch))
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from data.loader import Loader
+from data.ledger import fresh_mixture
 from data.stream import DocumentStream
 from model.build import build_stages
 from model.config import ModelConfig
@@ -19,23 +20,17 @@ from pretrain.config import OptimizerConfig
 from pretrain.state import build_optimizer, check_replicas
 from pretrain.step import Stepper, train_step
 from tests.dist.recorder import Recorder
+from tests.documents import Documents
 
 VOCABULARY = 101  # no multiple of the padding: the last rows of the embedding hold no token
 TOLERANCE = 1e-10
 """Largest absolute error over the tensor's largest absolute value, in fp64."""
 
 
-class MemoryCorpus:
-    """Documents in memory with the reader's interface: lengths chosen so that they cross slice edges."""
-
-    def __init__(self, lengths: tuple[int, ...], seed: int = 7):
-        self.document_lengths = np.array(lengths, dtype=np.int64)
-        self.num_documents, self.prefix = len(lengths), "memory"
-        generator = np.random.default_rng(seed)
-        self.documents = [generator.integers(0, VOCABULARY, size=n) for n in lengths]
-
-    def read_into(self, document: int, offset: int, out: np.ndarray) -> None:
-        out[:] = self.documents[document][offset:offset + len(out)]
+def memory_stream(lengths: tuple[int, ...], seed: int) -> DocumentStream:
+    """Random documents of lengths chosen so that they cross slice edges."""
+    generator = np.random.default_rng(7)
+    return DocumentStream(Documents(lengths, lambda _, n: generator.integers(0, VOCABULARY, size=n)), None, seed)
 
 
 @dataclass(frozen=True)
@@ -95,8 +90,8 @@ class Case:
         for stage in stages:
             stage.recompute = self.recompute
         stepper = Stepper(stages, layout, config.hidden_size, compute, self.strategy)
-        stream = DocumentStream(MemoryCorpus(self.lengths), np.arange(len(self.lengths)), seed)
-        loader = Loader(stream, seq_length=self.seq_length, micro_batch_size=self.micro_batch_size,
+        mixture = fresh_mixture([(1.0, memory_stream(self.lengths, seed))], self.seq_length)
+        loader = Loader(mixture, micro_batch_size=self.micro_batch_size,
                         global_batch_tokens=self.samples * self.seq_length, dp_rank=layout.dp.rank,
                         dp_size=layout.dp.size, pieces=token_pieces(self.seq_length * self.micro_batch_size, layout),
                         document_masking=self.document_masking, eod=None, eod_mask_loss=False,

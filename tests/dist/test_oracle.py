@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from data.batch import IGNORE, read_batch
-from data.stream import DocumentStream
 from model.hf import VOCABULARY_ROWS, huggingface_config, huggingface_name
 from parallel.layout import World
 from pretrain.config import OptimizerConfig
 from pretrain.step import train_step
-from tests.dist.parity import VOCABULARY, Case, MemoryCorpus, named
+from tests.dist.parity import VOCABULARY, Case, memory_stream, named
+from tests.documents import windows
 
 STEPS, LEARNING_RATE = 20, 3e-3
 
@@ -62,12 +62,13 @@ def oracle_curve(case: Case, weights: dict) -> list[float]:
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": ours.weight_decay},
                                    {"params": plain, "weight_decay": 0.0}], lr=LEARNING_RATE,
                                   betas=(ours.adam_beta1, ours.adam_beta2), eps=ours.adam_eps)
-    stream = DocumentStream(MemoryCorpus(case.lengths), np.arange(len(case.lengths)), 1234)
+    stream = memory_stream(case.lengths, 1234)
     losses = []
     for step in range(STEPS):
         loss, targets = 0.0, 0
         for sample in range(case.samples):
-            batch = read_batch(stream, [(step * case.samples + sample) * case.seq_length], case.seq_length)
+            start = (step * case.samples + sample) * case.seq_length
+            batch = read_batch(windows(stream, [start], case.seq_length), case.seq_length)
             bounds = batch.cu_seqlens.tolist()
             for a, b in zip(bounds, bounds[1:], strict=False):
                 logits = model(input_ids=batch.tokens[None, a:b], use_cache=False).logits[0]

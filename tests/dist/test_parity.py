@@ -5,9 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
+from data.batch import IGNORE, read_batch
 from pretrain.state import check_replicas
 from pretrain.step import train_step
-from tests.dist.parity import Case, check_replicas_equal, compare, named, run_step
+from tests.dist.parity import Case, check_replicas_equal, compare, memory_stream, named, run_step
+from tests.documents import windows
 
 QWEN3 = dict(qk_layernorm=True, kv_channels=12)
 QWEN2_TIED = dict(add_qkv_bias=True, num_query_groups=1)
@@ -147,13 +149,8 @@ def test_copies_that_drift_apart_are_noticed(pool, case, name):
 
 def test_packed_documents_cross_slice_edges():
     """The batch of the parity cases does what it is meant to: boundaries on and off slice edges, empty slices."""
-    from data.stream import DocumentStream
-    from data.batch import IGNORE, read_batch
-    from tests.dist.parity import MemoryCorpus
-
-    lengths = Case().lengths
-    stream = DocumentStream(MemoryCorpus(lengths), np.arange(len(lengths)), 1234)
-    batches = [read_batch(stream, [sample * 32], 32) for sample in range(8)]
+    stream = memory_stream(Case().lengths, 1234)
+    batches = [read_batch(windows(stream, [sample * 32], 32), 32) for sample in range(8)]
     edges = {int(edge) for batch in batches for edge in batch.cu_seqlens[1:-1]}
     assert edges - set(range(0, 32, 8)), "some document must begin inside a slice of cp 4"
     assert any(len(batch.cu_seqlens) == 2 for batch in batches), "some document must span all slices"

@@ -45,11 +45,10 @@ class Mutation:
 
 
 def change_batch(change: Callable) -> Callable:
-    """A `read_batch` whose result goes through `change(batch, stream, starts, seq_length, pieces)`."""
+    """A `read_batch` whose result goes through `change(batch, samples, pieces)`."""
     def replace(original):
-        def mutated(stream, starts, seq_length, pieces, **options):
-            batch = original(stream, starts, seq_length, pieces, **options)
-            return change(batch, stream, starts, seq_length, pieces)
+        def mutated(samples, seq_length, pieces, **options):
+            return change(original(samples, seq_length, pieces, **options), samples, pieces)
         return mutated
     return replace
 
@@ -59,8 +58,8 @@ def labels_shifted_after_slicing(batch, *_):
     return dataclasses.replace(batch, labels=torch.where(batch.labels == IGNORE, IGNORE, labels), num_targets=-1)
 
 
-def labels_across_documents(batch, stream, starts, seq_length, pieces):
-    tokens = np.concatenate([stream.read(start + 1, seq_length) for start in starts])
+def labels_across_documents(batch, samples, pieces):
+    tokens = np.concatenate([stream.read(intervals[0, 0] + 1, intervals[0, 1]) for stream, intervals, _ in samples])
     labels = np.concatenate([tokens[low:high] for low, high in pieces])
     return dataclasses.replace(batch, labels=torch.from_numpy(labels), num_targets=-1)
 
@@ -70,7 +69,7 @@ def one_big_document(batch, *_):
     return dataclasses.replace(batch, cu_seqlens=torch.tensor([0, total], dtype=torch.int32))
 
 
-def positions_of_the_sample(batch, stream, starts, seq_length, pieces):
+def positions_of_the_sample(batch, samples, pieces):
     return dataclasses.replace(batch, positions=torch.cat([torch.arange(low, high) for low, high in pieces]))
 
 

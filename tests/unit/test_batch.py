@@ -5,31 +5,18 @@ import pytest
 import torch
 
 from data.batch import IGNORE, Batch, read_batch
-from data.config import DataConfig
-from data.indexed import IndexedWriter
-from data.loader import Loader, fingerprint, open_corpus
-from data.stream import DocumentStream, SyntheticReader
+from data.ledger import fresh_mixture
+from data.loader import Loader
+from data.stream import DocumentStream
+from tests.documents import Documents, windows
 
 LENGTHS = [5, 1, 16, 3, 1, 1, 40, 2, 7, 8, 33, 11]
 EPOCH = sum(LENGTHS)  # 128
 
 
-class Documents:
-    """A reader in memory: token = document * 1000 + offset. Counts the tokens that were read."""
-
-    prefix = "documents"
-
-    def __init__(self, lengths=LENGTHS):
-        self.document_lengths, self.tokens_read = np.array(lengths), 0
-
-    def read_into(self, document, offset, out):
-        self.tokens_read += len(out)
-        out[:] = document * 1000 + offset + np.arange(len(out))
-
-
 @pytest.fixture
 def stream():
-    return DocumentStream(Documents(), np.arange(len(LENGTHS)), seed=11)
+    return DocumentStream(Documents(LENGTHS), np.arange(len(LENGTHS)), seed=5)
 
 
 def expected_batch(stream, starts, seq_length, masking):
@@ -55,7 +42,7 @@ def cut(total, rank, size):
 @pytest.mark.parametrize("starts, seq_length", [
     ([0], 16), ([3], 1), ([100], 64), ([120], 24), ([0, 16], 16), ([5, 77, 40], 8), ([250, 256], 6), ([0], 300)])
 def test_whole_microbatch(stream, starts, seq_length, masking):
-    batch = read_batch(stream, starts, seq_length, document_masking=masking)
+    batch = read_batch(windows(stream, starts, seq_length), seq_length, document_masking=masking)
     tokens, labels, positions, cuts = expected_batch(stream, starts, seq_length, masking)
     assert batch.tokens.tolist() == tokens and batch.labels.tolist() == labels
     assert batch.positions.tolist() == positions and batch.cu_seqlens.tolist() == cuts
@@ -69,8 +56,8 @@ def test_whole_microbatch(stream, starts, seq_length, masking):
 @pytest.mark.parametrize("starts, seq_length, cp_size", [
     ([0], 64, 2), ([0], 64, 8), ([96], 64, 64), ([7, 100, 3], 8, 3), ([7, 100], 9, 6), ([0, 50], 5, 5), ([0], 12, 1)])
 def test_slices_concatenate_to_the_whole(stream, starts, seq_length, cp_size, masking):
-    whole = read_batch(stream, starts, seq_length, document_masking=masking)
-    slices = [read_batch(stream, starts, seq_length, cut(len(starts) * seq_length, rank, cp_size),
+    whole = read_batch(windows(stream, starts, seq_length), seq_length, document_masking=masking)
+    slices = [read_batch(windows(stream, starts, seq_length), seq_length, cut(len(starts) * seq_length, rank, cp_size),
                          document_masking=masking)
               for rank in range(cp_size)]
     for name in ("tokens", "labels", "positions"):
@@ -82,19 +69,20 @@ def test_slices_concatenate_to_the_whole(stream, starts, seq_length, cp_size, ma
 def test_a_rank_reads_only_its_slice():
     reader = Documents([4096])
     stream = DocumentStream(reader, np.array([0]), seed=0)
-    read_batch(stream, [0, 1024], 1024, cut(2048, 3, 8))
+    read_batch(windows(stream, [0, 1024], 1024), 1024, cut(2048, 3, 8))
     assert reader.tokens_read == 2048 // 8 + 1
     reader.tokens_read = 0
-    read_batch(stream, [0, 1024, 2048], 512, cut(1536, 1, 2))  # half of the second sample and the whole third
+    # Half of the second sample and the whole third.
+    read_batch(windows(stream, [0, 1024, 2048], 512), 512, cut(1536, 1, 2))
     assert reader.tokens_read == 768 + 2
 
 
 def test_two_pieces_of_one_rank():
     """What two levels of context parallelism give a rank: two ranges, each with its own positions and labels."""
     stream = DocumentStream(Documents([7, 20, 13]), np.arange(3), seed=0)
-    whole = read_batch(stream, [0, 24], 16)
+    whole = read_batch(windows(stream, [0, 24], 16), 16)
     for pieces in ([(0, 8), (24, 32)], [(8, 16), (16, 24)], [(3, 5), (10, 20)]):
-        part = read_batch(stream, [0, 24], 16, pieces)
+        part = read_batch(windows(stream, [0, 24], 16), 16, pieces)
         for name in ("tokens", "labels", "positions"):
             values = getattr(whole, name)
             assert torch.equal(getattr(part, name), torch.cat([values[a:b] for a, b in pieces])), (name, pieces)
@@ -104,28 +92,28 @@ def test_two_pieces_of_one_rank():
 
 def test_label_at_the_edge_of_slice_and_sample():
     stream = DocumentStream(Documents([8, 8]), np.array([0]), seed=0)
-    left, right = (read_batch(stream, [0], 6, cut(6, rank, 2)) for rank in range(2))
+    left, right = (read_batch(windows(stream, [0], 6), 6, cut(6, rank, 2)) for rank in range(2))
     assert left.labels.tolist() == [1, 2, 3]  # 3 is the first token of the other rank
     assert right.labels.tolist() == [4, 5, 6]  # 6 is outside the sample, of the same document
-    following = read_batch(stream, [6], 6)
+    following = read_batch(windows(stream, [6], 6), 6)
     assert following.tokens.tolist() == [6, 7, 0, 1, 2, 3] and following.positions.tolist() == [0, 1, 0, 1, 2, 3]
     assert following.labels.tolist() == [7, IGNORE, 1, 2, 3, 4]  # the same document again is another document
-    assert read_batch(stream, [0], 8).labels.tolist()[-1] == IGNORE
-    assert read_batch(stream, [0], 8).cu_seqlens.tolist() == [0, 8]
-    assert read_batch(stream, [0], 8, document_masking=False).labels.tolist()[-1] == 0
+    assert read_batch(windows(stream, [0], 8), 8).labels.tolist()[-1] == IGNORE
+    assert read_batch(windows(stream, [0], 8), 8).cu_seqlens.tolist() == [0, 8]
+    assert read_batch(windows(stream, [0], 8), 8, document_masking=False).labels.tolist()[-1] == 0
 
 
 def test_one_token_documents_have_no_targets():
     stream = DocumentStream(Documents([1, 1, 1]), np.arange(3), seed=0)
-    batch = read_batch(stream, [0], 6)
+    batch = read_batch(windows(stream, [0], 6), 6)
     assert batch.cu_seqlens.tolist() == list(range(7)) and batch.num_targets == 0
     assert batch.positions.tolist() == [0] * 6
 
 
 def test_eod_mask_loss_looks_at_the_input():
     stream = DocumentStream(Documents([6]), np.array([0]), seed=0)
-    plain = read_batch(stream, [0], 6, document_masking=False, eod=2)
-    masked = read_batch(stream, [0], 6, document_masking=False, eod=2, eod_mask_loss=True)
+    plain = read_batch(windows(stream, [0], 6), 6, document_masking=False, eod=2)
+    masked = read_batch(windows(stream, [0], 6), 6, document_masking=False, eod=2, eod_mask_loss=True)
     assert plain.labels.tolist() == [1, 2, 3, 4, 5, 0] and masked.labels.tolist() == [1, 2, IGNORE, 4, 5, 0]
     assert masked.num_targets == 5
 
@@ -133,9 +121,9 @@ def test_eod_mask_loss_looks_at_the_input():
 def test_batch_refuses(stream):
     with pytest.raises(ValueError, match=r"token id 3001 in document 3 of documents: must be in \[0, vocab_size = 3001"
                                          r"\). Fix"):
-        read_batch(DocumentStream(Documents(), np.array([3]), 0), [0], 3, vocab_size=3001)
+        read_batch(windows(DocumentStream(Documents(LENGTHS), np.array([3]), 0), [0], 3), 3, vocab_size=3001)
     with pytest.raises(ValueError, match="no end-of-document token. Fix"):
-        read_batch(stream, [0], 4, eod_mask_loss=True)
+        read_batch(windows(stream, [0], 4), 4, eod_mask_loss=True)
 
 
 def test_counts_its_own_targets_and_moves():
@@ -144,47 +132,14 @@ def test_counts_its_own_targets_and_moves():
     assert batch.to("meta").tokens.device.type == "meta"
 
 
-SCHEDULES = [
-    [(16, 1, 1, 1, 64, 2)],
-    [(8, 2, 2, 1, 32, 2), (32, 1, 2, 2, 64, 1)],
-    [(4, 2, 2, 4, 16, 1), (16, 1, 1, 8, 48, 1), (64, 1, 1, 2, 64, 1)],
-    [(1, 4, 2, 2, 8, 1), (40, 1, 3, 5, 120, 1)],
-    [(128, 1, 1, 16, 128, 2)],
-]
-
-
-@pytest.mark.parametrize("masking", [True, False])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_each_token_is_an_input_once_and_a_target_once(stream, schedule, masking):
-    """Over changes of seq_length, micro batch, dp, cp and global batch within one run."""
-    inputs, targets, clock = [], [], 0
-    for seq_length, micro, dp, cp, batch_tokens, steps in schedule:
-        loaders = [Loader(stream, seq_length=seq_length, micro_batch_size=micro, global_batch_tokens=batch_tokens,
-                          dp_rank=d, dp_size=dp, pieces=cut(seq_length * micro, c, cp), document_masking=masking)
-                   for d in range(dp) for c in range(cp)]
-        for _ in range(steps):
-            for loader in loaders:
-                batches = loader.read(clock)
-                assert len(batches) == loader.num_microbatches == batch_tokens // (seq_length * micro * dp)
-                for batch in batches:
-                    inputs += batch.tokens.tolist()
-                    pairs = zip(batch.tokens.tolist(), batch.labels.tolist(), strict=True)
-                    targets += [(token, label) for token, label in pairs if label != IGNORE]
-            clock += batch_tokens
-    consumed = stream.read(0, clock + 1).tolist()
-    assert sorted(inputs) == sorted(consumed[:-1])
-    assert sorted(targets) == sorted((a, b) for a, b in zip(consumed, consumed[1:], strict=False)
-                                     if not masking or b % 1000 != 0)
-
-
-def make_loader(stream, **settings):
-    return Loader(stream, **{"seq_length": 8, "micro_batch_size": 2, "global_batch_tokens": 32, "dp_rank": 0,
-                             "dp_size": 1} | settings)
+def make_loader(stream, seq_length=8, **settings):
+    return Loader(fresh_mixture([(1.0, stream)], seq_length), **{
+        "micro_batch_size": 2, "global_batch_tokens": 32, "dp_rank": 0, "dp_size": 1} | settings)
 
 
 def test_prefetch_changes_nothing_and_hands_errors_on(stream):
     ahead, plain = make_loader(stream), make_loader(stream, prefetch=False)
-    for clock in (0, 32, 64, 0, 7, 39, 1000):
+    for clock in (0, 32, 64, 0, 8, 40, 1000):
         for ours, theirs in zip(ahead.read(clock), plain.read(clock), strict=True):
             assert torch.equal(ours.tokens, theirs.tokens) and torch.equal(ours.labels, theirs.labels)
     first = int(stream.spans(0, 33)[0].max())
@@ -202,55 +157,11 @@ def test_which_rank_holds_which_sample(stream):
     for d in range(2):
         loader = make_loader(stream, seq_length=4, global_batch_tokens=48, dp_rank=d, dp_size=2)
         assert loader.num_microbatches == 3
-        for j, batch in enumerate(loader.read(10)):
+        for j, batch in enumerate(loader.read(12)):
             first = (j * 2 + d) * 2
-            assert batch.tokens.tolist() == stream.read(10 + first * 4, 8).tolist()
+            assert batch.tokens.tolist() == stream.read(12 + first * 4, 8).tolist()
 
 
 def test_loader_refuses(stream):
     with pytest.raises(ValueError, match="global_batch_tokens = 40: .*8 x 2 x 1 = 16. Fix: 32 or 48"):
         make_loader(stream, global_batch_tokens=40)
-
-
-def write(prefix, documents):
-    with IndexedWriter(str(prefix), np.uint16) as writer:
-        for ids in documents:
-            writer.add_document(ids)
-        writer.finish()
-    return [str(prefix)]
-
-
-def test_open_corpus_splits_and_fingerprints(tmp_path):
-    path = write(tmp_path / "c", [[i] * (i % 3) for i in range(100)])
-    corpus = open_corpus(DataConfig(data_path=path, split="80,20"), 1, 100)
-    assert set(corpus) == {"train", "valid"}
-    train, valid = (set(corpus[name].documents.tolist()) for name in ("train", "valid"))
-    assert not train & valid and train | valid == {i for i in range(100) if i % 3}
-    again = open_corpus(DataConfig(data_path=path, split="80,20"), 1, 100)
-    other = open_corpus(DataConfig(data_path=path, split="70,30"), 1, 100)
-    assert fingerprint(corpus) == fingerprint(again) != fingerprint(other)
-    assert set(open_corpus(DataConfig(data_path=path, split="1"), 1, 100)) == {"train"}
-    own = open_corpus(DataConfig(train_data_path=path, valid_data_path=write(tmp_path / "v", [[1, 2]])), 1, 100)
-    assert own["train"].tokens_per_epoch == 99 and own["valid"].tokens_per_epoch == 2
-    write(tmp_path / "empty", [[], []])
-    with pytest.raises(ValueError, match="no document has a token. Fix"):
-        open_corpus(DataConfig(data_path=[str(tmp_path / "empty")]), 1, 100)
-
-
-@pytest.mark.parametrize("side", ["ours", "missing", "of another corpus"])
-def test_open_corpus_checks_ids(tmp_path, side):
-    path = write(tmp_path / "c", [[1, 2], [500]])
-    if side == "missing":
-        (tmp_path / "c.json").unlink()
-    elif side == "of another corpus":
-        (tmp_path / "c.json").write_text('{"documents": 9, "tokens": 9, "max_token_id": 9}')
-    with pytest.raises(ValueError, match=r"c: holds token id 500; ids must be in \[0, vocab_size = 500\). Fix"):
-        open_corpus(DataConfig(data_path=path), 1, 500)
-    assert open_corpus(DataConfig(data_path=path), 1, 501)
-
-
-def test_mock_data():
-    corpus = open_corpus(DataConfig(mock_data=True, vocab_size=50), 1, 50)
-    assert isinstance(corpus["train"].reader, SyntheticReader) and corpus["valid"].tokens_per_epoch > 0
-    batch = make_loader(corpus["train"], seq_length=4096, global_batch_tokens=8192, vocab_size=50).read(0)[0]
-    assert batch.tokens.max() < 50 and batch.num_targets > 8000

@@ -85,7 +85,7 @@ def test_reader_copies_and_describes(tmp_path):
     assert [Path(path).suffix for path in outputs] == [".bin", ".json", ".idx"]
     reader = IndexedReader(str(tmp_path / "c"))
     assert (reader.num_documents, reader.num_tokens) == (5, 106)
-    assert reader.document_lengths.dtype == np.int64 and reader.document_lengths.tolist() == [3, 0, 1, 100, 2]
+    assert reader.document_lengths.dtype == np.int32 and reader.document_lengths.tolist() == [3, 0, 1, 100, 2]
     assert reader.token_range() == (0, 127)
     tokens = reader.read(3, 10, 5)
     reader.close()
@@ -106,7 +106,7 @@ def test_long_documents_become_several_sequences(tmp_path, monkeypatch):
     monkeypatch.setattr(indexed, "LONGEST_SEQUENCE", 4)
     write(tmp_path / "long", [list(range(n)) for n in range(10)])
     assert whole(IndexedReader(str(tmp_path / "long"))) == [list(range(n)) for n in range(10)]
-    assert indexed.read_index(str(tmp_path / "long")).sequence_lengths.max() == 4
+    assert indexed.read_sequences(str(tmp_path / "long"))[0].max() == 4
 
 
 def test_optimal_dtype_is_megatrons(megatron):

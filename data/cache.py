@@ -1,0 +1,145 @@
+"""Arrays that are costly to make, kept in files that are named by what they depend on.
+
+A file is written whole or not at all (written aside, synced, renamed) and carries a checksum; a damaged one is made
+again. Processes that start together make it once where the file system has locks, and all come to the same bytes
+where it has none, so the folder may be local to a node or shared by all.
+"""
+
+import fcntl
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+MAGIC = b"ithaca index 1\n"
+ALIGNMENT = 64
+CHECKED_BYTES = 16 << 20
+"""Block size of checksums."""
+
+
+class IndexCache:
+    """Named arrays by key, memory-mapped from `folder`; without a folder they are made each time."""
+
+    def __init__(self, folder: str | None):
+        """Raises ValueError when the folder cannot be made or written."""
+        self.folder = Path(folder) if folder else None
+        if self.folder:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if not os.access(self.folder, os.W_OK):
+                    raise PermissionError(13, "no permission to write")
+            except OSError as error:
+                raise ValueError(f"data_cache_path = {folder}: cannot be written ({error.strerror}). Fix: give another "
+                                 "folder, or leave it out.") from None
+
+    def get(self, key: dict, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """The arrays of `key`, from the folder or made now and kept there.
+
+        Args:
+            key: JSON-able; everything the arrays depend on.
+        """
+        if self.folder is None:
+            return make()
+        text = json.dumps(key, sort_keys=True)
+        path = self.folder / f"{key.get('what', 'index')}-{xxhash.xxh3_128_hexdigest(text.encode())}.index"
+        found = _load(path, text)
+        if found is None:
+            with _locked(path.with_suffix(".lock")):
+                found = _load(path, text)  # made by another process while this one waited
+                if found is None:
+                    arrays = make()
+                    found = arrays
+                    try:
+                        _publish(path, text, arrays)
+                        found = _load(path, text) or arrays
+                    except OSError as error:
+                        warnings.warn(f"{path}: cannot be written ({error.strerror}); the index is made again at the "
+                                      "next start", stacklevel=2)
+        return found
+
+
+class _locked:
+    """Holds a file lock; the system lets go of it when the process dies. Does nothing where there are no locks."""
+
+    def __init__(self, path: Path):
+        self._path, self._file = path, None
+
+    def __enter__(self):
+        try:
+            self._file = open(self._path, "a")
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+        except OSError:
+            pass  # each process makes the arrays by itself; they are the same
+        return self
+
+    def __exit__(self, *exception):
+        if self._file is not None:
+            self._file.close()
+
+
+def _publish(path: Path, key: str, arrays: dict[str, np.ndarray]) -> None:
+    """Write a file: MAGIC, length of the header, header (JSON), arrays at multiples of ALIGNMENT."""
+    entries, place, digest = [], 0, xxhash.xxh3_128()
+    for name, array in arrays.items():
+        array = np.ascontiguousarray(array)
+        entries.append({"name": name, "dtype": array.dtype.str, "shape": array.shape, "start": place})
+        place += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
+        _add(digest, array)
+    header = json.dumps({"key": key, "arrays": entries, "bytes": place, "checksum": digest.hexdigest()}).encode()
+    header += b" " * (-(len(MAGIC) + 8 + len(header)) % ALIGNMENT)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(MAGIC + len(header).to_bytes(8, "little") + header)
+            for array in arrays.values():
+                array = np.ascontiguousarray(array)
+                file.write(memoryview(array.reshape(-1)).cast("B"))
+                file.write(b"\0" * (-array.nbytes % ALIGNMENT))
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _load(path: Path, key: str) -> dict[str, np.ndarray] | None:
+    """The arrays of a file, checked; None where it is missing, damaged or of another key."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(len(MAGIC)) != MAGIC:
+                raise ValueError("it does not begin as an index does")
+            header_bytes = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(header_bytes, 1 << 20)))
+        first = len(MAGIC) + 8 + header_bytes
+        if path.stat().st_size != first + header["bytes"]:
+            raise ValueError("it has another size than its header says")
+        if header["key"] != key:
+            raise ValueError("it was made for something else")
+        arrays, digest = {}, xxhash.xxh3_128()
+        for entry in header["arrays"]:
+            dtype, shape = np.dtype(entry["dtype"]), tuple(entry["shape"])
+            array = (np.memmap(path, dtype, "r", first + entry["start"], shape).view(np.ndarray)
+                     if np.prod(shape) else np.empty(shape, dtype))
+            arrays[entry["name"]] = array
+            _add(digest, array)
+        if digest.hexdigest() != header["checksum"]:
+            raise ValueError("its checksum is wrong")
+        return arrays
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        warnings.warn(f"{path}: made again, since {error}", stacklevel=2)
+        return None
+
+
+def _add(digest, array: np.ndarray) -> None:
+    raw = memoryview(array.reshape(-1)).cast("B") if array.size else b""
+    for start in range(0, len(raw), CHECKED_BYTES):
+        digest.update(raw[start:start + CHECKED_BYTES])

@@ -1,0 +1,113 @@
+"""What a run's processes are fed: the loaders of a phase, validation sets, and the account of what was drawn."""
+
+import math
+from collections.abc import Sequence
+
+from data.batch import Batch
+from data.blend import SourceName
+from data.config import DataConfig, parse_windows
+from data.ledger import DataSettings, Ledger, Mixture, forecast, fresh_mixture
+from data.loader import Loader
+from data.sources import Corpus
+from parallel.context import token_pieces
+from parallel.layout import Layout
+from pretrain.phases import Phase
+
+SHOWN_SOURCES = 32
+"""Up to so many sources stand in each line of metrics.jsonl; the account in each checkpoint has all."""
+
+
+class Feed:
+    """Reads this rank's batches of one phase at a time, and opens the ledger's segments on the way."""
+
+    def __init__(self, config: DataConfig, corpus: Corpus, ledger: Ledger, layout: Layout, *, eod: int | None,
+                 vocab_size: int):
+        self.config, self.corpus, self.ledger, self.layout = config, corpus, ledger, layout
+        self._windows = parse_windows(config.skip_data)
+        self._slice = {"eod": eod, "eod_mask_loss": config.eod_mask_loss, "vocab_size": vocab_size}
+        self._phase: Phase | None = None
+        self._loader: Loader | None = None
+
+    def enter(self, phase: Phase, clock: int) -> None:
+        """Draw by the settings of `phase` from `clock` on.
+
+        Raises:
+            ValueError: its sources do not have what it is to draw (`data_exhausted` stop or error).
+        """
+        self._phase = phase
+        self.ledger.enter(clock, phase.name, settings_of(phase, self.corpus))
+        self.ledger.mixture().check(self.ledger.samples_at(phase.end))
+        self._loader = None
+
+    def read(self, clock: int) -> list[Batch]:
+        """The microbatches of the step at `clock`; the first one at or after a window of --skip-data passes it over."""
+        for start, end in self._windows:
+            if start <= clock and not self.ledger.has_skipped(end):
+                self.ledger.skip(clock, end)
+                self._loader = None
+        if self._loader is None:
+            self._loader = self._make(self.ledger.mixture(), self._phase, self.ledger.open["start"], prefetch=True)
+        return self._loader.read(clock)
+
+    def validation(self, phase: Phase) -> dict[str, tuple[Loader, int]]:
+        """Name of each validation set -> its loader in the phase's shape, and its tokens."""
+        loaders = {}
+        for name, blend in self.corpus.validation.items():
+            loaders[name] = (self._make(fresh_mixture(blend, phase.seq_length), phase, 0, prefetch=False),
+                             sum(stream.tokens_per_epoch for _, stream in blend))
+        return loaders
+
+    def tokens_by_source(self, clock: int) -> dict[str, int]:
+        """Real tokens that the model received before `clock`."""
+        return self.ledger.tokens_by_source(clock)
+
+    def _make(self, mixture: Mixture, phase: Phase, start: int, prefetch: bool) -> Loader:
+        layout = self.layout
+        return Loader(mixture, start, micro_batch_size=phase.micro_batch_size,
+                      global_batch_tokens=phase.global_batch_tokens, dp_rank=layout.dp.rank, dp_size=layout.dp.size,
+                      pieces=token_pieces(phase.seq_length * phase.micro_batch_size, layout),
+                      document_masking=phase.document_masking, prefetch=prefetch, **self._slice)
+
+
+def settings_of(phase: Phase, corpus: Corpus) -> DataSettings:
+    return corpus.settings(phase.seq_length, phase.data_path, f"phase {phase.name!r}: data_path", phase.packing,
+                           phase.data_exhausted)
+
+
+def check_windows(config: DataConfig, ledger: Ledger, clock: int) -> None:
+    """Raises ValueError for a window of --skip-data that the run has passed without skipping it."""
+    for start, end in parse_windows(config.skip_data):
+        if start < clock and not ledger.has_skipped(end):
+            raise ValueError(f"skip_data = {start}:{end}: the run is at {clock:,} already and was trained on it. Fix: "
+                             f"start from a checkpoint before {start:,} (--load DIR --ckpt-step N and a new --save), "
+                             "or leave it out.")
+
+
+def forecast_phases(ledger: Ledger, corpus: Corpus, clock: int, phases: Sequence[Phase]) -> list[dict]:
+    """`data.ledger.forecast` of the phases that are not over at `clock`."""
+    coming = [(phase.name, phase.end, settings_of(phase, corpus)) for phase in phases if phase.end > clock]
+    return forecast(ledger, clock, coming)
+
+
+def describe_forecast(rows: list[dict]) -> str:
+    """What each phase will draw, a line per source, at most SHOWN_SOURCES per phase."""
+    lines = [f"{'phase':<12}{'share':>8}{'tokens':>16}{'of an epoch of':>18}{'epochs':>16}   source"]
+    shown: dict[str, int] = {}
+    for row in rows:
+        shown[row["phase"]] = shown.get(row["phase"], 0) + 1
+        if shown[row["phase"]] <= SHOWN_SOURCES:
+            lines.append(f"{row['phase']:<12}{100 * row['share']:>7.2f}%{row['tokens']:>16,}{row['epoch_tokens']:>18,}"
+                         f"{row['from_epoch']:>7.2f} -> {row['to_epoch']:>5.2f}   {row['source']}")
+    lines += [f"{phase:<12}and {count - SHOWN_SOURCES} more sources" for phase, count in shown.items()
+              if count > SHOWN_SOURCES]
+    return "\n".join(lines)
+
+
+def forecast_warnings(rows: list[dict]) -> list[str]:
+    """Sources that will repeat, and documents that two phases draw under different names."""
+    found = [f"{row['source']} will repeat in phase {row['phase']}: {row['to_epoch']:.2f} epochs at its end"
+             for row in rows if row["to_epoch"] > max(1, math.ceil(row["from_epoch"]))]
+    sources = [SourceName.parse(name) for name in dict.fromkeys(row["source"] for row in rows)]
+    found += [f"{one} and {other} share documents, which both may draw" for i, one in enumerate(sources)
+              for other in sources[:i] if one.overlaps(other)]
+    return found

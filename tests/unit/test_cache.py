@@ -1,0 +1,120 @@
+"""The index cache: whole or not there, made again when damaged, made once by processes that start together."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from data.cache import IndexCache
+
+KEY = {"what": "numbers", "size": 200_000}
+
+
+def make_arrays():
+    return {"numbers": np.arange(KEY["size"], dtype=np.int64), "few": np.array([3, 1], dtype=np.uint32),
+            "none": np.empty(0, dtype=np.int32)}
+
+
+def check(arrays):
+    for name, expected in make_arrays().items():
+        assert np.array_equal(arrays[name], expected) and arrays[name].dtype == expected.dtype
+
+
+def never():
+    raise AssertionError("made again")
+
+
+def index_file(folder):
+    (path,) = folder.glob("*.index")
+    return path
+
+
+def test_made_once_and_mapped(tmp_path):
+    check(IndexCache(str(tmp_path)).get(KEY, make_arrays))
+    found = IndexCache(str(tmp_path)).get(KEY, never)
+    check(found)
+    assert not found["numbers"].flags.writeable
+    IndexCache(str(tmp_path)).get(KEY | {"size": 5}, make_arrays)
+    assert len(list(tmp_path.glob("*.index"))) == 2
+    check(IndexCache(None).get(KEY, make_arrays))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "header", "grown", "other"])
+def test_a_damaged_file_is_made_again(tmp_path, damage):
+    IndexCache(str(tmp_path)).get(KEY, make_arrays)
+    path = index_file(tmp_path)
+    raw = bytearray(path.read_bytes())
+    if damage == "other":
+        IndexCache(str(tmp_path / "b")).get(KEY | {"size": 6}, make_arrays)
+        raw = index_file(tmp_path / "b").read_bytes()
+    elif damage == "flipped":
+        raw[len(raw) // 2] ^= 1
+    elif damage == "header":
+        raw[20] ^= 255
+    raw = {"truncated": raw[:-100], "empty": b"", "grown": raw + b"x"}.get(damage, raw)
+    path.write_bytes(raw)
+    with pytest.warns(UserWarning, match="made again, since"):
+        check(IndexCache(str(tmp_path)).get(KEY, make_arrays))
+    check(IndexCache(str(tmp_path)).get(KEY, never))
+
+
+def test_a_hundred_kills(tmp_path):
+    """SIGKILL at random points of making and writing; the next start always works."""
+    generator, whole, partial = random.Random(0), 0, 0
+    for number in range(100):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        child = os.fork()
+        if child == 0:
+            try:
+                IndexCache(str(folder)).get(KEY, make_arrays)
+            finally:
+                os._exit(0)
+        time.sleep(generator.uniform(0, 0.012))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        whole += any(folder.glob("*.index"))
+        partial += any(folder.glob(".*.index.*"))
+        check(IndexCache(str(folder)).get(KEY, make_arrays))
+        check(IndexCache(str(folder)).get(KEY, never))
+    assert whole + partial > 0, "no kill came while or after the file was written"
+
+
+def _get(folder, marks):
+    def make():
+        (marks / str(os.getpid())).touch()
+        return make_arrays()
+
+    check(IndexCache(str(folder)).get(KEY, make))
+
+
+def test_processes_that_start_together_make_it_once(tmp_path):
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_get, args=(tmp_path / "cache", marks)) for _ in range(6)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 6 and len(list(marks.iterdir())) == 1
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="data_cache_path = .*file/x: cannot be written.*Fix"):
+        IndexCache(str(tmp_path / "file" / "x"))
+
+
+def test_a_disk_that_fills_up_costs_a_warning(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("data.cache.os.fsync", full)
+    with pytest.warns(UserWarning, match="No space left"):
+        check(IndexCache(str(tmp_path)).get(KEY, make_arrays))
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
