@@ -26,8 +26,8 @@ class Permutation(NamedTuple):
     @staticmethod
     def make(size: int, *seed: int) -> "Permutation":
         """A permutation of range(size), below 2^32, for each tuple of seeds (integers of 0 or more)."""
-        assert 1 <= size <= 2**32, size
-        a = int(np.ceil(np.sqrt(size)))
+        assert 0 <= size <= 2**32, size
+        a = max(1, int(np.ceil(np.sqrt(size))))
         key = np.zeros(1, dtype=np.uint64)
         for number in seed:
             key = hash_numbers(key ^ np.uint64(number % 2**64))

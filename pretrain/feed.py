@@ -83,6 +83,18 @@ def check_windows(config: DataConfig, ledger: Ledger, clock: int) -> None:
                              "or leave it out.")
 
 
+def data_changes(ledger: Ledger, corpus: Corpus, clock: int, phases: Sequence[Phase]) -> list[str]:
+    """What the open segment and the settings of its phase now disagree about, from `clock` on."""
+    if not ledger.segments or "drawn" in ledger.segments[-1]:
+        return []
+    phase = next((phase for phase in phases if phase.start <= clock < phase.end), None)
+    if phase is None or phase.name != ledger.open["phase"] or phase.start == clock:
+        return []
+    return [f"phase {phase.name!r}: {key} was {ledger.open[key]} and is {value} from token {clock:,} on; each source "
+            "goes on where it stood" for key, value in settings_of(phase, corpus).to_json().items()
+            if ledger.open[key] != value]
+
+
 def forecast_phases(ledger: Ledger, corpus: Corpus, clock: int, phases: Sequence[Phase]) -> list[dict]:
     """`data.ledger.forecast` of the phases that are not over at `clock`."""
     coming = [(phase.name, phase.end, settings_of(phase, corpus)) for phase in phases if phase.end > clock]

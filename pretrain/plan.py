@@ -10,7 +10,7 @@ from data.sources import Corpus, open_corpus
 from data.tokenizer import Tokenizer, build_tokenizer
 from pretrain import checkpoint
 from pretrain.config import Config
-from pretrain.feed import check_windows, forecast_phases, forecast_warnings
+from pretrain.feed import check_windows, data_changes, forecast_phases, forecast_warnings
 from pretrain.learning_rate import LearningRate
 from pretrain.phases import Phase, attempt, check_phases, resolve_phases
 from pretrain.start import Start, check_continuation, find_start
@@ -110,7 +110,8 @@ def warnings_about(plan: Plan) -> list[str]:
         found += [f"{name}: has no effect, since --save already holds a checkpoint of this run, which goes on"
                   for name in ("load", "ckpt_step", "no_load_optim", "finetune", "pretrained_checkpoint")
                   if getattr(settings, name) and not (name == "load" and same)]
-    found += forecast_warnings(plan.forecast)
+    clock = plan.progress["clock"] if plan.progress and not plan.start.weights_only else 0
+    found += data_changes(plan.ledger, plan.corpus, clock, plan.phases) + forecast_warnings(plan.forecast)
     if config.logging.eval_iters and not plan.corpus.validation:
         found.append("there are no validation documents (--split, --valid-data-path): nothing is evaluated")
     return found

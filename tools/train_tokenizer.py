@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tyro
 
-from data.stream import permutation
+from data.permutation import Permutation
 from tools.text_files import EXTENSIONS, Piece, find_files, read_documents
 
 BLOCK_BYTES = 64 << 10
@@ -50,7 +50,7 @@ def sample_texts(files: list[Path], max_bytes: int, seed: int, key: str) -> Iter
     blocks = [Piece(str(path), start, min(start + BLOCK_BYTES, size)) for path in files
               for size in [path.stat().st_size] for start in range(0, size, BLOCK_BYTES)]
     taken = 0
-    for i in permutation(len(blocks), seed):
+    for i in Permutation.make(len(blocks), seed).values(0, len(blocks)):
         block = blocks[i]
         if block.is_json:
             for text in read_documents(block, key, skip_bad=True).texts:

@@ -74,20 +74,24 @@ def test_tp2_pp2_continues_on_cp4_with_the_same_next_loss(pool, corpus, tmp_path
 PHASES = [
     dict(name="short", seq_length=64, train_tokens=512, global_batch_tokens=256, tensor_model_parallel_size=2),
     dict(name="same-layout", seq_length=128, train_tokens=512, global_batch_tokens=256, rotary_base=30000.0,
-         document_masking=False, tensor_model_parallel_size=2),
+         document_masking=False, tensor_model_parallel_size=2, packing="best_fit"),
     dict(name="pipeline", seq_length=128, train_tokens=512, global_batch_tokens=512, context_parallel_size=2,
          pipeline_model_parallel_size=2, pipeline_schedule="ZBV"),
     dict(name="long", seq_length=256, train_tokens=1000, global_batch_tokens=512, context_parallel_size=4,
-         cp_comm_type="a2a+allgather", hierarchical_context_parallel_sizes=[2, 2], lr=1e-3),
+         cp_comm_type="a2a+allgather", hierarchical_context_parallel_sizes=[2, 2], lr=1e-3, packing="best_fit"),
 ]
 LAYOUT_KEYS = {field.name for field in dataclasses.fields(LayoutConfig)}
 
 
 def test_phases_with_changing_layouts_equal_one_process(pool, corpus, tmp_path):
-    """Growing context over three layouts (restarts) equals the same phases in one process (no restart)."""
+    """Growing context over three layouts (restarts), blends and packings equals the same phases in one process."""
+    other = write_corpus(tmp_path / "other", documents=20, seed=8)
 
     def arguments(name, keep_layout):
         phases = [{k: v for k, v in phase.items() if keep_layout or k not in LAYOUT_KEYS} for phase in PHASES]
+        phases[0]["data_path"] = [0.7, corpus, 0.3, other]
+        phases[2]["data_path"] = [1, other]
+        phases[3]["data_path"] = [corpus, f"{other}[30:]"]
         config = tmp_path / f"{name}.yaml"
         config.write_text(yaml.safe_dump({"phases": phases, "fp64": True}))
         argv = base_arguments(corpus, save=str(tmp_path / name), num_layers=5)
@@ -104,6 +108,15 @@ def test_phases_with_changing_layouts_equal_one_process(pool, corpus, tmp_path):
     assert all(abs(found[step] - expected[step]) <= 1e-10 * expected[step] for step in expected)
     lines = [json.loads(line) for line in (tmp_path / "four" / "metrics.jsonl").read_text().splitlines()]
     assert [line["tokens"] for line in lines] == [256, 512, 768, 1024, 1536, 2048, 2560]
+    for line in lines:
+        assert line["real_tokens"] == sum(line["sources"].values()) <= line["tokens"]
+    assert lines[-1]["real_tokens"] < lines[-1]["tokens"], "best_fit must have padded"
+    assert lines[1]["sources"] == {corpus: 384, other: 128}  # 5.6 and 2.4 of 8 samples
+    rows = checkpoint.read_progress(checkpoint.published(tmp_path / "four"))["data"]["account"]
+    assert {(row["phase"], row["source"]) for row in rows} == {
+        ("short", corpus), ("short", other), ("same-layout", corpus), ("pipeline", other), ("long", corpus),
+        ("long", f"{other}[30:]")}
+    assert sum(row["tokens"] for row in rows) == lines[-1]["real_tokens"]
     assert [line["phase"] for line in lines] == ["short"] * 2 + ["same-layout"] * 2 + ["pipeline"] + ["long"] * 2
     one, four = stored(tmp_path / "one"), stored(tmp_path / "four")
     for name, tensor in one.items():
@@ -226,12 +239,31 @@ def test_damaged_checkpoints_are_refused(pool, corpus, tmp_path):
     assert pool.run(train, 1, longer) == ["done"]
 
 
-def test_other_models_data_and_seeds_are_refused(pool, corpus, tmp_path):
+def test_data_may_change_where_it_is_said(pool, corpus, tmp_path):
+    """Another blend goes on with a warning, a changed corpus needs a flag, a window of data can be passed over."""
+    save, other = str(tmp_path / "save"), write_corpus(tmp_path / "other", seed=4)
+    pool.run(train, 1, base_arguments(corpus, save=save, train_iters=1))
+    blended = base_arguments(other, save=save, train_iters=2)
+    (text,) = warnings_about(make_plan(load_config(blended), 1))
+    assert text.startswith("phase 'main': blend was [[") and text.endswith("each source goes on where it stood")
+    assert pool.run(train, 1, blended) == ["done"]
+    write_corpus(tmp_path / "other", seed=5)
+    changed = base_arguments(other, save=save, train_iters=3)
+    assert f"{other}: is not the data that the checkpoint was trained on (corpus " in refusal(pool, changed)
+    assert losses(save).keys() == {1, 2}
+    assert pool.run(train, 1, [*changed, "--accept-changes", "data"]) == ["done"]
+    skipping = [*base_arguments(other, save=save, train_iters=6), "--accept-changes", "data", "--skip-data"]
+    assert "skip_data = 256:512: the run is at 768 already" in refusal(pool, [*skipping, "256:512"])
+    assert pool.run(train, 1, [*skipping, "1000:1536", "--exit-interval", "5"]) == ["stopped"]
+    assert pool.run(train, 1, [*skipping, "1000:1536"]) == ["done"]
+    (row,) = [row for row in checkpoint.read_progress(checkpoint.published(save))["data"]["account"] if row["skipped"]]
+    assert row["tokens"] == 512 and sorted(losses(save)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_other_models_and_seeds_are_refused(pool, corpus, tmp_path):
     save = str(tmp_path / "save")
     pool.run(train, 1, base_arguments(corpus, save=save, train_iters=1))
-    other = write_corpus(tmp_path / "other", seed=4)
     assert "holds another model: hidden_size: checkpoint 32, run 64" in refusal(
         pool, base_arguments(corpus, save=save, hidden_size=64))
-    assert "data: checkpoint" in refusal(pool, base_arguments(other, save=save, train_iters=2))
     assert "seed: checkpoint 1234, run 5" in refusal(pool, base_arguments(corpus, save=save, train_iters=2, seed=5))
     assert losses(save).keys() == {1}

@@ -128,7 +128,7 @@ def test_training_sample_is_bounded_seeded_and_even(tmp_path):
     assert 400_000 <= sum(map(len, texts)) + 8 * len(texts) < 400_000 + 2 * (64 << 10)
     assert texts == list(sample_texts(files, 400_000, 1, "text")) != list(sample_texts(files, 400_000, 2, "text"))
     assert len({text[0] for text in texts}) >= 3
-    assert {line for text in texts for line in text.splitlines()} == {f"{name} line" for name in "abcd"}
+    assert {line for text in texts for line in text.splitlines()} <= {f"{name} line" for name in "abcd"}
     assert sum(map(len, sample_texts(files, 10**9, 1, "text"))) > 0.99 * 4 * 700_000
     (tmp_path / "e.jsonl").write_text('{"text": "one\\ntwo"}\nbad\n{"text": "three"}\n')
     assert list(sample_texts([tmp_path / "e.jsonl"], 100, 1, "text")) == ["one\ntwo", "three"]
