@@ -68,8 +68,8 @@ class _Located(NamedTuple):
 
     def segments(self, document_masking: bool) -> np.ndarray:
         """Where a segment of attention begins: at each document; the padding is one, too."""
-        starts = np.unique(self.begins if document_masking else self.begins[[0, -1]])
-        return starts[starts < self.seq_length]
+        starts = self.begins[:-1] if document_masking else self.begins[:-1][:1]
+        return starts if self.begins[-1] == self.seq_length else np.append(starts, self.begins[-1])
 
 
 def read_batch(samples: Sequence[Sample], seq_length: int, pieces: Sequence[tuple[int, int]] | None = None, *,
@@ -101,30 +101,34 @@ def read_batch(samples: Sequence[Sample], seq_length: int, pieces: Sequence[tupl
     cu_seqlens = np.concatenate([i * seq_length + sample.segments(document_masking)
                                  for i, sample in enumerate(located)] + [[total]])
     size = sum(high - low for low, high in pieces)
-    tokens, labels, positions = (np.empty(size, dtype=np.int64) for _ in range(3))
-    at = 0
+    extra = 1 + max(len(sample.intervals) for sample in samples)  # read for labels, and not kept
+    tokens, labels, positions = (np.empty(length, dtype=np.int64) for length in (size + extra, size, size))
+    at, targets = 0, 0
     for low, high in pieces:
         for i in range(low // seq_length, -(-high // seq_length)):
             first, last = max(low - i * seq_length, 0), min(high - i * seq_length, seq_length)
-            here = slice(at, at + last - first)
-            _read_part(located[i], first, last, document_masking, 0 if eod is None else eod, vocab_size,
-                       tokens[here], labels[here])
+            targets += _read_part(located[i], first, last, document_masking, 0 if eod is None else eod, vocab_size,
+                                  tokens[at:], labels[at:at + last - first])
             at += last - first
+    tokens = tokens[:size]
     _fill_positions(cu_seqlens, np.array(pieces, dtype=np.int64), positions)
     if eod_mask_loss:
         labels[tokens == eod] = IGNORE
+        targets = int((labels != IGNORE).sum())
     return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(positions),
-                 torch.from_numpy(cu_seqlens.astype(np.int32)))
+                 torch.from_numpy(cu_seqlens.astype(np.int32)), targets)
 
 
 def _read_part(located: _Located, first: int, last: int, document_masking: bool, padding: int,
-               vocab_size: int | None, tokens: np.ndarray, labels: np.ndarray) -> None:
-    """Fill the tokens [first, last) of a sample and their labels; reads one token more where a label needs it."""
+               vocab_size: int | None, tokens: np.ndarray, labels: np.ndarray) -> int:
+    """Fill the tokens [first, last) of a sample and their labels -> number of targets. Reads one token more where a
+    label needs it, so that `tokens` is longer."""
     spans, begins = located.spans, located.begins
-    real = min(last, int(begins[-1]))
-    tokens[max(0, real - first):], labels[max(0, real - first):] = padding, IGNORE
-    if real <= first:
-        return
+    real = max(first, min(last, int(begins[-1])))
+    labels[real - first:] = IGNORE
+    if real == first:
+        tokens[:last - first] = padding
+        return 0
     low = int(np.searchsorted(begins, first, side="right")) - 1
     high = int(np.searchsorted(begins, real, side="left"))  # of the spans, [low, high) are touched
     documents, offsets, lengths = (array[low:high].copy() for array in spans[:3])
@@ -135,7 +139,7 @@ def _read_part(located: _Located, first: int, last: int, document_masking: bool,
     lengths[-1] -= left
     rests[-1] += left
     inner = rests > 0  # the token after a span that does not end its document is read with it
-    window = np.empty(int(lengths.sum() + inner.sum()), dtype=np.int64)
+    window = tokens[:int(lengths.sum() + inner.sum())]
     located.sample.stream.reader.read_spans(documents, offsets, lengths + inner, window)
     if vocab_size is not None and (window.min() < 0 or window.max() >= vocab_size):
         _refuse_id(located.sample.stream, documents, lengths + inner, window, vocab_size)
@@ -143,7 +147,11 @@ def _read_part(located: _Located, first: int, last: int, document_masking: bool,
     if vocab_size is not None and after >= vocab_size:
         raise ValueError(f"token id {after} in {located.sample.stream.reader.prefix}: must be in [0, vocab_size = "
                          f"{vocab_size}). Fix: give the tokenizer (or --vocab-size) that made the corpus.")
-    _arrange(window, lengths, inner, document_masking, after, tokens, labels)
+    targets = _shift(window, lengths, inner, document_masking, after, labels)
+    if inner[:-1].any():
+        _compact(window, lengths, inner)
+    tokens[real - first:last - first] = padding
+    return targets
 
 
 def _token_after(located: _Located, span: int) -> int:
@@ -164,15 +172,14 @@ def _refuse_id(stream: DocumentStream, documents: np.ndarray, lengths: np.ndarra
 
 
 @numba.njit(nogil=True, cache=True)
-def _arrange(window, lengths, inner, document_masking, after, tokens, labels):
-    """Spans of `window` to tokens and labels. inner[i]: a token more of span i's document lies behind it."""
-    read, written = 0, 0
+def _shift(window, lengths, inner, document_masking, after, labels):
+    """The labels of the spans in `window` -> number of targets. inner[i]: a token more of span i's document lies behind
+    it."""
+    read, written, targets = 0, 0, 0
     for i in range(len(lengths)):
         length = lengths[i]
         for j in range(length - 1):
-            tokens[written + j] = window[read + j]
             labels[written + j] = window[read + j + 1]
-        tokens[written + length - 1] = window[read + length - 1]
         if inner[i]:
             label = window[read + length]
         elif document_masking:
@@ -182,8 +189,21 @@ def _arrange(window, lengths, inner, document_masking, after, tokens, labels):
         else:
             label = after
         labels[written + length - 1] = label
+        targets += length - 1 + (label != IGNORE)
         read += length + inner[i]
         written += length
+    return targets
+
+
+@numba.njit(nogil=True, cache=True)
+def _compact(window, lengths, inner):
+    """Close the gaps that the tokens read for labels leave between the spans."""
+    read, written = 0, 0
+    for i in range(len(lengths)):
+        for j in range(lengths[i]):
+            window[written + j] = window[read + j]
+        read += lengths[i] + inner[i]
+        written += lengths[i]
 
 
 @numba.njit(nogil=True, cache=True)

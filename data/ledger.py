@@ -68,12 +68,12 @@ class Mixture:
                 raise ValueError(f"data_exhausted = error: {'; '.join(short)} (of {self.settings.seq_length:,} tokens "
                                  "each). Fix: fewer tokens, more data, other weights, or --data-exhausted repeat.")
 
-    def samples(self, first: int, number: int) -> list[Sample]:
-        """Samples [first, first + number)."""
+    def samples(self, numbers: Sequence[int]) -> list[Sample]:
+        """The samples of these numbers."""
         with self._lock:
-            sources, places = self.order.draw(first, number)
-            return [self.packers[source].sample(place)
-                    for source, place in zip(sources.tolist(), places.tolist(), strict=True)]
+            first = min(numbers)
+            sources, places = (array.tolist() for array in self.order.draw(first, max(numbers) + 1 - first))
+            return [self.packers[sources[number - first]].sample(places[number - first]) for number in numbers]
 
     def tokens(self, samples: int) -> dict[str, int]:
         """Tokens that the first `samples` hold, by source; padding is not counted."""

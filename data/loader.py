@@ -60,11 +60,11 @@ class Loader:
     def _read(self, clock: int) -> list[Batch]:
         number, rest = divmod(clock - self.start, self.seq_length)
         assert number >= 0 and rest == 0, (clock, self.start, self.seq_length)
-        batches = []
-        for j in range(self.num_microbatches):
-            first = number + (j * self.dp_size + self.dp_rank) * self.micro_batch_size
-            batches.append(read_batch(self.mixture.samples(first, self.micro_batch_size), **self._slice))
-        return batches
+        firsts = [number + (j * self.dp_size + self.dp_rank) * self.micro_batch_size
+                  for j in range(self.num_microbatches)]
+        samples = self.mixture.samples([first + i for first in firsts for i in range(self.micro_batch_size)])
+        return [read_batch(samples[at:at + self.micro_batch_size], **self._slice)
+                for at in range(0, len(samples), self.micro_batch_size)]
 
     def _start_reading(self, clock: int) -> None:
         """Read a step in a thread of its own, which ends with it; errors wait in the future."""

@@ -59,6 +59,9 @@ class Concat:
 
     def sample(self, number: int) -> Sample:
         start, stop = number * self.seq_length, (number + 1) * self.seq_length
+        if start >= self._held_tokens:
+            position = self.place.position + start - self._held_tokens
+            return Sample(self.stream, np.array([[position, self.seq_length]]), position + self.seq_length)
         parts = [self._held_part(start, stop)]
         if stop > self._held_tokens:
             start = max(start, self._held_tokens)
@@ -223,7 +226,7 @@ class BestFit:
             bins = order.values(0, count)[bins]
         begins = np.zeros(count + 1, dtype=np.int64)
         np.cumsum(np.bincount(bins, minlength=count), out=begins[1:])
-        return _Window(intervals, np.argsort(bins, kind="stable"), begins, end)
+        return _Window(intervals, _by_bin(bins, begins), begins, end)
 
 
 PACKINGS: dict[str, type[Concat] | type[BestFit]] = {"concat": Concat, "best_fit": BestFit}
@@ -276,6 +279,17 @@ def _longest_first(lengths, capacity):
         place = capacity - lengths[i]
         order[counts[place]] = i
         counts[place] += 1
+    return order
+
+
+@numba.njit(nogil=True, cache=True)
+def _by_bin(bins, begins):
+    """Item numbers, bin after bin, each bin's in order."""
+    places = begins.copy()
+    order = np.empty(len(bins), dtype=np.int32)
+    for i in range(len(bins)):
+        order[places[bins[i]]] = i
+        places[bins[i]] += 1
     return order
 
 

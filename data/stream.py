@@ -17,7 +17,7 @@ import xxhash
 
 from data.cache import IndexCache
 from data.config import parse_split
-from data.permutation import Permutation, permuted
+from data.permutation import BATCH, Permutation, permuted, permuted_batch
 
 SPLITS = ("train", "valid", "test")
 KEPT_EPOCHS = 2
@@ -136,8 +136,9 @@ class DocumentStream:
         if local == 0:
             return position
         permutation, blocks = self._epoch(epoch)
-        _, start, length = _find_document(local, self.lengths, permutation, blocks)
-        return position if start == local else epoch * self.tokens_per_epoch + int(start + length)
+        _, document, start = _find_document(local, self.lengths, permutation, blocks)
+        end = int(start) + int(self.lengths[document])
+        return position if start == local else epoch * self.tokens_per_epoch + end
 
     def fingerprint(self) -> dict:
         """JSON-able identity of what the stream reads: the files, and which of their documents."""
@@ -224,21 +225,27 @@ def _prefix_offsets(lengths: np.ndarray, permutation: Permutation) -> np.ndarray
 @numba.njit(nogil=True, cache=True)
 def _sum_blocks(lengths, permutation, first, out):
     """out[i] = tokens of the documents of block first + i."""
-    size = len(lengths)
-    for i in range(len(out)):
-        start = (first + i) * BLOCK
-        total = 0
-        for number in range(start, min(size, start + BLOCK)):
-            total += lengths[permuted(number, permutation)]
-        out[i] = total
+    low, high = np.empty(BATCH, dtype=np.uint32), np.empty(BATCH, dtype=np.uint32)
+    documents = np.empty(BATCH, dtype=np.int64)
+    start, end = first * BLOCK, min(len(lengths), (first + len(out)) * BLOCK)
+    out[:] = 0
+    for batch in range(start, end, BATCH):
+        count = min(BATCH, end - batch)
+        permuted_batch(batch, permutation, low, high, documents[:count])
+        for i in range(count):
+            out[(batch + i - start) // BLOCK] += lengths[documents[i]]
 
 
 @numba.njit(nogil=True, cache=True)
 def _deal(permutation, ends, train, valid, test):
     """Put each document into the split whose range of ranks its own lies in."""
     counts = np.zeros(3, dtype=np.int64)
+    low, high = np.empty(BATCH, dtype=np.uint32), np.empty(BATCH, dtype=np.uint32)
+    ranks = np.empty(BATCH, dtype=np.int64)
     for document in range(permutation.size):
-        rank = permuted(document, permutation)
+        if document % BATCH == 0:
+            permuted_batch(document, permutation, low, high, ranks[:min(BATCH, permutation.size - document)])
+        rank = ranks[document % BATCH]
         if rank < ends[0]:
             train[counts[0]] = document
             counts[0] += 1
@@ -252,15 +259,15 @@ def _deal(permutation, ends, train, valid, test):
 
 @numba.njit(nogil=True, cache=True)
 def _find_document(position, lengths, permutation, blocks):
-    """The document at a position of the epoch -> (place in the epoch's order, where it begins, its length)."""
+    """The document at a position of the epoch -> (place in the epoch's order, document, where it begins)."""
     block = np.searchsorted(blocks, position, side="right") - 1
     place, start = block * BLOCK, blocks[block]
-    length = numba.int64(lengths[permuted(place, permutation)])
-    while start + length <= position:
-        start += length
+    document = permuted(place, permutation)
+    while start + lengths[document] <= position:
+        start += lengths[document]
         place += 1
-        length = numba.int64(lengths[permuted(place, permutation)])
-    return place, start, length
+        document = permuted(place, permutation)
+    return place, document, start
 
 
 @numba.njit(nogil=True, cache=True)
@@ -269,28 +276,38 @@ def _find_spans(starts, counts, lengths, permutation, blocks):
     room = 2 * len(starts) + 64
     out = np.empty((5, room), dtype=np.int64)
     used = 0
+    low, high = np.empty(BATCH, dtype=np.uint32), np.empty(BATCH, dtype=np.uint32)
+    batch = np.empty(BATCH, dtype=np.int64)
     for i in range(len(starts)):
         if counts[i] == 0:
             continue
         position, end = starts[i], starts[i] + counts[i]
-        place, start, length = _find_document(position, lengths, permutation, blocks)
+        place, document, start = _find_document(position, lengths, permutation, blocks)
+        single, next_batch = place + BLOCK, place + BLOCK  # a batch pays where an interval has many documents
         while True:
             if used == room:
                 room *= 2
                 larger = np.empty((5, room), dtype=np.int64)
                 larger[:, :used] = out
                 out = larger
-            stop = min(end, start + length)
-            out[0, used] = permuted(place, permutation)
+            stop = min(end, start + lengths[document])
+            out[0, used] = document
             out[1, used] = position - start
             out[2, used] = stop - position
-            out[3, used] = start + length - stop
+            out[3, used] = start + lengths[document] - stop
             out[4, used] = i
             used += 1
             if stop == end:
                 break
             position = start = stop
             place += 1
-            length = numba.int64(lengths[permuted(place, permutation)])
+            if place < single:
+                document = permuted(place, permutation)
+            else:
+                if place == next_batch:
+                    size = min(BATCH, permutation.size - place)
+                    permuted_batch(place, permutation, low, high, batch[:size])
+                    next_batch = place + size
+                document = batch[place - next_batch + size]
     out = out[:, :used]
     return out[0], out[1], out[2], out[3], out[4]

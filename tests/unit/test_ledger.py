@@ -132,15 +132,15 @@ def test_later_settings_leave_the_past_alone():
     """A changed blend goes on where each source stood; one that comes back is where it was left."""
     ledger = Ledger(make_streams())
     ledger.enter(0, "one", settings(8, [(1, "a"), (1, "b")]))
-    before = ledger.mixture().samples(0, 10)
+    before = ledger.mixture().samples(range(10))
     ledger.enter(80, "two", settings(16, [(1, "b"), (1, "c")]))
     ledger.enter(240, "three", settings(16, [(1, "a")]))
     assert ledger.place("a").position == 40
-    assert ledger.mixture().samples(0, 1)[0].intervals.tolist() == [[40, 16]]
+    assert ledger.mixture().samples([0])[0].intervals.tolist() == [[40, 16]]
     assert ledger.place("b").position == 40 + 80
     fresh = Ledger(make_streams())
     fresh.enter(0, "one", settings(8, [(1, "a"), (1, "b")]))
-    assert [s.intervals.tolist() for s in before] == [s.intervals.tolist() for s in fresh.mixture().samples(0, 10)]
+    assert [s.intervals.tolist() for s in before] == [s.intervals.tolist() for s in fresh.mixture().samples(range(10))]
     ledger.enter(256, "three", settings(16, [(1, "a")]))
     assert len(ledger.segments) == 3, "the same settings go on in the same segment"
 
