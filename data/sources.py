@@ -1,7 +1,7 @@
 """Opening the data of a run: each source as a stream, the split into train and valid, the validation sets."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,8 @@ class Corpus:
 
     train: dict[str, DocumentStream]
     validation: dict[str, Blend]
+    empty: dict[str, int] = field(default_factory=dict)
+    """Prefix -> documents without a token, which are never drawn; only those that have some."""
 
     def settings(self, seq_length: int, words: Sequence[str], field: str, packing, exhausted) -> DataSettings:
         """The settings of a segment that draws from `words`; sources without weights count by their tokens."""
@@ -73,7 +75,7 @@ def open_corpus(config: DataConfig, seed: int, vocab_size: int, tokenizer: dict 
         validation = _own_validation(config.valid_data_path, opener, train)
     else:
         validation = _split_validation(valid_parts)
-    return Corpus(train, validation)
+    return Corpus(train, validation, opener.empty)
 
 
 class _Opener:
@@ -83,11 +85,13 @@ class _Opener:
         self.config, self.seed, self.vocab_size, self.tokenizer = config, seed, vocab_size, tokenizer
         self.cache, self.files = IndexCache(config.data_cache_path), OpenFiles()
         self._readers: dict[str, IndexedReader] = {}
-        self._splits: dict[str, dict[str, np.ndarray]] = {}
+        self.empty: dict[str, int] = {}
 
     def reader(self, prefix: str) -> IndexedReader:
         if prefix not in self._readers:
-            self._readers[prefix] = self._open(prefix)
+            reader = self._readers[prefix] = self._open(prefix)
+            if empty := reader.num_documents - int(np.count_nonzero(reader.document_lengths)):
+                self.empty[prefix] = empty
         return self._readers[prefix]
 
     def split(self, reader: IndexedReader | SyntheticReader, source: SourceName,

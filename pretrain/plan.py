@@ -111,6 +111,8 @@ def warnings_about(plan: Plan) -> list[str]:
                   for name in ("load", "ckpt_step", "no_load_optim", "finetune", "pretrained_checkpoint")
                   if getattr(settings, name) and not (name == "load" and same)]
     clock = plan.progress["clock"] if plan.progress and not plan.start.weights_only else 0
+    found += [f"{prefix}: {count:,} documents have no token and are never drawn"
+              for prefix, count in plan.corpus.empty.items()]
     found += data_changes(plan.ledger, plan.corpus, clock, plan.phases) + forecast_warnings(plan.forecast)
     if config.logging.eval_iters and not plan.corpus.validation:
         found.append("there are no validation documents (--split, --valid-data-path): nothing is evaluated")

@@ -23,6 +23,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator  # noqa: E402
 
 PHASE_COLORS = ("#eef3fa", "#fdf3e3", "#eaf5ea", "#f7ecf6", "#f3f3f0", "#e8f5f6")
 LOSS, SMOOTH, VALIDATION, RATE, LEARNING = "#9db8d9", "#1f4e8c", "#c8401d", "#2f7d4f", "#7a4ea3"
+MARKERS = "os^Dv<>P"
 
 
 @dataclass(kw_only=True)
@@ -39,6 +40,13 @@ class Run:
 
     steps: list[dict]
     evaluations: list[dict]
+
+    def validation_sets(self) -> dict[str, list[dict]]:
+        """Name of each validation set -> its evaluations, in order."""
+        sets: dict[str, list[dict]] = {}
+        for evaluation in self.evaluations:
+            sets.setdefault(evaluation.get("set", "valid"), []).append(evaluation)
+        return sets
 
     def phases(self) -> list[tuple[str, int, int, int]]:
         """(name, sequence length, first position, end) of each stretch with one phase; positions in tokens."""
@@ -158,9 +166,10 @@ def _draw_loss(axes: Axes, run: Run, tokens: list[int]) -> None:
         axes.plot(tokens, smoothed, color=SMOOTH, linewidth=1.8, label="training, running median")
     else:
         axes.plot(tokens, losses, color=SMOOTH, linewidth=1.8, label="training")
-    if run.evaluations:
-        axes.plot([e["tokens"] for e in run.evaluations], [e["valid_loss"] for e in run.evaluations], "o",
-                  color=VALIDATION, markersize=6, markeredgecolor="white", label="validation", zorder=5, clip_on=False)
+    for number, (name, evaluations) in enumerate(run.validation_sets().items()):
+        axes.plot([e["tokens"] for e in evaluations], [e["valid_loss"] for e in evaluations],
+                  MARKERS[number % len(MARKERS)], color=VALIDATION, markersize=6, markeredgecolor="white", zorder=5,
+                  label="validation" if name == "valid" else f"validation: {name}", clip_on=False)
     skipped = [step["tokens"] for step in run.steps if step.get("skipped")]
     if skipped:
         axes.plot(skipped, [0.015] * len(skipped), "x", color="black", transform=axes.get_xaxis_transform(),
@@ -197,9 +206,10 @@ def summary(run: Run) -> str:
     last = run.steps[-1]
     lines = [f"{last['step']:,} steps, {short(last['tokens'])} tokens, training loss {run.steps[0]['loss']:.4f} -> "
              f"{last['loss']:.4f}"]
-    if run.evaluations:
-        first, final = run.evaluations[0], run.evaluations[-1]
-        lines.append(f"validation loss {first['valid_loss']:.4f} (step {first['step']:,}) -> "
+    for name, evaluations in run.validation_sets().items():
+        first, final = evaluations[0], evaluations[-1]
+        of_set = "" if name == "valid" else f" of {name}"
+        lines.append(f"validation loss{of_set} {first['valid_loss']:.4f} (step {first['step']:,}) -> "
                      f"{final['valid_loss']:.4f} (step {final['step']:,})")
     for name, seq_length, begin, end in run.phases():
         speeds = [s["tokens_per_second"] for s in run.steps if begin < s["tokens"] <= end]

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from data import indexed
+from data.batch import read_batch
 from data.indexed import IndexedReader, IndexedWriter, optimal_dtype, read_side_file
+from data.ledger import fresh_mixture
+from data.stream import DocumentStream
 
 DTYPES = [np.uint8, np.int8, np.int16, np.int32, np.int64, np.uint16]
 DOCUMENTS = [[5, 6, 7], [], [1], list(range(100)), [127, 0]]
@@ -177,3 +180,38 @@ def test_side_file_of_someone_else_is_ignored(tmp_path):
     for text in ("{", "[]", '{"documents": 1}'):
         (tmp_path / "c.json").write_text(text)
         assert read_side_file(str(tmp_path / "c")) is None
+
+
+def test_beyond_two_to_the_31(tmp_path):
+    """Tokens, bytes and stream positions over epochs; the files are sparse."""
+    longest, first = indexed.LONGEST_SEQUENCE, 100
+    lengths = np.array([first, longest, longest, 7], dtype=np.int32)  # the second document is two sequences
+    starts = np.concatenate([[0], np.cumsum(lengths.astype(np.int64))])
+    with open(tmp_path / "far.idx", "wb") as file:
+        file.write(indexed.HEADER.pack(indexed.MAGIC, 1, 4, 4, 4))
+        lengths.tofile(file)
+        (starts[:-1] * 4).tofile(file)
+        np.array([0, 1, 3, 4], dtype=np.int64).tofile(file)
+    with open(tmp_path / "far.bin", "wb") as file:
+        file.truncate(int(starts[-1]) * 4)
+        for position, ids in ((99, [5, 6, 7]), (int(starts[2]) - 1, [11, 12]), (int(starts[3]) - 2, [21, 22, 23, 24])):
+            file.seek(position * 4)
+            np.array(ids, dtype=np.int32).tofile(file)
+    reader = IndexedReader(str(tmp_path / "far"))
+    assert reader.document_lengths.tolist() == [first, 2 * longest, 7] and reader.num_tokens == starts[-1] > 2**32
+    assert reader.read(0, 99, 1).tolist() == [5] and reader.read(1, 0, 2).tolist() == [6, 7]
+    assert reader.read(1, longest - 1, 2).tolist() == [11, 12]
+    assert reader.read(1, 2 * longest - 2, 2).tolist() == [21, 22]
+    assert reader.read(2, 0, 3).tolist() == [23, 24, 0]
+    stream = DocumentStream(reader, None, seed=1)
+    for epoch in range(3):
+        documents, offsets, counts = stream.spans(epoch * stream.tokens_per_epoch, stream.tokens_per_epoch)
+        assert sorted(documents.tolist()) == [0, 1, 2]
+        assert counts.tolist() == reader.document_lengths[documents].tolist()
+        begin = epoch * stream.tokens_per_epoch + int(counts[:documents.tolist().index(1)].sum())
+        assert stream.read(begin + longest - 1, 2).tolist() == [11, 12]
+    packed = fresh_mixture([(1.0, stream)], 2**20, "best_fit")
+    samples = packed.packers[0].samples_before(stream.tokens_per_epoch)
+    assert packed.tokens(samples) == {"0": stream.tokens_per_epoch}
+    far = [sample for sample in packed.samples(range(samples - 3, samples)) if sample.intervals[0, 0] > 2**31]
+    assert far and read_batch(far, 2**20, [(0, 8)]).tokens.shape == (8,)

@@ -55,6 +55,16 @@ def test_the_picture_shows_what_the_run_did(tmp_path):
     assert list(learning.lines[0].get_ydata()) == [3e-4] * 40
 
 
+def test_each_validation_set_has_its_own_marks(tmp_path):
+    write_run(tmp_path)
+    run = report.read_run(tmp_path)
+    for evaluation in run.evaluations[1:]:
+        evaluation["set"] = "code"
+    drawn = {line.get_label(): list(line.get_ydata()) for line in report.draw(run, "title").axes[0].lines}
+    assert drawn["validation"] == [9.0] and drawn["validation: code"] == [6.0, 5.0]
+    assert "validation loss of code 6.0000" in report.summary(run)
+
+
 def test_labels_of_short_phases_do_not_overlap(tmp_path):
     write_run(tmp_path)
     run = report.read_run(tmp_path)

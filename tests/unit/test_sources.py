@@ -36,6 +36,7 @@ def test_split_and_fingerprint(tmp_path):
     again, other = opened(data_path=path, split="80,20"), opened(data_path=path, split="70,30")
     assert corpus.train[path[0]].fingerprint() == again.train[path[0]].fingerprint() != other.train[
         path[0]].fingerprint()
+    assert corpus.empty == {path[0]: 34}
     assert opened(data_path=path, split="1").validation == {}
     own = opened(train_data_path=path, valid_data_path=write(tmp_path / "v", [[1, 2]]))
     assert own.train[path[0]].tokens_per_epoch == 99 and own.validation["valid"][0][1].tokens_per_epoch == 2
