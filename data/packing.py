@@ -22,7 +22,8 @@ from data.stream import DocumentStream, usable_cores
 
 WINDOW_BINS = 1024
 """Samples of a window: enough for the one that stays half empty at its end to be less than a thousandth."""
-KEPT_WINDOWS = 3
+KEPT_WINDOWS = 2
+"""The one under way and the next; about 25 MB per million documents each."""
 ORDER_PURPOSE = 3
 """Keeps the seed of the order of samples apart from those in stream.py."""
 
