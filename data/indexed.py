@@ -193,12 +193,13 @@ class _Maps(NamedTuple):
 
 
 class OpenFiles:
-    """Bounds the memory maps that many readers hold open: the one not used for longest is closed.
+    """Bounds the memory maps that many readers hold open (two file descriptors each, and 1,024 are a common limit of a
+    process): the one not used for longest is closed.
 
     Closing lets go of the map; a copy that another thread is making from it is safe, as it holds the map.
     """
 
-    def __init__(self, limit: int = 256):
+    def __init__(self, limit: int = 64):
         self.limit = limit
         self._maps: OrderedDict[IndexedReader, _Maps] = OrderedDict()
         self._lock = threading.Lock()
@@ -234,7 +235,7 @@ class IndexedReader:
         self.num_documents, self.num_tokens = len(index.document_lengths), index.num_tokens
         self._num_sequences, self._one_sequence_each = index.num_sequences, index.one_sequence_each
         self._index_checksum, self._identity = index.checksum, ""
-        self._files = files or OpenFiles(1)
+        self._files = OpenFiles(1) if files is None else files
         self._closed = False
 
     def open_maps(self) -> _Maps:

@@ -216,9 +216,15 @@ def _prefix_offsets(lengths: np.ndarray, permutation: Permutation) -> np.ndarray
     offsets = np.zeros(blocks + 1, dtype=np.int64)
     share = max(1 << 16, -(-blocks // (4 * usable_cores())))
     starts = range(0, blocks, share)
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        list(pool.map(lambda start: _sum_blocks(lengths, permutation, start, offsets[1 + start:1 + start + share]),
-                      starts))
+
+    def work(start: int) -> None:
+        _sum_blocks(lengths, permutation, start, offsets[1 + start:1 + start + share])
+
+    if len(starts) == 1:  # most sources are small, and there may be thousands
+        work(0)
+    else:
+        with ThreadPoolExecutor(usable_cores()) as pool:
+            list(pool.map(work, starts))
     return np.cumsum(offsets, out=offsets)
 
 

@@ -152,7 +152,7 @@ def check_phases(phases: list[Phase], config: Config, world_size: int, vocab_siz
             nearest = nearest_layouts(phase, config, world_size, vocab_size)
             problems.append(f"{where}layouts that work on {world_size} processes, nearest first: "
                             f"{'; '.join(nearest) or 'none with this batch, length and model'}.")
-        if phase.data_path:
+        if phase.data_path and list(phase.data_path) not in (config.data.data_path, config.data.train_data_path):
             if config.data.mock_data:
                 problems.append(f"{where}data_path = {' '.join(phase.data_path)}: cannot be combined with mock_data. "
                                 "Fix: remove one of them.")

@@ -1,5 +1,7 @@
 """Opening a run's data: splits, ranges of lengths, blends, validation sets, checks of ids."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -101,6 +103,9 @@ def test_many_prefixes_keep_few_files_open(tmp_path):
     for _ in range(2):
         for n, reader in enumerate(readers):
             assert reader.read(2, 0, 2).tolist() == [n, n + 1] and len(files) <= 8
+    opened = [os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if name.isdigit()
+              and os.path.exists(f"/proc/self/fd/{name}")]
+    assert len(files) == 8 and sum(str(tmp_path) in path for path in opened) == 16
 
 
 @pytest.mark.parametrize("side", ["ours", "missing", "of another corpus"])
