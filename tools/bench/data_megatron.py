@@ -29,7 +29,8 @@ class Ids:
 
 def index(prefix: str, warm_up: str, seq_length: int, next_length: int) -> dict:
     """From opening the files to sample 0 in hand; then the same at another length, with the files open."""
-    build(open_files(warm_up), warm_up, seq_length)[0]
+    for length in (seq_length, next_length):
+        build(open_files(warm_up), warm_up, length)[0]
     with measured() as found:
         files = open_files(prefix)
         dataset = build(files, prefix, seq_length)

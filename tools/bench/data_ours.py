@@ -22,7 +22,9 @@ RANKS = 32
 
 def index(prefix: str, warm_up: str, seq_length: int, next_length: int) -> dict:
     """From opening the files to sample 0 in hand; then the same at another length, with the files open."""
-    first_sample(open_ledger(warm_up), 0, seq_length)
+    ledger = open_ledger(warm_up)
+    first_sample(ledger, 0, seq_length)
+    first_sample(ledger, seq_length, next_length)
     with measured() as found:
         ledger = open_ledger(prefix)
         first_sample(ledger, 0, seq_length)
