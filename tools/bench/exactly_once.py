@@ -29,6 +29,8 @@ from tools.bench.data_corpus import write_index
 LENGTHS = tuple(1 << power for power in range(13, 21))
 """Sequence lengths of the phases of a full-sized run, 8Ki to 1Mi."""
 BLOCK = 1 << 22
+PHASES = 20
+"""Random phases; what they leave of the epoch is then drawn source by source."""
 HELD_OUT = 64
 """One in so many documents of the last source is in no stream, as validation documents are."""
 
@@ -173,9 +175,9 @@ class Trial:
     # ---- the run ----
 
     def random_phases(self) -> None:
-        """Phases until one has found no source with room for a step of its length several times over."""
+        """PHASES phases, or fewer where the sources soon have no room for more."""
         failures = 0
-        while failures < 8 and not self.outcome.problems:
+        while failures < 8 and self.outcome.phases < PHASES and not self.outcome.problems:
             seq_length = self.longest >> self.chance.randrange(8)
             names = self.chance.sample([source.name for source in self.sources], self.chance.randint(1, 3))
             packing = self.chance.choice(["concat", "best_fit"])
