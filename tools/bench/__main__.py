@@ -1,12 +1,12 @@
-"""Compare this code with its peers on this machine: `python -m tools.bench attention [options]`."""
+"""Compare this code with its peers on this machine: `python -m tools.bench attention|data [options]`."""
 
 import sys
 
 import tyro
 
-from tools.bench import attention
+from tools.bench import attention, data
 
-BENCHMARKS = {"attention": attention}
+BENCHMARKS = {"attention": attention, "data": data}
 """Subcommand -> its module: `Arguments`, a dataclass of its options, and `run(arguments) -> exit code`."""
 
 

@@ -41,6 +41,11 @@ def bar(name: str, value: float, limit: float) -> str:
     return f"- {name}: {value:.3f}, bar {limit:.1f}: {'reached' if value <= limit else 'NOT reached'}"
 
 
+def bar_at_least(name: str, value: float, limit: float) -> str:
+    """`bar` for what should be large."""
+    return f"- {name}: {value:.3f}, bar at least {limit:.1f}: {'reached' if value >= limit else 'NOT reached'}"
+
+
 def publish(text: str, output: str | None) -> None:
     """Print `text`, and append it to the file `output` if one is named."""
     print(text, flush=True)

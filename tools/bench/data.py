@@ -1,0 +1,264 @@
+"""The data engine: its index, packing, reading and slices beside Megatron-Core's, and exactly once, by counting.
+
+Each contender runs in an interpreter of its own, one after the other, on the same files. See README.md for what each
+row measures.
+"""
+
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tools.bench import data_corpus, data_ours, exactly_once
+from tools.bench.fresh import measured, run_fresh
+from tools.bench.report import bar, bar_at_least, describe_machine, markdown_table, publish
+
+OURS, THEIRS = "ours", "Megatron-Core"
+MILLION = 1 << 20
+INDEX_LENGTH, NEXT_LENGTH = 8192, 32768
+MEAN = 1000
+"""Tokens of a document, on average, in the rows that do not set it."""
+SLICE_SAMPLES = 4
+CORES = 2
+"""Of each contender, except in reading, which has one."""
+
+BARS = {"index seconds": 6.0, "index GB": 1.6, "another length seconds": 1.0, "packing M documents/s": 5.0,
+        "packing GB per 10M documents": 0.5, "reading Mtok/s": 150.0}
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    documents: int = 100_000_000
+    """Documents of the index row."""
+    tokens: int = 100_000_000_000
+    """Tokens of the index row; its .bin is a hole of twice as many bytes, its .idx has 20 bytes a document."""
+    packed_documents: int = 10_000_000
+    """Documents of the packing row."""
+    read_tokens: int = 256_000_000
+    """Tokens of the reading and slices rows."""
+    counted_tokens: int = 512_000_000
+    """Tokens of the exactly-once row; 4 bytes each on disk, about 7 in memory."""
+    repeats: int = 3
+    """Fresh processes of each contender in the index and packing rows; the median counts."""
+    samples: int = 20
+    """Timed samples of the reading row; the median counts."""
+    folder: str | None = None
+    """Where the corpora are made, in a folder of their own that is removed afterwards; the system's default if none."""
+    only: tuple[str, ...] = ()
+    """Rows to run: index, packing, reading, slices, exactly-once; all by default."""
+    seed: int = 1234
+    """Of the corpora, and of the exactly-once row's phases."""
+    output: str | None = None
+    """File to append the result to, as Markdown."""
+
+
+def run(arguments: Arguments) -> int:
+    """Measure the rows and publish the result; 0, or 1 where a result is wrong or a contender fails, or 2."""
+    folder = Path(arguments.folder or tempfile.gettempdir())
+    problem = find_problem(arguments, folder)
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    parts = ["## Data: index, packing, reading, exactly once", "", describe_machine(["megatron-core", "numba"]), "",
+             f"One process at a time, {CORES} cores each (reading: one). Peak: resident memory of the process, imports "
+             "included; above: beyond its imports and a warm-up. Files are in the page cache.", ""]
+    wrong = False
+    try:
+        with tempfile.TemporaryDirectory(prefix="ithaca-bench-", dir=folder) as inside:
+            for name in arguments.only or ROWS:
+                print(f"{name} ...", file=sys.stderr, flush=True)
+                lines, sound = ROWS[name](Path(inside), arguments)
+                parts += [*lines, ""]
+                wrong = wrong or not sound
+    except RuntimeError as failure:  # what was measured before it is worth having
+        parts.append(f"ended early: {failure}")
+        wrong = True
+    publish("\n".join(parts).rstrip(), arguments.output)
+    return 1 if wrong else 0
+
+
+def find_problem(arguments: Arguments, folder: Path) -> str | None:
+    """Why the benchmark cannot run, with a fix, or None."""
+    unknown = [name for name in arguments.only if name not in ROWS]
+    if unknown:
+        return f"--only {' '.join(unknown)}: no such row. Fix: of {', '.join(ROWS)}."
+    least = {"documents": 1000, "tokens": 100 * INDEX_LENGTH, "packed_documents": 1, "counted_tokens": 64 * MILLION,
+             "read_tokens": (max(arguments.samples, SLICE_SAMPLES) + 3) * MILLION, "repeats": 1, "samples": 1}
+    for name, fewest in least.items():
+        if getattr(arguments, name) < fewest:
+            return (f"--{name.replace('_', '-')} {getattr(arguments, name)}: too few. Fix: at least {fewest} (reading "
+                    "takes a sample of 1Mi tokens for each of --samples, and some before).")
+    if not data_corpus.SHORTEST <= arguments.tokens / arguments.documents <= 100_000:
+        return (f"--tokens {arguments.tokens} over --documents {arguments.documents}: not a mean length from "
+                f"{data_corpus.SHORTEST} to 100,000. Fix: about {arguments.documents * MEAN} tokens.")
+    if arguments.counted_tokens >= 2**31 - MILLION or arguments.documents >= 2**31:
+        return "--counted-tokens, --documents: ids are int32 here, as in Megatron-Core. Fix: fewer than 2e9."
+    needs = {"index": 20 * arguments.documents, "packing": 20 * arguments.packed_documents,
+             "reading": 3 * arguments.read_tokens, "slices": 3 * arguments.read_tokens,
+             "exactly-once": 5 * arguments.counted_tokens}
+    needed = sum(needs[name] for name in arguments.only or ROWS) + (1 << 28)
+    return data_corpus.find_room(folder, needed)
+
+
+# ---- rows: (folder, arguments) -> lines of Markdown, and whether the results were right ----
+
+def measure_index(folder: Path, arguments: Arguments) -> tuple[list[str], bool]:
+    from tools.bench import data_megatron
+
+    total = data_corpus.write_hollow(folder / "hollow", arguments.documents, arguments.tokens, arguments.seed)
+    common = {"prefix": str(folder / "hollow"), "warm_up": make_warm_up(folder), "seq_length": INDEX_LENGTH,
+              "next_length": NEXT_LENGTH}
+    found = in_turns({OURS: data_ours.index, THEIRS: data_megatron.index}, arguments.repeats, **common)
+    remove(folder / "hollow")
+    rows = [[name, f"{one['seconds']:.2f}", f"{one['peak_bytes'] / 1e9:.2f}", f"{one['above_bytes'] / 1e9:.2f}",
+             f"{one['again_seconds']:.3f}", f"{one['again_peak_bytes'] / 1e9:.2f}"] for name, one in found.items()]
+    ours = found[OURS]
+    return ["### Index", "",
+            f"{arguments.documents:,} documents, {total:,} tokens; from opening the files to the first sample of "
+            f"{INDEX_LENGTH} tokens, with no index cached; then {NEXT_LENGTH} tokens, with the files open. Medians of "
+            f"{arguments.repeats}, highest peaks.", "",
+            markdown_table(["", "seconds", "peak GB", "above GB", "another length s", "peak GB"], rows), "",
+            bar("index, seconds", ours["seconds"], BARS["index seconds"]),
+            bar("index, peak GB", ours["peak_bytes"] / 1e9, BARS["index GB"]),
+            bar("another length, seconds", ours["again_seconds"], BARS["another length seconds"])], True
+
+
+def measure_packing(folder: Path, arguments: Arguments) -> tuple[list[str], bool]:
+    count = arguments.packed_documents
+    data_corpus.write_hollow(folder / "packed", count, count * MEAN, arguments.seed)
+    common = {"prefix": str(folder / "packed"), "warm_up": make_warm_up(folder), "documents": count,
+              "seq_length": MILLION}
+    found = in_turns({"all at once, one core": data_ours.pack_lengths, "a run's windows": data_ours.pack_stream},
+                     arguments.repeats, **common)
+    remove(folder / "packed")
+    rows, bars = [], []
+    for name, one in found.items():
+        seconds = one.get("pack_seconds", one["seconds"])
+        rate, memory = count / seconds / 1e6, one["above_bytes"] / 1e9 / count * 1e7
+        fill = one["tokens"] / (one["samples"] * MILLION)
+        rows.append([name, f"{seconds:.2f}", f"{rate:.2f}", f"{memory:.2f}", f"{one['peak_bytes'] / 1e9:.2f}",
+                     f"{100 * fill:.2f}"])
+        bars += [bar_at_least(f"{name}, M documents/s", rate, BARS["packing M documents/s"]),
+                 bar(f"{name}, GB per 10M documents, above", memory, BARS["packing GB per 10M documents"])]
+    return ["### Best-fit packing", "",
+            f"{count:,} documents into samples of {MILLION:,} tokens. All at once: the algorithm over an array of "
+            "lengths. A run's windows: opening .idx, and an epoch in windows of 1,024 samples, drawn in the stream's "
+            "order, cut, packed and put in order. OLMo-core, quoted: 0.072 to 0.075 M documents/s, 10 GB per 10M.", "",
+            markdown_table(["", "seconds", "M documents/s", "GB per 10M, above", "peak GB", "fill %"], rows), "",
+            *bars], True
+
+
+def measure_reading(folder: Path, arguments: Arguments) -> tuple[list[str], bool]:
+    from tools.bench import data_megatron
+
+    prefix, warm_up = make_tokens(folder, arguments), make_warm_up(folder)
+    wrong = run_fresh(data_ours.check, 1, prefix=prefix, seq_length=MILLION, samples=3)["wrong"]
+    if wrong:
+        return ["### Reading", "", f"- wrong results, not timed: {'; '.join(wrong)}"], False
+    rates: dict[str, dict[int, float]] = {}
+    for seq_length in (MILLION, INDEX_LENGTH):
+        common = {"prefix": prefix, "warm_up": warm_up, "seq_length": seq_length,
+                  "samples": arguments.samples * (1 if seq_length == MILLION else 16)}
+        for name, function, options in ((OURS, data_ours.read, {}),
+                                        (THEIRS, data_megatron.read, {"reset_positions": True}),
+                                        (f"{THEIRS}, positions from 0 to the sample's end", data_megatron.read,
+                                         {"reset_positions": False})):
+            seconds = statistics.median(run_fresh(function, 1, **common, **options)["seconds"])
+            rates.setdefault(name, {})[seq_length] = seq_length / seconds / 1e6
+    rows = [[name, f"{found[MILLION]:.1f}", f"{found[INDEX_LENGTH]:.1f}"] for name, found in rates.items()]
+    return ["### Reading", "",
+            f"Samples with labels and per-document positions ({OURS}: cu_seqlens and checked ids too), in process, one "
+            f"core, warm page cache; the median of {arguments.samples} samples of {MILLION:,} tokens and of "
+            f"{16 * arguments.samples} of {INDEX_LENGTH:,}. Our positions are those of Megatron-Core's own function on "
+            "the same tokens.", "",
+            markdown_table(["Mtok/s", "1Mi", "8Ki"], rows), "",
+            bar_at_least("reading 1Mi samples, Mtok/s", rates[OURS][MILLION], BARS["reading Mtok/s"])], True
+
+
+def measure_slices(folder: Path, arguments: Arguments) -> tuple[list[str], bool]:
+    prefix, ranks, rows, worst = make_tokens(folder, arguments), data_ours.RANKS, [], -1
+    share = MILLION // ranks
+    for packing in ("concat", "best_fit"):
+        for balanced in (False, True):
+            found = run_fresh(data_ours.slices, CORES, prefix=prefix, seq_length=MILLION, samples=SLICE_SAMPLES,
+                              packing=packing, balanced=balanced)
+            worst = max(worst, found["beyond"], found["entries_beyond"])
+            rows.append([packing, "2" if balanced else "1", f"{found['tokens']:,}", f"{share + 1 + balanced:,}",
+                         str(found["entries"]), str(max(0, found["entries_beyond"]))])
+    return ["### A slice of a 1Mi sample", "",
+            f"What the rank of {ranks} that reads most copies from .bin, and looks up in .idx (8 bytes a document), "
+            f"counted at the reader, over {SLICE_SAMPLES} samples. Allowed: 1/{ranks} of the sample and a token per "
+            "contiguous chunk, and an entry for each document in the slice. Every rank also walks the lengths of the "
+            "sample's documents, which are in memory.", "",
+            markdown_table(["packing", "chunks", "tokens", "allowed", ".idx entries", "beyond its documents"], rows),
+            "", bar("tokens or entries beyond what is allowed", max(0, worst), 0.0)], True
+
+
+def measure_exactly_once(folder: Path, arguments: Arguments) -> tuple[list[str], bool]:
+    inside = folder / "counted"
+    inside.mkdir()
+    found = run_fresh(count_tokens, CORES, folder=str(inside), tokens=arguments.counted_tokens, seed=arguments.seed)
+    for name in inside.iterdir():
+        name.unlink()
+    problems = found["problems"]
+    return ["### Exactly once", "",
+            f"{found['tokens']:,} tokens in 3 sources; {found['phases']} random phases ({min(found['lengths']):,} to "
+            f"{max(found['lengths']):,} tokens; concat and best_fit; other blends, batches, dp, cp), "
+            f"{found['steps']:,} steps, {found['restarts']} restarts from the ledger's JSON, "
+            f"{found['passed_over']:,} tokens passed over on purpose; {found['drawn']:,} tokens counted as inputs and "
+            f"as labels; {found['seconds']:.0f} s.", "",
+            f"- each token exactly once: {'NOT ' if problems else ''}reached",
+            *(f"- {problem}" for problem in problems[:5])], not problems
+
+
+# tokenizing: `tools/bench/tokenizing.py: measure()` takes its place here, as one more entry of ROWS.
+ROWS: dict[str, Callable[[Path, Arguments], tuple[list[str], bool]]] = {
+    "index": measure_index, "packing": measure_packing, "reading": measure_reading, "slices": measure_slices,
+    "exactly-once": measure_exactly_once}
+
+
+def count_tokens(folder: str, tokens: int, seed: int) -> dict:
+    """`exactly_once.run`, in a process of its own."""
+    with measured() as found:
+        outcome = exactly_once.run(Path(folder), tokens, seed, log=lambda line: print(line, file=sys.stderr))
+    return {**found, **vars(outcome), "lengths": sorted(outcome.lengths)}
+
+
+def in_turns(contenders: dict[str, Callable[..., dict]], repeats: int, **options) -> dict[str, dict]:
+    """Contender -> what it measured: medians of seconds, the largest of everything else.
+
+    The order turns from repeat to repeat, so none always finds the page cache as the other left it.
+    """
+    runs: dict[str, list[dict]] = {name: [] for name in contenders}
+    for repeat in range(repeats):
+        for name in list(contenders)[::-1 if repeat % 2 else 1]:
+            runs[name].append(run_fresh(contenders[name], CORES, **options))
+            print(f"{name}: {runs[name][-1]}", file=sys.stderr, flush=True)
+    return {name: {key: (statistics.median if key.endswith("seconds") else max)([one[key] for one in found])
+                   for key in found[0]} for name, found in runs.items()}
+
+
+def make_tokens(folder: Path, arguments: Arguments) -> str:
+    """The corpus with real ids, made once; its prefix. Leaves it in the page cache."""
+    prefix = folder / "tokens"
+    if not Path(f"{prefix}.bin").exists():
+        data_corpus.write_tokens(prefix, arguments.read_tokens, MEAN, arguments.seed)
+    with open(f"{prefix}.bin", "rb") as file:
+        while file.read(1 << 24):
+            pass
+    return str(prefix)
+
+
+def make_warm_up(folder: Path) -> str:
+    """A small corpus, for what is compiled or loaded at the first use."""
+    prefix = folder / "warm-up"
+    if not Path(f"{prefix}.bin").exists():
+        data_corpus.write_tokens(prefix, 3 * MILLION, MEAN, 1)
+    return str(prefix)
+
+
+def remove(prefix: Path) -> None:
+    for end in ("idx", "bin"):
+        Path(f"{prefix}.{end}").unlink()

@@ -1,0 +1,74 @@
+"""Megatron-Core's side of the data benchmark: its own IndexedDataset and GPTDataset, without torch.distributed.
+
+Each function runs in a process of its own (fresh.py). Its index cache is off: a config without a blend sets `mock`,
+by which GPTDataset keeps its indices in memory; the dataset handed to it is a real one all the same.
+"""
+
+import logging
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, _get_ltor_masks_and_position_ids
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
+
+from tools.bench.data_corpus import EOD, VOCAB_SIZE
+from tools.bench.fresh import measured
+
+logging.disable(logging.WARNING)
+
+
+class Ids:
+    """As much of a tokenizer as GPTDataset asks for."""
+
+    vocab_size, eod, pad = VOCAB_SIZE, EOD, -1
+    unique_identifiers = {"class": "Ids"}
+
+
+def index(prefix: str, warm_up: str, seq_length: int, next_length: int) -> dict:
+    """From opening the files to sample 0 in hand; then the same at another length, with the files open."""
+    for length in (seq_length, next_length):
+        build(open_files(warm_up), warm_up, length)[0]
+    with measured() as found:
+        files = open_files(prefix)
+        dataset = build(files, prefix, seq_length)
+        dataset[0]
+    samples = len(dataset)
+    del dataset  # as a run would, before it builds the next one
+    with measured() as again:
+        build(files, prefix, next_length)[0]
+    return {**found, "samples": samples, "again_seconds": again["seconds"], "again_peak_bytes": again["peak_bytes"]}
+
+
+def read(prefix: str, warm_up: str, seq_length: int, samples: int, reset_positions: bool) -> dict:
+    """Seconds of each of the first `samples` samples, after one that is not timed."""
+    torch.set_num_threads(1)
+    dataset = build(open_files(prefix), prefix, seq_length, reset_positions)
+    seconds = []
+    for number in range(samples + 1):
+        start = time.perf_counter()
+        item = dataset[number]
+        seconds.append(time.perf_counter() - start)
+        assert len(item["tokens"]) == len(item["position_ids"]) == seq_length
+    return {"seconds": seconds[1:]}
+
+
+def positions(tokens: np.ndarray) -> np.ndarray:
+    """Megatron-Core's positions of each document in a sample, int64 [tokens]; our oracle."""
+    return _get_ltor_masks_and_position_ids(torch.from_numpy(tokens), EOD, True, False, False, False)[2].numpy()
+
+
+def open_files(prefix: str) -> IndexedDataset:
+    return IndexedDataset(prefix, multimodal=False, mmap=True)
+
+
+def build(files: IndexedDataset, prefix: str, seq_length: int, reset_positions: bool = True) -> GPTDataset:
+    """One epoch of all documents, shuffled, at one length."""
+    config = GPTDatasetConfig(random_seed=1234, sequence_length=seq_length, tokenizer=Ids(),
+                              reset_position_ids=reset_positions, reset_attention_mask=False, eod_mask_loss=False,
+                              create_attention_mask=False)
+    assert not (Path(prefix) / "cache").exists(), "the index cache must be off"
+    documents = np.arange(GPTDataset.numel_low_level_dataset(files), dtype=np.int32)
+    return GPTDataset(files, prefix, documents, None, Split.train, config)

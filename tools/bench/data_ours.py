@@ -1,0 +1,155 @@
+"""Our side of the data benchmark, and all that it knows of data/: the adapter of data.py.
+
+Each of the measured functions runs in a process of its own (fresh.py).
+"""
+
+import time
+from pathlib import Path
+
+import numpy as np
+
+from data.indexed import IndexedReader
+from data.ledger import DataSettings, Ledger
+from data.loader import Loader
+from data.packing import pack
+from data.stream import DocumentStream
+from tools.bench.data_corpus import EOD, VOCAB_SIZE
+from tools.bench.fresh import measured
+
+SOURCE, SEED = "corpus", 1234
+RANKS = 32
+
+
+def index(prefix: str, warm_up: str, seq_length: int, next_length: int) -> dict:
+    """From opening the files to sample 0 in hand; then the same at another length, with the files open."""
+    ledger = open_ledger(warm_up)
+    first_sample(ledger, 0, seq_length)
+    first_sample(ledger, seq_length, next_length)
+    with measured() as found:
+        ledger = open_ledger(prefix)
+        first_sample(ledger, 0, seq_length)
+    with measured() as again:
+        first_sample(ledger, seq_length, next_length)
+    return {**found, "again_seconds": again["seconds"], "again_peak_bytes": again["peak_bytes"]}
+
+
+def read(prefix: str, warm_up: str, seq_length: int, samples: int) -> dict:
+    """Seconds of each of the first `samples` samples, after one that is not timed."""
+    loader = make_loader(open_ledger(prefix), 0, seq_length)
+    seconds = []
+    for number in range(samples + 1):
+        start = time.perf_counter()
+        (batch,) = loader.read(number * seq_length)
+        seconds.append(time.perf_counter() - start)
+        assert len(batch.tokens) == len(batch.positions) == seq_length
+    return {"seconds": seconds[1:]}
+
+
+def check(prefix: str, seq_length: int, samples: int) -> dict:
+    """Are positions those of Megatron-Core, and labels the next token of the document?"""
+    from tools.bench.data_megatron import positions
+
+    loader, wrong = make_loader(open_ledger(prefix), 0, seq_length), []
+    for number in range(samples):
+        (batch,) = loader.read(number * seq_length)
+        tokens, labels = batch.tokens.numpy(), batch.labels.numpy()
+        if not np.array_equal(batch.positions.numpy(), positions(tokens)):
+            wrong.append(f"sample {number}: positions")
+        ends = tokens == EOD
+        if not (np.array_equal(labels < 0, ends) and np.array_equal(labels[:-1][~ends[:-1]], tokens[1:][~ends[:-1]])):
+            wrong.append(f"sample {number}: labels")
+    return {"wrong": wrong}
+
+
+def pack_lengths(prefix: str, warm_up: str, documents: int, seq_length: int) -> dict:
+    """Best fit over the lengths of the first documents at once."""
+    pack(np.arange(1, 100), 128)
+    with measured() as found:
+        lengths = IndexedReaderLengths(prefix).document_lengths[:documents].astype(np.int64)
+        start = time.perf_counter()
+        bins = pack(lengths, seq_length)
+        found["pack_seconds"] = time.perf_counter() - start
+    return {**found, "documents": len(lengths), "tokens": int(lengths.sum()), "samples": int(bins.max()) + 1}
+
+
+def pack_stream(prefix: str, warm_up: str, documents: int, seq_length: int) -> dict:
+    """Best fit as a run does it: an epoch of the stream in windows, located, cut, packed and put in order."""
+    settings = DataSettings(seq_length, ((1.0, SOURCE),), "best_fit", "error")
+
+    def enter(prefix: str, documents: int | None) -> tuple[DocumentStream, int]:
+        stream = DocumentStream(IndexedReaderLengths(prefix), None if documents is None else np.arange(documents), SEED)
+        ledger = Ledger({SOURCE: stream})
+        ledger.enter(0, "packing", settings)
+        return stream, ledger.mixture().limits[0]
+
+    enter(warm_up, None)
+    with measured() as found:
+        stream, samples = enter(prefix, documents)
+    return {**found, "documents": stream.num_documents, "tokens": stream.tokens_per_epoch, "samples": samples}
+
+
+def slices(prefix: str, seq_length: int, samples: int, packing: str, balanced: bool) -> dict:
+    """What each of RANKS ranks reads of a sample: tokens and entries of .idx, most beyond its share; by counting."""
+    from parallel.context import group_pieces  # imports megatron; the other rows' memory should not hold it
+
+    worst = {"tokens": 0, "beyond": -(1 << 60), "entries_beyond": -(1 << 60), "entries": 0}
+    ledger, share = open_ledger(prefix), seq_length // RANKS
+    reader = ledger.streams[SOURCE].reader = CountingReader(ledger.streams[SOURCE].reader)
+    for rank in range(RANKS):
+        pieces = group_pieces(seq_length, rank, RANKS) if balanced else [(rank * share, (rank + 1) * share)]
+        loader = make_loader(ledger, 0, seq_length, packing=packing, pieces=pieces)
+        for number in range(samples):
+            reader.tokens = reader.entries = 0
+            (batch,) = loader.read(number * seq_length)
+            assert len(batch.tokens) == share
+            starts = batch.cu_seqlens.numpy()[:-1]
+            touched = sum(int(np.searchsorted(starts, high) - np.searchsorted(starts, low, side="right")) + 1
+                          for low, high in pieces)
+            found = {"tokens": reader.tokens, "beyond": reader.tokens - share - len(pieces),
+                     "entries": reader.entries, "entries_beyond": reader.entries - touched}
+            worst = {name: max(worst[name], value) for name, value in found.items()}
+    return worst
+
+
+def open_ledger(prefix: str) -> Ledger:
+    """The whole corpus as one source, no index cached."""
+    return Ledger({SOURCE: DocumentStream(IndexedReader(prefix), None, SEED)})
+
+
+def make_loader(ledger: Ledger, clock: int, seq_length: int, packing: str = "concat",
+                pieces: list[tuple[int, int]] | None = None) -> Loader:
+    """One sample a step from `clock` on."""
+    ledger.enter(clock, "bench", DataSettings(seq_length, ((1.0, SOURCE),), packing, "repeat"))
+    return Loader(ledger.mixture(), clock, micro_batch_size=1, global_batch_tokens=seq_length, dp_rank=0, dp_size=1,
+                  pieces=pieces, eod=EOD, vocab_size=VOCAB_SIZE, prefetch=False)
+
+
+def first_sample(ledger: Ledger, clock: int, seq_length: int) -> None:
+    make_loader(ledger, clock, seq_length).read(clock)
+
+
+class IndexedReaderLengths(IndexedReader):
+    """A reader that is asked for lengths alone; its fingerprint is its name, so that nothing of .bin is read."""
+
+    def fingerprint(self) -> str:
+        return Path(self.prefix).name
+
+
+class CountingReader:
+    """Counts what goes through `read_spans` and `read`: tokens copied from .bin, and entries of .idx looked up."""
+
+    def __init__(self, reader: IndexedReader):
+        self._reader, self.tokens, self.entries = reader, 0, 0
+
+    def __getattr__(self, name: str):
+        return getattr(self._reader, name)
+
+    def read_spans(self, documents, offsets, lengths, out) -> None:
+        self.tokens += int(lengths.sum())
+        self.entries += len(documents)
+        self._reader.read_spans(documents, offsets, lengths, out)
+
+    def read(self, document: int, offset: int, length: int) -> np.ndarray:
+        self.tokens += length
+        self.entries += 1
+        return self._reader.read(document, offset, length)

@@ -1,0 +1,352 @@
+"""Is every token exactly once an input and a target, whatever a run does to its data settings? Counted, not argued.
+
+The ids of a made corpus are the tokens' own numbers, so what the batches hold says which tokens the model received.
+A run of random phases draws from it: lengths, packings, blends, batches, layouts change, windows are passed over, the
+state is thrown away and made again from the ledger's JSON. A counter per token counts it as input, another as label.
+
+Expected of every token t, at the end of each phase:
+- as input: once if the ledger says that it was drawn, else never (still unread, passed over, or held out);
+- as label: once if t - 1 is of the same document and was an input, else never; but the first token of a document may
+  be a label once where a phase has document masking off.
+"""
+
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numba
+import numpy as np
+
+from data.batch import Batch
+from data.indexed import IndexedReader
+from data.ledger import DataSettings, Ledger
+from data.loader import Loader
+from data.stream import DocumentStream
+from parallel.context import group_pieces
+from tools.bench.data_corpus import write_index
+
+LENGTHS = tuple(1 << power for power in range(13, 21))
+"""Sequence lengths of the phases of a full-sized run, 8Ki to 1Mi."""
+BLOCK = 1 << 22
+PHASES = 20
+"""Random phases; what they leave of the epoch is then drawn source by source."""
+HELD_OUT = 64
+"""One in so many documents of the last source is in no stream, as validation documents are."""
+
+
+@dataclass
+class Outcome:
+    """What a run did, and what was wrong (a line each; none = the property holds)."""
+
+    tokens: int = 0
+    drawn: int = 0
+    passed_over: int = 0
+    phases: int = 0
+    steps: int = 0
+    restarts: int = 0
+    lengths: set[int] = field(default_factory=set)
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Source:
+    """base: id of its first token. lengths, starts: int64 [documents], tokens and id of the first of each."""
+
+    name: str
+    prefix: str
+    base: int
+    lengths: np.ndarray
+    starts: np.ndarray
+    selected: np.ndarray | None
+
+
+def run(folder: Path, tokens: int, seed: int = 1, longest: int = LENGTHS[-1], log=None) -> Outcome:
+    """Make a corpus of about that many tokens in `folder`, run random phases over an epoch of it, and count.
+
+    Args:
+        tokens: of the corpus, below 2^31; memory is 3 bytes a token, disk 4.
+        longest: sequence length of the phases; others are powers of 2 down to 1/128 of it.
+        log: a function of one line of text, called at the end of each phase.
+    """
+    trial = Trial(make_sources(folder, tokens, longest, seed), seed, longest, log or (lambda line: None))
+    trial.random_phases()
+    trial.drain()
+    return trial.outcome
+
+
+def make_sources(folder: Path, tokens: int, longest: int, seed: int) -> list[Source]:
+    """Three .bin/.idx pairs, int32, whose token ids count on from 1 through all of them (0 is left for padding).
+
+    Short documents of which some are empty; long ones; very short ones among some of several samples' length.
+    """
+    rng, base, sources = np.random.default_rng(seed), 1, []
+    scale = longest / LENGTHS[-1]
+
+    def log_normal(mean: float, spread: float, share: float) -> np.ndarray:
+        count = max(8, int(tokens * share / mean))
+        return np.exp(rng.normal(np.log(mean) - spread**2 / 2, spread, count)).astype(np.int64)
+
+    short = log_normal(1000 * min(1, 4 * scale), 1.4, 0.4)
+    short[rng.random(len(short)) < 0.01] = 0
+    long = log_normal(100_000 * scale, 1.0, 0.35) + 1
+    mixed = np.concatenate([log_normal(300 * min(1, 4 * scale), 1.0, 0.15) + 1,
+                            rng.integers(longest, 5 * longest, max(1, int(tokens * 0.1 / (3 * longest))))])
+    rng.shuffle(mixed)
+    for name, lengths in (("short", short), ("long", long), ("mixed", mixed)):
+        prefix = folder / name
+        total = write_index(prefix, lengths.astype(np.int32), np.int32)
+        with open(f"{prefix}.bin", "wb") as file:
+            for start in range(base, base + total, BLOCK):
+                np.arange(start, min(start + BLOCK, base + total), dtype=np.int32).tofile(file)
+        selected = np.flatnonzero(rng.integers(0, HELD_OUT, len(lengths))) if name == "mixed" else None
+        starts = base + np.cumsum(lengths) - lengths
+        sources.append(Source(name, str(prefix), base, lengths, starts, selected))
+        base += total
+    return sources
+
+
+class Trial:
+    """One run: the engine's ledger, the counters, and a generator that decides what happens next."""
+
+    def __init__(self, sources: list[Source], seed: int, longest: int, log):
+        self.sources, self.longest, self.log = sources, longest, log
+        self.seed, self.chance = seed, random.Random(seed)
+        total = sum(int(source.lengths.sum()) for source in sources)
+        self.inputs, self.labels, self.passed = (np.zeros(total + 1, dtype=np.uint8) for _ in range(3))
+        self.starts = np.concatenate([source.starts for source in sources])
+        self.clock, self.masked_only = 0, True
+        self.outcome = Outcome(tokens=total)
+        self.ledger = self._open(None)
+
+    # ---- what the engine is asked to do ----
+
+    def _open(self, stored: dict | None) -> Ledger:
+        """Files, streams and ledger from nothing but the disk and a checkpoint's JSON."""
+        return Ledger({source.name: DocumentStream(IndexedReader(source.prefix), source.selected, self.seed)
+                       for source in self.sources}, stored)
+
+    def _samples_left(self) -> int:
+        """Samples that the open segment may still draw before one of its sources begins another epoch."""
+        mixture, done = self.ledger.mixture(), self.ledger.samples_at(self.clock)
+        low, high = done, sum(mixture.limits)
+        while low < high:  # counts grow with the samples
+            middle = (low + high + 1) // 2
+            fits = all(count <= limit for count, limit in zip(mixture.order.counts(middle), mixture.limits))
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low - done
+
+    def _unread(self) -> dict[str, np.ndarray]:
+        """What the ledger says is still to be drawn of each source's first epoch: stream intervals [n, 2]."""
+        mixture = self.ledger.mixture()
+        counts = mixture.order.counts(self.ledger.samples_at(self.clock)).tolist()
+        found = {}
+        for name, stream in self.ledger.streams.items():
+            place = self.ledger.place(name)
+            if name in mixture.names:
+                number = mixture.names.index(name)
+                place = mixture.packers[number].after(counts[number])
+            rest = [[place.position, stream.tokens_per_epoch - place.position]]
+            found[name] = np.concatenate([place.held, rest if rest[0][1] > 0 else np.empty((0, 2), np.int64)])
+        return found
+
+    def _read_step(self, seq_length: int, micro_batch_size: int, dp_size: int, microbatches: int, cp_size: int,
+                   balanced: bool, document_masking: bool) -> None:
+        """One step, as each of its dp x cp ranks reads it."""
+        total = seq_length * micro_batch_size
+        for dp_rank in range(dp_size):
+            boundaries: list[list] = []
+            for cp_rank in range(cp_size):
+                share = total // cp_size
+                pieces = (group_pieces(total, cp_rank, cp_size) if balanced and cp_size > 1
+                          else [(cp_rank * share, (cp_rank + 1) * share)])
+                loader = Loader(self.ledger.mixture(), self.ledger.open["start"], micro_batch_size=micro_batch_size,
+                                global_batch_tokens=total * dp_size * microbatches, dp_rank=dp_rank, dp_size=dp_size,
+                                pieces=pieces, document_masking=document_masking, prefetch=False)
+                batches = loader.read(self.clock)
+                boundaries.append([batch.cu_seqlens.tolist() for batch in batches])
+                for batch in batches:
+                    self._count(batch, document_masking)
+            if any(found != boundaries[0] for found in boundaries):
+                self.outcome.problems.append(f"clock {self.clock}: the ranks of a microbatch disagree on cu_seqlens")
+        self.clock += total * dp_size * microbatches
+        self.outcome.steps += 1
+
+    # ---- the run ----
+
+    def random_phases(self) -> None:
+        """PHASES phases, or fewer where the sources soon have no room for more."""
+        failures = 0
+        while failures < 8 and self.outcome.phases < PHASES and not self.outcome.problems:
+            seq_length = self.longest >> self.chance.randrange(8)
+            names = self.chance.sample([source.name for source in self.sources], self.chance.randint(1, 3))
+            packing = self.chance.choice(["concat", "best_fit"])
+            blend = tuple((round(self.chance.uniform(0.1, 1), 3), name) for name in names)
+            masking = packing == "best_fit" or self.chance.random() < 0.7
+            if not self._enter(DataSettings(seq_length, blend, packing, "error")):
+                failures += 1
+                continue
+            failures, self.masked_only = 0, self.masked_only and masking
+            # A third of what there is, on average: many phases, and sources at many places.
+            budget = int(self._samples_left() * self.chance.uniform(0.05, 0.6)) + 1
+            self._run_phase(seq_length, budget, masking)
+
+    def drain(self) -> None:
+        """Draw the rest of each source by itself, so that the whole epoch has been drawn; the bins are padded."""
+        for source in self.sources:
+            if not self.outcome.problems:
+                seq_length = self.longest >> 7
+                if self._enter(DataSettings(seq_length, ((1.0, source.name),), "best_fit", "error")):
+                    self._run_phase(seq_length, self._samples_left(), True, single=True)
+        left = {name: int(intervals[:, 1].sum()) for name, intervals in self._unread().items()}
+        if any(left.values()) and not self.outcome.problems:
+            self.outcome.problems.append(f"not drawn at the end of the epoch: {left}")
+
+    def _enter(self, settings: DataSettings) -> bool:
+        """Open a segment; False where it has no sample left."""
+        self.ledger.enter(self.clock, f"phase {self.outcome.phases}", settings)
+        if self._samples_left() == 0:
+            return False
+        self.outcome.phases += 1
+        self.outcome.lengths.add(settings.seq_length)
+        return True
+
+    def _run_phase(self, seq_length: int, budget: int, masking: bool, single: bool = False) -> None:
+        """Steps of changing batch and layout over up to `budget` samples, with restarts and windows passed over."""
+        layout = None
+        while budget > 0 and not self.outcome.problems:
+            if layout is None or self.chance.random() < 0.3:
+                layout = self._draw_layout(budget, single)
+            micro_batch_size, dp_size, microbatches, cp_size, balanced = layout
+            samples = micro_batch_size * dp_size * microbatches
+            if samples > budget:
+                layout = None
+                continue
+            self._read_step(seq_length, micro_batch_size, dp_size, microbatches, cp_size, balanced, masking)
+            budget -= samples
+            if self.chance.random() < 0.08:
+                self._restart()
+            if self.chance.random() < 0.03 and budget > 1 and not single:
+                budget -= self._pass_over(seq_length, self.chance.randint(1, max(1, min(budget - 1, 64))))
+        self._restart()
+        self._check()
+
+    def _draw_layout(self, budget: int, single: bool) -> tuple[int, int, int, int, bool]:
+        """micro batch size, dp, microbatches, cp, balanced slices: a step of at most `budget` samples."""
+        while True:
+            micro, dp, cp = (self.chance.choice([1, 2, 4]), self.chance.choice([1, 2, 3, 4]),
+                             self.chance.choice([1, 2, 4, 8]))
+            most = min(budget // (micro * dp), 64)
+            if most >= 1:
+                return micro, dp, self.chance.randint(max(1, most // 2), most), cp, self.chance.random() < 0.5
+
+    def _restart(self) -> None:
+        """Throw everything away but what a checkpoint has."""
+        self.ledger = self._open(json.loads(json.dumps(self.ledger.to_json(self.clock))))
+        self.outcome.restarts += 1
+
+    def _pass_over(self, seq_length: int, samples: int) -> int:
+        """Skip a window of the clock, and note which tokens that were; the samples it had."""
+        before = self._marked(self._unread())
+        self.ledger.skip(self.clock, self.clock + samples * seq_length)
+        skipped = before - self._marked(self._unread())
+        self.passed += skipped
+        self.outcome.passed_over += int(skipped.sum(dtype=np.int64))
+        return samples
+
+    # ---- counting and checking, which knows nothing of the engine's ways ----
+
+    def _count(self, batch: Batch, document_masking: bool) -> None:
+        wrong = _count(batch.tokens.numpy(), batch.labels.numpy(), document_masking, self.starts, self.inputs,
+                       self.labels)
+        if wrong >= 0:
+            self.outcome.problems.append(f"clock {self.clock}: the label of {self._name(int(batch.tokens[wrong]))} is "
+                                         f"{self._name(int(batch.labels[wrong]))}")
+
+    def _marked(self, unread: dict[str, np.ndarray]) -> np.ndarray:
+        """uint8 [tokens + 1], 1 for the tokens of the given intervals of the streams."""
+        out = np.zeros_like(self.inputs)
+        for source in self.sources:
+            spans = self.ledger.streams[source.name].locate(unread[source.name])
+            _mark(source.starts[spans.documents] + spans.offsets, spans.lengths, out)
+        return out
+
+    def _check(self) -> None:
+        """Compare the counters with what the ledger says."""
+        expected = np.zeros_like(self.inputs)
+        for source in self.sources:
+            documents = np.arange(len(source.lengths)) if source.selected is None else source.selected
+            _mark(source.starts[documents], source.lengths[documents], expected)
+        expected -= self._marked(self._unread()) + self.passed
+        drawn = int(self.inputs.sum(dtype=np.int64))
+        for source in self.sources:
+            wrong, kind = _compare(source.starts, source.lengths, expected, self.inputs, self.labels,
+                                   not self.masked_only)
+            if wrong >= 0:
+                what, count, wanted = (("an input", self.inputs[wrong], expected[wrong]) if kind == 0 else
+                                       ("a label", self.labels[wrong], "another number of"))
+                self.outcome.problems.append(f"clock {self.clock}: {self._name(wrong)} was {what} {count} times, "
+                                             f"expected: {wanted} times")
+        by_ledger = sum(self.ledger.tokens_by_source(self.clock).values())
+        if by_ledger != drawn:
+            self.outcome.problems.append(f"clock {self.clock}: {drawn} tokens were read, the ledger says {by_ledger}")
+        if self.inputs[0] or self.labels[0]:
+            self.outcome.problems.append("padding was counted")
+        self.outcome.drawn = drawn
+        segment = self.ledger.open
+        self.log(f"phase {self.outcome.phases}: {segment['packing']} {segment['seq_length']} from "
+                 f"{'+'.join(name for _, name in segment['blend'])}: {drawn / self.outcome.tokens:.1%} drawn, "
+                 f"{self.outcome.restarts} restarts so far")
+
+    def _name(self, token: int) -> str:
+        """A token in words."""
+        for source in reversed(self.sources):
+            if token >= source.base:
+                document = int(np.searchsorted(source.starts, token, side="right")) - 1
+                return f"token {token - source.starts[document]} of document {document} of {source.name}"
+        return "padding"
+
+
+@numba.njit(nogil=True, cache=True)
+def _count(tokens, labels, document_masking, starts, inputs_seen, labels_seen):
+    """Count a batch, up to 255; the first place whose label cannot follow its token, or -1.
+
+    It is the next token, or without document masking perhaps another document's first. starts: sorted.
+    """
+    wrong = -1
+    for i in range(len(tokens)):
+        token, label = tokens[i], labels[i]
+        if token > 0:
+            inputs_seen[token] = min(inputs_seen[token] + 1, 255)
+        if label < 0:
+            continue
+        labels_seen[label] = min(labels_seen[label] + 1, 255)
+        follows = token > 0 and label == token + 1
+        if not follows and not document_masking and token > 0:
+            place = np.searchsorted(starts, label)
+            follows = place < len(starts) and starts[place] == label
+        if not follows and wrong < 0:
+            wrong = i
+    return wrong
+
+
+@numba.njit(nogil=True, cache=True)
+def _mark(starts, lengths, out):
+    for i in range(len(starts)):
+        for token in range(starts[i], starts[i] + lengths[i]):
+            out[token] += 1
+
+
+@numba.njit(nogil=True, cache=True)
+def _compare(starts, lengths, expected, inputs, labels, firsts_may):
+    """(first token that is wrong, 0 as input or 1 as label), or (-1, 0)."""
+    for i in range(len(starts)):
+        for token in range(starts[i], starts[i] + lengths[i]):
+            if inputs[token] != expected[token]:
+                return token, 0
+            if token > starts[i]:
+                if labels[token] != inputs[token - 1]:
+                    return token, 1
+            elif labels[token] > (1 if firsts_may else 0):
+                return token, 1
+    return -1, 0

@@ -1,0 +1,72 @@
+"""Runs one contender in an interpreter of its own, so that its memory is its own: `run_fresh`.
+
+Memory is resident pages, the peak that Linux keeps for the process's address space (VmHWM, reset before the measured
+part; getrusage's ru_maxrss would also hold what the parent had at the fork). "Above" = beyond what was resident after
+the imports and a warm-up. Files that are read through a map count as resident, as far as they were touched.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_fresh(function: Callable[..., dict], cores: int, **options: Any) -> dict:
+    """What `function`, of a module's top level, returns in a fresh interpreter on `cores` cores.
+
+    Args:
+        options: its arguments, JSON-able; what it returns must be, too.
+
+    Raises:
+        RuntimeError: it failed; its own message stands on stderr.
+    """
+    threads = {name: str(cores) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")}
+    task = json.dumps({"module": function.__module__, "name": function.__name__, "cores": cores, "options": options})
+    found = subprocess.run([sys.executable, "-m", "tools.bench.fresh", task], cwd=ROOT, stdout=subprocess.PIPE,
+                           text=True, env={**os.environ, **threads, "CUDA_VISIBLE_DEVICES": ""})
+    if found.returncode:
+        raise RuntimeError(f"{function.__module__}.{function.__name__} ended with code {found.returncode}")
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+@contextmanager
+def measured() -> Iterator[dict]:
+    """Fills in seconds, peak_bytes and above_bytes of what runs inside."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    except OSError:
+        pass  # the peak is then the process's, warm-up included
+    found: dict = {}
+    before, start = _resident("VmRSS"), time.perf_counter()
+    yield found
+    found["seconds"] = time.perf_counter() - start
+    found["peak_bytes"] = _resident("VmHWM")
+    found["above_bytes"] = found["peak_bytes"] - before
+
+
+def _resident(field: str) -> int:
+    """A field of /proc/self/status, in bytes."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"/proc/self/status has no {field}: this benchmark needs Linux")
+
+
+def _work(text: str) -> None:
+    task = json.loads(text)
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:task["cores"]])
+    answer, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no part of the answer
+    function = getattr(importlib.import_module(task["module"]), task["name"])
+    print(json.dumps(function(**task["options"])), file=answer, flush=True)
+
+
+if __name__ == "__main__":
+    _work(sys.argv[1])
