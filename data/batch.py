@@ -147,7 +147,7 @@ def _read_part(located: _Located, first: int, last: int, document_masking: bool,
     if vocab_size is not None and after >= vocab_size:
         raise ValueError(f"token id {after} in {located.sample.stream.reader.prefix}: must be in [0, vocab_size = "
                          f"{vocab_size}). Fix: give the tokenizer (or --vocab-size) that made the corpus.")
-    targets = _shift(window, lengths, inner, document_masking, after, labels)
+    targets = _shift(window, lengths, inner, offsets == 0, document_masking, after, labels)
     if inner[:-1].any():
         _compact(window, lengths, inner)
     tokens[real - first:last - first] = padding
@@ -158,9 +158,13 @@ def _token_after(located: _Located, span: int) -> int:
     """The first token of a span, or after the last one the token that follows the sample; IGNORE if none does."""
     spans, stream = located.spans, located.sample.stream
     if span < len(spans.lengths):
-        return int(stream.reader.read(int(spans.documents[span]), int(spans.offsets[span]), 1)[0])
+        if spans.offsets[span] > 0:
+            return IGNORE
+        return int(stream.reader.read(int(spans.documents[span]), 0, 1)[0])
     following = located.sample.following
-    return int(stream.read(following, 1)[0]) if following >= 0 else IGNORE
+    if following < 0 or stream.document_start(following) != following:
+        return IGNORE
+    return int(stream.read(following, 1)[0])
 
 
 def _refuse_id(stream: DocumentStream, documents: np.ndarray, lengths: np.ndarray, window: np.ndarray,
@@ -172,9 +176,9 @@ def _refuse_id(stream: DocumentStream, documents: np.ndarray, lengths: np.ndarra
 
 
 @numba.njit(nogil=True, cache=True)
-def _shift(window, lengths, inner, document_masking, after, labels):
+def _shift(window, lengths, inner, starting, document_masking, after, labels):
     """The labels of the spans in `window` -> number of targets. inner[i]: a token more of span i's document lies behind
-    it."""
+    it. starting[i]: span i begins its document; if not, its first token is the label of the one before it there."""
     read, written, targets = 0, 0, 0
     for i in range(len(lengths)):
         length = lengths[i]
@@ -185,7 +189,7 @@ def _shift(window, lengths, inner, document_masking, after, labels):
         elif document_masking:
             label = IGNORE
         elif i + 1 < len(lengths):
-            label = window[read + length]
+            label = numba.int64(window[read + length]) if starting[i + 1] else IGNORE
         else:
             label = after
         labels[written + length - 1] = label

@@ -127,7 +127,7 @@ class BestFit:
         self._first, (before) = mark if mark else (0, 0)
         self._before = [before]  # samples before window self._first + i
         epoch = stream.tokens_per_epoch
-        self._epoch_end = (place.position // epoch + 1) * epoch
+        self._epoch_end = place.epoch_end(stream)
         rest = self._epoch_end - place.position
         self._windows_in_rest = max(1, round(rest / (WINDOW_BINS * seq_length)))
         self._windows_in_epoch = max(1, round(epoch / (WINDOW_BINS * seq_length)))

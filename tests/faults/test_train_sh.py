@@ -45,8 +45,10 @@ esac
 
 
 def _hear_signals() -> None:
-    """What the test runner ignores (SIGHUP under nohup), a shell that it starts could not even trap."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    """What the test runner ignores (SIGHUP under nohup, SIGINT in the background), a shell that it starts could not
+    even trap."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 class Fixture:

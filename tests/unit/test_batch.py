@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.batch import IGNORE, Batch, read_batch
+from data.batch import IGNORE, Batch, Sample, read_batch
 from data.ledger import fresh_mixture
 from data.loader import Loader
 from data.stream import DocumentStream
@@ -108,6 +108,22 @@ def test_one_token_documents_have_no_targets():
     batch = read_batch(windows(stream, [0], 6), 6)
     assert batch.cu_seqlens.tolist() == list(range(7)) and batch.num_targets == 0
     assert batch.positions.tolist() == [0] * 6
+
+
+def test_without_masking_no_token_is_a_target_twice():
+    """A span that begins within its document has its first token's label elsewhere, at the end of the span before."""
+    stream = DocumentStream(Documents([4, 6, 3]), None, seed=0)
+    begins = {int(document): int(start) for document, start in zip(
+        stream.spans(0, 13)[0], np.cumsum([0, *stream.spans(0, 13)[2][:-1]]), strict=True)}
+    sample = Sample(stream, np.array([[begins[0], 4], [begins[1] + 2, 4], [begins[2], 2]]))
+    batch = read_batch([sample], 12, document_masking=False)
+    assert batch.tokens.tolist() == [0, 1, 2, 3, 1002, 1003, 1004, 1005, 2000, 2001, 0, 0]
+    assert batch.labels.tolist() == [1, 2, 3, IGNORE, 1003, 1004, 1005, 2000, 2001, 2002, IGNORE, IGNORE]
+    assert batch.cu_seqlens.tolist() == [0, 10, 12] and batch.positions.tolist() == [*range(10), 0, 1]
+    for cut_at in range(1, 12):
+        parts = [read_batch([sample], 12, [piece], document_masking=False) for piece in ((0, cut_at), (cut_at, 12))]
+        assert torch.cat([part.labels for part in parts]).tolist() == batch.labels.tolist(), cut_at
+        assert torch.cat([part.tokens for part in parts]).tolist() == batch.tokens.tolist(), cut_at
 
 
 def test_eod_mask_loss_looks_at_the_input():

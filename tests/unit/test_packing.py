@@ -50,7 +50,8 @@ def test_pack_fills_a_real_mix():
 
 
 @pytest.mark.parametrize("make", [Concat, BestFit])
-@pytest.mark.parametrize("place", [Place(), Place(70), Place(350, np.array([[3, 9], [40, 100], [300, 1]]))])
+@pytest.mark.parametrize("place", [Place(), Place(70), Place(350, np.array([[3, 9], [40, 100], [300, 1]])),
+                                   Place(348, np.array([[40, 100]])), Place(348)])
 @pytest.mark.parametrize("seq_length", [4, 16, 100])
 def test_samples_and_what_they_leave_are_the_stream(monkeypatch, stream, make, place, seq_length):
     monkeypatch.setattr(packing, "WINDOW_BINS", 4)
@@ -79,6 +80,14 @@ def test_best_fit_cuts_only_documents_longer_than_a_sample(monkeypatch, stream, 
     assert (spans.offsets[whole] == 0).all() and (spans.rests[whole] == 0).all()
     assert set(spans.lengths[~whole & (spans.rests > 0)].tolist()) <= {seq_length}
     assert (spans.offsets[~whole] % seq_length == 0).all()
+
+
+def test_an_epoch_that_is_over_leaves_only_what_was_passed_over(stream):
+    epoch = stream.tokens_per_epoch
+    packer = BestFit(stream, Place(epoch, np.array([[40, 100]])), 64)
+    assert packer.samples_before(packer.place.epoch_end(stream)) == 2
+    assert sorted(positions(np.concatenate([packer.sample(i).intervals for i in range(2)]))) == list(range(40, 140))
+    assert packer.sample(2).intervals.min(axis=0)[0] >= epoch
 
 
 def test_a_mark_saves_packing_and_changes_nothing(monkeypatch, stream):
