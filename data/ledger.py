@@ -160,6 +160,15 @@ class Ledger:
         """Was the window that ends at `until` passed over?"""
         return any(segment.get("skipped_until") == until for segment in self.segments)
 
+    def as_of(self, clock: int) -> "Ledger":
+        """The ledger as it stood at an earlier clock, its segment of that time open."""
+        begun = [segment for segment in self.segments if segment["start"] <= clock]
+        assert begun and "skipped_until" not in begun[-1], clock
+        earlier = Ledger(self.streams)
+        last = {key: value for key, value in begun[-1].items() if key not in ("drawn", "at", "so_far")}
+        earlier.segments = [*begun[:-1], last]
+        return earlier
+
     def mixture(self) -> Mixture:
         """The samples of the last segment; number 0 is the one at its start."""
         if self._mixture is None:

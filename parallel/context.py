@@ -33,10 +33,15 @@ def group_pieces(total: int, group: int, num_groups: int) -> list[tuple[int, int
 def token_pieces(total: int, layout: Layout) -> list[tuple[int, int]]:
     """Half-open ranges of the `total` tokens of a microbatch that this rank holds, in order."""
     a2a, gather = layout.cp_a2a, layout.cp_gather
-    share = total // layout.cp.size
-    assert share * layout.cp.size == total, (total, layout.cp.size)
-    first, pieces, place = a2a.rank * share, [], 0
-    for start, stop in group_pieces(total, gather.rank, gather.size):
+    return rank_pieces(total, a2a.rank, a2a.size, gather.rank, gather.size)
+
+
+def rank_pieces(total: int, a2a_rank: int, a2a_size: int, group: int, num_groups: int) -> list[tuple[int, int]]:
+    """`token_pieces` of one rank by its place: number `a2a_rank` of the `a2a_size` ranks of a group."""
+    share = total // (a2a_size * num_groups)
+    assert share * a2a_size * num_groups == total, (total, a2a_size, num_groups)
+    first, pieces, place = a2a_rank * share, [], 0
+    for start, stop in group_pieces(total, group, num_groups):
         low, high = max(first, place), min(first + share, place + stop - start)
         if low < high:
             pieces.append((start + low - place, start + high - place))

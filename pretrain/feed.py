@@ -41,10 +41,8 @@ class Feed:
 
     def read(self, clock: int) -> list[Batch]:
         """The microbatches of the step at `clock`; the first one at or after a window of --skip-data passes it over."""
-        for start, end in self._windows:
-            if start <= clock and not self.ledger.has_skipped(end):
-                self.ledger.skip(clock, end)
-                self._loader = None
+        if _pass_over(self.ledger, self._windows, clock):
+            self._loader = None
         if self._loader is None:
             self._loader = self._make(self.ledger.mixture(), self._phase, self.ledger.open["start"], prefetch=True)
         return self._loader.read(clock)
@@ -67,6 +65,36 @@ class Feed:
                       global_batch_tokens=phase.global_batch_tokens, dp_rank=layout.dp.rank, dp_size=layout.dp.size,
                       pieces=token_pieces(phase.seq_length * phase.micro_batch_size, layout),
                       document_masking=phase.document_masking, prefetch=prefetch, **self._slice)
+
+
+def _pass_over(ledger: Ledger, windows: list[tuple[int, int]], clock: int) -> bool:
+    """Skip the windows that have come at the step at `clock` -> were there any?"""
+    due = [end for start, end in windows if start <= clock and not ledger.has_skipped(end)]
+    for end in due:
+        ledger.skip(clock, end)
+    return bool(due)
+
+
+def ledger_at(config: DataConfig, corpus: Corpus, ledger: Ledger, begun: int, phases: Sequence[Phase],
+              clock: int) -> Ledger:
+    """The ledger as a run has it, or will have it, at the step at `clock`.
+
+    Args:
+        ledger: as it stands at clock `begun`; it is changed where `clock` is later.
+    """
+    if clock < begun:
+        return ledger.as_of(clock)
+    windows = parse_windows(config.skip_data)
+    for phase in phases:
+        if phase.end <= begun or phase.start > clock:
+            continue
+        ledger.enter(max(begun, phase.start), phase.name, settings_of(phase, corpus))
+        for window in windows:
+            steps = max(0, -(-(window[0] - phase.start) // phase.global_batch_tokens))
+            at = phase.start + steps * phase.global_batch_tokens
+            if max(begun, phase.start) <= at < phase.end and at <= clock:
+                _pass_over(ledger, [window], at)
+    return ledger
 
 
 def settings_of(phase: Phase, corpus: Corpus) -> DataSettings:
