@@ -1,4 +1,4 @@
-"""What a run says about itself: metrics.jsonl, validation.jsonl, the console line, wandb.
+"""What a run says about itself: metrics.jsonl, validation.jsonl, ledger.jsonl, the console line, wandb.
 
 Each step stands in metrics.jsonl exactly once: after a restart, lines of steps that are done again are
 removed first.
@@ -50,7 +50,7 @@ class Reporter:
 
     def __init__(self, config: Config, is_writer: bool, last_step: int, wandb_run_id: str | None):
         self.is_writer, self.interval = is_writer, config.logging.log_interval
-        self.metrics = self.validation = self.wandb = None
+        self.metrics = self.validation = self.ledger = self.wandb = None
         self.wandb_run_id = wandb_run_id
         if not is_writer:
             return
@@ -58,8 +58,9 @@ class Reporter:
             folder = Path(config.checkpoint.save)
             folder.mkdir(parents=True, exist_ok=True)
             self.metrics, self.validation = JsonLines(folder / "metrics.jsonl"), JsonLines(folder / "validation.jsonl")
-            self.metrics.rewind(last_step)
-            self.validation.rewind(last_step)
+            self.ledger = JsonLines(folder / "ledger.jsonl")
+            for lines in (self.metrics, self.validation, self.ledger):
+                lines.rewind(last_step)
         if config.logging.wandb_project:
             self.wandb = _start_wandb(config, wandb_run_id)
             self.wandb_run_id = self.wandb.id
@@ -88,6 +89,11 @@ class Reporter:
         of_set = "" if record["set"] == "valid" else f" of {record['set']}"
         print(f"evaluation{of_set} at step {record['step']} ({record['phase']}, {record['seq_length']:,} tokens): "
               f"loss {record['valid_loss']:.4f} over {record['num_targets']:,} targets", flush=True)
+
+    def account(self, step: int, clock: int, rows: list[dict]) -> None:
+        """What was drawn of each source in each phase (data/ledger.py: account), at a save."""
+        if self.ledger:
+            self.ledger.append({"step": step, "tokens": clock, "account": rows})
 
     def validation_lines(self) -> list[dict]:
         return self.validation.read() if self.validation.path.exists() else []

@@ -226,11 +226,13 @@ class Trainer:
         gc.collect()
         check_replicas(state.stages, self.layout)
         longest = max(p.seq_length for p in self.plan.phases[:phase.index + 1])
+        drawn = self.plan.ledger.to_json(state.clock)
+        reporter.account(step, state.clock, drawn["account"])
         progress = {"step": step, "clock": state.clock, "real_tokens": state.real_tokens,
                     "skipped_in_a_row": state.skipped_in_a_row, "wandb_run_id": state.wandb_run_id,
                     "phase": dataclasses.asdict(phase),
                     "longest_seq_length": longest, "seed": self.config.optimizer.seed,
-                    "data": self.plan.ledger.to_json(state.clock), "tokenizer": self.plan.tokenizer_description,
+                    "data": drawn, "tokenizer": self.plan.tokenizer_description,
                     "world_size": self.world.size, "threads": torch.get_num_threads()}
         files = self.plan.tokenizer.files if self.plan.tokenizer else []
         folder = checkpoint.save(root, step, checkpoint_tensors(state, True), progress, dump_yaml(self.config), files,

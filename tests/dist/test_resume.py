@@ -117,6 +117,8 @@ def test_phases_with_changing_layouts_equal_one_process(pool, corpus, tmp_path):
         ("short", corpus), ("short", other), ("same-layout", corpus), ("pipeline", other), ("long", corpus),
         ("long", f"{other}[30:]")}
     assert sum(row["tokens"] for row in rows) == lines[-1]["real_tokens"]
+    saves = [json.loads(line) for line in (tmp_path / "four" / "ledger.jsonl").read_text().splitlines()]
+    assert [save["step"] for save in saves] == [2, 4, 5, 7] and saves[-1]["account"] == rows
     assert [line["phase"] for line in lines] == ["short"] * 2 + ["same-layout"] * 2 + ["pipeline"] + ["long"] * 2
     one, four = stored(tmp_path / "one"), stored(tmp_path / "four")
     for name, tensor in one.items():
