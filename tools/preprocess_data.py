@@ -20,7 +20,8 @@ import tyro
 from tqdm import tqdm
 
 from data.config import TokenizerType
-from data.indexed import IndexedWriter, optimal_dtype
+from data.indexed import optimal_dtype
+from data.indexed_writer import IndexedWriter
 from data.tokenizer import Tokenizer, build_tokenizer
 from tools.text_files import EXTENSIONS, Piece, cut_into_pieces, find_files, name_place, read_documents
 
