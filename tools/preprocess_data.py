@@ -1,18 +1,22 @@
 """Text to token files: `python -m tools.preprocess_data --input F... --output-prefix P --tokenizer-type T
 --tokenizer-model M [--append-eod --workers N]`.
 
-Inputs are .jsonl/.json files (one object per line), other text files (each one document) and folders
-of them. Writes P.bin, P.idx and P.json, all or none; the result does not depend on --workers.
+Inputs are .jsonl/.json files (one object per line), .parquet (one document per row), .ids (one list of
+token ids per line), other text files (each one document) and folders of them, as they are or compressed
+(.gz, .zst). Writes P.bin, P.idx and P.json, all or none; the result does not depend on --workers. A run
+that was stopped goes on where it was when the same command is given again.
 """
 
 import multiprocessing
+import os
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +24,19 @@ import tyro
 from tqdm import tqdm
 
 from data.config import TokenizerType
-from data.indexed import IndexedWriter, optimal_dtype
-from data.tokenizer import Tokenizer, build_tokenizer
-from tools.text_files import EXTENSIONS, Piece, cut_into_pieces, find_files, name_place, read_documents
+from data.indexed import optimal_dtype
+from data.resumable_writer import ResumableWriter
+from data.tokenizer import NullTokenizer, Tokenizer, build_tokenizer
+from tools.ids_files import read_ids
+from tools.progress import describe_change, make_plan
+from tools.text_files import EXTENSIONS, Piece, find_files, name_place, read_documents, read_pieces
 
 TASK_BYTES = 1 << 20
 """Input of one task: large enough to hide the hand-over, small enough to keep all workers busy."""
 TASKS_IN_FLIGHT = 4
 """Per worker; bounds the memory, since results are written in order."""
+SAVE_BYTES = 128 << 20
+"""Input between two saves of the progress."""
 
 
 @dataclass(kw_only=True)
@@ -37,7 +46,7 @@ class Arguments:
     output_prefix: str
     """Prefix of the files to write."""
     tokenizer_type: TokenizerType = "SentencePieceTokenizer"
-    """SentencePiece (three spellings of one thing), a Hugging Face folder, or none (text of integers)."""
+    """SentencePiece (three spellings of one thing), a Hugging Face folder, or none (the input is token ids)."""
     tokenizer_model: str | None = None
     """The .model file of SentencePiece, or the Hugging Face tokenizer's folder."""
     vocab_size: int | None = None
@@ -47,21 +56,23 @@ class Arguments:
     workers: int = 1
     """Processes that tokenize."""
     json_keys: list[str] = field(default_factory=lambda: ["text"])
-    """Key of the text in .jsonl/.json objects; one per run."""
+    """Key of the text in .jsonl/.json objects, column in .parquet; one per run."""
     extensions: list[str] = field(default_factory=lambda: list(EXTENSIONS))
-    """Endings of the files to take from folders."""
+    """Endings of the files to take from folders, also compressed (.gz, .zst)."""
     skip_bad_lines: bool = False
-    """Leave out, and count, lines that are not JSON objects with the key, and what is not UTF-8."""
+    """Leave out, and count, lines that are not JSON objects with the key, what is not UTF-8, rows of null."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Pieces that one worker tokenizes in one go."""
+    """Pieces that one worker tokenizes in one go. next: number of the file, and in it of the piece, after the last."""
 
     pieces: list[Piece]
+    next: tuple[int, int]
 
     @property
     def size(self) -> int:
+        """Bytes of input files."""
         return sum(piece.end - piece.start for piece in self.pieces)
 
 
@@ -104,12 +115,47 @@ class Encoder:
         return Result(ids, [len(array) for array in arrays], empty, bad, task.size)
 
 
-_encoder: Encoder | None = None  # of this worker process; a process pool has no other place for it
+class IdsEncoder:
+    """As `Encoder`, for input that is token ids."""
+
+    def __init__(self, arguments: Arguments, tokenizer: NullTokenizer):
+        self.arguments, self.tokenizer = arguments, tokenizer
+        self.dtype = optimal_dtype(tokenizer.vocab_size)
+
+    def encode(self, task: Task) -> Result:
+        """Raises ValueError that names file and line."""
+        key, skip_bad = self.arguments.json_keys[0], self.arguments.skip_bad_lines
+        parts = [read_ids(piece, key, skip_bad, self.tokenizer) for piece in task.pieces]
+        lengths = np.concatenate([part[1] for part in parts])
+        ids = np.concatenate([part[0] for part in parts]).astype(self.dtype)
+        empty = int((lengths == 0).sum())
+        lengths = lengths[lengths > 0]
+        if self.arguments.append_eod:
+            ids = np.insert(ids, np.cumsum(lengths), self.tokenizer.eod)
+            lengths = lengths + 1
+        return Result(ids, lengths.tolist(), empty, sum(part[2] for part in parts), task.size)
+
+
+def build_encoder(arguments: Arguments) -> Encoder | IdsEncoder:
+    """What the tokenizer type asks for."""
+    if arguments.tokenizer_type == "NullTokenizer":
+        return IdsEncoder(arguments, NullTokenizer(arguments.vocab_size))
+    return Encoder(arguments)
+
+
+_encoder: Encoder | IdsEncoder | None = None  # of this worker process; a process pool has no other place for it
 
 
 def _start_worker(arguments: Arguments) -> None:
     global _encoder
-    _encoder = Encoder(arguments)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _encoder = build_encoder(arguments)
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot tell its workers: they would wait for work for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _work(task: Task) -> Result:
@@ -121,23 +167,29 @@ def _tokenizer(arguments: Arguments) -> Tokenizer:
     return build_tokenizer(arguments.tokenizer_type, arguments.tokenizer_model, arguments.vocab_size)
 
 
-def _tasks(files: list[Path]) -> Iterator[Task]:
-    """Tasks of about TASK_BYTES (at most 256 files each) in input order."""
+def _tasks(files: list[Path], key: str, start: tuple[int, int]) -> Iterator[Task]:
+    """Tasks of about TASK_BYTES (at most 256 files each) in input order, from a task's `next` on."""
     pieces: list[Piece] = []
-    for path in files:
-        for piece in cut_into_pieces(path, TASK_BYTES):
+    work = 0
+    for number in range(start[0], len(files)):
+        for count, piece in enumerate(read_pieces(files[number], TASK_BYTES, key), 1):
+            if (number, count) <= start:
+                continue
             pieces.append(piece)
-            if len(pieces) >= 256 or Task(pieces).size >= TASK_BYTES:
-                yield Task(pieces)
-                pieces = []
+            work += piece.work
+            if len(pieces) >= 256 or work >= TASK_BYTES:
+                yield Task(pieces, (number, count))
+                pieces, work = [], 0
     if pieces:
-        yield Task(pieces)
+        yield Task(pieces, (len(files), 0))
 
 
-def _results(arguments: Arguments, tasks: Iterable[Task]) -> Iterator[Result]:
-    """Results in the order of the tasks, with a bounded number of them in flight."""
+def _results(arguments: Arguments, tasks: Iterable[Task]) -> Iterator[tuple[Task, Result]]:
+    """Tasks, in their order, and what came of them, with a bounded number of them in flight."""
     if arguments.workers == 1:
-        yield from map(Encoder(arguments).encode, tasks)
+        encoder = build_encoder(arguments)
+        for task in tasks:
+            yield task, encoder.encode(task)
         return
     # spawn: a forked child may inherit locks that a tokenizer library's threads hold.
     with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn"), _start_worker,
@@ -145,61 +197,112 @@ def _results(arguments: Arguments, tasks: Iterable[Task]) -> Iterator[Result]:
         waiting: deque = deque()
         try:
             for task in tasks:
-                waiting.append(pool.submit(_work, task))
+                waiting.append((task, pool.submit(_work, task)))
                 if len(waiting) >= TASKS_IN_FLIGHT * arguments.workers:
-                    yield waiting.popleft().result()
+                    done, future = waiting.popleft()
+                    yield done, future.result()
             while waiting:
-                yield waiting.popleft().result()
+                done, future = waiting.popleft()
+                yield done, future.result()
         except BrokenProcessPool:
             raise ValueError(f"workers = {arguments.workers}: a worker died, most likely for want of memory. Fix: "
                              "fewer --workers, or smaller input files.") from None
         finally:
-            for future in waiting:
+            for _, future in waiting:
                 future.cancel()
 
 
-def _check(arguments: Arguments) -> Tokenizer:
+def _check(arguments: Arguments, files: list[Path]) -> Tokenizer:
     """Raises ValueError for what shows before any text is read."""
+    prefix = arguments.output_prefix
     if arguments.workers < 1:
         raise ValueError(f"workers = {arguments.workers}: must be at least 1. Fix: give a positive number.")
     if len(arguments.json_keys) != 1:
         raise ValueError(f"json_keys = {' '.join(arguments.json_keys)}: must be one key, since it makes one corpus. "
                          "Fix: run once per key, with a prefix for each.")
+    if prefix.endswith("/") or Path(prefix).is_dir():
+        raise ValueError(f"output_prefix = {prefix}: is a folder; the files are named PREFIX.bin and PREFIX.idx. Fix: "
+                         f"for example {prefix.rstrip('/')}/corpus.")
     tokenizer = _tokenizer(arguments)
     if arguments.append_eod and tokenizer.eod is None:
         raise ValueError("append_eod = True: the tokenizer has no end-of-document token. Fix: remove it.")
+    ids = next((path for path in files if Piece(str(path), 0, 0).is_ids), None)
+    if ids is not None and arguments.tokenizer_type != "NullTokenizer":
+        raise ValueError(f"{ids}: token ids, but tokenizer_type = {arguments.tokenizer_type}. Fix: --tokenizer-type "
+                         "NullTokenizer --vocab-size V.")
     return tokenizer
+
+
+@dataclass
+class Progress:
+    """How far a run is. next: as in Task. done: bytes of input files. empty, bad: what was left out."""
+
+    next: tuple[int, int] = (0, 0)
+    done: int = 0
+    empty: int = 0
+    bad: int = 0
+
+
+def _begin(writer: ResumableWriter, plan: dict, arguments: Arguments, progress: Progress) -> Progress:
+    """Take up what an earlier run with the same plan left; else begin anew, and say why. `progress`: a fresh one."""
+    note = writer.saved()
+    if note is None:
+        writer.discard()
+        return progress
+    change = describe_change(note["plan"], plan)
+    if not change and note["bad"] and not arguments.skip_bad_lines:
+        change = "skip_bad_lines was True, now False"
+    if change:
+        print(f"{arguments.output_prefix}.progress.json: begins anew, since {change}", flush=True)
+        writer.discard()
+        return progress
+    writer.restore()
+    print(f"{arguments.output_prefix}.progress.json: goes on after {note['done']:,} of {plan['input_bytes']:,} bytes, "
+          f"{writer.num_documents:,} documents", flush=True)
+    return Progress(tuple(note["next"]), note["done"], note["empty"], note["bad"])
+
+
+def _write(writer: ResumableWriter, arguments: Arguments, files: list[Path], plan: dict, progress: Progress) -> None:
+    """Tokenize what `progress` leaves to do, bringing it up to date."""
+    total = max(1, plan["input_bytes"])
+    unsaved = 0
+    with tqdm(total=total, initial=progress.done, unit="B", unit_scale=True, desc="tokenize", disable=None) as bar:
+        for task, result in _results(arguments, _tasks(files, arguments.json_keys[0], progress.next)):
+            for ids in np.split(result.ids, np.cumsum(result.lengths)[:-1]) if result.lengths else []:
+                writer.add_document(ids)
+            progress.next, progress.done = task.next, progress.done + task.size
+            progress.empty, progress.bad = progress.empty + result.empty, progress.bad + result.bad
+            writer.share = max(progress.done, 1) / total
+            unsaved += sum(piece.work for piece in task.pieces)
+            if unsaved >= SAVE_BYTES:
+                writer.save({"plan": plan} | asdict(progress))
+                unsaved = 0
+            bar.update(task.size)
 
 
 def preprocess(arguments: Arguments) -> dict:
     """Tokenize all inputs and publish the token files -> the summary that `main` prints.
 
     Raises:
-        ValueError: bad input; nothing was written, and an earlier output stands as it was.
+        ValueError: bad input, or the disk is full; an earlier output stands as it was.
     """
     began = time.perf_counter()
     files = find_files(arguments.input, arguments.extensions)
-    tokenizer = _check(arguments)
-    total = sum(path.stat().st_size for path in files)
-    empty = sum(path.stat().st_size == 0 for path in files)
-    bad = 0
-    if arguments.output_prefix.endswith("/") or Path(arguments.output_prefix).is_dir():
-        raise ValueError(f"output_prefix = {arguments.output_prefix}: is a folder; the files are named PREFIX.bin and "
-                         "PREFIX.idx. Fix: for example "
-                         f"{arguments.output_prefix.rstrip('/')}/corpus.")
-    with (IndexedWriter(arguments.output_prefix, optimal_dtype(tokenizer.vocab_size)) as writer,
-          tqdm(total=total, unit="B", unit_scale=True, desc="tokenize", disable=None) as bar):
-        for result in _results(arguments, _tasks(files)):
-            for ids in np.split(result.ids, np.cumsum(result.lengths)[:-1]) if result.lengths else []:
-                writer.add_document(ids)
-            empty, bad = empty + result.empty, bad + result.bad
-            bar.update(result.size)
+    tokenizer = _check(arguments, files)
+    plan = make_plan(files, {"tokenizer": tokenizer.describe(), "append_eod": arguments.append_eod,
+                             "json_keys": arguments.json_keys, "task_bytes": TASK_BYTES})
+    with ResumableWriter(arguments.output_prefix, optimal_dtype(tokenizer.vocab_size)) as writer:
+        progress = _begin(writer, plan, arguments, Progress(empty=sum(path.stat().st_size == 0 for path in files)))
+        before = writer.num_tokens
+        _write(writer, arguments, files, plan, progress)
         if writer.num_documents == 0:
             raise ValueError(f"input = {' '.join(arguments.input)}: no document has a token ({len(files)} files, "
-                             f"{empty} empty documents, {bad} bad). Fix: give inputs that are not empty.")
+                             f"{progress.empty} empty documents, {progress.bad} bad). Fix: give inputs that are not "
+                             "empty.")
         outputs = writer.finish(tokenizer.describe())
-    return {"files": len(files), "bytes": total, "documents": writer.num_documents, "tokens": writer.num_tokens,
-            "empty": empty, "bad": bad, "seconds": time.perf_counter() - began, "outputs": outputs}
+    return {"files": len(files), "bytes": plan["input_bytes"], "documents": writer.num_documents,
+            "tokens": writer.num_tokens, "new_tokens": writer.num_tokens - before, "empty": progress.empty,
+            "bad": progress.bad, "seconds": time.perf_counter() - began, "outputs": outputs}
 
 
 def main() -> int:
@@ -213,7 +316,7 @@ def main() -> int:
                                                                        ("bad", "bad lines or files")) if summary[name]]
     print(f"{summary['documents']:,} documents, {summary['tokens']:,} tokens from {summary['bytes']:,} bytes in "
           f"{summary['files']:,} files{''.join(', ' + text for text in left_out)}; {summary['seconds']:.1f} s, "
-          f"{summary['tokens'] / summary['seconds']:,.0f} tokens/s")
+          f"{summary['new_tokens'] / summary['seconds']:,.0f} tokens/s")
     print(f"wrote {', '.join(summary['outputs'])}")
     return 0
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import tyro
 
 from data.permutation import Permutation
-from tools.text_files import EXTENSIONS, Piece, find_files, read_documents
+from tools.streams import is_compressed, read_blocks
+from tools.text_files import EXTENSIONS, Piece, find_files, is_parquet, read_documents, read_pieces
 
 BLOCK_BYTES = 64 << 10
 """Unit of the sample: lines that begin in a block."""
@@ -45,14 +46,20 @@ class Arguments:
 def sample_texts(files: list[Path], max_bytes: int, seed: int, key: str) -> Iterator[str]:
     """Texts of randomly drawn blocks of the files, at most about `max_bytes` in all.
 
+    Compressed and Parquet files give an equal share each, from their beginning.
+
     Lines that are not UTF-8 or not JSON are left out: tools.preprocess_data reports them.
     """
-    blocks = [Piece(str(path), start, min(start + BLOCK_BYTES, size)) for path in files
-              for size in [path.stat().st_size] for start in range(0, size, BLOCK_BYTES)]
+    blocks = [Piece(str(path), start, min(start + step, size)) for path in files for size in [path.stat().st_size]
+              for step in [size if _is_stream(path) else BLOCK_BYTES] for start in range(0, size, max(1, step))]
     taken = 0
     for i in Permutation.make(len(blocks), seed).values(0, len(blocks)):
         block = blocks[i]
-        if block.is_json:
+        if _is_stream(block.path):
+            for text in _first_texts(Path(block.path), max_bytes // len(files), key):
+                taken += len(text.encode())
+                yield text
+        elif block.is_json:
             for text in read_documents(block, key, skip_bad=True).texts:
                 taken += len(text.encode())
                 yield text
@@ -61,6 +68,24 @@ def sample_texts(files: list[Path], max_bytes: int, seed: int, key: str) -> Iter
             yield _whole_lines(block)
         if taken >= max_bytes:
             return
+
+
+def _is_stream(path: Path | str) -> bool:
+    return is_compressed(path) or is_parquet(str(path))
+
+
+def _first_texts(path: Path, max_bytes: int, key: str) -> Iterator[str]:
+    """Texts from the beginning of a file that cannot be read from the middle, about `max_bytes`."""
+    taken = 0
+    for piece in read_pieces(path, BLOCK_BYTES, key):
+        if taken > max_bytes:
+            return
+        if piece.is_lines:
+            texts = read_documents(piece, key, skip_bad=True).texts
+        else:
+            texts = [next(read_blocks(piece.path), (b"", 0))[0][:max_bytes].decode("utf-8", errors="ignore")]
+        taken += sum(len(text.encode()) for text in texts)
+        yield from texts
 
 
 def _whole_lines(block: Piece) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.indexed import IndexedWriter
+from data.indexed_writer import IndexedWriter
 from parallel.layout import World
 from pretrain import checkpoint
 from pretrain.load_config import load_config, spell

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from data import indexed
+from data import indexed, indexed_writer
 from data.batch import read_batch
-from data.indexed import IndexedReader, IndexedWriter, optimal_dtype, read_side_file
+from data.indexed import IndexedReader, optimal_dtype, read_side_file
+from data.indexed_writer import IndexedWriter
 from data.ledger import fresh_mixture
 from data.stream import DocumentStream
 
@@ -106,7 +107,7 @@ def test_fingerprint_sees_lengths_and_tokens(tmp_path):
 
 
 def test_long_documents_become_several_sequences(tmp_path, monkeypatch):
-    monkeypatch.setattr(indexed, "LONGEST_SEQUENCE", 4)
+    monkeypatch.setattr(indexed_writer, "LONGEST_SEQUENCE", 4)
     write(tmp_path / "long", [list(range(n)) for n in range(10)])
     assert whole(IndexedReader(str(tmp_path / "long"))) == [list(range(n)) for n in range(10)]
     assert indexed.read_sequences(str(tmp_path / "long"))[0].max() == 4

@@ -110,7 +110,7 @@ def test_a_rank_that_refuses_like_the_others_is_silent(corpus, capsys, tmp_path,
 
 def test_a_corpus_of_another_tokenizer_is_refused(tmp_path):
     from data.config import DataConfig
-    from data.indexed import IndexedWriter
+    from data.indexed_writer import IndexedWriter
     from data.sources import open_corpus
 
     with IndexedWriter(str(tmp_path / "c"), np.uint16) as writer:

@@ -120,7 +120,7 @@ def test_refuses_and_keeps_the_earlier_output(tmp_path, content, settings, messa
 
 def test_folder_without_files(tmp_path):
     (tmp_path / "in").mkdir()
-    with pytest.raises(ValueError, match="no file that ends in .txt, .md, .py, .jsonl, .rst. Fix"):
+    with pytest.raises(ValueError, match="no file that ends in .txt, .md, .py, .jsonl, .rst, .parquet, .ids. Fix"):
         find_files([str(tmp_path / "in")], text_files.EXTENSIONS)
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from data.config import DataConfig, parse_windows
-from data.indexed import IndexedReader, IndexedWriter, OpenFiles
+from data.indexed import IndexedReader, OpenFiles
+from data.indexed_writer import IndexedWriter
 from data.ledger import fresh_mixture
 from data.loader import Loader
 from data.sources import open_corpus

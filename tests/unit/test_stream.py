@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from data.config import DataConfig
-from data.indexed import IndexedReader, IndexedWriter
+from data.indexed import IndexedReader
+from data.indexed_writer import IndexedWriter
 from data.permutation import Permutation
 from data.stream import DocumentStream, split_documents
 from data.synthetic import SyntheticReader

@@ -1,0 +1,196 @@
+"""Writing token files: PREFIX.bin, .idx and .json appear whole, or what stood there stays (format: indexed.py)."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from data.indexed import COPY_BYTES, HEADER, LONGEST_SEQUENCE, MAGIC, VERSION, find_code, read_index, read_sequences
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""No space, a quota, or a limit on the size of files."""
+
+
+class IndexedWriter:
+    """Writes a .bin/.idx pair document by document; the pair appears whole at `finish` or not at all.
+
+    As a context manager it aborts unless `finish` was called: what stood at the prefix before stays.
+    Holds 12 bytes of memory per document.
+
+    Attributes: num_documents, num_tokens, max_token_id; share: the caller's estimate of how much of the
+    whole is added, in (0, 1], which a full disk's error uses to say what is needed.
+    """
+
+    def __init__(self, prefix: str, dtype: type[np.integer]):
+        """Raises ValueError when the folder of `prefix` cannot be made or written."""
+        self.prefix, self.dtype, self._code = prefix, np.dtype(dtype), find_code(dtype)
+        self._lengths, self._documents = array("i"), array("q", [0])
+        self.num_tokens, self.max_token_id, self.share = 0, -1, 1.0
+        self._temporary = {end: self._temporary_path(end) for end in ("bin", "json", "idx")}
+        self._open = True
+        try:
+            Path(prefix).absolute().parent.mkdir(parents=True, exist_ok=True)
+            self._bin = self._open_bin(self._temporary["bin"])
+        except OSError as error:
+            raise ValueError(f"output prefix {prefix}: cannot write there ({error.strerror}). Fix: give another "
+                             "prefix.") from None
+
+    def _temporary_path(self, end: str) -> Path:
+        return Path(f"{self.prefix}.{end}.{os.getpid()}.tmp")
+
+    def _open_bin(self, path: Path) -> BinaryIO:
+        return open(path, "wb", buffering=COPY_BYTES)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self._documents) - 1
+
+    def add_document(self, ids: Sequence[int] | np.ndarray) -> None:
+        """Append one document, int [tokens]; it may be empty.
+
+        Raises:
+            ValueError: an id does not fit the dtype, or the disk is full.
+        """
+        ids = np.asarray(ids, dtype=np.int64)
+        if len(ids):
+            low, high, limits = int(ids.min()), int(ids.max()), np.iinfo(self.dtype)
+            if low < 0 or high > limits.max:
+                raise ValueError(f"token id {low if low < 0 else high}: must be in [0, {limits.max}] for "
+                                 f"{self.dtype.name} (document {self.num_documents}). Fix: the input, or a larger "
+                                 "vocabulary size.")
+            self.max_token_id = max(self.max_token_id, high)
+        with self._explained("bin"):
+            self._bin.write(ids.astype(self.dtype.newbyteorder("<")).tobytes())
+        self._lengths.extend([LONGEST_SEQUENCE] * ((len(ids) - 1) // LONGEST_SEQUENCE))
+        self._lengths.append(len(ids) - LONGEST_SEQUENCE * max(0, (len(ids) - 1) // LONGEST_SEQUENCE))
+        self._documents.append(len(self._lengths))
+        self.num_tokens += len(ids)
+
+    def append_from(self, prefix: str, first: int = 0, end: int | None = None) -> None:
+        """Append the documents [first, end) of another pair (by default all), sequences as they are.
+
+        Raises:
+            ValueError: it is damaged, or of another dtype; or the disk is full.
+        """
+        index = read_index(prefix)
+        if index.dtype != self.dtype:
+            raise ValueError(f"{prefix}: dtype {np.dtype(index.dtype).name}, but {self.prefix} is written as "
+                             f"{self.dtype.name}. Fix: make both with the same tokenizer.")
+        lengths, first_sequences = read_sequences(prefix)
+        ranges = first_sequences[first:len(first_sequences) if end is None else end + 1]
+        skipped = int(lengths[:ranges[0]].sum(dtype=np.int64))
+        lengths = lengths[ranges[0]:ranges[-1]]
+        tokens = int(lengths.sum(dtype=np.int64))
+        with open(f"{prefix}.bin", "rb") as file:
+            file.seek(skipped * self.dtype.itemsize)
+            left = tokens * self.dtype.itemsize
+            while block := file.read(min(left, COPY_BYTES)):
+                self.max_token_id = max(self.max_token_id, int(np.frombuffer(block, dtype=self.dtype).max()))
+                with self._explained("bin", left):
+                    self._bin.write(block)
+                left -= len(block)
+        # Bytes, not lists: a Python integer takes 10 times the memory of what it says.
+        self._documents.frombytes((ranges[1:] + (len(self._lengths) - int(ranges[0]))).astype(np.int64).data.cast("B"))
+        self._lengths.frombytes(np.ascontiguousarray(lengths, dtype=np.int32).data.cast("B"))
+        self.num_tokens += tokens
+
+    def finish(self, tokenizer: dict | None = None) -> list[str]:
+        """Publish PREFIX.bin, .json and .idx -> their paths. `tokenizer`: its description, for .json.
+
+        .idx is the proof that the pair is whole: the old one goes first, the new one comes last.
+
+        Raises:
+            ValueError: no document was added, or the disk is full.
+        """
+        assert self._open, "finish or abort was called before"
+        if self.num_documents == 0:
+            self.abort()
+            raise ValueError(f"{self.prefix}: no documents. Fix: give inputs that are not empty.")
+        with self._explained("bin"):
+            _sync(self._bin)
+        size = HEADER.size + 12 * len(self._lengths) + 8 * len(self._documents)
+        with self._explained("idx", size), open(self._temporary["idx"], "wb") as file:
+            self._write_index(file)
+            _sync(file)
+        side = {"tokenizer": tokenizer, "dtype": self.dtype.name, "documents": self.num_documents,
+                "tokens": self.num_tokens, "max_token_id": self.max_token_id}
+        with self._explained("json"), open(self._temporary["json"], "w", encoding="utf-8") as file:
+            file.write(json.dumps(side, indent=1) + "\n")
+            _sync(file)
+        self._publish()
+        return [f"{self.prefix}.{end}" for end in self._temporary]
+
+    def _write_index(self, file: BinaryIO) -> None:
+        lengths, documents = np.asarray(self._lengths), np.asarray(self._documents)
+        file.write(HEADER.pack(MAGIC, VERSION, self._code, len(lengths), len(documents)))
+        block = COPY_BYTES // 8  # numbers at a time: copies of 100M documents would be gigabytes
+        for start in range(0, len(lengths), block):
+            file.write(lengths[start:start + block].astype("<i4").tobytes())
+        end = 0
+        for start in range(0, len(lengths), block):
+            sizes = lengths[start:start + block].astype("<i8") * self.dtype.itemsize
+            pointers = np.cumsum(sizes) - sizes + end
+            end = int(pointers[-1] + sizes[-1])
+            file.write(pointers.astype("<i8").tobytes())
+        for start in range(0, len(documents), block):
+            file.write(documents[start:start + block].astype("<i8").tobytes())
+
+    def _publish(self) -> None:
+        self._open = False
+        Path(f"{self.prefix}.idx").unlink(missing_ok=True)
+        for end, path in self._temporary.items():
+            path.replace(f"{self.prefix}.{end}")
+        folder = os.open(Path(self.prefix).absolute().parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+    @contextlib.contextmanager
+    def _explained(self, end: str, needed: int = 0) -> Iterator[None]:
+        """Turn a full disk into a ValueError that names the file and the space that is needed at least."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            file = self._temporary_path(end)
+            free = shutil.disk_usage(Path(self.prefix).absolute().parent).free
+            if end == "bin" and not needed:
+                whole = (self.num_tokens * self.dtype.itemsize + 20 * len(self._lengths)) / max(self.share, 1e-9)
+                needed = int(whole) - (file.stat().st_size if file.exists() else 0)
+            raise ValueError(f"{file}: cannot write it: {error.strerror}; about {max(needed, 1):,} bytes more are "
+                             f"needed, {free:,} are free. {self._what_is_kept()} Fix: free space, or give an output "
+                             "prefix on another disk, and run again.") from None
+
+    def _what_is_kept(self) -> str:
+        return f"The temporary files are removed; what stood at {self.prefix} before is as it was."
+
+    def abort(self) -> None:
+        """Leave nothing behind, and what was published before as it is."""
+        self._close()
+        for path in self._temporary.values():
+            path.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        self._open = False
+        with contextlib.suppress(OSError):  # a full disk: what the buffer holds is not wanted any more
+            self._bin.close()
+
+    def __enter__(self) -> "IndexedWriter":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._open:
+            self.abort()
+
+
+def _sync(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()

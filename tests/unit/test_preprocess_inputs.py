@@ -1,0 +1,292 @@
+"""tools.preprocess_data: compressed and Parquet files, token ids as input, stopped runs, full disks."""
+
+import errno
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pytest
+import zstandard
+from pyarrow import parquet
+
+from data import indexed_writer
+from data.indexed_writer import IndexedWriter
+from data.resumable_writer import ResumableWriter
+from tests.unit.test_preprocess import ROOT, lines, null, write
+from tools import preprocess_data
+from tools.preprocess_data import Arguments, preprocess
+from tools.text_files import find_files
+
+ENDS = ("bin", "idx", "json")
+
+
+def outputs(folder):
+    return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+
+
+def zstd(data):
+    return zstandard.compress(data)
+
+
+@pytest.fixture
+def small_tasks(monkeypatch):
+    monkeypatch.setattr(preprocess_data, "TASK_BYTES", 3000)
+
+
+@pytest.fixture
+def texts():
+    return [" ".join(str(j % 90) for j in range(i * 7 % 61)) for i in range(900)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_compressed_files_give_what_plain_ones_give(tmp_path, small_tasks, texts, workers):
+    data = lines(*texts).encode()
+    null(tmp_path, write(tmp_path / "x.jsonl", data))
+    plain = outputs(tmp_path / "out")
+    half = data.index(b"\n", len(data) // 2) - 5  # members of gzip and frames of zstd end inside a line
+    table = pyarrow.table({"other": range(len(texts)), "text": texts})
+    parquet.write_table(table, tmp_path / "x.parquet", row_group_size=100)
+    for path in (write(tmp_path / "x.jsonl.gz", gzip.compress(data[:half]) + gzip.compress(data[half:]) + b"\0" * 9),
+                 write(tmp_path / "x.JSONL.zst", zstd(data[:half]) + zstd(data[half:])),
+                 tmp_path / "x.parquet"):
+        _, summary = null(tmp_path, path, workers=workers)
+        assert outputs(tmp_path / "out") == plain and summary["bytes"] == path.stat().st_size
+
+
+def test_text_inside_compressed_files_is_one_document(tmp_path):
+    write(tmp_path / "in" / "a.txt.gz", gzip.compress(b"1 2\n3"))
+    write(tmp_path / "in" / "b.md.zst", zstd(b"4\n5"))
+    write(tmp_path / "in" / "c.bin.gz", b"not taken")
+    assert null(tmp_path, tmp_path / "in")[0] == [[1, 2, 3], [4, 5]]
+    write(tmp_path / "in" / "a.txt", "1 2\n3")
+    with pytest.raises(ValueError, match=r"a.txt.gz: a.txt stands beside it.*Fix"):
+        find_files([str(tmp_path / "in")], [".txt"])
+
+
+def broken(data):
+    return data[:len(data) // 2] + b"\xff" * 20 + data[len(data) // 2 + 20:]
+
+
+@pytest.mark.parametrize("name, change", [
+    ("x.jsonl.gz", lambda data: gzip.compress(data)[:-9]),
+    ("x.jsonl.gz", lambda data: broken(gzip.compress(data))),
+    ("x.jsonl.gz", lambda data: data),
+    ("x.txt.gz", lambda data: gzip.compress(data)[:-1]),
+    ("x.jsonl.zst", lambda data: zstd(data)[:-9]),
+    ("x.jsonl.zst", lambda data: broken(zstd(data))),
+    ("x.txt.zst", lambda data: data),
+    ("x.parquet", lambda data: data),
+])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_damaged_files_are_named(tmp_path, texts, name, change, workers):
+    path = write(tmp_path / name, change(lines(*texts).encode()))
+    with pytest.raises(ValueError, match=rf"{name}: (damaged, or not whole|damaged, or not Parquet) .*\). Fix"):
+        null(tmp_path, path, skip_bad_lines=True, workers=workers)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_errors_in_compressed_and_parquet_files_name_the_place(tmp_path, small_tasks, texts):
+    bad = lines(*texts) + lines("1 x")
+    for name, data in (("x.jsonl.gz", gzip.compress(bad.encode())), ("x.jsonl.zst", zstd(bad.encode()))):
+        with pytest.raises(ValueError, match=f"{name}:{len(texts) + 1}: NullTokenizer"):
+            null(tmp_path, write(tmp_path / name, data))
+    parquet.write_table(pyarrow.table({"text": [*texts, None, "5"]}), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=f"x.parquet:{len(texts) + 1}: null, not text. Fix"):
+        null(tmp_path, tmp_path / "x.parquet")
+    assert null(tmp_path, tmp_path / "x.parquet", skip_bad_lines=True)[1]["bad"] == 1
+    with pytest.raises(ValueError, match=r"x.parquet: no column 'body' \(found: text\). Fix: --json-keys"):
+        null(tmp_path, tmp_path / "x.parquet", json_keys=["body"])
+    parquet.write_table(pyarrow.table({"text": [1.5]}), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match="'text' holds double: must be text, or lists of integers. Fix"):
+        null(tmp_path, tmp_path / "x.parquet")
+
+
+@pytest.mark.parametrize("append_eod", [False, True])
+def test_ids_of_all_kinds_of_files(tmp_path, small_tasks, append_eod):
+    documents = [[(i * j) % 99 for j in range(i * 13 % 50)] for i in range(700)]
+    expected = [ids + [99] * append_eod for ids in documents if ids]
+    plain = "".join(f"{' '.join(map(str, ids))}\n" if i % 2 else f"[{', '.join(map(str, ids))}]\r\n"
+                    for i, ids in enumerate(documents)).rstrip("\n")
+    parquet.write_table(pyarrow.table({"text": documents}), tmp_path / "x.parquet")
+    for path in (write(tmp_path / "x.ids", plain), write(tmp_path / "x.ids.gz", gzip.compress(plain.encode())),
+                 write(tmp_path / "x.jsonl", "".join(json.dumps({"text": ids}) + "\n" for ids in documents)),
+                 tmp_path / "x.parquet"):
+        assert null(tmp_path, path, append_eod=append_eod)[0] == expected
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("x.ids", "1 2\n\n3 100\n", r"x.ids:3: token id 100: must be in \[0, vocab_size = 100\). Fix"),
+    ("x.ids", "1\n[4, -2]\n", "x.ids:2: token id -2: must be in"),
+    ("x.ids", "1\n2.5\n", "x.ids:2: NullTokenizer: text must be whitespace-separated integers"),
+    ("x.ids", "1\n99999999999999999999999 1", "x.ids:2: token id 99999999999999999999999"),
+    ("x.ids", "1\n4-2\n", "x.ids:2: NullTokenizer"),
+    ("x.jsonl", '{"text": [1]}\n{"text": [1, 100]}', "x.jsonl:2: token id 100: must be in"),
+    ("x.jsonl", '{"text": [1]}\n{"text": [1.5]}', "x.jsonl:2: must be a list of integers, not of float64. Fix"),
+    ("x.jsonl", '{"text": [1]}\n{"text": [[1], [2]]}', "x.jsonl:2: must be a list of integers, not of lists. Fix"),
+    ("x.jsonl", '{"text": [1]}\n{"text": [[1], 2]}', "x.jsonl:2: must be a list of integers, not of lists. Fix"),
+    ("x.jsonl", '{"text": [1]}\n{"text": ["a"]}', "x.jsonl:2: must be a list of integers, not of str"),
+    ("x.jsonl", '{"text": [1]}\n{"text": [100000000000000000000]}', "x.jsonl:2: must be a list of integers"),
+])
+def test_wrong_ids_are_named_or_left_out(tmp_path, name, content, message):
+    path = write(tmp_path / name, content)
+    with pytest.raises(ValueError, match=message):
+        null(tmp_path, path)
+    documents, summary = null(tmp_path, path, skip_bad_lines=True)
+    assert documents[0][0] == 1 and len(documents) == summary["bad"] == 1
+
+
+def test_ids_want_no_tokenizer(tmp_path):
+    with pytest.raises(ValueError, match="tokenizer_model = None"):
+        null(tmp_path, write(tmp_path / "x.ids", "1"), tokenizer_type="HuggingFaceTokenizer")
+
+
+class Stop(Exception):
+    """Ends a run where the test wants it."""
+
+
+def stop_after(monkeypatch, saves):
+    """Runs end at the n-th save, right after it."""
+    real, seen = ResumableWriter.save, []
+
+    def save(self, note):
+        real(self, note)
+        seen.append(note)
+        if len(seen) == saves:
+            raise Stop
+    monkeypatch.setattr(ResumableWriter, "save", save)
+
+
+@pytest.mark.parametrize("saves", [1, 2, 5, 9])
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
+def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, small_tasks, texts, monkeypatch, capsys, saves, kind):
+    monkeypatch.setattr(preprocess_data, "SAVE_BYTES", 4000)
+    for i in range(2):
+        data = lines(*texts[i::2], "").encode()
+        if kind == "parquet":
+            parquet.write_table(pyarrow.table({"text": texts[i::2] + [""]}), tmp_path / f"{i}.parquet")
+        else:
+            write(tmp_path / f"{i}.{kind}", data if kind == "jsonl" else gzip.compress(data))
+    files = [tmp_path / f"{i}.{kind}" for i in range(2)]
+    _, undisturbed = null(tmp_path, *files)
+    expected = outputs(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "expected")
+    with monkeypatch.context() as patch:
+        stop_after(patch, saves)
+        with pytest.raises(Stop):
+            null(tmp_path, *files)
+    assert not list((tmp_path / "out").glob("c.*x")) and (tmp_path / "out" / "c.progress.json").exists()
+    with open(tmp_path / "out" / "c.bin.partial", "ab") as file:  # written after the save
+        file.write(b"rest")
+    _, summary = null(tmp_path, *files, workers=2)
+    assert "goes on after" in capsys.readouterr().out and outputs(tmp_path / "out") == expected
+    assert {name: summary[name] for name in ("documents", "tokens", "empty", "bytes")} == {
+        name: undisturbed[name] for name in ("documents", "tokens", "empty", "bytes")}
+
+
+@pytest.mark.parametrize("change, reason", [
+    (lambda path: {"vocab_size": 98}, "tokenizer.vocab_size was 100, now 98"),
+    (lambda path: {"append_eod": True}, "append_eod was False, now True"),
+    (lambda path: os.utime(path, ns=(1, 1)) or {}, "an input file has another name, size or time"),
+    (lambda path: write(path, path.read_bytes() + b"\n") and {}, "input_bytes was"),
+    (lambda path: {"skip_bad_lines": False}, "skip_bad_lines was True, now False"),
+])
+def test_a_changed_run_begins_anew_and_says_why(tmp_path, small_tasks, texts, monkeypatch, capsys, change, reason):
+    monkeypatch.setattr(preprocess_data, "SAVE_BYTES", 4000)
+    path = write(tmp_path / "x.jsonl", '{"body": 1}\n' * ("skip_bad" in reason) + lines(*texts))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Stop):
+            null(tmp_path, path, skip_bad_lines=True)
+    settings = change(path)
+    if "skip_bad" in reason:
+        with pytest.raises(ValueError, match="no text under key"):
+            null(tmp_path, path, **settings)
+        assert f"begins anew, since {reason}" in capsys.readouterr().out
+        return
+    null(tmp_path, path, **settings)
+    assert f"begins anew, since {reason}" in capsys.readouterr().out
+    found = outputs(tmp_path / "out")
+    null(tmp_path, path, **settings)
+    assert outputs(tmp_path / "out") == found and len(found) == 3
+
+
+def test_killed_processes_leave_what_the_next_goes_on_from(tmp_path, texts):
+    """SIGKILL at points of the run that nobody chose, until one run comes to its end."""
+    path = write(tmp_path / "x.jsonl", lines(*texts) * 5)
+    program = ("import sys; from tools import preprocess_data as p; p.TASK_BYTES, p.SAVE_BYTES = 3000, 9000\n"
+               "sys.argv[0] = 'p'; sys.exit(p.main())")
+
+    def start(prefix):
+        return subprocess.Popen([sys.executable, "-c", program, "--input", str(path), "--output-prefix", str(prefix),
+                                 "--tokenizer-type", "NullTokenizer", "--vocab-size", "100"], cwd=ROOT,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    whole = start(tmp_path / "whole" / "c")
+    assert whole.wait() == 0, whole.stdout.read()
+    progress = tmp_path / "out" / "c.progress.json"
+    for kills in range(3):
+        process, seen = start(tmp_path / "out" / "c"), progress.read_bytes() if progress.exists() else b""
+        while process.poll() is None and (not progress.exists() or progress.read_bytes() == seen):
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    last = start(tmp_path / "out" / "c")
+    said, _ = last.communicate()
+    assert last.returncode == 0 and outputs(tmp_path / "out") == outputs(tmp_path / "whole"), said
+
+
+def test_one_run_at_a_time_writes_a_prefix(tmp_path):
+    with ResumableWriter(str(tmp_path / "c"), np.uint16), pytest.raises(ValueError, match="another run is writing"):
+        ResumableWriter(str(tmp_path / "c"), np.uint16)
+    assert list(tmp_path.iterdir()) == []
+
+
+def limited(prefix, limit, *arguments):
+    """Run the tool with files of at most `limit` bytes, which fails as a full disk does -> (code, stderr)."""
+    program = ("import resource, sys; from tools import preprocess_data as p; p.TASK_BYTES, p.SAVE_BYTES = 3000, 20000\n"
+               "sys.argv[0] = 'p'; import numba\n"
+               f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY)); sys.exit(p.main())")
+    done = subprocess.run([sys.executable, "-c", program, "--output-prefix", str(prefix), "--tokenizer-type",
+                           "NullTokenizer", "--vocab-size", "100", *map(str, arguments)], cwd=ROOT, capture_output=True,
+                          text=True)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("limit, end, kept", [(10_000, "bin", False), (30_000, "bin", True), (49_000, "idx", True)])
+def test_a_full_disk_is_one_error_and_loses_nothing(tmp_path, texts, small_tasks, limit, end, kept):
+    old, path = write(tmp_path / "old.txt", "7 8"), write(tmp_path / "x.jsonl", lines(*texts) + lines("1") * 2000)
+    null(tmp_path, path)
+    expected = outputs(tmp_path / "out")
+    assert len(expected["c.bin"]) < 58_000 and len(expected["c.idx"]) > 49_000
+    null(tmp_path, old)
+    before = outputs(tmp_path / "out")
+    code, said = limited(tmp_path / "out" / "c", limit, "--input", path)
+    assert code == 2 and f"c.{end}.partial: cannot write it: File too large; about " in said and "Fix: free space" in said
+    assert ("the same command goes on" in said) == kept and len(said.strip().splitlines()) == 1
+    after = outputs(tmp_path / "out")
+    assert {name: after[name] for name in before} == before and (len(after) > 3) == kept
+    code, said = limited(tmp_path / "out" / "c", 10**6, "--input", path)
+    assert code == 0 and outputs(tmp_path / "out") == expected, said
+
+
+def test_writer_says_when_the_disk_is_full(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with IndexedWriter(str(tmp_path / "c"), np.uint16) as writer:
+        writer.add_document([1])
+        writer.finish()
+    before = outputs(tmp_path)
+    monkeypatch.setattr(indexed_writer, "_sync", full)
+    with pytest.raises(ValueError, match=r"No space left on device; about .* bytes more are needed, .* are free. The "
+                                         "temporary files are removed; what stood at .* is as it was. Fix"):
+        with IndexedWriter(str(tmp_path / "c"), np.uint16) as writer:
+            writer.add_document([2])
+            writer.finish()
+    assert outputs(tmp_path) == before

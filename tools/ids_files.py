@@ -1,0 +1,106 @@
+"""Documents that are token ids already (genomes, audio codes, text tokenized elsewhere), as arrays.
+
+An .ids file has one document per line: integers between spaces, tabs or commas, with or without
+brackets around them. JSON lines have a list of integers (or a text of them) under the key, Parquet
+files a column of either; any other file is one document, a text of integers.
+"""
+
+import numba
+import numpy as np
+
+from data.tokenizer import NullTokenizer
+from tools.text_files import Piece, decode, name_place, read_lines, read_piece, read_records
+
+
+def read_ids(piece: Piece, key: str, skip_bad: bool, tokenizer: NullTokenizer) -> tuple[np.ndarray, np.ndarray, int]:
+    """(ids, int64 [tokens]; length of each document, int64 [documents]; what was left out) of a piece.
+
+    Raises:
+        ValueError: names file and line of what is not a list of integers in [0, vocab_size).
+    """
+    if piece.is_ids:
+        data = read_piece(piece)
+        ids, lengths = _parse_lines(np.frombuffer(data, dtype=np.uint8), tokenizer.vocab_size)
+        good = lengths >= 0
+        if not good.all() and not skip_bad:
+            _explain_bad_line(piece, tokenizer)
+        return ids, lengths[good], int((~good).sum())
+    arrays, bad = [], 0
+    for offset, data in read_records(piece):
+        try:
+            arrays.append(_ids_of(decode(data, key if piece.is_json else None, lists=True), tokenizer))
+        except ValueError as error:
+            if not skip_bad:
+                raise ValueError(f"{name_place(piece, offset)}: {error}") from None
+            bad += 1
+    ids = np.concatenate(arrays) if arrays else np.empty(0, dtype=np.int64)
+    return ids, np.array([len(array) for array in arrays], dtype=np.int64), bad
+
+
+def _ids_of(value: str | list | np.ndarray, tokenizer: NullTokenizer) -> np.ndarray:
+    if isinstance(value, str):
+        data = np.frombuffer(value.replace("\n", " ").encode("utf-8", "replace"), dtype=np.uint8)
+        ids, lengths = _parse_lines(data, tokenizer.vocab_size, False)
+        # What the parser does not take (a sign, other scripts' digits, an error) is the tokenizer's business.
+        return np.array(tokenizer.encode(value), dtype=np.int64) if (lengths < 0).any() else ids
+    if isinstance(value, list) and not value:
+        return np.empty(0, dtype=np.int64)
+    try:
+        ids = np.asarray(value)
+    except (ValueError, OverflowError):  # lists in it
+        ids = np.empty((0, 0))
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ValueError(f"must be a list of integers, not of {ids.dtype.name if ids.ndim == 1 else 'lists'}. Fix: the "
+                         "input, or --skip-bad-lines.")
+    if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
+        wrong = ids.min() if ids.min() < 0 else ids.max()
+        raise ValueError(f"token id {wrong}: must be in [0, vocab_size = {tokenizer.vocab_size}). Fix: the input, or "
+                         "a larger --vocab-size.")
+    return ids.astype(np.int64, copy=False)
+
+
+def _explain_bad_line(piece: Piece, tokenizer: NullTokenizer) -> None:
+    """Raises ValueError for the first line that is not a list of ids."""
+    for offset, line in read_lines(piece):
+        _, lengths = _parse_lines(np.frombuffer(line, dtype=np.uint8), tokenizer.vocab_size)
+        if (lengths >= 0).all():
+            continue
+        problem = "must be integers between spaces or commas. Fix: the input, or --skip-bad-lines."
+        try:
+            tokenizer.encode(line.decode("utf-8", "replace").strip().strip("[]").replace(",", " "))
+        except ValueError as error:
+            problem = str(error)
+        raise ValueError(f"{name_place(piece, offset)}: {problem}")
+    raise AssertionError("the parser found a bad line before")
+
+
+@numba.njit(nogil=True, cache=True)
+def _parse_lines(data, vocab_size, lists=True):
+    """(ids, length of each line that is not blank, -1 where it is not a list of ids in [0, vocab_size))."""
+    ids, lengths = np.empty(len(data) // 2 + 1, dtype=np.int64), np.empty(len(data) + 1, dtype=np.int64)
+    count = lines = begin = 0
+    value, bad, blank = -1, False, True
+    for i in range(len(data) + 1):
+        byte = data[i] if i < len(data) else np.uint8(10)
+        if 48 <= byte <= 57:
+            value = max(value, 0) * 10 + byte - 48
+            bad, blank = bad or value >= vocab_size, False
+            value = min(value, vocab_size)  # no overflow
+            continue
+        if value >= 0:
+            ids[count] = value
+            count += 1
+            value = -1
+        if byte == 10:
+            if not blank:
+                if bad:
+                    count = begin
+                lengths[lines] = -1 if bad else count - begin
+                lines += 1
+            begin, bad, blank = count, False, True
+        elif byte == 32 or byte == 9 or byte == 13:
+            pass
+        else:
+            blank = False
+            bad = bad or not (lists and (byte == 44 or byte == 91 or byte == 93))
+    return ids[:count].copy(), lengths[:lines].copy()
