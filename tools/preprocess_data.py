@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ from tqdm import tqdm
 from data.config import TokenizerType
 from data.indexed import IndexedWriter, optimal_dtype
 from data.tokenizer import Tokenizer, build_tokenizer
+from data.tokenizer_fast import FastEncoder, TextError, encode_one_by_one
+from tools.choose_encoder import FastTokenizer, choose_encoder
 from tools.text_files import EXTENSIONS, Piece, cut_into_pieces, find_files, name_place, read_documents
 
 TASK_BYTES = 1 << 20
@@ -42,6 +45,8 @@ class Arguments:
     """The .model file of SentencePiece, or the Hugging Face tokenizer's folder."""
     vocab_size: int | None = None
     """Token ids, for NullTokenizer."""
+    fast_tokenizer: FastTokenizer = "auto"
+    """Encode with gigatoken: where it gives a sample of the input the same ids (auto), or else stop (on), or not."""
     append_eod: bool = False
     """Put the end-of-document token after each document."""
     workers: int = 1
@@ -70,7 +75,7 @@ class Result:
     """Token ids of the documents of a task, in order: one array, and the length of each."""
 
     ids: np.ndarray
-    lengths: list[int]
+    lengths: np.ndarray
     empty: int
     bad: int
     size: int
@@ -79,37 +84,41 @@ class Result:
 class Encoder:
     """A worker's state: the tokenizer, and what to do with each document."""
 
-    def __init__(self, arguments: Arguments):
+    def __init__(self, arguments: Arguments, fast: bool):
+        """fast: with the fast encoder, compared before."""
         self.arguments = arguments
         self.tokenizer = _tokenizer(arguments)
+        self._encode_batch = (FastEncoder(self.tokenizer).encode_batch if fast
+                              else partial(encode_one_by_one, self.tokenizer))
         self.dtype = optimal_dtype(self.tokenizer.vocab_size)
 
     def encode(self, task: Task) -> Result:
         """Raises ValueError that names file and line."""
-        arrays, empty, bad = [], 0, 0
-        tail = [self.tokenizer.eod] if self.arguments.append_eod else []
+        texts: list[str] = []
+        places: list[tuple[Piece, int]] = []
+        bad = 0
         for piece in task.pieces:
             documents = read_documents(piece, self.arguments.json_keys[0], self.arguments.skip_bad_lines)
             bad += documents.bad
-            for text, offset in zip(documents.texts, documents.offsets, strict=True):
-                try:
-                    ids = self.tokenizer.encode(text)
-                except ValueError as error:
-                    raise ValueError(f"{name_place(piece, offset)}: {error}") from None
-                if ids:
-                    arrays.append(np.array(ids + tail, dtype=self.dtype))
-                else:
-                    empty += 1
-        ids = np.concatenate(arrays) if arrays else np.empty(0, dtype=self.dtype)
-        return Result(ids, [len(array) for array in arrays], empty, bad, task.size)
+            texts += documents.texts
+            places += [(piece, offset) for offset in documents.offsets]
+        try:
+            ids, lengths = self._encode_batch(texts)
+        except TextError as error:
+            raise ValueError(f"{name_place(*places[error.index])}: {error}") from None
+        full = lengths[lengths > 0]
+        ids = ids.astype(self.dtype)
+        if self.arguments.append_eod:
+            ids, full = np.insert(ids, np.cumsum(full), self.tokenizer.eod), full + 1
+        return Result(ids, full, len(lengths) - len(full), bad, task.size)
 
 
 _encoder: Encoder | None = None  # of this worker process; a process pool has no other place for it
 
 
-def _start_worker(arguments: Arguments) -> None:
+def _start_worker(arguments: Arguments, fast: bool) -> None:
     global _encoder
-    _encoder = Encoder(arguments)
+    _encoder = Encoder(arguments, fast)
 
 
 def _work(task: Task) -> Result:
@@ -134,14 +143,14 @@ def _tasks(files: list[Path]) -> Iterator[Task]:
         yield Task(pieces)
 
 
-def _results(arguments: Arguments, tasks: Iterable[Task]) -> Iterator[Result]:
+def _results(arguments: Arguments, fast: bool, tasks: Iterable[Task]) -> Iterator[Result]:
     """Results in the order of the tasks, with a bounded number of them in flight."""
     if arguments.workers == 1:
-        yield from map(Encoder(arguments).encode, tasks)
+        yield from map(Encoder(arguments, fast).encode, tasks)
         return
     # spawn: a forked child may inherit locks that a tokenizer library's threads hold.
     with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn"), _start_worker,
-                             (arguments,)) as pool:
+                             (arguments, fast)) as pool:
         waiting: deque = deque()
         try:
             for task in tasks:
@@ -187,11 +196,13 @@ def preprocess(arguments: Arguments) -> dict:
         raise ValueError(f"output_prefix = {arguments.output_prefix}: is a folder; the files are named PREFIX.bin and "
                          "PREFIX.idx. Fix: for example "
                          f"{arguments.output_prefix.rstrip('/')}/corpus.")
+    choice = choose_encoder(tokenizer, arguments.fast_tokenizer, files, arguments.json_keys[0])
+    if choice.warn:
+        print(f"warning: {choice.note}", file=sys.stderr)
     with (IndexedWriter(arguments.output_prefix, optimal_dtype(tokenizer.vocab_size)) as writer,
           tqdm(total=total, unit="B", unit_scale=True, desc="tokenize", disable=None) as bar):
-        for result in _results(arguments, _tasks(files)):
-            for ids in np.split(result.ids, np.cumsum(result.lengths)[:-1]) if result.lengths else []:
-                writer.add_document(ids)
+        for result in _results(arguments, choice.fast, _tasks(files)):
+            writer.add_documents(result.ids, result.lengths)
             empty, bad = empty + result.empty, bad + result.bad
             bar.update(result.size)
         if writer.num_documents == 0:
@@ -199,7 +210,8 @@ def preprocess(arguments: Arguments) -> dict:
                              f"{empty} empty documents, {bad} bad). Fix: give inputs that are not empty.")
         outputs = writer.finish(tokenizer.describe())
     return {"files": len(files), "bytes": total, "documents": writer.num_documents, "tokens": writer.num_tokens,
-            "empty": empty, "bad": bad, "seconds": time.perf_counter() - began, "outputs": outputs}
+            "empty": empty, "bad": bad, "seconds": time.perf_counter() - began, "outputs": outputs,
+            "encoder": choice.note}
 
 
 def main() -> int:
@@ -214,6 +226,7 @@ def main() -> int:
     print(f"{summary['documents']:,} documents, {summary['tokens']:,} tokens from {summary['bytes']:,} bytes in "
           f"{summary['files']:,} files{''.join(', ' + text for text in left_out)}; {summary['seconds']:.1f} s, "
           f"{summary['tokens'] / summary['seconds']:,.0f} tokens/s")
+    print(f"encoder: {summary['encoder']}")
     print(f"wrote {', '.join(summary['outputs'])}")
     return 0
 

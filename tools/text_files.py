@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import orjson
+
 EXTENSIONS = (".txt", ".md", ".py", ".jsonl", ".rst")
 JSON_EXTENSIONS = (".jsonl", ".json")
 
@@ -114,6 +116,13 @@ def read_lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
 
 
 def _decode(data: bytes, key: str | None) -> str:
+    if key is not None:
+        try:
+            value = orjson.loads(data)
+            if type(value[key]) is str:
+                return value[key]  # orjson refuses half a surrogate pair
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            pass  # NaN is no JSON to orjson; and what is wrong is said below
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
