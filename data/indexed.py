@@ -363,7 +363,7 @@ class IndexedWriter:
                 raise ValueError(f"token id {ids[first]}: must be in [0, {limits.max}] for {self.dtype.name} (document "
                                  f"{document}). Fix: the input, or a larger vocabulary size.")
             self.max_token_id = max(self.max_token_id, high)
-        self._bin.write(ids.astype(self.dtype.newbyteorder("<"), copy=False).tobytes())
+        self._bin.write(np.ascontiguousarray(ids, dtype=self.dtype.newbyteorder("<")))
         sequences, ends = lengths, np.arange(1, len(lengths) + 1)
         if len(lengths) and lengths.max() > LONGEST_SEQUENCE:
             rows = [np.diff(np.append(np.arange(0, max(1, n), LONGEST_SEQUENCE), n)) for n in lengths.tolist()]

@@ -23,9 +23,12 @@ class TextError(ValueError):
 class FastEncoder:
     """Encodes batches with gigatoken on the calling thread; the GIL is not needed meanwhile."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        """Raises ValueError that says why gigatoken cannot stand for this tokenizer."""
-        definition = tokenizer.to_tokenizer_json()
+    def __init__(self, definition: str, vocab_size: int):
+        """Read the contents of a tokenizer.json, as Tokenizer.to_tokenizer_json gives it.
+
+        Raises:
+            ValueError: says why gigatoken cannot stand for this tokenizer.
+        """
         try:
             import gigatoken
         except ImportError as error:
@@ -35,9 +38,8 @@ class FastEncoder:
             self._tokenizer = gigatoken.Tokenizer.from_json(definition)
         except Exception as error:  # it raises many kinds for a step that it does not know
             raise ValueError(f"{self.name} does not read this tokenizer ({error})") from None
-        if self._tokenizer.vocab_size > tokenizer.vocab_size:
-            raise ValueError(f"{self.name} counts {self._tokenizer.vocab_size} ids, the tokenizer "
-                             f"{tokenizer.vocab_size}")
+        if self._tokenizer.vocab_size > vocab_size:
+            raise ValueError(f"{self.name} counts {self._tokenizer.vocab_size} ids, the tokenizer {vocab_size}")
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """uint32 [tokens] ids of all texts one after another, and int64 [texts] how many each has."""

@@ -10,15 +10,17 @@ from data.tokenizer_fast import FastEncoder, first_difference, probe_texts
 from tools.text_files import Piece, name_place, read_documents
 
 FastTokenizer = Literal["auto", "on", "off"]
-SAMPLE_PLACES, SAMPLE_BYTES = 64, 64 << 10
-"""Equally spaced places of the corpus, and how much is read at each: 4 MiB, a second or two of the reference's time."""
+SAMPLE_PLACES, SAMPLE_BYTES = 64, 32 << 10
+"""Equally spaced places of the corpus, and how much is read at each: 2 MiB, about a second of the reference's time."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """fast: use FastEncoder. note: what was compared, or why not, for people. warn: `note` is a warning."""
+    """definition: for FastEncoder, None where it is not used. note: what was compared, or why it is not used, for
+    people. warn: `note` is a warning.
+    """
 
-    fast: bool
+    definition: str | None
     note: str
     warn: bool = False
 
@@ -30,9 +32,10 @@ def choose_encoder(tokenizer: Tokenizer, wanted: FastTokenizer, files: Sequence[
         ValueError: `wanted` is "on", and the fast encoder cannot be used or gives other ids.
     """
     if wanted == "off":
-        return Choice(False, "one text at a time, as asked")
+        return Choice(None, "one text at a time, as asked")
     try:
-        fast = FastEncoder(tokenizer)
+        definition = tokenizer.to_tokenizer_json()
+        fast = FastEncoder(definition, tokenizer.vocab_size)
     except ValueError as error:
         return _refuse(wanted, str(error), warn=False)
     probes, sample = probe_texts(tokenizer), list(sample_texts(files, key))
@@ -46,15 +49,15 @@ def choose_encoder(tokenizer: Tokenizer, wanted: FastTokenizer, files: Sequence[
         return _refuse(wanted, f"{fast.name} gives other ids than the tokenizer on {where}, which begins "
                        f"{texts[different][:40]!r}", warn=True)
     size = sum(len(text.encode()) for *_, text in sample)
-    return Choice(True, f"{fast.name}; same ids as the tokenizer's on {len(sample):,} documents of the input ({size:,} "
-                  f"bytes) and {len(probes)} built-in texts")
+    return Choice(definition, f"{fast.name}; same ids as the tokenizer's on {len(sample):,} documents of the input "
+                  f"({size:,} bytes) and {len(probes)} built-in texts")
 
 
 def _refuse(wanted: FastTokenizer, reason: str, warn: bool) -> Choice:
     if wanted == "on":
         raise ValueError(f"fast_tokenizer = on: {reason}. Fix: --fast-tokenizer auto, which then uses the tokenizer "
                          "itself, more slowly.")
-    return Choice(False, f"one text at a time: {reason}", warn)
+    return Choice(None, f"one text at a time: {reason}", warn)
 
 
 def sample_texts(files: Sequence[Path], key: str) -> Iterator[tuple[Piece, int, str]]:

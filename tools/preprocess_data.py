@@ -81,24 +81,35 @@ class Result:
     size: int
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a worker has to know. definition: for the fast encoder, None to use the tokenizer itself."""
+
+    arguments: Arguments
+    dtype: type[np.integer]
+    eod: int | None
+    vocab_size: int
+    definition: str | None
+
+
 class Encoder:
     """A worker's state: the tokenizer, and what to do with each document."""
 
-    def __init__(self, arguments: Arguments, fast: bool):
-        """fast: with the fast encoder, compared before."""
-        self.arguments = arguments
-        self.tokenizer = _tokenizer(arguments)
-        self._encode_batch = (FastEncoder(self.tokenizer).encode_batch if fast
-                              else partial(encode_one_by_one, self.tokenizer))
-        self.dtype = optimal_dtype(self.tokenizer.vocab_size)
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        if plan.definition is not None:  # without transformers, which takes seconds to import
+            self._encode_batch = FastEncoder(plan.definition, plan.vocab_size).encode_batch
+        else:
+            self._encode_batch = partial(encode_one_by_one, _tokenizer(plan.arguments))
 
     def encode(self, task: Task) -> Result:
         """Raises ValueError that names file and line."""
+        arguments = self.plan.arguments
         texts: list[str] = []
         places: list[tuple[Piece, int]] = []
         bad = 0
         for piece in task.pieces:
-            documents = read_documents(piece, self.arguments.json_keys[0], self.arguments.skip_bad_lines)
+            documents = read_documents(piece, arguments.json_keys[0], arguments.skip_bad_lines)
             bad += documents.bad
             texts += documents.texts
             places += [(piece, offset) for offset in documents.offsets]
@@ -107,18 +118,18 @@ class Encoder:
         except TextError as error:
             raise ValueError(f"{name_place(*places[error.index])}: {error}") from None
         full = lengths[lengths > 0]
-        ids = ids.astype(self.dtype)
-        if self.arguments.append_eod:
-            ids, full = np.insert(ids, np.cumsum(full), self.tokenizer.eod), full + 1
+        ids = ids.astype(self.plan.dtype)
+        if arguments.append_eod:
+            ids, full = np.insert(ids, np.cumsum(full), self.plan.eod), full + 1
         return Result(ids, full, len(lengths) - len(full), bad, task.size)
 
 
 _encoder: Encoder | None = None  # of this worker process; a process pool has no other place for it
 
 
-def _start_worker(arguments: Arguments, fast: bool) -> None:
+def _start_worker(plan: Plan) -> None:
     global _encoder
-    _encoder = Encoder(arguments, fast)
+    _encoder = Encoder(plan)
 
 
 def _work(task: Task) -> Result:
@@ -143,24 +154,24 @@ def _tasks(files: list[Path]) -> Iterator[Task]:
         yield Task(pieces)
 
 
-def _results(arguments: Arguments, fast: bool, tasks: Iterable[Task]) -> Iterator[Result]:
+def _results(plan: Plan, tasks: Iterable[Task]) -> Iterator[Result]:
     """Results in the order of the tasks, with a bounded number of them in flight."""
-    if arguments.workers == 1:
-        yield from map(Encoder(arguments, fast).encode, tasks)
+    workers = plan.arguments.workers
+    if workers == 1:
+        yield from map(Encoder(plan).encode, tasks)
         return
     # spawn: a forked child may inherit locks that a tokenizer library's threads hold.
-    with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn"), _start_worker,
-                             (arguments, fast)) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (plan,)) as pool:
         waiting: deque = deque()
         try:
             for task in tasks:
                 waiting.append(pool.submit(_work, task))
-                if len(waiting) >= TASKS_IN_FLIGHT * arguments.workers:
+                if len(waiting) >= TASKS_IN_FLIGHT * workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
-            raise ValueError(f"workers = {arguments.workers}: a worker died, most likely for want of memory. Fix: "
+            raise ValueError(f"workers = {workers}: a worker died, most likely for want of memory. Fix: "
                              "fewer --workers, or smaller input files.") from None
         finally:
             for future in waiting:
@@ -199,9 +210,11 @@ def preprocess(arguments: Arguments) -> dict:
     choice = choose_encoder(tokenizer, arguments.fast_tokenizer, files, arguments.json_keys[0])
     if choice.warn:
         print(f"warning: {choice.note}", file=sys.stderr)
-    with (IndexedWriter(arguments.output_prefix, optimal_dtype(tokenizer.vocab_size)) as writer,
+    plan = Plan(arguments, optimal_dtype(tokenizer.vocab_size), tokenizer.eod, tokenizer.vocab_size, choice.definition)
+    prepared = time.perf_counter()
+    with (IndexedWriter(arguments.output_prefix, plan.dtype) as writer,
           tqdm(total=total, unit="B", unit_scale=True, desc="tokenize", disable=None) as bar):
-        for result in _results(arguments, choice.fast, _tasks(files)):
+        for result in _results(plan, _tasks(files)):
             writer.add_documents(result.ids, result.lengths)
             empty, bad = empty + result.empty, bad + result.bad
             bar.update(result.size)
@@ -210,7 +223,8 @@ def preprocess(arguments: Arguments) -> dict:
                              f"{empty} empty documents, {bad} bad). Fix: give inputs that are not empty.")
         outputs = writer.finish(tokenizer.describe())
     return {"files": len(files), "bytes": total, "documents": writer.num_documents, "tokens": writer.num_tokens,
-            "empty": empty, "bad": bad, "seconds": time.perf_counter() - began, "outputs": outputs,
+            "empty": empty, "bad": bad, "seconds": time.perf_counter() - began,
+            "prepare_seconds": prepared - began, "outputs": outputs,
             "encoder": choice.note}
 
 
@@ -221,11 +235,14 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    work = summary["seconds"] - summary["prepare_seconds"]
     left_out = [f"{summary[name]:,} {text} left out" for name, text in (("empty", "empty documents"),
                                                                        ("bad", "bad lines or files")) if summary[name]]
     print(f"{summary['documents']:,} documents, {summary['tokens']:,} tokens from {summary['bytes']:,} bytes in "
-          f"{summary['files']:,} files{''.join(', ' + text for text in left_out)}; {summary['seconds']:.1f} s, "
-          f"{summary['tokens'] / summary['seconds']:,.0f} tokens/s")
+          f"{summary['files']:,} files{''.join(', ' + text for text in left_out)}; "
+          f"prepared in {summary['prepare_seconds']:.1f} s, "
+          f"tokenized in {work:.1f} s: {summary['bytes'] / work / 1e6:.1f} MB/s, "
+          f"{summary['tokens'] / work:,.0f} tokens/s")
     print(f"encoder: {summary['encoder']}")
     print(f"wrote {', '.join(summary['outputs'])}")
     return 0
