@@ -9,8 +9,8 @@ import multiprocessing
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
@@ -50,7 +50,7 @@ class Arguments:
     append_eod: bool = False
     """Put the end-of-document token after each document."""
     workers: int = 1
-    """Processes that tokenize."""
+    """Threads, or processes without the fast tokenizer, that tokenize; the result does not depend on it."""
     json_keys: list[str] = field(default_factory=lambda: ["text"])
     """Key of the text in .jsonl/.json objects; one per run."""
     extensions: list[str] = field(default_factory=lambda: list(EXTENSIONS))
@@ -154,18 +154,27 @@ def _tasks(files: list[Path]) -> Iterator[Task]:
         yield Task(pieces)
 
 
+def _start_pool(plan: Plan) -> tuple[Executor, Callable[[Task], Result]]:
+    """Workers, and what to submit to them."""
+    workers = plan.arguments.workers
+    if plan.definition is not None:  # it lets go of the GIL, and threads start at once and share its cache of words
+        return ThreadPoolExecutor(workers), Encoder(plan).encode
+    # spawn: a forked child may inherit locks that a tokenizer library's threads hold.
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (plan,)), _work
+
+
 def _results(plan: Plan, tasks: Iterable[Task]) -> Iterator[Result]:
     """Results in the order of the tasks, with a bounded number of them in flight."""
     workers = plan.arguments.workers
     if workers == 1:
         yield from map(Encoder(plan).encode, tasks)
         return
-    # spawn: a forked child may inherit locks that a tokenizer library's threads hold.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (plan,)) as pool:
+    pool, work = _start_pool(plan)
+    with pool:
         waiting: deque = deque()
         try:
             for task in tasks:
-                waiting.append(pool.submit(_work, task))
+                waiting.append(pool.submit(work, task))
                 if len(waiting) >= TASKS_IN_FLIGHT * workers:
                     yield waiting.popleft().result()
             while waiting:
