@@ -59,18 +59,31 @@ class IndexedWriter:
             ValueError: an id does not fit the dtype, or the disk is full.
         """
         ids = np.asarray(ids, dtype=np.int64)
+        self.add_documents(ids, np.array([len(ids)], dtype=np.int64))
+
+    def add_documents(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        """Append documents whose ids, int [tokens], follow one another; lengths: int64 [documents], their tokens.
+
+        Raises:
+            ValueError: an id does not fit the dtype, or the disk is full.
+        """
+        assert lengths.sum() == len(ids), "the documents are not the ids"
         if len(ids):
             low, high, limits = int(ids.min()), int(ids.max()), np.iinfo(self.dtype)
             if low < 0 or high > limits.max:
-                raise ValueError(f"token id {low if low < 0 else high}: must be in [0, {limits.max}] for "
-                                 f"{self.dtype.name} (document {self.num_documents}). Fix: the input, or a larger "
-                                 "vocabulary size.")
+                first = int(np.argmax((ids < 0) | (ids > limits.max)))
+                document = self.num_documents + int(np.searchsorted(np.cumsum(lengths), first, side="right"))
+                raise ValueError(f"token id {ids[first]}: must be in [0, {limits.max}] for {self.dtype.name} (document "
+                                 f"{document}). Fix: the input, or a larger vocabulary size.")
             self.max_token_id = max(self.max_token_id, high)
         with self._explained("bin"):
-            self._bin.write(ids.astype(self.dtype.newbyteorder("<")).tobytes())
-        self._lengths.extend([LONGEST_SEQUENCE] * ((len(ids) - 1) // LONGEST_SEQUENCE))
-        self._lengths.append(len(ids) - LONGEST_SEQUENCE * max(0, (len(ids) - 1) // LONGEST_SEQUENCE))
-        self._documents.append(len(self._lengths))
+            self._bin.write(np.ascontiguousarray(ids, dtype=self.dtype.newbyteorder("<")))
+        sequences, ends = lengths, np.arange(1, len(lengths) + 1)
+        if len(lengths) and lengths.max() > LONGEST_SEQUENCE:
+            rows = [np.diff(np.append(np.arange(0, max(1, n), LONGEST_SEQUENCE), n)) for n in lengths.tolist()]
+            sequences, ends = np.concatenate(rows), np.cumsum([len(row) for row in rows])
+        self._documents.frombytes((ends + len(self._lengths)).astype(np.int64).tobytes())
+        self._lengths.frombytes(sequences.astype(np.int32).tobytes())
         self.num_tokens += len(ids)
 
     def append_from(self, prefix: str, first: int = 0, end: int | None = None) -> None:

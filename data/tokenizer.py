@@ -40,6 +40,14 @@ class Tokenizer(Protocol):
         """JSON-able identity: type, vocab_size and fingerprint of the files' bytes. Equal = the same tokenizer."""
         ...
 
+    def to_tokenizer_json(self) -> str:
+        """The contents of a tokenizer.json that gives the same ids (data/tokenizer_fast.py). ValueError if none can."""
+        ...
+
+    def special_texts(self) -> list[str]:
+        """How control and added tokens are written in text."""
+        ...
+
     def save_huggingface(self, folder: str) -> None:
         """Write what makes AutoTokenizer.from_pretrained(folder) give the same ids. ValueError if it can't."""
         ...
@@ -94,6 +102,15 @@ class SentencePiece:
     def describe(self) -> dict:
         return {"type": "SentencePieceTokenizer", "vocab_size": self.vocab_size, "fingerprint": _hash(self.files)}
 
+    def to_tokenizer_json(self) -> str:
+        from data.tokenizer_huggingface import convert_sentencepiece
+
+        return _without_special(convert_sentencepiece(self.files[0])[0].to_str())
+
+    def special_texts(self) -> list[str]:
+        pieces = self._processor
+        return [pieces.id_to_piece(i) for i in range(self.vocab_size) if pieces.is_control(i) or pieces.is_unknown(i)]
+
     def save_huggingface(self, folder: str) -> None:
         """Write tokenizer.json, tokenizer_config.json and tokenizer.model, and compare the ids on source code.
 
@@ -143,6 +160,16 @@ class HuggingFace:
     def describe(self) -> dict:
         return {"type": "HuggingFaceTokenizer", "vocab_size": self.vocab_size, "fingerprint": _hash(self.files)}
 
+    def to_tokenizer_json(self) -> str:
+        if not self._tokenizer.is_fast:
+            raise ValueError("it has no tokenizer.json")
+        definition = self._tokenizer.backend_tokenizer.to_str()
+        # What tokenizer.json cannot say: special tokens written in a text are text.
+        return _without_special(definition) if self._tokenizer.split_special_tokens else definition
+
+    def special_texts(self) -> list[str]:
+        return list(self._tokenizer.get_added_vocab())
+
     def save_huggingface(self, folder: str) -> None:
         """Copy the files and compare the ids.
 
@@ -188,6 +215,12 @@ class NullTokenizer:
     def describe(self) -> dict:
         return {"type": "NullTokenizer", "vocab_size": self.vocab_size, "fingerprint": _hash([])}
 
+    def to_tokenizer_json(self) -> str:
+        raise ValueError("its text is integers")
+
+    def special_texts(self) -> list[str]:
+        return []
+
     def save_huggingface(self, folder: str) -> None:
         raise ValueError(f"tokenizer_type = NullTokenizer: there is no tokenizer to write to {folder}. Fix: put the "
                          "files of the tokenizer that made the ids there.")
@@ -201,6 +234,13 @@ def _hash(files: list[str]) -> str:
             digest.update(Path(file).name.encode() + b"\0")
         digest.update(Path(file).read_bytes())
     return digest.hexdigest()
+
+
+def _without_special(definition: str) -> str:
+    """A tokenizer.json under which special tokens written in a text are text."""
+    parts = json.loads(definition)
+    parts["added_tokens"] = [token for token in parts["added_tokens"] if not token["special"]]
+    return json.dumps(parts)
 
 
 def _compare_with_huggingface(tokenizer: Tokenizer, folder: str) -> None:

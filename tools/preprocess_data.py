@@ -7,29 +7,25 @@ token ids per line), other text files (each one document) and folders of them, a
 that was stopped goes on where it was when the same command is given again.
 """
 
-import multiprocessing
-import os
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
 import tyro
 from tqdm import tqdm
 
 from data.config import TokenizerType
 from data.indexed import optimal_dtype
 from data.resumable_writer import ResumableWriter
-from data.tokenizer import NullTokenizer, Tokenizer, build_tokenizer
-from tools.ids_files import read_ids
+from data.tokenizer import Tokenizer, build_tokenizer
+from tools.choose_encoder import FastTokenizer, choose_encoder
+from tools.encoders import Job, Result, Task, build_encoder, start_pool
 from tools.progress import describe_change, make_plan
-from tools.text_files import EXTENSIONS, Piece, find_files, name_place, read_documents, read_pieces
+from tools.text_files import EXTENSIONS, Piece, find_files, read_pieces
 
 TASK_BYTES = 1 << 20
 """Input of one task: large enough to hide the hand-over, small enough to keep all workers busy."""
@@ -51,116 +47,18 @@ class Arguments:
     """The .model file of SentencePiece, or the Hugging Face tokenizer's folder."""
     vocab_size: int | None = None
     """Token ids, for NullTokenizer."""
+    fast_tokenizer: FastTokenizer = "auto"
+    """Encode with gigatoken: where it gives a sample of the input the same ids (auto), or else stop (on), or not."""
     append_eod: bool = False
     """Put the end-of-document token after each document."""
     workers: int = 1
-    """Processes that tokenize."""
+    """Threads, or processes without the fast tokenizer, that tokenize; the result does not depend on it."""
     json_keys: list[str] = field(default_factory=lambda: ["text"])
     """Key of the text in .jsonl/.json objects, column in .parquet; one per run."""
     extensions: list[str] = field(default_factory=lambda: list(EXTENSIONS))
     """Endings of the files to take from folders, also compressed (.gz, .zst)."""
     skip_bad_lines: bool = False
     """Leave out, and count, lines that are not JSON objects with the key, what is not UTF-8, rows of null."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """Pieces that one worker tokenizes in one go. next: number of the file, and in it of the piece, after the last."""
-
-    pieces: list[Piece]
-    next: tuple[int, int]
-
-    @property
-    def size(self) -> int:
-        """Bytes of input files."""
-        return sum(piece.end - piece.start for piece in self.pieces)
-
-
-@dataclass
-class Result:
-    """Token ids of the documents of a task, in order: one array, and the length of each."""
-
-    ids: np.ndarray
-    lengths: list[int]
-    empty: int
-    bad: int
-    size: int
-
-
-class Encoder:
-    """A worker's state: the tokenizer, and what to do with each document."""
-
-    def __init__(self, arguments: Arguments):
-        self.arguments = arguments
-        self.tokenizer = _tokenizer(arguments)
-        self.dtype = optimal_dtype(self.tokenizer.vocab_size)
-
-    def encode(self, task: Task) -> Result:
-        """Raises ValueError that names file and line."""
-        arrays, empty, bad = [], 0, 0
-        tail = [self.tokenizer.eod] if self.arguments.append_eod else []
-        for piece in task.pieces:
-            documents = read_documents(piece, self.arguments.json_keys[0], self.arguments.skip_bad_lines)
-            bad += documents.bad
-            for text, offset in zip(documents.texts, documents.offsets, strict=True):
-                try:
-                    ids = self.tokenizer.encode(text)
-                except ValueError as error:
-                    raise ValueError(f"{name_place(piece, offset)}: {error}") from None
-                if ids:
-                    arrays.append(np.array(ids + tail, dtype=self.dtype))
-                else:
-                    empty += 1
-        ids = np.concatenate(arrays) if arrays else np.empty(0, dtype=self.dtype)
-        return Result(ids, [len(array) for array in arrays], empty, bad, task.size)
-
-
-class IdsEncoder:
-    """As `Encoder`, for input that is token ids."""
-
-    def __init__(self, arguments: Arguments, tokenizer: NullTokenizer):
-        self.arguments, self.tokenizer = arguments, tokenizer
-        self.dtype = optimal_dtype(tokenizer.vocab_size)
-
-    def encode(self, task: Task) -> Result:
-        """Raises ValueError that names file and line."""
-        key, skip_bad = self.arguments.json_keys[0], self.arguments.skip_bad_lines
-        parts = [read_ids(piece, key, skip_bad, self.tokenizer) for piece in task.pieces]
-        lengths = np.concatenate([part[1] for part in parts])
-        ids = np.concatenate([part[0] for part in parts]).astype(self.dtype)
-        empty = int((lengths == 0).sum())
-        lengths = lengths[lengths > 0]
-        if self.arguments.append_eod:
-            ids = np.insert(ids, np.cumsum(lengths), self.tokenizer.eod)
-            lengths = lengths + 1
-        return Result(ids, lengths.tolist(), empty, sum(part[2] for part in parts), task.size)
-
-
-def build_encoder(arguments: Arguments) -> Encoder | IdsEncoder:
-    """What the tokenizer type asks for."""
-    if arguments.tokenizer_type == "NullTokenizer":
-        return IdsEncoder(arguments, NullTokenizer(arguments.vocab_size))
-    return Encoder(arguments)
-
-
-_encoder: Encoder | IdsEncoder | None = None  # of this worker process; a process pool has no other place for it
-
-
-def _start_worker(arguments: Arguments) -> None:
-    global _encoder
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoder = build_encoder(arguments)
-
-
-def _end_with_parent() -> None:
-    """A killed parent cannot tell its workers: they would wait for work for ever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _work(task: Task) -> Result:
-    assert _encoder is not None
-    return _encoder.encode(task)
 
 
 def _tokenizer(arguments: Arguments) -> Tokenizer:
@@ -184,28 +82,27 @@ def _tasks(files: list[Path], key: str, start: tuple[int, int]) -> Iterator[Task
         yield Task(pieces, (len(files), 0))
 
 
-def _results(arguments: Arguments, tasks: Iterable[Task]) -> Iterator[tuple[Task, Result]]:
+def _results(job: Job, workers: int, tasks: Iterable[Task]) -> Iterator[tuple[Task, Result]]:
     """Tasks, in their order, and what came of them, with a bounded number of them in flight."""
-    if arguments.workers == 1:
-        encoder = build_encoder(arguments)
+    if workers == 1:
+        encoder = build_encoder(job)
         for task in tasks:
             yield task, encoder.encode(task)
         return
-    # spawn: a forked child may inherit locks that a tokenizer library's threads hold.
-    with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn"), _start_worker,
-                             (arguments,)) as pool:
+    pool, work = start_pool(job, workers)
+    with pool:
         waiting: deque = deque()
         try:
             for task in tasks:
-                waiting.append((task, pool.submit(_work, task)))
-                if len(waiting) >= TASKS_IN_FLIGHT * arguments.workers:
+                waiting.append((task, pool.submit(work, task)))
+                if len(waiting) >= TASKS_IN_FLIGHT * workers:
                     done, future = waiting.popleft()
                     yield done, future.result()
             while waiting:
                 done, future = waiting.popleft()
                 yield done, future.result()
         except BrokenProcessPool:
-            raise ValueError(f"workers = {arguments.workers}: a worker died, most likely for want of memory. Fix: "
+            raise ValueError(f"workers = {workers}: a worker died, most likely for want of memory. Fix: "
                              "fewer --workers, or smaller input files.") from None
         finally:
             for _, future in waiting:
@@ -262,14 +159,13 @@ def _begin(writer: ResumableWriter, plan: dict, arguments: Arguments, progress: 
     return Progress(tuple(note["next"]), note["done"], note["empty"], note["bad"])
 
 
-def _write(writer: ResumableWriter, arguments: Arguments, files: list[Path], plan: dict, progress: Progress) -> None:
+def _write(writer: ResumableWriter, job: Job, workers: int, files: list[Path], plan: dict, progress: Progress) -> None:
     """Tokenize what `progress` leaves to do, bringing it up to date."""
     total = max(1, plan["input_bytes"])
     unsaved = 0
     with tqdm(total=total, initial=progress.done, unit="B", unit_scale=True, desc="tokenize", disable=None) as bar:
-        for task, result in _results(arguments, _tasks(files, arguments.json_keys[0], progress.next)):
-            for ids in np.split(result.ids, np.cumsum(result.lengths)[:-1]) if result.lengths else []:
-                writer.add_document(ids)
+        for task, result in _results(job, workers, _tasks(files, job.key, progress.next)):
+            writer.add_documents(result.ids, result.lengths)
             progress.next, progress.done = task.next, progress.done + task.size
             progress.empty, progress.bad = progress.empty + result.empty, progress.bad + result.bad
             writer.share = max(progress.done, 1) / total
@@ -291,18 +187,27 @@ def preprocess(arguments: Arguments) -> dict:
     tokenizer = _check(arguments, files)
     plan = make_plan(files, {"tokenizer": tokenizer.describe(), "append_eod": arguments.append_eod,
                              "json_keys": arguments.json_keys, "task_bytes": TASK_BYTES})
-    with ResumableWriter(arguments.output_prefix, optimal_dtype(tokenizer.vocab_size)) as writer:
+    choice = choose_encoder(tokenizer, arguments.fast_tokenizer, files, arguments.json_keys[0])
+    if choice.warn:
+        print(f"warning: {choice.note}", file=sys.stderr)
+    job = Job(arguments.tokenizer_type, arguments.tokenizer_model, tokenizer.vocab_size,
+              optimal_dtype(tokenizer.vocab_size), tokenizer.eod if arguments.append_eod else None,
+              arguments.json_keys[0], arguments.skip_bad_lines, choice.definition)
+    prepared = time.perf_counter()
+    with ResumableWriter(arguments.output_prefix, job.dtype) as writer:
         progress = _begin(writer, plan, arguments, Progress(empty=sum(path.stat().st_size == 0 for path in files)))
-        before = writer.num_tokens
-        _write(writer, arguments, files, plan, progress)
+        before = writer.num_tokens, progress.done
+        _write(writer, job, arguments.workers, files, plan, progress)
         if writer.num_documents == 0:
             raise ValueError(f"input = {' '.join(arguments.input)}: no document has a token ({len(files)} files, "
                              f"{progress.empty} empty documents, {progress.bad} bad). Fix: give inputs that are not "
                              "empty.")
         outputs = writer.finish(tokenizer.describe())
     return {"files": len(files), "bytes": plan["input_bytes"], "documents": writer.num_documents,
-            "tokens": writer.num_tokens, "new_tokens": writer.num_tokens - before, "empty": progress.empty,
-            "bad": progress.bad, "seconds": time.perf_counter() - began, "outputs": outputs}
+            "tokens": writer.num_tokens, "new_tokens": writer.num_tokens - before[0],
+            "new_bytes": plan["input_bytes"] - before[1], "empty": progress.empty, "bad": progress.bad,
+            "seconds": time.perf_counter() - began, "prepare_seconds": prepared - began, "outputs": outputs,
+            "encoder": choice.note}
 
 
 def main() -> int:
@@ -312,11 +217,14 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    work = summary["seconds"] - summary["prepare_seconds"]
     left_out = [f"{summary[name]:,} {text} left out" for name, text in (("empty", "empty documents"),
                                                                        ("bad", "bad lines or files")) if summary[name]]
     print(f"{summary['documents']:,} documents, {summary['tokens']:,} tokens from {summary['bytes']:,} bytes in "
-          f"{summary['files']:,} files{''.join(', ' + text for text in left_out)}; {summary['seconds']:.1f} s, "
-          f"{summary['new_tokens'] / summary['seconds']:,.0f} tokens/s")
+          f"{summary['files']:,} files{''.join(', ' + text for text in left_out)}; "
+          f"prepared in {summary['prepare_seconds']:.1f} s, tokenized in {work:.1f} s: "
+          f"{summary['new_bytes'] / work / 1e6:.1f} MB/s, {summary['new_tokens'] / work:,.0f} tokens/s")
+    print(f"encoder: {summary['encoder']}")
     print(f"wrote {', '.join(summary['outputs'])}")
     return 0
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 
 from tools.streams import COMPRESSIONS, is_compressed, read_line_blocks, read_parquet, read_whole
 
@@ -21,6 +22,8 @@ EXTENSIONS = (".txt", ".md", ".py", ".jsonl", ".rst", ".parquet", ".ids")
 JSON_EXTENSIONS = (".jsonl", ".json")
 IDS_EXTENSION = ".ids"
 NEWLINE = b"\n"
+READ_BYTES = 256 << 10
+"""Buffer of a reader: a call of the system costs as much as parsing a line."""
 
 
 @dataclass(frozen=True)
@@ -181,12 +184,16 @@ def read_lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
             yield offset, line
             offset += len(line)
         return
-    with open(piece.path, "rb") as file:
+    with open(piece.path, "rb", buffering=READ_BYTES) as file:
         if piece.start:
             file.seek(piece.start - 1)
             file.readline()  # the rest of a line of the piece before, or just its newline
-        while (offset := file.tell()) < piece.end and (line := file.readline()):
+        offset = file.tell()  # asked once: it costs more than a line
+        for line in file if offset < piece.end else ():
             yield offset, line
+            offset += len(line)
+            if offset >= piece.end:
+                break
 
 
 def read_piece(piece: Piece) -> bytes:
@@ -218,6 +225,13 @@ def decode(data: bytes | str | np.ndarray | None, key: str | None, lists: bool =
                              f"{'--skip-bad-lines' if data is None else '--tokenizer-type NullTokenizer'}, or "
                              "--json-keys.")
         return data
+    if key is not None and not lists:
+        try:
+            value = orjson.loads(data)
+            if type(value[key]) is str:
+                return value[key]  # orjson refuses half a surrogate pair
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            pass  # NaN is no JSON to orjson; and what is wrong is said below
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -21,7 +21,6 @@ from data.indexed_writer import IndexedWriter
 from data.resumable_writer import ResumableWriter
 from tests.unit.test_preprocess import ROOT, lines, null, write
 from tools import preprocess_data
-from tools.preprocess_data import Arguments, preprocess
 from tools.text_files import find_files
 
 ENDS = ("bin", "idx", "json")
