@@ -43,7 +43,7 @@ def _ids_of(value: str | list | np.ndarray, tokenizer: NullTokenizer) -> np.ndar
         ids, lengths = _parse_lines(data, tokenizer.vocab_size, False)
         # What the parser does not take (a sign, other scripts' digits, an error) is the tokenizer's business.
         return np.array(tokenizer.encode(value), dtype=np.int64) if (lengths < 0).any() else ids
-    if isinstance(value, list) and not value:
+    if len(value) == 0:
         return np.empty(0, dtype=np.int64)
     try:
         ids = np.asarray(value)

@@ -54,8 +54,10 @@ class Piece:
 
     @property
     def work(self) -> int:
-        """Bytes that it holds, about."""
-        return len(self.data) if isinstance(self.data, bytes) else self.end - self.start
+        """Bytes that it holds, decompressed, about."""
+        if isinstance(self.data, list):
+            return sum(len(value) for value in self.data if value is not None)
+        return self.end - self.start if self.data is None else len(self.data)
 
 
 def _kind(path: str) -> str:

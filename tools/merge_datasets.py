@@ -1,0 +1,65 @@
+"""One pair of token files from several: `python -m tools.merge_datasets --input A B --output-prefix C`.
+
+Documents in the order of the inputs; all must come from the same tokenizer.
+"""
+
+import sys
+from dataclasses import dataclass
+
+import tyro
+
+from data.indexed import read_index, read_side_file
+from data.indexed_writer import IndexedWriter
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    input: list[str]
+    """Prefixes of .bin/.idx pairs."""
+    output_prefix: str
+    """Prefix of the files to write."""
+    accept_unknown_tokenizers: bool = False
+    """Take inputs without our .json, as Megatron-LM makes them; the output then names no tokenizer."""
+
+
+def merge(arguments: Arguments) -> list[str]:
+    """Write the merged pair -> the paths of its files.
+
+    Raises:
+        ValueError: an input is damaged, or of another tokenizer or dtype than the first; nothing was written.
+    """
+    tokenizer = _common_tokenizer(arguments)
+    with IndexedWriter(arguments.output_prefix, read_index(arguments.input[0]).dtype) as writer:
+        for prefix in arguments.input:
+            writer.append_from(prefix)
+        return writer.finish(tokenizer)
+
+
+def _common_tokenizer(arguments: Arguments) -> dict | None:
+    first = arguments.input[0]
+    found = {prefix: (read_side_file(prefix) or {}).get("tokenizer") for prefix in arguments.input}
+    for prefix, tokenizer in found.items():
+        if tokenizer is None and not arguments.accept_unknown_tokenizers:
+            raise ValueError(f"input = {prefix}: no {prefix}.json that names its tokenizer. Fix: make it with "
+                             "tools.preprocess_data, or --accept-unknown-tokenizers if you know that it is the same.")
+        if tokenizer and found[first] and tokenizer != found[first]:
+            raise ValueError(f"input = {prefix}: made with the tokenizer {tokenizer}, but {first} with {found[first]}. "
+                             "Fix: merge only what one tokenizer made.")
+    return found[first] if None not in found.values() else None
+
+
+def main() -> int:
+    arguments = tyro.cli(Arguments, prog="tools.merge_datasets", description=__doc__)
+    try:
+        paths = merge(arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    index = read_index(arguments.output_prefix)
+    print(f"{len(index.document_lengths):,} documents, {index.num_tokens:,} tokens of {len(arguments.input):,} inputs")
+    print(f"wrote {', '.join(paths)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
