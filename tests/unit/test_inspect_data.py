@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import yaml
 
-from data.indexed import IndexedWriter
+from data.indexed_writer import IndexedWriter
 from data.tokenizer import NullTokenizer
 from pretrain.feed import Feed, ledger_at
 from pretrain.load_config import load_config, spell

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from data.indexed import IndexedReader, IndexedWriter
+from data.indexed import IndexedReader
+from data.indexed_writer import IndexedWriter
 from data.tokenizer import build_tokenizer
 from data.tokenizer_fast import FastEncoder, TextError, encode_one_by_one, first_difference, probe_texts
 from tests.unit.test_tokenizer import ROOT, TEXTS, model  # noqa: F401 (a fixture)
