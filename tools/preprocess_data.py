@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import tyro
@@ -25,12 +26,15 @@ from data.tokenizer import Tokenizer, build_tokenizer
 from tools.choose_encoder import FastTokenizer, choose_encoder
 from tools.encoders import Job, Result, Task, build_encoder, start_pool
 from tools.progress import describe_change, make_plan
-from tools.text_files import EXTENSIONS, Piece, find_files, read_pieces
+from tools.read_ahead import read_ahead
+from tools.text_files import EXTENSIONS, Piece, find_files, is_stream, read_pieces
 
 TASK_BYTES = 1 << 20
 """Input of one task: large enough to hide the hand-over, small enough to keep all workers busy."""
 TASKS_IN_FLIGHT = 4
 """Per worker; bounds the memory, since results are written in order."""
+MOST_READERS = 8
+"""Threads that decompress, for as many files."""
 SAVE_BYTES = 128 << 20
 """Input between two saves of the progress."""
 
@@ -65,19 +69,22 @@ def _tokenizer(arguments: Arguments) -> Tokenizer:
     return build_tokenizer(arguments.tokenizer_type, arguments.tokenizer_model, arguments.vocab_size)
 
 
-def _tasks(files: list[Path], key: str, start: tuple[int, int]) -> Iterator[Task]:
+def _tasks(files: list[Path], key: str, workers: int, start: tuple[int, int]) -> Iterator[Task]:
     """Tasks of about TASK_BYTES (at most 256 files each) in input order, from a task's `next` on."""
+    sources = ((number, partial(read_pieces, files[number], TASK_BYTES, key),
+                is_stream(files[number])) for number in range(start[0], len(files)))
     pieces: list[Piece] = []
     work = 0
-    for number in range(start[0], len(files)):
-        for count, piece in enumerate(read_pieces(files[number], TASK_BYTES, key), 1):
-            if (number, count) <= start:
-                continue
-            pieces.append(piece)
-            work += piece.work
-            if len(pieces) >= 256 or work >= TASK_BYTES:
-                yield Task(pieces, (number, count))
-                pieces, work = [], 0
+    place = (start[0], 0)
+    for number, piece in read_ahead(sources, min(workers, MOST_READERS)):
+        place = (number, place[1] + 1 if number == place[0] else 1)
+        if place <= start:
+            continue
+        pieces.append(piece)
+        work += piece.work
+        if len(pieces) >= 256 or work >= TASK_BYTES:
+            yield Task(pieces, place)
+            pieces, work = [], 0
     if pieces:
         yield Task(pieces, (len(files), 0))
 
@@ -164,7 +171,7 @@ def _write(writer: ResumableWriter, job: Job, workers: int, files: list[Path], p
     total = max(1, plan["input_bytes"])
     unsaved = 0
     with tqdm(total=total, initial=progress.done, unit="B", unit_scale=True, desc="tokenize", disable=None) as bar:
-        for task, result in _results(job, workers, _tasks(files, job.key, progress.next)):
+        for task, result in _results(job, workers, _tasks(files, job.key, workers, progress.next)):
             writer.add_documents(result.ids, result.lengths)
             progress.next, progress.done = task.next, progress.done + task.size
             progress.empty, progress.bad = progress.empty + result.empty, progress.bad + result.bad
