@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from data import tokenizer_fast
 from data.indexed import IndexedReader
 from data.indexed_writer import IndexedWriter
 from data.tokenizer import build_tokenizer
@@ -58,6 +59,22 @@ def test_same_ids_as_huggingface(folder):
     check_same(tokenizer, HARD + probe_texts(tokenizer))
     check_same(tokenizer, [])
     check_same(tokenizer, ["", ""])
+
+
+def test_begins_anew_before_its_memory_grows(folder, monkeypatch):
+    """Not for little text, and not while the process is small."""
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", folder, None)
+    fast = fast_encoder(tokenizer)
+    first, text = fast._tokenizer, "some words " * 10
+    monkeypatch.setattr(tokenizer_fast, "CACHE_TEXT", 3 * len(text))
+    fast.encode_batch([text] * 4)
+    assert fast._tokenizer is first
+    monkeypatch.setattr(tokenizer_fast, "CACHE_BYTES", -(1 << 40))
+    for renewed in (True, False, False, True):
+        before = fast._tokenizer
+        assert fast.encode_batch([text])[0].tolist() == tokenizer.encode(text)
+        assert (fast._tokenizer is not before) == renewed
+    assert tokenizer_fast.resident_bytes() > 1 << 20
 
 
 def test_special_tokens_as_text(tmp_path):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.bench import data_corpus, data_ours, exactly_once
+from tools.bench import data_corpus, data_ours, exactly_once, tokenizing
 from tools.bench.fresh import measured, run_fresh
 from tools.bench.report import bar, bar_at_least, describe_machine, markdown_table, publish
 
@@ -25,7 +25,7 @@ CORES = 2
 """Of each contender, except in reading, which has one."""
 
 BARS = {"index seconds": 6.0, "index GB": 1.6, "another length seconds": 1.0, "packing M documents/s": 5.0,
-        "packing GB per 10M documents": 0.5, "reading Mtok/s": 150.0}
+        "packing GB per 10M documents": 0.5, "reading Mtok/s": 150.0, "tokenizing MB/s": 150.0}
 
 
 @dataclass(kw_only=True)
@@ -40,6 +40,8 @@ class Arguments:
     """Tokens of the reading and slices rows."""
     counted_tokens: int = 512_000_000
     """Tokens of the exactly-once row; 4 bytes each on disk, about 7 in memory."""
+    text_bytes: int = 500_000_000
+    """JSON lines of the tokenizing row."""
     repeats: int = 3
     """Fresh processes of each contender in the index and packing rows; the median counts."""
     samples: int = 20
@@ -47,7 +49,7 @@ class Arguments:
     folder: str | None = None
     """Where the corpora are made, in a folder of their own that is removed afterwards; the system's default if none."""
     only: tuple[str, ...] = ()
-    """Rows to run: index, packing, reading, slices, exactly-once; all by default."""
+    """Rows to run: index, packing, reading, slices, tokenizing, exactly-once; all by default."""
     seed: int = 1234
     """Of the corpora, and of the exactly-once row's phases."""
     output: str | None = None
@@ -97,7 +99,7 @@ def find_problem(arguments: Arguments, folder: Path) -> str | None:
         return "--counted-tokens, --documents: ids are int32 here, as in Megatron-Core. Fix: fewer than 2e9."
     needs = {"index": 20 * arguments.documents, "packing": 20 * arguments.packed_documents,
              "reading": 3 * arguments.read_tokens, "slices": 3 * arguments.read_tokens,
-             "exactly-once": 5 * arguments.counted_tokens}
+             "tokenizing": 2 * arguments.text_bytes, "exactly-once": 5 * arguments.counted_tokens}
     needed = sum(needs[name] for name in arguments.only or ROWS) + (1 << 28)
     return data_corpus.find_room(folder, needed)
 
@@ -213,10 +215,21 @@ def measure_exactly_once(folder: Path, arguments: Arguments) -> tuple[list[str],
             *(f"- {problem}" for problem in problems[:5])], not problems
 
 
-# tokenizing: `tools/bench/tokenizing.py: measure()` takes its place here, as one more entry of ROWS.
+def measure_tokenizing(folder: Path, arguments: Arguments) -> tuple[list[str], bool]:
+    rows = tokenizing.measure(arguments.text_bytes, folder=str(make_folder(folder / "text")))
+    ours = rows[0]
+    return ["### Tokenizing", "",
+            f"tools.preprocess_data on {arguments.text_bytes / 1e6:,.0f} MB of JSON lines (Python's standard library "
+            "in pieces) with a byte-level BPE tokenizer of 32,000 ids, files to files, on all cores; Hugging Face's "
+            "tokenizer on the first of them, from memory. The median of 3.", "",
+            markdown_table(tokenizing.HEADER, [row.cells() for row in rows]), "",
+            bar_at_least("tokenizing, MB/s", ours.text_bytes / ours.seconds / 1e6, BARS["tokenizing MB/s"]),
+            f"- ids as Hugging Face's: {'' if ours.identical else 'NOT '}reached"], ours.identical
+
+
 ROWS: dict[str, Callable[[Path, Arguments], tuple[list[str], bool]]] = {
     "index": measure_index, "packing": measure_packing, "reading": measure_reading, "slices": measure_slices,
-    "exactly-once": measure_exactly_once}
+    "tokenizing": measure_tokenizing, "exactly-once": measure_exactly_once}
 
 
 def count_tokens(folder: str, tokens: int, seed: int) -> dict:
@@ -249,6 +262,11 @@ def make_tokens(folder: Path, arguments: Arguments) -> str:
         while file.read(1 << 24):
             pass
     return str(prefix)
+
+
+def make_folder(path: Path) -> Path:
+    path.mkdir(exist_ok=True)
+    return path
 
 
 def make_warm_up(folder: Path) -> str:
