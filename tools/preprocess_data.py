@@ -203,6 +203,8 @@ def _check(arguments: Arguments) -> Tokenizer:
 def preprocess(arguments: Arguments) -> dict:
     """Tokenize all inputs and publish the token files -> the summary that `main` prints.
 
+    Its cpu_seconds are those of this process and its threads after preparing.
+
     Raises:
         ValueError: bad input; nothing was written, and an earlier output stands as it was.
     """
@@ -220,7 +222,7 @@ def preprocess(arguments: Arguments) -> dict:
     if choice.warn:
         print(f"warning: {choice.note}", file=sys.stderr)
     plan = Plan(arguments, optimal_dtype(tokenizer.vocab_size), tokenizer.eod, tokenizer.vocab_size, choice.definition)
-    prepared = time.perf_counter()
+    prepared, cpu = time.perf_counter(), time.process_time()
     with (IndexedWriter(arguments.output_prefix, plan.dtype) as writer,
           tqdm(total=total, unit="B", unit_scale=True, desc="tokenize", disable=None) as bar):
         for result in _results(plan, _tasks(files)):
@@ -233,7 +235,7 @@ def preprocess(arguments: Arguments) -> dict:
         outputs = writer.finish(tokenizer.describe())
     return {"files": len(files), "bytes": total, "documents": writer.num_documents, "tokens": writer.num_tokens,
             "empty": empty, "bad": bad, "seconds": time.perf_counter() - began,
-            "prepare_seconds": prepared - began, "outputs": outputs,
+            "prepare_seconds": prepared - began, "cpu_seconds": time.process_time() - cpu, "outputs": outputs,
             "encoder": choice.note}
 
 
