@@ -15,9 +15,9 @@ import numpy as np
 from data.tokenizer import SAMPLE_TEXT, Tokenizer
 
 CACHE_BYTES, CACHE_TEXT = 1 << 30, 256 << 20
-"""gigatoken remembers every word that it met and forgets none: up to 6 bytes per letter of random text. Once the
-process has grown by CACHE_BYTES, and CACHE_TEXT letters were encoded (learning the common words again costs less than a
-fifth of the time of so many), it begins anew.
+"""gigatoken remembers every word that it met and forgets none: up to 6 bytes per letter of random text. It begins anew
+once the process has grown by CACHE_BYTES and CACHE_TEXT letters were encoded; to learn the common words again costs
+less than a fifth of the time of so many.
 """
 
 

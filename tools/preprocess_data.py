@@ -186,6 +186,8 @@ def _write(writer: ResumableWriter, job: Job, workers: int, files: list[Path], p
 def preprocess(arguments: Arguments) -> dict:
     """Tokenize all inputs and publish the token files -> the summary that `main` prints.
 
+    Its cpu_seconds are those of this process and its threads after preparing.
+
     Raises:
         ValueError: bad input, or the disk is full; an earlier output stands as it was.
     """
@@ -200,7 +202,7 @@ def preprocess(arguments: Arguments) -> dict:
     job = Job(arguments.tokenizer_type, arguments.tokenizer_model, tokenizer.vocab_size,
               optimal_dtype(tokenizer.vocab_size), tokenizer.eod if arguments.append_eod else None,
               arguments.json_keys[0], arguments.skip_bad_lines, choice.definition)
-    prepared = time.perf_counter()
+    prepared, cpu = time.perf_counter(), time.process_time()
     with ResumableWriter(arguments.output_prefix, job.dtype) as writer:
         progress = _begin(writer, plan, arguments, Progress(empty=sum(path.stat().st_size == 0 for path in files)))
         before = writer.num_tokens, progress.done
@@ -213,7 +215,8 @@ def preprocess(arguments: Arguments) -> dict:
     return {"files": len(files), "bytes": plan["input_bytes"], "documents": writer.num_documents,
             "tokens": writer.num_tokens, "new_tokens": writer.num_tokens - before[0],
             "new_bytes": plan["input_bytes"] - before[1], "empty": progress.empty, "bad": progress.bad,
-            "seconds": time.perf_counter() - began, "prepare_seconds": prepared - began, "outputs": outputs,
+            "seconds": time.perf_counter() - began, "prepare_seconds": prepared - began,
+            "cpu_seconds": time.process_time() - cpu, "outputs": outputs,
             "encoder": choice.note}
 
 

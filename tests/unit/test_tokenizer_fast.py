@@ -12,6 +12,7 @@ from data.tokenizer import build_tokenizer
 from data.tokenizer_fast import FastEncoder, TextError, encode_one_by_one, first_difference, probe_texts
 from tests.unit.test_tokenizer import ROOT, TEXTS, model  # noqa: F401 (a fixture)
 from tools import choose_encoder, preprocess_data
+from tools.bench import tokenizing
 from tools.choose_encoder import sample_texts
 from tools.preprocess_data import Arguments, preprocess
 
@@ -185,3 +186,13 @@ def test_json_that_only_one_parser_takes(tmp_path):
     path.write_bytes(b'{"n": NaN, "text": "1"}\n{"text": "0", "text": "2"}\n{"o": "\\ud800", "text": "3"}\n'
                      b'{"text": "\\ud83d\\ude00"}\n  {"text": "4"} \r\n')
     assert read_documents(cut_into_pieces(path, 10**6)[0], "text", False).texts == ["1", "2", "3", "😀", "4"]
+
+
+def test_the_benchmark_compares_ids(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizing, "TRAINING_BYTES", 300_000)
+    rows = tokenizing.measure(400_000, 60_000, vocab_size=400, workers=2, folder=str(tmp_path), repeats=1)
+    assert [row.identical for row in rows] == [True] * 4 and all(row.seconds > 0 < row.cpu_seconds for row in rows)
+    assert all(len(row.cells()) == len(tokenizing.HEADER) for row in rows)
+    texts = list(tokenizing.read_texts(tmp_path / "corpus-400000.jsonl", 60_000))
+    assert 5 < len(texts) < 200 and rows[0].text_bytes > 300_000
+    assert not tokenizing.starts_with(str(tmp_path / "tokens"), [[1, 2, 3]])
