@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +30,15 @@ from data.resumable_writer import ResumableWriter
 from data.tokenizer import NullTokenizer, Tokenizer, build_tokenizer
 from tools.ids_files import read_ids
 from tools.progress import describe_change, make_plan
-from tools.text_files import EXTENSIONS, Piece, find_files, name_place, read_documents, read_pieces
+from tools.read_ahead import read_ahead
+from tools.text_files import EXTENSIONS, Piece, find_files, is_stream, name_place, read_documents, read_pieces
 
 TASK_BYTES = 1 << 20
 """Input of one task: large enough to hide the hand-over, small enough to keep all workers busy."""
 TASKS_IN_FLIGHT = 4
 """Per worker; bounds the memory, since results are written in order."""
+MOST_READERS = 8
+"""Threads that decompress, for as many files."""
 SAVE_BYTES = 128 << 20
 """Input between two saves of the progress."""
 
@@ -167,19 +171,22 @@ def _tokenizer(arguments: Arguments) -> Tokenizer:
     return build_tokenizer(arguments.tokenizer_type, arguments.tokenizer_model, arguments.vocab_size)
 
 
-def _tasks(files: list[Path], key: str, start: tuple[int, int]) -> Iterator[Task]:
+def _tasks(files: list[Path], arguments: Arguments, start: tuple[int, int]) -> Iterator[Task]:
     """Tasks of about TASK_BYTES (at most 256 files each) in input order, from a task's `next` on."""
+    sources = ((number, partial(read_pieces, files[number], TASK_BYTES, arguments.json_keys[0]),
+                is_stream(files[number])) for number in range(start[0], len(files)))
     pieces: list[Piece] = []
     work = 0
-    for number in range(start[0], len(files)):
-        for count, piece in enumerate(read_pieces(files[number], TASK_BYTES, key), 1):
-            if (number, count) <= start:
-                continue
-            pieces.append(piece)
-            work += piece.work
-            if len(pieces) >= 256 or work >= TASK_BYTES:
-                yield Task(pieces, (number, count))
-                pieces, work = [], 0
+    place = (start[0], 0)
+    for number, piece in read_ahead(sources, min(arguments.workers, MOST_READERS)):
+        place = (number, place[1] + 1 if number == place[0] else 1)
+        if place <= start:
+            continue
+        pieces.append(piece)
+        work += piece.work
+        if len(pieces) >= 256 or work >= TASK_BYTES:
+            yield Task(pieces, place)
+            pieces, work = [], 0
     if pieces:
         yield Task(pieces, (len(files), 0))
 
@@ -267,7 +274,7 @@ def _write(writer: ResumableWriter, arguments: Arguments, files: list[Path], pla
     total = max(1, plan["input_bytes"])
     unsaved = 0
     with tqdm(total=total, initial=progress.done, unit="B", unit_scale=True, desc="tokenize", disable=None) as bar:
-        for task, result in _results(arguments, _tasks(files, arguments.json_keys[0], progress.next)):
+        for task, result in _results(arguments, _tasks(files, arguments, progress.next)):
             for ids in np.split(result.ids, np.cumsum(result.lengths)[:-1]) if result.lengths else []:
                 writer.add_document(ids)
             progress.next, progress.done = task.next, progress.done + task.size

@@ -102,6 +102,11 @@ def find_files(inputs: Sequence[str], extensions: Sequence[str]) -> list[Path]:
     return list(found.values())
 
 
+def is_stream(path: Path | str) -> bool:
+    """Whether the file can be read from its beginning only."""
+    return is_compressed(path) or is_parquet(str(path))
+
+
 def _walk(folder: Path, endings: tuple[str, ...]) -> Iterator[Path]:
     endings += tuple(ending + compression for ending in endings for compression in COMPRESSIONS)
     paths = []

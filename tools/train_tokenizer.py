@@ -16,8 +16,8 @@ from pathlib import Path
 import tyro
 
 from data.permutation import Permutation
-from tools.streams import is_compressed, read_blocks
-from tools.text_files import EXTENSIONS, Piece, find_files, is_parquet, read_documents, read_pieces
+from tools.streams import read_blocks
+from tools.text_files import EXTENSIONS, Piece, find_files, is_stream, read_documents, read_pieces
 
 BLOCK_BYTES = 64 << 10
 """Unit of the sample: lines that begin in a block."""
@@ -39,7 +39,7 @@ class Arguments:
     """Of that draw."""
     json_keys: list[str] = field(default_factory=lambda: ["text"])
     """Key of the text in .jsonl/.json objects; one per run."""
-    extensions: list[str] = field(default_factory=lambda: list(EXTENSIONS))
+    extensions: list[str] = field(default_factory=lambda: [ending for ending in EXTENSIONS if ending != ".ids"])
     """Endings of the files to take from folders."""
 
 
@@ -51,11 +51,11 @@ def sample_texts(files: list[Path], max_bytes: int, seed: int, key: str) -> Iter
     Lines that are not UTF-8 or not JSON are left out: tools.preprocess_data reports them.
     """
     blocks = [Piece(str(path), start, min(start + step, size)) for path in files for size in [path.stat().st_size]
-              for step in [size if _is_stream(path) else BLOCK_BYTES] for start in range(0, size, max(1, step))]
+              for step in [size if is_stream(path) else BLOCK_BYTES] for start in range(0, size, max(1, step))]
     taken = 0
     for i in Permutation.make(len(blocks), seed).values(0, len(blocks)):
         block = blocks[i]
-        if _is_stream(block.path):
+        if is_stream(block.path):
             for text in _first_texts(Path(block.path), max_bytes // len(files), key):
                 taken += len(text.encode())
                 yield text
@@ -68,10 +68,6 @@ def sample_texts(files: list[Path], max_bytes: int, seed: int, key: str) -> Iter
             yield _whole_lines(block)
         if taken >= max_bytes:
             return
-
-
-def _is_stream(path: Path | str) -> bool:
-    return is_compressed(path) or is_parquet(str(path))
 
 
 def _first_texts(path: Path, max_bytes: int, key: str) -> Iterator[str]:

@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from data.indexed_writer import IndexedWriter
 from data.resumable_writer import ResumableWriter
 from tests.unit.test_preprocess import ROOT, lines, null, write
 from tools import preprocess_data, streams
+from tools.read_ahead import read_ahead
 from tools.text_files import find_files
 
 ENDS = ("bin", "idx", "json")
@@ -291,3 +294,37 @@ def test_writer_says_when_the_disk_is_full(tmp_path, monkeypatch):
             writer.add_document([2])
             writer.finish()
     assert outputs(tmp_path) == before
+
+
+@pytest.mark.parametrize("readers", [1, 2, 5])
+def test_reading_ahead_keeps_the_order_and_ends_its_threads(readers):
+    def give(number):
+        yield from (f"{number}.{i}" for i in range(number * 3))
+        if number == 5:
+            raise ValueError("five")
+    before = threading.active_count()
+    taken = []
+    with pytest.raises(ValueError, match="five"):
+        for item in read_ahead(((i, partial(give, i), i % 2 == 1) for i in range(9)), readers):
+            taken.append(item)
+    assert taken == [(i, f"{i}.{j}") for i in range(6) for j in range(i * 3)]
+    left = read_ahead(((i, partial(give, i), True) for i in range(9)), readers)
+    assert next(left) == (1, "1.0")
+    left.close()
+    for _ in range(100):
+        if threading.active_count() == before:
+            break
+        time.sleep(0.05)
+    assert threading.active_count() == before
+
+
+def test_training_a_tokenizer_reads_compressed_files_from_their_beginning(tmp_path, texts):
+    from tools.train_tokenizer import sample_texts
+
+    data = lines(*texts).encode()
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "x.parquet")
+    for path, most in ((write(tmp_path / "x.jsonl.gz", gzip.compress(data)), 10**6), (tmp_path / "x.parquet", 10**6),
+                       (write(tmp_path / "x.jsonl.zst", zstd(data)), 1000)):
+        found = list(sample_texts([path], most, 1, "text"))
+        assert found == texts[:len(found)] and (len(found) == len(texts) or sum(map(len, found)) >= 1000)
+    assert list(sample_texts([write(tmp_path / "x.txt.gz", gzip.compress(b"abcdef"))], 3, 1, "text")) == ["abc"]
