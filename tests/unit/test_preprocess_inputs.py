@@ -227,20 +227,20 @@ def test_killed_processes_leave_what_the_next_goes_on_from(tmp_path, texts):
     program = ("import sys; from tools import preprocess_data as p; p.TASK_BYTES, p.SAVE_BYTES = 3000, 9000\n"
                "sys.argv[0] = 'p'; sys.exit(p.main())")
 
-    def start(prefix):
+    def start(prefix, workers=1):
         return subprocess.Popen([sys.executable, "-c", program, "--input", str(path), "--output-prefix", str(prefix),
-                                 "--tokenizer-type", "NullTokenizer", "--vocab-size", "100"], cwd=ROOT,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                                 "--tokenizer-type", "NullTokenizer", "--vocab-size", "100", "--workers",
+                                 str(workers)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     whole = start(tmp_path / "whole" / "c")
     assert whole.wait() == 0, whole.stdout.read()
     progress = tmp_path / "out" / "c.progress.json"
-    for _ in range(3):
-        process, seen = start(tmp_path / "out" / "c"), progress.read_bytes() if progress.exists() else b""
+    for workers in (1, 2, 1):
+        process, seen = start(tmp_path / "out" / "c", workers), progress.read_bytes() if progress.exists() else b""
         while process.poll() is None and (not progress.exists() or progress.read_bytes() == seen):
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.communicate(timeout=60)  # ends when the workers, which hold its stdout too, have ended
     last = start(tmp_path / "out" / "c")
     said, _ = last.communicate()
     assert last.returncode == 0 and outputs(tmp_path / "out") == outputs(tmp_path / "whole"), said
@@ -328,3 +328,12 @@ def test_training_a_tokenizer_reads_compressed_files_from_their_beginning(tmp_pa
         found = list(sample_texts([path], most, 1, "text"))
         assert found == texts[:len(found)] and (len(found) == len(texts) or sum(map(len, found)) >= 1000)
     assert list(sample_texts([write(tmp_path / "x.txt.gz", gzip.compress(b"abcdef"))], 3, 1, "text")) == ["abc"]
+
+
+def test_files_without_documents(tmp_path):
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "x.parquet")
+    for path in (tmp_path / "x.parquet", write(tmp_path / "x.jsonl.gz", gzip.compress(b"")),
+                 write(tmp_path / "x.jsonl.zst", b""), write(tmp_path / "x.ids", "\n[]\n")):
+        with pytest.raises(ValueError, match="no document has a token.*Fix"):
+            null(tmp_path, path)
+    assert list((tmp_path / "out").iterdir()) == []
