@@ -221,29 +221,46 @@ def test_a_changed_run_begins_anew_and_says_why(tmp_path, small_tasks, texts, mo
     assert outputs(tmp_path / "out") == found and len(found) == 3
 
 
+KILLER = """
+import os, signal, sys
+from data import indexed_writer, resumable_writer
+from tools import preprocess_data
+preprocess_data.TASK_BYTES, preprocess_data.SAVE_BYTES = 3000, 9000
+sys.argv, (owner, name, count) = ["p", *sys.argv[4:]], sys.argv[1:4]
+owner, left = {"os": os, "writer": resumable_writer.ResumableWriter}[owner], int(count)
+real = getattr(owner, name)
+def last(*arguments):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments)
+setattr(owner, name, last)
+sys.exit(preprocess_data.main())
+"""
+
+
 def test_killed_processes_leave_what_the_next_goes_on_from(tmp_path, texts):
-    """SIGKILL at points of the run that nobody chose, until one run comes to its end."""
-    path = write(tmp_path / "x.jsonl", lines(*texts) * 5)
-    program = ("import sys; from tools import preprocess_data as p; p.TASK_BYTES, p.SAVE_BYTES = 3000, 9000\n"
-               "sys.argv[0] = 'p'; sys.exit(p.main())")
+    """SIGKILL between documents, inside a save and while publishing; the workers end too."""
+    path = write(tmp_path / "x.jsonl", lines(*texts) * 3)
 
-    def start(prefix, workers=1):
-        return subprocess.Popen([sys.executable, "-c", program, "--input", str(path), "--output-prefix", str(prefix),
-                                 "--tokenizer-type", "NullTokenizer", "--vocab-size", "100", "--workers",
-                                 str(workers)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    def run(folder, owner, name, count, workers=1):
+        process = subprocess.Popen([sys.executable, "-c", KILLER, owner, name, str(count), "--input", str(path),
+                                    "--output-prefix", str(tmp_path / folder / "c"), "--tokenizer-type",
+                                    "NullTokenizer", "--vocab-size", "100", "--workers", str(workers)], cwd=ROOT,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        said, _ = process.communicate(timeout=120)  # ends when the workers, which hold its stdout too, have ended
+        return process.returncode, said
 
-    whole = start(tmp_path / "whole" / "c")
-    assert whole.wait() == 0, whole.stdout.read()
-    progress = tmp_path / "out" / "c.progress.json"
-    for workers in (1, 2, 1):
-        process, seen = start(tmp_path / "out" / "c", workers), progress.read_bytes() if progress.exists() else b""
-        while process.poll() is None and (not progress.exists() or progress.read_bytes() == seen):
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)  # ends when the workers, which hold its stdout too, have ended
-    last = start(tmp_path / "out" / "c")
-    said, _ = last.communicate()
-    assert last.returncode == 0 and outputs(tmp_path / "out") == outputs(tmp_path / "whole"), said
+    assert run("whole", "os", "fsync", -1)[0] == 0
+    for i, point in enumerate([("writer", "add_document", 700), ("os", "fsync", 2, 2), ("os", "fsync", 7),
+                               ("writer", "_replace_progress", 3), ("writer", "_publish", 1)]):
+        code, said = run("out", *point)
+        assert code == -signal.SIGKILL and ("goes on after" in said) == (i > 0), said
+    code, said = run("out", "os", "fsync", -1)
+    assert code == 0 and "goes on after" in said and outputs(tmp_path / "out") == outputs(tmp_path / "whole"), said
+    assert run("out", "writer", "_remove_state", 1)[0] == -signal.SIGKILL  # all is published, the rest is left
+    assert run("out", "os", "fsync", -1)[0] == 0 and outputs(tmp_path / "out") == outputs(tmp_path / "whole")
 
 
 def test_one_run_at_a_time_writes_a_prefix(tmp_path):
