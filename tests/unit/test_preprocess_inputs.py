@@ -187,7 +187,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, small_tasks, texts, m
             null(tmp_path, *files)
     assert not list((tmp_path / "out").glob("c.*x")) and (tmp_path / "out" / "c.progress.json").exists()
     with open(tmp_path / "out" / "c.bin.partial", "ab") as file:  # written after the save
-        file.write(b"rest")
+        file.write(b"rest" * 100_000)
     _, summary = null(tmp_path, *files, workers=2)
     assert "goes on after" in capsys.readouterr().out and outputs(tmp_path / "out") == expected
     assert {name: summary[name] for name in ("documents", "tokens", "empty", "bytes")} == {
