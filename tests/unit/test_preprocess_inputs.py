@@ -88,11 +88,10 @@ def broken(data):
     ("x.txt.zst", lambda data: data),
     ("x.parquet", lambda data: data),
 ])
-@pytest.mark.parametrize("workers", [1, 2])
-def test_damaged_files_are_named(tmp_path, texts, name, change, workers):
+def test_damaged_files_are_named(tmp_path, texts, name, change):
     path = write(tmp_path / name, change(lines(*texts).encode()))
     with pytest.raises(ValueError, match=rf"{name}: (damaged, or not whole|damaged, or not Parquet) .*\). Fix"):
-        null(tmp_path, path, skip_bad_lines=True, workers=workers)
+        null(tmp_path, path, skip_bad_lines=True, workers=2 if name == "x.txt.gz" else 1)
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -187,8 +186,8 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, small_tasks, texts, m
             null(tmp_path, *files)
     assert not list((tmp_path / "out").glob("c.*x")) and (tmp_path / "out" / "c.progress.json").exists()
     with open(tmp_path / "out" / "c.bin.partial", "ab") as file:  # written after the save
-        file.write(b"rest")
-    _, summary = null(tmp_path, *files, workers=2)
+        file.write(b"rest" * 100_000)
+    _, summary = null(tmp_path, *files, workers=2 if saves == 2 else 1)  # processes take seconds to start
     assert "goes on after" in capsys.readouterr().out and outputs(tmp_path / "out") == expected
     assert {name: summary[name] for name in ("documents", "tokens", "empty", "bytes")} == {
         name: undisturbed[name] for name in ("documents", "tokens", "empty", "bytes")}
