@@ -20,10 +20,12 @@ MAGIC = b"ithaca index 1\n"
 ALIGNMENT = 64
 CHECKED_BYTES = 16 << 20
 """Block size of checksums."""
+MAPPED_BYTES = 1 << 20
+"""Smaller arrays are copied: a map holds a file descriptor, and a run may have thousands of small sources."""
 
 
 class IndexCache:
-    """Named arrays by key, memory-mapped from `folder`; without a folder they are made each time."""
+    """Named arrays by key, large ones memory-mapped from `folder`; without a folder they are made each time."""
 
     def __init__(self, folder: str | None):
         """Raises ValueError when the folder cannot be made or written."""
@@ -127,8 +129,8 @@ def _load(path: Path, key: str) -> dict[str, np.ndarray] | None:
             dtype, shape = np.dtype(entry["dtype"]), tuple(entry["shape"])
             array = (np.memmap(path, dtype, "r", first + entry["start"], shape).view(np.ndarray)
                      if np.prod(shape) else np.empty(shape, dtype))
-            arrays[entry["name"]] = array
             _add(digest, array)
+            arrays[entry["name"]] = array.copy() if array.nbytes < MAPPED_BYTES else array
         if digest.hexdigest() != header["checksum"]:
             raise ValueError("its checksum is wrong")
         return arrays

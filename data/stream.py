@@ -143,8 +143,7 @@ class DocumentStream:
     def fingerprint(self) -> dict:
         """JSON-able identity of what the stream reads: the files, and which of their documents."""
         if self._identity is None:
-            selection = "all" if self.documents is None else xxhash.xxh3_128_hexdigest(
-                np.ascontiguousarray(self.documents, dtype=np.int64))
+            selection = "all" if self.documents is None else _hash_ids(self.documents)
             self._identity = {"corpus": self.reader.fingerprint(), "documents": self.num_documents,
                               "tokens": self.tokens_per_epoch, "selection": selection}
         return self._identity
@@ -200,6 +199,14 @@ def split_documents(num_documents: int, split: str, seed: int) -> dict[str, np.n
     outs = [np.empty(count, dtype=_id_type(num_documents)) for count in counts]
     _deal(permutation, ends, *outs)
     return dict(zip(SPLITS, outs, strict=True))
+
+
+def _hash_ids(ids: np.ndarray) -> str:
+    """xxh3 of the numbers as int64, hex, a block at a time."""
+    digest = xxhash.xxh3_128()
+    for start in range(0, len(ids), 1 << 20):
+        digest.update(np.ascontiguousarray(ids[start:start + (1 << 20)], dtype=np.int64))
+    return digest.hexdigest()
 
 
 def _id_type(num_documents: int) -> type[np.integer]:

@@ -9,9 +9,11 @@ import time
 import numpy as np
 import pytest
 
+from data import cache
 from data.cache import IndexCache
 
 KEY = {"what": "numbers", "size": 200_000}
+assert 8 * KEY["size"] > cache.MAPPED_BYTES
 
 
 def make_arrays():
@@ -37,7 +39,8 @@ def test_made_once_and_mapped(tmp_path):
     check(IndexCache(str(tmp_path)).get(KEY, make_arrays))
     found = IndexCache(str(tmp_path)).get(KEY, never)
     check(found)
-    assert not found["numbers"].flags.writeable
+    assert not found["numbers"].flags.writeable, "mapped"
+    assert found["few"].flags.owndata, "copied"
     IndexCache(str(tmp_path)).get(KEY | {"size": 5}, make_arrays)
     assert len(list(tmp_path.glob("*.index"))) == 2
     check(IndexCache(None).get(KEY, make_arrays))
