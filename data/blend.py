@@ -6,6 +6,7 @@ which source gives sample k does not depend on how far the run goes.
 """
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,8 +49,8 @@ class SourceName:
 
     def overlaps(self, other: "SourceName") -> bool:
         """Could a document be in both?"""
-        return (self.prefix == other.prefix and (other.high is None or self.low < other.high)
-                and (self.high is None or other.low < self.high))
+        return (os.path.abspath(self.prefix) == os.path.abspath(other.prefix)
+                and (other.high is None or self.low < other.high) and (self.high is None or other.low < self.high))
 
     def __str__(self) -> str:
         if self.low == 0 and self.high is None:
@@ -86,11 +87,12 @@ def parse_blend(words: Sequence[str], field: str) -> list[tuple[float | None, So
             problems.append(f"{field}: {error}")
     by_prefix: dict[str, list[SourceName]] = {}
     for _, source in entries:
-        for other in by_prefix.setdefault(source.prefix, []):
+        # ./web is web. Not Path.resolve(): a link's target may move between starts.
+        for other in by_prefix.setdefault(os.path.abspath(source.prefix), []):
             if source.overlaps(other):
                 problems.append(f"{field}: {other} and {source}: the same documents would be drawn twice. Fix: name a "
                                 "prefix once, or give ranges that do not overlap.")
-        by_prefix[source.prefix].append(source)
+        by_prefix[os.path.abspath(source.prefix)].append(source)
     if problems:
         raise ValueError("\n".join(problems))
     return [(weight, source) for weight, source in entries if weight != 0]
@@ -114,6 +116,8 @@ class BlendOrder:
     def __init__(self, weights: Sequence[float], limits: Sequence[int | None]):
         self.weights = np.array(weights, dtype=np.float64)
         assert (self.weights > 0).all(), weights
+        # Near 1, so that no key is infinite; by a power of 2, which leaves the order as it is.
+        self.weights = np.ldexp(self.weights, -int(np.frexp(self.weights.max())[1]))
         self._limits = np.array([2**62 if limit is None else limit for limit in limits], dtype=np.int64)
         self._seen: tuple[int, np.ndarray] = (0, np.zeros(len(self.weights), dtype=np.int64))
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-MAGIC = b"ithaca index 1\n"
+MAGIC = b"ithaca index 2\n"
 ALIGNMENT = 64
 CHECKED_BYTES = 16 << 20
 """Block size of checksums."""
@@ -92,7 +92,9 @@ def _publish(path: Path, key: str, arrays: dict[str, np.ndarray]) -> None:
         entries.append({"name": name, "dtype": array.dtype.str, "shape": array.shape, "start": place})
         place += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
         _add(digest, array)
-    header = json.dumps({"key": key, "arrays": entries, "bytes": place, "checksum": digest.hexdigest()}).encode()
+    header = json.dumps({"key": key, "arrays": entries, "bytes": place})
+    header = json.dumps({"header": header, "header_checksum": xxhash.xxh3_128_hexdigest(header.encode()),
+                         "checksum": digest.hexdigest()}).encode()
     header += b" " * (-(len(MAGIC) + 8 + len(header)) % ALIGNMENT)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -118,7 +120,10 @@ def _load(path: Path, key: str) -> dict[str, np.ndarray] | None:
             if file.read(len(MAGIC)) != MAGIC:
                 raise ValueError("it does not begin as an index does")
             header_bytes = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(header_bytes, 1 << 20)))
+            outer = json.loads(file.read(min(header_bytes, 1 << 20)))
+        if xxhash.xxh3_128_hexdigest(outer["header"].encode()) != outer["header_checksum"]:
+            raise ValueError("its header's checksum is wrong")
+        header = json.loads(outer["header"])
         first = len(MAGIC) + 8 + header_bytes
         if path.stat().st_size != first + header["bytes"]:
             raise ValueError("it has another size than its header says")
@@ -131,12 +136,12 @@ def _load(path: Path, key: str) -> dict[str, np.ndarray] | None:
                      if np.prod(shape) else np.empty(shape, dtype))
             _add(digest, array)
             arrays[entry["name"]] = array.copy() if array.nbytes < MAPPED_BYTES else array
-        if digest.hexdigest() != header["checksum"]:
+        if digest.hexdigest() != outer["checksum"]:
             raise ValueError("its checksum is wrong")
         return arrays
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         warnings.warn(f"{path}: made again, since {error}", stacklevel=2)
         return None
 

@@ -1,5 +1,6 @@
 """Settings of the data: which tokens, through which tokenizer, cut into which documents."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -73,7 +74,7 @@ class DataConfig:
         given = [name for name in names if getattr(self, name)]
         for name in given:
             words = getattr(self, name)
-            if name != "valid_data_path" or not all("=" in word for word in words):
+            if name != "valid_data_path" or not are_named(words):
                 problems += _problems_of(lambda n=name, w=words: parse_blend(w, n))
         problems += _problems_of(lambda: parse_windows(self.skip_data))
         if self.mock_data:
@@ -150,6 +151,11 @@ def parse_windows(words: list[str]) -> list[tuple[int, int]]:
         if start < end:
             raise ValueError(f"skip_data = {' '.join(words)}: windows overlap. Fix: join them.")
     return windows
+
+
+def are_named(words: list[str]) -> bool:
+    """Are these `NAME=PREFIX` validation sets? A path that has a "=" further on is none."""
+    return all(re.fullmatch(r"[^/=]+=.+", word) for word in words)
 
 
 def _problems_of(make) -> list[str]:

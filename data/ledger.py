@@ -42,8 +42,12 @@ class Mixture:
     """The samples of one segment, by their number in it. Safe to use from several threads."""
 
     def __init__(self, settings: DataSettings, streams: dict[str, DocumentStream], places: dict[str, Place],
-                 marks: dict[str, Any] | None = None):
-        """Raises ValueError when a source is needed that has nothing left (`exhausted = stop`)."""
+                 marks: dict[str, Any] | None = None, fills: dict[str, float] | None = None):
+        """
+        Args:
+            marks: of each source's packer (packing.py: BestFit).
+            fills: tokens of an average sample of each source, as a share of its length; reckoned if not given.
+        """
         self.settings, self.names = settings, [name for _, name in settings.blend]
         self.packers = [PACKINGS[settings.packing](streams[name], places[name], settings.seq_length,
                                                    (marks or {}).get(name)) for name in self.names]
@@ -51,7 +55,12 @@ class Mixture:
         if settings.exhausted != "repeat":
             limits = [packer.samples_before(packer.place.epoch_end(packer.stream)) for packer in self.packers]
         self.limits, self._lock = limits, threading.RLock()
-        self.order = BlendOrder([weight for weight, _ in settings.blend],
+        if fills is None:  # weights are shares of the tokens, and best_fit's samples are not equally full
+            is_packed = settings.packing == "best_fit" and len(self.names) > 1
+            fills = {name: packer.fill() if is_packed else 1.0
+                     for name, packer in zip(self.names, self.packers, strict=True)}
+        self.fills = fills
+        self.order = BlendOrder([weight / fills[name] for weight, name in settings.blend],
                                 limits if settings.exhausted == "stop" else [None] * len(limits))
 
     def check(self, samples: int) -> None:
@@ -153,7 +162,9 @@ class Ledger:
         same = {key: self.open[key] for key in ("phase", "seq_length", "blend", "packing", "exhausted")}
         self._close(clock)
         self._append({"start": clock, "skipped_until": until, **same})
-        self.open["drawn"] = self.mixture().draw(max(0, -(-(until - clock) // same["seq_length"])))
+        samples = max(0, -(-(until - clock) // same["seq_length"]))
+        self.mixture().check(samples)
+        self.open["drawn"] = self.mixture().draw(samples)
         self._append({"start": clock, **same})
 
     def has_skipped(self, until: int) -> bool:
@@ -176,7 +187,8 @@ class Ledger:
             settings = DataSettings.from_json(segment)
             places = {name: self.place(name) for _, name in settings.blend}
             marks = {name: drawn.get("mark") for name, drawn in segment.get("so_far", {}).items()}
-            self._mixture = Mixture(settings, self.streams, places, marks)
+            self._mixture = Mixture(settings, self.streams, places, marks, segment.get("fills"))
+            segment["fills"] = self._mixture.fills
         return self._mixture
 
     def place(self, name: str) -> Place:
@@ -250,7 +262,8 @@ def _match(stored: dict[str, dict], streams: dict[str, DocumentStream], accept_c
                 problems.append(f"{name}: is not the data that the checkpoint was trained on ({changed}). Fix: give "
                                 "that data, or --accept-changes data to draw the new one from its beginning.")
         elif name not in stored:
-            moved = [old for old, known in stored.items() if known == found and old not in streams]
+            moved = [old for old, known in stored.items() if known == found and old not in streams
+                     and old not in renamed]
             if moved:
                 renamed[moved[0]] = name
     if problems:
@@ -265,7 +278,7 @@ def _rename(segment: dict, renamed: dict[str, str]) -> dict:
 
     segment = segment | {"blend": [[weight, now(name)] for weight, name in segment["blend"]]}
     return segment | {key: {now(name): value for name, value in segment[key].items()}
-                      for key in ("drawn", "so_far") if key in segment}
+                      for key in ("drawn", "so_far", "fills") if key in segment}
 
 
 def forecast(ledger: Ledger, clock: int, phases: Sequence[tuple[str, int, DataSettings]]) -> list[dict]:
@@ -288,7 +301,9 @@ def forecast(ledger: Ledger, clock: int, phases: Sequence[tuple[str, int, DataSe
         samples = -(-(end - clock) // settings.seq_length)
         concat = DataSettings(settings.seq_length, settings.blend, "concat", settings.exhausted)
         mixture = Mixture(concat, ledger.streams, places)
-        mixture.check(samples)
+        if settings.packing == "concat":
+            mixture.check(samples)
+        samples = min(samples, mixture.order.samples)  # best_fit is checked when its phase begins
         total = sum(weight for weight, _ in settings.blend)
         drawn = mixture.order.counts(samples).tolist()
         for (weight, name), packer, count in zip(settings.blend, mixture.packers, drawn, strict=True):

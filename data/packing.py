@@ -46,7 +46,7 @@ class Place:
         return stream.documents_before(self.position) - int((stream.locate(self.held).offsets == 0).sum())
 
     def epoch_end(self, stream: DocumentStream) -> int:
-        """Stream position at which the epoch under way ends; the next one's where nothing of it is left."""
+        """Stream position at which the epoch under way ends; at such a position it is that one, and at 0 the first."""
         return max(1, -(-self.position // stream.tokens_per_epoch)) * stream.tokens_per_epoch
 
 
@@ -163,6 +163,11 @@ class BestFit:
         while self._first + len(self._before) - 1 < windows:
             self._count(windows - self._first - len(self._before) + 1)
         return self._before[windows - self._first]
+
+    def fill(self) -> float:
+        """Share of a sample that its documents take, on average over the first window that has any."""
+        window = next(self._window(number) for number in range(3) if self._window(number).samples)
+        return int(window.intervals[:, 1].sum()) / (window.samples * self.seq_length)
 
     def mark(self, samples: int) -> tuple[int, int] | None:
         """Window of the last of the first `samples`, and the samples before it."""

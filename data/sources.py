@@ -8,7 +8,7 @@ import numpy as np
 
 from data.blend import SourceName, parse_blend
 from data.cache import IndexCache
-from data.config import DataConfig, parse_split
+from data.config import DataConfig, are_named, parse_split
 from data.indexed import IndexedReader, OpenFiles, read_side_file
 from data.ledger import DataSettings
 from data.stream import SPLITS, DocumentStream, split_documents
@@ -151,7 +151,7 @@ def _own_validation(words: Sequence[str], opener: _Opener, train: dict[str, Docu
     """`name=prefix` entries are a set each; anything else is one blend, named "valid"."""
     trained = {stream.reader.fingerprint(): name for name, stream in train.items()}
     sets: dict[str, Blend] = {}
-    if all("=" in word for word in words):
+    if are_named(words):
         blends = [(name, [path]) for name, path in (word.split("=", 1) for word in words)]
     else:
         blends = [("valid", list(words))]

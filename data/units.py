@@ -1,7 +1,7 @@
 """Counts of tokens as people write them."""
 
 import re
-from math import isfinite
+from decimal import Decimal
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 
@@ -16,9 +16,9 @@ def parse_tokens(text: str) -> int:
     if match is None or match[2] not in UNITS:
         raise ValueError(f"{text!r} is no token count: write a number with an optional unit of "
                          f"{', '.join(u for u in UNITS if u)}, like 800B or 8Mi")
-    tokens = float(match[1].replace("_", "")) * UNITS[match[2]]
-    if match[2] == "" and match[1].replace("_", "").isdigit():
-        return int(match[1].replace("_", ""))
-    if not isfinite(tokens) or tokens != int(tokens):
+    tokens = Decimal(match[1].replace("_", "")) * UNITS[match[2]]
+    if tokens > 2**63:
+        raise ValueError(f"{text!r}: must be at most 2^63 tokens")
+    if tokens != tokens.to_integral_value():
         raise ValueError(f"{text!r} is {tokens} tokens: must be a whole number")
     return int(tokens)

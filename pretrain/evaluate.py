@@ -13,7 +13,7 @@ def validation_loss(stepper: Stepper, loader: Loader, tokens_per_epoch: int, max
 
     Args:
         loader: reads the validation stream in the current phase's shape.
-        tokens_per_epoch: of that stream; batches stop before it repeats (at least one is read).
+        tokens_per_epoch: of all its sources; no more than these are read (but at least one batch).
     """
     batches = min(max_batches, max(1, tokens_per_epoch // loader.global_batch_tokens))
     loss_sum, targets = 0.0, 0

@@ -1,6 +1,5 @@
 """What a run's processes are fed: the loaders of a phase, validation sets, and the account of what was drawn."""
 
-import math
 from collections.abc import Sequence
 
 from data.batch import Batch
@@ -28,20 +27,31 @@ class Feed:
         self._phase: Phase | None = None
         self._loader: Loader | None = None
 
-    def enter(self, phase: Phase, clock: int) -> None:
-        """Draw by the settings of `phase` from `clock` on.
+    def enter(self, phase: Phase, clock: int) -> bool:
+        """Draw by the settings of `phase` from `clock` on -> does the phase begin here?
 
         Raises:
             ValueError: its sources do not have what it is to draw (`data_exhausted` stop or error).
         """
         self._phase = phase
+        begins = all(segment["phase"] != phase.name for segment in self.ledger.segments)
         self.ledger.enter(clock, phase.name, settings_of(phase, self.corpus))
-        self.ledger.mixture().check(-(-(phase.end - self.ledger.open["start"]) // phase.seq_length))
+        self._check(clock)
         self._loader = None
+        return begins
+
+    def _check(self, clock: int) -> None:
+        """Raises ValueError unless the sources have what the steps from `clock` to the phase's end draw. The last step
+        may reach beyond that end, where the batch was changed within the phase."""
+        phase, opened = self._phase, self.ledger.open
+        steps = -(-(phase.end - clock) // phase.global_batch_tokens)
+        last = clock + steps * phase.global_batch_tokens
+        self.ledger.mixture().check((last - opened["start"]) // phase.seq_length)
 
     def read(self, clock: int) -> list[Batch]:
         """The microbatches of the step at `clock`; the first one at or after a window of --skip-data passes it over."""
         if _pass_over(self.ledger, self._windows, clock):
+            self._check(clock)
             self._loader = None
         if self._loader is None:
             self._loader = self._make(self.ledger.mixture(), self._phase, self.ledger.open["start"], prefetch=True)
@@ -102,13 +112,33 @@ def settings_of(phase: Phase, corpus: Corpus) -> DataSettings:
                            phase.data_exhausted)
 
 
-def check_windows(config: DataConfig, ledger: Ledger, clock: int) -> None:
-    """Raises ValueError for a window of --skip-data that the run has passed without skipping it."""
+def check_windows(config: DataConfig, ledger: Ledger, clock: int, last_batch: int, phases: Sequence[Phase]) -> None:
+    """Check the windows of --skip-data against the steps of the run, which are skipped whole.
+
+    Args:
+        clock: where the run starts.
+        last_batch: tokens of the step before it, 0 if there was none.
+
+    Raises:
+        ValueError: a window was trained on already, holds the start of no step, or lies beyond the run.
+    """
     for start, end in parse_windows(config.skip_data):
-        if start < clock and not ledger.has_skipped(end):
-            raise ValueError(f"skip_data = {start}:{end}: the run is at {clock:,} already and was trained on it. Fix: "
-                             f"start from a checkpoint before {start:,} (--load DIR --ckpt-step N and a new --save), "
-                             "or leave it out.")
+        if ledger.has_skipped(end):
+            continue
+        where = f"skip_data = {start}:{end}: "
+        if last_batch and start <= clock - last_batch:
+            raise ValueError(f"{where}the run is at {clock:,} already and was trained on it. Fix: start from a "
+                             f"checkpoint before {start:,} (--load DIR --ckpt-step N and a new --save), or leave it "
+                             "out.")
+        phase = next((phase for phase in phases if start < phase.end), None)
+        if phase is None:
+            raise ValueError(f"{where}the run ends at {phases[-1].end:,}. Fix: an earlier window, or leave it out.")
+        first = max(clock, phase.start + -(-max(0, start - phase.start) // phase.global_batch_tokens)
+                    * phase.global_batch_tokens)
+        if end <= first:
+            raise ValueError(f"{where}no step begins in it; the next one begins at {first:,} and takes "
+                             f"{phase.global_batch_tokens:,} tokens. Fix: for example {first}:"
+                             f"{first + phase.global_batch_tokens}.")
 
 
 def data_changes(ledger: Ledger, corpus: Corpus, clock: int, phases: Sequence[Phase]) -> list[str]:
@@ -143,11 +173,13 @@ def describe_forecast(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def forecast_warnings(rows: list[dict]) -> list[str]:
-    """Sources that will repeat, and documents that two phases draw under different names."""
+def forecast_warnings(ledger: Ledger, rows: list[dict]) -> list[str]:
+    """Sources that will repeat, and documents that are drawn under different names, in the past or the future."""
     found = [f"{row['source']} will repeat in phase {row['phase']}: {row['to_epoch']:.2f} epochs at its end"
-             for row in rows if row["to_epoch"] > max(1, math.ceil(row["from_epoch"]))]
-    sources = [SourceName.parse(name) for name in dict.fromkeys(row["source"] for row in rows)]
+             for row in rows if row["to_epoch"] > max(1, row["from_epoch"])]
+    drawn = [name for segment in ledger.segments for name, found in segment.get(
+        "drawn", segment.get("so_far", {})).items() if found["samples"]]
+    sources = [SourceName.parse(name) for name in dict.fromkeys([*drawn, *(row["source"] for row in rows)])]
     found += [f"{one} and {other} share documents, which both may draw" for i, one in enumerate(sources)
               for other in sources[:i] if one.overlaps(other)]
     return found

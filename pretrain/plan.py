@@ -67,7 +67,7 @@ def make_plan(config: Config, world_size: int, only_print: bool = False) -> Plan
                          [phase.data_path for phase in phases if phase.data_path])
     ledger = Ledger(corpus.train, progress["data"] if goes_on else None, "data" in config.data.accept_changes)
     clock = progress["clock"] if goes_on else 0
-    check_windows(config.data, ledger, clock)
+    check_windows(config.data, ledger, clock, progress["phase"]["global_batch_tokens"] if goes_on else 0, phases)
     rows = forecast_phases(ledger, corpus, clock, phases)
     if config.checkpoint.save and not only_print:
         _check_writable(Path(config.checkpoint.save))
@@ -113,7 +113,7 @@ def warnings_about(plan: Plan) -> list[str]:
     clock = plan.progress["clock"] if plan.progress and not plan.start.weights_only else 0
     found += [f"{prefix}: {count:,} documents have no token and are never drawn"
               for prefix, count in plan.corpus.empty.items()]
-    found += data_changes(plan.ledger, plan.corpus, clock, plan.phases) + forecast_warnings(plan.forecast)
+    found += data_changes(plan.ledger, plan.corpus, clock, plan.phases) + forecast_warnings(plan.ledger, plan.forecast)
     if config.logging.eval_iters and not plan.corpus.validation:
         found.append("there are no validation documents (--split, --valid-data-path): nothing is evaluated")
     return found

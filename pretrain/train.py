@@ -151,8 +151,7 @@ class Trainer:
             stage.rotary_base, stage.recompute = phase.rotary_base, phase.recompute_granularity
         stepper = Stepper(state.stages, self.layout, self.config.model.hidden_size, self.compute_dtype,
                           phase.layout.sharding_strategy)
-        self.feed.enter(phase, state.clock)
-        if state.clock == phase.start:
+        if self.feed.enter(phase, state.clock):
             self._evaluate(stepper, phase, step, reporter)
         while state.clock < phase.end:
             record = self._step(stepper, phase, step)
@@ -160,7 +159,7 @@ class Trainer:
             step = record["step"]
             reporter.step(record, self.plan.phases[-1].end - state.clock)
             every = self.config.logging.eval_interval
-            if state.clock == phase.end or every and step % every == 0 and not stop:
+            if state.clock >= phase.end or every and step % every == 0 and not stop:
                 self._evaluate(stepper, phase, step, reporter)
             if stop:
                 return True, step

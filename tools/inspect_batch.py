@@ -18,7 +18,7 @@ def describe_plan(flags: list[str], world_size: int) -> list[str]:
     """The phases, what each will draw, and what to be warned of."""
     plan = make_plan(load_config(spell(flags)), world_size, only_print=True)
     return [describe(plan.phases, world_size), describe_forecast(plan.forecast),
-            *(f"warning: {text}" for text in forecast_warnings(plan.forecast))]
+            *(f"warning: {text}" for text in forecast_warnings(plan.ledger, plan.forecast))]
 
 
 def describe_batch(flags: list[str], world_size: int, name: str, batch: int) -> list[str]:

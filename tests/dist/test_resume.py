@@ -256,7 +256,10 @@ def test_data_may_change_where_it_is_said(pool, corpus, tmp_path):
     assert pool.run(train, 1, [*changed, "--accept-changes", "data"]) == ["done"]
     skipping = [*base_arguments(other, save=save, train_iters=6), "--accept-changes", "data", "--skip-data"]
     assert "skip_data = 256:512: the run is at 768 already" in refusal(pool, [*skipping, "256:512"])
-    assert pool.run(train, 1, [*skipping, "1000:1536", "--exit-interval", "5"]) == ["stopped"]
+    assert "skip_data = 1030:1100: no step begins in it; the next one begins at 1,280" in refusal(
+        pool, [*skipping, "1030:1100"])
+    assert "skip_data = 2000:3000: the run ends at 1,536" in refusal(pool, [*skipping, "2000:3000"])
+    assert pool.run(train, 1, [*skipping, "1000:1536", "--exit-interval", "4"]) == ["stopped"]  # before it is skipped
     assert pool.run(train, 1, [*skipping, "1000:1536"]) == ["done"]
     (row,) = [row for row in checkpoint.read_progress(checkpoint.published(save))["data"]["account"] if row["skipped"]]
     assert row["tokens"] == 512 and sorted(losses(save)) == [1, 2, 3, 4, 5, 6]

@@ -6,7 +6,8 @@ import pytest
 from data.blend import BlendOrder, SourceName, parse_blend
 
 
-@pytest.mark.parametrize("weights", [[1], [0.7, 0.3], [0.34, 0.66], [1, 1, 1, 1], [5e9, 1e9, 3], [1e-9, 2e-9]])
+@pytest.mark.parametrize("weights", [[1], [0.7, 0.3], [0.34, 0.66], [1, 1, 1, 1], [5e9, 1e9, 3], [1e-9, 2e-9],
+                                     [1e20] * 4, [1e-320, 1e-320]])
 def test_each_source_is_within_one_of_its_share(weights):
     order = BlendOrder(weights, [None] * len(weights))
     sources, _ = order.draw(0, 500)
@@ -60,7 +61,9 @@ def test_parse_blend(words, expected):
     (["nan", "web", "1", "code"], "weight nan of web"), (["inf", "web"], "weight inf"),
     (["0", "web", "0", "code"], "all weights are 0. Fix"), (["0.5", "web", "code"], "or a weight before each. Fix"),
     (["web", "0.5"], "or a weight before each. Fix"), (["1", "web", "2", "web"], "would be drawn twice. Fix"),
-    (["web", "web[5:]"], "would be drawn twice. Fix"), (["web[9:5]"], "no document has at least 9 and fewer than 5"),
+    (["web", "web[5:]"], "would be drawn twice. Fix"),
+    (["corpora/web", "./corpora/web"], "would be drawn twice. Fix"),
+    (["web[9:5]"], "no document has at least 9 and fewer than 5"),
     (["web[x:]"], "is no token count.*Fix"), (["web[:0]"], "no document has")])
 def test_bad_blend(words, message):
     with pytest.raises(ValueError, match=message):

@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -63,6 +64,21 @@ def test_a_damaged_file_is_made_again(tmp_path, damage):
     with pytest.warns(UserWarning, match="made again, since"):
         check(IndexCache(str(tmp_path)).get(KEY, make_arrays))
     check(IndexCache(str(tmp_path)).get(KEY, never))
+
+
+def test_no_flipped_bit_of_the_header_goes_unnoticed(tmp_path):
+    small = {"few": np.array([3, 1], dtype=np.uint32)}
+    IndexCache(str(tmp_path)).get({"what": "few"}, lambda: small)
+    path = index_file(tmp_path)
+    raw = path.read_bytes()
+    for place in range(len(raw) - 64):
+        damaged = bytearray(raw)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = IndexCache(str(tmp_path)).get({"what": "few"}, lambda: small)
+        assert found.keys() == small.keys() and np.array_equal(found["few"], small["few"]), place
 
 
 def test_a_hundred_kills(tmp_path):

@@ -27,7 +27,8 @@ def three_phases() -> Config:
 
 
 @pytest.mark.parametrize("text, tokens", [("8192", 8192), ("64Ki", 65536), ("1.5B", 1_500_000_000), ("8Mi", 8 << 20),
-                                          ("2T", 2 * 10**12), ("1_000", 1000), ("3e2K", 300_000)])
+                                          ("2T", 2 * 10**12), ("1_000", 1000), ("3e2K", 300_000),
+                                          ("1.005M", 1_005_000), ("16.1K", 16_100)])
 def test_token_counts(text, tokens):
     assert parse_tokens(text) == tokens
 

@@ -131,6 +131,14 @@ def test_mock_data():
     assert batch.tokens.max() < 50 and batch.num_targets > 4000
 
 
+def test_a_path_with_an_equals_sign_is_no_name(tmp_path):
+    web, held = (write(tmp_path / name, [[n] * 30] * 40)[0] for n, name in enumerate(("web", "lr=3")))
+    corpus = open_corpus(DataConfig(train_data_path=[web], valid_data_path=[held]), 1, 100)
+    assert set(corpus.validation) == {"valid"}
+    named = open_corpus(DataConfig(train_data_path=[web], valid_data_path=[f"x={held}"]), 1, 100)
+    assert set(named.validation) == {"x"}
+
+
 def test_windows_to_skip():
     assert parse_windows(["120B:121B", "1Ki:2Ki"]) == [(1024, 2048), (120 * 10**9, 121 * 10**9)]
     for words, message in ((["5"], "must be START:END"), (["5:5"], "END above START"), (["a:b"], "no token count"),
