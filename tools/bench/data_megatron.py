@@ -39,20 +39,21 @@ def index(prefix: str, warm_up: str, seq_length: int, next_length: int) -> dict:
     del dataset  # as a run would, before it builds the next one
     with measured() as again:
         build(files, prefix, next_length)[0]
-    return {**found, "samples": samples, "again_seconds": again["seconds"], "again_peak_bytes": again["peak_bytes"]}
+    return {**found, "samples": samples, **{f"again_{name}": value for name, value in again.items()}}
 
 
 def read(prefix: str, warm_up: str, seq_length: int, samples: int, reset_positions: bool) -> dict:
-    """Seconds of each of the first `samples` samples, after one that is not timed."""
+    """Seconds, and CPU seconds, of each of the first `samples` samples, after one that is not timed."""
     torch.set_num_threads(1)
     dataset = build(open_files(prefix), prefix, seq_length, reset_positions)
-    seconds = []
+    seconds, cpu_seconds = [], []
     for number in range(samples + 1):
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         item = dataset[number]
         seconds.append(time.perf_counter() - start)
+        cpu_seconds.append(time.process_time() - cpu)
         assert len(item["tokens"]) == len(item["position_ids"]) == seq_length
-    return {"seconds": seconds[1:]}
+    return {"seconds": seconds[1:], "cpu_seconds": cpu_seconds[1:]}
 
 
 def positions(tokens: np.ndarray) -> np.ndarray:

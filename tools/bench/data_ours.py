@@ -30,19 +30,20 @@ def index(prefix: str, warm_up: str, seq_length: int, next_length: int) -> dict:
         first_sample(ledger, 0, seq_length)
     with measured() as again:
         first_sample(ledger, seq_length, next_length)
-    return {**found, "again_seconds": again["seconds"], "again_peak_bytes": again["peak_bytes"]}
+    return {**found, **{f"again_{name}": value for name, value in again.items()}}
 
 
 def read(prefix: str, warm_up: str, seq_length: int, samples: int) -> dict:
-    """Seconds of each of the first `samples` samples, after one that is not timed."""
+    """Seconds, and CPU seconds, of each of the first `samples` samples, after one that is not timed."""
     loader = make_loader(open_ledger(prefix), 0, seq_length)
-    seconds = []
+    seconds, cpu_seconds = [], []
     for number in range(samples + 1):
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         (batch,) = loader.read(number * seq_length)
         seconds.append(time.perf_counter() - start)
+        cpu_seconds.append(time.process_time() - cpu)
         assert len(batch.tokens) == len(batch.positions) == seq_length
-    return {"seconds": seconds[1:]}
+    return {"seconds": seconds[1:], "cpu_seconds": cpu_seconds[1:]}
 
 
 def check(prefix: str, seq_length: int, samples: int) -> dict:
@@ -66,9 +67,9 @@ def pack_lengths(prefix: str, warm_up: str, documents: int, seq_length: int) -> 
     pack(np.arange(1, 100), 128)
     with measured() as found:
         lengths = IndexedReaderLengths(prefix).document_lengths[:documents].astype(np.int64)
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         bins = pack(lengths, seq_length)
-        found["pack_seconds"] = time.perf_counter() - start
+        found["pack_seconds"], found["pack_cpu_seconds"] = time.perf_counter() - start, time.process_time() - cpu
     return {**found, "documents": len(lengths), "tokens": int(lengths.sum()), "samples": int(bins.max()) + 1}
 
 

@@ -39,15 +39,19 @@ def run_fresh(function: Callable[..., dict], cores: int, **options: Any) -> dict
 
 @contextmanager
 def measured() -> Iterator[dict]:
-    """Fills in seconds, peak_bytes and above_bytes of what runs inside."""
+    """Fills in seconds, cpu_seconds (of all threads), peak_bytes and above_bytes of what runs inside.
+
+    A contender that computes all the time and has cpu_seconds below seconds was kept waiting, by the disk or by others.
+    """
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
         pass  # the peak is then the process's, warm-up included
     found: dict = {}
-    before, start = _resident("VmRSS"), time.perf_counter()
+    before, start, cpu = _resident("VmRSS"), time.perf_counter(), time.process_time()
     yield found
     found["seconds"] = time.perf_counter() - start
+    found["cpu_seconds"] = time.process_time() - cpu
     found["peak_bytes"] = _resident("VmHWM")
     found["above_bytes"] = found["peak_bytes"] - before
 
