@@ -252,7 +252,7 @@ def test_killed_processes_leave_what_the_next_goes_on_from(tmp_path, texts):
         return process.returncode, said
 
     assert run("whole", "os", "fsync", -1)[0] == 0
-    for i, point in enumerate([("writer", "add_document", 700), ("os", "fsync", 2, 2), ("os", "fsync", 7),
+    for i, point in enumerate([("writer", "add_documents", 40), ("os", "fsync", 2, 2), ("os", "fsync", 7),
                                ("writer", "_replace_progress", 3), ("writer", "_publish", 1)]):
         code, said = run("out", *point)
         assert code == -signal.SIGKILL and ("goes on after" in said) == (i > 0), said
