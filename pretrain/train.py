@@ -121,7 +121,8 @@ class Trainer:
         checkpoint.load(self.plan.start.folder, tensors, self.layout.world)
         fill_tied_copy(state)
         if not weights_only:
-            state.clock, state.real_tokens = progress["clock"], progress["real_tokens"]
+            state.clock, state.last_batch = progress["clock"], progress["last_batch_tokens"]
+            state.real_tokens = progress["real_tokens"]
             state.skipped_in_a_row, state.wandb_run_id = progress["skipped_in_a_row"], progress["wandb_run_id"]
         return state
 
@@ -175,7 +176,8 @@ class Trainer:
         data_seconds = time.perf_counter() - began
         lr = self.plan.learning_rate.at(state.clock, phase.lr, phase.min_lr)
         result = train_step(stepper, state.optimizer, microbatches, lr, config.optimizer.clip_grad)
-        state.clock += phase.global_batch_tokens
+        batch = phase.batch_at(state.clock)
+        state.clock, state.last_batch = state.clock + batch, batch
         sources = self.feed.tokens_by_source(state.clock) if self.world.rank == 0 else {}
         state.real_tokens = sum(sources.values())
         state.skipped_in_a_row = state.skipped_in_a_row + 1 if result.skipped else 0
@@ -184,11 +186,12 @@ class Trainer:
                                f"loss was {result.loss}. Lower the learning rate or look at the data of these steps.")
         seconds = time.perf_counter() - began
         pairs, stop, memory, slowest_data = self._reduce_over_ranks(microbatches, phase, step + 1, data_seconds)
-        flops = step_flops(config.model, self.plan.vocab_size, phase.global_batch_tokens, pairs)
+        flops = step_flops(config.model, self.plan.vocab_size, batch, pairs)
         rate = peak_flops(torch.cuda.get_device_name(self.layout.device)) if self.layout.device.type == "cuda" else None
         return {"step": step + 1, "tokens": state.clock, "real_tokens": state.real_tokens, "phase": phase.name,
-                "seq_length": phase.seq_length, "loss": result.loss, "grad_norm": result.grad_norm, "lr": lr,
-                "num_targets": result.num_targets, "tokens_per_second": phase.global_batch_tokens / seconds,
+                "seq_length": phase.seq_length, "global_batch_tokens": batch, "loss": result.loss,
+                "grad_norm": result.grad_norm, "lr": lr, "num_targets": result.num_targets,
+                "tokens_per_second": batch / seconds,
                 "mfu": flops / (seconds * rate * self.world.size) if rate else None, "peak_memory_bytes": memory,
                 "step_seconds": seconds, "data_seconds": slowest_data, "skipped": result.skipped,
                 "sources": sources if len(sources) <= SHOWN_SOURCES else None, "stop": stop}
@@ -229,7 +232,7 @@ class Trainer:
         reporter.account(step, state.clock, drawn["account"])
         progress = {"step": step, "clock": state.clock, "real_tokens": state.real_tokens,
                     "skipped_in_a_row": state.skipped_in_a_row, "wandb_run_id": state.wandb_run_id,
-                    "phase": dataclasses.asdict(phase),
+                    "phase": dataclasses.asdict(phase), "last_batch_tokens": state.last_batch,
                     "longest_seq_length": longest, "seed": self.config.optimizer.seed,
                     "data": drawn, "tokenizer": self.plan.tokenizer_description,
                     "world_size": self.world.size, "threads": torch.get_num_threads()}
