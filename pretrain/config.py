@@ -42,6 +42,7 @@ class PhaseConfig:
     hierarchical_context_parallel_sizes: list[int] | None = None
     data_parallel_sharding_strategy: ShardingStrategy | None = None
     recompute_granularity: Literal["none", "full"] | None = None
+    cpu_offloading_num_layers: int | None = None
     rotary_base: float | None = None
     document_masking: bool | None = None
     packing: Packing | None = None

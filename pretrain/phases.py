@@ -45,6 +45,7 @@ class Phase:
     micro_batch_size: int
     layout: LayoutConfig
     recompute_granularity: str | None
+    cpu_offloading_num_layers: int
     rotary_base: float
     document_masking: bool
     packing: str
@@ -163,6 +164,7 @@ def _resolve(config: Config, entry: PhaseConfig, index: int, start: int) -> Phas
         name=entry.name, index=index, start=start, end=stretches[-1].end, tokens=tokens, seq_length=seq_length,
         global_batch_tokens=max(stretch.batch for stretch in stretches), stretches=stretches, micro_batch_size=micro,
         layout=layout, recompute_granularity=None if recompute == "none" else recompute,
+        cpu_offloading_num_layers=pick("cpu_offloading_num_layers", config.model),
         rotary_base=pick("rotary_base", config.model), document_masking=pick("document_masking", config.data),
         packing=pick("packing", config.data), data_exhausted=pick("data_exhausted", config.data),
         data_path=tuple(entry.data_path or config.data.data_path or config.data.train_data_path),
@@ -277,12 +279,7 @@ def check_phases(phases: list[Phase], config: Config, world_size: int, vocab_siz
                 problems.append(f"{where}data_path = {' '.join(phase.data_path)}: cannot be combined with mock_data. "
                                 "Fix: remove one of them.")
             attempt(problems, lambda p=phase, w=where: parse_blend(p.data_path, f"{w}data_path"))
-        if phase.lr_schedule == "rewarm" and phase.index == 0:
-            problems.append(f"{where}lr_schedule = rewarm: is for a later phase. Fix: --lr-warmup-tokens for the start "
-                            "of the run.")
-        if phase.lr_warmup_tokens and phase.lr_schedule != "rewarm":
-            problems.append(f"{where}lr_warmup_tokens = {phase.lr_warmup_tokens}: is for lr_schedule = rewarm, not "
-                            f"{phase.lr_schedule}. Fix: remove it, or give that.")
+        problems += [where + problem for problem in _setting_problems(phase)]
         if not (0 < phase.rotary_base < math.inf and 0 < phase.lr < math.inf and 0 <= phase.min_lr <= phase.lr):
             problems.append(f"{where}rotary_base = {phase.rotary_base}, lr = {phase.lr}, min_lr = {phase.min_lr}: the "
                             "first two must be above 0 and finite, min_lr between 0 and lr. Fix: change them.")
@@ -290,6 +287,24 @@ def check_phases(phases: list[Phase], config: Config, world_size: int, vocab_siz
         if longest is not None and phase.seq_length > longest:
             problems.append(f"{where}seq_length = {phase.seq_length}: beyond max_position_embeddings = {longest}. "
                             "Fix: raise max_position_embeddings or leave it out.")
+    return problems
+
+
+def _setting_problems(phase: Phase) -> list[str]:
+    """Settings of a phase that do not go together."""
+    problems = []
+    if phase.cpu_offloading_num_layers and phase.recompute_granularity != "full":
+        problems.append(f"cpu_offloading_num_layers = {phase.cpu_offloading_num_layers}: moves the inputs that "
+                        f"recompute_granularity = full keeps, but that is {phase.recompute_granularity}. Fix: give "
+                        "both, or 0 layers.")
+    if phase.cpu_offloading_num_layers < 0:
+        problems.append(f"cpu_offloading_num_layers = {phase.cpu_offloading_num_layers}: must be at least 0. Fix: give "
+                        "0 or more.")
+    if phase.lr_schedule == "rewarm" and phase.index == 0:
+        problems.append("lr_schedule = rewarm: is for a later phase. Fix: --lr-warmup-tokens for the start of the run.")
+    if phase.lr_warmup_tokens and phase.lr_schedule != "rewarm":
+        problems.append(f"lr_warmup_tokens = {phase.lr_warmup_tokens}: is for lr_schedule = rewarm, not "
+                        f"{phase.lr_schedule}. Fix: remove it, or give that.")
     return problems
 
 

@@ -150,6 +150,7 @@ class Trainer:
         state, settings = self.state, self.config.checkpoint
         for stage in state.stages:
             stage.rotary_base, stage.recompute = phase.rotary_base, phase.recompute_granularity
+            stage.offloaded_layers = phase.cpu_offloading_num_layers
         stepper = Stepper(state.stages, self.layout, self.config.model.hidden_size, self.compute_dtype,
                           phase.layout.sharding_strategy)
         if self.feed.enter(phase, state.clock):

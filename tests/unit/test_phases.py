@@ -134,6 +134,8 @@ def test_all_phase_problems_are_reported_at_once():
      "the 130 tokens of a microbatch must be a multiple of 4. Fix: for example a seq_length of 128"),
     (dict(rotary_base=0.0), 1, "must be above 0"),
     (dict(rotary_base=float("inf")), 1, "must be above 0 and finite"),
+    (dict(cpu_offloading_num_layers=2), 1, "moves the inputs that recompute_granularity = full keeps, but that is N"),
+    (dict(cpu_offloading_num_layers=-1, recompute_granularity="full"), 1, "must be at least 0"),
     (dict(lr=float("nan")), 1, "must be above 0 and finite"),
     (dict(min_lr=-5.0), 1, "min_lr between 0 and lr"),
 ])
