@@ -108,6 +108,9 @@ def test_phases_with_changing_layouts_equal_one_process(pool, corpus, tmp_path):
     assert sorted(found) == list(range(1, 9)) and found.keys() == expected.keys()
     assert all(abs(found[step] - expected[step]) <= 1e-10 * expected[step] for step in expected)
     lines = [json.loads(line) for line in (tmp_path / "four" / "metrics.jsonl").read_text().splitlines()]
+    one = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["data_digest"] for line in lines] == [line["data_digest"] for line in one]
+    assert len({line["data_digest"] for line in lines}) == 8
     assert [line["tokens"] for line in lines] == [128, 384, 640, 896, 1152, 1664, 2176, 2688]
     for line in lines:
         assert line["real_tokens"] == sum(line["sources"].values()) <= line["tokens"]
