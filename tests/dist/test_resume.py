@@ -11,6 +11,7 @@ from parallel.config import LayoutConfig
 from pretrain import checkpoint
 from pretrain.load_config import load_config
 from pretrain.plan import make_plan, warnings_about
+from tools.audit_data import audit
 from tests.dist.training import base_arguments, losses, stored, train, write_corpus
 
 
@@ -127,6 +128,27 @@ def test_phases_with_changing_layouts_equal_one_process(pool, corpus, tmp_path):
     one, four = stored(tmp_path / "one"), stored(tmp_path / "four")
     for name, tensor in one.items():
         assert np.abs(four[name] - tensor).max() <= 1e-9 * max(np.abs(tensor).max(), 1e-30), name
+    check_audit(tmp_path / "four")
+
+
+def check_audit(folder):
+    """The account of the run is right, and a wrong one would be noticed."""
+    found, well = audit(str(folder))
+    assert well and all(", 0 repeated, 0 lost, " in line for line in found[1:]), found
+    metrics = folder / "metrics.jsonl"
+    text = metrics.read_text()
+    lines = text.splitlines(keepends=True)
+    tokens = json.loads(lines[2])["sources"]
+    drawn = sum(tokens.values()) - sum(json.loads(lines[1])["sources"].values())
+    for changed, what in ((lines[:2] + lines[3:], "lost"), ([*lines, lines[2]], "repeated")):
+        metrics.write_text("".join(changed))
+        found, well = audit(str(folder))
+        counts = [int(line.split(f" {what}")[0].split()[-1].replace(",", "")) for line in found[1:]]
+        assert not well and sum(counts) == drawn, found
+    metrics.write_text(text.replace(json.loads(lines[2])["data_digest"], "0123456789"))
+    found, well = audit(str(folder))
+    assert not well and found[0].endswith("the data of 1 differs from metrics.jsonl, first of step 3"), found
+    metrics.write_text(text)
 
 
 def test_finetune_takes_the_weights_only(pool, corpus, tmp_path):
