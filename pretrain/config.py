@@ -41,6 +41,7 @@ class PhaseConfig:
     cp_comm_type: CommType | None = None
     hierarchical_context_parallel_sizes: list[int] | None = None
     data_parallel_sharding_strategy: ShardingStrategy | None = None
+    sequence_parallel: bool | None = None
     recompute_granularity: Literal["none", "full"] | None = None
     cpu_offloading_num_layers: int | None = None
     rotary_base: float | None = None

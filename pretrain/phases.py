@@ -62,7 +62,7 @@ class Phase:
         """Settings that processes cannot change: another key means a restart."""
         layout = self.layout
         return (*layout.sizes, layout.schedule, layout.stages_per_rank, layout.context_levels,
-                layout.sharding_strategy)
+                layout.sharding_strategy, layout.sequence_parallel and layout.tensor_model_parallel_size > 1)
 
     @property
     def steps(self) -> int:

@@ -102,8 +102,8 @@ def audit(folder: str) -> tuple[list[str], bool]:
         difference = counter.drawn.astype(np.int16) - counter.expected(place.position, place.held)
         repeated, lost = (int(part.sum()) for part in (difference[difference > 0], -difference[difference < 0]))
         well = well and not repeated and not lost
-        lines.append(f"{name}: {int(counter.drawn.sum(dtype=np.int64)):,} tokens drawn, {repeated:,} repeated, {lost:,} "
-                     f"lost, {int(counter.passed_over.sum(dtype=np.int64)):,} passed over, "
+        lines.append(f"{name}: {int(counter.drawn.sum(dtype=np.int64)):,} tokens drawn, {repeated:,} repeated, "
+                     f"{lost:,} lost, {int(counter.passed_over.sum(dtype=np.int64)):,} passed over, "
                      f"{int(place.held[:, 1].sum()):,} kept for later; "
                      f"{place.position / counter.stream.tokens_per_epoch:.2f} epochs of "
                      f"{counter.stream.tokens_per_epoch:,} tokens")
