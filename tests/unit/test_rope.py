@@ -1,6 +1,6 @@
 """Rotary embeddings are those of transformers bit for bit, and survive export and import."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 
 import pytest
 import torch
@@ -11,7 +11,8 @@ from model.config import ModelConfig
 from model.hf import context_to_declare, huggingface_config, huggingface_name, model_settings
 from model.init import normal_rows
 from model.kernels import choose_attention
-from model.rope import Rope, inverse_frequencies, rotary_tables, rotate
+from model.rope import PARAMETERS, ROPE_SETTINGS, Rope, inverse_frequencies, rotary_tables, rotate
+from pretrain.config import PhaseConfig
 from pretrain.load_config import load_config
 
 LLAMA3 = dict(use_rope_scaling=True)
@@ -231,3 +232,10 @@ def test_logits_are_those_of_transformers_up_to_a_million_positions(name, form):
         largest = expected.abs().max()
         assert largest > 1 and (found - expected).abs().max() <= 1e-5 * largest
         assert (other - expected).abs().max() > 1e-3 * largest  # another rope is seen
+
+
+def test_every_parameter_is_a_setting_of_the_run_and_of_a_phase():
+    run, phase = ({field.name: field.type for field in fields(section)} for section in (ModelConfig, PhaseConfig))
+    assert {name: phase[name] for name in ROPE_SETTINGS} == {name: run[name] for name in ROPE_SETTINGS} | {
+        "rotary_base": float | None}
+    assert {"base", "type", *(name for name, _ in PARAMETERS.values())} == {field.name for field in fields(Rope)}
