@@ -10,13 +10,15 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from model.rope import ROPE_SETTINGS
 from pretrain import checkpoint
 from pretrain.config import Config
 from pretrain.load_config import read_config_yaml
 
 # Settings of the model section that may differ between a checkpoint and the run that continues it.
-_FREE_MODEL_SETTINGS = {"model", "group_query_attention", "max_position_embeddings", "init_method_std", "rotary_base",
-                        "attention_backend", "recompute_granularity", "attention_dropout", "hidden_dropout"}
+_FREE_MODEL_SETTINGS = {"model", "group_query_attention", "max_position_embeddings", "init_method_std",
+                        "attention_backend", "recompute_granularity", "attention_dropout", "hidden_dropout",
+                        *ROPE_SETTINGS}
 
 
 @dataclass(frozen=True)

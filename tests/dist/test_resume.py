@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
+from model.rope import Rope
 from parallel.config import LayoutConfig
 from pretrain import checkpoint
 from pretrain.load_config import load_config
@@ -78,6 +79,7 @@ PHASES = [
     dict(name="same-layout", seq_length=128, train_tokens=512, global_batch_tokens=256, rotary_base=30000.0,
          document_masking=False, tensor_model_parallel_size=2, packing="best_fit"),
     dict(name="pipeline", seq_length=128, train_tokens=512, global_batch_tokens=512, context_parallel_size=2,
+         rope_type="linear", rope_scaling_factor=2.0,
          pipeline_model_parallel_size=2, pipeline_schedule="ZBV"),
     dict(name="long", seq_length=256, train_tokens=1000, global_batch_tokens=512, context_parallel_size=4,
          cp_comm_type="a2a+allgather", hierarchical_context_parallel_sizes=[2, 2], lr=1e-3, packing="best_fit"),
@@ -149,6 +151,23 @@ def check_audit(folder):
     found, well = audit(str(folder))
     assert not well and found[0].endswith("the data of 1 differs from metrics.jsonl, first of step 3"), found
     metrics.write_text(text)
+
+
+def test_a_phase_trains_with_its_own_rope(pool, corpus, tmp_path):
+    found = {}
+    for kind in ("default", "yarn"):
+        scaled = dict(rope_type="yarn", rope_scaling_factor=4.0) if kind == "yarn" else {}
+        phases = [dict(name="a", train_tokens=256), dict(name="b", train_tokens=256) | scaled]
+        run = {"phases": phases} | ({"original_max_position_embeddings": 32} if scaled else {})
+        config = tmp_path / f"{kind}.yaml"
+        config.write_text(yaml.safe_dump(run))
+        argv = base_arguments(corpus, save=str(tmp_path / kind), init_method_std=0.2)
+        at = argv.index("--train-iters")
+        assert pool.run(train, 1, ["--config", str(config), *argv[:at], *argv[at + 2:]]) == ["done"]
+        found[kind] = losses(tmp_path / kind)
+        rope = checkpoint.read_progress(checkpoint.published(tmp_path / kind))["phase"]["rope"]
+        assert Rope(**rope) == Rope.make(10000.0, kind, dict(factor=4.0, original_max_position_embeddings=32))
+    assert found["default"][1] == found["yarn"][1] and found["default"][2] != found["yarn"][2]
 
 
 def test_finetune_takes_the_weights_only(pool, corpus, tmp_path):
