@@ -13,48 +13,15 @@ run=${QUICKSTART_DIR:-$root/runs/quickstart}
 mkdir -p "$run"
 run=$(cd "$run" && pwd -P)
 source_path=${1:-}
-steps=8 step=0 heading="start" child=""
+script=quickstart steps=8
 
 if [[ $# -gt 1 || $source_path == -* ]]; then
   sed -n '2,/^set /{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"
   exit 2
 fi
 
-begin() {
-  step=$((step + 1)) heading=$1
-  printf '\n[%d/%d] %s  (%d:%02d so far)\n' "$step" "$steps" "$heading" $((SECONDS / 60)) $((SECONDS % 60))
-}
-skip() { printf '      already there: %s\n' "$1"; }
-fail() {
-  printf '\nquickstart: step %d (%s) failed: %s\n' "$step" "$heading" "$1" >&2
-  exit "${2:-1}"
-}
-
-# Run a command so that a signal to this script reaches it: bash alone would leave it behind.
-stop() { [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true; stopping=yes; }
-stopping=""
-trap stop INT TERM HUP
-attempt() {
-  local code=0
-  [[ -z $stopping ]] || exit 75
-  { "$@" <&3 & } 3<&0  # bash would give it an empty input
-  child=$!
-  wait "$child" || code=$?
-  while kill -0 "$child" 2>/dev/null; do  # a trap ended the wait, not the command
-    code=0
-    wait "$child" || code=$?
-  done
-  if [[ -n $stopping ]]; then
-    code=0
-    wait "$child" 2>/dev/null || code=$?
-  fi
-  child=""
-  if [[ -n $stopping || $code -eq 75 ]]; then
-    printf '\nquickstart: stopped in step %d (%s); the same command goes on from here.\n' "$step" "$heading" >&2
-    exit 75
-  fi
-  return "$code"
-}
+# shellcheck source=launch/steps.sh
+. "$root/launch/steps.sh"
 
 begin "setup: the Python environment"
 # shellcheck source=launch/setup.sh
@@ -133,20 +100,9 @@ else
 fi
 data=$run/data/corpus
 
-gpus=0
-if command -v nvidia-smi >/dev/null 2>&1; then gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true); fi
+choose_devices
 config=$root/launch/configs/quickstart.yaml
-if [[ $gpus -ge 4 ]]; then
-  processes=$((gpus / 4 * 4)) where="$((gpus / 4 * 4)) GPUs"  # the layouts of this run are made of fours
-elif [[ $gpus -ge 1 ]]; then
-  config=$root/launch/configs/quickstart-1gpu.yaml processes=1 where="1 GPU"
-else
-  processes=4 where="4 processes on the CPU"
-fi
-precision=--bf16
-if [[ $gpus -eq 0 ]] && ! grep -qE 'amx_bf16|avx512_bf16' /proc/cpuinfo 2>/dev/null; then
-  precision=--no-bf16 where="$where in fp32 (no bf16 units)"  # emulated, bf16 is many times slower
-fi
+if [[ $processes -eq 1 ]]; then config=$root/launch/configs/quickstart-1gpu.yaml; fi
 begin "training: $where, $(basename "$config")"
 attempt env NPROC_PER_NODE="$processes" bash "$root/launch/train.sh" --config "$config" "$precision" \
   --data-path "$data" --tokenizer-model "$tokenizer" --save "$run/checkpoints" || fail "see the messages above" $?

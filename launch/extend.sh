@@ -1,0 +1,94 @@
+#!/usr/bin/env bash
+# Continued pretraining, end to end: take a Hugging Face folder, train it on at 16K tokens of context, and get a Hugging
+# Face folder out that is verified.
+#
+#   bash launch/extend.sh                        the model and corpus of the quick start, 2K -> 16K
+#   bash launch/extend.sh HF_FOLDER CORPUS.jsonl your own; a Llama, Qwen2 or Qwen3 model of 2K tokens, for another
+#                                                context change original_max_position_embeddings in
+#                                                launch/configs/extend.yaml
+#
+# Everything goes to runs/extend (or the folder EXTEND_DIR). Run it again to go on where it ended.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+quickstart=${QUICKSTART_DIR:-$root/runs/quickstart}
+model=${1:-$quickstart/huggingface} corpus=${2:-$quickstart/corpus.jsonl}
+script=extend steps=7
+
+if [[ $# -gt 2 || ${1:-} == -* ]]; then
+  sed -n '2,/^set /{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"
+  exit 2
+fi
+for needed in "$model/config.json" "$corpus"; do
+  if [[ ! -f $needed ]]; then
+    echo "extend: $needed does not exist. Run bash launch/quickstart.sh first, or name a Hugging Face folder and a corpus." >&2
+    exit 2
+  fi
+done
+run=${EXTEND_DIR:-$root/runs/extend}
+mkdir -p "$run"
+run=$(cd "$run" && pwd -P) model=$(cd "$model" && pwd -P) corpus=$(cd "$(dirname "$corpus")" && pwd -P)/$(basename "$corpus")
+if [[ -f $run/origin && $(<"$run/origin") != "$model $corpus" ]]; then
+  echo "extend: $run was made from $(<"$run/origin"). Give another folder: EXTEND_DIR=FOLDER" >&2
+  exit 2
+fi
+printf '%s\n' "$model $corpus" >"$run/origin"
+
+# shellcheck source=launch/steps.sh
+. "$root/launch/steps.sh"
+
+begin "setup: the Python environment"
+# shellcheck source=launch/setup.sh
+. "$root/launch/setup.sh" || fail "see the message above"
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
+
+begin "import: the Hugging Face model as a checkpoint"
+if [[ -f $run/imported/latest_checkpointed_iteration.txt ]]; then
+  skip "$run/imported"
+else
+  attempt "$PYTHON" -m tools.import_hf --hf "$model" --save "$run/imported" || fail "see the message above"
+fi
+
+begin "tokens: the corpus in the model's own tokenizer"
+data=$run/data/corpus
+if [[ -f $run/.data ]]; then
+  skip "$data.idx"
+else
+  mkdir -p "$run/data"
+  attempt "$PYTHON" -m tools.preprocess_data --input "$corpus" --output-prefix "$data" --append-eod --workers 2 \
+    --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$model" --skip-bad-lines || fail "see the message above"
+  touch "$run/.data"
+fi
+
+choose_devices
+begin "training: $where, 2K -> 16K, two thirds long documents"
+attempt env NPROC_PER_NODE="$processes" bash "$root/launch/train.sh" --config "$root/launch/configs/extend.yaml" \
+  "$precision" --pretrained-checkpoint "$run/imported" --tokenizer-model "$model" --save "$run/checkpoints" \
+  --data-path 2 "$data[4Ki:]" 1 "$data[:4Ki]" || fail "see the messages above" $?
+
+begin "export: to Hugging Face, and the proof that it is the same model"
+rm -rf "$run/huggingface"
+attempt "$PYTHON" -m tools.export_hf --load "$run/checkpoints" --output "$run/huggingface" --verify ||
+  fail "see the message above"
+"$PYTHON" - "$run/huggingface/config.json" <<'PYTHON'
+import json
+import sys
+
+config = json.load(open(sys.argv[1], encoding="utf-8"))
+print(f"      max_position_embeddings {config['max_position_embeddings']:,}, rope {config['rope_parameters']}")
+PYTHON
+
+begin "data: was each token drawn once?"
+attempt "$PYTHON" -m tools.audit_data --load "$run/checkpoints" || fail "see the message above"
+
+begin "report: what the longer context is worth"
+attempt "$PYTHON" -m tools.report --load "$run/checkpoints" --output "$run/report.html" || fail "see the message above"
+
+printf '\nDone in %d:%02d.\n\n' $((SECONDS / 60)) $((SECONDS % 60))
+cat <<SUMMARY
+  Hugging Face   $run/huggingface
+  report         $run/report.html
+  checkpoints    $run/checkpoints
+
+  The run's settings are in launch/configs/extend.yaml.
+SUMMARY
