@@ -9,12 +9,13 @@ tools.audit_data counts every token of the disturbed run.
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,8 +32,8 @@ class Arguments:
     """YAML of the run; its phases may change layouts."""
     output: str
     """New folder for the two runs' checkpoints: disturbed/ and alone/."""
-    flags: list[str] = field(default_factory=list)
-    """Further flags of the trainer, last: --flags --data-path P --tokenizer-model M."""
+    flags: str = ""
+    """Further flags of the trainer, as one word: --flags="--data-path P --tokenizer-model M"."""
     kills: int = 20
     """Workers killed."""
     processes: int = 4
@@ -173,9 +174,9 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def run(arguments: Arguments) -> int:
-    output = Path(arguments.output)
+    output, flags = Path(arguments.output), shlex.split(arguments.flags)
     output.mkdir(parents=True)
-    alone = Run(arguments.config, arguments.flags, output / "alone", arguments.processes)
+    alone = Run(arguments.config, flags, output / "alone", arguments.processes)
     try:
         began = time.monotonic()
         alone.wait()
@@ -184,7 +185,7 @@ def run(arguments: Arguments) -> int:
               flush=True)
     finally:
         alone.end()
-    disturbed = Run(arguments.config, arguments.flags, output / "disturbed", arguments.processes)
+    disturbed = Run(arguments.config, flags, output / "disturbed", arguments.processes)
     try:
         began = time.monotonic()
         moments = plan_moments(arguments.kills, steps, arguments.seed)
