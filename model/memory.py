@@ -24,6 +24,11 @@ from parallel.ulysses import HeadSplit
 GIB = 2**30
 
 
+def show_bytes(size: int) -> str:
+    """A size for people: in GiB, or below one in MiB."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one rank."""
@@ -48,8 +53,7 @@ class Memory:
         return sum(asdict(self).values())
 
     def describe(self) -> str:
-        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in asdict(self).items())
-        return f"{self.total / GIB:.1f} GiB ({parts})"
+        return f"{show_bytes(self.total)} ({', '.join(f'{n} {show_bytes(size)}' for n, size in asdict(self).items())})"
 
 
 @dataclass(frozen=True)

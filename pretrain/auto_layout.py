@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from model.cost import step_seconds
 from model.hardware import CPU, TABLE, Hardware, find_hardware
-from model.memory import GIB, Load, Memory, MemoryModel
+from model.memory import GIB, Load, Memory, MemoryModel, show_bytes
 from parallel.config import LayoutConfig
 from parallel.layout import device_here
 from pretrain.config import Config
@@ -49,7 +49,7 @@ class Device:
         return int((1 - MARGIN) * self.memory_bytes)
 
     def describe(self) -> str:
-        return f"{self.usable / GIB:.1f} GiB (all but a tenth of the {self.memory_bytes / GIB:.1f} GiB of a " \
+        return f"{show_bytes(self.usable)} (all but a tenth of the {show_bytes(self.memory_bytes)} of a " \
                f"{self.hardware.name})"
 
 
@@ -83,11 +83,11 @@ class Choice:
     """The fastest that fits with other sizes."""
 
     def describe(self) -> str:
-        text = f"{self.best.describe()}, {self.best.memory.total / GIB:.1f} GiB per rank"
+        text = f"{self.best.describe()}, {show_bytes(self.best.memory.total)} per rank"
         if self.next_best is None:
             return f"{text}; nothing else fits"
         slower = self.next_best.seconds / self.best.seconds
-        return f"{text}; next {self.next_best.describe()}, {self.next_best.memory.total / GIB:.1f} GiB, " \
+        return f"{text}; next {self.next_best.describe()}, {show_bytes(self.next_best.memory.total)}, " \
                f"{slower:.2f} of its time"
 
 
@@ -201,7 +201,7 @@ def _what_would_fit(phase: Phase, config: Config, world_size: int, model: Memory
                    if candidate.memory.total <= device.usable]
         if fitting:
             best = _best(fitting).best
-            found.append(f"{what} ({best.describe()}, {best.memory.total / GIB:.1f} GiB)")
+            found.append(f"{what} ({best.describe()}, {show_bytes(best.memory.total)})")
             if world > world_size:
                 break
     return found
@@ -233,7 +233,7 @@ def settle_layouts(phases: list[Phase], config: Config, world_size: int, vocab_s
         asked, before = _asked(phase, world_size), stored.get(phase.name)
         if before and before["asked"] == asked:
             kept = _estimate(_apply(phase, before), world_size, model, device.hardware)
-            text = f"{kept.describe()}, {kept.memory.total / GIB:.1f} GiB per rank (kept from the checkpoint)"
+            text = f"{kept.describe()}, {show_bytes(kept.memory.total)} per rank (kept from the checkpoint)"
         else:
             room = device if phase.end > clock else dataclasses.replace(device, memory_bytes=2**63)
             choice = attempt(problems, lambda p=phase, d=room: choose_layout(p, config, world_size, vocab_size, d))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from data.blend import parse_blend
 from model.build import check_layout
+from model.memory import show_bytes
 from parallel.config import LayoutConfig, check_microbatches, check_world_size
 from parallel.schedule import SPLIT_BACKWARD
 from pretrain.config import Config, PhaseConfig
@@ -239,7 +240,7 @@ def describe(phases: list[Phase], world_size: int) -> str:
         lines.append(f"{phase.name:<12}{phase.seq_length:>9,}{phase.end - phase.start:>14,}{phase.steps:>8,}"
                      f"{phase.global_batch_tokens:>12,}{phase.num_microbatches(world_size):>7}   {layout.describe()} "
                      f"dp {phase.data_parallel_size(world_size)} {layout.sharding_strategy}"
-                     + (f" (auto, {phase.predicted_bytes / 2**30:.1f} GiB)" if phase.predicted_bytes else ""))
+                     + (f" (auto, {show_bytes(phase.predicted_bytes)})" if phase.predicted_bytes else ""))
     if any(phase.layout.pipeline_model_parallel_size > 1 and phase.layout.sharding_strategy == "optim_grads"
            for phase in phases):
         lines.append("under pipeline parallelism gradients are reduced once per step: optim_grads acts as optim there")
