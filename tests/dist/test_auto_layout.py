@@ -100,7 +100,7 @@ def sizes(plan) -> list[tuple]:
 
 def test_a_run_chooses_its_layouts_once(pool, tmp_path, monkeypatch):
     corpus = write_corpus(tmp_path / "corpus")
-    argv = phased(tmp_path, corpus, "run", 0.03)
+    argv = phased(tmp_path, corpus, "run", 0.037)
     plan = make_plan(load_config(argv), 2)
     assert sizes(plan) == [(1, 1, 1), (1, 1, 2)]
     outcomes = [pool.run(train, 2, argv) for _ in range(2)]
@@ -117,7 +117,7 @@ def test_a_run_chooses_its_layouts_once(pool, tmp_path, monkeypatch):
     other = make_plan(load_config(argv), 4)
     assert sizes(other) == [(4, 1, 1), (4, 1, 1)]
     assert other.layout_lines[1].endswith("(chosen anew, since world_size was 2; it was tp 1 pp 1 cp 2)")
-    changed = make_plan(load_config(phased(tmp_path, corpus, "changed", 0.03, train_tokens=20000, micro_batch_size=1,
+    changed = make_plan(load_config(phased(tmp_path, corpus, "changed", 0.037,
                                            pipeline_model_parallel_size=1)), 2)
     assert sizes(changed) == [(1, 1, 1), (2, 1, 1)]
     assert "(kept from the checkpoint)" in changed.layout_lines[0]
