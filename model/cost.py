@@ -10,7 +10,7 @@ from math import log2
 
 from model.estimate import matrix_parameters_per_layer
 from model.hardware import Hardware
-from model.memory import Load, MemoryModel
+from model.rank_memory import Load, MemoryModel
 from parallel.schedule import idle_share
 
 REACHED = 0.5

@@ -1,4 +1,4 @@
-"""How much a model is: parameters and floating-point operations (see memory.py and cost.py for a rank's share)."""
+"""How much a model is: parameters and floating-point operations (see rank_memory.py and cost.py for a rank's share)."""
 
 from model.config import ModelConfig
 

@@ -1,4 +1,4 @@
-"""`layout: auto`: the layout of a phase by estimated memory and step time (model/memory.py, model/cost.py).
+"""`layout: auto`: the layout of a phase by estimated memory and step time (model/rank_memory.py, model/cost.py).
 
 A choice is made once: it is a function of the configuration, the number of processes and the device, and
 a checkpoint keeps it. Whoever continues on as many processes gets the stored one, also where the estimate
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from model.cost import step_seconds
 from model.hardware import CPU, TABLE, Hardware, find_hardware
-from model.memory import GIB, Load, Memory, MemoryModel, show_bytes
+from model.rank_memory import GIB, Load, Memory, MemoryModel, show_bytes
 from parallel.config import LayoutConfig
 from parallel.layout import device_here
 from pretrain.config import Config
@@ -136,7 +136,7 @@ def _layouts(phase: Phase, config: Config, world_size: int) -> Iterator[LayoutCo
 def _estimate(phase: Phase, world_size: int, model: MemoryModel, hardware: Hardware) -> Candidate:
     dp = phase.data_parallel_size(world_size)
     load = Load(phase.layout, dp, phase.seq_length, phase.micro_batch_size, phase.num_microbatches(world_size),
-                phase.recompute_granularity)
+                phase.recompute_granularity, phase.cpu_offloading_num_layers)
     return Candidate(phase, dp, model.worst(load), step_seconds(model, load, hardware))
 
 
@@ -252,7 +252,8 @@ def _asked(phase: Phase, world_size: int) -> dict:
     """What a choice answers to, as JSON gives it back. Not the device: another one keeps the stored choice."""
     given = {"world_size": world_size, "open": phase.auto, "seq_length": phase.seq_length,
              "global_batch_tokens": phase.global_batch_tokens, "micro_batch_size": phase.micro_batch_size,
-             "recompute_granularity": phase.recompute_granularity}
+             "recompute_granularity": phase.recompute_granularity,
+             "cpu_offloading_num_layers": phase.cpu_offloading_num_layers}
     layout = dataclasses.asdict(phase.layout)
     ignored = ("distributed_backend", "distributed_timeout_minutes")
     return json.loads(json.dumps(given | {name: layout[name] for name in layout if name not in ignored}))

@@ -74,10 +74,10 @@ def open_source(root: str, step: int | None) -> Source:
                          "Fix: give the --save folder of a run.")
     checkpoint.refuse_damage(folder, checkpoint.verify_files(folder))
     config = read_config_yaml(str(folder / "config.yaml"))
-    return Source(folder, config, checkpoint.read_progress(folder), _stored_tokenizer(folder, config))
+    return Source(folder, config, checkpoint.read_progress(folder), stored_tokenizer(folder, config))
 
 
-def _stored_tokenizer(folder: Path, config: Config) -> Tokenizer | None:
+def stored_tokenizer(folder: Path, config: Config) -> Tokenizer | None:
     """The tokenizer from the files beside the weights; None where the run had none."""
     files = sorted((folder / "tokenizer").iterdir())
     if not files:

@@ -7,7 +7,7 @@ import torch
 import yaml
 from torch.distributed.tensor import Shard
 
-from model.memory import Load, MemoryModel
+from model.rank_memory import Load, MemoryModel
 from parallel.config import LayoutConfig
 from parallel.layout import World, build_layout
 from pretrain import auto_layout, checkpoint

@@ -11,6 +11,7 @@ from parallel.config import LayoutConfig
 from pretrain import checkpoint
 from pretrain.load_config import load_config
 from pretrain.plan import make_plan, warnings_about
+from tools.audit_data import audit
 from tests.dist.training import base_arguments, losses, stored, train, write_corpus
 
 
@@ -72,7 +73,8 @@ def test_tp2_pp2_continues_on_cp4_with_the_same_next_loss(pool, corpus, tmp_path
 
 
 PHASES = [
-    dict(name="short", seq_length=64, train_tokens=512, global_batch_tokens=256, tensor_model_parallel_size=2),
+    dict(name="short", seq_length=64, train_tokens=512, step_batch_size_schedule="0:2 128:4",
+         tensor_model_parallel_size=2),
     dict(name="same-layout", seq_length=128, train_tokens=512, global_batch_tokens=256, rotary_base=30000.0,
          document_masking=False, tensor_model_parallel_size=2, packing="best_fit"),
     dict(name="pipeline", seq_length=128, train_tokens=512, global_batch_tokens=512, context_parallel_size=2,
@@ -104,25 +106,49 @@ def test_phases_with_changing_layouts_equal_one_process(pool, corpus, tmp_path):
     outcomes = [pool.run(train, 4, arguments("four", True)) for _ in range(3)]
     assert outcomes == [["again"] * 4, ["again"] * 4, ["done"] * 4]
     expected, found = losses(tmp_path / "one"), losses(tmp_path / "four")
-    assert sorted(found) == list(range(1, 8)) and found.keys() == expected.keys()
+    assert sorted(found) == list(range(1, 9)) and found.keys() == expected.keys()
     assert all(abs(found[step] - expected[step]) <= 1e-10 * expected[step] for step in expected)
     lines = [json.loads(line) for line in (tmp_path / "four" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["tokens"] for line in lines] == [256, 512, 768, 1024, 1536, 2048, 2560]
+    one = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["data_digest"] for line in lines] == [line["data_digest"] for line in one]
+    assert len({line["data_digest"] for line in lines}) == 8
+    assert [line["tokens"] for line in lines] == [128, 384, 640, 896, 1152, 1664, 2176, 2688]
     for line in lines:
         assert line["real_tokens"] == sum(line["sources"].values()) <= line["tokens"]
     assert lines[-1]["real_tokens"] < lines[-1]["tokens"], "best_fit must have padded"
-    assert lines[1]["sources"] == {corpus: 384, other: 128}  # 5.6 and 2.4 of 8 samples
+    assert lines[1]["sources"] == {corpus: 256, other: 128}  # 4.2 and 1.8 of 6 samples
     rows = checkpoint.read_progress(checkpoint.published(tmp_path / "four"))["data"]["account"]
     assert {(row["phase"], row["source"]) for row in rows} == {
         ("short", corpus), ("short", other), ("same-layout", corpus), ("pipeline", other), ("long", corpus),
         ("long", f"{other}[30:]")}
     assert sum(row["tokens"] for row in rows) == lines[-1]["real_tokens"]
     saves = [json.loads(line) for line in (tmp_path / "four" / "ledger.jsonl").read_text().splitlines()]
-    assert [save["step"] for save in saves] == [2, 4, 5, 7] and saves[-1]["account"] == rows
-    assert [line["phase"] for line in lines] == ["short"] * 2 + ["same-layout"] * 2 + ["pipeline"] + ["long"] * 2
+    assert [save["step"] for save in saves] == [3, 5, 6, 8] and saves[-1]["account"] == rows
+    assert [line["phase"] for line in lines] == ["short"] * 3 + ["same-layout"] * 2 + ["pipeline"] + ["long"] * 2
     one, four = stored(tmp_path / "one"), stored(tmp_path / "four")
     for name, tensor in one.items():
         assert np.abs(four[name] - tensor).max() <= 1e-9 * max(np.abs(tensor).max(), 1e-30), name
+    check_audit(tmp_path / "four")
+
+
+def check_audit(folder):
+    """The account of the run is right, and a wrong one would be noticed."""
+    found, well = audit(str(folder))
+    assert well and all(", 0 repeated, 0 lost, " in line for line in found[1:]), found
+    metrics = folder / "metrics.jsonl"
+    text = metrics.read_text()
+    lines = text.splitlines(keepends=True)
+    tokens = json.loads(lines[2])["sources"]
+    drawn = sum(tokens.values()) - sum(json.loads(lines[1])["sources"].values())
+    for changed, what in ((lines[:2] + lines[3:], "lost"), ([*lines, lines[2]], "repeated")):
+        metrics.write_text("".join(changed))
+        found, well = audit(str(folder))
+        counts = [int(line.split(f" {what}")[0].split()[-1].replace(",", "")) for line in found[1:]]
+        assert not well and sum(counts) == drawn, found
+    metrics.write_text(text.replace(json.loads(lines[2])["data_digest"], "0123456789"))
+    found, well = audit(str(folder))
+    assert not well and found[0].endswith("the data of 1 differs from metrics.jsonl, first of step 3"), found
+    metrics.write_text(text)
 
 
 def test_finetune_takes_the_weights_only(pool, corpus, tmp_path):

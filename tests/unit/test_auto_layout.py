@@ -7,7 +7,7 @@ import pytest
 
 from model.config import PRESETS
 from model.hardware import CPU, TABLE
-from model.memory import GIB
+from model.rank_memory import GIB
 from pretrain.auto_layout import Device, choose_layout, settle_layouts
 from pretrain.config import Config, PhaseConfig
 from pretrain.load_config import dump_yaml, from_flat, load_config

@@ -13,7 +13,7 @@ from model.cost import Axis, step_seconds
 from model.gpt import GPTStage
 from model.hardware import TABLE, find_hardware, peak_flops
 from model.kernels import choose_attention
-from model.memory import Load, MemoryModel
+from model.rank_memory import Load, MemoryModel
 from parallel.config import LayoutConfig
 from parallel.layout import single_process_layout
 from parallel.schedule import accepts, chunks_in_flight, idle_share
@@ -116,6 +116,8 @@ def test_each_setting_saves_what_it_is_for():
     model = MemoryModel(MODEL, 128256)
     plain = model.worst(load())
     assert model.worst(load("full")).activations < plain.activations / 8
+    offloaded = model.worst(replace(load("full"), offloaded_layers=16)).activations
+    assert offloaded == model.worst(load("full")).activations - 16 * 8192 * 4096 * 2
     sharded = model.worst(load(data_parallel_sharding_strategy="optim_grads_params"))
     assert sharded.gathered < plain.gathered / 4 and sharded.parameters == plain.parameters
     once = model.worst(load(data_parallel_sharding_strategy="optim"))
