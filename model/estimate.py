@@ -1,14 +1,6 @@
-"""How much a model is: parameters and floating-point operations."""
+"""How much a model is: parameters and floating-point operations (see rank_memory.py and cost.py for a rank's share)."""
 
 from model.config import ModelConfig
-
-# Dense bf16 rate in FLOP/s as published in the vendor's data sheets, by a part of the device's name.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "B200": 2250e12}
-
-
-def peak_flops(device_name: str) -> float | None:
-    """The device's dense bf16 rate, or None where it is not known."""
-    return next((rate for name, rate in PEAK_FLOPS.items() if name in device_name), None)
 
 
 def matrix_parameters_per_layer(config: ModelConfig) -> int:

@@ -12,6 +12,12 @@ CommType = Literal["a2a", "a2a+allgather", "p2p", "allgather", "a2a+p2p"]
 
 @dataclass(kw_only=True)
 class LayoutConfig:
+    layout: Literal["auto", "given"] = "given"
+    """auto = choose tp, pp, cp, the sharding strategy and recompute where they are not given, by estimated memory and
+    time; a phase may change it. A size of 1 counts as not given, but in a phase. The choice is kept in checkpoints."""
+    device_memory_gib: float | None = None
+    """GiB that each process may fill under --layout auto (a tenth stays free); by default the GPU's memory, or on CPUs
+    the process's share of the machine's."""
     tensor_model_parallel_size: int = 1
     """Ranks that split every weight matrix and the vocabulary (tp)."""
     pipeline_model_parallel_size: int = 1
@@ -101,6 +107,9 @@ class LayoutConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 problems.append(f"{name} = {value}: must be at least 1. Fix: give a positive number.")
+        if self.device_memory_gib is not None and not self.device_memory_gib > 0:
+            problems.append(f"device_memory_gib = {self.device_memory_gib}: must be above 0. Fix: give the GiB of one "
+                            "device.")
         if self.use_distributed_optimizer and self.data_parallel_sharding_strategy not in (None, "optim"):
             problems.append(
                 f"use_distributed_optimizer = True: means --data-parallel-sharding-strategy optim, but that is "

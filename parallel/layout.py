@@ -9,6 +9,7 @@ the only one that chooses the device. Rank order is Megatron's (tp fastest, then
 import os
 import resource
 import warnings
+import zlib
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -109,6 +110,18 @@ def launched_on_one_machine() -> bool:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == launched_world_size()
 
 
+def device_here() -> tuple[str, int]:
+    """Name and bytes of memory of this process's device; on CPUs "cpu" and an equal share of the machine's memory.
+
+    Readable before anything is initialised, and the same for all processes of a machine.
+    """
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(launched_local_rank())
+        return properties.name, properties.total_memory
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return "cpu", memory // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def start_world(config: LayoutConfig, store: dist.Store | None = None, rank: int | None = None,
                 world_size: int | None = None) -> World:
     """Join the other processes; call once per process, before `build_layout`.
@@ -148,13 +161,14 @@ def build_layout(config: LayoutConfig, world: World) -> Layout:
     """Make every group once.
 
     Raises:
-        ValueError: the world size is no multiple of tp x pp x cp.
+        ValueError: the world size is no multiple of tp x pp x cp, or another process has another layout.
     """
     assert not config.combination_problems(), "phases are checked before a layout is built"
     tp, pp, cp = config.sizes
     problem = check_world_size(world.size, tp, pp, cp)
     if problem:
         raise ValueError(problem)
+    _check_same_on_all_ranks(config, world)
     two_levels = config.context_levels[1] > 1
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp,
@@ -181,6 +195,23 @@ def build_layout(config: LayoutConfig, world: World) -> Layout:
         dp_cp=dp_cp, embedding=_embedding_axis(pp_axis, config.schedule), schedule=config.schedule, stages=stages,
         num_stages=pp * len(stages), sequence_parallel=config.sequence_parallel and tp > 1, mesh=mesh,
         device=world.device)
+
+
+def _check_same_on_all_ranks(config: LayoutConfig, world: World) -> None:
+    """Groups that are made of different layouts would wait for each other forever.
+
+    Raises:
+        ValueError: on every rank.
+    """
+    settings = (*config.sizes, config.schedule, config.stages_per_rank, config.context_levels, config.sharding_strategy,
+                config.sequence_parallel)
+    own = zlib.crc32(repr(settings).encode())
+    ends = torch.tensor([own, -own], dtype=torch.int64, device=world.device)
+    dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+    if ends[0] != -ends[1]:
+        raise ValueError(f"layout = {config.describe()} {config.sharding_strategy} on rank {world.rank}: other "
+                         "processes have another one. Fix: the same configuration everywhere; with --layout auto on "
+                         "machines that differ in memory, --device-memory-gib.")
 
 
 def single_process_layout(device: torch.device) -> Layout:

@@ -50,3 +50,31 @@ def nearest_counts(schedule: ScheduleName, pp_size: int, num_microbatches: int) 
     above = next(n for n in range(num_microbatches + 1, num_microbatches + 2 * pp_size + 1)
                  if accepts(schedule, pp_size, n))
     return [n for n in (below, above) if n is not None]
+
+
+def chunks_in_flight(schedule: ScheduleName, rank: int, pp_size: int, per_rank: int, num_microbatches: int) -> int:
+    """Most pairs (stage of this rank, microbatch) whose activations are kept at once, as torch's schedules order them.
+
+    Under a split backward they are kept until that of the weights.
+    """
+    if pp_size == 1:
+        return 1
+    if schedule == "1F1B":
+        return min(num_microbatches, pp_size - rank)
+    at_once = num_microbatches // max(1, num_microbatches // pp_size)  # microbatches of a round
+    if schedule == "interleaved":
+        return min(per_rank * num_microbatches, (per_rank - 1) * at_once + 2 * (pp_size - 1 - rank) + 1)
+    return per_rank * min(num_microbatches, pp_size if schedule == "ZBV" else max(pp_size, at_once))
+
+
+def idle_share(schedule: ScheduleName, pp_size: int, per_rank: int, num_microbatches: int) -> float:
+    """Time that a rank waits in a step, over the time that it works: the pipeline's bubble.
+
+    Source: the schedules' papers, with forward, backward of inputs and backward of weights taken as equally long.
+    """
+    if pp_size == 1:
+        return 0.0
+    idle = (pp_size - 1) / per_rank / num_microbatches
+    if schedule == "ZBV":  # counted in torch's own order: thirds of a stage; few microbatches leave a fixed length
+        return max(idle / 3, (13 * pp_size - 7) / (6 * num_microbatches) - 1)
+    return idle / 3 if schedule == "zero-bubble" else idle

@@ -34,6 +34,7 @@ class PhaseConfig:
     rampup_batch_size: list[int] | None = None
     step_batch_size_schedule: str | None = None
     micro_batch_size: int | None = None
+    layout: Literal["auto", "given"] | None = None
     tensor_model_parallel_size: int | None = None
     pipeline_model_parallel_size: int | None = None
     context_parallel_size: int | None = None
@@ -302,16 +303,36 @@ class Config:
                            ("cp_comm_type", "context_parallel_size"),
                            ("hierarchical_context_parallel_sizes", "context_parallel_size")):
             without, phases = f"has no effect without {size} above 1", self.schedule.phases or [PhaseConfig()]
-            sizes = [getattr(phase, size) or getattr(self.layout, size) for phase in phases]
+            sizes = [2 if size in self.open_settings(phase) else getattr(phase, size) or getattr(self.layout, size)
+                     for phase in phases]
             if getattr(self.layout, name) not in (False, None, [], "a2a") and max(sizes) == 1:
                 found.append(f"{name} = {getattr(self.layout, name)}: {without}")
             found += [f"phase {phase.name!r}: {name} = {getattr(phase, name)}: {without}"
                       for phase, its_size in zip(phases, sizes, strict=True)
                       if getattr(phase, name, None) is not None and its_size == 1]
+        if self.layout.device_memory_gib and not any(self.open_settings(phase)
+                                                     for phase in self.schedule.phases or [PhaseConfig()]):
+            found.append(f"device_memory_gib = {self.layout.device_memory_gib}: has no effect without --layout auto")
         if not optimizer.calculate_per_token_loss:
             found.append("calculate_per_token_loss = False: the loss is always the sum over targets / the global "
                          "target count")
         return found
+
+    def open_settings(self, phase: PhaseConfig) -> tuple[str, ...]:
+        """Names of the settings of a phase that `layout: auto` chooses: those that neither it nor the run gives."""
+        if (phase.layout or self.layout.layout) != "auto":
+            return ()
+        levels = phase.hierarchical_context_parallel_sizes or self.layout.hierarchical_context_parallel_sizes
+        found = [name for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size",
+                                   "context_parallel_size")
+                 if getattr(phase, name) is None and getattr(self.layout, name) == 1
+                 and not (name == "context_parallel_size" and levels)]
+        if (phase.data_parallel_sharding_strategy or self.layout.data_parallel_sharding_strategy
+                or self.layout.use_distributed_optimizer) is None:
+            found.append("data_parallel_sharding_strategy")
+        if (phase.recompute_granularity or self.model.recompute_granularity) is None:
+            found.append("recompute_granularity")
+        return tuple(found)
 
     def _one_of_each(self) -> list[str]:
         """Settings that say the same thing in different units: at most one of each may be given."""

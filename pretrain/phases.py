@@ -12,6 +12,7 @@ from itertools import accumulate
 
 from data.blend import parse_blend
 from model.build import check_layout
+from model.rank_memory import show_bytes
 from model.rope import Rope
 from parallel.config import LayoutConfig, check_microbatches, check_world_size
 from parallel.schedule import SPLIT_BACKWARD
@@ -26,6 +27,7 @@ from pretrain.batch_schedule import (
     parse_steps,
 )
 from pretrain.config import Config, PhaseConfig
+from pretrain.layout_search import nearest_layouts
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,10 @@ class Phase:
     min_lr: float
     lr_schedule: str
     lr_warmup_tokens: int
+    auto: tuple[str, ...] = ()
+    """Names of the settings that `layout: auto` chooses (pretrain/auto_layout.py); empty = all are given."""
+    predicted_bytes: int | None = None
+    """Memory of a rank under the layout that was chosen; None = none was chosen (yet)."""
 
     @property
     def layout_key(self) -> tuple:
@@ -174,7 +180,8 @@ def _resolve(config: Config, entry: PhaseConfig, index: int, start: int) -> Phas
         packing=pick("packing", config.data), data_exhausted=pick("data_exhausted", config.data),
         data_path=tuple(entry.data_path or config.data.data_path or config.data.train_data_path),
         lr=pick("lr", config.optimizer), min_lr=pick("min_lr", config.optimizer),
-        lr_schedule=entry.lr_schedule or "continue", lr_warmup_tokens=entry.lr_warmup_tokens or 0)
+        lr_schedule=entry.lr_schedule or "continue", lr_warmup_tokens=entry.lr_warmup_tokens or 0,
+        auto=config.open_settings(entry))
 
 
 def _batches(config: Config, entry: PhaseConfig, seq_length: int, start: int) -> list[BatchStep]:
@@ -269,14 +276,21 @@ def phase_end(phases: list[Phase], position: int) -> int | None:
 
 
 def check_phases(phases: list[Phase], config: Config, world_size: int, vocab_size: int | None) -> list[str]:
-    """Why some phase cannot run on `world_size` processes with this model, and which layouts could."""
+    """Why some phase cannot run on `world_size` processes with this model, and which layouts could.
+
+    A layout that is still to be chosen is not checked.
+    """
     problems = []
     for phase in phases:
-        found = check_phase_layout(phase, config, world_size, vocab_size)
+        is_open = phase.auto and phase.predicted_bytes is None
+        found = [] if is_open else check_phase_layout(phase, config, world_size, vocab_size)
         where = f"phase {phase.name!r}: "
         problems += [where + problem for problem in found]
         if found and not phase.layout.validate():
-            nearest = nearest_layouts(phase, config, world_size, vocab_size)
+            nearest = nearest_layouts(
+                phase.layout, world_size, config.model.num_attention_heads,
+                lambda layout, p=phase: not check_phase_layout(dataclasses.replace(p, layout=layout), config,
+                                                               world_size, vocab_size))
             problems.append(f"{where}layouts that work on {world_size} processes, nearest first: "
                             f"{'; '.join(nearest) or 'none with this batch, length and model'}.")
         if phase.data_path and list(phase.data_path) not in (config.data.data_path, config.data.train_data_path):
@@ -352,35 +366,6 @@ def _batch_problems(phase: Phase, world_size: int) -> list[str]:
     return problems
 
 
-def nearest_layouts(phase: Phase, config: Config, world_size: int, vocab_size: int | None, count: int = 3) -> list[str]:
-    """Layouts of the same world that would run the phase, the fewest doublings away first."""
-    asked, found = phase.layout, []
-    wanted = (*asked.sizes, max(1, world_size // math.prod(asked.sizes)))
-    sizes = [n for n in range(1, world_size + 1) if world_size % n == 0]
-    for tp in sizes:
-        for pp in (n for n in sizes if world_size % (tp * n) == 0):
-            for cp in (n for n in sizes if world_size % (tp * pp * n) == 0):
-                dp = world_size // (tp * pp * cp)
-                distance = sum(abs(math.log2(a / b)) for a, b in zip((tp, pp, cp, dp), wanted, strict=True))
-                layout = _with_sizes(asked, config.model.num_attention_heads, tp, pp, cp)
-                simple = dataclasses.replace(layout, pipeline_schedule=None, num_virtual_stages_per_pipeline_rank=None)
-                for choice, more in ((layout, 0.0), (simple, 0.5)):
-                    candidate = dataclasses.replace(phase, layout=choice)
-                    if not check_phase_layout(candidate, config, world_size, vocab_size):
-                        found.append((distance + more, f"{choice.describe()} dp {dp}"))
-                        break
-    return [text for _, text in sorted(found)[:count]]
-
-
-def _with_sizes(layout: LayoutConfig, num_heads: int, tp: int, pp: int, cp: int) -> LayoutConfig:
-    """The same layout with other sizes, with two levels of cp where it is beyond the heads."""
-    heads = max((n for n in range(1, max(1, num_heads // tp) + 1) if cp % n == 0), default=1)
-    levels = [heads, cp // heads] if heads < cp else []
-    return dataclasses.replace(
-        layout, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp,
-        cp_comm_type="a2a+allgather" if levels else "a2a", hierarchical_context_parallel_sizes=levels)
-
-
 def rope_warnings(phases: list[Phase]) -> list[str]:
     """Phases longer than the context that their rope is scaled for."""
     return [f"phase {phase.name!r}: seq_length = {phase.seq_length}: beyond rope_scaling_factor x "
@@ -412,7 +397,8 @@ def describe(phases: list[Phase], world_size: int) -> str:
         layout = phase.layout
         lines.append(f"{phase.name:<12}{phase.seq_length:>9,}{phase.end - phase.start:>14,}{phase.steps:>8,}"
                      f"{phase.global_batch_tokens:>12,}{phase.num_microbatches(world_size):>7}   {layout.describe()} "
-                     f"dp {phase.data_parallel_size(world_size)} {layout.sharding_strategy}")
+                     f"dp {phase.data_parallel_size(world_size)} {layout.sharding_strategy}"
+                     + (f" (auto, {show_bytes(phase.predicted_bytes)})" if phase.predicted_bytes else ""))
         if len(phase.batches) > 1:
             changes = [f"{batch:,} from {start:,}" for start, _, batch in phase.stretches]
             shown = changes if len(changes) <= 8 else [*changes[:4], "...", *changes[-3:]]

@@ -9,6 +9,7 @@ from data.ledger import Ledger
 from data.sources import Corpus, open_corpus
 from data.tokenizer import Tokenizer, build_tokenizer
 from pretrain import checkpoint
+from pretrain.auto_layout import settle_layouts
 from pretrain.config import Config
 from pretrain.feed import check_windows, data_changes, forecast_phases, forecast_warnings
 from pretrain.learning_rate import LearningRate
@@ -31,6 +32,10 @@ class Plan:
     forecast: list[dict]
     """What each phase will draw (data/ledger.py: forecast)."""
     tokenizer_description: dict | None
+    layouts: dict
+    """What a checkpoint keeps of the layouts that were chosen, by phase name (pretrain/auto_layout.py)."""
+    layout_lines: list[str]
+    """A line for each phase whose layout was chosen."""
 
 
 def make_plan(config: Config, world_size: int, only_print: bool = False) -> Plan:
@@ -46,8 +51,7 @@ def make_plan(config: Config, world_size: int, only_print: bool = False) -> Plan
     problems = config.validate()
     section_problems = bool(problems)
     phases = attempt(problems, lambda: resolve_phases(config)) or []
-    if len({phase.layout_key for phase in phases}) > 1 and not config.checkpoint.save:
-        problems.append("save: phases with different layouts hand over through a checkpoint. Fix: give --save.")
+    problems += _handover_problems([phase for phase in phases if not phase.auto], config)
     if phases and not section_problems:
         learning_rate = attempt(problems, lambda: LearningRate.make(config.optimizer, phases))
     if not config.data.validate():
@@ -63,16 +67,26 @@ def make_plan(config: Config, world_size: int, only_print: bool = False) -> Plan
     goes_on = progress is not None and not start.weights_only
     if goes_on:
         check_continuation(progress, description, config.optimizer.seed)
+    clock = progress["clock"] if goes_on else 0
+    phases, layouts, layout_lines = settle_layouts(
+        phases, config, world_size, vocab_size, progress.get("layouts", {}) if goes_on else {}, clock)
+    if problems := _handover_problems(phases, config):
+        raise ValueError("\n".join(problems))
     corpus = open_corpus(config.data, config.optimizer.seed, vocab_size, description,
                          [phase.data_path for phase in phases if phase.data_path])
     ledger = Ledger(corpus.train, progress["data"] if goes_on else None, "data" in config.data.accept_changes)
-    clock = progress["clock"] if goes_on else 0
     check_windows(config.data, ledger, clock, progress["last_batch_tokens"] if goes_on else 0, phases)
     rows = forecast_phases(ledger, corpus, clock, phases)
     if config.checkpoint.save and not only_print:
         _check_writable(Path(config.checkpoint.save))
     return Plan(config, phases, learning_rate, vocab_size, tokenizer, start, progress, corpus, ledger, rows,
-                description)
+                description, layouts, layout_lines)
+
+
+def _handover_problems(phases: list[Phase], config: Config) -> list[str]:
+    if len({phase.layout_key for phase in phases}) > 1 and not config.checkpoint.save:
+        return ["save: phases with different layouts hand over through a checkpoint. Fix: give --save."]
+    return []
 
 
 def _with_data_args(config: Config) -> Config:

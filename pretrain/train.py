@@ -18,7 +18,8 @@ import torch
 
 from data.batch import DIGEST_BITS, Batch
 from model.build import build_stages
-from model.estimate import num_parameters, peak_flops, step_flops
+from model.estimate import num_parameters, step_flops
+from model.hardware import peak_flops
 from model.init import initialize
 from model.kernels import choose_attention, has_bf16_units
 from parallel.collectives import all_reduce
@@ -62,7 +63,7 @@ class Trainer:
         # Not recomputed from the phases: with another batch size the same clock is another number of steps.
         step = 0 if clock == 0 else progress["step"]
         if self.world.rank == 0:
-            print(describe(self.plan.phases, self.world.size), flush=True)
+            print("\n".join([describe(self.plan.phases, self.world.size), *self.plan.layout_lines]), flush=True)
             if phase is not None:
                 print(describe_forecast(self.plan.forecast), flush=True)
             for text in warnings_about(self.plan):
@@ -241,7 +242,7 @@ class Trainer:
                     "skipped_in_a_row": state.skipped_in_a_row, "wandb_run_id": state.wandb_run_id,
                     "phase": dataclasses.asdict(phase), "last_batch_tokens": state.last_batch,
                     "longest_seq_length": longest, "seed": self.config.optimizer.seed,
-                    "data": drawn, "tokenizer": self.plan.tokenizer_description,
+                    "layouts": self.plan.layouts, "data": drawn, "tokenizer": self.plan.tokenizer_description,
                     "world_size": self.world.size, "threads": torch.get_num_threads()}
         files = self.plan.tokenizer.files if self.plan.tokenizer else []
         folder = checkpoint.save(root, step, checkpoint_tensors(state, True), progress, dump_yaml(self.config), files,

@@ -146,6 +146,7 @@ CHECKS = [
     ("disable_bias_linear", False, "disable_bias_linear = False: only True"),
     ("norm_epsilon", 0.0, "norm_epsilon = 0.0: must be above 0"),
     ("num_query_groups", 3, "num_query_groups = 3: must divide num_attention_heads = 8. Fix: one of [1, 2, 4, 8]"),
+    ("device_memory_gib", 0.0, "device_memory_gib = 0.0: must be above 0. Fix: give the GiB of one device"),
     ("num_attention_heads", 5, "must be a multiple of num_attention_heads = 5"),
     ("kv_channels", 3, "kv_channels = 3: rotary embedding turns pairs"),
     ("group_query_attention", False, "group_query_attention = False: but num_query_groups = 4"),

@@ -241,15 +241,18 @@ def test_every_count_of_microbatches_that_a_schedule_accepts():
     assert nearest_counts("interleaved", 4, 13) == [12, 15] and nearest_counts("1F1B", 4, 2) == [4]
 
 
-def torch_accepts(schedule: str, pp: int, count: int) -> bool:
+def torch_schedule(schedule: str, pp: int, count: int, per_rank: int):
     from parallel.pipeline import SCHEDULES
 
-    per_rank = 1 if schedule == "1F1B" else 2
     stages = [SimpleNamespace(num_stages=pp * per_rank, group_size=pp, group_rank=0, stage_index=number,
                               is_first=number == 0, is_last=False, submod=None)
               for number in stages_of_rank(schedule, 0, pp, per_rank)]
+    return SCHEDULES[schedule](stages[0] if schedule == "1F1B" else stages, count)
+
+
+def torch_accepts(schedule: str, pp: int, count: int) -> bool:
     try:
-        SCHEDULES[schedule](stages[0] if schedule == "1F1B" else stages, count)
+        torch_schedule(schedule, pp, count, 1 if schedule == "1F1B" else 2)
         return True
     except ValueError:
         return False

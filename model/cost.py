@@ -1,0 +1,128 @@
+"""How long a step takes, well enough to rank layouts: computing, the pipeline's bubble, what is sent over which link.
+
+Ranks are laid out as in parallel/layout.py (tp fastest, then cp, dp, pp), so an axis stays inside a node
+while the product of its size and of the faster ones does. A collective over g members of each node takes
+their g network cards together; inside a node it takes the node's own links.
+"""
+
+from dataclasses import dataclass
+from math import log2
+
+from model.estimate import matrix_parameters_per_layer
+from model.hardware import Hardware
+from model.rank_memory import Load, MemoryModel
+from parallel.schedule import idle_share
+
+REACHED = 0.5
+"""Share of the data sheet's rate that large matrix products and attention reach over a whole layer."""
+LINKS_REACHED = 0.8
+"""Share of a link's rate that a collective reaches."""
+SLOWED = 0.2
+"""Time that computing loses while a transfer runs beside it, over the transfer's: both use the device's memory and
+multiprocessors."""
+LATENCY = 15e-6
+"""Seconds that a collective takes before its first byte, for each doubling of its size."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A group of ranks by its place: every `stride`-th rank, `size` of them."""
+
+    size: int
+    stride: int
+
+    def members_per_node(self, hardware: Hardware) -> int:
+        return min(self.size, max(1, hardware.devices_per_node // self.stride))
+
+    def ring_seconds(self, sent_bytes: float, hardware: Hardware) -> float:
+        """Of one all-gather, reduce-scatter or all-reduce in which each rank sends so much."""
+        if self.size == 1:
+            return 0.0
+        inside = self.members_per_node(hardware)
+        rate = hardware.node_bytes_per_second
+        if inside < self.size:
+            rate = min(rate, inside * hardware.network_bytes_per_second)
+        return sent_bytes / (rate * LINKS_REACHED) + LATENCY * log2(self.size)
+
+    def exchange_seconds(self, sent_bytes: float, hardware: Hardware) -> float:
+        """Of one all-to-all: the part for other nodes leaves through the rank's own network card."""
+        if self.size == 1:
+            return 0.0
+        others, inside = self.size - 1, self.members_per_node(hardware) - 1
+        near, far = sent_bytes * inside / others, sent_bytes * (others - inside) / others
+        slower = max(near / hardware.node_bytes_per_second, far / hardware.network_bytes_per_second)
+        return slower / LINKS_REACHED + LATENCY * log2(self.size)
+
+
+def step_seconds(model: MemoryModel, load: Load, hardware: Hardware) -> float:
+    """Of one optimizer step, documents taken as long as the samples."""
+    layout, (tp, pp, cp), count = load.layout, load.layout.sizes, load.num_microbatches
+    layers = _layers_of_slowest_rank(model, load)
+    compute = _compute_seconds(model, load, hardware)
+    inner = layers * (_tensor_seconds(model, load, hardware) + _context_seconds(model, load, hardware))
+    between = 0.0
+    if pp > 1:
+        sent = model.compute_bytes * model.tokens_between(load) * model.config.hidden_size
+        between = 2 * layout.stages_per_rank * Axis(pp, tp * cp * load.data_parallel_size).exchange_seconds(
+            sent, hardware)
+    busy = count * (compute + inner + between)
+    waiting = idle_share(layout.schedule, pp, layout.stages_per_rank, count)
+    sharded = _sharding_seconds(model, load, hardware)
+    # Parameters and gradients travel while layers compute; what is more than the computing has nothing to hide behind.
+    hidden = min(sharded, count * compute)
+    exposed = sharded - hidden + SLOWED * hidden
+    return busy * (1 + waiting) + exposed
+
+
+def _layers_of_slowest_rank(model: MemoryModel, load: Load) -> int:
+    stages = load.layout.pipeline_model_parallel_size * load.layout.stages_per_rank
+    return -(-model.config.num_layers // stages) * load.layout.stages_per_rank
+
+
+def _compute_seconds(model: MemoryModel, load: Load, hardware: Hardware) -> float:
+    """Of a microbatch on the pipeline's slowest rank: its layers, and on the last one the logits."""
+    config, (tp, _, cp), tokens = model.config, load.layout.sizes, load.seq_length * load.micro_batch_size
+    attention = 4 * config.num_attention_heads * config.head_size * tokens * (load.seq_length + 1) / 2
+    layer = 2 * matrix_parameters_per_layer(config) * tokens + attention
+    # An uneven split of heads makes the rank with most heads the slowest.
+    query, _, most, _ = model.heads(load.layout)
+    layer += attention * (most * load.layout.context_levels[0] / query - 1)
+    logits = 2 * config.padded_vocab_size(model.vocab_size) * config.hidden_size * tokens
+    passes = 4 if load.recompute == "full" else 3
+    return (_layers_of_slowest_rank(model, load) * layer * passes + logits * 3) / (tp * cp) / (hardware.flops * REACHED)
+
+
+def _tensor_seconds(model: MemoryModel, load: Load, hardware: Hardware) -> float:
+    """Sums over tp of one layer and microbatch: two in forward, two in backward, two more where forward runs twice.
+
+    Under sequence_parallel each is an all-gather and a reduce-scatter of together the same bytes.
+    """
+    tp = load.layout.tensor_model_parallel_size
+    sent = 2 * (tp - 1) / tp * model.compute_bytes * load.tokens * model.config.hidden_size
+    return (6 if load.recompute == "full" else 4) * Axis(tp, 1).ring_seconds(sent, hardware)
+
+
+def _context_seconds(model: MemoryModel, load: Load, hardware: Hardware) -> float:
+    """Exchanges over cp of one layer and microbatch (parallel/ulysses.py, parallel/context.py count the elements)."""
+    tp, (a2a, gather) = load.layout.tensor_model_parallel_size, load.layout.context_levels
+    query, _, most, kv = model.heads(load.layout)
+    passes = 3 if load.recompute == "full" else 2
+    row = model.compute_bytes * load.tokens * model.config.head_size
+    to_heads, to_tokens = (a2a - 1) / a2a * row * (query + 2 * kv * a2a), (a2a - 1) / a2a * row * most * a2a
+    exchange = Axis(a2a, tp)
+    gathered = 2 * (gather - 1) * row * a2a * kv
+    return passes * (exchange.exchange_seconds(to_heads, hardware) + exchange.exchange_seconds(to_tokens, hardware)
+                     + Axis(gather, tp * a2a).ring_seconds(gathered, hardware))
+
+
+def _sharding_seconds(model: MemoryModel, load: Load, hardware: Hardware) -> float:
+    """Gathering parameters and reducing gradients over dp x cp in a whole step."""
+    layout, (tp, pp, _), count = load.layout, load.layout.sizes, load.num_microbatches
+    held = max(model.whole(layout, rank) for rank in {0, pp - 1})
+    part = (load.shards - 1) / load.shards
+    reductions = 1 if load.whole_gradients else count
+    gathers = 2 * count if layout.sharding_strategy == "optim_grads_params" else 1
+    axis, layers = Axis(load.shards, tp), _layers_of_slowest_rank(model, load)
+    once = (reductions * axis.ring_seconds(part * model.master_bytes * held, hardware)
+            + gathers * axis.ring_seconds(part * model.compute_bytes * held, hardware))
+    return once + (layers - 1) * (reductions + gathers) * axis.ring_seconds(0, hardware)
