@@ -143,6 +143,16 @@ class CheckpointConfig:
     """Take only the weights of --load: clock 0, fresh optimizer."""
     no_load_optim: bool = False
     """Do not load the optimizer state."""
+    no_save_optim: bool = False
+    """Leave the optimizer state out of checkpoints; none of them can go on without --no-load-optim."""
+    use_checkpoint_args: bool = False
+    """Take settings of the model that are not given from the checkpoint that is started from."""
+    accept_changes: list[Literal["data", "tokenizer", "optimization"]] = field(default_factory=list)
+    """Continue although this changed since the checkpoint; a changed corpus is drawn from its beginning."""
+    override_opt_param_scheduler: bool = False
+    """Continue with this run's learning rate and weight decay where they differ from the checkpoint's."""
+    use_checkpoint_opt_param_scheduler: bool = False
+    """Continue with the checkpoint's learning rate and weight decay, whatever this run's settings say."""
     ckpt_step: int | None = None
     """Iteration of --load to start from, instead of the latest."""
     save_interval: int | None = None
@@ -229,6 +239,9 @@ class Config:
         if checkpoint.load and checkpoint.pretrained_checkpoint:
             problems.append(f"pretrained_checkpoint = {checkpoint.pretrained_checkpoint}: a run starts from one place, "
                             f"and --load = {checkpoint.load}. Fix: remove one of them.")
+        if checkpoint.override_opt_param_scheduler and checkpoint.use_checkpoint_opt_param_scheduler:
+            problems.append("override_opt_param_scheduler = True: takes this run's learning rate, but "
+                            "use_checkpoint_opt_param_scheduler takes the checkpoint's. Fix: remove one of them.")
         return problems
 
     def _out_of_range(self) -> list[str]:
@@ -267,6 +280,9 @@ class Config:
             found += [f"phase {phase.name!r}: {name} = {getattr(phase, name)}: {without}"
                       for phase, its_size in zip(phases, sizes, strict=True)
                       if getattr(phase, name, None) is not None and its_size == 1]
+        found += self.compatibility.warnings()
+        if self.checkpoint.no_save_optim and self.checkpoint.save:
+            found.append("no_save_optim = True: a run that stops cannot go on with its optimizer state")
         if not optimizer.calculate_per_token_loss:
             found.append("calculate_per_token_loss = False: the loss is always the sum over targets / the global "
                          "target count")
