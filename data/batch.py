@@ -39,6 +39,7 @@ class Batch:
     positions: torch.Tensor  # int64 [t], from 0 in each segment
     cu_seqlens: torch.Tensor  # int32 [segments + 1], over all T tokens; stays on the host
     num_targets: int = -1  # of this slice; counted when not given
+    digest: int = 0  # of this slice (see `digest`)
 
     def __post_init__(self) -> None:
         if self.num_targets < 0:
@@ -47,7 +48,7 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         """The same on another device."""
         return Batch(self.tokens.to(device), self.labels.to(device), self.positions.to(device), self.cu_seqlens,
-                     self.num_targets)
+                     self.num_targets, self.digest)
 
 
 class _Located(NamedTuple):
@@ -208,6 +209,39 @@ def _compact(window, lengths, inner):
             window[written + j] = window[read + j]
         read += lengths[i] + inner[i]
         written += lengths[i]
+
+
+DIGEST_BITS = 40
+"""So that the digests of 8,192 ranks add up exactly in fp64."""
+
+
+def digest(batch: Batch, pieces: Sequence[tuple[int, int]], first: int) -> int:
+    """A number below 2^40 of the inputs and labels and their places in the global batch.
+
+    The digests of all slices of a global batch, added modulo 2^40, are the same however it is cut over ranks and
+    microbatches.
+
+    Args:
+        pieces: ranges of the microbatch's tokens that `batch` holds.
+        first: place of the microbatch's first token in the global batch.
+    """
+    return int(_digest(batch.tokens.numpy(), batch.labels.numpy(), np.array(pieces, dtype=np.int64), first))
+
+
+@numba.njit(nogil=True, cache=True)
+def _digest(tokens, labels, pieces, first):
+    total, at = numba.uint64(0), 0
+    for i in range(len(pieces)):
+        for place in range(first + pieces[i, 0], first + pieces[i, 1]):
+            # A place's weight: the mixing step of SplitMix64 (Steele, Lea, Flood 2014).
+            weight = numba.uint64(place + 1) * numba.uint64(0x9E3779B97F4A7C15)
+            weight = (weight ^ (weight >> numba.uint64(30))) * numba.uint64(0xBF58476D1CE4E5B9)
+            weight = (weight ^ (weight >> numba.uint64(27))) * numba.uint64(0x94D049BB133111EB)
+            weight ^= weight >> numba.uint64(31)
+            total += weight * numba.uint64(tokens[at] + 1)
+            total += (weight ^ numba.uint64(0x9E3779B97F4A7C15)) * numba.uint64(labels[at] + 1 - IGNORE)
+            at += 1
+    return total & numba.uint64((1 << DIGEST_BITS) - 1)
 
 
 @numba.njit(nogil=True, cache=True)

@@ -3,7 +3,7 @@
 from concurrent.futures import Future
 from threading import Thread
 
-from data.batch import Batch, read_batch
+from data.batch import Batch, digest, read_batch
 from data.ledger import Mixture
 
 
@@ -38,7 +38,8 @@ class Loader:
         self.global_batch_tokens, self.num_microbatches = global_batch_tokens, global_batch_tokens // unit
         self.dp_rank, self.dp_size, self.prefetch = dp_rank, dp_size, prefetch
         self.document_masking = document_masking
-        self._slice = {"seq_length": seq_length, "pieces": pieces, "document_masking": document_masking,
+        self.pieces = [(0, micro_batch_size * seq_length)] if pieces is None else pieces
+        self._slice = {"seq_length": seq_length, "pieces": self.pieces, "document_masking": document_masking,
                        "eod": eod, "eod_mask_loss": eod_mask_loss, "vocab_size": vocab_size}
         self._next: tuple[int, Future] | None = None
 
@@ -63,8 +64,11 @@ class Loader:
         firsts = [number + (j * self.dp_size + self.dp_rank) * self.micro_batch_size
                   for j in range(self.num_microbatches)]
         samples = self.mixture.samples([first + i for first in firsts for i in range(self.micro_batch_size)])
-        return [read_batch(samples[at:at + self.micro_batch_size], **self._slice)
-                for at in range(0, len(samples), self.micro_batch_size)]
+        batches = [read_batch(samples[at:at + self.micro_batch_size], **self._slice)
+                   for at in range(0, len(samples), self.micro_batch_size)]
+        for batch, first in zip(batches, firsts, strict=True):
+            batch.digest = digest(batch, self.pieces, (first - number) * self.seq_length)
+        return batches
 
     def _start_reading(self, clock: int) -> None:
         """Read a step in a thread of its own, which ends with it; errors wait in the future."""

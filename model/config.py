@@ -56,6 +56,9 @@ class ModelConfig:
     """Attention kernel: torch's SDPA, torch's varlen, flash-attn or transformer-engine. auto picks and says why."""
     recompute_granularity: Literal["full"] | None = None
     """full = keep only each layer's input and recompute the layer in backward; a phase may change it."""
+    cpu_offloading_num_layers: int = 0
+    """Layers of each stage, from its first, whose kept inputs wait in the host's memory; with recompute full. A phase
+    may change it."""
 
     @property
     def head_size(self) -> int:
@@ -85,6 +88,9 @@ class ModelConfig:
         for name in ("norm_epsilon", "init_method_std", "rotary_base"):
             if not getattr(self, name) > 0:
                 problems.append(f"{name} = {getattr(self, name)}: must be above 0. Fix: give a positive number.")
+        if self.cpu_offloading_num_layers < 0:
+            problems.append(f"cpu_offloading_num_layers = {self.cpu_offloading_num_layers}: must be at least 0. Fix: "
+                            "give 0 or more.")
         if self.kv_channels is not None and self.kv_channels < 1:
             problems.append(f"kv_channels = {self.kv_channels}: must be at least 1. Fix: give the size of one head.")
         if not problems:

@@ -16,10 +16,10 @@ from typing import Protocol
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from model.config import ModelConfig
 from model.kernels import Attend, Segments, make_segments
+from model.memory import run_layer
 from model.rope import rotary_tables, rotate
 from parallel.collectives import copy_to, gather_sequence, reduce_from, scatter_sequence
 from parallel.context import gather_keys, group_pieces
@@ -175,7 +175,7 @@ class GPTStage(nn.Module):
     """The layers of one pipeline stage, with the embedding on the first and the loss on the last.
 
     A tied embedding exists on both ends under the same name; the trainer sums its two gradients.
-    `rotary_base` and `recompute` are the current phase's.
+    `rotary_base`, `recompute` and `offloaded_layers` are the current phase's.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, layout: Layout, attend: Attend, number: int = 0):
@@ -195,6 +195,7 @@ class GPTStage(nn.Module):
             if not self.tied:
                 self.output = Weight(rows, config.hidden_size)
         self.rotary_base, self.recompute = config.rotary_base, config.recompute_granularity
+        self.offloaded_layers = config.cpu_offloading_num_layers
         self.microbatches: Sequence[Microbatch] = ()
         self.num_targets, self.next_microbatch = 1, 0
 
@@ -232,11 +233,8 @@ class GPTStage(nn.Module):
         gather = self.layout.cp_gather
         pieces = group_pieces(int(microbatch.cu_seqlens[-1]), gather.rank, gather.size)
         inputs = (*tables, make_segments(microbatch.cu_seqlens, pieces, x.device))
-        for layer in self.layers.values():
-            if self.recompute == "full" and torch.is_grad_enabled():
-                x = checkpoint(layer, x, *inputs, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = layer(x, *inputs)
+        for number, layer in enumerate(self.layers.values()):
+            x = run_layer(layer, x, inputs, self.recompute, offload=number < self.offloaded_layers)
         return x
 
     def logits(self, x_tD: torch.Tensor) -> torch.Tensor:

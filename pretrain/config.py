@@ -30,6 +30,8 @@ class PhaseConfig:
     seq_length: Tokens | None = None
     train_tokens: Tokens | None = None
     global_batch_tokens: Tokens | None = None
+    rampup_batch_size: list[int] | None = None
+    step_batch_size_schedule: str | None = None
     micro_batch_size: int | None = None
     tensor_model_parallel_size: int | None = None
     pipeline_model_parallel_size: int | None = None
@@ -40,6 +42,7 @@ class PhaseConfig:
     hierarchical_context_parallel_sizes: list[int] | None = None
     data_parallel_sharding_strategy: ShardingStrategy | None = None
     recompute_granularity: Literal["none", "full"] | None = None
+    cpu_offloading_num_layers: int | None = None
     rotary_base: float | None = None
     document_masking: bool | None = None
     packing: Packing | None = None
@@ -47,6 +50,8 @@ class PhaseConfig:
     data_exhausted: Exhausted | None = None
     lr: float | None = None
     min_lr: float | None = None
+    lr_schedule: Literal["continue", "rewarm", "decay"] | None = None
+    lr_warmup_tokens: Tokens | None = None
 
 
 @dataclass(kw_only=True)
@@ -61,6 +66,10 @@ class ScheduleConfig:
     """Samples per optimizer step over all ranks (or give --global-batch-tokens)."""
     global_batch_tokens: Tokens | None = None
     """Tokens per optimizer step over all ranks."""
+    rampup_batch_size: list[int] = field(default_factory=list)
+    """START INCREMENT SAMPLES: grow the batch from START samples to the full one over SAMPLES samples."""
+    step_batch_size_schedule: str | None = None
+    """"0:768 250B:1536": from 0 tokens on 768 samples per step, from 250B tokens on 1,536."""
     train_iters: int | None = None
     """Optimizer steps (or give --train-samples or --train-tokens)."""
     train_samples: int | None = None
@@ -81,7 +90,7 @@ class OptimizerConfig:
     """Highest learning rate; a phase may change it."""
     min_lr: float = 0.0
     """Learning rate where a decay ends."""
-    lr_decay_style: Literal["constant", "linear", "cosine", "WSD"] = "cosine"
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
     """Shape between warmup and end; WSD = warmup, stable, decay."""
     lr_warmup_iters: int | None = None
     """Warmup in steps of the first phase's global batch (or samples, tokens, fraction)."""

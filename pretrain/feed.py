@@ -44,24 +44,25 @@ class Feed:
         """Raises ValueError unless the sources have what the steps from `clock` to the phase's end draw. The last step
         may reach beyond that end, where the batch was changed within the phase."""
         phase, opened = self._phase, self.ledger.open
-        steps = -(-(phase.end - clock) // phase.global_batch_tokens)
-        last = clock + steps * phase.global_batch_tokens
-        self.ledger.mixture().check((last - opened["start"]) // phase.seq_length)
+        self.ledger.mixture().check((phase.end_of_steps(clock) - opened["start"]) // phase.seq_length)
 
     def read(self, clock: int) -> list[Batch]:
         """The microbatches of the step at `clock`; the first one at or after a window of --skip-data passes it over."""
         if _pass_over(self.ledger, self._windows, clock):
             self._check(clock)
             self._loader = None
-        if self._loader is None:
-            self._loader = self._make(self.ledger.mixture(), self._phase, self.ledger.open["start"], prefetch=True)
+        batch = self._phase.batch_at(clock)
+        if self._loader is None or self._loader.global_batch_tokens != batch:
+            self._loader = self._make(self.ledger.mixture(), self._phase, self.ledger.open["start"], batch,
+                                      prefetch=True)
         return self._loader.read(clock)
 
     def validation(self, phase: Phase) -> dict[str, tuple[Loader, int]]:
         """Name of each validation set -> its loader in the phase's shape, and its tokens."""
         loaders = {}
         for name, blend in self.corpus.validation.items():
-            loaders[name] = (self._make(fresh_mixture(blend, phase.seq_length), phase, 0, prefetch=False),
+            loaders[name] = (self._make(fresh_mixture(blend, phase.seq_length), phase, 0, phase.global_batch_tokens,
+                                        prefetch=False),
                              sum(stream.tokens_per_epoch for _, stream in blend))
         return loaders
 
@@ -69,10 +70,10 @@ class Feed:
         """Real tokens that the model received before `clock`."""
         return self.ledger.tokens_by_source(clock)
 
-    def _make(self, mixture: Mixture, phase: Phase, start: int, prefetch: bool) -> Loader:
+    def _make(self, mixture: Mixture, phase: Phase, start: int, batch: int, prefetch: bool) -> Loader:
         layout = self.layout
         return Loader(mixture, start, micro_batch_size=phase.micro_batch_size,
-                      global_batch_tokens=phase.global_batch_tokens, dp_rank=layout.dp.rank, dp_size=layout.dp.size,
+                      global_batch_tokens=batch, dp_rank=layout.dp.rank, dp_size=layout.dp.size,
                       pieces=token_pieces(phase.seq_length * phase.micro_batch_size, layout),
                       document_masking=phase.document_masking, prefetch=prefetch, **self._slice)
 
@@ -100,8 +101,7 @@ def ledger_at(config: DataConfig, corpus: Corpus, ledger: Ledger, begun: int, ph
             continue
         ledger.enter(max(begun, phase.start), phase.name, settings_of(phase, corpus))
         for window in windows:
-            steps = max(0, -(-(window[0] - phase.start) // phase.global_batch_tokens))
-            at = phase.start + steps * phase.global_batch_tokens
+            at = phase.first_step_from(window[0])
             if max(begun, phase.start) <= at < phase.end and at <= clock:
                 _pass_over(ledger, [window], at)
     return ledger
@@ -133,12 +133,11 @@ def check_windows(config: DataConfig, ledger: Ledger, clock: int, last_batch: in
         phase = next((phase for phase in phases if start < phase.end), None)
         if phase is None:
             raise ValueError(f"{where}the run ends at {phases[-1].end:,}. Fix: an earlier window, or leave it out.")
-        first = max(clock, phase.start + -(-max(0, start - phase.start) // phase.global_batch_tokens)
-                    * phase.global_batch_tokens)
+        first = max(clock, phase.first_step_from(start))
         if end <= first:
-            raise ValueError(f"{where}no step begins in it; the next one begins at {first:,} and takes "
-                             f"{phase.global_batch_tokens:,} tokens. Fix: for example {first}:"
-                             f"{first + phase.global_batch_tokens}.")
+            batch = phase.batch_at(first)
+            raise ValueError(f"{where}no step begins in it; the next one begins at {first:,} and takes {batch:,} "
+                             f"tokens. Fix: for example {first}:{first + batch}.")
 
 
 def blend_change(ledger: Ledger, corpus: Corpus, phase: Phase) -> tuple[list, list] | None:

@@ -8,11 +8,22 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 from data.blend import parse_blend
 from model.build import check_layout
 from parallel.config import LayoutConfig, check_microbatches, check_world_size
 from parallel.schedule import SPLIT_BACKWARD
+from pretrain.batch_schedule import (
+    BatchStep,
+    Stretch,
+    batch_at,
+    cut_into_stretches,
+    end_of_steps,
+    first_step_from,
+    parse_ramp,
+    parse_steps,
+)
 from pretrain.config import Config, PhaseConfig
 
 
@@ -24,11 +35,17 @@ class Phase:
     index: int
     start: int
     end: int
+    tokens: int
+    """As asked for; the phase ends with the step that reaches them."""
     seq_length: int
     global_batch_tokens: int
+    """Of the largest step."""
+    stretches: tuple[Stretch, ...]
+    """The steps of the phase, by their size."""
     micro_batch_size: int
     layout: LayoutConfig
     recompute_granularity: str | None
+    cpu_offloading_num_layers: int
     rotary_base: float
     document_masking: bool
     packing: str
@@ -37,6 +54,8 @@ class Phase:
     data_exhausted: str
     lr: float
     min_lr: float
+    lr_schedule: str
+    lr_warmup_tokens: int
 
     @property
     def layout_key(self) -> tuple:
@@ -47,15 +66,40 @@ class Phase:
 
     @property
     def steps(self) -> int:
-        return (self.end - self.start) // self.global_batch_tokens
+        return sum(stretch.steps for stretch in self.stretches)
+
+    @property
+    def batches(self) -> list[int]:
+        """Tokens of a step, each size once, in the order in which they come."""
+        return list(dict.fromkeys(stretch.batch for stretch in self.stretches))
+
+    def batch_at(self, clock: int) -> int:
+        """Tokens of the step that begins at `clock`."""
+        return batch_at(self.stretches, clock)
+
+    def first_step_from(self, position: int) -> int:
+        """Where the first step at or after `position` begins; the phase's end if there is none."""
+        return first_step_from(self.stretches, position)
+
+    def start_of_step(self, number: int) -> int:
+        """Where step `number` of the phase begins."""
+        for stretch in self.stretches:
+            if number < stretch.steps:
+                return stretch.start + number * stretch.batch
+            number -= stretch.steps
+        raise ValueError(f"phase {self.name!r} has {self.steps} steps")
+
+    def end_of_steps(self, clock: int) -> int:
+        """Where the phase's last step ends, counted in whole steps from `clock`."""
+        return end_of_steps(self.stretches, clock)
 
     def data_parallel_size(self, world_size: int) -> int:
         return world_size // math.prod(self.layout.sizes)
 
-    def num_microbatches(self, world_size: int) -> int:
-        """Microbatches of each data-parallel rank in one step."""
-        return self.global_batch_tokens // (self.seq_length * self.micro_batch_size
-                                            * self.data_parallel_size(world_size))
+    def num_microbatches(self, world_size: int, batch: int | None = None) -> int:
+        """Microbatches of each data-parallel rank in a step of `batch` tokens, by default in the largest."""
+        unit = self.seq_length * self.micro_batch_size * self.data_parallel_size(world_size)
+        return (batch or self.global_batch_tokens) // unit
 
 
 def resolve_phases(config: Config) -> list[Phase]:
@@ -66,10 +110,6 @@ def resolve_phases(config: Config) -> list[Phase]:
     """
     entries = config.schedule.phases or [PhaseConfig(name="main")]
     phases, problems, clock = [], [], 0
-    schedule = config.schedule
-    if schedule.phases and (schedule.train_iters or schedule.train_samples or schedule.train_tokens):
-        problems.append("train_iters, train_samples or train_tokens: each entry of `phases` says its own tokens. "
-                        "Fix: remove the flag, or edit the phases.")
     names = [entry.name for entry in entries]
     problems += [f"phases: the name {name!r} stands twice. Fix: give each phase its own name."
                  for name in sorted({name for name in names if names.count(name) > 1})]
@@ -80,6 +120,8 @@ def resolve_phases(config: Config) -> list[Phase]:
             clock = found.end
         else:
             problems += found
+    if not problems:
+        problems = _sum_problems(config, phases)
     if problems:
         raise ValueError("\n".join(problems))
     return phases
@@ -88,29 +130,27 @@ def resolve_phases(config: Config) -> list[Phase]:
 def _resolve(config: Config, entry: PhaseConfig, index: int, start: int) -> Phase | list[str]:
     """The phase, or what is wrong with it."""
     schedule, where = config.schedule, f"phase {entry.name!r}: "
-    problems = []
     seq_length = entry.seq_length if entry.seq_length is not None else schedule.seq_length
     if seq_length is None or seq_length < 1:
         return [f"{where}seq_length = {seq_length}: must be given and above 0. Fix: --seq-length or the phase's key."]
-    batch = entry.global_batch_tokens if entry.global_batch_tokens is not None else schedule.global_batch_tokens
-    if batch is None and schedule.global_batch_size:
-        batch = schedule.global_batch_size * seq_length
-    if batch is None or batch < 1:
-        return [f"{where}global_batch_tokens = {batch}: must be given and above 0. Fix: --global-batch-tokens, "
-                "--global-batch-size or the phase's key."]
-    tokens = entry.train_tokens if entry.train_tokens is not None else _train_tokens(config, batch, seq_length)
+    problems: list[str] = []
+    batches = attempt(problems, lambda: _batches(config, entry, seq_length, start))
+    if batches is None:
+        return [where + problem for problem in problems]
+    tokens = entry.train_tokens if entry.train_tokens is not None else _train_tokens(config, batches, seq_length)
     if tokens is None or tokens < 1:
         problems.append(f"{where}train_tokens = {tokens}: must be given and above 0. Fix: --train-tokens, "
-                        "--train-samples, --train-iters or the phase's key.")
+                        "--train-samples, --train-iters (not with a batch that changes) or the phase's key.")
     micro = entry.micro_batch_size if entry.micro_batch_size is not None else schedule.micro_batch_size
     if micro < 1:
         problems.append(f"{where}micro_batch_size = {micro}: must be at least 1. Fix: give a positive number.")
-    elif batch % (seq_length * micro):
-        unit = seq_length * micro
-        problems.append(f"{where}global_batch_tokens = {batch}: must be a multiple of seq_length x micro_batch_size = "
-                        f"{unit}. Fix: {max(1, batch // unit) * unit} or {(batch // unit + 1) * unit}.")
+    else:
+        problems += [f"{where}global_batch_tokens = {batch}: must be a multiple of seq_length x micro_batch_size = "
+                     f"{unit}. Fix: {max(1, batch // unit) * unit} or {(batch // unit + 1) * unit}."
+                     for unit in [seq_length * micro] for _, batch in batches if batch % unit]
     if problems:
         return problems
+    stretches = cut_into_stretches(start, tokens, batches)
 
     def pick(name, section):
         value = getattr(entry, name)
@@ -121,24 +161,106 @@ def _resolve(config: Config, entry: PhaseConfig, index: int, start: int) -> Phas
         if hasattr(entry, field.name)})
     recompute = pick("recompute_granularity", config.model)
     return Phase(
-        name=entry.name, index=index, start=start, end=start + math.ceil(tokens / batch) * batch,
-        seq_length=seq_length, global_batch_tokens=batch, micro_batch_size=micro, layout=layout,
-        recompute_granularity=None if recompute == "none" else recompute,
+        name=entry.name, index=index, start=start, end=stretches[-1].end, tokens=tokens, seq_length=seq_length,
+        global_batch_tokens=max(stretch.batch for stretch in stretches), stretches=stretches, micro_batch_size=micro,
+        layout=layout, recompute_granularity=None if recompute == "none" else recompute,
+        cpu_offloading_num_layers=pick("cpu_offloading_num_layers", config.model),
         rotary_base=pick("rotary_base", config.model), document_masking=pick("document_masking", config.data),
         packing=pick("packing", config.data), data_exhausted=pick("data_exhausted", config.data),
         data_path=tuple(entry.data_path or config.data.data_path or config.data.train_data_path),
-        lr=pick("lr", config.optimizer), min_lr=pick("min_lr", config.optimizer))
+        lr=pick("lr", config.optimizer), min_lr=pick("min_lr", config.optimizer),
+        lr_schedule=entry.lr_schedule or "continue", lr_warmup_tokens=entry.lr_warmup_tokens or 0)
 
 
-def _train_tokens(config: Config, batch: int, seq_length: int) -> int | None:
+def _batches(config: Config, entry: PhaseConfig, seq_length: int, start: int) -> list[BatchStep]:
+    """The phase's batches by the clock: its own, or the run's.
+
+    Numbers of samples are of the phase's own length. A phase counts its own schedule from its start, the run its from
+    the run's, with samples of the first phase's length.
+
+    Raises:
+        ValueError: no batch is given, or a schedule that makes no sense.
+    """
+    schedule = config.schedule
+    own = entry.global_batch_tokens is not None or entry.rampup_batch_size or entry.step_batch_size_schedule
+    full = entry.global_batch_tokens if entry.global_batch_tokens is not None else schedule.global_batch_tokens
+    if full is None and schedule.global_batch_size:
+        full = schedule.global_batch_size * seq_length
+    section, begin = (entry, start) if own else (schedule, 0)
+    if section.rampup_batch_size and section.step_batch_size_schedule:
+        raise ValueError(f"rampup_batch_size = {' '.join(map(str, section.rampup_batch_size))}: cannot be combined "
+                         "with step_batch_size_schedule. Fix: one of them.")
+    if section.step_batch_size_schedule:
+        steps = parse_steps(section.step_batch_size_schedule, begin, seq_length)
+        largest = max(step.batch for step in steps)
+        # A phase may replace the batch that the run gives by a schedule.
+        if full is not None and full != largest and not (own and entry.global_batch_tokens is None):
+            raise ValueError(f"step_batch_size_schedule = {section.step_batch_size_schedule}: its largest batch is "
+                             f"{largest} tokens, but global_batch_size or global_batch_tokens mean {full}. Fix: leave "
+                             "those out, or make them agree.")
+        return _since(steps, start)
+    if full is None or full < 1:
+        raise ValueError(f"global_batch_tokens = {full}: must be given and above 0. Fix: --global-batch-tokens, "
+                         "--global-batch-size or the phase's key.")
+    if section.rampup_batch_size:
+        first_length = (config.schedule.phases or [entry])[0].seq_length or schedule.seq_length
+        length = seq_length if own else first_length
+        return _since(parse_ramp(section.rampup_batch_size, full, begin, seq_length, length), start)
+    return [BatchStep(start, full)]
+
+
+def _since(steps: list[BatchStep], start: int) -> list[BatchStep]:
+    """What of a schedule still matters at `start`."""
+    begun = [step for step in steps if step.threshold <= start]
+    return begun[-1:] + steps[len(begun):]
+
+
+def _train_tokens(config: Config, batches: list[BatchStep], seq_length: int) -> int | None:
     schedule = config.schedule
     if schedule.phases:
         return None
     if schedule.train_iters is not None:
-        return schedule.train_iters * batch
+        return schedule.train_iters * batches[0].batch if len(batches) == 1 else None
     if schedule.train_samples is not None:
         return schedule.train_samples * seq_length
     return schedule.train_tokens
+
+
+def _sum_problems(config: Config, phases: list[Phase]) -> list[str]:
+    """A length of the run that is given beside the phases must be their sum, and the decay must end with a phase."""
+    schedule, optimizer = config.schedule, config.optimizer
+    if not schedule.phases:
+        return []
+    problems = []
+    for name, parts in (("train_tokens", [phase.tokens for phase in phases]),
+                        ("train_iters", [phase.steps for phase in phases]),
+                        ("train_samples", [phase.tokens // phase.seq_length for phase in phases])):
+        given = getattr(schedule, name)
+        if given is not None and given != sum(parts):
+            problems.append(f"{name} = {given:,}: the phases make {' + '.join(f'{part:,}' for part in parts)} = "
+                            f"{sum(parts):,}, which is {abs(given - sum(parts)):,} "
+                            f"{'less' if given > sum(parts) else 'more'}. Fix: remove {name}, or change the phases.")
+    decay_end = optimizer.lr_decay_tokens
+    if decay_end is not None and optimizer.lr_decay_style != "constant" and phase_end(phases, decay_end) is None:
+        sums = accumulate(phase.tokens for phase in phases)
+        ends = ", ".join(f"{phase.name} at {asked:,}" + ("" if asked == phase.end else f" (whole steps: {phase.end:,})")
+                         for phase, asked in zip(phases, sums, strict=True))
+        problems.append(f"lr_decay_tokens = {decay_end:,}: must be where a phase ends: {ends}. Fix: remove it, which "
+                        "means the run's end, or one of these.")
+    for name in ("lr_decay_iters", "lr_decay_samples"):
+        if getattr(optimizer, name) is not None and optimizer.lr_decay_style != "constant":
+            problems.append(f"{name} = {getattr(optimizer, name):,}: phases have steps and samples of several sizes. "
+                            "Fix: remove it, which means the run's end, or give --lr-decay-tokens.")
+    return problems
+
+
+def phase_end(phases: list[Phase], position: int) -> int | None:
+    """In whole steps, the end of the phase that ends at `position` (as asked for or in whole steps); None without one.
+    """
+    for phase, asked in zip(phases, accumulate(phase.tokens for phase in phases), strict=True):
+        if position in (asked, phase.end):
+            return phase.end
+    return None
 
 
 def check_phases(phases: list[Phase], config: Config, world_size: int, vocab_size: int | None) -> list[str]:
@@ -157,6 +279,7 @@ def check_phases(phases: list[Phase], config: Config, world_size: int, vocab_siz
                 problems.append(f"{where}data_path = {' '.join(phase.data_path)}: cannot be combined with mock_data. "
                                 "Fix: remove one of them.")
             attempt(problems, lambda p=phase, w=where: parse_blend(p.data_path, f"{w}data_path"))
+        problems += [where + problem for problem in _setting_problems(phase)]
         if not (0 < phase.rotary_base < math.inf and 0 < phase.lr < math.inf and 0 <= phase.min_lr <= phase.lr):
             problems.append(f"{where}rotary_base = {phase.rotary_base}, lr = {phase.lr}, min_lr = {phase.min_lr}: the "
                             "first two must be above 0 and finite, min_lr between 0 and lr. Fix: change them.")
@@ -164,6 +287,24 @@ def check_phases(phases: list[Phase], config: Config, world_size: int, vocab_siz
         if longest is not None and phase.seq_length > longest:
             problems.append(f"{where}seq_length = {phase.seq_length}: beyond max_position_embeddings = {longest}. "
                             "Fix: raise max_position_embeddings or leave it out.")
+    return problems
+
+
+def _setting_problems(phase: Phase) -> list[str]:
+    """Settings of a phase that do not go together."""
+    problems = []
+    if phase.cpu_offloading_num_layers and phase.recompute_granularity != "full":
+        problems.append(f"cpu_offloading_num_layers = {phase.cpu_offloading_num_layers}: moves the inputs that "
+                        f"recompute_granularity = full keeps, but that is {phase.recompute_granularity}. Fix: give "
+                        "both, or 0 layers.")
+    if phase.cpu_offloading_num_layers < 0:
+        problems.append(f"cpu_offloading_num_layers = {phase.cpu_offloading_num_layers}: must be at least 0. Fix: give "
+                        "0 or more.")
+    if phase.lr_schedule == "rewarm" and phase.index == 0:
+        problems.append("lr_schedule = rewarm: is for a later phase. Fix: --lr-warmup-tokens for the start of the run.")
+    if phase.lr_warmup_tokens and phase.lr_schedule != "rewarm":
+        problems.append(f"lr_warmup_tokens = {phase.lr_warmup_tokens}: is for lr_schedule = rewarm, not "
+                        f"{phase.lr_schedule}. Fix: remove it, or give that.")
     return problems
 
 
@@ -193,12 +334,15 @@ def check_phase_layout(phase: Phase, config: Config, world_size: int, vocab_size
 
 def _batch_problems(phase: Phase, world_size: int) -> list[str]:
     unit = phase.seq_length * phase.micro_batch_size * phase.data_parallel_size(world_size)
-    if phase.global_batch_tokens % unit:
-        nearest = max(1, round(phase.global_batch_tokens / unit)) * unit
-        return [f"global_batch_tokens = {phase.global_batch_tokens}: must be a multiple of seq_length x "
-                f"micro_batch_size x data-parallel size = {unit}. Fix: {nearest}."]
-    problem = check_microbatches(phase.layout, phase.num_microbatches(world_size))
-    return [f"global_batch_tokens = {phase.global_batch_tokens}: gives {problem} of {unit} tokens."] if problem else []
+    problems = []
+    for batch in phase.batches:
+        if batch % unit:
+            nearest = max(1, round(batch / unit)) * unit
+            problems.append(f"global_batch_tokens = {batch}: must be a multiple of seq_length x micro_batch_size x "
+                            f"data-parallel size = {unit}. Fix: {nearest}.")
+        elif problem := check_microbatches(phase.layout, phase.num_microbatches(world_size, batch)):
+            problems.append(f"global_batch_tokens = {batch}: gives {problem} of {unit} tokens.")
+    return problems
 
 
 def nearest_layouts(phase: Phase, config: Config, world_size: int, vocab_size: int | None, count: int = 3) -> list[str]:
@@ -255,6 +399,10 @@ def describe(phases: list[Phase], world_size: int) -> str:
         lines.append(f"{phase.name:<12}{phase.seq_length:>9,}{phase.end - phase.start:>14,}{phase.steps:>8,}"
                      f"{phase.global_batch_tokens:>12,}{phase.num_microbatches(world_size):>7}   {layout.describe()} "
                      f"dp {phase.data_parallel_size(world_size)} {layout.sharding_strategy}")
+        if len(phase.batches) > 1:
+            changes = [f"{batch:,} from {start:,}" for start, _, batch in phase.stretches]
+            shown = changes if len(changes) <= 8 else [*changes[:4], "...", *changes[-3:]]
+            lines.append(f"{'':<12}batch: {', '.join(shown)}")
     if any(phase.layout.pipeline_model_parallel_size > 1 and phase.layout.sharding_strategy == "optim_grads"
            for phase in phases):
         lines.append("under pipeline parallelism gradients are reduced once per step: optim_grads acts as optim there")

@@ -88,7 +88,7 @@ def make_plan(config: Config, world_size: int, only_print: bool = False) -> Plan
     goes_on = progress is not None and not start.weights_only
     corpus, ledger, changes = _open_data(config, phases, learning_rate, description, start, progress)
     clock = progress["clock"] if goes_on else 0
-    check_windows(config.data, ledger, clock, progress["phase"]["global_batch_tokens"] if goes_on else 0, phases)
+    check_windows(config.data, ledger, clock, progress["last_batch_tokens"] if goes_on else 0, phases)
     rows = forecast_phases(ledger, corpus, clock, phases)
     if config.checkpoint.save and not only_print:
         _check_writable(Path(config.checkpoint.save))
@@ -170,6 +170,10 @@ def warnings_about(plan: Plan) -> list[str]:
     found += [f"{prefix}: {count:,} documents have no token and are never drawn"
               for prefix, count in plan.corpus.empty.items()]
     found += forecast_warnings(plan.ledger, plan.forecast)
+    decay_end, end = plan.learning_rate.arcs[-1].end, plan.phases[-1].end
+    if decay_end != end and config.optimizer.lr_decay_style in ("linear", "cosine", "WSD"):
+        found.append(f"the learning rate's decay ends at {decay_end:,} tokens, the run at {end:,}: "
+                     f"{'the rest is trained at min_lr' if decay_end < end else 'min_lr is not reached'}")
     if config.logging.eval_iters and not plan.corpus.validation:
         found.append("there are no validation documents (--split, --valid-data-path): nothing is evaluated")
     return found

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from data.config import parse_windows
+from pretrain.batch_schedule import Stretch, batch_at
 from pretrain.config import CheckpointConfig, Config
 from pretrain.learning_rate import LearningRate
 from pretrain.phases import Phase, phase_at, resolve_phases
@@ -35,8 +36,8 @@ SECTIONS: dict[str, Kind] = {"model": "forbidden", "layout": "free", "data": "da
 FIELDS: dict[str, Kind] = {
     # model: what does not shape the weights
     "model": "free", "group_query_attention": "free", "max_position_embeddings": "free", "init_method_std": "free",
-    "attention_backend": "free", "recompute_granularity": "free", "attention_dropout": "free",
-    "hidden_dropout": "free", "rotary_base": "effect",
+    "attention_backend": "free", "recompute_granularity": "free", "cpu_offloading_num_layers": "free",
+    "attention_dropout": "free", "hidden_dropout": "free", "rotary_base": "effect",
     # data: what the tokenizer's description, the blend, the phase or the skipped windows say
     "tokenizer_type": "effect", "tokenizer_model": "effect", "vocab_size": "effect", "data_path": "effect",
     "train_data_path": "effect", "data_args_path": "effect", "document_masking": "effect", "packing": "effect",
@@ -44,6 +45,7 @@ FIELDS: dict[str, Kind] = {
     "reset_attention_mask": "effect", "valid_data_path": "free", "data_cache_path": "free",
     # schedule: what the phase says
     "seq_length": "effect", "micro_batch_size": "free", "global_batch_size": "effect", "global_batch_tokens": "effect",
+    "rampup_batch_size": "effect", "step_batch_size_schedule": "effect",
     "train_iters": "effect", "train_samples": "effect", "train_tokens": "effect", "phases": "effect",
     "manual_gc": "free",
     # optimizer: settings named lr... and min_lr are judged by the learning rate (see kind_of)
@@ -53,10 +55,11 @@ FIELDS: dict[str, Kind] = {
 """Settings whose kind is not their section's."""
 
 PHASE: dict[str, Kind] = {
-    "name": "free", "index": "free", "start": "free", "end": "free", "seq_length": "data",
-    "global_batch_tokens": "optimization", "micro_batch_size": "free", "layout": "free",
-    "recompute_granularity": "free", "rotary_base": "optimization", "document_masking": "data", "packing": "data",
-    "data_path": "effect", "data_exhausted": "data", "lr": "effect", "min_lr": "effect",
+    "name": "free", "index": "free", "start": "free", "end": "free", "tokens": "free", "seq_length": "data",
+    "global_batch_tokens": "effect", "stretches": "effect", "micro_batch_size": "free", "layout": "free",
+    "recompute_granularity": "free", "cpu_offloading_num_layers": "free", "rotary_base": "optimization",
+    "document_masking": "data", "packing": "data", "data_path": "effect", "data_exhausted": "data", "lr": "effect",
+    "min_lr": "effect", "lr_schedule": "effect", "lr_warmup_tokens": "effect",
 }
 """What a difference of the phase that goes on means (pretrain/phases.py: Phase), every field of it."""
 
@@ -116,10 +119,12 @@ def stored_scheduler(stored: Config) -> dict[str, Any]:
     """The settings of the optimizer that give the checkpoint's learning rate and weight decay to any other run."""
     values = {name: value for name, value in vars(stored.optimizer).items()
               if is_learning_rate(name) or FIELDS.get(name) == "scheduler"}
-    rate = LearningRate.make(stored.optimizer, resolve_phases(stored))
+    if stored.schedule.phases:
+        return values
+    (arc,) = LearningRate.make(stored.optimizer, resolve_phases(stored)).arcs
     # In tokens: iterations, samples and "the end of the run" would mean something else there.
-    for prefix, tokens in (("lr_warmup", rate.warmup), ("lr_decay", rate.end if rate.style != "constant" else None),
-                           ("lr_wsd_decay", rate.wsd_decay or None)):
+    for prefix, tokens in (("lr_warmup", arc.warmup), ("lr_decay", arc.end if arc.style != "constant" else None),
+                           ("lr_wsd_decay", arc.wsd_decay or None)):
         units = [f"{prefix}_{unit}" for unit in ("iters", "samples", "fraction")]
         values |= {name: None for name in units if name in values} | {f"{prefix}_tokens": tokens}
     return values
@@ -149,6 +154,7 @@ def continuation_changes(stored: Config, config: Config, progress: dict, phases:
         found += [Change(f"phase {current.name!r}: {name}", before[name], now[name], kind)
                   for name, kind in PHASE.items()
                   if kind not in ("free", "effect") and name in before and before[name] != now[name]]
+        found += _batch_changes(progress, current)
     return found + _learning_rate_changes(stored, config, progress, phases, learning_rate)
 
 
@@ -222,8 +228,21 @@ def begun_phase(phases: list[Phase], progress: dict) -> Phase | None:
     """The phase at the checkpoint's clock, if the checkpoint's last step was in it too; None at a beginning or end."""
     phase = phase_at(phases, progress["clock"])
     # The last step may have reached beyond the end of its phase, where the batch was changed within that.
-    last_step = progress["clock"] - progress["phase"]["global_batch_tokens"]
+    last_step = progress["clock"] - progress["last_batch_tokens"]
     return phase if phase is not None and phase.start <= last_step else None
+
+
+def _batch_changes(progress: dict, current: Phase) -> list[Change]:
+    """Where the batch of the phase that goes on first differs from what it would have been; at most one."""
+    clock, theirs = progress["clock"], [Stretch(*stretch) for stretch in progress["phase"]["stretches"]]
+    end = min(theirs[-1].end, current.end)
+    for at in sorted({clock, *(stretch.start for stretch in (*theirs, *current.stretches) if clock < stretch.start < end
+                               )}):
+        before, now = batch_at(theirs, at), current.batch_at(at)
+        if before != now:
+            return [Change(f"phase {current.name!r}: global_batch_tokens from token {at:,} on", before, now,
+                           "optimization")]
+    return []
 
 
 def _learning_rate_changes(stored: Config, config: Config, progress: dict, phases: list[Phase],
@@ -250,7 +269,7 @@ def _learning_rate_changes(stored: Config, config: Config, progress: dict, phase
         if not math.isclose(before, now, rel_tol=1e-9):
             return [Change(f"learning rate at token {at:,}", before, now, "scheduler")]
     if end <= clock and current is not None and theirs is None:
-        names = ["lr"] if learning_rate.style == "constant" else ["lr", "min_lr"]
+        names = ["lr"] if config.optimizer.lr_decay_style == "constant" else ["lr", "min_lr"]
         return [Change(f"{name} of the phase that goes on", progress["phase"][name], getattr(current, name),
                        "scheduler") for name in names if progress["phase"][name] != getattr(current, name)]
     return []

@@ -21,6 +21,8 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     clock: int = 0
     """Positions consumed."""
+    last_batch: int = 0
+    """Tokens of the step before it."""
     real_tokens: int = 0
     """Tokens among them that were not padding."""
     skipped_in_a_row: int = 0

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from data.batch import DIGEST_BITS, Batch
 from model.build import build_stages
 from model.estimate import num_parameters, peak_flops, step_flops
 from model.init import initialize
@@ -121,7 +122,8 @@ class Trainer:
         checkpoint.load(self.plan.start.folder, tensors, self.layout.world)
         fill_tied_copy(state)
         if not self.plan.start.weights_only:
-            state.clock, state.real_tokens = progress["clock"], progress["real_tokens"]
+            state.clock, state.last_batch = progress["clock"], progress["last_batch_tokens"]
+            state.real_tokens = progress["real_tokens"]
             state.skipped_in_a_row, state.wandb_run_id = progress["skipped_in_a_row"], progress["wandb_run_id"]
         return state
 
@@ -149,6 +151,7 @@ class Trainer:
         state, settings = self.state, self.config.checkpoint
         for stage in state.stages:
             stage.rotary_base, stage.recompute = phase.rotary_base, phase.recompute_granularity
+            stage.offloaded_layers = phase.cpu_offloading_num_layers
         stepper = Stepper(state.stages, self.layout, self.config.model.hidden_size, self.compute_dtype,
                           phase.layout.sharding_strategy)
         if self.feed.enter(phase, state.clock):
@@ -175,7 +178,8 @@ class Trainer:
         data_seconds = time.perf_counter() - began
         lr = self.plan.learning_rate.at(state.clock, phase.lr, phase.min_lr)
         result = train_step(stepper, state.optimizer, microbatches, lr, config.optimizer.clip_grad)
-        state.clock += phase.global_batch_tokens
+        batch = phase.batch_at(state.clock)
+        state.clock, state.last_batch = state.clock + batch, batch
         sources = self.feed.tokens_by_source(state.clock) if self.world.rank == 0 else {}
         state.real_tokens = sum(sources.values())
         state.skipped_in_a_row = state.skipped_in_a_row + 1 if result.skipped else 0
@@ -183,30 +187,36 @@ class Trainer:
             raise RuntimeError(f"{state.skipped_in_a_row} steps in a row had a gradient that is not finite; the last "
                                f"loss was {result.loss}. Lower the learning rate or look at the data of these steps.")
         seconds = time.perf_counter() - began
-        pairs, stop, memory, slowest_data = self._reduce_over_ranks(microbatches, phase, step + 1, data_seconds)
-        flops = step_flops(config.model, self.plan.vocab_size, phase.global_batch_tokens, pairs)
+        pairs, stop, digest, memory, slowest_data = self._reduce_over_ranks(microbatches, step + 1, data_seconds)
+        flops = step_flops(config.model, self.plan.vocab_size, batch, pairs)
         rate = peak_flops(torch.cuda.get_device_name(self.layout.device)) if self.layout.device.type == "cuda" else None
         return {"step": step + 1, "tokens": state.clock, "real_tokens": state.real_tokens, "phase": phase.name,
-                "seq_length": phase.seq_length, "loss": result.loss, "grad_norm": result.grad_norm, "lr": lr,
-                "num_targets": result.num_targets, "tokens_per_second": phase.global_batch_tokens / seconds,
+                "seq_length": phase.seq_length, "global_batch_tokens": batch, "loss": result.loss,
+                "grad_norm": result.grad_norm, "lr": lr, "num_targets": result.num_targets,
+                "tokens_per_second": batch / seconds,
                 "mfu": flops / (seconds * rate * self.world.size) if rate else None, "peak_memory_bytes": memory,
                 "step_seconds": seconds, "data_seconds": slowest_data, "skipped": result.skipped,
+                "data_digest": digest,
                 "sources": sources if len(sources) <= SHOWN_SOURCES else None, "stop": stop}
 
-    def _reduce_over_ranks(self, microbatches, phase: Phase, step: int, data_seconds: float):
-        """Causal pairs of the global batch, whether any rank wants to stop, and the largest memory and data time."""
+    def _reduce_over_ranks(self, microbatches: list[Batch], step: int, data_seconds: float):
+        """Causal pairs of the global batch, whether any rank wants to stop, the digest of the data, and the largest
+        memory and data time."""
         layout, settings = self.layout, self.config.checkpoint
         lengths = [batch.cu_seqlens.diff().double() for batch in microbatches]
         pairs = sum(float((n * (n + 1) / 2).sum()) for n in lengths)
         minutes = (time.monotonic() - self.started) / 60
         stop = self.signalled or bool(settings.exit_interval and step % settings.exit_interval == 0) or bool(
             settings.exit_duration_in_mins and minutes >= settings.exit_duration_in_mins)
-        is_counted = layout.tp.is_first and layout.cp.is_first and layout.pp.is_first
-        sums = torch.tensor([pairs if is_counted else 0.0, float(stop)], dtype=torch.float64, device=layout.device)
+        # All tp and pp ranks have the same slices; all cp ranks have the lengths of the whole microbatch.
+        has_own_slice = layout.tp.is_first and layout.pp.is_first
+        digest = sum(batch.digest for batch in microbatches) % 2**DIGEST_BITS
+        own = [pairs if has_own_slice and layout.cp.is_first else 0, digest if has_own_slice else 0, stop]
+        sums = torch.tensor(own, dtype=torch.float64, device=layout.device)
         highest = torch.tensor([_peak_memory(layout), data_seconds], dtype=torch.float64, device=layout.device)
-        pairs, stops = all_reduce(sums, layout.world).tolist()
+        pairs, digest, stops = all_reduce(sums, layout.world).tolist()
         memory, slowest_data = all_reduce(highest, layout.world, torch.distributed.ReduceOp.MAX).tolist()
-        return pairs, stops > 0, int(memory), slowest_data
+        return pairs, stops > 0, f"{int(digest) % 2**DIGEST_BITS:010x}", int(memory), slowest_data
 
     def _evaluate(self, stepper: Stepper, phase: Phase, step: int, reporter: Reporter) -> None:
         if self.config.logging.eval_iters == 0:
@@ -230,7 +240,7 @@ class Trainer:
         reporter.account(step, state.clock, drawn["account"])
         progress = {"step": step, "clock": state.clock, "real_tokens": state.real_tokens,
                     "skipped_in_a_row": state.skipped_in_a_row, "wandb_run_id": state.wandb_run_id,
-                    "phase": dataclasses.asdict(phase),
+                    "phase": dataclasses.asdict(phase), "last_batch_tokens": state.last_batch,
                     "longest_seq_length": longest, "seed": self.config.optimizer.seed,
                     "data": drawn, "tokenizer": self.plan.tokenizer_description,
                     "has_optimizer": has_optimizer,

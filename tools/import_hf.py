@@ -97,7 +97,8 @@ def import_folder(arguments: Arguments) -> Path:
     config.data.tokenizer_model = str(folder.resolve()) if tokenizer_files else None
     tensors = fit(read_weights(folder), config)
     length = source.get("max_position_embeddings")
-    progress = {"step": 0, "clock": 0, "real_tokens": 0, "skipped_in_a_row": 0, "wandb_run_id": None,
+    progress = {"step": 0, "clock": 0, "last_batch_tokens": 0, "real_tokens": 0, "skipped_in_a_row": 0,
+                "wandb_run_id": None,
                 "phase": {"name": "imported", "index": 0, "seq_length": length,
                           "rotary_base": config.model.rotary_base},
                 "longest_seq_length": length, "seed": None, "data": None,

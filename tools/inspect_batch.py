@@ -34,11 +34,11 @@ def describe_batch(flags: list[str], world_size: int, name: str, batch: int) -> 
                          "these.")
     if not 0 <= batch < phase.steps:
         raise ValueError(f"batch = {batch}: phase {name} has steps 0 to {phase.steps - 1}. Fix: one of these.")
-    clock = phase.start + batch * phase.global_batch_tokens
+    clock = phase.start_of_step(batch)
     begun = plan.progress["clock"] if plan.progress and not plan.start.weights_only else 0
     ledger = ledger_at(plan.config.data, plan.corpus, plan.ledger, begun, plan.phases, clock)
     mixture, first = ledger.mixture(), ledger.samples_at(clock)
-    count = phase.global_batch_tokens // phase.seq_length
+    count = phase.batch_at(clock) // phase.seq_length
     samples = mixture.samples(range(first, first + count))
     sources = {id(stream): source for source, stream in plan.corpus.train.items()}
     lines = [f"phase {name}, step {batch} (clock {clock:,}): {count:,} samples of {phase.seq_length:,} tokens, "
@@ -71,7 +71,7 @@ def _describe_ranks(plan: Plan, phase: Phase, mixture, start: int, clock: int, w
         for cp_rank in range(a2a * gather):
             pieces = rank_pieces(phase.seq_length * phase.micro_batch_size, cp_rank % a2a, a2a, cp_rank // a2a, gather)
             loader = Loader(mixture, start, micro_batch_size=phase.micro_batch_size, dp_rank=dp_rank, dp_size=dp,
-                            global_batch_tokens=phase.global_batch_tokens, pieces=pieces, prefetch=False,
+                            global_batch_tokens=phase.batch_at(clock), pieces=pieces, prefetch=False,
                             document_masking=phase.document_masking, eod=tokenizer.eod if tokenizer else None,
                             eod_mask_loss=data.eod_mask_loss, vocab_size=plan.vocab_size)
             for number, batch in enumerate(loader.read(clock)):

@@ -52,6 +52,7 @@ class Case:
     samples: int = 8
     document_masking: bool = True
     recompute: str | None = None
+    offloaded_layers: int = 0
     sequence_parallel: bool = False
     clip_grad: float = 1.0
     steps: int = 1
@@ -88,7 +89,7 @@ class Case:
                               compute_dtype=compute)
         initialize(stages, config, layout, seed)
         for stage in stages:
-            stage.recompute = self.recompute
+            stage.recompute, stage.offloaded_layers = self.recompute, self.offloaded_layers
         stepper = Stepper(stages, layout, config.hidden_size, compute, self.strategy)
         mixture = fresh_mixture([(1.0, memory_stream(self.lengths, seed))], self.seq_length)
         loader = Loader(mixture, micro_batch_size=self.micro_batch_size,

@@ -31,7 +31,7 @@ CASES = {
     "cp2 dp2 micro2": Case(cp=2, dp=2, micro_batch_size=2),
     "dp2 zero1": Case(dp=2, strategy="optim"),
     "dp2 zero3": Case(dp=2, strategy="optim_grads_params"),
-    "cp2 zero3 recompute": Case(cp=2, strategy="optim_grads_params", recompute="full"),
+    "cp2 zero3 recompute": Case(cp=2, strategy="optim_grads_params", recompute="full", offloaded_layers=1),
     "pp2 dp2 zero3 recompute": Case(pp=2, dp=2, strategy="optim_grads_params", recompute="full", model=QWEN2_TIED),
     "cp4 no masking": Case(cp=4, document_masking=False),
     "cp4 long documents": Case(cp=4, lengths=(400,), model=UNTIED),

@@ -73,7 +73,8 @@ def test_tp2_pp2_continues_on_cp4_with_the_same_next_loss(pool, corpus, tmp_path
 
 
 PHASES = [
-    dict(name="short", seq_length=64, train_tokens=512, global_batch_tokens=256, tensor_model_parallel_size=2),
+    dict(name="short", seq_length=64, train_tokens=512, step_batch_size_schedule="0:2 128:4",
+         tensor_model_parallel_size=2),
     dict(name="same-layout", seq_length=128, train_tokens=512, global_batch_tokens=256, rotary_base=30000.0,
          document_masking=False, tensor_model_parallel_size=2, packing="best_fit"),
     dict(name="pipeline", seq_length=128, train_tokens=512, global_batch_tokens=512, context_parallel_size=2,
@@ -105,22 +106,25 @@ def test_phases_with_changing_layouts_equal_one_process(pool, corpus, tmp_path):
     outcomes = [pool.run(train, 4, arguments("four", True)) for _ in range(3)]
     assert outcomes == [["again"] * 4, ["again"] * 4, ["done"] * 4]
     expected, found = losses(tmp_path / "one"), losses(tmp_path / "four")
-    assert sorted(found) == list(range(1, 8)) and found.keys() == expected.keys()
+    assert sorted(found) == list(range(1, 9)) and found.keys() == expected.keys()
     assert all(abs(found[step] - expected[step]) <= 1e-10 * expected[step] for step in expected)
     lines = [json.loads(line) for line in (tmp_path / "four" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["tokens"] for line in lines] == [256, 512, 768, 1024, 1536, 2048, 2560]
+    one = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["data_digest"] for line in lines] == [line["data_digest"] for line in one]
+    assert len({line["data_digest"] for line in lines}) == 8
+    assert [line["tokens"] for line in lines] == [128, 384, 640, 896, 1152, 1664, 2176, 2688]
     for line in lines:
         assert line["real_tokens"] == sum(line["sources"].values()) <= line["tokens"]
     assert lines[-1]["real_tokens"] < lines[-1]["tokens"], "best_fit must have padded"
-    assert lines[1]["sources"] == {corpus: 384, other: 128}  # 5.6 and 2.4 of 8 samples
+    assert lines[1]["sources"] == {corpus: 256, other: 128}  # 4.2 and 1.8 of 6 samples
     rows = checkpoint.read_progress(checkpoint.published(tmp_path / "four"))["data"]["account"]
     assert {(row["phase"], row["source"]) for row in rows} == {
         ("short", corpus), ("short", other), ("same-layout", corpus), ("pipeline", other), ("long", corpus),
         ("long", f"{other}[30:]")}
     assert sum(row["tokens"] for row in rows) == lines[-1]["real_tokens"]
     saves = [json.loads(line) for line in (tmp_path / "four" / "ledger.jsonl").read_text().splitlines()]
-    assert [save["step"] for save in saves] == [2, 4, 5, 7] and saves[-1]["account"] == rows
-    assert [line["phase"] for line in lines] == ["short"] * 2 + ["same-layout"] * 2 + ["pipeline"] + ["long"] * 2
+    assert [save["step"] for save in saves] == [3, 5, 6, 8] and saves[-1]["account"] == rows
+    assert [line["phase"] for line in lines] == ["short"] * 3 + ["same-layout"] * 2 + ["pipeline"] + ["long"] * 2
     one, four = stored(tmp_path / "one"), stored(tmp_path / "four")
     for name, tensor in one.items():
         assert np.abs(four[name] - tensor).max() <= 1e-9 * max(np.abs(tensor).max(), 1e-30), name
@@ -150,7 +154,7 @@ def test_another_batch_size_on_continuing_keeps_the_step_count(pool, corpus, tmp
     save = str(tmp_path / "save")
     pool.run(train, 1, base_arguments(corpus, save=save, train_iters=4))
     longer = base_arguments(corpus, save=save, train_iters=4, global_batch_size=8)
-    assert "phase 'main': global_batch_tokens: checkpoint 256, run 512" in refusal(pool, longer)
+    assert "phase 'main': global_batch_tokens from token 1,024 on: checkpoint 256, run 512" in refusal(pool, longer)
     assert pool.run(train, 1, [*longer, "--accept-changes", "optimization"]) == ["done"]
     assert sorted(losses(save)) == [1, 2, 3, 4, 5, 6]
     assert sorted(path.name for path in (tmp_path / "save").glob("iter_*")) == ["iter_0000004", "iter_0000006"]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.batch import IGNORE, Batch, Sample, read_batch
+from data.batch import DIGEST_BITS, IGNORE, Batch, Sample, digest, read_batch
 from data.ledger import fresh_mixture
 from data.loader import Loader
 from data.stream import DocumentStream
@@ -178,6 +178,23 @@ def test_which_rank_holds_which_sample(stream):
         for j, batch in enumerate(loader.read(12)):
             first = (j * 2 + d) * 2
             assert batch.tokens.tolist() == stream.read(12 + first * 4, 8).tolist()
+
+
+def test_the_digest_of_a_global_batch_is_the_same_however_it_is_cut(stream):
+    def of_layout(micro, dp, cp, clock=32, **settings):
+        unit = 8 * micro // cp
+        loaders = [make_loader(stream, micro_batch_size=micro, global_batch_tokens=64, dp_rank=d, dp_size=dp,
+                               pieces=[(c * unit, (c + 1) * unit)], **settings) for d in range(dp) for c in range(cp)]
+        return sum(batch.digest for loader in loaders for batch in loader.read(clock)) % 2**DIGEST_BITS
+
+    whole = of_layout(1, 1, 1)
+    assert 0 < whole < 2**DIGEST_BITS
+    assert [of_layout(*layout) for layout in ((8, 1, 1), (2, 2, 1), (1, 1, 4), (2, 4, 8), (4, 2, 2))] == [whole] * 5
+    assert of_layout(1, 1, 1, clock=40) != whole, "other samples"
+    assert of_layout(1, 1, 1, document_masking=False) != whole, "the same inputs, other labels"
+    batch = make_loader(stream, micro_batch_size=1).read(0)[0]
+    swapped = Batch(batch.tokens.flip(0), batch.labels, batch.positions, batch.cu_seqlens)
+    assert digest(swapped, [(0, 8)], 0) != digest(batch, [(0, 8)], 0) == batch.digest, "the same tokens in other places"
 
 
 def test_loader_refuses(stream):

@@ -70,7 +70,7 @@ def test_all_yaml_errors_at_once(tmp_path):
     text = str(error.value)
     for part in ("num_layrs: no such setting. Fix: did you mean num_layers?", "lr = 'fast': must be a number",
                  "bf16 = 'maybe': must be true or false", "'8q' is no token count",
-                 "lr_decay_style = 'wsd': must be one of constant, linear, cosine, WSD",
+                 "lr_decay_style = 'wsd': must be one of constant, linear, cosine, inverse-square-root, WSD",
                  "seed = ['1', '2']: must be a single value", "phases[0]: nam: no such setting"):
         assert part in text
     assert len(text.splitlines()) == 7 and all(path in line for line in text.splitlines())

@@ -65,6 +65,20 @@ def test_flat_settings_are_one_phase():
     (dict(train_tokens=0), "train_tokens = 0: must be given and above 0"),
     (dict(global_batch_tokens=200), "must be a multiple of seq_length x micro_batch_size = 128. Fix: 128 or 256"),
     (dict(micro_batch_size=0), "micro_batch_size = 0: must be at least 1"),
+    (dict(rampup_batch_size=[1, 1]), "rampup_batch_size = 1 1: must be START INCREMENT SAMPLES"),
+    (dict(rampup_batch_size=[0, 1, 9]), "must be START INCREMENT SAMPLES, the first two above 0"),
+    (dict(global_batch_tokens=640, rampup_batch_size=[2, 2, 9]), "256 tokens + n x 256 tokens must reach the full "
+     "batch of 640 tokens (2 and 2 samples of 128 tokens). Fix: for example a full batch of 768 tokens"),
+    (dict(rampup_batch_size=[4, 1, 9]), "512 tokens + n x 128 tokens must reach the full batch of 256"),
+    (dict(rampup_batch_size=[1, 1, 9], step_batch_size_schedule="0:1"), "cannot be combined with step_batch_size_sche"),
+    (dict(step_batch_size_schedule="0:1 512:4"), "its largest batch is 512 tokens, but global_batch_size or "
+     "global_batch_tokens mean 256"),
+    (dict(step_batch_size_schedule="0:1 512"), "'512' is not TOKENS:SAMPLES. Fix: for example"),
+    (dict(step_batch_size_schedule="0:1 512:0"), "'512:0' is not TOKENS:SAMPLES"),
+    (dict(step_batch_size_schedule="128:1 512:2"), "must begin at 0"),
+    (dict(step_batch_size_schedule="0:1 512:2 512:1"), "the token counts must rise"),
+    (dict(step_batch_size_schedule="0:3 512:2", micro_batch_size=2, global_batch_tokens=None),
+     "global_batch_tokens = 384: must be a multiple of seq_length x micro_batch_size = 256. Fix: 256 or 512"),
 ])
 def test_incomplete_phases_are_refused(change, message):
     entry = dict(name="a", seq_length=128, train_tokens=1000, global_batch_tokens=256) | change
@@ -74,11 +88,11 @@ def test_incomplete_phases_are_refused(change, message):
 
 
 def test_all_phase_problems_are_reported_at_once():
-    broken = config(train_tokens=5, phases=[PhaseConfig(name="x"), PhaseConfig(name="x", seq_length=8)])
+    broken = config(phases=[PhaseConfig(name="x"), PhaseConfig(name="x", seq_length=8)])
     with pytest.raises(ValueError) as error:
         resolve_phases(broken)
     text = str(error.value)
-    assert "stands twice" in text and "each entry of `phases` says its own tokens" in text
+    assert "stands twice" in text
     assert "seq_length = None" in text and "global_batch_tokens = None: must be given" in text
 
 
@@ -120,6 +134,8 @@ def test_all_phase_problems_are_reported_at_once():
      "the 130 tokens of a microbatch must be a multiple of 4. Fix: for example a seq_length of 128"),
     (dict(rotary_base=0.0), 1, "must be above 0"),
     (dict(rotary_base=float("inf")), 1, "must be above 0 and finite"),
+    (dict(cpu_offloading_num_layers=2), 1, "moves the inputs that recompute_granularity = full keeps, but that is N"),
+    (dict(cpu_offloading_num_layers=-1, recompute_granularity="full"), 1, "must be at least 0"),
     (dict(lr=float("nan")), 1, "must be above 0 and finite"),
     (dict(min_lr=-5.0), 1, "min_lr between 0 and lr"),
 ])
@@ -202,6 +218,101 @@ def test_possible_layouts_pass():
     assert check_phases(resolve_phases(made), made, 2, vocab_size=100) == []
 
 
+def ramped(entry: dict) -> list[tuple[int, int, int]]:
+    """Stretches of a phase that begins at 640."""
+    made = config(phases=[PhaseConfig(name="first", seq_length=64, train_tokens=640, global_batch_tokens=64),
+                          PhaseConfig(**(dict(name="a", seq_length=128, train_tokens=4000) | entry))])
+    return [tuple(stretch) for stretch in resolve_phases(made)[1].stretches]
+
+
+def test_a_scheduled_batch_changes_at_whole_steps():
+    """Thresholds count from the phase's start (640); steps that began keep their size; ends join."""
+    assert ramped(dict(step_batch_size_schedule="0:1 300:2 1K:4")) == [
+        (640, 640 + 384, 128), (1024, 1024 + 768, 256), (1792, 1792 + 6 * 512, 512)]
+    assert ramped(dict(step_batch_size_schedule="0:4 100:2 200:8")) == [(640, 1152, 512), (1152, 1152 + 4096, 1024)], \
+        "a size whose time is over before a step begins is left out"
+    assert ramped(dict(global_batch_tokens=512, rampup_batch_size=[1, 1, 9]))[:3] == [
+        (640, 640 + 384, 128), (1024, 1024 + 512, 256), (1536, 1536 + 384, 384)]
+    assert ramped(dict(global_batch_tokens=512, rampup_batch_size=[4, 1, 9])) == [(640, 640 + 4096, 512)]
+    assert ramped(dict(global_batch_tokens=512, rampup_batch_size=[1, 1, 0])) == [(640, 640 + 4096, 512)]
+
+
+def test_the_runs_schedule_is_on_the_runs_clock():
+    """Phases that say nothing of their own follow it, with samples of their own length."""
+    made = config(step_batch_size_schedule="0:2 600:4", seq_length=64, phases=[
+        PhaseConfig(name="a", train_tokens=512), PhaseConfig(name="b", train_tokens=512),
+        PhaseConfig(name="c", train_tokens=512, seq_length=128),
+        PhaseConfig(name="d", train_tokens=512, global_batch_tokens=64)])
+    assert [[tuple(stretch) for stretch in phase.stretches] for phase in resolve_phases(made)] == [
+        [(0, 512, 128)], [(512, 640, 128), (640, 1152, 256)], [(1152, 1664, 512)], [(1664, 2176, 64)]]
+    made = config(rampup_batch_size=[1, 1, 16], global_batch_size=3, phases=[
+        PhaseConfig(name="a", seq_length=64, train_tokens=256),
+        PhaseConfig(name="b", seq_length=128, train_tokens=2048)])
+    assert [stretch.batch for phase in resolve_phases(made) for stretch in phase.stretches] == [64, 128, 256, 384]
+    assert [phase.end for phase in resolve_phases(made)] == [256, 256 + 2304]
+
+
+@pytest.mark.parametrize("ramp, full, samples", [([2, 2, 100], 8, 400), ([1, 3, 77], 16, 300), ([4, 4, 1000], 40, 1500),
+                                                 ([3, 1, 10], 13, 200)])
+def test_the_ramp_is_megatrons(ramp, full, samples):
+    """Its own calculator, asked before each step."""
+    import torch  # noqa: F401  (megatron needs it loaded)
+    from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
+
+    (phase,) = resolve_phases(config(seq_length=16, global_batch_size=full, rampup_batch_size=ramp,
+                                     train_samples=samples))
+    theirs = RampupBatchsizeNumMicroBatchesCalculator(full, 1, 1, False, 0, *ramp)
+    clock = 0
+    while clock < phase.end:
+        theirs.update(clock // 16, False)
+        assert phase.batch_at(clock) == 16 * theirs.get_current_global_batch_size(), clock
+        clock += phase.batch_at(clock)
+    assert clock == phase.end
+
+
+def test_places_of_steps():
+    (phase,) = resolve_phases(config(seq_length=10, step_batch_size_schedule="0:1 25:2 60:5", train_tokens=100))
+    starts, clock = [], 0
+    while clock < phase.end:
+        starts.append(clock)
+        clock += phase.batch_at(clock)
+    assert starts == [0, 10, 20, 30, 50, 70] and phase.end == 120 and phase.steps == 6
+    assert [phase.start_of_step(number) for number in range(6)] == starts
+    assert [phase.first_step_from(at) for at in (0, 1, 21, 31, 51, 70, 71)] == [0, 10, 30, 50, 70, 70, 120]
+    assert [phase.end_of_steps(at) for at in (0, 30, 40, 60, 110)] == [120, 120, 130, 130, 160], "off the places, too"
+
+
+def test_iterations_need_a_constant_batch():
+    with pytest.raises(ValueError, match="train_tokens = None: must be given.* .not with a batch that changes"):
+        resolve_phases(config(seq_length=10, step_batch_size_schedule="0:1 25:2", train_iters=10))
+
+
+@pytest.mark.parametrize("given, message", [
+    (dict(train_tokens=3050), "train_tokens = 3,050: the phases make 1,000 + 2,048 + 1 = 3,049, which is 1 less"),
+    (dict(train_iters=6), "train_iters = 6: the phases make 4 + 2 + 1 = 7, which is 1 more"),
+    (dict(train_samples=20), "train_samples = 20: the phases make 7 + 4 + 0 = 11, which is 9 less"),
+    (dict(lr_decay_tokens=2000), "lr_decay_tokens = 2,000: must be where a phase ends: a at 1,000 (whole steps: "
+     "1,024), b at 3,048 (whole steps: 3,072), c at 3,049 (whole steps: 5,120). Fix: remove it"),
+    (dict(lr_decay_iters=7), "lr_decay_iters = 7: phases have steps and samples of several sizes"),
+])
+def test_phases_that_do_not_add_up_are_refused_with_the_arithmetic(given, message):
+    made = three_phases()
+    for name, value in given.items():
+        setattr(made.optimizer if name.startswith("lr") else made.schedule, name, value)
+    with pytest.raises(ValueError) as error:
+        resolve_phases(made)
+    assert message in str(error.value)
+
+
+def test_a_sum_that_is_right_is_accepted_and_the_decay_ends_with_its_phase():
+    made = three_phases()
+    made.schedule.train_tokens, made.schedule.train_iters, made.optimizer.lr_decay_style = 3049, 7, "linear"
+    for asked, end in ((1000, 1024), (1024, 1024), (3048, 3072), (3049, 5120), (None, 5120)):
+        made.optimizer.lr_decay_tokens = asked
+        (arc,) = LearningRate.make(made.optimizer, resolve_phases(made)).arcs
+        assert arc.end == end
+
+
 def rates(config_changes: dict, clocks) -> list[float]:
     made = config(seq_length=10, global_batch_tokens=10, train_tokens=1000)
     for name, value in config_changes.items():
@@ -215,6 +326,9 @@ def test_learning_rate_shapes():
     close = pytest.approx
     assert rates(dict(lr_decay_style="constant", lr_warmup_iters=10), (0, 50, 100, 999)) == [0.0, 0.5, 1.0, 1.0]
     assert rates(dict(lr_decay_style="linear"), (0, 500, 1000)) == close([1.0, 0.55, 0.1])
+    assert rates(dict(lr_decay_style="inverse-square-root", lr_warmup_iters=4), (20, 40, 160, 999999)) == close(
+        [0.5, 1.0, 0.5, 0.1])
+    assert rates(dict(lr_decay_style="inverse-square-root"), (0, 10, 40)) == close([1.0, 1.0, 0.5])
     assert rates(dict(lr_decay_style="cosine", lr_warmup_fraction=0.5), (250, 500, 750, 1000)) == close(
         [0.5, 1.0, 0.55, 0.1])
     wsd = dict(lr_decay_style="WSD", lr_wsd_decay_samples=20)
@@ -229,3 +343,53 @@ def test_learning_rate_pieces_longer_than_the_run_are_refused():
         rates(dict(lr_decay_style="WSD", lr_wsd_decay_tokens=900, lr_warmup_tokens=200), ())
     with pytest.raises(ValueError, match="needs the length of its final decay"):
         rates(dict(lr_decay_style="WSD"), ())
+
+
+def arcs_of(style: str, *changes: dict, **optimizer) -> LearningRate:
+    """Three phases of 100 tokens each, with changes to them."""
+    made = config(phases=[PhaseConfig(**(dict(name=name, seq_length=10, train_tokens=100, global_batch_tokens=10)
+                                         | change)) for name, change in zip("abc", changes, strict=True)])
+    made.optimizer.lr, made.optimizer.min_lr, made.optimizer.lr_decay_style = 1.0, 0.1, style
+    for name, value in optimizer.items():
+        setattr(made.optimizer, name, value)
+    phases = resolve_phases(made)
+    assert check_phases(phases, made, 1, 100) == []
+    return LearningRate.make(made.optimizer, phases)
+
+
+def test_a_phase_warms_up_again_from_where_the_last_one_ended():
+    rate = arcs_of("cosine", {}, dict(lr_schedule="rewarm", lr_warmup_tokens=20), {}, lr_warmup_tokens=10)
+    values = [rate.at(clock, 1.0, 0.1) for clock in (0, 5, 10, 99, 100, 110, 120, 210, 300)]
+    assert values == pytest.approx([0, 0.5, 1.0, 0.1, 0.1, 0.55, 1.0, 0.55, 0.1], abs=1e-3)
+    rate = arcs_of("WSD", {}, dict(lr_schedule="rewarm"), {}, lr_wsd_decay_tokens=50)
+    assert [rate.at(clock, 1.0, 0.1) for clock in (99, 100, 249)] == [1.0, 1.0, 1.0] and rate.at(300, 1.0, 0.1) == 0.1
+
+
+def test_wsd_decays_over_the_last_phases():
+    rate = arcs_of("WSD", {}, dict(lr_schedule="decay"), dict(lr_schedule="decay"), lr_wsd_decay_style="linear")
+    assert [rate.at(clock, 1.0, 0.0) for clock in (0, 99, 100, 150, 200, 290, 300)] == pytest.approx(
+        [1.0, 1.0, 1.0, 0.75, 0.5, 0.05, 0.0])
+
+
+@pytest.mark.parametrize("style, changes, optimizer, message", [
+    ("cosine", ({}, {}, dict(lr_schedule="decay")), {}, "is WSD's final decay, but lr_decay_style = cosine"),
+    ("WSD", ({}, {}, dict(lr_schedule="decay")), dict(lr_wsd_decay_tokens=5), "length is also given, 5 tokens"),
+    ("WSD", ({}, dict(lr_schedule="decay"), {}), {}, "phase 'c': lr_schedule = continue: the decay that begins with "
+     "phase 'b' goes on to the end"),
+    ("WSD", ({}, dict(lr_schedule="rewarm", lr_warmup_tokens=180), {}), dict(lr_wsd_decay_tokens=50),
+     "lr_warmup = 180 tokens, lr_wsd_decay = 50 tokens: together they must not exceed the schedule's 200"),
+])
+def test_learning_rates_of_phases_that_make_no_sense(style, changes, optimizer, message):
+    with pytest.raises(ValueError) as error:
+        arcs_of(style, *changes, **optimizer)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(lr_schedule="rewarm"), "lr_schedule = rewarm: is for a later phase"),
+    (dict(lr_warmup_tokens=5), "lr_warmup_tokens = 5: is for lr_schedule = rewarm, not continue"),
+])
+def test_warmups_that_would_not_act_are_refused(change, message):
+    made = config(phases=[PhaseConfig(**(dict(name="a", seq_length=128, train_tokens=256, global_batch_tokens=256)
+                                         | change))])
+    assert any(message in problem for problem in check_phases(resolve_phases(made), made, 1, 100))

@@ -35,7 +35,8 @@ def progress_of(config: Config, clock: int, tokenizer=TOKENIZER) -> dict:
     """progress.json at `clock`, as far as the contract reads it."""
     phase = phase_at(resolve_phases(config), clock - 1)
     longest = max(entry.seq_length for entry in resolve_phases(config))
-    return json.loads(json.dumps({"clock": clock, "phase": dataclasses.asdict(phase), "tokenizer": tokenizer,
+    return json.loads(json.dumps({"clock": clock, "last_batch_tokens": 256,
+                                  "phase": dataclasses.asdict(phase), "tokenizer": tokenizer,
                                   "longest_seq_length": longest, "data": {"segments": [{}]}}))
 
 
@@ -111,8 +112,12 @@ def test_nothing_changed_is_nothing():
     ("--clip-grad 2 --bf16", [("clip_grad", "optimization"), ("bf16", "optimization")]),
     ("--weight-decay 0.2", [("weight_decay", "scheduler")]),
     ("--rotary-base 5e5", [("phase 'main': rotary_base", "optimization")]),
-    ("--global-batch-size 8 --train-iters 50 --lr-warmup-iters 1", [("phase 'main': global_batch_tokens",
-                                                                     "optimization")]),
+    ("--global-batch-size 8 --train-iters 50 --lr-warmup-iters 1", [
+        ("phase 'main': global_batch_tokens from token 10,240 on", "optimization")]),
+    ("--rampup-batch-size 2 2 32", []),  # is over by now
+    ("--rampup-batch-size 2 1 180", [("phase 'main': global_batch_tokens from token 10,240 on", "optimization")]),
+    ("--step-batch-size-schedule 0:4,15360:8", [
+        ("phase 'main': global_batch_tokens from token 15,360 on", "optimization")]),
     ("--lr 2e-3", [("learning rate", "scheduler")]),
     ("--min-lr 1e-4", [("learning rate", "scheduler")]),
     ("--lr-decay-style linear", [("learning rate", "scheduler")]),
@@ -129,6 +134,10 @@ def test_each_kind_of_change(flags, expected):
     config = asked(flags)
     if "--global-batch-tokens" in words:
         config.schedule.global_batch_size = config.optimizer.lr_warmup_iters = None
+    if "ramp" in flags or "step" in flags:
+        config.schedule.train_iters, config.schedule.train_tokens = None, 25600
+    if "step" in flags:
+        config.schedule.global_batch_size = None
     assert stopping(config) == expected
     settings = [word[2:].replace("-", "_") for word in words if word.startswith("--")]
     texts = [str(change) for change in changes(config, asked())]
@@ -172,8 +181,7 @@ def test_phases_that_have_not_begun_are_free():
     assert stopping(phased(dict(b, name="z")), phased(dict(name="y")), clock=2048) == [("phase 'z': seq_length",
                                                                                        "data")]
     # The last step of a may reach beyond its end, where its batch was changed; b has not begun then.
-    progress = progress_of(phased(a), 5120) | {"clock": 5376}
-    progress["phase"]["global_batch_tokens"] = 512
+    progress = progress_of(phased(a), 5120) | {"clock": 5376, "last_batch_tokens": 512}
     run = phased(a, edited)
     phases = resolve_phases(run)
     found = continuation_changes(phased(a, b), run, progress, phases, LearningRate.make(run.optimizer, phases),
