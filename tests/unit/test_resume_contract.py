@@ -137,7 +137,7 @@ def test_each_kind_of_change(flags, expected):
     if "ramp" in flags or "step" in flags:
         config.schedule.train_iters, config.schedule.train_tokens = None, 25600
     if "step" in flags:
-        config.schedule.global_batch_size = None
+        config.schedule.global_batch_size, config.optimizer.lr_warmup_iters = None, 1  # of 512 tokens
     assert stopping(config) == expected
     settings = [word[2:].replace("-", "_") for word in words if word.startswith("--")]
     texts = [str(change) for change in changes(config, asked())]
