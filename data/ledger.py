@@ -207,6 +207,14 @@ class Ledger:
                 place = packer.after(drawn["samples"])
         return place
 
+    def places_at(self, clock: int) -> dict[str, Place]:
+        """What of each source is unread at `clock`, in the open segment."""
+        mixture = self.mixture()
+        counts = dict(zip(mixture.names, mixture.order.counts(self.samples_at(clock)).tolist(), strict=True))
+        packers = dict(zip(mixture.names, mixture.packers, strict=True))
+        return {name: packers[name].after(counts[name]) if name in packers else self.place(name)
+                for name in self.streams}
+
     def samples_at(self, clock: int) -> int:
         """Number in the open segment of the first sample at `clock`."""
         samples, rest = divmod(clock - self.open["start"], self.open["seq_length"])

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from model.rope import PARAMETERS, Rope, RopeType
+
 
 @dataclass(kw_only=True)
 class ModelConfig:
@@ -46,6 +48,30 @@ class ModelConfig:
     """Rotary position embedding; the only one built."""
     rotary_base: float = 10000.0
     """Base of the rotary angles (theta); a phase may change it."""
+    use_rope_scaling: bool | None = None
+    """Megatron-LM's switch for rope_type llama3; given, it must agree with rope_type. A phase may change it."""
+    rope_type: RopeType | None = None
+    """Scaling of the rotary angles, as in transformers; by default none. A phase may change it and its parameters."""
+    rope_scaling_factor: float | None = None
+    """Times by which linear, llama3 or yarn stretches the original context; llama3's default is 8."""
+    original_max_position_embeddings: int | None = None
+    """Context in tokens before llama3's or yarn's stretching; llama3's default is 8192."""
+    rope_low_freq_factor: float | None = None
+    """llama3: waves longer than the original context / this are stretched by the whole factor; default 1."""
+    rope_high_freq_factor: float | None = None
+    """llama3: waves shorter than the original context / this are kept; default 4."""
+    yarn_beta_fast: float | None = None
+    """yarn: dims that turn more often than this in the original context are kept; default 32."""
+    yarn_beta_slow: float | None = None
+    """yarn: dims that turn less often than this in the original context are stretched by the factor; default 1."""
+    yarn_attention_factor: float | None = None
+    """yarn: factor on cosines and sines; by default 0.1 ln(rope_scaling_factor) + 1."""
+    yarn_mscale: float | None = None
+    """yarn: weight of the logarithm in the attention factor's numerator; only with yarn_mscale_all_dim."""
+    yarn_mscale_all_dim: float | None = None
+    """yarn: the same in its denominator."""
+    yarn_correction_range_round_to_int: bool | None = None
+    """yarn: round the bounds between kept and stretched dims to whole dims (transformers' truncate); default true."""
     rotary_percent: float = 1.0
     """Share of each head that is rotated; only 1.0 is built."""
     attention_dropout: float = 0.0
@@ -67,6 +93,21 @@ class ModelConfig:
     @property
     def num_kv_heads(self) -> int:
         return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def rope(self) -> Rope:
+        """The rotary embedding that these settings mean; what is left out is the type's default."""
+        return Rope.make(self.rotary_base, self.rope_type or ("llama3" if self.use_rope_scaling else "default"),
+                         {name: getattr(self, setting) for setting, (name, _) in PARAMETERS.items()})
+
+    def rope_problems(self) -> list[str]:
+        """Why the rotary embedding cannot be trained or exported; each phase asks with its own settings."""
+        rope = self.rope
+        meant = {True: "llama3", False: "default", None: rope.type}[self.use_rope_scaling]
+        if rope.type != meant:
+            return [f"use_rope_scaling = {self.use_rope_scaling}: means rope_type {meant}, but rope_type = "
+                    f"{rope.type}. Fix: remove one of them."]
+        return rope.problems()
 
     def padded_vocab_size(self, vocab_size: int) -> int:
         """Rows of the embedding: the vocabulary padded up, the same for every layout."""

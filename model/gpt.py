@@ -175,7 +175,7 @@ class GPTStage(nn.Module):
     """The layers of one pipeline stage, with the embedding on the first and the loss on the last.
 
     A tied embedding exists on both ends under the same name; the trainer sums its two gradients.
-    `rotary_base`, `recompute` and `offloaded_layers` are the current phase's.
+    `rope`, `recompute` and `offloaded_layers` are the current phase's.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, layout: Layout, attend: Attend, number: int = 0):
@@ -194,7 +194,7 @@ class GPTStage(nn.Module):
             self.final_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
             if not self.tied:
                 self.output = Weight(rows, config.hidden_size)
-        self.rotary_base, self.recompute = config.rotary_base, config.recompute_granularity
+        self.rope, self.recompute = config.rope, config.recompute_granularity
         self.offloaded_layers = config.cpu_offloading_num_layers
         self.microbatches: Sequence[Microbatch] = ()
         self.num_targets, self.next_microbatch = 1, 0
@@ -229,7 +229,7 @@ class GPTStage(nn.Module):
         if self.is_first:
             x = vocab_parallel_embedding(microbatch.tokens, self.embedding.local_weight(), self.layout.tp)
             x = leave_tensor_parallel(x, self.layout)
-        tables = rotary_tables(microbatch.positions, self.head_size, self.rotary_base, x.dtype)
+        tables = rotary_tables(microbatch.positions, self.head_size, self.rope, x.dtype)
         gather = self.layout.cp_gather
         pieces = group_pieces(int(microbatch.cu_seqlens[-1]), gather.rank, gather.size)
         inputs = (*tables, make_segments(microbatch.cu_seqlens, pieces, x.device))

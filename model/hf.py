@@ -5,8 +5,10 @@ Names as in transformers' modeling_llama.py, modeling_qwen2.py and modeling_qwen
 """
 
 import re
+from typing import get_args
 
 from model.config import ModelConfig
+from model.rope import PARAMETERS, Rope, RopeType
 
 _LAYER_NAMES = {
     "attention_norm.weight": "input_layernorm.weight",
@@ -55,22 +57,34 @@ def architecture(config: ModelConfig) -> tuple[str, str]:
     return "LlamaForCausalLM", "llama"
 
 
-def huggingface_config(config: ModelConfig, vocab_size: int, rotary_base: float, max_position_embeddings: int,
-                       dtype: str, eos_token_id: int | None) -> dict:
+def context_to_declare(rope: Rope, longest: int) -> int:
+    """max_position_embeddings of an export: the longest context trained, and under yarn factor x original.
+
+    Late versions of transformers 4 take max_position_embeddings / original_max_position_embeddings for yarn's factor,
+    and version 5 warns where the two differ: any other value would be another model there.
+    """
+    return rope.scaled_length if rope.type == "yarn" else longest
+
+
+def huggingface_config(config: ModelConfig, vocab_size: int, rope: Rope, max_position_embeddings: int, dtype: str,
+                       eos_token_id: int | None) -> dict:
     """The content of config.json.
 
-    rope_theta stands at the top level too, where transformers before version 5 and other engines read it.
+    rope_theta stands at the top level too, and a scaled rope's parameters as rope_scaling, where transformers before
+    version 5 and other engines read them.
     """
     class_name, model_type = architecture(config)
-    return {
+    scaling = {"rope_type": rope.type} | rope.parameters
+    older = {"rope_theta": rope.base} | ({"rope_scaling": scaling} if rope.type != "default" else {})
+    return older | {
         "architectures": [class_name], "model_type": model_type, "vocab_size": vocab_size,
         "hidden_size": config.hidden_size, "intermediate_size": config.ffn_hidden_size,
         "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_attention_heads,
         "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_size, "hidden_act": "silu",
         "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0, "use_sliding_window": False,
         "rms_norm_eps": config.norm_epsilon, "initializer_range": config.init_method_std,
-        "max_position_embeddings": max_position_embeddings, "rope_theta": rotary_base,
-        "rope_parameters": {"rope_type": "default", "rope_theta": rotary_base},
+        "max_position_embeddings": max_position_embeddings,
+        "rope_parameters": {"rope_theta": rope.base} | scaling,
         "tie_word_embeddings": not config.untie_embeddings_and_output_weights, "torch_dtype": dtype,
         "bos_token_id": None, "eos_token_id": eos_token_id, "pad_token_id": None, "use_cache": True,
     }
@@ -89,11 +103,8 @@ def model_settings(config: dict) -> dict:
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
         raise ValueError(f"model_type = {kind}: not built here. Fix: one of {', '.join(ARCHITECTURES)}.")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    base = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    problems = []
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    for name, value, only in (("rope_type", rope_type, "default"), ("hidden_act", config.get("hidden_act"), "silu"),
+    rope_settings, problems = _rope_settings(config)
+    for name, value, only in (("hidden_act", config.get("hidden_act"), "silu"),
                               ("mlp_bias", config.get("mlp_bias", False), False),
                               ("attention_bias", config.get("attention_bias", False), False),
                               ("use_sliding_window", config.get("use_sliding_window", False), False)):
@@ -109,8 +120,49 @@ def model_settings(config: dict) -> dict:
         "kv_channels": config.get("head_dim") or config["hidden_size"] // heads,
         "norm_epsilon": config["rms_norm_eps"], "init_method_std": config.get("initializer_range", 0.02),
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
-        "rotary_base": float(base), "vocab_size": config["vocab_size"],
-    }
+        "vocab_size": config["vocab_size"],
+    } | rope_settings
+
+
+_LLAMA3_NEEDS = ("factor", "low_freq_factor", "high_freq_factor")
+
+
+def _rope_settings(config: dict) -> tuple[dict, list[str]]:
+    """(our settings of the rope, what is wrong), from either form, with transformers' rules for what is left out.
+
+    Of both forms transformers reads the older one. Parameters that a type does not use say nothing and are left.
+    """
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    given = {name: value for name, value in given.items() if value is not None}
+    older_name, built = given.pop("type", "default"), get_args(RopeType)
+    kind = given.pop("rope_type", older_name)
+    if kind not in built:
+        return {}, [f"rope_type = {kind}: only {', '.join(built)} are built. Fix: another model."]
+    base = given.pop("rope_theta", config.get("rope_theta")) or 10000.0
+    share = given.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
+    problems = [f"partial_rotary_factor = {share}: only 1.0 is built. Fix: another model."] * (share not in (1, None))
+    given.pop("finetuned", None)  # a remark in older yarn folders
+    known = {name for name, _ in PARAMETERS.values()}
+    problems += [f"rope parameter {name} = {value}: is not built. Fix: another model." for name, value in given.items()
+                 if name not in known or not isinstance(value, (int, float))]
+    if problems:
+        return {}, problems
+    length, original = config.get("max_position_embeddings"), "original_max_position_embeddings"
+    given[original] = config.get(original) or given.get(original) or length
+    if kind == "yarn" and "factor" not in given and length:
+        given["factor"] = length / given[original]
+    if not (given.get("mscale") and given.get("mscale_all_dim")) or "attention_factor" in given:
+        given |= {"mscale": None, "mscale_all_dim": None}
+    missing = [name for name in (*_LLAMA3_NEEDS, original) if kind == "llama3" and given.get(name) is None]
+    if missing:
+        return {}, [f"rope parameter {name}: missing, and llama3 needs it. Fix: complete config.json."
+                    for name in missing]
+    kinds = {original: int, "truncate": bool}
+    rope = Rope.make(float(base), kind, {name: kinds.get(name, float)(value) for name, value in given.items()
+                                         if value is not None})
+    settings = {"rotary_base": rope.base, "rope_type": kind} | {
+        setting: getattr(rope, name) for setting, (name, _) in PARAMETERS.items() if getattr(rope, name) is not None}
+    return settings, rope.problems()
 
 
 def our_name(name: str) -> str:

@@ -3,7 +3,7 @@
 Precedence: preset < YAML file < flags. The sections belong to the folders that read them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Annotated, Literal
 
@@ -12,6 +12,7 @@ import tyro
 from data.config import DataConfig, Exhausted, Packing
 from data.units import parse_tokens
 from model.config import ModelConfig
+from model.rope import PARAMETERS, ROPE_SETTINGS, RopeType
 from parallel.config import CommType, LayoutConfig, ShardingStrategy
 from parallel.schedule import ScheduleName
 from pretrain.compatibility import CompatibilityConfig
@@ -41,9 +42,22 @@ class PhaseConfig:
     cp_comm_type: CommType | None = None
     hierarchical_context_parallel_sizes: list[int] | None = None
     data_parallel_sharding_strategy: ShardingStrategy | None = None
+    sequence_parallel: bool | None = None
     recompute_granularity: Literal["none", "full"] | None = None
     cpu_offloading_num_layers: int | None = None
     rotary_base: float | None = None
+    use_rope_scaling: bool | None = None
+    rope_type: RopeType | None = None
+    rope_scaling_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    rope_low_freq_factor: float | None = None
+    rope_high_freq_factor: float | None = None
+    yarn_beta_fast: float | None = None
+    yarn_beta_slow: float | None = None
+    yarn_attention_factor: float | None = None
+    yarn_mscale: float | None = None
+    yarn_mscale_all_dim: float | None = None
+    yarn_correction_range_round_to_int: bool | None = None
     document_masking: bool | None = None
     packing: Packing | None = None
     data_path: list[str] | None = None
@@ -52,6 +66,13 @@ class PhaseConfig:
     min_lr: float | None = None
     lr_schedule: Literal["continue", "rewarm", "decay"] | None = None
     lr_warmup_tokens: Tokens | None = None
+
+    def with_rope(self, model: ModelConfig) -> ModelConfig:
+        """The run's model settings with this phase's rope; parameters that it leaves out are the run's own."""
+        given = {name: getattr(self, name) for name in ROPE_SETTINGS if getattr(self, name) is not None}
+        if {"rope_type", "use_rope_scaling"} & given.keys():  # one choice under two names: the phase's stands alone
+            given = {"rope_type": None, "use_rope_scaling": None} | given
+        return replace(model, **given)
 
 
 @dataclass(kw_only=True)
@@ -239,7 +260,7 @@ class Config:
                             "Fix: remove it.")
         if optimizer.min_lr > optimizer.lr:
             problems.append(f"min_lr = {optimizer.min_lr}: must not exceed lr = {optimizer.lr}. Fix: lower it.")
-        problems += self._out_of_range() + self._one_of_each()
+        problems += self._out_of_range() + self._one_of_each() + self._unused_rope_parameters()
         if checkpoint.finetune and not checkpoint.load:
             problems.append("finetune = True: takes the weights of --load, which is not given. Fix: give --load.")
         if checkpoint.ckpt_step is not None and not checkpoint.load:
@@ -265,6 +286,17 @@ class Config:
             problems.append(f"max_skipped_steps = {self.optimizer.max_skipped_steps}: must be at least 0. Fix: give 0 "
                             "or more.")
         return problems
+
+    def _unused_rope_parameters(self) -> list[str]:
+        """Rope parameters that no rope reads: of a phase whose type does not use them, or of the run for no phase."""
+        entries = self.schedule.phases or [PhaseConfig()]
+        types = [entry.with_rope(self.model).rope.type for entry in entries]
+        places = [("", self.model, types)] + [
+            (f"phase {entry.name!r}: ", entry, [kind]) for entry, kind in zip(entries, types, strict=True)]
+        return [f"{where}{name} = {getattr(section, name)}: rope_type {' or '.join(dict.fromkeys(used))} does not use "
+                f"it. Fix: remove it, or rope_type {' or '.join(users)}."
+                for where, section, used in places for name, (_, users) in PARAMETERS.items()
+                if getattr(section, name) is not None and not set(used) & set(users)]
 
     def warnings(self) -> list[str]:
         """Settings that have no effect beside the others."""

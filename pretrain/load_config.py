@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import tyro
 import yaml
 
-from model.config import PRESETS
+from model.config import PRESETS, ModelConfig
+from model.rope import PARAMETERS, Rope
 from pretrain.checkpoint import read_progress
 from pretrain.config import Config, PhaseConfig, Tokens, parse_tokens
 from pretrain.resume_contract import stored_scheduler
@@ -62,16 +63,25 @@ def _with_checkpoint(config: Config, given_over: Callable[[Config], Config]) -> 
     stored = read_config_yaml(str(start.folder / "config.yaml"))
     if settings.use_checkpoint_args:
         if start.weights_only:  # the weights know the rope of the phase that was trained last
-            phase = read_progress(start.folder)["phase"]
-            for name in vars(stored.model).keys() & {key for key in phase if key.startswith(("rotary_", "rope_"))}:
-                setattr(stored.model, name, phase[name])
+            _set_rope(stored.model, Rope(**read_progress(start.folder)["phase"]["rope"]))
         base = Config(data=dataclasses.replace(Config().data, vocab_size=stored.data.vocab_size))
         for name in vars(stored.model).keys() - _NOT_OF_THE_WEIGHTS:
             setattr(base.model, name, getattr(stored.model, name))
         config = given_over(base)
+        if config.model.rope.type != stored.model.rope.type:  # the parameters belong to the type
+            _set_rope(base.model, Rope(stored.model.rotary_base))
+            config = given_over(base)
     if settings.use_checkpoint_opt_param_scheduler and not start.weights_only:
         config.optimizer = dataclasses.replace(config.optimizer, **stored_scheduler(stored))
     return config
+
+
+def _set_rope(model: ModelConfig, rope: Rope) -> None:
+    """The settings that mean this rotary embedding."""
+    model.rotary_base, model.use_rope_scaling = rope.base, None
+    model.rope_type = None if rope.type == "default" else rope.type
+    for setting, (name, _) in PARAMETERS.items():
+        setattr(model, setting, getattr(rope, name))
 
 
 def spell(argv: list[str]) -> list[str]:

@@ -12,6 +12,7 @@ from itertools import accumulate
 
 from data.blend import parse_blend
 from model.build import check_layout
+from model.rope import Rope
 from parallel.config import LayoutConfig, check_microbatches, check_world_size
 from parallel.schedule import SPLIT_BACKWARD
 from pretrain.batch_schedule import (
@@ -46,7 +47,7 @@ class Phase:
     layout: LayoutConfig
     recompute_granularity: str | None
     cpu_offloading_num_layers: int
-    rotary_base: float
+    rope: Rope
     document_masking: bool
     packing: str
     data_path: tuple[str, ...]
@@ -62,7 +63,7 @@ class Phase:
         """Settings that processes cannot change: another key means a restart."""
         layout = self.layout
         return (*layout.sizes, layout.schedule, layout.stages_per_rank, layout.context_levels,
-                layout.sharding_strategy)
+                layout.sharding_strategy, layout.sequence_parallel and layout.tensor_model_parallel_size > 1)
 
     @property
     def steps(self) -> int:
@@ -108,7 +109,7 @@ def resolve_phases(config: Config) -> list[Phase]:
     Raises:
         ValueError: a phase misses its length, tokens or batch, or they do not divide; all at once.
     """
-    entries = config.schedule.phases or [PhaseConfig(name="main")]
+    entries = _entries(config)
     phases, problems, clock = [], [], 0
     names = [entry.name for entry in entries]
     problems += [f"phases: the name {name!r} stands twice. Fix: give each phase its own name."
@@ -125,6 +126,10 @@ def resolve_phases(config: Config) -> list[Phase]:
     if problems:
         raise ValueError("\n".join(problems))
     return phases
+
+
+def _entries(config: Config) -> list[PhaseConfig]:
+    return config.schedule.phases or [PhaseConfig(name="main")]
 
 
 def _resolve(config: Config, entry: PhaseConfig, index: int, start: int) -> Phase | list[str]:
@@ -165,7 +170,7 @@ def _resolve(config: Config, entry: PhaseConfig, index: int, start: int) -> Phas
         global_batch_tokens=max(stretch.batch for stretch in stretches), stretches=stretches, micro_batch_size=micro,
         layout=layout, recompute_granularity=None if recompute == "none" else recompute,
         cpu_offloading_num_layers=pick("cpu_offloading_num_layers", config.model),
-        rotary_base=pick("rotary_base", config.model), document_masking=pick("document_masking", config.data),
+        rope=entry.with_rope(config.model).rope, document_masking=pick("document_masking", config.data),
         packing=pick("packing", config.data), data_exhausted=pick("data_exhausted", config.data),
         data_path=tuple(entry.data_path or config.data.data_path or config.data.train_data_path),
         lr=pick("lr", config.optimizer), min_lr=pick("min_lr", config.optimizer),
@@ -280,9 +285,11 @@ def check_phases(phases: list[Phase], config: Config, world_size: int, vocab_siz
                                 "Fix: remove one of them.")
             attempt(problems, lambda p=phase, w=where: parse_blend(p.data_path, f"{w}data_path"))
         problems += [where + problem for problem in _setting_problems(phase)]
-        if not (0 < phase.rotary_base < math.inf and 0 < phase.lr < math.inf and 0 <= phase.min_lr <= phase.lr):
-            problems.append(f"{where}rotary_base = {phase.rotary_base}, lr = {phase.lr}, min_lr = {phase.min_lr}: the "
-                            "first two must be above 0 and finite, min_lr between 0 and lr. Fix: change them.")
+        model = _entries(config)[phase.index].with_rope(config.model)
+        problems += [where + problem for problem in model.rope_problems()]
+        if not (0 < phase.lr < math.inf and 0 <= phase.min_lr <= phase.lr):
+            problems.append(f"{where}lr = {phase.lr}, min_lr = {phase.min_lr}: the first must be above 0 and finite, "
+                            "min_lr between 0 and lr. Fix: change them.")
         longest = config.model.max_position_embeddings
         if longest is not None and phase.seq_length > longest:
             problems.append(f"{where}seq_length = {phase.seq_length}: beyond max_position_embeddings = {longest}. "
@@ -372,6 +379,13 @@ def _with_sizes(layout: LayoutConfig, num_heads: int, tp: int, pp: int, cp: int)
     return dataclasses.replace(
         layout, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp,
         cp_comm_type="a2a+allgather" if levels else "a2a", hierarchical_context_parallel_sizes=levels)
+
+
+def rope_warnings(phases: list[Phase]) -> list[str]:
+    """Phases longer than the context that their rope is scaled for."""
+    return [f"phase {phase.name!r}: seq_length = {phase.seq_length}: beyond rope_scaling_factor x "
+            f"original_max_position_embeddings = {phase.rope.scaled_length}, the context that its rope is scaled for"
+            for phase in phases if phase.seq_length > (phase.rope.scaled_length or phase.seq_length)]
 
 
 def phase_at(phases: list[Phase], clock: int) -> Phase | None:

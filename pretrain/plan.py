@@ -13,7 +13,7 @@ from pretrain.config import Config
 from pretrain.feed import blend_change, check_windows, forecast_phases, forecast_warnings
 from pretrain.learning_rate import LearningRate
 from pretrain.load_config import read_config_yaml
-from pretrain.phases import Phase, attempt, check_phases, resolve_phases
+from pretrain.phases import Phase, attempt, check_phases, resolve_phases, rope_warnings
 from pretrain.resume_contract import (
     Change,
     begun_phase,
@@ -158,7 +158,7 @@ def _check_writable(folder: Path) -> None:
 def warnings_about(plan: Plan) -> list[str]:
     """What runs, but perhaps not as meant."""
     config = plan.config
-    found = config.warnings()
+    found = config.warnings() + rope_warnings(plan.phases)
     if plan.start.is_restart:
         settings = config.checkpoint
         same = settings.load and os.path.abspath(settings.load) == os.path.abspath(settings.save)

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from data.config import parse_windows
+from model.rope import ROPE_SETTINGS, Rope
 from pretrain.batch_schedule import Stretch, batch_at
 from pretrain.config import CheckpointConfig, Config
 from pretrain.learning_rate import LearningRate
@@ -37,7 +38,7 @@ FIELDS: dict[str, Kind] = {
     # model: what does not shape the weights
     "model": "free", "group_query_attention": "free", "max_position_embeddings": "free", "init_method_std": "free",
     "attention_backend": "free", "recompute_granularity": "free", "cpu_offloading_num_layers": "free",
-    "attention_dropout": "free", "hidden_dropout": "free", "rotary_base": "effect",
+    "attention_dropout": "free", "hidden_dropout": "free", **dict.fromkeys(ROPE_SETTINGS, "effect"),
     # data: what the tokenizer's description, the blend, the phase or the skipped windows say
     "tokenizer_type": "effect", "tokenizer_model": "effect", "vocab_size": "effect", "data_path": "effect",
     "train_data_path": "effect", "data_args_path": "effect", "document_masking": "effect", "packing": "effect",
@@ -57,7 +58,7 @@ FIELDS: dict[str, Kind] = {
 PHASE: dict[str, Kind] = {
     "name": "free", "index": "free", "start": "free", "end": "free", "tokens": "free", "seq_length": "data",
     "global_batch_tokens": "effect", "stretches": "effect", "micro_batch_size": "free", "layout": "free",
-    "recompute_granularity": "free", "cpu_offloading_num_layers": "free", "rotary_base": "optimization",
+    "recompute_granularity": "free", "cpu_offloading_num_layers": "free", "rope": "optimization",
     "document_masking": "data", "packing": "data", "data_path": "effect", "data_exhausted": "data", "lr": "effect",
     "min_lr": "effect", "lr_schedule": "effect", "lr_warmup_tokens": "effect",
 }
@@ -106,8 +107,6 @@ def kind_of(section: str, name: str) -> Kind:
     """The kind of a setting. KeyError: it has none."""
     if name in FIELDS:
         return FIELDS[name]
-    if section == "model" and name.startswith(("rope_", "use_rope_")):
-        return "optimization"
     return "effect" if is_learning_rate(name) and section == "optimizer" else SECTIONS[section]
 
 
@@ -168,9 +167,9 @@ def weights_changes(stored: Config, config: Config, progress: dict, phases: list
         is_known = theirs is not None and tokenizer is not None
         found.append(Change("tokenizer", theirs, tokenizer, "tokenizer" if is_known else "free"))
     first, before = phases[0], progress["phase"]
-    names = [field.name for field in dataclasses.fields(first) if field.name.startswith(("rotary_", "rope_"))]
-    found += [Change(name, before[name], getattr(first, name), "free")
-              for name in names if name in before and before[name] != getattr(first, name)]
+    rope = Rope(**before["rope"])
+    if rope != first.rope:
+        found.append(Change("rope", rope.describe(), first.rope.describe(), "free"))
     longest = max(phase.seq_length for phase in phases)
     if progress["longest_seq_length"] != longest:
         found.append(Change("longest seq_length", progress["longest_seq_length"], longest, "free"))

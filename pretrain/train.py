@@ -150,7 +150,7 @@ class Trainer:
         """The remaining steps of one phase, or those until someone asks to stop -> (asked, last step's number)."""
         state, settings = self.state, self.config.checkpoint
         for stage in state.stages:
-            stage.rotary_base, stage.recompute = phase.rotary_base, phase.recompute_granularity
+            stage.rope, stage.recompute = phase.rope, phase.recompute_granularity
             stage.offloaded_layers = phase.cpu_offloading_num_layers
         stepper = Stepper(state.stages, self.layout, self.config.model.hidden_size, self.compute_dtype,
                           phase.layout.sharding_strategy)

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from data.tokenizer import Tokenizer, build_tokenizer
-from model.hf import VOCABULARY_ROWS, architecture, huggingface_config, huggingface_name
+from model.hf import VOCABULARY_ROWS, architecture, context_to_declare, huggingface_config, huggingface_name
+from model.rope import Rope
 from pretrain import checkpoint
 from pretrain.config import Config
 from pretrain.load_config import read_config_yaml
@@ -35,7 +36,7 @@ class Arguments:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the written weights; training keeps them in float32."""
     max_position_embeddings: int | None = None
-    """Context length to declare; by default the longest the checkpoint was trained at."""
+    """Context length to declare; by default the longest that was trained, or yarn's factor x original context."""
     verify: bool = False
     """Compare transformers' logits with ours on real text before publishing; fail if they differ."""
     verify_text: str | None = None
@@ -61,6 +62,11 @@ class Source:
     def vocab_size(self) -> int:
         return self.config.data.vocab_size
 
+    @property
+    def rope(self) -> Rope:
+        """Of the phase that the checkpoint was saved in."""
+        return Rope(**self.progress["phase"]["rope"])
+
 
 def open_source(root: str, step: int | None) -> Source:
     """Find, verify and open a checkpoint.
@@ -74,10 +80,10 @@ def open_source(root: str, step: int | None) -> Source:
                          "Fix: give the --save folder of a run.")
     checkpoint.refuse_damage(folder, checkpoint.verify_files(folder))
     config = read_config_yaml(str(folder / "config.yaml"))
-    return Source(folder, config, checkpoint.read_progress(folder), _stored_tokenizer(folder, config))
+    return Source(folder, config, checkpoint.read_progress(folder), stored_tokenizer(folder, config))
 
 
-def _stored_tokenizer(folder: Path, config: Config) -> Tokenizer | None:
+def stored_tokenizer(folder: Path, config: Config) -> Tokenizer | None:
     """The tokenizer from the files beside the weights; None where the run had none."""
     files = sorted((folder / "tokenizer").iterdir())
     if not files:
@@ -132,13 +138,18 @@ def export(arguments: Arguments) -> None:
     source = open_source(arguments.load, arguments.ckpt_step)
     architecture(source.config.model)
     phase = source.progress["phase"]
-    longest = (arguments.max_position_embeddings or source.config.model.max_position_embeddings
-               or source.progress.get("longest_seq_length", phase["seq_length"]))
+    longest = source.progress.get("longest_seq_length", phase["seq_length"])
+    declared = (arguments.max_position_embeddings or source.config.model.max_position_embeddings
+                or context_to_declare(source.rope, longest))
+    if source.rope.type == "yarn" and declared != source.rope.scaled_length:
+        print(f"warning: max_position_embeddings = {declared}: transformers before 5 divides it by "
+              "original_max_position_embeddings for yarn's factor, which gives another model than "
+              f"{source.rope.scaled_length} does", file=sys.stderr)
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     write_weights(source, partial, getattr(torch, arguments.dtype), arguments.max_shard_bytes)
-    config = huggingface_config(source.config.model, source.vocab_size, phase["rotary_base"], longest, arguments.dtype,
+    config = huggingface_config(source.config.model, source.vocab_size, source.rope, declared, arguments.dtype,
                                 source.tokenizer.eod if source.tokenizer else None)
     (partial / "config.json").write_text(json.dumps(config, indent=1))
     if arguments.tokenizer and source.tokenizer is not None:
@@ -147,12 +158,12 @@ def export(arguments: Arguments) -> None:
         except ValueError as error:
             raise ValueError(f"{error} Or export without it: --no-tokenizer.") from None
     if arguments.verify:
-        verify(source, partial, longest, arguments.verify_text, with_tokenizer=arguments.tokenizer)
+        verify(source, partial, declared, arguments.verify_text, with_tokenizer=arguments.tokenizer)
     if output.exists():
         shutil.rmtree(output)
     partial.rename(output)
-    print(f"exported {source.folder} to {output}: {config['architectures'][0]}, {longest:,} positions, rope base "
-          f"{phase['rotary_base']:g}, {arguments.dtype}")
+    print(f"exported {source.folder} to {output}: {config['architectures'][0]}, {declared:,} positions, rope "
+          f"{source.rope.describe()}, {arguments.dtype}")
 
 
 def main() -> int:

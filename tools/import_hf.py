@@ -1,13 +1,13 @@
 """Make a checkpoint of a Hugging Face folder: `python -m tools.import_hf --hf DIR --save DIR`.
 
-Llama, Qwen2 and Qwen3 architectures without rope scaling. The result is weights: start a run from it
+Llama, Qwen2 and Qwen3 architectures; rope default, linear, llama3 or yarn. The result is weights: start a run from it
 with --pretrained-checkpoint DIR and your own --save. Needs no GPU and no process group; the whole model
 is held in memory in fp32.
 """
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -100,7 +100,7 @@ def import_folder(arguments: Arguments) -> Path:
     progress = {"step": 0, "clock": 0, "last_batch_tokens": 0, "real_tokens": 0, "skipped_in_a_row": 0,
                 "wandb_run_id": None,
                 "phase": {"name": "imported", "index": 0, "seq_length": length,
-                          "rotary_base": config.model.rotary_base},
+                          "rope": asdict(config.model.rope)},
                 "longest_seq_length": length, "seed": None, "data": None,
                 "tokenizer": _describe_tokenizer(config.data.tokenizer_model), "has_optimizer": False, "world_size": 1}
     world = single_process_layout(torch.device("cpu")).world

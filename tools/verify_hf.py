@@ -108,7 +108,7 @@ def _our_logits(source: Source, exported: Path, ids: torch.Tensor, positions: to
     device = torch.device("cpu")
     attend, _ = choose_attention("sdpa", device, torch.float32)
     model = build_whole_model(source.config.model, source.vocab_size, tensors, attend, device)
-    model.rotary_base = source.progress["phase"]["rotary_base"]
+    model.rope = source.rope
     batch = Batch(tokens=ids, labels=torch.full_like(ids, IGNORE), positions=positions,
                   cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32))
     with torch.no_grad():

@@ -20,9 +20,11 @@ from tools.verify_hf import _our_logits
 
 MODELS = {
     "LlamaForCausalLM": dict(untie_embeddings_and_output_weights=True, rotary_base=5e5),
-    "LlamaForCausalLM tied mqa": dict(untie_embeddings_and_output_weights=False, num_query_groups=1, kv_channels=12),
-    "Qwen2ForCausalLM": dict(add_qkv_bias=True, norm_epsilon=1e-6),
-    "Qwen3ForCausalLM": dict(qk_layernorm=True, kv_channels=16),
+    "LlamaForCausalLM tied mqa": dict(untie_embeddings_and_output_weights=False, num_query_groups=1, kv_channels=12,
+                                      use_rope_scaling=True, original_max_position_embeddings=64),
+    "Qwen2ForCausalLM": dict(add_qkv_bias=True, norm_epsilon=1e-6, rope_type="linear", rope_scaling_factor=4.0),
+    "Qwen3ForCausalLM": dict(qk_layernorm=True, kv_channels=16, rope_type="yarn", rope_scaling_factor=8.0,
+                             original_max_position_embeddings=32),
 }
 
 
@@ -63,6 +65,16 @@ def test_export_verifies_and_logits_agree_at_the_last_positions(trained, tmp_pat
     # One wrong detail is seen: other positions give other logits.
     shifted = _our_logits(open_source(str(trained[name]), None), output, ids, positions * 2)
     assert (shifted - expected).abs().max() > 1e-3 * largest
+
+
+def test_declared_context_of_yarn(trained, tmp_path, capsys):
+    for number, (asked, declared) in enumerate(((None, 256), (100_000, 100_000))):
+        export(Arguments(load=str(trained["Qwen3ForCausalLM"]), output=str(tmp_path / str(number)),
+                         max_position_embeddings=asked))
+        config = json.loads((tmp_path / str(number) / "config.json").read_text())
+        assert config["max_position_embeddings"] == declared
+        assert config["rope_scaling"]["factor"] == config["rope_parameters"]["factor"] == 8.0
+        assert ("gives another model than 256 does" in capsys.readouterr().err) == (declared != 256)
 
 
 def test_verification_catches_swapped_weights(trained, tmp_path, monkeypatch):
@@ -141,7 +153,7 @@ def test_import_gives_back_the_same_weights_and_settings(trained, tmp_path, name
         assert torch.equal(before[tensor][:rows], after[tensor][:rows]), tensor
     configs = [read_config_yaml(str(place / "config.yaml")) for place in (original, folder)]
     assert [change for change in setting_changes(*configs) if change.kind == "forbidden"] == []
-    assert configs[0].model.rotary_base == configs[1].model.rotary_base
+    assert configs[0].model.rope == configs[1].model.rope
 
 
 def test_a_run_starts_from_an_imported_model(pool, trained, tmp_path):
@@ -179,7 +191,8 @@ def test_folders_that_cannot_be_imported_are_refused(trained, tmp_path):
         assert not (tmp_path / "imported").exists()
 
     refuse("model_type = gpt2: not built here", model_type="gpt2")
-    refuse("rope_type = yarn: only default is built", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4})
+    refuse("rope_type = longrope: only default, linear, llama3, yarn are built",
+           rope_parameters={"rope_type": "longrope", "rope_theta": 1e4})
     refuse("attention_bias = True: only False", attention_bias=True)
     refuse("the weights do not fit config.json", num_hidden_layers=3)
     refuse("has shape", intermediate_size=64)

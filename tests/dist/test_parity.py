@@ -61,6 +61,8 @@ CASES = {
     "pp4 zero-bubble 2 stages": Case(pp=4, schedule="zero-bubble", stages_per_rank=2, model=dict(num_layers=9)),
     "tp2 pp2 cp2 ZBV tied": Case(tp=2, pp=2, cp=2, schedule="ZBV", model=dict(num_layers=4) | QWEN3),
     "cp4 two levels": Case(cp=4, context_levels=(2, 2)),
+    "cp4 two levels yarn": Case(cp=4, context_levels=(2, 2), lengths=(400,), model=dict(
+        rope_type="yarn", rope_scaling_factor=4.0, original_max_position_embeddings=16)),
     "cp4 gather only": Case(cp=4, context_levels=(1, 4), model=QWEN2_TIED),
     "cp8 two heads": Case(cp=8, context_levels=(2, 4), model=dict(num_attention_heads=2, num_query_groups=1)),
     "cp8 two levels long documents": Case(cp=8, context_levels=(4, 2), lengths=(400,), model=QWEN3),

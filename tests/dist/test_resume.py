@@ -8,10 +8,12 @@ import pytest
 import torch
 import yaml
 
+from model.rope import Rope
 from parallel.config import LayoutConfig
 from pretrain import checkpoint
 from pretrain.load_config import load_config
 from pretrain.plan import make_plan, warnings_about
+from tools.audit_data import audit
 from tests.dist.training import base_arguments, losses, stored, train, write_corpus
 
 
@@ -78,6 +80,7 @@ PHASES = [
     dict(name="same-layout", seq_length=128, train_tokens=512, global_batch_tokens=256, rotary_base=30000.0,
          document_masking=False, tensor_model_parallel_size=2, packing="best_fit"),
     dict(name="pipeline", seq_length=128, train_tokens=512, global_batch_tokens=512, context_parallel_size=2,
+         rope_type="linear", rope_scaling_factor=2.0,
          pipeline_model_parallel_size=2, pipeline_schedule="ZBV"),
     dict(name="long", seq_length=256, train_tokens=1000, global_batch_tokens=512, context_parallel_size=4,
          cp_comm_type="a2a+allgather", hierarchical_context_parallel_sizes=[2, 2], lr=1e-3, packing="best_fit"),
@@ -128,6 +131,44 @@ def test_phases_with_changing_layouts_equal_one_process(pool, corpus, tmp_path):
     one, four = stored(tmp_path / "one"), stored(tmp_path / "four")
     for name, tensor in one.items():
         assert np.abs(four[name] - tensor).max() <= 1e-9 * max(np.abs(tensor).max(), 1e-30), name
+    check_audit(tmp_path / "four")
+
+
+def check_audit(folder):
+    """The account of the run is right, and a wrong one would be noticed."""
+    found, well = audit(str(folder))
+    assert well and all(", 0 repeated, 0 lost, " in line for line in found[1:]), found
+    metrics = folder / "metrics.jsonl"
+    text = metrics.read_text()
+    lines = text.splitlines(keepends=True)
+    tokens = json.loads(lines[2])["sources"]
+    drawn = sum(tokens.values()) - sum(json.loads(lines[1])["sources"].values())
+    for changed, what in ((lines[:2] + lines[3:], "lost"), ([*lines, lines[2]], "repeated")):
+        metrics.write_text("".join(changed))
+        found, well = audit(str(folder))
+        counts = [int(line.split(f" {what}")[0].split()[-1].replace(",", "")) for line in found[1:]]
+        assert not well and sum(counts) == drawn, found
+    metrics.write_text(text.replace(json.loads(lines[2])["data_digest"], "0123456789"))
+    found, well = audit(str(folder))
+    assert not well and found[0].endswith("the data of 1 differs from metrics.jsonl, first of step 3"), found
+    metrics.write_text(text)
+
+
+def test_a_phase_trains_with_its_own_rope(pool, corpus, tmp_path):
+    found = {}
+    for kind in ("default", "yarn"):
+        scaled = dict(rope_type="yarn", rope_scaling_factor=4.0) if kind == "yarn" else {}
+        phases = [dict(name="a", train_tokens=256), dict(name="b", train_tokens=256) | scaled]
+        run = {"phases": phases} | ({"original_max_position_embeddings": 32} if scaled else {})
+        config = tmp_path / f"{kind}.yaml"
+        config.write_text(yaml.safe_dump(run))
+        argv = base_arguments(corpus, save=str(tmp_path / kind), init_method_std=0.2)
+        at = argv.index("--train-iters")
+        assert pool.run(train, 1, ["--config", str(config), *argv[:at], *argv[at + 2:]]) == ["done"]
+        found[kind] = losses(tmp_path / kind)
+        rope = checkpoint.read_progress(checkpoint.published(tmp_path / kind))["phase"]["rope"]
+        assert Rope(**rope) == Rope.make(10000.0, kind, dict(factor=4.0, original_max_position_embeddings=32))
+    assert found["default"][1] == found["yarn"][1] and found["default"][2] != found["yarn"][2]
 
 
 def test_finetune_takes_the_weights_only(pool, corpus, tmp_path):

@@ -166,6 +166,8 @@ CHECKS = [
     ("lr_warmup_iters", -1, "lr_warmup_iters = -1: must be at least 0"),
     ("weight_decay", float("inf"), "weight_decay = inf: must be a finite number"),
     ("rotary_base", float("inf"), "rotary_base = inf: must be a finite number"),
+    ("rope_scaling_factor", float("nan"), "rope_scaling_factor = nan: must be a finite number"),
+    ("yarn_beta_slow", 2.0, "yarn_beta_slow = 2.0: rope_type default does not use it. Fix: remove it"),
     ("seed", 10**20, "must be below 2^63"),
     ("seed", -1, "seed = -1: must be at least 0"),
     ("max_skipped_steps", -3, "max_skipped_steps = -3: must be at least 0"),

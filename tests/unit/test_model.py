@@ -1,4 +1,4 @@
-"""Parts of the model by themselves: attention backends, rotary angles, initial weights, head splits."""
+"""Parts of the model by themselves: attention backends, initial weights, head splits."""
 
 import pytest
 import torch
@@ -9,7 +9,6 @@ from model.config import ModelConfig
 from model.estimate import num_parameters, step_flops
 from model.init import BLOCK_ELEMENTS, normal_rows
 from model.kernels import choose_attention, make_segments, varlen_options
-from model.rope import rotary_tables, rotate
 from model.sharding import shardings_for
 from parallel.context import group_pieces
 from parallel.layout import single_process_layout
@@ -92,22 +91,6 @@ def test_a_named_backend_that_cannot_run_is_refused(name):
     with pytest.raises(ValueError, match=f"attention_backend = {name}: it needs a GPU"):
         choose_attention(name, CPU, torch.float32)
     assert choose_attention("auto", CPU, torch.float32)[1].startswith("attention: sdpa (flash: it needs a GPU")
-
-
-@pytest.mark.parametrize("base", [10000.0, 5e5, 5e8])
-def test_rotary_angles_are_those_of_transformers_bit_for_bit(base):
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
-
-    positions = torch.cat([torch.arange(64), torch.arange(2**20 - 64, 2**20)])
-    config = LlamaConfig(hidden_size=256, num_attention_heads=2, max_position_embeddings=2**20,
-                         rope_parameters={"rope_type": "default", "rope_theta": base})
-    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1, dtype=torch.float32), positions[None])
-    ours = rotary_tables(positions, 128, base, torch.float32)
-    assert torch.equal(ours[0], cos[0]) and torch.equal(ours[1], sin[0])
-    q = torch.randn(128, 2, 128)
-    expected, _ = apply_rotary_pos_emb(q.transpose(0, 1)[None], q.transpose(0, 1)[None], cos, sin)
-    assert torch.equal(rotate(q, *ours), expected[0].transpose(0, 1))
 
 
 def test_initial_rows_do_not_depend_on_who_draws_them():

@@ -1,13 +1,15 @@
 """The clock, the phases and the learning rate."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
+from model.rope import Rope
 from parallel.schedule import accepts, nearest_counts, stages_of_rank
 from pretrain.config import Config, PhaseConfig, parse_tokens
 from pretrain.learning_rate import LearningRate
-from pretrain.phases import check_phases, phase_at, resolve_phases
+from pretrain.phases import check_phases, phase_at, resolve_phases, rope_warnings
 
 
 def config(**schedule) -> Config:
@@ -42,7 +44,7 @@ def test_bad_token_counts(text):
 def test_phase_ends_round_up_to_whole_steps_and_join():
     phases = resolve_phases(three_phases())
     assert [(p.start, p.end, p.steps) for p in phases] == [(0, 1024, 4), (1024, 3072, 2), (3072, 5120, 1)]
-    assert [p.rotary_base for p in phases] == [10000.0, 10000.0, 5e5]
+    assert [p.rope for p in phases] == [Rope(), Rope(), Rope(base=5e5)]
     assert phases[0].layout_key != phases[1].layout_key
 
 
@@ -133,9 +135,16 @@ def test_all_phase_problems_are_reported_at_once():
     (dict(seq_length=130, global_batch_tokens=260, context_parallel_size=4), 4,
      "the 130 tokens of a microbatch must be a multiple of 4. Fix: for example a seq_length of 128"),
     (dict(rotary_base=0.0), 1, "must be above 0"),
-    (dict(rotary_base=float("inf")), 1, "must be above 0 and finite"),
     (dict(cpu_offloading_num_layers=2), 1, "moves the inputs that recompute_granularity = full keeps, but that is N"),
     (dict(cpu_offloading_num_layers=-1, recompute_granularity="full"), 1, "must be at least 0"),
+    (dict(rotary_base=float("inf")), 1, "rotary_base = inf: must be a finite number"),
+    (dict(use_rope_scaling=True, rope_type="yarn"), 1,
+      "use_rope_scaling = True: means rope_type llama3, but rope_type = yarn. Fix: remove one of them"),
+    (dict(use_rope_scaling=False, rope_type="linear"), 1, "means rope_type default, but rope_type = linear"),
+    (dict(rope_type="linear"), 1, "rope_scaling_factor = None: rope_type linear needs it. Fix: give it"),
+    (dict(rope_type="yarn", rope_scaling_factor=4.0), 1,
+     "original_max_position_embeddings = None: rope_type yarn needs it. Fix: give it"),
+    (dict(use_rope_scaling=True, rope_scaling_factor=0.5), 1, "rope_scaling_factor = 0.5: must be at least 1"),
     (dict(lr=float("nan")), 1, "must be above 0 and finite"),
     (dict(min_lr=-5.0), 1, "min_lr between 0 and lr"),
 ])
@@ -145,6 +154,44 @@ def test_impossible_layouts_are_refused(change, world, message):
     problems = check_phases(resolve_phases(made), made, world, vocab_size=100)
     assert any(message in problem for problem in problems), problems
     assert all(problem.startswith("phase 'a': ") for problem in problems)
+
+
+def test_a_phase_changes_the_rope_and_keeps_what_the_run_gives():
+    made = config(phases=[
+        PhaseConfig(name="a"), PhaseConfig(name="b", rope_type="linear"), PhaseConfig(name="c", use_rope_scaling=True),
+        PhaseConfig(name="d", rope_type="yarn", yarn_beta_fast=16.0, yarn_correction_range_round_to_int=False),
+        PhaseConfig(name="e", use_rope_scaling=False), PhaseConfig(name="f", rope_scaling_factor=16.0)],
+        seq_length=128, global_batch_tokens=256)
+    for phase in made.schedule.phases:
+        phase.train_tokens = 256
+    made.model.rope_type, made.model.rope_scaling_factor = "yarn", 4.0
+    made.model.original_max_position_embeddings, made.model.yarn_beta_fast = 32, 8.0
+    made.data.mock_data, made.data.vocab_size = True, 100
+    assert made.validate() == [] and check_phases(resolve_phases(made), made, 1, 100) == []
+    yarn = Rope(type="yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=8.0, beta_slow=1.0,
+                truncate=True)
+    phases = resolve_phases(made)
+    assert [phase.rope for phase in phases] == [
+        yarn, Rope(type="linear", factor=4.0),
+        Rope(type="llama3", factor=4.0, original_max_position_embeddings=32, low_freq_factor=1.0, high_freq_factor=4.0),
+        replace(yarn, beta_fast=16.0, truncate=False), Rope(), replace(yarn, factor=16.0)]
+    assert rope_warnings(phases) == []
+    made.schedule.phases[0].seq_length = made.schedule.phases[5].seq_length = 256
+    assert rope_warnings(resolve_phases(made)) == [
+        "phase 'a': seq_length = 256: beyond rope_scaling_factor x original_max_position_embeddings = 128, the context "
+        "that its rope is scaled for"]
+
+
+def test_rope_parameters_that_nothing_reads_are_refused():
+    made = config(phases=[PhaseConfig(name="a", rope_type="yarn", rope_low_freq_factor=1.0)], seq_length=128)
+    made.model.rope_high_freq_factor = made.model.yarn_mscale = 2.0
+    assert [problem for problem in made.validate() if "does not use it" in problem] == [
+        "rope_high_freq_factor = 2.0: rope_type yarn does not use it. Fix: remove it, or rope_type llama3.",
+        "phase 'a': rope_low_freq_factor = 1.0: rope_type yarn does not use it. Fix: remove it, or rope_type llama3."]
+    made = config()
+    made.model.rope_scaling_factor = 8.0
+    assert any("rope_scaling_factor = 8.0: rope_type default does not use it. Fix: remove it, or rope_type linear or "
+               "llama3 or yarn." in problem for problem in made.validate())
 
 
 def test_a_refused_layout_comes_with_the_nearest_that_work():

@@ -111,7 +111,8 @@ def test_nothing_changed_is_nothing():
     ("--adam-beta2 0.9 --adam-eps 1e-6", [("adam_beta2", "optimization"), ("adam_eps", "optimization")]),
     ("--clip-grad 2 --bf16", [("clip_grad", "optimization"), ("bf16", "optimization")]),
     ("--weight-decay 0.2", [("weight_decay", "scheduler")]),
-    ("--rotary-base 5e5", [("phase 'main': rotary_base", "optimization")]),
+    ("--rotary-base 5e5", [("phase 'main': rope", "optimization")]),
+    ("--rope-type linear --rope-scaling-factor 4", [("phase 'main': rope", "optimization")]),
     ("--global-batch-size 8 --train-iters 50 --lr-warmup-iters 1", [
         ("phase 'main': global_batch_tokens from token 10,240 on", "optimization")]),
     ("--rampup-batch-size 2 2 32", []),  # is over by now
@@ -172,8 +173,8 @@ def test_phases_that_have_not_begun_are_free():
         assert "phases, b: rotary_base: checkpoint None, run 500000.0" in text
         assert "phases, c: checkpoint absent, run there" in text
     found = stopping(phased(a, edited), phased(a, b), clock=5120 + 256)
-    assert [name for name, _ in found] == ["phase 'b': seq_length", "phase 'b': rotary_base",
-                                           "phase 'b': document_masking", "phase 'b': packing", "learning rate"]
+    assert [name for name, _ in found] == ["phase 'b': seq_length", "phase 'b': rope", "phase 'b': document_masking",
+                                           "phase 'b': packing", "learning rate"]
     assert stopping(phased(dict(a, train_tokens=2048), b), phased(a, b), clock=2048) == []  # the next phase comes early
     assert stopping(phased(dict(a, train_tokens=1024), b), phased(a, b), clock=2048) == [("phase 'b': seq_length",
                                                                                          "data")]
@@ -236,7 +237,7 @@ def test_a_new_run_on_weights_may_change_all_but_model_and_tokenizer():
         return weights_changes(stored, config, progress | {"tokenizer": theirs}, resolve_phases(config), ours)
 
     assert [str(change) for change in found(config)] == [
-        "rotary_base: checkpoint 10000.0, run 500000.0", "longest seq_length: checkpoint 64, run 256"]
+        "rope: checkpoint base 10000, run base 500000", "longest seq_length: checkpoint 64, run 256"]
     assert refusals(found(config), CheckpointConfig()) == []
     another = found(asked("--num-layers 9"), ours=TOKENIZER | {"fingerprint": "b"})
     assert [change.kind for change in another] == ["forbidden", "tokenizer"]
@@ -273,6 +274,12 @@ def test_use_checkpoint_args_takes_what_is_not_given(tmp_path):
     root = published_run(tmp_path / "phased", stored, 2560)
     for flag, base in (("--finetune", 8e6), ("--no-finetune", 1e4)):
         assert load_config(["--load", root, flag, "--use-checkpoint-args"]).model.rotary_base == base
+    scaled = asked("--rope-type llama3 --rope-scaling-factor 4")
+    root = published_run(tmp_path / "scaled", scaled)
+    taking = ["--load", root, "--finetune", "--use-checkpoint-args"]
+    assert load_config(taking).model.rope == scaled.model.rope
+    other = load_config([*taking, "--rope-type", "linear", "--rope-scaling-factor", "2"]).model
+    assert (other.rope.type, other.rope.factor, other.rope_low_freq_factor) == ("linear", 2.0, None)
     assert load_config(["--save", str(tmp_path / "new"), "--use-checkpoint-args"]).model == Config().model
 
 

@@ -1,12 +1,12 @@
-"""Compare this code with its peers on this machine: `python -m tools.bench attention|data [options]`."""
+"""Benchmarks on this machine: `python -m tools.bench attention|data|disturbed [options]`."""
 
 import sys
 
 import tyro
 
-from tools.bench import attention, data
+from tools.bench import attention, data, disturbed
 
-BENCHMARKS = {"attention": attention, "data": data}
+BENCHMARKS = {"attention": attention, "data": data, "disturbed": disturbed}
 """Subcommand -> its module: `Arguments`, a dataclass of its options, and `run(arguments) -> exit code`."""
 
 

@@ -138,15 +138,9 @@ class Trial:
 
     def _unread(self) -> dict[str, np.ndarray]:
         """What the ledger says is still to be drawn of each source's first epoch: stream intervals [n, 2]."""
-        mixture = self.ledger.mixture()
-        counts = mixture.order.counts(self.ledger.samples_at(self.clock)).tolist()
         found = {}
-        for name, stream in self.ledger.streams.items():
-            place = self.ledger.place(name)
-            if name in mixture.names:
-                number = mixture.names.index(name)
-                place = mixture.packers[number].after(counts[number])
-            rest = [[place.position, stream.tokens_per_epoch - place.position]]
+        for name, place in self.ledger.places_at(self.clock).items():
+            rest = [[place.position, self.ledger.streams[name].tokens_per_epoch - place.position]]
             found[name] = np.concatenate([place.held, rest if rest[0][1] > 0 else np.empty((0, 2), np.int64)])
         return found
 

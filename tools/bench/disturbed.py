@@ -1,0 +1,202 @@
+"""Kill a run at random moments and compare it with the same run left alone: `python -m tools.bench disturbed`.
+
+Both runs go through launch/train.sh with the same configuration. Of the first, random workers get SIGKILL: at random
+steps, while a checkpoint is being written, and while the processes start again on the next phase's layout. Every
+step's data digest and loss, and the last checkpoint's weights and optimizer state, must be the same bit for bit; then
+tools.audit_data counts every token of the disturbed run.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from pretrain import checkpoint
+from tools.audit_data import audit
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    config: str
+    """YAML of the run; its phases may change layouts."""
+    output: str
+    """New folder for the two runs' checkpoints: disturbed/ and alone/."""
+    flags: list[str] = field(default_factory=list)
+    """Further flags of the trainer, last: --flags --data-path P --tokenizer-model M."""
+    kills: int = 20
+    """Workers killed."""
+    processes: int = 4
+    """Processes of the run."""
+    seed: int = 1
+    """Of the moments."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When to kill: at a step, in the save after it, or `delay` seconds after the next restart for a new layout."""
+
+    kind: str
+    step: int
+    delay: float
+
+
+def plan_moments(kills: int, steps: int, seed: int) -> list[Moment]:
+    """Half of them at steps, the others in saves and crossings, in the order of their steps."""
+    chance = random.Random(seed)
+    kinds = [("step", "save", "step", "crossing")[number % 4] for number in range(kills)]
+    moments = [Moment(kind, chance.randrange(steps), chance.uniform(0, 12)) for kind in kinds]
+    return sorted(moments, key=lambda moment: moment.step)
+
+
+class Run:
+    """launch/train.sh in the background."""
+
+    def __init__(self, config: str, flags: list[str], save: Path, processes: int):
+        self.save, self.lines = save, []
+        environment = os.environ | {
+            "NPROC_PER_NODE": str(processes), "OMP_NUM_THREADS": "1", "ITHACA_PYTHON": sys.executable,
+            "RETRY_WAIT": "0", "MAX_RESTARTS": "1000", "GRACE": "60"}
+        self.process = subprocess.Popen(
+            ["bash", str(ROOT / "launch" / "train.sh"), "--config", config, *flags, "--save", str(save)],
+            env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout), daemon=True)
+        self.reader.start()
+
+    def last_step(self) -> int:
+        """Of the lines in metrics.jsonl now; those of steps that are done again come and go."""
+        try:
+            return json.loads((self.save / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+        except (OSError, IndexError, ValueError):
+            return 0
+
+    def starts_for_layouts(self) -> int:
+        return sum("starting again: the next phase" in line for line in self.lines)
+
+    def is_saving(self) -> bool:
+        return any(self.save.glob(".iter_*.partial"))
+
+    def workers(self) -> list[int]:
+        """Process ids of the trainers of this run."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (folder / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"pretrain.train" in words and str(self.save).encode() in words \
+                    and b"torch.distributed.run" not in words:
+                found.append(int(folder.name))
+        return sorted(found)
+
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def wait(self) -> None:
+        """Raises RuntimeError unless the run ends as done."""
+        if self.process.wait() != 0:
+            self.reader.join(5)
+            raise RuntimeError("the run failed:\n" + "".join(self.lines[-30:]))
+
+    def end(self) -> None:
+        """Leave nothing behind."""
+        if self.alive():
+            self.process.terminate()
+            try:
+                self.process.wait(90)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        for worker in self.workers():
+            os.kill(worker, signal.SIGKILL)
+
+
+def disturb(run: Run, moments: list[Moment], chance: random.Random) -> list[str]:
+    """Kill a random worker at each moment -> what was done, a line each."""
+    done = []
+    for moment in moments:
+        if not _wait_for(run, moment):
+            break  # the run ended before
+        workers = run.workers()
+        if workers:
+            os.kill(chance.choice(workers), signal.SIGKILL)
+            done.append(f"{moment.kind} at step {run.last_step()}")
+            _wait_until(run, lambda before=workers: run.workers() != before)
+    return done
+
+
+def _wait_for(run: Run, moment: Moment) -> bool:
+    starts = run.starts_for_layouts()
+    if moment.kind == "crossing" and _wait_until(run, lambda: run.starts_for_layouts() > starts):
+        until = time.monotonic() + moment.delay
+        return _wait_until(run, lambda: time.monotonic() > until and bool(run.workers()))
+    reached = _wait_until(run, lambda: run.last_step() > moment.step)
+    return _wait_until(run, run.is_saving) if reached and moment.kind == "save" else reached
+
+
+def _wait_until(run: Run, condition) -> bool:
+    while run.alive():
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """What differs between two runs' steps and last checkpoints."""
+    runs = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            for folder in (one, other)]
+    found = []
+    if [line["step"] for line in runs[0]] != [line["step"] for line in runs[1]]:
+        found.append(f"{len(runs[0])} and {len(runs[1])} steps")
+    for key in ("tokens", "phase", "data_digest", "loss", "grad_norm", "lr", "sources"):
+        steps = [a["step"] for a, b in zip(*runs, strict=False) if a[key] != b[key]]
+        if steps:
+            found.append(f"{key} of {len(steps)} steps, first of {steps[0]}")
+    folders = [checkpoint.published(folder) for folder in (one, other)]
+    names = checkpoint.tensor_names(folders[0], "")
+    if names != checkpoint.tensor_names(folders[1], ""):
+        return [*found, "the checkpoints' tensors"]
+    for name in names:
+        mine, theirs = (checkpoint.read_whole_tensors(folder, [name])[name] for folder in folders)
+        if not torch.equal(mine, theirs):
+            found.append(f"{name} by up to {float((mine - theirs).abs().max()):.1e}")
+    return found
+
+
+def run(arguments: Arguments) -> int:
+    output = Path(arguments.output)
+    output.mkdir(parents=True)
+    alone = Run(arguments.config, arguments.flags, output / "alone", arguments.processes)
+    try:
+        began = time.monotonic()
+        alone.wait()
+        steps = alone.last_step()
+        print(f"alone: {steps} steps, {alone.starts_for_layouts()} changes of layout, {time.monotonic() - began:.0f} s",
+              flush=True)
+    finally:
+        alone.end()
+    disturbed = Run(arguments.config, arguments.flags, output / "disturbed", arguments.processes)
+    try:
+        began = time.monotonic()
+        moments = plan_moments(arguments.kills, steps, arguments.seed)
+        done = disturb(disturbed, moments, random.Random(arguments.seed))
+        disturbed.wait()
+        print(f"disturbed: {len(done)} workers killed ({', '.join(done)}), {time.monotonic() - began:.0f} s",
+              flush=True)
+    finally:
+        disturbed.end()
+    found = differences(output / "alone", output / "disturbed")
+    print("compared: " + ("; ".join(found) if found else "every step's data, loss, gradient norm and learning rate, "
+                          "the weights and the optimizer state are the same, bit for bit"))
+    lines, well = audit(str(output / "disturbed"))
+    print("\n".join(lines))
+    return 1 if found or not well else 0
