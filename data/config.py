@@ -51,8 +51,6 @@ class DataConfig:
     a phase may change it."""
     skip_data: list[str] = field(default_factory=list)
     """Windows of the clock, as 120B:121B, whose data is passed over when the run comes to them."""
-    accept_changes: list[Literal["data"]] = field(default_factory=list)
-    """Continue although this changed since the checkpoint; changed data is drawn from its beginning."""
     mock_data: bool = False
     """Train on seeded synthetic documents; reads no files and needs --vocab-size."""
 

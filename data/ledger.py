@@ -124,23 +124,28 @@ class Ledger:
         streams: the sources that may be drawn from, by name.
         stored: `to_json` of an earlier run that this one continues.
         accept_changes: a source that is not what it was begins anew, instead of being an error.
+        another_seed: the order of the documents is another: every source begins anew.
 
     Raises:
         ValueError: a source is not what the stored segments drew from; names it and what changed.
     """
 
-    def __init__(self, streams: dict[str, DocumentStream], stored: dict | None = None, accept_changes: bool = False):
+    def __init__(self, streams: dict[str, DocumentStream], stored: dict | None = None, accept_changes: bool = False,
+                 another_seed: bool = False):
         self.streams = streams
         self.segments: list[dict] = []
         self._sources: dict[str, dict] = {}
         self._mixture: Mixture | None = None
+        self.begun_anew: list[str] = []
+        """Sources that are not what the stored segments drew from."""
         if stored and "segments" not in stored:
             raise ValueError("the checkpoint's account of its data is of an earlier version. Fix: start a new run from "
                              "its weights with --finetune and a new --save.")
         if stored:
-            renamed = _match(stored["sources"], streams, accept_changes)
+            renamed = _match(stored["sources"], streams, accept_changes, another_seed)
             self.segments = [_rename(segment, renamed) for segment in stored["segments"]]
             self._sources = {renamed.get(name, name): found for name, found in stored["sources"].items()}
+            self.begun_anew = [name for name in streams if renamed.get(name, name) != name]
         self._sources |= {name: stream.fingerprint() for name, stream in streams.items()}
 
     @property
@@ -256,12 +261,13 @@ class Ledger:
         self.open["drawn"] = drawn
 
 
-def _match(stored: dict[str, dict], streams: dict[str, DocumentStream], accept_changes: bool) -> dict[str, str]:
+def _match(stored: dict[str, dict], streams: dict[str, DocumentStream], accept_changes: bool,
+           another_seed: bool) -> dict[str, str]:
     """Names of stored sources -> theirs now, for those that moved or, where that is accepted, changed."""
     renamed, problems = {}, []
     for name, stream in streams.items():
         found = stream.fingerprint()
-        if name in stored and stored[name] != found:
+        if name in stored and (stored[name] != found or another_seed):
             if accept_changes:
                 renamed[name] = f"{name} before it changed ({stored[name]['corpus'][:8]})"
             else:
@@ -269,7 +275,7 @@ def _match(stored: dict[str, dict], streams: dict[str, DocumentStream], accept_c
                                     if stored[name].get(key) != found[key])
                 problems.append(f"{name}: is not the data that the checkpoint was trained on ({changed}). Fix: give "
                                 "that data, or --accept-changes data to draw the new one from its beginning.")
-        elif name not in stored:
+        elif name not in stored and not another_seed:
             moved = [old for old, known in stored.items() if known == found and old not in streams
                      and old not in renamed]
             if moved:

@@ -37,6 +37,12 @@ class CompatibilityConfig:
     """Full recompute is uniform, a layer at a time."""
     recompute_num_layers: int = 1
     """Full recompute is a layer at a time."""
+    no_load_rng: bool = False
+    """There is no random state: everything random is a function of the seed and the clock. A warning."""
+    no_save_rng: bool = False
+    """There is no random state: everything random is a function of the seed and the clock. A warning."""
+    override_ckpt_iteration: int | None = None
+    """A checkpoint's clock cannot be overridden; an error."""
     num_workers: int = 1
     """Data is read in process, a step ahead, in one thread; any number is accepted."""
 
@@ -48,7 +54,16 @@ class CompatibilityConfig:
             if value not in accepted:
                 problems.append(f"{name} = {value}: here it is always {' or '.join(map(str, accepted))}. "
                                 "Fix: remove the flag.")
+        if self.override_ckpt_iteration is not None:
+            problems.append(f"override_ckpt_iteration = {self.override_ckpt_iteration}: the clock of a checkpoint is "
+                            "its own, since data and learning rate are functions of it. Fix: --ckpt-step for another "
+                            "iteration's checkpoint, or --finetune for clock 0.")
         return problems
+
+    def warnings(self) -> list[str]:
+        """Flags that ask to leave out what does not exist."""
+        return [f"{name} = True: has no effect, since there is no random state: everything random is a function of "
+                "the seed and the clock" for name in ("no_load_rng", "no_save_rng") if getattr(self, name)]
 
 
 ACCEPTED = {

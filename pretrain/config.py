@@ -174,6 +174,16 @@ class CheckpointConfig:
     """Take only the weights of --load: clock 0, fresh optimizer."""
     no_load_optim: bool = False
     """Do not load the optimizer state."""
+    no_save_optim: bool = False
+    """Leave the optimizer state out of checkpoints; none of them can go on without --no-load-optim."""
+    use_checkpoint_args: bool = False
+    """Take settings of the model that are not given from the checkpoint that is started from."""
+    accept_changes: list[Literal["data", "tokenizer", "optimization"]] = field(default_factory=list)
+    """Continue although this changed since the checkpoint; a changed corpus is drawn from its beginning."""
+    override_opt_param_scheduler: bool = False
+    """Continue with this run's learning rate and weight decay where they differ from the checkpoint's."""
+    use_checkpoint_opt_param_scheduler: bool = False
+    """Continue with the checkpoint's learning rate and weight decay, whatever this run's settings say."""
     ckpt_step: int | None = None
     """Iteration of --load to start from, instead of the latest."""
     save_interval: int | None = None
@@ -260,6 +270,9 @@ class Config:
         if checkpoint.load and checkpoint.pretrained_checkpoint:
             problems.append(f"pretrained_checkpoint = {checkpoint.pretrained_checkpoint}: a run starts from one place, "
                             f"and --load = {checkpoint.load}. Fix: remove one of them.")
+        if checkpoint.override_opt_param_scheduler and checkpoint.use_checkpoint_opt_param_scheduler:
+            problems.append("override_opt_param_scheduler = True: takes this run's learning rate, but "
+                            "use_checkpoint_opt_param_scheduler takes the checkpoint's. Fix: remove one of them.")
         return problems
 
     def _out_of_range(self) -> list[str]:
@@ -313,6 +326,9 @@ class Config:
         if self.layout.device_memory_gib and not any(self.open_settings(phase)
                                                      for phase in self.schedule.phases or [PhaseConfig()]):
             found.append(f"device_memory_gib = {self.layout.device_memory_gib}: has no effect without --layout auto")
+        found += self.compatibility.warnings()
+        if self.checkpoint.no_save_optim and self.checkpoint.save:
+            found.append("no_save_optim = True: a run that stops cannot go on with its optimizer state")
         if not optimizer.calculate_per_token_loss:
             found.append("calculate_per_token_loss = False: the loss is always the sum over targets / the global "
                          "target count")

@@ -140,16 +140,10 @@ def check_windows(config: DataConfig, ledger: Ledger, clock: int, last_batch: in
                              f"tokens. Fix: for example {first}:{first + batch}.")
 
 
-def data_changes(ledger: Ledger, corpus: Corpus, clock: int, phases: Sequence[Phase]) -> list[str]:
-    """What the open segment and the settings of its phase now disagree about, from `clock` on."""
-    if not ledger.segments or "drawn" in ledger.segments[-1]:
-        return []
-    phase = next((phase for phase in phases if phase.start <= clock < phase.end), None)
-    if phase is None or phase.name != ledger.open["phase"] or phase.start == clock:
-        return []
-    return [f"phase {phase.name!r}: {key} was {ledger.open[key]} and is {value} from token {clock:,} on; each source "
-            "goes on where it stood" for key, value in settings_of(phase, corpus).to_json().items()
-            if ledger.open[key] != value]
+def blend_change(ledger: Ledger, corpus: Corpus, phase: Phase) -> tuple[list, list] | None:
+    """The blends of the open segment and of the phase that goes on, where they are not the same."""
+    theirs, ours = ledger.open["blend"], settings_of(phase, corpus).to_json()["blend"]
+    return (theirs, ours) if theirs != ours else None
 
 
 def forecast_phases(ledger: Ledger, corpus: Corpus, clock: int, phases: Sequence[Phase]) -> list[dict]:

@@ -11,10 +11,17 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import tyro
 import yaml
 
-from model.config import PRESETS
+from model.config import PRESETS, ModelConfig
+from model.rope import PARAMETERS, Rope
+from pretrain.checkpoint import read_progress
 from pretrain.config import Config, PhaseConfig, Tokens, parse_tokens
+from pretrain.resume_contract import stored_scheduler
+from pretrain.start import find_start
 
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+# What --use-checkpoint-args leaves to the run: the machine's, and checks on other settings.
+_NOT_OF_THE_WEIGHTS = {"attention_backend", "recompute_granularity", "max_position_embeddings",
+                       "group_query_attention"}
 # Flags with a second spelling that scripts use.
 ALIASES = {"--ds-sequence-parallel-size": "--context-parallel-size"}
 
@@ -33,8 +40,48 @@ def load_config(argv: list[str]) -> Config:
     path = flags.pop("config", None)
     values = _read_yaml(path) if path is not None else {}
     preset = flags.get("model", values.get("model"))
-    config = from_flat(_preset(preset), "preset") if preset else Config()
-    return from_flat(flags, "command line", from_flat(values, path, config))
+    preset_values = _preset(preset) if preset else {}
+
+    def given_over(base: Config) -> Config:
+        return from_flat(flags, "command line", from_flat(values, path, from_flat(preset_values, "preset", base)))
+
+    return _with_checkpoint(given_over(Config()), given_over)
+
+
+def _with_checkpoint(config: Config, given_over: Callable[[Config], Config]) -> Config:
+    """The configuration with what --use-checkpoint-args and --use-checkpoint-opt_param-scheduler take.
+
+    Args:
+        given_over: puts what the user gave over a configuration.
+    """
+    settings = config.checkpoint
+    if not settings.use_checkpoint_args and not settings.use_checkpoint_opt_param_scheduler:
+        return config
+    start = find_start(settings)
+    if start.folder is None:
+        return config
+    stored = read_config_yaml(str(start.folder / "config.yaml"))
+    if settings.use_checkpoint_args:
+        if start.weights_only:  # the weights know the rope of the phase that was trained last
+            _set_rope(stored.model, Rope(**read_progress(start.folder)["phase"]["rope"]))
+        base = Config(data=dataclasses.replace(Config().data, vocab_size=stored.data.vocab_size))
+        for name in vars(stored.model).keys() - _NOT_OF_THE_WEIGHTS:
+            setattr(base.model, name, getattr(stored.model, name))
+        config = given_over(base)
+        if config.model.rope.type != stored.model.rope.type:  # the parameters belong to the type
+            _set_rope(base.model, Rope(stored.model.rotary_base))
+            config = given_over(base)
+    if settings.use_checkpoint_opt_param_scheduler and not start.weights_only:
+        config.optimizer = dataclasses.replace(config.optimizer, **stored_scheduler(stored))
+    return config
+
+
+def _set_rope(model: ModelConfig, rope: Rope) -> None:
+    """The settings that mean this rotary embedding."""
+    model.rotary_base, model.use_rope_scaling = rope.base, None
+    model.rope_type = None if rope.type == "default" else rope.type
+    for setting, (name, _) in PARAMETERS.items():
+        setattr(model, setting, getattr(rope, name))
 
 
 def spell(argv: list[str]) -> list[str]:

@@ -11,10 +11,20 @@ from data.tokenizer import Tokenizer, build_tokenizer
 from pretrain import checkpoint
 from pretrain.auto_layout import settle_layouts
 from pretrain.config import Config
-from pretrain.feed import check_windows, data_changes, forecast_phases, forecast_warnings
+from pretrain.feed import blend_change, check_windows, forecast_phases, forecast_warnings
 from pretrain.learning_rate import LearningRate
+from pretrain.load_config import read_config_yaml
 from pretrain.phases import Phase, attempt, check_phases, resolve_phases, rope_warnings
-from pretrain.start import Start, check_continuation, find_start
+from pretrain.resume_contract import (
+    Change,
+    begun_phase,
+    continuation_changes,
+    missing_parts,
+    needless_acceptance,
+    refusals,
+    weights_changes,
+)
+from pretrain.start import Start, find_start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +46,17 @@ class Plan:
     """What a checkpoint keeps of the layouts that were chosen, by phase name (pretrain/auto_layout.py)."""
     layout_lines: list[str]
     """A line for each phase whose layout was chosen."""
+    changes: list[Change]
+    """What differs from the checkpoint that is started from (resume_contract.py)."""
+
+    @property
+    def starts_optimizer_anew(self) -> bool:
+        """Do moments start at zero although the checkpoint's weights are taken?
+
+        A restart continues them, whatever the flags of the first launch said, unless they were not saved.
+        """
+        is_forgotten = not self.start.is_restart or not self.progress.get("has_optimizer", True)
+        return self.start.weights_only or self.config.checkpoint.no_load_optim and is_forgotten
 
 
 def make_plan(config: Config, world_size: int, only_print: bool = False) -> Plan:
@@ -61,32 +82,68 @@ def make_plan(config: Config, world_size: int, only_print: bool = False) -> Plan
     if problems:
         raise ValueError("\n".join(problems))
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, vocab_size=vocab_size))
-    start = find_start(config)
+    start = find_start(config.checkpoint)
     progress = checkpoint.read_progress(start.folder) if start.folder else None
     description = tokenizer.describe() if tokenizer else None
     goes_on = progress is not None and not start.weights_only
-    if goes_on:
-        check_continuation(progress, description, config.optimizer.seed)
     clock = progress["clock"] if goes_on else 0
     phases, layouts, layout_lines = settle_layouts(
         phases, config, world_size, vocab_size, progress.get("layouts", {}) if goes_on else {}, clock)
     if problems := _handover_problems(phases, config):
         raise ValueError("\n".join(problems))
-    corpus = open_corpus(config.data, config.optimizer.seed, vocab_size, description,
-                         [phase.data_path for phase in phases if phase.data_path])
-    ledger = Ledger(corpus.train, progress["data"] if goes_on else None, "data" in config.data.accept_changes)
+    corpus, ledger, changes = _open_data(config, phases, learning_rate, description, start, progress)
     check_windows(config.data, ledger, clock, progress["last_batch_tokens"] if goes_on else 0, phases)
     rows = forecast_phases(ledger, corpus, clock, phases)
     if config.checkpoint.save and not only_print:
         _check_writable(Path(config.checkpoint.save))
     return Plan(config, phases, learning_rate, vocab_size, tokenizer, start, progress, corpus, ledger, rows,
-                description, layouts, layout_lines)
+                description, layouts, layout_lines, changes)
 
 
 def _handover_problems(phases: list[Phase], config: Config) -> list[str]:
-    if len({phase.layout_key for phase in phases}) > 1 and not config.checkpoint.save:
-        return ["save: phases with different layouts hand over through a checkpoint. Fix: give --save."]
-    return []
+    """Phases of different layouts hand over through a checkpoint, which must be there and whole."""
+    problems = []
+    if len({phase.layout_key for phase in phases}) > 1:
+        if not config.checkpoint.save:
+            problems.append("save: phases with different layouts hand over through a checkpoint. Fix: give --save.")
+        if config.checkpoint.no_save_optim:
+            problems.append("no_save_optim = True: phases with different layouts hand the optimizer over through a "
+                            "checkpoint. Fix: remove it.")
+    return problems
+
+
+def _open_data(config: Config, phases: list[Phase], learning_rate: LearningRate, tokenizer: dict | None, start: Start,
+               progress: dict | None) -> tuple[Corpus, Ledger, list[Change]]:
+    """The data, and what differs from the checkpoint that is started from.
+
+    Raises:
+        ValueError: every difference that may not be or is not accepted, a line each.
+    """
+    settings, problems, changes = config.checkpoint, [], []
+    goes_on = progress is not None and not start.weights_only
+    if goes_on and (problems := missing_parts(progress, settings, str(start.folder))):
+        raise ValueError("\n".join(problems))
+    if progress is not None:
+        stored = read_config_yaml(str(start.folder / "config.yaml"))
+        changes = (weights_changes(stored, config, progress, phases, tokenizer) if start.weights_only else
+                   continuation_changes(stored, config, progress, phases, learning_rate, tokenizer))
+    corpus = attempt(problems, lambda: open_corpus(
+        config.data, config.optimizer.seed, config.data.vocab_size, tokenizer,
+        [phase.data_path for phase in phases if phase.data_path]))
+    accepted = "data" in settings.accept_changes
+    another_seed = goes_on and accepted and stored.optimizer.seed != config.optimizer.seed
+    ledger = corpus and attempt(problems, lambda: Ledger(
+        corpus.train, progress["data"] if goes_on else None, accepted, another_seed))
+    if ledger and goes_on:
+        changes += [Change(f"data of {name}", "other tokens or another order", "begins anew", "data")
+                    for name in ledger.begun_anew]
+        current = begun_phase(phases, progress)
+        blends = blend_change(ledger, corpus, current) if current else None
+        if blends:
+            changes.append(Change(f"phase {current.name!r}: blend", *blends, "data"))
+    if problems := refusals(changes, settings) + problems:
+        raise ValueError("\n".join(problems))
+    return corpus, ledger, changes
 
 
 def _with_data_args(config: Config) -> Config:
@@ -123,17 +180,28 @@ def warnings_about(plan: Plan) -> list[str]:
         same = settings.load and os.path.abspath(settings.load) == os.path.abspath(settings.save)
         found += [f"{name}: has no effect, since --save already holds a checkpoint of this run, which goes on"
                   for name in ("load", "ckpt_step", "no_load_optim", "finetune", "pretrained_checkpoint")
-                  if getattr(settings, name) and not (name == "load" and same)]
-    clock = plan.progress["clock"] if plan.progress and not plan.start.weights_only else 0
+                  if getattr(settings, name) and not (name == "load" and same)
+                  and not (name == "no_load_optim" and plan.starts_optimizer_anew)]
+    found += _warnings_about_start(plan)
     found += [f"{prefix}: {count:,} documents have no token and are never drawn"
               for prefix, count in plan.corpus.empty.items()]
-    found += data_changes(plan.ledger, plan.corpus, clock, plan.phases) + forecast_warnings(plan.ledger, plan.forecast)
+    found += forecast_warnings(plan.ledger, plan.forecast)
     decay_end, end = plan.learning_rate.arcs[-1].end, plan.phases[-1].end
     if decay_end != end and config.optimizer.lr_decay_style in ("linear", "cosine", "WSD"):
         found.append(f"the learning rate's decay ends at {decay_end:,} tokens, the run at {end:,}: "
                      f"{'the rest is trained at min_lr' if decay_end < end else 'min_lr is not reached'}")
     if config.logging.eval_iters and not plan.corpus.validation:
         found.append("there are no validation documents (--split, --valid-data-path): nothing is evaluated")
+    return found
+
+
+def _warnings_about_start(plan: Plan) -> list[str]:
+    settings, folder = plan.config.checkpoint, plan.start.folder
+    found = needless_acceptance(plan.changes, settings)
+    if settings.use_checkpoint_args and folder is None:
+        found.append("use_checkpoint_args = True: has no effect, since the run starts from no checkpoint")
+    if settings.use_checkpoint_opt_param_scheduler and (folder is None or plan.start.weights_only):
+        found.append("use_checkpoint_opt_param_scheduler = True: has no effect, since no checkpoint's clock goes on")
     return found
 
 

@@ -41,6 +41,7 @@ from pretrain.load_config import dump_yaml, load_config, outcome_path, spell, wa
 from pretrain.metrics import Reporter
 from pretrain.phases import Phase, describe, phase_at
 from pretrain.plan import Plan, make_plan, warnings_about
+from pretrain.resume_contract import describe_changes
 from pretrain.state import TrainState, build_optimizer, check_replicas, checkpoint_tensors, fill_tied_copy
 from pretrain.step import Stepper, train_step
 
@@ -64,6 +65,8 @@ class Trainer:
         step = 0 if clock == 0 else progress["step"]
         if self.world.rank == 0:
             print("\n".join([describe(self.plan.phases, self.world.size), *self.plan.layout_lines]), flush=True)
+            if self.plan.changes:
+                print(describe_changes(self.plan.changes), flush=True)
             if phase is not None:
                 print(describe_forecast(self.plan.forecast), flush=True)
             for text in warnings_about(self.plan):
@@ -116,13 +119,10 @@ class Trainer:
         if progress is None:
             initialize(stages, self.config.model, self.layout, optimizer_config.seed)
             return state
-        weights_only = self.plan.start.weights_only
-        # A restart continues the moments, whatever the flags of the first launch said.
-        fresh_moments = weights_only or self.config.checkpoint.no_load_optim and not self.plan.start.is_restart
-        tensors = checkpoint_tensors(state, not fresh_moments)
+        tensors = checkpoint_tensors(state, not self.plan.starts_optimizer_anew)
         checkpoint.load(self.plan.start.folder, tensors, self.layout.world)
         fill_tied_copy(state)
-        if not weights_only:
+        if not self.plan.start.weights_only:
             state.clock, state.last_batch = progress["clock"], progress["last_batch_tokens"]
             state.real_tokens = progress["real_tokens"]
             state.skipped_in_a_row, state.wandb_run_id = progress["skipped_in_a_row"], progress["wandb_run_id"]
@@ -237,16 +237,18 @@ class Trainer:
         check_replicas(state.stages, self.layout)
         longest = max(p.seq_length for p in self.plan.phases[:phase.index + 1])
         drawn = self.plan.ledger.to_json(state.clock)
+        has_optimizer = not self.config.checkpoint.no_save_optim
         reporter.account(step, state.clock, drawn["account"])
         progress = {"step": step, "clock": state.clock, "real_tokens": state.real_tokens,
                     "skipped_in_a_row": state.skipped_in_a_row, "wandb_run_id": state.wandb_run_id,
                     "phase": dataclasses.asdict(phase), "last_batch_tokens": state.last_batch,
                     "longest_seq_length": longest, "seed": self.config.optimizer.seed,
                     "layouts": self.plan.layouts, "data": drawn, "tokenizer": self.plan.tokenizer_description,
+                    "has_optimizer": has_optimizer,
                     "world_size": self.world.size, "threads": torch.get_num_threads()}
         files = self.plan.tokenizer.files if self.plan.tokenizer else []
-        folder = checkpoint.save(root, step, checkpoint_tensors(state, True), progress, dump_yaml(self.config), files,
-                                 self.layout.world)
+        folder = checkpoint.save(root, step, checkpoint_tensors(state, has_optimizer), progress,
+                                 dump_yaml(self.config), files, self.layout.world)
         reporter.say(f"saved {folder} in {time.perf_counter() - began:.1f} s")
 
 

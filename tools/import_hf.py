@@ -15,7 +15,7 @@ import tyro
 from safetensors import safe_open
 from tqdm import tqdm
 
-from data.tokenizer import HUGGINGFACE_FILES
+from data.tokenizer import HUGGINGFACE_FILES, build_tokenizer
 from model.build import parameter_shapes
 from model.hf import VOCABULARY_ROWS, huggingface_name, model_settings, our_name
 from parallel.layout import single_process_layout
@@ -101,10 +101,22 @@ def import_folder(arguments: Arguments) -> Path:
                 "wandb_run_id": None,
                 "phase": {"name": "imported", "index": 0, "seq_length": length,
                           "rope": asdict(config.model.rope)},
-                "longest_seq_length": length, "seed": None, "data": None, "tokenizer": None, "world_size": 1}
+                "longest_seq_length": length, "seed": None, "data": None,
+                "tokenizer": _describe_tokenizer(config.data.tokenizer_model), "has_optimizer": False, "world_size": 1}
     world = single_process_layout(torch.device("cpu")).world
     return checkpoint.save(arguments.save, 0, {f"model.{name}": tensor for name, tensor in tensors.items()}, progress,
                            dump_yaml(config), tokenizer_files, world)
+
+
+def _describe_tokenizer(folder: str | None) -> dict | None:
+    """What a run's tokenizer is compared with; None where there is none that can be read."""
+    if folder is None:
+        return None
+    try:
+        return build_tokenizer("HuggingFaceTokenizer", folder, None).describe()
+    except ValueError as error:
+        print(f"warning: the checkpoint will not know its tokenizer: {error}", file=sys.stderr)
+        return None
 
 
 def main() -> int:
@@ -114,8 +126,8 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"imported {arguments.hf} as {folder}; start with --pretrained-checkpoint {arguments.save} and the model "
-          f"settings in {folder / 'config.yaml'}")
+    print(f"imported {arguments.hf} as {folder}; start with --pretrained-checkpoint {arguments.save} "
+          "--use-checkpoint-args")
     return 0
 
 

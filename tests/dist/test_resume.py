@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from model.rope import Rope
@@ -181,9 +182,9 @@ def test_finetune_takes_the_weights_only(pool, corpus, tmp_path):
     assert weights and all(np.allclose(before[name], after[name], rtol=1e-6, atol=1e-9) for name in weights)
 
 
-def refusal(pool, argv) -> str:
+def refusal(pool, argv, world: int = 1) -> str:
     with pytest.raises(AssertionError) as error:
-        pool.run(train, 1, argv)
+        pool.run(train, world, argv)
     text = str(error.value)
     assert "ValueError" in text
     return text.splitlines()[-1] if "\nValueError" not in text else text.split("\nValueError")[-1]
@@ -194,7 +195,8 @@ def test_another_batch_size_on_continuing_keeps_the_step_count(pool, corpus, tmp
     save = str(tmp_path / "save")
     pool.run(train, 1, base_arguments(corpus, save=save, train_iters=4))
     longer = base_arguments(corpus, save=save, train_iters=4, global_batch_size=8)
-    assert pool.run(train, 1, longer) == ["done"]
+    assert "phase 'main': global_batch_tokens from token 1,024 on: checkpoint 256, run 512" in refusal(pool, longer)
+    assert pool.run(train, 1, [*longer, "--accept-changes", "optimization"]) == ["done"]
     assert sorted(losses(save)) == [1, 2, 3, 4, 5, 6]
     assert sorted(path.name for path in (tmp_path / "save").glob("iter_*")) == ["iter_0000004", "iter_0000006"]
 
@@ -287,13 +289,12 @@ def test_damaged_checkpoints_are_refused(pool, corpus, tmp_path):
 
 
 def test_data_may_change_where_it_is_said(pool, corpus, tmp_path):
-    """Another blend goes on with a warning, a changed corpus needs a flag, a window of data can be passed over."""
+    """Another blend or a changed corpus needs a flag, a window of data can be passed over."""
     save, other = str(tmp_path / "save"), write_corpus(tmp_path / "other", seed=4)
     pool.run(train, 1, base_arguments(corpus, save=save, train_iters=1))
     blended = base_arguments(other, save=save, train_iters=2)
-    (text,) = warnings_about(make_plan(load_config(blended), 1))
-    assert text.startswith("phase 'main': blend was [[") and text.endswith("each source goes on where it stood")
-    assert pool.run(train, 1, blended) == ["done"]
+    assert "phase 'main': blend: checkpoint [[" in refusal(pool, blended)
+    assert pool.run(train, 1, [*blended, "--accept-changes", "data"]) == ["done"]
     write_corpus(tmp_path / "other", seed=5)
     changed = base_arguments(other, save=save, train_iters=3)
     assert f"{other}: is not the data that the checkpoint was trained on (corpus " in refusal(pool, changed)
@@ -310,10 +311,83 @@ def test_data_may_change_where_it_is_said(pool, corpus, tmp_path):
     assert row["tokens"] == 512 and sorted(losses(save)) == [1, 2, 3, 4, 5, 6]
 
 
+def test_moments_are_kept_where_the_data_is_new(pool, corpus, tmp_path):
+    """--load with accepted data goes on with clock and optimizer; another seed or corpus is drawn from its beginning."""
+    base, other = str(tmp_path / "base"), write_corpus(tmp_path / "other", seed=4)
+    pool.run(train, 1, base_arguments(corpus, save=base, train_iters=2))
+    argv = base_arguments(other, save=str(tmp_path / "new"), load=base, train_iters=3, seed=5)
+    text = refusal(pool, argv)
+    assert "seed: checkpoint 1234, run 5" in text and "phase 'main': blend: checkpoint [[" in text
+    assert pool.run(train, 1, [*argv, "--accept-changes", "data"]) == ["done"]
+    assert losses(tmp_path / "new").keys() == {3}
+    steps = [tensor for name, tensor in stored(tmp_path / "new").items() if name.endswith(".step")]
+    assert steps and all(step == 3 for step in steps)
+    account = checkpoint.read_progress(checkpoint.published(tmp_path / "new"))["data"]["account"]
+    assert {(row["source"], row["samples"]) for row in account} == {(corpus, 8), (other, 4)}
+    # The same corpus in the order of another seed: nothing of it counts as read.
+    argv = base_arguments(corpus, save=str(tmp_path / "seed"), load=base, train_iters=3, seed=5)
+    assert pool.run(train, 1, [*argv, "--accept-changes", "data"]) == ["done"]
+    account = checkpoint.read_progress(checkpoint.published(tmp_path / "seed"))["data"]["account"]
+    assert [(row["source"].startswith(f"{corpus} before it changed"), row["samples"]) for row in account] == [
+        (True, 8), (False, 4)]
+    assert account[1]["epochs"] < account[0]["epochs"]
+
+
+@pytest.mark.parametrize("world, layout", [(1, {}), (2, {"tensor_model_parallel_size": 2})])
+def test_learning_rate_and_weight_decay_act_from_the_first_step(pool, corpus, tmp_path, world, layout):
+    """A step continued with another learning rate and weight decay is torch's AdamW step with them."""
+    base, new = str(tmp_path / "base"), str(tmp_path / "new")
+    common = dict(layout, fp64=True)
+    pool.run(train, world, base_arguments(corpus, save=base, train_iters=2, **common))
+    argv = base_arguments(corpus, save=new, load=base, train_iters=3, lr=3e-3, weight_decay=0.4, **common)
+    text = refusal(pool, argv, world)
+    assert "weight_decay: checkpoint 0.1, run 0.4" in text and "lr of the phase that goes on: checkpoint 0.01" in text
+    assert pool.run(train, world, [*argv, "--override-opt_param-scheduler"]) == ["done"] * world
+    before, after = stored(base), stored(new)
+    names = [name.removeprefix("model.") for name in before if name.startswith("model.")]
+    assert len(names) > 10
+    for lr, weight_decay, is_right in ((3e-3, 0.4, True), (1e-2, 0.4, False), (3e-3, 0.1, False)):
+        worst = max(float(np.abs(adamw_step(before, after, name, lr, weight_decay) - after[f"model.{name}"]).max())
+                    for name in names)
+        assert (worst < 1e-12) == is_right, (lr, weight_decay, worst)
+    # The checkpoint's own are taken by the other flag.
+    argv = base_arguments(corpus, save=str(tmp_path / "same"), load=base, train_iters=3, lr=3e-3, weight_decay=0.4,
+                          use_checkpoint_opt_param_scheduler=True, **common)
+    assert pool.run(train, world, argv) == ["done"] * world
+    after = stored(tmp_path / "same")
+    assert max(float(np.abs(adamw_step(before, after, name, 1e-2, 0.1) - after[f"model.{name}"]).max())
+               for name in names) < 1e-12
+
+
+def adamw_step(before: dict, after: dict, name: str, lr: float, weight_decay: float) -> np.ndarray:
+    """The parameter after torch's own step from `before`, on the gradient that the first moment tells."""
+    old = {key: torch.from_numpy(before[f"optimizer.{name}.{key}"]) for key in ("step", "exp_avg", "exp_avg_sq")}
+    parameter = torch.nn.Parameter(torch.from_numpy(before[f"model.{name}"]).clone())
+    parameter.grad = (torch.from_numpy(after[f"optimizer.{name}.exp_avg"]) - 0.9 * old["exp_avg"]) / (1 - 0.9)
+    optimizer = torch.optim.AdamW([parameter], lr=lr, betas=(0.9, 0.95), eps=1e-8, foreach=False, fused=False,
+                                  weight_decay=weight_decay if parameter.dim() > 1 else 0.0)
+    optimizer.state[parameter] = {key: value.clone() for key, value in old.items()}
+    optimizer.step()
+    return parameter.detach().numpy()
+
+
+def test_a_checkpoint_without_optimizer_goes_on_only_when_told(pool, corpus, tmp_path):
+    save = str(tmp_path / "save")
+    pool.run(train, 1, base_arguments(corpus, save=save, train_iters=2, no_save_optim=True))
+    assert all(name.startswith("model.") for name in stored(save))
+    longer = base_arguments(corpus, save=save, train_iters=4)
+    assert "was saved with --no-save-optim and holds no optimizer state. Fix: --no-load-optim" in refusal(pool, longer)
+    longer = [*longer, "--no-load-optim"]
+    assert warnings_about(make_plan(load_config(longer), 1)) == []
+    assert pool.run(train, 1, longer) == ["done"]
+    steps = [tensor for name, tensor in stored(save).items() if name.endswith(".step")]
+    assert steps and all(step == 2 for step in steps) and sorted(losses(save)) == [1, 2, 3, 4]
+
+
 def test_other_models_and_seeds_are_refused(pool, corpus, tmp_path):
     save = str(tmp_path / "save")
     pool.run(train, 1, base_arguments(corpus, save=save, train_iters=1))
-    assert "holds another model: hidden_size: checkpoint 32, run 64" in refusal(
-        pool, base_arguments(corpus, save=save, hidden_size=64))
+    text = refusal(pool, base_arguments(corpus, save=save, hidden_size=64, seed=5))
+    assert "hidden_size: checkpoint 32, run 64" in text and "seed: checkpoint 1234, run 5" in text, "all at once"
     assert "seed: checkpoint 1234, run 5" in refusal(pool, base_arguments(corpus, save=save, train_iters=2, seed=5))
     assert losses(save).keys() == {1}

@@ -177,13 +177,16 @@ CHECKS = [
     ("ckpt_format", "torch", "ckpt_format = torch: here it is always torch_dist"),
     ("finetune", True, "finetune = True: takes the weights of --load"),
     ("ckpt_step", 5, "ckpt_step = 5: chooses an iteration of --load"),
+    ("use_checkpoint_opt_param_scheduler", True, "override_opt_param_scheduler = True: takes this run's learning"),
+    ("override_ckpt_iteration", 5, "override_ckpt_iteration = 5: the clock of a checkpoint is its own"),
     ("train_samples", 5, "train_samples = 5, train_tokens = 1000: at most one of these"),
     ("global_batch_size", 5, "global_batch_size = 5, global_batch_tokens = 512: at most one of these"),
 ]
 
 
 def valid_config() -> Config:
-    config = load_config("--use-distributed-optimizer --model tiny --bf16 --train-tokens 1000 --seq-length 128 "
+    config = load_config("--override-opt-param-scheduler --use-distributed-optimizer --model tiny --bf16 "
+                         "--train-tokens 1000 --seq-length 128 "
                          "--global-batch-tokens 512 --data-path prefix --tokenizer-model model".split())
     assert config.validate() == []
     return config
@@ -209,5 +212,8 @@ def test_settings_without_effect_are_named():
     assert config.warnings() == []
     config.optimizer.lr_wsd_decay_iters, config.logging.wandb_exp_name = 5, "x"
     config.optimizer.calculate_per_token_loss = False
+    config.compatibility.no_load_rng = config.compatibility.no_save_rng = True
+    config.checkpoint.save, config.checkpoint.no_save_optim = "folder", True
     assert [text.split(" = ")[0] for text in config.warnings()] == [
-        "lr_wsd_decay_iters", "wandb_exp_name", "calculate_per_token_loss"]
+        "lr_wsd_decay_iters", "wandb_exp_name", "no_load_rng", "no_save_rng", "no_save_optim",
+        "calculate_per_token_loss"]

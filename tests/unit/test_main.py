@@ -73,6 +73,8 @@ def test_phases_that_change_the_layout_need_a_save_folder(corpus, capsys, monkey
     at = argv.index("--train-iters")
     argv = ["--config", str(config), *argv[:at], *argv[at + 2:]]
     assert "save: phases with different layouts" in refused(argv, capsys, monkeypatch, tmp_path, world=2)
+    assert "no_save_optim = True: phases with different layouts hand the optimizer over" in refused(
+        [*argv, "--no-save-optim"], capsys, monkeypatch, tmp_path, world=2)
 
 
 def test_without_a_launcher_bad_input_exits_with_2(corpus, capsys):

@@ -1,0 +1,306 @@
+"""What may change between a checkpoint and the run that goes on: every setting has a kind, every kind its answer."""
+
+import dataclasses
+import json
+
+import pytest
+
+from pretrain.config import CheckpointConfig, Config
+from pretrain.learning_rate import LearningRate
+from pretrain.load_config import dump_yaml, load_config, read_config_yaml, spell
+from pretrain.phases import Phase, phase_at, resolve_phases
+from pretrain.resume_contract import (
+    FIELDS,
+    PHASE,
+    continuation_changes,
+    describe_changes,
+    kind_of,
+    missing_parts,
+    needless_acceptance,
+    refusals,
+    weights_changes,
+)
+from tests.unit.test_checkpoint import publish
+
+TOKENIZER = {"type": "NullTokenizer", "vocab_size": 100, "fingerprint": "a"}
+BASE = ("--model tiny --tokenizer-type NullTokenizer --vocab-size 100 --data-path corpus --seq-length 64 "
+        "--global-batch-size 4 --train-iters 100 --lr 1e-3 --min-lr 1e-5 --lr-warmup-iters 2").split()
+
+
+def asked(*flags: str) -> Config:
+    return load_config(spell([*BASE, *" ".join(flags).split()]))
+
+
+def progress_of(config: Config, clock: int, tokenizer=TOKENIZER) -> dict:
+    """progress.json at `clock`, as far as the contract reads it."""
+    phase = phase_at(resolve_phases(config), clock - 1)
+    longest = max(entry.seq_length for entry in resolve_phases(config))
+    return json.loads(json.dumps({"clock": clock, "last_batch_tokens": 256,
+                                  "phase": dataclasses.asdict(phase), "tokenizer": tokenizer,
+                                  "longest_seq_length": longest, "data": {"segments": [{}]}}))
+
+
+def changes(config: Config, stored: Config, clock: int = 40 * 256, tokenizer=TOKENIZER) -> list:
+    phases = resolve_phases(config)
+    return continuation_changes(stored, config, progress_of(stored, clock), phases,
+                                LearningRate.make(config.optimizer, phases), tokenizer)
+
+
+def stopping(config: Config, stored: Config | None = None, **situation) -> list[tuple[str, str]]:
+    """(name, kind) of the differences that need a flag."""
+    found = changes(config, stored or asked(), **situation)
+    return [(change.name.split(" at token")[0], change.kind) for change in found if change.kind != "free"]
+
+
+def phased(*entries: dict, **optimizer) -> Config:
+    config = asked("--lr-decay-style constant")
+    made = [{"seq_length": 64, "global_batch_tokens": 256, "train_tokens": 5120} | entry for entry in entries]
+    config.schedule.train_iters = config.schedule.global_batch_size = None
+    config.schedule.phases = [type_of_entry(**entry) for entry in made]
+    for name, value in optimizer.items():
+        setattr(config.optimizer, name, value)
+    return config
+
+
+def type_of_entry(**entry):
+    from pretrain.config import PhaseConfig
+
+    return PhaseConfig(**entry)
+
+
+def test_every_setting_has_a_kind():
+    sections = {field.name: getattr(Config(), field.name) for field in dataclasses.fields(Config)}
+    del sections["compatibility"]  # never stored
+    names = set()
+    for section, settings in sections.items():
+        for name in vars(settings):
+            names.add(name)
+            try:
+                kind_of(section, name)
+            except KeyError:
+                pytest.fail(f"{section}.{name} has no kind: say in pretrain/resume_contract.py what a change means")
+    assert set(FIELDS) <= names, "the table names settings that are gone"
+    assert set(PHASE) == {field.name for field in dataclasses.fields(Phase)}, "every field of a phase needs a kind"
+
+
+def test_a_setting_of_the_schedule_without_a_kind_is_noticed():
+    with pytest.raises(KeyError):
+        kind_of("schedule", "a_new_setting")
+    assert [kind_of(section, "a_new_setting") for section in ("model", "layout", "data", "optimizer", "logging")] == [
+        "forbidden", "free", "data", "optimization", "free"]
+
+
+def test_nothing_changed_is_nothing():
+    assert changes(asked(), asked()) == []
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ("--ffn-hidden-size 512", [("ffn_hidden_size", "forbidden")]),
+    ("--qk-layernorm --num-layers 9", [("num_layers", "forbidden"), ("qk_layernorm", "forbidden")]),
+    ("--fp64", [("fp64", "forbidden")]),
+    ("--vocab-size 200", [("vocab_size", "forbidden")]),  # 128 rows hold 100 ids, not 200
+    ("--vocab-size 101", [("vocab_size", "tokenizer")]),
+    ("--seed 7", [("seed", "data")]),
+    ("--split 90,10,0", [("split", "data")]),
+    ("--eod-mask-loss", [("eod_mask_loss", "data")]),
+    ("--packing best_fit", [("phase 'main': packing", "data")]),
+    ("--no-document-masking", [("phase 'main': document_masking", "data")]),
+    ("--data-exhausted stop", [("phase 'main': data_exhausted", "data")]),
+    ("--seq-length 128 --global-batch-size 2", [("phase 'main': seq_length", "data")]),
+    ("--skip-data 12K:13K", [("skip_data, windows to come", "data")]),
+    ("--adam-beta2 0.9 --adam-eps 1e-6", [("adam_beta2", "optimization"), ("adam_eps", "optimization")]),
+    ("--clip-grad 2 --bf16", [("clip_grad", "optimization"), ("bf16", "optimization")]),
+    ("--weight-decay 0.2", [("weight_decay", "scheduler")]),
+    ("--rotary-base 5e5", [("phase 'main': rope", "optimization")]),
+    ("--rope-type linear --rope-scaling-factor 4", [("phase 'main': rope", "optimization")]),
+    ("--global-batch-size 8 --train-iters 50 --lr-warmup-iters 1", [
+        ("phase 'main': global_batch_tokens from token 10,240 on", "optimization")]),
+    ("--rampup-batch-size 2 2 32", []),  # is over by now
+    ("--rampup-batch-size 2 1 180", [("phase 'main': global_batch_tokens from token 10,240 on", "optimization")]),
+    ("--step-batch-size-schedule 0:4,15360:8", [
+        ("phase 'main': global_batch_tokens from token 15,360 on", "optimization")]),
+    ("--lr 2e-3", [("learning rate", "scheduler")]),
+    ("--min-lr 1e-4", [("learning rate", "scheduler")]),
+    ("--lr-decay-style linear", [("learning rate", "scheduler")]),
+    ("--train-iters 200", [("learning rate", "scheduler")]),  # the decay is longer
+    ("--train-iters 200 --lr-decay-iters 100", []),
+    ("--lr-warmup-iters 10 --lr-decay-style constant --lr 1", [("learning rate", "scheduler")]),
+    # What changes no token and no update:
+    ("--micro-batch-size 2 --tensor-model-parallel-size 2 --recompute-granularity full --attention-backend sdpa", []),
+    ("--data-path moved/corpus --eval-iters 9 --save elsewhere --save-interval 3 --kv-channels 32", []),
+    ("--global-batch-tokens 256 --lr-warmup-tokens 512 --max-position-embeddings 64 --init-method-std 0.1", []),
+])
+def test_each_kind_of_change(flags, expected):
+    words = flags.split()
+    config = asked(flags)
+    if "--global-batch-tokens" in words:
+        config.schedule.global_batch_size = config.optimizer.lr_warmup_iters = None
+    if "ramp" in flags or "step" in flags:
+        config.schedule.train_iters, config.schedule.train_tokens = None, 25600
+    if "step" in flags:
+        config.schedule.global_batch_size, config.optimizer.lr_warmup_iters = None, 1  # of 512 tokens
+    assert stopping(config) == expected
+    settings = [word[2:].replace("-", "_") for word in words if word.startswith("--")]
+    texts = [str(change) for change in changes(config, asked())]
+    for name in settings:
+        name = name.removeprefix("no_")
+        if getattr(config.model, name, None) != 32:  # tiny's own head size, said otherwise
+            assert any(name in text for text in texts), f"{name} is not printed"
+
+
+def test_the_learning_rate_is_judged_by_its_effect():
+    constant = asked("--lr-decay-style constant")
+    assert stopping(asked("--lr-decay-style constant --train-iters 200"), constant) == []
+    assert stopping(asked("--lr-decay-style constant --min-lr 1e-4"), constant) == []
+    finished = dict(clock=100 * 256)
+    assert stopping(asked("--train-iters 200"), asked(), **finished) == []
+    assert stopping(asked("--train-iters 200 --lr 1"), asked(), **finished) == [
+        ("lr of the phase that goes on", "scheduler")]
+    (change,) = [change for change in changes(asked("--train-iters 200"), asked()) if change.kind == "scheduler"]
+    assert change.name == "learning rate at token 10,240" and change.ours > change.theirs
+    wsd = "--lr-decay-style WSD --lr-wsd-decay-iters 10"
+    (change,) = [change for change in changes(asked(wsd, "--train-iters 200"), asked(wsd)) if change.kind != "free"]
+    assert int(change.name.split()[-1].replace(",", "")) >= 90 * 256, "the same until the decay begins"
+
+
+def test_phases_that_have_not_begun_are_free():
+    a, b = dict(name="a"), dict(name="b", seq_length=128)
+    edited = dict(b, seq_length=256, packing="best_fit", lr=5e-4, rotary_base=5e5, document_masking=False)
+    for clock in (256, 5120):  # within a, at its end
+        found = changes(phased(a, edited, dict(name="c")), phased(a, b), clock=clock)
+        assert {change.kind for change in found} == {"free"}
+        text = describe_changes(found)
+        assert "phases, b: rotary_base: checkpoint None, run 500000.0" in text
+        assert "phases, c: checkpoint absent, run there" in text
+    found = stopping(phased(a, edited), phased(a, b), clock=5120 + 256)
+    assert [name for name, _ in found] == ["phase 'b': seq_length", "phase 'b': rope", "phase 'b': document_masking",
+                                           "phase 'b': packing", "learning rate"]
+    assert stopping(phased(dict(a, train_tokens=2048), b), phased(a, b), clock=2048) == []  # the next phase comes early
+    assert stopping(phased(dict(a, train_tokens=1024), b), phased(a, b), clock=2048) == [("phase 'b': seq_length",
+                                                                                         "data")]
+    # Another name does not make another phase.
+    assert stopping(phased(dict(b, name="z")), phased(dict(name="y")), clock=2048) == [("phase 'z': seq_length",
+                                                                                       "data")]
+    # The last step of a may reach beyond its end, where its batch was changed; b has not begun then.
+    progress = progress_of(phased(a), 5120) | {"clock": 5376, "last_batch_tokens": 512}
+    run = phased(a, edited)
+    phases = resolve_phases(run)
+    found = continuation_changes(phased(a, b), run, progress, phases, LearningRate.make(run.optimizer, phases),
+                                 TOKENIZER)
+    assert {change.kind for change in found} == {"free"}
+    # A later phase that changes the learning rate of this one is no private matter.
+    grown = phased(a, dict(b, train_tokens=51200), lr_decay_style="cosine")
+    assert stopping(grown, phased(a, b, lr_decay_style="cosine"), clock=256) == [("learning rate", "scheduler")]
+    assert stopping(phased(a, b, lr=5e-4), phased(a, b), clock=5120) == [("learning rate", "scheduler")]
+
+
+def test_windows_that_were_passed_over_are_no_difference():
+    stored, config = asked("--skip-data 1K:2K"), asked()
+    phases = resolve_phases(config)
+    progress = progress_of(stored, 40 * 256) | {"data": {"segments": [{"skipped_until": 2000}, {}]}}
+    found = continuation_changes(stored, config, progress, phases, LearningRate.make(config.optimizer, phases),
+                                 TOKENIZER)
+    assert [(change.name, change.kind) for change in found] == [("skip_data", "free")]
+
+
+def test_refusals_come_all_at_once_and_name_their_flag():
+    found = changes(asked("--ffn-hidden-size 512 --seed 7 --lr 1e-2 --clip-grad 3 --micro-batch-size 2"), asked(),
+                    tokenizer=TOKENIZER | {"fingerprint": "b"})
+    lines = refusals(found, CheckpointConfig())
+    assert [line.split(":")[0] for line in lines] == ["ffn_hidden_size", "clip_grad", "seed", "tokenizer",
+                                                      "learning rate at token 10,240"]
+    assert lines[0] == ("ffn_hidden_size: checkpoint 704, run 512: the checkpoint's tensors are of another model or "
+                        "precision. Fix: the checkpoint's value (--use-checkpoint-args takes what is not given); or a "
+                        "new run in another --save.")
+    assert lines[2].endswith("Fix: the checkpoint's value, or --accept-changes data.")
+    accept = CheckpointConfig(accept_changes=["data", "tokenizer", "optimization"])
+    assert [line.split(":")[0] for line in refusals(found, accept)] == ["ffn_hidden_size"]
+    override = CheckpointConfig(override_opt_param_scheduler=True, accept_changes=["data", "tokenizer"])
+    assert [line.split(":")[0] for line in refusals(found, override)] == ["ffn_hidden_size", "clip_grad"]
+    assert "micro_batch_size: checkpoint 1, run 2" in describe_changes(found)
+
+
+def test_acceptance_of_nothing_is_named():
+    accept = CheckpointConfig(accept_changes=["data", "optimization"], override_opt_param_scheduler=True)
+    assert [text.split(":")[0] for text in needless_acceptance([], accept)] == [
+        "accept_changes = data", "accept_changes = optimization", "override_opt_param_scheduler = True"]
+    assert [text.split(":")[0] for text in needless_acceptance(changes(asked("--lr 1"), asked()), accept)] == [
+        "accept_changes = data"]
+
+
+def test_a_new_run_on_weights_may_change_all_but_model_and_tokenizer():
+    stored = asked()
+    config = asked("--seed 3 --lr 1 --rotary-base 5e5 --seq-length 256 --fp64")
+    progress = progress_of(stored, 40 * 256)
+
+    def found(config, theirs=TOKENIZER, ours=TOKENIZER):
+        return weights_changes(stored, config, progress | {"tokenizer": theirs}, resolve_phases(config), ours)
+
+    assert [str(change) for change in found(config)] == [
+        "rope: checkpoint base 10000, run base 500000", "longest seq_length: checkpoint 64, run 256"]
+    assert refusals(found(config), CheckpointConfig()) == []
+    another = found(asked("--num-layers 9"), ours=TOKENIZER | {"fingerprint": "b"})
+    assert [change.kind for change in another] == ["forbidden", "tokenizer"]
+    assert [change.kind for change in found(asked(), theirs=None)] == ["free"], "a checkpoint that knows no tokenizer"
+
+
+def test_what_a_checkpoint_lacks_is_refused():
+    settings, whole = CheckpointConfig(), {"data": {}, "has_optimizer": True}
+    assert missing_parts(whole, settings, "f") == []
+    assert "holds weights only" in missing_parts(whole | {"data": None}, settings, "f")[0]
+    without = whole | {"has_optimizer": False}
+    assert "was saved with --no-save-optim" in missing_parts(without, settings, "f")[0]
+    assert missing_parts(without, CheckpointConfig(no_load_optim=True), "f") == []
+
+
+def published_run(tmp_path, stored: Config, clock: int = 40 * 256) -> str:
+    folder = publish(tmp_path / "load")
+    (folder / "config.yaml").write_text(dump_yaml(stored))
+    (folder / "progress.json").write_text(json.dumps(progress_of(stored, clock)))
+    return str(tmp_path / "load")
+
+
+def test_use_checkpoint_args_takes_what_is_not_given(tmp_path):
+    stored = asked("--num-layers 5 --qk-layernorm --rotary-base 5e5 --attention-backend sdpa")
+    root = published_run(tmp_path, stored)
+    config = load_config(["--load", root, "--use-checkpoint-args", "--lr", "7", "--norm-epsilon", "0.1"])
+    expected = dataclasses.replace(stored.model, attention_backend="auto", norm_epsilon=0.1)
+    assert config.model == expected and config.data.vocab_size == 100 and config.optimizer.lr == 7
+    # Given settings stay, presets among them, and the contract compares them.
+    config = load_config(["--load", root, "--use-checkpoint-args", "--model", "tiny"])
+    assert config.model.num_layers == 8 and config.model.qk_layernorm
+    # A new run takes the rope that the weights were trained with last.
+    stored = phased(dict(name="a", rotary_base=8e6))
+    root = published_run(tmp_path / "phased", stored, 2560)
+    for flag, base in (("--finetune", 8e6), ("--no-finetune", 1e4)):
+        assert load_config(["--load", root, flag, "--use-checkpoint-args"]).model.rotary_base == base
+    scaled = asked("--rope-type llama3 --rope-scaling-factor 4")
+    root = published_run(tmp_path / "scaled", scaled)
+    taking = ["--load", root, "--finetune", "--use-checkpoint-args"]
+    assert load_config(taking).model.rope == scaled.model.rope
+    other = load_config([*taking, "--rope-type", "linear", "--rope-scaling-factor", "2"]).model
+    assert (other.rope.type, other.rope.factor, other.rope_low_freq_factor) == ("linear", 2.0, None)
+    assert load_config(["--save", str(tmp_path / "new"), "--use-checkpoint-args"]).model == Config().model
+
+
+def test_use_checkpoint_scheduler_takes_its_learning_rate(tmp_path):
+    stored = asked("--weight-decay 0.3 --clip-grad 5")
+    flags = f"--load {published_run(tmp_path, stored)} --use-checkpoint-opt_param-scheduler --lr 5 --weight-decay 9 " \
+            "--lr-decay-style constant --train-iters 300 --clip-grad 5 --lr-decay-iters 7"
+    config = asked(flags)
+    assert config.optimizer.lr == 1e-3 and config.optimizer.weight_decay == 0.3
+    assert stopping(config, stored) == []
+    phases = resolve_phases(config)
+    rate, theirs = LearningRate.make(config.optimizer, phases), LearningRate.make(stored.optimizer,
+                                                                                  resolve_phases(stored))
+    assert [rate.at(at, 1.0, 0.1) for at in range(0, 25600, 256)] == [theirs.at(at, 1.0, 0.1)
+                                                                     for at in range(0, 25600, 256)]
+    assert rate.at(27000, 1.0, 0.1) == 0.1, "the decay ends where the checkpoint's run would have ended"
+    assert config.validate() == []
+    assert load_config(spell(["--finetune", *flags.split()])).optimizer.lr == 5, "a new run has its own"
+
+
+def test_the_contract_survives_the_stored_yaml(tmp_path):
+    config = asked("--accept-changes data optimization --skip-data 1K:2K")
+    (tmp_path / "config.yaml").write_text(dump_yaml(config))
+    assert changes(config, read_config_yaml(str(tmp_path / "config.yaml"))) == []
