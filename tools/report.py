@@ -15,7 +15,7 @@ import tyro
 from pretrain.checkpoint import write_atomically
 from tools.report_axes import LIGHT, to_png
 from tools.report_charts import CHARTS, chart_figure, draw_sheet
-from tools.report_page import CARD, WIDE, page
+from tools.report_page import page, sizes
 from tools.run_record import Run, read_run, summary
 
 
@@ -34,7 +34,8 @@ def write_page(run: Run, output: Path) -> None:
         if chart.missing(run):
             path.unlink(missing_ok=True)
         else:
-            to_png(chart_figure(chart, run, LIGHT, *(WIDE if chart.is_wide else CARD)), path)
+            width, height = next(iter(sizes(chart, run).values()))
+            to_png(chart_figure(chart, run, LIGHT, width, height), path)
     write_atomically(output, page(run))
 
 

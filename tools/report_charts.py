@@ -116,9 +116,11 @@ def _mark_events(axes: Axes, run: Run, palette: Palette, scale: TokenScale) -> N
 
 
 def draw_validation(axes: Axes, run: Run, palette: Palette) -> None:
-    """Validation loss of each set at each length; without the untrained model, beside which nothing else shows."""
-    trained = [record for record in run.evaluations if record["tokens"] > 0]
-    series = series_of(trained or run.evaluations)
+    """Validation loss of each set at each length; without an untrained model, beside which nothing else shows."""
+    losses = [record["valid_loss"] for record in run.evaluations if record["tokens"] > 0] or [math.inf]
+    highest = max(losses) + 2 * (max(losses) - min(losses)) if len(losses) > 1 else math.inf
+    shown = [record for record in run.evaluations if record["tokens"] > 0 or record["valid_loss"] <= highest]
+    series = series_of(shown)
     for records, style, label in _styled(series, palette):
         _plot_marks(axes, records, "valid_loss", style, label)
     axes.set_ylabel("loss (nats per token)")
@@ -153,7 +155,7 @@ def _styled(series: dict[tuple[str, int | None], list[dict]], palette: Palette):
         parts = [] if len(sets) == 1 and name == "valid" else [name]
         parts += [length(seq_length)] if seq_length else []
         yield records, {"color": palette.series(number), "marker": marker, "markeredgecolor": palette["ground"]}, (
-            ", ".join(parts) or "validation")
+            ", ".join(parts).replace("_", " _", name.startswith("_")) or "validation")  # a first _ hides a label
 
 
 def _plot_marks(axes: Axes, records: list[dict], name: str, style: dict, label: str) -> None:
@@ -233,14 +235,14 @@ def draw_memory(axes: Axes, run: Run, palette: Palette) -> None:
     values, tokens = column(run, "peak_memory_bytes", 2.0**-30), column(run, "tokens")
     kept = thin(values)
     axes.plot(tokens[kept], values[kept], color=palette.series(3))
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * float(np.nanmax(values)) or 1)
     axes.set_ylabel("GiB")
     axes.yaxis.set_major_locator(MaxNLocator(4))
 
 
 def draw_time(axes: Axes, run: Run, palette: Palette) -> None:
-    _draw_steps(axes, run, palette, "data_seconds", 1, "of it waiting for data", from_zero=False)
     _draw_steps(axes, run, palette, "step_seconds", 0, "step")
+    _draw_steps(axes, run, palette, "data_seconds", 1, "of it waiting for data", from_zero=False)
     axes.set_ylabel("seconds")
 
 
@@ -314,7 +316,7 @@ CHARTS = {chart.name: chart for chart in (
           "The scale fits what comes after the first tenth of the tokens."),
     Chart("validation", "Validation loss at each length", draw_validation,
           _no_record("evaluations", "No validation loss was recorded in this run."),
-          "Without the evaluation before the first step."),
+          "An evaluation before the first step is left out where it is far above all others."),
     Chart("gain", "Context gain", draw_gain,
           _no_record("gains", "Context gain was not evaluated in this run: validation.jsonl has no line of that "
                      "kind.")),

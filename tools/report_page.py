@@ -43,14 +43,18 @@ def chart_html(chart: Chart, run: Run) -> Markup:
     """The chart as inline SVG, or the sentence that says why there is none."""
     if sentence := chart.missing(run):
         return Markup('<p class="none">{}</p>').format(sentence)
-    sizes = {"wide": WIDE, "narrow": NARROW} if chart.is_wide else {"card": CARD}
-    if chart.name == "passkey-map":
-        depths = len({depth for depth, _ in last_passkeys(run)})
-        sizes = {"card": (CARD[0], max(CARD[1], 0.8 + 0.3 * depths))}
     return Markup("").join(
         Markup('<div class="chart {}">{}</div>').format(
             size, Markup(to_svg(chart_figure(chart, run, VARIABLES, *inches), f"{chart.name}-{size}", chart.title)))
-        for size, inches in sizes.items())
+        for size, inches in sizes(chart, run).items())
+
+
+def sizes(chart: Chart, run: Run) -> dict[str, tuple[float, float]]:
+    """Class in the page's style -> inches, of each form in which a chart stands there; the main one first."""
+    if chart.is_wide:
+        return {"wide": WIDE, "narrow": NARROW}
+    rows = len({depth for depth, _ in last_passkeys(run)}) if chart.name == "passkey-map" else 0
+    return {"card": (CARD[0], max(CARD[1], 0.8 + 0.3 * rows))}
 
 
 # ---------------------------------------------------------------- words
@@ -129,9 +133,9 @@ def about(run: Run) -> list[tuple[str, str]]:
     rows += [("tokens trained", f"{run.steps[-1]['tokens']:,} positions" + (
         f", {real:,} of them not padding" if (real := run.steps[-1].get("real_tokens")) is not None else ""))]
     if run.progress is not None:
-        rows.append(("latest checkpoint", f"step {run.progress['step']:,}, written by "
-                                          f"{run.progress['world_size']:,} processes"
-                     if "world_size" in run.progress else f"step {run.progress['step']:,}"))
+        world = run.progress.get("world_size")
+        by = f", written by {world:,} process{'' if world == 1 else 'es'}" if world else ""
+        rows.append(("latest checkpoint", f"step {run.progress['step']:,}{by}"))
     return rows
 
 

@@ -370,6 +370,26 @@ def test_the_charts_of_eight_phases(long_run):
     assert drawn("time").get_ylim()[1] > 2
 
 
+def test_an_untrained_model_does_not_flatten_the_validation_chart(tmp_path):
+    write_run(tmp_path)
+    run = run_record.read_run(tmp_path)
+
+    def drawn():
+        return list(report_charts.chart_figure(report_charts.CHARTS["validation"], run, LIGHT, 5, 3).axes[0]
+                    .lines[0].get_ydata())
+
+    assert drawn() == [6.0, 5.0]
+    run.evaluations[0]["valid_loss"] = 7.0
+    assert drawn() == [7.0, 6.0, 5.0]
+
+
+def test_the_label_of_a_set_with_an_underscore_is_shown(long_run):
+    run = dataclasses.replace(long_run, evaluations=[record | {"set": "_" + record.get("set", "valid")}
+                                                     for record in long_run.evaluations])
+    axes = report_charts.chart_figure(report_charts.CHARTS["validation"], run, LIGHT, 9, 4).axes[0]
+    assert " _code, 8Ki" in axes.get_legend_handles_labels()[1]
+
+
 def test_a_short_phase_can_be_seen(long_run):
     scale = report_axes.TokenScale(long_run)
     phases = long_run.phases()
