@@ -8,7 +8,7 @@ import numpy as np  # noqa: E402
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.ticker import FuncFormatter  # noqa: E402
 
-from tools.report import length  # noqa: E402
+from tools.number_text import length  # noqa: E402
 
 COLORS = ("#1f4e8c", "#c8401d", "#2f7d4f", "#7a4ea3", "#b8860b", "#4a4a4a")
 BINS_PER_DOUBLING = 4

@@ -1,32 +1,21 @@
 """tools/report.py: what it reads, what it says, that it draws, what it refuses."""
 
-import json
 import sys
 
+import pytest
 from matplotlib.image import imread
 
-from tools import report
-
-
-def write_run(folder):
-    """Two phases of 30 and 10 steps, evaluated before, between and after."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines, evaluations, tokens = [], [{"step": 0, "tokens": 0, "phase": "base", "valid_loss": 9.0}], 0
-    for name, length, steps in (("base", 8192, 30), ("long", 2**20, 10)):
-        for _ in range(steps):
-            tokens += 1_000_000
-            lines.append({"step": len(lines) + 1, "tokens": tokens, "real_tokens": tokens, "phase": name,
-                          "seq_length": length, "loss": 9 - 0.1 * len(lines), "grad_norm": 1.0, "lr": 3e-4,
-                          "num_targets": 10, "tokens_per_second": 1e5, "mfu": None, "peak_memory_bytes": 1,
-                          "step_seconds": 10.0, "data_seconds": 0.1, "skipped": len(lines) == 20})
-        evaluations.append({"step": len(lines), "tokens": tokens, "phase": name, "valid_loss": 9 - 0.1 * len(lines)})
-    (folder / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in evaluations))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+from tests.run_folders import write_run
+from tools import number_text, report, report_charts, report_page, run_record
+from tools.report_axes import LIGHT
 
 
 def call(monkeypatch, *arguments) -> int:
     monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
     return report.main()
+
+
+# ---------------------------------------------------------------- one picture
 
 
 def test_draws_and_sums_up(tmp_path, monkeypatch, capsys):
@@ -44,9 +33,9 @@ def test_draws_and_sums_up(tmp_path, monkeypatch, capsys):
 
 def test_the_picture_shows_what_the_run_did(tmp_path):
     write_run(tmp_path)
-    run = report.read_run(tmp_path)
+    run = run_record.read_run(tmp_path)
     assert run.phases() == [("base", 8192, 0, 30_000_000), ("long", 2**20, 30_000_000, 40_000_000)]
-    loss, rate, learning = report.draw(run, "title").axes
+    loss, rate, learning = report_charts.draw_sheet(run).axes
     assert [text.get_text() for text in loss.texts] == ["base, 8Ki", "long, 1Mi"]
     drawn = {line.get_label(): line for line in loss.lines}
     assert list(drawn["training"].get_ydata()) == [step["loss"] for step in run.steps]
@@ -57,42 +46,48 @@ def test_the_picture_shows_what_the_run_did(tmp_path):
 
 def test_each_validation_set_has_its_own_marks(tmp_path):
     write_run(tmp_path)
-    run = report.read_run(tmp_path)
+    run = run_record.read_run(tmp_path)
     for evaluation in run.evaluations[1:]:
         evaluation["set"] = "code"
-    drawn = {line.get_label(): list(line.get_ydata()) for line in report.draw(run, "title").axes[0].lines}
+    drawn = {line.get_label(): list(line.get_ydata()) for line in report_charts.draw_sheet(run).axes[0].lines}
     assert drawn["validation"] == [9.0] and drawn["validation: code"] == [6.0, 5.0]
-    assert "validation loss of code 6.0000" in report.summary(run)
+    assert "validation loss of code 6.0000" in run_record.summary(run)
 
 
-def test_labels_of_short_phases_do_not_overlap(tmp_path):
+def test_the_summary_compares_equal_lengths(tmp_path):
     write_run(tmp_path)
-    run = report.read_run(tmp_path)
+    run = run_record.read_run(tmp_path)
+    for evaluation, length in zip(run.evaluations, (8192, 8192, 2**20), strict=True):
+        evaluation["seq_length"] = length
+    said = run_record.summary(run)
+    assert "validation loss at 8Ki 9.0000 (step 0) -> 6.0000 (step 30)" in said
+    assert "validation loss at 1Mi 5.0000 (step 40) -> 5.0000 (step 40)" in said
+
+
+@pytest.mark.parametrize("width", [4.7, 9.4, 11.0])
+def test_labels_of_short_phases_do_not_overlap(tmp_path, width):
+    write_run(tmp_path)
+    run = run_record.read_run(tmp_path)
     for i, step in enumerate(run.steps):
         step["phase"] = f"number-{min(i // 2, 6)}"
-    figure = report.draw(run, "title")
+    figure = report_charts.chart_figure(report_charts.CHARTS["loss"], run, LIGHT, width, 4)
     figure.canvas.draw()
     boxes = [text.get_window_extent() for text in figure.axes[0].texts]
     assert len(boxes) == 8  # the length changes within the last
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
-
-
-def test_a_line_still_being_written_is_left_out(tmp_path):
-    write_run(tmp_path)
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 41, "tok')
-    assert len(report.read_run(tmp_path).steps) == 40
+    assert figure.axes[0].get_position().height * figure.get_size_inches()[1] > 1.8, "the labels left no room"
 
 
 def test_a_loss_that_is_not_finite_is_drawn_around(tmp_path):
     write_run(tmp_path)
-    run = report.read_run(tmp_path)
+    run = run_record.read_run(tmp_path)
     run.steps[3]["loss"] = float("nan")
     run.steps[4]["loss"] = float("inf")
-    figure = report.draw(run, "title")
+    figure = report_charts.draw_sheet(run)
     figure.canvas.draw()
     low, high = figure.axes[0].get_ylim()
     assert 0 < low < high < 12, "the axis must follow the finite losses"
+    assert "<svg" in report_page.page(run)
 
 
 def test_user_errors_take_one_line(tmp_path, monkeypatch, capsys):
@@ -109,4 +104,56 @@ def test_user_errors_take_one_line(tmp_path, monkeypatch, capsys):
     assert "line 1 is not JSON" in refused()
     (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n')
     assert "step 3 has no tokens" in refused()
-    assert ".png" in refused("--output", "loss.pdf")
+    write_run(tmp_path)
+    (tmp_path / "validation.jsonl").write_text('{"step": 7, "kind": "passkey", "tokens": 1, "seq_length": 8}\n')
+    assert "step 7 has no depth, accuracy" in refused()
+    assert "name in .html or .png" in refused("--output", "loss.pdf")
+    assert not list(tmp_path.glob("*.html")) and not list(tmp_path.glob("*.png"))
+
+
+# ---------------------------------------------------------------- reading
+
+
+def test_a_line_still_being_written_is_left_out(tmp_path):
+    write_run(tmp_path)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 41, "tok')
+    assert len(run_record.read_run(tmp_path).steps) == 40
+
+
+def test_batches_come_from_the_record_or_from_the_clock(tmp_path):
+    write_run(tmp_path)
+    run = run_record.read_run(tmp_path)
+    assert run.batches() == [1_000_000] * 40
+    late = run_record.Run("late", run.steps[10:])  # its clock began in another folder
+    assert late.batches() == [1_000_000] * 30 and late.phases()[0].begin == 10_000_000
+    run.steps[0]["global_batch_tokens"] = 250_000
+    assert run.batches()[:2] == [250_000, 1_000_000] and run.phases()[0].begin == 750_000
+
+
+def test_before_and_after_belong_to_the_phase():
+    records = [{"tokens": at, "phase": phase, "gain": gain} for at, phase, gain in (
+        (0, "a", 1), (10, "a", 2), (10, "b", 3), (15, "b", 4), (20, "b", 5), (20, "c", 6))]
+    stretch = run_record.Stretch("b", 8, 10, 20)
+    assert [record["gain"] for record in run_record.before_and_after(records, stretch)] == [3, 5]
+    assert run_record.before_and_after([], stretch) == (None, None)
+
+
+def test_repeated_tokens_are_those_of_later_epochs():
+    def row(source, tokens, epochs, skipped=False):
+        return {"source": source, "tokens": tokens, "epochs": epochs, "skipped": skipped}
+
+    account = [row("web", 60, 0.6), row("books", 30, 3.0), row("web", 20, 0.8, True), row("web", 50, 1.3),
+               row("none", 0, 0.0)]
+    assert run_record.repeated_tokens(account) == {"web": (30, 110), "books": (20, 30), "none": (0, 0)}
+
+
+def test_restarts_for_another_layout_are_told_apart():
+    events = [{"event": name} for name in ("start", "again", "restart", "save", "restart", "stopped", "restart")]
+    unplanned, planned = run_record.Run("run", [], events=events).restarts()
+    assert (len(unplanned), len(planned)) == (2, 1)
+
+
+@pytest.mark.parametrize("number, text", [(999_700, "1M"), (999_400, "999K"), (1500, "1.5K"), (-2e9, "-2B"), (7, "7")])
+def test_short_numbers(number, text):
+    assert number_text.short(number) == text

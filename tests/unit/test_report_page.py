@@ -1,0 +1,244 @@
+"""The page of tools/report.py: what stands in its words, tables and charts, and what it is made of."""
+
+import dataclasses
+import json
+import re
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from tests.run_folders import NAMES, write_lines, write_long_run, write_run
+from tools import report, report_axes, report_charts, report_page, run_record
+from tools.report_axes import LIGHT
+
+
+class Reader(HTMLParser):
+    """Tags, visible words and the table rows of a page; the words inside SVG are kept apart."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.attributes, self.rows, self.words, self.pictured = [], [], [], [], []
+        self.open = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag not in ("meta", "br", "use", "path", "rect"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag in self.open:
+            assert self.open.pop() == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, data):
+        if "svg" in self.open:
+            self.pictured.append(data.strip())
+        elif "style" not in self.open:
+            self.words.append(data)
+            if "td" in self.open or "th" in self.open:
+                self.rows[-1][-1] += data
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+    def row(self, *beginning):
+        return next(row for row in self.rows if row[:len(beginning)] == list(beginning))
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("long") / "checkpoints"
+    write_long_run(folder)
+    return run_record.read_run(folder)
+
+
+@pytest.fixture(scope="module")
+def long_page(long_run):
+    return report_page.page(long_run)
+
+
+def test_the_page_stands_alone_and_its_charts_lie_beside_it(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "run")
+    (tmp_path / "run" / "report-passkey.png").write_bytes(b"of an earlier report")
+    monkeypatch.setattr(sys, "argv", ["report", "--load", str(tmp_path / "run")])
+    assert report.main() == 0
+    written = tmp_path / "run" / "report.html"
+    assert f"wrote {written}" in capsys.readouterr().out
+    drawn = {"loss", "late-loss", "validation", "rate", "memory", "time", "learning-rate", "gradient", "batch"}
+    assert {path.name for path in written.parent.glob("*.png")} == {f"report-{name}.png" for name in drawn}
+    assert not [path for path in written.parent.iterdir() if path.name.startswith(".")]
+    page = Reader(written.read_text(encoding="utf-8"))
+    assert not {"script", "link", "img", "iframe", "object"} & set(page.tags) and page.open == []
+    links = [value for name, value in page.attributes if name in ("href", "src", "xlink:href")]
+    assert links and all(value.startswith("#") for value in links)
+    assert not re.search(r"url\((?!#)|@import|@font-face", written.read_text(encoding="utf-8"))
+
+
+def test_eight_phases_in_words_and_figures(long_run, long_page):
+    page = Reader(long_page)
+    assert len(long_page) < 3e6
+    assert [row[0] for row in page.rows if row[0] in NAMES][:8] == list(NAMES)
+    row = page.row("million", "1Mi")
+    assert row[3:6] == ["4Mi", "tp 1, pp 1, cp 128", "base 1,280,000"] and row[7] == "68.00 GiB"
+    assert re.fullmatch(r"valid: 2\.\d{4} → 2\.\d{4}code: 2\.\d{4} → 2\.\d{4}", row[8])
+    assert re.fullmatch(r"(\+0\.\d{3} \[\+0\.\d{3}, \+0\.\d{3}\]( →)?){2}", row[9])
+    text = page.text
+    assert "A model of 124M parameters" in text and "over 8 phases" in text and "128 processes" in text
+    assert "restarted 3 times, and 7 times for another layout" in text and "2 steps were skipped" in text
+    again = sum(pair[0] for pair in run_record.repeated_tokens(long_run.account).values())
+    assert f"{again:,} of the" in text and again > 0
+    assert [row for row in page.rows if row[3:4] == ["done"]] == [page.rows[-1]], "the newest event is last"
+    assert "details" in page.tags and ("open", None) not in page.attributes
+
+
+def test_the_charts_of_eight_phases(long_run):
+    def drawn(name):
+        return report_charts.chart_figure(report_charts.CHARTS[name], long_run, LIGHT, 9, 4).axes[0]
+
+    loss = {line.get_label(): line for line in drawn("loss").lines}
+    assert len(loss["restart"].get_xdata()) == 3 and len(loss["restart for another layout"].get_xdata()) == 7
+    assert {"training, running median", "validation", "validation: code", "checkpoint", "skipped step"} <= loss.keys()
+    labels = drawn("validation").get_legend_handles_labels()[1]
+    assert labels == ["valid, 8Ki", "valid, 64Ki", "valid, 1Mi", "code, 8Ki", "code, 64Ki", "code, 1Mi"]
+    gain = drawn("gain")
+    assert len([line for line in gain.get_legend_handles_labels()[1]]) == 8
+    bars = [len(bar.get_segments()) for bar in gain.collections]
+    assert bars == [2] * 7, "an interval at each evaluation but those of the first phase, which have none"
+    cells = {text.get_text() for text in drawn("passkey-map").texts}
+    assert len(drawn("passkey-map").texts) == 25 and "100 %" in cells and "0 %" in cells
+    assert drawn("passkey").get_legend_handles_labels()[1] == ["4Ki", "16Ki", "64Ki", "256Ki", "1Mi"]
+    # Both curves of the times lie within the axis.
+    assert drawn("time").get_ylim()[1] > 2
+
+
+def test_an_untrained_model_does_not_flatten_the_validation_chart(tmp_path):
+    write_run(tmp_path)
+    run = run_record.read_run(tmp_path)
+
+    def drawn():
+        return list(report_charts.chart_figure(report_charts.CHARTS["validation"], run, LIGHT, 5, 3).axes[0]
+                    .lines[0].get_ydata())
+
+    assert drawn() == [6.0, 5.0]
+    run.evaluations[0]["valid_loss"] = 7.0
+    assert drawn() == [7.0, 6.0, 5.0]
+
+
+def test_the_label_of_a_set_with_an_underscore_is_shown(long_run):
+    run = dataclasses.replace(long_run, evaluations=[record | {"set": "_" + record.get("set", "valid")}
+                                                     for record in long_run.evaluations])
+    axes = report_charts.chart_figure(report_charts.CHARTS["validation"], run, LIGHT, 9, 4).axes[0]
+    assert " _code, 8Ki" in axes.get_legend_handles_labels()[1]
+
+
+def test_a_short_phase_can_be_seen(long_run):
+    scale = report_axes.TokenScale(long_run)
+    phases = long_run.phases()
+    assert scale.is_stretched and (phases[-1].end - phases[-1].begin) / phases[-1].end < 0.04
+    widths = [scale.place(phase.end) - scale.place(phase.begin) for phase in phases]
+    assert min(widths) > 0.04 and sum(widths) == pytest.approx(1)
+    assert max(widths) == widths[0]
+
+
+def test_a_minimal_run_says_what_is_missing(tmp_path):
+    write_run(tmp_path)
+    (tmp_path / "validation.jsonl").unlink()
+    kept = ("step", "tokens", "phase", "seq_length", "loss", "lr", "tokens_per_second")
+    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    write_lines(tmp_path / "metrics.jsonl", [{name: step[name] for name in kept} for step in steps])
+    page = Reader(report_page.page(run_record.read_run(tmp_path)))
+    for sentence in ("There is no validation.jsonl in the folder.", "There is no events.jsonl in the folder.",
+                     "No checkpoint is published in the folder.", "No validation loss was recorded in this run.",
+                     "Context gain was not evaluated in this run", "Passkey retrieval was not evaluated in this run",
+                     "MFU is not known", "metrics.jsonl holds no peak_memory_bytes.", "metrics.jsonl holds no step_sec",
+                     "metrics.jsonl holds no finite grad_norm.", "No account of the data was found",
+                     "No event was recorded", "Restarts and saves are not marked"):
+        assert sentence in page.text
+    for heading in ("Loss", "Context gain", "Passkey retrieval", "How it ran", "Data drawn", "Events"):
+        assert heading in page.words
+    assert page.row("base", "8Ki")[3:] == ["1,000,000", "–", "–", "100K", "–", "–", "–"]
+
+
+def test_a_damaged_checkpoint_is_told_and_not_fatal(tmp_path):
+    write_run(tmp_path)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
+    run = run_record.read_run(tmp_path)
+    assert run.config is None
+    assert "The latest checkpoint could not be read whole" in Reader(report_page.page(run)).text
+
+
+def test_names_cannot_become_part_of_the_page(tmp_path):
+    write_run(tmp_path)
+    hostile = "<script>alert('x')</script>\"&$x^{$"
+    run = run_record.read_run(tmp_path)
+    for record in (*run.steps[30:], *run.evaluations):
+        record |= {"phase": hostile, "set": hostile}
+    run.events.append({"time": 0, "event": hostile, "step": 1, "tokens": 2, "text": hostile})
+    run.account.append({"phase": hostile, "source": hostile, "skipped": False, "samples": 1, "tokens": 2,
+                        "documents": 3, "epochs": 1.0})
+    run = dataclasses.replace(run, name=hostile, notes=[hostile])
+    html = report_page.page(run)
+    page = Reader(html)
+    assert "script" not in page.tags and "<script" not in html
+    assert page.words.count(hostile) >= 6, "the name itself must be readable"
+    assert any(text.startswith("<script>alert") for text in page.pictured), "also in the charts"
+
+
+def test_a_gain_without_an_interval_says_so(tmp_path):
+    write_run(tmp_path)
+    gains = [{"step": step, "tokens": tokens, "phase": "long", "set": "valid", "seq_length": 2**20, "cut": 1024,
+              "kind": "context_gain", "loss_full": 5.0, "loss_cut": 5.0 + gain, "gain": gain, "gain_low": None,
+              "gain_high": None, "documents": 1, "num_targets": 9}
+             for step, tokens, gain in ((30, 30_000_000, 0.01), (40, 40_000_000, -0.25))]
+    with open(tmp_path / "validation.jsonl", "a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in gains)
+    run = run_record.read_run(tmp_path)
+    assert len(run.evaluations) == 3, "gains are no losses"
+    page = Reader(report_page.page(run))
+    assert page.row("long", "1Mi")[-1] == "+0.010 →-0.250" and "no interval: too few documents" in page.text
+    assert page.row("long", "valid")[4:] == ["+0.010", "-0.250", "-0.260", "5.0000", "4.7500", "1"]
+    axes = report_charts.chart_figure(report_charts.CHARTS["gain"], run, LIGHT, 5, 3).axes[0]
+    assert list(axes.lines[0].get_ydata()) == [0.01, -0.25] and not axes.collections
+
+
+def test_one_picture_serves_light_and_dark(long_run):
+    figure = report_charts.chart_figure(report_charts.CHARTS["loss"], long_run, report_axes.VARIABLES, 9, 4)
+    svg = report_axes.to_svg(figure, "loss", "a <b>")
+    assert 'aria-label="a &#60;b&#62;"' in svg and "#0f0f" not in svg
+    used = set(re.findall(r"var\(--([\w-]+)\)", svg))
+    assert {"ink", "muted", "grid", "band-0", "band-1", "series-0", "raw"} <= used <= report_axes.COLORS.keys()
+    # Nothing but the variables has a color of its own, or it would be lost on one of the grounds.
+    assert not re.findall(r"(?:fill|stroke): #[0-9a-f]{3,6}", svg)
+    ids = re.findall(r' id="([^"]+)"', svg)
+    assert len(ids) == len(set(ids)) and all(name.startswith("loss-") for name in ids)
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', svg)) == set(ids)
+
+
+def test_many_steps_stay_small(tmp_path):
+    write_run(tmp_path)
+    run = run_record.read_run(tmp_path)
+    steps = [run.steps[0] | {"step": i + 1, "tokens": (i + 1) * 1000, "loss": 3 + (i * 7919 % 1000) / 500}
+             for i in range(20_000)]
+    steps[12_345]["loss"] = 40.0
+    axes = report_charts.chart_figure(report_charts.CHARTS["loss"], run_record.Run("run", steps), LIGHT, 9, 4).axes[0]
+    raw, median = axes.lines[0], axes.lines[1]
+    assert len(raw.get_xdata()) <= report_axes.POINTS and len(median.get_xdata()) <= report_axes.POINTS
+    assert 40.0 in raw.get_ydata(), "a spike must survive the thinning"
+    assert list(raw.get_xdata()) == sorted(raw.get_xdata())
+
+
+def test_the_median_does_not_cross_phases(tmp_path):
+    write_run(tmp_path)
+    run = run_record.read_run(tmp_path)
+    steps = [run.steps[0] | {"step": i + 1, "tokens": i + 1, "phase": "ab"[i >= 500]} for i in range(1000)]
+    values = np.where(np.arange(1000) < 500, 1.0, 5.0)
+    centers, medians = report_axes.running_median(run_record.Run("run", steps), values)
+    assert set(medians) == {1.0, 5.0} and (medians == values[centers]).all()
