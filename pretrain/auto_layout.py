@@ -15,9 +15,10 @@ from model.hardware import CPU, TABLE, Hardware, find_hardware
 from model.rank_memory import GIB, Load, Memory, MemoryModel, show_bytes
 from parallel.config import LayoutConfig
 from parallel.layout import device_here
+from pretrain.check_phases import check_phase_layout
 from pretrain.config import Config
 from pretrain.layout_search import nearest_layouts, sizes_of_world, with_sizes
-from pretrain.phases import Phase, attempt, check_phase_layout
+from pretrain.phases import Phase, attempt
 
 MARGIN = 0.1
 """Share of the device's memory that stays free: for the libraries, fragmentation and the estimate's error."""

@@ -10,12 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
-from data.blend import parse_blend
-from model.build import check_layout
 from model.rank_memory import show_bytes
 from model.rope import Rope
-from parallel.config import LayoutConfig, check_microbatches, check_world_size
-from parallel.schedule import SPLIT_BACKWARD
+from parallel.config import LayoutConfig
 from pretrain.batch_schedule import (
     BatchStep,
     Stretch,
@@ -27,7 +24,6 @@ from pretrain.batch_schedule import (
     parse_steps,
 )
 from pretrain.config import Config, PhaseConfig
-from pretrain.layout_search import nearest_layouts
 
 
 @dataclass(frozen=True)
@@ -115,7 +111,7 @@ def resolve_phases(config: Config) -> list[Phase]:
     Raises:
         ValueError: a phase misses its length, tokens or batch, or they do not divide; all at once.
     """
-    entries = _entries(config)
+    entries = phase_entries(config)
     phases, problems, clock = [], [], 0
     names = [entry.name for entry in entries]
     problems += [f"phases: the name {name!r} stands twice. Fix: give each phase its own name."
@@ -134,7 +130,7 @@ def resolve_phases(config: Config) -> list[Phase]:
     return phases
 
 
-def _entries(config: Config) -> list[PhaseConfig]:
+def phase_entries(config: Config) -> list[PhaseConfig]:
     return config.schedule.phases or [PhaseConfig(name="main")]
 
 
@@ -273,104 +269,6 @@ def phase_end(phases: list[Phase], position: int) -> int | None:
         if position in (asked, phase.end):
             return phase.end
     return None
-
-
-def check_phases(phases: list[Phase], config: Config, world_size: int, vocab_size: int | None) -> list[str]:
-    """Why some phase cannot run on `world_size` processes with this model, and which layouts could.
-
-    A layout that is still to be chosen is not checked.
-    """
-    problems = []
-    for phase in phases:
-        is_open = phase.auto and phase.predicted_bytes is None
-        found = [] if is_open else check_phase_layout(phase, config, world_size, vocab_size)
-        where = f"phase {phase.name!r}: "
-        problems += [where + problem for problem in found]
-        if found and not phase.layout.validate():
-            nearest = nearest_layouts(
-                phase.layout, world_size, config.model.num_attention_heads,
-                lambda layout, p=phase: not check_phase_layout(dataclasses.replace(p, layout=layout), config,
-                                                               world_size, vocab_size))
-            problems.append(f"{where}layouts that work on {world_size} processes, nearest first: "
-                            f"{'; '.join(nearest) or 'none with this batch, length and model'}.")
-        if phase.data_path and list(phase.data_path) not in (config.data.data_path, config.data.train_data_path):
-            if config.data.mock_data:
-                problems.append(f"{where}data_path = {' '.join(phase.data_path)}: cannot be combined with mock_data. "
-                                "Fix: remove one of them.")
-            attempt(problems, lambda p=phase, w=where: parse_blend(p.data_path, f"{w}data_path"))
-        problems += [where + problem for problem in _setting_problems(phase)]
-        model = _entries(config)[phase.index].with_rope(config.model)
-        problems += [where + problem for problem in model.rope_problems()]
-        if not (0 < phase.lr < math.inf and 0 <= phase.min_lr <= phase.lr):
-            problems.append(f"{where}lr = {phase.lr}, min_lr = {phase.min_lr}: the first must be above 0 and finite, "
-                            "min_lr between 0 and lr. Fix: change them.")
-        longest = config.model.max_position_embeddings
-        if longest is not None and phase.seq_length > longest:
-            problems.append(f"{where}seq_length = {phase.seq_length}: beyond max_position_embeddings = {longest}. "
-                            "Fix: raise max_position_embeddings or leave it out.")
-    return problems
-
-
-def _setting_problems(phase: Phase) -> list[str]:
-    """Settings of a phase that do not go together."""
-    problems = []
-    if phase.cpu_offloading_num_layers and phase.recompute_granularity != "full":
-        problems.append(f"cpu_offloading_num_layers = {phase.cpu_offloading_num_layers}: moves the inputs that "
-                        f"recompute_granularity = full keeps, but that is {phase.recompute_granularity}. Fix: give "
-                        "both, or 0 layers.")
-    if phase.cpu_offloading_num_layers < 0:
-        problems.append(f"cpu_offloading_num_layers = {phase.cpu_offloading_num_layers}: must be at least 0. Fix: give "
-                        "0 or more.")
-    if phase.lr_schedule == "rewarm" and phase.index == 0:
-        problems.append("lr_schedule = rewarm: is for a later phase. Fix: --lr-warmup-tokens for the start of the run.")
-    if phase.lr_warmup_tokens and phase.lr_schedule != "rewarm":
-        problems.append(f"lr_warmup_tokens = {phase.lr_warmup_tokens}: is for lr_schedule = rewarm, not "
-                        f"{phase.lr_schedule}. Fix: remove it, or give that.")
-    return problems
-
-
-def check_phase_layout(phase: Phase, config: Config, world_size: int, vocab_size: int | None) -> list[str]:
-    """Why the phase's layout cannot run it."""
-    layout = phase.layout
-    tp, pp, cp = layout.sizes
-    problems = layout.validate() or layout.combination_problems()
-    if problems:
-        return problems
-    world_problem = check_world_size(world_size, tp, pp, cp)
-    problems = [world_problem] if world_problem else []
-    problems += check_layout(config.model, vocab_size, layout)
-    microbatch = phase.seq_length * phase.micro_batch_size
-    if microbatch % layout.token_multiple:
-        because = f"context_parallel_size = {cp}" + (
-            f" in {layout.context_levels[1]} groups" if layout.context_levels[1] > 1 else "") + (
-            f" and sequence_parallel over tp {tp}" if layout.sequence_parallel and tp > 1 else "")
-        nearest = max(1, round(microbatch / layout.token_multiple)) * layout.token_multiple
-        problems.append(f"{because}: the {microbatch} tokens of a microbatch must be a multiple of "
-                        f"{layout.token_multiple}. Fix: for example a seq_length of {nearest}.")
-    if pp > 1 and layout.schedule in SPLIT_BACKWARD and phase.recompute_granularity:
-        problems.append(f"recompute_granularity = {phase.recompute_granularity}: {layout.schedule} would run every "
-                        "forward four times. Fix: none, or --pipeline-schedule interleaved or 1F1B.")
-    return problems if world_problem else problems + _batch_problems(phase, world_size)
-
-
-def _batch_problems(phase: Phase, world_size: int) -> list[str]:
-    unit = phase.seq_length * phase.micro_batch_size * phase.data_parallel_size(world_size)
-    problems = []
-    for batch in phase.batches:
-        if batch % unit:
-            nearest = max(1, round(batch / unit)) * unit
-            problems.append(f"global_batch_tokens = {batch}: must be a multiple of seq_length x micro_batch_size x "
-                            f"data-parallel size = {unit}. Fix: {nearest}.")
-        elif problem := check_microbatches(phase.layout, phase.num_microbatches(world_size, batch)):
-            problems.append(f"global_batch_tokens = {batch}: gives {problem} of {unit} tokens.")
-    return problems
-
-
-def rope_warnings(phases: list[Phase]) -> list[str]:
-    """Phases longer than the context that their rope is scaled for."""
-    return [f"phase {phase.name!r}: seq_length = {phase.seq_length}: beyond rope_scaling_factor x "
-            f"original_max_position_embeddings = {phase.rope.scaled_length}, the context that its rope is scaled for"
-            for phase in phases if phase.seq_length > (phase.rope.scaled_length or phase.seq_length)]
 
 
 def phase_at(phases: list[Phase], clock: int) -> Phase | None:

@@ -10,11 +10,12 @@ from data.sources import Corpus, open_corpus
 from data.tokenizer import Tokenizer, build_tokenizer
 from pretrain import checkpoint
 from pretrain.auto_layout import settle_layouts
+from pretrain.check_phases import check_phases, rope_warnings
 from pretrain.config import Config
 from pretrain.feed import blend_change, check_windows, forecast_phases, forecast_warnings
 from pretrain.learning_rate import LearningRate
 from pretrain.load_config import read_config_yaml
-from pretrain.phases import Phase, attempt, check_phases, resolve_phases, rope_warnings
+from pretrain.phases import Phase, attempt, resolve_phases
 from pretrain.resume_contract import (
     Change,
     begun_phase,

@@ -60,7 +60,8 @@ PHASE: dict[str, Kind] = {
     "global_batch_tokens": "effect", "stretches": "effect", "micro_batch_size": "free", "layout": "free",
     "recompute_granularity": "free", "cpu_offloading_num_layers": "free", "rope": "optimization",
     "document_masking": "data", "packing": "data", "data_path": "effect", "data_exhausted": "data", "lr": "effect",
-    "min_lr": "effect", "lr_schedule": "effect", "lr_warmup_tokens": "effect", "auto": "free", "predicted_bytes": "free",
+    "min_lr": "effect", "lr_schedule": "effect", "lr_warmup_tokens": "effect", "auto": "free",
+    "predicted_bytes": "free",
 }
 """What a difference of the phase that goes on means (pretrain/phases.py: Phase), every field of it."""
 

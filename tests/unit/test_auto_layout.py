@@ -9,9 +9,10 @@ from model.config import PRESETS
 from model.hardware import CPU, TABLE
 from model.rank_memory import GIB
 from pretrain.auto_layout import Device, choose_layout, settle_layouts
+from pretrain.check_phases import check_phases
 from pretrain.config import Config, PhaseConfig
 from pretrain.load_config import dump_yaml, from_flat, load_config
-from pretrain.phases import check_phases, describe, resolve_phases
+from pretrain.phases import describe, resolve_phases
 
 H200 = Device(TABLE["H200"], TABLE["H200"].memory_bytes)
 VOCABULARY = 128256

@@ -7,9 +7,10 @@ import pytest
 
 from model.rope import Rope
 from parallel.schedule import accepts, nearest_counts, stages_of_rank
+from pretrain.check_phases import check_phases, rope_warnings
 from pretrain.config import Config, PhaseConfig, parse_tokens
 from pretrain.learning_rate import LearningRate
-from pretrain.phases import check_phases, phase_at, resolve_phases, rope_warnings
+from pretrain.phases import phase_at, resolve_phases
 
 
 def config(**schedule) -> Config:
