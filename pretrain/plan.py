@@ -1,6 +1,7 @@
 """Everything that is decided and checked before processes meet: configuration, phases, data, start."""
 
 import dataclasses
+import importlib.util
 import os
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from data.tokenizer import Tokenizer, build_tokenizer
 from pretrain import checkpoint
 from pretrain.auto_layout import settle_layouts
 from pretrain.config import Config
+from pretrain.evaluate import check as check_evaluations
 from pretrain.feed import check_windows, data_changes, forecast_phases, forecast_warnings
 from pretrain.learning_rate import LearningRate
 from pretrain.phases import Phase, attempt, check_phases, resolve_phases, rope_warnings
@@ -58,6 +60,11 @@ def make_plan(config: Config, world_size: int, only_print: bool = False) -> Plan
         tokenizer, vocab_size = attempt(problems, lambda: _tokenizer(config.data)) or (None, None)
     if phases and not config.model.validate() and not config.layout.validate():
         problems += check_phases(phases, config, world_size, None if problems else vocab_size)
+    if phases and not problems:
+        problems += check_evaluations(config.logging, phases, tokenizer)
+    if config.logging.tensorboard_dir and importlib.util.find_spec("tensorboard") is None:
+        problems.append(f"tensorboard_dir = {config.logging.tensorboard_dir}: needs the package tensorboard. Fix: "
+                        "install it (requirements.txt has the version), or leave the flag out.")
     if problems:
         raise ValueError("\n".join(problems))
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, vocab_size=vocab_size))

@@ -1,14 +1,25 @@
 """Evaluations give on any layout what one process gives, in fp64: scores per microbatch, context gain, passkey."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import torch
 
+from data.config import DataConfig
+from data.sources import Corpus
+from data.stream import DocumentStream
 from parallel.layout import Axis
 from parallel.tensor import vocab_parallel_first_choices
-from tests.dist.parity import TOLERANCE, Case
+from pretrain import checkpoint
+from pretrain.evaluate import Evaluator
+from pretrain.feed import Feed
+from pretrain.load_config import load_config
+from pretrain.phases import resolve_phases
+from tests.dist.parity import TOLERANCE, VOCABULARY, Case
+from tests.dist.training import base_arguments, losses, train, write_corpus
+from tests.documents import Documents, Letters
 
 UNTIED = dict(untie_embeddings_and_output_weights=True)
 LAYOUTS = {
@@ -61,3 +72,89 @@ def test_of_equal_logits_the_first_id_wins_and_padding_never(pool):
     logits = np.array([[0, 1, 1, 0, 1, 0, low, low], [3, 0, 0, 0, 0, 0, low, low], [-9, -9, -9, -9, -9, -8, low, low],
                        [-5, -5, -5, -5, -5, -5, low, low]])
     assert pool.run(first_choices, 4, logits) == [[1, 0, 5, 0]] * 4
+
+
+class FoldedLetters(Letters):
+    """Letters as ids of the parity cases' vocabulary."""
+
+    def encode(self, text):
+        return [ord(letter) % VOCABULARY for letter in text]
+
+
+def validation_stream() -> DocumentStream:
+    generator = np.random.default_rng(3)
+    lengths = (40, 3, 90, 33, 64, 200, 5, 31, 70, 500, 2, 333)
+    return DocumentStream(Documents(lengths, lambda _, n: generator.integers(0, VOCABULARY, size=n)), None, 5)
+
+
+def evaluate(world, case: Case) -> list[dict]:
+    """Every record of one evaluation: three lengths, context gain, passkey."""
+    layout, _, _, stepper, _ = case.build(world)
+    config = load_config("--seq-length 64 --global-batch-tokens 512 --train-iters 1 --mock-data --vocab-size 101 "
+                         "--eval-iters 3 --eval-seq-lengths 16 64 256 --context-gain-cut 16 --context-gain-documents 5 "
+                         "--eval-passkey-lengths 256 --eval-passkey-depths 0.2 0.8".split())
+    phase = dataclasses.replace(resolve_phases(config)[0], layout=case.layout_config(),
+                                micro_batch_size=case.micro_batch_size, document_masking=case.document_masking)
+    feed = Feed(DataConfig(), Corpus({}, {"valid": [(1.0, validation_stream())]}), None, layout, eod=None, vocab_size=VOCABULARY)
+    return list(Evaluator(config, feed, FoldedLetters()).run(stepper, phase))
+
+
+EVALUATED = {
+    "tp2 dp2 micro2": Case(tp=2, dp=2, micro_batch_size=2),
+    "pp2 cp2": Case(pp=2, cp=2),
+    "pp2 ZBV dp2": Case(pp=2, dp=2, schedule="ZBV", model=dict(num_layers=5)),
+    "pp2 interleaved": Case(pp=2, schedule="interleaved", model=dict(num_layers=5)),
+    "cp4 two levels no masking": Case(cp=4, context_levels=(2, 2), document_masking=False),
+    "dp3": Case(dp=3, strategy="optim_grads_params"),
+}
+
+
+@pytest.mark.parametrize("name", EVALUATED)
+def test_evaluations_equal_one_process(pool, name):
+    case = EVALUATED[name]
+    (expected,) = pool.run(evaluate, 1, case.single())
+    assert [(record["kind"], record["seq_length"]) for record in expected] == [
+        ("loss", 16), ("loss", 64), ("loss", 256), ("context_gain", 64), ("passkey", 256), ("passkey", 256)]
+    gain = expected[3]
+    assert gain["documents"] == 5 and gain["gain_low"] < gain["gain"] < gain["gain_high"]
+    if case.document_masking:  # each token of the set's whole samples is counted once, but for documents' last ones
+        ends = np.cumsum(validation_stream().spans(0, 1371)[2])
+        for record, samples in zip(expected, (1371 // 16, 1371 // 64, 5), strict=False):
+            tokens = samples * record["seq_length"]
+            assert record["num_targets"] == tokens - (ends <= tokens).sum()
+    for found in pool.run(evaluate, case.world_size, case):
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.keys() == theirs.keys()
+            for key, value in theirs.items():
+                close = abs(ours[key] - value) <= TOLERANCE * max(1, abs(value)) if isinstance(value, float) else (
+                    ours[key] == value)
+                assert close, f"{key} of {theirs}: {ours[key]}"
+
+
+def test_a_restart_writes_no_record_twice(pool, tmp_path):
+    """A kill after step 5 with the last checkpoint at step 3: everything of steps 4 to 6 is written again, once."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    corpus, save, shown = write_corpus(tmp_path / "corpus"), tmp_path / "save", str(tmp_path / "shown")
+    argv = base_arguments(corpus, save=str(save), save_interval=3, eval_interval=3, tensorboard_dir=shown,
+                          context_gain_cut=16) + ["--eval-seq-lengths", "32", "64"]
+    pool.run(train, 1, argv)
+    lines = (save / "validation.jsonl").read_text()
+    records = [json.loads(line) for line in lines.splitlines()]
+    assert [(r["step"], r["kind"], r["seq_length"]) for r in records] == [
+        (step, kind, length) for step in (0, 3, 6) for kind, length in (("loss", 32), ("loss", 64),
+                                                                        ("context_gain", 64))]
+    (save / checkpoint.LATEST).write_text("3")
+    assert pool.run(train, 1, argv) == ["done"]
+    assert (save / "validation.jsonl").read_text() == lines
+    events = [json.loads(line) for line in (save / "events.jsonl").read_text().splitlines()]
+    assert [(event["event"], event["step"]) for event in events] == [
+        ("start", 0), ("phase", 0), ("save", 3), ("save", 6), ("done", 6), ("restart", 3), ("save", 6), ("done", 6)]
+    assert all(event["tokens"] == 256 * event["step"] and event["text"] for event in events)
+    assert events == sorted(events, key=lambda event: event["time"])
+    board = EventAccumulator(shown).Reload()
+    steps = losses(save)
+    assert [(e.step, e.value) for e in board.Scalars("loss")] == pytest.approx(
+        [(step, np.float32(loss)) for step, loss in steps.items()])
+    assert [e.step for e in board.Scalars("valid_loss/32")] == [0, 3, 6]
+    assert [e.step for e in board.Scalars("context_gain/gain")] == [0, 3, 6]
