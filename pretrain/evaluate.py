@@ -19,6 +19,9 @@ from pretrain.phases import Phase
 from pretrain.probe import microbatch_count, reshard
 from pretrain.step import Stepper
 
+MOST_DOCUMENTS = 16
+"""Of each set for the context gain, unless the run names its number."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -111,8 +114,9 @@ class Evaluator:
 
     def _context_gains(self, stepper: Stepper, phase: Phase, layout: dict) -> Iterator[dict]:
         cut = self.settings.context_gain_cut
+        count = self.settings.context_gain_documents or max(4, Shape.make(phase, phase.seq_length).batch_samples)
         for name in self.feed.corpus.validation:
-            if documents := self._long_documents(name):
+            if documents := self._long_documents(name)[:count]:
                 found = context_gain.measure(stepper, documents, phase.seq_length, cut, self.seed, **layout)
                 yield {"set": name, "seq_length": phase.seq_length, "kind": "context_gain", "cut": cut,
                        "loss_full": found.loss_full, "loss_cut": found.loss_cut, "gain": found.gain,
@@ -123,7 +127,7 @@ class Evaluator:
         if name not in self._documents:
             self._documents[name] = context_gain.choose_documents(
                 self.feed.corpus.validation[name], self.settings.context_gain_cut,
-                self.settings.context_gain_documents)
+                self.settings.context_gain_documents or MOST_DOCUMENTS)
         return self._documents[name]
 
 

@@ -42,6 +42,7 @@ class TensorBoard:
         for name, value in values.items():
             if isinstance(value, int | float):
                 self.writer.add_scalar(name, value, step)
+        self.writer.flush()  # what a killed run has said up to its last checkpoint is not said again
 
     def close(self) -> None:
         self.writer.close()

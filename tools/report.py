@@ -84,6 +84,7 @@ def read_run(folder: Path) -> Run:
         raise ValueError(f"load = {folder}: no metrics.jsonl in it. Fix: give the --save folder of a run.")
     steps = read_lines(metrics)
     evaluations = read_lines(validation) if validation.is_file() else []
+    evaluations = [record for record in evaluations if record.get("kind", "loss") == "loss"]
     if not steps:
         raise ValueError(f"load = {folder}: metrics.jsonl holds no step yet. Fix: train one.")
     needed = ("step", "tokens", "phase", "seq_length", "loss", "lr", "tokens_per_second")

@@ -1,14 +1,20 @@
 """pretrain/context_gain.py: which targets are scored with which context, and the statistics of their losses."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from data.batch import IGNORE
+from data.sources import Corpus
 from data.stream import DocumentStream
 from data.stretches import lay_out
 from parallel.layout import single_process_layout
 from pretrain.context_gain import choose_documents, cut_probe, full_probe, measure, summarize, target_blocks
+from pretrain.evaluate import Evaluator
+from pretrain.load_config import load_config
+from pretrain.phases import resolve_phases
 from pretrain.step import Scores
 from tests.documents import Documents
 
@@ -99,6 +105,20 @@ def test_the_interval_covers_the_true_gain():
         covered += found.gain_low <= 0.3 <= found.gain_high
         widths.append(found.gain_high - found.gain_low)
     assert 0.86 <= covered / 200 <= 0.99 and 0.06 < np.mean(widths) < 0.14
+
+
+@pytest.mark.parametrize("seq_length, lengths, flags, said", [
+    (64, (90,), "", ["context gain is not measured in phase main: its seq_length 64 is below 2 x context_gain_cut = "
+                     "2,048"]),
+    (64, (90, 31), "--context-gain-cut 16", []),
+    (64, (31, 31), "--context-gain-cut 16", ["context gain of valid is not measured: no document of it has 2 x "
+                                             "context_gain_cut = 32 tokens"]),
+    (64, (31,), "--no-eval-context-gain", []), (64, (31,), "--eval-iters 0", [])])
+def test_it_says_why_nothing_is_measured(seq_length, lengths, flags, said):
+    config = load_config(f"--seq-length {seq_length} --global-batch-size 2 --train-iters 1 --mock-data --vocab-size 99 "
+                         f"{flags}".split())
+    feed = SimpleNamespace(corpus=Corpus({}, {"valid": blend((1.0, lengths))}))
+    assert Evaluator(config, feed, None).unmeasured(resolve_phases(config)[0]) == said
 
 
 def test_one_document_has_no_interval():

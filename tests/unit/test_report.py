@@ -110,3 +110,12 @@ def test_user_errors_take_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n')
     assert "step 3 has no tokens" in refused()
     assert ".png" in refused("--output", "loss.pdf")
+
+
+def test_only_losses_are_drawn_as_losses(tmp_path):
+    write_run(tmp_path)
+    before = report.read_run(tmp_path).evaluations
+    with open(tmp_path / "validation.jsonl", "a") as file:
+        for kind in ("context_gain", "passkey"):
+            file.write(json.dumps({"step": 40, "tokens": 40_000_000, "phase": "long", "kind": kind}) + "\n")
+    assert report.read_run(tmp_path).evaluations == before and len(before) == 3
