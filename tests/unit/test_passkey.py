@@ -1,13 +1,18 @@
 """pretrain/passkey.py: what a trial holds, and which lengths are refused."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from data.batch import IGNORE
 from data.stream import DocumentStream
 from data.stretches import lay_out
+from data.tokenizer import build_tokenizer
+from pretrain.metrics import evaluation_line, evaluation_values
 from pretrain.passkey import check_lengths, write_texts, write_trial
 from tests.documents import Documents, Letters
+from tools.train_tokenizer import Arguments, train_tokenizer
 
 
 def filler_stream() -> DocumentStream:
@@ -50,6 +55,34 @@ def test_the_answer_begins_where_the_ids_part():
 
     _, asked, answer = write_texts(Joining(), 12345)
     assert asked[-answer:].tolist() == [1, *map(ord, "12345")]
+
+
+def test_a_trained_tokenizer_writes_the_texts(tmp_path):
+    folder = str(Path(__file__).parents[2] / "data")
+    model = train_tokenizer(Arguments(input=[folder], output_prefix=str(tmp_path / "t"), vocab_size=512))
+    tokenizer = build_tokenizer("SentencePieceTokenizer", model, None)
+    sentence, asked, answer = write_texts(tokenizer, 90817)
+    assert tokenizer.decode(asked) == "\nWhat is the pass key? The pass key is 90817"
+    assert tokenizer.decode(asked[-answer:]).strip() == "90817" and tokenizer.decode(sentence).count("90817") == 2
+    assert check_lengths(tokenizer, [4096]) == []
+
+
+def test_records_in_words_and_as_curves():
+    place = {"step": 7, "tokens": 70, "phase": "long", "seq_length": 4096}
+    found = place | {"kind": "passkey", "depth": 0.1, "accuracy": 0.5, "answer_loss": 1.25, "trials": 2}
+    assert evaluation_line(found) == ("passkey at step 7 (long, 4,096 tokens): depth 0.1, 50 % of 2 found, loss 1.2500 "
+                                      "per answer token")
+    assert evaluation_values(found, False) == {"passkey/4096/0.1/accuracy": 0.5, "passkey/4096/0.1/answer_loss": 1.25}
+    gain = place | {"kind": "context_gain", "set": "code", "cut": 1024, "loss_full": 2.0, "loss_cut": 2.5, "gain": 0.5,
+                    "gain_low": None, "gain_high": None, "documents": 1, "num_targets": 9}
+    assert evaluation_line(gain) == (
+        "context gain of code at step 7 (long, 4,096 tokens): 0.5000 nats (no interval from 1 document): loss 2.0000 "
+        "with the whole context, 2.5000 with 1,024 tokens")
+    assert evaluation_values(gain, True) == {"context_gain/code/gain": 0.5, "context_gain/code/loss_full": 2.0,
+                                             "context_gain/code/loss_cut": 2.5}
+    loss = place | {"kind": "loss", "set": "valid", "valid_loss": 3.0, "num_targets": 9}
+    assert evaluation_values(loss, False) == {"valid_loss": 3.0}
+    assert evaluation_values(loss | {"set": "code"}, True) == {"valid_loss/code/4096": 3.0}
 
 
 def test_lengths_that_hold_no_trial_are_refused():
