@@ -61,7 +61,7 @@ def make_plan(config: Config, world_size: int, only_print: bool = False) -> Plan
     if phases and not config.model.validate() and not config.layout.validate():
         problems += check_phases(phases, config, world_size, None if problems else vocab_size)
     if phases and not problems:
-        problems += check_evaluations(config.logging, phases, tokenizer)
+        problems += check_evaluations(config.logging, [phase for phase in phases if not phase.auto], tokenizer)
     if config.logging.tensorboard_dir and importlib.util.find_spec("tensorboard") is None:
         problems.append(f"tensorboard_dir = {config.logging.tensorboard_dir}: needs the package tensorboard. Fix: "
                         "install it (requirements.txt has the version), or leave the flag out.")
@@ -77,7 +77,7 @@ def make_plan(config: Config, world_size: int, only_print: bool = False) -> Plan
     clock = progress["clock"] if goes_on else 0
     phases, layouts, layout_lines = settle_layouts(
         phases, config, world_size, vocab_size, progress.get("layouts", {}) if goes_on else {}, clock)
-    if problems := _handover_problems(phases, config):
+    if problems := _handover_problems(phases, config) + check_evaluations(config.logging, phases, tokenizer):
         raise ValueError("\n".join(problems))
     corpus = open_corpus(config.data, config.optimizer.seed, vocab_size, description,
                          [phase.data_path for phase in phases if phase.data_path])
