@@ -112,7 +112,7 @@ def read_batch(samples: Sequence[Sample], seq_length: int, pieces: Sequence[tupl
                                   tokens[at:], labels[at:at + last - first])
             at += last - first
     tokens = tokens[:size]
-    _fill_positions(cu_seqlens, np.array(pieces, dtype=np.int64), positions)
+    fill_positions(cu_seqlens, np.array(pieces, dtype=np.int64), positions)
     if eod_mask_loss:
         labels[tokens == eod] = IGNORE
         targets = int((labels != IGNORE).sum())
@@ -245,7 +245,7 @@ def _digest(tokens, labels, pieces, first):
 
 
 @numba.njit(nogil=True, cache=True)
-def _fill_positions(cu_seqlens, pieces, positions):
+def fill_positions(cu_seqlens, pieces, positions):
     """Place in its segment of each token in the pieces."""
     at = 0
     for i in range(len(pieces)):

@@ -130,6 +130,18 @@ class DocumentStream:
         permutation, blocks = self._epoch(epoch)
         return epoch * self.num_documents + int(_find_document(local - 1, self.lengths, permutation, blocks)[0]) + 1
 
+    def first_documents(self, count: int, at_least: int) -> list[int]:
+        """Numbers in the reader of the stream's first `count` documents that have `at_least` tokens, each once."""
+        count = min(count, int(np.count_nonzero(self.lengths >= at_least)))
+        found: list[int] = []
+        for start in range(0, self.tokens_per_epoch, 1 << 20):
+            if len(found) >= count:
+                break
+            documents, offsets, _ = self.spans(start, min(1 << 20, self.tokens_per_epoch - start))
+            documents = documents[offsets == 0]
+            found += documents[self.reader.document_lengths[documents] >= at_least].tolist()
+        return found[:count]
+
     def document_start(self, position: int) -> int:
         """The first stream position >= `position` at which a document begins (or an epoch, as one then does)."""
         epoch, local = divmod(position, self.tokens_per_epoch)

@@ -25,7 +25,12 @@ from parallel.collectives import copy_to, gather_sequence, reduce_from, scatter_
 from parallel.context import gather_keys, group_pieces
 from parallel.layout import Layout
 from parallel.schedule import layers_of_stage
-from parallel.tensor import local_part, vocab_parallel_cross_entropy, vocab_parallel_embedding
+from parallel.tensor import (
+    local_part,
+    vocab_parallel_cross_entropy,
+    vocab_parallel_embedding,
+    vocab_parallel_first_choices,
+)
 from parallel.ulysses import HeadSplit, heads_to_seq, seq_to_heads
 
 IGNORED_LABEL = -100
@@ -198,11 +203,18 @@ class GPTStage(nn.Module):
         self.offloaded_layers = config.cpu_offloading_num_layers
         self.microbatches: Sequence[Microbatch] = ()
         self.num_targets, self.next_microbatch = 1, 0
+        self.scores: list[torch.Tensor] | None = None
 
-    def begin_step(self, microbatches: Sequence[Microbatch], num_targets: int) -> None:
-        """Set what `forward` looks up: this rank's slices and the target count of the whole global batch."""
+    def begin_step(self, microbatches: Sequence[Microbatch], num_targets: int,
+                   scores: list[torch.Tensor] | None = None) -> None:
+        """Set what `forward` looks up: this rank's slices and the target count of the whole global batch.
+
+        Args:
+            scores: the last stage appends, per microbatch, fp64 [3]: sum of its slice's target losses in nats, its
+                targets, and how many of those were the model's first choice.
+        """
         self.microbatches, self.num_targets = microbatches, max(1, num_targets)
-        self.next_microbatch = 0
+        self.next_microbatch, self.scores = 0, scores
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The step's next microbatch through this stage.
@@ -221,7 +233,13 @@ class GPTStage(nn.Module):
         x_tD = self.hidden(x, microbatch)
         if not self.is_last:
             return x_tD
-        losses_t = vocab_parallel_cross_entropy(self.logits(x_tD), microbatch.labels, self.layout.tp, IGNORED_LABEL)
+        logits_tv = self.logits(x_tD)
+        losses_t = vocab_parallel_cross_entropy(logits_tv, microbatch.labels, self.layout.tp, IGNORED_LABEL)
+        if self.scores is not None:
+            hits_t = vocab_parallel_first_choices(logits_tv, self.layout.tp) == microbatch.labels
+            targets = (microbatch.labels != IGNORED_LABEL).sum()
+            self.scores.append(torch.stack([losses_t.sum(dtype=torch.float64), targets.double(),
+                                            hits_t.sum(dtype=torch.float64)]))
         return losses_t.sum() / self.num_targets
 
     def hidden(self, x: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:

@@ -120,3 +120,15 @@ def vocab_parallel_cross_entropy(logits_tv: torch.Tensor, labels_t: torch.Tensor
     The result is the same on all tp ranks. Columns that hold no token must be -inf.
     """
     return _VocabParallelCrossEntropy.apply(logits_tv, labels_t, tp, ignore)
+
+
+def vocab_parallel_first_choices(logits_tv: torch.Tensor, tp: Axis) -> torch.Tensor:
+    """The id with the largest logit of each token, [t, v] logits -> int64 [t], the same on all tp ranks (no gradient).
+
+    Of equal logits the smallest id is taken, as in one process. Columns that hold no token must be -inf.
+    """
+    best, ids = logits_tv.detach().max(dim=1)  # torch documents that the first of equal columns is named
+    best = best.to(torch.promote_types(best.dtype, torch.float32))
+    top = all_reduce(best.clone(), tp, dist.ReduceOp.MAX)
+    ids = torch.where(best == top, ids + tp.rank * logits_tv.shape[1], torch.iinfo(torch.int64).max)
+    return all_reduce(ids, tp, dist.ReduceOp.MIN)

@@ -203,7 +203,25 @@ class LoggingConfig:
     eval_interval: int | None = None
     """Steps between evaluations; without it only at the start and end of phases."""
     eval_iters: int = 4
-    """Global batches per evaluation; 0 switches it off."""
+    """Global batches per validation loss; 0 switches every evaluation off."""
+    eval_seq_lengths: list[Tokens] = field(default_factory=list)
+    """Sample lengths of the validation loss, below or beyond the phase's own; by default only that one."""
+    eval_context_gain: bool = True
+    """Measure how much lower the loss is with a document's whole beginning than with the last --context-gain-cut
+    tokens before the target, where validation documents and the phase are long enough."""
+    context_gain_cut: Tokens = 1024
+    """Context of the cut pass of the context gain; documents and samples must have twice as many tokens."""
+    context_gain_documents: int | None = None
+    """Validation documents of each set that the context gain is measured on, two microbatches each; by default 16, or
+    as many as a global batch has samples where that is fewer, but 4."""
+    eval_passkey_lengths: list[Tokens] = field(default_factory=list)
+    """Lengths at which a number hidden in validation text is asked for; by default none."""
+    eval_passkey_depths: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
+    """Where in the text the number is hidden, 0 = at its beginning, 1 = at its end."""
+    eval_passkey_trials: int = 2
+    """Numbers hidden at each depth of each length."""
+    tensorboard_dir: str | None = None
+    """Folder for TensorBoard's files."""
     wandb_project: str | None = None
     """Log to this Weights & Biases project (offline by itself when it cannot be reached)."""
     wandb_exp_name: str | None = None
@@ -240,7 +258,10 @@ class Config:
             (optimizer, ("lr_decay_iters", "lr_decay_samples", "lr_decay_tokens", "lr_wsd_decay_iters",
                          "lr_wsd_decay_samples", "lr_wsd_decay_tokens")),
             (checkpoint, ("save_interval", "exit_interval", "exit_duration_in_mins")),
-            (self.logging, ("eval_interval",))) for name in names]
+            (self.logging, ("eval_interval", "context_gain_cut", "context_gain_documents", "eval_passkey_trials")))
+            for name in names]
+        positive += [(name, value) for name in ("eval_seq_lengths", "eval_passkey_lengths")
+                     for value in getattr(self.logging, name)]
         problems += [f"{name} = {value}: must be above 0. Fix: give a positive number."
                      for name, value in positive if value is not None and not value > 0]
         problems += [f"{name} = {value}: must be at least 0. Fix: give 0 or more."
@@ -262,6 +283,7 @@ class Config:
         if optimizer.min_lr > optimizer.lr:
             problems.append(f"min_lr = {optimizer.min_lr}: must not exceed lr = {optimizer.lr}. Fix: lower it.")
         problems += self._out_of_range() + self._one_of_each() + self._unused_rope_parameters()
+        problems += self._passkey_problems()
         if checkpoint.finetune and not checkpoint.load:
             problems.append("finetune = True: takes the weights of --load, which is not given. Fix: give --load.")
         if checkpoint.ckpt_step is not None and not checkpoint.load:
@@ -273,6 +295,18 @@ class Config:
         if checkpoint.override_opt_param_scheduler and checkpoint.use_checkpoint_opt_param_scheduler:
             problems.append("override_opt_param_scheduler = True: takes this run's learning rate, but "
                             "use_checkpoint_opt_param_scheduler takes the checkpoint's. Fix: remove one of them.")
+        return problems
+
+    def _passkey_problems(self) -> list[str]:
+        logging, problems = self.logging, []
+        if logging.eval_passkey_lengths and (self.data.mock_data or self.data.tokenizer_type == "NullTokenizer"):
+            kind = "mock_data" if self.data.mock_data else "NullTokenizer"
+            problems.append(f"eval_passkey_lengths = {' '.join(map(str, logging.eval_passkey_lengths))}: asks in "
+                            f"words, and {kind} has no text. Fix: a corpus with a text tokenizer, or leave it out.")
+        depths = logging.eval_passkey_depths
+        if not depths or not all(0 <= depth <= 1 for depth in depths):
+            problems.append(f"eval_passkey_depths = {' '.join(map(str, depths))}: must be numbers from 0 to 1. Fix: "
+                            "for example 0.1 0.5 0.9.")
         return problems
 
     def _out_of_range(self) -> list[str]:
@@ -329,6 +363,9 @@ class Config:
         found += self.compatibility.warnings()
         if self.checkpoint.no_save_optim and self.checkpoint.save:
             found.append("no_save_optim = True: a run that stops cannot go on with its optimizer state")
+        found += [f"{name} = {' '.join(map(str, getattr(logging, name)))}: has no effect without --eval-iters above 0"
+                  for name in ("eval_seq_lengths", "eval_passkey_lengths")
+                  if getattr(logging, name) and not logging.eval_iters]
         if not optimizer.calculate_per_token_loss:
             found.append("calculate_per_token_loss = False: the loss is always the sum over targets / the global "
                          "target count")

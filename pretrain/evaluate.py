@@ -1,27 +1,161 @@
-"""Validation loss: the same forward path as training, without gradients."""
+"""What is measured on validation data at a phase's start and end and every eval_interval.
 
-import torch
-from torch.distributed.fsdp import FSDPModule
+Loss at one or several sample lengths, context gain (context_gain.py) and passkey retrieval (passkey.py), each through
+the forward path of training, without gradients. Which documents and targets are scored follows from the settings of the
+phase and of the evaluation, not from the layout.
+"""
 
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from data.batch import IGNORE, Batch
 from data.loader import Loader
+from data.tokenizer import Tokenizer
+from parallel.layout import Layout
+from pretrain import context_gain, passkey
+from pretrain.config import Config, LoggingConfig
+from pretrain.feed import Feed
+from pretrain.phases import Phase
+from pretrain.probe import microbatch_count, reshard
 from pretrain.step import Stepper
 
+MOST_DOCUMENTS = 16
+"""Of each set for the context gain, unless the run names its number."""
 
-def validation_loss(stepper: Stepper, loader: Loader, tokens_per_epoch: int, max_batches: int,
-                    device: torch.device) -> tuple[float, int]:
-    """Mean loss in nats over the first batches of the validation stream -> (loss, targets counted).
 
-    Args:
-        loader: reads the validation stream in the current phase's shape.
-        tokens_per_epoch: of all its sources; no more than these are read (but at least one batch).
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The batches of a validation loss at some length."""
+
+    seq_length: int
+    micro_batch_size: int
+    """Samples per microbatch: as many as the phase's microbatch has tokens for, at least one."""
+    batch_samples: int
+    """Samples per global batch that are counted: the phase's tokens, in whole samples."""
+
+    @staticmethod
+    def make(phase: Phase, seq_length: int) -> "Shape":
+        return Shape(seq_length, max(1, phase.seq_length * phase.micro_batch_size // seq_length),
+                     max(1, round(phase.global_batch_tokens / seq_length)))
+
+    def global_batch_tokens(self, layout: Layout) -> int:
+        """Tokens that the ranks read together: `batch_samples` or the next number above it that data parallelism and
+        the pipeline schedule take."""
+        unit = self.micro_batch_size * layout.dp.size
+        return microbatch_count(-(-self.batch_samples // unit), layout) * unit * self.seq_length
+
+
+def check(settings: LoggingConfig, phases: Sequence[Phase], tokenizer: Tokenizer | None) -> list[str]:
+    """Lengths that some phase's layout cannot cut, or that hold no passkey trial, as `name = value: rule. Fix: ...`."""
+    problems = []
+    if settings.eval_iters == 0:
+        return problems
+    for phase in phases:
+        multiple, where = phase.layout.token_multiple, f"phase {phase.name!r}: "
+        for length in settings.eval_seq_lengths:
+            micro = Shape.make(phase, length).micro_batch_size
+            if micro * length % multiple:
+                problems.append(f"{where}eval_seq_lengths = {length}: the {micro} x {length} tokens of a microbatch "
+                                f"must be a multiple of {multiple}, so that every rank gets as many. Fix: for example "
+                                f"{-(-length // multiple) * multiple}.")
+        problems += [f"{where}eval_passkey_lengths = {length}: must be a multiple of {multiple}, so that every rank "
+                     f"gets as many tokens. Fix: for example {-(-length // multiple) * multiple}."
+                     for length in settings.eval_passkey_lengths if length % multiple]
+    if settings.eval_passkey_lengths and tokenizer is not None:
+        problems += passkey.check_lengths(tokenizer, settings.eval_passkey_lengths)
+    return problems
+
+
+class Evaluator:
+    """Runs all evaluations of a run on one layout."""
+
+    def __init__(self, config: Config, feed: Feed, tokenizer: Tokenizer | None):
+        self.settings, self.seed, self.feed, self.tokenizer = config.logging, config.optimizer.seed, feed, tokenizer
+        self._documents: dict[str, list[context_gain.Document]] = {}
+
+    def unmeasured(self, phase: Phase) -> list[str]:
+        """Why some set has no context gain in the phase, a sentence each."""
+        cut = self.settings.context_gain_cut
+        if not (self.settings.eval_context_gain and self.settings.eval_iters and self.feed.corpus.validation):
+            return []
+        if phase.seq_length < 2 * cut:
+            return [f"context gain is not measured in phase {phase.name}: its seq_length {phase.seq_length:,} is below "
+                    f"2 x context_gain_cut = {2 * cut:,}"]
+        return [f"context gain of {name} is not measured: no document of it has 2 x context_gain_cut = {2 * cut:,} "
+                "tokens" for name in self.feed.corpus.validation if not self._long_documents(name)]
+
+    def run(self, stepper: Stepper, phase: Phase) -> Iterator[dict]:
+        """Records without their place in the run; collective over the world."""
+        settings, feed = self.settings, self.feed
+        if not settings.eval_iters or not feed.corpus.validation:
+            return
+        layout = {"token_multiple": phase.layout.token_multiple, "padding": feed.eod or 0,
+                  "vocab_size": feed.vocab_size}
+        for length in sorted({*settings.eval_seq_lengths} or {phase.seq_length}):
+            yield from self._losses(stepper, phase, Shape.make(phase, length))
+        if settings.eval_context_gain and phase.seq_length >= 2 * settings.context_gain_cut:
+            yield from self._context_gains(stepper, phase, layout)
+        stream = next(iter(feed.corpus.validation.values()))[0][1]
+        for length in sorted({*settings.eval_passkey_lengths}):
+            for result in passkey.measure(stepper, self.tokenizer, stream, length, settings.eval_passkey_depths,
+                                          settings.eval_passkey_trials, self.seed, **layout):
+                yield {"seq_length": length, "kind": "passkey", **dataclasses.asdict(result)}
+        reshard(stepper)
+
+    def _losses(self, stepper: Stepper, phase: Phase, shape: Shape) -> Iterator[dict]:
+        tokens = shape.global_batch_tokens(self.feed.layout)
+        for name, (loader, epoch) in self.feed.validation(phase, shape.seq_length, shape.micro_batch_size,
+                                                          tokens).items():
+            # No document is counted twice, however small the set.
+            samples = min(self.settings.eval_iters * shape.batch_samples, max(1, epoch // shape.seq_length))
+            loss, targets = validation_loss(stepper, loader, samples)
+            yield {"set": name, "seq_length": shape.seq_length, "kind": "loss", "valid_loss": loss,
+                   "num_targets": targets}
+
+    def _context_gains(self, stepper: Stepper, phase: Phase, layout: dict) -> Iterator[dict]:
+        cut = self.settings.context_gain_cut
+        count = self.settings.context_gain_documents or max(4, Shape.make(phase, phase.seq_length).batch_samples)
+        for name in self.feed.corpus.validation:
+            if documents := self._long_documents(name)[:count]:
+                found = context_gain.measure(stepper, documents, phase.seq_length, cut, self.seed, **layout)
+                yield {"set": name, "seq_length": phase.seq_length, "kind": "context_gain", "cut": cut,
+                       "loss_full": found.loss_full, "loss_cut": found.loss_cut, "gain": found.gain,
+                       "gain_low": found.gain_low, "gain_high": found.gain_high, "documents": found.documents,
+                       "num_targets": found.num_targets}
+
+    def _long_documents(self, name: str) -> list[context_gain.Document]:
+        if name not in self._documents:
+            self._documents[name] = context_gain.choose_documents(
+                self.feed.corpus.validation[name], self.settings.context_gain_cut,
+                self.settings.context_gain_documents or MOST_DOCUMENTS)
+        return self._documents[name]
+
+
+def validation_loss(stepper: Stepper, loader: Loader, samples: int) -> tuple[float, int]:
+    """Mean loss in nats over the targets of the loader's first `samples` -> (loss, targets); collective.
+
+    The last batch may hold more samples: their targets are taken out.
     """
-    batches = min(max_batches, max(1, tokens_per_epoch // loader.global_batch_tokens))
+    size = loader.global_batch_tokens // loader.seq_length
     loss_sum, targets = 0.0, 0
-    for i in range(batches):
-        microbatches = [batch.to(device) for batch in loader.read(i * loader.global_batch_tokens)]
+    for first in range(0, samples, size):
+        microbatches = []
+        for j, batch in enumerate(loader.read(first * loader.seq_length)):
+            begin = first + (j * loader.dp_size + loader.dp_rank) * loader.micro_batch_size
+            kept = _keep_samples(batch, samples - begin, loader)
+            microbatches.append(kept.to(stepper.layout.device))
         loss, count = stepper.run(microbatches, train=False)
         loss_sum, targets = loss_sum + loss * count, targets + count
-    for unit in (unit for stage in stepper.stages for unit in stage.modules()):
-        if isinstance(unit, FSDPModule):
-            unit.reshard()  # training and checkpoints expect the shards
     return loss_sum / max(1, targets), targets
+
+
+def _keep_samples(batch: Batch, count: int, loader: Loader) -> Batch:
+    """The microbatch with targets in its first `count` samples only."""
+    if count >= loader.micro_batch_size:
+        return batch
+    labels, at = batch.labels.clone(), 0
+    for low, high in loader.pieces:
+        kept = min(max(count * loader.seq_length - low, 0), high - low)
+        labels[at + kept:at + high - low] = IGNORE
+        at += high - low
+    return dataclasses.replace(batch, labels=labels, num_targets=-1)

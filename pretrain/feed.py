@@ -22,6 +22,7 @@ class Feed:
     def __init__(self, config: DataConfig, corpus: Corpus, ledger: Ledger, layout: Layout, *, eod: int | None,
                  vocab_size: int):
         self.config, self.corpus, self.ledger, self.layout = config, corpus, ledger, layout
+        self.eod, self.vocab_size = eod, vocab_size
         self._windows = parse_windows(config.skip_data)
         self._slice = {"eod": eod, "eod_mask_loss": config.eod_mask_loss, "vocab_size": vocab_size}
         self._phase: Phase | None = None
@@ -51,31 +52,32 @@ class Feed:
         if _pass_over(self.ledger, self._windows, clock):
             self._check(clock)
             self._loader = None
-        batch = self._phase.batch_at(clock)
+        phase = self._phase
+        batch = phase.batch_at(clock)
         if self._loader is None or self._loader.global_batch_tokens != batch:
-            self._loader = self._make(self.ledger.mixture(), self._phase, self.ledger.open["start"], batch,
-                                      prefetch=True)
+            self._loader = self._make(self.ledger.mixture(), self.ledger.open["start"], phase.micro_batch_size, batch,
+                                      phase.document_masking, prefetch=True)
         return self._loader.read(clock)
 
-    def validation(self, phase: Phase) -> dict[str, tuple[Loader, int]]:
-        """Name of each validation set -> its loader in the phase's shape, and its tokens."""
-        loaders = {}
-        for name, blend in self.corpus.validation.items():
-            loaders[name] = (self._make(fresh_mixture(blend, phase.seq_length), phase, 0, phase.global_batch_tokens,
-                                        prefetch=False),
-                             sum(stream.tokens_per_epoch for _, stream in blend))
-        return loaders
+    def validation(self, phase: Phase, seq_length: int, micro_batch_size: int,
+                   global_batch_tokens: int) -> dict[str, tuple[Loader, int]]:
+        """Name of each validation set -> its loader in that shape, and its tokens."""
+        return {name: (self._make(fresh_mixture(blend, seq_length), 0, micro_batch_size, global_batch_tokens,
+                                  phase.document_masking, prefetch=False),
+                       sum(stream.tokens_per_epoch for _, stream in blend))
+                for name, blend in self.corpus.validation.items()}
 
     def tokens_by_source(self, clock: int) -> dict[str, int]:
         """Real tokens that the model received before `clock`."""
         return self.ledger.tokens_by_source(clock)
 
-    def _make(self, mixture: Mixture, phase: Phase, start: int, batch: int, prefetch: bool) -> Loader:
+    def _make(self, mixture: Mixture, start: int, micro_batch_size: int, global_batch_tokens: int,
+              document_masking: bool, prefetch: bool) -> Loader:
         layout = self.layout
-        return Loader(mixture, start, micro_batch_size=phase.micro_batch_size,
-                      global_batch_tokens=batch, dp_rank=layout.dp.rank, dp_size=layout.dp.size,
-                      pieces=token_pieces(phase.seq_length * phase.micro_batch_size, layout),
-                      document_masking=phase.document_masking, prefetch=prefetch, **self._slice)
+        return Loader(mixture, start, micro_batch_size=micro_batch_size, global_batch_tokens=global_batch_tokens,
+                      dp_rank=layout.dp.rank, dp_size=layout.dp.size,
+                      pieces=token_pieces(mixture.settings.seq_length * micro_batch_size, layout),
+                      document_masking=document_masking, prefetch=prefetch, **self._slice)
 
 
 def _pass_over(ledger: Ledger, windows: list[tuple[int, int]], clock: int) -> bool:

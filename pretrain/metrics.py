@@ -1,18 +1,21 @@
-"""What a run says about itself: metrics.jsonl, validation.jsonl, ledger.jsonl, the console line, wandb.
+"""What a run says about itself: metrics.jsonl, validation.jsonl, ledger.jsonl, events.jsonl, the console line.
 
 Each step stands in metrics.jsonl exactly once: after a restart, lines of steps that are done again are
-removed first.
+removed first. events.jsonl keeps everything that happened, in the order of the wall clock.
 """
 
 import json
-import os
-import socket
+import math
+import time
 from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint import write_atomically
 from pretrain.config import Config
-from pretrain.load_config import to_flat, warn
+from pretrain.sinks import open_sinks
+
+EVALUATION_KEY = ("kind", "step", "phase", "set", "seq_length", "cut", "depth")
+"""Fields of a line of validation.jsonl that say what was measured; the others are what was found."""
 
 
 class JsonLines:
@@ -21,7 +24,7 @@ class JsonLines:
     def __init__(self, path: Path):
         self.path = path
 
-    def rewind(self, last_step: int) -> None:
+    def rewind(self, last_step: float) -> None:
         """Drop the lines of later steps, and a last line that a kill cut short."""
         if self.path.exists():
             kept = [line for line in self.read() if line["step"] <= last_step]
@@ -50,8 +53,10 @@ class Reporter:
 
     def __init__(self, config: Config, is_writer: bool, last_step: int, wandb_run_id: str | None):
         self.is_writer, self.interval = is_writer, config.logging.log_interval
-        self.metrics = self.validation = self.ledger = self.wandb = None
-        self.wandb_run_id = wandb_run_id
+        self.metrics = self.validation = self.ledger = self.events = None
+        self.wandb_run_id, self.sinks = wandb_run_id, []
+        self.has_lengths = bool(config.logging.eval_seq_lengths)
+        self.evaluated: set[tuple] = set()
         if not is_writer:
             return
         if config.checkpoint.save:
@@ -59,11 +64,12 @@ class Reporter:
             folder.mkdir(parents=True, exist_ok=True)
             self.metrics, self.validation = JsonLines(folder / "metrics.jsonl"), JsonLines(folder / "validation.jsonl")
             self.ledger = JsonLines(folder / "ledger.jsonl")
+            self.events = JsonLines(folder / "events.jsonl")
             for lines in (self.metrics, self.validation, self.ledger):
                 lines.rewind(last_step)
-        if config.logging.wandb_project:
-            self.wandb = _start_wandb(config, wandb_run_id)
-            self.wandb_run_id = self.wandb.id
+            self.events.rewind(math.inf)
+            self.evaluated = {evaluation_key(line) for line in self.validation_lines()}
+        self.sinks, self.wandb_run_id = open_sinks(config, last_step, wandb_run_id)
 
     def step(self, record: dict[str, Any], remaining_tokens: int) -> None:
         """One optimizer step; `record` is the line of metrics.jsonl."""
@@ -71,24 +77,34 @@ class Reporter:
             return
         if self.metrics:
             self.metrics.append(record)
-        if self.wandb:
-            plain = {k: v for k, v in record.items() if v is not None and not isinstance(v, dict)}
-            of_sources = {f"sources/{name}": tokens for name, tokens in (record.get("sources") or {}).items()}
-            self.wandb.log(plain | of_sources, step=record["step"])
+        plain = {k: v for k, v in record.items() if v is not None and not isinstance(v, dict)}
+        of_sources = {f"sources/{name}": tokens for name, tokens in (record.get("sources") or {}).items()}
+        self._log(plain | of_sources, record["step"])
         if record["step"] % self.interval == 0:
             print(console_line(record, remaining_tokens), flush=True)
 
     def evaluation(self, record: dict[str, Any]) -> None:
+        """One result of evaluate.py: its line of validation.jsonl. One that stands there already (a phase's first
+        evaluation, done again after a restart) is only printed."""
         if not self.is_writer:
             return
-        if self.validation and record not in self.validation_lines():
-            self.validation.append(record)
-        if self.wandb:
-            name = "valid_loss" if record["set"] == "valid" else f"valid_loss/{record['set']}"
-            self.wandb.log({name: record["valid_loss"]}, step=record["step"])
-        of_set = "" if record["set"] == "valid" else f" of {record['set']}"
-        print(f"evaluation{of_set} at step {record['step']} ({record['phase']}, {record['seq_length']:,} tokens): "
-              f"loss {record['valid_loss']:.4f} over {record['num_targets']:,} targets", flush=True)
+        key = evaluation_key(record)
+        if key not in self.evaluated:
+            self.evaluated.add(key)
+            if self.validation:
+                self.validation.append(record)
+            self._log(evaluation_values(record, self.has_lengths), record["step"])
+        print(evaluation_line(record), flush=True)
+
+    def event(self, kind: str, step: int, clock: int, text: str) -> None:
+        """Something that happened to the run, with the time of day. Kinds: start, restart, phase, save, skipped,
+        stopped, again, done. Lines are never removed."""
+        if self.events:
+            self.events.append({"time": time.time(), "event": kind, "step": step, "tokens": clock, "text": text})
+
+    def _log(self, values: dict[str, Any], step: int) -> None:
+        for sink in self.sinks:
+            sink.log(values, step)
 
     def account(self, step: int, clock: int, rows: list[dict]) -> None:
         """What was drawn of each source in each phase (data/ledger.py: account), at a save."""
@@ -103,8 +119,39 @@ class Reporter:
             print(text, flush=True)
 
     def close(self) -> None:
-        if self.wandb:
-            self.wandb.finish()
+        for sink in self.sinks:
+            sink.close()
+
+
+def evaluation_key(record: dict[str, Any]) -> tuple:
+    return tuple(record.get(name, "loss" if name == "kind" else None) for name in EVALUATION_KEY)
+
+
+def evaluation_values(record: dict[str, Any], has_lengths: bool) -> dict[str, float]:
+    """A record's numbers by the names of their curves; `has_lengths`: the loss is measured at several lengths."""
+    of_set = "" if record.get("set", "valid") == "valid" else f"/{record['set']}"
+    if record["kind"] == "loss":
+        return {f"valid_loss{of_set}" + (f"/{record['seq_length']}" if has_lengths else ""): record["valid_loss"]}
+    if record["kind"] == "context_gain":
+        names = ("gain", "gain_low", "gain_high", "loss_full", "loss_cut")
+        return {f"context_gain{of_set}/{name}": record[name] for name in names if record[name] is not None}
+    where = f"passkey/{record['seq_length']}/{record['depth']:g}"
+    return {f"{where}/{name}": record[name] for name in ("accuracy", "answer_loss")}
+
+
+def evaluation_line(record: dict[str, Any]) -> str:
+    """A record in one readable line."""
+    of_set = "" if record.get("set", "valid") == "valid" else f" of {record['set']}"
+    where = f"{of_set} at step {record['step']} ({record['phase']}, {record['seq_length']:,} tokens): "
+    if record["kind"] == "loss":
+        return f"evaluation{where}loss {record['valid_loss']:.4f} over {record['num_targets']:,} targets"
+    if record["kind"] == "context_gain":
+        interval = ("no interval from 1 document" if record["gain_low"] is None else
+                    f"95 % {record['gain_low']:.4f} to {record['gain_high']:.4f}, {record['documents']} documents")
+        return (f"context gain{where}{record['gain']:.4f} nats ({interval}): loss {record['loss_full']:.4f} with the "
+                f"whole context, {record['loss_cut']:.4f} with {record['cut']:,} tokens")
+    return (f"passkey{where}depth {record['depth']:g}, {100 * record['accuracy']:.0f} % of {record['trials']} found, "
+            f"loss {record['answer_loss']:.4f} per answer token")
 
 
 def console_line(record: dict[str, Any], remaining_tokens: int) -> str:
@@ -131,27 +178,3 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
-
-
-def _start_wandb(config: Config, run_id: str | None):
-    """Start or continue the wandb run; offline where its server cannot be reached or no key is known."""
-    import wandb
-
-    mode = os.environ.get("WANDB_MODE")
-    if mode is None and not _wandb_reachable(wandb):
-        warn("wandb: no key or no network; logging offline, `wandb sync` uploads it later")
-        mode = "offline"
-    return wandb.init(project=config.logging.wandb_project, name=config.logging.wandb_exp_name,
-                      entity=config.logging.wandb_entity, dir=config.logging.wandb_save_dir or config.checkpoint.save,
-                      id=run_id, resume="allow", mode=mode, config=to_flat(config))
-
-
-def _wandb_reachable(wandb) -> bool:
-    if not wandb.api.api_key:
-        return False
-    host = wandb.Settings().base_url.split("//")[-1].split("/")[0].split(":")[0]
-    try:
-        socket.create_connection((host, 443), timeout=5).close()
-    except OSError:
-        return False
-    return True

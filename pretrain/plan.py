@@ -1,6 +1,7 @@
 """Everything that is decided and checked before processes meet: configuration, phases, data, start."""
 
 import dataclasses
+import importlib.util
 import os
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from pretrain import checkpoint
 from pretrain.auto_layout import settle_layouts
 from pretrain.check_phases import check_phases, rope_warnings
 from pretrain.config import Config
+from pretrain.evaluate import check as check_evaluations
 from pretrain.feed import blend_change, check_windows, forecast_phases, forecast_warnings
 from pretrain.learning_rate import LearningRate
 from pretrain.load_config import read_config_yaml
@@ -80,6 +82,11 @@ def make_plan(config: Config, world_size: int, only_print: bool = False) -> Plan
         tokenizer, vocab_size = attempt(problems, lambda: _tokenizer(config.data)) or (None, None)
     if phases and not config.model.validate() and not config.layout.validate():
         problems += check_phases(phases, config, world_size, None if problems else vocab_size)
+    if phases and not problems:
+        problems += check_evaluations(config.logging, [phase for phase in phases if not phase.auto], tokenizer)
+    if config.logging.tensorboard_dir and importlib.util.find_spec("tensorboard") is None:
+        problems.append(f"tensorboard_dir = {config.logging.tensorboard_dir}: needs the package tensorboard. Fix: "
+                        "install it (requirements.txt has the version), or leave the flag out.")
     if problems:
         raise ValueError("\n".join(problems))
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, vocab_size=vocab_size))
@@ -90,7 +97,7 @@ def make_plan(config: Config, world_size: int, only_print: bool = False) -> Plan
     clock = progress["clock"] if goes_on else 0
     phases, layouts, layout_lines = settle_layouts(
         phases, config, world_size, vocab_size, progress.get("layouts", {}) if goes_on else {}, clock)
-    if problems := _handover_problems(phases, config):
+    if problems := _handover_problems(phases, config) + check_evaluations(config.logging, phases, tokenizer):
         raise ValueError("\n".join(problems))
     corpus, ledger, changes = _open_data(config, phases, learning_rate, description, start, progress)
     check_windows(config.data, ledger, clock, progress["last_batch_tokens"] if goes_on else 0, phases)

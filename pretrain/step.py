@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed.tensor import Shard
@@ -35,6 +36,18 @@ class StepResult:
     """True = the norm was not finite and nothing was updated."""
 
 
+@dataclass(frozen=True)
+class Scores:
+    """Of each microbatch of a global batch, in the order of its samples: one entry per microbatch and dp rank."""
+
+    loss_sums: np.ndarray
+    """fp64, nats, summed over the microbatch's targets."""
+    num_targets: np.ndarray
+    """int64."""
+    first_choices: np.ndarray
+    """int64, targets to which the model gave the largest logit of all ids."""
+
+
 def count_targets(microbatches: Sequence[CountedMicrobatch], layout: Layout) -> int:
     """Targets of the global batch: all microbatches, dp and cp ranks."""
     count = torch.tensor(sum(batch.num_targets for batch in microbatches), dtype=torch.int64, device=layout.device)
@@ -53,15 +66,34 @@ class Stepper:
     def run(self, microbatches: Sequence[CountedMicrobatch], train: bool) -> tuple[float, int]:
         """Forward (and backward) over all microbatches -> (global loss in nats, global targets), on every rank."""
         num_targets = count_targets(microbatches, self.layout)
+        share = self._forward(microbatches, train, num_targets)
+        return self._global_loss(share), num_targets
+
+    def score(self, microbatches: Sequence[CountedMicrobatch]) -> Scores:
+        """Forward without gradients -> the scores of every microbatch of the global batch, on every rank.
+
+        Microbatch j of data rank d is number j x dp_size + d, as the loader deals the samples.
+        """
+        layout, parts = self.layout, []
+        self._forward(microbatches, False, 1, parts)
+        scores = torch.zeros(len(microbatches), layout.dp.size, 3, dtype=torch.float64, device=layout.device)
+        if parts and layout.tp.is_first:  # the same on the last stage's tp ranks; cp ranks add their slices
+            scores[:, layout.dp.rank] = torch.stack(parts)
+        scores = all_reduce(scores, layout.world).view(-1, 3).cpu().numpy()
+        return Scores(scores[:, 0], scores[:, 1].astype(np.int64), scores[:, 2].astype(np.int64))
+
+    def _forward(self, microbatches: Sequence[CountedMicrobatch], train: bool, num_targets: int,
+                 scores: list[torch.Tensor] | None = None) -> torch.Tensor | None:
+        """All microbatches through this rank's stages, and back -> the last stage's share of the loss."""
         for stage in self.stages:
-            stage.begin_step(microbatches, num_targets)
+            stage.begin_step(microbatches, num_targets, scores)
         if self.layout.pp.size > 1:
             share = self._pipeline_for(microbatches, train).run()
         else:
             share = self._accumulate(len(microbatches), train)
         for stage in self.stages:
             stage.begin_step((), 1)
-        return self._global_loss(share), num_targets
+        return share
 
     def _pipeline_for(self, microbatches: Sequence[CountedMicrobatch], train: bool) -> Pipeline:
         tokens = microbatches[0].tokens.shape[0]

@@ -35,7 +35,7 @@ from parallel.layout import (
     start_world,
 )
 from pretrain import checkpoint
-from pretrain.evaluate import validation_loss
+from pretrain.evaluate import Evaluator
 from pretrain.feed import SHOWN_SOURCES, Feed, describe_forecast
 from pretrain.load_config import dump_yaml, load_config, outcome_path, spell, warn
 from pretrain.metrics import Reporter
@@ -86,10 +86,13 @@ class Trainer:
         self.state = self._build_state(phase, progress)
         self.feed = Feed(self.config.data, self.plan.corpus, self.plan.ledger, self.layout,
                          eod=self.plan.tokenizer.eod if self.plan.tokenizer else None, vocab_size=self.plan.vocab_size)
+        self.evaluator = Evaluator(self.config, self.feed, self.plan.tokenizer)
         reporter = Reporter(self.config, self.world.rank == 0, step, self.state.wandb_run_id)
         self.state.wandb_run_id = reporter.wandb_run_id
         reporter.say(f"start: {start.reason}, step {step:,}, phase {phase.name}, {self.layout.describe()}, "
                      f"{num_parameters(self.config.model, self.plan.vocab_size):,} parameters; {self.attention_note}")
+        reporter.event("restart" if start.is_restart else "start", step, self.state.clock,
+                       f"{start.reason}; {self.layout.describe()}")
         if self.config.checkpoint.exit_signal_handler:
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
                 signal.signal(number, self._on_signal)
@@ -137,15 +140,18 @@ class Trainer:
             self._save(phase, step, reporter)
             following = phase_at(self.plan.phases, state.clock)
             if following is None:
-                reporter.say(f"done: {step:,} steps, {state.clock:,} tokens")
-                return "done"
+                return self._end("done", f"done: {step:,} steps, {state.clock:,} tokens", step, reporter)
             if stop:
-                reporter.say(f"stopped as asked after step {step:,}")
-                return "stopped"
+                return self._end("stopped", f"stopped as asked after step {step:,}", step, reporter)
             if following.layout_key != phase.layout_key:
-                reporter.say(f"phase {phase.name} is done; phase {following.name} needs another layout: starting again")
-                return "again"
+                return self._end("again", f"phase {phase.name} is done; phase {following.name} needs another layout: "
+                                          "starting again", step, reporter)
             phase = following
+
+    def _end(self, outcome: str, text: str, step: int, reporter: Reporter) -> str:
+        reporter.say(text)
+        reporter.event(outcome, step, self.state.clock, text)
+        return outcome
 
     def _run_phase(self, phase: Phase, step: int, reporter: Reporter) -> tuple[bool, int]:
         """The remaining steps of one phase, or those until someone asks to stop -> (asked, last step's number)."""
@@ -155,13 +161,19 @@ class Trainer:
             stage.offloaded_layers = phase.cpu_offloading_num_layers
         stepper = Stepper(state.stages, self.layout, self.config.model.hidden_size, self.compute_dtype,
                           phase.layout.sharding_strategy)
-        if self.feed.enter(phase, state.clock):
+        begins = self.feed.enter(phase, state.clock)
+        for text in self.evaluator.unmeasured(phase):
+            reporter.say(text)
+        if begins:
+            reporter.event("phase", step, state.clock, f"{phase.name} begins, {phase.seq_length:,} tokens per sample")
             self._evaluate(stepper, phase, step, reporter)
         while state.clock < phase.end:
             record = self._step(stepper, phase, step)
             stop = record.pop("stop")
             step = record["step"]
             reporter.step(record, self.plan.phases[-1].end - state.clock)
+            if record["skipped"]:
+                reporter.event("skipped", step, state.clock, f"gradient norm {record['grad_norm']}")
             every = self.config.logging.eval_interval
             if state.clock >= phase.end or every and step % every == 0 and not stop:
                 self._evaluate(stepper, phase, step, reporter)
@@ -220,13 +232,9 @@ class Trainer:
         return pairs, stops > 0, f"{int(digest) % 2**DIGEST_BITS:010x}", int(memory), slowest_data
 
     def _evaluate(self, stepper: Stepper, phase: Phase, step: int, reporter: Reporter) -> None:
-        if self.config.logging.eval_iters == 0:
-            return
         gc.collect()
-        for name, (loader, tokens) in self.feed.validation(phase).items():
-            loss, targets = validation_loss(stepper, loader, tokens, self.config.logging.eval_iters, self.layout.device)
-            reporter.evaluation({"step": step, "tokens": self.state.clock, "phase": phase.name, "set": name,
-                                 "seq_length": phase.seq_length, "valid_loss": loss, "num_targets": targets})
+        for record in self.evaluator.run(stepper, phase):
+            reporter.evaluation({"step": step, "tokens": self.state.clock, "phase": phase.name} | record)
 
     def _save(self, phase: Phase, step: int, reporter: Reporter) -> None:
         state, root = self.state, self.config.checkpoint.save
@@ -249,7 +257,9 @@ class Trainer:
         files = self.plan.tokenizer.files if self.plan.tokenizer else []
         folder = checkpoint.save(root, step, checkpoint_tensors(state, has_optimizer), progress,
                                  dump_yaml(self.config), files, self.layout.world)
-        reporter.say(f"saved {folder} in {time.perf_counter() - began:.1f} s")
+        text = f"saved {folder} in {time.perf_counter() - began:.1f} s"
+        reporter.say(text)
+        reporter.event("save", step, state.clock, text)
 
 
 def _peak_memory(layout: Layout) -> int:

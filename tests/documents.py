@@ -37,3 +37,15 @@ class Documents:
 def windows(stream: DocumentStream, starts, seq_length: int) -> list[Sample]:
     """Samples of consecutive tokens that begin at the given positions of the stream."""
     return [Sample(stream, np.array([[start, seq_length]]), start + seq_length) for start in starts]
+
+
+class Letters:
+    """A tokenizer of one id per ASCII letter."""
+
+    vocab_size, eod = 128, 0
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(map(chr, ids))

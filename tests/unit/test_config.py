@@ -179,6 +179,15 @@ CHECKS = [
     ("ckpt_step", 5, "ckpt_step = 5: chooses an iteration of --load"),
     ("use_checkpoint_opt_param_scheduler", True, "override_opt_param_scheduler = True: takes this run's learning"),
     ("override_ckpt_iteration", 5, "override_ckpt_iteration = 5: the clock of a checkpoint is its own"),
+    ("eval_interval", 0, "eval_interval = 0: must be above 0"),
+    ("eval_seq_lengths", [64, 0], "eval_seq_lengths = 0: must be above 0"),
+    ("eval_passkey_lengths", [-1], "eval_passkey_lengths = -1: must be above 0"),
+    ("context_gain_cut", 0, "context_gain_cut = 0: must be above 0"),
+    ("context_gain_documents", 0, "context_gain_documents = 0: must be above 0"),
+    ("eval_passkey_trials", 0, "eval_passkey_trials = 0: must be above 0"),
+    ("eval_passkey_depths", [0.5, 1.5], "eval_passkey_depths = 0.5 1.5: must be numbers from 0 to 1"),
+    ("eval_passkey_depths", [float("nan")], "eval_passkey_depths = nan: must be numbers from 0 to 1"),
+    ("eval_passkey_depths", [], "must be numbers from 0 to 1"),
     ("train_samples", 5, "train_samples = 5, train_tokens = 1000: at most one of these"),
     ("global_batch_size", 5, "global_batch_size = 5, global_batch_tokens = 512: at most one of these"),
 ]
@@ -207,6 +216,22 @@ def test_validate_reports_everything_at_once():
     assert len(config.validate()) == 4  # the fourth: min_lr now exceeds lr
 
 
+@pytest.mark.parametrize("name, value, kind", [("tokenizer_type", "NullTokenizer", "NullTokenizer"),
+                                               ("mock_data", True, "mock_data")])
+def test_a_passkey_needs_words(name, value, kind):
+    config = valid_config()
+    config.logging.eval_passkey_lengths = [1024, 4096]
+    assert config.validate() == []
+    setattr(config.data, name, value)
+    message = f"eval_passkey_lengths = 1024 4096: asks in words, and {kind} has no text. Fix: "
+    assert any(message in problem for problem in config.validate())
+
+
+def test_lengths_of_evaluations_are_read_in_units():
+    config = load_config("--eval-seq-lengths 1Ki 4Ki --eval-passkey-depths 0 0.25 1".split())
+    assert config.logging.eval_seq_lengths == [1024, 4096] and config.logging.eval_passkey_depths == [0, 0.25, 1]
+
+
 def test_settings_without_effect_are_named():
     config = valid_config()
     assert config.warnings() == []
@@ -214,6 +239,7 @@ def test_settings_without_effect_are_named():
     config.optimizer.calculate_per_token_loss = False
     config.compatibility.no_load_rng = config.compatibility.no_save_rng = True
     config.checkpoint.save, config.checkpoint.no_save_optim = "folder", True
+    config.logging.eval_iters, config.logging.eval_seq_lengths = 0, [64]
     assert [text.split(" = ")[0] for text in config.warnings()] == [
-        "lr_wsd_decay_iters", "wandb_exp_name", "no_load_rng", "no_save_rng", "no_save_optim",
+        "lr_wsd_decay_iters", "wandb_exp_name", "no_load_rng", "no_save_rng", "no_save_optim", "eval_seq_lengths",
         "calculate_per_token_loss"]

@@ -43,6 +43,9 @@ def refused(argv, capsys, monkeypatch, tmp_path, world=1) -> str:
     (dict(lr="inf"), 1, "lr = inf: must be a finite number"),
     (dict(save="/proc/ithaca"), 1, "save = /proc/ithaca: cannot be written"),
     (dict(save=__file__), 1, "cannot be written"),
+    (dict(eval_seq_lengths=33, context_parallel_size=2), 2,
+     "phase 'main': eval_seq_lengths = 33: the 1 x 33 tokens of a microbatch must be a multiple of 2"),
+    (dict(eval_passkey_lengths=64), 1, "eval_passkey_lengths = 64: asks in words, and NullTokenizer has no text"),
 ])
 def test_refusals(corpus, capsys, monkeypatch, tmp_path, overrides, world, message):
     text = refused(base_arguments(corpus, **overrides), capsys, monkeypatch, tmp_path, world)
@@ -57,6 +60,12 @@ def test_damaged_data(corpus, capsys, monkeypatch, tmp_path):
         file.truncate(100)
     assert "truncated" in refused(base_arguments(str(broken)), capsys, monkeypatch, tmp_path)
     assert "no such file" in refused(base_arguments(str(tmp_path / "none")), capsys, monkeypatch, tmp_path)
+
+
+def test_tensorboard_is_optional(corpus, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    text = refused(base_arguments(corpus, tensorboard_dir="logs"), capsys, monkeypatch, tmp_path)
+    assert "tensorboard_dir = logs: needs the package tensorboard. Fix: install it" in text
 
 
 def test_several_problems_at_once(corpus, capsys, monkeypatch, tmp_path):

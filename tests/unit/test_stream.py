@@ -12,6 +12,7 @@ from data.indexed_writer import IndexedWriter
 from data.permutation import Permutation
 from data.stream import DocumentStream, split_documents
 from data.synthetic import SyntheticReader
+from tests.documents import Documents
 
 LENGTHS = [3, 0, 1, 7, 2, 1, 12, 5]
 FROZEN = [1, 3, 2, 5, 7, 0, 4, 6]
@@ -185,3 +186,14 @@ def test_config_reports_all_problems_and_accepts_good_ones():
                      {"mock_data": True, "vocab_size": 64}, FINE | {"reset_position_ids": True},
                      {"data_path": ["c"], "tokenizer_type": "NullTokenizer", "vocab_size": 10}):
         assert DataConfig(**settings).validate() == []
+
+
+def test_first_documents_are_the_long_ones_in_the_order_of_the_stream():
+    lengths = [5, 50, 7, 80, 60, 1, 70, 0, 49]
+    stream = DocumentStream(Documents(lengths), None, 3)
+    order = stream.spans(0, sum(lengths))[0].tolist()
+    expected = [number for number in order if lengths[number] >= 50]
+    assert len(expected) == 4 and stream.first_documents(99, 50) == expected
+    assert stream.first_documents(2, 50) == expected[:2] and stream.first_documents(3, 81) == []
+    some = DocumentStream(Documents(lengths), np.array([0, 1, 4, 8]), 3)
+    assert sorted(some.first_documents(9, 49)) == [1, 4, 8]

@@ -1,0 +1,126 @@
+"""pretrain/context_gain.py: which targets are scored with which context, and the statistics of their losses."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from data.batch import IGNORE
+from data.sources import Corpus
+from data.stream import DocumentStream
+from data.stretches import lay_out
+from parallel.layout import single_process_layout
+from pretrain.context_gain import choose_documents, cut_probe, full_probe, measure, summarize, target_blocks
+from pretrain.evaluate import Evaluator
+from pretrain.load_config import load_config
+from pretrain.phases import resolve_phases
+from pretrain.step import Scores
+from tests.documents import Documents
+
+
+def blend(*sources) -> list:
+    return [(weight, DocumentStream(Documents(lengths), None, 1)) for weight, lengths in sources]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 7, 8, 16, 100, 1024])
+def test_blocks_lie_apart_behind_the_cut_and_their_windows_fit(cut):
+    for length in (2 * cut, 2 * cut + 1, 3 * cut, 5 * cut + 3, 37 * cut + 11):
+        blocks = target_blocks(length, cut)
+        assert len(blocks) >= 1 and (np.diff(blocks) == max(1, cut // 8)).all()
+        assert cut <= blocks[0, 0] and blocks[-1, 1] <= length and (blocks[1:, 0] >= blocks[:-1, 1]).all()
+        assert len(blocks) * (cut + max(1, cut // 8)) <= length, "the windows fit into one microbatch"
+        gaps = np.diff(blocks[:, 0])
+        assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1, "spread evenly"
+
+
+@pytest.mark.parametrize("length, total", [(40, 40), (33, 40), (90, 100)])
+def test_both_passes_score_the_same_targets_each_with_enough_context(length, total):
+    """Token = document * 1000 + place, so a label says where it stands; its context is its segment before it."""
+    cut, number = 16, 2
+    documents = choose_documents(blend((1.0, [5, 31, 95, 20])), cut, 9)
+    assert [(document.number, document.length) for document in documents] == [(number, 95)]
+    found = []
+    for probe in (full_probe, cut_probe):
+        batch = lay_out(probe(documents[0], length, cut), total, [(0, total)], padding=0, vocab_size=9999)
+        scored = batch.labels != IGNORE
+        places, context = batch.labels[scored] - 1000 * number, batch.positions[scored] + 1
+        assert (places >= cut).all() and (places < length).all()
+        starts = batch.tokens[(scored.nonzero()[:, 0] - batch.positions[scored])]
+        assert (starts // 1000 == number).all(), "the context begins in the same document"
+        assert (starts - 1000 * number + context == places).all(), "and holds every token up to the target"
+        if probe is full_probe:
+            assert (context == places).all()
+        else:
+            assert context.min() == cut and context.max() == cut + cut // 8 - 1
+        found.append(places.tolist())
+    assert found[0] == found[1] and len(found[0]) == batch.num_targets == (length // 18) * 2
+
+
+def test_documents_come_in_the_order_of_the_streams_and_their_shares():
+    sources = blend((3.0, [50, 10, 60, 70, 80, 90, 99]), (1.0, [40] * 8), (1.0, [3, 4]))
+    chosen = choose_documents(sources, 16, 8)
+    of_first = [document.number for document in chosen if document.reader is sources[0][1].reader]
+    assert len(chosen) == 8 and len(of_first) == 6 and of_first == sources[0][1].first_documents(6, 32)
+    assert choose_documents(blend((1.0, [31, 5])), 16, 8) == []
+
+
+class KnownModel:
+    """Scores as a model that finds a target for 0.5 nats with `far` tokens of context or more, and 2 nats with less."""
+
+    layout = single_process_layout(torch.device("cpu"))
+
+    def __init__(self, far: int):
+        self.far = far
+
+    def score(self, batches) -> Scores:
+        sums = [float(np.where(batch.positions[batch.labels != IGNORE] + 1 >= self.far, 0.5, 2.0).sum())
+                for batch in batches]
+        targets = np.array([batch.num_targets for batch in batches])
+        return Scores(np.array(sums), targets, np.zeros_like(targets))
+
+
+def test_a_planted_gain_is_found():
+    """Only targets behind `far` gain, 1.5 nats each: how many those are is counted from the blocks."""
+    cut, far, length = 16, 64, 200
+    documents = choose_documents(blend((1.0, [100, 40, 300, 90])), cut, 9)
+    places = np.concatenate([np.concatenate([np.arange(*block) for block in target_blocks(min(d.length, length), cut)])
+                             for d in documents])
+    share = float((places >= far).mean())
+    found = measure(KnownModel(far), documents, length, cut, 1, token_multiple=8, padding=0, vocab_size=9999)
+    assert 0.3 < share < 0.9 and found.loss_cut == 2.0 and found.gain == pytest.approx(1.5 * share, abs=1e-12)
+    assert found.documents == 4 and found.num_targets == len(places) and found.gain_low < found.gain < found.gain_high
+    none = measure(KnownModel(10**6), documents, length, cut, 1, token_multiple=8, padding=0, vocab_size=9999)
+    assert (none.gain, none.gain_low, none.gain_high) == (0.0, 0.0, 0.0)
+
+
+def test_the_interval_covers_the_true_gain():
+    """16 documents whose gains scatter around 0.3: about 95 of 100 intervals hold it (fewer with few documents)."""
+    generator, covered, widths = np.random.default_rng(5), 0, []
+    targets = generator.integers(100, 200, size=16)
+    for trial in range(200):
+        full = generator.normal(3.0, 1.0, 16) * targets  # documents differ far more than their gains
+        cut = full + generator.normal(0.3, 0.1, 16) * targets
+        found = summarize(full, cut, targets, trial)
+        covered += found.gain_low <= 0.3 <= found.gain_high
+        widths.append(found.gain_high - found.gain_low)
+    assert 0.86 <= covered / 200 <= 0.99 and 0.06 < np.mean(widths) < 0.14
+
+
+@pytest.mark.parametrize("seq_length, lengths, flags, said", [
+    (64, (90,), "", ["context gain is not measured in phase main: its seq_length 64 is below 2 x context_gain_cut = "
+                     "2,048"]),
+    (64, (90, 31), "--context-gain-cut 16", []),
+    (64, (31, 31), "--context-gain-cut 16", ["context gain of valid is not measured: no document of it has 2 x "
+                                             "context_gain_cut = 32 tokens"]),
+    (64, (31,), "--no-eval-context-gain", []), (64, (31,), "--eval-iters 0", [])])
+def test_it_says_why_nothing_is_measured(seq_length, lengths, flags, said):
+    config = load_config(f"--seq-length {seq_length} --global-batch-size 2 --train-iters 1 --mock-data --vocab-size 99 "
+                         f"{flags}".split())
+    feed = SimpleNamespace(corpus=Corpus({}, {"valid": blend((1.0, lengths))}))
+    assert Evaluator(config, feed, None).unmeasured(resolve_phases(config)[0]) == said
+
+
+def test_one_document_has_no_interval():
+    found = summarize(np.array([10.0]), np.array([14.0]), np.array([8]), 1)
+    assert (found.gain, found.gain_low, found.gain_high, found.documents) == (0.5, None, None, 1)
