@@ -1,0 +1,79 @@
+"""Six phases over four layouts through launch/train.sh, workers killed at random: nothing of it shows in the result."""
+
+import dataclasses
+import json
+import random
+
+import pytest
+import yaml
+
+from parallel.config import LayoutConfig
+from tests.dist.training import base_arguments, losses, train, write_corpus
+from tools.audit_data import audit
+from tools.bench.disturbed import Run, differences, disturb, plan_moments
+
+PHASES = [
+    dict(seq_length=32, step_batch_size_schedule="0:4 512:8", tensor_model_parallel_size=2),
+    dict(seq_length=64, global_batch_tokens=256, tensor_model_parallel_size=2, packing="best_fit"),
+    dict(seq_length=64, global_batch_tokens=512, pipeline_model_parallel_size=2, rotary_base=20000.0),
+    dict(seq_length=128, global_batch_tokens=512, pipeline_model_parallel_size=2, lr_schedule="rewarm",
+         lr_warmup_tokens=512, document_masking=False),
+    dict(seq_length=128, global_batch_tokens=512, context_parallel_size=2, packing="best_fit",
+         data_parallel_sharding_strategy="optim_grads_params"),
+    dict(seq_length=256, global_batch_tokens=512, context_parallel_size=4, recompute_granularity="full",
+         rope_type="yarn", rope_scaling_factor=4.0, original_max_position_embeddings=64),
+]
+LAYOUT_KEYS = {field.name for field in dataclasses.fields(LayoutConfig)}
+
+
+def write_config(path, tokens: int, keep_layout: bool = True) -> str:
+    phases = [{"name": f"p{number}", "train_tokens": tokens}
+              | {key: value for key, value in phase.items() if keep_layout or key not in LAYOUT_KEYS}
+              for number, phase in enumerate(PHASES)]
+    path.write_text(yaml.safe_dump({"phases": phases, "lr_decay_style": "linear", "lr": 3e-3, "min_lr": 1e-4}))
+    return str(path)
+
+
+def arguments(corpus: str, **overrides) -> list[str]:
+    argv = base_arguments(corpus, save_interval=3, log_interval=10, **overrides)
+    for flag in ("--train-iters", "--seq-length", "--global-batch-size", "--lr", "--lr-decay-style"):
+        at = argv.index(flag)
+        del argv[at:at + 2]
+    return argv
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.long)])
+def test_kills_at_random_steps_saves_and_crossings_change_nothing(pool, tmp_path, kills):
+    corpus, tokens = write_corpus(tmp_path / "corpus", documents=600), 2048 * (1 if kills < 10 else 4)
+    config = write_config(tmp_path / "run.yaml", tokens)
+    alone = ["--config", config, *arguments(corpus, save=str(tmp_path / "alone"))]
+    assert [pool.run(train, 4, alone)[0] for _ in range(4)] == ["again", "again", "again", "done"]
+    steps = max(losses(tmp_path / "alone"))
+    run = Run(config, arguments(corpus), tmp_path / "disturbed", processes=4)
+    try:
+        done = disturb(run, plan_moments(kills, steps, seed=kills), random.Random(kills))
+        run.wait()
+    finally:
+        run.end()
+    assert len(done) >= kills / 2, done
+    assert not run.workers(), "a worker was left behind"
+    assert differences(tmp_path / "alone", tmp_path / "disturbed") == []
+    found, well = audit(str(tmp_path / "disturbed"))
+    assert well, found
+    if kills < 10:
+        check_first_losses(pool, corpus, tmp_path, tokens)
+
+
+def check_first_losses(pool, corpus, folder, tokens):
+    """The first loss after each crossing is that of one process from the same checkpoint, in fp32."""
+    lines = [json.loads(line) for line in (folder / "alone" / "metrics.jsonl").read_text().splitlines()]
+    firsts = [line for before, line in zip(lines, lines[1:], strict=False) if before["phase"] != line["phase"]]
+    assert len(firsts) == 5
+    config = write_config(folder / "one.yaml", tokens, keep_layout=False)
+    for line in firsts:
+        save = folder / f"one{line['step']}"
+        argv = arguments(corpus, save=str(save), load=str(folder / "alone"), ckpt_step=line["step"] - 1,
+                         exit_interval=line["step"], eval_iters=0)
+        assert pool.run(train, 1, ["--config", config, *argv])[0] in ("stopped", "done")
+        (found,) = losses(save).values()
+        assert abs(found - line["loss"]) <= 1e-6 * line["loss"], line["phase"]
