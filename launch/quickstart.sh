@@ -121,10 +121,10 @@ fi
 begin 'sample: what follows "def "'
 attempt "$PYTHON" -m tools.generate --load "$run/huggingface" --prompt "def " || fail "see the message above"
 
-begin "plot: the run in one picture"
-attempt "$PYTHON" -m tools.report --load "$run/checkpoints" --output "$run/loss.png" >"$run/summary.txt" ||
+begin "report: the run on one page"
+attempt "$PYTHON" -m tools.report --load "$run/checkpoints" --output "$run/report.html" >"$run/summary.txt" ||
   fail "see the message above"
-echo "      $run/loss.png"
+echo "      $run/report.html"
 
 printf '\nDone in %d:%02d.\n\n' $((SECONDS / 60)) $((SECONDS % 60))
 grep -v '^wrote ' "$run/summary.txt" | sed 's/^/  /'
@@ -132,7 +132,7 @@ cat <<SUMMARY
 
   checkpoints    $run/checkpoints
   Hugging Face   $run/huggingface
-  loss curve     $run/loss.png
+  report         $run/report.html
   every step     $run/checkpoints/metrics.jsonl
   tokenizer      $tokenizer
   tokens         $data.bin, .idx
