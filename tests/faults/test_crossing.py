@@ -42,7 +42,7 @@ def arguments(corpus: str, **overrides) -> list[str]:
     return argv
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.long)])
 def test_kills_at_random_steps_saves_and_crossings_change_nothing(pool, tmp_path, kills):
     corpus, tokens = write_corpus(tmp_path / "corpus", documents=600), 2048 * (1 if kills < 10 else 4)
     config = write_config(tmp_path / "run.yaml", tokens)
