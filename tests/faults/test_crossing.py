@@ -49,10 +49,10 @@ def test_kills_at_random_steps_saves_and_crossings_change_nothing(pool, tmp_path
     alone = ["--config", config, *arguments(corpus, save=str(tmp_path / "alone"))]
     assert [pool.run(train, 4, alone)[0] for _ in range(4)] == ["again", "again", "again", "done"]
     steps = max(losses(tmp_path / "alone"))
-    run = Run(config, arguments(corpus), tmp_path / "disturbed", processes=4)
+    run = Run(["--config", config, *arguments(corpus)], tmp_path / "disturbed", processes=4)
     try:
         done = disturb(run, plan_moments(kills, steps, seed=kills), random.Random(kills))
-        run.wait()
+        run.wait_until_done()
     finally:
         run.end()
     assert len(done) >= kills / 2, done

@@ -62,13 +62,14 @@ def plan_moments(kills: int, steps: int, seed: int) -> list[Moment]:
 class Run:
     """launch/train.sh in the background."""
 
-    def __init__(self, config: str, flags: list[str], save: Path, processes: int):
+    def __init__(self, arguments: list[str], save: Path, processes: int):
+        """Args: arguments: of the trainer, without --save."""
         self.save, self.lines = save, []
         environment = os.environ | {
             "NPROC_PER_NODE": str(processes), "OMP_NUM_THREADS": "1", "ITHACA_PYTHON": sys.executable,
             "RETRY_WAIT": "0", "MAX_RESTARTS": "1000", "GRACE": "60"}
         self.process = subprocess.Popen(
-            ["bash", str(ROOT / "launch" / "train.sh"), "--config", config, *flags, "--save", str(save)],
+            ["bash", str(ROOT / "launch" / "train.sh"), *arguments, "--save", str(save)],
             env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         self.reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout), daemon=True)
         self.reader.start()
@@ -102,11 +103,17 @@ class Run:
     def alive(self) -> bool:
         return self.process.poll() is None
 
-    def wait(self) -> None:
+    def wait(self, timeout: float | None = None) -> tuple[int, str]:
+        """-> train.sh's exit code, and all that it printed."""
+        code = self.process.wait(timeout)
+        self.reader.join(5)
+        return code, "".join(self.lines)
+
+    def wait_until_done(self) -> None:
         """Raises RuntimeError unless the run ends as done."""
-        if self.process.wait() != 0:
-            self.reader.join(5)
-            raise RuntimeError("the run failed:\n" + "".join(self.lines[-30:]))
+        code, said = self.wait()
+        if code != 0:
+            raise RuntimeError("the run failed:\n" + "\n".join(said.splitlines()[-30:]))
 
     def end(self) -> None:
         """Leave nothing behind."""
@@ -174,23 +181,23 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def run(arguments: Arguments) -> int:
-    output, flags = Path(arguments.output), shlex.split(arguments.flags)
+    output, argv = Path(arguments.output), ["--config", arguments.config, *shlex.split(arguments.flags)]
     output.mkdir(parents=True)
-    alone = Run(arguments.config, flags, output / "alone", arguments.processes)
+    alone = Run(argv, output / "alone", arguments.processes)
     try:
         began = time.monotonic()
-        alone.wait()
+        alone.wait_until_done()
         steps = alone.last_step()
         print(f"alone: {steps} steps, {alone.starts_for_layouts()} changes of layout, {time.monotonic() - began:.0f} s",
               flush=True)
     finally:
         alone.end()
-    disturbed = Run(arguments.config, flags, output / "disturbed", arguments.processes)
+    disturbed = Run(argv, output / "disturbed", arguments.processes)
     try:
         began = time.monotonic()
         moments = plan_moments(arguments.kills, steps, arguments.seed)
         done = disturb(disturbed, moments, random.Random(arguments.seed))
-        disturbed.wait()
+        disturbed.wait_until_done()
         print(f"disturbed: {len(done)} workers killed ({', '.join(done)}), {time.monotonic() - began:.0f} s",
               flush=True)
     finally:
