@@ -75,7 +75,7 @@ class Trainer:
             if self.world.rank == 0:
                 print(f"done: all {step:,} steps are trained; raise the tokens to go on", flush=True)
             return "done"
-        self.layout = build_layout(phase.layout, self.world)
+        self.layout = build_layout(phase.layout, self.world, self.plan.layouts)
         lock = None
         if self.config.checkpoint.save:
             lock = checkpoint.FolderLock(self.config.checkpoint.save, self.layout.world)
@@ -235,6 +235,8 @@ class Trainer:
         gc.collect()
         for record in self.evaluator.run(stepper, phase):
             reporter.evaluation({"step": step, "tokens": self.state.clock, "phase": phase.name} | record)
+        if self.layout.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.layout.device)  # metrics.jsonl has that of training
 
     def _save(self, phase: Phase, step: int, reporter: Reporter) -> None:
         state, root = self.state, self.config.checkpoint.save
