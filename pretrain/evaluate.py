@@ -22,6 +22,9 @@ from pretrain.step import Stepper
 LEAST_DOCUMENTS, MOST_DOCUMENTS = 4, 16
 """Of each set for the context gain, unless the run names its number: as many as a global batch has samples."""
 
+MUCH_LARGER = 4
+"""Times a phase's microbatch that an evaluation's may have without a warning: nothing is kept for a backward."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -64,6 +67,18 @@ def check(settings: LoggingConfig, phases: Sequence[Phase], tokenizer: Tokenizer
     if settings.eval_passkey_lengths and tokenizer is not None:
         problems += passkey.check_lengths(tokenizer, settings.eval_passkey_lengths)
     return problems
+
+
+def warnings(settings: LoggingConfig, phases: Sequence[Phase]) -> list[str]:
+    """Lengths whose microbatches are so much larger than the phase's that they may not fit into its memory."""
+    found = []
+    for phase in phases if settings.eval_iters else ():
+        own = phase.seq_length * phase.micro_batch_size
+        found += [f"phase {phase.name!r}: {name} = {length}: a microbatch has {length / own:.0f} times the tokens of "
+                  "the phase's own on each rank and may not fit into memory"
+                  for name in ("eval_seq_lengths", "eval_passkey_lengths") for length in getattr(settings, name)
+                  if length > MUCH_LARGER * own]
+    return found
 
 
 class Evaluator:

@@ -12,7 +12,7 @@ from data.stream import DocumentStream
 from data.stretches import lay_out
 from parallel.layout import single_process_layout
 from pretrain.context_gain import choose_documents, cut_probe, full_probe, measure, summarize, target_blocks
-from pretrain.evaluate import Evaluator
+from pretrain.evaluate import Evaluator, warnings
 from pretrain.load_config import load_config
 from pretrain.phases import resolve_phases
 from pretrain.step import Scores
@@ -133,6 +133,16 @@ def test_it_says_why_nothing_is_measured(seq_length, lengths, flags, said):
                          f"{flags}".split())
     feed = SimpleNamespace(corpus=Corpus({}, {"valid": blend((1.0, lengths))}))
     assert Evaluator(config, feed, None).unmeasured(resolve_phases(config)[0]) == said
+
+
+def test_lengths_far_beyond_the_phase_are_warned_of():
+    config = load_config("--seq-length 64 --global-batch-size 2 --train-iters 1 --mock-data --vocab-size 99 "
+                         "--eval-seq-lengths 16 256 512".split())
+    (said,) = warnings(config.logging, resolve_phases(config))
+    assert said == ("phase 'main': eval_seq_lengths = 512: a microbatch has 8 times the tokens of the phase's own on "
+                    "each rank and may not fit into memory")
+    config.logging.eval_iters = 0
+    assert warnings(config.logging, resolve_phases(config)) == []
 
 
 def test_one_document_has_no_interval():
