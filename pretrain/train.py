@@ -175,7 +175,9 @@ class Trainer:
             if record["skipped"]:
                 reporter.event("skipped", step, state.clock, f"gradient norm {record['grad_norm']}")
             every = self.config.logging.eval_interval
-            if state.clock >= phase.end or every and step % every == 0 and not stop:
+            # Who asks to stop is in a hurry, --exit-interval is not, and what is left out here is never made up for.
+            hurries = stop and not (settings.exit_interval and step % settings.exit_interval == 0)
+            if state.clock >= phase.end or every and step % every == 0 and not hurries:
                 self._evaluate(stepper, phase, step, reporter)
             if stop:
                 return True, step
