@@ -157,8 +157,11 @@ def _raise_open_files_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def build_layout(config: LayoutConfig, world: World) -> Layout:
+def build_layout(config: LayoutConfig, world: World, choices: dict | None = None) -> Layout:
     """Make every group once.
+
+    Args:
+        choices: what `layout: auto` chose for all phases, which must be the same on all processes, too.
 
     Raises:
         ValueError: the world size is no multiple of tp x pp x cp, or another process has another layout.
@@ -168,7 +171,7 @@ def build_layout(config: LayoutConfig, world: World) -> Layout:
     problem = check_world_size(world.size, tp, pp, cp)
     if problem:
         raise ValueError(problem)
-    _check_same_on_all_ranks(config, world)
+    _check_same_on_all_ranks(config, world, choices or {})
     two_levels = config.context_levels[1] > 1
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp,
@@ -197,14 +200,15 @@ def build_layout(config: LayoutConfig, world: World) -> Layout:
         device=world.device)
 
 
-def _check_same_on_all_ranks(config: LayoutConfig, world: World) -> None:
-    """Groups that are made of different layouts would wait for each other forever.
+def _check_same_on_all_ranks(config: LayoutConfig, world: World, choices: dict) -> None:
+    """Groups that are made of different layouts would wait for each other forever, as would ranks of which only some
+    recompute, or take another layout for the next phase.
 
     Raises:
         ValueError: on every rank.
     """
     settings = (*config.sizes, config.schedule, config.stages_per_rank, config.context_levels, config.sharding_strategy,
-                config.sequence_parallel)
+                config.sequence_parallel, choices)
     own = zlib.crc32(repr(settings).encode())
     ends = torch.tensor([own, -own], dtype=torch.int64, device=world.device)
     dist.all_reduce(ends, op=dist.ReduceOp.MAX)

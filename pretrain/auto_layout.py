@@ -233,7 +233,7 @@ def settle_layouts(phases: list[Phase], config: Config, world_size: int, vocab_s
             continue
         asked, before = _asked(phase, world_size), stored.get(phase.name)
         if before and before["asked"] == asked:
-            kept = _estimate(_apply(phase, before), world_size, model, device.hardware)
+            kept = _estimate(with_choice(phase, before), world_size, model, device.hardware)
             text = f"{kept.describe()}, {show_bytes(kept.memory.total)} per rank (kept from the checkpoint)"
         else:
             room = device if phase.end > clock else dataclasses.replace(device, memory_bytes=2**63)
@@ -266,7 +266,8 @@ def _record(candidate: Candidate, asked: dict) -> dict:
             "recompute_granularity": candidate.phase.recompute_granularity}
 
 
-def _apply(phase: Phase, record: dict) -> Phase:
+def with_choice(phase: Phase, record: dict) -> Phase:
+    """The phase with the layout that a checkpoint kept for it."""
     layout = dataclasses.replace(phase.layout, use_distributed_optimizer=None, **record["chosen"])
     return dataclasses.replace(phase, layout=layout, recompute_granularity=record["recompute_granularity"])
 

@@ -212,8 +212,8 @@ class LoggingConfig:
     context_gain_cut: Tokens = 1024
     """Context of the cut pass of the context gain; documents and samples must have twice as many tokens."""
     context_gain_documents: int | None = None
-    """Validation documents of each set that the context gain is measured on, two microbatches each; by default 16, or
-    as many as a global batch has samples where that is fewer, but 4."""
+    """Validation documents of each set that the context gain is measured on, those that fill most of the phase's
+    length, two microbatches each; by default as many as a global batch has samples, at least 4 and at most 16."""
     eval_passkey_lengths: list[Tokens] = field(default_factory=list)
     """Lengths at which a number hidden in validation text is asked for; by default none."""
     eval_passkey_depths: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])

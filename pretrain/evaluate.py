@@ -19,8 +19,11 @@ from pretrain.phases import Phase
 from pretrain.probe import microbatch_count, reshard
 from pretrain.step import Stepper
 
-MOST_DOCUMENTS = 16
-"""Of each set for the context gain, unless the run names its number."""
+LEAST_DOCUMENTS, MOST_DOCUMENTS = 4, 16
+"""Of each set for the context gain, unless the run names its number: as many as a global batch has samples."""
+
+MUCH_LARGER = 4
+"""Times a phase's microbatch that an evaluation's may have without a warning: nothing is kept for a backward."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +69,24 @@ def check(settings: LoggingConfig, phases: Sequence[Phase], tokenizer: Tokenizer
     return problems
 
 
+def warnings(settings: LoggingConfig, phases: Sequence[Phase]) -> list[str]:
+    """Lengths whose microbatches are so much larger than the phase's that they may not fit into its memory."""
+    found = []
+    for phase in phases if settings.eval_iters else ():
+        own = phase.seq_length * phase.micro_batch_size
+        found += [f"phase {phase.name!r}: {name} = {length}: a microbatch has {length / own:.0f} times the tokens of "
+                  "the phase's own on each rank and may not fit into memory"
+                  for name in ("eval_seq_lengths", "eval_passkey_lengths") for length in getattr(settings, name)
+                  if length > MUCH_LARGER * own]
+    return found
+
+
 class Evaluator:
     """Runs all evaluations of a run on one layout."""
 
     def __init__(self, config: Config, feed: Feed, tokenizer: Tokenizer | None):
         self.settings, self.seed, self.feed, self.tokenizer = config.logging, config.optimizer.seed, feed, tokenizer
-        self._documents: dict[str, list[context_gain.Document]] = {}
+        self._documents: dict[tuple[str, int, int], list[context_gain.Document]] = {}
 
     def unmeasured(self, phase: Phase) -> list[str]:
         """Why some set has no context gain in the phase, a sentence each."""
@@ -82,7 +97,7 @@ class Evaluator:
             return [f"context gain is not measured in phase {phase.name}: its seq_length {phase.seq_length:,} is below "
                     f"2 x context_gain_cut = {2 * cut:,}"]
         return [f"context gain of {name} is not measured: no document of it has 2 x context_gain_cut = {2 * cut:,} "
-                "tokens" for name in self.feed.corpus.validation if not self._long_documents(name)]
+                "tokens" for name in self.feed.corpus.validation if not self._long_documents(name, phase)]
 
     def run(self, stepper: Stepper, phase: Phase) -> Iterator[dict]:
         """Records without their place in the run; collective over the world."""
@@ -106,7 +121,7 @@ class Evaluator:
         tokens = shape.global_batch_tokens(self.feed.layout)
         for name, (loader, epoch) in self.feed.validation(phase, shape.seq_length, shape.micro_batch_size,
                                                           tokens).items():
-            # No document is counted twice, however small the set.
+            # No more than the set's own tokens, in whole samples.
             samples = min(self.settings.eval_iters * shape.batch_samples, max(1, epoch // shape.seq_length))
             loss, targets = validation_loss(stepper, loader, samples)
             yield {"set": name, "seq_length": shape.seq_length, "kind": "loss", "valid_loss": loss,
@@ -114,21 +129,22 @@ class Evaluator:
 
     def _context_gains(self, stepper: Stepper, phase: Phase, layout: dict) -> Iterator[dict]:
         cut = self.settings.context_gain_cut
-        count = self.settings.context_gain_documents or max(4, Shape.make(phase, phase.seq_length).batch_samples)
         for name in self.feed.corpus.validation:
-            if documents := self._long_documents(name)[:count]:
+            if documents := self._long_documents(name, phase):
                 found = context_gain.measure(stepper, documents, phase.seq_length, cut, self.seed, **layout)
                 yield {"set": name, "seq_length": phase.seq_length, "kind": "context_gain", "cut": cut,
                        "loss_full": found.loss_full, "loss_cut": found.loss_cut, "gain": found.gain,
                        "gain_low": found.gain_low, "gain_high": found.gain_high, "documents": found.documents,
                        "num_targets": found.num_targets}
 
-    def _long_documents(self, name: str) -> list[context_gain.Document]:
-        if name not in self._documents:
-            self._documents[name] = context_gain.choose_documents(
-                self.feed.corpus.validation[name], self.settings.context_gain_cut,
-                self.settings.context_gain_documents or MOST_DOCUMENTS)
-        return self._documents[name]
+    def _long_documents(self, name: str, phase: Phase) -> list[context_gain.Document]:
+        samples = Shape.make(phase, phase.seq_length).batch_samples
+        count = self.settings.context_gain_documents or min(MOST_DOCUMENTS, max(LEAST_DOCUMENTS, samples))
+        key = name, phase.seq_length, count
+        if key not in self._documents:
+            self._documents[key] = context_gain.choose_documents(
+                self.feed.corpus.validation[name], self.settings.context_gain_cut, phase.seq_length, count)
+        return self._documents[key]
 
 
 def validation_loss(stepper: Stepper, loader: Loader, samples: int) -> tuple[float, int]:

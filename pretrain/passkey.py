@@ -70,9 +70,9 @@ def write_trial(tokenizer: Tokenizer, stream: DocumentStream, length: int, depth
     stretches = []
     for depth in depths:
         place = round(depth * len(filler))
-        ids = np.concatenate([filler[:place], sentence, filler[place:], asked])
-        stretches.append(Stretch(lambda first, count, ids=ids: ids[first:first + count], 0, length,
-                                 np.array([[length - answer, length]])))
+        parts = filler[:place], sentence, filler[place:], asked  # views: at 1M tokens each depth would keep 8 MB
+        stretches.append(Stretch(lambda first, count, parts=parts: np.concatenate(parts)[first:first + count], 0,
+                                 length, np.array([[length - answer, length]])))
     return stretches
 
 

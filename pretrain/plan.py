@@ -14,6 +14,7 @@ from pretrain.auto_layout import settle_layouts
 from pretrain.check_phases import check_phases, rope_warnings
 from pretrain.config import Config
 from pretrain.evaluate import check as check_evaluations
+from pretrain.evaluate import warnings as evaluation_warnings
 from pretrain.feed import blend_change, check_windows, forecast_phases, forecast_warnings
 from pretrain.learning_rate import LearningRate
 from pretrain.load_config import read_config_yaml
@@ -194,6 +195,7 @@ def warnings_about(plan: Plan) -> list[str]:
     found += [f"{prefix}: {count:,} documents have no token and are never drawn"
               for prefix, count in plan.corpus.empty.items()]
     found += forecast_warnings(plan.ledger, plan.forecast)
+    found += evaluation_warnings(config.logging, plan.phases)
     decay_end, end = plan.learning_rate.arcs[-1].end, plan.phases[-1].end
     if decay_end != end and config.optimizer.lr_decay_style in ("linear", "cosine", "WSD"):
         found.append(f"the learning rate's decay ends at {decay_end:,} tokens, the run at {end:,}: "

@@ -75,7 +75,7 @@ class Trainer:
             if self.world.rank == 0:
                 print(f"done: all {step:,} steps are trained; raise the tokens to go on", flush=True)
             return "done"
-        self.layout = build_layout(phase.layout, self.world)
+        self.layout = build_layout(phase.layout, self.world, self.plan.layouts)
         lock = None
         if self.config.checkpoint.save:
             lock = checkpoint.FolderLock(self.config.checkpoint.save, self.layout.world)
@@ -175,7 +175,9 @@ class Trainer:
             if record["skipped"]:
                 reporter.event("skipped", step, state.clock, f"gradient norm {record['grad_norm']}")
             every = self.config.logging.eval_interval
-            if state.clock >= phase.end or every and step % every == 0 and not stop:
+            # Who asks to stop is in a hurry, --exit-interval is not, and what is left out here is never made up for.
+            hurries = stop and not (settings.exit_interval and step % settings.exit_interval == 0)
+            if state.clock >= phase.end or every and step % every == 0 and not hurries:
                 self._evaluate(stepper, phase, step, reporter)
             if stop:
                 return True, step
@@ -235,6 +237,8 @@ class Trainer:
         gc.collect()
         for record in self.evaluator.run(stepper, phase):
             reporter.evaluation({"step": step, "tokens": self.state.clock, "phase": phase.name} | record)
+        if self.layout.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.layout.device)  # metrics.jsonl has that of training
 
     def _save(self, phase: Phase, step: int, reporter: Reporter) -> None:
         state, root = self.state, self.config.checkpoint.save

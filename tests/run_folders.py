@@ -89,16 +89,19 @@ def _evaluations(lines, tokens, name, length, index):
 
 
 def write_checkpoint(folder, step, tokens):
-    """What a report reads of a published checkpoint."""
+    """What a report reads of a published checkpoint; the layout of the last phase was chosen."""
     place = folder / f"iter_{step:07d}"
     place.mkdir()
-    phases = folder / "phases.yaml"
+    phases, layouts = folder / "phases.yaml", [f"context_parallel_size: {2 ** i}" for i in range(7)] + ["layout: auto"]
     phases.write_text("phases:\n" + "".join(
         f"  - {{name: {name}, seq_length: {2 ** (13 + i)}, train_tokens: 16Mi, global_batch_tokens: 2Mi, "
-        f"context_parallel_size: {2 ** i}, rotary_base: {1e4 * 2 ** i}}}\n" for i, name in enumerate(NAMES)))
+        f"{layouts[i]}, rotary_base: {1e4 * 2 ** i}}}\n" for i, name in enumerate(NAMES)))
     config = load_config(["--config", str(phases), "--model", "125m", "--vocab-size", "50304", "--mock-data"])
     phases.unlink()
     (place / "config.yaml").write_text(dump_yaml(config))
     (place / "manifest.json").write_text("{}")
-    (place / "progress.json").write_text(json.dumps({"step": step, "clock": tokens, "world_size": 128, "data": {}}))
+    chosen = {NAMES[7]: {"chosen": {"tensor_model_parallel_size": 2, "context_parallel_size": 64},
+                         "recompute_granularity": "full"}}
+    (place / "progress.json").write_text(json.dumps({"step": step, "clock": tokens, "world_size": 128, "data": {},
+                                                     "layouts": chosen}))
     (folder / "latest_checkpointed_iteration.txt").write_text(str(step))

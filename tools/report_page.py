@@ -10,6 +10,7 @@ import jinja2
 from markupsafe import Markup
 
 from model.estimate import num_parameters
+from pretrain.auto_layout import with_choice
 from pretrain.phases import Phase, resolve_phases
 from tools.number_text import gibibytes, length, short
 from tools.report_axes import VARIABLES, TokenScale, style_rules, to_svg
@@ -191,15 +192,18 @@ def _planned_phases(run: Run) -> dict[str, Phase]:
     """Name -> phase as the checkpoint's configuration says; empty where that is not known."""
     if run.config is None:
         return {}
+    chosen = (run.progress or {}).get("layouts", {})  # of the phases with `layout: auto`, which the settings leave open
     try:
-        return {phase.name: phase for phase in resolve_phases(run.config)}
+        return {phase.name: with_choice(phase, chosen[phase.name]) if phase.name in chosen else phase
+                for phase in resolve_phases(run.config) if phase.name in chosen or not phase.auto}
     except ValueError:  # a configuration of another version of the trainer
         return {}
 
 
 def _layout_text(phase: Phase) -> str:
     tp, pp, cp = phase.layout.sizes
-    return f"tp {tp}, pp {pp}, cp {cp}" + (f", {phase.layout.schedule}" if pp > 1 else "")
+    return f"tp {tp}, pp {pp}, cp {cp}" + (f", {phase.layout.schedule}" if pp > 1 else "") + (
+        " (auto)" if phase.auto else "")
 
 
 def _rope_text(phase: Phase) -> str:

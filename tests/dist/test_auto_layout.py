@@ -66,18 +66,21 @@ def test_predicted_bytes_are_those_of_the_tensors(pool, case):
             case.strategy == "optim_grads_params"
 
 
-def disagree(world: World) -> str:
+def disagree(world: World, tp: tuple[int, int], recompute: tuple[str, str]) -> str:
     try:
-        build_layout(LayoutConfig(tensor_model_parallel_size=1 + world.rank % 2), world)
+        build_layout(LayoutConfig(tensor_model_parallel_size=tp[world.rank]), world,
+                     {"long": {"recompute_granularity": recompute[world.rank]}})
         return "built"
     except ValueError as error:
         return str(error)
 
 
 def test_processes_with_different_layouts_are_refused_on_all_of_them(pool):
-    texts = pool.run(disagree, 2)
+    texts = pool.run(disagree, 2, (1, 2), ("full", "full"))
     assert all("other processes have another one. Fix: the same configuration everywhere" in text for text in texts)
     assert texts[1].startswith("layout = tp 2 pp 1 cp 1 optim_grads on rank 1")
+    assert all("other processes have another one" in text for text in pool.run(disagree, 2, (1, 1), ("full", "none")))
+    assert pool.run(disagree, 2, (1, 1), ("full", "full")) == ["built", "built"]
 
 
 def phased(tmp_path, corpus, name: str, device_memory_gib: float, **changes) -> list[str]:

@@ -144,6 +144,10 @@ def test_a_restart_writes_no_record_twice(pool, tmp_path):
     assert [(r["step"], r["kind"], r["seq_length"]) for r in records] == [
         (step, kind, length) for step in (0, 3, 6) for kind, length in (("loss", 32), ("loss", 64),
                                                                         ("context_gain", 64))]
+    cut_short = [*argv, "--save", str(tmp_path / "cut"), "--exit-interval", "3", "--tensorboard-dir",
+                 str(tmp_path / "other")]
+    assert [pool.run(train, 1, cut_short) for _ in range(2)] == [["stopped"], ["done"]]
+    assert (tmp_path / "cut" / "validation.jsonl").read_text() == lines, "none is left out at a stop that was planned"
     (save / checkpoint.LATEST).write_text("3")
     assert pool.run(train, 1, argv) == ["done"]
     assert (save / "validation.jsonl").read_text() == lines

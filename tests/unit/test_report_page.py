@@ -87,7 +87,7 @@ def test_eight_phases_in_words_and_figures(long_run, long_page):
     assert len(long_page) < 3e6
     assert [row[0] for row in page.rows if row[0] in NAMES][:8] == list(NAMES)
     row = page.row("million", "1Mi")
-    assert row[3:6] == ["4Mi", "tp 1, pp 1, cp 128", "base 1,280,000"] and row[7] == "68.00 GiB"
+    assert row[3:6] == ["4Mi", "tp 2, pp 1, cp 64 (auto)", "base 1,280,000"] and row[7] == "68.00 GiB"
     assert re.fullmatch(r"valid: 2\.\d{4} → 2\.\d{4}code: 2\.\d{4} → 2\.\d{4}", row[8])
     assert re.fullmatch(r"(\+0\.\d{3} \[\+0\.\d{3}, \+0\.\d{3}\]( →)?){2}", row[9])
     text = page.text
