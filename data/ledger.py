@@ -162,6 +162,11 @@ class Ledger:
             self._close(clock)
         self._append({"start": clock, **opening})
 
+    def rename_phase(self, before: str, now: str) -> None:
+        """The phase of the open segment is called otherwise from now on; what it draws stays the same."""
+        if self.open["phase"] == before:
+            self.open["phase"] = now
+
     def skip(self, clock: int, until: int) -> None:
         """Pass over what the clock's window [clock, until) would have drawn, and go on after it."""
         same = {key: self.open[key] for key in ("phase", "seq_length", "blend", "packing", "exhausted")}

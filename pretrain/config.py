@@ -68,6 +68,11 @@ class PhaseConfig:
     lr_schedule: Literal["continue", "rewarm", "decay"] | None = None
     lr_warmup_tokens: Tokens | None = None
 
+    @property
+    def has_own_batch(self) -> bool:
+        """Does the phase leave the run's batch and its schedule?"""
+        return bool(self.global_batch_tokens is not None or self.rampup_batch_size or self.step_batch_size_schedule)
+
     def with_rope(self, model: ModelConfig) -> ModelConfig:
         """The run's model settings with this phase's rope; parameters that it leaves out are the run's own."""
         given = {name: getattr(self, name) for name in ROPE_SETTINGS if getattr(self, name) is not None}
@@ -357,6 +362,9 @@ class Config:
             found += [f"phase {phase.name!r}: {name} = {getattr(phase, name)}: {without}"
                       for phase, its_size in zip(phases, sizes, strict=True)
                       if getattr(phase, name, None) is not None and its_size == 1]
+        if self.schedule.phases and all(phase.has_own_batch for phase in self.schedule.phases):
+            found += [f"{name}: has no effect, since every phase gives a batch of its own"
+                      for name in ("rampup_batch_size", "step_batch_size_schedule") if getattr(self.schedule, name)]
         if self.layout.device_memory_gib and not any(self.open_settings(phase)
                                                      for phase in self.schedule.phases or [PhaseConfig()]):
             found.append(f"device_memory_gib = {self.layout.device_memory_gib}: has no effect without --layout auto")

@@ -32,7 +32,7 @@ class Arc:
             return self.warmup_init + (lr - self.warmup_init) * done / self.warmup
         if self.style == "constant":
             return lr
-        if self.style == "inverse-square-root":
+        if self.style == "inverse-square-root" and clock <= self.end:
             return max(min_lr, lr * math.sqrt(max(self.warmup, self.first_step) / max(done, self.first_step)))
         if clock >= self.end:
             return min_lr
@@ -57,6 +57,13 @@ class LearningRate:
 
     arcs: tuple[Arc, ...]
 
+    @property
+    def corners(self) -> list[int]:
+        """Places of the clock between which the rate has one shape, and one inside each short shape."""
+        return [at for arc in self.arcs for at in (
+            arc.start, arc.start + arc.warmup // 3, arc.start + arc.warmup, arc.end - arc.wsd_decay,
+            arc.end - arc.wsd_decay // 3, arc.end)]
+
     @staticmethod
     def make(config: OptimizerConfig, phases: list[Phase]) -> "LearningRate":
         """Convert iterations, samples and fractions to tokens by the first phase's (largest) batch and length.
@@ -64,11 +71,12 @@ class LearningRate:
         Raises:
             ValueError: the pieces are longer than the whole, or WSD's decay is given twice or not at all.
         """
-        end = _tokens(config, "lr_decay", phases[0])
+        end = None if config.lr_decay_style == "constant" else _tokens(config, "lr_decay", phases[0])
         # A phase's end is meant in whole steps, so that the decay ends exactly with the last of them.
         end = phases[-1].end if end is None else (phase_end(phases, end) or end)
         begins = [0, *(phase.start for phase in phases[1:] if phase.lr_schedule == "rewarm")]
         arcs: list[Arc] = []
+        _check_end(config, end, phases)
         for number, start in enumerate(begins):
             phase = next(phase for phase in phases if phase.start >= start)
             is_last = number == len(begins) - 1
@@ -102,6 +110,15 @@ def _tokens(config: OptimizerConfig, prefix: str, first: Phase) -> int | None:
         if count is not None:
             return count * factor
     return None
+
+
+def _check_end(config: OptimizerConfig, end: int, phases: list[Phase]) -> None:
+    """Raises ValueError where the decay would be over before a phase warms up again or begins WSD's decay."""
+    late = [phase for phase in phases if phase.lr_schedule != "continue" and phase.start >= end]
+    if late and config.lr_decay_style != "constant":
+        raise ValueError(f"phase {late[0].name!r}: lr_schedule = {late[0].lr_schedule}: begins at {late[0].start:,} "
+                         f"tokens, but lr_decay_tokens ends the decay at {end:,}. Fix: leave lr_decay_tokens out, "
+                         "which means the run's end.")
 
 
 def _wsd_decay(config: OptimizerConfig, phases: list[Phase], end: int) -> int:

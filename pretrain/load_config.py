@@ -71,6 +71,12 @@ def _with_checkpoint(config: Config, given_over: Callable[[Config], Config]) -> 
         if config.model.rope.type != stored.model.rope.type:  # the parameters belong to the type
             _set_rope(base.model, Rope(stored.model.rotary_base))
             config = given_over(base)
+        entries = config.schedule.phases or [PhaseConfig()]
+        types_of_phases = {entry.with_rope(config.model).rope.type for entry in entries}
+        for setting, (_, users) in PARAMETERS.items():
+            if not types_of_phases & set(users):  # where every phase has another type
+                setattr(base.model, setting, None)
+        config = given_over(base)
     if settings.use_checkpoint_opt_param_scheduler and not start.weights_only:
         config.optimizer = dataclasses.replace(config.optimizer, **stored_scheduler(stored))
     return config

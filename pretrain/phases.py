@@ -190,7 +190,7 @@ def _batches(config: Config, entry: PhaseConfig, seq_length: int, start: int) ->
         ValueError: no batch is given, or a schedule that makes no sense.
     """
     schedule = config.schedule
-    own = entry.global_batch_tokens is not None or entry.rampup_batch_size or entry.step_batch_size_schedule
+    own = entry.has_own_batch
     full = entry.global_batch_tokens if entry.global_batch_tokens is not None else schedule.global_batch_tokens
     if full is None and schedule.global_batch_size:
         full = schedule.global_batch_size * seq_length
@@ -213,7 +213,10 @@ def _batches(config: Config, entry: PhaseConfig, seq_length: int, start: int) ->
     if section.rampup_batch_size:
         first_length = (config.schedule.phases or [entry])[0].seq_length or schedule.seq_length
         length = seq_length if own else first_length
-        return _since(parse_ramp(section.rampup_batch_size, full, begin, seq_length, length), start)
+        words = section.rampup_batch_size
+        if not own and 0 < start >= length * words[-1] and len(words) == 3:
+            return [BatchStep(start, full)]  # over by now: its samples need not fit this phase's length
+        return _since(parse_ramp(words, full, begin, seq_length, length), start)
     return [BatchStep(start, full)]
 
 

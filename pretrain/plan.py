@@ -147,6 +147,8 @@ def _open_data(config: Config, phases: list[Phase], learning_rate: LearningRate,
         changes += [Change(f"data of {name}", "other tokens or another order", "begins anew", "data")
                     for name in ledger.begun_anew]
         current = begun_phase(phases, progress)
+        if current:
+            ledger.rename_phase(progress["phase"]["name"], current.name)
         blends = blend_change(ledger, corpus, current) if current else None
         if blends:
             changes.append(Change(f"phase {current.name!r}: blend", *blends, "data"))
@@ -197,7 +199,7 @@ def warnings_about(plan: Plan) -> list[str]:
     found += forecast_warnings(plan.ledger, plan.forecast)
     found += evaluation_warnings(config.logging, plan.phases)
     decay_end, end = plan.learning_rate.arcs[-1].end, plan.phases[-1].end
-    if decay_end != end and config.optimizer.lr_decay_style in ("linear", "cosine", "WSD"):
+    if decay_end != end and config.optimizer.lr_decay_style != "constant":
         found.append(f"the learning rate's decay ends at {decay_end:,} tokens, the run at {end:,}: "
                      f"{'the rest is trained at min_lr' if decay_end < end else 'min_lr is not reached'}")
     if config.logging.eval_iters and not plan.corpus.validation:

@@ -263,7 +263,8 @@ def _learning_rate_changes(stored: Config, config: Config, progress: dict, phase
         end = min(their_phases[-1].end, phases[-1].end)
     elif theirs is not None and current is not None:
         end = min(theirs.end, current.end)
-    for at in _points(clock, end, [*phases, *their_phases]):
+    corners = [*(phase.start for phase in (*phases, *their_phases)), *their_rate.corners, *learning_rate.corners]
+    for at in _points(clock, end, corners):
         before, now = (rate.at(at, phase.lr, phase.min_lr) for rate, phase in (
             (their_rate, phase_at(their_phases, at)), (learning_rate, phase_at(phases, at))))
         if not math.isclose(before, now, rel_tol=1e-9):
@@ -275,12 +276,12 @@ def _learning_rate_changes(stored: Config, config: Config, progress: dict, phase
     return []
 
 
-def _points(clock: int, end: int, phases: list[Phase]) -> list[int]:
-    """Places of the clock in [clock, end) to compare at, the beginnings of phases among them."""
+def _points(clock: int, end: int, corners: list[int]) -> list[int]:
+    """Places of the clock in [clock, end) to compare at, the corners among them."""
     if end <= clock:
         return []
-    starts = [phase.start for phase in phases if clock <= phase.start < end]
-    return sorted({*starts, *np.linspace(clock, end - 1, POINTS).astype(np.int64).tolist()})
+    return sorted({*(at for at in corners if clock <= at < end),
+                   *np.linspace(clock, end - 1, POINTS).astype(np.int64).tolist()})
 
 
 # ---------------------------------------------------------------- what follows from it

@@ -83,15 +83,24 @@ def audit(folder: str) -> tuple[list[str], bool]:
     corpus = open_corpus(config.data, config.optimizer.seed, config.data.vocab_size, progress["tokenizer"],
                          [phase.data_path for phase in phases if phase.data_path])
     ledger = Ledger(corpus.train, progress["data"])
+    drawn = {name for segment in ledger.segments for _, name in segment["blend"]}
+    if gone := sorted(drawn - ledger.streams.keys()):
+        raise ValueError(f"load = {folder}: drew from {', '.join(gone)}, which its latest configuration does not name "
+                         "any more, so that it cannot be read again. Fix: an earlier checkpoint's folder.")
     counters = {name: Counter(stream) for name, stream in ledger.streams.items()}
     tokenizer = None if config.data.mock_data else (stored_tokenizer(found, config) or build_tokenizer(
         config.data.tokenizer_type, None, config.data.vocab_size))  # integers as text have no files
     masking = {phase.name: phase.document_masking for phase in phases}
     steps = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     steps = [step for step in steps if step["step"] <= progress["step"]]
+    begun = steps[0]["tokens"] - steps[0]["global_batch_tokens"] if steps else progress["clock"]
+    _count_before(ledger, begun, counters)
     wrong = _compare_steps(ledger, steps, counters, config, masking, tokenizer.eod if tokenizer else None)
     lines = [f"{len(steps):,} steps read again: " + ("the data of each is what metrics.jsonl says the model received"
              if not wrong else f"the data of {len(wrong):,} differs from metrics.jsonl, first of step {wrong[0]}")]
+    if begun:
+        lines.append(f"the {begun:,} tokens before them, of a run in another folder: counted as its account says, not "
+                     "compared")
     well = not wrong
     for segment, mixture in _skipped(ledger):
         for sample in mixture.samples(range(sum(drawn["samples"] for drawn in segment["drawn"].values()))):
@@ -110,15 +119,30 @@ def audit(folder: str) -> tuple[list[str], bool]:
     return lines, well
 
 
+def _count_before(ledger: Ledger, clock: int, counters: dict[str, Counter]) -> None:
+    """Count what was drawn before `clock`, where this folder's metrics.jsonl begins."""
+    starts = [*(segment["start"] for segment in ledger.segments), clock]
+    for segment, following in zip(ledger.segments, starts[1:], strict=True):
+        start, end = segment["start"], min(following, clock)
+        if start < end:  # of several at one place, the last drew
+            mixture = ledger.as_of(start).mixture()
+            for number in range((end - start) // segment["seq_length"]):
+                (sample,) = mixture.samples([number])
+                counter = next(counter for counter in counters.values() if counter.stream is sample.stream)
+                counter.add(sample.intervals, counter.drawn)
+
+
 def _compare_steps(ledger: Ledger, steps: list[dict], counters: dict[str, Counter], config: Config,
                    masking: dict[str, bool], eod: int | None) -> list[int]:
     """Count what each step drew -> the steps whose digest differs."""
     wrong, mixtures = [], {}
     for step in tqdm(steps, desc="reading the data again", unit="step", disable=None):
         clock = step["tokens"] - step["global_batch_tokens"]
-        then = ledger.as_of(clock)
-        start, length = then.open["start"], then.open["seq_length"]
-        mixture = mixtures.setdefault(start, then.mixture())
+        start = max(segment["start"] for segment in ledger.segments if segment["start"] <= clock)
+        if start not in mixtures:
+            mixtures[start] = ledger.as_of(clock).mixture()
+        mixture = mixtures[start]
+        length = mixture.settings.seq_length
         first, total = (clock - start) // length, 0
         samples = mixture.samples(range(first, first + step["global_batch_tokens"] // length))
         for number, sample in enumerate(samples):

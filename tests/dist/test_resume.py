@@ -171,6 +171,40 @@ def test_a_phase_trains_with_its_own_rope(pool, corpus, tmp_path):
     assert found["default"][1] == found["yarn"][1] and found["default"][2] != found["yarn"][2]
 
 
+def test_another_name_for_a_phase_changes_no_token(pool, corpus, tmp_path):
+    """A flat run goes on as the first of several phases, and its blend with it."""
+    other = write_corpus(tmp_path / "other", documents=20, seed=8)
+    common = dict(global_batch_size=1, train_iters=8)
+    argv = base_arguments(corpus, save=str(tmp_path / "straight"), **common)
+    at = argv.index("--data-path")
+    argv[at + 1:at + 2] = ["0.7", corpus, "0.3", other]
+    assert pool.run(train, 1, argv) == ["done"]
+    save = argv.index("--save") + 1
+    argv[save] = str(tmp_path / "renamed")
+    assert pool.run(train, 1, [*argv, "--exit-interval", "3"]) == ["stopped"]
+    config = tmp_path / "phases.yaml"
+    config.write_text(yaml.safe_dump({"phases": [{"name": "base", "train_tokens": 512}]}))
+    at = argv.index("--train-iters")
+    assert pool.run(train, 1, ["--config", str(config), *argv[:at], *argv[at + 2:]]) == ["done"]
+    digests = [[json.loads(line)["data_digest"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+               for name in ("straight", "renamed")]
+    assert digests[0] == digests[1] and len(digests[0]) == 8
+    (segment,) = checkpoint.read_progress(checkpoint.published(tmp_path / "renamed"))["data"]["segments"]
+    assert segment["phase"] == "base"
+
+
+def test_a_run_that_went_on_in_another_folder_is_audited(pool, corpus, tmp_path):
+    pool.run(train, 1, base_arguments(corpus, save=str(tmp_path / "base"), train_iters=2))
+    pool.run(train, 1, base_arguments(corpus, save=str(tmp_path / "new"), load=str(tmp_path / "base"), train_iters=4))
+    found, well = audit(str(tmp_path / "new"))
+    assert well and found[0].startswith("2 steps read again") and found[1].startswith("the 512 tokens before them"), found
+    other = write_corpus(tmp_path / "other", seed=8)
+    argv = base_arguments(other, save=str(tmp_path / "gone"), load=str(tmp_path / "base"), train_iters=4)
+    assert pool.run(train, 1, [*argv, "--accept-changes", "data"]) == ["done"]
+    with pytest.raises(ValueError, match=f"drew from {corpus}, which its latest configuration does not name"):
+        audit(str(tmp_path / "gone"))
+
+
 def test_finetune_takes_the_weights_only(pool, corpus, tmp_path):
     pool.run(train, 1, base_arguments(corpus, save=str(tmp_path / "base"), train_iters=2))
     argv = base_arguments(corpus, save=str(tmp_path / "new"), load=str(tmp_path / "base"), finetune=True,

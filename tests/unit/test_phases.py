@@ -303,6 +303,26 @@ def test_the_runs_schedule_is_on_the_runs_clock():
     assert [phase.end for phase in resolve_phases(made)] == [256, 256 + 2304]
 
 
+def test_a_ramp_that_is_over_binds_no_later_phase():
+    """64 samples of the long phase are more than the full batch; they are never asked for."""
+    made = config(rampup_batch_size=[4, 4, 20], global_batch_tokens=1024, phases=[
+        PhaseConfig(name="a", seq_length=64, train_tokens=20 * 64), PhaseConfig(name="b", seq_length=512,
+                                                                                train_tokens=2048)])
+    assert [stretch.batch for stretch in resolve_phases(made)[1].stretches] == [1024]
+    made.schedule.phases[0].train_tokens = 512
+    with pytest.raises(ValueError, match="phase 'b': rampup_batch_size = 4 4 20: 2048 tokens"):
+        resolve_phases(made)
+
+
+def test_a_schedule_that_no_phase_follows_is_named():
+    made = three_phases()
+    made.schedule.rampup_batch_size = [1, 1, 16]
+    message = "rampup_batch_size: has no effect, since every phase gives a batch of its own"
+    assert message in made.warnings()
+    made.schedule.phases[1].global_batch_tokens = None
+    assert message not in made.warnings()
+
+
 @pytest.mark.parametrize("ramp, full, samples", [([2, 2, 100], 8, 400), ([1, 3, 77], 16, 300), ([4, 4, 1000], 40, 1500),
                                                  ([3, 1, 10], 13, 200)])
 def test_the_ramp_is_megatrons(ramp, full, samples):
@@ -380,6 +400,8 @@ def test_learning_rate_shapes():
     assert rates(dict(lr_decay_style="inverse-square-root", lr_warmup_iters=4), (20, 40, 160, 999999)) == close(
         [0.5, 1.0, 0.5, 0.1])
     assert rates(dict(lr_decay_style="inverse-square-root"), (0, 10, 40)) == close([1.0, 1.0, 0.5])
+    assert rates(dict(lr_decay_style="inverse-square-root", lr_decay_iters=4), (40, 50)) == close([0.5, 0.1])
+    assert rates(dict(lr_decay_style="constant", lr_warmup_iters=10, lr_decay_iters=4), (50,)) == [0.5]
     assert rates(dict(lr_decay_style="cosine", lr_warmup_fraction=0.5), (250, 500, 750, 1000)) == close(
         [0.5, 1.0, 0.55, 0.1])
     wsd = dict(lr_decay_style="WSD", lr_wsd_decay_samples=20)
@@ -429,6 +451,10 @@ def test_wsd_decays_over_the_last_phases():
      "phase 'b' goes on to the end"),
     ("WSD", ({}, dict(lr_schedule="rewarm", lr_warmup_tokens=180), {}), dict(lr_wsd_decay_tokens=50),
      "lr_warmup = 180 tokens, lr_wsd_decay = 50 tokens: together they must not exceed the schedule's 200"),
+    ("cosine", ({}, dict(lr_schedule="rewarm"), {}), dict(lr_decay_tokens=100), "phase 'b': lr_schedule = rewarm: "
+     "begins at 100 tokens, but lr_decay_tokens ends the decay at 100"),
+    ("WSD", ({}, {}, dict(lr_schedule="decay")), dict(lr_decay_tokens=100), "phase 'c': lr_schedule = decay: begins "
+     "at 200 tokens, but lr_decay_tokens ends the decay at 100. Fix: leave lr_decay_tokens out"),
 ])
 def test_learning_rates_of_phases_that_make_no_sense(style, changes, optimizer, message):
     with pytest.raises(ValueError) as error:

@@ -163,6 +163,14 @@ def test_the_learning_rate_is_judged_by_its_effect():
     assert int(change.name.split()[-1].replace(",", "")) >= 90 * 256, "the same until the decay begins"
 
 
+@pytest.mark.parametrize("edit", ["--lr-wsd-decay-tokens 50B", "--lr-wsd-decay-style linear"])
+def test_a_short_decay_far_ahead_is_compared(edit):
+    run = ("--train-iters 100000000000 --min-lr 5e-4 --lr-decay-style WSD --lr-wsd-decay-tokens 25B "
+           "--lr-wsd-decay-style cosine")
+    assert stopping(asked(run, edit), asked(run)) == [("learning rate", "scheduler")]
+    assert stopping(asked(run), asked(run)) == []
+
+
 def test_phases_that_have_not_begun_are_free():
     a, b = dict(name="a"), dict(name="b", seq_length=128)
     edited = dict(b, seq_length=256, packing="best_fit", lr=5e-4, rotary_base=5e5, document_masking=False)
@@ -280,6 +288,12 @@ def test_use_checkpoint_args_takes_what_is_not_given(tmp_path):
     assert load_config(taking).model.rope == scaled.model.rope
     other = load_config([*taking, "--rope-type", "linear", "--rope-scaling-factor", "2"]).model
     assert (other.rope.type, other.rope.factor, other.rope_low_freq_factor) == ("linear", 2.0, None)
+    phases = tmp_path / "phases.yaml"  # parameters that no phase uses are not the user's to remove
+    phases.write_text("original_max_position_embeddings: 64\nphases:\n  - {seq_length: 64, rope_type: yarn, "
+                      "rope_scaling_factor: 2}\n")
+    other = load_config(["--config", str(phases), *taking])
+    assert other._unused_rope_parameters() == [] and other.model.rope_low_freq_factor is None
+    assert other.schedule.phases[0].with_rope(other.model).rope.factor == 2.0
     assert load_config(["--save", str(tmp_path / "new"), "--use-checkpoint-args"]).model == Config().model
 
 
