@@ -51,7 +51,8 @@ def check_phases(phases: list[Phase], config: Config, world_size: int, vocab_siz
 def _setting_problems(phase: Phase) -> list[str]:
     """Settings of a phase that do not go together."""
     problems = []
-    if phase.cpu_offloading_num_layers and phase.recompute_granularity != "full":
+    is_open = phase.auto and phase.predicted_bytes is None  # the recompute may still be chosen
+    if phase.cpu_offloading_num_layers and phase.recompute_granularity != "full" and not is_open:
         problems.append(f"cpu_offloading_num_layers = {phase.cpu_offloading_num_layers}: moves the inputs that "
                         f"recompute_granularity = full keeps, but that is {phase.recompute_granularity}. Fix: give "
                         "both, or 0 layers.")
@@ -101,6 +102,13 @@ def _batch_problems(phase: Phase, world_size: int) -> list[str]:
         elif problem := check_microbatches(phase.layout, phase.num_microbatches(world_size, batch)):
             problems.append(f"global_batch_tokens = {batch}: gives {problem} of {unit} tokens.")
     return problems
+
+
+def length_warnings(phases: list[Phase]) -> list[str]:
+    """Phases that are shorter than the one before them."""
+    return [f"phase {after.name!r}: seq_length = {after.seq_length}: is shorter than {before.seq_length}, that of "
+            f"phase {before.name!r} before it" for before, after in zip(phases, phases[1:], strict=False)
+            if after.seq_length < before.seq_length]
 
 
 def rope_warnings(phases: list[Phase]) -> list[str]:

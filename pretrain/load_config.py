@@ -11,10 +11,12 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import tyro
 import yaml
 
+from data.units import parse_tokens
 from model.config import PRESETS, ModelConfig
 from model.rope import PARAMETERS, Rope
 from pretrain.checkpoint import read_progress
-from pretrain.config import Config, PhaseConfig, Tokens, parse_tokens
+from pretrain.config import Config
+from pretrain.phase_config import PhaseConfig, Tokens
 from pretrain.resume_contract import stored_scheduler
 from pretrain.start import find_start
 

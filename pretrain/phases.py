@@ -23,7 +23,8 @@ from pretrain.batch_schedule import (
     parse_ramp,
     parse_steps,
 )
-from pretrain.config import Config, PhaseConfig
+from pretrain.config import Config
+from pretrain.phase_config import PhaseConfig
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from data.sources import Corpus, open_corpus
 from data.tokenizer import Tokenizer, build_tokenizer
 from pretrain import checkpoint
 from pretrain.auto_layout import settle_layouts
-from pretrain.check_phases import check_phases, rope_warnings
+from pretrain.check_phases import check_phases, length_warnings, rope_warnings
 from pretrain.config import Config
 from pretrain.evaluate import check as check_evaluations
 from pretrain.evaluate import warnings as evaluation_warnings
@@ -185,13 +185,14 @@ def _check_writable(folder: Path) -> None:
 def warnings_about(plan: Plan) -> list[str]:
     """What runs, but perhaps not as meant."""
     config = plan.config
-    found = config.warnings() + rope_warnings(plan.phases)
+    found = config.warnings() + rope_warnings(plan.phases) + length_warnings(plan.phases)
     if plan.start.is_restart:
-        settings = config.checkpoint
+        settings, first = config.checkpoint, read_config_yaml(str(plan.start.folder / "config.yaml")).checkpoint
         same = settings.load and os.path.abspath(settings.load) == os.path.abspath(settings.save)
         found += [f"{name}: has no effect, since --save already holds a checkpoint of this run, which goes on"
                   for name in ("load", "ckpt_step", "no_load_optim", "finetune", "pretrained_checkpoint")
-                  if getattr(settings, name) and not (name == "load" and same)
+                  if getattr(settings, name) not in (None, False, getattr(first, name))  # the same command goes on
+                  and not (name == "load" and same)
                   and not (name == "no_load_optim" and plan.starts_optimizer_anew)]
     found += _warnings_about_start(plan)
     found += [f"{prefix}: {count:,} documents have no token and are never drawn"

@@ -155,7 +155,22 @@ def continuation_changes(stored: Config, config: Config, progress: dict, phases:
                   for name, kind in PHASE.items()
                   if kind not in ("free", "effect") and name in before and before[name] != now[name]]
         found += _batch_changes(progress, current)
+    found += _past_changes(stored, progress, phases, current)
     return found + _learning_rate_changes(stored, config, progress, phases, learning_rate)
+
+
+def _past_changes(stored: Config, progress: dict, phases: list[Phase], current: Phase | None) -> list[Change]:
+    """Phases that are over and are others now: one of them would come again, or one never."""
+    def over(of: list[Phase]) -> list[Phase]:
+        begun = [phase for phase in of if phase.start < progress["clock"]]
+        return begun[:-1] if current is not None else begun  # the one that goes on is compared by itself
+
+    theirs, ours = over(resolve_phases(stored)), over(phases)
+    if [(phase.start, phase.seq_length) for phase in theirs] == [(phase.start, phase.seq_length) for phase in ours]:
+        return []
+    before, now = (", ".join(f"{phase.name} of {phase.seq_length:,} from {phase.start:,}" for phase in of) or "none"
+                   for of in (theirs, ours))
+    return [Change(f"phases before token {progress['clock']:,}", before, now, "data")]
 
 
 def weights_changes(stored: Config, config: Config, progress: dict, phases: list[Phase],

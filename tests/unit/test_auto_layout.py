@@ -10,8 +10,9 @@ from model.hardware import CPU, TABLE
 from model.rank_memory import GIB
 from pretrain.auto_layout import Device, choose_layout, settle_layouts
 from pretrain.check_phases import check_phases
-from pretrain.config import Config, PhaseConfig
+from pretrain.config import Config
 from pretrain.load_config import dump_yaml, from_flat, load_config
+from pretrain.phase_config import PhaseConfig
 from pretrain.phases import describe, resolve_phases
 
 H200 = Device(TABLE["H200"], TABLE["H200"].memory_bytes)

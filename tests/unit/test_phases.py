@@ -5,11 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from data.units import parse_tokens
 from model.rope import Rope
 from parallel.schedule import accepts, nearest_counts, stages_of_rank
-from pretrain.check_phases import check_phases, rope_warnings
-from pretrain.config import Config, PhaseConfig, parse_tokens
+from pretrain.check_phases import check_phases, length_warnings, rope_warnings
+from pretrain.config import Config
 from pretrain.learning_rate import LearningRate
+from pretrain.phase_config import PhaseConfig
 from pretrain.phases import phase_at, resolve_phases
 
 
@@ -460,6 +462,14 @@ def test_learning_rates_of_phases_that_make_no_sense(style, changes, optimizer, 
     with pytest.raises(ValueError) as error:
         arcs_of(style, *changes, **optimizer)
     assert message in str(error.value)
+
+
+def test_phases_that_get_shorter_are_named():
+    made = three_phases()
+    assert length_warnings(resolve_phases(made)) == []
+    made.schedule.phases[2].seq_length = 256
+    assert length_warnings(resolve_phases(made)) == [
+        "phase 'c': seq_length = 256: is shorter than 512, that of phase 'b' before it"]
 
 
 @pytest.mark.parametrize("change, message", [

@@ -63,7 +63,7 @@ def phased(*entries: dict, **optimizer) -> Config:
 
 
 def type_of_entry(**entry):
-    from pretrain.config import PhaseConfig
+    from pretrain.phase_config import PhaseConfig
 
     return PhaseConfig(**entry)
 
@@ -184,8 +184,8 @@ def test_phases_that_have_not_begun_are_free():
     assert [name for name, _ in found] == ["phase 'b': seq_length", "phase 'b': rope", "phase 'b': document_masking",
                                            "phase 'b': packing", "learning rate"]
     assert stopping(phased(dict(a, train_tokens=2048), b), phased(a, b), clock=2048) == []  # the next phase comes early
-    assert stopping(phased(dict(a, train_tokens=1024), b), phased(a, b), clock=2048) == [("phase 'b': seq_length",
-                                                                                         "data")]
+    assert stopping(phased(dict(a, train_tokens=1024), b), phased(a, b), clock=2048) == [
+        ("phase 'b': seq_length", "data"), ("phases before token 2,048", "data")]
     # Another name does not make another phase.
     assert stopping(phased(dict(b, name="z")), phased(dict(name="y")), clock=2048) == [("phase 'z': seq_length",
                                                                                        "data")]
@@ -200,6 +200,19 @@ def test_phases_that_have_not_begun_are_free():
     grown = phased(a, dict(b, train_tokens=51200), lr_decay_style="cosine")
     assert stopping(grown, phased(a, b, lr_decay_style="cosine"), clock=256) == [("learning rate", "scheduler")]
     assert stopping(phased(a, b, lr=5e-4), phased(a, b), clock=5120) == [("learning rate", "scheduler")]
+
+
+def test_phases_that_are_over_keep_their_places():
+    a, b, c = ({"name": name, "seq_length": length} for name, length in (("a", 64), ("b", 128), ("c", 256)))
+    at_the_end_of_a, within_b = 5120, 5120 + 2560
+    past = f"phases before token {at_the_end_of_a:,}"
+    assert stopping(phased(b, a, c), phased(a, b, c), clock=at_the_end_of_a) == [(past, "data")], "a would come again"
+    assert (f"phases before token {within_b:,}", "data") in stopping(
+        phased(a | {"train_tokens": 2560}, b, c), phased(a, b, c), clock=within_b)
+    for later in ((a, c), (a, c, b), (a, b | {"train_tokens": 512}), (a | {"train_tokens": 10240}, b)):
+        assert stopping(phased(*later), phased(a, b, c), clock=at_the_end_of_a) == []
+    (change,) = [change for change in changes(phased(b, a), phased(a, b), clock=5120) if change.kind == "data"]
+    assert (change.theirs, change.ours) == ("a of 64 from 0", "b of 128 from 0")
 
 
 def test_windows_that_were_passed_over_are_no_difference():

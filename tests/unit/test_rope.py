@@ -12,8 +12,8 @@ from model.hf import context_to_declare, huggingface_config, huggingface_name, m
 from model.init import normal_rows
 from model.kernels import choose_attention
 from model.rope import PARAMETERS, ROPE_SETTINGS, Rope, inverse_frequencies, rotary_tables, rotate
-from pretrain.config import PhaseConfig
 from pretrain.load_config import load_config
+from pretrain.phase_config import PhaseConfig
 
 LLAMA3 = dict(use_rope_scaling=True)
 YARN = dict(rope_type="yarn", rope_scaling_factor=4.0, original_max_position_embeddings=32768)

@@ -207,4 +207,4 @@ def run(arguments: Arguments) -> int:
                           "the weights and the optimizer state are the same, bit for bit"))
     lines, well = audit(str(output / "disturbed"))
     print("\n".join(lines))
-    return 1 if found or not well else 0
+    return 1 if found or not well or len(done) < arguments.kills / 2 else 0
