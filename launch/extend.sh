@@ -61,10 +61,10 @@ else
 fi
 
 choose_devices
-begin "training: $where, 2K -> 16K, two thirds long documents"
+begin "training: $where, 2K -> 16K, on documents of at least 4K tokens"
 attempt env NPROC_PER_NODE="$processes" bash "$root/launch/train.sh" --config "$root/launch/configs/extend.yaml" \
   "$precision" --pretrained-checkpoint "$run/imported" --tokenizer-model "$model" --save "$run/checkpoints" \
-  --data-path 2 "$data[4Ki:]" 1 "$data[:4Ki]" || fail "see the messages above" $?
+  --data-path "${data}[4Ki:]" || fail "see the messages above" $?
 
 begin "export: to Hugging Face, and the proof that it is the same model"
 rm -rf "$run/huggingface"

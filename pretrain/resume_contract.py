@@ -162,7 +162,7 @@ def continuation_changes(stored: Config, config: Config, progress: dict, phases:
 def _past_changes(stored: Config, progress: dict, phases: list[Phase], current: Phase | None) -> list[Change]:
     """Phases that are over and are others now: one of them would come again, or one never."""
     def over(of: list[Phase]) -> list[Phase]:
-        begun = [phase for phase in of if phase.start < progress["clock"]]
+        begun = [phase for phase in of if phase.start <= progress["clock"] - progress["last_batch_tokens"]]
         return begun[:-1] if current is not None else begun  # the one that goes on is compared by itself
 
     theirs, ours = over(resolve_phases(stored)), over(phases)
