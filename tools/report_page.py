@@ -104,8 +104,8 @@ def lead(run: Run) -> list[str]:
     unplanned, planned = run.restarts()
     skipped = sum(bool(step.get("skipped")) for step in run.steps)
     if run.events:
-        said.append(f"It was restarted {_times(len(unplanned))}"
-                    + (f", and {_times(len(planned))} for another layout" if planned else "") + ".")
+        crossed = f", and {_times(len(planned))} for another layout" if planned else ""
+        said.append(f"It was interrupted and started again {_times(len(unplanned))}{crossed}.")
     said.append(f"{skipped or 'No'} step{'' if skipped == 1 else 's'} {'was' if skipped == 1 else 'were'} skipped for "
                 "a gradient that is not finite.")
     seconds = sum(step.get("step_seconds") or 0 for step in run.steps)
@@ -141,7 +141,7 @@ def about(run: Run) -> list[tuple[str, str]]:
 
 
 def _times(count: int) -> str:
-    return {0: "not once", 1: "once", 2: "twice"}.get(count, f"{count:,} times")
+    return {0: "not at all", 1: "once", 2: "twice"}.get(count, f"{count:,} times")
 
 
 def _duration(seconds: float) -> str:
@@ -173,19 +173,21 @@ def _phase_row(run: Run, stretch: Stretch, planned: Phase | None, batch_of: dict
             "rate": short(statistics.median(step["tokens_per_second"] for step in steps)),
             "memory": gibibytes(max(memory)) if memory else NOTHING,
             "loss": _changes(run.evaluations, stretch, lambda record: f"{record['valid_loss']:.4f}"),
-            "gain": _changes(run.gains, stretch, gain_text, " →\n")}
+            "gain": _changes(run.gains, stretch, gain_text, " →\n", most=1)}
 
 
-def _changes(records: list[dict], stretch: Stretch, text: Callable[[dict], str], arrow: str = " → ") -> list[str]:
-    """"before → after" of each set at the phase's length, as lines."""
+def _changes(records: list[dict], stretch: Stretch, text: Callable[[dict], str], arrow: str = " → ",
+             most: int = 8) -> list[str]:
+    """"before → after" of up to `most` sets at the phase's length, as lines."""
     lines = []
     series = [item for item in series_of(records).items() if item[0][1] in (None, stretch.seq_length)]
-    for (name, _), found in series:
+    for (name, _), found in series[:most]:
         before, after = before_and_after(found, stretch)
         if before or after:
             pair = arrow.join(text(record) if record else NOTHING for record in (before, after))
             lines += (f"{name}: {pair}" if len({key[0] for key, _ in series}) > 1 else pair).split("\n")
-    return lines or [NOTHING]
+    more = len(series) - most
+    return (lines or [NOTHING]) + ([f"and {more} more set{'s' if more > 1 else ''} below"] if more > 0 else [])
 
 
 def _planned_phases(run: Run) -> dict[str, Phase]:

@@ -92,7 +92,7 @@ def test_eight_phases_in_words_and_figures(long_run, long_page):
     assert re.fullmatch(r"(\+0\.\d{3} \[\+0\.\d{3}, \+0\.\d{3}\]( →)?){2}", row[9])
     text = page.text
     assert "A model of 124M parameters" in text and "over 8 phases" in text and "128 processes" in text
-    assert "restarted 3 times, and 7 times for another layout" in text and "2 steps were skipped" in text
+    assert "started again 3 times, and 7 times for another layout" in text and "2 steps were skipped" in text
     again = sum(pair[0] for pair in run_record.repeated_tokens(long_run.account).values())
     assert f"{again:,} of the" in text and again > 0
     assert [row for row in page.rows if row[3:4] == ["done"]] == [page.rows[-1]], "the newest event is last"
