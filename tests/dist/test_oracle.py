@@ -12,6 +12,7 @@ import torch
 
 from data.batch import IGNORE, read_batch
 from model.hf import VOCABULARY_ROWS, huggingface_config, huggingface_name
+from model.rope import Rope
 from parallel.layout import World
 from pretrain.config import OptimizerConfig
 from pretrain.step import train_step
@@ -34,7 +35,7 @@ def oracle_model(case: Case, weights: dict):
     """transformers' model in fp64 with our initial weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = huggingface_config(case.model_config(), VOCABULARY, 10000.0, 4096, "float64", None)
+    settings = huggingface_config(case.model_config(), VOCABULARY, Rope(), 4096, "float64", None)
     kind = settings.pop("model_type")
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), attn_implementation="sdpa")
     model = model.to(torch.float64)
