@@ -1,8 +1,9 @@
 """Settings of the model, and the presets by name."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
+from model.memory import MemorySettings, Recompute
 from model.rope import PARAMETERS, Rope, RopeType
 
 
@@ -80,11 +81,20 @@ class ModelConfig:
     """Accepted at 0 only: there is no dropout."""
     attention_backend: Literal["auto", "sdpa", "varlen", "flash", "te"] = "auto"
     """Attention kernel: torch's SDPA, torch's varlen, flash-attn or transformer-engine. auto picks and says why."""
-    recompute_granularity: Literal["full"] | None = None
-    """full = keep only each layer's input and recompute the layer in backward; a phase may change it."""
+    recompute_granularity: Recompute | None = None
+    """What backward computes again: selective = the MLP; full = the layer, from its input; attention_kept = the layer
+    but for the attention's forward, whose output is kept. A phase may change it."""
     cpu_offloading_num_layers: int = 0
-    """Layers of each stage, from its first, whose kept inputs wait in the host's memory; with recompute full. A phase
-    may change it."""
+    """Layers of each stage, from its first, whose kept tensors wait in the host's memory; with recompute full or
+    attention_kept. A phase may change it."""
+    mlp_tiles: int = 1
+    """Parts of the sequence in which the MLP runs, one after the other; above 1 backward computes gate and up again.
+    A phase may change it."""
+    attention_head_chunks: int = 1
+    """Groups of query heads that are projected, exchanged and attended with one after the other. A phase may change
+    it."""
+    loss_chunk_tokens: int = 2048
+    """Tokens whose logits exist at once. A phase may change it."""
 
     @property
     def head_size(self) -> int:
@@ -93,6 +103,11 @@ class ModelConfig:
     @property
     def num_kv_heads(self) -> int:
         return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def memory(self) -> MemorySettings:
+        """How computing is traded for memory, before a phase changes it."""
+        return MemorySettings(**{field.name: getattr(self, field.name) for field in fields(MemorySettings)})
 
     @property
     def rope(self) -> Rope:
@@ -129,9 +144,7 @@ class ModelConfig:
         for name in ("norm_epsilon", "init_method_std", "rotary_base"):
             if not getattr(self, name) > 0:
                 problems.append(f"{name} = {getattr(self, name)}: must be above 0. Fix: give a positive number.")
-        if self.cpu_offloading_num_layers < 0:
-            problems.append(f"cpu_offloading_num_layers = {self.cpu_offloading_num_layers}: must be at least 0. Fix: "
-                            "give 0 or more.")
+        problems += self.memory.problems()
         if self.kv_channels is not None and self.kv_channels < 1:
             problems.append(f"kv_channels = {self.kv_channels}: must be at least 1. Fix: give the size of one head.")
         if not problems:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from model.sdpa import document_attention
+from model.sdpa import sdpa_attention
 
 
 @dataclass(frozen=True)
@@ -92,17 +92,9 @@ def _find_module(name: str):
 
 def _sdpa() -> Attend:
     def attend(q, k, v, segments):
-        group = q.shape[1] // k.shape[1]
-        if group > 1:
-            k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-        # [1, m, T, H] views; a document is a slice of T, so no mask is ever made.
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         rows_q, rows_k = ([slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
                           for bounds in (segments.bounds_q, segments.bounds_k))
-        parts = [document_attention(q[:, :, of_q], k[:, :, of_k], v[:, :, of_k])
-                 for of_q, of_k in zip(rows_q, rows_k, strict=True)]
-        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-        return out[0].transpose(0, 1)
+        return sdpa_attention(q, k, v, rows_q, rows_k)
     return attend
 
 

@@ -1,23 +1,110 @@
-"""What a layer keeps for its backward: all of it, or only its input, on the device or in the host's memory."""
+"""What a layer keeps for its backward: everything, or less at the price of computing it again.
 
-from collections.abc import Callable
-from contextlib import nullcontext
+    none            everything
+    selective       all of the attention; the MLP is computed again from its input
+    full            the layer's input
+    attention_kept  the layer's input, the attention's output and its log-sum-exp: attention's forward runs once
+
+What a layer keeps under full and attention_kept may wait in the host's memory (offload.py). A layer whose halves are
+`after_attention` (x -> a = x + attention) and `mlp_gradient` (the backward of a + mlp) is all that this file knows.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
-from torch.utils.checkpoint import checkpoint
+
+from model.attention_tape import AttentionTape
+from model.offload import Host
+
+Recompute = Literal["selective", "full", "attention_kept"]
+"""Levels beside none."""
+KEEPS_INPUT_ONLY = ("full", "attention_kept")
+"""Levels whose kept tensors can be offloaded."""
+assert set(KEEPS_INPUT_ONLY) < set(get_args(Recompute))
 
 
-def run_layer(layer: Callable[..., torch.Tensor], x: torch.Tensor, inputs: tuple, recompute: str | None,
-              offload: bool) -> torch.Tensor:
-    """layer(x, *inputs), kept for backward as asked.
+@dataclass(frozen=True)
+class MemorySettings:
+    """How a phase trades computing for memory; the names are the configuration's."""
 
-    With recompute full only x is kept, and backward runs the layer's forward again. With `offload`, too, x waits in
-    host memory (pinned beside a GPU); torch's own saved-tensor hooks copy it there and back. `inputs` are shared by
-    the layers, need no gradient and stay on the device.
+    recompute_granularity: Recompute | None = None
+    cpu_offloading_num_layers: int = 0
+    """Of each stage, from its first."""
+    mlp_tiles: int = 1
+    attention_head_chunks: int = 1
+    loss_chunk_tokens: int = 2048
+
+    def problems(self) -> list[str]:
+        """Values out of range, as `name = value: rule. Fix: ...`."""
+        least = {"cpu_offloading_num_layers": 0, "mlp_tiles": 1, "attention_head_chunks": 1, "loss_chunk_tokens": 1}
+        return [f"{name} = {getattr(self, name)}: must be at least {low}. Fix: give {low} or more."
+                for name, low in least.items() if getattr(self, name) < low]
+
+
+class _Layer(torch.autograd.Function):
+    """A layer of which only the input is kept (and its attention's results)."""
+
+    @staticmethod
+    def forward(ctx, x_tD, layer, positions, settings: MemorySettings, host: Host | None):
+        ctx.layer, ctx.positions, ctx.settings = layer, positions, settings
+        ctx.tape = AttentionTape() if settings.recompute_granularity == "attention_kept" else None
+        a_tD = layer.after_attention(x_tD, positions, settings, ctx.tape)
+        out_tD = layer.after_mlp(a_tD, settings)
+        ctx.on_host = None
+        if host is None:
+            ctx.save_for_backward(x_tD)
+        else:
+            calls = ctx.tape.calls if ctx.tape else []
+            ctx.on_host = host.send([x_tD, *(call.output for call in calls)])
+            if host.stream is not None:
+                for call in calls:
+                    call.empty_output()
+        return out_tD
+
+    @staticmethod
+    def backward(ctx, grad_tD):
+        if ctx.on_host is None:
+            (x_tD,) = ctx.saved_tensors
+        else:
+            x_tD, *outputs = ctx.on_host.take()
+            for call, output in zip(ctx.tape.calls if ctx.tape else (), outputs, strict=True):
+                call.refill_output(output)
+        if ctx.tape is not None:
+            ctx.tape.play()
+        x_tD = x_tD.detach().requires_grad_()
+        with torch.enable_grad():
+            a_tD = ctx.layer.after_attention(x_tD, ctx.positions, ctx.settings, ctx.tape)
+        torch.autograd.backward(a_tD, ctx.layer.mlp_gradient(a_tD.detach(), grad_tD, ctx.settings))
+        return x_tD.grad, None, None, None, None
+
+
+class _MLP(torch.autograd.Function):
+    """The second half of a layer, of which only the input is kept."""
+
+    @staticmethod
+    def forward(ctx, a_tD, layer, settings: MemorySettings):
+        ctx.layer, ctx.settings = layer, settings
+        ctx.save_for_backward(a_tD)
+        return layer.after_mlp(a_tD, settings)
+
+    @staticmethod
+    def backward(ctx, grad_tD):
+        (a_tD,) = ctx.saved_tensors
+        return ctx.layer.mlp_gradient(a_tD.detach(), grad_tD, ctx.settings), None, None
+
+
+def run_layer(layer, x_tD: torch.Tensor, positions, settings: MemorySettings, host: Host | None) -> torch.Tensor:
+    """The layer's output [t, D], with what it keeps for backward as the settings say.
+
+    Parameters get their gradients in the course of the backward (they are not the functions' arguments): FSDP2 reduces
+    them after the layer's backward, once.
+
+    Args:
+        host: where the kept tensors wait; None = on the device.
     """
-    if recompute != "full" or not torch.is_grad_enabled():
-        return layer(x, *inputs)
-    assert not any(isinstance(value, torch.Tensor) and value.requires_grad for value in inputs)
-    to_host = torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda) if offload else nullcontext()
-    with to_host:  # an argument of `checkpoint` is a saved tensor of the outer graph, what the layer saves is not
-        return checkpoint(lambda x: layer(x, *inputs), x, use_reentrant=False, preserve_rng_state=False)
+    level = settings.recompute_granularity if torch.is_grad_enabled() else None
+    if level in KEEPS_INPUT_ONLY:
+        return _Layer.apply(x_tD, layer, positions, settings, host)
+    a_tD = layer.after_attention(x_tD, positions, settings, None)
+    return _MLP.apply(a_tD, layer, settings) if level == "selective" else layer.after_mlp(a_tD, settings)

@@ -190,10 +190,3 @@ def rotary_tables(positions_t: torch.Tensor, head_size: int, rope: Rope,
     angles = torch.cat([angles, angles], dim=-1)
     scaling = rope.attention_scaling
     return angles.cos().mul_(scaling).to(dtype), angles.sin().mul_(scaling).to(dtype)
-
-
-def rotate(x_tnH: torch.Tensor, cos_tH: torch.Tensor, sin_tH: torch.Tensor) -> torch.Tensor:
-    """Turn each head's pairs (i, i + H/2) by its token's angles."""
-    first, second = x_tnH.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return x_tnH * cos_tH[:, None, :] + turned * sin_tH[:, None, :]

@@ -3,6 +3,8 @@
 Source of the pair copy_to / reduce_from: Megatron-LM (arXiv 1909.08053), its functions f and g.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
@@ -47,7 +49,7 @@ def reduce_from(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     return x if axis.size == 1 else _ReduceFrom.apply(x, axis)
 
 
-def _gather_rows(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+def gather_rows(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     out = x.new_empty(axis.size * x.shape[0], *x.shape[1:])
     dist.all_gather_into_tensor(out, x.contiguous(), group=axis.group)
     return out
@@ -63,7 +65,7 @@ class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, axis):
         ctx.axis = axis
-        return _gather_rows(x, axis)
+        return gather_rows(x, axis)
 
     @staticmethod
     def backward(ctx, grad):
@@ -78,7 +80,7 @@ class _ScatterSequence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _gather_rows(grad, ctx.axis), None
+        return gather_rows(grad, ctx.axis), None
 
 
 def gather_sequence(x: torch.Tensor, axis: Axis) -> torch.Tensor:
@@ -99,8 +101,18 @@ def all_to_all(x: torch.Tensor, send_rows: list[int], receive_rows: list[int], a
 
     Shapes: x [sum(send_rows), ...] contiguous -> [sum(receive_rows), ...].
     """
+    return start_all_to_all(x, send_rows, receive_rows, axis)()
+
+
+def start_all_to_all(x: torch.Tensor, send_rows: list[int], receive_rows: list[int],
+                     axis: Axis) -> Callable[[], torch.Tensor]:
+    """Start `all_to_all`; what it returns waits for it and gives its result. `x` must not change before."""
     if axis.size == 1:
-        return x
+        return lambda: x
     out = x.new_empty(sum(receive_rows), *x.shape[1:])
-    dist.all_to_all_single(out, x, receive_rows, send_rows, group=axis.group)
-    return out
+    work = dist.all_to_all_single(out, x, receive_rows, send_rows, group=axis.group, async_op=True)
+
+    def finish(_sent: torch.Tensor = x) -> torch.Tensor:
+        work.wait()
+        return out
+    return finish

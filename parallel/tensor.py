@@ -81,47 +81,6 @@ def vocab_parallel_embedding(ids_t: torch.Tensor, weight_vD: torch.Tensor, tp: A
     return found.masked_fill(absent[:, None], 0.0)
 
 
-class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """Per-token -log softmax over logits whose columns are split over tp, in fp32 (fp64 stays fp64)."""
-
-    @staticmethod
-    def forward(ctx, logits_tv, labels_t, tp, ignore):
-        work = logits_tv.dtype if logits_tv.dtype == torch.float64 else torch.float32
-        logits = logits_tv.to(work)
-        top = all_reduce(logits.amax(dim=1), tp, dist.ReduceOp.MAX)
-        exps = (logits - top[:, None]).exp_()
-        v = logits.shape[1]
-        local_labels = labels_t - tp.rank * v
-        absent = (local_labels < 0) | (local_labels >= v)
-        local_labels = local_labels.masked_fill(absent, 0)
-        target = logits.gather(1, local_labels[:, None])[:, 0].masked_fill(absent, 0.0)
-        sums = all_reduce(torch.stack([exps.sum(dim=1), target]), tp)
-        ignored = labels_t == ignore
-        losses = (sums[0].log() + top - sums[1]).masked_fill(ignored, 0.0)
-        softmax = exps.div_(sums[0][:, None])
-        ctx.save_for_backward(softmax, local_labels, absent, ignored)
-        ctx.dtype = logits_tv.dtype
-        return losses
-
-    @staticmethod
-    def backward(ctx, grad_t):
-        softmax, local_labels, absent, ignored = ctx.saved_tensors
-        grad_t = grad_t.masked_fill(ignored, 0.0)
-        one_hot_grad = grad_t.masked_fill(absent, 0.0)
-        grad = softmax * grad_t[:, None]
-        grad.scatter_add_(1, local_labels[:, None], -one_hot_grad[:, None])
-        return grad.to(ctx.dtype), None, None, None
-
-
-def vocab_parallel_cross_entropy(logits_tv: torch.Tensor, labels_t: torch.Tensor, tp: Axis,
-                                 ignore: int) -> torch.Tensor:
-    """Cross entropy of each token in nats, [t, v] logits and [t] labels -> [t]; 0 where the label is `ignore`.
-
-    The result is the same on all tp ranks. Columns that hold no token must be -inf.
-    """
-    return _VocabParallelCrossEntropy.apply(logits_tv, labels_t, tp, ignore)
-
-
 def vocab_parallel_first_choices(logits_tv: torch.Tensor, tp: Axis) -> torch.Tensor:
     """The id with the largest logit of each token, [t, v] logits -> int64 [t], the same on all tp ranks (no gradient).
 

@@ -15,11 +15,12 @@ again. Head counts that cp does not divide are split unevenly. With two levels o
 Source: DeepSpeed-Ulysses (arXiv 2309.14509).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from parallel.collectives import all_to_all
+from parallel.collectives import all_to_all, start_all_to_all
 from parallel.layout import Axis
 
 
@@ -60,6 +61,56 @@ class HeadSplit:
         return [head // self.group - k0 for head in range(q0, q1)]
 
 
+@dataclass(frozen=True)
+class HeadRound:
+    """Some key/value heads, and in chunks the query heads that read them: numbers of this tp rank's heads.
+
+    Heads stand in the order of the ranks that get them; the splits count within that order.
+    """
+
+    kv_heads: list[int]
+    kv_split: HeadSplit
+    query_chunks: list[list[int]]
+    query_split: HeadSplit
+    """The same for each chunk."""
+
+
+def head_rounds(split: HeadSplit, chunks: int) -> list[HeadRound]:
+    """Attention in `chunks` groups of query heads: each rank's heads in parts, so that no key/value head travels twice.
+
+    A rank attends with the same heads as without chunks, and gets in each round the key/value heads that its next
+    query heads read; where several chunks read the same, one round holds them all.
+    Source: Untied Ulysses' schedule for grouped heads (arXiv 2602.21196).
+    """
+    assert chunks in chunk_counts(split), (chunks, split)
+    ranks = range(len(split.query))
+    per_chunk = (split.query[0][1] - split.query[0][0]) // chunks
+    rounds: list[HeadRound] = []
+    for chunk in range(chunks):
+        queries = [list(range(q0 + chunk * per_chunk, q0 + (chunk + 1) * per_chunk)) for q0, _ in split.query]
+        kv_of_rank = [sorted({head // split.group for head in heads}) for heads in queries]
+        kv_heads = list(dict.fromkeys(head for heads in kv_of_rank for head in heads))
+        flat = [head for heads in queries for head in heads]
+        if rounds and rounds[-1].kv_heads == kv_heads:
+            rounds[-1].query_chunks.append(flat)
+            continue
+        places = tuple((kv_heads.index(heads[0]), kv_heads.index(heads[-1]) + 1) for heads in kv_of_rank)
+        nothing = tuple((0, 0) for _ in ranks)
+        query = tuple((rank * per_chunk, (rank + 1) * per_chunk) for rank in ranks)
+        rounds.append(HeadRound(kv_heads, HeadSplit(nothing, places, split.group), [flat],
+                                HeadSplit(query, nothing, split.group)))
+    return rounds
+
+
+def chunk_counts(split: HeadSplit) -> list[int]:
+    """The numbers of chunks that `head_rounds` can make: every rank's chunk must read whole groups, or parts of one."""
+    heads = {stop - start for start, stop in split.query}
+    (m,) = heads if len(heads) == 1 else (1,)
+    if len(heads) > 1 or (m % split.group and split.group % m):
+        return [1]
+    return [n for n in range(1, m + 1) if m % n == 0 and ((m // n) % split.group == 0 or split.group % (m // n) == 0)]
+
+
 class _SeqToHeads(torch.autograd.Function):
     """The exchange of q, k and v and, in backward, of their gradients.
 
@@ -69,15 +120,9 @@ class _SeqToHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q_tNH, k_tKH, v_tKH, split: HeadSplit, axis: Axis):
-        t, H = q_tNH.shape[0], q_tNH.shape[2]
         ctx.split, ctx.axis, ctx.shapes = split, axis, (q_tNH.shape, k_tKH.shape)
-        ctx.sizes = [t * split.rows(rank) * H for rank in range(axis.size)]
-        send = q_tNH.new_empty(sum(ctx.sizes))
-        for block, (q0, q1), (k0, k1) in zip(send.split(ctx.sizes), split.query, split.kv, strict=True):
-            torch.cat([q_tNH[:, q0:q1], k_tKH[:, k0:k1], v_tKH[:, k0:k1]], dim=1, out=block.view(t, -1, H))
-        received = all_to_all(send, ctx.sizes, [ctx.sizes[axis.rank]] * axis.size, axis)
-        m, k_heads = (stop - start for start, stop in (split.query[axis.rank], split.kv[axis.rank]))
-        return received.view(axis.size * t, -1, H).split([m, k_heads, k_heads], dim=1)
+        ctx.sizes = _block_sizes(q_tNH, split)
+        return start_seq_to_heads(q_tNH, k_tKH, v_tKH, split, axis)()
 
     @staticmethod
     def backward(ctx, *grads_TmH):
@@ -123,6 +168,25 @@ class _HeadsToSeq(torch.autograd.Function):
             block.view(t, -1, H).copy_(grad_tNH[:, start:stop])
         received = all_to_all(send, sizes, [sizes[axis.rank]] * axis.size, axis)
         return received.view(axis.size * t, -1, H), None, None
+
+
+def _block_sizes(q_tNH: torch.Tensor, split: HeadSplit) -> list[int]:
+    """Elements that go to each rank."""
+    return [q_tNH.shape[0] * split.rows(rank) * q_tNH.shape[2] for rank in range(len(split.query))]
+
+
+def start_seq_to_heads(q_tNH: torch.Tensor, k_tKH: torch.Tensor, v_tKH: torch.Tensor, split: HeadSplit,
+                       axis: Axis) -> Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Start the exchange of `seq_to_heads`, without a gradient; what it returns waits for it and gives its results."""
+    if axis.size == 1:
+        return lambda: (q_tNH, k_tKH, v_tKH)
+    t, H, sizes = q_tNH.shape[0], q_tNH.shape[2], _block_sizes(q_tNH, split)
+    send = q_tNH.new_empty(sum(sizes))
+    for block, (q0, q1), (k0, k1) in zip(send.split(sizes), split.query, split.kv, strict=True):
+        torch.cat([q_tNH[:, q0:q1], k_tKH[:, k0:k1], v_tKH[:, k0:k1]], dim=1, out=block.view(t, -1, H))
+    finish = start_all_to_all(send, sizes, [sizes[axis.rank]] * axis.size, axis)
+    m, k_heads = (stop - start for start, stop in (split.query[axis.rank], split.kv[axis.rank]))
+    return lambda: finish().view(axis.size * t, -1, H).split([m, k_heads, k_heads], dim=1)
 
 
 def seq_to_heads(q_tNH: torch.Tensor, k_tKH: torch.Tensor, v_tKH: torch.Tensor, split: HeadSplit,

@@ -1,0 +1,160 @@
+"""Ulysses attention by groups of heads: project, exchange, attend and exchange back, group after group.
+
+q, k and v exist for one group (and the next, whose exchange runs meanwhile); the results of all groups are kept, as one
+call would keep them. Backward walks the groups again: it makes q, k and v a second time, but never attention's forward.
+
+Source: Untied Ulysses (arXiv 2602.21196). Legend: see attention.py.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from model.attention_tape import AttentionTape, empty
+from parallel.ulysses import HeadRound, heads_to_seq, seq_to_heads, start_seq_to_heads
+
+if TYPE_CHECKING:
+    from model.attention import Attention, Positions, Projections
+
+
+def attend_in_chunks(block: "Attention", x_tD: torch.Tensor, positions: "Positions", rounds: list[HeadRound],
+                     tape: AttentionTape | None, weights: "Projections") -> torch.Tensor:
+    """[t, D], all tokens of this rank -> the attention's output [t, N, H] before the output projection."""
+    if torch.is_grad_enabled():
+        return _Chunks.apply(block, positions, rounds, tape, type(weights), x_tD, *weights)
+    return _forward(block, x_tD, positions, rounds, tape, weights)
+
+
+def _forward(block, x_tD, positions, rounds, tape, weights) -> torch.Tensor:
+    axis, H = block.layout.cp_a2a, block.head_size
+    o_tNH = x_tD.new_empty(x_tD.shape[0], weights.q_rD.shape[0] // H, H)
+    if tape is not None and tape.playing:
+        for each in rounds:
+            for heads in each.query_chunks:
+                o_tNH[:, _index(heads)] = heads_to_seq(tape.next_call().output, each.query_split, axis)
+        return o_tNH
+    for each, heads, q_smH, k_TkH, v_TkH, is_last in _exchanged(block, x_tD, positions, rounds, weights):
+        o_smH = block.attend_to(q_smH, k_TkH, v_TkH, positions.segments, tape)
+        if tape is not None:
+            empty(q_smH, *((k_TkH, v_TkH) if is_last else ()))
+        o_tNH[:, _index(heads)] = heads_to_seq(o_smH, each.query_split, axis)
+    return o_tNH
+
+
+def _exchanged(block, x_tD, positions, rounds, weights) -> Iterator[tuple]:
+    """(round, heads, q, k, v, is it the round's last chunk?) of every chunk; the next exchange is on its way."""
+    axis = block.layout.cp_a2a
+
+    def start_kv(each: HeadRound) -> Callable:
+        part = _part(weights, KV_FIELDS, each.kv_heads, block.head_size)
+        k, v = block.project_k(x_tD, positions, part), block.project_v(x_tD, part)
+        return start_seq_to_heads(k[:, :0], k, v, each.kv_split, axis)
+
+    def start_q(each: HeadRound, heads: list[int]) -> Callable:
+        q = block.project_q(x_tD, positions, _part(weights, Q_FIELDS, heads, block.head_size))
+        return start_seq_to_heads(q, q[:, :0], q[:, :0], each.query_split, axis)
+
+    steps = [(each, heads) for each in rounds for heads in each.query_chunks]
+    kv_on_way, q_on_way = start_kv(rounds[0]), start_q(*steps[0])
+    for number, (each, heads) in enumerate(steps):
+        if heads is each.query_chunks[0]:
+            k_TkH, v_TkH = block.gather(*kv_on_way()[1:])
+        q_smH = q_on_way()[0]
+        if number + 1 < len(steps):
+            following = steps[number + 1]
+            if following[0] is not each:
+                kv_on_way = start_kv(following[0])
+            q_on_way = start_q(*following)
+        yield each, heads, q_smH, k_TkH, v_TkH, heads is each.query_chunks[-1]
+
+
+class _Chunks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, block, positions, rounds, tape, kind, x_tD, *weights):
+        tape = tape or AttentionTape()
+        o_tNH = _forward(block, x_tD, positions, rounds, tape, kind(*weights))
+        tape.play()
+        ctx.block, ctx.positions, ctx.rounds, ctx.tape, ctx.kind = block, positions, rounds, tape, kind
+        ctx.save_for_backward(x_tD, *weights)
+        return o_tNH
+
+    @staticmethod
+    def backward(ctx, grad_tNH):
+        x_tD, *weights = ctx.saved_tensors
+        gradients = _Gradients(x_tD, ctx.kind(*weights), ctx.block.head_size)
+        for each in ctx.rounds:
+            _round_gradients(ctx, each, gradients, grad_tNH)
+        return None, None, None, None, None, gradients.of_x, *gradients.of_weights
+
+
+def _round_gradients(ctx, each: HeadRound, gradients: "_Gradients", grad_tNH: torch.Tensor) -> None:
+    """Add what the heads of one round give to the gradients of x and of the weights."""
+    block, positions, axis = ctx.block, ctx.positions, ctx.block.layout.cp_a2a
+    with torch.enable_grad():
+        x_tD, part, kv_leaves = gradients.leaves(KV_FIELDS, each.kv_heads)
+        k, v = block.project_k(x_tD, positions, part), block.project_v(x_tD, part)
+        kv = block.gather(*seq_to_heads(k[:, :0], k, v, each.kv_split, axis)[1:])
+    read = [x.detach().requires_grad_() for x in kv]
+    sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in kv]
+    for heads in each.query_chunks:
+        with torch.enable_grad():
+            x_tD, part, leaves = gradients.leaves(Q_FIELDS, heads)
+            q = block.project_q(x_tD, positions, part)
+            q_smH = seq_to_heads(q, q[:, :0], q[:, :0], each.query_split, axis)[0]
+            o_smH = block.attend_to(q_smH, *read, positions.segments, ctx.tape)
+            o_tnH = heads_to_seq(o_smH, each.query_split, axis)
+        *found, grad_k, grad_v = torch.autograd.grad(o_tnH, [*leaves, *read], grad_tNH[:, _index(heads)])
+        gradients.add(Q_FIELDS, heads, found)
+        sums[0].add_(grad_k)
+        sums[1].add_(grad_v)
+    found = torch.autograd.grad(kv, kv_leaves, [total.to(x.dtype) for total, x in zip(sums, kv, strict=True)])
+    gradients.add(KV_FIELDS, each.kv_heads, found)
+
+
+class _Gradients:
+    """The gradients of x and of the projections, added up group by group."""
+
+    def __init__(self, x_tD: torch.Tensor, weights: "Projections", head_size: int):
+        self.x_tD, self.weights, self.head_size = x_tD, weights, head_size
+        self.of_x = torch.zeros_like(x_tD)
+        self.of_weights = type(weights)(*(None if x is None else torch.zeros_like(x) for x in weights))
+
+    def leaves(self, fields: tuple[str, ...], heads: list[int]) -> tuple:
+        """(x, the heads' weights, both as a list without what does not exist) as leaves of a new graph."""
+        x_tD = self.x_tD.detach().requires_grad_()
+        part = _part(self.weights, fields, heads, self.head_size)
+        part = type(part)(*(None if x is None else x.detach().requires_grad_() for x in part))
+        return x_tD, part, [x_tD, *(x for x in part if x is not None)]
+
+    def add(self, fields: tuple[str, ...], heads: list[int], found: Sequence[torch.Tensor]) -> None:
+        """Take in the gradients of `leaves`."""
+        self.of_x.add_(found[0])
+        present = [name for name in self.weights._fields if name in fields and getattr(self.weights, name) is not None]
+        for name, grad in zip(present, found[1:], strict=True):
+            total = getattr(self.of_weights, name)
+            if name.endswith("_norm"):
+                total.add_(grad)  # one for all heads
+            else:
+                by_head = total.view(-1, self.head_size, *total.shape[1:])
+                by_head[_index(heads)] = grad.view(-1, *by_head.shape[1:])  # no head is in two groups
+
+
+Q_FIELDS = ("q_rD", "q_bias", "q_norm")
+KV_FIELDS = ("k_rD", "v_rD", "k_bias", "v_bias", "k_norm")
+
+
+def _part(weights: "Projections", fields: tuple[str, ...], heads: list[int], head_size: int) -> "Projections":
+    """The named weights of some heads; the others are None."""
+    def cut(name: str) -> torch.Tensor | None:
+        weight = getattr(weights, name)
+        if name not in fields or weight is None or name.endswith("_norm"):
+            return weight if name in fields else None
+        return weight.view(-1, head_size, *weight.shape[1:])[_index(heads)].flatten(0, 1)
+
+    return type(weights)(*(cut(name) for name in weights._fields))
+
+
+def _index(heads: list[int]) -> slice | list[int]:
+    """The heads as a slice where they are neighbours: a view instead of a copy."""
+    return slice(heads[0], heads[-1] + 1) if heads == list(range(heads[0], heads[-1] + 1)) else heads

@@ -1,0 +1,57 @@
+"""The SwiGLU MLP in tiles of the sequence: nothing of [t, F] outlives a tile.
+
+Source: tiled MLP of ALST (arXiv 2506.13996). There each tile's backward adds to the parameters' gradients; here the
+tiles are added up in at least fp32 inside one node of the graph, so each weight gets one gradient.
+
+Legend: t tokens, D hidden, F MLP width of this tp rank.
+"""
+
+import torch
+
+from model.pointwise import gated, gated_gradients
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps its input, and with one tile the two projections as well."""
+
+    @staticmethod
+    def forward(ctx, x_tD, gate_FD, up_FD, down_DF, tiles, value):
+        out_tD, projections = torch.empty_like(x_tD), ()
+        for rows in _tiles(x_tD.shape[0], tiles) if value else ():
+            projections = x_tD[rows] @ gate_FD.T, x_tD[rows] @ up_FD.T
+            torch.mm(gated(*projections), down_DF.T, out=out_tD[rows])
+        ctx.tiles, ctx.num_kept = tiles, 2 if tiles == 1 and value else 0
+        ctx.save_for_backward(x_tD, gate_FD, up_FD, down_DF, *projections[:ctx.num_kept])
+        return out_tD
+
+    @staticmethod
+    def backward(ctx, grad_tD):
+        x_tD, gate_FD, up_FD, down_DF, *kept = ctx.saved_tensors
+        wide = torch.promote_types(x_tD.dtype, torch.float32) if ctx.tiles > 1 else x_tD.dtype
+        grad_x, sums = torch.empty_like(x_tD), None
+        for rows in _tiles(x_tD.shape[0], ctx.tiles):
+            x, grad = x_tD[rows], grad_tD[rows]
+            projections = kept or (x @ gate_FD.T, x @ up_FD.T)
+            hidden, grad_gate, grad_up = gated_gradients(grad @ down_DF, *projections)
+            torch.mm(grad_gate, gate_FD, out=grad_x[rows]).addmm_(grad_up, up_FD)
+            parts = grad_gate.T @ x, grad_up.T @ x, grad.T @ hidden
+            sums = [part.to(wide) for part in parts] if sums is None else [
+                total.add_(part) for total, part in zip(sums, parts, strict=True)]
+        return grad_x, *(total.to(x_tD.dtype) for total in sums), None, None
+
+
+def _tiles(total: int, count: int) -> list[slice]:
+    """`count` contiguous parts of the rows, as torch.chunk cuts them (fewer where there are fewer rows)."""
+    size = -(-total // count)
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def swiglu(x_tD: torch.Tensor, gate_FD: torch.Tensor, up_FD: torch.Tensor, down_DF: torch.Tensor, tiles: int,
+           value: bool = True) -> torch.Tensor:
+    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202): [t, D] -> [t, D], over tp to be summed by the caller.
+
+    Args:
+        tiles: parts of the sequence; with more than one, backward computes gate and up again.
+        value: False where only the gradients are wanted: the result is then not computed.
+    """
+    return _SwiGLU.apply(x_tD, gate_FD, up_FD, down_DF, tiles, value)
