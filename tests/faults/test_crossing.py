@@ -1,4 +1,4 @@
-"""Six phases over four layouts through launch/train.sh, workers killed at random: nothing of it shows in the result."""
+"""Phases over several layouts through launch/train.sh, workers killed at random: nothing of it shows in the result."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ import yaml
 from parallel.config import LayoutConfig
 from tests.dist.training import base_arguments, losses, train, write_corpus
 from tools.audit_data import audit
-from tools.bench.disturbed import Run, differences, disturb, plan_moments
+from tools.bench.disturbed import Moment, Run, differences, disturb, plan_moments
 
 PHASES = [
     dict(seq_length=32, step_batch_size_schedule="0:4 512:8", tensor_model_parallel_size=2),
@@ -26,10 +26,10 @@ PHASES = [
 LAYOUT_KEYS = {field.name for field in dataclasses.fields(LayoutConfig)}
 
 
-def write_config(path, tokens: int, keep_layout: bool = True) -> str:
+def write_config(path, chosen: list[dict], tokens: int, keep_layout: bool = True) -> str:
     phases = [{"name": f"p{number}", "train_tokens": tokens}
               | {key: value for key, value in phase.items() if keep_layout or key not in LAYOUT_KEYS}
-              for number, phase in enumerate(PHASES)]
+              for number, phase in enumerate(chosen)]
     path.write_text(yaml.safe_dump({"phases": phases, "lr_decay_style": "linear", "lr": 3e-3, "min_lr": 1e-4}))
     return str(path)
 
@@ -42,34 +42,46 @@ def arguments(corpus: str, **overrides) -> list[str]:
     return argv
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.long)])
-def test_kills_at_random_steps_saves_and_crossings_change_nothing(pool, tmp_path, kills):
-    corpus, tokens = write_corpus(tmp_path / "corpus", documents=600), 2048 * (1 if kills < 10 else 4)
-    config = write_config(tmp_path / "run.yaml", tokens)
-    alone = ["--config", config, *arguments(corpus, save=str(tmp_path / "alone"))]
-    assert [pool.run(train, 4, alone)[0] for _ in range(4)] == ["again", "again", "again", "done"]
-    steps = max(losses(tmp_path / "alone"))
+SHORT = [PHASES[0], PHASES[2], PHASES[5]], 2048, [Moment("crossing", 0, 4.0)]
+LONG = PHASES, 8192, 20
+"""Phases, tokens of each, moments (or how many random ones)."""
+
+
+@pytest.mark.parametrize("phases, tokens, moments", [SHORT, pytest.param(*LONG, marks=pytest.mark.long)],
+                         ids=["short", "20 kills"])
+def test_kills_at_random_steps_saves_and_crossings_change_nothing(pool, tmp_path, phases, tokens, moments):
+    corpus = write_corpus(tmp_path / "corpus", documents=600)
+    config = write_config(tmp_path / "run.yaml", phases, tokens)
+    alone, changes = ["--config", config, *arguments(corpus, save=str(tmp_path / "alone"))], count_changes(phases)
+    assert [pool.run(train, 4, alone)[0] for _ in range(changes + 1)] == ["again"] * changes + ["done"]
+    if isinstance(moments, int):
+        moments = plan_moments(moments, max(losses(tmp_path / "alone")), seed=moments)
     run = Run(["--config", config, *arguments(corpus)], tmp_path / "disturbed", processes=4)
     try:
-        done = disturb(run, plan_moments(kills, steps, seed=kills), random.Random(kills))
+        done = disturb(run, moments, random.Random(len(moments)))
         run.wait_until_done()
     finally:
         run.end()
-    assert len(done) >= kills / 2, done
+    assert len(done) >= len(moments) / 2, done
     assert not run.workers(), "a worker was left behind"
     assert differences(tmp_path / "alone", tmp_path / "disturbed") == []
     found, well = audit(str(tmp_path / "disturbed"))
     assert well, found
-    if kills < 10:
-        check_first_losses(pool, corpus, tmp_path, tokens)
+    check_first_losses(pool, corpus, tmp_path, phases, tokens)
 
 
-def check_first_losses(pool, corpus, folder, tokens):
+def count_changes(phases: list[dict]) -> int:
+    """Of layout, each of which is a restart."""
+    layouts = [{key: value for key, value in phase.items() if key in LAYOUT_KEYS} for phase in phases]
+    return sum(before != after for before, after in zip(layouts, layouts[1:], strict=False))
+
+
+def check_first_losses(pool, corpus, folder, phases, tokens):
     """The first loss after each crossing is that of one process from the same checkpoint, in fp32."""
     lines = [json.loads(line) for line in (folder / "alone" / "metrics.jsonl").read_text().splitlines()]
     firsts = [line for before, line in zip(lines, lines[1:], strict=False) if before["phase"] != line["phase"]]
-    assert len(firsts) == 5
-    config = write_config(folder / "one.yaml", tokens, keep_layout=False)
+    assert len(firsts) == len(phases) - 1
+    config = write_config(folder / "one.yaml", phases, tokens, keep_layout=False)
     for line in firsts:
         save = folder / f"one{line['step']}"
         argv = arguments(corpus, save=str(save), load=str(folder / "alone"), ckpt_step=line["step"] - 1,
