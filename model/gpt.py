@@ -144,7 +144,7 @@ class GPTStage(nn.Module):
         x_tD = self.hidden(x, microbatch)
         if not self.is_last:
             return x_tD
-        inputs = *self._projected(x_tD), microbatch.labels
+        inputs = *self.head_inputs(x_tD), microbatch.labels
         head = Head(self.layout.tp, self.vocab_size, self.memory.loss_chunk_tokens)
         if self.scores is None:
             return fused_loss(*inputs, 1 / self.num_targets, head)
@@ -168,7 +168,7 @@ class GPTStage(nn.Module):
             x = layer(x, positions, self.memory, self.host if offload else None)
         return x
 
-    def _projected(self, x_tD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def head_inputs(self, x_tD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(what the output projection reads [t, D], its weight [v, D])."""
         x_tD = enter_tensor_parallel(self.final_norm(x_tD), self.layout)
         return x_tD, (self.embedding if self.tied else self.output).local_weight()
@@ -178,7 +178,7 @@ class GPTStage(nn.Module):
 
         For generation and comparisons; the loss never holds them at once.
         """
-        x_tD, weight_vD = self._projected(x_tD)
+        x_tD, weight_vD = self.head_inputs(x_tD)
         logits_tv = x_tD @ weight_vD.T
         columns = torch.arange(logits_tv.shape[1], device=x_tD.device) + self.layout.tp.rank * logits_tv.shape[1]
         return logits_tv.masked_fill(columns >= self.vocab_size, float("-inf"))

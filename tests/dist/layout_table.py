@@ -10,8 +10,10 @@ import random
 
 from model.build import check_layout
 from model.config import ModelConfig
+from model.memory import MemorySettings
 from parallel.config import LayoutConfig, check_microbatches
 from parallel.schedule import SPLIT_BACKWARD, accepts
+from parallel.ulysses import HeadSplit, chunk_counts
 from tests.dist.parity import VOCABULARY, Case
 
 OPTIONS = {
@@ -21,7 +23,9 @@ OPTIONS = {
     "qk_norm": (False, True),
     "bias": (False, True),
     "strategy": ("optim", "optim_grads", "optim_grads_params"),
-    "recompute": (None, "full"),
+    "recompute": (None, "selective", "full", "attention_kept"),
+    "tiles": (False, True),  # of the MLP and of the loss
+    "head_chunks": (False, True),
     "masking": (True, False),
     "micro_batch_size": (1, 2),
     "microbatches": ("fewest", "more"),
@@ -60,7 +64,9 @@ def make_case(layout: tuple[int, int, int, int], options: dict) -> Case | None:
     config = ModelConfig(**model)
     if config.validate() or settings.combination_problems() or check_layout(config, VOCABULARY, settings):
         return None
-    if pp > 1 and schedule in SPLIT_BACKWARD and options["recompute"]:
+    memory = make_memory(options, HeadSplit.make(heads // tp, max(1, config.num_kv_heads // tp),
+                                                 settings.context_levels[0]))
+    if memory is None or pp > 1 and schedule in SPLIT_BACKWARD and memory != MemorySettings():
         return None
     fewest = next(n for n in itertools.count(1) if accepts(schedule, pp, n))
     count = max(2, pp) + 1 if options["microbatches"] == "more" else fewest
@@ -70,8 +76,16 @@ def make_case(layout: tuple[int, int, int, int], options: dict) -> Case | None:
     return Case(tp, pp, cp, dp, schedule=settings.schedule, stages_per_rank=settings.stages_per_rank,
                 context_levels=levels, strategy=options["strategy"], model=model, seq_length=length,
                 samples=dp * options["micro_batch_size"] * count, micro_batch_size=options["micro_batch_size"],
-                document_masking=options["masking"], recompute=options["recompute"],
+                document_masking=options["masking"], memory=memory,
                 sequence_parallel=settings.sequence_parallel, steps=3)
+
+
+def make_memory(options: dict, split: HeadSplit) -> MemorySettings | None:
+    chunks = max(chunk_counts(split)) if options["head_chunks"] else 1
+    if options["head_chunks"] and chunks == 1:
+        return None
+    return MemorySettings(options["recompute"], attention_head_chunks=chunks,
+                          **(dict(mlp_tiles=3, loss_chunk_tokens=5) if options["tiles"] else {}))
 
 
 def pairs_of(layout: tuple[int, ...], options: dict) -> set[tuple]:

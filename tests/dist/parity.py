@@ -13,6 +13,7 @@ from model.build import build_stages
 from model.config import ModelConfig
 from model.init import initialize
 from model.kernels import choose_attention
+from model.memory import MemorySettings
 from parallel.config import LayoutConfig
 from parallel.context import token_pieces
 from parallel.layout import World, build_layout
@@ -51,8 +52,7 @@ class Case:
     micro_batch_size: int = 1
     samples: int = 8
     document_masking: bool = True
-    recompute: str | None = None
-    offloaded_layers: int = 0
+    memory: MemorySettings = MemorySettings()
     sequence_parallel: bool = False
     clip_grad: float = 1.0
     steps: int = 1
@@ -89,7 +89,7 @@ class Case:
                               compute_dtype=compute)
         initialize(stages, config, layout, seed)
         for stage in stages:
-            stage.recompute, stage.offloaded_layers = self.recompute, self.offloaded_layers
+            stage.memory = self.memory
         stepper = Stepper(stages, layout, config.hidden_size, compute, self.strategy)
         mixture = fresh_mixture([(1.0, memory_stream(self.lengths, seed))], self.seq_length)
         loader = Loader(mixture, micro_batch_size=self.micro_batch_size,

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from model.memory import MemorySettings
 from parallel.config import LayoutConfig
 from parallel.context import gather_keys
 from parallel.layout import World, build_layout
@@ -34,7 +35,8 @@ ORDER_CASES = {
     "pp2 cp2 ZBV tied": Case(pp=2, cp=2, schedule="ZBV", model=dict(num_layers=4)),
     "pp2 tp2 interleaved": Case(pp=2, tp=2, schedule="interleaved", model=dict(num_layers=4, qk_layernorm=True)),
     "tp2 cp2 sequence parallel": Case(tp=2, cp=2, sequence_parallel=True),
-    "tp2 dp2 zero3 recompute": Case(tp=2, dp=2, strategy="optim_grads_params", recompute="full"),
+    "cp2 dp2 head chunks attention kept": Case(cp=2, dp=2, memory=MemorySettings("attention_kept", 0, 2, 2, 5)),
+    "tp2 dp2 zero3 recompute": Case(tp=2, dp=2, strategy="optim_grads_params", memory=MemorySettings("full")),
     "cp4 two levels": Case(cp=4, context_levels=(2, 2)),
 }
 

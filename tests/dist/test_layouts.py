@@ -91,7 +91,9 @@ def describe(name: str, case: Case) -> str:
              "sequence parallel" if case.sequence_parallel else "",
              "untied" if model["untie_embeddings_and_output_weights"] else "tied",
              "qk-norm" if model["qk_layernorm"] else "", "bias" if model["add_qkv_bias"] else "", case.strategy,
-             "recompute" if case.recompute else "", "" if case.document_masking else "no masking",
+             case.memory.recompute_granularity or "", "tiles" if case.memory.mlp_tiles > 1 else "",
+             f"{case.memory.attention_head_chunks} head chunks" if case.memory.attention_head_chunks > 1 else "",
+             "" if case.document_masking else "no masking",
              f"{case.samples // (case.dp * case.micro_batch_size)} microbatches of {case.micro_batch_size}"]
     return (f"{name:<20} heads {model['num_attention_heads']:>2} kv {model['num_query_groups']:>2}  "
             f"{', '.join(note for note in notes if note)}")

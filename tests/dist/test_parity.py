@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from data.batch import IGNORE, read_batch
+from model.memory import MemorySettings
 from pretrain.state import check_replicas
 from pretrain.step import train_step
 from tests.dist.parity import Case, check_replicas_equal, compare, memory_stream, named, run_step
@@ -31,8 +32,8 @@ CASES = {
     "cp2 dp2 micro2": Case(cp=2, dp=2, micro_batch_size=2),
     "dp2 zero1": Case(dp=2, strategy="optim"),
     "dp2 zero3": Case(dp=2, strategy="optim_grads_params"),
-    "cp2 zero3 recompute": Case(cp=2, strategy="optim_grads_params", recompute="full", offloaded_layers=1),
-    "pp2 dp2 zero3 recompute": Case(pp=2, dp=2, strategy="optim_grads_params", recompute="full", model=QWEN2_TIED),
+    "cp2 zero3 recompute": Case(cp=2, strategy="optim_grads_params", memory=MemorySettings("full", 1)),
+    "pp2 dp2 zero3 recompute": Case(pp=2, dp=2, strategy="optim_grads_params", memory=MemorySettings("full"), model=QWEN2_TIED),
     "cp4 no masking": Case(cp=4, document_masking=False),
     "cp4 long documents": Case(cp=4, lengths=(400,), model=UNTIED),
     "cp2 six heads three kv": Case(cp=2, model=dict(num_attention_heads=6, num_query_groups=3, hidden_size=48)),
@@ -43,7 +44,7 @@ CASES = {
     "tp2 dp2 zero1 partial": Case(tp=2, dp=2, strategy="optim", model=QWEN2_TIED),
     "tp2 sequence parallel": Case(tp=2, sequence_parallel=True, model=UNTIED | QWEN3),
     "tp4 sequence parallel kv2 tied": Case(tp=4, sequence_parallel=True, model=dict(add_qkv_bias=True)),
-    "tp2 pp2 cp2 sequence parallel": Case(tp=2, pp=2, cp=2, sequence_parallel=True, recompute="full"),
+    "tp2 pp2 cp2 sequence parallel": Case(tp=2, pp=2, cp=2, sequence_parallel=True, memory=MemorySettings("full")),
     "tp2 cp2 dp2 sequence parallel zero3": Case(tp=2, cp=2, dp=2, sequence_parallel=True, model=QWEN2_TIED,
                                                 strategy="optim_grads_params"),
     "tp2 pp2 cp2 tied": Case(tp=2, pp=2, cp=2),
@@ -52,7 +53,7 @@ CASES = {
     "pp2 ZBV tied": Case(pp=2, schedule="ZBV", model=dict(num_layers=5)),
     "pp2 ZBV untied": Case(pp=2, schedule="ZBV", model=UNTIED | dict(num_layers=4), samples=2),
     "pp2 interleaved 3 stages dp2 zero3 recompute": Case(
-        pp=2, dp=2, schedule="interleaved", stages_per_rank=3, strategy="optim_grads_params", recompute="full",
+        pp=2, dp=2, schedule="interleaved", stages_per_rank=3, strategy="optim_grads_params", memory=MemorySettings("full"),
         model=dict(num_layers=7), samples=12),
     "pp2 interleaved 4 stages dp2": Case(pp=2, dp=2, schedule="interleaved", stages_per_rank=4,
                                          model=dict(num_layers=9)),
@@ -70,9 +71,27 @@ CASES = {
         num_attention_heads=6, num_query_groups=2, hidden_size=48)),
     "tp2 cp4 two levels sequence parallel": Case(tp=2, cp=4, context_levels=(2, 2), sequence_parallel=True,
                                                  micro_batch_size=2),
-    "cp4 two levels no masking": Case(cp=4, context_levels=(2, 2), document_masking=False, recompute="full"),
+    "cp4 two levels no masking": Case(cp=4, context_levels=(2, 2), document_masking=False, memory=MemorySettings("full")),
     "cp4 one-token documents": Case(cp=4, lengths=(1,) * 40 + (30,)),
     "cp8 two levels one-token documents": Case(cp=8, context_levels=(2, 4), lengths=(1,) * 40 + (30,)),
+    "cp2 selective": Case(cp=2, memory=MemorySettings("selective"), model=QWEN3),
+    "cp2 zero3 attention kept": Case(cp=2, strategy="optim_grads_params", samples=4, micro_batch_size=2,
+                                     memory=MemorySettings("attention_kept", 2)),
+    "pp2 cp2 attention kept tiles": Case(pp=2, cp=2, memory=MemorySettings("attention_kept", 1, 3, 2, 5)),
+    "tp2 sequence parallel tiles": Case(tp=2, cp=2, sequence_parallel=True, model=QWEN2_TIED,
+                                        memory=MemorySettings("selective", mlp_tiles=5, loss_chunk_tokens=3)),
+    "tp2 cp2 tiles full": Case(tp=2, cp=2, sequence_parallel=True, memory=MemorySettings("full", 0, 2, 1, 7)),
+    "head chunks of whole groups": Case(dp=2, memory=MemorySettings(attention_head_chunks=2), model=QWEN3 | dict(
+        add_qkv_bias=True)),
+    "cp2 head chunks share keys": Case(cp=2, memory=MemorySettings("full", attention_head_chunks=4), model=dict(
+        num_attention_heads=8, num_query_groups=2, hidden_size=64) | QWEN3),
+    "cp4 head chunks of keys on two ranks": Case(cp=4, memory=MemorySettings("attention_kept", attention_head_chunks=2),
+                                                 model=dict(num_attention_heads=8, num_query_groups=2, hidden_size=64)),
+    "tp2 cp4 two levels head chunks": Case(
+        tp=2, cp=4, context_levels=(2, 2), memory=MemorySettings("attention_kept", 1, attention_head_chunks=4),
+        model=dict(num_attention_heads=16, num_query_groups=4, hidden_size=64)),
+    "tp2 cp2 kv1 head chunks": Case(tp=2, cp=2, memory=MemorySettings("selective", attention_head_chunks=2),
+                                    model=QWEN2_TIED | dict(num_attention_heads=8, hidden_size=64)),
     "tp2 pp2 cp2 untied": Case(tp=2, pp=2, cp=2, model=UNTIED | QWEN3),
 }
 

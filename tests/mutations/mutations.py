@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from data.batch import IGNORE
+from model.memory import MemorySettings
 from tests.dist.parity import Case
 
 UNTIED = dict(untie_embeddings_and_output_weights=True)
@@ -102,13 +103,10 @@ def averaged_gradients(original):
     return mutated
 
 
-def unmasked_padding(original):
-    def mutated(self, x):
-        vocab_size, self.vocab_size = self.vocab_size, 1 << 30
-        try:
-            return original(self, x)
-        finally:
-            self.vocab_size = vocab_size
+def last_chunk_only(original):
+    def mutated(self, fields, heads, found):
+        self.of_x.zero_()
+        original(self, fields, heads, found)
     return mutated
 
 
@@ -202,7 +200,7 @@ MUTATIONS = {
     "positions that restart at the slice (Megatron-LM#5243)": Mutation(
         "data.loader", "read_batch", change_batch(positions_from_the_slice), ACROSS_EDGES),
     "heads in the wrong order after the exchange": Mutation(
-        "model.gpt", "heads_to_seq", lambda original: lambda o, split, axis: original(o, split, axis).flip(1),
+        "model.attention", "heads_to_seq", lambda original: lambda o, split, axis: original(o, split, axis).flip(1),
         Case(cp=2, model=MANY_KV)),
     "gradient of a shared key/value head overwritten, not summed": Mutation(
         "parallel.ulysses", "_store", lambda original: lambda grad, block, start, stop, written: original(
@@ -212,14 +210,14 @@ MUTATIONS = {
         lambda original: lambda self, rank: original(self, rank)[::-1],
         Case(cp=4, model=dict(num_attention_heads=6, num_query_groups=2, hidden_size=48))),
     "partial gradient of a replicated parameter not reduced over tp": Mutation(
-        "model.gpt", "local_part", lambda original: lambda parameter, partial=False: original(parameter),
+        "model.parts", "local_part", lambda original: lambda parameter, partial=False: original(parameter),
         Case(tp=2, model=dict(qk_layernorm=True))),
     "replicated parameter counted on every tp rank in the norm (Megatron-LM#7452)": Mutation(
         "pretrain.step", "Shard", lambda original: object, Case(tp=2)),
     "norm of this rank's gradients only": Mutation(
         "pretrain.step", "global_grad_norm", norm_of_this_rank, Case(dp=2)),
     "no reduction of dx behind a column-parallel layer": Mutation(
-        "model.gpt", "copy_to", lambda original: lambda x, axis: x, Case(tp=2)),
+        "model.parts", "copy_to", lambda original: lambda x, axis: x, Case(tp=2)),
     "no sum over tp at all": Mutation(
         "parallel.collectives", "all_reduce", lambda original: lambda x, axis, *op: (
             x if axis.name == "tp" else original(x, axis, *op)), Case(tp=2, cp=2)),
@@ -241,7 +239,7 @@ MUTATIONS = {
     "gradients not reduced over cp (VeOmni#1059)": Mutation(
         "model.build", "shard_module", not_reduced_at_all, ACROSS_EDGES),
     "gathered keys in the order of the groups, not of the tokens": Mutation(
-        "model.gpt", "gather_keys", keys_in_the_order_of_groups, TWO_LEVELS),
+        "model.attention", "gather_keys", keys_in_the_order_of_groups, TWO_LEVELS),
     "gradient of a gathered key from one group only": Mutation(
         "parallel.collectives", "_reduce_scatter_rows", gathered_gradient_of_the_own_group, TWO_LEVELS),
     "contiguous slices under the balanced order of two levels": Mutation(
@@ -255,7 +253,14 @@ MUTATIONS = {
     "the last microbatch's gradient not reduced": Mutation(
         "pretrain.step", "set_microbatch", last_microbatch_not_reduced, Case(dp=2)),
     "softmax maximum of this tp rank only": Mutation(
-        "parallel.tensor", "all_reduce", without_max, Case(tp=2)),
+        "model.loss", "all_reduce", without_max, Case(tp=2)),
     "padded rows of the vocabulary take part in the softmax (Megatron-Bridge#5375)": Mutation(
-        "model.gpt", "GPTStage.logits", unmasked_padding, Case(tp=2)),
+        "model.gpt", "Head", lambda original: lambda tp, vocab_size, chunk_tokens: original(tp, 1 << 30, chunk_tokens),
+        Case(tp=2)),
+    "the last tokens of an MLP in tiles dropped (TransformerEngine#1930)": Mutation(
+        "model.mlp", "_tiles", lambda original: lambda total, count: original(total - total % count, count),
+        Case(cp=2, memory=MemorySettings(mlp_tiles=3))),
+    "gradient of the input from the last group of heads only": Mutation(
+        "model.attention_chunks", "_Gradients.add", last_chunk_only,
+        Case(cp=2, model=MANY_KV, memory=MemorySettings(attention_head_chunks=2))),
 }
