@@ -56,8 +56,9 @@ def _turn(x_tnH: torch.Tensor, cos_tH: torch.Tensor, sin_tH: torch.Tensor, sign:
     out = x_tnH * cos_tH[:, None, :]
     # Both halves of a row of the tables are the same angles.
     sin = sin_tH[:, None, :half]
-    out[..., :half].addcmul_(x_tnH[..., half:], sin, value=-sign)
-    out[..., half:].addcmul_(x_tnH[..., :half], sin, value=sign)
+    # Not addcmul_: transformers rounds the products before it adds them.
+    out[..., :half].sub_(x_tnH[..., half:] * sin, alpha=sign)
+    out[..., half:].add_(x_tnH[..., :half] * sin, alpha=sign)
     return out
 
 

@@ -11,9 +11,7 @@ from model.init import BLOCK_ELEMENTS, normal_rows
 from model.kernels import choose_attention, make_segments, varlen_options
 from model.sharding import shardings_for
 from parallel.context import group_pieces
-from parallel.layout import single_process_layout
 from parallel.schedule import layers_of_stage
-from parallel.tensor import vocab_parallel_cross_entropy
 from parallel.ulysses import HeadSplit
 
 CPU = torch.device("cpu")
@@ -136,22 +134,6 @@ def test_every_parameter_has_a_sharding():
     assert replicated.dim is None and replicated.partial_gradient
     with pytest.raises(AssertionError, match="no row of the sharding table"):
         shardings_for(["layers.0.unknown.weight"], few_kv, 2)
-
-
-def test_cross_entropy_equals_torch_gradient_included():
-    torch.manual_seed(0)
-    logits = torch.randn(30, 17, dtype=torch.float64)
-    logits[:, 15:] = float("-inf")  # padded columns
-    logits.requires_grad_()
-    labels = torch.randint(0, 15, (30,))
-    labels[::4] = IGNORE
-    weight = torch.randn(30, dtype=torch.float64)
-    tp = single_process_layout(CPU).tp
-    found = vocab_parallel_cross_entropy(logits, labels, tp, IGNORE)
-    expected = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
-    assert torch.allclose(found, expected, atol=1e-13) and (found[::4] == 0).all()
-    gradients = [torch.autograd.grad((x * weight).sum(), logits)[0] for x in (found, expected)]
-    assert torch.allclose(*gradients, atol=1e-13) and (gradients[0][:, 15:] == 0).all()
 
 
 def test_our_call_fits_the_signature_of_torchs_varlen_attention():

@@ -11,7 +11,8 @@ from model.config import ModelConfig
 from model.hf import context_to_declare, huggingface_config, huggingface_name, model_settings
 from model.init import normal_rows
 from model.kernels import choose_attention
-from model.rope import PARAMETERS, ROPE_SETTINGS, Rope, inverse_frequencies, rotary_tables, rotate
+from model.pointwise import rotate
+from model.rope import PARAMETERS, ROPE_SETTINGS, Rope, inverse_frequencies, rotary_tables
 from pretrain.load_config import load_config
 from pretrain.phase_config import PhaseConfig
 

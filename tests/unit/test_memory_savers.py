@@ -1,0 +1,195 @@
+"""What is computed in pieces, or again, or kept elsewhere: the same numbers, and really less."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from data.batch import IGNORE
+from model.attention_tape import AttentionTape, KeptCall, empty
+from model.config import ModelConfig
+from model.gpt import GPTStage
+from model.kernels import choose_attention
+from model.loss import Head, fused_loss, score
+from model.memory import MemorySettings
+from model.mlp import swiglu
+from model.pointwise import rms_norm, rotate
+from parallel.layout import single_process_layout
+from parallel.ulysses import HeadSplit, chunk_counts, head_rounds
+
+CPU = torch.device("cpu")
+LAYOUT = single_process_layout(CPU)
+
+
+def leaves(*shapes: tuple[int, ...], dtype=torch.float64) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor, inputs: list[torch.Tensor], tolerance=1e-12) -> None:
+    """Values and gradients, for a random gradient of the result."""
+    weight = torch.randn_like(expected)
+    pairs = [(found, expected), *zip(torch.autograd.grad(found, inputs, weight),
+                                     torch.autograd.grad(expected, inputs, weight), strict=True)]
+    for a, b in pairs:
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 30, 2048])
+@pytest.mark.parametrize("vocabulary", [17, 13])
+def test_the_fused_loss_is_cross_entropy_over_the_real_tokens(chunk, vocabulary):
+    x, weight = leaves((30, 8), (17, 8))
+    labels = torch.arange(30) % vocabulary
+    labels[::4] = IGNORE
+    head = Head(LAYOUT.tp, vocabulary, chunk)
+    found = fused_loss(x, weight, labels, 0.25, head)
+    logits = x @ weight[:vocabulary].T
+    assert_same(found, 0.25 * F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum"), [x, weight])
+    with torch.no_grad():
+        total, hits = score(x, weight, labels, head)
+    assert torch.allclose(total, 4 * found) and hits == (logits.argmax(1) == labels).sum() > 0
+
+
+def test_a_loss_without_targets_is_zero_with_gradients_of_zero():
+    x, weight = leaves((6, 8), (17, 8))
+    found = fused_loss(x, weight, torch.full((6,), IGNORE), 1.0, Head(LAYOUT.tp, 17, 4))
+    assert found == 0 and all((grad == 0).all() for grad in torch.autograd.grad(found, [x, weight]))
+
+
+def test_the_loss_may_be_asked_twice_for_its_gradient():
+    """A schedule that splits the backward does."""
+    x, weight = leaves((6, 8), (17, 8))
+    found = fused_loss(x, weight, torch.arange(6), 1.0, Head(LAYOUT.tp, 17, 4))
+    first, second = (torch.autograd.grad(found, [x, weight], torch.tensor(3.0).double(), retain_graph=True)
+                     for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("tiles", [1, 3, 4, 50])
+def test_swiglu_in_tiles(tiles):
+    inputs = leaves((10, 6), (12, 6), (12, 6), (6, 12))
+    x, gate, up, down = inputs
+    assert_same(swiglu(*inputs, tiles), (F.silu(x @ gate.T) * (x @ up.T)) @ down.T, inputs)
+
+
+def test_tiles_add_their_gradients_in_fp32():
+    """In bf16, 64 additions of a part to the sum would lose more than the parts' own rounding."""
+    inputs = [x.detach().bfloat16().requires_grad_() for x in leaves((512, 16), (32, 16), (32, 16), (16, 32))]
+    grads = {tiles: torch.autograd.grad(swiglu(*inputs, tiles).sum(), inputs[1])[0].double() for tiles in (1, 64)}
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    expected = torch.autograd.grad(swiglu(*exact, 1).sum(), exact[1])[0]
+    errors = {tiles: float((grad - expected).norm() / expected.norm()) for tiles, grad in grads.items()}
+    assert errors[64] < 1.5 * errors[1], errors
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_norm_and_rotation_have_the_gradients_of_their_definitions(dtype, tolerance):
+    x, weight, cos, sin = leaves((5, 3, 8), (8,), (5, 4), (5, 4), dtype=dtype)
+    expected = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * weight
+    assert_same(rms_norm(x, weight, 1e-5), expected, [x, weight], tolerance)
+    cos, sin = (torch.cat([table, table], dim=-1).detach() for table in (cos, sin))
+    first, second = x.chunk(2, dim=-1)
+    expected = x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+    assert_same(rotate(x, cos, sin), expected, [x], tolerance)
+
+
+def test_a_kept_call_forgets_its_inputs_and_gives_their_gradients():
+    q, k, v = leaves((6, 4, 8), (6, 2, 8), (6, 2, 8))
+
+    def call(q, k, v):
+        return torch.einsum("nmh,skh->nms", q, k).softmax(-1) @ v.sum(1)
+
+    expected = torch.autograd.grad(call(q, k, v).square().sum(), [q, k, v])
+    tape = AttentionTape()
+    copies = [x.detach().clone() for x in (q, k, v)]
+    out = tape.attend(call, *copies)
+    empty(*copies)
+    assert all(x.untyped_storage().nbytes() == 0 for x in tape.calls[0].inputs)
+    tape.play()
+    again = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    found = torch.autograd.grad(tape.attend(call, *again).square().sum(), again)
+    assert torch.equal(out, call(q, k, v)) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_kept_output_may_be_away_meanwhile():
+    q, k, v = leaves((6, 4, 8), (6, 2, 8), (6, 2, 8))
+    call = KeptCall(lambda q, k, v: q * k.sum() * v.sum(), q, k, v)
+    copy = call.output.clone()
+    call.empty_output()
+    assert call.output.untyped_storage().nbytes() == 0
+    call.refill_output(copy.clone())
+    assert torch.equal(call.output, copy)
+
+
+SPLITS = [(32, 8, 8), (32, 8, 1), (32, 32, 4), (32, 8, 4), (32, 4, 8), (16, 1, 2), (16, 4, 2)]
+
+
+@pytest.mark.parametrize("heads, kv_heads, ranks", SPLITS)
+def test_in_chunks_each_rank_attends_with_its_own_heads_and_no_key_travels_twice(heads, kv_heads, ranks):
+    split = HeadSplit.make(heads, kv_heads, ranks)
+    for chunks in chunk_counts(split)[1:]:
+        rounds = head_rounds(split, chunks)
+        assert sum(len(each.query_chunks) for each in rounds) == chunks
+        for rank in range(ranks):
+            queries, keys = [], []
+            for each in rounds:
+                (k0, k1), (q0, q1) = each.kv_split.kv[rank], each.query_split.query[rank]
+                keys += each.kv_heads[k0:k1]
+                for flat in each.query_chunks:
+                    queries += flat[q0:q1]
+                    # `attend` pairs query i with key i // (queries / keys).
+                    assert [each.kv_heads[k0 + i // ((q1 - q0) // (k1 - k0))] for i in range(q1 - q0)] == [
+                        head // split.group for head in flat[q0:q1]]
+            assert queries == list(range(*split.query[rank])) and keys == list(range(*split.kv[rank]))
+        assert max(Counter(head for each in rounds for head in each.kv_heads).values()) == 1
+
+
+def test_chunk_counts_are_those_that_divide_a_ranks_heads():
+    assert chunk_counts(HeadSplit.make(32, 8, 8)) == [1, 2, 4]  # 4 query heads of one group
+    assert chunk_counts(HeadSplit.make(32, 8, 1)) == [1, 2, 4, 8, 16, 32]
+    assert chunk_counts(HeadSplit.make(6, 2, 4)) == [1]  # uneven
+    assert chunk_counts(HeadSplit.make(12, 3, 2)) == [1]  # a rank's 6 heads are one group and a half
+
+
+class Counting(TorchDispatchMode):
+    """How often each operator runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("settings, forwards, products", [
+    (MemorySettings(), 1, 0), (MemorySettings("selective"), 1, 2), (MemorySettings("full"), 2, 6),
+    (MemorySettings("attention_kept"), 1, 6), (MemorySettings("full", attention_head_chunks=2), 2, None),
+    (MemorySettings("attention_kept", attention_head_chunks=2), 1, None)], ids=str)
+def test_each_level_computes_again_what_it_says(settings, forwards, products):
+    """Attention's forward per layer, and matrix products of a layer that run a second time.
+
+    Never all seven: neither the MLP's result nor, in chunks, the projections of a kept attention are needed again.
+    """
+    def calls(settings: MemorySettings) -> Counter:
+        config = ModelConfig(num_layers=2, hidden_size=16, ffn_hidden_size=24, num_attention_heads=4)
+        stage = GPTStage(config, 50, LAYOUT, choose_attention("sdpa", CPU, torch.float32)[0]).to_empty(device=CPU)
+        for parameter in stage.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        batch = type("Batch", (), dict(tokens=torch.arange(12), labels=torch.arange(12), positions=torch.arange(12),
+                                       cu_seqlens=torch.tensor([0, 12], dtype=torch.int32)))
+        stage.memory = settings
+        stage.begin_step([batch], 12)
+        with Counting() as counting:
+            stage(torch.empty(0)).backward()
+        return counting.calls
+
+    found, plain = calls(settings), calls(MemorySettings())
+    chunks, layers = settings.attention_head_chunks, 2
+    assert found["_scaled_dot_product_flash_attention_for_cpu"] == layers * chunks * forwards
+    if products is not None:
+        assert found["mm"] + found["addmm"] - plain["mm"] - plain["addmm"] == layers * products
