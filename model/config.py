@@ -1,6 +1,6 @@
 """Settings of the model, and the presets by name."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from model.memory import MemorySettings, Recompute
@@ -84,6 +84,12 @@ class ModelConfig:
     recompute_granularity: Recompute | None = None
     """What backward computes again: selective = the MLP; full = the layer, from its input; attention_kept = the layer
     but for the attention's forward, whose output is kept. A phase may change it."""
+    recompute_activations: bool = False
+    """Megatron-LM's switch for recompute_granularity selective; given, it must agree with it."""
+    recompute_modules: list[str] = field(default_factory=list)
+    """What selective computes again: mlp, by default. core_attn alone is nothing: no kernel keeps the scores."""
+    cpu_offloading: bool | None = None
+    """Megatron-LM's switch beside --cpu-offloading-num-layers; given, it must agree with it."""
     cpu_offloading_num_layers: int = 0
     """Layers of each stage, from its first, whose kept tensors wait in the host's memory; with recompute full or
     attention_kept. A phase may change it."""
@@ -107,7 +113,14 @@ class ModelConfig:
     @property
     def memory(self) -> MemorySettings:
         """How computing is traded for memory, before a phase changes it."""
-        return MemorySettings(**{field.name: getattr(self, field.name) for field in fields(MemorySettings)})
+        given = MemorySettings(**{field.name: getattr(self, field.name) for field in fields(MemorySettings)})
+        switch = "selective" if self.recompute_activations else None
+        return replace(given, recompute_granularity=self.recompute_level(self.recompute_granularity or switch))
+
+    def recompute_level(self, asked: str | None) -> Recompute | None:
+        """What is computed again under recompute_granularity `asked`, None = nothing."""
+        is_nothing = asked == "none" or asked == "selective" and set(self.recompute_modules) == {"core_attn"}
+        return None if is_nothing else asked
 
     @property
     def rope(self) -> Rope:
@@ -144,11 +157,23 @@ class ModelConfig:
         for name in ("norm_epsilon", "init_method_std", "rotary_base"):
             if not getattr(self, name) > 0:
                 problems.append(f"{name} = {getattr(self, name)}: must be above 0. Fix: give a positive number.")
-        problems += self.memory.problems()
+        problems += self.memory.problems() + self._recompute_problems()
         if self.kv_channels is not None and self.kv_channels < 1:
             problems.append(f"kv_channels = {self.kv_channels}: must be at least 1. Fix: give the size of one head.")
         if not problems:
             problems += self._head_problems()
+        return problems
+
+    def _recompute_problems(self) -> list[str]:
+        problems = []
+        if self.recompute_activations and self.recompute_granularity not in (None, "selective"):
+            problems.append("recompute_activations = True: means recompute_granularity selective, but that is "
+                            f"{self.recompute_granularity}. Fix: remove one of them.")
+        others = [name for name in self.recompute_modules if name not in RECOMPUTE_MODULES]
+        if others:
+            problems.append(f"recompute_modules = {' '.join(others)}: selective computes the MLP with its norm again "
+                            f"and nothing else by itself. Fix: {' or '.join(RECOMPUTE_MODULES)}, or "
+                            "--recompute-granularity full or attention_kept.")
         return problems
 
     def _head_problems(self) -> list[str]:
@@ -169,6 +194,13 @@ class ModelConfig:
                             "even. Fix: an even head size.")
         return problems
 
+
+RECOMPUTE_MODULES = ("mlp", "core_attn")
+"""Of Megatron-LM's, those that --recompute-modules may name."""
+
+MEMORY_SETTINGS = (*(field.name for field in fields(MemorySettings)), "recompute_activations", "recompute_modules",
+                   "cpu_offloading")
+"""Fields that trade computing for memory: another value changes no result beyond rounding."""
 
 PRESETS: dict[str, dict] = {
     # About 10M parameters with an 8K vocabulary: for laptops, tests and the quick start.

@@ -71,13 +71,17 @@ class Backend:
     cuda_only: bool
     half_only: bool
     make: Callable[[], Attend]
+    keeps_graph: bool = True
+    """Is its graph good after q, k and v were emptied and filled again? (attention_tape.py)"""
 
-    def missing(self, device: torch.device, dtype: torch.dtype) -> str | None:
+    def missing(self, device: torch.device, dtype: torch.dtype, on_tape: bool = False) -> str | None:
         """Why it cannot run here, or None."""
         if self.cuda_only and device.type != "cuda":
             return f"it needs a GPU, and tensors live on {device.type}"
         if self.half_only and dtype not in (torch.bfloat16, torch.float16):
             return f"it computes in bf16 or fp16, not {dtype}"
+        if on_tape and not self.keeps_graph:
+            return "it is not proven to outlive its q, k and v (recompute attention_kept, attention_head_chunks)"
         if self.module is not None and _find_module(self.module) is None:
             return f"the package {self.module} is not installed"
         return None
@@ -153,27 +157,31 @@ def has_bf16_units(device: torch.device) -> bool:
 
 BACKENDS = {backend.name: backend for backend in (
     Backend("flash", "flash_attn", True, True, _flash),
-    Backend("te", "transformer_engine", True, True, _te),
+    Backend("te", "transformer_engine", True, True, _te, keeps_graph=False),
     Backend("varlen", "torch.nn.attention.varlen", True, True, _varlen),
     Backend("sdpa", None, False, False, _sdpa),
 )}
 """In the order in which `auto` prefers them."""
 
 
-def choose_attention(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Attend, str]:
+def choose_attention(name: str, device: torch.device, dtype: torch.dtype,
+                     on_tape: bool = False) -> tuple[Attend, str]:
     """The attend function for `name` and one line that says what was chosen and why.
+
+    Args:
+        on_tape: do calls go through attention_tape.py?
 
     Raises:
         ValueError: an explicitly named backend cannot run here.
     """
     if name != "auto":
-        reason = BACKENDS[name].missing(device, dtype)
+        reason = BACKENDS[name].missing(device, dtype, on_tape)
         if reason:
             raise ValueError(f"attention_backend = {name}: {reason}. Fix: --attention-backend auto, or install it.")
         return BACKENDS[name].make(), f"attention: {name} (asked for)"
     passed_over = []
     for backend in BACKENDS.values():
-        reason = backend.missing(device, dtype)
+        reason = backend.missing(device, dtype, on_tape)
         if reason is None:
             why = "; ".join(passed_over) or "first choice"
             return backend.make(), f"attention: {backend.name} ({why})"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from model.cost import step_seconds
 from model.hardware import CPU, TABLE, Hardware, find_hardware
+from model.memory import KEEPS_INPUT_ONLY, MemorySettings
 from model.rank_memory import GIB, Load, Memory, MemoryModel, show_bytes
 from parallel.config import LayoutConfig
 from parallel.layout import device_here
@@ -26,6 +27,8 @@ AS_FAST = 1.02
 """Step times within this factor of the fastest are no difference: the simpler layout is taken."""
 STRATEGIES = ("optim_grads", "optim", "optim_grads_params")
 """Sharding strategies, the first where the estimate sees no difference."""
+LEVELS = (None, "selective", "full", "attention_kept")
+"""Levels of recompute, in the same way."""
 CHOSEN = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "cp_comm_type",
           "hierarchical_context_parallel_sizes", "data_parallel_sharding_strategy")
 """Fields of the layout that a choice sets."""
@@ -67,10 +70,12 @@ class Candidate:
     def simplicity(self) -> tuple:
         """Of two equally fast layouts the smaller is taken."""
         tp, pp, cp = self.phase.layout.sizes
-        return tp, pp, cp, self.phase.recompute_granularity or "", STRATEGIES.index(self.phase.layout.sharding_strategy)
+        return (tp, pp, cp, LEVELS.index(self.phase.memory.recompute_granularity),
+                STRATEGIES.index(self.phase.layout.sharding_strategy))
 
     def describe(self) -> str:
-        recompute = f" recompute {self.phase.recompute_granularity}" if self.phase.recompute_granularity else ""
+        level = self.phase.memory.recompute_granularity
+        recompute = f" recompute {level}" if level else ""
         return f"{self.phase.layout.describe()} dp {self.dp} {self.phase.layout.sharding_strategy}{recompute}"
 
     def settled(self) -> Phase:
@@ -103,10 +108,13 @@ def candidates(phase: Phase, config: Config, world_size: int, model: MemoryModel
                ) -> Iterator[Candidate]:
     """Every legal layout that keeps what the phase gives."""
     strategies = STRATEGIES if "data_parallel_sharding_strategy" in phase.auto else (phase.layout.sharding_strategy,)
-    recomputes = (None, "full") if "recompute_granularity" in phase.auto else (phase.recompute_granularity,)
+    given = phase.memory.recompute_granularity
+    recomputes = (None, "full") if "recompute_granularity" in phase.auto else (given,)
+    if phase.memory.cpu_offloading_num_layers and "recompute_granularity" in phase.auto:
+        recomputes = tuple(level for level in recomputes if level in KEEPS_INPUT_ONLY)
     for layout in _layouts(phase, config, world_size):
         pp = layout.pipeline_model_parallel_size
-        plain = dataclasses.replace(phase, layout=layout, recompute_granularity=None)
+        plain = _with_recompute(dataclasses.replace(phase, layout=layout), None)
         if not layout.combination_problems() and check_phase_layout(plain, config, world_size, model.vocab_size):
             continue  # whatever the strategy and the recompute
         for strategy in strategies:
@@ -115,9 +123,13 @@ def candidates(phase: Phase, config: Config, world_size: int, model: MemoryModel
             chosen = dataclasses.replace(layout, use_distributed_optimizer=None,
                                          data_parallel_sharding_strategy=strategy)
             for recompute in recomputes:
-                candidate = dataclasses.replace(phase, layout=chosen, recompute_granularity=recompute)
+                candidate = _with_recompute(dataclasses.replace(phase, layout=chosen), recompute)
                 if not check_phase_layout(candidate, config, world_size, model.vocab_size):
                     yield _estimate(candidate, world_size, model, hardware)
+
+
+def _with_recompute(phase: Phase, level: str | None) -> Phase:
+    return dataclasses.replace(phase, memory=dataclasses.replace(phase.memory, recompute_granularity=level))
 
 
 def _layouts(phase: Phase, config: Config, world_size: int) -> Iterator[LayoutConfig]:
@@ -137,7 +149,7 @@ def _layouts(phase: Phase, config: Config, world_size: int) -> Iterator[LayoutCo
 def _estimate(phase: Phase, world_size: int, model: MemoryModel, hardware: Hardware) -> Candidate:
     dp = phase.data_parallel_size(world_size)
     load = Load(phase.layout, dp, phase.seq_length, phase.micro_batch_size, phase.num_microbatches(world_size),
-                phase.recompute_granularity, phase.cpu_offloading_num_layers)
+                phase.memory.recompute_granularity, phase.memory.cpu_offloading_num_layers)
     return Candidate(phase, dp, model.worst(load), step_seconds(model, load, hardware))
 
 
@@ -188,9 +200,8 @@ def _what_would_fit(phase: Phase, config: Config, world_size: int, model: Memory
     """The nearest changes after which something fits, each with its layout."""
     all_open = (*CHOSEN[:3], "data_parallel_sharding_strategy", "recompute_granularity")
     changes = []
-    if "recompute_granularity" not in phase.auto and phase.recompute_granularity is None:
-        changes.append(("recompute_granularity full", dataclasses.replace(phase, recompute_granularity="full"),
-                        world_size))
+    if "recompute_granularity" not in phase.auto and phase.memory.recompute_granularity is None:
+        changes.append(("recompute_granularity full", _with_recompute(phase, "full"), world_size))
     if phase.micro_batch_size > 1:
         changes.append(("micro_batch_size 1", dataclasses.replace(phase, micro_batch_size=1), world_size))
     if set(phase.auto) != set(all_open):
@@ -232,7 +243,7 @@ def settle_layouts(phases: list[Phase], config: Config, world_size: int, vocab_s
             settled.append(phase)
             continue
         asked, before = _asked(phase, world_size), stored.get(phase.name)
-        if before and before["asked"] == asked:
+        if before and _asked_before(before) == asked:
             kept = _estimate(with_choice(phase, before), world_size, model, device.hardware)
             text = f"{kept.describe()}, {show_bytes(kept.memory.total)} per rank (kept from the checkpoint)"
         else:
@@ -253,8 +264,7 @@ def _asked(phase: Phase, world_size: int) -> dict:
     """What a choice answers to, as JSON gives it back. Not the device: another one keeps the stored choice."""
     given = {"world_size": world_size, "open": phase.auto, "seq_length": phase.seq_length,
              "global_batch_tokens": phase.global_batch_tokens, "micro_batch_size": phase.micro_batch_size,
-             "recompute_granularity": phase.recompute_granularity,
-             "cpu_offloading_num_layers": phase.cpu_offloading_num_layers}
+             **dataclasses.asdict(phase.memory)}
     layout = dataclasses.asdict(phase.layout)
     ignored = ("distributed_backend", "distributed_timeout_minutes")
     return json.loads(json.dumps(given | {name: layout[name] for name in layout if name not in ignored}))
@@ -263,19 +273,25 @@ def _asked(phase: Phase, world_size: int) -> dict:
 def _record(candidate: Candidate, asked: dict) -> dict:
     layout = dataclasses.asdict(candidate.phase.layout)
     return {"asked": asked, "chosen": {name: layout[name] for name in CHOSEN},
-            "recompute_granularity": candidate.phase.recompute_granularity}
+            "recompute_granularity": candidate.phase.memory.recompute_granularity}
 
 
 def with_choice(phase: Phase, record: dict) -> Phase:
     """The phase with the layout that a checkpoint kept for it."""
     layout = dataclasses.replace(phase.layout, use_distributed_optimizer=None, **record["chosen"])
-    return dataclasses.replace(phase, layout=layout, recompute_granularity=record["recompute_granularity"])
+    return _with_recompute(dataclasses.replace(phase, layout=layout), record["recompute_granularity"])
+
+
+def _asked_before(record: dict) -> dict:
+    """What a stored choice answered to; settings that did not exist then had their defaults."""
+    return dataclasses.asdict(MemorySettings()) | record["asked"]
 
 
 def _why_anew(before: dict | None, asked: dict) -> str:
     if before is None:
         return ""
-    changed = [f"{name} was {before['asked'].get(name)}" for name in asked if before["asked"].get(name) != asked[name]]
+    then = _asked_before(before)
+    changed = [f"{name} was {then.get(name)}" for name in asked if then.get(name) != asked[name]]
     was = before["chosen"]
     return (f" (chosen anew, since {', '.join(changed)}; it was tp {was['tensor_model_parallel_size']} "
             f"pp {was['pipeline_model_parallel_size']} cp {was['context_parallel_size']})")

@@ -5,8 +5,11 @@ import math
 
 from data.blend import parse_blend
 from model.build import check_layout
+from model.kernels import BACKENDS
+from model.memory import KEEPS_INPUT_ONLY
 from parallel.config import check_microbatches, check_world_size
 from parallel.schedule import SPLIT_BACKWARD
+from parallel.ulysses import HeadSplit, chunk_counts
 from pretrain.config import Config
 from pretrain.layout_search import nearest_layouts
 from pretrain.phases import Phase, attempt, phase_entries
@@ -35,7 +38,7 @@ def check_phases(phases: list[Phase], config: Config, world_size: int, vocab_siz
                 problems.append(f"{where}data_path = {' '.join(phase.data_path)}: cannot be combined with mock_data. "
                                 "Fix: remove one of them.")
             attempt(problems, lambda p=phase, w=where: parse_blend(p.data_path, f"{w}data_path"))
-        problems += [where + problem for problem in _setting_problems(phase)]
+        problems += [where + problem for problem in _setting_problems(phase, config.model.attention_backend)]
         model = phase_entries(config)[phase.index].with_rope(config.model)
         problems += [where + problem for problem in model.rope_problems()]
         if not (0 < phase.lr < math.inf and 0 <= phase.min_lr <= phase.lr):
@@ -48,17 +51,22 @@ def check_phases(phases: list[Phase], config: Config, world_size: int, vocab_siz
     return problems
 
 
-def _setting_problems(phase: Phase) -> list[str]:
+def _setting_problems(phase: Phase, backend: str) -> list[str]:
     """Settings of a phase that do not go together."""
     problems = []
     is_open = phase.auto and phase.predicted_bytes is None  # the recompute may still be chosen
-    if phase.cpu_offloading_num_layers and phase.recompute_granularity != "full" and not is_open:
-        problems.append(f"cpu_offloading_num_layers = {phase.cpu_offloading_num_layers}: moves the inputs that "
-                        f"recompute_granularity = full keeps, but that is {phase.recompute_granularity}. Fix: give "
-                        "both, or 0 layers.")
-    if phase.cpu_offloading_num_layers < 0:
-        problems.append(f"cpu_offloading_num_layers = {phase.cpu_offloading_num_layers}: must be at least 0. Fix: give "
-                        "0 or more.")
+    memory = phase.memory
+    problems += memory.problems()
+    if memory.cpu_offloading_num_layers and memory.recompute_granularity not in KEEPS_INPUT_ONLY and not is_open:
+        problems.append(f"cpu_offloading_num_layers = {memory.cpu_offloading_num_layers}: moves what "
+                        f"recompute_granularity {' and '.join(KEEPS_INPUT_ONLY)} keep, but that is "
+                        f"{memory.recompute_granularity}. Fix: give both, or 0 layers.")
+    if phase.attention_on_tape and backend in BACKENDS and not BACKENDS[backend].keeps_graph:
+        name = ("recompute_granularity" if memory.recompute_granularity == "attention_kept" else
+                "attention_head_chunks")
+        problems.append(f"attention_backend = {backend}: is not proven to outlive its q, k and v, which {name} = "
+                        f"{getattr(memory, name)} makes again for backward. Fix: --attention-backend auto, or "
+                        "recompute_granularity full and attention_head_chunks 1.")
     if phase.lr_schedule == "rewarm" and phase.index == 0:
         problems.append("lr_schedule = rewarm: is for a later phase. Fix: --lr-warmup-tokens for the start of the run.")
     if phase.lr_warmup_tokens and phase.lr_schedule != "rewarm":
@@ -85,10 +93,39 @@ def check_phase_layout(phase: Phase, config: Config, world_size: int, vocab_size
         nearest = max(1, round(microbatch / layout.token_multiple)) * layout.token_multiple
         problems.append(f"{because}: the {microbatch} tokens of a microbatch must be a multiple of "
                         f"{layout.token_multiple}. Fix: for example a seq_length of {nearest}.")
-    if pp > 1 and layout.schedule in SPLIT_BACKWARD and phase.recompute_granularity:
-        problems.append(f"recompute_granularity = {phase.recompute_granularity}: {layout.schedule} would run every "
-                        "forward four times. Fix: none, or --pipeline-schedule interleaved or 1F1B.")
+    problems += _split_backward_problems(phase)
+    if not problems or problems == [world_problem]:
+        problems += _head_chunk_problems(phase, config)
     return problems if world_problem else problems + _batch_problems(phase, world_size)
+
+
+def _split_backward_problems(phase: Phase) -> list[str]:
+    """Settings under which backward runs a part of forward: a backward in two halves would run it in both."""
+    layout, memory = phase.layout, phase.memory
+    if layout.pipeline_model_parallel_size == 1 or layout.schedule not in SPLIT_BACKWARD:
+        return []
+    other = "or --pipeline-schedule interleaved or 1F1B."
+    problems = []
+    if memory.recompute_granularity:
+        problems.append(f"recompute_granularity = {memory.recompute_granularity}: {layout.schedule} would run every "
+                        f"forward four times. Fix: none, {other}")
+    problems += [f"{name} = {getattr(memory, name)}: {layout.schedule} splits the backward, and each half would go "
+                 f"through all of them. Fix: 1, {other}"
+                 for name in ("mlp_tiles", "attention_head_chunks") if getattr(memory, name) > 1]
+    return problems
+
+
+def _head_chunk_problems(phase: Phase, config: Config) -> list[str]:
+    chunks, model, layout = phase.memory.attention_head_chunks, config.model, phase.layout
+    tp, a2a = layout.tensor_model_parallel_size, layout.context_levels[0]
+    possible = chunk_counts(HeadSplit.make(model.num_attention_heads // tp, max(1, model.num_kv_heads // tp), a2a))
+    if chunks in possible or chunks < 1:
+        return []
+    nearest = [max((n for n in possible if n < chunks), default=None), min((n for n in possible if n > chunks),
+                                                                           default=None)]
+    return [f"attention_head_chunks = {chunks}: the {model.num_attention_heads // tp} query heads of a tensor-parallel "
+            f"rank over {a2a} ranks of an all-to-all allow {', '.join(map(str, possible))}: chunks of whole groups, or "
+            f"equal parts of one. Fix: {' or '.join(str(n) for n in nearest if n is not None)}."]
 
 
 def _batch_problems(phase: Phase, world_size: int) -> list[str]:

@@ -37,6 +37,12 @@ class CompatibilityConfig:
     """Full recompute is uniform, a layer at a time."""
     recompute_num_layers: int = 1
     """Full recompute is a layer at a time."""
+    cpu_offloading_activations: bool = True
+    """What --cpu-offloading-num-layers moves is what a layer keeps for its backward."""
+    cpu_offloading_weights: bool = False
+    """Weights stay on the device."""
+    cpu_offloading_double_buffering: bool = True
+    """While backward computes a layer, what the one before it kept is on its way back."""
     no_load_rng: bool = False
     """There is no random state: everything random is a function of the seed and the clock. A warning."""
     no_save_rng: bool = False
@@ -71,5 +77,6 @@ ACCEPTED = {
     "use_rotary_position_embeddings": (True,), "attention_softmax_in_fp32": (True,), "masked_softmax_fusion": (False,),
     "create_attention_mask_in_dataloader": (False,), "overlap_grad_reduce": (True,), "overlap_param_gather": (True,),
     "exit_on_missing_checkpoint": (True,), "ckpt_format": ("torch_dist",), "log_throughput": (True,),
-    "recompute_method": ("uniform",), "recompute_num_layers": (1,),
+    "recompute_method": ("uniform",), "recompute_num_layers": (1,), "cpu_offloading_activations": (True,),
+    "cpu_offloading_weights": (False,), "cpu_offloading_double_buffering": (True,),
 }

@@ -224,7 +224,7 @@ class Config:
         if optimizer.min_lr > optimizer.lr:
             problems.append(f"min_lr = {optimizer.min_lr}: must not exceed lr = {optimizer.lr}. Fix: lower it.")
         problems += self._out_of_range() + self._one_of_each() + self._unused_rope_parameters()
-        problems += self._passkey_problems()
+        problems += self._passkey_problems() + self._offloading_problems()
         if checkpoint.finetune and not checkpoint.load:
             problems.append("finetune = True: takes the weights of --load, which is not given. Fix: give --load.")
         if checkpoint.ckpt_step is not None and not checkpoint.load:
@@ -237,6 +237,27 @@ class Config:
             problems.append("override_opt_param_scheduler = True: takes this run's learning rate, but "
                             "use_checkpoint_opt_param_scheduler takes the checkpoint's. Fix: remove one of them.")
         return problems
+
+    def _offloading_problems(self) -> list[str]:
+        asked = self.model.cpu_offloading
+        layers = [phase.with_memory(self.model).cpu_offloading_num_layers
+                  for phase in self.schedule.phases or [PhaseConfig()]]
+        if asked is None or asked == (max(layers) > 0):
+            return []
+        return [f"cpu_offloading = {asked}: but cpu_offloading_num_layers = {' '.join(map(str, layers))}. Fix: remove "
+                "one of them."]
+
+    def _recompute_warnings(self) -> list[str]:
+        modules = self.model.recompute_modules
+        levels = [phase.recompute_granularity or self.model.recompute_granularity
+                  or self.model.recompute_activations and "selective"
+                  for phase in self.schedule.phases or [PhaseConfig()]]
+        if not modules:
+            return []
+        if "selective" not in levels:
+            return [f"recompute_modules = {' '.join(modules)}: has no effect without recompute_granularity selective"]
+        return ["recompute_modules = core_attn: nothing is computed again, since no attention kernel keeps the scores"
+                ] if set(modules) == {"core_attn"} else []
 
     def _passkey_problems(self) -> list[str]:
         logging, problems = self.logging, []
@@ -304,7 +325,7 @@ class Config:
         if self.layout.device_memory_gib and not any(self.open_settings(phase)
                                                      for phase in self.schedule.phases or [PhaseConfig()]):
             found.append(f"device_memory_gib = {self.layout.device_memory_gib}: has no effect without --layout auto")
-        found += self.compatibility.warnings()
+        found += self.compatibility.warnings() + self._recompute_warnings()
         if self.checkpoint.no_save_optim and self.checkpoint.save:
             found.append("no_save_optim = True: a run that stops cannot go on with its optimizer state")
         found += [f"{name} = {' '.join(map(str, getattr(logging, name)))}: has no effect without --eval-iters above 0"
@@ -327,7 +348,7 @@ class Config:
         if (phase.data_parallel_sharding_strategy or self.layout.data_parallel_sharding_strategy
                 or self.layout.use_distributed_optimizer) is None:
             found.append("data_parallel_sharding_strategy")
-        if (phase.recompute_granularity or self.model.recompute_granularity) is None:
+        if not (phase.recompute_granularity or self.model.recompute_granularity or self.model.recompute_activations):
             found.append("recompute_granularity")
         return tuple(found)
 

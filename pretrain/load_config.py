@@ -12,7 +12,7 @@ import tyro
 import yaml
 
 from data.units import parse_tokens
-from model.config import PRESETS, ModelConfig
+from model.config import MEMORY_SETTINGS, PRESETS, ModelConfig
 from model.rope import PARAMETERS, Rope
 from pretrain.checkpoint import read_progress
 from pretrain.config import Config
@@ -22,8 +22,7 @@ from pretrain.start import find_start
 
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 # What --use-checkpoint-args leaves to the run: the machine's, and checks on other settings.
-_NOT_OF_THE_WEIGHTS = {"attention_backend", "recompute_granularity", "max_position_embeddings",
-                       "group_query_attention"}
+_NOT_OF_THE_WEIGHTS = {"attention_backend", "max_position_embeddings", "group_query_attention", *MEMORY_SETTINGS}
 # Flags with a second spelling that scripts use.
 ALIASES = {"--ds-sequence-parallel-size": "--context-parallel-size"}
 

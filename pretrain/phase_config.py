@@ -1,6 +1,6 @@
 """One entry of `phases:` as a user writes it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal
 
 import tyro
@@ -8,6 +8,7 @@ import tyro
 from data.config import Exhausted, Packing
 from data.units import parse_tokens
 from model.config import ModelConfig
+from model.memory import MemorySettings
 from model.rope import ROPE_SETTINGS, RopeType
 from parallel.config import CommType, ShardingStrategy
 from parallel.schedule import ScheduleName
@@ -39,8 +40,11 @@ class PhaseConfig:
     hierarchical_context_parallel_sizes: list[int] | None = None
     data_parallel_sharding_strategy: ShardingStrategy | None = None
     sequence_parallel: bool | None = None
-    recompute_granularity: Literal["none", "full"] | None = None
+    recompute_granularity: Literal["none", "selective", "full", "attention_kept"] | None = None
     cpu_offloading_num_layers: int | None = None
+    mlp_tiles: int | None = None
+    attention_head_chunks: int | None = None
+    loss_chunk_tokens: int | None = None
     rotary_base: float | None = None
     use_rope_scaling: bool | None = None
     rope_type: RopeType | None = None
@@ -67,6 +71,13 @@ class PhaseConfig:
     def has_own_batch(self) -> bool:
         """Does the phase leave the run's batch and its schedule?"""
         return bool(self.global_batch_tokens is not None or self.rampup_batch_size or self.step_batch_size_schedule)
+
+    def with_memory(self, model: ModelConfig) -> MemorySettings:
+        """The run's memory settings with this phase's."""
+        given = {field.name: getattr(self, field.name) for field in fields(MemorySettings)
+                 if getattr(self, field.name) is not None}
+        settings = replace(model.memory, **given)
+        return replace(settings, recompute_granularity=model.recompute_level(settings.recompute_granularity))
 
     def with_rope(self, model: ModelConfig) -> ModelConfig:
         """The run's model settings with this phase's rope; parameters that it leaves out are the run's own."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
+from model.memory import MemorySettings
 from model.rank_memory import show_bytes
 from model.rope import Rope
 from parallel.config import LayoutConfig
@@ -44,8 +45,7 @@ class Phase:
     """The steps of the phase, by their size."""
     micro_batch_size: int
     layout: LayoutConfig
-    recompute_granularity: str | None
-    cpu_offloading_num_layers: int
+    memory: MemorySettings
     rope: Rope
     document_masking: bool
     packing: str
@@ -67,6 +67,11 @@ class Phase:
         layout = self.layout
         return (*layout.sizes, layout.schedule, layout.stages_per_rank, layout.context_levels,
                 layout.sharding_strategy, layout.sequence_parallel and layout.tensor_model_parallel_size > 1)
+
+    @property
+    def attention_on_tape(self) -> bool:
+        """Do attention calls wait for their backward without q, k and v (model/attention_tape.py)?"""
+        return self.memory.recompute_granularity == "attention_kept" or self.memory.attention_head_chunks > 1
 
     @property
     def steps(self) -> int:
@@ -167,13 +172,11 @@ def _resolve(config: Config, entry: PhaseConfig, index: int, start: int) -> Phas
     layout = dataclasses.replace(config.layout, **{
         field.name: pick(field.name, config.layout) for field in dataclasses.fields(config.layout)
         if hasattr(entry, field.name)})
-    recompute = pick("recompute_granularity", config.model)
     return Phase(
         name=entry.name, index=index, start=start, end=stretches[-1].end, tokens=tokens, seq_length=seq_length,
         global_batch_tokens=max(stretch.batch for stretch in stretches), stretches=stretches, micro_batch_size=micro,
-        layout=layout, recompute_granularity=None if recompute == "none" else recompute,
-        cpu_offloading_num_layers=pick("cpu_offloading_num_layers", config.model),
-        rope=entry.with_rope(config.model).rope, document_masking=pick("document_masking", config.data),
+        layout=layout, memory=entry.with_memory(config.model), rope=entry.with_rope(config.model).rope,
+        document_masking=pick("document_masking", config.data),
         packing=pick("packing", config.data), data_exhausted=pick("data_exhausted", config.data),
         data_path=tuple(entry.data_path or config.data.data_path or config.data.train_data_path),
         lr=pick("lr", config.optimizer), min_lr=pick("min_lr", config.optimizer),

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from data.config import parse_windows
+from model.config import MEMORY_SETTINGS
 from model.rope import ROPE_SETTINGS, Rope
 from pretrain.batch_schedule import Stretch, batch_at
 from pretrain.config import CheckpointConfig, Config
@@ -37,8 +38,8 @@ SECTIONS: dict[str, Kind] = {"model": "forbidden", "layout": "free", "data": "da
 FIELDS: dict[str, Kind] = {
     # model: what does not shape the weights
     "model": "free", "group_query_attention": "free", "max_position_embeddings": "free", "init_method_std": "free",
-    "attention_backend": "free", "recompute_granularity": "free", "cpu_offloading_num_layers": "free",
-    "attention_dropout": "free", "hidden_dropout": "free", **dict.fromkeys(ROPE_SETTINGS, "effect"),
+    "attention_backend": "free", **dict.fromkeys(MEMORY_SETTINGS, "free"), "attention_dropout": "free",
+    "hidden_dropout": "free", **dict.fromkeys(ROPE_SETTINGS, "effect"),
     # data: what the tokenizer's description, the blend, the phase or the skipped windows say
     "tokenizer_type": "effect", "tokenizer_model": "effect", "vocab_size": "effect", "data_path": "effect",
     "train_data_path": "effect", "data_args_path": "effect", "document_masking": "effect", "packing": "effect",
@@ -58,7 +59,7 @@ FIELDS: dict[str, Kind] = {
 PHASE: dict[str, Kind] = {
     "name": "free", "index": "free", "start": "free", "end": "free", "tokens": "free", "seq_length": "data",
     "global_batch_tokens": "effect", "stretches": "effect", "micro_batch_size": "free", "layout": "free",
-    "recompute_granularity": "free", "cpu_offloading_num_layers": "free", "rope": "optimization",
+    "memory": "free", "rope": "optimization",
     "document_masking": "data", "packing": "data", "data_path": "effect", "data_exhausted": "data", "lr": "effect",
     "min_lr": "effect", "lr_schedule": "effect", "lr_warmup_tokens": "effect", "auto": "free",
     "predicted_bytes": "free",

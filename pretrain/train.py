@@ -112,7 +112,8 @@ class Trainer:
         self.master_dtype = torch.float64 if optimizer_config.fp64 else torch.float32
         self.compute_dtype = torch.bfloat16 if optimizer_config.bf16 else self.master_dtype
         attend, self.attention_note = choose_attention(self.config.model.attention_backend, self.layout.device,
-                                                       self.compute_dtype)
+                                                       self.compute_dtype,
+                                                       any(each.attention_on_tape for each in self.plan.phases))
         if optimizer_config.bf16 and self.world.rank == 0 and not has_bf16_units(self.layout.device):
             warn("bf16 = True: this CPU has no bf16 units and emulates them many times slower. Fix: --no-bf16")
         stages = build_stages(self.config.model, self.plan.vocab_size, self.layout, attend,
@@ -157,8 +158,7 @@ class Trainer:
         """The remaining steps of one phase, or those until someone asks to stop -> (asked, last step's number)."""
         state, settings = self.state, self.config.checkpoint
         for stage in state.stages:
-            stage.rope, stage.recompute = phase.rope, phase.recompute_granularity
-            stage.offloaded_layers = phase.cpu_offloading_num_layers
+            stage.rope, stage.memory = phase.rope, phase.memory
         stepper = Stepper(state.stages, self.layout, self.config.model.hidden_size, self.compute_dtype,
                           phase.layout.sharding_strategy)
         begins = self.feed.enter(phase, state.clock)

@@ -54,7 +54,7 @@ def test_sizes_that_are_given_are_kept():
                                                                    "recompute_granularity": "full"})
     first, second = choose(made, 64)
     assert first.best.phase.layout.sizes[0] == 4 and second.best.phase.layout.sizes[2] == 1
-    assert second.best.phase.recompute_granularity == "full"
+    assert second.best.phase.memory.recompute_granularity == "full"
     whole_run = config("llama3-8b", {}, pipeline_model_parallel_size=2, data_parallel_sharding_strategy="optim")
     (choice,) = choose(whole_run, 64)
     assert choice.best.phase.layout.sizes[1] == 2 and choice.best.phase.layout.sharding_strategy == "optim"
@@ -117,6 +117,24 @@ def test_the_stored_choice_wins_until_the_question_changes():
     made.schedule.phases[0].seq_length = 65536
     _, _, lines = settle(made, 64, stored)
     assert "(chosen anew, since seq_length was 131072;" in lines[0]
+
+
+def test_choices_of_earlier_versions_are_kept():
+    """Their records know neither tiles nor chunks."""
+    made = config("llama3-8b", {"seq_length": 131072})
+    phases, stored, _ = settle(made, 64)
+    for name in ("mlp_tiles", "attention_head_chunks", "loss_chunk_tokens"):
+        del stored["phase0"]["asked"][name]
+    again, _, lines = settle(made, 64, stored, device=Device(TABLE["H100"], 60 * GIB))
+    assert again == phases and lines[0].endswith("(kept from the checkpoint)")
+    made.schedule.phases[0].mlp_tiles = 4
+    assert "(chosen anew, since mlp_tiles was 1;" in settle(made, 64, stored)[2][0]
+
+
+def test_offloaded_layers_need_a_level_that_keeps_inputs():
+    made = config("llama3-8b", {"cpu_offloading_num_layers": 4})
+    (choice,) = choose(made, 64)
+    assert choice.best.phase.memory.recompute_granularity in ("full", "attention_kept")
 
 
 def test_a_phase_that_is_over_need_not_fit():

@@ -53,6 +53,30 @@ def test_a_megatron_llama_script_is_accepted_or_answered():
     assert {phase.layout.sharding_strategy for phase in resolve_phases(config)} == {"optim"}
 
 
+@pytest.mark.parametrize("flags, level, warnings", [
+    ("--recompute-activations", "selective", []),
+    ("--recompute-granularity selective --recompute-modules mlp core_attn", "selective", []),
+    ("--recompute-granularity selective --recompute-modules core_attn", None, ["nothing is computed again"]),
+    ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", "full", []),
+    ("--recompute-granularity attention_kept --cpu-offloading --cpu-offloading-num-layers 4", "attention_kept", []),
+    ("--recompute-granularity none --no-cpu-offloading", None, []),
+    ("--recompute-granularity full --recompute-modules mlp", "full", ["has no effect without recompute_granularity"]),
+])
+def test_megatrons_memory_flags(flags, level, warnings, tmp_path):
+    config = load_config(f"--model tiny --mock-data --vocab-size 100 --seq-length 8 --global-batch-size 1 "
+                         f"--train-iters 1 {flags}".split())
+    assert config.validate() == [] and resolve_phases(config)[0].memory.recompute_granularity == level
+    found = config.warnings()
+    assert len(found) == len(warnings) and all(part in text for part, text in zip(warnings, found, strict=True))
+    assert load_config(["--config", write(tmp_path, dump_yaml(config))]).model == config.model
+
+
+def test_megatrons_switch_for_recompute_must_agree():
+    config = load_config("--model tiny --recompute-activations --recompute-granularity full".split())
+    assert any(text.startswith("recompute_activations = True: means recompute_granularity selective, but that is full")
+               for text in config.validate())
+
+
 def test_yaml_values_are_read_by_the_type_of_their_field(tmp_path):
     path = write(tmp_path, "model: tiny\nlr: 8.0e-6\ndocument_masking: off\nnum_query_groups: null\nphases:\n"
                            "  - {name: a, seq_length: 64Ki, rotary_base: 5.0e8}\n")
@@ -174,6 +198,16 @@ CHECKS = [
     ("max_skipped_steps", -3, "max_skipped_steps = -3: must be at least 0"),
     ("kv_channels", 0, "kv_channels = 0: must be at least 1"),
     ("create_attention_mask_in_dataloader", True, "here it is always False. Fix: remove the flag"),
+    ("recompute_method", "block", "recompute_method = block: here it is always uniform"),
+    ("recompute_num_layers", 4, "recompute_num_layers = 4: here it is always 1"),
+    ("recompute_modules", ["mlp", "layernorm"], "recompute_modules = layernorm: selective computes the MLP with its "
+     "norm again and nothing else by itself. Fix: mlp or core_attn, or --recompute-granularity full or attention_kept"),
+    ("mlp_tiles", 0, "mlp_tiles = 0: must be at least 1. Fix: give 1 or more"),
+    ("attention_head_chunks", -1, "attention_head_chunks = -1: must be at least 1"),
+    ("loss_chunk_tokens", 0, "loss_chunk_tokens = 0: must be at least 1"),
+    ("cpu_offloading_num_layers", -1, "cpu_offloading_num_layers = -1: must be at least 0"),
+    ("cpu_offloading", True, "cpu_offloading = True: but cpu_offloading_num_layers = 0. Fix: remove one of them"),
+    ("cpu_offloading_weights", True, "cpu_offloading_weights = True: here it is always False"),
     ("ckpt_format", "torch", "ckpt_format = torch: here it is always torch_dist"),
     ("finetune", True, "finetune = True: takes the weights of --load"),
     ("ckpt_step", 5, "ckpt_step = 5: chooses an iteration of --load"),

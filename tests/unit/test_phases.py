@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from data.units import parse_tokens
+from model.memory import MemorySettings
 from model.rope import Rope
 from parallel.schedule import accepts, nearest_counts, stages_of_rank
 from pretrain.check_phases import check_phases, length_warnings, rope_warnings
@@ -120,6 +121,18 @@ def test_all_phase_problems_are_reported_at_once():
      "ZBV has exactly 2"),
     (dict(pipeline_model_parallel_size=2, pipeline_schedule="ZBV", recompute_granularity="full"), 2,
      "recompute_granularity = full: ZBV would run every forward four times"),
+    (dict(pipeline_model_parallel_size=2, pipeline_schedule="zero-bubble", mlp_tiles=4), 2,
+     "mlp_tiles = 4: zero-bubble splits the backward, and each half would go through all of them. Fix: 1, or --pipe"),
+    (dict(pipeline_model_parallel_size=2, pipeline_schedule="ZBV", attention_head_chunks=2), 2,
+     "attention_head_chunks = 2: ZBV splits the backward, and each half would go through all of them"),
+    (dict(attention_head_chunks=3), 1, "attention_head_chunks = 3: the 4 query heads of a tensor-parallel rank over 1 "
+     "ranks of an all-to-all allow 1, 2, 4: chunks of whole groups, or equal parts of one. Fix: 2 or 4."),
+    (dict(attention_head_chunks=4, context_parallel_size=2, tensor_model_parallel_size=2), 4,
+     "the 2 query heads of a tensor-parallel rank over 2 ranks of an all-to-all allow 1: chunks of whole groups, or "
+     "equal parts of one. Fix: 1."),
+    (dict(attention_head_chunks=0), 1, "attention_head_chunks = 0: must be at least 1"),
+    (dict(mlp_tiles=0), 1, "mlp_tiles = 0: must be at least 1"),
+    (dict(loss_chunk_tokens=0), 1, "loss_chunk_tokens = 0: must be at least 1"),
     (dict(pipeline_model_parallel_size=2, pipeline_schedule="zero-bubble",
           data_parallel_sharding_strategy="optim_grads_params"), 2, "zero-bubble: loses gradients with"),
     (dict(context_parallel_size=4, cp_comm_type="p2p"), 4, "cp_comm_type = p2p: is not built. Fix: a2a, or for more "
@@ -138,7 +151,9 @@ def test_all_phase_problems_are_reported_at_once():
     (dict(seq_length=130, global_batch_tokens=260, context_parallel_size=4), 4,
      "the 130 tokens of a microbatch must be a multiple of 4. Fix: for example a seq_length of 128"),
     (dict(rotary_base=0.0), 1, "must be above 0"),
-    (dict(cpu_offloading_num_layers=2), 1, "moves the inputs that recompute_granularity = full keeps, but that is N"),
+    (dict(cpu_offloading_num_layers=2), 1, "cpu_offloading_num_layers = 2: moves what recompute_granularity full and "
+     "attention_kept keep, but that is None. Fix: give both, or 0 layers."),
+    (dict(cpu_offloading_num_layers=2, recompute_granularity="selective"), 1, "keep, but that is selective"),
     (dict(cpu_offloading_num_layers=-1, recompute_granularity="full"), 1, "must be at least 0"),
     (dict(rotary_base=float("inf")), 1, "rotary_base = inf: must be a finite number"),
     (dict(use_rope_scaling=True, rope_type="yarn"), 1,
@@ -157,6 +172,41 @@ def test_impossible_layouts_are_refused(change, world, message):
     problems = check_phases(resolve_phases(made), made, world, vocab_size=100)
     assert any(message in problem for problem in problems), problems
     assert all(problem.startswith("phase 'a': ") for problem in problems)
+
+
+@pytest.mark.parametrize("setting", [dict(recompute_granularity="attention_kept"), dict(attention_head_chunks=2)])
+def test_a_kernel_that_is_not_proven_to_outlive_its_inputs_is_refused(setting):
+    made = config(phases=[PhaseConfig(name="a", seq_length=128, train_tokens=1000, global_batch_tokens=256, **setting)])
+    (phase,) = resolve_phases(made)
+    assert phase.attention_on_tape and check_phases([phase], made, 1, 100) == []
+    made.model.attention_backend = "te"
+    (name, value), = setting.items()
+    (problem,) = check_phases([phase], made, 1, 100)
+    assert problem.startswith("phase 'a': attention_backend = te: is not proven to outlive its q, k and v, which "
+                              f"{name} = {value} makes again for backward. Fix: --attention-backend auto, or ")
+    (plain,) = resolve_phases(config(phases=[PhaseConfig(
+        name="a", seq_length=128, train_tokens=1000, global_batch_tokens=256, recompute_granularity="full")]))
+    assert check_phases([plain], made, 1, 100) == []
+
+
+def test_a_phase_changes_the_memory_settings_and_keeps_what_the_run_gives():
+    made = config(phases=[
+        PhaseConfig(name="a"), PhaseConfig(name="b", recompute_granularity="none", cpu_offloading_num_layers=0),
+        PhaseConfig(name="c", mlp_tiles=8, attention_head_chunks=4, loss_chunk_tokens=512),
+        PhaseConfig(name="d", recompute_granularity="selective", cpu_offloading_num_layers=0)],
+        seq_length=128, global_batch_tokens=256)
+    for phase in made.schedule.phases:
+        phase.train_tokens = 256
+    made.model.recompute_granularity, made.model.cpu_offloading_num_layers, made.model.mlp_tiles = "full", 3, 2
+    whole = MemorySettings("full", 3, 2, 1, 2048)
+    expected = [whole, MemorySettings(None, 0, 2, 1, 2048), MemorySettings("full", 3, 8, 4, 512),
+                MemorySettings("selective", 0, 2, 1, 2048)]
+    assert [phase.memory for phase in resolve_phases(made)] == expected
+    assert check_phases(resolve_phases(made), made, 1, 100) == []
+    made.model.recompute_modules = ["core_attn"]  # nothing to compute again
+    assert resolve_phases(made)[3].memory == MemorySettings(None, 0, 2, 1, 2048)
+    made.model.recompute_modules = ["core_attn", "mlp"]
+    assert [phase.memory for phase in resolve_phases(made)] == expected
 
 
 def test_a_phase_changes_the_rope_and_keeps_what_the_run_gives():
