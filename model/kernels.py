@@ -67,7 +67,8 @@ class Backend:
     """What a backend needs; `make` imports and returns its attend function."""
 
     name: str
-    module: str | None
+    modules: tuple[str, ...]
+    """Packages, of which one is enough; none = torch's own."""
     cuda_only: bool
     half_only: bool
     make: Callable[[], Attend]
@@ -82,8 +83,11 @@ class Backend:
             return f"it computes in bf16 or fp16, not {dtype}"
         if on_tape and not self.keeps_graph:
             return "it is not proven to outlive its q, k and v (recompute attention_kept, attention_head_chunks)"
-        if self.module is not None and _find_module(self.module) is None:
-            return f"the package {self.module} is not installed"
+        if self.modules and not any(_find_module(name) for name in self.modules):
+            return f"the package {' or '.join(self.modules)} is not installed"
+        if self.name == "flash" and flash_version(torch.cuda.get_device_capability(device),
+                                                  lambda name: _find_module(name) is not None) is None:
+            return "the release of flash-attn that is installed is not for this GPU"
         return None
 
 
@@ -122,12 +126,27 @@ def varlen_options(varlen_attn: Callable) -> dict:
     return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
 
 
+FLASH = {3: "flash_attn_interface", 4: "flash_attn.cute", 2: "flash_attn"}
+"""Major version of flash-attn -> the module that has its flash_attn_varlen_func; the first that fits is taken."""
+
+
+def flash_version(capability: tuple[int, int], present: Callable[[str], bool]) -> int | None:
+    """The release to use on a GPU of this compute capability: 3 is Hopper's own, 4 is for Hopper and later."""
+    fitting = {9: (3, 4, 2)}.get(capability[0], (4, 2) if capability[0] > 9 else (2,))
+    return next((version for version in fitting if present(FLASH[version])), None)
+
+
 def _flash() -> Attend:
-    from flash_attn import flash_attn_varlen_func
+    version = flash_version(torch.cuda.get_device_capability(), lambda name: _find_module(name) is not None)
+    function = importlib.import_module(FLASH[version]).flash_attn_varlen_func
+    known = inspect.signature(function).parameters
 
     def attend(q, k, v, segments):
-        return flash_attn_varlen_func(q, k, v, segments.cu_q, segments.cu_k, segments.max_q, segments.max_k,
-                                      causal=True)
+        lengths = {"cu_seqlens_q": segments.cu_q, "cu_seqlens_k": segments.cu_k, "max_seqlen_q": segments.max_q,
+                   "max_seqlen_k": segments.max_k}
+        # Early releases of 4 find the longest document themselves; 3 and 4 may return the log-sum-exp as well.
+        out = function(q, k, v, causal=True, **{name: value for name, value in lengths.items() if name in known})
+        return out[0] if isinstance(out, tuple) else out
     return attend
 
 
@@ -156,10 +175,10 @@ def has_bf16_units(device: torch.device) -> bool:
 
 
 BACKENDS = {backend.name: backend for backend in (
-    Backend("flash", "flash_attn", True, True, _flash),
-    Backend("te", "transformer_engine", True, True, _te, keeps_graph=False),
-    Backend("varlen", "torch.nn.attention.varlen", True, True, _varlen),
-    Backend("sdpa", None, False, False, _sdpa),
+    Backend("flash", tuple(FLASH.values()), True, True, _flash),
+    Backend("te", ("transformer_engine",), True, True, _te, keeps_graph=False),
+    Backend("varlen", ("torch.nn.attention.varlen",), True, True, _varlen),
+    Backend("sdpa", (), False, False, _sdpa),
 )}
 """In the order in which `auto` prefers them."""
 

@@ -8,7 +8,7 @@ from model import gpt
 from model.config import ModelConfig
 from model.estimate import num_parameters, step_flops
 from model.init import BLOCK_ELEMENTS, normal_rows
-from model.kernels import choose_attention, make_segments, varlen_options
+from model.kernels import FLASH, choose_attention, flash_version, make_segments, varlen_options
 from model.sharding import shardings_for
 from parallel.context import group_pieces
 from parallel.schedule import layers_of_stage
@@ -158,3 +158,11 @@ def test_flops_count_the_causal_half_of_each_document():
 
 def test_both_folders_ignore_the_same_label():
     assert gpt.IGNORED_LABEL == IGNORE
+
+
+def test_the_release_of_flash_attention_is_the_one_for_the_gpu():
+    def chosen(capability, *installed):
+        return flash_version(capability, lambda name: name in {FLASH[version] for version in installed})
+
+    assert [chosen((9, 0), 2, 3, 4), chosen((9, 0), 2, 4), chosen((9, 0), 2)] == [3, 4, 2]
+    assert [chosen((10, 0), 2, 3, 4), chosen((10, 0), 3), chosen((8, 0), 2, 4), chosen((8, 0), 4)] == [4, None, 2, None]
