@@ -7,6 +7,7 @@ Source: Untied Ulysses (arXiv 2602.21196). Legend: see attention.py.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,13 +33,13 @@ def _forward(block, x_tD, positions, rounds, tape, weights) -> torch.Tensor:
     if tape is not None and tape.playing:
         for each in rounds:
             for heads in each.query_chunks:
-                o_tNH[:, _index(heads)] = heads_to_seq(tape.next_call().output, each.query_split, axis)
+                o_tNH[:, _index(heads, o_tNH.device)] = heads_to_seq(tape.next_call().output, each.query_split, axis)
         return o_tNH
     for each, heads, q_smH, k_TkH, v_TkH, is_last in _exchanged(block, x_tD, positions, rounds, weights):
         o_smH = block.attend_to(q_smH, k_TkH, v_TkH, positions.segments, tape)
         if tape is not None:
             empty(q_smH, *((k_TkH, v_TkH) if is_last else ()))
-        o_tNH[:, _index(heads)] = heads_to_seq(o_smH, each.query_split, axis)
+        o_tNH[:, _index(heads, o_tNH.device)] = heads_to_seq(o_smH, each.query_split, axis)
     return o_tNH
 
 
@@ -51,7 +52,7 @@ def _exchanged(block, x_tD, positions, rounds, weights) -> Iterator[tuple]:
         k, v = block.project_k(x_tD, positions, part), block.project_v(x_tD, part)
         return start_seq_to_heads(k[:, :0], k, v, each.kv_split, axis)
 
-    def start_q(each: HeadRound, heads: list[int]) -> Callable:
+    def start_q(each: HeadRound, heads: tuple[int, ...]) -> Callable:
         q = block.project_q(x_tD, positions, _part(weights, Q_FIELDS, heads, block.head_size))
         return start_seq_to_heads(q, q[:, :0], q[:, :0], each.query_split, axis)
 
@@ -104,7 +105,7 @@ def _round_gradients(ctx, each: HeadRound, gradients: "_Gradients", grad_tNH: to
             q_smH = seq_to_heads(q, q[:, :0], q[:, :0], each.query_split, axis)[0]
             o_smH = block.attend_to(q_smH, *read, positions.segments, ctx.tape)
             o_tnH = heads_to_seq(o_smH, each.query_split, axis)
-        *found, grad_k, grad_v = torch.autograd.grad(o_tnH, [*leaves, *read], grad_tNH[:, _index(heads)])
+        *found, grad_k, grad_v = torch.autograd.grad(o_tnH, [*leaves, *read], grad_tNH[:, _index(heads, grad_tNH.device)])
         gradients.add(Q_FIELDS, heads, found)
         sums[0].add_(grad_k)
         sums[1].add_(grad_v)
@@ -120,14 +121,14 @@ class _Gradients:
         self.of_x = torch.zeros_like(x_tD)
         self.of_weights = type(weights)(*(None if x is None else torch.zeros_like(x) for x in weights))
 
-    def leaves(self, fields: tuple[str, ...], heads: list[int]) -> tuple:
+    def leaves(self, fields: tuple[str, ...], heads: tuple[int, ...]) -> tuple:
         """(x, the heads' weights, both as a list without what does not exist) as leaves of a new graph."""
         x_tD = self.x_tD.detach().requires_grad_()
         part = _part(self.weights, fields, heads, self.head_size)
         part = type(part)(*(None if x is None else x.detach().requires_grad_() for x in part))
         return x_tD, part, [x_tD, *(x for x in part if x is not None)]
 
-    def add(self, fields: tuple[str, ...], heads: list[int], found: Sequence[torch.Tensor]) -> None:
+    def add(self, fields: tuple[str, ...], heads: tuple[int, ...], found: Sequence[torch.Tensor]) -> None:
         """Take in the gradients of `leaves`."""
         self.of_x.add_(found[0])
         present = [name for name in self.weights._fields if name in fields and getattr(self.weights, name) is not None]
@@ -137,24 +138,28 @@ class _Gradients:
                 total.add_(grad)  # one for all heads
             else:
                 by_head = total.view(-1, self.head_size, *total.shape[1:])
-                by_head[_index(heads)] = grad.view(-1, *by_head.shape[1:])  # no head is in two groups
+                by_head[_index(heads, by_head.device)] = grad.view(-1, *by_head.shape[1:])  # no head is in two groups
 
 
 Q_FIELDS = ("q_rD", "q_bias", "q_norm")
 KV_FIELDS = ("k_rD", "v_rD", "k_bias", "v_bias", "k_norm")
 
 
-def _part(weights: "Projections", fields: tuple[str, ...], heads: list[int], head_size: int) -> "Projections":
+def _part(weights: "Projections", fields: tuple[str, ...], heads: tuple[int, ...], head_size: int) -> "Projections":
     """The named weights of some heads; the others are None."""
     def cut(name: str) -> torch.Tensor | None:
         weight = getattr(weights, name)
         if name not in fields or weight is None or name.endswith("_norm"):
             return weight if name in fields else None
-        return weight.view(-1, head_size, *weight.shape[1:])[_index(heads)].flatten(0, 1)
+        return weight.view(-1, head_size, *weight.shape[1:])[_index(heads, weight.device)].flatten(0, 1)
 
     return type(weights)(*(cut(name) for name in weights._fields))
 
 
-def _index(heads: list[int]) -> slice | list[int]:
-    """The heads as a slice where they are neighbours: a view instead of a copy."""
-    return slice(heads[0], heads[-1] + 1) if heads == list(range(heads[0], heads[-1] + 1)) else heads
+@cache
+def _index(heads: tuple[int, ...], device: torch.device) -> slice | torch.Tensor:
+    """The heads as a slice where they are neighbours: a view instead of a copy. Else made once per device: no transfer
+    in a step."""
+    if heads == tuple(range(heads[0], heads[-1] + 1)):
+        return slice(heads[0], heads[-1] + 1)
+    return torch.tensor(heads, device=device)

@@ -68,9 +68,9 @@ class HeadRound:
     Heads stand in the order of the ranks that get them; the splits count within that order.
     """
 
-    kv_heads: list[int]
+    kv_heads: tuple[int, ...]
     kv_split: HeadSplit
-    query_chunks: list[list[int]]
+    query_chunks: list[tuple[int, ...]]
     query_split: HeadSplit
     """The same for each chunk."""
 
@@ -87,10 +87,10 @@ def head_rounds(split: HeadSplit, chunks: int) -> list[HeadRound]:
     per_chunk = (split.query[0][1] - split.query[0][0]) // chunks
     rounds: list[HeadRound] = []
     for chunk in range(chunks):
-        queries = [list(range(q0 + chunk * per_chunk, q0 + (chunk + 1) * per_chunk)) for q0, _ in split.query]
+        queries = [range(q0 + chunk * per_chunk, q0 + (chunk + 1) * per_chunk) for q0, _ in split.query]
         kv_of_rank = [sorted({head // split.group for head in heads}) for heads in queries]
-        kv_heads = list(dict.fromkeys(head for heads in kv_of_rank for head in heads))
-        flat = [head for heads in queries for head in heads]
+        kv_heads = tuple(dict.fromkeys(head for heads in kv_of_rank for head in heads))
+        flat = tuple(head for heads in queries for head in heads)
         if rounds and rounds[-1].kv_heads == kv_heads:
             rounds[-1].query_chunks.append(flat)
             continue
