@@ -1,12 +1,12 @@
-"""Benchmarks on this machine: `python -m tools.bench attention|data|disturbed [options]`."""
+"""Benchmarks on this machine: `python -m tools.bench attention|data|disturbed|memory|step [options]`."""
 
 import sys
 
 import tyro
 
-from tools.bench import attention, data, disturbed
+from tools.bench import attention, data, disturbed, memory, step
 
-BENCHMARKS = {"attention": attention, "data": data, "disturbed": disturbed}
+BENCHMARKS = {"attention": attention, "data": data, "disturbed": disturbed, "memory": memory, "step": step}
 """Subcommand -> its module: `Arguments`, a dataclass of its options, and `run(arguments) -> exit code`."""
 
 
