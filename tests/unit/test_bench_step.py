@@ -1,4 +1,4 @@
-"""The step and memory benchmarks at toy size: what they compare, count and judge."""
+"""The step, memory and gpu benchmarks at toy size: what they compare, count and judge."""
 
 import pytest
 import torch
@@ -6,13 +6,15 @@ from torch.nn import functional as F
 
 from data.batch import IGNORE
 from model.kernels import choose_attention, make_segments
-from tools.bench import memory, step
+from pretrain.step import global_grad_norm as step_norm
+from tools.bench import gpu, gpu_runs, memory, step
 from tools.bench.contenders import (
     ALST,
     CHECKPOINTED,
     OURS,
     THEIRS,
     VOCABULARY,
+    Ours,
     check_losses,
     make_sample,
     not_built,
@@ -20,6 +22,7 @@ from tools.bench.contenders import (
 )
 from tools.bench.fresh import run_fresh
 from tools.bench.products import Replay, TimedAttend, kind_of, product_flops, record
+from tools.bench.standin import one_rank_of
 
 LAYERS = {"num_layers": 1}
 
@@ -100,7 +103,7 @@ def test_attention_is_timed_forward_and_backward(monkeypatch):
     ticks = iter(range(100))
     monkeypatch.setattr("tools.bench.products.time.perf_counter", lambda: next(ticks))
     attend, _ = choose_attention("sdpa", torch.device("cpu"), torch.float32)
-    timer = TimedAttend(attend)
+    timer = TimedAttend(attend, torch.device("cpu"))
     q, k = torch.randn(8, 2, 4, requires_grad=True), torch.randn(8, 2, 4, requires_grad=True)
     segments, = make_segments(torch.tensor([0, 8], dtype=torch.int32), [(0, 8)], q.device)
     with timer.counting() as found:
@@ -158,3 +161,52 @@ def test_the_best_rung_is_judged_and_what_did_not_run_is_said():
     assert memory.disagreements(cells) == []
     assert memory.disagreements(cells | {THEIRS: cell(1, loss=9.02)}) == [
         f"65536 tokens: loss 9.020000 of {THEIRS}, 9.000000 of baseline"]
+
+
+def test_a_rank_of_many_sends_what_real_ranks_would():
+    """FSDP2's gathers and Ulysses' exchanges go through the stand-ins, and their bytes are counted."""
+    found = run_fresh(step_of_a_rank, 1, ranks=4, tokens=32)
+    config = preset("tiny", num_layers=1)
+    heads, kv, size = config.num_attention_heads, config.num_kv_heads, config.head_size
+    forward = 32 * size * (2 * heads + 2 * kv) * 4 * 3 // 4  # fp32; three quarters go to others
+    assert found["sent"]["all_to_all"] == 2 * forward
+    assert found["sent"]["all_gather"] > 0 and found["sent"]["reduce_scatter"] > 0
+    assert found["norm"] > 0 and found["loss"] > 0
+
+
+def step_of_a_rank(ranks: int, tokens: int) -> dict:
+    device = torch.device("cpu")
+    with one_rank_of(ranks, device) as (layout, sent):
+        ours = Ours(preset("tiny", num_layers=1), 512, "float32", layout, seed=1)
+        sample = gpu_runs.slice_of(ranks * tokens, ranks, 512, device)
+        loss = ours.forward_backward(sample)
+        norm = float(step_norm(ours.stages, layout))
+    return {"sent": sent, "loss": loss, "norm": norm}
+
+
+def test_gpu_runs_are_kept_and_skipped(tmp_path, monkeypatch, capsys):
+    """A finished run is skipped, a failed or void one is made again, and the table says which is which."""
+    outcomes = iter([gpu_runs.Outcome("12 s", True, ["a detail"]), RuntimeError("no memory")])
+
+    def measure(card, scale, tflops):
+        outcome = next(outcomes)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    names = ("good", "bad", "never")
+    monkeypatch.setattr(gpu_runs, "RUNS", {name: gpu_runs.Run(f"title {name}", "a bar", measure) for name in names})
+    common = {"folder": str(tmp_path), "device": "cpu", "scale": "toy"}
+    assert gpu.run(gpu.Arguments(run="good", **common)) == 0
+    assert gpu.run(gpu.Arguments(run="good", **common)) == 0  # `measure` would fail
+    assert gpu.run(gpu.Arguments(run="bad", **common)) == 1
+    capsys.readouterr()
+    assert gpu.run(gpu.Arguments(names=True, **common)) == 0
+    assert capsys.readouterr().out.split() == ["bad", "never"]
+    text = gpu.describe(tmp_path)
+    good, bad, never = (next(line for line in text.splitlines() if f"title {name} |" in line) for name in names)
+    assert "12 s" in good and "reached" in good
+    assert "not run (RuntimeError: no memory)" in bad and "| not run |" in " ".join(never.split())
+    assert "- title good: a detail" in text and "toy scale" in text
+    assert gpu.run(gpu.Arguments(run="unknown", **common)) == 2
+    assert gpu.cells({"run": "good", "void": True, "product_tflops": 600.0})[0].startswith("not run (void")

@@ -108,12 +108,13 @@ def causal_pairs(lengths: Sequence[int]) -> int:
     return sum(length * (length + 1) // 2 for length in lengths)
 
 
-def initial_weights(config: ModelConfig, vocab_size: int, seed: int) -> dict[str, torch.Tensor]:
-    """fp32 weights by our names: matrices normal with the configured deviation, vectors one."""
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.ones(shape) if len(shape) == 1 else
-            torch.randn(shape, generator=generator) * config.init_method_std
-            for name, shape in parameter_shapes(config, vocab_size).items()}
+def initial_weights(config: ModelConfig, vocab_size: int, seed: int,
+                    device: torch.device | str = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
+    """(our name, fp32 weights), one after another: matrices normal with the configured deviation, vectors one."""
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, shape in parameter_shapes(config, vocab_size).items():
+        yield name, (torch.ones(shape, device=device) if len(shape) == 1 else
+                     torch.randn(shape, generator=generator, device=device).mul_(config.init_method_std))
 
 
 @contextmanager
@@ -135,18 +136,23 @@ def one_process() -> Iterator[Layout]:
 class Ours:
     """The trainer's own stage, stepper, optimizer and step."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int, weights: dict[str, torch.Tensor], dtype: Dtype,
-                 layout: Layout, attend: Attend | None = None):
-        """Args: attend: in the place of the one that the configuration chooses."""
+    def __init__(self, config: ModelConfig, vocab_size: int, dtype: Dtype, layout: Layout, seed: int,
+                 attend: Attend | None = None, master_dtype: torch.dtype = torch.float32, optimizer: bool = True):
+        """Args:
+            attend: in the place of the one that the configuration chooses.
+            optimizer: without it there is no `step`.
+        """
         compute_dtype = getattr(torch, dtype)
         if attend is None:
             attend, _ = choose_attention(config.attention_backend, layout.device, compute_dtype)
-        self.stages = build_stages(config, vocab_size, layout, attend, strategy=STRATEGY, master_dtype=torch.float32,
+        self.stages = build_stages(config, vocab_size, layout, attend, strategy=STRATEGY, master_dtype=master_dtype,
                                    compute_dtype=compute_dtype)
         with torch.no_grad():
-            for name, parameter in self.stages[0].named_parameters():
-                parameter.to_local().copy_(weights[name])
-        self.optimizer = build_optimizer(self.stages, OPTIMIZER)
+            parameters = dict(self.stages[0].named_parameters())
+            for name, weight in initial_weights(config, vocab_size, seed, layout.device):
+                local = parameters[name].to_local()
+                local.copy_(weight[:local.shape[0]])  # rank 0's rows
+        self.optimizer = build_optimizer(self.stages, OPTIMIZER) if optimizer else None
         self.stepper = Stepper(self.stages, layout, config.hidden_size, compute_dtype, STRATEGY)
 
     def forward_backward(self, sample: Batch) -> float:
@@ -156,7 +162,8 @@ class Ours:
         return train_step(self.stepper, self.optimizer, [sample], OPTIMIZER.lr, OPTIMIZER.clip_grad).loss
 
     def clear(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.stages[0].parameters():
+            parameter.grad = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,47 +176,61 @@ class Way:
     """ALST's TiledMLP and TiledFusedLogitsLoss, from the deepspeed package."""
     autocast: bool = False
     """bf16 by torch.autocast over fp32 weights."""
+    compiled: bool = False
+    """torch.compile."""
+    liger: bool = False
+    """The kernels of the liger-kernel package."""
+    batched: bool = False
+    """Equal documents as the rows of a batch: sdpa needs no mask then, and may take its flash kernel."""
 
 
 class Transformers:
     """The architecture's own class in transformers with sdpa attention, and a plain PyTorch step around it."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int, weights: dict[str, torch.Tensor], dtype: Dtype, way: Way,
-                 device: torch.device | str = "cpu", longest: int = 2**20):
+    def __init__(self, config: ModelConfig, vocab_size: int, dtype: Dtype, way: Way, device: torch.device | str,
+                 seed: int, optimizer: bool = True, longest: int = 2**20):
+        """Args: optimizer: without it there are no fp32 masters and no `step`."""
         import transformers
 
         theirs = huggingface_config(config, vocab_size, config.rope, longest, "float32", None)
         settings = transformers.AutoConfig.for_model(theirs.pop("model_type"), **theirs)
         settings._attn_implementation = "sdpa"
-        with torch.device(device):
+        self.way, self.autocast = way, way.autocast and dtype != "float32"
+        if way.liger:
+            from liger_kernel.transformers import _apply_liger_kernel
+
+            _apply_liger_kernel(settings.model_type)
+        with torch.device(device), _default_dtype(torch.float32 if self.autocast else getattr(torch, dtype)):
             self.model = getattr(transformers, architecture(config)[0])(settings).train()
-        missing, unexpected = self.model.load_state_dict(
-            {huggingface_name(name): tensor for name, tensor in weights.items()}, strict=False)
-        assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
-        self.autocast = way.autocast and dtype != "float32"
-        if not self.autocast:
-            self.model.to(getattr(torch, dtype))
+        named = dict(self.model.named_parameters())
+        masters: dict[str, nn.Parameter] = {}
+        for name, weight in initial_weights(config, vocab_size, seed, device):
+            parameter = named.pop(huggingface_name(name))
+            parameter.data.copy_(weight[:parameter.shape[0]])
+            if optimizer and parameter.dtype != torch.float32:
+                masters[huggingface_name(name)] = nn.Parameter(weight[:parameter.shape[0]])
+        assert not named, named.keys()
         self.parameters = list(self.model.parameters())
-        copied = self.parameters[0].dtype != torch.float32
-        self.masters = [nn.Parameter(p.detach().float()) for p in self.parameters] if copied else self.parameters
-        self.optimizer = _adamw(self.masters)
-        self.tiled = way.tiled
+        self.masters = [masters[name] for name, _ in self.model.named_parameters()] if masters else self.parameters
+        self.optimizer = _adamw(self.masters) if optimizer else None
         if way.checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if way.tiled:
             for layer in self.model.model.layers:
                 layer.mlp.forward = types.MethodType(_tiled_mlp, layer.mlp)
+        self.run = torch.compile(self.model) if way.compiled else self.model
 
     def forward_backward(self, sample: Batch) -> float:
-        tokens, labels, positions = sample.tokens[None], sample.labels[None], sample.positions[None]
+        rows = len(sample.cu_seqlens) - 1 if self.way.batched else 1
+        tokens, labels, positions = (x.view(rows, -1) for x in (sample.tokens, sample.labels, sample.positions))
         precision = torch.autocast(tokens.device.type, torch.bfloat16) if self.autocast else nullcontext()
         with precision:
-            if self.tiled:
+            if self.way.tiled:
                 hidden = self.model.model(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
                 loss = _tiled_loss(self.model, hidden, labels, sample.num_targets)
             else:
-                loss = self.model(input_ids=tokens, position_ids=positions, labels=labels, shift_labels=labels,
-                                  use_cache=False).loss
+                loss = self.run(input_ids=tokens, position_ids=positions, labels=labels, shift_labels=labels,
+                                use_cache=False).loss
         loss.backward()
         return float(loss.detach())
 
@@ -229,6 +250,16 @@ class Transformers:
     def clear(self) -> None:
         for parameter in (*self.parameters, *self.masters):
             parameter.grad = None
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -272,10 +303,9 @@ PEERS = {THEIRS: Way(), CHECKPOINTED: Way(checkpointing=True), ALST: Way(checkpo
 def make_contender(name: str, config: ModelConfig, vocab_size: int, dtype: Dtype, layout: Layout, seed: int,
                    autocast: bool = False) -> Contender:
     """A contender by its name: one of PEERS, or anything else for ours with this configuration."""
-    weights = initial_weights(config, vocab_size, seed)
     if name in PEERS:
-        return Transformers(config, vocab_size, weights, dtype, replace(PEERS[name], autocast=autocast), layout.device)
-    return Ours(config, vocab_size, weights, dtype, layout)
+        return Transformers(config, vocab_size, dtype, replace(PEERS[name], autocast=autocast), layout.device, seed)
+    return Ours(config, vocab_size, dtype, layout, seed)
 
 
 def check_losses(contenders: dict[str, Contender], sample: Batch) -> dict[str, list[float]]:

@@ -109,54 +109,61 @@ def product_flops(calls: Counter) -> int:
 
 
 class TimedAttend:
-    """An attend function whose forward and backward calls are timed, wherever they run in a step. For the CPU."""
+    """`attend` with a clock around its forward and backward calls: CUDA events, or the CPU's time."""
 
-    def __init__(self, attend: Callable):
-        self.attend, self.seconds = attend, 0.0
-        self._begun = 0.0
+    def __init__(self, attend: Callable, device: torch.device):
+        self.attend, self.is_cuda = attend, device.type == "cuda"
+        self.spans: list[tuple] = []
+        self._begun = None
+
+    def look(self):
+        if not self.is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def __call__(self, q, k, v, segments):
-        q, k, v = _LeaveBackward.apply(self, q, k, v)
-        start = time.perf_counter()
+        q, k, v = _Leave.apply(self, q, k, v)
+        begun = self.look()
         out = self.attend(q, k, v, segments)
-        self.seconds += time.perf_counter() - start
-        return _EnterBackward.apply(self, out)
+        self.spans.append((begun, self.look()))
+        return _Enter.apply(self, out)
 
     @contextmanager
     def counting(self) -> Iterator[list[float]]:
         """A list that holds, afterwards, the seconds spent inside."""
-        found: list[float] = []
-        before = self.seconds
+        self.spans, found = [], []
         yield found
-        found.append(self.seconds - before)
+        if self.is_cuda:
+            torch.cuda.synchronize()
+        found.append(sum(a.elapsed_time(b) / 1e3 if self.is_cuda else b - a for a, b in self.spans))
 
 
-class _EnterBackward(torch.autograd.Function):
+class _Enter(torch.autograd.Function):
     """Identity; its backward is the first of the call's."""
 
     @staticmethod
-    def forward(ctx, timer, out):
-        ctx.timer = timer
+    def forward(ctx, clock, out):
+        ctx.clock = clock
         return out.view_as(out)
 
     @staticmethod
     def backward(ctx, grad):
-        ctx.timer._begun = time.perf_counter()
+        ctx.clock._begun = ctx.clock.look()
         return None, grad
 
 
-class _LeaveBackward(torch.autograd.Function):
-    """Identity; its backward runs when the gradients of q, k and v are there.
-
-    The engine runs the nodes that were made last first, so nothing else runs between the two on the CPU's one thread.
-    """
+class _Leave(torch.autograd.Function):
+    """Identity; its backward runs when the gradients of q, k and v are there: the engine runs nothing in between, as
+    the nodes that were made last run first."""
 
     @staticmethod
-    def forward(ctx, timer, q, k, v):
-        ctx.timer = timer
+    def forward(ctx, clock, q, k, v):
+        ctx.clock = clock
         return q.view_as(q), k.view_as(k), v.view_as(v)
 
     @staticmethod
     def backward(ctx, *grads):
-        ctx.timer.seconds += time.perf_counter() - ctx.timer._begun
+        ctx.clock.spans.append((ctx.clock._begun, ctx.clock.look()))
         return None, *grads

@@ -27,7 +27,6 @@ from tools.bench.contenders import (
     causal_pairs,
     check_losses,
     default_dtype,
-    initial_weights,
     lean,
     make_contender,
     make_sample,
@@ -268,8 +267,8 @@ def attention_times(shapes: list[list[int]], changes: dict, dtype: Dtype, repeat
     with one_process() as layout:
         config = preset("tiny", **changes)
         attend, _ = choose_attention(config.attention_backend, CPU, getattr(torch, dtype))
-        timer = TimedAttend(attend)
-        ours = Ours(config, VOCABULARY, initial_weights(config, VOCABULARY, seed), dtype, layout, timer)
+        timer = TimedAttend(attend, CPU)
+        ours = Ours(config, VOCABULARY, dtype, layout, seed, timer)
         samples = [make_sample(lengths, VOCABULARY, seed) for lengths in shapes]
         seconds: list[list[float]] = [[] for _ in shapes]
 
