@@ -46,7 +46,10 @@ def _local_copies(sent: Counter) -> Iterator[None]:
     def all_gather_into_tensor(output_tensor, input_tensor, group=None, async_op=False):
         size = dist.get_world_size(group)
         sent["all_gather"] += (size - 1) * input_tensor.nbytes
-        output_tensor.view(size, -1).copy_(input_tensor.reshape(1, -1).expand(size, -1))
+        source = input_tensor.reshape(-1)
+        for place in output_tensor.view(size, -1):
+            if place.data_ptr() != source.data_ptr():  # FSDP2 gathers from within the output
+                place.copy_(source)
         return _Done() if async_op else None
 
     def reduce_scatter_tensor(output, input, op=dist.ReduceOp.SUM, group=None, async_op=False):
@@ -64,8 +67,10 @@ def _local_copies(sent: Counter) -> Iterator[None]:
             part.copy_(source[:len(part)])
         return _Done() if async_op else None
 
-    replaced = {"all_gather_into_tensor": all_gather_into_tensor, "reduce_scatter_tensor": reduce_scatter_tensor,
+    replaced = {"all_gather_into_tensor": all_gather_into_tensor, "all_gather_single": all_gather_into_tensor,
+                "reduce_scatter_tensor": reduce_scatter_tensor, "reduce_scatter_single": reduce_scatter_tensor,
                 "all_to_all_single": all_to_all_single}
+    replaced = {name: function for name, function in replaced.items() if hasattr(dist, name)}  # torch 2.13 has them all
     originals = {name: getattr(dist, name) for name in replaced}
     try:
         for name, function in replaced.items():
