@@ -12,6 +12,7 @@ import warnings
 import zlib
 from dataclasses import dataclass
 from datetime import timedelta
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -19,11 +20,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.config import LayoutConfig, check_world_size
 from parallel.schedule import ScheduleName, stages_of_rank
-
-with warnings.catch_warnings():
-    # It warns of optional packages whose place we do not let it fill (optimizers, norms).
-    warnings.simplefilter("ignore")
-    from megatron.core import parallel_state
 
 
 @dataclass(frozen=True)
@@ -173,6 +169,7 @@ def build_layout(config: LayoutConfig, world: World, choices: dict | None = None
         raise ValueError(problem)
     _check_same_on_all_ranks(config, world, choices or {})
     two_levels = config.context_levels[1] > 1
+    parallel_state = _parallel_state()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp,
         hierarchical_context_parallel_sizes=list(config.context_levels) if two_levels else None,
@@ -227,9 +224,18 @@ def single_process_layout(device: torch.device) -> Layout:
 
 def end_world() -> None:
     """Leave every group; without this gloo aborts the process at exit."""
-    parallel_state.destroy_model_parallel()
+    _parallel_state().destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _parallel_state() -> ModuleType:
+    """Megatron-Core's groups, imported by who makes them: tools of one process need no megatron."""
+    with warnings.catch_warnings():
+        # It warns of optional packages whose place we do not let it fill (optimizers, norms).
+        warnings.simplefilter("ignore")
+        from megatron.core import parallel_state
+    return parallel_state
 
 
 def _axis(name: str, group: dist.ProcessGroup) -> Axis:
@@ -240,5 +246,5 @@ def _axis(name: str, group: dist.ProcessGroup) -> Axis:
 def _embedding_axis(pp: Axis, schedule: ScheduleName) -> Axis:
     """Megatron-Core's group of the first and the last pipeline rank, where the first and the last stage are."""
     if pp.size > 1 and (pp.is_first or pp.is_last) and schedule != "ZBV":
-        return _axis("embedding", parallel_state.get_embedding_group())
+        return _axis("embedding", _parallel_state().get_embedding_group())
     return Axis("embedding", 0, 1, (dist.get_rank(),), pp.group)

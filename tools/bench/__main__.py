@@ -1,22 +1,26 @@
-"""Benchmarks on this machine: `python -m tools.bench attention|data|disturbed [options]`."""
+"""Benchmarks on this machine: `python -m tools.bench attention|data|disturbed|gpu|memory|step [options]`."""
 
+import importlib
 import sys
 
 import tyro
 
-from tools.bench import attention, data, disturbed
-
-BENCHMARKS = {"attention": attention, "data": data, "disturbed": disturbed}
-"""Subcommand -> its module: `Arguments`, a dataclass of its options, and `run(arguments) -> exit code`."""
+BENCHMARKS = ("attention", "data", "disturbed", "gpu", "memory", "step")
+"""Each a module of this folder: `Arguments`, a dataclass of its options, and `run(arguments) -> exit code`."""
 
 
 def main() -> int:
+    if sys.argv[1:2] and sys.argv[1] in BENCHMARKS:  # the others' packages need not be there
+        name = sys.argv[1]
+        module = importlib.import_module(f"tools.bench.{name}")
+        return module.run(tyro.cli(module.Arguments, prog=f"tools.bench {name}", description=module.__doc__,
+                                   args=sys.argv[2:]))
     application = tyro.extras.SubcommandApp()
-    for name, module in BENCHMARKS.items():
+    for name in BENCHMARKS:
+        module = importlib.import_module(f"tools.bench.{name}")
         application.command(module.Arguments, name=name, help=module.__doc__)
-    arguments = application.cli(prog="tools.bench", description=__doc__)
-    module = next(module for module in BENCHMARKS.values() if isinstance(arguments, module.Arguments))
-    return module.run(arguments)
+    application.cli(prog="tools.bench", description=__doc__)  # ends with the help, or with what is wrong
+    return 2
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from model.kernels import choose_attention, make_segments
 from parallel.config import LayoutConfig
 from parallel.layout import Axis, build_layout, end_world, start_world
 from parallel.ulysses import HeadSplit, heads_to_seq, seq_to_heads
+from tools.bench.fresh import KEEP_MEMORY
 from tools.bench.report import bar, describe_machine, markdown_table, publish, usable_cores
 
 OURS, THEIRS, REPEATED = "ours", "DeepSpeed", "DeepSpeed, K/V repeated first"
@@ -39,8 +40,6 @@ BARS = {"all": 1.0, "worst": 1.1, "grouped": 0.8}
 
 Way = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """q, k, v -> output: the whole way [t, N or K, H] -> [t, N, H], or a local kernel [T, m or k, H] -> [T, m, H]."""
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
-"""glibc keeps freed memory for the process, as torch's allocator does on a GPU; both sides run with it."""
 
 
 @dataclass(kw_only=True)

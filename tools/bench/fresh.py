@@ -5,6 +5,8 @@ part; getrusage's ru_maxrss would also hold what the parent had at the fork). "A
 the imports and a warm-up. Files that are read through a map count as resident, as far as they were touched.
 """
 
+import ctypes
+import gc
 import importlib
 import json
 import os
@@ -19,10 +21,20 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 
 
-def run_fresh(function: Callable[..., dict], cores: int, **options: Any) -> dict:
-    """What `function`, of a module's top level, returns in a fresh interpreter on `cores` cores.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
+"""For `environment`: glibc keeps freed memory for the process, as torch's allocator does on a GPU, so that no contender
+pays for fresh pages by chance of its sizes."""
+RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
+"""For `environment`: glibc gives every freed tensor of 128 KiB or more back at once (by default it learns not to), so
+that resident memory is what is in use."""
+
+
+def run_fresh(function: Callable[..., dict], cores: int, *, environment: dict[str, str] | None = None,
+              **options: Any) -> dict:
+    """What `function`, of a module's top level, returns in a fresh interpreter on `cores` cores, without a GPU.
 
     Args:
+        environment: variables for it beside ours, or in the place of ours.
         options: its arguments, JSON-able; what it returns must be, too.
 
     Raises:
@@ -31,10 +43,16 @@ def run_fresh(function: Callable[..., dict], cores: int, **options: Any) -> dict
     threads = {name: str(cores) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")}
     task = json.dumps({"module": function.__module__, "name": function.__name__, "cores": cores, "options": options})
     found = subprocess.run([sys.executable, "-m", "tools.bench.fresh", task], cwd=ROOT, stdout=subprocess.PIPE,
-                           text=True, env={**os.environ, **threads, "CUDA_VISIBLE_DEVICES": ""})
+                           text=True, env={**os.environ, **threads, "CUDA_VISIBLE_DEVICES": "", **(environment or {})})
     if found.returncode:
         raise RuntimeError(f"{function.__module__}.{function.__name__} ended with code {found.returncode}")
     return json.loads(found.stdout.splitlines()[-1])
+
+
+def trim() -> None:
+    """Give the system back what is free, so that memory measured from here on is not hidden in it."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager

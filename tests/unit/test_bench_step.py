@@ -1,0 +1,212 @@
+"""The step, memory and gpu benchmarks at toy size: what they compare, count and judge."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from data.batch import IGNORE
+from model.kernels import choose_attention, make_segments
+from pretrain.step import global_grad_norm as step_norm
+from tools.bench import gpu, gpu_runs, memory, step
+from tools.bench.contenders import (
+    ALST,
+    CHECKPOINTED,
+    OURS,
+    THEIRS,
+    VOCABULARY,
+    Ours,
+    check_losses,
+    make_sample,
+    not_built,
+    preset,
+)
+from tools.bench.fresh import run_fresh
+from tools.bench.products import Replay, TimedAttend, kind_of, product_flops, record
+from tools.bench.standin import one_rank_of
+
+LAYERS = {"num_layers": 1}
+
+
+def test_contenders_agree_and_are_timed():
+    """ours, transformers, with checkpointing and with ALST's parts: the same losses, or time_steps raises."""
+    pytest.importorskip("transformers")
+    names = {OURS: LAYERS, THEIRS: LAYERS, CHECKPOINTED: LAYERS}
+    if _has_deepspeed():
+        names[ALST] = LAYERS
+    found = run_fresh(step.time_steps, 1, settings=names, lengths=[40, 24], dtype="float32", repeats=2, seed=1)
+    assert set(found["seconds"]) == set(names)
+    assert all(len(times) == 2 and min(times) > 0 for times in found["seconds"].values())
+    assert set(found["own"]) == {OURS} and min(found["own"][OURS]["attention"]) > 0
+    assert 8 < found["loss"] < 10  # ln(8192) = 9.01
+
+
+def _has_deepspeed() -> bool:
+    import importlib.util
+    return importlib.util.find_spec("deepspeed") is not None
+
+
+def test_peaks_follow_the_length():
+    common = {"name": OURS, "changes": LAYERS | {"recompute_granularity": "full"}, "dtype": "float32", "seed": 1}
+    short, long = (run_fresh(memory.peak_of_backward, 1, tokens=tokens, **common) for tokens in (512, 1536))
+    logits = 1024 * VOCABULARY * 4
+    assert long["above_bytes"] - short["above_bytes"] > logits
+    assert short["loss"] != long["loss"]
+
+
+class Fixed:
+    """A contender with given losses."""
+
+    def __init__(self, *losses: float):
+        self.losses = list(losses)
+
+    def step(self, sample):
+        return self.losses.pop(0)
+
+
+@pytest.mark.parametrize("losses, wrong", [((9.0, 8.5), None), ((9.008, 8.53), None), ((9.01, 8.5), "step 1"),
+                                           ((9.0, 8.55), "step 2"), ((float("nan"), 8.5), "step 1")])
+def test_losses_that_differ_are_refused(losses, wrong):
+    contenders = {"one": Fixed(9.0, 8.5), "other": Fixed(*losses)}
+    if wrong is None:
+        assert check_losses(contenders, None)["other"] == list(losses)
+    else:
+        with pytest.raises(ValueError, match=wrong):
+            check_losses(contenders, None)
+
+
+def test_samples_keep_documents_apart():
+    sample = make_sample([3, 2], 100, 1)
+    assert sample.positions.tolist() == [0, 1, 2, 0, 1]
+    assert sample.cu_seqlens.tolist() == [0, 3, 5]
+    assert sample.labels.tolist() == [*sample.tokens[1:3].tolist(), IGNORE, int(sample.tokens[4]), IGNORE]
+    assert sample.num_targets == 3
+
+
+def test_products_and_attention_are_counted_as_called():
+    x, weight = torch.randn(6, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+
+    def run():
+        F.linear(x, weight).square().sum().backward()
+
+    calls = record(run)
+    assert product_flops(calls) == 3 * 2 * 6 * 4 * 5  # forward, and a gradient each of x and of the weight
+    q = torch.randn(1, 2, 8, 4, requires_grad=True)
+    calls = record(lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward())
+    kinds = [kind_of(func) for (func, *_), count in calls.items() for _ in range(count)]
+    assert kinds == ["attention", "attention"]
+    assert all(torch.isfinite(x).all() for func, args, kwargs, _ in Replay(calls).calls
+               for x in func(*args, **kwargs) if isinstance(x, torch.Tensor) and x.is_floating_point())
+
+
+def test_attention_is_timed_forward_and_backward(monkeypatch):
+    """A clock that moves by 1 with each look: a call takes 1, so forward and backward of two calls take 4."""
+    ticks = iter(range(100))
+    monkeypatch.setattr("tools.bench.products.time.perf_counter", lambda: next(ticks))
+    attend, _ = choose_attention("sdpa", torch.device("cpu"), torch.float32)
+    timer = TimedAttend(attend, torch.device("cpu"))
+    q, k = torch.randn(8, 2, 4, requires_grad=True), torch.randn(8, 2, 4, requires_grad=True)
+    segments, = make_segments(torch.tensor([0, 8], dtype=torch.int32), [(0, 8)], q.device)
+    with timer.counting() as found:
+        out = timer(timer(q, k, k, segments), k, k, segments)
+        out.sum().backward()
+    assert found == [4.0]
+    expected = torch.autograd.grad(attend(attend(q, k, k, segments), k, k, segments).sum(), (q, k))
+    assert torch.equal(q.grad, expected[0]) and torch.allclose(k.grad, expected[1])
+
+
+def row(peaks: dict[str, int], seconds: dict[str, float], lengths=(8192,)) -> step.Row:
+    own = {name: {"products": 0.5, "attention": 0.25} for name in seconds if name.startswith(OURS)}
+    return step.Row(step.Shape(lengths), seconds, own, peaks, 100.0, 9.0)
+
+
+def test_only_modes_that_take_no_more_memory_count_against_checkpointing():
+    seconds = {OURS: 0.9, "ours, lean": 1.0, THEIRS: 1.2, CHECKPOINTED: 1.5}
+    lines = step.bars_of(row({OURS: 400, "ours, lean": 300, THEIRS: 500, CHECKPOINTED: 300}, seconds))
+    assert lines[0].endswith("step / (products + attention): 1.200, bar 1.25: reached")
+    assert "transformers' tokens/s: 1.333, bar at least 1.0: reached" in lines[1]
+    assert "(ours, lean): 1.500, bar at least 1.3: reached" in lines[2]
+    lines = step.bars_of(row({OURS: 400, "ours, lean": 301, THEIRS: 500, CHECKPOINTED: 300}, seconds))
+    assert lines[2].endswith("NOT reached")
+    assert len(step.bars_of(row({}, seconds, lengths=(2048,)))) == 2
+    assert step.bars_of(row({}, seconds | {OURS: 1.0}, lengths=(2048,)))[1].endswith("bar at least 1.3: NOT reached")
+
+
+def test_documents_are_judged_by_the_sum_of_squares():
+    share = step.Share(step.Shape((512,) * 16), step.Shape((8192,)), packed_seconds=0.07, whole_seconds=1.0)
+    assert share.predicted == 1 / 16
+    assert share.measured / share.predicted == pytest.approx(1.12)
+
+
+def test_each_rung_keeps_those_below():
+    steps = memory.ladder(preset("tiny"), 65536)
+    assert list(steps) == [rung.name for rung in memory.LADDER]
+    assert steps["baseline"] == {}
+    assert steps["+ full recompute"] == {"loss_chunk_tokens": 2048, "mlp_tiles": 32, "recompute_granularity": "full"}
+    assert steps["+ attention kept"] == {"loss_chunk_tokens": 2048, "mlp_tiles": 32, "attention_head_chunks": 4,
+                                         "recompute_granularity": "attention_kept"}
+    assert not_built({"recompute_granularity": "full"}) == []
+    assert not_built({"recompute_granularity": "none of them", "no_field": 1}) == [
+        "no_field", "recompute_granularity none of them"]
+
+
+def test_the_best_rung_is_judged_and_what_did_not_run_is_said():
+    def cell(peak: int, loss: float = 9.0) -> dict[int, memory.Cell]:
+        return {65536: memory.Cell(peak, 1.0, 1, loss)}
+
+    cells = {"baseline": cell(900), "+ chunked loss": cell(200), CHECKPOINTED: cell(1000),
+             ALST: {65536: memory.Cell(note="killed")}, "+ offload": {65536: memory.Cell(note=memory.NOT_ON_CPU)}}
+    lines = memory.bars_at(cells, 65536)
+    assert lines == [f"- 65,536 tokens, peak of + chunked loss / of {CHECKPOINTED}: 0.200, bar 0.25: reached",
+                     f"- 65,536 tokens, + chunked loss / {ALST}: not run (killed)"]
+    assert memory.disagreements(cells) == []
+    assert memory.disagreements(cells | {THEIRS: cell(1, loss=9.02)}) == [
+        f"65536 tokens: loss 9.020000 of {THEIRS}, 9.000000 of baseline"]
+
+
+def test_a_rank_of_many_sends_what_real_ranks_would():
+    """FSDP2's gathers and Ulysses' exchanges go through the stand-ins, and their bytes are counted."""
+    found = run_fresh(step_of_a_rank, 1, ranks=4, tokens=32)
+    config = preset("tiny", num_layers=1)
+    heads, kv, size = config.num_attention_heads, config.num_kv_heads, config.head_size
+    forward = 32 * size * (2 * heads + 2 * kv) * 4 * 3 // 4  # fp32; three quarters go to others
+    assert found["sent"]["all_to_all"] == 2 * forward
+    assert found["sent"]["all_gather"] > 0 and found["sent"]["reduce_scatter"] > 0
+    assert found["norm"] > 0 and found["loss"] > 0
+
+
+def step_of_a_rank(ranks: int, tokens: int) -> dict:
+    device = torch.device("cpu")
+    with one_rank_of(ranks, device) as (layout, sent):
+        ours = Ours(preset("tiny", num_layers=1), 512, "float32", layout, seed=1)
+        sample = gpu_runs.slice_of(ranks * tokens, ranks, 512, device)
+        loss = ours.forward_backward(sample)
+        norm = float(step_norm(ours.stages, layout))
+    return {"sent": sent, "loss": loss, "norm": norm}
+
+
+def test_gpu_runs_are_kept_and_skipped(tmp_path, monkeypatch, capsys):
+    """A finished run is skipped, a failed or void one is made again, and the table says which is which."""
+    outcomes = iter([gpu_runs.Outcome("12 s", True, ["a detail"]), RuntimeError("no memory")])
+
+    def measure(card, scale, tflops):
+        outcome = next(outcomes)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    names = ("good", "bad", "never")
+    monkeypatch.setattr(gpu_runs, "RUNS", {name: gpu_runs.Run(f"title {name}", "a bar", measure) for name in names})
+    common = {"folder": str(tmp_path), "device": "cpu", "scale": "toy"}
+    assert gpu.run(gpu.Arguments(run="good", **common)) == 0
+    assert gpu.run(gpu.Arguments(run="good", **common)) == 0  # `measure` would fail
+    assert gpu.run(gpu.Arguments(run="bad", **common)) == 1
+    capsys.readouterr()
+    assert gpu.run(gpu.Arguments(names=True, **common)) == 0
+    assert capsys.readouterr().out.split() == ["bad", "never"]
+    text = gpu.describe(tmp_path)
+    good, bad, never = (next(line for line in text.splitlines() if f"title {name} |" in line) for name in names)
+    assert "12 s" in good and "reached" in good
+    assert "not run (RuntimeError: no memory)" in bad and "| not run |" in " ".join(never.split())
+    assert "- title good: a detail" in text and "toy scale" in text
+    assert gpu.run(gpu.Arguments(run="unknown", **common)) == 2
+    assert gpu.cells({"run": "good", "void": True, "product_tflops": 600.0})[0].startswith("not run (void")

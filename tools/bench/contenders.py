@@ -1,0 +1,324 @@
+"""Who takes part in the step and memory benchmarks: our trainer, transformers, and ALST's parts on transformers.
+
+Each in one process, from the same weights, on the same tokens, with the same AdamW, behind the same calls:
+`forward_backward`, `step` (forward, backward, clip, AdamW) and `clear`.
+
+Precision, with bfloat16: fp32 master weights, moments and update on both sides, forward and backward on bf16 copies of
+the weights. Ours are FSDP2's; transformers' model is bf16 itself, and its gradients and weights are copied to and from
+the masters in the step. Under torch.autocast instead it keeps the residual stream in fp32, as its Trainer does.
+"""
+
+import math
+import os
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+from typing import Literal, Protocol, get_args, get_type_hints
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn import functional as F
+
+from data.batch import IGNORE, Batch
+from model.build import build_stages, parameter_shapes
+from model.config import PRESETS, ModelConfig
+from model.hf import architecture, huggingface_config, huggingface_name
+from model.kernels import Attend, choose_attention, has_bf16_units
+from parallel.config import LayoutConfig
+from parallel.layout import Layout, single_process_layout, start_world
+from pretrain.config import OptimizerConfig
+from pretrain.state import build_optimizer
+from pretrain.step import Stepper, train_step
+
+OURS, THEIRS, CHECKPOINTED, ALST = "ours", "transformers", "transformers, checkpointing", "ALST's parts"
+VOCABULARY = 8192
+"""Of the tiny preset's models here."""
+LOSS_TOLERANCES = (1e-3, 5e-3)
+"""Largest relative differences between the losses of two contenders in their first and second step. The second is after
+an update, in which bf16 gradients near zero come out with either sign."""
+STRATEGY = "optim_grads"
+"""The trainer's default ZeRO level."""
+OPTIMIZER = OptimizerConfig()
+"""Learning rate, betas, epsilon, weight decay and clipping of every contender."""
+LOSS_CHUNK = 2048
+"""Tokens whose logits exist at a time, in our chunked loss and in ALST's."""
+MLP_TILE = 2048
+"""Tokens in a tile of our tiled MLP; ALST's own rule makes tiles of as many tokens as the model is wide."""
+HEAD_CHUNKS = 4
+"""Groups of heads that attend one after another; at most the key/value heads."""
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+class Contender(Protocol):
+    def forward_backward(self, sample: Batch) -> float:
+        """Gradients of the mean loss over the sample's targets -> that loss, nats."""
+
+    def step(self, sample: Batch) -> float:
+        """The same, then clipping and AdamW."""
+
+    def clear(self) -> None:
+        """Drop the gradients."""
+
+
+def default_dtype(device: torch.device) -> Dtype:
+    """bfloat16 where the device multiplies it in hardware."""
+    return "bfloat16" if has_bf16_units(device) else "float32"
+
+
+def preset(name: str, **changes) -> ModelConfig:
+    """The configuration of a preset, with changes."""
+    return ModelConfig(model=name, **(PRESETS[name] | changes))
+
+
+def not_built(settings: dict) -> list[str]:
+    """Those of some fields of ModelConfig that this code does not know, or not with this value.
+
+    To be deleted when the settings of the ladder have landed.
+    """
+    known, kinds = {field.name for field in fields(ModelConfig)}, get_type_hints(ModelConfig)
+    missing = [name for name in settings if name not in known]
+    level = settings.get("recompute_granularity")
+    choices = [value for kind in get_args(kinds["recompute_granularity"]) for value in get_args(kind)]
+    return missing + ([f"recompute_granularity {level}"] if level is not None and level not in choices else [])
+
+
+def lean(config: ModelConfig, tokens: int) -> dict:
+    """Settings that keep no intermediate result of a whole sample but the attention's output."""
+    return {"loss_chunk_tokens": LOSS_CHUNK, "mlp_tiles": max(1, tokens // MLP_TILE),
+            "attention_head_chunks": min(HEAD_CHUNKS, config.num_kv_heads), "recompute_granularity": "attention_kept"}
+
+
+def make_sample(lengths: Sequence[int], vocab_size: int, seed: int, device: torch.device | str = "cpu") -> Batch:
+    """Documents of random tokens, one after another, with shifted labels and positions that restart."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(vocab_size, (sum(lengths),), generator=generator)
+    labels = tokens.roll(-1)
+    edges = torch.tensor([0, *lengths]).cumsum(0)
+    labels[edges[1:] - 1] = IGNORE
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    return Batch(tokens, labels, positions, edges.int()).to(device)
+
+
+def causal_pairs(lengths: Sequence[int]) -> int:
+    """Pairs of tokens that see each other."""
+    return sum(length * (length + 1) // 2 for length in lengths)
+
+
+def initial_weights(config: ModelConfig, vocab_size: int, seed: int,
+                    device: torch.device | str = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
+    """(our name, fp32 weights), one after another: matrices normal with the configured deviation, vectors one."""
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, shape in parameter_shapes(config, vocab_size).items():
+        yield name, (torch.ones(shape, device=device) if len(shape) == 1 else
+                     torch.randn(shape, generator=generator, device=device).mul_(config.init_method_std))
+
+
+@contextmanager
+def one_process() -> Iterator[Layout]:
+    """The layout of a world of this process alone, with the mesh that sharding needs, and no other group.
+
+    Nothing is sent, so gloo listens on the loopback device: it would look the machine's name up otherwise. torchrun's
+    environment is not read.
+    """
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    world = start_world(LayoutConfig(), dist.HashStore(), 0, 1)
+    try:
+        mesh = init_device_mesh(world.device.type, (1, 1), mesh_dim_names=("dp_cp", "tp"))
+        yield replace(single_process_layout(world.device), mesh=mesh)
+    finally:
+        dist.destroy_process_group()
+
+
+class Ours:
+    """The trainer's own stage, stepper, optimizer and step."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, dtype: Dtype, layout: Layout, seed: int,
+                 attend: Attend | None = None, master_dtype: torch.dtype = torch.float32, optimizer: bool = True):
+        """Args:
+            attend: in the place of the one that the configuration chooses.
+            optimizer: without it there is no `step`.
+        """
+        compute_dtype = getattr(torch, dtype)
+        if attend is None:
+            attend, _ = choose_attention(config.attention_backend, layout.device, compute_dtype)
+        self.stages = build_stages(config, vocab_size, layout, attend, strategy=STRATEGY, master_dtype=master_dtype,
+                                   compute_dtype=compute_dtype)
+        with torch.no_grad():
+            parameters = dict(self.stages[0].named_parameters())
+            for name, weight in initial_weights(config, vocab_size, seed, layout.device):
+                local = parameters[name].to_local()
+                local.copy_(weight[:local.shape[0]])  # rank 0's rows
+        self.optimizer = build_optimizer(self.stages, OPTIMIZER) if optimizer else None
+        self.stepper = Stepper(self.stages, layout, config.hidden_size, compute_dtype, STRATEGY)
+
+    def forward_backward(self, sample: Batch) -> float:
+        return self.stepper.run([sample], train=True)[0]
+
+    def step(self, sample: Batch) -> float:
+        return train_step(self.stepper, self.optimizer, [sample], OPTIMIZER.lr, OPTIMIZER.clip_grad).loss
+
+    def clear(self) -> None:
+        for parameter in self.stages[0].parameters():
+            parameter.grad = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How transformers runs."""
+
+    checkpointing: bool = False
+    """Gradient checkpointing of every layer, not reentrant."""
+    tiled: bool = False
+    """ALST's TiledMLP and TiledFusedLogitsLoss, from the deepspeed package."""
+    autocast: bool = False
+    """bf16 by torch.autocast over fp32 weights."""
+    compiled: bool = False
+    """torch.compile."""
+    liger: bool = False
+    """The kernels of the liger-kernel package."""
+    batched: bool = False
+    """Equal documents as the rows of a batch: sdpa needs no mask then, and may take its flash kernel."""
+
+
+class Transformers:
+    """The architecture's own class in transformers with sdpa attention, and a plain PyTorch step around it."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, dtype: Dtype, way: Way, device: torch.device | str,
+                 seed: int, optimizer: bool = True, longest: int = 2**20):
+        """Args: optimizer: without it there are no fp32 masters and no `step`."""
+        import transformers
+
+        theirs = huggingface_config(config, vocab_size, config.rope, longest, "float32", None)
+        settings = transformers.AutoConfig.for_model(theirs.pop("model_type"), **theirs)
+        settings._attn_implementation = "sdpa"
+        self.way, self.autocast = way, way.autocast and dtype != "float32"
+        if way.liger:
+            from liger_kernel.transformers import _apply_liger_kernel
+
+            _apply_liger_kernel(settings.model_type)
+        with torch.device(device), _default_dtype(torch.float32 if self.autocast else getattr(torch, dtype)):
+            self.model = getattr(transformers, architecture(config)[0])(settings).train()
+        named = dict(self.model.named_parameters())
+        masters: dict[str, nn.Parameter] = {}
+        for name, weight in initial_weights(config, vocab_size, seed, device):
+            parameter = named.pop(huggingface_name(name))
+            parameter.data.copy_(weight[:parameter.shape[0]])
+            if optimizer and parameter.dtype != torch.float32:
+                masters[huggingface_name(name)] = nn.Parameter(weight[:parameter.shape[0]])
+        assert not named, named.keys()
+        self.parameters = list(self.model.parameters())
+        self.masters = [masters[name] for name, _ in self.model.named_parameters()] if masters else self.parameters
+        self.optimizer = _adamw(self.masters) if optimizer else None
+        if way.checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if way.tiled:
+            for layer in self.model.model.layers:
+                layer.mlp.forward = types.MethodType(_tiled_mlp, layer.mlp)
+        self.run = torch.compile(self.model) if way.compiled else self.model
+
+    def forward_backward(self, sample: Batch) -> float:
+        rows = len(sample.cu_seqlens) - 1 if self.way.batched else 1
+        tokens, labels, positions = (x.view(rows, -1) for x in (sample.tokens, sample.labels, sample.positions))
+        precision = torch.autocast(tokens.device.type, torch.bfloat16) if self.autocast else nullcontext()
+        with precision:
+            if self.way.tiled:
+                hidden = self.model.model(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
+                loss = _tiled_loss(self.model, hidden, labels, sample.num_targets)
+            else:
+                loss = self.run(input_ids=tokens, position_ids=positions, labels=labels, shift_labels=labels,
+                                use_cache=False).loss
+        loss.backward()
+        return float(loss.detach())
+
+    def step(self, sample: Batch) -> float:
+        loss = self.forward_backward(sample)
+        if self.masters is not self.parameters:
+            for master, parameter in zip(self.masters, self.parameters, strict=True):
+                master.grad, parameter.grad = parameter.grad.float(), None
+        nn.utils.clip_grad_norm_(self.masters, OPTIMIZER.clip_grad, foreach=True)
+        self.optimizer.step()
+        self.clear()
+        if self.masters is not self.parameters:
+            with torch.no_grad():
+                torch._foreach_copy_(self.parameters, self.masters)
+        return loss
+
+    def clear(self) -> None:
+        for parameter in (*self.parameters, *self.masters):
+            parameter.grad = None
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """As pretrain/state.py: build_optimizer, for plain tensors."""
+    groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": OPTIMIZER.weight_decay},
+              {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=OPTIMIZER.lr, betas=(OPTIMIZER.adam_beta1, OPTIMIZER.adam_beta2),
+                             eps=OPTIMIZER.adam_eps, fused=True)
+
+
+def _deepspeed():
+    """ALST's parts; deepspeed looks for an accelerator at its import."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.sequence_parallel import ulysses_sp
+    return ulysses_sp
+
+
+def _tiled_mlp(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """An MLP's forward by TiledMLP, with the tile count of its documentation."""
+    weights = [self.down_proj.weight, self.gate_proj.weight, self.up_proj.weight]
+    return _deepspeed().TiledMLP.apply(type(self).forward, self, x, math.ceil(x.shape[1] / x.shape[2]), weights)
+
+
+def _tiled_loss(model: nn.Module, hidden: torch.Tensor, labels: torch.Tensor, num_targets: int) -> torch.Tensor:
+    """Mean loss over the targets by TiledFusedLogitsLoss.
+
+    It makes the output projection's gradient in its forward, so that a division after it would not reach that one.
+    """
+    def loss_of_tile(model, x, y):
+        return F.cross_entropy(model.lm_head(x).float(), y, ignore_index=IGNORE, reduction="sum") / num_targets
+
+    tiles = math.ceil(labels.numel() / LOSS_CHUNK)
+    return _deepspeed().TiledFusedLogitsLoss.apply(loss_of_tile, model, hidden, labels, None, tiles,
+                                                   [model.lm_head.weight], "sum")
+
+
+PEERS = {THEIRS: Way(), CHECKPOINTED: Way(checkpointing=True), ALST: Way(checkpointing=True, tiled=True)}
+
+
+def make_contender(name: str, config: ModelConfig, vocab_size: int, dtype: Dtype, layout: Layout, seed: int,
+                   autocast: bool = False) -> Contender:
+    """A contender by its name: one of PEERS, or anything else for ours with this configuration."""
+    if name in PEERS:
+        return Transformers(config, vocab_size, dtype, replace(PEERS[name], autocast=autocast), layout.device, seed)
+    return Ours(config, vocab_size, dtype, layout, seed)
+
+
+def check_losses(contenders: dict[str, Contender], sample: Batch) -> dict[str, list[float]]:
+    """Contender -> its losses in the first two steps, which it takes; the second compares clipping and AdamW, too.
+
+    Raises:
+        ValueError: one differs from the first contender's by more than LOSS_TOLERANCES.
+    """
+    losses = {name: [contender.step(sample) for _ in LOSS_TOLERANCES] for name, contender in contenders.items()}
+    (first, expected), *others = losses.items()
+    for name, found in others:
+        for number, (one, other, tolerance) in enumerate(zip(expected, found, LOSS_TOLERANCES, strict=True), 1):
+            if not abs(one - other) <= tolerance * abs(one):
+                raise ValueError(f"loss of step {number}: {one:.6f} with {first}, {other:.6f} with {name}: more than "
+                                 f"{tolerance} apart, so their times and memory say nothing")
+    return losses

@@ -1,0 +1,101 @@
+"""What the runs on one GPU share: the card with its clock and memory, sizes full and toy, models by name."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from model.config import ModelConfig
+from tools.bench.contenders import not_built, preset
+from tools.bench.fresh import measured, trim
+
+LEAST_TFLOPS = 750.0
+"""Below it something else slows the card down, and a run says nothing."""
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Scale:
+    """full = the sizes that count; toy = the same code on small ones."""
+
+    toy: bool
+
+    def tokens(self, full: int) -> int:
+        return max(64, full // 1024) if self.toy else full
+
+    def model(self, name: str, **changes) -> tuple[ModelConfig, int]:
+        """(configuration, vocabulary) of a model: 1b, 3b, 8b (Llama 3's shapes) or qwen3-8b."""
+        config, vocabulary = MODELS[name]
+        if self.toy:
+            return preset("tiny", **(changes | dict(num_layers=2, qk_layernorm="qwen3" in name))), 512
+        return preset(config, **(CHANGES.get(name, {}) | changes)), vocabulary
+
+
+MODELS = {"1b": ("1b", 128256), "3b": ("1b", 128256), "8b": ("llama3-8b", 128256), "qwen3-8b": ("qwen3-8b", 151936)}
+CHANGES = {"3b": dict(num_layers=28, hidden_size=3072, num_attention_heads=24, kv_channels=128)}
+"""Llama 3.2 3B's shape: huggingface meta-llama/Llama-3.2-3B config.json."""
+
+
+def built(settings: dict) -> tuple[dict, str]:
+    """(those of the settings that this code knows, a note on the others or "")."""
+    unknown = [name for name, value in settings.items() if not_built({name: value})]
+    note = f"not built: {', '.join(unknown)}" if unknown else ""
+    return {name: value for name, value in settings.items() if name not in unknown}, note
+
+
+class Card:
+    """The device: what a task takes on it."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.is_cuda = device, device.type == "cuda"
+
+    def describe(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.is_cuda else "CPU"
+
+    def wait(self) -> None:
+        if self.is_cuda:
+            torch.cuda.synchronize(self.device)
+
+    def clear(self) -> None:
+        """Give back what nobody holds any more."""
+        trim()
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+
+    def held(self) -> int:
+        """Bytes in tensors; on a CPU unknown, and 0."""
+        return torch.cuda.memory_allocated(self.device) if self.is_cuda else 0
+
+    def seconds(self, task: Callable[[], object]) -> float:
+        self.wait()
+        start = time.perf_counter()
+        task()
+        self.wait()
+        return time.perf_counter() - start
+
+    def median(self, task: Callable[[], object], repeats: int, warm_ups: int) -> float:
+        times = [self.seconds(task) for _ in range(warm_ups + repeats)]
+        return statistics.median(times[warm_ups:])
+
+    def peak(self, task: Callable[[], object]) -> tuple[float, int]:
+        """(seconds, most bytes in tensors meanwhile); on a CPU resident bytes beyond those before."""
+        gc.collect()
+        if not self.is_cuda:
+            with measured() as found:
+                task()
+            return found["seconds"], found["above_bytes"]
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return self.seconds(task), torch.cuda.max_memory_allocated(self.device)
+
+    def product_tflops(self, size: int, repeats: int = 10) -> float:
+        """Of a bf16 product of random matrices: zeros draw less power and run faster."""
+        left, right = (torch.randn(size, size, device=self.device).to(torch.bfloat16) for _ in range(2))
+
+        def products():
+            for _ in range(repeats):
+                torch.mm(left, right)
+
+        return repeats * 2 * size**3 / self.median(products, repeats=5, warm_ups=1) / 1e12

@@ -1,0 +1,268 @@
+"""Peak memory of one forward and backward over sequence length, rung by rung, against transformers and ALST's parts.
+
+Every rung at every length runs in fresh processes, on the same weights and tokens; losses are compared. See README.md
+for what each figure means.
+"""
+
+import os
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from model.config import ModelConfig
+from tools.bench.contenders import (
+    ALST,
+    CHECKPOINTED,
+    LOSS_CHUNK,
+    LOSS_TOLERANCES,
+    OURS,
+    PEERS,
+    THEIRS,
+    VOCABULARY,
+    Dtype,
+    default_dtype,
+    lean,
+    make_contender,
+    make_sample,
+    not_built,
+    one_process,
+    preset,
+)
+from tools.bench.fresh import RETURN_MEMORY, measured, run_fresh, trim
+from tools.bench.report import bar, describe_machine, markdown_table, publish, usable_cores
+
+BARS = {CHECKPOINTED: 0.25, ALST: 0.8}
+BAR_TOKENS = 65536
+NOT_ON_CPU = "n/a on CPU"
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One step of the ladder: what it adds to the settings of those before it."""
+
+    name: str
+    adds: tuple[str, ...]
+    """Fields of ModelConfig, with the values of `lean` or of `only`."""
+    only: tuple[tuple[str, str], ...] = ()
+    gpu_only: bool = False
+
+
+LADDER = (
+    Rung("baseline", ()),
+    Rung("+ chunked loss", ("loss_chunk_tokens",)),
+    Rung("+ tiled MLP", ("mlp_tiles",)),
+    Rung("+ full recompute", (), (("recompute_granularity", "full"),)),
+    Rung("+ head chunks", ("attention_head_chunks",)),
+    Rung("+ attention kept", ("recompute_granularity",)),
+    Rung("+ offload", ("cpu_offloading_num_layers",), gpu_only=True),
+)
+PEER_NAMES = (THEIRS, CHECKPOINTED, ALST)
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    lengths: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536)
+    """Tokens of the samples, each one document."""
+    dtype: Dtype | None = None
+    """Precision of forward and backward; by default bfloat16 where the device multiplies it in hardware."""
+    repeats: int = 5
+    """Runs of each rung at each length; the median time and the highest peak count."""
+    seconds: float = 120.0
+    """No further run of a rung at a length begins after these; the table says how many there were."""
+    without: tuple[str, ...] = ()
+    """Rungs or peers to leave out, by their names in the table."""
+    num_layers: int | None = None
+    """Other than the tiny preset's 8, to try it out."""
+    seed: int = 1234
+    """Of weights and tokens."""
+    plot: str | None = None
+    """PNG file for the peaks over the length."""
+    output: str | None = None
+    """File to append the result to, as Markdown."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One rung at one length."""
+
+    peak: int = 0
+    """Bytes above the built model."""
+    seconds: float = 0.0
+    runs: int = 0
+    loss: float = 0.0
+    note: str = ""
+    """Why there are no figures, or ""."""
+
+
+def run(arguments: Arguments) -> int:
+    """Climb the ladder at every length and publish the result; 0, or 1 where losses disagree, or 2."""
+    problem = find_problem(arguments)
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    dtype = arguments.dtype or default_dtype(torch.device("cpu"))
+    machine = describe_machine(["transformers", "deepspeed"])
+    cells: dict[str, dict[int, Cell]] = {}
+    for tokens in arguments.lengths:
+        for name, changes, note in contenders_at(tokens, arguments):
+            print(f"{tokens}: {name} ...", file=sys.stderr, flush=True)
+            cells.setdefault(name, {})[tokens] = Cell(note=note) if note else climb(name, changes, tokens, dtype,
+                                                                                    arguments)
+    wrong = disagreements(cells)
+    publish(describe(cells, wrong, machine, dtype, arguments), arguments.output)
+    if arguments.plot:
+        draw(cells, dtype, Path(arguments.plot))
+    return 1 if wrong else 0
+
+
+def find_problem(arguments: Arguments) -> str | None:
+    """Why the benchmark cannot run, with a fix, or None."""
+    names = [*(rung.name for rung in LADDER), *PEER_NAMES]
+    unknown = [name for name in arguments.without if name not in names]
+    if unknown:
+        return f"--without {' '.join(unknown)}: no such rung. Fix: of {', '.join(names)}."
+    if arguments.repeats < 1 or not arguments.lengths or min(arguments.lengths) < 2:
+        return (f"--repeats {arguments.repeats} --lengths {arguments.lengths}: too few. Fix: at least 1, and lengths "
+                "of 2 tokens or more.")
+    return None
+
+
+def ladder(config: ModelConfig, tokens: int) -> dict[str, dict]:
+    """Rung -> the settings of ModelConfig that it stands for: its own and those of the rungs below."""
+    values = lean(config, tokens) | {"cpu_offloading_num_layers": config.num_layers}
+    settings, found = {}, {}
+    for rung in LADDER:
+        settings = settings | {name: values[name] for name in rung.adds} | dict(rung.only)
+        found[rung.name] = settings
+    return found
+
+
+def contenders_at(tokens: int, arguments: Arguments) -> list[tuple[str, dict, str]]:
+    """(name, settings, why it does not run or "") of every rung and peer that was not left out."""
+    layers = {"num_layers": arguments.num_layers} if arguments.num_layers else {}
+    found = []
+    steps = ladder(preset("tiny", **layers), tokens)
+    for rung in LADDER:
+        missing = not_built(steps[rung.name])
+        note = NOT_ON_CPU if rung.gpu_only else f"not built ({', '.join(missing)})" if missing else ""
+        found.append((rung.name, steps[rung.name] | layers, note))
+    found += [(name, layers, "") for name in PEER_NAMES]
+    return [(name, changes, note) for name, changes, note in found if name not in arguments.without]
+
+
+def climb(name: str, changes: dict, tokens: int, dtype: Dtype, arguments: Arguments) -> Cell:
+    """Run one rung at one length, again while time is left."""
+    found: list[dict] = []
+    began = time.monotonic()
+    while len(found) < arguments.repeats and (not found or time.monotonic() - began < arguments.seconds):
+        try:
+            found.append(run_fresh(peak_of_backward, usable_cores(), environment=RETURN_MEMORY, name=name,
+                                   changes=changes, tokens=tokens, dtype=dtype, seed=arguments.seed))
+        except RuntimeError as failure:  # killed for its memory, as a rule; the other rungs say more than this one
+            return Cell(note=str(failure).split(" ", 1)[1])
+        print(found[-1], file=sys.stderr, flush=True)
+    return Cell(max(one["above_bytes"] for one in found), statistics.median(one["seconds"] for one in found),
+                len(found), found[0]["loss"])
+
+
+def peak_of_backward(name: str, changes: dict, tokens: int, dtype: Dtype, seed: int) -> dict:
+    """Loss, seconds and peak of one forward and backward above the built model, after one over a few tokens."""
+    with one_process() as layout:
+        contender = make_contender(name, preset("tiny", **changes), VOCABULARY, dtype, layout, seed)
+        contender.forward_backward(make_sample([64], VOCABULARY, seed))
+        contender.clear()
+        sample = make_sample([tokens], VOCABULARY, seed)
+        trim()
+        with measured() as found:
+            loss = contender.forward_backward(sample)
+    return found | {"loss": loss}
+
+
+def disagreements(cells: dict[str, dict[int, Cell]]) -> list[str]:
+    """Losses that differ from the first that was measured at that length."""
+    wrong = []
+    for tokens in sorted({tokens for row in cells.values() for tokens in row}):
+        run = {name: row[tokens].loss for name, row in cells.items() if tokens in row and row[tokens].runs}
+        expected = next(iter(run.values()), 0.0)
+        wrong += [f"{tokens} tokens: loss {loss:.6f} of {name}, {expected:.6f} of {next(iter(run))}"
+                  for name, loss in run.items() if not abs(loss - expected) <= LOSS_TOLERANCES[0] * abs(expected)]
+    return wrong
+
+
+# ---- the report ----
+
+def describe(cells: dict[str, dict[int, Cell]], wrong: list[str], machine: str, dtype: Dtype,
+             arguments: Arguments) -> str:
+    """The whole result as Markdown."""
+    lengths = list(arguments.lengths)
+    header = ["", *(f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens) for tokens in lengths)]
+    peaks = [[label(name), *(show(row[tokens], f"{row[tokens].peak / MIB:,.0f}") for tokens in lengths)]
+             for name, row in cells.items()]
+    times = [[label(name), *(show(row[tokens], f"{row[tokens].seconds:.1f} ({row[tokens].runs})")
+                             for tokens in lengths)] for name, row in cells.items()]
+    config = preset("tiny", **({"num_layers": arguments.num_layers} if arguments.num_layers else {}))
+    settings = ", ".join(f"{name} {value}" for name, value in lean(config, lengths[-1]).items())
+    return "\n".join([
+        "## Memory over sequence length", "", machine, "",
+        f"tiny preset ({config.num_layers} layers, vocabulary {VOCABULARY:,}), one process on {usable_cores()} cores, "
+        f"{dtype}, one document; forward and backward, each run in a process of its own. Every rung keeps those above "
+        f"it (at the greatest length: {settings}). Peak: resident memory above the built model, MiB.",
+        f"{ALST}: TiledMLP in tiles of as many tokens as the model is wide, and TiledFusedLogitsLoss in tiles of "
+        f"{LOSS_CHUNK:,} tokens, on transformers with gradient checkpointing. Its third part, UlyssesSPAttentionHF, "
+        "does nothing on one process (register_with_transformers returns at sequence_parallel_size 1), and its "
+        "offload saves nothing on a CPU.", "",
+        markdown_table(header, peaks), "",
+        "Seconds of one forward and backward, the median (of so many runs):", "",
+        markdown_table(header, times), "",
+        *bars_at(cells, BAR_TOKENS if BAR_TOKENS in lengths else max(lengths)),
+        *(f"- wrong: {line}" for line in wrong),
+        f"- load at the end: {os.getloadavg()[0]:.1f}",
+        *(["- the bars are set for 8 layers"] if arguments.num_layers else []),
+    ])
+
+
+def label(name: str) -> str:
+    return name if name in PEERS else f"{OURS}, {name}"
+
+
+def show(cell: Cell, figure: str) -> str:
+    return cell.note or figure
+
+
+def bars_at(cells: dict[str, dict[int, Cell]], tokens: int) -> list[str]:
+    """Our best rung at this length beside the peers."""
+    lines = [] if tokens == BAR_TOKENS else [f"- the bars are set for {BAR_TOKENS:,} tokens, not for {tokens:,}"]
+    rungs = {name: row[tokens] for name, row in cells.items() if name not in PEERS and row[tokens].runs}
+    if not rungs:
+        return lines
+    best = min(rungs, key=lambda name: rungs[name].peak)
+    for peer, limit in BARS.items():
+        cell = cells.get(peer, {}).get(tokens)
+        if cell is None or not cell.runs:
+            lines.append(f"- {tokens:,} tokens, {best} / {peer}: not run{f' ({cell.note})' if cell else ''}")
+            continue
+        lines.append(bar(f"{tokens:,} tokens, peak of {best} / of {peer}", rungs[best].peak / cell.peak, limit))
+    return lines
+
+
+def draw(cells: dict[str, dict[int, Cell]], dtype: Dtype, path: Path) -> None:
+    """The peaks over the length, both axes logarithmic, as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, row in cells.items():
+        points = [(tokens, cell.peak / MIB) for tokens, cell in row.items() if cell.runs]
+        if points:
+            axes.plot(*zip(*points), marker="o", linestyle="--" if name in PEERS else "-", label=label(name))
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set(xlabel="tokens", ylabel="MiB above the built model", title=f"One forward and backward, tiny, {dtype}")
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
