@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from model.attention_chunks import attend_in_chunks
-from model.attention_tape import AttentionTape
+from model.attention_tape import AttentionTape, empty
 from model.config import ModelConfig
 from model.kernels import Attend, Segments
 from model.parts import RMSNorm, Weight, enter_tensor_parallel, leave_tensor_parallel
@@ -86,7 +86,10 @@ class Attention(nn.Module):
             q_tNH, k_tKH = self.project_q(x_tD, positions, weights), self.project_k(x_tD, positions, weights)
             v_tKH = self.project_v(x_tD, weights)
             q_smH, *kv_skH = seq_to_heads(q_tNH, k_tKH, v_tKH, self.split, self.layout.cp_a2a)
-            o_smH = self.attend_to(q_smH, *self.gather(*kv_skH), positions.segments, tape)
+            kv_TkH = self.gather(*kv_skH)
+            o_smH = self.attend_to(q_smH, *kv_TkH, positions.segments, tape)
+            if tape is not None and not tape.playing:
+                empty(q_smH, *kv_TkH)
             o_tNH = heads_to_seq(o_smH, self.split, self.layout.cp_a2a)
         return leave_tensor_parallel(self.o(o_tNH.reshape(x_tD.shape[0], -1)), self.layout)
 

@@ -105,7 +105,8 @@ def _round_gradients(ctx, each: HeadRound, gradients: "_Gradients", grad_tNH: to
             q_smH = seq_to_heads(q, q[:, :0], q[:, :0], each.query_split, axis)[0]
             o_smH = block.attend_to(q_smH, *read, positions.segments, ctx.tape)
             o_tnH = heads_to_seq(o_smH, each.query_split, axis)
-        *found, grad_k, grad_v = torch.autograd.grad(o_tnH, [*leaves, *read], grad_tNH[:, _index(heads, grad_tNH.device)])
+        grad_tnH = grad_tNH[:, _index(heads, grad_tNH.device)]
+        *found, grad_k, grad_v = torch.autograd.grad(o_tnH, [*leaves, *read], grad_tnH)
         gradients.add(Q_FIELDS, heads, found)
         sums[0].add_(grad_k)
         sums[1].add_(grad_v)

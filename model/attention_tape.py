@@ -43,8 +43,9 @@ class KeptCall:
         for values, storage in zip(_storages((q, k, v)), _storages(self.inputs), strict=True):
             if storage.nbytes() == 0:  # else an earlier call with the same k and v has filled it
                 _move(values, storage)
-        inputs, self.inputs = self.inputs, ()
-        return torch.autograd.grad(self.result, inputs, grad)
+        # The graph holds its leaves, and the tape lives as long as the whole step's graph.
+        (inputs, result), self.inputs, self.result = (self.inputs, self.result), (), None
+        return torch.autograd.grad(result, inputs, grad)
 
 
 def empty(*tensors: torch.Tensor) -> None:

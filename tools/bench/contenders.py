@@ -13,8 +13,8 @@ import os
 import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
-from typing import Literal, Protocol, get_args, get_type_hints
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -72,18 +72,6 @@ def default_dtype(device: torch.device) -> Dtype:
 def preset(name: str, **changes) -> ModelConfig:
     """The configuration of a preset, with changes."""
     return ModelConfig(model=name, **(PRESETS[name] | changes))
-
-
-def not_built(settings: dict) -> list[str]:
-    """Those of some fields of ModelConfig that this code does not know, or not with this value.
-
-    To be deleted when the settings of the ladder have landed.
-    """
-    known, kinds = {field.name for field in fields(ModelConfig)}, get_type_hints(ModelConfig)
-    missing = [name for name in settings if name not in known]
-    level = settings.get("recompute_granularity")
-    choices = [value for kind in get_args(kinds["recompute_granularity"]) for value in get_args(kind)]
-    return missing + ([f"recompute_granularity {level}"] if level is not None and level not in choices else [])
 
 
 def lean(config: ModelConfig, tokens: int) -> dict:
@@ -301,10 +289,11 @@ PEERS = {THEIRS: Way(), CHECKPOINTED: Way(checkpointing=True), ALST: Way(checkpo
 
 
 def make_contender(name: str, config: ModelConfig, vocab_size: int, dtype: Dtype, layout: Layout, seed: int,
-                   autocast: bool = False) -> Contender:
-    """A contender by its name: one of PEERS, or anything else for ours with this configuration."""
+                   **ways: bool) -> Contender:
+    """A contender by its name: one of PEERS (with further fields of its Way), or anything else for ours with this
+    configuration."""
     if name in PEERS:
-        return Transformers(config, vocab_size, dtype, replace(PEERS[name], autocast=autocast), layout.device, seed)
+        return Transformers(config, vocab_size, dtype, replace(PEERS[name], **ways), layout.device, seed)
     return Ours(config, vocab_size, dtype, layout, seed)
 
 

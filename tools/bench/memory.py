@@ -28,7 +28,6 @@ from tools.bench.contenders import (
     lean,
     make_contender,
     make_sample,
-    not_built,
     one_process,
     preset,
 )
@@ -39,6 +38,8 @@ BARS = {CHECKPOINTED: 0.25, ALST: 0.8}
 BAR_TOKENS = 65536
 NOT_ON_CPU = "n/a on CPU"
 MIB = 2**20
+NOT_CHUNKED = 2**30
+"""A chunk of the loss that holds every sample."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Rung:
 
 
 LADDER = (
-    Rung("baseline", ()),
+    Rung("baseline", (), (("loss_chunk_tokens", NOT_CHUNKED),)),
     Rung("+ chunked loss", ("loss_chunk_tokens",)),
     Rung("+ tiled MLP", ("mlp_tiles",)),
     Rung("+ full recompute", (), (("recompute_granularity", "full"),)),
@@ -67,7 +68,9 @@ PEER_NAMES = (THEIRS, CHECKPOINTED, ALST)
 @dataclass(kw_only=True)
 class Arguments:
     lengths: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536)
-    """Tokens of the samples, each one document."""
+    """Tokens of the samples."""
+    documents: int = 1
+    """Equal documents of a sample; transformers gets them as rows of a batch. Many take less time than one as long."""
     dtype: Dtype | None = None
     """Precision of forward and backward; by default bfloat16 where the device multiplies it in hardware."""
     repeats: int = 5
@@ -129,6 +132,8 @@ def find_problem(arguments: Arguments) -> str | None:
     if arguments.repeats < 1 or not arguments.lengths or min(arguments.lengths) < 2:
         return (f"--repeats {arguments.repeats} --lengths {arguments.lengths}: too few. Fix: at least 1, and lengths "
                 "of 2 tokens or more.")
+    if arguments.documents < 1 or any(tokens % arguments.documents for tokens in arguments.lengths):
+        return (f"--documents {arguments.documents}: must divide the lengths {arguments.lengths}. Fix: a power of two.")
     return None
 
 
@@ -148,9 +153,7 @@ def contenders_at(tokens: int, arguments: Arguments) -> list[tuple[str, dict, st
     found = []
     steps = ladder(preset("tiny", **layers), tokens)
     for rung in LADDER:
-        missing = not_built(steps[rung.name])
-        note = NOT_ON_CPU if rung.gpu_only else f"not built ({', '.join(missing)})" if missing else ""
-        found.append((rung.name, steps[rung.name] | layers, note))
+        found.append((rung.name, steps[rung.name] | layers, NOT_ON_CPU if rung.gpu_only else ""))
     found += [(name, layers, "") for name in PEER_NAMES]
     return [(name, changes, note) for name, changes, note in found if name not in arguments.without]
 
@@ -162,7 +165,8 @@ def climb(name: str, changes: dict, tokens: int, dtype: Dtype, arguments: Argume
     while len(found) < arguments.repeats and (not found or time.monotonic() - began < arguments.seconds):
         try:
             found.append(run_fresh(peak_of_backward, usable_cores(), environment=RETURN_MEMORY, name=name,
-                                   changes=changes, tokens=tokens, dtype=dtype, seed=arguments.seed))
+                                   changes=changes, tokens=tokens, documents=arguments.documents, dtype=dtype,
+                                   seed=arguments.seed))
         except RuntimeError as failure:  # killed for its memory, as a rule; the other rungs say more than this one
             return Cell(note=str(failure).split(" ", 1)[1])
         print(found[-1], file=sys.stderr, flush=True)
@@ -170,13 +174,13 @@ def climb(name: str, changes: dict, tokens: int, dtype: Dtype, arguments: Argume
                 len(found), found[0]["loss"])
 
 
-def peak_of_backward(name: str, changes: dict, tokens: int, dtype: Dtype, seed: int) -> dict:
+def peak_of_backward(name: str, changes: dict, tokens: int, documents: int, dtype: Dtype, seed: int) -> dict:
     """Loss, seconds and peak of one forward and backward above the built model, after one over a few tokens."""
     with one_process() as layout:
-        contender = make_contender(name, preset("tiny", **changes), VOCABULARY, dtype, layout, seed)
+        contender = make_contender(name, preset("tiny", **changes), VOCABULARY, dtype, layout, seed, batched=True)
         contender.forward_backward(make_sample([64], VOCABULARY, seed))
         contender.clear()
-        sample = make_sample([tokens], VOCABULARY, seed)
+        sample = make_sample([tokens // documents] * documents, VOCABULARY, seed)
         trim()
         with measured() as found:
             loss = contender.forward_backward(sample)
@@ -210,8 +214,9 @@ def describe(cells: dict[str, dict[int, Cell]], wrong: list[str], machine: str, 
     return "\n".join([
         "## Memory over sequence length", "", machine, "",
         f"tiny preset ({config.num_layers} layers, vocabulary {VOCABULARY:,}), one process on {usable_cores()} cores, "
-        f"{dtype}, one document; forward and backward, each run in a process of its own. Every rung keeps those above "
-        f"it (at the greatest length: {settings}). Peak: resident memory above the built model, MiB.",
+        f"{dtype}, {arguments.documents} document{'s' * (arguments.documents > 1)}; forward and backward, each run "
+        "in a process of its own. Every rung keeps those above it (at the greatest length: "
+        f"{settings}). Peak: resident memory above the built model, MiB.",
         f"{ALST}: TiledMLP in tiles of as many tokens as the model is wide, and TiledFusedLogitsLoss in tiles of "
         f"{LOSS_CHUNK:,} tokens, on transformers with gradient checkpointing. Its third part, UlyssesSPAttentionHF, "
         "does nothing on one process (register_with_transformers returns at sequence_parallel_size 1), and its "

@@ -30,7 +30,6 @@ from tools.bench.contenders import (
     lean,
     make_contender,
     make_sample,
-    not_built,
     one_process,
     preset,
 )
@@ -119,7 +118,7 @@ def run(arguments: Arguments) -> int:
         print(f"error: {problem}", file=sys.stderr)
         return 2
     dtype = arguments.dtype or default_dtype(CPU)
-    machine, missing = describe_machine(["transformers"]), []
+    machine = describe_machine(["transformers"])
     shapes = [Shape((length,)) for length in arguments.lengths]
     if arguments.packed:
         shapes.append(Shape((arguments.packed // arguments.documents,) * arguments.documents))
@@ -127,14 +126,12 @@ def run(arguments: Arguments) -> int:
     try:
         for shape in shapes:
             print(f"{shape} ...", file=sys.stderr, flush=True)
-            settings, absent = contenders_of(shape, arguments)
-            missing += [line for line in absent if line not in missing]
-            rows.append(measure(shape, settings, dtype, arguments))
+            rows.append(measure(shape, contenders_of(shape, arguments), dtype, arguments))
         share = measure_documents(dtype, arguments) if arguments.packed else None
     except RuntimeError as failure:
         print(f"error: {failure}", file=sys.stderr)
         return 1
-    publish(describe(rows, share, missing, machine, dtype, arguments), arguments.output)
+    publish(describe(rows, share, machine, dtype, arguments), arguments.output)
     return 0
 
 
@@ -151,20 +148,17 @@ def find_problem(arguments: Arguments) -> str | None:
     return None
 
 
-def contenders_of(shape: Shape, arguments: Arguments) -> tuple[dict[str, dict], list[str]]:
-    """(contender -> its settings of ModelConfig, what is left out because it is not built)."""
+def contenders_of(shape: Shape, arguments: Arguments) -> dict[str, dict]:
+    """Contender -> its settings of ModelConfig."""
     found: dict[str, dict] = {OURS: {}}
     if len(shape.lengths) == 1 and shape.tokens >= LEAN_FROM:
         kept = lean(preset("tiny"), shape.tokens)
         found |= {CHUNKED: {"loss_chunk_tokens": kept["loss_chunk_tokens"]},
                   SELECTIVE: kept | {"recompute_granularity": "selective"}, KEPT: kept}
-    missing = [f"{name}: not built ({', '.join(not_built(settings))})" for name, settings in found.items()
-               if not_built(settings)]
-    found = {name: settings for name, settings in found.items() if not not_built(settings)}
     if arguments.num_layers:
         found = {name: settings | {"num_layers": arguments.num_layers} for name, settings in found.items()}
     changed = {"num_layers": arguments.num_layers} if arguments.num_layers else {}
-    return found | {THEIRS: changed, CHECKPOINTED: changed}, missing
+    return found | {THEIRS: changed, CHECKPOINTED: changed}
 
 
 def measure(shape: Shape, settings: dict[str, dict], dtype: Dtype, arguments: Arguments) -> Row:
@@ -194,8 +188,8 @@ def time_steps(settings: dict[str, dict], lengths: list[int], dtype: Dtype, repe
     """
     with one_process() as layout:
         sample = make_sample(lengths, VOCABULARY, seed)
-        contenders = {name: make_contender(name, preset("tiny", **changes), VOCABULARY, dtype, layout, seed, autocast)
-                      for name, changes in settings.items()}
+        contenders = {name: make_contender(name, preset("tiny", **changes), VOCABULARY, dtype, layout, seed,
+                                           autocast=autocast) for name, changes in settings.items()}
         losses = check_losses(contenders, sample)
         replays = {name: Replay(record(lambda contender=contender: contender.step(sample)))
                    for name, contender in contenders.items() if name not in PEERS}
@@ -253,7 +247,7 @@ class PlainProduct:
 def peak_of_step(name: str, changes: dict, lengths: list[int], dtype: Dtype, seed: int, autocast: bool = False) -> dict:
     """Seconds and peak of one step above the built model and optimizer, after a step on a few tokens."""
     with one_process() as layout:
-        contender = make_contender(name, preset("tiny", **changes), VOCABULARY, dtype, layout, seed, autocast)
+        contender = make_contender(name, preset("tiny", **changes), VOCABULARY, dtype, layout, seed, autocast=autocast)
         contender.step(make_sample([64], VOCABULARY, seed))
         sample = make_sample(lengths, VOCABULARY, seed)
         trim()
@@ -312,8 +306,7 @@ def measure_documents(dtype: Dtype, arguments: Arguments) -> Share:
     return Share(packed, whole, *(statistics.median(times) for times in found))
 
 
-def describe(rows: list[Row], share: Share | None, missing: list[str], machine: str, dtype: Dtype,
-             arguments: Arguments) -> str:
+def describe(rows: list[Row], share: Share | None, machine: str, dtype: Dtype, arguments: Arguments) -> str:
     """The whole result as Markdown."""
     config = preset("tiny", **({"num_layers": arguments.num_layers} if arguments.num_layers else {}))
     why = "asked for" if arguments.dtype else (
@@ -327,7 +320,6 @@ def describe(rows: list[Row], share: Share | None, missing: list[str], machine: 
         "attention, no recompute. Peak: resident memory of one step above the built model and optimizer, in a process "
         "of its own. Alone: the step's own matrix products and attention kernels, recompute included, at the same "
         "shapes.", "", table(rows, config), ""]
-    lines += [f"- {line}" for line in missing]
     for row in rows:
         lines += bars_of(row)
     if share is not None:
