@@ -1,30 +1,63 @@
-"""Kept layer inputs in the host's memory: the same gradients, less memory on the GPU."""
+"""Recompute levels and offload on a GPU: the same gradients, and less memory."""
 
 import pytest
 import torch
 from torch import nn
 
-from model.memory import run_layer
+from model.config import ModelConfig
+from model.gpt import GPTStage
+from model.kernels import choose_attention
+from model.memory import MemorySettings
+from parallel.layout import single_process_layout
 
 pytestmark = pytest.mark.gpu
 LAYERS, TOKENS, WIDTH = 8, 8192, 1024
+CONFIG = ModelConfig(num_layers=LAYERS, hidden_size=WIDTH, ffn_hidden_size=2816, num_attention_heads=16,
+                     num_query_groups=4)
 
 
-def gradients(layers: nn.ModuleList, offload: bool) -> tuple[list[torch.Tensor], int]:
-    """Gradients of all layers, and the bytes at the peak above what is there now."""
-    x = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(1)).cuda()
-    shift = torch.ones(WIDTH, device="cuda")
+class Batch:
+    def __init__(self, device: torch.device):
+        generator = torch.Generator().manual_seed(1)
+        self.tokens, self.labels = (torch.randint(500, (TOKENS,), generator=generator).to(device) for _ in range(2))
+        self.positions = torch.cat([torch.arange(3000), torch.arange(TOKENS - 3000)]).to(device)
+        self.cu_seqlens = torch.tensor([0, 3000, TOKENS], dtype=torch.int32)
+
+
+def gradients(settings: MemorySettings) -> tuple[list[torch.Tensor], int]:
+    """Gradients of all parameters, and the bytes at the peak above what was there before the forward."""
+    device = torch.device("cuda", 0)
+    attend, _ = choose_attention("auto", device, torch.bfloat16)
+    stage = GPTStage(CONFIG, 500, single_process_layout(device), attend).bfloat16().to_empty(device=device)
+    torch.manual_seed(0)
+    for parameter in stage.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    batch, stage.memory = Batch(device), settings
+    torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    for layer in layers:
-        x = run_layer(lambda x, shift, layer=layer: x + layer(x) + shift, x, (shift,), "full", offload)
-    grads = torch.autograd.grad(x.square().sum(), list(layers.parameters()))
-    return list(grads), torch.cuda.max_memory_allocated() - before
+    stage.begin_step([batch], TOKENS)
+    stage(torch.empty(0, device=device)).backward()
+    torch.cuda.synchronize()
+    return [p.grad for p in stage.parameters()], torch.cuda.max_memory_allocated() - before
 
 
-def test_offloaded_inputs_leave_the_gpu_and_come_back():
-    torch.manual_seed(0)
-    layers = nn.ModuleList([nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.SiLU()) for _ in range(LAYERS)]).cuda()
-    (kept, kept_bytes), (offloaded, offloaded_bytes) = gradients(layers, False), gradients(layers, True)
-    assert all(torch.equal(a, b) for a, b in zip(kept, offloaded, strict=True))
-    assert kept_bytes - offloaded_bytes > 0.7 * (LAYERS - 2) * TOKENS * WIDTH * 4
+@pytest.fixture(scope="module")
+def plain():
+    return gradients(MemorySettings())
+
+
+@pytest.mark.parametrize("settings", [
+    MemorySettings("selective"), MemorySettings("full"), MemorySettings("attention_kept"),
+    MemorySettings("full", LAYERS), MemorySettings("attention_kept", LAYERS), MemorySettings("attention_kept", LAYERS - 2, 4, 4, 1024)], ids=str)
+def test_the_gradients_are_those_without_any_of_it(plain, settings):
+    for found, expected in zip(gradients(settings)[0], plain[0], strict=True):
+        assert (found - expected).norm() <= 0.02 * expected.norm()
+
+
+def test_offloaded_tensors_leave_the_gpu_and_come_back(plain):
+    on_device, offloaded = (gradients(MemorySettings("attention_kept", count)) for count in (0, LAYERS))
+    assert all(torch.equal(a, b) for a, b in zip(on_device[0], offloaded[0], strict=True))
+    kept = 2 * TOKENS * WIDTH * 2  # of a layer: its input and its attention's output, in bf16
+    assert on_device[1] - offloaded[1] > 0.7 * (LAYERS - 3) * kept
+    assert on_device[1] < plain[1] / 2
