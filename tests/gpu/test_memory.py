@@ -49,7 +49,8 @@ def plain():
 
 @pytest.mark.parametrize("settings", [
     MemorySettings("selective"), MemorySettings("full"), MemorySettings("attention_kept"),
-    MemorySettings("full", LAYERS), MemorySettings("attention_kept", LAYERS), MemorySettings("attention_kept", LAYERS - 2, 4, 4, 1024)], ids=str)
+    MemorySettings("full", LAYERS), MemorySettings("attention_kept", LAYERS),
+    MemorySettings("attention_kept", LAYERS - 2, 4, 4, 1024)], ids=str)
 def test_the_gradients_are_those_without_any_of_it(plain, settings):
     for found, expected in zip(gradients(settings)[0], plain[0], strict=True):
         assert (found - expected).norm() <= 0.02 * expected.norm()
