@@ -154,7 +154,7 @@ def _wait_until(run: Run, condition) -> bool:
     while run.alive():
         if condition():
             return True
-        time.sleep(0.01)
+        time.sleep(0.05)  # shorter than a save, and long enough to leave the run its cores
     return False
 
 
