@@ -28,7 +28,7 @@ from tools.bench.contenders import (
     make_sample,
     one_process,
 )
-from tools.bench.gpu_parts import GIB, Card, Scale, built
+from tools.bench.gpu_parts import GIB, Card, Scale
 from tools.bench.memory import ladder
 from tools.bench.products import TimedAttend
 from tools.bench.standin import one_rank_of
@@ -298,7 +298,6 @@ def documents(card: Card, scale: Scale, tflops: float) -> Outcome:
     tokens, many = scale.tokens(1 << 19), 4 if scale.toy else 256
     config, vocabulary = scale.model("1b", num_layers=2)
     settings = lean(config, tokens)
-    notes = [note] if note else []
     attend, chosen = choose_attention("auto", card.device, getattr(torch, dtype_of(scale)))
     clock, times = TimedAttend(attend, card.device), {1: [], many: []}
     with one_process() as layout:
@@ -312,7 +311,7 @@ def documents(card: Card, scale: Scale, tflops: float) -> Outcome:
     one, other = (sorted(found)[len(found) // 2] for found in times.values())
     ratio = other / one * many  # the sum of squares is 1 / many of one document's
     return Outcome(f"{ratio:.3f} of what the sum of squares predicts", ratio <= 1.15,
-                   [f"attention {one:.3f} s as 1 document, {other:.4f} s as {many}; {chosen}", *notes])
+                   [f"attention {one:.3f} s as 1 document, {other:.4f} s as {many}; {chosen}"])
 
 
 @dataclass(frozen=True)
