@@ -222,7 +222,9 @@ class LayerMemory:
         """Beside `kept_of_loss`: the normed input, a chunk's logits, the sum of the weight's gradient."""
         b, W = self.b, self.W
         cast = b if b < W else 0  # the logits, or their gradient, in the compute dtype beside the wide ones
-        chunk = min(self.t, self.settings.loss_chunk_tokens) * self.v * (W + cast)
+        rows = min(self.t, self.settings.loss_chunk_tokens)
+        # Those of the chunk before are there until the next ones are made.
+        chunk = rows * self.v * (W + cast) * (1 if rows == self.t else 2)
         sums = W * self.v * self.D if b < W else 0
         return self.read + chunk + sums
 
@@ -278,7 +280,7 @@ class LayerMemory:
             freed += self.input
         weights = self.b * D * H * (2 * heads.N + 2 * heads.K)
         if self.chunks > 1:
-            return [Moment(freed - self._to_project, residual + self._recomputed + self._chunk_at_work, weights)]
+            return [Moment(freed, residual + self._recomputed + self._chunk_at_work, weights)]
         made = residual + self._recomputed
         rows = self.s * heads.m + 2 * self.T * heads.k  # of the gradients of q, k and v
         kernel = self.s * heads.m * H * self.b + rows * H * self._kernel_bytes
@@ -298,12 +300,12 @@ class LayerMemory:
         b, H, heads = self.b, self.H, self.heads
         m, k = heads.m // self.chunks, heads.round_k
         sides = 2 if self.a2a > 1 else 1  # before and after the exchange
-        of_x = self.read * 2  # the sum, and a group's
-        o = b * self.t * heads.N * H  # the gradient of all heads' results
+        of_results = b * self.t * heads.N * H
         keys = 2 * self.T * k * H * (b * sides + self.W)  # with their summed gradients
-        queries = self.s * m * H * b * (2 * sides + 2)
+        queries = self.s * m * H * b * 2 * sides  # with the gradient of their results
         kernel = H * self._kernel_bytes * (self.s * m + 2 * self.T * k)
-        return of_x + o + keys + queries + kernel
+        of_x = self.read + max(kernel, self.read + 2 * b * self.T * k * H)  # the sum; then a group's
+        return of_x + of_results + keys + queries
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def test_running_out_all_the_same_names_three_settings_that_need_less(asked):
 
 def test_the_trainers_start_refuses(tmp_path):
     argv = ("--model tiny --mock-data --vocab-size 100 --global-batch-size 1 --train-iters 1 --seq-length 65536 "
-            "--device-memory-gib 0.5").split()
+            "--device-memory-gib 3").split()
     with pytest.raises(ValueError, match="phase 'main': seq_length = 65536: needs .* Fix: .*recompute_granularity"):
         make_plan(load_config(argv), 1)
     plan = make_plan(load_config([*argv, "--seq-length", "256"]), 1)

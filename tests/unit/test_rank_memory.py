@@ -54,6 +54,7 @@ SHAPES = {
     "plain": (DEEP, 101), "grouped heads": (DEEP | dict(num_query_groups=2, ffn_hidden_size=96), 101),
     "qk-norm, one layer": (DEEP | dict(num_layers=1, qk_layernorm=True, num_query_groups=1), 101),
     "wide": (DEEP | dict(kv_channels=64, untie_embeddings_and_output_weights=True, ffn_hidden_size=512), 101),
+    "narrow MLP": (DEEP | dict(num_layers=2, ffn_hidden_size=32, num_query_groups=2, kv_channels=64), 101),
     "large vocabulary": (DEEP | dict(num_layers=2), 4000)}
 
 
@@ -153,15 +154,20 @@ def test_levels_are_in_order():
     layer = 8192 * 2 * 32
     assert full < kept < selective < none and kept - full == layer * (4096 + 32 * 2)  # outputs and log-sum-exps
     assert none - selective == layer * (2 * 14336 + 4096 + 2)  # gate, up, the norm's output and a number per row
-    tiled, plain = (model.worst(load("full", memory=dict(mlp_tiles=n))).buffers for n in (8, 1))
-    assert plain - tiled > 8192 * 14336 * 2 * 4
-    long = dict(seq_length=1 << 20, context_parallel_size=8, dp=1)
-    whole, chunked = (model.worst(load("full", memory=dict(attention_head_chunks=n, mlp_tiles=64), **long))
-                      for n in (1, 4))
-    assert chunked.buffers < 0.75 * whole.buffers and chunked.activations == whole.activations
-    by_rows = [model.worst(load("full", memory=dict(loss_chunk_tokens=n, mlp_tiles=64, attention_head_chunks=4),
-                                )).buffers for n in (8192, 512)]
-    assert by_rows[0] - by_rows[1] == (8192 - 512) * 128256 * 6
+
+
+def test_parts_of_the_sequence_and_of_the_heads_bound_what_is_there_at_once():
+    model, long = MemoryModel(MODEL, 128256), dict(seq_length=1 << 18, context_parallel_size=2, dp=4)
+
+    def held(**settings) -> int:
+        return model.layer(load("full", memory=settings, **long)).working_set(has_loss=False)
+
+    width = (1 << 17) * 14336 * 2
+    assert held() - held(mlp_tiles=8) > 2 * width
+    assert held(mlp_tiles=64, attention_head_chunks=4) < 0.8 * held(mlp_tiles=64)
+    logits = [model.layer(load("full", memory=dict(loss_chunk_tokens=n))).loss_at_work for n in (8192, 2048, 512)]
+    assert logits[0] - logits[1] == (8192 - 2 * 2048) * 128256 * 6, "the chunk before is there, too"
+    assert logits[1] - logits[2] == 2 * (2048 - 512) * 128256 * 6
 
 
 def test_a_cpu_has_no_host_beside_it():
