@@ -116,14 +116,19 @@ class Search:
     def nearest(self, limit: int, count: int = 6) -> list[str]:
         """Changes after which a process needs at most `limit` bytes, those that cost least time first, in words."""
         found: list[str] = []
+        offered: list[set[str]] = []
         for group in (*self._memory_settings(), *self._other_settings()):
             for what, phase, world in group:
+                words = set(what.split(", "))
+                if any(less <= words for less in offered):
+                    continue  # a part of these changes is enough
                 if check_phase_layout(phase, self.config, world, self.model.vocab_size) or check_phase_memory(
                         phase, self.config.model.attention_backend):
                     continue
                 memory = self._memory_of(phase, world)
                 if self.machine.has_room(memory, limit):
                     found.append(f"{what} ({show_bytes(memory.total)})")
+                    offered.append(words)
                     break  # the nearest of its group
             if len(found) == count:
                 break
@@ -170,7 +175,7 @@ class Search:
         what = f"context_parallel_size {cp * factor}"
         if layout.context_levels[1] > 1:
             what += " in two levels of {} x {}".format(*layout.context_levels)
-        return (what + (f" on {world} processes" if world != self.world_size else ""),
+        return (what + (f", {world} processes" if world != self.world_size else ""),
                 dataclasses.replace(self.phase, layout=layout), world)
 
     def _head_chunks(self) -> list[int]:
