@@ -88,7 +88,7 @@ class LayerMemory:
         self.b, self.W, self.v = compute_bytes, max(4, compute_bytes), vocabulary_rows
         tp, (self.a2a, self.gathers) = layout.tensor_model_parallel_size, layout.context_levels
         self.D, self.H, self.F = config.hidden_size, config.head_size, config.ffn_hidden_size // tp
-        self.has_qk_norm = config.qk_layernorm
+        self.has_qk_norm, self.tied = config.qk_layernorm, not config.untie_embeddings_and_output_weights
         self.t, self.u = load.tokens, load.tokens_between
         self.s, self.T = self.t * self.a2a, self.t * self.a2a * self.gathers
         self.heads = Heads.of(config, layout, load.memory.attention_head_chunks)
@@ -204,10 +204,13 @@ class LayerMemory:
         """The most that there is beside what all layers and the loss keep; below 0 where that is never there at once.
 
         Args:
-            with_gradients: count the gradients of the parameters that are worked on.
+            with_gradients: count the gradients of the parameters that are worked on, and that of a tied embedding,
+                which waits for its other half.
         """
         loss = self.kept_of_loss if has_loss else 0
-        found = [moment.made - moment.freed - loss + with_gradients * moment.gradients for moment in self.moments]
+        waiting = self.b * self.v * self.D if has_loss and self.tied else 0
+        found = [moment.made - moment.freed - loss + with_gradients * (moment.gradients + waiting)
+                 for moment in self.moments]
         if has_loss:
             found += [self.loss_at_work, self.read + self.b * self.v * self.D]
         return max(found)
@@ -223,8 +226,7 @@ class LayerMemory:
         b, W = self.b, self.W
         cast = b if b < W else 0  # the logits, or their gradient, in the compute dtype beside the wide ones
         rows = min(self.t, self.settings.loss_chunk_tokens)
-        # Those of the chunk before are there until the next ones are made.
-        chunk = rows * self.v * (W + cast) * (1 if rows == self.t else 2)
+        chunk = rows * self.v * (W + cast)
         sums = W * self.v * self.D if b < W else 0
         return self.read + chunk + sums
 
@@ -252,9 +254,8 @@ class LayerMemory:
     def _mlp_backward(self) -> Moment:
         tiles, b, D, F = self.settings.mlp_tiles, self.b, self.D, self.F
         rows = ceil(self.t / tiles)
-        # The hidden values, their gradient and those of gate and up; gate and up where they are made again; three of
-        # the tile before.
-        at_once = b * rows * F * (9 if tiles > 1 else 6 if self._recomputes_mlp else 4)
+        # The hidden values, their gradient and those of gate and up; gate and up where they are made again.
+        at_once = b * rows * F * (6 if tiles > 1 or self._recomputes_mlp else 4)
         made = at_once + self.input + self.read  # the gradients of the output and of x
         if self.u < self.t:
             made += self.read  # the gradient, gathered
