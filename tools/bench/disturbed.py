@@ -147,10 +147,10 @@ def disturb(run: Run, moments: list[Moment], chance: random.Random) -> list[str]
     """Kill a random worker at each moment -> what was done, a line each."""
     done = []
     for moment in moments:
-        if not _wait_for(run, moment):
+        if not _wait_for(run, moment) or not _wait_until(run, run.workers):
             break  # the run ended before
         workers = run.workers()
-        if workers:
+        if workers:  # else they ended by themselves in between
             os.kill(chance.choice(workers), signal.SIGKILL)
             done.append(f"{moment.kind} at step {run.last_step()}")
             _wait_until(run, lambda before=workers: run.workers() != before)
