@@ -44,19 +44,35 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Moment:
-    """When to kill: at a step, in the save after it, or `delay` seconds after the next restart for a new layout."""
+    """When to kill: at a step, in the save after it, or `delay` seconds after a restart for a new layout."""
 
     kind: str
     step: int
-    delay: float
+    delay: float = 0.0
+    crossing: int = 0
+    """Which of the restarts, from 1."""
 
 
-def plan_moments(kills: int, steps: int, seed: int) -> list[Moment]:
-    """Half of them at steps, the others in saves and crossings, in the order of their steps."""
+def plan_moments(kills: int, steps: int, crossings: list[int], seed: int) -> list[Moment]:
+    """Half of them at steps, the others in saves and crossings, in the order of their steps.
+
+    Args:
+        crossings: the steps after which the run starts again on another layout.
+    """
     chance = random.Random(seed)
-    kinds = [("step", "save", "step", "crossing")[number % 4] for number in range(kills)]
-    moments = [Moment(kind, chance.randrange(steps), chance.uniform(0, 12)) for kind in kinds]
+    kinds = [("step", "save", "step", "crossing" if crossings else "step")[number % 4] for number in range(kills)]
+    moments = []
+    for kind in kinds:
+        number = chance.randrange(len(crossings)) if kind == "crossing" else 0
+        step = crossings[number] if kind == "crossing" else chance.randrange(steps - 3)  # a save must follow
+        moments.append(Moment(kind, step, chance.uniform(0, 12), number + 1))
     return sorted(moments, key=lambda moment: moment.step)
+
+
+def crossings_of(folder: Path) -> list[int]:
+    """Of a run that nobody disturbed: the steps after which it started again."""
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    return [event["step"] for event in events if event["event"] == "start"][1:]
 
 
 class Run:
@@ -131,10 +147,10 @@ def disturb(run: Run, moments: list[Moment], chance: random.Random) -> list[str]
     """Kill a random worker at each moment -> what was done, a line each."""
     done = []
     for moment in moments:
-        if not _wait_for(run, moment):
+        if not _wait_for(run, moment) or not _wait_until(run, run.workers):
             break  # the run ended before
         workers = run.workers()
-        if workers:
+        if workers:  # else they ended by themselves in between
             os.kill(chance.choice(workers), signal.SIGKILL)
             done.append(f"{moment.kind} at step {run.last_step()}")
             _wait_until(run, lambda before=workers: run.workers() != before)
@@ -142,8 +158,9 @@ def disturb(run: Run, moments: list[Moment], chance: random.Random) -> list[str]
 
 
 def _wait_for(run: Run, moment: Moment) -> bool:
-    starts = run.starts_for_layouts()
-    if moment.kind == "crossing" and _wait_until(run, lambda: run.starts_for_layouts() > starts):
+    if moment.kind == "crossing":
+        if not _wait_until(run, lambda: run.starts_for_layouts() >= moment.crossing):
+            return False
         until = time.monotonic() + moment.delay
         return _wait_until(run, lambda: time.monotonic() > until and bool(run.workers()))
     reached = _wait_until(run, lambda: run.last_step() > moment.step)
@@ -195,7 +212,7 @@ def run(arguments: Arguments) -> int:
     disturbed = Run(argv, output / "disturbed", arguments.processes)
     try:
         began = time.monotonic()
-        moments = plan_moments(arguments.kills, steps, arguments.seed)
+        moments = plan_moments(arguments.kills, steps, crossings_of(output / "alone"), arguments.seed)
         done = disturb(disturbed, moments, random.Random(arguments.seed))
         disturbed.wait_until_done()
         print(f"disturbed: {len(done)} workers killed ({', '.join(done)}), {time.monotonic() - began:.0f} s",
