@@ -14,25 +14,27 @@ from parallel.tensor import distribute_parameters
 
 
 def build_stages(config: ModelConfig, vocab_size: int, layout: Layout, attend: Attend, *,
-                 strategy: ShardingStrategy, master_dtype: torch.dtype, compute_dtype: torch.dtype) -> list[GPTStage]:
+                 strategy: ShardingStrategy, master_dtype: torch.dtype, compute_dtype: torch.dtype,
+                 optimizer_on_host: bool = False) -> list[GPTStage]:
     """Make this rank's stages, cut them over tp, shard them over dp x cp and allocate only what this rank keeps.
 
     Args:
         master_dtype: of the stored parameters and of the optimizer state.
         compute_dtype: of forward and backward.
+        optimizer_on_host: keep the parameters' shards, and so the optimizer, in the host's memory; a CPU always does.
     Returns:
         Stages in the order of `layout.stages`, their parameters allocated and not yet filled: call `initialize`
         or load a checkpoint.
     """
-    stages = []
+    stages, on_host = [], optimizer_on_host and layout.device.type != "cpu"
     for number in layout.stages:
         stage = GPTStage(config, vocab_size, layout, attend, number).to(master_dtype)
         names = [name for name, _ in stage.named_parameters()]
         distribute_parameters(stage, shardings_for(names, config, layout.tp.size, layout.sequence_parallel),
                               layout.mesh["tp"])
         shard_module(stage, list(stage.layers.values()), layout, strategy,
-                     None if compute_dtype == master_dtype else compute_dtype)
-        stages.append(stage.to_empty(device=layout.device))
+                     None if compute_dtype == master_dtype else compute_dtype, on_host)
+        stages.append(stage.to_empty(device="cpu" if on_host else layout.device))
     return stages
 
 

@@ -93,6 +93,8 @@ class ModelConfig:
     cpu_offloading_num_layers: int = 0
     """Layers of each stage, from its first, whose kept tensors wait in the host's memory; with recompute full or
     attention_kept. A phase may change it."""
+    cpu_offloading_host_memory: float | None = None
+    """GiB of a node's memory that offloaded tensors may take together; by default all that the node has."""
     mlp_tiles: int = 1
     """Parts of the sequence in which the MLP runs, one after the other; above 1 backward computes gate and up again.
     A phase may change it."""
@@ -157,6 +159,9 @@ class ModelConfig:
         for name in ("norm_epsilon", "init_method_std", "rotary_base"):
             if not getattr(self, name) > 0:
                 problems.append(f"{name} = {getattr(self, name)}: must be above 0. Fix: give a positive number.")
+        if self.cpu_offloading_host_memory is not None and not self.cpu_offloading_host_memory > 0:
+            problems.append(f"cpu_offloading_host_memory = {self.cpu_offloading_host_memory}: must be above 0. Fix: "
+                            "give the GiB that a node can spare.")
         problems += self.memory.problems() + self._recompute_problems()
         if self.kv_channels is not None and self.kv_channels < 1:
             problems.append(f"kv_channels = {self.kv_channels}: must be at least 1. Fix: give the size of one head.")
@@ -199,7 +204,7 @@ RECOMPUTE_MODULES = ("mlp", "core_attn")
 """Of Megatron-LM's, those that --recompute-modules may name."""
 
 MEMORY_SETTINGS = (*(field.name for field in fields(MemorySettings)), "recompute_activations", "recompute_modules",
-                   "cpu_offloading")
+                   "cpu_offloading", "cpu_offloading_host_memory")
 """Fields that trade computing for memory: another value changes no result beyond rounding."""
 
 PRESETS: dict[str, dict] = {

@@ -8,9 +8,11 @@ their g network cards together; inside a node it takes the node's own links.
 from dataclasses import dataclass
 from math import log2
 
-from model.estimate import matrix_parameters_per_layer
+from model.config import ModelConfig
 from model.hardware import Hardware
-from model.rank_memory import Load, MemoryModel
+from model.layer_memory import Heads, Load
+from model.memory import MemorySettings
+from model.rank_memory import MemoryModel
 from parallel.schedule import idle_share
 
 REACHED = 0.5
@@ -22,6 +24,44 @@ SLOWED = 0.2
 multiprocessors."""
 LATENCY = 15e-6
 """Seconds that a collective takes before its first byte, for each doubling of its size."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How often a step computes and sends the parts of a layer, with a forward as 1 and its backward as 2."""
+
+    qkv: float = 3
+    """Projections to query, key and value."""
+    output: float = 3
+    """The attention's output projection."""
+    attention: float = 3
+    mlp: float = 3
+    sums: float = 4
+    """Over tp, of [t, D]: two in forward, two in backward."""
+    to_heads: float = 2
+    """Exchanges of q, k and v, one in forward, one in backward."""
+    to_tokens: float = 2
+    """Exchanges of the output."""
+    gathers: float = 2
+    """Of keys and values, between the groups of two-level cp."""
+
+    @staticmethod
+    def of(settings: MemorySettings, sequence_parallel: bool) -> "Passes":
+        """As memory.py, attention_chunks.py and mlp.py run them."""
+        level, in_chunks = settings.recompute_granularity, settings.attention_head_chunks > 1
+        gate_and_up = 2 / 3 if level or settings.mlp_tiles > 1 else 0
+        gathered_again = 0.5 * sequence_parallel  # an all-gather is half a sum
+        if level in (None, "selective"):
+            again = int(in_chunks)  # backward projects and exchanges each group once more
+            return Passes(qkv=3 + again, mlp=3 + gate_and_up, sums=4 + gathered_again * (level == "selective"),
+                          to_heads=2 + again, to_tokens=2 + again, gathers=2 + again)
+        sums = 5 + 2 * gathered_again
+        if level == "full":
+            again = 1 + int(in_chunks)
+            return Passes(qkv=3 + again, output=4, attention=4, mlp=3 + gate_and_up, sums=sums, to_heads=2 + again,
+                          to_tokens=2 + again, gathers=2 + again)
+        return Passes(qkv=4, output=4, mlp=3 + gate_and_up, sums=sums, to_heads=3, to_tokens=3 + int(in_chunks),
+                      gathers=3)
 
 
 @dataclass(frozen=True)
@@ -62,7 +102,7 @@ def step_seconds(model: MemoryModel, load: Load, hardware: Hardware) -> float:
     inner = layers * (_tensor_seconds(model, load, hardware) + _context_seconds(model, load, hardware))
     between = 0.0
     if pp > 1:
-        sent = model.compute_bytes * model.tokens_between(load) * model.config.hidden_size
+        sent = model.compute_bytes * load.tokens_between * model.config.hidden_size
         between = 2 * layout.stages_per_rank * Axis(pp, tp * cp * load.data_parallel_size).exchange_seconds(
             sent, hardware)
     busy = count * (compute + inner + between)
@@ -82,37 +122,47 @@ def _layers_of_slowest_rank(model: MemoryModel, load: Load) -> int:
 def _compute_seconds(model: MemoryModel, load: Load, hardware: Hardware) -> float:
     """Of a microbatch on the pipeline's slowest rank: its layers, and on the last one the logits."""
     config, (tp, _, cp), tokens = model.config, load.layout.sizes, load.seq_length * load.micro_batch_size
+    passes = Passes.of(load.memory, load.layout.sequence_parallel)
+    qkv, output, mlp = _matrix_parameters(config)
     attention = 4 * config.num_attention_heads * config.head_size * tokens * (load.seq_length + 1) / 2
-    layer = 2 * matrix_parameters_per_layer(config) * tokens + attention
     # An uneven split of heads makes the rank with most heads the slowest.
-    query, _, most, _ = model.heads(load.layout)
-    layer += attention * (most * load.layout.context_levels[0] / query - 1)
+    heads = Heads.of(config, load.layout)
+    attention *= heads.m * load.layout.context_levels[0] / heads.N
+    layer = 2 * tokens * (qkv * passes.qkv + output * passes.output + mlp * passes.mlp) + attention * passes.attention
     logits = 2 * config.padded_vocab_size(model.vocab_size) * config.hidden_size * tokens
-    passes = 4 if load.recompute == "full" else 3
-    return (_layers_of_slowest_rank(model, load) * layer * passes + logits * 3) / (tp * cp) / (hardware.flops * REACHED)
+    return (_layers_of_slowest_rank(model, load) * layer + logits * 3) / (tp * cp) / (hardware.flops * REACHED)
+
+
+def _matrix_parameters(config: ModelConfig) -> tuple[int, int, int]:
+    """A layer's weights: before the attention, after it, of the MLP."""
+    D, H = config.hidden_size, config.head_size
+    qkv = D * H * (config.num_attention_heads + 2 * config.num_kv_heads)
+    return qkv, D * H * config.num_attention_heads, 3 * D * config.ffn_hidden_size
 
 
 def _tensor_seconds(model: MemoryModel, load: Load, hardware: Hardware) -> float:
-    """Sums over tp of one layer and microbatch: two in forward, two in backward, two more where forward runs twice.
+    """Sums over tp of one layer and microbatch.
 
     Under sequence_parallel each is an all-gather and a reduce-scatter of together the same bytes.
     """
     tp = load.layout.tensor_model_parallel_size
     sent = 2 * (tp - 1) / tp * model.compute_bytes * load.tokens * model.config.hidden_size
-    return (6 if load.recompute == "full" else 4) * Axis(tp, 1).ring_seconds(sent, hardware)
+    passes = Passes.of(load.memory, load.layout.sequence_parallel)
+    return passes.sums * Axis(tp, 1).ring_seconds(sent, hardware)
 
 
 def _context_seconds(model: MemoryModel, load: Load, hardware: Hardware) -> float:
     """Exchanges over cp of one layer and microbatch (parallel/ulysses.py, parallel/context.py count the elements)."""
     tp, (a2a, gather) = load.layout.tensor_model_parallel_size, load.layout.context_levels
-    query, _, most, kv = model.heads(load.layout)
-    passes = 3 if load.recompute == "full" else 2
+    heads, passes = Heads.of(model.config, load.layout), Passes.of(load.memory, load.layout.sequence_parallel)
     row = model.compute_bytes * load.tokens * model.config.head_size
-    to_heads, to_tokens = (a2a - 1) / a2a * row * (query + 2 * kv * a2a), (a2a - 1) / a2a * row * most * a2a
+    to_heads = (a2a - 1) / a2a * row * (heads.N + 2 * heads.k * a2a)
+    to_tokens = (a2a - 1) / a2a * row * heads.m * a2a
     exchange = Axis(a2a, tp)
-    gathered = 2 * (gather - 1) * row * a2a * kv
-    return passes * (exchange.exchange_seconds(to_heads, hardware) + exchange.exchange_seconds(to_tokens, hardware)
-                     + Axis(gather, tp * a2a).ring_seconds(gathered, hardware))
+    gathered = 2 * (gather - 1) * row * a2a * heads.k
+    return (passes.to_heads * exchange.exchange_seconds(to_heads, hardware)
+            + passes.to_tokens * exchange.exchange_seconds(to_tokens, hardware)
+            + passes.gathers * Axis(gather, tp * a2a).ring_seconds(gathered, hardware))
 
 
 def _sharding_seconds(model: MemoryModel, load: Load, hardware: Hardware) -> float:

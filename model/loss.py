@@ -76,25 +76,31 @@ def _by_chunks(x_tD, weight_vD, labels_t, head: Head, scale: float = 1.0,
     hits = torch.zeros((), dtype=torch.int64, device=x_tD.device)
     for start in range(0, x_tD.shape[0], head.chunk_tokens):
         rows = slice(start, start + head.chunk_tokens)
-        x_cD, labels_c = x_tD[rows], labels_t[rows]
-        logits_cv = (x_cD @ weight_vD.T).to(total.dtype)
-        logits_cv[:, max(0, head.vocab_size - head.tp.rank * weight_vD.shape[0]):] = float("-inf")
-        if count_hits:
-            hits += (vocab_parallel_first_choices(logits_cv, head.tp) == labels_c).sum()
-        losses_c, softmax_cv, target = _softmax(logits_cv, labels_c, head.tp)
-        total += losses_c.sum()
-        if grads is None:
-            continue
+        # A function of its own: its tensors are gone before the next chunk's are made.
+        loss, found = _one_chunk(x_tD[rows], weight_vD, labels_t[rows], head, scale,
+                                 grads and (grads[0][rows], grads[1]), count_hits)
+        total += loss
+        hits += found
+    return total, hits
+
+
+def _one_chunk(x_cD, weight_vD, labels_c, head: Head, scale: float, grads: tuple[torch.Tensor, torch.Tensor] | None,
+               count_hits: bool) -> tuple[torch.Tensor, torch.Tensor | int]:
+    logits_cv = (x_cD @ weight_vD.T).to(_wide(x_cD))
+    logits_cv[:, max(0, head.vocab_size - head.tp.rank * weight_vD.shape[0]):] = float("-inf")
+    hits = (vocab_parallel_first_choices(logits_cv, head.tp) == labels_c).sum() if count_hits else 0
+    losses_c, softmax_cv, target = _softmax(logits_cv, labels_c, head.tp)
+    if grads is not None:
         # The gradient of the logits takes the place of their softmax.
-        factors_c = (labels_c != IGNORED_LABEL).to(total.dtype).mul_(scale)
+        factors_c = (labels_c != IGNORED_LABEL).to(softmax_cv.dtype).mul_(scale)
         softmax_cv.mul_(factors_c[:, None]).scatter_add_(1, target.ids[:, None], -(target.here * factors_c)[:, None])
         grad_cv = softmax_cv.to(x_cD.dtype)
-        torch.mm(grad_cv, weight_vD, out=grads[0][rows])
+        torch.mm(grad_cv, weight_vD, out=grads[0])
         if grads[1].dtype == grad_cv.dtype:
             grads[1].addmm_(grad_cv.T, x_cD)
         else:
             grads[1].add_(grad_cv.T @ x_cD)
-    return total, hits
+    return losses_c.sum(), hits
 
 
 @dataclass(frozen=True)

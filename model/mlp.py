@@ -30,14 +30,18 @@ class _SwiGLU(torch.autograd.Function):
         wide = torch.promote_types(x_tD.dtype, torch.float32) if ctx.tiles > 1 else x_tD.dtype
         grad_x, sums = torch.empty_like(x_tD), None
         for rows in _tiles(x_tD.shape[0], ctx.tiles):
-            x, grad = x_tD[rows], grad_tD[rows]
-            projections = kept or (x @ gate_FD.T, x @ up_FD.T)
-            hidden, grad_gate, grad_up = gated_gradients(grad @ down_DF, *projections)
-            torch.mm(grad_gate, gate_FD, out=grad_x[rows]).addmm_(grad_up, up_FD)
-            parts = grad_gate.T @ x, grad_up.T @ x, grad.T @ hidden
+            parts = _tile_gradients(x_tD[rows], gate_FD, up_FD, down_DF, kept, grad_tD[rows], grad_x[rows])
             sums = [part.to(wide) for part in parts] if sums is None else [
                 total.add_(part) for total, part in zip(sums, parts, strict=True)]
         return grad_x, *(total.to(x_tD.dtype) for total in sums), None, None
+
+
+def _tile_gradients(x, gate_FD, up_FD, down_DF, kept, grad, grad_x) -> tuple[torch.Tensor, ...]:
+    """The gradients of the three weights from one tile; that of its input goes to `grad_x`."""
+    projections = kept or (x @ gate_FD.T, x @ up_FD.T)
+    hidden, grad_gate, grad_up = gated_gradients(grad @ down_DF, *projections)
+    torch.mm(grad_gate, gate_FD, out=grad_x).addmm_(grad_up, up_FD)
+    return grad_gate.T @ x, grad_up.T @ x, grad.T @ hidden
 
 
 def _tiles(total: int, count: int) -> list[slice]:

@@ -1,25 +1,23 @@
 """What one rank holds in memory while it trains, in bytes, from numbers alone: no groups, no tensors.
 
 Shapes of parameters come from the modules themselves (made on the meta device) and from the sharding
-table; what backward needs is read off the forward path of gpt.py, line by line.
-
-Legend as in gpt.py, with W the widest of fp32 and the compute dtype, b bytes of the compute dtype.
+table; what a layer and the loss keep and hold is layer_memory.py's.
 """
 
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from math import ceil, prod
 
 import torch
 
 from model.config import ModelConfig
 from model.gpt import GPTStage
+from model.layer_memory import LayerMemory, Load, pinned_bytes
 from model.sharding import shardings_for
 from parallel.config import LayoutConfig
 from parallel.layout import single_process_layout
 from parallel.schedule import chunks_in_flight, layers_of_stage, stages_of_rank
-from parallel.ulysses import HeadSplit
 
 GIB = 2**30
 
@@ -47,56 +45,32 @@ class Memory:
     """What backward needs of the logits."""
     buffers: int
     """The most that comes and goes beside it: temporary results, exchanges, gradients on their way."""
+    host: int = 0
+    """In the host's memory, not the device's: what is offloaded."""
 
     @property
     def total(self) -> int:
-        return sum(asdict(self).values())
+        """On the device."""
+        return sum(asdict(self).values()) - self.host
 
     def describe(self) -> str:
-        return f"{show_bytes(self.total)} ({', '.join(f'{n} {show_bytes(size)}' for n, size in asdict(self).items())})"
-
-
-@dataclass(frozen=True)
-class Load:
-    """What a rank is to train: one layout, one length, one batch."""
-
-    layout: LayoutConfig
-    data_parallel_size: int
-    seq_length: int
-    micro_batch_size: int
-    num_microbatches: int
-    recompute: str | None
-    offloaded_layers: int = 0
-    """Of each stage: layers whose inputs recompute keeps in host memory (model/memory.py)."""
-
-    @property
-    def shards(self) -> int:
-        """Ranks that share the parameters of a stage."""
-        return self.data_parallel_size * self.layout.context_parallel_size
-
-    @property
-    def tokens(self) -> int:
-        """t: of a microbatch on one context-parallel rank."""
-        return self.seq_length * self.micro_batch_size // self.layout.context_parallel_size
-
-    @property
-    def whole_gradients(self) -> bool:
-        """Are gradients kept whole until the last microbatch? (parallel/shard.py, parallel/pipeline.py)"""
-        return self.layout.pipeline_model_parallel_size > 1 or (
-            self.layout.sharding_strategy == "optim" and self.num_microbatches > 1)
+        parts = ", ".join(f"{name} {show_bytes(size)}" for name, size in asdict(self).items() if name != "host")
+        beside = f" and {show_bytes(self.host)} of the host's" if self.host else ""
+        return f"{show_bytes(self.total)} ({parts}){beside}"
 
 
 class MemoryModel:
     """The memory of one model's ranks, on any layout that check_layout accepts."""
 
     def __init__(self, config: ModelConfig, vocab_size: int, *, master_bytes: int = 4, compute_bytes: int = 2,
-                 on_gpu: bool = True):
+                 on_gpu: bool = True, optimizer_on_host: bool = False):
         """Args:
             master_bytes: of a stored parameter, and of its gradient where it is summed.
             compute_bytes: of an activation.
-            on_gpu: with the GPU's kernels: norms that keep only their input, attention that reads grouped heads as
-                they are. The CPU's are made of single operations.
+            on_gpu: with the GPU's kernels, and a host beside the device.
+            optimizer_on_host: master weights, their gradients and moments live there (parallel/shard.py); on a GPU.
         """
+        self.optimizer_on_host = optimizer_on_host and on_gpu
         self.config, self.vocab_size = config, vocab_size
         self.master_bytes, self.compute_bytes, self.on_gpu = master_bytes, compute_bytes, on_gpu
         self._by_tp: dict[int, dict[str, list[tuple[int, int]]]] = {}
@@ -163,99 +137,43 @@ class MemoryModel:
         roots = [sum(stage[part] * self.elements(part, tp) for part in stage if part != "layers" and stage[part])
                  for stage in stages]
 
+        layers = self.layer(load)
         in_flight = chunks_in_flight(layout.schedule, pp_rank, pp, per_rank, load.num_microbatches)
-        activations = in_flight * max(self._saved_of_stage(load, stage["layers"]) for stage in stages)
-        if load.recompute == "full":
-            activations += self.saved_per_layer(load)
+        offloaded = [min(stage["layers"], load.memory.cpu_offloading_num_layers) for stage in stages]
+        activations = in_flight * max(stage["layers"] * layers.kept.device + layers.tables - away * layers.moved
+                                      for stage, away in zip(stages, offloaded, strict=True))
         has_loss = any(stage["final_norm"] for stage in stages)
-        loss = self.saved_of_loss(load) if has_loss else 0
+        loss = layers.kept_of_loss if has_loss else 0
         gathered = whole
         if layout.sharding_strategy == "optim_grads_params":
             # One stage per rank: the parts around the layers, a layer and the next. Several: torch gathers up to three.
             gathered = (max(roots) + min(2, parts["layers"]) * layer if per_rank == 1 else
                         whole * min(3, per_rank) // per_rank)
-        buffers = self._working_set(load, has_loss)
+        buffers = layers.working_set(has_loss)
         if not load.whole_gradients:
             # The output's gradient waits for the embedding's; a layer's is copied to be sent while the next is made.
             waiting = self.elements("output" if parts["output"] else "embedding", tp)
             on_the_way = 2 * self.master_bytes * layer + self.compute_bytes * (layer + waiting)
             at_the_end = (self.master_bytes + self.compute_bytes) * max(roots)
             buffers = max(buffers + on_the_way, at_the_end - activations - loss)
-        return Memory(
+        memory = Memory(
             parameters=self.master_bytes * shard, optimizer=2 * self.master_bytes * shard + 4 * tensors,
             gradients=self.master_bytes * (whole if load.whole_gradients else shard),
-            gathered=self.compute_bytes * gathered, activations=activations, loss=loss, buffers=buffers)
+            gathered=self.compute_bytes * gathered, activations=activations, loss=loss, buffers=max(0, buffers),
+            host=in_flight * max(offloaded) * layers.on_host)
+        return self._with_optimizer_on_host(memory, load, parts) if self.optimizer_on_host else memory
 
-    # ------------------------------------------------------------ activations, as gpt.py makes them
+    def _with_optimizer_on_host(self, memory: Memory, load: Load, parts: Counter) -> Memory:
+        """The shards of this rank and their moments are on the host; a unit's shard passes before it is gathered."""
+        tp = load.layout.tensor_model_parallel_size
+        pinned = {part: sum(pinned_bytes(self.master_bytes * ceil(rows / load.shards) * columns)
+                            for rows, columns in self._pieces(tp)[part]) for part, count in parts.items() if count}
+        shards = sum(parts[part] * size for part, size in pinned.items())
+        return replace(memory, parameters=0, optimizer=0, gradients=memory.gradients if load.whole_gradients else 0,
+                       buffers=memory.buffers + 2 * max(pinned.values()),
+                       host=memory.host + 2 * shards + memory.optimizer)
 
-    def heads(self, layout: LayoutConfig) -> tuple[int, int, int, int]:
-        """N, K, m, k: query and key/value heads of a tp rank, and the most of a rank after the exchange."""
-        tp = layout.tensor_model_parallel_size
-        query, kv = self.config.num_attention_heads // tp, max(1, self.config.num_kv_heads // tp)
-        return query, kv, *_most_heads(query, kv, layout.context_levels[0])
-
-    def _norm(self, elements: int, rows: int) -> int:
-        """An RMSNorm's input and what its backward needs beside it; its output is the next operation's input."""
-        wide = max(4, self.compute_bytes)
-        if self.on_gpu:
-            return self.compute_bytes * elements + wide * rows
-        return 2 * wide * elements + wide * rows  # the input widened, the normalized input
-
-    def saved_per_layer(self, load: Load) -> int:
-        """Bytes that one layer keeps of a microbatch for its backward, without recompute."""
-        layout, config, b = load.layout, self.config, self.compute_bytes
-        (tp, _, _), (a2a, gather) = layout.sizes, layout.context_levels
-        D, H, F, t = config.hidden_size, config.head_size, config.ffn_hidden_size // tp, load.tokens
-        N, K, m, k = self.heads(layout)
-        between = self.tokens_between(load)
-        norms = 2 * self._norm(between * D, between)
-        if config.qk_layernorm:
-            norms += self._norm(t * N * H, t * N) + self._norm(t * K * H, t * K)
-        s, T = t * a2a, t * a2a * gather
-        repeated = m if not self.on_gpu else k
-        queries = s * (m + 2 * k) if a2a > 1 else s * m  # what the exchange brought is one tensor
-        keys = 2 * T * repeated if gather > 1 or a2a == 1 or repeated > k else 0
-        out = s * m + (t * N if a2a > 1 or gather > 1 or not self.on_gpu else 0)  # and as the projection reads it
-        return norms + b * (2 * t * D + H * (queries + keys + out) + 4 * t * F) + max(4, b) * s * m
-
-    def tokens_between(self, load: Load) -> int:
-        """Tokens of a microbatch on one rank between the tensor-parallel parts."""
-        layout = load.layout
-        return load.tokens // (layout.tensor_model_parallel_size if layout.sequence_parallel else 1)
-
-    def _saved_of_stage(self, load: Load, num_layers: int) -> int:
-        """Bytes that a stage's layers keep of a microbatch: of each layer everything, or its input."""
-        layer = self.saved_per_layer(load)
-        if load.recompute == "full":
-            layer = self.compute_bytes * self.tokens_between(load) * self.config.hidden_size
-            num_layers = max(0, num_layers - load.offloaded_layers)
-        tables = 2 * self.compute_bytes * load.tokens * self.config.head_size
-        return num_layers * layer + tables + 8 * load.tokens
-
-    def saved_of_loss(self, load: Load) -> int:
-        """Bytes that final norm, logits and loss keep: the softmax in W bytes, the input of the projection."""
-        t, D, between = load.tokens, self.config.hidden_size, self.tokens_between(load)
-        return (self._norm(between * D, between) + self.compute_bytes * t * D + 10 * t
-                + max(4, self.compute_bytes) * t * self._local_vocabulary(load))
-
-    def _local_vocabulary(self, load: Load) -> int:
-        return self.config.padded_vocab_size(self.vocab_size) // load.layout.tensor_model_parallel_size
-
-    def _working_set(self, load: Load, has_loss: bool) -> int:
-        """The largest of the temporary results: backward of an MLP, of an attention, the logits with their gradient."""
-        b, (tp, _, _), (a2a, gather) = self.compute_bytes, load.layout.sizes, load.layout.context_levels
-        D, H, F, t = self.config.hidden_size, self.config.head_size, self.config.ffn_hidden_size // tp, load.tokens
-        _, _, m, k = self.heads(load.layout)
-        mlp = b * t * (3 * F + 2 * D)
-        copies = 3 if a2a > 1 else 1  # the gradients, what is sent of them, what is received
-        attention = b * t * a2a * H * (copies * (m + 2 * k) + m) + (4 * b * t * a2a * gather * k * H) * (gather > 1)
-        wide = max(4, b)
-        logits = t * self._local_vocabulary(load) * (wide + (b if b < wide else 0)) if has_loss else 0
-        return max(mlp, attention, logits)
-
-
-@cache
-def _most_heads(query: int, kv: int, a2a: int) -> tuple[int, int]:
-    """Query and key/value heads of the rank that gets most of each in the exchange."""
-    split = HeadSplit.make(query, kv, a2a)
-    return tuple(max(stop - start for start, stop in ranges) for ranges in (split.query, split.kv))
+    def layer(self, load: Load) -> LayerMemory:
+        """What the layers of a rank keep and hold."""
+        rows = self.config.padded_vocab_size(self.vocab_size) // load.layout.tensor_model_parallel_size
+        return LayerMemory(self.config, rows, load, self.compute_bytes, self.on_gpu)

@@ -16,8 +16,8 @@ class LayoutConfig:
     """auto = choose tp, pp, cp, the sharding strategy and recompute where they are not given, by estimated memory and
     time; a phase may change it. A size of 1 counts as not given, but in a phase. The choice is kept in checkpoints."""
     device_memory_gib: float | None = None
-    """GiB that each process may fill under --layout auto (a tenth stays free); by default the GPU's memory, or on CPUs
-    the process's share of the machine's."""
+    """GiB that each process may fill: phases that are estimated to need more are refused, and --layout auto leaves a
+    tenth free. By default the GPU's memory; on CPUs nothing is refused, and auto takes the process's share."""
     tensor_model_parallel_size: int = 1
     """Ranks that split every weight matrix and the vocabulary (tp)."""
     pipeline_model_parallel_size: int = 1

@@ -101,9 +101,19 @@ def launched_local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def launched_local_world_size() -> int:
+    """Number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def launched_on_one_machine() -> bool:
     """Did the launcher start all processes here?"""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == launched_world_size()
+    return launched_local_world_size() == launched_world_size()
+
+
+def host_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def device_here() -> tuple[str, int]:
@@ -114,8 +124,7 @@ def device_here() -> tuple[str, int]:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(launched_local_rank())
         return properties.name, properties.total_memory
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return "cpu", memory // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return "cpu", host_memory() // launched_local_world_size()
 
 
 def start_world(config: LayoutConfig, store: dist.Store | None = None, rank: int | None = None,

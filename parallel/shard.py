@@ -6,17 +6,19 @@ different tokens is the gradient of the global mean.
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from parallel.config import ShardingStrategy
 from parallel.layout import Layout
 
 
 def shard_module(module: nn.Module, blocks: list[nn.Module], layout: Layout, strategy: ShardingStrategy,
-                 compute_dtype: torch.dtype | None) -> None:
+                 compute_dtype: torch.dtype | None, on_host: bool = False) -> None:
     """Shard `module` in place over dp x cp; each of `blocks` is gathered and freed as one unit.
 
     Args:
+        on_host: shards and their gradients live in the host's pinned memory (ZeRO-Offload, arXiv 2101.06840); then
+            they must be allocated there.
         compute_dtype: dtype of parameters in forward and backward; None keeps the stored dtype.
             Over dp x cp, gradients are accumulated and reduced in fp32 (in the stored dtype where that is
             None); sums over tp of a parameter's partial gradients happen in the compute dtype.
@@ -27,6 +29,8 @@ def shard_module(module: nn.Module, blocks: list[nn.Module], layout: Layout, str
                                          cast_forward_inputs=False)
     options = {"mesh": layout.mesh["dp_cp"], "mp_policy": precision,
                "reshard_after_forward": strategy == "optim_grads_params"}
+    if on_host:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=True)
     for block in blocks:
         fully_shard(block, **options)
     fully_shard(module, **options)

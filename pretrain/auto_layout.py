@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from model.cost import step_seconds
 from model.hardware import CPU, TABLE, Hardware, find_hardware
+from model.layer_memory import Load
 from model.memory import KEEPS_INPUT_ONLY, MemorySettings
-from model.rank_memory import GIB, Load, Memory, MemoryModel, show_bytes
+from model.rank_memory import GIB, Memory, MemoryModel, show_bytes
 from parallel.config import LayoutConfig
 from parallel.layout import device_here
 from pretrain.check_phases import check_phase_layout
@@ -101,7 +102,8 @@ def memory_model(config: Config, vocab_size: int, hardware: Hardware) -> MemoryM
     """The model of the run's ranks on that hardware."""
     master = 8 if config.optimizer.fp64 else 4
     return MemoryModel(config.model, vocab_size, master_bytes=master,
-                       compute_bytes=2 if config.optimizer.bf16 else master, on_gpu=hardware is not CPU)
+                       compute_bytes=2 if config.optimizer.bf16 else master, on_gpu=hardware is not CPU,
+                       optimizer_on_host=config.optimizer.optimizer_cpu_offload)
 
 
 def candidates(phase: Phase, config: Config, world_size: int, model: MemoryModel, hardware: Hardware
@@ -109,7 +111,7 @@ def candidates(phase: Phase, config: Config, world_size: int, model: MemoryModel
     """Every legal layout that keeps what the phase gives."""
     strategies = STRATEGIES if "data_parallel_sharding_strategy" in phase.auto else (phase.layout.sharding_strategy,)
     given = phase.memory.recompute_granularity
-    recomputes = (None, "full") if "recompute_granularity" in phase.auto else (given,)
+    recomputes = LEVELS if "recompute_granularity" in phase.auto else (given,)
     if phase.memory.cpu_offloading_num_layers and "recompute_granularity" in phase.auto:
         recomputes = tuple(level for level in recomputes if level in KEEPS_INPUT_ONLY)
     for layout in _layouts(phase, config, world_size):
@@ -146,11 +148,15 @@ def _layouts(phase: Phase, config: Config, world_size: int) -> Iterator[LayoutCo
             yield with_sizes(asked, heads, tp, pp, cp)
 
 
+def load_of(phase: Phase, world_size: int) -> Load:
+    """What the phase asks of a rank."""
+    return Load(phase.layout, phase.data_parallel_size(world_size), phase.seq_length, phase.micro_batch_size,
+                phase.num_microbatches(world_size), phase.memory)
+
+
 def _estimate(phase: Phase, world_size: int, model: MemoryModel, hardware: Hardware) -> Candidate:
-    dp = phase.data_parallel_size(world_size)
-    load = Load(phase.layout, dp, phase.seq_length, phase.micro_batch_size, phase.num_microbatches(world_size),
-                phase.memory.recompute_granularity, phase.memory.cpu_offloading_num_layers)
-    return Candidate(phase, dp, model.worst(load), step_seconds(model, load, hardware))
+    load = load_of(phase, world_size)
+    return Candidate(phase, load.data_parallel_size, model.worst(load), step_seconds(model, load, hardware))
 
 
 def choose_layout(phase: Phase, config: Config, world_size: int, vocab_size: int, device: Device) -> Choice:

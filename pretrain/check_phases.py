@@ -38,7 +38,8 @@ def check_phases(phases: list[Phase], config: Config, world_size: int, vocab_siz
                 problems.append(f"{where}data_path = {' '.join(phase.data_path)}: cannot be combined with mock_data. "
                                 "Fix: remove one of them.")
             attempt(problems, lambda p=phase, w=where: parse_blend(p.data_path, f"{w}data_path"))
-        problems += [where + problem for problem in _setting_problems(phase, config.model.attention_backend)]
+        problems += [where + problem for problem in (
+            *check_phase_memory(phase, config.model.attention_backend), *_setting_problems(phase))]
         model = phase_entries(config)[phase.index].with_rope(config.model)
         problems += [where + problem for problem in model.rope_problems()]
         if not (0 < phase.lr < math.inf and 0 <= phase.min_lr <= phase.lr):
@@ -51,12 +52,10 @@ def check_phases(phases: list[Phase], config: Config, world_size: int, vocab_siz
     return problems
 
 
-def _setting_problems(phase: Phase, backend: str) -> list[str]:
-    """Settings of a phase that do not go together."""
-    problems = []
+def check_phase_memory(phase: Phase, backend: str) -> list[str]:
+    """Memory settings that are out of range or do not go together, whatever the layout."""
     is_open = phase.auto and phase.predicted_bytes is None  # the recompute may still be chosen
-    memory = phase.memory
-    problems += memory.problems()
+    memory, problems = phase.memory, phase.memory.problems()
     if memory.cpu_offloading_num_layers and memory.recompute_granularity not in KEEPS_INPUT_ONLY and not is_open:
         problems.append(f"cpu_offloading_num_layers = {memory.cpu_offloading_num_layers}: moves what "
                         f"recompute_granularity {' and '.join(KEEPS_INPUT_ONLY)} keep, but that is "
@@ -67,6 +66,12 @@ def _setting_problems(phase: Phase, backend: str) -> list[str]:
         problems.append(f"attention_backend = {backend}: is not proven to outlive its q, k and v, which {name} = "
                         f"{getattr(memory, name)} makes again for backward. Fix: --attention-backend auto, or "
                         "recompute_granularity full and attention_head_chunks 1.")
+    return problems
+
+
+def _setting_problems(phase: Phase) -> list[str]:
+    """Other settings of a phase that do not go together."""
+    problems = []
     if phase.lr_schedule == "rewarm" and phase.index == 0:
         problems.append("lr_schedule = rewarm: is for a later phase. Fix: --lr-warmup-tokens for the start of the run.")
     if phase.lr_warmup_tokens and phase.lr_schedule != "rewarm":

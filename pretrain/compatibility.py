@@ -43,6 +43,12 @@ class CompatibilityConfig:
     """Weights stay on the device."""
     cpu_offloading_double_buffering: bool = True
     """While backward computes a layer, what the one before it kept is on its way back."""
+    optimizer_offload_fraction: float = 1.0
+    """--optimizer-cpu-offload moves all of the optimizer."""
+    use_torch_optimizer_for_cpu_offload: bool = True
+    """The optimizer is always torch's."""
+    overlap_cpu_optimizer_d2h_h2d: bool = True
+    """FSDP2 copies a layer while others compute; the update itself waits for all of them."""
     no_load_rng: bool = False
     """There is no random state: everything random is a function of the seed and the clock. A warning."""
     no_save_rng: bool = False
@@ -78,5 +84,7 @@ ACCEPTED = {
     "create_attention_mask_in_dataloader": (False,), "overlap_grad_reduce": (True,), "overlap_param_gather": (True,),
     "exit_on_missing_checkpoint": (True,), "ckpt_format": ("torch_dist",), "log_throughput": (True,),
     "recompute_method": ("uniform",), "recompute_num_layers": (1,), "cpu_offloading_activations": (True,),
-    "cpu_offloading_weights": (False,), "cpu_offloading_double_buffering": (True,),
+    "optimizer_offload_fraction": (1.0,), "use_torch_optimizer_for_cpu_offload": (True,),
+    "overlap_cpu_optimizer_d2h_h2d": (True,), "cpu_offloading_weights": (False,),
+    "cpu_offloading_double_buffering": (True,),
 }

@@ -97,6 +97,8 @@ class OptimizerConfig:
     """Gradients are always accumulated and reduced over dp x cp in fp32; an error when turned off."""
     calculate_per_token_loss: bool = True
     """Loss = sum / global target count, our only way; a warning when turned off."""
+    optimizer_cpu_offload: bool = False
+    """Master weights, their gradients and moments live in the host's memory, and AdamW runs there; on a GPU."""
     max_skipped_steps: int = 10
     """Steps in a row that may be skipped for a gradient norm that is not finite; one more ends the run."""
     seed: int = 1234
@@ -247,17 +249,23 @@ class Config:
         return [f"cpu_offloading = {asked}: but cpu_offloading_num_layers = {' '.join(map(str, layers))}. Fix: remove "
                 "one of them."]
 
-    def _recompute_warnings(self) -> list[str]:
-        modules = self.model.recompute_modules
+    def _memory_warnings(self) -> list[str]:
+        modules, bound = self.model.recompute_modules, self.model.cpu_offloading_host_memory
+        layers = [phase.with_memory(self.model).cpu_offloading_num_layers
+                  for phase in self.schedule.phases or [PhaseConfig()]]
+        found = []
+        if bound and not max(layers) and not self.optimizer.optimizer_cpu_offload:
+            found.append(f"cpu_offloading_host_memory = {bound:g}: has no effect, since nothing is offloaded")
         levels = [phase.recompute_granularity or self.model.recompute_granularity
                   or self.model.recompute_activations and "selective"
                   for phase in self.schedule.phases or [PhaseConfig()]]
-        if not modules:
-            return []
-        if "selective" not in levels:
-            return [f"recompute_modules = {' '.join(modules)}: has no effect without recompute_granularity selective"]
-        return ["recompute_modules = core_attn: nothing is computed again, since no attention kernel keeps the scores"
-                ] if set(modules) == {"core_attn"} else []
+        if modules and "selective" not in levels:
+            found.append(f"recompute_modules = {' '.join(modules)}: has no effect without recompute_granularity "
+                         "selective")
+        elif set(modules) == {"core_attn"}:
+            found.append("recompute_modules = core_attn: nothing is computed again, since no attention kernel keeps "
+                         "the scores")
+        return found
 
     def _passkey_problems(self) -> list[str]:
         logging, problems = self.logging, []
@@ -322,10 +330,7 @@ class Config:
         if self.schedule.phases and all(phase.has_own_batch for phase in self.schedule.phases):
             found += [f"{name}: has no effect, since every phase gives a batch of its own"
                       for name in ("rampup_batch_size", "step_batch_size_schedule") if getattr(self.schedule, name)]
-        if self.layout.device_memory_gib and not any(self.open_settings(phase)
-                                                     for phase in self.schedule.phases or [PhaseConfig()]):
-            found.append(f"device_memory_gib = {self.layout.device_memory_gib}: has no effect without --layout auto")
-        found += self.compatibility.warnings() + self._recompute_warnings()
+        found += self.compatibility.warnings() + self._memory_warnings()
         if self.checkpoint.no_save_optim and self.checkpoint.save:
             found.append("no_save_optim = True: a run that stops cannot go on with its optimizer state")
         found += [f"{name} = {' '.join(map(str, getattr(logging, name)))}: has no effect without --eval-iters above 0"

@@ -295,6 +295,16 @@ def attempt(problems: list[str], make: Callable):
         return None
 
 
+def memory_words(settings: MemorySettings) -> str:
+    """The memory settings that are not as by default, each after a comma."""
+    words = {"recompute_granularity": "recompute {}", "cpu_offloading_num_layers": "{} layers offloaded",
+             "mlp_tiles": "{} MLP tiles", "attention_head_chunks": "{} head chunks",
+             "loss_chunk_tokens": "loss by {:,} tokens"}
+    default = MemorySettings()
+    return "".join(", " + text.format(getattr(settings, name)) for name, text in words.items()
+                   if getattr(settings, name) != getattr(default, name))
+
+
 def describe(phases: list[Phase], world_size: int) -> str:
     """The plan, a line per phase."""
     lines = [f"{'phase':<12}{'length':>9}{'tokens':>14}{'steps':>8}{'batch':>12}{'micro':>7}   layout"]
@@ -303,7 +313,8 @@ def describe(phases: list[Phase], world_size: int) -> str:
         lines.append(f"{phase.name:<12}{phase.seq_length:>9,}{phase.end - phase.start:>14,}{phase.steps:>8,}"
                      f"{phase.global_batch_tokens:>12,}{phase.num_microbatches(world_size):>7}   {layout.describe()} "
                      f"dp {phase.data_parallel_size(world_size)} {layout.sharding_strategy}"
-                     + (f" (auto, {show_bytes(phase.predicted_bytes)})" if phase.predicted_bytes else ""))
+                     + (f" (auto, {show_bytes(phase.predicted_bytes)})" if phase.predicted_bytes else "")
+                     + memory_words(phase.memory))
         if len(phase.batches) > 1:
             changes = [f"{batch:,} from {start:,}" for start, _, batch in phase.stretches]
             shown = changes if len(changes) <= 8 else [*changes[:4], "...", *changes[-3:]]

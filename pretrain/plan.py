@@ -9,6 +9,7 @@ from data.config import DataConfig
 from data.ledger import Ledger
 from data.sources import Corpus, open_corpus
 from data.tokenizer import Tokenizer, build_tokenizer
+from parallel.layout import device_here
 from pretrain import checkpoint
 from pretrain.auto_layout import settle_layouts
 from pretrain.check_phases import check_phases, length_warnings, rope_warnings
@@ -16,6 +17,7 @@ from pretrain.config import Config
 from pretrain.evaluate import check as check_evaluations
 from pretrain.evaluate import warnings as evaluation_warnings
 from pretrain.feed import blend_change, check_windows, forecast_phases, forecast_warnings
+from pretrain.fit import MemoryReport, check_memory
 from pretrain.learning_rate import LearningRate
 from pretrain.load_config import read_config_yaml
 from pretrain.phases import Phase, attempt, resolve_phases
@@ -50,6 +52,8 @@ class Plan:
     """What a checkpoint keeps of the layouts that were chosen, by phase name (pretrain/auto_layout.py)."""
     layout_lines: list[str]
     """A line for each phase whose layout was chosen."""
+    memory: MemoryReport
+    """What each phase is estimated to need (pretrain/fit.py)."""
     changes: list[Change]
     """What differs from the checkpoint that is started from (resume_contract.py)."""
 
@@ -98,7 +102,9 @@ def make_plan(config: Config, world_size: int, only_print: bool = False) -> Plan
     clock = progress["clock"] if goes_on else 0
     phases, layouts, layout_lines = settle_layouts(
         phases, config, world_size, vocab_size, progress.get("layouts", {}) if goes_on else {}, clock)
-    if problems := _handover_problems(phases, config) + check_evaluations(config.logging, phases, tokenizer):
+    fit = check_memory(phases, config, world_size, vocab_size, clock)
+    if problems := (_handover_problems(phases, config) + check_evaluations(config.logging, phases, tokenizer)
+                    + fit.problems):
         raise ValueError("\n".join(problems))
     corpus, ledger, changes = _open_data(config, phases, learning_rate, description, start, progress)
     check_windows(config.data, ledger, clock, progress["last_batch_tokens"] if goes_on else 0, phases)
@@ -106,7 +112,7 @@ def make_plan(config: Config, world_size: int, only_print: bool = False) -> Plan
     if config.checkpoint.save and not only_print:
         _check_writable(Path(config.checkpoint.save))
     return Plan(config, phases, learning_rate, vocab_size, tokenizer, start, progress, corpus, ledger, rows,
-                description, layouts, layout_lines, changes)
+                description, layouts, layout_lines, fit, changes)
 
 
 def _handover_problems(phases: list[Phase], config: Config) -> list[str]:
@@ -185,7 +191,8 @@ def _check_writable(folder: Path) -> None:
 def warnings_about(plan: Plan) -> list[str]:
     """What runs, but perhaps not as meant."""
     config = plan.config
-    found = config.warnings() + rope_warnings(plan.phases) + length_warnings(plan.phases)
+    found = config.warnings() + rope_warnings(plan.phases) + length_warnings(plan.phases) + plan.memory.warnings
+    found += _warnings_on_cpu(plan)
     if plan.start.is_restart:
         settings, first = config.checkpoint, read_config_yaml(str(plan.start.folder / "config.yaml")).checkpoint
         same = settings.load and os.path.abspath(settings.load) == os.path.abspath(settings.save)
@@ -206,6 +213,15 @@ def warnings_about(plan: Plan) -> list[str]:
     if config.logging.eval_iters and not plan.corpus.validation:
         found.append("there are no validation documents (--split, --valid-data-path): nothing is evaluated")
     return found
+
+
+def _warnings_on_cpu(plan: Plan) -> list[str]:
+    if device_here()[0] != "cpu":
+        return []
+    found = ["optimizer_cpu_offload = True"] if plan.config.optimizer.optimizer_cpu_offload else []
+    found += [f"phase {phase.name!r}: cpu_offloading_num_layers = {phase.memory.cpu_offloading_num_layers}"
+              for phase in plan.phases if phase.memory.cpu_offloading_num_layers]
+    return [f"{text}: changes nothing on a CPU, where all tensors are in the host's memory" for text in found]
 
 
 def _warnings_about_start(plan: Plan) -> list[str]:

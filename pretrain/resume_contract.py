@@ -52,6 +52,7 @@ FIELDS: dict[str, Kind] = {
     "manual_gc": "free",
     # optimizer: settings named lr... and min_lr are judged by the learning rate (see kind_of)
     "weight_decay": "scheduler", "fp64": "forbidden", "seed": "data", "max_skipped_steps": "free",
+    "optimizer_cpu_offload": "free",
     "accumulate_allreduce_grads_in_fp32": "free", "calculate_per_token_loss": "free",
 }
 """Settings whose kind is not their section's."""

@@ -87,24 +87,25 @@ def check_replicas(stages: list[GPTStage], layout: Layout) -> None:
         RuntimeError: on every rank of the world, naming the parameters on the ranks that hold them.
     """
     named = [pair for stage in stages for pair in stage.named_parameters()]
-    problems = _differences([(name, p) for name, p in named if isinstance(p.placements[-1], Replicate)], layout.tp)
+    problems = _differences([(name, p) for name, p in named if isinstance(p.placements[-1], Replicate)], layout.tp,
+                            layout.device)
     copies = tied_copies(stages)
     if len(copies) == 2 and not torch.equal(copies[0].to_local(), copies[1].to_local()):
         problems.append(f"embedding.weight over the two stages of rank {layout.world.rank}")
     if layout.embedding.size > 1:
-        problems += _differences([("embedding.weight", copy) for copy in copies], layout.embedding)
+        problems += _differences([("embedding.weight", copy) for copy in copies], layout.embedding, layout.device)
     found = all_reduce(torch.tensor(len(problems), device=layout.device), layout.world)
     if found > 0:
         raise RuntimeError(f"copies of parameters are no longer the same: {'; '.join(problems) or 'on other ranks'}. "
                            "Nothing is saved; the last checkpoint is good.")
 
 
-def _differences(parameters: list[tuple[str, nn.Parameter]], axis: Axis) -> list[str]:
+def _differences(parameters: list[tuple[str, nn.Parameter]], axis: Axis, device: torch.device) -> list[str]:
     """What differs over `axis`, one sentence or none."""
     if axis.size == 1 or not parameters:
         return []
     digests = [xxhash.xxh3_64_intdigest(p.to_local().detach().cpu().numpy().tobytes()) >> 1 for _, p in parameters]
-    own = torch.tensor(digests, dtype=torch.int64, device=parameters[0][1].to_local().device)
+    own = torch.tensor(digests, dtype=torch.int64, device=device)
     highest, lowest = (all_reduce(own.clone(), axis, op) for op in (dist.ReduceOp.MAX, dist.ReduceOp.MIN))
     differing = [name for (name, _), same in zip(parameters, (highest == lowest).tolist(), strict=True) if not same]
     return [f"{', '.join(differing[:5])} over {axis.name} ranks {axis.ranks}"] if differing else []

@@ -133,7 +133,7 @@ def sum_tied_gradients(stages: list[GPTStage], layout: Layout) -> None:
         grads[0].add_(grads[1])
         grads[1].copy_(grads[0])
     elif layout.embedding.size > 1 and grads:
-        all_reduce(grads[0], layout.embedding)
+        grads[0].copy_(all_reduce(grads[0].to(layout.device), layout.embedding))  # they may be in the host's memory
 
 
 def global_grad_norm(stages: list[GPTStage], layout: Layout) -> torch.Tensor:

@@ -37,6 +37,7 @@ from parallel.layout import (
 from pretrain import checkpoint
 from pretrain.evaluate import Evaluator
 from pretrain.feed import SHOWN_SOURCES, Feed, describe_forecast
+from pretrain.fit import Machine, describe_out_of_memory
 from pretrain.load_config import dump_yaml, load_config, outcome_path, spell, warn
 from pretrain.metrics import Reporter
 from pretrain.phases import Phase, describe, phase_at
@@ -64,7 +65,8 @@ class Trainer:
         # Not recomputed from the phases: with another batch size the same clock is another number of steps.
         step = 0 if clock == 0 else progress["step"]
         if self.world.rank == 0:
-            print("\n".join([describe(self.plan.phases, self.world.size), *self.plan.layout_lines]), flush=True)
+            print("\n".join([describe(self.plan.phases, self.world.size), *self.plan.layout_lines,
+                             *self.plan.memory.lines]), flush=True)
             if self.plan.changes:
                 print(describe_changes(self.plan.changes), flush=True)
             if phase is not None:
@@ -118,7 +120,8 @@ class Trainer:
             warn("bf16 = True: this CPU has no bf16 units and emulates them many times slower. Fix: --no-bf16")
         stages = build_stages(self.config.model, self.plan.vocab_size, self.layout, attend,
                               strategy=phase.layout.sharding_strategy, master_dtype=self.master_dtype,
-                              compute_dtype=self.compute_dtype)
+                              compute_dtype=self.compute_dtype,
+                              optimizer_on_host=optimizer_config.optimizer_cpu_offload)
         state = TrainState(stages, build_optimizer(stages, optimizer_config))
         if progress is None:
             initialize(stages, self.config.model, self.layout, optimizer_config.seed)
@@ -137,7 +140,11 @@ class Trainer:
         if self.config.schedule.manual_gc:
             gc.disable()
         while True:
-            stop, step = self._run_phase(phase, step, reporter)
+            try:
+                stop, step = self._run_phase(phase, step, reporter)
+            except torch.OutOfMemoryError:
+                self._say_out_of_memory(phase)
+                raise
             self._save(phase, step, reporter)
             following = phase_at(self.plan.phases, state.clock)
             if following is None:
@@ -148,6 +155,14 @@ class Trainer:
                 return self._end("again", f"phase {phase.name} is done; phase {following.name} needs another layout: "
                                           "starting again", step, reporter)
             phase = following
+
+    def _say_out_of_memory(self, phase: Phase) -> None:
+        device = self.layout.device
+        figures = {"allocated": torch.cuda.memory_allocated(device), "at most": torch.cuda.max_memory_allocated(device),
+                   "reserved": torch.cuda.memory_reserved(device)}
+        text = describe_out_of_memory(phase, self.world.rank, figures, self.config, self.world.size,
+                                      self.plan.vocab_size, Machine.here(self.config))
+        print(f"error: {text}", file=sys.stderr, flush=True)
 
     def _end(self, outcome: str, text: str, step: int, reporter: Reporter) -> str:
         reporter.say(text)

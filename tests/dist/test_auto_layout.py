@@ -7,7 +7,8 @@ import torch
 import yaml
 from torch.distributed.tensor import Shard
 
-from model.rank_memory import Load, MemoryModel
+from model.layer_memory import Load
+from model.rank_memory import MemoryModel
 from parallel.config import LayoutConfig
 from parallel.layout import World, build_layout
 from pretrain import auto_layout, checkpoint
@@ -52,7 +53,7 @@ def real_bytes(world: World, case: Case) -> dict:
 def test_predicted_bytes_are_those_of_the_tensors(pool, case):
     found = pool.run(real_bytes, case.world_size, case)
     count = case.samples // (case.dp * case.micro_batch_size)
-    load = Load(case.layout_config(), case.dp, case.seq_length, case.micro_batch_size, count, None)
+    load = Load(case.layout_config(), case.dp, case.seq_length, case.micro_batch_size, count)
     model = MemoryModel(case.model_config(), VOCABULARY)
     for pp_rank in range(case.pp):
         ranks = [result for result in found if result["pp"] == pp_rank]

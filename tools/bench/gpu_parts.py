@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from model.config import ModelConfig
-from tools.bench.contenders import not_built, preset
+from tools.bench.contenders import preset
 from tools.bench.fresh import measured, trim
 
 LEAST_TFLOPS = 750.0
@@ -37,13 +37,6 @@ class Scale:
 MODELS = {"1b": ("1b", 128256), "3b": ("1b", 128256), "8b": ("llama3-8b", 128256), "qwen3-8b": ("qwen3-8b", 151936)}
 CHANGES = {"3b": dict(num_layers=28, hidden_size=3072, num_attention_heads=24, kv_channels=128)}
 """Llama 3.2 3B's shape: huggingface meta-llama/Llama-3.2-3B config.json."""
-
-
-def built(settings: dict) -> tuple[dict, str]:
-    """(those of the settings that this code knows, a note on the others or "")."""
-    unknown = [name for name, value in settings.items() if not_built({name: value})]
-    note = f"not built: {', '.join(unknown)}" if unknown else ""
-    return {name: value for name, value in settings.items() if name not in unknown}, note
 
 
 class Card:

@@ -28,7 +28,7 @@ from tools.bench.contenders import (
     make_sample,
     one_process,
 )
-from tools.bench.gpu_parts import GIB, Card, Scale, built
+from tools.bench.gpu_parts import GIB, Card, Scale
 from tools.bench.memory import ladder
 from tools.bench.products import TimedAttend
 from tools.bench.standin import one_rank_of
@@ -66,8 +66,8 @@ def packed_8k(name: str, samples: int) -> Callable[[Card, Scale, float], Outcome
         length = scale.tokens(8192)
         sample = make_sample([length] * samples, vocabulary, SEED, card.device)
         flops = step_flops(config, vocabulary, samples * length, causal_pairs([length] * samples))
-        settings, note = built({"loss_chunk_tokens": LOSS_CHUNK})
-        rates, losses, details = {}, {}, [note] if note else []
+        settings = {"loss_chunk_tokens": LOSS_CHUNK}
+        rates, losses, details = {}, {}, []
         with one_process() as layout:
             ways: dict[str, Callable[[], Contender]] = {
                 "ours": lambda: Ours(replace(config, **settings), vocabulary, dtype_of(scale), layout, SEED)}
@@ -131,7 +131,7 @@ def qwen_rank(card: Card, scale: Scale, tflops: float) -> Outcome:
     """A whole step of rank 0 of cp 8, exchanges replaced (standin.py)."""
     ranks, total = 8, scale.tokens(1 << 20)
     config, vocabulary = scale.model("qwen3-8b")
-    settings, note = built(lean(config, total // ranks) | {"cpu_offloading_num_layers": config.num_layers})
+    settings = lean(config, total // ranks) | {"cpu_offloading_num_layers": config.num_layers}
     config = replace(config, **settings)
     with one_rank_of(ranks, card.device) as (layout, sent):
         attend, chosen = choose_attention("auto", card.device, getattr(torch, dtype_of(scale)))
@@ -156,7 +156,7 @@ def qwen_rank(card: Card, scale: Scale, tflops: float) -> Outcome:
           attention_rates(card, scale, total, *heads, config.head_size).items()),
         "bytes that the rank sends, exchanged within the card here: "
         + ", ".join(f"{kind} {size / GIB:.1f} GiB" for kind, size in sent.items())
-        + f"; modelled apart at {WIRE / 1e9:.0f} GB/s: {wire:.1f} s if nothing overlapped", *([note] if note else [])]
+        + f"; modelled apart at {WIRE / 1e9:.0f} GB/s: {wire:.1f} s if nothing overlapped"]
     return Outcome(f"{peak / 1e9:.1f} GB, {seconds:.1f} s (without communication time)",
                    peak <= 45e9 and seconds <= 285, details)
 
@@ -204,7 +204,7 @@ def one_b_512k(card: Card, scale: Scale, tflops: float) -> Outcome:
     """One document of 524,288 tokens."""
     tokens = scale.tokens(1 << 19)
     config, vocabulary = scale.model("1b")
-    settings, note = built(lean(config, tokens))
+    settings = lean(config, tokens)
     with one_process() as layout:
         before = card.held()
         ours = Ours(replace(config, **settings), vocabulary, dtype_of(scale), layout, SEED)
@@ -219,7 +219,7 @@ def one_b_512k(card: Card, scale: Scale, tflops: float) -> Outcome:
                f"{peak / GIB:.1f} GiB (of forward and backward {backward_peak / GIB:.1f}), so "
                f"{(peak - rest) / GIB:.1f} GiB of gradients, activations and buffers",
                f"{num_parameters(config, vocabulary):,} parameters; {flops / seconds / 1e12:.0f} TFLOP/s, "
-               f"{flops / seconds / 1e12 / tflops:.3f} of the product's rate", *([note] if note else [])]
+               f"{flops / seconds / 1e12 / tflops:.3f} of the product's rate"]
     return Outcome(f"{seconds:.1f} s, peak {peak / GIB:.1f} GiB", seconds <= 195, details)
 
 
@@ -245,7 +245,7 @@ def frontier(label: str) -> Callable[[Card, Scale, float], Outcome]:
             for count in (4, 8):
                 peak, seconds = peak_at(card, contender, [document] * count, vocabulary)
                 if seconds is None:
-                    return Outcome(f"below {count * document:,} tokens", None, [note] if note else [])
+                    return Outcome(f"below {count * document:,} tokens", None, [])
                 points.append((count, peak, seconds))
             slope = (points[1][1] - points[0][1]) / 4
             most = int((0.95 * capacity - points[1][1]) / max(slope, 1)) + 8
@@ -273,11 +273,9 @@ def frontier_contender(label: str, config: ModelConfig, vocabulary: int, scale: 
             return None, "deepspeed is not installed"
         way = replace(PEERS[label], batched=not PEERS[label].tiled)
         return Transformers(config, vocabulary, dtype, way, card.device, SEED, optimizer=False), ""
-    settings, note = built(ladder(config, scale.tokens(1 << 20))[label])
-    if note:
-        return None, note
+    settings = ladder(config, scale.tokens(1 << 20))[label]
     return Ours(replace(config, **settings), vocabulary, dtype, layout, SEED, master_dtype=getattr(torch, dtype),
-                optimizer=False), note
+                optimizer=False), ""
 
 
 def peak_at(card: Card, contender: Contender, lengths: list[int], vocabulary: int) -> tuple[int, float | None]:
@@ -299,8 +297,7 @@ def documents(card: Card, scale: Scale, tflops: float) -> Outcome:
     """Attention's time inside the step, on 2 of the 1B model's layers."""
     tokens, many = scale.tokens(1 << 19), 4 if scale.toy else 256
     config, vocabulary = scale.model("1b", num_layers=2)
-    settings, note = built(lean(config, tokens))
-    notes = [note] if note else []
+    settings = lean(config, tokens)
     attend, chosen = choose_attention("auto", card.device, getattr(torch, dtype_of(scale)))
     clock, times = TimedAttend(attend, card.device), {1: [], many: []}
     with one_process() as layout:
@@ -314,7 +311,7 @@ def documents(card: Card, scale: Scale, tflops: float) -> Outcome:
     one, other = (sorted(found)[len(found) // 2] for found in times.values())
     ratio = other / one * many  # the sum of squares is 1 / many of one document's
     return Outcome(f"{ratio:.3f} of what the sum of squares predicts", ratio <= 1.15,
-                   [f"attention {one:.3f} s as 1 document, {other:.4f} s as {many}; {chosen}", *notes])
+                   [f"attention {one:.3f} s as 1 document, {other:.4f} s as {many}; {chosen}"])
 
 
 @dataclass(frozen=True)
