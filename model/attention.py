@@ -69,7 +69,9 @@ class Attention(nn.Module):
         # `attend` pairs query head i with key/value head i // group; an uneven split may need its own pairing.
         pairing = self.split.kv_of_query(layout.cp_a2a.rank)
         regular = [i * (pairing[-1] + 1) // len(pairing) for i in range(len(pairing))]
-        self.kv_pairing = None if pairing == regular and len(pairing) % (pairing[-1] + 1) == 0 else pairing
+        is_regular = pairing == regular and len(pairing) % (pairing[-1] + 1) == 0
+        # Made here: from a list it would be a transfer, for which the host waits, in every call.
+        self.kv_pairing = None if is_regular else torch.tensor(pairing, device=layout.device)
 
     def forward(self, x_tD: torch.Tensor, positions: Positions, head_chunks: int,
                 tape: AttentionTape | None) -> torch.Tensor:
@@ -121,15 +123,16 @@ class Attention(nn.Module):
         """Keys and values of all tokens, as the kernel pairs them with this rank's query heads."""
         k_TkH, v_TkH = gather_keys(k_skH, v_skH, self.layout.cp_gather)
         if self.kv_pairing is not None:
-            index = torch.tensor(self.kv_pairing, device=k_TkH.device)
-            k_TkH, v_TkH = k_TkH.index_select(1, index), v_TkH.index_select(1, index)
+            k_TkH, v_TkH = (x.index_select(1, self.kv_pairing) for x in (k_TkH, v_TkH))
         return k_TkH, v_TkH
 
     def attend_to(self, q_smH: torch.Tensor, k_TkH: torch.Tensor, v_TkH: torch.Tensor, segments: list[Segments],
                   tape: AttentionTape | None) -> torch.Tensor:
         """The queries of this rank's group of tokens against the keys of all tokens -> [s, m, H]."""
         def call(q_smH: torch.Tensor, k_TkH: torch.Tensor, v_TkH: torch.Tensor) -> torch.Tensor:
-            parts = [self.attend(q_smH[part.queries], k_TkH[part.keys], v_TkH[part.keys], part) for part in segments]
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
+            if len(segments) == 1:  # all rows: even a slice of all of them copies the gradients once more
+                return self.attend(q_smH, k_TkH, v_TkH, segments[0])
+            return torch.cat([self.attend(q_smH[part.queries], k_TkH[part.keys], v_TkH[part.keys], part)
+                              for part in segments])
 
         return call(q_smH, k_TkH, v_TkH) if tape is None else tape.attend(call, q_smH, k_TkH, v_TkH)

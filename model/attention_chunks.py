@@ -91,27 +91,49 @@ class _Chunks(torch.autograd.Function):
 
 def _round_gradients(ctx, each: HeadRound, gradients: "_Gradients", grad_tNH: torch.Tensor) -> None:
     """Add what the heads of one round give to the gradients of x and of the weights."""
-    block, positions, axis = ctx.block, ctx.positions, ctx.block.layout.cp_a2a
     with torch.enable_grad():
-        x_tD, part, kv_leaves = gradients.leaves(KV_FIELDS, each.kv_heads)
-        k, v = block.project_k(x_tD, positions, part), block.project_v(x_tD, part)
-        kv = block.gather(*seq_to_heads(k[:, :0], k, v, each.kv_split, axis)[1:])
-    read = [x.detach().requires_grad_() for x in kv]
-    sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in kv]
+        x_tD, part, leaves = gradients.leaves(KV_FIELDS, each.kv_heads)
+        kv = _exchange_kv(ctx, each, x_tD, part)
+    read, sums = [x.detach().requires_grad_() for x in kv], None
     for heads in each.query_chunks:
-        with torch.enable_grad():
-            x_tD, part, leaves = gradients.leaves(Q_FIELDS, heads)
-            q = block.project_q(x_tD, positions, part)
-            q_smH = seq_to_heads(q, q[:, :0], q[:, :0], each.query_split, axis)[0]
-            o_smH = block.attend_to(q_smH, *read, positions.segments, ctx.tape)
-            o_tnH = heads_to_seq(o_smH, each.query_split, axis)
-        grad_tnH = grad_tNH[:, _index(heads, grad_tNH.device)]
-        *found, grad_k, grad_v = torch.autograd.grad(o_tnH, [*leaves, *read], grad_tnH)
-        gradients.add(Q_FIELDS, heads, found)
-        sums[0].add_(grad_k)
-        sums[1].add_(grad_v)
-    found = torch.autograd.grad(kv, kv_leaves, [total.to(x.dtype) for total, x in zip(sums, kv, strict=True)])
+        grads = _chunk_gradients(ctx, each, heads, read, gradients, grad_tNH)
+        if sums is None:
+            sums = grads if len(each.query_chunks) == 1 else [_widen(grad) for grad in grads]
+        else:
+            sums = [total.add_(grad) for total, grad in zip(sums, grads, strict=True)]
+        del grads  # nothing of one chunk exists while the next one attends
+    found = torch.autograd.grad(kv, leaves, [total.to(x.dtype) for total, x in zip(sums, kv, strict=True)])
     gradients.add(KV_FIELDS, each.kv_heads, found)
+
+
+def _exchange_kv(ctx, each: HeadRound, x_tD: torch.Tensor, part: "Projections") -> tuple[torch.Tensor, torch.Tensor]:
+    block = ctx.block
+    k, v = block.project_k(x_tD, ctx.positions, part), block.project_v(x_tD, part)
+    return block.gather(*seq_to_heads(k[:, :0], k, v, each.kv_split, block.layout.cp_a2a)[1:])
+
+
+def _chunk_gradients(ctx, each: HeadRound, heads: tuple[int, ...], kv: list[torch.Tensor], gradients: "_Gradients",
+                     grad_tNH: torch.Tensor) -> list[torch.Tensor]:
+    """The gradients of keys and values from some query heads, whose own are added up."""
+    block, axis = ctx.block, ctx.block.layout.cp_a2a
+    with torch.enable_grad():
+        x_tD, part, leaves = gradients.leaves(Q_FIELDS, heads)
+        q_smH = _exchange_q(ctx, each, x_tD, part)
+        o_tnH = heads_to_seq(block.attend_to(q_smH, *kv, ctx.positions.segments, ctx.tape), each.query_split, axis)
+    grad_tnH = grad_tNH[:, _index(heads, grad_tNH.device)]
+    *found, grad_k, grad_v = torch.autograd.grad(o_tnH, [*leaves, *kv], grad_tnH)
+    gradients.add(Q_FIELDS, heads, found)
+    return [grad_k, grad_v]
+
+
+def _exchange_q(ctx, each: HeadRound, x_tD: torch.Tensor, part: "Projections") -> torch.Tensor:
+    q = ctx.block.project_q(x_tD, ctx.positions, part)
+    return seq_to_heads(q, q[:, :0], q[:, :0], each.query_split, ctx.block.layout.cp_a2a)[0]
+
+
+def _widen(grad: torch.Tensor) -> torch.Tensor:
+    """In at least fp32, to be added to."""
+    return grad.to(torch.promote_types(grad.dtype, torch.float32))
 
 
 class _Gradients:

@@ -29,6 +29,9 @@ class KeptCall:
 
     def empty_output(self) -> None:
         """Free the output, of which there is a copy."""
+        # A copy has the order of the elements, not what lies between them; its memory is taken over as it is.
+        size = self.result.numel() * self.result.element_size()
+        assert self.result.untyped_storage().nbytes() == size, "an output with gaps, or a part of something larger"
         empty(self.result)
 
     def refill_output(self, copy: torch.Tensor) -> None:

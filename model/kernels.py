@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from model.sdpa import sdpa_attention
 
@@ -112,11 +113,28 @@ def _varlen() -> Attend:
     options = varlen_options(varlen_attn)
 
     def attend(q, k, v, segments):
+        def call(k, v):
+            return varlen_attn(q, k, v, segments.cu_q, segments.cu_k, segments.max_q, segments.max_k, **options)
+
         group = q.shape[1] // k.shape[1]
-        if group > 1 and "enable_gqa" not in options:
-            k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-        return varlen_attn(q, k, v, segments.cu_q, segments.cu_k, segments.max_q, segments.max_k, **options)
+        return _with_repeated_heads(call, k, v, group) if group > 1 and "enable_gqa" not in options else call(k, v)
     return attend
+
+
+def _with_repeated_heads(call: Callable, k: torch.Tensor, v: torch.Tensor, group: int) -> torch.Tensor:
+    """`call` with each head of k and v `group` times, of which its graph keeps k and v, and repeats them again."""
+    repeated = [x.repeat_interleave(group, dim=1) for x in (k, v)]
+    sources = {x.untyped_storage().data_ptr(): source.detach() for x, source in zip(repeated, (k, v), strict=True)}
+
+    def pack(x: torch.Tensor) -> tuple[bool, torch.Tensor]:
+        source = sources.get(x.untyped_storage().data_ptr())
+        return (False, x) if source is None else (True, source)
+
+    def unpack(packed: tuple[bool, torch.Tensor]) -> torch.Tensor:
+        return packed[1].repeat_interleave(group, dim=1) if packed[0] else packed[1]
+
+    with saved_tensors_hooks(pack, unpack):
+        return call(*repeated)
 
 
 def varlen_options(varlen_attn: Callable) -> dict:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+from torch.autograd.graph import get_gradient_edge
 
 from model.attention_tape import AttentionTape
 from model.offload import Host
@@ -75,7 +76,9 @@ class _Layer(torch.autograd.Function):
         x_tD = x_tD.detach().requires_grad_()
         with torch.enable_grad():
             a_tD = ctx.layer.after_attention(x_tD, ctx.positions, ctx.settings, ctx.tape)
-        torch.autograd.backward(a_tD, ctx.layer.mlp_gradient(a_tD.detach(), grad_tD, ctx.settings))
+        grad_a, edge = ctx.layer.mlp_gradient(a_tD.detach(), grad_tD, ctx.settings), get_gradient_edge(a_tD)
+        del a_tD  # only its place in the graph is needed from here on
+        torch.autograd.backward(edge, grad_a)
         return x_tD.grad, None, None, None, None
 
 

@@ -12,20 +12,37 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, epsilon):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        out, wide = torch.empty_like(x), torch.promote_types(x.dtype, torch.float32)
+        scale = x.new_empty(*x.shape[:-1], 1, dtype=wide)
+        for rows in _blocks(x):
+            part = x[rows].to(wide)
+            scale[rows] = torch.linalg.vector_norm(part, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(
+                epsilon).rsqrt_()
+            out[rows] = (part * scale[rows]).mul_(weight)
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).mul_(weight).to(x.dtype)
+        return out
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
-        normed = x * scale  # in the scale's dtype, at least fp32
-        wide = grad.to(scale.dtype)
-        grad_weight = (wide * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        wide = wide * weight
-        share = torch.linalg.vecdot(wide, normed).div_(x.shape[-1])[..., None]
-        return wide.sub_(normed.mul_(share)).mul_(scale).to(x.dtype), grad_weight, None
+        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=scale.dtype)
+        for rows in _blocks(x):
+            normed = x[rows] * scale[rows]  # in the scale's dtype, at least fp32
+            wide = grad[rows].to(scale.dtype)
+            grad_weight += (wide * normed).flatten(0, -2).sum(0)
+            wide = wide * weight
+            share = torch.linalg.vecdot(wide, normed).div_(x.shape[-1])[..., None]
+            grad_x[rows] = wide.sub_(normed.mul_(share)).mul_(scale[rows])
+        return grad_x, grad_weight.to(weight.dtype), None
+
+
+BLOCK = 2**18
+"""Elements that the norm widens at once: they stay in a core's cache, and nothing wide of [t, D] exists."""
+
+
+def _blocks(x: torch.Tensor) -> list[slice]:
+    size = max(1, BLOCK * x.shape[0] // max(1, x.numel()))
+    return [slice(start, start + size) for start in range(0, x.shape[0], size)]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:

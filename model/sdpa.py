@@ -26,13 +26,19 @@ def sdpa_attention(q_nmH: torch.Tensor, k_skH: torch.Tensor, v_skH: torch.Tensor
     """
     if q_nmH.device.type == "cpu":
         return _DocumentsOnCPU.apply(q_nmH, k_skH, v_skH, rows_q, rows_k)
+    return _one_by_one(q_nmH, k_skH, v_skH, rows_q, rows_k)
+
+
+def _one_by_one(q_nmH, k_skH, v_skH, rows_q: list[slice], rows_k: list[slice]) -> torch.Tensor:
+    # Split, not sliced: the gradient of each slice would be as large as that of the whole.
+    lengths_q, lengths_k = ([part.stop - part.start for part in rows] for rows in (rows_q, rows_k))
     parts = []
-    for of_q, of_k in zip(rows_q, rows_k, strict=True):
-        q, k, v = (x.transpose(0, 1)[None] for x in (q_nmH[of_q], k_skH[of_k], v_skH[of_k]))
+    for document in zip(q_nmH.split(lengths_q), k_skH.split(lengths_k), v_skH.split(lengths_k), strict=True):
+        q, k, v = (_heads_first(x) for x in document)
         how = {"is_causal": True} if q.shape[2] == k.shape[2] else {"attn_mask": causal_lower_right(q.shape[2],
                                                                                                      k.shape[2])}
-        parts.append(scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **how)[0])
-    return torch.cat(parts, dim=1).transpose(0, 1)
+        parts.append(_tokens_first(scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **how)))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class _DocumentsOnCPU(torch.autograd.Function):

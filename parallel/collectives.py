@@ -110,9 +110,10 @@ def start_all_to_all(x: torch.Tensor, send_rows: list[int], receive_rows: list[i
     if axis.size == 1:
         return lambda: x
     out = x.new_empty(sum(receive_rows), *x.shape[1:])
-    work = dist.all_to_all_single(out, x, receive_rows, send_rows, group=axis.group, async_op=True)
+    work, sent = dist.all_to_all_single(out, x, receive_rows, send_rows, group=axis.group, async_op=True), [x]
 
-    def finish(_sent: torch.Tensor = x) -> torch.Tensor:
+    def finish() -> torch.Tensor:
         work.wait()
+        sent.clear()  # whoever still holds `finish` does not hold what was sent
         return out
     return finish

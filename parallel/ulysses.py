@@ -128,8 +128,7 @@ class _SeqToHeads(torch.autograd.Function):
     def backward(ctx, *grads_TmH):
         split, axis, sizes = ctx.split, ctx.axis, ctx.sizes
         q_shape, k_shape = ctx.shapes
-        send = torch.cat(grads_TmH, dim=1).view(-1)
-        received = all_to_all(send, [sizes[axis.rank]] * axis.size, sizes, axis)
+        received = all_to_all(torch.cat(grads_TmH, dim=1).view(-1), [sizes[axis.rank]] * axis.size, sizes, axis)
         grad_q, grad_k, grad_v = (received.new_empty(shape) for shape in (q_shape, k_shape, k_shape))
         written = 0
         for block, (q0, q1), (k0, k1) in zip(received.split(sizes), split.query, split.kv, strict=True):

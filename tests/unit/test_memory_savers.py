@@ -1,23 +1,31 @@
 """What is computed in pieces, or again, or kept elsewhere: the same numbers, and really less."""
 
+import gc
+import weakref
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn import functional as F
+from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.batch import IGNORE
 from model.attention_tape import AttentionTape, KeptCall, empty
 from model.config import ModelConfig
 from model.gpt import GPTStage
-from model.kernels import choose_attention
+from model.kernels import BACKENDS, choose_attention, make_segments
 from model.loss import Head, fused_loss, score
 from model.memory import MemorySettings
 from model.mlp import swiglu
-from model.pointwise import rms_norm, rotate
-from parallel.layout import single_process_layout
+from model.pointwise import BLOCK, rms_norm, rotate
+from model.sdpa import _one_by_one, sdpa_attention
+from parallel.collectives import start_all_to_all
+from parallel.layout import Axis, single_process_layout
 from parallel.ulysses import HeadSplit, chunk_counts, head_rounds
 
 CPU = torch.device("cpu")
@@ -166,6 +174,20 @@ class Counting(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def one_step(settings: MemorySettings, bounds: list[int], **model) -> None:
+    """Forward and backward of two layers over the documents between the bounds."""
+    config = ModelConfig(num_layers=2, num_attention_heads=4, **dict(hidden_size=16, ffn_hidden_size=24) | model)
+    stage = GPTStage(config, 50, LAYOUT, choose_attention("sdpa", CPU, torch.float32)[0]).to_empty(device=CPU)
+    for parameter in stage.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    ids = torch.arange(bounds[-1])
+    batch = SimpleNamespace(tokens=ids % 50, labels=ids % 50, positions=ids,
+                            cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+    stage.memory = settings
+    stage.begin_step([batch], len(ids))
+    stage(torch.empty(0)).backward()
+
+
 @pytest.mark.parametrize("settings, forwards, products", [
     (MemorySettings(), 1, 0), (MemorySettings("selective"), 1, 2), (MemorySettings("full"), 2, 6),
     (MemorySettings("attention_kept"), 1, 6), (MemorySettings("full", attention_head_chunks=2), 2, None),
@@ -176,16 +198,8 @@ def test_each_level_computes_again_what_it_says(settings, forwards, products):
     Never all seven: neither the MLP's result nor, in chunks, the projections of a kept attention are needed again.
     """
     def calls(settings: MemorySettings) -> Counter:
-        config = ModelConfig(num_layers=2, hidden_size=16, ffn_hidden_size=24, num_attention_heads=4)
-        stage = GPTStage(config, 50, LAYOUT, choose_attention("sdpa", CPU, torch.float32)[0]).to_empty(device=CPU)
-        for parameter in stage.parameters():
-            nn.init.normal_(parameter, std=0.1)
-        batch = type("Batch", (), dict(tokens=torch.arange(12), labels=torch.arange(12), positions=torch.arange(12),
-                                       cu_seqlens=torch.tensor([0, 12], dtype=torch.int32)))
-        stage.memory = settings
-        stage.begin_step([batch], 12)
         with Counting() as counting:
-            stage(torch.empty(0)).backward()
+            one_step(settings, [0, 12])
         return counting.calls
 
     found, plain = calls(settings), calls(MemorySettings())
@@ -193,3 +207,67 @@ def test_each_level_computes_again_what_it_says(settings, forwards, products):
     assert found["_scaled_dot_product_flash_attention_for_cpu"] == layers * chunks * forwards
     if products is not None:
         assert found["mm"] + found["addmm"] - plain["mm"] - plain["addmm"] == layers * products
+    assert not found["slice_backward"]  # each would be a copy of q, k or v
+
+
+@pytest.mark.parametrize("settings, most", [
+    (MemorySettings("full", mlp_tiles=16, loss_chunk_tokens=512), 14.8),
+    (MemorySettings("full", mlp_tiles=16, attention_head_chunks=4, loss_chunk_tokens=512), 12.8)], ids=str)
+def test_the_peak_of_a_step(settings, most):
+    """In units of all tokens' hidden states: one more that outlives its use, and the step is above it."""
+    width, tokens = 64, 4 * BLOCK // 64
+    gc.collect()
+    with MemTracker() as tracker:
+        one_step(settings, list(range(0, tokens + 1, 2048)), hidden_size=width, ffn_hidden_size=128)
+    peak = sum(parts["Total"] for parts in tracker.get_tracker_snapshot("peak").values())
+    assert peak < most * 4 * tokens * width, peak / (4 * tokens * width)
+
+
+def test_documents_one_by_one_are_those_together():
+    """What runs on a GPU without a better kernel."""
+    inputs = leaves((9, 4, 8), (12, 2, 8), (12, 2, 8))
+    rows_q, rows_k = ([slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+                      for bounds in ([0, 2, 8, 9], [0, 5, 11, 12]))
+    found, expected = (attend(*inputs, rows_q, rows_k) for attend in (_one_by_one, sdpa_attention))
+    with Counting() as counting:
+        assert_same(found, expected, inputs)
+    assert not counting.calls["slice_backward"]
+    alone = [x.detach()[:5] for x in inputs]
+    assert torch.allclose(_one_by_one(*alone, [slice(0, 5)], [slice(0, 5)]),
+                          sdpa_attention(*alone, [slice(0, 5)], [slice(0, 5)]))
+
+
+def test_repeated_heads_are_not_kept(monkeypatch):
+    """torch's varlen_attn of some releases wants as many key/value heads as query heads."""
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
+        assert query.shape[1] == key.shape[1] and is_causal
+        rows = [slice(0, len(query))]
+        return sdpa_attention(query, key, value, rows, rows)
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    (segments,) = make_segments(torch.tensor([0, 6], dtype=torch.int32), [(0, 6)], CPU)
+    attend = BACKENDS["varlen"].make()
+    inputs = leaves((6, 4, 8), (6, 2, 8), (6, 2, 8))
+    repeated = [inputs[0], *(x.repeat_interleave(2, dim=1) for x in inputs[1:])]
+    assert_same(attend(*inputs, segments), varlen_attn(*repeated, None, None, 6, 6, is_causal=True), inputs)
+
+    tape, copies = AttentionTape(), [x.detach().clone() for x in inputs]
+    with MemTracker() as tracker:
+        out = tape.attend(lambda q, k, v: attend(q, k, v, segments), *copies)
+        empty(*copies)
+        gc.collect()
+    kept = sum(parts["Total"] for parts in tracker.get_tracker_snapshot("current").values())
+    assert kept == out.numel() * 8 + 6 * 4 * 8, "the output and its log-sum-exp"
+
+
+def test_who_waited_for_an_exchange_does_not_hold_what_was_sent(monkeypatch):
+    def all_to_all_single(out, x, *_, **__):
+        out.copy_(x)
+        return SimpleNamespace(wait=lambda: None)
+
+    monkeypatch.setattr(dist, "all_to_all_single", all_to_all_single)
+    sent = torch.arange(4.0)
+    alive, finish = weakref.ref(sent), start_all_to_all(sent, [2, 2], [2, 2], Axis("cp", 0, 2, (0, 1), None))
+    del sent
+    assert alive() is not None  # until the exchange is over
+    assert torch.equal(finish(), torch.arange(4.0)) and alive() is None
