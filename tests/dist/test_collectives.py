@@ -81,10 +81,10 @@ def exchange_bytes(world: World, heads: int, kv_heads: int, tokens: int, size: i
     sent = []
     original = dist.all_to_all_single
 
-    def counting(out, x, receive, send, group=None):
+    def counting(out, x, receive, send, **options):
         row = x[0].numel()
         sent.append(sum(rows for rank, rows in enumerate(send) if rank != cp.rank) * row)
-        return original(out, x, receive, send, group=group)
+        return original(out, x, receive, send, **options)
 
     q, k, v = (torch.randn(tokens, n, size, requires_grad=True) for n in (heads, kv_heads, kv_heads))
     dist.all_to_all_single = counting
