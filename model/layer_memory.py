@@ -14,6 +14,7 @@ from math import ceil
 
 from model.config import ModelConfig
 from model.memory import MemorySettings
+from model.pointwise import BLOCK
 from parallel.config import LayoutConfig
 from parallel.ulysses import HeadSplit, chunk_counts, head_rounds
 
@@ -268,14 +269,14 @@ class LayerMemory:
 
     def _norm_backward(self) -> Moment:
         """Of the second half's norm."""
-        wide = 0 if self.on_gpu else 4 * self.W * self.u * self.D
+        wide = 0 if self.on_gpu else 4 * self.W * min(self.u * self.D, max(BLOCK, self.D)) + self.input
         made = 2 * self.input + self.read + wide
         freed = 0 if self._recomputes_mlp else self._mlp - self._scales - self.read
         return Moment(freed, made + self._recomputed + (self.input if self._recomputes_attention else 0), 0)
 
     def _attention_backward(self) -> list[Moment]:
         D, H, heads = self.D, self.H, self.heads
-        residual = self.input * (3 if self._recomputes_attention else 2)
+        residual = 2 * self.input
         freed = self._to_project + (0 if self._recomputes_mlp else self._mlp + self.input)
         if self._recomputes_mlp and not self._recomputes_attention:
             freed += self.input
@@ -285,7 +286,8 @@ class LayerMemory:
         made = residual + self._recomputed
         rows = self.s * heads.m + 2 * self.T * heads.k  # of the gradients of q, k and v
         kernel = self.s * heads.m * H * self.b + rows * H * self._kernel_bytes
-        exchange = self.b * H * (4 * self.s * (heads.m + 2 * heads.k) if self.a2a > 1 else 0)
+        # The gradients, what is sent of them and what arrives; then what that is put together to.
+        exchange = self.b * H * (3 * self.s * (heads.m + 2 * heads.k) if self.a2a > 1 else 0)
         gathered = self.b * H * (rows + 2 * self.T * heads.k) if self.gathers > 1 else 0
         projecting = 2 * self.read + self.b * H * self.t * (heads.N + 2 * heads.K)
         return [Moment(freed, made + max(kernel, exchange, gathered, projecting), weights)]
@@ -302,7 +304,8 @@ class LayerMemory:
         m, k = heads.m // self.chunks, heads.round_k
         sides = 2 if self.a2a > 1 else 1  # before and after the exchange
         of_results = b * self.t * heads.N * H
-        keys = 2 * self.T * k * H * (b * sides + self.W)  # with their summed gradients
+        is_shared = m < k * heads.N // heads.K  # several groups read the same keys: their gradients are summed up
+        keys = 2 * self.T * k * H * (b * sides + self.W * is_shared)
         queries = self.s * m * H * b * 2 * sides  # with the gradient of their results
         kernel = H * self._kernel_bytes * (self.s * m + 2 * self.T * k)
         of_x = self.read + max(kernel, self.read + 2 * b * self.T * k * H)  # the sum; then a group's
