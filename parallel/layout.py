@@ -207,8 +207,9 @@ def build_layout(config: LayoutConfig, world: World, choices: dict | None = None
 
 
 def _check_same_on_all_ranks(config: LayoutConfig, world: World, choices: dict) -> None:
-    """Groups that are made of different layouts would wait for each other forever, as would ranks of which only some
-    recompute, or take another layout for the next phase.
+    """Groups that are made of different layouts would wait for each other forever, as would ranks for which
+    `layout: auto` chose otherwise: some to recompute, or another layout for the next phase. A recompute_granularity
+    that is given differently to some ranks is not noticed.
 
     Raises:
         ValueError: on every rank.

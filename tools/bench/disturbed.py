@@ -63,9 +63,11 @@ def plan_moments(kills: int, steps: int, crossings: list[int], seed: int) -> lis
     kinds = [("step", "save", "step", "crossing" if crossings else "step")[number % 4] for number in range(kills)]
     moments = []
     for kind in kinds:
-        number = chance.randrange(len(crossings)) if kind == "crossing" else 0
-        step = crossings[number] if kind == "crossing" else chance.randrange(steps - 3)  # a save must follow
-        moments.append(Moment(kind, step, chance.uniform(0, 12), number + 1))
+        if kind == "crossing":
+            number = chance.randrange(len(crossings))
+            moments.append(Moment(kind, crossings[number], chance.uniform(0, 12), number + 1))
+        else:
+            moments.append(Moment(kind, chance.randrange(max(1, steps - 3))))  # a save must follow
     return sorted(moments, key=lambda moment: moment.step)
 
 
