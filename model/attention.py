@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from model.attention_chunks import attend_in_chunks
-from model.attention_tape import AttentionTape, empty
+from model.attention_tape import AttentionTape, empty, join
 from model.config import ModelConfig
 from model.kernels import Attend, Segments
 from model.parts import RMSNorm, Weight, enter_tensor_parallel, leave_tensor_parallel
@@ -68,10 +68,9 @@ class Attention(nn.Module):
         self.split = HeadSplit.make(heads // tp.size, max(1, kv_heads // tp.size), layout.cp_a2a.size)
         # `attend` pairs query head i with key/value head i // group; an uneven split may need its own pairing.
         pairing = self.split.kv_of_query(layout.cp_a2a.rank)
-        regular = [i * (pairing[-1] + 1) // len(pairing) for i in range(len(pairing))]
-        is_regular = pairing == regular and len(pairing) % (pairing[-1] + 1) == 0
-        # Made here: from a list it would be a transfer, for which the host waits, in every call.
-        self.kv_pairing = None if is_regular else torch.tensor(pairing, device=layout.device)
+        uses = [pairing.count(head) for head in range(pairing[-1] + 1)]
+        assert pairing == sorted(pairing)
+        self.kv_uses = uses if len(set(uses)) > 1 else None
 
     def forward(self, x_tD: torch.Tensor, positions: Positions, head_chunks: int,
                 tape: AttentionTape | None) -> torch.Tensor:
@@ -122,17 +121,21 @@ class Attention(nn.Module):
     def gather(self, k_skH: torch.Tensor, v_skH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all tokens, as the kernel pairs them with this rank's query heads."""
         k_TkH, v_TkH = gather_keys(k_skH, v_skH, self.layout.cp_gather)
-        if self.kv_pairing is not None:
-            k_TkH, v_TkH = (x.index_select(1, self.kv_pairing) for x in (k_TkH, v_TkH))
+        if self.kv_uses is not None:
+            k_TkH, v_TkH = (_repeat_heads(x, self.kv_uses) for x in (k_TkH, v_TkH))
         return k_TkH, v_TkH
 
     def attend_to(self, q_smH: torch.Tensor, k_TkH: torch.Tensor, v_TkH: torch.Tensor, segments: list[Segments],
                   tape: AttentionTape | None) -> torch.Tensor:
         """The queries of this rank's group of tokens against the keys of all tokens -> [s, m, H]."""
-        def call(q_smH: torch.Tensor, k_TkH: torch.Tensor, v_TkH: torch.Tensor) -> torch.Tensor:
+        def call(q_smH: torch.Tensor, k_TkH: torch.Tensor, v_TkH: torch.Tensor) -> list[torch.Tensor]:
             if len(segments) == 1:  # all rows: even a slice of all of them copies the gradients once more
-                return self.attend(q_smH, k_TkH, v_TkH, segments[0])
-            return torch.cat([self.attend(q_smH[part.queries], k_TkH[part.keys], v_TkH[part.keys], part)
-                              for part in segments])
+                return [self.attend(q_smH, k_TkH, v_TkH, segments[0])]
+            return [self.attend(q_smH[part.queries], k_TkH[part.keys], v_TkH[part.keys], part) for part in segments]
 
-        return call(q_smH, k_TkH, v_TkH) if tape is None else tape.attend(call, q_smH, k_TkH, v_TkH)
+        return join(call(q_smH, k_TkH, v_TkH)) if tape is None else tape.attend(call, q_smH, k_TkH, v_TkH)
+
+
+def _repeat_heads(x_TkH: torch.Tensor, uses: list[int]) -> torch.Tensor:
+    """Each head so many times; repeat_interleave adds up the gradients in no fixed order on a GPU."""
+    return torch.cat([head.expand(-1, count, -1) for head, count in zip(x_TkH.split(1, dim=1), uses, strict=True)], dim=1)

@@ -11,34 +11,47 @@ from collections.abc import Callable
 
 import torch
 
-Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Differentiable attention (q, k, v) -> output."""
+Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], list[torch.Tensor]]
+"""Differentiable attention (q, k, v) -> the output in parts: the rows of each of the kernel's calls, in order."""
+
+
+def join(parts: list[torch.Tensor]) -> torch.Tensor:
+    """A call's output as one tensor."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class KeptCall:
-    """One call, between its forward and its backward; its inputs are to be emptied by the caller."""
+    """One call, between its forward and its backward; its inputs are to be emptied by the caller.
+
+    Parts are kept as the kernel's graph has them, since what they are joined to would be a second copy.
+    """
 
     def __init__(self, call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
         self.inputs = tuple(x.detach().requires_grad_() for x in (q, k, v))
         with torch.enable_grad():
-            self.result = call(*self.inputs)
+            self.parts = call(*self.inputs)
+
+    @property
+    def outputs(self) -> list[torch.Tensor]:
+        return [part.detach() for part in self.parts]
 
     @property
     def output(self) -> torch.Tensor:
-        return self.result.detach()
+        return join(self.outputs)
 
-    def empty_output(self) -> None:
-        """Free the output, of which there is a copy."""
-        # A copy has the order of the elements, not what lies between them; its memory is taken over as it is.
-        size = self.result.numel() * self.result.element_size()
-        assert self.result.untyped_storage().nbytes() == size, "an output with gaps, or a part of something larger"
-        empty(self.result)
+    def empty_outputs(self) -> None:
+        """Free the outputs, of which there are copies."""
+        for part in self.parts:
+            # A copy has the order of the elements, not what lies between them; its memory is taken over as it is.
+            size = part.numel() * part.element_size()
+            assert part.untyped_storage().nbytes() == size, "an output with gaps, or a part of something larger"
+            empty(part)
 
-    def refill_output(self, copy: torch.Tensor) -> None:
-        """Take the copy's memory over, if the output was emptied."""
-        storage = self.result.untyped_storage()
-        if storage.nbytes() == 0:
-            _move(copy.untyped_storage(), storage)
+    def refill_outputs(self, copies: list[torch.Tensor]) -> None:
+        """Take the copies' memory over, if the outputs were emptied."""
+        for part, copy in zip(self.parts, copies, strict=True):
+            if part.untyped_storage().nbytes() == 0:
+                _move(copy.untyped_storage(), part.untyped_storage())
 
     def gradients(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
                   grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -47,8 +60,8 @@ class KeptCall:
             if storage.nbytes() == 0:  # else an earlier call with the same k and v has filled it
                 _move(values, storage)
         # The graph holds its leaves, and the tape lives as long as the whole step's graph.
-        (inputs, result), self.inputs, self.result = (self.inputs, self.result), (), None
-        return torch.autograd.grad(result, inputs, grad)
+        (inputs, parts), self.inputs, self.parts = (self.inputs, self.parts), (), []
+        return torch.autograd.grad(parts, inputs, grad.split([len(part) for part in parts]))
 
 
 def empty(*tensors: torch.Tensor) -> None:

@@ -122,16 +122,12 @@ class LayerMemory:
 
     @property
     def _results(self) -> int:
-        """The kernel's output, of each part of a call; and put together, where a tape holds that too."""
+        """The kernel's output."""
         return self.b * self.s * self.heads.m * self.H
 
     @property
     def _log_sums(self) -> int:
         return self.W * self.s * self.heads.m
-
-    @property
-    def _on_tape(self) -> int:
-        return self._results * (2 if self.gathers > 1 else 1)
 
     @property
     def _to_project(self) -> int:
@@ -155,8 +151,7 @@ class LayerMemory:
     @property
     def _attention(self) -> int:
         """All that an attention keeps, without the layer's input."""
-        results = self._on_tape if self.chunks > 1 else self._results
-        return self._attention_inputs + results + self._log_sums + self._to_project
+        return self._attention_inputs + self._results + self._log_sums + self._to_project
 
     @property
     def _mlp(self) -> int:
@@ -174,7 +169,7 @@ class LayerMemory:
             return Kept(2 * self.input + self._attention)
         if level == "full":
             return Kept(self.input, self.input)
-        return Kept(self.input + self._on_tape + self._log_sums, self.input + self._results)
+        return Kept(self.input + self._results + self._log_sums, self.input + self._results)
 
     @property
     def moved(self) -> int:

@@ -57,10 +57,10 @@ class _Layer(torch.autograd.Function):
             ctx.save_for_backward(x_tD)
         else:
             calls = ctx.tape.calls if ctx.tape else []
-            ctx.on_host = host.send([x_tD, *(call.output for call in calls)])
+            ctx.on_host = host.send([x_tD, *(part for call in calls for part in call.outputs)])
             if host.stream is not None:
                 for call in calls:
-                    call.empty_output()
+                    call.empty_outputs()
         return out_tD
 
     @staticmethod
@@ -69,8 +69,8 @@ class _Layer(torch.autograd.Function):
             (x_tD,) = ctx.saved_tensors
         else:
             x_tD, *outputs = ctx.on_host.take()
-            for call, output in zip(ctx.tape.calls if ctx.tape else (), outputs, strict=True):
-                call.refill_output(output)
+            for call in ctx.tape.calls if ctx.tape else ():
+                call.refill_outputs([outputs.pop(0) for _ in call.parts])
         if ctx.tape is not None:
             ctx.tape.play()
         x_tD = x_tD.detach().requires_grad_()

@@ -162,11 +162,11 @@ def _raise_open_files_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def build_layout(config: LayoutConfig, world: World, choices: dict | None = None) -> Layout:
+def build_layout(config: LayoutConfig, world: World, agreed: object = None) -> Layout:
     """Make every group once.
 
     Args:
-        choices: what `layout: auto` chose for all phases, which must be the same on all processes, too.
+        agreed: what else must be the same on all processes, as something that prints the same.
 
     Raises:
         ValueError: the world size is no multiple of tp x pp x cp, or another process has another layout.
@@ -176,7 +176,7 @@ def build_layout(config: LayoutConfig, world: World, choices: dict | None = None
     problem = check_world_size(world.size, tp, pp, cp)
     if problem:
         raise ValueError(problem)
-    _check_same_on_all_ranks(config, world, choices or {})
+    _check_same_on_all_ranks(config, world, agreed)
     two_levels = config.context_levels[1] > 1
     parallel_state = _parallel_state()
     parallel_state.initialize_model_parallel(
@@ -206,23 +206,22 @@ def build_layout(config: LayoutConfig, world: World, choices: dict | None = None
         device=world.device)
 
 
-def _check_same_on_all_ranks(config: LayoutConfig, world: World, choices: dict) -> None:
-    """Groups that are made of different layouts would wait for each other forever, as would ranks for which
-    `layout: auto` chose otherwise: some to recompute, or another layout for the next phase. A recompute_granularity
-    that is given differently to some ranks is not noticed.
+def _check_same_on_all_ranks(config: LayoutConfig, world: World, agreed: object) -> None:
+    """Groups that are made of different layouts would wait for each other forever, as would ranks of which some
+    recompute, or go on to another phase.
 
     Raises:
         ValueError: on every rank.
     """
     settings = (*config.sizes, config.schedule, config.stages_per_rank, config.context_levels, config.sharding_strategy,
-                config.sequence_parallel, choices)
+                config.sequence_parallel, agreed)
     own = zlib.crc32(repr(settings).encode())
     ends = torch.tensor([own, -own], dtype=torch.int64, device=world.device)
     dist.all_reduce(ends, op=dist.ReduceOp.MAX)
     if ends[0] != -ends[1]:
         raise ValueError(f"layout = {config.describe()} {config.sharding_strategy} on rank {world.rank}: other "
-                         "processes have another one. Fix: the same configuration everywhere; with --layout auto on "
-                         "machines that differ in memory, --device-memory-gib.")
+                         "processes have another one, or another model or other phases. Fix: the same configuration "
+                         "everywhere; with --layout auto on machines that differ in memory, --device-memory-gib.")
 
 
 def single_process_layout(device: torch.device) -> Layout:

@@ -77,7 +77,7 @@ class Trainer:
             if self.world.rank == 0:
                 print(f"done: all {step:,} steps are trained; raise the tokens to go on", flush=True)
             return "done"
-        self.layout = build_layout(phase.layout, self.world, self.plan.layouts)
+        self.layout = build_layout(phase.layout, self.world, (self.config.model, self.plan.phases, self.plan.layouts))
         lock = None
         if self.config.checkpoint.save:
             lock = checkpoint.FolderLock(self.config.checkpoint.save, self.layout.world)

@@ -118,8 +118,9 @@ def bf16_step(world, case: Case) -> dict:
 
 
 @pytest.mark.parametrize("case", [Case(tp=2, pp=2, model=QWEN2_TIED | dict(qk_layernorm=True)),
-                                  Case(cp=2, dp=2, strategy="optim"), Case(tp=2, dp=2, strategy="optim_grads_params")],
-                         ids=["tp2 pp2", "cp2 dp2 zero1", "tp2 dp2 zero3"])
+                                  Case(cp=2, dp=2, strategy="optim"), Case(tp=2, dp=2, strategy="optim_grads_params"),
+                                  Case(cp=2, dp=2, memory=MemorySettings("attention_kept", 1, 3, 2, 5))],
+                         ids=["tp2 pp2", "cp2 dp2 zero1", "tp2 dp2 zero3", "attention kept, chunks and tiles"])
 def test_bf16_with_fp32_master_is_close_to_fp64(pool, single, case):
     """bf16 rounds to 3 digits: a wrong or missing reduction shows as tens of percent, rounding as a few."""
     expected = single(dataclasses.replace(case, clip_grad=0.0))
