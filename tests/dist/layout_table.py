@@ -88,6 +88,13 @@ def make_memory(options: dict, split: HeadSplit) -> MemorySettings | None:
                           **(dict(mlp_tiles=3, loss_chunk_tokens=5) if options["tiles"] else {}))
 
 
+def draw_row(draw: random.Random, names: list[str]) -> dict:
+    """A random value of each option; schedules that split the backward keep everything, so that some are legal."""
+    row = {name: draw.choice(OPTIONS[name]) for name in names}
+    is_split = row.get("schedule", "1F1B").partition(" x ")[0] in SPLIT_BACKWARD
+    return row | ({"recompute": None, "tiles": False, "head_chunks": False} if is_split else {})
+
+
 def pairs_of(layout: tuple[int, ...], options: dict) -> set[tuple]:
     """What a row covers: each two options, and each axis in use with each option and each other axis."""
     in_use = [(axis, "in use") for axis, size in zip(AXES, layout, strict=True) if size > 1]
@@ -108,7 +115,7 @@ def make_table(candidates: int = 60, seed: int = 1) -> tuple[dict[str, Case], li
     for layout in LAYOUTS:
         used = dict(zip(AXES, layout, strict=True))
         names = [name for name in OPTIONS if used.get(NEEDS_AXIS.get(name), 2) > 1]
-        rows = [{name: draw.choice(OPTIONS[name]) for name in names} for _ in range(candidates)]
+        rows = [draw_row(draw, names) for _ in range(candidates)]
         legal = [(layout, row, case, pairs_of(layout, row)) for row in rows
                  if (case := make_case(layout, row)) is not None]
         if not legal:
