@@ -138,4 +138,5 @@ class Attention(nn.Module):
 
 def _repeat_heads(x_TkH: torch.Tensor, uses: list[int]) -> torch.Tensor:
     """Each head so many times; repeat_interleave adds up the gradients in no fixed order on a GPU."""
-    return torch.cat([head.expand(-1, count, -1) for head, count in zip(x_TkH.split(1, dim=1), uses, strict=True)], dim=1)
+    heads = zip(x_TkH.split(1, dim=1), uses, strict=True)
+    return torch.cat([head.expand(-1, count, -1) for head, count in heads], dim=1)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from model.attention_tape import AttentionTape, empty
-from parallel.ulysses import HeadRound, heads_to_seq, seq_to_heads, start_seq_to_heads
+from parallel.ulysses import HeadRound, gradient_of_heads, heads_to_seq, seq_to_heads, start_seq_to_heads
 
 if TYPE_CHECKING:
     from model.attention import Attention, Positions, Projections
@@ -86,7 +86,7 @@ class _Chunks(torch.autograd.Function):
         gradients = _Gradients(x_tD, ctx.kind(*weights), ctx.block.head_size)
         for each in ctx.rounds:
             _round_gradients(ctx, each, gradients, grad_tNH)
-        return None, None, None, None, None, gradients.of_x, *gradients.of_weights
+        return None, None, None, None, None, gradients.of_x, *gradients.narrow_weights()
 
 
 def _round_gradients(ctx, each: HeadRound, gradients: "_Gradients", grad_tNH: torch.Tensor) -> None:
@@ -109,26 +109,27 @@ def _round_gradients(ctx, each: HeadRound, gradients: "_Gradients", grad_tNH: to
 def _exchange_kv(ctx, each: HeadRound, x_tD: torch.Tensor, part: "Projections") -> tuple[torch.Tensor, torch.Tensor]:
     block = ctx.block
     k, v = block.project_k(x_tD, ctx.positions, part), block.project_v(x_tD, part)
-    return block.gather(*seq_to_heads(k[:, :0], k, v, each.kv_split, block.layout.cp_a2a)[1:])
+    nothing = k.detach()[:, :0]  # with a gradient it would be a whole k of zeros
+    return block.gather(*seq_to_heads(nothing, k, v, each.kv_split, block.layout.cp_a2a)[1:])
 
 
 def _chunk_gradients(ctx, each: HeadRound, heads: tuple[int, ...], kv: list[torch.Tensor], gradients: "_Gradients",
                      grad_tNH: torch.Tensor) -> list[torch.Tensor]:
     """The gradients of keys and values from some query heads, whose own are added up."""
-    block, axis = ctx.block, ctx.block.layout.cp_a2a
     with torch.enable_grad():
         x_tD, part, leaves = gradients.leaves(Q_FIELDS, heads)
         q_smH = _exchange_q(ctx, each, x_tD, part)
-        o_tnH = heads_to_seq(block.attend_to(q_smH, *kv, ctx.positions.segments, ctx.tape), each.query_split, axis)
-    grad_tnH = grad_tNH[:, _index(heads, grad_tNH.device)]
-    *found, grad_k, grad_v = torch.autograd.grad(o_tnH, [*leaves, *kv], grad_tnH)
+        o_smH = ctx.block.attend_to(q_smH, *kv, ctx.positions.segments, ctx.tape)
+    grad_smH = gradient_of_heads(grad_tNH[:, _index(heads, grad_tNH.device)], each.query_split, ctx.block.layout.cp_a2a)
+    *found, grad_k, grad_v = torch.autograd.grad(o_smH, [*leaves, *kv], grad_smH)
     gradients.add(Q_FIELDS, heads, found)
     return [grad_k, grad_v]
 
 
 def _exchange_q(ctx, each: HeadRound, x_tD: torch.Tensor, part: "Projections") -> torch.Tensor:
     q = ctx.block.project_q(x_tD, ctx.positions, part)
-    return seq_to_heads(q, q[:, :0], q[:, :0], each.query_split, ctx.block.layout.cp_a2a)[0]
+    nothing = q.detach()[:, :0]
+    return seq_to_heads(q, nothing, nothing, each.query_split, ctx.block.layout.cp_a2a)[0]
 
 
 def _widen(grad: torch.Tensor) -> torch.Tensor:
@@ -142,7 +143,14 @@ class _Gradients:
     def __init__(self, x_tD: torch.Tensor, weights: "Projections", head_size: int):
         self.x_tD, self.weights, self.head_size = x_tD, weights, head_size
         self.of_x = torch.zeros_like(x_tD)
-        self.of_weights = type(weights)(*(None if x is None else torch.zeros_like(x) for x in weights))
+        self.of_weights = type(weights)(*(self._zeros(name, x) for name, x in weights._asdict().items()))
+
+    @staticmethod
+    def _zeros(name: str, weight: torch.Tensor | None) -> torch.Tensor | None:
+        if weight is None:
+            return None
+        zeros = torch.zeros_like(weight)
+        return _widen(zeros) if name.endswith("_norm") else zeros  # the others get each row once
 
     def leaves(self, fields: tuple[str, ...], heads: tuple[int, ...]) -> tuple:
         """(x, the heads' weights, both as a list without what does not exist) as leaves of a new graph."""
@@ -150,6 +158,11 @@ class _Gradients:
         part = _part(self.weights, fields, heads, self.head_size)
         part = type(part)(*(None if x is None else x.detach().requires_grad_() for x in part))
         return x_tD, part, [x_tD, *(x for x in part if x is not None)]
+
+    def narrow_weights(self) -> list[torch.Tensor | None]:
+        """`of_weights` in the weights' dtype."""
+        return [total if weight is None else total.to(weight.dtype)
+                for total, weight in zip(self.of_weights, self.weights, strict=True)]
 
     def add(self, fields: tuple[str, ...], heads: tuple[int, ...], found: Sequence[torch.Tensor]) -> None:
         """Take in the gradients of `leaves`."""

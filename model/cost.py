@@ -52,16 +52,15 @@ class Passes:
         gate_and_up = 2 / 3 if level or settings.mlp_tiles > 1 else 0
         gathered_again = 0.5 * sequence_parallel  # an all-gather is half a sum
         if level in (None, "selective"):
-            again = int(in_chunks)  # backward projects and exchanges each group once more
+            again = int(in_chunks)  # backward projects each group and exchanges it to heads once more
             return Passes(qkv=3 + again, mlp=3 + gate_and_up, sums=4 + gathered_again * (level == "selective"),
-                          to_heads=2 + again, to_tokens=2 + again, gathers=2 + again)
+                          to_heads=2 + again, gathers=2 + again)
         sums = 5 + 2 * gathered_again
         if level == "full":
             again = 1 + int(in_chunks)
             return Passes(qkv=3 + again, output=4, attention=4, mlp=3 + gate_and_up, sums=sums, to_heads=2 + again,
-                          to_tokens=2 + again, gathers=2 + again)
-        return Passes(qkv=4, output=4, mlp=3 + gate_and_up, sums=sums, to_heads=3, to_tokens=3 + int(in_chunks),
-                      gathers=3)
+                          to_tokens=3, gathers=2 + again)
+        return Passes(qkv=4, output=4, mlp=3 + gate_and_up, sums=sums, to_heads=3, to_tokens=3, gathers=3)
 
 
 @dataclass(frozen=True)

@@ -281,6 +281,8 @@ class LayerMemory:
         made = residual + self._recomputed
         rows = self.s * heads.m + 2 * self.T * heads.k  # of the gradients of q, k and v
         kernel = self.s * heads.m * H * self.b + rows * H * self._kernel_bytes
+        if self.gathers > 1:  # of the earlier and of the own keys, put together
+            kernel += rows * H * self.b
         # The gradients, what is sent of them and what arrives; then what that is put together to.
         exchange = self.b * H * (3 * self.s * (heads.m + 2 * heads.k) if self.a2a > 1 else 0)
         gathered = self.b * H * (rows + 2 * self.T * heads.k) if self.gathers > 1 else 0

@@ -124,6 +124,16 @@ class MemoryModel:
         pp = load.layout.pipeline_model_parallel_size
         return max((self.of_rank(load, rank) for rank in sorted({0, pp - 1})), key=lambda memory: memory.total)
 
+    def host_of_node(self, load: Load, processes: int) -> int:
+        """Bytes of the host's memory that as many consecutive ranks take, where they take most."""
+        if not (self.optimizer_on_host or load.memory.cpu_offloading_num_layers):
+            return 0
+        tp, pp, cp = load.layout.sizes
+        of_stage, world = tp * cp * load.data_parallel_size, tp * cp * load.data_parallel_size * pp
+        of_rank = [self.of_rank(load, pp_rank).host for pp_rank in range(pp)]
+        return max(sum(of_rank[rank // of_stage] for rank in range(first, min(first + processes, world)))
+                   for first in range(0, world, processes))
+
     def of_rank(self, load: Load, pp_rank: int) -> Memory:
         """One pipeline rank; among its tp, cp and dp ranks the one with the most (parameters may split unevenly)."""
         layout, (tp, pp, _) = load.layout, load.layout.sizes

@@ -162,11 +162,12 @@ def _raise_open_files_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def build_layout(config: LayoutConfig, world: World, agreed: object = None) -> Layout:
+def build_layout(config: LayoutConfig, world: World, agreed: dict[str, object] | None = None) -> Layout:
     """Make every group once.
 
     Args:
-        agreed: what else must be the same on all processes, as something that prints the same.
+        agreed: what else must be the same on all processes, by name, as something that prints the same; the same
+            names on all.
 
     Raises:
         ValueError: the world size is no multiple of tp x pp x cp, or another process has another layout.
@@ -176,7 +177,7 @@ def build_layout(config: LayoutConfig, world: World, agreed: object = None) -> L
     problem = check_world_size(world.size, tp, pp, cp)
     if problem:
         raise ValueError(problem)
-    _check_same_on_all_ranks(config, world, agreed)
+    _check_same_on_all_ranks(config, world, agreed or {})
     two_levels = config.context_levels[1] > 1
     parallel_state = _parallel_state()
     parallel_state.initialize_model_parallel(
@@ -206,22 +207,24 @@ def build_layout(config: LayoutConfig, world: World, agreed: object = None) -> L
         device=world.device)
 
 
-def _check_same_on_all_ranks(config: LayoutConfig, world: World, agreed: object) -> None:
+def _check_same_on_all_ranks(config: LayoutConfig, world: World, agreed: dict[str, object]) -> None:
     """Groups that are made of different layouts would wait for each other forever, as would ranks of which some
     recompute, or go on to another phase.
 
     Raises:
         ValueError: on every rank.
     """
-    settings = (*config.sizes, config.schedule, config.stages_per_rank, config.context_levels, config.sharding_strategy,
-                config.sequence_parallel, agreed)
-    own = zlib.crc32(repr(settings).encode())
-    ends = torch.tensor([own, -own], dtype=torch.int64, device=world.device)
+    layout = (*config.sizes, config.schedule, config.stages_per_rank, config.context_levels, config.sharding_strategy,
+              config.sequence_parallel)
+    settings = {"layout": layout} | agreed
+    own = torch.tensor([zlib.crc32(repr(value).encode()) for value in settings.values()], device=world.device)
+    ends = torch.stack([own, -own])
     dist.all_reduce(ends, op=dist.ReduceOp.MAX)
-    if ends[0] != -ends[1]:
+    differing = [name for name, same in zip(settings, (ends[0] == -ends[1]).tolist(), strict=True) if not same]
+    if differing:
         raise ValueError(f"layout = {config.describe()} {config.sharding_strategy} on rank {world.rank}: other "
-                         "processes have another one, or another model or other phases. Fix: the same configuration "
-                         "everywhere; with --layout auto on machines that differ in memory, --device-memory-gib.")
+                         f"processes have another {', '.join(differing)}. Fix: the same configuration everywhere; with "
+                         "--layout auto on machines that differ in memory, --device-memory-gib.")
 
 
 def single_process_layout(device: torch.device) -> Layout:

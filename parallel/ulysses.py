@@ -155,18 +155,13 @@ class _HeadsToSeq(torch.autograd.Function):
         T, m, H = o_TmH.shape
         t = T // axis.size
         ctx.split, ctx.axis = split, axis
-        ctx.sizes = [t * (stop - start) * H for start, stop in split.query]
-        received = all_to_all(o_TmH.reshape(-1), [t * m * H] * axis.size, ctx.sizes, axis)
-        return torch.cat([block.view(t, -1, H) for block in received.split(ctx.sizes)], dim=1)
+        sizes = [t * (stop - start) * H for start, stop in split.query]
+        received = all_to_all(o_TmH.reshape(-1), [t * m * H] * axis.size, sizes, axis)
+        return torch.cat([block.view(t, -1, H) for block in received.split(sizes)], dim=1)
 
     @staticmethod
     def backward(ctx, grad_tNH):
-        axis, sizes, (t, _, H) = ctx.axis, ctx.sizes, grad_tNH.shape
-        send = grad_tNH.new_empty(sum(sizes))
-        for block, (start, stop) in zip(send.split(sizes), ctx.split.query, strict=True):
-            block.view(t, -1, H).copy_(grad_tNH[:, start:stop])
-        received = all_to_all(send, sizes, [sizes[axis.rank]] * axis.size, axis)
-        return received.view(axis.size * t, -1, H), None, None
+        return gradient_of_heads(grad_tNH, ctx.split, ctx.axis), None, None
 
 
 def _block_sizes(q_tNH: torch.Tensor, split: HeadSplit) -> list[int]:
@@ -202,3 +197,16 @@ def seq_to_heads(q_tNH: torch.Tensor, k_tKH: torch.Tensor, v_tKH: torch.Tensor, 
 def heads_to_seq(o_TmH: torch.Tensor, split: HeadSplit, axis: Axis) -> torch.Tensor:
     """The way back for the attention output: [T, m, H] -> [t, N, H]."""
     return o_TmH if axis.size == 1 else _HeadsToSeq.apply(o_TmH, split, axis)
+
+
+def gradient_of_heads(grad_tNH: torch.Tensor, split: HeadSplit, axis: Axis) -> torch.Tensor:
+    """The gradient [T, m, H] of the argument of `heads_to_seq` for that of its result [t, N, H]."""
+    if axis.size == 1:
+        return grad_tNH
+    t, _, H = grad_tNH.shape
+    sizes = [t * (stop - start) * H for start, stop in split.query]
+    send = grad_tNH.new_empty(sum(sizes))
+    for block, (start, stop) in zip(send.split(sizes), split.query, strict=True):
+        block.view(t, -1, H).copy_(grad_tNH[:, start:stop])
+    received = all_to_all(send, sizes, [sizes[axis.rank]] * axis.size, axis)
+    return received.view(axis.size * t, -1, H)

@@ -9,16 +9,18 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from model.memory import KEEPS_INPUT_ONLY
+from model.memory import KEEPS_INPUT_ONLY, Recompute
 from model.rank_memory import GIB, Memory, MemoryModel, show_bytes
 from parallel.layout import host_memory, launched_local_world_size
 from parallel.ulysses import HeadSplit, chunk_counts
-from pretrain.auto_layout import LEVELS, Device, load_of, memory_model
+from pretrain.auto_layout import Device, load_of, memory_model
 from pretrain.check_phases import check_phase_layout, check_phase_memory
 from pretrain.config import Config
 from pretrain.layout_search import with_sizes
 from pretrain.phases import Phase
 
+LEANER: tuple[Recompute | None, ...] = (None, "selective", "attention_kept", "full")
+"""Levels of recompute, each of which keeps less than those before it."""
 LESS = 0.85
 """After the estimate was wrong: settings are named that are estimated to need at most so much of it."""
 TILES, LOSS_CHUNKS, FACTORS = (2, 4, 8, 16, 32), (1024, 512, 256), (2, 4, 8, 16, 32)
@@ -42,9 +44,6 @@ class Machine:
         name = f"cpu_offloading_host_memory = {given:g}" if given else f"the machine's {show_bytes(host_memory())}"
         return Machine(Device.here(config.layout), launched_local_world_size(),
                        int(given * GIB) if given else host_memory(), name)
-
-    def has_room(self, memory: Memory, limit: int) -> bool:
-        return memory.total <= limit and memory.host * self.local_processes <= self.host_bytes
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,9 @@ def check_memory(phases: list[Phase], config: Config, world_size: int, vocab_siz
         needs = f"seq_length = {phase.seq_length}: needs {memory.describe()}"
         if memory.total > machine.device.memory_bytes:
             nearest = search.nearest(machine.device.usable) or ["a smaller model", "more processes"]
-            report.problems.append(f"{where}{needs}, and a process has {show_bytes(machine.device.memory_bytes)} of "
-                                   f"{machine.device.hardware.name} memory. Fix: {'; or '.join(nearest)}.")
+            has = f"{show_bytes(machine.device.memory_bytes)} of {machine.device.hardware.name} memory"
+            report.problems.append(f"{where}{needs} (estimated), and a process has {has}. "
+                                   f"Fix: {'; or '.join(nearest)}. To try it all the same: --device-memory-gib.")
         elif memory.total > machine.device.usable:
             report.warnings.append(f"{where}{needs}, which is more than {machine.device.describe()}")
     return report
@@ -99,15 +99,17 @@ class Search:
     def _memory_of(self, phase: Phase, world_size: int) -> Memory:
         return self.model.worst(load_of(phase, world_size))
 
+    def _host_of_node(self, phase: Phase, world_size: int) -> int:
+        return self.model.host_of_node(load_of(phase, world_size), self.machine.local_processes)
+
     def host_problems(self) -> list[str]:
         """What is offloaded takes more than the host has."""
         count, has = self.machine.local_processes, self.machine.host_bytes
-        taken, layers = self.memory.host * count, self.phase.memory.cpu_offloading_num_layers
+        taken, layers = self._host_of_node(self.phase, self.world_size), self.phase.memory.cpu_offloading_num_layers
         if taken <= has:
             return []
         fits = [n for n in range(layers)
-                if self._memory_of(with_memory(self.phase, cpu_offloading_num_layers=n), self.world_size).host * count
-                <= has]
+                if self._host_of_node(with_memory(self.phase, cpu_offloading_num_layers=n), self.world_size) <= has]
         name = (f"cpu_offloading_num_layers = {layers}" if layers else "optimizer_cpu_offload = True")
         fix = f"at most {max(fits)} layers" if fits else "fewer processes on a node, or no --optimizer-cpu-offload"
         return [f"{name}: takes {show_bytes(taken)} of a node's memory with {count} processes on it, beyond "
@@ -126,7 +128,7 @@ class Search:
                         phase, self.config.model.attention_backend):
                     continue
                 memory = self._memory_of(phase, world)
-                if self.machine.has_room(memory, limit):
+                if memory.total <= limit and self._host_of_node(phase, world) <= self.machine.host_bytes:
                     found.append(f"{what} ({show_bytes(memory.total)})")
                     offered.append(words)
                     break  # the nearest of its group
@@ -144,7 +146,7 @@ class Search:
             yield [self._changed(change) for change in group]
         most = {name: value for group in (chunks, tiles, smaller) if group for name, value in group[-1].items()}
         present = settings.recompute_granularity
-        for level in LEVELS[LEVELS.index(present):]:
+        for level in LEANER[LEANER.index(present):]:
             if level == present:
                 yield [self._changed(most)] if len(most) > 1 else []
             else:

@@ -12,6 +12,8 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -77,7 +79,7 @@ class Trainer:
             if self.world.rank == 0:
                 print(f"done: all {step:,} steps are trained; raise the tokens to go on", flush=True)
             return "done"
-        self.layout = build_layout(phase.layout, self.world, (self.config.model, self.plan.phases, self.plan.layouts))
+        self.layout = build_layout(phase.layout, self.world, self.plan.must_agree)
         lock = None
         if self.config.checkpoint.save:
             lock = checkpoint.FolderLock(self.config.checkpoint.save, self.layout.world)
@@ -85,7 +87,8 @@ class Trainer:
             if not checkpoint.same_start_on_all_ranks(self.config.checkpoint.save, planned, self.layout.world):
                 raise RuntimeError(f"{self.config.checkpoint.save} got another checkpoint while this run was starting; "
                                    "starting again picks it up")
-        self.state = self._build_state(phase, progress)
+        with self._out_of_memory_explained(phase):
+            self.state = self._build_state(phase, progress)
         self.feed = Feed(self.config.data, self.plan.corpus, self.plan.ledger, self.layout,
                          eod=self.plan.tokenizer.eod if self.plan.tokenizer else None, vocab_size=self.plan.vocab_size)
         self.evaluator = Evaluator(self.config, self.feed, self.plan.tokenizer)
@@ -140,11 +143,8 @@ class Trainer:
         if self.config.schedule.manual_gc:
             gc.disable()
         while True:
-            try:
+            with self._out_of_memory_explained(phase):
                 stop, step = self._run_phase(phase, step, reporter)
-            except torch.OutOfMemoryError:
-                self._say_out_of_memory(phase)
-                raise
             self._save(phase, step, reporter)
             following = phase_at(self.plan.phases, state.clock)
             if following is None:
@@ -155,6 +155,14 @@ class Trainer:
                 return self._end("again", f"phase {phase.name} is done; phase {following.name} needs another layout: "
                                           "starting again", step, reporter)
             phase = following
+
+    @contextmanager
+    def _out_of_memory_explained(self, phase: Phase) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            self._say_out_of_memory(phase)
+            raise
 
     def _say_out_of_memory(self, phase: Phase) -> None:
         device = self.layout.device

@@ -8,9 +8,9 @@ import yaml
 from torch.distributed.tensor import Shard
 
 from model.layer_memory import Load
+from model.memory import MemorySettings
 from model.rank_memory import MemoryModel
 from parallel.config import LayoutConfig
-from model.memory import MemorySettings
 from parallel.layout import World, build_layout
 from pretrain import auto_layout, checkpoint
 from pretrain.load_config import load_config
@@ -71,7 +71,7 @@ def test_predicted_bytes_are_those_of_the_tensors(pool, case):
 def disagree(world: World, tp: tuple[int, int], recompute: tuple[str, str]) -> str:
     try:
         build_layout(LayoutConfig(tensor_model_parallel_size=tp[world.rank]), world,
-                     MemorySettings(recompute[world.rank]))
+                     {"phases": MemorySettings(recompute[world.rank])})
         return "built"
     except ValueError as error:
         return str(error)
@@ -79,9 +79,9 @@ def disagree(world: World, tp: tuple[int, int], recompute: tuple[str, str]) -> s
 
 def test_processes_with_different_layouts_are_refused_on_all_of_them(pool):
     texts = pool.run(disagree, 2, (1, 2), ("full", "full"))
-    assert all("other processes have another one, or another model or other phases. Fix: " in text for text in texts)
+    assert all("other processes have another layout. Fix: the same " in text for text in texts)
     assert texts[1].startswith("layout = tp 2 pp 1 cp 1 optim_grads on rank 1")
-    assert all("other processes have another one" in text for text in pool.run(disagree, 2, (1, 1), ("full", None)))
+    assert all("other processes have another phases. Fix: " in text for text in pool.run(disagree, 2, (1, 1), ("full", None)))
     assert pool.run(disagree, 2, (1, 1), ("full", "full")) == ["built", "built"]
 
 

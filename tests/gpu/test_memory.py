@@ -59,11 +59,13 @@ def test_the_gradients_are_those_without_any_of_it(plain, settings):
 def test_attention_kept_adds_the_output_and_its_log_sum_exp_to_full():
     full, kept = (gradients(MemorySettings(level))[1] for level in ("full", "attention_kept"))
     of_layer = TOKENS * (WIDTH * 2 + CONFIG.num_attention_heads * 4)
-    assert 0.9 * (LAYERS - 1) * of_layer < kept - full < 1.1 * LAYERS * of_layer  # full makes them for a layer at a time
+    # full makes them for a layer at a time
+    assert 0.9 * (LAYERS - 1) * of_layer < kept - full < 1.1 * LAYERS * of_layer
 
 
 def test_offloaded_tensors_leave_the_gpu_and_come_back(plain):
     on_device, offloaded = (gradients(MemorySettings("attention_kept", count)) for count in (0, LAYERS))
-    assert all(torch.equal(a, b) for a, b in zip(on_device[0], offloaded[0], strict=True))
+    for found, expected in zip(offloaded[0], on_device[0], strict=True):
+        assert (found - expected).norm() <= 0.02 * expected.norm()  # flash kernels add up dq in no fixed order
     kept = 2 * TOKENS * WIDTH * 2  # of a layer: its input and its attention's output, in bf16
     assert on_device[1] - offloaded[1] > 0.7 * (LAYERS - 3) * kept

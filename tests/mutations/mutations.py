@@ -93,10 +93,10 @@ def count_over_dp_only(original):
 
 
 def averaged_gradients(original):
-    def mutated(module, blocks, layout, strategy, compute_dtype):
+    def mutated(module, blocks, layout, *rest):
         from torch.distributed.fsdp import FSDPModule
 
-        original(module, blocks, layout, strategy, compute_dtype)
+        original(module, blocks, layout, *rest)
         for unit in module.modules():
             if isinstance(unit, FSDPModule):
                 unit.set_gradient_divide_factor(float(layout.dp_cp.size))
@@ -146,8 +146,9 @@ def not_reduced_at_all(original):
         def __call__(self, output_tensor, input_tensor, group, **_):
             output_tensor.copy_(input_tensor.chunk(group.size())[group.rank()])
 
-    def mutated(module, blocks, layout, strategy, compute_dtype):
-        original(module, blocks, layout, strategy, compute_dtype)
+    def mutated(*arguments):
+        module = arguments[0]
+        original(*arguments)
         for unit in module.modules():
             if isinstance(unit, FSDPModule):
                 unit.set_custom_reduce_scatter(OwnPart())
@@ -206,9 +207,8 @@ MUTATIONS = {
         "parallel.ulysses", "_store", lambda original: lambda grad, block, start, stop, written: original(
             grad, block, start, stop, 0), Case(cp=4)),
     "query heads paired with the wrong key/value head": Mutation(
-        "parallel.ulysses", "HeadSplit.kv_of_query",
-        lambda original: lambda self, rank: original(self, rank)[::-1],
-        Case(cp=4, model=dict(num_attention_heads=6, num_query_groups=2, hidden_size=48))),
+        "model.attention", "_repeat_heads", lambda original: lambda x_TkH, uses: original(x_TkH, uses[::-1]),
+        Case(cp=3, seq_length=36, model=dict(num_attention_heads=8, num_query_groups=2, hidden_size=64))),
     "partial gradient of a replicated parameter not reduced over tp": Mutation(
         "model.parts", "local_part", lambda original: lambda parameter, partial=False: original(parameter),
         Case(tp=2, model=dict(qk_layernorm=True))),

@@ -4,9 +4,17 @@ import pytest
 
 from model.hardware import CPU, TABLE
 from model.rank_memory import GIB
-from pretrain.auto_layout import Device
+from pretrain.auto_layout import Device, load_of
 from pretrain.check_phases import check_phases
-from pretrain.fit import Machine, Search, check_memory, describe_out_of_memory, memory_model
+from pretrain.fit import (
+    LEANER,
+    Machine,
+    Search,
+    check_memory,
+    describe_out_of_memory,
+    memory_model,
+    with_memory,
+)
 from pretrain.load_config import load_config
 from pretrain.phases import describe, resolve_phases
 from pretrain.plan import make_plan
@@ -41,7 +49,7 @@ def test_a_phase_beyond_the_memory_is_refused_with_settings_that_fit():
     assert problem.startswith("phase 'phase0': seq_length = 131072: needs ") and "(parameters " in problem
     assert "activations " in problem and "and a process has 131.3 GiB of H200 memory. Fix: " in problem
     assert [line.split(":")[0] for line in report.lines] == ["phase phase0", "phase phase1"]
-    fixes = problem.split("Fix: ")[1].rstrip(".").split("; or ")
+    fixes = problem.split("Fix: ")[1].removesuffix(". To try it all the same: --device-memory-gib.").split("; or ")
     assert len(fixes) > 3
     model, tried = memory_model(made, VOCABULARY, H200.hardware), 0
     for fix in fixes:
@@ -56,6 +64,31 @@ def test_a_phase_beyond_the_memory_is_refused_with_settings_that_fit():
         assert memory.total <= H200.usable and fix.endswith(f"({memory.total / GIB:.1f} GiB)")
         tried += 1
     assert tried > 2
+
+
+@pytest.mark.parametrize("present", [None, "selective", "full", "attention_kept"])
+def test_a_leaner_level_alone_is_offered_where_it_is_enough(present):
+    made = given("llama3-8b", {"seq_length": 1 << 16} | ({"recompute_granularity": present} if present else {}))
+    (phase,), on = resolve_phases(made), machine()
+    search = Search(phase, made, 8, memory_model(made, VOCABULARY, H200.hardware), on)
+    totals = {level: Search(with_memory(phase, recompute_granularity=level), made, 8, search.model, on).memory.total
+              for level in LEANER}
+    assert list(totals.values()) == sorted(totals.values(), reverse=True)
+    for level in LEANER[LEANER.index(present) + 1:]:
+        offers = search.nearest(totals[level], count=20)
+        assert any(text.startswith(f"recompute_granularity {level} (") for text in offers), (level, offers)
+
+
+def test_the_hosts_memory_is_that_of_a_nodes_ranks():
+    made = given("llama3-8b", {"recompute_granularity": "full", "cpu_offloading_num_layers": 8},
+                 pipeline_model_parallel_size=4)
+    (phase,) = resolve_phases(made)
+    model, load = memory_model(made, VOCABULARY, H200.hardware), load_of(phase, 16)
+    hosts = [model.of_rank(load, pp_rank).host for pp_rank in range(4)]
+    assert hosts == sorted(hosts, reverse=True) and hosts[0] > hosts[-1] > 0
+    assert model.host_of_node(load, 16) == 4 * sum(hosts)
+    assert model.host_of_node(load, 8) == 4 * (hosts[0] + hosts[1])
+    assert model.host_of_node(load, 2) == 2 * hosts[0]
 
 
 def test_all_that_is_to_come_is_checked_and_nothing_that_is_over():
