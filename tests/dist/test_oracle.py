@@ -92,7 +92,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.long) if "zero3" in name else name for name in CASES])
 def test_loss_curve_equals_transformers(pool, name):
     case = CASES[name]
     results = pool.run(our_curve, case.world_size, case)

@@ -26,7 +26,8 @@ TIED = {"num_layers": 5, "untie_embeddings_and_output_weights": False}
 
 
 @pytest.mark.parametrize("world, layout", [
-    (1, {}), (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+    pytest.param(1, {}, marks=pytest.mark.long),
+    pytest.param(4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, marks=pytest.mark.long),
     (2, {"pipeline_model_parallel_size": 2, "pipeline_schedule": "ZBV", **TIED}),
     (4, {"context_parallel_size": 2, "data_parallel_sharding_strategy": "optim_grads_params"})])
 def test_resume_is_bit_identical(pool, corpus, tmp_path, world, layout):
@@ -88,6 +89,7 @@ PHASES = [
 LAYOUT_KEYS = {field.name for field in dataclasses.fields(LayoutConfig)}
 
 
+@pytest.mark.long
 def test_phases_with_changing_layouts_equal_one_process(pool, corpus, tmp_path):
     """Growing context over three layouts (restarts), blends and packings equals the same phases in one process."""
     other = write_corpus(tmp_path / "other", documents=20, seed=8)
@@ -367,7 +369,8 @@ def test_moments_are_kept_where_the_data_is_new(pool, corpus, tmp_path):
     assert account[1]["epochs"] < account[0]["epochs"]
 
 
-@pytest.mark.parametrize("world, layout", [(1, {}), (2, {"tensor_model_parallel_size": 2})])
+@pytest.mark.parametrize("world, layout", [
+    (1, {}), pytest.param(2, {"tensor_model_parallel_size": 2}, marks=pytest.mark.long)])
 def test_learning_rate_and_weight_decay_act_from_the_first_step(pool, corpus, tmp_path, world, layout):
     """A step continued with another learning rate and weight decay is torch's AdamW step with them."""
     base, new = str(tmp_path / "base"), str(tmp_path / "new")
