@@ -18,6 +18,8 @@ from data.stream import DocumentStream, Spans
 
 IGNORE = -100
 """Label of a position without a target; torch's own default."""
+PADDING_SEGMENT = 1024
+"""Padding is cut into segments of at most so many tokens, so that next to no attention is computed for it."""
 
 
 class Sample(NamedTuple):
@@ -51,6 +53,11 @@ class Batch:
                      self.num_targets, self.digest)
 
 
+def padding_starts(begin: int, end: int) -> np.ndarray:
+    """Where the segments of the padding [begin, end) begin: int64 [segments], none if it is empty."""
+    return np.arange(begin, end, PADDING_SEGMENT)
+
+
 class _Located(NamedTuple):
     """A sample and where its spans lie. begins: int64 [spans + 1], place of each span in the sample, then their end."""
 
@@ -68,9 +75,9 @@ class _Located(NamedTuple):
         return _Located(sample, spans, begins, seq_length)
 
     def segments(self, document_masking: bool) -> np.ndarray:
-        """Where a segment of attention begins: at each document; the padding is one, too."""
+        """Where a segment of attention begins: at each document, and in the padding."""
         starts = self.begins[:-1] if document_masking else self.begins[:-1][:1]
-        return starts if self.begins[-1] == self.seq_length else np.append(starts, self.begins[-1])
+        return np.append(starts, padding_starts(self.begins[-1], self.seq_length))
 
 
 def read_batch(samples: Sequence[Sample], seq_length: int, pieces: Sequence[tuple[int, int]] | None = None, *,
@@ -81,7 +88,7 @@ def read_batch(samples: Sequence[Sample], seq_length: int, pieces: Sequence[tupl
     The label of a token is the next one of its document, also where the sample cuts the document. The
     last token of a document has none with document masking, and without it the token that follows in the
     sample (at its end, the one that `following` names). Padding is token 0 (eod where there is one)
-    without a label, a segment of its own.
+    without a label, in segments of its own.
 
     Args:
         samples: of the microbatch, in order.

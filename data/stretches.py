@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data.batch import IGNORE, Batch, fill_positions
+from data.batch import IGNORE, Batch, fill_positions, padding_starts
 
 
 class Stretch(NamedTuple):
@@ -25,7 +25,7 @@ class Stretch(NamedTuple):
 
 def lay_out(stretches: Sequence[Stretch], total: int, pieces: Sequence[tuple[int, int]], *, padding: int,
             vocab_size: int) -> Batch:
-    """A microbatch of `total` tokens: the stretches one after another, then padding, a segment of its own.
+    """A microbatch of `total` tokens: the stretches one after another, then padding, in segments of its own.
 
     Args:
         pieces: half-open ranges of the microbatch that this rank holds; only those tokens are read, and one more per
@@ -37,7 +37,7 @@ def lay_out(stretches: Sequence[Stretch], total: int, pieces: Sequence[tuple[int
     """
     begins = np.cumsum([0, *(stretch.length for stretch in stretches)])
     assert begins[-1] <= total, (begins, total)
-    cu_seqlens = begins if begins[-1] == total else np.append(begins, total)
+    cu_seqlens = np.concatenate([begins[:-1], padding_starts(begins[-1], total), [total]])
     size = sum(high - low for low, high in pieces)
     tokens, labels = np.full(size, padding, dtype=np.int64), np.full(size, IGNORE, dtype=np.int64)
     at = 0

@@ -77,6 +77,12 @@ def test_a_rank_reads_only_its_slice():
     assert reader.tokens_read == 768 + 2
 
 
+def test_no_attention_to_speak_of_is_computed_for_long_padding(stream):
+    batch = read_batch([Sample(stream, np.array([[0, 3]]))] * 2, 2000)
+    assert batch.cu_seqlens.diff().max() == 1024 and batch.cu_seqlens[-1] == 4000 and 2000 in batch.cu_seqlens
+    assert batch.num_targets <= 6
+
+
 def test_two_pieces_of_one_rank():
     """What two levels of context parallelism give a rank: two ranges, each with its own positions and labels."""
     stream = DocumentStream(Documents([7, 20, 13]), np.arange(3), seed=0)

@@ -46,6 +46,12 @@ def test_nothing_but_padding():
     assert batch.num_targets == 0 and batch.cu_seqlens.tolist() == [0, 6] and batch.tokens.tolist() == [0] * 3
 
 
+def test_no_attention_to_speak_of_is_computed_for_long_padding():
+    batch = lay_out(stretches(Documents((10, 12, 3))), 5000, [(0, 5000)], padding=0, vocab_size=9999)
+    assert batch.cu_seqlens.tolist() == [0, 10, 16, 19, 1043, 2067, 3091, 4115, 5000]
+    assert batch.positions[-1] == 5000 - 4115 - 1
+
+
 def test_ids_beyond_the_vocabulary_are_refused():
     with pytest.raises(ValueError, match="token id 1009 in the validation data: must be in .0, vocab_size = 1009."):
         lay_out(stretches(Documents((10, 12, 3))), 24, [(0, 24)], padding=0, vocab_size=1009)
