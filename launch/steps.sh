@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2034,SC2154  # shared with who sources it
 # What scripts of several steps share: headings, and a stop that reaches the step under way. Sourced, after setting
 # `script` (its name) and `steps` (their number).
 step=0 heading="start" child=""

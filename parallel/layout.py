@@ -222,8 +222,8 @@ def _check_same_on_all_ranks(config: LayoutConfig, world: World, agreed: dict[st
     dist.all_reduce(ends, op=dist.ReduceOp.MAX)
     differing = [name for name, same in zip(settings, (ends[0] == -ends[1]).tolist(), strict=True) if not same]
     if differing:
-        raise ValueError(f"layout = {config.describe()} {config.sharding_strategy} on rank {world.rank}: other "
-                         f"processes have another {', '.join(differing)}. Fix: the same configuration everywhere; with "
+        raise ValueError(f"layout = {config.describe()} {config.sharding_strategy} on rank {world.rank}: "
+                         f"processes differ in {', '.join(differing)}. Fix: the same configuration everywhere; with "
                          "--layout auto on machines that differ in memory, --device-memory-gib.")
 
 

@@ -79,9 +79,9 @@ def disagree(world: World, tp: tuple[int, int], recompute: tuple[str, str]) -> s
 
 def test_processes_with_different_layouts_are_refused_on_all_of_them(pool):
     texts = pool.run(disagree, 2, (1, 2), ("full", "full"))
-    assert all("other processes have another layout. Fix: the same " in text for text in texts)
+    assert all("processes differ in layout. Fix: the same " in text for text in texts)
     assert texts[1].startswith("layout = tp 2 pp 1 cp 1 optim_grads on rank 1")
-    assert all("other processes have another phases. Fix: " in text for text in pool.run(disagree, 2, (1, 1), ("full", None)))
+    assert all("processes differ in phases. Fix: " in text for text in pool.run(disagree, 2, (1, 1), ("full", None)))
     assert pool.run(disagree, 2, (1, 1), ("full", "full")) == ["built", "built"]
 
 
