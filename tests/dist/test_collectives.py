@@ -15,6 +15,7 @@ from pretrain.step import train_step
 from tests.dist.leaks import probe
 from tests.dist.parity import Case
 from tests.dist.recorder import Call, Recorder, first_difference
+from tests.marks import cases
 from tests.mutations.mutations import MUTATIONS
 
 
@@ -41,7 +42,8 @@ ORDER_CASES = {
 }
 
 
-@pytest.mark.parametrize("name", ORDER_CASES)
+@pytest.mark.parametrize("name", cases(ORDER_CASES, lambda name: name in (
+    "tp2 cp2", "pp2 cp2 ZBV tied", "tp2 dp2 zero3 recompute", "cp4 two levels")))
 def test_all_ranks_make_the_same_collectives_in_the_same_order(pool, name):
     case = ORDER_CASES[name]
     calls = pool.run(recorded_step, case.world_size, case)
@@ -49,6 +51,7 @@ def test_all_ranks_make_the_same_collectives_in_the_same_order(pool, name):
     assert first_difference(calls) is None
 
 
+@pytest.mark.long
 def test_the_recorder_sees_every_library(pool):
     """FSDP2, DTensor's partial gradients, the pipeline's messages and our own exchanges."""
     case = Case(tp=2, pp=2, cp=2, model=dict(qk_layernorm=True))
@@ -153,7 +156,7 @@ LEAK_CASES = {
 }
 
 
-@pytest.mark.parametrize("name", LEAK_CASES)
+@pytest.mark.parametrize("name", cases(LEAK_CASES, lambda name: name in ("cp4", "cp8 two heads")))
 def test_a_token_reaches_later_tokens_of_its_own_document_only(pool, name):
     case = LEAK_CASES[name]
     results = pool.run(run_probe, case.world_size, case)

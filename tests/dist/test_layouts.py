@@ -13,6 +13,7 @@ from tests.dist.layout_table import AXES, LAYOUTS, NEEDS_AXIS, OPTIONS, make_cas
 from tests.dist.leaks import probe
 from tests.dist.parity import Case, check_replicas_equal, compare, run_built
 from tests.dist.recorder import Call, Recorder, first_difference
+from tests.marks import cases
 
 CASES, REFUSED, COVERED, POSSIBLE = make_table()
 IN_EVERY_RUN = [name for index, name in enumerate(CASES) if index % 16 == 0]
@@ -58,8 +59,7 @@ def is_possible(pair: tuple, tries: int = 300) -> bool:
     return False
 
 
-@pytest.mark.parametrize("name", [
-    name if name in IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.long) for name in CASES])
+@pytest.mark.parametrize("name", cases(CASES, lambda name: name not in IN_EVERY_RUN))
 def test_layout_equals_one_process_after_three_steps(pool, single, name):
     case = CASES[name]
     results, calls, leaks, reached = zip(*pool.run(run_case, case.world_size, case), strict=True)

@@ -18,6 +18,7 @@ from pretrain.config import OptimizerConfig
 from pretrain.step import train_step
 from tests.dist.parity import VOCABULARY, Case, memory_stream, named
 from tests.documents import windows
+from tests.marks import cases
 
 STEPS, LEARNING_RATE = 20, 3e-3
 
@@ -92,8 +93,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=pytest.mark.long) if "zero3" in name else name for name in CASES])
+@pytest.mark.parametrize("name", cases(CASES, lambda name: "zero3" in name))
 def test_loss_curve_equals_transformers(pool, name):
     case = CASES[name]
     results = pool.run(our_curve, case.world_size, case)

@@ -11,6 +11,7 @@ from pretrain.state import check_replicas
 from pretrain.step import train_step
 from tests.dist.parity import Case, check_replicas_equal, compare, memory_stream, named, run_step
 from tests.documents import windows
+from tests.marks import cases
 
 QWEN3 = dict(qk_layernorm=True, kv_channels=12)
 QWEN2_TIED = dict(add_qkv_bias=True, num_query_groups=1)
@@ -104,12 +105,13 @@ WITH_ALL = {
     "pp2 zero-bubble 4 stages dp2", "pp4 zero-bubble 2 stages", "tp2 pp2 cp2 ZBV tied", "cp4 two levels yarn",
     "cp8 two levels long documents", "cp6 odd groups", "tp2 cp4 two levels sequence parallel",
     "cp4 two levels no masking", "cp8 two levels one-token documents", "tp2 cp2 tiles full",
-    "cp4 head chunks of keys on two ranks", "tp2 cp2 kv1 head chunks", "tp2 pp2 cp2 untied"}
+    "cp4 head chunks of keys on two ranks", "tp2 cp2 kv1 head chunks", "tp2 pp2 cp2 untied", "cp8 two heads",
+    "tp4 kv2 qk-norm", "cp4 no masking", "tp2 cp2 kv1", "cp4 one-token documents", "head chunks of whole groups",
+    "pp2 interleaved 3 stages dp2 zero3 recompute", "cp4 gather only"}
 assert set(CASES) > WITH_ALL
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.long) if name in WITH_ALL else name
-                                  for name in CASES])
+@pytest.mark.parametrize("name", cases(CASES, WITH_ALL.__contains__))
 def test_equals_one_process(pool, single, name):
     case = CASES[name]
     results = pool.run(run_step, case.world_size, case)

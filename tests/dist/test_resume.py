@@ -324,6 +324,7 @@ def test_damaged_checkpoints_are_refused(pool, corpus, tmp_path):
     assert pool.run(train, 1, longer) == ["done"]
 
 
+@pytest.mark.long
 def test_data_may_change_where_it_is_said(pool, corpus, tmp_path):
     """Another blend or a changed corpus needs a flag, a window of data can be passed over."""
     save, other = str(tmp_path / "save"), write_corpus(tmp_path / "other", seed=4)

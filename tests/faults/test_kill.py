@@ -20,9 +20,8 @@ def wait_for_lines(run: Run, count: int) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number, code", [
-    pytest.param(signal.SIGKILL, 0, id="kill -9", marks=pytest.mark.long),  # test_crossing.py kills in every run
-    pytest.param(signal.SIGTERM, 75, id="SIGTERM")])
+@pytest.mark.long  # test_crossing.py kills, and test_train_sh.py signals, in every run
+@pytest.mark.parametrize("number, code", [(signal.SIGKILL, 0), (signal.SIGTERM, 75)], ids=["kill -9", "SIGTERM"])
 def test_a_disturbed_run_ends_with_the_weights_of_an_undisturbed_one(pool, tmp_path, number, code):
     corpus = write_corpus(tmp_path / "corpus")
     settings = dict(train_iters=STEPS, save_interval=INTERVAL, global_batch_size=2, seq_length=32)
