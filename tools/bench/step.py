@@ -27,7 +27,6 @@ from tools.bench.contenders import (
     causal_pairs,
     check_losses,
     default_dtype,
-    lean,
     make_contender,
     make_sample,
     one_process,
@@ -43,7 +42,8 @@ PLAIN_SIZE = 2048
 SHORT, LEAN_FROM = 2048, 8192
 """Tokens at which transformers must be left behind; from which memory counts, too."""
 BARS = {"products": 1.25, "transformers": 1.0, "short": 1.3, "checkpointing": 1.3, "documents": 1.15}
-CHUNKED, SELECTIVE, KEPT = "ours, chunked loss", "ours, selective", "ours, attention kept"
+RECOMPUTING = {"ours, selective": "selective", "ours, attention kept": "attention_kept"}
+"""Contenders that keep less, and their levels of recompute. What is leaner still: memory.py."""
 
 
 @dataclass(kw_only=True)
@@ -152,9 +152,7 @@ def contenders_of(shape: Shape, arguments: Arguments) -> dict[str, dict]:
     """Contender -> its settings of ModelConfig."""
     found: dict[str, dict] = {OURS: {}}
     if len(shape.lengths) == 1 and shape.tokens >= LEAN_FROM:
-        kept = lean(preset("tiny"), shape.tokens)
-        found |= {CHUNKED: {"loss_chunk_tokens": kept["loss_chunk_tokens"]},
-                  SELECTIVE: kept | {"recompute_granularity": "selective"}, KEPT: kept}
+        found |= {name: {"recompute_granularity": level} for name, level in RECOMPUTING.items()}
     if arguments.num_layers:
         found = {name: settings | {"num_layers": arguments.num_layers} for name, settings in found.items()}
     changed = {"num_layers": arguments.num_layers} if arguments.num_layers else {}
