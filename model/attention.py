@@ -69,7 +69,6 @@ class Attention(nn.Module):
         # `attend` pairs query head i with key/value head i // group; an uneven split may need its own pairing.
         pairing = self.split.kv_of_query(layout.cp_a2a.rank)
         uses = [pairing.count(head) for head in range(pairing[-1] + 1)]
-        assert pairing == sorted(pairing)
         self.kv_uses = uses if len(set(uses)) > 1 else None
 
     def forward(self, x_tD: torch.Tensor, positions: Positions, head_chunks: int,

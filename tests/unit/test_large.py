@@ -33,7 +33,7 @@ def weights(*shape: int) -> torch.Tensor:
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(1)) / shape[-1] ** 0.5).to(DTYPE)
 
 
-def compare(function, x: torch.Tensor) -> None:
+def assert_last_rows_as_alone(function, x: torch.Tensor) -> None:
     """Result and input gradient of the last rows, in the large tensor and by themselves."""
     assert x.numel() > 2**31
     alone = x[LAST].clone().requires_grad_()
@@ -49,7 +49,7 @@ def compare(function, x: torch.Tensor) -> None:
 
 def test_norm():
     weight = weights(WIDTH) + 1
-    compare(lambda x: rms_norm(x, weight, 1e-5), large())
+    assert_last_rows_as_alone(lambda x: rms_norm(x, weight, 1e-5), large())
 
 
 def test_rotation():
@@ -59,12 +59,12 @@ def test_rotation():
     def function(x):
         rows = LAST if len(x) == 8 else slice(None)
         return rotate(x.view(len(x), -1, 32), cos[rows], sin[rows])
-    compare(function, large())
+    assert_last_rows_as_alone(function, large())
 
 
 def test_mlp_in_tiles():
     gate, up, down = weights(8, WIDTH), weights(8, WIDTH), weights(WIDTH, 8)
-    compare(lambda x: swiglu(x, gate, up, down, 64 if len(x) > 8 else 1), large())
+    assert_last_rows_as_alone(lambda x: swiglu(x, gate, up, down, 64 if len(x) > 8 else 1), large())
 
 
 def test_embedding():
