@@ -10,6 +10,7 @@ second level), D hidden, N query and K key/value heads of this tp rank, n and k 
 the exchange, H head size.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,9 @@ from model.pointwise import rms_norm, rotate
 from parallel.context import gather_keys
 from parallel.layout import Layout
 from parallel.ulysses import HeadSplit, head_rounds, heads_to_seq, seq_to_heads
+
+Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""(x [t, D], weight [r, D], bias [r]) -> [t, r]."""
 
 
 class Positions(NamedTuple):
@@ -101,21 +105,23 @@ class Attention(nn.Module):
                            self.q.local_bias(), rows(self.k.local_bias()), rows(self.v.local_bias()),
                            *(None if norm is None else norm.local_weight() for norm in (self.q_norm, self.k_norm)))
 
-    def project_q(self, x_tD: torch.Tensor, positions: Positions, weights: Projections) -> torch.Tensor:
+    def project_q(self, x_tD: torch.Tensor, positions: Positions, weights: Projections,
+                  linear: Linear = F.linear) -> torch.Tensor:
         """-> [t, n, H], as many heads as the weights have."""
-        return self._project(x_tD, weights.q_rD, weights.q_bias, weights.q_norm, positions)
+        return self._turn(linear(x_tD, weights.q_rD, weights.q_bias), weights.q_norm, positions)
 
-    def project_k(self, x_tD: torch.Tensor, positions: Positions, weights: Projections) -> torch.Tensor:
-        return self._project(x_tD, weights.k_rD, weights.k_bias, weights.k_norm, positions)
+    def project_k(self, x_tD: torch.Tensor, positions: Positions, weights: Projections,
+                  linear: Linear = F.linear) -> torch.Tensor:
+        return self._turn(linear(x_tD, weights.k_rD, weights.k_bias), weights.k_norm, positions)
 
-    def _project(self, x_tD, weight_rD, bias, norm, positions: Positions) -> torch.Tensor:
-        x_tnH = F.linear(x_tD, weight_rD, bias).view(x_tD.shape[0], -1, self.head_size)
+    def project_v(self, x_tD: torch.Tensor, weights: Projections, linear: Linear = F.linear) -> torch.Tensor:
+        return linear(x_tD, weights.v_rD, weights.v_bias).view(x_tD.shape[0], -1, self.head_size)
+
+    def _turn(self, x_tr: torch.Tensor, norm: torch.Tensor | None, positions: Positions) -> torch.Tensor:
+        x_tnH = x_tr.view(x_tr.shape[0], -1, self.head_size)
         if norm is not None:
             x_tnH = rms_norm(x_tnH, norm, self.epsilon)
         return rotate(x_tnH, positions.cos_tH, positions.sin_tH)
-
-    def project_v(self, x_tD: torch.Tensor, weights: Projections) -> torch.Tensor:
-        return F.linear(x_tD, weights.v_rD, weights.v_bias).view(x_tD.shape[0], -1, self.head_size)
 
     def gather(self, k_skH: torch.Tensor, v_skH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all tokens, as the kernel pairs them with this rank's query heads."""

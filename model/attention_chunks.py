@@ -11,6 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn import functional as F
 
 from model.attention_tape import AttentionTape, empty
 from parallel.ulysses import HeadRound, gradient_of_heads, heads_to_seq, seq_to_heads, start_seq_to_heads
@@ -91,9 +92,9 @@ class _Chunks(torch.autograd.Function):
 
 def _round_gradients(ctx, each: HeadRound, gradients: "_Gradients", grad_tNH: torch.Tensor) -> None:
     """Add what the heads of one round give to the gradients of x and of the weights."""
+    part, leaves = gradients.leaves(KV_FIELDS, each.kv_heads)
     with torch.enable_grad():
-        x_tD, part, leaves = gradients.leaves(KV_FIELDS, each.kv_heads)
-        kv = _exchange_kv(ctx, each, x_tD, part)
+        kv = _exchange_kv(ctx, each, part, gradients)
     read, sums = [x.detach().requires_grad_() for x in kv], None
     for heads in each.query_chunks:
         grads = _chunk_gradients(ctx, each, heads, read, gradients, grad_tNH)
@@ -106,9 +107,10 @@ def _round_gradients(ctx, each: HeadRound, gradients: "_Gradients", grad_tNH: to
     gradients.add(KV_FIELDS, each.kv_heads, found)
 
 
-def _exchange_kv(ctx, each: HeadRound, x_tD: torch.Tensor, part: "Projections") -> tuple[torch.Tensor, torch.Tensor]:
-    block = ctx.block
-    k, v = block.project_k(x_tD, ctx.positions, part), block.project_v(x_tD, part)
+def _exchange_kv(ctx, each: HeadRound, part: "Projections",
+                 gradients: "_Gradients") -> tuple[torch.Tensor, torch.Tensor]:
+    block, x_tD, linear = ctx.block, gradients.x_tD, gradients.linear
+    k, v = block.project_k(x_tD, ctx.positions, part, linear), block.project_v(x_tD, part, linear)
     nothing = k.detach()[:, :0]  # with a gradient it would be a whole k of zeros
     return block.gather(*seq_to_heads(nothing, k, v, each.kv_split, block.layout.cp_a2a)[1:])
 
@@ -116,9 +118,9 @@ def _exchange_kv(ctx, each: HeadRound, x_tD: torch.Tensor, part: "Projections") 
 def _chunk_gradients(ctx, each: HeadRound, heads: tuple[int, ...], kv: list[torch.Tensor], gradients: "_Gradients",
                      grad_tNH: torch.Tensor) -> list[torch.Tensor]:
     """The gradients of keys and values from some query heads, whose own are added up."""
+    part, leaves = gradients.leaves(Q_FIELDS, heads)
     with torch.enable_grad():
-        x_tD, part, leaves = gradients.leaves(Q_FIELDS, heads)
-        q_smH = _exchange_q(ctx, each, x_tD, part)
+        q_smH = _exchange_q(ctx, each, part, gradients)
         o_smH = ctx.block.attend_to(q_smH, *kv, ctx.positions.segments, ctx.tape)
     grad_smH = gradient_of_heads(grad_tNH[:, _index(heads, grad_tNH.device)], each.query_split, ctx.block.layout.cp_a2a)
     *found, grad_k, grad_v = torch.autograd.grad(o_smH, [*leaves, *kv], grad_smH)
@@ -126,8 +128,8 @@ def _chunk_gradients(ctx, each: HeadRound, heads: tuple[int, ...], kv: list[torc
     return [grad_k, grad_v]
 
 
-def _exchange_q(ctx, each: HeadRound, x_tD: torch.Tensor, part: "Projections") -> torch.Tensor:
-    q = ctx.block.project_q(x_tD, ctx.positions, part)
+def _exchange_q(ctx, each: HeadRound, part: "Projections", gradients: "_Gradients") -> torch.Tensor:
+    q = ctx.block.project_q(gradients.x_tD, ctx.positions, part, gradients.linear)
     nothing = q.detach()[:, :0]
     return seq_to_heads(q, nothing, nothing, each.query_split, ctx.block.layout.cp_a2a)[0]
 
@@ -135,6 +137,22 @@ def _exchange_q(ctx, each: HeadRound, x_tD: torch.Tensor, part: "Projections") -
 def _widen(grad: torch.Tensor) -> torch.Tensor:
     """In at least fp32, to be added to."""
     return grad.to(torch.promote_types(grad.dtype, torch.float32))
+
+
+class _Linear(torch.autograd.Function):
+    """F.linear of an input that needs no gradient of its own: it is added to `sum_tD`, and no second [t, D] is made."""
+
+    @staticmethod
+    def forward(ctx, x_tD, weight_rD, bias, sum_tD):
+        ctx.sum_tD, ctx.has_bias = sum_tD, bias is not None
+        ctx.save_for_backward(x_tD, weight_rD)
+        return F.linear(x_tD, weight_rD, bias)
+
+    @staticmethod
+    def backward(ctx, grad_tr):
+        x_tD, weight_rD = ctx.saved_tensors
+        ctx.sum_tD.addmm_(grad_tr, weight_rD)
+        return None, grad_tr.T @ x_tD, grad_tr.sum(0) if ctx.has_bias else None, None
 
 
 class _Gradients:
@@ -153,11 +171,14 @@ class _Gradients:
         return _widen(zeros) if name.endswith("_norm") else zeros  # the others get each row once
 
     def leaves(self, fields: tuple[str, ...], heads: tuple[int, ...]) -> tuple:
-        """(x, the heads' weights, both as a list without what does not exist) as leaves of a new graph."""
-        x_tD = self.x_tD.detach().requires_grad_()
+        """(the heads' weights, and as a list without what does not exist) as leaves of a new graph."""
         part = _part(self.weights, fields, heads, self.head_size)
         part = type(part)(*(None if x is None else x.detach().requires_grad_() for x in part))
-        return x_tD, part, [x_tD, *(x for x in part if x is not None)]
+        return part, [x for x in part if x is not None]
+
+    def linear(self, x_tD: torch.Tensor, weight_rD: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """F.linear, whose backward adds to `of_x`."""
+        return _Linear.apply(x_tD, weight_rD, bias, self.of_x)
 
     def narrow_weights(self) -> list[torch.Tensor | None]:
         """`of_weights` in the weights' dtype."""
@@ -166,9 +187,8 @@ class _Gradients:
 
     def add(self, fields: tuple[str, ...], heads: tuple[int, ...], found: Sequence[torch.Tensor]) -> None:
         """Take in the gradients of `leaves`."""
-        self.of_x.add_(found[0])
         present = [name for name in self.weights._fields if name in fields and getattr(self.weights, name) is not None]
-        for name, grad in zip(present, found[1:], strict=True):
+        for name, grad in zip(present, found, strict=True):
             total = getattr(self.of_weights, name)
             if name.endswith("_norm"):
                 total.add_(grad)  # one for all heads

@@ -81,8 +81,9 @@ class Layer(nn.Module):
         """The gradient of `a_tD` for that of `after_mlp`, whose value is not computed; parameters get theirs."""
         a_tD = a_tD.requires_grad_()
         with torch.enable_grad():
-            x_tD = enter_tensor_parallel(self.mlp_norm(a_tD), self.layout)
-            partial_tD = self.mlp(x_tD, settings.mlp_tiles, value=False)
+            # No name for the normed input: it is gone as soon as the MLP's backward has read it.
+            partial_tD = self.mlp(enter_tensor_parallel(self.mlp_norm(a_tD), self.layout), settings.mlp_tiles,
+                                  value=False)
         torch.autograd.backward(partial_tD, gradient_before_leaving(grad_tD, self.layout))
         return a_tD.grad.add_(grad_tD)
 

@@ -256,7 +256,7 @@ class LayerMemory:
         if self.u < self.t:
             made += self.read  # the gradient, gathered
         if self._recomputes_mlp:
-            made += self._recomputed + self._scales + 2 * self.read  # the normed input, the output that nobody reads
+            made += self._recomputed + self._scales + self.read  # the normed input
             made += self.input if self._recomputes_attention else 0  # a
         gradients = 3 * b * D * F
         sums = 3 * self.W * D * F if tiles > 1 else 0
@@ -264,7 +264,9 @@ class LayerMemory:
 
     def _norm_backward(self) -> Moment:
         """Of the second half's norm."""
-        wide = 0 if self.on_gpu else 4 * self.W * min(self.u * self.D, max(BLOCK, self.D)) + self.input
+        wide = 0 if self.on_gpu else 4 * self.W * min(self.u * self.D, max(BLOCK, self.D))
+        if not (self.on_gpu or self._recomputes_mlp):
+            wide += self.input  # autograd's sum with the gradient that went past the second half
         made = 2 * self.input + self.read + wide
         freed = 0 if self._recomputes_mlp else self._mlp - self._scales - self.read
         return Moment(freed, made + self._recomputed + (self.input if self._recomputes_attention else 0), 0)
@@ -305,7 +307,7 @@ class LayerMemory:
         keys = 2 * self.T * k * H * (b * sides + self.W * is_shared)
         queries = self.s * m * H * b * 2 * sides  # with the gradient of their results
         kernel = H * self._kernel_bytes * (self.s * m + 2 * self.T * k)
-        of_x = self.read + max(kernel, self.read + 2 * b * self.T * k * H)  # the sum; then a group's
+        of_x = self.read + max(kernel, 2 * b * self.T * k * H)
         return of_x + of_results + keys + queries
 
 

@@ -16,7 +16,8 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_tD, gate_FD, up_FD, down_DF, tiles, value):
-        out_tD, projections = torch.empty_like(x_tD), ()
+        # Without a value, one number stands for all.
+        out_tD, projections = torch.empty_like(x_tD) if value else x_tD.new_zeros(1).expand(x_tD.shape), ()
         for rows in _tiles(x_tD.shape[0], tiles) if value else ():
             projections = x_tD[rows] @ gate_FD.T, x_tD[rows] @ up_FD.T
             torch.mm(gated(*projections), down_DF.T, out=out_tD[rows])

@@ -45,7 +45,7 @@ OPTIMIZER = OptimizerConfig()
 """Learning rate, betas, epsilon, weight decay and clipping of every contender."""
 LOSS_CHUNK = 2048
 """Tokens whose logits exist at a time, in our chunked loss and in ALST's."""
-MLP_TILE = 2048
+MLP_TILE = 512
 """Tokens in a tile of our tiled MLP; ALST's own rule makes tiles of as many tokens as the model is wide."""
 HEAD_CHUNKS = 4
 """Groups of heads that attend one after another; at most the key/value heads."""
