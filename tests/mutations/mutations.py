@@ -104,9 +104,9 @@ def averaged_gradients(original):
 
 
 def last_chunk_only(original):
-    def mutated(self, fields, heads, found):
-        self.of_x.zero_()
-        original(self, fields, heads, found)
+    def mutated(ctx, grad):
+        ctx.sum_tD.zero_()
+        return original(ctx, grad)
     return mutated
 
 
@@ -261,6 +261,6 @@ MUTATIONS = {
         "model.mlp", "_tiles", lambda original: lambda total, count: original(total - total % count, count),
         Case(cp=2, memory=MemorySettings(mlp_tiles=3))),
     "gradient of the input from the last group of heads only": Mutation(
-        "model.attention_chunks", "_Gradients.add", last_chunk_only,
+        "model.attention_chunks", "_Linear.backward", last_chunk_only,
         Case(cp=2, model=MANY_KV, memory=MemorySettings(attention_head_chunks=2))),
 }
