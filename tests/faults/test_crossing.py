@@ -42,7 +42,7 @@ def arguments(corpus: str, **overrides) -> list[str]:
     return argv
 
 
-SHORT = [PHASES[0], PHASES[2], PHASES[5]], 2048, [Moment("crossing", 0, 4.0, 1)]
+SHORT = [PHASES[0], PHASES[5]], 2048, [Moment("crossing", 0, 4.0, 1)]
 LONG = PHASES, 8192, 20
 """Phases, tokens of each, moments (or how many random ones)."""
 

@@ -142,8 +142,8 @@ def test_each_rung_keeps_those_below():
     steps = memory.ladder(preset("tiny"), 65536)
     assert list(steps) == [rung.name for rung in memory.LADDER]
     assert steps["baseline"] == {"loss_chunk_tokens": memory.NOT_CHUNKED}
-    assert steps["+ full recompute"] == {"loss_chunk_tokens": 2048, "mlp_tiles": 32, "recompute_granularity": "full"}
-    assert steps["+ attention kept"] == {"loss_chunk_tokens": 2048, "mlp_tiles": 32, "attention_head_chunks": 4,
+    assert steps["+ full recompute"] == {"loss_chunk_tokens": 2048, "mlp_tiles": 128, "recompute_granularity": "full"}
+    assert steps["+ attention kept"] == {"loss_chunk_tokens": 2048, "mlp_tiles": 128, "attention_head_chunks": 4,
                                          "recompute_granularity": "attention_kept"}
 
 
