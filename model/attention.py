@@ -108,16 +108,16 @@ class Attention(nn.Module):
     def project_q(self, x_tD: torch.Tensor, positions: Positions, weights: Projections,
                   linear: Linear = F.linear) -> torch.Tensor:
         """-> [t, n, H], as many heads as the weights have."""
-        return self._turn(linear(x_tD, weights.q_rD, weights.q_bias), weights.q_norm, positions)
+        return self._norm_and_rotate(linear(x_tD, weights.q_rD, weights.q_bias), weights.q_norm, positions)
 
     def project_k(self, x_tD: torch.Tensor, positions: Positions, weights: Projections,
                   linear: Linear = F.linear) -> torch.Tensor:
-        return self._turn(linear(x_tD, weights.k_rD, weights.k_bias), weights.k_norm, positions)
+        return self._norm_and_rotate(linear(x_tD, weights.k_rD, weights.k_bias), weights.k_norm, positions)
 
     def project_v(self, x_tD: torch.Tensor, weights: Projections, linear: Linear = F.linear) -> torch.Tensor:
         return linear(x_tD, weights.v_rD, weights.v_bias).view(x_tD.shape[0], -1, self.head_size)
 
-    def _turn(self, x_tr: torch.Tensor, norm: torch.Tensor | None, positions: Positions) -> torch.Tensor:
+    def _norm_and_rotate(self, x_tr: torch.Tensor, norm: torch.Tensor | None, positions: Positions) -> torch.Tensor:
         x_tnH = x_tr.view(x_tr.shape[0], -1, self.head_size)
         if norm is not None:
             x_tnH = rms_norm(x_tnH, norm, self.epsilon)

@@ -159,7 +159,8 @@ class _Gradients:
     """The gradients of x and of the projections, added up group by group."""
 
     def __init__(self, x_tD: torch.Tensor, weights: "Projections", head_size: int):
-        self.x_tD, self.weights, self.head_size = x_tD, weights, head_size
+        # Detached: a gradient asked for in one group must not walk the graph behind x.
+        self.x_tD, self.weights, self.head_size = x_tD.detach(), weights, head_size
         self.of_x = torch.zeros_like(x_tD)
         self.of_weights = type(weights)(*(self._zeros(name, x) for name, x in weights._asdict().items()))
 
@@ -171,7 +172,7 @@ class _Gradients:
         return _widen(zeros) if name.endswith("_norm") else zeros  # the others get each row once
 
     def leaves(self, fields: tuple[str, ...], heads: tuple[int, ...]) -> tuple:
-        """(the heads' weights, and as a list without what does not exist) as leaves of a new graph."""
+        """(the heads' weights, those of them that exist as a list), leaves of a new graph."""
         part = _part(self.weights, fields, heads, self.head_size)
         part = type(part)(*(None if x is None else x.detach().requires_grad_() for x in part))
         return part, [x for x in part if x is not None]

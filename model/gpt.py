@@ -78,14 +78,17 @@ class Layer(nn.Module):
         return a_tD + leave_tensor_parallel(self.mlp(x_tD, settings.mlp_tiles), self.layout)
 
     def mlp_gradient(self, a_tD: torch.Tensor, grad_tD: torch.Tensor, settings: MemorySettings) -> torch.Tensor:
-        """The gradient of `a_tD` for that of `after_mlp`, whose value is not computed; parameters get theirs."""
+        """The gradient of `a_tD` for that of `after_mlp`, whose value is not computed; parameters get theirs.
+
+        It takes the place of `grad_tD`, which autograd would hold in vain while the first half is worked on.
+        """
         a_tD = a_tD.requires_grad_()
         with torch.enable_grad():
             # No name for the normed input: it is gone as soon as the MLP's backward has read it.
             partial_tD = self.mlp(enter_tensor_parallel(self.mlp_norm(a_tD), self.layout), settings.mlp_tiles,
                                   value=False)
         torch.autograd.backward(partial_tD, gradient_before_leaving(grad_tD, self.layout))
-        return a_tD.grad.add_(grad_tD)
+        return grad_tD.add_(a_tD.grad)
 
 
 class GPTStage(nn.Module):

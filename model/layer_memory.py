@@ -256,7 +256,7 @@ class LayerMemory:
         if self.u < self.t:
             made += self.read  # the gradient, gathered
         if self._recomputes_mlp:
-            made += self._recomputed + self._scales + self.read  # the normed input
+            made += self._recomputed + self._scales  # the normed input is where its gradient comes
             made += self.input if self._recomputes_attention else 0  # a
         gradients = 3 * b * D * F
         sums = 3 * self.W * D * F if tiles > 1 else 0
@@ -265,15 +265,14 @@ class LayerMemory:
     def _norm_backward(self) -> Moment:
         """Of the second half's norm."""
         wide = 0 if self.on_gpu else 4 * self.W * min(self.u * self.D, max(BLOCK, self.D))
-        if not (self.on_gpu or self._recomputes_mlp):
-            wide += self.input  # autograd's sum with the gradient that went past the second half
         made = 2 * self.input + self.read + wide
         freed = 0 if self._recomputes_mlp else self._mlp - self._scales - self.read
         return Moment(freed, made + self._recomputed + (self.input if self._recomputes_attention else 0), 0)
 
     def _attention_backward(self) -> list[Moment]:
         D, H, heads = self.D, self.H, self.heads
-        residual = 2 * self.input
+        # Of the output's gradient and a's; where the MLP is recomputed, the second is in the place of the first.
+        residual = (1 if self._recomputes_mlp else 2) * self.input
         freed = self._to_project + (0 if self._recomputes_mlp else self._mlp + self.input)
         if self._recomputes_mlp and not self._recomputes_attention:
             freed += self.input

@@ -89,12 +89,12 @@ def _one_chunk(x_cD, weight_vD, labels_c, head: Head, scale: float, grads: tuple
     logits_cv = (x_cD @ weight_vD.T).to(_wide(x_cD))
     logits_cv[:, max(0, head.vocab_size - head.tp.rank * weight_vD.shape[0]):] = float("-inf")
     hits = (vocab_parallel_first_choices(logits_cv, head.tp) == labels_c).sum() if count_hits else 0
-    losses_c, softmax_cv, target = _softmax(logits_cv, labels_c, head.tp)
+    losses_c, powers_cv, sums_c, target = _cross_entropy(logits_cv, labels_c, head.tp)
     if grads is not None:
-        # The gradient of the logits takes the place of their softmax.
-        factors_c = (labels_c != IGNORED_LABEL).to(softmax_cv.dtype).mul_(scale)
-        softmax_cv.mul_(factors_c[:, None]).scatter_add_(1, target.ids[:, None], -(target.here * factors_c)[:, None])
-        grad_cv = softmax_cv.to(x_cD.dtype)
+        # The gradient of the logits takes the place of their powers; the softmax in between is not written.
+        factors_c = (labels_c != IGNORED_LABEL).to(sums_c.dtype).mul_(scale)
+        powers_cv.mul_((factors_c / sums_c)[:, None])
+        grad_cv = powers_cv.scatter_add_(1, target.ids[:, None], -(target.here * factors_c)[:, None]).to(x_cD.dtype)
         torch.mm(grad_cv, weight_vD, out=grads[0])
         if grads[1].dtype == grad_cv.dtype:
             grads[1].addmm_(grad_cv.T, x_cD)
@@ -111,16 +111,17 @@ class _Target:
     here: torch.Tensor  # [c] 1 where it is here, else 0
 
 
-def _softmax(logits_cv: torch.Tensor, labels_c: torch.Tensor, tp: Axis) -> tuple[torch.Tensor, torch.Tensor, _Target]:
-    """(losses [c], softmax [c, v] in the place of the logits, target)."""
+def _cross_entropy(logits_cv: torch.Tensor, labels_c: torch.Tensor,
+                   tp: Axis) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, _Target]:
+    """(losses [c], exp(logits - largest) [c, v] in the place of the logits, its sums over all v [c], target)."""
     v = logits_cv.shape[1]
     ids = labels_c - tp.rank * v
     absent = (ids < 0) | (ids >= v)
     target = _Target(ids.masked_fill_(absent, 0), (~absent).to(logits_cv.dtype))
     chosen = logits_cv.gather(1, target.ids[:, None])[:, 0].masked_fill_(absent, 0.0)
     top = all_reduce(logits_cv.amax(dim=1), tp, dist.ReduceOp.MAX)
-    softmax_cv = logits_cv.sub_(top[:, None]).exp_()
-    sums = all_reduce(torch.stack([softmax_cv.sum(dim=1), chosen]), tp)
+    powers_cv = logits_cv.sub_(top[:, None]).exp_()
+    sums = all_reduce(torch.stack([powers_cv.sum(dim=1), chosen]), tp)
     losses = (sums[0].log() + top - sums[1]).masked_fill_(labels_c == IGNORED_LABEL, 0.0)
-    return losses, softmax_cv.div_(sums[0][:, None]), target
+    return losses, powers_cv, sums[0], target
 

@@ -16,12 +16,12 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_tD, gate_FD, up_FD, down_DF, tiles, value):
-        # Without a value, one number stands for all.
+        # Without a value, nobody reads the result: one number takes its place.
         out_tD, projections = torch.empty_like(x_tD) if value else x_tD.new_zeros(1).expand(x_tD.shape), ()
         for rows in _tiles(x_tD.shape[0], tiles) if value else ():
             projections = x_tD[rows] @ gate_FD.T, x_tD[rows] @ up_FD.T
             torch.mm(gated(*projections), down_DF.T, out=out_tD[rows])
-        ctx.tiles, ctx.num_kept = tiles, 2 if tiles == 1 and value else 0
+        ctx.tiles, ctx.value, ctx.num_kept = tiles, value, 2 if tiles == 1 and value else 0
         ctx.save_for_backward(x_tD, gate_FD, up_FD, down_DF, *projections[:ctx.num_kept])
         return out_tD
 
@@ -29,7 +29,8 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx, grad_tD):
         x_tD, gate_FD, up_FD, down_DF, *kept = ctx.saved_tensors
         wide = torch.promote_types(x_tD.dtype, torch.float32) if ctx.tiles > 1 else x_tD.dtype
-        grad_x, sums = torch.empty_like(x_tD), None
+        # Without a value, x was made for this backward alone: its gradient takes its place, tile by tile.
+        grad_x, sums = torch.empty_like(x_tD) if ctx.value else x_tD, None
         for rows in _tiles(x_tD.shape[0], ctx.tiles):
             parts = _tile_gradients(x_tD[rows], gate_FD, up_FD, down_DF, kept, grad_tD[rows], grad_x[rows])
             sums = [part.to(wide) for part in parts] if sums is None else [
@@ -38,11 +39,12 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def _tile_gradients(x, gate_FD, up_FD, down_DF, kept, grad, grad_x) -> tuple[torch.Tensor, ...]:
-    """The gradients of the three weights from one tile; that of its input goes to `grad_x`."""
+    """The gradients of the three weights from one tile; that of its input goes to `grad_x`, which may be `x`."""
     projections = kept or (x @ gate_FD.T, x @ up_FD.T)
     hidden, grad_gate, grad_up = gated_gradients(grad @ down_DF, *projections)
+    grads = grad_gate.T @ x, grad_up.T @ x, grad.T @ hidden
     torch.mm(grad_gate, gate_FD, out=grad_x).addmm_(grad_up, up_FD)
-    return grad_gate.T @ x, grad_up.T @ x, grad.T @ hidden
+    return grads
 
 
 def _tiles(total: int, count: int) -> list[slice]:
@@ -57,6 +59,6 @@ def swiglu(x_tD: torch.Tensor, gate_FD: torch.Tensor, up_FD: torch.Tensor, down_
 
     Args:
         tiles: parts of the sequence; with more than one, backward computes gate and up again.
-        value: False where only the gradients are wanted: the result is then not computed.
+        value: False where only the gradients are wanted: the result is then not computed, and backward overwrites x.
     """
     return _SwiGLU.apply(x_tD, gate_FD, up_FD, down_DF, tiles, value)

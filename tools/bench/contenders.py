@@ -45,8 +45,9 @@ OPTIMIZER = OptimizerConfig()
 """Learning rate, betas, epsilon, weight decay and clipping of every contender."""
 LOSS_CHUNK = 2048
 """Tokens whose logits exist at a time, in our chunked loss and in ALST's."""
-MLP_TILE = 512
-"""Tokens in a tile of our tiled MLP; ALST's own rule makes tiles of as many tokens as the model is wide."""
+MLP_TILE = 2048
+"""Tokens in a tile of our tiled MLP on a GPU, where smaller products leave it waiting.
+ALST's own rule makes tiles of as many tokens as the model is wide."""
 HEAD_CHUNKS = 4
 """Groups of heads that attend one after another; at most the key/value heads."""
 
@@ -74,9 +75,9 @@ def preset(name: str, **changes) -> ModelConfig:
     return ModelConfig(model=name, **(PRESETS[name] | changes))
 
 
-def lean(config: ModelConfig, tokens: int) -> dict:
+def lean(config: ModelConfig, tokens: int, mlp_tile: int = MLP_TILE) -> dict:
     """Settings that keep no intermediate result of a whole sample but the attention's output."""
-    return {"loss_chunk_tokens": LOSS_CHUNK, "mlp_tiles": max(1, tokens // MLP_TILE),
+    return {"loss_chunk_tokens": LOSS_CHUNK, "mlp_tiles": max(1, tokens // mlp_tile),
             "attention_head_chunks": min(HEAD_CHUNKS, config.num_kv_heads), "recompute_granularity": "attention_kept"}
 
 

@@ -38,6 +38,8 @@ BARS = {CHECKPOINTED: 0.25, ALST: 0.8}
 BAR_TOKENS = 65536
 NOT_ON_CPU = "n/a on CPU"
 MIB = 2**20
+MLP_TILE = 512
+"""Tokens in a tile of our tiled MLP: as fast as larger ones on a CPU."""
 NOT_CHUNKED = 2**30
 """A chunk of the loss that holds every sample."""
 
@@ -139,7 +141,7 @@ def find_problem(arguments: Arguments) -> str | None:
 
 def ladder(config: ModelConfig, tokens: int) -> dict[str, dict]:
     """Rung -> the settings of ModelConfig that it stands for: its own and those of the rungs below."""
-    values = lean(config, tokens) | {"cpu_offloading_num_layers": config.num_layers}
+    values = lean(config, tokens, MLP_TILE) | {"cpu_offloading_num_layers": config.num_layers}
     settings, found = {}, {}
     for rung in LADDER:
         settings = settings | {name: values[name] for name in rung.adds} | dict(rung.only)
@@ -210,7 +212,7 @@ def describe(cells: dict[str, dict[int, Cell]], wrong: list[str], machine: str, 
     times = [[label(name), *(show(row[tokens], f"{row[tokens].seconds:.1f} ({row[tokens].runs})")
                              for tokens in lengths)] for name, row in cells.items()]
     config = preset("tiny", **({"num_layers": arguments.num_layers} if arguments.num_layers else {}))
-    settings = ", ".join(f"{name} {value}" for name, value in lean(config, lengths[-1]).items())
+    settings = ", ".join(f"{name} {value}" for name, value in lean(config, lengths[-1], MLP_TILE).items())
     return "\n".join([
         "## Memory over sequence length", "", machine, "",
         f"tiny preset ({config.num_layers} layers, vocabulary {VOCABULARY:,}), one process on {usable_cores()} cores, "
