@@ -29,7 +29,8 @@ TIED = {"num_layers": 5, "untie_embeddings_and_output_weights": False}
     pytest.param(1, {}, marks=pytest.mark.long),
     pytest.param(4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, marks=pytest.mark.long),
     (2, {"pipeline_model_parallel_size": 2, "pipeline_schedule": "ZBV", **TIED}),
-    (4, {"context_parallel_size": 2, "data_parallel_sharding_strategy": "optim_grads_params"})])
+    pytest.param(4, {"context_parallel_size": 2, "data_parallel_sharding_strategy": "optim_grads_params"},
+                 marks=pytest.mark.long)])
 def test_resume_is_bit_identical(pool, corpus, tmp_path, world, layout):
     straight, stopped = str(tmp_path / "straight"), str(tmp_path / "stopped")
     common = layout

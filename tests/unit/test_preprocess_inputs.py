@@ -239,6 +239,7 @@ sys.exit(preprocess_data.main())
 """
 
 
+@pytest.mark.long
 def test_killed_processes_leave_what_the_next_goes_on_from(tmp_path, texts):
     """SIGKILL between documents, inside a save and while publishing; the workers end too."""
     path = write(tmp_path / "x.jsonl", lines(*texts) * 3)
