@@ -84,7 +84,7 @@ class Layer(nn.Module):
         """
         a_tD = a_tD.requires_grad_()
         with torch.enable_grad():
-            # No name for the normed input: it is gone as soon as the MLP's backward has read it.
+            # No name for the normed input: its memory becomes its gradient's, and goes with that.
             partial_tD = self.mlp(enter_tensor_parallel(self.mlp_norm(a_tD), self.layout), settings.mlp_tiles,
                                   value=False)
         torch.autograd.backward(partial_tD, gradient_before_leaving(grad_tD, self.layout))
