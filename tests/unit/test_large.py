@@ -1,6 +1,6 @@
 """More than 2^31 elements in one tensor: what every part gives for the last rows is what it gives for them alone.
 
-A wrong 32-bit index wraps around silently (mamba#1015, Megatron-LM#1056). bf16, about 12 GB of memory.
+A wrong 32-bit index wraps around silently (mamba#1015, Megatron-LM#1056). bf16, about 18 GB of memory.
 """
 
 import pytest
