@@ -80,7 +80,8 @@ class Layer(nn.Module):
     def mlp_gradient(self, a_tD: torch.Tensor, grad_tD: torch.Tensor, settings: MemorySettings) -> torch.Tensor:
         """The gradient of `a_tD` for that of `after_mlp`, whose value is not computed; parameters get theirs.
 
-        It takes the place of `grad_tD`, which autograd would hold in vain while the first half is worked on.
+        It takes the place of `grad_tD`, which autograd would hold in vain while the first half is worked on, and which
+        nothing else reads: the next layer, the final norm or the next stage made it for this one.
         """
         a_tD = a_tD.requires_grad_()
         with torch.enable_grad():
