@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from data.batch import IGNORE
 from model.kernels import choose_attention, make_segments
 from pretrain.step import global_grad_norm as step_norm
-from tools.bench import gpu, gpu_runs, memory, step
+from tools.bench import contenders, gpu, gpu_runs, memory, step
 from tools.bench.contenders import (
     ALST,
     CHECKPOINTED,
@@ -20,6 +20,7 @@ from tools.bench.contenders import (
     preset,
 )
 from tools.bench.fresh import RETURN_MEMORY, run_fresh
+from tools.bench.gpu_parts import Card, Scale
 from tools.bench.products import Replay, TimedAttend, kind_of, product_flops, record
 from tools.bench.standin import one_rank_of
 
@@ -147,6 +148,13 @@ def test_each_rung_keeps_those_below():
                                          "recompute_granularity": "attention_kept"}
 
 
+def test_head_chunks_are_as_many_as_a_rank_s_heads_allow():
+    qwen, tiny = preset("qwen3-8b"), preset("tiny")
+    found = [contenders.lean(config, 64, cp_size=ranks)["attention_head_chunks"]
+             for config, ranks in ((qwen, 1), (qwen, 8), (qwen, 16), (tiny, 8), (tiny, 3))]
+    assert found == [4, 4, 2, 1, 1]
+
+
 def test_the_best_rung_is_judged_and_what_did_not_run_is_said():
     def cell(peak: int, loss: float = 9.0) -> dict[int, memory.Cell]:
         return {65536: memory.Cell(peak, 1.0, 1, loss)}
@@ -180,6 +188,19 @@ def step_of_a_rank(ranks: int, tokens: int) -> dict:
         loss = ours.forward_backward(sample)
         norm = float(step_norm(ours.stages, layout))
     return {"sent": sent, "loss": loss, "norm": norm}
+
+
+@pytest.mark.parametrize("name", [name if name == "qwen3-8b-rank" else pytest.param(name, marks=pytest.mark.long)
+                                  for name in gpu_runs.RUNS])
+def test_gpu_runs_at_toy_size(name):
+    if gpu_runs.RUNS[name].title.endswith(ALST) and not _has_deepspeed():
+        pytest.skip("deepspeed is not installed")
+    outcome = run_fresh(toy_run, 2, name=name)
+    assert not outcome["measured"].startswith("not run") and outcome["details"], outcome
+
+
+def toy_run(name: str) -> dict:
+    return gpu_runs.RUNS[name].measure(Card(torch.device("cpu")), Scale(toy=True), 1.0).to_json()
 
 
 def test_gpu_runs_are_kept_and_skipped(tmp_path, monkeypatch, capsys):

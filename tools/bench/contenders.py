@@ -29,6 +29,7 @@ from model.hf import architecture, huggingface_config, huggingface_name
 from model.kernels import Attend, choose_attention, has_bf16_units
 from parallel.config import LayoutConfig
 from parallel.layout import Layout, single_process_layout, start_world
+from parallel.ulysses import HeadSplit, chunk_counts
 from pretrain.config import OptimizerConfig
 from pretrain.state import build_optimizer
 from pretrain.step import Stepper, train_step
@@ -49,7 +50,7 @@ MLP_TILE = 2048
 """Tokens in a tile of our tiled MLP on a GPU, where smaller products leave it waiting.
 ALST's own rule makes tiles of as many tokens as the model is wide."""
 HEAD_CHUNKS = 4
-"""Groups of heads that attend one after another; at most the key/value heads."""
+"""Groups of heads that attend one after another; fewer where a rank's heads cannot be cut into as many."""
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -75,10 +76,12 @@ def preset(name: str, **changes) -> ModelConfig:
     return ModelConfig(model=name, **(PRESETS[name] | changes))
 
 
-def lean(config: ModelConfig, tokens: int, mlp_tile: int = MLP_TILE) -> dict:
-    """Settings that keep no intermediate result of a whole sample but the attention's output."""
+def lean(config: ModelConfig, tokens: int, mlp_tile: int = MLP_TILE, cp_size: int = 1) -> dict:
+    """Settings that keep no intermediate result of a rank's `tokens` but the attention's output."""
+    possible = chunk_counts(HeadSplit.make(config.num_attention_heads, config.num_kv_heads, cp_size))
     return {"loss_chunk_tokens": LOSS_CHUNK, "mlp_tiles": max(1, tokens // mlp_tile),
-            "attention_head_chunks": min(HEAD_CHUNKS, config.num_kv_heads), "recompute_granularity": "attention_kept"}
+            "attention_head_chunks": max(n for n in possible if n <= HEAD_CHUNKS),
+            "recompute_granularity": "attention_kept"}
 
 
 def make_sample(lengths: Sequence[int], vocab_size: int, seed: int, device: torch.device | str = "cpu") -> Batch:

@@ -30,13 +30,15 @@ class Scale:
         """(configuration, vocabulary) of a model: 1b, 3b, 8b (Llama 3's shapes) or qwen3-8b."""
         config, vocabulary = MODELS[name]
         if self.toy:
-            return preset("tiny", **(changes | dict(num_layers=2, qk_layernorm="qwen3" in name))), 512
+            return preset("tiny", **(TOY_CHANGES.get(name, {}) | changes | dict(num_layers=2))), 512
         return preset(config, **(CHANGES.get(name, {}) | changes)), vocabulary
 
 
 MODELS = {"1b": ("1b", 128256), "3b": ("1b", 128256), "8b": ("llama3-8b", 128256), "qwen3-8b": ("qwen3-8b", 151936)}
 CHANGES = {"3b": dict(num_layers=28, hidden_size=3072, num_attention_heads=24, kv_channels=128)}
 """Llama 3.2 3B's shape: huggingface meta-llama/Llama-3.2-3B config.json."""
+TOY_CHANGES = {"qwen3-8b": dict(num_attention_heads=32, num_query_groups=8, kv_channels=32, qk_layernorm=True)}
+"""As many heads as at full size, so that 8 ranks cut them into as many chunks."""
 
 
 class Card:

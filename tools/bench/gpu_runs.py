@@ -12,6 +12,7 @@ from data.batch import Batch
 from model.config import ModelConfig
 from model.estimate import num_parameters, step_flops
 from model.kernels import choose_attention, make_segments
+from parallel.layout import Layout
 from tools.bench.contenders import (
     ALST,
     CHECKPOINTED,
@@ -131,7 +132,7 @@ def qwen_rank(card: Card, scale: Scale, tflops: float) -> Outcome:
     """A whole step of rank 0 of cp 8, exchanges replaced (standin.py)."""
     ranks, total = 8, scale.tokens(1 << 20)
     config, vocabulary = scale.model("qwen3-8b")
-    settings = lean(config, total // ranks) | {"cpu_offloading_num_layers": config.num_layers}
+    settings = lean(config, total // ranks, cp_size=ranks) | {"cpu_offloading_num_layers": config.num_layers}
     config = replace(config, **settings)
     with one_rank_of(ranks, card.device) as (layout, sent):
         attend, chosen = choose_attention("auto", card.device, getattr(torch, dtype_of(scale)))
@@ -236,9 +237,7 @@ def frontier(label: str) -> Callable[[Card, Scale, float], Outcome]:
         document = scale.tokens(8192)
         capacity = torch.cuda.get_device_properties(card.device).total_memory if card.is_cuda else GIB // 2
         with one_process() as layout:
-            contender, note = frontier_contender(label, config, vocabulary, scale, layout, card)
-            if contender is None:
-                return Outcome(f"not run ({note})")
+            contender = frontier_contender(label, config, vocabulary, scale, layout, card)
             contender.forward_backward(make_sample([document], vocabulary, SEED, card.device))
             contender.clear()
             points = []
@@ -265,17 +264,16 @@ def frontier(label: str) -> Callable[[Card, Scale, float], Outcome]:
     return run
 
 
-def frontier_contender(label: str, config: ModelConfig, vocabulary: int, scale: Scale, layout, card: Card):
-    """(the contender or None, a note)."""
+def frontier_contender(label: str, config: ModelConfig, vocabulary: int, scale: Scale, layout: Layout,
+                       card: Card) -> Contender:
+    """A rung of the ladder or a peer, without an optimizer."""
     dtype = dtype_of(scale)
     if label in PEERS:
-        if label == ALST and importlib.util.find_spec("deepspeed") is None:
-            return None, "deepspeed is not installed"
         way = replace(PEERS[label], batched=not PEERS[label].tiled)
-        return Transformers(config, vocabulary, dtype, way, card.device, SEED, optimizer=False), ""
+        return Transformers(config, vocabulary, dtype, way, card.device, SEED, optimizer=False)
     settings = ladder(config, scale.tokens(1 << 20))[label]
     return Ours(replace(config, **settings), vocabulary, dtype, layout, SEED, master_dtype=getattr(torch, dtype),
-                optimizer=False), ""
+                optimizer=False)
 
 
 def peak_at(card: Card, contender: Contender, lengths: list[int], vocabulary: int) -> tuple[int, float | None]:
