@@ -1,5 +1,7 @@
 """The step, memory and gpu benchmarks at toy size: what they compare, count and judge."""
 
+import types
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -15,6 +17,8 @@ from tools.bench.contenders import (
     THEIRS,
     VOCABULARY,
     Ours,
+    Transformers,
+    Way,
     check_losses,
     make_sample,
     preset,
@@ -197,6 +201,38 @@ def test_gpu_runs_at_toy_size(name):
         pytest.skip("deepspeed is not installed")
     outcome = run_fresh(toy_run, 2, name=name)
     assert not outcome["measured"].startswith("not run") and outcome["details"], outcome
+    assert not any("times say nothing" in line for line in outcome["details"]), outcome
+
+
+def test_a_compiled_peer_attends_without_a_mask():
+    """With a mask sdpa could not take its flash kernel, and the comparison would say nothing."""
+    way = Way(compiled=True, batched=True)
+    contender = Transformers(preset("tiny", num_layers=2), 512, "float32", way, "cpu", seed=1)
+    masks = []
+
+    def compiled(layer):
+        def call(*arguments, **named):
+            masks.append(named["attention_mask"])
+            return layer._call_impl(*arguments, **named)
+        return call
+
+    for layer in contender.model.model.layers:
+        assert layer._compiled_call_impl is not None
+        layer._compiled_call_impl = compiled(layer)
+    contender.forward_backward(make_sample([16, 16], 512, seed=1))
+    assert masks == [None, None]
+
+
+def test_tiles_of_a_peer_hold_as_many_tokens_as_the_model_is_wide(monkeypatch):
+    counts = []
+    parts = types.SimpleNamespace(TiledMLP=types.SimpleNamespace(apply=lambda run, mlp, x, tiles, weights:
+                                                                 counts.append(tiles) or run(mlp, x)))
+    monkeypatch.setattr(contenders, "_deepspeed", lambda: parts)
+    contender = Transformers(preset("tiny", num_layers=1), 512, "float32", Way(tiled=True, batched=True), "cpu", seed=1)
+    mlp = contender.model.model.layers[0].mlp
+    for shape in ((1, 1024), (4, 1024)):
+        mlp(torch.zeros(*shape, preset("tiny").hidden_size))
+    assert counts == [4, 16]
 
 
 def toy_run(name: str) -> dict:

@@ -27,7 +27,7 @@ from model.build import build_stages, parameter_shapes
 from model.config import PRESETS, ModelConfig
 from model.hf import architecture, huggingface_config, huggingface_name
 from model.kernels import Attend, choose_attention, has_bf16_units
-from parallel.config import LayoutConfig
+from parallel.config import LayoutConfig, ShardingStrategy
 from parallel.layout import Layout, single_process_layout, start_world
 from parallel.ulysses import HeadSplit, chunk_counts
 from pretrain.config import OptimizerConfig
@@ -40,8 +40,8 @@ VOCABULARY = 8192
 LOSS_TOLERANCES = (1e-3, 5e-3)
 """Largest relative differences between the losses of two contenders in their first and second step. The second is after
 an update, in which bf16 gradients near zero come out with either sign."""
-STRATEGY = "optim_grads"
-"""The trainer's default ZeRO level."""
+STRATEGY: ShardingStrategy = "optim_grads"
+"""The trainer's default ZeRO level (pretrain/config.py)."""
 OPTIMIZER = OptimizerConfig()
 """Learning rate, betas, epsilon, weight decay and clipping of every contender."""
 LOSS_CHUNK = 2048
@@ -129,7 +129,8 @@ class Ours:
     """The trainer's own stage, stepper, optimizer and step."""
 
     def __init__(self, config: ModelConfig, vocab_size: int, dtype: Dtype, layout: Layout, seed: int,
-                 attend: Attend | None = None, master_dtype: torch.dtype = torch.float32, optimizer: bool = True):
+                 attend: Attend | None = None, master_dtype: torch.dtype = torch.float32, optimizer: bool = True,
+                 strategy: ShardingStrategy = STRATEGY):
         """Args:
             attend: in the place of the one that the configuration chooses.
             optimizer: without it there is no `step`.
@@ -137,7 +138,7 @@ class Ours:
         compute_dtype = getattr(torch, dtype)
         if attend is None:
             attend, _ = choose_attention(config.attention_backend, layout.device, compute_dtype)
-        self.stages = build_stages(config, vocab_size, layout, attend, strategy=STRATEGY, master_dtype=master_dtype,
+        self.stages = build_stages(config, vocab_size, layout, attend, strategy=strategy, master_dtype=master_dtype,
                                    compute_dtype=compute_dtype)
         with torch.no_grad():
             parameters = dict(self.stages[0].named_parameters())
@@ -145,7 +146,7 @@ class Ours:
                 local = parameters[name].to_local()
                 local.copy_(weight[:local.shape[0]])  # rank 0's rows
         self.optimizer = build_optimizer(self.stages, OPTIMIZER) if optimizer else None
-        self.stepper = Stepper(self.stages, layout, config.hidden_size, compute_dtype, STRATEGY)
+        self.stepper = Stepper(self.stages, layout, config.hidden_size, compute_dtype, strategy)
 
     def forward_backward(self, sample: Batch) -> float:
         return self.stepper.run([sample], train=True)[0]
@@ -169,7 +170,8 @@ class Way:
     autocast: bool = False
     """bf16 by torch.autocast over fp32 weights."""
     compiled: bool = False
-    """torch.compile."""
+    """torch.compile, layer by layer: compiled as a whole the model makes a mask, which keeps sdpa from its flash kernel
+    (transformers/masking_utils.py: _ignore_causal_mask_sdpa never skips it while torch below 2.14 compiles)."""
     liger: bool = False
     """The kernels of the liger-kernel package."""
     batched: bool = False
@@ -210,7 +212,9 @@ class Transformers:
         if way.tiled:
             for layer in self.model.model.layers:
                 layer.mlp.forward = types.MethodType(_tiled_mlp, layer.mlp)
-        self.run = torch.compile(self.model) if way.compiled else self.model
+        if way.compiled:
+            for layer in self.model.model.layers:
+                layer.compile()
 
     def forward_backward(self, sample: Batch) -> float:
         rows = len(sample.cu_seqlens) - 1 if self.way.batched else 1
@@ -221,8 +225,8 @@ class Transformers:
                 hidden = self.model.model(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
                 loss = _tiled_loss(self.model, hidden, labels, sample.num_targets)
             else:
-                loss = self.run(input_ids=tokens, position_ids=positions, labels=labels, shift_labels=labels,
-                                use_cache=False).loss
+                loss = self.model(input_ids=tokens, position_ids=positions, labels=labels, shift_labels=labels,
+                                  use_cache=False).loss
         loss.backward()
         return float(loss.detach())
 
@@ -271,9 +275,13 @@ def _deepspeed():
 
 
 def _tiled_mlp(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """An MLP's forward by TiledMLP, with the tile count of its documentation."""
+    """An MLP's forward by TiledMLP, in tiles of about as many tokens as the model is wide.
+
+    Its documentation's count of tiles is for one row; with several, a tile holds its part of each.
+    """
+    tiles = math.ceil(x.shape[0] * x.shape[1] / x.shape[2])
     weights = [self.down_proj.weight, self.gate_proj.weight, self.up_proj.weight]
-    return _deepspeed().TiledMLP.apply(type(self).forward, self, x, math.ceil(x.shape[1] / x.shape[2]), weights)
+    return _deepspeed().TiledMLP.apply(type(self).forward, self, x, tiles, weights)
 
 
 def _tiled_loss(model: nn.Module, hidden: torch.Tensor, labels: torch.Tensor, num_targets: int) -> torch.Tensor:

@@ -54,6 +54,16 @@ class Card:
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
 
+    def capacity(self) -> int:
+        """Bytes of the device's memory; on a CPU half a GiB, for trying the code out."""
+        return torch.cuda.get_device_properties(self.device).total_memory if self.is_cuda else GIB // 2
+
+    def pin_ahead(self, sizes: list[int]) -> None:
+        """Leave pinned blocks of these bytes with torch's allocator: pinning takes long, and a run does it once."""
+        if self.is_cuda:
+            blocks = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes]
+            del blocks
+
     def clear(self) -> None:
         """Give back what nobody holds any more."""
         trim()

@@ -139,9 +139,9 @@ def find_problem(arguments: Arguments) -> str | None:
     return None
 
 
-def ladder(config: ModelConfig, tokens: int) -> dict[str, dict]:
+def ladder(config: ModelConfig, tokens: int, mlp_tile: int = MLP_TILE) -> dict[str, dict]:
     """Rung -> the settings of ModelConfig that it stands for: its own and those of the rungs below."""
-    values = lean(config, tokens, MLP_TILE) | {"cpu_offloading_num_layers": config.num_layers}
+    values = lean(config, tokens, mlp_tile) | {"cpu_offloading_num_layers": config.num_layers}
     settings, found = {}, {}
     for rung in LADDER:
         settings = settings | {name: values[name] for name in rung.adds} | dict(rung.only)
