@@ -17,6 +17,7 @@ PRELOADED = ["torch", "torch.distributed.checkpoint", "torch.distributed.tensor"
 
 
 def _serve(connection: Connection, rank: int) -> None:
+    import faulthandler
     import gc
 
     import torch
@@ -28,6 +29,7 @@ def _serve(connection: Connection, rank: int) -> None:
     from parallel.config import LayoutConfig
     from parallel.layout import end_world, start_world
 
+    faulthandler.enable()  # a crash leaves its stack on stderr
     torch.set_num_threads(1)
     while True:
         try:
@@ -92,8 +94,10 @@ class WorkerPool:
                 rank = pending.pop(connection)
                 try:
                     succeeded, results[rank] = connection.recv()
-                except EOFError:
-                    succeeded, results[rank] = False, "the process died"
+                except (EOFError, ConnectionResetError):
+                    process = self.workers[rank][0]
+                    process.join()
+                    succeeded, results[rank] = False, f"the process died with exit code {process.exitcode}"
                 if not succeeded:
                     self.close_workers()
                     raise AssertionError(f"rank {rank} of {world_size} failed:\n{results[rank]}")

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from data.batch import IGNORE
 from model.kernels import choose_attention, make_segments
+from model.offload import Host
 from pretrain.step import global_grad_norm as step_norm
 from tools.bench import contenders, gpu, gpu_runs, memory, step
 from tools.bench.contenders import (
@@ -235,6 +236,57 @@ def test_tiles_of_a_peer_hold_as_many_tokens_as_the_model_is_wide(monkeypatch):
     assert counts == [4, 16]
 
 
+def test_a_rank_keeps_the_blocks_that_are_pinned_ahead():
+    found = run_fresh(blocks_of_a_rank, 1, ranks=2, tokens=64)
+    config = preset("tiny", num_layers=2, attention_head_chunks=2)
+    assert sorted(found["sent"]) == sorted(gpu_runs.offloaded_bytes(config, 64, 2, 4))
+
+
+def blocks_of_a_rank(ranks: int, tokens: int) -> dict:
+    sizes, send = [], Host.send
+
+    def counted(self, tensors):
+        sizes.extend(tensor.nbytes for tensor in tensors)
+        return send(self, tensors)
+
+    Host.send = counted
+    config = preset("tiny", num_layers=2, attention_head_chunks=2, recompute_granularity="attention_kept",
+                    cpu_offloading_num_layers=2)
+    with one_rank_of(ranks, torch.device("cpu")) as (layout, _):
+        ours = Ours(config, 512, "float32", layout, seed=1)
+        ours.forward_backward(gpu_runs.slice_of(tokens, ranks, 512, layout.device))
+    smallest = tokens // ranks * config.num_attention_heads * 4  # a log-sum-exp
+    return {"sent": [size for size in sizes if size > smallest]}
+
+
+@pytest.mark.parametrize("plateau, kept, tried, longest", [
+    (60, 5, [1, 2, 4, 8, 16, 32, 19], 19), (0, 3, [1, 2, 4, 8, 16, 32, 64], 32), (0, 30, [1, 2, 4, 3], 3),
+    (0, 60, [1, 2], 1), (0, 200, [1], None), (0, 0, [1, 2, 4, 8, 16, 32, 64, 128], 128)])
+def test_the_longest_sample_is_found_past_the_plateau_of_the_gradients(plateau, kept, tried, longest):
+    """Peak GiB = max(plateau, 34 + kept a document), of which 139 fit."""
+    counts = []
+
+    def measure(count):
+        counts.append(count)
+        peak = max(plateau, 34 + kept * count)
+        return (peak << 30, 1.0) if peak < 139 else None
+
+    fits = gpu_runs.longest_that_fits(measure, 139 << 30, 128)
+    assert counts == tried
+    assert [count for count, _, _ in fits][-1:] == ([longest] if longest else [])
+
+
+def test_a_sample_that_the_line_promised_and_that_does_not_fit_is_halved():
+    fits = gpu_runs.longest_that_fits(lambda count: (count << 30, 1.0) if count < 20 else None, 40 << 30, 128)
+    assert [count for count, _, _ in fits] == [1, 2, 4, 8, 16]
+    fits = gpu_runs.longest_that_fits(lambda count: (count << 30, 1.0) if count < 28 else None, 40 << 30, 128)
+    assert [count for count, _, _ in fits] == [1, 2, 4, 8, 16, 23]
+
+
+def test_offload_is_bounded_by_the_host():
+    assert gpu_runs.most_on_host(preset("llama3-8b", attention_head_chunks=4), 8192) == 16  # 4 GiB a document
+
+
 def toy_run(name: str) -> dict:
     return gpu_runs.RUNS[name].measure(Card(torch.device("cpu")), Scale(toy=True), 1.0).to_json()
 
@@ -257,7 +309,7 @@ def test_gpu_runs_are_kept_and_skipped(tmp_path, monkeypatch, capsys):
     assert gpu.run(gpu.Arguments(run="bad", **common)) == 1
     capsys.readouterr()
     assert gpu.run(gpu.Arguments(names=True, **common)) == 0
-    assert capsys.readouterr().out.split() == ["bad", "never"]
+    assert capsys.readouterr().out.splitlines() == ["bad 60", "never 60"]
     text = gpu.describe(tmp_path)
     good, bad, never = (next(line for line in text.splitlines() if f"title {name} |" in line) for name in names)
     assert "12 s" in good and "reached" in good

@@ -20,7 +20,7 @@ class Arguments:
     run: str | None = None
     """Run to make; --names lists them."""
     names: bool = False
-    """Print the names of the runs that are not finished, and end."""
+    """Print the runs that are not finished, each with the seconds that it needs at least, and end."""
     folder: str = "runs/bench-gpu"
     """A JSON file per run."""
     device: Literal["cuda", "cpu"] = "cuda"
@@ -43,7 +43,7 @@ def run(arguments: Arguments) -> int:
         print(f"error: {problem}", file=sys.stderr)
         return 2
     if arguments.names:
-        print("\n".join(name for name in RUNS if not is_finished(read(folder, name))))
+        print("\n".join(f"{name} {entry.least}" for name, entry in RUNS.items() if not is_finished(read(folder, name))))
         return 0
     if arguments.run is None:
         publish(describe(folder), arguments.output)

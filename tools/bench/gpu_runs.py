@@ -12,7 +12,7 @@ from data.batch import Batch
 from model.config import ModelConfig
 from model.estimate import num_parameters, step_flops
 from model.kernels import choose_attention, make_segments
-from parallel.layout import Layout, host_memory
+from parallel.layout import Layout
 from tools.bench.contenders import (
     ALST,
     CHECKPOINTED,
@@ -36,6 +36,10 @@ from tools.bench.products import TimedAttend
 from tools.bench.standin import one_rank_of
 
 SEED = 1234
+ELEMENT = 2
+"""Bytes of a bf16 number."""
+HOST = 128 * GIB
+"""Memory of the host that the run's bar names; what a virtual machine reports may grow with its use."""
 FRONTIER_TILES = 64
 """Tiles of the MLP in the search for the longest sample, whose length is not known when the model is built."""
 QWEN_RANKS = 8
@@ -139,7 +143,7 @@ def qwen_rank(card: Card, scale: Scale, tflops: float) -> Outcome:
     config, vocabulary = scale.model("qwen3-8b")
     settings = lean(config, total // ranks, cp_size=ranks) | {"cpu_offloading_num_layers": config.num_layers}
     config = replace(config, **settings)
-    card.pin_ahead(offloaded_bytes(config, total, ranks))
+    card.pin_ahead(offloaded_bytes(config, total, ranks, ELEMENT))
     with one_rank_of(ranks, card.device) as (layout, sent):
         attend, chosen = choose_attention("auto", card.device, getattr(torch, dtype_of(scale)))
         clock = TimedAttend(attend, card.device)
@@ -173,10 +177,11 @@ def slice_of(total: int, ranks: int, vocabulary: int, device: torch.device) -> B
                  torch.tensor([0, total], dtype=torch.int32)).to(device)
 
 
-def offloaded_bytes(config: ModelConfig, total: int, ranks: int) -> list[int]:
-    """Of every block that a context-parallel rank keeps on the host: each layer's input, each chunk's output."""
+def offloaded_bytes(config: ModelConfig, total: int, ranks: int, element: int) -> list[int]:
+    """Of every large block that a context-parallel rank keeps on the host: each layer's input, each chunk's output."""
     chunk = total * config.num_attention_heads // ranks // config.attention_head_chunks * config.head_size
-    return [total // ranks * config.hidden_size * 2, *[chunk * 2] * config.attention_head_chunks] * config.num_layers
+    return [total // ranks * config.hidden_size * element,
+            *[chunk * element] * config.attention_head_chunks] * config.num_layers
 
 
 def qwen_attention(card: Card, scale: Scale, tflops: float) -> Outcome:
@@ -205,13 +210,10 @@ def qwen_attention(card: Card, scale: Scale, tflops: float) -> Outcome:
     for label, way in ways.items():
         try:
             way()
-            rates[label] = work / card.seconds(way) / 1e12
-            details.append(f"{label}: {rates[label]:.0f} TFLOP/s")
+            rates[label] = f"{label} {work / card.seconds(way) / 1e12:.0f} TFLOP/s"
         except RuntimeError as error:  # no such kernel for this shape or device
-            details.append(f"{label}: does not run ({str(error).splitlines()[0]})")
-    fastest = max(rates, key=rates.get)
-    return Outcome(f"ours {rates['ours']:.0f} TFLOP/s, the fastest ({fastest}) {rates[fastest]:.0f}", None,
-                   [*details, chosen])
+            details.append(f"{label} does not run: {str(error).partition(chr(10))[0]}")
+    return Outcome(", ".join(rates.values()) or "no kernel runs", None, [*details, chosen])
 
 
 # ---- 1B at 512K: a whole step, memory broken down ----
@@ -242,59 +244,83 @@ def one_b_512k(card: Card, scale: Scale, tflops: float) -> Outcome:
 # ---- 8B: the longest sample that fits, rung by rung ----
 
 def frontier(label: str) -> Callable[[Card, Scale, float], Outcome]:
-    """The longest sample of 8K documents whose forward and backward fit, with bf16 weights and gradients resident.
+    """The longest sample of 8K documents whose forward and backward fit beside bf16 weights.
 
-    Optimizer state and masters are thought to be in host memory (12 bytes a parameter). The peak grows linearly with
-    samples of equal documents: one and two give the line, a third sample near the predicted end tests it.
+    Optimizer state and masters are thought to be in host memory (12 bytes a parameter); gradients arise in backward.
     """
     def run(card: Card, scale: Scale, tflops: float) -> Outcome:
         config, vocabulary = scale.model("8b")
-        document = scale.tokens(8192)
+        if label not in PEERS:
+            tokens = scale.tokens(FRONTIER_TILES * MLP_TILE)
+            config = replace(config, **ladder(config, tokens, scale.tokens(MLP_TILE))[label])
+        document, most = scale.tokens(8192), 16 if scale.toy else 128  # 1M tokens: a longer sample would outlast a call
+        by_host = config.cpu_offloading_num_layers > 0 and most_on_host(config, document) < most
         with one_process() as layout:
             def measure(count: int) -> tuple[int, float] | None:
+                if config.cpu_offloading_num_layers:
+                    card.pin_ahead(offloaded_bytes(config, count * document, 1, ELEMENT))
                 return peak_at(card, lambda: frontier_contender(label, config, vocabulary, scale, layout, card),
                                vocabulary, make_sample([document] * count, vocabulary, SEED, card.device))
 
-            points = [found for found in (measure(1), measure(2)) if found is not None]
-            if not points:
-                return Outcome(f"below {document:,} tokens", None, [])
-            longest, (peak, seconds) = len(points), points[-1]
-            if len(points) == 2:
-                slope = points[1][0] - points[0][0]
-                most = 2 + int((0.95 * card.capacity() - peak) / max(slope, 1))
-                most = min(most, 16 if scale.toy else 128)  # 1M tokens: a longer sample would outlast a call
-                if label == "+ offload":
-                    most = min(most, most_on_host(config, document))
-                while most > 2:
-                    found = measure(most)
-                    if found is not None:
-                        longest, (peak, seconds) = most, found
-                        break
-                    most = most * 9 // 10
-        per_token = f"{slope / document / 1024:.1f} KiB a token; " if len(points) == 2 else ""
-        details = [f"{per_token}{seconds:.1f} s at {longest * document:,} tokens, "
-                   f"{seconds / config.num_layers * 1e3:.0f} ms a layer "
-                   f"({points[0][1] / config.num_layers * 1e3:.1f} ms with one document); peak {peak / GIB:.1f} GiB"]
-        return Outcome(f"{longest * document:,} tokens", None, details)
+            if by_host:  # pinned blocks of every length on the way there would stay with torch
+                most = most_on_host(config, document)
+                found = measure(most)
+                fits = [(most, *found)] if found else []
+            else:
+                fits = longest_that_fits(measure, card.capacity(), most)
+        if not fits:
+            return Outcome(f"below {(most if by_host else 1) * document:,} tokens", None, [])
+        count, peak, seconds = fits[-1]
+        details = [f"{seconds:.1f} s at {count * document:,} tokens, {seconds / config.num_layers * 1e3:.0f} ms a "
+                   f"layer; peak {peak / GIB:.1f} GiB"]
+        if by_host:
+            details.append(f"ended by the host's memory ({HOST // GIB} GiB), not by the card's")
+        details += [f"{number * document:,} tokens: {at / GIB:.1f} GiB, {took:.1f} s" for number, at, took in fits[:-1]]
+        return Outcome(f"{count * document:,} tokens", None, details)
     return run
+
+
+def longest_that_fits(measure: Callable[[int], tuple[int, float] | None], capacity: int,
+                      most: int) -> list[tuple[int, int, float]]:
+    """(documents, peak bytes, seconds) of every sample that fitted, the longest last.
+
+    Doubles until one does not fit. The last two then give a line (short samples do not: their peak may be that of the
+    gradients, which all have), and its end is tried, then the middle between that and the last that fitted.
+    """
+    fits, failed, count = [], most + 1, 1
+    while count <= most:
+        found = measure(count)
+        if found is None:
+            failed = count
+            break
+        fits.append((count, *found))
+        count *= 2
+    if len(fits) < 2:
+        return fits
+    (before, lower, _), (last, peak, _) = fits[-2:]
+    ahead = last + int((0.95 * capacity - peak) * (last - before) / max(peak - lower, 1))
+    for count in (min(ahead, failed - 1), (last + min(ahead, failed - 1)) // 2):
+        found = measure(count) if count > last else None
+        if found is not None:
+            return [*fits, (count, *found)]
+    return fits
 
 
 def most_on_host(config: ModelConfig, document: int) -> int:
     """Documents whose kept tensors fit in three quarters of the host's memory: a power of two, as pinned blocks are."""
-    kept = document * 2 * (config.hidden_size + config.num_attention_heads * config.head_size) * config.num_layers
-    return 1 << max(0, int(0.75 * host_memory() // kept).bit_length() - 1)
+    kept = sum(offloaded_bytes(config, document, 1, ELEMENT))
+    return 1 << max(0, int(0.75 * HOST // kept).bit_length() - 1)
 
 
 def frontier_contender(label: str, config: ModelConfig, vocabulary: int, scale: Scale, layout: Layout,
                        card: Card) -> Contender:
-    """A rung of the ladder or a peer, without an optimizer."""
+    """A rung of the ladder, whose settings `config` has, or a peer, without an optimizer."""
     dtype = dtype_of(scale)
     if label in PEERS:
         return Transformers(config, vocabulary, dtype, replace(PEERS[label], batched=True), card.device, SEED,
                             optimizer=False)
-    settings = ladder(config, scale.tokens(FRONTIER_TILES * MLP_TILE), scale.tokens(MLP_TILE))[label]
-    return Ours(replace(config, **settings), vocabulary, dtype, layout, SEED, master_dtype=getattr(torch, dtype),
-                optimizer=False)
+    return Ours(config, vocabulary, dtype, layout, SEED, master_dtype=getattr(torch, dtype), optimizer=False,
+                strategy="optim_grads_params")  # else the gathered weights would stay beside the shards
 
 
 def peak_at(card: Card, build: Callable[[], Contender], vocabulary: int, sample: Batch) -> tuple[int, float] | None:
@@ -342,6 +368,8 @@ class Run:
     bar: str
     measure: Callable[[Card, Scale, float], Outcome]
     """(card, scale, TFLOP/s of the product) -> what it found."""
+    least: int = 60
+    """Seconds without which it is not worth beginning: an estimate, nothing was measured."""
 
 
 FRONTIER = {"chunked-loss": "+ chunked loss", "tiled-mlp": "+ tiled MLP", "full-recompute": "+ full recompute",
@@ -351,11 +379,11 @@ AHEAD = "MFU at least 60 % of the product's rate; ahead of transformers + torch.
 RUNS = {
     "1b-8k": Run("1B, 4 samples of 8K, bf16", AHEAD, packed_8k("1b", 4)),
     "3b-8k": Run("3B, 1 sample of 8K, bf16", AHEAD, packed_8k("3b", 1)),
-    "qwen3-8b-rank": Run("one rank of Qwen3-8B, cp 8, S = 1,048,576", "at most 45 GB and 285 s", qwen_rank),
+    "qwen3-8b-rank": Run("one rank of Qwen3-8B, cp 8, S = 1,048,576", "at most 45 GB and 285 s", qwen_rank, 500),
     "qwen3-8b-attention": Run("attention of that rank alone, by kernel", "", qwen_attention),
-    "1b-512k": Run("1B, S = 524,288, one document, full step", "at most 195 s", one_b_512k),
+    "1b-512k": Run("1B, S = 524,288, one document, full step", "at most 195 s", one_b_512k, 300),
     "documents": Run("512K tokens as 1 document and as 256", "follows the sum of squares within 15 %", documents),
-    **{f"8b-{name}": Run(f"8B, longest sample of 8K documents: {label}", "", frontier(label))
+    **{f"8b-{name}": Run(f"8B, longest sample of 8K documents: {label}", "", frontier(label), 240)
        for name, label in FRONTIER.items()},
 }
 """Name -> run, in the order of the table."""
