@@ -48,9 +48,15 @@ class Batch:
             self.num_targets = int((self.labels != IGNORE).sum())
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same on another device."""
-        return Batch(self.tokens.to(device), self.labels.to(device), self.positions.to(device), self.cu_seqlens,
-                     self.num_targets, self.digest)
+        """Return the same on another device; a GPU fetches it by itself, and the host does not wait."""
+        tokens, labels, positions = (_move(x, torch.device(device)) for x in (self.tokens, self.labels, self.positions))
+        return Batch(tokens, labels, positions, self.cu_seqlens, self.num_targets, self.digest)
+
+
+def _move(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if device.type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def padding_starts(begin: int, end: int) -> np.ndarray:

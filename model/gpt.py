@@ -118,19 +118,26 @@ class GPTStage(nn.Module):
         self.rope, self.memory = config.rope, config.memory
         self.host = Host(layout.device)
         self.microbatches: Sequence[Microbatch] = ()
-        self.num_targets, self.next_microbatch = 1, 0
+        self.loss_scale: torch.Tensor | float = 1.0
+        self.next_microbatch = 0
         self.scores: list[torch.Tensor] | None = None
 
-    def begin_step(self, microbatches: Sequence[Microbatch], num_targets: int,
+    def begin_step(self, microbatches: Sequence[Microbatch], num_targets: torch.Tensor | int,
                    scores: list[torch.Tensor] | None = None) -> None:
         """Set what `forward` looks up: this rank's slices and the target count of the whole global batch.
 
         Args:
+            num_targets: a number, or an int64 scalar on the device, which is not waited for.
             scores: the last stage appends, per microbatch, fp64 [3]: sum of its slice's target losses in nats, its
                 targets, and how many of those were the model's first choice.
         """
-        self.microbatches, self.num_targets = microbatches, max(1, num_targets)
-        self.next_microbatch, self.scores = 0, scores
+        self.microbatches = microbatches
+        self.next_microbatch = 0
+        self.scores = scores
+        if isinstance(num_targets, torch.Tensor):
+            self.loss_scale = num_targets.clamp(min=1).double().reciprocal()
+        else:
+            self.loss_scale = 1 / max(1, num_targets)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The step's next microbatch through this stage.
@@ -152,11 +159,11 @@ class GPTStage(nn.Module):
         inputs = *self.head_inputs(x_tD), microbatch.labels
         head = Head(self.layout.tp, self.vocab_size, self.memory.loss_chunk_tokens)
         if self.scores is None:
-            return fused_loss(*inputs, 1 / self.num_targets, head)
+            return fused_loss(*inputs, self.loss_scale, head)
         loss, hits = score(*inputs, head)
         targets = (microbatch.labels != IGNORED_LABEL).sum()
         self.scores.append(torch.stack([value.double() for value in (loss, targets, hits)]))
-        return loss / self.num_targets
+        return loss * self.loss_scale
 
     def hidden(self, x: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
         """Embedding (first stage) and layers: -> [t, D], under Megatron-SP [t / tp, D]."""

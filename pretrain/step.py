@@ -4,6 +4,7 @@ The loss is the sum over targets divided by the target count of the whole global
 the first forward; gradients are then summed over all ranks that saw different tokens.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -48,10 +49,12 @@ class Scores:
     """int64, targets to which the model gave the largest logit of all ids."""
 
 
-def count_targets(microbatches: Sequence[CountedMicrobatch], layout: Layout) -> int:
-    """Targets of the global batch: all microbatches, dp and cp ranks."""
-    count = torch.tensor(sum(batch.num_targets for batch in microbatches), dtype=torch.int64, device=layout.device)
-    return int(all_reduce(count, layout.dp_cp))
+def count_targets(microbatches: Sequence[CountedMicrobatch], layout: Layout) -> torch.Tensor:
+    """Count the targets of the global batch: all microbatches, dp and cp ranks -> int64 scalar on the device."""
+    own = sum(batch.num_targets for batch in microbatches)
+    # Filled by a kernel: a copy from the host would wait for the device.
+    count = torch.full((), own, dtype=torch.int64, device=layout.device)
+    return all_reduce(count, layout.dp_cp)
 
 
 class Stepper:
@@ -65,7 +68,12 @@ class Stepper:
 
     def run(self, microbatches: Sequence[CountedMicrobatch], train: bool) -> tuple[float, int]:
         """Forward (and backward) over all microbatches -> (global loss in nats, global targets), on every rank."""
-        num_targets = count_targets(microbatches, self.layout)
+        loss, num_targets = self.start(microbatches, train)
+        return float(loss), int(num_targets)
+
+    def start(self, microbatches: Sequence[CountedMicrobatch], train: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do what `run` does without waiting for the device -> (fp64 scalar, int64 scalar) on the device."""
+        num_targets = torch.as_tensor(count_targets(microbatches, self.layout))
         share = self._forward(microbatches, train, num_targets)
         return self._global_loss(share), num_targets
 
@@ -82,7 +90,7 @@ class Stepper:
         scores = all_reduce(scores, layout.world).view(-1, 3).cpu().numpy()
         return Scores(scores[:, 0], scores[:, 1].astype(np.int64), scores[:, 2].astype(np.int64))
 
-    def _forward(self, microbatches: Sequence[CountedMicrobatch], train: bool, num_targets: int,
+    def _forward(self, microbatches: Sequence[CountedMicrobatch], train: bool, num_targets: torch.Tensor | int,
                  scores: list[torch.Tensor] | None = None) -> torch.Tensor | None:
         """All microbatches through this rank's stages, and back -> the last stage's share of the loss."""
         for stage in self.stages:
@@ -117,13 +125,13 @@ class Stepper:
                 total = loss.detach() if total is None else total + loss.detach()
         return total
 
-    def _global_loss(self, share: torch.Tensor | None) -> float:
+    def _global_loss(self, share: torch.Tensor | None) -> torch.Tensor:
         """Sum of the last stage's shares over dp x cp; the same on its tp ranks, so one of them counts."""
         layout = self.layout
         total = torch.zeros((), dtype=torch.float64, device=layout.device)
         if share is not None and layout.tp.is_first:
             total += share
-        return float(all_reduce(total, layout.world))
+        return all_reduce(total, layout.world)
 
 
 def sum_tied_gradients(stages: list[GPTStage], layout: Layout) -> None:
@@ -154,21 +162,39 @@ def global_grad_norm(stages: list[GPTStage], layout: Layout) -> torch.Tensor:
     return all_reduce(square, layout.world).sqrt()
 
 
+def clip_gradients(stages: list[GPTStage], norm: torch.Tensor, limit: float) -> None:
+    """Scale all gradients so that their global norm is at most `limit`; the device decides, nobody waits for it."""
+    grads = [parameter.grad.to_local() for stage in stages for parameter in stage.parameters()]
+    scale = torch.clamp(limit / (norm + 1e-6), max=1.0)
+    torch._foreach_mul_(grads, scale.to(grads[0].device, grads[0].dtype))
+
+
+def update(optimizer: torch.optim.Optimizer, lr: float, norm: torch.Tensor) -> None:
+    """Take an optimizer step with learning rate `lr`, or none where the gradient's norm is not finite.
+
+    The fused kernel reads that from the device, as torch.amp.GradScaler tells it: parameters, moments and their step
+    counts then stay as they are.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    place = optimizer.param_groups[0]["params"][0].to_local().device
+    optimizer.found_inf = (~torch.isfinite(norm)).to(place, torch.float32)
+    optimizer.step()
+
+
 def train_step(stepper: Stepper, optimizer: torch.optim.Optimizer, microbatches: Sequence[CountedMicrobatch],
                lr: float, clip_grad: float) -> StepResult:
-    """Forward, backward, reduction, clipping and update with learning rate `lr`."""
+    """Forward, backward, reduction, clipping and update with learning rate `lr`.
+
+    The host waits for the device once, at the end, when all kernels of the step are on their way.
+    """
     stages, layout = stepper.stages, stepper.layout
-    loss, num_targets = stepper.run(microbatches, train=True)
+    loss, num_targets = stepper.start(microbatches, train=True)
     sum_tied_gradients(stages, layout)
     norm = global_grad_norm(stages, layout)
-    finite = bool(torch.isfinite(norm))
-    if finite:
-        if clip_grad > 0:
-            scale = float(torch.clamp(clip_grad / (norm + 1e-6), max=1.0))
-            if scale < 1.0:
-                torch._foreach_mul_([p.grad.to_local() for stage in stages for p in stage.parameters()], scale)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
+    if clip_grad > 0:
+        clip_gradients(stages, norm, clip_grad)
+    update(optimizer, lr, norm)
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss, num_targets, float(norm), skipped=not finite)
+    loss_value, norm_value, target_count = torch.stack([loss, norm, num_targets.to(norm)]).tolist()
+    return StepResult(loss_value, int(target_count), norm_value, skipped=not math.isfinite(norm_value))
