@@ -38,7 +38,8 @@ def shard_module(module: nn.Module, blocks: list[nn.Module], layout: Layout, str
         if isinstance(unit, FSDPModule):
             # gloo has no pre-multiplied sum; we divide the loss ourselves.
             unit.set_force_sum_reduction_for_comms(True)
-            unit.set_gradient_divide_factor(1.0)
+            if layout.dp_cp.size > 1:  # one rank divides by nothing, and would divide by 1.0 in a pass of its own
+                unit.set_gradient_divide_factor(1.0)
 
 
 def accumulate_gradients(module: nn.Module) -> None:
