@@ -22,7 +22,8 @@ from model.attention_tape import AttentionTape, empty, join
 from model.config import ModelConfig
 from model.kernels import Attend, Segments
 from model.parts import RMSNorm, Weight, enter_tensor_parallel, leave_tensor_parallel
-from model.pointwise import rms_norm, rotate
+from model.pointwise import HeadSizes, rms_norm, rotate, split_heads
+from model.products import joined_linear
 from parallel.context import gather_keys
 from parallel.layout import Layout
 from parallel.ulysses import HeadSplit, head_rounds, heads_to_seq, seq_to_heads
@@ -87,9 +88,7 @@ class Attention(nn.Module):
         if head_chunks > 1:
             o_tNH = attend_in_chunks(self, x_tD, positions, head_rounds(self.split, head_chunks), tape, weights)
         else:
-            q_tNH, k_tKH = self.project_q(x_tD, positions, weights), self.project_k(x_tD, positions, weights)
-            v_tKH = self.project_v(x_tD, weights)
-            q_smH, *kv_skH = seq_to_heads(q_tNH, k_tKH, v_tKH, self.split, self.layout.cp_a2a)
+            q_smH, *kv_skH = seq_to_heads(*self.project(x_tD, positions, weights), self.split, self.layout.cp_a2a)
             kv_TkH = self.gather(*kv_skH)
             o_smH = self.attend_to(q_smH, *kv_TkH, positions.segments, tape)
             if tape is not None and not tape.playing:
@@ -104,6 +103,17 @@ class Attention(nn.Module):
         return Projections(self.q.local_weight(), rows(self.k.local_weight()), rows(self.v.local_weight()),
                            self.q.local_bias(), rows(self.k.local_bias()), rows(self.v.local_bias()),
                            *(None if norm is None else norm.local_weight() for norm in (self.q_norm, self.k_norm)))
+
+    def project(self, x_tD: torch.Tensor, positions: Positions, weights: Projections) -> tuple[torch.Tensor, ...]:
+        """q [t, N, H], k [t, K, H] and v [t, K, H] by one product, whose gradient of x needs no sum of three."""
+        bias_R = None
+        if weights.q_bias is not None:
+            bias_R = torch.cat([weights.q_bias, weights.k_bias, weights.v_bias])
+        qkv_tR = joined_linear(x_tD, [weights.q_rD, weights.k_rD, weights.v_rD], bias_R)
+        H = self.head_size
+        heads = HeadSizes(weights.q_rD.shape[0] // H, weights.k_rD.shape[0] // H, H)
+        return split_heads(qkv_tR, heads, (weights.q_norm, weights.k_norm), self.epsilon, positions.cos_tH,
+                           positions.sin_tH)
 
     def project_q(self, x_tD: torch.Tensor, positions: Positions, weights: Projections,
                   linear: Linear = F.linear) -> torch.Tensor:

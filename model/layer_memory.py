@@ -146,7 +146,9 @@ class LayerMemory:
     def _head_norms(self) -> int:
         if not self.has_qk_norm:
             return 0
-        return self.t * (self.heads.N + self.heads.K) * (self.b * self.H + self.W)
+        heads = self.heads
+        joined = self.b * self.H * self.t * (heads.N + 2 * heads.K)
+        return joined + self.W * self.t * (heads.N + heads.K)
 
     @property
     def _attention(self) -> int:
@@ -220,9 +222,11 @@ class LayerMemory:
     def loss_at_work(self) -> int:
         """Beside `kept_of_loss`: the normed input, a chunk's logits, the sum of the weight's gradient."""
         b, W = self.b, self.W
-        cast = b if b < W else 0  # the logits, or their gradient, in the compute dtype beside the wide ones
         rows = min(self.t, self.settings.loss_chunk_tokens)
-        chunk = rows * self.v * (W + cast)
+        # Fused kernels put the gradient in the logits' place. Without them there are wide logits, and beside them what
+        # the product wrote or reads in the compute dtype.
+        logit = b if self.on_gpu else W + (b if b < W else 0)
+        chunk = rows * self.v * logit
         sums = W * self.v * self.D if b < W else 0
         return self.read + chunk + sums
 
@@ -287,8 +291,12 @@ class LayerMemory:
         # The gradients, what is sent of them and what arrives; then what that is put together to.
         exchange = self.b * H * (3 * self.s * (heads.m + 2 * heads.k) if self.a2a > 1 else 0)
         gathered = self.b * H * (rows + 2 * self.T * heads.k) if self.gathers > 1 else 0
-        projecting = 2 * self.read + self.b * H * self.t * (heads.N + 2 * heads.K)
-        return [Moment(freed, made + max(kernel, exchange, gathered, projecting), weights)]
+        joined = self.b * H * self.t * (heads.N + 2 * heads.K)
+        # The gradients of q, k and v, turned back, side by side; a GPU's kernel writes them there at once.
+        turned = 0 if self.on_gpu else self.b * H * self.t * (heads.N + heads.K)
+        joining = 2 * joined + turned
+        projecting = 2 * self.read + joined + self.b * H * D * (heads.N + 2 * heads.K)  # and the joined weight
+        return [Moment(freed, made + max(kernel, exchange, gathered, joining, projecting), weights)]
 
     @property
     def _kernel_bytes(self) -> int:

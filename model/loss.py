@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from model import compiled
+from model.products import add_product
 from parallel.collectives import all_reduce
 from parallel.layout import Axis
 from parallel.tensor import vocab_parallel_first_choices
@@ -45,13 +47,14 @@ class _FusedLoss(torch.autograd.Function):
         return *(kept * grad for kept in ctx.saved_tensors), None, None, None
 
 
-def fused_loss(x_tD: torch.Tensor, weight_vD: torch.Tensor, labels_t: torch.Tensor, scale: float,
+def fused_loss(x_tD: torch.Tensor, weight_vD: torch.Tensor, labels_t: torch.Tensor, scale: torch.Tensor | float,
                head: Head) -> torch.Tensor:
     """scale * sum of the targets' cross entropies in nats: a scalar in at least fp32, the same on all tp ranks.
 
     Args:
         x_tD: all tokens of this context-parallel rank on every tp rank; each tp rank gets its part of the gradient.
         labels_t: IGNORED_LABEL where there is no target; without any, the result is 0, with gradients of 0.
+        scale: a number, or a scalar on the device.
     """
     if torch.is_grad_enabled():
         return _FusedLoss.apply(x_tD, weight_vD, labels_t, scale, head)
@@ -68,7 +71,7 @@ def _wide(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _by_chunks(x_tD, weight_vD, labels_t, head: Head, scale: float = 1.0,
+def _by_chunks(x_tD, weight_vD, labels_t, head: Head, scale: torch.Tensor | float = 1.0,
                grads: tuple[torch.Tensor, torch.Tensor] | None = None,
                count_hits: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum of losses and hits; fills `grads` (of x, overwritten; of the weight, added to), scaled."""
@@ -84,44 +87,92 @@ def _by_chunks(x_tD, weight_vD, labels_t, head: Head, scale: float = 1.0,
     return total, hits
 
 
-def _one_chunk(x_cD, weight_vD, labels_c, head: Head, scale: float, grads: tuple[torch.Tensor, torch.Tensor] | None,
+def _one_chunk(x_cD: torch.Tensor, weight_vD: torch.Tensor, labels_c: torch.Tensor, head: Head,
+               scale: torch.Tensor | float, grads: tuple[torch.Tensor, torch.Tensor] | None,
                count_hits: bool) -> tuple[torch.Tensor, torch.Tensor | int]:
-    logits_cv = (x_cD @ weight_vD.T).to(_wide(x_cD))
-    logits_cv[:, max(0, head.vocab_size - head.tp.rank * weight_vD.shape[0]):] = float("-inf")
+    logits_cv = x_cD @ weight_vD.T
+    if not compiled.is_fused(logits_cv):
+        logits_cv = logits_cv.to(_wide(logits_cv))
+    num_real = max(0, head.vocab_size - head.tp.rank * weight_vD.shape[0])
+    if num_real < weight_vD.shape[0]:
+        logits_cv[:, num_real:] = float("-inf")
     hits = (vocab_parallel_first_choices(logits_cv, head.tp) == labels_c).sum() if count_hits else 0
-    losses_c, powers_cv, sums_c, target = _cross_entropy(logits_cv, labels_c, head.tp)
+    softmax = _Softmax(logits_cv, labels_c, head.tp)
     if grads is not None:
-        # The gradient of the logits takes the place of their powers; the softmax in between is not written.
-        factors_c = (labels_c != IGNORED_LABEL).to(sums_c.dtype).mul_(scale)
-        powers_cv.mul_((factors_c / sums_c)[:, None])
-        grad_cv = powers_cv.scatter_add_(1, target.ids[:, None], -(target.here * factors_c)[:, None]).to(x_cD.dtype)
+        has_target_c = labels_c != IGNORED_LABEL
+        grad_cv = softmax.gradient(has_target_c.to(softmax.sums_c.dtype).mul_(scale)).to(x_cD.dtype)
         torch.mm(grad_cv, weight_vD, out=grads[0])
-        if grads[1].dtype == grad_cv.dtype:
-            grads[1].addmm_(grad_cv.T, x_cD)
-        else:
-            grads[1].add_(grad_cv.T @ x_cD)
-    return losses_c.sum(), hits
+        add_product(grads[1], grad_cv.T, x_cD)
+    return softmax.losses(labels_c).sum(), hits
 
 
-@dataclass(frozen=True)
-class _Target:
-    """The label's column on this tp rank."""
+class _Softmax:
+    """Softmax over a vocabulary split over tp, without ever writing it.
 
-    ids: torch.Tensor  # int64 [c]; 0 where it is elsewhere
-    here: torch.Tensor  # [c] 1 where it is here, else 0
+    Without fused kernels (a CPU) the logits come in at least fp32, and their exponentials take their
+    place. With them the logits stay as the product wrote them: one kernel reads them for the row's
+    maximum and sum, another one reads them again and puts the gradient in their place, so they pass
+    through memory three times.
+    """
+
+    def __init__(self, logits_cv: torch.Tensor, labels_c: torch.Tensor, tp: Axis):
+        v = logits_cv.shape[1]
+        ids_c = labels_c - tp.rank * v
+        absent_c = (ids_c < 0) | (ids_c >= v)
+        self.ids_c = ids_c.masked_fill_(absent_c, 0)
+        self.is_here_c = ~absent_c
+        self.values_cv = logits_cv
+        self.is_fused = compiled.is_fused(logits_cv)
+        exp_sums = _exp_sums if self.is_fused else _exp_sums_
+        self.own_tops_c, own_sums_c, chosen_c = compiled.run(exp_sums, logits_cv, self.ids_c)
+        self.tops_c = all_reduce(self.own_tops_c.clone(), tp, dist.ReduceOp.MAX)
+        own_sums_c = own_sums_c * (self.own_tops_c - self.tops_c).exp()
+        self.sums_c, self.chosen_c = all_reduce(torch.stack([own_sums_c, chosen_c * self.is_here_c]), tp)
+
+    def losses(self, labels_c: torch.Tensor) -> torch.Tensor:
+        """Return the cross entropy of each token in nats [c], 0 without a target."""
+        losses_c = self.sums_c.log() + self.tops_c - self.chosen_c
+        return losses_c.masked_fill_(labels_c == IGNORED_LABEL, 0.0)
+
+    def gradient(self, factors_c: torch.Tensor) -> torch.Tensor:
+        """Put the gradient of `(factors * losses).sum()` in the place of the logits [c, v]; once."""
+        shares_c = factors_c / self.sums_c
+        targets_c = factors_c * self.is_here_c
+        if self.is_fused:
+            compiled.run(_softmax_gradient_, self.values_cv, self.ids_c, self.tops_c, shares_c, targets_c)
+            return self.values_cv
+        shares_c *= (self.own_tops_c - self.tops_c).exp()
+        return self.values_cv.mul_(shares_c[:, None]).scatter_add_(1, self.ids_c[:, None], -targets_c[:, None])
 
 
-def _cross_entropy(logits_cv: torch.Tensor, labels_c: torch.Tensor,
-                   tp: Axis) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, _Target]:
-    """(losses [c], exp(logits - largest) [c, v] in the place of the logits, its sums over all v [c], target)."""
-    v = logits_cv.shape[1]
-    ids = labels_c - tp.rank * v
-    absent = (ids < 0) | (ids >= v)
-    target = _Target(ids.masked_fill_(absent, 0), (~absent).to(logits_cv.dtype))
-    chosen = logits_cv.gather(1, target.ids[:, None])[:, 0].masked_fill_(absent, 0.0)
-    top = all_reduce(logits_cv.amax(dim=1), tp, dist.ReduceOp.MAX)
-    powers_cv = logits_cv.sub_(top[:, None]).exp_()
-    sums = all_reduce(torch.stack([powers_cv.sum(dim=1), chosen]), tp)
-    losses = (sums[0].log() + top - sums[1]).masked_fill_(labels_c == IGNORED_LABEL, 0.0)
-    return losses, powers_cv, sums[0], target
+def _exp_sums_(logits_cv: torch.Tensor, ids_c: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Put exp(logit - the row's maximum) in the place of the logits; return the maxima, sums, and logits at `ids_c`."""
+    chosen_c = logits_cv.gather(1, ids_c[:, None])[:, 0]
+    tops_c = _finite(logits_cv.amax(dim=1))
+    sums_c = logits_cv.sub_(tops_c[:, None]).exp_().sum(dim=1)
+    return tops_c, sums_c, _finite(chosen_c)
 
+
+def _exp_sums(logits_cv: torch.Tensor, ids_c: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return the same and leave the logits as they are; in this form the compiler reads each row once."""
+    wide_cv = logits_cv.to(_wide(logits_cv))
+    tops_c1 = wide_cv.amax(dim=1, keepdim=True)
+    sums_c1 = (wide_cv - tops_c1).exp().sum(dim=1, keepdim=True)
+    chosen_c = logits_cv.gather(1, ids_c[:, None])[:, 0].to(wide_cv.dtype)
+    sums_c = torch.where(tops_c1 == float("-inf"), 0.0, sums_c1)[:, 0]
+    return _finite(tops_c1[:, 0]), sums_c, _finite(chosen_c)
+
+
+def _finite(values: torch.Tensor) -> torch.Tensor:
+    """Replace -inf: a tp rank may hold nothing but padding."""
+    return values.clamp(min=torch.finfo(values.dtype).min)
+
+
+def _softmax_gradient_(logits_cv: torch.Tensor, ids_c: torch.Tensor, tops_c: torch.Tensor, shares_c: torch.Tensor,
+                       targets_c: torch.Tensor) -> None:
+    """Put exp(logit - top) * share, less `targets_c` in column `ids_c`, in the place of the logits."""
+    columns_v = torch.arange(logits_cv.shape[1], device=logits_cv.device)
+    wide_cv = logits_cv.to(tops_c.dtype)
+    softmax_cv = (wide_cv - tops_c[:, None]).exp() * shares_c[:, None]
+    target_cv = torch.where(columns_v == ids_c[:, None], targets_c[:, None], 0.0)
+    logits_cv.copy_(softmax_cv - target_cv)

@@ -9,6 +9,7 @@ Legend: t tokens, D hidden, F MLP width of this tp rank.
 import torch
 
 from model.pointwise import gated, gated_gradients
+from model.products import add_product
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -28,23 +29,40 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_tD):
         x_tD, gate_FD, up_FD, down_DF, *kept = ctx.saved_tensors
-        wide = torch.promote_types(x_tD.dtype, torch.float32) if ctx.tiles > 1 else x_tD.dtype
         # Without a value, x was made for this backward alone: its gradient takes its place, tile by tile.
-        grad_x, sums = torch.empty_like(x_tD) if ctx.value else x_tD, None
+        grad_x = torch.empty_like(x_tD) if ctx.value else x_tD
+        sums = _Sums((gate_FD, up_FD, down_DF), several=ctx.tiles > 1)
         for rows in _tiles(x_tD.shape[0], ctx.tiles):
-            parts = _tile_gradients(x_tD[rows], gate_FD, up_FD, down_DF, kept, grad_tD[rows], grad_x[rows])
-            sums = [part.to(wide) for part in parts] if sums is None else [
-                total.add_(part) for total, part in zip(sums, parts, strict=True)]
-        return grad_x, *(total.to(x_tD.dtype) for total in sums), None, None
+            x = x_tD[rows]
+            grad = grad_tD[rows]
+            projections = kept or (x @ gate_FD.T, x @ up_FD.T)
+            hidden, grad_gate, grad_up = gated_gradients(grad @ down_DF, *projections)
+            # Before x's gradient is written, which may take the place of x.
+            sums.add((grad_gate.T, x), (grad_up.T, x), (grad.T, hidden))
+            torch.mm(grad_gate, gate_FD, out=grad_x[rows]).addmm_(grad_up, up_FD)
+        return grad_x, *sums.narrow(x_tD.dtype), None, None
 
 
-def _tile_gradients(x, gate_FD, up_FD, down_DF, kept, grad, grad_x) -> tuple[torch.Tensor, ...]:
-    """The gradients of the three weights from one tile; that of its input goes to `grad_x`, which may be `x`."""
-    projections = kept or (x @ gate_FD.T, x @ up_FD.T)
-    hidden, grad_gate, grad_up = gated_gradients(grad @ down_DF, *projections)
-    grads = grad_gate.T @ x, grad_up.T @ x, grad.T @ hidden
-    torch.mm(grad_gate, gate_FD, out=grad_x).addmm_(grad_up, up_FD)
-    return grads
+class _Sums:
+    """The weights' gradients, added up over the tiles in at least fp32."""
+
+    def __init__(self, weights: tuple[torch.Tensor, ...], *, several: bool):
+        self.totals: list[torch.Tensor] = []
+        if several:
+            wide = torch.promote_types(weights[0].dtype, torch.float32)
+            self.totals = [torch.zeros_like(weight, dtype=wide) for weight in weights]
+
+    def add(self, *pairs: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Add each pair's product to its weight's sum; a single tile's product is the sum."""
+        if not self.totals:
+            self.totals = [left @ right for left, right in pairs]
+            return
+        for total, (left, right) in zip(self.totals, pairs, strict=True):
+            add_product(total, left, right)
+
+    def narrow(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        """Return the sums in the weights' dtype."""
+        return [total.to(dtype) for total in self.totals]
 
 
 def _tiles(total: int, count: int) -> list[slice]:

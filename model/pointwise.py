@@ -1,10 +1,56 @@
-"""Norm, rotation and gate with hand-written gradients: they keep no more than what backward needs.
+"""Norm, rotation and gate with hand-written gradients, which keep no more than they need.
 
-Legend: t tokens, n heads, H head size, F MLP width.
+The formulas run as written on a CPU and as fused kernels on a GPU (compiled.py).
+
+Legend: t tokens, n heads, N query and K key/value heads of this tp rank, H head size, F MLP width,
+R = (N + 2 K) H rows of the weights before the attention.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
+
+from model import compiled
+
+BLOCK = 2**18
+"""Elements that the norm widens at once on a CPU: they stay in a core's cache, and nothing wide of [t, D] exists."""
+
+
+def _blocks(x: torch.Tensor) -> list[slice]:
+    """Cut the rows of `x` into blocks; a fused kernel needs none."""
+    if x.is_cuda:
+        return [slice(None)]
+    size = max(1, BLOCK * x.shape[0] // max(1, x.numel()))
+    return [slice(start, start + size) for start in range(0, x.shape[0], size)]
+
+
+def _norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (the normed rows, the number that each row was multiplied by, in at least fp32)."""
+    wide_dtype = torch.promote_types(x.dtype, torch.float32)
+    out = torch.empty_like(x)
+    scale = x.new_empty(*x.shape[:-1], 1, dtype=wide_dtype)
+    for rows in _blocks(x):
+        part = x[rows].to(wide_dtype)
+        mean_square = torch.linalg.vector_norm(part, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        scale[rows] = mean_square.add_(epsilon).rsqrt_()
+        out[rows] = (part * scale[rows]).mul_(weight)
+    return out, scale
+
+
+def _norm_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor,
+                   scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of `_norm`'s input and of its weight."""
+    grad_x = torch.empty_like(x)
+    grad_weight = torch.zeros_like(weight, dtype=scale.dtype)
+    for rows in _blocks(x):
+        normed = x[rows] * scale[rows]  # in the scale's dtype, at least fp32
+        wide = grad[rows].to(scale.dtype)
+        grad_weight += (wide * normed).flatten(0, -2).sum(0)
+        wide = wide * weight
+        share = torch.linalg.vecdot(wide, normed).div_(x.shape[-1])[..., None]
+        grad_x[rows] = wide.sub_(normed.mul_(share)).mul_(scale[rows])
+    return grad_x, grad_weight.to(weight.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -12,37 +58,13 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, epsilon):
-        out, wide = torch.empty_like(x), torch.promote_types(x.dtype, torch.float32)
-        scale = x.new_empty(*x.shape[:-1], 1, dtype=wide)
-        for rows in _blocks(x):
-            part = x[rows].to(wide)
-            scale[rows] = torch.linalg.vector_norm(part, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(
-                epsilon).rsqrt_()
-            out[rows] = (part * scale[rows]).mul_(weight)
+        out, scale = _norm(x, weight, epsilon)
         ctx.save_for_backward(x, weight, scale)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, scale = ctx.saved_tensors
-        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=scale.dtype)
-        for rows in _blocks(x):
-            normed = x[rows] * scale[rows]  # in the scale's dtype, at least fp32
-            wide = grad[rows].to(scale.dtype)
-            grad_weight += (wide * normed).flatten(0, -2).sum(0)
-            wide = wide * weight
-            share = torch.linalg.vecdot(wide, normed).div_(x.shape[-1])[..., None]
-            grad_x[rows] = wide.sub_(normed.mul_(share)).mul_(scale[rows])
-        return grad_x, grad_weight.to(weight.dtype), None
-
-
-BLOCK = 2**18
-"""Elements that the norm widens at once: they stay in a core's cache, and nothing wide of [t, D] exists."""
-
-
-def _blocks(x: torch.Tensor) -> list[slice]:
-    size = max(1, BLOCK * x.shape[0] // max(1, x.numel()))
-    return [slice(start, start + size) for start in range(0, x.shape[0], size)]
+        return *_norm_backward(grad, *ctx.saved_tensors), None
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -55,28 +77,34 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
     return _RMSNorm.apply(x, weight, epsilon)
 
 
-class _Rotate(torch.autograd.Function):
-    """The turn is orthogonal but for a factor in the tables: its gradient is the turn by the negative angle."""
-
-    @staticmethod
-    def forward(ctx, x_tnH, cos_tH, sin_tH):
-        ctx.save_for_backward(cos_tH, sin_tH)
-        return _turn(x_tnH, cos_tH, sin_tH, 1)
-
-    @staticmethod
-    def backward(ctx, grad_tnH):
-        return _turn(grad_tnH, *ctx.saved_tensors, -1), None, None
-
-
-def _turn(x_tnH: torch.Tensor, cos_tH: torch.Tensor, sin_tH: torch.Tensor, sign: int) -> torch.Tensor:
+def _turn(x_tnH: torch.Tensor, cos_tH: torch.Tensor, sin_tH: torch.Tensor) -> torch.Tensor:
+    """Turn each head's pairs (i, i + H/2) by its token's angles."""
     half = x_tnH.shape[-1] // 2
     out = x_tnH * cos_tH[:, None, :]
     # Both halves of a row of the tables are the same angles.
     sin = sin_tH[:, None, :half]
     # Not addcmul_: transformers rounds the products before it adds them.
-    out[..., :half].sub_(x_tnH[..., half:] * sin, alpha=sign)
-    out[..., half:].add_(x_tnH[..., :half] * sin, alpha=sign)
+    out[..., :half].sub_(x_tnH[..., half:] * sin)
+    out[..., half:].add_(x_tnH[..., :half] * sin)
     return out
+
+
+def _turn_back(x_tnH: torch.Tensor, cos_tH: torch.Tensor, sin_tH: torch.Tensor) -> torch.Tensor:
+    """Turn by the negative angles: the gradient of `_turn`, orthogonal but for a factor in the tables."""
+    return _turn(x_tnH, cos_tH, -sin_tH)
+
+
+class _Rotate(torch.autograd.Function):
+    """Keeps the tables alone."""
+
+    @staticmethod
+    def forward(ctx, x_tnH, cos_tH, sin_tH):
+        ctx.save_for_backward(cos_tH, sin_tH)
+        return compiled.run(_turn, x_tnH, cos_tH, sin_tH)
+
+    @staticmethod
+    def backward(ctx, grad_tnH):
+        return compiled.run(_turn_back, grad_tnH, *ctx.saved_tensors), None, None
 
 
 def rotate(x_tnH: torch.Tensor, cos_tH: torch.Tensor, sin_tH: torch.Tensor) -> torch.Tensor:
@@ -84,15 +112,110 @@ def rotate(x_tnH: torch.Tensor, cos_tH: torch.Tensor, sin_tH: torch.Tensor) -> t
     return _Rotate.apply(x_tnH, cos_tH, sin_tH)
 
 
-def gated(gate_tF: torch.Tensor, up_tF: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up."""
+class HeadSizes(NamedTuple):
+    """How the columns of q, k and v lie side by side."""
+
+    queries: int
+    """N"""
+    keys: int
+    """K"""
+    size: int
+    """H"""
+
+    def split(self, qkv_tR: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return views of q [t, N, H], k [t, K, H] and v [t, K, H]."""
+        heads = qkv_tR.unflatten(1, (-1, self.size))
+        return heads.split([self.queries, self.keys, self.keys], dim=1)
+
+
+def _split_and_turn(qkv_tR: torch.Tensor, heads: HeadSizes, cos_tH: torch.Tensor,
+                    sin_tH: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return q and k turned, and v, each with memory of its own."""
+    q, k, v = heads.split(qkv_tR)
+    return _turn(q, cos_tH, sin_tH), _turn(k, cos_tH, sin_tH), v.clone()
+
+
+def _join_turned(grad_q: torch.Tensor, grad_k: torch.Tensor, grad_v: torch.Tensor, cos_tH: torch.Tensor,
+                 sin_tH: torch.Tensor) -> torch.Tensor:
+    """Backward of `_split_and_turn`."""
+    parts = (_turn_back(grad_q, cos_tH, sin_tH), _turn_back(grad_k, cos_tH, sin_tH), grad_v)
+    return torch.cat(parts, dim=1).flatten(1)
+
+
+def _split_norm_and_turn(qkv_tR: torch.Tensor, heads: HeadSizes, q_norm: torch.Tensor, k_norm: torch.Tensor,
+                         epsilon: float, cos_tH: torch.Tensor, sin_tH: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Do the same after a norm over each head of q and k; return the norms' scales as well."""
+    q, k, v = heads.split(qkv_tR)
+    q, q_scale = _norm(q, q_norm, epsilon)
+    k, k_scale = _norm(k, k_norm, epsilon)
+    return _turn(q, cos_tH, sin_tH), _turn(k, cos_tH, sin_tH), v.clone(), q_scale, k_scale
+
+
+def _join_turned_and_normed(qkv_tR: torch.Tensor, grads: tuple[torch.Tensor, ...], heads: HeadSizes,
+                            norms: tuple[torch.Tensor, ...], scales: tuple[torch.Tensor, ...], cos_tH: torch.Tensor,
+                            sin_tH: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Backward of `_split_norm_and_turn`: the gradients of qkv and of the two norms."""
+    q, k, _ = heads.split(qkv_tR)
+    grad_q, grad_q_norm = _norm_backward(_turn_back(grads[0], cos_tH, sin_tH), q, norms[0], scales[0])
+    grad_k, grad_k_norm = _norm_backward(_turn_back(grads[1], cos_tH, sin_tH), k, norms[1], scales[1])
+    return torch.cat([grad_q, grad_k, grads[2]], dim=1).flatten(1), grad_q_norm, grad_k_norm
+
+
+class _SplitHeads(torch.autograd.Function):
+    """Without norms it keeps the tables alone; with them, its input as well."""
+
+    @staticmethod
+    def forward(ctx, qkv_tR, heads, q_norm, k_norm, epsilon, cos_tH, sin_tH):
+        ctx.heads = heads
+        if q_norm is None:
+            ctx.save_for_backward(cos_tH, sin_tH)
+            return compiled.run(_split_and_turn, qkv_tR, heads, cos_tH, sin_tH)
+        q, k, v, *scales = compiled.run(_split_norm_and_turn, qkv_tR, heads, q_norm, k_norm, epsilon, cos_tH, sin_tH)
+        ctx.save_for_backward(cos_tH, sin_tH, qkv_tR, q_norm, k_norm, *scales)
+        return q, k, v
+
+    @staticmethod
+    def backward(ctx, *grads):
+        cos_tH, sin_tH, *kept = ctx.saved_tensors
+        if not kept:
+            return compiled.run(_join_turned, *grads, cos_tH, sin_tH), None, None, None, None, None, None
+        qkv_tR, q_norm, k_norm, q_scale, k_scale = kept
+        grad_qkv, grad_q_norm, grad_k_norm = compiled.run(
+            _join_turned_and_normed, qkv_tR, grads, ctx.heads, (q_norm, k_norm), (q_scale, k_scale), cos_tH, sin_tH)
+        return grad_qkv, None, grad_q_norm, grad_k_norm, None, None, None
+
+
+def split_heads(qkv_tR: torch.Tensor, heads: HeadSizes, norms: tuple[torch.Tensor | None, torch.Tensor | None],
+                epsilon: float, cos_tH: torch.Tensor, sin_tH: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Cut one product into q, k and v; q and k are normed per head, where norms are given, and rotated.
+
+    Args:
+        qkv_tR: [t, (N + 2 K) H], the heads of q, then of k, then of v.
+        norms: weights [H] of the norms over q's and k's heads, or None twice.
+    Returns:
+        q [t, N, H], k [t, K, H] and v [t, K, H], each with memory of its own.
+    """
+    return _SplitHeads.apply(qkv_tR, heads, *norms, epsilon, cos_tH, sin_tH)
+
+
+def _gated(gate_tF: torch.Tensor, up_tF: torch.Tensor) -> torch.Tensor:
     return F.silu(gate_tF).mul_(up_tF)
 
 
-def gated_gradients(grad_tF: torch.Tensor, gate_tF: torch.Tensor,
-                    up_tF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(silu(gate) * up, gradient of gate, gradient of up), for the gradient of the first."""
+def gated(gate_tF: torch.Tensor, up_tF: torch.Tensor) -> torch.Tensor:
+    """Return silu(gate) * up."""
+    return compiled.run(_gated, gate_tF, up_tF)
+
+
+def _gated_gradients(grad_tF: torch.Tensor, gate_tF: torch.Tensor, up_tF: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    # In this order no more than six of [t, F] exist at once.
+    grad_gate = torch.ops.aten.silu_backward(grad_tF * up_tF, gate_tF)
     activated = F.silu(gate_tF)
     grad_up = grad_tF * activated
-    grad_gate = torch.ops.aten.silu_backward(grad_tF.mul_(up_tF), gate_tF)
     return activated.mul_(up_tF), grad_gate, grad_up
+
+
+def gated_gradients(grad_tF: torch.Tensor, gate_tF: torch.Tensor,
+                    up_tF: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return (silu(gate) * up, the gradient of gate, the gradient of up), for the gradient of the first."""
+    return compiled.run(_gated_gradients, grad_tF, gate_tF, up_tF)

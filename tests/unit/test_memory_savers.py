@@ -193,13 +193,14 @@ def one_step(settings: MemorySettings, bounds: list[int], **model) -> None:
 
 
 @pytest.mark.parametrize("settings, forwards, products", [
-    (MemorySettings(), 1, 0), (MemorySettings("selective"), 1, 2), (MemorySettings("full"), 2, 6),
-    (MemorySettings("attention_kept"), 1, 6), (MemorySettings("full", attention_head_chunks=2), 2, None),
+    (MemorySettings(), 1, 0), (MemorySettings("selective"), 1, 2), (MemorySettings("full"), 2, 4),
+    (MemorySettings("attention_kept"), 1, 4), (MemorySettings("full", attention_head_chunks=2), 2, None),
     (MemorySettings("attention_kept", attention_head_chunks=2), 1, None)], ids=str)
 def test_each_level_computes_again_what_it_says(settings, forwards, products):
     """Attention's forward per layer, and matrix products of a layer that run a second time.
 
-    Never all seven: neither the MLP's result nor, in chunks, the projections of a kept attention are needed again.
+    Never all of q, k and v (one product), o, gate, up and down: neither the MLP's result nor, in chunks, the
+    projections of a kept attention are needed again.
     """
     def calls(settings: MemorySettings) -> Counter:
         with Counting() as counting:

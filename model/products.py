@@ -1,0 +1,52 @@
+"""Matrix products that torch.nn.functional does not have: into a wider sum, and with several weights at once."""
+
+from collections.abc import Sequence
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+
+
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add `left @ right` to `total` in place, in the dtype of `total`.
+
+    A GPU multiplies bf16 and adds to fp32 in one kernel, which never rounds the product to bf16. A CPU
+    has no such kernel: there the product is rounded to the factors' dtype before it is added.
+
+    Args:
+        total: [m, n], of the factors' dtype or wider.
+        left: [m, k].
+        right: [k, n].
+    """
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    elif total.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(left @ right)
+
+
+def joined_linear(x_tD: torch.Tensor, weights: Sequence[torch.Tensor], bias_R: torch.Tensor | None) -> torch.Tensor:
+    """Apply several weights [r, D] to one input by one product: [t, D] -> [t, R], their results side by side.
+
+    The joined weight is made again for backward: kept, it would be a second copy of the weights in every
+    layer, which ZeRO-3 could not free.
+    """
+    joined_RD = torch.cat(list(weights))
+    parts = [weight.detach() for weight in weights]
+    address = joined_RD.data_ptr()
+    strides = joined_RD.stride()
+
+    def pack(kept: torch.Tensor) -> torch.Tensor | bool:
+        if kept.data_ptr() != address:
+            return kept
+        return kept.stride() != strides  # what stands for the joined weight: is it transposed?
+
+    def unpack(packed: torch.Tensor | bool) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        again_RD = torch.cat(parts)
+        return again_RD.T if packed else again_RD
+
+    with saved_tensors_hooks(pack, unpack):
+        return F.linear(x_tD, joined_RD, bias_R)
