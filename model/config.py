@@ -101,8 +101,9 @@ class ModelConfig:
     attention_head_chunks: int = 1
     """Groups of query heads that are projected, exchanged and attended with one after the other. A phase may change
     it."""
-    loss_chunk_tokens: int = 2048
-    """Tokens whose logits exist at once. A phase may change it."""
+    loss_chunk_tokens: int | None = None
+    """Tokens whose logits exist at once; by default 2048, and on a GPU up to 8192 where they fit. A phase may change
+    it."""
 
     @property
     def head_size(self) -> int:

@@ -157,7 +157,7 @@ class GPTStage(nn.Module):
         if not self.is_last:
             return x_tD
         inputs = *self.head_inputs(x_tD), microbatch.labels
-        head = Head(self.layout.tp, self.vocab_size, self.memory.loss_chunk_tokens)
+        head = Head(self.layout.tp, self.vocab_size, self.memory.loss_tokens)
         if self.scores is None:
             return fused_loss(*inputs, self.loss_scale, head)
         loss, hits = score(*inputs, head)

@@ -222,7 +222,7 @@ class LayerMemory:
     def loss_at_work(self) -> int:
         """Beside `kept_of_loss`: the normed input, a chunk's logits, the sum of the weight's gradient."""
         b, W = self.b, self.W
-        rows = min(self.t, self.settings.loss_chunk_tokens)
+        rows = min(self.t, self.settings.loss_tokens)
         # Fused kernels put the gradient in the logits' place. Without them there are wide logits, and beside them what
         # the product wrote or reads in the compute dtype.
         logit = b if self.on_gpu else W + (b if b < W else 0)

@@ -24,6 +24,9 @@ KEEPS_INPUT_ONLY = ("full", "attention_kept")
 """Levels whose kept tensors can be offloaded."""
 assert set(KEEPS_INPUT_ONLY) < set(get_args(Recompute))
 
+LOSS_CHUNK_TOKENS = 2048
+"""Tokens whose logits exist at once, unless a setting or the plan says otherwise."""
+
 
 @dataclass(frozen=True)
 class MemorySettings:
@@ -34,13 +37,20 @@ class MemorySettings:
     """Of each stage, from its first."""
     mlp_tiles: int = 1
     attention_head_chunks: int = 1
-    loss_chunk_tokens: int = 2048
+    loss_chunk_tokens: int | None = None
+    """None = LOSS_CHUNK_TOKENS, or what the plan chose (pretrain/fit.py: choose_loss_chunks)."""
+
+    @property
+    def loss_tokens(self) -> int:
+        """Tokens whose logits exist at once."""
+        return self.loss_chunk_tokens or LOSS_CHUNK_TOKENS
 
     def problems(self) -> list[str]:
         """Values out of range, as `name = value: rule. Fix: ...`."""
         least = {"cpu_offloading_num_layers": 0, "mlp_tiles": 1, "attention_head_chunks": 1, "loss_chunk_tokens": 1}
-        return [f"{name} = {getattr(self, name)}: must be at least {low}. Fix: give {low} or more."
-                for name, low in least.items() if getattr(self, name) < low]
+        given = {name: value for name in least if (value := getattr(self, name)) is not None}
+        return [f"{name} = {value}: must be at least {least[name]}. Fix: give {least[name]} or more."
+                for name, value in given.items() if value < least[name]]
 
 
 class _Layer(torch.autograd.Function):

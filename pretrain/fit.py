@@ -25,6 +25,10 @@ LESS = 0.85
 """After the estimate was wrong: settings are named that are estimated to need at most so much of it."""
 TILES, LOSS_CHUNKS, FACTORS = (2, 4, 8, 16, 32), (1024, 512, 256), (2, 4, 8, 16, 32)
 """Values that are tried for mlp_tiles, loss_chunk_tokens, and as multiples of cp and of the processes."""
+LARGE_LOSS_CHUNKS = (8192, 4096)
+"""Tokens that a GPU prefers for loss_chunk_tokens: each chunk reads and writes the weight's fp32 gradient once."""
+LARGEST_LOGITS = 2 * GIB
+"""Bytes of a chunk's logits beyond which a larger chunk is not worth its memory."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,26 @@ def check_memory(phases: list[Phase], config: Config, world_size: int, vocab_siz
         elif memory.total > machine.device.usable:
             report.warnings.append(f"{where}{needs}, which is more than {machine.device.describe()}")
     return report
+
+
+def choose_loss_chunks(phases: list[Phase], config: Config, world_size: int, vocab_size: int,
+                       machine: Machine | None = None) -> list[Phase]:
+    """Give each phase that leaves it open the largest chunk of the loss that its GPU has memory for."""
+    machine = machine or Machine.here(config)
+    model = memory_model(config, vocab_size, machine.device.hardware)
+    if not model.on_gpu:
+        return phases
+    rows = config.model.padded_vocab_size(vocab_size)
+    chosen = []
+    for phase in phases:
+        if phase.memory.loss_chunk_tokens is None:
+            columns = rows // phase.layout.tensor_model_parallel_size
+            candidates = [n for n in LARGE_LOSS_CHUNKS if n * columns * model.compute_bytes <= LARGEST_LOGITS]
+            larger = (with_memory(phase, loss_chunk_tokens=n) for n in candidates)
+            phase = next((changed for changed in larger if Search(
+                changed, config, world_size, model, machine).memory.total <= machine.device.usable), phase)
+        chosen.append(phase)
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -139,7 +163,7 @@ class Search:
     def _memory_settings(self) -> Iterator[list[tuple[str, Phase, int]]]:
         """Groups of changes of the same kind, each from small to large; a level of recompute also with the others."""
         settings = self.phase.memory
-        smaller = [{"loss_chunk_tokens": n} for n in LOSS_CHUNKS if n < settings.loss_chunk_tokens]
+        smaller = [{"loss_chunk_tokens": n} for n in LOSS_CHUNKS if n < settings.loss_tokens]
         tiles = [{"mlp_tiles": n} for n in TILES if n > settings.mlp_tiles]
         chunks = [{"attention_head_chunks": n} for n in self._head_chunks() if n > settings.attention_head_chunks]
         for group in (smaller, tiles, chunks):

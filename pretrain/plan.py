@@ -17,7 +17,7 @@ from pretrain.config import Config
 from pretrain.evaluate import check as check_evaluations
 from pretrain.evaluate import warnings as evaluation_warnings
 from pretrain.feed import blend_change, check_windows, forecast_phases, forecast_warnings
-from pretrain.fit import MemoryReport, check_memory
+from pretrain.fit import MemoryReport, check_memory, choose_loss_chunks
 from pretrain.learning_rate import LearningRate
 from pretrain.load_config import read_config_yaml
 from pretrain.phases import Phase, attempt, resolve_phases
@@ -112,6 +112,7 @@ def make_plan(config: Config, world_size: int, only_print: bool = False) -> Plan
     clock = progress["clock"] if goes_on else 0
     phases, layouts, layout_lines = settle_layouts(
         phases, config, world_size, vocab_size, progress.get("layouts", {}) if goes_on else {}, clock)
+    phases = choose_loss_chunks(phases, config, world_size, vocab_size)
     fit = check_memory(phases, config, world_size, vocab_size, clock)
     if problems := (_handover_problems(phases, config) + check_evaluations(config.logging, phases, tokenizer)
                     + fit.problems):

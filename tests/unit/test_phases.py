@@ -198,13 +198,13 @@ def test_a_phase_changes_the_memory_settings_and_keeps_what_the_run_gives():
     for phase in made.schedule.phases:
         phase.train_tokens = 256
     made.model.recompute_granularity, made.model.cpu_offloading_num_layers, made.model.mlp_tiles = "full", 3, 2
-    whole = MemorySettings("full", 3, 2, 1, 2048)
-    expected = [whole, MemorySettings(None, 0, 2, 1, 2048), MemorySettings("full", 3, 8, 4, 512),
-                MemorySettings("selective", 0, 2, 1, 2048)]
+    whole = MemorySettings("full", 3, 2, 1)
+    expected = [whole, MemorySettings(None, 0, 2, 1), MemorySettings("full", 3, 8, 4, 512),
+                MemorySettings("selective", 0, 2, 1)]
     assert [phase.memory for phase in resolve_phases(made)] == expected
     assert check_phases(resolve_phases(made), made, 1, 100) == []
     made.model.recompute_modules = ["core_attn"]  # nothing to compute again
-    assert resolve_phases(made)[3].memory == MemorySettings(None, 0, 2, 1, 2048)
+    assert resolve_phases(made)[3].memory == MemorySettings(None, 0, 2, 1)
     made.model.recompute_modules = ["core_attn", "mlp"]
     assert [phase.memory for phase in resolve_phases(made)] == expected
 
