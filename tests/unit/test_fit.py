@@ -11,6 +11,7 @@ from pretrain.fit import (
     Machine,
     Search,
     check_memory,
+    choose_loss_chunks,
     describe_out_of_memory,
     memory_model,
     with_memory,
@@ -171,6 +172,43 @@ def test_the_plan_names_the_memory_settings():
     first, second = describe(resolve_phases(made), 8).splitlines()[1:]
     assert first.endswith("optim_grads, recompute attention_kept, 2 layers offloaded, 8 MLP tiles, 4 head chunks, loss "
                           "by 1,024 tokens") and second.endswith("optim_grads")
+
+
+def chunks_on(device: Device, made, vocabulary: int = VOCABULARY) -> list[int | None]:
+    phases = choose_loss_chunks(resolve_phases(made), made, 8, vocabulary, machine(device))
+    return [phase.memory.loss_chunk_tokens for phase in phases]
+
+
+def test_a_gpu_takes_the_largest_chunk_of_the_loss_that_fits():
+    """8,192 tokens x 128,256 logits x 2 bytes are 1.96 GiB, and 2 GiB are the limit; tp divides the vocabulary."""
+    made = given("llama3-8b", {"seq_length": 16384}, {"loss_chunk_tokens": 100})
+    assert chunks_on(H200, made) == [8192, 100]
+    assert chunks_on(H200, made, 2 * VOCABULARY) == [4096, 100]
+    halved = given("llama3-8b", {"seq_length": 16384}, tensor_model_parallel_size=2)
+    assert chunks_on(H200, halved, 2 * VOCABULARY) == [8192]
+    assert chunks_on(Device(CPU, H200.memory_bytes), made) == [None, 100]
+
+
+def test_the_chunk_of_the_loss_leaves_the_phase_within_the_memory():
+    made = given("llama3-8b", {"seq_length": 16384})
+    (phase,) = resolve_phases(made)
+    model = memory_model(made, VOCABULARY, H200.hardware)
+
+    def needs(tokens: int) -> int:
+        return Search(with_memory(phase, loss_chunk_tokens=tokens), made, 8, model, machine()).memory.total
+
+    assert needs(2048) < needs(4096) < needs(8192)
+    for room, expected in ((needs(8192), 8192), (needs(8192) - 1, 4096), (needs(4096) - 1, None)):
+        assert chunks_on(device_with(room), made) == [expected]
+
+
+def device_with(usable: int) -> Device:
+    """An H200 of which this many bytes may be used."""
+    device = Device(H200.hardware, usable)
+    while device.usable < usable:
+        device = Device(H200.hardware, device.memory_bytes + usable - device.usable)
+    assert device.usable == usable
+    return device
 
 
 def test_settings_that_the_schedule_refuses_are_not_offered():
