@@ -11,6 +11,7 @@
 #   MASTER_ADDR      node 0's name or address   (needed with NNODES > 1)
 #   MASTER_PORT      a port that is free there  (default: 29500; on one node a free one is found)
 #   OMP_NUM_THREADS  CPU threads a process      (default: cores / NPROC_PER_NODE)
+#   PYTORCH_CUDA_ALLOC_CONF  torch's GPU memory (default: expandable_segments:True; empty for torch's own)
 #   GRACE            seconds from a stop signal to the kill: one step + one save (default: 120)
 #   MAX_RESTARTS     restarts after a failure with no new checkpoint in between (default: 3)
 #   RETRY_WAIT       seconds before the first such restart, doubled each time (default: 5)
@@ -75,6 +76,11 @@ if [[ -z ${OMP_NUM_THREADS:-} ]]; then
   [[ $OMP_NUM_THREADS -ge 1 ]] || OMP_NUM_THREADS=1
 fi
 export OMP_NUM_THREADS
+# A phase's long samples leave holes in GPU memory that fixed segments can't fill; expandable ones can. Whoever sets
+# any of torch's names for this, also to nothing, decides alone: torch reads the first of them that is set.
+if [[ -z ${PYTORCH_CUDA_ALLOC_CONF+set}${PYTORCH_HIP_ALLOC_CONF+set}${PYTORCH_ALLOC_CONF+set} ]]; then
+  export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+fi
 # torch warns about process groups of two backends when it leaves them; its errors stay visible.
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 

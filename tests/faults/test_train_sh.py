@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN_SH = ROOT / "launch" / "train.sh"
+ALLOCATOR_NAMES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 # Each launch takes the next line of the file `plan` (the last line is kept). `hang` waits for a signal, says which
 # one, and ends like a trainer that saved; it leaves an orphan in a session of its own, as a killed torchrun does.
@@ -22,6 +23,7 @@ FAKE_PYTHON = r"""#!/usr/bin/env bash
 here={here}
 if [[ $2 == pretrain.train ]]; then echo "direct $RANK $WORLD_SIZE ${{*:3}}"; exit 0; fi
 echo "$PWD|$OMP_NUM_THREADS|$PYTHONPATH|$*" >> "$here/starts"
+env | grep _ALLOC_CONF= > "$here/allocator"
 action=$(head -n 1 "$here/plan")
 [[ $(wc -l < "$here/plan") -le 1 ]] || sed -i 1d "$here/plan"
 case $action in
@@ -60,7 +62,8 @@ class Fixture:
         self.python.write_text(FAKE_PYTHON.format(python=sys.executable, here=folder))
         self.python.chmod(0o755)
         self.environment = {key: value for key, value in os.environ.items() if key not in
-                            ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "PYTHONPATH")}
+                            ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "PYTHONPATH",
+                             *ALLOCATOR_NAMES)}
         self.environment |= {"ITHACA_PYTHON": str(self.python), "RETRY_WAIT": "0", "GRACE": "5",
                              "NPROC_PER_NODE": "1", "TMPDIR": str(folder)}
 
@@ -122,6 +125,22 @@ def test_done_is_success(fake):
     assert command.endswith("-m pretrain.train --config run.yaml --lr 1")
     assert "--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 5" in command
     assert "--nnodes 1 --node-rank 0 --nproc-per-node 1 --master-addr 127.0.0.1 --master-port" in command
+
+
+def test_gpu_memory_comes_in_expandable_segments(fake):
+    fake.plan("done")
+    assert fake.run()[0] == 0
+    found = (fake.folder / "allocator").read_text()
+    assert found == "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True\n"
+
+
+@pytest.mark.parametrize("value", ["max_split_size_mb:64", ""])
+@pytest.mark.parametrize("name", ALLOCATOR_NAMES)
+def test_the_callers_allocator_settings_stay_alone(fake, name, value):
+    fake.plan("done")
+    assert fake.run(**{name: value})[0] == 0
+    found = (fake.folder / "allocator").read_text()
+    assert found == f"{name}={value}\n"
 
 
 def test_again_starts_again(fake):
