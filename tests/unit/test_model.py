@@ -1,5 +1,7 @@
 """Parts of the model by themselves: attention backends, initial weights, head splits."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -136,15 +138,42 @@ def test_every_parameter_has_a_sharding():
         shardings_for(["layers.0.unknown.weight"], few_kv, 2)
 
 
-def test_our_call_fits_the_signature_of_torchs_varlen_attention():
-    import inspect
+def _varlen_of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    """Stands for the signature of torch 2.10's varlen_attn."""
 
+
+def _varlen_of_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+                    window_size=(-1, -1)):
+    """Stands for the signature of torch 2.11's varlen_attn."""
+
+
+def _varlen_of_2_13(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+                    window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None):
+    """Stands for the signature of torch 2.13's varlen_attn."""
+
+
+VARLEN_OPTIONS = {
+    _varlen_of_2_10: {"is_causal": True},
+    _varlen_of_2_11: {"window_size": (-1, 0)},
+    _varlen_of_2_13: {"window_size": (-1, 0), "enable_gqa": True},
+}
+
+
+@pytest.mark.parametrize("recorded", VARLEN_OPTIONS)
+def test_our_call_fits_each_recorded_signature_of_torchs_varlen_attention(recorded):
+    options = varlen_options(recorded)
+    inspect.signature(recorded).bind(None, None, None, None, None, 8, 8, **options)
+    assert options == VARLEN_OPTIONS[recorded]
+
+
+def test_our_call_fits_the_signature_of_the_installed_varlen_attention():
     from torch.nn.attention.varlen import varlen_attn
 
+    installed = inspect.signature(varlen_attn)
     options = varlen_options(varlen_attn)
-    inspect.signature(varlen_attn).bind(None, None, None, None, None, 8, 8, **options)
-    assert options["window_size"] == (-1, 0) and options["enable_gqa"] is True
-    assert varlen_options(lambda q, k, v, cu_q, cu_k, max_q, max_k, is_causal=False: None) == {"is_causal": True}
+    installed.bind(None, None, None, None, None, 8, 8, **options)
+    assert "window_size" in options or "is_causal" in options, options
+    assert ("enable_gqa" in options) == ("enable_gqa" in installed.parameters), (options, installed)
 
 
 def test_flops_count_the_causal_half_of_each_document():
