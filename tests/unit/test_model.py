@@ -23,8 +23,8 @@ def masked_attention(q, k, v, cu_seqlens):
     """The definition: one softmax over a full mask."""
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    document = torch.bucketize(torch.arange(q.shape[0]), cu_seqlens[1:].long(), right=True)
-    order = torch.arange(q.shape[0])
+    order = torch.arange(q.shape[0], device=q.device)
+    document = torch.bucketize(order, cu_seqlens[1:].long(), right=True)
     allowed = (document[:, None] == document[None]) & (order[:, None] >= order[None])
     scores = torch.einsum("qnh,knh->nqk", q, k) / q.shape[-1] ** 0.5
     return torch.einsum("nqk,knh->qnh", scores.masked_fill(~allowed, float("-inf")).softmax(-1), v)
