@@ -50,8 +50,9 @@ def normal_rows(seed: int, name: str, shape: torch.Size, start: int, stop: int) 
     parts = []
     for block in range(start // block_rows, -(-stop // block_rows)):
         first = block * block_rows
-        generator = torch.Generator().manual_seed(xxhash.xxh64_intdigest(f"{seed}/{name}/{block}".encode()) >> 1)
-        values = torch.randn(min(block_rows, shape[0] - first), width, generator=generator)
+        generator = torch.Generator(device="cpu")
+        generator.manual_seed(xxhash.xxh64_intdigest(f"{seed}/{name}/{block}".encode()) >> 1)
+        values = torch.randn(min(block_rows, shape[0] - first), width, generator=generator, device="cpu")
         parts.append(values[max(start - first, 0):stop - first])
     return torch.cat(parts)
 

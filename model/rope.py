@@ -145,7 +145,8 @@ def _magnitude(scale: float, mscale: float) -> float:
 @cache
 def inverse_frequencies(head_size: int, rope: Rope) -> torch.Tensor:
     """fp32 [H / 2], computed on the CPU as transformers does: a GPU's power function rounds differently."""
-    powers = rope.base ** (torch.arange(0, head_size, 2, dtype=torch.int64).to(torch.float32) / head_size)
+    dims = torch.arange(0, head_size, 2, dtype=torch.int64, device="cpu")
+    powers = rope.base ** (dims.to(torch.float32) / head_size)
     if rope.type == "linear":
         return 1.0 / powers / rope.factor
     if rope.type == "llama3":
@@ -178,7 +179,8 @@ def _yarn(powers: torch.Tensor, head_size: int, rope: Rope) -> torch.Tensor:
     low, high = max(low, 0), min(high, head_size - 1)
     if low == high:
         high += 0.001  # as transformers does: no division by zero
-    kept = 1 - torch.clamp((torch.arange(head_size // 2, dtype=torch.float32) - low) / (high - low), 0, 1)
+    numbers = torch.arange(head_size // 2, dtype=torch.float32, device="cpu")
+    kept = 1 - torch.clamp((numbers - low) / (high - low), 0, 1)
     return 1.0 / (rope.factor * powers) * (1 - kept) + 1.0 / powers * kept
 
 

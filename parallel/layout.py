@@ -190,7 +190,7 @@ def build_layout(config: LayoutConfig, world: World, agreed: dict[str, object] |
     pp_axis = _axis("pp", parallel_state.get_pipeline_model_parallel_group())
     # The stage's ranks as a [dp_cp, tp] grid: tp is the fastest index of the rank order.
     first_rank = pp_axis.rank * (world.size // pp)
-    grid = (first_rank + torch.arange(world.size // pp)).view(dp_cp.size, tp)
+    grid = (first_rank + torch.arange(world.size // pp, device="cpu")).view(dp_cp.size, tp)
     mesh = DeviceMesh.from_group([dp_cp.group, tp_axis.group], world.device.type, mesh=grid,
                                  mesh_dim_names=("dp_cp", "tp"))
     cp_axis = _axis("cp", parallel_state.get_context_parallel_group())

@@ -259,7 +259,8 @@ def read_whole_tensors(folder: Path, names: list[str]) -> dict[str, torch.Tensor
     """The named tensors, whole, on the CPU, without any process group."""
     reader = SafeReader(folder)
     stored = reader.read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype) for name in names}
+    tensors = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype, device="cpu")
+               for name in names}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_ALONE)
         dcp.load(tensors, storage_reader=reader, no_dist=True)
