@@ -34,11 +34,11 @@ def joined_linear(x_tD: torch.Tensor, weights: Sequence[torch.Tensor], bias_R: t
     """
     joined_RD = torch.cat(list(weights))
     parts = [weight.detach() for weight in weights]
-    address = joined_RD.data_ptr()
+    memory = joined_RD.untyped_storage()._cdata
     strides = joined_RD.stride()
 
     def pack(kept: torch.Tensor) -> torch.Tensor | bool:
-        if kept.data_ptr() != address:
+        if kept.untyped_storage()._cdata != memory:
             return kept
         return kept.stride() != strides  # what stands for the joined weight: is it transposed?
 

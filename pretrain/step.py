@@ -73,7 +73,7 @@ class Stepper:
 
     def start(self, microbatches: Sequence[CountedMicrobatch], train: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Do what `run` does without waiting for the device -> (fp64 scalar, int64 scalar) on the device."""
-        num_targets = torch.as_tensor(count_targets(microbatches, self.layout))
+        num_targets = count_targets(microbatches, self.layout)
         share = self._forward(microbatches, train, num_targets)
         return self._global_loss(share), num_targets
 
@@ -157,7 +157,7 @@ def global_grad_norm(stages: list[GPTStage], layout: Layout) -> torch.Tensor:
             replicated = not isinstance(parameter.placements[-1], Shard)
             if not copy_of_first_stage and (layout.tp.is_first or not replicated):
                 grads.append(parameter.grad.to_local())
-    norm = nn.utils.get_total_norm(grads, foreach=True) if grads else torch.zeros(())
+    norm = nn.utils.get_total_norm(grads, foreach=True) if grads else torch.zeros((), device=layout.device)
     square = norm.to(layout.device, torch.float64) ** 2
     return all_reduce(square, layout.world).sqrt()
 

@@ -83,7 +83,7 @@ def positions_from_the_slice(batch, *_):
 
 
 def local_target_count(original):
-    return lambda microbatches, layout: sum(batch.num_targets for batch in microbatches)
+    return lambda microbatches, layout: torch.tensor(sum(batch.num_targets for batch in microbatches))
 
 
 def count_over_dp_only(original):

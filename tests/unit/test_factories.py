@@ -20,7 +20,6 @@ FACTORIES = set(
 TAKE_NO_DEVICE = {"from_numpy", "frombuffer", "Tensor"}
 ALLOWED = {
     "model/kernels.py: make_segments: from_numpy": "found on the host; sent on in the same line",
-    "pretrain/step.py: global_grad_norm: zeros": "where no gradient counts; moved one line later",
 }
 """`file: function: factory` -> why it may leave the device out."""
 
