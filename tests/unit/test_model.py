@@ -30,6 +30,12 @@ def masked_attention(q, k, v, cu_seqlens):
     return torch.einsum("nqk,knh->qnh", scores.masked_fill(~allowed, float("-inf")).softmax(-1), v)
 
 
+def test_the_definition_makes_its_tensors_where_its_inputs_are():
+    """The tests on a GPU compare with it there; device meta raises where it meets a tensor of the CPU."""
+    q, k, v = (torch.empty(40, heads, 8, device="meta") for heads in (6, 2, 2))
+    assert masked_attention(q, k, v, torch.empty(3, dtype=torch.int32, device="meta")).device.type == "meta"
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
 @pytest.mark.parametrize("bounds", [[0, 40], [0, 1, 2, 17, 39, 40]])
 def test_sdpa_equals_the_definition(kv_heads, bounds):
