@@ -84,19 +84,20 @@ class Backend:
             return f"it computes in bf16 or fp16, not {dtype}"
         if on_tape and not self.keeps_graph:
             return "it is not proven to outlive its q, k and v (recompute attention_kept, attention_head_chunks)"
-        if self.modules and not any(_find_module(name) for name in self.modules):
+        if self.modules and not any(_is_installed(name) for name in self.modules):
             return f"the package {' or '.join(self.modules)} is not installed"
-        if self.name == "flash" and flash_version(torch.cuda.get_device_capability(device),
-                                                  lambda name: _find_module(name) is not None) is None:
+        if self.name == "flash" and installed_flash_version(device) is None:
             return "the release of flash-attn that is installed is not for this GPU"
         return None
 
 
-def _find_module(name: str):
+def _is_installed(module: str) -> bool:
+    """Is there a module of this name, not just a folder? Of flash-attn 4 alone, `flash_attn` is an empty folder."""
     try:
-        return importlib.util.find_spec(name)
-    except ModuleNotFoundError:
-        return None
+        spec = importlib.util.find_spec(module)
+    except ImportError:  # a package around it is missing, or broken
+        return False
+    return spec is not None and spec.origin is not None
 
 
 def _sdpa() -> Attend:
@@ -154,8 +155,13 @@ def flash_version(capability: tuple[int, int], present: Callable[[str], bool]) -
     return next((version for version in fitting if present(FLASH[version])), None)
 
 
+def installed_flash_version(device: torch.device) -> int | None:
+    """The release to use on this GPU, of those that are installed."""
+    return flash_version(torch.cuda.get_device_capability(device), _is_installed)
+
+
 def _flash() -> Attend:
-    version = flash_version(torch.cuda.get_device_capability(), lambda name: _find_module(name) is not None)
+    version = installed_flash_version(torch.device("cuda"))
     function = importlib.import_module(FLASH[version]).flash_attn_varlen_func
     known = inspect.signature(function).parameters
 
