@@ -79,8 +79,9 @@ class ModelConfig:
     """Accepted at 0 only: there is no dropout."""
     hidden_dropout: float = 0.0
     """Accepted at 0 only: there is no dropout."""
-    attention_backend: Literal["auto", "sdpa", "varlen", "flash", "te"] = "auto"
-    """Attention kernel: torch's SDPA, torch's varlen, flash-attn or transformer-engine. auto picks and says why."""
+    attention_backend: Literal["auto", "sdpa", "varlen", "mixed", "flash", "te", "cudnn"] = "auto"
+    """Attention kernel: torch's SDPA, torch's varlen, cuDNN for long documents and varlen for others (mixed),
+    flash-attn, transformer-engine, or cuDNN's frontend (cudnn). auto picks and says why."""
     recompute_granularity: Recompute | None = None
     """What backward computes again: selective = the MLP; full = the layer, from its input; attention_kept = the layer
     but for the attention's forward, whose output is kept. A phase may change it."""

@@ -11,12 +11,12 @@ same token ("bottom right"). Optional packages are imported only inside their ba
 import importlib.util
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 
+from model.mixed import ASSUMED_CROSSOVER_TOKENS, Part, mixed_attention, why_mixed_cannot_run
 from model.sdpa import sdpa_attention
 
 
@@ -37,6 +37,8 @@ class Segments:
     max_q: int
     """Queries of the longest document."""
     max_k: int
+    parts: dict[int, list[Part]] = field(default_factory=dict, compare=False, repr=False)
+    """What the backend `mixed` makes of the documents, by its crossover (mixed.py: split_parts)."""
 
 
 def make_segments(cu_seqlens: torch.Tensor, pieces: list[tuple[int, int]], device: torch.device) -> list[Segments]:
@@ -70,17 +72,19 @@ class Backend:
     name: str
     modules: tuple[str, ...]
     """Packages, of which one is enough; none = torch's own."""
-    cuda_only: bool
-    half_only: bool
-    make: Callable[[], Attend]
+    needs_gpu: bool
+    """It needs a GPU, and computes in bf16 or fp16 only."""
+    make: Callable[[int], Attend]
+    """Takes the crossover in tokens, which only `mixed` has."""
     keeps_graph: bool = True
     """Is its graph good after q, k and v were emptied and filled again? (attention_tape.py)"""
 
-    def missing(self, device: torch.device, dtype: torch.dtype, on_tape: bool = False) -> str | None:
+    def missing(self, device: torch.device, dtype: torch.dtype, on_tape: bool = False,
+                heads: "HeadShape | None" = None) -> str | None:
         """Why it cannot run here, or None."""
-        if self.cuda_only and device.type != "cuda":
+        if self.needs_gpu and device.type != "cuda":
             return f"it needs a GPU, and tensors live on {device.type}"
-        if self.half_only and dtype not in (torch.bfloat16, torch.float16):
+        if self.needs_gpu and dtype not in (torch.bfloat16, torch.float16):
             return f"it computes in bf16 or fp16, not {dtype}"
         if on_tape and not self.keeps_graph:
             return "it is not proven to outlive its q, k and v (recompute attention_kept, attention_head_chunks)"
@@ -88,7 +92,30 @@ class Backend:
             return f"the package {' or '.join(self.modules)} is not installed"
         if self.name == "flash" and installed_flash_version(device) is None:
             return "the release of flash-attn that is installed is not for this GPU"
+        if self.name == "mixed":
+            return why_mixed_cannot_run(device, dtype, heads or USUAL_HEADS)
         return None
+
+    def why_not_first(self, device: torch.device) -> str | None:
+        """Why `auto` leaves it to others on this card although it may run there, or None."""
+        if device.type != "cuda":
+            return None
+        is_hopper_or_later = torch.cuda.get_device_capability(device)[0] >= HOPPER
+        if self.name == "mixed" and not is_hopper_or_later:
+            return "cuDNN is ahead of FlashAttention 2 on Hopper and later only"
+        if self.name == "flash" and is_hopper_or_later and installed_flash_version(device) == 2:
+            return "flash-attn 2 is behind cuDNN on Hopper and later, 3 and 4 are not"
+        if self.name == "cudnn":
+            return "only when asked for"
+        return None
+
+
+HOPPER = 9
+"""Major compute capability of Hopper; later architectures have higher ones."""
+HeadShape = tuple[int, int, int]
+"""A rank's query heads and key/value heads at one call, and the size of a head."""
+USUAL_HEADS: HeadShape = (4, 1, 128)
+"""Tried where the caller does not say its own."""
 
 
 def _is_installed(module: str) -> bool:
@@ -100,7 +127,7 @@ def _is_installed(module: str) -> bool:
     return spec is not None and spec.origin is not None
 
 
-def _sdpa() -> Attend:
+def _sdpa(_crossover: int) -> Attend:
     def attend(q, k, v, segments):
         rows_q, rows_k = ([slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
                           for bounds in (segments.bounds_q, segments.bounds_k))
@@ -108,38 +135,21 @@ def _sdpa() -> Attend:
     return attend
 
 
-def _varlen() -> Attend:
+def _varlen(_crossover: int) -> Attend:
     from torch.nn.attention.varlen import varlen_attn
 
     options = varlen_options(varlen_attn)
 
     def attend(q, k, v, segments):
-        def call(k, v):
-            return varlen_attn(q, k, v, segments.cu_q, segments.cu_k, segments.max_q, segments.max_k, **options)
-
-        group = q.shape[1] // k.shape[1]
-        return _with_repeated_heads(call, k, v, group) if group > 1 and "enable_gqa" not in options else call(k, v)
+        return varlen_attn(q, k, v, segments.cu_q, segments.cu_k, segments.max_q, segments.max_k, **options)
     return attend
 
 
-def _with_repeated_heads(call: Callable, k: torch.Tensor, v: torch.Tensor, group: int) -> torch.Tensor:
-    """`call` with each head of k and v `group` times, of which its graph keeps k and v, and repeats them again."""
-    repeated = [x.repeat_interleave(group, dim=1) for x in (k, v)]
-    sources = {x.untyped_storage().data_ptr(): source.detach() for x, source in zip(repeated, (k, v), strict=True)}
-
-    def pack(x: torch.Tensor) -> tuple[bool, torch.Tensor]:
-        source = sources.get(x.untyped_storage().data_ptr())
-        return (False, x) if source is None else (True, source)
-
-    def unpack(packed: tuple[bool, torch.Tensor]) -> torch.Tensor:
-        return packed[1].repeat_interleave(group, dim=1) if packed[0] else packed[1]
-
-    with saved_tensors_hooks(pack, unpack):
-        return call(*repeated)
-
-
 def varlen_options(varlen_attn: Callable) -> dict:
-    """How this torch's varlen_attn is told "causal" and "grouped": its flags differ between releases."""
+    """How this torch's varlen_attn is told "causal" and "grouped": its flags differ between releases.
+
+    Where it has no flag for grouped heads (torch 2.11) it passes them on to an operator that takes them.
+    """
     known = inspect.signature(varlen_attn).parameters
     causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
@@ -151,7 +161,7 @@ FLASH = {3: "flash_attn_interface", 4: "flash_attn.cute", 2: "flash_attn"}
 
 def flash_version(capability: tuple[int, int], present: Callable[[str], bool]) -> int | None:
     """The release to use on a GPU of this compute capability: 3 is Hopper's own, 4 is for Hopper and later."""
-    fitting = {9: (3, 4, 2)}.get(capability[0], (4, 2) if capability[0] > 9 else (2,))
+    fitting = {HOPPER: (3, 4, 2)}.get(capability[0], (4, 2) if capability[0] > HOPPER else (2,))
     return next((version for version in fitting if present(FLASH[version])), None)
 
 
@@ -160,7 +170,7 @@ def installed_flash_version(device: torch.device) -> int | None:
     return flash_version(torch.cuda.get_device_capability(device), _is_installed)
 
 
-def _flash() -> Attend:
+def _flash(_crossover: int) -> Attend:
     version = installed_flash_version(torch.device("cuda"))
     function = importlib.import_module(FLASH[version]).flash_attn_varlen_func
     known = inspect.signature(function).parameters
@@ -174,7 +184,7 @@ def _flash() -> Attend:
     return attend
 
 
-def _te() -> Attend:
+def _te(_crossover: int) -> Attend:
     from transformer_engine.pytorch import DotProductAttention
     modules = {}
 
@@ -190,6 +200,19 @@ def _te() -> Attend:
     return attend
 
 
+def _cudnn(_crossover: int) -> Attend:
+    """cuDNN over packed documents, by its frontend: a plan for each new count of documents and longest document."""
+    from cudnn import sdpa_torch
+
+    def attend(q, k, v, segments):
+        # The log-sum-exp is asked for since the backward needs it.
+        out, _ = sdpa_torch(q, k, v, is_causal=True, causal_bottom_right=segments.bounds_q != segments.bounds_k,
+                            cu_seqlens_q=segments.cu_q, cu_seqlens_kv=segments.cu_k, max_seqlen_q=segments.max_q,
+                            max_seqlen_kv=segments.max_k, return_lse=True)
+        return out
+    return attend
+
+
 def has_bf16_units(device: torch.device) -> bool:
     """Can the device multiply bf16 matrices in hardware? Without it, bf16 is many times slower than fp32."""
     if device.type != "cpu":
@@ -199,34 +222,51 @@ def has_bf16_units(device: torch.device) -> bool:
 
 
 BACKENDS = {backend.name: backend for backend in (
-    Backend("flash", tuple(FLASH.values()), True, True, _flash),
-    Backend("te", ("transformer_engine",), True, True, _te, keeps_graph=False),
-    Backend("varlen", ("torch.nn.attention.varlen",), True, True, _varlen),
-    Backend("sdpa", (), False, False, _sdpa),
+    Backend("flash", tuple(FLASH.values()), True, _flash),
+    Backend("mixed", (), True, mixed_attention),
+    Backend("te", ("transformer_engine",), True, _te, keeps_graph=False),
+    Backend("varlen", ("torch.nn.attention.varlen",), True, _varlen),
+    Backend("cudnn", ("cudnn.sdpa.fwd.torch_op",), True, _cudnn, keeps_graph=False),
+    Backend("sdpa", (), False, _sdpa),
 )}
-"""In the order in which `auto` prefers them."""
+"""In the order in which `auto` prefers them, where the card changes nothing (Backend.why_not_first)."""
 
 
-def choose_attention(name: str, device: torch.device, dtype: torch.dtype,
-                     on_tape: bool = False) -> tuple[Attend, str]:
-    """The attend function for `name` and one line that says what was chosen and why.
+def pick_backend(name: str, device: torch.device, dtype: torch.dtype, on_tape: bool = False,
+                 heads: HeadShape | None = None) -> tuple[Backend, str]:
+    """The backend for `name`, and why it is that one.
 
     Args:
         on_tape: do calls go through attention_tape.py?
+        heads: what a call of this rank has.
 
     Raises:
         ValueError: an explicitly named backend cannot run here.
     """
     if name != "auto":
-        reason = BACKENDS[name].missing(device, dtype, on_tape)
+        reason = BACKENDS[name].missing(device, dtype, on_tape, heads)
         if reason:
             raise ValueError(f"attention_backend = {name}: {reason}. Fix: --attention-backend auto, or install it.")
-        return BACKENDS[name].make(), f"attention: {name} (asked for)"
+        return BACKENDS[name], "asked for"
     passed_over = []
     for backend in BACKENDS.values():
-        reason = backend.missing(device, dtype, on_tape)
+        reason = backend.why_not_first(device) or backend.missing(device, dtype, on_tape, heads)
         if reason is None:
-            why = "; ".join(passed_over) or "first choice"
-            return backend.make(), f"attention: {backend.name} ({why})"
+            return backend, "; ".join(passed_over) or "first choice"
         passed_over.append(f"{backend.name}: {reason}")
     raise AssertionError("sdpa runs everywhere")
+
+
+def choose_attention(name: str, device: torch.device, dtype: torch.dtype, on_tape: bool = False,
+                     heads: HeadShape | None = None,
+                     crossover: int = ASSUMED_CROSSOVER_TOKENS) -> tuple[Attend, str]:
+    """The attend function for `name` and one line that says what was chosen and why.
+
+    Args:
+        crossover: tokens from which on `mixed` gives a document to cuDNN.
+
+    Raises:
+        ValueError: an explicitly named backend cannot run here.
+    """
+    backend, why = pick_backend(name, device, dtype, on_tape, heads)
+    return backend.make(crossover), f"attention: {backend.name} ({why})"

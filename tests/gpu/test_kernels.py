@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from model.kernels import BACKENDS, choose_attention, make_segments
+from model.mixed import NEVER, split_parts
 from parallel.context import group_pieces
 from tests.unit.test_model import masked_attention
 
@@ -12,13 +13,18 @@ BOUNDS = [0, 1, 7, 128, 512, 513, 1024]
 HEADS, HEAD_SIZE = 8, 64
 
 
-def backend(name: str):
+CALLS = [pytest.param(name, crossover, id=name if name != "mixed" else f"mixed from {crossover}")
+         for name in BACKENDS for crossover in ((1, 128, NEVER) if name == "mixed" else (NEVER,))]
+"""(backend, tokens from which on `mixed` gives a document to cuDNN)."""
+
+
+def backend(name: str, crossover: int):
     """The backend in bf16 on the GPU, or a skip that says what is missing."""
     device = torch.device("cuda")
-    missing = BACKENDS[name].missing(device, torch.bfloat16)
+    missing = BACKENDS[name].missing(device, torch.bfloat16, heads=(HEADS, HEADS, HEAD_SIZE))
     if missing:
         pytest.skip(missing)
-    return choose_attention(name, device, torch.bfloat16)[0]
+    return choose_attention(name, device, torch.bfloat16, crossover=crossover)[0]
 
 
 def inputs(kv_heads: int) -> list[torch.Tensor]:
@@ -33,10 +39,10 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("kv_heads", [1, 2, 8])
-@pytest.mark.parametrize("name", BACKENDS)
-def test_backend_equals_the_definition(name, kv_heads, groups):
+@pytest.mark.parametrize("name, crossover", CALLS)
+def test_backend_equals_the_definition(name, crossover, kv_heads, groups):
     """Output and gradients, also where a document has more keys than queries; bf16 rounds to about 0.4 %."""
-    attend, qkv = backend(name), inputs(kv_heads)
+    attend, qkv = backend(name, crossover), inputs(kv_heads)
     cu_seqlens = torch.tensor(BOUNDS, dtype=torch.int32)
     exact = [x.detach().float().requires_grad_() for x in qkv]
     expected = masked_attention(*exact, cu_seqlens.cuda())
@@ -56,9 +62,9 @@ def test_backend_equals_the_definition(name, kv_heads, groups):
         assert relative(grad, wanted) < 0.02
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_backend_keeps_documents_apart_bit_for_bit(name):
-    attend, (q, k, v) = backend(name), inputs(2)
+@pytest.mark.parametrize("name, crossover", CALLS)
+def test_backend_keeps_documents_apart_bit_for_bit(name, crossover):
+    attend, (q, k, v) = backend(name, crossover), inputs(2)
     (segments,) = make_segments(torch.tensor(BOUNDS, dtype=torch.int32), [(0, BOUNDS[-1])], q.device)
     with torch.no_grad():
         before = attend(q, k, v, segments).clone()
@@ -66,3 +72,30 @@ def test_backend_keeps_documents_apart_bit_for_bit(name):
             x[200] += 1
         changed = (attend(q, k, v, segments) != before).flatten(1).any(1).nonzero()[:, 0].tolist()
     assert changed and min(changed) >= 200 and max(changed) < 512
+
+
+def test_mixed_takes_its_bounds_from_those_of_the_call_without_waiting_for_the_gpu():
+    cu_seqlens = torch.tensor(BOUNDS, dtype=torch.int32)
+    (segments,) = make_segments(cu_seqlens, [(0, BOUNDS[-1])], torch.device("cuda"))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        parts = split_parts(segments, 500)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [part.is_long for part in parts] == [False, True]
+    assert all(part.cu_q.device.type == "cuda" for part in parts)
+
+
+def test_grouped_heads_are_not_repeated_for_the_varlen_op():
+    """The forward makes its output and log-sum-exp, and no copy of keys and values for each query head."""
+    attend = backend("varlen", NEVER)
+    tokens, heads = 4096, 32
+    q, k, v = (torch.randn(tokens, count, HEAD_SIZE, device="cuda", dtype=torch.bfloat16).requires_grad_()
+               for count in (heads, 4, 4))
+    (segments,) = make_segments(torch.tensor([0, tokens], dtype=torch.int32), [(0, tokens)], q.device)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = attend(q, k, v, segments)
+    made = torch.cuda.max_memory_allocated() - before
+    of_output = out.nbytes + tokens * heads * 4
+    assert made < 1.1 * of_output, f"{made:,} bytes for an output of {of_output:,}"

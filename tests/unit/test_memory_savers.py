@@ -11,14 +11,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn import functional as F
-from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.batch import IGNORE
 from model.attention_tape import AttentionTape, KeptCall, empty
 from model.config import ModelConfig
 from model.gpt import GPTStage
-from model.kernels import BACKENDS, choose_attention, make_segments
+from model.kernels import choose_attention
 from model.loss import Head, fused_loss, score
 from model.memory import MemorySettings
 from model.mlp import swiglu
@@ -240,29 +239,6 @@ def test_documents_one_by_one_are_those_together():
     alone = [x.detach()[:5] for x in inputs]
     assert torch.allclose(_one_by_one(*alone, [slice(0, 5)], [slice(0, 5)]),
                           sdpa_attention(*alone, [slice(0, 5)], [slice(0, 5)]))
-
-
-def test_repeated_heads_are_not_kept(monkeypatch):
-    """torch's varlen_attn of some releases wants as many key/value heads as query heads."""
-    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
-        assert query.shape[1] == key.shape[1] and is_causal
-        rows = [slice(0, len(query))]
-        return sdpa_attention(query, key, value, rows, rows)
-
-    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
-    (segments,) = make_segments(torch.tensor([0, 6], dtype=torch.int32), [(0, 6)], CPU)
-    attend = BACKENDS["varlen"].make()
-    inputs = leaves((6, 4, 8), (6, 2, 8), (6, 2, 8))
-    repeated = [inputs[0], *(x.repeat_interleave(2, dim=1) for x in inputs[1:])]
-    assert_same(attend(*inputs, segments), varlen_attn(*repeated, None, None, 6, 6, is_causal=True), inputs)
-
-    tape, copies = AttentionTape(), [x.detach().clone() for x in inputs]
-    with MemTracker() as tracker:
-        out = tape.attend(lambda q, k, v: [attend(q, k, v, segments)], *copies)
-        empty(*copies)
-        gc.collect()
-    kept = sum(parts["Total"] for parts in tracker.get_tracker_snapshot("current").values())
-    assert kept == out.numel() * 8 + 6 * 4 * 8, "the output and its log-sum-exp"
 
 
 def test_who_waited_for_an_exchange_does_not_hold_what_was_sent(monkeypatch):

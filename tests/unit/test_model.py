@@ -10,7 +10,7 @@ from model import gpt
 from model.config import ModelConfig
 from model.estimate import num_parameters, step_flops
 from model.init import BLOCK_ELEMENTS, normal_rows
-from model.kernels import FLASH, choose_attention, flash_version, make_segments, varlen_options
+from model.kernels import choose_attention, make_segments
 from model.sharding import shardings_for
 from parallel.context import group_pieces
 from parallel.schedule import layers_of_stage
@@ -92,7 +92,7 @@ def test_a_token_changes_nothing_in_other_documents():
     assert torch.equal(before[10:], after[10:]) and not torch.equal(before[3:10], after[3:10])
 
 
-@pytest.mark.parametrize("name", ["flash", "te", "varlen"])
+@pytest.mark.parametrize("name", ["flash", "te", "varlen", "mixed", "cudnn"])
 def test_a_named_backend_that_cannot_run_is_refused(name):
     with pytest.raises(ValueError, match=f"attention_backend = {name}: it needs a GPU"):
         choose_attention(name, CPU, torch.float32)
@@ -144,44 +144,6 @@ def test_every_parameter_has_a_sharding():
         shardings_for(["layers.0.unknown.weight"], few_kv, 2)
 
 
-def _varlen_of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
-    """Stands for the signature of torch 2.10's varlen_attn."""
-
-
-def _varlen_of_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
-                    window_size=(-1, -1)):
-    """Stands for the signature of torch 2.11's varlen_attn."""
-
-
-def _varlen_of_2_13(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
-                    window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None):
-    """Stands for the signature of torch 2.13's varlen_attn."""
-
-
-VARLEN_OPTIONS = {
-    _varlen_of_2_10: {"is_causal": True},
-    _varlen_of_2_11: {"window_size": (-1, 0)},
-    _varlen_of_2_13: {"window_size": (-1, 0), "enable_gqa": True},
-}
-
-
-@pytest.mark.parametrize("recorded", VARLEN_OPTIONS)
-def test_our_call_fits_each_recorded_signature_of_torchs_varlen_attention(recorded):
-    options = varlen_options(recorded)
-    inspect.signature(recorded).bind(None, None, None, None, None, 8, 8, **options)
-    assert options == VARLEN_OPTIONS[recorded]
-
-
-def test_our_call_fits_the_signature_of_the_installed_varlen_attention():
-    from torch.nn.attention.varlen import varlen_attn
-
-    installed = inspect.signature(varlen_attn)
-    options = varlen_options(varlen_attn)
-    installed.bind(None, None, None, None, None, 8, 8, **options)
-    assert "window_size" in options or "is_causal" in options, options
-    assert ("enable_gqa" in options) == ("enable_gqa" in installed.parameters), (options, installed)
-
-
 def test_flops_count_the_causal_half_of_each_document():
     config = ModelConfig(num_layers=2, hidden_size=8, ffn_hidden_size=16, num_attention_heads=2)
     weights = 2 * (4 * 64 + 3 * 128) + 10 * 8
@@ -193,11 +155,3 @@ def test_flops_count_the_causal_half_of_each_document():
 
 def test_both_folders_ignore_the_same_label():
     assert gpt.IGNORED_LABEL == IGNORE
-
-
-def test_the_release_of_flash_attention_is_the_one_for_the_gpu():
-    def chosen(capability, *installed):
-        return flash_version(capability, lambda name: name in {FLASH[version] for version in installed})
-
-    assert [chosen((9, 0), 2, 3, 4), chosen((9, 0), 2, 4), chosen((9, 0), 2)] == [3, 4, 2]
-    assert [chosen((10, 0), 2, 3, 4), chosen((10, 0), 3), chosen((8, 0), 2, 4), chosen((8, 0), 4)] == [4, None, 2, None]
