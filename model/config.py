@@ -82,6 +82,8 @@ class ModelConfig:
     attention_backend: Literal["auto", "sdpa", "varlen", "mixed", "flash", "te", "cudnn"] = "auto"
     """Attention kernel: torch's SDPA, torch's varlen, cuDNN for long documents and varlen for others (mixed),
     flash-attn, transformer-engine, or cuDNN's frontend (cudnn). auto picks and says why."""
+    attention_crossover_tokens: int | None = None
+    """Tokens from which on the backend mixed gives a document to cuDNN; by default measured once per card."""
     recompute_granularity: Recompute | None = None
     """What backward computes again: selective = the MLP; full = the layer, from its input; attention_kept = the layer
     but for the attention's forward, whose output is kept. A phase may change it."""
@@ -164,12 +166,24 @@ class ModelConfig:
         if self.cpu_offloading_host_memory is not None and not self.cpu_offloading_host_memory > 0:
             problems.append(f"cpu_offloading_host_memory = {self.cpu_offloading_host_memory}: must be above 0. Fix: "
                             "give the GiB that a node can spare.")
-        problems += self.memory.problems() + self._recompute_problems()
+        problems += self.memory.problems() + self._recompute_problems() + self._attention_problems()
         if self.kv_channels is not None and self.kv_channels < 1:
             problems.append(f"kv_channels = {self.kv_channels}: must be at least 1. Fix: give the size of one head.")
         if not problems:
             problems += self._head_problems()
         return problems
+
+    def _attention_problems(self) -> list[str]:
+        crossover = self.attention_crossover_tokens
+        if crossover is None:
+            return []
+        if crossover < 1:
+            return [f"attention_crossover_tokens = {crossover}: must be at least 1. Fix: the tokens of a document, or "
+                    "leave it out to have it measured."]
+        if self.attention_backend not in ("auto", "mixed"):
+            return [f"attention_crossover_tokens = {crossover}: is for the backend mixed, but attention_backend = "
+                    f"{self.attention_backend}. Fix: remove one of them."]
+        return []
 
     def _recompute_problems(self) -> list[str]:
         problems = []

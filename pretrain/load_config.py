@@ -22,7 +22,8 @@ from pretrain.start import find_start
 
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 # What --use-checkpoint-args leaves to the run: the machine's, and checks on other settings.
-_NOT_OF_THE_WEIGHTS = {"attention_backend", "max_position_embeddings", "group_query_attention", *MEMORY_SETTINGS}
+_NOT_OF_THE_WEIGHTS = {"attention_backend", "attention_crossover_tokens", "max_position_embeddings",
+                       "group_query_attention", *MEMORY_SETTINGS}
 # Flags with a second spelling that scripts use.
 ALIASES = {"--ds-sequence-parallel-size": "--context-parallel-size"}
 

@@ -38,8 +38,8 @@ SECTIONS: dict[str, Kind] = {"model": "forbidden", "layout": "free", "data": "da
 FIELDS: dict[str, Kind] = {
     # model: what does not shape the weights
     "model": "free", "group_query_attention": "free", "max_position_embeddings": "free", "init_method_std": "free",
-    "attention_backend": "free", **dict.fromkeys(MEMORY_SETTINGS, "free"), "attention_dropout": "free",
-    "hidden_dropout": "free", **dict.fromkeys(ROPE_SETTINGS, "effect"),
+    "attention_backend": "free", "attention_crossover_tokens": "free", **dict.fromkeys(MEMORY_SETTINGS, "free"),
+    "attention_dropout": "free", "hidden_dropout": "free", **dict.fromkeys(ROPE_SETTINGS, "effect"),
     # data: what the tokenizer's description, the blend, the phase or the skipped windows say
     "tokenizer_type": "effect", "tokenizer_model": "effect", "vocab_size": "effect", "data_path": "effect",
     "train_data_path": "effect", "data_args_path": "effect", "document_masking": "effect", "packing": "effect",

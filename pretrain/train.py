@@ -23,7 +23,7 @@ from model.build import build_stages
 from model.estimate import num_parameters, step_flops
 from model.hardware import peak_flops
 from model.init import initialize
-from model.kernels import choose_attention, has_bf16_units
+from model.kernels import has_bf16_units
 from parallel.collectives import all_reduce
 from parallel.layout import (
     Layout,
@@ -37,6 +37,7 @@ from parallel.layout import (
     start_world,
 )
 from pretrain import checkpoint
+from pretrain.attention import attention_of_run
 from pretrain.evaluate import Evaluator
 from pretrain.feed import SHOWN_SOURCES, Feed, describe_forecast
 from pretrain.fit import Machine, describe_out_of_memory
@@ -116,9 +117,8 @@ class Trainer:
         optimizer_config = self.config.optimizer
         self.master_dtype = torch.float64 if optimizer_config.fp64 else torch.float32
         self.compute_dtype = torch.bfloat16 if optimizer_config.bf16 else self.master_dtype
-        attend, self.attention_note = choose_attention(self.config.model.attention_backend, self.layout.device,
-                                                       self.compute_dtype,
-                                                       any(each.attention_on_tape for each in self.plan.phases))
+        attend, self.attention_note = attention_of_run(self.config, self.plan.phases, phase, self.layout,
+                                                       self.compute_dtype)
         if optimizer_config.bf16 and self.world.rank == 0 and not has_bf16_units(self.layout.device):
             warn("bf16 = True: this CPU has no bf16 units and emulates them many times slower. Fix: --no-bf16")
         stages = build_stages(self.config.model, self.plan.vocab_size, self.layout, attend,

@@ -1,0 +1,108 @@
+"""Which attention the run computes with: the backend, and what `mixed` measures once per card.
+
+World rank 0 measures and tells the others, so that all ranks choose alike. What it found lies beside the checkpoints,
+so that a run that is started again on the same card chooses as before.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from model.crossover import TOKENS, crossover_of, measure
+from model.kernels import Attend, HeadShape, pick_backend
+from model.layer_memory import Heads
+from model.mixed import ASSUMED_CROSSOVER_TOKENS, NEVER
+from parallel.collectives import all_reduce
+from parallel.layout import Layout
+from pretrain.checkpoint import write_atomically
+from pretrain.config import Config
+from pretrain.load_config import warn
+from pretrain.phases import Phase
+
+FILE = "attention_crossover.json"
+"""In the --save folder: what was measured, an entry for each card, torch release and shape of the heads."""
+
+
+def attention_of_run(config: Config, phases: list[Phase], phase: Phase, layout: Layout,
+                     compute_dtype: torch.dtype) -> tuple[Attend, str]:
+    """The attend function of this rank and a line that says what was chosen and why. Collective on a GPU.
+
+    Args:
+        phases: all that these processes may train.
+        phase: the one that they begin with, whose shapes are measured.
+
+    Raises:
+        ValueError: the backend that was asked for cannot run here.
+    """
+    on_tape = any(each.attention_on_tape for each in phases)
+    heads = heads_of_call(config, phase)
+    backend, why = pick_backend(config.model.attention_backend, layout.device, compute_dtype, on_tape, heads)
+    line = f"attention: {backend.name} ({why})"
+    if layout.device.type != "cuda":
+        return backend.make(ASSUMED_CROSSOVER_TOKENS), line
+    # Every rank takes part, whatever it chose: on machines that differ, rank 0's answer serves those that need one.
+    tokens = 0
+    how = ""
+    if layout.world.is_first:
+        tokens, how = find_crossover(config, heads, layout.device, compute_dtype, is_needed=backend.name == "mixed")
+    return backend.make(tell_all(tokens, layout)), f"{line}{how}"
+
+
+def tell_all(tokens: int, layout: Layout) -> int:
+    """World rank 0's number, on every rank; the others give 0."""
+    return int(all_reduce(torch.tensor(tokens, dtype=torch.int64, device=layout.device), layout.world))
+
+
+def heads_of_call(config: Config, phase: Phase) -> HeadShape:
+    """Query heads, key/value heads and head size of a call of the rank that has most."""
+    chunks = phase.memory.attention_head_chunks
+    heads = Heads.of(config.model, phase.layout, chunks)
+    query, kv = (max(1, heads.m // chunks), heads.round_k) if chunks > 1 else (heads.m, max(heads.k, heads.paired))
+    # The most of different ranks need not go together.
+    return query, kv if query % kv == 0 else query, config.model.head_size
+
+
+def find_crossover(config: Config, heads: HeadShape, device: torch.device, dtype: torch.dtype, *,
+                   is_needed: bool) -> tuple[int, str]:
+    """The crossover in tokens, and where it is from as the end of a line."""
+    asked = config.model.attention_crossover_tokens
+    if asked is not None:
+        return asked, _describe(asked, "asked for") if is_needed else ""
+    folder = config.checkpoint.save
+    if not is_needed or folder is None:
+        how = "assumed: without --save nothing is measured"
+        return ASSUMED_CROSSOVER_TOKENS, _describe(ASSUMED_CROSSOVER_TOKENS, how) if is_needed else ""
+    path = Path(folder) / FILE
+    key = {"card": torch.cuda.get_device_name(device), "torch": torch.__version__,
+           "cudnn": torch.backends.cudnn.version(), "dtype": str(dtype), "heads": list(heads), "tokens": TOKENS}
+    entries = read_entries(path)
+    for entry in entries:
+        if {name: entry.get(name) for name in key} == key:
+            return entry["crossover"], _describe(entry["crossover"], f"measured before, {path}")
+    milliseconds = measure(heads, device, dtype)
+    torch.cuda.empty_cache()  # the run's memory begins without holes
+    found = crossover_of(milliseconds)
+    write_atomically(path, json.dumps([*entries, key | {"crossover": found, "milliseconds": milliseconds}], indent=1))
+    times = ", ".join(f"{length:,} {of_cudnn:.2f}/{of_varlen:.2f}"
+                      for length, (of_cudnn, of_varlen) in milliseconds.items())
+    return found, _describe(found, f"measured, ms by cuDNN/varlen for {TOKENS:,} tokens in documents of: {times}")
+
+
+def _describe(crossover: int, how: str) -> str:
+    what = "no document" if crossover >= NEVER else f"documents of at least {crossover:,} tokens"
+    return f"; to cuDNN go {what} ({how})"
+
+
+def read_entries(path: Path) -> list[dict]:
+    """What was measured before; a file that is not ours is said to be so and counts as none."""
+    if not path.exists():
+        return []
+    try:
+        entries = json.loads(path.read_text())
+        if all(isinstance(entry["crossover"], int) and entry["crossover"] > 0 for entry in entries):
+            return entries
+    except (ValueError, TypeError, KeyError):
+        pass
+    warn(f"{path}: is not a list of measured crossovers, and is replaced by what is measured now")
+    return []

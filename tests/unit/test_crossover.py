@@ -1,0 +1,151 @@
+"""The length from which on `mixed` gives a document to cuDNN: measured, agreed on, kept beside the run."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from model import crossover
+from model.config import PRESETS, ModelConfig
+from model.memory import MemorySettings
+from model.mixed import ASSUMED_CROSSOVER_TOKENS, NEVER, padded_length
+from parallel.config import LayoutConfig
+from parallel.layout import Axis, single_process_layout
+from pretrain import attention
+from pretrain.config import CheckpointConfig, Config
+from pretrain.load_config import _NOT_OF_THE_WEIGHTS
+from pretrain.resume_contract import kind_of
+
+CPU = torch.device("cpu")
+HEADS = (4, 2, 8)
+
+
+@pytest.mark.parametrize("milliseconds, expected", [
+    ({500: (2, 1), 1000: (1, 2), 2000: (1, 2)}, 1000),
+    ({500: (1, 2), 1000: (2, 1), 2000: (1, 2)}, 2000),
+    ({500: (1, 2), 1000: (1, 2), 2000: (1, 1)}, NEVER),
+    ({500: (1, 2), 1000: (1, 2), 2000: (1, 2)}, 500),
+])
+def test_the_crossover_is_the_length_from_which_on_cudnn_stays_ahead(milliseconds, expected):
+    assert crossover.crossover_of(milliseconds) == expected
+
+
+def test_both_kernels_are_timed_on_the_same_documents():
+    timed = []
+
+    def time_call(attend, q, k, v, segments) -> float:
+        longest = segments.max_q
+        (own,) = {key for key in (1, NEVER) if attend.__closure__[0].cell_contents == key}
+        timed.append((longest, own == 1))
+        assert (q.shape, k.shape) == ((crossover.TOKENS, 4, 8), (crossover.TOKENS, 2, 8))
+        assert segments.bounds_q[-1] == crossover.TOKENS
+        return 1.0 if (own == 1) == (longest >= 1500) else 2.0
+
+    found = crossover.measure((4, 2, 8), CPU, torch.float32, time_call)
+    lengths = [crossover.document_length(padded) for padded in crossover.PADDED_LENGTHS]
+    assert timed == [(length, by_cudnn) for length in lengths for by_cudnn in (True, False)]
+    assert [padded_length(length) for length in lengths] == list(crossover.PADDED_LENGTHS)
+    assert crossover.crossover_of(found) == lengths[2]
+
+
+def config_of(save=None, crossover_tokens=None) -> Config:
+    return Config(model=ModelConfig(**PRESETS["tiny"], attention_crossover_tokens=crossover_tokens),
+                  checkpoint=CheckpointConfig(save=None if save is None else str(save)))
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A card whose measurement says 960 tokens; `measured` counts how often it was asked."""
+    found = SimpleNamespace(name="card A", measured=0)
+
+    def measure(heads, device, dtype):
+        found.measured += 1
+        return {480: (2.0, 1.0), 960: (1.0, 2.0)}
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: found.name)
+    monkeypatch.setattr(attention, "measure", measure)
+    return found
+
+
+def find(config: Config, heads=HEADS, is_needed: bool = True) -> tuple[int, str]:
+    return attention.find_crossover(config, heads, CPU, torch.bfloat16, is_needed=is_needed)
+
+
+def test_what_was_measured_is_kept_and_read_at_a_restart(card, tmp_path):
+    tokens, how = find(config_of(tmp_path))
+    assert tokens == 960
+    assert how == ("; to cuDNN go documents of at least 960 tokens (measured, ms by cuDNN/varlen for 8,192 tokens in "
+                   "documents of: 480 2.00/1.00, 960 1.00/2.00)")
+    (entry,) = json.loads((tmp_path / attention.FILE).read_text())
+    assert (entry["card"], entry["torch"], entry["heads"], entry["tokens"], entry["crossover"]) == (
+        "card A", torch.__version__, [4, 2, 8], 8192, 960)
+    assert find(config_of(tmp_path))[0] == 960
+    assert card.measured == 1, "a run that is started again measures nothing"
+
+
+def test_another_card_and_other_heads_are_measured_for_themselves(card, tmp_path):
+    find(config_of(tmp_path))
+    card.name = "card B"
+    find(config_of(tmp_path))
+    find(config_of(tmp_path), heads=(8, 2, 8))
+    assert card.measured == 3
+    assert len(json.loads((tmp_path / attention.FILE).read_text())) == 3
+
+
+@pytest.mark.parametrize("text", ["not JSON", "7", '[{"card": "card A"}]', '[{"crossover": -1}]'])
+def test_a_file_that_is_not_ours_is_measured_again_and_said(card, tmp_path, capsys, text):
+    (tmp_path / attention.FILE).write_text(text)
+    assert find(config_of(tmp_path))[0] == 960
+    assert "is not a list of measured crossovers, and is replaced" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / attention.FILE).read_text())) == 1
+
+
+def test_nothing_is_measured_where_nothing_could_be_kept_or_it_was_asked_for(card, tmp_path):
+    assert find(config_of()) == (ASSUMED_CROSSOVER_TOKENS, "; to cuDNN go documents of at least 2,048 tokens "
+                                                           "(assumed: without --save nothing is measured)")
+    assert find(config_of(tmp_path, 700)) == (700, "; to cuDNN go documents of at least 700 tokens (asked for)")
+    assert find(config_of(tmp_path), is_needed=False) == (ASSUMED_CROSSOVER_TOKENS, "")
+    assert card.measured == 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("rank, own", [(0, 960), (1, 0), (3, 0)])
+def test_all_ranks_have_the_number_of_the_first(monkeypatch, rank, own):
+    """All ranks add up, and only the first has something to add."""
+    world = Axis("world", rank, 4, (0, 1, 2, 3), None)
+    monkeypatch.setattr(attention, "all_reduce", lambda x, axis: x + (960 if axis.rank else 0))
+    assert attention.tell_all(own, dataclasses.replace(single_process_layout(CPU), world=world)) == 960
+
+
+@pytest.mark.parametrize("layout, chunks, expected", [
+    (LayoutConfig(), 1, (32, 8, 128)),
+    (LayoutConfig(tensor_model_parallel_size=2), 1, (16, 4, 128)),
+    (LayoutConfig(context_parallel_size=8), 1, (4, 1, 128)),
+    (LayoutConfig(context_parallel_size=8), 4, (1, 1, 128)),
+    (LayoutConfig(context_parallel_size=12), 1, (3, 3, 128)),  # uneven: key/value heads are copied per query head
+])
+def test_the_heads_that_are_measured_are_those_of_a_call(layout, chunks, expected):
+    config = Config(model=ModelConfig(**PRESETS["qwen3-8b"]))
+    phase = SimpleNamespace(layout=layout, memory=MemorySettings(attention_head_chunks=chunks))
+    assert attention.heads_of_call(config, phase) == expected
+
+
+def test_the_setting_is_checked():
+    def problems(**settings) -> list[str]:
+        return ModelConfig(**PRESETS["tiny"], **settings).validate()
+
+    assert problems(attention_crossover_tokens=0) == [
+        "attention_crossover_tokens = 0: must be at least 1. Fix: the tokens of a document, or leave it out to have "
+        "it measured."]
+    assert problems(attention_crossover_tokens=512, attention_backend="varlen") == [
+        "attention_crossover_tokens = 512: is for the backend mixed, but attention_backend = varlen. Fix: remove one "
+        "of them."]
+    assert problems(attention_crossover_tokens=512) == []
+    assert problems(attention_crossover_tokens=1, attention_backend="mixed") == []
+
+
+def test_the_setting_is_as_free_at_a_restart_as_the_backend():
+    assert kind_of("model", "attention_crossover_tokens") == kind_of("model", "attention_backend") == "free"
+    assert {"attention_crossover_tokens", "attention_backend"} <= _NOT_OF_THE_WEIGHTS
