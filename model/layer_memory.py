@@ -285,7 +285,7 @@ class LayerMemory:
             return [Moment(freed, residual + self._recomputed + self._chunk_at_work, weights)]
         made = residual + self._recomputed
         rows = self.s * heads.m + 2 * self.T * heads.k  # of the gradients of q, k and v
-        kernel = self.s * heads.m * H * self.b + rows * H * self._kernel_bytes
+        kernel = self.s * heads.m * H * self.b + self._kernel_gradients(heads.m, heads.k)
         if self.gathers > 1:  # of the earlier and of the own keys, put together
             kernel += rows * H * self.b
         # The gradients, what is sent of them and what arrives; then what that is put together to.
@@ -298,10 +298,19 @@ class LayerMemory:
         projecting = 2 * self.read + joined + self.b * H * D * (heads.N + 2 * heads.K)  # and the joined weight
         return [Moment(freed, made + max(kernel, exchange, gathered, joining, projecting), weights)]
 
-    @property
-    def _kernel_bytes(self) -> int:
-        """Of an element of the kernel's gradients, with what it works with."""
-        return 2 * self.b if not self.on_gpu else self.b + 4  # a document's, then all documents'; fp32 sums
+    def _kernel_gradients(self, m: int, k: int) -> int:
+        """The gradients of m heads of q and k of keys and values, with what the kernel works with.
+
+        Those of a part of the documents are there with those of all. On a GPU the kernel sums up q's in fp32; beside
+        that FlashAttention 2 makes the gradients of grouped keys and values for each query head (cuDNN's own work
+        is not known), or cuDNN reads a padded copy of the output's gradient.
+        """
+        of_q, of_kv = self.s * m * self.H, 2 * self.T * k * self.H
+        gradients = 2 * self.b * (of_q + of_kv)
+        if not self.on_gpu:
+            return gradients
+        ungrouped = 2 * self.b * self.T * m * self.H if m > k else 0
+        return gradients + 4 * of_q + max(ungrouped, self.b * of_q)
 
     @property
     def _chunk_at_work(self) -> int:
@@ -313,7 +322,7 @@ class LayerMemory:
         is_shared = m < k * heads.N // heads.K  # several groups read the same keys: their gradients are summed up
         keys = 2 * self.T * k * H * (b * sides + self.W * is_shared)
         queries = self.s * m * H * b * 2 * sides  # with the gradient of their results
-        kernel = H * self._kernel_bytes * (self.s * m + 2 * self.T * k)
+        kernel = self._kernel_gradients(m, k)
         of_x = self.read + max(kernel, 2 * b * self.T * k * H)
         return of_x + of_results + keys + queries
 
