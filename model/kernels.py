@@ -105,8 +105,6 @@ class Backend:
             return "cuDNN is ahead of FlashAttention 2 on Hopper and later only"
         if self.name == "flash" and is_hopper_or_later and installed_flash_version(device) == 2:
             return "flash-attn 2 is behind cuDNN on Hopper and later, 3 and 4 are not"
-        if self.name == "cudnn":
-            return "only when asked for"
         return None
 
 
@@ -226,10 +224,11 @@ BACKENDS = {backend.name: backend for backend in (
     Backend("mixed", (), True, mixed_attention),
     Backend("te", ("transformer_engine",), True, _te, keeps_graph=False),
     Backend("varlen", ("torch.nn.attention.varlen",), True, _varlen),
-    Backend("cudnn", ("cudnn.sdpa.fwd.torch_op",), True, _cudnn, keeps_graph=False),
     Backend("sdpa", (), False, _sdpa),
+    Backend("cudnn", ("cudnn.sdpa.fwd.torch_op",), True, _cudnn, keeps_graph=False),
 )}
-"""In the order in which `auto` prefers them, where the card changes nothing (Backend.why_not_first)."""
+"""In the order in which `auto` prefers them, where the card changes nothing (Backend.why_not_first). sdpa runs
+everywhere: what stands after it is taken only when asked for."""
 
 
 def pick_backend(name: str, device: torch.device, dtype: torch.dtype, on_tape: bool = False,

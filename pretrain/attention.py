@@ -83,7 +83,8 @@ def find_crossover(config: Config, heads: HeadShape, device: torch.device, dtype
     milliseconds = measure(heads, device, dtype)
     torch.cuda.empty_cache()  # the run's memory begins without holes
     found = crossover_of(milliseconds)
-    write_atomically(path, json.dumps([*entries, key | {"crossover": found, "milliseconds": milliseconds}], indent=1))
+    entries.append(key | {"crossover": found, "milliseconds": milliseconds})
+    write_atomically(path, json.dumps(entries, indent=1) + "\n")
     times = ", ".join(f"{length:,} {of_cudnn:.2f}/{of_varlen:.2f}"
                       for length, (of_cudnn, of_varlen) in milliseconds.items())
     return found, _describe(found, f"measured, ms by cuDNN/varlen for {TOKENS:,} tokens in documents of: {times}")
