@@ -160,6 +160,36 @@ def test_documents_go_to_cudnn_from_the_crossover_on(from_tokens, long, short, s
     assert stand_ins.short == short
 
 
+def test_the_backend_that_is_chosen_keeps_to_the_crossover_it_is_given(monkeypatch, small_granule):
+    stand_ins = StandIns()
+    monkeypatch.setattr(mixed, "GPU_KERNELS", stand_ins.kernels)
+    monkeypatch.setattr(kernels.Backend, "missing", lambda *args: None)
+    (segments,) = segments_of([0, 40, 96])
+    for from_tokens, expected in ((50, [(1, 56)]), (40, [(1, 40), (1, 56)])):
+        stand_ins.long.clear()
+        attend, line = choose_attention("mixed", CPU, torch.float64, crossover=from_tokens)
+        attend(*inputs(), segments)
+        assert stand_ins.long == expected
+        assert line == "attention: mixed (asked for)"
+
+
+def test_the_gradient_comes_to_cudnn_in_one_layout_whatever_it_had(small_granule):
+    """torch finds cuDNN's plan by the layout of q, k and v, and would take that of another gradient."""
+    stand_ins, qkv, layouts = StandIns(), inputs(), []
+
+    def long_backward(grad, *args):
+        layouts.append(grad.stride())
+        return stand_ins.long_backward(grad, *args)
+
+    attend = mixed_attention(10, dataclasses.replace(stand_ins.kernels, long_backward=long_backward))
+    (segments,) = segments_of([0, 96])
+    rows = torch.ones(TOKENS, QUERY_HEADS, HEAD_SIZE, dtype=torch.float64)
+    for grad in (rows, torch.ones(QUERY_HEADS, TOKENS, HEAD_SIZE, dtype=torch.float64).transpose(0, 1),
+                 rows[:1, :1, :1].expand_as(rows)):
+        torch.autograd.grad(attend(*qkv, segments), qkv, grad)
+    assert len(set(layouts)) == 1, layouts
+
+
 def test_neighbours_of_one_length_are_one_call_where_none_is_padded(small_granule):
     (segments,) = segments_of([0, 24, 48, 59, 70, 96])
     parts = split_parts(segments, 10)

@@ -119,6 +119,23 @@ def test_all_ranks_have_the_number_of_the_first(monkeypatch, rank, own):
     assert attention.tell_all(own, dataclasses.replace(single_process_layout(CPU), world=world)) == 960
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_run_attends_with_what_the_first_rank_found(monkeypatch, card, tmp_path, rank):
+    """Also on a rank that does not have the backend: all take part in telling."""
+    made, told = [], []
+    backend = SimpleNamespace(name="mixed", make=lambda tokens: made.append(tokens) or "attend")
+    world = Axis("world", rank, 2, (0, 1), None)
+    layout = dataclasses.replace(single_process_layout(torch.device("cuda")), world=world)
+    phase = SimpleNamespace(layout=LayoutConfig(), memory=MemorySettings(), attention_on_tape=True)
+    monkeypatch.setattr(attention, "pick_backend", lambda *args: (backend, "why"))
+    monkeypatch.setattr(attention, "tell_all", lambda tokens, layout: told.append(tokens) or 960)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    attend, line = attention.attention_of_run(config_of(tmp_path), [phase], phase, layout, torch.bfloat16)
+    assert (attend, made, told) == ("attend", [960], [960 if rank == 0 else 0])
+    assert line.startswith("attention: mixed (why)")
+    assert card.measured == (rank == 0), "one rank measures"
+
+
 @pytest.mark.parametrize("layout, chunks, expected", [
     (LayoutConfig(), 1, (32, 8, 128)),
     (LayoutConfig(tensor_model_parallel_size=2), 1, (16, 4, 128)),
