@@ -1,8 +1,8 @@
-"""Measuring from how many tokens on cuDNN computes a document faster than torch's varlen op: a second or two at start.
+"""Measures from how many tokens on a document is faster through cuDNN: a second or two at start.
 
-Both compute the same call, through the backend that will train (mixed.py): TOKENS tokens in documents of one length,
-forward and backward, with this rank's heads. The documents are half a granule short of the length to which cuDNN's are
-padded, as documents are on average.
+Both compute the same call, through the backend that will train (mixed.py): TOKENS tokens in
+documents of one length, forward and backward, with this rank's heads. The documents are half a
+granule short of the length to which cuDNN's are padded, as documents are on average.
 """
 
 from collections.abc import Callable
@@ -27,8 +27,12 @@ def document_length(padded: int) -> int:
     return (shorter + padded) // 2
 
 
-def measure(heads: HeadShape, device: torch.device, dtype: torch.dtype,
-            time_call: Callable[..., float] | None = None) -> dict[int, tuple[float, float]]:
+def measure(
+    heads: HeadShape,
+    device: torch.device,
+    dtype: torch.dtype,
+    time_call: Callable[..., float] | None = None,
+) -> dict[int, tuple[float, float]]:
     """Milliseconds through cuDNN and through the varlen op, by the documents' length.
 
     Args:
@@ -36,19 +40,26 @@ def measure(heads: HeadShape, device: torch.device, dtype: torch.dtype,
     """
     time_call = time_call or _time_on_gpu
     query, kv, size = heads
-    generator = torch.Generator(device).manual_seed(0)  # the run's own random numbers stay what they are
-    q, k, v = (torch.randn(TOKENS, count, size, generator=generator, device=device, dtype=dtype).requires_grad_()
-               for count in (query, kv, kv))
+    # A generator of its own: the run's random numbers stay what they are.
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = (
+        torch.randn(
+            TOKENS, count, size, generator=generator, device=device, dtype=dtype
+        ).requires_grad_()
+        for count in (query, kv, kv)
+    )
     found = {}
     for length in (document_length(padded) for padded in PADDED_LENGTHS):
         bounds = torch.tensor([*range(0, TOKENS, length), TOKENS], dtype=torch.int32)
         (segments,) = make_segments(bounds, [(0, TOKENS)], device)
-        found[length] = tuple(time_call(mixed_attention(crossover), q, k, v, segments) for crossover in (1, NEVER))
+        found[length] = tuple(
+            time_call(mixed_attention(crossover), q, k, v, segments) for crossover in (1, NEVER)
+        )
     return found
 
 
 def crossover_of(milliseconds: dict[int, tuple[float, float]]) -> int:
-    """The shortest measured length from which on cuDNN is ahead at every length; NEVER if there is none."""
+    """The shortest measured length from which on cuDNN stays ahead; NEVER if there is none."""
     found = NEVER
     for length in sorted(milliseconds, reverse=True):
         of_cudnn, of_varlen = milliseconds[length]
@@ -60,6 +71,7 @@ def crossover_of(milliseconds: dict[int, tuple[float, float]]) -> int:
 
 def _time_on_gpu(attend: Callable, q, k, v, segments: Segments) -> float:
     """Milliseconds of a forward and backward."""
+
     def call() -> None:
         out = attend(q, k, v, segments)
         torch.autograd.grad(out, (q, k, v), out.detach())

@@ -1,7 +1,7 @@
 """Which attention the run computes with: the backend, and what `mixed` measures once per card.
 
-World rank 0 measures and tells the others, so that all ranks choose alike. What it found lies beside the checkpoints,
-so that a run that is started again on the same card chooses as before.
+World rank 0 measures and tells the others, so that all ranks choose alike. What it found lies
+beside the checkpoints, so that a run that is started again on the same card chooses as before.
 """
 
 import json
@@ -21,12 +21,13 @@ from pretrain.load_config import warn
 from pretrain.phases import Phase
 
 FILE = "attention_crossover.json"
-"""In the --save folder: what was measured, an entry for each card, torch release and shape of the heads."""
+"""In the --save folder: an entry for each card, torch release and shape of the heads."""
 
 
-def attention_of_run(config: Config, phases: list[Phase], phase: Phase, layout: Layout,
-                     compute_dtype: torch.dtype) -> tuple[Attend, str]:
-    """The attend function of this rank and a line that says what was chosen and why. Collective on a GPU.
+def attention_of_run(
+    config: Config, phases: list[Phase], phase: Phase, layout: Layout, compute_dtype: torch.dtype
+) -> tuple[Attend, str]:
+    """Choose this rank's attend function, and say why in a line. Collective on a GPU.
 
     Args:
         phases: all that these processes may train.
@@ -37,45 +38,65 @@ def attention_of_run(config: Config, phases: list[Phase], phase: Phase, layout: 
     """
     on_tape = any(each.attention_on_tape for each in phases)
     heads = heads_of_call(config, phase)
-    backend, why = pick_backend(config.model.attention_backend, layout.device, compute_dtype, on_tape, heads)
+    backend, why = pick_backend(
+        config.model.attention_backend, layout.device, compute_dtype, on_tape, heads
+    )
     line = f"attention: {backend.name} ({why})"
     if layout.device.type != "cuda":
         return backend.make(ASSUMED_CROSSOVER_TOKENS), line
-    # Every rank takes part, whatever it chose: on machines that differ, rank 0's answer serves those that need one.
+    # Every rank takes part, whatever it chose: where machines differ, some may need the answer.
     tokens = 0
     how = ""
     if layout.world.is_first:
-        tokens, how = find_crossover(config, heads, layout.device, compute_dtype, is_needed=backend.name == "mixed")
+        tokens, how = find_crossover(
+            config, heads, layout.device, compute_dtype, is_needed=backend.name == "mixed"
+        )
     return backend.make(tell_all(tokens, layout)), f"{line}{how}"
 
 
 def tell_all(tokens: int, layout: Layout) -> int:
     """World rank 0's number, on every rank; the others give 0."""
-    return int(all_reduce(torch.tensor(tokens, dtype=torch.int64, device=layout.device), layout.world))
+    return int(
+        all_reduce(torch.tensor(tokens, dtype=torch.int64, device=layout.device), layout.world)
+    )
 
 
 def heads_of_call(config: Config, phase: Phase) -> HeadShape:
     """Query heads, key/value heads and head size of a call of the rank that has most."""
     chunks = phase.memory.attention_head_chunks
     heads = Heads.of(config.model, phase.layout, chunks)
-    query, kv = (max(1, heads.m // chunks), heads.round_k) if chunks > 1 else (heads.m, max(heads.k, heads.paired))
+    if chunks > 1:
+        query = max(1, heads.m // chunks)
+        kv = heads.round_k
+    else:
+        query = heads.m
+        kv = max(heads.k, heads.paired)
     # The most of different ranks need not go together.
     return query, kv if query % kv == 0 else query, config.model.head_size
 
 
-def find_crossover(config: Config, heads: HeadShape, device: torch.device, dtype: torch.dtype, *,
-                   is_needed: bool) -> tuple[int, str]:
+def find_crossover(
+    config: Config, heads: HeadShape, device: torch.device, dtype: torch.dtype, *, is_needed: bool
+) -> tuple[int, str]:
     """The crossover in tokens, and where it is from as the end of a line."""
     asked = config.model.attention_crossover_tokens
     if asked is not None:
         return asked, _describe(asked, "asked for") if is_needed else ""
     folder = config.checkpoint.save
-    if not is_needed or folder is None:
+    if not is_needed:
+        return ASSUMED_CROSSOVER_TOKENS, ""
+    if folder is None:
         how = "assumed: without --save nothing is measured"
-        return ASSUMED_CROSSOVER_TOKENS, _describe(ASSUMED_CROSSOVER_TOKENS, how) if is_needed else ""
+        return ASSUMED_CROSSOVER_TOKENS, _describe(ASSUMED_CROSSOVER_TOKENS, how)
     path = Path(folder) / FILE
-    key = {"card": torch.cuda.get_device_name(device), "torch": torch.__version__,
-           "cudnn": torch.backends.cudnn.version(), "dtype": str(dtype), "heads": list(heads), "tokens": TOKENS}
+    key = {
+        "card": torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "dtype": str(dtype),
+        "heads": list(heads),
+        "tokens": TOKENS,
+    }
     entries = read_entries(path)
     for entry in entries:
         if {name: entry.get(name) for name in key} == key:
@@ -85,9 +106,13 @@ def find_crossover(config: Config, heads: HeadShape, device: torch.device, dtype
     found = crossover_of(milliseconds)
     entries.append(key | {"crossover": found, "milliseconds": milliseconds})
     write_atomically(path, json.dumps(entries, indent=1) + "\n")
-    times = ", ".join(f"{length:,} {of_cudnn:.2f}/{of_varlen:.2f}"
-                      for length, (of_cudnn, of_varlen) in milliseconds.items())
-    return found, _describe(found, f"measured, ms by cuDNN/varlen for {TOKENS:,} tokens in documents of: {times}")
+    times = ", ".join(
+        f"{length:,} {of_cudnn:.2f}/{of_varlen:.2f}"
+        for length, (of_cudnn, of_varlen) in milliseconds.items()
+    )
+    return found, _describe(
+        found, f"measured, ms by cuDNN/varlen for {TOKENS:,} tokens in documents of: {times}"
+    )
 
 
 def _describe(crossover: int, how: str) -> str:
