@@ -1,6 +1,5 @@
 """Parts of the model by themselves: attention backends, initial weights, head splits."""
 
-import inspect
 
 import pytest
 import torch
