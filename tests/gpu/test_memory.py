@@ -16,8 +16,13 @@ WIDTH = 1024
 TOKENS = 8192
 LONG = 65536
 """Tokens of the tests that compare peaks: at 8K the gradients are larger than what a layer keeps, and hide it."""
-CONFIG = ModelConfig(num_layers=LAYERS, hidden_size=WIDTH, ffn_hidden_size=2816, num_attention_heads=16,
-                     num_query_groups=4)
+CONFIG = ModelConfig(
+    num_layers=LAYERS,
+    hidden_size=WIDTH,
+    ffn_hidden_size=2816,
+    num_attention_heads=16,
+    num_query_groups=4,
+)
 
 
 class Batch:
@@ -35,7 +40,11 @@ def gradients(settings: MemorySettings, tokens: int = TOKENS) -> tuple[list[torc
     """Gradients of all parameters, and the bytes at the peak above what was there before the forward."""
     device = torch.device("cuda", 0)
     attend, _ = choose_attention("auto", device, torch.bfloat16)
-    stage = GPTStage(CONFIG, 500, single_process_layout(device), attend).bfloat16().to_empty(device=device)
+    stage = (
+        GPTStage(CONFIG, 500, single_process_layout(device), attend)
+        .bfloat16()
+        .to_empty(device=device)
+    )
     torch.manual_seed(0)
     for parameter in stage.parameters():
         nn.init.normal_(parameter, std=0.05)
@@ -55,10 +64,18 @@ def plain():
     return gradients(MemorySettings())
 
 
-@pytest.mark.parametrize("settings", [
-    MemorySettings("selective"), MemorySettings("full"), MemorySettings("attention_kept"),
-    MemorySettings("full", LAYERS), MemorySettings("attention_kept", LAYERS),
-    MemorySettings("attention_kept", LAYERS - 2, 4, 4, 1024)], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        MemorySettings("selective"),
+        MemorySettings("full"),
+        MemorySettings("attention_kept"),
+        MemorySettings("full", LAYERS),
+        MemorySettings("attention_kept", LAYERS),
+        MemorySettings("attention_kept", LAYERS - 2, 4, 4, 1024),
+    ],
+    ids=str,
+)
 def test_the_gradients_are_those_without_any_of_it(plain, settings):
     for found, expected in zip(gradients(settings)[0], plain[0], strict=True):
         assert (found - expected).norm() <= 0.02 * expected.norm()

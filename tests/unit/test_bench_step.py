@@ -1,4 +1,4 @@
-"""The step, memory and gpu benchmarks at toy size: what they compare, count and judge."""
+"""The step and memory benchmarks at toy size: what they compare, count and judge."""
 
 import types
 
@@ -8,16 +8,13 @@ from torch.nn import functional as F
 
 from data.batch import IGNORE
 from model.kernels import choose_attention, make_segments
-from model.offload import Host
-from pretrain.step import global_grad_norm as step_norm
-from tools.bench import contenders, gpu, gpu_runs, memory, step
+from tools.bench import contenders, memory, step
 from tools.bench.contenders import (
     ALST,
     CHECKPOINTED,
     OURS,
     THEIRS,
     VOCABULARY,
-    Ours,
     Transformers,
     Way,
     check_losses,
@@ -25,9 +22,7 @@ from tools.bench.contenders import (
     preset,
 )
 from tools.bench.fresh import RETURN_MEMORY, run_fresh
-from tools.bench.gpu_parts import Card, Scale
 from tools.bench.products import Replay, TimedAttend, kind_of, product_flops, record
-from tools.bench.standin import one_rank_of
 
 LAYERS = {"num_layers": 1}
 
@@ -174,37 +169,6 @@ def test_the_best_rung_is_judged_and_what_did_not_run_is_said():
         f"65536 tokens: loss 9.020000 of {THEIRS}, 9.000000 of baseline"]
 
 
-def test_a_rank_of_many_sends_what_real_ranks_would():
-    """FSDP2's gathers and Ulysses' exchanges go through the stand-ins, and their bytes are counted."""
-    found = run_fresh(step_of_a_rank, 1, ranks=4, tokens=32)
-    config = preset("tiny", num_layers=1)
-    heads, kv, size = config.num_attention_heads, config.num_kv_heads, config.head_size
-    forward = 32 * size * (2 * heads + 2 * kv) * 4 * 3 // 4  # fp32; three quarters go to others
-    assert found["sent"]["all_to_all"] == 2 * forward
-    assert found["sent"]["all_gather"] > 0 and found["sent"]["reduce_scatter"] > 0
-    assert found["norm"] > 0 and found["loss"] > 0
-
-
-def step_of_a_rank(ranks: int, tokens: int) -> dict:
-    device = torch.device("cpu")
-    with one_rank_of(ranks, device) as (layout, sent):
-        ours = Ours(preset("tiny", num_layers=1), 512, "float32", layout, seed=1)
-        sample = gpu_runs.slice_of(ranks * tokens, ranks, 512, device)
-        loss = ours.forward_backward(sample)
-        norm = float(step_norm(ours.stages, layout))
-    return {"sent": sent, "loss": loss, "norm": norm}
-
-
-@pytest.mark.parametrize("name", [name if name == "qwen3-8b-rank" else pytest.param(name, marks=pytest.mark.long)
-                                  for name in gpu_runs.RUNS])
-def test_gpu_runs_at_toy_size(name):
-    if gpu_runs.RUNS[name].title.endswith(ALST) and not _has_deepspeed():
-        pytest.skip("deepspeed is not installed")
-    outcome = run_fresh(toy_run, 2, name=name)
-    assert not outcome["measured"].startswith("not run") and outcome["details"], outcome
-    assert not any("times say nothing" in line for line in outcome["details"]), outcome
-
-
 def test_a_compiled_peer_attends_without_a_mask():
     """With a mask sdpa could not take its flash kernel, and the comparison would say nothing."""
     way = Way(compiled=True, batched=True)
@@ -234,86 +198,3 @@ def test_tiles_of_a_peer_hold_as_many_tokens_as_the_model_is_wide(monkeypatch):
     for shape in ((1, 1024), (4, 1024)):
         mlp(torch.zeros(*shape, preset("tiny").hidden_size))
     assert counts == [4, 16]
-
-
-def test_a_rank_keeps_the_blocks_that_are_pinned_ahead():
-    found = run_fresh(blocks_of_a_rank, 1, ranks=2, tokens=64)
-    config = preset("tiny", num_layers=2, attention_head_chunks=2)
-    assert sorted(found["sent"]) == sorted(gpu_runs.offloaded_bytes(config, 64, 2, 4))
-
-
-def blocks_of_a_rank(ranks: int, tokens: int) -> dict:
-    sizes, send = [], Host.send
-
-    def counted(self, tensors):
-        sizes.extend(tensor.nbytes for tensor in tensors)
-        return send(self, tensors)
-
-    Host.send = counted
-    config = preset("tiny", num_layers=2, attention_head_chunks=2, recompute_granularity="attention_kept",
-                    cpu_offloading_num_layers=2)
-    with one_rank_of(ranks, torch.device("cpu")) as (layout, _):
-        ours = Ours(config, 512, "float32", layout, seed=1)
-        ours.forward_backward(gpu_runs.slice_of(tokens, ranks, 512, layout.device))
-    smallest = tokens // ranks * config.num_attention_heads * 4  # a log-sum-exp
-    return {"sent": [size for size in sizes if size > smallest]}
-
-
-@pytest.mark.parametrize("plateau, kept, tried, longest", [
-    (60, 5, [1, 2, 4, 8, 16, 32, 19], 19), (0, 3, [1, 2, 4, 8, 16, 32, 64], 32), (0, 30, [1, 2, 4, 3], 3),
-    (0, 60, [1, 2], 1), (0, 200, [1], None), (0, 0, [1, 2, 4, 8, 16, 32, 64, 128], 128)])
-def test_the_longest_sample_is_found_past_the_plateau_of_the_gradients(plateau, kept, tried, longest):
-    """Peak GiB = max(plateau, 34 + kept a document), of which 139 fit."""
-    counts = []
-
-    def measure(count):
-        counts.append(count)
-        peak = max(plateau, 34 + kept * count)
-        return (peak << 30, 1.0) if peak < 139 else None
-
-    fits = gpu_runs.longest_that_fits(measure, 139 << 30, 128)
-    assert counts == tried
-    assert [count for count, _, _ in fits][-1:] == ([longest] if longest else [])
-
-
-def test_a_sample_that_the_line_promised_and_that_does_not_fit_is_halved():
-    fits = gpu_runs.longest_that_fits(lambda count: (count << 30, 1.0) if count < 20 else None, 40 << 30, 128)
-    assert [count for count, _, _ in fits] == [1, 2, 4, 8, 16]
-    fits = gpu_runs.longest_that_fits(lambda count: (count << 30, 1.0) if count < 28 else None, 40 << 30, 128)
-    assert [count for count, _, _ in fits] == [1, 2, 4, 8, 16, 23]
-
-
-def test_offload_is_bounded_by_the_host():
-    assert gpu_runs.most_on_host(preset("llama3-8b", attention_head_chunks=4), 8192) == 16  # 4 GiB a document
-
-
-def toy_run(name: str) -> dict:
-    return gpu_runs.RUNS[name].measure(Card(torch.device("cpu")), Scale(toy=True), 1.0).to_json()
-
-
-def test_gpu_runs_are_kept_and_skipped(tmp_path, monkeypatch, capsys):
-    """A finished run is skipped, a failed or void one is made again, and the table says which is which."""
-    outcomes = iter([gpu_runs.Outcome("12 s", True, ["a detail"]), RuntimeError("no memory")])
-
-    def measure(card, scale, tflops):
-        outcome = next(outcomes)
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-
-    names = ("good", "bad", "never")
-    monkeypatch.setattr(gpu_runs, "RUNS", {name: gpu_runs.Run(f"title {name}", "a bar", measure) for name in names})
-    common = {"folder": str(tmp_path), "device": "cpu", "scale": "toy"}
-    assert gpu.run(gpu.Arguments(run="good", **common)) == 0
-    assert gpu.run(gpu.Arguments(run="good", **common)) == 0  # `measure` would fail
-    assert gpu.run(gpu.Arguments(run="bad", **common)) == 1
-    capsys.readouterr()
-    assert gpu.run(gpu.Arguments(names=True, **common)) == 0
-    assert capsys.readouterr().out.splitlines() == ["bad 60", "never 60"]
-    text = gpu.describe(tmp_path)
-    good, bad, never = (next(line for line in text.splitlines() if f"title {name} |" in line) for name in names)
-    assert "12 s" in good and "reached" in good
-    assert "not run (RuntimeError: no memory)" in bad and "| not run |" in " ".join(never.split())
-    assert "- title good: a detail" in text and "toy scale" in text
-    assert gpu.run(gpu.Arguments(run="unknown", **common)) == 2
-    assert gpu.cells({"run": "good", "void": True, "product_tflops": 600.0})[0].startswith("not run (void")

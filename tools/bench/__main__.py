@@ -1,11 +1,11 @@
-"""Benchmarks on this machine: `python -m tools.bench attention|data|disturbed|gpu|memory|step [options]`."""
+"""Benchmarks on this machine: `python -m tools.bench attention|data|disturbed|lease|memory|step|traffic [options]`."""
 
 import importlib
 import sys
 
 import tyro
 
-BENCHMARKS = ("attention", "data", "disturbed", "gpu", "memory", "step")
+BENCHMARKS = ("attention", "data", "disturbed", "lease", "memory", "step", "traffic")
 """Each a module of this folder: `Arguments`, a dataclass of its options, and `run(arguments) -> exit code`."""
 
 

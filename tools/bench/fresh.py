@@ -30,11 +30,12 @@ that resident memory is what is in use."""
 
 
 def run_fresh(function: Callable[..., dict], cores: int, *, environment: dict[str, str] | None = None,
-              **options: Any) -> dict:
+              on_gpu: bool = False, **options: Any) -> dict:
     """What `function`, of a module's top level, returns in a fresh interpreter on `cores` cores, without a GPU.
 
     Args:
         environment: variables for it beside ours, or in the place of ours.
+        on_gpu: with the GPUs that this process may use.
         options: its arguments, JSON-able; what it returns must be, too.
 
     Raises:
@@ -42,8 +43,9 @@ def run_fresh(function: Callable[..., dict], cores: int, *, environment: dict[st
     """
     threads = {name: str(cores) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")}
     task = json.dumps({"module": function.__module__, "name": function.__name__, "cores": cores, "options": options})
+    hidden = {} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}
     found = subprocess.run([sys.executable, "-m", "tools.bench.fresh", task], cwd=ROOT, stdout=subprocess.PIPE,
-                           text=True, env={**os.environ, **threads, "CUDA_VISIBLE_DEVICES": "", **(environment or {})})
+                           text=True, env={**os.environ, **threads, **hidden, **(environment or {})})
     if found.returncode:
         raise RuntimeError(f"{function.__module__}.{function.__name__} ended with code {found.returncode}")
     return json.loads(found.stdout.splitlines()[-1])

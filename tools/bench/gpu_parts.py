@@ -1,4 +1,4 @@
-"""What the runs on one GPU share: the card with its clock and memory, sizes full and toy, models by name."""
+"""What the items on one GPU share: the card with its clock and memory, sizes full and toy, models by name."""
 
 import gc
 import statistics
@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from model.config import ModelConfig
-from tools.bench.contenders import preset
+from model.kernels import BACKENDS
+from tools.bench.contenders import Dtype, preset
 from tools.bench.fresh import measured, trim
 
-LEAST_TFLOPS = 750.0
-"""Below it something else slows the card down, and a run says nothing."""
+SEED = 1234
 GIB = 2**30
+ATTENTION_BACKENDS = ("sdpa", "varlen", "mixed")
+"""Kernels that are compared, by their names as attention_backend."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,11 @@ class Scale:
 
     toy: bool
 
+    @property
+    def dtype(self) -> Dtype:
+        """Precision of forward and backward."""
+        return "float32" if self.toy else "bfloat16"
+
     def tokens(self, full: int) -> int:
         return max(64, full // 1024) if self.toy else full
 
@@ -30,14 +37,24 @@ class Scale:
         """(configuration, vocabulary) of a model: 1b, 3b, 8b (Llama 3's shapes) or qwen3-8b."""
         config, vocabulary = MODELS[name]
         if self.toy:
-            return preset("tiny", **(TOY_CHANGES.get(name, {}) | changes | dict(num_layers=2))), 512
+            return preset(
+                "tiny", **(TOY_CHANGES.get(name, {}) | {"num_layers": TOY_LAYERS} | changes)
+            ), 512
         return preset(config, **(CHANGES.get(name, {}) | changes)), vocabulary
 
 
-MODELS = {"1b": ("1b", 128256), "3b": ("1b", 128256), "8b": ("llama3-8b", 128256), "qwen3-8b": ("qwen3-8b", 151936)}
+MODELS = {
+    "1b": ("1b", 128256),
+    "3b": ("1b", 128256),
+    "8b": ("llama3-8b", 128256),
+    "qwen3-8b": ("qwen3-8b", 151936),
+}
 CHANGES = {"3b": dict(num_layers=28, hidden_size=3072, num_attention_heads=24, kv_channels=128)}
 """Llama 3.2 3B's shape: huggingface meta-llama/Llama-3.2-3B config.json."""
-TOY_CHANGES = {"qwen3-8b": dict(num_attention_heads=32, num_query_groups=8, kv_channels=32, qk_layernorm=True)}
+TOY_LAYERS = 1
+TOY_CHANGES = {
+    "qwen3-8b": dict(num_attention_heads=32, num_query_groups=8, kv_channels=32, qk_layernorm=True)
+}
 """As many heads as at full size, so that 8 ranks cut them into as many chunks."""
 
 
@@ -56,7 +73,9 @@ class Card:
 
     def capacity(self) -> int:
         """Bytes of the device's memory; on a CPU half a GiB, for trying the code out."""
-        return torch.cuda.get_device_properties(self.device).total_memory if self.is_cuda else GIB // 2
+        return (
+            torch.cuda.get_device_properties(self.device).total_memory if self.is_cuda else GIB // 2
+        )
 
     def pin_ahead(self, sizes: list[int]) -> None:
         """Leave pinned blocks of these bytes with torch's allocator: pinning takes long, and a run does it once."""
@@ -95,12 +114,23 @@ class Card:
         torch.cuda.reset_peak_memory_stats(self.device)
         return self.seconds(task), torch.cuda.max_memory_allocated(self.device)
 
-    def product_tflops(self, size: int, repeats: int = 10) -> float:
-        """Of a bf16 product of random matrices: zeros draw less power and run faster."""
-        left, right = (torch.randn(size, size, device=self.device).to(torch.bfloat16) for _ in range(2))
+    def product_tflops(self, scale: Scale, repeats: int = 10) -> float:
+        """TFLOP/s of an 8192^3 bf16 product of random matrices: zeros draw less power and run faster."""
+        size = 256 if scale.toy else 8192
+        left = torch.randn(size, size, device=self.device).to(torch.bfloat16)
+        right = torch.randn(size, size, device=self.device).to(torch.bfloat16)
 
         def products():
             for _ in range(repeats):
                 torch.mm(left, right)
 
         return repeats * 2 * size**3 / self.median(products, repeats=5, warm_ups=1) / 1e12
+
+
+def missing_backend(name: str, card: Card, scale: Scale) -> str | None:
+    """Why an attention backend cannot be compared here, or None; auto can always be."""
+    if name == "auto":
+        return None
+    if name not in BACKENDS:
+        return "there is no such backend"
+    return BACKENDS[name].missing(card.device, getattr(torch, scale.dtype))

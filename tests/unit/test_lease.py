@@ -1,0 +1,362 @@
+"""A lease's driver and table: deadlines, failures, what is skipped, and what the lines become."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tools.bench import lease
+from tools.bench.lease_items import ITEMS, LEASE, Bar, Item
+from tools.bench.lease_lines import Line, Report, read_lines
+from tools.bench.lease_table import choose_run, describe, describe_probe
+
+HERE = "tests.unit.test_lease"
+
+
+# ---- items that the driver's processes run ----
+
+
+def good(card, scale, report, *, value):
+    report.add("answer", value, "s")
+
+
+def raising(card, scale, report):
+    report.add("before", 1.0, "s")
+    raise RuntimeError("no memory\nand a second line")
+
+
+def sleeping(card, scale, report, *, mark):
+    report.add("before", 2.0, "s")
+    subprocess.Popen(
+        [sys.executable, "-c", f"import time; open({mark!r}, 'w').close(); time.sleep(60)", mark]
+    )
+    time.sleep(60)
+
+
+def dying(card, scale, report):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def item(name: str, function: str, *, seconds: int = 1, deadline: int = 60, **options) -> Item:
+    return Item(
+        name=name,
+        title=f"title {name}",
+        function=f"{HERE}:{function}",
+        options=options,
+        seconds=seconds,
+        deadline=deadline,
+    )
+
+
+def make_lease(folder: Path, *, seconds: float = 300) -> lease.Lease:
+    arguments = lease.Arguments(device="cpu", scale="toy", seconds=seconds)
+    made = lease.Lease(folder, arguments)
+    made.environment["OMP_NUM_THREADS"] = "1"
+    return made
+
+
+def lines_of(folder: Path, name: str) -> list[Line]:
+    return [line for line in read_lines(folder / lease.LINES) if line.item == name]
+
+
+def is_running(mark: str) -> bool:
+    """Is there a process with this word on its command line?"""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if mark.encode() in words:
+            return True
+    return False
+
+
+class Impatient(subprocess.Popen):
+    """A process whose deadline is over as soon as it has left a file, however slow the machine is."""
+
+    def wait(self, timeout=None):
+        mark = json.loads(self.args[-1])["options"].get("mark")
+        if timeout is None or mark is None:
+            return super().wait(timeout)
+        while not Path(mark).exists() and self.poll() is None:
+            time.sleep(0.05)
+        raise subprocess.TimeoutExpired(self.args, timeout)
+
+
+def test_one_item_s_failure_hang_or_death_costs_only_itself(tmp_path, monkeypatch):
+    mark = str(tmp_path / "started")
+    monkeypatch.setattr(lease.subprocess, "Popen", Impatient)
+    made = make_lease(tmp_path)
+    for one in (
+        item("raises", "raising"),
+        item("hangs", "sleeping", deadline=60, mark=mark),
+        item("dies", "dying"),
+        item("good", "good", value=3.0),
+    ):
+        made.run_item(one)
+
+    before, failed = lines_of(tmp_path, "raises")
+    assert (before.value, failed.kind, failed.note) == (1.0, "failed", "RuntimeError: no memory")
+    before, failed = lines_of(tmp_path, "hangs")
+    assert (before.value, failed.note) == (2.0, "ended at its deadline of 60 s")
+    assert Path(mark).exists() and not is_running(mark), (
+        "the process that the item started is left behind"
+    )
+    (failed,) = lines_of(tmp_path, "dies")
+    assert failed.note == "its process ended with code -9"
+    (found,) = lines_of(tmp_path, "good")
+    assert (found.value, found.unit, found.kind, found.card, found.scale) == (
+        3.0,
+        "s",
+        "measured",
+        "CPU",
+        "toy",
+    )
+    assert found.torch and found.date and found.seconds >= 0
+    assert "RuntimeError: no memory" in (tmp_path / lease.LOG).read_text()
+
+
+def test_an_item_that_needs_more_than_is_left_is_skipped_and_a_shorter_one_runs(tmp_path):
+    made = make_lease(tmp_path, seconds=60)
+    made.run_item(item("long", "good", seconds=100, value=1.0))
+    made.run_item(item("short", "good", seconds=5, value=2.0))
+    (skipped,) = lines_of(tmp_path, "long")
+    assert skipped.kind == "skipped"
+    assert skipped.note in ("needs 100 s, and 55 s were left", "needs 100 s, and 54 s were left"), (
+        skipped.note
+    )
+    assert [line.value for line in lines_of(tmp_path, "short")] == [2.0]
+
+
+def test_the_deadline_is_never_past_the_end_of_the_lease(tmp_path, monkeypatch):
+    deadlines = []
+    monkeypatch.setattr(
+        lease.Lease, "run_process", lambda self, item, report, deadline: deadlines.append(deadline)
+    )
+    make_lease(tmp_path, seconds=50).run_item(
+        item("a", "good", seconds=10, deadline=300, value=1.0)
+    )
+    assert 40 < deadlines[0] <= 45
+
+
+def test_a_machine_without_growing_segments_is_probed_again(tmp_path, monkeypatch):
+    """Some drivers refuse them; the items then run without."""
+    tried = []
+
+    def run_item(self, one):
+        tried.append((one.name, self.environment[lease.ALLOCATOR]))
+        line = Report(self.lines, one.name, "toy", date="now", card="a card")
+        if one.name == "probe" and "True" in self.environment[lease.ALLOCATOR]:
+            line.fail("no cuDeviceGet")
+        else:
+            line.add("memory", 80.0, "GiB")
+        return read_lines(self.lines)[-1:]
+
+    monkeypatch.delenv(lease.ALLOCATOR, raising=False)
+    monkeypatch.setattr(lease.Lease, "run_item", run_item)
+    made = lease.Lease(tmp_path, lease.Arguments(device="cpu", scale="toy"))
+    assert made.run([item("good", "good", value=1.0)])
+    assert tried == [
+        ("probe", "expandable_segments:True"),
+        ("probe", "expandable_segments:False"),
+        ("good", "expandable_segments:False"),
+    ]
+    assert made.card == "a card"
+
+
+def test_a_whole_lease_writes_lines_log_and_table(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = signal.getsignal(signal.SIGTERM)
+    code = lease.run(lease.Arguments(device="cpu", scale="toy", only=("product",)))
+    signal.signal(signal.SIGTERM, before)
+    assert code == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "lines.jsonl",
+        "log.txt",
+        "table.md",
+    ]
+    for text in (tmp_path / "out" / "lines.jsonl").read_text().splitlines():
+        known = {
+            "item",
+            "case",
+            "figure",
+            "unit",
+            "value",
+            "kind",
+            "card",
+            "torch",
+            "seconds",
+            "note",
+            "scale",
+            "date",
+        }
+        assert set(json.loads(text)) == known
+    capsys.readouterr()
+    assert lease.run(lease.Arguments(table=str(tmp_path / "out" / "lines.jsonl"))) == 0
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "out" / "table.md").read_text()
+    assert printed.startswith("## On one CPU\n") and "toy scale" in printed
+    assert "| 8192^3 bf16 product |  | rate" in printed
+    assert "| tests/gpu |  | not run |  |  |" in printed
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        (dict(only=("nothing",)), "--only nothing: no such item"),
+        (dict(device="cpu"), "--device cpu --scale full: would take days"),
+        (dict(seconds=0.0), "--seconds 0.0: must be above 0"),
+        (dict(table="missing.jsonl"), "--table missing.jsonl:"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, changes, expected):
+    assert lease.run(lease.Arguments(**changes)) == 2
+    text = capsys.readouterr().err
+    assert expected in text and text.count("\n") == 1
+
+
+def test_the_order_is_that_of_value():
+    assert [one.name for one in LEASE] == [
+        "tests",
+        "product",
+        "attention",
+        "1b-8k",
+        "qwen3-8b-rank",
+        "1b-512k",
+        "3b-8k",
+        "1b-8k-peer",
+        "documents",
+        "frontier",
+        "quickstart",
+    ]
+    assert [one.name for one in lease.chosen_items(())] == [one.name for one in LEASE]
+    assert [one.name for one in lease.chosen_items(("8b-offload", "product"))] == [
+        "8b-offload",
+        "product",
+    ]
+
+
+# ---- the table ----
+
+LINE = Line(
+    item="", seconds=1.0, card="NVIDIA H100", torch="2.11", scale="full", date="2026-01-02 03:04:05"
+)
+
+
+def line(name: str, figure: str = "", value=None, **changes) -> Line:
+    return replace(LINE, item=name, figure=figure, value=value, **changes)
+
+
+def row(text: str, start: str) -> str:
+    (found,) = [one for one in text.splitlines() if one.startswith(f"| {start} |")]
+    return found
+
+
+def test_the_table_marks_how_figures_came_about_and_judges_them():
+    lines = [
+        line("qwen3-8b-rank", "seconds", 20.0, unit="s", case="2 layers"),
+        line("qwen3-8b-rank", "seconds", 240.123, unit="s", case="36 layers", kind="scaled"),
+        line("qwen3-8b-rank", "peak", 37.0, unit="GB", case="36 layers", kind="scaled"),
+        line(
+            "qwen3-8b-rank",
+            "wire seconds",
+            3.0,
+            unit="s",
+            case="2 layers",
+            kind="calculated",
+            note="at 350 GB/s",
+        ),
+        line("documents", note="needs 22 s, and 3 s were left", kind="skipped"),
+        line("frontier", note="OutOfMemoryError: too much", kind="failed", case="65,536 tokens"),
+    ]
+    text = describe(lines, ITEMS)
+    assert text.startswith("## On one NVIDIA H100\n")
+    title = ITEMS["qwen3-8b-rank"].title
+    assert row(text, f"{title} | 2 layers") == (
+        f"| {title} | 2 layers | seconds 20 s; wire seconds 3 s, calculated (at 350 GB/s) |  |  |"
+    )
+    assert row(text, f"{title} | 36 layers") == (
+        f"| {title} | 36 layers | seconds 240.1 s, scaled; peak 37 GB, scaled | seconds at most 250; peak at most 36 "
+        "| reached; NOT reached |"
+    )
+    assert "not run (needs 22 s, and 3 s were left)" in row(text, ITEMS["documents"].title + " | ")
+    assert "failed (OutOfMemoryError: too much)" in row(
+        text, ITEMS["frontier"].title + " | 65,536 tokens"
+    )
+    assert row(text, "tests/gpu | ") == "| tests/gpu |  | not run |  |  |"
+    assert "8B, longest sample" not in text  # by hand, and was not run
+
+
+def test_failed_tests_are_named_and_many_are_counted():
+    lines = [
+        line("tests", "test", f"test_{n}", case="test_a.py", kind="failed", note="why")
+        for n in range(10)
+    ]
+    lines.append(line("tests", "failed", 10, unit="tests", case="test_a.py"))
+    found = row(describe(lines, ITEMS), "tests/gpu | test_a.py")
+    assert (
+        "failed: test_0; " in found
+        and "failed: test_7; failed 10 tests; and 2 more failed" in found
+    )
+    assert "test_8" not in found and found.endswith("| failed at most 0 | NOT reached |")
+
+
+def test_the_last_run_that_found_anything_counts():
+    first = [line("a", "x", 1.0), line("a", kind="failed", note="then it broke")]
+    second = [line("a", "x", 2.0)]
+    third = [line("a", kind="skipped", note="no time")]
+    assert choose_run([first, second, third]) == second
+    assert choose_run([third]) == third
+
+
+def test_the_peer_s_rate_is_compared_unless_the_losses_differ():
+    lines = [
+        line("1b-8k", "tokens", 100.0, case="ours, sdpa"),
+        line("1b-8k", "tokens", 120.0, case="ours, varlen"),
+        line("1b-8k", "loss", 9.0, case="ours, varlen"),
+        line("1b-8k-peer", "tokens", 100.0, case="theirs"),
+        line("1b-8k-peer", "loss", 9.001, case="theirs"),
+    ]
+    text = describe(lines, ITEMS).splitlines()[-1]
+    assert text == (
+        "- 1b-8k: ours, varlen / theirs: 1.200 times its tokens/s (calculated), bar at least 1: reached"
+    )
+    lines[-1] = line("1b-8k-peer", "loss", 9.1, case="theirs")
+    assert describe(lines, ITEMS).endswith(
+        "but the losses are 9.00000 and 9.10000: the times say nothing"
+    )
+
+
+def test_the_probe_is_the_paragraph_above_the_table():
+    lines = [
+        line("probe", "memory", 79.1, unit="GiB"),
+        line("probe", "versions", "torch 2.11, numpy 2.4.6"),
+        line("probe", case="orjson", kind="failed", note="not installed"),
+    ]
+    assert describe_probe(lines, lines) == (
+        "2026-01-02 03:04:05 UTC; memory 79.1 GiB; torch 2.11, numpy 2.4.6; orjson: not installed"
+    )
+    assert describe([], ITEMS).startswith("## On one GPU\n\nNo GPU was at hand.")
+
+
+def test_bars_hold_in_both_directions():
+    assert Bar(2).reached(2) and not Bar(2).reached(2.1)
+    assert Bar(2, at_least=True).reached(2) and not Bar(2, at_least=True).reached(1.9)
+
+
+def test_a_line_that_was_cut_off_is_left_out_and_another_file_refused(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    Report(path, "a", "toy", date="now").add("x", 1.0, "s")
+    with open(path, "a", encoding="utf-8") as file:
+        file.write('{"item": "a", "fig')
+    assert [line.value for line in read_lines(path)] == [1.0]
+    path.write_text('{"other": 1}\n{"other": 2}\n')
+    with pytest.raises(ValueError, match="line 1: not a line of a lease"):
+        read_lines(path)

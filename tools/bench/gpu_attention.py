@@ -1,0 +1,141 @@
+"""Attention by kernel: of one Qwen3-8B rank alone, and of many documents beside one."""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from model.kernels import BACKENDS, choose_attention, make_segments
+from tools.bench.contenders import Ours, causal_pairs, lean, make_sample, one_process
+from tools.bench.gpu_parts import ATTENTION_BACKENDS, SEED, Card, Scale, missing_backend
+from tools.bench.lease_lines import Report
+from tools.bench.products import TimedAttend
+
+QWEN_RANKS = 8
+SDPA_KERNELS = {
+    "flash of sdpa": SDPBackend.FLASH_ATTENTION,
+    "cuDNN of sdpa": SDPBackend.CUDNN_ATTENTION,
+}
+REPEATS = 3
+DOCUMENT = 2048
+"""Tokens of each of the many documents."""
+
+Way = Callable[[], torch.Tensor]
+"""-> the output, with its graph."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """One rank's share of a layer's attention, its tensors and its work."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    grad: torch.Tensor
+    forward_flops: int
+    """Of the causal half."""
+
+
+def qwen_attention(card: Card, scale: Scale, report: Report, *, tokens: int) -> None:
+    """Report forward and backward of one layer's attention of rank 0 of cp 8, kernel by kernel."""
+    heads = make_heads(card, scale, scale.tokens(tokens))
+    ways = ways_of_ours(card, scale, report, heads) | ways_of_sdpa(heads)
+    for case, way in ways.items():
+        with report.trying(case):
+            measure_way(card, report, case, way, heads)
+
+
+def make_heads(card: Card, scale: Scale, tokens: int) -> Heads:
+    """Random q, k, v and output gradient of one document."""
+    config, _ = scale.model("qwen3-8b")
+    size = config.head_size
+    query_heads = config.num_attention_heads // QWEN_RANKS
+    kv_heads = config.num_kv_heads // QWEN_RANKS
+    dtype = getattr(torch, scale.dtype)
+
+    def draw(count: int) -> torch.Tensor:
+        return torch.randn(tokens, count, size, device=card.device, dtype=dtype)
+
+    q = draw(query_heads).requires_grad_()
+    k = draw(kv_heads).requires_grad_()
+    v = draw(kv_heads).requires_grad_()
+    work = 4 * query_heads * size * causal_pairs([tokens])
+    return Heads(q, k, v, draw(query_heads), work)
+
+
+def ways_of_ours(card: Card, scale: Scale, report: Report, heads: Heads) -> dict[str, Way]:
+    """Our backends; those that are missing are said in a line each."""
+    edges = torch.tensor([0, len(heads.q)], dtype=torch.int32)
+    (segments,) = make_segments(edges, [(0, len(heads.q))], card.device)
+    ways: dict[str, Way] = {}
+    for name in dict.fromkeys([*ATTENTION_BACKENDS, *BACKENDS]):
+        missing = missing_backend(name, card, scale)
+        if missing:
+            report.skip(missing, case=name)
+            continue
+        attend, _ = choose_attention(name, card.device, heads.q.dtype)
+        ways[name] = lambda attend=attend: attend(heads.q, heads.k, heads.v, segments)
+    return ways
+
+
+def ways_of_sdpa(heads: Heads) -> dict[str, Way]:
+    """torch's kernels one by one, as [1, heads, tokens, size]."""
+
+    def by(kernel: SDPBackend) -> torch.Tensor:
+        q, k, v = (x.transpose(0, 1)[None] for x in (heads.q, heads.k, heads.v))
+        with sdpa_kernel(kernel):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return out[0].transpose(0, 1)
+
+    return {name: lambda kernel=kernel: by(kernel) for name, kernel in SDPA_KERNELS.items()}
+
+
+def measure_way(card: Card, report: Report, case: str, way: Way, heads: Heads) -> None:
+    """Report the median seconds and the rates of forward and backward apart."""
+    card.clear()
+    forward: list[float] = []
+    backward: list[float] = []
+    for _ in range(1 + REPEATS):
+        outputs: list[torch.Tensor] = []
+        forward.append(card.seconds(lambda outputs=outputs: outputs.append(way())))
+        backward.append(card.seconds(lambda outputs=outputs: outputs.pop().backward(heads.grad)))
+    for name, times, flops in (
+        ("forward", forward, heads.forward_flops),
+        ("backward", backward, 2 * heads.forward_flops),
+    ):
+        seconds = statistics.median(times[1:])  # the first warmed up
+        report.add(f"{name} seconds", seconds, "s", case=case)
+        report.add(f"{name} rate", flops / seconds / 1e12, "TFLOP/s", case=case)
+
+
+def documents(card: Card, scale: Scale, report: Report, *, tokens: int) -> None:
+    """Report the attention's time inside a step of 2 layers of 1B, in one document and in many."""
+    total = scale.tokens(tokens)
+    many = 4 if scale.toy else total // DOCUMENT
+    config, vocabulary = scale.model("1b", num_layers=2)
+    config = replace(config, **lean(config, total))
+    attend, chosen = choose_attention(
+        config.attention_backend, card.device, getattr(torch, scale.dtype)
+    )
+    clock = TimedAttend(attend, card.device)
+    times: dict[int, list[float]] = {1: [], many: []}
+    with one_process() as layout:
+        contender = Ours(config, vocabulary, scale.dtype, layout, SEED, clock)
+        samples = {
+            count: make_sample([total // count] * count, vocabulary, SEED, card.device)
+            for count in times
+        }
+        for turn in range(1 + REPEATS):
+            for count in list(times)[:: -1 if turn % 2 else 1]:
+                with clock.counting() as inside:
+                    contender.step(samples[count])
+                times[count] += inside if turn else []  # the first warms up
+    one = statistics.median(times[1])
+    other = statistics.median(times[many])
+    report.add("seconds", one, "s", case="1 document", note=chosen)
+    report.add("seconds", other, "s", case=f"{many} documents")
+    # the sum of squares is 1 / many of one document's
+    report.add("ratio", other / one * many, "of what the sum of squares predicts")

@@ -1,0 +1,110 @@
+"""Items of a lease that measure no training: what is installed, the tests on a GPU, the card's rate of products."""
+
+import importlib
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from tools.bench.fresh import ROOT
+from tools.bench.gpu_parts import GIB, Card, Scale
+from tools.bench.lease_lines import Report
+
+IMPORTED = {"numba": "numba", "megatron.core": "megatron-core"}
+"""Module -> package of those that may be installed and refuse, numba for the numpy beside it."""
+PACKAGES = (
+    "numpy",
+    "triton",
+    "transformers",
+    "tyro",
+    "xxhash",
+    "PyYAML",
+    "orjson",
+    "sentencepiece",
+    "safetensors",
+    "tqdm",
+    "einops",
+    "pytest",
+    "liger-kernel",
+)
+"""Further packages that items need."""
+KERNELS_FIRST = "test_kernels.py"
+
+
+def probe(card: Card, scale: Scale, report: Report) -> None:
+    """Report the card's memory, the versions, and in one line each what is missing or refuses."""
+    torch.ones(1 << 20, device=card.device)  # the first thing that a broken machine refuses
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for module, package in IMPORTED.items():
+        with report.trying(package):
+            importlib.import_module(module)
+            found[package] = version(package)
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            report.fail("not installed", case=package)
+    report.add("memory", card.capacity() / GIB, "GiB")
+    report.add("versions", ", ".join(f"{name} {number}" for name, number in found.items()))
+
+
+def product(card: Card, scale: Scale, report: Report) -> None:
+    """Report the rate of a matrix product, which the other items' rates are shares of."""
+    report.add("rate", card.product_tflops(scale), "TFLOP/s")
+
+
+class Recorder:
+    """A pytest plugin that writes failed tests as they fail, and the counts of each file after its last test."""
+
+    def __init__(self, report: Report):
+        self.report = report
+        self.file = ""
+        self.counts: dict[str, int] = {}
+
+    def pytest_runtest_logreport(self, report) -> None:
+        """Count one phase of one test; setup and teardown count where they fail, setup where it skips."""
+        file = report.nodeid.partition("::")[0].rpartition("/")[2]
+        if file != self.file:
+            self.end_file()
+            self.file = file
+        if report.when != "call" and report.passed:
+            return
+        self.counts[report.outcome] = self.counts.get(report.outcome, 0) + 1
+        if report.failed:
+            lines = str(report.longrepr).splitlines()
+            reasons = [line[1:].strip() for line in lines if line.startswith("E ")] or lines[-1:]
+            self.report.add(
+                "test",
+                report.nodeid.partition("::")[2],
+                case=self.file,
+                kind="failed",
+                note=" ".join(reasons[:1])[:300],
+            )
+
+    def end_file(self) -> None:
+        """Write the counts of the file that is over."""
+        for outcome in ("passed", "failed", "skipped"):
+            if self.file:
+                self.report.add(outcome, self.counts.get(outcome, 0), "tests", case=self.file)
+        self.counts = {}
+
+    def pytest_sessionfinish(self) -> None:
+        """Write the counts of the last file."""
+        self.end_file()
+
+
+def gpu_tests(card: Card, scale: Scale, report: Report) -> None:
+    """Run tests/gpu, the kernels first; names and counts of what failed are lines."""
+    import pytest
+
+    files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"), key=in_order)
+    options = ["-q", "--tb=short", "-p", "no:cacheprovider"]
+    code = pytest.main([*options, *map(str, files)], plugins=[Recorder(report)])
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        report.fail(f"pytest ended with {pytest.ExitCode(code).name}: log.txt says why")
+
+
+def in_order(path: Path) -> tuple[bool, str]:
+    """The key that sorts the kernels' file before the others."""
+    return path.name != KERNELS_FIRST, path.name

@@ -1,0 +1,132 @@
+"""Steps on samples of 8K tokens: ours by attention kernel and chunk of the loss, and transformers compiled."""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from model.estimate import step_flops
+from tools.bench.contenders import (
+    LOSS_CHUNK,
+    Contender,
+    Ours,
+    Transformers,
+    Way,
+    causal_pairs,
+    make_sample,
+    one_process,
+)
+from tools.bench.gpu_parts import ATTENTION_BACKENDS, GIB, SEED, Card, Scale, missing_backend
+from tools.bench.lease_lines import Report
+
+LENGTH = 8192
+OTHER_CHUNK = 8192
+"""Tokens of the loss's chunk that are tried beside LOSS_CHUNK, with the fastest kernel."""
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one contender's step took."""
+
+    seconds: float
+    """Median of REPEATS."""
+    loss: float
+    """Of the first step."""
+    peak: int
+    """Bytes."""
+
+
+def ours(
+    card: Card,
+    scale: Scale,
+    report: Report,
+    *,
+    model: str,
+    samples: int,
+    backends: Sequence[str] = ATTENTION_BACKENDS,
+    other_chunk: bool = True,
+) -> None:
+    """Report our step by attention kernel; with the fastest, by another chunk of the loss, too."""
+    row = Row(card, scale, report, model, samples)
+    seconds: dict[str, float] = {}
+    for backend in backends:
+        case = name_case(backend, LOSS_CHUNK)
+        missing = missing_backend(backend, card, scale)
+        if missing:
+            report.skip(missing, case=case)
+            continue
+        with report.trying(case):
+            seconds[backend] = row.measure(case, row.ours(backend, LOSS_CHUNK))
+    if other_chunk and seconds:
+        fastest = min(seconds, key=seconds.get)
+        case = name_case(fastest, OTHER_CHUNK)
+        with report.trying(case):
+            row.measure(case, row.ours(fastest, OTHER_CHUNK))
+
+
+def name_case(backend: str, chunk: int) -> str:
+    return f"ours, {backend}, loss by {chunk:,}"
+
+
+def peer(card: Card, scale: Scale, report: Report, *, model: str, samples: int) -> None:
+    """Report transformers' step under torch.compile, with Liger's kernels where they are installed."""
+    row = Row(card, scale, report, model, samples)
+    has_liger = importlib.util.find_spec("liger_kernel") is not None
+    if not has_liger:
+        report.skip("liger-kernel is not installed", case="transformers + torch.compile + Liger")
+    # Liger's kernels and torch.compile's code are for a GPU.
+    way = Way(compiled=not scale.toy, batched=True, liger=has_liger and card.is_cuda)
+    case = "transformers + torch.compile" + (" + Liger" if way.liger else "")
+    row.measure(case, row.peer(way))
+
+
+class Row:
+    """Samples of one model, and how they are measured."""
+
+    def __init__(self, card: Card, scale: Scale, report: Report, model: str, samples: int):
+        self.card = card
+        self.scale = scale
+        self.report = report
+        self.config, self.vocabulary = scale.model(model)
+        length = scale.tokens(LENGTH)
+        self.tokens = samples * length
+        self.sample = make_sample([length] * samples, self.vocabulary, SEED, card.device)
+        pairs = causal_pairs([length] * samples)
+        self.flops = step_flops(self.config, self.vocabulary, self.tokens, pairs)
+        self.tflops = card.product_tflops(scale)
+        report.add("product", self.tflops, "TFLOP/s")
+
+    def ours(self, backend: str, chunk: int) -> Callable[..., Contender]:
+        """How to build our trainer on a layout."""
+        config = replace(self.config, attention_backend=backend, loss_chunk_tokens=chunk)
+        return lambda layout: Ours(config, self.vocabulary, self.scale.dtype, layout, SEED)
+
+    def peer(self, way: Way) -> Callable[..., Contender]:
+        """How to build transformers' model."""
+        return lambda layout: Transformers(
+            self.config, self.vocabulary, self.scale.dtype, way, self.card.device, SEED
+        )
+
+    def measure(self, case: str, build: Callable[..., Contender]) -> float:
+        """Report a contender's step -> its seconds."""
+        self.card.clear()
+        with one_process() as layout:
+            step = timed_steps(self.card, lambda: build(layout), self.sample)
+        rate = self.flops / step.seconds / 1e12
+        self.report.add("seconds", step.seconds, "s", case=case)
+        self.report.add("tokens", self.tokens / step.seconds, "tokens/s", case=case)
+        self.report.add("rate", rate, "TFLOP/s", case=case)
+        self.report.add("share", rate / self.tflops, "of the product's rate", case=case)
+        self.report.add("peak", step.peak / GIB, "GiB", case=case)
+        self.report.add("loss", step.loss, "nats", case=case)
+        return step.seconds
+
+
+def timed_steps(card: Card, make: Callable[[], Contender], sample) -> Step:
+    """Build a contender and time its step after two."""
+    contender = make()
+    loss = contender.step(sample)
+    contender.step(sample)
+    _, peak = card.peak(lambda: contender.step(sample))
+    seconds = card.median(lambda: contender.step(sample), repeats=REPEATS, warm_ups=0)
+    return Step(seconds, loss, peak)

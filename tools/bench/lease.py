@@ -1,0 +1,240 @@
+"""For the minutes in which a GPU is lent: every item in a process of its own, the most valuable first.
+
+Each figure is one JSON line, appended at once to lines.jsonl; beside it are log.txt (what the items
+printed) and table.md. An item that fails, hangs or runs out of memory costs only itself: it is ended
+at its deadline, and one that needs more than the time that is left is skipped. Both are said in one line.
+"""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tools.bench.fresh import ROOT
+from tools.bench.lease_items import ITEMS, PROBE, Item
+from tools.bench.lease_lines import Line, Report, now, read_lines
+from tools.bench.lease_table import describe
+from tools.bench.lease_work import Task
+
+LINES = "lines.jsonl"
+LOG = "log.txt"
+TABLE = "table.md"
+END_SECONDS = 5.0
+"""Left for the end of the last item and for the table."""
+
+ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
+DEFAULTS = {
+    ALLOCATOR: "expandable_segments:True",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "PYTHONUNBUFFERED": "1",
+}
+"""What every item's process finds in its environment, where nothing else is there: the GPU's memory does not fall to
+pieces, nothing is downloaded, nothing is sent."""
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    seconds: float = 540.0
+    """Time in which everything ends."""
+    output: str | None = None
+    """Folder for the lines, the log and the table; by default $OUT, and without it runs/lease."""
+    only: tuple[str, ...] = ()
+    """Items to run, in this order, instead of the lease's; --names lists them."""
+    names: bool = False
+    """Print every item with its expected seconds, and end."""
+    table: str | None = None
+    """Print the section for RESULTS.md from this file of lines, and end."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """cpu: only with --scale toy, to try the code out."""
+    scale: Literal["full", "toy"] = "full"
+    """toy: small models and lengths; its figures mean nothing."""
+
+
+def run(arguments: Arguments) -> int:
+    """Run the items and print the table; 0, or 1 where there is no such device, or 2."""
+    problem = find_problem(arguments)
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+    if arguments.names:
+        print("\n".join(describe_item(item) for item in ITEMS.values()))
+        return 0
+    if arguments.table is not None:
+        return print_table(Path(arguments.table))
+    folder = Path(arguments.output or os.environ.get("OUT") or ROOT / "runs" / "lease").resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    lease = Lease(folder, arguments)
+    found = lease.run(chosen_items(arguments.only))
+    text = describe(read_lines(folder / LINES), ITEMS)
+    (folder / TABLE).write_text(text + "\n", encoding="utf-8")
+    print(text, flush=True)
+    return 0 if found else 1
+
+
+def find_problem(arguments: Arguments) -> str | None:
+    """Why the lease cannot run, with a fix, or None."""
+    unknown = [name for name in arguments.only if name not in ITEMS]
+    if unknown:
+        return f"--only {' '.join(unknown)}: no such item. Fix: one of {', '.join(ITEMS)}."
+    if arguments.device == "cpu" and arguments.scale == "full":
+        return "--device cpu --scale full: would take days. Fix: --scale toy."
+    if not arguments.seconds > 0:
+        return f"--seconds {arguments.seconds}: must be above 0. Fix: the seconds that the lease leaves."
+    return None
+
+
+def describe_item(item: Item) -> str:
+    """One line of --names."""
+    where = " (by hand)" if item.by_hand else ""
+    return f"{item.name}: {item.title}, {item.seconds} s{where}"
+
+
+def print_table(path: Path) -> int:
+    """Print the Markdown section of a file of lines; 0, or 2 with one line of what is wrong with it."""
+    try:
+        print(describe(read_lines(path), ITEMS))
+    except (OSError, ValueError) as error:
+        print(f"error: --table {path}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def chosen_items(only: Sequence[str]) -> list[Item]:
+    """The items to run after the probe."""
+    names = only or [item.name for item in ITEMS.values() if not item.by_hand]
+    return [ITEMS[name] for name in names]
+
+
+class Lease:
+    """A budget of seconds, spent on items one after another."""
+
+    def __init__(self, folder: Path, arguments: Arguments):
+        self.lines = folder / LINES
+        self.log = folder / LOG
+        self.device = arguments.device
+        self.scale = arguments.scale
+        self.seconds = arguments.seconds
+        self.environment = DEFAULTS | dict(os.environ)
+        self.start = time.monotonic()
+        self.card = ""
+        self.torch = ""
+
+    def left(self) -> float:
+        """Seconds that items may still take."""
+        return self.seconds - END_SECONDS - (time.monotonic() - self.start)
+
+    def run(self, items: Sequence[Item]) -> bool:
+        """Run the probe and the items; False where the probe found no such device."""
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no item is left behind
+        probed = self.probe()
+        if probed is None and self.environment.get(ALLOCATOR) == DEFAULTS[ALLOCATOR]:
+            # Not every machine that lends a part of a GPU has the driver's calls for it.
+            print(f"lease: once more without {ALLOCATOR}={DEFAULTS[ALLOCATOR]}", file=sys.stderr)
+            self.environment[ALLOCATOR] = "expandable_segments:False"
+            probed = self.probe()
+        if probed is None:
+            print("lease: the device cannot be used; log.txt says why", file=sys.stderr)
+            return False
+        self.card = probed.card
+        self.torch = probed.torch
+        for item in items:
+            self.run_item(item)
+        return True
+
+    def probe(self) -> Line | None:
+        """A figure of the probe, or None where it failed."""
+        found = self.run_item(PROBE)
+        return next((line for line in found if line.value is not None), None)
+
+    def lines_of(self, report: Report) -> list[Line]:
+        """What a run of an item left so far."""
+        if not self.lines.exists():
+            return []
+        return [
+            line
+            for line in read_lines(self.lines)
+            if (line.item, line.date) == (report.item, report.date)
+        ]
+
+    def run_item(self, item: Item) -> list[Line]:
+        """Run an item to its end or its deadline, if the time that is left allows it -> its lines."""
+        report = Report(
+            self.lines, item.name, self.scale, date=now(), card=self.card, torch=self.torch
+        )
+        left = self.left()
+        if left < item.seconds:
+            reason = f"needs {item.seconds} s, and {max(0.0, left):.0f} s were left"
+            print(f"lease: {item.name} skipped: {reason}", file=sys.stderr, flush=True)
+            report.skip(reason)
+            return self.lines_of(report)
+        deadline = min(item.deadline, left)
+        print(
+            f"lease: {item.name}, {left:.0f} s left, at most {deadline:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
+        code = self.run_process(item, report, deadline)
+        taken = time.perf_counter() - report.start
+        if code is None:
+            report.fail(f"ended at its deadline of {deadline:.0f} s")
+        elif code and not any(
+            line.kind == "failed" and not line.case for line in self.lines_of(report)
+        ):
+            report.fail(f"its process ended with code {code}")
+        found = self.lines_of(report)
+        for line in found:
+            print(f"lease:   {describe_line(line)}", file=sys.stderr, flush=True)
+        print(f"lease: {item.name} took {taken:.0f} s", file=sys.stderr, flush=True)
+        return found
+
+    def run_process(self, item: Item, report: Report, deadline: float) -> int | None:
+        """The exit code of the item's process, or None where it was ended at its deadline."""
+        task = Task(
+            item=item.name,
+            function=item.function,
+            options=item.options,
+            lines=str(self.lines),
+            date=report.date,
+            device=self.device,
+            scale=self.scale,
+        )
+        command = [sys.executable, "-m", "tools.bench.lease_work", task.to_json()]
+        with open(self.log, "a", encoding="utf-8") as log:
+            log.write(f"\n== {item.name}: {shlex.join(command[1:])}\n")
+            log.flush()
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                return process.wait(timeout=deadline)
+            except subprocess.TimeoutExpired:
+                return None
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
+                    process.wait()
+
+
+def describe_line(line: Line) -> str:
+    """A line for people."""
+    where = ", ".join(part for part in (line.case, line.figure) if part)
+    if line.kind in ("failed", "skipped"):
+        name = f"{line.value}: " if line.value else ""
+        return f"{where + ': ' if where else ''}{line.kind}: {name}{line.note}"
+    value = f"{line.value:.4g}" if isinstance(line.value, float) else str(line.value)
+    note = f" ({line.note})" if line.note else ""
+    return f"{where}: {value} {line.unit}{note}"

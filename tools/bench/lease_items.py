@@ -1,0 +1,210 @@
+"""The items of a lease: what runs, in which order, and what a figure should reach.
+
+This file imports nothing heavy: the driver reads it before the clock matters.
+"""
+
+from dataclasses import dataclass, field
+
+LADDER_NAMES = {
+    "chunked-loss": "+ chunked loss",
+    "tiled-mlp": "+ tiled MLP",
+    "full-recompute": "+ full recompute",
+    "head-chunks": "+ head chunks",
+    "attention-kept": "+ attention kept",
+    "offload": "+ offload",
+    "checkpointing": "transformers, checkpointing",
+    "alst": "ALST's parts",
+}
+"""Item's name -> rung of memory.py, or peer of contenders.py."""
+QWEN_LAYERS = 36
+"""The peak of its rank grows by the same per layer from 3 layers on: with 2, nothing is on its way to the host yet."""
+ONE_B_LAYERS = 16
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What a figure should reach."""
+
+    limit: float
+    at_least: bool = False
+
+    def reached(self, value: float) -> bool:
+        return value >= self.limit if self.at_least else value <= self.limit
+
+    def __str__(self) -> str:
+        return f"at {'least' if self.at_least else 'most'} {self.limit:g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One process of a lease."""
+
+    name: str
+    title: str
+    function: str
+    """module:function, called as function(card, scale, report, **options)."""
+    options: dict = field(default_factory=dict)
+    seconds: int
+    """Expected, with the start of the process: with less left the item is skipped. An estimate for an H100."""
+    deadline: int
+    """Seconds after which its process is ended."""
+    by_hand: bool = False
+    """Not in the lease: only by --only, with more time."""
+    bars: dict[tuple[str, str], Bar] = field(default_factory=dict)
+    """(case, figure) -> its bar; "" stands for every case."""
+
+
+PROBE = Item(
+    name="probe",
+    title="the machine",
+    function="tools.bench.gpu_checks:probe",
+    seconds=5,
+    deadline=60,
+)
+SHARE = {("", "share"): Bar(0.6, at_least=True)}
+
+LEASE = (
+    Item(
+        name="tests",
+        title="tests/gpu",
+        function="tools.bench.gpu_checks:gpu_tests",
+        seconds=45,
+        deadline=90,
+        bars={("", "failed"): Bar(0)},
+    ),
+    Item(
+        name="product",
+        title="8192^3 bf16 product",
+        function="tools.bench.gpu_checks:product",
+        seconds=10,
+        deadline=30,
+    ),
+    Item(
+        name="attention",
+        title="attention of one Qwen3-8B rank, 262,144 tokens",
+        function="tools.bench.gpu_attention:qwen_attention",
+        options={"tokens": 1 << 18},
+        seconds=25,
+        deadline=60,
+    ),
+    Item(
+        name="1b-8k",
+        title="1B, 4 samples of 8K",
+        function="tools.bench.gpu_steps:ours",
+        options={"model": "1b", "samples": 4},
+        seconds=45,
+        deadline=90,
+        bars=SHARE,
+    ),
+    Item(
+        name="qwen3-8b-rank",
+        title="one rank of Qwen3-8B, cp 8, 1,048,576 tokens",
+        function="tools.bench.gpu_long:qwen_rank",
+        options={"tokens": 1 << 20, "layers": [3, 5]},
+        seconds=95,
+        deadline=170,
+        bars={
+            (f"{QWEN_LAYERS} layers", "seconds"): Bar(250),
+            (f"{QWEN_LAYERS} layers", "peak"): Bar(36),
+        },
+    ),
+    Item(
+        name="1b-512k",
+        title="1B, one document of 524,288 tokens",
+        function="tools.bench.gpu_long:one_b",
+        options={"tokens": 1 << 19, "layers": [2, 4]},
+        seconds=80,
+        deadline=140,
+        bars={(f"{ONE_B_LAYERS} layers", "seconds"): Bar(195)},
+    ),
+    Item(
+        name="3b-8k",
+        title="3B, 1 sample of 8K",
+        function="tools.bench.gpu_steps:ours",
+        options={"model": "3b", "samples": 1, "backends": ["auto"], "other_chunk": False},
+        seconds=25,
+        deadline=60,
+        bars=SHARE,
+    ),
+    Item(
+        name="1b-8k-peer",
+        title="1B, 4 samples of 8K",
+        function="tools.bench.gpu_steps:peer",
+        options={"model": "1b", "samples": 4},
+        seconds=60,
+        deadline=120,
+    ),
+    Item(
+        name="documents",
+        title="131,072 tokens as one document and as many",
+        function="tools.bench.gpu_attention:documents",
+        options={"tokens": 1 << 17},
+        seconds=22,
+        deadline=60,
+        bars={("", "ratio"): Bar(1.15)},
+    ),
+    Item(
+        name="frontier",
+        title="8B, documents of 8K, + attention kept",
+        function="tools.bench.gpu_frontier:point",
+        options={"rung": "+ attention kept", "documents": 8},
+        seconds=30,
+        deadline=70,
+    ),
+    Item(
+        name="quickstart",
+        title="the quick start on one device",
+        function="tools.bench.gpu_quickstart:quickstart",
+        seconds=60,
+        deadline=120,
+    ),
+)
+"""The most valuable first; together they end within 9 minutes."""
+
+BY_HAND = (
+    Item(
+        name="3b-8k-peer",
+        title="3B, 1 sample of 8K",
+        function="tools.bench.gpu_steps:peer",
+        options={"model": "3b", "samples": 1},
+        seconds=90,
+        deadline=240,
+        by_hand=True,
+    ),
+    Item(
+        name="qwen3-8b-rank-full",
+        title="one rank of Qwen3-8B, cp 8, 1,048,576 tokens, all layers",
+        function="tools.bench.gpu_long:qwen_rank",
+        options={"tokens": 1 << 20, "layers": None},
+        seconds=400,
+        deadline=900,
+        by_hand=True,
+        bars={("", "seconds"): Bar(250), ("", "peak"): Bar(36)},
+    ),
+    Item(
+        name="1b-512k-full",
+        title="1B, one document of 524,288 tokens, all layers",
+        function="tools.bench.gpu_long:one_b",
+        options={"tokens": 1 << 19, "layers": None},
+        seconds=300,
+        deadline=600,
+        by_hand=True,
+        bars={("", "seconds"): Bar(195)},
+    ),
+    *(
+        Item(
+            name=f"8b-{name}",
+            title=f"8B, longest sample of 8K documents, {rung}",
+            function="tools.bench.gpu_frontier:search",
+            options={"rung": rung},
+            seconds=240,
+            deadline=1200,
+            by_hand=True,
+        )
+        for name, rung in LADDER_NAMES.items()
+    ),
+)
+"""The table's other rows, for --only and more time."""
+
+ITEMS = {item.name: item for item in (*LEASE, *BY_HAND)}
+"""In the order of the table."""

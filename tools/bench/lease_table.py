@@ -1,0 +1,169 @@
+"""The section of RESULTS.md from a lease's lines."""
+
+from collections.abc import Mapping, Sequence
+
+from tools.bench.lease_items import PROBE, Bar, Item
+from tools.bench.lease_lines import Line
+
+HEADER = ["item", "case", "measured", "bar", ""]
+LOSS_TOLERANCE = 1e-3
+"""Largest relative difference between two first losses whose times are compared."""
+SHOWN_FAILURES = 8
+"""Failed tests that a row names."""
+PEERS = {"1b-8k": "1b-8k-peer", "3b-8k": "3b-8k-peer"}
+"""Item of ours -> item of the peer whose tokens/s it is compared with."""
+
+
+def describe(lines: Sequence[Line], items: Mapping[str, Item]) -> str:
+    """Return the Markdown: card and versions, a row per case, and what could not be measured with the reason."""
+    latest = latest_lines(lines)
+    rows = [row for item in items.values() for row in rows_of(item, latest.get(item.name, []))]
+    parts = [
+        f"## On one {card_of(lines)}",
+        "",
+        describe_probe(latest.get(PROBE.name, []), lines),
+        "",
+    ]
+    if any(line.scale == "toy" for line in lines):
+        parts += ["**Made at toy scale: the figures mean nothing.**", ""]
+    parts += [
+        "scaled: by the difference between two runs with fewer layers. calculated: from other figures, not "
+        "measured. Rates count the causal half of the attention and no recompute.",
+        "",
+        *table(rows),
+        "",
+    ]
+    comparisons = [
+        comparison
+        for ours, peer in PEERS.items()
+        for comparison in compare(latest.get(ours, []), latest.get(peer, []))
+    ]
+    return "\n".join([*parts, *comparisons]).rstrip()
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table; not padded, as single cells are long."""
+    lines = [HEADER, ["---"] * len(HEADER), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def latest_lines(lines: Sequence[Line]) -> dict[str, list[Line]]:
+    """Item -> the lines of its last run that measured anything, or of its last run."""
+    runs: dict[str, dict[str, list[Line]]] = {}
+    for line in lines:
+        runs.setdefault(line.item, {}).setdefault(line.date, []).append(line)
+    return {item: choose_run(list(by_date.values())) for item, by_date in runs.items()}
+
+
+def choose_run(runs: Sequence[list[Line]]) -> list[Line]:
+    """The last of an item's runs with a figure, or the last."""
+    measured = [run for run in runs if any(is_figure(line) for line in run)]
+    return (measured or runs)[-1]
+
+
+def is_figure(line: Line) -> bool:
+    """Does the line hold something that was found?"""
+    return line.kind not in ("failed", "skipped")
+
+
+def card_of(lines: Sequence[Line]) -> str:
+    """The card's name, or several."""
+    return ", ".join(dict.fromkeys(line.card for line in lines if line.card)) or "GPU"
+
+
+def describe_probe(probe: Sequence[Line], lines: Sequence[Line]) -> str:
+    """Date, memory and versions in one paragraph."""
+    if not lines:
+        return "No GPU was at hand."
+    dates = [line.date for line in lines]
+    span = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    parts = [f"{span} UTC"]
+    for line in probe:
+        if is_figure(line):
+            parts.append(show(line) if line.unit else str(line.value))
+        else:
+            parts.append(f"{line.case or 'the probe'}: {line.note}")
+    return "; ".join(parts)
+
+
+def rows_of(item: Item, lines: Sequence[Line]) -> list[list[str]]:
+    """A row for each case of an item; of an item by hand only if it ran."""
+    if not lines:
+        return [] if item.by_hand else [[item.title, "", "not run", "", ""]]
+    cases: dict[str, list[Line]] = {}
+    for line in lines:
+        cases.setdefault(line.case, []).append(line)
+    return [row_of(item, case, of_case) for case, of_case in cases.items()]
+
+
+def row_of(item: Item, case: str, lines: Sequence[Line]) -> list[str]:
+    """Title, case, all figures of the case, its bars, and whether they were reached."""
+    failed = [line for line in lines if line.kind == "failed"]
+    hidden = failed[SHOWN_FAILURES:]
+    texts = [show(line) for line in lines if line not in hidden]
+    if hidden:
+        texts.append(f"and {len(hidden)} more failed")
+    bars: list[str] = []
+    verdicts: list[str] = []
+    for line in lines:
+        bar = bar_of(item, line)
+        if bar is not None and isinstance(line.value, int | float):
+            bars.append(f"{line.figure} {bar}")
+            verdicts.append("reached" if bar.reached(line.value) else "NOT reached")
+    cells = [item.title, case, "; ".join(texts), "; ".join(bars), "; ".join(verdicts)]
+    return [cell.replace("|", "\\|").replace("\n", " ") for cell in cells]
+
+
+def bar_of(item: Item, line: Line) -> Bar | None:
+    """The bar of a line's figure, of its own case or of every case."""
+    return item.bars.get((line.case, line.figure)) or item.bars.get(("", line.figure))
+
+
+def show(line: Line) -> str:
+    """A line's figure with its unit, how it was obtained unless measured, and its note."""
+    if not is_figure(line):
+        verb = "not run" if line.kind == "skipped" else "failed"
+        return f"{verb}: {line.value}" if line.value else f"{verb} ({line.note})"
+    value = number(line.value) if isinstance(line.value, int | float) else line.value
+    kind = "" if line.kind == "measured" else f", {line.kind}"
+    note = f" ({line.note})" if line.note else ""
+    return f"{line.figure} {value} {line.unit}".rstrip() + kind + note
+
+
+def number(value: float) -> str:
+    """Four significant digits, or all of a whole number."""
+    if float(value).is_integer() or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def compare(ours: Sequence[Line], peer: Sequence[Line]) -> list[str]:
+    """One line: our fastest case's tokens/s over the peer's; a difference in their losses is said."""
+    ours_best = fastest(ours)
+    peer_best = fastest(peer)
+    if ours_best is None or peer_best is None:
+        return []
+    ratio = ours_best.value / peer_best.value
+    verdict = "reached" if ratio >= 1 else "NOT reached"
+    text = (
+        f"- {ours_best.item}: {ours_best.case} / {peer_best.case}: {ratio:.3f} times its tokens/s (calculated), "
+        f"bar at least 1: {verdict}"
+    )
+    one = loss_of(ours, ours_best.case)
+    other = loss_of(peer, peer_best.case)
+    if one is not None and other is not None and not abs(one - other) <= LOSS_TOLERANCE * abs(one):
+        text += f"; but the losses are {one:.5f} and {other:.5f}: the times say nothing"
+    return [text]
+
+
+def fastest(lines: Sequence[Line]) -> Line | None:
+    """The line with the most tokens/s."""
+    found = [
+        line for line in lines if line.figure == "tokens" and isinstance(line.value, int | float)
+    ]
+    return max(found, key=lambda line: line.value, default=None)
+
+
+def loss_of(lines: Sequence[Line], case: str) -> float | None:
+    """A case's first loss."""
+    return next((line.value for line in lines if line.case == case and line.figure == "loss"), None)

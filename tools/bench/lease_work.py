@@ -1,0 +1,61 @@
+"""One item of a lease in its own process: `python -m tools.bench.lease_work TASK`, started by lease.py."""
+
+import importlib
+import json
+import os
+import sys
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tools.bench.lease_lines import Report, first_line
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What the process is told."""
+
+    item: str
+    function: str
+    """module:function, called as function(card, scale, report, **options)."""
+    options: dict
+    lines: str
+    """File to append the figures to."""
+    date: str
+    device: str
+    scale: str
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def work(task: Task) -> int:
+    """Run the item; 0, or 1 after a line that says why it failed."""
+    report = Report(Path(task.lines), task.item, task.scale, date=task.date)
+    try:
+        import torch
+
+        from tools.bench.gpu_parts import Card, Scale
+
+        report.torch = torch.__version__
+        card = Card(torch.device(task.device))
+        report.card = card.describe()
+        module, _, name = task.function.partition(":")
+        function = getattr(importlib.import_module(module), name)
+        function(card, Scale(task.scale == "toy"), report, **task.options)
+    except Exception as error:
+        traceback.print_exc()
+        report.fail(first_line(error))
+        return 1
+    return 0
+
+
+def main(text: str) -> int:
+    task = Task(**json.loads(text))
+    if task.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read at torch's first look for a GPU
+    return work(task)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
