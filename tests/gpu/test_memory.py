@@ -15,7 +15,8 @@ LAYERS = 8
 WIDTH = 1024
 TOKENS = 8192
 LONG = 65536
-"""Tokens of the tests that compare peaks: at 8K the gradients are larger than what a layer keeps, and hide it."""
+"""Tokens of the tests that compare peaks: at 8K the gradients are larger than what a layer keeps,
+and hide it."""
 CONFIG = ModelConfig(
     num_layers=LAYERS,
     hidden_size=WIDTH,
@@ -37,7 +38,8 @@ class Batch:
 
 
 def gradients(settings: MemorySettings, tokens: int = TOKENS) -> tuple[list[torch.Tensor], int]:
-    """Gradients of all parameters, and the bytes at the peak above what was there before the forward."""
+    """Gradients of all parameters, and the bytes at the peak above what was there before the
+    forward."""
     device = torch.device("cuda", 0)
     attend, _ = choose_attention("auto", device, torch.bfloat16)
     stage = (

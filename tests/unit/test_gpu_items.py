@@ -1,4 +1,5 @@
-"""The items of a lease at toy size, and what they compute: a rank's bytes, the longest sample, scaled layers."""
+"""The items of a lease at toy size, and what they compute: a rank's bytes, the longest sample,
+scaled layers."""
 
 import pytest
 import torch
@@ -30,7 +31,8 @@ CPU = torch.device("cpu")
 
 
 def test_a_rank_of_many_sends_what_real_ranks_would():
-    """FSDP2's gathers and Ulysses' exchanges go through the stand-ins, and their bytes are counted."""
+    """FSDP2's gathers and Ulysses' exchanges go through the stand-ins, and their bytes are
+    counted."""
     found = run_fresh(step_of_a_rank, 1, ranks=4, tokens=32)
     config = preset("tiny", num_layers=1)
     heads, kv, size = config.num_attention_heads, config.num_kv_heads, config.head_size
@@ -124,7 +126,8 @@ def test_offload_is_bounded_by_the_host():
 
 
 def run_items(names: list[str], folder: str) -> dict:
-    """Run items at toy size in this process; item -> its lines as [case, figure, value, kind, note]."""
+    """Run items at toy size in this process; item -> its lines as [case, figure, value, kind,
+    note]."""
     import importlib
     from pathlib import Path
 

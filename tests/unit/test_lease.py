@@ -78,7 +78,8 @@ def is_running(mark: str) -> bool:
 
 
 class Impatient(subprocess.Popen):
-    """A process whose deadline is over as soon as it has left a file, however slow the machine is."""
+    """A process whose deadline is over as soon as it has left a file, however slow the machine
+    is."""
 
     def wait(self, timeout=None):
         mark = json.loads(self.args[-1])["options"].get("mark")
@@ -283,7 +284,8 @@ def test_the_table_marks_how_figures_came_about_and_judges_them():
         f"| {title} | 2 layers | seconds 20 s; wire seconds 3 s, calculated (at 350 GB/s) |  |  |"
     )
     assert row(text, f"{title} | 36 layers") == (
-        f"| {title} | 36 layers | seconds 240.1 s, scaled; peak 37 GB, scaled | seconds at most 250; peak at most 36 "
+        f"| {title} | 36 layers | seconds 240.1 s, scaled; peak 37 GB, scaled "
+        "| seconds at most 250; peak at most 36 "
         "| reached; NOT reached |"
     )
     assert "not run (needs 22 s, and 3 s were left)" in row(text, ITEMS["documents"].title + " | ")
@@ -326,7 +328,8 @@ def test_the_peer_s_rate_is_compared_unless_the_losses_differ():
     ]
     text = describe(lines, ITEMS).splitlines()[-1]
     assert text == (
-        "- 1b-8k: ours, varlen / theirs: 1.200 times its tokens/s (calculated), bar at least 1: reached"
+        "- 1b-8k: ours, varlen / theirs: 1.200 times its tokens/s (calculated), "
+        "bar at least 1: reached"
     )
     lines[-1] = line("1b-8k-peer", "loss", 9.1, case="theirs")
     assert describe(lines, ITEMS).endswith(
@@ -360,3 +363,62 @@ def test_a_line_that_was_cut_off_is_left_out_and_another_file_refused(tmp_path):
     path.write_text('{"other": 1}\n{"other": 2}\n')
     with pytest.raises(ValueError, match="line 1: not a line of a lease"):
         read_lines(path)
+
+
+# ---- lease.sh ----
+
+STUB = """#!/usr/bin/env bash
+printf '%s\\n' "$*" >>"$CALLS"
+if [[ $1 == -c ]]; then
+  [[ -z ${REFUSES:-} ]] || { echo "Traceback"; echo "ImportError: numpy 2.4 or less"; exit 1; } >&2
+fi
+"""
+
+
+def run_script(folder: Path, wheels: list[str], **environment: str) -> tuple[int, list[str], str]:
+    """(exit code, what its Python was called with, stderr) of lease.sh with a stub for Python."""
+    stub = folder / "python"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    (folder / "wheels").mkdir()
+    for name in wheels:
+        (folder / "wheels" / name).touch()
+    calls = folder / "calls"
+    calls.touch()
+    given = {"PYTHON": stub, "WHEELS": folder / "wheels", "SITE": folder / "site", "CALLS": calls}
+    done = subprocess.run(
+        ["bash", "tools/bench/lease.sh", "--seconds", "9"],
+        cwd=lease.ROOT,
+        env=os.environ | {name: str(value) for name, value in given.items()} | environment,
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, calls.read_text().splitlines(), done.stderr
+
+
+WHEELS = ["tyro-1-py3-none-any.whl", "numpy-2.4.6-cp312.whl"]
+
+
+def test_the_script_installs_the_wheels_and_leaves_a_numpy_that_numba_takes(tmp_path):
+    code, calls, _ = run_script(tmp_path, WHEELS)
+    assert code == 0
+    assert len(calls) == 3, calls
+    assert "pip install" in calls[0] and "--no-index --no-deps" in calls[0]
+    assert "tyro-1" in calls[0] and "numpy" not in calls[0]
+    assert calls[1:] == ["-c import numba", "-m tools.bench lease --seconds 9"]
+
+
+def test_the_script_brings_its_numpy_where_numba_refuses_and_says_so(tmp_path):
+    code, calls, text = run_script(tmp_path, WHEELS, REFUSES="yes")
+    assert code == 0
+    assert "numpy-2.4.6" in calls[2] and calls[3] == "-m tools.bench lease --seconds 9"
+    assert "numba refuses (ImportError: numpy 2.4 or less): numpy-2.4.6-cp312.whl" in text
+
+
+@pytest.mark.parametrize(
+    "wheels, refuses, expected", [([], "", "no wheels there"), (WHEELS[:1], "yes", "has no numpy")]
+)
+def test_the_script_says_in_one_line_what_is_missing(tmp_path, wheels, refuses, expected):
+    code, _, text = run_script(tmp_path, wheels, REFUSES=refuses)
+    assert code == 2
+    assert expected in text and text.count("\n") == 1

@@ -1,4 +1,5 @@
-"""Bytes that a step moves, counted by operator: by hand on single operators, and on a whole toy step."""
+"""Bytes that a step moves, counted by operator: by hand on single operators, and on a whole toy
+step."""
 
 import pytest
 import torch

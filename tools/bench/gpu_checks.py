@@ -1,4 +1,5 @@
-"""Items of a lease that measure no training: what is installed, the tests on a GPU, the card's rate of products."""
+"""Items of a lease that measure no training: what is installed, the tests on a GPU, the card's rate
+of products."""
 
 import importlib
 import platform
@@ -55,7 +56,8 @@ def product(card: Card, scale: Scale, report: Report) -> None:
 
 
 class Recorder:
-    """A pytest plugin that writes failed tests as they fail, and the counts of each file after its last test."""
+    """A pytest plugin that writes failed tests as they fail, and the counts of each file after its
+    last test."""
 
     def __init__(self, report: Report):
         self.report = report
@@ -63,7 +65,8 @@ class Recorder:
         self.counts: dict[str, int] = {}
 
     def pytest_runtest_logreport(self, report) -> None:
-        """Count one phase of one test; setup and teardown count where they fail, setup where it skips."""
+        """Count one phase of one test; setup and teardown count where they fail, setup where it
+        skips."""
         file = report.nodeid.partition("::")[0].rpartition("/")[2]
         if file != self.file:
             self.end_file()

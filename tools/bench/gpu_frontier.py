@@ -1,8 +1,9 @@
-"""8B: how long a sample may be on one GPU, rung by rung of the ladder of memory.py, or with transformers.
+"""8B: how long a sample may be on one GPU, rung by rung of the ladder of memory.py, or with
+transformers.
 
-A sample is documents of 8K tokens; one forward and backward beside bf16 weights. Optimizer state and masters are
-thought to be in host memory (12 bytes a parameter); gradients arise in backward. Each try is a process of its own: an
-out-of-memory may leave much allocated.
+A sample is documents of 8K tokens; one forward and backward beside bf16 weights. Optimizer state
+and masters are thought to be in host memory (12 bytes a parameter); gradients arise in backward.
+Each try is a process of its own: an out-of-memory may leave much allocated.
 """
 
 import os
@@ -33,7 +34,8 @@ HOST = 128 * GIB
 """Memory of the host that the bar names; what a virtual machine reports may grow with its use."""
 DOCUMENT = 8192
 TILES = 64
-"""Tiles of the MLP, as of a sample of this many tiles: its length is not known when the model is built."""
+"""Tiles of the MLP, as of a sample of this many tiles: its length is not known when the model is
+built."""
 MOST_DOCUMENTS = 128
 """A million tokens: a longer sample would take too long."""
 
@@ -102,7 +104,8 @@ def search(card: Card, scale: Scale, report: Report, *, rung: str) -> None:
 
 
 def try_length(rung: str, documents: int, device: str, toy: bool) -> dict:
-    """fits, and if so peak (bytes) and seconds of a contender's forward and backward on this many documents."""
+    """fits, and if so peak (bytes) and seconds of a contender's forward and backward on this many
+    documents."""
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     card = Card(torch.device(device))
@@ -157,8 +160,9 @@ def make_contender(
 def longest_that_fits(measure: Callable[[int], Try | None], capacity: int, most: int) -> list[Try]:
     """Every sample that fitted, the longest last.
 
-    Doubles until one does not fit. The last two then give a line (short samples do not: their peak may be that of the
-    gradients, which all have), and its end is tried, then the middle between that and the last that fitted.
+    Doubles until one does not fit. The last two then give a line (short samples do not: their peak
+    may be that of the gradients, which all have), and its end is tried, then the middle between
+    that and the last that fitted.
     """
     fits: list[Try] = []
     failed = most + 1
@@ -184,6 +188,7 @@ def longest_that_fits(measure: Callable[[int], Try | None], capacity: int, most:
 
 
 def most_on_host(config: ModelConfig, document: int) -> int:
-    """Documents whose kept tensors fit in three quarters of the host's memory: a power of two, as pinned blocks are."""
+    """Documents whose kept tensors fit in three quarters of the host's memory: a power of two, as
+    pinned blocks are."""
     kept = sum(offloaded_bytes(config, document, 1, ELEMENT))
     return 1 << max(0, int(0.75 * HOST // kept).bit_length() - 1)

@@ -1,4 +1,5 @@
-"""Steps on long samples with few layers, scaled to all of them by the difference that two layers make.
+"""Steps on long samples with few layers, scaled to all of them by the difference that two layers
+make.
 
 One rank of Qwen3-8B at a million tokens (standin.py), and 1B at half a million.
 """
@@ -26,7 +27,8 @@ ELEMENT = 2
 """Bytes of a bf16 number."""
 QWEN_STRATEGY = "optim_grads_params"
 WIRE = 350e9
-"""Bytes per second and direction that a rank is taken to exchange with others in the model of communication time."""
+"""Bytes per second and direction that a rank is taken to exchange with others in the model of
+communication time."""
 WARM_UP_TOKENS = 2048
 
 
@@ -94,7 +96,8 @@ def qwen_rank(
 
 
 def step_of_qwen_rank(card: Card, scale: Scale, report: Report, total: int, layers: int) -> Cost:
-    """One step on one document; a layer's weights are gathered for its use, its kept tensors offloaded."""
+    """One step on one document; a layer's weights are gathered for its use, its kept tensors
+    offloaded."""
     config, vocabulary = scale.model("qwen3-8b", num_layers=layers)
     settings = lean(config, total // QWEN_RANKS, cp_size=QWEN_RANKS)
     config = replace(config, **settings, cpu_offloading_num_layers=layers)
@@ -150,8 +153,8 @@ def slice_of(total: int, ranks: int, vocabulary: int, device: torch.device) -> B
 
 
 def offloaded_bytes(config: ModelConfig, total: int, ranks: int, element: int) -> list[int]:
-    """The sizes of all large blocks that a context-parallel rank keeps on the host: each layer's input and each
-    chunk's output."""
+    """The sizes of all large blocks that a context-parallel rank keeps on the host: each layer's
+    input and each chunk's output."""
     heads = config.num_attention_heads // ranks // config.attention_head_chunks
     of_input = total // ranks * config.hidden_size * element
     of_chunk = total * heads * config.head_size * element
@@ -164,7 +167,8 @@ def offloaded_bytes(config: ModelConfig, total: int, ranks: int, element: int) -
 def one_b(
     card: Card, scale: Scale, report: Report, *, tokens: int, layers: Sequence[int] | None
 ) -> None:
-    """Report a whole step of 1B on one document; None stands for all layers, if the memory model lets them fit."""
+    """Report a whole step of 1B on one document; None stands for all layers, if the memory model
+    lets them fit."""
     total = scale.tokens(tokens)
     config, vocabulary = scale.model("1b")
     full = config.num_layers

@@ -1,4 +1,5 @@
-"""What the items on one GPU share: the card with its clock and memory, sizes full and toy, models by name."""
+"""What the items on one GPU share: the card with its clock and memory, sizes full and toy, models
+by name."""
 
 import gc
 import statistics
@@ -78,7 +79,8 @@ class Card:
         )
 
     def pin_ahead(self, sizes: list[int]) -> None:
-        """Leave pinned blocks of these bytes with torch's allocator: pinning takes long, and a run does it once."""
+        """Leave pinned blocks of these bytes with torch's allocator: pinning takes long, and a run
+        does it once."""
         if self.is_cuda:
             blocks = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes]
             del blocks
@@ -105,7 +107,8 @@ class Card:
         return statistics.median(times[warm_ups:])
 
     def peak(self, task: Callable[[], object]) -> tuple[float, int]:
-        """(seconds, most bytes in tensors meanwhile); on a CPU resident bytes beyond those before."""
+        """(seconds, most bytes in tensors meanwhile); on a CPU resident bytes beyond those
+        before."""
         gc.collect()
         if not self.is_cuda:
             with measured() as found:
@@ -115,7 +118,8 @@ class Card:
         return self.seconds(task), torch.cuda.max_memory_allocated(self.device)
 
     def product_tflops(self, scale: Scale, repeats: int = 10) -> float:
-        """TFLOP/s of an 8192^3 bf16 product of random matrices: zeros draw less power and run faster."""
+        """TFLOP/s of an 8192^3 bf16 product of random matrices: zeros draw less power and run
+        faster."""
         size = 256 if scale.toy else 8192
         left = torch.randn(size, size, device=self.device).to(torch.bfloat16)
         right = torch.randn(size, size, device=self.device).to(torch.bfloat16)

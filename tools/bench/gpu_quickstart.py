@@ -1,6 +1,8 @@
-"""The quick start's steps in one process on one device, with a stop and a resume: launch/quickstart.sh in small.
+"""The quick start's steps in one process on one device, with a stop and a resume:
+launch/quickstart.sh in small.
 
-That script makes its environment with pip and has no stop in its middle; here the tools run in this Python.
+That script makes its environment with pip and has no stop in its middle; here the tools run in this
+Python.
 """
 
 import json
@@ -29,7 +31,8 @@ STOP_AFTER = {True: 5, False: 30}
 
 
 def quickstart(card: Card, scale: Scale, report: Report) -> None:
-    """Report the seconds of corpus, tokenizer, tokens, training, resume and verified export, and the losses."""
+    """Report the seconds of corpus, tokenizer, tokens, training, resume and verified export, and
+    the losses."""
     with tempfile.TemporaryDirectory(prefix="ithaca-lease-") as name:
         Run(Path(name), card, scale, report).all_steps()
 

@@ -1,4 +1,5 @@
-"""Steps on samples of 8K tokens: ours by attention kernel and chunk of the loss, and transformers compiled."""
+"""Steps on samples of 8K tokens: ours by attention kernel and chunk of the loss, and transformers
+compiled."""
 
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -69,7 +70,8 @@ def name_case(backend: str, chunk: int) -> str:
 
 
 def peer(card: Card, scale: Scale, report: Report, *, model: str, samples: int) -> None:
-    """Report transformers' step under torch.compile, with Liger's kernels where they are installed."""
+    """Report transformers' step under torch.compile, with Liger's kernels where they are
+    installed."""
     row = Row(card, scale, report, model, samples)
     has_liger = importlib.util.find_spec("liger_kernel") is not None
     if not has_liger:

@@ -1,8 +1,10 @@
-"""For the minutes in which a GPU is lent: every item in a process of its own, the most valuable first.
+"""For the minutes in which a GPU is lent: every item in a process of its own, the most valuable
+first.
 
 Each figure is one JSON line, appended at once to lines.jsonl; beside it are log.txt (what the items
-printed) and table.md. An item that fails, hangs or runs out of memory costs only itself: it is ended
-at its deadline, and one that needs more than the time that is left is skipped. Both are said in one line.
+printed) and table.md. An item that fails, hangs or runs out of memory costs only itself: it is
+ended at its deadline, and one that needs more than the time that is left is skipped. Both are said
+in one line.
 """
 
 import os
@@ -36,8 +38,8 @@ DEFAULTS = {
     "GLOO_SOCKET_IFNAME": "lo",
     "PYTHONUNBUFFERED": "1",
 }
-"""What every item's process finds in its environment, where nothing else is there: the GPU's memory does not fall to
-pieces, nothing is downloaded, nothing is sent."""
+"""What every item's process finds in its environment, where nothing else is there: the GPU's memory
+does not fall to pieces, nothing is downloaded, nothing is sent."""
 
 
 @dataclass(kw_only=True)
@@ -87,7 +89,10 @@ def find_problem(arguments: Arguments) -> str | None:
     if arguments.device == "cpu" and arguments.scale == "full":
         return "--device cpu --scale full: would take days. Fix: --scale toy."
     if not arguments.seconds > 0:
-        return f"--seconds {arguments.seconds}: must be above 0. Fix: the seconds that the lease leaves."
+        return (
+            f"--seconds {arguments.seconds}: must be above 0. "
+            "Fix: the seconds that the lease leaves."
+        )
     return None
 
 
@@ -98,7 +103,8 @@ def describe_item(item: Item) -> str:
 
 
 def print_table(path: Path) -> int:
-    """Print the Markdown section of a file of lines; 0, or 2 with one line of what is wrong with it."""
+    """Print the Markdown section of a file of lines; 0, or 2 with one line of what is wrong with
+    it."""
     try:
         print(describe(read_lines(path), ITEMS))
     except (OSError, ValueError) as error:
@@ -165,7 +171,8 @@ class Lease:
         ]
 
     def run_item(self, item: Item) -> list[Line]:
-        """Run an item to its end or its deadline, if the time that is left allows it -> its lines."""
+        """Run an item to its end or its deadline, if the time that is left allows it -> its
+        lines."""
         report = Report(
             self.lines, item.name, self.scale, date=now(), card=self.card, torch=self.torch
         )

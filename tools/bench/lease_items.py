@@ -17,7 +17,8 @@ LADDER_NAMES = {
 }
 """Item's name -> rung of memory.py, or peer of contenders.py."""
 QWEN_LAYERS = 36
-"""The peak of its rank grows by the same per layer from 3 layers on: with 2, nothing is on its way to the host yet."""
+"""The peak of its rank grows by the same per layer from 3 layers on: with 2, nothing is on its way
+to the host yet."""
 ONE_B_LAYERS = 16
 
 
@@ -45,7 +46,8 @@ class Item:
     """module:function, called as function(card, scale, report, **options)."""
     options: dict = field(default_factory=dict)
     seconds: int
-    """Expected, with the start of the process: with less left the item is skipped. An estimate for an H100."""
+    """Expected, with the start of the process: with less left the item is skipped. An estimate for
+    an H100."""
     deadline: int
     """Seconds after which its process is ended."""
     by_hand: bool = False
@@ -128,7 +130,7 @@ LEASE = (
     ),
     Item(
         name="1b-8k-peer",
-        title="1B, 4 samples of 8K",
+        title="1B, 4 samples of 8K, transformers",
         function="tools.bench.gpu_steps:peer",
         options={"model": "1b", "samples": 4},
         seconds=60,
@@ -164,7 +166,7 @@ LEASE = (
 BY_HAND = (
     Item(
         name="3b-8k-peer",
-        title="3B, 1 sample of 8K",
+        title="3B, 1 sample of 8K, transformers",
         function="tools.bench.gpu_steps:peer",
         options={"model": "3b", "samples": 1},
         seconds=90,

@@ -1,4 +1,5 @@
-"""What a lease measures, one JSON line per figure, appended at once: what is written survives whatever follows."""
+"""What a lease measures, one JSON line per figure, appended at once: what is written survives
+whatever follows."""
 
 import json
 import traceback

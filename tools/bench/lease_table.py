@@ -15,7 +15,8 @@ PEERS = {"1b-8k": "1b-8k-peer", "3b-8k": "3b-8k-peer"}
 
 
 def describe(lines: Sequence[Line], items: Mapping[str, Item]) -> str:
-    """Return the Markdown: card and versions, a row per case, and what could not be measured with the reason."""
+    """Return the Markdown: card and versions, a row per case, and what could not be measured with
+    the reason."""
     latest = latest_lines(lines)
     rows = [row for item in items.values() for row in rows_of(item, latest.get(item.name, []))]
     parts = [
@@ -27,8 +28,8 @@ def describe(lines: Sequence[Line], items: Mapping[str, Item]) -> str:
     if any(line.scale == "toy" for line in lines):
         parts += ["**Made at toy scale: the figures mean nothing.**", ""]
     parts += [
-        "scaled: by the difference between two runs with fewer layers. calculated: from other figures, not "
-        "measured. Rates count the causal half of the attention and no recompute.",
+        "scaled: by the difference between two runs with fewer layers. calculated: from other "
+        "figures, not measured. Rates count the causal half of the attention and no recompute.",
         "",
         *table(rows),
         "",
@@ -138,7 +139,8 @@ def number(value: float) -> str:
 
 
 def compare(ours: Sequence[Line], peer: Sequence[Line]) -> list[str]:
-    """One line: our fastest case's tokens/s over the peer's; a difference in their losses is said."""
+    """One line: our fastest case's tokens/s over the peer's; a difference in their losses is
+    said."""
     ours_best = fastest(ours)
     peer_best = fastest(peer)
     if ours_best is None or peer_best is None:
@@ -146,7 +148,8 @@ def compare(ours: Sequence[Line], peer: Sequence[Line]) -> list[str]:
     ratio = ours_best.value / peer_best.value
     verdict = "reached" if ratio >= 1 else "NOT reached"
     text = (
-        f"- {ours_best.item}: {ours_best.case} / {peer_best.case}: {ratio:.3f} times its tokens/s (calculated), "
+        f"- {ours_best.item}: {ours_best.case} / {peer_best.case}: {ratio:.3f} times its tokens/s "
+        "(calculated), "
         f"bar at least 1: {verdict}"
     )
     one = loss_of(ours, ours_best.case)

@@ -1,4 +1,5 @@
-"""One item of a lease in its own process: `python -m tools.bench.lease_work TASK`, started by lease.py."""
+"""One item of a lease in its own process: `python -m tools.bench.lease_work TASK`, started by
+lease.py."""
 
 import importlib
 import json

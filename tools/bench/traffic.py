@@ -1,8 +1,9 @@
 """Bytes that one training step moves, by operator, and its host syncs: counted, not timed.
 
-One step warms up; the next runs under a mode that sees every operator. Counted are the bytes of the plain tensors of
-the device that an operator reads and writes; views and allocations move nothing. Matrix products and attention
-kernels, which keep what they read in fast memory, stand apart from the rest, "pointwise", whose bytes are its time.
+One step warms up; the next runs under a mode that sees every operator. Counted are the bytes of the
+plain tensors of the device that an operator reads and writes; views and allocations move nothing.
+Matrix products and attention kernels, which keep what they read in fast memory, stand apart from
+the rest, "pointwise", whose bytes are its time.
 """
 
 import sys
@@ -164,7 +165,8 @@ class Traffic(TorchDispatchMode):
         return out
 
     def counted(self, function: Callable, args: Sequence[Any], out: Any) -> None:
-        """Count a call that no mode sees, such as a compiled function's: its inputs once, its outputs once."""
+        """Count a call that no mode sees, such as a compiled function's: its inputs once, its
+        outputs once."""
         name = f"compiled {getattr(function, '__name__', repr(function))}"
         self.bytes[name] += self.size(args) + self.size(out)
         self.calls[name] += 1
