@@ -41,7 +41,7 @@ def measure(
     time_call = time_call or _time_on_gpu
     query, kv, size = heads
     # A generator of its own: the run's random numbers stay what they are.
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device=device).manual_seed(0)
     q, k, v = (
         torch.randn(
             TOKENS, count, size, generator=generator, device=device, dtype=dtype
@@ -50,7 +50,9 @@ def measure(
     )
     found = {}
     for length in (document_length(padded) for padded in PADDED_LENGTHS):
-        bounds = torch.tensor([*range(0, TOKENS, length), TOKENS], dtype=torch.int32)
+        bounds = torch.tensor(
+            [*range(0, TOKENS, length), TOKENS], dtype=torch.int32, device="cpu"
+        )
         (segments,) = make_segments(bounds, [(0, TOKENS)], device)
         found[length] = tuple(
             time_call(mixed_attention(crossover), q, k, v, segments) for crossover in (1, NEVER)

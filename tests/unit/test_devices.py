@@ -25,6 +25,7 @@ from model.config import ModelConfig
 from model.gpt import GPTStage
 from model.kernels import BACKENDS, choose_attention, make_segments
 from model.memory import KEEPS_INPUT_ONLY, MemorySettings
+from model.mixed import ASSUMED_CROSSOVER_TOKENS
 from model.sharding import shardings_for
 from parallel.layout import Axis, Layout, single_process_layout
 from tests.unit.test_model import masked_attention
@@ -316,7 +317,7 @@ def test_a_rank_of_several_computes_on_its_device(name, level):
 @pytest.mark.parametrize("name, kv_heads", [("sdpa", 1), ("sdpa", 4), ("varlen", 4)])
 def test_attention_computes_on_its_device(name, kv_heads):
     """Also where a document has more keys than queries."""
-    attend = BACKENDS[name].make()
+    attend = BACKENDS[name].make(ASSUMED_CROSSOVER_TOKENS)
     q, k, v = (
         torch.empty(64, heads, 64, dtype=DTYPE, device=META, requires_grad=True)
         for heads in (4, kv_heads, kv_heads)

@@ -18,9 +18,10 @@ from typing import Any, Literal
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from model import compiled
 from tools.bench.contenders import Ours, make_sample, one_process
 from tools.bench.fresh import ROOT
 from tools.bench.gpu_parts import MODELS, SEED, Card, Scale, missing_backend
@@ -140,7 +141,7 @@ def count_step(arguments: Arguments, card: Card, scale: Scale) -> tuple["Traffic
         contender.step(sample)
         with counted_syncs(card) as syncs:
             contender.step(sample)
-        with Traffic(card.device.type) as traffic:
+        with Traffic(card.device.type) as traffic, compiled_calls_seen(traffic):
             contender.step(sample)
     return traffic, syncs
 
@@ -165,10 +166,13 @@ class Traffic(TorchDispatchMode):
         return out
 
     def counted(self, function: Callable, args: Sequence[Any], out: Any) -> None:
-        """Count a call that no mode sees, such as a compiled function's: its inputs once, its
-        outputs once."""
-        name = f"compiled {getattr(function, '__name__', repr(function))}"
-        self.bytes[name] += self.size(args) + self.size(out)
+        """Count a compiled function's call, which no mode sees: its inputs once, its outputs once.
+
+        A trailing underscore in its name says that the first argument is written as well.
+        """
+        name = f"compiled {function.__name__}"
+        written = self.size(args[0]) if name.endswith("_") else 0
+        self.bytes[name] += self.size(args) + self.size(out) + written
         self.calls[name] += 1
 
     def bytes_of(
@@ -234,6 +238,27 @@ class Traffic(TorchDispatchMode):
         for name, size in self.bytes.items():
             found[group_of(name)] += size
         return found
+
+
+@contextmanager
+def compiled_calls_seen(traffic: Traffic) -> Iterator[None]:
+    """Count the calls of functions that torch.compile makes kernels of (model/compiled.py)."""
+    compile_function = compiled._compile
+
+    def compile_and_count(function: Callable) -> Callable:
+        def call(*args):
+            with _disable_current_modes():  # under a mode torch.compile gives up
+                out = compile_function(function)(*args)
+            traffic.counted(function, args, out)
+            return out
+
+        return call
+
+    compiled._compile = compile_and_count
+    try:
+        yield
+    finally:
+        compiled._compile = compile_function
 
 
 def is_written(argument: torch.Argument, name: str) -> bool:
