@@ -294,7 +294,8 @@ class LayerMemory:
         joined = self.b * H * self.t * (heads.N + 2 * heads.K)
         # The gradients of q, k and v, turned back, side by side; a GPU's kernel writes them there at once.
         turned = 0 if self.on_gpu else self.b * H * self.t * (heads.N + heads.K)
-        joining = 2 * joined + turned
+        # By then what the kernel kept is free.
+        joining = 2 * joined + turned - self._exchanged - self._results - self._log_sums
         projecting = 2 * self.read + joined + self.b * H * D * (heads.N + 2 * heads.K)  # and the joined weight
         return [Moment(freed, made + max(kernel, exchange, gathered, joining, projecting), weights)]
 
