@@ -178,6 +178,7 @@ class GPTStage(nn.Module):
         for number, layer in enumerate(self.layers.values()):
             offload = number < self.memory.cpu_offloading_num_layers
             x = layer(x, positions, self.memory, self.host if offload else None)
+        self.host.finish_sending()  # not beside the loss
         return x
 
     def head_inputs(self, x_tD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -67,10 +67,12 @@ class _Layer(torch.autograd.Function):
             ctx.save_for_backward(x_tD)
         else:
             calls = ctx.tape.calls if ctx.tape else []
-            ctx.on_host = host.send([x_tD, *(part for call in calls for part in call.outputs)])
-            if host.stream is not None:
+
+            def empty_outputs() -> None:
                 for call in calls:
                     call.empty_outputs()
+
+            ctx.on_host = host.send([x_tD, *(part for call in calls for part in call.outputs)], empty_outputs)
         return out_tD
 
     @staticmethod
