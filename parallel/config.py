@@ -4,9 +4,14 @@ from dataclasses import dataclass, field
 from math import lcm, prod
 from typing import Literal
 
+import torch
+
 from parallel.schedule import SPLIT_BACKWARD, ScheduleName, accepts, nearest_counts
 
 ShardingStrategy = Literal["optim", "optim_grads", "optim_grads_params"]
+SPLITS_BACKWARD_SINCE = (2, 13)
+"""The first release of torch that is known to split a backward right: 2.11 adds all gradients of a node with several
+outputs to the first, or refuses; 2.12 was not tried."""
 CommType = Literal["a2a", "a2a+allgather", "p2p", "allgather", "a2a+p2p"]
 
 
@@ -151,6 +156,10 @@ class LayoutConfig:
             return [f"{name}: interleaved needs at least 2. Fix: 2, or --pipeline-schedule 1F1B."]
         if schedule == "ZBV" and per_rank != 2:
             return [f"{name}: ZBV has exactly 2. Fix: 2."]
+        if schedule in SPLIT_BACKWARD and torch.__version__ < SPLITS_BACKWARD_SINCE:
+            least = ".".join(map(str, SPLITS_BACKWARD_SINCE))
+            return [f"pipeline_schedule = {schedule}: torch {torch.__version__} splits a stage's backward wrongly. "
+                    f"Fix: torch {least} or later, or --pipeline-schedule 1F1B or interleaved."]
         if schedule in SPLIT_BACKWARD and self.sharding_strategy == "optim_grads_params":
             return [f"pipeline_schedule = {schedule}: loses gradients with data_parallel_sharding_strategy = "
                     "optim_grads_params. Fix: optim or optim_grads, or --pipeline-schedule interleaved."]

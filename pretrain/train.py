@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from data.batch import DIGEST_BITS, Batch
+from model import compiled
 from model.build import build_stages
 from model.estimate import num_parameters, step_flops
 from model.hardware import peak_flops
@@ -96,7 +97,8 @@ class Trainer:
         reporter = Reporter(self.config, self.world.rank == 0, step, self.state.wandb_run_id)
         self.state.wandb_run_id = reporter.wandb_run_id
         reporter.say(f"start: {start.reason}, step {step:,}, phase {phase.name}, {self.layout.describe()}, "
-                     f"{num_parameters(self.config.model, self.plan.vocab_size):,} parameters; {self.attention_note}")
+                     f"{num_parameters(self.config.model, self.plan.vocab_size):,} parameters; {self.attention_note}; "
+                     f"{compiled.describe(self.layout.device)}")
         reporter.event("restart" if start.is_restart else "start", step, self.state.clock,
                        f"{start.reason}; {self.layout.describe()}")
         if self.config.checkpoint.exit_signal_handler:

@@ -4,10 +4,12 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from data.units import parse_tokens
 from model.memory import MemorySettings
 from model.rope import Rope
+from parallel.config import LayoutConfig
 from parallel.schedule import accepts, nearest_counts, stages_of_rank
 from pretrain.check_phases import check_phases, length_warnings, rope_warnings
 from pretrain.config import Config
@@ -530,3 +532,17 @@ def test_warmups_that_would_not_act_are_refused(change, message):
     made = config(phases=[PhaseConfig(**(dict(name="a", seq_length=128, train_tokens=256, global_batch_tokens=256)
                                          | change))])
     assert any(message in problem for problem in check_phases(resolve_phases(made), made, 1, 100))
+
+
+@pytest.mark.parametrize("release, is_refused", [("2.11.0+cu130", True), ("2.13.0+cpu", False), ("2.14.1", False)])
+@pytest.mark.parametrize("schedule", ["zero-bubble", "ZBV", "1F1B"])
+def test_a_torch_that_splits_the_backward_wrongly_is_refused(monkeypatch, release, is_refused, schedule):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(release))
+    layout = LayoutConfig(pipeline_model_parallel_size=2, pipeline_schedule=schedule)
+    problems = layout.combination_problems()
+    if is_refused and schedule != "1F1B":
+        (problem,) = problems
+        assert problem == (f"pipeline_schedule = {schedule}: torch 2.11.0+cu130 splits a stage's backward wrongly. "
+                           "Fix: torch 2.13 or later, or --pipeline-schedule 1F1B or interleaved.")
+    else:
+        assert problems == []
