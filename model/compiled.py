@@ -5,10 +5,11 @@ makes one kernel of the chain, which reads its inputs and writes its results onc
 plain PyTorch, so the CPU's result is the reference for the GPU's. A kernel rounds to bf16 once, where
 the single operators round after each.
 
-Nothing is compiled where Triton is missing or `TORCHDYNAMO_DISABLE=1` is set.
+Nothing is compiled where Triton is missing or torch's own switch `TORCH_COMPILE_DISABLE=1` is set.
 """
 
 import importlib.util
+import os
 from collections.abc import Callable
 from functools import cache
 
@@ -23,9 +24,11 @@ def run(function: Callable, *arguments):
             trailing underscore in its name says that it changes an argument in place.
         arguments: the first one is a tensor; the others are tensors, numbers or None.
     """
-    if is_fused(arguments[0]):
-        return _compile(function)(*arguments)
-    return function(*arguments)
+    if not is_fused(arguments[0]):
+        return function(*arguments)
+    # Whether a tensor wants a gradient changes nothing here, and would be compiled for apart.
+    detached = (x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
+    return _compile(function)(*detached)
 
 
 def is_fused(x: torch.Tensor) -> bool:
@@ -40,7 +43,10 @@ def obstacle() -> str | None:
         return "Triton is not installed"
     import torch._dynamo  # seconds: only where there is a GPU
 
-    return "TORCHDYNAMO_DISABLE is set" if torch._dynamo.config.disable else None
+    # torch reads the one here, and the other at each call.
+    if torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        return "TORCH_COMPILE_DISABLE or TORCHDYNAMO_DISABLE is set"
+    return None
 
 
 @cache

@@ -245,7 +245,8 @@ def pick_backend(name: str, device: torch.device, dtype: torch.dtype, on_tape: b
     if name != "auto":
         reason = BACKENDS[name].missing(device, dtype, on_tape, heads)
         if reason:
-            raise ValueError(f"attention_backend = {name}: {reason}. Fix: --attention-backend auto, or install it.")
+            install = ", or install it" if reason.endswith("is not installed") else ""
+            raise ValueError(f"attention_backend = {name}: {reason}. Fix: --attention-backend auto{install}.")
         return BACKENDS[name], "asked for"
     passed_over = []
     for backend in BACKENDS.values():

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 from model import compiled
 
 BLOCK = 2**18
-"""Elements that the norm widens at once on a CPU: they stay in a core's cache, and nothing wide of [t, D] exists."""
+"""Elements that the norm widens at once: they stay in a core's cache, and nothing wide of [t, D] exists."""
 
 
 def _blocks(x: torch.Tensor) -> list[slice]:
     """Cut the rows of `x` into blocks; a fused kernel needs none."""
-    if x.is_cuda:
+    if torch.compiler.is_compiling():
         return [slice(None)]
     size = max(1, BLOCK * x.shape[0] // max(1, x.numel()))
     return [slice(start, start + size) for start in range(0, x.shape[0], size)]
@@ -151,18 +151,19 @@ def _split_norm_and_turn(qkv_tR: torch.Tensor, heads: HeadSizes, q_norm: torch.T
     return _turn(q, cos_tH, sin_tH), _turn(k, cos_tH, sin_tH), v.clone(), q_scale, k_scale
 
 
-def _join_turned_and_normed(qkv_tR: torch.Tensor, grads: tuple[torch.Tensor, ...], heads: HeadSizes,
-                            norms: tuple[torch.Tensor, ...], scales: tuple[torch.Tensor, ...], cos_tH: torch.Tensor,
+def _join_turned_and_normed(qkv_tR: torch.Tensor, heads: HeadSizes, grad_q: torch.Tensor, grad_k: torch.Tensor,
+                            grad_v: torch.Tensor, q_norm: torch.Tensor, k_norm: torch.Tensor, q_scale: torch.Tensor,
+                            k_scale: torch.Tensor, cos_tH: torch.Tensor,
                             sin_tH: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Backward of `_split_norm_and_turn`: the gradients of qkv and of the two norms."""
     q, k, _ = heads.split(qkv_tR)
-    grad_q, grad_q_norm = _norm_backward(_turn_back(grads[0], cos_tH, sin_tH), q, norms[0], scales[0])
-    grad_k, grad_k_norm = _norm_backward(_turn_back(grads[1], cos_tH, sin_tH), k, norms[1], scales[1])
-    return torch.cat([grad_q, grad_k, grads[2]], dim=1).flatten(1), grad_q_norm, grad_k_norm
+    grad_q, grad_q_norm = _norm_backward(_turn_back(grad_q, cos_tH, sin_tH), q, q_norm, q_scale)
+    grad_k, grad_k_norm = _norm_backward(_turn_back(grad_k, cos_tH, sin_tH), k, k_norm, k_scale)
+    return torch.cat([grad_q, grad_k, grad_v], dim=1).flatten(1), grad_q_norm, grad_k_norm
 
 
 class _SplitHeads(torch.autograd.Function):
-    """Without norms it keeps the tables alone; with them, its input as well."""
+    """Without norms it keeps the tables alone; with them also its whole input, v included, of which v is a copy."""
 
     @staticmethod
     def forward(ctx, qkv_tR, heads, q_norm, k_norm, epsilon, cos_tH, sin_tH):
@@ -179,9 +180,9 @@ class _SplitHeads(torch.autograd.Function):
         cos_tH, sin_tH, *kept = ctx.saved_tensors
         if not kept:
             return compiled.run(_join_turned, *grads, cos_tH, sin_tH), None, None, None, None, None, None
-        qkv_tR, q_norm, k_norm, q_scale, k_scale = kept
+        qkv_tR, *norms_and_scales = kept
         grad_qkv, grad_q_norm, grad_k_norm = compiled.run(
-            _join_turned_and_normed, qkv_tR, grads, ctx.heads, (q_norm, k_norm), (q_scale, k_scale), cos_tH, sin_tH)
+            _join_turned_and_normed, qkv_tR, ctx.heads, *grads, *norms_and_scales, cos_tH, sin_tH)
         return grad_qkv, None, grad_q_norm, grad_k_norm, None, None, None
 
 

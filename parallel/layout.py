@@ -223,8 +223,9 @@ def _check_same_on_all_ranks(config: LayoutConfig, world: World, agreed: dict[st
     differing = [name for name, same in zip(settings, (ends[0] == -ends[1]).tolist(), strict=True) if not same]
     if differing:
         raise ValueError(f"layout = {config.describe()} {config.sharding_strategy} on rank {world.rank}: "
-                         f"processes differ in {', '.join(differing)}. Fix: the same configuration everywhere; with "
-                         "--layout auto on machines that differ in memory, --device-memory-gib.")
+                         f"processes differ in {', '.join(differing)}. Fix: the same configuration everywhere. "
+                         "Where machines differ in memory, what is chosen by it (--layout auto, loss_chunk_tokens) "
+                         "may differ: --device-memory-gib makes it the same.")
 
 
 def single_process_layout(device: torch.device) -> Layout:

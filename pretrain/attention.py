@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from model.crossover import TOKENS, crossover_of, measure
+from model.crossover import crossover_of, measure, padded_lengths
 from model.kernels import Attend, HeadShape, pick_backend
 from model.layer_memory import Heads
 from model.mixed import ASSUMED_CROSSOVER_TOKENS, NEVER
@@ -42,6 +42,9 @@ def attention_of_run(
         config.model.attention_backend, layout.device, compute_dtype, on_tape, heads
     )
     line = f"attention: {backend.name} ({why})"
+    asked = config.model.attention_crossover_tokens
+    if asked is not None and backend.name != "mixed":
+        line += f"; attention_crossover_tokens = {asked} has no effect, it is for the backend mixed"
     if layout.device.type != "cuda":
         return backend.make(ASSUMED_CROSSOVER_TOKENS), line
     # Every rank takes part, whatever it chose: where machines differ, some may need the answer.
@@ -95,23 +98,30 @@ def find_crossover(
         "cudnn": torch.backends.cudnn.version(),
         "dtype": str(dtype),
         "heads": list(heads),
-        "tokens": TOKENS,
+        "lengths": padded_lengths(heads),
     }
     entries = read_entries(path)
     for entry in entries:
         if {name: entry.get(name) for name in key} == key:
             return entry["crossover"], _describe(entry["crossover"], f"measured before, {path}")
-    milliseconds = measure(heads, device, dtype)
+    try:
+        milliseconds = measure(heads, device, dtype)
+    except RuntimeError as error:  # a length that a kernel refuses, or no memory for it
+        how = f"assumed: measuring failed with {str(error).splitlines()[0]}"
+        return ASSUMED_CROSSOVER_TOKENS, _describe(ASSUMED_CROSSOVER_TOKENS, how)
     torch.cuda.empty_cache()  # the run's memory begins without holes
     found = crossover_of(milliseconds)
     entries.append(key | {"crossover": found, "milliseconds": milliseconds})
-    write_atomically(path, json.dumps(entries, indent=1) + "\n")
+    try:
+        write_atomically(path, json.dumps(entries, indent=1) + "\n")
+    except OSError as error:
+        warn(f"{path}: cannot be written ({error.strerror}); a restart measures again, and may choose otherwise")
     times = ", ".join(
         f"{length:,} {of_cudnn:.2f}/{of_varlen:.2f}"
         for length, (of_cudnn, of_varlen) in milliseconds.items()
     )
     return found, _describe(
-        found, f"measured, ms by cuDNN/varlen for {TOKENS:,} tokens in documents of: {times}"
+        found, f"measured, ms by cuDNN/varlen for documents of: {times}"
     )
 
 
@@ -126,7 +136,8 @@ def read_entries(path: Path) -> list[dict]:
         return []
     try:
         entries = json.loads(path.read_text())
-        if all(isinstance(entry["crossover"], int) and entry["crossover"] > 0 for entry in entries):
+        numbers = [entry["crossover"] for entry in entries]
+        if isinstance(entries, list) and all(type(n) is int and n > 0 for n in numbers):
             return entries
     except (ValueError, TypeError, KeyError):
         pass

@@ -9,6 +9,8 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from model import compiled
+from model.hardware import CPU
 from model.memory import KEEPS_INPUT_ONLY, Recompute
 from model.rank_memory import GIB, Memory, MemoryModel, show_bytes
 from parallel.layout import host_memory, launched_local_world_size
@@ -41,13 +43,17 @@ class Machine:
     """Of a node."""
     host_limit: str
     """What bounds it, in words."""
+    is_fused: bool = True
+    """Do its GPUs run pointwise parts as fused kernels? Without them a chunk of the loss holds fp32 logits as well."""
 
     @staticmethod
     def here(config: Config) -> "Machine":
         given = config.model.cpu_offloading_host_memory
         name = f"cpu_offloading_host_memory = {given:g}" if given else f"the machine's {show_bytes(host_memory())}"
-        return Machine(Device.here(config.layout), launched_local_world_size(),
-                       int(given * GIB) if given else host_memory(), name)
+        device = Device.here(config.layout)
+        is_fused = device.hardware is CPU or compiled.obstacle() is None
+        return Machine(device, launched_local_world_size(), int(given * GIB) if given else host_memory(), name,
+                       is_fused)
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ def choose_loss_chunks(phases: list[Phase], config: Config, world_size: int, voc
     """Give each phase that leaves it open the largest chunk of the loss that its GPU has memory for."""
     machine = machine or Machine.here(config)
     model = memory_model(config, vocab_size, machine.device.hardware)
-    if not model.on_gpu:
+    if not model.on_gpu or not machine.is_fused:
         return phases
     rows = config.model.padded_vocab_size(vocab_size)
     chosen = []

@@ -20,12 +20,14 @@ from pretrain.resume_contract import kind_of
 
 CPU = torch.device("cpu")
 HEADS = (4, 2, 8)
+PADDED = [512, 1024, 2048, 4096, 8192, 16384, 32768]
+"""The lengths measured with 4 query heads: 32 / 4 heads less need sqrt(8) times the length, rounded up to 4."""
 
 
 @pytest.mark.parametrize("milliseconds, expected", [
     ({500: (2, 1), 1000: (1, 2), 2000: (1, 2)}, 1000),
     ({500: (1, 2), 1000: (2, 1), 2000: (1, 2)}, 2000),
-    ({500: (1, 2), 1000: (1, 2), 2000: (1, 1)}, NEVER),
+    ({500: (1, 2), 1000: (1, 2), 2000: (1, 1)}, 4000),  # behind as far as was measured
     ({500: (1, 2), 1000: (1, 2), 2000: (1, 2)}, 500),
 ])
 def test_the_crossover_is_the_length_from_which_on_cudnn_stays_ahead(milliseconds, expected):
@@ -39,14 +41,15 @@ def test_both_kernels_are_timed_on_the_same_documents():
         longest = segments.max_q
         (own,) = {key for key in (1, NEVER) if attend.__closure__[0].cell_contents == key}
         timed.append((longest, own == 1))
-        assert (q.shape, k.shape) == ((crossover.TOKENS, 4, 8), (crossover.TOKENS, 2, 8))
-        assert segments.bounds_q[-1] == crossover.TOKENS
+        total = segments.bounds_q[-1]
+        assert (q.shape, k.shape) == ((total, 4, 8), (total, 2, 8))
+        assert total % longest == 0 and 32768 - longest < total <= 32768  # whole documents
         return 1.0 if (own == 1) == (longest >= 1500) else 2.0
 
     found = crossover.measure((4, 2, 8), CPU, torch.float32, time_call)
-    lengths = [crossover.document_length(padded) for padded in crossover.PADDED_LENGTHS]
+    lengths = [crossover.document_length(padded) for padded in PADDED]
     assert timed == [(length, by_cudnn) for length in lengths for by_cudnn in (True, False)]
-    assert [padded_length(length) for length in lengths] == list(crossover.PADDED_LENGTHS)
+    assert [padded_length(length) for length in lengths] == PADDED
     assert crossover.crossover_of(found) == lengths[2]
 
 
@@ -76,11 +79,11 @@ def find(config: Config, heads=HEADS, is_needed: bool = True) -> tuple[int, str]
 def test_what_was_measured_is_kept_and_read_at_a_restart(card, tmp_path):
     tokens, how = find(config_of(tmp_path))
     assert tokens == 960
-    assert how == ("; to cuDNN go documents of at least 960 tokens (measured, ms by cuDNN/varlen for 8,192 tokens in "
+    assert how == ("; to cuDNN go documents of at least 960 tokens (measured, ms by cuDNN/varlen for "
                    "documents of: 480 2.00/1.00, 960 1.00/2.00)")
     (entry,) = json.loads((tmp_path / attention.FILE).read_text())
-    assert (entry["card"], entry["torch"], entry["heads"], entry["tokens"], entry["crossover"]) == (
-        "card A", torch.__version__, [4, 2, 8], 8192, 960)
+    assert (entry["card"], entry["torch"], entry["heads"], entry["lengths"], entry["crossover"]) == (
+        "card A", torch.__version__, [4, 2, 8], PADDED, 960)
     assert find(config_of(tmp_path))[0] == 960
     assert card.measured == 1, "a run that is started again measures nothing"
 
@@ -94,7 +97,35 @@ def test_another_card_and_other_heads_are_measured_for_themselves(card, tmp_path
     assert len(json.loads((tmp_path / attention.FILE).read_text())) == 3
 
 
-@pytest.mark.parametrize("text", ["not JSON", "7", '[{"card": "card A"}]', '[{"crossover": -1}]'])
+@pytest.mark.parametrize("heads, longest", [((64, 8, 128), 8192), ((32, 8, 128), 8192), ((16, 8, 128), 16384),
+                                            ((8, 2, 128), 16384), ((4, 2, 8), 32768), ((1, 1, 128), 65536)])
+def test_few_heads_are_measured_on_longer_documents(heads, longest):
+    found = crossover.padded_lengths(heads)
+    assert found[0] == 512 and found[-1] == longest
+    assert found == [512 << number for number in range(len(found))]
+
+
+def test_a_kernel_that_fails_while_it_is_measured_does_not_end_the_run(card, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("no plan for this shape\nand more")
+
+    monkeypatch.setattr(attention, "measure", refuse)
+    tokens, how = find(config_of(tmp_path))
+    assert tokens == ASSUMED_CROSSOVER_TOKENS and "(assumed: measuring failed with no plan for this shape)" in how
+    assert not (tmp_path / attention.FILE).exists()
+
+
+def test_a_folder_that_cannot_be_written_does_not_end_the_run(card, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(attention, "write_atomically", refuse)
+    assert find(config_of(tmp_path))[0] == 960
+    assert "cannot be written (No space left on device); a restart measures again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["not JSON", "7", "{}", '""', '[{"card": "card A"}]', '[{"crossover": -1}]',
+                                  '[{"crossover": true}]'])
 def test_a_file_that_is_not_ours_is_measured_again_and_said(card, tmp_path, capsys, text):
     (tmp_path / attention.FILE).write_text(text)
     assert find(config_of(tmp_path))[0] == 960
@@ -134,6 +165,15 @@ def test_the_run_attends_with_what_the_first_rank_found(monkeypatch, card, tmp_p
     assert (attend, made, told) == ("attend", [960], [960 if rank == 0 else 0])
     assert line.startswith("attention: mixed (why)")
     assert card.measured == (rank == 0), "one rank measures"
+
+
+@pytest.mark.parametrize("asked, said", [(700, True), (None, False)])
+def test_a_crossover_for_another_backend_is_said_to_have_no_effect(asked, said):
+    phase = SimpleNamespace(layout=LayoutConfig(), memory=MemorySettings(), attention_on_tape=False)
+    _, line = attention.attention_of_run(config_of(None, asked), [phase], phase, single_process_layout(CPU),
+                                         torch.float32)
+    assert line.startswith("attention: sdpa (")
+    assert ("attention_crossover_tokens = 700 has no effect" in line) == said
 
 
 @pytest.mark.parametrize("layout, chunks, expected", [

@@ -1,5 +1,7 @@
 """Phases that do not fit are refused with the settings that would, and running out of memory says what to try."""
 
+import dataclasses
+
 import pytest
 
 from model.hardware import CPU, TABLE
@@ -187,6 +189,9 @@ def test_a_gpu_takes_the_largest_chunk_of_the_loss_that_fits():
     halved = given("llama3-8b", {"seq_length": 16384}, tensor_model_parallel_size=2)
     assert chunks_on(H200, halved, 2 * VOCABULARY) == [8192]
     assert chunks_on(Device(CPU, H200.memory_bytes), made) == [None, 100]
+    unfused = dataclasses.replace(machine(), is_fused=False)  # a chunk would hold three times as much
+    phases = choose_loss_chunks(resolve_phases(made), made, 8, VOCABULARY, unfused)
+    assert [phase.memory.loss_chunk_tokens for phase in phases] == [None, 100]
 
 
 def test_the_chunk_of_the_loss_leaves_the_phase_within_the_memory():

@@ -1,5 +1,8 @@
 """The parts that a GPU runs as fused kernels: the same numbers as by the plain definitions, in one graph each."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -129,7 +132,7 @@ def arguments_of_compiled_functions() -> dict[str, tuple]:
     return {"_gated": (x, other), "_gated_gradients": (x, other, third), "_turn": (q, *tables),
             "_turn_back": (q, *tables), "_split_and_turn": (qkv, HEADS, *tables), "_join_turned": (q, k, v, *tables),
             "_split_norm_and_turn": (qkv, HEADS, norm, norm, 1e-5, *tables),
-            "_join_turned_and_normed": (qkv, (q, k, v), HEADS, (norm, norm), scales, *tables),
+            "_join_turned_and_normed": (qkv, HEADS, q, k, v, norm, norm, *scales, *tables),
             "_exp_sums": (x, ids), "_softmax_gradient_": (x, ids, rows, rows, rows)}
 
 
@@ -151,6 +154,42 @@ def test_each_compiled_function_is_one_graph_with_the_same_result(name, backend)
                           torch.utils._pytree.tree_leaves((expected, plain)), strict=True):
         if isinstance(one, torch.Tensor):
             torch.testing.assert_close(one, other, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("variable", ["TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"])
+def test_torchs_switches_are_noticed(variable):
+    program = ("from types import SimpleNamespace as N; from model import compiled; "
+               "compiled.importlib = N(util=N(find_spec=lambda name: name)); print(compiled.obstacle())")
+    for value, expected in (("1", "TORCH_COMPILE_DISABLE or TORCHDYNAMO_DISABLE is set"), ("0", "None")):
+        found = subprocess.run([sys.executable, "-c", program], env={**os.environ, variable: value}, text=True,
+                               capture_output=True, check=True)
+        assert found.stdout.strip() == expected
+
+
+def test_other_lengths_heads_and_gradients_are_compiled_for_a_few_times_only(monkeypatch):
+    """torch gives a function up after 8 versions, and runs it operator by operator from then on."""
+    from model.memory import MemorySettings
+    from tests.unit.test_memory_savers import one_step
+
+    versions = {}
+
+    def count(function):
+        if function.__name__ not in versions:
+            found = torch._dynamo.testing.CompileCounterWithBackend("eager")
+            versions[function.__name__] = (found, torch.compile(function, backend=found))
+        return versions[function.__name__][1]
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiled, "is_fused", lambda x: True)
+    monkeypatch.setattr(compiled, "_compile", count)
+    for length in (12, 16, 20, 24):
+        for settings in (MemorySettings(), MemorySettings("full", attention_head_chunks=2),
+                         MemorySettings("full", attention_head_chunks=4), MemorySettings(mlp_tiles=3)):
+            one_step(settings, [0, length])
+            with torch.no_grad():
+                one_step(settings, [0, length], backward=False)
+    counts = {name: found.frame_count for name, (found, _) in versions.items()}
+    assert counts and max(counts.values()) <= 5, counts
 
 
 def test_the_table_above_has_every_compiled_function(monkeypatch):
