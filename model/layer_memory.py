@@ -306,7 +306,8 @@ class LayerMemory:
         that FlashAttention 2 makes the gradients of grouped keys and values for each query head (cuDNN's own work
         is not known), or cuDNN reads a padded copy of the output's gradient.
         """
-        of_q, of_kv = self.s * m * self.H, 2 * self.T * k * self.H
+        of_q = self.s * m * self.H
+        of_kv = 2 * self.T * k * self.H
         gradients = 2 * self.b * (of_q + of_kv)
         if not self.on_gpu:
             return gradients

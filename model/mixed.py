@@ -94,7 +94,7 @@ def padded_length(tokens: int) -> int:
     It is a multiple of 1/16 of the largest power of two that the document reaches, and of
     GRANULE_TOKENS: at most 16 lengths between a power of two and the next, 144 from 1 token to a
     million. From 4,096 tokens on this adds at most 6.3 % to the length, 2.2 % on average (and twice
-    that to the operations); from 2,048 to 4,096 twice as much.
+    that to the operations); from 2,048 to 4,096 twice as much, and below 2,048 up to 255 tokens.
     """
     power = 1 << (tokens.bit_length() - 1)
     granule = max(GRANULE_TOKENS, power // 16)
@@ -109,7 +109,8 @@ def split_parts(segments: "Segments", crossover: int) -> list[Part]:
 
 
 def _make_parts(segments: "Segments", crossover: int) -> list[Part]:
-    bounds_q, bounds_k = segments.bounds_q, segments.bounds_k
+    bounds_q = segments.bounds_q
+    bounds_k = segments.bounds_k
     lengths_q = [end - begin for begin, end in zip(bounds_q, bounds_q[1:], strict=False)]
     lengths_k = [end - begin for begin, end in zip(bounds_k, bounds_k[1:], strict=False)]
 
@@ -125,6 +126,8 @@ def _make_parts(segments: "Segments", crossover: int) -> list[Part]:
     for group, numbers in groupby(range(len(lengths_q)), group_of):
         first = end
         end += len(list(numbers))
+        if bounds_q[end] == bounds_q[first]:
+            continue  # no query: a kernel would be launched for nothing
         length = group[1] if group[0] == "long" else 0
         parts.append(
             Part(

@@ -160,6 +160,15 @@ def test_documents_go_to_cudnn_from_the_crossover_on(from_tokens, long, short, s
     assert stand_ins.short == short
 
 
+def test_an_empty_document_launches_no_kernel(small_granule):
+    stand_ins = StandIns()
+    (segments,) = segments_of([0, 40, 40, 96])
+    out = mixed_attention(30, stand_ins.kernels)(*inputs(), segments)
+    assert (stand_ins.long, stand_ins.short) == ([(1, 40), (1, 56)], [])
+    (without,) = segments_of([0, 40, 96])
+    assert torch.equal(out, mixed_attention(30, stand_ins.kernels)(*inputs(), without))
+
+
 def test_the_backend_that_is_chosen_keeps_to_the_crossover_it_is_given(monkeypatch, small_granule):
     stand_ins = StandIns()
     monkeypatch.setattr(mixed, "GPU_KERNELS", stand_ins.kernels)

@@ -145,7 +145,8 @@ def clones(value):
 def test_each_compiled_function_is_one_graph_with_the_same_result(name, backend):
     function = getattr(pointwise, name, None) or getattr(loss, name)
     given = arguments_of_compiled_functions()[name]
-    plain, by_compiler = clones(given), clones(given)
+    plain = clones(given)
+    by_compiler = clones(given)
     torch._dynamo.reset()
     with torch.no_grad():
         expected = function(*plain)
