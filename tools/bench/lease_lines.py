@@ -2,6 +2,7 @@
 whatever follows."""
 
 import json
+import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Literal
 
+FIX = "Fix: give the lines.jsonl that the lease wrote."
 Kind = Literal["measured", "scaled", "calculated", "failed", "skipped"]
 
 
@@ -39,16 +41,24 @@ class Line:
 
 
 def append(path: Path, line: Line) -> None:
-    """Write one line to the end of the file, and close it."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(line), ensure_ascii=False) + "\n")
+    """Write one line to the end of the file, and close it.
+
+    A line that an earlier process could not end stays a line of its own.
+    """
+    text = json.dumps(asdict(line), ensure_ascii=False) + "\n"
+    with open(path, "a+b") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                text = "\n" + text
+        file.write(text.encode())
 
 
 def read_lines(path: Path) -> list[Line]:
-    """Read a file's lines; a last one that was cut off is left out.
+    """Read a file's lines; those that were cut off are left out.
 
     Raises:
-        ValueError: a line is not one of these, with its number.
+        ValueError: the file holds something else, with the number of the line.
     """
     known = {field.name for field in fields(Line)}
     texts = path.read_text(encoding="utf-8").splitlines()
@@ -57,13 +67,12 @@ def read_lines(path: Path) -> list[Line]:
         try:
             values = json.loads(text)
             found.append(Line(**{name: values[name] for name in values.keys() & known}))
-        except (json.JSONDecodeError, TypeError, AttributeError) as error:
-            if number == len(texts) and found:
-                break
-            raise ValueError(
-                f"{path}, line {number}: not a line of a lease ({error}). "
-                "Fix: give the lines.jsonl that the lease wrote."
-            ) from error
+        except json.JSONDecodeError:
+            continue  # its process was killed while it wrote
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"line {number} is not one of a lease ({error}). {FIX}") from error
+    if texts and not found:
+        raise ValueError(f"none of its {len(texts)} lines is one of a lease. {FIX}")
     return found
 
 
