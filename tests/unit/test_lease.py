@@ -39,7 +39,9 @@ def sleeping(card, scale, report, *, mark):
     time.sleep(60)
 
 
-def dying(card, scale, report):
+def dying(card, scale, report, *, mark):
+    """Leave a process behind, as one that crashes does."""
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", mark])
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -81,12 +83,16 @@ class Impatient(subprocess.Popen):
     """A process whose deadline is over as soon as it has left a file, however slow the machine
     is."""
 
+    is_over = False
+
     def wait(self, timeout=None):
-        mark = json.loads(self.args[-1])["options"].get("mark")
-        if timeout is None or mark is None:
+        task = json.loads(self.args[-1])
+        mark = task["options"].get("mark")
+        if task["item"] != "hangs" or self.is_over:
             return super().wait(timeout)
         while not Path(mark).exists() and self.poll() is None:
             time.sleep(0.05)
+        self.is_over = True
         raise subprocess.TimeoutExpired(self.args, timeout)
 
 
@@ -97,7 +103,7 @@ def test_one_item_s_failure_hang_or_death_costs_only_itself(tmp_path, monkeypatc
     for one in (
         item("raises", "raising"),
         item("hangs", "sleeping", deadline=60, mark=mark),
-        item("dies", "dying"),
+        item("dies", "dying", mark=str(tmp_path / "orphan")),
         item("good", "good", value=3.0),
     ):
         made.run_item(one)
@@ -111,6 +117,7 @@ def test_one_item_s_failure_hang_or_death_costs_only_itself(tmp_path, monkeypatc
     )
     (failed,) = lines_of(tmp_path, "dies")
     assert failed.note == "its process ended with code -9"
+    assert not is_running(str(tmp_path / "orphan")), "what a dead item started is left behind"
     (found,) = lines_of(tmp_path, "good")
     assert (found.value, found.unit, found.kind, found.card, found.scale) == (
         3.0,
@@ -121,6 +128,30 @@ def test_one_item_s_failure_hang_or_death_costs_only_itself(tmp_path, monkeypatc
     )
     assert found.torch and found.date and found.seconds >= 0
     assert "RuntimeError: no memory" in (tmp_path / lease.LOG).read_text()
+
+
+def test_an_item_that_cannot_be_killed_does_not_hold_the_others_up(monkeypatch):
+    """A process that waits inside the GPU's driver goes on after SIGKILL."""
+    waits = []
+
+    class Unkillable:
+        pid = 0
+
+        def wait(self, timeout):
+            waits.append(timeout)
+            raise subprocess.TimeoutExpired("item", timeout)
+
+    monkeypatch.setattr(lease.os, "killpg", lambda *_: None)
+    lease.end_group(Unkillable())
+    assert waits == [lease.KILL_SECONDS]
+
+
+def test_the_table_is_there_after_each_item(tmp_path):
+    made = make_lease(tmp_path)
+    for value in (1.0, 2.0):
+        made.run_item(replace(ITEMS["product"], function=f"{HERE}:good", options={"value": value}))
+        text = (tmp_path / lease.TABLE).read_text()
+        assert f"| 8192^3 bf16 product |  | answer {value:.0f} s |" in text
 
 
 def test_an_item_that_needs_more_than_is_left_is_skipped_and_a_shorter_one_runs(tmp_path):
@@ -213,8 +244,13 @@ def test_a_whole_lease_writes_lines_log_and_table(tmp_path, capsys, monkeypatch)
     [
         (dict(only=("nothing",)), "--only nothing: no such item"),
         (dict(device="cpu"), "--device cpu --scale full: would take days"),
-        (dict(seconds=0.0), "--seconds 0.0: must be above 0"),
-        (dict(table="missing.jsonl"), "--table missing.jsonl:"),
+        (dict(seconds=3.0), "--seconds 3: must be at least 10"),
+        (
+            dict(table="missing.jsonl"),
+            "--table missing.jsonl: No such file or directory. Fix: give",
+        ),
+        (dict(table="/dev/null"), "--table /dev/null: it is empty. Fix: give the lines.jsonl"),
+        (dict(output="/dev/null/x"), "--output /dev/null/x: Not a directory. Fix: a folder"),
     ],
 )
 def test_bad_input_is_one_line(capsys, changes, expected):
@@ -354,15 +390,33 @@ def test_bars_hold_in_both_directions():
     assert Bar(2, at_least=True).reached(2) and not Bar(2, at_least=True).reached(1.9)
 
 
-def test_a_line_that_was_cut_off_is_left_out_and_another_file_refused(tmp_path):
+def test_a_line_that_was_cut_off_is_left_out_wherever_it_is(tmp_path):
     path = tmp_path / "lines.jsonl"
-    Report(path, "a", "toy", date="now").add("x", 1.0, "s")
+    report = Report(path, "a", "toy", date="now")
+    report.add("x", 1.0, "s")
     with open(path, "a", encoding="utf-8") as file:
         file.write('{"item": "a", "fig')
     assert [line.value for line in read_lines(path)] == [1.0]
-    path.write_text('{"other": 1}\n{"other": 2}\n')
-    with pytest.raises(ValueError, match="line 1: not a line of a lease"):
+    report.add("x", 2.0, "s")  # the next run
+    assert [line.value for line in read_lines(path)] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ('{"other": 1}\n{"other": 2}\n', "line 1 is not one of a lease"),
+        ("a table\nof words\n", "none of its 2 lines is one of a lease"),
+    ],
+)
+def test_another_file_is_refused_before_anything_runs(tmp_path, capsys, text, expected):
+    path = tmp_path / "lines.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=expected):
         read_lines(path)
+    assert lease.run(lease.Arguments(device="cpu", scale="toy", output=str(tmp_path))) == 2
+    said = capsys.readouterr().err
+    assert "its lines.jsonl cannot be continued: " + expected in said and said.count("\n") == 1
+    assert path.read_text() == text
 
 
 # ---- lease.sh ----

@@ -14,13 +14,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from tools.bench.fresh import ROOT
 from tools.bench.lease_items import ITEMS, PROBE, Item
-from tools.bench.lease_lines import Line, Report, now, read_lines
+from tools.bench.lease_lines import FIX, Line, Report, now, read_lines
 from tools.bench.lease_table import describe
 from tools.bench.lease_work import Task
 
@@ -29,6 +30,8 @@ LOG = "log.txt"
 TABLE = "table.md"
 END_SECONDS = 5.0
 """Left for the end of the last item and for the table."""
+KILL_SECONDS = 5.0
+"""Waited for the end of a process that was killed."""
 
 ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
 DEFAULTS = {
@@ -72,12 +75,13 @@ def run(arguments: Arguments) -> int:
     if arguments.table is not None:
         return print_table(Path(arguments.table))
     folder = Path(arguments.output or os.environ.get("OUT") or ROOT / "runs" / "lease").resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    problem = find_folder_problem(folder)
+    if problem:
+        print(f"error: --output {folder}: {problem}", file=sys.stderr)
+        return 2
     lease = Lease(folder, arguments)
     found = lease.run(chosen_items(arguments.only))
-    text = describe(read_lines(folder / LINES), ITEMS)
-    (folder / TABLE).write_text(text + "\n", encoding="utf-8")
-    print(text, flush=True)
+    print(lease.table.read_text(encoding="utf-8"), end="", flush=True)
     return 0 if found else 1
 
 
@@ -88,11 +92,26 @@ def find_problem(arguments: Arguments) -> str | None:
         return f"--only {' '.join(unknown)}: no such item. Fix: one of {', '.join(ITEMS)}."
     if arguments.device == "cpu" and arguments.scale == "full":
         return "--device cpu --scale full: would take days. Fix: --scale toy."
-    if not arguments.seconds > 0:
+    least = PROBE.seconds + END_SECONDS
+    if not arguments.seconds >= least:
         return (
-            f"--seconds {arguments.seconds}: must be above 0. "
+            f"--seconds {arguments.seconds:g}: must be at least {least:g}, for a look at the machine. "
             "Fix: the seconds that the lease leaves."
         )
+    return None
+
+
+def find_folder_problem(folder: Path) -> str | None:
+    """Make the folder -> why nothing can be written there, with a fix, or None."""
+    lines = folder / LINES
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lines.touch()
+        read_lines(lines)
+    except OSError as error:
+        return f"{error.strerror}. Fix: a folder that can be written to."
+    except ValueError as error:
+        return f"its {LINES} cannot be continued: {error}"
     return None
 
 
@@ -106,10 +125,16 @@ def print_table(path: Path) -> int:
     """Print the Markdown section of a file of lines; 0, or 2 with one line of what is wrong with
     it."""
     try:
-        print(describe(read_lines(path), ITEMS))
-    except (OSError, ValueError) as error:
-        print(f"error: --table {path}: {error}", file=sys.stderr)
+        lines = read_lines(path)
+        problem = None if lines else f"it is empty. {FIX}"
+    except OSError as error:
+        problem = f"{error.strerror}. {FIX}"
+    except ValueError as error:
+        problem = str(error)
+    if problem:
+        print(f"error: --table {path}: {problem}", file=sys.stderr)
         return 2
+    print(describe(lines, ITEMS))
     return 0
 
 
@@ -125,6 +150,7 @@ class Lease:
     def __init__(self, folder: Path, arguments: Arguments):
         self.lines = folder / LINES
         self.log = folder / LOG
+        self.table = folder / TABLE
         self.device = arguments.device
         self.scale = arguments.scale
         self.seconds = arguments.seconds
@@ -143,11 +169,11 @@ class Lease:
         probed = self.probe()
         if probed is None and self.environment.get(ALLOCATOR) == DEFAULTS[ALLOCATOR]:
             # Not every machine that lends a part of a GPU has the driver's calls for it.
-            print(f"lease: once more without {ALLOCATOR}={DEFAULTS[ALLOCATOR]}", file=sys.stderr)
+            say(f"once more without {ALLOCATOR}={DEFAULTS[ALLOCATOR]}: some drivers refuse it")
             self.environment[ALLOCATOR] = "expandable_segments:False"
             probed = self.probe()
         if probed is None:
-            print("lease: the device cannot be used; log.txt says why", file=sys.stderr)
+            say(f"the device cannot be used; {self.log} says why")
             return False
         self.card = probed.card
         self.torch = probed.torch
@@ -171,23 +197,27 @@ class Lease:
         ]
 
     def run_item(self, item: Item) -> list[Line]:
-        """Run an item to its end or its deadline, if the time that is left allows it -> its
-        lines."""
+        """Run an item if the time that is left allows it, and bring the table up to date -> the
+        item's lines."""
         report = Report(
             self.lines, item.name, self.scale, date=now(), card=self.card, torch=self.torch
         )
         left = self.left()
         if left < item.seconds:
             reason = f"needs {item.seconds} s, and {max(0.0, left):.0f} s were left"
-            print(f"lease: {item.name} skipped: {reason}", file=sys.stderr, flush=True)
+            say(f"{item.name} skipped: {reason}")
             report.skip(reason)
-            return self.lines_of(report)
-        deadline = min(item.deadline, left)
-        print(
-            f"lease: {item.name}, {left:.0f} s left, at most {deadline:.0f} s",
-            file=sys.stderr,
-            flush=True,
-        )
+        else:
+            self.run_to_its_end(item, report, min(item.deadline, left))
+        found = self.lines_of(report)
+        # At once: whoever ends this process leaves a table of what was found until then.
+        text = describe(read_lines(self.lines), ITEMS)
+        self.table.write_text(text + "\n", encoding="utf-8")
+        return found
+
+    def run_to_its_end(self, item: Item, report: Report, deadline: float) -> None:
+        """Run an item to its end or its deadline, and say what it found."""
+        say(f"{item.name}, {self.left():.0f} s left, at most {deadline:.0f} s")
         code = self.run_process(item, report, deadline)
         taken = time.perf_counter() - report.start
         if code is None:
@@ -196,11 +226,9 @@ class Lease:
             line.kind == "failed" and not line.case for line in self.lines_of(report)
         ):
             report.fail(f"its process ended with code {code}")
-        found = self.lines_of(report)
-        for line in found:
-            print(f"lease:   {describe_line(line)}", file=sys.stderr, flush=True)
-        print(f"lease: {item.name} took {taken:.0f} s", file=sys.stderr, flush=True)
-        return found
+        for line in self.lines_of(report):
+            say(f"  {describe_line(line)}")
+        say(f"{item.name} took {taken:.0f} s")
 
     def run_process(self, item: Item, report: Report, deadline: float) -> int | None:
         """The exit code of the item's process, or None where it was ended at its deadline."""
@@ -210,6 +238,7 @@ class Lease:
             options=item.options,
             lines=str(self.lines),
             date=report.date,
+            card=self.card,
             device=self.device,
             scale=self.scale,
         )
@@ -231,9 +260,21 @@ class Lease:
             except subprocess.TimeoutExpired:
                 return None
             finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)  # with the processes that it started
-                    process.wait()
+                end_group(process)
+
+
+def end_group(process: subprocess.Popen) -> None:
+    """End an item's process and all that it started, which would hold the GPU's memory."""
+    with suppress(ProcessLookupError):  # none is left
+        os.killpg(process.pid, signal.SIGKILL)
+    # A process that hangs inside the driver cannot be ended, and must not take the others' time.
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=KILL_SECONDS)
+
+
+def say(text: str) -> None:
+    """Write one line of progress, at once."""
+    print(f"lease: {text}", file=sys.stderr, flush=True)
 
 
 def describe_line(line: Line) -> str:

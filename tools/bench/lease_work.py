@@ -23,6 +23,8 @@ class Task:
     lines: str
     """File to append the figures to."""
     date: str
+    card: str
+    """The card's name; "" where this process has to ask for it."""
     device: str
     scale: str
 
@@ -32,7 +34,7 @@ class Task:
 
 def work(task: Task) -> int:
     """Run the item; 0, or 1 after a line that says why it failed."""
-    report = Report(Path(task.lines), task.item, task.scale, date=task.date)
+    report = Report(Path(task.lines), task.item, task.scale, date=task.date, card=task.card)
     try:
         import torch
 
@@ -40,7 +42,8 @@ def work(task: Task) -> int:
 
         report.torch = torch.__version__
         card = Card(torch.device(task.device))
-        report.card = card.describe()
+        # Asking makes a context on the card, which some items leave to processes of their own.
+        report.card = task.card or card.describe()
         module, _, name = task.function.partition(":")
         function = getattr(importlib.import_module(module), name)
         function(card, Scale(task.scale == "toy"), report, **task.options)
