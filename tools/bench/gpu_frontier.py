@@ -51,7 +51,7 @@ class Try:
 
 
 def point(card: Card, scale: Scale, report: Report, *, rung: str, documents: int) -> None:
-    """Report one length on one rung."""
+    """Report one length on one rung, in this process."""
     found = try_length(rung, documents, card.device.type, toy=scale.toy)
     tokens = documents * scale.tokens(DOCUMENT)
     if not found["fits"]:
@@ -68,7 +68,11 @@ def report_try(report: Report, found: Try, tokens: int) -> None:
 
 
 def search(card: Card, scale: Scale, report: Report, *, rung: str) -> None:
-    """Report the longest sample on one rung, and every shorter one that was tried."""
+    """Report the longest sample on one rung, and every shorter one that was tried.
+
+    This process leaves the card to those that try: a context of its own would take memory from
+    them.
+    """
     most = 16 if scale.toy else MOST_DOCUMENTS
     document = scale.tokens(DOCUMENT)
     config = config_of(rung, scale)
@@ -95,12 +99,20 @@ def search(card: Card, scale: Scale, report: Report, *, rung: str) -> None:
         only = measure(most)
         fits = [only] if only else []
     else:
-        fits = longest_that_fits(measure, card.capacity(), most)
+        capacity = run_fresh(
+            capacity_of, usable_cores(), on_gpu=card.is_cuda, device=card.device.type
+        )["bytes"]
+        fits = longest_that_fits(measure, capacity, most)
     note = f"ended by the host's memory ({HOST // GIB} GiB), not by the card's" if by_host else ""
     if not fits:
         report.fail(f"{(most if by_host else 1) * document:,} tokens do not fit")
         return
     report.add("longest sample", fits[-1].documents * document, "tokens", note=note)
+
+
+def capacity_of(device: str) -> dict:
+    """Return the bytes of the device's memory, for a process that must not make a context."""
+    return {"bytes": Card(torch.device(device)).capacity()}
 
 
 def try_length(rung: str, documents: int, device: str, toy: bool) -> dict:
@@ -118,7 +130,7 @@ def try_length(rung: str, documents: int, device: str, toy: bool) -> dict:
     try:
         with one_process() as layout:
             contender = make_contender(rung, config, vocabulary, scale, layout, card)
-            contender.forward_backward(make_sample([64], vocabulary, SEED, card.device))
+            contender.forward_backward(sample)  # compiles, and makes cuDNN's plans
             contender.clear()
             seconds, peak = card.peak(lambda: contender.forward_backward(sample))
     except torch.OutOfMemoryError:
