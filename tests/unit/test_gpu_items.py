@@ -4,13 +4,23 @@ scaled layers."""
 import pytest
 import torch
 
+from model.kernels import Backend
+from model.mixed import NEVER
 from model.offload import Host
 from pretrain.step import global_grad_norm as step_norm
-from tools.bench import gpu_frontier
+from tools.bench import gpu_attention, gpu_frontier, gpu_parts
 from tools.bench.contenders import ALST, CHECKPOINTED, Ours, lean, preset
 from tools.bench.fresh import run_fresh
 from tools.bench.gpu_frontier import Try, longest_that_fits, most_on_host
-from tools.bench.gpu_long import Cost, offloaded_bytes, one_b, predicted_bytes, scale_to, slice_of
+from tools.bench.gpu_long import (
+    Cost,
+    measure_layers,
+    offloaded_bytes,
+    one_b,
+    predicted_bytes,
+    scale_to,
+    slice_of,
+)
 from tools.bench.gpu_parts import ATTENTION_BACKENDS, Card, Scale, missing_backend
 from tools.bench.lease_items import BY_HAND, ITEMS, LADDER_NAMES, LEASE
 from tools.bench.lease_lines import Report, read_lines
@@ -179,16 +189,17 @@ def figures(lines: list) -> dict:
             [
                 ("sdpa", "forward rate"),
                 ("sdpa", "backward rate"),
+                ("sdpa", "model rate"),
                 ("flash of sdpa", "backward seconds"),
             ],
         ),
         ("1b-8k", [("ours, sdpa, loss by 2,048", "share"), ("ours, sdpa, loss by 8,192", "peak")]),
-        ("3b-8k", [("ours, auto, loss by 2,048", "tokens")]),
+        ("3b-8k", [("ours, auto, loss by 2,048", "tokens"), ("ours, auto, loss by 8,192", "peak")]),
         (
             "qwen3-8b-rank",
             [
                 ("3 layers", "seconds"),
-                ("5 layers", "attention rate"),
+                ("5 layers", "attention model rate"),
                 ("5 layers", "all_to_all sent"),
             ],
         ),
@@ -277,6 +288,8 @@ def test_a_frontier_try_is_a_process_of_its_own(tmp_path, monkeypatch):
     calls = []
 
     def fresh(function, cores, *, on_gpu, **options):
+        if function is gpu_frontier.capacity_of:
+            return {"bytes": 1 << 29}
         calls.append((function, options["documents"]))
         return {
             "fits": options["documents"] < 4,
@@ -285,6 +298,8 @@ def test_a_frontier_try_is_a_process_of_its_own(tmp_path, monkeypatch):
         }
 
     monkeypatch.setattr(gpu_frontier, "run_fresh", fresh)
+    # A context of this process's own would take memory from those that try.
+    monkeypatch.setattr(Card, "capacity", lambda self: pytest.fail("asked in this process"))
     path = tmp_path / "lines.jsonl"
     gpu_frontier.search(
         Card(CPU), Scale(toy=True), Report(path, "8b", "toy", date="now"), rung="+ full recompute"
@@ -293,6 +308,73 @@ def test_a_frontier_try_is_a_process_of_its_own(tmp_path, monkeypatch):
     assert [count for _, count in calls][:3] == [1, 2, 4]
     longest = [line for line in read_lines(path) if line.figure == "longest sample"]
     assert [line.value for line in longest] == [2 * 64]
+
+
+def test_one_layer_warms_up_before_the_runs_that_are_scaled(tmp_path):
+    """The first run of a shape compiles its kernels; that time is no layer's."""
+    ran = []
+
+    class Found:
+        def __init__(self, layers):
+            self.cost = Cost(10.0 * layers + (0 if ran else 1000), layers)
+            ran.append(layers)
+
+        def report(self, report, case):
+            self.cost.report(report, case)
+
+    path = tmp_path / "lines.jsonl"
+    measure_layers(Card(CPU), Report(path, "a", "toy", date="now"), [3, 5], 36, run=Found)
+    assert ran == [1, 3, 5]
+    seconds = {line.case: line.value for line in read_lines(path) if line.figure == "seconds"}
+    assert seconds == {"3 layers": 30.0, "5 layers": 50.0, "36 layers": 360.0}
+
+
+def test_the_crossover_s_times_are_lines_and_its_answer_is_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(Backend, "missing", lambda self, *_, **__: None)
+    found = {1000: (3.0, 2.0), 2000: (1.5, 2.0), 4000: (1.0, 2.0)}
+    monkeypatch.setattr(gpu_attention, "measure", lambda *_: found)
+    path = tmp_path / "lines.jsonl"
+    report = Report(path, "a", "toy", date="now")
+    answer = gpu_attention.report_crossover(Card(CPU), Scale(toy=True), report, (8, 2, 64))
+    assert answer == (2000, "measured")
+    lines = read_lines(path)
+    assert {line.case for line in lines} == {"crossover, 8 query and 2 key/value heads of 64"}
+    assert [(line.figure, line.value) for line in lines] == [
+        ("documents of 1,000", 3.0),
+        ("documents of 2,000", 1.5),
+        ("documents of 4,000", 1.0),
+        ("to cuDNN from", "2,000 tokens"),
+    ]
+    assert lines[1].note == "cuDNN; varlen 2.000 ms"
+
+
+def test_without_the_backend_mixed_the_crossover_is_assumed_and_the_reason_said(quick):
+    lines = [line for line in quick["documents"] if line[0].startswith("crossover, ")]
+    assert [(kind, note) for _, _, _, kind, note in lines] == [
+        ("skipped", "it needs a GPU, and tensors live on cpu")
+    ]
+
+
+def test_the_line_of_mixed_says_its_crossover(monkeypatch):
+    config = preset("tiny")
+    chosen = []
+
+    def choose(name, device, dtype, *, on_tape, heads, crossover):
+        chosen.append((on_tape, heads, crossover))
+        return None, "attention: mixed (first choice)"
+
+    monkeypatch.setattr(gpu_parts, "choose_attention", choose)
+    _, line = gpu_parts.attention_of(config, Card(CPU), Scale(toy=True))
+    assert line == "attention: mixed (first choice); crossover 2,048 tokens (assumed)"
+    kept = preset("qwen3-8b", recompute_granularity="attention_kept", attention_head_chunks=4)
+    _, line = gpu_parts.attention_of(
+        kept, Card(CPU), Scale(toy=True), ranks=8, crossover=NEVER, how="measured"
+    )
+    assert line.endswith("; crossover no document (measured)")
+    assert chosen == [
+        (False, (config.num_attention_heads, config.num_kv_heads, config.head_size), 2048),
+        (True, (1, 1, 128), NEVER),
+    ]
 
 
 def test_backends_that_a_tree_does_not_have_are_named():

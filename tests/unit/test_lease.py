@@ -146,6 +146,15 @@ def test_an_item_that_cannot_be_killed_does_not_hold_the_others_up(monkeypatch):
     assert waits == [lease.KILL_SECONDS]
 
 
+def test_only_the_probe_asks_for_the_card_s_name(tmp_path):
+    """Asking makes a context on the card, which some items leave to processes of their own."""
+    made = make_lease(tmp_path)
+    made.run_item(item("first", "good", value=1.0))
+    made.card = "a card"
+    made.run_item(item("second", "good", value=1.0))
+    assert [found.card for found in read_lines(tmp_path / lease.LINES)] == ["CPU", "a card"]
+
+
 def test_the_table_is_there_after_each_item(tmp_path):
     made = make_lease(tmp_path)
     for value in (1.0, 2.0):
@@ -330,6 +339,13 @@ def test_the_table_marks_how_figures_came_about_and_judges_them():
     )
     assert row(text, "tests/gpu | ") == "| tests/gpu |  | not run |  |  |"
     assert "8B, longest sample" not in text  # by hand, and was not run
+
+
+def test_a_scaled_figure_below_zero_reaches_nothing():
+    lines = [line("qwen3-8b-rank", "seconds", -41.9, case="36 layers", kind="scaled")]
+    assert row(describe(lines, ITEMS), ITEMS["qwen3-8b-rank"].title + " | 36 layers").endswith(
+        "| seconds at most 250 | no figure |"
+    )
 
 
 def test_failed_tests_are_named_and_many_are_counted():

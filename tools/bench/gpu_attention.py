@@ -1,4 +1,5 @@
-"""Attention by kernel: of one Qwen3-8B rank alone, and of many documents beside one."""
+"""Attention by kernel: of one Qwen3-8B rank alone, and of many documents beside one; from how many
+tokens on cuDNN is ahead."""
 
 import statistics
 from collections.abc import Callable
@@ -8,9 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model.kernels import BACKENDS, choose_attention, make_segments
+from model.crossover import crossover_of, measure, padded_lengths
+from model.kernels import BACKENDS, HeadShape, choose_attention, make_segments
+from model.mixed import ASSUMED_CROSSOVER_TOKENS
 from tools.bench.contenders import Ours, causal_pairs, lean, make_sample, one_process
-from tools.bench.gpu_parts import ATTENTION_BACKENDS, SEED, Card, Scale, missing_backend
+from tools.bench.gpu_parts import (
+    ASSUMED,
+    ATTENTION_BACKENDS,
+    SEED,
+    Card,
+    Scale,
+    attention_of,
+    describe_crossover,
+    heads_of_call,
+    missing_backend,
+)
 from tools.bench.lease_lines import Report
 from tools.bench.products import TimedAttend
 
@@ -20,6 +33,9 @@ SDPA_KERNELS = {
     "cuDNN of sdpa": SDPBackend.CUDNN_ATTENTION,
 }
 REPEATS = 3
+BACKWARD_PRODUCTS = 5
+"""Matrix products of a backward kernel, its recompute of the scores among them, as published rates
+count them; forward has 2."""
 DOCUMENT = 2048
 """Tokens of each of the many documents."""
 
@@ -40,12 +56,15 @@ class Heads:
 
 
 def qwen_attention(card: Card, scale: Scale, report: Report, *, tokens: int) -> None:
-    """Report forward and backward of one layer's attention of rank 0 of cp 8, kernel by kernel."""
+    """Report forward and backward of one layer's attention of rank 0 of cp 8, kernel by kernel, and
+    the crossover between two of them."""
     heads = make_heads(card, scale, scale.tokens(tokens))
     ways = ways_of_ours(card, scale, report, heads) | ways_of_sdpa(heads)
     for case, way in ways.items():
         with report.trying(case):
             measure_way(card, report, case, way, heads)
+    config, _ = scale.model("qwen3-8b")
+    report_crossover(card, scale, report, heads_of_call(config, QWEN_RANKS))
 
 
 def make_heads(card: Card, scale: Scale, tokens: int) -> Heads:
@@ -94,7 +113,7 @@ def ways_of_sdpa(heads: Heads) -> dict[str, Way]:
 
 
 def measure_way(card: Card, report: Report, case: str, way: Way, heads: Heads) -> None:
-    """Report the median seconds and the rates of forward and backward apart."""
+    """Report the median seconds and the rates of forward, backward and both."""
     card.clear()
     forward: list[float] = []
     backward: list[float] = []
@@ -102,24 +121,52 @@ def measure_way(card: Card, report: Report, case: str, way: Way, heads: Heads) -
         outputs: list[torch.Tensor] = []
         forward.append(card.seconds(lambda outputs=outputs: outputs.append(way())))
         backward.append(card.seconds(lambda outputs=outputs: outputs.pop().backward(heads.grad)))
+    total = 0.0
     for name, times, flops in (
         ("forward", forward, heads.forward_flops),
-        ("backward", backward, 2 * heads.forward_flops),
+        ("backward", backward, BACKWARD_PRODUCTS * heads.forward_flops // 2),
     ):
         seconds = statistics.median(times[1:])  # the first warmed up
+        total += seconds
         report.add(f"{name} seconds", seconds, "s", case=case)
         report.add(f"{name} rate", flops / seconds / 1e12, "TFLOP/s", case=case)
+    rate = 3 * heads.forward_flops / total / 1e12
+    report.add("model rate", rate, "TFLOP/s", case=case, note="of both, no recompute counted")
+
+
+def report_crossover(card: Card, scale: Scale, report: Report, heads: HeadShape) -> tuple[int, str]:
+    """Report from how many tokens on a document is faster through cuDNN, as the trainer finds it at
+    its start -> tokens, and where they are from."""
+    dtype = getattr(torch, scale.dtype)
+    query, kv, size = heads
+    case = f"crossover, {query} query and {kv} key/value heads of {size}"
+    missing = BACKENDS["mixed"].missing(card.device, dtype, heads=heads)
+    if missing:
+        report.skip(missing, case=case)
+        return ASSUMED_CROSSOVER_TOKENS, ASSUMED
+    milliseconds: dict[int, tuple[float, float]] = {}
+    with report.trying(case):
+        milliseconds = measure(heads, card.device, dtype)
+    if not milliseconds:
+        return ASSUMED_CROSSOVER_TOKENS, ASSUMED
+    for length, (of_cudnn, of_varlen) in milliseconds.items():
+        note = f"cuDNN; varlen {of_varlen:.3f} ms"
+        report.add(f"documents of {length:,}", of_cudnn, "ms", case=case, note=note)
+    found = crossover_of(milliseconds)
+    note = f"forward and backward, {padded_lengths(heads)[-1]:,} tokens a call"
+    report.add("to cuDNN from", describe_crossover(found), case=case, note=note)
+    return found, "measured"
 
 
 def documents(card: Card, scale: Scale, report: Report, *, tokens: int) -> None:
-    """Report the attention's time inside a step of 2 layers of 1B, in one document and in many."""
+    """Report the attention's time inside a step of 2 layers of 1B, in one document and in many,
+    with the crossover that is measured for its heads."""
     total = scale.tokens(tokens)
     many = 4 if scale.toy else total // DOCUMENT
     config, vocabulary = scale.model("1b", num_layers=2)
     config = replace(config, **lean(config, total))
-    attend, chosen = choose_attention(
-        config.attention_backend, card.device, getattr(torch, scale.dtype)
-    )
+    crossover, how = report_crossover(card, scale, report, heads_of_call(config))
+    attend, chosen = attention_of(config, card, scale, crossover=crossover, how=how)
     clock = TimedAttend(attend, card.device)
     times: dict[int, list[float]] = {1: [], many: []}
     with one_process() as layout:

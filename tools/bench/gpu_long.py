@@ -12,13 +12,12 @@ import torch
 from data.batch import Batch
 from model.config import ModelConfig
 from model.estimate import step_flops
-from model.kernels import choose_attention
 from model.layer_memory import Load
 from model.rank_memory import MemoryModel, show_bytes
 from parallel.config import LayoutConfig
 from tools.bench.contenders import STRATEGY, Ours, causal_pairs, lean, make_sample, one_process
 from tools.bench.gpu_attention import QWEN_RANKS
-from tools.bench.gpu_parts import GIB, SEED, Card, Scale
+from tools.bench.gpu_parts import SEED, Card, Scale, attention_of
 from tools.bench.lease_lines import Report
 from tools.bench.products import TimedAttend
 from tools.bench.standin import one_rank_of
@@ -30,6 +29,7 @@ WIRE = 350e9
 """Bytes per second and direction that a rank is taken to exchange with others in the model of
 communication time."""
 WARM_UP_TOKENS = 2048
+"""Of a rank, in a step that makes the moments."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,28 @@ def name_case(layers: int) -> str:
 
 
 def measure_layers(
-    card: Card, report: Report, layers: Sequence[int], full: int, measure: Callable[[int], Cost]
+    card: Card,
+    report: Report,
+    layers: Sequence[int],
+    full: int,
+    *,
+    run: Callable[[int], "Run"],
 ) -> None:
-    """Report the cost with each number of layers; from two of them, also that of the full model."""
+    """Report the cost with each number of layers; from two of them, also that of the full model.
+
+    Before them one layer runs on as many tokens: kernels are compiled, and cuDNN's plans made, when
+    a shape is first met. In the first run alone, that time would be scaled as if it were the
+    layers' own.
+    """
+    with report.trying("warm-up"):
+        run(1)
+    card.clear()
     costs: dict[int, Cost] = {}
     for count in layers:
         with report.trying(name_case(count)):
-            costs[count] = measure(count)
-            costs[count].report(report, name_case(count))
+            found = run(count)
+            found.report(report, name_case(count))
+            costs[count] = found.cost
         card.clear()
     if len(costs) == 2 and full not in costs:
         scale_to(costs, full).report(report, name_case(full), is_scaled=True)
@@ -86,25 +100,53 @@ def qwen_rank(
     """Report a whole step of rank 0 of cp 8, exchanges replaced; None stands for all layers."""
     config, _ = scale.model("qwen3-8b")
     full = config.num_layers
+    total = scale.tokens(tokens)
     measure_layers(
         card,
         report,
         layers or [full],
         full,
-        lambda count: step_of_qwen_rank(card, scale, report, scale.tokens(tokens), count),
+        run=lambda count: step_of_qwen_rank(card, scale, total, count),
     )
 
 
-def step_of_qwen_rank(card: Card, scale: Scale, report: Report, total: int, layers: int) -> Cost:
-    """One step on one document; a layer's weights are gathered for its use, its kept tensors
+@dataclass(frozen=True)
+class QwenRun:
+    """One step of the rank."""
+
+    cost: Cost
+    attention_seconds: float
+    attention_flops: int
+    """Of forward and backward, the causal half."""
+    attention: str
+    """What was chosen, and why."""
+    sent: dict[str, int]
+    """Bytes to the other ranks by collective."""
+
+    def report(self, report: Report, case: str) -> None:
+        """Report the step, the attention inside it, and what would go over the wire."""
+        self.cost.report(report, case)
+        seconds = self.attention_seconds
+        rate = self.attention_flops / seconds / 1e12
+        report.add("attention seconds", seconds, "s", case=case, note=self.attention)
+        note = "of forward and backward, no recompute counted"
+        report.add("attention model rate", rate, "TFLOP/s", case=case, note=note)
+        for collective, size in self.sent.items():
+            note = "exchanged within the card here"
+            report.add(f"{collective} sent", size / 1e9, "GB", case=case, note=note)
+        on_wire = sum(self.sent.values()) / WIRE
+        note = f"at {WIRE / 1e9:.0f} GB/s, if nothing overlapped"
+        report.add("wire seconds", on_wire, "s", case=case, kind="calculated", note=note)
+
+
+def step_of_qwen_rank(card: Card, scale: Scale, total: int, layers: int) -> QwenRun:
+    """Take one step on one document; a layer's weights are gathered for its use, its kept tensors
     offloaded."""
     config, vocabulary = scale.model("qwen3-8b", num_layers=layers)
     settings = lean(config, total // QWEN_RANKS, cp_size=QWEN_RANKS)
     config = replace(config, **settings, cpu_offloading_num_layers=layers)
     card.pin_ahead(offloaded_bytes(config, total, QWEN_RANKS, ELEMENT))
-    attend, chosen = choose_attention(
-        config.attention_backend, card.device, getattr(torch, scale.dtype)
-    )
+    attend, chosen = attention_of(config, card, scale, ranks=QWEN_RANKS)
     clock = TimedAttend(attend, card.device)
     with one_rank_of(QWEN_RANKS, card.device) as (layout, sent):
         contender = Ours(
@@ -119,29 +161,8 @@ def step_of_qwen_rank(card: Card, scale: Scale, report: Report, total: int, laye
         with clock.counting() as inside:
             seconds, peak = card.peak(lambda: contender.step(sample))
     heads = config.num_attention_heads // QWEN_RANKS
-    work = 12 * layers * heads * config.head_size * causal_pairs([total])
-    case = name_case(layers)
-    report.add("attention seconds", inside[0], "s", case=case, note=chosen)
-    report.add(
-        "attention rate",
-        work / inside[0] / 1e12,
-        "TFLOP/s",
-        case=case,
-        note="forward and backward, no recompute counted",
-    )
-    for kind, size in sent.items():
-        report.add(
-            f"{kind} sent", size / 1e9, "GB", case=case, note="exchanged within the card here"
-        )
-    report.add(
-        "wire seconds",
-        sum(sent.values()) / WIRE,
-        "s",
-        case=case,
-        kind="calculated",
-        note=f"at {WIRE / 1e9:.0f} GB/s, if nothing overlapped",
-    )
-    return Cost(seconds, peak)
+    flops = 12 * layers * heads * config.head_size * causal_pairs([total])
+    return QwenRun(Cost(seconds, peak), inside[0], flops, chosen, dict(sent))
 
 
 def slice_of(total: int, ranks: int, vocabulary: int, device: torch.device) -> Batch:
@@ -186,7 +207,7 @@ def one_b(
         report,
         layers or [full],
         full,
-        lambda count: step_of_one_b(card, scale, report, total, count),
+        run=lambda count: step_of_one_b(card, scale, total, count),
     )
 
 
@@ -204,18 +225,39 @@ def predicted_bytes(config: ModelConfig, vocabulary: int, tokens: int) -> int:
     return MemoryModel(config, vocabulary).worst(load).total
 
 
-def step_of_one_b(card: Card, scale: Scale, report: Report, total: int, layers: int) -> Cost:
-    """One step on one document."""
+@dataclass(frozen=True)
+class OneBRun:
+    """One step of 1B."""
+
+    cost: Cost
+    flops: float
+    state_bytes: int
+    """Weights, gradients and moments that stay between two steps."""
+    attention: str
+    """What was chosen, and why."""
+
+    def report(self, report: Report, case: str) -> None:
+        """Report the step, its rate, and what of its peak is there between two steps."""
+        self.cost.report(report, case)
+        rate = self.flops / self.cost.seconds / 1e12
+        report.add("rate", rate, "TFLOP/s", case=case, note=self.attention)
+        report.add("state", self.state_bytes / 1e9, "GB", case=case)
+
+
+def step_of_one_b(card: Card, scale: Scale, total: int, layers: int) -> OneBRun:
+    """Take one step on one document."""
     config, vocabulary = scale.model("1b", num_layers=layers)
     config = replace(config, **lean(config, total))
-    case = name_case(layers)
+    attend, chosen = attention_of(config, card, scale)
     with one_process() as layout:
         before = card.held()
-        contender = Ours(config, vocabulary, scale.dtype, layout, SEED)
-        report.add("weights and moments", (card.held() - before) / GIB, "GiB", case=case)
-        contender.step(make_sample([64], vocabulary, SEED, card.device))
+        contender = Ours(config, vocabulary, scale.dtype, layout, SEED, attend)
+        contender.step(make_sample([min(total, WARM_UP_TOKENS)], vocabulary, SEED, card.device))
+        state = card.held() - before
         sample = make_sample([total], vocabulary, SEED, card.device)
         seconds, peak = card.peak(lambda: contender.step(sample))
-    rate = step_flops(config, vocabulary, total, causal_pairs([total])) / seconds / 1e12
-    report.add("rate", rate, "TFLOP/s", case=case)
-    return Cost(seconds, peak)
+    flops = step_flops(config, vocabulary, total, causal_pairs([total]))
+    return OneBRun(Cost(seconds, peak), flops, state, chosen)
+
+
+Run = QwenRun | OneBRun

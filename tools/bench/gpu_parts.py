@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from model.config import ModelConfig
-from model.kernels import BACKENDS
+from model.kernels import BACKENDS, Attend, HeadShape, choose_attention
+from model.mixed import ASSUMED_CROSSOVER_TOKENS, NEVER
 from tools.bench.contenders import Dtype, preset
 from tools.bench.fresh import measured, trim
 
@@ -18,6 +19,8 @@ SEED = 1234
 GIB = 2**30
 ATTENTION_BACKENDS = ("sdpa", "varlen", "mixed")
 """Kernels that are compared, by their names as attention_backend."""
+ASSUMED = "assumed"
+"""Where a crossover is from that was not measured."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,44 @@ class Card:
                 torch.mm(left, right)
 
         return repeats * 2 * size**3 / self.median(products, repeats=5, warm_ups=1) / 1e12
+
+
+def heads_of_call(config: ModelConfig, ranks: int = 1) -> HeadShape:
+    """Query heads, key/value heads and head size of one attention call of a context-parallel
+    rank."""
+    parts = ranks * config.attention_head_chunks
+    query = config.num_attention_heads // parts
+    return query, max(1, config.num_kv_heads // parts), config.head_size
+
+
+def attention_of(
+    config: ModelConfig,
+    card: Card,
+    scale: Scale,
+    *,
+    ranks: int = 1,
+    crossover: int = ASSUMED_CROSSOVER_TOKENS,
+    how: str = ASSUMED,
+) -> tuple[Attend, str]:
+    """Choose as the trainer does -> the attend function, and a line with the backend and its
+    crossover."""
+    attend, line = choose_attention(
+        config.attention_backend,
+        card.device,
+        getattr(torch, scale.dtype),
+        on_tape=config.recompute_granularity == "attention_kept"
+        or config.attention_head_chunks > 1,
+        heads=heads_of_call(config, ranks),
+        crossover=crossover,
+    )
+    if line.startswith("attention: mixed"):
+        line += f"; crossover {describe_crossover(crossover)} ({how})"
+    return attend, line
+
+
+def describe_crossover(tokens: int) -> str:
+    """Which documents `mixed` gives to cuDNN."""
+    return "no document" if tokens >= NEVER else f"{tokens:,} tokens"
 
 
 def missing_backend(name: str, card: Card, scale: Scale) -> str | None:

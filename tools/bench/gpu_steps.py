@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from model.estimate import step_flops
+from parallel.layout import Layout
 from tools.bench.contenders import (
     LOSS_CHUNK,
     Contender,
@@ -16,13 +17,23 @@ from tools.bench.contenders import (
     make_sample,
     one_process,
 )
-from tools.bench.gpu_parts import ATTENTION_BACKENDS, GIB, SEED, Card, Scale, missing_backend
+from tools.bench.gpu_parts import (
+    ATTENTION_BACKENDS,
+    GIB,
+    SEED,
+    Card,
+    Scale,
+    attention_of,
+    missing_backend,
+)
 from tools.bench.lease_lines import Report
 
 LENGTH = 8192
 OTHER_CHUNK = 8192
-"""Tokens of the loss's chunk that are tried beside LOSS_CHUNK, with the fastest kernel."""
+"""Tokens of the loss's chunk that are tried beside LOSS_CHUNK, with the fastest kernel: what the
+trainer takes on a GPU by itself where the memory suffices (pretrain/fit.py)."""
 REPEATS = 5
+PEER = "transformers + torch.compile"
 
 
 @dataclass(frozen=True)
@@ -45,9 +56,8 @@ def ours(
     model: str,
     samples: int,
     backends: Sequence[str] = ATTENTION_BACKENDS,
-    other_chunk: bool = True,
 ) -> None:
-    """Report our step by attention kernel; with the fastest, by another chunk of the loss, too."""
+    """Report our step by attention kernel; with the fastest, also by another chunk of the loss."""
     row = Row(card, scale, report, model, samples)
     seconds: dict[str, float] = {}
     for backend in backends:
@@ -57,12 +67,12 @@ def ours(
             report.skip(missing, case=case)
             continue
         with report.trying(case):
-            seconds[backend] = row.measure(case, row.ours(backend, LOSS_CHUNK))
-    if other_chunk and seconds:
+            seconds[backend] = row.measure_ours(case, backend, LOSS_CHUNK)
+    if seconds:
         fastest = min(seconds, key=seconds.get)
         case = name_case(fastest, OTHER_CHUNK)
         with report.trying(case):
-            row.measure(case, row.ours(fastest, OTHER_CHUNK))
+            row.measure_ours(case, fastest, OTHER_CHUNK)
 
 
 def name_case(backend: str, chunk: int) -> str:
@@ -70,16 +80,20 @@ def name_case(backend: str, chunk: int) -> str:
 
 
 def peer(card: Card, scale: Scale, report: Report, *, model: str, samples: int) -> None:
-    """Report transformers' step under torch.compile, with Liger's kernels where they are
-    installed."""
+    """Report transformers' step under torch.compile, alone and with Liger's kernels."""
     row = Row(card, scale, report, model, samples)
-    has_liger = importlib.util.find_spec("liger_kernel") is not None
-    if not has_liger:
-        report.skip("liger-kernel is not installed", case="transformers + torch.compile + Liger")
-    # Liger's kernels and torch.compile's code are for a GPU.
-    way = Way(compiled=not scale.toy, batched=True, liger=has_liger and card.is_cuda)
-    case = "transformers + torch.compile" + (" + Liger" if way.liger else "")
-    row.measure(case, row.peer(way))
+    way = Way(compiled=not scale.toy, batched=True)
+    with report.trying(PEER):
+        row.measure(PEER, row.peer(way))
+    # Last: Liger's kernels are put into transformers' own classes, and stay there.
+    case = f"{PEER} + Liger"
+    if importlib.util.find_spec("liger_kernel") is None:
+        report.skip("liger-kernel is not installed", case=case)
+    elif not card.is_cuda:
+        report.skip("its kernels need a GPU", case=case)
+    else:
+        with report.trying(case):
+            row.measure(case, row.peer(replace(way, liger=True)))
 
 
 class Row:
@@ -98,10 +112,15 @@ class Row:
         self.tflops = card.product_tflops(scale)
         report.add("product", self.tflops, "TFLOP/s")
 
-    def ours(self, backend: str, chunk: int) -> Callable[..., Contender]:
-        """How to build our trainer on a layout."""
+    def measure_ours(self, case: str, backend: str, chunk: int) -> float:
+        """Report our trainer's step -> its seconds."""
         config = replace(self.config, attention_backend=backend, loss_chunk_tokens=chunk)
-        return lambda layout: Ours(config, self.vocabulary, self.scale.dtype, layout, SEED)
+        attend, chosen = attention_of(config, self.card, self.scale)
+
+        def build(layout: Layout) -> Contender:
+            return Ours(config, self.vocabulary, self.scale.dtype, layout, SEED, attend)
+
+        return self.measure(case, build, note=chosen)
 
     def peer(self, way: Way) -> Callable[..., Contender]:
         """How to build transformers' model."""
@@ -109,13 +128,13 @@ class Row:
             self.config, self.vocabulary, self.scale.dtype, way, self.card.device, SEED
         )
 
-    def measure(self, case: str, build: Callable[..., Contender]) -> float:
+    def measure(self, case: str, build: Callable[..., Contender], *, note: str = "") -> float:
         """Report a contender's step -> its seconds."""
         self.card.clear()
         with one_process() as layout:
             step = timed_steps(self.card, lambda: build(layout), self.sample)
         rate = self.flops / step.seconds / 1e12
-        self.report.add("seconds", step.seconds, "s", case=case)
+        self.report.add("seconds", step.seconds, "s", case=case, note=note)
         self.report.add("tokens", self.tokens / step.seconds, "tokens/s", case=case)
         self.report.add("rate", rate, "TFLOP/s", case=case)
         self.report.add("share", rate / self.tflops, "of the product's rate", case=case)

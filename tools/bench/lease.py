@@ -95,7 +95,7 @@ def find_problem(arguments: Arguments) -> str | None:
     least = PROBE.seconds + END_SECONDS
     if not arguments.seconds >= least:
         return (
-            f"--seconds {arguments.seconds:g}: must be at least {least:g}, for a look at the machine. "
+            f"--seconds {arguments.seconds:g}: must be at least {least:g}, to look at the machine. "
             "Fix: the seconds that the lease leaves."
         )
     return None

@@ -29,7 +29,8 @@ def describe(lines: Sequence[Line], items: Mapping[str, Item]) -> str:
         parts += ["**Made at toy scale: the figures mean nothing.**", ""]
     parts += [
         "scaled: by the difference between two runs with fewer layers. calculated: from other "
-        "figures, not measured. Rates count the causal half of the attention and no recompute.",
+        "figures, not measured. GB = 1e9 bytes, GiB = 2^30. Rates count the causal half of the "
+        "attention and no recompute; that of a backward kernel alone counts its 5 products.",
         "",
         *table(rows),
         "",
@@ -110,9 +111,16 @@ def row_of(item: Item, case: str, lines: Sequence[Line]) -> list[str]:
         bar = bar_of(item, line)
         if bar is not None and isinstance(line.value, int | float):
             bars.append(f"{line.figure} {bar}")
-            verdicts.append("reached" if bar.reached(line.value) else "NOT reached")
+            verdicts.append(verdict_of(bar, line.value))
     cells = [item.title, case, "; ".join(texts), "; ".join(bars), "; ".join(verdicts)]
     return [cell.replace("|", "\\|").replace("\n", " ") for cell in cells]
+
+
+def verdict_of(bar: Bar, value: float) -> str:
+    """Was the bar reached? A difference of two runs may come out below zero, which says nothing."""
+    if not value >= 0:
+        return "no figure"
+    return "reached" if bar.reached(value) else "NOT reached"
 
 
 def bar_of(item: Item, line: Line) -> Bar | None:
