@@ -133,7 +133,7 @@ LEASE = (
         title="1B, 4 samples of 8K, transformers",
         function="tools.bench.gpu_steps:peer",
         options={"model": "1b", "samples": 4},
-        seconds=60,
+        seconds=55,
         deadline=120,
     ),
     Item(
