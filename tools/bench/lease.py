@@ -285,4 +285,4 @@ def describe_line(line: Line) -> str:
         return f"{where + ': ' if where else ''}{line.kind}: {name}{line.note}"
     value = f"{line.value:.4g}" if isinstance(line.value, float) else str(line.value)
     note = f" ({line.note})" if line.note else ""
-    return f"{where}: {value} {line.unit}{note}"
+    return f"{where}: {value} {line.unit}".rstrip() + note
