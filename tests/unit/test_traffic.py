@@ -6,11 +6,12 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn import functional as F
 
+from model import compiled
 from tools.bench import traffic
 from tools.bench.contenders import one_process
 from tools.bench.fresh import run_fresh
 from tools.bench.gpu_parts import Card, Scale
-from tools.bench.traffic import Traffic, group_of, size_of
+from tools.bench.traffic import Traffic, compiled_calls_seen, group_of, size_of
 
 
 def count(run) -> dict[str, int]:
@@ -83,6 +84,23 @@ def test_a_compiled_call_counts_its_inputs_and_outputs():
     counter.counted(gate, [X, ROW], X * ROW)
     assert dict(counter.bytes) == {"compiled gate": 800 + 80 + 800}
     assert counter.groups()["pointwise"] == 1680
+
+
+def scale_(x, factor):
+    x.mul_(factor)
+
+
+def test_a_call_that_is_compiled_counts_as_one_and_what_it_runs_does_not(monkeypatch):
+    monkeypatch.setattr(compiled, "is_fused", lambda x: True)
+    monkeypatch.setattr(compiled, "_compile", lambda function: function)
+    x = X.clone()
+    with Traffic("cpu") as counter, compiled_calls_seen(counter):
+        compiled.run(scale_, x, 3.0)
+        x.add_(Y)
+    assert dict(counter.bytes) == {"compiled scale_": 1600, "add_": 2400}
+    assert float(x[0, 0]) == 4.0
+    compiled.run(scale_, x, 2.0)
+    assert counter.calls["compiled scale_"] == 1, "counted after the end"
 
 
 @pytest.mark.parametrize(
