@@ -1,8 +1,9 @@
 """Runs one contender in an interpreter of its own, so that its memory is its own: `run_fresh`.
 
-Memory is resident pages, the peak that Linux keeps for the process's address space (VmHWM, reset before the measured
-part; getrusage's ru_maxrss would also hold what the parent had at the fork). "Above" = beyond what was resident after
-the imports and a warm-up. Files that are read through a map count as resident, as far as they were touched.
+Memory is resident pages, the peak that Linux keeps for the process's address space (VmHWM, reset
+before the measured part; getrusage's ru_maxrss would also hold what the parent had at the fork).
+"Above" = beyond what was resident after the imports and a warm-up. Files that are read through a
+map count as resident, as far as they were touched.
 """
 
 import ctypes
@@ -22,16 +23,23 @@ ROOT = Path(__file__).parents[2]
 
 
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
-"""For `environment`: glibc keeps freed memory for the process, as torch's allocator does on a GPU, so that no contender
-pays for fresh pages by chance of its sizes."""
+"""For `environment`: glibc keeps freed memory for the process, as torch's allocator does on a GPU,
+so that no contender pays for fresh pages by chance of its sizes."""
 RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
-"""For `environment`: glibc gives every freed tensor of 128 KiB or more back at once (by default it learns not to), so
-that resident memory is what is in use."""
+"""For `environment`: glibc gives every freed tensor of 128 KiB or more back at once (by default it
+learns not to), so that resident memory is what is in use."""
 
 
-def run_fresh(function: Callable[..., dict], cores: int, *, environment: dict[str, str] | None = None,
-              on_gpu: bool = False, **options: Any) -> dict:
-    """What `function`, of a module's top level, returns in a fresh interpreter on `cores` cores, without a GPU.
+def run_fresh(
+    function: Callable[..., dict],
+    cores: int,
+    *,
+    environment: dict[str, str] | None = None,
+    on_gpu: bool = False,
+    **options: Any,
+) -> dict:
+    """Return what `function`, of a module's top level, returns in a fresh interpreter on `cores`
+    cores, without a GPU.
 
     Args:
         environment: variables for it beside ours, or in the place of ours.
@@ -41,34 +49,55 @@ def run_fresh(function: Callable[..., dict], cores: int, *, environment: dict[st
     Raises:
         RuntimeError: it failed; its own message stands on stderr.
     """
-    threads = {name: str(cores) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")}
-    task = json.dumps({"module": function.__module__, "name": function.__name__, "cores": cores, "options": options})
+    threads = {
+        name: str(cores) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+    }
+    task = json.dumps(
+        {
+            "module": function.__module__,
+            "name": function.__name__,
+            "cores": cores,
+            "options": options,
+        }
+    )
     hidden = {} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}
-    found = subprocess.run([sys.executable, "-m", "tools.bench.fresh", task], cwd=ROOT, stdout=subprocess.PIPE,
-                           text=True, env={**os.environ, **threads, **hidden, **(environment or {})})
+    found = subprocess.run(
+        [sys.executable, "-m", "tools.bench.fresh", task],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **threads, **hidden, **(environment or {})},
+    )
     if found.returncode:
-        raise RuntimeError(f"{function.__module__}.{function.__name__} ended with code {found.returncode}")
+        raise RuntimeError(
+            f"{function.__module__}.{function.__name__} ended with code {found.returncode}"
+        )
     return json.loads(found.stdout.splitlines()[-1])
 
 
 def trim() -> None:
-    """Give the system back what is free, so that memory measured from here on is not hidden in it."""
+    """Give the system back what is free, so that memory measured from here on is not hidden in
+    it."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager
 def measured() -> Iterator[dict]:
-    """Fills in seconds, cpu_seconds (of all threads), peak_bytes and above_bytes of what runs inside.
+    """Fill in seconds, cpu_seconds (of all threads), peak_bytes and above_bytes of what runs
+    inside.
 
-    A contender that computes all the time and has cpu_seconds below seconds was kept waiting, by the disk or by others.
+    A contender that computes all the time and has cpu_seconds below seconds was kept waiting, by
+    the disk or by others.
     """
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
         pass  # the peak is then the process's, warm-up included
     found: dict = {}
-    before, start, cpu = _resident("VmRSS"), time.perf_counter(), time.process_time()
+    before = _resident("VmRSS")
+    start = time.perf_counter()
+    cpu = time.process_time()
     yield found
     found["seconds"] = time.perf_counter() - start
     found["cpu_seconds"] = time.process_time() - cpu
@@ -86,8 +115,9 @@ def _resident(field: str) -> int:
 
 def _work(text: str) -> None:
     task = json.loads(text)
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:task["cores"]])
-    answer, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no part of the answer
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: task["cores"]])
+    answer = sys.stdout
+    sys.stdout = sys.stderr  # whatever a library prints is no part of the answer
     function = getattr(importlib.import_module(task["module"]), task["name"])
     print(json.dumps(function(**task["options"])), file=answer, flush=True)
 

@@ -66,7 +66,8 @@ class Card:
     """The device: what a task takes on it."""
 
     def __init__(self, device: torch.device):
-        self.device, self.is_cuda = device, device.type == "cuda"
+        self.device = device
+        self.is_cuda = device.type == "cuda"
 
     def describe(self) -> str:
         return torch.cuda.get_device_name(self.device) if self.is_cuda else "CPU"

@@ -1,6 +1,8 @@
-"""The matrix products and attention kernels of a step, taken down while it runs and timed alone at the same shapes.
+"""The matrix products and attention kernels of a step, taken down while it runs and timed alone at
+the same shapes.
 
-What a mode computes again in backward, cuts into tiles or chunks, or leaves out is in the list because it was called.
+What a mode computes again in backward, or cuts into tiles or chunks, is in the list because it was
+called.
 """
 
 import math
@@ -57,7 +59,11 @@ def _describe(value):
 def _hashable(value):
     if isinstance(value, list):
         return ("list", *map(_hashable, value))
-    return value if isinstance(value, _Shape) or not isinstance(value, tuple) else tuple(map(_hashable, value))
+    return (
+        value
+        if isinstance(value, _Shape) or not isinstance(value, tuple)
+        else tuple(map(_hashable, value))
+    )
 
 
 def record(run: Callable[[], object]) -> Counter:
@@ -74,9 +80,17 @@ def _materialize(value):
             return torch.zeros(sizes, dtype=dtype, device=device)
         elements = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
         # Small numbers: a softmax or an exponential of them stays in range.
-        return torch.empty(elements, dtype=dtype, device=device).normal_(0.0, 0.1).as_strided(sizes, strides)
+        return (
+            torch.empty(elements, dtype=dtype, device=device)
+            .normal_(0.0, 0.1)
+            .as_strided(sizes, strides)
+        )
     if isinstance(value, tuple):
-        return [_materialize(one) for one in value[1:]] if value[:1] == ("list",) else tuple(map(_materialize, value))
+        return (
+            [_materialize(one) for one in value[1:]]
+            if value[:1] == ("list",)
+            else tuple(map(_materialize, value))
+        )
     return value
 
 
@@ -84,11 +98,16 @@ class Replay:
     """Recorded calls with their own tensors, ready to run again."""
 
     def __init__(self, calls: Counter):
-        self.calls = [(func, _materialize(args), dict(_materialize(kwargs)), count)
-                      for (func, args, kwargs), count in calls.items()]
+        self.calls = [
+            (func, _materialize(args), dict(_materialize(kwargs)), count)
+            for (func, args, kwargs), count in calls.items()
+        ]
 
     def run(self) -> dict[str, float]:
-        """Every call as often as it was recorded -> seconds by kind. For the CPU, which runs in order."""
+        """Run every call as often as it was recorded -> seconds by kind.
+
+        For the CPU, which runs in order.
+        """
         seconds = dict.fromkeys(KINDS, 0.0)
         for func, args, kwargs, count in self.calls:
             start = time.perf_counter()
@@ -109,10 +128,12 @@ def product_flops(calls: Counter) -> int:
 
 
 class TimedAttend:
-    """`attend` with a clock around its forward and backward calls: CUDA events, or the CPU's time."""
+    """`attend` with a clock around its forward and backward calls: CUDA events, or the CPU's
+    time."""
 
     def __init__(self, attend: Callable, device: torch.device):
-        self.attend, self.is_cuda = attend, device.type == "cuda"
+        self.attend = attend
+        self.is_cuda = device.type == "cuda"
         self.spans: list[tuple] = []
         self._begun = None
 
@@ -155,8 +176,8 @@ class _Enter(torch.autograd.Function):
 
 
 class _Leave(torch.autograd.Function):
-    """Identity; its backward runs when the gradients of q, k and v are there: the engine runs nothing in between, as
-    the nodes that were made last run first."""
+    """Identity; its backward runs when the gradients of q, k and v are there: the engine runs
+    nothing in between, as the nodes that were made last run first."""
 
     @staticmethod
     def forward(ctx, clock, q, k, v):

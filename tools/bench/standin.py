@@ -1,8 +1,9 @@
-"""One rank of many in one process: its shard of the state, its slice of the sample, and local stand-ins for the others.
+"""One rank of many in one process: its shard of the state, its slice of the sample, and local
+stand-ins for the others.
 
-torch's fake process group makes the groups; what the trainer exchanges through torch.distributed is replaced by copies
-within the device that move as many bytes, and counted. Results are not those of a real run, and no time passes on
-a wire: that has to be modelled from the bytes.
+torch's fake process group makes the groups; what the trainer exchanges through torch.distributed is
+replaced by copies within the device that move as many bytes, and counted. Results are not those of
+a real run, and no time passes on a wire: that has to be modelled from the bytes.
 """
 
 from collections import Counter
@@ -26,15 +27,18 @@ class _Done:
 
 @contextmanager
 def one_rank_of(size: int, device: torch.device) -> Iterator[tuple[Layout, Counter]]:
-    """(layout of rank 0 of `size` context-parallel ranks, bytes that it sends to the others by collective)."""
+    """(layout of rank 0 of `size` context-parallel ranks, bytes that it sends to the others by
+    collective)."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
     sent: Counter = Counter()
     try:
         mesh = init_device_mesh(device.type, (size, 1), mesh_dim_names=("dp_cp", "tp"))
-        axes = {name: Axis(name, 0, size, tuple(range(size)), dist.group.WORLD)
-                for name in ("world", "dp_cp", "cp", "cp_a2a")}
+        axes = {
+            name: Axis(name, 0, size, tuple(range(size)), dist.group.WORLD)
+            for name in ("world", "dp_cp", "cp", "cp_a2a")
+        }
         with _local_copies(sent):
             yield replace(single_process_layout(device), mesh=mesh, **axes), sent
     finally:
@@ -58,19 +62,29 @@ def _local_copies(sent: Counter) -> Iterator[None]:
         torch.sum(input.view(size, -1), 0, out=output.view(-1))
         return _Done() if async_op else None
 
-    def all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, group=None, async_op=False):
-        source, target = input.reshape(-1), output.view(-1)
-        kept = input_split_sizes[0] if input_split_sizes else len(input) // dist.get_world_size(group)
+    def all_to_all_single(
+        output, input, output_split_sizes=None, input_split_sizes=None, group=None, async_op=False
+    ):
+        source = input.reshape(-1)
+        target = output.view(-1)
+        kept = (
+            input_split_sizes[0] if input_split_sizes else len(input) // dist.get_world_size(group)
+        )
         sent["all_to_all"] += input.nbytes - input[:kept].nbytes
         for start in range(0, len(target), len(source)):
-            part = target[start:start + len(source)]
-            part.copy_(source[:len(part)])
+            part = target[start : start + len(source)]
+            part.copy_(source[: len(part)])
         return _Done() if async_op else None
 
-    replaced = {"all_gather_into_tensor": all_gather_into_tensor, "all_gather_single": all_gather_into_tensor,
-                "reduce_scatter_tensor": reduce_scatter_tensor, "reduce_scatter_single": reduce_scatter_tensor,
-                "all_to_all_single": all_to_all_single}
-    replaced = {name: function for name, function in replaced.items() if hasattr(dist, name)}  # torch 2.13 has them all
+    replaced = {
+        "all_gather_into_tensor": all_gather_into_tensor,
+        "all_gather_single": all_gather_into_tensor,
+        "reduce_scatter_tensor": reduce_scatter_tensor,
+        "reduce_scatter_single": reduce_scatter_tensor,
+        "all_to_all_single": all_to_all_single,
+    }
+    # torch 2.13 has them all.
+    replaced = {name: function for name, function in replaced.items() if hasattr(dist, name)}
     originals = {name: getattr(dist, name) for name in replaced}
     try:
         for name, function in replaced.items():
