@@ -439,6 +439,8 @@ def test_another_file_is_refused_before_anything_runs(tmp_path, capsys, text, ex
 
 STUB = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >>"$CALLS"
+[[ $* != *" pip "* || -z ${OTHER_PYTHON:-} ]] || { echo "ERROR: not a supported wheel" >&2; exit 1; }
+[[ $1 != --version ]] || echo "Python 3.10.1"
 if [[ $1 == -c ]]; then
   [[ -z ${REFUSES:-} ]] || { echo "Traceback"; echo "ImportError: numpy 2.4 or less"; exit 1; } >&2
 fi
@@ -483,6 +485,13 @@ def test_the_script_brings_its_numpy_where_numba_refuses_and_says_so(tmp_path):
     assert code == 0
     assert "numpy-2.4.6" in calls[2] and calls[3] == "-m tools.bench lease --seconds 9"
     assert "numba refuses (ImportError: numpy 2.4 or less): numpy-2.4.6-cp312.whl" in text
+
+
+def test_wheels_for_another_python_are_said_to_be_so(tmp_path):
+    code, _, text = run_script(tmp_path, WHEELS, OTHER_PYTHON="yes")
+    assert code == 2
+    assert "could not install the wheels" in text and "into Python 3.10.1. Fix: " in text, text
+    assert "numba" not in text
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ done
 
 site=${SITE:-$(mktemp -d "${TMPDIR:-/tmp}/ithaca-site.XXXXXX")}
 install() { "$python" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$site" "$@"; }
-install "${packages[@]}" || refuse "pip could not install the wheels of $wheels"
+install "${packages[@]}" || refuse "pip could not install the wheels of $wheels into $("$python" --version)." \
+  "Fix: the download in tools/bench/README.md, with --python-version of that"
 export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 
 # numba refuses a numpy that is newer than itself.
