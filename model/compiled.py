@@ -2,8 +2,8 @@
 
 A chain of pointwise operators reads and writes the device's memory once per operator. torch.compile
 makes one kernel of the chain, which reads its inputs and writes its results once. The source stays
-plain PyTorch, so the CPU's result is the reference for the GPU's. A kernel rounds to bf16 once, where
-the single operators round after each.
+plain PyTorch, so the CPU's result is the reference for the GPU's. A kernel rounds to bf16 once,
+where the single operators round after each.
 
 Nothing is compiled where Triton is missing or torch's own switch `TORCH_COMPILE_DISABLE=1` is set.
 """
@@ -17,7 +17,8 @@ import torch
 
 
 def run(function: Callable, *arguments):
-    """Return `function(*arguments)`, computed by fused kernels where the first argument is on a GPU.
+    """Return `function(*arguments)`, computed by fused kernels where the first argument is on a
+    GPU.
 
     Args:
         function: of a module's top level, without collectives, random numbers and autograd; a

@@ -1,8 +1,9 @@
 """Output projection and cross entropy in one, by chunks of tokens: nothing of [t, V] exists.
 
-Backward of a chunk follows its forward at once, while its logits are there; what is kept is the gradient of the input
-and of the weight. Source: Liger Kernel's fused linear cross entropy (arXiv 2410.10989) and ALST's tiled loss
-(arXiv 2506.13996), here over a vocabulary split over tp (Megatron-LM, arXiv 1909.08053) and as a sum over targets.
+Backward of a chunk follows its forward at once, while its logits are there; what is kept is the
+gradient of the input and of the weight. Source: Liger Kernel's fused linear cross entropy (arXiv
+2410.10989) and ALST's tiled loss (arXiv 2506.13996), here over a vocabulary split over tp
+(Megatron-LM, arXiv 1909.08053) and as a sum over targets.
 
 Legend: t tokens, c those of a chunk, D hidden, v this tp rank's part of the vocabulary.
 """
@@ -47,13 +48,21 @@ class _FusedLoss(torch.autograd.Function):
         return *(kept * grad for kept in ctx.saved_tensors), None, None, None
 
 
-def fused_loss(x_tD: torch.Tensor, weight_vD: torch.Tensor, labels_t: torch.Tensor, scale: torch.Tensor | float,
-               head: Head) -> torch.Tensor:
-    """scale * sum of the targets' cross entropies in nats: a scalar in at least fp32, the same on all tp ranks.
+def fused_loss(
+    x_tD: torch.Tensor,
+    weight_vD: torch.Tensor,
+    labels_t: torch.Tensor,
+    scale: torch.Tensor | float,
+    head: Head,
+) -> torch.Tensor:
+    """scale * sum of the targets' cross entropies in nats: a scalar in at least fp32, the same on
+    all tp ranks.
 
     Args:
-        x_tD: all tokens of this context-parallel rank on every tp rank; each tp rank gets its part of the gradient.
-        labels_t: IGNORED_LABEL where there is no target; without any, the result is 0, with gradients of 0.
+        x_tD: all tokens of this context-parallel rank on every tp rank; each tp rank gets its part
+            of the gradient.
+        labels_t: IGNORED_LABEL where there is no target; without any, the result is 0, with
+            gradients of 0.
         scale: a number, or a scalar on the device.
     """
     if torch.is_grad_enabled():
@@ -61,9 +70,11 @@ def fused_loss(x_tD: torch.Tensor, weight_vD: torch.Tensor, labels_t: torch.Tens
     return _by_chunks(x_tD, weight_vD, labels_t, head)[0].mul_(scale)
 
 
-def score(x_tD: torch.Tensor, weight_vD: torch.Tensor, labels_t: torch.Tensor,
-          head: Head) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum of the targets' cross entropies, how many targets were the largest logit), without gradients."""
+def score(
+    x_tD: torch.Tensor, weight_vD: torch.Tensor, labels_t: torch.Tensor, head: Head
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum of the targets' cross entropies, how many targets were the largest logit), without
+    gradients."""
     return _by_chunks(x_tD, weight_vD, labels_t, head, count_hits=True)
 
 
@@ -71,25 +82,45 @@ def _wide(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _by_chunks(x_tD, weight_vD, labels_t, head: Head, scale: torch.Tensor | float = 1.0,
-               grads: tuple[torch.Tensor, torch.Tensor] | None = None,
-               count_hits: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of losses and hits; fills `grads` (of x, overwritten; of the weight, added to), scaled."""
+def _by_chunks(
+    x_tD,
+    weight_vD,
+    labels_t,
+    head: Head,
+    scale: torch.Tensor | float = 1.0,
+    grads: tuple[torch.Tensor, torch.Tensor] | None = None,
+    count_hits: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of losses and hits; fills `grads` (of x, overwritten; of the weight, added to),
+    scaled."""
     total = torch.zeros((), dtype=_wide(x_tD), device=x_tD.device)
     hits = torch.zeros((), dtype=torch.int64, device=x_tD.device)
     for start in range(0, x_tD.shape[0], head.chunk_tokens):
         rows = slice(start, start + head.chunk_tokens)
         # A function of its own: its tensors are gone before the next chunk's are made.
-        loss, found = _one_chunk(x_tD[rows], weight_vD, labels_t[rows], head, scale,
-                                 grads and (grads[0][rows], grads[1]), count_hits)
+        loss, found = _one_chunk(
+            x_tD[rows],
+            weight_vD,
+            labels_t[rows],
+            head,
+            scale,
+            grads and (grads[0][rows], grads[1]),
+            count_hits,
+        )
         total += loss
         hits += found
     return total, hits
 
 
-def _one_chunk(x_cD: torch.Tensor, weight_vD: torch.Tensor, labels_c: torch.Tensor, head: Head,
-               scale: torch.Tensor | float, grads: tuple[torch.Tensor, torch.Tensor] | None,
-               count_hits: bool) -> tuple[torch.Tensor, torch.Tensor | int]:
+def _one_chunk(
+    x_cD: torch.Tensor,
+    weight_vD: torch.Tensor,
+    labels_c: torch.Tensor,
+    head: Head,
+    scale: torch.Tensor | float,
+    grads: tuple[torch.Tensor, torch.Tensor] | None,
+    count_hits: bool,
+) -> tuple[torch.Tensor, torch.Tensor | int]:
     logits_cv = x_cD @ weight_vD.T
     if not compiled.is_fused(logits_cv):
         logits_cv = logits_cv.to(_wide(logits_cv))
@@ -109,10 +140,10 @@ def _one_chunk(x_cD: torch.Tensor, weight_vD: torch.Tensor, labels_c: torch.Tens
 class _Softmax:
     """Softmax over a vocabulary split over tp, without ever writing it.
 
-    Without fused kernels (a CPU) the logits come in at least fp32, and their exponentials take their
-    place. With them the logits stay as the product wrote them: one kernel reads them for the row's
-    maximum and sum, another one reads them again and puts the gradient in their place, so they pass
-    through memory three times.
+    Without fused kernels (a CPU) the logits come in at least fp32, and their exponentials take
+    their place. With them the logits stay as the product wrote them: one kernel reads them for the
+    row's maximum and sum, another one reads them again and puts the gradient in their place, so
+    they pass through memory three times.
     """
 
     def __init__(self, logits_cv: torch.Tensor, labels_c: torch.Tensor, tp: Axis):
@@ -127,7 +158,9 @@ class _Softmax:
         self.own_tops_c, own_sums_c, chosen_c = compiled.run(exp_sums, logits_cv, self.ids_c)
         self.tops_c = all_reduce(self.own_tops_c.clone(), tp, dist.ReduceOp.MAX)
         own_sums_c = own_sums_c * (self.own_tops_c - self.tops_c).exp()
-        self.sums_c, self.chosen_c = all_reduce(torch.stack([own_sums_c, chosen_c * self.is_here_c]), tp)
+        self.sums_c, self.chosen_c = all_reduce(
+            torch.stack([own_sums_c, chosen_c * self.is_here_c]), tp
+        )
 
     def losses(self, labels_c: torch.Tensor) -> torch.Tensor:
         """Return the cross entropy of each token in nats [c], 0 without a target."""
@@ -135,18 +168,24 @@ class _Softmax:
         return losses_c.masked_fill_(labels_c == IGNORED_LABEL, 0.0)
 
     def gradient(self, factors_c: torch.Tensor) -> torch.Tensor:
-        """Put the gradient of `(factors * losses).sum()` in the place of the logits [c, v]; once."""
+        """Put the gradient of `(factors * losses).sum()` in the place of the logits [c, v];
+        once."""
         shares_c = factors_c / self.sums_c
         targets_c = factors_c * self.is_here_c
         if self.is_fused:
-            compiled.run(_softmax_gradient_, self.values_cv, self.ids_c, self.tops_c, shares_c, targets_c)
+            compiled.run(
+                _softmax_gradient_, self.values_cv, self.ids_c, self.tops_c, shares_c, targets_c
+            )
             return self.values_cv
         shares_c *= (self.own_tops_c - self.tops_c).exp()
-        return self.values_cv.mul_(shares_c[:, None]).scatter_add_(1, self.ids_c[:, None], -targets_c[:, None])
+        return self.values_cv.mul_(shares_c[:, None]).scatter_add_(
+            1, self.ids_c[:, None], -targets_c[:, None]
+        )
 
 
 def _exp_sums_(logits_cv: torch.Tensor, ids_c: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Put exp(logit - the row's maximum) in the place of the logits; return the maxima, sums, and logits at `ids_c`."""
+    """Put exp(logit - the row's maximum) in the place of the logits; return the maxima, sums, and
+    logits at `ids_c`."""
     chosen_c = logits_cv.gather(1, ids_c[:, None])[:, 0]
     tops_c = _finite(logits_cv.amax(dim=1))
     sums_c = logits_cv.sub_(tops_c[:, None]).exp_().sum(dim=1)
@@ -154,7 +193,8 @@ def _exp_sums_(logits_cv: torch.Tensor, ids_c: torch.Tensor) -> tuple[torch.Tens
 
 
 def _exp_sums(logits_cv: torch.Tensor, ids_c: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return the same and leave the logits as they are; in this form the compiler reads each row once."""
+    """Return the same and leave the logits as they are; in this form the compiler reads each row
+    once."""
     wide_cv = logits_cv.to(_wide(logits_cv))
     tops_c1 = wide_cv.amax(dim=1, keepdim=True)
     sums_c1 = (wide_cv - tops_c1).exp().sum(dim=1, keepdim=True)
@@ -168,9 +208,15 @@ def _finite(values: torch.Tensor) -> torch.Tensor:
     return values.clamp(min=torch.finfo(values.dtype).min)
 
 
-def _softmax_gradient_(logits_cv: torch.Tensor, ids_c: torch.Tensor, tops_c: torch.Tensor, shares_c: torch.Tensor,
-                       targets_c: torch.Tensor) -> None:
-    """Put exp(logit - top) * share, less `targets_c` in column `ids_c`, in the place of the logits."""
+def _softmax_gradient_(
+    logits_cv: torch.Tensor,
+    ids_c: torch.Tensor,
+    tops_c: torch.Tensor,
+    shares_c: torch.Tensor,
+    targets_c: torch.Tensor,
+) -> None:
+    """Put exp(logit - top) * share, less `targets_c` in column `ids_c`, in the place of the
+    logits."""
     columns_v = torch.arange(logits_cv.shape[1], device=logits_cv.device)
     wide_cv = logits_cv.to(tops_c.dtype)
     softmax_cv = (wide_cv - tops_c[:, None]).exp() * shares_c[:, None]

@@ -1,7 +1,8 @@
 """The SwiGLU MLP in tiles of the sequence: nothing of [t, F] outlives a tile.
 
-Source: tiled MLP of ALST (arXiv 2506.13996). There each tile's backward adds to the parameters' gradients; here the
-tiles are added up in at least fp32 inside one node of the graph, so each weight gets one gradient.
+Source: tiled MLP of ALST (arXiv 2506.13996). There each tile's backward adds to the parameters'
+gradients; here the tiles are added up in at least fp32 inside one node of the graph, so each weight
+gets one gradient.
 
 Legend: t tokens, D hidden, F MLP width of this tp rank.
 """
@@ -18,18 +19,22 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_tD, gate_FD, up_FD, down_DF, tiles, value):
         # Without a value, nobody reads the result: one number takes its place.
-        out_tD, projections = torch.empty_like(x_tD) if value else x_tD.new_zeros(1).expand(x_tD.shape), ()
+        out_tD = torch.empty_like(x_tD) if value else x_tD.new_zeros(1).expand(x_tD.shape)
+        projections = ()
         for rows in _tiles(x_tD.shape[0], tiles) if value else ():
-            projections = x_tD[rows] @ gate_FD.T, x_tD[rows] @ up_FD.T
+            projections = (x_tD[rows] @ gate_FD.T, x_tD[rows] @ up_FD.T)
             torch.mm(gated(*projections), down_DF.T, out=out_tD[rows])
-        ctx.tiles, ctx.value, ctx.num_kept = tiles, value, 2 if tiles == 1 and value else 0
-        ctx.save_for_backward(x_tD, gate_FD, up_FD, down_DF, *projections[:ctx.num_kept])
+        ctx.tiles = tiles
+        ctx.value = value
+        num_kept = 2 if tiles == 1 and value else 0
+        ctx.save_for_backward(x_tD, gate_FD, up_FD, down_DF, *projections[:num_kept])
         return out_tD
 
     @staticmethod
     def backward(ctx, grad_tD):
         x_tD, gate_FD, up_FD, down_DF, *kept = ctx.saved_tensors
-        # Without a value, x was made for this backward alone: its gradient takes its place, tile by tile.
+        # Without a value, x was made for this backward alone: its gradient takes its place, tile
+        # by tile.
         grad_x = torch.empty_like(x_tD) if ctx.value else x_tD
         sums = _Sums((gate_FD, up_FD, down_DF), several=ctx.tiles > 1)
         for rows in _tiles(x_tD.shape[0], ctx.tiles):
@@ -66,17 +71,26 @@ class _Sums:
 
 
 def _tiles(total: int, count: int) -> list[slice]:
-    """`count` contiguous parts of the rows, as torch.chunk cuts them (fewer where there are fewer rows)."""
+    """`count` contiguous parts of the rows, as torch.chunk cuts them (fewer where there are fewer
+    rows)."""
     size = -(-total // count)
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def swiglu(x_tD: torch.Tensor, gate_FD: torch.Tensor, up_FD: torch.Tensor, down_DF: torch.Tensor, tiles: int,
-           value: bool = True) -> torch.Tensor:
-    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202): [t, D] -> [t, D], over tp to be summed by the caller.
+def swiglu(
+    x_tD: torch.Tensor,
+    gate_FD: torch.Tensor,
+    up_FD: torch.Tensor,
+    down_DF: torch.Tensor,
+    tiles: int,
+    value: bool = True,
+) -> torch.Tensor:
+    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202): [t, D] -> [t, D], over tp to be summed by the
+    caller.
 
     Args:
         tiles: parts of the sequence; with more than one, backward computes gate and up again.
-        value: False where only the gradients are wanted: the result is then not computed, and backward overwrites x.
+        value: False where only the gradients are wanted: the result is then not computed, and
+            backward overwrites x.
     """
     return _SwiGLU.apply(x_tD, gate_FD, up_FD, down_DF, tiles, value)

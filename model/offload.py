@@ -1,11 +1,13 @@
 """Tensors that wait for their backward in the host's memory.
 
-On a GPU the copies run on a stream of their own, into pinned memory, while the model computes; when backward takes a
-copy back, the one that it will ask for next is fetched ahead. On a CPU tensors are in the host's memory as they are.
+On a GPU the copies run on a stream of their own, into pinned memory, while the model computes; when
+backward takes a copy back, the one that it will ask for next is fetched ahead. On a CPU tensors are
+in the host's memory as they are.
 
-The host queues a whole forward long before the device has computed it. So memory is not given back when a copy is
-queued: the computing stream waits for the copy of two sends ago, and what was sent then is released in its order. At
-most IN_FLIGHT sends hold memory on the device beside what is computed with.
+The host queues a whole forward long before the device has computed it. So memory is not given back
+when a copy is queued: the computing stream waits for the copy of two sends ago, and what was sent
+then is released in its order. At most IN_FLIGHT sends hold memory on the device beside what is
+computed with.
 """
 
 from collections import deque
@@ -33,13 +35,16 @@ class HostCopy:
             return
         host.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(host.stream):
-            self.kept = [torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
-                         for x in tensors]
+            self.kept = [
+                torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
+                for x in tensors
+            ]
             self.sent = host.stream.record_event()
         self.sources = tensors
 
     def finish_sending(self) -> None:
-        """Let the computing stream wait until the copy is on the host, then give up the device's memory; once."""
+        """Let the computing stream wait until the copy is on the host, then give up the device's
+        memory; once."""
         if self.sent is None:
             return
         torch.cuda.current_stream().wait_event(self.sent)
@@ -52,7 +57,8 @@ class HostCopy:
         stream = self.host.stream
         if stream is None or self.arrived is not None or not self.kept:
             return
-        # Made on the computing stream, whose freed memory it may take; the copy waits for those who used that before.
+        # Made on the computing stream, whose freed memory it may take. The copy waits for those who
+        # used that memory before.
         tensors = [torch.empty_like(x, device=self.host.device) for x in self.kept]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -65,7 +71,8 @@ class HostCopy:
         """The tensors on the device; once."""
         self.host.finish_sending()
         self.fetch()
-        tensors, self.kept = self.kept, []
+        tensors = self.kept
+        self.kept = []
         if self.host.stream is not None:
             tensors, event = self.arrived
             torch.cuda.current_stream().wait_event(event)
@@ -90,11 +97,14 @@ class Host:
         self.finish_sending()
         self.latest = None
 
-    def send(self, tensors: list[torch.Tensor], release: Callable[[], None] = lambda: None) -> HostCopy:
+    def send(
+        self, tensors: list[torch.Tensor], release: Callable[[], None] = lambda: None
+    ) -> HostCopy:
         """Start to copy contiguous tensors, which may be dropped at once, not changed.
 
         Args:
-            release: gives up memory under the tensors that others still hold; called when the copy is made, on a GPU.
+            release: gives up memory under the tensors that others still hold; called when the copy
+                is made, on a GPU.
         """
         while len(self.in_flight) >= IN_FLIGHT:
             self.in_flight.popleft().finish_sending()
@@ -104,6 +114,7 @@ class Host:
         return copy
 
     def finish_sending(self) -> None:
-        """Give up the device's memory of all that was sent; the computing stream waits for the copies."""
+        """Give up the device's memory of all that was sent; the computing stream waits for the
+        copies."""
         while self.in_flight:
             self.in_flight.popleft().finish_sending()

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from model import compiled
 
 BLOCK = 2**18
-"""Elements that the norm widens at once: they stay in a core's cache, and nothing wide of [t, D] exists."""
+"""Elements that the norm widens at once: they stay in a core's cache, and nothing wide of [t, D]
+exists."""
 
 
 def _blocks(x: torch.Tensor) -> list[slice]:
@@ -25,21 +26,26 @@ def _blocks(x: torch.Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, x.shape[0], size)]
 
 
-def _norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _norm(
+    x: torch.Tensor, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (the normed rows, the number that each row was multiplied by, in at least fp32)."""
     wide_dtype = torch.promote_types(x.dtype, torch.float32)
     out = torch.empty_like(x)
     scale = x.new_empty(*x.shape[:-1], 1, dtype=wide_dtype)
     for rows in _blocks(x):
         part = x[rows].to(wide_dtype)
-        mean_square = torch.linalg.vector_norm(part, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        mean_square = (
+            torch.linalg.vector_norm(part, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        )
         scale[rows] = mean_square.add_(epsilon).rsqrt_()
         out[rows] = (part * scale[rows]).mul_(weight)
     return out, scale
 
 
-def _norm_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor,
-                   scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _norm_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the gradients of `_norm`'s input and of its weight."""
     grad_x = torch.empty_like(x)
     grad_weight = torch.zeros_like(weight, dtype=scale.dtype)
@@ -54,7 +60,8 @@ def _norm_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor,
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps its input and a number per row; torch's own on a CPU keeps the input widened and the result besides."""
+    """Keeps its input and a number per row; torch's own on a CPU keeps the input widened and the
+    result besides."""
 
     @staticmethod
     def forward(ctx, x, weight, epsilon):
@@ -68,7 +75,8 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Root mean square layer normalization (arXiv 1910.07467) over the last dim, statistics in at least fp32.
+    """Root mean square layer normalization (arXiv 1910.07467) over the last dim, statistics in at
+    least fp32.
 
     A GPU has torch's fused kernel, which keeps as little.
     """
@@ -90,7 +98,8 @@ def _turn(x_tnH: torch.Tensor, cos_tH: torch.Tensor, sin_tH: torch.Tensor) -> to
 
 
 def _turn_back(x_tnH: torch.Tensor, cos_tH: torch.Tensor, sin_tH: torch.Tensor) -> torch.Tensor:
-    """Turn by the negative angles: the gradient of `_turn`, orthogonal but for a factor in the tables."""
+    """Turn by the negative angles: the gradient of `_turn`, orthogonal but for a factor in the
+    tables."""
     return _turn(x_tnH, cos_tH, -sin_tH)
 
 
@@ -128,22 +137,35 @@ class HeadSizes(NamedTuple):
         return heads.split([self.queries, self.keys, self.keys], dim=1)
 
 
-def _split_and_turn(qkv_tR: torch.Tensor, heads: HeadSizes, cos_tH: torch.Tensor,
-                    sin_tH: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _split_and_turn(
+    qkv_tR: torch.Tensor, heads: HeadSizes, cos_tH: torch.Tensor, sin_tH: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
     """Return q and k turned, and v, each with memory of its own."""
     q, k, v = heads.split(qkv_tR)
     return _turn(q, cos_tH, sin_tH), _turn(k, cos_tH, sin_tH), v.clone()
 
 
-def _join_turned(grad_q: torch.Tensor, grad_k: torch.Tensor, grad_v: torch.Tensor, cos_tH: torch.Tensor,
-                 sin_tH: torch.Tensor) -> torch.Tensor:
+def _join_turned(
+    grad_q: torch.Tensor,
+    grad_k: torch.Tensor,
+    grad_v: torch.Tensor,
+    cos_tH: torch.Tensor,
+    sin_tH: torch.Tensor,
+) -> torch.Tensor:
     """Backward of `_split_and_turn`."""
     parts = (_turn_back(grad_q, cos_tH, sin_tH), _turn_back(grad_k, cos_tH, sin_tH), grad_v)
     return torch.cat(parts, dim=1).flatten(1)
 
 
-def _split_norm_and_turn(qkv_tR: torch.Tensor, heads: HeadSizes, q_norm: torch.Tensor, k_norm: torch.Tensor,
-                         epsilon: float, cos_tH: torch.Tensor, sin_tH: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _split_norm_and_turn(
+    qkv_tR: torch.Tensor,
+    heads: HeadSizes,
+    q_norm: torch.Tensor,
+    k_norm: torch.Tensor,
+    epsilon: float,
+    cos_tH: torch.Tensor,
+    sin_tH: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
     """Do the same after a norm over each head of q and k; return the norms' scales as well."""
     q, k, v = heads.split(qkv_tR)
     q, q_scale = _norm(q, q_norm, epsilon)
@@ -151,10 +173,19 @@ def _split_norm_and_turn(qkv_tR: torch.Tensor, heads: HeadSizes, q_norm: torch.T
     return _turn(q, cos_tH, sin_tH), _turn(k, cos_tH, sin_tH), v.clone(), q_scale, k_scale
 
 
-def _join_turned_and_normed(qkv_tR: torch.Tensor, heads: HeadSizes, grad_q: torch.Tensor, grad_k: torch.Tensor,
-                            grad_v: torch.Tensor, q_norm: torch.Tensor, k_norm: torch.Tensor, q_scale: torch.Tensor,
-                            k_scale: torch.Tensor, cos_tH: torch.Tensor,
-                            sin_tH: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _join_turned_and_normed(
+    qkv_tR: torch.Tensor,
+    heads: HeadSizes,
+    grad_q: torch.Tensor,
+    grad_k: torch.Tensor,
+    grad_v: torch.Tensor,
+    q_norm: torch.Tensor,
+    k_norm: torch.Tensor,
+    q_scale: torch.Tensor,
+    k_scale: torch.Tensor,
+    cos_tH: torch.Tensor,
+    sin_tH: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
     """Backward of `_split_norm_and_turn`: the gradients of qkv and of the two norms."""
     q, k, _ = heads.split(qkv_tR)
     grad_q, grad_q_norm = _norm_backward(_turn_back(grad_q, cos_tH, sin_tH), q, q_norm, q_scale)
@@ -163,7 +194,8 @@ def _join_turned_and_normed(qkv_tR: torch.Tensor, heads: HeadSizes, grad_q: torc
 
 
 class _SplitHeads(torch.autograd.Function):
-    """Without norms it keeps the tables alone; with them also its whole input, v included, of which v is a copy."""
+    """Without norms it keeps the tables alone; with them also its whole input, v included, of which
+    v is a copy."""
 
     @staticmethod
     def forward(ctx, qkv_tR, heads, q_norm, k_norm, epsilon, cos_tH, sin_tH):
@@ -171,7 +203,9 @@ class _SplitHeads(torch.autograd.Function):
         if q_norm is None:
             ctx.save_for_backward(cos_tH, sin_tH)
             return compiled.run(_split_and_turn, qkv_tR, heads, cos_tH, sin_tH)
-        q, k, v, *scales = compiled.run(_split_norm_and_turn, qkv_tR, heads, q_norm, k_norm, epsilon, cos_tH, sin_tH)
+        q, k, v, *scales = compiled.run(
+            _split_norm_and_turn, qkv_tR, heads, q_norm, k_norm, epsilon, cos_tH, sin_tH
+        )
         ctx.save_for_backward(cos_tH, sin_tH, qkv_tR, q_norm, k_norm, *scales)
         return q, k, v
 
@@ -179,16 +213,32 @@ class _SplitHeads(torch.autograd.Function):
     def backward(ctx, *grads):
         cos_tH, sin_tH, *kept = ctx.saved_tensors
         if not kept:
-            return compiled.run(_join_turned, *grads, cos_tH, sin_tH), None, None, None, None, None, None
+            return (
+                compiled.run(_join_turned, *grads, cos_tH, sin_tH),
+                None,
+                None,
+                None,
+                None,
+                None,
+                None,
+            )
         qkv_tR, *norms_and_scales = kept
         grad_qkv, grad_q_norm, grad_k_norm = compiled.run(
-            _join_turned_and_normed, qkv_tR, ctx.heads, *grads, *norms_and_scales, cos_tH, sin_tH)
+            _join_turned_and_normed, qkv_tR, ctx.heads, *grads, *norms_and_scales, cos_tH, sin_tH
+        )
         return grad_qkv, None, grad_q_norm, grad_k_norm, None, None, None
 
 
-def split_heads(qkv_tR: torch.Tensor, heads: HeadSizes, norms: tuple[torch.Tensor | None, torch.Tensor | None],
-                epsilon: float, cos_tH: torch.Tensor, sin_tH: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Cut one product into q, k and v; q and k are normed per head, where norms are given, and rotated.
+def split_heads(
+    qkv_tR: torch.Tensor,
+    heads: HeadSizes,
+    norms: tuple[torch.Tensor | None, torch.Tensor | None],
+    epsilon: float,
+    cos_tH: torch.Tensor,
+    sin_tH: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """Cut one product into q, k and v; q and k are normed per head, where norms are given, and
+    rotated.
 
     Args:
         qkv_tR: [t, (N + 2 K) H], the heads of q, then of k, then of v.
@@ -208,7 +258,9 @@ def gated(gate_tF: torch.Tensor, up_tF: torch.Tensor) -> torch.Tensor:
     return compiled.run(_gated, gate_tF, up_tF)
 
 
-def _gated_gradients(grad_tF: torch.Tensor, gate_tF: torch.Tensor, up_tF: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _gated_gradients(
+    grad_tF: torch.Tensor, gate_tF: torch.Tensor, up_tF: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
     # In this order no more than six of [t, F] exist at once.
     grad_gate = torch.ops.aten.silu_backward(grad_tF * up_tF, gate_tF)
     activated = F.silu(gate_tF)
@@ -216,7 +268,9 @@ def _gated_gradients(grad_tF: torch.Tensor, gate_tF: torch.Tensor, up_tF: torch.
     return activated.mul_(up_tF), grad_gate, grad_up
 
 
-def gated_gradients(grad_tF: torch.Tensor, gate_tF: torch.Tensor,
-                    up_tF: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return (silu(gate) * up, the gradient of gate, the gradient of up), for the gradient of the first."""
+def gated_gradients(
+    grad_tF: torch.Tensor, gate_tF: torch.Tensor, up_tF: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Return (silu(gate) * up, the gradient of gate, the gradient of up), for the gradient of the
+    first."""
     return compiled.run(_gated_gradients, grad_tF, gate_tF, up_tF)

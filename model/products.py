@@ -1,4 +1,5 @@
-"""Matrix products that torch.nn.functional does not have: into a wider sum, and with several weights at once."""
+"""Matrix products that torch.nn.functional does not have: into a wider sum, and with several
+weights at once."""
 
 from collections.abc import Sequence
 
@@ -10,8 +11,8 @@ from torch.nn import functional as F
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """Add `left @ right` to `total` in place, in the dtype of `total`.
 
-    A GPU multiplies bf16 and adds to fp32 in one kernel, which never rounds the product to bf16. A CPU
-    has no such kernel: there the product is rounded to the factors' dtype before it is added.
+    A GPU multiplies bf16 and adds to fp32 in one kernel, which never rounds the product to bf16. A
+    CPU has no such kernel: there the product is rounded to the factors' dtype before it is added.
 
     Args:
         total: [m, n], of the factors' dtype or wider.
@@ -26,11 +27,14 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
         total.add_(left @ right)
 
 
-def joined_linear(x_tD: torch.Tensor, weights: Sequence[torch.Tensor], bias_R: torch.Tensor | None) -> torch.Tensor:
-    """Apply several weights [r, D] to one input by one product: [t, D] -> [t, R], their results side by side.
+def joined_linear(
+    x_tD: torch.Tensor, weights: Sequence[torch.Tensor], bias_R: torch.Tensor | None
+) -> torch.Tensor:
+    """Apply several weights [r, D] to one input by one product: [t, D] -> [t, R], their results
+    side by side.
 
-    The joined weight is made again for backward: kept, it would be a second copy of the weights in every
-    layer, which ZeRO-3 could not free.
+    The joined weight is made again for backward: kept, it would be a second copy of the weights in
+    every layer, which ZeRO-3 could not free.
     """
     joined_RD = torch.cat(list(weights))
     parts = [weight.detach() for weight in weights]

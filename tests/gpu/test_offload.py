@@ -1,4 +1,5 @@
-"""Tensors that wait on the host: how many hold the device's memory meanwhile, and that they come back as they went."""
+"""Tensors that wait on the host: how many hold the device's memory meanwhile, and that they come
+back as they went."""
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ def host() -> Host:
 def test_memory_is_given_up_send_by_send(host):
     released = []
     for number in range(SENDS):
-        host.send([torch.ones(ELEMENTS, device="cuda")], lambda number=number: released.append(number))
+        host.send(
+            [torch.ones(ELEMENTS, device="cuda")], lambda number=number: released.append(number)
+        )
         assert released == list(range(max(0, number + 1 - IN_FLIGHT)))
     host.finish_sending()
     assert released == list(range(SENDS)) and not host.in_flight
@@ -37,7 +40,10 @@ def test_at_most_the_sends_in_flight_hold_memory_although_the_host_runs_ahead(ho
 
 
 def test_what_was_sent_comes_back_in_reverse_order(host):
-    copies = [host.send([torch.full((ELEMENTS,), float(number), device="cuda")]) for number in range(SENDS)]
+    copies = [
+        host.send([torch.full((ELEMENTS,), float(number), device="cuda")])
+        for number in range(SENDS)
+    ]
     for number in reversed(range(SENDS)):
         (tensor,) = copies[number].take()
         assert tensor.is_cuda and tensor.unique().tolist() == [number]

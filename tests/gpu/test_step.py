@@ -44,7 +44,9 @@ def test_fused_kernels_give_what_the_cpu_gives(name, dtype):
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     for one, other in zip(found, expected, strict=True):
         if isinstance(one, torch.Tensor):
-            torch.testing.assert_close(one.cpu().to(other.dtype), other, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(
+                one.cpu().to(other.dtype), other, rtol=tolerance, atol=tolerance
+            )
 
 
 def test_a_bf16_product_is_added_to_fp32_without_a_rounded_product():
@@ -75,5 +77,9 @@ def test_the_host_waits_at_most_twice_in_a_step(trainer):
             ours.step(sample)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    syncs = [f"{w.filename}:{w.lineno}" for w in found if "synchronizing CUDA operation" in str(w.message)]
+    syncs = [
+        f"{w.filename}:{w.lineno}"
+        for w in found
+        if "synchronizing CUDA operation" in str(w.message)
+    ]
     assert 1 <= len(syncs) <= MOST_SYNCS, syncs

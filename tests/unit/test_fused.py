@@ -1,4 +1,5 @@
-"""The parts that a GPU runs as fused kernels: the same numbers as by the plain definitions, in one graph each."""
+"""The parts that a GPU runs as fused kernels: the same numbers as by the plain definitions, in one
+graph each."""
 
 import os
 import subprocess
@@ -48,8 +49,11 @@ def test_the_loss_is_that_of_cross_entropy(way, chunk, scale):
     logits = (x @ weight.T)[:, :37]
     expected = 0.25 * F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum")
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
-    for grad, wanted in zip(torch.autograd.grad(found, (x, weight)), torch.autograd.grad(expected, (x, weight)),
-                            strict=True):
+    for grad, wanted in zip(
+        torch.autograd.grad(found, (x, weight)),
+        torch.autograd.grad(expected, (x, weight)),
+        strict=True,
+    ):
         torch.testing.assert_close(grad, wanted, rtol=1e-12, atol=1e-13)
 
 
@@ -71,7 +75,9 @@ def test_heads_that_are_split_from_one_product_are_those_of_three(with_norms):
     qkv = randn(TOKENS, 8 * HEADS.size).requires_grad_()
     angles = randn(TOKENS, HEADS.size // 2, seed=3).repeat(1, 2)
     cos, sin = angles.cos(), angles.sin()
-    norms = [randn(HEADS.size, seed=seed).requires_grad_() if with_norms else None for seed in (4, 5)]
+    norms = [
+        randn(HEADS.size, seed=seed).requires_grad_() if with_norms else None for seed in (4, 5)
+    ]
     found = split_heads(qkv, HEADS, tuple(norms), 1e-5, cos, sin)
     q, k, v = HEADS.split(qkv)
     if with_norms:
@@ -88,7 +94,8 @@ def test_heads_that_are_split_from_one_product_are_those_of_three(with_norms):
 
 
 def test_a_joined_product_keeps_the_weights_and_not_a_copy_of_them():
-    """What the weights hold when backward comes is what it reads, as with parameters that ZeRO-3 gathers again."""
+    """What the weights hold when backward comes is what it reads, as with parameters that ZeRO-3
+    gathers again."""
     x = randn(TOKENS, 5).requires_grad_()
     weights = [randn(rows, 5, seed=rows).requires_grad_() for rows in (4, 2, 5)]  # 11 rows in all
     out = joined_linear(x, weights, None)
@@ -104,7 +111,9 @@ def test_a_joined_product_keeps_the_weights_and_not_a_copy_of_them():
 def test_a_square_joined_weight_is_not_mistaken_for_its_transpose():
     x = randn(TOKENS, 6).requires_grad_()
     weights = [randn(rows, 6, seed=rows) for rows in (3, 2, 1)]
-    (grad_x,) = torch.autograd.grad(joined_linear(x, weights, randn(6)), x, torch.ones(TOKENS, 6, dtype=x.dtype))
+    (grad_x,) = torch.autograd.grad(
+        joined_linear(x, weights, randn(6)), x, torch.ones(TOKENS, 6, dtype=x.dtype)
+    )
     torch.testing.assert_close(grad_x, torch.cat(weights).sum(0).expand_as(x))
 
 
@@ -115,7 +124,9 @@ def test_products_are_added_in_the_dtype_of_the_sum(narrow):
     total = torch.full((3, 5), 2.0**-20, dtype=torch.float64)
     add_product(total, left, right)
     exact = left.double() @ right.double() + 2.0**-20
-    torch.testing.assert_close(total, exact, rtol=0, atol=1e-15 if narrow == torch.float64 else 2.0**-6)
+    torch.testing.assert_close(
+        total, exact, rtol=0, atol=1e-15 if narrow == torch.float64 else 2.0**-6
+    )
     assert not torch.equal(total, total.to(narrow).double()) or narrow == torch.float64
 
 
@@ -129,15 +140,24 @@ def arguments_of_compiled_functions() -> dict[str, tuple]:
     scales = (torch.ones(TOKENS, HEADS.queries, 1), torch.ones(TOKENS, HEADS.keys, 1))
     ids = torch.arange(TOKENS) % 16
     rows = torch.ones(TOKENS)
-    return {"_gated": (x, other), "_gated_gradients": (x, other, third), "_turn": (q, *tables),
-            "_turn_back": (q, *tables), "_split_and_turn": (qkv, HEADS, *tables), "_join_turned": (q, k, v, *tables),
-            "_split_norm_and_turn": (qkv, HEADS, norm, norm, 1e-5, *tables),
-            "_join_turned_and_normed": (qkv, HEADS, q, k, v, norm, norm, *scales, *tables),
-            "_exp_sums": (x, ids), "_softmax_gradient_": (x, ids, rows, rows, rows)}
+    return {
+        "_gated": (x, other),
+        "_gated_gradients": (x, other, third),
+        "_turn": (q, *tables),
+        "_turn_back": (q, *tables),
+        "_split_and_turn": (qkv, HEADS, *tables),
+        "_join_turned": (q, k, v, *tables),
+        "_split_norm_and_turn": (qkv, HEADS, norm, norm, 1e-5, *tables),
+        "_join_turned_and_normed": (qkv, HEADS, q, k, v, norm, norm, *scales, *tables),
+        "_exp_sums": (x, ids),
+        "_softmax_gradient_": (x, ids, rows, rows, rows),
+    }
 
 
 def clones(value):
-    return torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, value)
+    return torch.utils._pytree.tree_map(
+        lambda x: x.clone() if isinstance(x, torch.Tensor) else x, value
+    )
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
@@ -151,19 +171,32 @@ def test_each_compiled_function_is_one_graph_with_the_same_result(name, backend)
     with torch.no_grad():
         expected = function(*plain)
         found = torch.compile(function, backend=backend, fullgraph=True)(*by_compiler)
-    for one, other in zip(torch.utils._pytree.tree_leaves((found, by_compiler)),
-                          torch.utils._pytree.tree_leaves((expected, plain)), strict=True):
+    for one, other in zip(
+        torch.utils._pytree.tree_leaves((found, by_compiler)),
+        torch.utils._pytree.tree_leaves((expected, plain)),
+        strict=True,
+    ):
         if isinstance(one, torch.Tensor):
             torch.testing.assert_close(one, other, rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("variable", ["TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"])
 def test_torchs_switches_are_noticed(variable):
-    program = ("from types import SimpleNamespace as N; from model import compiled; "
-               "compiled.importlib = N(util=N(find_spec=lambda name: name)); print(compiled.obstacle())")
-    for value, expected in (("1", "TORCH_COMPILE_DISABLE or TORCHDYNAMO_DISABLE is set"), ("0", "None")):
-        found = subprocess.run([sys.executable, "-c", program], env={**os.environ, variable: value}, text=True,
-                               capture_output=True, check=True)
+    program = (
+        "from types import SimpleNamespace as N; from model import compiled; "
+        "compiled.importlib = N(util=N(find_spec=lambda name: name)); print(compiled.obstacle())"
+    )
+    for value, expected in (
+        ("1", "TORCH_COMPILE_DISABLE or TORCHDYNAMO_DISABLE is set"),
+        ("0", "None"),
+    ):
+        found = subprocess.run(
+            [sys.executable, "-c", program],
+            env={**os.environ, variable: value},
+            text=True,
+            capture_output=True,
+            check=True,
+        )
         assert found.stdout.strip() == expected
 
 
@@ -184,8 +217,12 @@ def test_other_lengths_heads_and_gradients_are_compiled_for_a_few_times_only(mon
     monkeypatch.setattr(compiled, "is_fused", lambda x: True)
     monkeypatch.setattr(compiled, "_compile", count)
     for length in (12, 16, 20, 24):
-        for settings in (MemorySettings(), MemorySettings("full", attention_head_chunks=2),
-                         MemorySettings("full", attention_head_chunks=4), MemorySettings(mlp_tiles=3)):
+        for settings in (
+            MemorySettings(),
+            MemorySettings("full", attention_head_chunks=2),
+            MemorySettings("full", attention_head_chunks=4),
+            MemorySettings(mlp_tiles=3),
+        ):
             one_step(settings, [0, length])
             with torch.no_grad():
                 one_step(settings, [0, length], backward=False)

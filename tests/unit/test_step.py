@@ -34,7 +34,10 @@ class LargeOperators(TorchDispatchMode):
 def trainer():
     """(our trainer in one process, a sample of 10 tokens)."""
     with one_process() as layout:
-        yield Ours(CONFIG, VOCABULARY, "float32", layout, seed=1), make_sample([6, 4], VOCABULARY, 1)
+        yield (
+            Ours(CONFIG, VOCABULARY, "float32", layout, seed=1),
+            make_sample([6, 4], VOCABULARY, 1),
+        )
 
 
 def test_one_rank_does_not_divide_its_gradients_by_one(trainer):
@@ -49,22 +52,29 @@ def test_a_gradient_above_the_limit_is_scaled_down_to_it(trainer):
     ours, sample = trainer
     parameters = list(ours.stages[0].parameters())
     seen = []
-    ours.optimizer.register_step_pre_hook(lambda *_: seen.extend(p.grad.to_local().clone() for p in parameters))
+    ours.optimizer.register_step_pre_hook(
+        lambda *_: seen.extend(p.grad.to_local().clone() for p in parameters)
+    )
     result = train_step(ours.stepper, ours.optimizer, [sample], OPTIMIZER.lr, clip_grad=0.01)
     assert result.grad_norm > 0.1
-    assert math.sqrt(sum(float(grad.double().square().sum()) for grad in seen)) == pytest.approx(0.01, rel=1e-4)
+    assert math.sqrt(sum(float(grad.double().square().sum()) for grad in seen)) == pytest.approx(
+        0.01, rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("clip_grad", [0.0, 1.0])
 def test_a_step_without_a_finite_gradient_changes_nothing(trainer, clip_grad):
-    """Neither weights nor moments nor the optimizer's count of steps; the next step is as if it had not been."""
+    """Neither weights nor moments nor the optimizer's count of steps; the next step is as if it had
+    not been."""
     ours, sample = trainer
     optimizer = ours.optimizer
     train_step(ours.stepper, optimizer, [sample], OPTIMIZER.lr, clip_grad)
     parameters = list(ours.stages[0].parameters())
 
     def state() -> list[torch.Tensor]:
-        moments = [optimizer.state[p][key] for p in parameters for key in ("step", "exp_avg", "exp_avg_sq")]
+        moments = [
+            optimizer.state[p][key] for p in parameters for key in ("step", "exp_avg", "exp_avg_sq")
+        ]
         tensors = [x.to_local() if hasattr(x, "to_local") else x for x in (*parameters, *moments)]
         return [x.detach().clone() for x in tensors]
 
