@@ -211,7 +211,9 @@ def figures(lines: list) -> dict:
 )
 def test_an_item_leaves_its_figures(quick, name, expected):
     found = figures(quick[name])
-    assert all(found[key] > 0 for key in expected), found
+    for key in expected:
+        # A toy step may find room in memory that the process has already: no peak above it.
+        assert found[key] >= 0 if key[1] == "peak" else found[key] > 0, (key, found)
 
 
 def test_both_long_items_are_scaled_to_all_layers_and_say_so(quick):
