@@ -100,16 +100,20 @@ def choose_loss_chunks(phases: list[Phase], config: Config, world_size: int, voc
     if not model.on_gpu or not machine.is_fused:
         return phases
     rows = config.model.padded_vocab_size(vocab_size)
-    chosen = []
-    for phase in phases:
-        if phase.memory.loss_chunk_tokens is None:
-            columns = rows // phase.layout.tensor_model_parallel_size
-            candidates = [n for n in LARGE_LOSS_CHUNKS if n * columns * model.compute_bytes <= LARGEST_LOGITS]
-            larger = (with_memory(phase, loss_chunk_tokens=n) for n in candidates)
-            phase = next((changed for changed in larger if Search(
-                changed, config, world_size, model, machine).memory.total <= machine.device.usable), phase)
-        chosen.append(phase)
-    return chosen
+
+    def fits(phase: Phase) -> bool:
+        needed = Search(phase, config, world_size, model, machine).memory.total
+        return needed <= machine.device.usable
+
+    def with_chunk(phase: Phase) -> Phase:
+        columns = rows // phase.layout.tensor_model_parallel_size
+        for tokens in LARGE_LOSS_CHUNKS:
+            larger = with_memory(phase, loss_chunk_tokens=tokens)
+            if tokens * columns * model.compute_bytes <= LARGEST_LOGITS and fits(larger):
+                return larger
+        return phase
+
+    return [with_chunk(phase) if phase.memory.loss_chunk_tokens is None else phase for phase in phases]
 
 
 @dataclass(frozen=True)
