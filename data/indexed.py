@@ -49,6 +49,8 @@ class Index:
 
     dtype: of the tokens in .bin. document_lengths: int32 [documents] (int64 where one is longer), tokens.
     num_sequences. num_tokens. checksum: xxh3 of dtype, lengths and document ranges, hex.
+    one_sequence_each: document i is sequence i. As many documents as sequences do not prove it: a document
+    of none may stand beside one of two.
     """
 
     dtype: type[np.integer]
@@ -56,10 +58,7 @@ class Index:
     num_sequences: int
     num_tokens: int
     checksum: str
-
-    @property
-    def one_sequence_each(self) -> bool:
-        return len(self.document_lengths) == self.num_sequences
+    one_sequence_each: bool
 
 
 def read_index(prefix: str) -> Index:
@@ -91,7 +90,11 @@ def read_index(prefix: str) -> Index:
                          f"{'truncated' if found < end else 'too long'}, or of another corpus. Fix: copy both "
                          "files again, or make them again.")
     documents = _document_lengths(idx, lengths, pointers_start + 8 * sequences, indices, digest)
-    return Index(DTYPES[code], documents, sequences, end // itemsize, digest.hexdigest())
+    num_tokens = end // itemsize
+    one_sequence_each = documents is lengths
+    return Index(
+        DTYPES[code], documents, sequences, num_tokens, digest.hexdigest(), one_sequence_each
+    )
 
 
 def read_sequences(prefix: str) -> tuple[np.ndarray, np.ndarray]:
@@ -255,6 +258,14 @@ class IndexedReader:
         """
         assert not self._closed, "the reader is closed"
         assert int(lengths.sum()) == len(out), (lengths.sum(), len(out))
+        if len(out) == 0:
+            return
+        if not lengths.all():
+            # An empty document may have no sequence, and the last one then lies behind the table.
+            full = lengths > 0
+            documents = documents[full]
+            offsets = offsets[full]
+            lengths = lengths[full]
         maps = self._files.maps_of(self)
         sequences = documents if self._one_sequence_each else _numbers_at(maps.first_sequences, documents)
         starts = _numbers_at(maps.pointers, sequences) // np.dtype(self.dtype).itemsize + offsets

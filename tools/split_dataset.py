@@ -41,6 +41,10 @@ def split(arguments: Arguments) -> list[str]:
     if (np.diff(cuts) < 1).any():
         raise ValueError(f"parts = {parts}: a document of {index.document_lengths.max():,} tokens is longer than a "
                          f"part of {index.num_tokens // parts:,}. Fix: fewer parts.")
+    tokens = np.diff(np.concatenate([[0], ends[cuts[1:] - 1]]))
+    if not tokens.all():
+        # Empty documents alone: no run could train on such a part.
+        raise ValueError(f"parts = {parts}: part {int(np.argmin(tokens))} would hold no token. Fix: fewer parts.")
     tokenizer, prefixes = (read_side_file(arguments.input) or {}).get("tokenizer"), []
     for part in range(parts):
         prefixes.append(f"{arguments.output_prefix}_{part:0{len(str(parts - 1))}d}")
