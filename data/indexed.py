@@ -232,6 +232,7 @@ class IndexedReader:
 
     def __init__(self, prefix: str, files: OpenFiles | None = None):
         """Raises ValueError as `read_index` does."""
+        self._stamps = _file_stamps(prefix)
         index = read_index(prefix)
         self.prefix, self.dtype, self.document_lengths = prefix, index.dtype, index.document_lengths
         self.num_documents, self.num_tokens = len(index.document_lengths), index.num_tokens
@@ -241,7 +242,17 @@ class IndexedReader:
         self._closed = False
 
     def open_maps(self) -> _Maps:
-        """Map both files; OpenFiles calls it."""
+        """Map both files; OpenFiles calls it.
+
+        Raises:
+            ValueError: the files are not those that were opened first: their tokens would be read
+                by the index of others.
+        """
+        if _file_stamps(self.prefix) != self._stamps:
+            raise ValueError(
+                f"{self.prefix}: its files were replaced or changed since they were opened. Fix: start "
+                "again, which compares the data with the checkpoint's."
+            )
         tokens = np.empty(0, dtype=self.dtype)
         if self.num_tokens:  # an empty file cannot be mapped
             tokens = np.memmap(f"{self.prefix}.bin", dtype=self.dtype, mode="r").view(np.ndarray)
@@ -309,6 +320,16 @@ class IndexedReader:
         """Let go of the files. What was read stays valid: it was copied."""
         self._closed = True
         self._files.close(self)
+
+
+def _file_stamps(prefix: str) -> list[tuple[int, int]]:
+    """Size and time of the files of a pair that are there."""
+    stamps = []
+    for path in (Path(f"{prefix}.idx"), Path(f"{prefix}.bin")):
+        if path.is_file():
+            status = path.stat()
+            stamps.append((status.st_size, status.st_mtime_ns))
+    return stamps
 
 
 def _numbers_at(table: np.ndarray, rows: np.ndarray) -> np.ndarray:

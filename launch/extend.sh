@@ -56,7 +56,7 @@ if [[ -f $run/.data ]]; then
 else
   mkdir -p "$run/data"
   attempt "$PYTHON" -m tools.preprocess_data --input "$corpus" --output-prefix "$data" --append-eod --workers 2 \
-    --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$model" --skip-bad-lines || fail "see the message above"
+    --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$model" --skip-bad-lines --overwrite || fail "see the message above"
   touch "$run/.data"
 fi
 

@@ -1,6 +1,7 @@
 """One pair of token files from several: `python -m tools.merge_datasets --input A B --output-prefix C`.
 
-Documents in the order of the inputs; all must come from the same tokenizer.
+Documents in the order of the inputs; all must come from the same tokenizer. What stands at C is replaced with
+--overwrite only, and never where it is an input.
 """
 
 import sys
@@ -10,6 +11,7 @@ import tyro
 
 from data.indexed import read_index, read_side_file
 from data.indexed_writer import IndexedWriter
+from data.output_prefix import check_output, prefix_files
 
 
 @dataclass(kw_only=True)
@@ -18,6 +20,8 @@ class Arguments:
     """Prefixes of .bin/.idx pairs."""
     output_prefix: str
     """Prefix of the files to write."""
+    overwrite: bool = False
+    """Replace the pair that stands at the output prefix."""
     accept_unknown_tokenizers: bool = False
     """Take inputs without our .json, as Megatron-LM makes them; the output then names no tokenizer."""
 
@@ -26,8 +30,11 @@ def merge(arguments: Arguments) -> list[str]:
     """Write the merged pair -> the paths of its files.
 
     Raises:
-        ValueError: an input is damaged, or of another tokenizer or dtype than the first; nothing was written.
+        ValueError: an input is damaged, or of another tokenizer or dtype than the first, or the output may not be
+            written; nothing was written.
     """
+    files = [file for prefix in arguments.input for file in prefix_files(prefix)]
+    check_output(arguments.output_prefix, overwrite=arguments.overwrite, inputs=files)
     tokenizer = _common_tokenizer(arguments)
     with IndexedWriter(arguments.output_prefix, read_index(arguments.input[0]).dtype) as writer:
         for prefix in arguments.input:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from data.config import TokenizerType
 from data.indexed import optimal_dtype
+from data.output_prefix import check_output
 from data.resumable_writer import ResumableWriter
 from data.tokenizer import Tokenizer, build_tokenizer
 from tools.choose_encoder import FastTokenizer, choose_encoder
@@ -61,6 +62,8 @@ class Arguments:
     """Key of the text in .jsonl/.json objects, column in .parquet; one per run."""
     extensions: list[str] = field(default_factory=lambda: list(EXTENSIONS))
     """Endings of the files to take from folders, also compressed (.gz, .zst)."""
+    overwrite: bool = False
+    """Replace the finished pair that stands at the output prefix."""
     skip_bad_lines: bool = False
     """Leave out, and count, lines that are not JSON objects with the key, what is not UTF-8, rows of null."""
 
@@ -118,15 +121,12 @@ def _results(job: Job, workers: int, tasks: Iterable[Task]) -> Iterator[tuple[Ta
 
 def _check(arguments: Arguments, files: list[Path]) -> Tokenizer:
     """Raises ValueError for what shows before any text is read."""
-    prefix = arguments.output_prefix
     if arguments.workers < 1:
         raise ValueError(f"workers = {arguments.workers}: must be at least 1. Fix: give a positive number.")
     if len(arguments.json_keys) != 1:
         raise ValueError(f"json_keys = {' '.join(arguments.json_keys)}: must be one key, since it makes one corpus. "
                          "Fix: run once per key, with a prefix for each.")
-    if prefix.endswith("/") or Path(prefix).is_dir():
-        raise ValueError(f"output_prefix = {prefix}: is a folder; the files are named PREFIX.bin and PREFIX.idx. Fix: "
-                         f"for example {prefix.rstrip('/')}/corpus.")
+    check_output(arguments.output_prefix, overwrite=arguments.overwrite, inputs=files)
     tokenizer = _tokenizer(arguments)
     if arguments.append_eod and tokenizer.eod is None:
         raise ValueError("append_eod = True: the tokenizer has no end-of-document token. Fix: remove it.")

@@ -4,14 +4,17 @@ B_0 ... hold whole documents in A's order, with about the same number of tokens 
 give A. (For validation there is --split of the trainer, which draws documents at random.)
 """
 
+import glob
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import tyro
 
 from data.indexed import read_index, read_side_file
 from data.indexed_writer import IndexedWriter
+from data.output_prefix import check_output, prefix_files
 
 
 @dataclass(kw_only=True)
@@ -22,14 +25,16 @@ class Arguments:
     """Part i is written to PREFIX_i, with zeros before i so that all are as long."""
     parts: int
     """How many."""
+    overwrite: bool = False
+    """Replace the pairs that stand at the parts' prefixes."""
 
 
 def split(arguments: Arguments) -> list[str]:
     """Write the parts -> their prefixes.
 
     Raises:
-        ValueError: the input is damaged, or its documents do not make so many parts; nothing was written. Or the
-            disk is full: the parts before stand.
+        ValueError: the input is damaged, its documents do not make this many parts, or a part may not be written;
+            nothing was written. Or the disk is full: the parts before stand.
     """
     index, parts = read_index(arguments.input), arguments.parts
     if not 1 <= parts <= len(index.document_lengths):
@@ -45,12 +50,35 @@ def split(arguments: Arguments) -> list[str]:
     if not tokens.all():
         # Empty documents alone: no run could train on such a part.
         raise ValueError(f"parts = {parts}: part {int(np.argmin(tokens))} would hold no token. Fix: fewer parts.")
-    tokenizer, prefixes = (read_side_file(arguments.input) or {}).get("tokenizer"), []
-    for part in range(parts):
-        prefixes.append(f"{arguments.output_prefix}_{part:0{len(str(parts - 1))}d}")
-        with IndexedWriter(prefixes[-1], index.dtype) as writer:
+    prefixes = _part_prefixes(arguments)
+    tokenizer = (read_side_file(arguments.input) or {}).get("tokenizer")
+    for part, prefix in enumerate(prefixes):
+        with IndexedWriter(prefix, index.dtype) as writer:
             writer.append_from(arguments.input, int(cuts[part]), int(cuts[part + 1]))
             writer.finish(tokenizer)
+    return prefixes
+
+
+def _part_prefixes(arguments: Arguments) -> list[str]:
+    """The prefixes of the parts, each of which may be written.
+
+    Raises:
+        ValueError: one may not, or parts of another split would remain beside them.
+    """
+    digits = len(str(arguments.parts - 1))
+    prefixes = [f"{arguments.output_prefix}_{part:0{digits}d}" for part in range(arguments.parts)]
+    for prefix in prefixes:
+        check_output(prefix, overwrite=arguments.overwrite, inputs=prefix_files(arguments.input))
+    written = {Path(f"{prefix}.idx").name for prefix in prefixes}
+    stem = Path(arguments.output_prefix)
+    for idx in sorted(stem.parent.glob(f"{glob.escape(stem.name)}_*.idx")):
+        number = idx.stem.removeprefix(f"{stem.name}_")
+        is_other_part = number.isdecimal() and idx.name not in written
+        if is_other_part and not idx.samefile(f"{arguments.input}.idx"):
+            raise ValueError(
+                f"output_prefix = {arguments.output_prefix}: {idx} is a part of another split, and would "
+                "remain beside the new ones. Fix: remove it, or another prefix."
+            )
     return prefixes
 
 

@@ -16,10 +16,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def null(tmp_path, *inputs, **settings):
-    """Tokenize with NullTokenizer -> (documents, summary)."""
+    """Tokenize with NullTokenizer, over what an earlier call wrote -> (documents, summary)."""
     prefix = str(tmp_path / "out" / "c")
     summary = preprocess(Arguments(**{"input": [str(path) for path in inputs], "output_prefix": prefix,
-                                      "tokenizer_type": "NullTokenizer", "vocab_size": 100} | settings))
+                                      "tokenizer_type": "NullTokenizer", "vocab_size": 100,
+                                      "overwrite": True} | settings))
     reader = IndexedReader(prefix)
     return [reader.read(i, 0, int(n)).tolist() for i, n in enumerate(reader.document_lengths)], summary
 

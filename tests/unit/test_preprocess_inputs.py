@@ -244,23 +244,27 @@ def test_killed_processes_leave_what_the_next_goes_on_from(tmp_path, texts):
     """SIGKILL between documents, inside a save and while publishing; the workers end too."""
     path = write(tmp_path / "x.jsonl", lines(*texts) * 3)
 
-    def run(folder, owner, name, count, workers=1):
+    def run(folder, owner, name, count, *flags):
         process = subprocess.Popen([sys.executable, "-c", KILLER, owner, name, str(count), "--input", str(path),
                                     "--output-prefix", str(tmp_path / folder / "c"), "--tokenizer-type",
-                                    "NullTokenizer", "--vocab-size", "100", "--workers", str(workers)], cwd=ROOT,
+                                    "NullTokenizer", "--vocab-size", "100", *flags], cwd=ROOT,
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         said, _ = process.communicate(timeout=120)  # ends when the workers, which hold its stdout too, have ended
         return process.returncode, said
 
     assert run("whole", "os", "fsync", -1)[0] == 0
-    for i, point in enumerate([("writer", "add_documents", 40), ("os", "fsync", 2, 2), ("os", "fsync", 7),
-                               ("writer", "_replace_progress", 3), ("writer", "_publish", 1)]):
+    for i, point in enumerate([("writer", "add_documents", 40), ("os", "fsync", 2, "--workers", "2"),
+                               ("os", "fsync", 7), ("writer", "_replace_progress", 3), ("writer", "_publish", 1)]):
         code, said = run("out", *point)
         assert code == -signal.SIGKILL and ("goes on after" in said) == (i > 0), said
     code, said = run("out", "os", "fsync", -1)
     assert code == 0 and "goes on after" in said and outputs(tmp_path / "out") == outputs(tmp_path / "whole"), said
-    assert run("out", "writer", "_remove_state", 1)[0] == -signal.SIGKILL  # all is published, the rest is left
-    assert run("out", "os", "fsync", -1)[0] == 0 and outputs(tmp_path / "out") == outputs(tmp_path / "whole")
+    # All is published, and what a stopped run keeps is left beside it.
+    assert run("out", "writer", "_remove_state", 1, "--overwrite")[0] == -signal.SIGKILL
+    code, said = run("out", "os", "fsync", -1)
+    assert code == 2 and "c.bin exists (" in said, said
+    assert run("out", "os", "fsync", -1, "--overwrite")[0] == 0
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
 
 
 def test_one_run_at_a_time_writes_a_prefix(tmp_path):
@@ -275,8 +279,8 @@ def limited(prefix, limit, *arguments):
                "sys.argv[0], p.TASK_BYTES, p.SAVE_BYTES = 'p', 3000, 20000\n"
                f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY)); sys.exit(p.main())")
     done = subprocess.run([sys.executable, "-c", program, "--output-prefix", str(prefix), "--tokenizer-type",
-                           "NullTokenizer", "--vocab-size", "100", *map(str, arguments)], cwd=ROOT, capture_output=True,
-                          text=True)
+                           "NullTokenizer", "--vocab-size", "100", "--overwrite", *map(str, arguments)], cwd=ROOT,
+                          capture_output=True, text=True)
     return done.returncode, done.stderr
 
 

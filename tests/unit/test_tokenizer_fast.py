@@ -101,7 +101,7 @@ def write_corpus(tmp_path):
 def run(tmp_path, folder, path, **settings):
     prefix = str(tmp_path / "out")
     summary = preprocess(Arguments(input=[str(path)], output_prefix=prefix, tokenizer_model=folder,
-                                   tokenizer_type="HuggingFaceTokenizer", **settings))
+                                   tokenizer_type="HuggingFaceTokenizer", overwrite=True, **settings))
     return summary, [(tmp_path / f"out.{end}").read_bytes() for end in ("bin", "idx", "json")]
 
 
@@ -138,7 +138,8 @@ def test_other_ids_are_refused(tmp_path, folder, monkeypatch, capsys):
 def test_a_tokenizer_that_it_does_not_read(tmp_path):
     path = tmp_path / "c.jsonl"
     path.write_text('{"text": "1 2"}\n')
-    arguments = dict(input=[str(path)], output_prefix=str(tmp_path / "o"), tokenizer_type="NullTokenizer", vocab_size=9)
+    arguments = dict(input=[str(path)], output_prefix=str(tmp_path / "o"), tokenizer_type="NullTokenizer", vocab_size=9,
+                     overwrite=True)
     assert "its text is integers" in preprocess(Arguments(**arguments))["encoder"]
     with pytest.raises(ValueError, match="fast_tokenizer = on: its text is integers. Fix"):
         preprocess(Arguments(**arguments, fast_tokenizer="on"))

@@ -69,7 +69,8 @@ def measure(corpus_bytes: int = 500_000_000, peer_bytes: int = 20_000_000, vocab
     text_bytes = write_corpus(corpus, corpus_bytes)
     prefix = str(Path(folder) / "tokens")
     arguments = PreprocessArguments(input=[str(corpus)], output_prefix=prefix, workers=workers,
-                                    tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(model))
+                                    tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(model),
+                                    overwrite=True)
     runs = []
     for _ in range(repeats):
         began = time.process_time()
