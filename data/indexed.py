@@ -177,6 +177,16 @@ def _sum_ranges(lengths, first, ends):
     return out
 
 
+def describe_single(single: int, documents: int) -> str:
+    """Say what documents of one token mean for training."""
+    if single == documents:
+        return (
+            "warning: every document has one token, so that none has a target with document masking: a run "
+            "would learn nothing. Fix: --append-eod, or longer documents."
+        )
+    return f"{single:,} documents have one token, and no target with document masking"
+
+
 def read_side_file(prefix: str) -> dict | None:
     """What PREFIX.json says (documents, tokens, max_token_id, tokenizer); None if there is none or it is not ours."""
     try:

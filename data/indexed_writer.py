@@ -52,6 +52,19 @@ class IndexedWriter:
     def num_documents(self) -> int:
         return len(self._documents) - 1
 
+    @property
+    def num_single(self) -> int:
+        """Documents of one token."""
+        documents = np.asarray(self._documents)
+        lengths = np.asarray(self._lengths)
+        block = COPY_BYTES // 8  # as in _write_index
+        single = 0
+        for start in range(0, self.num_documents, block):
+            edges = documents[start:start + block + 1]
+            first = edges[:-1][np.diff(edges) == 1]
+            single += int((lengths[first] == 1).sum())
+        return single
+
     def add_document(self, ids: Sequence[int] | np.ndarray) -> None:
         """Append one document, int [tokens]; it may be empty.
 

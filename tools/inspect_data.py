@@ -15,7 +15,7 @@ import tyro
 
 from data.blend import parse_blend
 from data.config import TokenizerType
-from data.indexed import IndexedReader, read_side_file
+from data.indexed import IndexedReader, describe_single, read_side_file
 from data.permutation import Permutation
 from data.tokenizer import Tokenizer, build_tokenizer
 from pretrain import checkpoint
@@ -107,11 +107,16 @@ def describe_corpus(reader: IndexedReader) -> list[str]:
     total = max(1, reader.num_tokens)
     shares = [f"{100 * int(lengths[lengths >= limit].sum(dtype=np.int64)) / total:.1f} % in documents of "
               f"{limit >> 10:,}Ki or more" for limit in LONG]
-    return [f"{reader.prefix}: {reader.num_documents:,} documents ({int((lengths == 0).sum()):,} empty), "
+    lines = [f"{reader.prefix}: {reader.num_documents:,} documents ({int((lengths == 0).sum()):,} empty), "
             f"{reader.num_tokens:,} tokens, {np.dtype(reader.dtype).name}, tokenizer {known}",
             f"  length: least {int(lengths.min()):,}, 5 % {quantiles[0]:,}, median {quantiles[1]:,}, mean "
             f"{reader.num_tokens / reader.num_documents:,.0f}, 95 % {quantiles[2]:,}, most {int(lengths.max()):,}",
             f"  tokens: {', '.join(shares)}"]
+    single = int((lengths == 1).sum())
+    if single:
+        full = int(np.count_nonzero(lengths))
+        lines.append(f"  {describe_single(single, full)}")
+    return lines
 
 
 def show_samples(reader: IndexedReader, count: int, tokenizer: Tokenizer | None) -> list[str]:
@@ -122,9 +127,10 @@ def show_samples(reader: IndexedReader, count: int, tokenizer: Tokenizer | None)
         first = reader.read(document, 0, min(length, SHOWN_TOKENS))
         last = reader.read(document, max(len(first), length - SHOWN_TOKENS), min(length - len(first), SHOWN_TOKENS))
         highest = int(max(first.max(initial=0), last.max(initial=0)))
-        if tokenizer and highest >= tokenizer.vocab_size:
-            raise ValueError(f"{reader.prefix}: holds token id {highest}, and the tokenizer has "
-                             f"{tokenizer.vocab_size} ids. Fix: give the tokenizer that made the corpus.")
+        lowest = int(min(first.min(initial=0), last.min(initial=0)))
+        if tokenizer and (lowest < 0 or highest >= tokenizer.vocab_size):
+            raise ValueError(f"{reader.prefix}: holds token id {lowest if lowest < 0 else highest}, and the tokenizer "
+                             f"has {tokenizer.vocab_size} ids. Fix: give the tokenizer that made the corpus.")
         lines.append(f"  document {document:,}, {length:,} tokens")
         lines += [f"    {text!r}" if tokenizer else f"    {text}"
                   for text in (tokenizer.decode(part.tolist()) if tokenizer else " ".join(map(str, part.tolist()))
