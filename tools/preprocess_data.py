@@ -1,10 +1,12 @@
 """Text to token files: `python -m tools.preprocess_data --input F... --output-prefix P --tokenizer-type T
 --tokenizer-model M [--append-eod --workers N]`.
 
-Inputs are .jsonl/.json files (one object per line), .parquet (one document per row), .ids (one list of
-token ids per line), other text files (each one document) and folders of them, as they are or compressed
-(.gz, .zst). Writes P.bin, P.idx and P.json, all or none; the result does not depend on --workers. A run
-that was stopped goes on where it was when the same command is given again.
+Inputs are JSON (an object per line: .jsonl, .ndjson, .jsonlines, .json; or a .json file that is one array),
+tables (.parquet, .csv, .tsv: a document per row), .ids (a list of token ids per line), text files (each one
+document) and folders of them, as they are or compressed (.gz, .zst, .bz2, .xz). What is left out is named at
+the end. Writes P.bin, P.idx and P.json, all or none; the result does not depend on --workers. A run that was
+stopped goes on where it was when the same command is given again; what stands at P is replaced only with
+--overwrite.
 """
 
 import sys
@@ -20,15 +22,17 @@ import tyro
 from tqdm import tqdm
 
 from data.config import TokenizerType
-from data.indexed import optimal_dtype
+from data.indexed import describe_single, optimal_dtype
 from data.output_prefix import check_output
 from data.resumable_writer import ResumableWriter
 from data.tokenizer import Tokenizer, build_tokenizer
 from tools.choose_encoder import FastTokenizer, choose_encoder
 from tools.encoders import Job, Result, Task, build_encoder, start_pool
+from tools.find_files import describe_inputs, find_files
+from tools.input_kinds import EXTENSIONS
 from tools.progress import describe_change, make_plan
 from tools.read_ahead import read_ahead
-from tools.text_files import EXTENSIONS, Piece, find_files, is_stream, read_pieces
+from tools.text_files import Piece, is_stream, read_pieces
 
 TASK_BYTES = 1 << 20
 """Input of one task: large enough to hide the hand-over, small enough to keep all workers busy."""
@@ -36,6 +40,8 @@ TASKS_IN_FLIGHT = 4
 """Per worker; bounds the memory, since results are written in order."""
 MOST_READERS = 8
 """Threads that decompress, for as many files."""
+READING = 2
+"""Version of what makes documents of files; progress of another one is no use."""
 SAVE_BYTES = 128 << 20
 """Input between two saves of the progress."""
 
@@ -59,13 +65,15 @@ class Arguments:
     workers: int = 1
     """Threads, or processes without the fast tokenizer, that tokenize; the result does not depend on it."""
     json_keys: list[str] = field(default_factory=lambda: ["text"])
-    """Key of the text in .jsonl/.json objects, column in .parquet; one per run."""
+    """Key of the text in JSON objects, column of tables; one per run."""
     extensions: list[str] = field(default_factory=lambda: list(EXTENSIONS))
-    """Endings of the files to take from folders, also compressed (.gz, .zst)."""
+    """Endings of the files to take from folders, also compressed. Of others that are named here files are text."""
+    plain_text: bool = False
+    """Read files of unknown endings (.log, .c, none) as text, each one document, instead of leaving them out."""
     overwrite: bool = False
     """Replace the finished pair that stands at the output prefix."""
     skip_bad_lines: bool = False
-    """Leave out, and count, lines that are not JSON objects with the key, what is not UTF-8, rows of null."""
+    """Leave out, and count, lines and rows without a text, such as null, and what is not UTF-8."""
 
 
 def _tokenizer(arguments: Arguments) -> Tokenizer:
@@ -192,10 +200,12 @@ def preprocess(arguments: Arguments) -> dict:
         ValueError: bad input, or the disk is full; an earlier output stands as it was.
     """
     began = time.perf_counter()
-    files = find_files(arguments.input, arguments.extensions)
+    found = find_files(arguments.input, arguments.extensions, plain_text=arguments.plain_text)
+    files = found.files
     tokenizer = _check(arguments, files)
     plan = make_plan(files, {"tokenizer": tokenizer.describe(), "append_eod": arguments.append_eod,
-                             "json_keys": arguments.json_keys, "task_bytes": TASK_BYTES})
+                             "json_keys": arguments.json_keys, "task_bytes": TASK_BYTES,
+                             "reading": READING})
     choice = choose_encoder(tokenizer, arguments.fast_tokenizer, files, arguments.json_keys[0])
     if choice.warn:
         print(f"warning: {choice.note}", file=sys.stderr)
@@ -217,23 +227,25 @@ def preprocess(arguments: Arguments) -> dict:
             "new_bytes": plan["input_bytes"] - before[1], "empty": progress.empty, "bad": progress.bad,
             "seconds": time.perf_counter() - began, "prepare_seconds": prepared - began,
             "cpu_seconds": time.process_time() - cpu, "outputs": outputs,
-            "encoder": choice.note}
+            "encoder": choice.note, "single": writer.num_single,
+            "inputs": describe_inputs(found, documents=writer.num_documents, empty=progress.empty, bad=progress.bad)}
 
 
-def main() -> int:
-    arguments = tyro.cli(Arguments, prog="tools.preprocess_data", description=__doc__)
+def main(argv: list[str] | None = None) -> int:
+    arguments = tyro.cli(Arguments, prog="tools.preprocess_data", description=__doc__, args=argv)
     try:
         summary = preprocess(arguments)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     work = summary["seconds"] - summary["prepare_seconds"]
-    left_out = [f"{summary[name]:,} {text} left out" for name, text in (("empty", "empty documents"),
-                                                                       ("bad", "bad lines or files")) if summary[name]]
     print(f"{summary['documents']:,} documents, {summary['tokens']:,} tokens from {summary['bytes']:,} bytes in "
-          f"{summary['files']:,} files{''.join(', ' + text for text in left_out)}; "
+          f"{summary['files']:,} files; "
           f"prepared in {summary['prepare_seconds']:.1f} s, tokenized in {work:.1f} s: "
           f"{summary['new_bytes'] / work / 1e6:.1f} MB/s, {summary['new_tokens'] / work:,.0f} tokens/s")
+    print("\n".join(summary["inputs"]))
+    if summary["single"]:
+        print(describe_single(summary["single"], summary["documents"]))
     print(f"encoder: {summary['encoder']}")
     print(f"wrote {', '.join(summary['outputs'])}")
     return 0

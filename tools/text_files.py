@@ -1,14 +1,12 @@
-"""Text on disk: which files there are, how they are cut into pieces of work, and what documents a piece holds.
+"""Text on disk: how files are cut into pieces of work, and what documents a piece holds.
 
-A .jsonl or .json file has one JSON object per line, each a document; an .ids file one list of integers
-per line; a .parquet file one document per row. Any other file is one document. All but Parquet may be
-compressed (.gz, .zst).
+A file of JSON has an object per line, each a document, or is an array of them; an .ids file has a list of
+integers per line; Parquet, .csv and .tsv have a document per row. Any other file is one document. All but
+Parquet may be compressed.
 """
 
 import io
-import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,19 @@ from typing import Any
 import numpy as np
 import orjson
 
-from tools.streams import COMPRESSIONS, is_compressed, read_line_blocks, read_parquet, read_whole
+from tools.input_kinds import (
+    IDS_EXTENSION,
+    JSON_EXTENSIONS,
+    ending_of,
+    is_compressed,
+    is_parquet,
+    is_table,
+    strip_byte_order_mark,
+)
+from tools.json_documents import is_whole_json, read_whole_json, text_of_line
+from tools.streams import read_line_blocks, read_whole
+from tools.tables import Unreadable, read_table
 
-EXTENSIONS = (".txt", ".md", ".py", ".jsonl", ".rst", ".parquet", ".ids")
-JSON_EXTENSIONS = (".jsonl", ".json")
-IDS_EXTENSION = ".ids"
 NEWLINE = b"\n"
 READ_BYTES = 256 << 10
 """Buffer of a reader: a call of the system costs as much as parsing a line."""
@@ -30,8 +36,9 @@ READ_BYTES = 256 << 10
 class Piece:
     """Bytes [start, end) of a file. A line belongs to the piece in which it begins.
 
-    data: the lines (bytes) or Parquet values (list) themselves, where the file can be read from its
-        beginning only; start and end then count compressed bytes. first_line: number of the first of them.
+    data: the lines (bytes) or the values of a table or of a JSON array (list) themselves, where the file
+        can be read from its beginning only; start and end then count bytes of the file. first_line: number
+        of the first of them.
     """
 
     path: str
@@ -42,11 +49,11 @@ class Piece:
 
     @property
     def is_json(self) -> bool:
-        return _kind(self.path).endswith(JSON_EXTENSIONS)
+        return ending_of(self.path) in JSON_EXTENSIONS
 
     @property
     def is_ids(self) -> bool:
-        return _kind(self.path).endswith(IDS_EXTENSION)
+        return ending_of(self.path) == IDS_EXTENSION
 
     @property
     def is_lines(self) -> bool:
@@ -60,15 +67,6 @@ class Piece:
         return self.end - self.start if self.data is None else len(self.data)
 
 
-def _kind(path: str) -> str:
-    """The name that says what is in the file, without the ending of a compression."""
-    return path.lower().removesuffix(".gz").removesuffix(".zst")
-
-
-def is_parquet(path: str) -> bool:
-    return path.lower().endswith(".parquet")
-
-
 @dataclass
 class Documents:
     """The documents of a piece, and what was left out."""
@@ -79,50 +77,9 @@ class Documents:
     bad: int = 0
 
 
-def find_files(inputs: Sequence[str], extensions: Sequence[str]) -> list[Path]:
-    """The files that the inputs name, in their order; a folder gives its files, sorted by path.
-
-    Inside folders hidden files and folders are left out. A file that is named twice counts once.
-
-    Args:
-        extensions: endings of the files to take from folders, as `.txt`; `.txt.gz` and `.txt.zst` come with it.
-
-    Raises:
-        ValueError: an input does not exist, or there is no file at all; a folder has a file and its
-            compressed copy.
-    """
-    missing = [name for name in inputs if not Path(name).exists()]
-    if missing:
-        raise ValueError(f"input = {', '.join(missing)}: no such file or folder. Fix: the path.")
-    endings = tuple("." + ending.lstrip(".").lower() for ending in extensions)
-    found: dict[str, Path] = {}
-    for name in inputs:
-        for path in _walk(Path(name), endings) if Path(name).is_dir() else [Path(name)]:
-            found.setdefault(os.path.realpath(path), path)
-    if not found:
-        raise ValueError(f"input = {', '.join(inputs)}: no file that ends in {', '.join(endings)}. Fix: give files, or "
-                         "other --extensions.")
-    return list(found.values())
-
-
 def is_stream(path: Path | str) -> bool:
-    """Whether the file can be read from its beginning only."""
-    return is_compressed(path) or is_parquet(str(path))
-
-
-def _walk(folder: Path, endings: tuple[str, ...]) -> Iterator[Path]:
-    endings += tuple(ending + compression for ending in endings for compression in COMPRESSIONS)
-    paths = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths += [Path(parent, name) for name in files if not name.startswith(".") and name.lower().endswith(endings)]
-    names = {str(path) for path in paths}
-    for name in names:
-        plain = name.removesuffix(".gz").removesuffix(".zst")
-        if plain != name and plain in names:
-            raise ValueError(f"{name}: {Path(plain).name} stands beside it: the same text twice? Fix: move one of them "
-                             "away, or name the files as --input.")
-    return iter(sorted(path for path in paths if path.is_file()))
+    """Tell whether the file can be read from its beginning only."""
+    return is_compressed(path) or is_table(path) or is_whole_json(path)
 
 
 def cut_into_pieces(path: Path, piece_bytes: int) -> list[Piece]:
@@ -136,19 +93,29 @@ def read_pieces(path: Path, piece_bytes: int, key: str) -> Iterator[Piece]:
     """The pieces of any file. Those of files that cannot be read from the middle bring their data with them.
 
     Raises:
-        ValueError: a compressed or a Parquet file is damaged, or has no column `key`.
+        ValueError: a file is damaged, or a table has no column `key`.
     """
-    name, before, line = str(path), 0, 1
-    if is_parquet(name):
-        for values, read in read_parquet(name, key, piece_bytes):
-            yield Piece(name, before, read, values, line)
-            before, line = read, line + len(values)
+    name = str(path)
+    if is_table(name):
+        yield from _as_pieces(name, read_table(name, key, piece_bytes))
+    elif is_whole_json(name):
+        yield from _as_pieces(name, read_whole_json(name, key, piece_bytes))
     elif is_compressed(name) and Piece(name, 0, 0).is_lines:
-        for data, read in read_line_blocks(name, piece_bytes):
-            yield Piece(name, before, read, data, line)
-            before, line = read, line + data.count(b"\n")
+        yield from _as_pieces(name, read_line_blocks(name, piece_bytes))
     else:
         yield from cut_into_pieces(path, piece_bytes)
+
+
+def _as_pieces(name: str, blocks: Iterator[tuple[bytes | list, int]]) -> Iterator[Piece]:
+    """Pieces of (lines or values, bytes of the file read so far)."""
+    before = 0
+    line = 1
+    for data, read in blocks:
+        if isinstance(data, bytes) and line == 1:
+            data = strip_byte_order_mark(data)
+        yield Piece(name, before, read, data, line)
+        before = read
+        line += data.count(NEWLINE) if isinstance(data, bytes) else len(data)
 
 
 def read_documents(piece: Piece, key: str, skip_bad: bool) -> Documents:
@@ -175,12 +142,12 @@ def read_documents(piece: Piece, key: str, skip_bad: bool) -> Documents:
 
 
 def read_records(piece: Piece) -> Iterator[tuple[int, Any]]:
-    """(offset, what stands there): lines that are not blank; or the bytes of a file; or rows of Parquet."""
+    """(offset, what stands there): lines that are not blank; or the bytes of a file; or values of a table."""
     if isinstance(piece.data, list):
         return enumerate(piece.data)
     if piece.is_lines:
         return ((offset, line) for offset, line in read_lines(piece) if line.strip())
-    return iter([(0, read_whole(piece.path))])
+    return iter([(0, strip_byte_order_mark(read_whole(piece.path)))])
 
 
 def read_lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
@@ -197,7 +164,7 @@ def read_lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
             file.readline()  # the rest of a line of the piece before, or just its newline
         offset = file.tell()  # asked once: it costs more than a line
         for line in file if offset < piece.end else ():
-            yield offset, line
+            yield offset, strip_byte_order_mark(line) if offset == 0 else line
             offset += len(line)
             if offset >= piece.end:
                 break
@@ -214,10 +181,11 @@ def read_piece(piece: Piece) -> bytes:
         if file.tell() >= piece.end:
             return b""
         data = file.read(piece.end - file.tell())
-        return data if data.endswith(NEWLINE) else data + file.readline()
+        whole = data if data.endswith(NEWLINE) else data + file.readline()
+        return whole if piece.start else strip_byte_order_mark(whole)
 
 
-def decode(data: bytes | str | np.ndarray | None, key: str | None, lists: bool = False) -> Any:
+def decode(data: bytes | str | list | np.ndarray | Unreadable | None, key: str | None, lists: bool = False) -> Any:
     """The text of a record of `read_records`, or with `lists` also a list or an array.
 
     Args:
@@ -226,54 +194,42 @@ def decode(data: bytes | str | np.ndarray | None, key: str | None, lists: bool =
     Raises:
         ValueError: there is none.
     """
-    if not isinstance(data, bytes):  # of Parquet
-        if data is None or not (lists or isinstance(data, str)):
-            raise ValueError(f"{'null' if data is None else 'a list of integers'}, not text. Fix: "
-                             f"{'--skip-bad-lines' if data is None else '--tokenizer-type NullTokenizer'}, or "
-                             "--json-keys.")
-        return data
-    if key is not None and not lists:
+    if not isinstance(data, bytes):
+        return _checked_value(data, lists)
+    if key is None:
         try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start}). Fix: convert it, or "
+                             "--skip-bad-lines to leave it out.") from None
+    if not lists:
+        try:  # most lines: at once, and with few calls
             value = orjson.loads(data)
             if type(value[key]) is str:
-                return value[key]  # orjson refuses half a surrogate pair
+                return value[key]
         except (orjson.JSONDecodeError, KeyError, TypeError):
-            pass  # NaN is no JSON to orjson; and what is wrong is said below
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start}). Fix: convert it, or --skip-bad-lines to "
-                         "leave it out.") from None
-    if key is None:
-        return text
-    try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error}). Fix: one JSON object per line, or --skip-bad-lines.") from None
-    found = value.get(key) if isinstance(value, dict) else None
-    if lists and isinstance(found, list):
-        return found
-    if not isinstance(found, str):
-        names = ", ".join(value) if isinstance(value, dict) else type(value).__name__
-        hint = "--tokenizer-type NullTokenizer if it is token ids, " if isinstance(found, list) else ""
-        raise ValueError(f"no text under key {key!r} (found: {names}). Fix: --json-keys, {hint}or --skip-bad-lines.")
-    return _encodable(found)
+            pass  # what is wrong is said below
+    return text_of_line(data, key, lists=lists)
 
 
-def _encodable(text: str) -> str:
-    """The text, unless it holds half a surrogate pair: JSON can write one (`\\ud800`), UTF-8 and tokenizers cannot."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"half a surrogate pair at character {error.start}. Fix: the text, or "
-                         "--skip-bad-lines.") from None
-    return text
+def _checked_value(value: str | list | np.ndarray | Unreadable | None, lists: bool) -> Any:
+    """A value of a table or of a JSON array that is a document; ValueError where it is none."""
+    if isinstance(value, Unreadable):
+        raise ValueError(value.reason)
+    if value is None:
+        raise ValueError("null, not text. Fix: --skip-bad-lines, or --json-keys.")
+    if not lists and not isinstance(value, str):
+        raise ValueError("a list, not text. Fix: --tokenizer-type NullTokenizer if it is token ids, or --json-keys.")
+    return value
 
 
 def name_place(piece: Piece, offset: int) -> str:
-    """`file`, or `file:line` for lines and `file:row` for Parquet, by counting newlines; only errors pay for it."""
+    """Name the file and, by counting newlines, the line; of a table the row, of an array the element."""
     if isinstance(piece.data, list):
-        return f"{piece.path}:{piece.first_line + offset}"
+        number = piece.first_line + offset
+        if is_parquet(piece.path):
+            return f"{piece.path}:{number}"
+        return f"{piece.path}, {'element' if piece.is_json else 'row'} {number}"
     if not piece.is_lines:
         return piece.path
     if piece.data is not None:

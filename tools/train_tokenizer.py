@@ -16,8 +16,10 @@ from pathlib import Path
 import tyro
 
 from data.permutation import Permutation
+from tools.find_files import describe_left_out, find_files
+from tools.input_kinds import EXTENSIONS, IDS_EXTENSION, strip_byte_order_mark
 from tools.streams import read_blocks
-from tools.text_files import EXTENSIONS, Piece, find_files, is_stream, read_documents, read_pieces
+from tools.text_files import Piece, is_stream, read_documents, read_pieces
 
 BLOCK_BYTES = 64 << 10
 """Unit of the sample: lines that begin in a block."""
@@ -39,8 +41,10 @@ class Arguments:
     """Of that draw."""
     json_keys: list[str] = field(default_factory=lambda: ["text"])
     """Key of the text in .jsonl/.json objects; one per run."""
-    extensions: list[str] = field(default_factory=lambda: [ending for ending in EXTENSIONS if ending != ".ids"])
-    """Endings of the files to take from folders."""
+    extensions: list[str] = field(default_factory=lambda: [ending for ending in EXTENSIONS if ending != IDS_EXTENSION])
+    """Endings of the files to take from folders. Of others that are named here files are text."""
+    plain_text: bool = False
+    """Read files of unknown endings as text."""
 
 
 def sample_texts(files: list[Path], max_bytes: int, seed: int, key: str) -> Iterator[str]:
@@ -94,6 +98,8 @@ def _whole_lines(block: Piece) -> str:
         data = data[data.index(b"\n") + 1:]
     if not is_last and b"\n" in data:
         data = data[:data.rindex(b"\n") + 1]
+    if block.start == 0:
+        data = strip_byte_order_mark(data)
     return data.decode("utf-8", errors="ignore")
 
 
@@ -132,8 +138,10 @@ def train_tokenizer(arguments: Arguments) -> str:
         raise ValueError(f"json_keys = {' '.join(arguments.json_keys)}: must be one key. Fix: choose one.")
     if arguments.max_bytes < 1:
         raise ValueError(f"max_bytes = {arguments.max_bytes}: must be at least 1. Fix: for example 20000000.")
-    files = find_files(arguments.input, arguments.extensions)
-    texts = sample_texts(files, arguments.max_bytes, arguments.seed, arguments.json_keys[0])
+    found = find_files(arguments.input, arguments.extensions, plain_text=arguments.plain_text)
+    for line in describe_left_out(found):
+        print(f"left out: {line}", flush=True)
+    texts = sample_texts(found.files, arguments.max_bytes, arguments.seed, arguments.json_keys[0])
     model = train(texts, arguments.vocab_size)
     path = Path(f"{arguments.output_prefix}.model")
     path.absolute().parent.mkdir(parents=True, exist_ok=True)

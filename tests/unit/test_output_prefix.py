@@ -94,7 +94,7 @@ def test_preprocess_never_replaces_an_input(tmp_path, overwrite):
     corpus.write_text(lines("1 2"))
     (tmp_path / "link.json").symlink_to(corpus)
     before = hashes(tmp_path)
-    for name in (corpus, tmp_path / "link.json"):
+    for name in (corpus, tmp_path / "link.json", corpus.parent):
         with pytest.raises(ValueError, match=r"c.json would replace the input .*\.json. Fix: another prefix"):
             preprocess_to(tmp_path, name, overwrite=overwrite)
     assert hashes(tmp_path) == before

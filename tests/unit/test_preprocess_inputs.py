@@ -22,9 +22,9 @@ from data import indexed_writer
 from data.indexed_writer import IndexedWriter
 from data.resumable_writer import ResumableWriter
 from tests.unit.test_preprocess import ROOT, lines, null, write
-from tools import preprocess_data, streams
+from tools import preprocess_data, streams, tables
+from tools.find_files import find_files
 from tools.read_ahead import read_ahead
-from tools.text_files import find_files
 
 ENDS = ("bin", "idx", "json")
 
@@ -41,7 +41,7 @@ def zstd(data):
 def small_tasks(monkeypatch):
     monkeypatch.setattr(preprocess_data, "TASK_BYTES", 3000)
     monkeypatch.setattr(streams, "COMPRESSED_BLOCK", 100)
-    monkeypatch.setattr(streams, "PARQUET_ROWS", 20)
+    monkeypatch.setattr(tables, "PARQUET_ROWS", 20)
 
 
 @pytest.fixture
@@ -131,11 +131,23 @@ def test_ids_of_all_kinds_of_files(tmp_path, small_tasks, append_eod):
     ("x.ids", "1\n99999999999999999999999 1", "x.ids:2: token id 99999999999999999999999"),
     ("x.ids", "1\n4-2\n", "x.ids:2: NullTokenizer"),
     ("x.jsonl", '{"text": [1]}\n{"text": [1, 100]}', "x.jsonl:2: token id 100: must be in"),
-    ("x.jsonl", '{"text": [1]}\n{"text": [1.5]}', "x.jsonl:2: must be a list of integers, not of float64. Fix"),
-    ("x.jsonl", '{"text": [1]}\n{"text": [[1], [2]]}', "x.jsonl:2: must be a list of integers, not of lists. Fix"),
-    ("x.jsonl", '{"text": [1]}\n{"text": [[1], 2]}', "x.jsonl:2: must be a list of integers, not of lists. Fix"),
-    ("x.jsonl", '{"text": [1]}\n{"text": ["a"]}', "x.jsonl:2: must be a list of integers, not of str"),
+    ("x.jsonl", '{"text": [1]}\n{"text": [1.5]}', "x.jsonl:2: must be .*holds a number that is no 64-bit integer"),
+    ("x.jsonl", '{"text": [1]}\n{"text": [[1], [2]]}', "x.jsonl:2: must be a list of integers, and holds a list. Fix"),
+    ("x.jsonl", '{"text": [1]}\n{"text": [[1], 2]}', "x.jsonl:2: must be a list of integers, and holds a list. Fix"),
+    ("x.jsonl", '{"text": [1]}\n{"text": ["a"]}', "x.jsonl:2: must be a list of integers, and holds a text. Fix"),
+    ("x.jsonl", '{"text": [1]}\n{"text": [1, true]}', "x.jsonl:2: must be a list of integers, and holds true or false"),
+    ("x.jsonl", '{"text": [1]}\n{"text": [1, null]}', "x.jsonl:2: must be a list of integers, and holds null. Fix"),
     ("x.jsonl", '{"text": [1]}\n{"text": [100000000000000000000]}', "x.jsonl:2: must be a list of integers"),
+    ("x.jsonl", '{"text": [1]}\n{"text": [18446744073709551615]}', "x.jsonl:2: token id 18446744073709551615: is no"),
+    ("x.ids", "1\n[[1, 2], [3]]\n", "x.ids:2: must be a list of integers, not of lists. Fix"),
+    ("x.ids", "1\n[[1]]\n", "x.ids:2: must be a list of integers, not of lists. Fix"),
+    ("x.ids", "1\n1 [2] 3\n", "x.ids:2: must be a list of integers, not of lists. Fix"),
+    ("x.ids", "1\n[1] 2\n", "x.ids:2: must be a list of integers, not of lists. Fix"),
+    ("x.ids", "1\n[1, 2\n", "x.ids:2: must be integers between spaces or single commas, in one pair of brackets"),
+    ("x.ids", "1\n1, 2]\n", "x.ids:2: must be integers between spaces or single commas, in one pair of brackets"),
+    ("x.ids", "1\n1,, 2\n", "x.ids:2: must be integers between spaces or single commas"),
+    ("x.ids", "1\n1, 2,\n", "x.ids:2: must be integers between spaces or single commas"),
+    ("x.ids", "1\n, 2\n", "x.ids:2: must be integers between spaces or single commas"),
 ])
 def test_wrong_ids_are_named_or_left_out(tmp_path, name, content, message):
     path = write(tmp_path / name, content)
@@ -209,7 +221,7 @@ def test_a_changed_run_begins_anew_and_says_why(tmp_path, small_tasks, texts, mo
             null(tmp_path, path, skip_bad_lines=True)
     settings = change(path)
     if "skip_bad" in reason:
-        with pytest.raises(ValueError, match="no text under key"):
+        with pytest.raises(ValueError, match="no key 'text'"):
             null(tmp_path, path, **settings)
         assert f"begins anew, since {reason}" in capsys.readouterr().out
         return
