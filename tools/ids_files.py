@@ -1,15 +1,18 @@
 """Documents that are token ids already (genomes, audio codes, text tokenized elsewhere), as arrays.
 
-An .ids file has one document per line: integers between spaces, tabs or commas, with or without
-brackets around them. JSON lines have a list of integers (or a text of them) under the key, Parquet
-files a column of either; any other file is one document, a text of integers.
+An .ids file has one document per line: integers between spaces, tabs or commas, with or without one
+pair of brackets around them. JSON has a list of integers (or a text of them) under the key, a table a
+column of either; any other file is one document, a text of integers.
 """
 
 import numba
 import numpy as np
 
 from data.tokenizer import NullTokenizer
+from tools.json_documents import NAMES
 from tools.text_files import Piece, decode, name_place, read_lines, read_piece, read_records
+
+LIST_ITEMS = {**NAMES, float: "a number that is no 64-bit integer"}
 
 
 def read_ids(piece: Piece, key: str, skip_bad: bool, tokenizer: NullTokenizer) -> tuple[np.ndarray, np.ndarray, int]:
@@ -45,18 +48,31 @@ def _ids_of(value: str | list | np.ndarray, tokenizer: NullTokenizer) -> np.ndar
         return np.array(tokenizer.encode(value), dtype=np.int64) if (lengths < 0).any() else ids
     if len(value) == 0:
         return np.empty(0, dtype=np.int64)
-    try:
-        ids = np.asarray(value)
-    except (ValueError, OverflowError):  # lists in it
-        ids = np.empty((0, 0))
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ValueError(f"must be a list of integers, not of {ids.dtype.name if ids.ndim == 1 else 'lists'}. Fix: the "
-                         "input, or --skip-bad-lines.")
-    if ids.min() < 0 or ids.max() >= tokenizer.vocab_size:
-        wrong = ids.min() if ids.min() < 0 else ids.max()
-        raise ValueError(f"token id {wrong}: must be in [0, vocab_size = {tokenizer.vocab_size}). Fix: the input, or "
-                         "a larger --vocab-size.")
+    ids = value if isinstance(value, np.ndarray) else _array_of(value)
+    low = int(ids.min())
+    high = int(ids.max())
+    if low < 0 or high >= tokenizer.vocab_size:
+        raise _out_of_range(low if low < 0 else high, tokenizer)
     return ids.astype(np.int64, copy=False)
+
+
+def _array_of(value: list) -> np.ndarray:
+    """A list of JSON or of a table as int64; ValueError where it holds anything but integers."""
+    kinds = set(map(type, value))  # numpy would take true for 1
+    if kinds != {int}:
+        wrong = sorted(LIST_ITEMS[kind] for kind in kinds - {int})
+        raise ValueError(f"must be a list of integers, and holds {' and '.join(wrong)}. Fix: the input, or "
+                         "--skip-bad-lines.")
+    try:
+        return np.array(value, dtype=np.int64)
+    except OverflowError:
+        raise ValueError(f"token id {max(value, key=abs)}: is no id of any tokenizer. Fix: the input, or "
+                         "--skip-bad-lines.") from None
+
+
+def _out_of_range(wrong: int, tokenizer: NullTokenizer) -> ValueError:
+    return ValueError(f"token id {wrong}: must be in [0, vocab_size = {tokenizer.vocab_size}). Fix: the input, or "
+                      "a larger --vocab-size.")
 
 
 def _explain_bad_line(piece: Piece, tokenizer: NullTokenizer) -> None:
@@ -65,9 +81,14 @@ def _explain_bad_line(piece: Piece, tokenizer: NullTokenizer) -> None:
         _, lengths = _parse_lines(np.frombuffer(line, dtype=np.uint8), tokenizer.vocab_size)
         if (lengths >= 0).all():
             continue
-        problem = "must be integers between spaces or commas. Fix: the input, or --skip-bad-lines."
+        problem = ("must be integers between spaces or single commas, in one pair of brackets or none. Fix: the "
+                   "input, or --skip-bad-lines.")
+        text = line.decode("utf-8", "replace").strip()
+        inner = text.removeprefix("[").removesuffix("]")
+        if "[" in inner or "]" in inner:
+            problem = "must be a list of integers, not of lists. Fix: the input, or --skip-bad-lines."
         try:
-            tokenizer.encode(line.decode("utf-8", "replace").strip().strip("[]").replace(",", " "))
+            tokenizer.encode(inner.translate({ord(letter): " " for letter in "[],"}))
         except ValueError as error:
             problem = str(error)
         raise ValueError(f"{name_place(piece, offset)}: {problem}")
@@ -76,16 +97,21 @@ def _explain_bad_line(piece: Piece, tokenizer: NullTokenizer) -> None:
 
 @numba.njit(nogil=True, cache=True)
 def _parse_lines(data, vocab_size, lists=True):
-    """(ids, length of each line that is not blank, -1 where it is not a list of ids in [0, vocab_size))."""
+    """(ids, length of each line that is not blank, -1 where it is not a list of ids in [0, vocab_size)).
+
+    With `lists`, commas may stand between two ids, and a pair of brackets around all of a line.
+    """
     ids, lengths = np.empty(len(data) // 2 + 1, dtype=np.int64), np.empty(len(data) + 1, dtype=np.int64)
     count = lines = begin = 0
     value, bad, blank = -1, False, True
+    opened, closed, comma = False, False, False
     for i in range(len(data) + 1):
         byte = data[i] if i < len(data) else np.uint8(10)
         if 48 <= byte <= 57:
             value = max(value, 0) * 10 + byte - 48
-            bad, blank = bad or value >= vocab_size, False
+            bad, blank = bad or closed or value >= vocab_size, False
             value = min(value, vocab_size)  # no overflow
+            comma = False
             continue
         if value >= 0:
             ids[count] = value
@@ -93,14 +119,24 @@ def _parse_lines(data, vocab_size, lists=True):
             value = -1
         if byte == 10:
             if not blank:
+                bad = bad or comma or opened != closed
                 if bad:
                     count = begin
                 lengths[lines] = -1 if bad else count - begin
                 lines += 1
             begin, bad, blank = count, False, True
+            opened, closed, comma = False, False, False
         elif byte == 32 or byte == 9 or byte == 13:
             pass
+        elif lists and byte == 44:  # a comma, after an id
+            bad, blank = bad or comma or closed or count == begin, False
+            comma = True
+        elif lists and byte == 91:  # an opening bracket, before all else
+            bad, blank = bad or not blank, False
+            opened = True
+        elif lists and byte == 93:  # a closing one, after all else
+            bad, blank = bad or closed or comma or not opened, False
+            closed = True
         else:
-            blank = False
-            bad = bad or not (lists and (byte == 44 or byte == 91 or byte == 93))
+            bad, blank = True, False
     return ids[:count].copy(), lengths[:lines].copy()
