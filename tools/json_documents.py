@@ -13,6 +13,8 @@ from tools.tables import Unreadable, Value
 
 HEAD_BYTES = 64 << 10
 """Beginning of a .json file that shows whether its first line is an object."""
+GUESSED_BYTES = 1 << 30
+"""A .json file up to this size is parsed to find out whether it is one object over several lines."""
 NAMES = {bool: "true or false", int: "a number", float: "a number", str: "a text", list: "a list",
          dict: "an object", type(None): "null"}
 
@@ -55,7 +57,8 @@ def text_of(value: Any, key: str, *, lists: bool) -> str | list:
         raise ValueError(f"is {NAMES[type(value)]}, not an object with a key {key!r}. Fix: objects, or "
                          "--skip-bad-lines.")
     if key not in value:
-        raise ValueError(f"no key {key!r} (found: {', '.join(value)}). Fix: --json-keys, or --skip-bad-lines.")
+        raise ValueError(f"no key {key!r} (found: {', '.join(value)}). Fix: --json-keys, --skip-bad-lines, or "
+                         "--extensions without the ending of such files.")
     found = value[key]
     if isinstance(found, str):
         return encodable(found)
@@ -93,7 +96,8 @@ def is_whole_json(path: str | Path) -> bool:
     line, newline, _ = head.partition(b"\n")
     if not newline or not line.startswith(b"{") or _is_json(line):
         return False
-    return _is_json(strip_byte_order_mark(read_whole(str(path))))  # a first line of half an object, or a bad one
+    # A first line of half an object, or a bad one of many.
+    return Path(path).stat().st_size <= GUESSED_BYTES and _is_json(strip_byte_order_mark(read_whole(str(path))))
 
 
 def _is_json(data: bytes) -> bool:

@@ -51,6 +51,8 @@ def _decompress(path: str, file) -> Iterator[bytes]:
 def _decompress_block(path: str, decompressor, data: bytes) -> bytes:
     try:
         return decompressor.decompress(data)
+    except MemoryError:
+        raise
     except Exception as error:  # each library has kinds of its own; what reads the file is outside
         raise _damaged(path, f"{error}".rstrip(".") or type(error).__name__) from None
 

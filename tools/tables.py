@@ -59,7 +59,7 @@ def read_parquet(path: str, column: str, block_bytes: int) -> Iterator[tuple[lis
         with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
             if column not in file.schema_arrow.names:
                 raise ValueError(f"{path}: no column {column!r} (found: {', '.join(file.schema_arrow.names)}). Fix: "
-                                 "--json-keys.")
+                                 "--json-keys, or --extensions without the ending of such files.")
             values: list[Value] = []
             held = 0
             rows = 0
@@ -158,8 +158,8 @@ def read_csv(path: str, column: str, block_bytes: int) -> Iterator[tuple[list[Va
     if names.count(column) != 1:
         found = ", ".join(names).encode("utf-8", "replace").decode()
         problem = "no column" if column not in names else "more than one column"
-        raise ValueError(f"{path}: {problem} {column!r} (found: {found}). Fix: --json-keys, or a first line that "
-                         "names the columns.")
+        raise ValueError(f"{path}: {problem} {column!r} (found: {found}). Fix: --json-keys, a first line that "
+                         "names the columns, or --extensions without the ending of such files.")
     values: list[Value] = []
     held = 0
     while (value := _next_value(path, reader, lines, names, column)) is not _END:

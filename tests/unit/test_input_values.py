@@ -2,17 +2,22 @@
 
 import gzip
 import json
+import re
 
+import hypothesis
 import numpy as np
 import pyarrow
 import pytest
+from hypothesis import strategies
 from pyarrow import parquet
 
 from tests.unit.test_preprocess import lines, null, write
 from tools import tables
+from tools.ids_files import _parse_lines
 from tools.json_documents import NAMES, text_of
 from tools.preprocess_data import Arguments, preprocess
 from tools.text_files import read_documents, read_pieces
+from tools.train_tokenizer import sample_texts
 
 MARK = b"\xef\xbb\xbf"
 
@@ -127,6 +132,34 @@ def test_only_the_beginning_of_a_file_has_a_byte_order_mark(tmp_path):
     path = write(tmp_path / "x.txt", MARK + "a\ufeffb".encode())
     (piece,) = read_pieces(path, 100, "text")
     assert read_documents(piece, "text", False).texts == ["a\ufeffb"]
+
+
+def test_training_a_tokenizer_sees_no_byte_order_mark(tmp_path):
+    path = write(tmp_path / "x.txt", MARK + b"abc")
+    assert list(sample_texts([path], 100, 1, "text")) == ["abc"]
+
+
+IDS_LINE = re.compile(r"\d+(?:(?:\s*,\s*|\s+)\d+)*")
+
+
+def ids_of_line(line, vocab_size):
+    """What a line of .ids means, by a regular expression; None where it is no list of ids."""
+    text = line.strip()
+    inner = text[1:-1].strip() if len(text) > 1 and text[0] == "[" and text[-1] == "]" else text
+    if inner and not IDS_LINE.fullmatch(inner):
+        return None
+    ids = [int(word) for word in re.findall(r"\d+", inner)]
+    return ids if all(number < vocab_size for number in ids) else None
+
+
+@hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
+@hypothesis.given(strategies.text("019 ,[]\t\n", max_size=30))
+@hypothesis.example("[1, 2]\n[[1], 2]\n[1\n1]\n][\n[]\n,\n1,\n1,,1\n1 , 1\n[ 1 ] 1\n100\n")
+def test_lines_of_ids_mean_what_a_regular_expression_says(text):
+    ids, lengths = _parse_lines(np.frombuffer(text.encode(), dtype=np.uint8), 100)
+    expected = [ids_of_line(line, 100) for line in text.split("\n") if line.strip()]
+    assert lengths.tolist() == [-1 if found is None else len(found) for found in expected], text
+    assert ids.tolist() == [number for found in expected for number in found or []], text
 
 
 @pytest.fixture
