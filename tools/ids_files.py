@@ -28,10 +28,11 @@ def read_ids(piece: Piece, key: str, skip_bad: bool, tokenizer: NullTokenizer) -
         if not good.all() and not skip_bad:
             _explain_bad_line(piece, tokenizer)
         return ids, lengths[good], int((~good).sum())
+    line_key = key if piece.is_json else None
     arrays, bad = [], 0
     for offset, data in read_records(piece):
         try:
-            arrays.append(_ids_of(decode(data, key if piece.is_json else None, lists=True), tokenizer))
+            arrays.append(_ids_of(decode(data, line_key, lists=True), tokenizer))
         except ValueError as error:
             if not skip_bad:
                 raise ValueError(f"{name_place(piece, offset)}: {error}") from None

@@ -129,9 +129,10 @@ def read_documents(piece: Piece, key: str, skip_bad: bool) -> Documents:
         ValueError: names file and line of what is not UTF-8, not a JSON object, or has no text under `key`.
     """
     documents = Documents()
+    line_key = key if piece.is_lines else None
     for offset, data in read_records(piece):
         try:
-            documents.texts.append(decode(data, key if piece.is_lines else None))
+            documents.texts.append(decode(data, line_key))
         except ValueError as error:
             if not skip_bad:
                 raise ValueError(f"{name_place(piece, offset)}: {error}") from None
