@@ -45,7 +45,12 @@ def describe_batch(flags: list[str], world_size: int, name: str, batch: int) -> 
              f"{phase.packing}, {'documents apart' if phase.document_masking else 'documents not kept apart'}"]
     for number, sample in enumerate(samples):
         lines += _describe_sample(number, sample, sources[id(sample.stream)], phase)
-    lines += list(_describe_ranks(plan, phase, mixture, ledger.open["start"], clock, world_size))
+    targets = 0
+    for line, found in _describe_ranks(plan, phase, mixture, ledger.open["start"], clock, world_size):
+        lines.append(line)
+        targets += found
+    if targets == 0:
+        lines.append("warning: no token of this batch has a target, so that its loss is 0 and teaches nothing")
     totals: dict[str, int] = {}
     for sample in samples:
         source = sources[id(sample.stream)]
@@ -64,7 +69,9 @@ def _describe_sample(number: int, sample: Sample, source: str, phase: Phase) -> 
             f"{phase.seq_length - tokens:,} padding", f"    documents {', '.join(shown)}{more}"]
 
 
-def _describe_ranks(plan: Plan, phase: Phase, mixture, start: int, clock: int, world_size: int) -> Iterator[str]:
+def _describe_ranks(plan: Plan, phase: Phase, mixture, start: int, clock: int,
+                    world_size: int) -> Iterator[tuple[str, int]]:
+    """(line, targets that it tells of) of each microbatch of each rank."""
     dp, (a2a, gather) = phase.data_parallel_size(world_size), phase.layout.context_levels
     tokenizer, data = plan.tokenizer, plan.config.data
     for dp_rank in range(dp):
@@ -76,9 +83,11 @@ def _describe_ranks(plan: Plan, phase: Phase, mixture, start: int, clock: int, w
                             eod_mask_loss=data.eod_mask_loss, vocab_size=plan.vocab_size)
             for number, batch in enumerate(loader.read(clock)):
                 places = " and ".join(f"[{low:,}:{high:,}]" for low, high in pieces)
-                yield (f"  dp {dp_rank} cp {cp_rank} microbatch {number}: tokens {places} of its microbatch, "
-                       f"{batch.num_targets:,} targets, {int((batch.positions == 0).sum()):,} segments begin")
-                yield f"    {_show(batch, tokenizer, True)} ... {_show(batch, tokenizer, False)}"
+                begun = int((batch.positions == 0).sum())
+                line = (f"  dp {dp_rank} cp {cp_rank} microbatch {number}: tokens {places} of its microbatch, "
+                        f"{batch.num_targets:,} targets, {begun:,} segments begin")
+                yield line, batch.num_targets
+                yield f"    {_show(batch, tokenizer, True)} ... {_show(batch, tokenizer, False)}", 0
 
 
 def _show(batch: Batch, tokenizer: Tokenizer | None, from_start: bool) -> str:

@@ -90,6 +90,20 @@ def test_a_batch_is_the_one_that_is_trained(config, capsys):
     assert ledger_at(plan.config.data, plan.corpus, plan.ledger, 3072, plan.phases, 0).open["start"] == 0
 
 
+def test_a_batch_without_a_target_is_said(config, tmp_path, capsys):
+    for name in ("web", "code"):
+        with IndexedWriter(str(tmp_path / name), np.uint16) as writer:
+            for number in range(3000):
+                writer.add_document([number % 90])
+            writer.finish(NullTokenizer(VOCABULARY).describe())
+    arguments = ["--config", config, "--world-size", "8", "--phase", "short", "--batch", "0"]
+    warning = "warning: no token of this batch has a target"
+    assert main(arguments) == 0
+    assert warning in capsys.readouterr().out
+    assert main([*arguments, "--", "--no-document-masking"]) == 0
+    assert warning not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("flags, message", [
     ([], "data_path, config, load: none given. Fix"), (["--load", "nowhere"], "no checkpoint is published there. Fix"),
     (["--data-path", "nowhere"], "nowhere.idx: no such file"),
