@@ -25,8 +25,8 @@ TOKEN_FILES = "token files of these tools"
 COMPRESSED_PARQUET = "Parquet in another compression (unpack it)"
 SHOWN_NAMES = 3
 
-Identity = tuple[int, int]
-"""Device and number of a file or folder, the same under each of its names."""
+Identity = tuple[int, int, int, int] | str
+"""What a file or folder is under each of its names."""
 
 
 @dataclass
@@ -193,8 +193,11 @@ def _list_folder(folder: Path) -> list[os.DirEntry]:
 
 
 def _identity(path: Path) -> Identity:
+    """Device and number; size and time as well, since some network file systems give a number twice."""
     status = path.stat()
-    return status.st_dev, status.st_ino
+    if status.st_ino == 0:  # a file system without numbers
+        return os.path.realpath(path)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _is_compressed_parquet(name: str) -> bool:

@@ -238,3 +238,21 @@ def test_the_commands_print_what_they_leave_out(tmp_path, capsys):
     command = ["--input", *inputs, "--output-prefix", str(tmp_path / "c"), "--tokenizer-model"]
     assert preprocess_data([*command, str(tmp_path / "t.model")]) == 0
     assert "unknown ending (--plain-text reads it as text)" in capsys.readouterr().out
+
+
+def test_files_of_a_system_without_numbers_are_told_apart_by_path(tmp_path, monkeypatch):
+    for name in ("a.txt", "b.txt"):
+        write(tmp_path / "in" / name, "1")
+        os.utime(tmp_path / "in" / name, ns=(1, 1))
+    (tmp_path / "in" / "c.txt").symlink_to("a.txt")
+    real = type(tmp_path).stat
+
+    def stat(path, **settings):
+        status = list(real(path, **settings))
+        status[1] = 0
+        return os.stat_result(status)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tmp_path), "stat", stat)
+        found = find(tmp_path / "in")
+    assert names(found.files, tmp_path / "in") == ["a.txt", "b.txt"]
