@@ -1,4 +1,4 @@
-"""Whether the files of a prefix may be written: only what these tools made is replaced, and only when asked."""
+"""Whether a prefix may be written: what these tools made is replaced when asked, nothing else."""
 
 import os
 from collections.abc import Iterable
@@ -18,7 +18,8 @@ def prefix_files(prefix: str) -> list[Path]:
 def check_output(prefix: str, *, overwrite: bool, inputs: Iterable[Path] = ()) -> None:
     """Check, before anything is read or written, that a pair may be written at a prefix.
 
-    A pair that replaces another does so by rename: a process that has the old files open keeps them.
+    A pair that replaces another does so by rename: a process that has the old files open keeps
+    them.
 
     Args:
         overwrite: replace a pair that stands there.
@@ -76,7 +77,8 @@ def _refuse_foreign(name: str, prefix: str, present: list[Path]) -> None:
     for path in present:
         if not ours[path]:
             raise ValueError(
-                f"{name}: {path} is no file that these tools wrote, and is not replaced. Fix: another "
+                f"{name}: {path} is no file that these tools wrote, and is not replaced. Fix: "
+                "another "
                 "prefix, or move it away."
             )
 

@@ -37,15 +37,17 @@ class Found:
     left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
-def find_files(inputs: Sequence[str], extensions: Sequence[str], *, plain_text: bool = False) -> Found:
-    """Find the files that the inputs name, in their order; a folder gives its files, sorted by path.
+def find_files(
+    inputs: Sequence[str], extensions: Sequence[str], *, plain_text: bool = False
+) -> Found:
+    """Find the files that the inputs name, in their order; those of a folder sorted by path.
 
-    Linked folders are followed. What is reached under two names counts once, under one that is not a
-    link if there is one. Hidden files and folders inside a folder are left out.
+    Linked folders are followed. What is reached under two names counts once, under one that is not
+    a link if there is one. Hidden files and folders inside a folder are left out.
 
     Args:
-        extensions: endings of the files to take from folders, as `.txt`, compressed ones as well. One
-            that is not known otherwise makes its files plain text.
+        extensions: endings of the files to take from folders, as `.txt`, compressed ones as well.
+            One that is not known otherwise makes its files plain text.
         plain_text: files of unknown endings are plain text.
 
     Raises:
@@ -67,7 +69,8 @@ def find_files(inputs: Sequence[str], extensions: Sequence[str], *, plain_text: 
     if not search.found.files:
         there = "; ".join(describe_left_out(search.found)) or "nothing at all"
         raise ValueError(
-            f"input = {_join(inputs)}: no file to read that ends in {', '.join(endings)}; there is: {there}. "
+            f"input = {_join(inputs)}: no file to read that ends in {', '.join(endings)}; there "
+            f"is: {there}. "
             "Fix: give files, other --extensions, or --plain-text."
         )
     return search.found
@@ -78,20 +81,23 @@ def _check_given(names: Sequence[str], search: "_Search") -> None:
     special = [name for name in names if not Path(name).is_file()]
     if special:
         raise ValueError(
-            f"input = {_join(special)}: not a regular file; its size and end are not known. Fix: write "
+            f"input = {_join(special)}: not a regular file; its size and end are not known. Fix: "
+            "write "
             "it to a file first."
         )
     packed = [name for name in names if _is_compressed_parquet(name)]
     if packed:
         raise ValueError(
-            f"input = {_join(packed)}: {PARQUET_EXTENSION} files have a compression of their own, and are "
+            f"input = {_join(packed)}: {PARQUET_EXTENSION} files have a compression of their "
+            "own, and are "
             "not read through another. Fix: unpack it."
         )
     unknown = [name for name in names if search.is_unknown(name)]
     if unknown:
         raise ValueError(
             f"input = {_join(unknown)}: the ending does not say what it holds (known: "
-            f"{', '.join(EXTENSIONS)}). Fix: --plain-text to read it as text, one document; or a name with "
+            f"{', '.join(EXTENSIONS)}). Fix: --plain-text to read it as text, one document; or a "
+            "name with "
             "the ending of what it is; other formats have to be converted."
         )
 
@@ -175,25 +181,28 @@ class _Search:
         return None if self._plain_text else UNKNOWN
 
     def _is_wanted(self, name: str) -> bool:
-        return name.lower().endswith(self._endings) or without_compression(name).endswith(self._endings)
+        return name.lower().endswith(self._endings) or without_compression(name).endswith(
+            self._endings
+        )
 
     def _leave_out(self, reason: str, name: str) -> None:
         self.found.left_out[reason].append(name)
 
 
 def _list_folder(folder: Path) -> list[os.DirEntry]:
-    """Return what is in a folder, by name. An unreadable one is an error: its texts would be missing."""
+    """Return what is in a folder, by name; an unreadable one is an error, not empty."""
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
         raise ValueError(
-            f"input = {folder}: cannot be listed ({error.strerror}). Fix: its permissions, or other inputs."
+            f"input = {folder}: cannot be listed ({error.strerror}). Fix: its permissions, or "
+            "other inputs."
         ) from None
 
 
 def _identity(path: Path) -> Identity:
-    """Device and number; size and time as well, since some network file systems give a number twice."""
+    """Device and number; size and time, too, as some network file systems give a number twice."""
     status = path.stat()
     if status.st_ino == 0:  # a file system without numbers
         return os.path.realpath(path)
@@ -224,7 +233,8 @@ def _refuse_copies(paths: Iterable[Path]) -> None:
         first = plain.setdefault(name, path)
         if first is not path and (is_compressed(first) or is_compressed(path)):
             raise ValueError(
-                f"{path}: {first.name} stands beside it: the same text twice? Fix: move one of them away, "
+                f"{path}: {first.name} stands beside it: the same text twice? Fix: move one of "
+                "them away, "
                 "or name the files as --input."
             )
 
@@ -241,7 +251,11 @@ def describe_inputs(found: Found, *, documents: int, empty: int, bad: int) -> li
         left_out.append(("  bad lines, rows or texts (--skip-bad-lines)", None, bad, ""))
     for reason, names in sorted(found.left_out.items()):
         left_out.append((f"  {reason}", len(names), None, _shorten(names)))
-    rows += [("left out", None, None, ""), *left_out] if left_out else [("left out: nothing", None, None, "")]
+    rows += (
+        [("left out", None, None, ""), *left_out]
+        if left_out
+        else [("left out: nothing", None, None, "")]
+    )
     width = max(len(row[0]) for row in rows)
     lines = [f"{'inputs':<{width}}{'files':>12}{'documents':>14}"]
     for name, files, count, names in rows:
@@ -253,7 +267,8 @@ def describe_inputs(found: Found, *, documents: int, empty: int, bad: int) -> li
 def describe_left_out(found: Found) -> list[str]:
     """Return how many files were left out and their first names, a line for each reason."""
     return [
-        f"{len(names):,} {reason}: {_shorten(names)}" for reason, names in sorted(found.left_out.items())
+        f"{len(names):,} {reason}: {_shorten(names)}"
+        for reason, names in sorted(found.left_out.items())
     ]
 
 

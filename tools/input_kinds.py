@@ -38,7 +38,7 @@ def without_compression(path: str | Path) -> str:
 
 
 def ending_of(path: str | Path) -> str:
-    """Return the ending of the name, that of a compression left aside; empty where there is none."""
+    """Return the ending of the name, that of a compression left aside; empty if there is none."""
     return os.path.splitext(without_compression(path))[1]
 
 

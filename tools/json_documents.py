@@ -1,4 +1,4 @@
-"""Documents in JSON: an object per line, or a file that is one array or one object over several lines."""
+"""Documents in JSON: an object per line, or a file that is one array or object of several lines."""
 
 import json
 from collections.abc import Iterator
@@ -14,13 +14,20 @@ from tools.tables import Unreadable, Value
 HEAD_BYTES = 64 << 10
 """Beginning of a .json file that shows whether its first line is an object."""
 GUESSED_BYTES = 1 << 30
-"""A .json file up to this size is parsed to find out whether it is one object over several lines."""
-NAMES = {bool: "true or false", int: "a number", float: "a number", str: "a text", list: "a list",
-         dict: "an object", type(None): "null"}
+"""Size up to which a .json file is parsed to find out whether it is one object of several lines."""
+NAMES = {
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    str: "a text",
+    list: "a list",
+    dict: "an object",
+    type(None): "null",
+}
 
 
 def parse(data: bytes) -> Any:
-    """The value of some JSON.
+    """Return the value of some JSON.
 
     Raises:
         ValueError: it is not JSON, or not UTF-8.
@@ -28,18 +35,23 @@ def parse(data: bytes) -> Any:
     try:
         return orjson.loads(data)
     except orjson.JSONDecodeError:
-        pass  # NaN is no JSON to orjson, nor is half a surrogate pair; and what is wrong is said below
+        # NaN is no JSON to orjson, nor is half a surrogate pair; and what is wrong is said below.
+        pass
     try:
         return json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start}). Fix: convert it, or --skip-bad-lines to "
-                         "leave it out.") from None
+        raise ValueError(
+            f"not UTF-8 ({error.reason} at byte {error.start}). Fix: convert it, or "
+            "--skip-bad-lines to leave it out."
+        ) from None
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error}). Fix: one JSON object per line, or --skip-bad-lines.") from None
+        raise ValueError(
+            f"not JSON ({error}). Fix: one JSON object per line, or --skip-bad-lines."
+        ) from None
 
 
 def text_of_line(data: bytes, key: str, *, lists: bool) -> str | list:
-    """The text under the key of a line, or with `lists` also a list.
+    """Return the text under the key of a line, or with `lists` also a list.
 
     Raises:
         ValueError: there is none.
@@ -48,41 +60,53 @@ def text_of_line(data: bytes, key: str, *, lists: bool) -> str | list:
 
 
 def text_of(value: Any, key: str, *, lists: bool) -> str | list:
-    """The text under the key of an object, or with `lists` also a list.
+    """Return the text under the key of an object, or with `lists` also a list.
 
     Raises:
         ValueError: there is none; what is there instead is named.
     """
     if not isinstance(value, dict):
-        raise ValueError(f"is {NAMES[type(value)]}, not an object with a key {key!r}. Fix: objects, or "
-                         "--skip-bad-lines.")
+        raise ValueError(
+            f"is {NAMES[type(value)]}, not an object with a key {key!r}. Fix: objects, or "
+            "--skip-bad-lines."
+        )
     if key not in value:
-        raise ValueError(f"no key {key!r} (found: {', '.join(value)}). Fix: --json-keys, --skip-bad-lines, or "
-                         "--extensions without the ending of such files.")
+        raise ValueError(
+            f"no key {key!r} (found: {', '.join(value)}). Fix: --json-keys, --skip-bad-lines, or "
+            "--extensions without the ending of such files."
+        )
     found = value[key]
     if isinstance(found, str):
         return encodable(found)
     if isinstance(found, list):
         if lists:
             return found
-        raise ValueError(f"key {key!r} is a list, not text. Fix: --tokenizer-type NullTokenizer if it is token ids, "
-                         "--json-keys, or --skip-bad-lines.")
+        raise ValueError(
+            f"key {key!r} is a list, not text. Fix: --tokenizer-type NullTokenizer if it is token "
+            "ids, --json-keys, or --skip-bad-lines."
+        )
     wanted = "text or a list of token ids" if lists else "text"
-    raise ValueError(f"key {key!r} is {NAMES[type(found)]}, not {wanted}. Fix: --json-keys, or --skip-bad-lines.")
+    raise ValueError(
+        f"key {key!r} is {NAMES[type(found)]}, not {wanted}. Fix: --json-keys, or --skip-bad-lines."
+    )
 
 
 def encodable(text: str) -> str:
-    """The text, unless it holds half a surrogate pair: JSON can write one (`\\ud800`), UTF-8 and tokenizers cannot."""
+    """Return the text, unless it holds half a surrogate pair: ValueError.
+
+    JSON can write one (`\\ud800`), UTF-8 and tokenizers cannot.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"half a surrogate pair at character {error.start}. Fix: the text, or "
-                         "--skip-bad-lines.") from None
+        raise ValueError(
+            f"half a surrogate pair at character {error.start}. Fix: the text, or --skip-bad-lines."
+        ) from None
     return text
 
 
 def is_whole_json(path: str | Path) -> bool:
-    """Tell whether a .json file is one array or one object over several lines, and not an object per line."""
+    """Tell whether a .json file is one array or object of several lines, not an object per line."""
     if ending_of(path) != ".json":
         return False
     head = b""
@@ -97,7 +121,9 @@ def is_whole_json(path: str | Path) -> bool:
     if not newline or not line.startswith(b"{") or _is_json(line):
         return False
     # A first line of half an object, or a bad one of many.
-    return Path(path).stat().st_size <= GUESSED_BYTES and _is_json(strip_byte_order_mark(read_whole(str(path))))
+    if Path(path).stat().st_size > GUESSED_BYTES:
+        return False
+    return _is_json(strip_byte_order_mark(read_whole(str(path))))
 
 
 def _is_json(data: bytes) -> bool:
@@ -109,15 +135,16 @@ def _is_json(data: bytes) -> bool:
 
 
 def read_whole_json(path: str, key: str, block_bytes: int) -> Iterator[tuple[list[Value], int]]:
-    """(texts under the key of the elements, about `block_bytes` of them; the share of the file read so far).
+    """Read (texts under the key, about `block_bytes` of them; bytes of the file so far).
 
     The file has to fit into memory.
 
     Raises:
         ValueError: the file is not JSON.
     """
+    data = strip_byte_order_mark(read_whole(path))
     try:
-        whole = parse(strip_byte_order_mark(read_whole(path)))
+        whole = parse(data)
     except ValueError as error:
         raise ValueError(f"{path}: begins as one JSON array or object, and is {error}") from None
     elements = whole if isinstance(whole, list) else [whole]
@@ -127,7 +154,7 @@ def read_whole_json(path: str, key: str, block_bytes: int) -> Iterator[tuple[lis
     for number, element in enumerate(elements):
         value = _value_of(element, key)
         values.append(value)
-        held += len(value)
+        held += 1 + len(value)
         if held >= block_bytes:
             yield values, size * (number + 1) // len(elements)
             values = []

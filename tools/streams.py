@@ -76,7 +76,11 @@ def _decompressor(ending: str):
 
 def read_whole(path: str) -> bytes:
     """All bytes of a file, decompressed."""
-    return b"".join(block for block, _ in read_blocks(path)) if is_compressed(path) else Path(path).read_bytes()
+    return (
+        b"".join(block for block, _ in read_blocks(path))
+        if is_compressed(path)
+        else Path(path).read_bytes()
+    )
 
 
 def read_line_blocks(path: str, block_bytes: int) -> Iterator[tuple[bytes, int]]:

@@ -30,7 +30,7 @@ class Unreadable:
     reason: str
 
     def __len__(self) -> int:
-        return 0
+        return len(self.reason)
 
 
 Value = str | np.ndarray | list | Unreadable | None
@@ -38,7 +38,7 @@ Value = str | np.ndarray | list | Unreadable | None
 
 
 def read_table(path: str, column: str, block_bytes: int) -> Iterator[tuple[list[Value], int]]:
-    """(values of a column, about `block_bytes` of them; the share of the file's bytes read so far).
+    """Read a column as (its next values, about `block_bytes` of them; bytes of the file so far).
 
     Raises:
         ValueError: the file is damaged, has no such column, or the column holds something else.
@@ -49,17 +49,21 @@ def read_table(path: str, column: str, block_bytes: int) -> Iterator[tuple[list[
 
 
 def read_parquet(path: str, column: str, block_bytes: int) -> Iterator[tuple[list[Value], int]]:
-    """The values of a column of a Parquet file, as `read_table` gives them."""
+    """Read a column of a Parquet file, as `read_table` does."""
     import pyarrow
     from pyarrow import parquet
 
     size = Path(path).stat().st_size
     try:
-        # A small buffer and no pre-buffering: pages are read as they are needed, not a row group at once.
+        # A small buffer and no pre-buffering: pages are read as they are needed, not a whole row
+        # group.
         with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-            if column not in file.schema_arrow.names:
-                raise ValueError(f"{path}: no column {column!r} (found: {', '.join(file.schema_arrow.names)}). Fix: "
-                                 "--json-keys, or --extensions without the ending of such files.")
+            names = file.schema_arrow.names
+            if column not in names:
+                raise ValueError(
+                    f"{path}: no column {column!r} (found: {', '.join(names)}). Fix: --json-keys, "
+                    "or --extensions without the ending of such files."
+                )
             values: list[Value] = []
             held = 0
             rows = 0
@@ -74,30 +78,37 @@ def read_parquet(path: str, column: str, block_bytes: int) -> Iterator[tuple[lis
             if values:
                 yield values, size
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: damaged, or not Parquet ({str(error).splitlines()[0]}). Fix: copy or download it "
-                         "again.") from None
+        raise ValueError(
+            f"{path}: damaged, or not Parquet ({str(error).splitlines()[0]}). Fix: copy or "
+            "download it again."
+        ) from None
 
 
 def _column_values(path: str, column: str, array) -> list[Value]:
     from pyarrow import types
 
     if types.is_dictionary(array.type):
-        # Not array.dictionary_decode(): it cannot make string_view.
-        words = _column_values(path, column, array.dictionary)
-        return [None if index is None else words[index] for index in array.indices.to_pylist()]
+        array = array.dictionary_decode()
     kind = array.type
     if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
         return _texts(array)
-    is_list = (types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-               or types.is_list_view(kind) or types.is_large_list_view(kind))
+    is_list = (
+        types.is_list(kind)
+        or types.is_large_list(kind)
+        or types.is_fixed_size_list(kind)
+        or types.is_list_view(kind)
+        or types.is_large_list_view(kind)
+    )
     if is_list and types.is_integer(kind.value_type):
         return _lists(array)
-    raise ValueError(f"{path}: column {column!r} holds {kind}: must be text, or lists of integers. Fix: "
-                     "--json-keys, or another file.")
+    raise ValueError(
+        f"{path}: column {column!r} holds {kind}: must be text, or lists of integers. Fix: "
+        "--json-keys, or another file."
+    )
 
 
 def _texts(array) -> list[Value]:
-    """The texts of a column; Parquet does not check that they are UTF-8."""
+    """Decode the texts of a column; Parquet does not check that they are UTF-8."""
     import pyarrow
 
     try:
@@ -110,7 +121,10 @@ def _decode(value: bytes | None) -> Value:
     try:
         return None if value is None else value.decode("utf-8")
     except UnicodeDecodeError as error:
-        return Unreadable(f"not UTF-8 ({error.reason} at byte {error.start}). Fix: convert it, or --skip-bad-lines.")
+        return Unreadable(
+            f"not UTF-8 ({error.reason} at byte {error.start}). Fix: convert it, or "
+            "--skip-bad-lines."
+        )
 
 
 def _lists(array) -> list[Value]:
@@ -119,15 +133,17 @@ def _lists(array) -> list[Value]:
     plain = types.is_list(array.type) or types.is_large_list(array.type)
     flat = array.flatten() if plain else None
     if flat is None or flat.null_count:
-        return array.to_pylist()  # slower, but right for views, fixed sizes and lists with nulls in them
+        # Slower, but right for views, fixed sizes and lists with nulls in them.
+        return array.to_pylist()
     numbers = flat.to_numpy(zero_copy_only=False)
-    ends = np.cumsum([0 if length is None else length for length in array.value_lengths().to_pylist()])
-    parts = np.split(numbers, ends[:-1])
-    return [part if valid else None for part, valid in zip(parts, array.is_valid().to_pylist(), strict=True)]
+    lengths = [length or 0 for length in array.value_lengths().to_pylist()]
+    parts = np.split(numbers, np.cumsum(lengths)[:-1])
+    valid = array.is_valid().to_pylist()
+    return [part if good else None for part, good in zip(parts, valid, strict=True)]
 
 
 class _Lines:
-    """The lines of a file of text, with what is not UTF-8 as half surrogates, for csv.reader."""
+    """Gives csv.reader the lines of a file, with bytes that are not UTF-8 as half surrogates."""
 
     def __init__(self, path: str):
         self._path = path
@@ -145,26 +161,30 @@ class _Lines:
 
 
 def read_csv(path: str, column: str, block_bytes: int) -> Iterator[tuple[list[Value], int]]:
-    """The values of a column of a .csv or .tsv file with a line of names, as `read_table` gives them."""
+    """Read a column of a .csv or .tsv file, whose first line has names, as `read_table` does."""
     csv.field_size_limit(LONGEST_FIELD)
     lines = _Lines(path)
     reader = csv.reader(lines, delimiter=DELIMITERS[ending_of(path)], strict=True)
     try:
         names = next(reader, None)
     except csv.Error as error:
-        raise ValueError(f"{path}: its first line is no line of names ({error}). Fix: the file.") from None
+        raise ValueError(
+            f"{path}: its first line is no line of names ({error}). Fix: the file."
+        ) from None
     if names is None:
         return
     if names.count(column) != 1:
         found = ", ".join(names).encode("utf-8", "replace").decode()
         problem = "no column" if column not in names else "more than one column"
-        raise ValueError(f"{path}: {problem} {column!r} (found: {found}). Fix: --json-keys, a first line that "
-                         "names the columns, or --extensions without the ending of such files.")
+        raise ValueError(
+            f"{path}: {problem} {column!r} (found: {found}). Fix: --json-keys, a first line that "
+            "names the columns, or --extensions without the ending of such files."
+        )
     values: list[Value] = []
     held = 0
     while (value := _next_value(path, reader, lines, names, column)) is not _END:
         values.append(value)
-        held += len(value)
+        held += 1 + len(value)
         if held >= block_bytes:
             yield values, lines.read
             values = []
@@ -177,25 +197,30 @@ _END = object()
 
 
 def _next_value(path: str, reader, lines: _Lines, names: list[str], column: str) -> Value | object:
-    """The value of the next row that is not blank, _END after the last."""
+    """Return the value of the next row that is not blank, _END after the last."""
     try:
         row = next((row for row in reader if row), None)
     except csv.Error as error:
         if lines.at_end:
             # A quote that is never closed has swallowed all rows to the end, however many.
-            raise ValueError(f"{path}: ends inside a quoted field ({error}). Fix: the quotes, or copy it "
-                             "again.") from None
+            raise ValueError(
+                f"{path}: ends inside a quoted field ({error}). Fix: the quotes, or copy it again."
+            ) from None
         return Unreadable(f"not a row ({error}). Fix: its quotes, or --skip-bad-lines.")
     if row is None:
         return _END
     if len(row) != len(names):
-        return Unreadable(f"{len(row)} fields, but the first line names {len(names)}. Fix: quotes around a field "
-                          "that holds the delimiter, or --skip-bad-lines.")
+        return Unreadable(
+            f"{len(row)} fields, but the first line names {len(names)}. Fix: quotes around a field "
+            "that holds the delimiter, or --skip-bad-lines."
+        )
     value = row[names.index(column)]
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         byte = ord(value[error.start]) - 0xDC00
-        return Unreadable(f"not UTF-8 (byte 0x{byte:02x} at character {error.start}). Fix: convert it, or "
-                          "--skip-bad-lines.")
+        return Unreadable(
+            f"not UTF-8 (byte 0x{byte:02x} at character {error.start}). Fix: convert it, or "
+            "--skip-bad-lines."
+        )
     return value

@@ -1,4 +1,4 @@
-"""Documents without a token, as Megatron-Core's builder writes them: no sequence, anywhere in the file."""
+"""Documents without a token, as Megatron-Core's builder writes them: of no sequence, anywhere."""
 
 import numpy as np
 import pytest
@@ -70,11 +70,14 @@ def test_a_stream_gives_each_document_that_has_tokens_once(megatron, tmp_path, d
     assert sorted(drawn) == sorted(ids for ids in flat(documents) if ids)
 
 
-@pytest.mark.parametrize("words, expected", [
-    ("{}", [1, 2, 3, 4]),
-    ("{}[2:]", [1, 2, 3]),
-    ("{}[0:2]", [4]),
-])
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ("{}", [1, 2, 3, 4]),
+        ("{}[2:]", [1, 2, 3]),
+        ("{}[0:2]", [4]),
+    ],
+)
 def test_ranges_of_lengths_leave_empty_documents_out(megatron, tmp_path, words, expected):
     path = words.format(build(megatron, tmp_path / "c", EMPTY_ENDS))
     corpus = open_corpus(DataConfig(data_path=[path], split="1"), 5, 100)
@@ -97,7 +100,9 @@ def test_inspect_data_shows_samples_of_all(megatron, tmp_path, documents, capsys
 def test_merging_and_splitting_keep_them(megatron, tmp_path, documents):
     prefix = build(megatron, tmp_path / "c", documents)
     merged = str(tmp_path / "merged")
-    merge(MergeArguments(input=[prefix, prefix], output_prefix=merged, accept_unknown_tokenizers=True))
+    merge(
+        MergeArguments(input=[prefix, prefix], output_prefix=merged, accept_unknown_tokenizers=True)
+    )
     assert whole(merged) == flat(documents) * 2
     parts = split(SplitArguments(input=merged, output_prefix=str(tmp_path / "part"), parts=2))
     assert sum((whole(part) for part in parts), []) == flat(documents) * 2
@@ -106,7 +111,9 @@ def test_merging_and_splitting_keep_them(megatron, tmp_path, documents):
 
 def test_a_part_without_a_token_is_refused(megatron, tmp_path):
     prefix = build(megatron, tmp_path / "c", [[[1, 2, 3]], [], []])
-    with pytest.raises(ValueError, match=r"parts = 2: part 1 would hold no token. Fix: fewer parts"):
+    with pytest.raises(
+        ValueError, match=r"parts = 2: part 1 would hold no token. Fix: fewer parts"
+    ):
         split(SplitArguments(input=prefix, output_prefix=str(tmp_path / "part"), parts=2))
     assert not list(tmp_path.glob("part*"))
 

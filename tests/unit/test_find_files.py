@@ -40,13 +40,16 @@ def test_json_lines_are_read_under_each_of_their_endings(tmp_path, ending):
 
 
 @pytest.mark.parametrize("compression", PACKERS)
-@pytest.mark.parametrize("name, content, expected", [
-    ("x.jsonl", lines("1 2", "3"), [[1, 2], [3]]),
-    ("x.json", json.dumps([{"text": "1 2"}, {"text": "3"}]), [[1, 2], [3]]),
-    ("x.ids", "1 2\n3\n", [[1, 2], [3]]),
-    ("x.csv", 'id,text\n7,"1\n2"\n8,3\n', [[1, 2], [3]]),
-    ("x.txt", "1 2\n3", [[1, 2, 3]]),
-])
+@pytest.mark.parametrize(
+    "name, content, expected",
+    [
+        ("x.jsonl", lines("1 2", "3"), [[1, 2], [3]]),
+        ("x.json", json.dumps([{"text": "1 2"}, {"text": "3"}]), [[1, 2], [3]]),
+        ("x.ids", "1 2\n3\n", [[1, 2], [3]]),
+        ("x.csv", 'id,text\n7,"1\n2"\n8,3\n', [[1, 2], [3]]),
+        ("x.txt", "1 2\n3", [[1, 2, 3]]),
+    ],
+)
 def test_every_compression_of_every_kind_is_read(tmp_path, compression, name, content, expected):
     half = len(content) // 2
     pack = PACKERS[compression]
@@ -61,27 +64,42 @@ def test_damaged_compressed_files_are_named(tmp_path, compression):
     data = PACKERS[compression](lines(*map(str, range(99))).encode())
     for damaged in (data[:-5], b"no " + data, data[:20] + b"\xff" * 20 + data[40:]):
         path = write(tmp_path / f"x.jsonl{compression}", damaged)
-        with pytest.raises(ValueError, match=f"x.jsonl{compression}: damaged, or not whole .*Fix: copy"):
+        with pytest.raises(
+            ValueError, match=f"x.jsonl{compression}: damaged, or not whole .*Fix: copy"
+        ):
             null(tmp_path, path, skip_bad_lines=True)
 
 
-@pytest.mark.parametrize("content", [
-    json.dumps([{"text": "1 2"}, {"text": "3"}]),
-    json.dumps([{"text": "1 2"}, {"text": "3"}], indent=2),
-    "\ufeff" + json.dumps([{"text": "1 2", "n": float("nan")}, {"text": "3"}]),
-    lines("1 2", "3"),
-    json.dumps({"text": "1 2"}) + "\n\n" + json.dumps({"text": "3"}),
-])
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps([{"text": "1 2"}, {"text": "3"}]),
+        json.dumps([{"text": "1 2"}, {"text": "3"}], indent=2),
+        "\ufeff" + json.dumps([{"text": "1 2", "n": float("nan")}, {"text": "3"}]),
+        lines("1 2", "3"),
+        json.dumps({"text": "1 2"}) + "\n\n" + json.dumps({"text": "3"}),
+    ],
+)
 def test_a_json_file_may_be_lines_or_one_array(tmp_path, content):
     assert null(tmp_path, write(tmp_path / "x.json", content))[0] == [[1, 2], [3]]
 
 
 def test_a_json_file_may_be_one_object_over_several_lines(tmp_path):
-    assert null(tmp_path, write(tmp_path / "x.json", json.dumps({"text": "1 2"}, indent=1)))[0] == [[1, 2]]
+    assert null(tmp_path, write(tmp_path / "x.json", json.dumps({"text": "1 2"}, indent=1)))[0] == [
+        [1, 2]
+    ]
 
 
 def test_elements_of_a_json_array_that_are_no_documents_are_named(tmp_path):
-    elements = [{"text": "1"}, {"text": 5}, {"text": None}, 7, {"body": "2"}, {"text": "\ud800"}, {"text": "3"}]
+    elements = [
+        {"text": "1"},
+        {"text": 5},
+        {"text": None},
+        7,
+        {"body": "2"},
+        {"text": "\ud800"},
+        {"text": "3"},
+    ]
     path = write(tmp_path / "x.json", json.dumps(elements, indent=1))
     with pytest.raises(ValueError, match="x.json, element 2: key 'text' is a number, not text"):
         null(tmp_path, path)
@@ -91,7 +109,9 @@ def test_elements_of_a_json_array_that_are_no_documents_are_named(tmp_path):
 
 @pytest.mark.parametrize("content", ["[1, 2", "[{'text': '1'}]", "[1]\n[2]\n"])
 def test_a_json_array_that_is_none_is_refused(tmp_path, content):
-    with pytest.raises(ValueError, match="x.json: begins as one JSON array or object, and is not JSON .*Fix"):
+    with pytest.raises(
+        ValueError, match="x.json: begins as one JSON array or object, and is not JSON .*Fix"
+    ):
         null(tmp_path, write(tmp_path / "x.json", content), skip_bad_lines=True)
 
 
@@ -113,7 +133,12 @@ def test_a_walk_names_all_that_it_leaves_out(tmp_path):
     left_out = {reason: sorted(names(paths, folder)) for reason, paths in found.left_out.items()}
     assert left_out == {
         "unknown ending (--plain-text reads it as text)": [
-            "part-00000", "part-00001.gz", "w", "x.docx", "y.html", "z.tar.gz",
+            "part-00000",
+            "part-00001.gz",
+            "w",
+            "x.docx",
+            "y.html",
+            "z.tar.gz",
         ],
         "hidden (name begins with a dot)": [".git", ".hidden.txt"],
         "not among --extensions": ["b.md"],
@@ -136,7 +161,9 @@ def test_plain_text_reads_unknown_endings(tmp_path):
 @pytest.mark.parametrize("name", ["part-00000", "x.docx", "x.tar.gz", "x.bin", "x.unknown.zst"])
 def test_an_unknown_ending_that_is_named_is_refused(tmp_path, name):
     path = write(tmp_path / name, "1")
-    with pytest.raises(ValueError, match=f"{name}: the ending does not say what it holds .*Fix: --plain-text"):
+    with pytest.raises(
+        ValueError, match=f"{name}: the ending does not say what it holds .*Fix: --plain-text"
+    ):
         find(path)
     assert find(path, plain_text=True).files == [path]
 
@@ -187,7 +214,10 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
 def test_no_file_at_all_names_what_lay_there(tmp_path):
     for name in ("part-00000", "part-00001", "part-00002", "part-00003", ".x"):
         write(tmp_path / "in" / name, "1")
-    message = "there is: 1 hidden .*: .*/.x; 4 unknown ending .*: .*part-00000, .*00001, .*00002 and 1 more. Fix"
+    message = (
+        "there is: 1 hidden .*: .*/.x; "
+        "4 unknown ending .*: .*part-00000, .*00001, .*00002 and 1 more. Fix"
+    )
     with pytest.raises(ValueError, match=message):
         find(tmp_path / "in")
 

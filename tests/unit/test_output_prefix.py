@@ -1,4 +1,4 @@
-"""What stands at an output prefix: never an input, never a foreign file, and nothing without --overwrite."""
+"""What is replaced at an output prefix: no input, no foreign file, nothing without --overwrite."""
 
 import hashlib
 import os
@@ -66,7 +66,7 @@ def test_preprocess_replaces_a_finished_pair_only_when_asked(tmp_path):
     path.write_text(lines("1 2", "3"))
     assert preprocess_to(tmp_path, path) == [[1, 2], [3]]
     before = hashes(tmp_path)
-    message = r"out/c.bin exists \(2 documents, 3 tokens\). Fix: another prefix, or --overwrite to replace it."
+    message = r"out/c.bin exists \(2 documents, 3 tokens\). Fix: another prefix, or --overwrite"
     with pytest.raises(ValueError, match=message):
         preprocess_to(tmp_path, path)
     assert hashes(tmp_path) == before
@@ -75,7 +75,7 @@ def test_preprocess_replaces_a_finished_pair_only_when_asked(tmp_path):
 
 
 def test_an_unfinished_publication_goes_on_without_being_asked(tmp_path):
-    """Killed while publishing: the .bin stands there, the .idx does not, and the progress is kept."""
+    """Killed while publishing: the .bin is there, the .idx is not, and the progress is kept."""
     path = tmp_path / "x.jsonl"
     path.write_text(lines("1 2", "3"))
     preprocess_to(tmp_path, path)
@@ -95,25 +95,34 @@ def test_preprocess_never_replaces_an_input(tmp_path, overwrite):
     (tmp_path / "link.json").symlink_to(corpus)
     before = hashes(tmp_path)
     for name in (corpus, tmp_path / "link.json", corpus.parent):
-        with pytest.raises(ValueError, match=r"c.json would replace the input .*\.json. Fix: another prefix"):
+        with pytest.raises(
+            ValueError, match=r"c.json would replace the input .*\.json. Fix: another prefix"
+        ):
             preprocess_to(tmp_path, name, overwrite=overwrite)
     assert hashes(tmp_path) == before
 
 
-@pytest.mark.parametrize("name, content", [
-    ("c.json", '{"model_type": "llama"}'),
-    ("c.bin", "weights of a model"),
-    ("c.idx", "an index of something else"),
-])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("c.json", '{"model_type": "llama"}'),
+        ("c.bin", "weights of a model"),
+        ("c.idx", "an index of something else"),
+    ],
+)
 def test_a_file_that_is_not_ours_is_kept_even_when_asked(tmp_path, name, content):
     path = tmp_path / "x.jsonl"
     path.write_text(lines("1 2"))
     foreign = tmp_path / "out" / name
     foreign.parent.mkdir()
     foreign.write_text(content)
-    with pytest.raises(ValueError, match=f"{name} is no file that these tools wrote, and is not replaced. Fix"):
+    with pytest.raises(
+        ValueError, match=f"{name} is no file that these tools wrote, and is not replaced. Fix"
+    ):
         preprocess_to(tmp_path, path, overwrite=True)
-    assert [(file.name, file.read_text()) for file in (tmp_path / "out").iterdir()] == [(name, content)]
+    assert [(file.name, file.read_text()) for file in (tmp_path / "out").iterdir()] == [
+        (name, content)
+    ]
 
 
 def test_merging_replaces_only_when_asked(tmp_path):
@@ -138,7 +147,9 @@ def test_merging_into_an_input_is_refused(tmp_path, output, overwrite):
     for end in ("bin", "idx", "json"):
         (folder / f"alias.{end}").symlink_to(folder / f"a.{end}")
     before = hashes(tmp_path)
-    with pytest.raises(ValueError, match=r"would replace the input .*in/[ab].bin. Fix: another prefix"):
+    with pytest.raises(
+        ValueError, match=r"would replace the input .*in/[ab].bin. Fix: another prefix"
+    ):
         merge_to(folder, ["a", "b"], output.format("in"), overwrite=overwrite)
     assert hashes(tmp_path) == before
 
@@ -148,7 +159,9 @@ def test_splitting_onto_its_input_is_refused(tmp_path, overwrite):
     """Part 0 would replace the file that part 1 is read from."""
     write_pair(tmp_path / "c_0", [1], [2], [3], [4])
     before = hashes(tmp_path)
-    with pytest.raises(ValueError, match=r"c_0.bin would replace the input .*c_0.bin. Fix: another prefix"):
+    with pytest.raises(
+        ValueError, match=r"c_0.bin would replace the input .*c_0.bin. Fix: another prefix"
+    ):
         split_to(tmp_path, "c_0", "c", overwrite=overwrite)
     assert hashes(tmp_path) == before
 
@@ -160,7 +173,9 @@ def test_parts_of_another_split_do_not_mix(tmp_path):
     with pytest.raises(ValueError, match="p_0.bin exists"):
         split_to(tmp_path, "a", "p", parts=3)
     for parts, remains in ((2, "p_2.idx"), (11, "p_0.idx")):
-        with pytest.raises(ValueError, match=f"{remains} is a part of another split, and would remain"):
+        with pytest.raises(
+            ValueError, match=f"{remains} is a part of another split, and would remain"
+        ):
             split_to(tmp_path, "a", "p", parts=parts, overwrite=True)
     assert hashes(tmp_path) == before
     assert len(split_to(tmp_path, "a", "p", parts=4, overwrite=True)) == 4
@@ -179,16 +194,28 @@ def test_open_readers_keep_the_files_that_were_replaced(tmp_path):
     other = IndexedReader(write_pair(tmp_path / "other", [5]), files)
     # The limit of open files closes the first pair, and its names lead to other files now.
     assert other.read(0, 0, 1).tolist() == [5]
-    with pytest.raises(ValueError, match="c: its files were replaced or changed since they were opened. Fix"):
+    with pytest.raises(
+        ValueError, match="c: its files were replaced or changed since they were opened. Fix"
+    ):
         reader.read(0, 0, 3)
 
 
 def test_the_command_answers_in_one_line(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text(lines("1 2"))
-    command = [sys.executable, "-m", "tools.preprocess_data", "--tokenizer-type", "NullTokenizer", "--vocab-size"]
+    command = [
+        sys.executable,
+        "-m",
+        "tools.preprocess_data",
+        "--tokenizer-type",
+        "NullTokenizer",
+        "--vocab-size",
+    ]
     command += ["10", "--input", str(path), "--output-prefix", str(tmp_path / "c")]
     assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 2, again.stderr
-    assert len(again.stderr.splitlines()) == 1 and "c.bin exists (1 documents, 2 tokens)" in again.stderr
+    assert (
+        len(again.stderr.splitlines()) == 1
+        and "c.bin exists (1 documents, 2 tokens)" in again.stderr
+    )
