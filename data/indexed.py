@@ -49,8 +49,8 @@ class Index:
 
     dtype: of the tokens in .bin. document_lengths: int32 [documents] (int64 where one is longer), tokens.
     num_sequences. num_tokens. checksum: xxh3 of dtype, lengths and document ranges, hex.
-    one_sequence_each: document i is sequence i. As many documents as sequences do not prove it: a document
-    of none may stand beside one of two.
+    one_sequence_each: document i is sequence i. As many documents as sequences do not prove it: a
+    document of none may stand beside one of two.
     """
 
     dtype: type[np.integer]
@@ -181,8 +181,8 @@ def describe_single(single: int, documents: int) -> str:
     """Say what documents of one token mean for training."""
     if single == documents:
         return (
-            "warning: every document has one token, so that none has a target with document masking: a run "
-            "would learn nothing. Fix: --append-eod, or longer documents."
+            "warning: every document has one token, so that none has a target with document masking: a "
+            "run would learn nothing. Fix: --append-eod, or longer documents."
         )
     return f"{single:,} documents have one token, and no target with document masking"
 
@@ -260,8 +260,8 @@ class IndexedReader:
         """
         if _file_stamps(self.prefix) != self._stamps:
             raise ValueError(
-                f"{self.prefix}: its files were replaced or changed since they were opened. Fix: start "
-                "again, which compares the data with the checkpoint's."
+                f"{self.prefix}: its files were replaced or changed since they were opened. Fix: "
+                "start again, which compares the data with the checkpoint's."
             )
         tokens = np.empty(0, dtype=self.dtype)
         if self.num_tokens:  # an empty file cannot be mapped

@@ -78,8 +78,7 @@ def _refuse_foreign(name: str, prefix: str, present: list[Path]) -> None:
         if not ours[path]:
             raise ValueError(
                 f"{name}: {path} is no file that these tools wrote, and is not replaced. Fix: "
-                "another "
-                "prefix, or move it away."
+                "another prefix, or move it away."
             )
 
 

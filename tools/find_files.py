@@ -70,8 +70,7 @@ def find_files(
         there = "; ".join(describe_left_out(search.found)) or "nothing at all"
         raise ValueError(
             f"input = {_join(inputs)}: no file to read that ends in {', '.join(endings)}; there "
-            f"is: {there}. "
-            "Fix: give files, other --extensions, or --plain-text."
+            f"is: {there}. Fix: give files, other --extensions, or --plain-text."
         )
     return search.found
 
@@ -82,23 +81,20 @@ def _check_given(names: Sequence[str], search: "_Search") -> None:
     if special:
         raise ValueError(
             f"input = {_join(special)}: not a regular file; its size and end are not known. Fix: "
-            "write "
-            "it to a file first."
+            "write it to a file first."
         )
     packed = [name for name in names if _is_compressed_parquet(name)]
     if packed:
         raise ValueError(
-            f"input = {_join(packed)}: {PARQUET_EXTENSION} files have a compression of their "
-            "own, and are "
-            "not read through another. Fix: unpack it."
+            f"input = {_join(packed)}: {PARQUET_EXTENSION} files have a compression of their own, "
+            "and are not read through another. Fix: unpack it."
         )
     unknown = [name for name in names if search.is_unknown(name)]
     if unknown:
         raise ValueError(
             f"input = {_join(unknown)}: the ending does not say what it holds (known: "
             f"{', '.join(EXTENSIONS)}). Fix: --plain-text to read it as text, one document; or a "
-            "name with "
-            "the ending of what it is; other formats have to be converted."
+            "name with the ending of what it is; other formats have to be converted."
         )
 
 
@@ -234,8 +230,7 @@ def _refuse_copies(paths: Iterable[Path]) -> None:
         if first is not path and (is_compressed(first) or is_compressed(path)):
             raise ValueError(
                 f"{path}: {first.name} stands beside it: the same text twice? Fix: move one of "
-                "them away, "
-                "or name the files as --input."
+                "them away, or name the files as --input."
             )
 
 

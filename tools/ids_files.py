@@ -1,8 +1,8 @@
 """Documents that are token ids already (genomes, audio codes, text tokenized elsewhere), as arrays.
 
 An .ids file has one document per line: integers between spaces, tabs or commas, with or without one
-pair of brackets around them. JSON has a list of integers (or a text of them) under the key, a table a
-column of either; any other file is one document, a text of integers.
+pair of brackets around them. JSON has a list of integers (or a text of them) under the key, a table
+a column of either; any other file is one document, a text of integers.
 """
 
 import numba
@@ -15,8 +15,10 @@ from tools.text_files import Piece, decode, name_place, read_lines, read_piece, 
 LIST_ITEMS = {**NAMES, float: "a number that is no 64-bit integer"}
 
 
-def read_ids(piece: Piece, key: str, skip_bad: bool, tokenizer: NullTokenizer) -> tuple[np.ndarray, np.ndarray, int]:
-    """(ids, int64 [tokens]; length of each document, int64 [documents]; what was left out) of a piece.
+def read_ids(
+    piece: Piece, key: str, skip_bad: bool, tokenizer: NullTokenizer
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Read a piece as (ids, int64 [tokens]; length of each document, int64 [documents]; bad ones).
 
     Raises:
         ValueError: names file and line of what is not a list of integers in [0, vocab_size).
@@ -45,7 +47,8 @@ def _ids_of(value: str | list | np.ndarray, tokenizer: NullTokenizer) -> np.ndar
     if isinstance(value, str):
         data = np.frombuffer(value.replace("\n", " ").encode("utf-8", "replace"), dtype=np.uint8)
         ids, lengths = _parse_lines(data, tokenizer.vocab_size, False)
-        # What the parser does not take (a sign, other scripts' digits, an error) is the tokenizer's business.
+        # What the parser does not take (a sign, other scripts' digits, an error) is the tokenizer's
+        # business.
         return np.array(tokenizer.encode(value), dtype=np.int64) if (lengths < 0).any() else ids
     if len(value) == 0:
         return np.empty(0, dtype=np.int64)
@@ -62,18 +65,24 @@ def _array_of(value: list) -> np.ndarray:
     kinds = set(map(type, value))  # numpy would take true for 1
     if kinds != {int}:
         wrong = sorted(LIST_ITEMS[kind] for kind in kinds - {int})
-        raise ValueError(f"must be a list of integers, and holds {' and '.join(wrong)}. Fix: the input, or "
-                         "--skip-bad-lines.")
+        raise ValueError(
+            f"must be a list of integers, and holds {' and '.join(wrong)}. Fix: the input, or "
+            "--skip-bad-lines."
+        )
     try:
         return np.array(value, dtype=np.int64)
     except OverflowError:
-        raise ValueError(f"token id {max(value, key=abs)}: is no id of any tokenizer. Fix: the input, or "
-                         "--skip-bad-lines.") from None
+        raise ValueError(
+            f"token id {max(value, key=abs)}: is no id of any tokenizer. Fix: the input, or "
+            "--skip-bad-lines."
+        ) from None
 
 
 def _out_of_range(wrong: int, tokenizer: NullTokenizer) -> ValueError:
-    return ValueError(f"token id {wrong}: must be in [0, vocab_size = {tokenizer.vocab_size}). Fix: the input, or "
-                      "a larger --vocab-size.")
+    return ValueError(
+        f"token id {wrong}: must be in [0, vocab_size = {tokenizer.vocab_size}). Fix: the input, "
+        "or a larger --vocab-size."
+    )
 
 
 def _explain_bad_line(piece: Piece, tokenizer: NullTokenizer) -> None:
@@ -82,12 +91,16 @@ def _explain_bad_line(piece: Piece, tokenizer: NullTokenizer) -> None:
         _, lengths = _parse_lines(np.frombuffer(line, dtype=np.uint8), tokenizer.vocab_size)
         if (lengths >= 0).all():
             continue
-        problem = ("must be integers between spaces or single commas, in one pair of brackets or none. Fix: the "
-                   "input, or --skip-bad-lines.")
+        problem = (
+            "must be integers between spaces or single commas, in one pair of brackets or none. "
+            "Fix: the input, or --skip-bad-lines."
+        )
         text = line.decode("utf-8", "replace").strip()
         inner = text.removeprefix("[").removesuffix("]")
         if "[" in inner or "]" in inner:
-            problem = "must be a list of integers, not of lists. Fix: the input, or --skip-bad-lines."
+            problem = (
+                "must be a list of integers, not of lists. Fix: the input, or --skip-bad-lines."
+            )
         try:
             tokenizer.encode(inner.translate({ord(letter): " " for letter in "[],"}))
         except ValueError as error:
@@ -98,11 +111,13 @@ def _explain_bad_line(piece: Piece, tokenizer: NullTokenizer) -> None:
 
 @numba.njit(nogil=True, cache=True)
 def _parse_lines(data, vocab_size, lists=True):
-    """(ids, length of each line that is not blank, -1 where it is not a list of ids in [0, vocab_size)).
+    """Parse (ids, length of each line that is not blank, -1 where it is no list of ids).
 
-    With `lists`, commas may stand between two ids, and a pair of brackets around all of a line.
+    An id is an integer in [0, vocab_size). With `lists`, commas may stand between two ids, and a
+    pair of brackets around all of a line.
     """
-    ids, lengths = np.empty(len(data) // 2 + 1, dtype=np.int64), np.empty(len(data) + 1, dtype=np.int64)
+    ids = np.empty(len(data) // 2 + 1, dtype=np.int64)
+    lengths = np.empty(len(data) + 1, dtype=np.int64)
     count = lines = begin = 0
     value, bad, blank = -1, False, True
     opened, closed, comma = False, False, False

@@ -1,7 +1,8 @@
-"""One pair of token files from several: `python -m tools.merge_datasets --input A B --output-prefix C`.
+"""One pair of token files from several:
+`python -m tools.merge_datasets --input A B --output-prefix C`.
 
-Documents in the order of the inputs; all must come from the same tokenizer. What stands at C is replaced with
---overwrite only, and never where it is an input.
+Documents in the order of the inputs; all must come from the same tokenizer. What stands at C is
+replaced with --overwrite only, and never where it is an input.
 """
 
 import sys
@@ -23,15 +24,15 @@ class Arguments:
     overwrite: bool = False
     """Replace the pair that stands at the output prefix."""
     accept_unknown_tokenizers: bool = False
-    """Take inputs without our .json, as Megatron-LM makes them; the output then names no tokenizer."""
+    """Take inputs without our .json, as Megatron-LM's; the output then names no tokenizer."""
 
 
 def merge(arguments: Arguments) -> list[str]:
     """Write the merged pair -> the paths of its files.
 
     Raises:
-        ValueError: an input is damaged, or of another tokenizer or dtype than the first, or the output may not be
-            written; nothing was written.
+        ValueError: an input is damaged, or of another tokenizer or dtype than the first, or the
+            output may not be written; nothing was written.
     """
     files = [file for prefix in arguments.input for file in prefix_files(prefix)]
     check_output(arguments.output_prefix, overwrite=arguments.overwrite, inputs=files)
@@ -47,11 +48,16 @@ def _common_tokenizer(arguments: Arguments) -> dict | None:
     found = {prefix: (read_side_file(prefix) or {}).get("tokenizer") for prefix in arguments.input}
     for prefix, tokenizer in found.items():
         if tokenizer is None and not arguments.accept_unknown_tokenizers:
-            raise ValueError(f"input = {prefix}: no {prefix}.json that names its tokenizer. Fix: make it with "
-                             "tools.preprocess_data, or --accept-unknown-tokenizers if you know that it is the same.")
+            raise ValueError(
+                f"input = {prefix}: no {prefix}.json that names its tokenizer. Fix: make it with "
+                "tools.preprocess_data, or --accept-unknown-tokenizers if you know that it is "
+                "the same."
+            )
         if tokenizer and found[first] and tokenizer != found[first]:
-            raise ValueError(f"input = {prefix}: made with the tokenizer {tokenizer}, but {first} with {found[first]}. "
-                             "Fix: merge only what one tokenizer made.")
+            raise ValueError(
+                f"input = {prefix}: made with the tokenizer {tokenizer}, but {first} with "
+                f"{found[first]}. Fix: merge only what one tokenizer made."
+            )
     return found[first] if None not in found.values() else None
 
 
@@ -63,7 +69,10 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     index = read_index(arguments.output_prefix)
-    print(f"{len(index.document_lengths):,} documents, {index.num_tokens:,} tokens of {len(arguments.input):,} inputs")
+    print(
+        f"{len(index.document_lengths):,} documents, {index.num_tokens:,} tokens of "
+        f"{len(arguments.input):,} inputs"
+    )
     print(f"wrote {', '.join(paths)}")
     return 0
 

@@ -1,12 +1,12 @@
 """Text to token files: `python -m tools.preprocess_data --input F... --output-prefix P --tokenizer-type T
 --tokenizer-model M [--append-eod --workers N]`.
 
-Inputs are JSON (an object per line: .jsonl, .ndjson, .jsonlines, .json; or a .json file that is one array),
-tables (.parquet, .csv, .tsv: a document per row), .ids (a list of token ids per line), text files (each one
-document) and folders of them, as they are or compressed (.gz, .zst, .bz2, .xz). What is left out is named at
-the end. Writes P.bin, P.idx and P.json, all or none; the result does not depend on --workers. A run that was
-stopped goes on where it was when the same command is given again; what stands at P is replaced only with
---overwrite.
+Inputs are JSON (an object per line: .jsonl, .ndjson, .jsonlines, .json; or a .json file that is one
+array), tables (.parquet, .csv, .tsv: a document per row), .ids (a list of token ids per line), text
+files (each one document) and folders of them, as they are or compressed (.gz, .zst, .bz2, .xz). What
+is left out is named at the end. Writes P.bin, P.idx and P.json, all or none; the result does not
+depend on --workers. A run that was stopped goes on where it was when the same command is given again;
+what stands at P is replaced only with --overwrite.
 """
 
 import sys
@@ -67,9 +67,9 @@ class Arguments:
     json_keys: list[str] = field(default_factory=lambda: ["text"])
     """Key of the text in JSON objects, column of tables; one per run."""
     extensions: list[str] = field(default_factory=lambda: list(EXTENSIONS))
-    """Endings of the files to take from folders, also compressed. Of others that are named here files are text."""
+    """Endings of the files to take from folders, also compressed; files of a new one are text."""
     plain_text: bool = False
-    """Read files of unknown endings (.log, .c, none) as text, each one document, instead of leaving them out."""
+    """Read files of unknown endings (.log, .c, none) as text, each one document."""
     overwrite: bool = False
     """Replace the finished pair that stands at the output prefix."""
     skip_bad_lines: bool = False
@@ -228,7 +228,8 @@ def preprocess(arguments: Arguments) -> dict:
             "seconds": time.perf_counter() - began, "prepare_seconds": prepared - began,
             "cpu_seconds": time.process_time() - cpu, "outputs": outputs,
             "encoder": choice.note, "single": writer.num_single,
-            "inputs": describe_inputs(found, documents=writer.num_documents, empty=progress.empty, bad=progress.bad)}
+            "inputs": describe_inputs(found, documents=writer.num_documents, empty=progress.empty,
+                                      bad=progress.bad)}
 
 
 def main(argv: list[str] | None = None) -> int:

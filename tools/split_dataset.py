@@ -1,7 +1,9 @@
-"""Several pairs of token files from one: `python -m tools.split_dataset --input A --output-prefix B --parts N`.
+"""Several pairs of token files from one:
+`python -m tools.split_dataset --input A --output-prefix B --parts N`.
 
-B_0 ... hold whole documents in A's order, with about the same number of tokens each; merged again they
-give A. (For validation there is --split of the trainer, which draws documents at random.)
+B_0 ... hold whole documents in A's order, with about the same number of tokens each; merged again
+they give A. What stands there is replaced with --overwrite only. (For validation there is --split
+of the trainer, which draws documents at random.)
 """
 
 import glob
@@ -33,23 +35,29 @@ def split(arguments: Arguments) -> list[str]:
     """Write the parts -> their prefixes.
 
     Raises:
-        ValueError: the input is damaged, its documents do not make this many parts, or a part may not be written;
-            nothing was written. Or the disk is full: the parts before stand.
+        ValueError: the input is damaged, its documents do not make this many parts, or a part may
+            not be written; nothing was written. Or the disk is full: the parts before stand.
     """
     index, parts = read_index(arguments.input), arguments.parts
     if not 1 <= parts <= len(index.document_lengths):
-        raise ValueError(f"parts = {parts}: must be in [1, {len(index.document_lengths)}], the documents of "
-                         f"{arguments.input}. Fix: give such a number.")
+        raise ValueError(
+            f"parts = {parts}: must be in [1, {len(index.document_lengths)}], the documents of "
+            f"{arguments.input}. Fix: give such a number."
+        )
     ends = np.cumsum(index.document_lengths, dtype=np.int64)
     goals = [index.num_tokens * part // parts for part in range(1, parts)]
     cuts = np.concatenate([[0], np.searchsorted(ends, goals) + 1, [len(ends)]])
     if (np.diff(cuts) < 1).any():
-        raise ValueError(f"parts = {parts}: a document of {index.document_lengths.max():,} tokens is longer than a "
-                         f"part of {index.num_tokens // parts:,}. Fix: fewer parts.")
+        raise ValueError(
+            f"parts = {parts}: a document of {index.document_lengths.max():,} tokens is longer "
+            f"than a part of {index.num_tokens // parts:,}. Fix: fewer parts."
+        )
     tokens = np.diff(np.concatenate([[0], ends[cuts[1:] - 1]]))
     if not tokens.all():
         # Empty documents alone: no run could train on such a part.
-        raise ValueError(f"parts = {parts}: part {int(np.argmin(tokens))} would hold no token. Fix: fewer parts.")
+        raise ValueError(
+            f"parts = {parts}: part {int(np.argmin(tokens))} would hold no token. Fix: fewer parts."
+        )
     prefixes = _part_prefixes(arguments)
     tokenizer = (read_side_file(arguments.input) or {}).get("tokenizer")
     for part, prefix in enumerate(prefixes):
@@ -76,8 +84,8 @@ def _part_prefixes(arguments: Arguments) -> list[str]:
         is_other_part = number.isdecimal() and idx.name not in written
         if is_other_part and not idx.samefile(f"{arguments.input}.idx"):
             raise ValueError(
-                f"output_prefix = {arguments.output_prefix}: {idx} is a part of another split, and would "
-                "remain beside the new ones. Fix: remove it, or another prefix."
+                f"output_prefix = {arguments.output_prefix}: {idx} is a part of another split, and "
+                "would remain beside the new ones. Fix: remove it, or another prefix."
             )
     return prefixes
 

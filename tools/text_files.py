@@ -1,8 +1,8 @@
 """Text on disk: how files are cut into pieces of work, and what documents a piece holds.
 
-A file of JSON has an object per line, each a document, or is an array of them; an .ids file has a list of
-integers per line; Parquet, .csv and .tsv have a document per row. Any other file is one document. All but
-Parquet may be compressed.
+A file of JSON has an object per line, each a document, or is an array of them; an .ids file has a
+list of integers per line; Parquet, .csv and .tsv have a document per row. Any other file is one
+document. All but Parquet may be compressed.
 """
 
 import io
@@ -36,9 +36,9 @@ READ_BYTES = 256 << 10
 class Piece:
     """Bytes [start, end) of a file. A line belongs to the piece in which it begins.
 
-    data: the lines (bytes) or the values of a table or of a JSON array (list) themselves, where the file
-        can be read from its beginning only; start and end then count bytes of the file. first_line: number
-        of the first of them.
+    data: the lines (bytes) or the values of a table or of a JSON array (list) themselves, where the
+        file can be read from its beginning only; start and end then count bytes of the file.
+    first_line: number of the first of them.
     """
 
     path: str
@@ -85,12 +85,16 @@ def is_stream(path: Path | str) -> bool:
 def cut_into_pieces(path: Path, piece_bytes: int) -> list[Piece]:
     """Pieces of about `piece_bytes` of a plain file of lines; any other file is one piece."""
     size = path.stat().st_size
-    step = piece_bytes if Piece(str(path), 0, size).is_lines and not is_compressed(path) else max(1, size)
+    step = (
+        piece_bytes
+        if Piece(str(path), 0, size).is_lines and not is_compressed(path)
+        else max(1, size)
+    )
     return [Piece(str(path), start, min(start + step, size)) for start in range(0, size, step)]
 
 
 def read_pieces(path: Path, piece_bytes: int, key: str) -> Iterator[Piece]:
-    """The pieces of any file. Those of files that cannot be read from the middle bring their data with them.
+    """Cut any file into pieces. Those that cannot be read from the middle bring their data along.
 
     Raises:
         ValueError: a file is damaged, or a table has no column `key`.
@@ -119,14 +123,15 @@ def _as_pieces(name: str, blocks: Iterator[tuple[bytes | list, int]]) -> Iterato
 
 
 def read_documents(piece: Piece, key: str, skip_bad: bool) -> Documents:
-    """The documents of a piece, in file order, bytes decoded as UTF-8 without any change of newlines.
+    """Read the documents of a piece, in file order, decoded without any change of newlines.
 
     Args:
         key: of the text in each JSON object.
         skip_bad: count what cannot be read instead of raising.
 
     Raises:
-        ValueError: names file and line of what is not UTF-8, not a JSON object, or has no text under `key`.
+        ValueError: names file and line of what is not UTF-8, not a JSON object, or has no text
+            under `key`.
     """
     documents = Documents()
     line_key = key if piece.is_lines else None
@@ -143,7 +148,7 @@ def read_documents(piece: Piece, key: str, skip_bad: bool) -> Documents:
 
 
 def read_records(piece: Piece) -> Iterator[tuple[int, Any]]:
-    """(offset, what stands there): lines that are not blank; or the bytes of a file; or values of a table."""
+    """Give (offset, line that is not blank), or one whole text, or (number, value of a table)."""
     if isinstance(piece.data, list):
         return enumerate(piece.data)
     if piece.is_lines:
@@ -152,7 +157,10 @@ def read_records(piece: Piece) -> Iterator[tuple[int, Any]]:
 
 
 def read_lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
-    """(offset, line with its newline) of the lines that begin in the piece; offsets in its data if it has any."""
+    """Give (offset, line with its newline) for the lines that begin in the piece.
+
+    Offsets count in the piece's data if it has any, else in the file.
+    """
     if piece.data is not None:
         offset = 0
         for line in io.BytesIO(piece.data):
@@ -186,7 +194,9 @@ def read_piece(piece: Piece) -> bytes:
         return whole if piece.start else strip_byte_order_mark(whole)
 
 
-def decode(data: bytes | str | list | np.ndarray | Unreadable | None, key: str | None, lists: bool = False) -> Any:
+def decode(
+    data: bytes | str | list | np.ndarray | Unreadable | None, key: str | None, lists: bool = False
+) -> Any:
     """The text of a record of `read_records`, or with `lists` also a list or an array.
 
     Args:
@@ -201,8 +211,10 @@ def decode(data: bytes | str | list | np.ndarray | Unreadable | None, key: str |
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"not UTF-8 ({error.reason} at byte {error.start}). Fix: convert it, or "
-                             "--skip-bad-lines to leave it out.") from None
+            raise ValueError(
+                f"not UTF-8 ({error.reason} at byte {error.start}). Fix: convert it, or "
+                "--skip-bad-lines to leave it out."
+            ) from None
     if not lists:
         try:  # most lines: at once, and with few calls
             value = orjson.loads(data)
@@ -220,12 +232,15 @@ def _checked_value(value: str | list | np.ndarray | Unreadable | None, lists: bo
     if value is None:
         raise ValueError("null, not text. Fix: --skip-bad-lines, or --json-keys.")
     if not lists and not isinstance(value, str):
-        raise ValueError("a list, not text. Fix: --tokenizer-type NullTokenizer if it is token ids, or --json-keys.")
+        raise ValueError(
+            "a list, not text. Fix: --tokenizer-type NullTokenizer if it is token ids, or "
+            "--json-keys."
+        )
     return value
 
 
 def name_place(piece: Piece, offset: int) -> str:
-    """Name the file and, by counting newlines, the line; of a table the row, of an array the element."""
+    """Name file and line (by counting newlines), or a table's row, or an array's element."""
     if isinstance(piece.data, list):
         number = piece.first_line + offset
         if is_parquet(piece.path):

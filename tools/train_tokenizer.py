@@ -42,7 +42,7 @@ class Arguments:
     json_keys: list[str] = field(default_factory=lambda: ["text"])
     """Key of the text in .jsonl/.json objects; one per run."""
     extensions: list[str] = field(default_factory=lambda: [ending for ending in EXTENSIONS if ending != IDS_EXTENSION])
-    """Endings of the files to take from folders. Of others that are named here files are text."""
+    """Endings of the files to take from folders; files of a new one are text."""
     plain_text: bool = False
     """Read files of unknown endings as text."""
 
