@@ -7,7 +7,8 @@ from typing import Literal
 
 from data.tokenizer import Tokenizer
 from data.tokenizer_fast import FastEncoder, first_difference, probe_texts
-from tools.text_files import Piece, is_stream, name_place, read_documents, read_pieces
+from tools.streams import is_compressed
+from tools.text_files import Piece, is_parquet, name_place, read_documents, read_pieces
 
 FastTokenizer = Literal["auto", "on", "off"]
 SAMPLE_PLACES, SAMPLE_BYTES = 64, 32 << 10
@@ -78,7 +79,7 @@ def sample_texts(files: Sequence[Path], key: str) -> Iterator[tuple[Piece, int, 
 
 
 def _read_sample(piece: Piece, key: str) -> Iterator[tuple[Piece, int, str]]:
-    if is_stream(piece.path):  # can be read from the beginning only
+    if is_compressed(piece.path) or is_parquet(piece.path):  # can be read from the beginning only
         try:
             piece = next(read_pieces(Path(piece.path), SAMPLE_BYTES, key))
             documents = read_documents(piece, key, skip_bad=True)
