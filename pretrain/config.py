@@ -13,7 +13,7 @@ from data.config import DataConfig
 from model.config import ModelConfig
 from model.rope import PARAMETERS
 from parallel.config import LayoutConfig
-from pretrain.compatibility import CompatibilityConfig
+from pretrain.megatron_flags import Given
 from pretrain.phase_config import PhaseConfig, Tokens
 
 
@@ -175,9 +175,22 @@ class LoggingConfig:
     """Folder of wandb's files; by default inside --save."""
 
 
+@dataclass(frozen=True)
+class GivenSettings:
+    """What the user wrote, in the YAML file or as flags."""
+
+    settings: frozenset[str] = frozenset()
+    """Names of settings; not what a preset or a checkpoint gave."""
+    megatron: dict[str, Given] = field(default_factory=dict)
+    """Flags of Megatron-LM that are no settings here but are accepted (megatron_flags.yaml)."""
+
+
 @dataclass(kw_only=True)
 class Config:
-    """Pretrain a GPT. Give a YAML file with --config and override any field by its flag."""
+    """Pretrain a GPT. Give a YAML file with --config and override any field by its flag.
+
+    pretrain/FLAGS.md lists all flags, those of Megatron-LM's scripts that are only answered among them.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     layout: LayoutConfig = field(default_factory=LayoutConfig)
@@ -186,11 +199,12 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    compatibility: CompatibilityConfig = field(default_factory=CompatibilityConfig)
+    given: Annotated[GivenSettings, tyro.conf.Suppress] = field(default_factory=GivenSettings, compare=False)
+    """What of all this the user wrote; no setting."""
 
     def validate(self) -> list[str]:
         """All problems that show without touching the disk, as `name = value: rule. Fix: ...`."""
-        problems = [problem for section in (self.model, self.layout, self.data, self.compatibility)
+        problems = [problem for section in (self.model, self.layout, self.data)
                     for problem in section.validate()]
         optimizer, schedule, checkpoint = self.optimizer, self.schedule, self.checkpoint
         positive = [("micro_batch_size", schedule.micro_batch_size), ("lr", optimizer.lr),
@@ -249,24 +263,6 @@ class Config:
         return [f"cpu_offloading = {asked}: but cpu_offloading_num_layers = {' '.join(map(str, layers))}. Fix: remove "
                 "one of them."]
 
-    def _memory_warnings(self) -> list[str]:
-        modules, bound = self.model.recompute_modules, self.model.cpu_offloading_host_memory
-        layers = [phase.with_memory(self.model).cpu_offloading_num_layers
-                  for phase in self.schedule.phases or [PhaseConfig()]]
-        found = []
-        if bound and not max(layers) and not self.optimizer.optimizer_cpu_offload:
-            found.append(f"cpu_offloading_host_memory = {bound:g}: has no effect, since nothing is offloaded")
-        levels = [phase.recompute_granularity or self.model.recompute_granularity
-                  or self.model.recompute_activations and "selective"
-                  for phase in self.schedule.phases or [PhaseConfig()]]
-        if modules and "selective" not in levels:
-            found.append(f"recompute_modules = {' '.join(modules)}: has no effect without recompute_granularity "
-                         "selective")
-        elif set(modules) == {"core_attn"}:
-            found.append("recompute_modules = core_attn: nothing is computed again, since no attention kernel keeps "
-                         "the scores")
-        return found
-
     def _passkey_problems(self) -> list[str]:
         logging, problems = self.logging, []
         if logging.eval_passkey_lengths and (self.data.mock_data or self.data.tokenizer_type == "NullTokenizer"):
@@ -302,44 +298,6 @@ class Config:
                 f"it. Fix: remove it, or rope_type {' or '.join(users)}."
                 for where, section, used in places for name, (_, users) in PARAMETERS.items()
                 if getattr(section, name) is not None and not set(used) & set(users)]
-
-    def warnings(self) -> list[str]:
-        """Settings that have no effect beside the others."""
-        optimizer, logging = self.optimizer, self.logging
-        needs = [(f"lr_wsd_decay_{unit}", optimizer, optimizer.lr_decay_style == "WSD", "--lr-decay-style WSD")
-                 for unit in ("iters", "samples", "tokens")]
-        needs += [(f"lr_decay_{unit}", optimizer, optimizer.lr_decay_style != "constant", "a style that decays")
-                  for unit in ("iters", "samples", "tokens")]
-        needs += [(name, logging, logging.wandb_project is not None, "--wandb-project")
-                  for name in ("wandb_exp_name", "wandb_entity", "wandb_save_dir")]
-        found = [f"{name} = {getattr(section, name)}: has no effect without {need}"
-                 for name, section, met, need in needs if getattr(section, name) is not None and not met]
-        for name, size in (("sequence_parallel", "tensor_model_parallel_size"),
-                           ("pipeline_schedule", "pipeline_model_parallel_size"),
-                           ("num_virtual_stages_per_pipeline_rank", "pipeline_model_parallel_size"),
-                           ("cp_comm_type", "context_parallel_size"),
-                           ("hierarchical_context_parallel_sizes", "context_parallel_size")):
-            without, phases = f"has no effect without {size} above 1", self.schedule.phases or [PhaseConfig()]
-            sizes = [2 if size in self.open_settings(phase) else getattr(phase, size) or getattr(self.layout, size)
-                     for phase in phases]
-            if getattr(self.layout, name) not in (False, None, [], "a2a") and max(sizes) == 1:
-                found.append(f"{name} = {getattr(self.layout, name)}: {without}")
-            found += [f"phase {phase.name!r}: {name} = {getattr(phase, name)}: {without}"
-                      for phase, its_size in zip(phases, sizes, strict=True)
-                      if getattr(phase, name, None) is not None and its_size == 1]
-        if self.schedule.phases and all(phase.has_own_batch for phase in self.schedule.phases):
-            found += [f"{name}: has no effect, since every phase gives a batch of its own"
-                      for name in ("rampup_batch_size", "step_batch_size_schedule") if getattr(self.schedule, name)]
-        found += self.compatibility.warnings() + self._memory_warnings()
-        if self.checkpoint.no_save_optim and self.checkpoint.save:
-            found.append("no_save_optim = True: a run that stops cannot go on with its optimizer state")
-        found += [f"{name} = {' '.join(map(str, getattr(logging, name)))}: has no effect without --eval-iters above 0"
-                  for name in ("eval_seq_lengths", "eval_passkey_lengths")
-                  if getattr(logging, name) and not logging.eval_iters]
-        if not optimizer.calculate_per_token_loss:
-            found.append("calculate_per_token_loss = False: the loss is always the sum over targets / the global "
-                         "target count")
-        return found
 
     def open_settings(self, phase: PhaseConfig) -> tuple[str, ...]:
         """Names of the settings of a phase that `layout: auto` chooses: those that neither it nor the run gives."""

@@ -14,8 +14,9 @@ import yaml
 from data.units import parse_tokens
 from model.config import MEMORY_SETTINGS, PRESETS, ModelConfig
 from model.rope import PARAMETERS, Rope
+from pretrain import megatron_flags
 from pretrain.checkpoint import read_progress
-from pretrain.config import Config
+from pretrain.config import Config, GivenSettings
 from pretrain.phase_config import PhaseConfig, Tokens
 from pretrain.resume_contract import stored_scheduler
 from pretrain.start import find_start
@@ -45,9 +46,38 @@ def load_config(argv: list[str]) -> Config:
     preset_values = _preset(preset) if preset else {}
 
     def given_over(base: Config) -> Config:
-        return from_flat(flags, "command line", from_flat(values, path, from_flat(preset_values, "preset", base)))
+        with_preset = from_flat(preset_values, "preset", base)
+        with_preset = dataclasses.replace(with_preset, given=base.given)  # a preset is not the user's
+        return from_flat(flags, "command line", from_flat(values, path, with_preset))
 
-    return _with_checkpoint(given_over(Config()), given_over)
+    return _with_virtual_stages(_with_checkpoint(given_over(Config()), given_over))
+
+
+def _with_virtual_stages(config: Config) -> Config:
+    """The configuration with what --num-layers-per-virtual-pipeline-stage means in stages per rank.
+
+    Raises:
+        ValueError: it means no whole number of stages, or another than is given.
+    """
+    given = config.given.megatron.get("num_layers_per_virtual_pipeline_stage")
+    if given is None:
+        return config
+    name = f"num_layers_per_virtual_pipeline_stage = {given.value}"
+    if any(phase.pipeline_model_parallel_size for phase in config.schedule.phases):
+        raise ValueError(f"{name}: phases have pipelines of their own. Fix: num_virtual_stages_per_pipeline_rank in "
+                         "each phase.")
+    layers = coerce(given.value, int) if given.value.isdecimal() else 0
+    pp = max(1, config.layout.pipeline_model_parallel_size)
+    per_rank, rest = divmod(config.model.num_layers, pp * layers) if layers else (0, 1)
+    if rest or not per_rank:
+        raise ValueError(f"{name}: must divide the num_layers = {config.model.num_layers} into equal stages on "
+                         f"pipeline_model_parallel_size = {pp} ranks. Fix: a divisor of num_layers / {pp}.")
+    also = config.layout.num_virtual_stages_per_pipeline_rank
+    if also not in (None, per_rank):
+        raise ValueError(f"{name}: means num_virtual_stages_per_pipeline_rank = {per_rank}, but that is {also}. Fix: "
+                         "remove one of them.")
+    layout = dataclasses.replace(config.layout, num_virtual_stages_per_pipeline_rank=per_rank)
+    return dataclasses.replace(config, layout=layout)
 
 
 def _with_checkpoint(config: Config, given_over: Callable[[Config], Config]) -> Config:
@@ -125,8 +155,13 @@ def _read_flags(argv: list[str]) -> dict[str, Any]:
         positive = "--" + flag[5:] if flag.startswith("--no-") and flag not in known else flag
         name, annotation = known.get(positive, (None, None))
         if name is None or (positive != flag and not _is(annotation, bool)):
-            near = difflib.get_close_matches(flag, known, 1)
-            problems.append(f"{flag}: no such flag. Fix: " + (f"did you mean {near[0]}?" if near else "see --help."))
+            theirs = megatron_flags.find(flag, " ".join(given) or "true")
+            if theirs is None:
+                problems.append(f"{flag}: no such flag. Fix: {_flag_advice(flag, positive, known)}")
+            elif theirs.problem:
+                problems.append(theirs.problem)
+            else:
+                values[flag] = " ".join(given) or "true"
         elif _is(annotation, bool):
             values[name] = given[0] if given else str(positive == flag)
             problems += [f"{flag} {' '.join(given)}: takes no value. Fix: {positive} or --no-{positive[2:]}."] * (
@@ -140,6 +175,13 @@ def _read_flags(argv: list[str]) -> dict[str, Any]:
     if problems:
         raise ValueError("\n".join(problems))
     return values
+
+
+def _flag_advice(flag: str, positive: str, known: dict) -> str:
+    """What to do about an unknown flag; `positive` is the flag without its `no-`."""
+    if positive in known:
+        return f"leave it out; {positive} takes a value."
+    return megatron_flags.advice(flag, list(known))
 
 
 def _is(annotation: Any, kind: type) -> bool:
@@ -190,10 +232,15 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return values
 
 
+def sections_of_config() -> dict[str, type]:
+    """The sections by name; not the record of what was given."""
+    return {name: cls for name, cls in get_type_hints(Config).items() if cls is not GivenSettings}
+
+
 def field_table() -> dict[str, tuple[str, Any]]:
     """Every flat key -> (section, type), from the dataclasses themselves."""
     table = {}
-    for section, cls in get_type_hints(Config).items():
+    for section, cls in sections_of_config().items():
         for name, annotation in get_type_hints(cls, include_extras=True).items():
             assert name not in table, f"{name} is declared twice"
             table[name] = (section, annotation)
@@ -207,21 +254,38 @@ def from_flat(values: dict[str, Any], where: str, base: Config | None = None) ->
         ValueError: unknown keys and wrong types, all at once, each naming `where`.
     """
     table = field_table()
-    sections = {section: dataclasses.replace(getattr(base or Config(), section)) for section in get_type_hints(Config)}
+    base = base or Config()
+    sections = {section: dataclasses.replace(getattr(base, section)) for section in sections_of_config()}
+    settings = set(base.given.settings)
+    theirs = dict(base.given.megatron)
     problems: list[str] = []
     for key, value in values.items():
+        settings.add(key)
         if key == "phases":
             sections["schedule"].phases = _phases(value, where, problems)
             continue
         section, annotation = table.get(key, (None, None))
         if section is None:
-            problems.append(_unknown_key(key, table, where))
+            settings.discard(key)
+            _take_megatron_key(key, value, where, theirs, problems)
             continue
         _try(lambda s=section, k=key, v=value, a=annotation: setattr(sections[s], k, coerce(v, a)), key, value, where,
              problems)
     if problems:
         raise ValueError("\n".join(problems))
-    return Config(**sections)
+    return Config(**sections, given=GivenSettings(frozenset(settings), theirs))
+
+
+def _take_megatron_key(key: str, value: Any, where: str, theirs: dict, problems: list[str]) -> None:
+    """Put a flag of Megatron-LM into `theirs`, or say why it cannot be."""
+    text = value if isinstance(value, str) else " ".join(map(str, value))
+    given = megatron_flags.find(key, text)
+    if given is None:
+        problems.append(_unknown_key(key, field_table(), where))
+    elif given.problem:
+        problems.append(f"{where}: {given.problem}")
+    else:
+        theirs[key.removeprefix("--").replace("-", "_")] = given
 
 
 def _phases(value: Any, where: str, problems: list[str]) -> list[PhaseConfig]:
@@ -245,8 +309,7 @@ def _phases(value: Any, where: str, problems: list[str]) -> list[PhaseConfig]:
 
 
 def _unknown_key(key: str, known: Any, where: str) -> str:
-    near = difflib.get_close_matches(key.replace("-", "_"), known, 1)
-    return f"{where}: {key}: no such setting. Fix: " + (f"did you mean {near[0]}?" if near else "remove it.")
+    return f"{where}: {key}: no such setting. Fix: {megatron_flags.advice(key, list(known))}"
 
 
 def _try(action: Callable[[], None], key: str, value: Any, where: str, problems: list[str]) -> None:
@@ -306,9 +369,7 @@ def _text(value: Any) -> str:
 def to_flat(config: Config) -> dict[str, Any]:
     """Every setting as a flat dict that `from_flat` reads back; unset ones are left out."""
     flat = {}
-    for section in get_type_hints(Config):
-        if section == "compatibility":  # says nothing about the run
-            continue
+    for section in sections_of_config():
         for key, value in dataclasses.asdict(getattr(config, section)).items():
             if key == "phases":
                 value = [{k: v for k, v in phase.items() if v is not None} for phase in value]

@@ -14,6 +14,7 @@ from pretrain import checkpoint
 from pretrain.auto_layout import settle_layouts
 from pretrain.check_phases import check_phases, length_warnings, rope_warnings
 from pretrain.config import Config
+from pretrain.effects import effect_warnings
 from pretrain.evaluate import check as check_evaluations
 from pretrain.evaluate import warnings as evaluation_warnings
 from pretrain.feed import blend_change, check_windows, forecast_phases, forecast_warnings
@@ -202,7 +203,7 @@ def _check_writable(folder: Path) -> None:
 def warnings_about(plan: Plan) -> list[str]:
     """What runs, but perhaps not as meant."""
     config = plan.config
-    found = config.warnings() + rope_warnings(plan.phases) + length_warnings(plan.phases) + plan.memory.warnings
+    found = effect_warnings(config) + rope_warnings(plan.phases) + length_warnings(plan.phases) + plan.memory.warnings
     found += _warnings_on_cpu(plan)
     if plan.start.is_restart:
         settings, first = config.checkpoint, read_config_yaml(str(plan.start.folder / "config.yaml")).checkpoint
@@ -238,6 +239,9 @@ def _warnings_on_cpu(plan: Plan) -> list[str]:
 def _warnings_about_start(plan: Plan) -> list[str]:
     settings, folder = plan.config.checkpoint, plan.start.folder
     found = needless_acceptance(plan.changes, settings)
+    if settings.no_load_optim and (folder is None or plan.start.weights_only):
+        without = "no checkpoint" if folder is None else "weights alone"
+        found.append(f"no_load_optim = True: has no effect, since the run starts from {without}")
     if settings.use_checkpoint_args and folder is None:
         found.append("use_checkpoint_args = True: has no effect, since the run starts from no checkpoint")
     if settings.use_checkpoint_opt_param_scheduler and (folder is None or plan.start.weights_only):

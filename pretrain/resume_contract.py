@@ -197,7 +197,7 @@ def weights_changes(stored: Config, config: Config, progress: dict, phases: list
 def setting_changes(stored: Config, config: Config) -> list[Change]:
     """Settings that are not the same, section by section, by their kind; "effect" becomes "free"."""
     found = []
-    for section in (field.name for field in dataclasses.fields(Config) if field.name != "compatibility"):
+    for section in (field.name for field in dataclasses.fields(Config) if field.name != "given"):
         theirs, ours = getattr(stored, section), getattr(config, section)
         for name in (field.name for field in dataclasses.fields(ours)):
             kind = kind_of(section, name)

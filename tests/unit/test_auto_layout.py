@@ -10,7 +10,8 @@ from model.hardware import CPU, TABLE
 from model.rank_memory import GIB
 from pretrain.auto_layout import Device, choose_layout, settle_layouts
 from pretrain.check_phases import check_phases
-from pretrain.config import Config
+from pretrain.config import Config, GivenSettings
+from pretrain.effects import effect_warnings
 from pretrain.load_config import dump_yaml, from_flat, load_config
 from pretrain.phase_config import PhaseConfig
 from pretrain.phases import describe, resolve_phases
@@ -21,6 +22,7 @@ VOCABULARY = 128256
 
 def config(preset: str, *phases: dict, **layout) -> Config:
     made = from_flat({"bf16": "true"} | {name: str(value) for name, value in PRESETS[preset].items()}, "test")
+    made.given = GivenSettings()  # what is set below was not written by a user either
     made.layout.layout = "auto"
     for name, value in layout.items():
         setattr(made.layout, name, value)
@@ -183,6 +185,6 @@ def test_the_setting_is_read_from_files_and_flags(tmp_path):
 
 def test_settings_that_an_open_size_may_need_are_not_called_useless():
     made = config("llama3-8b", {}, sequence_parallel=True, device_memory_gib=80.0)
-    assert made.warnings() == []
+    assert effect_warnings(made) == []
     given = dataclasses.replace(made, layout=dataclasses.replace(made.layout, layout="given"))
-    assert [text.split(" = ")[0] for text in given.warnings()] == ["sequence_parallel"]
+    assert [text.split(" = ")[0] for text in effect_warnings(given)] == ["sequence_parallel"]

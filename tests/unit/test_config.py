@@ -1,14 +1,14 @@
 """Presets, YAML, flags, and every check of validate()."""
 
 import dataclasses
-from typing import get_type_hints
 
 import pytest
 
 from model.config import PRESETS
 from model.estimate import num_parameters
 from pretrain.config import Config
-from pretrain.load_config import dump_yaml, field_table, load_config, read_config_yaml, spell
+from pretrain.effects import effect_warnings
+from pretrain.load_config import dump_yaml, field_table, load_config, read_config_yaml, sections_of_config, spell
 from pretrain.phases import resolve_phases
 
 
@@ -32,27 +32,6 @@ def test_megatron_spellings():
     assert config.schedule.seq_length == 1 << 20 and config.data.data_path == ["some/prefix"]
 
 
-def test_a_megatron_llama_script_is_accepted_or_answered():
-    """The model, training and data flags of a public Megatron-LM Llama-3 8B launch script."""
-    argv = """--use-mcore-models --num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32
-        --group-query-attention --num-query-groups 8 --kv-channels 128 --seq-length 8192 --max-position-embeddings 8192
-        --position-embedding-type rope --rotary-base 1000000 --rotary-percent 1.0 --attention-dropout 0.0
-        --hidden-dropout 0.0 --swiglu --init-method-std 0.0134 --attention-backend auto
-        --untie-embeddings-and-output-weights --disable-bias-linear --normalization RMSNorm --micro-batch-size 1
-        --global-batch-size 128 --train-samples 1953125 --lr-decay-samples 1949218 --lr-warmup-samples 3906
-        --lr 0.00015 --min-lr 0.00001 --lr-decay-style cosine --clip-grad 1.0 --weight-decay 0.1 --adam-beta1 0.9
-        --adam-beta2 0.95 --bf16 --calculate-per-token-loss --manual-gc --tensor-model-parallel-size 1
-        --context-parallel-size 2 --pipeline-model-parallel-size 4 --sequence-parallel --use-distributed-optimizer
-        --overlap-grad-reduce --overlap-param-gather --no-create-attention-mask-in-dataloader --num-workers 1
-        --tokenizer-type HuggingFaceTokenizer --tokenizer-model dir --data-path prefix --split 99,1,0
-        --transformer-impl transformer_engine --log-interval 1 --eval-iters 32 --eval-interval 100
-        --save-interval 1000 --log-throughput --ckpt-format torch_dist --distributed-timeout-minutes 60
-        --save out --load out""".split()
-    config = load_config(argv)
-    assert config.validate() == []
-    assert {phase.layout.sharding_strategy for phase in resolve_phases(config)} == {"optim"}
-
-
 @pytest.mark.parametrize("flags, level, warnings", [
     ("--recompute-activations", "selective", []),
     ("--recompute-granularity selective --recompute-modules mlp core_attn", "selective", []),
@@ -66,7 +45,7 @@ def test_megatrons_memory_flags(flags, level, warnings, tmp_path):
     config = load_config(f"--model tiny --mock-data --vocab-size 100 --seq-length 8 --global-batch-size 1 "
                          f"--train-iters 1 {flags}".split())
     assert config.validate() == [] and resolve_phases(config)[0].memory.recompute_granularity == level
-    found = config.warnings()
+    found = effect_warnings(config)
     assert len(found) == len(warnings) and all(part in text for part, text in zip(warnings, found, strict=True))
     assert load_config(["--config", write(tmp_path, dump_yaml(config))]).model == config.model
 
@@ -143,7 +122,7 @@ def test_saved_yaml_reads_back_the_same(tmp_path):
 
 
 def test_every_field_is_explained():
-    for section, cls in get_type_hints(Config).items():
+    for section, cls in sections_of_config().items():
         source = open(__import__(cls.__module__, fromlist=["x"]).__file__).read()
         for field in dataclasses.fields(cls):
             after = source.split(f"\n    {field.name}: ", 1)[1].split("\n    ", 2)
@@ -197,9 +176,6 @@ CHECKS = [
     ("seed", -1, "seed = -1: must be at least 0"),
     ("max_skipped_steps", -3, "max_skipped_steps = -3: must be at least 0"),
     ("kv_channels", 0, "kv_channels = 0: must be at least 1"),
-    ("create_attention_mask_in_dataloader", True, "here it is always False. Fix: remove the flag"),
-    ("recompute_method", "block", "recompute_method = block: here it is always uniform"),
-    ("recompute_num_layers", 4, "recompute_num_layers = 4: here it is always 1"),
     ("recompute_modules", ["mlp", "layernorm"], "recompute_modules = layernorm: selective computes the MLP with its "
      "norm again and nothing else by itself. Fix: mlp or core_attn, or --recompute-granularity full or attention_kept"),
     ("mlp_tiles", 0, "mlp_tiles = 0: must be at least 1. Fix: give 1 or more"),
@@ -207,12 +183,9 @@ CHECKS = [
     ("loss_chunk_tokens", 0, "loss_chunk_tokens = 0: must be at least 1"),
     ("cpu_offloading_num_layers", -1, "cpu_offloading_num_layers = -1: must be at least 0"),
     ("cpu_offloading", True, "cpu_offloading = True: but cpu_offloading_num_layers = 0. Fix: remove one of them"),
-    ("cpu_offloading_weights", True, "cpu_offloading_weights = True: here it is always False"),
-    ("ckpt_format", "torch", "ckpt_format = torch: here it is always torch_dist"),
     ("finetune", True, "finetune = True: takes the weights of --load"),
     ("ckpt_step", 5, "ckpt_step = 5: chooses an iteration of --load"),
     ("use_checkpoint_opt_param_scheduler", True, "override_opt_param_scheduler = True: takes this run's learning"),
-    ("override_ckpt_iteration", 5, "override_ckpt_iteration = 5: the clock of a checkpoint is its own"),
     ("eval_interval", 0, "eval_interval = 0: must be above 0"),
     ("eval_seq_lengths", [64, 0], "eval_seq_lengths = 0: must be above 0"),
     ("eval_passkey_lengths", [-1], "eval_passkey_lengths = -1: must be above 0"),
@@ -264,16 +237,3 @@ def test_a_passkey_needs_words(name, value, kind):
 def test_lengths_of_evaluations_are_read_in_units():
     config = load_config("--eval-seq-lengths 1Ki 4Ki --eval-passkey-depths 0 0.25 1".split())
     assert config.logging.eval_seq_lengths == [1024, 4096] and config.logging.eval_passkey_depths == [0, 0.25, 1]
-
-
-def test_settings_without_effect_are_named():
-    config = valid_config()
-    assert config.warnings() == []
-    config.optimizer.lr_wsd_decay_iters, config.logging.wandb_exp_name = 5, "x"
-    config.optimizer.calculate_per_token_loss = False
-    config.compatibility.no_load_rng = config.compatibility.no_save_rng = True
-    config.checkpoint.save, config.checkpoint.no_save_optim = "folder", True
-    config.logging.eval_iters, config.logging.eval_seq_lengths = 0, [64]
-    assert [text.split(" = ")[0] for text in config.warnings()] == [
-        "lr_wsd_decay_iters", "wandb_exp_name", "no_load_rng", "no_save_rng", "no_save_optim", "eval_seq_lengths",
-        "calculate_per_token_loss"]

@@ -8,6 +8,7 @@ from model.hardware import CPU, TABLE
 from model.rank_memory import GIB
 from pretrain.auto_layout import Device, load_of
 from pretrain.check_phases import check_phases
+from pretrain.effects import effect_warnings
 from pretrain.fit import (
     LEANER,
     Machine,
@@ -138,7 +139,7 @@ def test_the_bound_on_the_hosts_memory_is_read():
     here = Machine.here(made)
     assert here.host_bytes == int(12.5 * GIB) and here.host_limit == "cpu_offloading_host_memory = 12.5"
     assert Machine.here(load_config([])).host_limit.startswith("the machine's ")
-    assert any("cpu_offloading_host_memory = 12.5: has no effect" in text for text in made.warnings())
+    assert any("cpu_offloading_host_memory = 12.5: has no effect" in text for text in effect_warnings(made))
     made.model.cpu_offloading_host_memory = 0.0
     assert any("cpu_offloading_host_memory = 0.0: must be above 0" in text for text in made.validate())
 

@@ -13,6 +13,7 @@ from parallel.config import LayoutConfig
 from parallel.schedule import accepts, nearest_counts, stages_of_rank
 from pretrain.check_phases import check_phases, length_warnings, rope_warnings
 from pretrain.config import Config
+from pretrain.effects import effect_warnings
 from pretrain.learning_rate import LearningRate
 from pretrain.phase_config import PhaseConfig
 from pretrain.phases import phase_at, resolve_phases
@@ -282,7 +283,7 @@ def test_a_schedule_without_a_pipeline_needs_no_restart():
                                       pipeline_schedule=schedule) for name, schedule in (("a", None), ("b", "ZBV"))])
     assert len({phase.layout_key for phase in resolve_phases(made)}) == 1
     assert "phase 'b': pipeline_schedule = ZBV: has no effect without pipeline_model_parallel_size above 1" in \
-        made.warnings()
+        effect_warnings(made)
 
 
 def test_every_count_of_microbatches_that_a_schedule_accepts():
@@ -371,10 +372,10 @@ def test_a_ramp_that_is_over_binds_no_later_phase():
 def test_a_schedule_that_no_phase_follows_is_named():
     made = three_phases()
     made.schedule.rampup_batch_size = [1, 1, 16]
-    message = "rampup_batch_size: has no effect, since every phase gives a batch of its own"
-    assert message in made.warnings()
+    message = "rampup_batch_size = 1 1 16: has no effect, since every phase gives a batch of its own"
+    assert message in effect_warnings(made)
     made.schedule.phases[1].global_batch_tokens = None
-    assert message not in made.warnings()
+    assert message not in effect_warnings(made)
 
 
 @pytest.mark.parametrize("ramp, full, samples", [([2, 2, 100], 8, 400), ([1, 3, 77], 16, 300), ([4, 4, 1000], 40, 1500),

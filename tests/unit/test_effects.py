@@ -1,0 +1,217 @@
+"""A setting that is given and cannot act is warned of; one that can, or was not given, is not."""
+
+import pytest
+
+from pretrain.effects import CONDITIONS, NEEDS_SIZE, NOT_REPLACED, effect_warnings
+from pretrain.load_config import dump_yaml, field_table, load_config, read_config_yaml
+from pretrain.phase_config import PhaseConfig
+
+RUN = (
+    "--model tiny --data-path prefix --tokenizer-model model --seq-length 128 "
+    "--global-batch-tokens 512 --train-tokens 1000"
+).split()
+MOCK = (
+    "--model tiny --mock-data --vocab-size 100 --seq-length 128 --global-batch-tokens 512 "
+    "--train-tokens 1000"
+).split()
+# flag -> (what is missing, what makes it act)
+CASES = {
+    "--lr-wsd-decay-style linear": ("without --lr-decay-style WSD", "--lr-decay-style WSD"),
+    "--lr-wsd-decay-iters 5": ("without --lr-decay-style WSD", "--lr-decay-style WSD"),
+    "--lr-wsd-decay-samples 5": ("without --lr-decay-style WSD", "--lr-decay-style WSD"),
+    "--lr-wsd-decay-tokens 5": ("without --lr-decay-style WSD", "--lr-decay-style WSD"),
+    "--lr-decay-iters 5 --lr-decay-style constant": (
+        "without a style that decays",
+        "--lr-decay-style linear",
+    ),
+    "--lr-decay-samples 5 --lr-decay-style constant": (
+        "without a style that decays",
+        "--lr-decay-style linear",
+    ),
+    "--lr-decay-tokens 5 --lr-decay-style constant": (
+        "without a style that decays",
+        "--lr-decay-style linear",
+    ),
+    "--min-lr 1e-5 --lr-decay-style constant": (
+        "without a style that decays",
+        "--lr-decay-style cosine",
+    ),
+    "--lr-warmup-init 1e-6": ("without a warmup", "--lr-warmup-tokens 100"),
+    "--lr-warmup-init 1e-6 --lr-warmup-iters 0": ("without a warmup", "--lr-warmup-iters 1"),
+    "--eval-interval 5 --eval-iters 0": ("without --eval-iters above 0", "--eval-iters 1"),
+    "--eval-seq-lengths 64 --eval-iters 0": ("without --eval-iters above 0", "--eval-iters 1"),
+    "--valid-data-path p --split 1 --eval-iters 0": (
+        "without --eval-iters above 0",
+        "--eval-iters 1",
+    ),
+    "--eval-context-gain --eval-iters 0": ("without --eval-iters above 0", "--eval-iters 1"),
+    "--context-gain-cut 64 --no-eval-context-gain": (
+        "without --eval-context-gain",
+        "--eval-context-gain",
+    ),
+    "--context-gain-cut 64 --eval-iters 0": ("without --eval-iters above 0", "--eval-iters 1"),
+    "--context-gain-documents 4 --no-eval-context-gain": (
+        "without --eval-context-gain",
+        "--eval-context-gain",
+    ),
+    "--eval-passkey-lengths 64 --eval-iters 0": ("without --eval-iters above 0", "--eval-iters 1"),
+    "--eval-passkey-depths 0.5": ("without --eval-passkey-lengths", "--eval-passkey-lengths 64"),
+    "--eval-passkey-trials 3": ("without --eval-passkey-lengths", "--eval-passkey-lengths 64"),
+    "--wandb-exp-name x": ("without --wandb-project", "--wandb-project y"),
+    "--wandb-entity x": ("without --wandb-project", "--wandb-project y"),
+    "--wandb-save-dir x": ("without --wandb-project", "--wandb-project y"),
+    "--save-interval 5": ("without --save", "--save folder"),
+    "--no-save-optim": ("without --save", None),
+    "--cpu-offloading-host-memory 5": (", since nothing is offloaded", "--optimizer-cpu-offload"),
+    "--recompute-modules mlp": (
+        "without recompute_granularity selective",
+        "--recompute-granularity selective",
+    ),
+    "--sequence-parallel": (
+        "without tensor_model_parallel_size above 1",
+        "--tensor-model-parallel-size 2",
+    ),
+    "--pipeline-schedule ZBV": (
+        "without pipeline_model_parallel_size above 1",
+        "--pipeline-model-parallel-size 2",
+    ),
+    "--num-virtual-stages-per-pipeline-rank 2": (
+        "without pipeline_model_parallel_size above 1",
+        "--pipeline-model-parallel-size 2",
+    ),
+    "--cp-comm-type a2a": ("without context_parallel_size above 1", "--context-parallel-size 2"),
+    "--hierarchical-context-parallel-sizes 2 2": (
+        "without context_parallel_size above 1",
+        "--context-parallel-size 4",
+    ),
+}
+
+
+@pytest.mark.parametrize("flags", CASES)
+def test_a_setting_that_cannot_act_is_named_and_one_that_can_is_not(flags):
+    missing, mends = CASES[flags]
+    name = flags.split()[0].removeprefix("--").replace("-", "_")
+    found = effect_warnings(load_config([*RUN, *flags.split()]))
+    assert len(found) == 1, found
+    assert found[0].startswith(f"{name} = "), found
+    assert f"has no effect{'' if missing.startswith(',') else ' '}{missing}" in found[0], found
+    if mends:
+        assert effect_warnings(load_config([*RUN, *flags.split(), *mends.split()])) == []
+
+
+def test_files_have_no_effect_beside_synthetic_data():
+    found = effect_warnings(
+        load_config(
+            [
+                *MOCK,
+                "--tokenizer-model",
+                "m",
+                "--tokenizer-type",
+                "HuggingFaceTokenizer",
+                "--data-cache-path",
+                "c",
+            ]
+        )
+    )
+    assert [text.split(" = ")[0] for text in found] == [
+        "data_cache_path",
+        "tokenizer_type",
+        "tokenizer_model",
+    ]
+    assert all(
+        text.endswith("has no effect, since --mock-data reads no files") for text in found
+    ), found
+
+
+def test_a_null_tokenizer_has_no_file():
+    found = effect_warnings(
+        load_config([*RUN, "--tokenizer-type", "NullTokenizer", "--vocab-size", "9"])
+    )
+    assert found == ["tokenizer_model = model: has no effect, since a NullTokenizer has no files"]
+
+
+def test_data_that_is_all_trained_on_is_not_split():
+    found = effect_warnings(
+        load_config("--model tiny --train-data-path p --tokenizer-model m --split 9,1".split())
+    )
+    assert found == ["split = 9,1: has no effect, since --train-data-path is not split"]
+
+
+def test_every_condition_has_a_case():
+    tested = {flags.split()[0].removeprefix("--").replace("-", "_") for flags in CASES}
+    by_themselves = {
+        "data_cache_path",
+        "tokenizer_type",
+        "tokenizer_model",
+        "split",
+        "rampup_batch_size",
+        "step_batch_size_schedule",
+        "global_batch_size",
+        "global_batch_tokens",
+    }
+    assert tested | by_themselves == CONDITIONS.keys() | NEEDS_SIZE.keys()
+    assert CONDITIONS.keys() | NEEDS_SIZE.keys() <= field_table().keys(), "settings that are gone"
+    assert set(NOT_REPLACED) <= PhaseConfig.__dataclass_fields__.keys(), "fields that are gone"
+
+
+def write(tmp_path, text: str):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: llama3-8b\nmock_data: true\nvocab_size: 100\n" + text)
+    return load_config(["--config", str(path)])
+
+
+def test_settings_of_the_run_that_every_phase_replaces_are_named(tmp_path):
+    phases = (
+        "phases:\n"
+        "  - {name: a, seq_length: 64, train_tokens: 640, global_batch_tokens: 64,"
+        " rotary_base: 1e6}\n"
+        "  - {name: b, seq_length: 128, train_tokens: 640, global_batch_tokens: 128,"
+        " rotary_base: 1e7}\n"
+    )
+    assert effect_warnings(write(tmp_path, phases)) == [], (
+        "the preset's rotary_base is not the user's"
+    )
+    found = effect_warnings(
+        write(tmp_path, "seq_length: 32\nrotary_base: 5e5\nglobal_batch_size: 2\n" + phases)
+    )
+    assert found == [
+        "global_batch_size = 2: has no effect, since every phase gives a batch of its own",
+        "seq_length = 32: has no effect, since every phase gives its own",
+        "rotary_base = 500000: has no effect, since every phase gives its own",
+    ]
+    found = effect_warnings(
+        write(tmp_path, "rotary_base: 5e5\n" + phases.replace(", rotary_base: 1e7", ""))
+    )
+    assert found == []
+
+
+def test_a_phases_lowest_rate_without_a_decay_is_named(tmp_path):
+    found = effect_warnings(
+        write(tmp_path, "lr_decay_style: constant\nphases:\n  - {name: a, min_lr: 1e-6}\n")
+    )
+    assert found == [
+        "phase 'a': min_lr = 1e-06: has no effect without a style that decays (--lr-decay-style)"
+    ]
+
+
+def test_what_a_default_or_a_switch_that_is_off_says_is_not_warned_of():
+    assert effect_warnings(load_config(RUN)) == []
+    off = "--no-sequence-parallel --min-lr 0 --lr-decay-style constant --lr-warmup-init 0"
+    assert effect_warnings(load_config([*RUN, *off.split()])) == []
+
+
+def test_the_record_of_what_was_given_is_no_setting(tmp_path):
+    config = load_config([*RUN, "--num-workers", "4"])
+    text = dump_yaml(config)
+    assert "given:" not in text
+    assert "num_workers" not in text
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    assert read_config_yaml(str(path)) == config
+
+
+def test_the_loss_and_a_checkpoint_without_optimizer_are_warned_of():
+    found = effect_warnings(
+        load_config([*RUN, "--save", "x", "--no-save-optim", "--no-calculate-per-token-loss"])
+    )
+    assert [text.split(" = ")[0] for text in found] == ["no_save_optim", "calculate_per_token_loss"]
