@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pretrain.config import OptimizerConfig
 from pretrain.phases import Phase, phase_end
 
+UNITS = ("iters", "samples", "tokens", "fraction")
+"""Ends of the names of the settings that give a length of the schedule."""
+
 
 @dataclass(frozen=True)
 class Arc:
@@ -91,8 +94,8 @@ class LearningRate:
                 initial = arcs[-1].at(start, before.lr, before.min_lr)
             decay = _wsd_decay(config, phases, stop) if is_last else 0
             if warmup + decay > stop - start:
-                raise ValueError(f"lr_warmup = {warmup} tokens, lr_wsd_decay = {decay} tokens: together they must not "
-                                 f"exceed the schedule's {stop - start} tokens. Fix: shorten them.")
+                place = f"phase {phase.name!r}: lr_warmup_tokens" if start else _given(config, "lr_warmup")
+                raise ValueError(_too_long({place: warmup, _given(config, "lr_wsd_decay"): decay}, stop - start))
             arcs.append(Arc(config.lr_decay_style, start, warmup, stop, initial, decay, config.lr_wsd_decay_style,
                             phases[0].stretches[0].batch))
         return LearningRate(tuple(arcs))
@@ -110,6 +113,21 @@ def _tokens(config: OptimizerConfig, prefix: str, first: Phase) -> int | None:
         if count is not None:
             return count * factor
     return None
+
+
+def _too_long(lengths: dict[str, int], available: int) -> str:
+    """What to say of pieces of the schedule, tokens by name, that take more than the `available` tokens."""
+    parts = [f"{name} ({tokens:,} tokens)" for name, tokens in lengths.items() if tokens]
+    must = "together they must" if len(parts) > 1 else "must"
+    return (f"{', '.join(parts)}: {must} not exceed the schedule's {available:,} tokens. "
+            "Fix: a shorter one, or train longer.")
+
+
+def _given(config: OptimizerConfig, prefix: str) -> str:
+    """The setting that gives the length `prefix`, with its value."""
+    names = [f"{prefix}_{unit}" for unit in UNITS]
+    given = [f"{name} = {value}" for name in names if (value := getattr(config, name, None))]
+    return given[0] if given else prefix
 
 
 def _check_end(config: OptimizerConfig, end: int, phases: list[Phase]) -> None:
