@@ -17,9 +17,10 @@ from model.memory import KEEPS_INPUT_ONLY, MemorySettings
 from model.rank_memory import GIB, Memory, MemoryModel, show_bytes
 from parallel.config import LayoutConfig
 from parallel.layout import device_here
-from pretrain.check_phases import check_phase_layout
+from pretrain.at_fault import Situation, layouts_that_work
+from pretrain.check_layout import check_phase_layout
 from pretrain.config import Config
-from pretrain.layout_search import nearest_layouts, sizes_of_world, with_sizes
+from pretrain.layout_search import sizes_of_world, with_sizes
 from pretrain.phases import Phase, attempt
 
 MARGIN = 0.1
@@ -191,13 +192,10 @@ def _none_is_legal(phase: Phase, config: Config, world_size: int, vocab_size: in
     where = f"phase {phase.name!r}: "
     given = [f"{name} {size}" for name, size in zip(("tp", "pp", "cp"), phase.layout.sizes, strict=True)
              if CHOSEN[("tp", "pp", "cp").index(name)] not in phase.auto]
-    nearest = nearest_layouts(
-        phase.layout, world_size, config.model.num_attention_heads,
-        lambda layout: not check_phase_layout(dataclasses.replace(phase, layout=layout), config, world_size,
-                                              vocab_size))
+    others = layouts_that_work(Situation(phase, config, world_size, vocab_size))
     lines = [f"{where}layout = auto: no layout of {world_size} processes can run it"
              + (f" with the {', '.join(given)} that are given" if given else "")
-             + f". Fix: change what is given; layouts that work: {'; '.join(nearest) or 'none with this batch'}."]
+             + f". Fix: change what is given; layouts that work: {others}."]
     lines += [where + problem for problem in check_phase_layout(phase, config, world_size, vocab_size)]
     return "\n".join(lines)
 

@@ -1,24 +1,26 @@
 """Can the phases run: on so many processes, with this model, data and rope? Everything that is wrong, at once."""
 
-import dataclasses
 import math
+from collections.abc import Callable
 
 from data.blend import parse_blend
-from model.build import check_layout
 from model.kernels import BACKENDS
 from model.memory import KEEPS_INPUT_ONLY
-from parallel.config import check_microbatches, check_world_size
-from parallel.schedule import SPLIT_BACKWARD
-from parallel.ulysses import HeadSplit, chunk_counts
+from pretrain.at_fault import Situation, layouts_that_work
+from pretrain.check_layout import check_phase_layout
 from pretrain.config import Config
-from pretrain.layout_search import nearest_layouts
 from pretrain.phases import Phase, attempt, phase_entries
 
 
-def check_phases(phases: list[Phase], config: Config, world_size: int, vocab_size: int | None) -> list[str]:
+def check_phases(phases: list[Phase], config: Config, world_size: int, vocab_size: int | None,
+                 fits: Callable[[Phase], bool] | None = None) -> list[str]:
     """Why some phase cannot run on `world_size` processes with this model, and which layouts could.
 
     A layout that is still to be chosen is not checked.
+
+    Args:
+        vocab_size: None = not known yet, since the tokenizer cannot be read.
+        fits: does a phase whose layout is legal fit into the memory?
     """
     problems = []
     for phase in phases:
@@ -27,12 +29,10 @@ def check_phases(phases: list[Phase], config: Config, world_size: int, vocab_siz
         where = f"phase {phase.name!r}: "
         problems += [where + problem for problem in found]
         if found and not phase.layout.validate():
-            nearest = nearest_layouts(
-                phase.layout, world_size, config.model.num_attention_heads,
-                lambda layout, p=phase: not check_phase_layout(dataclasses.replace(p, layout=layout), config,
-                                                               world_size, vocab_size))
-            problems.append(f"{where}layouts that work on {world_size} processes, nearest first: "
-                            f"{'; '.join(nearest) or 'none with this batch, length and model'}.")
+            situation = Situation(phase, config, world_size, vocab_size, fits)
+            unknown = "" if vocab_size is not None else " (the vocabulary is not known yet)"
+            problems.append(f"{where}layouts that work on {world_size} processes{unknown}, nearest first: "
+                            f"{layouts_that_work(situation)}.")
         if phase.data_path and list(phase.data_path) not in (config.data.data_path, config.data.train_data_path):
             if config.data.mock_data:
                 problems.append(f"{where}data_path = {' '.join(phase.data_path)}: cannot be combined with mock_data. "
@@ -77,72 +77,6 @@ def _setting_problems(phase: Phase) -> list[str]:
     if phase.lr_warmup_tokens and phase.lr_schedule != "rewarm":
         problems.append(f"lr_warmup_tokens = {phase.lr_warmup_tokens}: is for lr_schedule = rewarm, not "
                         f"{phase.lr_schedule}. Fix: remove it, or give that.")
-    return problems
-
-
-def check_phase_layout(phase: Phase, config: Config, world_size: int, vocab_size: int | None) -> list[str]:
-    """Why the phase's layout cannot run it."""
-    layout = phase.layout
-    tp, pp, cp = layout.sizes
-    problems = layout.validate() or layout.combination_problems()
-    if problems:
-        return problems
-    world_problem = check_world_size(world_size, tp, pp, cp)
-    problems = [world_problem] if world_problem else []
-    problems += check_layout(config.model, vocab_size, layout)
-    microbatch = phase.seq_length * phase.micro_batch_size
-    if microbatch % layout.token_multiple:
-        because = f"context_parallel_size = {cp}" + (
-            f" in {layout.context_levels[1]} groups" if layout.context_levels[1] > 1 else "") + (
-            f" and sequence_parallel over tp {tp}" if layout.sequence_parallel and tp > 1 else "")
-        nearest = max(1, round(microbatch / layout.token_multiple)) * layout.token_multiple
-        problems.append(f"{because}: the {microbatch} tokens of a microbatch must be a multiple of "
-                        f"{layout.token_multiple}. Fix: for example a seq_length of {nearest}.")
-    problems += _split_backward_problems(phase)
-    if not problems or problems == [world_problem]:
-        problems += _head_chunk_problems(phase, config)
-    return problems if world_problem else problems + _batch_problems(phase, world_size)
-
-
-def _split_backward_problems(phase: Phase) -> list[str]:
-    """Settings under which backward runs a part of forward: a backward in two halves would run it in both."""
-    layout, memory = phase.layout, phase.memory
-    if layout.pipeline_model_parallel_size == 1 or layout.schedule not in SPLIT_BACKWARD:
-        return []
-    other = "or --pipeline-schedule interleaved or 1F1B."
-    problems = []
-    if memory.recompute_granularity:
-        problems.append(f"recompute_granularity = {memory.recompute_granularity}: {layout.schedule} would run every "
-                        f"forward four times. Fix: none, {other}")
-    problems += [f"{name} = {getattr(memory, name)}: {layout.schedule} splits the backward, and each half would go "
-                 f"through all of them. Fix: 1, {other}"
-                 for name in ("mlp_tiles", "attention_head_chunks") if getattr(memory, name) > 1]
-    return problems
-
-
-def _head_chunk_problems(phase: Phase, config: Config) -> list[str]:
-    chunks, model, layout = phase.memory.attention_head_chunks, config.model, phase.layout
-    tp, a2a = layout.tensor_model_parallel_size, layout.context_levels[0]
-    possible = chunk_counts(HeadSplit.make(model.num_attention_heads // tp, max(1, model.num_kv_heads // tp), a2a))
-    if chunks in possible or chunks < 1:
-        return []
-    nearest = [max((n for n in possible if n < chunks), default=None), min((n for n in possible if n > chunks),
-                                                                           default=None)]
-    return [f"attention_head_chunks = {chunks}: the {model.num_attention_heads // tp} query heads of a tensor-parallel "
-            f"rank over {a2a} ranks of an all-to-all allow {', '.join(map(str, possible))}: chunks of whole groups, or "
-            f"equal parts of one. Fix: {' or '.join(str(n) for n in nearest if n is not None)}."]
-
-
-def _batch_problems(phase: Phase, world_size: int) -> list[str]:
-    unit = phase.seq_length * phase.micro_batch_size * phase.data_parallel_size(world_size)
-    problems = []
-    for batch in phase.batches:
-        if batch % unit:
-            nearest = max(1, round(batch / unit)) * unit
-            problems.append(f"global_batch_tokens = {batch}: must be a multiple of seq_length x micro_batch_size x "
-                            f"data-parallel size = {unit}. Fix: {nearest}.")
-        elif problem := check_microbatches(phase.layout, phase.num_microbatches(world_size, batch)):
-            problems.append(f"global_batch_tokens = {batch}: gives {problem} of {unit} tokens.")
     return problems
 
 

@@ -48,24 +48,28 @@ class Shape:
         return microbatch_count(-(-self.batch_samples // unit), layout) * unit * self.seq_length
 
 
-def check(settings: LoggingConfig, phases: Sequence[Phase], tokenizer: Tokenizer | None) -> list[str]:
-    """Lengths that some phase's layout cannot cut, or that hold no passkey trial, as `name = value: rule. Fix: ...`."""
-    problems = []
+def check(settings: LoggingConfig, tokenizer: Tokenizer | None) -> list[str]:
+    """Lengths that hold no passkey trial, as `name = value: rule. Fix: ...`."""
+    if settings.eval_iters == 0 or not settings.eval_passkey_lengths or tokenizer is None:
+        return []
+    return passkey.check_lengths(tokenizer, settings.eval_passkey_lengths)
+
+
+def check_lengths(settings: LoggingConfig, phase: Phase) -> list[str]:
+    """Lengths that the phase's layout cannot cut, as `name = value: rule. Fix: ...`."""
     if settings.eval_iters == 0:
-        return problems
-    for phase in phases:
-        multiple, where = phase.layout.token_multiple, f"phase {phase.name!r}: "
-        for length in settings.eval_seq_lengths:
-            micro = Shape.make(phase, length).micro_batch_size
-            if micro * length % multiple:
-                problems.append(f"{where}eval_seq_lengths = {length}: the {micro} x {length} tokens of a microbatch "
-                                f"must be a multiple of {multiple}, so that every rank gets as many. Fix: for example "
-                                f"{-(-length // multiple) * multiple}.")
-        problems += [f"{where}eval_passkey_lengths = {length}: must be a multiple of {multiple}, so that every rank "
-                     f"gets as many tokens. Fix: for example {-(-length // multiple) * multiple}."
-                     for length in settings.eval_passkey_lengths if length % multiple]
-    if settings.eval_passkey_lengths and tokenizer is not None:
-        problems += passkey.check_lengths(tokenizer, settings.eval_passkey_lengths)
+        return []
+    multiple = phase.layout.token_multiple
+    problems = []
+    for length in settings.eval_seq_lengths:
+        micro = Shape.make(phase, length).micro_batch_size
+        if micro * length % multiple:
+            problems.append(f"eval_seq_lengths = {length}: the {micro} x {length} tokens of a microbatch "
+                            f"must be a multiple of {multiple}, so that every rank gets as many. Fix: for example "
+                            f"{-(-length // multiple) * multiple}.")
+    problems += [f"eval_passkey_lengths = {length}: must be a multiple of {multiple}, so that every rank "
+                 f"gets as many tokens. Fix: for example {-(-length // multiple) * multiple}."
+                 for length in settings.eval_passkey_lengths if length % multiple]
     return problems
 
 

@@ -6,7 +6,7 @@ where an error of the estimate could be what is missing (auto_layout.py: MARGIN)
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from model import compiled
@@ -16,7 +16,8 @@ from model.rank_memory import GIB, Memory, MemoryModel, show_bytes
 from parallel.layout import host_memory, launched_local_world_size
 from parallel.ulysses import HeadSplit, chunk_counts
 from pretrain.auto_layout import Device, load_of, memory_model
-from pretrain.check_phases import check_phase_layout, check_phase_memory
+from pretrain.check_layout import check_phase_layout
+from pretrain.check_phases import check_phase_memory
 from pretrain.config import Config
 from pretrain.layout_search import with_sizes
 from pretrain.phases import Phase
@@ -90,6 +91,22 @@ def check_memory(phases: list[Phase], config: Config, world_size: int, vocab_siz
         elif memory.total > machine.device.usable:
             report.warnings.append(f"{where}{needs}, which is more than {machine.device.describe()}")
     return report
+
+
+def memory_filter(config: Config, world_size: int, vocab_size: int | None) -> Callable[[Phase], bool] | None:
+    """Whether a phase fits into the memory of this machine; None where that is not checked, or not known yet."""
+    if vocab_size is None:
+        return None
+    machine = Machine.here(config)
+    model = memory_model(config, vocab_size, machine.device.hardware)
+    if not model.on_gpu and config.layout.device_memory_gib is None:
+        return None
+
+    def fits(phase: Phase) -> bool:
+        search = Search(phase, config, world_size, model, machine)
+        return search.memory.total <= machine.device.memory_bytes and not search.host_problems()
+
+    return fits
 
 
 def choose_loss_chunks(phases: list[Phase], config: Config, world_size: int, vocab_size: int,

@@ -21,22 +21,55 @@ def with_sizes(layout: LayoutConfig, num_heads: int, tp: int, pp: int, cp: int) 
     heads = max((n for n in range(1, max(1, num_heads // tp) + 1) if cp % n == 0), default=1)
     levels = [heads, cp // heads] if heads < cp else []
     return dataclasses.replace(
-        layout, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp,
-        cp_comm_type="a2a+allgather" if levels else "a2a", hierarchical_context_parallel_sizes=levels)
+        layout,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        context_parallel_size=cp,
+        cp_comm_type="a2a+allgather" if levels else "a2a",
+        hierarchical_context_parallel_sizes=levels,
+    )
 
 
-def nearest_layouts(asked: LayoutConfig, world_size: int, num_heads: int, is_legal: Callable[[LayoutConfig], bool],
-                    count: int = 3) -> list[str]:
-    """Legal layouts of the same world, the fewest doublings from the asked one first, in words."""
+def nearest_layouts(
+    asked: LayoutConfig,
+    world_size: int,
+    num_heads: int,
+    is_legal: Callable[[LayoutConfig], bool],
+    count: int = 3,
+) -> list[str]:
+    """Up to `count` legal layouts of the same world, those nearest to the asked one first, in words.
+
+    Args:
+        is_legal: is called from the nearest layout on, until enough are found.
+    """
+    found: dict[tuple, str] = {}
+    for _, sizes, text, layout in _by_distance(asked, world_size, num_heads):
+        if sizes not in found and is_legal(layout):
+            found[sizes] = text
+        if len(found) == count:
+            break
+    return list(found.values())
+
+
+def _by_distance(
+    asked: LayoutConfig, world_size: int, num_heads: int
+) -> list[tuple[float, tuple, str, LayoutConfig]]:
+    """(distance, sizes, words, layout) of every layout of the world, the nearest first.
+
+    The distance counts doublings of a size, and half a doubling for another pipeline schedule.
+    """
+    data_parallel = max(1, world_size // math.prod(asked.sizes))
+    wanted = (*asked.sizes, data_parallel)
     found = []
-    wanted = (*asked.sizes, max(1, world_size // math.prod(asked.sizes)))
-    for tp, pp, cp in sizes_of_world(world_size):
-        dp = world_size // (tp * pp * cp)
-        distance = sum(abs(math.log2(a / b)) for a, b in zip((tp, pp, cp, dp), wanted, strict=True))
-        layout = with_sizes(asked, num_heads, tp, pp, cp)
-        simple = dataclasses.replace(layout, pipeline_schedule=None, num_virtual_stages_per_pipeline_rank=None)
-        for choice, more in ((layout, 0.0), (simple, 0.5)):
-            if is_legal(choice):
-                found.append((distance + more, f"{choice.describe()} dp {dp}"))
-                break
-    return [text for _, text in sorted(found)[:count]]
+    for sizes in sizes_of_world(world_size):
+        dp = world_size // math.prod(sizes)
+        pairs = zip((*sizes, dp), wanted, strict=True)
+        distance = sum(abs(math.log2(ours / theirs)) for ours, theirs in pairs)
+        layout = with_sizes(asked, num_heads, *sizes)
+        simple = dataclasses.replace(
+            layout, pipeline_schedule=None, num_virtual_stages_per_pipeline_rank=None
+        )
+        found.append((distance, sizes, f"{layout.describe()} dp {dp}", layout))
+        if simple != layout:
+            found.append((distance + 0.5, sizes, f"{simple.describe()} dp {dp}", simple))
+    return sorted(found, key=lambda candidate: (candidate[0], candidate[2]))

@@ -24,6 +24,7 @@ from pretrain.batch_schedule import (
     parse_ramp,
     parse_steps,
 )
+from pretrain.batch_words import BatchWords, count_of, largest_part
 from pretrain.config import Config
 from pretrain.phase_config import PhaseConfig
 
@@ -158,9 +159,9 @@ def _resolve(config: Config, entry: PhaseConfig, index: int, start: int) -> Phas
     if micro < 1:
         problems.append(f"{where}micro_batch_size = {micro}: must be at least 1. Fix: give a positive number.")
     else:
-        problems += [f"{where}global_batch_tokens = {batch}: must be a multiple of seq_length x micro_batch_size = "
-                     f"{unit}. Fix: {max(1, batch // unit) * unit} or {(batch // unit + 1) * unit}."
-                     for unit in [seq_length * micro] for _, batch in batches if batch % unit]
+        words = BatchWords.make(config, entry, seq_length)
+        problems += [where + _micro_batch_problem(words, batch, micro)
+                     for _, batch in batches if batch % (seq_length * micro)]
     if problems:
         return problems
     stretches = cut_into_stretches(start, tokens, batches)
@@ -182,6 +183,17 @@ def _resolve(config: Config, entry: PhaseConfig, index: int, start: int) -> Phas
         lr=pick("lr", config.optimizer), min_lr=pick("min_lr", config.optimizer),
         lr_schedule=entry.lr_schedule or "continue", lr_warmup_tokens=entry.lr_warmup_tokens or 0,
         auto=config.open_settings(entry))
+
+
+def _micro_batch_problem(words: BatchWords, batch: int, micro: int) -> str:
+    """What to say of a batch that microbatches of `micro` samples do not fill."""
+    unit = words.seq_length * micro
+    samples = batch // words.seq_length
+    if samples == 0 or samples >= micro:
+        return words.not_a_multiple(batch, unit, "micro_batch_size")
+    return (f"micro_batch_size = {micro}: is more than a step has, {count_of(samples, 'sample')} "
+            f"({words.name(batch)}). Fix: micro_batch_size {largest_part(samples, micro)}, or "
+            f"{words.setting} {words.count(unit)}.")
 
 
 def _batches(config: Config, entry: PhaseConfig, seq_length: int, start: int) -> list[BatchStep]:

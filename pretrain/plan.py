@@ -16,9 +16,10 @@ from pretrain.check_phases import check_phases, length_warnings, rope_warnings
 from pretrain.config import Config
 from pretrain.effects import effect_warnings
 from pretrain.evaluate import check as check_evaluations
+from pretrain.evaluate import check_lengths
 from pretrain.evaluate import warnings as evaluation_warnings
 from pretrain.feed import blend_change, check_windows, forecast_phases, forecast_warnings
-from pretrain.fit import MemoryReport, check_memory, choose_loss_chunks
+from pretrain.fit import MemoryReport, check_memory, choose_loss_chunks, memory_filter
 from pretrain.learning_rate import LearningRate
 from pretrain.load_config import read_config_yaml
 from pretrain.phases import Phase, attempt, resolve_phases
@@ -94,12 +95,13 @@ def make_plan(config: Config, world_size: int, only_print: bool = False) -> Plan
     problems += _handover_problems([phase for phase in phases if not phase.auto], config)
     if phases and not section_problems:
         learning_rate = attempt(problems, lambda: LearningRate.make(config.optimizer, phases))
+    tokenizer, vocab_size = None, None
     if not config.data.validate():
         tokenizer, vocab_size = attempt(problems, lambda: _tokenizer(config.data)) or (None, None)
     if phases and not config.model.validate() and not config.layout.validate():
-        problems += check_phases(phases, config, world_size, None if problems else vocab_size)
-    if phases and not problems:
-        problems += check_evaluations(config.logging, [phase for phase in phases if not phase.auto], tokenizer)
+        fits = memory_filter(config, world_size, vocab_size)
+        problems += check_phases(phases, config, world_size, vocab_size, fits)
+    problems += check_evaluations(config.logging, tokenizer)
     if config.logging.tensorboard_dir and importlib.util.find_spec("tensorboard") is None:
         problems.append(f"tensorboard_dir = {config.logging.tensorboard_dir}: needs the package tensorboard. Fix: "
                         "install it (requirements.txt has the version), or leave the flag out.")
@@ -115,8 +117,9 @@ def make_plan(config: Config, world_size: int, only_print: bool = False) -> Plan
         phases, config, world_size, vocab_size, progress.get("layouts", {}) if goes_on else {}, clock)
     phases = choose_loss_chunks(phases, config, world_size, vocab_size)
     fit = check_memory(phases, config, world_size, vocab_size, clock)
-    if problems := (_handover_problems(phases, config) + check_evaluations(config.logging, phases, tokenizer)
-                    + fit.problems):
+    problems = [f"phase {phase.name!r}: {problem}" for phase in phases  # a checkpoint may have kept the layout
+                for problem in check_lengths(config.logging, phase)]
+    if problems := _handover_problems(phases, config) + problems + fit.problems:
         raise ValueError("\n".join(problems))
     corpus, ledger, changes = _open_data(config, phases, learning_rate, description, start, progress)
     check_windows(config.data, ledger, clock, progress["last_batch_tokens"] if goes_on else 0, phases)

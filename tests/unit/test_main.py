@@ -31,7 +31,7 @@ def refused(argv, capsys, monkeypatch, tmp_path, world=1) -> str:
     (dict(tensor_model_parallel_size=8), 8, "must divide num_attention_heads = 4. Fix: one of [1, 2, 4]"),
     (dict(pipeline_model_parallel_size=4), 4, "each stage needs at least one of the 2 layers"),
     (dict(context_parallel_size=8), 8, "Ulysses gives each rank at least one of the 4"),
-    (dict(global_batch_size=3), 2, "must be a multiple of seq_length x micro_batch_size x data-parallel size = 128"),
+    (dict(global_batch_size=3), 2, "global_batch_size = 3: must be a multiple of micro_batch_size x data-parallel"),
     (dict(load="/nonexistent/run"), 1, "load = /nonexistent/run: no checkpoint is published there"),
     (dict(vocab_size=50), 1, "holds token id"),
     (dict(tokenizer_type="SentencePieceTokenizer"), 1, "tokenizer_model = None: must be given"),

@@ -87,13 +87,48 @@ def test_flat_settings_are_one_phase():
     (dict(step_batch_size_schedule="128:1 512:2"), "must begin at 0"),
     (dict(step_batch_size_schedule="0:1 512:2 512:1"), "the token counts must rise"),
     (dict(step_batch_size_schedule="0:3 512:2", micro_batch_size=2, global_batch_tokens=None),
-     "global_batch_tokens = 384: must be a multiple of seq_length x micro_batch_size = 256. Fix: 256 or 512"),
+     "step_batch_size_schedule = 0:3 512:2: its step of 3 samples: must be a multiple of micro_batch_size = 2. "
+     "Fix: 2 or 4."),
 ])
 def test_incomplete_phases_are_refused(change, message):
     entry = dict(name="a", seq_length=128, train_tokens=1000, global_batch_tokens=256) | change
     with pytest.raises(ValueError, match="phase 'a'") as error:
         resolve_phases(config(phases=[PhaseConfig(**entry)]))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("batch, micro, message", [
+    (dict(global_batch_size=7), 2, "global_batch_size = 7: must be a multiple of micro_batch_size = 2. Fix: 6 or 8."),
+    (dict(global_batch_tokens=7 * 128), 2, "global_batch_tokens = 896: must be a multiple of seq_length x "
+     "micro_batch_size = 256. Fix: 768 or 1024."),
+    (dict(global_batch_size=6), 1000, "micro_batch_size = 1000: is more than a step has, 6 samples "
+     "(global_batch_size = 6). Fix: micro_batch_size 6, or global_batch_size 1000."),
+    (dict(global_batch_tokens=128), 1000, "micro_batch_size = 1000: is more than a step has, 1 sample "
+     "(global_batch_tokens = 128). Fix: micro_batch_size 1, or global_batch_tokens 128000."),
+    (dict(global_batch_tokens=64), 1, "global_batch_tokens = 64: must be a multiple of seq_length x "
+     "micro_batch_size = 128. Fix: 128."),
+])
+def test_a_batch_is_spoken_of_in_the_unit_in_which_it_was_given(batch, micro, message):
+    made = config(seq_length=128, train_tokens=10**6, micro_batch_size=micro, **batch)
+    with pytest.raises(ValueError) as error:
+        resolve_phases(made)
+    assert str(error.value) == f"phase 'main': {message}"
+
+
+@pytest.mark.parametrize("batch, layout, message", [
+    (dict(global_batch_size=7), {}, "global_batch_size = 7: must be a multiple of micro_batch_size x data-parallel "
+     "size = 4. Fix: 4 or 8."),
+    (dict(global_batch_tokens=7 * 128), {}, "global_batch_tokens = 896: must be a multiple of seq_length x "
+     "micro_batch_size x data-parallel size = 512. Fix: 512 or 1024."),
+    (dict(global_batch_size=2), dict(pipeline_model_parallel_size=4), "global_batch_size = 2: gives 2 microbatches: "
+     "1F1B needs at least one per stage = 4. Fix: 4 microbatches of 1 sample."),
+])
+def test_a_layout_speaks_of_the_batch_in_its_unit(batch, layout, message):
+    made = config(seq_length=128, train_tokens=10**6, **batch)
+    for name, value in layout.items():
+        setattr(made.layout, name, value)
+    problems = check_phases(resolve_phases(made), made, 4, 100)
+    assert problems[0] == f"phase 'main': {message}", problems
 
 
 def test_all_phase_problems_are_reported_at_once():
@@ -467,7 +502,8 @@ def test_learning_rate_shapes():
 
 
 def test_learning_rate_pieces_longer_than_the_run_are_refused():
-    with pytest.raises(ValueError, match="must not exceed the schedule's 1000 tokens"):
+    with pytest.raises(ValueError, match="lr_warmup_tokens = 200 .200 tokens., lr_wsd_decay_tokens = 900 .900 "
+                       "tokens.: together they must not exceed the schedule's 1,000 tokens"):
         rates(dict(lr_decay_style="WSD", lr_wsd_decay_tokens=900, lr_warmup_tokens=200), ())
     with pytest.raises(ValueError, match="needs the length of its final decay"):
         rates(dict(lr_decay_style="WSD"), ())
@@ -505,7 +541,8 @@ def test_wsd_decays_over_the_last_phases():
     ("WSD", ({}, dict(lr_schedule="decay"), {}), {}, "phase 'c': lr_schedule = continue: the decay that begins with "
      "phase 'b' goes on to the end"),
     ("WSD", ({}, dict(lr_schedule="rewarm", lr_warmup_tokens=180), {}), dict(lr_wsd_decay_tokens=50),
-     "lr_warmup = 180 tokens, lr_wsd_decay = 50 tokens: together they must not exceed the schedule's 200"),
+     "phase 'b': lr_warmup_tokens (180 tokens), lr_wsd_decay_tokens = 50 (50 tokens): together they must not exceed "
+     "the schedule's 200"),
     ("cosine", ({}, dict(lr_schedule="rewarm"), {}), dict(lr_decay_tokens=100), "phase 'b': lr_schedule = rewarm: "
      "begins at 100 tokens, but lr_decay_tokens ends the decay at 100"),
     ("WSD", ({}, {}, dict(lr_schedule="decay")), dict(lr_decay_tokens=100), "phase 'c': lr_schedule = decay: begins "
