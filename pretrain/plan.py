@@ -27,6 +27,7 @@ from pretrain.resume_contract import (
     Change,
     begun_phase,
     continuation_changes,
+    is_same,
     missing_parts,
     needless_acceptance,
     refusals,
@@ -213,7 +214,8 @@ def warnings_about(plan: Plan) -> list[str]:
         same = settings.load and os.path.abspath(settings.load) == os.path.abspath(settings.save)
         found += [f"{name}: has no effect, since --save already holds a checkpoint of this run, which goes on"
                   for name in ("load", "ckpt_step", "no_load_optim", "finetune", "pretrained_checkpoint")
-                  if getattr(settings, name) not in (None, False, getattr(first, name))  # the same command goes on
+                  if getattr(settings, name) not in (None, False)
+                  and not is_same(name, getattr(first, name), getattr(settings, name))  # the same command goes on
                   and not (name == "load" and same)
                   and not (name == "no_load_optim" and plan.starts_optimizer_anew)]
     found += _warnings_about_start(plan)

@@ -16,12 +16,13 @@ phase, the learning rate, the tokenizer or the blend is judged instead. Phases t
 import dataclasses
 import json
 import math
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from data.config import parse_windows
+from data.config import are_named, parse_windows
 from model.config import MEMORY_SETTINGS
 from model.rope import ROPE_SETTINGS, Rope
 from pretrain.batch_schedule import Stretch, batch_at
@@ -70,6 +71,10 @@ PHASE: dict[str, Kind] = {
 EFFECTIVE = {"kv_channels": "head_size", "num_query_groups": "num_kv_heads"}
 """Model settings with a default -> what they come to."""
 
+PATHS = {"data_path", "train_data_path", "valid_data_path", "data_args_path", "data_cache_path", "tokenizer_model",
+         "save", "load", "pretrained_checkpoint", "tensorboard_dir", "wandb_save_dir"}
+"""Settings that name files: another spelling of the same place is no difference."""
+
 MEANING = {
     "forbidden": ("the checkpoint's tensors are of another model or precision",
                   "the checkpoint's value (--use-checkpoint-args takes what is not given); or a new run in another "
@@ -115,6 +120,26 @@ def kind_of(section: str, name: str) -> Kind:
 
 def is_learning_rate(name: str) -> bool:
     return name == "min_lr" or name == "lr" or name.startswith("lr_")
+
+
+def is_same(name: str, theirs: Any, ours: Any) -> bool:
+    """Do two values of a setting mean the same? Relative paths are those of the folder that the run starts in."""
+    if theirs == ours or name not in PATHS or theirs is None or ours is None:
+        return theirs == ours
+    if isinstance(theirs, str):
+        return os.path.abspath(theirs) == os.path.abspath(ours)
+    return [_plain_word(word) for word in theirs] == [_plain_word(word) for word in ours]
+
+
+def _plain_word(word: str) -> float | str:
+    """A word of a blend: a weight as a number, a path in full, the path of NAME=PATH in full behind its name."""
+    try:
+        return float(word)
+    except ValueError:
+        if not are_named([word]):
+            return os.path.abspath(word)
+    name, _, path = word.partition("=")
+    return f"{name}={os.path.abspath(path)}"
 
 
 def stored_scheduler(stored: Config) -> dict[str, Any]:
@@ -204,7 +229,7 @@ def setting_changes(stored: Config, config: Config) -> list[Change]:
             before, now = (getattr(part, EFFECTIVE.get(name, name)) for part in (theirs, ours))
             if name == "phases":
                 found += _entry_changes(before, now)
-            elif before != now:
+            elif not is_same(name, before, now):
                 found.append(Change(name, before, now, "free" if kind == "effect" else kind))
     return found
 
@@ -216,7 +241,7 @@ def _entry_changes(theirs: list, ours: list) -> list[Change]:
     for name in dict.fromkeys([*before, *now]):
         if name in before and name in now:
             found += [Change(f"phases, {name}: {key}", value, getattr(now[name], key), "free")
-                      for key, value in vars(before[name]).items() if value != getattr(now[name], key)]
+                      for key, value in vars(before[name]).items() if not is_same(key, value, getattr(now[name], key))]
         else:
             found.append(Change(f"phases, {name}", *("there" if name in part else "absent" for part in (before, now)),
                                 "free"))

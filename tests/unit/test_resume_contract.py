@@ -7,13 +7,15 @@ import pytest
 
 from pretrain.config import CheckpointConfig, Config
 from pretrain.learning_rate import LearningRate
-from pretrain.load_config import dump_yaml, load_config, read_config_yaml, spell
+from pretrain.load_config import dump_yaml, field_table, load_config, read_config_yaml, spell
 from pretrain.phases import Phase, phase_at, resolve_phases
 from pretrain.resume_contract import (
     FIELDS,
+    PATHS,
     PHASE,
     continuation_changes,
     describe_changes,
+    is_same,
     kind_of,
     missing_parts,
     needless_acceptance,
@@ -331,3 +333,44 @@ def test_the_contract_survives_the_stored_yaml(tmp_path):
     config = asked("--accept-changes data optimization --skip-data 1K:2K")
     (tmp_path / "config.yaml").write_text(dump_yaml(config))
     assert changes(config, read_config_yaml(str(tmp_path / "config.yaml"))) == []
+
+
+def test_another_spelling_of_a_path_is_no_change(tmp_path, monkeypatch):
+    """Relative, with a detour and in full; weights as 0.7 and 0.70."""
+    monkeypatch.chdir(tmp_path)
+    here = str(tmp_path)
+    stored = asked("--save run --load run --tensorboard-dir tb --data-cache-path cache --split 1")
+    stored.data.data_path = ["0.7", "web", "0.3", "code[64Ki:]"]
+    stored.data.valid_data_path = ["held=web/valid", "math=m"]
+    run = asked(f"--save {here}/run --load ./run/ --tensorboard-dir x/../tb --data-cache-path {here}/cache --split 1")
+    run.data.data_path = ["0.70", f"{here}/web", ".3", "./code[64Ki:]"]
+    run.data.valid_data_path = [f"held={here}/web/valid", "math=./m"]
+    assert [change.name for change in changes(run, stored, clock=512)] == []
+
+
+@pytest.mark.parametrize("name, theirs, ours", [
+    ("data_path", ["web"], ["other"]),
+    ("data_path", ["0.7", "web", "0.3", "code"], ["0.6", "web", "0.4", "code"]),
+    ("data_path", ["web[64Ki:]"], ["web"]),
+    ("data_path", ["a", "b"], ["a"]),
+    ("valid_data_path", ["held=a"], ["kept=a"]),
+    ("valid_data_path", ["held=a"], ["a"]),
+    ("tokenizer_model", "tokenizer", "elsewhere/tokenizer"),
+    ("save", "run", None),
+    ("name", "a", "./a"),
+])
+def test_another_place_is_a_change(name, theirs, ours):
+    assert not is_same(name, theirs, ours)
+
+
+def test_a_phases_data_under_another_spelling_is_no_change(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stored = phased({"name": "a", "data_path": ["web"]})
+    run = phased({"name": "a", "data_path": [str(tmp_path / "web")]})
+    assert [change.name for change in changes(run, stored, clock=512)] == []
+
+
+def test_every_setting_that_names_files_is_known_as_one():
+    """By their names and explanations; a new one belongs into PATHS."""
+    named = {name for name in field_table() if name.endswith(("_path", "_dir"))}
+    assert named | {"save", "load", "pretrained_checkpoint", "tokenizer_model"} == PATHS
