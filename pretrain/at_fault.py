@@ -106,7 +106,8 @@ def _without_lengths_of_evaluations(situation: Situation) -> Iterator[tuple[str,
 def _with_another_model(situation: Situation) -> Iterator[tuple[str, Situation]]:
     config = situation.config
     multiple = config.model.make_vocab_size_divisible_by
-    yield f"make_vocab_size_divisible_by = {multiple}", dataclasses.replace(situation, vocab_size=None)
+    free = dataclasses.replace(situation, vocab_size=None)
+    yield f"make_vocab_size_divisible_by = {multiple}", free
     layers = config.model.num_layers
     deeper = dataclasses.replace(config.model, num_layers=layers * situation.world_size)
     relaxed = dataclasses.replace(config, model=deeper)

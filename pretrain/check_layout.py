@@ -71,7 +71,8 @@ def _batch_problems(phase: Phase, config: Config, world_size: int) -> list[str]:
     problems = []
     for batch in phase.batches:
         if batch % unit:
-            problems.append(words.not_a_multiple(batch, unit, "micro_batch_size x data-parallel size"))
+            factors = "micro_batch_size x data-parallel size"
+            problems.append(words.not_a_multiple(batch, unit, factors))
         elif problem := check_microbatches(phase.layout, phase.num_microbatches(world_size, batch)):
             problems.append(f"{words.name(batch)}: gives {problem} of {words.show(unit)}.")
     return problems

@@ -189,7 +189,7 @@ class GivenSettings:
 class Config:
     """Pretrain a GPT. Give a YAML file with --config and override any field by its flag.
 
-    pretrain/FLAGS.md lists all flags, those of Megatron-LM's scripts that are only answered among them.
+    pretrain/FLAGS.md lists all flags, and those of Megatron-LM's scripts that are only answered.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -199,7 +199,8 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    given: Annotated[GivenSettings, tyro.conf.Suppress] = field(default_factory=GivenSettings, compare=False)
+    given: Annotated[GivenSettings, tyro.conf.Suppress] = field(
+        default_factory=GivenSettings, compare=False)
     """What of all this the user wrote; no setting."""
 
     def validate(self) -> list[str]:

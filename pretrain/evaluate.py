@@ -64,11 +64,11 @@ def check_lengths(settings: LoggingConfig, phase: Phase) -> list[str]:
     for length in settings.eval_seq_lengths:
         micro = Shape.make(phase, length).micro_batch_size
         if micro * length % multiple:
-            problems.append(f"eval_seq_lengths = {length}: the {micro} x {length} tokens of a microbatch "
-                            f"must be a multiple of {multiple}, so that every rank gets as many. Fix: for example "
-                            f"{-(-length // multiple) * multiple}.")
-    problems += [f"eval_passkey_lengths = {length}: must be a multiple of {multiple}, so that every rank "
-                 f"gets as many tokens. Fix: for example {-(-length // multiple) * multiple}."
+            problems.append(f"eval_seq_lengths = {length}: the {micro} x {length} tokens of a "
+                            f"microbatch must be a multiple of {multiple}, so that every rank gets as "
+                            f"many. Fix: for example {-(-length // multiple) * multiple}.")
+    problems += [f"eval_passkey_lengths = {length}: must be a multiple of {multiple}, so that every "
+                 f"rank gets as many tokens. Fix: for example {-(-length // multiple) * multiple}."
                  for length in settings.eval_passkey_lengths if length % multiple]
     return problems
 

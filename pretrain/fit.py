@@ -93,8 +93,9 @@ def check_memory(phases: list[Phase], config: Config, world_size: int, vocab_siz
     return report
 
 
-def memory_filter(config: Config, world_size: int, vocab_size: int | None) -> Callable[[Phase], bool] | None:
-    """Whether a phase fits into the memory of this machine; None where that is not checked, or not known yet."""
+def memory_filter(config: Config, world_size: int,
+                  vocab_size: int | None) -> Callable[[Phase], bool] | None:
+    """Whether a phase fits into this machine's memory; None where that is not checked or known."""
     if vocab_size is None:
         return None
     machine = Machine.here(config)

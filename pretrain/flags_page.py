@@ -57,6 +57,7 @@ def make_page() -> str:
     parts.append(_answers("Ignored, with a warning", "ignored", others))
     parts.append(_answers("Not here: an error that says why", "refused", others))
     parts.append(_answers("Translated", "translated", others))
+    parts.append(_values())
     parts.append(_synonyms())
     return "\n".join(parts)
 
@@ -160,6 +161,18 @@ def _answers(title: str, kind: str, answers: Iterable[megatron_flags.Answer]) ->
         if answer.kind == kind:
             cells = [_flags(answer.flags), answer.because]
             lines.append(_row([*cells, answer.fix] if is_error else cells))
+    return "\n".join([*lines, ""])
+
+
+def _values() -> str:
+    lines = [
+        "### Values that are none here",
+        "",
+        "| setting | value | give |",
+        "| --- | --- | --- |",
+    ]
+    for setting, theirs in megatron_flags.values().items():
+        lines += [_row([_flag(setting), f"`{value}`", fix]) for value, fix in theirs.items()]
     return "\n".join([*lines, ""])
 
 

@@ -37,7 +37,7 @@ def nearest_layouts(
     is_legal: Callable[[LayoutConfig], bool],
     count: int = 3,
 ) -> list[str]:
-    """Up to `count` legal layouts of the same world, those nearest to the asked one first, in words.
+    """Up to `count` legal layouts of the same world, the nearest to the asked one first, in words.
 
     Args:
         is_legal: is called from the nearest layout on, until enough are found.

@@ -94,8 +94,10 @@ class LearningRate:
                 initial = arcs[-1].at(start, before.lr, before.min_lr)
             decay = _wsd_decay(config, phases, stop) if is_last else 0
             if warmup + decay > stop - start:
-                place = f"phase {phase.name!r}: lr_warmup_tokens" if start else _given(config, "lr_warmup")
-                raise ValueError(_too_long({place: warmup, _given(config, "lr_wsd_decay"): decay}, stop - start))
+                of_phase = f"phase {phase.name!r}: lr_warmup_tokens"
+                place = of_phase if start else _given(config, "lr_warmup")
+                lengths = {place: warmup, _given(config, "lr_wsd_decay"): decay}
+                raise ValueError(_too_long(lengths, stop - start))
             arcs.append(Arc(config.lr_decay_style, start, warmup, stop, initial, decay, config.lr_wsd_decay_style,
                             phases[0].stretches[0].batch))
         return LearningRate(tuple(arcs))
@@ -116,7 +118,7 @@ def _tokens(config: OptimizerConfig, prefix: str, first: Phase) -> int | None:
 
 
 def _too_long(lengths: dict[str, int], available: int) -> str:
-    """What to say of pieces of the schedule, tokens by name, that take more than the `available` tokens."""
+    """What to say of pieces of the schedule, tokens by name, that take more than `available`."""
     parts = [f"{name} ({tokens:,} tokens)" for name, tokens in lengths.items() if tokens]
     must = "together they must" if len(parts) > 1 else "must"
     return (f"{', '.join(parts)}: {must} not exceed the schedule's {available:,} tokens. "

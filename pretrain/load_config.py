@@ -20,6 +20,7 @@ from pretrain.config import Config, GivenSettings
 from pretrain.phase_config import PhaseConfig, Tokens
 from pretrain.resume_contract import stored_scheduler
 from pretrain.start import find_start
+from pretrain.translated_flags import with_translated_flags
 
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 # What --use-checkpoint-args leaves to the run: the machine's, and checks on other settings.
@@ -47,37 +48,10 @@ def load_config(argv: list[str]) -> Config:
 
     def given_over(base: Config) -> Config:
         with_preset = from_flat(preset_values, "preset", base)
-        with_preset = dataclasses.replace(with_preset, given=base.given)  # a preset is not the user's
+        with_preset = dataclasses.replace(with_preset, given=base.given)  # a preset isn't the user's
         return from_flat(flags, "command line", from_flat(values, path, with_preset))
 
-    return _with_virtual_stages(_with_checkpoint(given_over(Config()), given_over))
-
-
-def _with_virtual_stages(config: Config) -> Config:
-    """The configuration with what --num-layers-per-virtual-pipeline-stage means in stages per rank.
-
-    Raises:
-        ValueError: it means no whole number of stages, or another than is given.
-    """
-    given = config.given.megatron.get("num_layers_per_virtual_pipeline_stage")
-    if given is None:
-        return config
-    name = f"num_layers_per_virtual_pipeline_stage = {given.value}"
-    if any(phase.pipeline_model_parallel_size for phase in config.schedule.phases):
-        raise ValueError(f"{name}: phases have pipelines of their own. Fix: num_virtual_stages_per_pipeline_rank in "
-                         "each phase.")
-    layers = coerce(given.value, int) if given.value.isdecimal() else 0
-    pp = max(1, config.layout.pipeline_model_parallel_size)
-    per_rank, rest = divmod(config.model.num_layers, pp * layers) if layers else (0, 1)
-    if rest or not per_rank:
-        raise ValueError(f"{name}: must divide the num_layers = {config.model.num_layers} into equal stages on "
-                         f"pipeline_model_parallel_size = {pp} ranks. Fix: a divisor of num_layers / {pp}.")
-    also = config.layout.num_virtual_stages_per_pipeline_rank
-    if also not in (None, per_rank):
-        raise ValueError(f"{name}: means num_virtual_stages_per_pipeline_rank = {per_rank}, but that is {also}. Fix: "
-                         "remove one of them.")
-    layout = dataclasses.replace(config.layout, num_virtual_stages_per_pipeline_rank=per_rank)
-    return dataclasses.replace(config, layout=layout)
+    return with_translated_flags(_with_checkpoint(given_over(Config()), given_over))
 
 
 def _with_checkpoint(config: Config, given_over: Callable[[Config], Config]) -> Config:
@@ -255,7 +229,7 @@ def from_flat(values: dict[str, Any], where: str, base: Config | None = None) ->
     """
     table = field_table()
     base = base or Config()
-    sections = {section: dataclasses.replace(getattr(base, section)) for section in sections_of_config()}
+    sections = {name: dataclasses.replace(getattr(base, name)) for name in sections_of_config()}
     settings = set(base.given.settings)
     theirs = dict(base.given.megatron)
     problems: list[str] = []
@@ -269,8 +243,8 @@ def from_flat(values: dict[str, Any], where: str, base: Config | None = None) ->
             settings.discard(key)
             _take_megatron_key(key, value, where, theirs, problems)
             continue
-        _try(lambda s=section, k=key, v=value, a=annotation: setattr(sections[s], k, coerce(v, a)), key, value, where,
-             problems)
+        _try(lambda s=section, k=key, v=value, a=annotation: setattr(sections[s], k, coerce(v, a)),
+             key, value, annotation, where, problems)
     if problems:
         raise ValueError("\n".join(problems))
     return Config(**sections, given=GivenSettings(frozenset(settings), theirs))
@@ -303,7 +277,9 @@ def _phases(value: Any, where: str, problems: list[str]) -> list[PhaseConfig]:
             if key not in types_by_key:
                 problems.append(_unknown_key(key, types_by_key, place))
                 continue
-            _try(lambda k=key, v=item, p=phase: setattr(p, k, coerce(v, types_by_key[k])), key, item, place, problems)
+            annotation = types_by_key[key]
+            _try(lambda k=key, v=item, p=phase, a=annotation: setattr(p, k, coerce(v, a)),
+                 key, item, annotation, place, problems)
         phases.append(phase)
     return phases
 
@@ -312,11 +288,24 @@ def _unknown_key(key: str, known: Any, where: str) -> str:
     return f"{where}: {key}: no such setting. Fix: {megatron_flags.advice(key, list(known))}"
 
 
-def _try(action: Callable[[], None], key: str, value: Any, where: str, problems: list[str]) -> None:
+def _try(action: Callable[[], None], key: str, value: Any, annotation: Any, where: str,
+         problems: list[str]) -> None:
+    """Do `action`; its ValueError becomes a problem that says what the key takes."""
     try:
         action()
     except ValueError as error:
-        problems.append(f"{where}: {key} = {value!r}: {error}. Fix: give a value of that kind.")
+        choices = _choices(annotation)
+        alone = value[0] if isinstance(value, list) and len(value) == 1 else value
+        fix = megatron_flags.fix_for_value(key, alone, choices)
+        fix = fix or ("one of them" if choices else "give a value of that kind")
+        problems.append(f"{where}: {key} = {value!r}: {error}. Fix: {fix}.")
+
+
+def _choices(annotation: Any) -> tuple:
+    """The values of a field that has a list of them, else none."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return next((found for part in get_args(annotation) if (found := _choices(part))), ())
 
 
 def coerce(value: Any, annotation: Any) -> Any:

@@ -88,6 +88,22 @@ def synonyms() -> dict[str, str]:
     }
 
 
+@functools.cache
+def values() -> dict[str, dict[str, str]]:
+    """Setting -> Megatron-LM's values of it that are none here -> what to give instead."""
+    return _read_table()["values"]
+
+
+def fix_for_value(setting: str, value: object, choices: tuple) -> str | None:
+    """What to give where `value` is none of the setting's `choices`; None without an idea."""
+    theirs = values().get(setting, {}).get(str(value))
+    if theirs is not None:
+        return theirs
+    near = [str(choice) for choice in choices if str(choice).lower() == str(value).lower()]
+    near += difflib.get_close_matches(str(value), map(str, choices), 1, LIKE)
+    return near[0] if near else None
+
+
 def _read_table() -> dict:
     return yaml.load(TABLE_FILE.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
 

@@ -118,7 +118,8 @@ def make_plan(config: Config, world_size: int, only_print: bool = False) -> Plan
         phases, config, world_size, vocab_size, progress.get("layouts", {}) if goes_on else {}, clock)
     phases = choose_loss_chunks(phases, config, world_size, vocab_size)
     fit = check_memory(phases, config, world_size, vocab_size, clock)
-    problems = [f"phase {phase.name!r}: {problem}" for phase in phases  # a checkpoint may have kept the layout
+    # Layouts that a checkpoint kept have not been checked against this run's lengths.
+    problems = [f"phase {phase.name!r}: {problem}" for phase in phases
                 for problem in check_lengths(config.logging, phase)]
     if problems := _handover_problems(phases, config) + problems + fit.problems:
         raise ValueError("\n".join(problems))
@@ -215,7 +216,8 @@ def warnings_about(plan: Plan) -> list[str]:
         found += [f"{name}: has no effect, since --save already holds a checkpoint of this run, which goes on"
                   for name in ("load", "ckpt_step", "no_load_optim", "finetune", "pretrained_checkpoint")
                   if getattr(settings, name) not in (None, False)
-                  and not is_same(name, getattr(first, name), getattr(settings, name))  # the same command goes on
+                  # The same command goes on.
+                  and not is_same(name, getattr(first, name), getattr(settings, name))
                   and not (name == "load" and same)
                   and not (name == "no_load_optim" and plan.starts_optimizer_anew)]
     found += _warnings_about_start(plan)
@@ -247,6 +249,10 @@ def _warnings_about_start(plan: Plan) -> list[str]:
     if settings.no_load_optim and (folder is None or plan.start.weights_only):
         without = "no checkpoint" if folder is None else "weights alone"
         found.append(f"no_load_optim = True: has no effect, since the run starts from {without}")
+    is_new = plan.start.weights_only or not plan.start.is_restart
+    if folder is not None and is_new and "init_method_std" in plan.config.given.settings:
+        found.append(f"init_method_std = {plan.config.model.init_method_std:g}: has no effect, since "
+                     f"the weights are those of {folder}")
     if settings.use_checkpoint_args and folder is None:
         found.append("use_checkpoint_args = True: has no effect, since the run starts from no checkpoint")
     if settings.use_checkpoint_opt_param_scheduler and (folder is None or plan.start.weights_only):

@@ -71,8 +71,8 @@ PHASE: dict[str, Kind] = {
 EFFECTIVE = {"kv_channels": "head_size", "num_query_groups": "num_kv_heads"}
 """Model settings with a default -> what they come to."""
 
-PATHS = {"data_path", "train_data_path", "valid_data_path", "data_args_path", "data_cache_path", "tokenizer_model",
-         "save", "load", "pretrained_checkpoint", "tensorboard_dir", "wandb_save_dir"}
+PATHS = {"data_path", "train_data_path", "valid_data_path", "data_args_path", "data_cache_path",
+         "tokenizer_model", "save", "load", "pretrained_checkpoint", "tensorboard_dir", "wandb_save_dir"}
 """Settings that name files: another spelling of the same place is no difference."""
 
 MEANING = {
@@ -123,7 +123,7 @@ def is_learning_rate(name: str) -> bool:
 
 
 def is_same(name: str, theirs: Any, ours: Any) -> bool:
-    """Do two values of a setting mean the same? Relative paths are those of the folder that the run starts in."""
+    """Do two values of a setting mean the same? Relative paths begin where the run starts."""
     if theirs == ours or name not in PATHS or theirs is None or ours is None:
         return theirs == ours
     if isinstance(theirs, str):
@@ -132,7 +132,7 @@ def is_same(name: str, theirs: Any, ours: Any) -> bool:
 
 
 def _plain_word(word: str) -> float | str:
-    """A word of a blend: a weight as a number, a path in full, the path of NAME=PATH in full behind its name."""
+    """A word of a blend: a weight as a number, a path in full, also that of NAME=PATH."""
     try:
         return float(word)
     except ValueError:
@@ -241,7 +241,8 @@ def _entry_changes(theirs: list, ours: list) -> list[Change]:
     for name in dict.fromkeys([*before, *now]):
         if name in before and name in now:
             found += [Change(f"phases, {name}: {key}", value, getattr(now[name], key), "free")
-                      for key, value in vars(before[name]).items() if not is_same(key, value, getattr(now[name], key))]
+                      for key, value in vars(before[name]).items()
+                      if not is_same(key, value, getattr(now[name], key))]
         else:
             found.append(Change(f"phases, {name}", *("there" if name in part else "absent" for part in (before, now)),
                                 "free"))

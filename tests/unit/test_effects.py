@@ -1,10 +1,15 @@
 """A setting that is given and cannot act is warned of; one that can, or was not given, is not."""
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 
 from pretrain.effects import CONDITIONS, NEEDS_SIZE, NOT_REPLACED, effect_warnings
 from pretrain.load_config import dump_yaml, field_table, load_config, read_config_yaml
 from pretrain.phase_config import PhaseConfig
+from pretrain.plan import make_plan, warnings_about
+from pretrain.start import Start
 
 RUN = (
     "--model tiny --data-path prefix --tokenizer-model model --seq-length 128 "
@@ -215,3 +220,23 @@ def test_the_loss_and_a_checkpoint_without_optimizer_are_warned_of():
         load_config([*RUN, "--save", "x", "--no-save-optim", "--no-calculate-per-token-loss"])
     )
     assert [text.split(" = ")[0] for text in found] == ["no_save_optim", "calculate_per_token_loss"]
+
+
+def test_a_fresh_start_has_no_optimizer_state_to_leave():
+    plan = make_plan(load_config([*MOCK, "--no-load-optim"]), 1, only_print=True)
+    assert (
+        "no_load_optim = True: has no effect, since the run starts from no checkpoint"
+        in warnings_about(plan)
+    )
+    plan = make_plan(load_config(MOCK), 1, only_print=True)
+    assert not [text for text in warnings_about(plan) if "no_load_optim" in text]
+
+
+def test_what_a_start_from_weights_leaves_without_effect_is_named():
+    flags = ["--no-load-optim", "--init-method-std", "0.01"]
+    plan = make_plan(load_config([*MOCK, *flags]), 1, only_print=True)
+    from_weights = dataclasses.replace(plan, start=Start(Path("base"), weights_only=True))
+    found = warnings_about(from_weights)
+    assert "init_method_std = 0.01: has no effect, since the weights are those of base" in found
+    assert "no_load_optim = True: has no effect, since the run starts from weights alone" in found
+    assert not [text for text in warnings_about(plan) if "init_method_std" in text]

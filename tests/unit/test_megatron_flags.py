@@ -396,3 +396,35 @@ def test_a_public_llama3_script_runs_with_every_flag_accepted_or_warned_of():
         "--no-check-for-nan-in-loss-and-grad",
         "--no-load-rng",
     ]
+
+
+@pytest.mark.parametrize(
+    "words, fix",
+    [
+        ("--attention-backend fused", "Fix: cudnn, which is cuDNN's attention."),
+        ("--optimizer sgd", "Fix: adam (AdamW); no other optimizer is built."),
+        ("--normalization LayerNorm", "Fix: RMSNorm; LayerNorm is not built."),
+        ("--normalization rmsnorm", "Fix: RMSNorm."),
+        ("--lr-decay-style wsd", "Fix: WSD."),
+        ("--lr-decay-style polynomial", "Fix: one of them."),
+        (
+            "--tokenizer-type GPT2BPETokenizer",
+            "Fix: HuggingFaceTokenizer with the tokenizer's folder.",
+        ),
+        ("--accept-changes dat", "Fix: data."),
+        ("--lr fast", "Fix: give a value of that kind."),
+    ],
+)
+def test_a_value_that_is_none_here_is_answered(words, fix):
+    error, _ = answers(*words.split())
+    name = words.split()[0].removeprefix("--").replace("-", "_")
+    assert error.startswith(f"command line: {name} = "), error
+    assert error.endswith(fix), error
+
+
+def test_values_of_the_table_belong_to_settings_and_are_none_of_theirs():
+    for setting, theirs in megatron_flags.values().items():
+        assert setting in field_table(), setting
+        for value in theirs:
+            error, _ = answers(f"--{setting.replace('_', '-')}", value)
+            assert f"{setting} = '{value}': must be one of" in error, error
