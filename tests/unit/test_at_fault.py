@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from pretrain.auto_layout import settle_layouts
 from pretrain.check_phases import check_phases
 from pretrain.load_config import load_config
 from pretrain.phases import resolve_phases
@@ -169,3 +170,29 @@ def test_every_offered_layout_passes_the_whole_check():
         (line,) = [text for text in lines if "layouts that work" in text]
         tried += check_offered(line, flags.replace("--pipeline-schedule interleaved", ""), 8)
     assert tried > 60
+
+
+def test_a_layout_that_auto_cannot_find_has_its_fault_named_too():
+    flags = "--vocab-size 100 --global-batch-size 16 --attention-head-chunks 5 --layout auto"
+    (line,) = [text for text in problems_of(flags, 8) if "layout = auto: no layout" in text]
+    assert (
+        "layouts that work: none, because of attention_head_chunks = 5 (without it tp 1" in line
+    ), line
+
+
+def test_auto_chooses_no_layout_that_the_evaluations_refuse():
+    """99 tokens divide over 3 ranks, not over 6, which a step of one sample would need."""
+    flags = "--vocab-size 100 --global-batch-size 2 --eval-seq-lengths 99 --layout auto"
+    heads = "--num-attention-heads 3 --num-query-groups 3 --num-layers 1 --seq-length 96"
+    made = load_config(f"{RUN} {flags} {heads}".split())
+    (phase,) = settle_layouts(resolve_phases(made), made, 6, 100, {}, 0)[0]
+    assert phase.layout.sizes == (1, 1, 3), phase.layout.describe()
+    made.logging.eval_seq_lengths = []
+    made.schedule.global_batch_size = 1
+    (phase,) = settle_layouts(resolve_phases(made), made, 6, 100, {}, 0)[0]
+    assert phase.layout.sizes == (1, 1, 6), phase.layout.describe()
+    made.logging.eval_seq_lengths = [99]
+    with pytest.raises(
+        ValueError, match="because of eval_seq_lengths = 99 .without it tp 1 pp 1 cp 6"
+    ):
+        settle_layouts(resolve_phases(made), made, 6, 100, {}, 0)
