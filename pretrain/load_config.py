@@ -26,6 +26,9 @@ _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 # What --use-checkpoint-args leaves to the run: the machine's, and checks on other settings.
 _NOT_OF_THE_WEIGHTS = {"attention_backend", "attention_crossover_tokens", "max_position_embeddings",
                        "group_query_attention", *MEMORY_SETTINGS}
+IN_TOKENS = {"global_batch_size": "global_batch_tokens", "train_iters": "train_tokens",
+             "train_samples": "train_tokens"}
+"""Settings of the run that a phase has in tokens."""
 # Flags with a second spelling that scripts use.
 ALIASES = {"--ds-sequence-parallel-size": "--context-parallel-size"}
 
@@ -275,13 +278,23 @@ def _phases(value: Any, where: str, problems: list[str]) -> list[PhaseConfig]:
         place = f"{where}: phases[{number}]"
         for key, item in entry.items():
             if key not in types_by_key:
-                problems.append(_unknown_key(key, types_by_key, place))
+                problems.append(_no_key_of_a_phase(key, types_by_key, place))
                 continue
             annotation = types_by_key[key]
             _try(lambda k=key, v=item, p=phase, a=annotation: setattr(p, k, coerce(v, a)),
                  key, item, annotation, place, problems)
         phases.append(phase)
     return phases
+
+
+def _no_key_of_a_phase(key: str, known: Any, place: str) -> str:
+    theirs = megatron_flags.find(key)
+    if theirs is not None:
+        return f"{place}: " + (theirs.problem or f"{key}: Megatron-LM's, says nothing of a phase. Fix: remove it.")
+    if key not in field_table():
+        return _unknown_key(key, known, place)
+    fix = IN_TOKENS.get(key, "write it beside `phases:`, for the whole run")
+    return f"{place}: {key}: is a setting of the run, no phase has its own. Fix: {fix}."
 
 
 def _unknown_key(key: str, known: Any, where: str) -> str:

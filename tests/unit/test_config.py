@@ -237,3 +237,19 @@ def test_a_passkey_needs_words(name, value, kind):
 def test_lengths_of_evaluations_are_read_in_units():
     config = load_config("--eval-seq-lengths 1Ki 4Ki --eval-passkey-depths 0 0.25 1".split())
     assert config.logging.eval_seq_lengths == [1024, 4096] and config.logging.eval_passkey_depths == [0, 0.25, 1]
+
+
+@pytest.mark.parametrize("key, fix", [
+    ("clip_grad", "is a setting of the run, no phase has its own. Fix: write it beside `phases:`, for the whole run."),
+    ("global_batch_size", "is a setting of the run, no phase has its own. Fix: global_batch_tokens."),
+    ("train_iters", "is a setting of the run, no phase has its own. Fix: train_tokens."),
+    ("learning_rate", "no such setting. Fix: lr."),
+    ("seq_lenght", "no such setting. Fix: did you mean seq_length?"),
+    ("num_experts", "Megatron-LM's, not here: mixture of experts is not built. Fix: "),
+    ("num_workers", "Megatron-LM's, says nothing of a phase. Fix: remove it."),
+])
+def test_a_key_that_no_phase_has_is_answered(key, fix, tmp_path):
+    path = write(tmp_path, f"phases:\n  - {{name: a, {key}: 1}}\n")
+    with pytest.raises(ValueError) as error:
+        load_config(["--config", path])
+    assert str(error.value).startswith(f"{path}: phases[0]: {key}: {fix}")
