@@ -102,7 +102,8 @@ def make_plan(config: Config, world_size: int, only_print: bool = False) -> Plan
     if phases and not config.model.validate() and not config.layout.validate():
         fits = memory_filter(config, world_size, vocab_size)
         problems += check_phases(phases, config, world_size, vocab_size, fits)
-    problems += check_evaluations(config.logging, tokenizer)
+    if not problems:
+        problems += check_evaluations(config.logging, tokenizer)
     if config.logging.tensorboard_dir and importlib.util.find_spec("tensorboard") is None:
         problems.append(f"tensorboard_dir = {config.logging.tensorboard_dir}: needs the package tensorboard. Fix: "
                         "install it (requirements.txt has the version), or leave the flag out.")

@@ -196,3 +196,28 @@ def test_auto_chooses_no_layout_that_the_evaluations_refuse():
         ValueError, match="because of eval_seq_lengths = 99 .without it tp 1 pp 1 cp 6"
     ):
         settle_layouts(resolve_phases(made), made, 6, 100, {}, 0)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--eval-seq-lengths 0",
+        "--eval-passkey-lengths -5",
+        "--attention-head-chunks 0",
+        "--mlp-tiles 0",
+        "--loss-chunk-tokens 0",
+        "--cpu-offloading-num-layers -1",
+        "--recompute-granularity full --cpu-offloading-num-layers 99",
+        "--seq-length 0",
+        "--micro-batch-size 0",
+        "--make-vocab-size-divisible-by 0",
+        "--num-query-groups 5",
+        "--context-parallel-size 0",
+        "--vocab-size 0",
+    ],
+)
+def test_a_setting_out_of_range_beside_a_layout_that_cannot_run_is_a_message(flags):
+    """Layouts are looked for although the setting makes no sense: no other exception comes of it."""
+    run = f"--vocab-size 100 --global-batch-size 16 --tensor-model-parallel-size 8 {flags}"
+    for device in ("", " --device-memory-gib 0.001"):
+        assert problems_of(run + device, 8)
