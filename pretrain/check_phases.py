@@ -31,7 +31,8 @@ def check_phases(phases: list[Phase], config: Config, world_size: int, vocab_siz
         if found and not phase.layout.validate():
             situation = Situation(phase, config, world_size, vocab_size, fits)
             unknown = "" if vocab_size is not None else " (the vocabulary is not known yet)"
-            problems.append(f"{where}layouts that work on {world_size} processes{unknown}, nearest "
+            processes = f"{world_size} process{'' if world_size == 1 else 'es'}"
+            problems.append(f"{where}layouts that work on {processes}{unknown}, nearest "
                             f"first: {layouts_that_work(situation)}.")
         if phase.data_path and list(phase.data_path) not in (config.data.data_path, config.data.train_data_path):
             if config.data.mock_data:
