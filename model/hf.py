@@ -5,10 +5,9 @@ Names as in transformers' modeling_llama.py, modeling_qwen2.py and modeling_qwen
 """
 
 import re
-from typing import get_args
 
 from model.config import ModelConfig
-from model.rope import PARAMETERS, Rope, RopeType
+from model.rope import Rope
 
 _LAYER_NAMES = {
     "attention_norm.weight": "input_layernorm.weight",
@@ -94,83 +93,18 @@ ARCHITECTURES = {"llama": {}, "qwen2": {"add_qkv_bias": True}, "qwen3": {"qk_lay
 """model_type -> the settings that tell the architectures apart."""
 
 
-def model_settings(config: dict) -> dict:
-    """Our model settings (and vocab_size) from the content of a config.json: the way back of `huggingface_config`.
+def our_name(name: str) -> str:
+    """model.layers.7.self_attn.q_proj.weight -> layers.7.attention.q.weight.
+
+    Folders of a base model, without a head, leave the prefix `model.` out.
 
     Raises:
-        ValueError: an architecture, or a part of one, that is not built here; everything found, a line each.
+        KeyError: a name that we do not have.
     """
-    kind = config.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise ValueError(f"model_type = {kind}: not built here. Fix: one of {', '.join(ARCHITECTURES)}.")
-    rope_settings, problems = _rope_settings(config)
-    for name, value, only in (("hidden_act", config.get("hidden_act"), "silu"),
-                              ("mlp_bias", config.get("mlp_bias", False), False),
-                              ("attention_bias", config.get("attention_bias", False), False),
-                              ("use_sliding_window", config.get("use_sliding_window", False), False)):
-        if value != only:
-            problems.append(f"{name} = {value}: only {only} is built. Fix: another model.")
-    if problems:
-        raise ValueError("\n".join(problems))
-    heads = config["num_attention_heads"]
-    return ARCHITECTURES[kind] | {
-        "num_layers": config["num_hidden_layers"], "hidden_size": config["hidden_size"],
-        "ffn_hidden_size": config["intermediate_size"], "num_attention_heads": heads,
-        "num_query_groups": config.get("num_key_value_heads") or heads,
-        "kv_channels": config.get("head_dim") or config["hidden_size"] // heads,
-        "norm_epsilon": config["rms_norm_eps"], "init_method_std": config.get("initializer_range", 0.02),
-        "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
-        "vocab_size": config["vocab_size"],
-    } | rope_settings
-
-
-_LLAMA3_NEEDS = ("factor", "low_freq_factor", "high_freq_factor")
-
-
-def _rope_settings(config: dict) -> tuple[dict, list[str]]:
-    """(our settings of the rope, what is wrong), from either form, with transformers' rules for what is left out.
-
-    Of both forms transformers reads the older one. Parameters that a type does not use say nothing and are left.
-    """
-    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    given = {name: value for name, value in given.items() if value is not None}
-    older_name, built = given.pop("type", "default"), get_args(RopeType)
-    kind = given.pop("rope_type", older_name)
-    if kind not in built:
-        return {}, [f"rope_type = {kind}: only {', '.join(built)} are built. Fix: another model."]
-    base = given.pop("rope_theta", config.get("rope_theta")) or 10000.0
-    share = given.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
-    problems = [f"partial_rotary_factor = {share}: only 1.0 is built. Fix: another model."] * (share not in (1, None))
-    given.pop("finetuned", None)  # a remark in older yarn folders
-    known = {name for name, _ in PARAMETERS.values()}
-    problems += [f"rope parameter {name} = {value}: is not built. Fix: another model." for name, value in given.items()
-                 if name not in known or not isinstance(value, (int, float))]
-    if problems:
-        return {}, problems
-    length, original = config.get("max_position_embeddings"), "original_max_position_embeddings"
-    given[original] = config.get(original) or given.get(original) or length
-    if kind == "yarn" and "factor" not in given and length:
-        given["factor"] = length / given[original]
-    if not (given.get("mscale") and given.get("mscale_all_dim")) or "attention_factor" in given:
-        given |= {"mscale": None, "mscale_all_dim": None}
-    missing = [name for name in (*_LLAMA3_NEEDS, original) if kind == "llama3" and given.get(name) is None]
-    if missing:
-        return {}, [f"rope parameter {name}: missing, and llama3 needs it. Fix: complete config.json."
-                    for name in missing]
-    kinds = {original: int, "truncate": bool}
-    rope = Rope.make(float(base), kind, {name: kinds.get(name, float)(value) for name, value in given.items()
-                                         if value is not None})
-    settings = {"rotary_base": rope.base, "rope_type": kind} | {
-        setting: getattr(rope, name) for setting, (name, _) in PARAMETERS.items() if getattr(rope, name) is not None}
-    return settings, rope.problems()
-
-
-def our_name(name: str) -> str:
-    """model.layers.7.self_attn.q_proj.weight -> layers.7.attention.q.weight; KeyError for a name we do not have."""
-    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
+    match = re.fullmatch(r"(?:model\.)?layers\.(0|[1-9]\d*)\.(.+)", name)
     if match:
         return f"layers.{match[1]}.{_BACK_LAYER[match[2]]}"
-    return _BACK_TOP[name]
+    return _BACK_TOP[name if name.startswith(("model.", "lm_head.")) else f"model.{name}"]
 
 
 _BACK_LAYER = {theirs: ours for ours, theirs in _LAYER_NAMES.items()}

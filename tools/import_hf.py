@@ -1,27 +1,35 @@
 """Make a checkpoint of a Hugging Face folder: `python -m tools.import_hf --hf DIR --save DIR`.
 
-Llama, Qwen2 and Qwen3 architectures; rope default, linear, llama3 or yarn. The result is weights: start a run from it
-with --pretrained-checkpoint DIR and your own --save. Needs no GPU and no process group; the whole model
-is held in memory in fp32.
+Llama, Qwen2 and Qwen3 architectures; rope default, linear, llama3 or yarn. The result is weights:
+start a run from it with --pretrained-checkpoint DIR and your own --save. Needs no GPU and no
+process group; the whole model is held in memory in fp32. Nothing is published unless its logits are
+those of transformers on the folder.
 """
 
-import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import tyro
-from safetensors import safe_open
-from tqdm import tqdm
 
 from data.tokenizer import HUGGINGFACE_FILES, build_tokenizer
-from model.build import parameter_shapes
-from model.hf import VOCABULARY_ROWS, huggingface_name, model_settings, our_name
+from model.build import build_whole_model
+from model.estimate import num_parameters
+from model.kernels import choose_attention
 from parallel.layout import single_process_layout
 from pretrain import checkpoint
 from pretrain.config import Config
 from pretrain.load_config import dump_yaml
+from tools.compare_logits import Sequence, judge, our_logits, transformers_references
+from tools.hf_config import FolderConfig, read_config_file, understand
+from tools.hf_fit import check_fit, pad_vocabulary, settle_tie
+from tools.hf_weights import open_weights
+
+VERIFIED_BELOW = 10e9
+"""Parameters from which on --verify must be asked for: transformers' fp32 copy takes 40 GB."""
+VERIFIED_TOKENS = 256
+"""Tokens of each sequence that is compared."""
 
 
 @dataclass(kw_only=True)
@@ -30,82 +38,113 @@ class Arguments:
     """Hugging Face folder: config.json, safetensors files, tokenizer."""
     save: str
     """Folder for the checkpoint; must not hold one yet."""
+    make_vocab_size_divisible_by: int = 128
+    """Rows of the embedding are padded to a multiple of this, which tensor parallelism must divide.
+    A run may choose another one when it loads the checkpoint."""
+    verify: bool | None = None
+    """--verify or --no-verify: compare transformers' logits on the folder with ours before
+    publishing. By default yes below 10B parameters."""
 
 
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the folder's safetensors files under our names, fp32.
+# ---------------------------------------------------------------- the comparison
+
+
+def compared_sequences(vocab_size: int, longest: int) -> list[Sequence]:
+    """Random tokens at the first positions, the last ones, and spread over the declared context."""
+    length = min(VERIFIED_TOKENS, longest)
+    generator = torch.Generator().manual_seed(0)
+    positions = {f"positions 0 to {length - 1:,}": torch.arange(length)}
+    if longest > length:
+        positions[f"positions {longest - length:,} to {longest - 1:,}"] = torch.arange(
+            longest - length, longest
+        )
+        step = (longest - 1) // max(1, length - 1)
+        positions[f"each {step:,}th position to {step * (length - 1):,}"] = (
+            torch.arange(length) * step
+        )
+    return [
+        Sequence(name, torch.randint(vocab_size, (length,), generator=generator), places)
+        for name, places in positions.items()
+    ]
+
+
+def refuse_other_logits(
+    folder: Path, config: Config, tensors: dict[str, torch.Tensor], longest: int
+) -> None:
+    """Compare the model to be published with what transformers makes of the folder.
 
     Raises:
-        ValueError: no such files, or a tensor that our model has no place for.
+        ValueError: they are not the same model, or transformers cannot run the folder.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"hf = {folder}: no .safetensors file. Fix: give the folder of a model saved in that format.")
-    tensors = {}
-    for file in tqdm(files, desc="reading weights", unit="file"):
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():
-                try:
-                    tensors[our_name(name)] = opened.get_tensor(name).float()
-                except KeyError:
-                    raise ValueError(f"{file}: tensor {name}: our model has no such part. Fix: another model.") \
-                        from None
-    return tensors
-
-
-def fit(tensors: dict[str, torch.Tensor], config: Config) -> dict[str, torch.Tensor]:
-    """Pad the vocabulary's rows and compare names and shapes with the model that the settings describe.
-
-    Raises:
-        ValueError: a tensor is missing, left over, or has another shape.
-    """
-    shapes = parameter_shapes(config.model, config.data.vocab_size)
-    if not config.model.untie_embeddings_and_output_weights:
-        tensors.pop("output.weight", None)  # some folders store the tied copy too
-    for name in set(VOCABULARY_ROWS) & tensors.keys():
-        rows = config.model.padded_vocab_size(config.data.vocab_size) - tensors[name].shape[0]
-        tensors[name] = torch.nn.functional.pad(tensors[name], (0, 0, 0, max(0, rows)))
-    problems = [f"{huggingface_name(name)} is missing" for name in shapes.keys() - tensors.keys()]
-    problems += [f"{huggingface_name(name)} is left over" for name in tensors.keys() - shapes.keys()]
-    problems += [f"{huggingface_name(name)} has shape {tuple(tensors[name].shape)}, config.json means {tuple(shape)}"
-                 for name, shape in shapes.items() if name in tensors and tensors[name].shape != shape]
+    vocab_size = config.data.vocab_size
+    sequences = compared_sequences(vocab_size, longest)
+    references = transformers_references(folder, sequences)
+    device = torch.device("cpu")
+    attend, _ = choose_attention("sdpa", device, torch.float32)
+    model = build_whole_model(config.model, vocab_size, tensors, attend, device)
+    parameters = num_parameters(config.model, vocab_size)
+    problems = []
+    for sequence, reference in zip(sequences, references):
+        problem = judge(sequence, our_logits(model, vocab_size, sequence), reference, parameters)
+        if problem:
+            problems.append(problem)
     if problems:
-        raise ValueError(f"the weights do not fit config.json: {'; '.join(sorted(problems)[:4])}. Fix: download the "
-                         "folder again.")
-    return tensors
+        raise ValueError(
+            f"verification of the import failed: {'; '.join(problems)}. "
+            "Fix: this is a defect of the conversion, or of the folder; nothing was published."
+        )
 
 
-def import_folder(arguments: Arguments) -> Path:
-    """Read, check, write -> the published checkpoint.
+# ---------------------------------------------------------------- the tool
+
+
+def configure(settings: FolderConfig, folder: Path, arguments: Arguments) -> Config:
+    """The configuration that the checkpoint carries.
 
     Raises:
-        ValueError: bad input; nothing is published.
+        ValueError: a setting that is not legal here.
     """
-    folder = Path(arguments.hf)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"hf = {folder}: no config.json in it. Fix: give a Hugging Face folder.")
-    if checkpoint.published(arguments.save):
-        raise ValueError(f"save = {arguments.save}: holds a checkpoint already. Fix: give another folder.")
-    source = json.loads((folder / "config.json").read_text())
     config = Config()
-    settings = model_settings(source)
-    config.data.vocab_size = settings.pop("vocab_size")
-    for name, value in settings.items():
+    for name, value in settings.model.items():
         setattr(config.model, name, value)
-    tokenizer_files = [str(folder / name) for name in HUGGINGFACE_FILES if (folder / name).is_file()]
-    config.data.tokenizer_type = "HuggingFaceTokenizer" if tokenizer_files else "NullTokenizer"
-    config.data.tokenizer_model = str(folder.resolve()) if tokenizer_files else None
-    tensors = fit(read_weights(folder), config)
-    length = source.get("max_position_embeddings")
-    progress = {"step": 0, "clock": 0, "last_batch_tokens": 0, "real_tokens": 0, "skipped_in_a_row": 0,
-                "wandb_run_id": None,
-                "phase": {"name": "imported", "index": 0, "seq_length": length,
-                          "rope": asdict(config.model.rope)},
-                "longest_seq_length": length, "seed": None, "data": None,
-                "tokenizer": _describe_tokenizer(config.data.tokenizer_model), "has_optimizer": False, "world_size": 1}
-    world = single_process_layout(torch.device("cpu")).world
-    return checkpoint.save(arguments.save, 0, {f"model.{name}": tensor for name, tensor in tensors.items()}, progress,
-                           dump_yaml(config), tokenizer_files, world)
+    config.model.make_vocab_size_divisible_by = arguments.make_vocab_size_divisible_by
+    config.data.vocab_size = settings.vocab_size
+    files = tokenizer_files(folder)
+    config.data.tokenizer_type = "HuggingFaceTokenizer" if files else "NullTokenizer"
+    config.data.tokenizer_model = str(folder.resolve()) if files else None
+    problems = config.model.validate()
+    if problems:
+        raise ValueError("\n".join(problems))
+    return config
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    return [str(folder / name) for name in HUGGINGFACE_FILES if (folder / name).is_file()]
+
+
+def describe_progress(config: Config, longest: int) -> dict:
+    """progress.json of a checkpoint that holds weights only."""
+    phase = {
+        "name": "imported",
+        "index": 0,
+        "seq_length": longest,
+        "rope": asdict(config.model.rope),
+    }
+    return {
+        "step": 0,
+        "clock": 0,
+        "last_batch_tokens": 0,
+        "real_tokens": 0,
+        "skipped_in_a_row": 0,
+        "wandb_run_id": None,
+        "phase": phase,
+        "longest_seq_length": longest,
+        "seed": None,
+        "data": None,
+        "tokenizer": _describe_tokenizer(config.data.tokenizer_model),
+        "has_optimizer": False,
+        "world_size": 1,
+    }
 
 
 def _describe_tokenizer(folder: str | None) -> dict | None:
@@ -115,19 +154,80 @@ def _describe_tokenizer(folder: str | None) -> dict | None:
     try:
         return build_tokenizer("HuggingFaceTokenizer", folder, None).describe()
     except ValueError as error:
-        print(f"warning: the checkpoint will not know its tokenizer: {error}", file=sys.stderr)
+        warn(f"the checkpoint will not know its tokenizer: {error}")
         return None
 
 
-def main() -> int:
-    arguments = tyro.cli(Arguments, prog="tools.import_hf", description=__doc__)
+def import_folder(arguments: Arguments) -> Path:
+    """Read, check, compare, write -> the published checkpoint.
+
+    Raises:
+        ValueError: bad input, or another model than transformers'; nothing is published.
+    """
+    folder = Path(arguments.hf)
+    content = read_config_file(folder)
+    if checkpoint.published(arguments.save):
+        raise ValueError(
+            f"save = {arguments.save}: holds a checkpoint already. Fix: give another folder."
+        )
+    settings = understand(content)
+    weights = open_weights(folder)
+    warnings = settings.warnings + weights.warnings
+    weights, is_tied, more = settle_tie(settings, weights)
+    settings.model["untie_embeddings_and_output_weights"] = not is_tied
+    config = configure(settings, folder, arguments)
+    check_fit(config, weights)
+    for text in warnings + more:
+        warn(text)
+    tensors = weights.read()
+    pad_vocabulary(tensors, config)
+    longest = settings.max_position_embeddings
+    if should_verify(arguments.verify, num_parameters(config.model, settings.vocab_size)):
+        refuse_other_logits(folder, config, tensors, longest)
+    world = single_process_layout(torch.device("cpu")).world
+    return checkpoint.save(
+        arguments.save,
+        0,
+        {f"model.{name}": tensor for name, tensor in tensors.items()},
+        describe_progress(config, longest),
+        dump_yaml(config),
+        tokenizer_files(folder),
+        world,
+    )
+
+
+def should_verify(asked: bool | None, parameters: int) -> bool:
+    """Compare logits? By default where a second copy fits into common memories; says where not."""
+    if asked is None and parameters >= VERIFIED_BELOW:
+        warn(
+            f"not compared with transformers: {parameters:,} parameters. --verify does it, with "
+            f"{parameters * 4 / 1e9:.0f} GB more memory"
+        )
+    return parameters < VERIFIED_BELOW if asked is None else asked
+
+
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+_SWITCHES = {"--verify": ["--verify", "True"], "--no-verify": ["--verify", "False"]}
+"""A switch with three states as tyro spells it."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    spelled = [part for word in words for part in _SWITCHES.get(word, [word])]
+    arguments = tyro.cli(Arguments, prog="tools.import_hf", description=__doc__, args=spelled)
     try:
         folder = import_folder(arguments)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
         return 2
-    print(f"imported {arguments.hf} as {folder}; start with --pretrained-checkpoint {arguments.save} "
-          "--use-checkpoint-args")
+    print(
+        f"imported {arguments.hf} as {folder}; start with --pretrained-checkpoint {arguments.save} "
+        "--use-checkpoint-args"
+    )
     return 0
 
 

@@ -8,13 +8,14 @@ import torch
 from data.batch import IGNORE, Batch
 from model.build import build_whole_model, parameter_shapes
 from model.config import ModelConfig
-from model.hf import context_to_declare, huggingface_config, huggingface_name, model_settings
+from model.hf import context_to_declare, huggingface_config, huggingface_name
 from model.init import normal_rows
 from model.kernels import choose_attention
 from model.pointwise import rotate
 from model.rope import PARAMETERS, ROPE_SETTINGS, Rope, inverse_frequencies, rotary_tables
 from pretrain.load_config import load_config
 from pretrain.phase_config import PhaseConfig
+from tools.hf_config import understand
 
 LLAMA3 = dict(use_rope_scaling=True)
 YARN = dict(rope_type="yarn", rope_scaling_factor=4.0, original_max_position_embeddings=32768)
@@ -131,9 +132,7 @@ def test_export_and_import_give_back_the_same_rope(name):
     older = {key: value for key, value in written.items() if key != "rope_parameters"}
     newer = {key: value for key, value in written.items() if key not in ("rope_scaling", "rope_theta")}
     for form in (written, older, newer):
-        settings = model_settings(form)
-        settings.pop("vocab_size")
-        assert ModelConfig(**settings).rope == config.rope
+        assert ModelConfig(**understand(form).model).rope == config.rope
     assert Rope(**asdict(config.rope)) == config.rope
 
 
@@ -142,9 +141,7 @@ def test_folders_as_others_write_them():
     plain = {key: value for key, value in exported(model_config({})).items() if not key.startswith("rope")}
 
     def rope(**changes):
-        settings = model_settings(plain | changes)
-        settings.pop("vocab_size")
-        return ModelConfig(**settings).rope
+        return ModelConfig(**understand(plain | changes).model).rope
 
     llama = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192,
                  rope_type="llama3")
@@ -159,7 +156,7 @@ def test_folders_as_others_write_them():
     assert rope(**short, rope_scaling=dict(factor=4.0, type="yarn")) == expected
     assert rope(max_position_embeddings=131072, rope_theta=1e6, rope_scaling=qwen | dict(factor=None)) == expected
     assert rope(rope_scaling=dict(type="linear", factor=2)) == Rope(type="linear", factor=2.0)
-    assert rope(rope_scaling=None) == rope(rope_theta=None) == Rope()
+    assert rope(rope_scaling=None) == rope() == Rope()
     # transformers reads rope_scaling where both forms stand.
     assert rope(rope_scaling=dict(type="linear", factor=2.0), rope_parameters=dict(
         rope_type="linear", factor=3.0)) == Rope(type="linear", factor=2.0)
@@ -172,16 +169,19 @@ def test_folders_as_others_write_them():
     (dict(rope_parameters=dict(partial_rotary_factor=0.25)), "partial_rotary_factor = 0.25: only 1.0 is built"),
     (dict(rope_scaling=dict(type="default", mrope_section=[1, 1])), "rope parameter mrope_section = .* is not built"),
     (dict(rope_parameters=dict(full_attention=dict(rope_type="default"))), "rope parameter full_attention"),
-    (dict(rope_scaling=dict(type="linear", factor="8")), "rope parameter factor = 8: is not built"),
-    (dict(rope_scaling=dict(type="linear")), "rope_scaling_factor = None: rope_type linear needs it"),
+    (dict(rope_scaling=dict(type="linear", factor="8")), "rope parameter factor = 8: must be a number"),
+    (dict(rope_theta=None), "rope_theta = null: transformers computes no angle from it"),
+    (dict(rope_scaling=dict(type="yarn", factor=2.0, original_max_position_embeddings=32.5)),
+     "rope parameter original_max_position_embeddings = 32.5: must be a whole number"),
+    (dict(rope_scaling=dict(type="linear")), "transformers refuses it .*Missing required keys .*'factor'"),
     (dict(rope_scaling=dict(type="linear", factor=0.5)), "rope_scaling_factor = 0.5: must be at least 1"),
     (dict(rope_scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0)),
-     "rope parameter high_freq_factor: missing, and llama3 needs it"),
+     "transformers refuses it .*Missing required keys .*'high_freq_factor'"),
 ])
 def test_ropes_that_are_not_imported(changes, message):
     plain = {key: value for key, value in exported(model_config({})).items() if not key.startswith("rope")}
     with pytest.raises(ValueError, match=message):
-        model_settings(plain | changes)
+        understand(plain | changes)
 
 
 def test_declared_context():
