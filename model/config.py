@@ -42,7 +42,8 @@ class ModelConfig:
     untie_embeddings_and_output_weights: bool = False
     """Give the output projection its own weights instead of the embedding's."""
     make_vocab_size_divisible_by: int = 128
-    """The embedding's rows are padded to a multiple of this; padded tokens take no part in the softmax."""
+    """The embedding's rows are padded to a multiple of this; padded tokens take no part in the softmax. May differ from
+    a checkpoint's: rows of padding are cut or filled with zeros."""
     init_method_std: float = 0.02
     """Standard deviation of the initial weights; residual output projections use std / sqrt(2 * num_layers)."""
     position_embedding_type: Literal["rope"] = "rope"

@@ -23,7 +23,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import xxhash
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
+from model.hf import VOCABULARY_ROWS
 from parallel.layout import Axis
 
 _ALONE = "torch.distributed is disabled"  # DCP's warning where working alone is meant
@@ -218,9 +220,14 @@ def verify_files(folder: Path, rank: int = 0, size: int = 1) -> list[str]:
     return problems
 
 
-def load(folder: Path, tensors: dict[str, torch.Tensor], world: Axis) -> None:
+def load(
+    folder: Path, tensors: dict[str, torch.Tensor], world: Axis, *, vocab_size: int | None = None
+) -> None:
     """Fill `tensors` in place from a checkpoint written on any layout; collective over `world`.
 
+    Args:
+        vocab_size: tokens that exist. Rows beyond them are padding and take no part: the checkpoint
+            may have more or fewer of them, and those that it lacks are filled with zeros.
     Raises:
         ValueError: damaged files, or tensors that the checkpoint lacks or holds in another shape; the
             same error on all ranks, and nothing is changed.
@@ -229,12 +236,18 @@ def load(folder: Path, tensors: dict[str, torch.Tensor], world: Axis) -> None:
     dist.all_gather_object(gathered, verify_files(folder, world.rank, world.size), group=world.group)
     refuse_damage(folder, [problem for part in gathered for problem in part])
     reader = SafeReader(folder)
-    dist.all_gather_object(gathered, _misfits(reader.read_metadata(), tensors), group=world.group)
+    repadded = _repadded(reader.read_metadata(), tensors, vocab_size)
+    others = {name: tensor for name, tensor in tensors.items() if name not in repadded}
+    dist.all_gather_object(gathered, _misfits(reader.read_metadata(), others), group=world.group)
     problems = list(dict.fromkeys(problem for part in gathered for problem in part))
     if problems:
         raise ValueError(f"checkpoint {folder}: does not fit this run: {'; '.join(problems[:4])}"
                          f"{f' and {len(problems) - 4} more' if len(problems) > 4 else ''}. Fix: load it with the "
                          "model settings in its config.yaml (--no-load-optim if only optimizer state is missing).")
+    for tensor in repadded.values():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        local.zero_()
+    reader.sizes = {name: tensor.shape for name, tensor in repadded.items()}
     dcp.load(tensors, storage_reader=reader, process_group=world.group)
 
 
@@ -242,6 +255,22 @@ def refuse_damage(folder: Path, problems: list[str]) -> None:
     if problems:
         raise ValueError(f"checkpoint {folder}: damaged: {'; '.join(problems[:4])}. Fix: start from an earlier "
                          f"iteration: write its number into {folder.parent / LATEST}.")
+
+
+def _repadded(
+    metadata: Metadata, tensors: dict[str, torch.Tensor], vocab_size: int | None
+) -> dict[str, torch.Tensor]:
+    """Tensors with a row per token that differ from the stored ones in rows of padding only."""
+    found = {}
+    for name, tensor in tensors.items():
+        stored = metadata.state_dict_metadata.get(name)
+        parameter = name.removeprefix("model.").removeprefix("optimizer.")
+        has_rows = parameter.startswith(VOCABULARY_ROWS) and isinstance(stored, TensorStorageMetadata)
+        if vocab_size is None or not has_rows or stored.size == tensor.shape:
+            continue
+        if stored.size[1:] == tensor.shape[1:] and min(stored.size[0], tensor.shape[0]) >= vocab_size:
+            found[name] = tensor
+    return found
 
 
 def _misfits(metadata: Metadata, tensors: dict[str, torch.Tensor]) -> list[str]:
@@ -300,8 +329,15 @@ class _MetadataUnpickler(pickle.Unpickler):
 class SafeReader(dcp.FileSystemReader):
     """FileSystemReader whose metadata goes through `_MetadataUnpickler`."""
 
+    def __init__(self, path: str | os.PathLike):
+        super().__init__(path)
+        self.sizes: dict[str, torch.Size] = {}
+        """Tensors of which another size is asked for: the part that is stored is read, and no more."""
+
     def read_metadata(self, *args, **kwargs) -> Metadata:
         with open(Path(self.path) / ".metadata", "rb") as file:
             metadata = _MetadataUnpickler(file).load()
         metadata.storage_meta.load_id = self.load_id
+        for name, size in self.sizes.items():
+            metadata.state_dict_metadata[name].size = size
         return metadata

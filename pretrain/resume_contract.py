@@ -39,6 +39,7 @@ SECTIONS: dict[str, Kind] = {"model": "forbidden", "layout": "free", "data": "da
 FIELDS: dict[str, Kind] = {
     # model: what does not shape the weights
     "model": "free", "group_query_attention": "free", "max_position_embeddings": "free", "init_method_std": "free",
+    "make_vocab_size_divisible_by": "free",
     "attention_backend": "free", "attention_crossover_tokens": "free", **dict.fromkeys(MEMORY_SETTINGS, "free"),
     "attention_dropout": "free", "hidden_dropout": "free", **dict.fromkeys(ROPE_SETTINGS, "effect"),
     # data: what the tokenizer's description, the blend, the phase or the skipped windows say
@@ -252,6 +253,8 @@ def _entry_changes(theirs: list, ours: list) -> list[Change]:
 def _vocabulary_changes(stored: Config, config: Config) -> list[Change]:
     theirs, ours = stored.data.vocab_size, config.data.vocab_size
     rows = [part.model.padded_vocab_size(part.data.vocab_size) for part in (stored, config)]
+    if rows[0] != rows[1] and theirs == ours:
+        return [Change("rows of the embedding, padding included", *rows, "free")]
     if rows[0] != rows[1]:
         return [Change("vocab_size", theirs, ours, "forbidden",
                        f"the checkpoint's embedding has {rows[0]:,} rows, this run's {rows[1]:,}",

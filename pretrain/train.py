@@ -132,7 +132,7 @@ class Trainer:
             initialize(stages, self.config.model, self.layout, optimizer_config.seed)
             return state
         tensors = checkpoint_tensors(state, not self.plan.starts_optimizer_anew)
-        checkpoint.load(self.plan.start.folder, tensors, self.layout.world)
+        checkpoint.load(self.plan.start.folder, tensors, self.layout.world, vocab_size=self.plan.vocab_size)
         fill_tied_copy(state)
         if not self.plan.start.weights_only:
             state.clock, state.last_batch = progress["clock"], progress["last_batch_tokens"]

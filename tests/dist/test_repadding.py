@@ -1,0 +1,84 @@
+"""A checkpoint with other rows of padding in its vocabulary loads, and trains on as if nothing had changed."""
+
+import numpy as np
+import pytest
+
+from tests.dist.training import VOCABULARY, base_arguments, losses, stored, train, write_corpus
+
+TABLES = ("embedding.weight", "output.weight")
+TIED = dict(untie_embeddings_and_output_weights=False)
+UNTIED = dict(untie_embeddings_and_output_weights=True)
+TENSOR_PARALLEL = dict(tensor_model_parallel_size=2)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus")
+
+
+@pytest.mark.parametrize(
+    "model, multiples, world, layout",
+    [
+        # 97 rows: tp 2 does not divide them, so that the run must pad in another way to split them
+        (UNTIED, (1, 2), 2, TENSOR_PARALLEL),
+        (TIED, (1, 128), 1, {}),
+        pytest.param(TIED, (128, 98), 2, dict(pipeline_model_parallel_size=2), marks=pytest.mark.long),
+        # tp ranks that hold nothing but padding
+        pytest.param(UNTIED, (1, 400), 4, dict(tensor_model_parallel_size=4), marks=pytest.mark.long),
+        pytest.param(UNTIED, (128, 1), 4, dict(context_parallel_size=2), marks=pytest.mark.long),
+    ],
+    ids=str,
+)
+def test_training_goes_on_with_other_padding(pool, corpus, tmp_path, model, multiples, world, layout):
+    before, after = multiples
+    straight = str(tmp_path / "straight")
+    save = str(tmp_path / "save")
+    common = dict(fp64=True, bf16=False) | model
+    pool.run(train, 1, base_arguments(corpus, save=straight, make_vocab_size_divisible_by=before, **common))
+    first = base_arguments(
+        corpus, save=save, make_vocab_size_divisible_by=before, exit_interval=3, **common
+    )
+    assert pool.run(train, 1, first) == ["stopped"]
+    second = base_arguments(
+        corpus, save=save, make_vocab_size_divisible_by=after, **(common | layout)
+    )
+    assert pool.run(train, world, second) == ["done"] * world
+    found = losses(save)
+    expected = losses(straight)
+    assert sorted(found) == [1, 2, 3, 4, 5, 6]
+    worst = max(abs(found[step] - expected[step]) for step in expected)
+    assert worst < 1e-12, (found, expected)
+    check_tensors(stored(straight), stored(save), after)
+
+
+def check_tensors(expected: dict, found: dict, multiple: int) -> None:
+    """Assert equal rows of real tokens, and padding whose moments are zero."""
+    assert expected.keys() == found.keys()
+    rows = -(-VOCABULARY // multiple) * multiple
+    for name, tensor in expected.items():
+        other = found[name]
+        if name.split(".", 1)[1].startswith(TABLES) and tensor.ndim == 2:
+            assert other.shape[0] == rows, (name, other.shape)
+            if name.startswith("optimizer."):
+                assert not other[VOCABULARY:].any(), name
+            tensor = tensor[:VOCABULARY]
+            other = other[:VOCABULARY]
+        assert np.allclose(tensor, other, rtol=1e-9, atol=1e-12), name
+
+
+def test_padding_that_tensor_parallelism_cannot_split_is_refused_with_the_fix(corpus, tmp_path):
+    from pretrain.load_config import load_config, spell
+    from pretrain.plan import make_plan
+
+    argv = base_arguments(corpus, make_vocab_size_divisible_by=1, **TENSOR_PARALLEL)
+    with pytest.raises(ValueError, match="must divide the padded vocabulary = 97. Fix: a --make-vocab"):
+        make_plan(load_config(spell(argv)), 2)
+
+
+def test_a_larger_vocabulary_is_not_padding(pool, corpus, tmp_path):
+    save = str(tmp_path / "save")
+    first = base_arguments(corpus, save=save, make_vocab_size_divisible_by=1, exit_interval=3)
+    assert pool.run(train, 1, first) == ["stopped"]
+    other = base_arguments(corpus, save=save, make_vocab_size_divisible_by=1, vocab_size=98)
+    with pytest.raises(AssertionError, match="the checkpoint's embedding has 97 rows, this run's 98"):
+        pool.run(train, 1, other)
