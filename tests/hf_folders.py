@@ -1,0 +1,72 @@
+"""Tiny Hugging Face folders for tests, written by transformers itself."""
+
+import json
+from pathlib import Path
+
+import torch
+
+SHAPE = dict(
+    vocab_size=67,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=96,
+)
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=5e5,
+    factor=4.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=24,
+)
+YARN = dict(rope_type="yarn", rope_theta=1e4, factor=3.0, original_max_position_embeddings=32)
+MODELS = {
+    "llama": dict(head_dim=4, rope_parameters=LLAMA3),
+    "qwen2": dict(tie_word_embeddings=True),
+    "qwen3": dict(head_dim=8, rope_parameters=YARN),
+}
+"""model_type -> settings beside SHAPE: three ropes, tied and untied, a head size of its own."""
+
+
+def write_folder(folder: Path, kind: str, **changes) -> Path:
+    """Save a model with random weights as transformers saves it; large ones, so that logits differ."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(kind, **(SHAPE | MODELS[kind] | changes))
+    model = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.1 * noise if parameter.dim() == 1 else 0.3 * noise)
+    model.save_pretrained(folder)
+    return folder
+
+
+def change_config(folder: Path, *, drop: tuple[str, ...] = (), **changes) -> None:
+    """Rewrite config.json with other values and without some keys."""
+    path = folder / "config.json"
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: content[key] for key in content if key not in drop}))
+
+
+def transformers_model(folder: Path):
+    """What transformers makes of a folder, in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def transformers_logits(model, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Logits [t, V] of tokens that are one document, whatever their positions are."""
+    with torch.no_grad():
+        return model(
+            input_ids=ids[None],
+            position_ids=positions[None],
+            attention_mask=torch.ones_like(ids[None]),
+            use_cache=False,
+            return_dict=True,
+        ).logits[0]
