@@ -1,6 +1,10 @@
 """Tiny Hugging Face folders for tests, written by transformers itself."""
 
+import atexit
 import json
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -32,9 +36,16 @@ MODELS = {
 
 
 def write_folder(folder: Path, kind: str, **changes) -> Path:
-    """Save a model with random weights as transformers saves it; large ones, so that logits differ."""
+    """Write a folder of this architecture with random weights."""
+    return Path(shutil.copytree(_saved(kind, tuple(sorted(changes.items()))), folder))
+
+
+@cache
+def _saved(kind: str, settings: tuple) -> str:
+    """Save a model as transformers saves it, once; large weights, so that logits differ."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    changes = dict(settings)
     config = AutoConfig.for_model(kind, **(SHAPE | MODELS[kind] | changes))
     model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(7)
@@ -42,6 +53,8 @@ def write_folder(folder: Path, kind: str, **changes) -> Path:
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.1 * noise if parameter.dim() == 1 else 0.3 * noise)
+    folder = tempfile.mkdtemp(prefix="ithaca-hf-")
+    atexit.register(shutil.rmtree, folder)
     model.save_pretrained(folder)
     return folder
 
@@ -57,7 +70,9 @@ def transformers_model(folder: Path):
     """What transformers makes of a folder, in fp32."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, return_dict=True
+    ).eval()
 
 
 def transformers_logits(model, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -60,6 +60,8 @@ def transformers_references(folder: Path, sequences: list[Sequence]) -> list[Ref
             attn_implementation="sdpa",
             dtype=torch.float32,
             trust_remote_code=False,
+            output_attentions=False,
+            return_dict=True,
             local_files_only=True,
         ).eval()
         sdpa = [_transformers_logits(model, sequence) for sequence in sequences]

@@ -247,7 +247,7 @@ def _rope_form_problems(content: dict) -> list[str]:
             "Fix: give the base, or remove the key."
         )
     outer = {key: content[key] for key in ("rope_theta", _ORIGINAL) if key in content}
-    for name, value in (outer | given).items():
+    for name, value in (*outer.items(), *given.items()):
         if name in _REMARKS or value is None:
             continue
         if name not in _NAMES | {"rope_theta"}:

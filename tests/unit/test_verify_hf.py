@@ -1,0 +1,47 @@
+"""The export's comparison with transformers, where the run's own layout is not that of one process."""
+
+import json
+
+import numpy as np
+import pytest
+
+from pretrain import checkpoint
+from pretrain.load_config import dump_yaml, read_config_yaml
+from tests.hf_folders import write_folder
+from tools import export_hf, import_hf, verify_hf
+
+SETTINGS = {
+    # 12 heads in 3 chunks are legal where tp 2 and cp 2 x 2 leave 3 heads to a rank, not on one process
+    "chunks": dict(attention_head_chunks=3),
+    "tiles": dict(mlp_tiles=4, recompute_granularity="full"),
+    "offload": dict(cpu_offloading_num_layers=2, recompute_granularity="full"),
+}
+
+
+def imported_run(tmp_path, settings: dict) -> str:
+    """A checkpoint of a model with 12 query and 4 key heads, as a run with these settings leaves it."""
+    folder = write_folder(
+        tmp_path / "hf", "llama", num_attention_heads=12, num_key_value_heads=4, hidden_size=48
+    )
+    save = str(tmp_path / "run")
+    assert import_hf.main(["--hf", str(folder), "--save", save, "--no-verify"]) == 0
+    published = checkpoint.published(save)
+    config = read_config_yaml(str(published / "config.yaml"))
+    for name, value in settings.items():
+        setattr(config.model, name, value)
+    (published / "config.yaml").write_text(dump_yaml(config))
+    manifest = json.loads((published / checkpoint.MANIFEST).read_text())
+    manifest["files"]["config.yaml"] = checkpoint.checksum(published / "config.yaml")
+    (published / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    return save
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_an_export_is_verified_whatever_memory_settings_the_run_had(
+    tmp_path, capsys, monkeypatch, name
+):
+    monkeypatch.setattr(verify_hf, "_real_text", lambda *_: np.arange(60))
+    save = imported_run(tmp_path, SETTINGS[name])
+    output = str(tmp_path / "exported")
+    export_hf.export(export_hf.Arguments(load=save, output=output, verify=True))
+    assert ": ok" in capsys.readouterr().out
