@@ -126,6 +126,7 @@ ONLY: dict[str, tuple] = {
     "no_rope_layers": (None, []),
     "no_rope_layer_interval": (None,),
     "attention_chunk_size": (None,),
+    "use_mrope": (False, None),
     "num_experts": (None, 0),
     "num_local_experts": (None, 0),
 }

@@ -21,7 +21,7 @@ from parallel.layout import single_process_layout
 from pretrain import checkpoint
 from pretrain.config import Config
 from pretrain.load_config import dump_yaml
-from tools.compare_logits import Sequence, judge, our_logits, transformers_references
+from tools.compare_logits import Reference, Sequence, judge, our_logits, transformers_references
 from tools.hf_config import FolderConfig, read_config_file, understand
 from tools.hf_fit import check_fit, pad_vocabulary, settle_tie
 from tools.hf_weights import open_weights
@@ -69,29 +69,31 @@ def compared_sequences(vocab_size: int, longest: int) -> list[Sequence]:
 
 
 def refuse_other_logits(
-    folder: Path, config: Config, tensors: dict[str, torch.Tensor], longest: int
+    config: Config,
+    tensors: dict[str, torch.Tensor],
+    sequences: list[Sequence],
+    references: list[Reference],
 ) -> None:
     """Compare the model to be published with what transformers makes of the folder.
 
     Raises:
-        ValueError: they are not the same model, or transformers cannot run the folder.
+        ValueError: they are not the same model.
     """
     vocab_size = config.data.vocab_size
-    sequences = compared_sequences(vocab_size, longest)
-    references = transformers_references(folder, sequences)
     device = torch.device("cpu")
     attend, _ = choose_attention("sdpa", device, torch.float32)
     model = build_whole_model(config.model, vocab_size, tensors, attend, device)
     parameters = num_parameters(config.model, vocab_size)
     problems = []
     for sequence, reference in zip(sequences, references):
-        problem = judge(sequence, our_logits(model, vocab_size, sequence), reference, parameters)
+        logits = our_logits(model, vocab_size, sequence)
+        problem = judge(sequence, logits, reference, parameters)
         if problem:
             problems.append(problem)
     if problems:
         raise ValueError(
-            f"verification of the import failed: {'; '.join(problems)}. "
-            "Fix: this is a defect of the conversion, or of the folder; nothing was published."
+            f"verification of the import failed: {'; '.join(problems)}. Fix: this is a defect of "
+            "the conversion, or of the folder; nothing was published."
         )
 
 
@@ -179,11 +181,15 @@ def import_folder(arguments: Arguments) -> Path:
     check_fit(config, weights)
     for text in warnings + more:
         warn(text)
+    longest = settings.max_position_embeddings
+    sequences = []
+    if should_verify(arguments.verify, num_parameters(config.model, settings.vocab_size)):
+        sequences = compared_sequences(settings.vocab_size, longest)
+    # transformers first, whose model is gone before ours is read: one of them is in memory at a time.
+    references = transformers_references(folder, sequences) if sequences else []
     tensors = weights.read()
     pad_vocabulary(tensors, config)
-    longest = settings.max_position_embeddings
-    if should_verify(arguments.verify, num_parameters(config.model, settings.vocab_size)):
-        refuse_other_logits(folder, config, tensors, longest)
+    refuse_other_logits(config, tensors, sequences, references)
     world = single_process_layout(torch.device("cpu")).world
     return checkpoint.save(
         arguments.save,

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from tests.dist.training import VOCABULARY, base_arguments, losses, stored, train, write_corpus
+from tests.hf_folders import write_folder
+from tools import import_hf
 
 TABLES = ("embedding.weight", "output.weight")
 TIED = dict(untie_embeddings_and_output_weights=False)
@@ -22,19 +24,29 @@ def corpus(tmp_path_factory):
         # 97 rows: tp 2 does not divide them, so that the run must pad in another way to split them
         (UNTIED, (1, 2), 2, TENSOR_PARALLEL),
         (TIED, (1, 128), 1, {}),
-        pytest.param(TIED, (128, 98), 2, dict(pipeline_model_parallel_size=2), marks=pytest.mark.long),
+        pytest.param(
+            TIED, (128, 98), 2, dict(pipeline_model_parallel_size=2), marks=pytest.mark.long
+        ),
         # tp ranks that hold nothing but padding
-        pytest.param(UNTIED, (1, 400), 4, dict(tensor_model_parallel_size=4), marks=pytest.mark.long),
+        pytest.param(
+            UNTIED, (1, 400), 4, dict(tensor_model_parallel_size=4), marks=pytest.mark.long
+        ),
         pytest.param(UNTIED, (128, 1), 4, dict(context_parallel_size=2), marks=pytest.mark.long),
     ],
     ids=str,
 )
-def test_training_goes_on_with_other_padding(pool, corpus, tmp_path, model, multiples, world, layout):
+def test_training_goes_on_with_other_padding(
+    pool, corpus, tmp_path, model, multiples, world, layout
+):
     before, after = multiples
     straight = str(tmp_path / "straight")
     save = str(tmp_path / "save")
     common = dict(fp64=True, bf16=False) | model
-    pool.run(train, 1, base_arguments(corpus, save=straight, make_vocab_size_divisible_by=before, **common))
+    pool.run(
+        train,
+        1,
+        base_arguments(corpus, save=straight, make_vocab_size_divisible_by=before, **common),
+    )
     first = base_arguments(
         corpus, save=save, make_vocab_size_divisible_by=before, exit_interval=3, **common
     )
@@ -66,12 +78,43 @@ def check_tensors(expected: dict, found: dict, multiple: int) -> None:
         assert np.allclose(tensor, other, rtol=1e-9, atol=1e-12), name
 
 
+def test_an_imported_model_trains_with_a_tensor_parallelism_that_its_padding_stops(
+    pool, corpus, tmp_path
+):
+    """3 does not divide 128 rows: another padding at the start, or at the import, and the same first losses."""
+    shape = dict(
+        num_attention_heads=6, num_key_value_heads=3, vocab_size=VOCABULARY, hidden_size=24
+    )
+    folder = str(write_folder(tmp_path / "hf", "llama", **shape))
+    found = []
+    for number, (at_import, at_start, tp) in enumerate(((128, 128, 1), (128, 6, 3), (3, None, 3))):
+        imported = str(tmp_path / f"imported{number}")
+        padding = ["--make-vocab-size-divisible-by", str(at_import)]
+        assert import_hf.main(["--hf", folder, "--save", imported, "--no-verify", *padding]) == 0
+        save = str(tmp_path / f"run{number}")
+        argv = [
+            *f"--use-checkpoint-args --pretrained-checkpoint {imported} --save {save}".split(),
+            *f"--data-path {corpus} --tokenizer-type NullTokenizer --seq-length 64 --fp64".split(),
+            *f"--global-batch-size 4 --train-iters 2 --lr 1e-2 --eval-iters 1 --no-bf16".split(),
+            *f"--lr-decay-style constant --tensor-model-parallel-size {tp}".split(),
+        ]
+        if at_start is not None:
+            argv += ["--make-vocab-size-divisible-by", str(at_start)]
+        assert pool.run(train, tp, argv) == ["done"] * tp
+        found.append(losses(save))
+    for other in found[1:]:
+        assert sorted(other) == [1, 2], found
+        assert max(abs(other[step] - found[0][step]) for step in other) < 1e-10, found
+
+
 def test_padding_that_tensor_parallelism_cannot_split_is_refused_with_the_fix(corpus, tmp_path):
     from pretrain.load_config import load_config, spell
     from pretrain.plan import make_plan
 
     argv = base_arguments(corpus, make_vocab_size_divisible_by=1, **TENSOR_PARALLEL)
-    with pytest.raises(ValueError, match="must divide the padded vocabulary = 97. Fix: a --make-vocab"):
+    with pytest.raises(
+        ValueError, match="must divide the padded vocabulary = 97. Fix: a --make-vocab"
+    ):
         make_plan(load_config(spell(argv)), 2)
 
 
@@ -80,5 +123,7 @@ def test_a_larger_vocabulary_is_not_padding(pool, corpus, tmp_path):
     first = base_arguments(corpus, save=save, make_vocab_size_divisible_by=1, exit_interval=3)
     assert pool.run(train, 1, first) == ["stopped"]
     other = base_arguments(corpus, save=save, make_vocab_size_divisible_by=1, vocab_size=98)
-    with pytest.raises(AssertionError, match="the checkpoint's embedding has 97 rows, this run's 98"):
+    with pytest.raises(
+        AssertionError, match="the checkpoint's embedding has 97 rows, this run's 98"
+    ):
         pool.run(train, 1, other)

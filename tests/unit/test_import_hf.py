@@ -223,6 +223,15 @@ def test_names_without_the_prefix_are_a_base_model(folder, capsys):
     assert_same_model(folder)
 
 
+def test_names_without_the_prefix_beside_a_head_are_the_whole_model(folder):
+    def strip(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    change_weights(folder, strip)
+    assert_same_model(folder)
+
+
 def test_a_part_that_is_not_built_is_named(folder, capsys):
     change_weights(folder, lambda tensors: tensors.update({"model.layers.0.mlp.gate_proj.bias": torch.ones(24)}))
     assert "tensor model.layers.0.mlp.gate_proj.bias: our model has no such part" in refusal(folder, capsys)
