@@ -102,11 +102,14 @@ def _size_misfits(config: Config, weights: Weights) -> list[str]:
         "layers.0.attention.q.weight": (heads, model.hidden_size),
         "layers.0.attention.k.weight": (groups, model.hidden_size),
     }
-    return [
-        _misfit(weights.entries[name], shape)
-        for name, shape in shapes.items()
-        if name in weights.entries and weights.entries[name].shape != shape
-    ]
+    found = []
+    for name, shape in shapes.items():
+        entry = weights.entries.get(name)
+        if entry is not None and entry.shape != shape:
+            found.append(_misfit(entry, shape))
+        elif entry is None and name != OUTPUT:
+            found.append(f"{huggingface_name(name)} is missing")
+    return found
 
 
 def pad_vocabulary(tensors: dict[str, torch.Tensor], config: Config) -> None:
