@@ -131,6 +131,7 @@ def test_nothing_changed_is_nothing():
     ("--micro-batch-size 2 --tensor-model-parallel-size 2 --recompute-granularity full --attention-backend sdpa", []),
     ("--data-path moved/corpus --eval-iters 9 --save elsewhere --save-interval 3 --kv-channels 32", []),
     ("--global-batch-tokens 256 --lr-warmup-tokens 512 --max-position-embeddings 64 --init-method-std 0.1", []),
+    ("--make-vocab-size-divisible-by 10", []),  # other rows of padding: cut or filled on load
 ])
 def test_each_kind_of_change(flags, expected):
     words = flags.split()
