@@ -17,6 +17,8 @@ from tools.hf_keys import ANOTHER, CORRECT, one_line, short, sort_keys
 
 LARGEST = 2**31 - 1
 """Largest size that is believed: beyond, a file holds a slip of the pen."""
+MOST_LAYERS = 100_000
+"""transformers writes a list with an entry for each layer before anything is compared."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,9 @@ def understand(content: dict) -> FolderConfig:
     parser = _parser(kind)
     problems, warnings = sort_keys(content, kind, parser)
     problems += _rope_form_problems(content)
+    layers = content.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        problems.append(f"num_hidden_layers = {short(layers)}: is above {MOST_LAYERS}. {CORRECT}")
     if problems:
         raise ValueError("\n".join(problems))
     parsed = _parse(content, parser)
@@ -82,7 +87,7 @@ def _parser(kind: str) -> type:
     return CONFIG_MAPPING[kind]
 
 
-# ---------------------------------------------------------------- keys
+# ---------------------------------------------------------------- the file as a whole
 
 
 def _remarks(content: dict, parsed: Any) -> list[str]:

@@ -263,10 +263,16 @@ def test_quantized_dtypes_are_refused(folder, capsys, dtype):
 
 
 def test_a_layer_too_few_or_too_many_is_refused(folder, capsys):
-    for layers in (1, 3, 10**9):
+    for layers in (1, 3, 100_000):
         change_config(folder, num_hidden_layers=layers)
         line = refusal(folder, capsys)
         assert f"num_hidden_layers = {layers}, but the weights hold 2 layers" in line
+
+
+def test_a_number_of_layers_beyond_memory_is_refused_at_once(tmp_path, capsys):
+    folder = write_folder(tmp_path / "hf", "qwen3")
+    change_config(folder, drop=("layer_types",), num_hidden_layers=10**12)
+    assert "num_hidden_layers = 1000000000000: is above 100000" in refusal(folder, capsys)
 
 
 # ---------------------------------------------------------------- config.json
