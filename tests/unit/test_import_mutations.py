@@ -1,4 +1,4 @@
-"""Whatever config.json says: the import is the model that transformers makes of it, or one line and exit 2.
+"""Whatever config.json says, an import is transformers' model of it, or one line and exit 2.
 
 The import runs without its own comparison, so that its rules are tested and not its safety net.
 """
@@ -24,22 +24,120 @@ POSITIONS = 2 * torch.arange(48)
 TOLERANCE = 1e-5
 """Of the largest logit; a wrong setting changes far more."""
 
-WRONG_TYPES = ["7", "x", True, False, None, [], {}, [1, 2], {"a": 1}, 7.5, 4.0, ["full_attention"] * 2]
-OTHER_VALUES = [0, -1, 1, 2, 3, 4, 5, 8, 16, 24, 32, 66, 67, 68, 96, 128, 10**12, 10**400, 0.0, 0.5,
-                1e-6, 1e-5, 1.0, 1e4, 5e5, 1e300, float("nan"), float("inf"), "silu", "swish", "gelu",
-                "default", "linear", "llama3", "yarn", "dynamic", "longrope", "float16"]
-UNKNOWN = ["is_causal", "attention_bias", "mlp_bias", "sliding_window", "use_sliding_window", "max_window_layers",
-           "layer_types", "quantization_config", "clip_qkv", "logit_scale", "attn_logit_softcapping",
-           "partial_rotary_factor", "original_max_position_embeddings", "rope_theta", "rope_scaling",
-           "head_dim", "hidden_act", "rms_norm_eps", "pad_token_id", "bos_token_id", "auto_map",
-           "pretraining_tp", "attention_dropout", "is_heterogeneous", "to_dict", "per_layer_config",
-           "torch_dtype", "return_dict", "output_attentions", "num_labels", "my_own_key", "self",
-           "name_or_path", "transformers_weights", "is_decoder", "validate", "factor"]
+WRONG_TYPES = [
+    "7",
+    "x",
+    True,
+    False,
+    None,
+    [],
+    {},
+    [1, 2],
+    {"a": 1},
+    7.5,
+    4.0,
+    ["full_attention"] * 2,
+]
+OTHER_VALUES = [
+    0,
+    -1,
+    1,
+    2,
+    3,
+    4,
+    5,
+    8,
+    16,
+    24,
+    32,
+    66,
+    67,
+    68,
+    96,
+    128,
+    10**12,
+    10**400,
+    0.0,
+    0.5,
+    1e-6,
+    1e-5,
+    1.0,
+    1e4,
+    5e5,
+    1e300,
+    float("nan"),
+    float("inf"),
+    "silu",
+    "swish",
+    "gelu",
+    "default",
+    "linear",
+    "llama3",
+    "yarn",
+    "dynamic",
+    "longrope",
+    "float16",
+]
+UNKNOWN = [
+    "is_causal",
+    "attention_bias",
+    "mlp_bias",
+    "sliding_window",
+    "use_sliding_window",
+    "max_window_layers",
+    "layer_types",
+    "quantization_config",
+    "clip_qkv",
+    "logit_scale",
+    "attn_logit_softcapping",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+    "rope_theta",
+    "rope_scaling",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "pad_token_id",
+    "bos_token_id",
+    "auto_map",
+    "pretraining_tp",
+    "attention_dropout",
+    "is_heterogeneous",
+    "to_dict",
+    "per_layer_config",
+    "torch_dtype",
+    "return_dict",
+    "output_attentions",
+    "num_labels",
+    "my_own_key",
+    "self",
+    "name_or_path",
+    "transformers_weights",
+    "is_decoder",
+    "validate",
+    "factor",
+]
 KINDS = ["llama", "qwen2", "qwen3", "mistral", "gpt2", "Llama", "", None, 3]
-ROPE_KEYS = ["rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings",
-             "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor",
-             "mscale", "mscale_all_dim", "truncate", "partial_rotary_factor", "mrope_section",
-             "long_factor", "full_attention", "finetuned"]
+ROPE_KEYS = [
+    "rope_type",
+    "type",
+    "rope_theta",
+    "factor",
+    "original_max_position_embeddings",
+    "low_freq_factor",
+    "high_freq_factor",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+    "partial_rotary_factor",
+    "mrope_section",
+    "long_factor",
+    "full_attention",
+    "finetuned",
+]
 values = st.sampled_from(WRONG_TYPES + OTHER_VALUES)
 
 
@@ -48,7 +146,9 @@ def mutations(draw, content: dict) -> dict:
     """A config.json with one to three things changed."""
     content = json.loads(json.dumps(content))
     for _ in range(draw(st.integers(1, 3))):
-        how = draw(st.sampled_from(["drop", "set", "add", "scale", "rope", "rope", "kind", "older"]))
+        how = draw(
+            st.sampled_from(["drop", "set", "add", "scale", "rope", "rope", "kind", "older"])
+        )
         key = draw(st.sampled_from(sorted(content)))
         if how == "drop":
             content.pop(key)
@@ -57,7 +157,9 @@ def mutations(draw, content: dict) -> dict:
         elif how == "add":
             content[draw(st.sampled_from(UNKNOWN) | st.text(max_size=8))] = draw(values)
         elif how == "scale" and type(content[key]) in (int, float):
-            content[key] = draw(st.sampled_from([content[key] + 1, content[key] - 1, content[key] * 2]))
+            content[key] = draw(
+                st.sampled_from([content[key] + 1, content[key] - 1, content[key] * 2])
+            )
         elif how == "rope" and isinstance(rope := content.get("rope_parameters"), dict):
             place = draw(st.sampled_from(ROPE_KEYS))
             rope.pop(place, None)
@@ -95,7 +197,10 @@ def check_mutation(original: Path, content: dict) -> str:
         if code != 0:
             lines = [line for line in errors.splitlines() if not line.startswith("warning: ")]
             assert code == 2 and lines, (content, code, errors)
-            assert all(line.startswith("error: ") and "Fix:" in line for line in lines), (content, errors)
+            assert all(line.startswith("error: ") and "Fix:" in line for line in lines), (
+                content,
+                errors,
+            )
             assert not (root / "imported").exists(), content
             return "refused"
         check_same_model(folder, root, content)
@@ -111,7 +216,11 @@ def check_same_model(folder: Path, root: Path, content: dict) -> None:
     source = export_hf.open_source(str(root / "imported"), None)
     ours = _our_logits(source, exported, IDS, POSITIONS)
     difference = (ours - expected).abs().max()
-    assert difference <= TOLERANCE * expected.abs().max(), (content, difference, expected.abs().max())
+    assert difference <= TOLERANCE * expected.abs().max(), (
+        content,
+        difference,
+        expected.abs().max(),
+    )
     again = transformers_model(exported)
     weights = theirs.state_dict()
     back = again.state_dict()
@@ -126,15 +235,23 @@ def folders(tmp_path_factory):
     """model_type -> (folder, content of its config.json)."""
     root = tmp_path_factory.mktemp("folders")
     made = {kind: write_folder(root / kind, kind) for kind in MODELS}
-    return {kind: (folder, json.loads((folder / "config.json").read_text())) for kind, folder in made.items()}
+    return {
+        kind: (folder, json.loads((folder / "config.json").read_text()))
+        for kind, folder in made.items()
+    }
 
 
 def check_many(folders, examples: int) -> Counter:
     """Run as many mutations as asked, the same in every run -> how often which end was reached."""
     ends = Counter()
 
-    @settings(max_examples=examples, derandomize=True, deadline=None, database=None,
-              suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=examples,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(data=st.data(), kind=st.sampled_from(sorted(MODELS)))
     def check(data, kind):
         folder, content = folders[kind]

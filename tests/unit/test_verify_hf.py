@@ -1,4 +1,4 @@
-"""The export's comparison with transformers, where the run's own layout is not that of one process."""
+"""An export is compared with transformers whatever layout its run had."""
 
 import json
 
@@ -11,7 +11,7 @@ from tests.hf_folders import write_folder
 from tools import export_hf, import_hf, verify_hf
 
 SETTINGS = {
-    # 12 heads in 3 chunks are legal where tp 2 and cp 2 x 2 leave 3 heads to a rank, not on one process
+    # Legal on tp 2 x cp 2 x 2, where a rank has 3 query heads and 1 key head; not in one process.
     "chunks": dict(attention_head_chunks=3),
     "tiles": dict(mlp_tiles=4, recompute_granularity="full"),
     "offload": dict(cpu_offloading_num_layers=2, recompute_granularity="full"),
@@ -19,7 +19,7 @@ SETTINGS = {
 
 
 def imported_run(tmp_path, settings: dict) -> str:
-    """A checkpoint of a model with 12 query and 4 key heads, as a run with these settings leaves it."""
+    """Folder of a checkpoint with 12 query and 4 key heads, as a run with the settings leaves it."""
     folder = write_folder(
         tmp_path / "hf", "llama", num_attention_heads=12, num_key_value_heads=4, hidden_size=48
     )

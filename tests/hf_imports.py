@@ -1,0 +1,47 @@
+"""Imports of tiny Hugging Face folders, compared with transformers or refused."""
+
+from pathlib import Path
+
+import torch
+
+from pretrain import checkpoint
+from tests.hf_folders import SHAPE, transformers_logits, transformers_model
+from tools import import_hf
+from tools.export_hf import open_source
+from tools.verify_hf import _our_logits
+
+IDS = torch.randint(SHAPE["vocab_size"], (48,), generator=torch.Generator().manual_seed(3))
+POSITIONS = torch.arange(48)
+
+
+def run(folder: Path, *flags: str) -> tuple[int, Path]:
+    """(exit code, place of the checkpoint)."""
+    save = folder.parent / "imported"
+    return import_hf.main(["--hf", str(folder), "--save", str(save), *flags]), save
+
+
+def refusal(folder: Path, capsys, *flags: str) -> str:
+    """The one line that the import is refused with; nothing is published."""
+    code, save = run(folder, *flags)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert code == 2, code
+    assert len(lines) == 1, lines
+    assert not save.exists()
+    return lines[0]
+
+
+def assert_same_model(folder: Path, *flags: str) -> dict[str, torch.Tensor]:
+    """Import and compare with transformers, by the test's own means -> the checkpoint's tensors."""
+    code, save = run(folder, "--no-verify", *flags)
+    assert code == 0
+    expected = transformers_logits(transformers_model(folder), IDS, POSITIONS)
+    ours = our_logits(save)
+    difference = (ours - expected).abs().max()
+    assert difference <= 1e-5 * expected.abs().max(), difference
+    published = checkpoint.published(save)
+    return checkpoint.read_whole_tensors(published, checkpoint.tensor_names(published))
+
+
+def our_logits(save: Path) -> torch.Tensor:
+    (save / "config.json").write_text('{"torch_dtype": "float32"}')
+    return _our_logits(open_source(str(save), None), save, IDS, POSITIONS)
