@@ -3,6 +3,9 @@
 import numpy as np
 import pytest
 
+from pretrain.load_config import load_config, spell
+from pretrain.plan import make_plan
+from pretrain.resume_contract import _vocabulary_changes
 from tests.dist.training import VOCABULARY, base_arguments, losses, stored, train, write_corpus
 from tests.hf_folders import write_folder
 from tools import import_hf
@@ -108,14 +111,21 @@ def test_an_imported_model_trains_with_a_tensor_parallelism_that_its_padding_sto
 
 
 def test_padding_that_tensor_parallelism_cannot_split_is_refused_with_the_fix(corpus, tmp_path):
-    from pretrain.load_config import load_config, spell
-    from pretrain.plan import make_plan
-
     argv = base_arguments(corpus, make_vocab_size_divisible_by=1, **TENSOR_PARALLEL)
     with pytest.raises(
         ValueError, match="must divide the padded vocabulary = 97. Fix: a --make-vocab"
     ):
         make_plan(load_config(spell(argv)), 2)
+
+
+def test_the_start_says_how_many_rows_there_are():
+    stored, config = (
+        load_config(spell(base_arguments("corpus", make_vocab_size_divisible_by=multiple)))
+        for multiple in (1, 2)
+    )
+    (change,) = _vocabulary_changes(stored, config)
+    assert change.kind == "free"
+    assert str(change) == "rows of the embedding, padding included: checkpoint 97, run 98"
 
 
 def test_a_larger_vocabulary_is_not_padding(pool, corpus, tmp_path):
