@@ -64,7 +64,7 @@ def understand(content: dict) -> FolderConfig:
         )
     parser = _parser(kind)
     problems, warnings = sort_keys(content, kind, parser)
-    problems += _rope_form_problems(content)
+    problems += _auto_map_problems(content) + _rope_form_problems(content)
     layers = content.get("num_hidden_layers")
     if isinstance(layers, int) and layers > MOST_LAYERS:
         problems.append(f"num_hidden_layers = {short(layers)}: is above {MOST_LAYERS}. {CORRECT}")
@@ -88,6 +88,15 @@ def _parser(kind: str) -> type:
 
 
 # ---------------------------------------------------------------- the file as a whole
+
+
+def _auto_map_problems(content: dict) -> list[str]:
+    """Forms of auto_map that transformers stumbles over; it looks before it reads its own class."""
+    given = content.get("auto_map", {})
+    classes = given.values() if isinstance(given, dict) else [None]
+    if all(isinstance(value, str | list) for value in classes):
+        return []
+    return [f"auto_map = {short(given)}: must be an object of class names. {CORRECT}"]
 
 
 def _remarks(content: dict, parsed: Any) -> list[str]:

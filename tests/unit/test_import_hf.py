@@ -77,6 +77,8 @@ def test_swish_is_silu(folder):
         ),
         ("llama", dict(per_layer_config={"0": {"head_dim": 8}}), "per_layer_config = "),
         ("llama", dict(to_dict=1), "to_dict = 1: is the name of a method"),
+        ("llama", dict(auto_map=8), "auto_map = 8: must be an object of class names"),
+        ("llama", dict(auto_map={"AutoConfig": 8}), "must be an object of class names"),
         ("llama", dict(vocab_size="67"), "expected int, got str"),
         ("llama", dict(num_hidden_layers=True), "expected int, got bool"),
         ("llama", dict(rms_norm_eps=None), "expected float, got NoneType"),
@@ -122,7 +124,7 @@ def test_keys_without_effect_are_named(folder, capsys):
         folder,
         drop=("architectures",),
         my_own_key=3,
-        auto_map={"AutoModelForCausalLM": "x.Y"},
+        auto_map={"AutoConfig": "x.Z", "AutoModelForCausalLM": "x.Y"},
         attention_dropout=0.1,
         initializer_range=0.0,
     )
