@@ -1,7 +1,8 @@
 """Is our model the one that transformers makes of a folder? Logits of both, in fp32.
 
 The yardstick is transformers itself: its sdpa and eager attention paths compute the same model and
-differ by rounding only. Ours may differ from its sdpa path by at most 4 times that.
+differ by rounding only. They share the rounding of all else, which is a share of the largest logit:
+up to 2e-5 of it separate fp32 from fp64 in random models of 6 layers, in transformers as here.
 """
 
 from dataclasses import dataclass
@@ -15,11 +16,8 @@ from tools.hf_keys import one_line
 
 ALLOWED = 4.0
 """Largest |ours - sdpa| in units of the largest |sdpa - eager|."""
-ROUNDINGS = 4
-"""Roundings of fp32 that are the yardstick where transformers' two paths agree more closely."""
-SMALL_MODEL = 50_000_000
-ALLOWED_SMALL = 1e-5
-"""Smaller models sum few terms: a difference is at most this share of their largest logit too."""
+ALLOWED_SHARE = 5e-5
+"""Share of the largest logit that counts as rounding; bf16 rounds 80 times as coarsely."""
 
 
 @dataclass(frozen=True)
@@ -105,18 +103,11 @@ def our_logits(model: GPTStage, vocab_size: int, sequence: Sequence) -> torch.Te
         return model.logits(model.hidden(ids, batch))[:, :vocab_size]
 
 
-def judge(
-    sequence: Sequence, ours: torch.Tensor, reference: Reference, num_parameters: int
-) -> str | None:
+def judge(sequence: Sequence, ours: torch.Tensor, reference: Reference) -> str | None:
     """Print the comparison of one sequence -> what is wrong, or None."""
     largest = float(reference.logits_tV.abs().max())
     difference = float((ours - reference.logits_tV).abs().max())
-    # Two paths may agree bit for bit; a few roundings of fp32 are then the yardstick.
-    allowed = ALLOWED * max(
-        reference.yardstick, ROUNDINGS * torch.finfo(torch.float32).eps * largest
-    )
-    if num_parameters < SMALL_MODEL:
-        allowed = min(allowed, ALLOWED_SMALL * largest)
+    allowed = max(ALLOWED * reference.yardstick, ALLOWED_SHARE * largest)
     is_same = difference <= allowed
     print(
         f"verify: {sequence.name}: ours - transformers {difference:.2e}, transformers sdpa - eager "

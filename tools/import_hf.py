@@ -83,11 +83,10 @@ def refuse_other_logits(
     device = torch.device("cpu")
     attend, _ = choose_attention("sdpa", device, torch.float32)
     model = build_whole_model(config.model, vocab_size, tensors, attend, device)
-    parameters = num_parameters(config.model, vocab_size)
     problems = []
     for sequence, reference in zip(sequences, references):
         logits = our_logits(model, vocab_size, sequence)
-        problem = judge(sequence, logits, reference, parameters)
+        problem = judge(sequence, logits, reference)
         if problem:
             problems.append(problem)
     if problems:
@@ -185,7 +184,7 @@ def import_folder(arguments: Arguments) -> Path:
     sequences = []
     if should_verify(arguments.verify, num_parameters(config.model, settings.vocab_size)):
         sequences = compared_sequences(settings.vocab_size, longest)
-    # transformers first, whose model is gone before ours is read: one of them is in memory at a time.
+    # transformers first: its model is gone before ours is read, so that memory holds one of them.
     references = transformers_references(folder, sequences) if sequences else []
     tensors = weights.read()
     pad_vocabulary(tensors, config)

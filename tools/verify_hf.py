@@ -17,7 +17,6 @@ import torch
 from data.sources import open_corpus
 from model.build import build_whole_model
 from model.config import MEMORY_SETTINGS, ModelConfig
-from model.estimate import num_parameters
 from model.gpt import GPTStage
 from model.kernels import choose_attention
 from pretrain import checkpoint
@@ -51,12 +50,9 @@ def verify(
         sequences.append(Sequence(name, ids, torch.arange(start, start + window)))
     references = transformers_references(exported, sequences)
     model = _our_model(source, exported)
-    parameters = num_parameters(source.config.model, source.vocab_size)
     problems = []
     for sequence, reference in zip(sequences, references):
-        problem = judge(
-            sequence, our_logits(model, source.vocab_size, sequence), reference, parameters
-        )
+        problem = judge(sequence, our_logits(model, source.vocab_size, sequence), reference)
         if problem:
             problems.append(problem)
     if with_tokenizer:

@@ -171,6 +171,14 @@ def test_a_wrong_conversion_is_noticed_and_leaves_nothing(folder, capsys, monkey
     assert code == 0 and checkpoint.published(save)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_rounding_alone_is_no_difference(tmp_path, kind):
+    """Wide random weights and large biases round by several times what sdpa and eager differ by."""
+    wide = dict(hidden_size=256, num_attention_heads=8, head_dim=32, num_hidden_layers=6)
+    folder = write_folder(tmp_path / "hf", kind, max_position_embeddings=5000, **wide)
+    assert run(folder)[0] == 0
+
+
 def test_positions_are_compared_over_the_whole_declared_context(tmp_path, capsys):
     folder = write_folder(tmp_path / "hf", "qwen3", max_position_embeddings=100_000)
     assert run(folder)[0] == 0
