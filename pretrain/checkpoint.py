@@ -1,6 +1,7 @@
 """Checkpoints: torch.distributed.checkpoint files, published whole or not at all.
 
-    DIR/iter_0000100/                      DCP files, manifest.json, config.yaml, progress.json, tokenizer/
+    DIR/iter_0000100/                      DCP files, manifest.json, config.yaml, progress.json, tokenizer/,
+                                           huggingface/ (where the model came from there)
     DIR/latest_checkpointed_iteration.txt  100
 
 A save writes into a hidden folder, checksums every file, syncs, and renames; only then does the text
@@ -9,14 +10,18 @@ file name it. A load checks every checksum first. All ranks must see the same fo
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import pickle
 import re
 import shutil
 import socket
+import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -31,6 +36,8 @@ from parallel.layout import Axis
 _ALONE = "torch.distributed is disabled"  # DCP's warning where working alone is meant
 LATEST = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
+CARRIED = "huggingface"
+"""Folder of a checkpoint with what its Hugging Face source held besides weights (model_files.py)."""
 
 
 def iteration_folder(root: str | os.PathLike, step: int) -> Path:
@@ -118,23 +125,29 @@ def same_start_on_all_ranks(root: str | os.PathLike, planned: Path | None, world
 
 
 def save(root: str | os.PathLike, step: int, tensors: dict[str, torch.Tensor], progress: dict, config_yaml: str,
-         tokenizer_files: list[str], world: Axis) -> Path:
+         tokenizer_files: list[str], world: Axis,
+         carried: Mapping[str, bytes] = MappingProxyType({})) -> Path:
     """Write and publish iteration `step`; collective over `world` (of size 1 it needs no process group).
 
     Args:
         tensors: flat name -> DTensor or plain tensor (pretrain/state.py: checkpoint_tensors).
+        carried: name -> content of what the model's Hugging Face folder held besides weights.
     Returns:
         The published folder.
     """
     final = iteration_folder(root, step)
     partial = final.with_name(f".{final.name}.partial")
     if world.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+        _clear(partial)
         (partial / "tokenizer").mkdir(parents=True)
         _write(partial / "config.yaml", config_yaml)
         _write(partial / "progress.json", json.dumps(progress, indent=1))
         for file in tokenizer_files:
             shutil.copy(file, partial / "tokenizer" / Path(file).name)
+        for name, content in carried.items():
+            path = partial / CARRIED / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
     _wait_for_all(world)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_ALONE)
@@ -145,15 +158,50 @@ def save(root: str | os.PathLike, step: int, tensors: dict[str, torch.Tensor], p
         _write(partial / MANIFEST, json.dumps({"algorithm": "xxh3_128", "files": checksums}, indent=1))
         _sync_folder(partial)
         replaced = final.with_name(f".{final.name}.replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        if final.exists():
+        _clear(replaced)
+        if os.path.lexists(final):
             os.rename(final, replaced)
         os.rename(partial, final)
         _sync_folder(final.parent)
         write_atomically(Path(root) / LATEST, str(step))
-        shutil.rmtree(replaced, ignore_errors=True)
+        _clear(replaced)
     _wait_for_all(world)
     return final
+
+
+def is_checkpoint_folder(folder: Path) -> bool:
+    """Whether a folder holds nothing but what `save` wrote there, whole or in part.
+
+    What deletes a checkpoint asks this first.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    try:
+        listed = {*json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"], MANIFEST}
+    except (OSError, ValueError, KeyError, TypeError):
+        return all(_PARTS.fullmatch(file) for file in files)
+    return files <= listed
+
+
+_PARTS = re.compile(
+    rf"config\.yaml|progress\.json|{re.escape(MANIFEST)}|\.metadata(\.tmp)?|__\d+_\d+\.distcp"
+    rf"|tokenizer/[^/]+|{CARRIED}/.+"
+)
+"""Files of a checkpoint that is not finished."""
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier save left at `folder`; move anything else aside, and say so."""
+    if not os.path.lexists(folder):
+        return
+    if is_checkpoint_folder(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    names = (folder.with_name(f"{folder.name.lstrip('.')}.kept{number}") for number in itertools.count(1))
+    kept = next(name for name in names if not os.path.lexists(name))
+    os.rename(folder, kept)
+    print(f"warning: {folder} holds what no save wrote: kept as {kept}", file=sys.stderr, flush=True)
 
 
 def _wait_for_all(world: Axis) -> None:
@@ -191,8 +239,11 @@ def _write(path: Path, text: str) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Replace a small file so that a reader sees the old or the new text, never a part."""
     temporary = path.with_name(f".{path.name}.partial.{os.getpid()}")
-    _write(temporary, text)
-    os.replace(temporary, path)
+    try:
+        _write(temporary, text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
 
 

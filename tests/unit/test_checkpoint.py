@@ -1,12 +1,17 @@
 """Start rules, publication and the restricted unpickler."""
 
 import json
+import os
 import pickle
+import shutil
 
 import pytest
+import torch
 
+from parallel.layout import single_process_layout
 from pretrain import checkpoint
 from pretrain.load_config import dump_yaml, load_config
+from pretrain.model_files import read_carried
 from pretrain.start import find_start
 
 
@@ -90,3 +95,66 @@ def test_atomic_write_leaves_no_temporary_file(tmp_path):
     checkpoint.write_atomically(tmp_path / "a.txt", "1")
     checkpoint.write_atomically(tmp_path / "a.txt", "2")
     assert (tmp_path / "a.txt").read_text() == "2" and len(list(tmp_path.iterdir())) == 1
+
+
+# ---------------------------------------------------------------- what a save removes
+
+
+def save(root, step=1, value=1.0, **options):
+    world = single_process_layout(torch.device("cpu")).world
+    tensors = {"model.weight": torch.full((3,), value)}
+    return checkpoint.save(root, step, tensors, {"step": step}, "", [], world, **options)
+
+
+def read(folder):
+    return checkpoint.read_whole_tensors(folder, ["model.weight"])["model.weight"].tolist()
+
+
+def test_a_save_replaces_its_own_folders_and_leaves_no_other(tmp_path):
+    folder = save(tmp_path)
+    assert checkpoint.is_checkpoint_folder(folder)
+    shutil.copytree(folder, tmp_path / ".iter_0000001.partial")
+    (tmp_path / ".iter_0000001.partial" / checkpoint.MANIFEST).unlink()
+    shutil.copytree(folder, tmp_path / ".iter_0000001.replaced")
+    assert read(save(tmp_path, value=2.0)) == [2.0] * 3
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"iter_0000001", checkpoint.LATEST}
+
+
+@pytest.mark.parametrize("name", ["iter_0000001", ".iter_0000001.partial", ".iter_0000001.replaced"])
+@pytest.mark.parametrize("kind", ["folder", "file", "link", "checkpoint with notes"])
+def test_a_save_keeps_what_no_save_wrote(tmp_path, name, kind, capsys):
+    root = tmp_path / "run"
+    root.mkdir()
+    path = root / name
+    if kind == "file":
+        path.write_text("mine")
+    elif kind == "link":
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "elsewhere" / "notes").write_text("mine")
+        path.symlink_to(tmp_path / "elsewhere")
+    else:
+        if kind == "checkpoint with notes":
+            os.rename(save(tmp_path / "other"), path)
+        path.mkdir(exist_ok=True)
+        (path / "notes").write_text("mine")
+    assert read(save(root, value=2.0)) == [2.0] * 3
+    (kept,) = root.glob("*.kept1")
+    assert (kept if kind == "file" else kept / "notes").read_text() == "mine"
+    assert f"kept as {kept}" in capsys.readouterr().err
+
+
+def test_carried_files_lie_in_the_checkpoint_under_its_checksums(tmp_path):
+    carried = {"generation_config.json": b"{}", "additional_chat_templates/tool.jinja": b"{{ x }}"}
+    folder = save(tmp_path, carried=carried)
+    assert read_carried(folder) == carried
+    assert checkpoint.verify_files(folder) == []
+    (folder / checkpoint.CARRIED / "generation_config.json").write_text("[]")
+    assert "differs from its checksum" in checkpoint.verify_files(folder)[0]
+
+
+def test_a_failed_atomic_write_leaves_no_temporary_file(tmp_path):
+    (tmp_path / "a.txt").mkdir()
+    with pytest.raises(OSError):
+        checkpoint.write_atomically(tmp_path / "a.txt", "1")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
