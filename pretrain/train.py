@@ -44,6 +44,7 @@ from pretrain.feed import SHOWN_SOURCES, Feed, describe_forecast
 from pretrain.fit import Machine, describe_out_of_memory
 from pretrain.load_config import dump_yaml, load_config, outcome_path, spell, warn
 from pretrain.metrics import Reporter
+from pretrain.model_files import read_carried
 from pretrain.phases import Phase, describe, phase_at
 from pretrain.plan import Plan, make_plan, warnings_about
 from pretrain.resume_contract import describe_changes
@@ -89,6 +90,8 @@ class Trainer:
             if not checkpoint.same_start_on_all_ranks(self.config.checkpoint.save, planned, self.layout.world):
                 raise RuntimeError(f"{self.config.checkpoint.save} got another checkpoint while this run was starting; "
                                    "starting again picks it up")
+        # Only rank 0 writes them. Read now: the folder that the run starts from may go away later.
+        self.carried = read_carried(start.folder) if self.world.rank == 0 else {}
         with self._out_of_memory_explained(phase):
             self.state = self._build_state(phase, progress)
         self.feed = Feed(self.config.data, self.plan.corpus, self.plan.ledger, self.layout,
@@ -285,7 +288,7 @@ class Trainer:
                     "world_size": self.world.size, "threads": torch.get_num_threads()}
         files = self.plan.tokenizer.files if self.plan.tokenizer else []
         folder = checkpoint.save(root, step, checkpoint_tensors(state, has_optimizer), progress,
-                                 dump_yaml(self.config), files, self.layout.world)
+                                 dump_yaml(self.config), files, self.layout.world, self.carried)
         text = f"saved {folder} in {time.perf_counter() - began:.1f} s"
         reporter.say(text)
         reporter.event("save", step, state.clock, text)

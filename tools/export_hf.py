@@ -1,11 +1,11 @@
 """Convert a checkpoint to a Hugging Face folder: `python -m tools.export_hf --load DIR --output DIR [--verify]`.
 
 Needs no GPU and no process group. The folder appears whole or not at all; with --verify only after
-transformers' logits have been compared with ours (tools/verify_hf.py).
+transformers' logits have been compared with ours (tools/verify_hf.py). Besides weights it holds what the model's own
+Hugging Face folder held (generation, chat templates); what training changed is named.
 """
 
 import json
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,12 @@ from model.rope import Rope
 from pretrain import checkpoint
 from pretrain.config import Config
 from pretrain.load_config import read_config_yaml
+from pretrain.model_files import CONFIG, read_carried
+from tools import export_files
+from tools.outputs import Input, NewFolder
 from tools.verify_hf import verify
+
+MAKER = "tools.export_hf"
 
 
 @dataclass(kw_only=True)
@@ -44,7 +49,7 @@ class Arguments:
     tokenizer: bool = True
     """Write the tokenizer too; an error if transformers would give other ids than the one trained with."""
     overwrite: bool = False
-    """Replace an existing output folder."""
+    """Replace an earlier export at the output; only a folder that this tool wrote, with nothing else in it."""
     max_shard_bytes: int = 5_000_000_000
     """Size at which weights go on in another file."""
 
@@ -57,6 +62,8 @@ class Source:
     config: Config
     progress: dict
     tokenizer: Tokenizer | None
+    carried: dict[str, bytes]
+    """What the model's Hugging Face source held besides weights; empty where it began here."""
 
     @property
     def vocab_size(self) -> int:
@@ -80,7 +87,13 @@ def open_source(root: str, step: int | None) -> Source:
                          "Fix: give the --save folder of a run.")
     checkpoint.refuse_damage(folder, checkpoint.verify_files(folder))
     config = read_config_yaml(str(folder / "config.yaml"))
-    return Source(folder, config, checkpoint.read_progress(folder), stored_tokenizer(folder, config))
+    return Source(
+        folder=folder,
+        config=config,
+        progress=checkpoint.read_progress(folder),
+        tokenizer=stored_tokenizer(folder, config),
+        carried=read_carried(folder),
+    )
 
 
 def stored_tokenizer(folder: Path, config: Config) -> Tokenizer | None:
@@ -126,42 +139,94 @@ def _plan_shards(names: list[str], source: Source, dtype: torch.dtype, limit: in
     return shards
 
 
+def inputs_of_run(config: Config) -> list[Input]:
+    """Folders and files that a run names in its settings: no export may replace one of them."""
+    settings = config.checkpoint
+    named = {
+        "the run's --save": settings.save,
+        "the run's --load": settings.load,
+        "the run's --pretrained-checkpoint": settings.pretrained_checkpoint,
+        "the run's tokenizer": config.data.tokenizer_model,
+        "the run's --data-cache-path": config.data.data_cache_path,
+    }
+    inputs = [Input(label, Path(path)) for label, path in named.items() if path]
+    words = [*config.data.data_path, *config.data.train_data_path, *config.data.valid_data_path]
+    prefixes = [word.split("=")[-1].split("[")[0] for word in words]
+    return inputs + [Input("the run's data", Path(f"{prefix}.bin")) for prefix in prefixes]
+
+
+def context_of_export(arguments: Arguments, source: Source) -> int:
+    """max_position_embeddings to declare; warns of what older versions of transformers make of it."""
+    phase = source.progress["phase"]
+    longest = source.progress.get("longest_seq_length", phase["seq_length"])
+    asked = arguments.max_position_embeddings or source.config.model.max_position_embeddings
+    declared = asked or context_to_declare(source.rope, longest)
+    theirs = export_files.parse_json(source.carried.get(CONFIG))
+    before = theirs.get("max_position_embeddings")
+    # Training on shorter samples takes no context away from a model whose rope is the source's.
+    if not asked and isinstance(before, int) and export_files.source_rope(theirs) == source.rope:
+        declared = max(before, longest)
+    if source.rope.type == "yarn" and declared != source.rope.scaled_length:
+        print(f"warning: max_position_embeddings = {declared}: transformers before 5 divides it by "
+              "original_max_position_embeddings for yarn's factor, which gives another model than "
+              f"{source.rope.scaled_length} does", file=sys.stderr)
+    return declared
+
+
+def write_settings(source: Source, folder: Path, declared: int, arguments: Arguments) -> dict:
+    """Write config.json, generation_config.json and the tokenizer, name what training changed -> config.json."""
+    eod = source.tokenizer.eod if source.tokenizer else None
+    ours = huggingface_config(source.config.model, source.vocab_size, source.rope, declared, arguments.dtype, eod)
+    theirs = export_files.parse_json(source.carried.get(CONFIG))
+    config, changes = export_files.merge_config(ours, theirs)
+    changes += export_files.rope_change(theirs, source.rope)
+    export_files.write_json(folder / CONFIG, config)
+    ids = {} if eod is None else {"eos_token_id": eod}
+    if arguments.tokenizer and _write_tokenizer(source, folder):
+        lines = export_files.complete_tokenizer(folder, source.carried, declared)
+        changes += [f"tokenizer: {line}" for line in lines]
+        if not theirs:
+            ids = export_files.tokens_by_role(folder) | ids
+    if not theirs:
+        config |= ids
+        export_files.write_json(folder / CONFIG, config)
+    export_files.write_generation(folder, source.carried, ids)
+    for change in changes:
+        print(f"changed since the import: {change}")
+    stops = export_files.stop_ids(folder)
+    if eod is not None and eod not in stops:
+        print(f"note: generation stops at {stops}, as the source says; documents in training ended with {eod}")
+    return config
+
+
+def _write_tokenizer(source: Source, folder: Path) -> bool:
+    try:
+        return export_files.write_tokenizer(folder, source.tokenizer, source.carried)
+    except ValueError as error:
+        raise ValueError(f"{error} Or export without it: --no-tokenizer.") from None
+
+
 def export(arguments: Arguments) -> None:
     """Write, optionally verify, then publish by renaming.
 
     Raises:
         ValueError: bad input, or logits that differ.
     """
+    inputs = [Input("--load", Path(arguments.load))]
+    if arguments.verify_text is not None:
+        inputs.append(Input("--verify-text", Path(arguments.verify_text)))
     output = Path(arguments.output)
-    if output.exists() and not arguments.overwrite:
-        raise ValueError(f"output = {output}: exists already. Fix: give another folder, or --overwrite.")
+    new = NewFolder("output", output, MAKER, inputs=inputs, overwrite=arguments.overwrite)
     source = open_source(arguments.load, arguments.ckpt_step)
+    new.refuse_inputs(inputs_of_run(source.config))
     architecture(source.config.model)
-    phase = source.progress["phase"]
-    longest = source.progress.get("longest_seq_length", phase["seq_length"])
-    declared = (arguments.max_position_embeddings or source.config.model.max_position_embeddings
-                or context_to_declare(source.rope, longest))
-    if source.rope.type == "yarn" and declared != source.rope.scaled_length:
-        print(f"warning: max_position_embeddings = {declared}: transformers before 5 divides it by "
-              "original_max_position_embeddings for yarn's factor, which gives another model than "
-              f"{source.rope.scaled_length} does", file=sys.stderr)
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write_weights(source, partial, getattr(torch, arguments.dtype), arguments.max_shard_bytes)
-    config = huggingface_config(source.config.model, source.vocab_size, source.rope, declared, arguments.dtype,
-                                source.tokenizer.eod if source.tokenizer else None)
-    (partial / "config.json").write_text(json.dumps(config, indent=1))
-    if arguments.tokenizer and source.tokenizer is not None:
-        try:
-            source.tokenizer.save_huggingface(str(partial))
-        except ValueError as error:
-            raise ValueError(f"{error} Or export without it: --no-tokenizer.") from None
-    if arguments.verify:
-        verify(source, partial, declared, arguments.verify_text, with_tokenizer=arguments.tokenizer)
-    if output.exists():
-        shutil.rmtree(output)
-    partial.rename(output)
+    declared = context_of_export(arguments, source)
+    with new:
+        write_weights(source, new.path, getattr(torch, arguments.dtype), arguments.max_shard_bytes)
+        config = write_settings(source, new.path, declared, arguments)
+        if arguments.verify:
+            verify(source, new.path, declared, arguments.verify_text, with_tokenizer=arguments.tokenizer)
+        new.publish()
     print(f"exported {source.folder} to {output}: {config['architectures'][0]}, {declared:,} positions, rope "
           f"{source.rope.describe()}, {arguments.dtype}")
 
@@ -170,7 +235,7 @@ def main() -> int:
     arguments = tyro.cli(Arguments, prog="tools.export_hf", description=__doc__)
     try:
         export(arguments)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

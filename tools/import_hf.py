@@ -21,10 +21,12 @@ from parallel.layout import single_process_layout
 from pretrain import checkpoint
 from pretrain.config import Config
 from pretrain.load_config import dump_yaml
+from pretrain.model_files import read_model_files
 from tools.compare_logits import Reference, Sequence, judge, our_logits, transformers_references
 from tools.hf_config import FolderConfig, read_config_file, understand
 from tools.hf_fit import check_fit, pad_vocabulary, settle_tie
 from tools.hf_weights import open_weights
+from tools.outputs import Input, check_root
 
 VERIFIED_BELOW = 10e9
 """Parameters from which on --verify must be asked for: transformers' fp32 copy takes 40 GB."""
@@ -167,6 +169,12 @@ def import_folder(arguments: Arguments) -> Path:
     """
     folder = Path(arguments.hf)
     content = read_config_file(folder)
+    check_root(
+        "save",
+        Path(arguments.save),
+        checkpoint.iteration_folder(arguments.save, 0),
+        [Input("--hf", folder)],
+    )
     if checkpoint.published(arguments.save):
         raise ValueError(
             f"save = {arguments.save}: holds a checkpoint already. Fix: give another folder."
@@ -198,6 +206,7 @@ def import_folder(arguments: Arguments) -> Path:
         dump_yaml(config),
         tokenizer_files(folder),
         world,
+        read_model_files(folder),
     )
 
 
