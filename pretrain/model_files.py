@@ -1,8 +1,8 @@
 """What a Hugging Face folder holds besides weights, carried through training.
 
-The import reads these files, each checkpoint keeps them in `huggingface/`, and the export writes them
-again: what generation needs (end-of-text ids, sampling, chat templates) is the source's own, and
-only what training changed is changed.
+The import reads these files, each checkpoint keeps them in `huggingface/`, and the export writes
+them again: what generation needs (end-of-text ids, sampling, chat templates) is the source's own,
+and only what training changed is changed.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Small Hugging Face folders, made by transformers and tokenizers alone, for tests of the doors to them."""
+"""Small Hugging Face folders, made by transformers and tokenizers alone."""
 
 import json
 from pathlib import Path
 
-TEXT = ["the quick brown fox jumps over the lazy dog", "def f(x):\n    return x + 1", "12 34 56"] * 20
+FOX = "the quick brown fox jumps over the lazy dog"
+TEXT = [FOX, "def f(x):\n    return x + 1", "12 34 56"] * 20
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
 CHAT = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
 TOOL_CHAT = "{% for m in messages %}tool {{ m['content'] }}{% endfor %}"
@@ -50,7 +51,8 @@ def write_generation(folder: Path, **settings) -> Path:
     """A generation_config.json with two ids to stop at."""
     content = {
         "bos_token_id": 1, "eos_token_id": [2, 0], "pad_token_id": 3, "do_sample": True,
-        "temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.05, "transformers_version": "4.40.0",
+        "temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.05,
+        "transformers_version": "4.40.0",
     }
     (folder / "generation_config.json").write_text(json.dumps(content | settings))
     return folder

@@ -1,5 +1,10 @@
-"""Continue a text with an exported model: `python -m tools.generate --load HF_DIR --prompt TEXT`."""
+"""Continue a text with an exported model: `python -m tools.generate --load HF_DIR --prompt TEXT`.
 
+The folder's own generation settings decide where it stops. A folder without a tokenizer takes the
+prompt as token ids, `--prompt "5 17 3"`, and prints ids.
+"""
+
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,13 +12,18 @@ from pathlib import Path
 import torch
 import tyro
 
+from data.tokenizer import HUGGINGFACE_FILES, NullTokenizer
+
+LEAST_TEMPERATURE = 1e-4
+"""Logits divided by less overflow; 0 means the likeliest token."""
+
 
 @dataclass(kw_only=True)
 class Arguments:
     load: str
     """A Hugging Face folder (tools.export_hf writes one)."""
     prompt: str = ""
-    """Text to continue."""
+    """Text to continue; token ids where the folder has no tokenizer."""
     max_new_tokens: int = 80
     """Tokens to add."""
     temperature: float = 0.8
@@ -22,27 +32,154 @@ class Arguments:
     """Of the sampling."""
 
 
-def main() -> int:
-    arguments = tyro.cli(Arguments, prog="tools.generate", description=__doc__)
+def check_arguments(arguments: Arguments) -> None:
+    """Raise ValueError for settings that no model can follow."""
     if not (Path(arguments.load) / "config.json").is_file():
-        print(f"error: load = {arguments.load}: no Hugging Face folder (no config.json). Fix: export one with "
-              "tools.export_hf.", file=sys.stderr)
-        return 2
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+        raise ValueError(
+            f"load = {arguments.load}: no Hugging Face folder (no config.json). "
+            "Fix: export one with tools.export_hf."
+        )
+    if arguments.max_new_tokens < 0:
+        raise ValueError(
+            f"max_new_tokens = {arguments.max_new_tokens}: must be at least 0. Fix: for example 80."
+        )
+    temperature = arguments.temperature
+    if temperature != 0 and not LEAST_TEMPERATURE <= temperature < math.inf:
+        raise ValueError(
+            f"temperature = {temperature}: must be 0 (always the likeliest token) or a finite "
+            f"number of at least {LEAST_TEMPERATURE}. Fix: for example 0.8."
+        )
+    if not 0 <= arguments.seed < 2**63:
+        raise ValueError(f"seed = {arguments.seed}: must be in [0, 2**63). Fix: for example 1234.")
+
+
+def open_tokenizer(folder: Path):
+    """The folder's tokenizer, or one of plain ids, which is said on standard error."""
+    from transformers import AutoTokenizer
+
+    if any((folder / name).is_file() for name in HUGGINGFACE_FILES):
+        return AutoTokenizer.from_pretrained(folder)
+    print(f"note: {folder} has no tokenizer: the prompt and what follows are ids", file=sys.stderr)
+    return None
+
+
+def encode_prompt(arguments: Arguments, tokenizer, model) -> list[int]:
+    """Token ids of the prompt; of an empty one what a document begins after.
+
+    Raises:
+        ValueError: ids that the model does not have, or an empty prompt that nothing can begin.
+    """
+    vocab_size = model.config.vocab_size
+    if tokenizer is None:
+        ids = NullTokenizer(vocab_size).encode(arguments.prompt)
+    else:
+        ids = tokenizer.encode(arguments.prompt, add_special_tokens=False)
+    ids = ids or _beginning(tokenizer, model)
+    if not ids:
+        raise ValueError(
+            f"prompt = {arguments.prompt!r}: is empty, and {arguments.load} names no token to "
+            "begin with. Fix: give a prompt."
+        )
+    if max(ids) >= vocab_size:
+        raise ValueError(
+            f"prompt: the tokenizer gives id {max(ids)}, and the model has {vocab_size} ids. "
+            "Fix: put the model's own tokenizer into the folder."
+        )
+    return ids
+
+
+def _beginning(tokenizer, model) -> list[int]:
+    """The token that begins a text: the tokenizer's own, else the end of a document before it."""
+    own = tokenizer.encode("", add_special_tokens=True) if tokenizer is not None else []
+    settings = model.generation_config
+    others = _as_list(settings.eos_token_id)[:1] or _as_list(settings.bos_token_id)
+    return own[:1] or others
+
+
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    if ids is None:
+        return []
+    return list(ids) if isinstance(ids, list | tuple) else [ids]
+
+
+def tokens_to_add(arguments: Arguments, prompt_length: int, model) -> int:
+    """How many tokens fit after the prompt; says so where they are fewer than asked.
+
+    Raises:
+        ValueError: the prompt alone fills the model's context.
+    """
+    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    if arguments.max_new_tokens and prompt_length >= context:
+        raise ValueError(
+            f"prompt: {prompt_length:,} tokens, and the model's context is {context:,}. "
+            "Fix: a shorter prompt."
+        )
+    room = min(arguments.max_new_tokens, max(0, context - prompt_length))
+    if room < arguments.max_new_tokens:
+        print(
+            f"note: max_new_tokens = {arguments.max_new_tokens}: {room} fit into the model's "
+            f"context of {context:,}",
+            file=sys.stderr,
+        )
+    return int(room)
+
+
+def continue_prompt(arguments: Arguments, tokenizer, model) -> list[int]:
+    """Token ids of the prompt and what the model adds."""
+    ids = encode_prompt(arguments, tokenizer, model)
+    count = tokens_to_add(arguments, len(ids), model)
+    if count == 0:
+        return ids
+    settings = model.generation_config
+    if settings.pad_token_id is None:
+        # One text needs no padding; without an id the library warns.
+        settings.pad_token_id = (_as_list(settings.eos_token_id) or [0])[0]
+    sampling = {"do_sample": False}
+    if arguments.temperature > 0:
+        sampling = {"do_sample": True, "temperature": float(arguments.temperature)}
+    torch.manual_seed(arguments.seed)
+    prompt = torch.tensor([ids])
+    with torch.no_grad():
+        out = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, **sampling
+        )
+    return out[0].tolist()
+
+
+def generate(arguments: Arguments) -> str:
+    """The prompt and its continuation, as text or as ids.
+
+    Raises:
+        ValueError: bad input, or a folder that transformers cannot read.
+    """
+    check_arguments(arguments)
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.load)
-    model = AutoModelForCausalLM.from_pretrained(arguments.load).eval()
-    ids = tokenizer.encode(arguments.prompt, add_special_tokens=False) or [model.config.eos_token_id]
-    torch.manual_seed(arguments.seed)
-    sampling = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature > 0 \
-        else {"do_sample": False}
-    with torch.no_grad():
-        out = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
-                             max_new_tokens=arguments.max_new_tokens, pad_token_id=model.config.eos_token_id,
-                             **sampling)
-    print(tokenizer.decode(out[0].tolist()))
+    logging.set_verbosity_error()
+    folder = Path(arguments.load)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        tokenizer = open_tokenizer(folder)
+    except Exception as error:  # transformers raises many kinds for a bad folder
+        reason = (str(error).strip().splitlines() or [error.__class__.__name__])[0]
+        raise ValueError(
+            f"load = {folder}: transformers cannot read it ({reason}). Fix: export it again."
+        ) from None
+    ids = continue_prompt(arguments, tokenizer, model)
+    if tokenizer is None:
+        return " ".join(map(str, ids))
+    return tokenizer.decode(ids)
+
+
+def main() -> int:
+    arguments = tyro.cli(Arguments, prog="tools.generate", description=__doc__)
+    try:
+        print(generate(arguments))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

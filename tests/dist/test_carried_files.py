@@ -1,4 +1,4 @@
-"""A run that starts from an imported model keeps that model's small files in its own checkpoints."""
+"""A run that starts from an imported model keeps that model's small files in its checkpoints."""
 
 import shutil
 

@@ -25,6 +25,10 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
+def names_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
 def chat_templates(folder: Path) -> dict | str:
     from transformers import AutoTokenizer
 
@@ -63,16 +67,18 @@ def continue_run(start: Path, root: Path, *, tokenizer=None, tokenizer_type=None
     names = checkpoint.tensor_names(folder)
     tensors = checkpoint.read_whole_tensors(folder, names)
     world = single_process_layout(torch.device("cpu")).world
-    checkpoint.save(root, 7, tensors, progress, dump_yaml(config), files, world, read_carried(folder))
+    checkpoint.save(
+        root, 7, tensors, progress, dump_yaml(config), files, world, carried=read_carried(folder))
     return root
 
 
 def test_an_unchanged_model_comes_back_with_all_its_files(source, imported, tmp_path, capsys):
     export(Arguments(load=str(imported), output=str(tmp_path / "out")))
-    written = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*")}
-    expected = {path.relative_to(source).as_posix() for path in source.rglob("*")}
+    written = names_in(tmp_path / "out")
+    expected = names_in(source)
     assert written == expected | {"ithaca_made.json"}
-    for name in sorted(expected - {"config.json", "model.safetensors", "additional_chat_templates"}):
+    others = expected - {"config.json", "model.safetensors", "additional_chat_templates"}
+    for name in sorted(others):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes(), name
     theirs = read(source / "config.json")
     ours = read(tmp_path / "out" / "config.json")
