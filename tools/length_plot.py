@@ -1,5 +1,7 @@
 """A picture of how long documents are: how many there are, and where the tokens lie."""
 
+from pathlib import Path
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -9,6 +11,7 @@ from matplotlib import pyplot  # noqa: E402
 from matplotlib.ticker import FuncFormatter  # noqa: E402
 
 from tools.number_text import length  # noqa: E402
+from tools.outputs import PNG_METADATA, check_file, is_own_picture  # noqa: E402
 
 COLORS = ("#1f4e8c", "#c8401d", "#2f7d4f", "#7a4ea3", "#b8860b", "#4a4a4a")
 BINS_PER_DOUBLING = 4
@@ -20,7 +23,11 @@ def plot_lengths(lengths: dict[str, np.ndarray], path: str) -> None:
     Args:
         lengths: source -> tokens of each document.
         path: PNG file to write.
+
+    Raises:
+        ValueError: something that is no picture of ours stands there.
     """
+    check_file("plot", Path(path), "tools.inspect_data", is_own_picture)
     highest = max(int(found.max()) for found in lengths.values())
     edges = 2.0 ** np.arange(0, np.log2(max(2, highest)) + 2 / BINS_PER_DOUBLING, 1 / BINS_PER_DOUBLING)
     figure, axes = pyplot.subplots(2, 1, figsize=(11, 7), sharex=True, constrained_layout=True)
@@ -40,5 +47,5 @@ def plot_lengths(lengths: dict[str, np.ndarray], path: str) -> None:
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: length(int(value))))
     axes[1].set_xlabel("tokens of a document")
     axes[0].legend(fontsize=9, frameon=False, loc="upper right")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png", metadata=PNG_METADATA)
     pyplot.close(figure)

@@ -125,6 +125,29 @@ def check_file(
         )
 
 
+PNG_METADATA = {"Software": "Ithaca"}
+"""What a picture says of who made it, for matplotlib's savefig."""
+PAGE_GENERATOR = '<meta name="generator" content="Ithaca">'
+"""What a page says of who made it, in its first lines."""
+_HEAD_BYTES = 4096
+
+
+def is_own_picture(path: Path) -> bool:
+    """Whether a file is a PNG that was saved with PNG_METADATA."""
+    head = _head(path)
+    return head.startswith(b"\x89PNG") and b"tEXtSoftware\0Ithaca" in head
+
+
+def is_own_page(path: Path) -> bool:
+    """Whether a file is a page with PAGE_GENERATOR in its head."""
+    return PAGE_GENERATOR.encode() in _head(path)
+
+
+def _head(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(_HEAD_BYTES)
+
+
 # ---------------------------------------------------------------- folders
 
 

@@ -13,10 +13,13 @@ from pathlib import Path
 import tyro
 
 from pretrain.checkpoint import write_atomically
+from tools.outputs import check_file, is_own_page, is_own_picture
 from tools.report_axes import LIGHT, to_png
 from tools.report_charts import CHARTS, chart_figure, draw_sheet
 from tools.report_page import page, sizes
 from tools.run_record import Run, read_run, summary
+
+MAKER = "tools.report"
 
 
 @dataclass(kw_only=True)
@@ -27,10 +30,25 @@ class Arguments:
     """HTML file to write (by default report.html in that folder), or a PNG file for one picture."""
 
 
+def chart_path(output: Path, name: str) -> Path:
+    """Where a chart of the page `output` is written."""
+    return output.with_name(f"{output.stem}-{name}.png")
+
+
+def check_outputs(output: Path) -> None:
+    """Raise ValueError where a file would be written over, or removed, that no report wrote."""
+    pictures = [output]
+    if output.suffix.lower() == ".html":
+        check_file("output", output, MAKER, is_own_page)
+        pictures = [chart_path(output, name) for name in CHARTS]
+    for picture in pictures:
+        check_file("output", picture, MAKER, is_own_picture)
+
+
 def write_page(run: Run, output: Path) -> None:
     """The page, and its charts as PNGs; those of an earlier report that have nothing to show now are removed."""
     for name, chart in CHARTS.items():
-        path = output.with_name(f"{output.stem}-{name}.png")
+        path = chart_path(output, name)
         if chart.missing(run):
             path.unlink(missing_ok=True)
         else:
@@ -46,6 +64,7 @@ def main() -> int:
     try:
         if output.suffix.lower() not in (".html", ".png"):
             raise ValueError(f"output = {output}: a page or a picture is written. Fix: end the name in .html or .png.")
+        check_outputs(output)
         run = read_run(folder)
         output.parent.mkdir(parents=True, exist_ok=True)
         if output.suffix.lower() == ".png":

@@ -23,6 +23,7 @@ from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator  # noqa: E402
 
 from tools.number_text import length, short  # noqa: E402
+from tools.outputs import PNG_METADATA  # noqa: E402
 from tools.run_record import Run  # noqa: E402
 
 # Variable -> (on a light ground, on a dark one). The series can be told apart with any colour vision (after Okabe and
@@ -230,9 +231,12 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
 
 
 def to_png(figure: Figure, path: Path) -> None:
-    """Write the picture, whole or not at all."""
+    """Write the picture, whole or not at all; it says who made it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with settings(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure.savefig(temporary, dpi=130, format="png")
-    os.replace(temporary, path)
+    try:
+        with settings(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing")
+            figure.savefig(temporary, dpi=130, format="png", metadata=PNG_METADATA)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ import tyro
 from data.permutation import Permutation
 from tools.find_files import describe_left_out, find_files
 from tools.input_kinds import EXTENSIONS, IDS_EXTENSION, strip_byte_order_mark
+from tools.outputs import Input, check_file
 from tools.streams import read_blocks
 from tools.text_files import Piece, is_stream, read_documents, read_pieces
 
@@ -39,6 +40,8 @@ class Arguments:
     """Text to train on at most; from larger inputs blocks are drawn evenly over the files."""
     seed: int = 1234
     """Of that draw."""
+    overwrite: bool = False
+    """Replace an existing PREFIX.model; only a file that SentencePiece reads."""
     json_keys: list[str] = field(default_factory=lambda: ["text"])
     """Key of the text in .jsonl/.json objects; one per run."""
     extensions: list[str] = field(default_factory=lambda: [ending for ending in EXTENSIONS if ending != IDS_EXTENSION])
@@ -128,6 +131,16 @@ def train(texts: Iterator[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
+def is_sentencepiece(path: Path) -> bool:
+    """Whether a file is a SentencePiece model."""
+    import sentencepiece
+
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(path)).get_piece_size() > 0
+    except (RuntimeError, OSError):
+        return False
+
+
 def train_tokenizer(arguments: Arguments) -> str:
     """Train and publish -> the path of the model.
 
@@ -141,9 +154,14 @@ def train_tokenizer(arguments: Arguments) -> str:
     found = find_files(arguments.input, arguments.extensions, plain_text=arguments.plain_text)
     for line in describe_left_out(found):
         print(f"left out: {line}", flush=True)
+    path = Path(f"{arguments.output_prefix}.model")
+    inputs = [Input("--input", file) for file in found.files]
+    check_file("output_prefix", path, "SentencePiece", is_sentencepiece, inputs)
+    if path.exists() and not arguments.overwrite:
+        raise ValueError(f"output_prefix = {arguments.output_prefix}: {path} exists already; what it encoded cannot be "
+                         "decoded without it. Fix: give another prefix, or --overwrite.")
     texts = sample_texts(found.files, arguments.max_bytes, arguments.seed, arguments.json_keys[0])
     model = train(texts, arguments.vocab_size)
-    path = Path(f"{arguments.output_prefix}.model")
     path.absolute().parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:

@@ -251,3 +251,17 @@ def test_files_are_written_over_only_where_they_are_the_tools_own(tmp_path):
     }.items():
         with pytest.raises(ValueError, match=message):
             check_file("output", tmp_path / name, MAKER, is_ours, inputs)
+
+
+def test_a_plot_of_lengths_is_written_over_only_a_picture_of_ours(tmp_path):
+    import numpy as np
+
+    from tools.length_plot import plot_lengths
+
+    path = tmp_path / "lengths.png"
+    for _ in range(2):
+        plot_lengths({"web": np.array([5, 70, 3000])}, str(path))
+    path.write_bytes(b"\x89PNG of somebody else")
+    with pytest.raises(ValueError, match="plot = .*exists, and was not made by tools.inspect_data"):
+        plot_lengths({"web": np.array([5, 70, 3000])}, str(path))
+    assert path.read_bytes() == b"\x89PNG of somebody else"

@@ -157,3 +157,49 @@ def test_restarts_for_another_layout_are_told_apart():
 @pytest.mark.parametrize("number, text", [(999_700, "1M"), (999_400, "999K"), (1500, "1.5K"), (-2e9, "-2B"), (7, "7")])
 def test_short_numbers(number, text):
     assert number_text.short(number) == text
+
+
+# ---------------------------------------------------------------- what stands at the output
+
+
+def test_only_an_earlier_report_is_written_over(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "run")
+    for output in (tmp_path / "page.html", tmp_path / "sheet.png"):
+        for _ in range(2):
+            assert call(monkeypatch, "--load", tmp_path / "run", "--output", output) == 0
+        output.write_text("mine")
+        assert call(monkeypatch, "--load", tmp_path / "run", "--output", output) == 2
+        assert "exists, and was not made by tools.report. Fix: " in capsys.readouterr().err
+        assert output.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["page-loss.png", "page-passkey.png"])
+def test_a_foreign_picture_under_a_charts_name_stays(tmp_path, monkeypatch, capsys, name):
+    """The first would be written over; the second removed, as that chart has nothing to show."""
+    write_run(tmp_path / "run")
+    (tmp_path / name).write_text("mine")
+    output = tmp_path / "page.html"
+    assert call(monkeypatch, "--load", tmp_path / "run", "--output", output) == 2
+    assert f"{name}: exists, and was not made by tools.report" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "mine"
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("name, message", [
+    ("link.html", "is a link"), ("broken.html", "is a link"), ("folder.html", "is not a file"),
+    ("file/page.html", "is not a folder"), ("folder.png", "is not a file"),
+])
+def test_outputs_that_cannot_be_files_are_one_line(tmp_path, monkeypatch, capsys, name, message):
+    write_run(tmp_path / "run")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link.html").symlink_to("file")
+    (tmp_path / "broken.html").symlink_to("nowhere")
+    (tmp_path / "folder.html").mkdir()
+    (tmp_path / "folder.png").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    assert call(monkeypatch, "--load", tmp_path / "run", "--output", tmp_path / name) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "file").read_text() == "mine"

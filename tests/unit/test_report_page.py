@@ -67,7 +67,8 @@ def long_page(long_run):
 
 def test_the_page_stands_alone_and_its_charts_lie_beside_it(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "run")
-    (tmp_path / "run" / "report-passkey.png").write_bytes(b"of an earlier report")
+    earlier = tmp_path / "run" / "report-passkey.png"
+    earlier.write_bytes(b"\x89PNG tEXtSoftware\0Ithaca")
     monkeypatch.setattr(sys, "argv", ["report", "--load", str(tmp_path / "run")])
     assert report.main() == 0
     written = tmp_path / "run" / "report.html"

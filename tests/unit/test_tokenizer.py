@@ -152,3 +152,19 @@ def test_command_line(tmp_path):
         assert failed.returncode == 2 and message in failed.stderr and "Traceback" not in failed.stderr
         assert len(failed.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.glob("x*"))
+
+
+def test_an_existing_model_is_kept_unless_told_otherwise(model, tmp_path):
+    prefix = tmp_path / "small"
+    (tmp_path / "small.model").write_bytes(Path(model).read_bytes())
+    arguments = Arguments(input=[str(ROOT / "data")], output_prefix=str(prefix), vocab_size=512)
+    with pytest.raises(ValueError, match="small.model exists already.*Fix: give another prefix, or"):
+        train_tokenizer(arguments)
+    assert (tmp_path / "small.model").read_bytes() == Path(model).read_bytes()
+    arguments.overwrite = True
+    assert SentencePiece(train_tokenizer(arguments)).vocab_size == 512
+    (tmp_path / "small.model").write_text("no tokenizer")
+    with pytest.raises(ValueError, match="exists, and was not made by SentencePiece"):
+        train_tokenizer(arguments)
+    assert (tmp_path / "small.model").read_text() == "no tokenizer"
+    assert [path.name for path in tmp_path.iterdir()] == ["small.model"]
