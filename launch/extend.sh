@@ -28,6 +28,10 @@ done
 run=${EXTEND_DIR:-$root/runs/extend}
 mkdir -p "$run"
 run=$(cd "$run" && pwd -P) model=$(cd "$model" && pwd -P) corpus=$(cd "$(dirname "$corpus")" && pwd -P)/$(basename "$corpus")
+if [[ ! -f $run/origin && -n $(ls -A "$run") ]]; then
+  echo "extend: $run is not empty, and this script did not make it. Give another folder: EXTEND_DIR=FOLDER" >&2
+  exit 2
+fi
 if [[ -f $run/origin && $(<"$run/origin") != "$model $corpus" ]]; then
   echo "extend: $run was made from $(<"$run/origin"). Give another folder: EXTEND_DIR=FOLDER" >&2
   exit 2
@@ -67,8 +71,7 @@ attempt env NPROC_PER_NODE="$processes" bash "$root/launch/train.sh" --config "$
   --data-path "${data}[4Ki:]" || fail "see the messages above" $?
 
 begin "export: to Hugging Face, and the proof that it is the same model"
-rm -rf "$run/huggingface"
-attempt "$PYTHON" -m tools.export_hf --load "$run/checkpoints" --output "$run/huggingface" --verify ||
+attempt "$PYTHON" -m tools.export_hf --load "$run/checkpoints" --output "$run/huggingface" --overwrite --verify ||
   fail "see the message above"
 "$PYTHON" - "$run/huggingface/config.json" <<'PYTHON'
 import json

@@ -20,6 +20,11 @@ if [[ $# -gt 1 || $source_path == -* ]]; then
   exit 2
 fi
 
+if [[ ! -f $run/corpus.origin && -n $(ls -A "$run") ]]; then
+  echo "quickstart: $run is not empty, and this script did not make it. Give another folder: QUICKSTART_DIR=FOLDER" >&2
+  exit 2
+fi
+
 # shellcheck source=launch/steps.sh
 . "$root/launch/steps.sh"
 
@@ -112,8 +117,8 @@ iteration=$(cat "$run/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null
 if [[ -f $finished/export && $(<"$finished/export") == "$iteration" && -f $run/huggingface/config.json ]]; then
   skip "$run/huggingface"
 else
-  rm -rf "$finished/export" "$run/huggingface"
-  attempt "$PYTHON" -m tools.export_hf --load "$run/checkpoints" --output "$run/huggingface" --verify ||
+  rm -f "$finished/export"
+  attempt "$PYTHON" -m tools.export_hf --load "$run/checkpoints" --output "$run/huggingface" --overwrite --verify ||
     fail "see the message above"
   printf '%s\n' "$iteration" >"$finished/export"
 fi

@@ -74,6 +74,12 @@ _setup_install() {  # $1 = root; runs in a subshell
   rm -f "$venv/.stamp"
   # Keep a half-filled environment (pip goes on from there), unless its interpreter is gone or too old.
   if ! "$venv/bin/python" -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    # .made says that this script made the folder: only then is it emptied.
+    if [[ ! -f $venv/.made && -n $(find "$venv" -mindepth 1 -maxdepth 1 ! -name .setup.lock) ]]; then
+      _setup_error "$venv has no usable Python, and this script did not make it. Move it away, or name" \
+        "an interpreter that has the packages: ITHACA_PYTHON=/path/to/python"
+      exit 1
+    fi
     base=$(_setup_find_python) || exit 1
     if ! "$base" -c 'import venv, ensurepip' 2>/dev/null; then
       _setup_error "$base has no venv module. Install it (Debian, Ubuntu: apt install python3-venv), or name" \
@@ -82,6 +88,7 @@ _setup_install() {  # $1 = root; runs in a subshell
     fi
     echo "setup: making $venv with $base"
     find "$venv" -mindepth 1 -maxdepth 1 ! -name .setup.lock -exec rm -rf {} +
+    touch "$venv/.made"
     "$base" -m venv "$venv" || exit 1
   fi
   echo "setup: installing requirements.txt (the first time takes minutes; torch is the large one)"
