@@ -24,7 +24,8 @@ from pretrain.config import Config
 from pretrain.load_config import read_config_yaml
 from pretrain.model_files import CONFIG, read_carried
 from tools import export_files
-from tools.outputs import Input, NewFolder
+from tools.output_folder import NewFolder
+from tools.outputs import Input
 from tools.verify_hf import verify
 
 MAKER = "tools.export_hf"

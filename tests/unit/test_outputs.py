@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.outputs import MARKER, Input, NewFolder, check_file, relation
+from tools.output_folder import MARKER, NewFolder
+from tools.outputs import Input, check_file, relation
 
 MAKER = "tools.test"
 
@@ -155,6 +156,7 @@ def test_relations_of_paths(tmp_path):
     }.items():
         assert relation(tmp_path / output, source) == expected, output
     assert relation(tmp_path / "in", tmp_path / "in" / "file") == "contains"
+    assert relation(tmp_path / "in" / "sub", tmp_path / "in" / "sub" / "..") == "lies in"
     # The link itself lies in the folder, though what it names does not.
     assert relation(tmp_path / "out", tmp_path / "out" / "text") == "contains"
 
@@ -173,7 +175,7 @@ def test_inputs_are_refused_by_the_name_that_the_user_knows(tmp_path):
 def test_what_an_interruption_left_is_taken_up(tmp_path, capsys):
     output = tmp_path / "out"
     code = (
-        "import os, sys; from pathlib import Path; from tools.outputs import NewFolder\n"
+        "import os, sys; from pathlib import Path; from tools.output_folder import NewFolder\n"
         f"new = NewFolder('output', Path({str(output)!r}), {MAKER!r}, inputs=[], overwrite=False)\n"
         "new.__enter__(); (new.path / 'weights').write_text('half'); os._exit(9)"
     )
