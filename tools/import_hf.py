@@ -169,7 +169,7 @@ def import_folder(arguments: Arguments) -> Path:
     """
     folder = Path(arguments.hf)
     content = read_config_file(folder)
-    check_root(
+    root = check_root(
         "save",
         Path(arguments.save),
         checkpoint.iteration_folder(arguments.save, 0),
@@ -199,7 +199,7 @@ def import_folder(arguments: Arguments) -> Path:
     refuse_other_logits(config, tensors, sequences, references)
     world = single_process_layout(torch.device("cpu")).world
     return checkpoint.save(
-        arguments.save,
+        root,
         0,
         {f"model.{name}": tensor for name, tensor in tensors.items()},
         describe_progress(config, longest),

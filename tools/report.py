@@ -35,14 +35,17 @@ def chart_path(output: Path, name: str) -> Path:
     return output.with_name(f"{output.stem}-{name}.png")
 
 
-def check_outputs(output: Path) -> None:
-    """Raise ValueError where a file would be written over, or removed, that no report wrote."""
-    pictures = [output]
-    if output.suffix.lower() == ".html":
-        check_file("output", output, MAKER, is_own_page)
-        pictures = [chart_path(output, name) for name in CHARTS]
-    for picture in pictures:
-        check_file("output", picture, MAKER, is_own_picture)
+def check_outputs(output: Path) -> Path:
+    """The path to write, without `..`.
+
+    Raises:
+        ValueError: a file would be written over, or removed, that no report wrote.
+    """
+    if output.suffix.lower() == ".png":
+        return check_file("output", output, MAKER, is_own_picture)
+    for name in CHARTS:
+        check_file("output", chart_path(output, name), MAKER, is_own_picture)
+    return check_file("output", output, MAKER, is_own_page)
 
 
 def write_page(run: Run, output: Path) -> None:
@@ -64,13 +67,13 @@ def main() -> int:
     try:
         if output.suffix.lower() not in (".html", ".png"):
             raise ValueError(f"output = {output}: a page or a picture is written. Fix: end the name in .html or .png.")
-        check_outputs(output)
+        place = check_outputs(output)
         run = read_run(folder)
-        output.parent.mkdir(parents=True, exist_ok=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
         if output.suffix.lower() == ".png":
-            to_png(draw_sheet(run), output)
+            to_png(draw_sheet(run), place)
         else:
-            write_page(run, output)
+            write_page(run, place)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

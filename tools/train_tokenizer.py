@@ -156,13 +156,13 @@ def train_tokenizer(arguments: Arguments) -> str:
         print(f"left out: {line}", flush=True)
     path = Path(f"{arguments.output_prefix}.model")
     inputs = [Input("--input", file) for file in found.files]
-    check_file("output_prefix", path, "SentencePiece", is_sentencepiece, inputs)
+    path = check_file("output_prefix", path, "SentencePiece", is_sentencepiece, inputs)
     if path.exists() and not arguments.overwrite:
         raise ValueError(f"output_prefix = {arguments.output_prefix}: {path} exists already; what it encoded cannot be "
                          "decoded without it. Fix: give another prefix, or --overwrite.")
     texts = sample_texts(found.files, arguments.max_bytes, arguments.seed, arguments.json_keys[0])
     model = train(texts, arguments.vocab_size)
-    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -172,7 +172,7 @@ def train_tokenizer(arguments: Arguments) -> str:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    return str(path)
+    return f"{arguments.output_prefix}.model"
 
 
 def main() -> int:
