@@ -89,11 +89,13 @@ class FolderLock:
         if world.rank == 0:
             try:
                 Path(root).mkdir(parents=True, exist_ok=True)
-                self.file = open(Path(root) / ".lock", "a+", encoding="utf-8")
+                self.file = open(Path(root) / ".lock", "a+", encoding="utf-8", errors="replace")
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self.file.truncate(0)
-                self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
-                self.file.flush()
+                self.file.seek(0)
+                if re.fullmatch(r"(process \d+ on .*)?", self.file.read()):  # not another program's
+                    self.file.truncate(0)
+                    self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                    self.file.flush()
             except BlockingIOError:
                 self.file.seek(0)
                 problem = [f"{self.file.read() or 'another process'} is training into it. Fix: stop that run, or give "

@@ -144,6 +144,17 @@ def test_a_save_keeps_what_no_save_wrote(tmp_path, name, kind, capsys):
     assert f"kept as {kept}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", [b"", b"process 7 on node", b"package lock", b"\xff\x00"])
+def test_a_lock_file_of_another_program_keeps_its_content(tmp_path, content, monkeypatch):
+    monkeypatch.setattr(checkpoint.dist, "broadcast_object_list", lambda *args, **kwargs: None)
+    (tmp_path / ".lock").write_bytes(content)
+    world = single_process_layout(torch.device("cpu")).world
+    checkpoint.FolderLock(tmp_path, world).release()
+    is_ours = content in (b"", b"process 7 on node")
+    found = (tmp_path / ".lock").read_bytes()
+    assert found.startswith(b"process ") if is_ours else found == content, found
+
+
 def test_carried_files_lie_in_the_checkpoint_under_its_checksums(tmp_path):
     carried = {"generation_config.json": b"{}", "additional_chat_templates/tool.jinja": b"{{ x }}"}
     folder = save(tmp_path, carried=carried)
