@@ -52,6 +52,9 @@ def published(root: str | os.PathLike | None, step: int | None = None) -> Path |
     """
     if root is None:
         return None
+    if ".." in Path(root).parts:
+        # The system finds nothing at x/.. before x is there, which a save would make.
+        root = os.path.realpath(root)
     if step is None:
         latest = Path(root) / LATEST
         if not latest.is_file():

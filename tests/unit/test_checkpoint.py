@@ -40,6 +40,12 @@ def test_a_published_checkpoint_in_save_wins(tmp_path):
     assert start(save=tmp_path / "empty", load=tmp_path / "load").folder == other
 
 
+def test_a_published_checkpoint_is_found_through_a_folder_that_is_not_there(tmp_path):
+    mine = publish(tmp_path / "save")
+    assert start(save=tmp_path / "save" / "x" / "..").folder == mine
+    assert checkpoint.published(tmp_path / "x" / ".." / "save") == mine
+
+
 def test_weights_only_sources(tmp_path):
     folder = publish(tmp_path / "load")
     for settings in (dict(load=tmp_path / "load", finetune=True), dict(pretrained_checkpoint=tmp_path / "load")):
