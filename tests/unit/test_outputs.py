@@ -199,6 +199,44 @@ def test_a_replacement_cut_between_its_renames_is_undone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def write_until(number: int, output) -> int:
+    """Replace `output` in a process that ends before its change `number` -> its exit code."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    left = [number]
+
+    def counted(change):
+        def call(*arguments, **options):
+            left[0] -= 1
+            if left[0] == 0:
+                os._exit(9)
+            return change(*arguments, **options)
+        return call
+
+    for name in ("mkdir", "rename", "unlink", "rmdir"):
+        setattr(os, name, counted(getattr(os, name)))
+    try:
+        write(output, "new", overwrite=True)
+    finally:
+        os._exit(0)
+
+
+def test_a_kill_before_any_change_leaves_the_old_or_the_new_folder(tmp_path, capsys):
+    output = tmp_path / "out"
+    write(output, "old")
+    kills = 0
+    while write_until(kills + 1, output) == 9:
+        kills += 1
+        place = output if output.exists() else tmp_path / ".out.replaced"
+        assert (place / "inside" / "weights").read_text() in ("old", "new"), kills
+        write(output, "old", overwrite=True)
+        assert (output / "inside" / "weights").read_text() == "old", kills
+        assert [path.name for path in tmp_path.iterdir()] == ["out"], kills
+    assert kills >= 6, kills
+    assert (output / "inside" / "weights").read_text() == "new"
+
+
 @pytest.mark.parametrize("name", [".out.partial", ".out.replaced"])
 def test_a_foreign_folder_under_a_hidden_name_stays(tmp_path, name):
     (tmp_path / name).mkdir()
