@@ -12,9 +12,9 @@ from typing import Any
 
 from data.tokenizer import HUGGINGFACE_FILES, Tokenizer
 from model.config import ModelConfig
-from model.hf import model_settings
 from model.rope import Rope
 from pretrain.model_files import CONFIG, GENERATION, MORE_TEMPLATES, TEMPLATE
+from tools.hf_config import understand
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -70,7 +70,7 @@ def source_rope(source: dict[str, Any]) -> Rope | None:
     """The rotary embedding of the config.json that a model was imported with; None if unknown."""
     model = ModelConfig()
     try:
-        for name, value in model_settings(source).items():
+        for name, value in understand(source).model.items():
             setattr(model, name, value)
         return model.rope
     except (ValueError, KeyError, TypeError, AttributeError):

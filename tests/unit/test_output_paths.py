@@ -1,7 +1,6 @@
 """Whatever output path a tool is given, what it did not make stays byte for byte as it was."""
 
 import contextlib
-import importlib.util
 import io
 import os
 import re
@@ -67,8 +66,6 @@ TOOLS = {
         split_dataset.main, ("--input", "../corpus/web", "--parts", "2"), "--output-prefix",
         False, (), "fresh/part"),
 }
-if importlib.util.find_spec("data.output_prefix") is None:  # what guards the files of a prefix
-    del TOOLS["merge"], TOOLS["split"]
 
 
 def call(tool: Tool, output: str, *, overwrite: bool) -> tuple[int, str]:
