@@ -127,8 +127,11 @@ class IndexedWriter:
         self._lengths.frombytes(np.ascontiguousarray(lengths, dtype=np.int32).data.cast("B"))
         self.num_tokens += tokens
 
-    def finish(self, tokenizer: dict | None = None) -> list[str]:
-        """Publish PREFIX.bin, .json and .idx -> their paths. `tokenizer`: its description, for .json.
+    def finish(self, tokenizer: dict | None = None, text: dict | None = None) -> list[str]:
+        """Publish PREFIX.bin, .json and .idx -> their paths.
+
+        Args:
+            tokenizer, text: the tokenizer's description, and settings with which text became ids, for .json.
 
         .idx is the proof that the pair is whole: the old one goes first, the new one comes last.
 
@@ -147,6 +150,8 @@ class IndexedWriter:
             _sync(file)
         side = {"tokenizer": tokenizer, "dtype": self.dtype.name, "documents": self.num_documents,
                 "tokens": self.num_tokens, "max_token_id": self.max_token_id}
+        if text is not None:
+            side["text"] = text
         with self._explained("json"), open(self._temporary["json"], "w", encoding="utf-8") as file:
             file.write(json.dumps(side, indent=1) + "\n")
             _sync(file)

@@ -1,24 +1,33 @@
 """gigatoken behind a tokenizer of ours: many texts at once, with the ids of the tokenizer that it stands for.
 
-It reads tokenizer.json and has its own code for each kind of step in it, so it is used only where it was compared
-with the reference (`first_difference`) on texts of the corpus at hand.
+It reads tokenizer.json and has its own code for each kind of step in it. Which texts it gets is decided from the
+tokenizer's definition (data/tokenizer_rules.py); the tokenizer itself encodes the others, and one document in
+CHECK_EVERY of the fast ones again, so that a difference that the rules do not know stops the run.
 """
 
 import os
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 
 import numpy as np
+import xxhash
 
 from data.tokenizer import SAMPLE_TEXT, Tokenizer
+from data.tokenizer_rules import FastRules
 
 CACHE_BYTES, CACHE_TEXT = 1 << 30, 256 << 20
 """gigatoken remembers every word that it met and forgets none: up to 6 bytes per letter of random text. It begins anew
 once the process has grown by CACHE_BYTES and CACHE_TEXT letters were encoded; to learn the common words again costs
 less than a fifth of the time of so many.
 """
+
+CHECK_EVERY = 1024
+"""Documents of which one is encoded both ways: the tokenizer is some 40 times slower, so that this costs some 6 %."""
+CHECK_TEXT = 64 << 10
+"""Letters of a document that are encoded both ways, from its beginning; a long one would take minutes."""
 
 
 class TextError(ValueError):
@@ -94,12 +103,90 @@ def encode_one_by_one(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.nd
     return ids, np.array([len(row) for row in rows], dtype=np.int64)
 
 
-def first_difference(tokenizer: Tokenizer, fast: FastEncoder, texts: Sequence[str]) -> int | None:
+@dataclass
+class Encoded:
+    """Ids of texts one after another, how many each has, int64 [texts], and how the texts were encoded.
+
+    slow: texts that the tokenizer itself encoded. checked: texts that were encoded both ways.
+    """
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    slow: int = 0
+    checked: int = 0
+
+
+class CheckedEncoder:
+    """Gives a tokenizer's own ids, from gigatoken where the rules allow it. Any number of threads may call it."""
+
+    def __init__(self, tokenizer: Tokenizer, rules: FastRules):
+        """Build the encoder. ValueError: says why gigatoken cannot stand for this tokenizer."""
+        self.tokenizer = tokenizer
+        self.rules = rules
+        self.fast = FastEncoder(rules.definition, tokenizer.vocab_size)
+
+    def encode_batch(self, texts: Sequence[str]) -> Encoded:
+        """Encode the texts.
+
+        Raises:
+            TextError: a text has no ids.
+        """
+        slow = self.rules.slow(texts)
+        if not slow:
+            return Encoded(*self.fast.encode_batch(texts))
+        others = set(slow)
+        fast = [index for index in range(len(texts)) if index not in others]
+        fast_ids, fast_lengths = self.fast.encode_batch([texts[index] for index in fast])
+        try:
+            slow_ids, slow_lengths = encode_one_by_one(self.tokenizer, [texts[index] for index in slow])
+        except TextError as error:
+            raise TextError(str(error), slow[error.index]) from None
+        rows: list[np.ndarray] = [np.empty(0)] * len(texts)
+        for indices, ids, lengths in ((fast, fast_ids, fast_lengths), (slow, slow_ids, slow_lengths)):
+            end = 0
+            for index, length in zip(indices, lengths.tolist(), strict=True):
+                rows[index] = ids[end:end + length].astype(np.int64, copy=False)
+                end += length
+        return Encoded(np.concatenate(rows), np.array([len(row) for row in rows], dtype=np.int64), len(slow))
+
+    def check(self, texts: Sequence[str], place: object) -> int:
+        """Compare one text in CHECK_EVERY with the tokenizer's ids -> how many were compared.
+
+        Args:
+            place: of the texts in the input: which of them are taken depends on nothing else.
+
+        Raises:
+            TextError: the ids of a text differ.
+        """
+        first = xxhash.xxh3_64_intdigest(repr(place).encode()) % CHECK_EVERY
+        chosen = range(first, len(texts), CHECK_EVERY)
+        beginnings = [texts[index][:CHECK_TEXT] for index in chosen]
+        slow = set(self.rules.slow(beginnings))
+        fast = [number for number in range(len(beginnings)) if number not in slow]
+        different = first_difference(self.tokenizer, self, [beginnings[number] for number in fast])
+        if different is not None:
+            text = beginnings[fast[different]]
+            ours = self.fast.encode_batch([text])[0].tolist()
+            theirs = self.tokenizer.encode(text)
+            raise TextError(f"{self.fast.name} gives other ids than the tokenizer: {_show_difference(ours, theirs)}. "
+                            "Fix: --fast-tokenizer off.", chosen[fast[different]])
+        return len(fast)
+
+
+def _show_difference(ours: list[int], theirs: list[int]) -> str:
+    """The ids of both from shortly before the first that differs."""
+    pairs = zip(ours, theirs, strict=False)
+    first = next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(ours), len(theirs)))
+    begin = max(0, first - 2)
+    return f"from token {begin} on {ours[begin:first + 4]}, not {theirs[begin:first + 4]}"
+
+
+def first_difference(tokenizer: Tokenizer, encoder: CheckedEncoder, texts: Sequence[str]) -> int | None:
     """Number of the first text that the two encode to different ids; None where there is none."""
-    theirs, lengths = fast.encode_batch(texts)
+    encoded = encoder.encode_batch(texts)
     end = 0
-    for index, (text, length) in enumerate(zip(texts, lengths.tolist(), strict=True)):
-        if tokenizer.encode(text) != theirs[end:end + length].tolist():
+    for index, (text, length) in enumerate(zip(texts, encoded.lengths.tolist(), strict=True)):
+        if tokenizer.encode(text) != encoded.ids[end:end + length].tolist():
             return index
         end += length
     return None

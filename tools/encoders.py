@@ -5,13 +5,15 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import numpy as np
 
+from data.text_search import TextSearch
 from data.tokenizer import NullTokenizer, build_tokenizer
-from data.tokenizer_fast import FastEncoder, TextError, encode_one_by_one
+from data.tokenizer_fast import CheckedEncoder, Encoded, TextError, encode_one_by_one
+from data.tokenizer_folder import IdsFrom, SpecialTokensInText
 from tools.ids_files import read_ids
 from tools.text_files import Piece, name_place, read_documents
 
@@ -30,6 +32,26 @@ class Task:
 
 
 @dataclass
+class TextCounts:
+    """How documents became ids.
+
+    special_documents, special_tokens: documents in which a special token is written, and how often that is.
+    slow: documents that the tokenizer itself encoded, beside the fast encoder. checked: documents that were encoded
+    both ways.
+    """
+
+    special_documents: int = 0
+    special_tokens: int = 0
+    slow: int = 0
+    checked: int = 0
+
+    def add(self, other: "TextCounts") -> None:
+        """Add those of other documents."""
+        for name, number in asdict(other).items():
+            setattr(self, name, getattr(self, name) + number)
+
+
+@dataclass
 class Result:
     """Token ids of the documents of a task, in order: one array, and the length of each, int64 [documents]."""
 
@@ -38,12 +60,15 @@ class Result:
     empty: int
     bad: int
     size: int
+    text: TextCounts = field(default_factory=TextCounts)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker has to know. definition: for the fast encoder, None to use the tokenizer itself. eod: to put after
-    each document, None for nothing.
+    """What a worker has to know.
+
+    eod: to put after each document, None for nothing. fast: encodes, None to use the tokenizer itself. bos: to put
+    before each document, None for nothing. special_tokens_in_text: what is made of `special_texts` in a document.
     """
 
     tokenizer_type: str
@@ -53,14 +78,22 @@ class Job:
     eod: int | None
     key: str
     skip_bad: bool
-    definition: str | None
+    fast: CheckedEncoder | None
+    bos: int | None = None
+    ids_from: IdsFrom | None = None
+    special_tokens_in_text: SpecialTokensInText = "as-text"
+    special_texts: tuple[str, ...] = ()
 
     def finish(self, ids: np.ndarray, lengths: np.ndarray, bad: int, size: int) -> Result:
-        """Leave out empty documents, and end the others."""
+        """Leave out empty documents, begin and end the others."""
         full = lengths[lengths > 0]
         ids = ids.astype(self.dtype)
+        if self.bos is not None:
+            ids = np.insert(ids, np.cumsum(full) - full, self.bos)
+            full = full + 1
         if self.eod is not None:
-            ids, full = np.insert(ids, np.cumsum(full), self.eod), full + 1
+            ids = np.insert(ids, np.cumsum(full), self.eod)
+            full = full + 1
         return Result(ids, full, len(lengths) - len(full), bad, size)
 
 
@@ -69,11 +102,11 @@ class Encoder:
 
     def __init__(self, job: Job):
         self.job = job
-        if job.definition is not None:  # without transformers, which takes seconds to import
-            self._encode_batch = FastEncoder(job.definition, job.vocab_size).encode_batch
-        else:
-            tokenizer = build_tokenizer(job.tokenizer_type, job.tokenizer_model, job.vocab_size)
-            self._encode_batch = partial(encode_one_by_one, tokenizer)
+        self._special = TextSearch(job.special_texts)
+        if job.fast is None:
+            tokenizer = build_tokenizer(job.tokenizer_type, job.tokenizer_model, job.vocab_size,
+                                        ids_from=job.ids_from, keep_special=job.special_tokens_in_text == "keep")
+            self._encode_slowly = partial(encode_one_by_one, tokenizer)
 
     def encode(self, task: Task) -> Result:
         """Raises ValueError that names file and line."""
@@ -85,11 +118,26 @@ class Encoder:
             bad += documents.bad
             texts += documents.texts
             places += [(piece, offset) for offset in documents.offsets]
+        special = self._special.count(texts)
+        if special and self.job.special_tokens_in_text == "refuse":
+            index = min(special)
+            raise ValueError(f"{name_place(*places[index])}: the special token {self._special.first(texts[index])!r} "
+                             "is written in the text. Fix: the text, or --special-tokens-in-text as-text or keep.")
         try:
-            ids, lengths = self._encode_batch(texts)
+            encoded = self._encode(texts, task)
         except TextError as error:
             raise ValueError(f"{name_place(*places[error.index])}: {error}") from None
-        return self.job.finish(ids, lengths, bad, task.size)
+        result = self.job.finish(encoded.ids, encoded.lengths, bad, task.size)
+        result.text = TextCounts(len(special), sum(special.values()), encoded.slow, encoded.checked)
+        return result
+
+    def _encode(self, texts: list[str], task: Task) -> Encoded:
+        if self.job.fast is None:
+            return Encoded(*self._encode_slowly(texts))
+        encoded = self.job.fast.encode_batch(texts)
+        # By the place in the input, so that neither --workers nor a restart changes which documents are checked.
+        encoded.checked = self.job.fast.check(texts, task.next)
+        return encoded
 
 
 class IdsEncoder:
@@ -112,7 +160,7 @@ def build_encoder(job: Job) -> Encoder | IdsEncoder:
 
 def start_pool(job: Job, workers: int) -> tuple[Executor, Callable[[Task], Result]]:
     """Workers, and what to submit to them."""
-    if job.definition is not None:  # it lets go of the GIL, and threads start at once and share its cache of words
+    if job.fast is not None:  # it encodes without the GIL; threads start at once and share its cache of words
         return ThreadPoolExecutor(workers), Encoder(job).encode
     # spawn: a forked child may inherit locks that a tokenizer library's threads hold.
     return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (job,)), _work

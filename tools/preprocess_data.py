@@ -17,6 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from tqdm import tqdm
@@ -25,14 +26,16 @@ from data.config import TokenizerType
 from data.indexed import describe_single, optimal_dtype
 from data.output_prefix import check_output
 from data.resumable_writer import ResumableWriter
-from data.tokenizer import Tokenizer, build_tokenizer
+from data.tokenizer import Tokenizer
+from data.tokenizer_folder import IdsFrom, SpecialTokensInText
 from tools.choose_encoder import FastTokenizer, choose_encoder
-from tools.encoders import Job, Result, Task, build_encoder, start_pool
+from tools.encoders import Job, Result, Task, TextCounts, build_encoder, start_pool
 from tools.find_files import describe_inputs, find_files
 from tools.input_kinds import EXTENSIONS
 from tools.progress import describe_change, make_plan
 from tools.read_ahead import read_ahead
 from tools.text_files import Piece, is_stream, read_pieces
+from tools.text_settings import build_text_tokenizer, describe_special_tokens, find_bos
 
 TASK_BYTES = 1 << 20
 """Input of one task: large enough to hide the hand-over, small enough to keep all workers busy."""
@@ -58,10 +61,16 @@ class Arguments:
     """The .model file of SentencePiece, or the Hugging Face tokenizer's folder."""
     vocab_size: int | None = None
     """Token ids, for NullTokenizer."""
+    tokenizer_ids_from: IdsFrom | None = None
+    """Which of a Hugging Face folder's definitions gives the ids; needed where the two differ."""
     fast_tokenizer: FastTokenizer = "auto"
-    """Encode with gigatoken: where it gives a sample of the input the same ids (auto), or else stop (on), or not."""
+    """Encode with gigatoken: where it gives the tokenizer's own ids (auto), or else stop (on), or not."""
+    special_tokens_in_text: SpecialTokensInText = "as-text"
+    """Special tokens that are written in a document: text, or those tokens (keep), or an error."""
     append_eod: bool = False
     """Put the end-of-document token after each document."""
+    prepend_bos: Annotated[bool, tyro.conf.arg(aliases=["--append-bos"])] = False
+    """Put the beginning-of-sequence token before each document, for models that were trained with one."""
     workers: int = 1
     """Threads, or processes without the fast tokenizer, that tokenize; the result does not depend on it."""
     json_keys: list[str] = field(default_factory=lambda: ["text"])
@@ -77,7 +86,9 @@ class Arguments:
 
 
 def _tokenizer(arguments: Arguments) -> Tokenizer:
-    return build_tokenizer(arguments.tokenizer_type, arguments.tokenizer_model, arguments.vocab_size)
+    return build_text_tokenizer(
+        arguments.tokenizer_type, arguments.tokenizer_model, arguments.vocab_size,
+        ids_from=arguments.tokenizer_ids_from, special_tokens_in_text=arguments.special_tokens_in_text)
 
 
 def _tasks(files: list[Path], key: str, workers: int, start: tuple[int, int]) -> Iterator[Task]:
@@ -147,12 +158,13 @@ def _check(arguments: Arguments, files: list[Path]) -> Tokenizer:
 
 @dataclass
 class Progress:
-    """How far a run is. next: as in Task. done: bytes of input files. empty, bad: what was left out."""
+    """How far a run is. next: as in Task. done: bytes of input files. empty, bad: what was left out. text: how."""
 
     next: tuple[int, int] = (0, 0)
     done: int = 0
     empty: int = 0
     bad: int = 0
+    text: TextCounts = field(default_factory=TextCounts)
 
 
 def _begin(writer: ResumableWriter, plan: dict, arguments: Arguments, progress: Progress) -> Progress:
@@ -171,7 +183,8 @@ def _begin(writer: ResumableWriter, plan: dict, arguments: Arguments, progress: 
     writer.restore()
     print(f"{arguments.output_prefix}.progress.json: goes on after {note['done']:,} of {plan['input_bytes']:,} bytes, "
           f"{writer.num_documents:,} documents", flush=True)
-    return Progress(tuple(note["next"]), note["done"], note["empty"], note["bad"])
+    text = TextCounts(**note.get("text", {}))
+    return Progress(tuple(note["next"]), note["done"], note["empty"], note["bad"], text)
 
 
 def _write(writer: ResumableWriter, job: Job, workers: int, files: list[Path], plan: dict, progress: Progress) -> None:
@@ -183,6 +196,7 @@ def _write(writer: ResumableWriter, job: Job, workers: int, files: list[Path], p
             writer.add_documents(result.ids, result.lengths)
             progress.next, progress.done = task.next, progress.done + task.size
             progress.empty, progress.bad = progress.empty + result.empty, progress.bad + result.bad
+            progress.text.add(result.text)
             writer.share = max(progress.done, 1) / total
             unsaved += sum(piece.work for piece in task.pieces)
             if unsaved >= SAVE_BYTES:
@@ -203,15 +217,18 @@ def preprocess(arguments: Arguments) -> dict:
     found = find_files(arguments.input, arguments.extensions, plain_text=arguments.plain_text)
     files = found.files
     tokenizer = _check(arguments, files)
-    plan = make_plan(files, {"tokenizer": tokenizer.describe(), "append_eod": arguments.append_eod,
-                             "json_keys": arguments.json_keys, "task_bytes": TASK_BYTES,
-                             "reading": READING})
+    bos = find_bos(tokenizer, wanted=arguments.prepend_bos)
+    text_settings = {"append_eod": arguments.append_eod, "prepend_bos": arguments.prepend_bos,
+                     "special_tokens_in_text": arguments.special_tokens_in_text}
+    plan = make_plan(files, {"tokenizer": tokenizer.describe(), "json_keys": arguments.json_keys,
+                             "task_bytes": TASK_BYTES, "reading": READING} | text_settings)
     choice = choose_encoder(tokenizer, arguments.fast_tokenizer, files, arguments.json_keys[0])
     if choice.warn:
         print(f"warning: {choice.note}", file=sys.stderr)
     job = Job(arguments.tokenizer_type, arguments.tokenizer_model, tokenizer.vocab_size,
               optimal_dtype(tokenizer.vocab_size), tokenizer.eod if arguments.append_eod else None,
-              arguments.json_keys[0], arguments.skip_bad_lines, choice.definition)
+              arguments.json_keys[0], arguments.skip_bad_lines, choice.encoder, bos, arguments.tokenizer_ids_from,
+              arguments.special_tokens_in_text, tuple(tokenizer.special_texts()))
     prepared, cpu = time.perf_counter(), time.process_time()
     with ResumableWriter(arguments.output_prefix, job.dtype) as writer:
         progress = _begin(writer, plan, arguments, Progress(empty=sum(path.stat().st_size == 0 for path in files)))
@@ -221,13 +238,15 @@ def preprocess(arguments: Arguments) -> dict:
             raise ValueError(f"input = {' '.join(arguments.input)}: no document has a token ({len(files)} files, "
                              f"{progress.empty} empty documents, {progress.bad} bad). Fix: give inputs that are not "
                              "empty.")
-        outputs = writer.finish(tokenizer.describe())
+        outputs = writer.finish(tokenizer.describe(), text_settings)
     return {"files": len(files), "bytes": plan["input_bytes"], "documents": writer.num_documents,
             "tokens": writer.num_tokens, "new_tokens": writer.num_tokens - before[0],
             "new_bytes": plan["input_bytes"] - before[1], "empty": progress.empty, "bad": progress.bad,
             "seconds": time.perf_counter() - began, "prepare_seconds": prepared - began,
             "cpu_seconds": time.process_time() - cpu, "outputs": outputs,
-            "encoder": choice.note, "single": writer.num_single,
+            "text": asdict(progress.text), "encoder": choice.describe(progress.text),
+            "special_tokens": describe_special_tokens(progress.text, arguments.special_tokens_in_text),
+            "single": writer.num_single,
             "inputs": describe_inputs(found, documents=writer.num_documents, empty=progress.empty,
                                       bad=progress.bad)}
 
@@ -248,6 +267,8 @@ def main(argv: list[str] | None = None) -> int:
     if summary["single"]:
         print(describe_single(summary["single"], summary["documents"]))
     print(f"encoder: {summary['encoder']}")
+    if summary["special_tokens"]:
+        print(summary["special_tokens"])
     print(f"wrote {', '.join(summary['outputs'])}")
     return 0
 

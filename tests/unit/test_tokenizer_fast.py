@@ -9,7 +9,14 @@ from data import tokenizer_fast
 from data.indexed import IndexedReader
 from data.indexed_writer import IndexedWriter
 from data.tokenizer import build_tokenizer
-from data.tokenizer_fast import FastEncoder, TextError, encode_one_by_one, first_difference, probe_texts
+from data.tokenizer_fast import (
+    CheckedEncoder,
+    FastEncoder,
+    TextError,
+    encode_one_by_one,
+    first_difference,
+    probe_texts,
+)
 from tests.unit.test_tokenizer import ROOT, TEXTS, model  # noqa: F401 (a fixture)
 from tools import choose_encoder, preprocess_data
 from tools.bench import tokenizing
@@ -43,20 +50,21 @@ def make_huggingface(path, **settings):
 
 
 def fast_encoder(tokenizer):
-    return FastEncoder(tokenizer.to_tokenizer_json(), tokenizer.vocab_size)
+    return CheckedEncoder(tokenizer, tokenizer.fast_rules())
 
 
 def check_same(tokenizer, texts):
     fast = fast_encoder(tokenizer)
-    ids, lengths = fast.encode_batch(texts)
+    encoded = fast.encode_batch(texts)
     expected, counts = encode_one_by_one(tokenizer, texts)
-    assert lengths.tolist() == counts.tolist() and ids.tolist() == expected.tolist()
+    assert encoded.lengths.tolist() == counts.tolist()
+    assert encoded.ids.tolist() == expected.tolist()
     assert first_difference(tokenizer, fast, texts) is None
 
 
 def test_same_ids_as_huggingface(folder):
     tokenizer = build_tokenizer("HuggingFaceTokenizer", folder, None)
-    assert set(tokenizer.special_texts()) == {"<|end|>", "<|plain|>"}
+    assert tokenizer.special_texts() == ["<|end|>"]
     check_same(tokenizer, HARD + probe_texts(tokenizer))
     check_same(tokenizer, [])
     check_same(tokenizer, ["", ""])
@@ -65,7 +73,7 @@ def test_same_ids_as_huggingface(folder):
 def test_begins_anew_before_its_memory_grows(folder, monkeypatch):
     """Not for little text, and not while the process is small."""
     tokenizer = build_tokenizer("HuggingFaceTokenizer", folder, None)
-    fast = fast_encoder(tokenizer)
+    fast = fast_encoder(tokenizer).fast
     first, text = fast._tokenizer, "some words " * 10
     monkeypatch.setattr(tokenizer_fast, "CACHE_TEXT", 3 * len(text))
     fast.encode_batch([text] * 4)
@@ -127,7 +135,7 @@ def test_other_ids_are_refused(tmp_path, folder, monkeypatch, capsys):
         def encode_batch(self, texts):
             return super().encode_batch([text.replace("strawberry", "cherry") for text in texts])
 
-    monkeypatch.setattr(choose_encoder, "FastEncoder", Wrong)
+    monkeypatch.setattr(tokenizer_fast, "FastEncoder", Wrong)
     summary, files = run(tmp_path, folder, path)
     assert files == expected and "c.jsonl:3, which begins 'strawberry'" in summary["encoder"]
     assert "warning: one text at a time: gigatoken" in capsys.readouterr().err
