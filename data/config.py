@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from data.blend import parse_blend
+from data.tokenizer_folder import IdsFrom
 from data.units import parse_tokens
 
 Packing = Literal["concat", "best_fit"]
@@ -33,6 +34,9 @@ class DataConfig:
     """SentencePiece (three spellings of one thing), a Hugging Face folder, or none (text of integers)."""
     tokenizer_model: str | None = None
     """The .model file of SentencePiece, or the Hugging Face tokenizer's folder."""
+    tokenizer_ids_from: IdsFrom | None = None
+    """Which definition of a Hugging Face folder gives the ids: its tokenizer.json, or what transformers' AutoTokenizer
+    makes of its files; needed where the two differ."""
     vocab_size: int | None = None
     """Token ids; needed for NullTokenizer and --mock-data, otherwise read from the tokenizer."""
     document_masking: bool = True
@@ -93,6 +97,10 @@ class DataConfig:
 
     def _tokenizer_problems(self) -> list[str]:
         problems = []
+        if self.tokenizer_ids_from is not None and (self.mock_data or self.tokenizer_type != "HuggingFaceTokenizer"):
+            kind = "mock_data" if self.mock_data else f"tokenizer_type = {self.tokenizer_type}"
+            problems.append(f"tokenizer_ids_from = {self.tokenizer_ids_from}: has no effect with {kind}. Fix: remove "
+                            "it.")
         if self.vocab_size is not None and self.vocab_size < 2:
             problems.append(f"vocab_size = {self.vocab_size}: must be at least 2. Fix: give the number of token ids.")
         if self.mock_data:

@@ -13,6 +13,7 @@ from data.indexed import IndexedReader, OpenFiles, read_side_file
 from data.ledger import DataSettings
 from data.stream import SPLITS, DocumentStream, split_documents
 from data.synthetic import SyntheticReader
+from data.tokenizer_identity import same_tokenizer
 
 SCANNED_BYTES = 1 << 30
 """A .bin up to this size is scanned for ids that are too large at the start; a larger one as it is read."""
@@ -186,6 +187,7 @@ def _split_validation(parts: Sequence[tuple[float | None, SourceName, DocumentSt
 
 def _check_tokenizer(prefix: str, theirs: dict, ours: dict) -> None:
     """Raises ValueError unless the corpus was made with the run's tokenizer (ids without one always pass)."""
-    if any(theirs.get(name) != ours.get(name) for name in ("type", "fingerprint")):
+    sizes = {"vocab_size": None}  # rows of the model, which may be more than the corpus needs
+    if not same_tokenizer(theirs | sizes, ours | sizes):
         raise ValueError(f"{prefix}: was made with another tokenizer: {theirs}; this run has {ours}. Fix: give the "
                          "tokenizer that made the corpus, or preprocess the text again.")

@@ -265,7 +265,8 @@ def _tokenizer(data: DataConfig):
     """The tokenizer (None for mock data) and the model's vocabulary size."""
     if data.mock_data:
         return None, data.vocab_size
-    tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_size)
+    tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_size,
+                                ids_from=data.tokenizer_ids_from)
     if data.vocab_size is not None and data.vocab_size < tokenizer.vocab_size:
         raise ValueError(f"vocab_size = {data.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids. "
                          "Fix: leave it out, or give at least that many.")

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from data.config import are_named, parse_windows
+from data.tokenizer_identity import same_tokenizer
 from model.config import MEMORY_SETTINGS
 from model.rope import ROPE_SETTINGS, Rope
 from pretrain.batch_schedule import Stretch, batch_at
@@ -43,7 +44,8 @@ FIELDS: dict[str, Kind] = {
     "attention_backend": "free", "attention_crossover_tokens": "free", **dict.fromkeys(MEMORY_SETTINGS, "free"),
     "attention_dropout": "free", "hidden_dropout": "free", **dict.fromkeys(ROPE_SETTINGS, "effect"),
     # data: what the tokenizer's description, the blend, the phase or the skipped windows say
-    "tokenizer_type": "effect", "tokenizer_model": "effect", "vocab_size": "effect", "data_path": "effect",
+    "tokenizer_type": "effect", "tokenizer_model": "effect", "tokenizer_ids_from": "effect",
+    "vocab_size": "effect", "data_path": "effect",
     "train_data_path": "effect", "data_args_path": "effect", "document_masking": "effect", "packing": "effect",
     "data_exhausted": "effect", "skip_data": "effect", "reset_position_ids": "effect",
     "reset_attention_mask": "effect", "valid_data_path": "free", "data_cache_path": "free",
@@ -170,7 +172,7 @@ def continuation_changes(stored: Config, config: Config, progress: dict, phases:
         phases, learning_rate, tokenizer: of the run.
     """
     found = setting_changes(stored, config) + _vocabulary_changes(stored, config)
-    if progress["tokenizer"] != tokenizer:
+    if not same_tokenizer(progress["tokenizer"], tokenizer):
         found.append(Change("tokenizer", progress["tokenizer"], tokenizer, "tokenizer"))
     theirs, ours = (_windows_to_come(c.data.skip_data, progress) for c in (stored, config))
     if theirs != ours:

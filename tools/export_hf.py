@@ -104,7 +104,7 @@ def stored_tokenizer(folder: Path, config: Config) -> Tokenizer | None:
         return None
     data = config.data
     model = files[0] if len(files) == 1 and data.tokenizer_type != "HuggingFaceTokenizer" else folder / "tokenizer"
-    return build_tokenizer(data.tokenizer_type, str(model), data.vocab_size)
+    return build_tokenizer(data.tokenizer_type, str(model), data.vocab_size, ids_from=data.tokenizer_ids_from)
 
 
 def write_weights(source: Source, output: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:

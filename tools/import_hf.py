@@ -14,6 +14,7 @@ import torch
 import tyro
 
 from data.tokenizer import HUGGINGFACE_FILES, build_tokenizer
+from data.tokenizer_folder import IdsFrom, TwoDefinitions
 from model.build import build_whole_model
 from model.estimate import num_parameters
 from model.kernels import choose_attention
@@ -46,6 +47,8 @@ class Arguments:
     verify: bool | None = None
     """--verify or --no-verify: compare transformers' logits on the folder with ours before
     publishing. By default yes below 10B parameters."""
+    tokenizer_ids_from: IdsFrom | None = None
+    """Which of the folder's definitions of its tokenizer gives the ids; needed where they differ."""
 
 
 # ---------------------------------------------------------------- the comparison
@@ -112,20 +115,25 @@ def configure(settings: FolderConfig, folder: Path, arguments: Arguments) -> Con
         setattr(config.model, name, value)
     config.model.make_vocab_size_divisible_by = arguments.make_vocab_size_divisible_by
     config.data.vocab_size = settings.vocab_size
-    files = tokenizer_files(folder)
+    files = tokenizer_files(folder, arguments.tokenizer_ids_from)
     config.data.tokenizer_type = "HuggingFaceTokenizer" if files else "NullTokenizer"
     config.data.tokenizer_model = str(folder.resolve()) if files else None
+    config.data.tokenizer_ids_from = arguments.tokenizer_ids_from if files else None
     problems = config.model.validate()
     if problems:
         raise ValueError("\n".join(problems))
     return config
 
 
-def tokenizer_files(folder: Path) -> list[str]:
-    return [str(folder / name) for name in HUGGINGFACE_FILES if (folder / name).is_file()]
+def tokenizer_files(folder: Path, ids_from: IdsFrom | None) -> list[str]:
+    """The files that the checkpoint keeps of the folder's tokenizer."""
+    files = [str(folder / name) for name in HUGGINGFACE_FILES if (folder / name).is_file()]
+    if files and ids_from == "AutoTokenizer":
+        files.append(str(folder / "config.json"))  # its model_type decides the ids, too
+    return files
 
 
-def describe_progress(config: Config, longest: int) -> dict:
+def describe_progress(config: Config, tokenizer: dict | None, longest: int) -> dict:
     """progress.json of a checkpoint that holds weights only."""
     phase = {
         "name": "imported",
@@ -144,18 +152,20 @@ def describe_progress(config: Config, longest: int) -> dict:
         "longest_seq_length": longest,
         "seed": None,
         "data": None,
-        "tokenizer": _describe_tokenizer(config.data.tokenizer_model),
+        "tokenizer": tokenizer,
         "has_optimizer": False,
         "world_size": 1,
     }
 
 
-def _describe_tokenizer(folder: str | None) -> dict | None:
+def _describe_tokenizer(folder: str | None, ids_from: IdsFrom | None) -> dict | None:
     """What a run's tokenizer is compared with; None where there is none that can be read."""
     if folder is None:
         return None
     try:
-        return build_tokenizer("HuggingFaceTokenizer", folder, None).describe()
+        return build_tokenizer("HuggingFaceTokenizer", folder, None, ids_from=ids_from).describe()
+    except TwoDefinitions:
+        raise
     except ValueError as error:
         warn(f"the checkpoint will not know its tokenizer: {error}")
         return None
@@ -186,6 +196,7 @@ def import_folder(arguments: Arguments) -> Path:
     settings.model["untie_embeddings_and_output_weights"] = not is_tied
     config = configure(settings, folder, arguments)
     check_fit(config, weights)
+    tokenizer = _describe_tokenizer(config.data.tokenizer_model, config.data.tokenizer_ids_from)
     for text in warnings + more:
         warn(text)
     longest = settings.max_position_embeddings
@@ -202,9 +213,9 @@ def import_folder(arguments: Arguments) -> Path:
         root,
         0,
         {f"model.{name}": tensor for name, tensor in tensors.items()},
-        describe_progress(config, longest),
+        describe_progress(config, tokenizer, longest),
         dump_yaml(config),
-        tokenizer_files(folder),
+        tokenizer_files(folder, config.data.tokenizer_ids_from),
         world,
         read_model_files(folder),
     )

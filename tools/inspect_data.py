@@ -18,6 +18,7 @@ from data.config import TokenizerType
 from data.indexed import IndexedReader, describe_single, read_side_file
 from data.permutation import Permutation
 from data.tokenizer import Tokenizer, build_tokenizer
+from data.tokenizer_folder import IdsFrom
 from pretrain import checkpoint
 from tools.inspect_batch import describe_batch, describe_plan
 from tools.length_plot import plot_lengths
@@ -39,6 +40,8 @@ class Arguments:
     """Of the tokenizer that decodes."""
     tokenizer_model: str | None = None
     """Decode with this tokenizer; without one, ids are shown."""
+    tokenizer_ids_from: IdsFrom | None = None
+    """Which of a Hugging Face folder's definitions gives the ids; needed where the two differ."""
     config: str | None = None
     """A run's YAML file."""
     phase: str | None = None
@@ -86,7 +89,8 @@ def inspect(arguments: Arguments, run_flags: list[str]) -> list[str]:
         return describe_batch(flags, arguments.world_size, arguments.phase, arguments.batch)
     tokenizer = None
     if arguments.tokenizer_model:
-        tokenizer = build_tokenizer(arguments.tokenizer_type, arguments.tokenizer_model, None)
+        tokenizer = build_tokenizer(arguments.tokenizer_type, arguments.tokenizer_model, None,
+                                    ids_from=arguments.tokenizer_ids_from)
     lines, lengths = [], {}
     for prefix in dict.fromkeys(source.prefix for _, source in parse_blend(arguments.data_path, "data_path")):
         reader = IndexedReader(prefix)

@@ -13,6 +13,7 @@ import tyro
 from data.indexed import read_index, read_side_file
 from data.indexed_writer import IndexedWriter
 from data.output_prefix import check_output, prefix_files
+from data.tokenizer_identity import same_tokenizer
 
 
 @dataclass(kw_only=True)
@@ -50,7 +51,7 @@ def _common_tokenizer(arguments: Arguments) -> dict | None:
         if tokenizer is None and not arguments.accept_unknown_tokenizers:
             raise ValueError(f"input = {prefix}: no {prefix}.json that names its tokenizer. Fix: make it with "
                              "tools.preprocess_data, or --accept-unknown-tokenizers if you know that it is the same.")
-        if tokenizer and found[first] and tokenizer != found[first]:
+        if tokenizer and found[first] and not same_tokenizer(tokenizer, found[first]):
             raise ValueError(f"input = {prefix}: made with the tokenizer {tokenizer}, but {first} with {found[first]}. "
                              "Fix: merge only what one tokenizer made.")
     return found[first] if None not in found.values() else None
