@@ -75,8 +75,8 @@ def _refuse(wanted: FastTokenizer, reason: str, *, warn: bool) -> Choice:
 def sample_texts(files: Sequence[Path], key: str) -> Iterator[tuple[Piece, int, str]]:
     """(piece, offset, text) of documents at equally spaced places of the files.
 
-    A file that can be read from its beginning only gives as much from there. A text longer than SAMPLE_BYTES is cut;
-    what cannot be read is passed over, since the real pass reports it.
+    A file that can be read from its beginning only gives as much from there; the running check sees the rest.
+    A text longer than SAMPLE_BYTES is cut; what cannot be read is passed over, since the real pass reports it.
     """
     sizes = [path.stat().st_size for path in files]
     total = sum(sizes)
@@ -100,15 +100,15 @@ def sample_texts(files: Sequence[Path], key: str) -> Iterator[tuple[Piece, int, 
 
 
 def _read_beginning(path: Path, size: int, key: str) -> Iterator[tuple[Piece, int, str]]:
-    """Documents of the first `size` bytes, decompressed."""
+    """The first documents, of `size` letters together."""
     try:
         for piece in read_pieces(path, SAMPLE_BYTES, key):
             documents = read_documents(piece, key, skip_bad=True)
             for text, offset in zip(documents.texts, documents.offsets, strict=True):
                 yield piece, offset, text[:SAMPLE_BYTES]
-            size -= piece.work
-            if size <= 0:
-                return
+                size -= min(len(text), SAMPLE_BYTES)
+                if size <= 0:
+                    return
     except ValueError:
         return  # the real pass says what is wrong
 

@@ -17,7 +17,10 @@ from data.tokenizer_fast import CheckedEncoder, encode_one_by_one
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [path.read_text() for path in sorted((ROOT / "data").glob("*.py"))[:8]] + [
-    "người Việt không biết hiểu được tiếng Việt " * 4, "한국어 텍스트 " * 4, "日本語のテキスト " * 4, "Straße façade " * 4]
+    "người Việt không biết hiểu được tiếng Việt " * 4,
+    "한국어 텍스트 " * 4,
+    "日本語のテキスト " * 4,
+    "Straße façade " * 4]
 SPECIAL = "<|end|>"
 ADDED = ("không", "<sep>", "\n\n", "Café")
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
@@ -196,6 +199,48 @@ def test_any_text_has_the_ids_of_the_reference(family, texts):
     rows = np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1])
     for text, row in zip(texts, rows, strict=True):
         assert row.tolist() == expected(text), (name, text)
+
+
+SYMBOLS = {"user_defined_symbols": ["<sep>", "foo", "\n\n", f"{MARK}foo"]}
+IDENTITY = {"normalization_rule_name": "identity"}
+CONVERSIONS = {
+    "spaces kept": (IDENTITY | {"remove_extra_whitespaces": False, "add_dummy_prefix": False}, None),
+    "dummy prefix": (IDENTITY | {"remove_extra_whitespaces": False}, None),
+    "spaces removed": (IDENTITY, None),
+    "symbols": (IDENTITY | SYMBOLS | {"remove_extra_whitespaces": False, "add_dummy_prefix": False}, None),
+    "symbols and prefix": (IDENTITY | SYMBOLS | {"remove_extra_whitespaces": False}, "user-defined symbols"),
+    "symbols, spaces removed": (IDENTITY | SYMBOLS | {"add_dummy_prefix": False}, "spaces beside its user-defined"),
+    "nmt_nfkc": ({}, "letters that its normalization .nmt_nfkc. changes"),
+}
+
+
+@pytest.fixture(scope="module", params=CONVERSIONS)
+def conversion(request, tmp_path_factory):
+    """(the reference, the exported tokenizer in transformers or None where it is refused)."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("conversion")
+    options, refusal = CONVERSIONS[request.param]
+    kind, model = sentencepiece_model(folder / "m", model_type="bpe", **options)
+    tokenizer = build_tokenizer(kind, model, None)
+    if refusal:
+        with pytest.raises(ValueError, match=f"no tokenizer.json gives the ids .*{refusal}.*Fix"):
+            tokenizer.save_huggingface(str(folder))
+        return reference(kind, model), None
+    tokenizer.save_huggingface(str(folder))
+    return reference(kind, model), AutoTokenizer.from_pretrained(folder)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(texts=st.lists(TEXT, min_size=1, max_size=12))
+@example(texts=["foo is", " foo ", "a  foo\n\n", "\n", "\t x \u3000", MARK, f"a{MARK}{MARK}b", "", "  "])
+def test_an_exported_tokenizer_has_the_ids_of_sentencepiece(conversion, texts):
+    """For every text, or it is refused."""
+    expected, exported = conversion
+    for text in texts:
+        if exported is not None:
+            ids = exported.encode(text, add_special_tokens=False, verbose=False)
+            assert ids == expected(text), text
 
 
 def test_plain_english_is_encoded_fast(family):
