@@ -23,6 +23,7 @@ import numpy as np
 
 from data.text_search import TextSearch
 from data.tokenizer_identity import byte_letters, flatten_steps
+from data.tokenizer_splits import SPLITS
 
 SPACE = "\u2581"
 """How SentencePiece and its descendants write a space."""
@@ -264,6 +265,8 @@ def _check_byte_level(step: dict | None) -> bool:
     for split in steps[:-1]:
         if split["behavior"] != "Isolated" or split["invert"] or "Regex" not in split["pattern"]:
             raise ValueError(f"gigatoken passes over the settings of the split {json.dumps(split)[:80]}")
+    if tuple(split["pattern"]["Regex"] for split in steps[:-1]) not in SPLITS.values():
+        raise ValueError(f"gigatoken is not known to split by {steps[0]['pattern']['Regex'][:60]}...")
     return False
 
 
