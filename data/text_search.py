@@ -47,7 +47,9 @@ def _prefixes(words: Sequence[str]) -> list[str]:
     for length in range(LONGEST_PREFIX, 0, -1):
         prefixes = {word[:length] for word in words}
         # "<s" finds what "<start" would.
-        shortest = [one for one in prefixes if not any(one != other and other in one for other in prefixes)]
+        shortest = [
+            one for one in prefixes if not any(one != other and other in one for other in prefixes)
+        ]
         if len(shortest) <= MOST_PREFIXES or length == 1:
             return sorted(shortest)
     return []

@@ -44,7 +44,7 @@ class Tokenizer(Protocol):
         ...
 
     def fast_rules(self) -> FastRules:
-        """How gigatoken stands for this tokenizer (data/tokenizer_rules.py). ValueError if it cannot."""
+        """How gigatoken stands for this tokenizer. ValueError if it cannot."""
         ...
 
     def special_texts(self) -> list[str]:
@@ -56,12 +56,18 @@ class Tokenizer(Protocol):
         ...
 
     def save_huggingface(self, folder: str) -> None:
-        """Write what makes AutoTokenizer.from_pretrained(folder) give the same ids. ValueError if it can't."""
+        """Write what makes AutoTokenizer give the same ids. ValueError if it cannot."""
         ...
 
 
-def build_tokenizer(type: str, model: str | None, vocab_size: int | None, *, ids_from: IdsFrom | None = None,
-                    keep_special: bool = False) -> Tokenizer:
+def build_tokenizer(
+    type: str,
+    model: str | None,
+    vocab_size: int | None,
+    *,
+    ids_from: IdsFrom | None = None,
+    keep_special: bool = False,
+) -> Tokenizer:
     """The tokenizer of a `--tokenizer-type`.
 
     Args:
@@ -71,25 +77,32 @@ def build_tokenizer(type: str, model: str | None, vocab_size: int | None, *, ids
         keep_special: special tokens that are written in a text are those tokens, and not text.
 
     Raises:
-        ValueError: unknown type, a missing or unreadable model, a missing vocabulary size, or two definitions that
+        ValueError: unknown type, a missing or unreadable model, a missing vocabulary size, or two
+        definitions that
             differ.
     """
     if type == "NullTokenizer":
         return NullTokenizer(vocab_size)
     kinds = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
     if type not in (*kinds, "HuggingFaceTokenizer"):
-        raise ValueError(f"tokenizer_type = {type}: unknown. Fix: one of {', '.join(kinds)}, HuggingFaceTokenizer, "
-                         "NullTokenizer.")
+        raise ValueError(
+            f"tokenizer_type = {type}: unknown. Fix: one of {', '.join(kinds)}, "
+            "HuggingFaceTokenizer, NullTokenizer."
+        )
     if not model:
-        raise ValueError(f"tokenizer_model = {model}: must be given for {type}. Fix: give --tokenizer-model.")
+        raise ValueError(
+            f"tokenizer_model = {model}: must be given for {type}. Fix: give --tokenizer-model."
+        )
     pieces = Path(model) / "tokenizer.model"
     alone = pieces.is_file() and not (Path(model) / "tokenizer.json").is_file() and ids_from is None
     alone = alone and type == "HuggingFaceTokenizer"
     if type == "HuggingFaceTokenizer" and not alone:
         return HuggingFace(model, ids_from=ids_from, keep_special=keep_special)
     if keep_special:
-        raise ValueError("special_tokens_in_text = keep: SentencePiece takes what is written in a text as text. Fix: "
-                         "as-text or refuse.")
+        raise ValueError(
+            "special_tokens_in_text = keep: SentencePiece takes what is written in a text as "
+            "text. Fix: as-text or refuse."
+        )
     tokenizer = SentencePiece(str(pieces) if alone else model)
     if alone:
         refuse_tokens_beside_model(Path(model), tokenizer.vocab_size)
@@ -99,15 +112,17 @@ def build_tokenizer(type: str, model: str | None, vocab_size: int | None, *, ids
 class NullTokenizer:
     """Text of integers, for data that is already tokenized.
 
-    eod is `vocab_size - 1`. Megatron-Core's class counts the end-of-document token beside its vocab_size argument
-    (V gives V + 1 ids and eod = V); here vocab_size is the number of ids, eod among them. For data made there with
-    V, give V + 1.
+    eod is `vocab_size - 1`. Megatron-Core's class counts the end-of-document token beside its
+    vocab_size argument (V gives V + 1 ids and eod = V); here vocab_size is the number of ids, eod
+    among them. For data made there with V, give V + 1.
     """
 
     def __init__(self, vocab_size: int | None):
         if vocab_size is None or vocab_size < 2:
-            raise ValueError(f"vocab_size = {vocab_size}: NullTokenizer needs at least 2. Fix: give --vocab-size, one "
-                             "more than the largest id.")
+            raise ValueError(
+                f"vocab_size = {vocab_size}: NullTokenizer needs at least 2. Fix: give "
+                "--vocab-size, one more than the largest id."
+            )
         self.vocab_size = vocab_size
         self.eod = vocab_size - 1
         self.bos: int | None = None
@@ -118,19 +133,27 @@ class NullTokenizer:
         try:
             ids = [int(word) for word in text.split()]
         except ValueError as error:
-            raise ValueError(f"NullTokenizer: text must be whitespace-separated integers ({error}). Fix: the input, "
-                             "or another --tokenizer-type.") from None
+            raise ValueError(
+                f"NullTokenizer: text must be whitespace-separated integers ({error}). Fix: the "
+                "input, or another --tokenizer-type."
+            ) from None
         wrong = next((i for i in ids if not 0 <= i < self.vocab_size), None)
         if wrong is not None:
-            raise ValueError(f"token id {wrong}: must be in [0, vocab_size = {self.vocab_size}). Fix: the input, or a "
-                             "larger --vocab-size.")
+            raise ValueError(
+                f"token id {wrong}: must be in [0, vocab_size = {self.vocab_size}). Fix: the "
+                "input, or a larger --vocab-size."
+            )
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(str(int(i)) for i in ids)
 
     def describe(self) -> dict:
-        return {"type": "NullTokenizer", "vocab_size": self.vocab_size, "fingerprint": hash_files([])}
+        return {
+            "type": "NullTokenizer",
+            "vocab_size": self.vocab_size,
+            "fingerprint": hash_files([]),
+        }
 
     def fast_rules(self) -> FastRules:
         raise ValueError("its text is integers")
@@ -142,5 +165,7 @@ class NullTokenizer:
         return []
 
     def save_huggingface(self, folder: str) -> None:
-        raise ValueError(f"tokenizer_type = NullTokenizer: there is no tokenizer to write to {folder}. Fix: put the "
-                         "files of the tokenizer that made the ids there.")
+        raise ValueError(
+            f"tokenizer_type = NullTokenizer: there is no tokenizer to write to {folder}. Fix: put "
+            "the files of the tokenizer that made the ids there."
+        )

@@ -30,44 +30,77 @@ def convert_sentencepiece(model: str) -> tuple[Tokenizer, dict[str, str]]:
     proto = read_model(model)
     if proto.trainer_spec.model_type != TrainerSpec.BPE:
         kind = TrainerSpec.ModelType.Name(proto.trainer_spec.model_type)
-        raise ValueError(f"tokenizer_model = {model}: a {kind} model; only BPE converts to Hugging Face. Fix: convert "
-                         "it with transformers and train with --tokenizer-type HuggingFaceTokenizer.")
+        raise ValueError(
+            f"tokenizer_model = {model}: a {kind} model; only BPE converts to Hugging Face. Fix: "
+            "convert it with transformers and train with --tokenizer-type HuggingFaceTokenizer."
+        )
     kinds = ModelProto.SentencePiece
     names = [piece.piece for piece in proto.pieces]
     unknown = next(piece.piece for piece in proto.pieces if piece.type == kinds.UNKNOWN)
-    tokenizer = Tokenizer(BPE(vocab={name: i for i, name in enumerate(names)}, merges=_merges(proto),
-                              unk_token=unknown, fuse_unk=True, byte_fallback=proto.trainer_spec.byte_fallback))
+    tokenizer = Tokenizer(
+        BPE(
+            vocab={name: i for i, name in enumerate(names)},
+            merges=_merges(proto),
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=proto.trainer_spec.byte_fallback,
+        )
+    )
     tokenizer.normalizer = _normalizer(proto)
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if proto.normalizer_spec.add_dummy_prefix:
         steps.append(decoders.Strip(content=" ", left=1))
     tokenizer.decoder = decoders.Sequence(steps)
-    tokenizer.add_special_tokens([AddedToken(piece.piece, special=True, normalized=False) for piece in proto.pieces
-                                  if piece.type in (kinds.CONTROL, kinds.UNKNOWN)])
-    # normalized: SentencePiece looks for them after it wrote spaces as U+2581. With a dummy prefix that would change
-    # the symbols themselves, and no way gives its ids (refuse_inexact_conversion).
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(piece.piece, special=True, normalized=False)
+            for piece in proto.pieces
+            if piece.type in (kinds.CONTROL, kinds.UNKNOWN)
+        ]
+    )
+    # normalized: SentencePiece looks for them after it wrote spaces as U+2581. With a dummy prefix
+    # that would change the symbols themselves, and no way gives its ids
+    # (refuse_inexact_conversion).
     normalized = not proto.normalizer_spec.add_dummy_prefix
-    symbols = [name if normalized else name.replace(SPACE, " ") for name in user_defined_pieces(proto)]
-    tokenizer.add_tokens([AddedToken(name, special=False, normalized=normalized) for name in symbols])
-    roles = {"bos_token": proto.trainer_spec.bos_id, "eos_token": proto.trainer_spec.eos_id,
-             "pad_token": proto.trainer_spec.pad_id}
-    return tokenizer, {"unk_token": unknown} | {role: names[i] for role, i in roles.items() if i >= 0}
+    symbols = [
+        name if normalized else name.replace(SPACE, " ") for name in user_defined_pieces(proto)
+    ]
+    tokenizer.add_tokens(
+        [AddedToken(name, special=False, normalized=normalized) for name in symbols]
+    )
+    roles = {
+        "bos_token": proto.trainer_spec.bos_id,
+        "eos_token": proto.trainer_spec.eos_id,
+        "pad_token": proto.trainer_spec.pad_id,
+    }
+    return tokenizer, {"unk_token": unknown} | {
+        role: names[i] for role, i in roles.items() if i >= 0
+    }
 
 
 def _merges(proto: ModelProto) -> list[tuple[str, str]]:
     """Every pair of pieces that makes a piece, best score first.
 
-    SentencePiece ranks a merge by its result alone, and takes the leftmost of equals. In a run of one
-    character, what was merged earlier is longer and stands left, so the longer left part goes first.
+    SentencePiece ranks a merge by its result alone, and takes the leftmost of equals. In a run of
+    one character, what was merged earlier is longer and stands left, so the longer left part goes
+    first.
     """
-    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == proto.SentencePiece.NORMAL}
-    pairs = [(-score, -cut, name) for name, score in scores.items() for cut in range(1, len(name))
-             if name[:cut] in scores and name[cut:] in scores]
+    scores = {
+        piece.piece: piece.score
+        for piece in proto.pieces
+        if piece.type == proto.SentencePiece.NORMAL
+    }
+    pairs = [
+        (-score, -cut, name)
+        for name, score in scores.items()
+        for cut in range(1, len(name))
+        if name[:cut] in scores and name[cut:] in scores
+    ]
     return [(name[:-cut], name[-cut:]) for _, cut, name in sorted(pairs)]
 
 
 def _normalizer(proto: ModelProto):
-    """SentencePiece's normalization: character map, extra spaces, dummy prefix, spaces as U+2581."""
+    """SentencePiece's normalization: character map, spaces, dummy prefix, marks."""
     from tokenizers import Regex, normalizers
 
     spec = proto.normalizer_spec
@@ -101,7 +134,9 @@ def tied_pieces(proto: ModelProto) -> list[str]:
 
     SentencePiece merges the leftmost of equal scores, a tokenizer.json the one that it lists first.
     """
-    pieces = [piece for piece in proto.pieces if piece.type == piece.NORMAL and len(piece.piece) > 1]
+    pieces = [
+        piece for piece in proto.pieces if piece.type == piece.NORMAL and len(piece.piece) > 1
+    ]
     counts = Counter(piece.score for piece in pieces)
     return [piece.piece for piece in pieces if counts[piece.score] > 1]
 
@@ -123,7 +158,7 @@ def unsupported_settings(proto: ModelProto) -> str | None:
 
 
 def refuse_inexact_conversion(model: str) -> None:
-    """Raise ValueError that says which texts a tokenizer.json would give other ids, if there are any."""
+    """Raise ValueError if a tokenizer.json would give some texts other ids; it names them."""
     proto = read_model(model)
     symbols = user_defined_pieces(proto)
     tied = tied_pieces(proto)
@@ -131,14 +166,20 @@ def refuse_inexact_conversion(model: str) -> None:
     if unsupported := unsupported_settings(proto):
         texts = f"many texts ({unsupported})"
     elif proto.normalizer_spec.precompiled_charsmap:
-        texts = ("texts with letters that its normalization "
-                 f"({proto.normalizer_spec.name or 'a character map'}) changes")
+        texts = (
+            "texts with letters that its normalization "
+            f"({proto.normalizer_spec.name or 'a character map'}) changes"
+        )
     elif symbols and proto.normalizer_spec.add_dummy_prefix:
-        texts = f"texts with its user-defined symbols, as {symbols[0]!r}, since it has a dummy prefix"
+        texts = (
+            f"texts with its user-defined symbols, as {symbols[0]!r}, since it has a dummy prefix"
+        )
     elif symbols and proto.normalizer_spec.remove_extra_whitespaces:
         texts = f"texts with spaces beside its user-defined symbols, as {symbols[0]!r}"
     elif tied:
         texts = f"texts with pieces of equal score, as {tied[0]!r} and {tied[1]!r}"
     if texts:
-        raise ValueError(f"tokenizer_model = {model}: no tokenizer.json gives the ids of SentencePiece on {texts}. "
-                         "Fix: export without a tokenizer and use SentencePiece beside the model.")
+        raise ValueError(
+            f"tokenizer_model = {model}: no tokenizer.json gives the ids of SentencePiece on "
+            f"{texts}. Fix: export without a tokenizer and use SentencePiece beside the model."
+        )

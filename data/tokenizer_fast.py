@@ -1,8 +1,9 @@
-"""gigatoken behind a tokenizer of ours: many texts at once, with the ids of the tokenizer that it stands for.
+"""gigatoken behind a tokenizer of ours: many texts at once, with that tokenizer's ids.
 
-It reads tokenizer.json and has its own code for each kind of step in it. Which texts it gets is decided from the
-tokenizer's definition (data/tokenizer_rules.py); the tokenizer itself encodes the others, and one document in
-CHECK_EVERY of the fast ones again, so that a difference that the rules do not know stops the run.
+It reads tokenizer.json and has its own code for each kind of step in it. Which texts it gets is
+decided from the tokenizer's definition (data/tokenizer_rules.py); the tokenizer itself encodes the
+others, and one document in CHECK_EVERY of the fast ones again, so that a difference that the rules
+do not know stops the run.
 """
 
 import os
@@ -19,15 +20,16 @@ from data.tokenizer import SAMPLE_TEXT, Tokenizer
 from data.tokenizer_rules import FastRules
 
 CACHE_BYTES, CACHE_TEXT = 1 << 30, 256 << 20
-"""gigatoken remembers every word that it met and forgets none: up to 6 bytes per letter of random text. It begins anew
-once the process has grown by CACHE_BYTES and CACHE_TEXT letters were encoded; to learn the common words again costs
-less than a fifth of the time of so many.
+"""gigatoken remembers every word that it met and forgets none: up to 6 bytes per letter of random
+text. It begins again once the process has grown by CACHE_BYTES and CACHE_TEXT letters were encoded;
+to learn the common words again costs less than a fifth of the time of so many.
 """
 
 CHECK_EVERY = 1024
-"""Documents of which one is encoded both ways: the tokenizer is some 40 times slower, so that this costs some 6 %."""
+"""Documents of which one is encoded both ways. The tokenizer is some 40 times slower, so that this
+costs some 6 %."""
 CHECK_TEXT = 64 << 10
-"""Letters of a document that are encoded both ways, from its beginning; a long one would take minutes."""
+"""Letters of a document that are encoded both ways, from its beginning: long ones take minutes."""
 
 
 class TextError(ValueError):
@@ -39,7 +41,7 @@ class TextError(ValueError):
 
 
 class FastEncoder:
-    """Encodes batches with gigatoken on the calling thread, without the GIL; any number of threads may call it."""
+    """Encodes batches with gigatoken on the calling thread, without the GIL; thread-safe."""
 
     def __init__(self, definition: str, vocab_size: int):
         """Read the contents of a tokenizer.json, as Tokenizer.to_tokenizer_json gives it.
@@ -59,19 +61,21 @@ class FastEncoder:
         except Exception as error:  # it raises many kinds for a step that it does not know
             raise ValueError(f"{self.name} does not read this tokenizer ({error})") from None
         if self._tokenizer.vocab_size > vocab_size:
-            raise ValueError(f"{self.name} counts {self._tokenizer.vocab_size} ids, the tokenizer {vocab_size}")
+            raise ValueError(
+                f"{self.name} counts {self._tokenizer.vocab_size} ids, the tokenizer {vocab_size}"
+            )
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """uint32 [tokens] ids of all texts one after another, and int64 [texts] how many each has."""
+        """uint32 [tokens] ids of all texts in order, and int64 [texts] how many each has."""
         if not texts:
             return np.empty(0, dtype=np.uint32), np.empty(0, dtype=np.int64)
         rows = self._tokenizer.encode_batch(list(texts), parallel=False).layout
         self._bound_memory(sum(map(len, texts)))
         offsets = np.asarray(rows.offsets.data)
-        return np.asarray(rows.content.data)[offsets[0]:offsets[-1]], np.diff(offsets)
+        return np.asarray(rows.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
 
     def _bound_memory(self, letters: int) -> None:
-        """Begin anew, with an empty cache, when it is time to. Calls under way keep the tokenizer that they have."""
+        """Begin again with an empty cache when it is time to; calls under way keep the old one."""
         with self._lock:
             self._letters += letters
             if self._letters >= CACHE_TEXT and resident_bytes() - self._memory >= CACHE_BYTES:
@@ -105,7 +109,7 @@ def encode_one_by_one(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.nd
 
 @dataclass
 class Encoded:
-    """Ids of texts one after another, how many each has, int64 [texts], and how the texts were encoded.
+    """Ids of texts in order, how many each has (int64 [texts]), and how they were encoded.
 
     slow: texts that the tokenizer itself encoded. checked: texts that were encoded both ways.
     """
@@ -117,7 +121,7 @@ class Encoded:
 
 
 class CheckedEncoder:
-    """Gives a tokenizer's own ids, from gigatoken where the rules allow it. Any number of threads may call it."""
+    """Gives a tokenizer's own ids, from gigatoken where the rules allow it; thread-safe."""
 
     def __init__(self, tokenizer: Tokenizer, rules: FastRules):
         """Build the encoder. ValueError: says why gigatoken cannot stand for this tokenizer."""
@@ -138,16 +142,23 @@ class CheckedEncoder:
         fast = [index for index in range(len(texts)) if index not in others]
         fast_ids, fast_lengths = self.fast.encode_batch([texts[index] for index in fast])
         try:
-            slow_ids, slow_lengths = encode_one_by_one(self.tokenizer, [texts[index] for index in slow])
+            slow_ids, slow_lengths = encode_one_by_one(
+                self.tokenizer, [texts[index] for index in slow]
+            )
         except TextError as error:
             raise TextError(str(error), slow[error.index]) from None
         rows: list[np.ndarray] = [np.empty(0)] * len(texts)
-        for indices, ids, lengths in ((fast, fast_ids, fast_lengths), (slow, slow_ids, slow_lengths)):
+        for indices, ids, lengths in (
+            (fast, fast_ids, fast_lengths),
+            (slow, slow_ids, slow_lengths),
+        ):
             end = 0
             for index, length in zip(indices, lengths.tolist(), strict=True):
-                rows[index] = ids[end:end + length].astype(np.int64, copy=False)
+                rows[index] = ids[end : end + length].astype(np.int64, copy=False)
                 end += length
-        return Encoded(np.concatenate(rows), np.array([len(row) for row in rows], dtype=np.int64), len(slow))
+        return Encoded(
+            np.concatenate(rows), np.array([len(row) for row in rows], dtype=np.int64), len(slow)
+        )
 
     def check(self, texts: Sequence[str], place: object) -> int:
         """Compare one text in CHECK_EVERY with the tokenizer's ids -> how many were compared.
@@ -168,31 +179,45 @@ class CheckedEncoder:
             text = beginnings[fast[different]]
             ours = self.fast.encode_batch([text])[0].tolist()
             theirs = self.tokenizer.encode(text)
-            raise TextError(f"{self.fast.name} gives other ids than the tokenizer: {_show_difference(ours, theirs)}. "
-                            "Fix: --fast-tokenizer off.", chosen[fast[different]])
+            raise TextError(
+                f"{self.fast.name} gives other ids than the tokenizer: "
+                f"{_show_difference(ours, theirs)}. Fix: --fast-tokenizer off.",
+                chosen[fast[different]],
+            )
         return len(fast)
 
 
 def _show_difference(ours: list[int], theirs: list[int]) -> str:
     """The ids of both from shortly before the first that differs."""
     pairs = zip(ours, theirs, strict=False)
-    first = next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(ours), len(theirs)))
+    first = next(
+        (i for i, (one, other) in enumerate(pairs) if one != other), min(len(ours), len(theirs))
+    )
     begin = max(0, first - 2)
-    return f"from token {begin} on {ours[begin:first + 4]}, not {theirs[begin:first + 4]}"
+    return f"from token {begin} on {ours[begin : first + 4]}, not {theirs[begin : first + 4]}"
 
 
-def first_difference(tokenizer: Tokenizer, encoder: CheckedEncoder, texts: Sequence[str]) -> int | None:
+def first_difference(
+    tokenizer: Tokenizer, encoder: CheckedEncoder, texts: Sequence[str]
+) -> int | None:
     """Number of the first text that the two encode to different ids; None where there is none."""
     encoded = encoder.encode_batch(texts)
     end = 0
     for index, (text, length) in enumerate(zip(texts, encoded.lengths.tolist(), strict=True)):
-        if tokenizer.encode(text) != encoded.ids[end:end + length].tolist():
+        if tokenizer.encode(text) != encoded.ids[end : end + length].tolist():
             return index
         end += length
     return None
 
 
 def probe_texts(tokenizer: Tokenizer) -> list[str]:
-    """Texts that any corpus may hold though a sample does not: rare letters, special tokens written in the text."""
+    """Texts that any corpus may hold though a sample does not: rare letters, special tokens."""
     words = tokenizer.special_texts()
-    return [SAMPLE_TEXT, "", " ", "\n", "\ufeffx\u0000\u200d", *(f"a {word} b{word}{word}  c" for word in words)]
+    return [
+        SAMPLE_TEXT,
+        "",
+        " ",
+        "\n",
+        "\ufeffx\u0000\u200d",
+        *(f"a {word} b{word}{word}  c" for word in words),
+    ]

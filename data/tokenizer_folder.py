@@ -1,8 +1,9 @@
 """A folder with a Hugging Face tokenizer: which of its definitions gives the ids, and the ids.
 
-A folder defines its tokenizer twice: in tokenizer.json, and by what transformers' AutoTokenizer makes of all its
-files. From transformers 5 on the class and the model_type may replace steps of tokenizer.json, so that the two give
-other ids. Where they agree nobody has to care; where they do not, one must be chosen.
+A folder defines its tokenizer twice: in tokenizer.json, and by what transformers' AutoTokenizer
+makes of all its files. From transformers 5 on the class and the model_type may replace steps of
+tokenizer.json, so that the two give other ids. Where they agree nobody has to care; where they do
+not, one must be chosen.
 """
 
 from __future__ import annotations
@@ -30,10 +31,28 @@ if TYPE_CHECKING:
 
 IdsFrom = Literal["tokenizer.json", "AutoTokenizer"]
 SpecialTokensInText = Literal["keep", "as-text", "refuse"]
-HUGGINGFACE_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                     "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja")
-FINGERPRINTED_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                       "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja")
+HUGGINGFACE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "chat_template.jinja",
+)
+FINGERPRINTED_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "chat_template.jinja",
+)
 """Frozen: descriptions that were stored earlier hold a hash of these."""
 
 
@@ -53,18 +72,26 @@ class HuggingFace:
         folder = Path(model)
         self.files = [str(folder / name) for name in HUGGINGFACE_FILES if (folder / name).is_file()]
         if not self.files:
-            raise ValueError(f"tokenizer_model = {model}: must be a local folder with tokenizer.json, so that every "
-                             "rank reads the same files. Fix: download it first (hf download NAME --local-dir DIR).")
-        self._fingerprint = hash_files([file for file in self.files if Path(file).name in FINGERPRINTED_FILES])
+            raise ValueError(
+                f"tokenizer_model = {model}: must be a local folder with tokenizer.json, so that "
+                "every rank reads the same files. Fix: download it first (hf download NAME "
+                "--local-dir DIR)."
+            )
+        self._fingerprint = hash_files(
+            [file for file in self.files if Path(file).name in FINGERPRINTED_FILES]
+        )
         self._made = _read_with_transformers(model)
         declared = _read_tokenizer_json(folder)
         self.ids_from = _choose(model, declared, self._made, ids_from)
-        self._backend = declared if self.ids_from == "tokenizer.json" else getattr(
-            self._made, "backend_tokenizer", None)
+        self._backend = declared
+        if self.ids_from == "AutoTokenizer":
+            self._backend = getattr(self._made, "backend_tokenizer", None)
         self._keep_special = keep_special
         if keep_special and self._made.split_special_tokens:
-            raise ValueError(f"special_tokens_in_text = keep: {model} itself says split_special_tokens, that they are "
-                             "text. Fix: as-text.")
+            raise ValueError(
+                f"special_tokens_in_text = keep: {model} itself says split_special_tokens, that "
+                "they are text. Fix: as-text."
+            )
         if self._backend is not None:
             self._backend.no_truncation()
             self._backend.no_padding()
@@ -80,13 +107,19 @@ class HuggingFace:
     def _id_of(self, token: str | None) -> int | None:
         if token is None:
             return None
-        return self._made.convert_tokens_to_ids(token) if self._backend is None else self._backend.token_to_id(token)
+        if self._backend is None:
+            return self._made.convert_tokens_to_ids(token)
+        return self._backend.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
         if self._backend is not None:
             return self._backend.encode(text, add_special_tokens=False).ids
-        return self._made.encode(text, add_special_tokens=False, verbose=False,
-                                 split_special_tokens=not self._keep_special)
+        return self._made.encode(
+            text,
+            add_special_tokens=False,
+            verbose=False,
+            split_special_tokens=not self._keep_special,
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         numbers = [int(i) for i in ids]
@@ -95,12 +128,20 @@ class HuggingFace:
         return self._made.decode(numbers, clean_up_tokenization_spaces=False)
 
     def describe(self) -> dict:
-        found: dict[str, Any] = {"type": "HuggingFaceTokenizer", "vocab_size": self.vocab_size,
-                                 "fingerprint": self._fingerprint, "ids_from": self.ids_from}
+        found: dict[str, Any] = {
+            "type": "HuggingFaceTokenizer",
+            "vocab_size": self.vocab_size,
+            "fingerprint": self._fingerprint,
+            "ids_from": self.ids_from,
+        }
         if self._backend is not None:
-            found["ids"] = hash_text(json.dumps(deciding_parts(self._backend.to_str()), sort_keys=True))
+            found["ids"] = hash_text(
+                json.dumps(deciding_parts(self._backend.to_str()), sort_keys=True)
+            )
         else:  # a class written in Python: its name, files and version are all that can be known
-            found["ids"] = hash_text(f"{self._made.__class__.__name__} {self._fingerprint} {version('transformers')}")
+            found["ids"] = hash_text(
+                f"{self._made.__class__.__name__} {self._fingerprint} {version('transformers')}"
+            )
         if self.ids_from == "AutoTokenizer":
             found["transformers"] = version("transformers")
         return found
@@ -121,13 +162,16 @@ class HuggingFace:
     def special_tokens_left(self) -> list[str]:
         unknown = self._made.unk_token
         words = [word for word in self.special_texts() if word != unknown]
-        return [word for word in words if self._id_of(word) in self.encode(f"{word} a{word}b {word}")]
+        return [
+            word for word in words if self._id_of(word) in self.encode(f"{word} a{word}b {word}")
+        ]
 
     def save_huggingface(self, folder: str) -> None:
         """Copy the files and compare the ids.
 
         Raises:
-            ValueError: transformers gives other ids beside the config.json that is already in the folder.
+            ValueError: transformers gives other ids beside the config.json that is already in the
+            folder.
         """
         for file in self.files:
             if Path(file).name != "config.json":  # the model's own stands there
@@ -138,32 +182,43 @@ class HuggingFace:
             settings_file = Path(folder) / "tokenizer_config.json"
             if self.ids_from != "tokenizer.json" or not settings_file.is_file():
                 raise
-            # The class in the settings made AutoTokenizer replace steps of tokenizer.json: name the one that does not.
+            # The class in the settings made AutoTokenizer replace steps of tokenizer.json: name the
+            # one that does not.
             settings = json.loads(settings_file.read_text(encoding="utf-8"))
             before = settings.get("tokenizer_class")
             settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-            settings_file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            settings_file.write_text(
+                json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
             self._compare(folder)
-            print(f"{settings_file}: tokenizer_class was {before}, now PreTrainedTokenizerFast, so that AutoTokenizer "
-                  "gives the ids of tokenizer.json", file=sys.stderr)
+            print(
+                f"{settings_file}: tokenizer_class was {before}, now PreTrainedTokenizerFast, so "
+                "that AutoTokenizer gives the ids of tokenizer.json",
+                file=sys.stderr,
+            )
 
     def _compare(self, folder: str) -> None:
         compare_with_huggingface(self.encode, folder, split_special_tokens=not self._keep_special)
 
 
 def refuse_tokens_beside_model(folder: Path, pieces: int) -> None:
-    """Raise ValueError if a folder with tokenizer.model alone adds tokens that the model does not have."""
+    """Raise ValueError if a folder without tokenizer.json adds tokens that its model lacks."""
     found: dict[str, int] = {}
     if (folder / "added_tokens.json").is_file():
         found |= json.loads((folder / "added_tokens.json").read_text(encoding="utf-8"))
     if (folder / "tokenizer_config.json").is_file():
         settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        found |= {token["content"]: int(number) for number, token in settings.get("added_tokens_decoder", {}).items()}
+        found |= {
+            token["content"]: int(number)
+            for number, token in settings.get("added_tokens_decoder", {}).items()
+        }
     beyond = [content for content, number in found.items() if number >= pieces]
     if beyond:
-        raise ValueError(f"tokenizer_model = {folder}: adds {len(beyond)} tokens, as {beyond[0]!r}, that its "
-                         "tokenizer.model does not have. Fix: write its tokenizer.json with transformers "
-                         "(AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)).")
+        raise ValueError(
+            f"tokenizer_model = {folder}: adds {len(beyond)} tokens, as {beyond[0]!r}, that its "
+            "tokenizer.model does not have. Fix: write its tokenizer.json with transformers "
+            "(AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR))."
+        )
 
 
 def _read_with_transformers(model: str) -> Any:
@@ -173,8 +228,10 @@ def _read_with_transformers(model: str) -> Any:
         return AutoTokenizer.from_pretrained(model)
     except Exception as error:  # transformers raises many kinds for a bad folder
         reason = (str(error).splitlines() or [error.__class__.__name__])[0]
-        raise ValueError(f"tokenizer_model = {model}: transformers cannot read it ({reason}). Fix: give a folder "
-                         "with tokenizer.json and tokenizer_config.json.") from None
+        raise ValueError(
+            f"tokenizer_model = {model}: transformers cannot read it ({reason}). Fix: give a "
+            "folder with tokenizer.json and tokenizer_config.json."
+        ) from None
 
 
 def _read_tokenizer_json(folder: Path) -> Any:
@@ -187,15 +244,20 @@ def _read_tokenizer_json(folder: Path) -> Any:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # a plain Exception for all that is wrong in the file
-        raise ValueError(f"tokenizer_model = {folder}: tokenizer.json cannot be read ({error}). Fix: download it "
-                         "again.") from None
+        raise ValueError(
+            f"tokenizer_model = {folder}: tokenizer.json cannot be read ({error}). Fix: download "
+            "it again."
+        ) from None
 
 
 def _choose(model: str, declared: Any, made: Any, asked: IdsFrom | None) -> IdsFrom:
     """Which definition gives the ids. ValueError where they differ and none was asked for."""
     if declared is None:
         if asked == "tokenizer.json":
-            raise ValueError(f"tokenizer_ids_from = tokenizer.json: {model} has no such file. Fix: AutoTokenizer.")
+            raise ValueError(
+                f"tokenizer_ids_from = tokenizer.json: {model} has no such file. Fix: "
+                "AutoTokenizer."
+            )
         return "AutoTokenizer"
     if asked is not None:
         return asked
@@ -205,14 +267,16 @@ def _choose(model: str, declared: Any, made: Any, asked: IdsFrom | None) -> IdsF
         different = differing_parts(declared.to_str(), made.backend_tokenizer.to_str())
     if not different:
         return "AutoTokenizer"
-    raise TwoDefinitions(f"tokenizer_model = {model}: tokenizer.json and transformers' AutoTokenizer "
-                         f"({made.__class__.__name__}) define other ids ({', '.join(different)} differ"
-                         f"{_example(declared, made)}). Fix: --tokenizer-ids-from tokenizer.json or AutoTokenizer, "
-                         "whichever made the ids that the model knows.")
+    raise TwoDefinitions(
+        f"tokenizer_model = {model}: tokenizer.json and transformers' AutoTokenizer "
+        f"({made.__class__.__name__}) define other ids ({', '.join(different)} differ"
+        f"{_example(declared, made)}). Fix: --tokenizer-ids-from tokenizer.json or AutoTokenizer, "
+        "whichever made the ids that the model knows."
+    )
 
 
 def _example(declared: Any, made: Any) -> str:
-    """`: 'text' is [ids] and [ids]` for the first line at hand that the two encode to different ids."""
+    """`: 'text' is [ids] and [ids]` for the first line at hand with two sorts of ids."""
     lines = [line for text in sample_texts() for line in text.splitlines()]
     for text in [*SAMPLE_TEXT.splitlines(), *lines]:
         theirs = made.encode(text, add_special_tokens=False, verbose=False)
@@ -220,5 +284,6 @@ def _example(declared: Any, made: Any) -> str:
         if ours != theirs:
             pairs = zip(ours, theirs, strict=False)
             first = next((i for i, (one, other) in enumerate(pairs) if one != other), 0)
-            return f": {text[:40]!r} is {ours[first:first + 6]} and {theirs[first:first + 6]} from token {first} on"
+            ids = f"{ours[first : first + 6]} and {theirs[first : first + 6]}"
+            return f": {text[:40]!r} is {ids} from token {first} on"
     return ", though in no text at hand"

@@ -5,11 +5,12 @@ A description is what `Tokenizer.describe` returns and what corpora and checkpoi
     type          the kind of tokenizer
     vocab_size    one more than its largest id
     fingerprint   of the bytes of its files
-    ids           of all that decides the ids of a text, whatever the files look like; Hugging Face folders only
+    ids           of all that decides the ids of a text (Hugging Face folders only)
     ids_from      where those ids are defined: tokenizer.json or AutoTokenizer
     transformers  its version, where AutoTokenizer made the tokenizer
 
-Descriptions without `ids` were stored before it existed, and are compared by the fingerprint of the files.
+Descriptions without `ids` were stored before it existed, and are compared by the fingerprint of the
+files.
 """
 
 import json
@@ -19,9 +20,15 @@ from typing import Any
 
 import xxhash
 
-SAMPLE_TEXT = ("def f(x):\n\tif x  >  1:\r\n\t\treturn  'a\\tb'   # 3.14159, 2026\n\n\n        pass\n \n"
-               "<s> </s> <unk> <0x0A>\n日本語 é e\u0301 \u200b 😀 \x00\n" + "=" * 79 + "\n" + " " * 77 + "x\n  ")
-"""What source code does to tokenizers: tabs, runs of spaces, newlines, digits, control tokens as text, rare letters."""
+SAMPLE_TEXT = (
+    "def f(x):\n\tif x  >  1:\r\n\t\treturn  'a\\tb'   # 3.14159, 2026\n\n\n        pass\n \n"
+    "<s> </s> <unk> <0x0A>\n日本語 é e\u0301 \u200b 😀 \x00\n"
+    + "=" * 79
+    + "\n"
+    + " " * 77
+    + "x\n  "
+)
+"""What source code does to tokenizers: tabs, runs of spaces, newlines, digits, control tokens, rare letters."""
 
 
 def same_tokenizer(theirs: dict | None, ours: dict | None) -> bool:
@@ -33,7 +40,7 @@ def same_tokenizer(theirs: dict | None, ours: dict | None) -> bool:
 
 
 def hash_files(files: list[str]) -> str:
-    """xxh3 of the files' names and bytes, hex. A single file's name does not count: it is renamed freely."""
+    """xxh3 of the files' names and bytes, hex. A single file may have any name."""
     digest = xxhash.xxh3_128()
     for file in sorted(files, key=lambda file: Path(file).name):
         if len(files) > 1:
@@ -49,7 +56,9 @@ def hash_text(text: str) -> str:
 
 def sample_texts() -> list[str]:
     """Source code at hand, this package's own, and `SAMPLE_TEXT`."""
-    return [SAMPLE_TEXT] + [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
+    return [SAMPLE_TEXT] + [
+        path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))
+    ]
 
 
 def compare_with_huggingface(encode: Callable[[str], list[int]], folder: str, **settings) -> None:
@@ -67,13 +76,15 @@ def compare_with_huggingface(encode: Callable[[str], list[int]], folder: str, **
         config = Path(folder) / "config.json"
         kind = json.loads(config.read_text()).get("model_type") if config.is_file() else None
         raise ValueError(
-            f"{folder}: transformers' {theirs.__class__.__name__} gives other ids than the tokenizer trained with, on "
-            f"the text that begins {text[:30]!r} (model_type {kind}). Fix: transformers ties some model types, qwen2 "
-            "among them, to a tokenizer class of their own; otherwise only BPE models trained by "
-            "tools.train_tokenizer are sure to convert.")
+            f"{folder}: transformers' {theirs.__class__.__name__} gives other ids than the "
+            f"tokenizer trained with, on the text that begins {text[:30]!r} (model_type {kind}). "
+            "Fix: transformers ties some model types, qwen2 among them, to a tokenizer class of "
+            "their own; otherwise only BPE models trained by tools.train_tokenizer are sure to "
+            "convert."
+        )
 
 
-# ---------------------------------------------------------------- definitions, as a tokenizer.json has them
+# ---------------------------------------------------------------- definitions of tokenizer.json
 
 
 def flatten_steps(step: dict | None, children: str) -> list[dict[str, Any]]:
@@ -100,11 +111,15 @@ def deciding_parts(definition: str) -> dict[str, Any]:
     if _writes_all_bytes(model, steps):
         for name in ("unk_token", "fuse_unk"):  # nothing is unknown
             model.pop(name, None)
-    return {"normalizer": flatten_steps(parts.get("normalizer"), "normalizers"),
-            # trim_offsets: where a token stands in the text, not which it is.
-            "pre_tokenizer": [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps],
-            "model": model,
-            "added_tokens": sorted(parts["added_tokens"], key=lambda token: token["id"])}
+    return {
+        "normalizer": flatten_steps(parts.get("normalizer"), "normalizers"),
+        # trim_offsets: where a token stands in the text, not which it is.
+        "pre_tokenizer": [
+            {key: value for key, value in step.items() if key != "trim_offsets"} for step in steps
+        ],
+        "model": model,
+        "added_tokens": sorted(parts["added_tokens"], key=lambda token: token["id"]),
+    }
 
 
 def differing_parts(one: str, other: str) -> list[str]:
@@ -114,19 +129,35 @@ def differing_parts(one: str, other: str) -> list[str]:
     """
     first = deciding_parts(one)
     second = deciding_parts(other)
-    names = [name for name in ("normalizer", "pre_tokenizer", "model") if first[name] != second[name]]
-    special = {token["content"] for parts in (first, second) for token in parts["added_tokens"] if token["special"]}
+    names = [
+        name for name in ("normalizer", "pre_tokenizer", "model") if first[name] != second[name]
+    ]
+    special = {
+        token["content"]
+        for parts in (first, second)
+        for token in parts["added_tokens"]
+        if token["special"]
+    }
     both = {token["content"] for token in first["added_tokens"]} & {
-        token["content"] for token in second["added_tokens"]}
-    tokens = [[{key: value for key, value in token.items() if key != "special"} for token in parts["added_tokens"]
-               if token["content"] not in special or token["content"] in both] for parts in (first, second)]
+        token["content"] for token in second["added_tokens"]
+    }
+    tokens = [
+        [
+            {key: value for key, value in token.items() if key != "special"}
+            for token in parts["added_tokens"]
+            if token["content"] not in special or token["content"] in both
+        ]
+        for parts in (first, second)
+    ]
     return names + ["added_tokens"] * (tokens[0] != tokens[1])
 
 
 def byte_letters() -> list[str]:
     """The letters that byte-level BPE writes the 256 bytes with."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return [chr(byte) for byte in visible] + [chr(256 + number) for number in range(256 - len(visible))]
+    return [chr(byte) for byte in visible] + [
+        chr(256 + number) for number in range(256 - len(visible))
+    ]
 
 
 def _writes_all_bytes(model: dict, pre_tokenizer: list[dict]) -> bool:
@@ -134,4 +165,7 @@ def _writes_all_bytes(model: dict, pre_tokenizer: list[dict]) -> bool:
         return False
     if model.get("byte_fallback"):
         return all(f"<0x{byte:02X}>" in model["vocab"] for byte in range(256))
-    return any(step["type"] == "ByteLevel" for step in pre_tokenizer) and set(byte_letters()) <= model["vocab"].keys()
+    return (
+        any(step["type"] == "ByteLevel" for step in pre_tokenizer)
+        and set(byte_letters()) <= model["vocab"].keys()
+    )

@@ -1,13 +1,13 @@
-"""Which texts gigatoken encodes to the tokenizer's own ids: decided from the tokenizer's definition, not by trying.
+"""Which texts gigatoken encodes to the tokenizer's own ids, by the tokenizer's definition.
 
-gigatoken reads a tokenizer.json and passes over what it does not know in it, so every part of the definition must be
-one that it is known to do identically. Where that holds only for some texts, a cheap test finds the others, and the
-tokenizer itself encodes those:
+gigatoken reads a tokenizer.json and passes over what it does not know in it, so every part of the
+definition must be one that it is known to do identically. Where that holds only for some texts, a
+cheap test finds the others, and the tokenizer itself encodes those:
 
-    added tokens       with flags, in a form that normalization changes, overlapping each other, or beside a prefix
+    added tokens       with flags, changed by normalization, overlapping, or beside a prefix
     NFC                texts that it changes: gigatoken's tables are of a newer Unicode
     letters            that Unicode assigned recently: they are letters to one of the two only
-    character maps     all but printable ASCII: SentencePiece's works on the longest match, gigatoken's on graphemes
+    character maps     all but printable ASCII: SentencePiece maps the longest match, not graphemes
     extra spaces       texts that begin or end with one
 """
 
@@ -31,7 +31,11 @@ RECLASSIFIED = "\u0295"
 """A small letter until Unicode 16, and one without case from 17 on."""
 IGNORED_PARTS = ("truncation", "padding", "post_processor", "decoder")
 """Parts of a tokenizer.json that do not act on the ids of a text."""
-BPE_DEFAULTS = {"dropout": (None, 0, 0.0), "continuing_subword_prefix": (None, ""), "end_of_word_suffix": (None, "")}
+BPE_DEFAULTS = {
+    "dropout": (None, 0, 0.0),
+    "continuing_subword_prefix": (None, ""),
+    "end_of_word_suffix": (None, ""),
+}
 """Settings of the model that gigatoken passes over -> the values with which they do nothing."""
 
 Letters = Literal["assigned", "printable"]
@@ -41,9 +45,10 @@ Letters = Literal["assigned", "printable"]
 class FastRules:
     """How gigatoken stands for a tokenizer.
 
-    definition: the tokenizer.json that it is given. slow_words: texts that hold one of them are the tokenizer's own.
-    letters: which letters a fast text may have: those that Unicode has assigned for long, or printable ASCII and
-    newlines. nfc: a fast text is what NFC makes of it. edges: a fast text neither begins nor ends with a space.
+    definition: the tokenizer.json that it is given. slow_words: texts that hold one of them are the
+    tokenizer's own. letters: which letters a fast text may have: those that Unicode has assigned
+    for long, or printable ASCII and newlines. nfc: a fast text is what NFC makes of it. edges: a
+    fast text neither begins nor ends with a space.
     """
 
     definition: str
@@ -60,13 +65,16 @@ class FastRules:
         """Numbers of the texts that the tokenizer itself has to encode, ascending."""
         found = set(self._search.count(texts))
         if self.edges:
-            found |= {i for i, text in enumerate(texts) if text[:1].isspace() or text[-1:].isspace()}
+            ends = [text[:1] + text[-1:] for text in texts]
+            found |= {i for i, end in enumerate(ends) if end[:1].isspace() or end[-1:].isspace()}
         # isascii is a flag of the text, so that English costs nothing here.
-        wide = [i for i, text in enumerate(texts) if self.letters == "printable" or not text.isascii()]
+        every = self.letters == "printable"
+        wide = [i for i, text in enumerate(texts) if every or not text.isascii()]
         if wide and _has_slow_letter("".join([texts[i] for i in wide]), self.letters):
             found |= {i for i in wide if _has_slow_letter(texts[i], self.letters)}
         if self.nfc:
-            found |= {i for i in wide if i not in found and not unicodedata.is_normalized("NFC", texts[i])}
+            left = [i for i in wide if i not in found]
+            found |= {i for i in left if not unicodedata.is_normalized("NFC", texts[i])}
         return sorted(found)
 
 
@@ -79,9 +87,10 @@ def _has_slow_letter(text: str, letters: Letters) -> bool:
 def _slow_letters(letters: Letters) -> np.ndarray:
     """bool [code points] of the letters that a fast text may not have.
 
-    The tokenizers library knows Unicode 16 and gigatoken 17, and they differ in nothing that both have assigned but
-    RECLASSIFIED. Python 3.11 to 3.14 know 14 to 16, so that what this Python has not assigned holds all the rest. A
-    text of assigned letters that is in NFC is so under every later Unicode and every earlier one.
+    The tokenizers library knows Unicode 16 and gigatoken 17, and they differ in nothing that both
+    have assigned but RECLASSIFIED. Python 3.11 to 3.14 know 14 to 16, so that what this Python has
+    not assigned holds all the rest. A text of assigned letters that is in NFC is so under every
+    later Unicode and every earlier one.
     """
     codes = range(sys.maxunicode + 1)
     if letters == "printable":
@@ -119,7 +128,10 @@ def _rules_of_byte_level(parts: dict, keep_special: bool) -> FastRules:
     vocabulary = parts["model"]["vocab"]
     if not alphabet <= vocabulary.keys():
         raise ValueError("its vocabulary does not have all bytes")
-    odd = next((word for word in vocabulary if not alphabet.issuperset(word) and word not in contents), None)
+    odd = next(
+        (word for word in vocabulary if not alphabet.issuperset(word) and word not in contents),
+        None,
+    )
     if odd is not None:
         raise ValueError(f"its vocabulary holds {odd!r}, which is not written in bytes")
     nfc = _only_nfc(parts.get("normalizer"))
@@ -131,31 +143,45 @@ def _rules_of_byte_level(parts: dict, keep_special: bool) -> FastRules:
 def _rules_of_byte_fallback(parts: dict, keep_special: bool) -> FastRules:
     model = parts["model"]
     for byte in range(256):
-        if f"<0x{byte:02X}>" not in model["vocab"] and not (byte < 128 and chr(byte) in model["vocab"]):
+        if f"<0x{byte:02X}>" not in model["vocab"] and not (
+            byte < 128 and chr(byte) in model["vocab"]
+        ):
             raise ValueError(f"its vocabulary does not have the byte 0x{byte:02X}")
     if model.get("ignore_merges"):
         raise ValueError("gigatoken passes over ignore_merges beside byte_fallback")
     steps = flatten_steps(parts.get("normalizer"), "normalizers")
-    cleans = [step["type"] for step in steps if step["type"] in ("Strip", "Precompiled") or step.get(
-        "pattern") == {"Regex": " {2,}"}]
+    cleans = [
+        step["type"]
+        for step in steps
+        if step["type"] in ("Strip", "Precompiled") or step.get("pattern") == {"Regex": " {2,}"}
+    ]
     prefix = False
     for step in steps:
         if step["type"] == "Prepend" and step["prepend"] == SPACE:
             prefix = True
         elif step["type"] not in ("Strip", "Precompiled") and step not in (
-                {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
-                {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}):
-            raise ValueError(f"its normalizer has the step {json.dumps(step, ensure_ascii=False)[:80]}")
+            {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+            {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
+        ):
+            raise ValueError(
+                f"its normalizer has the step {json.dumps(step, ensure_ascii=False)[:80]}"
+            )
     metaspace = _check_metaspace(parts.get("pre_tokenizer"))
     prefix = prefix or metaspace not in (None, "never")
-    if any(token["normalized"] and (keep_special or not token["special"]) for token in parts["added_tokens"]) and steps:
+    active = [token for token in parts["added_tokens"] if keep_special or not token["special"]]
+    if steps and any(token["normalized"] for token in active):
         raise ValueError("it looks for added tokens in the normalized text")
-    added = _AddedTokens(parts["added_tokens"], keep_special=keep_special, nfc=False, alone=prefix or bool(cleans))
+    added = _AddedTokens(
+        parts["added_tokens"], keep_special=keep_special, nfc=False, alone=prefix or bool(cleans)
+    )
     # Where a mark is added only if there is none, those in the text itself decide.
     marks = (SPACE,) if cleans or metaspace is not None else ()
-    return FastRules(_without_ignored(parts, added.fast), (*added.slow, *marks),
-                     letters="printable" if "Precompiled" in cleans else "assigned",
-                     edges=bool(cleans) or metaspace is not None)
+    return FastRules(
+        _without_ignored(parts, added.fast),
+        (*added.slow, *marks),
+        letters="printable" if "Precompiled" in cleans else "assigned",
+        edges=bool(cleans) or metaspace is not None,
+    )
 
 
 def rules_of_sentencepiece(model: str, definition: str) -> FastRules:
@@ -167,7 +193,12 @@ def rules_of_sentencepiece(model: str, definition: str) -> FastRules:
     Raises:
         ValueError: says what in the model gigatoken does otherwise.
     """
-    from data.tokenizer_convert import read_model, tied_pieces, unsupported_settings, user_defined_pieces
+    from data.tokenizer_convert import (
+        read_model,
+        tied_pieces,
+        unsupported_settings,
+        user_defined_pieces,
+    )
 
     proto = read_model(model)
     if unsupported := unsupported_settings(proto):
@@ -176,7 +207,8 @@ def rules_of_sentencepiece(model: str, definition: str) -> FastRules:
     parts = json.loads(definition)
     steps = []
     if spec.precompiled_charsmap:
-        steps.append(next(step for step in parts["normalizer"]["normalizers"] if step["type"] == "Precompiled"))
+        converted = parts["normalizer"]["normalizers"]
+        steps.append(next(step for step in converted if step["type"] == "Precompiled"))
     if spec.remove_extra_whitespaces:
         steps.append({"type": "Strip", "strip_left": True, "strip_right": True})
         steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
@@ -184,21 +216,27 @@ def rules_of_sentencepiece(model: str, definition: str) -> FastRules:
         steps.append({"type": "Prepend", "prepend": SPACE})
     steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
     symbols = user_defined_pieces(proto)
-    # Symbols with spaces in them are found in either form; those that are alone on their side need no care.
-    exact = not (spec.precompiled_charsmap or spec.remove_extra_whitespaces or spec.add_dummy_prefix)
-    exact = exact and not any(SPACE in symbol or " " in symbol for symbol in symbols)
-    words = [] if exact else [form for symbol in symbols for form in (symbol, symbol.replace(SPACE, " "))]
-    words += [form for piece in tied_pieces(proto) for form in (piece, piece.replace(SPACE, " "))]
+    # A symbol is an added token to gigatoken, where nothing changes what stands beside it or in it.
+    changing = spec.precompiled_charsmap or spec.remove_extra_whitespaces or spec.add_dummy_prefix
+    exact = not changing and not any(SPACE in symbol or " " in symbol for symbol in symbols)
+    pieces = tied_pieces(proto) if exact else symbols + tied_pieces(proto)
+    words = [form for piece in pieces for form in (piece, piece.replace(SPACE, " "))]
     if spec.remove_extra_whitespaces:
         words.append(SPACE)
-    kept = [token | {"normalized": False} for token in parts["added_tokens"] if not token["special"] and exact]
+    kept = [
+        token | {"normalized": False}
+        for token in parts["added_tokens"]
+        if not token["special"] and exact
+    ]
     parts["normalizer"] = {"type": "Sequence", "normalizers": steps}
     rules = rules_of_tokenizer_json(json.dumps(parts | {"added_tokens": kept}), keep_special=False)
-    return FastRules(rules.definition, (*rules.slow_words, *words), letters=rules.letters, edges=rules.edges)
+    return FastRules(
+        rules.definition, (*rules.slow_words, *words), letters=rules.letters, edges=rules.edges
+    )
 
 
 class _AddedTokens:
-    """Added tokens that gigatoken finds as the tokenizer does (`fast`), and words that send a text the slow way.
+    """Added tokens that gigatoken finds as the tokenizer does, and words that make a text slow.
 
     Args:
         nfc: the tokenizer normalizes with NFC, and fast texts are in NFC.
@@ -206,7 +244,9 @@ class _AddedTokens:
     """
 
     def __init__(self, tokens: list[dict], *, keep_special: bool, nfc: bool, alone: bool):
-        active = [token for token in tokens if token["content"] and (keep_special or not token["special"])]
+        active = [
+            token for token in tokens if token["content"] and (keep_special or not token["special"])
+        ]
         passive = [token["content"] for token in tokens if token["special"] and not keep_special]
         raw = [token["content"] for token in active if not token["normalized"]]
         normalized = [token["content"] for token in active if token["normalized"]]
@@ -231,8 +271,13 @@ def _overlapping(some: Sequence[str], others: Sequence[str]) -> set[str]:
     for one in some:
         for other in others:
             shorter = min(len(one), len(other))
-            touches = one in other or other in one or any(
-                one.endswith(other[:n]) or other.endswith(one[:n]) for n in range(1, shorter))
+            touches = (
+                one in other
+                or other in one
+                or any(
+                    one.endswith(other[:n]) or other.endswith(one[:n]) for n in range(1, shorter)
+                )
+            )
             if touches:
                 found |= {one, other}
     return found
@@ -241,44 +286,63 @@ def _overlapping(some: Sequence[str], others: Sequence[str]) -> set[str]:
 def _check_merges(model: dict) -> None:
     """Raise ValueError where gigatoken ranks the merges in another way than their list."""
     vocabulary = model["vocab"]
-    merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    merges = [
+        tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge)
+        for merge in model["merges"]
+    ]
     if len(set(merges)) < len(merges):
         raise ValueError("it lists a merge twice")
     if any(part.startswith("<0x") and len(part) == 6 for merge in merges for part in merge):
         raise ValueError("it merges bytes")
     made = [vocabulary[left + right] for left, right in merges]
-    # Byte-level merges whose tokens are in order are ranked by the token, all others by their place in the list.
+    # Byte-level merges whose tokens are in order are ranked by the token, all others by their place
+    # in the list.
     if not model.get("byte_fallback") and made == sorted(made) and len(set(made)) < len(made):
         raise ValueError("two of its merges make the same token, one after the other")
 
 
 def _check_byte_level(step: dict | None) -> bool:
-    """Whether a space is put before texts. Raises ValueError for steps that gigatoken does otherwise."""
+    """Whether a space is put before texts. ValueError: gigatoken does a step otherwise."""
     steps = flatten_steps(step, "pretokenizers")
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
         return bool(steps[0]["add_prefix_space"])
     if len(kinds) < 2 or kinds[-1] != "ByteLevel" or set(kinds[:-1]) != {"Split"}:
-        raise ValueError(f"gigatoken does not split texts as {' and '.join(kinds) or 'no pre-tokenizer'} do")
+        raise ValueError(
+            f"gigatoken does not split texts as {' and '.join(kinds) or 'no pre-tokenizer'} do"
+        )
     if steps[-1].get("use_regex", True) or steps[-1]["add_prefix_space"]:
         raise ValueError("gigatoken passes over use_regex or add_prefix_space after another split")
     for split in steps[:-1]:
         if split["behavior"] != "Isolated" or split["invert"] or "Regex" not in split["pattern"]:
-            raise ValueError(f"gigatoken passes over the settings of the split {json.dumps(split)[:80]}")
+            raise ValueError(
+                f"gigatoken passes over the settings of the split {json.dumps(split)[:80]}"
+            )
     if tuple(split["pattern"]["Regex"] for split in steps[:-1]) not in SPLITS.values():
-        raise ValueError(f"gigatoken is not known to split by {steps[0]['pattern']['Regex'][:60]}...")
+        raise ValueError(
+            f"gigatoken is not known to split by {steps[0]['pattern']['Regex'][:60]}..."
+        )
     return False
 
 
 def _check_metaspace(step: dict | None) -> str | None:
-    """When a mark is put before texts; None without Metaspace. Raises ValueError for other steps."""
+    """When a mark is put before texts; None without Metaspace. ValueError: other steps."""
     steps = flatten_steps(step, "pretokenizers")
     if not steps:
         return None
-    if steps == [{"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}]:
+    if steps == [
+        {
+            "type": "Split",
+            "pattern": {"String": " "},
+            "behavior": "MergedWithPrevious",
+            "invert": False,
+        }
+    ]:
         return None
     if [step["type"] for step in steps] != ["Metaspace"] or steps[0]["replacement"] != SPACE:
-        raise ValueError(f"gigatoken does not split texts as {' and '.join(step['type'] for step in steps)} do")
+        raise ValueError(
+            f"gigatoken does not split texts as {' and '.join(step['type'] for step in steps)} do"
+        )
     return steps[0].get("prepend_scheme", "always")
 
 

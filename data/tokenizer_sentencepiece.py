@@ -14,19 +14,23 @@ if TYPE_CHECKING:
 
 
 class SentencePiece:
-    """A SentencePiece .model file. eod is its eos piece (`</s>`). Text that contains U+2581 decodes as a space."""
+    """A SentencePiece .model file. eod is its eos piece (`</s>`). U+2581 decodes as a space."""
 
     def __init__(self, model: str):
         import sentencepiece
 
         if not Path(model).is_file():
-            raise ValueError(f"tokenizer_model = {model}: no such file. Fix: give SentencePiece's .model file, or "
-                             "train one with tools.train_tokenizer.")
+            raise ValueError(
+                f"tokenizer_model = {model}: no such file. Fix: give SentencePiece's .model file, "
+                "or train one with tools.train_tokenizer."
+            )
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=model)
         except (RuntimeError, OSError) as error:
-            raise ValueError(f"tokenizer_model = {model}: not a SentencePiece model ({error}). Fix: give its .model "
-                             "file, or --tokenizer-type HuggingFaceTokenizer for a Hugging Face folder.") from None
+            raise ValueError(
+                f"tokenizer_model = {model}: not a SentencePiece model ({error}). Fix: give its "
+                ".model file, or --tokenizer-type HuggingFaceTokenizer for a Hugging Face folder."
+            ) from None
         self.files = [model]
         self.vocab_size = self._processor.get_piece_size()
         eos = self._processor.eos_id()
@@ -41,36 +45,52 @@ class SentencePiece:
         return self._processor.decode([int(i) for i in ids])
 
     def describe(self) -> dict:
-        return {"type": "SentencePieceTokenizer", "vocab_size": self.vocab_size, "fingerprint": hash_files(self.files)}
+        return {
+            "type": "SentencePieceTokenizer",
+            "vocab_size": self.vocab_size,
+            "fingerprint": hash_files(self.files),
+        }
 
     def fast_rules(self) -> FastRules:
         from data.tokenizer_convert import convert_sentencepiece
         from data.tokenizer_rules import rules_of_sentencepiece
 
-        return rules_of_sentencepiece(self.files[0], convert_sentencepiece(self.files[0])[0].to_str())
+        return rules_of_sentencepiece(
+            self.files[0], convert_sentencepiece(self.files[0])[0].to_str()
+        )
 
     def special_texts(self) -> list[str]:
         pieces = self._processor
-        return [pieces.id_to_piece(i) for i in range(self.vocab_size) if pieces.is_control(i) or pieces.is_unknown(i)]
+        return [
+            pieces.id_to_piece(i)
+            for i in range(self.vocab_size)
+            if pieces.is_control(i) or pieces.is_unknown(i)
+        ]
 
     def special_tokens_left(self) -> list[str]:
         return []
 
     def save_huggingface(self, folder: str) -> None:
-        """Write tokenizer.json, tokenizer_config.json and tokenizer.model, and compare the ids on source code.
+        """Write tokenizer.json, its settings and tokenizer.model, and compare the ids.
 
         Raises:
-            ValueError: no tokenizer.json gives the same ids for every text, or transformers gives other ids.
+            ValueError: no tokenizer.json gives the same ids for every text, or transformers gives
+            other ids.
         """
         from transformers import PreTrainedTokenizerFast
 
         from data.tokenizer_convert import convert_sentencepiece, refuse_inexact_conversion
 
-        refuse_inexact_conversion(self.files[0])
         backend, special = convert_sentencepiece(self.files[0])
-        # split_special_tokens: "</s>" written in a text is text, as in SentencePiece, not the end of a document.
-        fast = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False,
-                                       split_special_tokens=True, **special)
+        refuse_inexact_conversion(self.files[0])
+        # split_special_tokens: "</s>" written in a text is text, as in SentencePiece, not the end
+        # of a document.
+        fast = PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            clean_up_tokenization_spaces=False,
+            split_special_tokens=True,
+            **special,
+        )
         fast.save_pretrained(folder)
         shutil.copy(self.files[0], Path(folder) / "tokenizer.model")
         compare_with_huggingface(self.encode, folder)

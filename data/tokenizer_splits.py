@@ -1,8 +1,8 @@
-"""Patterns by which byte-level tokenizers split texts into words, and which gigatoken splits by identically.
+"""Patterns of byte-level tokenizers that gigatoken splits texts by identically.
 
-gigatoken knows more of them, but takes cl100k's for one thing in two spellings, neither of which it splits by as the
-tokenizers library does: `{1,3}+` is no possessive quantifier there. A pattern stands here once
-tests/unit/test_tokenizer_splits.py passes for it.
+gigatoken knows more of them, but takes cl100k's for one thing in two spellings, neither of which it
+splits by as the tokenizers library does: `{1,3}+` is no possessive quantifier there. A pattern
+stands here once tests/unit/test_tokenizer_splits.py passes for it.
 """
 
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -25,13 +25,17 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "gpt2": (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",),
     "qwen2": (_plain(digits=r"\p{N}"),),
     "llama3": (_plain(digits=r"\p{N}{1,3}"),),
-    "qwen3.5": (rf"{_CONTRACTION}|{_BEFORE}[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_LINES}",),
+    "qwen3.5": (
+        rf"{_CONTRACTION}|{_BEFORE}[\p{{L}}\p{{M}}]+|\p{{N}}|"
+        rf" ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_LINES}",
+    ),
     "o200k": (_by_case(contraction=f"{_CONTRACTION}?", digits=r"\p{N}{1,3}"),),
     "nemotron": (_by_case(contraction="", digits=r"\p{N}"),),
     "deepseek-v3": (
         r"\p{N}{1,3}",
         "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
         "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+|"
-        " ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"),
+        " ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+    ),
 }
 """Name -> the patterns of the splits, one after another."""

@@ -1,4 +1,4 @@
-"""Whether the fast encoder can stand for the tokenizer, by its definition and by a sample of the corpus at hand."""
+"""Whether the fast encoder can stand for the tokenizer: by its definition, and on a sample."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ SAMPLE_BYTES = 32 << 10
 class Choice:
     """How the corpus is encoded.
 
-    encoder: the fast one, None where it is not used. note: what was compared, or why it is not used, for people.
-    warn: `note` is a warning.
+    encoder: the fast one, None where it is not used. note: what was compared, or why it is not
+    used, for people. warn: `note` is a warning.
     """
 
     encoder: CheckedEncoder | None
@@ -33,11 +33,16 @@ class Choice:
         """Who encoded which documents, for the summary."""
         if self.encoder is None:
             return self.note
-        return (f"{self.note}; {counts.checked:,} documents in the run (one in {CHECK_EVERY}) encoded both ways, with "
-                f"the same ids; {counts.slow:,} that gigatoken might encode otherwise, by the tokenizer itself")
+        return (
+            f"{self.note}; {counts.checked:,} documents in the run (one in {CHECK_EVERY}) encoded "
+            f"both ways, with the same ids; {counts.slow:,} that gigatoken might encode otherwise, "
+            "by the tokenizer itself"
+        )
 
 
-def choose_encoder(tokenizer: Tokenizer, wanted: FastTokenizer, files: Sequence[Path], key: str) -> Choice:
+def choose_encoder(
+    tokenizer: Tokenizer, wanted: FastTokenizer, files: Sequence[Path], key: str
+) -> Choice:
     """Decide by the tokenizer's definition, and compare the two on a sample of the files.
 
     Raises:
@@ -58,25 +63,35 @@ def choose_encoder(tokenizer: Tokenizer, wanted: FastTokenizer, files: Sequence[
         if different >= len(probes):
             piece, offset, _ = sample[different - len(probes)]
             where = name_place(piece, offset)
-        return _refuse(wanted, f"{fast.fast.name} gives other ids than the tokenizer on {where}, which begins "
-                       f"{texts[different][:40]!r}", warn=True)
+        return _refuse(
+            wanted,
+            f"{fast.fast.name} gives other ids than the tokenizer on {where}, which begins "
+            f"{texts[different][:40]!r}",
+            warn=True,
+        )
     size = sum(len(text.encode()) for *_, text in sample)
-    return Choice(fast, f"{fast.fast.name}; same ids as the tokenizer's on {len(sample):,} documents of the input "
-                  f"({size:,} bytes) and {len(probes)} built-in texts")
+    return Choice(
+        fast,
+        f"{fast.fast.name}; same ids as the tokenizer's on {len(sample):,} documents of the input "
+        f"({size:,} bytes) and {len(probes)} built-in texts",
+    )
 
 
 def _refuse(wanted: FastTokenizer, reason: str, *, warn: bool) -> Choice:
     if wanted == "on":
-        raise ValueError(f"fast_tokenizer = on: {reason}. Fix: --fast-tokenizer auto, which then uses the tokenizer "
-                         "itself, more slowly.")
+        raise ValueError(
+            f"fast_tokenizer = on: {reason}. Fix: --fast-tokenizer auto, which then uses the "
+            "tokenizer itself, more slowly."
+        )
     return Choice(None, f"one text at a time: {reason}", warn)
 
 
 def sample_texts(files: Sequence[Path], key: str) -> Iterator[tuple[Piece, int, str]]:
     """(piece, offset, text) of documents at equally spaced places of the files.
 
-    A file that can be read from its beginning only gives as much from there; the running check sees the rest.
-    A text longer than SAMPLE_BYTES is cut; what cannot be read is passed over, since the real pass reports it.
+    A file that can be read from its beginning only gives as much from there; the running check sees
+    the rest. A text longer than SAMPLE_BYTES is cut; what cannot be read is passed over, since the
+    real pass reports it.
     """
     sizes = [path.stat().st_size for path in files]
     total = sum(sizes)
@@ -93,7 +108,9 @@ def sample_texts(files: Sequence[Path], key: str) -> Iterator[tuple[Piece, int, 
             continue
         stop = places[number + 1] if number + 1 < len(places) else total
         start = position - before
-        piece = Piece(str(files[at]), start, min(start + min(SAMPLE_BYTES, stop - position), sizes[at]))
+        piece = Piece(
+            str(files[at]), start, min(start + min(SAMPLE_BYTES, stop - position), sizes[at])
+        )
         yield from _read_sample(piece, key)
     for number, count in streamed.items():
         yield from _read_beginning(files[number], count * SAMPLE_BYTES, key)

@@ -20,7 +20,10 @@ from tools.text_files import Piece, name_place, read_documents
 
 @dataclass(frozen=True)
 class Task:
-    """Pieces that one worker tokenizes in one go. next: number of the file, and in it of the piece, after the last."""
+    """Pieces that one worker tokenizes in one go.
+
+    next: number of the file, and in it of the piece, after the last.
+    """
 
     pieces: list[Piece]
     next: tuple[int, int]
@@ -35,9 +38,9 @@ class Task:
 class TextCounts:
     """How documents became ids.
 
-    special_documents, special_tokens: documents in which a special token is written, and how often that is.
-    slow: documents that the tokenizer itself encoded, beside the fast encoder. checked: documents that were encoded
-    both ways.
+    special_documents, special_tokens: documents in which a special token is written, and how often
+    that is. slow: documents that the tokenizer itself encoded, beside the fast encoder. checked:
+    documents that were encoded both ways.
     """
 
     special_documents: int = 0
@@ -53,7 +56,7 @@ class TextCounts:
 
 @dataclass
 class Result:
-    """Token ids of the documents of a task, in order: one array, and the length of each, int64 [documents]."""
+    """Token ids of the documents of a task in order, and the length of each, int64 [documents]."""
 
     ids: np.ndarray
     lengths: np.ndarray
@@ -67,8 +70,9 @@ class Result:
 class Job:
     """What a worker has to know.
 
-    eod: to put after each document, None for nothing. fast: encodes, None to use the tokenizer itself. bos: to put
-    before each document, None for nothing. special_tokens_in_text: what is made of `special_texts` in a document.
+    eod: to put after each document, None for nothing. fast: encodes, None to use the tokenizer
+    itself. bos: to put before each document, None for nothing. special_tokens_in_text: what is made
+    of `special_texts` in a document.
     """
 
     tokenizer_type: str
@@ -104,8 +108,13 @@ class Encoder:
         self.job = job
         self._special = TextSearch(job.special_texts)
         if job.fast is None:
-            tokenizer = build_tokenizer(job.tokenizer_type, job.tokenizer_model, job.vocab_size,
-                                        ids_from=job.ids_from, keep_special=job.special_tokens_in_text == "keep")
+            tokenizer = build_tokenizer(
+                job.tokenizer_type,
+                job.tokenizer_model,
+                job.vocab_size,
+                ids_from=job.ids_from,
+                keep_special=job.special_tokens_in_text == "keep",
+            )
             self._encode_slowly = partial(encode_one_by_one, tokenizer)
 
     def encode(self, task: Task) -> Result:
@@ -121,8 +130,11 @@ class Encoder:
         special = self._special.count(texts)
         if special and self.job.special_tokens_in_text == "refuse":
             index = min(special)
-            raise ValueError(f"{name_place(*places[index])}: the special token {self._special.first(texts[index])!r} "
-                             "is written in the text. Fix: the text, or --special-tokens-in-text as-text or keep.")
+            raise ValueError(
+                f"{name_place(*places[index])}: the special token "
+                f"{self._special.first(texts[index])!r} is written in the text. Fix: the text, or "
+                "--special-tokens-in-text as-text or keep."
+            )
         try:
             encoded = self._encode(texts, task)
         except TextError as error:
@@ -135,7 +147,8 @@ class Encoder:
         if self.job.fast is None:
             return Encoded(*self._encode_slowly(texts))
         encoded = self.job.fast.encode_batch(texts)
-        # By the place in the input, so that neither --workers nor a restart changes which documents are checked.
+        # By the place in the input, so that neither --workers nor a restart changes which documents
+        # are checked.
         encoded.checked = self.job.fast.check(texts, task.next)
         return encoded
 
@@ -148,7 +161,10 @@ class IdsEncoder:
 
     def encode(self, task: Task) -> Result:
         """Raises ValueError that names file and line."""
-        parts = [read_ids(piece, self.job.key, self.job.skip_bad, self.tokenizer) for piece in task.pieces]
+        parts = [
+            read_ids(piece, self.job.key, self.job.skip_bad, self.tokenizer)
+            for piece in task.pieces
+        ]
         ids, lengths = (np.concatenate([part[i] for part in parts]) for i in range(2))
         return self.job.finish(ids, lengths, sum(part[2] for part in parts), task.size)
 
@@ -160,13 +176,19 @@ def build_encoder(job: Job) -> Encoder | IdsEncoder:
 
 def start_pool(job: Job, workers: int) -> tuple[Executor, Callable[[Task], Result]]:
     """Workers, and what to submit to them."""
-    if job.fast is not None:  # it encodes without the GIL; threads start at once and share its cache of words
+    if (
+        job.fast is not None
+    ):  # it encodes without the GIL; threads start at once and share its cache of words
         return ThreadPoolExecutor(workers), Encoder(job).encode
     # spawn: a forked child may inherit locks that a tokenizer library's threads hold.
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (job,)), _work
+    return ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), _start_worker, (job,)
+    ), _work
 
 
-_encoder: Encoder | IdsEncoder | None = None  # of this worker process; a process pool has no other place for it
+_encoder: Encoder | IdsEncoder | None = (
+    None  # of this worker process; a process pool has no other place for it
+)
 
 
 def _start_worker(job: Job) -> None:

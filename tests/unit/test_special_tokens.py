@@ -1,4 +1,4 @@
-"""Special tokens in documents and around them: text, tokens, or an error, and counted; the running check."""
+"""Special tokens in documents are text, tokens or an error; the running check stops a run."""
 
 import gzip
 import json
@@ -20,11 +20,24 @@ TEXTS = ["one plain text", f"a{SPECIAL}b {SPECIAL}", "another", f"{SPECIAL}"]
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("special") / "t"
     byte_level(path)
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": SPECIAL, "bos_token": "<|begin|>"}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": SPECIAL,
+        "bos_token": "<|begin|>",
+    }
     parts = json.loads((path / "tokenizer.json").read_text())
-    begin = {"id": 900, "content": "<|begin|>", "special": True, "normalized": False, "single_word": False,
-             "lstrip": False, "rstrip": False}
-    parts["added_tokens"].append(begin | {"id": max(token["id"] for token in parts["added_tokens"]) + 1})
+    begin = {
+        "id": 900,
+        "content": "<|begin|>",
+        "special": True,
+        "normalized": False,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+    }
+    parts["added_tokens"].append(
+        begin | {"id": max(token["id"] for token in parts["added_tokens"]) + 1}
+    )
     (path / "tokenizer.json").write_text(json.dumps(parts))
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
     return path
@@ -35,10 +48,19 @@ def run(tmp_path, model, texts=TEXTS, kind="HuggingFaceTokenizer", **settings):
     path = tmp_path / "c.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     prefix = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
-    summary = preprocess(Arguments(input=[str(path)], output_prefix=str(prefix), tokenizer_model=str(model),
-                                   tokenizer_type=kind, **settings))
+    summary = preprocess(
+        Arguments(
+            input=[str(path)],
+            output_prefix=str(prefix),
+            tokenizer_model=str(model),
+            tokenizer_type=kind,
+            **settings,
+        )
+    )
     reader = IndexedReader(str(prefix))
-    return [reader.read(i, 0, int(n)).tolist() for i, n in enumerate(reader.document_lengths)], summary
+    return [
+        reader.read(i, 0, int(n)).tolist() for i, n in enumerate(reader.document_lengths)
+    ], summary
 
 
 def library_ids(folder, *, as_text):
@@ -66,7 +88,9 @@ def test_as_text_is_the_default(tmp_path, folder):
 
 
 def test_special_tokens_in_text_are_refused_by_line(tmp_path, folder):
-    with pytest.raises(ValueError, match=r"c.jsonl:2: the special token '<\|end\|>' is written in the text. Fix"):
+    with pytest.raises(
+        ValueError, match=r"c.jsonl:2: the special token '<\|end\|>' is written in the text. Fix"
+    ):
         run(tmp_path, folder, special_tokens_in_text="refuse")
     _, summary = run(tmp_path, folder, TEXTS[:1], special_tokens_in_text="refuse")
     assert summary["special_tokens"] == ""
@@ -74,7 +98,9 @@ def test_special_tokens_in_text_are_refused_by_line(tmp_path, folder):
 
 def test_sentencepiece_cannot_keep_them(tmp_path):
     _, model = sentencepiece_model(tmp_path / "m", model_type="bpe")
-    with pytest.raises(ValueError, match="special_tokens_in_text = keep: SentencePiece takes what is written.*Fix"):
+    with pytest.raises(
+        ValueError, match="special_tokens_in_text = keep: SentencePiece takes what is written.*Fix"
+    ):
         run(tmp_path, model, kind="SentencePieceTokenizer", special_tokens_in_text="keep")
     _, summary = run(tmp_path, model, ["a </s> b"], kind="SentencePieceTokenizer")
     assert "written 1 times in 1 documents" in summary["special_tokens"]
@@ -88,10 +114,16 @@ def test_a_vocabulary_that_holds_them_as_words_is_refused(tmp_path):
     tokenizer.add_special_tokens([SPECIAL])
     (tmp_path / "t").mkdir()
     tokenizer.save(str(tmp_path / "t" / "tokenizer.json"))
-    (tmp_path / "t" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    with pytest.raises(ValueError, match="as-text: the tokenizer has '<.end.>' in the vocabulary of its words.*Fix"):
+    (tmp_path / "t" / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast"}'
+    )
+    with pytest.raises(
+        ValueError, match="as-text: the tokenizer has '<.end.>' in the vocabulary of its words.*Fix"
+    ):
         run(tmp_path, tmp_path / "t")
-    assert run(tmp_path, tmp_path / "t", [f"a {SPECIAL}"], special_tokens_in_text="keep")[0] == [[1, 0]]
+    assert run(tmp_path, tmp_path / "t", [f"a {SPECIAL}"], special_tokens_in_text="keep")[0] == [
+        [1, 0]
+    ]
 
 
 def test_documents_begin_with_bos_where_asked(tmp_path, folder):
@@ -106,14 +138,21 @@ def test_documents_begin_with_bos_where_asked(tmp_path, folder):
 
 def test_bos_without_one_is_refused(tmp_path):
     byte_level(tmp_path / "t")
-    with pytest.raises(ValueError, match="prepend_bos = True: the tokenizer has no beginning-of-sequence token. Fix"):
+    with pytest.raises(
+        ValueError,
+        match="prepend_bos = True: the tokenizer has no beginning-of-sequence token. Fix",
+    ):
         run(tmp_path, tmp_path / "t", prepend_bos=True)
 
 
 def test_the_settings_stand_beside_the_corpus(tmp_path, folder):
     run(tmp_path, folder, prepend_bos=True, special_tokens_in_text="keep")
     side = read_side_file(str(next(tmp_path.glob("*.idx")).with_suffix("")))
-    assert side["text"] == {"append_eod": False, "prepend_bos": True, "special_tokens_in_text": "keep"}
+    assert side["text"] == {
+        "append_eod": False,
+        "prepend_bos": True,
+        "special_tokens_in_text": "keep",
+    }
 
 
 # ---------------------------------------------------------------- the running check
@@ -146,8 +185,12 @@ def test_the_running_check_stops_at_a_difference(tmp_path, folder, monkeypatch, 
 
     monkeypatch.setattr(tokenizer_fast, "FastEncoder", Wrong)
     write_deep(tmp_path / name)
-    arguments = dict(input=[str(tmp_path / name)], output_prefix=str(tmp_path / "o"), tokenizer_model=str(folder),
-                     tokenizer_type="HuggingFaceTokenizer")
+    arguments = dict(
+        input=[str(tmp_path / name)],
+        output_prefix=str(tmp_path / "o"),
+        tokenizer_model=str(folder),
+        tokenizer_type="HuggingFaceTokenizer",
+    )
     monkeypatch.setattr(tokenizer_fast, "CHECK_EVERY", 1)
     message = rf"{name}:11500: gigatoken .* other ids .* Fix: --fast-tokenizer off"
     with pytest.raises(ValueError, match=message) as error:
@@ -174,10 +217,22 @@ def test_the_sample_of_a_compressed_file_is_no_repetition(tmp_path):
 def test_a_document_that_begins_with_a_user_defined_symbol_keeps_its_prefix(tmp_path):
     import sentencepiece
 
-    _, model = sentencepiece_model(tmp_path / "m", model_type="bpe", normalization_rule_name="identity",
-                                   remove_extra_whitespaces=False, user_defined_symbols=["<sep>", "foo"])
-    texts = ["plain first", "foo is the first word", "<sep> begins this one", "it is in the <sep> middle"]
+    _, model = sentencepiece_model(
+        tmp_path / "m",
+        model_type="bpe",
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        user_defined_symbols=["<sep>", "foo"],
+    )
+    texts = [
+        "plain first",
+        "foo is the first word",
+        "<sep> begins this one",
+        "it is in the <sep> middle",
+    ]
     library = sentencepiece.SentencePieceProcessor(model_file=model)
-    documents, summary = run(tmp_path, model, texts, kind="SentencePieceTokenizer", fast_tokenizer="on")
+    documents, summary = run(
+        tmp_path, model, texts, kind="SentencePieceTokenizer", fast_tokenizer="on"
+    )
     assert documents == [library.encode(text) for text in texts]
     assert summary["text"]["slow"] == 3

@@ -1,7 +1,7 @@
 """Text to ids equals the reference tokenizer for any Unicode, over eight families of tokenizers.
 
-The references are the tokenizers library and SentencePiece themselves, called directly; the tokenizers are trained
-here, and small.
+The references are the tokenizers library and SentencePiece themselves, called directly; the
+tokenizers are trained here, and small.
 """
 
 import json
@@ -20,11 +20,14 @@ TEXTS = [path.read_text() for path in sorted((ROOT / "data").glob("*.py"))[:8]] 
     "người Việt không biết hiểu được tiếng Việt " * 4,
     "한국어 텍스트 " * 4,
     "日本語のテキスト " * 4,
-    "Straße façade " * 4]
+    "Straße façade " * 4,
+]
 SPECIAL = "<|end|>"
 ADDED = ("không", "<sep>", "\n\n", "Café")
-LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-          r"\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 MARK = "\u2581"
 
@@ -38,8 +41,9 @@ def save(folder, tokenizer, *, added=ADDED, normalized=False):
     tokenizer.add_tokens([AddedToken(word, normalized=normalized) for word in added])
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(
-        {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": SPECIAL}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": SPECIAL})
+    )
     return "HuggingFaceTokenizer", str(folder)
 
 
@@ -49,14 +53,23 @@ def byte_level(folder, *, pattern=None, normalizer=None, ignore_merges=False, **
     tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if pattern:
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
     if normalizer:
         tokenizer.normalizer = normalizer
-    tokenizer.train_from_iterator(TEXTS, trainers.BpeTrainer(
-        vocab_size=700, special_tokens=[SPECIAL], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
+    tokenizer.train_from_iterator(
+        TEXTS,
+        trainers.BpeTrainer(
+            vocab_size=700,
+            special_tokens=[SPECIAL],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     return save(folder, tokenizer, **options)
 
 
@@ -80,8 +93,15 @@ def sentencepiece_model(folder, **options):
     folder.mkdir()
     lines = "\n".join(TEXTS).splitlines()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=str(folder / "m"), vocab_size=600, byte_fallback=True,
-        minloglevel=2, num_threads=1, hard_vocab_limit=False, **options)
+        sentence_iterator=iter(lines),
+        model_prefix=str(folder / "m"),
+        vocab_size=600,
+        byte_fallback=True,
+        minloglevel=2,
+        num_threads=1,
+        hard_vocab_limit=False,
+        **options,
+    )
     return "SentencePieceTokenizer", str(folder / "m.model")
 
 
@@ -90,8 +110,13 @@ def unigram(folder):
 
 
 def sentencepiece_bpe(folder):
-    return sentencepiece_model(folder, model_type="bpe", normalization_rule_name="identity",
-                               remove_extra_whitespaces=False, user_defined_symbols=["<sep>", "foo"])
+    return sentencepiece_model(
+        folder,
+        model_type="bpe",
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        user_defined_symbols=["<sep>", "foo"],
+    )
 
 
 def sentencepiece_bpe_nfkc(folder):
@@ -104,11 +129,22 @@ def fallback_bpe(folder, normalizer, pre_tokenizer, **options):
 
     from data.tokenizer_convert import convert_sentencepiece
 
-    _, model = sentencepiece_model(folder.with_name(folder.name + "-pieces"), model_type="bpe",
-                                   normalization_rule_name="identity", remove_extra_whitespaces=False)
+    _, model = sentencepiece_model(
+        folder.with_name(folder.name + "-pieces"),
+        model_type="bpe",
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+    )
     parts = json.loads(convert_sentencepiece(model)[0].to_str())
-    end = {"id": 2, "content": "</s>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-           "special": True}
+    end = {
+        "id": 2,
+        "content": "</s>",
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
     parts |= {"added_tokens": [end], "normalizer": normalizer, "pre_tokenizer": pre_tokenizer}
     return save(folder, Tokenizer.from_str(json.dumps(parts)), **options)
 
@@ -122,7 +158,12 @@ def llama2(folder):
 
 
 def gemma(folder):
-    split = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    split = {
+        "type": "Split",
+        "pattern": {"String": " "},
+        "behavior": "MergedWithPrevious",
+        "invert": False,
+    }
     return fallback_bpe(folder, TO_MARK, split)
 
 
@@ -137,14 +178,40 @@ def wordpiece(folder):
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.train_from_iterator(TEXTS, trainers.WordPieceTrainer(
-        vocab_size=700, special_tokens=["[UNK]", SPECIAL], show_progress=False))
+    tokenizer.train_from_iterator(
+        TEXTS,
+        trainers.WordPieceTrainer(
+            vocab_size=700, special_tokens=["[UNK]", SPECIAL], show_progress=False
+        ),
+    )
     return save(folder, tokenizer)
 
 
-FAMILIES = {make.__name__: make for make in (
-    gpt2, llama3, qwen2, unigram, sentencepiece_bpe, sentencepiece_bpe_nfkc, llama2, gemma, metaspace, wordpiece)}
-FAST = ("gpt2", "llama3", "qwen2", "sentencepiece_bpe", "sentencepiece_bpe_nfkc", "llama2", "gemma", "metaspace")
+FAMILIES = {
+    make.__name__: make
+    for make in (
+        gpt2,
+        llama3,
+        qwen2,
+        unigram,
+        sentencepiece_bpe,
+        sentencepiece_bpe_nfkc,
+        llama2,
+        gemma,
+        metaspace,
+        wordpiece,
+    )
+}
+FAST = (
+    "gpt2",
+    "llama3",
+    "qwen2",
+    "sentencepiece_bpe",
+    "sentencepiece_bpe_nfkc",
+    "llama2",
+    "gemma",
+    "metaspace",
+)
 """Those that gigatoken reads: plain English must go through it."""
 ENGLISH = "The quick brown fox jumps over the lazy dog; 12 times.\nAnd again, it's said."
 
@@ -178,18 +245,74 @@ def reference(kind, model):
 
 # ---------------------------------------------------------------- the property
 
-PIECES = st.sampled_from([
-    SPECIAL, SPECIAL[:4], "|>", "</s>", "<s>", "<unk>", "<0x0A>", "<sep>", "foo", "không", "Café", "Cafe\u0301",
-    "kho\u0302ng", "\n\n", "\r\n", " ", "  ", " " * 40, "\t", MARK, "\x00", "\x1f", "\x85", "\u3000", "\u00a0",
-    "\u200b", "\ufeff", "\u0301", "\u1100\u1161\u11a8", "각", "ﬁ", "½", "१२३", "ſ", "ʕ", "😀", "\U000113c2\U000113c2",
-    "\U0001611e\U0001611e", "\U00016d67\U00016d67", "\U000113c2", "\u0c5c", "\ua7ce", "I'm we'LL", "def f(x):", "12345",
-    "the", "Việt"])
+PIECES = st.sampled_from(
+    [
+        SPECIAL,
+        SPECIAL[:4],
+        "|>",
+        "</s>",
+        "<s>",
+        "<unk>",
+        "<0x0A>",
+        "<sep>",
+        "foo",
+        "không",
+        "Café",
+        "Cafe\u0301",
+        "kho\u0302ng",
+        "\n\n",
+        "\r\n",
+        " ",
+        "  ",
+        " " * 40,
+        "\t",
+        MARK,
+        "\x00",
+        "\x1f",
+        "\x85",
+        "\u3000",
+        "\u00a0",
+        "\u200b",
+        "\ufeff",
+        "\u0301",
+        "\u1100\u1161\u11a8",
+        "각",
+        "ﬁ",
+        "½",
+        "१२३",
+        "ſ",
+        "ʕ",
+        "😀",
+        "\U000113c2\U000113c2",
+        "\U0001611e\U0001611e",
+        "\U00016d67\U00016d67",
+        "\U000113c2",
+        "\u0c5c",
+        "\ua7ce",
+        "I'm we'LL",
+        "def f(x):",
+        "12345",
+        "the",
+        "Việt",
+    ]
+)
 TEXT = st.lists(st.one_of(PIECES, st.text(max_size=4)), max_size=8).map("".join)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 @given(texts=st.lists(TEXT, min_size=1, max_size=12))
-@example(texts=["foo is the first word", "<sep> begins", "Cafe\u0301 Café", "a\U000113c2\U000113c2b", "", "  x  "])
+@example(
+    texts=[
+        "foo is the first word",
+        "<sep> begins",
+        "Cafe\u0301 Café",
+        "a\U000113c2\U000113c2b",
+        "",
+        "  x  ",
+    ]
+)
 def test_any_text_has_the_ids_of_the_reference(family, texts):
     name, tokenizer, fast, expected = family
     assert [tokenizer.encode(text) for text in texts] == [expected(text) for text in texts], name
@@ -204,12 +327,24 @@ def test_any_text_has_the_ids_of_the_reference(family, texts):
 SYMBOLS = {"user_defined_symbols": ["<sep>", "foo", "\n\n", f"{MARK}foo"]}
 IDENTITY = {"normalization_rule_name": "identity"}
 CONVERSIONS = {
-    "spaces kept": (IDENTITY | {"remove_extra_whitespaces": False, "add_dummy_prefix": False}, None),
+    "spaces kept": (
+        IDENTITY | {"remove_extra_whitespaces": False, "add_dummy_prefix": False},
+        None,
+    ),
     "dummy prefix": (IDENTITY | {"remove_extra_whitespaces": False}, None),
     "spaces removed": (IDENTITY, None),
-    "symbols": (IDENTITY | SYMBOLS | {"remove_extra_whitespaces": False, "add_dummy_prefix": False}, None),
-    "symbols and prefix": (IDENTITY | SYMBOLS | {"remove_extra_whitespaces": False}, "user-defined symbols"),
-    "symbols, spaces removed": (IDENTITY | SYMBOLS | {"add_dummy_prefix": False}, "spaces beside its user-defined"),
+    "symbols": (
+        IDENTITY | SYMBOLS | {"remove_extra_whitespaces": False, "add_dummy_prefix": False},
+        None,
+    ),
+    "symbols and prefix": (
+        IDENTITY | SYMBOLS | {"remove_extra_whitespaces": False},
+        "user-defined symbols",
+    ),
+    "symbols, spaces removed": (
+        IDENTITY | SYMBOLS | {"add_dummy_prefix": False},
+        "spaces beside its user-defined",
+    ),
     "nmt_nfkc": ({}, "letters that its normalization .nmt_nfkc. changes"),
 }
 
@@ -231,9 +366,13 @@ def conversion(request, tmp_path_factory):
     return reference(kind, model), AutoTokenizer.from_pretrained(folder)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 @given(texts=st.lists(TEXT, min_size=1, max_size=12))
-@example(texts=["foo is", " foo ", "a  foo\n\n", "\n", "\t x \u3000", MARK, f"a{MARK}{MARK}b", "", "  "])
+@example(
+    texts=["foo is", " foo ", "a  foo\n\n", "\n", "\t x \u3000", MARK, f"a{MARK}{MARK}b", "", "  "]
+)
 def test_an_exported_tokenizer_has_the_ids_of_sentencepiece(conversion, texts):
     """For every text, or it is refused."""
     expected, exported = conversion
@@ -248,4 +387,7 @@ def test_plain_english_is_encoded_fast(family):
     assert (fast is not None) == (name in FAST), name
     if fast is not None:
         assert fast.rules.slow([ENGLISH]) == [], name
-        assert fast.encode_batch([ENGLISH]).ids.tolist() == encode_one_by_one(tokenizer, [ENGLISH])[0].tolist()
+        assert (
+            fast.encode_batch([ENGLISH]).ids.tolist()
+            == encode_one_by_one(tokenizer, [ENGLISH])[0].tolist()
+        )

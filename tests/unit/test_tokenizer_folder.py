@@ -1,4 +1,4 @@
-"""Two definitions of one tokenizer: refused until one is chosen, and told apart by what decides the ids."""
+"""Two definitions of one tokenizer are refused until one is chosen, and told apart by their ids."""
 
 import json
 import shutil
@@ -14,13 +14,14 @@ TEXT = "def f(self) e\u0301"
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """One tokenizer.json: alone, under a class that replaces its steps, and beside a model_type that does."""
+    """One tokenizer.json: alone, and under a class and a model_type that replace its steps."""
     root = tmp_path_factory.mktemp("folders")
     byte_level(root / "plain", pattern=LLAMA3, ignore_merges=True, added=())
     for name in ("gpt2class", "with_config"):
         shutil.copytree(root / "plain", root / name)
-    (root / "gpt2class" / "tokenizer_config.json").write_text(json.dumps(
-        {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|end|>"}))
+    (root / "gpt2class" / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|end|>"})
+    )
     (root / "with_config" / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     return root
 
@@ -32,7 +33,11 @@ def build(folder, ids_from=None):
 def ids_of_tokenizer_json(folder):
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(str(folder / "tokenizer.json")).encode(TEXT, add_special_tokens=False).ids
+    return (
+        Tokenizer.from_file(str(folder / "tokenizer.json"))
+        .encode(TEXT, add_special_tokens=False)
+        .ids
+    )
 
 
 def ids_of_transformers(folder):
@@ -43,14 +48,20 @@ def ids_of_transformers(folder):
 
 def test_one_definition_needs_no_choice(folders):
     tokenizer = build(folders / "plain")
-    assert tokenizer.encode(TEXT) == ids_of_tokenizer_json(folders / "plain") == ids_of_transformers(folders / "plain")
+    assert (
+        tokenizer.encode(TEXT)
+        == ids_of_tokenizer_json(folders / "plain")
+        == ids_of_transformers(folders / "plain")
+    )
 
 
 @pytest.mark.parametrize("name", ["gpt2class", "with_config"])
 def test_two_definitions_are_refused_until_one_is_chosen(folders, name):
     folder = folders / name
     assert ids_of_tokenizer_json(folder) != ids_of_transformers(folder), "the case shows nothing"
-    with pytest.raises(ValueError, match="define other ids .*pre_tokenizer.*Fix: --tokenizer-ids-from") as error:
+    with pytest.raises(
+        ValueError, match="define other ids .*pre_tokenizer.*Fix: --tokenizer-ids-from"
+    ) as error:
         build(folder)
     assert "\n" not in str(error.value)
     assert build(folder, "tokenizer.json").encode(TEXT) == ids_of_tokenizer_json(folder)
@@ -76,7 +87,7 @@ def test_a_description_of_before_is_compared_by_the_files(folders):
 
 
 def test_the_files_of_a_checkpoint_give_the_same_ids(folders, tmp_path):
-    """The model_type is not among the tokenizer's own files, but decides what AutoTokenizer makes of them."""
+    """The model_type is not in the tokenizer's own files, but AutoTokenizer looks at it."""
     tokenizer = build(folders / "with_config", "AutoTokenizer")
     for file in tokenizer.files:
         shutil.copy(file, tmp_path)
@@ -86,7 +97,9 @@ def test_the_files_of_a_checkpoint_give_the_same_ids(folders, tmp_path):
 def test_an_export_gives_the_chosen_ids_in_transformers(folders, tmp_path, capsys):
     build(folders / "gpt2class", "tokenizer.json").save_huggingface(str(tmp_path))
     assert ids_of_transformers(tmp_path) == ids_of_tokenizer_json(folders / "gpt2class")
-    assert "tokenizer_class was GPT2Tokenizer, now PreTrainedTokenizerFast" in capsys.readouterr().err
+    assert (
+        "tokenizer_class was GPT2Tokenizer, now PreTrainedTokenizerFast" in capsys.readouterr().err
+    )
 
 
 def test_a_folder_with_tokenizer_model_alone_is_read_by_sentencepiece(tmp_path):
@@ -99,19 +112,29 @@ def test_a_folder_with_tokenizer_model_alone_is_read_by_sentencepiece(tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
     tokenizer = build(folder)
     for text in (TEXT, "  two  spaces ", "<s>é</s>"):
-        assert tokenizer.encode(text) == sentencepiece.SentencePieceProcessor(model_file=model).encode(text), text
+        assert tokenizer.encode(text) == sentencepiece.SentencePieceProcessor(
+            model_file=model
+        ).encode(text), text
     (folder / "added_tokens.json").write_text(json.dumps({"<extra>": 100_000}))
-    with pytest.raises(ValueError, match="adds 1 tokens, as '<extra>'.*Fix: write its tokenizer.json"):
+    with pytest.raises(
+        ValueError, match="adds 1 tokens, as '<extra>'.*Fix: write its tokenizer.json"
+    ):
         build(folder)
 
 
 def test_a_choice_without_effect_is_refused(tmp_path):
     from data.config import DataConfig
 
-    problems = DataConfig(data_path=["c"], tokenizer_type="NullTokenizer", vocab_size=9,
-                          tokenizer_ids_from="AutoTokenizer").validate()
-    assert problems == ["tokenizer_ids_from = AutoTokenizer: has no effect with tokenizer_type = NullTokenizer. Fix: "
-                        "remove it."]
+    problems = DataConfig(
+        data_path=["c"],
+        tokenizer_type="NullTokenizer",
+        vocab_size=9,
+        tokenizer_ids_from="AutoTokenizer",
+    ).validate()
+    assert problems == [
+        "tokenizer_ids_from = AutoTokenizer: has no effect with tokenizer_type = NullTokenizer. "
+        "Fix: remove it."
+    ]
     byte_level(tmp_path / "t", added=())
     (tmp_path / "t" / "tokenizer.json").rename(tmp_path / "t" / "vocab.json")
     with pytest.raises(ValueError, match="tokenizer"):
