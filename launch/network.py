@@ -1,0 +1,173 @@
+"""Choose the network interface over which gloo and NCCL connect the processes of several nodes.
+
+Left alone, gloo tells its peers the address that this machine's own host name has, which Debian's
+/etc/hosts makes 127.0.1.1. The interface that reaches node 0 is one that node 0 can answer on.
+"""
+
+import array
+import fcntl
+import ipaddress
+import socket
+import struct
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+SIOCGIFCONF = 0x8912
+"""Linux's request for the IPv4 addresses of all interfaces."""
+IFREQ_BYTES = 40
+NAME_BYTES = 16
+IPV6_TABLE = Path("/proc/net/if_inet6")
+ELSEWHERE = "192.0.2.1"
+"""An address that is reserved for examples: what reaches it is the default route."""
+NAMES_OF_THIS_MACHINE = ("localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback")
+RESOLVE_SECONDS = 20.0
+"""How long a name server that does not answer is asked again."""
+
+
+@dataclass(frozen=True)
+class Interface:
+    """One network interface of this machine, and why it was chosen."""
+
+    name: str
+    address: str
+    reason: str
+
+
+def resolve(name: str, wait: float = RESOLVE_SECONDS) -> list[str]:
+    """Look up the addresses of a host name, in the resolver's order.
+
+    Raises:
+        ValueError: it has none, or no name server answers within `wait` seconds.
+    """
+    limit = time.monotonic() + wait
+    while True:
+        try:
+            found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+            return list(dict.fromkeys(entry[4][0] for entry in found))
+        except (socket.gaierror, UnicodeError) as error:
+            may_come = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
+            if not may_come or time.monotonic() >= limit:
+                reason = error.strerror if isinstance(error, socket.gaierror) else str(error)
+                raise ValueError(
+                    f"MASTER_ADDR = {name}: must be a name or an address that this machine can resolve "
+                    f"({reason}). Fix: node 0's address, or its name in DNS or /etc/hosts."
+                ) from None
+            time.sleep(1)
+
+
+def local_addresses() -> dict[str, str]:
+    """Map each address of this machine to the name of its interface."""
+    return _ipv4_addresses() | _ipv6_addresses()
+
+
+def _ipv4_addresses() -> dict[str, str]:
+    buffer = array.array("B", bytes(IFREQ_BYTES * 1024))
+    place, size = buffer.buffer_info()
+    request = struct.pack("iL", size, place)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asker:
+        filled, _ = struct.unpack("iL", fcntl.ioctl(asker, SIOCGIFCONF, request))
+    found = {}
+    for start in range(0, filled, IFREQ_BYTES):
+        entry = buffer[start : start + IFREQ_BYTES].tobytes()
+        label = entry[:NAME_BYTES].split(b"\0", 1)[0].decode()
+        # An address comes after the family and the port of a sockaddr_in.
+        address = socket.inet_ntoa(entry[NAME_BYTES + 4 : NAME_BYTES + 8])
+        found[address] = label.split(":")[0]  # "eth0:1" is a second address of eth0
+    return found
+
+
+def _ipv6_addresses() -> dict[str, str]:
+    if not IPV6_TABLE.exists():  # a kernel without IPv6
+        return {}
+    found = {}
+    for line in IPV6_TABLE.read_text().splitlines():
+        digits, *_, name = line.split()
+        found[str(ipaddress.IPv6Address(bytes.fromhex(digits)))] = name
+    return found
+
+
+def own_address_towards(address: str) -> str | None:
+    """Return the address from which this machine sends to `address`; None if no route leads there."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as sender:
+        try:
+            sender.connect((address, 9))  # a datagram socket: nothing is sent
+        except OSError:
+            return None
+        return sender.getsockname()[0].split("%")[0]
+
+
+def is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.split("%")[0]).is_loopback
+
+
+def choose_interface(master: str, addresses: list[str], nnodes: int) -> Interface | None:
+    """Choose the interface that reaches node 0; on node 0, the one that has its address.
+
+    Args:
+        master: MASTER_ADDR, as it was given.
+        addresses: what it resolves to here; on one node neither is looked at.
+
+    Returns:
+        None if the interface of this machine's own address is unknown.
+
+    Raises:
+        ValueError: no interface leads to another machine.
+    """
+    if nnodes == 1:
+        return _interface_of("127.0.0.1", "all processes are on this node")
+    for address in addresses:
+        own = own_address_towards(address)
+        if own is not None and not is_loopback(own):
+            shown = master if master == address else f"{master} ({address})"
+            return _interface_of(own, f"it reaches MASTER_ADDR {shown}")
+    if master in NAMES_OF_THIS_MACHINE or master in addresses:
+        return _interface_of("127.0.0.1", f"MASTER_ADDR {master} is this machine itself")
+    return _interface_to_others(master, addresses)
+
+
+def _interface_to_others(master: str, addresses: list[str]) -> Interface | None:
+    """Choose where MASTER_ADDR is a name that /etc/hosts maps to the loopback."""
+    loopback = f"MASTER_ADDR {master} is {addresses[0]} here, which no other node reaches"
+    own = own_address_towards(ELSEWHERE)
+    if own is not None:
+        return _interface_of(own, f"{loopback}: the default route")
+    outside = {}
+    for address, name in _ipv4_addresses().items():
+        if not is_loopback(address):
+            outside.setdefault(name, address)
+    if len(outside) == 1:
+        (own,) = outside.values()
+        return _interface_of(own, f"{loopback}: the only interface")
+    raise ValueError(
+        f"MASTER_ADDR = {master}: must be an address that the other nodes reach; here it is "
+        f"{addresses[0]}, and which of {', '.join(outside) or 'no interface'} they reach is unknown. "
+        "Fix: MASTER_ADDR = node 0's address."
+    )
+
+
+def _interface_of(address: str, reason: str) -> Interface | None:
+    name = local_addresses().get(address)
+    return None if name is None else Interface(name, address, reason)
+
+
+def interface_settings(chosen: Interface | None, given: dict[str, str]) -> dict[str, str]:
+    """Choose what gloo and NCCL are told in the environment, where it does not say it already.
+
+    Raises:
+        ValueError: gloo was given an interface that this machine does not have.
+    """
+    named = given.get("GLOO_SOCKET_IFNAME", "")
+    missing = [name for name in named.split(",") if name and name not in local_addresses().values()]
+    if missing:
+        there = ", ".join(dict.fromkeys(local_addresses().values()))
+        raise ValueError(
+            f"GLOO_SOCKET_IFNAME = {named}: must be an interface of this machine with an address "
+            f"({there}). Fix: one of these, or unset it to have it chosen."
+        )
+    if chosen is None:
+        return {}
+    # NCCL takes a name for a prefix (bond0 would also be bond0.100) unless it begins with "=".
+    settings = {"GLOO_SOCKET_IFNAME": chosen.name, "NCCL_SOCKET_IFNAME": f"={chosen.name}"}
+    return {name: value for name, value in settings.items() if not given.get(name)}
