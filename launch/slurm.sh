@@ -27,11 +27,14 @@ fi
 bash "$ITHACA_ROOT/launch/setup.sh" || exit 1
 
 NNODES=$SLURM_JOB_NUM_NODES
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# Another port for another job, in case two share a node.
-MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 GRACE=${GRACE:-240}
-export NNODES MASTER_ADDR MASTER_PORT GRACE
+export NNODES GRACE
+if [[ $NNODES -gt 1 ]]; then
+  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  # Another port for another job, in case two share a node.
+  MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+  export MASTER_ADDR MASTER_PORT
+fi
 
 # srun passes Slurm's signals to each train.sh. One node that ends early must not cut off the others' save, so nothing
 # is killed on a bad exit, and the rest gets GRACE and a little to follow.

@@ -9,7 +9,9 @@
 #   NNODES           nodes                      (default: 1)
 #   NODE_RANK        this node's number         (default: 0)
 #   MASTER_ADDR      node 0's name or address   (needed with NNODES > 1)
-#   MASTER_PORT      a port that is free there  (default: 29500; on one node a free one is found)
+#   MASTER_PORT      a port that is free there  (default: 29500; with one node the kernel chooses one)
+#   JOIN_WAIT        seconds to wait for the other nodes (default: 1800)
+#   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME      (default: the interface that reaches MASTER_ADDR)
 #   OMP_NUM_THREADS  CPU threads a process      (default: cores / NPROC_PER_NODE)
 #   PYTORCH_CUDA_ALLOC_CONF  torch's GPU memory (default: expandable_segments:True; empty for torch's own)
 #   GRACE            seconds from a stop signal to the kill: one step + one save (default: 120)
@@ -23,6 +25,7 @@
 #   again     start again at once (the next phase has another layout)
 #   stopped   exit 75, "try again later": a signal or --exit-interval; the state is saved (Slurm requeues)
 #   refused   exit 2: the configuration is wrong, so another try can't help
+#   unmet     exit 1: a node did not come within JOIN_WAIT seconds
 #   nothing   a failure: start again, a bounded number of times, then exit 1
 #
 # A stop signal (TERM INT HUP USR1) that no outcome answers gives 128 + its number.
@@ -61,15 +64,31 @@ if [[ -z ${NPROC_PER_NODE:-} ]]; then
   fi
 fi
 NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} GRACE=${GRACE:-120} MAX_RESTARTS=${MAX_RESTARTS:-3}
-RETRY_WAIT=${RETRY_WAIT:-5}
+RETRY_WAIT=${RETRY_WAIT:-5} JOIN_WAIT=${JOIN_WAIT:-1800}
 require_number NPROC_PER_NODE 1
 require_number NNODES 1
 require_number NODE_RANK 0
 require_number GRACE 1
 require_number MAX_RESTARTS 0
 require_number RETRY_WAIT 0
+require_number JOIN_WAIT 1
 [[ $NODE_RANK -lt $NNODES ]] || refuse "NODE_RANK = $NODE_RANK: must be below NNODES = $NNODES"
 [[ $NNODES -eq 1 || -n ${MASTER_ADDR:-} ]] || refuse "NNODES = $NNODES needs MASTER_ADDR, the address of node 0"
+if [[ $NNODES -gt 1 ]]; then
+  MASTER_PORT=${MASTER_PORT:-29500}
+  require_number MASTER_PORT 1
+  [[ $MASTER_PORT -le 65535 ]] || refuse "MASTER_PORT = $MASTER_PORT: must be a whole number, at most 65535"
+elif [[ -n ${MASTER_ADDR:-}${MASTER_PORT:-} ]]; then
+  say "MASTER_ADDR and MASTER_PORT have no effect with NNODES = 1: the processes of one node find each other"
+fi
+
+# torchrun reads a setting that nobody gave it from PET_<SETTING>, which some clusters set for a torchrun of their own.
+# Every one of them would change what this script asks for.
+leftovers=("${!PET_@}")
+if [[ ${#leftovers[@]} -gt 0 ]]; then
+  say "ignoring ${leftovers[*]}: torchrun's own settings; give NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT"
+  unset "${leftovers[@]}"
+fi
 
 if [[ -z ${OMP_NUM_THREADS:-} ]]; then
   OMP_NUM_THREADS=$(($(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) / NPROC_PER_NODE))
@@ -122,6 +141,8 @@ published() { cat "${save:-/dev/null}/latest_checkpointed_iteration.txt" 2>/dev/
 # --- one launch ---------------------------------------------------------------------------------------------------
 scratch=$(mktemp -d "${TMPDIR:-/tmp}/ithaca.XXXXXX") || exit 1
 child="" signal="" forwarded="" repeats=0
+port=0  # on one node the kernel chooses it
+[[ $NNODES -eq 1 ]] || port=$MASTER_PORT
 
 # Workers run in sessions of their own and outlive a killed torchrun; the outcome file's name in their environment
 # tells them apart from everything else on the machine.
@@ -161,25 +182,16 @@ for name in TERM INT HUP USR1; do
 done
 trap 'end_leftovers; rm -rf "$scratch"' EXIT
 
-free_port() { "$PYTHON" -I -S -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'; }
-
 launch() {  # number of the launch, then the trainer's arguments; returns torchrun's exit code
-  local number=$1 address port code deadline
+  local number=$1 code deadline
   shift
   export ITHACA_OUTCOME_FILE="$scratch/outcome.$number"
-  if [[ $NNODES -eq 1 ]]; then
-    address=${MASTER_ADDR:-127.0.0.1}
-    port=${MASTER_PORT:-$(free_port)} || return 1
-  else
-    address=$MASTER_ADDR port=${MASTER_PORT:-29500}
-  fi
-  # Job control gives torchrun a process group of its own (Ctrl-C reaches it once, from here) and keeps bash from
+  # Job control gives the launcher a process group of its own (Ctrl-C reaches it once, from here) and keeps bash from
   # making it ignore SIGINT.
   set -m
-  "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$NPROC_PER_NODE" \
-    --master-addr "$address" --master-port "$port" --max-restarts 0 \
-    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout "$GRACE" \
-    -m pretrain.train "$@" </dev/null &
+  "$PYTHON" -m launch.node --parent $$ --nnodes "$NNODES" --node-rank "$NODE_RANK" \
+    --nproc-per-node "$NPROC_PER_NODE" --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "$port" \
+    --grace "$GRACE" --join-wait "$JOIN_WAIT" pretrain.train "$@" </dev/null &
   child=$!
   set +m
   forward  # a signal that came while we were starting
@@ -211,12 +223,13 @@ while true; do
   launch "$launches" "$@"
   code=$?
   outcome=$(cat "$ITHACA_OUTCOME_FILE" 2>/dev/null || true)
-  if [[ -n $outcome && $outcome != refused && $code -ne 0 && -z $signal ]]; then
+  if [[ -n $outcome && $outcome != refused && $outcome != unmet && $code -ne 0 && -z $signal ]]; then
     say "warning: the run ended as '$outcome', but torchrun with code $code"
   fi
   case $outcome in
     done) exit 0 ;;
     refused) exit 2 ;;
+    unmet) exit 1 ;;
     stopped) say "stopped; the same command goes on from the last checkpoint"; exit 75 ;;
     again)
       [[ -z $signal ]] || { say "stopped between two layouts; the same command goes on"; exit 75; }

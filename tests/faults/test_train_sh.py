@@ -1,6 +1,6 @@
-"""launch/train.sh: what each outcome of a run leads to, with a stand-in for torchrun that takes no time.
+"""launch/train.sh: what each outcome of a run leads to, with a stand-in for launch.node that takes no time.
 
-`ITHACA_PYTHON` names a shell script that plays torchrun: it notes the start, then does the next thing of its plan.
+`ITHACA_PYTHON` names a shell script that plays launch.node: it notes the start, then does the next thing of its plan.
 """
 
 import os
@@ -24,13 +24,14 @@ here={here}
 if [[ $2 == pretrain.train ]]; then echo "direct $RANK $WORLD_SIZE ${{*:3}}"; exit 0; fi
 echo "$PWD|$OMP_NUM_THREADS|$PYTHONPATH|$*" >> "$here/starts"
 env | grep _ALLOC_CONF= > "$here/allocator"
+env | grep ^PET_ > "$here/torchrun_settings"
 action=$(head -n 1 "$here/plan")
 [[ $(wc -l < "$here/plan") -le 1 ]] || sed -i 1d "$here/plan"
 case $action in
   nothing) exit 1 ;;
   silent) exit 0 ;;
   publish) mkdir -p "$here/save"; date +%s%N > "$here/save/latest_checkpointed_iteration.txt"; exit 1 ;;
-  refused) echo -n refused > "$ITHACA_OUTCOME_FILE"; exit 1 ;;
+  refused | unmet) echo -n "$action" > "$ITHACA_OUTCOME_FILE"; exit 1 ;;
   hang | deaf)
     if [[ $action == hang ]]; then
       for name in TERM INT HUP USR1; do
@@ -122,9 +123,9 @@ def test_done_is_success(fake):
     assert Path(folder) == fake.folder  # relative paths stay the caller's
     assert int(threads) >= 1
     assert path == str(ROOT)
-    assert command.endswith("-m pretrain.train --config run.yaml --lr 1")
-    assert "--signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 5" in command
-    assert "--nnodes 1 --node-rank 0 --nproc-per-node 1 --master-addr 127.0.0.1 --master-port" in command
+    assert command.endswith(" pretrain.train --config run.yaml --lr 1")
+    assert "--grace 5 " in command
+    assert "--nnodes 1 --node-rank 0 --nproc-per-node 1 --master-addr 127.0.0.1 --master-port 0" in command
 
 
 def test_gpu_memory_comes_in_expandable_segments(fake):
@@ -159,6 +160,31 @@ def test_refused_is_not_tried_again(fake):
     fake.plan("refused")
     assert fake.run()[0] == 2
     assert len(fake.starts()) == 1
+
+
+def test_a_node_that_does_not_come_is_not_a_crash(fake):
+    fake.plan("unmet")
+    code, _, err = fake.run()
+    assert code == 1
+    assert len(fake.starts()) == 1
+    assert err == "", "launch.node has said why"
+
+
+def test_settings_of_torchrun_left_over_in_the_environment_are_named_and_unset(fake):
+    fake.plan("done")
+    code, _, err = fake.run(PET_NNODES="4", PET_RDZV_ENDPOINT="pod-0:29400", PET_MAX_RESTARTS="7")
+    assert code == 0, err
+    (line,) = err.splitlines()
+    assert "ignoring PET_MAX_RESTARTS PET_NNODES PET_RDZV_ENDPOINT" in line
+    assert (fake.folder / "torchrun_settings").read_text() == ""
+
+
+def test_on_one_node_a_port_has_no_effect_and_is_named(fake):
+    fake.plan("done")
+    code, _, err = fake.run(MASTER_ADDR="pod-0", MASTER_PORT="29500")
+    assert code == 0, err
+    assert "MASTER_ADDR and MASTER_PORT have no effect with NNODES = 1" in err
+    assert "--master-port 0 " in fake.starts()[0], "the kernel chooses a port that nobody can take"
 
 
 @pytest.mark.parametrize("action", ["nothing", "silent", "nonsense"])
@@ -228,11 +254,21 @@ def test_several_nodes(fake):
     assert code == 2 and "MASTER_ADDR" in err
 
 
-@pytest.mark.parametrize("name, value", [("NPROC_PER_NODE", "0"), ("MAX_RESTARTS", "many"), ("NODE_RANK", "1")])
+@pytest.mark.parametrize("name, value", [("NPROC_PER_NODE", "0"), ("MAX_RESTARTS", "many"), ("NODE_RANK", "1"),
+                                         ("JOIN_WAIT", "0")])
 def test_bad_settings_are_named(fake, name, value):
     fake.plan("done")
     code, _, err = fake.run(**{name: value})
     assert code == 2 and name in err
+    assert not fake.starts()
+
+
+@pytest.mark.parametrize("port", ["http", "0", "65536"])
+def test_a_port_that_is_none_is_named(fake, port):
+    fake.plan("done")
+    code, _, err = fake.run(NNODES="2", MASTER_ADDR="node0", MASTER_PORT=port)
+    assert code == 2
+    assert f"MASTER_PORT = {port}: must be a whole number" in err
     assert not fake.starts()
 
 

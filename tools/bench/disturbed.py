@@ -114,7 +114,7 @@ class Run:
             except OSError:
                 continue
             if b"pretrain.train" in words and str(self.save).encode() in words \
-                    and b"torch.distributed.run" not in words:
+                    and b"launch.node" not in words:
                 found.append(int(folder.name))
         return sorted(found)
 

@@ -1,0 +1,280 @@
+"""launch/train.sh with real torchrun processes and a trainer that needs no torch (tests/faults/trainer.py).
+
+What a launch says when it cannot work, that it says it once, and that nothing is left of it.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN_SH = ROOT / "launch" / "train.sh"
+SECONDS = 60
+
+PYTHON = r"""#!/usr/bin/env bash
+exec {python} "${{@/#pretrain.train/tests.faults.trainer}}"
+"""
+
+
+class Launches:
+    """A folder from which train.sh is started, once for each node."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.started = []
+        python = folder / "python"
+        python.write_text(PYTHON.format(python=sys.executable))
+        python.chmod(0o755)
+        unset = ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "LOGLEVEL")
+        self.environment = {key: value for key, value in os.environ.items() if key not in unset}
+        self.environment |= {
+            "ITHACA_PYTHON": str(python),
+            "HERE": str(folder),
+            "TMPDIR": str(folder),
+            "NPROC_PER_NODE": "2",
+            "NNODES": "1",
+            "MAX_RESTARTS": "0",
+            "GRACE": "5",
+            "JOIN_WAIT": "30",
+            "NCCL_SOCKET_IFNAME": "lo",
+        }
+
+    def start(self, *before: str, **environment: str) -> subprocess.Popen:
+        """Start train.sh in the background, after the words `before`."""
+        process = subprocess.Popen(
+            [*before, "bash", str(TRAIN_SH), "--config", "run.yaml"],
+            cwd=self.folder,
+            env=self.environment | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.started.append(process)
+        return process
+
+    def run(self, **environment: str) -> tuple[int, str]:
+        return finish(self.start(**environment))
+
+    def pid(self, rank: int) -> int:
+        """Wait for a rank's stand-in trainer -> its process id."""
+        wait_until(lambda: (self.folder / f"ready.{rank}").exists(), f"rank {rank} starts")
+        return int((self.folder / f"pid.{rank}").read_text())
+
+    def end(self) -> None:
+        for process in self.started:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+    """Wait for train.sh -> its exit code, and what it said without the line about the interface."""
+    _, err = process.communicate(timeout=SECONDS)
+    lines = [line for line in err.splitlines() if "gloo use" not in line]
+    return process.returncode, "\n".join(lines)
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    limit = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < limit, f"it did not come to this: {what}"
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.fixture
+def launches(tmp_path):
+    found = Launches(tmp_path)
+    yield found
+    found.end()
+
+
+def test_nothing_goes_on_when_train_sh_is_killed_and_a_new_start_works(launches):
+    process = launches.start(ACTION="train")
+    pids = [launches.pid(rank) for rank in range(2)]
+    launcher = parent_of(pids[0])
+    assert parent_of(launcher) == process.pid, "torchrun is train.sh's child"
+    process.kill()
+    for pid in (launcher, *pids):
+        wait_until(lambda pid=pid: not is_alive(pid), f"process {pid} ends")
+    code, err = launches.run(ACTION="done")
+    assert code == 0, err
+
+
+def test_no_worker_goes_on_when_torchrun_is_killed(launches):
+    process = launches.start(ACTION="train")
+    pids = [launches.pid(rank) for rank in range(2)]
+    os.kill(parent_of(pids[0]), signal.SIGKILL)
+    code, err = finish(process)
+    assert code == 1, err
+    assert not any(map(is_alive, pids)), pids
+
+
+def test_a_stop_says_nothing_but_that_it_stops(launches):
+    process = launches.start(ACTION="train")
+    launches.pid(0)
+    launches.pid(1)
+    process.send_signal(signal.SIGTERM)
+    code, err = finish(process)
+    assert code == 75, err
+    assert err.splitlines() == [
+        "train.sh: SIGTERM: asking the run to save and stop (up to 5 s)",
+        "train.sh: stopped; the same command goes on from the last checkpoint",
+    ]
+
+
+def test_a_refusal_is_one_line(launches):
+    code, err = launches.run(ACTION="refuse")
+    assert code == 2, err
+    assert err == "error: lr = -1: must be positive. Fix: a positive one."
+
+
+def test_a_crash_keeps_its_traceback_and_names_the_rank(launches):
+    code, err = launches.run(ACTION="crash")
+    assert code == 1, err
+    assert err.count("Traceback (most recent call last)") == 1, err
+    assert "RuntimeError: the loss is a pear\ntrain.sh: error: rank 1 (local rank 1, process " in err
+    assert "failed with exit code 1" in err
+
+
+def test_a_killed_rank_is_named_with_its_signal(launches):
+    code, err = launches.run(ACTION="killed")
+    assert code == 1, err
+    assert "error: rank 1 (local rank 1, process " in err
+    assert "was killed by SIGKILL" in err
+    assert "Traceback" not in err
+
+
+def test_settings_of_torchrun_in_the_environment_change_nothing(launches):
+    code, err = launches.run(
+        ACTION="done",
+        PET_NNODES="3",
+        PET_RDZV_BACKEND="c10d",
+        PET_RDZV_ENDPOINT="no.such.host.invalid:29400",
+        PET_MAX_RESTARTS="7",
+    )
+    assert code == 0, err
+    (line,) = err.splitlines()
+    assert "PET_MAX_RESTARTS PET_NNODES PET_RDZV_BACKEND PET_RDZV_ENDPOINT" in line
+
+
+def two_nodes(**environment: str) -> dict[str, str]:
+    return {"NNODES": "2", "MASTER_ADDR": "localhost", "NPROC_PER_NODE": "1"} | environment
+
+
+def test_a_node_waits_for_node_0_and_says_so(launches):
+    settings = two_nodes(MASTER_PORT=str(free_port()), ACTION="done")
+    other = launches.start(NODE_RANK="1", **settings)
+    said = ""
+    while "waiting for node 0 at localhost" not in said:
+        said = other.stderr.readline()
+        assert said, "node 1 ended before node 0 started"
+    code, err = launches.run(NODE_RANK="0", **settings)
+    assert code == 0, err
+    code, err = finish(other)
+    assert code == 0, err
+
+
+def test_a_port_in_use_is_one_line_and_not_tried_as_a_crash(launches):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        code, err = launches.run(NODE_RANK="0", MAX_RESTARTS="3", **two_nodes(MASTER_PORT=str(port)))
+    assert code == 2, err
+    assert err == (
+        f"train.sh: error: MASTER_PORT = {port}: must be a port that is free on node 0 (Address already "
+        "in use). Fix: another one, the same on all nodes, or end the process that has it."
+    )
+
+
+def test_a_node_0_that_is_never_there_is_one_line_and_not_tried_as_a_crash(launches):
+    settings = two_nodes(MASTER_PORT=str(free_port()), JOIN_WAIT="1", MAX_RESTARTS="3")
+    code, err = launches.run(NODE_RANK="1", **settings)
+    assert code == 1, err
+    (line,) = err.splitlines()
+    assert "error: waited 1 s for node 0 at localhost (127.0.0.1) port " in line
+    assert ": Connection refused. Fix: " in line
+
+
+def test_a_name_that_does_not_resolve_is_refused(launches):
+    code, err = launches.run(**two_nodes(NODE_RANK="1", MASTER_ADDR="no.such.host.invalid", JOIN_WAIT="1"))
+    assert code == 2, err
+    (line,) = err.splitlines()
+    assert line.startswith("train.sh: error: MASTER_ADDR = no.such.host.invalid: must be a name or an")
+    assert "Fix: node 0's address" in line
+
+
+def can_make_networks() -> bool:
+    if os.geteuid() != 0 or not (shutil.which("ip") and shutil.which("unshare")):
+        return False
+    command = "ip link add ithaca-a type veth peer name ithaca-b && ip link del ithaca-a"
+    return subprocess.run(["unshare", "-n", "sh", "-c", command], capture_output=True).returncode == 0
+
+
+@pytest.fixture
+def networks():
+    """Two networks joined by one wire, in which each machine calls itself 127.0.1.1, as on Debian."""
+    if not can_make_networks():
+        pytest.skip("needs root, iproute2 and network namespaces")
+    names = [f"ithaca-{os.getpid()}-{letter}" for letter in "ab"]
+    wire = (("eth7", "10.77.0.1/24"), ("bond0.7", "10.77.0.2/24"))
+    try:
+        for name in names:
+            subprocess.run(["ip", "netns", "add", name], check=True)
+        subprocess.run(
+            f"ip link add eth7 netns {names[0]} type veth peer name bond0.7 netns {names[1]}".split(),
+            check=True,
+        )
+        for name, (interface, address) in zip(names, wire, strict=True):
+            for words in (
+                f"addr add {address} dev {interface}",
+                f"link set {interface} up",
+                "link set lo up",
+            ):
+                subprocess.run(["ip", "-n", name, *words.split()], check=True)
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def test_nodes_whose_own_name_is_127_0_1_1_reach_each_other(launches, networks):
+    """The ranks of both nodes sum over gloo, which by itself tells the other node 127.0.1.1."""
+    processes = []
+    for rank, name in enumerate(networks):
+        hosts = launches.folder / f"hosts.{rank}"
+        own = "127.0.1.1 node0\n10.77.0.2 node1\n" if rank == 0 else "10.77.0.1 node0\n127.0.1.1 node1\n"
+        hosts.write_text("127.0.0.1 localhost\n" + own)
+        inside = f'hostname node{rank} && mount --bind {hosts} /etc/hosts && exec "$@"'
+        before = ["ip", "netns", "exec", name, "unshare", "-m", "-u", "bash", "-c", inside, "bash"]
+        settings = two_nodes(MASTER_ADDR="node0", ACTION="all_reduce", NODE_RANK=str(rank))
+        processes.append(launches.start(*before, **settings))
+    errors = [process.communicate(timeout=SECONDS)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    assert (launches.folder / "sum.0").read_text() == "3 over eth7"
+    assert (launches.folder / "sum.1").read_text() == "3 over bond0.7"
+    assert "gloo use eth7 (10.77.0.1): MASTER_ADDR node0 is 127.0.1.1 here" in errors[0]
+    assert "gloo use bond0.7 (10.77.0.2): it reaches MASTER_ADDR node0 (10.77.0.1)" in errors[1]

@@ -1,0 +1,62 @@
+"""A stand-in for the trainer that needs no torch: `ACTION` in the environment says what each rank does."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> int:
+    rank = int(os.environ["RANK"])
+    is_first_here = os.environ["LOCAL_RANK"] == "0"
+    here = Path(os.environ["HERE"])
+    outcome = Path(os.environ["ITHACA_OUTCOME_FILE"])
+    (here / f"pid.{rank}").write_text(str(os.getpid()))
+    (here / f"ready.{rank}").touch()
+    action = os.environ.get("ACTION", "done")
+    if action == "done":
+        if is_first_here:
+            outcome.write_text("done")
+        return 0
+    if action == "refuse":
+        if is_first_here:
+            print("error: lr = -1: must be positive. Fix: a positive one.", file=sys.stderr)
+            outcome.write_text("refused")
+        return 2
+    if action == "crash" and rank == 1:
+        raise RuntimeError("the loss is a pear")
+    if action == "killed" and rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if action == "all_reduce":
+        _all_reduce(here, rank)
+        if is_first_here:
+            outcome.write_text("done")
+        return 0
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, lambda *_: _stop(outcome, action))
+    while True:  # as if training
+        time.sleep(60)
+
+
+def _stop(outcome: Path, action: str) -> None:
+    if action == "train":  # where another rank has crashed there is nothing to save
+        outcome.write_text("stopped")
+    sys.exit(0)
+
+
+def _all_reduce(here: Path, rank: int) -> None:
+    """Sum over all ranks by gloo, the way start_world joins them."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("cpu:gloo")
+    total = torch.tensor([rank + 1])
+    dist.all_reduce(total)
+    interface = os.environ.get("GLOO_SOCKET_IFNAME")
+    (here / f"sum.{rank}").write_text(f"{total.item()} over {interface}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
