@@ -14,8 +14,9 @@ from pathlib import Path
 
 from torch.distributed import DistError, TCPStore
 from torch.distributed import run as torchrun
-from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing import PContext, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig
 
 from launch import network
 from launch.meeting import Node0, NotMet, meet_as_node_0, meet_as_other, open_store, say
@@ -114,8 +115,9 @@ def _run_torchrun(settings: argparse.Namespace, address: str, port: int) -> int:
         --nnodes {settings.nnodes} --node-rank {settings.node_rank}
         --nproc-per-node {settings.nproc_per_node}
         --master-addr {address} --master-port {port} --max-restarts 0
-        --signals-to-handle {SIGNALS} --shutdown-timeout {settings.grace} --no-python
+        --signals-to-handle {SIGNALS} --no-python
         """.split()
+    words += _grace_words(settings.grace)
     try:
         torchrun.run(torchrun.parse_args([*words, sys.executable, *tied, *settings.arguments]))
     except SignalException as stop:
@@ -128,6 +130,14 @@ def _run_torchrun(settings: argparse.Namespace, address: str, port: int) -> int:
         say(f"error: the nodes lost each other while they started: {str(error).splitlines()[0]}")
         return 1
     return 0
+
+
+def _grace_words(grace: int) -> list[str]:
+    """Return torchrun's flag for the seconds between a stop signal and the kill."""
+    if "shutdown_timeout" in LaunchConfig.__dataclass_fields__:
+        return ["--shutdown-timeout", str(grace)]
+    PContext.close.__defaults__ = (None, grace)  # torch 2.11: a default of 30 s that no flag changes
+    return []
 
 
 def _is_news(record: logging.LogRecord) -> bool:
