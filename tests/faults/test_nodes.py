@@ -183,6 +183,7 @@ def test_a_killed_rank_is_named_with_its_signal(launches):
     assert "Traceback" not in err
 
 
+@pytest.mark.long  # test_train_sh.py looks at what train.sh hands on, in every run
 def test_settings_of_torchrun_in_the_environment_change_nothing(launches):
     code, err = launches.run(
         ACTION="done",
@@ -224,6 +225,7 @@ def test_a_port_in_use_is_one_line_and_not_tried_as_a_crash(launches):
     )
 
 
+@pytest.mark.long  # test_meeting.py has it without train.sh
 def test_a_node_0_that_is_never_there_is_one_line_and_not_tried_as_a_crash(launches):
     settings = two_nodes(MASTER_PORT=str(free_port()), JOIN_WAIT="1", MAX_RESTARTS="3")
     code, err = launches.run(NODE_RANK="1", **settings)
