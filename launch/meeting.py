@@ -19,6 +19,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from launch.report import NotMet, say
+
 REPORT_SECONDS = 30.0
 """How often a node that waits says so."""
 PORT_SECONDS = 5.0
@@ -26,14 +28,6 @@ PORT_SECONDS = 5.0
 CONNECT_SECONDS = 5.0
 POLL_SECONDS = 0.2
 PREFIX = "ithaca/meeting/"
-
-
-class NotMet(Exception):
-    """A node did not come in time; another try may find it."""
-
-
-def say(text: str) -> None:
-    print(f"train.sh: {text}", file=sys.stderr, flush=True)
 
 
 class Patience:

@@ -7,7 +7,8 @@ import time
 import pytest
 
 from launch import meeting
-from launch.meeting import Node0, NotMet, meet_as_node_0, meet_as_other, open_store
+from launch.meeting import Node0, meet_as_node_0, meet_as_other, open_store
+from launch.report import NotMet
 
 
 @pytest.fixture

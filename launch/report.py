@@ -1,0 +1,34 @@
+"""Say what becomes of a launch: to the user a line, to train.sh a word in the outcome file."""
+
+import os
+import sys
+from pathlib import Path
+
+
+class NotMet(Exception):
+    """A node did not come in time; another try may find it."""
+
+
+def say(text: str) -> None:
+    print(f"train.sh: {text}", file=sys.stderr, flush=True)
+
+
+def give_up(error: Exception) -> int:
+    """Say why nothing was started, and tell train.sh -> the exit code."""
+    may_come = isinstance(error, NotMet)
+    say(f"error: {error}")
+    path = _outcome_path()
+    if path is not None:
+        path.write_text("unmet" if may_come else "refused")
+    return 1 if may_come else 2
+
+
+def has_outcome() -> bool:
+    """Has a process of this launch already said how it ended?"""
+    path = _outcome_path()
+    return path is not None and path.exists()
+
+
+def _outcome_path() -> Path | None:
+    path = os.environ.get("ITHACA_OUTCOME_FILE")
+    return Path(path) if path else None

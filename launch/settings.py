@@ -1,0 +1,42 @@
+"""What train.sh asks of one node's launch."""
+
+import argparse
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One launch of this node's processes."""
+
+    parent: int
+    """The process whose end ends everything."""
+    nnodes: int
+    node_rank: int
+    nproc_per_node: int
+    master: str
+    """MASTER_ADDR: a name or an address, without the brackets of IPv6."""
+    port: int
+    """0 on one node, where the kernel chooses."""
+    grace: int
+    """Seconds from a stop signal to the kill."""
+    join_wait: int
+    """Seconds to wait for the other nodes."""
+    module: str
+    """What each process runs."""
+    arguments: list[str]
+
+
+def parse(argv: list[str] | None) -> Settings:
+    """Read the command line of `python -m launch.node`."""
+    parser = argparse.ArgumentParser(prog="launch.node", description=__doc__)
+    for name in ("parent", "nnodes", "node-rank", "nproc-per-node"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--master-addr", dest="master", required=True)
+    parser.add_argument("--master-port", dest="port", type=int, required=True)
+    for name in ("grace", "join-wait"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("module")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    found = vars(parser.parse_args(argv))
+    found["master"] = found["master"].strip("[]")
+    return Settings(**found)
