@@ -1,8 +1,8 @@
 """Bring the nodes of a run together before anything is started on them.
 
 Node 0 opens torch's key-value store, the others look for it. Who waits says for whom, from time to
-time; what waiting cannot mend is refused in one line. The store stays open: torchrun and its workers
-use the same one.
+time; what waiting cannot mend is refused in one line. The store stays open: torchrun and its
+workers use the same one.
 """
 
 import json
@@ -47,9 +47,9 @@ class Patience:
         now = time.monotonic()
         if now - self.started >= self.limit:
             raise NotMet(
-                f"waited {now - self.started:.0f} s {for_what()}. Fix: start the same command there "
-                "with its NODE_RANK, look at MASTER_ADDR, MASTER_PORT and the firewall, or raise "
-                f"JOIN_WAIT = {self.limit:.0f}."
+                f"waited {now - self.started:.0f} s {for_what()}. Fix: start the same command "
+                "there with its NODE_RANK, look at MASTER_ADDR, MASTER_PORT and the firewall, or "
+                f"raise JOIN_WAIT = {self.limit:.0f}."
             )
         if now >= self.next_report:
             say(f"waiting {for_what()} ({now - self.started:.0f} s of {self.limit:.0f})")
@@ -58,7 +58,9 @@ class Patience:
 
 
 def open_store(port: int) -> dist.TCPStore:
-    """Open the store on this node; port 0 lets the kernel choose one, with no gap in which another takes it.
+    """Open the store on this node.
+
+    Port 0 lets the kernel choose one, with no gap in which another process takes it.
 
     Raises:
         ValueError: the port is taken, or may not be opened.
@@ -81,7 +83,7 @@ def open_store(port: int) -> dist.TCPStore:
 
 
 def _try_port(port: int) -> None:
-    """Open a port and close it, as the store will open it: torch would print its own lines about a failure."""
+    """Open a port as the store will, and close it: torch would print lines of its own."""
     if socket.has_dualstack_ipv6():
         socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True).close()
     else:
@@ -133,7 +135,7 @@ def meet_as_other(node0: Node0, rank: int, nnodes: int, wait: float) -> None:
     """Look for node 0's store and wait there until every node has come.
 
     Raises:
-        ValueError: this node's settings are not those of node 0, or another node has the same number.
+        ValueError: node 0 has other settings, or another node has the same number.
         NotMet: that did not happen within `wait` seconds.
     """
     patience = Patience(wait)
@@ -161,8 +163,8 @@ def _why_unreachable(node0: Node0) -> str | None:
 def _call(node0: Node0) -> dist.TCPStore | None:
     """Connect to node 0's store; None if what has the port is no store.
 
-    That is found out in a thread, because torch waits without a limit for a port that takes the call
-    and says nothing.
+    That is found out in a thread, because torch waits without a limit for a port that takes the
+    call and says nothing.
     """
     answers = queue.SimpleQueue()
     threading.Thread(target=_open_client, args=(node0, answers), daemon=True).start()
@@ -190,7 +192,7 @@ def _open_client(node0: Node0, answers: queue.SimpleQueue) -> None:
 def _join(
     store: dist.TCPStore, node0: Node0, rank: int, nnodes: int, patience: Patience
 ) -> str | None:
-    """Enter this node in the store -> None once all have come, or why this launch has no place for it."""
+    """Enter this node in the store -> None once all have come, or why there is no place for it."""
     theirs = int(store.get(f"{PREFIX}nnodes"))
     if theirs != nnodes:
         text = (
@@ -208,8 +210,8 @@ def _join(
         holder = store.get(_place(rank)).decode()
         if holder != own:
             raise ValueError(
-                f"NODE_RANK = {rank}: must be this node's alone; {holder} has it, too. Fix: another "
-                "NODE_RANK for each node."
+                f"NODE_RANK = {rank}: must be this node's alone; {holder} has it, too. Fix: "
+                "another NODE_RANK for each node."
             )
         patience.wait(lambda: f"for other nodes than {rank}; {node0.describe()} is there")
     return None

@@ -50,8 +50,8 @@ def resolve(name: str, wait: float = RESOLVE_SECONDS) -> list[str]:
             if not may_come or time.monotonic() >= limit:
                 reason = error.strerror if isinstance(error, socket.gaierror) else str(error)
                 raise ValueError(
-                    f"MASTER_ADDR = {name}: must be a name or an address that this machine can resolve "
-                    f"({reason}). Fix: node 0's address, or its name in DNS or /etc/hosts."
+                    f"MASTER_ADDR = {name}: must be a name or an address that this machine can "
+                    f"resolve ({reason}). Fix: node 0's address, or its name in DNS or /etc/hosts."
                 ) from None
             time.sleep(1)
 
@@ -88,7 +88,7 @@ def _ipv6_addresses() -> dict[str, str]:
 
 
 def own_address_towards(address: str) -> str | None:
-    """Return the address from which this machine sends to `address`; None if no route leads there."""
+    """Return the address from which this machine sends to `address`; None without a route."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as sender:
         try:
@@ -142,8 +142,8 @@ def _interface_to_others(master: str, addresses: list[str]) -> Interface | None:
         return _interface_of(own, f"{loopback}: the only interface")
     raise ValueError(
         f"MASTER_ADDR = {master}: must be an address that the other nodes reach; here it is "
-        f"{addresses[0]}, and which of {', '.join(outside) or 'no interface'} they reach is unknown. "
-        "Fix: MASTER_ADDR = node 0's address."
+        f"{addresses[0]}, and which of {', '.join(outside) or 'no interface'} they reach is "
+        "unknown. Fix: MASTER_ADDR = node 0's address."
     )
 
 

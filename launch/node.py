@@ -1,9 +1,9 @@
 """Run one node's processes: `python -m launch.node` is what train.sh starts, once for each launch.
 
 It wraps torchrun. Before it come the checks that torchrun answers with a traceback or with silence:
-is the address one that exists, is the port free, are the other nodes there, which interface leads to
-them. The exit code is 0 if all processes succeeded, 1 if one failed or a node did not come, 2 if the
-settings cannot work, and 128 and the number of a signal that ended them.
+is the address one that exists, is the port free, are the other nodes there, which interface leads
+to them. The exit code is 0 if all processes succeeded, 1 if one failed or a node did not come, 2 if
+the settings cannot work, and 128 and the number of a signal that ended them.
 """
 
 import os

@@ -1,8 +1,8 @@
 """Tie a process to its parent, so that nothing goes on training once its launcher is gone.
 
-As a program, run by its file, it replaces itself: `python tether.py PARENT COMMAND [ARGUMENTS]` runs
-the command, which the kernel kills when the process PARENT ends. The kernel keeps that promise over
-exec, and however the parent ends, also by a SIGKILL that no handler sees.
+As a program, run by its file, it replaces itself: `python tether.py PARENT COMMAND [ARGUMENTS]`
+runs the command, which the kernel kills when the process PARENT ends. The kernel keeps that promise
+over exec, and however the parent ends, also by a SIGKILL that no handler sees.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ PR_SET_PDEATHSIG = 1
 def end_with_parent(parent: int) -> None:
     """Have the kernel kill this process when its parent ends; end now if it has ended already.
 
-    The parent is the thread that started this process, so that thread must live as long as its process.
+    The kernel looks at the thread that started this one, which must live as long as its process.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:

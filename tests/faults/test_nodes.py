@@ -1,4 +1,4 @@
-"""launch/train.sh with real torchrun processes and a trainer that needs no torch (tests/faults/trainer.py).
+"""launch/train.sh with real torchrun processes, and tests/faults/trainer.py as the trainer.
 
 What a launch says when it cannot work, that it says it once, and that nothing is left of it.
 """
@@ -171,7 +171,9 @@ def test_a_crash_keeps_its_traceback_and_names_the_rank(launches):
     code, err = launches.run(ACTION="crash")
     assert code == 1, err
     assert err.count("Traceback (most recent call last)") == 1, err
-    assert "RuntimeError: the loss is a pear\ntrain.sh: error: rank 1 (local rank 1, process " in err
+    assert (
+        "RuntimeError: the loss is a pear\ntrain.sh: error: rank 1 (local rank 1, process " in err
+    )
     assert "failed with exit code 1" in err
 
 
@@ -217,11 +219,13 @@ def test_a_node_waits_for_node_0_and_says_so(launches):
 def test_a_port_in_use_is_one_line_and_not_tried_as_a_crash(launches):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        code, err = launches.run(NODE_RANK="0", MAX_RESTARTS="3", **two_nodes(MASTER_PORT=str(port)))
+        code, err = launches.run(
+            NODE_RANK="0", MAX_RESTARTS="3", **two_nodes(MASTER_PORT=str(port))
+        )
     assert code == 2, err
     assert err == (
-        f"train.sh: error: MASTER_PORT = {port}: must be a port that is free on node 0 (Address already "
-        "in use). Fix: another one, the same on all nodes, or end the process that has it."
+        f"train.sh: error: MASTER_PORT = {port}: must be a port that is free on node 0 (Address "
+        "already in use). Fix: another one, the same on all nodes, or end the process that has it."
     )
 
 
@@ -236,10 +240,14 @@ def test_a_node_0_that_is_never_there_is_one_line_and_not_tried_as_a_crash(launc
 
 
 def test_a_name_that_does_not_resolve_is_refused(launches):
-    code, err = launches.run(**two_nodes(NODE_RANK="1", MASTER_ADDR="no.such.host.invalid", JOIN_WAIT="1"))
+    code, err = launches.run(
+        **two_nodes(NODE_RANK="1", MASTER_ADDR="no.such.host.invalid", JOIN_WAIT="1")
+    )
     assert code == 2, err
     (line,) = err.splitlines()
-    assert line.startswith("train.sh: error: MASTER_ADDR = no.such.host.invalid: must be a name or an")
+    assert line.startswith(
+        "train.sh: error: MASTER_ADDR = no.such.host.invalid: must be a name or an"
+    )
     assert "Fix: node 0's address" in line
 
 
@@ -247,12 +255,14 @@ def can_make_networks() -> bool:
     if os.geteuid() != 0 or not (shutil.which("ip") and shutil.which("unshare")):
         return False
     command = "ip link add ithaca-a type veth peer name ithaca-b && ip link del ithaca-a"
-    return subprocess.run(["unshare", "-n", "sh", "-c", command], capture_output=True).returncode == 0
+    return (
+        subprocess.run(["unshare", "-n", "sh", "-c", command], capture_output=True).returncode == 0
+    )
 
 
 @pytest.fixture
 def networks():
-    """Two networks joined by one wire, in which each machine calls itself 127.0.1.1, as on Debian."""
+    """Make two networks that one wire joins -> their names."""
     if not can_make_networks():
         pytest.skip("needs root, iproute2 and network namespaces")
     names = [f"ithaca-{os.getpid()}-{letter}" for letter in "ab"]
@@ -260,10 +270,8 @@ def networks():
     try:
         for name in names:
             subprocess.run(["ip", "netns", "add", name], check=True)
-        subprocess.run(
-            f"ip link add eth7 netns {names[0]} type veth peer name bond0.7 netns {names[1]}".split(),
-            check=True,
-        )
+        ends = f"eth7 netns {names[0]} type veth peer name bond0.7 netns {names[1]}"
+        subprocess.run(["ip", "link", "add", *ends.split()], check=True)
         for name, (interface, address) in zip(names, wire, strict=True):
             for words in (
                 f"addr add {address} dev {interface}",
@@ -282,7 +290,11 @@ def test_nodes_whose_own_name_is_127_0_1_1_reach_each_other(launches, networks):
     processes = []
     for rank, name in enumerate(networks):
         hosts = launches.folder / f"hosts.{rank}"
-        own = "127.0.1.1 node0\n10.77.0.2 node1\n" if rank == 0 else "10.77.0.1 node0\n127.0.1.1 node1\n"
+        own = (
+            "127.0.1.1 node0\n10.77.0.2 node1\n"
+            if rank == 0
+            else "10.77.0.1 node0\n127.0.1.1 node1\n"
+        )
         hosts.write_text("127.0.0.1 localhost\n" + own)
         inside = f'hostname node{rank} && mount --bind {hosts} /etc/hosts && exec "$@"'
         before = ["ip", "netns", "exec", name, "unshare", "-m", "-u", "bash", "-c", inside, "bash"]

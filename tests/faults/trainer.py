@@ -1,4 +1,4 @@
-"""A stand-in for the trainer that needs no torch: `ACTION` in the environment says what each rank does."""
+"""Stand in for the trainer without torch: `ACTION` in the environment says what a rank does."""
 
 import os
 import signal

@@ -80,7 +80,9 @@ def test_a_node_whose_number_another_takes_is_refused(store):
     while not store.check([place]):
         time.sleep(0.01)
     store.set(place, "twin (process 7)")
-    assert "NODE_RANK = 1: must be this node's alone; twin (process 7) has it" in str(first.finish())
+    assert "NODE_RANK = 1: must be this node's alone; twin (process 7) has it" in str(
+        first.finish()
+    )
     assert isinstance(waiting.finish(), NotMet)
 
 

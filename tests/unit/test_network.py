@@ -1,4 +1,4 @@
-"""launch/network.py: which interface gloo and NCCL are told, from what this machine's addresses are."""
+"""launch/network.py: which interface gloo and NCCL are told, from this machine's addresses."""
 
 import socket
 
@@ -57,23 +57,29 @@ def test_a_route_is_found_without_sending_anything():
     assert own_address_towards("127.0.0.1") == "127.0.0.1"
 
 
-@pytest.mark.parametrize("master, addresses, name", [
-    ("10.0.0.1", ["10.0.0.1"], "eth0"),
-    ("10.1.0.1", ["10.1.0.1"], "bond0.100"),
-    ("fd00::1", ["fd00::1"], "ib0"),
-    ("node0", ["127.0.1.1", "10.1.0.5"], "bond0.100"),  # node 0, whose name has both
-    ("node0", ["203.0.113.1", "10.0.0.1"], "eth0"),  # no route to the first
-])
+@pytest.mark.parametrize(
+    "master, addresses, name",
+    [
+        ("10.0.0.1", ["10.0.0.1"], "eth0"),
+        ("10.1.0.1", ["10.1.0.1"], "bond0.100"),
+        ("fd00::1", ["fd00::1"], "ib0"),
+        ("node0", ["127.0.1.1", "10.1.0.5"], "bond0.100"),  # node 0, whose name has both
+        ("node0", ["203.0.113.1", "10.0.0.1"], "eth0"),  # no route to the first
+    ],
+)
 def test_the_interface_is_the_one_that_reaches_node_0(machine, master, addresses, name):
     chosen = choose_interface(master, addresses, nnodes=2)
     assert chosen.name == name
     assert f"it reaches MASTER_ADDR {master}" in chosen.reason
 
 
-@pytest.mark.parametrize("master, addresses", [
-    ("localhost", ["::1", "127.0.0.1"]),
-    ("127.0.0.1", ["127.0.0.1"]),
-])
+@pytest.mark.parametrize(
+    "master, addresses",
+    [
+        ("localhost", ["::1", "127.0.0.1"]),
+        ("127.0.0.1", ["127.0.0.1"]),
+    ],
+)
 def test_nodes_on_one_machine_use_the_loopback(machine, master, addresses):
     assert choose_interface(master, addresses, nnodes=2).name == "lo"
 
@@ -83,7 +89,9 @@ def test_one_node_uses_the_loopback(machine):
 
 
 def test_a_name_that_is_the_loopback_takes_the_default_route(machine):
-    machine.setattr(network, "own_address_towards", lambda address: DEFAULT.get(address, "127.0.0.1"))
+    machine.setattr(
+        network, "own_address_towards", lambda address: DEFAULT.get(address, "127.0.0.1")
+    )
     chosen = choose_interface("node0", ["127.0.1.1"], nnodes=2)
     assert chosen.name == "eth0"
     assert chosen.reason == (
