@@ -17,8 +17,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig
 
 from launch.meeting import Node0, meet_as_node_0, meet_as_other, open_store
-from launch.report import NotMet, give_up, has_outcome, say
+from launch.report import NotMet, give_up, read_outcome, say
 from launch.settings import Settings
+from launch.watch import Watch, announce
 
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 TETHER = Path(__file__).with_name("tether.py")
@@ -39,14 +40,32 @@ def run(settings: Settings, addresses: list[str]) -> int:
         store, port = _meet(settings, addresses)
     except (ValueError, NotMet) as error:
         return give_up(error)
-    address = settings.master
     if settings.nnodes == 1:
-        address = "127.0.0.1"
-    elif ":" in address:
-        address = f"[{address}]"
-    code = _run_torchrun(settings, address, port)
+        code, _ = _run_torchrun(settings, "127.0.0.1", port)
+    else:
+        code = _run_among_others(settings, Node0(settings.master, addresses[0], port))
     del store  # it must live as long as the processes
     return code
+
+
+def _run_among_others(settings: Settings, node0: Node0) -> int:
+    """Run the processes, heed the other nodes' failures and tell them of ours -> the exit code."""
+    watch = Watch(node0, settings.node_rank)
+    watch.start()
+    address = f"[{node0.master}]" if ":" in node0.master else node0.master
+    code, failure = _run_torchrun(settings, address, node0.port)
+    watch.is_over.set()
+    outcome = read_outcome()
+    if watch.heard is None:
+        if failure and outcome in (None, "refused"):
+            announce(node0, settings.node_rank, failure, is_refusal=outcome == "refused")
+        return code
+    if outcome is not None:  # a process here has found the same
+        return code
+    if watch.heard.is_refusal:
+        return give_up(ValueError(watch.heard.describe()))
+    say(f"error: {watch.heard.describe()}")
+    return 1
 
 
 def _meet(settings: Settings, addresses: list[str]) -> tuple[TCPStore | None, int]:
@@ -61,8 +80,8 @@ def _meet(settings: Settings, addresses: list[str]) -> tuple[TCPStore | None, in
     return store, store.port
 
 
-def _run_torchrun(settings: Settings, address: str, port: int) -> int:
-    """Start the processes and see them through -> the exit code."""
+def _run_torchrun(settings: Settings, address: str, port: int) -> tuple[int, str]:
+    """Start the processes and see them through -> the exit code, and what failed, if anything."""
     if "LOGLEVEL" not in os.environ:  # who asks torch for its log gets all of it
         for name in LOGGERS_OF_TORCHRUN:
             logging.getLogger(name).addFilter(_is_news)
@@ -78,15 +97,18 @@ def _run_torchrun(settings: Settings, address: str, port: int) -> int:
     try:
         torchrun.run(torchrun.parse_args([*words, sys.executable, *tied, *settings.arguments]))
     except SignalException as stop:
-        return 128 + stop.sigval
+        return 128 + stop.sigval, ""
     except ChildFailedError as failed:
-        if not has_outcome():  # otherwise the trainer has said why
-            say(f"error: {_describe_failure(failed)}")
-        return 1
+        if read_outcome() is not None:  # the trainer has said why
+            return 1, "it refused to train; its own output says why"
+        text = _describe_failure(failed)
+        say(f"error: {text}")
+        return 1, text
     except DistError as error:
-        say(f"error: the nodes lost each other while they started: {str(error).splitlines()[0]}")
-        return 1
-    return 0
+        text = f"the nodes lost each other while they started: {str(error).splitlines()[0]}"
+        say(f"error: {text}")
+        return 1, text
+    return 0, ""
 
 
 def _grace_words(grace: int) -> list[str]:

@@ -23,10 +23,10 @@ def give_up(error: Exception) -> int:
     return 1 if may_come else 2
 
 
-def has_outcome() -> bool:
-    """Has a process of this launch already said how it ended?"""
+def read_outcome() -> str | None:
+    """Return how a process of this launch has said that it ended."""
     path = _outcome_path()
-    return path is not None and path.exists()
+    return path.read_text() if path is not None and path.exists() else None
 
 
 def _outcome_path() -> Path | None:

@@ -251,6 +251,33 @@ def test_a_name_that_does_not_resolve_is_refused(launches):
     assert "Fix: node 0's address" in line
 
 
+def test_a_node_that_refuses_ends_the_others_which_name_it(launches):
+    settings = two_nodes(MASTER_PORT=str(free_port()), ACTION="refuse on node 1")
+    node0 = launches.start(NODE_RANK="0", **settings)
+    code, err = launches.run(NODE_RANK="1", **settings)
+    assert code == 2, err
+    assert err == "error: data_path = x: does not exist. Fix: another one."
+    code, err = finish(node0)
+    assert code == 2, err
+    assert err == (
+        f"train.sh: error: node 1 ({socket.gethostname()}) ended this launch: it refused to train; "
+        "its own output says why"
+    )
+
+
+def test_a_node_that_crashes_ends_the_others_which_name_it(launches):
+    settings = two_nodes(MASTER_PORT=str(free_port()), ACTION="killed")
+    node0 = launches.start(NODE_RANK="0", **settings)
+    code, err = launches.run(NODE_RANK="1", **settings)
+    assert code == 1, err
+    assert "was killed by SIGKILL" in err
+    code, err = finish(node0)
+    assert code == 1, err
+    host = socket.gethostname()
+    assert f"error: node 1 ({host}) ended this launch: rank 1 (local rank 0, process " in err
+    assert "was killed by SIGKILL" in err
+
+
 def can_make_networks() -> bool:
     if os.geteuid() != 0 or not (shutil.which("ip") and shutil.which("unshare")):
         return False

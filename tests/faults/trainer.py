@@ -24,6 +24,10 @@ def main() -> int:
             print("error: lr = -1: must be positive. Fix: a positive one.", file=sys.stderr)
             outcome.write_text("refused")
         return 2
+    if action == "refuse on node 1" and rank == 1:
+        print("error: data_path = x: does not exist. Fix: another one.", file=sys.stderr)
+        outcome.write_text("refused")
+        return 2
     if action == "crash" and rank == 1:
         raise RuntimeError("the loss is a pear")
     if action == "killed" and rank == 1:
