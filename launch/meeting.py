@@ -143,7 +143,7 @@ def meet_as_other(node0: Node0, rank: int, nnodes: int, wait: float) -> None:
         reason = _why_unreachable(node0)
         if reason is None:
             reason = "it does not answer as a run that starts"
-            store = _call(node0)
+            store = call(node0)
             if store is not None:
                 with suppress(dist.DistError):  # node 0 ended in between
                     reason = _join(store, node0, rank, nnodes, patience)
@@ -160,12 +160,14 @@ def _why_unreachable(node0: Node0) -> str | None:
         return error.strerror or str(error)
 
 
-def _call(node0: Node0) -> dist.TCPStore | None:
-    """Connect to node 0's store; None if what has the port is no store.
+def call(node0: Node0) -> dist.TCPStore | None:
+    """Connect to node 0's store; None if it is gone, or what has the port is no store.
 
     That is found out in a thread, because torch waits without a limit for a port that takes the
     call and says nothing.
     """
+    if _why_unreachable(node0) is not None:
+        return None
     answers = queue.SimpleQueue()
     threading.Thread(target=_open_client, args=(node0, answers), daemon=True).start()
     with _silence():

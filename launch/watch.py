@@ -13,11 +13,10 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 
 import torch.distributed as dist
 
-from launch.meeting import CONNECT_SECONDS, PREFIX, Node0
+from launch.meeting import PREFIX, Node0, call
 
 POLL_SECONDS = 1.0
 OWN_WORD_SECONDS = 5.0
@@ -42,25 +41,33 @@ class Ending:
 def announce(node0: Node0, node_rank: int, text: str, *, is_refusal: bool) -> None:
     """Tell the other nodes that this one's launch failed; the first to say so is heard."""
     ending = Ending(node_rank, socket.gethostname(), text, is_refusal)
-    with suppress(dist.DistError):  # node 0 is gone: there is nobody to tell
-        _connect(node0).compare_set(ENDED, "", json.dumps(asdict(ending)))
+    store = call(node0)
+    if store is not None:  # otherwise node 0 is gone: there is nobody to tell
+        with suppress(dist.DistError):
+            store.compare_set(ENDED, "", json.dumps(asdict(ending)))
     if node_rank == 0:  # the store ends with this process
         time.sleep(2 * POLL_SECONDS)
 
 
 class Watch(threading.Thread):
-    """Look for another node's ending, and send this process SIGTERM when there is one."""
+    """Look for another node's ending, and send this process SIGTERM when there is one.
+
+    Make it before any process is started: the call to node 0 holds back stderr for a moment, which
+    a process that starts then would keep.
+    """
 
     def __init__(self, node0: Node0, node_rank: int):
         super().__init__(daemon=True)
-        self.node0 = node0
+        self.store = call(node0)
         self.node_rank = node_rank
         self.heard: Ending | None = None
         self.is_over = threading.Event()
 
     def run(self) -> None:
+        store = self.store
+        if store is None:
+            return
         with suppress(dist.DistError):  # node 0 is gone: there is nothing more to hear
-            store = _connect(self.node0)
             while not store.check([ENDED]):
                 if self.is_over.wait(POLL_SECONDS):
                     return
@@ -68,13 +75,3 @@ class Watch(threading.Thread):
             if ending.node_rank != self.node_rank and not self.is_over.wait(OWN_WORD_SECONDS):
                 self.heard = ending
                 os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _connect(node0: Node0) -> dist.TCPStore:
-    return dist.TCPStore(
-        node0.master,
-        node0.port,
-        is_master=False,
-        wait_for_workers=False,
-        timeout=timedelta(seconds=CONNECT_SECONDS),
-    )

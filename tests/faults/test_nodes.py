@@ -265,6 +265,7 @@ def test_a_node_that_refuses_ends_the_others_which_name_it(launches):
     )
 
 
+@pytest.mark.long  # a refusal takes the same way
 def test_a_node_that_crashes_ends_the_others_which_name_it(launches):
     settings = two_nodes(MASTER_PORT=str(free_port()), ACTION="killed")
     node0 = launches.start(NODE_RANK="0", **settings)
