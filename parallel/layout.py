@@ -9,7 +9,6 @@ the only one that chooses the device. Rank order is Megatron's (tp fastest, then
 import os
 import resource
 import warnings
-import zlib
 from dataclasses import dataclass
 from datetime import timedelta
 from types import ModuleType
@@ -50,6 +49,11 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+
+    @property
+    def axis(self) -> Axis:
+        """All of them, for what is exchanged before there is a layout."""
+        return _axis("world", dist.group.WORLD)
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,12 @@ def launched_on_one_machine() -> bool:
     return launched_local_world_size() == launched_world_size()
 
 
+def environment_of_numbers() -> dict[str, str]:
+    """Variables of the environment that change what a GPU computes, those that are set and those that are not."""
+    names = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG")
+    return {name: os.environ.get(name, "not set") for name in names}
+
+
 def host_memory() -> int:
     """Bytes of this machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -162,22 +172,18 @@ def _raise_open_files_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def build_layout(config: LayoutConfig, world: World, agreed: dict[str, object] | None = None) -> Layout:
-    """Make every group once.
-
-    Args:
-        agreed: what else must be the same on all processes, by name, as something that prints the same; the same
-            names on all.
+def build_layout(config: LayoutConfig, world: World) -> Layout:
+    """Make every group once. All processes must ask for the same: groups of different layouts would wait for each
+    other forever (pretrain/agreement.py compares them before).
 
     Raises:
-        ValueError: the world size is no multiple of tp x pp x cp, or another process has another layout.
+        ValueError: the world size is no multiple of tp x pp x cp.
     """
     assert not config.combination_problems(), "phases are checked before a layout is built"
     tp, pp, cp = config.sizes
     problem = check_world_size(world.size, tp, pp, cp)
     if problem:
         raise ValueError(problem)
-    _check_same_on_all_ranks(config, world, agreed or {})
     two_levels = config.context_levels[1] > 1
     parallel_state = _parallel_state()
     parallel_state.initialize_model_parallel(
@@ -200,32 +206,11 @@ def build_layout(config: LayoutConfig, world: World, agreed: dict[str, object] |
         cp_a2a, cp_gather = _axis("cp_a2a", inner), _axis("cp_gather", outer)
     stages = stages_of_rank(config.schedule, pp_axis.rank, pp, config.stages_per_rank) if pp > 1 else (0,)
     return Layout(
-        world=_axis("world", dist.group.WORLD), tp=tp_axis, pp=pp_axis,
+        world=world.axis, tp=tp_axis, pp=pp_axis,
         dp=_axis("dp", parallel_state.get_data_parallel_group()), cp=cp_axis, cp_a2a=cp_a2a, cp_gather=cp_gather,
         dp_cp=dp_cp, embedding=_embedding_axis(pp_axis, config.schedule), schedule=config.schedule, stages=stages,
         num_stages=pp * len(stages), sequence_parallel=config.sequence_parallel and tp > 1, mesh=mesh,
         device=world.device)
-
-
-def _check_same_on_all_ranks(config: LayoutConfig, world: World, agreed: dict[str, object]) -> None:
-    """Groups that are made of different layouts would wait for each other forever, as would ranks of which some
-    recompute, or go on to another phase.
-
-    Raises:
-        ValueError: on every rank.
-    """
-    layout = (*config.sizes, config.schedule, config.stages_per_rank, config.context_levels, config.sharding_strategy,
-              config.sequence_parallel)
-    settings = {"layout": layout} | agreed
-    own = torch.tensor([zlib.crc32(repr(value).encode()) for value in settings.values()], device=world.device)
-    ends = torch.stack([own, -own])
-    dist.all_reduce(ends, op=dist.ReduceOp.MAX)
-    differing = [name for name, same in zip(settings, (ends[0] == -ends[1]).tolist(), strict=True) if not same]
-    if differing:
-        raise ValueError(f"layout = {config.describe()} {config.sharding_strategy} on rank {world.rank}: "
-                         f"processes differ in {', '.join(differing)}. Fix: the same configuration everywhere. "
-                         "Where machines differ in memory, what is chosen by it (--layout auto, loss_chunk_tokens) "
-                         "may differ: --device-memory-gib makes it the same.")
 
 
 def single_process_layout(device: torch.device) -> Layout:

@@ -69,16 +69,6 @@ class Plan:
         is_forgotten = not self.start.is_restart or not self.progress.get("has_optimizer", True)
         return self.start.weights_only or self.config.checkpoint.no_load_optim and is_forgotten
 
-    @property
-    def must_agree(self) -> dict[str, object]:
-        """What lets ranks wait for each other forever where they differ in it; not paths, nor a node's memory."""
-        phases = [(phase.start, phase.end, phase.seq_length, phase.micro_batch_size, phase.stretches, phase.layout_key,
-                   phase.memory, phase.rope, phase.document_masking) for phase in self.phases]
-        model = dataclasses.replace(self.config.model, cpu_offloading_host_memory=None)
-        optimizer = self.config.optimizer
-        return {"model": (model, self.vocab_size), "precision": (optimizer.bf16, optimizer.fp64), "phases": phases,
-                "choice of layouts": self.layouts}
-
 
 def make_plan(config: Config, world_size: int, only_print: bool = False) -> Plan:
     """Check the whole configuration against the world and the disk.

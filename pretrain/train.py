@@ -9,12 +9,10 @@ import dataclasses
 import gc
 import resource
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
@@ -26,6 +24,7 @@ from model.hardware import peak_flops
 from model.init import initialize
 from model.kernels import has_bf16_units
 from parallel.collectives import all_reduce
+from parallel.config import LayoutConfig
 from parallel.layout import (
     Layout,
     World,
@@ -38,6 +37,15 @@ from parallel.layout import (
     start_world,
 )
 from pretrain import checkpoint
+from pretrain.agreement import (
+    ROOT,
+    Refused,
+    Shared,
+    commit_of,
+    require_agreement,
+    shared_by_all,
+    source_digest,
+)
 from pretrain.attention import attention_of_run
 from pretrain.evaluate import Evaluator
 from pretrain.feed import SHOWN_SOURCES, Feed, describe_forecast
@@ -45,6 +53,7 @@ from pretrain.fit import Machine, describe_out_of_memory
 from pretrain.load_config import dump_yaml, load_config, outcome_path, spell, warn
 from pretrain.metrics import Reporter
 from pretrain.model_files import read_carried
+from pretrain.outcome import refuse, say_error, write_outcome
 from pretrain.phases import Phase, describe, phase_at
 from pretrain.plan import Plan, make_plan, warnings_about
 from pretrain.resume_contract import describe_changes
@@ -64,6 +73,7 @@ class Trainer:
 
     def run(self) -> str:
         """Train until done, or until the layout must change or someone stops us -> the outcome."""
+        require_agreement(shared_by_all(self.plan), self.world.axis)
         start, progress = self.plan.start, self.plan.progress
         clock = 0 if progress is None or start.weights_only else progress["clock"]
         phase = phase_at(self.plan.phases, clock)
@@ -78,14 +88,16 @@ class Trainer:
                 print(describe_forecast(self.plan.forecast), flush=True)
             for text in warnings_about(self.plan):
                 warn(text)
+            self._say_code()
         if phase is None:
             if self.world.rank == 0:
                 print(f"done: all {step:,} steps are trained; raise the tokens to go on", flush=True)
             return "done"
-        self.layout = build_layout(phase.layout, self.world, self.plan.must_agree)
+        self.layout = build_layout(phase.layout, self.world)
         lock = None
         if self.config.checkpoint.save:
-            lock = checkpoint.FolderLock(self.config.checkpoint.save, self.layout.world)
+            with _known_to_all():
+                lock = checkpoint.FolderLock(self.config.checkpoint.save, self.layout.world)
             planned = start.folder if start.is_restart else None
             if not checkpoint.same_start_on_all_ranks(self.config.checkpoint.save, planned, self.layout.world):
                 raise RuntimeError(f"{self.config.checkpoint.save} got another checkpoint while this run was starting; "
@@ -114,6 +126,13 @@ class Trainer:
             reporter.close()
             if lock is not None:
                 lock.release()
+
+    def _say_code(self) -> None:
+        """Which code trains, so that a run can be told from its log."""
+        commit = commit_of(ROOT)
+        print(f"code: {source_digest(ROOT)}, commit {commit or 'unknown'}", flush=True)
+        if commit is None:
+            warn("git does not tell which commit this is: nodes are compared by a hash of their source files alone")
 
     def _on_signal(self, number, frame):
         self.signalled = True
@@ -294,6 +313,15 @@ class Trainer:
         reporter.event("save", step, state.clock, text)
 
 
+@contextmanager
+def _known_to_all() -> Iterator[None]:
+    """Bad input that shows inside is found by all ranks together."""
+    try:
+        yield
+    except ValueError as error:
+        raise Refused(str(error)) from error
+
+
 def _peak_memory(layout: Layout) -> int:
     """Bytes: allocated on the GPU, or the process's resident memory on the CPU."""
     if layout.device.type == "cuda":
@@ -301,31 +329,32 @@ def _peak_memory(layout: Layout) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def write_outcome(outcome: str) -> None:
-    """Tell the launcher of this node how the run ended: torchrun does not pass exit codes on."""
-    path = outcome_path()
-    if path:
-        checkpoint.write_atomically(Path(path), outcome)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run; 0 for an end that the launcher reads from the outcome file, 2 for bad input without a launcher."""
     argv = spell(sys.argv[1:] if argv is None else argv)
+    only_print = "--print-config" in argv
     try:
         config = load_config([arg for arg in argv if arg != "--print-config"])
-        plan = make_plan(config, launched_world_size(), only_print="--print-config" in argv)
-        if "--print-config" in argv:
+        plan = make_plan(config, launched_world_size(), only_print=only_print)
+        if only_print:
             if launched_rank() == 0:
                 print(dump_yaml(plan.config), end="")
             return 0
+    except (ValueError, OSError) as error:
+        if only_print or launched_on_one_machine():
+            return refuse(error)
+        return _refuse_with_others(error)
+    try:
         world = start_world(config.layout)
     except (ValueError, OSError) as error:
         return refuse(error)
     trainer = Trainer(plan, world)
     try:
         outcome = trainer.run()
+    except Refused as error:
+        return refuse(error, "all ranks")
     except ValueError as error:
-        return refuse(error, is_mine_alone=trainer.in_steps)
+        return refuse(error, "this rank" if trainer.in_steps else "this machine")
     finally:
         end_world()
     if launched_local_rank() == 0:
@@ -333,30 +362,27 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def refuse(error: Exception, is_mine_alone: bool = False) -> int:
-    """Bad input: say it (once per machine, when all ranks found the same) and tell the launcher not to try again.
-
-    Exit code 2 makes torchrun stop the other ranks and print a traceback of its own; where all ranks
-    of the only machine end by themselves, the outcome file is enough.
-    """
-    if not is_mine_alone and launched_local_rank() != 0 and _was_refused_by_others():
-        return 0 if launched_on_one_machine() else 2
-    where = "" if launched_rank() == 0 else f" (rank {launched_rank()} on {socket.gethostname()})"
-    for line in str(error).splitlines():
-        print(f"error{where}: {line}", file=sys.stderr, flush=True)
+def _refuse_with_others(error: Exception) -> int:
+    """Say what keeps this machine from training, then tell the other machines, which would wait for it."""
+    is_speaker = launched_local_rank() == 0
+    if is_speaker:
+        say_error(error)
+    try:
+        world = start_world(LayoutConfig())
+        require_agreement(Shared(problem=str(error)), world.axis)
+    except Refused as refused:
+        if is_speaker:
+            write_outcome("refused")
+            own = str(error).splitlines()  # said already
+            others = [line for line in str(refused).splitlines() if line.split(": ", 1)[1] not in own]
+            say_error(Refused("\n".join(others)))
+        return 0 if outcome_path() else 2
+    except (ValueError, OSError, RuntimeError) as missed:
+        print(f"warning: the other machines could not be told ({missed})", file=sys.stderr, flush=True)
+    finally:
+        end_world()
     write_outcome("refused")
-    alone = is_mine_alone or launched_local_rank() != 0 or not launched_on_one_machine()
-    return 2 if alone or outcome_path() is None else 0
-
-
-def _was_refused_by_others(wait: float = 5.0) -> bool:
-    """Does local rank 0 say the same within `wait` seconds?"""
-    path, limit = outcome_path(), time.monotonic() + wait
-    while path and time.monotonic() < limit:
-        if Path(path).exists() and Path(path).read_text() == "refused":
-            return True
-        time.sleep(0.05)
-    return False
+    return 2
 
 
 if __name__ == "__main__":

@@ -68,23 +68,6 @@ def test_predicted_bytes_are_those_of_the_tensors(pool, case):
             case.strategy == "optim_grads_params"
 
 
-def disagree(world: World, tp: tuple[int, int], recompute: tuple[str, str]) -> str:
-    try:
-        build_layout(LayoutConfig(tensor_model_parallel_size=tp[world.rank]), world,
-                     {"phases": MemorySettings(recompute[world.rank])})
-        return "built"
-    except ValueError as error:
-        return str(error)
-
-
-def test_processes_with_different_layouts_are_refused_on_all_of_them(pool):
-    texts = pool.run(disagree, 2, (1, 2), ("full", "full"))
-    assert all("processes differ in layout. Fix: the same " in text for text in texts)
-    assert texts[1].startswith("layout = tp 2 pp 1 cp 1 optim_grads on rank 1")
-    assert all("processes differ in phases. Fix: " in text for text in pool.run(disagree, 2, (1, 1), ("full", None)))
-    assert pool.run(disagree, 2, (1, 1), ("full", "full")) == ["built", "built"]
-
-
 def phased(tmp_path, corpus, name: str, device_memory_gib: float, **changes) -> list[str]:
     """Flags of a run of two phases, the second with samples that only context parallelism can hold."""
     phases = [dict(name="short", seq_length=64, train_tokens=1024, global_batch_tokens=512),

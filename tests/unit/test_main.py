@@ -104,7 +104,7 @@ def test_a_rank_that_refuses_alone_speaks_and_ends_the_others(corpus, capsys, tm
     for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2"),
                         ("ITHACA_OUTCOME_FILE", str(outcome))):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("pretrain.train._was_refused_by_others", lambda: False)
+    monkeypatch.setattr("pretrain.outcome.was_refused_by_others", lambda: False)
     assert main(base_arguments(corpus, lr=-1)) == 2
     assert "error (rank 1 on " in capsys.readouterr().err and outcome.read_text() == "refused"
     monkeypatch.undo()

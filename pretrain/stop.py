@@ -1,0 +1,123 @@
+"""Stop signals: noticed at once, and followed by all ranks at the same point of the program.
+
+Before the first step there is nothing to save, so that a signal ends the process at once, wherever it is: reading an
+index, waiting for another node, loading a checkpoint. From then on a signal only sets a flag, and ranks ask each other
+between microbatches, of training and of evaluations, after each step and after each save whether anybody's is set.
+Nothing is cut off inside a microbatch (under pipeline parallelism: inside a batch) or inside a save.
+"""
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from parallel.collectives import all_reduce
+from parallel.layout import Axis
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
+CHECK_SECONDS = 0.4
+"""Between two questions that ranks ask each other: less would slow training down, more would be seen too late."""
+
+
+class Interrupted(Exception):
+    """Somebody asked to stop; raised on all ranks alike, between two microbatches."""
+
+
+class StopSignals:
+    """The signals of this process."""
+
+    def __init__(self):
+        self.asked = False
+        self._may_end_at_once: Callable[[], None] | None = None
+        self._lock = threading.Lock()
+
+    def listen(self, before_end: Callable[[], None]) -> None:
+        """Hear the signals from now on; until `defer` each of them ends the process.
+
+        Args:
+            before_end: what remains to be done then.
+        """
+        self._may_end_at_once = before_end
+        # A handler in Python waits for the main thread, which may be deep in a collective or a long loop in C. The
+        # interpreter writes the signal's number to this socket at once, and a thread of its own reads it.
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        self._sockets = reader, writer
+        threading.Thread(target=self._watch, args=(reader,), name="stop-signals", daemon=True).start()
+
+    def defer(self) -> None:
+        """From now on only note a signal; the steps begin, and ranks follow it together."""
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                signal.signal(number, self._on_signal)
+        with self._lock:
+            self._may_end_at_once = None
+
+    def _on_signal(self, number, frame) -> None:
+        self.asked = True
+
+    def _watch(self, reader: socket.socket) -> None:
+        while received := reader.recv(16):
+            with self._lock:
+                if self._may_end_at_once is not None and set(received) & set(SIGNALS):
+                    self._may_end_at_once()
+                    os._exit(0)
+
+
+class StopRequest:
+    """Whether any rank got a signal, as all ranks know it at the same point of the program."""
+
+    def __init__(self, signals: StopSignals, world: Axis, device: torch.device):
+        self.signals, self.world, self.device = signals, world, device
+        self.is_agreed = False
+        self.restart()
+
+    def restart(self) -> None:
+        """Ask at the next call again, since from here on microbatches take another time."""
+        self._calls = 0
+        self._skipped = 0
+        self._since = time.monotonic()
+
+    def agreed(self) -> bool:
+        """Ask all ranks now; collective. Once it is true it remains so."""
+        if not self.is_agreed:
+            self._ask()
+        return self.is_agreed
+
+    def check(self) -> None:
+        """Ask all ranks if the last time is long enough ago; every rank calls it equally often.
+
+        Raises:
+            Interrupted: on all ranks.
+        """
+        if self.is_agreed:
+            raise Interrupted
+        self._calls += 1
+        if self._calls <= self._skipped:
+            return
+        seconds = self._ask()
+        # The same on all ranks, since the seconds are those of the slowest.
+        fitting = int(self._calls * CHECK_SECONDS / max(seconds, 1e-6))
+        self._skipped = min(fitting, 2 * self._calls) - 1
+        self._calls = 0
+        if self.is_agreed:
+            raise Interrupted
+
+    def _ask(self) -> float:
+        """Ask all ranks -> seconds since the last time, on the slowest of them."""
+        own = [float(self.signals.asked), time.monotonic() - self._since]
+        asked, seconds = all_reduce(
+            torch.tensor(own, dtype=torch.float64, device=self.device), self.world, dist.ReduceOp.MAX
+        ).tolist()
+        self._since = time.monotonic()
+        self.is_agreed = asked > 0
+        return seconds
