@@ -19,6 +19,7 @@ import torch.distributed as dist
 import xxhash
 
 from data.sources import Corpus
+from data.stream import DocumentStream
 from parallel.collectives import all_reduce
 from parallel.layout import Axis, device_here, environment_of_numbers
 from pretrain.config import Config
@@ -73,7 +74,9 @@ class Shared:
     """What must be the same, by kind: name -> text."""
 
     settings: dict[str, str] = dataclasses.field(default_factory=dict)
-    """What the user gives: settings, data, tokenizer, code, packages, kind of device."""
+    """What the user gives: settings, tokenizer, code, packages, kind of device."""
+    data: dict[str, str] = dataclasses.field(default_factory=dict)
+    """What the files of the data hold, in the order of this run."""
     start: dict[str, str] = dataclasses.field(default_factory=dict)
     """The checkpoint that the run starts from; another may be published while processes start."""
     derived: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -102,7 +105,10 @@ def require_agreement(shared: Shared, world: Axis) -> None:
     found = _with_commits(found)
     if any(other.problem is not None for other in found):
         raise Refused(_describe_problems([other.problem for other in found]))
-    if lines := describe_differences([other.settings for other in found], "the same command, files and code"):
+    # What is named first explains what comes after it: another seed is another order of the documents.
+    if lines := describe_differences([other.settings for other in found], "the same command and code"):
+        raise Refused("\n".join(lines))
+    if lines := describe_differences([other.data for other in found], "the same files"):
         raise Refused("\n".join(lines))
     if lines := describe_differences([other.start for other in found], "starting again; --save seen by all nodes"):
         raise RuntimeError("\n".join(lines))
@@ -175,7 +181,7 @@ def _short(text: str) -> str:
 
 def shared_by_all(plan: Plan) -> Shared:
     """Everything that all ranks of this run must share."""
-    settings = setting_texts(plan.config) | data_texts(plan.corpus)
+    settings = setting_texts(plan.config)
     settings["tokenizer"] = str(plan.tokenizer_description)
     settings["device"] = "cpu" if device_here()[0] == "cpu" else "cuda"
     settings |= version_texts() | environment_of_numbers()
@@ -185,7 +191,7 @@ def shared_by_all(plan: Plan) -> Shared:
     derived = {"vocab_size": str(plan.vocab_size), "choice of layouts": str(plan.layouts)}
     for phase in plan.phases:
         derived |= phase_texts(phase)
-    return Shared(settings, start, derived)
+    return Shared(settings, data_texts(plan.corpus), start, derived)
 
 
 def setting_texts(config: Config) -> dict[str, str]:
@@ -230,11 +236,16 @@ def _text(value: Any) -> str:
 
 def data_texts(corpus: Corpus) -> dict[str, str]:
     """Every source and validation set -> what it is, whatever its path says."""
-    found = {f"data of {name}": str(stream.fingerprint()) for name, stream in corpus.train.items()}
+    found = {f"data of {name}": _stream_text(stream) for name, stream in corpus.train.items()}
     for name, blend in corpus.validation.items():
-        parts = [f"{weight} of {stream.fingerprint()}" for weight, stream in blend]
+        parts = [f"{weight:g} x {_stream_text(stream)}" for weight, stream in blend]
         found[f"validation set {name}"] = ", ".join(parts)
     return found
+
+
+def _stream_text(stream: DocumentStream) -> str:
+    digest = xxhash.xxh3_64_hexdigest(str(stream.fingerprint()).encode())
+    return f"{stream.tokens_per_epoch:,} tokens in {stream.num_documents:,} documents, hash {digest[:12]}"
 
 
 def version_texts() -> dict[str, str]:

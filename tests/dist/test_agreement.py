@@ -73,7 +73,7 @@ def test_a_setting_that_differs_is_refused_on_both_nodes(pool, folders, name):
     argvs = [base_arguments("corpus", **common | {name: value}) for value in SETTINGS[name]]
     values = [str(value) for value in SETTINGS[name]]
     expected = (f"Refused: {name}: must be the same on all ranks (rank 0: {values[0]}, rank 1: {values[1]}). "
-                "Fix: the same command, files and code on every node.")
+                "Fix: the same command and code on every node.")
     said = pool.run(compare, 2, [folders[0]] * 2, argvs)
     assert [text.splitlines()[0] for text in said] == [expected] * 2
 
@@ -129,14 +129,14 @@ def require(world: World, shared: list[Shared]) -> str:
 
 def test_a_layout_that_only_one_node_chose_is_refused(pool):
     """As where machines differ in memory: the settings are the same, and what follows from them is not."""
-    shared = [Shared({"layout": "auto"}, {}, {"phase 0: layout.context_parallel_size": size}) for size in "12"]
+    shared = [Shared({"layout": "auto"}, {}, {}, {"phase 0: layout.context_parallel_size": size}) for size in "12"]
     assert pool.run(require, 2, shared) == [
         "Refused: phase 0: layout.context_parallel_size: must be the same on all ranks (rank 0: 1, rank 1: 2). Fix: "
         "where machines differ in memory, --device-memory-gib, to choose alike on every node."] * 2
 
 
 def test_a_setting_comes_before_what_follows_from_it(pool):
-    shared = [Shared({"seed": size}, {"start": size}, {"phase 0: lr": size}) for size in "12"]
+    shared = [Shared({"seed": size}, {"data of x": size}, {"start": size}, {"phase 0: lr": size}) for size in "12"]
     for text in pool.run(require, 2, shared):
         assert text.startswith("Refused: seed: must be the same"), text
         assert len(text.splitlines()) == 1, text
