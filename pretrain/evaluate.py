@@ -106,22 +106,34 @@ class Evaluator:
                 "tokens" for name in self.feed.corpus.validation if not self._long_documents(name, phase)]
 
     def run(self, stepper: Stepper, phase: Phase) -> Iterator[dict]:
-        """Records without their place in the run; collective over the world."""
+        """Records without their place in the run; collective over the world.
+
+        Raises:
+            Interrupted: somebody asked to stop; on all ranks, and what was being measured gives no record.
+        """
+        try:
+            yield from self._measure(stepper, phase)
+        finally:
+            reshard(stepper)
+
+    def _measure(self, stepper: Stepper, phase: Phase) -> Iterator[dict]:
         settings, feed = self.settings, self.feed
         if not settings.eval_iters or not feed.corpus.validation:
             return
         layout = {"token_multiple": phase.layout.token_multiple, "padding": feed.eod or 0,
                   "vocab_size": feed.vocab_size}
         for length in sorted({*settings.eval_seq_lengths} or {phase.seq_length}):
+            _expect_another_pace(stepper)
             yield from self._losses(stepper, phase, Shape.make(phase, length))
         if settings.eval_context_gain and phase.seq_length >= 2 * settings.context_gain_cut:
+            _expect_another_pace(stepper)
             yield from self._context_gains(stepper, phase, layout)
         stream = next(iter(feed.corpus.validation.values()))[0][1]
         for length in sorted({*settings.eval_passkey_lengths}):
+            _expect_another_pace(stepper)
             for result in passkey.measure(stepper, self.tokenizer, stream, length, settings.eval_passkey_depths,
                                           settings.eval_passkey_trials, self.seed, **layout):
                 yield {"seq_length": length, "kind": "passkey", **dataclasses.asdict(result)}
-        reshard(stepper)
 
     def _losses(self, stepper: Stepper, phase: Phase, shape: Shape) -> Iterator[dict]:
         tokens = shape.global_batch_tokens(self.feed.layout)
@@ -151,6 +163,12 @@ class Evaluator:
             self._documents[key] = context_gain.choose_documents(
                 self.feed.corpus.validation[name], self.settings.context_gain_cut, phase.seq_length, count)
         return self._documents[key]
+
+
+def _expect_another_pace(stepper: Stepper) -> None:
+    """Microbatches of another length come: how long they take says nothing of when to look for a signal again."""
+    if stepper.stop is not None:
+        stepper.stop.restart()
 
 
 def validation_loss(stepper: Stepper, loader: Loader, samples: int) -> tuple[float, int]:

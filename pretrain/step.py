@@ -20,6 +20,7 @@ from parallel.collectives import all_reduce
 from parallel.layout import Layout
 from parallel.pipeline import Pipeline
 from parallel.shard import set_microbatch
+from pretrain.stop import StopRequest
 
 
 class CountedMicrobatch(Microbatch, Protocol):
@@ -58,10 +59,15 @@ def count_targets(microbatches: Sequence[CountedMicrobatch], layout: Layout) -> 
 
 
 class Stepper:
-    """Runs steps of this rank's stages; keeps the pipelines of the shapes that it has met."""
+    """Runs steps of this rank's stages; keeps the pipelines of the shapes that it has met.
+
+    With a `stop`, any step ends with `Interrupted` between two of its microbatches once somebody asked to stop (under
+    pipeline parallelism before the first). Gradients and gathered weights are then left as they are.
+    """
 
     def __init__(self, stages: list[GPTStage], layout: Layout, hidden_size: int, compute_dtype: torch.dtype,
-                 strategy: str):
+                 strategy: str, stop: StopRequest | None = None):
+        self.stop = stop
         self.stages, self.layout, self.strategy = stages, layout, strategy
         self.hidden_size, self.compute_dtype = hidden_size, compute_dtype
         self.pipelines: dict[tuple, Pipeline] = {}
@@ -95,13 +101,18 @@ class Stepper:
         """All microbatches through this rank's stages, and back -> the last stage's share of the loss."""
         for stage in self.stages:
             stage.begin_step(microbatches, num_targets, scores)
-        if self.layout.pp.size > 1:
-            share = self._pipeline_for(microbatches, train).run()
-        else:
-            share = self._accumulate(len(microbatches), train)
-        for stage in self.stages:
-            stage.begin_step((), 1)
-        return share
+        try:
+            if self.layout.pp.size > 1:
+                self._check_stop()
+                return self._pipeline_for(microbatches, train).run()
+            return self._accumulate(len(microbatches), train)
+        finally:
+            for stage in self.stages:
+                stage.begin_step((), 1)
+
+    def _check_stop(self) -> None:
+        if self.stop is not None:
+            self.stop.check()
 
     def _pipeline_for(self, microbatches: Sequence[CountedMicrobatch], train: bool) -> Pipeline:
         tokens = microbatches[0].tokens.shape[0]
@@ -117,6 +128,7 @@ class Stepper:
         total, nothing, (stage,) = None, torch.empty(0, device=self.layout.device), self.stages
         with torch.set_grad_enabled(train):
             for i in range(count):
+                self._check_stop()
                 if train:
                     set_microbatch(stage, self.strategy, is_last=i == count - 1)
                 loss = stage(nothing)

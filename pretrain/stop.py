@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,43 +35,58 @@ class StopSignals:
 
     def __init__(self):
         self.asked = False
-        self._may_end_at_once: Callable[[], None] | None = None
+        self._end_at_once: Callable[[], None] | None = None
         self._lock = threading.Lock()
+        self._sockets: tuple[socket.socket, socket.socket] | None = None
+        self._handlers: dict[int, Any] = {}
 
     def listen(self, before_end: Callable[[], None]) -> None:
-        """Hear the signals from now on; until `defer` each of them ends the process.
+        """Hear the signals from now on; until `defer` each of them ends the process with exit code 0.
 
         Args:
             before_end: what remains to be done then.
         """
-        self._may_end_at_once = before_end
-        # A handler in Python waits for the main thread, which may be deep in a collective or a long loop in C. The
+        self._end_at_once = before_end
+        # A handler in Python waits for the main thread, which may be deep in a collective or in a loop in C. The
         # interpreter writes the signal's number to this socket at once, and a thread of its own reads it.
         reader, writer = socket.socketpair()
         writer.setblocking(False)
-        for number in SIGNALS:
-            signal.signal(number, self._on_signal)
-        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         self._sockets = reader, writer
+        self._handle()
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(reader,), name="stop-signals", daemon=True).start()
 
     def defer(self) -> None:
-        """From now on only note a signal; the steps begin, and ranks follow it together."""
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                signal.signal(number, self._on_signal)
+        """Only note the signals from now on: the steps begin, and ranks follow them together."""
+        self._handle()
         with self._lock:
-            self._may_end_at_once = None
+            self._end_at_once = None
+
+    def close(self) -> None:
+        """Leave the signals to whoever had them before."""
+        if self._sockets is not None:
+            signal.set_wakeup_fd(-1)
+            reader, writer = self._sockets
+            writer.close()  # ends the thread, which closes the other end
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def _handle(self) -> None:
+        for number in SIGNALS:
+            before = signal.signal(number, self._on_signal)
+            self._handlers.setdefault(number, before)
 
     def _on_signal(self, number, frame) -> None:
         self.asked = True
 
     def _watch(self, reader: socket.socket) -> None:
-        while received := reader.recv(16):
-            with self._lock:
-                if self._may_end_at_once is not None and set(received) & set(SIGNALS):
-                    self._may_end_at_once()
-                    os._exit(0)
+        with reader:
+            while received := reader.recv(16):
+                with self._lock:
+                    if self._end_at_once is not None and set(received) & set(SIGNALS):
+                        self._end_at_once()
+                        os._exit(0)
 
 
 class StopRequest:
@@ -85,6 +101,7 @@ class StopRequest:
         """Ask at the next call again, since from here on microbatches take another time."""
         self._calls = 0
         self._skipped = 0
+        self._has_measured = False
         self._since = time.monotonic()
 
     def agreed(self) -> bool:
@@ -105,12 +122,14 @@ class StopRequest:
         if self._calls <= self._skipped:
             return
         seconds = self._ask()
-        # The same on all ranks, since the seconds are those of the slowest.
-        fitting = int(self._calls * CHECK_SECONDS / max(seconds, 1e-6))
-        self._skipped = min(fitting, 2 * self._calls) - 1
-        self._calls = 0
         if self.is_agreed:
             raise Interrupted
+        if self._has_measured:
+            # The same on all ranks, since the seconds are those of the slowest.
+            fitting = int(self._calls * CHECK_SECONDS / max(seconds, 1e-6))
+            self._skipped = min(fitting, 2 * self._calls) - 1
+        self._has_measured = True
+        self._calls = 0
 
     def _ask(self) -> float:
         """Ask all ranks -> seconds since the last time, on the slowest of them."""

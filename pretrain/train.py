@@ -8,7 +8,6 @@ layout), stopped (signal or --exit-...), refused (bad input).
 import dataclasses
 import gc
 import resource
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -56,18 +55,23 @@ from pretrain.model_files import read_carried
 from pretrain.outcome import refuse, say_error, write_outcome
 from pretrain.phases import Phase, describe, phase_at
 from pretrain.plan import Plan, make_plan, warnings_about
+from pretrain.probe import reshard
 from pretrain.resume_contract import describe_changes
 from pretrain.state import TrainState, build_optimizer, check_replicas, checkpoint_tensors, fill_tied_copy
 from pretrain.step import Stepper, train_step
+from pretrain.stop import Interrupted, StopRequest, StopSignals
 
 
 class Trainer:
     """One process's part of a run on one layout."""
 
-    def __init__(self, plan: Plan, world: World):
+    def __init__(self, plan: Plan, world: World, signals: StopSignals | None = None):
         self.plan, self.config, self.world = plan, plan.config, world
+        self.signals = signals or StopSignals()
         self.started = time.monotonic()
-        self.signalled = False
+        self.evaluation_due: str | None = None
+        """The phase of an evaluation that a stop cut short or left out; it is made up for after the restart."""
+        self.unsaved_steps = 0
         self.in_steps = False
         """From now on an error may be this rank's alone."""
 
@@ -76,7 +80,7 @@ class Trainer:
         require_agreement(shared_by_all(self.plan), self.world.axis)
         start, progress = self.plan.start, self.plan.progress
         clock = 0 if progress is None or start.weights_only else progress["clock"]
-        phase = phase_at(self.plan.phases, clock)
+        phase = self._phase_of_start(clock)
         # Not recomputed from the phases: with another batch size the same clock is another number of steps.
         step = 0 if clock == 0 else progress["step"]
         if self.world.rank == 0:
@@ -109,6 +113,8 @@ class Trainer:
         self.feed = Feed(self.config.data, self.plan.corpus, self.plan.ledger, self.layout,
                          eod=self.plan.tokenizer.eod if self.plan.tokenizer else None, vocab_size=self.plan.vocab_size)
         self.evaluator = Evaluator(self.config, self.feed, self.plan.tokenizer)
+        self.stop = StopRequest(self.signals, self.layout.world, self.layout.device)
+        self.saved_evaluation_due = self.evaluation_due
         reporter = Reporter(self.config, self.world.rank == 0, step, self.state.wandb_run_id)
         self.state.wandb_run_id = reporter.wandb_run_id
         reporter.say(f"start: {start.reason}, step {step:,}, phase {phase.name}, {self.layout.describe()}, "
@@ -117,8 +123,7 @@ class Trainer:
         reporter.event("restart" if start.is_restart else "start", step, self.state.clock,
                        f"{start.reason}; {self.layout.describe()}")
         if self.config.checkpoint.exit_signal_handler:
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-                signal.signal(number, self._on_signal)
+            self.signals.defer()
         self.in_steps = True
         try:
             return self._run_phases(phase, step, reporter)
@@ -134,8 +139,19 @@ class Trainer:
         if commit is None:
             warn("git does not tell which commit this is: nodes are compared by a hash of their source files alone")
 
-    def _on_signal(self, number, frame):
-        self.signalled = True
+    def _phase_of_start(self, clock: int) -> Phase | None:
+        """The phase that runs first, None = all is done: the one at the clock, or one that is over but for its last
+        evaluation, which a stop cut short."""
+        due = None
+        if clock > 0:  # the checkpoint's clock goes on
+            due = self.plan.progress.get("evaluation_due")
+        by_name = {phase.name: phase for phase in self.plan.phases}
+        if due is not None and due not in by_name and self.world.rank == 0:
+            warn(f"the evaluation that a stop cut short is left out: no phase is called {due} any more")
+        if due in by_name:
+            self.evaluation_due = due
+            return by_name[due]
+        return phase_at(self.plan.phases, clock)
 
     def _build_state(self, phase: Phase, progress: dict | None) -> TrainState:
         optimizer_config = self.config.optimizer
@@ -168,12 +184,12 @@ class Trainer:
             gc.disable()
         while True:
             with self._out_of_memory_explained(phase):
-                stop, step = self._run_phase(phase, step, reporter)
+                is_stopped, step = self._run_phase(phase, step, reporter)
             self._save(phase, step, reporter)
             following = phase_at(self.plan.phases, state.clock)
-            if following is None:
+            if following is None and self.evaluation_due is None:
                 return self._end("done", f"done: {step:,} steps, {state.clock:,} tokens", step, reporter)
-            if stop:
+            if is_stopped or self.stop.agreed():
                 return self._end("stopped", f"stopped as asked after step {step:,}", step, reporter)
             if following.layout_key != phase.layout_key:
                 return self._end("again", f"phase {phase.name} is done; phase {following.name} needs another layout: "
@@ -204,33 +220,61 @@ class Trainer:
     def _run_phase(self, phase: Phase, step: int, reporter: Reporter) -> tuple[bool, int]:
         """The remaining steps of one phase, or those until someone asks to stop -> (asked, last step's number)."""
         state, settings = self.state, self.config.checkpoint
-        for stage in state.stages:
-            stage.rope, stage.memory = phase.rope, phase.memory
-        stepper = Stepper(state.stages, self.layout, self.config.model.hidden_size, self.compute_dtype,
-                          phase.layout.sharding_strategy)
-        begins = self.feed.enter(phase, state.clock)
+        stepper = self._make_stepper(phase)
+        if self.evaluation_due == phase.name and not self._evaluate(stepper, phase, step, reporter):
+            return True, step
+        if state.clock >= phase.end:
+            return False, step
+        with _known_to_all():
+            begins = self.feed.enter(phase, state.clock)
         for text in self.evaluator.unmeasured(phase):
             reporter.say(text)
         if begins:
             reporter.event("phase", step, state.clock, f"{phase.name} begins, {phase.seq_length:,} tokens per sample")
-            self._evaluate(stepper, phase, step, reporter)
+            # Cut short, it needs no note: nothing is saved since, and the phase begins again.
+            if not self._evaluate(stepper, phase, step, reporter):
+                return True, step
         while state.clock < phase.end:
-            record = self._step(stepper, phase, step)
-            stop = record.pop("stop")
+            try:
+                record = self._step(stepper, phase, step)
+            except Interrupted:
+                self._give_up_step(stepper)
+                return True, step
+            is_stopped = record.pop("stop")
             step = record["step"]
             reporter.step(record, self.plan.phases[-1].end - state.clock)
             if record["skipped"]:
                 reporter.event("skipped", step, state.clock, f"gradient norm {record['grad_norm']}")
-            every = self.config.logging.eval_interval
-            # Who asks to stop is in a hurry, --exit-interval is not, and what is left out here is never made up for.
-            hurries = stop and not (settings.exit_interval and step % settings.exit_interval == 0)
-            if state.clock >= phase.end or every and step % every == 0 and not hurries:
-                self._evaluate(stepper, phase, step, reporter)
-            if stop:
+            if self._should_evaluate(phase, step):
+                self.evaluation_due = phase.name
+                # Who asks to stop is in a hurry, --exit-interval is not.
+                hurries = is_stopped and not _is_multiple(step, settings.exit_interval)
+                if hurries or not self._evaluate(stepper, phase, step, reporter):
+                    return True, step
+            if is_stopped:
                 return True, step
-            if state.clock < phase.end and settings.save_interval and step % settings.save_interval == 0:
+            if state.clock < phase.end and _is_multiple(step, settings.save_interval):
                 self._save(phase, step, reporter)
+                if self.stop.agreed():
+                    return True, step
         return False, step
+
+    def _make_stepper(self, phase: Phase) -> Stepper:
+        """Set the model to the phase and the way in which signals are looked for to its microbatches."""
+        for stage in self.state.stages:
+            stage.rope = phase.rope
+            stage.memory = phase.memory
+        self.stop.restart()
+        return Stepper(self.state.stages, self.layout, self.config.model.hidden_size, self.compute_dtype,
+                       phase.layout.sharding_strategy, self.stop)
+
+    def _should_evaluate(self, phase: Phase, step: int) -> bool:
+        return self.state.clock >= phase.end or _is_multiple(step, self.config.logging.eval_interval)
+
+    def _give_up_step(self, stepper: Stepper) -> None:
+        """Leave a step that was cut short, as if it had not begun: its data come again after the restart."""
+        self.state.optimizer.zero_grad(set_to_none=True)
+        reshard(stepper)
 
     def _step(self, stepper: Stepper, phase: Phase, step: int) -> dict:
         """Train one step -> its line of metrics.jsonl, plus "stop": someone asks to save and end."""
@@ -242,6 +286,7 @@ class Trainer:
         result = train_step(stepper, state.optimizer, microbatches, lr, config.optimizer.clip_grad)
         batch = phase.batch_at(state.clock)
         state.clock, state.last_batch = state.clock + batch, batch
+        self.unsaved_steps += 1
         sources = self.feed.tokens_by_source(state.clock) if self.world.rank == 0 else {}
         state.real_tokens = sum(sources.values())
         state.skipped_in_a_row = state.skipped_in_a_row + 1 if result.skipped else 0
@@ -268,8 +313,8 @@ class Trainer:
         lengths = [batch.cu_seqlens.diff().double() for batch in microbatches]
         pairs = sum(float((n * (n + 1) / 2).sum()) for n in lengths)
         minutes = (time.monotonic() - self.started) / 60
-        stop = self.signalled or bool(settings.exit_interval and step % settings.exit_interval == 0) or bool(
-            settings.exit_duration_in_mins and minutes >= settings.exit_duration_in_mins)
+        is_late = bool(settings.exit_duration_in_mins and minutes >= settings.exit_duration_in_mins)
+        stop = self.signals.asked or is_late or _is_multiple(step, settings.exit_interval)
         # All tp and pp ranks have the same slices; all cp ranks have the lengths of the whole microbatch.
         has_own_slice = layout.tp.is_first and layout.pp.is_first
         digest = sum(batch.digest for batch in microbatches) % 2**DIGEST_BITS
@@ -280,16 +325,26 @@ class Trainer:
         memory, slowest_data = all_reduce(highest, layout.world, torch.distributed.ReduceOp.MAX).tolist()
         return pairs, stops > 0, f"{int(digest) % 2**DIGEST_BITS:010x}", int(memory), slowest_data
 
-    def _evaluate(self, stepper: Stepper, phase: Phase, step: int, reporter: Reporter) -> None:
+    def _evaluate(self, stepper: Stepper, phase: Phase, step: int, reporter: Reporter) -> bool:
+        """Measure all that there is -> False where a stop cut it short: what is missing is made up for later."""
         gc.collect()
-        for record in self.evaluator.run(stepper, phase):
-            reporter.evaluation({"step": step, "tokens": self.state.clock, "phase": phase.name} | record)
+        place = {"step": step, "tokens": self.state.clock, "phase": phase.name}
+        try:
+            for record in self.evaluator.run(stepper, phase):
+                reporter.evaluation(place | record)
+        except Interrupted:
+            reporter.say(f"evaluation at step {step:,} cut short by a stop; the next start makes up for it")
+            return False
+        self.evaluation_due = None
+        self.stop.restart()  # training has another pace
         if self.layout.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.layout.device)  # metrics.jsonl has that of training
+        return True
 
     def _save(self, phase: Phase, step: int, reporter: Reporter) -> None:
+        """Write a checkpoint, unless the last one (or the start) says the same already."""
         state, root = self.state, self.config.checkpoint.save
-        if root is None:
+        if root is None or self.unsaved_steps == 0 and self.evaluation_due == self.saved_evaluation_due:
             return
         began = time.perf_counter()
         gc.collect()
@@ -305,12 +360,19 @@ class Trainer:
                     "layouts": self.plan.layouts, "data": drawn, "tokenizer": self.plan.tokenizer_description,
                     "has_optimizer": has_optimizer,
                     "world_size": self.world.size, "threads": torch.get_num_threads()}
+        progress["evaluation_due"] = self.evaluation_due
         files = self.plan.tokenizer.files if self.plan.tokenizer else []
         folder = checkpoint.save(root, step, checkpoint_tensors(state, has_optimizer), progress,
                                  dump_yaml(self.config), files, self.layout.world, self.carried)
+        self.unsaved_steps = 0
+        self.saved_evaluation_due = self.evaluation_due
         text = f"saved {folder} in {time.perf_counter() - began:.1f} s"
         reporter.say(text)
         reporter.event("save", step, state.clock, text)
+
+
+def _is_multiple(step: int, interval: int | None) -> bool:
+    return bool(interval) and step % interval == 0
 
 
 @contextmanager
@@ -331,10 +393,19 @@ def _peak_memory(layout: Layout) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run; 0 for an end that the launcher reads from the outcome file, 2 for bad input without a launcher."""
-    argv = spell(sys.argv[1:] if argv is None else argv)
+    signals = StopSignals()
+    try:
+        return _main(spell(sys.argv[1:] if argv is None else argv), signals)
+    finally:
+        signals.close()
+
+
+def _main(argv: list[str], signals: StopSignals) -> int:
     only_print = "--print-config" in argv
     try:
         config = load_config([arg for arg in argv if arg != "--print-config"])
+        if config.checkpoint.exit_signal_handler and not only_print:
+            signals.listen(before_end=_say_stopped_at_start)
         plan = make_plan(config, launched_world_size(), only_print=only_print)
         if only_print:
             if launched_rank() == 0:
@@ -348,7 +419,7 @@ def main(argv: list[str] | None = None) -> int:
         world = start_world(config.layout)
     except (ValueError, OSError) as error:
         return refuse(error)
-    trainer = Trainer(plan, world)
+    trainer = Trainer(plan, world, signals)
     try:
         outcome = trainer.run()
     except Refused as error:
@@ -360,6 +431,14 @@ def main(argv: list[str] | None = None) -> int:
     if launched_local_rank() == 0:
         write_outcome(outcome)
     return 0
+
+
+def _say_stopped_at_start() -> None:
+    """A signal before the first step: nothing is to be saved, and the same command starts again."""
+    if launched_rank() == 0:
+        print("stopped as asked before the first step", flush=True)
+    if launched_local_rank() == 0:
+        write_outcome("stopped")
 
 
 def _refuse_with_others(error: Exception) -> int:

@@ -1,0 +1,125 @@
+"""Stop signals before the first step, and how often ranks ask each other for them."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from parallel.layout import single_process_layout
+from pretrain import stop
+from pretrain.stop import Interrupted, StopRequest, StopSignals
+
+# Waits for a store that nobody serves, as a process waits for another node: the wait is in C++, far from Python.
+WAITING = """
+import sys
+from datetime import timedelta
+from torch.distributed import TCPStore
+from pretrain.stop import StopSignals
+
+StopSignals().listen(before_end=lambda: print("ended in order", flush=True))
+print("listening", flush=True)
+TCPStore("127.0.0.1", int(sys.argv[1]), is_master=False, timeout=timedelta(seconds=300))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_process_that_waits_for_others_ends_at_once(number):
+    process = subprocess.Popen([sys.executable, "-c", WAITING, "9"], stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.DEVNULL)
+    try:
+        assert process.stdout.readline() == "listening\n"
+        process.send_signal(number)
+        said, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert said == "ended in order\n"
+    assert process.returncode == 0, "an orderly end, of which torchrun makes no failure"
+
+
+def test_signals_are_only_noted_once_the_steps_begin_and_left_alone_after_the_end():
+    before = signal.getsignal(signal.SIGUSR1)
+    signals = StopSignals()
+    signals.listen(before_end=lambda: os.abort())
+    signals.defer()
+    assert not signals.asked
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert signals.asked
+    signals.close()
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+class Clock:
+    """Time passes only as a test says."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """(a request of one process, its clock, times at which it asked the ranks)."""
+    clock = Clock()
+    monkeypatch.setattr(stop, "time", clock)
+    times = []
+    real = stop.all_reduce
+
+    def counted(x, axis, op):
+        times.append(clock.now)
+        return real(x, axis, op)
+
+    monkeypatch.setattr(stop, "all_reduce", counted)
+    request = StopRequest(StopSignals(), single_process_layout(torch.device("cpu")).world, torch.device("cpu"))
+    return request, clock, times
+
+
+@pytest.mark.parametrize("seconds", [0.001, 0.03, 0.3])
+def test_short_microbatches_are_asked_about_rarely_and_never_a_second_apart(asked, seconds):
+    request, clock, times = asked
+    count = int(30 / seconds)
+    for _ in range(count):
+        request.check()
+        clock.now += seconds
+    gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    assert max(gaps) <= 2 * stop.CHECK_SECONDS, max(gaps)
+    assert len(times) <= 30 / (stop.CHECK_SECONDS / 2) + 20, len(times)
+
+
+def test_each_long_microbatch_is_asked_about(asked):
+    request, clock, times = asked
+    for _ in range(10):
+        request.check()
+        clock.now += 3.0
+    assert len(times) == 10
+
+
+def test_microbatches_that_become_long_are_asked_about_from_the_first(asked):
+    """After a thousand short ones, those of an evaluation at another length."""
+    request, clock, times = asked
+    for _ in range(1000):
+        request.check()
+        clock.now += 0.001
+    request.restart()
+    del times[:]
+    for _ in range(5):
+        request.check()
+        clock.now += 3.0
+    assert len(times) == 5
+
+
+def test_a_request_stays_and_is_not_asked_about_again(asked):
+    request, _, times = asked
+    assert not request.agreed()
+    request.signals.asked = True
+    with pytest.raises(Interrupted):
+        request.check()
+    count = len(times)
+    assert request.agreed()
+    with pytest.raises(Interrupted):
+        request.check()
+    assert len(times) == count
