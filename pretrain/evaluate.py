@@ -105,6 +105,14 @@ class Evaluator:
         return [f"context gain of {name} is not measured: no document of it has 2 x context_gain_cut = {2 * cut:,} "
                 "tokens" for name in self.feed.corpus.validation if not self._long_documents(name, phase)]
 
+    def taken_whole(self, phase: Phase) -> list[str]:
+        """The sets that have fewer tokens than the evaluations of the phase would take, a sentence each."""
+        limit = self.settings.eval_iters * phase.global_batch_tokens
+        sizes = {name: sum(stream.tokens_per_epoch for _, stream in blend)
+                 for name, blend in self.feed.corpus.validation.items()}
+        return [f"validation set {name} has {size:,} tokens, and eval_iters x the batch are {limit:,}: each of its "
+                "tokens is counted once" for name, size in sizes.items() if self.settings.eval_iters and size < limit]
+
     def run(self, stepper: Stepper, phase: Phase) -> Iterator[dict]:
         """Records without their place in the run; collective over the world.
 
@@ -137,11 +145,12 @@ class Evaluator:
 
     def _losses(self, stepper: Stepper, phase: Phase, shape: Shape) -> Iterator[dict]:
         tokens = shape.global_batch_tokens(self.feed.layout)
-        for name, (loader, epoch) in self.feed.validation(phase, shape.seq_length, shape.micro_batch_size,
+        for name, (loader, found) in self.feed.validation(phase, shape.seq_length, shape.micro_batch_size,
                                                           tokens).items():
-            # No more than the set's own tokens, in whole samples.
-            samples = min(self.settings.eval_iters * shape.batch_samples, max(1, epoch // shape.seq_length))
+            samples = min(self.settings.eval_iters * shape.batch_samples, found.num_samples)
             loss, targets = validation_loss(stepper, loader, samples)
+            if targets == 0:  # a loss of 0 would look like a perfect model; the plan has warned of it
+                continue
             yield {"set": name, "seq_length": shape.seq_length, "kind": "loss", "valid_loss": loss,
                    "num_targets": targets}
 
@@ -174,7 +183,7 @@ def _expect_another_pace(stepper: Stepper) -> None:
 def validation_loss(stepper: Stepper, loader: Loader, samples: int) -> tuple[float, int]:
     """Mean loss in nats over the targets of the loader's first `samples` -> (loss, targets); collective.
 
-    The last batch may hold more samples: their targets are taken out.
+    The last batch may hold more samples: their targets are taken out. Without any target the loss is 0.
     """
     size = loader.global_batch_tokens // loader.seq_length
     loss_sum, targets = 0.0, 0

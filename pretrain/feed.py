@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from data.batch import Batch
 from data.blend import SourceName
 from data.config import DataConfig, parse_windows
-from data.ledger import DataSettings, Ledger, Mixture, forecast, fresh_mixture
+from data.first_pass import FirstPass
+from data.ledger import DataSettings, Ledger, Mixture, forecast
 from data.loader import Loader
 from data.sources import Corpus
+from data.stream import DocumentStream
 from parallel.context import token_pieces
 from parallel.layout import Layout
 from pretrain.phases import Phase
@@ -60,18 +62,21 @@ class Feed:
         return self._loader.read(clock)
 
     def validation(self, phase: Phase, seq_length: int, micro_batch_size: int,
-                   global_batch_tokens: int) -> dict[str, tuple[Loader, int]]:
-        """Name of each validation set -> its loader in that shape, and its tokens."""
-        return {name: (self._make(fresh_mixture(blend, seq_length), 0, micro_batch_size, global_batch_tokens,
-                                  phase.document_masking, prefetch=False),
-                       sum(stream.tokens_per_epoch for _, stream in blend))
-                for name, blend in self.corpus.validation.items()}
+                   global_batch_tokens: int) -> dict[str, tuple[Loader, FirstPass]]:
+        """Name of each validation set -> its loader in that shape, and its samples, each token once."""
+        found = {}
+        for name, blend in self.corpus.validation.items():
+            samples = FirstPass(blend, seq_length)
+            loader = self._make(samples, 0, micro_batch_size, global_batch_tokens, phase.document_masking,
+                                prefetch=False)
+            found[name] = loader, samples
+        return found
 
     def tokens_by_source(self, clock: int) -> dict[str, int]:
         """Real tokens that the model received before `clock`."""
         return self.ledger.tokens_by_source(clock)
 
-    def _make(self, mixture: Mixture, start: int, micro_batch_size: int, global_batch_tokens: int,
+    def _make(self, mixture: Mixture | FirstPass, start: int, micro_batch_size: int, global_batch_tokens: int,
               document_masking: bool, prefetch: bool) -> Loader:
         layout = self.layout
         return Loader(mixture, start, micro_batch_size=micro_batch_size, global_batch_tokens=global_batch_tokens,
@@ -166,6 +171,37 @@ def describe_forecast(rows: list[dict]) -> str:
     lines += [f"{phase:<12}and {count - SHOWN_SOURCES} more sources" for phase, count in shown.items()
               if count > SHOWN_SOURCES]
     return "\n".join(lines)
+
+
+def target_problems(corpus: Corpus, phases: Sequence[Phase]) -> list[str]:
+    """The phases in which no document gives a target, as `name = value: rule. Fix: ...`."""
+    problems = []
+    for phase in phases:
+        names = [name for _, name in settings_of(phase, corpus).blend]
+        if phase.document_masking and not any(_gives_targets(corpus.train[name]) for name in names):
+            problems.append(f"phase {phase.name!r}: data_path = {' '.join(names)}: no document gives a target, since "
+                            "all have a single token. Fix: longer documents (--append-eod when they are made), or "
+                            "--no-document-masking.")
+    return problems
+
+
+def target_warnings(corpus: Corpus, phases: Sequence[Phase]) -> list[str]:
+    """Sources and validation sets whose documents have no target."""
+    masked = [phase for phase in phases if phase.document_masking]
+    if not masked:
+        return []
+    drawn = dict.fromkeys(name for phase in masked for _, name in settings_of(phase, corpus).blend)
+    found = [f"{name}: no document gives a target, since all have a single token" for name in drawn
+             if not _gives_targets(corpus.train[name])]
+    found += [f"validation set {name}: has no target, since all its documents have a single token, and no loss is "
+              "measured on it" for name, blend in corpus.validation.items()
+              if not any(_gives_targets(stream) for _, stream in blend)]
+    return found
+
+
+def _gives_targets(stream: DocumentStream) -> bool:
+    """Does a document have a token after its first one?"""
+    return int(stream.lengths.max()) > 1
 
 
 def forecast_warnings(ledger: Ledger, rows: list[dict]) -> list[str]:

@@ -1,0 +1,58 @@
+"""The samples of a validation set, in which each of its tokens comes exactly once."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from data.batch import Sample
+from data.blend import BlendOrder
+from data.ledger import DataSettings
+from data.packing import Concat, Place
+from data.stream import DocumentStream
+
+
+class FirstPass:
+    """Streams, mixed by their weights, up to the end of each stream's first epoch.
+
+    A stream's last sample is padded, where another epoch would follow in training, and behind the last sample of all
+    come empty ones. A set that is smaller than a batch, or than one sample, so counts each of its documents once.
+    """
+
+    def __init__(self, blend: Sequence[tuple[float, DocumentStream]], seq_length: int):
+        weights = [weight for weight, _ in blend]
+        self.settings = DataSettings(
+            seq_length, tuple((weight, str(i)) for i, weight in enumerate(weights))
+        )
+        self.streams = [stream for _, stream in blend]
+        self._packers = [Concat(stream, Place(), seq_length) for stream in self.streams]
+        limits = [-(-stream.tokens_per_epoch // seq_length) for stream in self.streams]
+        self._order = BlendOrder(weights, limits)
+        self.num_samples = sum(limits)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(stream.tokens_per_epoch for stream in self.streams)
+
+    def samples(self, numbers: Sequence[int]) -> list[Sample]:
+        """The samples of these numbers."""
+        first = min(numbers)
+        last = min(max(numbers) + 1, self.num_samples)
+        count = max(0, last - first)
+        sources: list[int] = []
+        places: list[int] = []
+        if count:
+            sources, places = (array.tolist() for array in self._order.draw(first, count))
+        return [
+            self._sample(sources[number - first], places[number - first])
+            if number < last
+            else Sample(self.streams[0], np.empty((0, 2), dtype=np.int64))
+            for number in numbers
+        ]
+
+    def _sample(self, source: int, place: int) -> Sample:
+        sample = self._packers[source].sample(place)
+        end = sample.stream.tokens_per_epoch
+        intervals = sample.intervals.copy()
+        intervals[:, 1] = np.minimum(intervals[:, 1], end - intervals[:, 0])
+        following = sample.following if sample.following < end else -1
+        return Sample(sample.stream, intervals, following)
