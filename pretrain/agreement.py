@@ -9,7 +9,8 @@ texts exchanged, and the differences named with their ranks, on every rank alike
 import dataclasses
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,15 @@ class Refused(ValueError):
     """Bad input that all ranks of all nodes know of and raise together."""
 
 
+@contextmanager
+def known_to_all() -> Iterator[None]:
+    """Turn bad input that all ranks find inside together into `Refused`."""
+    try:
+        yield
+    except ValueError as error:
+        raise Refused(str(error)) from error
+
+
 @dataclasses.dataclass(frozen=True)
 class Shared:
     """What must be the same, by kind: name -> text."""
@@ -106,11 +116,15 @@ def require_agreement(shared: Shared, world: Axis) -> None:
     if any(other.problem is not None for other in found):
         raise Refused(_describe_problems([other.problem for other in found]))
     # What is named first explains what comes after it: another seed is another order of the documents.
-    if lines := describe_differences([other.settings for other in found], "the same command and code"):
+    if lines := describe_differences(
+        [other.settings for other in found], "the same command and code"
+    ):
         raise Refused("\n".join(lines))
     if lines := describe_differences([other.data for other in found], "the same files"):
         raise Refused("\n".join(lines))
-    if lines := describe_differences([other.start for other in found], "starting again; --save seen by all nodes"):
+    if lines := describe_differences(
+        [other.start for other in found], "starting again; --save seen by all nodes"
+    ):
         raise RuntimeError("\n".join(lines))
     by_memory = "where machines differ in memory, --device-memory-gib, to choose alike"
     raise Refused("\n".join(describe_differences([other.derived for other in found], by_memory)))
@@ -118,7 +132,7 @@ def require_agreement(shared: Shared, world: Axis) -> None:
 
 def _all_equal(digest: bytes, world: Axis) -> bool:
     """Is the digest that of all ranks? The highest of the ranks is then the lowest, too."""
-    halves = [int.from_bytes(digest[at:at + 8]) >> 1 for at in (0, 8)]
+    halves = [int.from_bytes(digest[at : at + 8]) >> 1 for at in (0, 8)]
     own = torch.tensor([*halves, *(-half for half in halves)], dtype=torch.int64, device="cpu")
     highest = all_reduce(own, world, dist.ReduceOp.MAX)
     return bool((highest[:2] == -highest[2:]).all())
@@ -147,8 +161,12 @@ def describe_differences(texts: Sequence[Mapping[str, str]], remedy: str) -> lis
         for rank, found in enumerate(texts):
             ranks.setdefault(found.get(name, "absent"), []).append(rank)
         if len(ranks) > 1:
-            values = ", ".join(f"{describe_ranks(at)}: {_short(text)}" for text, at in ranks.items())
-            lines.append(f"{name}: must be the same on all ranks ({values}). Fix: {remedy} on every node.")
+            values = ", ".join(
+                f"{describe_ranks(at)}: {_short(text)}" for text, at in ranks.items()
+            )
+            lines.append(
+                f"{name}: must be the same on all ranks ({values}). Fix: {remedy} on every node."
+            )
     if len(lines) > SHOWN_DIFFERENCES:
         rest = [line.split(": must be")[0] for line in lines[SHOWN_DIFFERENCES:]]
         left_out = f"and {len(rest)} more differ: {_short(', '.join(rest))}"
@@ -164,7 +182,9 @@ def describe_ranks(ranks: Sequence[int]) -> str:
             runs[-1][1] = rank
         else:
             runs.append([rank, rank])
-    shown = ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs[:SHOWN_RUNS])
+    shown = ", ".join(
+        str(low) if low == high else f"{low}-{high}" for low, high in runs[:SHOWN_RUNS]
+    )
     more = ", ..." if len(runs) > SHOWN_RUNS else ""
     return f"{'rank' if len(ranks) == 1 else 'ranks'} {shown}{more}"
 
@@ -250,7 +270,10 @@ def _stream_text(stream: DocumentStream) -> str:
 
 def version_texts() -> dict[str, str]:
     """Python, the packages that decide numbers or ids, and what torch was built for."""
-    found = {"version of python": platform.python_version(), "version of CUDA": str(torch.version.cuda)}
+    found = {
+        "version of python": platform.python_version(),
+        "version of CUDA": str(torch.version.cuda),
+    }
     for name in PACKAGES:
         found[f"version of {name}"] = _version(name)
     # The build is in torch's own name for itself: 2.13.0+cpu and 2.13.0+cu130 compute differently.
@@ -277,7 +300,16 @@ def source_digest(root: Path) -> str:
 
 def commit_of(root: Path) -> str | None:
     """The commit that is checked out, with a + where files were changed since; None without git or a repository."""
-    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=10", "--exclude=*", "--dirty=+"]
+    command = [
+        "git",
+        "-C",
+        str(root),
+        "describe",
+        "--always",
+        "--abbrev=10",
+        "--exclude=*",
+        "--dirty=+",
+    ]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
@@ -285,9 +317,16 @@ def commit_of(root: Path) -> str | None:
     return result.stdout.strip() if result.returncode == 0 else None
 
 
+def describe_code() -> str:
+    """Which code trains, so that a run can be told from its log."""
+    return f"{source_digest(ROOT)}, {describe_commit(ROOT)}"
+
+
 def describe_commit(root: Path) -> str:
     commit = commit_of(root)
-    return "commit unknown, since git does not tell it" if commit is None else f"commit {commit}"
+    return (
+        "commit unknown (warning: git does not tell it)" if commit is None else f"commit {commit}"
+    )
 
 
 def _with_commits(found: Sequence[tuple[Shared, str]]) -> list[Shared]:

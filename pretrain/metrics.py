@@ -97,8 +97,8 @@ class Reporter:
         print(evaluation_line(record), flush=True)
 
     def event(self, kind: str, step: int, clock: int, text: str) -> None:
-        """Something that happened to the run, with the time of day. Kinds: start, restart, phase, save, skipped,
-        stopped, again, done. Lines are never removed."""
+        """Something that happened to the run, with the time of day. Kinds: start, restart, phase, save, unsaved,
+        skipped, no target, refused, stopped, again, done. Lines are never removed."""
         if self.events:
             self.events.append({"time": time.time(), "event": kind, "step": step, "tokens": clock, "text": text})
 

@@ -10,7 +10,15 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from parallel.layout import launched_local_rank, launched_on_one_machine, launched_rank
+from parallel.config import LayoutConfig
+from parallel.layout import (
+    end_world,
+    launched_local_rank,
+    launched_on_one_machine,
+    launched_rank,
+    start_world,
+)
+from pretrain.agreement import Refused, Shared, require_agreement
 from pretrain.checkpoint import write_atomically
 from pretrain.load_config import outcome_path
 
@@ -34,7 +42,9 @@ def refuse(error: Exception, known_to: KnownTo = "this machine") -> int:
         known_to: who else ends for the same reason.
     """
     is_speaker = launched_local_rank() == 0
-    ends_alone = known_to == "this rank" or known_to == "this machine" and not launched_on_one_machine()
+    ends_alone = (
+        known_to == "this rank" or known_to == "this machine" and not launched_on_one_machine()
+    )
     if not is_speaker and known_to == "all ranks":
         return 0 if outcome_path() else 2
     if not is_speaker and known_to == "this machine" and was_refused_by_others():
@@ -60,3 +70,38 @@ def was_refused_by_others(wait: float = 5.0) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+def say_stopped_at_start() -> None:
+    """A signal before the first step: nothing is to be saved, and the same command starts again."""
+    if launched_rank() == 0:
+        print("stopped as asked before the first step", flush=True)
+    if launched_local_rank() == 0:
+        write_outcome("stopped")
+
+
+def refuse_with_others(error: Exception) -> int:
+    """Say what keeps this machine from training, then tell the other machines, which would wait for it."""
+    is_speaker = launched_local_rank() == 0
+    if is_speaker:
+        say_error(error)
+    try:
+        world = start_world(LayoutConfig())
+        require_agreement(Shared(problem=str(error)), world.axis)
+    except Refused as refused:
+        if is_speaker:
+            write_outcome("refused")
+            own = str(error).splitlines()  # said already
+            others = [
+                line for line in str(refused).splitlines() if line.split(": ", 1)[1] not in own
+            ]
+            say_error(Refused("\n".join(others)))
+        return 0 if outcome_path() else 2
+    except (ValueError, OSError, RuntimeError) as missed:
+        print(
+            f"warning: the other machines could not be told ({missed})", file=sys.stderr, flush=True
+        )
+    finally:
+        end_world()
+    write_outcome("refused")
+    return 2

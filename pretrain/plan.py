@@ -18,7 +18,14 @@ from pretrain.effects import effect_warnings
 from pretrain.evaluate import check as check_evaluations
 from pretrain.evaluate import check_lengths
 from pretrain.evaluate import warnings as evaluation_warnings
-from pretrain.feed import blend_change, check_windows, forecast_phases, forecast_warnings
+from pretrain.feed import (
+    blend_change,
+    check_windows,
+    forecast_phases,
+    forecast_warnings,
+    target_problems,
+    target_warnings,
+)
 from pretrain.fit import MemoryReport, check_memory, choose_loss_chunks, memory_filter
 from pretrain.learning_rate import LearningRate
 from pretrain.load_config import read_config_yaml
@@ -115,6 +122,8 @@ def make_plan(config: Config, world_size: int, only_print: bool = False) -> Plan
     if problems := _handover_problems(phases, config) + problems + fit.problems:
         raise ValueError("\n".join(problems))
     corpus, ledger, changes = _open_data(config, phases, learning_rate, description, start, progress)
+    if problems := target_problems(corpus, [phase for phase in phases if phase.end > clock]):
+        raise ValueError("\n".join(problems))
     check_windows(config.data, ledger, clock, progress["last_batch_tokens"] if goes_on else 0, phases)
     rows = forecast_phases(ledger, corpus, clock, phases)
     if config.checkpoint.save and not only_print:
@@ -215,6 +224,7 @@ def warnings_about(plan: Plan) -> list[str]:
     found += [f"{prefix}: {count:,} documents have no token and are never drawn"
               for prefix, count in plan.corpus.empty.items()]
     found += forecast_warnings(plan.ledger, plan.forecast)
+    found += target_warnings(plan.corpus, plan.phases)
     found += evaluation_warnings(config.logging, plan.phases)
     decay_end, end = plan.learning_rate.arcs[-1].end, plan.phases[-1].end
     if decay_end != end and config.optimizer.lr_decay_style != "constant":

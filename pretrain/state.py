@@ -27,6 +27,8 @@ class TrainState:
     """Tokens among them that were not padding."""
     skipped_in_a_row: int = 0
     """Steps in a row without an update because the gradient was not finite."""
+    steps_with_targets: int = 0
+    """Steps of the run whose batch had a target."""
     wandb_run_id: str | None = None
 
 

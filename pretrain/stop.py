@@ -54,7 +54,9 @@ class StopSignals:
         self._sockets = reader, writer
         self._handle()
         signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, args=(reader,), name="stop-signals", daemon=True).start()
+        threading.Thread(
+            target=self._watch, args=(reader,), name="stop-signals", daemon=True
+        ).start()
 
     def defer(self) -> None:
         """Only note the signals from now on: the steps begin, and ranks follow them together."""
@@ -135,7 +137,9 @@ class StopRequest:
         """Ask all ranks -> seconds since the last time, on the slowest of them."""
         own = [float(self.signals.asked), time.monotonic() - self._since]
         asked, seconds = all_reduce(
-            torch.tensor(own, dtype=torch.float64, device=self.device), self.world, dist.ReduceOp.MAX
+            torch.tensor(own, dtype=torch.float64, device=self.device),
+            self.world,
+            dist.ReduceOp.MAX,
         ).tolist()
         self._since = time.monotonic()
         self.is_agreed = asked > 0

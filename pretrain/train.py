@@ -7,25 +7,19 @@ layout), stopped (signal or --exit-...), refused (bad input).
 
 import dataclasses
 import gc
-import resource
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 
-from data.batch import DIGEST_BITS, Batch
 from model import compiled
 from model.build import build_stages
 from model.estimate import num_parameters, step_flops
 from model.hardware import peak_flops
 from model.init import initialize
 from model.kernels import has_bf16_units
-from parallel.collectives import all_reduce
-from parallel.config import LayoutConfig
 from parallel.layout import (
-    Layout,
     World,
     build_layout,
     end_world,
@@ -36,23 +30,17 @@ from parallel.layout import (
     start_world,
 )
 from pretrain import checkpoint
-from pretrain.agreement import (
-    ROOT,
-    Refused,
-    Shared,
-    commit_of,
-    require_agreement,
-    shared_by_all,
-    source_digest,
-)
+from pretrain.agreement import Refused, describe_code, known_to_all, require_agreement, shared_by_all
 from pretrain.attention import attention_of_run
 from pretrain.evaluate import Evaluator
 from pretrain.feed import SHOWN_SOURCES, Feed, describe_forecast
-from pretrain.fit import Machine, describe_out_of_memory
-from pretrain.load_config import dump_yaml, load_config, outcome_path, spell, warn
+from pretrain.gains import Gains
+from pretrain.load_config import dump_yaml, load_config, spell, warn
+from pretrain.measured import measure
 from pretrain.metrics import Reporter
 from pretrain.model_files import read_carried
-from pretrain.outcome import refuse, say_error, write_outcome
+from pretrain.out_of_memory import out_of_memory_explained
+from pretrain.outcome import refuse, refuse_with_others, say_stopped_at_start, write_outcome
 from pretrain.phases import Phase, describe, phase_at
 from pretrain.plan import Plan, make_plan, warnings_about
 from pretrain.probe import reshard
@@ -71,7 +59,6 @@ class Trainer:
         self.started = time.monotonic()
         self.evaluation_due: str | None = None
         """The phase of an evaluation that a stop cut short or left out; it is made up for after the restart."""
-        self.unsaved_steps = 0
         self.in_steps = False
         """From now on an error may be this rank's alone."""
 
@@ -92,7 +79,7 @@ class Trainer:
                 print(describe_forecast(self.plan.forecast), flush=True)
             for text in warnings_about(self.plan):
                 warn(text)
-            self._say_code()
+            print(f"code: {describe_code()}", flush=True)
         if phase is None:
             if self.world.rank == 0:
                 print(f"done: all {step:,} steps are trained; raise the tokens to go on", flush=True)
@@ -100,7 +87,7 @@ class Trainer:
         self.layout = build_layout(phase.layout, self.world)
         lock = None
         if self.config.checkpoint.save:
-            with _known_to_all():
+            with known_to_all():
                 lock = checkpoint.FolderLock(self.config.checkpoint.save, self.layout.world)
             planned = start.folder if start.is_restart else None
             if not checkpoint.same_start_on_all_ranks(self.config.checkpoint.save, planned, self.layout.world):
@@ -113,6 +100,7 @@ class Trainer:
         self.feed = Feed(self.config.data, self.plan.corpus, self.plan.ledger, self.layout,
                          eod=self.plan.tokenizer.eod if self.plan.tokenizer else None, vocab_size=self.plan.vocab_size)
         self.evaluator = Evaluator(self.config, self.feed, self.plan.tokenizer)
+        self.gains = Gains(self.state.steps_with_targets)
         self.stop = StopRequest(self.signals, self.layout.world, self.layout.device)
         self.saved_evaluation_due = self.evaluation_due
         reporter = Reporter(self.config, self.world.rank == 0, step, self.state.wandb_run_id)
@@ -131,13 +119,6 @@ class Trainer:
             reporter.close()
             if lock is not None:
                 lock.release()
-
-    def _say_code(self) -> None:
-        """Which code trains, so that a run can be told from its log."""
-        commit = commit_of(ROOT)
-        print(f"code: {source_digest(ROOT)}, commit {commit or 'unknown'}", flush=True)
-        if commit is None:
-            warn("git does not tell which commit this is: nodes are compared by a hash of their source files alone")
 
     def _phase_of_start(self, clock: int) -> Phase | None:
         """The phase that runs first, None = all is done: the one at the clock, or one that is over but for its last
@@ -175,6 +156,8 @@ class Trainer:
         if not self.plan.start.weights_only:
             state.clock, state.last_batch = progress["clock"], progress["last_batch_tokens"]
             state.real_tokens = progress["real_tokens"]
+            # A checkpoint from before they were counted had some.
+            state.steps_with_targets = progress.get("steps_with_targets", progress["step"])
             state.skipped_in_a_row, state.wandb_run_id = progress["skipped_in_a_row"], progress["wandb_run_id"]
         return state
 
@@ -185,10 +168,14 @@ class Trainer:
         while True:
             with self._out_of_memory_explained(phase):
                 is_stopped, step = self._run_phase(phase, step, reporter)
-            self._save(phase, step, reporter)
             following = phase_at(self.plan.phases, state.clock)
+            is_over = not is_stopped or following is None
+            if is_over:
+                self._require_gains(step, reporter)
+            self._save(phase, step, reporter, ends_phase=is_over)
             if following is None and self.evaluation_due is None:
-                return self._end("done", f"done: {step:,} steps, {state.clock:,} tokens", step, reporter)
+                text = f"done: {step:,} steps, {state.clock:,} tokens{self.gains.describe()}"
+                return self._end("done", text, step, reporter)
             if is_stopped or self.stop.agreed():
                 return self._end("stopped", f"stopped as asked after step {step:,}", step, reporter)
             if following.layout_key != phase.layout_key:
@@ -196,21 +183,15 @@ class Trainer:
                                           "starting again", step, reporter)
             phase = following
 
-    @contextmanager
-    def _out_of_memory_explained(self, phase: Phase) -> Iterator[None]:
-        try:
-            yield
-        except torch.OutOfMemoryError:
-            self._say_out_of_memory(phase)
-            raise
+    def _require_gains(self, step: int, reporter: Reporter) -> None:
+        """Raises Refused at the end of a phase if nothing was trained: that must not look like success."""
+        failure = self.gains.failure()
+        if failure:
+            reporter.event("refused", step, self.state.clock, failure)
+            raise Refused(f"step {step:,}: {failure}")
 
-    def _say_out_of_memory(self, phase: Phase) -> None:
-        device = self.layout.device
-        figures = {"allocated": torch.cuda.memory_allocated(device), "at most": torch.cuda.max_memory_allocated(device),
-                   "reserved": torch.cuda.memory_reserved(device)}
-        text = describe_out_of_memory(phase, self.world.rank, figures, self.config, self.world.size,
-                                      self.plan.vocab_size, Machine.here(self.config))
-        print(f"error: {text}", file=sys.stderr, flush=True)
+    def _out_of_memory_explained(self, phase: Phase) -> AbstractContextManager[None]:
+        return out_of_memory_explained(phase, self.plan, self.world.rank, self.world.size)
 
     def _end(self, outcome: str, text: str, step: int, reporter: Reporter) -> str:
         reporter.say(text)
@@ -225,9 +206,9 @@ class Trainer:
             return True, step
         if state.clock >= phase.end:
             return False, step
-        with _known_to_all():
+        with known_to_all():
             begins = self.feed.enter(phase, state.clock)
-        for text in self.evaluator.unmeasured(phase):
+        for text in self.evaluator.unmeasured(phase) + self.evaluator.taken_whole(phase):
             reporter.say(text)
         if begins:
             reporter.event("phase", step, state.clock, f"{phase.name} begins, {phase.seq_length:,} tokens per sample")
@@ -245,6 +226,8 @@ class Trainer:
             reporter.step(record, self.plan.phases[-1].end - state.clock)
             if record["skipped"]:
                 reporter.event("skipped", step, state.clock, f"gradient norm {record['grad_norm']}")
+            if record["num_targets"] == 0:
+                self._say_no_target(step, reporter)
             if self._should_evaluate(phase, step):
                 self.evaluation_due = phase.name
                 # Who asks to stop is in a hurry, --exit-interval is not.
@@ -254,10 +237,18 @@ class Trainer:
             if is_stopped:
                 return True, step
             if state.clock < phase.end and _is_multiple(step, settings.save_interval):
-                self._save(phase, step, reporter)
+                self._save(phase, step, reporter, ends_phase=False)
                 if self.stop.agreed():
                     return True, step
         return False, step
+
+    def _say_no_target(self, step: int, reporter: Reporter) -> None:
+        """Such a step's loss of 0 means nothing: say so for the 1st, 2nd, 4th, 8th, ... of them."""
+        count = self.gains.without_target
+        text = f"step {step:,}: no document of its batch gives a target; {count:,} such steps since the start"
+        reporter.event("no target", step, self.state.clock, text)
+        if self.world.rank == 0 and count & (count - 1) == 0:
+            warn(text)
 
     def _make_stepper(self, phase: Phase) -> Stepper:
         """Set the model to the phase and the way in which signals are looked for to its microbatches."""
@@ -286,7 +277,8 @@ class Trainer:
         result = train_step(stepper, state.optimizer, microbatches, lr, config.optimizer.clip_grad)
         batch = phase.batch_at(state.clock)
         state.clock, state.last_batch = state.clock + batch, batch
-        self.unsaved_steps += 1
+        self.gains.note(result)
+        state.steps_with_targets = self.gains.with_targets
         sources = self.feed.tokens_by_source(state.clock) if self.world.rank == 0 else {}
         state.real_tokens = sum(sources.values())
         state.skipped_in_a_row = state.skipped_in_a_row + 1 if result.skipped else 0
@@ -294,36 +286,26 @@ class Trainer:
             raise RuntimeError(f"{state.skipped_in_a_row} steps in a row had a gradient that is not finite; the last "
                                f"loss was {result.loss}. Lower the learning rate or look at the data of these steps.")
         seconds = time.perf_counter() - began
-        pairs, stop, digest, memory, slowest_data = self._reduce_over_ranks(microbatches, step + 1, data_seconds)
-        flops = step_flops(config.model, self.plan.vocab_size, batch, pairs)
+        measured = measure(microbatches, self.layout, wants_stop=self._wants_stop(step + 1), data_seconds=data_seconds)
+        flops = step_flops(config.model, self.plan.vocab_size, batch, measured.causal_pairs)
         rate = peak_flops(torch.cuda.get_device_name(self.layout.device)) if self.layout.device.type == "cuda" else None
         return {"step": step + 1, "tokens": state.clock, "real_tokens": state.real_tokens, "phase": phase.name,
                 "seq_length": phase.seq_length, "global_batch_tokens": batch, "loss": result.loss,
                 "grad_norm": result.grad_norm, "lr": lr, "num_targets": result.num_targets,
                 "tokens_per_second": batch / seconds,
-                "mfu": flops / (seconds * rate * self.world.size) if rate else None, "peak_memory_bytes": memory,
-                "step_seconds": seconds, "data_seconds": slowest_data, "skipped": result.skipped,
-                "data_digest": digest,
-                "sources": sources if len(sources) <= SHOWN_SOURCES else None, "stop": stop}
+                "mfu": flops / (seconds * rate * self.world.size) if rate else None,
+                "peak_memory_bytes": measured.peak_memory_bytes,
+                "step_seconds": seconds, "data_seconds": measured.data_seconds, "skipped": result.skipped,
+                "data_digest": measured.data_digest,
+                "sources": sources if len(sources) <= SHOWN_SOURCES else None, "stop": measured.is_stopped}
 
-    def _reduce_over_ranks(self, microbatches: list[Batch], step: int, data_seconds: float):
-        """Causal pairs of the global batch, whether any rank wants to stop, the digest of the data, and the largest
-        memory and data time."""
-        layout, settings = self.layout, self.config.checkpoint
-        lengths = [batch.cu_seqlens.diff().double() for batch in microbatches]
-        pairs = sum(float((n * (n + 1) / 2).sum()) for n in lengths)
+    def _wants_stop(self, step: int) -> bool:
+        """Does this rank want to stop after `step`?"""
+        settings = self.config.checkpoint
         minutes = (time.monotonic() - self.started) / 60
-        is_late = bool(settings.exit_duration_in_mins and minutes >= settings.exit_duration_in_mins)
-        stop = self.signals.asked or is_late or _is_multiple(step, settings.exit_interval)
-        # All tp and pp ranks have the same slices; all cp ranks have the lengths of the whole microbatch.
-        has_own_slice = layout.tp.is_first and layout.pp.is_first
-        digest = sum(batch.digest for batch in microbatches) % 2**DIGEST_BITS
-        own = [pairs if has_own_slice and layout.cp.is_first else 0, digest if has_own_slice else 0, stop]
-        sums = torch.tensor(own, dtype=torch.float64, device=layout.device)
-        highest = torch.tensor([_peak_memory(layout), data_seconds], dtype=torch.float64, device=layout.device)
-        pairs, digest, stops = all_reduce(sums, layout.world).tolist()
-        memory, slowest_data = all_reduce(highest, layout.world, torch.distributed.ReduceOp.MAX).tolist()
-        return pairs, stops > 0, f"{int(digest) % 2**DIGEST_BITS:010x}", int(memory), slowest_data
+        limit = settings.exit_duration_in_mins
+        is_late = limit is not None and minutes >= limit
+        return self.signals.asked or is_late or _is_multiple(step, settings.exit_interval)
 
     def _evaluate(self, stepper: Stepper, phase: Phase, step: int, reporter: Reporter) -> bool:
         """Measure all that there is -> False where a stop cut it short: what is missing is made up for later."""
@@ -341,10 +323,22 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats(self.layout.device)  # metrics.jsonl has that of training
         return True
 
-    def _save(self, phase: Phase, step: int, reporter: Reporter) -> None:
+    def _has_something_to_save(self, step: int, reporter: Reporter, *, ends_phase: bool) -> bool:
+        """Does the state differ from that of the last checkpoint, or of the start?
+
+        Skipped steps change nothing but the clock, which only the next phase needs.
+        """
+        if self.gains.nothing_to_save and not ends_phase:
+            text = f"step {step:,}: not saved, since all steps since the last checkpoint were skipped"
+            reporter.say(text)
+            reporter.event("unsaved", step, self.state.clock, text)
+            return False
+        return self.gains.unsaved_steps > 0 or self.evaluation_due != self.saved_evaluation_due
+
+    def _save(self, phase: Phase, step: int, reporter: Reporter, *, ends_phase: bool) -> None:
         """Write a checkpoint, unless the last one (or the start) says the same already."""
         state, root = self.state, self.config.checkpoint.save
-        if root is None or self.unsaved_steps == 0 and self.evaluation_due == self.saved_evaluation_due:
+        if root is None or not self._has_something_to_save(step, reporter, ends_phase=ends_phase):
             return
         began = time.perf_counter()
         gc.collect()
@@ -354,7 +348,8 @@ class Trainer:
         has_optimizer = not self.config.checkpoint.no_save_optim
         reporter.account(step, state.clock, drawn["account"])
         progress = {"step": step, "clock": state.clock, "real_tokens": state.real_tokens,
-                    "skipped_in_a_row": state.skipped_in_a_row, "wandb_run_id": state.wandb_run_id,
+                    "skipped_in_a_row": state.skipped_in_a_row,
+                    "steps_with_targets": state.steps_with_targets, "wandb_run_id": state.wandb_run_id,
                     "phase": dataclasses.asdict(phase), "last_batch_tokens": state.last_batch,
                     "longest_seq_length": longest, "seed": self.config.optimizer.seed,
                     "layouts": self.plan.layouts, "data": drawn, "tokenizer": self.plan.tokenizer_description,
@@ -364,7 +359,7 @@ class Trainer:
         files = self.plan.tokenizer.files if self.plan.tokenizer else []
         folder = checkpoint.save(root, step, checkpoint_tensors(state, has_optimizer), progress,
                                  dump_yaml(self.config), files, self.layout.world, self.carried)
-        self.unsaved_steps = 0
+        self.gains.note_save()
         self.saved_evaluation_due = self.evaluation_due
         text = f"saved {folder} in {time.perf_counter() - began:.1f} s"
         reporter.say(text)
@@ -373,22 +368,6 @@ class Trainer:
 
 def _is_multiple(step: int, interval: int | None) -> bool:
     return bool(interval) and step % interval == 0
-
-
-@contextmanager
-def _known_to_all() -> Iterator[None]:
-    """Bad input that shows inside is found by all ranks together."""
-    try:
-        yield
-    except ValueError as error:
-        raise Refused(str(error)) from error
-
-
-def _peak_memory(layout: Layout) -> int:
-    """Bytes: allocated on the GPU, or the process's resident memory on the CPU."""
-    if layout.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(layout.device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -405,7 +384,7 @@ def _main(argv: list[str], signals: StopSignals) -> int:
     try:
         config = load_config([arg for arg in argv if arg != "--print-config"])
         if config.checkpoint.exit_signal_handler and not only_print:
-            signals.listen(before_end=_say_stopped_at_start)
+            signals.listen(before_end=say_stopped_at_start)
         plan = make_plan(config, launched_world_size(), only_print=only_print)
         if only_print:
             if launched_rank() == 0:
@@ -414,7 +393,7 @@ def _main(argv: list[str], signals: StopSignals) -> int:
     except (ValueError, OSError) as error:
         if only_print or launched_on_one_machine():
             return refuse(error)
-        return _refuse_with_others(error)
+        return refuse_with_others(error)
     try:
         world = start_world(config.layout)
     except (ValueError, OSError) as error:
@@ -431,37 +410,6 @@ def _main(argv: list[str], signals: StopSignals) -> int:
     if launched_local_rank() == 0:
         write_outcome(outcome)
     return 0
-
-
-def _say_stopped_at_start() -> None:
-    """A signal before the first step: nothing is to be saved, and the same command starts again."""
-    if launched_rank() == 0:
-        print("stopped as asked before the first step", flush=True)
-    if launched_local_rank() == 0:
-        write_outcome("stopped")
-
-
-def _refuse_with_others(error: Exception) -> int:
-    """Say what keeps this machine from training, then tell the other machines, which would wait for it."""
-    is_speaker = launched_local_rank() == 0
-    if is_speaker:
-        say_error(error)
-    try:
-        world = start_world(LayoutConfig())
-        require_agreement(Shared(problem=str(error)), world.axis)
-    except Refused as refused:
-        if is_speaker:
-            write_outcome("refused")
-            own = str(error).splitlines()  # said already
-            others = [line for line in str(refused).splitlines() if line.split(": ", 1)[1] not in own]
-            say_error(Refused("\n".join(others)))
-        return 0 if outcome_path() else 2
-    except (ValueError, OSError, RuntimeError) as missed:
-        print(f"warning: the other machines could not be told ({missed})", file=sys.stderr, flush=True)
-    finally:
-        end_world()
-    write_outcome("refused")
-    return 2
 
 
 if __name__ == "__main__":

@@ -28,7 +28,9 @@ def folders(tmp_path_factory):
     return found
 
 
-def compare(world: World, folders: list[str], argvs: list[list[str]], patches: dict | None = None) -> str:
+def compare(
+    world: World, folders: list[str], argvs: list[list[str]], patches: dict | None = None
+) -> str:
     """What this rank says of the plans of all, made in its own folder.
 
     Args:
@@ -72,8 +74,10 @@ def test_a_setting_that_differs_is_refused_on_both_nodes(pool, folders, name):
         common |= {"split": "1"}
     argvs = [base_arguments("corpus", **common | {name: value}) for value in SETTINGS[name]]
     values = [str(value) for value in SETTINGS[name]]
-    expected = (f"Refused: {name}: must be the same on all ranks (rank 0: {values[0]}, rank 1: {values[1]}). "
-                "Fix: the same command and code on every node.")
+    expected = (
+        f"Refused: {name}: must be the same on all ranks (rank 0: {values[0]}, rank 1: {values[1]}). "
+        "Fix: the same command and code on every node."
+    )
     said = pool.run(compare, 2, [folders[0]] * 2, argvs)
     assert [text.splitlines()[0] for text in said] == [expected] * 2
 
@@ -84,32 +88,48 @@ def test_one_difference_is_one_line(pool, folders):
     assert [len(text.splitlines()) for text in said] == [1, 1], said
 
 
-@pytest.mark.parametrize("overrides, name", [
-    ({}, "data of corpus"),
-    (dict(data_path="other", valid_data_path="corpus", split="1"), "validation set valid"),
-])
+@pytest.mark.parametrize(
+    "overrides, name",
+    [
+        ({}, "data of corpus"),
+        (dict(data_path="other", valid_data_path="corpus", split="1"), "validation set valid"),
+    ],
+)
 def test_another_corpus_under_the_same_path_is_refused(pool, folders, overrides, name):
     said = pool.run(compare, 2, folders, [base_arguments("corpus", **overrides)] * 2)
     assert said[0] == said[1]
     assert said[0].startswith(f"Refused: {name}: must be the same on all ranks (rank 0: "), said[0]
 
 
-@pytest.mark.parametrize("patches, name, value", [
-    (dict(source_digest="0123abcd"), "code", "0123abcd (commit "),
-    (dict(_version="9.9"), "version of megatron-core", "9.9"),
-    (dict(device_here=("NVIDIA H100", 1)), "device", "cuda"),
-    (dict(environment_of_numbers={"NVIDIA_TF32_OVERRIDE": "1"}), "NVIDIA_TF32_OVERRIDE", "1"),
-])
+@pytest.mark.parametrize(
+    "patches, name, value",
+    [
+        (dict(source_digest="0123abcd"), "code", "0123abcd (commit "),
+        (dict(_version="9.9"), "version of megatron-core", "9.9"),
+        (dict(device_here=("NVIDIA H100", 1)), "device", "cuda"),
+        (dict(environment_of_numbers={"NVIDIA_TF32_OVERRIDE": "1"}), "NVIDIA_TF32_OVERRIDE", "1"),
+    ],
+)
 def test_other_code_packages_and_devices_are_refused(pool, folders, patches, name, value):
     said = pool.run(compare, 2, [folders[0]] * 2, [base_arguments("corpus")] * 2, patches)
     assert said[0] == said[1]
-    (line,) = [line for line in said[0].splitlines() if line.removeprefix("Refused: ").startswith(f"{name}: ")]
+    (line,) = [
+        line
+        for line in said[0].splitlines()
+        if line.removeprefix("Refused: ").startswith(f"{name}: ")
+    ]
     assert f", rank 1: {value}" in line
 
 
 def test_what_may_differ_by_node_is_not_compared(pool, folders, tmp_path):
-    argvs = [base_arguments("corpus", data_cache_path=str(tmp_path / f"cache{node}"),
-                            tensorboard_dir=str(tmp_path / f"board{node}")) for node in range(2)]
+    argvs = [
+        base_arguments(
+            "corpus",
+            data_cache_path=str(tmp_path / f"cache{node}"),
+            tensorboard_dir=str(tmp_path / f"board{node}"),
+        )
+        for node in range(2)
+    ]
     assert pool.run(compare, 2, [folders[0]] * 2, argvs) == ["agreed"] * 2
 
 
@@ -129,14 +149,25 @@ def require(world: World, shared: list[Shared]) -> str:
 
 def test_a_layout_that_only_one_node_chose_is_refused(pool):
     """As where machines differ in memory: the settings are the same, and what follows from them is not."""
-    shared = [Shared({"layout": "auto"}, {}, {}, {"phase 0: layout.context_parallel_size": size}) for size in "12"]
-    assert pool.run(require, 2, shared) == [
-        "Refused: phase 0: layout.context_parallel_size: must be the same on all ranks (rank 0: 1, rank 1: 2). Fix: "
-        "where machines differ in memory, --device-memory-gib, to choose alike on every node."] * 2
+    shared = [
+        Shared({"layout": "auto"}, {}, {}, {"phase 0: layout.context_parallel_size": size})
+        for size in "12"
+    ]
+    assert (
+        pool.run(require, 2, shared)
+        == [
+            "Refused: phase 0: layout.context_parallel_size: must be the same on all ranks (rank 0: 1, rank 1: 2). Fix: "
+            "where machines differ in memory, --device-memory-gib, to choose alike on every node."
+        ]
+        * 2
+    )
 
 
 def test_a_setting_comes_before_what_follows_from_it(pool):
-    shared = [Shared({"seed": size}, {"data of x": size}, {"start": size}, {"phase 0: lr": size}) for size in "12"]
+    shared = [
+        Shared({"seed": size}, {"data of x": size}, {"start": size}, {"phase 0: lr": size})
+        for size in "12"
+    ]
     for text in pool.run(require, 2, shared):
         assert text.startswith("Refused: seed: must be the same"), text
         assert len(text.splitlines()) == 1, text
@@ -144,7 +175,11 @@ def test_a_setting_comes_before_what_follows_from_it(pool):
 
 def start_alone(world: World, argv: list[str], hidden: str) -> str:
     """Rank 1 does not see the checkpoint, as behind a file system that is late."""
-    found = mock.patch.object(checkpoint, "published", lambda root, step=None: None) if world.rank else mock.MagicMock()
+    found = (
+        mock.patch.object(checkpoint, "published", lambda root, step=None: None)
+        if world.rank
+        else mock.MagicMock()
+    )
     with found:
         plan = make_plan(load_config(spell(argv)), world.size)
     try:
@@ -155,7 +190,9 @@ def start_alone(world: World, argv: list[str], hidden: str) -> str:
 
 
 def test_ranks_that_see_another_checkpoint_start_again(pool, folders, tmp_path):
-    argv = base_arguments(f"{folders[0]}/corpus", save=str(tmp_path / "save"), train_iters=1, eval_iters=0)
+    argv = base_arguments(
+        f"{folders[0]}/corpus", save=str(tmp_path / "save"), train_iters=1, eval_iters=0
+    )
     assert pool.run(train, 2, argv) == ["done"] * 2
     said = pool.run(start_alone, 2, argv, "")
     assert said[0] == said[1]
@@ -173,15 +210,22 @@ def run_trainer(world: World, argvs: list[list[str]]) -> tuple[str, bool]:
 
 def test_nothing_is_built_before_all_agree(pool, folders):
     """Another pipeline size would let the groups wait for each other until the time-out."""
-    argvs = [base_arguments(f"{folders[0]}/corpus", pipeline_model_parallel_size=size) for size in (1, 2)]
+    argvs = [
+        base_arguments(f"{folders[0]}/corpus", pipeline_model_parallel_size=size) for size in (1, 2)
+    ]
     for text, has_layout in pool.run(run_trainer, 2, argvs):
-        assert text.startswith("pipeline_model_parallel_size: must be the same on all ranks (rank 0: 1, rank 1: 2)")
+        assert text.startswith(
+            "pipeline_model_parallel_size: must be the same on all ranks (rank 0: 1, rank 1: 2)"
+        )
         assert not has_layout
 
 
 def test_what_keeps_one_node_from_training_is_told_to_all(pool):
     well, ill = Shared({"seed": "1"}), Shared(problem="a: no such file")
-    assert pool.run(require, 4, [well, well, ill, ill]) == ["Refused: on ranks 2-3: a: no such file"] * 4
+    assert (
+        pool.run(require, 4, [well, well, ill, ill])
+        == ["Refused: on ranks 2-3: a: no such file"] * 4
+    )
     assert pool.run(require, 2, [ill, ill]) == ["Refused: on ranks 0-1: a: no such file"] * 2
 
 
@@ -200,14 +244,18 @@ def test_of_very_many_differences_the_first_are_shown():
 
 def test_long_values_of_one_beginning_are_told_apart():
     start = "corpora/web " * 20
-    (line,) = agreement.describe_differences([{"data_path": start + "a"}, {"data_path": start + "b"}], "the same")
+    (line,) = agreement.describe_differences(
+        [{"data_path": start + "a"}, {"data_path": start + "b"}], "the same"
+    )
     shown = line.split("(rank 0: ")[1].split(", rank 1: ")
     assert shown[0] != shown[1].split("). Fix")[0]
 
 
 def test_each_source_file_and_its_name_count(tmp_path):
     for folder in agreement.CODE_FOLDERS:
-        shutil.copytree(agreement.ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            agreement.ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
+        )
     first = agreement.source_digest(tmp_path)
     assert first == agreement.source_digest(agreement.ROOT)
     file = tmp_path / "model" / "mlp.py"
@@ -224,8 +272,10 @@ def test_without_git_the_commit_is_unknown(tmp_path, monkeypatch):
     assert agreement.commit_of(tmp_path) is None
     monkeypatch.setenv("PATH", "")
     assert agreement.commit_of(agreement.ROOT) is None
-    assert agreement.describe_commit(agreement.ROOT) == "commit unknown, since git does not tell it"
-
+    assert (
+        agreement.describe_commit(agreement.ROOT)
+        == "commit unknown (warning: git does not tell it)"
+    )
 
 
 def test_a_single_process_agrees_with_itself(pool):

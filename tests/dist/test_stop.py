@@ -59,17 +59,21 @@ class Watched(Trainer):
         self._enter("step", step + 1)
         return super()._step(stepper, phase, step)
 
-    def _save(self, phase, step, reporter):
+    def _save(self, phase, step, reporter, *, ends_phase):
         self._enter("save", step)
-        return super()._save(phase, step, reporter)
+        return super()._save(phase, step, reporter, ends_phase=ends_phase)
 
 
-def train_with_signal(world: World, argv: list[str], at: tuple[str, int, int]) -> tuple[str, int | None]:
+def train_with_signal(
+    world: World, argv: list[str], at: tuple[str, int, int]
+) -> tuple[str, int | None]:
     """-> (outcome, microbatches that this rank began after the signal); the last rank gets it."""
     plan = make_plan(load_config(spell(argv)), world.size)
     trainer = Watched(plan, world, at if world.rank == world.size - 1 else None)
-    with (mock.patch.object(stop, "CHECK_SECONDS", 0.0),
-          mock.patch.object(Stepper, "_check_stop", lambda _: trainer.begin_microbatch())):
+    with (
+        mock.patch.object(stop, "CHECK_SECONDS", 0.0),
+        mock.patch.object(Stepper, "_check_stop", lambda _: trainer.begin_microbatch()),
+    ):
         outcome = trainer.run()
     return outcome, trainer.after
 
@@ -79,17 +83,24 @@ def lines(folder, name: str) -> list[dict]:
 
 
 def without_losses(records: list[dict]) -> list[tuple]:
-    return [(record["step"], record["phase"], record["kind"], record["seq_length"]) for record in records]
+    return [
+        (record["step"], record["phase"], record["kind"], record["seq_length"])
+        for record in records
+    ]
 
 
 def check_equal_runs(straight, disturbed) -> None:
-    assert without_losses(lines(disturbed, "validation.jsonl")) == without_losses(lines(straight, "validation.jsonl"))
+    assert without_losses(lines(disturbed, "validation.jsonl")) == without_losses(
+        lines(straight, "validation.jsonl")
+    )
     assert lines(disturbed, "validation.jsonl") == lines(straight, "validation.jsonl")
     assert losses(disturbed) == losses(straight)
     expected = stored(straight)
     found = stored(disturbed)
     assert expected.keys() == found.keys()
-    different = [name for name, tensor in expected.items() if not np.array_equal(tensor, found[name])]
+    different = [
+        name for name, tensor in expected.items() if not np.array_equal(tensor, found[name])
+    ]
     assert not different, different
 
 
@@ -114,9 +125,16 @@ IN_EVERY_RUN = ("evaluation", "last evaluation", "step, zero 3", "save", "evalua
 STRAIGHT: dict[str, object] = {}
 
 
-@pytest.mark.parametrize("name", [
-    name if name in IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.long) for name in CASES])
-def test_all_ranks_stop_at_the_next_microbatch_and_nothing_is_lost(pool, corpus, tmp_path_factory, name):
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in IN_EVERY_RUN else pytest.param(name, marks=pytest.mark.long)
+        for name in CASES
+    ],
+)
+def test_all_ranks_stop_at_the_next_microbatch_and_nothing_is_lost(
+    pool, corpus, tmp_path_factory, name
+):
     settings, at = CASES[name]
     layout = repr(settings)
     if layout not in STRAIGHT:
@@ -132,13 +150,17 @@ def test_all_ranks_stop_at_the_next_microbatch_and_nothing_is_lost(pool, corpus,
     check_equal_runs(STRAIGHT[layout], save)
 
 
-@pytest.mark.parametrize("at, events", [
-    (("evaluation", 0, 3), [("start", 0), ("phase", 0), ("stopped", 0)]),
-    (("evaluation", 2, 3), [("start", 0), ("phase", 0), ("save", 2), ("stopped", 2)]),
-    (("save", 2, 0), [("start", 0), ("phase", 0), ("save", 2), ("stopped", 2)]),
-    (("step", 3, 2), [("start", 0), ("phase", 0), ("save", 2), ("stopped", 2)]),
-    (("step", 2, 2), [("start", 0), ("phase", 0), ("save", 1), ("stopped", 1)]),
-], ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "")
+@pytest.mark.parametrize(
+    "at, events",
+    [
+        (("evaluation", 0, 3), [("start", 0), ("phase", 0), ("stopped", 0)]),
+        (("evaluation", 2, 3), [("start", 0), ("phase", 0), ("save", 2), ("stopped", 2)]),
+        (("save", 2, 0), [("start", 0), ("phase", 0), ("save", 2), ("stopped", 2)]),
+        (("step", 3, 2), [("start", 0), ("phase", 0), ("save", 2), ("stopped", 2)]),
+        (("step", 2, 2), [("start", 0), ("phase", 0), ("save", 1), ("stopped", 1)]),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else "",
+)
 def test_each_step_is_saved_once(pool, corpus, tmp_path, at, events):
     argv = base_arguments(corpus, save=str(tmp_path), **COMMON)
     assert pool.run(train_with_signal, 1, argv, at) == [("stopped", 0)]
@@ -147,18 +169,29 @@ def test_each_step_is_saved_once(pool, corpus, tmp_path, at, events):
 
 def test_the_last_evaluation_of_a_phase_is_made_up_for_on_its_layout(pool, corpus, tmp_path):
     """The next phase has another layout: the evaluation of the one that is over comes first, and only once."""
-    phases = [dict(name="a", seq_length=64, train_tokens=512, global_batch_tokens=256),
-              dict(name="b", seq_length=64, train_tokens=512, global_batch_tokens=256, tensor_model_parallel_size=2)]
+    phases = [
+        dict(name="a", seq_length=64, train_tokens=512, global_batch_tokens=256),
+        dict(
+            name="b",
+            seq_length=64,
+            train_tokens=512,
+            global_batch_tokens=256,
+            tensor_model_parallel_size=2,
+        ),
+    ]
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump({"phases": phases}))
     argv = base_arguments(corpus)
     for flag in ("--train-iters", "--seq-length", "--global-batch-size"):
         at = argv.index(flag)
-        del argv[at:at + 2]
+        del argv[at : at + 2]
     argv = ["--config", str(config), *argv, *LENGTHS]
     straight = [*argv, "--save", str(tmp_path / "straight")]
     assert [pool.run(train, 2, straight)[0] for _ in range(2)] == ["again", "done"]
     disturbed = [*argv, "--save", str(tmp_path / "disturbed")]
-    assert pool.run(train_with_signal, 2, disturbed, ("evaluation", 2, 2)) == [("stopped", None), ("stopped", 0)]
+    assert pool.run(train_with_signal, 2, disturbed, ("evaluation", 2, 2)) == [
+        ("stopped", None),
+        ("stopped", 0),
+    ]
     assert [pool.run(train, 2, disturbed)[0] for _ in range(3)] == ["again", "done", "done"]
     check_equal_runs(tmp_path / "straight", tmp_path / "disturbed")

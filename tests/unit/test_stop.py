@@ -27,8 +27,12 @@ TCPStore("127.0.0.1", int(sys.argv[1]), is_master=False, timeout=timedelta(secon
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_process_that_waits_for_others_ends_at_once(number):
-    process = subprocess.Popen([sys.executable, "-c", WAITING, "9"], stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING, "9"],
+        stdout=subprocess.PIPE,
+        text=True,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         assert process.stdout.readline() == "listening\n"
         process.send_signal(number)
@@ -74,7 +78,9 @@ def asked(monkeypatch):
         return real(x, axis, op)
 
     monkeypatch.setattr(stop, "all_reduce", counted)
-    request = StopRequest(StopSignals(), single_process_layout(torch.device("cpu")).world, torch.device("cpu"))
+    request = StopRequest(
+        StopSignals(), single_process_layout(torch.device("cpu")).world, torch.device("cpu")
+    )
     return request, clock, times
 
 

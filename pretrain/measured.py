@@ -1,0 +1,55 @@
+"""What is summed up over all ranks after each step, besides the loss."""
+
+import resource
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from data.batch import DIGEST_BITS, Batch
+from parallel.collectives import all_reduce
+from parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One step, as all ranks know it."""
+
+    causal_pairs: float
+    """Pairs of a query and a key in the documents of the global batch."""
+    is_stopped: bool
+    """Does any rank want to stop?"""
+    data_digest: str
+    peak_memory_bytes: int
+    """Of the rank with the most."""
+    data_seconds: float
+    """Of the rank that read for the longest."""
+
+
+def measure(
+    microbatches: Sequence[Batch], layout: Layout, *, wants_stop: bool, data_seconds: float
+) -> Measured:
+    """Sum up over all ranks; collective over the world."""
+    lengths = [batch.cu_seqlens.diff().double() for batch in microbatches]
+    pairs = sum(float((n * (n + 1) / 2).sum()) for n in lengths)
+    digest = sum(batch.digest for batch in microbatches) % 2**DIGEST_BITS
+    # All tp and pp ranks have the same slices; all cp ranks have the lengths of the whole microbatch.
+    has_own_slice = layout.tp.is_first and layout.pp.is_first
+    has_own_lengths = has_own_slice and layout.cp.is_first
+    own = [pairs if has_own_lengths else 0, digest if has_own_slice else 0, wants_stop]
+    sums = torch.tensor(own, dtype=torch.float64, device=layout.device)
+    highest = torch.tensor(
+        [peak_memory(layout), data_seconds], dtype=torch.float64, device=layout.device
+    )
+    pairs, digest, stops = all_reduce(sums, layout.world).tolist()
+    memory, slowest = all_reduce(highest, layout.world, dist.ReduceOp.MAX).tolist()
+    text = f"{int(digest) % 2**DIGEST_BITS:010x}"
+    return Measured(pairs, stops > 0, text, int(memory), slowest)
+
+
+def peak_memory(layout: Layout) -> int:
+    """Bytes: allocated on the GPU, or the process's resident memory on the CPU."""
+    if layout.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(layout.device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
