@@ -14,8 +14,9 @@ from data.stream import DocumentStream
 class FirstPass:
     """Streams, mixed by their weights, up to the end of each stream's first epoch.
 
-    A stream's last sample is padded, where another epoch would follow in training, and behind the last sample of all
-    come empty ones. A set that is smaller than a batch, or than one sample, so counts each of its documents once.
+    A stream's last sample is padded, where another epoch would follow in training, and behind the
+    last sample of all come empty ones. A set that is smaller than a batch, or than one sample, so
+    counts each of its documents once.
     """
 
     def __init__(self, blend: Sequence[tuple[float, DocumentStream]], seq_length: int):

@@ -15,7 +15,8 @@ class Loader:
     rank d holds samples (j x dp_size + d) x micro_batch_size and the next micro_batch_size - 1.
     """
 
-    def __init__(self, mixture: Mixture | FirstPass, start: int = 0, *, micro_batch_size: int, global_batch_tokens: int,
+    def __init__(self, mixture: Mixture | FirstPass, start: int = 0, *,
+                 micro_batch_size: int, global_batch_tokens: int,
                  dp_rank: int, dp_size: int, pieces: list[tuple[int, int]] | None = None,
                  document_masking: bool = True, eod: int | None = None, eod_mask_loss: bool = False,
                  vocab_size: int | None = None, prefetch: bool = True):

@@ -116,7 +116,7 @@ def launched_on_one_machine() -> bool:
 
 
 def environment_of_numbers() -> dict[str, str]:
-    """Variables of the environment that change what a GPU computes, those that are set and those that are not."""
+    """Variables of the environment that change what a GPU computes, also where they are not set."""
     names = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG")
     return {name: os.environ.get(name, "not set") for name in names}
 
@@ -173,7 +173,9 @@ def _raise_open_files_limit() -> None:
 
 
 def build_layout(config: LayoutConfig, world: World) -> Layout:
-    """Make every group once. All processes must ask for the same: groups of different layouts would wait for each
+    """Make every group once.
+
+    All processes must ask for the same, since groups of different layouts would wait for each
     other forever (pretrain/agreement.py compares them before).
 
     Raises:

@@ -1,9 +1,10 @@
 """What all processes of a run must share, compared as soon as they have met.
 
-Ranks that differ in a setting, in their data or in their code train on without a word: each shard of the weights is
-updated by another optimizer, or some ranks wait for others until the time-out. So each process writes down everything
-that must be the same as name -> text, and one digest of 16 bytes goes to everybody. Only where digests differ are the
-texts exchanged, and the differences named with their ranks, on every rank alike.
+Ranks that differ in a setting, in their data or in their code train on without a word: each shard
+of the weights is updated by another optimizer, or some ranks wait for others until the time-out. So
+each process writes down everything that must be the same as name -> text, and one digest of 16
+bytes goes to everybody. Only where digests differ are the texts exchanged, and the differences
+named with their ranks, on every rank alike.
 """
 
 import dataclasses
@@ -58,7 +59,8 @@ PACKAGES = (
     "transformer-engine",
     "liger-kernel",
 )
-"""Packages that compute or exchange numbers, or decide a token's id; they may be absent, but then everywhere."""
+"""Packages that compute or exchange numbers, or decide a token's id; they may be absent, but then
+everywhere."""
 
 SHOWN_DIFFERENCES = 8
 SHOWN_CHARACTERS = 100
@@ -115,7 +117,8 @@ def require_agreement(shared: Shared, world: Axis) -> None:
     found = _with_commits(found)
     if any(other.problem is not None for other in found):
         raise Refused(_describe_problems([other.problem for other in found]))
-    # What is named first explains what comes after it: another seed is another order of the documents.
+    # What is named first explains what comes after it: another seed is another order of the
+    # documents.
     if lines := describe_differences(
         [other.settings for other in found], "the same command and code"
     ):
@@ -265,7 +268,8 @@ def data_texts(corpus: Corpus) -> dict[str, str]:
 
 def _stream_text(stream: DocumentStream) -> str:
     digest = xxhash.xxh3_64_hexdigest(str(stream.fingerprint()).encode())
-    return f"{stream.tokens_per_epoch:,} tokens in {stream.num_documents:,} documents, hash {digest[:12]}"
+    size = f"{stream.tokens_per_epoch:,} tokens in {stream.num_documents:,} documents"
+    return f"{size}, hash {digest[:12]}"
 
 
 def version_texts() -> dict[str, str]:
@@ -299,7 +303,8 @@ def source_digest(root: Path) -> str:
 
 
 def commit_of(root: Path) -> str | None:
-    """The commit that is checked out, with a + where files were changed since; None without git or a repository."""
+    """The commit that is checked out, with a + where files were changed since; None without git or
+    a repository."""
     command = [
         "git",
         "-C",

@@ -106,18 +106,22 @@ class Evaluator:
                 "tokens" for name in self.feed.corpus.validation if not self._long_documents(name, phase)]
 
     def taken_whole(self, phase: Phase) -> list[str]:
-        """The sets that have fewer tokens than the evaluations of the phase would take, a sentence each."""
+        """Name the sets with fewer tokens than an evaluation of the phase takes, a sentence each."""
+        if not self.settings.eval_iters:
+            return []
         limit = self.settings.eval_iters * phase.global_batch_tokens
         sizes = {name: sum(stream.tokens_per_epoch for _, stream in blend)
                  for name, blend in self.feed.corpus.validation.items()}
-        return [f"validation set {name} has {size:,} tokens, and eval_iters x the batch are {limit:,}: each of its "
-                "tokens is counted once" for name, size in sizes.items() if self.settings.eval_iters and size < limit]
+        return [f"validation set {name} has {size:,} tokens, and eval_iters x the batch are "
+                f"{limit:,}: each of its tokens is counted once"
+                for name, size in sizes.items() if size < limit]
 
     def run(self, stepper: Stepper, phase: Phase) -> Iterator[dict]:
         """Records without their place in the run; collective over the world.
 
         Raises:
-            Interrupted: somebody asked to stop; on all ranks, and what was being measured gives no record.
+            Interrupted: somebody asked to stop; on all ranks. What was being measured gives no
+                record.
         """
         try:
             yield from self._measure(stepper, phase)
@@ -149,7 +153,8 @@ class Evaluator:
                                                           tokens).items():
             samples = min(self.settings.eval_iters * shape.batch_samples, found.num_samples)
             loss, targets = validation_loss(stepper, loader, samples)
-            if targets == 0:  # a loss of 0 would look like a perfect model; the plan has warned of it
+            # A loss of 0 would look like a perfect model; the plan has warned of the set.
+            if targets == 0:
                 continue
             yield {"set": name, "seq_length": shape.seq_length, "kind": "loss", "valid_loss": loss,
                    "num_targets": targets}
@@ -175,7 +180,7 @@ class Evaluator:
 
 
 def _expect_another_pace(stepper: Stepper) -> None:
-    """Microbatches of another length come: how long they take says nothing of when to look for a signal again."""
+    """Look for a signal at the next microbatch: those of another length take another time."""
     if stepper.stop is not None:
         stepper.stop.restart()
 
@@ -183,7 +188,8 @@ def _expect_another_pace(stepper: Stepper) -> None:
 def validation_loss(stepper: Stepper, loader: Loader, samples: int) -> tuple[float, int]:
     """Mean loss in nats over the targets of the loader's first `samples` -> (loss, targets); collective.
 
-    The last batch may hold more samples: their targets are taken out. Without any target the loss is 0.
+    The last batch may hold more samples: their targets are taken out. Without any target the loss
+    is 0.
     """
     size = loader.global_batch_tokens // loader.seq_length
     loss_sum, targets = 0.0, 0

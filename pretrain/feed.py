@@ -63,12 +63,12 @@ class Feed:
 
     def validation(self, phase: Phase, seq_length: int, micro_batch_size: int,
                    global_batch_tokens: int) -> dict[str, tuple[Loader, FirstPass]]:
-        """Name of each validation set -> its loader in that shape, and its samples, each token once."""
+        """Name of each validation set -> its loader in that shape, and its samples."""
         found = {}
         for name, blend in self.corpus.validation.items():
             samples = FirstPass(blend, seq_length)
-            loader = self._make(samples, 0, micro_batch_size, global_batch_tokens, phase.document_masking,
-                                prefetch=False)
+            loader = self._make(samples, 0, micro_batch_size, global_batch_tokens,
+                                phase.document_masking, prefetch=False)
             found[name] = loader, samples
         return found
 
@@ -76,8 +76,8 @@ class Feed:
         """Real tokens that the model received before `clock`."""
         return self.ledger.tokens_by_source(clock)
 
-    def _make(self, mixture: Mixture | FirstPass, start: int, micro_batch_size: int, global_batch_tokens: int,
-              document_masking: bool, prefetch: bool) -> Loader:
+    def _make(self, mixture: Mixture | FirstPass, start: int, micro_batch_size: int,
+              global_batch_tokens: int, document_masking: bool, prefetch: bool) -> Loader:
         layout = self.layout
         return Loader(mixture, start, micro_batch_size=micro_batch_size, global_batch_tokens=global_batch_tokens,
                       dp_rank=layout.dp.rank, dp_size=layout.dp.size,
@@ -179,9 +179,10 @@ def target_problems(corpus: Corpus, phases: Sequence[Phase]) -> list[str]:
     for phase in phases:
         names = [name for _, name in settings_of(phase, corpus).blend]
         if phase.document_masking and not any(_gives_targets(corpus.train[name]) for name in names):
-            problems.append(f"phase {phase.name!r}: data_path = {' '.join(names)}: no document gives a target, since "
-                            "all have a single token. Fix: longer documents (--append-eod when they are made), or "
-                            "--no-document-masking.")
+            problems.append(
+                f"phase {phase.name!r}: data_path = {' '.join(names)}: no document gives a target, "
+                "since all have a single token. Fix: longer documents (--append-eod when they are "
+                "made), or --no-document-masking.")
     return problems
 
 
@@ -193,8 +194,9 @@ def target_warnings(corpus: Corpus, phases: Sequence[Phase]) -> list[str]:
     drawn = dict.fromkeys(name for phase in masked for _, name in settings_of(phase, corpus).blend)
     found = [f"{name}: no document gives a target, since all have a single token" for name in drawn
              if not _gives_targets(corpus.train[name])]
-    found += [f"validation set {name}: has no target, since all its documents have a single token, and no loss is "
-              "measured on it" for name, blend in corpus.validation.items()
+    found += [f"validation set {name}: has no target, since all its documents have a single token, "
+              "and no loss is measured on it"
+              for name, blend in corpus.validation.items()
               if not any(_gives_targets(stream) for _, stream in blend)]
     return found
 

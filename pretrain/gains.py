@@ -43,14 +43,15 @@ class Gains:
         """Why an end of the run, or of one of its phases, is no success; None = it is one."""
         if self.steps and not self.updates:
             return (
-                f"all {self.steps:,} steps since the start were skipped, since their gradients were not finite: "
-                "nothing was trained, and nothing is saved over the last checkpoint. Fix: look for NaN in the "
-                "weights that the run started from, or a lower learning rate."
+                f"all {self.steps:,} steps since the start were skipped, since their gradients "
+                "were not finite: nothing was trained, and nothing is saved over the last "
+                "checkpoint. Fix: look for NaN in the weights that the run started from, or a "
+                "lower learning rate."
             )
         if self.steps and not self.with_targets:
             return (
-                "no step had a target: nothing was learnt. Fix: documents of two tokens or more (--append-eod "
-                "when they are made), or --no-document-masking."
+                "no step had a target: nothing was learnt. Fix: documents of two tokens or more "
+                "(--append-eod when they are made), or --no-document-masking."
             )
         return None
 

@@ -34,7 +34,8 @@ def measure(
     lengths = [batch.cu_seqlens.diff().double() for batch in microbatches]
     pairs = sum(float((n * (n + 1) / 2).sum()) for n in lengths)
     digest = sum(batch.digest for batch in microbatches) % 2**DIGEST_BITS
-    # All tp and pp ranks have the same slices; all cp ranks have the lengths of the whole microbatch.
+    # All tp and pp ranks have the same slices; all cp ranks have the lengths of the whole
+    # microbatch.
     has_own_slice = layout.tp.is_first and layout.pp.is_first
     has_own_lengths = has_own_slice and layout.cp.is_first
     own = [pairs if has_own_lengths else 0, digest if has_own_slice else 0, wants_stop]

@@ -1,7 +1,7 @@
 """How a process ends: one word for the launcher, and bad input said once.
 
-torchrun hands no exit codes on. So an orderly end is exit 0 on all ranks, and local rank 0 of each node writes the
-outcome to the file that launch/train.sh names in the environment.
+torchrun hands no exit codes on. So an orderly end is exit 0 on all ranks, and local rank 0 of each
+node writes the outcome to the file that launch/train.sh names in the environment.
 """
 
 import socket
@@ -33,10 +33,11 @@ def write_outcome(outcome: str) -> None:
 
 
 def refuse(error: Exception, known_to: KnownTo = "this machine") -> int:
-    """Bad input: say it (once per machine, when all its ranks found the same) and tell the launcher not to try again.
+    """Bad input: say it (once per machine, when all its ranks found the same) and tell the launcher
+    not to try again.
 
-    Exit code 2 makes torchrun stop the other ranks and print a traceback of its own; where all ranks end by
-    themselves, the outcome file is enough.
+    Exit code 2 makes torchrun stop the other ranks and print a traceback of its own; where all
+    ranks end by themselves, the outcome file is enough.
 
     Args:
         known_to: who else ends for the same reason.
@@ -81,7 +82,8 @@ def say_stopped_at_start() -> None:
 
 
 def refuse_with_others(error: Exception) -> int:
-    """Say what keeps this machine from training, then tell the other machines, which would wait for it."""
+    """Say what keeps this machine from training, then tell the other machines, which would wait for
+    it."""
     is_speaker = launched_local_rank() == 0
     if is_speaker:
         say_error(error)

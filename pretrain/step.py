@@ -61,8 +61,9 @@ def count_targets(microbatches: Sequence[CountedMicrobatch], layout: Layout) -> 
 class Stepper:
     """Runs steps of this rank's stages; keeps the pipelines of the shapes that it has met.
 
-    With a `stop`, any step ends with `Interrupted` between two of its microbatches once somebody asked to stop (under
-    pipeline parallelism before the first). Gradients and gathered weights are then left as they are.
+    With a `stop`, any step ends with `Interrupted` between two of its microbatches once somebody
+    asked to stop (under pipeline parallelism before the first). Gradients and gathered weights are
+    then left as they are.
     """
 
     def __init__(self, stages: list[GPTStage], layout: Layout, hidden_size: int, compute_dtype: torch.dtype,

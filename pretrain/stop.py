@@ -1,9 +1,10 @@
 """Stop signals: noticed at once, and followed by all ranks at the same point of the program.
 
-Before the first step there is nothing to save, so that a signal ends the process at once, wherever it is: reading an
-index, waiting for another node, loading a checkpoint. From then on a signal only sets a flag, and ranks ask each other
-between microbatches, of training and of evaluations, after each step and after each save whether anybody's is set.
-Nothing is cut off inside a microbatch (under pipeline parallelism: inside a batch) or inside a save.
+Before the first step there is nothing to save, so that a signal ends the process at once, wherever
+it is: reading an index, waiting for another node, loading a checkpoint. From then on a signal only
+sets a flag, and ranks ask each other between microbatches, of training and of evaluations, after
+each step and after each save whether anybody's is set. Nothing is cut off inside a microbatch
+(under pipeline parallelism: inside a batch) or inside a save.
 """
 
 import os
@@ -23,7 +24,8 @@ from parallel.layout import Axis
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 CHECK_SECONDS = 0.4
-"""Between two questions that ranks ask each other: less would slow training down, more would be seen too late."""
+"""Between two questions that ranks ask each other: less would slow training down, more would be
+seen too late."""
 
 
 class Interrupted(Exception):
@@ -41,14 +43,16 @@ class StopSignals:
         self._handlers: dict[int, Any] = {}
 
     def listen(self, before_end: Callable[[], None]) -> None:
-        """Hear the signals from now on; until `defer` each of them ends the process with exit code 0.
+        """Hear the signals from now on; until `defer` each of them ends the process with exit code
+        0.
 
         Args:
             before_end: what remains to be done then.
         """
         self._end_at_once = before_end
-        # A handler in Python waits for the main thread, which may be deep in a collective or in a loop in C. The
-        # interpreter writes the signal's number to this socket at once, and a thread of its own reads it.
+        # A handler in Python waits for the main thread, which may be deep in a collective or in a
+        # loop in C. The interpreter writes the signal's number to this socket at once, and a thread
+        # of its own reads it.
         reader, writer = socket.socketpair()
         writer.setblocking(False)
         self._sockets = reader, writer

@@ -30,7 +30,13 @@ from parallel.layout import (
     start_world,
 )
 from pretrain import checkpoint
-from pretrain.agreement import Refused, describe_code, known_to_all, require_agreement, shared_by_all
+from pretrain.agreement import (
+    Refused,
+    describe_code,
+    known_to_all,
+    require_agreement,
+    shared_by_all,
+)
 from pretrain.attention import attention_of_run
 from pretrain.evaluate import Evaluator
 from pretrain.feed import SHOWN_SOURCES, Feed, describe_forecast
@@ -58,7 +64,8 @@ class Trainer:
         self.signals = signals or StopSignals()
         self.started = time.monotonic()
         self.evaluation_due: str | None = None
-        """The phase of an evaluation that a stop cut short or left out; it is made up for after the restart."""
+        """The phase of an evaluation that a stop cut short or left out; the next start makes up for
+        it."""
         self.in_steps = False
         """From now on an error may be this rank's alone."""
 
@@ -121,14 +128,17 @@ class Trainer:
                 lock.release()
 
     def _phase_of_start(self, clock: int) -> Phase | None:
-        """The phase that runs first, None = all is done: the one at the clock, or one that is over but for its last
-        evaluation, which a stop cut short."""
+        """Choose the phase that runs first, None = all is done.
+
+        It is the one at the clock, or one that is over but for an evaluation that a stop cut short.
+        """
         due = None
         if clock > 0:  # the checkpoint's clock goes on
             due = self.plan.progress.get("evaluation_due")
         by_name = {phase.name: phase for phase in self.plan.phases}
         if due is not None and due not in by_name and self.world.rank == 0:
-            warn(f"the evaluation that a stop cut short is left out: no phase is called {due} any more")
+            warn("the evaluation that a stop cut short is left out: no phase is called "
+                 f"{due} any more")
         if due in by_name:
             self.evaluation_due = due
             return by_name[due]
@@ -184,7 +194,8 @@ class Trainer:
             phase = following
 
     def _require_gains(self, step: int, reporter: Reporter) -> None:
-        """Raises Refused at the end of a phase if nothing was trained: that must not look like success."""
+        """Raises Refused at the end of a phase that trained nothing: it must not look like success.
+        """
         failure = self.gains.failure()
         if failure:
             reporter.event("refused", step, self.state.clock, failure)
@@ -245,25 +256,27 @@ class Trainer:
     def _say_no_target(self, step: int, reporter: Reporter) -> None:
         """Such a step's loss of 0 means nothing: say so for the 1st, 2nd, 4th, 8th, ... of them."""
         count = self.gains.without_target
-        text = f"step {step:,}: no document of its batch gives a target; {count:,} such steps since the start"
+        text = (f"step {step:,}: no document of its batch gives a target; {count:,} such steps "
+                "since the start")
         reporter.event("no target", step, self.state.clock, text)
         if self.world.rank == 0 and count & (count - 1) == 0:
             warn(text)
 
     def _make_stepper(self, phase: Phase) -> Stepper:
-        """Set the model to the phase and the way in which signals are looked for to its microbatches."""
+        """Set the model to the phase, and look for signals in the pace of its microbatches."""
         for stage in self.state.stages:
             stage.rope = phase.rope
             stage.memory = phase.memory
         self.stop.restart()
-        return Stepper(self.state.stages, self.layout, self.config.model.hidden_size, self.compute_dtype,
-                       phase.layout.sharding_strategy, self.stop)
+        return Stepper(self.state.stages, self.layout, self.config.model.hidden_size,
+                       self.compute_dtype, phase.layout.sharding_strategy, self.stop)
 
     def _should_evaluate(self, phase: Phase, step: int) -> bool:
-        return self.state.clock >= phase.end or _is_multiple(step, self.config.logging.eval_interval)
+        every = self.config.logging.eval_interval
+        return self.state.clock >= phase.end or _is_multiple(step, every)
 
     def _give_up_step(self, stepper: Stepper) -> None:
-        """Leave a step that was cut short, as if it had not begun: its data come again after the restart."""
+        """Leave a step that was cut short as if it had not begun: its data come again."""
         self.state.optimizer.zero_grad(set_to_none=True)
         reshard(stepper)
 
@@ -286,7 +299,8 @@ class Trainer:
             raise RuntimeError(f"{state.skipped_in_a_row} steps in a row had a gradient that is not finite; the last "
                                f"loss was {result.loss}. Lower the learning rate or look at the data of these steps.")
         seconds = time.perf_counter() - began
-        measured = measure(microbatches, self.layout, wants_stop=self._wants_stop(step + 1), data_seconds=data_seconds)
+        measured = measure(microbatches, self.layout, wants_stop=self._wants_stop(step + 1),
+                           data_seconds=data_seconds)
         flops = step_flops(config.model, self.plan.vocab_size, batch, measured.causal_pairs)
         rate = peak_flops(torch.cuda.get_device_name(self.layout.device)) if self.layout.device.type == "cuda" else None
         return {"step": step + 1, "tokens": state.clock, "real_tokens": state.real_tokens, "phase": phase.name,
@@ -308,14 +322,15 @@ class Trainer:
         return self.signals.asked or is_late or _is_multiple(step, settings.exit_interval)
 
     def _evaluate(self, stepper: Stepper, phase: Phase, step: int, reporter: Reporter) -> bool:
-        """Measure all that there is -> False where a stop cut it short: what is missing is made up for later."""
+        """Measure all that there is -> False where a stop cut it short; the rest is made up for."""
         gc.collect()
         place = {"step": step, "tokens": self.state.clock, "phase": phase.name}
         try:
             for record in self.evaluator.run(stepper, phase):
                 reporter.evaluation(place | record)
         except Interrupted:
-            reporter.say(f"evaluation at step {step:,} cut short by a stop; the next start makes up for it")
+            reporter.say(f"evaluation at step {step:,} cut short by a stop; the next start makes "
+                         "up for it")
             return False
         self.evaluation_due = None
         self.stop.restart()  # training has another pace
@@ -329,7 +344,8 @@ class Trainer:
         Skipped steps change nothing but the clock, which only the next phase needs.
         """
         if self.gains.nothing_to_save and not ends_phase:
-            text = f"step {step:,}: not saved, since all steps since the last checkpoint were skipped"
+            text = (f"step {step:,}: not saved, since all steps since the last checkpoint were "
+                    "skipped")
             reporter.say(text)
             reporter.event("unsaved", step, self.state.clock, text)
             return False

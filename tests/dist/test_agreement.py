@@ -1,4 +1,5 @@
-"""Two processes pose as two nodes that differ in one thing: both refuse it, and name it with values and ranks."""
+"""Two processes pose as two nodes that differ in one thing: both refuse it, and name it with values
+and ranks."""
 
 import os
 import shutil
@@ -75,7 +76,8 @@ def test_a_setting_that_differs_is_refused_on_both_nodes(pool, folders, name):
     argvs = [base_arguments("corpus", **common | {name: value}) for value in SETTINGS[name]]
     values = [str(value) for value in SETTINGS[name]]
     expected = (
-        f"Refused: {name}: must be the same on all ranks (rank 0: {values[0]}, rank 1: {values[1]}). "
+        f"Refused: {name}: must be the same on all ranks "
+        f"(rank 0: {values[0]}, rank 1: {values[1]}). "
         "Fix: the same command and code on every node."
     )
     said = pool.run(compare, 2, [folders[0]] * 2, argvs)
@@ -148,7 +150,8 @@ def require(world: World, shared: list[Shared]) -> str:
 
 
 def test_a_layout_that_only_one_node_chose_is_refused(pool):
-    """As where machines differ in memory: the settings are the same, and what follows from them is not."""
+    """As where machines differ in memory: the settings are the same, and what follows from them is
+    not."""
     shared = [
         Shared({"layout": "auto"}, {}, {}, {"phase 0: layout.context_parallel_size": size})
         for size in "12"
@@ -156,7 +159,8 @@ def test_a_layout_that_only_one_node_chose_is_refused(pool):
     assert (
         pool.run(require, 2, shared)
         == [
-            "Refused: phase 0: layout.context_parallel_size: must be the same on all ranks (rank 0: 1, rank 1: 2). Fix: "
+            "Refused: phase 0: layout.context_parallel_size: must be the same on all ranks "
+            "(rank 0: 1, rank 1: 2). Fix: "
             "where machines differ in memory, --device-memory-gib, to choose alike on every node."
         ]
         * 2

@@ -75,7 +75,8 @@ def test_a_validation_set_without_a_target_has_no_loss(pool, tmp_path, corpus):
 
 
 def run(world: World, argv: list[str], skipped_from: int | None, is_nan: bool) -> str:
-    """The outcome of a run whose steps from one on find no finite gradient, or that starts from NaN weights."""
+    """The outcome of a run whose steps from one on find no finite gradient, or that starts from NaN
+    weights."""
     steps = []
 
     def skip(stepper, optimizer, microbatches, lr, clip_grad):

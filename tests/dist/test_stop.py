@@ -1,4 +1,5 @@
-"""A stop signal on one rank: all ranks follow it at the next microbatch, and nothing is lost or done twice by it."""
+"""A stop signal on one rank: all ranks follow it at the next microbatch, and nothing is lost or
+done twice by it."""
 
 import json
 import os
@@ -24,7 +25,8 @@ def corpus(tmp_path_factory):
 
 
 class Watched(Trainer):
-    """Gets a signal at a place: ("evaluation" | "step" | "save", its step, microbatch from 1; 0 = as it begins)."""
+    """Gets a signal at a place: ("evaluation" | "step" | "save", its step, microbatch from 1; 0 =
+    as it begins)."""
 
     def __init__(self, plan, world: World, at: tuple[str, int, int] | None):
         super().__init__(plan, world)
@@ -168,7 +170,8 @@ def test_each_step_is_saved_once(pool, corpus, tmp_path, at, events):
 
 
 def test_the_last_evaluation_of_a_phase_is_made_up_for_on_its_layout(pool, corpus, tmp_path):
-    """The next phase has another layout: the evaluation of the one that is over comes first, and only once."""
+    """The next phase has another layout: the evaluation of the one that is over comes first, and
+    only once."""
     phases = [
         dict(name="a", seq_length=64, train_tokens=512, global_batch_tokens=256),
         dict(

@@ -1,4 +1,5 @@
-"""A validation set's samples hold each of its tokens once, whatever the length of a sample and the size of the set."""
+"""A validation set's samples hold each of its tokens once, whatever the length of a sample and the
+size of the set."""
 
 from collections import Counter
 
@@ -17,7 +18,8 @@ from tests.documents import Documents
 def counted(
     blend, seq_length: int, *, batch: int = 4, masking: bool = True, dp: int = 1
 ) -> Counter:
-    """How often each (token, its target) is counted over as many batches as the set has samples for."""
+    """How often each (token, its target) is counted over as many batches as the set has samples
+    for."""
     samples = FirstPass(blend, seq_length)
     found: Counter = Counter()
     for rank in range(dp):
@@ -40,7 +42,8 @@ def counted(
 
 
 def pairs_of(*streams: DocumentStream) -> Counter:
-    """Each token of each document with the next one: what there is to count, from the documents themselves."""
+    """Each token of each document with the next one: what there is to count, from the documents
+    themselves."""
     return Counter(
         (int(a), int(b))
         for stream in streams

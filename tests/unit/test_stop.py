@@ -12,7 +12,8 @@ from parallel.layout import single_process_layout
 from pretrain import stop
 from pretrain.stop import Interrupted, StopRequest, StopSignals
 
-# Waits for a store that nobody serves, as a process waits for another node: the wait is in C++, far from Python.
+# Waits for a store that nobody serves, as a process waits for another node: the wait is in C++, far
+# from Python.
 WAITING = """
 import sys
 from datetime import timedelta
