@@ -95,6 +95,22 @@ class StopSignals:
                         os._exit(0)
 
 
+def defer_together(signals: StopSignals, world: Axis) -> bool:
+    """Only note the signals from now on, on all ranks -> False: a rank was ended by one before.
+
+    Collective. A signal that comes in between finds some ranks here, waiting for others which it
+    ends at once: the wait then fails, and the signal says why.
+    """
+    signals.defer()
+    try:
+        all_reduce(torch.zeros(1, device="cpu"), world)
+    except RuntimeError:
+        if not signals.asked:
+            raise
+        return False
+    return True
+
+
 class StopRequest:
     """Whether any rank got a signal, as all ranks know it at the same point of the program."""
 

@@ -53,7 +53,7 @@ from pretrain.probe import reshard
 from pretrain.resume_contract import describe_changes
 from pretrain.state import TrainState, build_optimizer, check_replicas, checkpoint_tensors, fill_tied_copy
 from pretrain.step import Stepper, train_step
-from pretrain.stop import Interrupted, StopRequest, StopSignals
+from pretrain.stop import Interrupted, StopRequest, StopSignals, defer_together
 
 
 class Trainer:
@@ -117,10 +117,12 @@ class Trainer:
                      f"{compiled.describe(self.layout.device)}")
         reporter.event("restart" if start.is_restart else "start", step, self.state.clock,
                        f"{start.reason}; {self.layout.describe()}")
-        if self.config.checkpoint.exit_signal_handler:
-            self.signals.defer()
-        self.in_steps = True
         try:
+            if self.config.checkpoint.exit_signal_handler:
+                if not defer_together(self.signals, self.layout.world):
+                    text = "stopped as asked before the first step"
+                    return self._end("stopped", text, step, reporter)
+            self.in_steps = True
             return self._run_phases(phase, step, reporter)
         finally:
             reporter.close()

@@ -44,6 +44,50 @@ def test_a_process_that_waits_for_others_ends_at_once(number):
     assert process.returncode == 0, "an orderly end, of which torchrun makes no failure"
 
 
+# Rank 0 is where the steps begin and waits for rank 1, which is still loading.
+LOADING = """
+import sys, time
+from torch.distributed import FileStore
+from parallel.config import LayoutConfig
+from parallel.layout import end_world, start_world
+from pretrain.stop import StopSignals, defer_together
+
+signals, rank = StopSignals(), int(sys.argv[1])
+signals.listen(before_end=lambda: print("ended in order", flush=True))
+world = start_world(LayoutConfig(), FileStore(sys.argv[2], 2), rank, 2)
+if rank == 1:
+    print("loading", flush=True)
+    time.sleep(300)
+defer = signals.defer
+signals.defer = lambda: (defer(), print("begun", flush=True))
+print("all go on" if defer_together(signals, world.axis) else "stopped together", flush=True)
+end_world()
+"""
+
+
+def test_a_signal_while_only_some_ranks_have_begun_stops_all_in_order(tmp_path):
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", LOADING, str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"},
+        )
+        for rank in range(2)
+    ]
+    try:
+        assert [process.stdout.readline() for process in processes] == ["begun\n", "loading\n"]
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        said = [process.communicate(timeout=60)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert said == ["stopped together\n", "ended in order\n"]
+    assert [process.returncode for process in processes] == [0, 0]
+
+
 def test_signals_are_only_noted_once_the_steps_begin_and_left_alone_after_the_end():
     before = signal.getsignal(signal.SIGUSR1)
     signals = StopSignals()
