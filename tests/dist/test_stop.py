@@ -123,7 +123,7 @@ CASES = {
     "step, pipeline": (PIPELINE, ("step", 3, 1)),
 }
 """Name -> (settings, where the signal comes)."""
-IN_EVERY_RUN = ("evaluation", "last evaluation", "step, zero 3", "save", "evaluation, pipeline")
+IN_EVERY_RUN = ("evaluation", "last evaluation", "step, zero 3")
 STRAIGHT: dict[str, object] = {}
 
 

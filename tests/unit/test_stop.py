@@ -26,7 +26,9 @@ TCPStore("127.0.0.1", int(sys.argv[1]), is_master=False, timeout=timedelta(secon
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.long)]
+)
 def test_a_process_that_waits_for_others_ends_at_once(number):
     process = subprocess.Popen(
         [sys.executable, "-c", WAITING, "9"],
