@@ -274,8 +274,10 @@ class Trainer:
                        self.compute_dtype, phase.layout.sharding_strategy, self.stop)
 
     def _should_evaluate(self, phase: Phase, step: int) -> bool:
-        every = self.config.logging.eval_interval
-        return self.state.clock >= phase.end or _is_multiple(step, every)
+        logging = self.config.logging
+        if not logging.eval_iters or not self.plan.corpus.validation:
+            return False  # else a stop would leave one to be made up for
+        return self.state.clock >= phase.end or _is_multiple(step, logging.eval_interval)
 
     def _give_up_step(self, stepper: Stepper) -> None:
         """Leave a step that was cut short as if it had not begun: its data come again."""

@@ -198,3 +198,22 @@ def test_the_last_evaluation_of_a_phase_is_made_up_for_on_its_layout(pool, corpu
     ]
     assert [pool.run(train, 2, disturbed)[0] for _ in range(3)] == ["again", "done", "done"]
     check_equal_runs(tmp_path / "straight", tmp_path / "disturbed")
+
+
+def train_late(world: World, argv: list[str]) -> str:
+    """The outcome of a run whose --exit-duration-in-mins is over from the first step on."""
+    trainer = Trainer(make_plan(load_config(spell(argv)), world.size), world)
+    trainer.started -= 3600
+    return trainer.run()
+
+
+@pytest.mark.parametrize("eval_iters, outcomes", [(0, ["done"]), (1, ["stopped", "done"])])
+def test_a_stop_in_the_last_step_leaves_only_an_evaluation_to_do(
+    pool, corpus, tmp_path, eval_iters, outcomes
+):
+    argv = base_arguments(
+        corpus, save=str(tmp_path), train_iters=1, eval_iters=eval_iters, exit_duration_in_mins=1
+    )
+    assert [pool.run(train_late, 1, argv)[0] for _ in outcomes] == outcomes
+    if eval_iters:
+        assert [record["step"] for record in lines(tmp_path, "validation.jsonl")] == [0, 1]
