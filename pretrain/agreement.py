@@ -97,7 +97,9 @@ class Shared:
     """Why this process cannot train at all."""
 
     def digest(self) -> bytes:
-        return xxhash.xxh3_128_digest(repr(dataclasses.astuple(self)).encode())
+        parts = [self.settings, self.data, self.start, self.derived]
+        text = repr(([sorted(part.items()) for part in parts], self.problem))
+        return xxhash.xxh3_128_digest(text.encode())
 
 
 def require_agreement(shared: Shared, world: Axis) -> None:
@@ -112,9 +114,7 @@ def require_agreement(shared: Shared, world: Axis) -> None:
         if shared.problem is not None:
             raise Refused(_describe_problems([shared.problem] * world.size))
         return
-    found: list[Any] = [None] * world.size
-    dist.all_gather_object(found, (shared, describe_commit(ROOT)), group=world.group)
-    found = _with_commits(found)
+    found = _gather(shared, world)
     if any(other.problem is not None for other in found):
         raise Refused(_describe_problems([other.problem for other in found]))
     # What is named first explains what comes after it: another seed is another order of the
@@ -125,12 +125,27 @@ def require_agreement(shared: Shared, world: Axis) -> None:
         raise Refused("\n".join(lines))
     if lines := describe_differences([other.data for other in found], "the same files"):
         raise Refused("\n".join(lines))
-    if lines := describe_differences(
-        [other.start for other in found], "starting again; --save seen by all nodes"
-    ):
+    by_restart = (
+        "a restart mends it where a checkpoint was published meanwhile; else let --save be one folder"
+    )
+    if lines := describe_differences([other.start for other in found], by_restart):
         raise RuntimeError("\n".join(lines))
     by_memory = "where machines differ in memory, --device-memory-gib, to choose alike"
     raise Refused("\n".join(describe_differences([other.derived for other in found], by_memory)))
+
+
+def _gather(shared: Shared, world: Axis) -> list[Shared]:
+    """What each rank shares, in the order of the ranks."""
+    # As plain values: another version of this file may have other classes.
+    own = (dataclasses.asdict(shared), describe_commit(ROOT))
+    everyone: list[Any] = [None] * world.size
+    dist.all_gather_object(everyone, own, group=world.group)
+    names = [field.name for field in dataclasses.fields(Shared)]
+    found = []
+    for parts, commit in everyone:
+        known = {name: parts[name] for name in names if name in parts}
+        found.append((Shared(**known), commit))
+    return _with_commits(found)
 
 
 def _all_equal(digest: bytes, world: Axis) -> bool:

@@ -293,3 +293,9 @@ def test_without_git_the_commit_is_unknown(tmp_path, monkeypatch):
 
 def test_a_single_process_agrees_with_itself(pool):
     assert pool.run(require, 1, [Shared({"seed": "1"})]) == ["agreed"]
+
+
+def test_the_order_in_which_things_are_named_is_no_difference(pool):
+    one = Shared({"seed": "1", "lr": "2"})
+    other = Shared({"lr": "2", "seed": "1"})
+    assert pool.run(require, 2, [one, other]) == ["agreed"] * 2
