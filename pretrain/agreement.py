@@ -236,7 +236,7 @@ def setting_texts(config: Config) -> dict[str, str]:
     """Every setting of the run and of its phases -> its value."""
     found = {}
     for section in dataclasses.fields(config):
-        if section.name == "compatibility":  # says nothing about the run
+        if section.name == "given":  # how a setting was spelled, which decides nothing
             continue
         for name, value in vars(getattr(config, section.name)).items():
             if name == "phases":

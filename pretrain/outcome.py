@@ -36,8 +36,8 @@ def refuse(error: Exception, known_to: KnownTo = "this machine") -> int:
     """Bad input: say it (once per machine, when all its ranks found the same) and tell the launcher
     not to try again.
 
-    Exit code 2 makes torchrun stop the other ranks and print a traceback of its own; where all
-    ranks end by themselves, the outcome file is enough.
+    Exit code 2 makes torchrun stop the other ranks; where all ranks end by themselves, the outcome
+    file is enough.
 
     Args:
         known_to: who else ends for the same reason.
