@@ -95,6 +95,7 @@ def test_a_batch_without_a_target_is_said(config, tmp_path, capsys):
         with IndexedWriter(str(tmp_path / name), np.uint16) as writer:
             for number in range(3000):
                 writer.add_document([number % 90])
+            writer.add_document([1, 2])  # a corpus without any target is refused by the plan
             writer.finish(NullTokenizer(VOCABULARY).describe())
     arguments = ["--config", config, "--world-size", "8", "--phase", "short", "--batch", "0"]
     warning = "warning: no token of this batch has a target"
