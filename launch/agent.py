@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig
 
 from launch.meeting import Node0, meet_as_node_0, meet_as_other, open_store
-from launch.report import NotMet, give_up, read_outcome, say
+from launch.report import NotMet, forget_outcome, give_up, read_outcome, say
 from launch.settings import Settings
 from launch.watch import Watch, announce
 
@@ -60,7 +60,9 @@ def _run_among_others(settings: Settings, node0: Node0) -> int:
         if failure and outcome in (None, "refused"):
             announce(node0, settings.node_rank, failure, is_refusal=outcome == "refused")
         return code
-    if outcome is not None:  # a process here has found the same
+    if outcome == "stopped":  # its answer to the watch's signal: nobody asked this run to stop
+        forget_outcome()
+    elif outcome is not None:  # a process here has found the same
         return code
     if watch.heard.is_refusal:
         return give_up(ValueError(watch.heard.describe()))

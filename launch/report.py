@@ -29,6 +29,13 @@ def read_outcome() -> str | None:
     return path.read_text() if path is not None and path.exists() else None
 
 
+def forget_outcome() -> None:
+    """Take back what a process has said: train.sh is to judge by the exit code."""
+    path = _outcome_path()
+    if path is not None:
+        path.unlink(missing_ok=True)
+
+
 def _outcome_path() -> Path | None:
     path = os.environ.get("ITHACA_OUTCOME_FILE")
     return Path(path) if path else None

@@ -251,6 +251,17 @@ def test_a_name_that_does_not_resolve_is_refused(launches):
     assert "Fix: node 0's address" in line
 
 
+def test_a_node_that_a_crash_elsewhere_stops_before_its_first_step_does_not_call_it_a_stop(launches):
+    """The real trainer ends at once then, as "stopped": train.sh would not start again."""
+    settings = two_nodes(MASTER_PORT=str(free_port()), ACTION="killed, others stop")
+    node0 = launches.start(NODE_RANK="0", **settings)
+    code, err = launches.run(NODE_RANK="1", **settings)
+    assert code == 1, err
+    code, err = finish(node0)
+    assert code == 1, err
+    assert "ended this launch: rank 1 (local rank 0, process " in err
+
+
 def test_a_node_that_refuses_ends_the_others_which_name_it(launches):
     settings = two_nodes(MASTER_PORT=str(free_port()), ACTION="refuse on node 1")
     node0 = launches.start(NODE_RANK="0", **settings)
