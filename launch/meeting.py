@@ -204,19 +204,30 @@ def _join(
         store.set(f"{PREFIX}refused", text)
         raise ValueError(text)
     if store.check([f"{PREFIX}members"]):
-        holder = json.loads(store.get(f"{PREFIX}members"))[rank]
+        holder = _member(store, rank)
         return f"it has started with {holder} as node {rank}; it must start again"
     own = _signature()
     store.set(_place(rank), own)
     while not store.check([f"{PREFIX}members"]):
-        holder = store.get(_place(rank)).decode()
-        if holder != own:
-            raise ValueError(
-                f"NODE_RANK = {rank}: must be this node's alone; {holder} has it, too. Fix: "
-                "another NODE_RANK for each node."
-            )
+        _require_place(store.get(_place(rank)).decode(), own, rank)
         patience.wait(lambda: f"for other nodes than {rank}; {node0.describe()} is there")
+    # Two may have entered for one place since node 0 looked: only one of them is a member.
+    _require_place(_member(store, rank), own, rank)
     return None
+
+
+def _member(store: dist.TCPStore, rank: int) -> str:
+    """Look up who has started as node `rank`."""
+    return json.loads(store.get(f"{PREFIX}members"))[rank]
+
+
+def _require_place(holder: str, own: str, rank: int) -> None:
+    """Raises ValueError where another node has this node's number."""
+    if holder != own:
+        raise ValueError(
+            f"NODE_RANK = {rank}: must be this node's alone; {holder} has it, too. Fix: "
+            "another NODE_RANK for each node."
+        )
 
 
 @contextmanager

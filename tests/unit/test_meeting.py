@@ -1,5 +1,6 @@
 """launch/meeting.py: nodes that wait for each other, in threads of one process."""
 
+import json
 import socket
 import threading
 import time
@@ -84,6 +85,16 @@ def test_a_node_whose_number_another_takes_is_refused(store):
         first.finish()
     )
     assert isinstance(waiting.finish(), NotMet)
+
+
+def test_a_node_whose_twin_has_started_in_its_place_is_refused(store):
+    store.set(f"{meeting.PREFIX}nnodes", "2")
+    node = InThread(meet_as_other, node0_of(store), 1, 2, 30.0)
+    while not store.check([f"{meeting.PREFIX}node/1"]):
+        time.sleep(0.01)
+    members = ["node0 (process 6)", "twin (process 7)"]
+    store.set(f"{meeting.PREFIX}members", json.dumps(members))
+    assert "must be this node's alone; twin (process 7) has it" in str(node.finish())
 
 
 def test_a_node_that_comes_back_waits_for_a_new_start(store):
