@@ -19,7 +19,11 @@ from launch.tether import end_with_parent
 def main(argv: list[str] | None = None) -> int:
     """Run this node's processes once."""
     settings = parse(argv)
-    end_with_parent(settings.parent)
+    if not end_with_parent(settings.parent):
+        say(
+            "warning: another program runs between train.sh and Python, so that processes may stay "
+            "behind after a kill -9. Fix: a wrapper in ITHACA_PYTHON that ends with exec"
+        )
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no KeyboardInterrupt while nothing is started
     try:
         addresses = _choose_interface(settings)

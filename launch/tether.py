@@ -13,17 +13,34 @@ import sys
 PR_SET_PDEATHSIG = 1
 
 
-def end_with_parent(parent: int) -> None:
+def end_with_parent(parent: int) -> bool:
     """Have the kernel kill this process when its parent ends; end now if it has ended already.
 
     The kernel looks at the thread that started this one, which must live as long as its process.
+
+    Returns:
+        False if `parent` is not the parent, but runs: another program is in between, whose end is
+        then this one's.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"prctl(PR_SET_PDEATHSIG): {os.strerror(number)}")
-    if os.getppid() != parent:  # it ended before the kernel was asked
+    if os.getppid() == parent:
+        return True
+    if not _runs(parent):  # it ended before the kernel was asked
+        print(f"train.sh: error: process {parent}, the launcher, is gone", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
+    return False
+
+
+def _runs(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            state = file.read().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
 
 
 if __name__ == "__main__":
