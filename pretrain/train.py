@@ -137,10 +137,10 @@ class Trainer:
         due = None
         if clock > 0:  # the checkpoint's clock goes on
             due = self.plan.progress.get("evaluation_due")
-        by_name = {phase.name: phase for phase in self.plan.phases}
+        by_name = {phase.name: phase for phase in self.plan.phases if phase.start < clock}
         if due is not None and due not in by_name and self.world.rank == 0:
-            warn("the evaluation that a stop cut short is left out: no phase is called "
-                 f"{due} any more")
+            warn("the evaluation that a stop cut short is left out: no phase that has begun is "
+                 f"called {due} any more")
         if due in by_name:
             self.evaluation_due = due
             return by_name[due]

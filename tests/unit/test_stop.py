@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from parallel.layout import single_process_layout
 from pretrain import stop
 from pretrain.stop import Interrupted, StopRequest, StopSignals
+from pretrain.train import Trainer
 
 # Waits for a store that nobody serves, as a process waits for another node: the wait is in C++, far
 # from Python.
@@ -176,3 +178,14 @@ def test_a_request_stays_and_is_not_asked_about_again(asked):
     with pytest.raises(Interrupted):
         request.check()
     assert len(times) == count
+
+
+@pytest.mark.parametrize(
+    "due, first", [("a", "a"), ("b", "b"), ("c", "b"), ("gone", "b"), (None, "b")]
+)
+def test_an_evaluation_is_made_up_for_only_in_a_phase_that_has_begun(due, first):
+    starts = {"a": 0, "b": 10, "c": 20}
+    phases = [SimpleNamespace(name=name, start=at, end=at + 10) for name, at in starts.items()]
+    plan = SimpleNamespace(config=None, phases=phases, progress={"evaluation_due": due})
+    trainer = Trainer(plan, SimpleNamespace(rank=1))
+    assert trainer._phase_of_start(12).name == first
