@@ -22,6 +22,7 @@ import xxhash
 
 from data.sources import Corpus
 from data.stream import DocumentStream
+from model.compiled import describe as describe_pointwise
 from parallel.collectives import all_reduce
 from parallel.layout import Axis, device_here, environment_of_numbers
 from pretrain.config import Config
@@ -221,7 +222,10 @@ def shared_by_all(plan: Plan) -> Shared:
     """Everything that all ranks of this run must share."""
     settings = setting_texts(plan.config)
     settings["tokenizer"] = str(plan.tokenizer_description)
-    settings["device"] = "cpu" if device_here()[0] == "cpu" else "cuda"
+    device = "cpu" if device_here()[0] == "cpu" else "cuda"
+    settings["device"] = device
+    # Whether kernels are fused hangs on variables of torch's own, and decides where bf16 is rounded.
+    settings["kernels"] = describe_pointwise(torch.device(device))
     settings |= version_texts() | environment_of_numbers()
     settings["code"] = source_digest(ROOT)
     clock = plan.progress["clock"] if plan.progress else 0

@@ -119,6 +119,7 @@ def test_another_corpus_under_the_same_path_is_refused(pool, folders, overrides,
         (dict(_version="9.9"), "version of megatron-core", "9.9"),
         (dict(device_here=("NVIDIA H100", 1)), "device", "cuda"),
         (dict(environment_of_numbers={"NVIDIA_TF32_OVERRIDE": "1"}), "NVIDIA_TF32_OVERRIDE", "1"),
+        (dict(describe_pointwise="pointwise parts: fused"), "kernels", "pointwise parts: fused"),
     ],
 )
 def test_other_code_packages_and_devices_are_refused(pool, folders, patches, name, value):
