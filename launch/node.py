@@ -11,9 +11,11 @@ import signal
 import sys
 
 from launch import network
-from launch.report import give_up, say
+from launch.report import give_up, read_outcome, say, write_outcome
 from launch.settings import Settings, parse
 from launch.tether import end_with_parent
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,7 +26,8 @@ def main(argv: list[str] | None = None) -> int:
             "warning: another program runs between train.sh and Python, so that processes may stay "
             "behind after a kill -9. Fix: a wrapper in ITHACA_PYTHON that ends with exec"
         )
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no KeyboardInterrupt while nothing is started
+    for number in STOP_SIGNALS:  # until torchrun takes them
+        signal.signal(number, _stop_before_start)
     try:
         addresses = _choose_interface(settings)
     except ValueError as error:
@@ -32,6 +35,13 @@ def main(argv: list[str] | None = None) -> int:
     from launch import agent  # torch takes seconds: what comes before must not wait for it
 
     return agent.run(settings, addresses)
+
+
+def _stop_before_start(number: int, frame: object) -> None:
+    """End in order: nothing is trained yet, and the same command goes on later."""
+    if read_outcome() is None:
+        write_outcome("stopped")
+    os._exit(128 + number)
 
 
 def _choose_interface(settings: Settings) -> list[str]:

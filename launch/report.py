@@ -17,10 +17,15 @@ def give_up(error: Exception) -> int:
     """Say why nothing was started, and tell train.sh -> the exit code."""
     may_come = isinstance(error, NotMet)
     say(f"error: {error}")
+    write_outcome("unmet" if may_come else "refused")
+    return 1 if may_come else 2
+
+
+def write_outcome(outcome: str) -> None:
+    """Tell train.sh how the launch ended."""
     path = _outcome_path()
     if path is not None:
-        path.write_text("unmet" if may_come else "refused")
-    return 1 if may_come else 2
+        path.write_text(outcome)
 
 
 def read_outcome() -> str | None:

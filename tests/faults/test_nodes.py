@@ -216,6 +216,18 @@ def test_a_node_waits_for_node_0_and_says_so(launches):
     assert code == 0, err
 
 
+def test_a_stop_while_a_node_waits_is_an_orderly_one(launches):
+    """Nothing is trained yet: Slurm is to start the same command again later."""
+    node0 = launches.start(NODE_RANK="0", **two_nodes(MASTER_PORT=str(free_port())))
+    said = ""
+    while "waiting for 1 node of 2" not in said:
+        said = node0.stderr.readline()
+        assert said, "node 0 ended before node 1 started"
+    node0.send_signal(signal.SIGTERM)
+    code, err = finish(node0)
+    assert code == 75, err
+
+
 def test_a_port_in_use_is_one_line_and_not_tried_as_a_crash(launches):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
