@@ -29,7 +29,8 @@ def end_with_parent(parent: int) -> bool:
     if os.getppid() == parent:
         return True
     if not _runs(parent):  # it ended before the kernel was asked
-        print(f"train.sh: error: process {parent}, the launcher, is gone", file=sys.stderr, flush=True)
+        text = f"train.sh: error: process {parent}, the launcher, is gone"
+        print(text, file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     return False
 

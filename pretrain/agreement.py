@@ -127,7 +127,8 @@ def require_agreement(shared: Shared, world: Axis) -> None:
     if lines := describe_differences([other.data for other in found], "the same files"):
         raise Refused("\n".join(lines))
     by_restart = (
-        "a restart mends it where a checkpoint was published meanwhile; else let --save be one folder"
+        "a restart mends it where a checkpoint was published meanwhile; else let --save be the "
+        "same folder"
     )
     if lines := describe_differences([other.start for other in found], by_restart):
         raise RuntimeError("\n".join(lines))
@@ -224,7 +225,7 @@ def shared_by_all(plan: Plan) -> Shared:
     settings["tokenizer"] = str(plan.tokenizer_description)
     device = "cpu" if device_here()[0] == "cpu" else "cuda"
     settings["device"] = device
-    # Whether kernels are fused hangs on variables of torch's own, and decides where bf16 is rounded.
+    # Whether kernels are fused depends on torch's own variables, and decides where bf16 is rounded.
     settings["kernels"] = describe_pointwise(torch.device(device))
     settings |= version_texts() | environment_of_numbers()
     settings["code"] = source_digest(ROOT)

@@ -33,17 +33,17 @@ class BatchWords:
         return BatchWords(setting, None, seq_length, in_samples)
 
     def name(self, batch: int) -> str:
-        """`setting = value` of a batch of so many tokens."""
+        """`setting = value` of a batch of `batch` tokens."""
         if self.given is None:
             return f"{self.setting} = {self.count(batch)}"
         return f"{self.setting} = {self.given}: its step of {self.show(batch)}"
 
     def count(self, tokens: int) -> int:
-        """So many tokens in samples, where the user counts in those."""
+        """Convert tokens to samples, where the user counts in those."""
         return tokens // self.seq_length if self.in_samples else tokens
 
     def show(self, tokens: int) -> str:
-        """So many tokens in the user's unit, with its name."""
+        """Write a number of tokens in the user's unit, with its name."""
         return count_of(self.count(tokens), "sample" if self.in_samples else "token")
 
     def not_a_multiple(self, batch: int, unit: int, factors: str) -> str:

@@ -1,4 +1,4 @@
-"""What is summed up over all ranks after each step, besides the loss."""
+"""Sum up over all ranks, after each step, what is reported besides the loss."""
 
 import resource
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ class Measured:
     """Does any rank want to stop?"""
     data_digest: str
     peak_memory_bytes: int
-    """Of the rank with the most."""
+    """What the rank with the most has."""
     data_seconds: float
-    """Of the rank that read for the longest."""
+    """What the rank that read for the longest took."""
 
 
 def measure(

@@ -196,7 +196,8 @@ class Trainer:
             phase = following
 
     def _require_gains(self, step: int, reporter: Reporter) -> None:
-        """Raises Refused at the end of a phase that trained nothing: it must not look like success.
+        """Raises Refused where a phase ends and nothing was trained since the start: it must not look
+        like success.
         """
         failure = self.gains.failure()
         if failure:

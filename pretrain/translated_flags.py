@@ -39,7 +39,7 @@ def with_translated_flags(config: Config) -> Config:
 
 
 def _stages_per_rank(config: Config, layers_of_stage: str) -> int | None:
-    """Stages of so many layers on each pipeline rank; None where that is no whole number."""
+    """Count the stages of that many layers on each pipeline rank; None = no whole number."""
     pp = config.layout.pipeline_model_parallel_size
     if not layers_of_stage.isdecimal() or int(layers_of_stage) == 0 or pp < 1:
         return None
