@@ -40,7 +40,6 @@ from pretrain.agreement import (
 from pretrain.attention import attention_of_run
 from pretrain.evaluate import Evaluator
 from pretrain.feed import SHOWN_SOURCES, Feed, describe_forecast
-from pretrain.gains import Gains
 from pretrain.load_config import dump_yaml, load_config, spell, warn
 from pretrain.measured import measure
 from pretrain.metrics import Reporter
@@ -54,6 +53,7 @@ from pretrain.resume_contract import describe_changes
 from pretrain.state import TrainState, build_optimizer, check_replicas, checkpoint_tensors, fill_tied_copy
 from pretrain.step import Stepper, train_step
 from pretrain.stop import Interrupted, StopRequest, StopSignals, defer_together
+from pretrain.tally import StepTally
 
 
 class Trainer:
@@ -107,7 +107,7 @@ class Trainer:
         self.feed = Feed(self.config.data, self.plan.corpus, self.plan.ledger, self.layout,
                          eod=self.plan.tokenizer.eod if self.plan.tokenizer else None, vocab_size=self.plan.vocab_size)
         self.evaluator = Evaluator(self.config, self.feed, self.plan.tokenizer)
-        self.gains = Gains(self.state.steps_with_targets)
+        self.tally = StepTally(self.state.steps_with_targets)
         self.stop = StopRequest(self.signals, self.layout.world, self.layout.device)
         self.saved_evaluation_due = self.evaluation_due
         reporter = Reporter(self.config, self.world.rank == 0, step, self.state.wandb_run_id)
@@ -183,10 +183,10 @@ class Trainer:
             following = phase_at(self.plan.phases, state.clock)
             is_over = not is_stopped or following is None
             if is_over:
-                self._require_gains(step, reporter)
+                self._require_success(step, reporter)
             self._save(phase, step, reporter, ends_phase=is_over)
             if following is None and self.evaluation_due is None:
-                text = f"done: {step:,} steps, {state.clock:,} tokens{self.gains.describe()}"
+                text = f"done: {step:,} steps, {state.clock:,} tokens{self.tally.describe()}"
                 return self._end("done", text, step, reporter)
             if is_stopped or self.stop.agreed():
                 return self._end("stopped", f"stopped as asked after step {step:,}", step, reporter)
@@ -195,11 +195,11 @@ class Trainer:
                                           "starting again", step, reporter)
             phase = following
 
-    def _require_gains(self, step: int, reporter: Reporter) -> None:
+    def _require_success(self, step: int, reporter: Reporter) -> None:
         """Raises Refused where a phase ends and nothing was trained since the start: it must not look
         like success.
         """
-        failure = self.gains.failure()
+        failure = self.tally.failure()
         if failure:
             reporter.event("refused", step, self.state.clock, failure)
             raise Refused(f"step {step:,}: {failure}")
@@ -258,7 +258,7 @@ class Trainer:
 
     def _say_no_target(self, step: int, reporter: Reporter) -> None:
         """Such a step's loss of 0 means nothing: say so for the 1st, 2nd, 4th, 8th, ... of them."""
-        count = self.gains.without_target
+        count = self.tally.without_target
         text = (f"step {step:,}: no document of its batch gives a target; {count:,} such steps "
                 "since the start")
         reporter.event("no target", step, self.state.clock, text)
@@ -295,8 +295,8 @@ class Trainer:
         result = train_step(stepper, state.optimizer, microbatches, lr, config.optimizer.clip_grad)
         batch = phase.batch_at(state.clock)
         state.clock, state.last_batch = state.clock + batch, batch
-        self.gains.note(result)
-        state.steps_with_targets = self.gains.with_targets
+        self.tally.note(result)
+        state.steps_with_targets = self.tally.with_targets
         sources = self.feed.tokens_by_source(state.clock) if self.world.rank == 0 else {}
         state.real_tokens = sum(sources.values())
         state.skipped_in_a_row = state.skipped_in_a_row + 1 if result.skipped else 0
@@ -348,13 +348,13 @@ class Trainer:
 
         Skipped steps change nothing but the clock, which only the next phase needs.
         """
-        if self.gains.nothing_to_save and not ends_phase:
+        if self.tally.nothing_to_save and not ends_phase:
             text = (f"step {step:,}: not saved, since all steps since the last checkpoint were "
                     "skipped")
             reporter.say(text)
             reporter.event("unsaved", step, self.state.clock, text)
             return False
-        return self.gains.unsaved_steps > 0 or self.evaluation_due != self.saved_evaluation_due
+        return self.tally.unsaved_steps > 0 or self.evaluation_due != self.saved_evaluation_due
 
     def _save(self, phase: Phase, step: int, reporter: Reporter, *, ends_phase: bool) -> None:
         """Write a checkpoint, unless the last one (or the start) says the same already."""
@@ -380,7 +380,7 @@ class Trainer:
         files = self.plan.tokenizer.files if self.plan.tokenizer else []
         folder = checkpoint.save(root, step, checkpoint_tensors(state, has_optimizer), progress,
                                  dump_yaml(self.config), files, self.layout.world, self.carried)
-        self.gains.note_save()
+        self.tally.note_save()
         self.saved_evaluation_due = self.evaluation_due
         text = f"saved {folder} in {time.perf_counter() - began:.1f} s"
         reporter.say(text)

@@ -6,7 +6,7 @@ from pretrain.step import StepResult
 
 
 @dataclass
-class Gains:
+class StepTally:
     """What the steps since the start of this process came to."""
 
     with_targets: int
