@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.ports import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN_SH = ROOT / "launch" / "train.sh"
 SECONDS = 60
@@ -110,11 +112,6 @@ def parent_of(pid: int) -> int:
 
 def is_trainer(pid: int) -> bool:
     return is_alive(pid) and b"tests.faults.trainer" in Path(f"/proc/{pid}/cmdline").read_bytes()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 @pytest.fixture

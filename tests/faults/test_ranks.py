@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,15 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.dist.training import base_arguments, write_corpus
+from tests.faults.ports import free_port
 from tools.bench.disturbed import Run
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def run_two_nodes(folder: Path, flags: list[list[str]]) -> list[tuple[int, str]]:
