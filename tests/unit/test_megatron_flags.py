@@ -128,6 +128,7 @@ def test_harmful_guesses_of_the_past_are_gone(flag, harm):
             "--dataloader-type cyclic",
             "--dataloader-type = cyclic: Megatron-LM's, here it is always single: ",
         ),
+        ("--exit-signal SIGUSR2", "these save and stop, and any other signal kills. Fix: let"),
         ("--override-ckpt-iteration 5", "the clock of a checkpoint is its own"),
         (
             "--no-use-mcore-models",
@@ -173,6 +174,7 @@ def test_what_is_not_here_is_refused_by_name(words, message):
         "--overlap-grad-reduce --overlap-param-gather",
         "--no-create-attention-mask-in-dataloader",
         "--exit-signal SIGTERM",
+        "--exit-signal SIGUSR1",
         "--use-torch-fsdp2",
         "--weight-decay-incr-style constant",
         "--rotary-seq-len-interpolation-factor 1.0",
