@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig
 
 from launch.meeting import Node0, meet_as_node_0, meet_as_other, open_store
-from launch.report import NotMet, forget_outcome, give_up, read_outcome, say
+from launch.report import NotMet, give_up, read_outcome, read_outcome_of_failure, say
 from launch.settings import Settings
 from launch.watch import Watch, announce
 
@@ -55,14 +55,12 @@ def _run_among_others(settings: Settings, node0: Node0) -> int:
     address = f"[{node0.master}]" if ":" in node0.master else node0.master
     code, failure = _run_torchrun(settings, address, node0.port)
     watch.is_over.set()
-    outcome = read_outcome()
     if watch.heard is None:
+        outcome = read_outcome()
         if failure and outcome in (None, "refused"):
             announce(node0, settings.node_rank, failure, is_refusal=outcome == "refused")
         return code
-    if outcome == "stopped":  # its answer to the watch's signal: nobody asked this run to stop
-        forget_outcome()
-    elif outcome is not None:  # a process here has found the same
+    if read_outcome_of_failure() is not None:  # a process here has found the same
         return code
     if watch.heard.is_refusal:
         return give_up(ValueError(watch.heard.describe()))
@@ -101,7 +99,7 @@ def _run_torchrun(settings: Settings, address: str, port: int) -> tuple[int, str
     except SignalException as stop:
         return 128 + stop.sigval, ""
     except ChildFailedError as failed:
-        if read_outcome() is not None:  # the trainer has said why
+        if read_outcome_of_failure() is not None:  # the trainer has said why
             return 1, "it refused to train; its own output says why"
         text = _describe_failure(failed)
         say(f"error: {text}")

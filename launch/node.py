@@ -11,7 +11,7 @@ import signal
 import sys
 
 from launch import network
-from launch.report import give_up, read_outcome, say, write_outcome
+from launch.report import UNSTARTED, give_up, read_outcome, say, write_outcome
 from launch.settings import Settings, parse
 from launch.tether import end_with_parent
 
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 def _stop_before_start(number: int, frame: object) -> None:
     """End in order: nothing is trained yet, and the same command goes on later."""
     if read_outcome() is None:
-        write_outcome("stopped")
+        write_outcome(UNSTARTED)
     os._exit(128 + number)
 
 

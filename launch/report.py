@@ -4,6 +4,9 @@ import os
 import sys
 from pathlib import Path
 
+UNSTARTED = "unstarted"
+"""Outcome of processes that a signal ended before their first step, whoever sent it."""
+
 
 class NotMet(Exception):
     """A node did not come in time; another try may find it."""
@@ -34,11 +37,16 @@ def read_outcome() -> str | None:
     return path.read_text() if path is not None and path.exists() else None
 
 
-def forget_outcome() -> None:
-    """Take back what a process has said: train.sh is to judge by the exit code."""
+def read_outcome_of_failure() -> str | None:
+    """Return how a process has said that it ended, where another one has failed.
+
+    Processes before their first step that a signal ended because of that failure were not asked to
+    stop: their word is taken back.
+    """
     path = _outcome_path()
-    if path is not None:
-        path.unlink(missing_ok=True)
+    if path is not None and read_outcome() == UNSTARTED:
+        path.unlink()
+    return read_outcome()
 
 
 def _outcome_path() -> Path | None:

@@ -24,6 +24,7 @@
 #   done      exit 0
 #   again     start again at once (the next phase has another layout)
 #   stopped   exit 75, "try again later": a signal or --exit-interval; the state is saved (Slurm requeues)
+#   unstarted exit 75: a signal came before the first step
 #   refused   exit 2: the configuration is wrong, so another try can't help
 #   unmet     exit 1: a node did not come within JOIN_WAIT seconds
 #   nothing   a failure: start again, a bounded number of times, then exit 1
@@ -230,6 +231,7 @@ while true; do
     done) exit 0 ;;
     refused) exit 2 ;;
     unmet) exit 1 ;;
+    unstarted) say "stopped before the first step; the same command goes on"; exit 75 ;;
     stopped) say "stopped; the same command goes on from the last checkpoint"; exit 75 ;;
     again)
       [[ -z $signal ]] || { say "stopped between two layouts; the same command goes on"; exit 75; }

@@ -22,6 +22,9 @@ from pretrain.agreement import Refused, Shared, require_agreement
 from pretrain.checkpoint import write_atomically
 from pretrain.load_config import outcome_path
 
+UNSTARTED = "unstarted"
+"""Not "stopped": the signal may be torchrun's, because another process has failed."""
+
 KnownTo = Literal["this rank", "this machine", "all ranks"]
 
 
@@ -76,9 +79,9 @@ def was_refused_by_others(wait: float = 5.0) -> bool:
 def say_stopped_at_start() -> None:
     """A signal before the first step: nothing is to be saved, and the same command starts again."""
     if launched_rank() == 0:
-        print("stopped as asked before the first step", flush=True)
+        print("stopped before the first step", flush=True)
     if launched_local_rank() == 0:
-        write_outcome("stopped")
+        write_outcome(UNSTARTED)
 
 
 def refuse_with_others(error: Exception) -> int:

@@ -2,7 +2,7 @@
 
 Reads top to bottom: check everything, join the processes, build or load the state, run phase by phase.
 The process ends with an outcome that the launcher reads: done, again (the next phase needs another
-layout), stopped (signal or --exit-...), refused (bad input).
+layout), stopped (signal or --exit-...), unstarted (signal before the first step), refused (bad input).
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ from pretrain.measured import measure
 from pretrain.metrics import Reporter
 from pretrain.model_files import read_carried
 from pretrain.out_of_memory import out_of_memory_explained
-from pretrain.outcome import refuse, refuse_with_others, say_stopped_at_start, write_outcome
+from pretrain.outcome import UNSTARTED, refuse, refuse_with_others, say_stopped_at_start, write_outcome
 from pretrain.phases import Phase, describe, phase_at
 from pretrain.plan import Plan, make_plan, warnings_about
 from pretrain.probe import reshard
@@ -120,8 +120,9 @@ class Trainer:
         try:
             if self.config.checkpoint.exit_signal_handler:
                 if not defer_together(self.signals, self.layout.world):
-                    text = "stopped as asked before the first step"
-                    return self._end("stopped", text, step, reporter)
+                    text = "stopped before the first step"
+                    self._end("stopped", text, step, reporter)
+                    return UNSTARTED
             self.in_steps = True
             return self._run_phases(phase, step, reporter)
         finally:

@@ -154,7 +154,7 @@ def test_a_stop_says_nothing_but_that_it_stops(launches):
     assert code == 75, err
     assert err.splitlines() == [
         "train.sh: SIGTERM: asking the run to save and stop (up to 5 s)",
-        "train.sh: stopped; the same command goes on from the last checkpoint",
+        "train.sh: stopped before the first step; the same command goes on",
     ]
 
 
@@ -260,17 +260,6 @@ def test_a_name_that_does_not_resolve_is_refused(launches):
     assert "Fix: node 0's address" in line
 
 
-def test_a_node_that_a_crash_elsewhere_stops_before_its_first_step_does_not_call_it_a_stop(launches):
-    """The real trainer ends at once then, as "stopped": train.sh would not start again."""
-    settings = two_nodes(MASTER_PORT=str(free_port()), ACTION="killed, others stop")
-    node0 = launches.start(NODE_RANK="0", **settings)
-    code, err = launches.run(NODE_RANK="1", **settings)
-    assert code == 1, err
-    code, err = finish(node0)
-    assert code == 1, err
-    assert "ended this launch: rank 1 (local rank 0, process " in err
-
-
 def test_a_node_that_refuses_ends_the_others_which_name_it(launches):
     settings = two_nodes(MASTER_PORT=str(free_port()), ACTION="refuse on node 1")
     node0 = launches.start(NODE_RANK="0", **settings)
@@ -285,8 +274,8 @@ def test_a_node_that_refuses_ends_the_others_which_name_it(launches):
     )
 
 
-@pytest.mark.long  # a refusal takes the same way
 def test_a_node_that_crashes_ends_the_others_which_name_it(launches):
+    """They end as if asked to stop, which must not look like a stop: they are to start again."""
     settings = two_nodes(MASTER_PORT=str(free_port()), ACTION="killed")
     node0 = launches.start(NODE_RANK="0", **settings)
     code, err = launches.run(NODE_RANK="1", **settings)

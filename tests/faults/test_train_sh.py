@@ -150,8 +150,9 @@ def test_again_starts_again(fake):
     assert len(fake.starts()) == 2
 
 
-def test_stopped_asks_to_be_called_again(fake):
-    fake.plan("stopped")
+@pytest.mark.parametrize("outcome", ["stopped", "unstarted"])
+def test_stopped_asks_to_be_called_again(fake, outcome):
+    fake.plan(outcome)
     assert fake.run()[0] == 75
     assert len(fake.starts()) == 1
 
