@@ -148,3 +148,15 @@ def test_lengths_far_beyond_the_phase_are_warned_of():
 def test_one_document_has_no_interval():
     found = summarize(np.array([10.0]), np.array([14.0]), np.array([8]), 1)
     assert (found.gain, found.gain_low, found.gain_high, found.documents) == (0.5, None, None, 1)
+
+
+@pytest.mark.parametrize("eval_iters, said", [
+    (1, []),  # 128 tokens of a set of 130
+    (2, ["validation set valid has 130 tokens, and eval_iters x the batch are 256: each of its tokens is counted "
+         "once"]),
+    (0, [])])
+def test_it_says_which_sets_are_measured_whole(eval_iters, said):
+    config = load_config("--seq-length 64 --global-batch-size 2 --train-iters 1 --mock-data --vocab-size 99 "
+                         f"--eval-iters {eval_iters}".split())
+    feed = SimpleNamespace(corpus=Corpus({}, {"valid": blend((1.0, (90, 40)))}))
+    assert Evaluator(config, feed, None).taken_whole(resolve_phases(config)[0]) == said
