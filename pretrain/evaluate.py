@@ -15,6 +15,7 @@ from parallel.layout import Layout
 from pretrain import context_gain, passkey
 from pretrain.config import Config, LoggingConfig
 from pretrain.feed import Feed
+from pretrain.load_config import warn
 from pretrain.phases import Phase
 from pretrain.probe import microbatch_count, reshard
 from pretrain.step import Stepper
@@ -153,8 +154,11 @@ class Evaluator:
                                                           tokens).items():
             samples = min(self.settings.eval_iters * shape.batch_samples, found.num_samples)
             loss, targets = validation_loss(stepper, loader, samples)
-            # A loss of 0 would look like a perfect model; the plan has warned of the set.
+            # A loss of 0 would look like a perfect model.
             if targets == 0:
+                if self.feed.layout.world.is_first:
+                    warn(f"validation set {name}: the {samples:,} samples of an evaluation hold no "
+                         "target, so that it has no loss")
                 continue
             yield {"set": name, "seq_length": shape.seq_length, "kind": "loss", "valid_loss": loss,
                    "num_targets": targets}

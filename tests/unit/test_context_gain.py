@@ -11,6 +11,7 @@ from data.sources import Corpus
 from data.stream import DocumentStream
 from data.stretches import lay_out
 from parallel.layout import single_process_layout
+from pretrain import evaluate
 from pretrain.context_gain import choose_documents, cut_probe, full_probe, measure, summarize, target_blocks
 from pretrain.evaluate import Evaluator, warnings
 from pretrain.load_config import load_config
@@ -148,6 +149,20 @@ def test_lengths_far_beyond_the_phase_are_warned_of():
 def test_one_document_has_no_interval():
     found = summarize(np.array([10.0]), np.array([14.0]), np.array([8]), 1)
     assert (found.gain, found.gain_low, found.gain_high, found.documents) == (0.5, None, None, 1)
+
+
+def test_samples_without_a_target_are_said_and_give_no_loss(monkeypatch, capsys):
+    config = load_config("--seq-length 64 --global-batch-size 2 --train-iters 1 --mock-data --vocab-size 99 "
+                         "--eval-iters 1".split())
+    (phase,) = resolve_phases(config)
+    corpus = Corpus({}, {"valid": blend((1.0, (90, 40)))})
+    feed = SimpleNamespace(corpus=corpus, layout=single_process_layout(torch.device("cpu")), eod=0, vocab_size=99,
+                           validation=lambda *_: {"valid": (None, SimpleNamespace(num_samples=3))})
+    monkeypatch.setattr(evaluate, "validation_loss", lambda *_: (0.0, 0))
+    monkeypatch.setattr(evaluate, "reshard", lambda _: None)
+    assert list(Evaluator(config, feed, None).run(SimpleNamespace(stop=None), phase)) == []
+    assert capsys.readouterr().err == ("warning: validation set valid: the 2 samples of an evaluation hold no target, "
+                                       "so that it has no loss\n")
 
 
 @pytest.mark.parametrize("eval_iters, said", [
