@@ -298,7 +298,11 @@ def _no_key_of_a_phase(key: str, known: Any, place: str) -> str:
 
 
 def _unknown_key(key: str, known: Any, where: str) -> str:
-    return f"{where}: {key}: no such setting. Fix: {megatron_flags.advice(key, list(known))}"
+    switch = key.replace("-", "_").removeprefix("no_")
+    _, annotation = field_table().get(switch, (None, None))
+    is_switch_turned_off = not key.startswith(switch) and switch in known and _is(annotation, bool)
+    fix = f"{switch}: false." if is_switch_turned_off else megatron_flags.advice(key, list(known))
+    return f"{where}: {key}: no such setting. Fix: {fix}"
 
 
 def _try(action: Callable[[], None], key: str, value: Any, annotation: Any, where: str,

@@ -239,6 +239,15 @@ def test_lengths_of_evaluations_are_read_in_units():
     assert config.logging.eval_seq_lengths == [1024, 4096] and config.logging.eval_passkey_depths == [0, 0.25, 1]
 
 
+@pytest.mark.parametrize("key, fix", [("no_bf16", "bf16: false."), ("no-bf16", "bf16: false."),
+                                      ("no_lr", "remove it.")])
+def test_a_switch_that_a_file_turns_off_as_a_flag_would_is_answered(key, fix, tmp_path):
+    path = write(tmp_path, f"{key}: true\n")
+    with pytest.raises(ValueError) as error:
+        load_config(["--config", path])
+    assert str(error.value) == f"{path}: {key}: no such setting. Fix: {fix}"
+
+
 @pytest.mark.parametrize("key, fix", [
     ("clip_grad", "is a setting of the run, no phase has its own. Fix: write it beside `phases:`, for the whole run."),
     ("global_batch_size", "is a setting of the run, no phase has its own. Fix: global_batch_tokens."),
