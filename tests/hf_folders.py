@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 SHAPE = dict(
     vocab_size=67,
@@ -64,6 +65,13 @@ def change_config(folder: Path, *, drop: tuple[str, ...] = (), **changes) -> Non
     path = folder / "config.json"
     content = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({key: content[key] for key in content if key not in drop}))
+
+
+def change_weights(folder: Path, change) -> None:
+    """Rewrite model.safetensors after `change` has edited its dict of tensors."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def transformers_model(folder: Path):

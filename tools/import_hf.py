@@ -23,7 +23,13 @@ from pretrain import checkpoint
 from pretrain.config import Config
 from pretrain.load_config import dump_yaml
 from pretrain.model_files import read_model_files
-from tools.compare_logits import Reference, Sequence, judge, our_logits, transformers_references
+from tools.compare_logits import (
+    Sequence,
+    compute_in_double,
+    judge,
+    our_logits,
+    transformers_logits,
+)
 from tools.hf_config import FolderConfig, read_config_file, understand
 from tools.hf_fit import check_fit, pad_vocabulary, settle_tie
 from tools.hf_weights import open_weights
@@ -77,7 +83,7 @@ def refuse_other_logits(
     config: Config,
     tensors: dict[str, torch.Tensor],
     sequences: list[Sequence],
-    references: list[Reference],
+    expected: list[torch.Tensor],
 ) -> None:
     """Compare the model to be published with what transformers makes of the folder.
 
@@ -86,12 +92,12 @@ def refuse_other_logits(
     """
     vocab_size = config.data.vocab_size
     device = torch.device("cpu")
-    attend, _ = choose_attention("sdpa", device, torch.float32)
+    attend, _ = choose_attention("sdpa", device, torch.float64)
     model = build_whole_model(config.model, vocab_size, tensors, attend, device)
+    compute_in_double(model, model.layers.values())
     problems = []
-    for sequence, reference in zip(sequences, references):
-        logits = our_logits(model, vocab_size, sequence)
-        problem = judge(sequence, logits, reference)
+    for sequence, theirs in zip(sequences, expected):
+        problem = judge(sequence, our_logits(model, vocab_size, sequence), theirs)
         if problem:
             problems.append(problem)
     if problems:
@@ -204,10 +210,10 @@ def import_folder(arguments: Arguments) -> Path:
     if should_verify(arguments.verify, num_parameters(config.model, settings.vocab_size)):
         sequences = compared_sequences(settings.vocab_size, longest)
     # transformers first: its model is gone before ours is read, so that memory holds one of them.
-    references = transformers_references(folder, sequences) if sequences else []
+    expected = transformers_logits(folder, sequences) if sequences else []
     tensors = weights.read()
     pad_vocabulary(tensors, config)
-    refuse_other_logits(config, tensors, sequences, references)
+    refuse_other_logits(config, tensors, sequences, expected)
     world = single_process_layout(torch.device("cpu")).world
     return checkpoint.save(
         root,

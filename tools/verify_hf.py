@@ -1,4 +1,4 @@
-"""Is an exported folder the same model? Logits of transformers against ours, in fp32, on real text.
+"""Is an exported folder the same model? Logits of transformers against ours, in fp64, on real text.
 
 Compared at the first positions and at the last ones of the declared context, where rotary angles
 are largest. What differences are allowed: tools/compare_logits.py.
@@ -20,13 +20,19 @@ from model.config import MEMORY_SETTINGS, ModelConfig
 from model.gpt import GPTStage
 from model.kernels import choose_attention
 from pretrain import checkpoint
-from tools.compare_logits import Sequence, judge, our_logits, transformers_references
+from tools.compare_logits import (
+    Sequence,
+    compute_in_double,
+    judge,
+    our_logits,
+    transformers_logits,
+)
 
 if TYPE_CHECKING:
     from tools.export_hf import Source
 
 WINDOW = 1024
-"""Tokens per comparison: transformers' eager path keeps a window x window matrix per head."""
+"""Tokens per comparison."""
 
 
 def verify(
@@ -48,11 +54,11 @@ def verify(
     for start in dict.fromkeys((0, max_positions - window)):
         name = f"positions {start:,} to {start + window - 1:,}"
         sequences.append(Sequence(name, ids, torch.arange(start, start + window)))
-    references = transformers_references(exported, sequences)
+    expected = transformers_logits(exported, sequences)
     model = _our_model(source, exported)
     problems = []
-    for sequence, reference in zip(sequences, references):
-        problem = judge(sequence, our_logits(model, source.vocab_size, sequence), reference)
+    for sequence, theirs in zip(sequences, expected):
+        problem = judge(sequence, our_logits(model, source.vocab_size, sequence), theirs)
         if problem:
             problems.append(problem)
     if with_tokenizer:
@@ -107,7 +113,7 @@ def without_memory_settings(config: ModelConfig) -> ModelConfig:
 
 
 def _our_model(source: Source, exported: Path) -> GPTStage:
-    """Our model from the checkpoint itself, its weights rounded to the exported dtype."""
+    """Our model from the checkpoint itself, its weights rounded to the exported dtype, in fp64."""
     dtype = getattr(torch, json.loads((exported / "config.json").read_text())["torch_dtype"])
     names = checkpoint.tensor_names(source.folder)
     tensors = {
@@ -115,11 +121,12 @@ def _our_model(source: Source, exported: Path) -> GPTStage:
         for name, tensor in checkpoint.read_whole_tensors(source.folder, names).items()
     }
     device = torch.device("cpu")
-    attend, _ = choose_attention("sdpa", device, torch.float32)
+    attend, _ = choose_attention("sdpa", device, torch.float64)
     model = build_whole_model(
         without_memory_settings(source.config.model), source.vocab_size, tensors, attend, device
     )
     model.rope = source.rope
+    compute_in_double(model, model.layers.values())
     return model
 
 

@@ -7,9 +7,16 @@ import pytest
 from model import hf
 from pretrain import checkpoint
 from pretrain.load_config import read_config_yaml
-from tests.hf_folders import change_config, write_folder
-from tests.hf_imports import assert_same_model, refusal, run
+from tests.hf_folders import (
+    change_config,
+    change_weights,
+    transformers_logits,
+    transformers_model,
+    write_folder,
+)
+from tests.hf_imports import IDS, POSITIONS, assert_same_model, our_logits, refusal, run
 from tools import import_hf
+from tools.hf_config import understand
 
 
 @pytest.fixture
@@ -171,9 +178,30 @@ def test_a_wrong_conversion_is_noticed_and_leaves_nothing(folder, capsys, monkey
     assert code == 0 and checkpoint.published(save)
 
 
+def test_a_fault_that_the_rounding_of_fp32_hides_is_noticed(folder, capsys, monkeypatch):
+    """An epsilon ten times too large, beside hidden states that are large themselves."""
+
+    def enlarge(tensors):
+        tensors["model.embed_tokens.weight"] *= 30
+
+    def with_another_epsilon(content):
+        settings = understand(content)
+        settings.model["norm_epsilon"] *= 10
+        return settings
+
+    change_weights(folder, enlarge)
+    monkeypatch.setattr(import_hf, "understand", with_another_epsilon)
+    save = folder.parent / "unverified"
+    assert import_hf.main(["--hf", str(folder), "--save", str(save), "--no-verify"]) == 0
+    expected = transformers_logits(transformers_model(folder), IDS, POSITIONS)
+    difference = float((our_logits(save) - expected).abs().max() / expected.abs().max())
+    assert difference < 1e-5, difference
+    assert "verification of the import failed" in refusal(folder, capsys)
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_rounding_alone_is_no_difference(tmp_path, kind):
-    """Wide random weights and large biases round by several times what sdpa and eager differ by."""
+    """Wide random weights and large biases, whose logits fp32 rounds by 2e-5 of the largest."""
     wide = dict(hidden_size=256, num_attention_heads=8, head_dim=32, num_hidden_layers=6)
     folder = write_folder(tmp_path / "hf", kind, max_position_embeddings=5000, **wide)
     assert run(folder)[0] == 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.hf_folders import SHAPE, change_config, write_folder
+from tests.hf_folders import SHAPE, change_config, change_weights, write_folder
 from tests.hf_imports import assert_same_model, refusal
 from tools.hf_weights import INDEX, SINGLE
 
@@ -18,13 +18,6 @@ HEAD = "lm_head.weight"
 @pytest.fixture
 def folder(tmp_path):
     return write_folder(tmp_path / "hf", "llama")
-
-
-def change_weights(folder: Path, change) -> None:
-    """Rewrite model.safetensors after `change` has edited its dict of tensors."""
-    tensors = load_file(folder / SINGLE)
-    change(tensors)
-    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
 
 
 def shard(folder: Path, number: int = 3) -> list[str]:
