@@ -13,9 +13,13 @@ import torch
 import tyro
 
 from data.tokenizer import HUGGINGFACE_FILES, NullTokenizer
+from tools.hf_keys import one_line
 
 LEAST_TEMPERATURE = 1e-4
 """Logits divided by less overflow; 0 means the likeliest token."""
+
+OWN_CODE_ONLY = {"trust_remote_code": False, "local_files_only": True}
+"""The folder's own code is never run, and nobody is asked whether it may be."""
 
 
 @dataclass(kw_only=True)
@@ -29,7 +33,7 @@ class Arguments:
     temperature: float = 0.8
     """0 = always the likeliest token."""
     seed: int = 1234
-    """Of the sampling."""
+    """Seed of the sampling."""
 
 
 def check_arguments(arguments: Arguments) -> None:
@@ -39,6 +43,12 @@ def check_arguments(arguments: Arguments) -> None:
             f"load = {arguments.load}: no Hugging Face folder (no config.json). "
             "Fix: export one with tools.export_hf."
         )
+    try:
+        arguments.prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"prompt = {arguments.prompt!r}: is not valid UTF-8 ({error.reason}). Fix: give text."
+        ) from None
     if arguments.max_new_tokens < 0:
         raise ValueError(
             f"max_new_tokens = {arguments.max_new_tokens}: must be at least 0. Fix: for example 80."
@@ -58,7 +68,7 @@ def open_tokenizer(folder: Path):
     from transformers import AutoTokenizer
 
     if any((folder / name).is_file() for name in HUGGINGFACE_FILES):
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, **OWN_CODE_ONLY)
     print(f"note: {folder} has no tokenizer: the prompt and what follows are ids", file=sys.stderr)
     return None
 
@@ -92,8 +102,9 @@ def _beginning(tokenizer, model) -> list[int]:
     """The token that begins a text: the tokenizer's own, else the end of a document before it."""
     own = tokenizer.encode("", add_special_tokens=True) if tokenizer is not None else []
     settings = model.generation_config
-    others = _as_list(settings.eos_token_id)[:1] or _as_list(settings.bos_token_id)
-    return own[:1] or others
+    others = _as_list(settings.eos_token_id) + _as_list(settings.bos_token_id)
+    # Some folders say -1 where they mean none.
+    return own[:1] or [token for token in others if token >= 0][:1]
 
 
 def _as_list(ids: int | list[int] | None) -> list[int]:
@@ -125,7 +136,12 @@ def tokens_to_add(arguments: Arguments, prompt_length: int, model) -> int:
 
 
 def continue_prompt(arguments: Arguments, tokenizer, model) -> list[int]:
-    """Token ids of the prompt and what the model adds."""
+    """Token ids of the prompt and what the model adds.
+
+    Raises:
+        ValueError: bad input, settings in the folder that transformers cannot follow, or logits
+            that are not numbers.
+    """
     ids = encode_prompt(arguments, tokenizer, model)
     count = tokens_to_add(arguments, len(ids), model)
     if count == 0:
@@ -134,16 +150,32 @@ def continue_prompt(arguments: Arguments, tokenizer, model) -> list[int]:
     if settings.pad_token_id is None:
         # One text needs no padding; without an id the library warns.
         settings.pad_token_id = (_as_list(settings.eos_token_id) or [0])[0]
-    sampling = {"do_sample": False}
+    options = {"do_sample": False, "num_return_sequences": 1, "return_dict_in_generate": False}
     if arguments.temperature > 0:
-        sampling = {"do_sample": True, "temperature": float(arguments.temperature)}
+        options |= {"do_sample": True, "temperature": float(arguments.temperature)}
     torch.manual_seed(arguments.seed)
     prompt = torch.tensor([ids])
-    with torch.no_grad():
+    try:
         out = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, **sampling
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=count,
+            logits_processor=[_refuse_nan],
+            **options,
         )
+    except Exception as error:  # the folder's settings lead to errors of many kinds
+        raise ValueError(
+            f"load = {arguments.load}: transformers cannot generate with it ({one_line(error)}). "
+            "Fix: correct its generation_config.json, or export it again."
+        ) from None
     return out[0].tolist()
+
+
+def _refuse_nan(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Stop where the likeliest token would be the first one that is not a number."""
+    if logits.isnan().any():
+        raise ValueError("its logits are NaN")
+    return logits
 
 
 def generate(arguments: Arguments) -> str:
@@ -160,12 +192,12 @@ def generate(arguments: Arguments) -> str:
     logging.set_verbosity_error()
     folder = Path(arguments.load)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, **OWN_CODE_ONLY).eval()
         tokenizer = open_tokenizer(folder)
     except Exception as error:  # transformers raises many kinds for a bad folder
-        reason = (str(error).strip().splitlines() or [error.__class__.__name__])[0]
         raise ValueError(
-            f"load = {folder}: transformers cannot read it ({reason}). Fix: export it again."
+            f"load = {folder}: transformers cannot read it ({one_line(error)}). "
+            "Fix: export it again."
         ) from None
     ids = continue_prompt(arguments, tokenizer, model)
     if tokenizer is None:

@@ -1,12 +1,14 @@
 """tools.generate follows the folder's own settings, as transformers does, or says why not."""
 
 import json
+import shutil
 import sys
 
 import pytest
 import torch
 
 from tests import huggingface_folders as folders
+from tests.hf_folders import change_weights
 from tools import generate
 from tools.generate import Arguments
 
@@ -127,6 +129,7 @@ def test_an_empty_prompt_begins_after_the_end_of_a_document(chat_model):
     (("--temperature", "inf"), "temperature = inf: must be 0"),
     (("--temperature", "1e-30"), "temperature = 1e-30: must be 0"),
     (("--max-new-tokens", "-1"), "max_new_tokens = -1: must be at least 0"),
+    (("--prompt", "\udcff"), "is not valid UTF-8"),
     (("--seed", "-1"), "seed = -1: must be in [0, 2**63)"),
     (("--prompt", ""), "is empty, and"),
     (("--prompt", "the quick"), "must be whitespace-separated integers"),
@@ -159,3 +162,53 @@ def test_folders_that_cannot_be_read_are_one_line(bare_model, tmp_path, capsys, 
         assert code == 2
         assert message in err
         assert err.count("\n") == 1
+
+
+@pytest.fixture
+def chat_copy(chat_model, tmp_path):
+    return shutil.copytree(chat_model, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("settings, words, message", [
+    (dict(eos_token_id="x"), ("--prompt", "the"), "transformers cannot generate with it ("),
+    (dict(num_beams=0), ("--prompt", "the"), "transformers cannot generate with it ("),
+    (dict(eos_token_id=-1, bos_token_id=None), (), "is empty, and"),
+    (dict(eos_token_id=[999]), (), "the tokenizer gives id 999, and the model has 320"),
+])
+def test_settings_of_a_folder_that_cannot_be_followed_are_one_line(
+    chat_copy, capsys, monkeypatch, settings, words, message
+):
+    folders.write_generation(chat_copy, **settings)
+    code, out, err = answer(capsys, monkeypatch, "--load", chat_copy, *words)
+    assert (code, out) == (2, "")
+    assert message in err.splitlines()[-1], err
+    assert err.count("error: ") == 1, err
+
+
+def test_one_continuation_is_given_whatever_the_folder_asks_for(chat_copy, capsys, monkeypatch):
+    folders.write_generation(chat_copy, num_beams=2, num_return_sequences=2)
+    words = ("--prompt", "the", "--max-new-tokens", 3, "--temperature", 0)
+    code, out, _ = answer(capsys, monkeypatch, "--load", chat_copy, *words)
+    assert code == 0
+    assert out.startswith("the"), out
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_a_model_of_nan_generates_nothing(chat_copy, capsys, monkeypatch, temperature):
+    def spoil(tensors):
+        tensors["model.norm.weight"][3] = float("nan")
+
+    change_weights(chat_copy, spoil)
+    words = ("--prompt", "the", "--max-new-tokens", 3, "--temperature", temperature)
+    code, out, err = answer(capsys, monkeypatch, "--load", chat_copy, *words)
+    assert (code, out) == (2, "")
+    assert "its logits are NaN" in err
+
+
+def test_nobody_is_asked_about_the_folders_own_code(chat_copy, capsys, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    code = {"AutoConfig": "x.Y", "AutoModelForCausalLM": "x.Z"}
+    folders.edit_json(chat_copy / "config.json", model_type="strange", auto_map=code)
+    code, out, err = answer(capsys, monkeypatch, "--load", chat_copy, "--prompt", "the")
+    assert (code, out) == (2, "")
+    assert "transformers cannot read it" in err
