@@ -207,12 +207,24 @@ def _write_tokenizer(source: Source, folder: Path) -> bool:
         raise ValueError(f"{error} Or export without it: --no-tokenizer.") from None
 
 
+def check_arguments(arguments: Arguments) -> None:
+    """Raise ValueError for values that no export can have, and for settings without effect."""
+    context = arguments.max_position_embeddings
+    if context is not None and context < 1:
+        raise ValueError(f"max_position_embeddings = {context}: must be at least 1. Fix: leave it out.")
+    if arguments.max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes = {arguments.max_shard_bytes}: must be at least 1. Fix: leave it out.")
+    if arguments.verify_text is not None and not arguments.verify:
+        raise ValueError(f"verify_text = {arguments.verify_text}: has an effect with --verify only. Fix: add --verify.")
+
+
 def export(arguments: Arguments) -> None:
     """Write, optionally verify, then publish by renaming.
 
     Raises:
         ValueError: bad input, or logits that differ.
     """
+    check_arguments(arguments)
     inputs = [Input("--load", Path(arguments.load))]
     if arguments.verify_text is not None:
         inputs.append(Input("--verify-text", Path(arguments.verify_text)))

@@ -80,7 +80,13 @@ def _real_text(source: Source, text_file: str | None) -> np.ndarray:
         path = Path(text_file)
         if not path.is_file():
             raise ValueError(f"verify_text = {text_file}: no such file. Fix: give a text file.")
-        ids = source.tokenizer.encode(path.read_text(encoding="utf-8"))
+        try:
+            ids = source.tokenizer.encode(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"verify_text = {text_file}: is not text in UTF-8 ({error.reason}). "
+                "Fix: give a text file."
+            ) from None
         if len(ids) < 2:
             raise ValueError(
                 f"verify_text = {text_file}: {len(ids)} tokens. Fix: give a longer text."

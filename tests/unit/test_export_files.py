@@ -232,6 +232,24 @@ def test_an_end_of_document_that_does_not_stop_generation_is_said(source, tmp_pa
         capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("settings, message", [
+    (dict(max_position_embeddings=-5), "max_position_embeddings = -5: must be at least 1"),
+    (dict(max_position_embeddings=0), "max_position_embeddings = 0: must be at least 1"),
+    (dict(max_shard_bytes=0), "max_shard_bytes = 0: must be at least 1"),
+    (dict(verify_text="text"), "verify_text = text: has an effect with --verify only"),
+    (dict(verify_text="text", verify=True), "verify_text = text: is not text in UTF-8"),
+])
+def test_settings_that_no_export_can_have_are_one_line(
+    imported, tmp_path, monkeypatch, settings, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=message) as error:
+        export(Arguments(load=str(imported), output=str(tmp_path / "out"), **settings))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_export_over_what_it_reads_is_refused(imported, source, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("read")
@@ -245,7 +263,7 @@ def test_an_export_over_what_it_reads_is_refused(imported, source, tmp_path):
         (source / "x", "lies in the run's tokenizer"),
     ):
         arguments = Arguments(
-            load=str(run), output=str(output), overwrite=True, verify_text=str(text))
+            load=str(run), output=str(output), overwrite=True, verify=True, verify_text=str(text))
         with pytest.raises(ValueError, match=message):
             export(arguments)
     assert {path: path.stat().st_mtime_ns for path in [run, *run.rglob("*")]} == before
