@@ -6,6 +6,7 @@ process group; the whole model is held in memory in fp32. Nothing is published u
 those of transformers on the folder.
 """
 
+import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -185,13 +186,10 @@ def import_folder(arguments: Arguments) -> Path:
     """
     folder = Path(arguments.hf)
     content = read_config_file(folder)
-    root = check_root(
-        "save",
-        Path(arguments.save),
-        checkpoint.iteration_folder(arguments.save, 0),
-        [Input("--hf", folder)],
-    )
-    if checkpoint.published(arguments.save):
+    child = checkpoint.iteration_folder(arguments.save, 0)
+    root = check_root("save", Path(arguments.save), child, [Input("--hf", folder)])
+    # Also one that no file names: a save would take it for what it left itself, and replace it.
+    if checkpoint.published(arguments.save) or os.path.lexists(root / child.name):
         raise ValueError(
             f"save = {arguments.save}: holds a checkpoint already. Fix: give another folder."
         )

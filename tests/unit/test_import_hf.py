@@ -258,3 +258,12 @@ def test_the_same_folder_is_not_imported_twice(folder, capsys):
     assert run(folder)[0] == 0
     assert run(folder)[0] == 2
     assert "holds a checkpoint already" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_no_file_names_is_not_replaced(folder, capsys):
+    _, save = run(folder)
+    (save / checkpoint.LATEST).unlink()
+    before = (save / "iter_0000000" / "config.yaml").stat().st_ino
+    assert run(folder)[0] == 2
+    assert "holds a checkpoint already" in capsys.readouterr().err
+    assert (save / "iter_0000000" / "config.yaml").stat().st_ino == before
