@@ -63,7 +63,7 @@ class Weights:
         problems = []
         files = sorted({entry.file for entry in self.entries.values()})
         for file in tqdm(files, desc="reading weights", unit="file", leave=False):
-            with _opened(file) as opened:
+            with _open(file) as opened:
                 for name, entry in self.entries.items():
                     if entry.file == file:
                         tensors[name] = _read_tensor(opened, entry)
@@ -97,7 +97,7 @@ def open_weights(folder: Path) -> Weights:
     problems = []
     buffers = 0
     for file in sorted(set(located.values())):
-        with _opened(file) as opened:
+        with _open(file) as opened:
             for name in opened.keys():
                 if BUFFERS.search(name):
                     buffers += 1
@@ -153,7 +153,7 @@ def _locate(folder: Path) -> dict[str, Path]:
         ValueError: there is neither, or the index is not one.
     """
     if (folder / SINGLE).is_file():
-        with _opened(folder / SINGLE) as opened:
+        with _open(folder / SINGLE) as opened:
             return dict.fromkeys(opened.keys(), folder / SINGLE)
     if (folder / INDEX).is_file():
         return _read_index(folder)
@@ -196,22 +196,12 @@ def _read_index(folder: Path) -> dict[str, Path]:
     return located
 
 
-class _opened:
-    """`safe_open` whose errors are one line."""
-
-    def __init__(self, file: Path):
-        try:
-            self.opened = safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{file}: is not a whole safetensors file ({error}). {_AGAIN}"
-            ) from None
-
-    def __enter__(self):
-        return self.opened.__enter__()
-
-    def __exit__(self, *error):
-        return self.opened.__exit__(*error)
+def _open(file: Path) -> safe_open:
+    """`safe_open` whose errors are one line; a context manager."""
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: is not a whole safetensors file ({error}). {_AGAIN}") from None
 
 
 # ---------------------------------------------------------------- values
