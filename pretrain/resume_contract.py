@@ -209,7 +209,7 @@ def weights_changes(stored: Config, config: Config, progress: dict, phases: list
     found = [change for change in setting_changes(stored, config) if change.name in vars(config.model)
              and change.kind == "forbidden"] + _vocabulary_changes(stored, config)
     theirs = progress["tokenizer"]
-    if theirs != tokenizer:
+    if not same_tokenizer(theirs, tokenizer):
         is_known = theirs is not None and tokenizer is not None
         found.append(Change("tokenizer", theirs, tokenizer, "tokenizer" if is_known else "free"))
     first, before = phases[0], progress["phase"]

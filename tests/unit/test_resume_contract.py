@@ -266,6 +266,12 @@ def test_a_new_run_on_weights_may_change_all_but_model_and_tokenizer():
     another = found(asked("--num-layers 9"), ours=TOKENIZER | {"fingerprint": "b"})
     assert [change.kind for change in another] == ["forbidden", "tokenizer"]
     assert [change.kind for change in found(asked(), theirs=None)] == ["free"], "a checkpoint that knows no tokenizer"
+    # Other files that give the same ids; a checkpoint of before the ids were described.
+    ids = {"ids": "c", "transformers": "5.1"}
+    moved = found(asked(), theirs=TOKENIZER | ids, ours=TOKENIZER | ids | {"fingerprint": "b"})
+    assert moved == [], [str(change) for change in moved]
+    older = found(asked(), ours=TOKENIZER | ids)
+    assert older == [], [str(change) for change in older]
 
 
 def test_what_a_checkpoint_lacks_is_refused():
