@@ -6,6 +6,7 @@ process group; the whole model is held in memory in fp32. Nothing is published u
 those of transformers on the folder.
 """
 
+import json
 import os
 import sys
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ from parallel.layout import single_process_layout
 from pretrain import checkpoint
 from pretrain.config import Config
 from pretrain.load_config import dump_yaml
-from pretrain.model_files import read_model_files
+from pretrain.model_files import GENERATION, read_model_files
 from tools.compare_logits import (
     Sequence,
     compute_in_double,
@@ -212,6 +213,9 @@ def import_folder(arguments: Arguments) -> Path:
     tensors = weights.read()
     pad_vocabulary(tensors, config)
     refuse_other_logits(config, tensors, sequences, expected)
+    carried = read_model_files(folder)
+    if is_broken_json(carried.get(GENERATION, b"{}")):
+        warn(f"{folder / GENERATION}: is not valid JSON; kept as it is, but transformers ignores it")
     world = single_process_layout(torch.device("cpu")).world
     return checkpoint.save(
         root,
@@ -221,7 +225,7 @@ def import_folder(arguments: Arguments) -> Path:
         dump_yaml(config),
         tokenizer_files(folder, config.data.tokenizer_ids_from),
         world,
-        read_model_files(folder),
+        carried,
     )
 
 
@@ -235,6 +239,14 @@ def should_verify(asked: bool | None, parameters: int) -> bool:
     return parameters < VERIFIED_BELOW if asked is None else asked
 
 
+def is_broken_json(content: bytes) -> bool:
+    try:
+        json.loads(content)
+    except (ValueError, RecursionError):
+        return True
+    return False
+
+
 def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
@@ -243,10 +255,20 @@ _SWITCHES = {"--verify": ["--verify", "True"], "--no-verify": ["--verify", "Fals
 """A switch with three states as tyro spells it."""
 
 
+def spell_switches(words: list[str]) -> list[str]:
+    """The command line as tyro reads it; tyro's own `--verify True` stays."""
+    spelled = []
+    for word, following in zip(words, [*words[1:], ""]):
+        has_value = following in ("True", "False", "None")
+        spelled += [word] if has_value else _SWITCHES.get(word, [word])
+    return spelled
+
+
 def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
-    spelled = [part for word in words for part in _SWITCHES.get(word, [word])]
-    arguments = tyro.cli(Arguments, prog="tools.import_hf", description=__doc__, args=spelled)
+    arguments = tyro.cli(
+        Arguments, prog="tools.import_hf", description=__doc__, args=spell_switches(words)
+    )
     try:
         folder = import_folder(arguments)
     except (ValueError, OSError) as error:
