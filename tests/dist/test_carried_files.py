@@ -4,7 +4,7 @@ import shutil
 
 from pretrain import checkpoint
 from pretrain.model_files import read_carried, read_model_files
-from tests import huggingface_folders as folders
+from tests import chat_folders as folders
 from tests.dist.training import base_arguments, train, write_corpus
 from tools.import_hf import Arguments, import_folder
 

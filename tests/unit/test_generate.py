@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from tests import huggingface_folders as folders
+from tests import chat_folders as folders
 from tests.hf_folders import change_weights
 from tools import generate
 from tools.generate import Arguments

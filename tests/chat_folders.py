@@ -1,4 +1,7 @@
-"""Small Hugging Face folders, made by transformers and tokenizers alone."""
+"""Hugging Face folders of chat models: with a tokenizer, chat templates and generation settings.
+
+tests/hf_folders.py has models of three architectures without them, for comparisons of logits.
+"""
 
 import json
 from pathlib import Path
