@@ -6,9 +6,9 @@ import torch
 
 from pretrain import checkpoint
 from tests.hf_folders import SHAPE, transformers_logits, transformers_model
-from tools import import_hf
-from tools.export_hf import open_source
-from tools.verify_hf import _our_logits
+from tools import compare_logits, import_hf
+from tools.export_hf import Source, open_source
+from tools.verify_hf import model_of_checkpoint
 
 IDS = torch.randint(SHAPE["vocab_size"], (48,), generator=torch.Generator().manual_seed(3))
 POSITIONS = torch.arange(48)
@@ -44,4 +44,13 @@ def assert_same_model(folder: Path, *flags: str) -> dict[str, torch.Tensor]:
 
 def our_logits(save: Path) -> torch.Tensor:
     (save / "config.json").write_text('{"torch_dtype": "float32"}')
-    return _our_logits(open_source(str(save), None), save, IDS, POSITIONS)
+    return checkpoint_logits(open_source(str(save), None), save, IDS, POSITIONS)
+
+
+def checkpoint_logits(
+    source: Source, exported: Path, ids: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """Logits [t, V] of our model, its weights rounded to the dtype of the exported folder."""
+    model = model_of_checkpoint(source, exported)
+    sequence = compare_logits.Sequence("", ids, positions)
+    return compare_logits.our_logits(model, source.vocab_size, sequence)

@@ -212,7 +212,8 @@ def import_folder(arguments: Arguments) -> Path:
     expected = transformers_logits(folder, sequences) if sequences else []
     tensors = weights.read()
     pad_vocabulary(tensors, config)
-    refuse_other_logits(config, tensors, sequences, expected)
+    if sequences:
+        refuse_other_logits(config, tensors, sequences, expected)
     carried = read_model_files(folder)
     if is_broken_json(carried.get(GENERATION, b"{}")):
         warn(f"{folder / GENERATION}: is not valid JSON; kept as it is, but transformers ignores it")

@@ -55,7 +55,7 @@ def verify(
         name = f"positions {start:,} to {start + window - 1:,}"
         sequences.append(Sequence(name, ids, torch.arange(start, start + window)))
     expected = transformers_logits(exported, sequences)
-    model = _our_model(source, exported)
+    model = model_of_checkpoint(source, exported)
     problems = []
     for sequence, theirs in zip(sequences, expected):
         problem = judge(sequence, our_logits(model, source.vocab_size, sequence), theirs)
@@ -118,7 +118,7 @@ def without_memory_settings(config: ModelConfig) -> ModelConfig:
     return replace(config, **defaults)
 
 
-def _our_model(source: Source, exported: Path) -> GPTStage:
+def model_of_checkpoint(source: Source, exported: Path) -> GPTStage:
     """Our model from the checkpoint itself, its weights rounded to the exported dtype, in fp64."""
     dtype = getattr(torch, json.loads((exported / "config.json").read_text())["torch_dtype"])
     names = checkpoint.tensor_names(source.folder)
@@ -134,13 +134,6 @@ def _our_model(source: Source, exported: Path) -> GPTStage:
     model.rope = source.rope
     compute_in_double(model, model.layers.values())
     return model
-
-
-def _our_logits(
-    source: Source, exported: Path, ids: torch.Tensor, positions: torch.Tensor
-) -> torch.Tensor:
-    """Logits of `ids` at `positions` by our model."""
-    return our_logits(_our_model(source, exported), source.vocab_size, Sequence("", ids, positions))
 
 
 def _tokenizer_problems(source: Source, exported: Path, ids: torch.Tensor) -> list[str]:

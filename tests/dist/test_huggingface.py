@@ -13,10 +13,10 @@ from pretrain import checkpoint
 from pretrain.load_config import field_table
 from pretrain.resume_contract import setting_changes
 from tests.dist.training import VOCABULARY, base_arguments, losses, train, write_corpus
+from tests.hf_imports import checkpoint_logits
 from tools.export_hf import Arguments, export, open_source
 from tools.import_hf import Arguments as ImportArguments
 from tools.import_hf import import_folder
-from tools.verify_hf import _our_logits
 
 MODELS = {
     "LlamaForCausalLM": dict(untie_embeddings_and_output_weights=True, rotary_base=5e5),
@@ -59,11 +59,11 @@ def test_export_verifies_and_logits_agree_at_the_last_positions(trained, tmp_pat
     positions = torch.arange(99_700, 100_000)
     with torch.no_grad():
         expected = theirs(input_ids=ids[None], position_ids=positions[None]).logits[0]
-    found = _our_logits(open_source(str(trained[name]), None), output, ids, positions)
+    found = checkpoint_logits(open_source(str(trained[name]), None), output, ids, positions)
     largest = expected.abs().max()
     assert largest > 1 and (found - expected).abs().max() <= 1e-5 * largest
     # One wrong detail is seen: other positions give other logits.
-    shifted = _our_logits(open_source(str(trained[name]), None), output, ids, positions * 2)
+    shifted = checkpoint_logits(open_source(str(trained[name]), None), output, ids, positions * 2)
     assert (shifted - expected).abs().max() > 1e-3 * largest
 
 
@@ -133,7 +133,7 @@ def test_loss_of_our_model_equals_transformers(trained, tmp_path):
     with torch.no_grad():
         theirs = AutoModelForCausalLM.from_pretrained(output)(input_ids=ids[None], labels=ids[None]).loss
     source = open_source(str(trained["LlamaForCausalLM"]), None)
-    ours = torch.nn.functional.cross_entropy(_our_logits(source, output, ids, torch.arange(200))[:-1], ids[1:])
+    ours = torch.nn.functional.cross_entropy(checkpoint_logits(source, output, ids, torch.arange(200))[:-1], ids[1:])
     assert abs(float(ours - theirs)) < 1e-5 * float(theirs)
     assert IGNORE == -100 and Batch.__doc__ and os.path.isdir(output)
 

@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.hf_folders import MODELS, SHAPE, transformers_logits, transformers_model, write_folder
+from tests.hf_imports import checkpoint_logits
 from tools import export_hf, import_hf
-from tools.verify_hf import _our_logits
 
 IDS = torch.randint(SHAPE["vocab_size"], (48,), generator=torch.Generator().manual_seed(3))
 POSITIONS = 2 * torch.arange(48)
@@ -214,7 +214,7 @@ def check_same_model(folder: Path, root: Path, content: dict) -> None:
     exported = root / "exported"
     export_hf.export(export_hf.Arguments(load=str(root / "imported"), output=str(exported)))
     source = export_hf.open_source(str(root / "imported"), None)
-    ours = _our_logits(source, exported, IDS, POSITIONS)
+    ours = checkpoint_logits(source, exported, IDS, POSITIONS)
     difference = (ours - expected).abs().max()
     assert difference <= TOLERANCE * expected.abs().max(), (
         content,
