@@ -181,7 +181,11 @@ def is_checkpoint_folder(folder: Path) -> bool:
     """
     if folder.is_symlink() or not folder.is_dir():
         return False
-    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    files = {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    }
     try:
         listed = {*json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"], MANIFEST}
     except (OSError, ValueError, KeyError, TypeError):

@@ -150,6 +150,13 @@ def test_a_save_keeps_what_no_save_wrote(tmp_path, name, kind, capsys):
     assert f"kept as {kept}" in capsys.readouterr().err
 
 
+def test_a_checkpoint_with_a_linked_folder_in_it_is_not_only_a_saves(tmp_path):
+    folder = save(tmp_path / "run")
+    (tmp_path / "notes").mkdir()
+    (folder / "notes").symlink_to(tmp_path / "notes")
+    assert not checkpoint.is_checkpoint_folder(folder)
+
+
 @pytest.mark.parametrize("content", [b"", b"process 7 on node", b"package lock", b"\xff\x00"])
 def test_a_lock_file_of_another_program_keeps_its_content(tmp_path, content, monkeypatch):
     monkeypatch.setattr(checkpoint.dist, "broadcast_object_list", lambda *args, **kwargs: None)
