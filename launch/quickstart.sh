@@ -10,8 +10,6 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 run=${QUICKSTART_DIR:-$root/runs/quickstart}
-mkdir -p "$run"
-run=$(cd "$run" && pwd -P)
 source_path=${1:-}
 script=quickstart steps=8
 
@@ -20,6 +18,8 @@ if [[ $# -gt 1 || $source_path == -* ]]; then
   exit 2
 fi
 
+mkdir -p "$run"
+run=$(cd "$run" && pwd -P)
 if [[ ! -f $run/corpus.origin && -n $(ls -A "$run") ]]; then
   echo "quickstart: $run is not empty, and this script did not make it. Give another folder: QUICKSTART_DIR=FOLDER" >&2
   exit 2

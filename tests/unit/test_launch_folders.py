@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(script: Path, *arguments: Path, **environment) -> subprocess.CompletedProcess:
+def run(script: Path, *arguments: Path | str, **environment) -> subprocess.CompletedProcess:
     inherited = {name: value for name, value in os.environ.items() if name != "ITHACA_PYTHON"}
     return subprocess.run(
         ["bash", str(script), *map(str, arguments)], env=inherited | environment,
@@ -41,6 +41,13 @@ def test_a_folder_of_somebody_else_is_not_used(tmp_path, script, variable):
     assert done.returncode == 2, done.stderr
     assert "is not empty, and this script did not make it" in done.stderr
     assert contents(folder) == before
+
+
+def test_help_makes_no_folder(tmp_path):
+    folder = tmp_path / "new"
+    done = run(ROOT / "launch" / "quickstart.sh", "--help", QUICKSTART_DIR=str(folder))
+    assert "From nothing to a trained model" in done.stdout
+    assert not folder.exists()
 
 
 def test_an_environment_of_somebody_else_is_not_emptied(tmp_path):
