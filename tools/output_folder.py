@@ -14,13 +14,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
+from pretrain.checkpoint import checksum
 from tools.outputs import Input, real_path, refuse_inputs, refuse_parents, relation
 
 MARKER = "ithaca_made.json"
-"""File in each folder that a tool makes: {"made_by": tool, "files": {name: bytes}}.
+"""File in each folder that a tool makes: {"made_by": tool, "files": {name: bytes}, "checksums": {}}.
 
-`files` is null until the folder is whole.
+`files` is null until the folder is whole; `checksums` are those of the small files.
 """
+CHECKSUMMED_BYTES = 1 << 20
+"""Files up to this size are compared by checksum: people edit settings, and the size may stay."""
 
 
 def _read_marker(folder: Path, maker: str) -> dict | None:
@@ -29,8 +32,10 @@ def _read_marker(folder: Path, maker: str) -> dict | None:
         content = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    is_ours = isinstance(content, dict) and content.get("made_by") == maker
-    return content if is_ours and isinstance(content.get("files", 0), dict | None) else None
+    if not isinstance(content, dict) or content.get("made_by") != maker:
+        return None
+    has_files = isinstance(content.get("files", 0), dict | None)
+    return content if has_files and isinstance(content.get("checksums", {}), dict) else None
 
 
 def foreign_content(folder: Path, maker: str) -> str | None:
@@ -39,13 +44,19 @@ def foreign_content(folder: Path, maker: str) -> str | None:
     if content is None or content["files"] is None:
         return f"was not made by {maker} (no {MARKER} that says so)"
     listed = content["files"]
+    checksums = content.get("checksums", {})
     for place, folders, files in os.walk(folder):
         inside = Path(place).relative_to(folder)
         for file in files:
             path = (inside / file).as_posix()
             if path != MARKER and path not in listed:
                 return f"holds {path}, which {maker} did not write"
-            if path != MARKER and os.lstat(folder / path).st_size != listed[path]:
+            if path == MARKER:
+                continue
+            is_changed = os.lstat(folder / path).st_size != listed[path]
+            if not is_changed and path in checksums:
+                is_changed = checksum(folder / path) != checksums[path]
+            if is_changed:
                 return f"holds {path}, which has changed since {maker} wrote it"
         for child in folders:
             path = (inside / child).as_posix()
@@ -208,9 +219,15 @@ class NewFolder:
             ) from None
 
     def _write_marker(self, files: dict[str, int] | None) -> None:
+        small = [name for name, size in (files or {}).items() if size <= CHECKSUMMED_BYTES]
+        content = {
+            "made_by": self.maker,
+            "files": files,
+            "checksums": {name: checksum(self.path / name) for name in small},
+        }
         self._lock.seek(0)
         self._lock.truncate()
-        self._lock.write(json.dumps({"made_by": self.maker, "files": files}, indent=1) + "\n")
+        self._lock.write(json.dumps(content, indent=1) + "\n")
         self._lock.flush()
         os.fsync(self._lock.fileno())
 

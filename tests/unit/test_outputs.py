@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from tools.output_folder import MARKER, NewFolder
 from tools.outputs import Input, check_file, relation
@@ -53,7 +54,10 @@ def test_a_folder_appears_whole_with_a_list_of_its_files(tmp_path):
         f"out/{MARKER}": (tmp_path / "a" / "b" / "out" / MARKER).read_text(),
     }
     marker = json.loads((tmp_path / "a" / "b" / "out" / MARKER).read_text())
-    assert marker == {"made_by": MAKER, "files": {"inside/weights": 3}}
+    checksum = xxhash.xxh3_128_hexdigest(b"new")
+    assert marker == {
+        "made_by": MAKER, "files": {"inside/weights": 3}, "checksums": {"inside/weights": checksum},
+    }
 
 
 def test_a_failure_leaves_nothing_not_even_parents(tmp_path):
@@ -84,7 +88,7 @@ def test_a_folder_of_another_maker_stays(tmp_path):
 
 @pytest.mark.parametrize("name, kind", [
     ("notes.txt", "file"), ("inside/notes.txt", "file"), ("evals", "folder"),
-    ("inside/link", "link"), ("inside/weights", "changed")])
+    ("inside/link", "link"), ("inside/weights", "changed"), ("inside/weights", "same size")])
 def test_an_own_folder_with_something_else_in_it_stays(tmp_path, name, kind):
     write(tmp_path / "out")
     path = tmp_path / "out" / name
@@ -93,7 +97,7 @@ def test_an_own_folder_with_something_else_in_it_stays(tmp_path, name, kind):
     elif kind == "link":
         path.symlink_to(tmp_path)
     else:
-        path.write_text("mine")
+        path.write_text("own" if kind == "same size" else "mine")
     refuse(tmp_path, tmp_path / "out", f"holds {name}, which")
 
 
