@@ -2,7 +2,8 @@
 
 As a program, run by its file, it replaces itself: `python tether.py PARENT COMMAND [ARGUMENTS]`
 runs the command, which the kernel kills when the process PARENT ends. The kernel keeps that promise
-over exec, and however the parent ends, also by a SIGKILL that no handler sees.
+over exec, and however the parent ends, also by a SIGKILL that no handler sees. Stop signals wait
+until the command unblocks them: a trainer needs seconds to import torch before it can answer one.
 """
 
 import ctypes
@@ -11,6 +12,8 @@ import signal
 import sys
 
 PR_SET_PDEATHSIG = 1
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""Held back until pretrain/stop.py, which names the same ones, handles them."""
 
 
 def end_with_parent(parent: int) -> bool:
@@ -46,4 +49,5 @@ def _runs(pid: int) -> bool:
 
 if __name__ == "__main__":
     end_with_parent(int(sys.argv[1]))
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # stays over exec
     os.execvp(sys.argv[2], sys.argv[2:])

@@ -61,6 +61,7 @@ class StopSignals:
         threading.Thread(
             target=self._watch, args=(reader,), name="stop-signals", daemon=True
         ).start()
+        let_signals_through()
 
     def defer(self) -> None:
         """Only note the signals from now on: the steps begin, and ranks follow them together."""
@@ -93,6 +94,11 @@ class StopSignals:
                     if self._end_at_once is not None and set(received) & set(SIGNALS):
                         self._end_at_once()
                         os._exit(0)
+
+
+def let_signals_through() -> None:
+    """Receive what launch/tether.py held back while this process could not answer."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def defer_together(signals: StopSignals, world: Axis) -> bool:

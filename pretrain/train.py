@@ -52,7 +52,7 @@ from pretrain.probe import reshard
 from pretrain.resume_contract import describe_changes
 from pretrain.state import TrainState, build_optimizer, check_replicas, checkpoint_tensors, fill_tied_copy
 from pretrain.step import Stepper, train_step
-from pretrain.stop import Interrupted, StopRequest, StopSignals, defer_together
+from pretrain.stop import Interrupted, StopRequest, StopSignals, defer_together, let_signals_through
 from pretrain.tally import StepTally
 
 
@@ -407,6 +407,8 @@ def _main(argv: list[str], signals: StopSignals) -> int:
         config = load_config([arg for arg in argv if arg != "--print-config"])
         if config.checkpoint.exit_signal_handler and not only_print:
             signals.listen(before_end=say_stopped_at_start)
+        else:
+            let_signals_through()
         plan = make_plan(config, launched_world_size(), only_print=only_print)
         if only_print:
             if launched_rank() == 0:

@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+
 
 def main() -> int:
     rank = int(os.environ["RANK"])
@@ -37,8 +39,9 @@ def main() -> int:
         if is_first_here:
             outcome.write_text("done")
         return 0
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: _stop(outcome, is_first_here=is_first_here))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     while True:  # as if training
         time.sleep(60)
 

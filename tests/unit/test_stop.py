@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -46,6 +47,23 @@ def test_a_process_that_waits_for_others_ends_at_once(number):
         process.kill()
     assert said == "ended in order\n"
     assert process.returncode == 0, "an orderly end, of which torchrun makes no failure"
+
+
+# A signal that comes while the trainer still imports what answers it.
+IMPORTING = """
+import os, signal, time
+os.kill(os.getpid(), signal.SIGTERM)
+from pretrain.stop import StopSignals
+StopSignals().listen(before_end=lambda: print("ended in order", flush=True))
+time.sleep(60)
+"""
+
+
+def test_a_signal_during_the_imports_ends_the_process_in_order():
+    tether = Path(__file__).resolve().parents[2] / "launch" / "tether.py"
+    command = [sys.executable, str(tether), str(os.getpid()), sys.executable, "-c", IMPORTING]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stdout) == (0, "ended in order\n"), found.stderr
 
 
 # Rank 0 is where the steps begin and waits for rank 1, which is still loading.
