@@ -1,4 +1,4 @@
-"""Finding rare words in very many texts, at a cost that is not felt."""
+"""Finds rare words in many texts at little cost."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -43,13 +43,18 @@ class TextSearch:
 
 
 def _prefixes(words: Sequence[str]) -> list[str]:
-    """At most MOST_PREFIXES beginnings, one of which each of the words has, as long as may be."""
+    """Beginnings, one of which each of the words has: the longest that are MOST_PREFIXES at most.
+
+    More only where the words begin with more than MOST_PREFIXES letters.
+    """
+    prefixes: set[str] = set()
     for length in range(LONGEST_PREFIX, 0, -1):
         prefixes = {word[:length] for word in words}
-        # "<s" finds what "<start" would.
-        shortest = [
-            one for one in prefixes if not any(one != other and other in one for other in prefixes)
-        ]
-        if len(shortest) <= MOST_PREFIXES or length == 1:
-            return sorted(shortest)
-    return []
+        if len(prefixes) <= MOST_PREFIXES:
+            break
+    if len(prefixes) > MOST_PREFIXES:
+        return sorted(prefixes)
+    # "<s" finds what "<start" would.
+    return sorted(
+        one for one in prefixes if not any(one != other and other in one for other in prefixes)
+    )

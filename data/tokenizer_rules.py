@@ -267,20 +267,34 @@ class _AddedTokens:
 
 def _overlapping(some: Sequence[str], others: Sequence[str]) -> set[str]:
     """Those of two lists of words of which one may cover a part of another in a text."""
-    found = set()
-    for one in some:
-        for other in others:
-            shorter = min(len(one), len(other))
-            touches = (
-                one in other
-                or other in one
-                or any(
-                    one.endswith(other[:n]) or other.endswith(one[:n]) for n in range(1, shorter)
-                )
-            )
-            if touches:
-                found |= {one, other}
-    return found
+    return _touching(some, others) | _touching(others, some)
+
+
+def _touching(words: Sequence[str], others: Sequence[str]) -> set[str]:
+    """Those of `words` that may cover a part of one of `others`.
+
+    By sets of parts of words: a vocabulary may have thousands of added tokens, too many for pairs.
+    """
+    whole = set(others)
+    beginnings = {part for word in whole for part in _beginnings(word)}
+    endings = {part for word in whole for part in _endings(word)}
+    insides = {part for word in whole for end in _endings(word) for part in _beginnings(end)}
+    return {
+        word
+        for word in words
+        if word in insides
+        or not beginnings.isdisjoint(_endings(word))
+        or not endings.isdisjoint(_beginnings(word))
+        or any(not whole.isdisjoint(_beginnings(end)) for end in _endings(word))
+    }
+
+
+def _beginnings(word: str) -> list[str]:
+    return [word[:length] for length in range(1, len(word) + 1)]
+
+
+def _endings(word: str) -> list[str]:
+    return [word[start:] for start in range(len(word))]
 
 
 def _check_merges(model: dict) -> None:
