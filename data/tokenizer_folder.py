@@ -56,6 +56,17 @@ FINGERPRINTED_FILES = (
 """Frozen: descriptions that were stored earlier hold a hash of these."""
 
 
+def tokenizer_files(folder: Path) -> list[str]:
+    """Paths of the files that AutoTokenizer reads in a folder; none where it has no tokenizer.
+
+    config.json is one: its model_type names the class where nothing else does.
+    """
+    files = [str(folder / name) for name in HUGGINGFACE_FILES if (folder / name).is_file()]
+    if files and (folder / "config.json").is_file():
+        files.append(str(folder / "config.json"))
+    return files
+
+
 class TwoDefinitions(ValueError):
     """A folder's two definitions give other ids, and none was chosen."""
 
@@ -70,7 +81,7 @@ class HuggingFace:
 
     def __init__(self, model: str, *, ids_from: IdsFrom | None = None, keep_special: bool = False):
         folder = Path(model)
-        self.files = [str(folder / name) for name in HUGGINGFACE_FILES if (folder / name).is_file()]
+        self.files = tokenizer_files(folder)
         if not self.files:
             raise ValueError(
                 f"tokenizer_model = {model}: must be a local folder with tokenizer.json, so that "
@@ -96,8 +107,6 @@ class HuggingFace:
             self._backend.no_truncation()
             self._backend.no_padding()
             self._backend.encode_special_tokens = not keep_special
-        if ids_from == "AutoTokenizer" and (folder / "config.json").is_file():
-            self.files.append(str(folder / "config.json"))  # its model_type decides, too
         # Added tokens may leave gaps, so the count of tokens is not the largest id.
         source = self._backend if self._backend is not None else self._made
         self.vocab_size = max(source.get_vocab().values(), default=-1) + 1

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 import tyro
 
-from data.tokenizer import HUGGINGFACE_FILES, build_tokenizer
-from data.tokenizer_folder import IdsFrom, TwoDefinitions
+from data.tokenizer import build_tokenizer
+from data.tokenizer_folder import IdsFrom, TwoDefinitions, tokenizer_files
 from model.build import build_whole_model
 from model.estimate import num_parameters
 from model.kernels import choose_attention
@@ -123,7 +123,7 @@ def configure(settings: FolderConfig, folder: Path, arguments: Arguments) -> Con
         setattr(config.model, name, value)
     config.model.make_vocab_size_divisible_by = arguments.make_vocab_size_divisible_by
     config.data.vocab_size = settings.vocab_size
-    files = tokenizer_files(folder, arguments.tokenizer_ids_from)
+    files = tokenizer_files(folder)
     config.data.tokenizer_type = "HuggingFaceTokenizer" if files else "NullTokenizer"
     config.data.tokenizer_model = str(folder.resolve()) if files else None
     config.data.tokenizer_ids_from = arguments.tokenizer_ids_from if files else None
@@ -131,14 +131,6 @@ def configure(settings: FolderConfig, folder: Path, arguments: Arguments) -> Con
     if problems:
         raise ValueError("\n".join(problems))
     return config
-
-
-def tokenizer_files(folder: Path, ids_from: IdsFrom | None) -> list[str]:
-    """The files that the checkpoint keeps of the folder's tokenizer."""
-    files = [str(folder / name) for name in HUGGINGFACE_FILES if (folder / name).is_file()]
-    if files and ids_from == "AutoTokenizer":
-        files.append(str(folder / "config.json"))  # its model_type decides the ids, too
-    return files
 
 
 def describe_progress(config: Config, tokenizer: dict | None, longest: int) -> dict:
@@ -224,7 +216,7 @@ def import_folder(arguments: Arguments) -> Path:
         {f"model.{name}": tensor for name, tensor in tensors.items()},
         describe_progress(config, tokenizer, longest),
         dump_yaml(config),
-        tokenizer_files(folder, config.data.tokenizer_ids_from),
+        tokenizer_files(folder),
         world,
         carried,
     )

@@ -94,6 +94,23 @@ def test_the_files_of_a_checkpoint_give_the_same_ids(folders, tmp_path):
     assert same_tokenizer(build(tmp_path, "AutoTokenizer").describe(), tokenizer.describe())
 
 
+def test_the_files_of_a_checkpoint_are_enough_where_config_json_names_the_class(folders, tmp_path):
+    parts = json.loads((folders / "plain" / "tokenizer.json").read_text())["model"]
+    merges = [" ".join(merge) for merge in parts["merges"]]
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "vocab.json").write_text(json.dumps(parts["vocab"]))
+    (source / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    (source / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    tokenizer = build(source)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in tokenizer.files:
+        shutil.copy(file, copy)
+    assert build(copy).encode(TEXT) == tokenizer.encode(TEXT) == ids_of_transformers(source)
+    assert same_tokenizer(build(copy).describe(), tokenizer.describe())
+
+
 def test_an_export_gives_the_chosen_ids_in_transformers(folders, tmp_path, capsys):
     build(folders / "gpt2class", "tokenizer.json").save_huggingface(str(tmp_path))
     assert ids_of_transformers(tmp_path) == ids_of_tokenizer_json(folders / "gpt2class")
