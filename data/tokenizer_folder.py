@@ -94,9 +94,10 @@ class HuggingFace:
         self._made = _read_with_transformers(model)
         declared = _read_tokenizer_json(folder)
         self.ids_from = _choose(model, declared, self._made, ids_from)
-        self._backend = declared
         if self.ids_from == "AutoTokenizer":
             self._backend = getattr(self._made, "backend_tokenizer", None)
+        else:
+            self._backend = _mark_special(declared, self._made.all_special_tokens)
         self._keep_special = keep_special
         if keep_special and self._made.split_special_tokens:
             raise ValueError(
@@ -142,6 +143,7 @@ class HuggingFace:
             "vocab_size": self.vocab_size,
             "fingerprint": self._fingerprint,
             "ids_from": self.ids_from,
+            "eod": self.eod,
         }
         if self._backend is not None:
             found["ids"] = hash_text(
@@ -257,6 +259,25 @@ def _read_tokenizer_json(folder: Path) -> Any:
             f"tokenizer_model = {folder}: tokenizer.json cannot be read ({error}). Fix: download "
             "it again."
         ) from None
+
+
+def _mark_special(declared: Any, names: Sequence[str]) -> Any:
+    """The tokenizer with these of its added tokens as special ones, as transformers makes them.
+
+    tokenizer_config.json may name an eos token that tokenizer.json does not call special; written
+    in a text, it would end the document.
+    """
+    from tokenizers import Tokenizer
+
+    parts = json.loads(declared.to_str())
+    plain = [
+        token
+        for token in parts["added_tokens"]
+        if token["content"] in names and not token["special"]
+    ]
+    for token in plain:
+        token["special"] = True
+    return Tokenizer.from_str(json.dumps(parts)) if plain else declared
 
 
 def _choose(model: str, declared: Any, made: Any, asked: IdsFrom | None) -> IdsFrom:

@@ -7,10 +7,12 @@ A description is what `Tokenizer.describe` returns and what corpora and checkpoi
     fingerprint   of the bytes of its files
     ids           of all that decides the ids of a text (Hugging Face folders only)
     ids_from      where those ids are defined: tokenizer.json or AutoTokenizer
+    eod           the id that ends a document (Hugging Face folders only)
     transformers  its version, where AutoTokenizer made the tokenizer
 
-Descriptions without `ids` were stored before it existed, and are compared by the fingerprint of the
-files.
+`eod` decides no id of a text, but which id ends documents in a corpus and generation in a model:
+folders of one tokenizer.json may differ in it. Descriptions without `ids` were stored before it
+existed, and are compared by the fingerprint of the files.
 """
 
 import json
@@ -35,7 +37,10 @@ def same_tokenizer(theirs: dict | None, ours: dict | None) -> bool:
     """Whether two descriptions are those of one tokenizer."""
     if not theirs or not ours:
         return theirs == ours
-    compared = ["type", "vocab_size", "ids" if "ids" in theirs and "ids" in ours else "fingerprint"]
+    both = theirs.keys() & ours.keys()
+    compared = ["type", "vocab_size", "ids" if "ids" in both else "fingerprint"]
+    if "eod" in both:
+        compared.append("eod")
     return all(theirs.get(name) == ours.get(name) for name in compared)
 
 

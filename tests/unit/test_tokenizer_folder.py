@@ -78,6 +78,19 @@ def test_the_description_covers_what_decides_the_ids(folders):
     assert "transformers" in made
 
 
+def test_another_end_of_document_is_another_tokenizer(folders, tmp_path):
+    """A model and its chat variant have one tokenizer.json, and end with tokens of their own."""
+    shutil.copytree(folders / "plain", tmp_path / "chat")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "a"}
+    (tmp_path / "chat" / "tokenizer_config.json").write_text(json.dumps(settings))
+    plain = build(folders / "plain", "tokenizer.json").describe()
+    chat = build(tmp_path / "chat", "tokenizer.json").describe()
+    assert plain["ids"] == chat["ids"], "the case shows nothing"
+    assert not same_tokenizer(plain, chat), (plain, chat)
+    del plain["eod"]  # as stored before it was noted
+    assert same_tokenizer(plain, chat), (plain, chat)
+
+
 def test_a_description_of_before_is_compared_by_the_files(folders):
     now = build(folders / "plain").describe()
     before = {name: now[name] for name in ("type", "vocab_size", "fingerprint")}
@@ -137,6 +150,21 @@ def test_a_folder_with_tokenizer_model_alone_is_read_by_sentencepiece(tmp_path):
         ValueError, match="adds 1 tokens, as '<extra>'.*Fix: write its tokenizer.json"
     ):
         build(folder)
+
+
+@pytest.mark.parametrize("ids_from", [None, "tokenizer.json", "AutoTokenizer"])
+def test_an_end_of_document_in_a_text_is_text(tmp_path, ids_from):
+    """Also where tokenizer_config.json alone says that it is a special token."""
+    byte_level(tmp_path / "t", added=("<eos>",))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}
+    (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = build(tmp_path / "t", ids_from)
+    assert tokenizer.eod not in tokenizer.encode("a<eos>b"), tokenizer.eod
+    assert "<eos>" in tokenizer.special_texts()
+    kept = build_tokenizer(
+        "HuggingFaceTokenizer", str(tmp_path / "t"), None, ids_from=ids_from, keep_special=True
+    )
+    assert kept.eod in kept.encode("a<eos>b"), kept.eod
 
 
 def test_a_choice_without_effect_is_refused(tmp_path):
