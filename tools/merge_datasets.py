@@ -41,7 +41,27 @@ def merge(arguments: Arguments) -> list[str]:
     with IndexedWriter(arguments.output_prefix, read_index(arguments.input[0]).dtype) as writer:
         for prefix in arguments.input:
             writer.append_from(prefix)
-        return writer.finish(tokenizer)
+        return writer.finish(tokenizer, _common_text_settings(arguments.input))
+
+
+def _common_text_settings(prefixes: list[str]) -> dict | None:
+    """Settings with which all inputs' text became ids; None where they differ or one has none.
+
+    A difference is no error: it is said.
+    """
+    found = [(read_side_file(prefix) or {}).get("text") for prefix in prefixes]
+    if all(settings == found[0] for settings in found):
+        return found[0]
+    known = [(prefix, text) for prefix, text in zip(prefixes, found, strict=True) if text]
+    first, settings = known[0]
+    other = next(((prefix, text) for prefix, text in known if text != settings), None)
+    if other:
+        print(
+            f"warning: text became ids with {settings} for {first}, and with {other[1]} for "
+            f"{other[0]}: the output's .json names neither.",
+            file=sys.stderr,
+        )
+    return None
 
 
 def _common_tokenizer(arguments: Arguments) -> dict | None:

@@ -59,11 +59,11 @@ def split(arguments: Arguments) -> list[str]:
             f"parts = {parts}: part {int(np.argmin(tokens))} would hold no token. Fix: fewer parts."
         )
     prefixes = _part_prefixes(arguments)
-    tokenizer = (read_side_file(arguments.input) or {}).get("tokenizer")
+    side = read_side_file(arguments.input) or {}
     for part, prefix in enumerate(prefixes):
         with IndexedWriter(prefix, index.dtype) as writer:
             writer.append_from(arguments.input, int(cuts[part]), int(cuts[part + 1]))
-            writer.finish(tokenizer)
+            writer.finish(side.get("tokenizer"), side.get("text"))
     return prefixes
 
 

@@ -19,11 +19,11 @@ from tools.split_dataset import split
 TOKENIZER = {"type": "NullTokenizer", "vocab_size": 300, "fingerprint": "f"}
 
 
-def write(prefix, documents, dtype=np.uint16, tokenizer=TOKENIZER):
+def write(prefix, documents, dtype=np.uint16, tokenizer=TOKENIZER, text=None):
     with IndexedWriter(str(prefix), dtype) as writer:
         for ids in documents:
             writer.add_document(ids)
-        writer.finish(tokenizer)
+        writer.finish(tokenizer, text)
     return str(prefix)
 
 
@@ -42,6 +42,32 @@ def test_split_and_merged_again_is_the_same(tmp_path, parts):
     assert read_side_file(prefixes[0])["tokenizer"] == TOKENIZER
     merge(MergeArguments(input=prefixes, output_prefix=str(tmp_path / "merged")))
     assert files(tmp_path / "merged") == files(whole)
+
+
+def test_how_text_became_ids_is_kept(tmp_path, capsys):
+    text = {"append_eod": True, "prepend_bos": False}
+    whole = write(tmp_path / "whole", [[1, 2], [3, 4]], text=text)
+    parts = split(SplitArguments(input=whole, output_prefix=str(tmp_path / "part"), parts=2))
+    assert [read_side_file(prefix)["text"] for prefix in parts] == [text, text]
+    merge(MergeArguments(input=parts, output_prefix=str(tmp_path / "merged")))
+    assert files(tmp_path / "merged") == files(whole)
+    assert capsys.readouterr().err == ""
+
+
+def test_inputs_whose_text_became_ids_in_two_ways_are_named(tmp_path, capsys):
+    a = write(tmp_path / "a", [[1]], text={"append_eod": True})
+    b = write(tmp_path / "b", [[2]])
+    c = write(tmp_path / "c", [[3]], text={"append_eod": False})
+    merge(MergeArguments(input=[b, a], output_prefix=str(tmp_path / "one")))
+    assert "text" not in read_side_file(str(tmp_path / "one"))
+    assert capsys.readouterr().err == "", "b does not say"
+    merge(MergeArguments(input=[a, b, c], output_prefix=str(tmp_path / "two")))
+    assert "text" not in read_side_file(str(tmp_path / "two"))
+    message = (
+        f"warning: text became ids with {{'append_eod': True}} for {a}, and with "
+        f"{{'append_eod': False}} for {c}: the output's .json names neither.\n"
+    )
+    assert capsys.readouterr().err == message
 
 
 def test_refuses(tmp_path):
