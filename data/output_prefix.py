@@ -1,5 +1,6 @@
 """Whether a prefix may be written: what these tools made is replaced when asked, nothing else."""
 
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -35,6 +36,9 @@ def check_output(prefix: str, *, overwrite: bool, inputs: Iterable[Path] = ()) -
             f"{name}: is a folder; the files are named PREFIX.bin and PREFIX.idx. Fix: for example "
             f"{prefix.rstrip('/')}/corpus."
         )
+    progress = _progress_file(prefix)
+    if os.path.lexists(progress) and not _is_progress(progress):
+        raise _foreign(name, progress)
     present = [path for path in prefix_files(prefix) if os.path.lexists(path)]
     if not present:
         return
@@ -51,7 +55,20 @@ def check_output(prefix: str, *, overwrite: bool, inputs: Iterable[Path] = ()) -
 
 def is_unfinished(prefix: str) -> bool:
     """Tell whether a stopped run left its progress here, and no finished pair stands beside it."""
-    return Path(f"{prefix}.progress.json").is_file() and not os.path.lexists(f"{prefix}.idx")
+    return _is_progress(_progress_file(prefix)) and not os.path.lexists(f"{prefix}.idx")
+
+
+def _progress_file(prefix: str) -> Path:
+    return Path(f"{prefix}.progress.json")
+
+
+def _is_progress(path: Path) -> bool:
+    """Tell whether a file is one that data/resumable_writer.py saved."""
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(state, dict) and {"bytes", "sequences", "documents", "note"} <= state.keys()
 
 
 def _refuse_inputs(name: str, present: list[Path], inputs: Iterable[Path]) -> None:
@@ -76,10 +93,14 @@ def _refuse_foreign(name: str, prefix: str, present: list[Path]) -> None:
     ours[bin_file] = any(ours.values()) or is_unfinished(prefix)
     for path in present:
         if not ours[path]:
-            raise ValueError(
-                f"{name}: {path} is no file that these tools wrote, and is not replaced. Fix: "
-                "another prefix, or move it away."
-            )
+            raise _foreign(name, path)
+
+
+def _foreign(name: str, path: Path) -> ValueError:
+    return ValueError(
+        f"{name}: {path} is no file that these tools wrote, and is not replaced. Fix: another "
+        "prefix, or move it away."
+    )
 
 
 def _is_index(path: Path) -> bool:

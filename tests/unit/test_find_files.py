@@ -233,7 +233,8 @@ def test_a_file_beside_its_compressed_copy_is_refused(tmp_path, compression):
 def test_own_token_files_in_a_folder_are_no_corpus(tmp_path):
     write(tmp_path / "out" / "a.jsonl", lines("1 2"))
     assert null(tmp_path, tmp_path / "out" / "a.jsonl")[0] == [[1, 2]]
-    write(tmp_path / "out" / "c.progress.json", "{}")
+    state = {"bytes": 0, "sequences": 0, "documents": 0, "note": {}}
+    write(tmp_path / "out" / "c.progress.json", json.dumps(state))
     write(tmp_path / "out" / "c.lengths.partial", "")
     assert null(tmp_path, tmp_path / "out")[0] == [[1, 2]]
 

@@ -1,6 +1,7 @@
 """What is replaced at an output prefix: no input, no foreign file, nothing without --overwrite."""
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -82,7 +83,8 @@ def test_an_unfinished_publication_goes_on_without_being_asked(tmp_path):
     (tmp_path / "out" / "c.idx").unlink()
     with pytest.raises(ValueError, match="c.bin exists"):
         preprocess_to(tmp_path, path)
-    (tmp_path / "out" / "c.progress.json").write_text("{}")
+    state = {"bytes": 0, "sequences": 0, "documents": 0, "note": {}}
+    (tmp_path / "out" / "c.progress.json").write_text(json.dumps(state))
     assert preprocess_to(tmp_path, path) == [[1, 2], [3]]
 
 
@@ -108,6 +110,7 @@ def test_preprocess_never_replaces_an_input(tmp_path, overwrite):
         ("c.json", '{"model_type": "llama"}'),
         ("c.bin", "weights of a model"),
         ("c.idx", "an index of something else"),
+        ("c.progress.json", '{"epoch": 3}'),
     ],
 )
 def test_a_file_that_is_not_ours_is_kept_even_when_asked(tmp_path, name, content):
