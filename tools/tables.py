@@ -58,12 +58,7 @@ def read_parquet(path: str, column: str, block_bytes: int) -> Iterator[tuple[lis
         # A small buffer and no pre-buffering: pages are read as they are needed, not a whole row
         # group.
         with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-            names = file.schema_arrow.names
-            if column not in names:
-                raise ValueError(
-                    f"{path}: no column {column!r} (found: {', '.join(names)}). Fix: --json-keys, "
-                    "or --extensions without the ending of such files."
-                )
+            _check_column(path, column, file.schema_arrow.names, "--json-keys")
             values: list[Value] = []
             held = 0
             rows = 0
@@ -82,6 +77,18 @@ def read_parquet(path: str, column: str, block_bytes: int) -> Iterator[tuple[lis
             f"{path}: damaged, or not Parquet ({str(error).splitlines()[0]}). Fix: copy or "
             "download it again."
         ) from None
+
+
+def _check_column(path: str, column: str, names: list[str], fix: str) -> None:
+    """Raise ValueError unless a table has one column of this name."""
+    if names.count(column) == 1:
+        return
+    found = ", ".join(names).encode("utf-8", "replace").decode()
+    problem = "no column" if column not in names else "more than one column"
+    raise ValueError(
+        f"{path}: {problem} {column!r} (found: {found}). Fix: {fix}, or --extensions without the "
+        "ending of such files."
+    )
 
 
 def _column_values(path: str, column: str, array) -> list[Value]:
@@ -173,13 +180,7 @@ def read_csv(path: str, column: str, block_bytes: int) -> Iterator[tuple[list[Va
         ) from None
     if names is None:
         return
-    if names.count(column) != 1:
-        found = ", ".join(names).encode("utf-8", "replace").decode()
-        problem = "no column" if column not in names else "more than one column"
-        raise ValueError(
-            f"{path}: {problem} {column!r} (found: {found}). Fix: --json-keys, a first line that "
-            "names the columns, or --extensions without the ending of such files."
-        )
+    _check_column(path, column, names, "--json-keys, a first line that names the columns")
     values: list[Value] = []
     held = 0
     while (value := _next_value(path, reader, lines, names, column)) is not _END:

@@ -267,6 +267,14 @@ def test_a_broken_table_in_text_is_refused_as_a_whole(tmp_path, content, message
         null(tmp_path, write(tmp_path / "x.csv", content), skip_bad_lines=True)
 
 
+def test_a_parquet_file_with_two_columns_of_the_name_is_refused(tmp_path):
+    columns = [pyarrow.array(["1"]), pyarrow.array(["2"])]
+    table = pyarrow.Table.from_arrays(columns, names=["text", "text"])
+    parquet.write_table(table, tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match="x.parquet: more than one column 'text' .*Fix: --json"):
+        null(tmp_path, tmp_path / "x.parquet")
+
+
 def test_a_corpus_of_one_token_documents_is_called_what_it_is(tmp_path, capsys):
     from tools.inspect_data import main as inspect_data
     from tools.preprocess_data import main
