@@ -17,10 +17,10 @@ import tyro
 
 from data.permutation import Permutation
 from tools.find_files import describe_left_out, find_files
-from tools.input_kinds import EXTENSIONS, IDS_EXTENSION, strip_byte_order_mark
+from tools.input_kinds import EXTENSIONS, IDS_EXTENSION, ending_of, strip_byte_order_mark
 from tools.outputs import Input, check_file
 from tools.streams import read_blocks
-from tools.text_files import Piece, is_stream, read_documents, read_pieces
+from tools.text_files import Documents, Piece, is_stream, read_documents, read_pieces
 
 BLOCK_BYTES = 64 << 10
 """Unit of the sample: lines that begin in a block."""
@@ -50,42 +50,60 @@ class Arguments:
     """Read files of unknown endings as text."""
 
 
-def sample_texts(files: list[Path], max_bytes: int, seed: int, key: str) -> Iterator[str]:
+@dataclass
+class Drawn:
+    """What `sample_texts` has drawn so far. bad: lines and rows without a text."""
+
+    texts: int = 0
+    bad: int = 0
+
+    def take(self, documents: Documents) -> list[str]:
+        """Count some documents -> their texts."""
+        self.texts += len(documents.texts)
+        self.bad += documents.bad
+        return documents.texts
+
+
+def sample_texts(
+    files: list[Path], max_bytes: int, seed: int, key: str, drawn: Drawn | None = None
+) -> Iterator[str]:
     """Texts of randomly drawn blocks of the files, at most about `max_bytes` in all.
 
-    Compressed and Parquet files give an equal share each, from their beginning.
-
-    Lines that are not UTF-8 or not JSON are left out: tools.preprocess_data reports them.
+    Compressed files and tables give an equal share each, from their beginning. Lines and rows
+    without a text are counted in `drawn` and left out: tools.preprocess_data names them.
     """
+    drawn = drawn or Drawn()
     blocks = [Piece(str(path), start, min(start + step, size)) for path in files for size in [path.stat().st_size]
               for step in [size if is_stream(path) else BLOCK_BYTES] for start in range(0, size, max(1, step))]
     taken = 0
     for i in Permutation.make(len(blocks), seed).values(0, len(blocks)):
         block = blocks[i]
         if is_stream(block.path):
-            for text in _first_texts(Path(block.path), max_bytes // len(files), key):
+            for text in _first_texts(Path(block.path), max_bytes // len(files), key, drawn):
                 taken += len(text.encode())
                 yield text
         elif block.is_json:
-            for text in read_documents(block, key, skip_bad=True).texts:
+            for text in drawn.take(read_documents(block, key, skip_bad=True)):
                 taken += len(text.encode())
                 yield text
         else:
             taken += block.end - block.start
+            drawn.texts += 1
             yield _whole_lines(block)
         if taken >= max_bytes:
             return
 
 
-def _first_texts(path: Path, max_bytes: int, key: str) -> Iterator[str]:
+def _first_texts(path: Path, max_bytes: int, key: str, drawn: Drawn) -> Iterator[str]:
     """Texts from the beginning of a file that cannot be read from the middle, about `max_bytes`."""
     taken = 0
     for piece in read_pieces(path, BLOCK_BYTES, key):
         if taken > max_bytes:
             return
         if piece.is_lines:
-            texts = read_documents(piece, key, skip_bad=True).texts
+            texts = drawn.take(read_documents(piece, key, skip_bad=True))
         else:
+            drawn.texts += 1
             texts = [next(read_blocks(piece.path), (b"", 0))[0][:max_bytes].decode("utf-8", errors="ignore")]
         taken += sum(len(text.encode()) for text in texts)
         yield from texts
@@ -154,14 +172,28 @@ def train_tokenizer(arguments: Arguments) -> str:
     found = find_files(arguments.input, arguments.extensions, plain_text=arguments.plain_text)
     for line in describe_left_out(found):
         print(f"left out: {line}", flush=True)
+    ids = [str(file) for file in found.files if ending_of(file) == IDS_EXTENSION]
+    if ids:
+        raise ValueError(f"input = {ids[0]}: token ids, not text. Fix: remove it.")
     path = Path(f"{arguments.output_prefix}.model")
     inputs = [Input("--input", file) for file in found.files]
     path = check_file("output_prefix", path, "SentencePiece", is_sentencepiece, inputs)
     if path.exists() and not arguments.overwrite:
         raise ValueError(f"output_prefix = {arguments.output_prefix}: {path} exists already; what it encoded cannot be "
                          "decoded without it. Fix: give another prefix, or --overwrite.")
-    texts = sample_texts(found.files, arguments.max_bytes, arguments.seed, arguments.json_keys[0])
-    model = train(texts, arguments.vocab_size)
+    key = arguments.json_keys[0]
+    drawn = Drawn()
+    texts = sample_texts(found.files, arguments.max_bytes, arguments.seed, key, drawn)
+    try:
+        model = train(texts, arguments.vocab_size)
+    except ValueError:
+        if drawn.texts:
+            raise
+        raise ValueError(f"input = {' '.join(arguments.input)}: holds no text ({drawn.bad:,} lines or rows without "
+                         f"text under {key!r}). Fix: --json-keys, or other inputs.") from None
+    if drawn.bad:
+        print(f"left out: {drawn.bad:,} lines or rows without text under {key!r} (tools.preprocess_data names them)",
+              flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:

@@ -134,6 +134,29 @@ def test_training_sample_is_bounded_seeded_and_even(tmp_path):
     assert list(sample_texts([tmp_path / "e.jsonl"], 100, 1, "text")) == ["one\ntwo", "three"]
 
 
+def train_on(tmp_path, name, content, **settings):
+    (tmp_path / name).write_text(content)
+    inputs = [str(tmp_path / name)]
+    arguments = Arguments(input=inputs, output_prefix=str(tmp_path / "t"), vocab_size=400, **settings)
+    return train_tokenizer(arguments)
+
+
+def test_lines_without_text_are_counted(tmp_path, capsys):
+    source = (ROOT / "data" / "indexed.py").read_text()
+    content = json.dumps({"text": source}) + "\n" + '{"text": 5}\n' + '{"body": "x"}\n'
+    train_on(tmp_path, "x.jsonl", content)
+    message = "left out: 2 lines or rows without text under 'text' (tools.preprocess_data names"
+    assert message in capsys.readouterr().out
+
+
+def test_inputs_without_text_are_refused(tmp_path):
+    content = '{"text": "a"}\n' * 3
+    with pytest.raises(ValueError, match=r"holds no text \(3 lines .*'body'\). Fix: --json-keys"):
+        train_on(tmp_path, "x.jsonl", content, json_keys=["body"])
+    with pytest.raises(ValueError, match="x.ids: token ids, not text. Fix: remove it."):
+        train_on(tmp_path, "x.ids", "1 2 3\n")
+
+
 def run(*arguments):
     return subprocess.run([sys.executable, "-m", "tools.train_tokenizer", *map(str, arguments)], cwd=ROOT,
                           capture_output=True, text=True)
