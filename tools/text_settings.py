@@ -24,11 +24,12 @@ def build_text_tokenizer(
             f"tokenizer_ids_from = {ids_from}: has no effect with tokenizer_type = {type}. Fix: "
             "remove it."
         )
-    keep = special_tokens_in_text == "keep"
-    if keep and type == "NullTokenizer":
+    if special_tokens_in_text != "as-text" and type == "NullTokenizer":
         raise ValueError(
-            "special_tokens_in_text = keep: has no effect on integers. Fix: remove it."
+            f"special_tokens_in_text = {special_tokens_in_text}: has no effect on integers. Fix: "
+            "remove it."
         )
+    keep = special_tokens_in_text == "keep"
     tokenizer = build_tokenizer(type, model, vocab_size, ids_from=ids_from, keep_special=keep)
     left = tokenizer.special_tokens_left() if special_tokens_in_text == "as-text" else []
     if left:

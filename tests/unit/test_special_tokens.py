@@ -52,7 +52,7 @@ def run(tmp_path, model, texts=TEXTS, kind="HuggingFaceTokenizer", **settings):
         Arguments(
             input=[str(path)],
             output_prefix=str(prefix),
-            tokenizer_model=str(model),
+            tokenizer_model=model and str(model),
             tokenizer_type=kind,
             **settings,
         )
@@ -104,6 +104,20 @@ def test_sentencepiece_cannot_keep_them(tmp_path):
         run(tmp_path, model, kind="SentencePieceTokenizer", special_tokens_in_text="keep")
     _, summary = run(tmp_path, model, ["a </s> b"], kind="SentencePieceTokenizer")
     assert "written 1 times in 1 documents" in summary["special_tokens"]
+
+
+@pytest.mark.parametrize("setting", ["keep", "refuse"])
+def test_integers_have_no_special_tokens(tmp_path, setting):
+    message = f"special_tokens_in_text = {setting}: has no effect on integers. Fix: remove it"
+    with pytest.raises(ValueError, match=message):
+        run(
+            tmp_path,
+            None,
+            ["1 2"],
+            kind="NullTokenizer",
+            vocab_size=9,
+            special_tokens_in_text=setting,
+        )
 
 
 def test_a_vocabulary_that_holds_them_as_words_is_refused(tmp_path):
