@@ -71,7 +71,7 @@ class ResumableWriter(IndexedWriter):
         self.num_tokens, self.max_token_id = state["tokens"], state["max_token_id"]
 
     def discard(self) -> None:
-        """Begin anew: forget what an earlier process saved."""
+        """Begin again: forget what an earlier process saved."""
         self._state = None
         self._progress.unlink(missing_ok=True)
         for path in self._tables.values():

@@ -78,8 +78,7 @@ def build_tokenizer(
 
     Raises:
         ValueError: unknown type, a missing or unreadable model, a missing vocabulary size, or two
-        definitions that
-            differ.
+            definitions that differ.
     """
     if type == "NullTokenizer":
         return NullTokenizer(vocab_size)
@@ -94,17 +93,18 @@ def build_tokenizer(
             f"tokenizer_model = {model}: must be given for {type}. Fix: give --tokenizer-model."
         )
     pieces = Path(model) / "tokenizer.model"
-    alone = pieces.is_file() and not (Path(model) / "tokenizer.json").is_file() and ids_from is None
-    alone = alone and type == "HuggingFaceTokenizer"
-    if type == "HuggingFaceTokenizer" and not alone:
-        return HuggingFace(model, ids_from=ids_from, keep_special=keep_special)
+    is_folder = type == "HuggingFaceTokenizer"
+    if is_folder:
+        is_alone = pieces.is_file() and not (Path(model) / "tokenizer.json").is_file()
+        if not is_alone or ids_from is not None:
+            return HuggingFace(model, ids_from=ids_from, keep_special=keep_special)
     if keep_special:
         raise ValueError(
             "special_tokens_in_text = keep: SentencePiece takes what is written in a text as "
             "text. Fix: as-text or refuse."
         )
-    tokenizer = SentencePiece(str(pieces) if alone else model)
-    if alone:
+    tokenizer = SentencePiece(str(pieces) if is_folder else model)
+    if is_folder:
         refuse_tokens_beside_model(Path(model), tokenizer.vocab_size)
     return tokenizer
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 SPACE = "\u2581"
-"""How SentencePiece writes a space inside pieces."""
+"""How SentencePiece, and tokenizers made after it, write a space inside pieces."""
 
 
 def convert_sentencepiece(model: str) -> tuple[Tokenizer, dict[str, str]]:

@@ -1,6 +1,6 @@
-"""gigatoken behind a tokenizer of ours: many texts at once, with that tokenizer's ids.
+"""Encodes many texts at once with gigatoken, to the ids of the tokenizer that it stands for.
 
-It reads tokenizer.json and has its own code for each kind of step in it. Which texts it gets is
+gigatoken reads tokenizer.json and has its own code for each kind of step in it. Which texts it gets is
 decided from the tokenizer's definition (data/tokenizer_rules.py); the tokenizer itself encodes the
 others, and one document in CHECK_EVERY of the fast ones again, so that a difference that the rules
 do not know stops the run.
@@ -22,7 +22,7 @@ from data.tokenizer_rules import FastRules
 CACHE_BYTES, CACHE_TEXT = 1 << 30, 256 << 20
 """gigatoken remembers every word that it met and forgets none: up to 6 bytes per letter of random
 text. It begins again once the process has grown by CACHE_BYTES and CACHE_TEXT letters were encoded;
-to learn the common words again costs less than a fifth of the time of so many.
+to learn the common words again costs less than a fifth of the time that this many letters take.
 """
 
 CHECK_EVERY = 2048
@@ -44,7 +44,7 @@ class FastEncoder:
     """Encodes batches with gigatoken on the calling thread, without the GIL; thread-safe."""
 
     def __init__(self, definition: str, vocab_size: int):
-        """Read the contents of a tokenizer.json, as Tokenizer.to_tokenizer_json gives it.
+        """Read the contents of a tokenizer.json, as FastRules.definition gives it.
 
         Raises:
             ValueError: says why gigatoken cannot stand for this tokenizer.

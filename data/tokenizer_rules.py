@@ -22,11 +22,16 @@ from typing import Literal
 import numpy as np
 
 from data.text_search import TextSearch
+from data.tokenizer_convert import (
+    SPACE,
+    read_model,
+    tied_pieces,
+    unsupported_settings,
+    user_defined_pieces,
+)
 from data.tokenizer_identity import byte_letters, flatten_steps
 from data.tokenizer_splits import SPLITS
 
-SPACE = "\u2581"
-"""How SentencePiece and its descendants write a space."""
 RECLASSIFIED = "\u0295"
 """A small letter until Unicode 16, and one without case from 17 on."""
 IGNORED_PARTS = ("truncation", "padding", "post_processor", "decoder")
@@ -193,13 +198,6 @@ def rules_of_sentencepiece(model: str, definition: str) -> FastRules:
     Raises:
         ValueError: says what in the model gigatoken does otherwise.
     """
-    from data.tokenizer_convert import (
-        read_model,
-        tied_pieces,
-        unsupported_settings,
-        user_defined_pieces,
-    )
-
     proto = read_model(model)
     if unsupported := unsupported_settings(proto):
         raise ValueError(f"gigatoken does not do {unsupported}")

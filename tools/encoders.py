@@ -198,7 +198,7 @@ def _start_worker(job: Job) -> None:
 
 
 def _end_with_parent() -> None:
-    """A killed parent cannot tell its workers: they would wait for work for ever."""
+    """A killed parent cannot tell its workers: they would wait for work forever."""
     multiprocessing.parent_process().join()
     os._exit(1)
 

@@ -86,7 +86,7 @@ def _out_of_range(wrong: int, tokenizer: NullTokenizer) -> ValueError:
 
 
 def _explain_bad_line(piece: Piece, tokenizer: NullTokenizer) -> None:
-    """Raises ValueError for the first line that is not a list of ids."""
+    """Raise ValueError for the first line that is not a list of ids."""
     for offset, line in read_lines(piece):
         _, lengths = _parse_lines(np.frombuffer(line, dtype=np.uint8), tokenizer.vocab_size)
         if (lengths >= 0).all():

@@ -168,7 +168,7 @@ class Progress:
 
 
 def _begin(writer: ResumableWriter, plan: dict, arguments: Arguments, progress: Progress) -> Progress:
-    """Take up what an earlier run with the same plan left; else begin anew, and say why. `progress`: a fresh one."""
+    """Take up what an earlier run with the same plan left; else begin again, and say why. `progress`: a fresh one."""
     note = writer.saved()
     if note is None:
         writer.discard()
@@ -177,7 +177,7 @@ def _begin(writer: ResumableWriter, plan: dict, arguments: Arguments, progress: 
     if not change and note["bad"] and not arguments.skip_bad_lines:
         change = "skip_bad_lines was True, now False"
     if change:
-        print(f"{arguments.output_prefix}.progress.json: begins anew, since {change}", flush=True)
+        print(f"{arguments.output_prefix}.progress.json: begins again, since {change}", flush=True)
         writer.discard()
         return progress
     writer.restore()

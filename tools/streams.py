@@ -38,8 +38,12 @@ def _decompress(path: str, file) -> Iterator[bytes]:
     ending = next(ending for ending in COMPRESSIONS if path.lower().endswith(ending))
     decompressor = None
     while data := file.read(COMPRESSED_BLOCK):
-        while data := data.lstrip(b"\0") if ending in PADDED and decompressor is None else data:
-            decompressor = decompressor or _decompressor(ending)
+        while data:
+            if decompressor is None:
+                data = data.lstrip(b"\0") if ending in PADDED else data
+                if not data:
+                    break
+                decompressor = _decompressor(ending)
             yield _decompress_block(path, decompressor, data)
             data = decompressor.unused_data if decompressor.eof else b""
             if decompressor.eof:

@@ -223,10 +223,10 @@ def test_a_changed_run_begins_anew_and_says_why(tmp_path, small_tasks, texts, mo
     if "skip_bad" in reason:
         with pytest.raises(ValueError, match="no key 'text'"):
             null(tmp_path, path, **settings)
-        assert f"begins anew, since {reason}" in capsys.readouterr().out
+        assert f"begins again, since {reason}" in capsys.readouterr().out
         return
     null(tmp_path, path, **settings)
-    assert f"begins anew, since {reason}" in capsys.readouterr().out
+    assert f"begins again, since {reason}" in capsys.readouterr().out
     found = outputs(tmp_path / "out")
     null(tmp_path, path, **settings)
     assert outputs(tmp_path / "out") == found and len(found) == 3
