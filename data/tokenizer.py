@@ -105,7 +105,7 @@ def build_tokenizer(
         )
     tokenizer = SentencePiece(str(pieces) if is_folder else model)
     if is_folder:
-        refuse_tokens_beside_model(Path(model), tokenizer.vocab_size)
+        refuse_tokens_beside_model(Path(model), tokenizer)
     return tokenizer
 
 

@@ -28,6 +28,7 @@ from data.tokenizer_identity import (
 
 if TYPE_CHECKING:
     from data.tokenizer_rules import FastRules
+    from data.tokenizer_sentencepiece import SentencePiece
 
 IdsFrom = Literal["tokenizer.json", "AutoTokenizer"]
 SpecialTokensInText = Literal["keep", "as-text", "refuse"]
@@ -212,9 +213,17 @@ class HuggingFace:
         compare_with_huggingface(self.encode, folder, split_special_tokens=not self._keep_special)
 
 
-def refuse_tokens_beside_model(folder: Path, pieces: int) -> None:
-    """Raise ValueError if a folder without tokenizer.json adds tokens that its model lacks."""
+def refuse_tokens_beside_model(folder: Path, tokenizer: SentencePiece) -> None:
+    """Raise ValueError if a folder without tokenizer.json says what its tokenizer.model does not.
+
+    That is a token beyond the model's pieces, or another piece as eos or bos.
+    """
+    fix = (
+        "Fix: write its tokenizer.json with transformers "
+        "(AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR))."
+    )
     found: dict[str, int] = {}
+    settings: dict[str, Any] = {}
     if (folder / "added_tokens.json").is_file():
         found |= json.loads((folder / "added_tokens.json").read_text(encoding="utf-8"))
     if (folder / "tokenizer_config.json").is_file():
@@ -223,13 +232,20 @@ def refuse_tokens_beside_model(folder: Path, pieces: int) -> None:
             token["content"]: int(number)
             for number, token in settings.get("added_tokens_decoder", {}).items()
         }
-    beyond = [content for content, number in found.items() if number >= pieces]
+    beyond = [content for content, number in found.items() if number >= tokenizer.vocab_size]
     if beyond:
         raise ValueError(
             f"tokenizer_model = {folder}: adds {len(beyond)} tokens, as {beyond[0]!r}, that its "
-            "tokenizer.model does not have. Fix: write its tokenizer.json with transformers "
-            "(AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR))."
+            f"tokenizer.model does not have. {fix}"
         )
+    for role, number in (("eos_token", tokenizer.eod), ("bos_token", tokenizer.bos)):
+        token = settings.get(role)
+        content = token["content"] if isinstance(token, dict) else token
+        if content is not None and tokenizer.id_of(content) != number:
+            raise ValueError(
+                f"tokenizer_model = {folder}: tokenizer_config.json has {role} = {content!r}, "
+                f"which is not that of its tokenizer.model. {fix}"
+            )
 
 
 def _read_with_transformers(model: str) -> Any:

@@ -38,6 +38,11 @@ class SentencePiece:
         self.eod = eos if eos >= 0 else None
         self.bos = bos if bos >= 0 else None
 
+    def id_of(self, piece: str) -> int | None:
+        """The id of a piece; None where the model has no such one."""
+        number = self._processor.piece_to_id(piece)
+        return number if self._processor.id_to_piece(number) == piece else None
+
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
 

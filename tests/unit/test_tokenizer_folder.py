@@ -145,6 +145,12 @@ def test_a_folder_with_tokenizer_model_alone_is_read_by_sentencepiece(tmp_path):
         assert tokenizer.encode(text) == sentencepiece.SentencePieceProcessor(
             model_file=model
         ).encode(text), text
+    roles = {"eos_token": {"content": "</s>"}, "bos_token": "<s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(roles))
+    assert build(folder).eod == sentencepiece.SentencePieceProcessor(model_file=model).eos_id()
+    (folder / "tokenizer_config.json").write_text(json.dumps(roles | {"eos_token": "<s>"}))
+    with pytest.raises(ValueError, match="has eos_token = '<s>', which is not that of its tok.*Fix"):
+        build(folder)
     (folder / "added_tokens.json").write_text(json.dumps({"<extra>": 100_000}))
     with pytest.raises(
         ValueError, match="adds 1 tokens, as '<extra>'.*Fix: write its tokenizer.json"
