@@ -210,7 +210,10 @@ class HuggingFace:
             )
 
     def _compare(self, folder: str) -> None:
-        compare_with_huggingface(self.encode, folder, split_special_tokens=not self._keep_special)
+        definition = self._backend.to_str() if self._backend is not None else None
+        compare_with_huggingface(
+            self.encode, folder, definition, split_special_tokens=not self._keep_special
+        )
 
 
 def refuse_tokens_beside_model(folder: Path, tokenizer: SentencePiece) -> None:

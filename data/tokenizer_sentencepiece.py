@@ -98,4 +98,4 @@ class SentencePiece:
         )
         fast.save_pretrained(folder)
         shutil.copy(self.files[0], Path(folder) / "tokenizer.model")
-        compare_with_huggingface(self.encode, folder)
+        compare_with_huggingface(self.encode, folder, backend.to_str())

@@ -132,6 +132,25 @@ def test_an_export_gives_the_chosen_ids_in_transformers(folders, tmp_path, capsy
     )
 
 
+def test_an_export_with_other_flags_of_an_added_token_is_refused(tmp_path):
+    """tokenizer_config.json changes a flag that no text at hand shows."""
+    byte_level(tmp_path / "t", added=("<sep>",))
+    parts = json.loads((tmp_path / "t" / "tokenizer.json").read_text())
+    token = next(token for token in parts["added_tokens"] if token["content"] == "<sep>")
+    number = str(token.pop("id"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|end|>",
+        "added_tokens_decoder": {number: token | {"lstrip": True}},
+    }
+    (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = build(tmp_path / "t", "tokenizer.json")
+    assert tokenizer.encode("a <sep>") != build(tmp_path / "t", "AutoTokenizer").encode("a <sep>")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="other ids .* on some texts, since their added_tokens"):
+        tokenizer.save_huggingface(str(tmp_path / "out"))
+
+
 def test_a_folder_with_tokenizer_model_alone_is_read_by_sentencepiece(tmp_path):
     import sentencepiece
 
