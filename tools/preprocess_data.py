@@ -231,6 +231,8 @@ def preprocess(arguments: Arguments) -> dict:
               arguments.special_tokens_in_text, tuple(tokenizer.special_texts()))
     prepared, cpu = time.perf_counter(), time.process_time()
     with ResumableWriter(arguments.output_prefix, job.dtype) as writer:
+        # Again, now that no other run writes there: one may have finished since.
+        check_output(arguments.output_prefix, overwrite=arguments.overwrite, inputs=files)
         progress = _begin(writer, plan, arguments, Progress(empty=sum(path.stat().st_size == 0 for path in files)))
         before = writer.num_tokens, progress.done
         _write(writer, job, arguments.workers, files, plan, progress)

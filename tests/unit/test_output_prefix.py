@@ -12,6 +12,7 @@ import pytest
 from data.indexed import IndexedReader, OpenFiles
 from data.indexed_writer import IndexedWriter
 from tests.unit.test_preprocess import ROOT, lines, null
+from tools import preprocess_data
 from tools.merge_datasets import Arguments as MergeArguments
 from tools.merge_datasets import merge
 from tools.split_dataset import Arguments as SplitArguments
@@ -73,6 +74,22 @@ def test_preprocess_replaces_a_finished_pair_only_when_asked(tmp_path):
     assert hashes(tmp_path) == before
     path.write_text(lines("7"))
     assert preprocess_to(tmp_path, path, overwrite=True) == [[7]]
+
+
+def test_a_pair_that_another_run_finished_in_between_is_kept(tmp_path, monkeypatch):
+    path = tmp_path / "x.jsonl"
+    path.write_text(lines("1 2", "3"))
+    choose = preprocess_data.choose_encoder
+
+    def finish_another(*arguments):
+        write_pair(tmp_path / "out" / "c", [7])
+        return choose(*arguments)
+
+    monkeypatch.setattr(preprocess_data, "choose_encoder", finish_another)
+    with pytest.raises(ValueError, match="c.bin exists .*--overwrite"):
+        preprocess_to(tmp_path, path)
+    assert read_all(tmp_path / "out" / "c") == [[7]]
+    assert sorted(file.suffix for file in (tmp_path / "out").iterdir()) == [".bin", ".idx", ".json"]
 
 
 def test_an_unfinished_publication_goes_on_without_being_asked(tmp_path):
