@@ -34,7 +34,7 @@ def check_output(prefix: str, *, overwrite: bool, inputs: Iterable[Path] = ()) -
     if prefix.endswith("/") or Path(prefix).is_dir():
         raise ValueError(
             f"{name}: is a folder; the files are named PREFIX.bin and PREFIX.idx. Fix: for example "
-            f"{prefix.rstrip('/')}/corpus."
+            f"{Path(prefix) / 'corpus'}."
         )
     progress = _progress_file(prefix)
     if os.path.lexists(progress) and not _is_progress(progress):

@@ -23,7 +23,7 @@ from data.tokenizer_identity import (
     differing_parts,
     hash_files,
     hash_text,
-    sample_texts,
+    source_texts,
 )
 
 if TYPE_CHECKING:
@@ -326,7 +326,7 @@ def _choose(model: str, declared: Any, made: Any, asked: IdsFrom | None) -> IdsF
 
 def _example(declared: Any, made: Any) -> str:
     """`: 'text' is [ids] and [ids]` for the first line at hand with two sorts of ids."""
-    lines = [line for text in sample_texts() for line in text.splitlines()]
+    lines = [line for text in source_texts() for line in text.splitlines()]
     for text in [*SAMPLE_TEXT.splitlines(), *lines]:
         theirs = made.encode(text, add_special_tokens=False, verbose=False)
         ours = declared.encode(text, add_special_tokens=False).ids

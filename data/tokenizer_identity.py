@@ -59,7 +59,7 @@ def hash_text(text: str) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
-def sample_texts() -> list[str]:
+def source_texts() -> list[str]:
     """Source code at hand, this package's own, and `SAMPLE_TEXT`."""
     return [SAMPLE_TEXT] + [
         path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))
@@ -82,7 +82,7 @@ def compare_with_huggingface(
     other = next(
         (
             f"on the text that begins {text[:30]!r}"
-            for text in sample_texts()
+            for text in source_texts()
             if theirs.encode(text, add_special_tokens=False, verbose=False) != encode(text)
         ),
         None,

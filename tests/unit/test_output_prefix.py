@@ -11,6 +11,7 @@ import pytest
 
 from data.indexed import IndexedReader, OpenFiles
 from data.indexed_writer import IndexedWriter
+from data.output_prefix import check_output
 from tests.unit.test_preprocess import ROOT, lines, null
 from tools import preprocess_data
 from tools.merge_datasets import Arguments as MergeArguments
@@ -74,6 +75,14 @@ def test_preprocess_replaces_a_finished_pair_only_when_asked(tmp_path):
     assert hashes(tmp_path) == before
     path.write_text(lines("7"))
     assert preprocess_to(tmp_path, path, overwrite=True) == [[7]]
+
+
+@pytest.mark.parametrize(
+    "prefix, example", [("", "corpus"), (".", "corpus"), ("new/", "new/corpus"), ("/", "/corpus")]
+)
+def test_a_folder_as_a_prefix_is_refused_with_a_prefix_in_it(prefix, example):
+    with pytest.raises(ValueError, match=f"is a folder; .* Fix: for example {example}[.]$"):
+        check_output(prefix, overwrite=True)
 
 
 def test_a_pair_that_another_run_finished_in_between_is_kept(tmp_path, monkeypatch):
