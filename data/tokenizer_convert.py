@@ -161,6 +161,7 @@ def refuse_inexact_conversion(model: str) -> None:
     """Raise ValueError if a tokenizer.json would give some texts other ids; it names them."""
     proto = read_model(model)
     symbols = user_defined_pieces(proto)
+    spaced = [symbol for symbol in symbols if " " in symbol]
     tied = tied_pieces(proto)
     texts = None
     if unsupported := unsupported_settings(proto):
@@ -174,6 +175,8 @@ def refuse_inexact_conversion(model: str) -> None:
         texts = (
             f"texts with its user-defined symbols, as {symbols[0]!r}, since it has a dummy prefix"
         )
+    elif spaced:
+        texts = f"texts with its user-defined symbol {spaced[0]!r}, which holds a space"
     elif symbols and proto.normalizer_spec.remove_extra_whitespaces:
         texts = f"texts with spaces beside its user-defined symbols, as {symbols[0]!r}"
     elif tied:

@@ -345,6 +345,12 @@ CONVERSIONS = {
         IDENTITY | SYMBOLS | {"add_dummy_prefix": False},
         "spaces beside its user-defined",
     ),
+    "symbols with spaces": (
+        IDENTITY
+        | {"user_defined_symbols": ["qq zz"]}
+        | {"remove_extra_whitespaces": False, "add_dummy_prefix": False},
+        "symbol 'qq zz', which holds a space",
+    ),
     "nmt_nfkc": ({}, "letters that its normalization .nmt_nfkc. changes"),
 }
 
