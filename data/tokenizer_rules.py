@@ -53,7 +53,8 @@ class FastRules:
     definition: the tokenizer.json that it is given. slow_words: texts that hold one of them are the
     tokenizer's own. letters: which letters a fast text may have: those that Unicode has assigned
     for long, or printable ASCII and newlines. nfc: a fast text is what NFC makes of it. edges: a
-    fast text neither begins nor ends with a space.
+    fast text neither begins nor ends with a space. slow_beginnings: texts that begin with one of
+    them are the tokenizer's own.
     """
 
     definition: str
@@ -61,6 +62,7 @@ class FastRules:
     letters: Letters = "assigned"
     nfc: bool = False
     edges: bool = False
+    slow_beginnings: tuple[str, ...] = ()
 
     @functools.cached_property
     def _search(self) -> TextSearch:
@@ -69,6 +71,8 @@ class FastRules:
     def slow(self, texts: Sequence[str]) -> list[int]:
         """Numbers of the texts that the tokenizer itself has to encode, ascending."""
         found = set(self._search.count(texts))
+        if self.slow_beginnings:
+            found |= {i for i, text in enumerate(texts) if text.startswith(self.slow_beginnings)}
         if self.edges:
             ends = [text[:1] + text[-1:] for text in texts]
             found |= {i for i, end in enumerate(ends) if end[:1].isspace() or end[-1:].isspace()}
@@ -218,9 +222,12 @@ def rules_of_sentencepiece(model: str, definition: str) -> FastRules:
     changing = spec.precompiled_charsmap or spec.remove_extra_whitespaces or spec.add_dummy_prefix
     exact = not changing and not any(SPACE in symbol or " " in symbol for symbol in symbols)
     pieces = tied_pieces(proto) if exact else symbols + tied_pieces(proto)
-    words = [form for piece in pieces for form in (piece, piece.replace(SPACE, " "))]
-    if spec.remove_extra_whitespaces:
-        words.append(SPACE)
+    words = _forms(pieces)
+    # A dummy prefix makes a piece of what follows it.
+    prefixed = [piece.removeprefix(SPACE) for piece in pieces if piece.startswith(SPACE)]
+    beginnings = _forms(prefixed) if spec.add_dummy_prefix else []
+    if spec.remove_extra_whitespaces or any(SPACE in piece for piece in pieces):
+        words.append(SPACE)  # amid spaces it makes more forms of a piece than these two
     kept = [
         token | {"normalized": False}
         for token in parts["added_tokens"]
@@ -229,8 +236,17 @@ def rules_of_sentencepiece(model: str, definition: str) -> FastRules:
     parts["normalizer"] = {"type": "Sequence", "normalizers": steps}
     rules = rules_of_tokenizer_json(json.dumps(parts | {"added_tokens": kept}), keep_special=False)
     return FastRules(
-        rules.definition, (*rules.slow_words, *words), letters=rules.letters, edges=rules.edges
+        rules.definition,
+        (*rules.slow_words, *words),
+        letters=rules.letters,
+        edges=rules.edges,
+        slow_beginnings=tuple(beginnings),
     )
+
+
+def _forms(pieces: Sequence[str]) -> list[str]:
+    """How pieces stand in a text: with spaces, or with the marks themselves."""
+    return [form for piece in pieces for form in (piece, piece.replace(SPACE, " "))]
 
 
 class _AddedTokens:

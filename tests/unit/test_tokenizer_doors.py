@@ -115,7 +115,7 @@ def sentencepiece_bpe(folder):
         model_type="bpe",
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        user_defined_symbols=["<sep>", "foo"],
+        user_defined_symbols=["<sep>", "foo", MARK + MARK],
     )
 
 
@@ -311,6 +311,8 @@ TEXT = st.lists(st.one_of(PIECES, st.text(max_size=4)), max_size=8).map("".join)
         "a\U000113c2\U000113c2b",
         "",
         "  x  ",
+        f"< {MARK}a",
+        f"x{MARK} a",
     ]
 )
 def test_any_text_has_the_ids_of_the_reference(family, texts):
