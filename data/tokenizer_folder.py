@@ -225,16 +225,12 @@ def refuse_tokens_beside_model(folder: Path, tokenizer: SentencePiece) -> None:
         "Fix: write its tokenizer.json with transformers "
         "(AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR))."
     )
-    found: dict[str, int] = {}
-    settings: dict[str, Any] = {}
-    if (folder / "added_tokens.json").is_file():
-        found |= json.loads((folder / "added_tokens.json").read_text(encoding="utf-8"))
-    if (folder / "tokenizer_config.json").is_file():
-        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        found |= {
-            token["content"]: int(number)
-            for number, token in settings.get("added_tokens_decoder", {}).items()
-        }
+    found: dict[str, int] = _read_object(folder / "added_tokens.json")
+    settings = _read_object(folder / "tokenizer_config.json")
+    found |= {
+        token["content"]: int(number)
+        for number, token in settings.get("added_tokens_decoder", {}).items()
+    }
     beyond = [content for content, number in found.items() if number >= tokenizer.vocab_size]
     if beyond:
         raise ValueError(
@@ -249,6 +245,19 @@ def refuse_tokens_beside_model(folder: Path, tokenizer: SentencePiece) -> None:
                 f"tokenizer_model = {folder}: tokenizer_config.json has {role} = {content!r}, "
                 f"which is not that of its tokenizer.model. {fix}"
             )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: is not JSON ({error}). Fix: download it again.") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds no JSON object. Fix: download it again.")
+    return found
 
 
 def _read_with_transformers(model: str) -> Any:

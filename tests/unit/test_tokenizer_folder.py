@@ -170,6 +170,11 @@ def test_a_folder_with_tokenizer_model_alone_is_read_by_sentencepiece(tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps(roles | {"eos_token": "<s>"}))
     with pytest.raises(ValueError, match="has eos_token = '<s>', which is not that of its tok.*Fix"):
         build(folder)
+    for content, problem in (("{", "is not JSON"), ("[]", "holds no JSON object")):
+        (folder / "tokenizer_config.json").write_text(content)
+        with pytest.raises(ValueError, match=f"tokenizer_config.json: {problem}.*Fix: download"):
+            build(folder)
+    (folder / "tokenizer_config.json").unlink()
     (folder / "added_tokens.json").write_text(json.dumps({"<extra>": 100_000}))
     with pytest.raises(
         ValueError, match="adds 1 tokens, as '<extra>'.*Fix: write its tokenizer.json"
