@@ -50,6 +50,7 @@ from pretrain.phases import Phase, describe, phase_at
 from pretrain.plan import Plan, make_plan, warnings_about
 from pretrain.probe import reshard
 from pretrain.resume_contract import describe_changes
+from pretrain.shared_folder import require_shared_folder
 from pretrain.state import TrainState, build_optimizer, check_replicas, checkpoint_tensors, fill_tied_copy
 from pretrain.step import Stepper, train_step
 from pretrain.stop import Interrupted, StopRequest, StopSignals, defer_together, let_signals_through
@@ -96,6 +97,7 @@ class Trainer:
         if self.config.checkpoint.save:
             with known_to_all():
                 lock = checkpoint.FolderLock(self.config.checkpoint.save, self.layout.world)
+                require_shared_folder(self.config.checkpoint.save, self.layout.world)
             planned = start.folder if start.is_restart else None
             if not checkpoint.same_start_on_all_ranks(self.config.checkpoint.save, planned, self.layout.world):
                 raise RuntimeError(f"{self.config.checkpoint.save} got another checkpoint while this run was starting; "

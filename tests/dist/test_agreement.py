@@ -234,6 +234,32 @@ def test_nothing_is_built_before_all_agree(pool, folders):
         assert not has_layout
 
 
+def save_in_folder(world: World, folders: list[str], argv: list[str]) -> str:
+    """What this rank says of a run with a relative --save that starts in the rank's own folder."""
+    before = os.getcwd()
+    os.chdir(folders[world.rank])
+    try:
+        return Trainer(make_plan(load_config(spell(argv)), world.size), world).run()
+    except Refused as error:
+        return str(error)
+    finally:
+        os.chdir(before)
+
+
+def test_a_save_folder_that_only_one_node_sees_is_refused(pool, folders, tmp_path):
+    """Else the checkpoint is published without the shards of the other node."""
+    own = [tmp_path / f"node{node}" for node in range(2)]
+    for folder in own:
+        folder.mkdir()
+    argv = base_arguments(f"{folders[0]}/corpus", save="save", train_iters=1, eval_iters=0)
+    for text in pool.run(save_in_folder, 2, [str(folder) for folder in own], argv):
+        assert text.startswith("save = save: must be one folder for all ranks (rank 1, "), text
+    left = [path.name for path in own[0].rglob("*") if path.name != ".lock"]
+    assert left == ["save"], left
+    assert pool.run(save_in_folder, 2, [str(own[0])] * 2, argv) == ["done"] * 2
+    assert not list(own[0].rglob(".seen*"))
+
+
 def test_what_keeps_one_node_from_training_is_told_to_all(pool):
     well, ill = Shared({"seed": "1"}), Shared(problem="a: no such file")
     assert (
