@@ -102,7 +102,8 @@ def measured() -> Iterator[dict]:
     found["seconds"] = time.perf_counter() - start
     found["cpu_seconds"] = time.process_time() - cpu
     found["peak_bytes"] = _resident("VmHWM")
-    found["above_bytes"] = found["peak_bytes"] - before
+    # The kernel's two counters are brought up to date at different times.
+    found["above_bytes"] = max(0, found["peak_bytes"] - before)
 
 
 def _resident(field: str) -> int:
