@@ -220,13 +220,25 @@ def _wait_for_all(world: Axis) -> None:
 
 def _checksums(folder: Path, world: Axis) -> dict[str, str]:
     """Relative path -> checksum of every file, the work shared by all ranks."""
-    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    files = _files_of_save(folder) if world.rank == 0 else []
+    if world.size > 1:
+        # One list for all: on a network file system each node may see other files for a while.
+        shared = [files]
+        dist.broadcast_object_list(shared, src=0, group=world.group)
+        files = shared[0]
     mine = {name: checksum(folder / name) for name in files[world.rank::world.size]}
     gathered: list[dict] = [mine]
     if world.size > 1:
         gathered *= world.size
         dist.all_gather_object(gathered, mine, group=world.group)
     return {name: value for part in gathered for name, value in sorted(part.items())}
+
+
+def _files_of_save(folder: Path) -> list[str]:
+    """Every file there, and every one that .metadata names, whether this node sees it yet or not."""
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    stored = SafeReader(folder).read_metadata().storage_data
+    return sorted(found | {place.relative_path for place in stored.values()})
 
 
 def checksum(path: Path) -> str:
