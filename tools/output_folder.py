@@ -158,11 +158,11 @@ class NewFolder:
             raise self._fail("is not a folder", "give the name of a folder")
         if os.path.ismount(self._final):
             raise self._fail("is a mount point", "give a folder in it")
-        if not self._overwrite:
-            raise self._fail("exists already", "give another folder, or --overwrite")
         problem = foreign_content(self._final, self.maker)
         if problem is not None and any(self._final.iterdir()):
             raise self._fail(problem, "give another folder, or move what is there away")
+        if not self._overwrite:
+            raise self._fail("exists already", "give another folder, or --overwrite")
 
     def __enter__(self) -> "NewFolder":
         try:
