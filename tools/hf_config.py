@@ -40,7 +40,11 @@ def read_config_file(folder: Path) -> dict:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"hf = {folder}: no config.json in it. Fix: give a Hugging Face folder.")
+        found = "no config.json in it" if folder.is_dir() else "no such folder"
+        raise ValueError(
+            f"hf = {folder}: {found}. Fix: give a folder with a model's files; names of the Hub are "
+            "not downloaded."
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
