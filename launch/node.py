@@ -50,15 +50,16 @@ def _choose_interface(settings: Settings) -> list[str]:
     if settings.nnodes > 1:
         wait = min(network.RESOLVE_SECONDS, settings.join_wait)
         addresses = network.resolve(settings.master, wait)
-    _set_interface(network.choose_interface(settings.master, addresses, settings.nnodes))
+    chosen = network.choose_interface(settings.master, addresses, settings.nnodes)
+    _set_interface(chosen, settings.nnodes)
     return addresses
 
 
-def _set_interface(chosen: network.Interface | None) -> None:
+def _set_interface(chosen: network.Interface | None, nnodes: int) -> None:
     """Tell gloo and NCCL the interface, and the user which and why."""
     settings = network.interface_settings(chosen, dict(os.environ))
     os.environ.update(settings)
-    if settings:
+    if settings and nnodes > 1:  # on one node it is always lo
         names = " and ".join(name.split("_")[0].replace("GLOO", "gloo") for name in settings)
         say(
             f"{names} use {chosen.name} ({chosen.address}): {chosen.reason}; "
