@@ -414,6 +414,8 @@ def _main(argv: list[str], signals: StopSignals) -> int:
         plan = make_plan(config, launched_world_size(), only_print=only_print)
         if only_print:
             if launched_rank() == 0:
+                for text in warnings_about(plan):
+                    warn(text)
                 print(dump_yaml(plan.config), end="")
             return 0
     except (ValueError, OSError) as error:
