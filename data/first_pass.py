@@ -30,10 +30,6 @@ class FirstPass:
         self._order = BlendOrder(weights, limits)
         self.num_samples = sum(limits)
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(stream.tokens_per_epoch for stream in self.streams)
-
     def samples(self, numbers: Sequence[int]) -> list[Sample]:
         """The samples of these numbers."""
         first = min(numbers)
