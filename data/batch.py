@@ -49,7 +49,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the same on another device; a GPU fetches it by itself, and the host does not wait."""
-        tokens, labels, positions = (_move(x, torch.device(device)) for x in (self.tokens, self.labels, self.positions))
+        tokens, labels, positions = (
+            _move(x, torch.device(device)) for x in (self.tokens, self.labels, self.positions)
+        )
         return Batch(tokens, labels, positions, self.cu_seqlens, self.num_targets, self.digest)
 
 
@@ -86,9 +88,16 @@ class _Located(NamedTuple):
         return np.append(starts, padding_starts(self.begins[-1], self.seq_length))
 
 
-def read_batch(samples: Sequence[Sample], seq_length: int, pieces: Sequence[tuple[int, int]] | None = None, *,
-               document_masking: bool = True, eod: int | None = None, eod_mask_loss: bool = False,
-               vocab_size: int | None = None) -> Batch:
+def read_batch(
+    samples: Sequence[Sample],
+    seq_length: int,
+    pieces: Sequence[tuple[int, int]] | None = None,
+    *,
+    document_masking: bool = True,
+    eod: int | None = None,
+    eod_mask_loss: bool = False,
+    vocab_size: int | None = None,
+) -> Batch:
     """Those of a microbatch's tokens that lie in `pieces`, in that order.
 
     The label of a token is the next one of its document, also where the sample cuts the document. The
@@ -110,38 +119,65 @@ def read_batch(samples: Sequence[Sample], seq_length: int, pieces: Sequence[tupl
     total = len(samples) * seq_length
     pieces = [(0, total)] if pieces is None else pieces
     if eod_mask_loss and eod is None:
-        raise ValueError("eod_mask_loss = True: the tokenizer has no end-of-document token. Fix: remove it.")
+        raise ValueError(
+            "eod_mask_loss = True: the tokenizer has no end-of-document token. Fix: remove it."
+        )
     located = [_Located.make(sample, seq_length) for sample in samples]
-    cu_seqlens = np.concatenate([i * seq_length + sample.segments(document_masking)
-                                 for i, sample in enumerate(located)] + [[total]])
+    cu_seqlens = np.concatenate(
+        [i * seq_length + sample.segments(document_masking) for i, sample in enumerate(located)]
+        + [[total]]
+    )
     size = sum(high - low for low, high in pieces)
     extra = 1 + max(len(sample.intervals) for sample in samples)  # read for labels, and not kept
-    tokens, labels, positions = (np.empty(length, dtype=np.int64) for length in (size + extra, size, size))
+    tokens, labels, positions = (
+        np.empty(length, dtype=np.int64) for length in (size + extra, size, size)
+    )
     at, targets = 0, 0
     for low, high in pieces:
         for i in range(low // seq_length, -(-high // seq_length)):
             first, last = max(low - i * seq_length, 0), min(high - i * seq_length, seq_length)
-            targets += _read_part(located[i], first, last, document_masking, 0 if eod is None else eod, vocab_size,
-                                  tokens[at:], labels[at:at + last - first])
+            targets += _read_part(
+                located[i],
+                first,
+                last,
+                document_masking,
+                0 if eod is None else eod,
+                vocab_size,
+                tokens[at:],
+                labels[at : at + last - first],
+            )
             at += last - first
     tokens = tokens[:size]
     fill_positions(cu_seqlens, np.array(pieces, dtype=np.int64), positions)
     if eod_mask_loss:
         labels[tokens == eod] = IGNORE
         targets = int((labels != IGNORE).sum())
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(positions),
-                 torch.from_numpy(cu_seqlens.astype(np.int32)), targets)
+    return Batch(
+        torch.from_numpy(tokens),
+        torch.from_numpy(labels),
+        torch.from_numpy(positions),
+        torch.from_numpy(cu_seqlens.astype(np.int32)),
+        targets,
+    )
 
 
-def _read_part(located: _Located, first: int, last: int, document_masking: bool, padding: int,
-               vocab_size: int | None, tokens: np.ndarray, labels: np.ndarray) -> int:
+def _read_part(
+    located: _Located,
+    first: int,
+    last: int,
+    document_masking: bool,
+    padding: int,
+    vocab_size: int | None,
+    tokens: np.ndarray,
+    labels: np.ndarray,
+) -> int:
     """Fill the tokens [first, last) of a sample and their labels -> number of targets. Reads one token more where a
     label needs it, so that `tokens` is longer."""
     spans, begins = located.spans, located.begins
     real = max(first, min(last, int(begins[-1])))
-    labels[real - first:] = IGNORE
+    labels[real - first :] = IGNORE
     if real == first:
-        tokens[:last - first] = padding
+        tokens[: last - first] = padding
         return 0
     low = int(np.searchsorted(begins, first, side="right")) - 1
     high = int(np.searchsorted(begins, real, side="left"))  # of the spans, [low, high) are touched
@@ -153,18 +189,20 @@ def _read_part(located: _Located, first: int, last: int, document_masking: bool,
     lengths[-1] -= left
     rests[-1] += left
     inner = rests > 0  # the token after a span that does not end its document is read with it
-    window = tokens[:int(lengths.sum() + inner.sum())]
+    window = tokens[: int(lengths.sum() + inner.sum())]
     located.sample.stream.reader.read_spans(documents, offsets, lengths + inner, window)
     if vocab_size is not None and (window.min() < 0 or window.max() >= vocab_size):
         _refuse_id(located.sample.stream, documents, lengths + inner, window, vocab_size)
     after = IGNORE if document_masking or rests[-1] > 0 else _token_after(located, high)
     if vocab_size is not None and after >= vocab_size:
-        raise ValueError(f"token id {after} in {located.sample.stream.reader.prefix}: must be in [0, vocab_size = "
-                         f"{vocab_size}). Fix: give the tokenizer (or --vocab-size) that made the corpus.")
+        raise ValueError(
+            f"token id {after} in {located.sample.stream.reader.prefix}: must be in [0, vocab_size = "
+            f"{vocab_size}). Fix: give the tokenizer (or --vocab-size) that made the corpus."
+        )
     targets = _shift(window, lengths, inner, offsets == 0, document_masking, after, labels)
     if inner[:-1].any():
         _compact(window, lengths, inner)
-    tokens[real - first:last - first] = padding
+    tokens[real - first : last - first] = padding
     return targets
 
 
@@ -181,12 +219,19 @@ def _token_after(located: _Located, span: int) -> int:
     return int(stream.read(following, 1)[0])
 
 
-def _refuse_id(stream: DocumentStream, documents: np.ndarray, lengths: np.ndarray, window: np.ndarray,
-               vocab_size: int) -> None:
+def _refuse_id(
+    stream: DocumentStream,
+    documents: np.ndarray,
+    lengths: np.ndarray,
+    window: np.ndarray,
+    vocab_size: int,
+) -> None:
     at = int(np.flatnonzero((window < 0) | (window >= vocab_size))[0])
     document = int(documents[np.searchsorted(np.cumsum(lengths), at, side="right")])
-    raise ValueError(f"token id {window[at]} in document {document} of {stream.reader.prefix}: must be in [0, "
-                     f"vocab_size = {vocab_size}). Fix: give the tokenizer (or --vocab-size) that made the corpus.")
+    raise ValueError(
+        f"token id {window[at]} in document {document} of {stream.reader.prefix}: must be in [0, "
+        f"vocab_size = {vocab_size}). Fix: give the tokenizer (or --vocab-size) that made the corpus."
+    )
 
 
 @numba.njit(nogil=True, cache=True)
@@ -238,7 +283,9 @@ def digest(batch: Batch, pieces: Sequence[tuple[int, int]], first: int) -> int:
         pieces: ranges of the microbatch's tokens that `batch` holds.
         first: place of the microbatch's first token in the global batch.
     """
-    return int(_digest(batch.tokens.numpy(), batch.labels.numpy(), np.array(pieces, dtype=np.int64), first))
+    return int(
+        _digest(batch.tokens.numpy(), batch.labels.numpy(), np.array(pieces, dtype=np.int64), first)
+    )
 
 
 @numba.njit(nogil=True, cache=True)
@@ -252,7 +299,9 @@ def _digest(tokens, labels, pieces, first):
             weight = (weight ^ (weight >> numba.uint64(27))) * numba.uint64(0x94D049BB133111EB)
             weight ^= weight >> numba.uint64(31)
             total += weight * numba.uint64(tokens[at] + 1)
-            total += (weight ^ numba.uint64(0x9E3779B97F4A7C15)) * numba.uint64(labels[at] + 1 - IGNORE)
+            total += (weight ^ numba.uint64(0x9E3779B97F4A7C15)) * numba.uint64(
+                labels[at] + 1 - IGNORE
+            )
             at += 1
     return total & numba.uint64((1 << DIGEST_BITS) - 1)
 

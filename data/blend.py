@@ -41,16 +41,23 @@ class SourceName:
             low = parse_tokens(match["low"]) if match["low"] else 0
             high = parse_tokens(match["high"]) if match["high"] else None
         except ValueError as error:
-            raise ValueError(f"{text}: {error}. Fix: a range of document lengths is written PREFIX[64Ki:] or "
-                             "PREFIX[1Ki:64Ki].") from None
+            raise ValueError(
+                f"{text}: {error}. Fix: a range of document lengths is written PREFIX[64Ki:] or "
+                "PREFIX[1Ki:64Ki]."
+            ) from None
         if high is not None and high <= max(low, 1):
-            raise ValueError(f"{text}: no document has at least {low} and fewer than {high} tokens. Fix: the range.")
+            raise ValueError(
+                f"{text}: no document has at least {low} and fewer than {high} tokens. Fix: the range."
+            )
         return SourceName(match["prefix"], low, high)
 
     def overlaps(self, other: "SourceName") -> bool:
         """Could a document be in both?"""
-        return (os.path.abspath(self.prefix) == os.path.abspath(other.prefix)
-                and (other.high is None or self.low < other.high) and (self.high is None or other.low < self.high))
+        return (
+            os.path.abspath(self.prefix) == os.path.abspath(other.prefix)
+            and (other.high is None or self.low < other.high)
+            and (self.high is None or other.low < self.high)
+        )
 
     def __str__(self) -> str:
         if self.low == 0 and self.high is None:
@@ -70,13 +77,17 @@ def parse_blend(words: Sequence[str], field: str) -> list[tuple[float | None, So
     numbers = [_number(word) for word in words]
     weighted = len(words) % 2 == 0 and all(number is not None for number in numbers[::2])
     if not weighted and any(number is not None for number in numbers):
-        raise ValueError(f"{field} = {' '.join(words)}: must be prefixes alone, or a weight before each. Fix: for "
-                         "example 0.7 web 0.3 code.")
+        raise ValueError(
+            f"{field} = {' '.join(words)}: must be prefixes alone, or a weight before each. Fix: for "
+            "example 0.7 web 0.3 code."
+        )
     weights = numbers[::2] if weighted else [None] * len(words)
     texts = list(words[1::2] if weighted else words)
-    problems = [f"{field}: weight {weight} of {text}: must be a finite number of at least 0. Fix: give one."
-                for weight, text in zip(weights, texts, strict=True)
-                if weight is not None and not 0 <= weight < math.inf]
+    problems = [
+        f"{field}: weight {weight} of {text}: must be a finite number of at least 0. Fix: give one."
+        for weight, text in zip(weights, texts, strict=True)
+        if weight is not None and not 0 <= weight < math.inf
+    ]
     if weighted and not problems and not any(weights):
         problems.append(f"{field} = {' '.join(words)}: all weights are 0. Fix: give one above 0.")
     entries = []
@@ -90,8 +101,10 @@ def parse_blend(words: Sequence[str], field: str) -> list[tuple[float | None, So
         # ./web is web. Not Path.resolve(): a link's target may move between starts.
         for other in by_prefix.setdefault(os.path.abspath(source.prefix), []):
             if source.overlaps(other):
-                problems.append(f"{field}: {other} and {source}: the same documents would be drawn twice. Fix: name a "
-                                "prefix once, or give ranges that do not overlap.")
+                problems.append(
+                    f"{field}: {other} and {source}: the same documents would be drawn twice. Fix: name a "
+                    "prefix once, or give ranges that do not overlap."
+                )
         by_prefix[os.path.abspath(source.prefix)].append(source)
     if problems:
         raise ValueError("\n".join(problems))
@@ -118,7 +131,9 @@ class BlendOrder:
         assert (self.weights > 0).all(), weights
         # Near 1, so that no key is infinite; by a power of 2, which leaves the order as it is.
         self.weights = np.ldexp(self.weights, -int(np.frexp(self.weights.max())[1]))
-        self._limits = np.array([2**62 if limit is None else limit for limit in limits], dtype=np.int64)
+        self._limits = np.array(
+            [2**62 if limit is None else limit for limit in limits], dtype=np.int64
+        )
         self._seen: tuple[int, np.ndarray] = (0, np.zeros(len(self.weights), dtype=np.int64))
 
     @property
@@ -133,7 +148,12 @@ class BlendOrder:
         if not known <= samples <= known + 4096:
             counts = _counts_below(self.weights, self._limits, samples)
         counts = counts.copy()
-        _draw(self.weights, self._limits, counts, np.empty(samples - int(counts.sum()), dtype=np.int64))
+        _draw(
+            self.weights,
+            self._limits,
+            counts,
+            np.empty(samples - int(counts.sum()), dtype=np.int64),
+        )
         self._seen = samples, counts
         return counts.copy()
 

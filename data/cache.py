@@ -36,8 +36,10 @@ class IndexCache:
                 if not os.access(self.folder, os.W_OK):
                     raise PermissionError(13, "no permission to write")
             except OSError as error:
-                raise ValueError(f"data_cache_path = {folder}: cannot be written ({error.strerror}). Fix: give another "
-                                 "folder, or leave it out.") from None
+                raise ValueError(
+                    f"data_cache_path = {folder}: cannot be written ({error.strerror}). Fix: give another "
+                    "folder, or leave it out."
+                ) from None
 
     def get(self, key: dict, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """The arrays of `key`, from the folder or made now and kept there.
@@ -48,7 +50,10 @@ class IndexCache:
         if self.folder is None:
             return make()
         text = json.dumps(key, sort_keys=True)
-        path = self.folder / f"{key.get('what', 'index')}-{xxhash.xxh3_128_hexdigest(text.encode())}.index"
+        path = (
+            self.folder
+            / f"{key.get('what', 'index')}-{xxhash.xxh3_128_hexdigest(text.encode())}.index"
+        )
         found = _load(path, text)
         if found is None:
             with _locked(path.with_suffix(".lock")):
@@ -60,8 +65,11 @@ class IndexCache:
                         _publish(path, text, arrays)
                         found = _load(path, text) or arrays
                     except OSError as error:
-                        warnings.warn(f"{path}: cannot be written ({error.strerror}); the index is made again at the "
-                                      "next start", stacklevel=2)
+                        warnings.warn(
+                            f"{path}: cannot be written ({error.strerror}); the index is made again at the "
+                            "next start",
+                            stacklevel=2,
+                        )
         return found
 
 
@@ -89,12 +97,19 @@ def _publish(path: Path, key: str, arrays: dict[str, np.ndarray]) -> None:
     entries, place, digest = [], 0, xxhash.xxh3_128()
     for name, array in arrays.items():
         array = np.ascontiguousarray(array)
-        entries.append({"name": name, "dtype": array.dtype.str, "shape": array.shape, "start": place})
+        entries.append(
+            {"name": name, "dtype": array.dtype.str, "shape": array.shape, "start": place}
+        )
         place += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
         _add(digest, array)
     header = json.dumps({"key": key, "arrays": entries, "bytes": place})
-    header = json.dumps({"header": header, "header_checksum": xxhash.xxh3_128_hexdigest(header.encode()),
-                         "checksum": digest.hexdigest()}).encode()
+    header = json.dumps(
+        {
+            "header": header,
+            "header_checksum": xxhash.xxh3_128_hexdigest(header.encode()),
+            "checksum": digest.hexdigest(),
+        }
+    ).encode()
     header += b" " * (-(len(MAGIC) + 8 + len(header)) % ALIGNMENT)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -132,8 +147,11 @@ def _load(path: Path, key: str) -> dict[str, np.ndarray] | None:
         arrays, digest = {}, xxhash.xxh3_128()
         for entry in header["arrays"]:
             dtype, shape = np.dtype(entry["dtype"]), tuple(entry["shape"])
-            array = (np.memmap(path, dtype, "r", first + entry["start"], shape).view(np.ndarray)
-                     if np.prod(shape) else np.empty(shape, dtype))
+            array = (
+                np.memmap(path, dtype, "r", first + entry["start"], shape).view(np.ndarray)
+                if np.prod(shape)
+                else np.empty(shape, dtype)
+            )
             _add(digest, array)
             arrays[entry["name"]] = array.copy() if array.nbytes < MAPPED_BYTES else array
         if digest.hexdigest() != outer["checksum"]:
@@ -149,4 +167,4 @@ def _load(path: Path, key: str) -> dict[str, np.ndarray] | None:
 def _add(digest, array: np.ndarray) -> None:
     raw = memoryview(array.reshape(-1)).cast("B") if array.size else b""
     for start in range(0, len(raw), CHECKED_BYTES):
-        digest.update(raw[start:start + CHECKED_BYTES])
+        digest.update(raw[start : start + CHECKED_BYTES])

@@ -10,8 +10,13 @@ from data.units import parse_tokens
 
 Packing = Literal["concat", "best_fit"]
 Exhausted = Literal["repeat", "stop", "error"]
-TokenizerType = Literal["SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer",
-                        "HuggingFaceTokenizer", "NullTokenizer"]
+TokenizerType = Literal[
+    "SentencePieceTokenizer",
+    "GPTSentencePieceTokenizer",
+    "Llama2Tokenizer",
+    "HuggingFaceTokenizer",
+    "NullTokenizer",
+]
 
 
 @dataclass(kw_only=True)
@@ -66,8 +71,10 @@ class DataConfig:
         for name in ("reset_position_ids", "reset_attention_mask"):
             value = getattr(self, name)
             if value is not None and value != self.document_masking:
-                problems.append(f"{name} = {value}: must agree with document_masking = {self.document_masking}. "
-                                f"Fix: leave it out, or give --{'' if value else 'no-'}document-masking.")
+                problems.append(
+                    f"{name} = {value}: must agree with document_masking = {self.document_masking}. "
+                    f"Fix: leave it out, or give --{'' if value else 'no-'}document-masking."
+                )
         return problems
 
     def _path_problems(self) -> list[str]:
@@ -80,40 +87,67 @@ class DataConfig:
                 problems += _problems_of(lambda n=name, w=words: parse_blend(w, n))
         problems += _problems_of(lambda: parse_windows(self.skip_data))
         if self.mock_data:
-            return problems + [f"{name} = {' '.join(getattr(self, name))}: cannot be combined with mock_data. "
-                               "Fix: remove one of them." for name in given]
+            return problems + [
+                f"{name} = {' '.join(getattr(self, name))}: cannot be combined with mock_data. "
+                "Fix: remove one of them."
+                for name in given
+            ]
         if not self.data_path and not self.train_data_path:
-            problems.append("data_path = []: there is nothing to train on. Fix: give --data-path PREFIX, "
-                            "--train-data-path PREFIX or --mock-data.")
+            problems.append(
+                "data_path = []: there is nothing to train on. Fix: give --data-path PREFIX, "
+                "--train-data-path PREFIX or --mock-data."
+            )
         if self.data_path and self.train_data_path:
-            problems.append(f"train_data_path = {' '.join(self.train_data_path)}: cannot be combined with data_path, "
-                            "which is split. Fix: one of them.")
-        if self.data_path and self.valid_data_path and _problems_of(lambda: parse_split(self.split)) == [] and (
-                parse_split(self.split)[1] > 0):
-            problems.append(f"valid_data_path = {' '.join(self.valid_data_path)}: split = {self.split} makes "
-                            "validation sets, too. Fix: --train-data-path instead of --data-path, or a --split whose "
-                            "second share is 0.")
+            problems.append(
+                f"train_data_path = {' '.join(self.train_data_path)}: cannot be combined with data_path, "
+                "which is split. Fix: one of them."
+            )
+        if (
+            self.data_path
+            and self.valid_data_path
+            and _problems_of(lambda: parse_split(self.split)) == []
+            and (parse_split(self.split)[1] > 0)
+        ):
+            problems.append(
+                f"valid_data_path = {' '.join(self.valid_data_path)}: split = {self.split} makes "
+                "validation sets, too. Fix: --train-data-path instead of --data-path, or a --split whose "
+                "second share is 0."
+            )
         return problems
 
     def _tokenizer_problems(self) -> list[str]:
         problems = []
-        if self.tokenizer_ids_from is not None and (self.mock_data or self.tokenizer_type != "HuggingFaceTokenizer"):
+        if self.tokenizer_ids_from is not None and (
+            self.mock_data or self.tokenizer_type != "HuggingFaceTokenizer"
+        ):
             kind = "mock_data" if self.mock_data else f"tokenizer_type = {self.tokenizer_type}"
-            problems.append(f"tokenizer_ids_from = {self.tokenizer_ids_from}: has no effect with {kind}. Fix: remove "
-                            "it.")
+            problems.append(
+                f"tokenizer_ids_from = {self.tokenizer_ids_from}: has no effect with {kind}. Fix: remove "
+                "it."
+            )
         if self.vocab_size is not None and self.vocab_size < 2:
-            problems.append(f"vocab_size = {self.vocab_size}: must be at least 2. Fix: give the number of token ids.")
+            problems.append(
+                f"vocab_size = {self.vocab_size}: must be at least 2. Fix: give the number of token ids."
+            )
         if self.mock_data:
             if self.vocab_size is None:
-                problems.append("vocab_size = None: must be given for mock_data. Fix: for example --vocab-size 1024.")
+                problems.append(
+                    "vocab_size = None: must be given for mock_data. Fix: for example --vocab-size 1024."
+                )
             if self.eod_mask_loss:
-                problems.append("eod_mask_loss = True: mock_data has no end-of-document token. Fix: remove it.")
+                problems.append(
+                    "eod_mask_loss = True: mock_data has no end-of-document token. Fix: remove it."
+                )
         elif self.tokenizer_type == "NullTokenizer":
             if self.vocab_size is None:
-                problems.append("vocab_size = None: must be given for NullTokenizer. Fix: give --vocab-size.")
+                problems.append(
+                    "vocab_size = None: must be given for NullTokenizer. Fix: give --vocab-size."
+                )
         elif not self.tokenizer_model:
-            problems.append(f"tokenizer_model = {self.tokenizer_model}: must be given for {self.tokenizer_type}. "
-                            "Fix: give --tokenizer-model.")
+            problems.append(
+                f"tokenizer_model = {self.tokenizer_model}: must be given for {self.tokenizer_type}. "
+                "Fix: give --tokenizer-model."
+            )
         return problems
 
 
@@ -127,9 +161,15 @@ def parse_split(split: str) -> tuple[float, float, float]:
         weights = [float(part) for part in split.split(",")]
     except ValueError:
         weights = []
-    if not 1 <= len(weights) <= 3 or not all(0 <= weight < float("inf") for weight in weights) or weights[0] == 0:
-        raise ValueError(f"split = {split}: must be one to three numbers >= 0 (train, valid, test), train above 0. "
-                         "Fix: for example 969,30,1.")
+    if (
+        not 1 <= len(weights) <= 3
+        or not all(0 <= weight < float("inf") for weight in weights)
+        or weights[0] == 0
+    ):
+        raise ValueError(
+            f"split = {split}: must be one to three numbers >= 0 (train, valid, test), train above 0. "
+            "Fix: for example 969,30,1."
+        )
     weights += [0.0] * (3 - len(weights))
     train, valid, test = (weight / sum(weights) for weight in weights)
     return train, valid, test
@@ -149,8 +189,10 @@ def parse_windows(words: list[str]) -> list[tuple[int, int]]:
         except ValueError as error:
             raise ValueError(f"skip_data = {word}: {error}. Fix: for example 120B:121B.") from None
         if end <= start:
-            raise ValueError(f"skip_data = {word}: must be START:END in tokens, END above START. Fix: for example "
-                             "120B:121B.")
+            raise ValueError(
+                f"skip_data = {word}: must be START:END in tokens, END above START. Fix: for example "
+                "120B:121B."
+            )
         windows.append((start, end))
     windows.sort()
     for (_, end), (start, _) in zip(windows, windows[1:], strict=False):

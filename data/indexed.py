@@ -23,7 +23,14 @@ import xxhash
 
 HEADER = struct.Struct("<9sQBQQ")
 MAGIC, VERSION = b"MMIDIDX\0\0", 1
-DTYPES: dict[int, type[np.integer]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+DTYPES: dict[int, type[np.integer]] = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    8: np.uint16,
+}
 """Codes of .idx. 6 and 7 are float64 and float32: no token ids."""
 LONGEST_SEQUENCE = 2**31 - 1
 """Tokens; .idx has int32 lengths. A longer document becomes several sequences."""
@@ -71,8 +78,10 @@ def read_index(prefix: str) -> Index:
     for file in (idx, bin_file):
         if not file.is_file():
             hint = " The prefix has no ending." if prefix.endswith((".bin", ".idx")) else ""
-            raise ValueError(f"{file}: no such file.{hint} Fix: give the prefix of a .bin/.idx pair, as "
-                             "tools.preprocess_data writes it.")
+            raise ValueError(
+                f"{file}: no such file.{hint} Fix: give the prefix of a .bin/.idx pair, as "
+                "tools.preprocess_data writes it."
+            )
     code, sequences, indices = _read_header(idx)
     digest = xxhash.xxh3_128(HEADER.pack(MAGIC, VERSION, code, sequences, indices))
     itemsize = np.dtype(DTYPES[code]).itemsize
@@ -81,14 +90,18 @@ def read_index(prefix: str) -> Index:
     end, pointers_start = 0, HEADER.size + 4 * sequences
     for block in _blocks(idx, pointers_start, sequences):
         first, pointers = block
-        end = _check_pointers(lengths[first:first + len(pointers)], pointers, end, itemsize)
+        end = _check_pointers(lengths[first : first + len(pointers)], pointers, end, itemsize)
         if end < 0:
-            raise ValueError(f"{idx}: its sequence lengths and offsets disagree: it is damaged. Fix: make it again.")
+            raise ValueError(
+                f"{idx}: its sequence lengths and offsets disagree: it is damaged. Fix: make it again."
+            )
     found = bin_file.stat().st_size
     if found != end:
-        raise ValueError(f"{bin_file}: {found:,} bytes, but {idx.name} describes {end:,}: "
-                         f"{'truncated' if found < end else 'too long'}, or of another corpus. Fix: copy both "
-                         "files again, or make them again.")
+        raise ValueError(
+            f"{bin_file}: {found:,} bytes, but {idx.name} describes {end:,}: "
+            f"{'truncated' if found < end else 'too long'}, or of another corpus. Fix: copy both "
+            "files again, or make them again."
+        )
     documents = _document_lengths(idx, lengths, pointers_start + 8 * sequences, indices, digest)
     num_tokens = end // itemsize
     one_sequence_each = documents is lengths
@@ -101,26 +114,38 @@ def read_sequences(prefix: str) -> tuple[np.ndarray, np.ndarray]:
     """int32 length of each sequence and int64 [documents + 1] first sequence of each document, of a sound pair."""
     idx = Path(f"{prefix}.idx")
     _, sequences, indices = _read_header(idx)
-    return (np.fromfile(idx, "<i4", sequences, offset=HEADER.size),
-            np.fromfile(idx, "<i8", indices, offset=HEADER.size + 12 * sequences))
+    return (
+        np.fromfile(idx, "<i4", sequences, offset=HEADER.size),
+        np.fromfile(idx, "<i8", indices, offset=HEADER.size + 12 * sequences),
+    )
 
 
 def _read_header(idx: Path) -> tuple[int, int, int]:
     """Dtype code, number of sequences, number of document indices."""
     with open(idx, "rb") as file:
-        magic, version, code, sequences, indices = HEADER.unpack(file.read(HEADER.size).ljust(HEADER.size, b"\0"))
+        magic, version, code, sequences, indices = HEADER.unpack(
+            file.read(HEADER.size).ljust(HEADER.size, b"\0")
+        )
     if magic != MAGIC or version != VERSION:
-        raise ValueError(f"{idx}: not an index of version {VERSION}. Fix: make it with tools.preprocess_data or "
-                         "Megatron-LM's preprocess_data.py.")
+        raise ValueError(
+            f"{idx}: not an index of version {VERSION}. Fix: make it with tools.preprocess_data or "
+            "Megatron-LM's preprocess_data.py."
+        )
     if code not in DTYPES:
-        raise ValueError(f"{idx}: dtype code {code}: token ids must be integers (codes {sorted(DTYPES)}). Fix: "
-                         "make the file again with an integer dtype.")
+        raise ValueError(
+            f"{idx}: dtype code {code}: token ids must be integers (codes {sorted(DTYPES)}). Fix: "
+            "make the file again with an integer dtype."
+        )
     size, plain = idx.stat().st_size, HEADER.size + 12 * sequences + 8 * indices
     if size not in (plain, plain + sequences):
-        raise ValueError(f"{idx}: {size:,} bytes, but its header asks for {plain:,}: it is damaged. Fix: copy or "
-                         "make it again.")
+        raise ValueError(
+            f"{idx}: {size:,} bytes, but its header asks for {plain:,}: it is damaged. Fix: copy or "
+            "make it again."
+        )
     if indices < 2:
-        raise ValueError(f"{idx}: zero documents. Fix: make it again from inputs that are not empty.")
+        raise ValueError(
+            f"{idx}: zero documents. Fix: make it again from inputs that are not empty."
+        )
     return code, sequences, indices
 
 
@@ -131,17 +156,27 @@ def _blocks(file: Path, start: int, count: int) -> Iterator[tuple[int, np.ndarra
         yield first, np.fromfile(file, "<i8", min(block, count - first), offset=start + 8 * first)
 
 
-def _document_lengths(idx: Path, lengths: np.ndarray, start: int, indices: int, digest) -> np.ndarray:
+def _document_lengths(
+    idx: Path, lengths: np.ndarray, start: int, indices: int, digest
+) -> np.ndarray:
     """Tokens of each document; `lengths` itself where each is one sequence, as they mostly are."""
-    problem = ValueError(f"{idx}: its document ranges do not cover its sequences: it is damaged. Fix: make it again.")
+    problem = ValueError(
+        f"{idx}: its document ranges do not cover its sequences: it is damaged. Fix: make it again."
+    )
     documents, last = lengths if indices == len(lengths) + 1 else None, 0
     sums = []
     for first, numbers in _blocks(idx, start, indices):
         digest.update(numbers)
-        if (first == 0 and numbers[0] != 0) or numbers[0] < last or (np.diff(numbers) < 0).any() or (
-                numbers[-1] > len(lengths)):
+        if (
+            (first == 0 and numbers[0] != 0)
+            or numbers[0] < last
+            or (np.diff(numbers) < 0).any()
+            or (numbers[-1] > len(lengths))
+        ):
             raise problem
-        if documents is not None and not np.array_equal(numbers, np.arange(first, first + len(numbers))):
+        if documents is not None and not np.array_equal(
+            numbers, np.arange(first, first + len(numbers))
+        ):
             documents = None
         last = int(numbers[-1])
     if last != len(lengths):
@@ -150,7 +185,7 @@ def _document_lengths(idx: Path, lengths: np.ndarray, start: int, indices: int, 
         return documents
     before = 0
     for first, numbers in _blocks(idx, start, indices):
-        sums.append(_sum_ranges(lengths, before, numbers[first == 0:]))
+        sums.append(_sum_ranges(lengths, before, numbers[first == 0 :]))
         before = int(numbers[-1])
     totals = np.concatenate(sums)
     return totals if totals.max() > LONGEST_SEQUENCE else totals.astype(np.int32)
@@ -193,7 +228,11 @@ def read_side_file(prefix: str) -> dict | None:
         side = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return side if isinstance(side, dict) and {"documents", "tokens", "max_token_id"} <= side.keys() else None
+    return (
+        side
+        if isinstance(side, dict) and {"documents", "tokens", "max_token_id"} <= side.keys()
+        else None
+    )
 
 
 class _Maps(NamedTuple):
@@ -268,10 +307,15 @@ class IndexedReader:
             tokens = np.memmap(f"{self.prefix}.bin", dtype=self.dtype, mode="r").view(np.ndarray)
         table = np.memmap(f"{self.prefix}.idx", dtype=np.uint8, mode="r").view(np.ndarray)
         start = HEADER.size + 4 * self._num_sequences
-        middle, end = start + 8 * self._num_sequences, start + 8 * (self._num_sequences + self.num_documents + 1)
+        middle, end = (
+            start + 8 * self._num_sequences,
+            start + 8 * (self._num_sequences + self.num_documents + 1),
+        )
         return _Maps(tokens, table[start:middle].reshape(-1, 8), table[middle:end].reshape(-1, 8))
 
-    def read_spans(self, documents: np.ndarray, offsets: np.ndarray, lengths: np.ndarray, out: np.ndarray) -> None:
+    def read_spans(
+        self, documents: np.ndarray, offsets: np.ndarray, lengths: np.ndarray, out: np.ndarray
+    ) -> None:
         """Copy spans one after another into `out`, int64 [sum of lengths].
 
         Args:
@@ -288,16 +332,24 @@ class IndexedReader:
             offsets = offsets[full]
             lengths = lengths[full]
         maps = self._files.maps_of(self)
-        sequences = documents if self._one_sequence_each else _numbers_at(maps.first_sequences, documents)
+        sequences = (
+            documents if self._one_sequence_each else _numbers_at(maps.first_sequences, documents)
+        )
         starts = _numbers_at(maps.pointers, sequences) // np.dtype(self.dtype).itemsize + offsets
         assert len(starts) == 0 or (starts + lengths).max() <= self.num_tokens, self.prefix
         _copy_spans(maps.tokens, starts, lengths, out)
 
     def read(self, document: int, offset: int, length: int) -> np.ndarray:
         """Tokens [offset, offset + length) of a document -> int64 [length], a copy."""
-        assert 0 <= offset and offset + length <= self.document_lengths[document], (document, offset, length)
+        assert 0 <= offset and offset + length <= self.document_lengths[document], (
+            document,
+            offset,
+            length,
+        )
         out = np.empty(length, dtype=np.int64)
-        self.read_spans(*(np.array([number], dtype=np.int64) for number in (document, offset, length)), out)
+        self.read_spans(
+            *(np.array([number], dtype=np.int64) for number in (document, offset, length)), out
+        )
         return out
 
     def token_range(self) -> tuple[int, int]:
@@ -305,7 +357,7 @@ class IndexedReader:
         tokens = self._files.maps_of(self).tokens
         low, high, block = 0, -1, COPY_BYTES // tokens.itemsize
         for start in range(0, self.num_tokens, block):
-            part = tokens[start:start + block]
+            part = tokens[start : start + block]
             low, high = min(low, int(part.min())), max(high, int(part.max()))
         return low, high
 

@@ -12,7 +12,16 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data.indexed import COPY_BYTES, HEADER, LONGEST_SEQUENCE, MAGIC, VERSION, find_code, read_index, read_sequences
+from data.indexed import (
+    COPY_BYTES,
+    HEADER,
+    LONGEST_SEQUENCE,
+    MAGIC,
+    VERSION,
+    find_code,
+    read_index,
+    read_sequences,
+)
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """No space, a quota, or a limit on the size of files."""
@@ -39,8 +48,10 @@ class IndexedWriter:
             Path(prefix).absolute().parent.mkdir(parents=True, exist_ok=True)
             self._bin = self._open_bin(self._temporary["bin"])
         except OSError as error:
-            raise ValueError(f"output prefix {prefix}: cannot write there ({error.strerror}). Fix: give another "
-                             "prefix.") from None
+            raise ValueError(
+                f"output prefix {prefix}: cannot write there ({error.strerror}). Fix: give another "
+                "prefix."
+            ) from None
 
     def _temporary_path(self, end: str) -> Path:
         return Path(f"{self.prefix}.{end}.{os.getpid()}.tmp")
@@ -60,7 +71,7 @@ class IndexedWriter:
         block = COPY_BYTES // 8  # as in _write_index
         single = 0
         for start in range(0, self.num_documents, block):
-            edges = documents[start:start + block + 1]
+            edges = documents[start : start + block + 1]
             first = edges[:-1][np.diff(edges) == 1]
             single += int((lengths[first] == 1).sum())
         return single
@@ -85,15 +96,22 @@ class IndexedWriter:
             low, high, limits = int(ids.min()), int(ids.max()), np.iinfo(self.dtype)
             if low < 0 or high > limits.max:
                 first = int(np.argmax((ids < 0) | (ids > limits.max)))
-                document = self.num_documents + int(np.searchsorted(np.cumsum(lengths), first, side="right"))
-                raise ValueError(f"token id {ids[first]}: must be in [0, {limits.max}] for {self.dtype.name} (document "
-                                 f"{document}). Fix: the input, or a larger vocabulary size.")
+                document = self.num_documents + int(
+                    np.searchsorted(np.cumsum(lengths), first, side="right")
+                )
+                raise ValueError(
+                    f"token id {ids[first]}: must be in [0, {limits.max}] for {self.dtype.name} (document "
+                    f"{document}). Fix: the input, or a larger vocabulary size."
+                )
             self.max_token_id = max(self.max_token_id, high)
         with self._explained("bin"):
             self._bin.write(np.ascontiguousarray(ids, dtype=self.dtype.newbyteorder("<")))
         sequences, ends = lengths, np.arange(1, len(lengths) + 1)
         if len(lengths) and lengths.max() > LONGEST_SEQUENCE:
-            rows = [np.diff(np.append(np.arange(0, max(1, n), LONGEST_SEQUENCE), n)) for n in lengths.tolist()]
+            rows = [
+                np.diff(np.append(np.arange(0, max(1, n), LONGEST_SEQUENCE), n))
+                for n in lengths.tolist()
+            ]
             sequences, ends = np.concatenate(rows), np.cumsum([len(row) for row in rows])
         self._documents.frombytes((ends + len(self._lengths)).astype(np.int64).tobytes())
         self._lengths.frombytes(sequences.astype(np.int32).tobytes())
@@ -107,23 +125,29 @@ class IndexedWriter:
         """
         index = read_index(prefix)
         if index.dtype != self.dtype:
-            raise ValueError(f"{prefix}: dtype {np.dtype(index.dtype).name}, but {self.prefix} is written as "
-                             f"{self.dtype.name}. Fix: make both with the same tokenizer.")
+            raise ValueError(
+                f"{prefix}: dtype {np.dtype(index.dtype).name}, but {self.prefix} is written as "
+                f"{self.dtype.name}. Fix: make both with the same tokenizer."
+            )
         lengths, first_sequences = read_sequences(prefix)
-        ranges = first_sequences[first:len(first_sequences) if end is None else end + 1]
-        skipped = int(lengths[:ranges[0]].sum(dtype=np.int64))
-        lengths = lengths[ranges[0]:ranges[-1]]
+        ranges = first_sequences[first : len(first_sequences) if end is None else end + 1]
+        skipped = int(lengths[: ranges[0]].sum(dtype=np.int64))
+        lengths = lengths[ranges[0] : ranges[-1]]
         tokens = int(lengths.sum(dtype=np.int64))
         with open(f"{prefix}.bin", "rb") as file:
             file.seek(skipped * self.dtype.itemsize)
             left = tokens * self.dtype.itemsize
             while block := file.read(min(left, COPY_BYTES)):
-                self.max_token_id = max(self.max_token_id, int(np.frombuffer(block, dtype=self.dtype).max()))
+                self.max_token_id = max(
+                    self.max_token_id, int(np.frombuffer(block, dtype=self.dtype).max())
+                )
                 with self._explained("bin", left):
                     self._bin.write(block)
                 left -= len(block)
         # Bytes, not lists: a Python integer takes 10 times the memory of what it says.
-        self._documents.frombytes((ranges[1:] + (len(self._lengths) - int(ranges[0]))).astype(np.int64).data.cast("B"))
+        self._documents.frombytes(
+            (ranges[1:] + (len(self._lengths) - int(ranges[0]))).astype(np.int64).data.cast("B")
+        )
         self._lengths.frombytes(np.ascontiguousarray(lengths, dtype=np.int32).data.cast("B"))
         self.num_tokens += tokens
 
@@ -148,8 +172,13 @@ class IndexedWriter:
         with self._explained("idx", size), open(self._temporary["idx"], "wb") as file:
             self._write_index(file)
             _sync(file)
-        side = {"tokenizer": tokenizer, "dtype": self.dtype.name, "documents": self.num_documents,
-                "tokens": self.num_tokens, "max_token_id": self.max_token_id}
+        side = {
+            "tokenizer": tokenizer,
+            "dtype": self.dtype.name,
+            "documents": self.num_documents,
+            "tokens": self.num_tokens,
+            "max_token_id": self.max_token_id,
+        }
         if text is not None:
             side["text"] = text
         with self._explained("json"), open(self._temporary["json"], "w", encoding="utf-8") as file:
@@ -163,15 +192,15 @@ class IndexedWriter:
         file.write(HEADER.pack(MAGIC, VERSION, self._code, len(lengths), len(documents)))
         block = COPY_BYTES // 8  # numbers at a time: copies of 100M documents would be gigabytes
         for start in range(0, len(lengths), block):
-            file.write(lengths[start:start + block].astype("<i4").tobytes())
+            file.write(lengths[start : start + block].astype("<i4").tobytes())
         end = 0
         for start in range(0, len(lengths), block):
-            sizes = lengths[start:start + block].astype("<i8") * self.dtype.itemsize
+            sizes = lengths[start : start + block].astype("<i8") * self.dtype.itemsize
             pointers = np.cumsum(sizes) - sizes + end
             end = int(pointers[-1] + sizes[-1])
             file.write(pointers.astype("<i8").tobytes())
         for start in range(0, len(documents), block):
-            file.write(documents[start:start + block].astype("<i8").tobytes())
+            file.write(documents[start : start + block].astype("<i8").tobytes())
 
     def _publish(self) -> None:
         self._open = False
@@ -193,11 +222,15 @@ class IndexedWriter:
             file = self._temporary_path(end)
             free = shutil.disk_usage(Path(self.prefix).absolute().parent).free
             if end == "bin" and not needed:
-                whole = (self.num_tokens * self.dtype.itemsize + 20 * len(self._lengths)) / max(self.share, 1e-9)
+                whole = (self.num_tokens * self.dtype.itemsize + 20 * len(self._lengths)) / max(
+                    self.share, 1e-9
+                )
                 needed = int(whole) - (file.stat().st_size if file.exists() else 0)
-            raise ValueError(f"{file}: cannot write it: {error.strerror}; about {max(needed, 1):,} bytes more are "
-                             f"needed, {free:,} are free. {self._what_is_kept()} Fix: free space, or give an output "
-                             "prefix on another disk, and run again.") from None
+            raise ValueError(
+                f"{file}: cannot write it: {error.strerror}; about {max(needed, 1):,} bytes more are "
+                f"needed, {free:,} are free. {self._what_is_kept()} Fix: free space, or give an output "
+                "prefix on another disk, and run again."
+            ) from None
 
     def _what_is_kept(self) -> str:
         return f"The temporary files are removed; what stood at {self.prefix} before is as it was."
@@ -210,7 +243,9 @@ class IndexedWriter:
 
     def _close(self) -> None:
         self._open = False
-        with contextlib.suppress(OSError):  # a full disk: what the buffer holds is not wanted any more
+        with contextlib.suppress(
+            OSError
+        ):  # a full disk: what the buffer holds is not wanted any more
             self._bin.close()
 
     def __enter__(self) -> "IndexedWriter":

@@ -15,11 +15,22 @@ class Loader:
     rank d holds samples (j x dp_size + d) x micro_batch_size and the next micro_batch_size - 1.
     """
 
-    def __init__(self, mixture: Mixture | FirstPass, start: int = 0, *,
-                 micro_batch_size: int, global_batch_tokens: int,
-                 dp_rank: int, dp_size: int, pieces: list[tuple[int, int]] | None = None,
-                 document_masking: bool = True, eod: int | None = None, eod_mask_loss: bool = False,
-                 vocab_size: int | None = None, prefetch: bool = True):
+    def __init__(
+        self,
+        mixture: Mixture | FirstPass,
+        start: int = 0,
+        *,
+        micro_batch_size: int,
+        global_batch_tokens: int,
+        dp_rank: int,
+        dp_size: int,
+        pieces: list[tuple[int, int]] | None = None,
+        document_masking: bool = True,
+        eod: int | None = None,
+        eod_mask_loss: bool = False,
+        vocab_size: int | None = None,
+        prefetch: bool = True,
+    ):
         """
         Args:
             start: clock of the mixture's first sample.
@@ -32,17 +43,33 @@ class Loader:
         seq_length = mixture.settings.seq_length
         unit = seq_length * micro_batch_size * dp_size
         if global_batch_tokens < 1 or global_batch_tokens % unit:
-            raise ValueError(f"global_batch_tokens = {global_batch_tokens}: must be a multiple of seq_length x "
-                             f"micro_batch_size x data-parallel size = {seq_length} x {micro_batch_size} x {dp_size} = "
-                             f"{unit}. Fix: {max(1, global_batch_tokens // unit) * unit} or "
-                             f"{(global_batch_tokens // unit + 1) * unit}.")
-        self.mixture, self.start, self.seq_length, self.micro_batch_size = mixture, start, seq_length, micro_batch_size
-        self.global_batch_tokens, self.num_microbatches = global_batch_tokens, global_batch_tokens // unit
+            raise ValueError(
+                f"global_batch_tokens = {global_batch_tokens}: must be a multiple of seq_length x "
+                f"micro_batch_size x data-parallel size = {seq_length} x {micro_batch_size} x {dp_size} = "
+                f"{unit}. Fix: {max(1, global_batch_tokens // unit) * unit} or "
+                f"{(global_batch_tokens // unit + 1) * unit}."
+            )
+        self.mixture, self.start, self.seq_length, self.micro_batch_size = (
+            mixture,
+            start,
+            seq_length,
+            micro_batch_size,
+        )
+        self.global_batch_tokens, self.num_microbatches = (
+            global_batch_tokens,
+            global_batch_tokens // unit,
+        )
         self.dp_rank, self.dp_size, self.prefetch = dp_rank, dp_size, prefetch
         self.document_masking = document_masking
         self.pieces = [(0, micro_batch_size * seq_length)] if pieces is None else pieces
-        self._slice = {"seq_length": seq_length, "pieces": self.pieces, "document_masking": document_masking,
-                       "eod": eod, "eod_mask_loss": eod_mask_loss, "vocab_size": vocab_size}
+        self._slice = {
+            "seq_length": seq_length,
+            "pieces": self.pieces,
+            "document_masking": document_masking,
+            "eod": eod,
+            "eod_mask_loss": eod_mask_loss,
+            "vocab_size": vocab_size,
+        }
         self._next: tuple[int, Future] | None = None
 
     def read(self, clock: int) -> list[Batch]:
@@ -63,11 +90,17 @@ class Loader:
     def _read(self, clock: int) -> list[Batch]:
         number, rest = divmod(clock - self.start, self.seq_length)
         assert number >= 0 and rest == 0, (clock, self.start, self.seq_length)
-        firsts = [number + (j * self.dp_size + self.dp_rank) * self.micro_batch_size
-                  for j in range(self.num_microbatches)]
-        samples = self.mixture.samples([first + i for first in firsts for i in range(self.micro_batch_size)])
-        batches = [read_batch(samples[at:at + self.micro_batch_size], **self._slice)
-                   for at in range(0, len(samples), self.micro_batch_size)]
+        firsts = [
+            number + (j * self.dp_size + self.dp_rank) * self.micro_batch_size
+            for j in range(self.num_microbatches)
+        ]
+        samples = self.mixture.samples(
+            [first + i for first in firsts for i in range(self.micro_batch_size)]
+        )
+        batches = [
+            read_batch(samples[at : at + self.micro_batch_size], **self._slice)
+            for at in range(0, len(samples), self.micro_batch_size)
+        ]
         for batch, first in zip(batches, firsts, strict=True):
             batch.digest = digest(batch, self.pieces, (first - number) * self.seq_length)
         return batches

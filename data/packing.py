@@ -43,7 +43,9 @@ class Place:
 
     def documents_read(self, stream: DocumentStream) -> int:
         """Documents whose first token was read before, over all epochs."""
-        return stream.documents_before(self.position) - int((stream.locate(self.held).offsets == 0).sum())
+        return stream.documents_before(self.position) - int(
+            (stream.locate(self.held).offsets == 0).sum()
+        )
 
     def epoch_end(self, stream: DocumentStream) -> int:
         """Stream position at which the epoch under way ends; at such a position it is that one, and at 0 the first."""
@@ -53,7 +55,13 @@ class Place:
 class Concat:
     """Sample j holds tokens [j x seq_length, (j + 1) x seq_length) of what is unread."""
 
-    def __init__(self, stream: DocumentStream, place: Place, seq_length: int, mark: tuple[int, int] | None = None):
+    def __init__(
+        self,
+        stream: DocumentStream,
+        place: Place,
+        seq_length: int,
+        mark: tuple[int, int] | None = None,
+    ):
         self.stream, self.place, self.seq_length = stream, place, seq_length
         self._held_ends = np.cumsum(place.held[:, 1])
         self._held_tokens = int(self._held_ends[-1]) if len(place.held) else 0
@@ -62,22 +70,36 @@ class Concat:
         start, stop = number * self.seq_length, (number + 1) * self.seq_length
         if start >= self._held_tokens:
             position = self.place.position + start - self._held_tokens
-            return Sample(self.stream, np.array([[position, self.seq_length]]), position + self.seq_length)
+            return Sample(
+                self.stream, np.array([[position, self.seq_length]]), position + self.seq_length
+            )
         parts = [self._held_part(start, stop)]
         if stop > self._held_tokens:
             start = max(start, self._held_tokens)
-            parts.append(np.array([[self.place.position + start - self._held_tokens, stop - start]]))
+            parts.append(
+                np.array([[self.place.position + start - self._held_tokens, stop - start]])
+            )
         following = self._held_part(stop, stop + 1)
-        after = int(following[0, 0]) if len(following) else self.place.position + stop - self._held_tokens
+        after = (
+            int(following[0, 0])
+            if len(following)
+            else self.place.position + stop - self._held_tokens
+        )
         return Sample(self.stream, np.concatenate(parts), after)
 
     def _held_part(self, start: int, stop: int) -> np.ndarray:
         """The intervals of held tokens [start, stop), as far as there are any."""
         begins = self._held_ends - self.place.held[:, 1]
-        low, high = np.searchsorted(self._held_ends, start, side="right"), np.searchsorted(begins, stop, side="left")
+        low, high = (
+            np.searchsorted(self._held_ends, start, side="right"),
+            np.searchsorted(begins, stop, side="left"),
+        )
         cut_start = np.maximum(begins[low:high], start)
         cut_stop = np.minimum(self._held_ends[low:high], stop)
-        return np.stack([self.place.held[low:high, 0] + cut_start - begins[low:high], cut_stop - cut_start], axis=1)
+        return np.stack(
+            [self.place.held[low:high, 0] + cut_start - begins[low:high], cut_stop - cut_start],
+            axis=1,
+        )
 
     def tokens(self, samples: int) -> int:
         """Tokens that the first `samples` hold."""
@@ -86,8 +108,10 @@ class Concat:
     def after(self, samples: int) -> Place:
         """What is unread after the first `samples`."""
         read = samples * self.seq_length
-        return Place(self.place.position + max(0, read - self._held_tokens),
-                     self._held_part(read, max(read, self._held_tokens)))
+        return Place(
+            self.place.position + max(0, read - self._held_tokens),
+            self._held_part(read, max(read, self._held_tokens)),
+        )
 
     def samples_before(self, position: int) -> int:
         """Samples that hold nothing from stream position `position` on."""
@@ -112,7 +136,7 @@ class _Window(NamedTuple):
 
     def of_samples(self, first: int, last: int) -> np.ndarray:
         """Intervals of samples [first, last), in the order of the stream."""
-        return self.intervals[np.sort(self.order[self.begins[first]:self.begins[last]])]
+        return self.intervals[np.sort(self.order[self.begins[first] : self.begins[last]])]
 
 
 class BestFit:
@@ -122,7 +146,13 @@ class BestFit:
     packed; `mark` = (window, samples before it), from an earlier run, saves that.
     """
 
-    def __init__(self, stream: DocumentStream, place: Place, seq_length: int, mark: tuple[int, int] | None = None):
+    def __init__(
+        self,
+        stream: DocumentStream,
+        place: Place,
+        seq_length: int,
+        mark: tuple[int, int] | None = None,
+    ):
         self.stream, self.place, self.seq_length = stream, place, seq_length
         self._first, (before) = mark if mark else (0, 0)
         self._before = [before]  # samples before window self._first + i
@@ -159,7 +189,11 @@ class BestFit:
         """Samples of the windows before stream position `position`, an epoch's end. Packs them all."""
         windows = self._windows_in_rest
         if position > self._epoch_end:
-            windows += (position - self._epoch_end) // self.stream.tokens_per_epoch * self._windows_in_epoch
+            windows += (
+                (position - self._epoch_end)
+                // self.stream.tokens_per_epoch
+                * self._windows_in_epoch
+            )
         while self._first + len(self._before) - 1 < windows:
             self._count(windows - self._first - len(self._before) + 1)
         return self._before[windows - self._first]
@@ -192,8 +226,12 @@ class BestFit:
             counts = [self._window(first).samples]
         else:
             with ThreadPoolExecutor(usable_cores()) as pool:
-                counts = list(pool.map(lambda window: self._pack(window).samples,
-                                       range(first, first + min(windows, 4 * usable_cores()))))
+                counts = list(
+                    pool.map(
+                        lambda window: self._pack(window).samples,
+                        range(first, first + min(windows, 4 * usable_cores())),
+                    )
+                )
         for count in counts:
             self._before.append(self._before[-1] + count)
 
@@ -209,8 +247,12 @@ class BestFit:
     def _edges(self, number: int) -> tuple[int, int]:
         """Stream positions of a window: documents that begin in them are its."""
         if number < self._windows_in_rest:
-            start, size, place, parts = self.place.position, self._epoch_end - self.place.position, number, \
-                self._windows_in_rest
+            start, size, place, parts = (
+                self.place.position,
+                self._epoch_end - self.place.position,
+                number,
+                self._windows_in_rest,
+            )
         else:
             epoch, place = divmod(number - self._windows_in_rest, self._windows_in_epoch)
             size, parts = self.stream.tokens_per_epoch, self._windows_in_epoch
@@ -221,7 +263,9 @@ class BestFit:
         low, high = self._edges(number)
         start = low if number == 0 else self.stream.document_start(low)
         end = self.stream.document_start(high)
-        unread = np.array([[start, end - start]]) if end > start else np.empty((0, 2), dtype=np.int64)
+        unread = (
+            np.array([[start, end - start]]) if end > start else np.empty((0, 2), dtype=np.int64)
+        )
         if number == 0:
             unread = np.concatenate([self.place.held, unread])
         intervals = _cut(unread, self.stream.locate(unread), self.seq_length)
@@ -241,8 +285,14 @@ PACKINGS: dict[str, type[Concat] | type[BestFit]] = {"concat": Concat, "best_fit
 def _cut(unread, spans, seq_length: int) -> np.ndarray:
     """Documents as stream intervals int64 [pieces, 2], those longer than a sample cut into full ones and a rest."""
     begins = np.cumsum(spans.lengths) - spans.lengths
-    first = np.searchsorted(spans.intervals, np.arange(len(unread)))  # the first span of each interval
-    starts = begins - begins[first][spans.intervals] + unread[:, 0][spans.intervals] if len(unread) else begins
+    first = np.searchsorted(
+        spans.intervals, np.arange(len(unread))
+    )  # the first span of each interval
+    starts = (
+        begins - begins[first][spans.intervals] + unread[:, 0][spans.intervals]
+        if len(unread)
+        else begins
+    )
     pieces = -(-spans.lengths // seq_length)
     number = np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     cut_starts = np.repeat(starts, pieces) + number * seq_length
@@ -302,12 +352,80 @@ def _by_bin(bins, begins):
 @numba.njit(inline="always")
 def _lowest_bit(word):
     """Number of the lowest bit that is set in a uint64 other than 0 (de Bruijn multiplication)."""
-    return DEBRUIJN[((word & (~word + np.uint64(1))) * np.uint64(0x03F79D71B4CB0A89)) >> np.uint64(58)]
+    return DEBRUIJN[
+        ((word & (~word + np.uint64(1))) * np.uint64(0x03F79D71B4CB0A89)) >> np.uint64(58)
+    ]
 
 
-DEBRUIJN = np.array([0, 1, 48, 2, 57, 49, 28, 3, 61, 58, 50, 42, 38, 29, 17, 4, 62, 55, 59, 36, 53, 51, 43, 22, 45, 39,
-                     33, 30, 24, 18, 12, 5, 63, 47, 56, 27, 60, 41, 37, 16, 54, 35, 52, 21, 44, 32, 23, 11, 46, 26, 40,
-                     15, 34, 20, 31, 10, 25, 14, 19, 9, 13, 8, 7, 6], dtype=np.int64)
+DEBRUIJN = np.array(
+    [
+        0,
+        1,
+        48,
+        2,
+        57,
+        49,
+        28,
+        3,
+        61,
+        58,
+        50,
+        42,
+        38,
+        29,
+        17,
+        4,
+        62,
+        55,
+        59,
+        36,
+        53,
+        51,
+        43,
+        22,
+        45,
+        39,
+        33,
+        30,
+        24,
+        18,
+        12,
+        5,
+        63,
+        47,
+        56,
+        27,
+        60,
+        41,
+        37,
+        16,
+        54,
+        35,
+        52,
+        21,
+        44,
+        32,
+        23,
+        11,
+        46,
+        26,
+        40,
+        15,
+        34,
+        20,
+        31,
+        10,
+        25,
+        14,
+        19,
+        9,
+        13,
+        8,
+        7,
+        6,
+    ],
+    dtype=np.int64,
+)
 
 
 @numba.njit(nogil=True, cache=True)

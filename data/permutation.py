@@ -92,7 +92,9 @@ def permuted_batch(start, permutation, low, high, out):
     for k in range(0, ROUNDS, 2):
         for i in range(count):
             moved = uint32(low[i] + _hash_below(high[i], keys[k], a))
-            low[i] = min(moved, uint32(moved - a))  # unsigned: below a, the difference wraps to a large number
+            low[i] = min(
+                moved, uint32(moved - a)
+            )  # unsigned: below a, the difference wraps to a large number
         for i in range(count):
             moved = uint32(high[i] + _hash_below(low[i], keys[k + 1], b))
             high[i] = min(moved, uint32(moved - b))
@@ -108,5 +110,5 @@ def fill_permuted(permutation, start, out):
     """out[i] = where start + i goes."""
     low, high = np.empty(BATCH, dtype=np.uint32), np.empty(BATCH, dtype=np.uint32)
     for first in range(0, len(out), BATCH):
-        part = out[first:first + BATCH]
+        part = out[first : first + BATCH]
         permuted_batch(start + first, permutation, low, high, part)

@@ -36,13 +36,17 @@ class ResumableWriter(IndexedWriter):
         return Path(f"{self.prefix}.{end}.partial")
 
     def _open_bin(self, path: Path) -> BinaryIO:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # not emptied: `restore` may want it
+        descriptor = os.open(
+            path, os.O_RDWR | os.O_CREAT, 0o666
+        )  # not emptied: `restore` may want it
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise ValueError(f"output_prefix = {self.prefix}: another run is writing {path} now. Fix: wait for it, or "
-                             "give another prefix.") from None
+            raise ValueError(
+                f"output_prefix = {self.prefix}: another run is writing {path} now. Fix: wait for it, or "
+                "give another prefix."
+            ) from None
         except OSError:
             pass  # a file system without locks
         return os.fdopen(descriptor, "wb", buffering=COPY_BYTES)
@@ -51,9 +55,11 @@ class ResumableWriter(IndexedWriter):
         """The note of the last `save` of an earlier process; None if there is none, or files of it are missing."""
         try:
             state = json.loads(self._progress.read_text(encoding="utf-8"))
-            whole = (self._temporary["bin"].stat().st_size >= state["bytes"]
-                     and self._tables["lengths"].stat().st_size >= 4 * state["sequences"]
-                     and self._tables["documents"].stat().st_size >= 8 * state["documents"])
+            whole = (
+                self._temporary["bin"].stat().st_size >= state["bytes"]
+                and self._tables["lengths"].stat().st_size >= 4 * state["sequences"]
+                and self._tables["documents"].stat().st_size >= 8 * state["documents"]
+            )
             self._state = state if whole else None
         except (OSError, ValueError, KeyError, TypeError):
             self._state = None
@@ -65,9 +71,9 @@ class ResumableWriter(IndexedWriter):
         assert state is not None
         self._bin.truncate(state["bytes"])
         self._bin.seek(state["bytes"])
-        self._lengths = array("i", self._tables["lengths"].read_bytes()[:4 * state["sequences"]])
+        self._lengths = array("i", self._tables["lengths"].read_bytes()[: 4 * state["sequences"]])
         self._documents = array("q", [0])
-        self._documents.frombytes(self._tables["documents"].read_bytes()[:8 * state["documents"]])
+        self._documents.frombytes(self._tables["documents"].read_bytes()[: 8 * state["documents"]])
         self.num_tokens, self.max_token_id = state["tokens"], state["max_token_id"]
 
     def discard(self) -> None:
@@ -85,16 +91,26 @@ class ResumableWriter(IndexedWriter):
             ValueError: the disk is full; what was saved before still counts.
         """
         old = self._state or {"sequences": 0, "documents": 0}
-        state = {"bytes": self.num_tokens * self.dtype.itemsize, "sequences": len(self._lengths),
-                 "documents": self.num_documents, "tokens": self.num_tokens, "max_token_id": self.max_token_id,
-                 "note": note}
+        state = {
+            "bytes": self.num_tokens * self.dtype.itemsize,
+            "sequences": len(self._lengths),
+            "documents": self.num_documents,
+            "tokens": self.num_tokens,
+            "max_token_id": self.max_token_id,
+            "note": note,
+        }
         with self._explained("bin"):
             self._bin.flush()
             os.fsync(self._bin.fileno())
-        tables = {"lengths": (4, self._lengths[old["sequences"]:]),
-                  "documents": (8, self._documents[1 + old["documents"]:])}
+        tables = {
+            "lengths": (4, self._lengths[old["sequences"] :]),
+            "documents": (8, self._documents[1 + old["documents"] :]),
+        }
         for name, (itemsize, numbers) in tables.items():
-            with self._explained(name, itemsize * len(numbers)), open(self._tables[name], "ab") as file:
+            with (
+                self._explained(name, itemsize * len(numbers)),
+                open(self._tables[name], "ab") as file,
+            ):
                 file.truncate(itemsize * old["sequences" if name == "lengths" else "documents"])
                 file.write(numbers.tobytes())
                 file.flush()
@@ -119,8 +135,10 @@ class ResumableWriter(IndexedWriter):
     def _what_is_kept(self) -> str:
         if self._state is None:
             return super()._what_is_kept()
-        return (f"What is done stays in {self.prefix}.*.partial, and the same command goes on from there; what stood "
-                f"at {self.prefix} before is as it was.")
+        return (
+            f"What is done stays in {self.prefix}.*.partial, and the same command goes on from there; what stood "
+            f"at {self.prefix} before is as it was."
+        )
 
     def abort(self) -> None:
         """Keep what was last saved, and nothing else."""

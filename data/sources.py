@@ -33,16 +33,28 @@ class Corpus:
     empty: dict[str, int] = field(default_factory=dict)
     """Prefix -> documents without a token, which are never drawn; only those that have some."""
 
-    def settings(self, seq_length: int, words: Sequence[str], field: str, packing, exhausted) -> DataSettings:
+    def settings(
+        self, seq_length: int, words: Sequence[str], field: str, packing, exhausted
+    ) -> DataSettings:
         """The settings of a segment that draws from `words`; sources without weights count by their tokens."""
         entries = parse_blend(words, field) if words else [(1.0, SourceName(MOCK))]
-        blend = tuple((float(self.train[str(source)].tokens_per_epoch if weight is None else weight), str(source))
-                      for weight, source in entries)
+        blend = tuple(
+            (
+                float(self.train[str(source)].tokens_per_epoch if weight is None else weight),
+                str(source),
+            )
+            for weight, source in entries
+        )
         return DataSettings(seq_length, blend, packing, exhausted)
 
 
-def open_corpus(config: DataConfig, seed: int, vocab_size: int, tokenizer: dict | None = None,
-                phase_blends: Sequence[Sequence[str]] = ()) -> Corpus:
+def open_corpus(
+    config: DataConfig,
+    seed: int,
+    vocab_size: int,
+    tokenizer: dict | None = None,
+    phase_blends: Sequence[Sequence[str]] = (),
+) -> Corpus:
     """Open all sources that the run or one of its phases names.
 
     Args:
@@ -68,7 +80,9 @@ def open_corpus(config: DataConfig, seed: int, vocab_size: int, tokenizer: dict 
                 continue
             parts = opener.split(opener.reader(source.prefix), source, is_split)
             if "train" not in parts:
-                raise ValueError(f"{source}: has no document to train on. Fix: another split or range of lengths.")
+                raise ValueError(
+                    f"{source}: has no document to train on. Fix: another split or range of lengths."
+                )
             train[str(source)] = parts["train"]
             if "valid" in parts:
                 valid_parts.append((weight, source, parts["valid"]))
@@ -83,7 +97,12 @@ class _Opener:
     """Opens prefixes once each and cuts their documents into streams."""
 
     def __init__(self, config: DataConfig, seed: int, vocab_size: int, tokenizer: dict | None):
-        self.config, self.seed, self.vocab_size, self.tokenizer = config, seed, vocab_size, tokenizer
+        self.config, self.seed, self.vocab_size, self.tokenizer = (
+            config,
+            seed,
+            vocab_size,
+            tokenizer,
+        )
         self.cache, self.files = IndexCache(config.data_cache_path), OpenFiles()
         self._readers: dict[str, IndexedReader] = {}
         self.empty: dict[str, int] = {}
@@ -95,21 +114,30 @@ class _Opener:
                 self.empty[prefix] = empty
         return self._readers[prefix]
 
-    def split(self, reader: IndexedReader | SyntheticReader, source: SourceName,
-              is_split: bool = True) -> dict[str, DocumentStream]:
+    def split(
+        self, reader: IndexedReader | SyntheticReader, source: SourceName, is_split: bool = True
+    ) -> dict[str, DocumentStream]:
         """Split name -> stream of the source's documents, "train" and "valid" as far as they have any."""
         split = self.config.split if is_split else "1"
         if parse_split(split)[0] == 1 and source == SourceName(source.prefix):
             return {"train": DocumentStream(reader, None, self.seed, self.cache)}
-        key = {"what": "documents", "split": split, "seed": self.seed, "low": source.low, "high": source.high,
-               "corpus": reader.fingerprint()}
+        key = {
+            "what": "documents",
+            "split": split,
+            "seed": self.seed,
+            "low": source.low,
+            "high": source.high,
+            "corpus": reader.fingerprint(),
+        }
         found = self.cache.get(key, lambda: self._select(reader, source, split))
         streams = {}
         for name in SPLITS[:2]:
             documents = found[name]
             if len(documents):
                 everything = len(documents) == len(reader.document_lengths)
-                streams[name] = DocumentStream(reader, None if everything else documents, self.seed, self.cache)
+                streams[name] = DocumentStream(
+                    reader, None if everything else documents, self.seed, self.cache
+                )
         return streams
 
     def _select(self, reader, source: SourceName, split: str) -> dict[str, np.ndarray]:
@@ -119,21 +147,28 @@ class _Opener:
         full = np.flatnonzero(lengths) if int(lengths.min()) == 0 else None
         count = len(lengths) if full is None else len(full)
         if count == 0:
-            raise ValueError(f"{reader.prefix}: no document has a token. Fix: give a corpus that is not empty.")
+            raise ValueError(
+                f"{reader.prefix}: no document has a token. Fix: give a corpus that is not empty."
+            )
         parts = split_documents(count, split, self.seed)
         if full is not None:
             parts = {name: full[part] for name, part in parts.items()}
         if source.low > 1 or source.high is not None:
             high = np.iinfo(np.int64).max if source.high is None else source.high
-            parts = {name: part[(lengths[part] >= source.low) & (lengths[part] < high)]
-                     for name, part in parts.items()}
+            parts = {
+                name: part[(lengths[part] >= source.low) & (lengths[part] < high)]
+                for name, part in parts.items()
+            }
         return {name: parts[name] for name in SPLITS[:2]}
 
     def _open(self, prefix: str) -> IndexedReader:
         """Open a pair; check its tokenizer, and its ids where that is cheap: by a scan, its dtype or its side file."""
         reader = IndexedReader(prefix, self.files)
         side, limits = read_side_file(prefix), np.iinfo(reader.dtype)
-        belongs = side and (side["documents"], side["tokens"]) == (reader.num_documents, reader.num_tokens)
+        belongs = side and (side["documents"], side["tokens"]) == (
+            reader.num_documents,
+            reader.num_tokens,
+        )
         if belongs and self.tokenizer and side.get("tokenizer"):
             _check_tokenizer(prefix, side["tokenizer"], self.tokenizer)
         low, high = 0, -1
@@ -143,12 +178,16 @@ class _Opener:
             elif belongs:
                 high = side["max_token_id"]
         if low < 0 or high >= self.vocab_size:
-            raise ValueError(f"{prefix}: holds token id {low if low < 0 else high}; ids must be in [0, vocab_size = "
-                             f"{self.vocab_size}). Fix: give the tokenizer (or --vocab-size) that made the corpus.")
+            raise ValueError(
+                f"{prefix}: holds token id {low if low < 0 else high}; ids must be in [0, vocab_size = "
+                f"{self.vocab_size}). Fix: give the tokenizer (or --vocab-size) that made the corpus."
+            )
         return reader
 
 
-def _own_validation(words: Sequence[str], opener: _Opener, train: dict[str, DocumentStream]) -> dict[str, Blend]:
+def _own_validation(
+    words: Sequence[str], opener: _Opener, train: dict[str, DocumentStream]
+) -> dict[str, Blend]:
     """`name=prefix` entries are a set each; anything else is one blend, named "valid"."""
     trained = {stream.reader.fingerprint(): name for name, stream in train.items()}
     sets: dict[str, Blend] = {}
@@ -158,36 +197,56 @@ def _own_validation(words: Sequence[str], opener: _Opener, train: dict[str, Docu
         blends = [("valid", list(words))]
     for name, blend in blends:
         if name in sets:
-            raise ValueError(f"valid_data_path: the name {name!r} stands twice. Fix: give each set its own name.")
+            raise ValueError(
+                f"valid_data_path: the name {name!r} stands twice. Fix: give each set its own name."
+            )
         sets[name] = []
         for weight, source in parse_blend(blend, "valid_data_path"):
             reader = opener.reader(source.prefix)
             if reader.fingerprint() in trained:
-                raise ValueError(f"valid_data_path: {source} holds the documents of {trained[reader.fingerprint()]}, "
-                                 "which is trained on. Fix: other documents, or --data-path with --split.")
+                raise ValueError(
+                    f"valid_data_path: {source} holds the documents of {trained[reader.fingerprint()]}, "
+                    "which is trained on. Fix: other documents, or --data-path with --split."
+                )
             parts = opener.split(reader, source, is_split=False)
             if "train" not in parts:
-                raise ValueError(f"valid_data_path: {source} has no document. Fix: another range of lengths.")
+                raise ValueError(
+                    f"valid_data_path: {source} has no document. Fix: another range of lengths."
+                )
             stream = parts["train"]
-            sets[name].append((float(stream.tokens_per_epoch if weight is None else weight), stream))
+            sets[name].append(
+                (float(stream.tokens_per_epoch if weight is None else weight), stream)
+            )
     return sets
 
 
-def _split_validation(parts: Sequence[tuple[float | None, SourceName, DocumentStream]]) -> dict[str, Blend]:
+def _split_validation(
+    parts: Sequence[tuple[float | None, SourceName, DocumentStream]],
+) -> dict[str, Blend]:
     """What --split leaves: one set per source, or one blend of very many."""
     if len(parts) == 1:
         return {"valid": [(1.0, parts[0][2])]}
     if len(parts) > NAMED_SPLITS:
-        return {"valid": [(float(stream.tokens_per_epoch if weight is None else weight), stream)
-                          for weight, _, stream in parts]}
-    short = [str(SourceName(Path(source.prefix).name, source.low, source.high)) for _, source, _ in parts]
-    return {name if short.count(name) == 1 else str(source): [(1.0, stream)]
-            for name, (_, source, stream) in zip(short, parts, strict=True)}
+        return {
+            "valid": [
+                (float(stream.tokens_per_epoch if weight is None else weight), stream)
+                for weight, _, stream in parts
+            ]
+        }
+    short = [
+        str(SourceName(Path(source.prefix).name, source.low, source.high)) for _, source, _ in parts
+    ]
+    return {
+        name if short.count(name) == 1 else str(source): [(1.0, stream)]
+        for name, (_, source, stream) in zip(short, parts, strict=True)
+    }
 
 
 def _check_tokenizer(prefix: str, theirs: dict, ours: dict) -> None:
     """Raises ValueError unless the corpus was made with the run's tokenizer (ids without one always pass)."""
     sizes = {"vocab_size": None}  # rows of the model, which may be more than the corpus needs
     if not same_tokenizer(theirs | sizes, ours | sizes):
-        raise ValueError(f"{prefix}: was made with another tokenizer: {theirs}; this run has {ours}. Fix: give the "
-                         "tokenizer that made the corpus, or preprocess the text again.")
+        raise ValueError(
+            f"{prefix}: was made with another tokenizer: {theirs}; this run has {ours}. Fix: give the "
+            "tokenizer that made the corpus, or preprocess the text again."
+        )

@@ -33,7 +33,9 @@ class Reader(Protocol):
     prefix: str
     document_lengths: np.ndarray
 
-    def read_spans(self, documents: np.ndarray, offsets: np.ndarray, lengths: np.ndarray, out: np.ndarray) -> None: ...
+    def read_spans(
+        self, documents: np.ndarray, offsets: np.ndarray, lengths: np.ndarray, out: np.ndarray
+    ) -> None: ...
 
     def fingerprint(self) -> str: ...
 
@@ -66,7 +68,13 @@ class DocumentStream:
     num_documents, tokens_per_epoch.
     """
 
-    def __init__(self, reader: Reader, documents: np.ndarray | None, seed: int, cache: IndexCache | None = None):
+    def __init__(
+        self,
+        reader: Reader,
+        documents: np.ndarray | None,
+        seed: int,
+        cache: IndexCache | None = None,
+    ):
         """
         Args:
             documents: ids of the documents to stream, ascending; None = all.
@@ -75,7 +83,9 @@ class DocumentStream:
         Raises:
             ValueError: the documents hold no token.
         """
-        lengths = reader.document_lengths if documents is None else reader.document_lengths[documents]
+        lengths = (
+            reader.document_lengths if documents is None else reader.document_lengths[documents]
+        )
         if len(lengths) and int(lengths.min()) == 0:
             keep = np.flatnonzero(lengths)
             documents, lengths = keep if documents is None else documents[keep], lengths[keep]
@@ -83,8 +93,10 @@ class DocumentStream:
         self.num_documents = len(lengths)
         self.tokens_per_epoch = int(lengths.sum(dtype=np.int64))
         if self.tokens_per_epoch == 0:
-            raise ValueError(f"{reader.prefix}: no document has a token. Fix: give a corpus that is not empty, another "
-                             "split, or another range of lengths.")
+            raise ValueError(
+                f"{reader.prefix}: no document has a token. Fix: give a corpus that is not empty, another "
+                "split, or another range of lengths."
+            )
         self._cache = cache or IndexCache(None)
         self._epochs: dict[int, _Epoch] = {}
         self._lock = threading.Lock()
@@ -128,7 +140,11 @@ class DocumentStream:
         if local == 0:
             return epoch * self.num_documents
         permutation, blocks = self._epoch(epoch)
-        return epoch * self.num_documents + int(_find_document(local - 1, self.lengths, permutation, blocks)[0]) + 1
+        return (
+            epoch * self.num_documents
+            + int(_find_document(local - 1, self.lengths, permutation, blocks)[0])
+            + 1
+        )
 
     def first_documents(self, count: int, at_least: int) -> list[int]:
         """Numbers in the reader of the stream's first `count` documents that have `at_least` tokens, each once."""
@@ -156,15 +172,21 @@ class DocumentStream:
         """JSON-able identity of what the stream reads: the files, and which of their documents."""
         if self._identity is None:
             selection = "all" if self.documents is None else _hash_ids(self.documents)
-            self._identity = {"corpus": self.reader.fingerprint(), "documents": self.num_documents,
-                              "tokens": self.tokens_per_epoch, "selection": selection}
+            self._identity = {
+                "corpus": self.reader.fingerprint(),
+                "documents": self.num_documents,
+                "tokens": self.tokens_per_epoch,
+                "selection": selection,
+            }
         return self._identity
 
     def _locate_in(self, epoch: int, intervals: np.ndarray, numbers: np.ndarray) -> Spans:
         """The spans of intervals that lie in one epoch; `numbers`: what to call them."""
         permutation, blocks = self._epoch(epoch)
         starts = intervals[:, 0] - epoch * self.tokens_per_epoch
-        documents, *rest, found = _find_spans(starts, intervals[:, 1], self.lengths, permutation, blocks)
+        documents, *rest, found = _find_spans(
+            starts, intervals[:, 1], self.lengths, permutation, blocks
+        )
         if self.documents is not None:
             documents = self.documents[documents].astype(np.int64)
         return Spans(documents, *rest, numbers[found])
@@ -173,8 +195,15 @@ class DocumentStream:
         with self._lock:
             if epoch not in self._epochs:
                 permutation = Permutation.make(self.num_documents, self.seed, EPOCH_PURPOSE, epoch)
-                key = {"what": "offsets", "block": BLOCK, "seed": self.seed, "epoch": epoch} | self.fingerprint()
-                arrays = self._cache.get(key, lambda: {"blocks": _prefix_offsets(self.lengths, permutation)})
+                key = {
+                    "what": "offsets",
+                    "block": BLOCK,
+                    "seed": self.seed,
+                    "epoch": epoch,
+                } | self.fingerprint()
+                arrays = self._cache.get(
+                    key, lambda: {"blocks": _prefix_offsets(self.lengths, permutation)}
+                )
                 while len(self._epochs) >= KEPT_EPOCHS:
                     del self._epochs[next(iter(self._epochs))]
                 self._epochs[epoch] = _Epoch(permutation, arrays["blocks"])
@@ -217,7 +246,7 @@ def _hash_ids(ids: np.ndarray) -> str:
     """xxh3 of the numbers as int64, hex, a block at a time."""
     digest = xxhash.xxh3_128()
     for start in range(0, len(ids), 1 << 20):
-        digest.update(np.ascontiguousarray(ids[start:start + (1 << 20)], dtype=np.int64))
+        digest.update(np.ascontiguousarray(ids[start : start + (1 << 20)], dtype=np.int64))
     return digest.hexdigest()
 
 
@@ -237,7 +266,7 @@ def _prefix_offsets(lengths: np.ndarray, permutation: Permutation) -> np.ndarray
     starts = range(0, blocks, share)
 
     def work(start: int) -> None:
-        _sum_blocks(lengths, permutation, start, offsets[1 + start:1 + start + share])
+        _sum_blocks(lengths, permutation, start, offsets[1 + start : 1 + start + share])
 
     if len(starts) == 1:  # most sources are small, and there may be thousands
         work(0)
@@ -269,7 +298,9 @@ def _deal(permutation, ends, train, valid, test):
     ranks = np.empty(BATCH, dtype=np.int64)
     for document in range(permutation.size):
         if document % BATCH == 0:
-            permuted_batch(document, permutation, low, high, ranks[:min(BATCH, permutation.size - document)])
+            permuted_batch(
+                document, permutation, low, high, ranks[: min(BATCH, permutation.size - document)]
+            )
         rank = ranks[document % BATCH]
         if rank < ends[0]:
             train[counts[0]] = document
@@ -308,7 +339,10 @@ def _find_spans(starts, counts, lengths, permutation, blocks):
             continue
         position, end = starts[i], starts[i] + counts[i]
         place, document, start = _find_document(position, lengths, permutation, blocks)
-        single, next_batch = place + BLOCK, place + BLOCK  # a batch pays where an interval has many documents
+        single, next_batch = (
+            place + BLOCK,
+            place + BLOCK,
+        )  # a batch pays where an interval has many documents
         while True:
             if used == room:
                 room *= 2

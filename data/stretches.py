@@ -23,8 +23,14 @@ class Stretch(NamedTuple):
     stretch."""
 
 
-def lay_out(stretches: Sequence[Stretch], total: int, pieces: Sequence[tuple[int, int]], *, padding: int,
-            vocab_size: int) -> Batch:
+def lay_out(
+    stretches: Sequence[Stretch],
+    total: int,
+    pieces: Sequence[tuple[int, int]],
+    *,
+    padding: int,
+    vocab_size: int,
+) -> Batch:
     """A microbatch of `total` tokens: the stretches one after another, then padding, in segments of its own.
 
     Args:
@@ -50,18 +56,26 @@ def lay_out(stretches: Sequence[Stretch], total: int, pieces: Sequence[tuple[int
         at += high - low
     positions = np.empty(size, dtype=np.int64)
     fill_positions(cu_seqlens, np.array(pieces, dtype=np.int64), positions)
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(positions),
-                 torch.from_numpy(cu_seqlens.astype(np.int32)))
+    return Batch(
+        torch.from_numpy(tokens),
+        torch.from_numpy(labels),
+        torch.from_numpy(positions),
+        torch.from_numpy(cu_seqlens.astype(np.int32)),
+    )
 
 
-def _part(stretch: Stretch, first: int, last: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+def _part(
+    stretch: Stretch, first: int, last: int, vocab_size: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [first, last) of a stretch and their labels."""
     count = last - first
     following = last < stretch.length
     ids = np.asarray(stretch.read(stretch.start + first, count + following), dtype=np.int64)
     if ids.min() < 0 or ids.max() >= vocab_size:
-        raise ValueError(f"token id {ids.min() if ids.min() < 0 else ids.max()} in the validation data: must be in [0, "
-                         f"vocab_size = {vocab_size}). Fix: give the tokenizer (or --vocab-size) that made the corpus.")
+        raise ValueError(
+            f"token id {ids.min() if ids.min() < 0 else ids.max()} in the validation data: must be in [0, "
+            f"vocab_size = {vocab_size}). Fix: give the tokenizer (or --vocab-size) that made the corpus."
+        )
     labels = np.full(count, IGNORE, dtype=np.int64)
     offset = stretch.start + first + 1  # number of the token that labels[0] may name
     for low, high in stretch.targets.tolist():

@@ -20,13 +20,21 @@ class SyntheticReader:
         self.document_lengths = (16 * 512.0 ** (draws / 2.0**53)).astype(np.int64)
         self.num_documents, self.num_tokens = num_documents, int(self.document_lengths.sum())
         size = np.uint64(vocab_size)
-        self._motifs = (_keyed(np.arange(self.POOL * self.MOTIF, dtype=np.uint64), seed, 2) % size).astype(np.int64)
+        self._motifs = (
+            _keyed(np.arange(self.POOL * self.MOTIF, dtype=np.uint64), seed, 2) % size
+        ).astype(np.int64)
 
-    def read_spans(self, documents: np.ndarray, offsets: np.ndarray, lengths: np.ndarray, out: np.ndarray) -> None:
+    def read_spans(
+        self, documents: np.ndarray, offsets: np.ndarray, lengths: np.ndarray, out: np.ndarray
+    ) -> None:
         """Copy tokens [offset, offset + length) of each document one after another into `out`, int64."""
         ends = np.cumsum(lengths)
-        places = (np.arange(len(out)) + np.repeat(offsets - (ends - lengths), lengths)).astype(np.uint64)
-        blocks = places // np.uint64(self.MOTIF) + (np.repeat(documents, lengths).astype(np.uint64) << np.uint64(32))
+        places = (np.arange(len(out)) + np.repeat(offsets - (ends - lengths), lengths)).astype(
+            np.uint64
+        )
+        blocks = places // np.uint64(self.MOTIF) + (
+            np.repeat(documents, lengths).astype(np.uint64) << np.uint64(32)
+        )
         motifs = _keyed(blocks, self.seed, 3) % np.uint64(self.POOL)
         out[:] = self._motifs[motifs * np.uint64(self.MOTIF) + places % np.uint64(self.MOTIF)]
 

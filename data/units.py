@@ -3,7 +3,16 @@
 import re
 from decimal import Decimal
 
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+UNITS = {
+    "": 1,
+    "K": 10**3,
+    "M": 10**6,
+    "B": 10**9,
+    "T": 10**12,
+    "Ki": 2**10,
+    "Mi": 2**20,
+    "Gi": 2**30,
+}
 
 
 def parse_tokens(text: str) -> int:
@@ -14,8 +23,10 @@ def parse_tokens(text: str) -> int:
     """
     match = re.fullmatch(r"([0-9_]*\.?[0-9]+(?:[eE][0-9]+)?)\s*([A-Za-z]*)", text.strip())
     if match is None or match[2] not in UNITS:
-        raise ValueError(f"{text!r} is no token count: write a number with an optional unit of "
-                         f"{', '.join(u for u in UNITS if u)}, like 800B or 8Mi")
+        raise ValueError(
+            f"{text!r} is no token count: write a number with an optional unit of "
+            f"{', '.join(u for u in UNITS if u)}, like 800B or 8Mi"
+        )
     tokens = Decimal(match[1].replace("_", "")) * UNITS[match[2]]
     if tokens > 2**63:
         raise ValueError(f"{text!r}: must be at most 2^63 tokens")

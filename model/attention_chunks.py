@@ -14,14 +14,26 @@ import torch
 from torch.nn import functional as F
 
 from model.attention_tape import AttentionTape, empty
-from parallel.ulysses import HeadRound, gradient_of_heads, heads_to_seq, seq_to_heads, start_seq_to_heads
+from parallel.ulysses import (
+    HeadRound,
+    gradient_of_heads,
+    heads_to_seq,
+    seq_to_heads,
+    start_seq_to_heads,
+)
 
 if TYPE_CHECKING:
     from model.attention import Attention, Positions, Projections
 
 
-def attend_in_chunks(block: "Attention", x_tD: torch.Tensor, positions: "Positions", rounds: list[HeadRound],
-                     tape: AttentionTape | None, weights: "Projections") -> torch.Tensor:
+def attend_in_chunks(
+    block: "Attention",
+    x_tD: torch.Tensor,
+    positions: "Positions",
+    rounds: list[HeadRound],
+    tape: AttentionTape | None,
+    weights: "Projections",
+) -> torch.Tensor:
     """[t, D], all tokens of this rank -> the attention's output [t, N, H] before the output projection."""
     if torch.is_grad_enabled():
         return _Chunks.apply(block, positions, rounds, tape, type(weights), x_tD, *weights)
@@ -34,9 +46,13 @@ def _forward(block, x_tD, positions, rounds, tape, weights) -> torch.Tensor:
     if tape is not None and tape.playing:
         for each in rounds:
             for heads in each.query_chunks:
-                o_tNH[:, _index(heads, o_tNH.device)] = heads_to_seq(tape.next_call().output, each.query_split, axis)
+                o_tNH[:, _index(heads, o_tNH.device)] = heads_to_seq(
+                    tape.next_call().output, each.query_split, axis
+                )
         return o_tNH
-    for each, heads, q_smH, k_TkH, v_TkH, is_last in _exchanged(block, x_tD, positions, rounds, weights):
+    for each, heads, q_smH, k_TkH, v_TkH, is_last in _exchanged(
+        block, x_tD, positions, rounds, weights
+    ):
         o_smH = block.attend_to(q_smH, k_TkH, v_TkH, positions.segments, tape)
         if tape is not None:
             empty(q_smH, *((k_TkH, v_TkH) if is_last else ()))
@@ -77,7 +93,13 @@ class _Chunks(torch.autograd.Function):
         tape = tape or AttentionTape()
         o_tNH = _forward(block, x_tD, positions, rounds, tape, kind(*weights))
         tape.play()
-        ctx.block, ctx.positions, ctx.rounds, ctx.tape, ctx.kind = block, positions, rounds, tape, kind
+        ctx.block, ctx.positions, ctx.rounds, ctx.tape, ctx.kind = (
+            block,
+            positions,
+            rounds,
+            tape,
+            kind,
+        )
         ctx.save_for_backward(x_tD, *weights)
         return o_tNH
 
@@ -103,26 +125,37 @@ def _round_gradients(ctx, each: HeadRound, gradients: "_Gradients", grad_tNH: to
         else:
             sums = [total.add_(grad) for total, grad in zip(sums, grads, strict=True)]
         del grads  # nothing of one chunk exists while the next one attends
-    found = torch.autograd.grad(kv, leaves, [total.to(x.dtype) for total, x in zip(sums, kv, strict=True)])
+    found = torch.autograd.grad(
+        kv, leaves, [total.to(x.dtype) for total, x in zip(sums, kv, strict=True)]
+    )
     gradients.add(KV_FIELDS, each.kv_heads, found)
 
 
-def _exchange_kv(ctx, each: HeadRound, part: "Projections",
-                 gradients: "_Gradients") -> tuple[torch.Tensor, torch.Tensor]:
+def _exchange_kv(
+    ctx, each: HeadRound, part: "Projections", gradients: "_Gradients"
+) -> tuple[torch.Tensor, torch.Tensor]:
     block, x_tD, linear = ctx.block, gradients.x_tD, gradients.linear
     k, v = block.project_k(x_tD, ctx.positions, part, linear), block.project_v(x_tD, part, linear)
     nothing = k.detach()[:, :0]  # with a gradient it would be a whole k of zeros
     return block.gather(*seq_to_heads(nothing, k, v, each.kv_split, block.layout.cp_a2a)[1:])
 
 
-def _chunk_gradients(ctx, each: HeadRound, heads: tuple[int, ...], kv: list[torch.Tensor], gradients: "_Gradients",
-                     grad_tNH: torch.Tensor) -> list[torch.Tensor]:
+def _chunk_gradients(
+    ctx,
+    each: HeadRound,
+    heads: tuple[int, ...],
+    kv: list[torch.Tensor],
+    gradients: "_Gradients",
+    grad_tNH: torch.Tensor,
+) -> list[torch.Tensor]:
     """The gradients of keys and values from some query heads, whose own are added up."""
     part, leaves = gradients.leaves(Q_FIELDS, heads)
     with torch.enable_grad():
         q_smH = _exchange_q(ctx, each, part, gradients)
         o_smH = ctx.block.attend_to(q_smH, *kv, ctx.positions.segments, ctx.tape)
-    grad_smH = gradient_of_heads(grad_tNH[:, _index(heads, grad_tNH.device)], each.query_split, ctx.block.layout.cp_a2a)
+    grad_smH = gradient_of_heads(
+        grad_tNH[:, _index(heads, grad_tNH.device)], each.query_split, ctx.block.layout.cp_a2a
+    )
     *found, grad_k, grad_v = torch.autograd.grad(o_smH, [*leaves, *kv], grad_smH)
     gradients.add(Q_FIELDS, heads, found)
     return [grad_k, grad_v]
@@ -162,7 +195,9 @@ class _Gradients:
         # Detached: a gradient asked for in one group must not walk the graph behind x.
         self.x_tD, self.weights, self.head_size = x_tD.detach(), weights, head_size
         self.of_x = torch.zeros_like(x_tD)
-        self.of_weights = type(weights)(*(self._zeros(name, x) for name, x in weights._asdict().items()))
+        self.of_weights = type(weights)(
+            *(self._zeros(name, x) for name, x in weights._asdict().items())
+        )
 
     @staticmethod
     def _zeros(name: str, weight: torch.Tensor | None) -> torch.Tensor | None:
@@ -177,38 +212,55 @@ class _Gradients:
         part = type(part)(*(None if x is None else x.detach().requires_grad_() for x in part))
         return part, [x for x in part if x is not None]
 
-    def linear(self, x_tD: torch.Tensor, weight_rD: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def linear(
+        self, x_tD: torch.Tensor, weight_rD: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
         """F.linear, whose backward adds to `of_x`."""
         return _Linear.apply(x_tD, weight_rD, bias, self.of_x)
 
     def narrow_weights(self) -> list[torch.Tensor | None]:
         """`of_weights` in the weights' dtype."""
-        return [total if weight is None else total.to(weight.dtype)
-                for total, weight in zip(self.of_weights, self.weights, strict=True)]
+        return [
+            total if weight is None else total.to(weight.dtype)
+            for total, weight in zip(self.of_weights, self.weights, strict=True)
+        ]
 
-    def add(self, fields: tuple[str, ...], heads: tuple[int, ...], found: Sequence[torch.Tensor]) -> None:
+    def add(
+        self, fields: tuple[str, ...], heads: tuple[int, ...], found: Sequence[torch.Tensor]
+    ) -> None:
         """Take in the gradients of `leaves`."""
-        present = [name for name in self.weights._fields if name in fields and getattr(self.weights, name) is not None]
+        present = [
+            name
+            for name in self.weights._fields
+            if name in fields and getattr(self.weights, name) is not None
+        ]
         for name, grad in zip(present, found, strict=True):
             total = getattr(self.of_weights, name)
             if name.endswith("_norm"):
                 total.add_(grad)  # one for all heads
             else:
                 by_head = total.view(-1, self.head_size, *total.shape[1:])
-                by_head[_index(heads, by_head.device)] = grad.view(-1, *by_head.shape[1:])  # no head is in two groups
+                by_head[_index(heads, by_head.device)] = grad.view(
+                    -1, *by_head.shape[1:]
+                )  # no head is in two groups
 
 
 Q_FIELDS = ("q_rD", "q_bias", "q_norm")
 KV_FIELDS = ("k_rD", "v_rD", "k_bias", "v_bias", "k_norm")
 
 
-def _part(weights: "Projections", fields: tuple[str, ...], heads: tuple[int, ...], head_size: int) -> "Projections":
+def _part(
+    weights: "Projections", fields: tuple[str, ...], heads: tuple[int, ...], head_size: int
+) -> "Projections":
     """The named weights of some heads; the others are None."""
+
     def cut(name: str) -> torch.Tensor | None:
         weight = getattr(weights, name)
         if name not in fields or weight is None or name.endswith("_norm"):
             return weight if name in fields else None
-        return weight.view(-1, head_size, *weight.shape[1:])[_index(heads, weight.device)].flatten(0, 1)
+        return weight.view(-1, head_size, *weight.shape[1:])[_index(heads, weight.device)].flatten(
+            0, 1
+        )
 
     return type(weights)(*(cut(name) for name in weights._fields))
 

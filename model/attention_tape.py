@@ -52,8 +52,9 @@ class KeptCall:
             if part.untyped_storage().nbytes() == 0:
                 _move(copy.untyped_storage(), part.untyped_storage())
 
-    def gradients(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-                  grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def gradients(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         """(dq, dk, dv), for q, k, v as they were, whose memory is taken over, and the output's gradient; once."""
         for values, storage in zip(_storages((q, k, v)), _storages(self.inputs), strict=True):
             if storage.nbytes() == 0:  # else an earlier call with the same k and v has filled it

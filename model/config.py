@@ -120,28 +120,39 @@ class ModelConfig:
     @property
     def memory(self) -> MemorySettings:
         """How computing is traded for memory, before a phase changes it."""
-        given = MemorySettings(**{field.name: getattr(self, field.name) for field in fields(MemorySettings)})
+        given = MemorySettings(
+            **{field.name: getattr(self, field.name) for field in fields(MemorySettings)}
+        )
         switch = "selective" if self.recompute_activations else None
-        return replace(given, recompute_granularity=self.recompute_level(self.recompute_granularity or switch))
+        return replace(
+            given, recompute_granularity=self.recompute_level(self.recompute_granularity or switch)
+        )
 
     def recompute_level(self, asked: str | None) -> Recompute | None:
         """What is computed again under recompute_granularity `asked`, None = nothing."""
-        is_nothing = asked == "none" or asked == "selective" and set(self.recompute_modules) == {"core_attn"}
+        is_nothing = (
+            asked == "none" or asked == "selective" and set(self.recompute_modules) == {"core_attn"}
+        )
         return None if is_nothing else asked
 
     @property
     def rope(self) -> Rope:
         """The rotary embedding that these settings mean; what is left out is the type's default."""
-        return Rope.make(self.rotary_base, self.rope_type or ("llama3" if self.use_rope_scaling else "default"),
-                         {name: getattr(self, setting) for setting, (name, _) in PARAMETERS.items()})
+        return Rope.make(
+            self.rotary_base,
+            self.rope_type or ("llama3" if self.use_rope_scaling else "default"),
+            {name: getattr(self, setting) for setting, (name, _) in PARAMETERS.items()},
+        )
 
     def rope_problems(self) -> list[str]:
         """Why the rotary embedding cannot be trained or exported; each phase asks with its own settings."""
         rope = self.rope
         meant = {True: "llama3", False: "default", None: rope.type}[self.use_rope_scaling]
         if rope.type != meant:
-            return [f"use_rope_scaling = {self.use_rope_scaling}: means rope_type {meant}, but rope_type = "
-                    f"{rope.type}. Fix: remove one of them."]
+            return [
+                f"use_rope_scaling = {self.use_rope_scaling}: means rope_type {meant}, but rope_type = "
+                f"{rope.type}. Fix: remove one of them."
+            ]
         return rope.problems()
 
     def padded_vocab_size(self, vocab_size: int) -> int:
@@ -152,24 +163,44 @@ class ModelConfig:
     def validate(self) -> list[str]:
         """All problems of this section, as `name = value: rule. Fix: ...`."""
         problems = []
-        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
-                     "make_vocab_size_divisible_by"):
+        for name in (
+            "num_layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "make_vocab_size_divisible_by",
+        ):
             if getattr(self, name) < 1:
-                problems.append(f"{name} = {getattr(self, name)}: must be at least 1. "
-                                "Fix: give it, or name a preset with --model.")
-        for name, only in (("swiglu", True), ("disable_bias_linear", True), ("attention_dropout", 0.0),
-                           ("hidden_dropout", 0.0), ("rotary_percent", 1.0)):
+                problems.append(
+                    f"{name} = {getattr(self, name)}: must be at least 1. "
+                    "Fix: give it, or name a preset with --model."
+                )
+        for name, only in (
+            ("swiglu", True),
+            ("disable_bias_linear", True),
+            ("attention_dropout", 0.0),
+            ("hidden_dropout", 0.0),
+            ("rotary_percent", 1.0),
+        ):
             if getattr(self, name) != only:
-                problems.append(f"{name} = {getattr(self, name)}: only {only} is built. Fix: remove it.")
+                problems.append(
+                    f"{name} = {getattr(self, name)}: only {only} is built. Fix: remove it."
+                )
         for name in ("norm_epsilon", "init_method_std", "rotary_base"):
             if not getattr(self, name) > 0:
-                problems.append(f"{name} = {getattr(self, name)}: must be above 0. Fix: give a positive number.")
+                problems.append(
+                    f"{name} = {getattr(self, name)}: must be above 0. Fix: give a positive number."
+                )
         if self.cpu_offloading_host_memory is not None and not self.cpu_offloading_host_memory > 0:
-            problems.append(f"cpu_offloading_host_memory = {self.cpu_offloading_host_memory}: must be above 0. Fix: "
-                            "give the GiB that a node can spare.")
+            problems.append(
+                f"cpu_offloading_host_memory = {self.cpu_offloading_host_memory}: must be above 0. Fix: "
+                "give the GiB that a node can spare."
+            )
         problems += self.memory.problems() + self._recompute_problems() + self._attention_problems()
         if self.kv_channels is not None and self.kv_channels < 1:
-            problems.append(f"kv_channels = {self.kv_channels}: must be at least 1. Fix: give the size of one head.")
+            problems.append(
+                f"kv_channels = {self.kv_channels}: must be at least 1. Fix: give the size of one head."
+            )
         if not problems:
             problems += self._head_problems()
         return problems
@@ -179,65 +210,121 @@ class ModelConfig:
         if crossover is None:
             return []
         if crossover < 1:
-            return [f"attention_crossover_tokens = {crossover}: must be at least 1. Fix: the tokens of a document, or "
-                    "leave it out to have it measured."]
+            return [
+                f"attention_crossover_tokens = {crossover}: must be at least 1. Fix: the tokens of a document, or "
+                "leave it out to have it measured."
+            ]
         if self.attention_backend not in ("auto", "mixed"):
-            return [f"attention_crossover_tokens = {crossover}: is for the backend mixed, but attention_backend = "
-                    f"{self.attention_backend}. Fix: remove one of them."]
+            return [
+                f"attention_crossover_tokens = {crossover}: is for the backend mixed, but attention_backend = "
+                f"{self.attention_backend}. Fix: remove one of them."
+            ]
         return []
 
     def _recompute_problems(self) -> list[str]:
         problems = []
         if self.recompute_activations and self.recompute_granularity not in (None, "selective"):
-            problems.append("recompute_activations = True: means recompute_granularity selective, but that is "
-                            f"{self.recompute_granularity}. Fix: remove one of them.")
+            problems.append(
+                "recompute_activations = True: means recompute_granularity selective, but that is "
+                f"{self.recompute_granularity}. Fix: remove one of them."
+            )
         others = [name for name in self.recompute_modules if name not in RECOMPUTE_MODULES]
         if others:
-            problems.append(f"recompute_modules = {' '.join(others)}: selective computes the MLP with its norm again "
-                            f"and nothing else by itself. Fix: {' or '.join(RECOMPUTE_MODULES)}, or "
-                            "--recompute-granularity full or attention_kept.")
+            problems.append(
+                f"recompute_modules = {' '.join(others)}: selective computes the MLP with its norm again "
+                f"and nothing else by itself. Fix: {' or '.join(RECOMPUTE_MODULES)}, or "
+                "--recompute-granularity full or attention_kept."
+            )
         return problems
 
     def _head_problems(self) -> list[str]:
         problems = []
         heads, groups = self.num_attention_heads, self.num_query_groups
         if groups is not None and (groups < 1 or heads % groups):
-            problems.append(f"num_query_groups = {groups}: must divide num_attention_heads = {heads}. "
-                            f"Fix: one of {[g for g in range(1, heads + 1) if heads % g == 0]}.")
+            problems.append(
+                f"num_query_groups = {groups}: must divide num_attention_heads = {heads}. "
+                f"Fix: one of {[g for g in range(1, heads + 1) if heads % g == 0]}."
+            )
         if self.group_query_attention is True and groups is None:
             problems.append("group_query_attention = True: needs --num-query-groups. Fix: give it.")
         if self.group_query_attention is False and groups not in (None, heads):
-            problems.append(f"group_query_attention = False: but num_query_groups = {groups}. Fix: remove one of them.")
+            problems.append(
+                f"group_query_attention = False: but num_query_groups = {groups}. Fix: remove one of them."
+            )
         if self.kv_channels is None and self.hidden_size % heads:
-            problems.append(f"hidden_size = {self.hidden_size}: must be a multiple of num_attention_heads = {heads} "
-                            "when kv_channels is not given. Fix: change one of them, or give --kv-channels.")
+            problems.append(
+                f"hidden_size = {self.hidden_size}: must be a multiple of num_attention_heads = {heads} "
+                "when kv_channels is not given. Fix: change one of them, or give --kv-channels."
+            )
         elif self.head_size % 2:
-            problems.append(f"kv_channels = {self.head_size}: rotary embedding turns pairs, so the head size must be "
-                            "even. Fix: an even head size.")
+            problems.append(
+                f"kv_channels = {self.head_size}: rotary embedding turns pairs, so the head size must be "
+                "even. Fix: an even head size."
+            )
         return problems
 
 
 RECOMPUTE_MODULES = ("mlp", "core_attn")
 """Of Megatron-LM's, those that --recompute-modules may name."""
 
-MEMORY_SETTINGS = (*(field.name for field in fields(MemorySettings)), "recompute_activations", "recompute_modules",
-                   "cpu_offloading", "cpu_offloading_host_memory")
+MEMORY_SETTINGS = (
+    *(field.name for field in fields(MemorySettings)),
+    "recompute_activations",
+    "recompute_modules",
+    "cpu_offloading",
+    "cpu_offloading_host_memory",
+)
 """Fields that trade computing for memory: another value changes no result beyond rounding."""
 
 PRESETS: dict[str, dict] = {
     # About 10M parameters with an 8K vocabulary: for laptops, tests and the quick start.
-    "tiny": dict(num_layers=8, hidden_size=256, ffn_hidden_size=704, num_attention_heads=8, num_query_groups=4,
-                 untie_embeddings_and_output_weights=True),
+    "tiny": dict(
+        num_layers=8,
+        hidden_size=256,
+        ffn_hidden_size=704,
+        num_attention_heads=8,
+        num_query_groups=4,
+        untie_embeddings_and_output_weights=True,
+    ),
     "125m": dict(num_layers=12, hidden_size=768, ffn_hidden_size=2048, num_attention_heads=12),
     # Llama 3.2 1B's shape without its rope scaling (huggingface: meta-llama/Llama-3.2-1B config.json).
-    "1b": dict(num_layers=16, hidden_size=2048, ffn_hidden_size=8192, num_attention_heads=32, num_query_groups=8,
-               rotary_base=500000.0),
+    "1b": dict(
+        num_layers=16,
+        hidden_size=2048,
+        ffn_hidden_size=8192,
+        num_attention_heads=32,
+        num_query_groups=8,
+        rotary_base=500000.0,
+    ),
     # Shapes as published in the models' config.json.
-    "llama3-8b": dict(num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32,
-                      num_query_groups=8, untie_embeddings_and_output_weights=True, rotary_base=500000.0),
-    "llama3-70b": dict(num_layers=80, hidden_size=8192, ffn_hidden_size=28672, num_attention_heads=64,
-                       num_query_groups=8, untie_embeddings_and_output_weights=True, rotary_base=500000.0),
-    "qwen3-8b": dict(num_layers=36, hidden_size=4096, ffn_hidden_size=12288, num_attention_heads=32,
-                     num_query_groups=8, kv_channels=128, qk_layernorm=True, norm_epsilon=1e-6,
-                     untie_embeddings_and_output_weights=True, rotary_base=1000000.0),
+    "llama3-8b": dict(
+        num_layers=32,
+        hidden_size=4096,
+        ffn_hidden_size=14336,
+        num_attention_heads=32,
+        num_query_groups=8,
+        untie_embeddings_and_output_weights=True,
+        rotary_base=500000.0,
+    ),
+    "llama3-70b": dict(
+        num_layers=80,
+        hidden_size=8192,
+        ffn_hidden_size=28672,
+        num_attention_heads=64,
+        num_query_groups=8,
+        untie_embeddings_and_output_weights=True,
+        rotary_base=500000.0,
+    ),
+    "qwen3-8b": dict(
+        num_layers=36,
+        hidden_size=4096,
+        ffn_hidden_size=12288,
+        num_attention_heads=32,
+        num_query_groups=8,
+        kv_channels=128,
+        qk_layernorm=True,
+        norm_epsilon=1e-6,
+        untie_embeddings_and_output_weights=True,
+        rotary_base=1000000.0,
+    ),
 }

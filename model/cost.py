@@ -52,15 +52,32 @@ class Passes:
         gate_and_up = 2 / 3 if level or settings.mlp_tiles > 1 else 0
         gathered_again = 0.5 * sequence_parallel  # an all-gather is half a sum
         if level in (None, "selective"):
-            again = int(in_chunks)  # backward projects each group and exchanges it to heads once more
-            return Passes(qkv=3 + again, mlp=3 + gate_and_up, sums=4 + gathered_again * (level == "selective"),
-                          to_heads=2 + again, gathers=2 + again)
+            again = int(
+                in_chunks
+            )  # backward projects each group and exchanges it to heads once more
+            return Passes(
+                qkv=3 + again,
+                mlp=3 + gate_and_up,
+                sums=4 + gathered_again * (level == "selective"),
+                to_heads=2 + again,
+                gathers=2 + again,
+            )
         sums = 5 + 2 * gathered_again
         if level == "full":
             again = 1 + int(in_chunks)
-            return Passes(qkv=3 + again, output=4, attention=4, mlp=3 + gate_and_up, sums=sums, to_heads=2 + again,
-                          to_tokens=3, gathers=2 + again)
-        return Passes(qkv=4, output=4, mlp=3 + gate_and_up, sums=sums, to_heads=3, to_tokens=3, gathers=3)
+            return Passes(
+                qkv=3 + again,
+                output=4,
+                attention=4,
+                mlp=3 + gate_and_up,
+                sums=sums,
+                to_heads=2 + again,
+                to_tokens=3,
+                gathers=2 + again,
+            )
+        return Passes(
+            qkv=4, output=4, mlp=3 + gate_and_up, sums=sums, to_heads=3, to_tokens=3, gathers=3
+        )
 
 
 @dataclass(frozen=True)
@@ -98,12 +115,17 @@ def step_seconds(model: MemoryModel, load: Load, hardware: Hardware) -> float:
     layout, (tp, pp, cp), count = load.layout, load.layout.sizes, load.num_microbatches
     layers = _layers_of_slowest_rank(model, load)
     compute = _compute_seconds(model, load, hardware)
-    inner = layers * (_tensor_seconds(model, load, hardware) + _context_seconds(model, load, hardware))
+    inner = layers * (
+        _tensor_seconds(model, load, hardware) + _context_seconds(model, load, hardware)
+    )
     between = 0.0
     if pp > 1:
         sent = model.compute_bytes * load.tokens_between * model.config.hidden_size
-        between = 2 * layout.stages_per_rank * Axis(pp, tp * cp * load.data_parallel_size).exchange_seconds(
-            sent, hardware)
+        between = (
+            2
+            * layout.stages_per_rank
+            * Axis(pp, tp * cp * load.data_parallel_size).exchange_seconds(sent, hardware)
+        )
     busy = count * (compute + inner + between)
     waiting = idle_share(layout.schedule, pp, layout.stages_per_rank, count)
     sharded = _sharding_seconds(model, load, hardware)
@@ -120,16 +142,29 @@ def _layers_of_slowest_rank(model: MemoryModel, load: Load) -> int:
 
 def _compute_seconds(model: MemoryModel, load: Load, hardware: Hardware) -> float:
     """Of a microbatch on the pipeline's slowest rank: its layers, and on the last one the logits."""
-    config, (tp, _, cp), tokens = model.config, load.layout.sizes, load.seq_length * load.micro_batch_size
+    config, (tp, _, cp), tokens = (
+        model.config,
+        load.layout.sizes,
+        load.seq_length * load.micro_batch_size,
+    )
     passes = Passes.of(load.memory, load.layout.sequence_parallel)
     qkv, output, mlp = _matrix_parameters(config)
-    attention = 4 * config.num_attention_heads * config.head_size * tokens * (load.seq_length + 1) / 2
+    attention = (
+        4 * config.num_attention_heads * config.head_size * tokens * (load.seq_length + 1) / 2
+    )
     # An uneven split of heads makes the rank with most heads the slowest.
     heads = Heads.of(config, load.layout)
     attention *= heads.m * load.layout.context_levels[0] / heads.N
-    layer = 2 * tokens * (qkv * passes.qkv + output * passes.output + mlp * passes.mlp) + attention * passes.attention
+    layer = (
+        2 * tokens * (qkv * passes.qkv + output * passes.output + mlp * passes.mlp)
+        + attention * passes.attention
+    )
     logits = 2 * config.padded_vocab_size(model.vocab_size) * config.hidden_size * tokens
-    return (_layers_of_slowest_rank(model, load) * layer + logits * 3) / (tp * cp) / (hardware.flops * REACHED)
+    return (
+        (_layers_of_slowest_rank(model, load) * layer + logits * 3)
+        / (tp * cp)
+        / (hardware.flops * REACHED)
+    )
 
 
 def _matrix_parameters(config: ModelConfig) -> tuple[int, int, int]:
@@ -153,15 +188,20 @@ def _tensor_seconds(model: MemoryModel, load: Load, hardware: Hardware) -> float
 def _context_seconds(model: MemoryModel, load: Load, hardware: Hardware) -> float:
     """Exchanges over cp of one layer and microbatch (parallel/ulysses.py, parallel/context.py count the elements)."""
     tp, (a2a, gather) = load.layout.tensor_model_parallel_size, load.layout.context_levels
-    heads, passes = Heads.of(model.config, load.layout), Passes.of(load.memory, load.layout.sequence_parallel)
+    heads, passes = (
+        Heads.of(model.config, load.layout),
+        Passes.of(load.memory, load.layout.sequence_parallel),
+    )
     row = model.compute_bytes * load.tokens * model.config.head_size
     to_heads = (a2a - 1) / a2a * row * (heads.N + 2 * heads.k * a2a)
     to_tokens = (a2a - 1) / a2a * row * heads.m * a2a
     exchange = Axis(a2a, tp)
     gathered = 2 * (gather - 1) * row * a2a * heads.k
-    return (passes.to_heads * exchange.exchange_seconds(to_heads, hardware)
-            + passes.to_tokens * exchange.exchange_seconds(to_tokens, hardware)
-            + passes.gathers * Axis(gather, tp * a2a).ring_seconds(gathered, hardware))
+    return (
+        passes.to_heads * exchange.exchange_seconds(to_heads, hardware)
+        + passes.to_tokens * exchange.exchange_seconds(to_tokens, hardware)
+        + passes.gathers * Axis(gather, tp * a2a).ring_seconds(gathered, hardware)
+    )
 
 
 def _sharding_seconds(model: MemoryModel, load: Load, hardware: Hardware) -> float:
@@ -172,6 +212,7 @@ def _sharding_seconds(model: MemoryModel, load: Load, hardware: Hardware) -> flo
     reductions = 1 if load.whole_gradients else count
     gathers = 2 * count if layout.sharding_strategy == "optim_grads_params" else 1
     axis, layers = Axis(load.shards, tp), _layers_of_slowest_rank(model, load)
-    once = (reductions * axis.ring_seconds(part * model.master_bytes * held, hardware)
-            + gathers * axis.ring_seconds(part * model.compute_bytes * held, hardware))
+    once = reductions * axis.ring_seconds(
+        part * model.master_bytes * held, hardware
+    ) + gathers * axis.ring_seconds(part * model.compute_bytes * held, hardware)
     return once + (layers - 1) * (reductions + gathers) * axis.ring_seconds(0, hardware)

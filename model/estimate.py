@@ -26,6 +26,8 @@ def step_flops(config: ModelConfig, vocab_size: int, tokens: int, causal_pairs: 
     Args:
         causal_pairs: sum over documents of length * (length + 1) / 2: pairs of tokens that see each other.
     """
-    weights = config.num_layers * matrix_parameters_per_layer(config) + vocab_size * config.hidden_size
+    weights = (
+        config.num_layers * matrix_parameters_per_layer(config) + vocab_size * config.hidden_size
+    )
     attention = 4 * config.num_layers * config.num_attention_heads * config.head_size * causal_pairs
     return 6.0 * weights * tokens + 3.0 * attention

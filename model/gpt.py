@@ -23,7 +23,13 @@ from model.loss import IGNORED_LABEL, Head, fused_loss, score
 from model.memory import MemorySettings, run_layer
 from model.mlp import swiglu
 from model.offload import Host
-from model.parts import RMSNorm, Weight, enter_tensor_parallel, gradient_before_leaving, leave_tensor_parallel
+from model.parts import (
+    RMSNorm,
+    Weight,
+    enter_tensor_parallel,
+    gradient_before_leaving,
+    leave_tensor_parallel,
+)
 from model.rope import rotary_tables
 from parallel.context import group_pieces
 from parallel.layout import Layout
@@ -51,7 +57,14 @@ class MLP(nn.Module):
 
     def forward(self, x_tD: torch.Tensor, tiles: int, value: bool = True) -> torch.Tensor:
         """[t, D] -> this tp rank's part of the sum [t, D]; without `value` only its gradient is right."""
-        return swiglu(x_tD, self.gate.local_weight(), self.up.local_weight(), self.down.local_weight(), tiles, value)
+        return swiglu(
+            x_tD,
+            self.gate.local_weight(),
+            self.up.local_weight(),
+            self.down.local_weight(),
+            tiles,
+            value,
+        )
 
 
 class Layer(nn.Module):
@@ -65,19 +78,29 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
         self.layout = layout
 
-    def forward(self, x_tD: torch.Tensor, positions: Positions, settings: MemorySettings,
-                host: Host | None) -> torch.Tensor:
+    def forward(
+        self, x_tD: torch.Tensor, positions: Positions, settings: MemorySettings, host: Host | None
+    ) -> torch.Tensor:
         return run_layer(self, x_tD, positions, settings, host)
 
-    def after_attention(self, x_tD: torch.Tensor, positions: Positions, settings: MemorySettings,
-                        tape: AttentionTape | None) -> torch.Tensor:
-        return x_tD + self.attention(self.attention_norm(x_tD), positions, settings.attention_head_chunks, tape)
+    def after_attention(
+        self,
+        x_tD: torch.Tensor,
+        positions: Positions,
+        settings: MemorySettings,
+        tape: AttentionTape | None,
+    ) -> torch.Tensor:
+        return x_tD + self.attention(
+            self.attention_norm(x_tD), positions, settings.attention_head_chunks, tape
+        )
 
     def after_mlp(self, a_tD: torch.Tensor, settings: MemorySettings) -> torch.Tensor:
         x_tD = enter_tensor_parallel(self.mlp_norm(a_tD), self.layout)
         return a_tD + leave_tensor_parallel(self.mlp(x_tD, settings.mlp_tiles), self.layout)
 
-    def mlp_gradient(self, a_tD: torch.Tensor, grad_tD: torch.Tensor, settings: MemorySettings) -> torch.Tensor:
+    def mlp_gradient(
+        self, a_tD: torch.Tensor, grad_tD: torch.Tensor, settings: MemorySettings
+    ) -> torch.Tensor:
         """The gradient of `a_tD` for that of `after_mlp`, whose value is not computed; parameters get theirs.
 
         It takes the place of `grad_tD`, which autograd would hold in vain while the first half is worked on, and which
@@ -86,8 +109,11 @@ class Layer(nn.Module):
         a_tD = a_tD.requires_grad_()
         with torch.enable_grad():
             # No name for the normed input: its memory becomes its gradient's, and goes with that.
-            partial_tD = self.mlp(enter_tensor_parallel(self.mlp_norm(a_tD), self.layout), settings.mlp_tiles,
-                                  value=False)
+            partial_tD = self.mlp(
+                enter_tensor_parallel(self.mlp_norm(a_tD), self.layout),
+                settings.mlp_tiles,
+                value=False,
+            )
         torch.autograd.backward(partial_tD, gradient_before_leaving(grad_tD, self.layout))
         return grad_tD.add_(a_tD.grad)
 
@@ -99,7 +125,9 @@ class GPTStage(nn.Module):
     `rope` and `memory` are the current phase's.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int, layout: Layout, attend: Attend, number: int = 0):
+    def __init__(
+        self, config: ModelConfig, vocab_size: int, layout: Layout, attend: Attend, number: int = 0
+    ):
         """Args: number: of the stage, one of `layout.stages`."""
         super().__init__()
         rows = config.padded_vocab_size(vocab_size)
@@ -109,8 +137,12 @@ class GPTStage(nn.Module):
         if self.is_first or (self.is_last and self.tied):
             self.embedding = Weight(rows, config.hidden_size)
         # Keyed by the global layer number, so that a parameter has one name in every layout.
-        self.layers = nn.ModuleDict({str(i): Layer(config, layout, attend)
-                                     for i in layers_of_stage(config.num_layers, number, layout.num_stages)})
+        self.layers = nn.ModuleDict(
+            {
+                str(i): Layer(config, layout, attend)
+                for i in layers_of_stage(config.num_layers, number, layout.num_stages)
+            }
+        )
         if self.is_last:
             self.final_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
             if not self.tied:
@@ -122,8 +154,12 @@ class GPTStage(nn.Module):
         self.next_microbatch = 0
         self.scores: list[torch.Tensor] | None = None
 
-    def begin_step(self, microbatches: Sequence[Microbatch], num_targets: torch.Tensor | int,
-                   scores: list[torch.Tensor] | None = None) -> None:
+    def begin_step(
+        self,
+        microbatches: Sequence[Microbatch],
+        num_targets: torch.Tensor | int,
+        scores: list[torch.Tensor] | None = None,
+    ) -> None:
         """Set what `forward` looks up: this rank's slices and the target count of the whole global batch.
 
         Args:
@@ -168,12 +204,16 @@ class GPTStage(nn.Module):
     def hidden(self, x: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
         """Embedding (first stage) and layers: -> [t, D], under Megatron-SP [t / tp, D]."""
         if self.is_first:
-            x = vocab_parallel_embedding(microbatch.tokens, self.embedding.local_weight(), self.layout.tp)
+            x = vocab_parallel_embedding(
+                microbatch.tokens, self.embedding.local_weight(), self.layout.tp
+            )
             x = leave_tensor_parallel(x, self.layout)
         gather = self.layout.cp_gather
         pieces = group_pieces(int(microbatch.cu_seqlens[-1]), gather.rank, gather.size)
-        positions = Positions(*rotary_tables(microbatch.positions, self.head_size, self.rope, x.dtype),
-                              make_segments(microbatch.cu_seqlens, pieces, x.device))
+        positions = Positions(
+            *rotary_tables(microbatch.positions, self.head_size, self.rope, x.dtype),
+            make_segments(microbatch.cu_seqlens, pieces, x.device),
+        )
         self.host.begin()
         for number, layer in enumerate(self.layers.values()):
             offload = number < self.memory.cpu_offloading_num_layers
@@ -193,5 +233,8 @@ class GPTStage(nn.Module):
         """
         x_tD, weight_vD = self.head_inputs(x_tD)
         logits_tv = x_tD @ weight_vD.T
-        columns = torch.arange(logits_tv.shape[1], device=x_tD.device) + self.layout.tp.rank * logits_tv.shape[1]
+        columns = (
+            torch.arange(logits_tv.shape[1], device=x_tD.device)
+            + self.layout.tp.rank * logits_tv.shape[1]
+        )
         return logits_tv.masked_fill(columns >= self.vocab_size, float("-inf"))

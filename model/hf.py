@@ -47,8 +47,10 @@ def architecture(config: ModelConfig) -> tuple[str, str]:
         ValueError: no architecture of transformers that we know has them all.
     """
     if config.qk_layernorm and config.add_qkv_bias:
-        raise ValueError("qk_layernorm = True with add_qkv_bias = True: no architecture of transformers that we know "
-                         "has both. Fix: train with one of them.")
+        raise ValueError(
+            "qk_layernorm = True with add_qkv_bias = True: no architecture of transformers that we know "
+            "has both. Fix: train with one of them."
+        )
     if config.qk_layernorm:
         return "Qwen3ForCausalLM", "qwen3"
     if config.add_qkv_bias:
@@ -65,8 +67,14 @@ def context_to_declare(rope: Rope, longest: int) -> int:
     return rope.scaled_length if rope.type == "yarn" else longest
 
 
-def huggingface_config(config: ModelConfig, vocab_size: int, rope: Rope, max_position_embeddings: int, dtype: str,
-                       eos_token_id: int | None) -> dict:
+def huggingface_config(
+    config: ModelConfig,
+    vocab_size: int,
+    rope: Rope,
+    max_position_embeddings: int,
+    dtype: str,
+    eos_token_id: int | None,
+) -> dict:
     """The content of config.json.
 
     rope_theta stands at the top level too, and a scaled rope's parameters as rope_scaling, where transformers before
@@ -74,18 +82,34 @@ def huggingface_config(config: ModelConfig, vocab_size: int, rope: Rope, max_pos
     """
     class_name, model_type = architecture(config)
     scaling = {"rope_type": rope.type} | rope.parameters
-    older = {"rope_theta": rope.base} | ({"rope_scaling": scaling} if rope.type != "default" else {})
+    older = {"rope_theta": rope.base} | (
+        {"rope_scaling": scaling} if rope.type != "default" else {}
+    )
     return older | {
-        "architectures": [class_name], "model_type": model_type, "vocab_size": vocab_size,
-        "hidden_size": config.hidden_size, "intermediate_size": config.ffn_hidden_size,
-        "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_size, "hidden_act": "silu",
-        "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0, "use_sliding_window": False,
-        "rms_norm_eps": config.norm_epsilon, "initializer_range": config.init_method_std,
+        "architectures": [class_name],
+        "model_type": model_type,
+        "vocab_size": vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.ffn_hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_size,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "rms_norm_eps": config.norm_epsilon,
+        "initializer_range": config.init_method_std,
         "max_position_embeddings": max_position_embeddings,
         "rope_parameters": {"rope_theta": rope.base} | scaling,
-        "tie_word_embeddings": not config.untie_embeddings_and_output_weights, "torch_dtype": dtype,
-        "bos_token_id": None, "eos_token_id": eos_token_id, "pad_token_id": None, "use_cache": True,
+        "tie_word_embeddings": not config.untie_embeddings_and_output_weights,
+        "torch_dtype": dtype,
+        "bos_token_id": None,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": None,
+        "use_cache": True,
     }
 
 

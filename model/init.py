@@ -52,8 +52,10 @@ def normal_rows(seed: int, name: str, shape: torch.Size, start: int, stop: int) 
         first = block * block_rows
         generator = torch.Generator(device="cpu")
         generator.manual_seed(xxhash.xxh64_intdigest(f"{seed}/{name}/{block}".encode()) >> 1)
-        values = torch.randn(min(block_rows, shape[0] - first), width, generator=generator, device="cpu")
-        parts.append(values[max(start - first, 0):stop - first])
+        values = torch.randn(
+            min(block_rows, shape[0] - first), width, generator=generator, device="cpu"
+        )
+        parts.append(values[max(start - first, 0) : stop - first])
     return torch.cat(parts)
 
 
@@ -70,6 +72,8 @@ def _local_window(parameter: DTensor, layout: Layout) -> tuple[slice, slice]:
         bounds[:] = [layout.tp.rank * part, (layout.tp.rank + 1) * part]
     count = rows[1] - rows[0]
     part = -(-count // layout.dp_cp.size)
-    start, stop = (min(rows[0] + part * r, rows[1]) for r in (layout.dp_cp.rank, layout.dp_cp.rank + 1))
+    start, stop = (
+        min(rows[0] + part * r, rows[1]) for r in (layout.dp_cp.rank, layout.dp_cp.rank + 1)
+    )
     assert parameter.to_local().shape[0] == stop - start, "FSDP2 cuts rows as torch.chunk does"
     return slice(start, stop), slice(*columns)

@@ -41,7 +41,9 @@ class Segments:
     """What the backend `mixed` makes of the documents, by its crossover (mixed.py: split_parts)."""
 
 
-def make_segments(cu_seqlens: torch.Tensor, pieces: list[tuple[int, int]], device: torch.device) -> list[Segments]:
+def make_segments(
+    cu_seqlens: torch.Tensor, pieces: list[tuple[int, int]], device: torch.device
+) -> list[Segments]:
     """The attention calls for queries that are the given ranges of the tokens, one after the other.
 
     Args:
@@ -52,12 +54,24 @@ def make_segments(cu_seqlens: torch.Tensor, pieces: list[tuple[int, int]], devic
     for start, stop in pieces:
         first = int(np.searchsorted(edges, start, side="right")) - 1
         last = int(np.searchsorted(edges, stop, side="left"))
-        inside, begin = edges[first:last + 1], int(edges[first])
+        inside, begin = edges[first : last + 1], int(edges[first])
         bounds_q, bounds_k = np.clip(inside, start, stop) - start, np.minimum(inside, stop) - begin
-        cu_q, cu_k = (torch.from_numpy(bounds.astype(np.int32)).to(device, non_blocking=True)
-                      for bounds in (bounds_q, bounds_k))
-        found.append(Segments(slice(row, row + stop - start), slice(begin, stop), bounds_q.tolist(), bounds_k.tolist(),
-                              cu_q, cu_k, int(np.diff(bounds_q).max()), int(np.diff(bounds_k).max())))
+        cu_q, cu_k = (
+            torch.from_numpy(bounds.astype(np.int32)).to(device, non_blocking=True)
+            for bounds in (bounds_q, bounds_k)
+        )
+        found.append(
+            Segments(
+                slice(row, row + stop - start),
+                slice(begin, stop),
+                bounds_q.tolist(),
+                bounds_k.tolist(),
+                cu_q,
+                cu_k,
+                int(np.diff(bounds_q).max()),
+                int(np.diff(bounds_k).max()),
+            )
+        )
         row += stop - start
     return found
 
@@ -79,8 +93,13 @@ class Backend:
     keeps_graph: bool = True
     """Is its graph good after q, k and v were emptied and filled again? (attention_tape.py)"""
 
-    def missing(self, device: torch.device, dtype: torch.dtype, on_tape: bool = False,
-                heads: "HeadShape | None" = None) -> str | None:
+    def missing(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        on_tape: bool = False,
+        heads: "HeadShape | None" = None,
+    ) -> str | None:
         """Why it cannot run here, or None."""
         if self.needs_gpu and device.type != "cuda":
             return f"it needs a GPU, and tensors live on {device.type}"
@@ -127,9 +146,12 @@ def _is_installed(module: str) -> bool:
 
 def _sdpa(_crossover: int) -> Attend:
     def attend(q, k, v, segments):
-        rows_q, rows_k = ([slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
-                          for bounds in (segments.bounds_q, segments.bounds_k))
+        rows_q, rows_k = (
+            [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+            for bounds in (segments.bounds_q, segments.bounds_k)
+        )
         return sdpa_attention(q, k, v, rows_q, rows_k)
+
     return attend
 
 
@@ -139,7 +161,10 @@ def _varlen(_crossover: int) -> Attend:
     options = varlen_options(varlen_attn)
 
     def attend(q, k, v, segments):
-        return varlen_attn(q, k, v, segments.cu_q, segments.cu_k, segments.max_q, segments.max_k, **options)
+        return varlen_attn(
+            q, k, v, segments.cu_q, segments.cu_k, segments.max_q, segments.max_k, **options
+        )
+
     return attend
 
 
@@ -174,27 +199,57 @@ def _flash(_crossover: int) -> Attend:
     known = inspect.signature(function).parameters
 
     def attend(q, k, v, segments):
-        lengths = {"cu_seqlens_q": segments.cu_q, "cu_seqlens_k": segments.cu_k, "max_seqlen_q": segments.max_q,
-                   "max_seqlen_k": segments.max_k}
+        lengths = {
+            "cu_seqlens_q": segments.cu_q,
+            "cu_seqlens_k": segments.cu_k,
+            "max_seqlen_q": segments.max_q,
+            "max_seqlen_k": segments.max_k,
+        }
         # Early releases of 4 find the longest document themselves; 3 and 4 may return the log-sum-exp as well.
-        out = function(q, k, v, causal=True, **{name: value for name, value in lengths.items() if name in known})
+        out = function(
+            q,
+            k,
+            v,
+            causal=True,
+            **{name: value for name, value in lengths.items() if name in known},
+        )
         return out[0] if isinstance(out, tuple) else out
+
     return attend
 
 
 def _te(_crossover: int) -> Attend:
     from transformer_engine.pytorch import DotProductAttention
+
     modules = {}
 
     def attend(q, k, v, segments):
-        mask = "padding_causal" if segments.bounds_q == segments.bounds_k else "padding_causal_bottom_right"
+        mask = (
+            "padding_causal"
+            if segments.bounds_q == segments.bounds_k
+            else "padding_causal_bottom_right"
+        )
         key = (q.shape[1], k.shape[1], q.shape[2], mask)
         if key not in modules:
-            modules[key] = DotProductAttention(q.shape[1], q.shape[2], num_gqa_groups=k.shape[1], qkv_format="thd",
-                                               attn_mask_type=mask, attention_dropout=0.0)
-        out = modules[key](q, k, v, cu_seqlens_q=segments.cu_q, cu_seqlens_kv=segments.cu_k,
-                             max_seqlen_q=segments.max_q, max_seqlen_kv=segments.max_k)
+            modules[key] = DotProductAttention(
+                q.shape[1],
+                q.shape[2],
+                num_gqa_groups=k.shape[1],
+                qkv_format="thd",
+                attn_mask_type=mask,
+                attention_dropout=0.0,
+            )
+        out = modules[key](
+            q,
+            k,
+            v,
+            cu_seqlens_q=segments.cu_q,
+            cu_seqlens_kv=segments.cu_k,
+            max_seqlen_q=segments.max_q,
+            max_seqlen_kv=segments.max_k,
+        )
         return out.view(q.shape)
+
     return attend
 
 
@@ -204,10 +259,20 @@ def _cudnn(_crossover: int) -> Attend:
 
     def attend(q, k, v, segments):
         # The log-sum-exp is asked for since the backward needs it.
-        out, _ = sdpa_torch(q, k, v, is_causal=True, causal_bottom_right=segments.bounds_q != segments.bounds_k,
-                            cu_seqlens_q=segments.cu_q, cu_seqlens_kv=segments.cu_k, max_seqlen_q=segments.max_q,
-                            max_seqlen_kv=segments.max_k, return_lse=True)
+        out, _ = sdpa_torch(
+            q,
+            k,
+            v,
+            is_causal=True,
+            causal_bottom_right=segments.bounds_q != segments.bounds_k,
+            cu_seqlens_q=segments.cu_q,
+            cu_seqlens_kv=segments.cu_k,
+            max_seqlen_q=segments.max_q,
+            max_seqlen_kv=segments.max_k,
+            return_lse=True,
+        )
         return out
+
     return attend
 
 
@@ -219,20 +284,28 @@ def has_bf16_units(device: torch.device) -> bool:
     return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
 
 
-BACKENDS = {backend.name: backend for backend in (
-    Backend("flash", tuple(FLASH.values()), True, _flash),
-    Backend("mixed", (), True, mixed_attention),
-    Backend("te", ("transformer_engine",), True, _te, keeps_graph=False),
-    Backend("varlen", ("torch.nn.attention.varlen",), True, _varlen),
-    Backend("sdpa", (), False, _sdpa),
-    Backend("cudnn", ("cudnn.sdpa.fwd.torch_op",), True, _cudnn, keeps_graph=False),
-)}
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("flash", tuple(FLASH.values()), True, _flash),
+        Backend("mixed", (), True, mixed_attention),
+        Backend("te", ("transformer_engine",), True, _te, keeps_graph=False),
+        Backend("varlen", ("torch.nn.attention.varlen",), True, _varlen),
+        Backend("sdpa", (), False, _sdpa),
+        Backend("cudnn", ("cudnn.sdpa.fwd.torch_op",), True, _cudnn, keeps_graph=False),
+    )
+}
 """In the order in which `auto` prefers them, where the card changes nothing (Backend.why_not_first). sdpa runs
 everywhere: what stands after it is taken only when asked for."""
 
 
-def pick_backend(name: str, device: torch.device, dtype: torch.dtype, on_tape: bool = False,
-                 heads: HeadShape | None = None) -> tuple[Backend, str]:
+def pick_backend(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_tape: bool = False,
+    heads: HeadShape | None = None,
+) -> tuple[Backend, str]:
     """The backend for `name`, and why it is that one.
 
     Args:
@@ -246,7 +319,9 @@ def pick_backend(name: str, device: torch.device, dtype: torch.dtype, on_tape: b
         reason = BACKENDS[name].missing(device, dtype, on_tape, heads)
         if reason:
             install = ", or install it" if reason.endswith("is not installed") else ""
-            raise ValueError(f"attention_backend = {name}: {reason}. Fix: --attention-backend auto{install}.")
+            raise ValueError(
+                f"attention_backend = {name}: {reason}. Fix: --attention-backend auto{install}."
+            )
         return BACKENDS[name], "asked for"
     passed_over = []
     for backend in BACKENDS.values():
@@ -257,9 +332,14 @@ def pick_backend(name: str, device: torch.device, dtype: torch.dtype, on_tape: b
     raise AssertionError("sdpa runs everywhere")
 
 
-def choose_attention(name: str, device: torch.device, dtype: torch.dtype, on_tape: bool = False,
-                     heads: HeadShape | None = None,
-                     crossover: int = ASSUMED_CROSSOVER_TOKENS) -> tuple[Attend, str]:
+def choose_attention(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_tape: bool = False,
+    heads: HeadShape | None = None,
+    crossover: int = ASSUMED_CROSSOVER_TOKENS,
+) -> tuple[Attend, str]:
     """The attend function for `name` and one line that says what was chosen and why.
 
     Args:

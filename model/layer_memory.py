@@ -43,13 +43,16 @@ class Load:
     @property
     def tokens_between(self) -> int:
         """u: of a microbatch on one rank between the tensor-parallel parts."""
-        return self.tokens // (self.layout.tensor_model_parallel_size if self.layout.sequence_parallel else 1)
+        return self.tokens // (
+            self.layout.tensor_model_parallel_size if self.layout.sequence_parallel else 1
+        )
 
     @property
     def whole_gradients(self) -> bool:
         """Are gradients kept whole until the last microbatch? (parallel/shard.py, parallel/pipeline.py)"""
         return self.layout.pipeline_model_parallel_size > 1 or (
-            self.layout.sharding_strategy == "optim" and self.num_microbatches > 1)
+            self.layout.sharding_strategy == "optim" and self.num_microbatches > 1
+        )
 
 
 def pinned_bytes(size: int) -> int:
@@ -80,16 +83,26 @@ class Moment:
 class LayerMemory:
     """One rank's layers and loss under one load."""
 
-    def __init__(self, config: ModelConfig, vocabulary_rows: int, load: Load, compute_bytes: int, on_gpu: bool):
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocabulary_rows: int,
+        load: Load,
+        compute_bytes: int,
+        on_gpu: bool,
+    ):
         """Args:
-            vocabulary_rows: v: of the embedding, on this tp rank.
-            on_gpu: with the GPU's kernels, whose norms make nothing wide.
+        vocabulary_rows: v: of the embedding, on this tp rank.
+        on_gpu: with the GPU's kernels, whose norms make nothing wide.
         """
         layout, self.settings, self.load, self.on_gpu = load.layout, load.memory, load, on_gpu
         self.b, self.W, self.v = compute_bytes, max(4, compute_bytes), vocabulary_rows
         tp, (self.a2a, self.gathers) = layout.tensor_model_parallel_size, layout.context_levels
         self.D, self.H, self.F = config.hidden_size, config.head_size, config.ffn_hidden_size // tp
-        self.has_qk_norm, self.tied = config.qk_layernorm, not config.untie_embeddings_and_output_weights
+        self.has_qk_norm, self.tied = (
+            config.qk_layernorm,
+            not config.untie_embeddings_and_output_weights,
+        )
         self.t, self.u = load.tokens, load.tokens_between
         self.s, self.T = self.t * self.a2a, self.t * self.a2a * self.gathers
         self.heads = Heads.of(config, layout, load.memory.attention_head_chunks)
@@ -116,7 +129,9 @@ class LayerMemory:
     def _exchanged(self) -> int:
         """q, k and v of all heads, as the kernel reads them."""
         heads, H = self.heads, self.H
-        queries = self.s * (heads.m + 2 * heads.k) if self.a2a > 1 else self.s * heads.m  # one tensor came
+        queries = (
+            self.s * (heads.m + 2 * heads.k) if self.a2a > 1 else self.s * heads.m
+        )  # one tensor came
         keys = 2 * self.T * heads.k if self.gathers > 1 or self.a2a == 1 else 0
         return self.b * H * (queries + keys + 2 * self.T * heads.paired)
 
@@ -207,8 +222,10 @@ class LayerMemory:
         """
         loss = self.kept_of_loss if has_loss else 0
         waiting = self.b * self.v * self.D if has_loss and self.tied else 0
-        found = [moment.made - moment.freed - loss + with_gradients * (moment.gradients + waiting)
-                 for moment in self.moments]
+        found = [
+            moment.made - moment.freed - loss + with_gradients * (moment.gradients + waiting)
+            for moment in self.moments
+        ]
         if has_loss:
             found += [self.loss_at_work, self.read + self.b * self.v * self.D]
         return max(found)
@@ -244,7 +261,11 @@ class LayerMemory:
         level = self.settings.recompute_granularity
         if level == "full":
             return self._attention + self._fetched
-        return self._attention_inputs + self._to_project + self._fetched if level == "attention_kept" else 0
+        return (
+            self._attention_inputs + self._to_project + self._fetched
+            if level == "attention_kept"
+            else 0
+        )
 
     @property
     def _fetched(self) -> int:
@@ -271,7 +292,9 @@ class LayerMemory:
         wide = 0 if self.on_gpu else 4 * self.W * min(self.u * self.D, max(BLOCK, self.D))
         made = 2 * self.input + self.read + wide
         freed = 0 if self._recomputes_mlp else self._mlp - self._scales - self.read
-        return Moment(freed, made + self._recomputed + (self.input if self._recomputes_attention else 0), 0)
+        return Moment(
+            freed, made + self._recomputed + (self.input if self._recomputes_attention else 0), 0
+        )
 
     def _attention_backward(self) -> list[Moment]:
         D, H, heads = self.D, self.H, self.heads
@@ -296,7 +319,9 @@ class LayerMemory:
         turned = 0 if self.on_gpu else self.b * H * self.t * (heads.N + heads.K)
         # By then what the kernel kept is free.
         joining = 2 * joined + turned - self._exchanged - self._results - self._log_sums
-        projecting = 2 * self.read + joined + self.b * H * D * (heads.N + 2 * heads.K)  # and the joined weight
+        projecting = (
+            2 * self.read + joined + self.b * H * D * (heads.N + 2 * heads.K)
+        )  # and the joined weight
         return [Moment(freed, made + max(kernel, exchange, gathered, joining, projecting), weights)]
 
     def _kernel_gradients(self, m: int, k: int) -> int:
@@ -321,7 +346,9 @@ class LayerMemory:
         m, k = heads.m // self.chunks, heads.round_k
         sides = 2 if self.a2a > 1 else 1  # before and after the exchange
         of_results = b * self.t * heads.N * H
-        is_shared = m < k * heads.N // heads.K  # several groups read the same keys: their gradients are summed up
+        is_shared = (
+            m < k * heads.N // heads.K
+        )  # several groups read the same keys: their gradients are summed up
         keys = 2 * self.T * k * H * (b * sides + self.W * is_shared)
         queries = self.s * m * H * b * 2 * sides  # with the gradient of their results
         kernel = self._kernel_gradients(m, k)
@@ -360,5 +387,7 @@ def _heads(query: int, kv: int, a2a: int, chunks: int) -> Heads:
             paired = max(paired, len(pairing))
     round_k = k
     if chunks > 1 and chunks in chunk_counts(split):
-        round_k = max(stop - start for each in head_rounds(split, chunks) for start, stop in each.kv_split.kv)
+        round_k = max(
+            stop - start for each in head_rounds(split, chunks) for start, stop in each.kv_split.kv
+        )
     return Heads(query, kv, m, k, paired, round_k)

@@ -47,10 +47,18 @@ class MemorySettings:
 
     def problems(self) -> list[str]:
         """Values out of range, as `name = value: rule. Fix: ...`."""
-        least = {"cpu_offloading_num_layers": 0, "mlp_tiles": 1, "attention_head_chunks": 1, "loss_chunk_tokens": 1}
+        least = {
+            "cpu_offloading_num_layers": 0,
+            "mlp_tiles": 1,
+            "attention_head_chunks": 1,
+            "loss_chunk_tokens": 1,
+        }
         given = {name: value for name in least if (value := getattr(self, name)) is not None}
-        return [f"{name} = {value}: must be at least {least[name]}. Fix: give {least[name]} or more."
-                for name, value in given.items() if value < least[name]]
+        return [
+            f"{name} = {value}: must be at least {least[name]}. Fix: give {least[name]} or more."
+            for name, value in given.items()
+            if value < least[name]
+        ]
 
 
 class _Layer(torch.autograd.Function):
@@ -72,7 +80,9 @@ class _Layer(torch.autograd.Function):
                 for call in calls:
                     call.empty_outputs()
 
-            ctx.on_host = host.send([x_tD, *(part for call in calls for part in call.outputs)], empty_outputs)
+            ctx.on_host = host.send(
+                [x_tD, *(part for call in calls for part in call.outputs)], empty_outputs
+            )
         return out_tD
 
     @staticmethod
@@ -88,7 +98,10 @@ class _Layer(torch.autograd.Function):
         x_tD = x_tD.detach().requires_grad_()
         with torch.enable_grad():
             a_tD = ctx.layer.after_attention(x_tD, ctx.positions, ctx.settings, ctx.tape)
-        grad_a, edge = ctx.layer.mlp_gradient(a_tD.detach(), grad_tD, ctx.settings), get_gradient_edge(a_tD)
+        grad_a, edge = (
+            ctx.layer.mlp_gradient(a_tD.detach(), grad_tD, ctx.settings),
+            get_gradient_edge(a_tD),
+        )
         del a_tD  # only its place in the graph is needed from here on
         torch.autograd.backward(edge, grad_a)
         return x_tD.grad, None, None, None, None
@@ -109,7 +122,9 @@ class _MLP(torch.autograd.Function):
         return ctx.layer.mlp_gradient(a_tD.detach(), grad_tD, ctx.settings), None, None
 
 
-def run_layer(layer, x_tD: torch.Tensor, positions, settings: MemorySettings, host: Host | None) -> torch.Tensor:
+def run_layer(
+    layer, x_tD: torch.Tensor, positions, settings: MemorySettings, host: Host | None
+) -> torch.Tensor:
     """The layer's output [t, D], with what it keeps for backward as the settings say.
 
     Parameters get their gradients in the course of the backward (they are not the functions' arguments): FSDP2 reduces
@@ -122,4 +137,8 @@ def run_layer(layer, x_tD: torch.Tensor, positions, settings: MemorySettings, ho
     if level in KEEPS_INPUT_ONLY:
         return _Layer.apply(x_tD, layer, positions, settings, host)
     a_tD = layer.after_attention(x_tD, positions, settings, None)
-    return _MLP.apply(a_tD, layer, settings) if level == "selective" else layer.after_mlp(a_tD, settings)
+    return (
+        _MLP.apply(a_tD, layer, settings)
+        if level == "selective"
+        else layer.after_mlp(a_tD, settings)
+    )

@@ -5,7 +5,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from model.pointwise import rms_norm
-from parallel.collectives import copy_to, gather_rows, gather_sequence, reduce_from, scatter_sequence
+from parallel.collectives import (
+    copy_to,
+    gather_rows,
+    gather_sequence,
+    reduce_from,
+    scatter_sequence,
+)
 from parallel.layout import Layout
 from parallel.tensor import local_part
 

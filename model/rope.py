@@ -30,7 +30,9 @@ PARAMETERS: dict[str, tuple[str, tuple[str, ...]]] = {
 ROPE_SETTINGS = ("rotary_base", "use_rope_scaling", "rope_type", *PARAMETERS)
 # Llama 3.1's values are those that Megatron-LM's --use-rope-scaling means; yarn's are the paper's (arXiv 2309.00071).
 _DEFAULTS = {
-    "llama3": dict(factor=8.0, original_max_position_embeddings=8192, low_freq_factor=1.0, high_freq_factor=4.0),
+    "llama3": dict(
+        factor=8.0, original_max_position_embeddings=8192, low_freq_factor=1.0, high_freq_factor=4.0
+    ),
     "yarn": dict(beta_fast=32.0, beta_slow=1.0, truncate=True),
 }
 
@@ -66,8 +68,11 @@ class Rope:
     @property
     def parameters(self) -> dict:
         """The parameters that are set, by transformers' names; without base and type."""
-        return {name: value for name, value in asdict(self).items()
-                if value is not None and name not in ("base", "type")}
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if value is not None and name not in ("base", "type")
+        }
 
     @property
     def scaled_length(self) -> int | None:
@@ -84,7 +89,9 @@ class Rope:
         if self.attention_factor is not None:
             return self.attention_factor
         if self.mscale and self.mscale_all_dim:
-            return float(_magnitude(self.factor, self.mscale) / _magnitude(self.factor, self.mscale_all_dim))
+            return float(
+                _magnitude(self.factor, self.mscale) / _magnitude(self.factor, self.mscale_all_dim)
+            )
         return _magnitude(self.factor, 1)
 
     def describe(self) -> str:
@@ -95,45 +102,65 @@ class Rope:
     def problems(self) -> list[str]:
         """Values that give no usable angles or that transformers would read otherwise, by the configuration's names."""
         values = {"rotary_base": self.base} | {
-            setting: getattr(self, name) for setting, (name, _) in PARAMETERS.items()}
-        found = [f"{setting} = {value}: must be a finite number. Fix: give one." for setting, value in values.items()
-                 if value is not None and not math.isfinite(value)]
+            setting: getattr(self, name) for setting, (name, _) in PARAMETERS.items()
+        }
+        found = [
+            f"{setting} = {value}: must be a finite number. Fix: give one."
+            for setting, value in values.items()
+            if value is not None and not math.isfinite(value)
+        ]
         if found:
             return found
         least = 1 if self.type == "yarn" else 0  # yarn divides by the base's logarithm
         if self.base <= least:
-            found.append(f"rotary_base = {self.base}: must be above {least}. Fix: 10000 and 500000 are common.")
+            found.append(
+                f"rotary_base = {self.base}: must be above {least}. Fix: 10000 and 500000 are common."
+            )
         for setting, (name, types) in PARAMETERS.items():
             value = values[setting]
             if self.type not in types:
                 continue
             if name in ("factor", "original_max_position_embeddings"):
                 if value is None:
-                    found.append(f"{setting} = None: rope_type {self.type} needs it. Fix: give it; factor = longest "
-                                 "context / original one.")
+                    found.append(
+                        f"{setting} = None: rope_type {self.type} needs it. Fix: give it; factor = longest "
+                        "context / original one."
+                    )
                 elif value < 1:
-                    found.append(f"{setting} = {value}: must be at least 1. Fix: factor = longest context / original "
-                                 "one, both in tokens.")
+                    found.append(
+                        f"{setting} = {value}: must be at least 1. Fix: factor = longest context / original "
+                        "one, both in tokens."
+                    )
             elif value is not None and name != "truncate" and value <= 0:
-                found.append(f"{setting} = {value}: must be above 0. Fix: give a positive number, or leave it out.")
+                found.append(
+                    f"{setting} = {value}: must be above 0. Fix: give a positive number, or leave it out."
+                )
         return found or self._disagreements()
 
     def _disagreements(self) -> list[str]:
         """Parameters that do not go together."""
         found = []
         if self.type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
-            found.append(f"rope_low_freq_factor = {self.low_freq_factor}: must be below rope_high_freq_factor = "
-                         f"{self.high_freq_factor}. Fix: 1 and 4 are Llama 3.1's.")
+            found.append(
+                f"rope_low_freq_factor = {self.low_freq_factor}: must be below rope_high_freq_factor = "
+                f"{self.high_freq_factor}. Fix: 1 and 4 are Llama 3.1's."
+            )
         if self.type == "yarn" and self.beta_fast <= self.beta_slow:
-            found.append(f"yarn_beta_fast = {self.beta_fast}: must be above yarn_beta_slow = {self.beta_slow}. "
-                         "Fix: 32 and 1 are the paper's.")
+            found.append(
+                f"yarn_beta_fast = {self.beta_fast}: must be above yarn_beta_slow = {self.beta_slow}. "
+                "Fix: 32 and 1 are the paper's."
+            )
         # transformers reads mscale and mscale_all_dim together or not at all, and attention_factor before them.
         if (self.mscale is None) != (self.mscale_all_dim is None):
-            found.append(f"yarn_mscale = {self.mscale}, yarn_mscale_all_dim = {self.mscale_all_dim}: have an effect "
-                         "together only. Fix: give both, or yarn_attention_factor.")
+            found.append(
+                f"yarn_mscale = {self.mscale}, yarn_mscale_all_dim = {self.mscale_all_dim}: have an effect "
+                "together only. Fix: give both, or yarn_attention_factor."
+            )
         elif self.attention_factor is not None and self.mscale is not None:
-            found.append(f"yarn_attention_factor = {self.attention_factor}: takes the place of yarn_mscale and "
-                         "yarn_mscale_all_dim. Fix: remove it or them.")
+            found.append(
+                f"yarn_attention_factor = {self.attention_factor}: takes the place of yarn_mscale and "
+                "yarn_mscale_all_dim. Fix: remove it or them."
+            )
         return found
 
 
@@ -158,7 +185,11 @@ def inverse_frequencies(head_size: int, rope: Rope) -> torch.Tensor:
 
 def _llama3(frequencies: torch.Tensor, rope: Rope) -> torch.Tensor:
     """Long waves divided by the factor, short ones kept, those between blended."""
-    original, low, high = rope.original_max_position_embeddings, rope.low_freq_factor, rope.high_freq_factor
+    original, low, high = (
+        rope.original_max_position_embeddings,
+        rope.low_freq_factor,
+        rope.high_freq_factor,
+    )
     waves = 2 * math.pi / frequencies
     scaled = torch.where(waves > original / low, frequencies / rope.factor, frequencies)
     smooth = (original / waves - low) / (high - low)
@@ -169,9 +200,11 @@ def _llama3(frequencies: torch.Tensor, rope: Rope) -> torch.Tensor:
 
 def _yarn(powers: torch.Tensor, head_size: int, rope: Rope) -> torch.Tensor:
     """Dims that turn often within the original context kept, those that turn seldom divided by the factor."""
+
     def dim_of(turns: float) -> float:
-        return (head_size * math.log(rope.original_max_position_embeddings / (turns * 2 * math.pi))) / (
-            2 * math.log(rope.base))
+        return (
+            head_size * math.log(rope.original_max_position_embeddings / (turns * 2 * math.pi))
+        ) / (2 * math.log(rope.base))
 
     low, high = dim_of(rope.beta_fast), dim_of(rope.beta_slow)
     if rope.truncate:
@@ -184,8 +217,9 @@ def _yarn(powers: torch.Tensor, head_size: int, rope: Rope) -> torch.Tensor:
     return 1.0 / (rope.factor * powers) * (1 - kept) + 1.0 / powers * kept
 
 
-def rotary_tables(positions_t: torch.Tensor, head_size: int, rope: Rope,
-                  dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def rotary_tables(
+    positions_t: torch.Tensor, head_size: int, rope: Rope, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines of every position's angles, times yarn's scaling: int64 [t] -> two [t, H] of `dtype`."""
     frequencies = inverse_frequencies(head_size, rope).to(positions_t.device, non_blocking=True)
     angles = positions_t.to(torch.float32)[:, None] * frequencies[None, :]

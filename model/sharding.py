@@ -15,7 +15,9 @@ _COLUMNS = ParameterSharding(dim=1)
 _REPLICATED_PARTIAL = ParameterSharding(partial_gradient=True)
 
 
-def sharding_table(config: ModelConfig, tp_size: int, sequence_parallel: bool) -> list[tuple[str, ParameterSharding]]:
+def sharding_table(
+    config: ModelConfig, tp_size: int, sequence_parallel: bool
+) -> list[tuple[str, ParameterSharding]]:
     """Patterns (full match on the parameter's name) and their sharding, first match wins."""
     # Fewer key/value heads than tp ranks: each rank holds all of them and slices out the one it needs.
     kv = _ROWS if config.num_kv_heads >= tp_size else _REPLICATED_PARTIAL
@@ -33,8 +35,9 @@ def sharding_table(config: ModelConfig, tp_size: int, sequence_parallel: bool) -
     ]
 
 
-def shardings_for(names: list[str], config: ModelConfig, tp_size: int,
-                  sequence_parallel: bool = False) -> dict[str, ParameterSharding]:
+def shardings_for(
+    names: list[str], config: ModelConfig, tp_size: int, sequence_parallel: bool = False
+) -> dict[str, ParameterSharding]:
     """Sharding of each named parameter; a name that no pattern matches is an error of ours."""
     table = sharding_table(config, tp_size, sequence_parallel)
     found = {}

@@ -11,7 +11,9 @@ import torch.distributed as dist
 from parallel.layout import Axis
 
 
-def all_reduce(x: torch.Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> torch.Tensor:
+def all_reduce(
+    x: torch.Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> torch.Tensor:
     """Reduce `x` in place over `axis` (no gradient) and return it."""
     if axis.size > 1:
         dist.all_reduce(x, op=op, group=axis.group)
@@ -96,7 +98,9 @@ def scatter_sequence(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     return x if axis.size == 1 else _ScatterSequence.apply(x, axis)
 
 
-def all_to_all(x: torch.Tensor, send_rows: list[int], receive_rows: list[int], axis: Axis) -> torch.Tensor:
+def all_to_all(
+    x: torch.Tensor, send_rows: list[int], receive_rows: list[int], axis: Axis
+) -> torch.Tensor:
     """Exchange rows (dim 0; of a flat tensor elements) over `axis`; block r of `x` goes to rank r. No gradient.
 
     Shapes: x [sum(send_rows), ...] contiguous -> [sum(receive_rows), ...].
@@ -104,16 +108,21 @@ def all_to_all(x: torch.Tensor, send_rows: list[int], receive_rows: list[int], a
     return start_all_to_all(x, send_rows, receive_rows, axis)()
 
 
-def start_all_to_all(x: torch.Tensor, send_rows: list[int], receive_rows: list[int],
-                     axis: Axis) -> Callable[[], torch.Tensor]:
+def start_all_to_all(
+    x: torch.Tensor, send_rows: list[int], receive_rows: list[int], axis: Axis
+) -> Callable[[], torch.Tensor]:
     """Start `all_to_all`; what it returns waits for it and gives its result. `x` must not change before."""
     if axis.size == 1:
         return lambda: x
     out = x.new_empty(sum(receive_rows), *x.shape[1:])
-    work, sent = dist.all_to_all_single(out, x, receive_rows, send_rows, group=axis.group, async_op=True), [x]
+    work, sent = (
+        dist.all_to_all_single(out, x, receive_rows, send_rows, group=axis.group, async_op=True),
+        [x],
+    )
 
     def finish() -> torch.Tensor:
         work.wait()
         sent.clear()  # whoever still holds `finish` does not hold what was sent
         return out
+
     return finish

@@ -52,12 +52,18 @@ class LayoutConfig:
     @property
     def sizes(self) -> tuple[int, int, int]:
         """tp, pp, cp."""
-        return self.tensor_model_parallel_size, self.pipeline_model_parallel_size, self.context_parallel_size
+        return (
+            self.tensor_model_parallel_size,
+            self.pipeline_model_parallel_size,
+            self.context_parallel_size,
+        )
 
     @property
     def sharding_strategy(self) -> ShardingStrategy:
         """The level that the two flags mean together."""
-        return self.data_parallel_sharding_strategy or ("optim" if self.use_distributed_optimizer else "optim_grads")
+        return self.data_parallel_sharding_strategy or (
+            "optim" if self.use_distributed_optimizer else "optim_grads"
+        )
 
     @property
     def schedule(self) -> ScheduleName:
@@ -72,7 +78,9 @@ class LayoutConfig:
         """Pipeline stages on each rank; 1 without a pipeline."""
         if self.pipeline_model_parallel_size == 1:
             return 1
-        return self.num_virtual_stages_per_pipeline_rank or (2 if self.schedule in ("interleaved", "ZBV") else 1)
+        return self.num_virtual_stages_per_pipeline_rank or (
+            2 if self.schedule in ("interleaved", "ZBV") else 1
+        )
 
     @property
     def context_levels(self) -> tuple[int, int]:
@@ -80,7 +88,11 @@ class LayoutConfig:
 
         One level is (cp, 1). Meaningful only without `combination_problems`.
         """
-        if self.cp_comm_type == "a2a" or self.context_parallel_size == 1 or self._context_problems():
+        if (
+            self.cp_comm_type == "a2a"
+            or self.context_parallel_size == 1
+            or self._context_problems()
+        ):
             return self.context_parallel_size, 1
         a2a, gather = self.hierarchical_context_parallel_sizes
         return a2a, gather
@@ -107,21 +119,36 @@ class LayoutConfig:
     def validate(self) -> list[str]:
         """Problems of single settings, as `name = value: rule. Fix: ...`."""
         problems = []
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
-                     "distributed_timeout_minutes", "num_virtual_stages_per_pipeline_rank"):
+        for name in (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "context_parallel_size",
+            "distributed_timeout_minutes",
+            "num_virtual_stages_per_pipeline_rank",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
-                problems.append(f"{name} = {value}: must be at least 1. Fix: give a positive number.")
+                problems.append(
+                    f"{name} = {value}: must be at least 1. Fix: give a positive number."
+                )
         if self.device_memory_gib is not None and not self.device_memory_gib > 0:
-            problems.append(f"device_memory_gib = {self.device_memory_gib}: must be above 0. Fix: give the GiB of one "
-                            "device.")
-        if self.use_distributed_optimizer and self.data_parallel_sharding_strategy not in (None, "optim"):
+            problems.append(
+                f"device_memory_gib = {self.device_memory_gib}: must be above 0. Fix: give the GiB of one "
+                "device."
+            )
+        if self.use_distributed_optimizer and self.data_parallel_sharding_strategy not in (
+            None,
+            "optim",
+        ):
             problems.append(
                 f"use_distributed_optimizer = True: means --data-parallel-sharding-strategy optim, but that is "
-                f"{self.data_parallel_sharding_strategy}. Fix: name one of the two, or make them agree.")
+                f"{self.data_parallel_sharding_strategy}. Fix: name one of the two, or make them agree."
+            )
         if self.use_distributed_optimizer is False:
-            problems.append("use_distributed_optimizer = False: the optimizer is always sharded here. "
-                            "Fix: remove the flag.")
+            problems.append(
+                "use_distributed_optimizer = False: the optimizer is always sharded here. "
+                "Fix: remove the flag."
+            )
         return problems
 
     def combination_problems(self) -> list[str]:
@@ -131,18 +158,28 @@ class LayoutConfig:
     def _context_problems(self) -> list[str]:
         cp, sizes = self.context_parallel_size, self.hierarchical_context_parallel_sizes
         if self.cp_comm_type not in ("a2a", "a2a+allgather"):
-            return [f"cp_comm_type = {self.cp_comm_type}: is not built. Fix: a2a, or for more ranks than heads "
-                    "a2a+allgather with --hierarchical-context-parallel-sizes."]
+            return [
+                f"cp_comm_type = {self.cp_comm_type}: is not built. Fix: a2a, or for more ranks than heads "
+                "a2a+allgather with --hierarchical-context-parallel-sizes."
+            ]
         if cp == 1:
             return []
         if self.cp_comm_type == "a2a":
-            return [f"hierarchical_context_parallel_sizes = {sizes}: are for two levels. Fix: --cp-comm-type "
-                    "a2a+allgather, or remove them."] if sizes else []
+            return (
+                [
+                    f"hierarchical_context_parallel_sizes = {sizes}: are for two levels. Fix: --cp-comm-type "
+                    "a2a+allgather, or remove them."
+                ]
+                if sizes
+                else []
+            )
         if len(sizes) != 2 or min(sizes) < 1 or prod(sizes) != cp:
             inner = next(n for n in range(2, cp + 1) if cp % n == 0)
-            return [f"hierarchical_context_parallel_sizes = {sizes}: must be two sizes whose product is "
-                    f"context_parallel_size = {cp}, the all-to-all group first. "
-                    f"Fix: for example {inner} {cp // inner}."]
+            return [
+                f"hierarchical_context_parallel_sizes = {sizes}: must be two sizes whose product is "
+                f"context_parallel_size = {cp}, the all-to-all group first. "
+                f"Fix: for example {inner} {cp // inner}."
+            ]
         return []
 
     def _schedule_problems(self) -> list[str]:
@@ -151,18 +188,24 @@ class LayoutConfig:
         schedule, per_rank = self.schedule, self.stages_per_rank
         name = f"num_virtual_stages_per_pipeline_rank = {per_rank}"
         if schedule == "1F1B" and per_rank != 1:
-            return [f"{name}: 1F1B has one stage per rank. Fix: 1 stage, or --pipeline-schedule interleaved."]
+            return [
+                f"{name}: 1F1B has one stage per rank. Fix: 1 stage, or --pipeline-schedule interleaved."
+            ]
         if schedule == "interleaved" and per_rank == 1:
             return [f"{name}: interleaved needs at least 2. Fix: 2, or --pipeline-schedule 1F1B."]
         if schedule == "ZBV" and per_rank != 2:
             return [f"{name}: ZBV has exactly 2. Fix: 2."]
         if schedule in SPLIT_BACKWARD and torch.__version__ < SPLITS_BACKWARD_SINCE:
             least = ".".join(map(str, SPLITS_BACKWARD_SINCE))
-            return [f"pipeline_schedule = {schedule}: torch {torch.__version__} splits a stage's backward wrongly. "
-                    f"Fix: torch {least} or later, or --pipeline-schedule 1F1B or interleaved."]
+            return [
+                f"pipeline_schedule = {schedule}: torch {torch.__version__} splits a stage's backward wrongly. "
+                f"Fix: torch {least} or later, or --pipeline-schedule 1F1B or interleaved."
+            ]
         if schedule in SPLIT_BACKWARD and self.sharding_strategy == "optim_grads_params":
-            return [f"pipeline_schedule = {schedule}: loses gradients with data_parallel_sharding_strategy = "
-                    "optim_grads_params. Fix: optim or optim_grads, or --pipeline-schedule interleaved."]
+            return [
+                f"pipeline_schedule = {schedule}: loses gradients with data_parallel_sharding_strategy = "
+                "optim_grads_params. Fix: optim or optim_grads, or --pipeline-schedule interleaved."
+            ]
         return []
 
 
@@ -171,9 +214,11 @@ def check_world_size(world_size: int, tp: int, pp: int, cp: int) -> str | None:
     model_size = tp * pp * cp
     if world_size % model_size == 0:
         return None
-    return (f"world size = {world_size}: must be a multiple of tensor x pipeline x context parallel size = "
-            f"{tp} x {pp} x {cp} = {model_size}. Fix: start {model_size} processes or a multiple of it, "
-            f"or choose sizes whose product divides {world_size}.")
+    return (
+        f"world size = {world_size}: must be a multiple of tensor x pipeline x context parallel size = "
+        f"{tp} x {pp} x {cp} = {model_size}. Fix: start {model_size} processes or a multiple of it, "
+        f"or choose sizes whose product divides {world_size}."
+    )
 
 
 def check_microbatches(layout: LayoutConfig, count: int) -> str | None:
@@ -181,7 +226,10 @@ def check_microbatches(layout: LayoutConfig, count: int) -> str | None:
     pp = layout.pipeline_model_parallel_size
     if pp == 1 or accepts(layout.schedule, pp, count):
         return None
-    rule = (f"at least one per stage = {pp}" if layout.schedule == "1F1B" else
-            f"a multiple of {max(1, count // pp)}, the rounds that it runs them in")
+    rule = (
+        f"at least one per stage = {pp}"
+        if layout.schedule == "1F1B"
+        else f"a multiple of {max(1, count // pp)}, the rounds that it runs them in"
+    )
     nearest = " or ".join(map(str, nearest_counts(layout.schedule, pp, count)))
     return f"{count} microbatches: {layout.schedule} needs {rule}. Fix: {nearest} microbatches"

@@ -27,7 +27,9 @@ def group_pieces(total: int, group: int, num_groups: int) -> list[tuple[int, int
         return [(0, total)]
     assert total % (2 * num_groups) == 0, (total, num_groups)
     chunk = total // (2 * num_groups)
-    return [(number * chunk, (number + 1) * chunk) for number in (group, 2 * num_groups - 1 - group)]
+    return [
+        (number * chunk, (number + 1) * chunk) for number in (group, 2 * num_groups - 1 - group)
+    ]
 
 
 def token_pieces(total: int, layout: Layout) -> list[tuple[int, int]]:
@@ -36,7 +38,9 @@ def token_pieces(total: int, layout: Layout) -> list[tuple[int, int]]:
     return rank_pieces(total, a2a.rank, a2a.size, gather.rank, gather.size)
 
 
-def rank_pieces(total: int, a2a_rank: int, a2a_size: int, group: int, num_groups: int) -> list[tuple[int, int]]:
+def rank_pieces(
+    total: int, a2a_rank: int, a2a_size: int, group: int, num_groups: int
+) -> list[tuple[int, int]]:
     """`token_pieces` of one rank by its place: number `a2a_rank` of the `a2a_size` ranks of a group."""
     share = total // (a2a_size * num_groups)
     assert share * a2a_size * num_groups == total, (total, a2a_size, num_groups)
@@ -49,7 +53,9 @@ def rank_pieces(total: int, a2a_rank: int, a2a_size: int, group: int, num_groups
     return pieces
 
 
-def gather_keys(k_skH: torch.Tensor, v_skH: torch.Tensor, axis: Axis) -> tuple[torch.Tensor, torch.Tensor]:
+def gather_keys(
+    k_skH: torch.Tensor, v_skH: torch.Tensor, axis: Axis
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of all tokens in their order, from those of this group's tokens: [s, k, H] -> [T, k, H].
 
     Both travel in one all-gather over the gather axis of size G; per rank the forward receives
@@ -59,7 +65,9 @@ def gather_keys(k_skH: torch.Tensor, v_skH: torch.Tensor, axis: Axis) -> tuple[t
     if axis.size == 1:
         return k_skH, v_skH
     s, k, H = k_skH.shape
-    gathered = gather_sequence(torch.cat([k_skH, v_skH], dim=1), axis).view(axis.size, 2, s // 2, 2 * k, H)
+    gathered = gather_sequence(torch.cat([k_skH, v_skH], dim=1), axis).view(
+        axis.size, 2, s // 2, 2 * k, H
+    )
     # Group g's first half is chunk g, its second half is chunk 2 G - 1 - g.
     in_order = torch.cat([gathered[:, 0], gathered[:, 1].flip(0)]).view(-1, 2 * k, H)
     k_TkH, v_TkH = in_order.split(k, dim=1)

@@ -85,9 +85,15 @@ class Layout:
     def describe(self) -> str:
         tp_note = " (sequence parallel)" if self.sequence_parallel else ""
         pp_note = f" ({self.schedule}, {self.num_stages} stages)" if self.pp.size > 1 else ""
-        cp_note = f" ({self.cp_a2a.size} a2a x {self.cp_gather.size} gather)" if self.cp_gather.size > 1 else ""
-        return (f"tp {self.tp.size}{tp_note} x pp {self.pp.size}{pp_note} x cp {self.cp.size}{cp_note} x "
-                f"dp {self.dp.size} on {self.device.type}")
+        cp_note = (
+            f" ({self.cp_a2a.size} a2a x {self.cp_gather.size} gather)"
+            if self.cp_gather.size > 1
+            else ""
+        )
+        return (
+            f"tp {self.tp.size}{tp_note} x pp {self.pp.size}{pp_note} x cp {self.cp.size}{cp_note} x "
+            f"dp {self.dp.size} on {self.device.type}"
+        )
 
 
 def launched_world_size() -> int:
@@ -137,8 +143,12 @@ def device_here() -> tuple[str, int]:
     return "cpu", host_memory() // launched_local_world_size()
 
 
-def start_world(config: LayoutConfig, store: dist.Store | None = None, rank: int | None = None,
-                world_size: int | None = None) -> World:
+def start_world(
+    config: LayoutConfig,
+    store: dist.Store | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+) -> World:
     """Join the other processes; call once per process, before `build_layout`.
 
     Rank and size come from torchrun's environment unless given with a `store` (worker pools that
@@ -148,13 +158,17 @@ def start_world(config: LayoutConfig, store: dist.Store | None = None, rank: int
     has_cuda = torch.cuda.is_available()
     device_type = "cuda" if has_cuda else "cpu"
     if config.distributed_backend not in ("auto", "nccl" if has_cuda else "gloo"):
-        raise ValueError(f"distributed_backend = {config.distributed_backend}: this machine's tensors live on "
-                         f"{device_type}. Fix: leave it at auto.")
+        raise ValueError(
+            f"distributed_backend = {config.distributed_backend}: this machine's tensors live on "
+            f"{device_type}. Fix: leave it at auto."
+        )
     device = torch.device("cuda", local_rank) if has_cuda else torch.device("cpu")
     if has_cuda:
         torch.cuda.set_device(device)
-    options = {"backend": "cpu:gloo,cuda:nccl" if has_cuda else "cpu:gloo",
-               "timeout": timedelta(minutes=config.distributed_timeout_minutes)}
+    options = {
+        "backend": "cpu:gloo,cuda:nccl" if has_cuda else "cpu:gloo",
+        "timeout": timedelta(minutes=config.distributed_timeout_minutes),
+    }
     _raise_open_files_limit()
     if store is not None:
         dist.init_process_group(store=store, rank=rank, world_size=world_size, **options)
@@ -189,9 +203,13 @@ def build_layout(config: LayoutConfig, world: World) -> Layout:
     two_levels = config.context_levels[1] > 1
     parallel_state = _parallel_state()
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        context_parallel_size=cp,
         hierarchical_context_parallel_sizes=list(config.context_levels) if two_levels else None,
-        create_gloo_process_groups=False, distributed_timeout_minutes=config.distributed_timeout_minutes)
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=config.distributed_timeout_minutes,
+    )
 
     dp_cp = _axis("dp_cp", parallel_state.get_data_parallel_group(with_context_parallel=True))
     tp_axis = _axis("tp", parallel_state.get_tensor_model_parallel_group())
@@ -199,27 +217,50 @@ def build_layout(config: LayoutConfig, world: World) -> Layout:
     # The stage's ranks as a [dp_cp, tp] grid: tp is the fastest index of the rank order.
     first_rank = pp_axis.rank * (world.size // pp)
     grid = (first_rank + torch.arange(world.size // pp, device="cpu")).view(dp_cp.size, tp)
-    mesh = DeviceMesh.from_group([dp_cp.group, tp_axis.group], world.device.type, mesh=grid,
-                                 mesh_dim_names=("dp_cp", "tp"))
+    mesh = DeviceMesh.from_group(
+        [dp_cp.group, tp_axis.group], world.device.type, mesh=grid, mesh_dim_names=("dp_cp", "tp")
+    )
     cp_axis = _axis("cp", parallel_state.get_context_parallel_group())
     cp_a2a, cp_gather = cp_axis, Axis("cp_gather", 0, 1, (world.rank,), cp_axis.group)
     if two_levels:
         inner, outer = parallel_state.get_hierarchical_context_parallel_groups()
         cp_a2a, cp_gather = _axis("cp_a2a", inner), _axis("cp_gather", outer)
-    stages = stages_of_rank(config.schedule, pp_axis.rank, pp, config.stages_per_rank) if pp > 1 else (0,)
+    stages = (
+        stages_of_rank(config.schedule, pp_axis.rank, pp, config.stages_per_rank)
+        if pp > 1
+        else (0,)
+    )
     return Layout(
-        world=world.axis, tp=tp_axis, pp=pp_axis,
-        dp=_axis("dp", parallel_state.get_data_parallel_group()), cp=cp_axis, cp_a2a=cp_a2a, cp_gather=cp_gather,
-        dp_cp=dp_cp, embedding=_embedding_axis(pp_axis, config.schedule), schedule=config.schedule, stages=stages,
-        num_stages=pp * len(stages), sequence_parallel=config.sequence_parallel and tp > 1, mesh=mesh,
-        device=world.device)
+        world=world.axis,
+        tp=tp_axis,
+        pp=pp_axis,
+        dp=_axis("dp", parallel_state.get_data_parallel_group()),
+        cp=cp_axis,
+        cp_a2a=cp_a2a,
+        cp_gather=cp_gather,
+        dp_cp=dp_cp,
+        embedding=_embedding_axis(pp_axis, config.schedule),
+        schedule=config.schedule,
+        stages=stages,
+        num_stages=pp * len(stages),
+        sequence_parallel=config.sequence_parallel and tp > 1,
+        mesh=mesh,
+        device=world.device,
+    )
 
 
 def single_process_layout(device: torch.device) -> Layout:
     """A layout of one process without any process group, for tools that read or run a model by themselves."""
     names = ("world", "tp", "pp", "dp", "cp", "cp_a2a", "cp_gather", "dp_cp", "embedding")
-    return Layout(**{name: Axis(name, 0, 1, (0,), None) for name in names}, schedule="1F1B", stages=(0,), num_stages=1,
-                  sequence_parallel=False, mesh=None, device=device)
+    return Layout(
+        **{name: Axis(name, 0, 1, (0,), None) for name in names},
+        schedule="1F1B",
+        stages=(0,),
+        num_stages=1,
+        sequence_parallel=False,
+        mesh=None,
+        device=device,
+    )
 
 
 def end_world() -> None:
@@ -239,8 +280,13 @@ def _parallel_state() -> ModuleType:
 
 
 def _axis(name: str, group: dist.ProcessGroup) -> Axis:
-    return Axis(name, dist.get_rank(group), dist.get_world_size(group), tuple(dist.get_process_group_ranks(group)),
-                group)
+    return Axis(
+        name,
+        dist.get_rank(group),
+        dist.get_world_size(group),
+        tuple(dist.get_process_group_ranks(group)),
+        group,
+    )
 
 
 def _embedding_axis(pp: Axis, schedule: ScheduleName) -> Axis:

@@ -18,13 +18,22 @@ from torch.distributed.pipelining import (
     ScheduleInterleavedZeroBubble,
     ScheduleZBVZeroBubble,
 )
-from torch.distributed.pipelining.schedules import BACKWARD_INPUT, BACKWARD_WEIGHT, FULL_BACKWARD, REDUCE_GRAD
+from torch.distributed.pipelining.schedules import (
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    FULL_BACKWARD,
+    REDUCE_GRAD,
+)
 
 from parallel.layout import Layout
 from parallel.shard import accumulate_gradients
 
-SCHEDULES = {"1F1B": Schedule1F1B, "interleaved": ScheduleInterleaved1F1B,
-             "zero-bubble": ScheduleInterleavedZeroBubble, "ZBV": ScheduleZBVZeroBubble}
+SCHEDULES = {
+    "1F1B": Schedule1F1B,
+    "interleaved": ScheduleInterleaved1F1B,
+    "zero-bubble": ScheduleInterleavedZeroBubble,
+    "ZBV": ScheduleZBVZeroBubble,
+}
 
 
 class Stage(PipelineStage):
@@ -42,12 +51,20 @@ class Pipeline:
     cheap and moves no data.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], layout: Layout, num_microbatches: int, tokens: int, hidden: int,
-                 dtype: torch.dtype, train: bool):
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        layout: Layout,
+        num_microbatches: int,
+        tokens: int,
+        hidden: int,
+        dtype: torch.dtype,
+        train: bool,
+    ):
         """Args:
-            modules: of this rank's stages, in the order of `layout.stages`.
-            tokens: per rank and microbatch; dtype: of the activations between stages.
-            train: also run the backward.
+        modules: of this rank's stages, in the order of `layout.stages`.
+        tokens: per rank and microbatch; dtype: of the activations between stages.
+        train: also run the backward.
         """
         self.train = train
         activation = torch.empty(tokens, hidden, dtype=dtype, device="meta", requires_grad=True)
@@ -55,14 +72,25 @@ class Pipeline:
         loss_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         loss = torch.empty((), dtype=loss_dtype, device="meta", requires_grad=True)
         # With both given, no stage runs an extra microbatch to find its shapes.
-        self.stages = [Stage(module, number, layout.num_stages, layout.device,
-                             input_args=activation if number else placeholder,
-                             output_args=loss if number == layout.num_stages - 1 else activation,
-                             group=layout.pp.group)
-                       for number, module in zip(layout.stages, modules, strict=True)]
+        self.stages = [
+            Stage(
+                module,
+                number,
+                layout.num_stages,
+                layout.device,
+                input_args=activation if number else placeholder,
+                output_args=loss if number == layout.num_stages - 1 else activation,
+                group=layout.pp.group,
+            )
+            for number, module in zip(layout.stages, modules, strict=True)
+        ]
         is_single = layout.schedule == "1F1B"
-        self.schedule = SCHEDULES[layout.schedule](self.stages[0] if is_single else self.stages, num_microbatches,
-                                                   loss_fn=lambda output, target: output, scale_grads=False)
+        self.schedule = SCHEDULES[layout.schedule](
+            self.stages[0] if is_single else self.stages,
+            num_microbatches,
+            loss_fn=lambda output, target: output,
+            scale_grads=False,
+        )
         if not train and not is_single:
             # With two stages on one rank in a row, torch's own evaluation asks for gradients that do not exist.
             for backward in (FULL_BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, REDUCE_GRAD):
@@ -72,10 +100,16 @@ class Pipeline:
 
     def run(self) -> torch.Tensor | None:
         """All microbatches; the summed loss on the rank of the last stage, else None."""
-        has_first, has_last = (any(getattr(stage, end) for stage in self.stages) for end in ("is_first", "is_last"))
+        has_first, has_last = (
+            any(getattr(stage, end) for stage in self.stages) for end in ("is_first", "is_last")
+        )
         losses: list[torch.Tensor] | None = [] if has_last else None
         args = (self.placeholders,) if has_first else ()
-        options = {"target": self.placeholders if has_last else None, "losses": losses, "return_outputs": False}
+        options = {
+            "target": self.placeholders if has_last else None,
+            "losses": losses,
+            "return_outputs": False,
+        }
         if self.train:
             self.schedule.step(*args, **options)
         else:

@@ -15,7 +15,9 @@ torch's split counts on every parameter being used once in a stage's forward (mo
 """
 
 
-def stages_of_rank(schedule: ScheduleName, rank: int, pp_size: int, per_rank: int) -> tuple[int, ...]:
+def stages_of_rank(
+    schedule: ScheduleName, rank: int, pp_size: int, per_rank: int
+) -> tuple[int, ...]:
     """Numbers of the stages on pipeline rank `rank`, in the order of the forward pass.
 
     Stages go round the ranks; under ZBV they go there and back, so the first and the last share a rank.
@@ -46,13 +48,20 @@ def accepts(schedule: ScheduleName, pp_size: int, num_microbatches: int) -> bool
 
 def nearest_counts(schedule: ScheduleName, pp_size: int, num_microbatches: int) -> list[int]:
     """The nearest counts of microbatches, below and above, that the schedule accepts."""
-    below = next((n for n in range(num_microbatches - 1, 0, -1) if accepts(schedule, pp_size, n)), None)
-    above = next(n for n in range(num_microbatches + 1, num_microbatches + 2 * pp_size + 1)
-                 if accepts(schedule, pp_size, n))
+    below = next(
+        (n for n in range(num_microbatches - 1, 0, -1) if accepts(schedule, pp_size, n)), None
+    )
+    above = next(
+        n
+        for n in range(num_microbatches + 1, num_microbatches + 2 * pp_size + 1)
+        if accepts(schedule, pp_size, n)
+    )
     return [n for n in (below, above) if n is not None]
 
 
-def chunks_in_flight(schedule: ScheduleName, rank: int, pp_size: int, per_rank: int, num_microbatches: int) -> int:
+def chunks_in_flight(
+    schedule: ScheduleName, rank: int, pp_size: int, per_rank: int, num_microbatches: int
+) -> int:
     """Most pairs (stage of this rank, microbatch) whose activations are kept at once, as torch's schedules order them.
 
     Under a split backward they are kept until that of the weights.
@@ -63,7 +72,9 @@ def chunks_in_flight(schedule: ScheduleName, rank: int, pp_size: int, per_rank: 
         return min(num_microbatches, pp_size - rank)
     at_once = num_microbatches // max(1, num_microbatches // pp_size)  # microbatches of a round
     if schedule == "interleaved":
-        return min(per_rank * num_microbatches, (per_rank - 1) * at_once + 2 * (pp_size - 1 - rank) + 1)
+        return min(
+            per_rank * num_microbatches, (per_rank - 1) * at_once + 2 * (pp_size - 1 - rank) + 1
+        )
     return per_rank * min(num_microbatches, pp_size if schedule == "ZBV" else max(pp_size, at_once))
 
 
@@ -75,6 +86,8 @@ def idle_share(schedule: ScheduleName, pp_size: int, per_rank: int, num_microbat
     if pp_size == 1:
         return 0.0
     idle = (pp_size - 1) / per_rank / num_microbatches
-    if schedule == "ZBV":  # counted in torch's own order: thirds of a stage; few microbatches leave a fixed length
+    if (
+        schedule == "ZBV"
+    ):  # counted in torch's own order: thirds of a stage; few microbatches leave a fixed length
         return max(idle / 3, (13 * pp_size - 7) / (6 * num_microbatches) - 1)
     return idle / 3 if schedule == "zero-bubble" else idle

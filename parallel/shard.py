@@ -12,8 +12,14 @@ from parallel.config import ShardingStrategy
 from parallel.layout import Layout
 
 
-def shard_module(module: nn.Module, blocks: list[nn.Module], layout: Layout, strategy: ShardingStrategy,
-                 compute_dtype: torch.dtype | None, on_host: bool = False) -> None:
+def shard_module(
+    module: nn.Module,
+    blocks: list[nn.Module],
+    layout: Layout,
+    strategy: ShardingStrategy,
+    compute_dtype: torch.dtype | None,
+    on_host: bool = False,
+) -> None:
     """Shard `module` in place over dp x cp; each of `blocks` is gathered and freed as one unit.
 
     Args:
@@ -25,10 +31,14 @@ def shard_module(module: nn.Module, blocks: list[nn.Module], layout: Layout, str
     """
     precision = MixedPrecisionPolicy()
     if compute_dtype is not None:
-        precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32,
-                                         cast_forward_inputs=False)
-    options = {"mesh": layout.mesh["dp_cp"], "mp_policy": precision,
-               "reshard_after_forward": strategy == "optim_grads_params"}
+        precision = MixedPrecisionPolicy(
+            param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+    options = {
+        "mesh": layout.mesh["dp_cp"],
+        "mp_policy": precision,
+        "reshard_after_forward": strategy == "optim_grads_params",
+    }
     if on_host:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=True)
     for block in blocks:
@@ -38,7 +48,9 @@ def shard_module(module: nn.Module, blocks: list[nn.Module], layout: Layout, str
         if isinstance(unit, FSDPModule):
             # gloo has no pre-multiplied sum; we divide the loss ourselves.
             unit.set_force_sum_reduction_for_comms(True)
-            if layout.dp_cp.size > 1:  # one rank divides by nothing, and would divide by 1.0 in a pass of its own
+            if (
+                layout.dp_cp.size > 1
+            ):  # one rank divides by nothing, and would divide by 1.0 in a pass of its own
                 unit.set_gradient_divide_factor(1.0)
 
 
@@ -48,7 +60,10 @@ def accumulate_gradients(module: nn.Module) -> None:
     Otherwise those of several microbatches would be summed in the compute dtype.
     """
     for unit in module.modules():
-        if isinstance(unit, FSDPModule) and (group := unit._get_fsdp_state()._fsdp_param_group) is not None:
+        if (
+            isinstance(unit, FSDPModule)
+            and (group := unit._get_fsdp_state()._fsdp_param_group) is not None
+        ):
             for parameter in group.fsdp_params:
                 parameter.accumulate_unsharded_grad_if_needed()
                 parameter.to_accumulated_grad_if_needed()

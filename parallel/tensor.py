@@ -31,7 +31,9 @@ class ParameterSharding:
     """Each rank computes only a part of the gradient of a replicated parameter: sum it over tp."""
 
 
-def distribute_parameters(module: nn.Module, shardings: dict[str, ParameterSharding], tp_mesh: DeviceMesh) -> None:
+def distribute_parameters(
+    module: nn.Module, shardings: dict[str, ParameterSharding], tp_mesh: DeviceMesh
+) -> None:
     """Replace every (meta) parameter of `module` by a DTensor that holds this rank's part, in place.
 
     Each owning module also gets `partial_gradient`, to be passed to `local_part`.
@@ -44,7 +46,9 @@ def distribute_parameters(module: nn.Module, shardings: dict[str, ParameterShard
         sharding = shardings[name]
         local, placement = parameter.data, Replicate()
         if sharding.dim is not None:
-            assert parameter.shape[sharding.dim] % size == 0, f"{name} {tuple(parameter.shape)} over tp {size}"
+            assert parameter.shape[sharding.dim] % size == 0, (
+                f"{name} {tuple(parameter.shape)} over tp {size}"
+            )
             local = local.chunk(size, sharding.dim)[rank].contiguous()
             placement = Shard(sharding.dim)
         owner_name, _, leaf = name.rpartition(".")
@@ -67,7 +71,9 @@ def local_part(parameter: nn.Parameter, partial_gradient: bool = False) -> torch
     return parameter.to_local()
 
 
-def vocab_parallel_embedding(ids_t: torch.Tensor, weight_vD: torch.Tensor, tp: Axis) -> torch.Tensor:
+def vocab_parallel_embedding(
+    ids_t: torch.Tensor, weight_vD: torch.Tensor, tp: Axis
+) -> torch.Tensor:
     """Look up [t] token ids in a table whose rows are split over tp -> [t, D], to be summed over tp by the caller.
 
     A token's row is on one rank; the others return zeros for it.
@@ -86,7 +92,9 @@ def vocab_parallel_first_choices(logits_tv: torch.Tensor, tp: Axis) -> torch.Ten
 
     Of equal logits the smallest id is taken, as in one process. Columns that hold no token must be -inf.
     """
-    best, ids = logits_tv.detach().max(dim=1)  # torch documents that the first of equal columns is named
+    best, ids = logits_tv.detach().max(
+        dim=1
+    )  # torch documents that the first of equal columns is named
     best = best.to(torch.promote_types(best.dtype, torch.float32))
     top = all_reduce(best.clone(), tp, dist.ReduceOp.MAX)
     ids = torch.where(best == top, ids + tp.rank * logits_tv.shape[1], torch.iinfo(torch.int64).max)

@@ -87,18 +87,28 @@ def head_rounds(split: HeadSplit, chunks: int) -> list[HeadRound]:
     per_chunk = (split.query[0][1] - split.query[0][0]) // chunks
     rounds: list[HeadRound] = []
     for chunk in range(chunks):
-        queries = [range(q0 + chunk * per_chunk, q0 + (chunk + 1) * per_chunk) for q0, _ in split.query]
+        queries = [
+            range(q0 + chunk * per_chunk, q0 + (chunk + 1) * per_chunk) for q0, _ in split.query
+        ]
         kv_of_rank = [sorted({head // split.group for head in heads}) for heads in queries]
         kv_heads = tuple(dict.fromkeys(head for heads in kv_of_rank for head in heads))
         flat = tuple(head for heads in queries for head in heads)
         if rounds and rounds[-1].kv_heads == kv_heads:
             rounds[-1].query_chunks.append(flat)
             continue
-        places = tuple((kv_heads.index(heads[0]), kv_heads.index(heads[-1]) + 1) for heads in kv_of_rank)
+        places = tuple(
+            (kv_heads.index(heads[0]), kv_heads.index(heads[-1]) + 1) for heads in kv_of_rank
+        )
         nothing = tuple((0, 0) for _ in ranks)
         query = tuple((rank * per_chunk, (rank + 1) * per_chunk) for rank in ranks)
-        rounds.append(HeadRound(kv_heads, HeadSplit(nothing, places, split.group), [flat],
-                                HeadSplit(query, nothing, split.group)))
+        rounds.append(
+            HeadRound(
+                kv_heads,
+                HeadSplit(nothing, places, split.group),
+                [flat],
+                HeadSplit(query, nothing, split.group),
+            )
+        )
     return rounds
 
 
@@ -108,7 +118,11 @@ def chunk_counts(split: HeadSplit) -> list[int]:
     (m,) = heads if len(heads) == 1 else (1,)
     if len(heads) > 1 or (m % split.group and split.group % m):
         return [1]
-    return [n for n in range(1, m + 1) if m % n == 0 and ((m // n) % split.group == 0 or split.group % (m // n) == 0)]
+    return [
+        n
+        for n in range(1, m + 1)
+        if m % n == 0 and ((m // n) % split.group == 0 or split.group % (m // n) == 0)
+    ]
 
 
 class _SeqToHeads(torch.autograd.Function):
@@ -128,11 +142,19 @@ class _SeqToHeads(torch.autograd.Function):
     def backward(ctx, *grads_TmH):
         split, axis, sizes = ctx.split, ctx.axis, ctx.sizes
         q_shape, k_shape = ctx.shapes
-        received = all_to_all(torch.cat(grads_TmH, dim=1).view(-1), [sizes[axis.rank]] * axis.size, sizes, axis)
-        grad_q, grad_k, grad_v = (received.new_empty(shape) for shape in (q_shape, k_shape, k_shape))
+        received = all_to_all(
+            torch.cat(grads_TmH, dim=1).view(-1), [sizes[axis.rank]] * axis.size, sizes, axis
+        )
+        grad_q, grad_k, grad_v = (
+            received.new_empty(shape) for shape in (q_shape, k_shape, k_shape)
+        )
         written = 0
-        for block, (q0, q1), (k0, k1) in zip(received.split(sizes), split.query, split.kv, strict=True):
-            block_q, block_k, block_v = block.view(q_shape[0], -1, q_shape[2]).split([q1 - q0, k1 - k0, k1 - k0], dim=1)
+        for block, (q0, q1), (k0, k1) in zip(
+            received.split(sizes), split.query, split.kv, strict=True
+        ):
+            block_q, block_k, block_v = block.view(q_shape[0], -1, q_shape[2]).split(
+                [q1 - q0, k1 - k0, k1 - k0], dim=1
+            )
             grad_q[:, q0:q1] = block_q
             _store(grad_k, block_k, k0, k1, written)
             _store(grad_v, block_v, k0, k1, written)
@@ -140,11 +162,13 @@ class _SeqToHeads(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None, None
 
 
-def _store(grad_tKH: torch.Tensor, block: torch.Tensor, start: int, stop: int, written: int) -> None:
+def _store(
+    grad_tKH: torch.Tensor, block: torch.Tensor, start: int, stop: int, written: int
+) -> None:
     """Put the gradient of heads [start, stop) in place; the heads below `written` have one from another rank: add."""
     shared = max(0, written - start)
-    grad_tKH[:, start:start + shared] += block[:, :shared]
-    grad_tKH[:, start + shared:stop] = block[:, shared:]
+    grad_tKH[:, start : start + shared] += block[:, :shared]
+    grad_tKH[:, start + shared : stop] = block[:, shared:]
 
 
 class _HeadsToSeq(torch.autograd.Function):
@@ -169,22 +193,26 @@ def _block_sizes(q_tNH: torch.Tensor, split: HeadSplit) -> list[int]:
     return [q_tNH.shape[0] * split.rows(rank) * q_tNH.shape[2] for rank in range(len(split.query))]
 
 
-def start_seq_to_heads(q_tNH: torch.Tensor, k_tKH: torch.Tensor, v_tKH: torch.Tensor, split: HeadSplit,
-                       axis: Axis) -> Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def start_seq_to_heads(
+    q_tNH: torch.Tensor, k_tKH: torch.Tensor, v_tKH: torch.Tensor, split: HeadSplit, axis: Axis
+) -> Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Start the exchange of `seq_to_heads`, without a gradient; what it returns waits for it and gives its results."""
     if axis.size == 1:
         return lambda: (q_tNH, k_tKH, v_tKH)
     t, H, sizes = q_tNH.shape[0], q_tNH.shape[2], _block_sizes(q_tNH, split)
     send = q_tNH.new_empty(sum(sizes))
     for block, (q0, q1), (k0, k1) in zip(send.split(sizes), split.query, split.kv, strict=True):
-        torch.cat([q_tNH[:, q0:q1], k_tKH[:, k0:k1], v_tKH[:, k0:k1]], dim=1, out=block.view(t, -1, H))
+        torch.cat(
+            [q_tNH[:, q0:q1], k_tKH[:, k0:k1], v_tKH[:, k0:k1]], dim=1, out=block.view(t, -1, H)
+        )
     finish = start_all_to_all(send, sizes, [sizes[axis.rank]] * axis.size, axis)
     m, k_heads = (stop - start for start, stop in (split.query[axis.rank], split.kv[axis.rank]))
     return lambda: finish().view(axis.size * t, -1, H).split([m, k_heads, k_heads], dim=1)
 
 
-def seq_to_heads(q_tNH: torch.Tensor, k_tKH: torch.Tensor, v_tKH: torch.Tensor, split: HeadSplit,
-                 axis: Axis) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def seq_to_heads(
+    q_tNH: torch.Tensor, k_tKH: torch.Tensor, v_tKH: torch.Tensor, split: HeadSplit, axis: Axis
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """From this rank's tokens of all heads to all tokens of this rank's heads.
 
     Shapes: q [t, N, H], k and v [t, K, H] -> q [T, m, H], k and v [T, k, H].

@@ -115,14 +115,14 @@ def find_crossover(
     try:
         write_atomically(path, json.dumps(entries, indent=1) + "\n")
     except OSError as error:
-        warn(f"{path}: cannot be written ({error.strerror}); a restart measures again, and may choose otherwise")
+        warn(
+            f"{path}: cannot be written ({error.strerror}); a restart measures again, and may choose otherwise"
+        )
     times = ", ".join(
         f"{length:,} {of_cudnn:.2f}/{of_varlen:.2f}"
         for length, (of_cudnn, of_varlen) in milliseconds.items()
     )
-    return found, _describe(
-        found, f"measured, ms by cuDNN/varlen for documents of: {times}"
-    )
+    return found, _describe(found, f"measured, ms by cuDNN/varlen for documents of: {times}")
 
 
 def _describe(crossover: int, how: str) -> str:

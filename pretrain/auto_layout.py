@@ -31,8 +31,14 @@ STRATEGIES = ("optim_grads", "optim", "optim_grads_params")
 """Sharding strategies, the first where the estimate sees no difference."""
 LEVELS = (None, "selective", "full", "attention_kept")
 """Levels of recompute, in the same way."""
-CHOSEN = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "cp_comm_type",
-          "hierarchical_context_parallel_sizes", "data_parallel_sharding_strategy")
+CHOSEN = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "cp_comm_type",
+    "hierarchical_context_parallel_sizes",
+    "data_parallel_sharding_strategy",
+)
 """Fields of the layout that a choice sets."""
 
 
@@ -47,7 +53,11 @@ class Device:
     def here(config: LayoutConfig) -> "Device":
         """This process's device; a GPU without a row in the table is ranked with an A100's rates."""
         name, memory = device_here()
-        hardware = CPU if name == "cpu" else find_hardware(name) or dataclasses.replace(TABLE["A100"], name=name)
+        hardware = (
+            CPU
+            if name == "cpu"
+            else find_hardware(name) or dataclasses.replace(TABLE["A100"], name=name)
+        )
         return Device(hardware, int((config.device_memory_gib or memory // GIB) * GIB))
 
     @property
@@ -55,8 +65,10 @@ class Device:
         return int((1 - MARGIN) * self.memory_bytes)
 
     def describe(self) -> str:
-        return f"{show_bytes(self.usable)} (all but a tenth of the {show_bytes(self.memory_bytes)} of a " \
-               f"{self.hardware.name})"
+        return (
+            f"{show_bytes(self.usable)} (all but a tenth of the {show_bytes(self.memory_bytes)} of a "
+            f"{self.hardware.name})"
+        )
 
 
 @dataclass(frozen=True)
@@ -72,8 +84,13 @@ class Candidate:
     def simplicity(self) -> tuple:
         """Of two equally fast layouts the smaller is taken."""
         tp, pp, cp = self.phase.layout.sizes
-        return (tp, pp, cp, LEVELS.index(self.phase.memory.recompute_granularity),
-                STRATEGIES.index(self.phase.layout.sharding_strategy))
+        return (
+            tp,
+            pp,
+            cp,
+            LEVELS.index(self.phase.memory.recompute_granularity),
+            STRATEGIES.index(self.phase.layout.sharding_strategy),
+        )
 
     def describe(self) -> str:
         level = self.phase.memory.recompute_granularity
@@ -95,22 +112,34 @@ class Choice:
         if self.next_best is None:
             return f"{text}; nothing else fits"
         slower = self.next_best.seconds / self.best.seconds
-        return f"{text}; next {self.next_best.describe()}, {show_bytes(self.next_best.memory.total)}, " \
-               f"{slower:.2f} of its time"
+        return (
+            f"{text}; next {self.next_best.describe()}, {show_bytes(self.next_best.memory.total)}, "
+            f"{slower:.2f} of its time"
+        )
 
 
 def memory_model(config: Config, vocab_size: int, hardware: Hardware) -> MemoryModel:
     """The model of the run's ranks on that hardware."""
     master = 8 if config.optimizer.fp64 else 4
-    return MemoryModel(config.model, vocab_size, master_bytes=master,
-                       compute_bytes=2 if config.optimizer.bf16 else master, on_gpu=hardware is not CPU,
-                       optimizer_on_host=config.optimizer.optimizer_cpu_offload)
+    return MemoryModel(
+        config.model,
+        vocab_size,
+        master_bytes=master,
+        compute_bytes=2 if config.optimizer.bf16 else master,
+        on_gpu=hardware is not CPU,
+        optimizer_on_host=config.optimizer.optimizer_cpu_offload,
+    )
 
 
-def candidates(phase: Phase, config: Config, world_size: int, model: MemoryModel, hardware: Hardware
-               ) -> Iterator[Candidate]:
+def candidates(
+    phase: Phase, config: Config, world_size: int, model: MemoryModel, hardware: Hardware
+) -> Iterator[Candidate]:
     """Every legal layout that keeps what the phase gives."""
-    strategies = STRATEGIES if "data_parallel_sharding_strategy" in phase.auto else (phase.layout.sharding_strategy,)
+    strategies = (
+        STRATEGIES
+        if "data_parallel_sharding_strategy" in phase.auto
+        else (phase.layout.sharding_strategy,)
+    )
     given = phase.memory.recompute_granularity
     recomputes = LEVELS if "recompute_granularity" in phase.auto else (given,)
     if phase.memory.cpu_offloading_num_layers and "recompute_granularity" in phase.auto:
@@ -118,13 +147,16 @@ def candidates(phase: Phase, config: Config, world_size: int, model: MemoryModel
     for layout in _layouts(phase, config, world_size):
         pp = layout.pipeline_model_parallel_size
         plain = _with_recompute(dataclasses.replace(phase, layout=layout), None)
-        if not layout.combination_problems() and check_phase_layout(plain, config, world_size, model.vocab_size):
+        if not layout.combination_problems() and check_phase_layout(
+            plain, config, world_size, model.vocab_size
+        ):
             continue  # whatever the strategy and the recompute
         for strategy in strategies:
             if pp > 1 and strategy == "optim_grads" and "optim" in strategies:
                 continue  # the same as optim there
-            chosen = dataclasses.replace(layout, use_distributed_optimizer=None,
-                                         data_parallel_sharding_strategy=strategy)
+            chosen = dataclasses.replace(
+                layout, use_distributed_optimizer=None, data_parallel_sharding_strategy=strategy
+            )
             for recompute in recomputes:
                 candidate = _with_recompute(dataclasses.replace(phase, layout=chosen), recompute)
                 if not check_phase_layout(candidate, config, world_size, model.vocab_size):
@@ -132,35 +164,51 @@ def candidates(phase: Phase, config: Config, world_size: int, model: MemoryModel
 
 
 def _with_recompute(phase: Phase, level: str | None) -> Phase:
-    return dataclasses.replace(phase, memory=dataclasses.replace(phase.memory, recompute_granularity=level))
+    return dataclasses.replace(
+        phase, memory=dataclasses.replace(phase.memory, recompute_granularity=level)
+    )
 
 
 def _layouts(phase: Phase, config: Config, world_size: int) -> Iterator[LayoutConfig]:
     """Layouts of the world with the sizes that the phase gives."""
     asked, heads = phase.layout, config.model.num_attention_heads
     for sizes in sizes_of_world(world_size):
-        if any(name not in phase.auto and size != given
-               for name, size, given in zip(CHOSEN[:3], sizes, asked.sizes, strict=True)):
+        if any(
+            name not in phase.auto and size != given
+            for name, size, given in zip(CHOSEN[:3], sizes, asked.sizes, strict=True)
+        ):
             continue
         tp, pp, cp = sizes
         if asked.hierarchical_context_parallel_sizes and cp > 1:
-            yield dataclasses.replace(asked, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+            yield dataclasses.replace(
+                asked, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp
+            )
         else:
             yield with_sizes(asked, heads, tp, pp, cp)
 
 
 def load_of(phase: Phase, world_size: int) -> Load:
     """What the phase asks of a rank."""
-    return Load(phase.layout, phase.data_parallel_size(world_size), phase.seq_length, phase.micro_batch_size,
-                phase.num_microbatches(world_size), phase.memory)
+    return Load(
+        phase.layout,
+        phase.data_parallel_size(world_size),
+        phase.seq_length,
+        phase.micro_batch_size,
+        phase.num_microbatches(world_size),
+        phase.memory,
+    )
 
 
 def _estimate(phase: Phase, world_size: int, model: MemoryModel, hardware: Hardware) -> Candidate:
     load = load_of(phase, world_size)
-    return Candidate(phase, load.data_parallel_size, model.worst(load), step_seconds(model, load, hardware))
+    return Candidate(
+        phase, load.data_parallel_size, model.worst(load), step_seconds(model, load, hardware)
+    )
 
 
-def choose_layout(phase: Phase, config: Config, world_size: int, vocab_size: int, device: Device) -> Choice:
+def choose_layout(
+    phase: Phase, config: Config, world_size: int, vocab_size: int, device: Device
+) -> Choice:
     """The fastest layout that fits, and the next.
 
     Raises:
@@ -176,45 +224,74 @@ def choose_layout(phase: Phase, config: Config, world_size: int, vocab_size: int
         raise ValueError(
             f"phase {phase.name!r}: layout = auto: nothing fits {world_size} processes with {device.describe()} each. "
             f"The least is {least.describe()} with {least.memory.describe()}. "
-            f"Fix: {'; or '.join(_what_would_fit(phase, config, world_size, model, device)) or 'a smaller model'}.")
+            f"Fix: {'; or '.join(_what_would_fit(phase, config, world_size, model, device)) or 'a smaller model'}."
+        )
     return _best(fitting)
 
 
 def _best(fitting: list[Candidate]) -> Choice:
     fastest = min(candidate.seconds for candidate in fitting)
-    best = min((candidate for candidate in fitting if candidate.seconds <= AS_FAST * fastest),
-               key=lambda candidate: candidate.simplicity)
-    others = [candidate for candidate in fitting if candidate.phase.layout.sizes != best.phase.layout.sizes]
-    return Choice(best, min(others, key=lambda candidate: (candidate.seconds, candidate.simplicity), default=None))
+    best = min(
+        (candidate for candidate in fitting if candidate.seconds <= AS_FAST * fastest),
+        key=lambda candidate: candidate.simplicity,
+    )
+    others = [
+        candidate
+        for candidate in fitting
+        if candidate.phase.layout.sizes != best.phase.layout.sizes
+    ]
+    return Choice(
+        best,
+        min(others, key=lambda candidate: (candidate.seconds, candidate.simplicity), default=None),
+    )
 
 
 def _none_is_legal(phase: Phase, config: Config, world_size: int, vocab_size: int) -> str:
     where = f"phase {phase.name!r}: "
-    given = [f"{name} {size}" for name, size in zip(("tp", "pp", "cp"), phase.layout.sizes, strict=True)
-             if CHOSEN[("tp", "pp", "cp").index(name)] not in phase.auto]
+    given = [
+        f"{name} {size}"
+        for name, size in zip(("tp", "pp", "cp"), phase.layout.sizes, strict=True)
+        if CHOSEN[("tp", "pp", "cp").index(name)] not in phase.auto
+    ]
     others = layouts_that_work(Situation(phase, config, world_size, vocab_size))
-    lines = [f"{where}layout = auto: no layout of {world_size} processes can run it"
-             + (f" with the {', '.join(given)} that are given" if given else "")
-             + f". Fix: change what is given; layouts that work: {others}."]
-    lines += [where + problem for problem in check_phase_layout(phase, config, world_size, vocab_size)]
+    lines = [
+        f"{where}layout = auto: no layout of {world_size} processes can run it"
+        + (f" with the {', '.join(given)} that are given" if given else "")
+        + f". Fix: change what is given; layouts that work: {others}."
+    ]
+    lines += [
+        where + problem for problem in check_phase_layout(phase, config, world_size, vocab_size)
+    ]
     return "\n".join(lines)
 
 
-def _what_would_fit(phase: Phase, config: Config, world_size: int, model: MemoryModel, device: Device) -> list[str]:
+def _what_would_fit(
+    phase: Phase, config: Config, world_size: int, model: MemoryModel, device: Device
+) -> list[str]:
     """The nearest changes after which something fits, each with its layout."""
     all_open = (*CHOSEN[:3], "data_parallel_sharding_strategy", "recompute_granularity")
     changes = []
     if "recompute_granularity" not in phase.auto and phase.memory.recompute_granularity is None:
         changes.append(("recompute_granularity full", _with_recompute(phase, "full"), world_size))
     if phase.micro_batch_size > 1:
-        changes.append(("micro_batch_size 1", dataclasses.replace(phase, micro_batch_size=1), world_size))
+        changes.append(
+            ("micro_batch_size 1", dataclasses.replace(phase, micro_batch_size=1), world_size)
+        )
     if set(phase.auto) != set(all_open):
-        changes.append(("leaving all sizes to auto", dataclasses.replace(phase, auto=all_open), world_size))
-    changes += [(f"{world_size * factor} processes", phase, world_size * factor) for factor in (2, 4, 8, 16, 32)]
+        changes.append(
+            ("leaving all sizes to auto", dataclasses.replace(phase, auto=all_open), world_size)
+        )
+    changes += [
+        (f"{world_size * factor} processes", phase, world_size * factor)
+        for factor in (2, 4, 8, 16, 32)
+    ]
     found = []
     for what, changed, world in changes:
-        fitting = [candidate for candidate in candidates(changed, config, world, model, device.hardware)
-                   if candidate.memory.total <= device.usable]
+        fitting = [
+            candidate
+            for candidate in candidates(changed, config, world, model, device.hardware)
+            if candidate.memory.total <= device.usable
+        ]
         if fitting:
             best = _best(fitting).best
             found.append(f"{what} ({best.describe()}, {show_bytes(best.memory.total)})")
@@ -226,8 +303,15 @@ def _what_would_fit(phase: Phase, config: Config, world_size: int, model: Memory
 # ---------------------------------------------------------------- once and for all
 
 
-def settle_layouts(phases: list[Phase], config: Config, world_size: int, vocab_size: int, stored: dict, clock: int,
-                   device: Device | None = None) -> tuple[list[Phase], dict, list[str]]:
+def settle_layouts(
+    phases: list[Phase],
+    config: Config,
+    world_size: int,
+    vocab_size: int,
+    stored: dict,
+    clock: int,
+    device: Device | None = None,
+) -> tuple[list[Phase], dict, list[str]]:
     """Give every phase of `layout: auto` its layout -> (phases, what a checkpoint keeps of them by name, a line each).
 
     Args:
@@ -252,7 +336,10 @@ def settle_layouts(phases: list[Phase], config: Config, world_size: int, vocab_s
             text = f"{kept.describe()}, {show_bytes(kept.memory.total)} per rank (kept from the checkpoint)"
         else:
             room = device if phase.end > clock else dataclasses.replace(device, memory_bytes=2**63)
-            choice = attempt(problems, lambda p=phase, d=room: choose_layout(p, config, world_size, vocab_size, d))
+            choice = attempt(
+                problems,
+                lambda p=phase, d=room: choose_layout(p, config, world_size, vocab_size, d),
+            )
             if choice is None:
                 continue
             kept, text = choice.best, choice.describe() + _why_anew(before, asked)
@@ -266,24 +353,36 @@ def settle_layouts(phases: list[Phase], config: Config, world_size: int, vocab_s
 
 def _asked(phase: Phase, world_size: int) -> dict:
     """What a choice answers to, as JSON gives it back. Not the device: another one keeps the stored choice."""
-    given = {"world_size": world_size, "open": phase.auto, "seq_length": phase.seq_length,
-             "global_batch_tokens": phase.global_batch_tokens, "micro_batch_size": phase.micro_batch_size,
-             **dataclasses.asdict(phase.memory)}
+    given = {
+        "world_size": world_size,
+        "open": phase.auto,
+        "seq_length": phase.seq_length,
+        "global_batch_tokens": phase.global_batch_tokens,
+        "micro_batch_size": phase.micro_batch_size,
+        **dataclasses.asdict(phase.memory),
+    }
     layout = dataclasses.asdict(phase.layout)
     ignored = ("distributed_backend", "distributed_timeout_minutes")
-    return json.loads(json.dumps(given | {name: layout[name] for name in layout if name not in ignored}))
+    return json.loads(
+        json.dumps(given | {name: layout[name] for name in layout if name not in ignored})
+    )
 
 
 def _record(candidate: Candidate, asked: dict) -> dict:
     layout = dataclasses.asdict(candidate.phase.layout)
-    return {"asked": asked, "chosen": {name: layout[name] for name in CHOSEN},
-            "recompute_granularity": candidate.phase.memory.recompute_granularity}
+    return {
+        "asked": asked,
+        "chosen": {name: layout[name] for name in CHOSEN},
+        "recompute_granularity": candidate.phase.memory.recompute_granularity,
+    }
 
 
 def with_choice(phase: Phase, record: dict) -> Phase:
     """The phase with the layout that a checkpoint kept for it."""
     layout = dataclasses.replace(phase.layout, use_distributed_optimizer=None, **record["chosen"])
-    return _with_recompute(dataclasses.replace(phase, layout=layout), record["recompute_granularity"])
+    return _with_recompute(
+        dataclasses.replace(phase, layout=layout), record["recompute_granularity"]
+    )
 
 
 def _asked_before(record: dict) -> dict:
@@ -297,5 +396,7 @@ def _why_anew(before: dict | None, asked: dict) -> str:
     then = _asked_before(before)
     changed = [f"{name} was {then.get(name)}" for name in asked if then.get(name) != asked[name]]
     was = before["chosen"]
-    return (f" (chosen anew, since {', '.join(changed)}; it was tp {was['tensor_model_parallel_size']} "
-            f"pp {was['pipeline_model_parallel_size']} cp {was['context_parallel_size']})")
+    return (
+        f" (chosen anew, since {', '.join(changed)}; it was tp {was['tensor_model_parallel_size']} "
+        f"pp {was['pipeline_model_parallel_size']} cp {was['context_parallel_size']})"
+    )

@@ -30,7 +30,9 @@ class BatchStep(NamedTuple):
     batch: int
 
 
-def cut_into_stretches(start: int, tokens: int, schedule: Sequence[BatchStep]) -> tuple[Stretch, ...]:
+def cut_into_stretches(
+    start: int, tokens: int, schedule: Sequence[BatchStep]
+) -> tuple[Stretch, ...]:
     """The steps that begin within `tokens` positions from `start`; the last one may reach beyond them.
 
     Args:
@@ -47,7 +49,9 @@ def cut_into_stretches(start: int, tokens: int, schedule: Sequence[BatchStep]) -
     return tuple(stretches)
 
 
-def parse_ramp(words: Sequence[int], target: int, begin: int, unit: int, threshold_unit: int) -> list[BatchStep]:
+def parse_ramp(
+    words: Sequence[int], target: int, begin: int, unit: int, threshold_unit: int
+) -> list[BatchStep]:
     """Megatron-LM's `--rampup-batch-size START INCREMENT SAMPLES`: from START samples to `target` tokens in equal
     portions of SAMPLES.
 
@@ -62,18 +66,28 @@ def parse_ramp(words: Sequence[int], target: int, begin: int, unit: int, thresho
     """
     name = f"rampup_batch_size = {' '.join(map(str, words))}: "
     if len(words) != 3 or words[0] < 1 or words[1] < 1 or words[2] < 0:
-        raise ValueError(f"{name}must be START INCREMENT SAMPLES, the first two above 0. Fix: for example "
-                         "32 32 100000.")
+        raise ValueError(
+            f"{name}must be START INCREMENT SAMPLES, the first two above 0. Fix: for example "
+            "32 32 100000."
+        )
     first, increment, samples = words[0] * unit, words[1] * unit, words[2]
     count, rest = divmod(target - first, increment)
     if target < first or rest:
-        raise ValueError(f"{name}{first} tokens + n x {increment} tokens must reach the full batch of {target} tokens "
-                         f"({words[0]} and {words[1]} samples of {unit} tokens). Fix: for example a full batch of "
-                         f"{max(first, first + round((target - first) / increment) * increment)} tokens.")
-    portions = [-(-number * samples // count) * threshold_unit for number in range(count + 1)] if count else [0]
+        raise ValueError(
+            f"{name}{first} tokens + n x {increment} tokens must reach the full batch of {target} tokens "
+            f"({words[0]} and {words[1]} samples of {unit} tokens). Fix: for example a full batch of "
+            f"{max(first, first + round((target - first) / increment) * increment)} tokens."
+        )
+    portions = (
+        [-(-number * samples // count) * threshold_unit for number in range(count + 1)]
+        if count
+        else [0]
+    )
     schedule: dict[int, int] = {}
     for number, portion in enumerate(portions):
-        schedule[begin + portion] = first + number * increment  # of portions of no samples the last one counts
+        schedule[begin + portion] = (
+            first + number * increment
+        )  # of portions of no samples the last one counts
     return [BatchStep(*entry) for entry in sorted(schedule.items())]
 
 
@@ -100,14 +114,19 @@ def parse_steps(text: str, begin: int, unit: int) -> list[BatchStep]:
         schedule.append(BatchStep(begin + pair[0], pair[1] * unit))
     if not schedule or schedule[0].threshold != begin:
         raise ValueError(f"{name}must begin at 0. {example}")
-    if any(after.threshold <= before.threshold for before, after in zip(schedule, schedule[1:], strict=False)):
+    if any(
+        after.threshold <= before.threshold
+        for before, after in zip(schedule, schedule[1:], strict=False)
+    ):
         raise ValueError(f"{name}the token counts must rise. {example}")
     return schedule
 
 
 def batch_at(stretches: Sequence[Stretch], clock: int) -> int:
     """Tokens of the step that begins at `clock`, which a changed batch may have put off the steps' own places."""
-    return next((stretch.batch for stretch in stretches if clock < stretch.end), stretches[-1].batch)
+    return next(
+        (stretch.batch for stretch in stretches if clock < stretch.end), stretches[-1].batch
+    )
 
 
 def first_step_from(stretches: Sequence[Stretch], position: int) -> int:

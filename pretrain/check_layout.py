@@ -10,7 +10,9 @@ from pretrain.evaluate import check_lengths
 from pretrain.phases import Phase, phase_entries
 
 
-def check_phase_layout(phase: Phase, config: Config, world_size: int, vocab_size: int | None) -> list[str]:
+def check_phase_layout(
+    phase: Phase, config: Config, world_size: int, vocab_size: int | None
+) -> list[str]:
     """Why the phase's layout cannot run it."""
     layout = phase.layout
     tp, pp, cp = layout.sizes
@@ -23,12 +25,20 @@ def check_phase_layout(phase: Phase, config: Config, world_size: int, vocab_size
     problems += model_problems
     microbatch = phase.seq_length * phase.micro_batch_size
     if microbatch % layout.token_multiple:
-        because = f"context_parallel_size = {cp}" + (
-            f" in {layout.context_levels[1]} groups" if layout.context_levels[1] > 1 else "") + (
-            f" and sequence_parallel over tp {tp}" if layout.sequence_parallel and tp > 1 else "")
+        because = (
+            f"context_parallel_size = {cp}"
+            + (f" in {layout.context_levels[1]} groups" if layout.context_levels[1] > 1 else "")
+            + (
+                f" and sequence_parallel over tp {tp}"
+                if layout.sequence_parallel and tp > 1
+                else ""
+            )
+        )
         nearest = max(1, round(microbatch / layout.token_multiple)) * layout.token_multiple
-        problems.append(f"{because}: the {microbatch} tokens of a microbatch must be a multiple of "
-                        f"{layout.token_multiple}. Fix: for example a seq_length of {nearest}.")
+        problems.append(
+            f"{because}: the {microbatch} tokens of a microbatch must be a multiple of "
+            f"{layout.token_multiple}. Fix: for example a seq_length of {nearest}."
+        )
     problems += _split_backward_problems(phase)
     problems += check_lengths(config.logging, phase)
     if not model_problems:
@@ -44,25 +54,36 @@ def _split_backward_problems(phase: Phase) -> list[str]:
     other = "or --pipeline-schedule interleaved or 1F1B."
     problems = []
     if memory.recompute_granularity:
-        problems.append(f"recompute_granularity = {memory.recompute_granularity}: {layout.schedule} would run every "
-                        f"forward four times. Fix: none, {other}")
-    problems += [f"{name} = {getattr(memory, name)}: {layout.schedule} splits the backward, and each half would go "
-                 f"through all of them. Fix: 1, {other}"
-                 for name in ("mlp_tiles", "attention_head_chunks") if getattr(memory, name) > 1]
+        problems.append(
+            f"recompute_granularity = {memory.recompute_granularity}: {layout.schedule} would run every "
+            f"forward four times. Fix: none, {other}"
+        )
+    problems += [
+        f"{name} = {getattr(memory, name)}: {layout.schedule} splits the backward, and each half would go "
+        f"through all of them. Fix: 1, {other}"
+        for name in ("mlp_tiles", "attention_head_chunks")
+        if getattr(memory, name) > 1
+    ]
     return problems
 
 
 def _head_chunk_problems(phase: Phase, config: Config) -> list[str]:
     chunks, model, layout = phase.memory.attention_head_chunks, config.model, phase.layout
     tp, a2a = layout.tensor_model_parallel_size, layout.context_levels[0]
-    possible = chunk_counts(HeadSplit.make(model.num_attention_heads // tp, max(1, model.num_kv_heads // tp), a2a))
+    possible = chunk_counts(
+        HeadSplit.make(model.num_attention_heads // tp, max(1, model.num_kv_heads // tp), a2a)
+    )
     if chunks in possible or chunks < 1:
         return []
-    nearest = [max((n for n in possible if n < chunks), default=None), min((n for n in possible if n > chunks),
-                                                                           default=None)]
-    return [f"attention_head_chunks = {chunks}: the {model.num_attention_heads // tp} query heads of a tensor-parallel "
-            f"rank over {a2a} ranks of an all-to-all allow {', '.join(map(str, possible))}: chunks of whole groups, or "
-            f"equal parts of one. Fix: {' or '.join(str(n) for n in nearest if n is not None)}."]
+    nearest = [
+        max((n for n in possible if n < chunks), default=None),
+        min((n for n in possible if n > chunks), default=None),
+    ]
+    return [
+        f"attention_head_chunks = {chunks}: the {model.num_attention_heads // tp} query heads of a tensor-parallel "
+        f"rank over {a2a} ranks of an all-to-all allow {', '.join(map(str, possible))}: chunks of whole groups, or "
+        f"equal parts of one. Fix: {' or '.join(str(n) for n in nearest if n is not None)}."
+    ]
 
 
 def _batch_problems(phase: Phase, config: Config, world_size: int) -> list[str]:

@@ -61,13 +61,17 @@ def published(root: str | os.PathLike | None, step: int | None = None) -> Path |
             return None
         text = latest.read_text().strip()
         if not text.isdigit():
-            raise ValueError(f"{latest} = {text!r}: must hold an iteration number. Fix: write the number of a complete "
-                             "iter_ folder into it.")
+            raise ValueError(
+                f"{latest} = {text!r}: must hold an iteration number. Fix: write the number of a complete "
+                "iter_ folder into it."
+            )
         step = int(text)
     folder = iteration_folder(root, step)
     if not (folder / MANIFEST).is_file():
-        raise ValueError(f"checkpoint {folder}: missing or not complete (no {MANIFEST}). Fix: write the number of a "
-                         f"complete one into {Path(root) / LATEST}, or name it with --ckpt-step.")
+        raise ValueError(
+            f"checkpoint {folder}: missing or not complete (no {MANIFEST}). Fix: write the number of a "
+            f"complete one into {Path(root) / LATEST}, or name it with --ckpt-step."
+        )
     return folder
 
 
@@ -101,8 +105,10 @@ class FolderLock:
                     self.file.flush()
             except BlockingIOError:
                 self.file.seek(0)
-                problem = [f"{self.file.read() or 'another process'} is training into it. Fix: stop that run, or give "
-                           "another --save."]
+                problem = [
+                    f"{self.file.read() or 'another process'} is training into it. Fix: stop that run, or give "
+                    "another --save."
+                ]
             except OSError as error:
                 # Some network file systems have no locks: then nothing guards the folder.
                 if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
@@ -129,9 +135,16 @@ def same_start_on_all_ranks(root: str | os.PathLike, planned: Path | None, world
     return all(answers)
 
 
-def save(root: str | os.PathLike, step: int, tensors: dict[str, torch.Tensor], progress: dict, config_yaml: str,
-         tokenizer_files: list[str], world: Axis,
-         carried: Mapping[str, bytes] = MappingProxyType({})) -> Path:
+def save(
+    root: str | os.PathLike,
+    step: int,
+    tensors: dict[str, torch.Tensor],
+    progress: dict,
+    config_yaml: str,
+    tokenizer_files: list[str],
+    world: Axis,
+    carried: Mapping[str, bytes] = MappingProxyType({}),
+) -> Path:
     """Write and publish iteration `step`; collective over `world` (of size 1 it needs no process group).
 
     Args:
@@ -156,11 +169,19 @@ def save(root: str | os.PathLike, step: int, tensors: dict[str, torch.Tensor], p
     _wait_for_all(world)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_ALONE)
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True),
-                 process_group=world.group, no_dist=world.group is None)
+        dcp.save(
+            tensors,
+            storage_writer=dcp.FileSystemWriter(
+                partial, single_file_per_rank=True, sync_files=True
+            ),
+            process_group=world.group,
+            no_dist=world.group is None,
+        )
     checksums = _checksums(partial, world)
     if world.rank == 0:
-        _write(partial / MANIFEST, json.dumps({"algorithm": "xxh3_128", "files": checksums}, indent=1))
+        _write(
+            partial / MANIFEST, json.dumps({"algorithm": "xxh3_128", "files": checksums}, indent=1)
+        )
         _sync_folder(partial)
         replaced = final.with_name(f".{final.name}.replaced")
         _clear(replaced)
@@ -207,10 +228,14 @@ def _clear(folder: Path) -> None:
     if is_checkpoint_folder(folder):
         shutil.rmtree(folder, ignore_errors=True)
         return
-    names = (folder.with_name(f"{folder.name.lstrip('.')}.kept{number}") for number in itertools.count(1))
+    names = (
+        folder.with_name(f"{folder.name.lstrip('.')}.kept{number}") for number in itertools.count(1)
+    )
     kept = next(name for name in names if not os.path.lexists(name))
     os.rename(folder, kept)
-    print(f"warning: {folder} holds what no save wrote: kept as {kept}", file=sys.stderr, flush=True)
+    print(
+        f"warning: {folder} holds what no save wrote: kept as {kept}", file=sys.stderr, flush=True
+    )
 
 
 def _wait_for_all(world: Axis) -> None:
@@ -226,7 +251,7 @@ def _checksums(folder: Path, world: Axis) -> dict[str, str]:
         shared = [files]
         dist.broadcast_object_list(shared, src=0, group=world.group)
         files = shared[0]
-    mine = {name: checksum(folder / name) for name in files[world.rank::world.size]}
+    mine = {name: checksum(folder / name) for name in files[world.rank :: world.size]}
     gathered: list[dict] = [mine]
     if world.size > 1:
         gathered *= world.size
@@ -305,7 +330,9 @@ def load(
             same error on all ranks, and nothing is changed.
     """
     gathered: list[list[str]] = [[] for _ in range(world.size)]
-    dist.all_gather_object(gathered, verify_files(folder, world.rank, world.size), group=world.group)
+    dist.all_gather_object(
+        gathered, verify_files(folder, world.rank, world.size), group=world.group
+    )
     refuse_damage(folder, [problem for part in gathered for problem in part])
     reader = SafeReader(folder)
     repadded = _repadded(reader.read_metadata(), tensors, vocab_size)
@@ -313,9 +340,11 @@ def load(
     dist.all_gather_object(gathered, _misfits(reader.read_metadata(), others), group=world.group)
     problems = list(dict.fromkeys(problem for part in gathered for problem in part))
     if problems:
-        raise ValueError(f"checkpoint {folder}: does not fit this run: {'; '.join(problems[:4])}"
-                         f"{f' and {len(problems) - 4} more' if len(problems) > 4 else ''}. Fix: load it with the "
-                         "model settings in its config.yaml (--no-load-optim if only optimizer state is missing).")
+        raise ValueError(
+            f"checkpoint {folder}: does not fit this run: {'; '.join(problems[:4])}"
+            f"{f' and {len(problems) - 4} more' if len(problems) > 4 else ''}. Fix: load it with the "
+            "model settings in its config.yaml (--no-load-optim if only optimizer state is missing)."
+        )
     for tensor in repadded.values():
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         local.zero_()
@@ -325,8 +354,10 @@ def load(
 
 def refuse_damage(folder: Path, problems: list[str]) -> None:
     if problems:
-        raise ValueError(f"checkpoint {folder}: damaged: {'; '.join(problems[:4])}. Fix: start from an earlier "
-                         f"iteration: write its number into {folder.parent / LATEST}.")
+        raise ValueError(
+            f"checkpoint {folder}: damaged: {'; '.join(problems[:4])}. Fix: start from an earlier "
+            f"iteration: write its number into {folder.parent / LATEST}."
+        )
 
 
 def _repadded(
@@ -337,10 +368,15 @@ def _repadded(
     for name, tensor in tensors.items():
         stored = metadata.state_dict_metadata.get(name)
         parameter = name.removeprefix("model.").removeprefix("optimizer.")
-        has_rows = parameter.startswith(VOCABULARY_ROWS) and isinstance(stored, TensorStorageMetadata)
+        has_rows = parameter.startswith(VOCABULARY_ROWS) and isinstance(
+            stored, TensorStorageMetadata
+        )
         if vocab_size is None or not has_rows or stored.size == tensor.shape:
             continue
-        if stored.size[1:] == tensor.shape[1:] and min(stored.size[0], tensor.shape[0]) >= vocab_size:
+        if (
+            stored.size[1:] == tensor.shape[1:]
+            and min(stored.size[0], tensor.shape[0]) >= vocab_size
+        ):
             found[name] = tensor
     return found
 
@@ -352,7 +388,9 @@ def _misfits(metadata: Metadata, tensors: dict[str, torch.Tensor]) -> list[str]:
         if name not in stored:
             problems.append(f"{name} is not in it")
         elif tuple(stored[name].size) != tuple(tensor.shape):
-            problems.append(f"{name} has shape {tuple(stored[name].size)}, this model needs {tuple(tensor.shape)}")
+            problems.append(
+                f"{name} has shape {tuple(stored[name].size)}, this model needs {tuple(tensor.shape)}"
+            )
     return problems
 
 
@@ -360,8 +398,10 @@ def read_whole_tensors(folder: Path, names: list[str]) -> dict[str, torch.Tensor
     """The named tensors, whole, on the CPU, without any process group."""
     reader = SafeReader(folder)
     stored = reader.read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype, device="cpu")
-               for name in names}
+    tensors = {
+        name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype, device="cpu")
+        for name in names
+    }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_ALONE)
         dcp.load(tensors, storage_reader=reader, no_dist=True)
@@ -371,8 +411,11 @@ def read_whole_tensors(folder: Path, names: list[str]) -> dict[str, torch.Tensor
 def tensor_names(folder: Path, prefix: str = "model.") -> list[str]:
     """Names of the stored tensors that start with `prefix`."""
     stored = SafeReader(folder).read_metadata().state_dict_metadata
-    return sorted(name for name, entry in stored.items()
-                  if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata))
+    return sorted(
+        name
+        for name, entry in stored.items()
+        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+    )
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -380,8 +423,15 @@ class _MetadataUnpickler(pickle.Unpickler):
 
     allowed = {
         "torch.distributed.checkpoint.metadata": {
-            "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties",
-            "ChunkStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING"},
+            "Metadata",
+            "MetadataIndex",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "TensorProperties",
+            "ChunkStorageMetadata",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
+        },
         "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
         "torch.serialization": {"_get_layout"},
         "torch": {"Size", "device"},
@@ -390,11 +440,16 @@ class _MetadataUnpickler(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str):
-        is_dtype = module == "torch" and re.fullmatch(r"[a-z0-9]+", name) and isinstance(
-            getattr(torch, name, None), torch.dtype)
+        is_dtype = (
+            module == "torch"
+            and re.fullmatch(r"[a-z0-9]+", name)
+            and isinstance(getattr(torch, name, None), torch.dtype)
+        )
         if not is_dtype and name not in self.allowed.get(module, ()):
-            raise ValueError(f"checkpoint metadata names {module}.{name}, which no checkpoint of ours holds. "
-                             "Fix: do not load this folder; it may be harmful.")
+            raise ValueError(
+                f"checkpoint metadata names {module}.{name}, which no checkpoint of ours holds. "
+                "Fix: do not load this folder; it may be harmful."
+            )
         return super().find_class(module, name)
 
 

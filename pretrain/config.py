@@ -200,93 +200,187 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     given: Annotated[GivenSettings, tyro.conf.Suppress] = field(
-        default_factory=GivenSettings, compare=False)
+        default_factory=GivenSettings, compare=False
+    )
     """What of all this the user wrote; no setting."""
 
     def validate(self) -> list[str]:
         """All problems that show without touching the disk, as `name = value: rule. Fix: ...`."""
-        problems = [problem for section in (self.model, self.layout, self.data)
-                    for problem in section.validate()]
+        problems = [
+            problem
+            for section in (self.model, self.layout, self.data)
+            for problem in section.validate()
+        ]
         optimizer, schedule, checkpoint = self.optimizer, self.schedule, self.checkpoint
-        positive = [("micro_batch_size", schedule.micro_batch_size), ("lr", optimizer.lr),
-                    ("log_interval", self.logging.log_interval), ("adam_eps", optimizer.adam_eps)]
-        positive += [(name, getattr(section, name)) for section, names in (
-            (schedule, ("seq_length", "global_batch_size", "global_batch_tokens", "train_iters", "train_samples",
-                        "train_tokens")),
-            (optimizer, ("lr_decay_iters", "lr_decay_samples", "lr_decay_tokens", "lr_wsd_decay_iters",
-                         "lr_wsd_decay_samples", "lr_wsd_decay_tokens")),
-            (checkpoint, ("save_interval", "exit_interval", "exit_duration_in_mins")),
-            (self.logging, ("eval_interval", "context_gain_cut", "context_gain_documents", "eval_passkey_trials")))
-            for name in names]
-        positive += [(name, value) for name in ("eval_seq_lengths", "eval_passkey_lengths")
-                     for value in getattr(self.logging, name)]
-        problems += [f"{name} = {value}: must be above 0. Fix: give a positive number."
-                     for name, value in positive if value is not None and not value > 0]
-        problems += [f"{name} = {value}: must be at least 0. Fix: give 0 or more."
-                     for name, value in (*((name, getattr(optimizer, name) or 0) for name in (
-                                             "lr_warmup_iters", "lr_warmup_samples", "lr_warmup_tokens",
-                                             "lr_warmup_fraction")),
-                                         ("min_lr", optimizer.min_lr), ("clip_grad", optimizer.clip_grad),
-                                         ("weight_decay", optimizer.weight_decay), ("seed", optimizer.seed),
-                                         ("eval_iters", self.logging.eval_iters),
-                                         ("lr_warmup_init", optimizer.lr_warmup_init)) if not value >= 0]
-        problems += [f"{name} = {value}: must be in [0, 1). Fix: 0.9 and 0.95 are common."
-                     for name, value in (("adam_beta1", optimizer.adam_beta1), ("adam_beta2", optimizer.adam_beta2))
-                     if not 0 <= value < 1]
+        positive = [
+            ("micro_batch_size", schedule.micro_batch_size),
+            ("lr", optimizer.lr),
+            ("log_interval", self.logging.log_interval),
+            ("adam_eps", optimizer.adam_eps),
+        ]
+        positive += [
+            (name, getattr(section, name))
+            for section, names in (
+                (
+                    schedule,
+                    (
+                        "seq_length",
+                        "global_batch_size",
+                        "global_batch_tokens",
+                        "train_iters",
+                        "train_samples",
+                        "train_tokens",
+                    ),
+                ),
+                (
+                    optimizer,
+                    (
+                        "lr_decay_iters",
+                        "lr_decay_samples",
+                        "lr_decay_tokens",
+                        "lr_wsd_decay_iters",
+                        "lr_wsd_decay_samples",
+                        "lr_wsd_decay_tokens",
+                    ),
+                ),
+                (checkpoint, ("save_interval", "exit_interval", "exit_duration_in_mins")),
+                (
+                    self.logging,
+                    (
+                        "eval_interval",
+                        "context_gain_cut",
+                        "context_gain_documents",
+                        "eval_passkey_trials",
+                    ),
+                ),
+            )
+            for name in names
+        ]
+        positive += [
+            (name, value)
+            for name in ("eval_seq_lengths", "eval_passkey_lengths")
+            for value in getattr(self.logging, name)
+        ]
+        problems += [
+            f"{name} = {value}: must be above 0. Fix: give a positive number."
+            for name, value in positive
+            if value is not None and not value > 0
+        ]
+        problems += [
+            f"{name} = {value}: must be at least 0. Fix: give 0 or more."
+            for name, value in (
+                *(
+                    (name, getattr(optimizer, name) or 0)
+                    for name in (
+                        "lr_warmup_iters",
+                        "lr_warmup_samples",
+                        "lr_warmup_tokens",
+                        "lr_warmup_fraction",
+                    )
+                ),
+                ("min_lr", optimizer.min_lr),
+                ("clip_grad", optimizer.clip_grad),
+                ("weight_decay", optimizer.weight_decay),
+                ("seed", optimizer.seed),
+                ("eval_iters", self.logging.eval_iters),
+                ("lr_warmup_init", optimizer.lr_warmup_init),
+            )
+            if not value >= 0
+        ]
+        problems += [
+            f"{name} = {value}: must be in [0, 1). Fix: 0.9 and 0.95 are common."
+            for name, value in (
+                ("adam_beta1", optimizer.adam_beta1),
+                ("adam_beta2", optimizer.adam_beta2),
+            )
+            if not 0 <= value < 1
+        ]
         if optimizer.bf16 and optimizer.fp64:
             problems.append("bf16 = True: cannot be combined with fp64. Fix: remove one of them.")
         if not optimizer.accumulate_allreduce_grads_in_fp32:
-            problems.append("accumulate_allreduce_grads_in_fp32 = False: gradients are always reduced in fp32. "
-                            "Fix: remove it.")
+            problems.append(
+                "accumulate_allreduce_grads_in_fp32 = False: gradients are always reduced in fp32. "
+                "Fix: remove it."
+            )
         if optimizer.min_lr > optimizer.lr:
-            problems.append(f"min_lr = {optimizer.min_lr}: must not exceed lr = {optimizer.lr}. Fix: lower it.")
+            problems.append(
+                f"min_lr = {optimizer.min_lr}: must not exceed lr = {optimizer.lr}. Fix: lower it."
+            )
         problems += self._out_of_range() + self._one_of_each() + self._unused_rope_parameters()
         problems += self._passkey_problems() + self._offloading_problems()
         if checkpoint.finetune and not checkpoint.load:
-            problems.append("finetune = True: takes the weights of --load, which is not given. Fix: give --load.")
+            problems.append(
+                "finetune = True: takes the weights of --load, which is not given. Fix: give --load."
+            )
         if checkpoint.ckpt_step is not None and not checkpoint.load:
-            problems.append(f"ckpt_step = {checkpoint.ckpt_step}: chooses an iteration of --load, which is not given. "
-                            "Fix: give --load.")
+            problems.append(
+                f"ckpt_step = {checkpoint.ckpt_step}: chooses an iteration of --load, which is not given. "
+                "Fix: give --load."
+            )
         if checkpoint.load and checkpoint.pretrained_checkpoint:
-            problems.append(f"pretrained_checkpoint = {checkpoint.pretrained_checkpoint}: a run starts from one place, "
-                            f"and --load = {checkpoint.load}. Fix: remove one of them.")
-        if checkpoint.override_opt_param_scheduler and checkpoint.use_checkpoint_opt_param_scheduler:
-            problems.append("override_opt_param_scheduler = True: takes this run's learning rate, but "
-                            "use_checkpoint_opt_param_scheduler takes the checkpoint's. Fix: remove one of them.")
+            problems.append(
+                f"pretrained_checkpoint = {checkpoint.pretrained_checkpoint}: a run starts from one place, "
+                f"and --load = {checkpoint.load}. Fix: remove one of them."
+            )
+        if (
+            checkpoint.override_opt_param_scheduler
+            and checkpoint.use_checkpoint_opt_param_scheduler
+        ):
+            problems.append(
+                "override_opt_param_scheduler = True: takes this run's learning rate, but "
+                "use_checkpoint_opt_param_scheduler takes the checkpoint's. Fix: remove one of them."
+            )
         return problems
 
     def _offloading_problems(self) -> list[str]:
         asked = self.model.cpu_offloading
-        layers = [phase.with_memory(self.model).cpu_offloading_num_layers
-                  for phase in self.schedule.phases or [PhaseConfig()]]
+        layers = [
+            phase.with_memory(self.model).cpu_offloading_num_layers
+            for phase in self.schedule.phases or [PhaseConfig()]
+        ]
         if asked is None or asked == (max(layers) > 0):
             return []
-        return [f"cpu_offloading = {asked}: but cpu_offloading_num_layers = {' '.join(map(str, layers))}. Fix: remove "
-                "one of them."]
+        return [
+            f"cpu_offloading = {asked}: but cpu_offloading_num_layers = {' '.join(map(str, layers))}. Fix: remove "
+            "one of them."
+        ]
 
     def _passkey_problems(self) -> list[str]:
         logging, problems = self.logging, []
-        if logging.eval_passkey_lengths and (self.data.mock_data or self.data.tokenizer_type == "NullTokenizer"):
+        if logging.eval_passkey_lengths and (
+            self.data.mock_data or self.data.tokenizer_type == "NullTokenizer"
+        ):
             kind = "mock_data" if self.data.mock_data else "NullTokenizer"
-            problems.append(f"eval_passkey_lengths = {' '.join(map(str, logging.eval_passkey_lengths))}: asks in "
-                            f"words, and {kind} has no text. Fix: a corpus with a text tokenizer, or leave it out.")
+            problems.append(
+                f"eval_passkey_lengths = {' '.join(map(str, logging.eval_passkey_lengths))}: asks in "
+                f"words, and {kind} has no text. Fix: a corpus with a text tokenizer, or leave it out."
+            )
         depths = logging.eval_passkey_depths
         if not depths or not all(0 <= depth <= 1 for depth in depths):
-            problems.append(f"eval_passkey_depths = {' '.join(map(str, depths))}: must be numbers from 0 to 1. Fix: "
-                            "for example 0.1 0.5 0.9.")
+            problems.append(
+                f"eval_passkey_depths = {' '.join(map(str, depths))}: must be numbers from 0 to 1. Fix: "
+                "for example 0.1 0.5 0.9."
+            )
         return problems
 
     def _out_of_range(self) -> list[str]:
         """Numbers that no field means: infinite or not a number, or beyond what the generator takes."""
         problems = []
         for section in (self.model, self.layout, self.schedule, self.optimizer):
-            problems += [f"{name} = {value}: must be a finite number. Fix: give one."
-                         for name, value in vars(section).items() if isinstance(value, float) and not isfinite(value)]
+            problems += [
+                f"{name} = {value}: must be a finite number. Fix: give one."
+                for name, value in vars(section).items()
+                if isinstance(value, float) and not isfinite(value)
+            ]
         if self.optimizer.seed >= 2**63:
-            problems.append(f"seed = {self.optimizer.seed}: must be below 2^63. Fix: a smaller number.")
+            problems.append(
+                f"seed = {self.optimizer.seed}: must be below 2^63. Fix: a smaller number."
+            )
         if self.optimizer.max_skipped_steps < 0:
-            problems.append(f"max_skipped_steps = {self.optimizer.max_skipped_steps}: must be at least 0. Fix: give 0 "
-                            "or more.")
+            problems.append(
+                f"max_skipped_steps = {self.optimizer.max_skipped_steps}: must be at least 0. Fix: give 0 "
+                "or more."
+            )
         return problems
 
     def _unused_rope_parameters(self) -> list[str]:
@@ -294,25 +388,47 @@ class Config:
         entries = self.schedule.phases or [PhaseConfig()]
         types = [entry.with_rope(self.model).rope.type for entry in entries]
         places = [("", self.model, types)] + [
-            (f"phase {entry.name!r}: ", entry, [kind]) for entry, kind in zip(entries, types, strict=True)]
-        return [f"{where}{name} = {getattr(section, name)}: rope_type {' or '.join(dict.fromkeys(used))} does not use "
-                f"it. Fix: remove it, or rope_type {' or '.join(users)}."
-                for where, section, used in places for name, (_, users) in PARAMETERS.items()
-                if getattr(section, name) is not None and not set(used) & set(users)]
+            (f"phase {entry.name!r}: ", entry, [kind])
+            for entry, kind in zip(entries, types, strict=True)
+        ]
+        return [
+            f"{where}{name} = {getattr(section, name)}: rope_type {' or '.join(dict.fromkeys(used))} does not use "
+            f"it. Fix: remove it, or rope_type {' or '.join(users)}."
+            for where, section, used in places
+            for name, (_, users) in PARAMETERS.items()
+            if getattr(section, name) is not None and not set(used) & set(users)
+        ]
 
     def open_settings(self, phase: PhaseConfig) -> tuple[str, ...]:
         """Names of the settings of a phase that `layout: auto` chooses: those that neither it nor the run gives."""
         if (phase.layout or self.layout.layout) != "auto":
             return ()
-        levels = phase.hierarchical_context_parallel_sizes or self.layout.hierarchical_context_parallel_sizes
-        found = [name for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size",
-                                   "context_parallel_size")
-                 if getattr(phase, name) is None and getattr(self.layout, name) == 1
-                 and not (name == "context_parallel_size" and levels)]
-        if (phase.data_parallel_sharding_strategy or self.layout.data_parallel_sharding_strategy
-                or self.layout.use_distributed_optimizer) is None:
+        levels = (
+            phase.hierarchical_context_parallel_sizes
+            or self.layout.hierarchical_context_parallel_sizes
+        )
+        found = [
+            name
+            for name in (
+                "tensor_model_parallel_size",
+                "pipeline_model_parallel_size",
+                "context_parallel_size",
+            )
+            if getattr(phase, name) is None
+            and getattr(self.layout, name) == 1
+            and not (name == "context_parallel_size" and levels)
+        ]
+        if (
+            phase.data_parallel_sharding_strategy
+            or self.layout.data_parallel_sharding_strategy
+            or self.layout.use_distributed_optimizer
+        ) is None:
             found.append("data_parallel_sharding_strategy")
-        if not (phase.recompute_granularity or self.model.recompute_granularity or self.model.recompute_activations):
+        if not (
+            phase.recompute_granularity
+            or self.model.recompute_granularity
+            or self.model.recompute_activations
+        ):
             found.append("recompute_granularity")
         return tuple(found)
 
@@ -320,12 +436,22 @@ class Config:
         """Settings that say the same thing in different units: at most one of each may be given."""
         problems = []
         for section, names in (
-                (self.schedule, ("train_iters", "train_samples", "train_tokens")),
-                (self.schedule, ("global_batch_size", "global_batch_tokens")),
-                (self.optimizer, ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_tokens", "lr_warmup_fraction")),
-                (self.optimizer, ("lr_decay_iters", "lr_decay_samples", "lr_decay_tokens")),
-                (self.optimizer, ("lr_wsd_decay_iters", "lr_wsd_decay_samples", "lr_wsd_decay_tokens"))):
-            given = [f"{name} = {getattr(section, name)}" for name in names if getattr(section, name) is not None]
+            (self.schedule, ("train_iters", "train_samples", "train_tokens")),
+            (self.schedule, ("global_batch_size", "global_batch_tokens")),
+            (
+                self.optimizer,
+                ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_tokens", "lr_warmup_fraction"),
+            ),
+            (self.optimizer, ("lr_decay_iters", "lr_decay_samples", "lr_decay_tokens")),
+            (self.optimizer, ("lr_wsd_decay_iters", "lr_wsd_decay_samples", "lr_wsd_decay_tokens")),
+        ):
+            given = [
+                f"{name} = {getattr(section, name)}"
+                for name in names
+                if getattr(section, name) is not None
+            ]
             if len(given) > 1:
-                problems.append(f"{', '.join(given)}: at most one of these may be given. Fix: keep one.")
+                problems.append(
+                    f"{', '.join(given)}: at most one of these may be given. Fix: keep one."
+                )
         return problems

@@ -59,12 +59,16 @@ def choose_documents(blend: Blend, cut: int, seq_length: int, count: int) -> lis
     far as each has such documents.
     """
     lengths = np.concatenate([np.minimum(stream.lengths, seq_length) for _, stream in blend])
-    full = np.partition(lengths, -count)[-count] if count < len(lengths) else 0  # the least of the `count` fullest
+    full = (
+        np.partition(lengths, -count)[-count] if count < len(lengths) else 0
+    )  # the least of the `count` fullest
     found = [stream.first_documents(count, max(int(full), 2 * cut)) for _, stream in blend]
     limits = [len(numbers) for numbers in found]
     order = BlendOrder([weight for weight, _ in blend], limits)
     chosen = []
-    for source, place in zip(*(array.tolist() for array in order.draw(0, min(count, sum(limits)))), strict=True):
+    for source, place in zip(
+        *(array.tolist() for array in order.draw(0, min(count, sum(limits)))), strict=True
+    ):
         reader, number = blend[source][1].reader, found[source][place]
         chosen.append(Document(reader, number, int(reader.document_lengths[number])))
     return chosen
@@ -91,12 +95,15 @@ def full_probe(document: Document, length: int, cut: int) -> list[Stretch]:
 
 def cut_probe(document: Document, length: int, cut: int) -> list[Stretch]:
     """The same targets, each block at the end of a window of its own."""
-    return [Stretch(document.read, start - cut, end - start + cut, np.array([[start, end]]))
-            for start, end in target_blocks(length, cut).tolist()]
+    return [
+        Stretch(document.read, start - cut, end - start + cut, np.array([[start, end]]))
+        for start, end in target_blocks(length, cut).tolist()
+    ]
 
 
-def measure(stepper: Stepper, documents: Sequence[Document], seq_length: int, cut: int, seed: int,
-            **layout) -> ContextGain:
+def measure(
+    stepper: Stepper, documents: Sequence[Document], seq_length: int, cut: int, seed: int, **layout
+) -> ContextGain:
     """Score both passes over the first `seq_length` tokens of the documents; collective over the world.
 
     Args:
@@ -105,14 +112,26 @@ def measure(stepper: Stepper, documents: Sequence[Document], seq_length: int, cu
     """
     lengths = [min(document.length, seq_length) for document in documents]
     full, cut_short = (
-        score_probes(stepper, [probe(document, length, cut) for document, length in zip(documents, lengths,
-                                                                                        strict=True)],
-                     max(lengths), **layout) for probe in (full_probe, cut_probe))
-    assert np.array_equal(full.num_targets, cut_short.num_targets), "both passes score the same targets"
+        score_probes(
+            stepper,
+            [
+                probe(document, length, cut)
+                for document, length in zip(documents, lengths, strict=True)
+            ],
+            max(lengths),
+            **layout,
+        )
+        for probe in (full_probe, cut_probe)
+    )
+    assert np.array_equal(full.num_targets, cut_short.num_targets), (
+        "both passes score the same targets"
+    )
     return summarize(full.loss_sums, cut_short.loss_sums, full.num_targets, seed)
 
 
-def summarize(full_sums: np.ndarray, cut_sums: np.ndarray, targets: np.ndarray, seed: int) -> ContextGain:
+def summarize(
+    full_sums: np.ndarray, cut_sums: np.ndarray, targets: np.ndarray, seed: int
+) -> ContextGain:
     """Means over all targets, and the interval of the gain by a paired bootstrap over documents.
 
     The percentiles are moved away from the gain by the factor by which Student's interval of a mean is wider than the
@@ -127,11 +146,20 @@ def summarize(full_sums: np.ndarray, cut_sums: np.ndarray, targets: np.ndarray, 
     total, low, high = int(targets.sum()), None, None
     gain = float((cut_sums - full_sums).sum() / total)
     if len(targets) > 1:
-        draws = np.random.default_rng(seed).integers(0, len(targets), size=(BOOTSTRAP_DRAWS, len(targets)))
+        draws = np.random.default_rng(seed).integers(
+            0, len(targets), size=(BOOTSTRAP_DRAWS, len(targets))
+        )
         gains = (cut_sums - full_sums)[draws].sum(axis=1) / targets[draws].sum(axis=1)
         ends, factor = np.percentile(gains, [2.5, 97.5]).tolist(), _widening(len(targets))
         low, high = (gain + factor * (end - gain) for end in ends)
-    return ContextGain(float(full_sums.sum() / total), float(cut_sums.sum() / total), low, high, len(targets), total)
+    return ContextGain(
+        float(full_sums.sum() / total),
+        float(cut_sums.sum() / total),
+        low,
+        high,
+        len(targets),
+        total,
+    )
 
 
 def _widening(documents: int) -> float:
@@ -140,6 +168,12 @@ def _widening(documents: int) -> float:
     Source: quantiles of Student's t by Abramowitz and Stegun 26.7.5; of one and two degrees of freedom from the table.
     """
     free, z = documents - 1, 1.959964
-    terms = ((z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
-    quantile = {1: 12.706, 2: 4.303}.get(free) or z + sum(term / free**(i + 1) for i, term in enumerate(terms))
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    quantile = {1: 12.706, 2: 4.303}.get(free) or z + sum(
+        term / free ** (i + 1) for i, term in enumerate(terms)
+    )
     return quantile / z * (documents / free) ** 0.5

@@ -21,8 +21,16 @@ SHOWN_SOURCES = 32
 class Feed:
     """Reads this rank's batches of one phase at a time, and opens the ledger's segments on the way."""
 
-    def __init__(self, config: DataConfig, corpus: Corpus, ledger: Ledger, layout: Layout, *, eod: int | None,
-                 vocab_size: int):
+    def __init__(
+        self,
+        config: DataConfig,
+        corpus: Corpus,
+        ledger: Ledger,
+        layout: Layout,
+        *,
+        eod: int | None,
+        vocab_size: int,
+    ):
         self.config, self.corpus, self.ledger, self.layout = config, corpus, ledger, layout
         self.eod, self.vocab_size = eod, vocab_size
         self._windows = parse_windows(config.skip_data)
@@ -47,7 +55,9 @@ class Feed:
         """Raises ValueError unless the sources have what the steps from `clock` to the phase's end draw. The last step
         may reach beyond that end, where the batch was changed within the phase."""
         phase, opened = self._phase, self.ledger.open
-        self.ledger.mixture().check((phase.end_of_steps(clock) - opened["start"]) // phase.seq_length)
+        self.ledger.mixture().check(
+            (phase.end_of_steps(clock) - opened["start"]) // phase.seq_length
+        )
 
     def read(self, clock: int) -> list[Batch]:
         """The microbatches of the step at `clock`; the first one at or after a window of --skip-data passes it over."""
@@ -57,18 +67,31 @@ class Feed:
         phase = self._phase
         batch = phase.batch_at(clock)
         if self._loader is None or self._loader.global_batch_tokens != batch:
-            self._loader = self._make(self.ledger.mixture(), self.ledger.open["start"], phase.micro_batch_size, batch,
-                                      phase.document_masking, prefetch=True)
+            self._loader = self._make(
+                self.ledger.mixture(),
+                self.ledger.open["start"],
+                phase.micro_batch_size,
+                batch,
+                phase.document_masking,
+                prefetch=True,
+            )
         return self._loader.read(clock)
 
-    def validation(self, phase: Phase, seq_length: int, micro_batch_size: int,
-                   global_batch_tokens: int) -> dict[str, tuple[Loader, FirstPass]]:
+    def validation(
+        self, phase: Phase, seq_length: int, micro_batch_size: int, global_batch_tokens: int
+    ) -> dict[str, tuple[Loader, FirstPass]]:
         """Name of each validation set -> its loader in that shape, and its samples."""
         found = {}
         for name, blend in self.corpus.validation.items():
             samples = FirstPass(blend, seq_length)
-            loader = self._make(samples, 0, micro_batch_size, global_batch_tokens,
-                                phase.document_masking, prefetch=False)
+            loader = self._make(
+                samples,
+                0,
+                micro_batch_size,
+                global_batch_tokens,
+                phase.document_masking,
+                prefetch=False,
+            )
             found[name] = loader, samples
         return found
 
@@ -76,13 +99,28 @@ class Feed:
         """Real tokens that the model received before `clock`."""
         return self.ledger.tokens_by_source(clock)
 
-    def _make(self, mixture: Mixture | FirstPass, start: int, micro_batch_size: int,
-              global_batch_tokens: int, document_masking: bool, prefetch: bool) -> Loader:
+    def _make(
+        self,
+        mixture: Mixture | FirstPass,
+        start: int,
+        micro_batch_size: int,
+        global_batch_tokens: int,
+        document_masking: bool,
+        prefetch: bool,
+    ) -> Loader:
         layout = self.layout
-        return Loader(mixture, start, micro_batch_size=micro_batch_size, global_batch_tokens=global_batch_tokens,
-                      dp_rank=layout.dp.rank, dp_size=layout.dp.size,
-                      pieces=token_pieces(mixture.settings.seq_length * micro_batch_size, layout),
-                      document_masking=document_masking, prefetch=prefetch, **self._slice)
+        return Loader(
+            mixture,
+            start,
+            micro_batch_size=micro_batch_size,
+            global_batch_tokens=global_batch_tokens,
+            dp_rank=layout.dp.rank,
+            dp_size=layout.dp.size,
+            pieces=token_pieces(mixture.settings.seq_length * micro_batch_size, layout),
+            document_masking=document_masking,
+            prefetch=prefetch,
+            **self._slice,
+        )
 
 
 def _pass_over(ledger: Ledger, windows: list[tuple[int, int]], clock: int) -> bool:
@@ -93,8 +131,14 @@ def _pass_over(ledger: Ledger, windows: list[tuple[int, int]], clock: int) -> bo
     return bool(due)
 
 
-def ledger_at(config: DataConfig, corpus: Corpus, ledger: Ledger, begun: int, phases: Sequence[Phase],
-              clock: int) -> Ledger:
+def ledger_at(
+    config: DataConfig,
+    corpus: Corpus,
+    ledger: Ledger,
+    begun: int,
+    phases: Sequence[Phase],
+    clock: int,
+) -> Ledger:
     """The ledger as a run has it, or will have it, at the step at `clock`.
 
     Args:
@@ -115,11 +159,18 @@ def ledger_at(config: DataConfig, corpus: Corpus, ledger: Ledger, begun: int, ph
 
 
 def settings_of(phase: Phase, corpus: Corpus) -> DataSettings:
-    return corpus.settings(phase.seq_length, phase.data_path, f"phase {phase.name!r}: data_path", phase.packing,
-                           phase.data_exhausted)
+    return corpus.settings(
+        phase.seq_length,
+        phase.data_path,
+        f"phase {phase.name!r}: data_path",
+        phase.packing,
+        phase.data_exhausted,
+    )
 
 
-def check_windows(config: DataConfig, ledger: Ledger, clock: int, last_batch: int, phases: Sequence[Phase]) -> None:
+def check_windows(
+    config: DataConfig, ledger: Ledger, clock: int, last_batch: int, phases: Sequence[Phase]
+) -> None:
     """Check the windows of --skip-data against the steps of the run, which are skipped whole.
 
     Args:
@@ -134,17 +185,23 @@ def check_windows(config: DataConfig, ledger: Ledger, clock: int, last_batch: in
             continue
         where = f"skip_data = {start}:{end}: "
         if last_batch and start <= clock - last_batch:
-            raise ValueError(f"{where}the run is at {clock:,} already and was trained on it. Fix: start from a "
-                             f"checkpoint before {start:,} (--load DIR --ckpt-step N and a new --save), or leave it "
-                             "out.")
+            raise ValueError(
+                f"{where}the run is at {clock:,} already and was trained on it. Fix: start from a "
+                f"checkpoint before {start:,} (--load DIR --ckpt-step N and a new --save), or leave it "
+                "out."
+            )
         phase = next((phase for phase in phases if start < phase.end), None)
         if phase is None:
-            raise ValueError(f"{where}the run ends at {phases[-1].end:,}. Fix: an earlier window, or leave it out.")
+            raise ValueError(
+                f"{where}the run ends at {phases[-1].end:,}. Fix: an earlier window, or leave it out."
+            )
         first = max(clock, phase.first_step_from(start))
         if end <= first:
             batch = phase.batch_at(first)
-            raise ValueError(f"{where}no step begins in it; the next one begins at {first:,} and takes {batch:,} "
-                             f"tokens. Fix: for example {first}:{first + batch}.")
+            raise ValueError(
+                f"{where}no step begins in it; the next one begins at {first:,} and takes {batch:,} "
+                f"tokens. Fix: for example {first}:{first + batch}."
+            )
 
 
 def blend_change(ledger: Ledger, corpus: Corpus, phase: Phase) -> tuple[list, list] | None:
@@ -153,23 +210,34 @@ def blend_change(ledger: Ledger, corpus: Corpus, phase: Phase) -> tuple[list, li
     return (theirs, ours) if theirs != ours else None
 
 
-def forecast_phases(ledger: Ledger, corpus: Corpus, clock: int, phases: Sequence[Phase]) -> list[dict]:
+def forecast_phases(
+    ledger: Ledger, corpus: Corpus, clock: int, phases: Sequence[Phase]
+) -> list[dict]:
     """`data.ledger.forecast` of the phases that are not over at `clock`."""
-    coming = [(phase.name, phase.end, settings_of(phase, corpus)) for phase in phases if phase.end > clock]
+    coming = [
+        (phase.name, phase.end, settings_of(phase, corpus)) for phase in phases if phase.end > clock
+    ]
     return forecast(ledger, clock, coming)
 
 
 def describe_forecast(rows: list[dict]) -> str:
     """What each phase will draw, a line per source, at most SHOWN_SOURCES per phase."""
-    lines = [f"{'phase':<12}{'share':>8}{'tokens':>16}{'of an epoch of':>18}{'epochs':>16}   source"]
+    lines = [
+        f"{'phase':<12}{'share':>8}{'tokens':>16}{'of an epoch of':>18}{'epochs':>16}   source"
+    ]
     shown: dict[str, int] = {}
     for row in rows:
         shown[row["phase"]] = shown.get(row["phase"], 0) + 1
         if shown[row["phase"]] <= SHOWN_SOURCES:
-            lines.append(f"{row['phase']:<12}{100 * row['share']:>7.2f}%{row['tokens']:>16,}{row['epoch_tokens']:>18,}"
-                         f"{row['from_epoch']:>7.2f} -> {row['to_epoch']:>5.2f}   {row['source']}")
-    lines += [f"{phase:<12}and {count - SHOWN_SOURCES} more sources" for phase, count in shown.items()
-              if count > SHOWN_SOURCES]
+            lines.append(
+                f"{row['phase']:<12}{100 * row['share']:>7.2f}%{row['tokens']:>16,}{row['epoch_tokens']:>18,}"
+                f"{row['from_epoch']:>7.2f} -> {row['to_epoch']:>5.2f}   {row['source']}"
+            )
+    lines += [
+        f"{phase:<12}and {count - SHOWN_SOURCES} more sources"
+        for phase, count in shown.items()
+        if count > SHOWN_SOURCES
+    ]
     return "\n".join(lines)
 
 
@@ -182,7 +250,8 @@ def target_problems(corpus: Corpus, phases: Sequence[Phase]) -> list[str]:
             problems.append(
                 f"phase {phase.name!r}: data_path = {' '.join(names)}: no document gives a target, "
                 "since all have a single token. Fix: longer documents (--append-eod when they are "
-                "made), or --no-document-masking.")
+                "made), or --no-document-masking."
+            )
     return problems
 
 
@@ -192,12 +261,17 @@ def target_warnings(corpus: Corpus, phases: Sequence[Phase]) -> list[str]:
     if not masked:
         return []
     drawn = dict.fromkeys(name for phase in masked for _, name in settings_of(phase, corpus).blend)
-    found = [f"{name}: no document gives a target, since all have a single token" for name in drawn
-             if not _gives_targets(corpus.train[name])]
-    found += [f"validation set {name}: has no target, since all its documents have a single token, "
-              "and no loss is measured on it"
-              for name, blend in corpus.validation.items()
-              if not any(_gives_targets(stream) for _, stream in blend)]
+    found = [
+        f"{name}: no document gives a target, since all have a single token"
+        for name in drawn
+        if not _gives_targets(corpus.train[name])
+    ]
+    found += [
+        f"validation set {name}: has no target, since all its documents have a single token, "
+        "and no loss is measured on it"
+        for name, blend in corpus.validation.items()
+        if not any(_gives_targets(stream) for _, stream in blend)
+    ]
     return found
 
 
@@ -208,11 +282,24 @@ def _gives_targets(stream: DocumentStream) -> bool:
 
 def forecast_warnings(ledger: Ledger, rows: list[dict]) -> list[str]:
     """Sources that will repeat, and documents that are drawn under different names, in the past or the future."""
-    found = [f"{row['source']} will repeat in phase {row['phase']}: {row['to_epoch']:.2f} epochs at its end"
-             for row in rows if row["to_epoch"] > max(1, row["from_epoch"])]
-    drawn = [name for segment in ledger.segments for name, found in segment.get(
-        "drawn", segment.get("so_far", {})).items() if found["samples"]]
-    sources = [SourceName.parse(name) for name in dict.fromkeys([*drawn, *(row["source"] for row in rows)])]
-    found += [f"{one} and {other} share documents, which both may draw" for i, one in enumerate(sources)
-              for other in sources[:i] if one.overlaps(other)]
+    found = [
+        f"{row['source']} will repeat in phase {row['phase']}: {row['to_epoch']:.2f} epochs at its end"
+        for row in rows
+        if row["to_epoch"] > max(1, row["from_epoch"])
+    ]
+    drawn = [
+        name
+        for segment in ledger.segments
+        for name, found in segment.get("drawn", segment.get("so_far", {})).items()
+        if found["samples"]
+    ]
+    sources = [
+        SourceName.parse(name) for name in dict.fromkeys([*drawn, *(row["source"] for row in rows)])
+    ]
+    found += [
+        f"{one} and {other} share documents, which both may draw"
+        for i, one in enumerate(sources)
+        for other in sources[:i]
+        if one.overlaps(other)
+    ]
     return found

@@ -50,11 +50,20 @@ class Machine:
     @staticmethod
     def here(config: Config) -> "Machine":
         given = config.model.cpu_offloading_host_memory
-        name = f"cpu_offloading_host_memory = {given:g}" if given else f"the machine's {show_bytes(host_memory())}"
+        name = (
+            f"cpu_offloading_host_memory = {given:g}"
+            if given
+            else f"the machine's {show_bytes(host_memory())}"
+        )
         device = Device.here(config.layout)
         is_fused = device.hardware is CPU or compiled.obstacle() is None
-        return Machine(device, launched_local_world_size(), int(given * GIB) if given else host_memory(), name,
-                       is_fused)
+        return Machine(
+            device,
+            launched_local_world_size(),
+            int(given * GIB) if given else host_memory(),
+            name,
+            is_fused,
+        )
 
 
 @dataclass(frozen=True)
@@ -66,8 +75,14 @@ class MemoryReport:
     problems: list[str]
 
 
-def check_memory(phases: list[Phase], config: Config, world_size: int, vocab_size: int, clock: int,
-                 machine: Machine | None = None) -> MemoryReport:
+def check_memory(
+    phases: list[Phase],
+    config: Config,
+    world_size: int,
+    vocab_size: int,
+    clock: int,
+    machine: Machine | None = None,
+) -> MemoryReport:
     """Every phase that is not over, with all its settings.
 
     A CPU is checked only with --device-memory-gib: its memory is not the process's alone.
@@ -80,21 +95,28 @@ def check_memory(phases: list[Phase], config: Config, world_size: int, vocab_siz
     for phase in (phase for phase in phases if phase.end > clock):
         search = Search(phase, config, world_size, model, machine)
         memory, where = search.memory, f"phase {phase.name!r}: "
-        report.lines.append(f"phase {phase.name}: estimated memory of a process {memory.describe()}")
+        report.lines.append(
+            f"phase {phase.name}: estimated memory of a process {memory.describe()}"
+        )
         report.problems.extend(where + problem for problem in search.host_problems())
         needs = f"seq_length = {phase.seq_length}: needs {memory.describe()}"
         if memory.total > machine.device.memory_bytes:
             nearest = search.nearest(machine.device.usable) or ["a smaller model", "more processes"]
             has = f"{show_bytes(machine.device.memory_bytes)} of {machine.device.hardware.name} memory"
-            report.problems.append(f"{where}{needs} (estimated), and a process has {has}. "
-                                   f"Fix: {'; or '.join(nearest)}. To try it all the same: --device-memory-gib.")
+            report.problems.append(
+                f"{where}{needs} (estimated), and a process has {has}. "
+                f"Fix: {'; or '.join(nearest)}. To try it all the same: --device-memory-gib."
+            )
         elif memory.total > machine.device.usable:
-            report.warnings.append(f"{where}{needs}, which is more than {machine.device.describe()}")
+            report.warnings.append(
+                f"{where}{needs}, which is more than {machine.device.describe()}"
+            )
     return report
 
 
-def memory_filter(config: Config, world_size: int,
-                  vocab_size: int | None) -> Callable[[Phase], bool] | None:
+def memory_filter(
+    config: Config, world_size: int, vocab_size: int | None
+) -> Callable[[Phase], bool] | None:
     """Whether a phase fits into this machine's memory; None where that is not checked or known."""
     if vocab_size is None:
         return None
@@ -110,8 +132,13 @@ def memory_filter(config: Config, world_size: int,
     return fits
 
 
-def choose_loss_chunks(phases: list[Phase], config: Config, world_size: int, vocab_size: int,
-                       machine: Machine | None = None) -> list[Phase]:
+def choose_loss_chunks(
+    phases: list[Phase],
+    config: Config,
+    world_size: int,
+    vocab_size: int,
+    machine: Machine | None = None,
+) -> list[Phase]:
     """Give each phase that leaves it open the largest chunk of the loss that its GPU has memory for."""
     machine = machine or Machine.here(config)
     model = memory_model(config, vocab_size, machine.device.hardware)
@@ -131,7 +158,9 @@ def choose_loss_chunks(phases: list[Phase], config: Config, world_size: int, voc
                 return larger
         return phase
 
-    return [with_chunk(phase) if phase.memory.loss_chunk_tokens is None else phase for phase in phases]
+    return [
+        with_chunk(phase) if phase.memory.loss_chunk_tokens is None else phase for phase in phases
+    ]
 
 
 @dataclass(frozen=True)
@@ -157,15 +186,30 @@ class Search:
     def host_problems(self) -> list[str]:
         """What is offloaded takes more than the host has."""
         count, has = self.machine.local_processes, self.machine.host_bytes
-        taken, layers = self._host_of_node(self.phase, self.world_size), self.phase.memory.cpu_offloading_num_layers
+        taken, layers = (
+            self._host_of_node(self.phase, self.world_size),
+            self.phase.memory.cpu_offloading_num_layers,
+        )
         if taken <= has:
             return []
-        fits = [n for n in range(layers)
-                if self._host_of_node(with_memory(self.phase, cpu_offloading_num_layers=n), self.world_size) <= has]
-        name = (f"cpu_offloading_num_layers = {layers}" if layers else "optimizer_cpu_offload = True")
-        fix = f"at most {max(fits)} layers" if fits else "fewer processes on a node, or no --optimizer-cpu-offload"
-        return [f"{name}: takes {show_bytes(taken)} of a node's memory with {count} processes on it, beyond "
-                f"{self.machine.host_limit}. Fix: {fix}, or more --cpu-offloading-host-memory where the node has it."]
+        fits = [
+            n
+            for n in range(layers)
+            if self._host_of_node(
+                with_memory(self.phase, cpu_offloading_num_layers=n), self.world_size
+            )
+            <= has
+        ]
+        name = f"cpu_offloading_num_layers = {layers}" if layers else "optimizer_cpu_offload = True"
+        fix = (
+            f"at most {max(fits)} layers"
+            if fits
+            else "fewer processes on a node, or no --optimizer-cpu-offload"
+        )
+        return [
+            f"{name}: takes {show_bytes(taken)} of a node's memory with {count} processes on it, beyond "
+            f"{self.machine.host_limit}. Fix: {fix}, or more --cpu-offloading-host-memory where the node has it."
+        ]
 
     def nearest(self, limit: int, count: int = 6) -> list[str]:
         """Changes after which a process needs at most `limit` bytes, those that cost least time first, in words."""
@@ -176,11 +220,15 @@ class Search:
                 words = set(what.split(", "))
                 if any(less <= words for less in offered):
                     continue  # a part of these changes is enough
-                if check_phase_layout(phase, self.config, world, self.model.vocab_size) or check_phase_memory(
-                        phase, self.config.model.attention_backend):
+                if check_phase_layout(
+                    phase, self.config, world, self.model.vocab_size
+                ) or check_phase_memory(phase, self.config.model.attention_backend):
                     continue
                 memory = self._memory_of(phase, world)
-                if memory.total <= limit and self._host_of_node(phase, world) <= self.machine.host_bytes:
+                if (
+                    memory.total <= limit
+                    and self._host_of_node(phase, world) <= self.machine.host_bytes
+                ):
                     found.append(f"{what} ({show_bytes(memory.total)})")
                     offered.append(words)
                     break  # the nearest of its group
@@ -193,70 +241,121 @@ class Search:
         settings = self.phase.memory
         smaller = [{"loss_chunk_tokens": n} for n in LOSS_CHUNKS if n < settings.loss_tokens]
         tiles = [{"mlp_tiles": n} for n in TILES if n > settings.mlp_tiles]
-        chunks = [{"attention_head_chunks": n} for n in self._head_chunks() if n > settings.attention_head_chunks]
+        chunks = [
+            {"attention_head_chunks": n}
+            for n in self._head_chunks()
+            if n > settings.attention_head_chunks
+        ]
         for group in (smaller, tiles, chunks):
             yield [self._changed(change) for change in group]
-        most = {name: value for group in (chunks, tiles, smaller) if group for name, value in group[-1].items()}
+        most = {
+            name: value
+            for group in (chunks, tiles, smaller)
+            if group
+            for name, value in group[-1].items()
+        }
         present = settings.recompute_granularity
-        for level in LEANER[LEANER.index(present):]:
+        for level in LEANER[LEANER.index(present) :]:
             if level == present:
                 yield [self._changed(most)] if len(most) > 1 else []
             else:
-                yield [self._changed({"recompute_granularity": level} | extra) for extra in ({}, *tiles, *chunks, most)]
+                yield [
+                    self._changed({"recompute_granularity": level} | extra)
+                    for extra in ({}, *tiles, *chunks, most)
+                ]
         for level in KEEPS_INPUT_ONLY:
             base = {} if level == present else {"recompute_granularity": level}
             counts = range(settings.cpu_offloading_num_layers + 1, self.config.model.num_layers + 1)
             if self.model.on_gpu:
-                yield [self._changed(base | extra | {"cpu_offloading_num_layers": n})
-                       for extra in ({}, most) for n in counts]
+                yield [
+                    self._changed(base | extra | {"cpu_offloading_num_layers": n})
+                    for extra in ({}, most)
+                    for n in counts
+                ]
 
     def _other_settings(self) -> Iterator[list[tuple[str, Phase, int]]]:
         phase, world = self.phase, self.world_size
         if phase.micro_batch_size > 1:
             yield [("micro_batch_size 1", dataclasses.replace(phase, micro_batch_size=1), world)]
         if phase.layout.sharding_strategy != "optim_grads_params":
-            layout = dataclasses.replace(phase.layout, use_distributed_optimizer=None,
-                                         data_parallel_sharding_strategy="optim_grads_params")
-            yield [("data_parallel_sharding_strategy optim_grads_params", dataclasses.replace(phase, layout=layout),
-                    world)]
+            layout = dataclasses.replace(
+                phase.layout,
+                use_distributed_optimizer=None,
+                data_parallel_sharding_strategy="optim_grads_params",
+            )
+            yield [
+                (
+                    "data_parallel_sharding_strategy optim_grads_params",
+                    dataclasses.replace(phase, layout=layout),
+                    world,
+                )
+            ]
         yield [self._with_cp(factor, world) for factor in FACTORS]
         yield [(f"{world * factor} processes", phase, world * factor) for factor in FACTORS]
         yield [self._with_cp(factor, world * factor) for factor in FACTORS]
 
     def _with_cp(self, factor: int, world: int) -> tuple[str, Phase, int]:
         tp, pp, cp = self.phase.layout.sizes
-        layout = with_sizes(self.phase.layout, self.config.model.num_attention_heads, tp, pp, cp * factor)
+        layout = with_sizes(
+            self.phase.layout, self.config.model.num_attention_heads, tp, pp, cp * factor
+        )
         what = f"context_parallel_size {cp * factor}"
         if layout.context_levels[1] > 1:
             what += " in two levels of {} x {}".format(*layout.context_levels)
-        return (what + (f", {world} processes" if world != self.world_size else ""),
-                dataclasses.replace(self.phase, layout=layout), world)
+        return (
+            what + (f", {world} processes" if world != self.world_size else ""),
+            dataclasses.replace(self.phase, layout=layout),
+            world,
+        )
 
     def _head_chunks(self) -> list[int]:
         tp, model = self.phase.layout.tensor_model_parallel_size, self.config.model
-        return chunk_counts(HeadSplit.make(model.num_attention_heads // tp, max(1, model.num_kv_heads // tp),
-                                           self.phase.layout.context_levels[0]))
+        return chunk_counts(
+            HeadSplit.make(
+                model.num_attention_heads // tp,
+                max(1, model.num_kv_heads // tp),
+                self.phase.layout.context_levels[0],
+            )
+        )
 
     def _changed(self, change: dict) -> tuple[str, Phase, int]:
-        return (", ".join(f"{name} {value}" for name, value in change.items()), with_memory(self.phase, **change),
-                self.world_size)
+        return (
+            ", ".join(f"{name} {value}" for name, value in change.items()),
+            with_memory(self.phase, **change),
+            self.world_size,
+        )
 
 
 def with_memory(phase: Phase, **changes) -> Phase:
     return dataclasses.replace(phase, memory=dataclasses.replace(phase.memory, **changes))
 
 
-def describe_out_of_memory(phase: Phase, rank: int, figures: dict[str, int], config: Config, world_size: int,
-                           vocab_size: int, machine: Machine) -> str:
+def describe_out_of_memory(
+    phase: Phase,
+    rank: int,
+    figures: dict[str, int],
+    config: Config,
+    world_size: int,
+    vocab_size: int,
+    machine: Machine,
+) -> str:
     """What to say when the device's memory was not enough all the same.
 
     Args:
         figures: bytes by name, as torch counts them (allocated, at most, reserved).
     """
-    search = Search(phase, config, world_size, memory_model(config, vocab_size, machine.device.hardware), machine)
+    search = Search(
+        phase,
+        config,
+        world_size,
+        memory_model(config, vocab_size, machine.device.hardware),
+        machine,
+    )
     memory = search.memory
     counted = ", ".join(f"{name} {show_bytes(size)}" for name, size in figures.items())
     nearest = search.nearest(min(machine.device.usable, int(LESS * memory.total)), count=3)
-    return (f"out of memory in phase {phase.name!r} on rank {rank} (process {os.getpid()}): {counted}; estimated were "
-            f"{memory.describe()} of {show_bytes(machine.device.memory_bytes)}. To try: "
-            f"{'; or '.join(nearest) or 'more processes'}.")
+    return (
+        f"out of memory in phase {phase.name!r} on rank {rank} (process {os.getpid()}): {counted}; estimated were "
+        f"{memory.describe()} of {show_bytes(machine.device.memory_bytes)}. To try: "
+        f"{'; or '.join(nearest) or 'more processes'}."
+    )

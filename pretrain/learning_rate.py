@@ -36,7 +36,10 @@ class Arc:
         if self.style == "constant":
             return lr
         if self.style == "inverse-square-root" and clock <= self.end:
-            return max(min_lr, lr * math.sqrt(max(self.warmup, self.first_step) / max(done, self.first_step)))
+            return max(
+                min_lr,
+                lr * math.sqrt(max(self.warmup, self.first_step) / max(done, self.first_step)),
+            )
         if clock >= self.end:
             return min_lr
         if self.style == "WSD":
@@ -50,8 +53,12 @@ class Arc:
         if clock < start or not self.wsd_decay:
             return 1.0
         share = (clock - start) / self.wsd_decay
-        return {"linear": 1 - share, "cosine": 0.5 * (1 + math.cos(math.pi * share)),
-                "exponential": 2 * math.pow(0.5, share) - 1, "minus_sqrt": 1 - math.sqrt(share)}[self.wsd_style]
+        return {
+            "linear": 1 - share,
+            "cosine": 0.5 * (1 + math.cos(math.pi * share)),
+            "exponential": 2 * math.pow(0.5, share) - 1,
+            "minus_sqrt": 1 - math.sqrt(share),
+        }[self.wsd_style]
 
 
 @dataclass(frozen=True)
@@ -63,9 +70,18 @@ class LearningRate:
     @property
     def corners(self) -> list[int]:
         """Places of the clock between which the rate has one shape, and one inside each short shape."""
-        return [at for arc in self.arcs for at in (
-            arc.start, arc.start + arc.warmup // 3, arc.start + arc.warmup, arc.end - arc.wsd_decay,
-            arc.end - arc.wsd_decay // 3, arc.end)]
+        return [
+            at
+            for arc in self.arcs
+            for at in (
+                arc.start,
+                arc.start + arc.warmup // 3,
+                arc.start + arc.warmup,
+                arc.end - arc.wsd_decay,
+                arc.end - arc.wsd_decay // 3,
+                arc.end,
+            )
+        ]
 
     @staticmethod
     def make(config: OptimizerConfig, phases: list[Phase]) -> "LearningRate":
@@ -74,7 +90,9 @@ class LearningRate:
         Raises:
             ValueError: the pieces are longer than the whole, or WSD's decay is given twice or not at all.
         """
-        end = None if config.lr_decay_style == "constant" else _tokens(config, "lr_decay", phases[0])
+        end = (
+            None if config.lr_decay_style == "constant" else _tokens(config, "lr_decay", phases[0])
+        )
         # A phase's end is meant in whole steps, so that the decay ends exactly with the last of them.
         end = phases[-1].end if end is None else (phase_end(phases, end) or end)
         begins = [0, *(phase.start for phase in phases[1:] if phase.lr_schedule == "rewarm")]
@@ -86,7 +104,10 @@ class LearningRate:
             stop = end if is_last else begins[number + 1]
             warmup, initial = phase.lr_warmup_tokens, 0.0
             if start == 0:
-                warmup, initial = _tokens(config, "lr_warmup", phase) or warmup, config.lr_warmup_init
+                warmup, initial = (
+                    _tokens(config, "lr_warmup", phase) or warmup,
+                    config.lr_warmup_init,
+                )
                 if config.lr_warmup_fraction is not None:
                     warmup = round(config.lr_warmup_fraction * stop)
             else:
@@ -98,8 +119,18 @@ class LearningRate:
                 place = of_phase if start else _given(config, "lr_warmup")
                 lengths = {place: warmup, _given(config, "lr_wsd_decay"): decay}
                 raise ValueError(_too_long(lengths, stop - start))
-            arcs.append(Arc(config.lr_decay_style, start, warmup, stop, initial, decay, config.lr_wsd_decay_style,
-                            phases[0].stretches[0].batch))
+            arcs.append(
+                Arc(
+                    config.lr_decay_style,
+                    start,
+                    warmup,
+                    stop,
+                    initial,
+                    decay,
+                    config.lr_wsd_decay_style,
+                    phases[0].stretches[0].batch,
+                )
+            )
         return LearningRate(tuple(arcs))
 
     def at(self, clock: int, lr: float, min_lr: float) -> float:
@@ -110,7 +141,11 @@ class LearningRate:
 
 def _tokens(config: OptimizerConfig, prefix: str, first: Phase) -> int | None:
     """What `prefix`_iters, _samples or _tokens means in tokens; None if none is given."""
-    for unit, factor in (("iters", first.global_batch_tokens), ("samples", first.seq_length), ("tokens", 1)):
+    for unit, factor in (
+        ("iters", first.global_batch_tokens),
+        ("samples", first.seq_length),
+        ("tokens", 1),
+    ):
         count = getattr(config, f"{prefix}_{unit}")
         if count is not None:
             return count * factor
@@ -121,8 +156,10 @@ def _too_long(lengths: dict[str, int], available: int) -> str:
     """What to say of pieces of the schedule, tokens by name, that take more than `available`."""
     parts = [f"{name} ({tokens:,} tokens)" for name, tokens in lengths.items() if tokens]
     must = "together they must" if len(parts) > 1 else "must"
-    return (f"{', '.join(parts)}: {must} not exceed the schedule's {available:,} tokens. "
-            "Fix: a shorter one, or train longer.")
+    return (
+        f"{', '.join(parts)}: {must} not exceed the schedule's {available:,} tokens. "
+        "Fix: a shorter one, or train longer."
+    )
 
 
 def _given(config: OptimizerConfig, prefix: str) -> str:
@@ -136,27 +173,40 @@ def _check_end(config: OptimizerConfig, end: int, phases: list[Phase]) -> None:
     """Raises ValueError where the decay would be over before a phase warms up again or begins WSD's decay."""
     late = [phase for phase in phases if phase.lr_schedule != "continue" and phase.start >= end]
     if late and config.lr_decay_style != "constant":
-        raise ValueError(f"phase {late[0].name!r}: lr_schedule = {late[0].lr_schedule}: begins at {late[0].start:,} "
-                         f"tokens, but lr_decay_tokens ends the decay at {end:,}. Fix: leave lr_decay_tokens out, "
-                         "which means the run's end.")
+        raise ValueError(
+            f"phase {late[0].name!r}: lr_schedule = {late[0].lr_schedule}: begins at {late[0].start:,} "
+            f"tokens, but lr_decay_tokens ends the decay at {end:,}. Fix: leave lr_decay_tokens out, "
+            "which means the run's end."
+        )
 
 
 def _wsd_decay(config: OptimizerConfig, phases: list[Phase], end: int) -> int:
     """Tokens of WSD's final decay: given, or from the start of the phase with lr_schedule = decay to the end."""
-    given, marked = _tokens(config, "lr_wsd_decay", phases[0]), [p for p in phases if p.lr_schedule == "decay"]
+    given, marked = (
+        _tokens(config, "lr_wsd_decay", phases[0]),
+        [p for p in phases if p.lr_schedule == "decay"],
+    )
     if config.lr_decay_style != "WSD":
         if marked:
-            raise ValueError(f"phase {marked[0].name!r}: lr_schedule = decay: is WSD's final decay, but lr_decay_style "
-                             f"= {config.lr_decay_style}. Fix: --lr-decay-style WSD, or leave it out.")
+            raise ValueError(
+                f"phase {marked[0].name!r}: lr_schedule = decay: is WSD's final decay, but lr_decay_style "
+                f"= {config.lr_decay_style}. Fix: --lr-decay-style WSD, or leave it out."
+            )
         return 0
     if marked and given:
-        raise ValueError(f"phase {marked[0].name!r}: lr_schedule = decay: the decay's length is also given, {given} "
-                         "tokens by lr_wsd_decay. Fix: remove one of them.")
+        raise ValueError(
+            f"phase {marked[0].name!r}: lr_schedule = decay: the decay's length is also given, {given} "
+            "tokens by lr_wsd_decay. Fix: remove one of them."
+        )
     if not marked and not given:
-        raise ValueError("lr_decay_style = WSD: needs the length of its final decay. Fix: give --lr-wsd-decay-tokens "
-                         "(or -samples, -iters), or lr_schedule: decay in the phase with which it begins.")
-    if marked and any(phase.lr_schedule != "decay" for phase in phases[marked[0].index:]):
-        after = next(phase for phase in phases[marked[0].index:] if phase.lr_schedule != "decay")
-        raise ValueError(f"phase {after.name!r}: lr_schedule = {after.lr_schedule}: the decay that begins with phase "
-                         f"{marked[0].name!r} goes on to the end. Fix: decay here, too.")
+        raise ValueError(
+            "lr_decay_style = WSD: needs the length of its final decay. Fix: give --lr-wsd-decay-tokens "
+            "(or -samples, -iters), or lr_schedule: decay in the phase with which it begins."
+        )
+    if marked and any(phase.lr_schedule != "decay" for phase in phases[marked[0].index :]):
+        after = next(phase for phase in phases[marked[0].index :] if phase.lr_schedule != "decay")
+        raise ValueError(
+            f"phase {after.name!r}: lr_schedule = {after.lr_schedule}: the decay that begins with phase "
+            f"{marked[0].name!r} goes on to the end. Fix: decay here, too."
+        )
     return end - marked[0].start if marked else given

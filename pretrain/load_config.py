@@ -24,10 +24,18 @@ from pretrain.translated_flags import with_translated_flags
 
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 # What --use-checkpoint-args leaves to the run: the machine's, and checks on other settings.
-_NOT_OF_THE_WEIGHTS = {"attention_backend", "attention_crossover_tokens", "max_position_embeddings",
-                       "group_query_attention", *MEMORY_SETTINGS}
-IN_TOKENS = {"global_batch_size": "global_batch_tokens", "train_iters": "train_tokens",
-             "train_samples": "train_tokens"}
+_NOT_OF_THE_WEIGHTS = {
+    "attention_backend",
+    "attention_crossover_tokens",
+    "max_position_embeddings",
+    "group_query_attention",
+    *MEMORY_SETTINGS,
+}
+IN_TOKENS = {
+    "global_batch_size": "global_batch_tokens",
+    "train_iters": "train_tokens",
+    "train_samples": "train_tokens",
+}
 """Settings of the run that a phase has in tokens."""
 # Flags with a second spelling that scripts use.
 ALIASES = {"--ds-sequence-parallel-size": "--context-parallel-size"}
@@ -42,7 +50,9 @@ def load_config(argv: list[str]) -> Config:
         ValueError: unknown flags or keys, and values of the wrong type; all of a source at once.
     """
     if "-h" in argv or "--help" in argv:
-        tyro.cli(Config, args=["--help"], prog="pretrain.train", config=(tyro.conf.OmitArgPrefixes,))
+        tyro.cli(
+            Config, args=["--help"], prog="pretrain.train", config=(tyro.conf.OmitArgPrefixes,)
+        )
     flags = _read_flags(argv)
     path = flags.pop("config", None)
     values = _read_yaml(path) if path is not None else {}
@@ -51,7 +61,9 @@ def load_config(argv: list[str]) -> Config:
 
     def given_over(base: Config) -> Config:
         with_preset = from_flat(preset_values, "preset", base)
-        with_preset = dataclasses.replace(with_preset, given=base.given)  # a preset isn't the user's
+        with_preset = dataclasses.replace(
+            with_preset, given=base.given
+        )  # a preset isn't the user's
         return from_flat(flags, "command line", from_flat(values, path, with_preset))
 
     return with_translated_flags(_with_checkpoint(given_over(Config()), given_over))
@@ -119,9 +131,14 @@ def _read_flags(argv: list[str]) -> dict[str, Any]:
     Raises:
         ValueError: unknown flags, stray words and missing values, all at once, with the nearest flag.
     """
-    types_by_key = {name: annotation for name, (_, annotation) in field_table().items() if name != "phases"}
+    types_by_key = {
+        name: annotation for name, (_, annotation) in field_table().items() if name != "phases"
+    }
     types_by_key["config"] = str
-    known = {"--" + name.replace("_", "-"): (name, annotation) for name, annotation in types_by_key.items()}
+    known = {
+        "--" + name.replace("_", "-"): (name, annotation)
+        for name, annotation in types_by_key.items()
+    }
     values, problems, at = {}, [], 0
     while at < len(argv):
         flag, equals, attached = argv[at].partition("=")
@@ -141,14 +158,17 @@ def _read_flags(argv: list[str]) -> dict[str, Any]:
                 values[flag] = " ".join(given) or "true"
         elif _is(annotation, bool):
             values[name] = given[0] if given else str(positive == flag)
-            problems += [f"{flag} {' '.join(given)}: takes no value. Fix: {positive} or --no-{positive[2:]}."] * (
-                len(given) > 1 or positive != flag and bool(given))
+            problems += [
+                f"{flag} {' '.join(given)}: takes no value. Fix: {positive} or --no-{positive[2:]}."
+            ] * (len(given) > 1 or positive != flag and bool(given))
         elif _is(annotation, list):
             values[name] = given
         elif len(given) == 1:
             values[name] = given[0]
         else:
-            problems.append(f"{flag} {' '.join(given)}: takes one value, got {len(given)}. Fix: give one.")
+            problems.append(
+                f"{flag} {' '.join(given)}: takes one value, got {len(given)}. Fix: give one."
+            )
     if problems:
         raise ValueError("\n".join(problems))
     return values
@@ -170,12 +190,16 @@ def _is(annotation: Any, kind: type) -> bool:
 
 def _preset(name: str) -> dict[str, str]:
     if not isinstance(name, str):
-        raise ValueError(f"model = {name}: must be the name of a preset; settings are not nested. Fix: write the "
-                         "model's settings as keys of their own.")
+        raise ValueError(
+            f"model = {name}: must be the name of a preset; settings are not nested. Fix: write the "
+            "model's settings as keys of their own."
+        )
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, 1)
-        raise ValueError(f"model = {name}: no such preset. Fix: one of {', '.join(PRESETS)}"
-                         + (f"; did you mean {near[0]}?" if near else "."))
+        raise ValueError(
+            f"model = {name}: no such preset. Fix: one of {', '.join(PRESETS)}"
+            + (f"; did you mean {near[0]}?" if near else ".")
+        )
     return {"model": name} | {key: str(value) for key, value in PRESETS[name].items()}
 
 
@@ -184,11 +208,16 @@ class _TextLoader(yaml.BaseLoader):
 
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value]
-        twice = [(key, key_node.start_mark.line + 1) for (key_node, _), key in zip(node.value, keys, strict=True)
-                 if keys.count(key) > 1]
+        twice = [
+            (key, key_node.start_mark.line + 1)
+            for (key_node, _), key in zip(node.value, keys, strict=True)
+            if keys.count(key) > 1
+        ]
         if twice:
             lines = " and ".join(str(line) for _, line in twice)
-            raise ValueError(f"{self.name}: {twice[0][0]}: stands twice, in lines {lines}. Fix: keep one.")
+            raise ValueError(
+                f"{self.name}: {twice[0][0]}: stands twice, in lines {lines}. Fix: keep one."
+            )
         return super().construct_mapping(node, deep)
 
 
@@ -204,8 +233,10 @@ def _read_yaml(path: str) -> dict[str, Any]:
     if values in (None, ""):
         return {}
     if not isinstance(values, dict):
-        raise ValueError(f"config = {path}: must hold `key: value` lines, holds a {type(values).__name__}. "
-                         "Fix: one setting per line.")
+        raise ValueError(
+            f"config = {path}: must hold `key: value` lines, holds a {type(values).__name__}. "
+            "Fix: one setting per line."
+        )
     return values
 
 
@@ -246,8 +277,14 @@ def from_flat(values: dict[str, Any], where: str, base: Config | None = None) ->
             settings.discard(key)
             _take_megatron_key(key, value, where, theirs, problems)
             continue
-        _try(lambda s=section, k=key, v=value, a=annotation: setattr(sections[s], k, coerce(v, a)),
-             key, value, annotation, where, problems)
+        _try(
+            lambda s=section, k=key, v=value, a=annotation: setattr(sections[s], k, coerce(v, a)),
+            key,
+            value,
+            annotation,
+            where,
+            problems,
+        )
     if problems:
         raise ValueError("\n".join(problems))
     return Config(**sections, given=GivenSettings(frozenset(settings), theirs))
@@ -268,10 +305,14 @@ def _take_megatron_key(key: str, value: Any, where: str, theirs: dict, problems:
 def _phases(value: Any, where: str, problems: list[str]) -> list[PhaseConfig]:
     types_by_key = get_type_hints(PhaseConfig, include_extras=True)
     if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-        problems.append(f"{where}: phases: must be a list of mappings. Fix: one `- {{name: ..., ...}}` per phase.")
+        problems.append(
+            f"{where}: phases: must be a list of mappings. Fix: one `- {{name: ..., ...}}` per phase."
+        )
         return []
     if not value:
-        problems.append(f"{where}: phases: the list is empty. Fix: give a phase, or remove the key.")
+        problems.append(
+            f"{where}: phases: the list is empty. Fix: give a phase, or remove the key."
+        )
     phases = []
     for number, entry in enumerate(value):
         phase = PhaseConfig(name=f"phase{number}")
@@ -281,8 +322,14 @@ def _phases(value: Any, where: str, problems: list[str]) -> list[PhaseConfig]:
                 problems.append(_no_key_of_a_phase(key, types_by_key, place))
                 continue
             annotation = types_by_key[key]
-            _try(lambda k=key, v=item, p=phase, a=annotation: setattr(p, k, coerce(v, a)),
-                 key, item, annotation, place, problems)
+            _try(
+                lambda k=key, v=item, p=phase, a=annotation: setattr(p, k, coerce(v, a)),
+                key,
+                item,
+                annotation,
+                place,
+                problems,
+            )
         phases.append(phase)
     return phases
 
@@ -290,7 +337,9 @@ def _phases(value: Any, where: str, problems: list[str]) -> list[PhaseConfig]:
 def _no_key_of_a_phase(key: str, known: Any, place: str) -> str:
     theirs = megatron_flags.find(key)
     if theirs is not None:
-        return f"{place}: " + (theirs.problem or f"{key}: Megatron-LM's, says nothing of a phase. Fix: remove it.")
+        return f"{place}: " + (
+            theirs.problem or f"{key}: Megatron-LM's, says nothing of a phase. Fix: remove it."
+        )
     if key not in field_table():
         return _unknown_key(key, known, place)
     fix = IN_TOKENS.get(key, "write it beside `phases:`, for the whole run")
@@ -305,8 +354,14 @@ def _unknown_key(key: str, known: Any, where: str) -> str:
     return f"{where}: {key}: no such setting. Fix: {fix}"
 
 
-def _try(action: Callable[[], None], key: str, value: Any, annotation: Any, where: str,
-         problems: list[str]) -> None:
+def _try(
+    action: Callable[[], None],
+    key: str,
+    value: Any,
+    annotation: Any,
+    where: str,
+    problems: list[str],
+) -> None:
     """Do `action`; its ValueError becomes a problem that says what the key takes."""
     try:
         action()
@@ -339,7 +394,11 @@ def coerce(value: Any, annotation: Any) -> Any:
     if origin in (Union, types.UnionType):
         inner = next(arg for arg in args if arg is not type(None))
         named = get_args(inner) if get_origin(inner) is Literal else ()
-        if isinstance(value, str) and value.lower() in ("null", "none", "~", "") and value not in named:
+        if (
+            isinstance(value, str)
+            and value.lower() in ("null", "none", "~", "")
+            and value not in named
+        ):
             return None
         return coerce(value, inner)
     if origin is Literal:
@@ -357,7 +416,10 @@ def coerce(value: Any, annotation: Any) -> Any:
             raise ValueError("must be true or false")
         return text in _TRUE
     if annotation in (int, float):
-        text, kind = _text(value).replace("_", ""), "a whole number" if annotation is int else "a number"
+        text, kind = (
+            _text(value).replace("_", ""),
+            "a whole number" if annotation is int else "a number",
+        )
         try:
             return annotation(text)
         except ValueError:
@@ -386,7 +448,9 @@ def to_flat(config: Config) -> dict[str, Any]:
 
 def dump_yaml(config: Config) -> str:
     """The resolved configuration as YAML text, one key per line."""
-    return yaml.safe_dump(to_flat(config), sort_keys=False, default_flow_style=None, allow_unicode=True)
+    return yaml.safe_dump(
+        to_flat(config), sort_keys=False, default_flow_style=None, allow_unicode=True
+    )
 
 
 def read_config_yaml(path: str) -> Config:

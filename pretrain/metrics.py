@@ -62,7 +62,10 @@ class Reporter:
         if config.checkpoint.save:
             folder = Path(config.checkpoint.save)
             folder.mkdir(parents=True, exist_ok=True)
-            self.metrics, self.validation = JsonLines(folder / "metrics.jsonl"), JsonLines(folder / "validation.jsonl")
+            self.metrics, self.validation = (
+                JsonLines(folder / "metrics.jsonl"),
+                JsonLines(folder / "validation.jsonl"),
+            )
             self.ledger = JsonLines(folder / "ledger.jsonl")
             self.events = JsonLines(folder / "events.jsonl")
             for lines in (self.metrics, self.validation, self.ledger):
@@ -78,7 +81,9 @@ class Reporter:
         if self.metrics:
             self.metrics.append(record)
         plain = {k: v for k, v in record.items() if v is not None and not isinstance(v, dict)}
-        of_sources = {f"sources/{name}": tokens for name, tokens in (record.get("sources") or {}).items()}
+        of_sources = {
+            f"sources/{name}": tokens for name, tokens in (record.get("sources") or {}).items()
+        }
         self._log(plain | of_sources, record["step"])
         if record["step"] % self.interval == 0:
             print(console_line(record, remaining_tokens), flush=True)
@@ -100,7 +105,9 @@ class Reporter:
         """Something that happened to the run, with the time of day. Kinds: start, restart, phase, save, unsaved,
         skipped, no target, refused, stopped, again, done. Lines are never removed."""
         if self.events:
-            self.events.append({"time": time.time(), "event": kind, "step": step, "tokens": clock, "text": text})
+            self.events.append(
+                {"time": time.time(), "event": kind, "step": step, "tokens": clock, "text": text}
+            )
 
     def _log(self, values: dict[str, Any], step: int) -> None:
         for sink in self.sinks:
@@ -131,10 +138,18 @@ def evaluation_values(record: dict[str, Any], has_lengths: bool) -> dict[str, fl
     """A record's numbers by the names of their curves; `has_lengths`: the loss is measured at several lengths."""
     of_set = "" if record.get("set", "valid") == "valid" else f"/{record['set']}"
     if record["kind"] == "loss":
-        return {f"valid_loss{of_set}" + (f"/{record['seq_length']}" if has_lengths else ""): record["valid_loss"]}
+        return {
+            f"valid_loss{of_set}" + (f"/{record['seq_length']}" if has_lengths else ""): record[
+                "valid_loss"
+            ]
+        }
     if record["kind"] == "context_gain":
         names = ("gain", "gain_low", "gain_high", "loss_full", "loss_cut")
-        return {f"context_gain{of_set}/{name}": record[name] for name in names if record[name] is not None}
+        return {
+            f"context_gain{of_set}/{name}": record[name]
+            for name in names
+            if record[name] is not None
+        }
     where = f"passkey/{record['seq_length']}/{record['depth']:g}"
     return {f"{where}/{name}": record[name] for name in ("accuracy", "answer_loss")}
 
@@ -142,24 +157,40 @@ def evaluation_values(record: dict[str, Any], has_lengths: bool) -> dict[str, fl
 def evaluation_line(record: dict[str, Any]) -> str:
     """A record in one readable line."""
     of_set = "" if record.get("set", "valid") == "valid" else f" of {record['set']}"
-    where = f"{of_set} at step {record['step']} ({record['phase']}, {record['seq_length']:,} tokens): "
+    where = (
+        f"{of_set} at step {record['step']} ({record['phase']}, {record['seq_length']:,} tokens): "
+    )
     if record["kind"] == "loss":
         return f"evaluation{where}loss {record['valid_loss']:.4f} over {record['num_targets']:,} targets"
     if record["kind"] == "context_gain":
-        interval = ("no interval from 1 document" if record["gain_low"] is None else
-                    f"95 % {record['gain_low']:.4f} to {record['gain_high']:.4f}, {record['documents']} documents")
-        return (f"context gain{where}{record['gain']:.4f} nats ({interval}): loss {record['loss_full']:.4f} with the "
-                f"whole context, {record['loss_cut']:.4f} with {record['cut']:,} tokens")
-    return (f"passkey{where}depth {record['depth']:g}, {100 * record['accuracy']:.0f} % of {record['trials']} found, "
-            f"loss {record['answer_loss']:.4f} per answer token")
+        interval = (
+            "no interval from 1 document"
+            if record["gain_low"] is None
+            else f"95 % {record['gain_low']:.4f} to {record['gain_high']:.4f}, {record['documents']} documents"
+        )
+        return (
+            f"context gain{where}{record['gain']:.4f} nats ({interval}): loss {record['loss_full']:.4f} with the "
+            f"whole context, {record['loss_cut']:.4f} with {record['cut']:,} tokens"
+        )
+    return (
+        f"passkey{where}depth {record['depth']:g}, {100 * record['accuracy']:.0f} % of {record['trials']} found, "
+        f"loss {record['answer_loss']:.4f} per answer token"
+    )
 
 
 def console_line(record: dict[str, Any], remaining_tokens: int) -> str:
     """A step in one readable line."""
     rate = record["tokens_per_second"]
-    parts = [f"step {record['step']:>6,}", f"{record['phase']} {record['seq_length']:,}",
-             f"tokens {_short(record['tokens'])}", f"loss {record['loss']:.4f}", f"grad {record['grad_norm']:.3f}",
-             f"lr {record['lr']:.2e}", f"{_short(rate)} tok/s", f"{record['peak_memory_bytes'] / 2**30:.2f} GiB"]
+    parts = [
+        f"step {record['step']:>6,}",
+        f"{record['phase']} {record['seq_length']:,}",
+        f"tokens {_short(record['tokens'])}",
+        f"loss {record['loss']:.4f}",
+        f"grad {record['grad_norm']:.3f}",
+        f"lr {record['lr']:.2e}",
+        f"{_short(rate)} tok/s",
+        f"{record['peak_memory_bytes'] / 2**30:.2f} GiB",
+    ]
     if record["mfu"] is not None:
         parts.append(f"MFU {100 * record['mfu']:.1f} %")
     if record["skipped"]:

@@ -41,8 +41,10 @@ def write_texts(tokenizer: Tokenizer, key: int) -> tuple[np.ndarray, np.ndarray,
     Raises:
         ValueError: the tokenizer has no ids for the text.
     """
-    sentence, question, asked = (np.array(tokenizer.encode(text), dtype=np.int64) for text in (
-        SENTENCE.format(key=key), QUESTION, f"{QUESTION} {key}"))
+    sentence, question, asked = (
+        np.array(tokenizer.encode(text), dtype=np.int64)
+        for text in (SENTENCE.format(key=key), QUESTION, f"{QUESTION} {key}")
+    )
     shared = min(len(question), len(asked) - 1)
     parts = np.flatnonzero(question[:shared] != asked[:shared])
     return sentence, asked, len(asked) - (int(parts[0]) if len(parts) else shared)
@@ -53,15 +55,27 @@ def check_lengths(tokenizer: Tokenizer, lengths: list[int]) -> list[str]:
     try:
         sentence, asked, _ = write_texts(tokenizer, 99999)
     except ValueError as error:
-        return [f"eval_passkey_lengths = {' '.join(map(str, lengths))}: the tokenizer cannot write the question "
-                f"({error}). Fix: leave it out, or another tokenizer."]
+        return [
+            f"eval_passkey_lengths = {' '.join(map(str, lengths))}: the tokenizer cannot write the question "
+            f"({error}). Fix: leave it out, or another tokenizer."
+        ]
     least = 2 * (len(sentence) + len(asked))
-    return [f"eval_passkey_lengths = {length}: half of it must hold the hidden sentence and the question, "
-            f"{least // 2} tokens. Fix: at least {least}." for length in lengths if length < least]
+    return [
+        f"eval_passkey_lengths = {length}: half of it must hold the hidden sentence and the question, "
+        f"{least // 2} tokens. Fix: at least {least}."
+        for length in lengths
+        if length < least
+    ]
 
 
-def write_trial(tokenizer: Tokenizer, stream: DocumentStream, length: int, depths: list[float], seed: int,
-                trial: int) -> list[Stretch]:
+def write_trial(
+    tokenizer: Tokenizer,
+    stream: DocumentStream,
+    length: int,
+    depths: list[float],
+    seed: int,
+    trial: int,
+) -> list[Stretch]:
     """One trial at each depth, `length` tokens each: a pure function of its arguments."""
     generator = np.random.default_rng([seed, length, trial])
     sentence, asked, answer = write_texts(tokenizer, int(generator.integers(10000, 100000)))
@@ -70,9 +84,20 @@ def write_trial(tokenizer: Tokenizer, stream: DocumentStream, length: int, depth
     stretches = []
     for depth in depths:
         place = round(depth * len(filler))
-        parts = filler[:place], sentence, filler[place:], asked  # views: at 1M tokens each depth would keep 8 MB
-        stretches.append(Stretch(lambda first, count, parts=parts: np.concatenate(parts)[first:first + count], 0,
-                                 length, np.array([[length - answer, length]])))
+        parts = (
+            filler[:place],
+            sentence,
+            filler[place:],
+            asked,
+        )  # views: at 1M tokens each depth would keep 8 MB
+        stretches.append(
+            Stretch(
+                lambda first, count, parts=parts: np.concatenate(parts)[first : first + count],
+                0,
+                length,
+                np.array([[length - answer, length]]),
+            )
+        )
     return stretches
 
 
@@ -85,22 +110,43 @@ def _filler(stream: DocumentStream, start: int, count: int, eod: int | None) -> 
         parts.append(ids[ids != eod] if eod is not None else ids)
         needed -= len(parts[-1])
         if start > end and needed == count:
-            raise ValueError("eval_passkey_lengths: the validation documents hold nothing but ends of documents. "
-                             "Fix: other validation data, or leave it out.")
+            raise ValueError(
+                "eval_passkey_lengths: the validation documents hold nothing but ends of documents. "
+                "Fix: other validation data, or leave it out."
+            )
     return np.concatenate(parts)
 
 
-def measure(stepper: Stepper, tokenizer: Tokenizer, stream: DocumentStream, length: int, depths: list[float],
-            trials: int, seed: int, **layout) -> list[Passkey]:
+def measure(
+    stepper: Stepper,
+    tokenizer: Tokenizer,
+    stream: DocumentStream,
+    length: int,
+    depths: list[float],
+    trials: int,
+    seed: int,
+    **layout,
+) -> list[Passkey]:
     """All trials of one length -> the result of each depth; collective over the world.
 
     Args:
         layout: what `score_probes` asks for besides.
     """
-    written = [write_trial(tokenizer, stream, length, depths, seed, trial) for trial in range(trials)]
+    written = [
+        write_trial(tokenizer, stream, length, depths, seed, trial) for trial in range(trials)
+    ]
     probes = [[trial[number]] for number in range(len(depths)) for trial in written]
     scores = score_probes(stepper, probes, length, **layout)
-    sums, targets, hits = (values.reshape(len(depths), trials) for values in (
-        scores.loss_sums, scores.num_targets, scores.first_choices))
-    return [Passkey(depth, float((hits[i] == targets[i]).mean()), float(sums[i].sum() / targets[i].sum()), trials)
-            for i, depth in enumerate(depths)]
+    sums, targets, hits = (
+        values.reshape(len(depths), trials)
+        for values in (scores.loss_sums, scores.num_targets, scores.first_choices)
+    )
+    return [
+        Passkey(
+            depth,
+            float((hits[i] == targets[i]).mean()),
+            float(sums[i].sum() / targets[i].sum()),
+            trials,
+        )
+        for i, depth in enumerate(depths)
+    ]

@@ -13,9 +13,16 @@ from model.rope import ROPE_SETTINGS, RopeType
 from parallel.config import CommType, ShardingStrategy
 from parallel.schedule import ScheduleName
 
-Tokens = Annotated[int, tyro.constructors.PrimitiveConstructorSpec(
-    nargs=1, metavar="TOKENS", instance_from_str=lambda args: parse_tokens(args[0]),
-    is_instance=lambda value: isinstance(value, int), str_from_instance=lambda value: [str(value)])]
+Tokens = Annotated[
+    int,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="TOKENS",
+        instance_from_str=lambda args: parse_tokens(args[0]),
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
 """A count of tokens in a field: YAML and flags accept 800B and 8Mi."""
 
 
@@ -70,18 +77,32 @@ class PhaseConfig:
     @property
     def has_own_batch(self) -> bool:
         """Does the phase leave the run's batch and its schedule?"""
-        return bool(self.global_batch_tokens is not None or self.rampup_batch_size or self.step_batch_size_schedule)
+        return bool(
+            self.global_batch_tokens is not None
+            or self.rampup_batch_size
+            or self.step_batch_size_schedule
+        )
 
     def with_memory(self, model: ModelConfig) -> MemorySettings:
         """The run's memory settings with this phase's."""
-        given = {field.name: getattr(self, field.name) for field in fields(MemorySettings)
-                 if getattr(self, field.name) is not None}
+        given = {
+            field.name: getattr(self, field.name)
+            for field in fields(MemorySettings)
+            if getattr(self, field.name) is not None
+        }
         settings = replace(model.memory, **given)
-        return replace(settings, recompute_granularity=model.recompute_level(settings.recompute_granularity))
+        return replace(
+            settings, recompute_granularity=model.recompute_level(settings.recompute_granularity)
+        )
 
     def with_rope(self, model: ModelConfig) -> ModelConfig:
         """The run's model settings with this phase's rope; parameters that it leaves out are the run's own."""
-        given = {name: getattr(self, name) for name in ROPE_SETTINGS if getattr(self, name) is not None}
-        if {"rope_type", "use_rope_scaling"} & given.keys():  # one choice under two names: the phase's stands alone
+        given = {
+            name: getattr(self, name) for name in ROPE_SETTINGS if getattr(self, name) is not None
+        }
+        if {
+            "rope_type",
+            "use_rope_scaling",
+        } & given.keys():  # one choice under two names: the phase's stands alone
             given = {"rope_type": None, "use_rope_scaling": None} | given
         return replace(model, **given)

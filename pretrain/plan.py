@@ -102,34 +102,66 @@ def make_plan(config: Config, world_size: int, only_print: bool = False) -> Plan
     if not problems:
         problems += check_evaluations(config.logging, tokenizer)
     if config.logging.tensorboard_dir and importlib.util.find_spec("tensorboard") is None:
-        problems.append(f"tensorboard_dir = {config.logging.tensorboard_dir}: needs the package tensorboard. Fix: "
-                        "install it (requirements.txt has the version), or leave the flag out.")
+        problems.append(
+            f"tensorboard_dir = {config.logging.tensorboard_dir}: needs the package tensorboard. Fix: "
+            "install it (requirements.txt has the version), or leave the flag out."
+        )
     if problems:
         raise ValueError("\n".join(problems))
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, vocab_size=vocab_size))
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, vocab_size=vocab_size)
+    )
     start = find_start(config.checkpoint)
     progress = checkpoint.read_progress(start.folder) if start.folder else None
     description = tokenizer.describe() if tokenizer else None
     goes_on = progress is not None and not start.weights_only
     clock = progress["clock"] if goes_on else 0
     phases, layouts, layout_lines = settle_layouts(
-        phases, config, world_size, vocab_size, progress.get("layouts", {}) if goes_on else {}, clock)
+        phases,
+        config,
+        world_size,
+        vocab_size,
+        progress.get("layouts", {}) if goes_on else {},
+        clock,
+    )
     phases = choose_loss_chunks(phases, config, world_size, vocab_size)
     fit = check_memory(phases, config, world_size, vocab_size, clock)
     # Layouts that a checkpoint kept have not been checked against this run's lengths.
-    problems = [f"phase {phase.name!r}: {problem}" for phase in phases
-                for problem in check_lengths(config.logging, phase)]
+    problems = [
+        f"phase {phase.name!r}: {problem}"
+        for phase in phases
+        for problem in check_lengths(config.logging, phase)
+    ]
     if problems := _handover_problems(phases, config) + problems + fit.problems:
         raise ValueError("\n".join(problems))
-    corpus, ledger, changes = _open_data(config, phases, learning_rate, description, start, progress)
+    corpus, ledger, changes = _open_data(
+        config, phases, learning_rate, description, start, progress
+    )
     if problems := target_problems(corpus, [phase for phase in phases if phase.end > clock]):
         raise ValueError("\n".join(problems))
-    check_windows(config.data, ledger, clock, progress["last_batch_tokens"] if goes_on else 0, phases)
+    check_windows(
+        config.data, ledger, clock, progress["last_batch_tokens"] if goes_on else 0, phases
+    )
     rows = forecast_phases(ledger, corpus, clock, phases)
     if config.checkpoint.save and not only_print:
         _check_writable(Path(config.checkpoint.save))
-    return Plan(config, phases, learning_rate, vocab_size, tokenizer, start, progress, corpus, ledger, rows,
-                description, layouts, layout_lines, fit, changes)
+    return Plan(
+        config,
+        phases,
+        learning_rate,
+        vocab_size,
+        tokenizer,
+        start,
+        progress,
+        corpus,
+        ledger,
+        rows,
+        description,
+        layouts,
+        layout_lines,
+        fit,
+        changes,
+    )
 
 
 def _handover_problems(phases: list[Phase], config: Config) -> list[str]:
@@ -137,15 +169,25 @@ def _handover_problems(phases: list[Phase], config: Config) -> list[str]:
     problems = []
     if len({phase.layout_key for phase in phases}) > 1:
         if not config.checkpoint.save:
-            problems.append("save: phases with different layouts hand over through a checkpoint. Fix: give --save.")
+            problems.append(
+                "save: phases with different layouts hand over through a checkpoint. Fix: give --save."
+            )
         if config.checkpoint.no_save_optim:
-            problems.append("no_save_optim = True: phases with different layouts hand the optimizer over through a "
-                            "checkpoint. Fix: remove it.")
+            problems.append(
+                "no_save_optim = True: phases with different layouts hand the optimizer over through a "
+                "checkpoint. Fix: remove it."
+            )
     return problems
 
 
-def _open_data(config: Config, phases: list[Phase], learning_rate: LearningRate, tokenizer: dict | None, start: Start,
-               progress: dict | None) -> tuple[Corpus, Ledger, list[Change]]:
+def _open_data(
+    config: Config,
+    phases: list[Phase],
+    learning_rate: LearningRate,
+    tokenizer: dict | None,
+    start: Start,
+    progress: dict | None,
+) -> tuple[Corpus, Ledger, list[Change]]:
     """The data, and what differs from the checkpoint that is started from.
 
     Raises:
@@ -157,18 +199,32 @@ def _open_data(config: Config, phases: list[Phase], learning_rate: LearningRate,
         raise ValueError("\n".join(problems))
     if progress is not None:
         stored = read_config_yaml(str(start.folder / "config.yaml"))
-        changes = (weights_changes(stored, config, progress, phases, tokenizer) if start.weights_only else
-                   continuation_changes(stored, config, progress, phases, learning_rate, tokenizer))
-    corpus = attempt(problems, lambda: open_corpus(
-        config.data, config.optimizer.seed, config.data.vocab_size, tokenizer,
-        [phase.data_path for phase in phases if phase.data_path]))
+        changes = (
+            weights_changes(stored, config, progress, phases, tokenizer)
+            if start.weights_only
+            else continuation_changes(stored, config, progress, phases, learning_rate, tokenizer)
+        )
+    corpus = attempt(
+        problems,
+        lambda: open_corpus(
+            config.data,
+            config.optimizer.seed,
+            config.data.vocab_size,
+            tokenizer,
+            [phase.data_path for phase in phases if phase.data_path],
+        ),
+    )
     accepted = "data" in settings.accept_changes
     another_seed = goes_on and accepted and stored.optimizer.seed != config.optimizer.seed
-    ledger = corpus and attempt(problems, lambda: Ledger(
-        corpus.train, progress["data"] if goes_on else None, accepted, another_seed))
+    ledger = corpus and attempt(
+        problems,
+        lambda: Ledger(corpus.train, progress["data"] if goes_on else None, accepted, another_seed),
+    )
     if ledger and goes_on:
-        changes += [Change(f"data of {name}", "other tokens or another order", "begins anew", "data")
-                    for name in ledger.begun_anew]
+        changes += [
+            Change(f"data of {name}", "other tokens or another order", "begins anew", "data")
+            for name in ledger.begun_anew
+        ]
         current = begun_phase(phases, progress)
         if current:
             ledger.rename_phase(progress["phase"]["name"], current.name)
@@ -186,13 +242,19 @@ def _with_data_args(config: Config) -> Config:
     if path is None:
         return config
     if config.data.data_path:
-        raise ValueError(f"data_args_path = {path}: cannot be combined with data_path. Fix: remove one of them.")
+        raise ValueError(
+            f"data_args_path = {path}: cannot be combined with data_path. Fix: remove one of them."
+        )
     try:
         words = Path(path).read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"data_args_path = {path}: cannot be read ({error}). Fix: a text file with the words of "
-                         "--data-path.") from None
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, data_path=words, data_args_path=None))
+        raise ValueError(
+            f"data_args_path = {path}: cannot be read ({error}). Fix: a text file with the words of "
+            "--data-path."
+        ) from None
+    return dataclasses.replace(
+        config, data=dataclasses.replace(config.data, data_path=words, data_args_path=None)
+    )
 
 
 def _check_writable(folder: Path) -> None:
@@ -202,36 +264,54 @@ def _check_writable(folder: Path) -> None:
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "no permission to write")
     except OSError as error:
-        raise ValueError(f"save = {folder}: cannot be written ({error.strerror}). Fix: give another --save.") from None
+        raise ValueError(
+            f"save = {folder}: cannot be written ({error.strerror}). Fix: give another --save."
+        ) from None
 
 
 def warnings_about(plan: Plan) -> list[str]:
     """What runs, but perhaps not as meant."""
     config = plan.config
-    found = effect_warnings(config) + rope_warnings(plan.phases) + length_warnings(plan.phases) + plan.memory.warnings
+    found = (
+        effect_warnings(config)
+        + rope_warnings(plan.phases)
+        + length_warnings(plan.phases)
+        + plan.memory.warnings
+    )
     found += _warnings_on_cpu(plan)
     if plan.start.is_restart:
-        settings, first = config.checkpoint, read_config_yaml(str(plan.start.folder / "config.yaml")).checkpoint
+        settings, first = (
+            config.checkpoint,
+            read_config_yaml(str(plan.start.folder / "config.yaml")).checkpoint,
+        )
         same = settings.load and os.path.abspath(settings.load) == os.path.abspath(settings.save)
-        found += [f"{name}: has no effect, since --save already holds a checkpoint of this run, which goes on"
-                  for name in ("load", "ckpt_step", "no_load_optim", "finetune", "pretrained_checkpoint")
-                  if getattr(settings, name) not in (None, False)
-                  # The same command goes on.
-                  and not is_same(name, getattr(first, name), getattr(settings, name))
-                  and not (name == "load" and same)
-                  and not (name == "no_load_optim" and plan.starts_optimizer_anew)]
+        found += [
+            f"{name}: has no effect, since --save already holds a checkpoint of this run, which goes on"
+            for name in ("load", "ckpt_step", "no_load_optim", "finetune", "pretrained_checkpoint")
+            if getattr(settings, name) not in (None, False)
+            # The same command goes on.
+            and not is_same(name, getattr(first, name), getattr(settings, name))
+            and not (name == "load" and same)
+            and not (name == "no_load_optim" and plan.starts_optimizer_anew)
+        ]
     found += _warnings_about_start(plan)
-    found += [f"{prefix}: {count:,} documents have no token and are never drawn"
-              for prefix, count in plan.corpus.empty.items()]
+    found += [
+        f"{prefix}: {count:,} documents have no token and are never drawn"
+        for prefix, count in plan.corpus.empty.items()
+    ]
     found += forecast_warnings(plan.ledger, plan.forecast)
     found += target_warnings(plan.corpus, plan.phases)
     found += evaluation_warnings(config.logging, plan.phases)
     decay_end, end = plan.learning_rate.arcs[-1].end, plan.phases[-1].end
     if decay_end != end and config.optimizer.lr_decay_style != "constant":
-        found.append(f"the learning rate's decay ends at {decay_end:,} tokens, the run at {end:,}: "
-                     f"{'the rest is trained at min_lr' if decay_end < end else 'min_lr is not reached'}")
+        found.append(
+            f"the learning rate's decay ends at {decay_end:,} tokens, the run at {end:,}: "
+            f"{'the rest is trained at min_lr' if decay_end < end else 'min_lr is not reached'}"
+        )
     if config.logging.eval_iters and not plan.corpus.validation:
-        found.append("there are no validation documents (--split, --valid-data-path): nothing is evaluated")
+        found.append(
+            "there are no validation documents (--split, --valid-data-path): nothing is evaluated"
+        )
     return found
 
 
@@ -239,9 +319,15 @@ def _warnings_on_cpu(plan: Plan) -> list[str]:
     if device_here()[0] != "cpu":
         return []
     found = ["optimizer_cpu_offload = True"] if plan.config.optimizer.optimizer_cpu_offload else []
-    found += [f"phase {phase.name!r}: cpu_offloading_num_layers = {phase.memory.cpu_offloading_num_layers}"
-              for phase in plan.phases if phase.memory.cpu_offloading_num_layers]
-    return [f"{text}: changes nothing on a CPU, where all tensors are in the host's memory" for text in found]
+    found += [
+        f"phase {phase.name!r}: cpu_offloading_num_layers = {phase.memory.cpu_offloading_num_layers}"
+        for phase in plan.phases
+        if phase.memory.cpu_offloading_num_layers
+    ]
+    return [
+        f"{text}: changes nothing on a CPU, where all tensors are in the host's memory"
+        for text in found
+    ]
 
 
 def _warnings_about_start(plan: Plan) -> list[str]:
@@ -252,12 +338,18 @@ def _warnings_about_start(plan: Plan) -> list[str]:
         found.append(f"no_load_optim = True: has no effect, since the run starts from {without}")
     is_new = plan.start.weights_only or not plan.start.is_restart
     if folder is not None and is_new and "init_method_std" in plan.config.given.settings:
-        found.append(f"init_method_std = {plan.config.model.init_method_std:g}: has no effect, since "
-                     f"the weights are those of {folder}")
+        found.append(
+            f"init_method_std = {plan.config.model.init_method_std:g}: has no effect, since "
+            f"the weights are those of {folder}"
+        )
     if settings.use_checkpoint_args and folder is None:
-        found.append("use_checkpoint_args = True: has no effect, since the run starts from no checkpoint")
+        found.append(
+            "use_checkpoint_args = True: has no effect, since the run starts from no checkpoint"
+        )
     if settings.use_checkpoint_opt_param_scheduler and (folder is None or plan.start.weights_only):
-        found.append("use_checkpoint_opt_param_scheduler = True: has no effect, since no checkpoint's clock goes on")
+        found.append(
+            "use_checkpoint_opt_param_scheduler = True: has no effect, since no checkpoint's clock goes on"
+        )
     return found
 
 
@@ -265,9 +357,12 @@ def _tokenizer(data: DataConfig):
     """The tokenizer (None for mock data) and the model's vocabulary size."""
     if data.mock_data:
         return None, data.vocab_size
-    tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model, data.vocab_size,
-                                ids_from=data.tokenizer_ids_from)
+    tokenizer = build_tokenizer(
+        data.tokenizer_type, data.tokenizer_model, data.vocab_size, ids_from=data.tokenizer_ids_from
+    )
     if data.vocab_size is not None and data.vocab_size < tokenizer.vocab_size:
-        raise ValueError(f"vocab_size = {data.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids. "
-                         "Fix: leave it out, or give at least that many.")
+        raise ValueError(
+            f"vocab_size = {data.vocab_size}: the tokenizer has {tokenizer.vocab_size} ids. "
+            "Fix: leave it out, or give at least that many."
+        )
     return tokenizer, data.vocab_size or tokenizer.vocab_size

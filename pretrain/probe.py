@@ -19,8 +19,15 @@ def microbatch_count(wanted: int, layout: Layout) -> int:
     return count
 
 
-def score_probes(stepper: Stepper, probes: Sequence[Sequence[Stretch]], longest: int, *, token_multiple: int,
-                 padding: int, vocab_size: int) -> Scores:
+def score_probes(
+    stepper: Stepper,
+    probes: Sequence[Sequence[Stretch]],
+    longest: int,
+    *,
+    token_multiple: int,
+    padding: int,
+    vocab_size: int,
+) -> Scores:
     """One microbatch per probe -> their scores, on every rank. Collective over the world.
 
     Padding makes up what the layout needs: tokens to a multiple of `token_multiple`, and microbatches without a
@@ -34,10 +41,24 @@ def score_probes(stepper: Stepper, probes: Sequence[Sequence[Stretch]], longest:
     count = microbatch_count(-(-len(probes) // layout.dp.size), layout)
     pieces = token_pieces(total, layout)
     numbers = range(layout.dp.rank, count * layout.dp.size, layout.dp.size)
-    scores = stepper.score([
-        lay_out(probes[number] if number < len(probes) else (), total, pieces, padding=padding,
-                vocab_size=vocab_size).to(layout.device) for number in numbers])
-    return Scores(*(values[:len(probes)] for values in (scores.loss_sums, scores.num_targets, scores.first_choices)))
+    scores = stepper.score(
+        [
+            lay_out(
+                probes[number] if number < len(probes) else (),
+                total,
+                pieces,
+                padding=padding,
+                vocab_size=vocab_size,
+            ).to(layout.device)
+            for number in numbers
+        ]
+    )
+    return Scores(
+        *(
+            values[: len(probes)]
+            for values in (scores.loss_sums, scores.num_targets, scores.first_choices)
+        )
+    )
 
 
 def reshard(stepper: Stepper) -> None:

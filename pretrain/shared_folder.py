@@ -30,9 +30,7 @@ def require_shared_folder(root: str | os.PathLike, world: Axis) -> None:
             told[1] = error.strerror
     dist.broadcast_object_list(told, src=0, group=world.group)
     if told[1]:
-        raise ValueError(
-            f"save = {root}: cannot be written ({told[1]}). Fix: give another --save."
-        )
+        raise ValueError(f"save = {root}: cannot be written ({told[1]}). Fix: give another --save.")
     mark = Path(root) / str(told[0])
     blind_on: list[str | None] = [None] * world.size
     dist.all_gather_object(

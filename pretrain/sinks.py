@@ -14,7 +14,9 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-def open_sinks(config: Config, last_step: int, wandb_run_id: str | None) -> tuple[list[Sink], str | None]:
+def open_sinks(
+    config: Config, last_step: int, wandb_run_id: str | None
+) -> tuple[list[Sink], str | None]:
     """What the flags ask for, and the id of the wandb run.
 
     Args:
@@ -59,9 +61,16 @@ class Wandb:
             warn("wandb: no key or no network; logging offline, `wandb sync` uploads it later")
             mode = "offline"
         logging = config.logging
-        self.run = wandb.init(project=logging.wandb_project, name=logging.wandb_exp_name, entity=logging.wandb_entity,
-                              dir=logging.wandb_save_dir or config.checkpoint.save, id=run_id, resume="allow",
-                              mode=mode, config=to_flat(config))
+        self.run = wandb.init(
+            project=logging.wandb_project,
+            name=logging.wandb_exp_name,
+            entity=logging.wandb_entity,
+            dir=logging.wandb_save_dir or config.checkpoint.save,
+            id=run_id,
+            resume="allow",
+            mode=mode,
+            config=to_flat(config),
+        )
         self.id = self.run.id
 
     def log(self, values: dict[str, float | str | bool], step: int) -> None:

@@ -36,19 +36,27 @@ def find_start(settings: CheckpointConfig) -> Start:
     if settings.load:
         found = checkpoint.published(settings.load, settings.ckpt_step)
         if found:
-            return Start(found, settings.finetune, f"{'weights of' if settings.finetune else 'loading'} {found}")
+            return Start(
+                found,
+                settings.finetune,
+                f"{'weights of' if settings.finetune else 'loading'} {found}",
+            )
         if settings.save and os.path.abspath(settings.load) == os.path.abspath(settings.save):
             return Start(None, reason="fresh weights (--load is the empty --save)")
         _refuse_huggingface("load", settings.load)
-        raise ValueError(f"load = {settings.load}: no checkpoint is published there (no {checkpoint.LATEST}). "
-                         "Fix: give a folder that holds one, or remove --load to start from fresh weights.")
+        raise ValueError(
+            f"load = {settings.load}: no checkpoint is published there (no {checkpoint.LATEST}). "
+            "Fix: give a folder that holds one, or remove --load to start from fresh weights."
+        )
     if settings.pretrained_checkpoint:
         found = checkpoint.published(settings.pretrained_checkpoint)
         if found:
             return Start(found, True, f"weights of {found}")
         _refuse_huggingface("pretrained_checkpoint", settings.pretrained_checkpoint)
-        raise ValueError(f"pretrained_checkpoint = {settings.pretrained_checkpoint}: no checkpoint is published there. "
-                         "Fix: give a folder that holds one.")
+        raise ValueError(
+            f"pretrained_checkpoint = {settings.pretrained_checkpoint}: no checkpoint is published there. "
+            "Fix: give a folder that holds one."
+        )
     return Start(None)
 
 
@@ -56,5 +64,7 @@ def _refuse_huggingface(name: str, folder: str) -> None:
     """Raises ValueError if the folder holds a Hugging Face model."""
     path = Path(folder)
     if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
-        raise ValueError(f"{name} = {folder}: is a Hugging Face folder. Fix: python -m tools.import_hf --hf {folder} "
-                         "--save DIR, then --pretrained-checkpoint DIR.")
+        raise ValueError(
+            f"{name} = {folder}: is a Hugging Face folder. Fix: python -m tools.import_hf --hf {folder} "
+            "--save DIR, then --pretrained-checkpoint DIR."
+        )

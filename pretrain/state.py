@@ -40,14 +40,25 @@ def build_optimizer(stages: list[GPTStage], config: OptimizerConfig) -> torch.op
     parameters = [p for stage in stages for p in stage.parameters()]
     decayed = [p for p in parameters if p.dim() > 1]
     plain = [p for p in parameters if p.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.adam_beta1, config.adam_beta2),
-                                  eps=config.adam_eps, fused=True)
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        groups,
+        lr=config.lr,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_eps,
+        fused=True,
+    )
     for parameter in parameters:
         # The dtype that torch itself gives to `step`, on the parameter's device as the fused kernel wants it.
         device = parameter.to_local().device
-        optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32, device=device),
-                                      "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
     return optimizer
 
 
@@ -64,7 +75,9 @@ def checkpoint_tensors(state: TrainState, with_optimizer: bool) -> dict[str, tor
         tensors[f"model.{name}"] = parameter.detach()
         if with_optimizer:
             moments = state.optimizer.state[parameter]
-            tensors |= {f"optimizer.{name}.{key}": moments[key] for key in ("step", "exp_avg", "exp_avg_sq")}
+            tensors |= {
+                f"optimizer.{name}.{key}": moments[key] for key in ("step", "exp_avg", "exp_avg_sq")
+            }
     return tensors
 
 
@@ -89,25 +102,43 @@ def check_replicas(stages: list[GPTStage], layout: Layout) -> None:
         RuntimeError: on every rank of the world, naming the parameters on the ranks that hold them.
     """
     named = [pair for stage in stages for pair in stage.named_parameters()]
-    problems = _differences([(name, p) for name, p in named if isinstance(p.placements[-1], Replicate)], layout.tp,
-                            layout.device)
+    problems = _differences(
+        [(name, p) for name, p in named if isinstance(p.placements[-1], Replicate)],
+        layout.tp,
+        layout.device,
+    )
     copies = tied_copies(stages)
     if len(copies) == 2 and not torch.equal(copies[0].to_local(), copies[1].to_local()):
         problems.append(f"embedding.weight over the two stages of rank {layout.world.rank}")
     if layout.embedding.size > 1:
-        problems += _differences([("embedding.weight", copy) for copy in copies], layout.embedding, layout.device)
+        problems += _differences(
+            [("embedding.weight", copy) for copy in copies], layout.embedding, layout.device
+        )
     found = all_reduce(torch.tensor(len(problems), device=layout.device), layout.world)
     if found > 0:
-        raise RuntimeError(f"copies of parameters are no longer the same: {'; '.join(problems) or 'on other ranks'}. "
-                           "Nothing is saved; the last checkpoint is good.")
+        raise RuntimeError(
+            f"copies of parameters are no longer the same: {'; '.join(problems) or 'on other ranks'}. "
+            "Nothing is saved; the last checkpoint is good."
+        )
 
 
-def _differences(parameters: list[tuple[str, nn.Parameter]], axis: Axis, device: torch.device) -> list[str]:
+def _differences(
+    parameters: list[tuple[str, nn.Parameter]], axis: Axis, device: torch.device
+) -> list[str]:
     """What differs over `axis`, one sentence or none."""
     if axis.size == 1 or not parameters:
         return []
-    digests = [xxhash.xxh3_64_intdigest(p.to_local().detach().cpu().numpy().tobytes()) >> 1 for _, p in parameters]
+    digests = [
+        xxhash.xxh3_64_intdigest(p.to_local().detach().cpu().numpy().tobytes()) >> 1
+        for _, p in parameters
+    ]
     own = torch.tensor(digests, dtype=torch.int64, device=device)
-    highest, lowest = (all_reduce(own.clone(), axis, op) for op in (dist.ReduceOp.MAX, dist.ReduceOp.MIN))
-    differing = [name for (name, _), same in zip(parameters, (highest == lowest).tolist(), strict=True) if not same]
+    highest, lowest = (
+        all_reduce(own.clone(), axis, op) for op in (dist.ReduceOp.MAX, dist.ReduceOp.MIN)
+    )
+    differing = [
+        name
+        for (name, _), same in zip(parameters, (highest == lowest).tolist(), strict=True)
+        if not same
+    ]
     return [f"{', '.join(differing[:5])} over {axis.name} ranks {axis.ranks}"] if differing else []

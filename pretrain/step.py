@@ -66,8 +66,15 @@ class Stepper:
     then left as they are.
     """
 
-    def __init__(self, stages: list[GPTStage], layout: Layout, hidden_size: int, compute_dtype: torch.dtype,
-                 strategy: str, stop: StopRequest | None = None):
+    def __init__(
+        self,
+        stages: list[GPTStage],
+        layout: Layout,
+        hidden_size: int,
+        compute_dtype: torch.dtype,
+        strategy: str,
+        stop: StopRequest | None = None,
+    ):
         self.stop = stop
         self.stages, self.layout, self.strategy = stages, layout, strategy
         self.hidden_size, self.compute_dtype = hidden_size, compute_dtype
@@ -78,7 +85,9 @@ class Stepper:
         loss, num_targets = self.start(microbatches, train)
         return float(loss), int(num_targets)
 
-    def start(self, microbatches: Sequence[CountedMicrobatch], train: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def start(
+        self, microbatches: Sequence[CountedMicrobatch], train: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Do what `run` does without waiting for the device -> (fp64 scalar, int64 scalar) on the device."""
         num_targets = count_targets(microbatches, self.layout)
         share = self._forward(microbatches, train, num_targets)
@@ -91,14 +100,23 @@ class Stepper:
         """
         layout, parts = self.layout, []
         self._forward(microbatches, False, 1, parts)
-        scores = torch.zeros(len(microbatches), layout.dp.size, 3, dtype=torch.float64, device=layout.device)
-        if parts and layout.tp.is_first:  # the same on the last stage's tp ranks; cp ranks add their slices
+        scores = torch.zeros(
+            len(microbatches), layout.dp.size, 3, dtype=torch.float64, device=layout.device
+        )
+        if (
+            parts and layout.tp.is_first
+        ):  # the same on the last stage's tp ranks; cp ranks add their slices
             scores[:, layout.dp.rank] = torch.stack(parts)
         scores = all_reduce(scores, layout.world).view(-1, 3).cpu().numpy()
         return Scores(scores[:, 0], scores[:, 1].astype(np.int64), scores[:, 2].astype(np.int64))
 
-    def _forward(self, microbatches: Sequence[CountedMicrobatch], train: bool, num_targets: torch.Tensor | int,
-                 scores: list[torch.Tensor] | None = None) -> torch.Tensor | None:
+    def _forward(
+        self,
+        microbatches: Sequence[CountedMicrobatch],
+        train: bool,
+        num_targets: torch.Tensor | int,
+        scores: list[torch.Tensor] | None = None,
+    ) -> torch.Tensor | None:
         """All microbatches through this rank's stages, and back -> the last stage's share of the loss."""
         for stage in self.stages:
             stage.begin_step(microbatches, num_targets, scores)
@@ -121,8 +139,15 @@ class Stepper:
             tokens //= self.layout.tp.size
         key = (len(microbatches), tokens, train)
         if key not in self.pipelines:
-            self.pipelines[key] = Pipeline(self.stages, self.layout, len(microbatches), tokens, self.hidden_size,
-                                           self.compute_dtype, train)
+            self.pipelines[key] = Pipeline(
+                self.stages,
+                self.layout,
+                len(microbatches),
+                tokens,
+                self.hidden_size,
+                self.compute_dtype,
+                train,
+            )
         return self.pipelines[key]
 
     def _accumulate(self, count: int, train: bool) -> torch.Tensor:
@@ -154,7 +179,9 @@ def sum_tied_gradients(stages: list[GPTStage], layout: Layout) -> None:
         grads[0].add_(grads[1])
         grads[1].copy_(grads[0])
     elif layout.embedding.size > 1 and grads:
-        grads[0].copy_(all_reduce(grads[0].to(layout.device), layout.embedding))  # they may be in the host's memory
+        grads[0].copy_(
+            all_reduce(grads[0].to(layout.device), layout.embedding)
+        )  # they may be in the host's memory
 
 
 def global_grad_norm(stages: list[GPTStage], layout: Layout) -> torch.Tensor:
@@ -170,7 +197,11 @@ def global_grad_norm(stages: list[GPTStage], layout: Layout) -> torch.Tensor:
             replicated = not isinstance(parameter.placements[-1], Shard)
             if not copy_of_first_stage and (layout.tp.is_first or not replicated):
                 grads.append(parameter.grad.to_local())
-    norm = nn.utils.get_total_norm(grads, foreach=True) if grads else torch.zeros((), device=layout.device)
+    norm = (
+        nn.utils.get_total_norm(grads, foreach=True)
+        if grads
+        else torch.zeros((), device=layout.device)
+    )
     square = norm.to(layout.device, torch.float64) ** 2
     return all_reduce(square, layout.world).sqrt()
 
@@ -195,8 +226,13 @@ def update(optimizer: torch.optim.Optimizer, lr: float, norm: torch.Tensor) -> N
     optimizer.step()
 
 
-def train_step(stepper: Stepper, optimizer: torch.optim.Optimizer, microbatches: Sequence[CountedMicrobatch],
-               lr: float, clip_grad: float) -> StepResult:
+def train_step(
+    stepper: Stepper,
+    optimizer: torch.optim.Optimizer,
+    microbatches: Sequence[CountedMicrobatch],
+    lr: float,
+    clip_grad: float,
+) -> StepResult:
     """Forward, backward, reduction, clipping and update with learning rate `lr`.
 
     The host waits for the device once, at the end, when all kernels of the step are on their way.
@@ -210,4 +246,6 @@ def train_step(stepper: Stepper, optimizer: torch.optim.Optimizer, microbatches:
     update(optimizer, lr, norm)
     optimizer.zero_grad(set_to_none=True)
     loss_value, norm_value, target_count = torch.stack([loss, norm, num_targets.to(norm)]).tolist()
-    return StepResult(loss_value, int(target_count), norm_value, skipped=not math.isfinite(norm_value))
+    return StepResult(
+        loss_value, int(target_count), norm_value, skipped=not math.isfinite(norm_value)
+    )

@@ -45,13 +45,25 @@ from pretrain.measured import measure
 from pretrain.metrics import Reporter
 from pretrain.model_files import read_carried
 from pretrain.out_of_memory import out_of_memory_explained
-from pretrain.outcome import UNSTARTED, refuse, refuse_with_others, say_stopped_at_start, write_outcome
+from pretrain.outcome import (
+    UNSTARTED,
+    refuse,
+    refuse_with_others,
+    say_stopped_at_start,
+    write_outcome,
+)
 from pretrain.phases import Phase, describe, phase_at
 from pretrain.plan import Plan, make_plan, warnings_about
 from pretrain.probe import reshard
 from pretrain.resume_contract import describe_changes
 from pretrain.shared_folder import require_shared_folder
-from pretrain.state import TrainState, build_optimizer, check_replicas, checkpoint_tensors, fill_tied_copy
+from pretrain.state import (
+    TrainState,
+    build_optimizer,
+    check_replicas,
+    checkpoint_tensors,
+    fill_tied_copy,
+)
 from pretrain.step import Stepper, train_step
 from pretrain.stop import Interrupted, StopRequest, StopSignals, defer_together, let_signals_through
 from pretrain.tally import StepTally
@@ -79,8 +91,16 @@ class Trainer:
         # Not recomputed from the phases: with another batch size the same clock is another number of steps.
         step = 0 if clock == 0 else progress["step"]
         if self.world.rank == 0:
-            print("\n".join([describe(self.plan.phases, self.world.size), *self.plan.layout_lines,
-                             *self.plan.memory.lines]), flush=True)
+            print(
+                "\n".join(
+                    [
+                        describe(self.plan.phases, self.world.size),
+                        *self.plan.layout_lines,
+                        *self.plan.memory.lines,
+                    ]
+                ),
+                flush=True,
+            )
             if self.plan.changes:
                 print(describe_changes(self.plan.changes), flush=True)
             if phase is not None:
@@ -90,7 +110,9 @@ class Trainer:
             print(f"code: {describe_code()}", flush=True)
         if phase is None:
             if self.world.rank == 0:
-                print(f"done: all {step:,} steps are trained; raise the tokens to go on", flush=True)
+                print(
+                    f"done: all {step:,} steps are trained; raise the tokens to go on", flush=True
+                )
             return "done"
         self.layout = build_layout(phase.layout, self.world)
         lock = None
@@ -99,26 +121,42 @@ class Trainer:
                 lock = checkpoint.FolderLock(self.config.checkpoint.save, self.layout.world)
                 require_shared_folder(self.config.checkpoint.save, self.layout.world)
             planned = start.folder if start.is_restart else None
-            if not checkpoint.same_start_on_all_ranks(self.config.checkpoint.save, planned, self.layout.world):
-                raise RuntimeError(f"{self.config.checkpoint.save} got another checkpoint while this run was starting; "
-                                   "starting again picks it up")
+            if not checkpoint.same_start_on_all_ranks(
+                self.config.checkpoint.save, planned, self.layout.world
+            ):
+                raise RuntimeError(
+                    f"{self.config.checkpoint.save} got another checkpoint while this run was starting; "
+                    "starting again picks it up"
+                )
         # Only rank 0 writes them. Read now: the folder that the run starts from may go away later.
         self.carried = read_carried(start.folder) if self.world.rank == 0 else {}
         with self._out_of_memory_explained(phase):
             self.state = self._build_state(phase, progress)
-        self.feed = Feed(self.config.data, self.plan.corpus, self.plan.ledger, self.layout,
-                         eod=self.plan.tokenizer.eod if self.plan.tokenizer else None, vocab_size=self.plan.vocab_size)
+        self.feed = Feed(
+            self.config.data,
+            self.plan.corpus,
+            self.plan.ledger,
+            self.layout,
+            eod=self.plan.tokenizer.eod if self.plan.tokenizer else None,
+            vocab_size=self.plan.vocab_size,
+        )
         self.evaluator = Evaluator(self.config, self.feed, self.plan.tokenizer)
         self.tally = StepTally(self.state.steps_with_targets)
         self.stop = StopRequest(self.signals, self.layout.world, self.layout.device)
         self.saved_evaluation_due = self.evaluation_due
         reporter = Reporter(self.config, self.world.rank == 0, step, self.state.wandb_run_id)
         self.state.wandb_run_id = reporter.wandb_run_id
-        reporter.say(f"start: {start.reason}, step {step:,}, phase {phase.name}, {self.layout.describe()}, "
-                     f"{num_parameters(self.config.model, self.plan.vocab_size):,} parameters; {self.attention_note}; "
-                     f"{compiled.describe(self.layout.device)}")
-        reporter.event("restart" if start.is_restart else "start", step, self.state.clock,
-                       f"{start.reason}; {self.layout.describe()}")
+        reporter.say(
+            f"start: {start.reason}, step {step:,}, phase {phase.name}, {self.layout.describe()}, "
+            f"{num_parameters(self.config.model, self.plan.vocab_size):,} parameters; {self.attention_note}; "
+            f"{compiled.describe(self.layout.device)}"
+        )
+        reporter.event(
+            "restart" if start.is_restart else "start",
+            step,
+            self.state.clock,
+            f"{start.reason}; {self.layout.describe()}",
+        )
         try:
             if self.config.checkpoint.exit_signal_handler:
                 if not defer_together(self.signals, self.layout.world):
@@ -142,8 +180,10 @@ class Trainer:
             due = self.plan.progress.get("evaluation_due")
         by_name = {phase.name: phase for phase in self.plan.phases if phase.start < clock}
         if due is not None and due not in by_name and self.world.rank == 0:
-            warn("the evaluation that a stop cut short is left out: no phase that has begun is "
-                 f"called {due} any more")
+            warn(
+                "the evaluation that a stop cut short is left out: no phase that has begun is "
+                f"called {due} any more"
+            )
         if due in by_name:
             self.evaluation_due = due
             return by_name[due]
@@ -153,27 +193,45 @@ class Trainer:
         optimizer_config = self.config.optimizer
         self.master_dtype = torch.float64 if optimizer_config.fp64 else torch.float32
         self.compute_dtype = torch.bfloat16 if optimizer_config.bf16 else self.master_dtype
-        attend, self.attention_note = attention_of_run(self.config, self.plan.phases, phase, self.layout,
-                                                       self.compute_dtype)
-        if optimizer_config.bf16 and self.world.rank == 0 and not has_bf16_units(self.layout.device):
-            warn("bf16 = True: this CPU has no bf16 units and emulates them many times slower. Fix: --no-bf16")
-        stages = build_stages(self.config.model, self.plan.vocab_size, self.layout, attend,
-                              strategy=phase.layout.sharding_strategy, master_dtype=self.master_dtype,
-                              compute_dtype=self.compute_dtype,
-                              optimizer_on_host=optimizer_config.optimizer_cpu_offload)
+        attend, self.attention_note = attention_of_run(
+            self.config, self.plan.phases, phase, self.layout, self.compute_dtype
+        )
+        if (
+            optimizer_config.bf16
+            and self.world.rank == 0
+            and not has_bf16_units(self.layout.device)
+        ):
+            warn(
+                "bf16 = True: this CPU has no bf16 units and emulates them many times slower. Fix: --no-bf16"
+            )
+        stages = build_stages(
+            self.config.model,
+            self.plan.vocab_size,
+            self.layout,
+            attend,
+            strategy=phase.layout.sharding_strategy,
+            master_dtype=self.master_dtype,
+            compute_dtype=self.compute_dtype,
+            optimizer_on_host=optimizer_config.optimizer_cpu_offload,
+        )
         state = TrainState(stages, build_optimizer(stages, optimizer_config))
         if progress is None:
             initialize(stages, self.config.model, self.layout, optimizer_config.seed)
             return state
         tensors = checkpoint_tensors(state, not self.plan.starts_optimizer_anew)
-        checkpoint.load(self.plan.start.folder, tensors, self.layout.world, vocab_size=self.plan.vocab_size)
+        checkpoint.load(
+            self.plan.start.folder, tensors, self.layout.world, vocab_size=self.plan.vocab_size
+        )
         fill_tied_copy(state)
         if not self.plan.start.weights_only:
             state.clock, state.last_batch = progress["clock"], progress["last_batch_tokens"]
             state.real_tokens = progress["real_tokens"]
             # A checkpoint from before they were counted had some.
             state.steps_with_targets = progress.get("steps_with_targets", progress["step"])
-            state.skipped_in_a_row, state.wandb_run_id = progress["skipped_in_a_row"], progress["wandb_run_id"]
+            state.skipped_in_a_row, state.wandb_run_id = (
+                progress["skipped_in_a_row"],
+                progress["wandb_run_id"],
+            )
         return state
 
     def _run_phases(self, phase: Phase, step: int, reporter: Reporter) -> str:
@@ -194,8 +252,13 @@ class Trainer:
             if is_stopped or self.stop.agreed():
                 return self._end("stopped", f"stopped as asked after step {step:,}", step, reporter)
             if following.layout_key != phase.layout_key:
-                return self._end("again", f"phase {phase.name} is done; phase {following.name} needs another layout: "
-                                          "starting again", step, reporter)
+                return self._end(
+                    "again",
+                    f"phase {phase.name} is done; phase {following.name} needs another layout: "
+                    "starting again",
+                    step,
+                    reporter,
+                )
             phase = following
 
     def _require_success(self, step: int, reporter: Reporter) -> None:
@@ -228,7 +291,12 @@ class Trainer:
         for text in self.evaluator.unmeasured(phase) + self.evaluator.taken_whole(phase):
             reporter.say(text)
         if begins:
-            reporter.event("phase", step, state.clock, f"{phase.name} begins, {phase.seq_length:,} tokens per sample")
+            reporter.event(
+                "phase",
+                step,
+                state.clock,
+                f"{phase.name} begins, {phase.seq_length:,} tokens per sample",
+            )
             # Cut short, it needs no note: nothing is saved since, and the phase begins again.
             if not self._evaluate(stepper, phase, step, reporter):
                 return True, step
@@ -262,8 +330,10 @@ class Trainer:
     def _say_no_target(self, step: int, reporter: Reporter) -> None:
         """Such a step's loss of 0 means nothing: say so for the 1st, 2nd, 4th, 8th, ... of them."""
         count = self.tally.without_target
-        text = (f"step {step:,}: no document of its batch gives a target; {count:,} such steps "
-                "since the start")
+        text = (
+            f"step {step:,}: no document of its batch gives a target; {count:,} such steps "
+            "since the start"
+        )
         reporter.event("no target", step, self.state.clock, text)
         if self.world.rank == 0 and count & (count - 1) == 0:
             warn(text)
@@ -274,8 +344,14 @@ class Trainer:
             stage.rope = phase.rope
             stage.memory = phase.memory
         self.stop.restart()
-        return Stepper(self.state.stages, self.layout, self.config.model.hidden_size,
-                       self.compute_dtype, phase.layout.sharding_strategy, self.stop)
+        return Stepper(
+            self.state.stages,
+            self.layout,
+            self.config.model.hidden_size,
+            self.compute_dtype,
+            phase.layout.sharding_strategy,
+            self.stop,
+        )
 
     def _should_evaluate(self, phase: Phase, step: int) -> bool:
         logging = self.config.logging
@@ -304,22 +380,44 @@ class Trainer:
         state.real_tokens = sum(sources.values())
         state.skipped_in_a_row = state.skipped_in_a_row + 1 if result.skipped else 0
         if state.skipped_in_a_row > config.optimizer.max_skipped_steps:
-            raise RuntimeError(f"{state.skipped_in_a_row} steps in a row had a gradient that is not finite; the last "
-                               f"loss was {result.loss}. Lower the learning rate or look at the data of these steps.")
+            raise RuntimeError(
+                f"{state.skipped_in_a_row} steps in a row had a gradient that is not finite; the last "
+                f"loss was {result.loss}. Lower the learning rate or look at the data of these steps."
+            )
         seconds = time.perf_counter() - began
-        measured = measure(microbatches, self.layout, wants_stop=self._wants_stop(step + 1),
-                           data_seconds=data_seconds)
+        measured = measure(
+            microbatches,
+            self.layout,
+            wants_stop=self._wants_stop(step + 1),
+            data_seconds=data_seconds,
+        )
         flops = step_flops(config.model, self.plan.vocab_size, batch, measured.causal_pairs)
-        rate = peak_flops(torch.cuda.get_device_name(self.layout.device)) if self.layout.device.type == "cuda" else None
-        return {"step": step + 1, "tokens": state.clock, "real_tokens": state.real_tokens, "phase": phase.name,
-                "seq_length": phase.seq_length, "global_batch_tokens": batch, "loss": result.loss,
-                "grad_norm": result.grad_norm, "lr": lr, "num_targets": result.num_targets,
-                "tokens_per_second": batch / seconds,
-                "mfu": flops / (seconds * rate * self.world.size) if rate else None,
-                "peak_memory_bytes": measured.peak_memory_bytes,
-                "step_seconds": seconds, "data_seconds": measured.data_seconds, "skipped": result.skipped,
-                "data_digest": measured.data_digest,
-                "sources": sources if len(sources) <= SHOWN_SOURCES else None, "stop": measured.is_stopped}
+        rate = (
+            peak_flops(torch.cuda.get_device_name(self.layout.device))
+            if self.layout.device.type == "cuda"
+            else None
+        )
+        return {
+            "step": step + 1,
+            "tokens": state.clock,
+            "real_tokens": state.real_tokens,
+            "phase": phase.name,
+            "seq_length": phase.seq_length,
+            "global_batch_tokens": batch,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "num_targets": result.num_targets,
+            "tokens_per_second": batch / seconds,
+            "mfu": flops / (seconds * rate * self.world.size) if rate else None,
+            "peak_memory_bytes": measured.peak_memory_bytes,
+            "step_seconds": seconds,
+            "data_seconds": measured.data_seconds,
+            "skipped": result.skipped,
+            "data_digest": measured.data_digest,
+            "sources": sources if len(sources) <= SHOWN_SOURCES else None,
+            "stop": measured.is_stopped,
+        }
 
     def _wants_stop(self, step: int) -> bool:
         """Does this rank want to stop after `step`?"""
@@ -337,13 +435,16 @@ class Trainer:
             for record in self.evaluator.run(stepper, phase):
                 reporter.evaluation(place | record)
         except Interrupted:
-            reporter.say(f"evaluation at step {step:,} cut short by a stop; the next start makes "
-                         "up for it")
+            reporter.say(
+                f"evaluation at step {step:,} cut short by a stop; the next start makes up for it"
+            )
             return False
         self.evaluation_due = None
         self.stop.restart()  # training has another pace
         if self.layout.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.layout.device)  # metrics.jsonl has that of training
+            torch.cuda.reset_peak_memory_stats(
+                self.layout.device
+            )  # metrics.jsonl has that of training
         return True
 
     def _has_something_to_save(self, step: int, reporter: Reporter, *, ends_phase: bool) -> bool:
@@ -352,8 +453,9 @@ class Trainer:
         Skipped steps change nothing but the clock, which only the next phase needs.
         """
         if self.tally.nothing_to_save and not ends_phase:
-            text = (f"step {step:,}: not saved, since all steps since the last checkpoint were "
-                    "skipped")
+            text = (
+                f"step {step:,}: not saved, since all steps since the last checkpoint were skipped"
+            )
             reporter.say(text)
             reporter.event("unsaved", step, self.state.clock, text)
             return False
@@ -367,22 +469,40 @@ class Trainer:
         began = time.perf_counter()
         gc.collect()
         check_replicas(state.stages, self.layout)
-        longest = max(p.seq_length for p in self.plan.phases[:phase.index + 1])
+        longest = max(p.seq_length for p in self.plan.phases[: phase.index + 1])
         drawn = self.plan.ledger.to_json(state.clock)
         has_optimizer = not self.config.checkpoint.no_save_optim
         reporter.account(step, state.clock, drawn["account"])
-        progress = {"step": step, "clock": state.clock, "real_tokens": state.real_tokens,
-                    "skipped_in_a_row": state.skipped_in_a_row,
-                    "steps_with_targets": state.steps_with_targets, "wandb_run_id": state.wandb_run_id,
-                    "phase": dataclasses.asdict(phase), "last_batch_tokens": state.last_batch,
-                    "longest_seq_length": longest, "seed": self.config.optimizer.seed,
-                    "layouts": self.plan.layouts, "data": drawn, "tokenizer": self.plan.tokenizer_description,
-                    "has_optimizer": has_optimizer,
-                    "world_size": self.world.size, "threads": torch.get_num_threads()}
+        progress = {
+            "step": step,
+            "clock": state.clock,
+            "real_tokens": state.real_tokens,
+            "skipped_in_a_row": state.skipped_in_a_row,
+            "steps_with_targets": state.steps_with_targets,
+            "wandb_run_id": state.wandb_run_id,
+            "phase": dataclasses.asdict(phase),
+            "last_batch_tokens": state.last_batch,
+            "longest_seq_length": longest,
+            "seed": self.config.optimizer.seed,
+            "layouts": self.plan.layouts,
+            "data": drawn,
+            "tokenizer": self.plan.tokenizer_description,
+            "has_optimizer": has_optimizer,
+            "world_size": self.world.size,
+            "threads": torch.get_num_threads(),
+        }
         progress["evaluation_due"] = self.evaluation_due
         files = self.plan.tokenizer.files if self.plan.tokenizer else []
-        folder = checkpoint.save(root, step, checkpoint_tensors(state, has_optimizer), progress,
-                                 dump_yaml(self.config), files, self.layout.world, self.carried)
+        folder = checkpoint.save(
+            root,
+            step,
+            checkpoint_tensors(state, has_optimizer),
+            progress,
+            dump_yaml(self.config),
+            files,
+            self.layout.world,
+            self.carried,
+        )
         self.tally.note_save()
         self.saved_evaluation_due = self.evaluation_due
         text = f"saved {folder} in {time.perf_counter() - began:.1f} s"

@@ -19,9 +19,16 @@ def write_model(folder: Path, *, seed: int = 0, kind: str = "Llama", **settings)
     import transformers
 
     sizes = dict(
-        vocab_size=320, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=64,
-        initializer_range=0.4, tie_word_embeddings=False,
+        vocab_size=320,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=64,
+        initializer_range=0.4,
+        tie_word_embeddings=False,
     )
     torch.manual_seed(seed)
     config = getattr(transformers, f"{kind}Config")(**sizes | settings)
@@ -37,12 +44,21 @@ def write_tokenizer(folder: Path, **settings) -> Path:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator(TEXT, trainers.BpeTrainer(
-        vocab_size=300, special_tokens=SPECIAL, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    backend.train_from_iterator(
+        TEXT,
+        trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=SPECIAL,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     backend.add_tokens([AddedToken("<tool>", normalized=False)])
     roles = dict(
-        eos_token="<|im_end|>", bos_token="<|im_start|>", pad_token="<|pad|>", model_max_length=64,
+        eos_token="<|im_end|>",
+        bos_token="<|im_start|>",
+        pad_token="<|pad|>",
+        model_max_length=64,
         chat_template={"default": CHAT, "tool": TOOL_CHAT},
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **roles | settings)
@@ -53,8 +69,13 @@ def write_tokenizer(folder: Path, **settings) -> Path:
 def write_generation(folder: Path, **settings) -> Path:
     """A generation_config.json with two ids to stop at."""
     content = {
-        "bos_token_id": 1, "eos_token_id": [2, 0], "pad_token_id": 3, "do_sample": True,
-        "temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.05,
+        "bos_token_id": 1,
+        "eos_token_id": [2, 0],
+        "pad_token_id": 3,
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_p": 0.8,
+        "repetition_penalty": 1.05,
         "transformers_version": "4.40.0",
     }
     (folder / "generation_config.json").write_text(json.dumps(content | settings))

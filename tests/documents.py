@@ -15,20 +15,26 @@ class Documents:
     prefix = "documents"
 
     def __init__(self, lengths, draw=None):
-        self.document_lengths, self.num_documents, self.tokens_read = np.array(lengths), len(lengths), 0
+        self.document_lengths, self.num_documents, self.tokens_read = (
+            np.array(lengths),
+            len(lengths),
+            0,
+        )
         make = draw or (lambda number, length: number * 1000 + np.arange(length))
         self.tokens = [make(number, length) for number, length in enumerate(lengths)]
 
     def read_spans(self, documents, offsets, lengths, out):
         self.tokens_read += len(out)
         at = 0
-        for document, offset, length in zip(documents.tolist(), offsets.tolist(), lengths.tolist(), strict=True):
-            out[at:at + length] = self.tokens[document][offset:offset + length]
+        for document, offset, length in zip(
+            documents.tolist(), offsets.tolist(), lengths.tolist(), strict=True
+        ):
+            out[at : at + length] = self.tokens[document][offset : offset + length]
             at += length
         assert at == len(out)
 
     def read(self, document, offset, length):
-        return self.tokens[document][offset:offset + length]
+        return self.tokens[document][offset : offset + length]
 
     def fingerprint(self):
         return f"documents {self.document_lengths.tolist()}"

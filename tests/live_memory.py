@@ -23,13 +23,24 @@ class LiveMemory(TorchDispatchMode):
     @property
     def now(self) -> int:
         """Bytes alive."""
-        return sum(storage.nbytes() for reference in list(self.storages.values()) if (storage := reference()))
+        return sum(
+            storage.nbytes()
+            for reference in list(self.storages.values())
+            if (storage := reference())
+        )
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        given = {id(x.untyped_storage()) for x in tree_leaves((arguments, options)) if isinstance(x, torch.Tensor)}
+        given = {
+            id(x.untyped_storage())
+            for x in tree_leaves((arguments, options))
+            if isinstance(x, torch.Tensor)
+        }
         result = function(*arguments, **(options or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and id(storage := tensor.untyped_storage()) not in given:
+            if (
+                isinstance(tensor, torch.Tensor)
+                and id(storage := tensor.untyped_storage()) not in given
+            ):
                 self._add(storage)
         if self._at_most > self.peak:
             self.peak = max(self.peak, self.now)

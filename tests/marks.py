@@ -7,4 +7,6 @@ import pytest
 
 def cases(names: Iterable[str], with_all: Callable[[str], bool]) -> list:
     """Parameters for the names, of which some are marked `long`."""
-    return [pytest.param(name, marks=pytest.mark.long) if with_all(name) else name for name in names]
+    return [
+        pytest.param(name, marks=pytest.mark.long) if with_all(name) else name for name in names
+    ]

@@ -13,15 +13,41 @@ def write_lines(path, lines):
 def write_run(folder):
     """Two phases of 30 and 10 steps, evaluated before, between and after."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines, evaluations, tokens = [], [{"step": 0, "tokens": 0, "phase": "base", "valid_loss": 9.0}], 0
+    lines, evaluations, tokens = (
+        [],
+        [{"step": 0, "tokens": 0, "phase": "base", "valid_loss": 9.0}],
+        0,
+    )
     for name, length, steps in (("base", 8192, 30), ("long", 2**20, 10)):
         for _ in range(steps):
             tokens += 1_000_000
-            lines.append({"step": len(lines) + 1, "tokens": tokens, "real_tokens": tokens, "phase": name,
-                          "seq_length": length, "loss": 9 - 0.1 * len(lines), "grad_norm": 1.0, "lr": 3e-4,
-                          "num_targets": 10, "tokens_per_second": 1e5, "mfu": None, "peak_memory_bytes": 1,
-                          "step_seconds": 10.0, "data_seconds": 0.1, "skipped": len(lines) == 20})
-        evaluations.append({"step": len(lines), "tokens": tokens, "phase": name, "valid_loss": 9 - 0.1 * len(lines)})
+            lines.append(
+                {
+                    "step": len(lines) + 1,
+                    "tokens": tokens,
+                    "real_tokens": tokens,
+                    "phase": name,
+                    "seq_length": length,
+                    "loss": 9 - 0.1 * len(lines),
+                    "grad_norm": 1.0,
+                    "lr": 3e-4,
+                    "num_targets": 10,
+                    "tokens_per_second": 1e5,
+                    "mfu": None,
+                    "peak_memory_bytes": 1,
+                    "step_seconds": 10.0,
+                    "data_seconds": 0.1,
+                    "skipped": len(lines) == 20,
+                }
+            )
+        evaluations.append(
+            {
+                "step": len(lines),
+                "tokens": tokens,
+                "phase": name,
+                "valid_loss": 9 - 0.1 * len(lines),
+            }
+        )
     write_lines(folder / "validation.jsonl", evaluations)
     write_lines(folder / "metrics.jsonl", lines)
 
@@ -35,7 +61,14 @@ def write_long_run(folder, steps=400):
     lines, records, events, account, read = [], [], [], [], {"web": 0, "code": 0}
     tokens = 0
     write_event = lambda event, text="": events.append(  # noqa: E731
-        {"time": 1.79e9 + 60 * len(events), "event": event, "step": len(lines), "tokens": tokens, "text": text})
+        {
+            "time": 1.79e9 + 60 * len(events),
+            "event": event,
+            "step": len(lines),
+            "tokens": tokens,
+            "text": text,
+        }
+    )
     for index, name in enumerate(NAMES):
         length, batch = 2 ** (13 + index), 2**21 * (1 + index // 4)
         write_event("restart" if index else "start", f"phase {name}")
@@ -45,13 +78,26 @@ def write_long_run(folder, steps=400):
             tokens += batch
             progress = tokens / (steps * 3e6)
             wave = 0.03 * math.sin(len(lines) * 12.9898) * math.cos(len(lines) * 4.1)
-            lines.append({"step": len(lines) + 1, "tokens": tokens, "real_tokens": tokens, "phase": name,
-                          "seq_length": length, "loss": 2.2 + 7 * math.exp(-9 * progress) + wave,
-                          "grad_norm": 0.4 + abs(wave) * 8 + (6 if len(lines) % 97 == 50 else 0),
-                          "lr": 3e-4 * math.cos(progress), "num_targets": batch, "global_batch_tokens": batch,
-                          "tokens_per_second": 2e6 / (1 + 0.2 * index) * (1 + wave), "mfu": 0.45 - 0.02 * index + wave,
-                          "peak_memory_bytes": int((40 + 4 * index) * 2**30), "step_seconds": 2.0 + wave,
-                          "data_seconds": 0.05 + abs(wave), "skipped": len(lines) in (20, 21)})
+            lines.append(
+                {
+                    "step": len(lines) + 1,
+                    "tokens": tokens,
+                    "real_tokens": tokens,
+                    "phase": name,
+                    "seq_length": length,
+                    "loss": 2.2 + 7 * math.exp(-9 * progress) + wave,
+                    "grad_norm": 0.4 + abs(wave) * 8 + (6 if len(lines) % 97 == 50 else 0),
+                    "lr": 3e-4 * math.cos(progress),
+                    "num_targets": batch,
+                    "global_batch_tokens": batch,
+                    "tokens_per_second": 2e6 / (1 + 0.2 * index) * (1 + wave),
+                    "mfu": 0.45 - 0.02 * index + wave,
+                    "peak_memory_bytes": int((40 + 4 * index) * 2**30),
+                    "step_seconds": 2.0 + wave,
+                    "data_seconds": 0.05 + abs(wave),
+                    "skipped": len(lines) in (20, 21),
+                }
+            )
             if number in (count // 3, count // 2):
                 write_event("save", f"iteration {len(lines)}")
             if number == count // 2 and index < 3:
@@ -61,47 +107,112 @@ def write_long_run(folder, steps=400):
         for source, share in (("web", 0.7), ("code", 0.3)):
             drawn = int(count * batch * share)
             read[source] += drawn
-            account.append({"phase": name, "source": source, "skipped": False, "samples": drawn // length,
-                            "tokens": drawn, "documents": drawn // 900, "epochs": read[source] / 3e8})
+            account.append(
+                {
+                    "phase": name,
+                    "source": source,
+                    "skipped": False,
+                    "samples": drawn // length,
+                    "tokens": drawn,
+                    "documents": drawn // 900,
+                    "epochs": read[source] / 3e8,
+                }
+            )
     write_lines(folder / "metrics.jsonl", lines)
     write_lines(folder / "validation.jsonl", records)
     write_lines(folder / "events.jsonl", events)
-    write_lines(folder / "ledger.jsonl", [{"step": len(lines), "tokens": tokens, "account": account}])
+    write_lines(
+        folder / "ledger.jsonl", [{"step": len(lines), "tokens": tokens, "account": account}]
+    )
     write_checkpoint(folder, len(lines), tokens)
 
 
 def _evaluations(lines, tokens, name, length, index):
     base = {"step": len(lines), "tokens": tokens, "phase": name}
     loss = lines[-1]["loss"] if lines else 9.2
-    records = [base | {"kind": "loss", "set": found, "seq_length": 2**power, "num_targets": 1000,
-                       "valid_loss": loss + 0.02 * abs(power - 13 - index) + (0.3 if found == "code" else 0)}
-               for power in (13, 16, 20) for found in ("valid", "code")] if index else [
-        base | {"set": "valid", "seq_length": length, "valid_loss": loss, "num_targets": 1000}]
+    records = (
+        [
+            base
+            | {
+                "kind": "loss",
+                "set": found,
+                "seq_length": 2**power,
+                "num_targets": 1000,
+                "valid_loss": loss
+                + 0.02 * abs(power - 13 - index)
+                + (0.3 if found == "code" else 0),
+            }
+            for power in (13, 16, 20)
+            for found in ("valid", "code")
+        ]
+        if index
+        else [
+            base | {"set": "valid", "seq_length": length, "valid_loss": loss, "num_targets": 1000}
+        ]
+    )
     gain = 0.02 + 0.03 * index * (len(lines) % 2 + 1)
-    records.append(base | {"kind": "context_gain", "set": "valid", "seq_length": length, "cut": 1024,
-                           "loss_full": loss, "loss_cut": loss + gain, "gain": gain,
-                           "gain_low": None if index == 0 else gain - 0.02,
-                           "gain_high": None if index == 0 else gain + 0.03, "documents": 16, "num_targets": 900})
-    return records + [base | {"kind": "passkey", "seq_length": 2**power, "depth": depth, "trials": 4,
-                              "accuracy": min(1.0, max(0.0, 0.1 * index + 1.3 - (power - 12) / 6 - abs(depth - 0.9))),
-                              "answer_loss": 0.2}
-                      for power in (12, 14, 16, 18, 20) for depth in (0.1, 0.3, 0.5, 0.7, 0.9)]
+    records.append(
+        base
+        | {
+            "kind": "context_gain",
+            "set": "valid",
+            "seq_length": length,
+            "cut": 1024,
+            "loss_full": loss,
+            "loss_cut": loss + gain,
+            "gain": gain,
+            "gain_low": None if index == 0 else gain - 0.02,
+            "gain_high": None if index == 0 else gain + 0.03,
+            "documents": 16,
+            "num_targets": 900,
+        }
+    )
+    return records + [
+        base
+        | {
+            "kind": "passkey",
+            "seq_length": 2**power,
+            "depth": depth,
+            "trials": 4,
+            "accuracy": min(1.0, max(0.0, 0.1 * index + 1.3 - (power - 12) / 6 - abs(depth - 0.9))),
+            "answer_loss": 0.2,
+        }
+        for power in (12, 14, 16, 18, 20)
+        for depth in (0.1, 0.3, 0.5, 0.7, 0.9)
+    ]
 
 
 def write_checkpoint(folder, step, tokens):
     """What a report reads of a published checkpoint; the layout of the last phase was chosen."""
     place = folder / f"iter_{step:07d}"
     place.mkdir()
-    phases, layouts = folder / "phases.yaml", [f"context_parallel_size: {2 ** i}" for i in range(7)] + ["layout: auto"]
-    phases.write_text("phases:\n" + "".join(
-        f"  - {{name: {name}, seq_length: {2 ** (13 + i)}, train_tokens: 16Mi, global_batch_tokens: 2Mi, "
-        f"{layouts[i]}, rotary_base: {1e4 * 2 ** i}}}\n" for i, name in enumerate(NAMES)))
-    config = load_config(["--config", str(phases), "--model", "125m", "--vocab-size", "50304", "--mock-data"])
+    phases, layouts = (
+        folder / "phases.yaml",
+        [f"context_parallel_size: {2**i}" for i in range(7)] + ["layout: auto"],
+    )
+    phases.write_text(
+        "phases:\n"
+        + "".join(
+            f"  - {{name: {name}, seq_length: {2 ** (13 + i)}, train_tokens: 16Mi, global_batch_tokens: 2Mi, "
+            f"{layouts[i]}, rotary_base: {1e4 * 2**i}}}\n"
+            for i, name in enumerate(NAMES)
+        )
+    )
+    config = load_config(
+        ["--config", str(phases), "--model", "125m", "--vocab-size", "50304", "--mock-data"]
+    )
     phases.unlink()
     (place / "config.yaml").write_text(dump_yaml(config))
     (place / "manifest.json").write_text("{}")
-    chosen = {NAMES[7]: {"chosen": {"tensor_model_parallel_size": 2, "context_parallel_size": 64},
-                         "recompute_granularity": "full"}}
-    (place / "progress.json").write_text(json.dumps({"step": step, "clock": tokens, "world_size": 128, "data": {},
-                                                     "layouts": chosen}))
+    chosen = {
+        NAMES[7]: {
+            "chosen": {"tensor_model_parallel_size": 2, "context_parallel_size": 64},
+            "recompute_granularity": "full",
+        }
+    }
+    (place / "progress.json").write_text(
+        json.dumps(
+            {"step": step, "clock": tokens, "world_size": 128, "data": {}, "layouts": chosen}
+        )
+    )
     (folder / "latest_checkpointed_iteration.txt").write_text(str(step))

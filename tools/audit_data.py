@@ -42,7 +42,9 @@ class Counter:
         self.stream = stream
         lengths = np.asarray(stream.reader.document_lengths, dtype=np.int64)
         self.starts = np.cumsum(lengths) - lengths
-        self.drawn, self.passed_over = (np.zeros(int(lengths.sum()), dtype=np.uint8) for _ in range(2))
+        self.drawn, self.passed_over = (
+            np.zeros(int(lengths.sum()), dtype=np.uint8) for _ in range(2)
+        )
 
     def add(self, intervals: np.ndarray, to: np.ndarray) -> None:
         """intervals: int64 [n, 2], stream position and tokens."""
@@ -74,48 +76,83 @@ def audit(folder: str) -> tuple[list[str], bool]:
     """
     found = checkpoint.published(folder)
     if found is None:
-        raise ValueError(f"load = {folder}: no checkpoint is published there. Fix: give the --save folder of a run.")
+        raise ValueError(
+            f"load = {folder}: no checkpoint is published there. Fix: give the --save folder of a run."
+        )
     progress, config = checkpoint.read_progress(found), read_config_yaml(str(found / "config.yaml"))
     if not progress["data"]:
-        raise ValueError(f"load = {folder}: its checkpoint is weights only, which no data was drawn for. Fix: give the "
-                         "--save folder of a run that trained.")
+        raise ValueError(
+            f"load = {folder}: its checkpoint is weights only, which no data was drawn for. Fix: give the "
+            "--save folder of a run that trained."
+        )
     phases = resolve_phases(config)
-    corpus = open_corpus(config.data, config.optimizer.seed, config.data.vocab_size, progress["tokenizer"],
-                         [phase.data_path for phase in phases if phase.data_path])
+    corpus = open_corpus(
+        config.data,
+        config.optimizer.seed,
+        config.data.vocab_size,
+        progress["tokenizer"],
+        [phase.data_path for phase in phases if phase.data_path],
+    )
     ledger = Ledger(corpus.train, progress["data"])
     drawn = {name for segment in ledger.segments for _, name in segment["blend"]}
     if gone := sorted(drawn - ledger.streams.keys()):
-        raise ValueError(f"load = {folder}: drew from {', '.join(gone)}, which its latest configuration does not name "
-                         "any more, so that it cannot be read again. Fix: an earlier checkpoint's folder.")
+        raise ValueError(
+            f"load = {folder}: drew from {', '.join(gone)}, which its latest configuration does not name "
+            "any more, so that it cannot be read again. Fix: an earlier checkpoint's folder."
+        )
     counters = {name: Counter(stream) for name, stream in ledger.streams.items()}
-    tokenizer = None if config.data.mock_data else (stored_tokenizer(found, config) or build_tokenizer(
-        config.data.tokenizer_type, None, config.data.vocab_size))  # integers as text have no files
+    tokenizer = (
+        None
+        if config.data.mock_data
+        else (
+            stored_tokenizer(found, config)
+            or build_tokenizer(config.data.tokenizer_type, None, config.data.vocab_size)
+        )
+    )  # integers as text have no files
     masking = {phase.name: phase.document_masking for phase in phases}
     steps = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     steps = [step for step in steps if step["step"] <= progress["step"]]
     begun = steps[0]["tokens"] - steps[0]["global_batch_tokens"] if steps else progress["clock"]
     _count_before(ledger, begun, counters)
-    wrong = _compare_steps(ledger, steps, counters, config, masking, tokenizer.eod if tokenizer else None)
-    lines = [f"{len(steps):,} steps read again: " + ("the data of each is what metrics.jsonl says the model received"
-             if not wrong else f"the data of {len(wrong):,} differs from metrics.jsonl, first of step {wrong[0]}")]
+    wrong = _compare_steps(
+        ledger, steps, counters, config, masking, tokenizer.eod if tokenizer else None
+    )
+    lines = [
+        f"{len(steps):,} steps read again: "
+        + (
+            "the data of each is what metrics.jsonl says the model received"
+            if not wrong
+            else f"the data of {len(wrong):,} differs from metrics.jsonl, first of step {wrong[0]}"
+        )
+    ]
     if begun:
-        lines.append(f"the {begun:,} tokens before them, of a run in another folder: counted as its account says, not "
-                     "compared")
+        lines.append(
+            f"the {begun:,} tokens before them, of a run in another folder: counted as its account says, not "
+            "compared"
+        )
     well = not wrong
     for segment, mixture in _skipped(ledger):
-        for sample in mixture.samples(range(sum(drawn["samples"] for drawn in segment["drawn"].values()))):
-            counter = next(counter for counter in counters.values() if counter.stream is sample.stream)
+        for sample in mixture.samples(
+            range(sum(drawn["samples"] for drawn in segment["drawn"].values()))
+        ):
+            counter = next(
+                counter for counter in counters.values() if counter.stream is sample.stream
+            )
             counter.add(sample.intervals, counter.passed_over)
     for name, place in ledger.places_at(progress["clock"]).items():
         counter = counters[name]
         difference = counter.drawn.astype(np.int16) - counter.expected(place.position, place.held)
-        repeated, lost = (int(part.sum()) for part in (difference[difference > 0], -difference[difference < 0]))
+        repeated, lost = (
+            int(part.sum()) for part in (difference[difference > 0], -difference[difference < 0])
+        )
         well = well and not repeated and not lost
-        lines.append(f"{name}: {int(counter.drawn.sum(dtype=np.int64)):,} tokens drawn, {repeated:,} repeated, "
-                     f"{lost:,} lost, {int(counter.passed_over.sum(dtype=np.int64)):,} passed over, "
-                     f"{int(place.held[:, 1].sum()):,} kept for later; "
-                     f"{place.position / counter.stream.tokens_per_epoch:.2f} epochs of "
-                     f"{counter.stream.tokens_per_epoch:,} tokens")
+        lines.append(
+            f"{name}: {int(counter.drawn.sum(dtype=np.int64)):,} tokens drawn, {repeated:,} repeated, "
+            f"{lost:,} lost, {int(counter.passed_over.sum(dtype=np.int64)):,} passed over, "
+            f"{int(place.held[:, 1].sum()):,} kept for later; "
+            f"{place.position / counter.stream.tokens_per_epoch:.2f} epochs of "
+            f"{counter.stream.tokens_per_epoch:,} tokens"
+        )
     return lines, well
 
 
@@ -128,12 +165,20 @@ def _count_before(ledger: Ledger, clock: int, counters: dict[str, Counter]) -> N
             mixture = ledger.as_of(start).mixture()
             for number in range((end - start) // segment["seq_length"]):
                 (sample,) = mixture.samples([number])
-                counter = next(counter for counter in counters.values() if counter.stream is sample.stream)
+                counter = next(
+                    counter for counter in counters.values() if counter.stream is sample.stream
+                )
                 counter.add(sample.intervals, counter.drawn)
 
 
-def _compare_steps(ledger: Ledger, steps: list[dict], counters: dict[str, Counter], config: Config,
-                   masking: dict[str, bool], eod: int | None) -> list[int]:
+def _compare_steps(
+    ledger: Ledger,
+    steps: list[dict],
+    counters: dict[str, Counter],
+    config: Config,
+    masking: dict[str, bool],
+    eod: int | None,
+) -> list[int]:
     """Count what each step drew -> the steps whose digest differs."""
     wrong, mixtures = [], {}
     for step in tqdm(steps, desc="reading the data again", unit="step", disable=None):
@@ -146,10 +191,17 @@ def _compare_steps(ledger: Ledger, steps: list[dict], counters: dict[str, Counte
         first, total = (clock - start) // length, 0
         samples = mixture.samples(range(first, first + step["global_batch_tokens"] // length))
         for number, sample in enumerate(samples):
-            batch = read_batch([sample], length, document_masking=masking.get(step["phase"], True), eod=eod,
-                               eod_mask_loss=config.data.eod_mask_loss)
+            batch = read_batch(
+                [sample],
+                length,
+                document_masking=masking.get(step["phase"], True),
+                eod=eod,
+                eod_mask_loss=config.data.eod_mask_loss,
+            )
             total += digest(batch, [(0, length)], number * length)
-            counter = next(counter for counter in counters.values() if counter.stream is sample.stream)
+            counter = next(
+                counter for counter in counters.values() if counter.stream is sample.stream
+            )
             counter.add(sample.intervals, counter.drawn)
         if f"{total % 2**DIGEST_BITS:010x}" != step["data_digest"]:
             wrong.append(step["step"])
@@ -161,7 +213,7 @@ def _skipped(ledger: Ledger) -> Iterator[tuple[dict, Mixture]]:
     for number, segment in enumerate(ledger.segments):
         if "skipped_until" in segment:
             then = Ledger(ledger.streams)
-            then.segments = ledger.segments[:number + 1]
+            then.segments = ledger.segments[: number + 1]
             yield segment, then.mixture()
 
 

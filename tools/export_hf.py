@@ -17,7 +17,13 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from data.tokenizer import Tokenizer, build_tokenizer
-from model.hf import VOCABULARY_ROWS, architecture, context_to_declare, huggingface_config, huggingface_name
+from model.hf import (
+    VOCABULARY_ROWS,
+    architecture,
+    context_to_declare,
+    huggingface_config,
+    huggingface_name,
+)
 from model.rope import Rope
 from pretrain import checkpoint
 from pretrain.config import Config
@@ -84,8 +90,10 @@ def open_source(root: str, step: int | None) -> Source:
     """
     folder = checkpoint.published(root, step)
     if folder is None:
-        raise ValueError(f"load = {root}: no checkpoint is published there (no {checkpoint.LATEST}). "
-                         "Fix: give the --save folder of a run.")
+        raise ValueError(
+            f"load = {root}: no checkpoint is published there (no {checkpoint.LATEST}). "
+            "Fix: give the --save folder of a run."
+        )
     checkpoint.refuse_damage(folder, checkpoint.verify_files(folder))
     config = read_config_yaml(str(folder / "config.yaml"))
     return Source(
@@ -103,8 +111,14 @@ def stored_tokenizer(folder: Path, config: Config) -> Tokenizer | None:
     if not files:
         return None
     data = config.data
-    model = files[0] if len(files) == 1 and data.tokenizer_type != "HuggingFaceTokenizer" else folder / "tokenizer"
-    return build_tokenizer(data.tokenizer_type, str(model), data.vocab_size, ids_from=data.tokenizer_ids_from)
+    model = (
+        files[0]
+        if len(files) == 1 and data.tokenizer_type != "HuggingFaceTokenizer"
+        else folder / "tokenizer"
+    )
+    return build_tokenizer(
+        data.tokenizer_type, str(model), data.vocab_size, ids_from=data.tokenizer_ids_from
+    )
 
 
 def write_weights(source: Source, output: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
@@ -112,12 +126,16 @@ def write_weights(source: Source, output: Path, dtype: torch.dtype, max_shard_by
     shards = _plan_shards(checkpoint.tensor_names(source.folder), source, dtype, max_shard_bytes)
     weight_map, total = {}, 0
     for number, names in enumerate(tqdm(shards, desc="writing weights", unit="file"), 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = (
+            "model.safetensors"
+            if len(shards) == 1
+            else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        )
         tensors = {}
         for stored, tensor in checkpoint.read_whole_tensors(source.folder, names).items():
             name = stored.removeprefix("model.")
             if name in VOCABULARY_ROWS:
-                tensor = tensor[:source.vocab_size]
+                tensor = tensor[: source.vocab_size]
             tensors[huggingface_name(name)] = tensor.to(dtype).contiguous()
         save_file(tensors, output / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
@@ -127,7 +145,9 @@ def write_weights(source: Source, output: Path, dtype: torch.dtype, max_shard_by
         (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
-def _plan_shards(names: list[str], source: Source, dtype: torch.dtype, limit: int) -> list[list[str]]:
+def _plan_shards(
+    names: list[str], source: Source, dtype: torch.dtype, limit: int
+) -> list[list[str]]:
     sizes = checkpoint.SafeReader(source.folder).read_metadata().state_dict_metadata
     shards, room = [], 0
     for name in names:
@@ -168,16 +188,21 @@ def context_of_export(arguments: Arguments, source: Source) -> int:
     if not asked and isinstance(before, int) and export_files.source_rope(theirs) == source.rope:
         declared = max(before, longest)
     if source.rope.type == "yarn" and declared != source.rope.scaled_length:
-        print(f"warning: max_position_embeddings = {declared}: transformers before 5 divides it by "
-              "original_max_position_embeddings for yarn's factor, which gives another model than "
-              f"{source.rope.scaled_length} does", file=sys.stderr)
+        print(
+            f"warning: max_position_embeddings = {declared}: transformers before 5 divides it by "
+            "original_max_position_embeddings for yarn's factor, which gives another model than "
+            f"{source.rope.scaled_length} does",
+            file=sys.stderr,
+        )
     return declared
 
 
 def write_settings(source: Source, folder: Path, declared: int, arguments: Arguments) -> dict:
     """Write config.json, generation_config.json and the tokenizer, name what training changed -> config.json."""
     eod = source.tokenizer.eod if source.tokenizer else None
-    ours = huggingface_config(source.config.model, source.vocab_size, source.rope, declared, arguments.dtype, eod)
+    ours = huggingface_config(
+        source.config.model, source.vocab_size, source.rope, declared, arguments.dtype, eod
+    )
     theirs = export_files.parse_json(source.carried.get(CONFIG))
     config, changes = export_files.merge_config(ours, theirs)
     changes += export_files.rope_change(theirs, source.rope)
@@ -196,7 +221,9 @@ def write_settings(source: Source, folder: Path, declared: int, arguments: Argum
         print(f"changed since the import: {change}")
     stops = export_files.stop_ids(folder)
     if eod is not None and eod not in stops:
-        print(f"note: generation stops at {stops}, as the source says; documents in training ended with {eod}")
+        print(
+            f"note: generation stops at {stops}, as the source says; documents in training ended with {eod}"
+        )
     return config
 
 
@@ -211,11 +238,17 @@ def check_arguments(arguments: Arguments) -> None:
     """Raise ValueError for values that no export can have, and for settings without effect."""
     context = arguments.max_position_embeddings
     if context is not None and context < 1:
-        raise ValueError(f"max_position_embeddings = {context}: must be at least 1. Fix: leave it out.")
+        raise ValueError(
+            f"max_position_embeddings = {context}: must be at least 1. Fix: leave it out."
+        )
     if arguments.max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes = {arguments.max_shard_bytes}: must be at least 1. Fix: leave it out.")
+        raise ValueError(
+            f"max_shard_bytes = {arguments.max_shard_bytes}: must be at least 1. Fix: leave it out."
+        )
     if arguments.verify_text is not None and not arguments.verify:
-        raise ValueError(f"verify_text = {arguments.verify_text}: has an effect with --verify only. Fix: add --verify.")
+        raise ValueError(
+            f"verify_text = {arguments.verify_text}: has an effect with --verify only. Fix: add --verify."
+        )
 
 
 def export(arguments: Arguments) -> None:
@@ -238,10 +271,18 @@ def export(arguments: Arguments) -> None:
         write_weights(source, new.path, getattr(torch, arguments.dtype), arguments.max_shard_bytes)
         config = write_settings(source, new.path, declared, arguments)
         if arguments.verify:
-            verify(source, new.path, declared, arguments.verify_text, with_tokenizer=arguments.tokenizer)
+            verify(
+                source,
+                new.path,
+                declared,
+                arguments.verify_text,
+                with_tokenizer=arguments.tokenizer,
+            )
         new.publish()
-    print(f"exported {source.folder} to {output}: {config['architectures'][0]}, {declared:,} positions, rope "
-          f"{source.rope.describe()}, {arguments.dtype}")
+    print(
+        f"exported {source.folder} to {output}: {config['architectures'][0]}, {declared:,} positions, rope "
+        f"{source.rope.describe()}, {arguments.dtype}"
+    )
 
 
 def main() -> int:

@@ -208,7 +208,9 @@ def import_folder(arguments: Arguments) -> Path:
         refuse_other_logits(config, tensors, sequences, expected)
     carried = read_model_files(folder)
     if is_broken_json(carried.get(GENERATION, b"{}")):
-        warn(f"{folder / GENERATION}: is not valid JSON; kept as it is, but transformers ignores it")
+        warn(
+            f"{folder / GENERATION}: is not valid JSON; kept as it is, but transformers ignores it"
+        )
     world = single_process_layout(torch.device("cpu")).world
     return checkpoint.save(
         root,

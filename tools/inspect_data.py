@@ -56,10 +56,10 @@ class Arguments:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    own = argv[:argv.index("--")] if "--" in argv else argv
+    own = argv[: argv.index("--")] if "--" in argv else argv
     arguments = tyro.cli(Arguments, prog="tools.inspect_data", description=__doc__, args=own)
     try:
-        for line in inspect(arguments, argv[len(own) + 1:]):
+        for line in inspect(arguments, argv[len(own) + 1 :]):
             print(line, flush=True)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -78,8 +78,10 @@ def inspect(arguments: Arguments, run_flags: list[str]) -> list[str]:
     """
     given = [name for name in ("data_path", "config", "load") if getattr(arguments, name)]
     if len(given) != 1:
-        raise ValueError(f"data_path, config, load: {' and '.join(given) or 'none'} given. Fix: give one of "
-                         "--data-path, --config and --load.")
+        raise ValueError(
+            f"data_path, config, load: {' and '.join(given) or 'none'} given. Fix: give one of "
+            "--data-path, --config and --load."
+        )
     if arguments.load:
         return describe_account(arguments.load)
     if arguments.config:
@@ -89,10 +91,16 @@ def inspect(arguments: Arguments, run_flags: list[str]) -> list[str]:
         return describe_batch(flags, arguments.world_size, arguments.phase, arguments.batch)
     tokenizer = None
     if arguments.tokenizer_model:
-        tokenizer = build_tokenizer(arguments.tokenizer_type, arguments.tokenizer_model, None,
-                                    ids_from=arguments.tokenizer_ids_from)
+        tokenizer = build_tokenizer(
+            arguments.tokenizer_type,
+            arguments.tokenizer_model,
+            None,
+            ids_from=arguments.tokenizer_ids_from,
+        )
     lines, lengths = [], {}
-    for prefix in dict.fromkeys(source.prefix for _, source in parse_blend(arguments.data_path, "data_path")):
+    for prefix in dict.fromkeys(
+        source.prefix for _, source in parse_blend(arguments.data_path, "data_path")
+    ):
         reader = IndexedReader(prefix)
         lengths[prefix] = reader.document_lengths
         lines += describe_corpus(reader) + show_samples(reader, arguments.samples, tokenizer)
@@ -105,17 +113,25 @@ def inspect(arguments: Arguments, run_flags: list[str]) -> list[str]:
 def describe_corpus(reader: IndexedReader) -> list[str]:
     lengths, side = reader.document_lengths, read_side_file(reader.prefix) or {}
     tokenizer = side.get("tokenizer") or {}
-    known = f"{tokenizer['type']}, {tokenizer['vocab_size']:,} ids, {tokenizer['fingerprint'][:8]}" if {
-        "type", "vocab_size", "fingerprint"} <= tokenizer.keys() else "not recorded"
+    known = (
+        f"{tokenizer['type']}, {tokenizer['vocab_size']:,} ids, {tokenizer['fingerprint'][:8]}"
+        if {"type", "vocab_size", "fingerprint"} <= tokenizer.keys()
+        else "not recorded"
+    )
     quantiles = np.quantile(lengths, (0.05, 0.5, 0.95)).astype(np.int64)
     total = max(1, reader.num_tokens)
-    shares = [f"{100 * int(lengths[lengths >= limit].sum(dtype=np.int64)) / total:.1f} % in documents of "
-              f"{limit >> 10:,}Ki or more" for limit in LONG]
-    lines = [f"{reader.prefix}: {reader.num_documents:,} documents ({int((lengths == 0).sum()):,} empty), "
-            f"{reader.num_tokens:,} tokens, {np.dtype(reader.dtype).name}, tokenizer {known}",
-            f"  length: least {int(lengths.min()):,}, 5 % {quantiles[0]:,}, median {quantiles[1]:,}, mean "
-            f"{reader.num_tokens / reader.num_documents:,.0f}, 95 % {quantiles[2]:,}, most {int(lengths.max()):,}",
-            f"  tokens: {', '.join(shares)}"]
+    shares = [
+        f"{100 * int(lengths[lengths >= limit].sum(dtype=np.int64)) / total:.1f} % in documents of "
+        f"{limit >> 10:,}Ki or more"
+        for limit in LONG
+    ]
+    lines = [
+        f"{reader.prefix}: {reader.num_documents:,} documents ({int((lengths == 0).sum()):,} empty), "
+        f"{reader.num_tokens:,} tokens, {np.dtype(reader.dtype).name}, tokenizer {known}",
+        f"  length: least {int(lengths.min()):,}, 5 % {quantiles[0]:,}, median {quantiles[1]:,}, mean "
+        f"{reader.num_tokens / reader.num_documents:,.0f}, 95 % {quantiles[2]:,}, most {int(lengths.max()):,}",
+        f"  tokens: {', '.join(shares)}",
+    ]
     single = int((lengths == 1).sum())
     if single:
         full = int(np.count_nonzero(lengths))
@@ -126,19 +142,32 @@ def describe_corpus(reader: IndexedReader) -> list[str]:
 def show_samples(reader: IndexedReader, count: int, tokenizer: Tokenizer | None) -> list[str]:
     """The first and last tokens of some documents, as text or as ids."""
     lines = []
-    for document in Permutation.make(reader.num_documents, 0).values(0, min(count, reader.num_documents)).tolist():
+    for document in (
+        Permutation.make(reader.num_documents, 0)
+        .values(0, min(count, reader.num_documents))
+        .tolist()
+    ):
         length = int(reader.document_lengths[document])
         first = reader.read(document, 0, min(length, SHOWN_TOKENS))
-        last = reader.read(document, max(len(first), length - SHOWN_TOKENS), min(length - len(first), SHOWN_TOKENS))
+        last = reader.read(
+            document, max(len(first), length - SHOWN_TOKENS), min(length - len(first), SHOWN_TOKENS)
+        )
         highest = int(max(first.max(initial=0), last.max(initial=0)))
         lowest = int(min(first.min(initial=0), last.min(initial=0)))
         if tokenizer and (lowest < 0 or highest >= tokenizer.vocab_size):
-            raise ValueError(f"{reader.prefix}: holds token id {lowest if lowest < 0 else highest}, and the tokenizer "
-                             f"has {tokenizer.vocab_size} ids. Fix: give the tokenizer that made the corpus.")
+            raise ValueError(
+                f"{reader.prefix}: holds token id {lowest if lowest < 0 else highest}, and the tokenizer "
+                f"has {tokenizer.vocab_size} ids. Fix: give the tokenizer that made the corpus."
+            )
         lines.append(f"  document {document:,}, {length:,} tokens")
-        lines += [f"    {text!r}" if tokenizer else f"    {text}"
-                  for text in (tokenizer.decode(part.tolist()) if tokenizer else " ".join(map(str, part.tolist()))
-                               for part in (first, last) if len(part))]
+        lines += [
+            f"    {text!r}" if tokenizer else f"    {text}"
+            for text in (
+                tokenizer.decode(part.tolist()) if tokenizer else " ".join(map(str, part.tolist()))
+                for part in (first, last)
+                if len(part)
+            )
+        ]
     return lines
 
 
@@ -146,18 +175,27 @@ def describe_account(folder: str) -> list[str]:
     """What a checkpoint's ledger says was drawn."""
     published = checkpoint.published(Path(folder))
     if published is None:
-        raise ValueError(f"load = {folder}: no checkpoint is published there. Fix: give the --save folder of a run.")
+        raise ValueError(
+            f"load = {folder}: no checkpoint is published there. Fix: give the --save folder of a run."
+        )
     progress = checkpoint.read_progress(published)
     rows = progress["data"]["account"]
-    lines = [f"{published}: clock {progress['clock']:,}, {progress['real_tokens']:,} real tokens",
-             f"{'phase':<12}{'samples':>12}{'tokens':>18}{'documents':>14}{'epochs':>9}   source"]
-    lines += [f"{row['phase']:<12}{row['samples']:>12,}{row['tokens']:>18,}{row['documents']:>14,}"
-              f"{row['epochs']:>9.3f}   {row['source']}{' (passed over)' if row['skipped'] else ''}" for row in rows]
+    lines = [
+        f"{published}: clock {progress['clock']:,}, {progress['real_tokens']:,} real tokens",
+        f"{'phase':<12}{'samples':>12}{'tokens':>18}{'documents':>14}{'epochs':>9}   source",
+    ]
+    lines += [
+        f"{row['phase']:<12}{row['samples']:>12,}{row['tokens']:>18,}{row['documents']:>14,}"
+        f"{row['epochs']:>9.3f}   {row['source']}{' (passed over)' if row['skipped'] else ''}"
+        for row in rows
+    ]
     for skipped in (False, True):
         chosen = [row for row in rows if row["skipped"] == skipped]
         if chosen:
-            lines.append(f"{'passed over' if skipped else 'drawn':<12}{sum(row['samples'] for row in chosen):>12,}"
-                         f"{sum(row['tokens'] for row in chosen):>18,}{sum(row['documents'] for row in chosen):>14,}")
+            lines.append(
+                f"{'passed over' if skipped else 'drawn':<12}{sum(row['samples'] for row in chosen):>12,}"
+                f"{sum(row['tokens'] for row in chosen):>18,}{sum(row['documents'] for row in chosen):>14,}"
+            )
     return lines
 
 

@@ -29,15 +29,25 @@ def plot_lengths(lengths: dict[str, np.ndarray], path: str) -> None:
     """
     check_file("plot", Path(path), "tools.inspect_data", is_own_picture)
     highest = max(int(found.max()) for found in lengths.values())
-    edges = 2.0 ** np.arange(0, np.log2(max(2, highest)) + 2 / BINS_PER_DOUBLING, 1 / BINS_PER_DOUBLING)
+    edges = 2.0 ** np.arange(
+        0, np.log2(max(2, highest)) + 2 / BINS_PER_DOUBLING, 1 / BINS_PER_DOUBLING
+    )
     figure, axes = pyplot.subplots(2, 1, figsize=(11, 7), sharex=True, constrained_layout=True)
     for number, (source, found) in enumerate(lengths.items()):
         found = found[found > 0].astype(np.float64)
         color, style = COLORS[number % len(COLORS)], "-" if number < len(COLORS) else "--"
         for panel, weights in zip(axes, (None, found), strict=True):
             counts, _ = np.histogram(found, bins=edges, weights=weights)
-            panel.stairs(100 * counts / max(1.0, counts.sum()), edges, color=color, linestyle=style, linewidth=1.6,
-                         fill=len(lengths) == 1, alpha=0.6 if len(lengths) == 1 else 1.0, label=source)
+            panel.stairs(
+                100 * counts / max(1.0, counts.sum()),
+                edges,
+                color=color,
+                linestyle=style,
+                linewidth=1.6,
+                fill=len(lengths) == 1,
+                alpha=0.6 if len(lengths) == 1 else 1.0,
+                label=source,
+            )
     for panel, what in zip(axes, ("documents (%)", "tokens (%)"), strict=True):
         panel.set_xscale("log", base=2)
         panel.set_ylabel(what)

@@ -69,11 +69,15 @@ def _common_tokenizer(arguments: Arguments) -> dict | None:
     found = {prefix: (read_side_file(prefix) or {}).get("tokenizer") for prefix in arguments.input}
     for prefix, tokenizer in found.items():
         if tokenizer is None and not arguments.accept_unknown_tokenizers:
-            raise ValueError(f"input = {prefix}: no {prefix}.json that names its tokenizer. Fix: make it with "
-                             "tools.preprocess_data, or --accept-unknown-tokenizers if you know that it is the same.")
+            raise ValueError(
+                f"input = {prefix}: no {prefix}.json that names its tokenizer. Fix: make it with "
+                "tools.preprocess_data, or --accept-unknown-tokenizers if you know that it is the same."
+            )
         if tokenizer and found[first] and not same_tokenizer(tokenizer, found[first]):
-            raise ValueError(f"input = {prefix}: made with the tokenizer {tokenizer}, but {first} with {found[first]}. "
-                             "Fix: merge only what one tokenizer made.")
+            raise ValueError(
+                f"input = {prefix}: made with the tokenizer {tokenizer}, but {first} with {found[first]}. "
+                "Fix: merge only what one tokenizer made."
+            )
     return found[first] if None not in found.values() else None
 
 

@@ -87,14 +87,20 @@ class Arguments:
 
 def _tokenizer(arguments: Arguments) -> Tokenizer:
     return build_text_tokenizer(
-        arguments.tokenizer_type, arguments.tokenizer_model, arguments.vocab_size,
-        ids_from=arguments.tokenizer_ids_from, special_tokens_in_text=arguments.special_tokens_in_text)
+        arguments.tokenizer_type,
+        arguments.tokenizer_model,
+        arguments.vocab_size,
+        ids_from=arguments.tokenizer_ids_from,
+        special_tokens_in_text=arguments.special_tokens_in_text,
+    )
 
 
 def _tasks(files: list[Path], key: str, workers: int, start: tuple[int, int]) -> Iterator[Task]:
     """Tasks of about TASK_BYTES (at most 256 files each) in input order, from a task's `next` on."""
-    sources = ((number, partial(read_pieces, files[number], TASK_BYTES, key),
-                is_stream(files[number])) for number in range(start[0], len(files)))
+    sources = (
+        (number, partial(read_pieces, files[number], TASK_BYTES, key), is_stream(files[number]))
+        for number in range(start[0], len(files))
+    )
     pieces: list[Piece] = []
     work = 0
     place = (start[0], 0)
@@ -131,8 +137,10 @@ def _results(job: Job, workers: int, tasks: Iterable[Task]) -> Iterator[tuple[Ta
                 done, future = waiting.popleft()
                 yield done, future.result()
         except BrokenProcessPool:
-            raise ValueError(f"workers = {workers}: a worker died, most likely for want of memory. Fix: "
-                             "fewer --workers, or smaller input files.") from None
+            raise ValueError(
+                f"workers = {workers}: a worker died, most likely for want of memory. Fix: "
+                "fewer --workers, or smaller input files."
+            ) from None
         finally:
             for _, future in waiting:
                 future.cancel()
@@ -141,18 +149,26 @@ def _results(job: Job, workers: int, tasks: Iterable[Task]) -> Iterator[tuple[Ta
 def _check(arguments: Arguments, files: list[Path]) -> Tokenizer:
     """Raises ValueError for what shows before any text is read."""
     if arguments.workers < 1:
-        raise ValueError(f"workers = {arguments.workers}: must be at least 1. Fix: give a positive number.")
+        raise ValueError(
+            f"workers = {arguments.workers}: must be at least 1. Fix: give a positive number."
+        )
     if len(arguments.json_keys) != 1:
-        raise ValueError(f"json_keys = {' '.join(arguments.json_keys)}: must be one key, since it makes one corpus. "
-                         "Fix: run once per key, with a prefix for each.")
+        raise ValueError(
+            f"json_keys = {' '.join(arguments.json_keys)}: must be one key, since it makes one corpus. "
+            "Fix: run once per key, with a prefix for each."
+        )
     check_output(arguments.output_prefix, overwrite=arguments.overwrite, inputs=files)
     tokenizer = _tokenizer(arguments)
     if arguments.append_eod and tokenizer.eod is None:
-        raise ValueError("append_eod = True: the tokenizer has no end-of-document token. Fix: remove it.")
+        raise ValueError(
+            "append_eod = True: the tokenizer has no end-of-document token. Fix: remove it."
+        )
     ids = next((path for path in files if Piece(str(path), 0, 0).is_ids), None)
     if ids is not None and arguments.tokenizer_type != "NullTokenizer":
-        raise ValueError(f"{ids}: token ids, but tokenizer_type = {arguments.tokenizer_type}. Fix: --tokenizer-type "
-                         "NullTokenizer --vocab-size V.")
+        raise ValueError(
+            f"{ids}: token ids, but tokenizer_type = {arguments.tokenizer_type}. Fix: --tokenizer-type "
+            "NullTokenizer --vocab-size V."
+        )
     return tokenizer
 
 
@@ -167,7 +183,9 @@ class Progress:
     text: TextCounts = field(default_factory=TextCounts)
 
 
-def _begin(writer: ResumableWriter, plan: dict, arguments: Arguments, progress: Progress) -> Progress:
+def _begin(
+    writer: ResumableWriter, plan: dict, arguments: Arguments, progress: Progress
+) -> Progress:
     """Take up what an earlier run with the same plan left; else begin again, and say why. `progress`: a fresh one."""
     note = writer.saved()
     if note is None:
@@ -181,17 +199,29 @@ def _begin(writer: ResumableWriter, plan: dict, arguments: Arguments, progress: 
         writer.discard()
         return progress
     writer.restore()
-    print(f"{arguments.output_prefix}.progress.json: goes on after {note['done']:,} of {plan['input_bytes']:,} bytes, "
-          f"{writer.num_documents:,} documents", flush=True)
+    print(
+        f"{arguments.output_prefix}.progress.json: goes on after {note['done']:,} of {plan['input_bytes']:,} bytes, "
+        f"{writer.num_documents:,} documents",
+        flush=True,
+    )
     text = TextCounts(**note.get("text", {}))
     return Progress(tuple(note["next"]), note["done"], note["empty"], note["bad"], text)
 
 
-def _write(writer: ResumableWriter, job: Job, workers: int, files: list[Path], plan: dict, progress: Progress) -> None:
+def _write(
+    writer: ResumableWriter,
+    job: Job,
+    workers: int,
+    files: list[Path],
+    plan: dict,
+    progress: Progress,
+) -> None:
     """Tokenize what `progress` leaves to do, bringing it up to date."""
     total = max(1, plan["input_bytes"])
     unsaved = 0
-    with tqdm(total=total, initial=progress.done, unit="B", unit_scale=True, desc="tokenize", disable=None) as bar:
+    with tqdm(
+        total=total, initial=progress.done, unit="B", unit_scale=True, desc="tokenize", disable=None
+    ) as bar:
         for task, result in _results(job, workers, _tasks(files, job.key, workers, progress.next)):
             writer.add_documents(result.ids, result.lengths)
             progress.next, progress.done = task.next, progress.done + task.size
@@ -218,39 +248,75 @@ def preprocess(arguments: Arguments) -> dict:
     files = found.files
     tokenizer = _check(arguments, files)
     bos = find_bos(tokenizer, wanted=arguments.prepend_bos)
-    text_settings = {"append_eod": arguments.append_eod, "prepend_bos": arguments.prepend_bos,
-                     "special_tokens_in_text": arguments.special_tokens_in_text}
-    plan = make_plan(files, {"tokenizer": tokenizer.describe(), "json_keys": arguments.json_keys,
-                             "task_bytes": TASK_BYTES, "reading": READING} | text_settings)
+    text_settings = {
+        "append_eod": arguments.append_eod,
+        "prepend_bos": arguments.prepend_bos,
+        "special_tokens_in_text": arguments.special_tokens_in_text,
+    }
+    plan = make_plan(
+        files,
+        {
+            "tokenizer": tokenizer.describe(),
+            "json_keys": arguments.json_keys,
+            "task_bytes": TASK_BYTES,
+            "reading": READING,
+        }
+        | text_settings,
+    )
     choice = choose_encoder(tokenizer, arguments.fast_tokenizer, files, arguments.json_keys[0])
     if choice.warn:
         print(f"warning: {choice.note}", file=sys.stderr)
-    job = Job(arguments.tokenizer_type, arguments.tokenizer_model, tokenizer.vocab_size,
-              optimal_dtype(tokenizer.vocab_size), tokenizer.eod if arguments.append_eod else None,
-              arguments.json_keys[0], arguments.skip_bad_lines, choice.encoder, bos, arguments.tokenizer_ids_from,
-              arguments.special_tokens_in_text, tuple(tokenizer.special_texts()))
+    job = Job(
+        arguments.tokenizer_type,
+        arguments.tokenizer_model,
+        tokenizer.vocab_size,
+        optimal_dtype(tokenizer.vocab_size),
+        tokenizer.eod if arguments.append_eod else None,
+        arguments.json_keys[0],
+        arguments.skip_bad_lines,
+        choice.encoder,
+        bos,
+        arguments.tokenizer_ids_from,
+        arguments.special_tokens_in_text,
+        tuple(tokenizer.special_texts()),
+    )
     prepared, cpu = time.perf_counter(), time.process_time()
     with ResumableWriter(arguments.output_prefix, job.dtype) as writer:
         # Again, now that no other run writes there: one may have finished since.
         check_output(arguments.output_prefix, overwrite=arguments.overwrite, inputs=files)
-        progress = _begin(writer, plan, arguments, Progress(empty=sum(path.stat().st_size == 0 for path in files)))
+        progress = _begin(
+            writer, plan, arguments, Progress(empty=sum(path.stat().st_size == 0 for path in files))
+        )
         before = writer.num_tokens, progress.done
         _write(writer, job, arguments.workers, files, plan, progress)
         if writer.num_documents == 0:
-            raise ValueError(f"input = {' '.join(arguments.input)}: no document has a token ({len(files)} files, "
-                             f"{progress.empty} empty documents, {progress.bad} bad). Fix: give inputs that are not "
-                             "empty.")
+            raise ValueError(
+                f"input = {' '.join(arguments.input)}: no document has a token ({len(files)} files, "
+                f"{progress.empty} empty documents, {progress.bad} bad). Fix: give inputs that are not "
+                "empty."
+            )
         outputs = writer.finish(tokenizer.describe(), text_settings)
-    return {"files": len(files), "bytes": plan["input_bytes"], "documents": writer.num_documents,
-            "tokens": writer.num_tokens, "new_tokens": writer.num_tokens - before[0],
-            "new_bytes": plan["input_bytes"] - before[1], "empty": progress.empty, "bad": progress.bad,
-            "seconds": time.perf_counter() - began, "prepare_seconds": prepared - began,
-            "cpu_seconds": time.process_time() - cpu, "outputs": outputs,
-            "text": asdict(progress.text), "encoder": choice.describe(progress.text),
-            "special_tokens": describe_special_tokens(progress.text, arguments.special_tokens_in_text),
-            "single": writer.num_single,
-            "inputs": describe_inputs(found, documents=writer.num_documents, empty=progress.empty,
-                                      bad=progress.bad)}
+    return {
+        "files": len(files),
+        "bytes": plan["input_bytes"],
+        "documents": writer.num_documents,
+        "tokens": writer.num_tokens,
+        "new_tokens": writer.num_tokens - before[0],
+        "new_bytes": plan["input_bytes"] - before[1],
+        "empty": progress.empty,
+        "bad": progress.bad,
+        "seconds": time.perf_counter() - began,
+        "prepare_seconds": prepared - began,
+        "cpu_seconds": time.process_time() - cpu,
+        "outputs": outputs,
+        "text": asdict(progress.text),
+        "encoder": choice.describe(progress.text),
+        "special_tokens": describe_special_tokens(progress.text, arguments.special_tokens_in_text),
+        "single": writer.num_single,
+        "inputs": describe_inputs(
+            found, documents=writer.num_documents, empty=progress.empty, bad=progress.bad
+        ),
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -261,10 +327,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     work = summary["seconds"] - summary["prepare_seconds"]
-    print(f"{summary['documents']:,} documents, {summary['tokens']:,} tokens from {summary['bytes']:,} bytes in "
-          f"{summary['files']:,} files; "
-          f"prepared in {summary['prepare_seconds']:.1f} s, tokenized in {work:.1f} s: "
-          f"{summary['new_bytes'] / work / 1e6:.1f} MB/s, {summary['new_tokens'] / work:,.0f} tokens/s")
+    print(
+        f"{summary['documents']:,} documents, {summary['tokens']:,} tokens from {summary['bytes']:,} bytes in "
+        f"{summary['files']:,} files; "
+        f"prepared in {summary['prepare_seconds']:.1f} s, tokenized in {work:.1f} s: "
+        f"{summary['new_bytes'] / work / 1e6:.1f} MB/s, {summary['new_tokens'] / work:,.0f} tokens/s"
+    )
     print("\n".join(summary["inputs"]))
     if summary["single"]:
         print(describe_single(summary["single"], summary["documents"]))

@@ -15,20 +15,31 @@ def make_plan(files: Sequence[Path], arguments: dict) -> dict:
     for path in files:
         status = path.stat()
         total += status.st_size
-        digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
-    return {"input_files": len(files), "input_bytes": total, "inputs": digest.hexdigest()} | arguments
+        digest.update(
+            f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape")
+        )
+    return {
+        "input_files": len(files),
+        "input_bytes": total,
+        "inputs": digest.hexdigest(),
+    } | arguments
 
 
 def describe_change(old: dict, new: dict) -> str:
     """Why work done for the plan `old` is no use for `new`, in a few words; empty where it is."""
-    for name in sorted(old.keys() | new.keys(), key=lambda name: name == "inputs"):  # counts say more than a checksum
+    for name in sorted(
+        old.keys() | new.keys(), key=lambda name: name == "inputs"
+    ):  # counts say more than a checksum
         before, now = old.get(name), new.get(name)
         if before == now:
             continue
         if name == "inputs":
             return "an input file has another name, size or time"
         if isinstance(before, dict) and isinstance(now, dict):  # the tokenizer
-            name, before, now = next((f"{name}.{key}", before.get(key), now.get(key))
-                                     for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key))
+            name, before, now = next(
+                (f"{name}.{key}", before.get(key), now.get(key))
+                for key in sorted(before.keys() | now.keys())
+                if before.get(key) != now.get(key)
+            )
         return f"{name} was {before}, now {now}"
     return ""

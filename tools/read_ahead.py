@@ -52,8 +52,9 @@ class _Reader(Generic[Item]):
         self._thread.join()
 
 
-def read_ahead(sources: Iterable[tuple[int, Callable[[], Iterable[Item]], bool]],
-               readers: int) -> Iterator[tuple[int, Item]]:
+def read_ahead(
+    sources: Iterable[tuple[int, Callable[[], Iterable[Item]], bool]], readers: int
+) -> Iterator[tuple[int, Item]]:
     """(number of its source, item) of all sources, in order.
 
     Args:

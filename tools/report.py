@@ -66,7 +66,9 @@ def main() -> int:
     output = Path(arguments.output) if arguments.output else folder / "report.html"
     try:
         if output.suffix.lower() not in (".html", ".png"):
-            raise ValueError(f"output = {output}: a page or a picture is written. Fix: end the name in .html or .png.")
+            raise ValueError(
+                f"output = {output}: a page or a picture is written. Fix: end the name in .html or .png."
+            )
         place = check_outputs(output)
         run = read_run(folder)
         place.parent.mkdir(parents=True, exist_ok=True)

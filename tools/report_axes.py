@@ -29,11 +29,21 @@ from tools.run_record import Run  # noqa: E402
 # Variable -> (on a light ground, on a dark one). The series can be told apart with any colour vision (after Okabe and
 # Ito); each has its own marker too.
 COLORS = {
-    "ink": ("#333333", "#d6d9de"), "muted": ("#6b6f76", "#9aa0a8"), "grid": ("#dcdfe3", "#343a43"),
-    "ground": ("#ffffff", "#16191d"), "band-0": ("#eef3fa", "#1d2430"), "band-1": ("#fdf6ea", "#2a2720"),
-    "raw": ("#a9c4e4", "#35587f"), "series-0": ("#0b5fa5", "#6cb6f5"), "series-1": ("#c8501d", "#ff9c5b"),
-    "series-2": ("#00825f", "#45cfa3"), "series-3": ("#8f2d7a", "#e48bd0"), "series-4": ("#966f00", "#e8c54a"),
-    "series-5": ("#3d8fb8", "#a8dcf7"), "series-6": ("#b5657f", "#f3b6c9"), "series-7": ("#4f5358", "#c3c7cc"),
+    "ink": ("#333333", "#d6d9de"),
+    "muted": ("#6b6f76", "#9aa0a8"),
+    "grid": ("#dcdfe3", "#343a43"),
+    "ground": ("#ffffff", "#16191d"),
+    "band-0": ("#eef3fa", "#1d2430"),
+    "band-1": ("#fdf6ea", "#2a2720"),
+    "raw": ("#a9c4e4", "#35587f"),
+    "series-0": ("#0b5fa5", "#6cb6f5"),
+    "series-1": ("#c8501d", "#ff9c5b"),
+    "series-2": ("#00825f", "#45cfa3"),
+    "series-3": ("#8f2d7a", "#e48bd0"),
+    "series-4": ("#966f00", "#e8c54a"),
+    "series-5": ("#3d8fb8", "#a8dcf7"),
+    "series-6": ("#b5657f", "#f3b6c9"),
+    "series-7": ("#4f5358", "#c3c7cc"),
 }
 MARKERS = "os^Dv<>P"
 SERIES = 8
@@ -63,7 +73,10 @@ VARIABLES = Palette({name: f"#0f0f{number:02x}" for number, name in enumerate(CO
 
 def style_rules() -> tuple[str, str]:
     """CSS declarations of the variables for a light and for a dark ground."""
-    return tuple("".join(f"--{name}:{values[ground]};" for name, values in COLORS.items()) for ground in (0, 1))
+    return tuple(
+        "".join(f"--{name}:{values[ground]};" for name, values in COLORS.items())
+        for ground in (0, 1)
+    )
 
 
 class TokenScale:
@@ -87,7 +100,10 @@ class TokenScale:
         axes.set_xlim(self.knots[0], self.knots[-1])
         axes.xaxis.set_major_locator(MaxNLocator(6))
         if self.is_stretched:
-            axes.set_xscale("function", functions=(self.place, lambda place: np.interp(place, self.places, self.knots)))
+            axes.set_xscale(
+                "function",
+                functions=(self.place, lambda place: np.interp(place, self.places, self.knots)),
+            )
             axes.set_xlim(self.knots[0], self.knots[-1])
             shown = [self.knots[-1]]
             for knot in self.knots[-2::-1]:
@@ -102,9 +118,13 @@ def prepare(axes: Axes, run: Run, palette: Palette, scale: TokenScale) -> None:
     """The axis of tokens, the phases as bands behind the curves, the grid."""
     scale.apply(axes)
     for number, phase in enumerate(run.phases()):
-        axes.axvspan(phase.begin, phase.end, color=palette[f"band-{number % 2}"], linewidth=0, zorder=0)
+        axes.axvspan(
+            phase.begin, phase.end, color=palette[f"band-{number % 2}"], linewidth=0, zorder=0
+        )
         if number:
-            axes.axvline(phase.begin, color=palette["muted"], linewidth=0.7, linestyle=(0, (4, 3)), zorder=1)
+            axes.axvline(
+                phase.begin, color=palette["muted"], linewidth=0.7, linestyle=(0, (4, 3)), zorder=1
+            )
     clothe(axes, palette)
 
 
@@ -133,11 +153,22 @@ def label_phases(axes: Axes, run: Run, palette: Palette, scale: TokenScale) -> i
         name = phase.name if len(phase.name) <= 24 else phase.name[:23] + "…"
         text = f"{name}, {length(phase.seq_length)}"
         half = 0.041 * len(text) + 0.06  # inches, at 10 points
-        center = min(max(float(scale.place((phase.begin + phase.end) / 2)) * width, half), width - half)
+        center = min(
+            max(float(scale.place((phase.begin + phase.end) / 2)) * width, half), width - half
+        )
         row = next((i for i, right in enumerate(ends) if center - half >= right), len(ends))
-        ends[row:row + 1] = [center + half]
-        axes.annotate(text, (center / width, 1), xycoords="axes fraction", xytext=(0, 5 + 14 * row),
-                      textcoords="offset points", ha="center", va="bottom", fontsize=10, color=palette["ink"])
+        ends[row : row + 1] = [center + half]
+        axes.annotate(
+            text,
+            (center / width, 1),
+            xycoords="axes fraction",
+            xytext=(0, 5 + 14 * row),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=10,
+            color=palette["ink"],
+        )
     return len(ends)
 
 
@@ -146,7 +177,9 @@ def label_phases(axes: Axes, run: Run, palette: Palette, scale: TokenScale) -> i
 
 def column(run: Run, name: str, factor: float = 1.0) -> np.ndarray:
     """A field of every step as floats; NaN where it is null or missing."""
-    return np.array([math.nan if (value := step.get(name)) is None else value * factor for step in run.steps])
+    return np.array(
+        [math.nan if (value := step.get(name)) is None else value * factor for step in run.steps]
+    )
 
 
 def running_median(run: Run, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -155,8 +188,12 @@ def running_median(run: Run, values: np.ndarray) -> tuple[np.ndarray, np.ndarray
     Returns:
         (indices of at most `POINTS` values, their medians)
     """
-    ends = np.searchsorted([step["tokens"] for step in run.steps], [phase.end for phase in run.phases()], side="right")
-    centers = np.unique(np.linspace(0, len(values) - 1, min(POINTS, len(values))).round().astype(int))
+    ends = np.searchsorted(
+        [step["tokens"] for step in run.steps], [phase.end for phase in run.phases()], side="right"
+    )
+    centers = np.unique(
+        np.linspace(0, len(values) - 1, min(POINTS, len(values))).round().astype(int)
+    )
     finite = np.where(np.isfinite(values), values, np.nan)
     half, medians = window_of(len(values)) // 2, []
     with warnings.catch_warnings():
@@ -164,7 +201,7 @@ def running_median(run: Run, values: np.ndarray) -> tuple[np.ndarray, np.ndarray
         for i in centers:
             phase = int(np.searchsorted(ends, i, side="right"))
             first, end = (ends[phase - 1] if phase else 0), ends[phase]
-            medians.append(np.nanmedian(finite[max(first, i - half):min(end, i + half + 1)]))
+            medians.append(np.nanmedian(finite[max(first, i - half) : min(end, i + half + 1)]))
     return centers, np.array(medians)
 
 
@@ -180,7 +217,9 @@ def thin(values: np.ndarray) -> np.ndarray:
     for part in np.array_split(np.arange(len(values)), POINTS // 2):
         finite = part[np.isfinite(values[part])]
         if len(finite):
-            kept += sorted({int(finite[values[finite].argmin()]), int(finite[values[finite].argmax()])})
+            kept += sorted(
+                {int(finite[values[finite].argmin()]), int(finite[values[finite].argmax()])}
+            )
     return np.array(kept, dtype=int)
 
 
@@ -202,8 +241,15 @@ def new_figure(width: float, height: float) -> Figure:
 
 def settings(salt: str = "report"):
     """matplotlib's settings for everything that is drawn: no name of a phase or a set is a formula."""
-    return pyplot.rc_context({"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": salt,
-                              "font.family": "sans-serif", "axes.unicode_minus": True})
+    return pyplot.rc_context(
+        {
+            "text.parse_math": False,
+            "svg.fonttype": "none",
+            "svg.hashsalt": salt,
+            "font.family": "sans-serif",
+            "axes.unicode_minus": True,
+        }
+    )
 
 
 def to_svg(figure: Figure, name: str, description: str) -> str:
@@ -215,19 +261,34 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
     buffer = io.StringIO()
     with settings(name), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure.savefig(buffer, format="svg", transparent=True,
-                       metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    text = re.sub(r"<!--.*?-->\s*", "", buffer.getvalue()[buffer.getvalue().index("<svg"):], flags=re.DOTALL)
+        figure.savefig(
+            buffer,
+            format="svg",
+            transparent=True,
+            metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
+        )
+    text = re.sub(
+        r"<!--.*?-->\s*", "", buffer.getvalue()[buffer.getvalue().index("<svg") :], flags=re.DOTALL
+    )
     for variable, stand_in in VARIABLES.colors.items():
         text = re.sub(rf"\b(fill|stroke|stop-color): {stand_in}\b", rf"\1: var(--{variable})", text)
     used = set(re.findall(r'(?:url\(|xlink:href=")#([\w.-]+)', text))
-    text = re.sub(r' id="([\w.-]+)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", text)
+    text = re.sub(
+        r' id="([\w.-]+)"',
+        lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "",
+        text,
+    )
     text = re.sub(r'((?:url\(|xlink:href=")#)', rf"\1{name}-", text)
     text = re.sub(r"(font: [\d.]+px) [^;\"]*", r"\1 sans-serif", text)
     text = re.sub(r"\s*\n\s*", "\n", text)
     label = re.sub(r'[&<>"]', lambda found: f"&#{ord(found[0])};", description)
     opening = f'role="img" aria-label="{label}" xmlns:xlink="http://www.w3.org/1999/xlink">'
-    return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', lambda found: f"<svg {found[1]} {opening}", text, count=1)
+    return re.sub(
+        r'<svg [^>]*?(viewBox="[^"]*")[^>]*>',
+        lambda found: f"<svg {found[1]} {opening}",
+        text,
+        count=1,
+    )
 
 
 def to_png(figure: Figure, path: Path) -> None:

@@ -53,8 +53,20 @@ def draw_loss(axes: Axes, run: Run, palette: Palette) -> None:
     tokens, (centers, smoothed) = column(run, "tokens"), running_median(run, losses)
     if window_of(len(losses)) > 1:
         kept = thin(losses)
-        axes.plot(tokens[kept], losses[kept], color=palette["raw"], linewidth=0.8, label="training, each step")
-        axes.plot(tokens[centers], smoothed, color=palette.series(0), linewidth=1.8, label="training, running median")
+        axes.plot(
+            tokens[kept],
+            losses[kept],
+            color=palette["raw"],
+            linewidth=0.8,
+            label="training, each step",
+        )
+        axes.plot(
+            tokens[centers],
+            smoothed,
+            color=palette.series(0),
+            linewidth=1.8,
+            label="training, running median",
+        )
     else:
         axes.plot(tokens, losses, color=palette.series(0), linewidth=1.8, label="training")
     # A spike of one step may leave the picture, the curve may not.
@@ -71,7 +83,9 @@ def draw_late_loss(axes: Axes, run: Run, palette: Palette) -> None:
     axes.plot(tokens[kept], losses[kept], color=palette["raw"], linewidth=0.8)
     axes.plot(tokens[centers], smoothed, color=palette.series(0), linewidth=1.6)
     phases = run.phases()
-    _limit(axes, smoothed[tokens[centers] > phases[0].begin + 0.1 * (phases[-1].end - phases[0].begin)])
+    _limit(
+        axes, smoothed[tokens[centers] > phases[0].begin + 0.1 * (phases[-1].end - phases[0].begin)]
+    )
     axes.set_ylabel("loss (nats per token)")
     axes.yaxis.set_major_locator(MaxNLocator(5))
 
@@ -88,15 +102,28 @@ def _limit(axes: Axes, values: Iterable[float]) -> None:
 def _mark_validation(axes: Axes, run: Run, palette: Palette) -> list[float]:
     """Each set's loss at the length of the phase it was measured in -> the values shown."""
     lengths = {(phase.name, phase.seq_length) for phase in run.phases()}
-    own = [record for record in run.evaluations if record.get("seq_length") is None or "phase" not in record
-           or (record["phase"], record["seq_length"]) in lengths]
+    own = [
+        record
+        for record in run.evaluations
+        if record.get("seq_length") is None
+        or "phase" not in record
+        or (record["phase"], record["seq_length"]) in lengths
+    ]
     sets: dict[str, list[dict]] = {}
     for record in own:
         sets.setdefault(record.get("set", "valid"), []).append(record)
     for number, (name, records) in enumerate(sets.items()):
-        axes.plot([record["tokens"] for record in records], [record["valid_loss"] for record in records],
-                  MARKERS[number % len(MARKERS)], color=palette.series(1), markersize=6, zorder=5, clip_on=False,
-                  markeredgecolor=palette["ground"], label="validation" if name == "valid" else f"validation: {name}")
+        axes.plot(
+            [record["tokens"] for record in records],
+            [record["valid_loss"] for record in records],
+            MARKERS[number % len(MARKERS)],
+            color=palette.series(1),
+            markersize=6,
+            zorder=5,
+            clip_on=False,
+            markeredgecolor=palette["ground"],
+            label="validation" if name == "valid" else f"validation: {name}",
+        )
     return [record["valid_loss"] for record in own]
 
 
@@ -105,21 +132,43 @@ def _mark_events(axes: Axes, run: Run, palette: Palette, scale: TokenScale) -> N
     skipped = [step["tokens"] for step in run.steps if step.get("skipped")]
     unplanned, planned = run.restarts()
     for tokens, height, marker, color, label in (
-            (skipped, 0.02, "x", "ink", "skipped step"),
-            ([event["tokens"] for event in run.events_of("save")], 0.0, "|", "muted", "checkpoint"),
-            ([event["tokens"] for event in unplanned], 0.975, "v", "series-3", "restart"),
-            ([event["tokens"] for event in planned], 0.975, "d", "series-2", "restart for another layout")):
+        (skipped, 0.02, "x", "ink", "skipped step"),
+        ([event["tokens"] for event in run.events_of("save")], 0.0, "|", "muted", "checkpoint"),
+        ([event["tokens"] for event in unplanned], 0.975, "v", "series-3", "restart"),
+        (
+            [event["tokens"] for event in planned],
+            0.975,
+            "d",
+            "series-2",
+            "restart for another layout",
+        ),
+    ):
         if tokens:
             marks = distinct(tokens, scale)
-            axes.plot(marks, [height] * len(marks), marker, color=palette[color], markersize=6, clip_on=False,
-                      transform=axes.get_xaxis_transform(), label=label, zorder=6)
+            axes.plot(
+                marks,
+                [height] * len(marks),
+                marker,
+                color=palette[color],
+                markersize=6,
+                clip_on=False,
+                transform=axes.get_xaxis_transform(),
+                label=label,
+                zorder=6,
+            )
 
 
 def draw_validation(axes: Axes, run: Run, palette: Palette) -> None:
     """Validation loss of each set at each length; without an untrained model, beside which nothing else shows."""
-    losses = [record["valid_loss"] for record in run.evaluations if record["tokens"] > 0] or [math.inf]
+    losses = [record["valid_loss"] for record in run.evaluations if record["tokens"] > 0] or [
+        math.inf
+    ]
     highest = max(losses) + 2 * (max(losses) - min(losses)) if len(losses) > 1 else math.inf
-    shown = [record for record in run.evaluations if record["tokens"] > 0 or record["valid_loss"] <= highest]
+    shown = [
+        record
+        for record in run.evaluations
+        if record["tokens"] > 0 or record["valid_loss"] <= highest
+    ]
     series = series_of(shown)
     for records, style, label in _styled(series, palette):
         _plot_marks(axes, records, "valid_loss", style, label)
@@ -134,7 +183,13 @@ def draw_gain(axes: Axes, run: Run, palette: Palette) -> None:
         known = [record for record in records if _interval(record)]
         if known:
             lows, highs = ([_interval(record)[i] for record in known] for i in (0, 1))
-            axes.vlines([record["tokens"] for record in known], lows, highs, color=style["color"], linewidth=1.6)
+            axes.vlines(
+                [record["tokens"] for record in known],
+                lows,
+                highs,
+                color=style["color"],
+                linewidth=1.6,
+            )
     axes.axhline(0, color=palette["muted"], linewidth=1)
     axes.set_ylabel("gain (nats per token)")
     axes.yaxis.set_major_locator(MaxNLocator(5))
@@ -154,14 +209,29 @@ def _styled(series: dict[tuple[str, int | None], list[dict]], palette: Palette):
         marker = MARKERS[(sets.index(name) if len(sets) > 1 else number) % len(MARKERS)]
         parts = [] if len(sets) == 1 and name == "valid" else [name]
         parts += [length(seq_length)] if seq_length else []
-        yield records, {"color": palette.series(number), "marker": marker, "markeredgecolor": palette["ground"]}, (
-            ", ".join(parts).replace("_", " _", name.startswith("_")) or "validation")  # a first _ hides a label
+        yield (
+            records,
+            {
+                "color": palette.series(number),
+                "marker": marker,
+                "markeredgecolor": palette["ground"],
+            },
+            (", ".join(parts).replace("_", " _", name.startswith("_")) or "validation"),
+        )  # a first _ hides a label
 
 
 def _plot_marks(axes: Axes, records: list[dict], name: str, style: dict, label: str) -> None:
     kept = thin(np.array([record[name] for record in records], dtype=float))
-    axes.plot([records[i]["tokens"] for i in kept], [records[i][name] for i in kept], **style, markersize=6,
-              linewidth=1.2, clip_on=False, zorder=4, label=label)
+    axes.plot(
+        [records[i]["tokens"] for i in kept],
+        [records[i][name] for i in kept],
+        **style,
+        markersize=6,
+        linewidth=1.2,
+        clip_on=False,
+        zorder=4,
+        label=label,
+    )
 
 
 # ---------------------------------------------------------------- passkey
@@ -170,8 +240,11 @@ def _plot_marks(axes: Axes, records: list[dict], name: str, style: dict, label: 
 def last_passkeys(run: Run) -> dict[tuple[float, int], float]:
     """(depth, length) -> accuracy in the last evaluation."""
     last = max(record["tokens"] for record in run.passkeys)
-    return {(record["depth"], record["seq_length"]): record["accuracy"]
-            for record in run.passkeys if record["tokens"] == last}
+    return {
+        (record["depth"], record["seq_length"]): record["accuracy"]
+        for record in run.passkeys
+        if record["tokens"] == last
+    }
 
 
 def draw_passkey_map(axes: Axes, run: Run, palette: Palette) -> None:
@@ -182,9 +255,18 @@ def draw_passkey_map(axes: Axes, run: Run, palette: Palette) -> None:
         x, y = lengths.index(seq_length), depths.index(depth)
         share = min(1.0, max(0.0, accuracy))
         red, green, blue = _shade(share)
-        axes.fill_between([x - 0.48, x + 0.48], y - 0.47, y + 0.47, color=(red, green, blue), linewidth=0)
-        axes.text(x, y, f"{100 * accuracy:.0f} %", ha="center", va="center", fontsize=9,
-                  color="#111111" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.48 else "#fafafa")
+        axes.fill_between(
+            [x - 0.48, x + 0.48], y - 0.47, y + 0.47, color=(red, green, blue), linewidth=0
+        )
+        axes.text(
+            x,
+            y,
+            f"{100 * accuracy:.0f} %",
+            ha="center",
+            va="center",
+            fontsize=9,
+            color="#111111" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.48 else "#fafafa",
+        )
     clothe(axes, palette)
     axes.grid(False)
     axes.set_xticks(range(len(lengths)), [length(found) for found in lengths])
@@ -206,9 +288,17 @@ def draw_passkey(axes: Axes, run: Run, palette: Palette) -> None:
     """Accuracy over tokens, the mean over depths."""
     groups: dict[tuple, list[dict]] = {}
     for record in run.passkeys:
-        groups.setdefault((record["seq_length"], record["tokens"], record.get("phase")), []).append(record)
-    means = [{"seq_length": key[0], "tokens": key[1], "accuracy": statistics.fmean(r["accuracy"] for r in records)}
-             for key, records in groups.items()]
+        groups.setdefault((record["seq_length"], record["tokens"], record.get("phase")), []).append(
+            record
+        )
+    means = [
+        {
+            "seq_length": key[0],
+            "tokens": key[1],
+            "accuracy": statistics.fmean(r["accuracy"] for r in records),
+        }
+        for key, records in groups.items()
+    ]
     for records, style, label in _styled(series_of(means), palette):
         _plot_marks(axes, records, "accuracy", style, label)
     axes.set_ylim(-0.03, 1.03)
@@ -269,23 +359,37 @@ def draw_batch(axes: Axes, run: Run, palette: Palette) -> None:
     batches, tokens = np.array(run.batches(), dtype=float), column(run, "tokens")
     # Only where it changes, and at both ends: a batch lasts from the step before to its own.
     changes = [0, *(np.flatnonzero(np.diff(batches)) + 1), len(batches) - 1]
-    axes.step([*(tokens[i] - batches[i] for i in changes[:-1]), tokens[-1]], batches[changes], where="post",
-              color=palette.series(0))
+    axes.step(
+        [*(tokens[i] - batches[i] for i in changes[:-1]), tokens[-1]],
+        batches[changes],
+        where="post",
+        color=palette.series(0),
+    )
     axes.set_ylim(bottom=0, top=1.1 * batches.max())
     axes.set_ylabel("tokens per step")
     used = np.unique(batches)
     far_apart = len(used) <= 5 and (np.diff(used) > 0.1 * used[-1]).all()
     axes.yaxis.set_major_locator(FixedLocator(used) if far_apart else MaxNLocator(4))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: length(int(value)) if value % 1024 == 0
-                                                 else short(value)))
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: length(int(value)) if value % 1024 == 0 else short(value))
+    )
 
 
-def _draw_steps(axes: Axes, run: Run, palette: Palette, name: str, number: int, label: str | None = None,
-                from_zero: bool = True) -> None:
+def _draw_steps(
+    axes: Axes,
+    run: Run,
+    palette: Palette,
+    name: str,
+    number: int,
+    label: str | None = None,
+    from_zero: bool = True,
+) -> None:
     """A field of every step as points, with its running median."""
     values, tokens = column(run, name), column(run, "tokens")
     kept = thin(values)
-    axes.plot(tokens[kept], values[kept], ".", markersize=2.5, color=palette.series(number), alpha=0.3)
+    axes.plot(
+        tokens[kept], values[kept], ".", markersize=2.5, color=palette.series(number), alpha=0.3
+    )
     centers, medians = running_median(run, values)
     axes.plot(tokens[centers], medians, color=palette.series(number), linewidth=1.6, label=label)
     if from_zero:
@@ -300,8 +404,14 @@ def _draw_steps(axes: Axes, run: Run, palette: Palette, name: str, number: int, 
 
 def _no_field(name: str, text: str = "") -> Callable[[Run], str | None]:
     """For a chart of one field of metrics.jsonl."""
+
     def missing(run: Run) -> str | None:
-        return None if np.isfinite(column(run, name)).any() else text or f"metrics.jsonl holds no {name}."
+        return (
+            None
+            if np.isfinite(column(run, name)).any()
+            else text or f"metrics.jsonl holds no {name}."
+        )
+
     return missing
 
 
@@ -309,31 +419,85 @@ def _no_record(attribute: str, text: str) -> Callable[[Run], str | None]:
     return lambda run: None if getattr(run, attribute) else text
 
 
-_NO_PASSKEY = "Passkey retrieval was not evaluated in this run: validation.jsonl has no line of that kind."
-CHARTS = {chart.name: chart for chart in (
-    Chart("loss", "Loss", draw_loss, lambda run: None, is_wide=True),
-    Chart("late-loss", "Training loss after the first tenth", draw_late_loss, lambda run: None,
-          "The scale fits what comes after the first tenth of the tokens."),
-    Chart("validation", "Validation loss at each length", draw_validation,
-          _no_record("evaluations", "No validation loss was recorded in this run."),
-          "An evaluation before the first step is left out where it is far above all others."),
-    Chart("gain", "Context gain", draw_gain,
-          _no_record("gains", "Context gain was not evaluated in this run: validation.jsonl has no line of that "
-                     "kind.")),
-    Chart("passkey-map", "Passkey retrieval, last evaluation", draw_passkey_map, _no_record("passkeys", _NO_PASSKEY),
-          over_tokens=False),
-    Chart("passkey", "Passkey retrieval over tokens", draw_passkey, _no_record("passkeys", _NO_PASSKEY),
-          "The mean over all depths."),
-    Chart("rate", "Throughput", draw_rate, _no_field("tokens_per_second")),
-    Chart("mfu", "Model FLOPs utilization", draw_mfu,
-          _no_field("mfu", "MFU is not known: metrics.jsonl has it as null where the hardware's rate is not known.")),
-    Chart("memory", "Peak memory", draw_memory, _no_field("peak_memory_bytes"), "Of the rank that used most."),
-    Chart("time", "Step time", draw_time, _no_field("step_seconds"), "Waiting for data: of the slowest rank."),
-    Chart("learning-rate", "Learning rate", draw_learning, _no_field("lr")),
-    Chart("gradient", "Gradient norm", draw_gradient, _no_field("grad_norm", "metrics.jsonl holds no finite "
-                                                                "grad_norm.")),
-    Chart("batch", "Global batch", draw_batch, lambda run: None),
-)}
+_NO_PASSKEY = (
+    "Passkey retrieval was not evaluated in this run: validation.jsonl has no line of that kind."
+)
+CHARTS = {
+    chart.name: chart
+    for chart in (
+        Chart("loss", "Loss", draw_loss, lambda run: None, is_wide=True),
+        Chart(
+            "late-loss",
+            "Training loss after the first tenth",
+            draw_late_loss,
+            lambda run: None,
+            "The scale fits what comes after the first tenth of the tokens.",
+        ),
+        Chart(
+            "validation",
+            "Validation loss at each length",
+            draw_validation,
+            _no_record("evaluations", "No validation loss was recorded in this run."),
+            "An evaluation before the first step is left out where it is far above all others.",
+        ),
+        Chart(
+            "gain",
+            "Context gain",
+            draw_gain,
+            _no_record(
+                "gains",
+                "Context gain was not evaluated in this run: validation.jsonl has no line of that "
+                "kind.",
+            ),
+        ),
+        Chart(
+            "passkey-map",
+            "Passkey retrieval, last evaluation",
+            draw_passkey_map,
+            _no_record("passkeys", _NO_PASSKEY),
+            over_tokens=False,
+        ),
+        Chart(
+            "passkey",
+            "Passkey retrieval over tokens",
+            draw_passkey,
+            _no_record("passkeys", _NO_PASSKEY),
+            "The mean over all depths.",
+        ),
+        Chart("rate", "Throughput", draw_rate, _no_field("tokens_per_second")),
+        Chart(
+            "mfu",
+            "Model FLOPs utilization",
+            draw_mfu,
+            _no_field(
+                "mfu",
+                "MFU is not known: metrics.jsonl has it as null where the hardware's rate is not known.",
+            ),
+        ),
+        Chart(
+            "memory",
+            "Peak memory",
+            draw_memory,
+            _no_field("peak_memory_bytes"),
+            "Of the rank that used most.",
+        ),
+        Chart(
+            "time",
+            "Step time",
+            draw_time,
+            _no_field("step_seconds"),
+            "Waiting for data: of the slowest rank.",
+        ),
+        Chart("learning-rate", "Learning rate", draw_learning, _no_field("lr")),
+        Chart(
+            "gradient",
+            "Gradient norm",
+            draw_gradient,
+            _no_field("grad_norm", "metrics.jsonl holds no finite grad_norm."),
+        ),
+        Chart("batch", "Global batch", draw_batch, lambda run: None),
+    )
+}
 
 
 def chart_figure(chart: Chart, run: Run, palette: Palette, width: float, height: float) -> Figure:
@@ -352,8 +516,15 @@ def chart_figure(chart: Chart, run: Run, palette: Palette, width: float, height:
         if handles:
             columns = min(len(labels), max(1, int(width * 11 / (max(map(len, labels)) + 6))))
             rows += -(-len(labels) // columns) - 1
-            figure.legend(handles, labels, loc="outside lower left", ncols=columns, fontsize=9, frameon=False,
-                          labelcolor=palette["ink"])
+            figure.legend(
+                handles,
+                labels,
+                loc="outside lower left",
+                ncols=columns,
+                fontsize=9,
+                frameon=False,
+                labelcolor=palette["ink"],
+            )
         figure.set_size_inches(width, height + 0.195 * rows)
     return figure
 

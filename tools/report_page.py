@@ -27,17 +27,36 @@ NOTHING = "–"
 
 def page(run: Run) -> str:
     """The whole page as HTML. Everything that comes from the run is escaped."""
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
-                                     trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
     light, dark = map(Markup, style_rules())
     return environment.get_template("report_page.html").render(
-        run=run, light=light, dark=dark, tiles=tiles(run), lead=lead(run), about=about(run), phases=phase_rows(run),
-        is_stretched=TokenScale(run).is_stretched, charts={name: chart_html(CHARTS[name], run) for name in CHARTS},
+        run=run,
+        light=light,
+        dark=dark,
+        tiles=tiles(run),
+        lead=lead(run),
+        about=about(run),
+        phases=phase_rows(run),
+        is_stretched=TokenScale(run).is_stretched,
+        charts={name: chart_html(CHARTS[name], run) for name in CHARTS},
         captions={name: chart.caption for name, chart in CHARTS.items()},
-        titles={name: chart.title for name, chart in CHARTS.items()}, gains=gain_rows(run), repeats=repeats(run),
-        drawn=[totals for totals in (_total(run, False), _total(run, True)) if totals], account=run.account,
-        account_tokens=run.account_tokens, events=event_rows(run), num_events=len(run.events),
-        is_long=len(run.events) > OPEN_EVENTS, passkey_at=_last_passkey_tokens(run))
+        titles={name: chart.title for name, chart in CHARTS.items()},
+        gains=gain_rows(run),
+        repeats=repeats(run),
+        drawn=[totals for totals in (_total(run, False), _total(run, True)) if totals],
+        account=run.account,
+        account_tokens=run.account_tokens,
+        events=event_rows(run),
+        num_events=len(run.events),
+        is_long=len(run.events) > OPEN_EVENTS,
+        passkey_at=_last_passkey_tokens(run),
+    )
 
 
 def chart_html(chart: Chart, run: Run) -> Markup:
@@ -46,8 +65,17 @@ def chart_html(chart: Chart, run: Run) -> Markup:
         return Markup('<p class="none">{}</p>').format(sentence)
     return Markup("").join(
         Markup('<div class="chart {}">{}</div>').format(
-            size, Markup(to_svg(chart_figure(chart, run, VARIABLES, *inches), f"{chart.name}-{size}", chart.title)))
-        for size, inches in sizes(chart, run).items())
+            size,
+            Markup(
+                to_svg(
+                    chart_figure(chart, run, VARIABLES, *inches),
+                    f"{chart.name}-{size}",
+                    chart.title,
+                )
+            ),
+        )
+        for size, inches in sizes(chart, run).items()
+    )
 
 
 def sizes(chart: Chart, run: Run) -> dict[str, tuple[float, float]]:
@@ -64,19 +92,38 @@ def sizes(chart: Chart, run: Run) -> dict[str, tuple[float, float]]:
 def tiles(run: Run) -> list[tuple[str, str, str]]:
     """(what, figure, what it is compared with) of the run's main figures."""
     last, first, phases = run.steps[-1], run.steps[0], run.phases()
-    found = [("tokens", short(last["tokens"]), f"{last['step']:,} steps"),
-             ("context", length(phases[-1].seq_length), f"from {length(phases[0].seq_length)}"),
-             ("training loss", f"{last['loss']:.3f}", f"from {first['loss']:.3f}")]
+    found = [
+        ("tokens", short(last["tokens"]), f"{last['step']:,} steps"),
+        ("context", length(phases[-1].seq_length), f"from {length(phases[0].seq_length)}"),
+        ("training loss", f"{last['loss']:.3f}", f"from {first['loss']:.3f}"),
+    ]
     if run.evaluations:
         (_, seq_length), records = _main_series(run, run.evaluations)
-        found.append(("validation loss", f"{records[-1]['valid_loss']:.3f}",
-                      (f"at {length(seq_length)}, " if seq_length else "") + f"from {records[0]['valid_loss']:.3f}"))
+        found.append(
+            (
+                "validation loss",
+                f"{records[-1]['valid_loss']:.3f}",
+                (f"at {length(seq_length)}, " if seq_length else "")
+                + f"from {records[0]['valid_loss']:.3f}",
+            )
+        )
     if run.gains:
         (_, seq_length), records = _main_series(run, run.gains)
-        found.append(("context gain", f"{records[-1]['gain']:+.3f}", f"at {length(seq_length)}, nats per token"))
+        found.append(
+            (
+                "context gain",
+                f"{records[-1]['gain']:+.3f}",
+                f"at {length(seq_length)}, nats per token",
+            )
+        )
     if run.passkeys:
-        found.append(("keys found", f"{100 * statistics.fmean(last_passkeys(run).values()):.0f} %",
-                      "all lengths and depths"))
+        found.append(
+            (
+                "keys found",
+                f"{100 * statistics.fmean(last_passkeys(run).values()):.0f} %",
+                "all lengths and depths",
+            )
+        )
     speeds = [step["tokens_per_second"] for step in run.steps_of(phases[-1])]
     return [*found, ("tokens / s", short(statistics.median(speeds)), "median of the last phase")]
 
@@ -85,8 +132,10 @@ def _main_series(run: Run, records: list[dict]) -> tuple[tuple[str, int | None],
     """The series of the last phase's length, of the first set; else the one with the last record."""
     series = series_of(records)
     final = run.phases()[-1].seq_length
-    return next((item for item in series.items() if item[0][1] == final),
-                max(series.items(), key=lambda item: item[1][-1]["tokens"]))
+    return next(
+        (item for item in series.items() if item[0][1] == final),
+        max(series.items(), key=lambda item: item[1][-1]["tokens"]),
+    )
 
 
 def lead(run: Run) -> list[str]:
@@ -98,19 +147,25 @@ def lead(run: Run) -> list[str]:
     if run.gains:
         (_, seq_length), records = _main_series(run, run.gains)
         interval = _interval_text(records[-1])
-        said.append(f"The context gain at {length(seq_length)} is {gain_text(records[-1])}"
-                    f"{'' if interval else ' (no interval: too few documents)'}: so many nats per token does the whole "
-                    f"context give over its last {length(records[-1]['cut'])}.")
+        said.append(
+            f"The context gain at {length(seq_length)} is {gain_text(records[-1])}"
+            f"{'' if interval else ' (no interval: too few documents)'}: so many nats per token does the whole "
+            f"context give over its last {length(records[-1]['cut'])}."
+        )
     unplanned, planned = run.restarts()
     skipped = sum(bool(step.get("skipped")) for step in run.steps)
     if run.events:
         crossed = f", and {_times(len(planned))} for another layout" if planned else ""
         said.append(f"It was interrupted and started again {_times(len(unplanned))}{crossed}.")
-    said.append(f"{skipped or 'No'} step{'' if skipped == 1 else 's'} {'was' if skipped == 1 else 'were'} skipped for "
-                "a gradient that is not finite.")
+    said.append(
+        f"{skipped or 'No'} step{'' if skipped == 1 else 's'} {'was' if skipped == 1 else 'were'} skipped for "
+        "a gradient that is not finite."
+    )
     seconds = sum(step.get("step_seconds") or 0 for step in run.steps)
     if seconds:
-        said.append(f"The steps took {_duration(seconds)}, without evaluations, saves and restarts.")
+        said.append(
+            f"The steps took {_duration(seconds)}, without evaluations, saves and restarts."
+        )
     return said
 
 
@@ -126,13 +181,31 @@ def about(run: Run) -> list[tuple[str, str]]:
     rows = []
     if run.config is not None:
         model = run.config.model
-        exact = num_parameters(model, run.config.data.vocab_size) if run.config.data.vocab_size else None
-        rows += [("parameters", f"{exact:,}" if exact else "not known"),
-                 ("model", f"{f'{model.model}: ' if model.model else ''}{model.num_layers} layers, width "
-                           f"{model.hidden_size:,}, {model.num_attention_heads} heads, {model.num_kv_heads} key/value "
-                           f"heads, vocabulary {run.config.data.vocab_size or 0:,}")]
-    rows += [("tokens trained", f"{run.steps[-1]['tokens']:,} positions" + (
-        f", {real:,} of them not padding" if (real := run.steps[-1].get("real_tokens")) is not None else ""))]
+        exact = (
+            num_parameters(model, run.config.data.vocab_size)
+            if run.config.data.vocab_size
+            else None
+        )
+        rows += [
+            ("parameters", f"{exact:,}" if exact else "not known"),
+            (
+                "model",
+                f"{f'{model.model}: ' if model.model else ''}{model.num_layers} layers, width "
+                f"{model.hidden_size:,}, {model.num_attention_heads} heads, {model.num_kv_heads} key/value "
+                f"heads, vocabulary {run.config.data.vocab_size or 0:,}",
+            ),
+        ]
+    rows += [
+        (
+            "tokens trained",
+            f"{run.steps[-1]['tokens']:,} positions"
+            + (
+                f", {real:,} of them not padding"
+                if (real := run.steps[-1].get("real_tokens")) is not None
+                else ""
+            ),
+        )
+    ]
     if run.progress is not None:
         world = run.progress.get("world_size")
         by = f", written by {world:,} process{'' if world == 1 else 'es'}" if world else ""
@@ -158,54 +231,81 @@ def phase_rows(run: Run) -> list[dict]:
     """A row of texts per stretch; a cell with several lines is a list."""
     planned = _planned_phases(run)
     batch_of = dict(zip((step["tokens"] for step in run.steps), run.batches(), strict=True))
-    return [_phase_row(run, stretch, planned.get(stretch.name), batch_of) for stretch in run.phases()]
+    return [
+        _phase_row(run, stretch, planned.get(stretch.name), batch_of) for stretch in run.phases()
+    ]
 
 
 def _phase_row(run: Run, stretch: Stretch, planned: Phase | None, batch_of: dict[int, int]) -> dict:
     steps = run.steps_of(stretch)
     batches = [batch_of[step["tokens"]] for step in steps]
     low, high = min(batches), max(batches)
-    memory = [step["peak_memory_bytes"] for step in steps if step.get("peak_memory_bytes") is not None]
-    return {"name": stretch.name, "length": length(stretch.seq_length), "tokens": short(stretch.end - stretch.begin),
-            "batch": length(low) if low == high else f"{length(low)} to {length(high)}",
-            "layout": _layout_text(planned) if planned else NOTHING,
-            "rope": _rope_text(planned) if planned else NOTHING,
-            "rate": short(statistics.median(step["tokens_per_second"] for step in steps)),
-            "memory": gibibytes(max(memory)) if memory else NOTHING,
-            "loss": _changes(run.evaluations, stretch, lambda record: f"{record['valid_loss']:.4f}"),
-            "gain": _changes(run.gains, stretch, gain_text, " →\n", most=1)}
+    memory = [
+        step["peak_memory_bytes"] for step in steps if step.get("peak_memory_bytes") is not None
+    ]
+    return {
+        "name": stretch.name,
+        "length": length(stretch.seq_length),
+        "tokens": short(stretch.end - stretch.begin),
+        "batch": length(low) if low == high else f"{length(low)} to {length(high)}",
+        "layout": _layout_text(planned) if planned else NOTHING,
+        "rope": _rope_text(planned) if planned else NOTHING,
+        "rate": short(statistics.median(step["tokens_per_second"] for step in steps)),
+        "memory": gibibytes(max(memory)) if memory else NOTHING,
+        "loss": _changes(run.evaluations, stretch, lambda record: f"{record['valid_loss']:.4f}"),
+        "gain": _changes(run.gains, stretch, gain_text, " →\n", most=1),
+    }
 
 
-def _changes(records: list[dict], stretch: Stretch, text: Callable[[dict], str], arrow: str = " → ",
-             most: int = 8) -> list[str]:
-    """"before → after" of up to `most` sets at the phase's length, as lines."""
+def _changes(
+    records: list[dict],
+    stretch: Stretch,
+    text: Callable[[dict], str],
+    arrow: str = " → ",
+    most: int = 8,
+) -> list[str]:
+    """ "before → after" of up to `most` sets at the phase's length, as lines."""
     lines = []
-    series = [item for item in series_of(records).items() if item[0][1] in (None, stretch.seq_length)]
+    series = [
+        item for item in series_of(records).items() if item[0][1] in (None, stretch.seq_length)
+    ]
     for (name, _), found in series[:most]:
         before, after = before_and_after(found, stretch)
         if before or after:
             pair = arrow.join(text(record) if record else NOTHING for record in (before, after))
-            lines += (f"{name}: {pair}" if len({key[0] for key, _ in series}) > 1 else pair).split("\n")
+            lines += (f"{name}: {pair}" if len({key[0] for key, _ in series}) > 1 else pair).split(
+                "\n"
+            )
     more = len(series) - most
-    return (lines or [NOTHING]) + ([f"and {more} more set{'s' if more > 1 else ''} below"] if more > 0 else [])
+    return (lines or [NOTHING]) + (
+        [f"and {more} more set{'s' if more > 1 else ''} below"] if more > 0 else []
+    )
 
 
 def _planned_phases(run: Run) -> dict[str, Phase]:
     """Name -> phase as the checkpoint's configuration says; empty where that is not known."""
     if run.config is None:
         return {}
-    chosen = (run.progress or {}).get("layouts", {})  # of the phases with `layout: auto`, which the settings leave open
+    chosen = (run.progress or {}).get(
+        "layouts", {}
+    )  # of the phases with `layout: auto`, which the settings leave open
     try:
-        return {phase.name: with_choice(phase, chosen[phase.name]) if phase.name in chosen else phase
-                for phase in resolve_phases(run.config) if phase.name in chosen or not phase.auto}
+        return {
+            phase.name: with_choice(phase, chosen[phase.name]) if phase.name in chosen else phase
+            for phase in resolve_phases(run.config)
+            if phase.name in chosen or not phase.auto
+        }
     except ValueError:  # a configuration of another version of the trainer
         return {}
 
 
 def _layout_text(phase: Phase) -> str:
     tp, pp, cp = phase.layout.sizes
-    return f"tp {tp}, pp {pp}, cp {cp}" + (f", {phase.layout.schedule}" if pp > 1 else "") + (
-        " (auto)" if phase.auto else "")
+    return (
+        f"tp {tp}, pp {pp}, cp {cp}"
+        + (f", {phase.layout.schedule}" if pp > 1 else "")
+        + (" (auto)" if phase.auto else "")
+    )
 
 
 def _rope_text(phase: Phase) -> str:
@@ -213,11 +313,13 @@ def _rope_text(phase: Phase) -> str:
     values = dataclasses.asdict(phase)
     rope = values.get("rope") or {"base": values["rotary_base"]}
     scaling = rope.get("type", "default")
-    return f"base {rope['base']:,.12g}" + (f", {scaling} × {rope.get('factor')}" if scaling != "default" else "")
+    return f"base {rope['base']:,.12g}" + (
+        f", {scaling} × {rope.get('factor')}" if scaling != "default" else ""
+    )
 
 
 def gain_text(record: dict) -> str:
-    """"+0.120 [+0.100, +0.140]"; without the interval where it is not known."""
+    """ "+0.120 [+0.100, +0.140]"; without the interval where it is not known."""
     return " ".join(filter(None, (f"{record['gain']:+.3f}", _interval_text(record))))
 
 
@@ -232,15 +334,29 @@ def gain_rows(run: Run) -> list[dict]:
     for stretch in run.phases():
         for (name, seq_length), records in series_of(run.gains).items():
             before, after = before_and_after(records, stretch)
-            if not (before and after) and (seq_length != stretch.seq_length or not (before or after)):
+            if not (before and after) and (
+                seq_length != stretch.seq_length or not (before or after)
+            ):
                 continue
             shown = after or before
-            rows.append({"phase": stretch.name, "set": name, "length": length(seq_length),
-                         "cut": length(shown["cut"]), "before": gain_text(before) if before else NOTHING,
-                         "after": gain_text(after) if after else NOTHING,
-                         "change": f"{after['gain'] - before['gain']:+.3f}" if before and after else NOTHING,
-                         "full": _number(shown.get("loss_full")), "short": _number(shown.get("loss_cut")),
-                         "documents": f"{shown['documents']:,}" if shown.get("documents") is not None else NOTHING})
+            rows.append(
+                {
+                    "phase": stretch.name,
+                    "set": name,
+                    "length": length(seq_length),
+                    "cut": length(shown["cut"]),
+                    "before": gain_text(before) if before else NOTHING,
+                    "after": gain_text(after) if after else NOTHING,
+                    "change": f"{after['gain'] - before['gain']:+.3f}"
+                    if before and after
+                    else NOTHING,
+                    "full": _number(shown.get("loss_full")),
+                    "short": _number(shown.get("loss_cut")),
+                    "documents": f"{shown['documents']:,}"
+                    if shown.get("documents") is not None
+                    else NOTHING,
+                }
+            )
     return rows
 
 
@@ -251,8 +367,14 @@ def _number(value: float | None) -> str:
 def _total(run: Run, skipped: bool) -> dict | None:
     """Sums of the rows that were drawn, or that were passed over."""
     rows = [row for row in run.account if row["skipped"] == skipped]
-    return {"name": "passed over" if skipped else "drawn",
-            **{key: sum(row[key] for row in rows) for key in ("samples", "tokens", "documents")}} if rows else None
+    return (
+        {
+            "name": "passed over" if skipped else "drawn",
+            **{key: sum(row[key] for row in rows) for key in ("samples", "tokens", "documents")},
+        }
+        if rows
+        else None
+    )
 
 
 def repeats(run: Run) -> str:
@@ -262,15 +384,24 @@ def repeats(run: Run) -> str:
     if not repeated:
         return f"None of the {drawn:,} tokens drawn was a repetition: no source went beyond its first epoch."
     parts = ", ".join(f"{source} {again:,}" for source, (again, _) in found.items() if again)
-    return (f"{repeated:,} of the {drawn:,} tokens drawn ({100 * repeated / max(1, drawn):.1f} %) were repeated, drawn "
-            f"in a second or later epoch of their source: {parts}.")
+    return (
+        f"{repeated:,} of the {drawn:,} tokens drawn ({100 * repeated / max(1, drawn):.1f} %) were repeated, drawn "
+        f"in a second or later epoch of their source: {parts}."
+    )
 
 
 def event_rows(run: Run) -> list[dict]:
     """The last `MOST_EVENTS` events as texts, newest last."""
-    return [{"time": datetime.fromtimestamp(event["time"], UTC).strftime("%Y-%m-%d %H:%M:%S"),
-             "step": f"{event['step']:,}", "tokens": short(event["tokens"]), "event": event["event"],
-             "text": event.get("text", "")} for event in run.events[-MOST_EVENTS:]]
+    return [
+        {
+            "time": datetime.fromtimestamp(event["time"], UTC).strftime("%Y-%m-%d %H:%M:%S"),
+            "step": f"{event['step']:,}",
+            "tokens": short(event["tokens"]),
+            "event": event["event"],
+            "text": event.get("text", ""),
+        }
+        for event in run.events[-MOST_EVENTS:]
+    ]
 
 
 def _last_passkey_tokens(run: Run) -> str:

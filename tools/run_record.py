@@ -62,8 +62,10 @@ class Run:
     def batches(self) -> list[int]:
         """Tokens of each step's global batch; from the clock where the records do not say."""
         tokens = [step["tokens"] for step in self.steps]
-        found = [step.get("global_batch_tokens") or end - begin
-                 for step, begin, end in zip(self.steps, [0, *tokens], tokens, strict=False)]
+        found = [
+            step.get("global_batch_tokens") or end - begin
+            for step, begin, end in zip(self.steps, [0, *tokens], tokens, strict=False)
+        ]
         first = self.steps[0]
         if first["step"] > 1 and not first.get("global_batch_tokens") and len(found) > 1:
             found[0] = min(found[0], found[1])  # the clock began in another folder
@@ -102,14 +104,22 @@ def series_of(records: list[dict]) -> dict[tuple[str, int | None], list[dict]]:
     series: dict[tuple[str, int | None], list[dict]] = {}
     for record in records:
         series.setdefault((record.get("set", "valid"), record.get("seq_length")), []).append(record)
-    return dict(sorted(series.items(), key=lambda item: (item[0][0] != "valid", item[0][0], item[0][1] or 0)))
+    return dict(
+        sorted(
+            series.items(), key=lambda item: (item[0][0] != "valid", item[0][0], item[0][1] or 0)
+        )
+    )
 
 
 def before_and_after(records: list[dict], stretch: Stretch) -> tuple[dict | None, dict | None]:
     """The last record up to the beginning of a phase, and the last one of the phase; None where there is none."""
     before = [record for record in records if record["tokens"] <= stretch.begin]
-    after = [record for record in records if stretch.begin < record["tokens"] <= stretch.end
-             and record.get("phase", stretch.name) == stretch.name]
+    after = [
+        record
+        for record in records
+        if stretch.begin < record["tokens"] <= stretch.end
+        and record.get("phase", stretch.name) == stretch.name
+    ]
     return before[-1] if before else None, after[-1] if after else None
 
 
@@ -149,7 +159,9 @@ def read_lines(path: Path) -> list[dict]:
             records.append(json.loads(text))
         except json.JSONDecodeError as error:
             if number < len(texts):
-                raise ValueError(f"{path}: line {number} is not JSON ({error}). Fix: remove that line.") from None
+                raise ValueError(
+                    f"{path}: line {number} is not JSON ({error}). Fix: remove that line."
+                ) from None
     return records
 
 
@@ -157,8 +169,10 @@ def _checked(path: Path, records: list[dict], kind: str) -> list[dict]:
     """The records, each with the fields that its kind needs; raises ValueError otherwise."""
     for record in records:
         if missing := [name for name in NEEDED[kind] if name not in record]:
-            raise ValueError(f"{path}: step {record.get('step', '?')} has no {', '.join(missing)}. "
-                             "Fix: give a file that this trainer wrote.")
+            raise ValueError(
+                f"{path}: step {record.get('step', '?')} has no {', '.join(missing)}. "
+                "Fix: give a file that this trainer wrote."
+            )
     return records
 
 
@@ -166,24 +180,44 @@ def read_run(folder: Path) -> Run:
     """Raises ValueError if there is no run in `folder`, nothing to show yet, or a file that is not the trainer's."""
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
-        raise ValueError(f"load = {folder}: no metrics.jsonl in it. Fix: give the --save folder of a run.")
+        raise ValueError(
+            f"load = {folder}: no metrics.jsonl in it. Fix: give the --save folder of a run."
+        )
     steps = _checked(metrics, read_lines(metrics), "metrics")
     if not steps:
         raise ValueError(f"load = {folder}: metrics.jsonl holds no step yet. Fix: train one.")
     notes: list[str] = []
     evaluated = _read_optional(folder / "validation.jsonl", notes)
-    of_kind = {kind: _checked(folder / "validation.jsonl",
-                              [line for line in evaluated if line.get("kind", "loss") == kind], kind)
-               for kind in ("loss", "context_gain", "passkey")}
-    accounts = _checked(folder / "ledger.jsonl", _read_optional(folder / "ledger.jsonl", notes), "account")
-    events = _checked(folder / "events.jsonl", _read_optional(folder / "events.jsonl", notes), "event")
+    of_kind = {
+        kind: _checked(
+            folder / "validation.jsonl",
+            [line for line in evaluated if line.get("kind", "loss") == kind],
+            kind,
+        )
+        for kind in ("loss", "context_gain", "passkey")
+    }
+    accounts = _checked(
+        folder / "ledger.jsonl", _read_optional(folder / "ledger.jsonl", notes), "account"
+    )
+    events = _checked(
+        folder / "events.jsonl", _read_optional(folder / "events.jsonl", notes), "event"
+    )
     config, progress = _read_checkpoint(folder, notes)
     last = accounts[-1] if accounts else None
     if last is None and progress is not None and "account" in progress.get("data", {}):
         last = {"tokens": progress["clock"], "account": progress["data"]["account"]}
     place = folder.resolve()
-    return Run(f"{place.parent.name} / {place.name}", _by_clock(steps), *map(_by_clock, of_kind.values()), events,
-               last["account"] if last else [], last["tokens"] if last else 0, config, progress, notes)
+    return Run(
+        f"{place.parent.name} / {place.name}",
+        _by_clock(steps),
+        *map(_by_clock, of_kind.values()),
+        events,
+        last["account"] if last else [],
+        last["tokens"] if last else 0,
+        config,
+        progress,
+        notes,
+    )
 
 
 def _by_clock(records: list[dict]) -> list[dict]:
@@ -215,18 +249,27 @@ def _read_checkpoint(folder: Path, notes: list[str]) -> tuple[Config | None, dic
 def summary(run: Run) -> str:
     """The run in a few lines of text."""
     last = run.steps[-1]
-    lines = [f"{last['step']:,} steps, {short(last['tokens'])} tokens, training loss {run.steps[0]['loss']:.4f} -> "
-             f"{last['loss']:.4f}"]
+    lines = [
+        f"{last['step']:,} steps, {short(last['tokens'])} tokens, training loss {run.steps[0]['loss']:.4f} -> "
+        f"{last['loss']:.4f}"
+    ]
     series = series_of(run.evaluations)
     for (name, seq_length), evaluations in series.items():
         first, final = evaluations[0], evaluations[-1]
         of_set = "" if name == "valid" else f" of {name}"
-        at = f" at {length(seq_length)}" if seq_length and len({found for _, found in series}) > 1 else ""
-        lines.append(f"validation loss{of_set}{at} {first['valid_loss']:.4f} (step {first['step']:,}) -> "
-                     f"{final['valid_loss']:.4f} (step {final['step']:,})")
+        at = (
+            f" at {length(seq_length)}"
+            if seq_length and len({found for _, found in series}) > 1
+            else ""
+        )
+        lines.append(
+            f"validation loss{of_set}{at} {first['valid_loss']:.4f} (step {first['step']:,}) -> "
+            f"{final['valid_loss']:.4f} (step {final['step']:,})"
+        )
     for stretch in run.phases():
         speeds = [step["tokens_per_second"] for step in run.steps_of(stretch)]
-        lines.append(f"phase {stretch.name}: length {stretch.seq_length:,}, {short(stretch.end - stretch.begin)} "
-                     f"tokens, {short(statistics.median(speeds))} tokens/s")
+        lines.append(
+            f"phase {stretch.name}: length {stretch.seq_length:,}, {short(stretch.end - stretch.begin)} "
+            f"tokens, {short(statistics.median(speeds))} tokens/s"
+        )
     return "\n".join(lines)
-

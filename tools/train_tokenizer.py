@@ -44,7 +44,9 @@ class Arguments:
     """Replace an existing PREFIX.model; only a file that SentencePiece reads."""
     json_keys: list[str] = field(default_factory=lambda: ["text"])
     """Key of the text in .jsonl/.json objects; one per run."""
-    extensions: list[str] = field(default_factory=lambda: [ending for ending in EXTENSIONS if ending != IDS_EXTENSION])
+    extensions: list[str] = field(
+        default_factory=lambda: [ending for ending in EXTENSIONS if ending != IDS_EXTENSION]
+    )
     """Endings of the files to take from folders; files of a new one are text."""
     plain_text: bool = False
     """Read files of unknown endings as text."""
@@ -73,8 +75,13 @@ def sample_texts(
     without a text are counted in `drawn` and left out: tools.preprocess_data names them.
     """
     drawn = drawn or Drawn()
-    blocks = [Piece(str(path), start, min(start + step, size)) for path in files for size in [path.stat().st_size]
-              for step in [size if is_stream(path) else BLOCK_BYTES] for start in range(0, size, max(1, step))]
+    blocks = [
+        Piece(str(path), start, min(start + step, size))
+        for path in files
+        for size in [path.stat().st_size]
+        for step in [size if is_stream(path) else BLOCK_BYTES]
+        for start in range(0, size, max(1, step))
+    ]
     taken = 0
     for i in Permutation.make(len(blocks), seed).values(0, len(blocks)):
         block = blocks[i]
@@ -104,7 +111,11 @@ def _first_texts(path: Path, max_bytes: int, key: str, drawn: Drawn) -> Iterator
             texts = drawn.take(read_documents(piece, key, skip_bad=True))
         else:
             drawn.texts += 1
-            texts = [next(read_blocks(piece.path), (b"", 0))[0][:max_bytes].decode("utf-8", errors="ignore")]
+            texts = [
+                next(read_blocks(piece.path), (b"", 0))[0][:max_bytes].decode(
+                    "utf-8", errors="ignore"
+                )
+            ]
         taken += sum(len(text.encode()) for text in texts)
         yield from texts
 
@@ -116,9 +127,9 @@ def _whole_lines(block: Piece) -> str:
         data = file.read(block.end - block.start)
         is_last = not file.read(1)
     if block.start and b"\n" in data:
-        data = data[data.index(b"\n") + 1:]
+        data = data[data.index(b"\n") + 1 :]
     if not is_last and b"\n" in data:
-        data = data[:data.rindex(b"\n") + 1]
+        data = data[: data.rindex(b"\n") + 1]
     if block.start == 0:
         data = strip_byte_order_mark(data)
     return data.decode("utf-8", errors="ignore")
@@ -134,18 +145,34 @@ def train(texts: Iterator[str], vocab_size: int) -> bytes:
 
     model = io.BytesIO()
     # Without newlines: each then is the byte piece <0x0A>, as no merge crosses it.
-    lines = (line[i:i + LONGEST_LINE] for text in texts for line in text.split("\n")
-             for i in range(0, len(line), LONGEST_LINE))
+    lines = (
+        line[i : i + LONGEST_LINE]
+        for text in texts
+        for line in text.split("\n")
+        for i in range(0, len(line), LONGEST_LINE)
+    )
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines, model_writer=model, model_type="bpe", vocab_size=vocab_size, byte_fallback=True,
-            split_digits=True, normalization_rule_name="identity", add_dummy_prefix=False,
-            remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, num_threads=1,
-            max_sentence_length=4 * LONGEST_LINE, minloglevel=2)
+            sentence_iterator=lines,
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            num_threads=1,
+            max_sentence_length=4 * LONGEST_LINE,
+            minloglevel=2,
+        )
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise ValueError(f"vocab_size = {vocab_size}: SentencePiece refuses it for this text ({reason}). Fix: more "
-                         "text, or a vocabulary between 512 and what the text allows.") from None
+        raise ValueError(
+            f"vocab_size = {vocab_size}: SentencePiece refuses it for this text ({reason}). Fix: more "
+            "text, or a vocabulary between 512 and what the text allows."
+        ) from None
     return model.getvalue()
 
 
@@ -166,9 +193,13 @@ def train_tokenizer(arguments: Arguments) -> str:
         ValueError: bad input; nothing was written.
     """
     if len(arguments.json_keys) != 1:
-        raise ValueError(f"json_keys = {' '.join(arguments.json_keys)}: must be one key. Fix: choose one.")
+        raise ValueError(
+            f"json_keys = {' '.join(arguments.json_keys)}: must be one key. Fix: choose one."
+        )
     if arguments.max_bytes < 1:
-        raise ValueError(f"max_bytes = {arguments.max_bytes}: must be at least 1. Fix: for example 20000000.")
+        raise ValueError(
+            f"max_bytes = {arguments.max_bytes}: must be at least 1. Fix: for example 20000000."
+        )
     found = find_files(arguments.input, arguments.extensions, plain_text=arguments.plain_text)
     for line in describe_left_out(found):
         print(f"left out: {line}", flush=True)
@@ -179,8 +210,10 @@ def train_tokenizer(arguments: Arguments) -> str:
     inputs = [Input("--input", file) for file in found.files]
     path = check_file("output_prefix", path, "SentencePiece", is_sentencepiece, inputs)
     if path.exists() and not arguments.overwrite:
-        raise ValueError(f"output_prefix = {arguments.output_prefix}: {path} exists already; what it encoded cannot be "
-                         "decoded without it. Fix: give another prefix, or --overwrite.")
+        raise ValueError(
+            f"output_prefix = {arguments.output_prefix}: {path} exists already; what it encoded cannot be "
+            "decoded without it. Fix: give another prefix, or --overwrite."
+        )
     key = arguments.json_keys[0]
     drawn = Drawn()
     texts = sample_texts(found.files, arguments.max_bytes, arguments.seed, key, drawn)
@@ -189,11 +222,15 @@ def train_tokenizer(arguments: Arguments) -> str:
     except ValueError:
         if drawn.texts:
             raise
-        raise ValueError(f"input = {' '.join(arguments.input)}: holds no text ({drawn.bad:,} lines or rows without "
-                         f"text under {key!r}). Fix: --json-keys, or other inputs.") from None
+        raise ValueError(
+            f"input = {' '.join(arguments.input)}: holds no text ({drawn.bad:,} lines or rows without "
+            f"text under {key!r}). Fix: --json-keys, or other inputs."
+        ) from None
     if drawn.bad:
-        print(f"left out: {drawn.bad:,} lines or rows without text under {key!r} (tools.preprocess_data names them)",
-              flush=True)
+        print(
+            f"left out: {drawn.bad:,} lines or rows without text under {key!r} (tools.preprocess_data names them)",
+            flush=True,
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:

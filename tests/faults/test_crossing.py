@@ -15,30 +15,60 @@ from tools.bench.disturbed import Moment, Run, crossings_of, differences, distur
 PHASES = [
     dict(seq_length=32, step_batch_size_schedule="0:4 512:8", tensor_model_parallel_size=2),
     dict(seq_length=64, global_batch_tokens=256, tensor_model_parallel_size=2, packing="best_fit"),
-    dict(seq_length=64, global_batch_tokens=512, pipeline_model_parallel_size=2, rotary_base=20000.0),
-    dict(seq_length=128, global_batch_tokens=512, pipeline_model_parallel_size=2, lr_schedule="rewarm",
-         lr_warmup_tokens=512, document_masking=False),
-    dict(seq_length=128, global_batch_tokens=512, context_parallel_size=2, packing="best_fit",
-         data_parallel_sharding_strategy="optim_grads_params"),
-    dict(seq_length=256, global_batch_tokens=512, context_parallel_size=4, recompute_granularity="full",
-         rope_type="yarn", rope_scaling_factor=4.0, original_max_position_embeddings=64),
+    dict(
+        seq_length=64, global_batch_tokens=512, pipeline_model_parallel_size=2, rotary_base=20000.0
+    ),
+    dict(
+        seq_length=128,
+        global_batch_tokens=512,
+        pipeline_model_parallel_size=2,
+        lr_schedule="rewarm",
+        lr_warmup_tokens=512,
+        document_masking=False,
+    ),
+    dict(
+        seq_length=128,
+        global_batch_tokens=512,
+        context_parallel_size=2,
+        packing="best_fit",
+        data_parallel_sharding_strategy="optim_grads_params",
+    ),
+    dict(
+        seq_length=256,
+        global_batch_tokens=512,
+        context_parallel_size=4,
+        recompute_granularity="full",
+        rope_type="yarn",
+        rope_scaling_factor=4.0,
+        original_max_position_embeddings=64,
+    ),
 ]
 LAYOUT_KEYS = {field.name for field in dataclasses.fields(LayoutConfig)}
 
 
 def write_config(path, chosen: list[dict], tokens: int, keep_layout: bool = True) -> str:
-    phases = [{"name": f"p{number}", "train_tokens": tokens}
-              | {key: value for key, value in phase.items() if keep_layout or key not in LAYOUT_KEYS}
-              for number, phase in enumerate(chosen)]
-    path.write_text(yaml.safe_dump({"phases": phases, "lr_decay_style": "linear", "lr": 3e-3, "min_lr": 1e-4}))
+    phases = [
+        {"name": f"p{number}", "train_tokens": tokens}
+        | {key: value for key, value in phase.items() if keep_layout or key not in LAYOUT_KEYS}
+        for number, phase in enumerate(chosen)
+    ]
+    path.write_text(
+        yaml.safe_dump({"phases": phases, "lr_decay_style": "linear", "lr": 3e-3, "min_lr": 1e-4})
+    )
     return str(path)
 
 
 def arguments(corpus: str, **overrides) -> list[str]:
     argv = base_arguments(corpus, save_interval=3, log_interval=10, **overrides)
-    for flag in ("--train-iters", "--seq-length", "--global-batch-size", "--lr", "--lr-decay-style"):
+    for flag in (
+        "--train-iters",
+        "--seq-length",
+        "--global-batch-size",
+        "--lr",
+        "--lr-decay-style",
+    ):
         at = argv.index(flag)
-        del argv[at:at + 2]
+        del argv[at : at + 2]
     return argv
 
 
@@ -47,13 +77,23 @@ LONG = PHASES, 8192, 20
 """Phases, tokens of each, moments (or how many random ones)."""
 
 
-@pytest.mark.parametrize("phases, tokens, moments", [SHORT, pytest.param(*LONG, marks=pytest.mark.long)],
-                         ids=["short", "20 kills"])
-def test_kills_at_random_steps_saves_and_crossings_change_nothing(pool, tmp_path, phases, tokens, moments):
+@pytest.mark.parametrize(
+    "phases, tokens, moments",
+    [SHORT, pytest.param(*LONG, marks=pytest.mark.long)],
+    ids=["short", "20 kills"],
+)
+def test_kills_at_random_steps_saves_and_crossings_change_nothing(
+    pool, tmp_path, phases, tokens, moments
+):
     corpus = write_corpus(tmp_path / "corpus", documents=600)
     config = write_config(tmp_path / "run.yaml", phases, tokens)
-    alone, changes = ["--config", config, *arguments(corpus, save=str(tmp_path / "alone"))], count_changes(phases)
-    assert [pool.run(train, 4, alone)[0] for _ in range(changes + 1)] == ["again"] * changes + ["done"]
+    alone, changes = (
+        ["--config", config, *arguments(corpus, save=str(tmp_path / "alone"))],
+        count_changes(phases),
+    )
+    assert [pool.run(train, 4, alone)[0] for _ in range(changes + 1)] == ["again"] * changes + [
+        "done"
+    ]
     if isinstance(moments, int):
         steps = max(losses(tmp_path / "alone"))
         moments = plan_moments(moments, steps, crossings_of(tmp_path / "alone"), seed=moments)
@@ -73,20 +113,34 @@ def test_kills_at_random_steps_saves_and_crossings_change_nothing(pool, tmp_path
 
 def count_changes(phases: list[dict]) -> int:
     """Of layout, each of which is a restart."""
-    layouts = [{key: value for key, value in phase.items() if key in LAYOUT_KEYS} for phase in phases]
+    layouts = [
+        {key: value for key, value in phase.items() if key in LAYOUT_KEYS} for phase in phases
+    ]
     return sum(before != after for before, after in zip(layouts, layouts[1:], strict=False))
 
 
 def check_first_losses(pool, corpus, folder, phases, tokens):
     """The first loss after each crossing is that of one process from the same checkpoint, in fp32."""
-    lines = [json.loads(line) for line in (folder / "alone" / "metrics.jsonl").read_text().splitlines()]
-    firsts = [line for before, line in zip(lines, lines[1:], strict=False) if before["phase"] != line["phase"]]
+    lines = [
+        json.loads(line) for line in (folder / "alone" / "metrics.jsonl").read_text().splitlines()
+    ]
+    firsts = [
+        line
+        for before, line in zip(lines, lines[1:], strict=False)
+        if before["phase"] != line["phase"]
+    ]
     assert len(firsts) == len(phases) - 1
     config = write_config(folder / "one.yaml", phases, tokens, keep_layout=False)
     for line in firsts:
         save = folder / f"one{line['step']}"
-        argv = arguments(corpus, save=str(save), load=str(folder / "alone"), ckpt_step=line["step"] - 1,
-                         exit_interval=line["step"], eval_iters=0)
+        argv = arguments(
+            corpus,
+            save=str(save),
+            load=str(folder / "alone"),
+            ckpt_step=line["step"] - 1,
+            exit_interval=line["step"],
+            eval_iters=0,
+        )
         assert pool.run(train, 1, ["--config", config, *argv])[0] in ("stopped", "done")
         (found,) = losses(save).values()
         assert abs(found - line["loss"]) <= 1e-6 * line["loss"], line["phase"]

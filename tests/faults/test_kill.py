@@ -21,7 +21,9 @@ def wait_for_lines(run: Run, count: int) -> None:
 
 
 @pytest.mark.long  # test_crossing.py kills, and test_train_sh.py signals, in every run
-@pytest.mark.parametrize("number, code", [(signal.SIGKILL, 0), (signal.SIGTERM, 75)], ids=["kill -9", "SIGTERM"])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGKILL, 0), (signal.SIGTERM, 75)], ids=["kill -9", "SIGTERM"]
+)
 def test_a_disturbed_run_ends_with_the_weights_of_an_undisturbed_one(pool, tmp_path, number, code):
     corpus = write_corpus(tmp_path / "corpus")
     settings = dict(train_iters=STEPS, save_interval=INTERVAL, global_batch_size=2, seq_length=32)
@@ -44,7 +46,10 @@ def test_a_disturbed_run_ends_with_the_weights_of_an_undisturbed_one(pool, tmp_p
     finally:
         run.end()
     assert not run.workers(), "a worker was left behind"
-    assert pool.run(train, 2, base_arguments(corpus, save=str(tmp_path / "straight"), **settings)) == ["done"] * 2
+    assert (
+        pool.run(train, 2, base_arguments(corpus, save=str(tmp_path / "straight"), **settings))
+        == ["done"] * 2
+    )
     assert losses(tmp_path / "disturbed") == losses(tmp_path / "straight")
     expected, found = stored(tmp_path / "straight"), stored(tmp_path / "disturbed")
     assert expected.keys() == found.keys()

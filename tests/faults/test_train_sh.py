@@ -62,19 +62,42 @@ class Fixture:
         self.python = folder / "python"
         self.python.write_text(FAKE_PYTHON.format(python=sys.executable, here=folder))
         self.python.chmod(0o755)
-        self.environment = {key: value for key, value in os.environ.items() if key not in
-                            ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS", "PYTHONPATH",
-                             *ALLOCATOR_NAMES)}
-        self.environment |= {"ITHACA_PYTHON": str(self.python), "RETRY_WAIT": "0", "GRACE": "5",
-                             "NPROC_PER_NODE": "1", "TMPDIR": str(folder)}
+        self.environment = {
+            key: value
+            for key, value in os.environ.items()
+            if key
+            not in (
+                "NNODES",
+                "NODE_RANK",
+                "MASTER_ADDR",
+                "MASTER_PORT",
+                "OMP_NUM_THREADS",
+                "PYTHONPATH",
+                *ALLOCATOR_NAMES,
+            )
+        }
+        self.environment |= {
+            "ITHACA_PYTHON": str(self.python),
+            "RETRY_WAIT": "0",
+            "GRACE": "5",
+            "NPROC_PER_NODE": "1",
+            "TMPDIR": str(folder),
+        }
 
     def plan(self, *actions: str) -> None:
         (self.folder / "plan").write_text("".join(f"{action}\n" for action in actions))
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen:
-        return subprocess.Popen(["bash", str(TRAIN_SH), *(arguments or ("--config", "run.yaml"))], cwd=self.folder,
-                                env=self.environment | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                text=True, start_new_session=True, preexec_fn=_hear_signals)
+        return subprocess.Popen(
+            ["bash", str(TRAIN_SH), *(arguments or ("--config", "run.yaml"))],
+            cwd=self.folder,
+            env=self.environment | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=_hear_signals,
+        )
 
     def run(self, *arguments: str, **environment: str) -> tuple[int, str, str]:
         process = self.start(*arguments, **environment)
@@ -125,7 +148,10 @@ def test_done_is_success(fake):
     assert path == str(ROOT)
     assert command.endswith(" pretrain.train --config run.yaml --lr 1")
     assert "--grace 5 " in command
-    assert "--nnodes 1 --node-rank 0 --nproc-per-node 1 --master-addr 127.0.0.1 --master-port 0" in command
+    assert (
+        "--nnodes 1 --node-rank 0 --nproc-per-node 1 --master-addr 127.0.0.1 --master-port 0"
+        in command
+    )
 
 
 def test_gpu_memory_comes_in_expandable_segments(fake):
@@ -203,7 +229,9 @@ def test_failures_then_done(fake):
     assert len(fake.starts()) == 3
 
 
-@pytest.mark.parametrize("arguments", [("--config", "run.yaml", "--save", "save"), ("--config=run.yaml",)])
+@pytest.mark.parametrize(
+    "arguments", [("--config", "run.yaml", "--save", "save"), ("--config=run.yaml",)]
+)
 def test_a_new_checkpoint_resets_the_count(fake, arguments):
     (fake.folder / "run.yaml").write_text("lr: 1\nsave: 'save'  # where\n")
     fake.plan("nothing", "publish", "publish", "nothing", "done")
@@ -250,13 +278,18 @@ def test_several_nodes(fake):
     fake.plan("done")
     settings = {"NNODES": "2", "NODE_RANK": "1", "MASTER_PORT": "1234", "NPROC_PER_NODE": "8"}
     assert fake.run(MASTER_ADDR="node0", **settings)[0] == 0
-    assert "--nnodes 2 --node-rank 1 --nproc-per-node 8 --master-addr node0 --master-port 1234" in fake.starts()[0]
+    assert (
+        "--nnodes 2 --node-rank 1 --nproc-per-node 8 --master-addr node0 --master-port 1234"
+        in fake.starts()[0]
+    )
     code, _, err = fake.run(**settings)
     assert code == 2 and "MASTER_ADDR" in err
 
 
-@pytest.mark.parametrize("name, value", [("NPROC_PER_NODE", "0"), ("MAX_RESTARTS", "many"), ("NODE_RANK", "1"),
-                                         ("JOIN_WAIT", "0")])
+@pytest.mark.parametrize(
+    "name, value",
+    [("NPROC_PER_NODE", "0"), ("MAX_RESTARTS", "many"), ("NODE_RANK", "1"), ("JOIN_WAIT", "0")],
+)
 def test_bad_settings_are_named(fake, name, value):
     fake.plan("done")
     code, _, err = fake.run(**{name: value})
@@ -282,7 +315,13 @@ def test_questions_need_no_torchrun(fake):
 
 
 def test_no_arguments_print_the_usage(fake):
-    process = subprocess.run(["bash", str(TRAIN_SH)], cwd=fake.folder, env=fake.environment, capture_output=True,
-                             text=True, timeout=10)
+    process = subprocess.run(
+        ["bash", str(TRAIN_SH)],
+        cwd=fake.folder,
+        env=fake.environment,
+        capture_output=True,
+        text=True,
+        timeout=10,
+    )
     assert process.returncode == 2
     assert "MASTER_ADDR" in process.stdout

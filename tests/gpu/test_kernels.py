@@ -13,8 +13,11 @@ BOUNDS = [0, 1, 7, 128, 512, 513, 1024]
 HEADS, HEAD_SIZE = 8, 64
 
 
-CALLS = [pytest.param(name, crossover, id=name if name != "mixed" else f"mixed from {crossover}")
-         for name in BACKENDS for crossover in ((1, 128, NEVER) if name == "mixed" else (NEVER,))]
+CALLS = [
+    pytest.param(name, crossover, id=name if name != "mixed" else f"mixed from {crossover}")
+    for name in BACKENDS
+    for crossover in ((1, 128, NEVER) if name == "mixed" else (NEVER,))
+]
 """(backend, tokens from which on `mixed` gives a document to cuDNN)."""
 
 
@@ -29,8 +32,12 @@ def backend(name: str, crossover: int):
 
 def inputs(kv_heads: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(BOUNDS[-1], heads, HEAD_SIZE, generator=generator).to("cuda", torch.bfloat16).requires_grad_()
-            for heads in (HEADS, kv_heads, kv_heads)]
+    return [
+        torch.randn(BOUNDS[-1], heads, HEAD_SIZE, generator=generator)
+        .to("cuda", torch.bfloat16)
+        .requires_grad_()
+        for heads in (HEADS, kv_heads, kv_heads)
+    ]
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -53,10 +60,16 @@ def test_backend_equals_the_definition(name, crossover, kv_heads, groups):
         pieces = group_pieces(BOUNDS[-1], group, groups)
         rows = torch.cat([torch.arange(a, b) for a, b in pieces]).cuda()
         q = qkv[0][rows]
-        found = torch.cat([attend(q[part.queries], qkv[1][part.keys], qkv[2][part.keys], part)
-                           for part in make_segments(cu_seqlens, pieces, qkv[0].device)])
+        found = torch.cat(
+            [
+                attend(q[part.queries], qkv[1][part.keys], qkv[2][part.keys], part)
+                for part in make_segments(cu_seqlens, pieces, qkv[0].device)
+            ]
+        )
         assert relative(found, expected[rows]) < 0.01
-        for total, grad in zip(grads, torch.autograd.grad((found.float() * weight[rows]).sum(), qkv), strict=True):
+        for total, grad in zip(
+            grads, torch.autograd.grad((found.float() * weight[rows]).sum(), qkv), strict=True
+        ):
             total += grad
     for grad, wanted in zip(grads, expected_grads, strict=True):
         assert relative(grad, wanted) < 0.02
@@ -65,7 +78,9 @@ def test_backend_equals_the_definition(name, crossover, kv_heads, groups):
 @pytest.mark.parametrize("name, crossover", CALLS)
 def test_backend_keeps_documents_apart_bit_for_bit(name, crossover):
     attend, (q, k, v) = backend(name, crossover), inputs(2)
-    (segments,) = make_segments(torch.tensor(BOUNDS, dtype=torch.int32), [(0, BOUNDS[-1])], q.device)
+    (segments,) = make_segments(
+        torch.tensor(BOUNDS, dtype=torch.int32), [(0, BOUNDS[-1])], q.device
+    )
     with torch.no_grad():
         before = attend(q, k, v, segments).clone()
         for x in (q, k, v):
@@ -90,9 +105,13 @@ def test_grouped_heads_are_not_repeated_for_the_varlen_op():
     """The forward makes its output and log-sum-exp, and no copy of keys and values for each query head."""
     attend = backend("varlen", NEVER)
     tokens, heads = 4096, 32
-    q, k, v = (torch.randn(tokens, count, HEAD_SIZE, device="cuda", dtype=torch.bfloat16).requires_grad_()
-               for count in (heads, 4, 4))
-    (segments,) = make_segments(torch.tensor([0, tokens], dtype=torch.int32), [(0, tokens)], q.device)
+    q, k, v = (
+        torch.randn(tokens, count, HEAD_SIZE, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        for count in (heads, 4, 4)
+    )
+    (segments,) = make_segments(
+        torch.tensor([0, tokens], dtype=torch.int32), [(0, tokens)], q.device
+    )
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     out = attend(q, k, v, segments)

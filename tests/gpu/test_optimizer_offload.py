@@ -11,8 +11,15 @@ from pretrain.train import Trainer
 from tests.dist.training import base_arguments, losses, write_corpus
 
 pytestmark = pytest.mark.gpu
-SIZES = dict(num_layers=4, hidden_size=1024, ffn_hidden_size=2816, num_attention_heads=8, num_query_groups=2, bf16=True,
-             lr=1e-3)
+SIZES = dict(
+    num_layers=4,
+    hidden_size=1024,
+    ffn_hidden_size=2816,
+    num_attention_heads=8,
+    num_query_groups=2,
+    bf16=True,
+    lr=1e-3,
+)
 
 
 def run(argv: list[str]) -> tuple[set[str], int]:
@@ -22,10 +29,16 @@ def run(argv: list[str]) -> tuple[set[str], int]:
         trainer = Trainer(make_plan(load_config(spell(argv)), 1), world)
         assert trainer.run() == "done"
         torch.cuda.synchronize()
-        places = {parameter.to_local().device.type for stage in trainer.state.stages for parameter in
-                  stage.parameters()}
-        moments = {value.to_local().device.type if hasattr(value, "to_local") else value.device.type
-                   for state in trainer.state.optimizer.state.values() for value in state.values()}
+        places = {
+            parameter.to_local().device.type
+            for stage in trainer.state.stages
+            for parameter in stage.parameters()
+        }
+        moments = {
+            value.to_local().device.type if hasattr(value, "to_local") else value.device.type
+            for state in trainer.state.optimizer.state.values()
+            for value in state.values()
+        }
         assert moments == places
         return places, torch.cuda.memory_allocated()
     finally:
@@ -37,8 +50,18 @@ def test_the_run_is_the_same_and_the_device_smaller(tmp_path, strategy):
     corpus = write_corpus(tmp_path / "corpus")
 
     def arguments(folder: str, **changes) -> list[str]:
-        return base_arguments(corpus, **(SIZES | dict(save=str(tmp_path / folder), micro_batch_size=2,
-                                                      data_parallel_sharding_strategy=strategy) | changes))
+        return base_arguments(
+            corpus,
+            **(
+                SIZES
+                | dict(
+                    save=str(tmp_path / folder),
+                    micro_batch_size=2,
+                    data_parallel_sharding_strategy=strategy,
+                )
+                | changes
+            ),
+        )
 
     places, on_device = run(arguments("device"))
     assert places == {"cuda"}

@@ -38,7 +38,9 @@ class Mutation:
         original = owner.__dict__[leaf]
         plain = original.__func__ if isinstance(original, staticmethod) else original
         mutated = self.replace(plain)
-        setattr(owner, leaf, staticmethod(mutated) if isinstance(original, staticmethod) else mutated)
+        setattr(
+            owner, leaf, staticmethod(mutated) if isinstance(original, staticmethod) else mutated
+        )
         try:
             yield
         finally:
@@ -47,20 +49,27 @@ class Mutation:
 
 def change_batch(change: Callable) -> Callable:
     """A `read_batch` whose result goes through `change(batch, samples, pieces)`."""
+
     def replace(original):
         def mutated(samples, seq_length, pieces, **options):
             return change(original(samples, seq_length, pieces, **options), samples, pieces)
+
         return mutated
+
     return replace
 
 
 def labels_shifted_after_slicing(batch, *_):
     labels = torch.cat([batch.tokens[1:], torch.tensor([IGNORE])])
-    return dataclasses.replace(batch, labels=torch.where(batch.labels == IGNORE, IGNORE, labels), num_targets=-1)
+    return dataclasses.replace(
+        batch, labels=torch.where(batch.labels == IGNORE, IGNORE, labels), num_targets=-1
+    )
 
 
 def labels_across_documents(batch, samples, pieces):
-    tokens = np.concatenate([stream.read(intervals[0, 0] + 1, intervals[0, 1]) for stream, intervals, _ in samples])
+    tokens = np.concatenate(
+        [stream.read(intervals[0, 0] + 1, intervals[0, 1]) for stream, intervals, _ in samples]
+    )
     labels = np.concatenate([tokens[low:high] for low, high in pieces])
     return dataclasses.replace(batch, labels=torch.from_numpy(labels), num_targets=-1)
 
@@ -71,7 +80,9 @@ def one_big_document(batch, *_):
 
 
 def positions_of_the_sample(batch, samples, pieces):
-    return dataclasses.replace(batch, positions=torch.cat([torch.arange(low, high) for low, high in pieces]))
+    return dataclasses.replace(
+        batch, positions=torch.cat([torch.arange(low, high) for low, high in pieces])
+    )
 
 
 def positions_from_the_slice(batch, *_):
@@ -83,12 +94,15 @@ def positions_from_the_slice(batch, *_):
 
 
 def local_target_count(original):
-    return lambda microbatches, layout: torch.tensor(sum(batch.num_targets for batch in microbatches))
+    return lambda microbatches, layout: torch.tensor(
+        sum(batch.num_targets for batch in microbatches)
+    )
 
 
 def count_over_dp_only(original):
     def mutated(microbatches, layout):
         return original(microbatches, dataclasses.replace(layout, dp_cp=layout.dp))
+
     return mutated
 
 
@@ -100,6 +114,7 @@ def averaged_gradients(original):
         for unit in module.modules():
             if isinstance(unit, FSDPModule):
                 unit.set_gradient_divide_factor(float(layout.dp_cp.size))
+
     return mutated
 
 
@@ -107,6 +122,7 @@ def last_chunk_only(original):
     def mutated(ctx, grad):
         ctx.sum_tD.zero_()
         return original(ctx, grad)
+
     return mutated
 
 
@@ -115,6 +131,7 @@ def without_max(original):
 
     def mutated(x, axis, op=dist.ReduceOp.SUM):
         return x if op == dist.ReduceOp.MAX else original(x, axis, op)
+
     return mutated
 
 
@@ -122,6 +139,7 @@ def last_microbatch_not_reduced(original):
     def mutated(module, strategy, is_last):
         original(module, strategy, is_last)
         module.set_requires_gradient_sync(not is_last)
+
     return mutated
 
 
@@ -129,11 +147,16 @@ def norm_of_this_rank(original):
     def mutated(stages, layout):
         grads = [p.grad.to_local() for stage in stages for p in stage.parameters()]
         return torch.nn.utils.get_total_norm(grads).double()
+
     return mutated
 
 
 def scaled_gradients(original):
-    return original | {"1F1B": lambda *args, **options: original["1F1B"](*args, **(options | dict(scale_grads=True)))}
+    return original | {
+        "1F1B": lambda *args, **options: original["1F1B"](
+            *args, **(options | dict(scale_grads=True))
+        )
+    }
 
 
 def not_reduced_at_all(original):
@@ -152,6 +175,7 @@ def not_reduced_at_all(original):
         for unit in module.modules():
             if isinstance(unit, FSDPModule):
                 unit.set_custom_reduce_scatter(OwnPart())
+
     return mutated
 
 
@@ -160,14 +184,17 @@ def keys_in_the_order_of_groups(original):
         from parallel.collectives import gather_sequence
 
         return gather_sequence(k, axis), gather_sequence(v, axis)
+
     return mutated
 
 
 def gathered_gradient_of_the_own_group(original):
     """The gradient of a gathered key is taken from this group's queries only."""
+
     def mutated(grad, axis):
         rows = grad.shape[0] // axis.size
-        return original(grad, axis) * 0 + grad[axis.rank * rows:(axis.rank + 1) * rows]
+        return original(grad, axis) * 0 + grad[axis.rank * rows : (axis.rank + 1) * rows]
+
     return mutated
 
 
@@ -175,6 +202,7 @@ def contiguous_pieces(original):
     def mutated(total, layout):
         share = total // layout.cp.size
         return [(layout.cp.rank * share, (layout.cp.rank + 1) * share)]
+
     return mutated
 
 
@@ -182,85 +210,178 @@ ACROSS_EDGES = Case(cp=2, model=UNTIED)
 TWO_LEVELS = Case(cp=4, context_levels=(2, 2))
 MUTATIONS = {
     "loss divided by this rank's targets (Megatron-LM#7513)": Mutation(
-        "pretrain.step", "count_targets", local_target_count, ACROSS_EDGES),
+        "pretrain.step", "count_targets", local_target_count, ACROSS_EDGES
+    ),
     "targets counted over dp without cp (VeOmni#338)": Mutation(
-        "pretrain.step", "count_targets", count_over_dp_only, ACROSS_EDGES),
+        "pretrain.step", "count_targets", count_over_dp_only, ACROSS_EDGES
+    ),
     "gradients averaged over cp instead of summed (verl#2857)": Mutation(
-        "model.build", "shard_module", averaged_gradients, ACROSS_EDGES),
+        "model.build", "shard_module", averaged_gradients, ACROSS_EDGES
+    ),
     "labels shifted after slicing (verl#5227)": Mutation(
-        "data.loader", "read_batch", change_batch(labels_shifted_after_slicing), ACROSS_EDGES),
+        "data.loader", "read_batch", change_batch(labels_shifted_after_slicing), ACROSS_EDGES
+    ),
     "targets across documents": Mutation(
-        "data.loader", "read_batch", change_batch(labels_across_documents), ACROSS_EDGES),
+        "data.loader", "read_batch", change_batch(labels_across_documents), ACROSS_EDGES
+    ),
     "attention across documents (trl#6843)": Mutation(
-        "data.loader", "read_batch", change_batch(one_big_document), ACROSS_EDGES),
+        "data.loader", "read_batch", change_batch(one_big_document), ACROSS_EDGES
+    ),
     "attention kernel without the documents' boundaries (axolotl#3608)": Mutation(
-        "model.gpt", "make_segments", lambda original: lambda cu_seqlens, pieces, device: original(
-            cu_seqlens[[0, -1]], pieces, device), ACROSS_EDGES),
+        "model.gpt",
+        "make_segments",
+        lambda original: (
+            lambda cu_seqlens, pieces, device: original(cu_seqlens[[0, -1]], pieces, device)
+        ),
+        ACROSS_EDGES,
+    ),
     "positions of the sample, not the document (torchtitan#2559)": Mutation(
-        "data.loader", "read_batch", change_batch(positions_of_the_sample), ACROSS_EDGES),
+        "data.loader", "read_batch", change_batch(positions_of_the_sample), ACROSS_EDGES
+    ),
     "positions that restart at the slice (Megatron-LM#5243)": Mutation(
-        "data.loader", "read_batch", change_batch(positions_from_the_slice), ACROSS_EDGES),
+        "data.loader", "read_batch", change_batch(positions_from_the_slice), ACROSS_EDGES
+    ),
     "heads in the wrong order after the exchange": Mutation(
-        "model.attention", "heads_to_seq", lambda original: lambda o, split, axis: original(o, split, axis).flip(1),
-        Case(cp=2, model=MANY_KV)),
+        "model.attention",
+        "heads_to_seq",
+        lambda original: lambda o, split, axis: original(o, split, axis).flip(1),
+        Case(cp=2, model=MANY_KV),
+    ),
     "gradient of a shared key/value head overwritten, not summed": Mutation(
-        "parallel.ulysses", "_store", lambda original: lambda grad, block, start, stop, written: original(
-            grad, block, start, stop, 0), Case(cp=4)),
+        "parallel.ulysses",
+        "_store",
+        lambda original: (
+            lambda grad, block, start, stop, written: original(grad, block, start, stop, 0)
+        ),
+        Case(cp=4),
+    ),
     "query heads paired with the wrong key/value head": Mutation(
-        "model.attention", "_repeat_heads", lambda original: lambda x_TkH, uses: original(x_TkH, uses[::-1]),
-        Case(cp=3, seq_length=36, model=dict(num_attention_heads=8, num_query_groups=2, hidden_size=64))),
+        "model.attention",
+        "_repeat_heads",
+        lambda original: lambda x_TkH, uses: original(x_TkH, uses[::-1]),
+        Case(
+            cp=3,
+            seq_length=36,
+            model=dict(num_attention_heads=8, num_query_groups=2, hidden_size=64),
+        ),
+    ),
     "partial gradient of a replicated parameter not reduced over tp": Mutation(
-        "model.parts", "local_part", lambda original: lambda parameter, partial=False: original(parameter),
-        Case(tp=2, model=dict(qk_layernorm=True))),
+        "model.parts",
+        "local_part",
+        lambda original: lambda parameter, partial=False: original(parameter),
+        Case(tp=2, model=dict(qk_layernorm=True)),
+    ),
     "replicated parameter counted on every tp rank in the norm (Megatron-LM#7452)": Mutation(
-        "pretrain.step", "Shard", lambda original: object, Case(tp=2)),
+        "pretrain.step", "Shard", lambda original: object, Case(tp=2)
+    ),
     "norm of this rank's gradients only": Mutation(
-        "pretrain.step", "global_grad_norm", norm_of_this_rank, Case(dp=2)),
+        "pretrain.step", "global_grad_norm", norm_of_this_rank, Case(dp=2)
+    ),
     "no reduction of dx behind a column-parallel layer": Mutation(
-        "model.parts", "copy_to", lambda original: lambda x, axis: x, Case(tp=2)),
+        "model.parts", "copy_to", lambda original: lambda x, axis: x, Case(tp=2)
+    ),
     "no sum over tp at all": Mutation(
-        "parallel.collectives", "all_reduce", lambda original: lambda x, axis, *op: (
-            x if axis.name == "tp" else original(x, axis, *op)), Case(tp=2, cp=2)),
+        "parallel.collectives",
+        "all_reduce",
+        lambda original: lambda x, axis, *op: x if axis.name == "tp" else original(x, axis, *op),
+        Case(tp=2, cp=2),
+    ),
     "norm weights not reduced under sequence parallelism (Megatron-LM#7452)": Mutation(
-        "model.build", "shardings_for", lambda original: lambda names, config, tp, sequence_parallel: original(
-            names, config, tp, False), Case(tp=2, sequence_parallel=True)),
+        "model.build",
+        "shardings_for",
+        lambda original: (
+            lambda names, config, tp, sequence_parallel: original(names, config, tp, False)
+        ),
+        Case(tp=2, sequence_parallel=True),
+    ),
     "tied embedding's two gradients not summed": Mutation(
-        "pretrain.step", "sum_tied_gradients", lambda original: lambda stages, layout: None, Case(pp=2)),
+        "pretrain.step",
+        "sum_tied_gradients",
+        lambda original: lambda stages, layout: None,
+        Case(pp=2),
+    ),
     "tied embedding's two gradients not summed on the rank that holds both": Mutation(
-        "pretrain.step", "sum_tied_gradients", lambda original: lambda stages, layout: None,
-        Case(pp=2, schedule="ZBV", model=dict(num_layers=4))),
+        "pretrain.step",
+        "sum_tied_gradients",
+        lambda original: lambda stages, layout: None,
+        Case(pp=2, schedule="ZBV", model=dict(num_layers=4)),
+    ),
     "tied embedding counted twice in the norm": Mutation(
-        "pretrain.step", "global_grad_norm", lambda original: lambda stages, layout: original(
-            [SimpleNamespace(is_first=True, named_parameters=stage.named_parameters) for stage in stages], layout),
-        Case(pp=2, schedule="ZBV", model=dict(num_layers=4))),
+        "pretrain.step",
+        "global_grad_norm",
+        lambda original: (
+            lambda stages, layout: original(
+                [
+                    SimpleNamespace(is_first=True, named_parameters=stage.named_parameters)
+                    for stage in stages
+                ],
+                layout,
+            )
+        ),
+        Case(pp=2, schedule="ZBV", model=dict(num_layers=4)),
+    ),
     "norm without the other pipeline stages (wrong group)": Mutation(
-        "pretrain.step", "global_grad_norm", lambda original: lambda stages, layout: original(
-            stages, dataclasses.replace(layout, world=layout.dp_cp)), Case(pp=2, cp=2)),
+        "pretrain.step",
+        "global_grad_norm",
+        lambda original: (
+            lambda stages, layout: original(stages, dataclasses.replace(layout, world=layout.dp_cp))
+        ),
+        Case(pp=2, cp=2),
+    ),
     "gradients not reduced over cp (VeOmni#1059)": Mutation(
-        "model.build", "shard_module", not_reduced_at_all, ACROSS_EDGES),
+        "model.build", "shard_module", not_reduced_at_all, ACROSS_EDGES
+    ),
     "gathered keys in the order of the groups, not of the tokens": Mutation(
-        "model.attention", "gather_keys", keys_in_the_order_of_groups, TWO_LEVELS),
+        "model.attention", "gather_keys", keys_in_the_order_of_groups, TWO_LEVELS
+    ),
     "gradient of a gathered key from one group only": Mutation(
-        "parallel.collectives", "_reduce_scatter_rows", gathered_gradient_of_the_own_group, TWO_LEVELS),
+        "parallel.collectives",
+        "_reduce_scatter_rows",
+        gathered_gradient_of_the_own_group,
+        TWO_LEVELS,
+    ),
     "contiguous slices under the balanced order of two levels": Mutation(
-        "tests.dist.parity", "token_pieces", contiguous_pieces, TWO_LEVELS),
+        "tests.dist.parity", "token_pieces", contiguous_pieces, TWO_LEVELS
+    ),
     "heads exchanged between the groups and keys gathered inside them (wrong group)": Mutation(
-        "tests.dist.parity", "build_stages", lambda original: lambda config, vocab_size, layout, *args, **options:
-        original(config, vocab_size, dataclasses.replace(layout, cp_a2a=layout.cp_gather, cp_gather=layout.cp_a2a),
-                 *args, **options), TWO_LEVELS),
+        "tests.dist.parity",
+        "build_stages",
+        lambda original: (
+            lambda config, vocab_size, layout, *args, **options: original(
+                config,
+                vocab_size,
+                dataclasses.replace(layout, cp_a2a=layout.cp_gather, cp_gather=layout.cp_a2a),
+                *args,
+                **options,
+            )
+        ),
+        TWO_LEVELS,
+    ),
     "gradients divided by the number of microbatches under pp": Mutation(
-        "parallel.pipeline", "SCHEDULES", scaled_gradients, Case(pp=2)),
+        "parallel.pipeline", "SCHEDULES", scaled_gradients, Case(pp=2)
+    ),
     "the last microbatch's gradient not reduced": Mutation(
-        "pretrain.step", "set_microbatch", last_microbatch_not_reduced, Case(dp=2)),
+        "pretrain.step", "set_microbatch", last_microbatch_not_reduced, Case(dp=2)
+    ),
     "softmax maximum of this tp rank only": Mutation(
-        "model.loss", "all_reduce", without_max, Case(tp=2)),
+        "model.loss", "all_reduce", without_max, Case(tp=2)
+    ),
     "padded rows of the vocabulary take part in the softmax (Megatron-Bridge#5375)": Mutation(
-        "model.gpt", "Head", lambda original: lambda tp, vocab_size, chunk_tokens: original(tp, 1 << 30, chunk_tokens),
-        Case(tp=2)),
+        "model.gpt",
+        "Head",
+        lambda original: lambda tp, vocab_size, chunk_tokens: original(tp, 1 << 30, chunk_tokens),
+        Case(tp=2),
+    ),
     "the last tokens of an MLP in tiles dropped (TransformerEngine#1930)": Mutation(
-        "model.mlp", "_tiles", lambda original: lambda total, count: original(total - total % count, count),
-        Case(cp=2, memory=MemorySettings(mlp_tiles=3))),
+        "model.mlp",
+        "_tiles",
+        lambda original: lambda total, count: original(total - total % count, count),
+        Case(cp=2, memory=MemorySettings(mlp_tiles=3)),
+    ),
     "gradient of the input from the last group of heads only": Mutation(
-        "model.attention_chunks", "_Linear.backward", last_chunk_only,
-        Case(cp=2, model=MANY_KV, memory=MemorySettings(attention_head_chunks=2))),
+        "model.attention_chunks",
+        "_Linear.backward",
+        last_chunk_only,
+        Case(cp=2, model=MANY_KV, memory=MemorySettings(attention_head_chunks=2)),
+    ),
 }

@@ -19,7 +19,9 @@ caught: dict[str, str] = {}
 def test_the_parity_suite_notices(pool, single, name):
     case = MUTATIONS[name].case
     expected = single(case)
-    results = pool.run(run_mutated, case.world_size, case, name)  # outside: a mutation that crashes proves nothing
+    results = pool.run(
+        run_mutated, case.world_size, case, name
+    )  # outside: a mutation that crashes proves nothing
     with pytest.raises(AssertionError) as found:
         compare(results, expected)
         check_replicas_equal(results)

@@ -19,7 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model import kernels, mixed
 from model.attention_tape import AttentionTape, empty
 from model.kernels import BACKENDS, choose_attention, flash_version, make_segments, varlen_options
-from model.mixed import GPU_KERNELS, NEVER, Kernels, Part, mixed_attention, padded_length, split_parts
+from model.mixed import (
+    GPU_KERNELS,
+    NEVER,
+    Kernels,
+    Part,
+    mixed_attention,
+    padded_length,
+    split_parts,
+)
 from model.sdpa import _backward as dense_backward
 from model.sdpa import _document, _document_gradients
 from model.sdpa import _forward as dense_forward
@@ -42,7 +50,9 @@ class StandIns:
         """(documents, tokens of each with padding) of every forward for long documents."""
         self.short: list[list[int]] = []
         """Bounds of the queries of every forward for the others."""
-        self.kernels = Kernels(self.long_forward, self.long_backward, self.short_forward, self.short_backward)
+        self.kernels = Kernels(
+            self.long_forward, self.long_backward, self.short_forward, self.short_backward
+        )
 
     def long_forward(self, q, k, v):
         assert q.shape[2] == k.shape[2], "cuDNN's causal mask is for as many keys as queries"
@@ -55,15 +65,29 @@ class StandIns:
 
     def short_forward(self, q, k, v, part: Part):
         self.short.append(part.cu_q.tolist())
-        found = [_document(*(x.transpose(0, 1)[None] for x in document)) for document in self.documents(part, q, k, v)]
-        return torch.cat([out[0].transpose(0, 1) for out, _ in found]), tuple(log_sums for _, log_sums in found)
+        found = [
+            _document(*(x.transpose(0, 1)[None] for x in document))
+            for document in self.documents(part, q, k, v)
+        ]
+        return torch.cat([out[0].transpose(0, 1) for out, _ in found]), tuple(
+            log_sums for _, log_sums in found
+        )
 
     def short_backward(self, grad, q, k, v, out, kept, part: Part):
-        documents = zip(self.documents(part, q, k, v), grad.split(part.cu_q.diff().tolist()),
-                        out.split(part.cu_q.diff().tolist()), kept, strict=True)
-        found = [_document_gradients(*(x.transpose(0, 1)[None] for x in (g, *qkv, o)), log_sums)
-                 for qkv, g, o, log_sums in documents]
-        return tuple(torch.cat([x[0].transpose(0, 1) for x in each]) for each in zip(*found, strict=True))
+        documents = zip(
+            self.documents(part, q, k, v),
+            grad.split(part.cu_q.diff().tolist()),
+            out.split(part.cu_q.diff().tolist()),
+            kept,
+            strict=True,
+        )
+        found = [
+            _document_gradients(*(x.transpose(0, 1)[None] for x in (g, *qkv, o)), log_sums)
+            for qkv, g, o, log_sums in documents
+        ]
+        return tuple(
+            torch.cat([x[0].transpose(0, 1) for x in each]) for each in zip(*found, strict=True)
+        )
 
     @staticmethod
     def documents(part: Part, q, k, v):
@@ -92,8 +116,10 @@ def nothing_is_zero():
 
 def inputs(kv_heads: int = 2, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(TOKENS, heads, HEAD_SIZE, generator=generator, dtype=dtype).requires_grad_()
-            for heads in (QUERY_HEADS, kv_heads, kv_heads)]
+    return [
+        torch.randn(TOKENS, heads, HEAD_SIZE, generator=generator, dtype=dtype).requires_grad_()
+        for heads in (QUERY_HEADS, kv_heads, kv_heads)
+    ]
 
 
 def segments_of(bounds: list[int], pieces: list[tuple[int, int]] | None = None):
@@ -116,42 +142,61 @@ BOUNDS = {
 def test_mixed_equals_the_definition(name, from_tokens, kv_heads, small_granule, nothing_is_zero):
     qkv, bounds = inputs(kv_heads), BOUNDS[name]
     expected = masked_attention(*qkv, torch.tensor(bounds, dtype=torch.int32))
-    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weight = torch.randn(
+        expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     (segments,) = segments_of(bounds)
     found = mixed_attention(from_tokens, StandIns().kernels)(*qkv, segments)
     assert (found - expected).abs().max() < 1e-12
     grads = torch.autograd.grad((found * weight).sum(), qkv)
-    for grad, wanted in zip(grads, torch.autograd.grad((expected * weight).sum(), qkv), strict=True):
+    for grad, wanted in zip(
+        grads, torch.autograd.grad((expected * weight).sum(), qkv), strict=True
+    ):
         assert (grad - wanted).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("groups", [2, 3])
 @pytest.mark.parametrize("name", BOUNDS)
-def test_mixed_equals_the_definition_where_queries_continue_a_document(name, groups, small_granule, nothing_is_zero):
+def test_mixed_equals_the_definition_where_queries_continue_a_document(
+    name, groups, small_granule, nothing_is_zero
+):
     qkv, bounds = inputs(), BOUNDS[name]
     attend = mixed_attention(10, StandIns().kernels)
     expected = masked_attention(*qkv, torch.tensor(bounds, dtype=torch.int32))
-    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weight = torch.randn(
+        expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     grads = [torch.zeros_like(x) for x in qkv]
     for group in range(groups):
         pieces = group_pieces(TOKENS, group, groups)
         rows = torch.cat([torch.arange(a, b) for a, b in pieces])
         q = qkv[0][rows]
-        found = torch.cat([attend(q[part.queries], qkv[1][part.keys], qkv[2][part.keys], part)
-                           for part in segments_of(bounds, pieces)])
+        found = torch.cat(
+            [
+                attend(q[part.queries], qkv[1][part.keys], qkv[2][part.keys], part)
+                for part in segments_of(bounds, pieces)
+            ]
+        )
         assert (found - expected[rows]).abs().max() < 1e-12
-        for total, grad in zip(grads, torch.autograd.grad((found * weight[rows]).sum(), qkv), strict=True):
+        for total, grad in zip(
+            grads, torch.autograd.grad((found * weight[rows]).sum(), qkv), strict=True
+        ):
             total += grad
-    for grad, wanted in zip(grads, torch.autograd.grad((expected * weight).sum(), qkv), strict=True):
+    for grad, wanted in zip(
+        grads, torch.autograd.grad((expected * weight).sum(), qkv), strict=True
+    ):
         assert (grad - wanted).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("from_tokens, long, short", [
-    (1, [(1, 24), (1, 8), (1, 8), (1, 24), (1, 8), (1, 24), (1, 16)], []),
-    (16, [(1, 24), (1, 24), (1, 24), (1, 16)], [[0, 3, 6], [0, 2]]),
-    (24, [(1, 24), (1, 24), (1, 24)], [[0, 3, 6], [0, 2], [0, 16]]),
-    (25, [], [[0, 24, 27, 30, 54, 56, 80, 96]]),
-])
+@pytest.mark.parametrize(
+    "from_tokens, long, short",
+    [
+        (1, [(1, 24), (1, 8), (1, 8), (1, 24), (1, 8), (1, 24), (1, 16)], []),
+        (16, [(1, 24), (1, 24), (1, 24), (1, 16)], [[0, 3, 6], [0, 2]]),
+        (24, [(1, 24), (1, 24), (1, 24)], [[0, 3, 6], [0, 2], [0, 16]]),
+        (25, [], [[0, 24, 27, 30, 54, 56, 80, 96]]),
+    ],
+)
 def test_documents_go_to_cudnn_from_the_crossover_on(from_tokens, long, short, small_granule):
     stand_ins = StandIns()
     (segments,) = segments_of(BOUNDS["short ones between"])
@@ -190,11 +235,16 @@ def test_the_gradient_comes_to_cudnn_in_one_layout_whatever_it_had(small_granule
         layouts.append(grad.stride())
         return stand_ins.long_backward(grad, *args)
 
-    attend = mixed_attention(10, dataclasses.replace(stand_ins.kernels, long_backward=long_backward))
+    attend = mixed_attention(
+        10, dataclasses.replace(stand_ins.kernels, long_backward=long_backward)
+    )
     (segments,) = segments_of([0, 96])
     rows = torch.ones(TOKENS, QUERY_HEADS, HEAD_SIZE, dtype=torch.float64)
-    for grad in (rows, torch.ones(QUERY_HEADS, TOKENS, HEAD_SIZE, dtype=torch.float64).transpose(0, 1),
-                 rows[:1, :1, :1].expand_as(rows)):
+    for grad in (
+        rows,
+        torch.ones(QUERY_HEADS, TOKENS, HEAD_SIZE, dtype=torch.float64).transpose(0, 1),
+        rows[:1, :1, :1].expand_as(rows),
+    ):
         torch.autograd.grad(attend(*qkv, segments), qkv, grad)
     assert len(set(layouts)) == 1, layouts
 
@@ -203,7 +253,11 @@ def test_neighbours_of_one_length_are_one_call_where_none_is_padded(small_granul
     (segments,) = segments_of([0, 24, 48, 59, 70, 96])
     parts = split_parts(segments, 10)
     assert [(part.documents, part.length, part.padded) for part in parts] == [
-        (2, 24, 24), (1, 11, 16), (1, 11, 16), (1, 26, 32)]
+        (2, 24, 24),
+        (1, 11, 16),
+        (1, 11, 16),
+        (1, 26, 32),
+    ]
 
 
 def test_parts_are_made_once_for_all_layers(monkeypatch):
@@ -239,8 +293,10 @@ def test_documents_that_fill_the_call_are_not_copied(bounds, small_granule):
     with Operators() as operators:
         out = mixed_attention(10, stand_ins.kernels)(*qkv, segments)
         torch.autograd.grad(out, qkv, grad)
-    assert operators.names == ["_scaled_dot_product_flash_attention_for_cpu",
-                               "_scaled_dot_product_flash_attention_for_cpu_backward"]
+    assert operators.names == [
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention_for_cpu_backward",
+    ]
     assert stand_ins.long == [(len(bounds) - 1, 96 // (len(bounds) - 1))]
 
 
@@ -249,7 +305,10 @@ def test_rows_that_follow_a_document_serve_as_its_padding(small_granule):
     (segments,) = segments_of([0, 50, 91])
     q, k, v = (x[:91].detach() for x in inputs())
     first, last = split_parts(segments, 10)
-    assert mixed._long_rows(q, first.rows_q, first).untyped_storage().data_ptr() == q.untyped_storage().data_ptr()
+    assert (
+        mixed._long_rows(q, first.rows_q, first).untyped_storage().data_ptr()
+        == q.untyped_storage().data_ptr()
+    )
     copy = mixed._long_rows(q, last.rows_q, last)
     assert copy.untyped_storage().data_ptr() != q.untyped_storage().data_ptr()
     assert copy.shape == (1, QUERY_HEADS, 48, HEAD_SIZE)
@@ -257,11 +316,15 @@ def test_rows_that_follow_a_document_serve_as_its_padding(small_granule):
 
 
 @pytest.mark.parametrize("bounds", [[0, 96], [0, 1, 22, 30, 71, 96]])
-def test_mixed_outlives_its_q_k_and_v_and_keeps_its_output_once(bounds, small_granule, nothing_is_zero):
+def test_mixed_outlives_its_q_k_and_v_and_keeps_its_output_once(
+    bounds, small_granule, nothing_is_zero
+):
     qkv, attend = inputs(), mixed_attention(20, StandIns().kernels)
     (segments,) = segments_of(bounds)
     expected = masked_attention(*qkv, torch.tensor(bounds, dtype=torch.int32))
-    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weight = torch.randn(
+        expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
 
     tape, copies = AttentionTape(), [x.detach().clone() for x in qkv]
     with MemTracker() as tracker:
@@ -270,17 +333,30 @@ def test_mixed_outlives_its_q_k_and_v_and_keeps_its_output_once(bounds, small_gr
         gc.collect()
     kept = sum(parts["Total"] for parts in tracker.get_tracker_snapshot("current").values())
     parts = split_parts(segments, 20)
-    rows = sum(part.padded if part.is_long else part.rows_q.stop - part.rows_q.start for part in parts)
-    of_bounds = sum(x.nbytes for x in (segments.cu_q, segments.cu_k, *(
-        cu for part in parts if part.rows_q.start > 0 for cu in (part.cu_q, part.cu_k))))
-    assert kept == out.nbytes + rows * QUERY_HEADS * 8 + of_bounds, "the output and its log-sum-exps"
+    rows = sum(
+        part.padded if part.is_long else part.rows_q.stop - part.rows_q.start for part in parts
+    )
+    of_bounds = sum(
+        x.nbytes
+        for x in (
+            segments.cu_q,
+            segments.cu_k,
+            *(cu for part in parts if part.rows_q.start > 0 for cu in (part.cu_q, part.cu_k)),
+        )
+    )
+    assert kept == out.nbytes + rows * QUERY_HEADS * 8 + of_bounds, (
+        "the output and its log-sum-exps"
+    )
 
     tape.play()
     again = [x.detach().clone().requires_grad_() for x in qkv]
     found = tape.attend(None, *(x * 1 for x in again))
     assert (found - expected).abs().max() < 1e-12
-    for grad, wanted in zip(torch.autograd.grad((found * weight).sum(), again),
-                            torch.autograd.grad((expected * weight).sum(), qkv), strict=True):
+    for grad, wanted in zip(
+        torch.autograd.grad((found * weight).sum(), again),
+        torch.autograd.grad((expected * weight).sum(), qkv),
+        strict=True,
+    ):
         assert (grad - wanted).abs().max() < 1e-12
 
 
@@ -288,9 +364,13 @@ def test_padded_lengths_are_few_and_near():
     lengths = range(1, 2**17)
     padded = [padded_length(tokens) for tokens in lengths]
     assert all(long >= tokens for tokens, long in zip(lengths, padded, strict=True))
-    assert [padded_length(tokens) for tokens in set(padded)] == list(set(padded)), "what is padded needs no more"
+    assert [padded_length(tokens) for tokens in set(padded)] == list(set(padded)), (
+        "what is padded needs no more"
+    )
     assert len(set(padded)) <= 16 * 17
-    wasted = [long / tokens - 1 for tokens, long in zip(lengths, padded, strict=True) if tokens >= 4096]
+    wasted = [
+        long / tokens - 1 for tokens, long in zip(lengths, padded, strict=True) if tokens >= 4096
+    ]
     assert max(wasted) <= 1 / 16
     assert sum(wasted) / len(wasted) < 0.025
     assert padded_length(1 << 20) == 1 << 20
@@ -300,63 +380,217 @@ def test_padded_lengths_are_few_and_near():
 # Signatures as published: what is called with other arguments on a machine that has the package fails there at once.
 
 
-def flash_2(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
-            causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
-            return_attn_probs=False, block_table=None):
+def flash_2(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    deterministic=False,
+    return_attn_probs=False,
+    block_table=None,
+):
     """flash-attn 2.8.3, flash_attn/flash_attn_interface.py: flash_attn_varlen_func."""
 
 
-def flash_3(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None,
-            softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None,
-            window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
-            sm_margin=0, return_attn_probs=False):
+def flash_3(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    seqused_q=None,
+    seqused_k=None,
+    softmax_scale=None,
+    causal=False,
+    qv=None,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
+    window_size=(-1, -1),
+    attention_chunk=0,
+    softcap=0.0,
+    num_splits=1,
+    pack_gqa=None,
+    deterministic=False,
+    sm_margin=0,
+    return_attn_probs=False,
+):
     """Dao-AILab/flash-attention, hopper/flash_attn_interface.py: flash_attn_varlen_func, at 01afd16d."""
 
 
-def flash_4(q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
-            min_seqlen_k=None, seqused_q=None, seqused_k=None, gather_kv_indices=None, page_table=None,
-            softmax_scale=None, causal=False, window_size=(None, None), learnable_sink=None, softcap=0.0, num_splits=1,
-            pack_gqa=None, deterministic=False, score_mod=None, score_mod_bwd=None, mask_mod=None,
-            block_sparse_tensors=None, aux_tensors=None, aux_scalars=None, return_lse=False, scheduler_metadata=None,
-            seqlen_k_per_split=None, disable_scheduler_metadata=False, gather_bwd_recompute_p=False,
-            gather_bwd_token_chunk=None):
+def flash_4(
+    q,
+    k,
+    v,
+    qv=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    min_seqlen_k=None,
+    seqused_q=None,
+    seqused_k=None,
+    gather_kv_indices=None,
+    page_table=None,
+    softmax_scale=None,
+    causal=False,
+    window_size=(None, None),
+    learnable_sink=None,
+    softcap=0.0,
+    num_splits=1,
+    pack_gqa=None,
+    deterministic=False,
+    score_mod=None,
+    score_mod_bwd=None,
+    mask_mod=None,
+    block_sparse_tensors=None,
+    aux_tensors=None,
+    aux_scalars=None,
+    return_lse=False,
+    scheduler_metadata=None,
+    seqlen_k_per_split=None,
+    disable_scheduler_metadata=False,
+    gather_bwd_recompute_p=False,
+    gather_bwd_token_chunk=None,
+):
     """flash-attn-4 4.0.0b36, flash_attn/cute/interface.py: flash_attn_varlen_func."""
 
 
-def flash_4_early(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None, page_table=None,
-                  softmax_scale=None, causal=False, window_size=(None, None), learnable_sink=None, softcap=0.0,
-                  num_splits=1, pack_gqa=None, deterministic=False):
+def flash_4_early(
+    q,
+    k,
+    v,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    seqused_q=None,
+    seqused_k=None,
+    page_table=None,
+    softmax_scale=None,
+    causal=False,
+    window_size=(None, None),
+    learnable_sink=None,
+    softcap=0.0,
+    num_splits=1,
+    pack_gqa=None,
+    deterministic=False,
+):
     """flash-attn 2.8.3, flash_attn/cute/interface.py: flash_attn_varlen_func."""
 
 
-def te_init(num_attention_heads, kv_channels, num_gqa_groups=None, attention_dropout=0.0, qkv_format="sbhd",
-            attn_mask_type="causal", window_size=None, sequence_parallel=False, tp_size=1, get_rng_state_tracker=None,
-            tp_group=None, layer_number=None, attention_type="self", cp_group=None, cp_global_ranks=None,
-            cp_stream=None, cp_comm_type="p2p", softmax_scale=None):
+def te_init(
+    num_attention_heads,
+    kv_channels,
+    num_gqa_groups=None,
+    attention_dropout=0.0,
+    qkv_format="sbhd",
+    attn_mask_type="causal",
+    window_size=None,
+    sequence_parallel=False,
+    tp_size=1,
+    get_rng_state_tracker=None,
+    tp_group=None,
+    layer_number=None,
+    attention_type="self",
+    cp_group=None,
+    cp_global_ranks=None,
+    cp_stream=None,
+    cp_comm_type="p2p",
+    softmax_scale=None,
+):
     """transformer-engine 2, transformer_engine/pytorch: DotProductAttention.__init__."""
 
 
-def te_forward(query_layer, key_layer, value_layer, attention_mask=None, qkv_format=None, cu_seqlens_q=None,
-               cu_seqlens_kv=None, cu_seqlens_q_padded=None, cu_seqlens_kv_padded=None, max_seqlen_q=None,
-               max_seqlen_kv=None, attn_mask_type=None, window_size=None, checkpoint_core_attention=False,
-               core_attention_bias_type="no_bias", core_attention_bias=None, alibi_slopes=None, fast_zero_fill=True,
-               inference_params=None, pad_between_seqs=None):
+def te_forward(
+    query_layer,
+    key_layer,
+    value_layer,
+    attention_mask=None,
+    qkv_format=None,
+    cu_seqlens_q=None,
+    cu_seqlens_kv=None,
+    cu_seqlens_q_padded=None,
+    cu_seqlens_kv_padded=None,
+    max_seqlen_q=None,
+    max_seqlen_kv=None,
+    attn_mask_type=None,
+    window_size=None,
+    checkpoint_core_attention=False,
+    core_attention_bias_type="no_bias",
+    core_attention_bias=None,
+    alibi_slopes=None,
+    fast_zero_fill=True,
+    inference_params=None,
+    pad_between_seqs=None,
+):
     """transformer-engine 2, transformer_engine/pytorch: DotProductAttention.forward."""
 
 
-def varlen_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
-                window_size=(-1, -1)):
+def varlen_2_11(
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
+):
     """torch 2.11, torch/nn/attention/varlen.py: varlen_attn."""
 
 
-def varlen_2_13(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
-                window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None):
+def varlen_2_13(
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
+    enable_gqa=False,
+    seqused_k=None,
+    block_table=None,
+    num_splits=None,
+):
     """torch 2.13, torch/nn/attention/varlen.py: varlen_attn."""
 
 
-def cudnn_sdpa(query, key, value, *, scale=None, is_causal=False, causal_bottom_right=False, window_left=-1,
-               window_right=-1, sinks=None, seq_len_q=None, seq_len_kv=None, cu_seqlens_q=None, cu_seqlens_kv=None,
-               max_seqlen_q=0, max_seqlen_kv=0, return_lse=False):
+def cudnn_sdpa(
+    query,
+    key,
+    value,
+    *,
+    scale=None,
+    is_causal=False,
+    causal_bottom_right=False,
+    window_left=-1,
+    window_right=-1,
+    sinks=None,
+    seq_len_q=None,
+    seq_len_kv=None,
+    cu_seqlens_q=None,
+    cu_seqlens_kv=None,
+    max_seqlen_q=0,
+    max_seqlen_kv=0,
+    return_lse=False,
+):
     """nvidia-cudnn-frontend 1.32.0, cudnn/sdpa/fwd/torch_op.py: sdpa (cudnn.sdpa_torch)."""
 
 
@@ -378,7 +612,9 @@ def module(monkeypatch, name: str, **members) -> None:
     """Put a module of this name, with its packages, where `import` finds it."""
     parts = name.split(".")
     for end in range(1, len(parts) + 1):
-        monkeypatch.setitem(sys.modules, ".".join(parts[:end]), types.ModuleType(".".join(parts[:end])))
+        monkeypatch.setitem(
+            sys.modules, ".".join(parts[:end]), types.ModuleType(".".join(parts[:end]))
+        )
     vars(sys.modules[name]).update(members)
 
 
@@ -390,9 +626,15 @@ def call(attend) -> tuple[torch.Tensor, object]:
     return attend(q[:rows], k[segments.keys], v[segments.keys], segments), segments
 
 
-@pytest.mark.parametrize("version, signature, result", [
-    (2, flash_2, lambda given: given["q"]), (3, flash_3, lambda given: given["q"]),
-    (4, flash_4, lambda given: (given["q"], None)), (4, flash_4_early, lambda given: (given["q"], None))])
+@pytest.mark.parametrize(
+    "version, signature, result",
+    [
+        (2, flash_2, lambda given: given["q"]),
+        (3, flash_3, lambda given: given["q"]),
+        (4, flash_4, lambda given: (given["q"], None)),
+        (4, flash_4_early, lambda given: (given["q"], None)),
+    ],
+)
 def test_the_call_of_flash_attn_fits(monkeypatch, version, signature, result):
     function, calls = recording(signature, result)
     module(monkeypatch, kernels.FLASH[version], flash_attn_varlen_func=function)
@@ -431,7 +673,9 @@ def test_the_call_of_transformer_engine_fits(monkeypatch):
     assert calls[0]["max_seqlen_kv"] == 86
 
 
-@pytest.mark.parametrize("signature, is_told_of_groups", [(varlen_2_11, False), (varlen_2_13, True)])
+@pytest.mark.parametrize(
+    "signature, is_told_of_groups", [(varlen_2_11, False), (varlen_2_13, True)]
+)
 def test_the_call_of_torchs_varlen_attention_fits(monkeypatch, signature, is_told_of_groups):
     """Grouped heads go in as they are: torch 2.11 has no flag for them, and its operator takes them."""
     function, calls = recording(signature, lambda given: given["query"])
@@ -445,8 +689,14 @@ def test_the_call_of_torchs_varlen_attention_fits(monkeypatch, signature, is_tol
 
 
 def test_the_recorded_signature_is_that_of_this_torch():
-    recorded = varlen_2_13 if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters else varlen_2_11
-    assert list(inspect.signature(recorded).parameters) == list(inspect.signature(varlen.varlen_attn).parameters)
+    recorded = (
+        varlen_2_13
+        if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
+        else varlen_2_11
+    )
+    assert list(inspect.signature(recorded).parameters) == list(
+        inspect.signature(varlen.varlen_attn).parameters
+    )
     assert varlen_options(varlen.varlen_attn) == varlen_options(recorded)
 
 
@@ -465,22 +715,18 @@ def test_the_call_of_cudnns_frontend_fits(monkeypatch, pieces, is_bottom_right):
 
 
 OPERATORS = {
-    "_scaled_dot_product_cudnn_attention":
-        "(Tensor query, Tensor key, Tensor value, Tensor? attn_bias, bool compute_log_sumexp, float dropout_p=0., "
-        "bool is_causal=False, bool return_debug_mask=False, *, float? scale=None) -> (Tensor, Tensor)",
-    "_scaled_dot_product_cudnn_attention_backward":
-        "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, Tensor philox_seed, "
-        "Tensor philox_offset, Tensor attn_bias, Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, SymInt max_k, "
-        "float dropout_p, bool is_causal, *, float? scale=None) -> (Tensor, Tensor)",
-    "_flash_attention_forward":
-        "(Tensor query, Tensor key, Tensor value, Tensor? cum_seq_q, Tensor? cum_seq_k, SymInt max_q, SymInt max_k, "
-        "float dropout_p, bool is_causal, bool return_debug_mask, *, float? scale=None, "
-        "SymInt? window_size_left=None, SymInt? window_size_right=None) -> (Tensor, Tensor)",
-    "_flash_attention_backward":
-        "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, Tensor cum_seq_q, "
-        "Tensor cum_seq_k, SymInt max_q, SymInt max_k, float dropout_p, bool is_causal, Tensor rng_state, "
-        "Tensor unused, *, float? scale=None, SymInt? window_size_left=None, SymInt? window_size_right=None) "
-        "-> (Tensor, Tensor)",
+    "_scaled_dot_product_cudnn_attention": "(Tensor query, Tensor key, Tensor value, Tensor? attn_bias, bool compute_log_sumexp, float dropout_p=0., "
+    "bool is_causal=False, bool return_debug_mask=False, *, float? scale=None) -> (Tensor, Tensor)",
+    "_scaled_dot_product_cudnn_attention_backward": "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, Tensor philox_seed, "
+    "Tensor philox_offset, Tensor attn_bias, Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, SymInt max_k, "
+    "float dropout_p, bool is_causal, *, float? scale=None) -> (Tensor, Tensor)",
+    "_flash_attention_forward": "(Tensor query, Tensor key, Tensor value, Tensor? cum_seq_q, Tensor? cum_seq_k, SymInt max_q, SymInt max_k, "
+    "float dropout_p, bool is_causal, bool return_debug_mask, *, float? scale=None, "
+    "SymInt? window_size_left=None, SymInt? window_size_right=None) -> (Tensor, Tensor)",
+    "_flash_attention_backward": "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, Tensor cum_seq_q, "
+    "Tensor cum_seq_k, SymInt max_q, SymInt max_k, float dropout_p, bool is_causal, Tensor rng_state, "
+    "Tensor unused, *, float? scale=None, SymInt? window_size_left=None, SymInt? window_size_right=None) "
+    "-> (Tensor, Tensor)",
 }
 """Arguments of the operators under `mixed`, in torch 2.11 and 2.13; what one of them has beyond is left out."""
 
@@ -498,17 +744,25 @@ class OperatorCalls(TorchDispatchMode):
             known = torch._C.parse_schema(f"aten::{name}{OPERATORS[name]}").arguments
             assert len(args) <= len([argument for argument in known if not argument.kwarg_only])
             assert set(kwargs or {}) <= {argument.name for argument in known}
-            self.given[name] = dict(zip([argument.name for argument in known], args, strict=False)) | (kwargs or {})
+            self.given[name] = dict(
+                zip([argument.name for argument in known], args, strict=False)
+            ) | (kwargs or {})
         return function(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("from_tokens, operators", [(1, "_scaled_dot_product_cudnn"), (NEVER, "_flash")])
+@pytest.mark.parametrize(
+    "from_tokens, operators", [(1, "_scaled_dot_product_cudnn"), (NEVER, "_flash")]
+)
 def test_the_operators_under_mixed_take_what_they_are_given(from_tokens, operators):
     """On device meta torch checks arguments and shapes, and runs nothing."""
     (segments,) = segments_of([0, 512])
-    segments = dataclasses.replace(segments, cu_q=segments.cu_q.to("meta"), cu_k=segments.cu_k.to("meta"), parts={})
-    q, k, v = (torch.empty(512, heads, 64, device="meta", dtype=torch.bfloat16).requires_grad_()
-               for heads in (QUERY_HEADS, 2, 2))
+    segments = dataclasses.replace(
+        segments, cu_q=segments.cu_q.to("meta"), cu_k=segments.cu_k.to("meta"), parts={}
+    )
+    q, k, v = (
+        torch.empty(512, heads, 64, device="meta", dtype=torch.bfloat16).requires_grad_()
+        for heads in (QUERY_HEADS, 2, 2)
+    )
     with OperatorCalls() as calls:
         out = mixed_attention(from_tokens, GPU_KERNELS)(q, k, v, segments)
         grads = torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
@@ -527,10 +781,17 @@ def test_the_operators_under_mixed_take_what_they_are_given(from_tokens, operato
 
 def test_the_release_of_flash_attention_is_the_one_for_the_gpu():
     def chosen(capability, *installed):
-        return flash_version(capability, lambda name: name in {kernels.FLASH[version] for version in installed})
+        return flash_version(
+            capability, lambda name: name in {kernels.FLASH[version] for version in installed}
+        )
 
     assert [chosen((9, 0), 2, 3, 4), chosen((9, 0), 2, 4), chosen((9, 0), 2)] == [3, 4, 2]
-    assert [chosen((10, 0), 2, 3, 4), chosen((10, 0), 3), chosen((8, 0), 2, 4), chosen((8, 0), 4)] == [4, None, 2, None]
+    assert [
+        chosen((10, 0), 2, 3, 4),
+        chosen((10, 0), 3),
+        chosen((8, 0), 2, 4),
+        chosen((8, 0), 4),
+    ] == [4, None, 2, None]
 
 
 @pytest.mark.parametrize("capability, expected", [((8, 0), None), ((9, 0), 4), ((10, 0), 4)])
@@ -546,31 +807,50 @@ def test_flash_attention_4_alone_is_not_taken_for_2(tmp_path, monkeypatch, capab
     finally:
         for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:
             del sys.modules[name]
-    assert reason == (None if expected else "the release of flash-attn that is installed is not for this GPU")
+    assert reason == (
+        None if expected else "the release of flash-attn that is installed is not for this GPU"
+    )
 
 
-@pytest.mark.parametrize("capability, installed, expected", [
-    ((9, 0), [], "mixed"), ((9, 0), ["flash_attn"], "mixed"), ((9, 0), ["transformer_engine"], "mixed"),
-    ((9, 0), ["flash_attn_interface"], "flash"), ((10, 0), ["flash_attn.cute"], "flash"), ((10, 0), [], "mixed"),
-    ((8, 0), [], "varlen"), ((8, 0), ["flash_attn"], "flash"), ((8, 0), ["transformer_engine"], "te"),
-    ((9, 0), ["cudnn.sdpa.fwd.torch_op"], "mixed")])
+@pytest.mark.parametrize(
+    "capability, installed, expected",
+    [
+        ((9, 0), [], "mixed"),
+        ((9, 0), ["flash_attn"], "mixed"),
+        ((9, 0), ["transformer_engine"], "mixed"),
+        ((9, 0), ["flash_attn_interface"], "flash"),
+        ((10, 0), ["flash_attn.cute"], "flash"),
+        ((10, 0), [], "mixed"),
+        ((8, 0), [], "varlen"),
+        ((8, 0), ["flash_attn"], "flash"),
+        ((8, 0), ["transformer_engine"], "te"),
+        ((9, 0), ["cudnn.sdpa.fwd.torch_op"], "mixed"),
+    ],
+)
 def test_auto_takes_what_is_fast_on_the_card(monkeypatch, capability, installed, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(kernels, "_is_installed", lambda name: name in ("torch.nn.attention.varlen", *installed))
+    monkeypatch.setattr(
+        kernels, "_is_installed", lambda name: name in ("torch.nn.attention.varlen", *installed)
+    )
     monkeypatch.setattr(kernels, "why_mixed_cannot_run", lambda *args: None)
     assert kernels.pick_backend("auto", GPU, torch.bfloat16)[0].name == expected
 
 
 def test_a_cudnn_that_does_not_run_is_said_in_one_line(monkeypatch):
     """The line names the heads that were tried: cuDNN has no kernel for some head sizes."""
+
     def fails(*args):
         raise RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED\nException raised from ...")
 
     heads = (4, 2, 200)
-    monkeypatch.setattr(mixed, "GPU_KERNELS", dataclasses.replace(StandIns().kernels, long_forward=fails))
+    monkeypatch.setattr(
+        mixed, "GPU_KERNELS", dataclasses.replace(StandIns().kernels, long_forward=fails)
+    )
     reason = mixed.why_mixed_cannot_run(CPU, torch.float32, heads)
-    assert reason == ("cuDNN does not run here with 4 query and 2 key/value heads of size 200: "
-                      "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED")
+    assert reason == (
+        "cuDNN does not run here with 4 query and 2 key/value heads of size 200: "
+        "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"
+    )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(kernels, "why_mixed_cannot_run", lambda *args: reason)
     with pytest.raises(ValueError, match="attention_backend = mixed: cuDNN does not run here"):

@@ -21,26 +21,43 @@ VOCABULARY = 128256
 
 
 def config(preset: str, *phases: dict, **layout) -> Config:
-    made = from_flat({"bf16": "true"} | {name: str(value) for name, value in PRESETS[preset].items()}, "test")
+    made = from_flat(
+        {"bf16": "true"} | {name: str(value) for name, value in PRESETS[preset].items()}, "test"
+    )
     made.given = GivenSettings()  # what is set below was not written by a user either
     made.layout.layout = "auto"
     for name, value in layout.items():
         setattr(made.layout, name, value)
-    made.schedule.phases = [PhaseConfig(**(dict(
-        name=f"phase{number}", seq_length=8192, train_tokens=10**9, global_batch_tokens=1 << 23) | phase))
-        for number, phase in enumerate(phases)]
+    made.schedule.phases = [
+        PhaseConfig(
+            **(
+                dict(
+                    name=f"phase{number}",
+                    seq_length=8192,
+                    train_tokens=10**9,
+                    global_batch_tokens=1 << 23,
+                )
+                | phase
+            )
+        )
+        for number, phase in enumerate(phases)
+    ]
     return made
 
 
 def choose(made: Config, world_size: int, device: Device = H200):
-    return [choose_layout(phase, made, world_size, VOCABULARY, device) for phase in resolve_phases(made)]
+    return [
+        choose_layout(phase, made, world_size, VOCABULARY, device) for phase in resolve_phases(made)
+    ]
 
 
 def test_a_million_tokens_get_many_ranks_and_a_short_phase_none():
     short, long = choose(config("llama3-8b", {}, {"seq_length": 1 << 20}), 1024)
     assert short.best.phase.layout.sizes == (1, 1, 1)
     tp, pp, cp = long.best.phase.layout.sizes
-    assert tp * cp >= 64 and pp == 1 and long.best.phase.layout.context_levels[1] > 1, "more ranks than heads"
+    assert tp * cp >= 64 and pp == 1 and long.best.phase.layout.context_levels[1] > 1, (
+        "more ranks than heads"
+    )
     for choice in (short, long):
         assert choice.best.memory.total <= 0.9 * H200.memory_bytes
         assert choice.next_best.phase.layout.sizes != choice.best.phase.layout.sizes
@@ -52,41 +69,79 @@ def test_a_large_model_is_split_and_a_small_one_is_not():
 
 
 def test_sizes_that_are_given_are_kept():
-    made = config("llama3-8b", {"tensor_model_parallel_size": 4}, {"context_parallel_size": 1,
-                                                                   "recompute_granularity": "full"})
+    made = config(
+        "llama3-8b",
+        {"tensor_model_parallel_size": 4},
+        {"context_parallel_size": 1, "recompute_granularity": "full"},
+    )
     first, second = choose(made, 64)
     assert first.best.phase.layout.sizes[0] == 4 and second.best.phase.layout.sizes[2] == 1
     assert second.best.phase.memory.recompute_granularity == "full"
-    whole_run = config("llama3-8b", {}, pipeline_model_parallel_size=2, data_parallel_sharding_strategy="optim")
+    whole_run = config(
+        "llama3-8b", {}, pipeline_model_parallel_size=2, data_parallel_sharding_strategy="optim"
+    )
     (choice,) = choose(whole_run, 64)
-    assert choice.best.phase.layout.sizes[1] == 2 and choice.best.phase.layout.sharding_strategy == "optim"
-    two_levels = config("llama3-8b", dict(context_parallel_size=16, cp_comm_type="a2a+allgather",
-                                          hierarchical_context_parallel_sizes=[4, 4]))
+    assert (
+        choice.best.phase.layout.sizes[1] == 2
+        and choice.best.phase.layout.sharding_strategy == "optim"
+    )
+    two_levels = config(
+        "llama3-8b",
+        dict(
+            context_parallel_size=16,
+            cp_comm_type="a2a+allgather",
+            hierarchical_context_parallel_sizes=[4, 4],
+        ),
+    )
     (choice,) = choose(two_levels, 64)
     assert choice.best.phase.layout.context_levels == (4, 4)
 
 
 def test_only_what_is_not_given_is_open():
-    made = config("llama3-8b", {"tensor_model_parallel_size": 1, "recompute_granularity": "none"}, {"layout": "given"},
-                  {"hierarchical_context_parallel_sizes": [2, 2]}, context_parallel_size=4)
+    made = config(
+        "llama3-8b",
+        {"tensor_model_parallel_size": 1, "recompute_granularity": "none"},
+        {"layout": "given"},
+        {"hierarchical_context_parallel_sizes": [2, 2]},
+        context_parallel_size=4,
+    )
     assert [phase.auto for phase in resolve_phases(made)] == [
-        ("pipeline_model_parallel_size", "data_parallel_sharding_strategy"), (),
-        ("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_sharding_strategy",
-         "recompute_granularity")]
+        ("pipeline_model_parallel_size", "data_parallel_sharding_strategy"),
+        (),
+        (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "data_parallel_sharding_strategy",
+            "recompute_granularity",
+        ),
+    ]
 
 
 def test_nothing_fits_names_the_least_and_what_would_help():
-    made = config("llama3-70b", {"seq_length": 1 << 20, "recompute_granularity": "none", "pipeline_model_parallel_size":
-                                 1})
+    made = config(
+        "llama3-70b",
+        {"seq_length": 1 << 20, "recompute_granularity": "none", "pipeline_model_parallel_size": 1},
+    )
     with pytest.raises(ValueError) as error:
         choose(made, 64)
     text = str(error.value)
-    assert text.startswith("phase 'phase0': layout = auto: nothing fits 64 processes with 118.2 GiB (all but a tenth")
+    assert text.startswith(
+        "phase 'phase0': layout = auto: nothing fits 64 processes with 118.2 GiB (all but a tenth"
+    )
     assert "The least is tp " in text and "(parameters " in text and "activations " in text
     assert "Fix: recompute_granularity full (tp " in text and "processes (tp " in text
-    packed = config("llama3-8b", {"micro_batch_size": 64, "context_parallel_size": 1, "tensor_model_parallel_size": 1,
-                                  "pipeline_model_parallel_size": 1})
-    with pytest.raises(ValueError, match="Fix: micro_batch_size 1 .*; or leaving all sizes to auto"):
+    packed = config(
+        "llama3-8b",
+        {
+            "micro_batch_size": 64,
+            "context_parallel_size": 1,
+            "tensor_model_parallel_size": 1,
+            "pipeline_model_parallel_size": 1,
+        },
+    )
+    with pytest.raises(
+        ValueError, match="Fix: micro_batch_size 1 .*; or leaving all sizes to auto"
+    ):
         choose(packed, 16)
 
 
@@ -95,13 +150,19 @@ def test_no_legal_layout_says_why():
     with pytest.raises(ValueError) as error:
         choose(made, 64)
     lines = str(error.value).splitlines()
-    assert lines[0].startswith("phase 'phase0': layout = auto: no layout of 64 processes can run it with the tp 3 that "
-                               "are given. Fix: change what is given; layouts that work: tp ")
+    assert lines[0].startswith(
+        "phase 'phase0': layout = auto: no layout of 64 processes can run it with the tp 3 that "
+        "are given. Fix: change what is given; layouts that work: tp "
+    )
     assert any("must divide num_attention_heads" in line for line in lines[1:])
 
 
-def settle(made: Config, world_size: int, stored: dict | None = None, clock: int = 0, device: Device = H200):
-    return settle_layouts(resolve_phases(made), made, world_size, VOCABULARY, stored or {}, clock, device)
+def settle(
+    made: Config, world_size: int, stored: dict | None = None, clock: int = 0, device: Device = H200
+):
+    return settle_layouts(
+        resolve_phases(made), made, world_size, VOCABULARY, stored or {}, clock, device
+    )
 
 
 def test_the_stored_choice_wins_until_the_question_changes():
@@ -172,7 +233,9 @@ def test_the_choice_is_quick_and_the_same_each_time():
 
 def test_the_setting_is_read_from_files_and_flags(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text("phases:\n  - {name: a, seq_length: 128, layout: given}\n  - {name: b, seq_length: 128}\n")
+    path.write_text(
+        "phases:\n  - {name: a, seq_length: 128, layout: given}\n  - {name: b, seq_length: 128}\n"
+    )
     made = load_config(["--config", str(path), "--layout", "auto", "--device-memory-gib", "80"])
     assert made.layout.layout == "auto" and made.schedule.phases[0].layout == "given"
     assert [bool(made.open_settings(phase)) for phase in made.schedule.phases] == [False, True]

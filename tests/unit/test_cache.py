@@ -18,8 +18,11 @@ assert 8 * KEY["size"] > cache.MAPPED_BYTES
 
 
 def make_arrays():
-    return {"numbers": np.arange(KEY["size"], dtype=np.int64), "few": np.array([3, 1], dtype=np.uint32),
-            "none": np.empty(0, dtype=np.int32)}
+    return {
+        "numbers": np.arange(KEY["size"], dtype=np.int64),
+        "few": np.array([3, 1], dtype=np.uint32),
+        "none": np.empty(0, dtype=np.int32),
+    }
 
 
 def check(arrays):
@@ -120,7 +123,9 @@ def test_processes_that_start_together_make_it_once(tmp_path):
         process.start()
     for process in processes:
         process.join()
-    assert [process.exitcode for process in processes] == [0] * 6 and len(list(marks.iterdir())) == 1
+    assert [process.exitcode for process in processes] == [0] * 6 and len(
+        list(marks.iterdir())
+    ) == 1
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

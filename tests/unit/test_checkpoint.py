@@ -36,7 +36,9 @@ def start(**settings):
 def test_a_published_checkpoint_in_save_wins(tmp_path):
     mine, other = publish(tmp_path / "save"), publish(tmp_path / "load")
     assert start(save=tmp_path / "save", load=tmp_path / "load").folder == mine
-    assert start(save=tmp_path / "save", load=tmp_path / "load", finetune=True).weights_only is False
+    assert (
+        start(save=tmp_path / "save", load=tmp_path / "load", finetune=True).weights_only is False
+    )
     assert start(save=tmp_path / "empty", load=tmp_path / "load").folder == other
 
 
@@ -48,7 +50,10 @@ def test_a_published_checkpoint_is_found_through_a_folder_that_is_not_there(tmp_
 
 def test_weights_only_sources(tmp_path):
     folder = publish(tmp_path / "load")
-    for settings in (dict(load=tmp_path / "load", finetune=True), dict(pretrained_checkpoint=tmp_path / "load")):
+    for settings in (
+        dict(load=tmp_path / "load", finetune=True),
+        dict(pretrained_checkpoint=tmp_path / "load"),
+    ):
         found = start(save=tmp_path / "save", **settings)
         assert found.folder == folder and found.weights_only
 
@@ -61,12 +66,16 @@ def test_load_equal_to_an_empty_save_is_a_fresh_start(tmp_path):
 def test_missing_sources_are_fatal(tmp_path):
     with pytest.raises(ValueError, match="load = .*no checkpoint is published there"):
         start(save=tmp_path / "save", load=tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="pretrained_checkpoint = .*no checkpoint is published there"):
+    with pytest.raises(
+        ValueError, match="pretrained_checkpoint = .*no checkpoint is published there"
+    ):
         start(pretrained_checkpoint=tmp_path / "nowhere")
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_text("{}")
     for settings in (dict(load=tmp_path), dict(pretrained_checkpoint=tmp_path)):
-        with pytest.raises(ValueError, match=f"python -m tools.import_hf --hf {tmp_path} --save DIR, then"):
+        with pytest.raises(
+            ValueError, match=f"python -m tools.import_hf --hf {tmp_path} --save DIR, then"
+        ):
             start(save=tmp_path / "save", **settings)
     publish(tmp_path / "load")
     with pytest.raises(ValueError, match="iter_0000009: missing or not complete"):
@@ -88,6 +97,7 @@ def test_an_unfinished_folder_is_never_chosen(tmp_path):
 class Harmful:
     def __reduce__(self):
         import os
+
         return os.mkdir, ("/tmp/ithaca-unpickled-code-ran",)
 
 
@@ -127,7 +137,9 @@ def test_a_save_replaces_its_own_folders_and_leaves_no_other(tmp_path):
     assert names == {"iter_0000001", checkpoint.LATEST}
 
 
-@pytest.mark.parametrize("name", ["iter_0000001", ".iter_0000001.partial", ".iter_0000001.replaced"])
+@pytest.mark.parametrize(
+    "name", ["iter_0000001", ".iter_0000001.partial", ".iter_0000001.replaced"]
+)
 @pytest.mark.parametrize("kind", ["folder", "file", "link", "checkpoint with notes"])
 def test_a_save_keeps_what_no_save_wrote(tmp_path, name, kind, capsys):
     root = tmp_path / "run"

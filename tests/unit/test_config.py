@@ -8,7 +8,14 @@ from model.config import PRESETS
 from model.estimate import num_parameters
 from pretrain.config import Config
 from pretrain.effects import effect_warnings
-from pretrain.load_config import dump_yaml, field_table, load_config, read_config_yaml, sections_of_config, spell
+from pretrain.load_config import (
+    dump_yaml,
+    field_table,
+    load_config,
+    read_config_yaml,
+    sections_of_config,
+    spell,
+)
 from pretrain.phases import resolve_phases
 
 
@@ -22,77 +29,142 @@ def test_flags_win_over_yaml_and_yaml_over_the_preset(tmp_path):
     path = write(tmp_path, "model: tiny\nnum_layers: 3\nlr: 3e-4\nseq_length: 8Ki\nbf16: on\n")
     config = load_config(["--config", path, "--lr", "8.0e-6", "--no-bf16"])
     assert (config.model.num_layers, config.model.hidden_size) == (3, 256)
-    assert (config.optimizer.lr, config.schedule.seq_length, config.optimizer.bf16) == (8.0e-6, 8192, False)
+    assert (config.optimizer.lr, config.schedule.seq_length, config.optimizer.bf16) == (
+        8.0e-6,
+        8192,
+        False,
+    )
 
 
 def test_megatron_spellings():
-    config = load_config(spell(["--ds_sequence_parallel_size", "4", "--global-batch-size=8", "--seq_length", "1Mi",
-                          "--data-path", "some/prefix", "--tokenizer_type", "NullTokenizer"]))
+    config = load_config(
+        spell(
+            [
+                "--ds_sequence_parallel_size",
+                "4",
+                "--global-batch-size=8",
+                "--seq_length",
+                "1Mi",
+                "--data-path",
+                "some/prefix",
+                "--tokenizer_type",
+                "NullTokenizer",
+            ]
+        )
+    )
     assert config.layout.context_parallel_size == 4 and config.schedule.global_batch_size == 8
     assert config.schedule.seq_length == 1 << 20 and config.data.data_path == ["some/prefix"]
 
 
-@pytest.mark.parametrize("flags, level, warnings", [
-    ("--recompute-activations", "selective", []),
-    ("--recompute-granularity selective --recompute-modules mlp core_attn", "selective", []),
-    ("--recompute-granularity selective --recompute-modules core_attn", None, ["nothing is computed again"]),
-    ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", "full", []),
-    ("--recompute-granularity attention_kept --cpu-offloading --cpu-offloading-num-layers 4", "attention_kept", []),
-    ("--recompute-granularity none --no-cpu-offloading", None, []),
-    ("--recompute-granularity full --recompute-modules mlp", "full", ["has no effect without recompute_granularity"]),
-])
+@pytest.mark.parametrize(
+    "flags, level, warnings",
+    [
+        ("--recompute-activations", "selective", []),
+        ("--recompute-granularity selective --recompute-modules mlp core_attn", "selective", []),
+        (
+            "--recompute-granularity selective --recompute-modules core_attn",
+            None,
+            ["nothing is computed again"],
+        ),
+        (
+            "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+            "full",
+            [],
+        ),
+        (
+            "--recompute-granularity attention_kept --cpu-offloading --cpu-offloading-num-layers 4",
+            "attention_kept",
+            [],
+        ),
+        ("--recompute-granularity none --no-cpu-offloading", None, []),
+        (
+            "--recompute-granularity full --recompute-modules mlp",
+            "full",
+            ["has no effect without recompute_granularity"],
+        ),
+    ],
+)
 def test_megatrons_memory_flags(flags, level, warnings, tmp_path):
-    config = load_config(f"--model tiny --mock-data --vocab-size 100 --seq-length 8 --global-batch-size 1 "
-                         f"--train-iters 1 {flags}".split())
-    assert config.validate() == [] and resolve_phases(config)[0].memory.recompute_granularity == level
+    config = load_config(
+        f"--model tiny --mock-data --vocab-size 100 --seq-length 8 --global-batch-size 1 "
+        f"--train-iters 1 {flags}".split()
+    )
+    assert (
+        config.validate() == [] and resolve_phases(config)[0].memory.recompute_granularity == level
+    )
     found = effect_warnings(config)
-    assert len(found) == len(warnings) and all(part in text for part, text in zip(warnings, found, strict=True))
+    assert len(found) == len(warnings) and all(
+        part in text for part, text in zip(warnings, found, strict=True)
+    )
     assert load_config(["--config", write(tmp_path, dump_yaml(config))]).model == config.model
 
 
 def test_megatrons_switch_for_recompute_must_agree():
-    config = load_config("--model tiny --recompute-activations --recompute-granularity full".split())
-    assert any(text.startswith("recompute_activations = True: means recompute_granularity selective, but that is full")
-               for text in config.validate())
+    config = load_config(
+        "--model tiny --recompute-activations --recompute-granularity full".split()
+    )
+    assert any(
+        text.startswith(
+            "recompute_activations = True: means recompute_granularity selective, but that is full"
+        )
+        for text in config.validate()
+    )
 
 
 def test_yaml_values_are_read_by_the_type_of_their_field(tmp_path):
-    path = write(tmp_path, "model: tiny\nlr: 8.0e-6\ndocument_masking: off\nnum_query_groups: null\nphases:\n"
-                           "  - {name: a, seq_length: 64Ki, rotary_base: 5.0e8}\n")
+    path = write(
+        tmp_path,
+        "model: tiny\nlr: 8.0e-6\ndocument_masking: off\nnum_query_groups: null\nphases:\n"
+        "  - {name: a, seq_length: 64Ki, rotary_base: 5.0e8}\n",
+    )
     config = load_config(["--config", path])
     assert config.optimizer.lr == 8.0e-6 and config.data.document_masking is False
     assert config.model.num_query_groups is None
-    assert config.schedule.phases[0].seq_length == 65536 and config.schedule.phases[0].rotary_base == 5.0e8
+    assert (
+        config.schedule.phases[0].seq_length == 65536
+        and config.schedule.phases[0].rotary_base == 5.0e8
+    )
 
 
 def test_all_yaml_errors_at_once(tmp_path):
-    path = write(tmp_path, "num_layrs: 3\nlr: fast\nbf16: maybe\nseq_length: 8q\nlr_decay_style: wsd\n"
-                           "seed: [1, 2]\nphases:\n  - {nam: x}\n")
+    path = write(
+        tmp_path,
+        "num_layrs: 3\nlr: fast\nbf16: maybe\nseq_length: 8q\nlr_decay_style: wsd\n"
+        "seed: [1, 2]\nphases:\n  - {nam: x}\n",
+    )
     with pytest.raises(ValueError) as error:
         load_config(["--config", path])
     text = str(error.value)
-    for part in ("num_layrs: no such setting. Fix: did you mean num_layers?", "lr = 'fast': must be a number",
-                 "bf16 = 'maybe': must be true or false", "'8q' is no token count",
-                 "lr_decay_style = 'wsd': must be one of constant, linear, cosine, inverse-square-root, WSD",
-                 "seed = ['1', '2']: must be a single value", "phases[0]: nam: no such setting"):
+    for part in (
+        "num_layrs: no such setting. Fix: did you mean num_layers?",
+        "lr = 'fast': must be a number",
+        "bf16 = 'maybe': must be true or false",
+        "'8q' is no token count",
+        "lr_decay_style = 'wsd': must be one of constant, linear, cosine, inverse-square-root, WSD",
+        "seed = ['1', '2']: must be a single value",
+        "phases[0]: nam: no such setting",
+    ):
         assert part in text
     assert len(text.splitlines()) == 7 and all(path in line for line in text.splitlines())
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["--seq-lenght", "8"], "--seq-lenght: no such flag. Fix: did you mean --seq-length?"),
-    (["--model", "lama3-8b"], "did you mean llama3-8b?"),
-    (["--config", "missing.yaml"], "config = missing.yaml: no such file"),
-    (["--config"], "--config : takes one value, got 0"),
-    (["--lr", "1", "2"], "--lr 1 2: takes one value, got 2"),
-    (["stray"], "stray: no such flag"),
-    (["--lr=--x"], "command line: lr = '--x': must be a number"),
-    (["--phases", "x"], "--phases: no such flag"),
-    (["--lr", "fast"], "command line: lr = 'fast': must be a number"),
-    (["--no-lr", "1"], "--no-lr: no such flag"),
-    (["--no-bf16", "true"], "--no-bf16 true: takes no value. Fix: --bf16 or --no-bf16"),
-    (["--bf16", "perhaps"], "bf16 = 'perhaps': must be true or false"),
-])
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--seq-lenght", "8"], "--seq-lenght: no such flag. Fix: did you mean --seq-length?"),
+        (["--model", "lama3-8b"], "did you mean llama3-8b?"),
+        (["--config", "missing.yaml"], "config = missing.yaml: no such file"),
+        (["--config"], "--config : takes one value, got 0"),
+        (["--lr", "1", "2"], "--lr 1 2: takes one value, got 2"),
+        (["stray"], "stray: no such flag"),
+        (["--lr=--x"], "command line: lr = '--x': must be a number"),
+        (["--phases", "x"], "--phases: no such flag"),
+        (["--lr", "fast"], "command line: lr = 'fast': must be a number"),
+        (["--no-lr", "1"], "--no-lr: no such flag"),
+        (["--no-bf16", "true"], "--no-bf16 true: takes no value. Fix: --bf16 or --no-bf16"),
+        (["--bf16", "perhaps"], "bf16 = 'perhaps': must be true or false"),
+    ],
+)
 def test_bad_flags(argv, message):
     with pytest.raises(ValueError) as error:
         load_config(argv)
@@ -115,7 +187,9 @@ def test_bad_yaml_files(tmp_path):
 
 
 def test_saved_yaml_reads_back_the_same(tmp_path):
-    path = write(tmp_path, "model: qwen3-8b\nlr: 1e-5\nphases:\n  - {name: a, seq_length: 4Ki, lr: 2e-5}\n")
+    path = write(
+        tmp_path, "model: qwen3-8b\nlr: 1e-5\nphases:\n  - {name: a, seq_length: 4Ki, lr: 2e-5}\n"
+    )
     config = load_config(["--config", path, "--train-tokens", "1B"])
     saved = write(tmp_path, dump_yaml(config))
     assert read_config_yaml(saved) == config
@@ -126,13 +200,23 @@ def test_every_field_is_explained():
         source = open(__import__(cls.__module__, fromlist=["x"]).__file__).read()
         for field in dataclasses.fields(cls):
             after = source.split(f"\n    {field.name}: ", 1)[1].split("\n    ", 2)
-            assert '"""' in after[1] or '"""' in after[2], f"{section}.{field.name} has no docstring"
+            assert '"""' in after[1] or '"""' in after[2], (
+                f"{section}.{field.name} has no docstring"
+            )
     assert len(field_table()) > 80
 
 
-@pytest.mark.parametrize("name, billions, vocabulary", [
-    ("tiny", 0.0101, 8192), ("125m", 0.124, 50257), ("1b", 1.236, 128256), ("llama3-8b", 8.03, 128256),
-    ("llama3-70b", 70.55, 128256), ("qwen3-8b", 8.19, 151936)])
+@pytest.mark.parametrize(
+    "name, billions, vocabulary",
+    [
+        ("tiny", 0.0101, 8192),
+        ("125m", 0.124, 50257),
+        ("1b", 1.236, 128256),
+        ("llama3-8b", 8.03, 128256),
+        ("llama3-70b", 70.55, 128256),
+        ("qwen3-8b", 8.19, 151936),
+    ],
+)
 def test_presets_have_the_published_sizes(name, billions, vocabulary):
     config = load_config(["--model", name]).model
     assert config.validate() == []
@@ -148,13 +232,25 @@ CHECKS = [
     ("rotary_percent", 0.5, "rotary_percent = 0.5: only 1.0 is built"),
     ("disable_bias_linear", False, "disable_bias_linear = False: only True"),
     ("norm_epsilon", 0.0, "norm_epsilon = 0.0: must be above 0"),
-    ("num_query_groups", 3, "num_query_groups = 3: must divide num_attention_heads = 8. Fix: one of [1, 2, 4, 8]"),
-    ("device_memory_gib", 0.0, "device_memory_gib = 0.0: must be above 0. Fix: give the GiB of one device"),
+    (
+        "num_query_groups",
+        3,
+        "num_query_groups = 3: must divide num_attention_heads = 8. Fix: one of [1, 2, 4, 8]",
+    ),
+    (
+        "device_memory_gib",
+        0.0,
+        "device_memory_gib = 0.0: must be above 0. Fix: give the GiB of one device",
+    ),
     ("num_attention_heads", 5, "must be a multiple of num_attention_heads = 5"),
     ("kv_channels", 3, "kv_channels = 3: rotary embedding turns pairs"),
     ("group_query_attention", False, "group_query_attention = False: but num_query_groups = 4"),
     ("tensor_model_parallel_size", 0, "tensor_model_parallel_size = 0: must be at least 1"),
-    ("data_parallel_sharding_strategy", "optim_grads", "means --data-parallel-sharding-strategy optim, but that is"),
+    (
+        "data_parallel_sharding_strategy",
+        "optim_grads",
+        "means --data-parallel-sharding-strategy optim, but that is",
+    ),
     ("use_distributed_optimizer", False, "the optimizer is always sharded"),
     ("lr", 0.0, "lr = 0.0: must be above 0"),
     ("lr", float("nan"), "lr = nan: must be above 0"),
@@ -171,44 +267,76 @@ CHECKS = [
     ("weight_decay", float("inf"), "weight_decay = inf: must be a finite number"),
     ("rotary_base", float("inf"), "rotary_base = inf: must be a finite number"),
     ("rope_scaling_factor", float("nan"), "rope_scaling_factor = nan: must be a finite number"),
-    ("yarn_beta_slow", 2.0, "yarn_beta_slow = 2.0: rope_type default does not use it. Fix: remove it"),
+    (
+        "yarn_beta_slow",
+        2.0,
+        "yarn_beta_slow = 2.0: rope_type default does not use it. Fix: remove it",
+    ),
     ("seed", 10**20, "must be below 2^63"),
     ("seed", -1, "seed = -1: must be at least 0"),
     ("max_skipped_steps", -3, "max_skipped_steps = -3: must be at least 0"),
     ("kv_channels", 0, "kv_channels = 0: must be at least 1"),
-    ("recompute_modules", ["mlp", "layernorm"], "recompute_modules = layernorm: selective computes the MLP with its "
-     "norm again and nothing else by itself. Fix: mlp or core_attn, or --recompute-granularity full or attention_kept"),
+    (
+        "recompute_modules",
+        ["mlp", "layernorm"],
+        "recompute_modules = layernorm: selective computes the MLP with its "
+        "norm again and nothing else by itself. Fix: mlp or core_attn, or --recompute-granularity full or attention_kept",
+    ),
     ("mlp_tiles", 0, "mlp_tiles = 0: must be at least 1. Fix: give 1 or more"),
     ("attention_head_chunks", -1, "attention_head_chunks = -1: must be at least 1"),
     ("loss_chunk_tokens", 0, "loss_chunk_tokens = 0: must be at least 1"),
     ("cpu_offloading_num_layers", -1, "cpu_offloading_num_layers = -1: must be at least 0"),
-    ("cpu_offloading", True, "cpu_offloading = True: but cpu_offloading_num_layers = 0. Fix: remove one of them"),
+    (
+        "cpu_offloading",
+        True,
+        "cpu_offloading = True: but cpu_offloading_num_layers = 0. Fix: remove one of them",
+    ),
     ("finetune", True, "finetune = True: takes the weights of --load"),
     ("ckpt_step", 5, "ckpt_step = 5: chooses an iteration of --load"),
-    ("use_checkpoint_opt_param_scheduler", True, "override_opt_param_scheduler = True: takes this run's learning"),
+    (
+        "use_checkpoint_opt_param_scheduler",
+        True,
+        "override_opt_param_scheduler = True: takes this run's learning",
+    ),
     ("eval_interval", 0, "eval_interval = 0: must be above 0"),
     ("eval_seq_lengths", [64, 0], "eval_seq_lengths = 0: must be above 0"),
     ("eval_passkey_lengths", [-1], "eval_passkey_lengths = -1: must be above 0"),
     ("context_gain_cut", 0, "context_gain_cut = 0: must be above 0"),
     ("context_gain_documents", 0, "context_gain_documents = 0: must be above 0"),
     ("eval_passkey_trials", 0, "eval_passkey_trials = 0: must be above 0"),
-    ("eval_passkey_depths", [0.5, 1.5], "eval_passkey_depths = 0.5 1.5: must be numbers from 0 to 1"),
-    ("eval_passkey_depths", [float("nan")], "eval_passkey_depths = nan: must be numbers from 0 to 1"),
+    (
+        "eval_passkey_depths",
+        [0.5, 1.5],
+        "eval_passkey_depths = 0.5 1.5: must be numbers from 0 to 1",
+    ),
+    (
+        "eval_passkey_depths",
+        [float("nan")],
+        "eval_passkey_depths = nan: must be numbers from 0 to 1",
+    ),
     ("eval_passkey_depths", [], "must be numbers from 0 to 1"),
     ("train_samples", 5, "train_samples = 5, train_tokens = 1000: at most one of these"),
-    ("global_batch_size", 5, "global_batch_size = 5, global_batch_tokens = 512: at most one of these"),
+    (
+        "global_batch_size",
+        5,
+        "global_batch_size = 5, global_batch_tokens = 512: at most one of these",
+    ),
 ]
 
 
 def valid_config() -> Config:
-    config = load_config("--override-opt-param-scheduler --use-distributed-optimizer --model tiny --bf16 "
-                         "--train-tokens 1000 --seq-length 128 "
-                         "--global-batch-tokens 512 --data-path prefix --tokenizer-model model".split())
+    config = load_config(
+        "--override-opt-param-scheduler --use-distributed-optimizer --model tiny --bf16 "
+        "--train-tokens 1000 --seq-length 128 "
+        "--global-batch-tokens 512 --data-path prefix --tokenizer-model model".split()
+    )
     assert config.validate() == []
     return config
 
 
-@pytest.mark.parametrize("name, value, message", CHECKS, ids=[f"{name}={value}" for name, value, _ in CHECKS])
+@pytest.mark.parametrize(
+    "name, value, message", CHECKS, ids=[f"{name}={value}" for name, value, _ in CHECKS]
+)
 def test_validate_reports(name, value, message):
     config = valid_config()
     setattr(getattr(config, field_table()[name][0]), name, value)
@@ -223,8 +351,10 @@ def test_validate_reports_everything_at_once():
     assert len(config.validate()) == 4  # the fourth: min_lr now exceeds lr
 
 
-@pytest.mark.parametrize("name, value, kind", [("tokenizer_type", "NullTokenizer", "NullTokenizer"),
-                                               ("mock_data", True, "mock_data")])
+@pytest.mark.parametrize(
+    "name, value, kind",
+    [("tokenizer_type", "NullTokenizer", "NullTokenizer"), ("mock_data", True, "mock_data")],
+)
 def test_a_passkey_needs_words(name, value, kind):
     config = valid_config()
     config.logging.eval_passkey_lengths = [1024, 4096]
@@ -236,11 +366,15 @@ def test_a_passkey_needs_words(name, value, kind):
 
 def test_lengths_of_evaluations_are_read_in_units():
     config = load_config("--eval-seq-lengths 1Ki 4Ki --eval-passkey-depths 0 0.25 1".split())
-    assert config.logging.eval_seq_lengths == [1024, 4096] and config.logging.eval_passkey_depths == [0, 0.25, 1]
+    assert config.logging.eval_seq_lengths == [
+        1024,
+        4096,
+    ] and config.logging.eval_passkey_depths == [0, 0.25, 1]
 
 
-@pytest.mark.parametrize("key, fix", [("no_bf16", "bf16: false."), ("no-bf16", "bf16: false."),
-                                      ("no_lr", "remove it.")])
+@pytest.mark.parametrize(
+    "key, fix", [("no_bf16", "bf16: false."), ("no-bf16", "bf16: false."), ("no_lr", "remove it.")]
+)
 def test_a_switch_that_a_file_turns_off_as_a_flag_would_is_answered(key, fix, tmp_path):
     path = write(tmp_path, f"{key}: true\n")
     with pytest.raises(ValueError) as error:
@@ -248,15 +382,24 @@ def test_a_switch_that_a_file_turns_off_as_a_flag_would_is_answered(key, fix, tm
     assert str(error.value) == f"{path}: {key}: no such setting. Fix: {fix}"
 
 
-@pytest.mark.parametrize("key, fix", [
-    ("clip_grad", "is a setting of the run, no phase has its own. Fix: write it beside `phases:`, for the whole run."),
-    ("global_batch_size", "is a setting of the run, no phase has its own. Fix: global_batch_tokens."),
-    ("train_iters", "is a setting of the run, no phase has its own. Fix: train_tokens."),
-    ("learning_rate", "no such setting. Fix: lr."),
-    ("seq_lenght", "no such setting. Fix: did you mean seq_length?"),
-    ("num_experts", "Megatron-LM's, not here: mixture of experts is not built. Fix: "),
-    ("num_workers", "Megatron-LM's, says nothing of a phase. Fix: remove it."),
-])
+@pytest.mark.parametrize(
+    "key, fix",
+    [
+        (
+            "clip_grad",
+            "is a setting of the run, no phase has its own. Fix: write it beside `phases:`, for the whole run.",
+        ),
+        (
+            "global_batch_size",
+            "is a setting of the run, no phase has its own. Fix: global_batch_tokens.",
+        ),
+        ("train_iters", "is a setting of the run, no phase has its own. Fix: train_tokens."),
+        ("learning_rate", "no such setting. Fix: lr."),
+        ("seq_lenght", "no such setting. Fix: did you mean seq_length?"),
+        ("num_experts", "Megatron-LM's, not here: mixture of experts is not built. Fix: "),
+        ("num_workers", "Megatron-LM's, says nothing of a phase. Fix: remove it."),
+    ],
+)
 def test_a_key_that_no_phase_has_is_answered(key, fix, tmp_path):
     path = write(tmp_path, f"phases:\n  - {{name: a, {key}: 1}}\n")
     with pytest.raises(ValueError) as error:

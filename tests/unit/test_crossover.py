@@ -24,12 +24,15 @@ PADDED = [512, 1024, 2048, 4096, 8192, 16384, 32768]
 """The lengths measured with 4 query heads: 32 / 4 heads less need sqrt(8) times the length, rounded up to 4."""
 
 
-@pytest.mark.parametrize("milliseconds, expected", [
-    ({500: (2, 1), 1000: (1, 2), 2000: (1, 2)}, 1000),
-    ({500: (1, 2), 1000: (2, 1), 2000: (1, 2)}, 2000),
-    ({500: (1, 2), 1000: (1, 2), 2000: (1, 1)}, 4000),  # behind as far as was measured
-    ({500: (1, 2), 1000: (1, 2), 2000: (1, 2)}, 500),
-])
+@pytest.mark.parametrize(
+    "milliseconds, expected",
+    [
+        ({500: (2, 1), 1000: (1, 2), 2000: (1, 2)}, 1000),
+        ({500: (1, 2), 1000: (2, 1), 2000: (1, 2)}, 2000),
+        ({500: (1, 2), 1000: (1, 2), 2000: (1, 1)}, 4000),  # behind as far as was measured
+        ({500: (1, 2), 1000: (1, 2), 2000: (1, 2)}, 500),
+    ],
+)
 def test_the_crossover_is_the_length_from_which_on_cudnn_stays_ahead(milliseconds, expected):
     assert crossover.crossover_of(milliseconds) == expected
 
@@ -54,8 +57,10 @@ def test_both_kernels_are_timed_on_the_same_documents():
 
 
 def config_of(save=None, crossover_tokens=None) -> Config:
-    return Config(model=ModelConfig(**PRESETS["tiny"], attention_crossover_tokens=crossover_tokens),
-                  checkpoint=CheckpointConfig(save=None if save is None else str(save)))
+    return Config(
+        model=ModelConfig(**PRESETS["tiny"], attention_crossover_tokens=crossover_tokens),
+        checkpoint=CheckpointConfig(save=None if save is None else str(save)),
+    )
 
 
 @pytest.fixture
@@ -79,11 +84,18 @@ def find(config: Config, heads=HEADS, is_needed: bool = True) -> tuple[int, str]
 def test_what_was_measured_is_kept_and_read_at_a_restart(card, tmp_path):
     tokens, how = find(config_of(tmp_path))
     assert tokens == 960
-    assert how == ("; to cuDNN go documents of at least 960 tokens (measured, ms by cuDNN/varlen for "
-                   "documents of: 480 2.00/1.00, 960 1.00/2.00)")
+    assert how == (
+        "; to cuDNN go documents of at least 960 tokens (measured, ms by cuDNN/varlen for "
+        "documents of: 480 2.00/1.00, 960 1.00/2.00)"
+    )
     (entry,) = json.loads((tmp_path / attention.FILE).read_text())
-    assert (entry["card"], entry["torch"], entry["heads"], entry["lengths"], entry["crossover"]) == (
-        "card A", torch.__version__, [4, 2, 8], PADDED, 960)
+    assert (
+        entry["card"],
+        entry["torch"],
+        entry["heads"],
+        entry["lengths"],
+        entry["crossover"],
+    ) == ("card A", torch.__version__, [4, 2, 8], PADDED, 960)
     assert find(config_of(tmp_path))[0] == 960
     assert card.measured == 1, "a run that is started again measures nothing"
 
@@ -97,8 +109,17 @@ def test_another_card_and_other_heads_are_measured_for_themselves(card, tmp_path
     assert len(json.loads((tmp_path / attention.FILE).read_text())) == 3
 
 
-@pytest.mark.parametrize("heads, longest", [((64, 8, 128), 8192), ((32, 8, 128), 8192), ((16, 8, 128), 16384),
-                                            ((8, 2, 128), 16384), ((4, 2, 8), 32768), ((1, 1, 128), 65536)])
+@pytest.mark.parametrize(
+    "heads, longest",
+    [
+        ((64, 8, 128), 8192),
+        ((32, 8, 128), 8192),
+        ((16, 8, 128), 16384),
+        ((8, 2, 128), 16384),
+        ((4, 2, 8), 32768),
+        ((1, 1, 128), 65536),
+    ],
+)
 def test_few_heads_are_measured_on_longer_documents(heads, longest):
     found = crossover.padded_lengths(heads)
     assert found[0] == 512 and found[-1] == longest
@@ -111,7 +132,10 @@ def test_a_kernel_that_fails_while_it_is_measured_does_not_end_the_run(card, tmp
 
     monkeypatch.setattr(attention, "measure", refuse)
     tokens, how = find(config_of(tmp_path))
-    assert tokens == ASSUMED_CROSSOVER_TOKENS and "(assumed: measuring failed with no plan for this shape)" in how
+    assert (
+        tokens == ASSUMED_CROSSOVER_TOKENS
+        and "(assumed: measuring failed with no plan for this shape)" in how
+    )
     assert not (tmp_path / attention.FILE).exists()
 
 
@@ -121,11 +145,24 @@ def test_a_folder_that_cannot_be_written_does_not_end_the_run(card, tmp_path, mo
 
     monkeypatch.setattr(attention, "write_atomically", refuse)
     assert find(config_of(tmp_path))[0] == 960
-    assert "cannot be written (No space left on device); a restart measures again" in capsys.readouterr().err
+    assert (
+        "cannot be written (No space left on device); a restart measures again"
+        in capsys.readouterr().err
+    )
 
 
-@pytest.mark.parametrize("text", ["not JSON", "7", "{}", '""', '[{"card": "card A"}]', '[{"crossover": -1}]',
-                                  '[{"crossover": true}]'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "not JSON",
+        "7",
+        "{}",
+        '""',
+        '[{"card": "card A"}]',
+        '[{"crossover": -1}]',
+        '[{"crossover": true}]',
+    ],
+)
 def test_a_file_that_is_not_ours_is_measured_again_and_said(card, tmp_path, capsys, text):
     (tmp_path / attention.FILE).write_text(text)
     assert find(config_of(tmp_path))[0] == 960
@@ -134,9 +171,15 @@ def test_a_file_that_is_not_ours_is_measured_again_and_said(card, tmp_path, caps
 
 
 def test_nothing_is_measured_where_nothing_could_be_kept_or_it_was_asked_for(card, tmp_path):
-    assert find(config_of()) == (ASSUMED_CROSSOVER_TOKENS, "; to cuDNN go documents of at least 2,048 tokens "
-                                                           "(assumed: without --save nothing is measured)")
-    assert find(config_of(tmp_path, 700)) == (700, "; to cuDNN go documents of at least 700 tokens (asked for)")
+    assert find(config_of()) == (
+        ASSUMED_CROSSOVER_TOKENS,
+        "; to cuDNN go documents of at least 2,048 tokens "
+        "(assumed: without --save nothing is measured)",
+    )
+    assert find(config_of(tmp_path, 700)) == (
+        700,
+        "; to cuDNN go documents of at least 700 tokens (asked for)",
+    )
     assert find(config_of(tmp_path), is_needed=False) == (ASSUMED_CROSSOVER_TOKENS, "")
     assert card.measured == 0
     assert not list(tmp_path.iterdir())
@@ -147,7 +190,9 @@ def test_all_ranks_have_the_number_of_the_first(monkeypatch, rank, own):
     """All ranks add up, and only the first has something to add."""
     world = Axis("world", rank, 4, (0, 1, 2, 3), None)
     monkeypatch.setattr(attention, "all_reduce", lambda x, axis: x + (960 if axis.rank else 0))
-    assert attention.tell_all(own, dataclasses.replace(single_process_layout(CPU), world=world)) == 960
+    assert (
+        attention.tell_all(own, dataclasses.replace(single_process_layout(CPU), world=world)) == 960
+    )
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -161,7 +206,9 @@ def test_the_run_attends_with_what_the_first_rank_found(monkeypatch, card, tmp_p
     monkeypatch.setattr(attention, "pick_backend", lambda *args: (backend, "why"))
     monkeypatch.setattr(attention, "tell_all", lambda tokens, layout: told.append(tokens) or 960)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    attend, line = attention.attention_of_run(config_of(tmp_path), [phase], phase, layout, torch.bfloat16)
+    attend, line = attention.attention_of_run(
+        config_of(tmp_path), [phase], phase, layout, torch.bfloat16
+    )
     assert (attend, made, told) == ("attend", [960], [960 if rank == 0 else 0])
     assert line.startswith("attention: mixed (why)")
     assert card.measured == (rank == 0), "one rank measures"
@@ -170,19 +217,27 @@ def test_the_run_attends_with_what_the_first_rank_found(monkeypatch, card, tmp_p
 @pytest.mark.parametrize("asked, said", [(700, True), (None, False)])
 def test_a_crossover_for_another_backend_is_said_to_have_no_effect(asked, said):
     phase = SimpleNamespace(layout=LayoutConfig(), memory=MemorySettings(), attention_on_tape=False)
-    _, line = attention.attention_of_run(config_of(None, asked), [phase], phase, single_process_layout(CPU),
-                                         torch.float32)
+    _, line = attention.attention_of_run(
+        config_of(None, asked), [phase], phase, single_process_layout(CPU), torch.float32
+    )
     assert line.startswith("attention: sdpa (")
     assert ("attention_crossover_tokens = 700 has no effect" in line) == said
 
 
-@pytest.mark.parametrize("layout, chunks, expected", [
-    (LayoutConfig(), 1, (32, 8, 128)),
-    (LayoutConfig(tensor_model_parallel_size=2), 1, (16, 4, 128)),
-    (LayoutConfig(context_parallel_size=8), 1, (4, 1, 128)),
-    (LayoutConfig(context_parallel_size=8), 4, (1, 1, 128)),
-    (LayoutConfig(context_parallel_size=12), 1, (3, 3, 128)),  # uneven: key/value heads are copied per query head
-])
+@pytest.mark.parametrize(
+    "layout, chunks, expected",
+    [
+        (LayoutConfig(), 1, (32, 8, 128)),
+        (LayoutConfig(tensor_model_parallel_size=2), 1, (16, 4, 128)),
+        (LayoutConfig(context_parallel_size=8), 1, (4, 1, 128)),
+        (LayoutConfig(context_parallel_size=8), 4, (1, 1, 128)),
+        (
+            LayoutConfig(context_parallel_size=12),
+            1,
+            (3, 3, 128),
+        ),  # uneven: key/value heads are copied per query head
+    ],
+)
 def test_the_heads_that_are_measured_are_those_of_a_call(layout, chunks, expected):
     config = Config(model=ModelConfig(**PRESETS["qwen3-8b"]))
     phase = SimpleNamespace(layout=layout, memory=MemorySettings(attention_head_chunks=chunks))
@@ -195,14 +250,20 @@ def test_the_setting_is_checked():
 
     assert problems(attention_crossover_tokens=0) == [
         "attention_crossover_tokens = 0: must be at least 1. Fix: the tokens of a document, or leave it out to have "
-        "it measured."]
+        "it measured."
+    ]
     assert problems(attention_crossover_tokens=512, attention_backend="varlen") == [
         "attention_crossover_tokens = 512: is for the backend mixed, but attention_backend = varlen. Fix: remove one "
-        "of them."]
+        "of them."
+    ]
     assert problems(attention_crossover_tokens=512) == []
     assert problems(attention_crossover_tokens=1, attention_backend="mixed") == []
 
 
 def test_the_setting_is_as_free_at_a_restart_as_the_backend():
-    assert kind_of("model", "attention_crossover_tokens") == kind_of("model", "attention_backend") == "free"
+    assert (
+        kind_of("model", "attention_crossover_tokens")
+        == kind_of("model", "attention_backend")
+        == "free"
+    )
     assert {"attention_crossover_tokens", "attention_backend"} <= _NOT_OF_THE_WEIGHTS

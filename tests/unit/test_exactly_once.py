@@ -6,7 +6,9 @@ from data import packing
 from tools.bench import exactly_once
 
 
-@pytest.mark.parametrize("seed", [1, 2, *(pytest.param(seed, marks=pytest.mark.long) for seed in (3, 4))])
+@pytest.mark.parametrize(
+    "seed", [1, 2, *(pytest.param(seed, marks=pytest.mark.long) for seed in (3, 4))]
+)
 def test_random_phases_draw_each_token_once(tmp_path, monkeypatch, seed):
     monkeypatch.setattr(packing, "WINDOW_BINS", 16)
     outcome = exactly_once.run(tmp_path, tokens=400_000, seed=seed, longest=4096)
@@ -17,6 +19,11 @@ def test_random_phases_draw_each_token_once(tmp_path, monkeypatch, seed):
 def test_the_count_can_fail(tmp_path, monkeypatch):
     """A place that is off by a token is noticed."""
     after = packing.Concat.after
-    monkeypatch.setattr(packing.Concat, "after", lambda self, samples: packing.Place(
-        after(self, samples).position + 1, after(self, samples).held))
+    monkeypatch.setattr(
+        packing.Concat,
+        "after",
+        lambda self, samples: packing.Place(
+            after(self, samples).position + 1, after(self, samples).held
+        ),
+    )
     assert exactly_once.run(tmp_path, tokens=200_000, seed=1, longest=4096).problems

@@ -68,7 +68,8 @@ def continue_run(start: Path, root: Path, *, tokenizer=None, tokenizer_type=None
     tensors = checkpoint.read_whole_tensors(folder, names)
     world = single_process_layout(torch.device("cpu")).world
     checkpoint.save(
-        root, 7, tensors, progress, dump_yaml(config), files, world, carried=read_carried(folder))
+        root, 7, tensors, progress, dump_yaml(config), files, world, carried=read_carried(folder)
+    )
     return root
 
 
@@ -129,8 +130,12 @@ def test_older_spellings_of_the_source_do_not_contradict_the_export(source, tmp_
     folder = tmp_path / "hf"
     folders.write_model(folder)
     folders.edit_json(
-        folder / "config.json", rope_parameters=None, dtype=None, torch_dtype="float16",
-        rope_theta=20000.0, rope_scaling={"type": "linear", "factor": 2.0},
+        folder / "config.json",
+        rope_parameters=None,
+        dtype=None,
+        torch_dtype="float16",
+        rope_theta=20000.0,
+        rope_scaling={"type": "linear", "factor": 2.0},
     )
     import_folder(ImportArguments(hf=str(folder), save=str(tmp_path / "imported")))
     rope = asdict(Rope.make(30000.0, "linear", {"factor": 4.0}))
@@ -170,15 +175,23 @@ def test_a_run_without_a_tokenizer_exports_the_sources(source, imported, tmp_pat
 def sentencepiece_model(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("spm")
     (folder / "text.txt").write_text("\n".join(folders.TEXT))
-    return train_tokenizer(TrainArguments(
-        input=[str(folder / "text.txt")], output_prefix=str(folder / "spm"), vocab_size=320))
+    return train_tokenizer(
+        TrainArguments(
+            input=[str(folder / "text.txt")], output_prefix=str(folder / "spm"), vocab_size=320
+        )
+    )
 
 
 def test_sentencepiece_keeps_chat_templates_and_length_of_the_source(
     imported, sentencepiece_model, tmp_path, capsys
 ):
-    run = continue_run(imported, tmp_path / "run", tokenizer=sentencepiece_model,
-                       tokenizer_type="SentencePieceTokenizer", seq_length=128)
+    run = continue_run(
+        imported,
+        tmp_path / "run",
+        tokenizer=sentencepiece_model,
+        tokenizer_type="SentencePieceTokenizer",
+        seq_length=128,
+    )
     export(Arguments(load=str(run), output=str(tmp_path / "out")))
     assert chat_templates(tmp_path / "out") == {"default": folders.CHAT, "tool": folders.TOOL_CHAT}
     assert read(tmp_path / "out" / "tokenizer_config.json")["model_max_length"] == 128
@@ -191,8 +204,12 @@ def test_inline_chat_templates_are_carried(imported, sentencepiece_model, tmp_pa
     folders.write_tokenizer(tmp_path / "hf", chat_template=None)
     folders.edit_json(tmp_path / "hf" / "tokenizer_config.json", chat_template=folders.CHAT)
     import_folder(ImportArguments(hf=str(tmp_path / "hf"), save=str(tmp_path / "imported")))
-    run = continue_run(tmp_path / "imported", tmp_path / "run", tokenizer=sentencepiece_model,
-                       tokenizer_type="SentencePieceTokenizer")
+    run = continue_run(
+        tmp_path / "imported",
+        tmp_path / "run",
+        tokenizer=sentencepiece_model,
+        tokenizer_type="SentencePieceTokenizer",
+    )
     for number, load in enumerate((tmp_path / "imported", run)):
         export(Arguments(load=str(load), output=str(tmp_path / f"out{number}")))
         assert chat_templates(tmp_path / f"out{number}") == folders.CHAT
@@ -203,14 +220,21 @@ def test_a_model_that_began_here_gets_the_ids_of_its_tokenizer(
 ):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    run = continue_run(imported, tmp_path / "run", tokenizer=sentencepiece_model,
-                       tokenizer_type="SentencePieceTokenizer")
+    run = continue_run(
+        imported,
+        tmp_path / "run",
+        tokenizer=sentencepiece_model,
+        tokenizer_type="SentencePieceTokenizer",
+    )
     folder = checkpoint.published(run)
     for path in sorted((folder / checkpoint.CARRIED).rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
     manifest = read(folder / checkpoint.MANIFEST)
-    manifest["files"] = {name: value for name, value in manifest["files"].items()
-                         if not name.startswith(checkpoint.CARRIED)}
+    manifest["files"] = {
+        name: value
+        for name, value in manifest["files"].items()
+        if not name.startswith(checkpoint.CARRIED)
+    }
     (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
     export(Arguments(load=str(run), output=str(tmp_path / "out")))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -229,16 +253,20 @@ def test_an_end_of_document_that_does_not_stop_generation_is_said(source, tmp_pa
     import_folder(ImportArguments(hf=str(folder), save=str(tmp_path / "imported")))
     export(Arguments(load=str(tmp_path / "imported"), output=str(tmp_path / "out")))
     assert "generation stops at [0], as the source says; documents in training ended with 2" in (
-        capsys.readouterr().out)
+        capsys.readouterr().out
+    )
 
 
-@pytest.mark.parametrize("settings, message", [
-    (dict(max_position_embeddings=-5), "max_position_embeddings = -5: must be at least 1"),
-    (dict(max_position_embeddings=0), "max_position_embeddings = 0: must be at least 1"),
-    (dict(max_shard_bytes=0), "max_shard_bytes = 0: must be at least 1"),
-    (dict(verify_text="text"), "verify_text = text: has an effect with --verify only"),
-    (dict(verify_text="text", verify=True), "verify_text = text: is not text in UTF-8"),
-])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(max_position_embeddings=-5), "max_position_embeddings = -5: must be at least 1"),
+        (dict(max_position_embeddings=0), "max_position_embeddings = 0: must be at least 1"),
+        (dict(max_shard_bytes=0), "max_shard_bytes = 0: must be at least 1"),
+        (dict(verify_text="text"), "verify_text = text: has an effect with --verify only"),
+        (dict(verify_text="text", verify=True), "verify_text = text: is not text in UTF-8"),
+    ],
+)
 def test_settings_that_no_export_can_have_are_one_line(
     imported, tmp_path, monkeypatch, settings, message
 ):
@@ -256,14 +284,19 @@ def test_an_export_over_what_it_reads_is_refused(imported, source, tmp_path):
     run = continue_run(imported, tmp_path / "run")
     before = {path: path.stat().st_mtime_ns for path in [run, *run.rglob("*")]}
     for output, message in (
-        (run, "is --load"), (run / "x" / "..", "is --load"), (run / "hf", "lies in --load"),
-        (run / "iter_0000007", "lies in --load"), (tmp_path, "contains --load"),
-        (run / "..", "contains --load"), (text, "is --verify-text"),
+        (run, "is --load"),
+        (run / "x" / "..", "is --load"),
+        (run / "hf", "lies in --load"),
+        (run / "iter_0000007", "lies in --load"),
+        (tmp_path, "contains --load"),
+        (run / "..", "contains --load"),
+        (text, "is --verify-text"),
         (source, "was not made by tools.export_hf"),
         (source / "x", "lies in the run's tokenizer"),
     ):
         arguments = Arguments(
-            load=str(run), output=str(output), overwrite=True, verify=True, verify_text=str(text))
+            load=str(run), output=str(output), overwrite=True, verify=True, verify_text=str(text)
+        )
         with pytest.raises(ValueError, match=message):
             export(arguments)
     assert {path: path.stat().st_mtime_ns for path in [run, *run.rglob("*")]} == before

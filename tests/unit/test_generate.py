@@ -58,8 +58,9 @@ def test_greedy_is_transformers_own(chat_model):
     for prompt in ("the quick", "def f(x):", "12 34", "<|im_start|>dog", "lazy fox", "o"):
         ids = tokenizer.encode(prompt, add_special_tokens=False)
         expected = greedy_of_transformers(chat_model, ids, 40)
-        found = generate.generate(Arguments(
-            load=str(chat_model), prompt=prompt, max_new_tokens=40, temperature=0))
+        found = generate.generate(
+            Arguments(load=str(chat_model), prompt=prompt, max_new_tokens=40, temperature=0)
+        )
         assert found == tokenizer.decode(expected), prompt
         lengths.add(len(expected) - len(ids))
     assert max(lengths) == 40, lengths
@@ -88,8 +89,18 @@ def test_each_id_of_a_list_stops(chat_model, tmp_path):
 
 def test_ids_in_and_out_without_a_tokenizer(bare_model, capsys, monkeypatch):
     expected = greedy_of_transformers(bare_model, [5, 17, 3], 6)
-    code, out, err = answer(capsys, monkeypatch, "--load", bare_model, "--prompt", "5 17 3",
-                            "--max-new-tokens", 6, "--temperature", 0)
+    code, out, err = answer(
+        capsys,
+        monkeypatch,
+        "--load",
+        bare_model,
+        "--prompt",
+        "5 17 3",
+        "--max-new-tokens",
+        6,
+        "--temperature",
+        0,
+    )
     assert code == 0
     assert [int(word) for word in out.split()] == expected
     assert err.count("\n") == 1
@@ -98,9 +109,15 @@ def test_ids_in_and_out_without_a_tokenizer(bare_model, capsys, monkeypatch):
 
 def test_sampling_is_seeded(bare_model):
     def sample(seed, temperature=1.0):
-        return generate.generate(Arguments(
-            load=str(bare_model), prompt="5 17", max_new_tokens=12, seed=seed,
-            temperature=temperature))
+        return generate.generate(
+            Arguments(
+                load=str(bare_model),
+                prompt="5 17",
+                max_new_tokens=12,
+                seed=seed,
+                temperature=temperature,
+            )
+        )
 
     assert sample(1) == sample(1)
     assert sample(1) != sample(2)
@@ -110,8 +127,18 @@ def test_sampling_is_seeded(bare_model):
 
 @pytest.mark.parametrize("temperature", [0, 0.8])
 def test_no_new_tokens_give_the_prompt(chat_model, capsys, monkeypatch, temperature):
-    found = answer(capsys, monkeypatch, "--load", chat_model, "--prompt", "the quick",
-                   "--max-new-tokens", 0, "--temperature", temperature)
+    found = answer(
+        capsys,
+        monkeypatch,
+        "--load",
+        chat_model,
+        "--prompt",
+        "the quick",
+        "--max-new-tokens",
+        0,
+        "--temperature",
+        temperature,
+    )
     assert found == (0, "the quick\n", "")
 
 
@@ -123,19 +150,25 @@ def test_an_empty_prompt_begins_after_the_end_of_a_document(chat_model):
     assert found == AutoTokenizer.from_pretrained(chat_model).decode(expected)
 
 
-@pytest.mark.parametrize("words, message", [
-    (("--temperature", "-0.5"), "temperature = -0.5: must be 0 (always the likeliest token) or"),
-    (("--temperature", "nan"), "temperature = nan: must be 0"),
-    (("--temperature", "inf"), "temperature = inf: must be 0"),
-    (("--temperature", "1e-30"), "temperature = 1e-30: must be 0"),
-    (("--max-new-tokens", "-1"), "max_new_tokens = -1: must be at least 0"),
-    (("--prompt", "\udcff"), "is not valid UTF-8"),
-    (("--seed", "-1"), "seed = -1: must be in [0, 2**63)"),
-    (("--prompt", ""), "is empty, and"),
-    (("--prompt", "the quick"), "must be whitespace-separated integers"),
-    (("--prompt", "320"), "token id 320: must be in [0, vocab_size = 320)"),
-    (("--prompt", "7 " * 64), "prompt: 64 tokens, and the model's context is 64"),
-])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (
+            ("--temperature", "-0.5"),
+            "temperature = -0.5: must be 0 (always the likeliest token) or",
+        ),
+        (("--temperature", "nan"), "temperature = nan: must be 0"),
+        (("--temperature", "inf"), "temperature = inf: must be 0"),
+        (("--temperature", "1e-30"), "temperature = 1e-30: must be 0"),
+        (("--max-new-tokens", "-1"), "max_new_tokens = -1: must be at least 0"),
+        (("--prompt", "\udcff"), "is not valid UTF-8"),
+        (("--seed", "-1"), "seed = -1: must be in [0, 2**63)"),
+        (("--prompt", ""), "is empty, and"),
+        (("--prompt", "the quick"), "must be whitespace-separated integers"),
+        (("--prompt", "320"), "token id 320: must be in [0, vocab_size = 320)"),
+        (("--prompt", "7 " * 64), "prompt: 64 tokens, and the model's context is 64"),
+    ],
+)
 def test_bad_input_is_one_line(bare_model, capsys, monkeypatch, words, message):
     defaults = [] if "--prompt" in words else ["--prompt", "5"]
     code, out, err = answer(capsys, monkeypatch, "--load", bare_model, *defaults, *words)
@@ -169,12 +202,15 @@ def chat_copy(chat_model, tmp_path):
     return shutil.copytree(chat_model, tmp_path / "copy")
 
 
-@pytest.mark.parametrize("settings, words, message", [
-    (dict(eos_token_id="x"), ("--prompt", "the"), "transformers cannot generate with it ("),
-    (dict(num_beams=0), ("--prompt", "the"), "transformers cannot generate with it ("),
-    (dict(eos_token_id=-1, bos_token_id=None), (), "is empty, and"),
-    (dict(eos_token_id=[999]), (), "the tokenizer gives id 999, and the model has 320"),
-])
+@pytest.mark.parametrize(
+    "settings, words, message",
+    [
+        (dict(eos_token_id="x"), ("--prompt", "the"), "transformers cannot generate with it ("),
+        (dict(num_beams=0), ("--prompt", "the"), "transformers cannot generate with it ("),
+        (dict(eos_token_id=-1, bos_token_id=None), (), "is empty, and"),
+        (dict(eos_token_id=[999]), (), "the tokenizer gives id 999, and the model has 320"),
+    ],
+)
 def test_settings_of_a_folder_that_cannot_be_followed_are_one_line(
     chat_copy, capsys, monkeypatch, settings, words, message
 ):

@@ -33,10 +33,20 @@ def imports(path: Path) -> list[tuple[str, int, bool]]:
         elif isinstance(node, ast.ImportFrom):
             found.append(("." * node.level + (node.module or ""), node.lineno, in_function))
         elif isinstance(node, ast.Call):
-            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
-            if name in ("import_module", "__import__") and node.args and isinstance(node.args[0], ast.Constant):
+            name = (
+                node.func.attr
+                if isinstance(node.func, ast.Attribute)
+                else getattr(node.func, "id", None)
+            )
+            if (
+                name in ("import_module", "__import__")
+                and node.args
+                and isinstance(node.args[0], ast.Constant)
+            ):
                 found.append((str(node.args[0].value), node.lineno, in_function))
-        in_function = in_function or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        in_function = in_function or isinstance(
+            node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+        )
         for child in ast.iter_child_nodes(node):
             visit(child, in_function)
 
@@ -60,10 +70,14 @@ def violations(root: Path) -> list[str]:
                 elif package in MAY_IMPORT and package not in allowed | {folder}:
                     problem = f"{folder} may not import {name}"
                 elif package == "megatron" and not (
-                    file == "parallel/layout.py" or folder == "tests" or file.startswith("tools/bench/")
+                    file == "parallel/layout.py"
+                    or folder == "tests"
+                    or file.startswith("tools/bench/")
                 ):
                     problem = "only parallel/layout.py, tests/ and tools/bench/ import megatron"
-                elif package in KERNEL_PACKAGES and not (file == "model/kernels.py" and in_function):
+                elif package in KERNEL_PACKAGES and not (
+                    file == "model/kernels.py" and in_function
+                ):
                     problem = f"{package} is optional: import it inside its backend's function in model/kernels.py"
                 if problem:
                     problems.append(f"{file}:{line}: {problem}")
@@ -83,7 +97,9 @@ def test_imports_follow_the_arrows():
 
 def test_no_other_top_level_folder():
     folders = {name.split("/")[0] for name in tracked_files() if "/" in name}
-    assert folders <= TOP_LEVEL_FOLDERS, f"not in the plan of the house: {sorted(folders - TOP_LEVEL_FOLDERS)}"
+    assert folders <= TOP_LEVEL_FOLDERS, (
+        f"not in the plan of the house: {sorted(folders - TOP_LEVEL_FOLDERS)}"
+    )
 
 
 @pytest.mark.parametrize("folder", sorted(MAY_IMPORT))
@@ -91,20 +107,35 @@ def test_each_folder_explains_itself(folder):
     assert (ROOT / folder / "README.md").is_file()
 
 
-@pytest.mark.parametrize("file, code, expected", [
-    ("data/a.py", "import parallel.layout", "data may not import parallel.layout"),
-    ("parallel/a.py", "from data import stream", "parallel may not import data"),
-    ("model/a.py", "def f():\n    from pretrain.state import TrainState", "model may not import pretrain.state"),
-    ("model/a.py", "import importlib\nimportlib.import_module('data.stream')", "model may not import data.stream"),
-    ("pretrain/a.py", "import tools.plan", "pretrain may not import tools.plan"),
-    ("tools/a.py", "import tests", "tools may not import tests"),
-    ("launch/a.py", "import pretrain", "launch may not import pretrain"),
-    ("data/a.py", "from ..parallel import layout", "leaves data/"),
-    ("model/a.py", "import megatron.core", "import megatron"),
-    ("tools/a.py", "from megatron.core import parallel_state", "import megatron"),
-    ("model/kernels.py", "import flash_attn", "flash_attn is optional"),
-    ("model/gpt.py", "def f():\n    import transformer_engine.pytorch", "transformer_engine is optional"),
-])
+@pytest.mark.parametrize(
+    "file, code, expected",
+    [
+        ("data/a.py", "import parallel.layout", "data may not import parallel.layout"),
+        ("parallel/a.py", "from data import stream", "parallel may not import data"),
+        (
+            "model/a.py",
+            "def f():\n    from pretrain.state import TrainState",
+            "model may not import pretrain.state",
+        ),
+        (
+            "model/a.py",
+            "import importlib\nimportlib.import_module('data.stream')",
+            "model may not import data.stream",
+        ),
+        ("pretrain/a.py", "import tools.plan", "pretrain may not import tools.plan"),
+        ("tools/a.py", "import tests", "tools may not import tests"),
+        ("launch/a.py", "import pretrain", "launch may not import pretrain"),
+        ("data/a.py", "from ..parallel import layout", "leaves data/"),
+        ("model/a.py", "import megatron.core", "import megatron"),
+        ("tools/a.py", "from megatron.core import parallel_state", "import megatron"),
+        ("model/kernels.py", "import flash_attn", "flash_attn is optional"),
+        (
+            "model/gpt.py",
+            "def f():\n    import transformer_engine.pytorch",
+            "transformer_engine is optional",
+        ),
+    ],
+)
 def test_the_checker_sees_a_violation(tmp_path, file, code, expected):
     path = tmp_path / file
     path.parent.mkdir(parents=True)
@@ -114,14 +145,20 @@ def test_the_checker_sees_a_violation(tmp_path, file, code, expected):
     assert problems[0].startswith(f"{file}:{code.count(chr(10)) + 1}: ") and expected in problems[0]
 
 
-@pytest.mark.parametrize("file, code", [
-    ("model/a.py", "from parallel.layout import Axis\nimport torch.distributed\nfrom . import gpt"),
-    ("parallel/layout.py", "from megatron.core import parallel_state"),
-    ("tools/bench/peer.py", "import megatron.core\nfrom pretrain import train"),
-    ("model/kernels.py", "def f():\n    import flash_attn"),
-    ("tests/unit/test_a.py", "import tools.report, data.stream"),
-    ("pretrain/a.py", "import data.stream, model.gpt, parallel.layout\nimport database"),
-])
+@pytest.mark.parametrize(
+    "file, code",
+    [
+        (
+            "model/a.py",
+            "from parallel.layout import Axis\nimport torch.distributed\nfrom . import gpt",
+        ),
+        ("parallel/layout.py", "from megatron.core import parallel_state"),
+        ("tools/bench/peer.py", "import megatron.core\nfrom pretrain import train"),
+        ("model/kernels.py", "def f():\n    import flash_attn"),
+        ("tests/unit/test_a.py", "import tools.report, data.stream"),
+        ("pretrain/a.py", "import data.stream, model.gpt, parallel.layout\nimport database"),
+    ],
+)
 def test_the_checker_lets_good_code_pass(tmp_path, file, code):
     path = tmp_path / file
     path.parent.mkdir(parents=True)
@@ -135,4 +172,6 @@ def test_no_folder_of_tests_is_left_out(pytestconfig):
     folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
     assert "dist" in folders and "unit" in folders
     for folder in folders:
-        assert not any(fnmatch.fnmatch(folder, pattern) for pattern in skipped if pattern != "__pycache__"), folder
+        assert not any(
+            fnmatch.fnmatch(folder, pattern) for pattern in skipped if pattern != "__pycache__"
+        ), folder

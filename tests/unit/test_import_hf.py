@@ -239,10 +239,16 @@ def test_the_comparison_is_left_out_from_ten_billion_parameters_on(capsys):
     assert not import_hf.should_verify(False, 1)
 
 
-@pytest.mark.parametrize("words, compared", [
-    ((), True), (("--verify",), True), (("--verify", "True"), True),
-    (("--no-verify",), False), (("--verify", "False"), False),
-])
+@pytest.mark.parametrize(
+    "words, compared",
+    [
+        ((), True),
+        (("--verify",), True),
+        (("--verify", "True"), True),
+        (("--no-verify",), False),
+        (("--verify", "False"), False),
+    ],
+)
 def test_each_spelling_of_the_switch_is_read(folder, capsys, words, compared):
     assert run(folder, *words)[0] == 0
     assert ("verify: " in capsys.readouterr().out) == compared

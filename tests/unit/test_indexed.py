@@ -80,7 +80,10 @@ def test_merging_gives_the_bytes_of_one_writer(tmp_path):
         writer.finish()
     for end in ("bin", "idx", "json"):
         assert (tmp_path / f"one.{end}").read_bytes() == (tmp_path / f"merged.{end}").read_bytes()
-    with IndexedWriter(str(tmp_path / "other"), np.int32) as writer, pytest.raises(ValueError, match="dtype uint16"):
+    with (
+        IndexedWriter(str(tmp_path / "other"), np.int32) as writer,
+        pytest.raises(ValueError, match="dtype uint16"),
+    ):
         writer.append_from(str(tmp_path / "a"))
 
 
@@ -89,18 +92,34 @@ def test_reader_copies_and_describes(tmp_path):
     assert [Path(path).suffix for path in outputs] == [".bin", ".json", ".idx"]
     reader = IndexedReader(str(tmp_path / "c"))
     assert (reader.num_documents, reader.num_tokens) == (5, 106)
-    assert reader.document_lengths.dtype == np.int32 and reader.document_lengths.tolist() == [3, 0, 1, 100, 2]
+    assert reader.document_lengths.dtype == np.int32 and reader.document_lengths.tolist() == [
+        3,
+        0,
+        1,
+        100,
+        2,
+    ]
     assert reader.token_range() == (0, 127)
     tokens = reader.read(3, 10, 5)
     reader.close()
     assert tokens.dtype == np.int64 and tokens.tolist() == [10, 11, 12, 13, 14]
     side = json.loads((tmp_path / "c.json").read_text())
-    assert side == {"tokenizer": {"type": "NullTokenizer"}, "dtype": "uint16", "documents": 5, "tokens": 106,
-                    "max_token_id": 127}
+    assert side == {
+        "tokenizer": {"type": "NullTokenizer"},
+        "dtype": "uint16",
+        "documents": 5,
+        "tokens": 106,
+        "max_token_id": 127,
+    }
 
 
 def test_fingerprint_sees_lengths_and_tokens(tmp_path):
-    for name, documents in (("a", [[1, 2], [3]]), ("b", [[1, 2], [3]]), ("c", [[1], [2, 3]]), ("d", [[1, 2], [4]])):
+    for name, documents in (
+        ("a", [[1, 2], [3]]),
+        ("b", [[1, 2], [3]]),
+        ("c", [[1], [2, 3]]),
+        ("d", [[1, 2], [4]]),
+    ):
         write(tmp_path / name, documents)
     a, b, c, d = (IndexedReader(str(tmp_path / name)).fingerprint() for name in "abcd")
     assert a == b and len({a, c, d}) == 3
@@ -131,7 +150,10 @@ def test_writer_refuses(tmp_path):
     with pytest.raises(ValueError, match="no documents. Fix"):
         write(tmp_path / "c", [])
     for bad, dtype in ((70_000, np.uint16), (-1, np.int32), (200, np.int8)):
-        with pytest.raises(ValueError, match=rf"token id {bad}: must be in \[0, \d+\] for {np.dtype(dtype).name}.*Fix"):
+        with pytest.raises(
+            ValueError,
+            match=rf"token id {bad}: must be in \[0, \d+\] for {np.dtype(dtype).name}.*Fix",
+        ):
             write(tmp_path / "c", [[1], [3, bad]], dtype)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
@@ -144,21 +166,32 @@ def damage(tmp_path, end, change):
     path.write_bytes(change(path.read_bytes()))
 
 
-@pytest.mark.parametrize("end, change, message", [
-    ("bin", lambda b: b[:-2], r"c.bin: 210 bytes, but c.idx describes 212: truncated.*Fix"),
-    ("bin", lambda b: b + b"\0", r"213 bytes, but c.idx describes 212: too long.*Fix"),
-    ("idx", lambda b: b"X" + b[1:], "not an index of version 1.*Fix"),
-    ("idx", lambda b: b[:20], "not an index|damaged"),
-    ("idx", lambda b: b"", "not an index of version 1.*Fix"),
-    ("idx", lambda b: b[:9] + struct.pack("<Q", 2) + b[17:], "not an index of version 1.*Fix"),
-    ("idx", lambda b: b[:17] + b"\x07" + b[18:], "dtype code 7: token ids must be integers.*Fix"),
-    ("idx", lambda b: b[:17] + b"\x63" + b[18:], "dtype code 99.*Fix"),
-    ("idx", lambda b: b[:-8], "bytes, but its header asks for 142: it is damaged. Fix"),
-    ("idx", lambda b: b[:18] + struct.pack("<Q", 2**60) + b[26:], "it is damaged. Fix"),
-    ("idx", lambda b: b[:34] + struct.pack("<i", 4) + b[38:], "lengths and offsets disagree.*Fix"),
-    ("idx", lambda b: b[:-8] + struct.pack("<q", 4), "document ranges do not cover.*Fix"),
-    ("idx", lambda b: b[:18] + struct.pack("<QQ", 0, 1) + b"\0" * 8, "zero documents. Fix"),
-])
+@pytest.mark.parametrize(
+    "end, change, message",
+    [
+        ("bin", lambda b: b[:-2], r"c.bin: 210 bytes, but c.idx describes 212: truncated.*Fix"),
+        ("bin", lambda b: b + b"\0", r"213 bytes, but c.idx describes 212: too long.*Fix"),
+        ("idx", lambda b: b"X" + b[1:], "not an index of version 1.*Fix"),
+        ("idx", lambda b: b[:20], "not an index|damaged"),
+        ("idx", lambda b: b"", "not an index of version 1.*Fix"),
+        ("idx", lambda b: b[:9] + struct.pack("<Q", 2) + b[17:], "not an index of version 1.*Fix"),
+        (
+            "idx",
+            lambda b: b[:17] + b"\x07" + b[18:],
+            "dtype code 7: token ids must be integers.*Fix",
+        ),
+        ("idx", lambda b: b[:17] + b"\x63" + b[18:], "dtype code 99.*Fix"),
+        ("idx", lambda b: b[:-8], "bytes, but its header asks for 142: it is damaged. Fix"),
+        ("idx", lambda b: b[:18] + struct.pack("<Q", 2**60) + b[26:], "it is damaged. Fix"),
+        (
+            "idx",
+            lambda b: b[:34] + struct.pack("<i", 4) + b[38:],
+            "lengths and offsets disagree.*Fix",
+        ),
+        ("idx", lambda b: b[:-8] + struct.pack("<q", 4), "document ranges do not cover.*Fix"),
+        ("idx", lambda b: b[:18] + struct.pack("<QQ", 0, 1) + b"\0" * 8, "zero documents. Fix"),
+    ],
+)
 def test_damage_is_refused(tmp_path, end, change, message):
     write(tmp_path / "c")
     damage(tmp_path, end, change)
@@ -186,7 +219,9 @@ def test_side_file_of_someone_else_is_ignored(tmp_path):
 def test_beyond_two_to_the_31(tmp_path):
     """Tokens, bytes and stream positions over epochs; the files are sparse."""
     longest, first = indexed.LONGEST_SEQUENCE, 100
-    lengths = np.array([first, longest, longest, 7], dtype=np.int32)  # the second document is two sequences
+    lengths = np.array(
+        [first, longest, longest, 7], dtype=np.int32
+    )  # the second document is two sequences
     starts = np.concatenate([[0], np.cumsum(lengths.astype(np.int64))])
     with open(tmp_path / "far.idx", "wb") as file:
         file.write(indexed.HEADER.pack(indexed.MAGIC, 1, 4, 4, 4))
@@ -195,24 +230,37 @@ def test_beyond_two_to_the_31(tmp_path):
         np.array([0, 1, 3, 4], dtype=np.int64).tofile(file)
     with open(tmp_path / "far.bin", "wb") as file:
         file.truncate(int(starts[-1]) * 4)
-        for position, ids in ((99, [5, 6, 7]), (int(starts[2]) - 1, [11, 12]), (int(starts[3]) - 2, [21, 22, 23, 24])):
+        for position, ids in (
+            (99, [5, 6, 7]),
+            (int(starts[2]) - 1, [11, 12]),
+            (int(starts[3]) - 2, [21, 22, 23, 24]),
+        ):
             file.seek(position * 4)
             np.array(ids, dtype=np.int32).tofile(file)
     reader = IndexedReader(str(tmp_path / "far"))
-    assert reader.document_lengths.tolist() == [first, 2 * longest, 7] and reader.num_tokens == starts[-1] > 2**32
+    assert (
+        reader.document_lengths.tolist() == [first, 2 * longest, 7]
+        and reader.num_tokens == starts[-1] > 2**32
+    )
     assert reader.read(0, 99, 1).tolist() == [5] and reader.read(1, 0, 2).tolist() == [6, 7]
     assert reader.read(1, longest - 1, 2).tolist() == [11, 12]
     assert reader.read(1, 2 * longest - 2, 2).tolist() == [21, 22]
     assert reader.read(2, 0, 3).tolist() == [23, 24, 0]
     stream = DocumentStream(reader, None, seed=1)
     for epoch in range(3):
-        documents, offsets, counts = stream.spans(epoch * stream.tokens_per_epoch, stream.tokens_per_epoch)
+        documents, offsets, counts = stream.spans(
+            epoch * stream.tokens_per_epoch, stream.tokens_per_epoch
+        )
         assert sorted(documents.tolist()) == [0, 1, 2]
         assert counts.tolist() == reader.document_lengths[documents].tolist()
-        begin = epoch * stream.tokens_per_epoch + int(counts[:documents.tolist().index(1)].sum())
+        begin = epoch * stream.tokens_per_epoch + int(counts[: documents.tolist().index(1)].sum())
         assert stream.read(begin + longest - 1, 2).tolist() == [11, 12]
     packed = fresh_mixture([(1.0, stream)], 2**20, "best_fit")
     samples = packed.packers[0].samples_before(stream.tokens_per_epoch)
     assert packed.tokens(samples) == {"0": stream.tokens_per_epoch}
-    far = [sample for sample in packed.samples(range(samples - 3, samples)) if sample.intervals[0, 0] > 2**31]
+    far = [
+        sample
+        for sample in packed.samples(range(samples - 3, samples))
+        if sample.intervals[0, 0] > 2**31
+    ]
     assert far and read_batch(far, 2**20, [(0, 8)]).tokens.shape == (8,)

@@ -33,13 +33,33 @@ def corpora(tmp_path):
 def config(corpora, tmp_path):
     web, code = corpora
     settings = {
-        "model": "tiny", "num_layers": 1, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4,
-        "num_query_groups": 2, "data_path": [2, web, 1, code], "tokenizer_type": "NullTokenizer",
-        "vocab_size": VOCABULARY, "split": "1", "save": str(tmp_path / "save"), "skip_data": ["300:600"], "phases": [
+        "model": "tiny",
+        "num_layers": 1,
+        "hidden_size": 32,
+        "ffn_hidden_size": 48,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "data_path": [2, web, 1, code],
+        "tokenizer_type": "NullTokenizer",
+        "vocab_size": VOCABULARY,
+        "split": "1",
+        "save": str(tmp_path / "save"),
+        "skip_data": ["300:600"],
+        "phases": [
             {"name": "short", "seq_length": 64, "train_tokens": 1024, "global_batch_tokens": 512},
-            {"name": "long", "seq_length": 128, "train_tokens": 2048, "global_batch_tokens": 512, "packing": "best_fit",
-             "data_path": [web], "context_parallel_size": 4, "cp_comm_type": "a2a+allgather",
-             "hierarchical_context_parallel_sizes": [2, 2]}]}
+            {
+                "name": "long",
+                "seq_length": 128,
+                "train_tokens": 2048,
+                "global_batch_tokens": 512,
+                "packing": "best_fit",
+                "data_path": [web],
+                "context_parallel_size": 4,
+                "cp_comm_type": "a2a+allgather",
+                "hierarchical_context_parallel_sizes": [2, 2],
+            },
+        ],
+    }
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(settings))
     return str(path)
@@ -50,9 +70,24 @@ def test_a_corpus(corpora, tmp_path, capsys):
     assert main(["--data-path", *corpora, "--samples", "2", "--plot", str(plot)]) == 0
     out = capsys.readouterr().out
     assert "web: 150 documents (" in out and "tokenizer NullTokenizer, 97 ids, " in out
-    assert out.count("  document ") == 4 and "length: least 0" in out and plot.stat().st_size > 10_000
-    assert main(["--data-path", corpora[0], "--samples", "1", "--tokenizer-type", "HuggingFaceTokenizer",
-                 "--tokenizer-model", "nowhere"]) == 2
+    assert (
+        out.count("  document ") == 4 and "length: least 0" in out and plot.stat().st_size > 10_000
+    )
+    assert (
+        main(
+            [
+                "--data-path",
+                corpora[0],
+                "--samples",
+                "1",
+                "--tokenizer-type",
+                "HuggingFaceTokenizer",
+                "--tokenizer-model",
+                "nowhere",
+            ]
+        )
+        == 2
+    )
 
 
 def test_the_plan(config, capsys):
@@ -82,12 +117,17 @@ def test_a_batch_is_the_one_that_is_trained(config, capsys):
             steps[phase.name, clock] = read
     expected = steps["long", 1024 + 512]
     assert "clock 1,536" in out and out.count("  dp ") == 2 * 4 * 2
-    begins = re.findall(r"dp (\d) cp 0 microbatch (\d): tokens \[0:32\] of.*\n    '([\d ]+) ?' ...", out)
+    begins = re.findall(
+        r"dp (\d) cp 0 microbatch (\d): tokens \[0:32\] of.*\n    '([\d ]+) ?' ...", out
+    )
     assert len(begins) == 4
     for dp, microbatch, text in begins:
         sample = expected[int(microbatch) * 2 + int(dp)]
         assert text.split() == [str(token) for token in sample[:12].tolist()]
-    assert ledger_at(plan.config.data, plan.corpus, plan.ledger, 3072, plan.phases, 0).open["start"] == 0
+    assert (
+        ledger_at(plan.config.data, plan.corpus, plan.ledger, 3072, plan.phases, 0).open["start"]
+        == 0
+    )
 
 
 def test_a_batch_without_a_target_is_said(config, tmp_path, capsys):
@@ -105,11 +145,22 @@ def test_a_batch_without_a_target_is_said(config, tmp_path, capsys):
     assert warning not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags, message", [
-    ([], "data_path, config, load: none given. Fix"), (["--load", "nowhere"], "no checkpoint is published there. Fix"),
-    (["--data-path", "nowhere"], "nowhere.idx: no such file"),
-    (["--config", "CONFIG", "--world-size", "8", "--phase", "x"], "phase = x: the run has short, long. Fix"),
-    (["--config", "CONFIG", "--world-size", "8", "--phase", "short", "--batch", "2"], "has steps 0 to 1. Fix")])
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ([], "data_path, config, load: none given. Fix"),
+        (["--load", "nowhere"], "no checkpoint is published there. Fix"),
+        (["--data-path", "nowhere"], "nowhere.idx: no such file"),
+        (
+            ["--config", "CONFIG", "--world-size", "8", "--phase", "x"],
+            "phase = x: the run has short, long. Fix",
+        ),
+        (
+            ["--config", "CONFIG", "--world-size", "8", "--phase", "short", "--batch", "2"],
+            "has steps 0 to 1. Fix",
+        ),
+    ],
+)
 def test_bad_input(config, capsys, flags, message):
     assert main([config if flag == "CONFIG" else flag for flag in flags]) == 2
     assert message in capsys.readouterr().err

@@ -30,7 +30,9 @@ def large(columns: int = WIDTH) -> torch.Tensor:
 
 
 def weights(*shape: int) -> torch.Tensor:
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(1)) / shape[-1] ** 0.5).to(DTYPE)
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(1)) / shape[-1] ** 0.5).to(
+        DTYPE
+    )
 
 
 def assert_last_rows_as_alone(function, x: torch.Tensor) -> None:
@@ -54,11 +56,14 @@ def test_norm():
 
 def test_rotation():
     angles = torch.arange(ROWS)[:, None] % 1000 * torch.linspace(0, 1, 16)
-    cos, sin = (torch.cat([table, table], dim=1).to(DTYPE) for table in (angles.cos(), angles.sin()))
+    cos, sin = (
+        torch.cat([table, table], dim=1).to(DTYPE) for table in (angles.cos(), angles.sin())
+    )
 
     def function(x):
         rows = LAST if len(x) == 8 else slice(None)
         return rotate(x.view(len(x), -1, 32), cos[rows], sin[rows])
+
     assert_last_rows_as_alone(function, large())
 
 

@@ -13,8 +13,11 @@ ROOT = Path(__file__).resolve().parents[2]
 def run(script: Path, *arguments: Path | str, **environment) -> subprocess.CompletedProcess:
     inherited = {name: value for name, value in os.environ.items() if name != "ITHACA_PYTHON"}
     return subprocess.run(
-        ["bash", str(script), *map(str, arguments)], env=inherited | environment,
-        capture_output=True, text=True, timeout=60,
+        ["bash", str(script), *map(str, arguments)],
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 
@@ -23,8 +26,9 @@ def contents(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): path.read_text() for path in files}
 
 
-@pytest.mark.parametrize("script, variable", [
-    ("quickstart", "QUICKSTART_DIR"), ("extend", "EXTEND_DIR")])
+@pytest.mark.parametrize(
+    "script, variable", [("quickstart", "QUICKSTART_DIR"), ("extend", "EXTEND_DIR")]
+)
 def test_a_folder_of_somebody_else_is_not_used(tmp_path, script, variable):
     folder = tmp_path / "mine"
     for name in ("data/corpus.txt", "tokenizer/spm.model", "huggingface/config.json"):

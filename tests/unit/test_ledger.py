@@ -27,7 +27,9 @@ def make_streams(**changed):
     for number, (name, count) in enumerate((SIZES | changed).items()):
         lengths = np.random.default_rng(number).integers(1, 90, count).tolist()
         base = 1_000_000 * number
-        reader = Documents(lengths, lambda document, n, base=base: base + 1000 * document + np.arange(n))
+        reader = Documents(
+            lengths, lambda document, n, base=base: base + 1000 * document + np.arange(n)
+        )
         reader.prefix = name
         streams[name] = DocumentStream(reader, None, seed=number)
     return streams
@@ -43,7 +45,8 @@ PHASES = [
     (settings(16, [(1, "a"), (3, "c")], "best_fit"), 64, 1, 2, 4, 5),
     (settings(128, [(1, "b"), (1, "c"), (1, "a")]), 256, 1, 1, 8, 3),
     (settings(64, [(0.3, "c"), (0.7, "a")], "best_fit"), 128, 1, 2, 1, 4),
-    (settings(16, [(5, "b")]), 96, 2, 1, 1, 9)]
+    (settings(16, [(5, "b")]), 96, 2, 1, 1, 9),
+]
 """Settings, batch tokens, micro batch, dp, cp, steps."""
 
 
@@ -53,9 +56,18 @@ def read_step(mixture, start, clock, batch_tokens, micro, dp, cp, masking):
     size = mixture.settings.seq_length * micro
     for d in range(dp):
         for c in range(cp):
-            loader = Loader(mixture, start, micro_batch_size=micro, global_batch_tokens=batch_tokens, dp_rank=d,
-                            dp_size=dp, pieces=[(c * size // cp, (c + 1) * size // cp)], document_masking=masking,
-                            prefetch=False, eod=-7)
+            loader = Loader(
+                mixture,
+                start,
+                micro_batch_size=micro,
+                global_batch_tokens=batch_tokens,
+                dp_rank=d,
+                dp_size=dp,
+                pieces=[(c * size // cp, (c + 1) * size // cp)],
+                document_masking=masking,
+                prefetch=False,
+                eod=-7,
+            )
             for batch in loader.read(clock):
                 tokens += batch.tokens.tolist()
                 labels += batch.labels.tolist()
@@ -76,7 +88,18 @@ def run(restart_at=(), masking=True, skip=None):
                 ledger.enter(clock, f"phase{number}", wanted)
             if skip and skip[0] <= clock and not ledger.has_skipped(skip[1]):
                 ledger.skip(clock, skip[1])
-            steps.append(read_step(ledger.mixture(), ledger.open["start"], clock, batch_tokens, micro, dp, cp, masking))
+            steps.append(
+                read_step(
+                    ledger.mixture(),
+                    ledger.open["start"],
+                    clock,
+                    batch_tokens,
+                    micro,
+                    dp,
+                    cp,
+                    masking,
+                )
+            )
             clock += batch_tokens
     return steps, ledger, clock
 
@@ -93,16 +116,27 @@ def test_each_token_is_an_input_once_and_a_target_once(masking):
     inputs = sorted(token for tokens, _ in steps for token in tokens if token != -7)
     targets = sorted(label for _, labels in steps for label in labels if label != IGNORE)
     streams, places = ledger.streams, expected_tokens(ledger, clock)
-    read = {name: np.setdiff1d(np.arange(place.position), np.concatenate(
-        [np.arange(a, a + n) for a, n in place.held.tolist()] or [np.empty(0)])) for name, place in places.items()}
+    read = {
+        name: np.setdiff1d(
+            np.arange(place.position),
+            np.concatenate([np.arange(a, a + n) for a, n in place.held.tolist()] or [np.empty(0)]),
+        )
+        for name, place in places.items()
+    }
     assert any(len(place.held) for place in places.values())
-    epochs = {name: place.position / streams[name].tokens_per_epoch for name, place in places.items()}
+    epochs = {
+        name: place.position / streams[name].tokens_per_epoch for name, place in places.items()
+    }
     assert max(epochs.values()) > 1 > min(epochs.values())
     found = {name: streams[name].read(0, place.position + 1) for name, place in places.items()}
     assert inputs == sorted(token for name in SIZES for token in found[name][read[name]].tolist())
     # The token after each input that lies in the same document.
-    followers = sorted(int(found[name][i + 1]) for name in SIZES for i in read[name].tolist()
-                       if found[name][i + 1] % 1000 and found[name][i + 1] == found[name][i] + 1)
+    followers = sorted(
+        int(found[name][i + 1])
+        for name in SIZES
+        for i in read[name].tolist()
+        if found[name][i + 1] % 1000 and found[name][i + 1] == found[name][i] + 1
+    )
     if masking:
         assert targets == followers
     else:
@@ -123,8 +157,10 @@ def test_other_batch_and_layout_read_the_same_samples():
         mixture = fresh_mixture([(2, stream["a"]), (1, stream["b"])], 16, packing_name)
         whole = read_step(mixture, 0, 0, 768, 1, 1, 1, True)
         for batch_tokens, micro, dp, cp in ((64, 1, 2, 2), (128, 2, 4, 1), (768, 4, 2, 8)):
-            found = [read_step(mixture, 0, clock, batch_tokens, micro, dp, cp, True)
-                     for clock in range(0, 768, batch_tokens)]
+            found = [
+                read_step(mixture, 0, clock, batch_tokens, micro, dp, cp, True)
+                for clock in range(0, 768, batch_tokens)
+            ]
             assert sorted(token for tokens, _ in found for token in tokens) == sorted(whole[0])
 
 
@@ -140,7 +176,9 @@ def test_later_settings_leave_the_past_alone():
     assert ledger.place("b").position == 40 + 80
     fresh = Ledger(make_streams())
     fresh.enter(0, "one", settings(8, [(1, "a"), (1, "b")]))
-    assert [s.intervals.tolist() for s in before] == [s.intervals.tolist() for s in fresh.mixture().samples(range(10))]
+    assert [s.intervals.tolist() for s in before] == [
+        s.intervals.tolist() for s in fresh.mixture().samples(range(10))
+    ]
     ledger.enter(256, "three", settings(16, [(1, "a")]))
     assert len(ledger.segments) == 3, "the same settings go on in the same segment"
 
@@ -156,7 +194,8 @@ def test_a_skipped_window_is_not_drawn_and_nothing_else_is_lost():
     read = sum(place.tokens_read for place in places.values())
     assert len(inputs) == read - 128 == sum(ledger.tokens_by_source(clock).values())
     assert len(set(inputs)) == len(inputs) or any(
-        place.position > streams[name].tokens_per_epoch for name, place in places.items())
+        place.position > streams[name].tokens_per_epoch for name, place in places.items()
+    )
     again = run(skip=(128, 256), restart_at={192, 512})[0]
     assert again == skipped
 
@@ -166,7 +205,9 @@ def test_account_adds_up():
     rows = ledger.account(clock)
     assert {row["phase"] for row in rows} == {f"phase{n}" for n in range(6)}
     real = sum(token != -7 for tokens, _ in steps for token in tokens)
-    assert sum(row["tokens"] for row in rows) == real == sum(ledger.tokens_by_source(clock).values())
+    assert (
+        sum(row["tokens"] for row in rows) == real == sum(ledger.tokens_by_source(clock).values())
+    )
     begun = sum(token % 1000 == 0 for tokens, _ in steps for token in tokens if token != -7)
     assert sum(row["documents"] for row in rows) == begun > 0
     last = {row["source"]: row["epochs"] for row in rows}
@@ -184,8 +225,10 @@ def test_shares_count_tokens_also_where_samples_are_not_full(monkeypatch):
     """Documents of which only one fits into a sample, beside short ones that fill theirs."""
     monkeypatch.setattr(packing, "WINDOW_BINS", 256)
     generator = np.random.default_rng(0)
-    streams = {name: DocumentStream(Documents(generator.integers(low, high, 4000).tolist()), None, seed=1)
-               for name, low, high in (("long", 33, 64), ("short", 1, 8))}
+    streams = {
+        name: DocumentStream(Documents(generator.integers(low, high, 4000).tolist()), None, seed=1)
+        for name, low, high in (("long", 33, 64), ("short", 1, 8))
+    }
     ledger = Ledger(streams)
     ledger.enter(0, "one", settings(64, [(1, "long"), (1, "short")], "best_fit"))
     totals = ledger.tokens_by_source(64 * 400)
@@ -193,7 +236,8 @@ def test_shares_count_tokens_also_where_samples_are_not_full(monkeypatch):
     again = Ledger(streams, json.loads(json.dumps(ledger.to_json(64 * 400))))
     again.enter(64 * 400, "one", settings(64, [(1, "long"), (1, "short")], "best_fit"))
     assert [s.intervals.tolist() for s in again.mixture().samples(range(400, 420))] == [
-        s.intervals.tolist() for s in ledger.mixture().samples(range(400, 420))]
+        s.intervals.tolist() for s in ledger.mixture().samples(range(400, 420))
+    ]
 
 
 def test_sources_that_end():
@@ -205,12 +249,16 @@ def test_sources_that_end():
         samples = ledger.mixture().order.samples
         totals = ledger.tokens_by_source(16 * samples)
         assert epoch - 16 < totals["b"] <= epoch and totals["a"] <= streams["a"].tokens_per_epoch
-        with pytest.raises(ValueError, match="data_exhausted = stop: the sources have .* samples of 16 tokens left"):
+        with pytest.raises(
+            ValueError, match="data_exhausted = stop: the sources have .* samples of 16 tokens left"
+        ):
             ledger.mixture().check(samples + 1)
         ledger.mixture().check(samples)
         strict = Ledger(streams)
         strict.enter(0, "one", settings(16, [(1, "a"), (9, "b")], packing_name, "error"))
-        with pytest.raises(ValueError, match="data_exhausted = error: b has .* samples left, .* to be drawn.*Fix"):
+        with pytest.raises(
+            ValueError, match="data_exhausted = error: b has .* samples left, .* to be drawn.*Fix"
+        ):
             strict.mixture().check(samples)
 
 
@@ -219,7 +267,9 @@ def test_changed_data_is_named():
     ledger.enter(0, "one", settings(8, [(1, "a"), (1, "b")]))
     stored = ledger.to_json(64)
     changed = make_streams(b=26)
-    with pytest.raises(ValueError, match="b: is not the data.*documents 25 -> 26.*--accept-changes data"):
+    with pytest.raises(
+        ValueError, match="b: is not the data.*documents 25 -> 26.*--accept-changes data"
+    ):
         Ledger(changed, stored)
     accepted = Ledger(changed, stored, accept_changes=True)
     accepted.enter(64, "one", settings(8, [(1, "a"), (1, "b")]))
@@ -236,7 +286,12 @@ def test_changed_data_is_named():
     both.enter(0, "one", settings(8, [(1, "a")]))
     stored = both.to_json(64)
     stored["sources"]["copy"] = stored["sources"]["a"]
-    stored["segments"][0]["so_far"]["copy"] = {"samples": 0, "tokens": 0, "documents": 0, "epochs": 0.0}
+    stored["segments"][0]["so_far"]["copy"] = {
+        "samples": 0,
+        "tokens": 0,
+        "documents": 0,
+        "epochs": 0.0,
+    }
     elsewhere = Ledger({"c": twins["a"], "d": twins["a"]}, stored)
     elsewhere.enter(64, "two", settings(8, [(1, "c"), (1, "d")]))
     assert sorted(elsewhere.place(name).position for name in "cd") == [0, 64]
@@ -247,15 +302,27 @@ def test_changed_data_is_named():
 def test_forecast():
     streams = make_streams()
     ledger = Ledger(streams)
-    phases = [("one", 800, settings(8, [(3, "a"), (1, "b")])), ("two", 4000, settings(32, [(1, "b")], "best_fit"))]
+    phases = [
+        ("one", 800, settings(8, [(3, "a"), (1, "b")])),
+        ("two", 4000, settings(32, [(1, "b")], "best_fit")),
+    ]
     rows = forecast(ledger, 0, phases)
     assert [(row["phase"], row["source"], row["tokens"]) for row in rows] == [
-        ("one", "a", 600), ("one", "b", 200), ("two", "b", 3200)]
-    assert rows[0]["share"] == 0.75 and rows[2]["to_epoch"] == pytest.approx(3400 / streams["b"].tokens_per_epoch)
+        ("one", "a", 600),
+        ("one", "b", 200),
+        ("two", "b", 3200),
+    ]
+    assert rows[0]["share"] == 0.75 and rows[2]["to_epoch"] == pytest.approx(
+        3400 / streams["b"].tokens_per_epoch
+    )
     ledger.enter(0, *phases[0][::2])
     later = forecast(Ledger(streams, ledger.to_json(400)), 400, phases)
-    assert later[0]["tokens"] == pytest.approx(300, abs=8) and later[0]["from_epoch"] == pytest.approx(
-        300 / streams["a"].tokens_per_epoch, abs=0.01) and later[2]["to_epoch"] == pytest.approx(
-            rows[2]["to_epoch"], abs=0.02)
+    assert (
+        later[0]["tokens"] == pytest.approx(300, abs=8)
+        and later[0]["from_epoch"] == pytest.approx(300 / streams["a"].tokens_per_epoch, abs=0.01)
+        and later[2]["to_epoch"] == pytest.approx(rows[2]["to_epoch"], abs=0.02)
+    )
     with pytest.raises(ValueError, match="data_exhausted = error: b has"):
-        forecast(ledger, 400, [*phases, ("three", 9000, settings(32, [(1, "b")], "concat", "error"))])
+        forecast(
+            ledger, 400, [*phases, ("three", 9000, settings(32, [(1, "b")], "concat", "error"))]
+        )

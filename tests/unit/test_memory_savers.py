@@ -33,14 +33,24 @@ LAYOUT = single_process_layout(CPU)
 
 def leaves(*shapes: tuple[int, ...], dtype=torch.float64) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
+    return [
+        torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes
+    ]
 
 
-def assert_same(found: torch.Tensor, expected: torch.Tensor, inputs: list[torch.Tensor], tolerance=1e-12) -> None:
+def assert_same(
+    found: torch.Tensor, expected: torch.Tensor, inputs: list[torch.Tensor], tolerance=1e-12
+) -> None:
     """Values and gradients, for a random gradient of the result."""
     weight = torch.randn_like(expected)
-    pairs = [(found, expected), *zip(torch.autograd.grad(found, inputs, weight),
-                                     torch.autograd.grad(expected, inputs, weight), strict=True)]
+    pairs = [
+        (found, expected),
+        *zip(
+            torch.autograd.grad(found, inputs, weight),
+            torch.autograd.grad(expected, inputs, weight),
+            strict=True,
+        ),
+    ]
     for a, b in pairs:
         assert (a - b).abs().max() <= tolerance * b.abs().max()
 
@@ -54,7 +64,11 @@ def test_the_fused_loss_is_cross_entropy_over_the_real_tokens(chunk, vocabulary)
     head = Head(LAYOUT.tp, vocabulary, chunk)
     found = fused_loss(x, weight, labels, 0.25, head)
     logits = x @ weight[:vocabulary].T
-    assert_same(found, 0.25 * F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum"), [x, weight])
+    assert_same(
+        found,
+        0.25 * F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum"),
+        [x, weight],
+    )
     with torch.no_grad():
         total, hits = score(x, weight, labels, head)
     assert torch.allclose(total, 4 * found) and hits == (logits.argmax(1) == labels).sum() > 0
@@ -70,8 +84,10 @@ def test_the_loss_may_be_asked_twice_for_its_gradient():
     """A schedule that splits the backward does."""
     x, weight = leaves((6, 8), (17, 8))
     found = fused_loss(x, weight, torch.arange(6), 1.0, Head(LAYOUT.tp, 17, 4))
-    first, second = (torch.autograd.grad(found, [x, weight], torch.tensor(3.0).double(), retain_graph=True)
-                     for _ in range(2))
+    first, second = (
+        torch.autograd.grad(found, [x, weight], torch.tensor(3.0).double(), retain_graph=True)
+        for _ in range(2)
+    )
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -84,11 +100,19 @@ def test_swiglu_in_tiles(tiles):
 
 def test_tiles_add_their_gradients_in_fp32():
     """In bf16, 64 additions of a part to the sum would lose more than the parts' own rounding."""
-    inputs = [x.detach().bfloat16().requires_grad_() for x in leaves((512, 16), (32, 16), (32, 16), (16, 32))]
-    grads = {tiles: torch.autograd.grad(swiglu(*inputs, tiles).sum(), inputs[1])[0].double() for tiles in (1, 64)}
+    inputs = [
+        x.detach().bfloat16().requires_grad_()
+        for x in leaves((512, 16), (32, 16), (32, 16), (16, 32))
+    ]
+    grads = {
+        tiles: torch.autograd.grad(swiglu(*inputs, tiles).sum(), inputs[1])[0].double()
+        for tiles in (1, 64)
+    }
     exact = [x.detach().double().requires_grad_() for x in inputs]
     expected = torch.autograd.grad(swiglu(*exact, 1).sum(), exact[1])[0]
-    errors = {tiles: float((grad - expected).norm() / expected.norm()) for tiles, grad in grads.items()}
+    errors = {
+        tiles: float((grad - expected).norm() / expected.norm()) for tiles, grad in grads.items()
+    }
     assert errors[64] < 1.5 * errors[1], errors
 
 
@@ -122,7 +146,9 @@ def test_a_kept_call_forgets_its_inputs_and_gives_their_gradients():
     tape.play()
     again = [x.detach().clone().requires_grad_() for x in (q, k, v)]
     found = torch.autograd.grad(tape.attend(call, *again).square().sum(), again)
-    assert torch.equal(out, output(q, k, v)) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert torch.equal(out, output(q, k, v)) and all(
+        torch.equal(a, b) for a, b in zip(found, expected, strict=True)
+    )
 
 
 def test_a_kept_output_may_be_away_meanwhile():
@@ -139,7 +165,9 @@ SPLITS = [(32, 8, 8), (32, 8, 1), (32, 32, 4), (32, 8, 4), (32, 4, 8), (16, 1, 2
 
 
 @pytest.mark.parametrize("heads, kv_heads, ranks", SPLITS)
-def test_in_chunks_each_rank_attends_with_its_own_heads_and_no_key_travels_twice(heads, kv_heads, ranks):
+def test_in_chunks_each_rank_attends_with_its_own_heads_and_no_key_travels_twice(
+    heads, kv_heads, ranks
+):
     split = HeadSplit.make(heads, kv_heads, ranks)
     for chunks in chunk_counts(split)[1:]:
         rounds = head_rounds(split, chunks)
@@ -152,9 +180,12 @@ def test_in_chunks_each_rank_attends_with_its_own_heads_and_no_key_travels_twice
                 for flat in each.query_chunks:
                     queries += flat[q0:q1]
                     # `attend` pairs query i with key i // (queries / keys).
-                    assert [each.kv_heads[k0 + i // ((q1 - q0) // (k1 - k0))] for i in range(q1 - q0)] == [
-                        head // split.group for head in flat[q0:q1]]
-            assert queries == list(range(*split.query[rank])) and keys == list(range(*split.kv[rank]))
+                    assert [
+                        each.kv_heads[k0 + i // ((q1 - q0) // (k1 - k0))] for i in range(q1 - q0)
+                    ] == [head // split.group for head in flat[q0:q1]]
+            assert queries == list(range(*split.query[rank])) and keys == list(
+                range(*split.kv[rank])
+            )
         assert max(Counter(head for each in rounds for head in each.kv_heads).values()) == 1
 
 
@@ -162,7 +193,9 @@ def test_chunk_counts_are_those_that_divide_a_ranks_heads():
     assert chunk_counts(HeadSplit.make(32, 8, 8)) == [1, 2, 4]  # 4 query heads of one group
     assert chunk_counts(HeadSplit.make(32, 8, 1)) == [1, 2, 4, 8, 16, 32]
     assert chunk_counts(HeadSplit.make(6, 2, 4)) == [1]  # uneven
-    assert chunk_counts(HeadSplit.make(12, 3, 2)) == [1]  # a rank's 6 heads are one group and a half
+    assert chunk_counts(HeadSplit.make(12, 3, 2)) == [
+        1
+    ]  # a rank's 6 heads are one group and a half
 
 
 class Counting(TorchDispatchMode):
@@ -177,15 +210,25 @@ class Counting(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def one_step(settings: MemorySettings, bounds: list[int], *, backward: bool = True, **model) -> None:
+def one_step(
+    settings: MemorySettings, bounds: list[int], *, backward: bool = True, **model
+) -> None:
     """Forward and backward of two layers over the documents between the bounds."""
-    config = ModelConfig(num_layers=2, num_attention_heads=4, **dict(hidden_size=16, ffn_hidden_size=24) | model)
-    stage = GPTStage(config, 50, LAYOUT, choose_attention("sdpa", CPU, torch.float32)[0]).to_empty(device=CPU)
+    config = ModelConfig(
+        num_layers=2, num_attention_heads=4, **dict(hidden_size=16, ffn_hidden_size=24) | model
+    )
+    stage = GPTStage(config, 50, LAYOUT, choose_attention("sdpa", CPU, torch.float32)[0]).to_empty(
+        device=CPU
+    )
     for parameter in stage.parameters():
         nn.init.normal_(parameter, std=0.1)
     ids = torch.arange(bounds[-1])
-    batch = SimpleNamespace(tokens=ids % 50, labels=ids % 50, positions=ids,
-                            cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+    batch = SimpleNamespace(
+        tokens=ids % 50,
+        labels=ids % 50,
+        positions=ids,
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+    )
     stage.memory = settings
     stage.begin_step([batch], len(ids))
     loss = stage(torch.empty(0))
@@ -193,16 +236,25 @@ def one_step(settings: MemorySettings, bounds: list[int], *, backward: bool = Tr
         loss.backward()
 
 
-@pytest.mark.parametrize("settings, forwards, products", [
-    (MemorySettings(), 1, 0), (MemorySettings("selective"), 1, 2), (MemorySettings("full"), 2, 4),
-    (MemorySettings("attention_kept"), 1, 4), (MemorySettings("full", attention_head_chunks=2), 2, None),
-    (MemorySettings("attention_kept", attention_head_chunks=2), 1, None)], ids=str)
+@pytest.mark.parametrize(
+    "settings, forwards, products",
+    [
+        (MemorySettings(), 1, 0),
+        (MemorySettings("selective"), 1, 2),
+        (MemorySettings("full"), 2, 4),
+        (MemorySettings("attention_kept"), 1, 4),
+        (MemorySettings("full", attention_head_chunks=2), 2, None),
+        (MemorySettings("attention_kept", attention_head_chunks=2), 1, None),
+    ],
+    ids=str,
+)
 def test_each_level_computes_again_what_it_says(settings, forwards, products):
     """Attention's forward per layer, and matrix products of a layer that run a second time.
 
     Never all of q, k and v (one product), o, gate, up and down: neither the MLP's result nor, in chunks, the
     projections of a kept attention are needed again.
     """
+
     def calls(settings: MemorySettings) -> Counter:
         with Counting() as counting:
             one_step(settings, [0, 12])
@@ -216,9 +268,17 @@ def test_each_level_computes_again_what_it_says(settings, forwards, products):
     assert not found["slice_backward"]  # each would be a copy of q, k or v
 
 
-@pytest.mark.parametrize("settings, most", [
-    (MemorySettings("full", mlp_tiles=16, loss_chunk_tokens=512), 13.8),
-    (MemorySettings("full", mlp_tiles=16, attention_head_chunks=4, loss_chunk_tokens=512), 10.8)], ids=str)
+@pytest.mark.parametrize(
+    "settings, most",
+    [
+        (MemorySettings("full", mlp_tiles=16, loss_chunk_tokens=512), 13.8),
+        (
+            MemorySettings("full", mlp_tiles=16, attention_head_chunks=4, loss_chunk_tokens=512),
+            10.8,
+        ),
+    ],
+    ids=str,
+)
 def test_the_peak_of_a_step(settings, most):
     """In units of all tokens' hidden states: one more that outlives its use, and the step is above it."""
     width, tokens = 64, 4 * BLOCK // 64
@@ -232,15 +292,19 @@ def test_the_peak_of_a_step(settings, most):
 def test_documents_one_by_one_are_those_together():
     """What runs on a GPU without a better kernel."""
     inputs = leaves((9, 4, 8), (12, 2, 8), (12, 2, 8))
-    rows_q, rows_k = ([slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
-                      for bounds in ([0, 2, 8, 9], [0, 5, 11, 12]))
+    rows_q, rows_k = (
+        [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+        for bounds in ([0, 2, 8, 9], [0, 5, 11, 12])
+    )
     found, expected = (attend(*inputs, rows_q, rows_k) for attend in (_one_by_one, sdpa_attention))
     with Counting() as counting:
         assert_same(found, expected, inputs)
     assert not counting.calls["slice_backward"]
     alone = [x.detach()[:5] for x in inputs]
-    assert torch.allclose(_one_by_one(*alone, [slice(0, 5)], [slice(0, 5)]),
-                          sdpa_attention(*alone, [slice(0, 5)], [slice(0, 5)]))
+    assert torch.allclose(
+        _one_by_one(*alone, [slice(0, 5)], [slice(0, 5)]),
+        sdpa_attention(*alone, [slice(0, 5)], [slice(0, 5)]),
+    )
 
 
 def test_who_waited_for_an_exchange_does_not_hold_what_was_sent(monkeypatch):
@@ -250,7 +314,10 @@ def test_who_waited_for_an_exchange_does_not_hold_what_was_sent(monkeypatch):
 
     monkeypatch.setattr(dist, "all_to_all_single", all_to_all_single)
     sent = torch.arange(4.0)
-    alive, finish = weakref.ref(sent), start_all_to_all(sent, [2, 2], [2, 2], Axis("cp", 0, 2, (0, 1), None))
+    alive, finish = (
+        weakref.ref(sent),
+        start_all_to_all(sent, [2, 2], [2, 2], Axis("cp", 0, 2, (0, 1), None)),
+    )
     del sent
     assert alive() is not None  # until the exchange is over
     assert torch.equal(finish(), torch.arange(4.0)) and alive() is None

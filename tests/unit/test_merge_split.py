@@ -35,8 +35,11 @@ def files(prefix):
 def test_split_and_merged_again_is_the_same(tmp_path, parts):
     whole = write(tmp_path / "whole", [[i % 300] * (i * 7 % 23) for i in range(200)])
     prefixes = split(SplitArguments(input=whole, output_prefix=str(tmp_path / "part"), parts=parts))
-    assert [prefix[len(str(tmp_path)):] for prefix in prefixes] == (
-        [f"/part_{i}" for i in range(parts)] if parts < 11 else [f"/part_{i:02d}" for i in range(parts)])
+    assert [prefix[len(str(tmp_path)) :] for prefix in prefixes] == (
+        [f"/part_{i}" for i in range(parts)]
+        if parts < 11
+        else [f"/part_{i:02d}" for i in range(parts)]
+    )
     tokens = [read_index(prefix).num_tokens for prefix in prefixes]
     assert max(tokens) - min(tokens) <= 2 * 22 and sum(tokens) == read_index(whole).num_tokens
     assert read_side_file(prefixes[0])["tokenizer"] == TOKENIZER
@@ -75,18 +78,27 @@ def test_refuses(tmp_path):
     b, c = write(tmp_path / "b", [[1]], tokenizer=other), write(tmp_path / "c", [[1]], np.int32)
     unknown = write(tmp_path / "unknown", [[5]], tokenizer=None)
     before = sorted(tmp_path.iterdir())
-    for inputs, message in (([a, b], "b: made with the tokenizer .*'g'.*but .*a with .*Fix"),
-                            ([a, c], "c: dtype int32, but .* is written as uint16. Fix"),
-                            ([a, str(tmp_path / "none")], "none: no .*none.json that names its tokenizer"),
-                            ([a, unknown], "unknown: no .*unknown.json that names its tokenizer. Fix")):
+    for inputs, message in (
+        ([a, b], "b: made with the tokenizer .*'g'.*but .*a with .*Fix"),
+        ([a, c], "c: dtype int32, but .* is written as uint16. Fix"),
+        ([a, str(tmp_path / "none")], "none: no .*none.json that names its tokenizer"),
+        ([a, unknown], "unknown: no .*unknown.json that names its tokenizer. Fix"),
+    ):
         with pytest.raises(ValueError, match=message):
             merge(MergeArguments(input=inputs, output_prefix=str(tmp_path / "out")))
-    for parts, message in ((0, r"parts = 0: must be in \[1, 3\]"), (4, r"parts = 4: must be in \[1, 3\].*Fix"),
-                           (3, "parts = 3: a document of 99 tokens is longer than a part of 33. Fix")):
+    for parts, message in (
+        (0, r"parts = 0: must be in \[1, 3\]"),
+        (4, r"parts = 4: must be in \[1, 3\].*Fix"),
+        (3, "parts = 3: a document of 99 tokens is longer than a part of 33. Fix"),
+    ):
         with pytest.raises(ValueError, match=message):
             split(SplitArguments(input=a, output_prefix=str(tmp_path / "out"), parts=parts))
     assert sorted(tmp_path.iterdir()) == before
-    merge(MergeArguments(input=[a, unknown], output_prefix=str(tmp_path / "out"), accept_unknown_tokenizers=True))
+    merge(
+        MergeArguments(
+            input=[a, unknown], output_prefix=str(tmp_path / "out"), accept_unknown_tokenizers=True
+        )
+    )
     assert read_side_file(str(tmp_path / "out"))["tokenizer"] is None
 
 
@@ -108,11 +120,29 @@ def test_command_lines(tmp_path):
     a, b = write(tmp_path / "a", [[1, 2], [3]]), write(tmp_path / "b", [[4]])
 
     def run(*arguments):
-        return subprocess.run([sys.executable, "-m", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, "-m", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+        )
 
     done = run("tools.merge_datasets", "--input", a, b, "--output-prefix", tmp_path / "c")
     assert done.returncode == 0 and "3 documents, 4 tokens of 2 inputs" in done.stdout, done.stderr
-    done = run("tools.split_dataset", "--input", tmp_path / "c", "--output-prefix", tmp_path / "d", "--parts", 2)
+    done = run(
+        "tools.split_dataset",
+        "--input",
+        tmp_path / "c",
+        "--output-prefix",
+        tmp_path / "d",
+        "--parts",
+        2,
+    )
     assert done.returncode == 0 and "wrote 2 parts" in done.stdout, done.stderr
-    failed = run("tools.split_dataset", "--input", tmp_path / "c", "--output-prefix", tmp_path / "d", "--parts", 9)
+    failed = run(
+        "tools.split_dataset",
+        "--input",
+        tmp_path / "c",
+        "--output-prefix",
+        tmp_path / "d",
+        "--parts",
+        9,
+    )
     assert failed.returncode == 2 and "error: parts = 9" in failed.stderr

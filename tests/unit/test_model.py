@@ -1,6 +1,5 @@
 """Parts of the model by themselves: attention backends, initial weights, head splits."""
 
-
 import pytest
 import torch
 
@@ -32,14 +31,20 @@ def masked_attention(q, k, v, cu_seqlens):
 def test_the_definition_makes_its_tensors_where_its_inputs_are():
     """The tests on a GPU compare with it there; device meta raises where it meets a tensor of the CPU."""
     q, k, v = (torch.empty(40, heads, 8, device="meta") for heads in (6, 2, 2))
-    assert masked_attention(q, k, v, torch.empty(3, dtype=torch.int32, device="meta")).device.type == "meta"
+    assert (
+        masked_attention(q, k, v, torch.empty(3, dtype=torch.int32, device="meta")).device.type
+        == "meta"
+    )
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
 @pytest.mark.parametrize("bounds", [[0, 40], [0, 1, 2, 17, 39, 40]])
 def test_sdpa_equals_the_definition(kv_heads, bounds):
     torch.manual_seed(0)
-    inputs = [torch.randn(40, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (6, kv_heads, kv_heads)]
+    inputs = [
+        torch.randn(40, heads, 8, dtype=torch.float64, requires_grad=True)
+        for heads in (6, kv_heads, kv_heads)
+    ]
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
     attend, _ = choose_attention("sdpa", CPU, torch.float64)
     weight = torch.randn(40, 6, 8, dtype=torch.float64)
@@ -47,15 +52,22 @@ def test_sdpa_equals_the_definition(kv_heads, bounds):
     found = attend(*inputs, segments)
     expected = masked_attention(*inputs, cu_seqlens)
     assert torch.allclose(found, expected, atol=1e-12)
-    for a, b in zip(torch.autograd.grad((found * weight).sum(), inputs),
-                    torch.autograd.grad((expected * weight).sum(), inputs), strict=True):
+    for a, b in zip(
+        torch.autograd.grad((found * weight).sum(), inputs),
+        torch.autograd.grad((expected * weight).sum(), inputs),
+        strict=True,
+    ):
         assert torch.allclose(a, b, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("bounds", [[0, 48], [0, 1, 2, 17, 39, 48], [0, 8, 16, 24, 48], list(range(49))])
+@pytest.mark.parametrize(
+    "bounds", [[0, 48], [0, 1, 2, 17, 39, 48], [0, 8, 16, 24, 48], list(range(49))]
+)
 @pytest.mark.parametrize("groups", [2, 3])
-def test_queries_of_some_pieces_see_all_earlier_keys_of_their_documents(bounds, groups, dtype, tolerance):
+def test_queries_of_some_pieces_see_all_earlier_keys_of_their_documents(
+    bounds, groups, dtype, tolerance
+):
     torch.manual_seed(0)
     inputs = [torch.randn(48, heads, 8, dtype=dtype, requires_grad=True) for heads in (6, 2, 2)]
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
@@ -68,11 +80,15 @@ def test_queries_of_some_pieces_see_all_earlier_keys_of_their_documents(bounds, 
         pieces = group_pieces(48, group, groups)
         rows = torch.cat([torch.arange(a, b) for a, b in pieces])
         q = inputs[0][rows]
-        parts = [attend(q[part.queries], inputs[1][part.keys], inputs[2][part.keys], part)
-                 for part in make_segments(cu_seqlens, pieces, CPU)]
+        parts = [
+            attend(q[part.queries], inputs[1][part.keys], inputs[2][part.keys], part)
+            for part in make_segments(cu_seqlens, pieces, CPU)
+        ]
         found = torch.cat(parts)
         assert torch.allclose(found, expected[rows], atol=tolerance)
-        for total, grad in zip(grads, torch.autograd.grad((found * weight[rows]).sum(), inputs), strict=True):
+        for total, grad in zip(
+            grads, torch.autograd.grad((found * weight[rows]).sum(), inputs), strict=True
+        ):
             total += grad
     for found, wanted in zip(grads, expected_grads, strict=True):
         assert torch.allclose(found, wanted, atol=tolerance)
@@ -95,7 +111,9 @@ def test_a_token_changes_nothing_in_other_documents():
 def test_a_named_backend_that_cannot_run_is_refused(name):
     with pytest.raises(ValueError, match=f"attention_backend = {name}: it needs a GPU"):
         choose_attention(name, CPU, torch.float32)
-    assert choose_attention("auto", CPU, torch.float32)[1].startswith("attention: sdpa (flash: it needs a GPU")
+    assert choose_attention("auto", CPU, torch.float32)[1].startswith(
+        "attention: sdpa (flash: it needs a GPU"
+    )
 
 
 def test_initial_rows_do_not_depend_on_who_draws_them():
@@ -103,14 +121,21 @@ def test_initial_rows_do_not_depend_on_who_draws_them():
     assert BLOCK_ELEMENTS // 512 < 2500
     whole = normal_rows(1, "layers.0.mlp.up.weight", shape, 0, 5000)
     for start, stop in ((0, 1), (2000, 2100), (2047, 2049), (4999, 5000), (1000, 5000)):
-        assert torch.equal(normal_rows(1, "layers.0.mlp.up.weight", shape, start, stop), whole[start:stop])
+        assert torch.equal(
+            normal_rows(1, "layers.0.mlp.up.weight", shape, start, stop), whole[start:stop]
+        )
     assert abs(float(whole.std()) - 1) < 0.01 and abs(float(whole.mean())) < 0.01
-    for other in (normal_rows(2, "layers.0.mlp.up.weight", shape, 0, 10),
-                  normal_rows(1, "layers.1.mlp.up.weight", shape, 0, 10), whole[2048:2058]):
+    for other in (
+        normal_rows(2, "layers.0.mlp.up.weight", shape, 0, 10),
+        normal_rows(1, "layers.1.mlp.up.weight", shape, 0, 10),
+        whole[2048:2058],
+    ):
         assert not torch.equal(other, whole[:10])
 
 
-@pytest.mark.parametrize("heads, kv_heads, cp", [(8, 8, 4), (8, 2, 4), (8, 1, 8), (6, 2, 4), (12, 3, 5), (7, 7, 3)])
+@pytest.mark.parametrize(
+    "heads, kv_heads, cp", [(8, 8, 4), (8, 2, 4), (8, 1, 8), (6, 2, 4), (12, 3, 5), (7, 7, 3)]
+)
 def test_every_head_is_attended_once_with_its_own_key_value_head(heads, kv_heads, cp):
     split = HeadSplit.make(heads, kv_heads, cp)
     attended = []
@@ -119,7 +144,9 @@ def test_every_head_is_attended_once_with_its_own_key_value_head(heads, kv_heads
         assert q1 > q0
         pairing = split.kv_of_query(rank)
         assert [k0 + i for i in pairing] == [head // (heads // kv_heads) for head in range(q0, q1)]
-        assert set(pairing) == set(range(k1 - k0)), "a key/value head that nobody reads travels for nothing"
+        assert set(pairing) == set(range(k1 - k0)), (
+            "a key/value head that nobody reads travels for nothing"
+        )
         attended += range(q0, q1)
     assert attended == list(range(heads))
     sizes = [q1 - q0 for q0, q1 in split.query]
@@ -129,15 +156,27 @@ def test_every_head_is_attended_once_with_its_own_key_value_head(heads, kv_heads
 @pytest.mark.parametrize("layers, stages", [(8, 2), (7, 3), (3, 3), (80, 16)])
 def test_stages_cover_the_layers_in_order(layers, stages):
     parts = [layers_of_stage(layers, stage, stages) for stage in range(stages)]
-    assert [layer for part in parts for layer in part] == list(range(layers)) and min(map(len, parts)) >= 1
+    assert [layer for part in parts for layer in part] == list(range(layers)) and min(
+        map(len, parts)
+    ) >= 1
 
 
 def test_every_parameter_has_a_sharding():
-    names = ["embedding.weight", "layers.31.attention.q.bias", "layers.0.attention.k_norm.weight", "final_norm.weight"]
+    names = [
+        "embedding.weight",
+        "layers.31.attention.q.bias",
+        "layers.0.attention.k_norm.weight",
+        "final_norm.weight",
+    ]
     few_kv = ModelConfig(num_attention_heads=8, num_query_groups=2)
     assert [s.dim for s in shardings_for(names, few_kv, 2).values()] == [0, 0, None, None]
-    assert shardings_for(["layers.0.attention.k.weight"], few_kv, 2)["layers.0.attention.k.weight"].dim == 0
-    replicated = shardings_for(["layers.0.attention.k.weight"], few_kv, 4)["layers.0.attention.k.weight"]
+    assert (
+        shardings_for(["layers.0.attention.k.weight"], few_kv, 2)["layers.0.attention.k.weight"].dim
+        == 0
+    )
+    replicated = shardings_for(["layers.0.attention.k.weight"], few_kv, 4)[
+        "layers.0.attention.k.weight"
+    ]
     assert replicated.dim is None and replicated.partial_gradient
     with pytest.raises(AssertionError, match="no row of the sharding table"):
         shardings_for(["layers.0.unknown.weight"], few_kv, 2)
@@ -148,7 +187,9 @@ def test_flops_count_the_causal_half_of_each_document():
     weights = 2 * (4 * 64 + 3 * 128) + 10 * 8
     assert step_flops(config, 10, 100, 0) == 6 * weights * 100
     # q k and p v for each pair: 2 products x 2 operations x 8 channels x 2 layers, forward and twice backward
-    assert step_flops(config, 10, 100, 50) - step_flops(config, 10, 100, 0) == 3 * 2 * 2 * 8 * 2 * 50
+    assert (
+        step_flops(config, 10, 100, 50) - step_flops(config, 10, 100, 0) == 3 * 2 * 2 * 8 * 2 * 50
+    )
     assert num_parameters(config, 10) == weights + 2 * 2 * 8 + 8
 
 

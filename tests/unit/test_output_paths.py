@@ -22,11 +22,37 @@ from tests.run_folders import write_run
 from tools import export_hf, import_hf, merge_datasets, report, split_dataset, train_tokenizer
 
 PLACES = (
-    "run", "run/iter_0000000", "run/iter_0000000/tokenizer", "hf", "hf/config.json", "metrics",
-    "metrics/metrics.jsonl", "corpus", "corpus/web", "corpus/code", "corpus/web_0", "texts",
-    "texts/a.txt", "foreign", "foreign/config.json", "empty", "link_to_run", "link_to_hf",
-    "link_to_foreign", "link_to_file", "broken", "own/export", "own/link_to_export", "own/report",
-    "own/spm", "own/foreign", "own", "work", "new", ".", "..",
+    "run",
+    "run/iter_0000000",
+    "run/iter_0000000/tokenizer",
+    "hf",
+    "hf/config.json",
+    "metrics",
+    "metrics/metrics.jsonl",
+    "corpus",
+    "corpus/web",
+    "corpus/code",
+    "corpus/web_0",
+    "texts",
+    "texts/a.txt",
+    "foreign",
+    "foreign/config.json",
+    "empty",
+    "link_to_run",
+    "link_to_hf",
+    "link_to_foreign",
+    "link_to_file",
+    "broken",
+    "own/export",
+    "own/link_to_export",
+    "own/report",
+    "own/spm",
+    "own/foreign",
+    "own",
+    "work",
+    "new",
+    ".",
+    "..",
 )
 """Names in the folder that `world` makes, and some that are not there."""
 ENDINGS = ("", "/", "/.", "/..", "/x/..", "/new", "/new/deep", "/../new", ".html", ".png", ".model")
@@ -52,19 +78,36 @@ class Tool:
 
 TOOLS = {
     "export": Tool(
-        export_hf.main, ("--load", "../run"), "--output", True, ("own/export",), "fresh/out"),
+        export_hf.main, ("--load", "../run"), "--output", True, ("own/export",), "fresh/out"
+    ),
     "import": Tool(import_hf.main, ("--hf", "../hf"), "--save", False, (), "fresh/run"),
     "report": Tool(
-        report.main, ("--load", "../metrics"), "--output", False, ("own/report",), "fresh/a.png"),
+        report.main, ("--load", "../metrics"), "--output", False, ("own/report",), "fresh/a.png"
+    ),
     "train_tokenizer": Tool(
-        train_tokenizer.main, ("--input", "../texts", "--vocab-size", "300"), "--output-prefix",
-        True, ("own/spm.model",), "fresh/spm"),
+        train_tokenizer.main,
+        ("--input", "../texts", "--vocab-size", "300"),
+        "--output-prefix",
+        True,
+        ("own/spm.model",),
+        "fresh/spm",
+    ),
     "merge": Tool(
-        merge_datasets.main, ("--input", "../corpus/web", "../corpus/code"), "--output-prefix",
-        False, (), "fresh/all"),
+        merge_datasets.main,
+        ("--input", "../corpus/web", "../corpus/code"),
+        "--output-prefix",
+        False,
+        (),
+        "fresh/all",
+    ),
     "split": Tool(
-        split_dataset.main, ("--input", "../corpus/web", "--parts", "2"), "--output-prefix",
-        False, (), "fresh/part"),
+        split_dataset.main,
+        ("--input", "../corpus/web", "--parts", "2"),
+        "--output-prefix",
+        False,
+        (),
+        "fresh/part",
+    ),
 }
 
 
@@ -102,14 +145,21 @@ def template(tmp_path_factory) -> Path:
             writer.finish(NullTokenizer(97).describe())
     with contextlib.chdir(root / "work"):
         for tool, output in (
-            ("import", "../run"), ("export", "../own/export"), ("report", "../own/report.html"),
-            ("report", "../own/report.png"), ("train_tokenizer", "../own/spm"),
+            ("import", "../run"),
+            ("export", "../own/export"),
+            ("report", "../own/report.html"),
+            ("report", "../own/report.png"),
+            ("train_tokenizer", "../own/spm"),
         ):
             code, said = call(TOOLS[tool], output, overwrite=False)
             assert code == 0, (tool, said)
     for name, target in {
-        "link_to_run": "run", "link_to_hf": "hf", "link_to_foreign": "foreign",
-        "link_to_file": "texts/a.txt", "broken": "nowhere", "own/link_to_export": "export",
+        "link_to_run": "run",
+        "link_to_hf": "hf",
+        "link_to_foreign": "foreign",
+        "link_to_file": "texts/a.txt",
+        "broken": "nowhere",
+        "own/link_to_export": "export",
     }.items():
         (root / name).symlink_to(target)
     return root
@@ -170,9 +220,15 @@ def check(template: Path, parent: Path, tool: Tool, output: str, *, overwrite: b
 
 def is_part(name: str, place: str) -> bool:
     """Whether a path is an output at `place`, in it or around it."""
-    return place == "." or name.startswith(place) or place.startswith(f"{name}/") or (
-        # The charts of a page are named after it.
-        name.startswith(place.removesuffix(".html")))
+    return (
+        place == "."
+        or name.startswith(place)
+        or place.startswith(f"{name}/")
+        or (
+            # The charts of a page are named after it.
+            name.startswith(place.removesuffix(".html"))
+        )
+    )
 
 
 @pytest.mark.parametrize("name", TOOLS)
@@ -197,7 +253,8 @@ OUTPUTS = st.builds(
     st.sampled_from(ENDINGS),
 )
 QUIET = dict(
-    deadline=None, database=None,
+    deadline=None,
+    database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 

@@ -56,14 +56,17 @@ def test_a_folder_appears_whole_with_a_list_of_its_files(tmp_path):
     marker = json.loads((tmp_path / "a" / "b" / "out" / MARKER).read_text())
     checksum = xxhash.xxh3_128_hexdigest(b"new")
     assert marker == {
-        "made_by": MAKER, "files": {"inside/weights": 3}, "checksums": {"inside/weights": checksum},
+        "made_by": MAKER,
+        "files": {"inside/weights": 3},
+        "checksums": {"inside/weights": checksum},
     }
 
 
 def test_a_failure_leaves_nothing_not_even_parents(tmp_path):
-    with pytest.raises(RuntimeError), NewFolder(
-        "output", tmp_path / "a" / "b" / "out", MAKER, inputs=[], overwrite=False
-    ) as new:
+    with (
+        pytest.raises(RuntimeError),
+        NewFolder("output", tmp_path / "a" / "b" / "out", MAKER, inputs=[], overwrite=False) as new,
+    ):
         (new.path / "weights").write_text("half")
         raise RuntimeError
     assert tree(tmp_path) == {}
@@ -86,9 +89,17 @@ def test_a_folder_of_another_maker_stays(tmp_path):
     refuse(tmp_path, tmp_path / "foreign", "was not made by tools.test")
 
 
-@pytest.mark.parametrize("name, kind", [
-    ("notes.txt", "file"), ("inside/notes.txt", "file"), ("evals", "folder"),
-    ("inside/link", "link"), ("inside/weights", "changed"), ("inside/weights", "same size")])
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("notes.txt", "file"),
+        ("inside/notes.txt", "file"),
+        ("evals", "folder"),
+        ("inside/link", "link"),
+        ("inside/weights", "changed"),
+        ("inside/weights", "same size"),
+    ],
+)
 def test_an_own_folder_with_something_else_in_it_stays(tmp_path, name, kind):
     write(tmp_path / "out")
     path = tmp_path / "out" / name
@@ -116,8 +127,12 @@ def test_files_links_and_places_that_cannot_hold_a_folder_are_refused(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     os.mkfifo(tmp_path / "pipe")
     for name, message in {
-        "link": "is a link", "link/": "is a link", "broken": "is a link", "loop": "is a link",
-        "file/out": "is not a folder", "file/a/out": "is not a folder",
+        "link": "is a link",
+        "link/": "is a link",
+        "broken": "is a link",
+        "loop": "is a link",
+        "file/out": "is not a folder",
+        "file/a/out": "is not a folder",
     }.items():
         with pytest.raises(ValueError, match=message):
             write(tmp_path / name, overwrite=True)
@@ -152,11 +167,22 @@ def test_relations_of_paths(tmp_path):
     (tmp_path / "out" / "text").symlink_to(tmp_path / "in" / "file")
     source = tmp_path / "in"
     for output, expected in {
-        "in": "is", "link": "is", "in/": "is",
-        "in/sub/..": "is", "x/../in": "is", "link/sub/..": "is",
-        "in/sub": "lies in", "link/new/deep": "lies in", "link/sub": "lies in",
-        ".": "contains", "in/..": "contains", "link/..": "contains",
-        "input": None, "i": None, "out": None, "in/../other": None,
+        "in": "is",
+        "link": "is",
+        "in/": "is",
+        "in/sub/..": "is",
+        "x/../in": "is",
+        "link/sub/..": "is",
+        "in/sub": "lies in",
+        "link/new/deep": "lies in",
+        "link/sub": "lies in",
+        ".": "contains",
+        "in/..": "contains",
+        "link/..": "contains",
+        "input": None,
+        "i": None,
+        "out": None,
+        "in/../other": None,
     }.items():
         assert relation(tmp_path / output, source) == expected, output
     assert relation(tmp_path / "in", tmp_path / "in" / "file") == "contains"
@@ -216,6 +242,7 @@ def write_until(number: int, output) -> int:
             if left[0] == 0:
                 os._exit(9)
             return change(*arguments, **options)
+
         return call
 
     for name in ("mkdir", "rename", "unlink", "rmdir"):
@@ -262,9 +289,10 @@ def test_a_second_writer_of_the_same_folder_is_refused(tmp_path):
 def test_what_came_meanwhile_stays(tmp_path):
     output = tmp_path / "out"
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match="output = "), NewFolder(
-            "output", output, MAKER, inputs=[], overwrite=overwrite
-        ) as new:
+        with (
+            pytest.raises(ValueError, match="output = "),
+            NewFolder("output", output, MAKER, inputs=[], overwrite=overwrite) as new,
+        ):
             output.mkdir()
             (output / "mine").write_text("mine")
             new.publish()
@@ -289,9 +317,13 @@ def test_files_are_written_over_only_where_they_are_the_tools_own(tmp_path):
     check_file("output", tmp_path / "new" / "page.html", MAKER, is_ours)
     check_file("output", tmp_path / "page.html", MAKER, is_ours, [Input("--load", tmp_path)])
     for name, message in {
-        "mine.html": "exists, and was not made by tools.test", "link.html": "is a link",
-        "broken.html": "is a link", "folder.html": "is not a file", "ours.html": "is --input",
-        "same.html": "is --input", "mine.html/page.html": "is not a folder",
+        "mine.html": "exists, and was not made by tools.test",
+        "link.html": "is a link",
+        "broken.html": "is a link",
+        "folder.html": "is not a file",
+        "ours.html": "is --input",
+        "same.html": "is --input",
+        "mine.html/page.html": "is not a folder",
     }.items():
         with pytest.raises(ValueError, match=message):
             check_file("output", tmp_path / name, MAKER, is_ours, inputs)

@@ -17,7 +17,11 @@ def stream():
 
 
 def positions(intervals):
-    return [position for start, length in intervals.tolist() for position in range(start, start + length)]
+    return [
+        position
+        for start, length in intervals.tolist()
+        for position in range(start, start + length)
+    ]
 
 
 def unread_after(place, until):
@@ -27,8 +31,12 @@ def unread_after(place, until):
 def slow_best_fit_decreasing(lengths, capacity):
     rooms = []
     for i in np.argsort(-lengths, kind="stable").tolist():
-        best = min((room, number) for number, room in enumerate([*rooms, capacity]) if room >= lengths[i])[1]
-        rooms[best:best + 1] = [(rooms[best] if best < len(rooms) else capacity) - int(lengths[i])]
+        best = min(
+            (room, number) for number, room in enumerate([*rooms, capacity]) if room >= lengths[i]
+        )[1]
+        rooms[best : best + 1] = [
+            (rooms[best] if best < len(rooms) else capacity) - int(lengths[i])
+        ]
     return sorted(capacity - room for room in rooms)
 
 
@@ -43,15 +51,25 @@ def test_pack_is_best_fit_decreasing(capacity, items):
 
 def test_pack_fills_a_real_mix():
     """Log-normal lengths, as on the web."""
-    lengths = np.minimum(np.maximum(1, np.random.default_rng(0).lognormal(6.2, 1.2, 200_000)).astype(np.int64), 8192)
+    lengths = np.minimum(
+        np.maximum(1, np.random.default_rng(0).lognormal(6.2, 1.2, 200_000)).astype(np.int64), 8192
+    )
     bins = pack(lengths, 8192)
     assert lengths.sum() / (8192 * (bins.max() + 1)) > 0.999
     assert len(pack(np.empty(0, dtype=np.int64), 8)) == 0
 
 
 @pytest.mark.parametrize("make", [Concat, BestFit])
-@pytest.mark.parametrize("place", [Place(), Place(70), Place(350, np.array([[3, 9], [40, 100], [300, 1]])),
-                                   Place(348, np.array([[40, 100]])), Place(348)])
+@pytest.mark.parametrize(
+    "place",
+    [
+        Place(),
+        Place(70),
+        Place(350, np.array([[3, 9], [40, 100], [300, 1]])),
+        Place(348, np.array([[40, 100]])),
+        Place(348),
+    ],
+)
 @pytest.mark.parametrize("seq_length", [4, 16, 100])
 def test_samples_and_what_they_leave_are_the_stream(monkeypatch, stream, make, place, seq_length):
     monkeypatch.setattr(packing, "WINDOW_BINS", 4)
@@ -86,7 +104,9 @@ def test_an_epoch_that_is_over_leaves_only_what_was_passed_over(stream):
     epoch = stream.tokens_per_epoch
     packer = BestFit(stream, Place(epoch, np.array([[40, 100]])), 64)
     assert packer.samples_before(packer.place.epoch_end(stream)) == 2
-    assert sorted(positions(np.concatenate([packer.sample(i).intervals for i in range(2)]))) == list(range(40, 140))
+    assert sorted(
+        positions(np.concatenate([packer.sample(i).intervals for i in range(2)]))
+    ) == list(range(40, 140))
     assert packer.sample(2).intervals.min(axis=0)[0] >= epoch
 
 
@@ -97,7 +117,9 @@ def test_a_mark_saves_packing_and_changes_nothing(monkeypatch, stream):
     marked = BestFit(stream, Place(9), 32, mark)
     packed = []
     original = BestFit._pack
-    monkeypatch.setattr(BestFit, "_pack", lambda self, number: packed.append(number) or original(self, number))
+    monkeypatch.setattr(
+        BestFit, "_pack", lambda self, number: packed.append(number) or original(self, number)
+    )
     for number in range(13, 30):
         assert np.array_equal(marked.sample(number).intervals, plain.sample(number).intervals)
     assert min(packed) == mark[0] > 0
@@ -105,15 +127,21 @@ def test_a_mark_saves_packing_and_changes_nothing(monkeypatch, stream):
 
 def test_order_of_packed_samples_is_seeded():
     lengths = np.random.default_rng(0).integers(1, 64, 2000).tolist()
-    one, same, other = (BestFit(DocumentStream(Documents(lengths), None, seed), Place(), 64) for seed in (1, 1, 2))
+    one, same, other = (
+        BestFit(DocumentStream(Documents(lengths), None, seed), Place(), 64) for seed in (1, 1, 2)
+    )
     assert all(np.array_equal(one.sample(i).intervals, same.sample(i).intervals) for i in range(50))
     sizes = [len(one.sample(i).intervals) for i in range(400)]
     assert abs(np.corrcoef(sizes, range(400))[0, 1]) < 0.2, "long documents must not come first"
-    assert not all(np.array_equal(one.sample(i).intervals, other.sample(i).intervals) for i in range(5))
+    assert not all(
+        np.array_equal(one.sample(i).intervals, other.sample(i).intervals) for i in range(5)
+    )
 
 
 def test_following_is_the_next_token_in_order(stream):
     packer = Concat(stream, Place(350, np.array([[3, 9], [40, 100]])), 16)
     order = unread_after(packer.place, 1000)
-    assert [packer.sample(number).following for number in range(20)] == [order[16 * n + 16] for n in range(20)]
+    assert [packer.sample(number).following for number in range(20)] == [
+        order[16 * n + 16] for n in range(20)
+    ]
     assert BestFit(stream, Place(), 16).sample(0).following == -1

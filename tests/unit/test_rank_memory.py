@@ -31,11 +31,21 @@ class Batch:
         self.cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
 
 
-def real_bytes(config: ModelConfig, vocabulary: int, dtype: torch.dtype, bounds: tuple[int, ...],
-               settings: MemorySettings) -> tuple[int, int]:
+def real_bytes(
+    config: ModelConfig,
+    vocabulary: int,
+    dtype: torch.dtype,
+    bounds: tuple[int, ...],
+    settings: MemorySettings,
+) -> tuple[int, int]:
     """(what a forward keeps for its backward, the peak of both), without parameters and their summed gradients."""
     device = torch.device("cpu")
-    stage = GPTStage(config, vocabulary, single_process_layout(device), choose_attention("sdpa", device, dtype)[0])
+    stage = GPTStage(
+        config,
+        vocabulary,
+        single_process_layout(device),
+        choose_attention("sdpa", device, dtype)[0],
+    )
     stage = stage.to_empty(device=device).to(dtype)
     for parameter in stage.parameters():
         nn.init.normal_(parameter, std=0.02)
@@ -51,11 +61,19 @@ def real_bytes(config: ModelConfig, vocabulary: int, dtype: torch.dtype, bounds:
 
 DEEP = dict(num_layers=4, hidden_size=64, ffn_hidden_size=176, num_attention_heads=4)
 SHAPES = {
-    "plain": (DEEP, 101), "grouped heads": (DEEP | dict(num_query_groups=2, ffn_hidden_size=96), 101),
+    "plain": (DEEP, 101),
+    "grouped heads": (DEEP | dict(num_query_groups=2, ffn_hidden_size=96), 101),
     "qk-norm, one layer": (DEEP | dict(num_layers=1, qk_layernorm=True, num_query_groups=1), 101),
-    "wide": (DEEP | dict(kv_channels=64, untie_embeddings_and_output_weights=True, ffn_hidden_size=512), 101),
-    "narrow MLP": (DEEP | dict(num_layers=2, ffn_hidden_size=32, num_query_groups=2, kv_channels=64), 101),
-    "large vocabulary": (DEEP | dict(num_layers=2), 4000)}
+    "wide": (
+        DEEP | dict(kv_channels=64, untie_embeddings_and_output_weights=True, ffn_hidden_size=512),
+        101,
+    ),
+    "narrow MLP": (
+        DEEP | dict(num_layers=2, ffn_hidden_size=32, num_query_groups=2, kv_channels=64),
+        101,
+    ),
+    "large vocabulary": (DEEP | dict(num_layers=2), 4000),
+}
 
 
 @pytest.mark.parametrize("level", [None, "selective", "full", "attention_kept"])
@@ -72,21 +90,32 @@ def test_activations_are_what_is_alive(dtype, shape, level):
         memory = model.worst(load)
         kept, peak = real_bytes(config, vocabulary, dtype, (0, 100, 250, 384), settings)
         predicted = memory.activations + memory.loss
-        predicted_peak = predicted + model.layer(load).working_set(has_loss=True, with_gradients=True)
+        predicted_peak = predicted + model.layer(load).working_set(
+            has_loss=True, with_gradients=True
+        )
         if abs(predicted - kept) > 0.1 * kept or abs(predicted_peak - peak) > 0.15 * peak:
-            problems.append(f"{settings}: kept {predicted / kept:.3f}, peak {predicted_peak / peak:.3f} of the real")
+            problems.append(
+                f"{settings}: kept {predicted / kept:.3f}, peak {predicted_peak / peak:.3f} of the real"
+            )
     assert not problems, "\n".join(problems)
 
 
 def pipeline_orders():
     """(schedule, pp, stages per rank, microbatches, torch's order of one rank's actions, rank)."""
-    for schedule, per_rank in (("interleaved", 2), ("interleaved", 3), ("zero-bubble", 1), ("zero-bubble", 2),
-                               ("ZBV", 2)):
+    for schedule, per_rank in (
+        ("interleaved", 2),
+        ("interleaved", 3),
+        ("zero-bubble", 1),
+        ("zero-bubble", 2),
+        ("ZBV", 2),
+    ):
         for pp in (2, 3, 4, 8):
             for count in (1, 2, pp, 2 * pp, 4 * pp):
                 if accepts(schedule, pp, count):
                     order = torch_schedule(schedule, pp, count, per_rank).pipeline_order
-                    yield from ((schedule, pp, per_rank, count, order[rank], rank) for rank in range(pp))
+                    yield from (
+                        (schedule, pp, per_rank, count, order[rank], rank) for rank in range(pp)
+                    )
 
 
 def test_chunks_in_flight_are_those_of_torchs_schedules():
@@ -103,7 +132,11 @@ def test_chunks_in_flight_are_those_of_torchs_schedules():
         predicted = chunks_in_flight(schedule, rank, pp, per_rank, count)
         case = (schedule, pp, per_rank, count, rank)
         # With few microbatches, ZBV's first ranks keep fewer than its last.
-        assert predicted == most or schedule == "ZBV" and count <= pp and most < predicted, (case, predicted, most)
+        assert predicted == most or schedule == "ZBV" and count <= pp and most < predicted, (
+            case,
+            predicted,
+            most,
+        )
         exact += predicted == most
     assert exact > 200
     assert [chunks_in_flight("1F1B", rank, 4, 1, 8) for rank in range(4)] == [4, 3, 2, 1]
@@ -112,17 +145,34 @@ def test_chunks_in_flight_are_those_of_torchs_schedules():
 
 def test_the_bubble_shrinks_with_microbatches_and_better_schedules():
     assert idle_share("1F1B", 1, 1, 4) == 0 and idle_share("1F1B", 4, 1, 12) == pytest.approx(0.25)
-    shares = [idle_share("1F1B", 4, 1, 8), idle_share("interleaved", 4, 2, 8), idle_share("zero-bubble", 4, 1, 8),
-              idle_share("ZBV", 4, 2, 8)]
+    shares = [
+        idle_share("1F1B", 4, 1, 8),
+        idle_share("interleaved", 4, 2, 8),
+        idle_share("zero-bubble", 4, 1, 8),
+        idle_share("ZBV", 4, 2, 8),
+    ]
     assert shares == sorted(shares, reverse=True) and idle_share("ZBV", 4, 2, 1) > 1
 
 
-MODEL = ModelConfig(num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32, num_query_groups=8,
-                    untie_embeddings_and_output_weights=True)
+MODEL = ModelConfig(
+    num_layers=32,
+    hidden_size=4096,
+    ffn_hidden_size=14336,
+    num_attention_heads=32,
+    num_query_groups=8,
+    untie_embeddings_and_output_weights=True,
+)
 
 
 def load(recompute=None, count=4, dp=8, seq_length=8192, memory=None, **layout) -> Load:
-    return Load(LayoutConfig(**layout), dp, seq_length, 1, count, MemorySettings(recompute, **(memory or {})))
+    return Load(
+        LayoutConfig(**layout),
+        dp,
+        seq_length,
+        1,
+        count,
+        MemorySettings(recompute, **(memory or {})),
+    )
 
 
 def test_each_setting_saves_what_it_is_for():
@@ -136,28 +186,45 @@ def test_each_setting_saves_what_it_is_for():
     assert sharded.gathered < plain.gathered / 4 and sharded.parameters == plain.parameters
     once = model.worst(load(data_parallel_sharding_strategy="optim"))
     assert once.gradients == 8 * plain.gradients
-    assert model.worst(load(count=1, data_parallel_sharding_strategy="optim")).gradients == plain.gradients
+    assert (
+        model.worst(load(count=1, data_parallel_sharding_strategy="optim")).gradients
+        == plain.gradients
+    )
     split = model.worst(load(context_parallel_size=8, dp=1))
     assert split.parameters == plain.parameters and split.activations < 1.2 * plain.activations / 8
     tp = dict(tensor_model_parallel_size=8, dp=1)
     with_sp, without = model.worst(load(sequence_parallel=True, **tp)), model.worst(load(**tp))
-    assert with_sp.activations < without.activations < plain.activations / 2 and without.loss < plain.loss / 4
+    assert (
+        with_sp.activations < without.activations < plain.activations / 2
+        and without.loss < plain.loss / 4
+    )
     staged = model.worst(load(pipeline_model_parallel_size=4, dp=2))
     assert plain.gathered / 5 < staged.gathered < plain.gathered / 2.5
-    assert plain.activations * 0.9 < staged.activations < plain.activations * 1.1  # a quarter, four times
+    assert (
+        plain.activations * 0.9 < staged.activations < plain.activations * 1.1
+    )  # a quarter, four times
 
 
 def test_levels_are_in_order():
     model = MemoryModel(MODEL, 128256)
-    none, selective, kept, full = (model.worst(load(level)).activations
-                                   for level in (None, "selective", "attention_kept", "full"))
+    none, selective, kept, full = (
+        model.worst(load(level)).activations
+        for level in (None, "selective", "attention_kept", "full")
+    )
     layer = 8192 * 2 * 32
-    assert full < kept < selective < none and kept - full == layer * (4096 + 32 * 2)  # outputs and log-sum-exps
-    assert none - selective == layer * (2 * 14336 + 4096 + 2)  # gate, up, the norm's output and a number per row
+    assert full < kept < selective < none and kept - full == layer * (
+        4096 + 32 * 2
+    )  # outputs and log-sum-exps
+    assert none - selective == layer * (
+        2 * 14336 + 4096 + 2
+    )  # gate, up, the norm's output and a number per row
 
 
 def test_parts_of_the_sequence_and_of_the_heads_bound_what_is_there_at_once():
-    model, long = MemoryModel(MODEL, 128256), dict(seq_length=1 << 18, context_parallel_size=2, dp=4)
+    model, long = (
+        MemoryModel(MODEL, 128256),
+        dict(seq_length=1 << 18, context_parallel_size=2, dp=4),
+    )
 
     def held(**settings) -> int:
         return model.layer(load("full", memory=settings, **long)).working_set(has_loss=False)
@@ -168,7 +235,10 @@ def test_parts_of_the_sequence_and_of_the_heads_bound_what_is_there_at_once():
     # A GPU's fused kernels read and write bf16 logits; without them there are fp32 ones beside them.
     for on_gpu, logit in ((True, 2), (False, 2 + 4)):
         model = MemoryModel(MODEL, 128256, on_gpu=on_gpu)
-        logits = [model.layer(load("full", memory=dict(loss_chunk_tokens=n))).loss_at_work for n in (8192, 2048, 512)]
+        logits = [
+            model.layer(load("full", memory=dict(loss_chunk_tokens=n))).loss_at_work
+            for n in (8192, 2048, 512)
+        ]
         assert logits[0] - logits[1] == (8192 - 2048) * 128256 * logit
         assert logits[1] - logits[2] == (2048 - 512) * 128256 * logit
 
@@ -181,18 +251,27 @@ def test_a_cpu_has_no_host_beside_it():
 
 def test_pinned_memory_comes_in_powers_of_two():
     model = MemoryModel(MODEL, 128256)
-    offloaded = [model.worst(load("attention_kept", seq_length=n, memory=dict(cpu_offloading_num_layers=2))).host
-                 for n in (8192, 8200)]
+    offloaded = [
+        model.worst(
+            load("attention_kept", seq_length=n, memory=dict(cpu_offloading_num_layers=2))
+        ).host
+        for n in (8192, 8200)
+    ]
     assert offloaded == [2 * 2 * 8192 * 4096 * 2, 2 * 2 * 2 * 8192 * 4096 * 2]
 
 
 def test_the_optimizer_on_the_host_leaves_the_device():
-    device, host = (MemoryModel(MODEL, 128256, optimizer_on_host=on_host).worst(load()) for on_host in (False, True))
+    device, host = (
+        MemoryModel(MODEL, 128256, optimizer_on_host=on_host).worst(load())
+        for on_host in (False, True)
+    )
     assert host.parameters == host.optimizer == host.gradients == device.host == 0
     assert host.activations == device.activations and host.gathered == device.gathered
     taken = device.parameters + device.optimizer + device.gradients
     assert taken <= host.host < 2 * taken, "pinned in powers of two"
-    whole = MemoryModel(MODEL, 128256, optimizer_on_host=True).worst(load(data_parallel_sharding_strategy="optim"))
+    whole = MemoryModel(MODEL, 128256, optimizer_on_host=True).worst(
+        load(data_parallel_sharding_strategy="optim")
+    )
     assert whole.gradients == 8 * device.gradients, "summed on the device until the last microbatch"
 
 
@@ -208,12 +287,17 @@ def test_time_follows_the_links():
     inside, across = Axis(8, 1).ring_seconds(1e9, hardware), Axis(16, 1).ring_seconds(1e9, hardware)
     one_card = Axis(8, 8).ring_seconds(1e9, hardware)
     assert inside < across < one_card and one_card == pytest.approx(8 * across, rel=0.1)
-    assert Axis(8, 1).exchange_seconds(1e9, hardware) < Axis(8, 4).exchange_seconds(1e9, hardware) < \
-        Axis(8, 8).exchange_seconds(1e9, hardware)
+    assert (
+        Axis(8, 1).exchange_seconds(1e9, hardware)
+        < Axis(8, 4).exchange_seconds(1e9, hardware)
+        < Axis(8, 8).exchange_seconds(1e9, hardware)
+    )
     model = MemoryModel(MODEL, 128256)
     plain = step_seconds(model, load(), hardware)
-    times = [step_seconds(model, load(level, seq_length=131072), hardware)
-             for level in (None, "selective", "attention_kept", "full")]
+    times = [
+        step_seconds(model, load(level, seq_length=131072), hardware)
+        for level in (None, "selective", "attention_kept", "full")
+    ]
     assert times == sorted(times) and 1.2 < times[3] / times[0] < 1.34 and times[2] < 1.1 * times[0]
     assert 1.2 < step_seconds(model, load("full"), hardware) / plain < 1.34
     assert step_seconds(model, load(tensor_model_parallel_size=8, dp=1), hardware) > plain / 8
@@ -227,9 +311,16 @@ def test_passes_of_the_levels():
 
     assert of(None) == Passes() and of(None, sequence_parallel=True) == Passes()
     assert of("selective").mlp == of(None, mlp_tiles=2).mlp == pytest.approx(3 + 2 / 3)
-    assert of("selective").attention == of("attention_kept").attention == 3 and of("full").attention == 4
+    assert (
+        of("selective").attention == of("attention_kept").attention == 3
+        and of("full").attention == 4
+    )
     assert of("full", sequence_parallel=True).sums == 6 and of("full").sums == 5
-    assert of(None, attention_head_chunks=2).qkv == of("attention_kept", attention_head_chunks=2).qkv == 4
+    assert (
+        of(None, attention_head_chunks=2).qkv
+        == of("attention_kept", attention_head_chunks=2).qkv
+        == 4
+    )
     assert of("full", attention_head_chunks=2).to_heads == 4
 
 

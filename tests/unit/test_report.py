@@ -49,7 +49,10 @@ def test_each_validation_set_has_its_own_marks(tmp_path):
     run = run_record.read_run(tmp_path)
     for evaluation in run.evaluations[1:]:
         evaluation["set"] = "code"
-    drawn = {line.get_label(): list(line.get_ydata()) for line in report_charts.draw_sheet(run).axes[0].lines}
+    drawn = {
+        line.get_label(): list(line.get_ydata())
+        for line in report_charts.draw_sheet(run).axes[0].lines
+    }
     assert drawn["validation"] == [9.0] and drawn["validation: code"] == [6.0, 5.0]
     assert "validation loss of code 6.0000" in run_record.summary(run)
 
@@ -75,7 +78,9 @@ def test_labels_of_short_phases_do_not_overlap(tmp_path, width):
     boxes = [text.get_window_extent() for text in figure.axes[0].texts]
     assert len(boxes) == 8  # the length changes within the last
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
-    assert figure.axes[0].get_position().height * figure.get_size_inches()[1] > 1.8, "the labels left no room"
+    assert figure.axes[0].get_position().height * figure.get_size_inches()[1] > 1.8, (
+        "the labels left no room"
+    )
 
 
 def test_a_loss_that_is_not_finite_is_drawn_around(tmp_path):
@@ -105,7 +110,9 @@ def test_user_errors_take_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n')
     assert "step 3 has no tokens" in refused()
     write_run(tmp_path)
-    (tmp_path / "validation.jsonl").write_text('{"step": 7, "kind": "passkey", "tokens": 1, "seq_length": 8}\n')
+    (tmp_path / "validation.jsonl").write_text(
+        '{"step": 7, "kind": "passkey", "tokens": 1, "seq_length": 8}\n'
+    )
     assert "step 7 has no depth, accuracy" in refused()
     assert "name in .html or .png" in refused("--output", "loss.pdf")
     assert not list(tmp_path.glob("*.html")) and not list(tmp_path.glob("*.png"))
@@ -132,8 +139,17 @@ def test_batches_come_from_the_record_or_from_the_clock(tmp_path):
 
 
 def test_before_and_after_belong_to_the_phase():
-    records = [{"tokens": at, "phase": phase, "gain": gain} for at, phase, gain in (
-        (0, "a", 1), (10, "a", 2), (10, "b", 3), (15, "b", 4), (20, "b", 5), (20, "c", 6))]
+    records = [
+        {"tokens": at, "phase": phase, "gain": gain}
+        for at, phase, gain in (
+            (0, "a", 1),
+            (10, "a", 2),
+            (10, "b", 3),
+            (15, "b", 4),
+            (20, "b", 5),
+            (20, "c", 6),
+        )
+    ]
     stretch = run_record.Stretch("b", 8, 10, 20)
     assert [record["gain"] for record in run_record.before_and_after(records, stretch)] == [3, 5]
     assert run_record.before_and_after([], stretch) == (None, None)
@@ -143,18 +159,32 @@ def test_repeated_tokens_are_those_of_later_epochs():
     def row(source, tokens, epochs, skipped=False):
         return {"source": source, "tokens": tokens, "epochs": epochs, "skipped": skipped}
 
-    account = [row("web", 60, 0.6), row("books", 30, 3.0), row("web", 20, 0.8, True), row("web", 50, 1.3),
-               row("none", 0, 0.0)]
-    assert run_record.repeated_tokens(account) == {"web": (30, 110), "books": (20, 30), "none": (0, 0)}
+    account = [
+        row("web", 60, 0.6),
+        row("books", 30, 3.0),
+        row("web", 20, 0.8, True),
+        row("web", 50, 1.3),
+        row("none", 0, 0.0),
+    ]
+    assert run_record.repeated_tokens(account) == {
+        "web": (30, 110),
+        "books": (20, 30),
+        "none": (0, 0),
+    }
 
 
 def test_restarts_for_another_layout_are_told_apart():
-    events = [{"event": name} for name in ("start", "again", "restart", "save", "restart", "stopped", "restart")]
+    events = [
+        {"event": name}
+        for name in ("start", "again", "restart", "save", "restart", "stopped", "restart")
+    ]
     unplanned, planned = run_record.Run("run", [], events=events).restarts()
     assert (len(unplanned), len(planned)) == (2, 1)
 
 
-@pytest.mark.parametrize("number, text", [(999_700, "1M"), (999_400, "999K"), (1500, "1.5K"), (-2e9, "-2B"), (7, "7")])
+@pytest.mark.parametrize(
+    "number, text", [(999_700, "1M"), (999_400, "999K"), (1500, "1.5K"), (-2e9, "-2B"), (7, "7")]
+)
 def test_short_numbers(number, text):
     assert number_text.short(number) == text
 
@@ -185,10 +215,16 @@ def test_a_foreign_picture_under_a_charts_name_stays(tmp_path, monkeypatch, caps
     assert not output.exists()
 
 
-@pytest.mark.parametrize("name, message", [
-    ("link.html", "is a link"), ("broken.html", "is a link"), ("folder.html", "is not a file"),
-    ("file/page.html", "is not a folder"), ("folder.png", "is not a file"),
-])
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("link.html", "is a link"),
+        ("broken.html", "is a link"),
+        ("folder.html", "is not a file"),
+        ("file/page.html", "is not a folder"),
+        ("folder.png", "is not a file"),
+    ],
+)
 def test_outputs_that_cannot_be_files_are_one_line(tmp_path, monkeypatch, capsys, name, message):
     write_run(tmp_path / "run")
     (tmp_path / "file").write_text("mine")

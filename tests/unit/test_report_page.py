@@ -50,7 +50,7 @@ class Reader(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
     def row(self, *beginning):
-        return next(row for row in self.rows if row[:len(beginning)] == list(beginning))
+        return next(row for row in self.rows if row[: len(beginning)] == list(beginning))
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +73,20 @@ def test_the_page_stands_alone_and_its_charts_lie_beside_it(tmp_path, monkeypatc
     assert report.main() == 0
     written = tmp_path / "run" / "report.html"
     assert f"wrote {written}" in capsys.readouterr().out
-    drawn = {"loss", "late-loss", "validation", "rate", "memory", "time", "learning-rate", "gradient", "batch"}
-    assert {path.name for path in written.parent.glob("*.png")} == {f"report-{name}.png" for name in drawn}
+    drawn = {
+        "loss",
+        "late-loss",
+        "validation",
+        "rate",
+        "memory",
+        "time",
+        "learning-rate",
+        "gradient",
+        "batch",
+    }
+    assert {path.name for path in written.parent.glob("*.png")} == {
+        f"report-{name}.png" for name in drawn
+    }
     assert not [path for path in written.parent.iterdir() if path.name.startswith(".")]
     page = Reader(written.read_text(encoding="utf-8"))
     assert not {"script", "link", "img", "iframe", "object"} & set(page.tags) and page.open == []
@@ -88,15 +100,24 @@ def test_eight_phases_in_words_and_figures(long_run, long_page):
     assert len(long_page) < 3e6
     assert [row[0] for row in page.rows if row[0] in NAMES][:8] == list(NAMES)
     row = page.row("million", "1Mi")
-    assert row[3:6] == ["4Mi", "tp 2, pp 1, cp 64 (auto)", "base 1,280,000"] and row[7] == "68.00 GiB"
+    assert (
+        row[3:6] == ["4Mi", "tp 2, pp 1, cp 64 (auto)", "base 1,280,000"] and row[7] == "68.00 GiB"
+    )
     assert re.fullmatch(r"valid: 2\.\d{4} → 2\.\d{4}code: 2\.\d{4} → 2\.\d{4}", row[8])
     assert re.fullmatch(r"(\+0\.\d{3} \[\+0\.\d{3}, \+0\.\d{3}\]( →)?){2}", row[9])
     text = page.text
-    assert "A model of 124M parameters" in text and "over 8 phases" in text and "128 processes" in text
-    assert "started again 3 times, and 7 times for another layout" in text and "2 steps were skipped" in text
+    assert (
+        "A model of 124M parameters" in text and "over 8 phases" in text and "128 processes" in text
+    )
+    assert (
+        "started again 3 times, and 7 times for another layout" in text
+        and "2 steps were skipped" in text
+    )
     again = sum(pair[0] for pair in run_record.repeated_tokens(long_run.account).values())
     assert f"{again:,} of the" in text and again > 0
-    assert [row for row in page.rows if row[3:4] == ["done"]] == [page.rows[-1]], "the newest event is last"
+    assert [row for row in page.rows if row[3:4] == ["done"]] == [page.rows[-1]], (
+        "the newest event is last"
+    )
     assert "details" in page.tags and ("open", None) not in page.attributes
 
 
@@ -105,17 +126,41 @@ def test_the_charts_of_eight_phases(long_run):
         return report_charts.chart_figure(report_charts.CHARTS[name], long_run, LIGHT, 9, 4).axes[0]
 
     loss = {line.get_label(): line for line in drawn("loss").lines}
-    assert len(loss["restart"].get_xdata()) == 3 and len(loss["restart for another layout"].get_xdata()) == 7
-    assert {"training, running median", "validation", "validation: code", "checkpoint", "skipped step"} <= loss.keys()
+    assert (
+        len(loss["restart"].get_xdata()) == 3
+        and len(loss["restart for another layout"].get_xdata()) == 7
+    )
+    assert {
+        "training, running median",
+        "validation",
+        "validation: code",
+        "checkpoint",
+        "skipped step",
+    } <= loss.keys()
     labels = drawn("validation").get_legend_handles_labels()[1]
-    assert labels == ["valid, 8Ki", "valid, 64Ki", "valid, 1Mi", "code, 8Ki", "code, 64Ki", "code, 1Mi"]
+    assert labels == [
+        "valid, 8Ki",
+        "valid, 64Ki",
+        "valid, 1Mi",
+        "code, 8Ki",
+        "code, 64Ki",
+        "code, 1Mi",
+    ]
     gain = drawn("gain")
     assert len([line for line in gain.get_legend_handles_labels()[1]]) == 8
     bars = [len(bar.get_segments()) for bar in gain.collections]
-    assert bars == [2] * 7, "an interval at each evaluation but those of the first phase, which have none"
+    assert bars == [2] * 7, (
+        "an interval at each evaluation but those of the first phase, which have none"
+    )
     cells = {text.get_text() for text in drawn("passkey-map").texts}
     assert len(drawn("passkey-map").texts) == 25 and "100 %" in cells and "0 %" in cells
-    assert drawn("passkey").get_legend_handles_labels()[1] == ["4Ki", "16Ki", "64Ki", "256Ki", "1Mi"]
+    assert drawn("passkey").get_legend_handles_labels()[1] == [
+        "4Ki",
+        "16Ki",
+        "64Ki",
+        "256Ki",
+        "1Mi",
+    ]
     # Both curves of the times lie within the axis.
     assert drawn("time").get_ylim()[1] > 2
 
@@ -125,8 +170,12 @@ def test_an_untrained_model_does_not_flatten_the_validation_chart(tmp_path):
     run = run_record.read_run(tmp_path)
 
     def drawn():
-        return list(report_charts.chart_figure(report_charts.CHARTS["validation"], run, LIGHT, 5, 3).axes[0]
-                    .lines[0].get_ydata())
+        return list(
+            report_charts.chart_figure(report_charts.CHARTS["validation"], run, LIGHT, 5, 3)
+            .axes[0]
+            .lines[0]
+            .get_ydata()
+        )
 
     assert drawn() == [6.0, 5.0]
     run.evaluations[0]["valid_loss"] = 7.0
@@ -134,8 +183,12 @@ def test_an_untrained_model_does_not_flatten_the_validation_chart(tmp_path):
 
 
 def test_the_label_of_a_set_with_an_underscore_is_shown(long_run):
-    run = dataclasses.replace(long_run, evaluations=[record | {"set": "_" + record.get("set", "valid")}
-                                                     for record in long_run.evaluations])
+    run = dataclasses.replace(
+        long_run,
+        evaluations=[
+            record | {"set": "_" + record.get("set", "valid")} for record in long_run.evaluations
+        ],
+    )
     axes = report_charts.chart_figure(report_charts.CHARTS["validation"], run, LIGHT, 9, 4).axes[0]
     assert " _code, 8Ki" in axes.get_legend_handles_labels()[1]
 
@@ -156,14 +209,30 @@ def test_a_minimal_run_says_what_is_missing(tmp_path):
     steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     write_lines(tmp_path / "metrics.jsonl", [{name: step[name] for name in kept} for step in steps])
     page = Reader(report_page.page(run_record.read_run(tmp_path)))
-    for sentence in ("There is no validation.jsonl in the folder.", "There is no events.jsonl in the folder.",
-                     "No checkpoint is published in the folder.", "No validation loss was recorded in this run.",
-                     "Context gain was not evaluated in this run", "Passkey retrieval was not evaluated in this run",
-                     "MFU is not known", "metrics.jsonl holds no peak_memory_bytes.", "metrics.jsonl holds no step_sec",
-                     "metrics.jsonl holds no finite grad_norm.", "No account of the data was found",
-                     "No event was recorded", "Restarts and saves are not marked"):
+    for sentence in (
+        "There is no validation.jsonl in the folder.",
+        "There is no events.jsonl in the folder.",
+        "No checkpoint is published in the folder.",
+        "No validation loss was recorded in this run.",
+        "Context gain was not evaluated in this run",
+        "Passkey retrieval was not evaluated in this run",
+        "MFU is not known",
+        "metrics.jsonl holds no peak_memory_bytes.",
+        "metrics.jsonl holds no step_sec",
+        "metrics.jsonl holds no finite grad_norm.",
+        "No account of the data was found",
+        "No event was recorded",
+        "Restarts and saves are not marked",
+    ):
         assert sentence in page.text
-    for heading in ("Loss", "Context gain", "Passkey retrieval", "How it ran", "Data drawn", "Events"):
+    for heading in (
+        "Loss",
+        "Context gain",
+        "Passkey retrieval",
+        "How it ran",
+        "Data drawn",
+        "Events",
+    ):
         assert heading in page.words
     assert page.row("base", "8Ki")[3:] == ["1,000,000", "–", "–", "100K", "–", "–", "–"]
 
@@ -183,8 +252,17 @@ def test_names_cannot_become_part_of_the_page(tmp_path):
     for record in (*run.steps[30:], *run.evaluations):
         record |= {"phase": hostile, "set": hostile}
     run.events.append({"time": 0, "event": hostile, "step": 1, "tokens": 2, "text": hostile})
-    run.account.append({"phase": hostile, "source": hostile, "skipped": False, "samples": 1, "tokens": 2,
-                        "documents": 3, "epochs": 1.0})
+    run.account.append(
+        {
+            "phase": hostile,
+            "source": hostile,
+            "skipped": False,
+            "samples": 1,
+            "tokens": 2,
+            "documents": 3,
+            "epochs": 1.0,
+        }
+    )
     run = dataclasses.replace(run, name=hostile, notes=[hostile])
     html = report_page.page(run)
     page = Reader(html)
@@ -195,27 +273,51 @@ def test_names_cannot_become_part_of_the_page(tmp_path):
 
 def test_a_gain_without_an_interval_says_so(tmp_path):
     write_run(tmp_path)
-    gains = [{"step": step, "tokens": tokens, "phase": "long", "set": "valid", "seq_length": 2**20, "cut": 1024,
-              "kind": "context_gain", "loss_full": 5.0, "loss_cut": 5.0 + gain, "gain": gain, "gain_low": None,
-              "gain_high": None, "documents": 1, "num_targets": 9}
-             for step, tokens, gain in ((30, 30_000_000, 0.01), (40, 40_000_000, -0.25))]
+    gains = [
+        {
+            "step": step,
+            "tokens": tokens,
+            "phase": "long",
+            "set": "valid",
+            "seq_length": 2**20,
+            "cut": 1024,
+            "kind": "context_gain",
+            "loss_full": 5.0,
+            "loss_cut": 5.0 + gain,
+            "gain": gain,
+            "gain_low": None,
+            "gain_high": None,
+            "documents": 1,
+            "num_targets": 9,
+        }
+        for step, tokens, gain in ((30, 30_000_000, 0.01), (40, 40_000_000, -0.25))
+    ]
     with open(tmp_path / "validation.jsonl", "a") as file:
         file.writelines(json.dumps(record) + "\n" for record in gains)
     run = run_record.read_run(tmp_path)
     assert len(run.evaluations) == 3, "gains are no losses"
     page = Reader(report_page.page(run))
-    assert page.row("long", "1Mi")[-1] == "+0.010 →-0.250" and "no interval: too few documents" in page.text
+    assert (
+        page.row("long", "1Mi")[-1] == "+0.010 →-0.250"
+        and "no interval: too few documents" in page.text
+    )
     assert page.row("long", "valid")[4:] == ["+0.010", "-0.250", "-0.260", "5.0000", "4.7500", "1"]
     axes = report_charts.chart_figure(report_charts.CHARTS["gain"], run, LIGHT, 5, 3).axes[0]
     assert list(axes.lines[0].get_ydata()) == [0.01, -0.25] and not axes.collections
 
 
 def test_one_picture_serves_light_and_dark(long_run):
-    figure = report_charts.chart_figure(report_charts.CHARTS["loss"], long_run, report_axes.VARIABLES, 9, 4)
+    figure = report_charts.chart_figure(
+        report_charts.CHARTS["loss"], long_run, report_axes.VARIABLES, 9, 4
+    )
     svg = report_axes.to_svg(figure, "loss", "a <b>")
     assert 'aria-label="a &#60;b&#62;"' in svg and "#0f0f" not in svg
     used = set(re.findall(r"var\(--([\w-]+)\)", svg))
-    assert {"ink", "muted", "grid", "band-0", "band-1", "series-0", "raw"} <= used <= report_axes.COLORS.keys()
+    assert (
+        {"ink", "muted", "grid", "band-0", "band-1", "series-0", "raw"}
+        <= used
+        <= report_axes.COLORS.keys()
+    )
     # Nothing but the variables has a color of its own, or it would be lost on one of the grounds.
     assert not re.findall(r"(?:fill|stroke): #[0-9a-f]{3,6}", svg)
     ids = re.findall(r' id="([^"]+)"', svg)
@@ -226,12 +328,19 @@ def test_one_picture_serves_light_and_dark(long_run):
 def test_many_steps_stay_small(tmp_path):
     write_run(tmp_path)
     run = run_record.read_run(tmp_path)
-    steps = [run.steps[0] | {"step": i + 1, "tokens": (i + 1) * 1000, "loss": 3 + (i * 7919 % 1000) / 500}
-             for i in range(20_000)]
+    steps = [
+        run.steps[0]
+        | {"step": i + 1, "tokens": (i + 1) * 1000, "loss": 3 + (i * 7919 % 1000) / 500}
+        for i in range(20_000)
+    ]
     steps[12_345]["loss"] = 40.0
-    axes = report_charts.chart_figure(report_charts.CHARTS["loss"], run_record.Run("run", steps), LIGHT, 9, 4).axes[0]
+    axes = report_charts.chart_figure(
+        report_charts.CHARTS["loss"], run_record.Run("run", steps), LIGHT, 9, 4
+    ).axes[0]
     raw, median = axes.lines[0], axes.lines[1]
-    assert len(raw.get_xdata()) <= report_axes.POINTS and len(median.get_xdata()) <= report_axes.POINTS
+    assert (
+        len(raw.get_xdata()) <= report_axes.POINTS and len(median.get_xdata()) <= report_axes.POINTS
+    )
     assert 40.0 in raw.get_ydata(), "a spike must survive the thinning"
     assert list(raw.get_xdata()) == sorted(raw.get_xdata())
 
@@ -239,7 +348,10 @@ def test_many_steps_stay_small(tmp_path):
 def test_the_median_does_not_cross_phases(tmp_path):
     write_run(tmp_path)
     run = run_record.read_run(tmp_path)
-    steps = [run.steps[0] | {"step": i + 1, "tokens": i + 1, "phase": "ab"[i >= 500]} for i in range(1000)]
+    steps = [
+        run.steps[0] | {"step": i + 1, "tokens": i + 1, "phase": "ab"[i >= 500]}
+        for i in range(1000)
+    ]
     values = np.where(np.arange(1000) < 500, 1.0, 5.0)
     centers, medians = report_axes.running_median(run_record.Run("run", steps), values)
     assert set(medians) == {1.0, 5.0} and (medians == values[centers]).all()

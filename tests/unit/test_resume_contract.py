@@ -25,8 +25,10 @@ from pretrain.resume_contract import (
 from tests.unit.test_checkpoint import publish
 
 TOKENIZER = {"type": "NullTokenizer", "vocab_size": 100, "fingerprint": "a"}
-BASE = ("--model tiny --tokenizer-type NullTokenizer --vocab-size 100 --data-path corpus --seq-length 64 "
-        "--global-batch-size 4 --train-iters 100 --lr 1e-3 --min-lr 1e-5 --lr-warmup-iters 2").split()
+BASE = (
+    "--model tiny --tokenizer-type NullTokenizer --vocab-size 100 --data-path corpus --seq-length 64 "
+    "--global-batch-size 4 --train-iters 100 --lr 1e-3 --min-lr 1e-5 --lr-warmup-iters 2"
+).split()
 
 
 def asked(*flags: str) -> Config:
@@ -37,26 +39,48 @@ def progress_of(config: Config, clock: int, tokenizer=TOKENIZER) -> dict:
     """progress.json at `clock`, as far as the contract reads it."""
     phase = phase_at(resolve_phases(config), clock - 1)
     longest = max(entry.seq_length for entry in resolve_phases(config))
-    return json.loads(json.dumps({"clock": clock, "last_batch_tokens": 256,
-                                  "phase": dataclasses.asdict(phase), "tokenizer": tokenizer,
-                                  "longest_seq_length": longest, "data": {"segments": [{}]}}))
+    return json.loads(
+        json.dumps(
+            {
+                "clock": clock,
+                "last_batch_tokens": 256,
+                "phase": dataclasses.asdict(phase),
+                "tokenizer": tokenizer,
+                "longest_seq_length": longest,
+                "data": {"segments": [{}]},
+            }
+        )
+    )
 
 
 def changes(config: Config, stored: Config, clock: int = 40 * 256, tokenizer=TOKENIZER) -> list:
     phases = resolve_phases(config)
-    return continuation_changes(stored, config, progress_of(stored, clock), phases,
-                                LearningRate.make(config.optimizer, phases), tokenizer)
+    return continuation_changes(
+        stored,
+        config,
+        progress_of(stored, clock),
+        phases,
+        LearningRate.make(config.optimizer, phases),
+        tokenizer,
+    )
 
 
 def stopping(config: Config, stored: Config | None = None, **situation) -> list[tuple[str, str]]:
     """(name, kind) of the differences that need a flag."""
     found = changes(config, stored or asked(), **situation)
-    return [(change.name.split(" at token")[0], change.kind) for change in found if change.kind != "free"]
+    return [
+        (change.name.split(" at token")[0], change.kind)
+        for change in found
+        if change.kind != "free"
+    ]
 
 
 def phased(*entries: dict, **optimizer) -> Config:
     config = asked("--lr-decay-style constant")
-    made = [{"seq_length": 64, "global_batch_tokens": 256, "train_tokens": 5120} | entry for entry in entries]
+    made = [
+        {"seq_length": 64, "global_batch_tokens": 256, "train_tokens": 5120} | entry
+        for entry in entries
+    ]
     config.schedule.train_iters = config.schedule.global_batch_size = None
     config.schedule.phases = [type_of_entry(**entry) for entry in made]
     for name, value in optimizer.items():
@@ -80,59 +104,90 @@ def test_every_setting_has_a_kind():
             try:
                 kind_of(section, name)
             except KeyError:
-                pytest.fail(f"{section}.{name} has no kind: say in pretrain/resume_contract.py what a change means")
+                pytest.fail(
+                    f"{section}.{name} has no kind: say in pretrain/resume_contract.py what a change means"
+                )
     assert set(FIELDS) <= names, "the table names settings that are gone"
-    assert set(PHASE) == {field.name for field in dataclasses.fields(Phase)}, "every field of a phase needs a kind"
+    assert set(PHASE) == {field.name for field in dataclasses.fields(Phase)}, (
+        "every field of a phase needs a kind"
+    )
 
 
 def test_a_setting_of_the_schedule_without_a_kind_is_noticed():
     with pytest.raises(KeyError):
         kind_of("schedule", "a_new_setting")
-    assert [kind_of(section, "a_new_setting") for section in ("model", "layout", "data", "optimizer", "logging")] == [
-        "forbidden", "free", "data", "optimization", "free"]
+    assert [
+        kind_of(section, "a_new_setting")
+        for section in ("model", "layout", "data", "optimizer", "logging")
+    ] == ["forbidden", "free", "data", "optimization", "free"]
 
 
 def test_nothing_changed_is_nothing():
     assert changes(asked(), asked()) == []
 
 
-@pytest.mark.parametrize("flags, expected", [
-    ("--ffn-hidden-size 512", [("ffn_hidden_size", "forbidden")]),
-    ("--qk-layernorm --num-layers 9", [("num_layers", "forbidden"), ("qk_layernorm", "forbidden")]),
-    ("--fp64", [("fp64", "forbidden")]),
-    ("--vocab-size 200", [("vocab_size", "forbidden")]),  # 128 rows hold 100 ids, not 200
-    ("--vocab-size 101", [("vocab_size", "tokenizer")]),
-    ("--seed 7", [("seed", "data")]),
-    ("--split 90,10,0", [("split", "data")]),
-    ("--eod-mask-loss", [("eod_mask_loss", "data")]),
-    ("--packing best_fit", [("phase 'main': packing", "data")]),
-    ("--no-document-masking", [("phase 'main': document_masking", "data")]),
-    ("--data-exhausted stop", [("phase 'main': data_exhausted", "data")]),
-    ("--seq-length 128 --global-batch-size 2", [("phase 'main': seq_length", "data")]),
-    ("--skip-data 12K:13K", [("skip_data, windows to come", "data")]),
-    ("--adam-beta2 0.9 --adam-eps 1e-6", [("adam_beta2", "optimization"), ("adam_eps", "optimization")]),
-    ("--clip-grad 2 --bf16", [("clip_grad", "optimization"), ("bf16", "optimization")]),
-    ("--weight-decay 0.2", [("weight_decay", "scheduler")]),
-    ("--rotary-base 5e5", [("phase 'main': rope", "optimization")]),
-    ("--rope-type linear --rope-scaling-factor 4", [("phase 'main': rope", "optimization")]),
-    ("--global-batch-size 8 --train-iters 50 --lr-warmup-iters 1", [
-        ("phase 'main': global_batch_tokens from token 10,240 on", "optimization")]),
-    ("--rampup-batch-size 2 2 32", []),  # is over by now
-    ("--rampup-batch-size 2 1 180", [("phase 'main': global_batch_tokens from token 10,240 on", "optimization")]),
-    ("--step-batch-size-schedule 0:4,15360:8", [
-        ("phase 'main': global_batch_tokens from token 15,360 on", "optimization")]),
-    ("--lr 2e-3", [("learning rate", "scheduler")]),
-    ("--min-lr 1e-4", [("learning rate", "scheduler")]),
-    ("--lr-decay-style linear", [("learning rate", "scheduler")]),
-    ("--train-iters 200", [("learning rate", "scheduler")]),  # the decay is longer
-    ("--train-iters 200 --lr-decay-iters 100", []),
-    ("--lr-warmup-iters 10 --lr-decay-style constant --lr 1", [("learning rate", "scheduler")]),
-    # What changes no token and no update:
-    ("--micro-batch-size 2 --tensor-model-parallel-size 2 --recompute-granularity full --attention-backend sdpa", []),
-    ("--data-path moved/corpus --eval-iters 9 --save elsewhere --save-interval 3 --kv-channels 32", []),
-    ("--global-batch-tokens 256 --lr-warmup-tokens 512 --max-position-embeddings 64 --init-method-std 0.1", []),
-    ("--make-vocab-size-divisible-by 10", []),  # other rows of padding: cut or filled on load
-])
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("--ffn-hidden-size 512", [("ffn_hidden_size", "forbidden")]),
+        (
+            "--qk-layernorm --num-layers 9",
+            [("num_layers", "forbidden"), ("qk_layernorm", "forbidden")],
+        ),
+        ("--fp64", [("fp64", "forbidden")]),
+        ("--vocab-size 200", [("vocab_size", "forbidden")]),  # 128 rows hold 100 ids, not 200
+        ("--vocab-size 101", [("vocab_size", "tokenizer")]),
+        ("--seed 7", [("seed", "data")]),
+        ("--split 90,10,0", [("split", "data")]),
+        ("--eod-mask-loss", [("eod_mask_loss", "data")]),
+        ("--packing best_fit", [("phase 'main': packing", "data")]),
+        ("--no-document-masking", [("phase 'main': document_masking", "data")]),
+        ("--data-exhausted stop", [("phase 'main': data_exhausted", "data")]),
+        ("--seq-length 128 --global-batch-size 2", [("phase 'main': seq_length", "data")]),
+        ("--skip-data 12K:13K", [("skip_data, windows to come", "data")]),
+        (
+            "--adam-beta2 0.9 --adam-eps 1e-6",
+            [("adam_beta2", "optimization"), ("adam_eps", "optimization")],
+        ),
+        ("--clip-grad 2 --bf16", [("clip_grad", "optimization"), ("bf16", "optimization")]),
+        ("--weight-decay 0.2", [("weight_decay", "scheduler")]),
+        ("--rotary-base 5e5", [("phase 'main': rope", "optimization")]),
+        ("--rope-type linear --rope-scaling-factor 4", [("phase 'main': rope", "optimization")]),
+        (
+            "--global-batch-size 8 --train-iters 50 --lr-warmup-iters 1",
+            [("phase 'main': global_batch_tokens from token 10,240 on", "optimization")],
+        ),
+        ("--rampup-batch-size 2 2 32", []),  # is over by now
+        (
+            "--rampup-batch-size 2 1 180",
+            [("phase 'main': global_batch_tokens from token 10,240 on", "optimization")],
+        ),
+        (
+            "--step-batch-size-schedule 0:4,15360:8",
+            [("phase 'main': global_batch_tokens from token 15,360 on", "optimization")],
+        ),
+        ("--lr 2e-3", [("learning rate", "scheduler")]),
+        ("--min-lr 1e-4", [("learning rate", "scheduler")]),
+        ("--lr-decay-style linear", [("learning rate", "scheduler")]),
+        ("--train-iters 200", [("learning rate", "scheduler")]),  # the decay is longer
+        ("--train-iters 200 --lr-decay-iters 100", []),
+        ("--lr-warmup-iters 10 --lr-decay-style constant --lr 1", [("learning rate", "scheduler")]),
+        # What changes no token and no update:
+        (
+            "--micro-batch-size 2 --tensor-model-parallel-size 2 --recompute-granularity full --attention-backend sdpa",
+            [],
+        ),
+        (
+            "--data-path moved/corpus --eval-iters 9 --save elsewhere --save-interval 3 --kv-channels 32",
+            [],
+        ),
+        (
+            "--global-batch-tokens 256 --lr-warmup-tokens 512 --max-position-embeddings 64 --init-method-std 0.1",
+            [],
+        ),
+        ("--make-vocab-size-divisible-by 10", []),  # other rows of padding: cut or filled on load
+    ],
+)
 def test_each_kind_of_change(flags, expected):
     words = flags.split()
     config = asked(flags)
@@ -141,7 +196,10 @@ def test_each_kind_of_change(flags, expected):
     if "ramp" in flags or "step" in flags:
         config.schedule.train_iters, config.schedule.train_tokens = None, 25600
     if "step" in flags:
-        config.schedule.global_batch_size, config.optimizer.lr_warmup_iters = None, 1  # of 512 tokens
+        config.schedule.global_batch_size, config.optimizer.lr_warmup_iters = (
+            None,
+            1,
+        )  # of 512 tokens
     assert stopping(config) == expected
     settings = [word[2:].replace("-", "_") for word in words if word.startswith("--")]
     texts = [str(change) for change in changes(config, asked())]
@@ -158,25 +216,40 @@ def test_the_learning_rate_is_judged_by_its_effect():
     finished = dict(clock=100 * 256)
     assert stopping(asked("--train-iters 200"), asked(), **finished) == []
     assert stopping(asked("--train-iters 200 --lr 1"), asked(), **finished) == [
-        ("lr of the phase that goes on", "scheduler")]
-    (change,) = [change for change in changes(asked("--train-iters 200"), asked()) if change.kind == "scheduler"]
+        ("lr of the phase that goes on", "scheduler")
+    ]
+    (change,) = [
+        change
+        for change in changes(asked("--train-iters 200"), asked())
+        if change.kind == "scheduler"
+    ]
     assert change.name == "learning rate at token 10,240" and change.ours > change.theirs
     wsd = "--lr-decay-style WSD --lr-wsd-decay-iters 10"
-    (change,) = [change for change in changes(asked(wsd, "--train-iters 200"), asked(wsd)) if change.kind != "free"]
-    assert int(change.name.split()[-1].replace(",", "")) >= 90 * 256, "the same until the decay begins"
+    (change,) = [
+        change
+        for change in changes(asked(wsd, "--train-iters 200"), asked(wsd))
+        if change.kind != "free"
+    ]
+    assert int(change.name.split()[-1].replace(",", "")) >= 90 * 256, (
+        "the same until the decay begins"
+    )
 
 
 @pytest.mark.parametrize("edit", ["--lr-wsd-decay-tokens 50B", "--lr-wsd-decay-style linear"])
 def test_a_short_decay_far_ahead_is_compared(edit):
-    run = ("--train-iters 100000000000 --min-lr 5e-4 --lr-decay-style WSD --lr-wsd-decay-tokens 25B "
-           "--lr-wsd-decay-style cosine")
+    run = (
+        "--train-iters 100000000000 --min-lr 5e-4 --lr-decay-style WSD --lr-wsd-decay-tokens 25B "
+        "--lr-wsd-decay-style cosine"
+    )
     assert stopping(asked(run, edit), asked(run)) == [("learning rate", "scheduler")]
     assert stopping(asked(run), asked(run)) == []
 
 
 def test_phases_that_have_not_begun_are_free():
     a, b = dict(name="a"), dict(name="b", seq_length=128)
-    edited = dict(b, seq_length=256, packing="best_fit", lr=5e-4, rotary_base=5e5, document_masking=False)
+    edited = dict(
+        b, seq_length=256, packing="best_fit", lr=5e-4, rotary_base=5e5, document_masking=False
+    )
     for clock in (256, 5120):  # within a, at its end
         found = changes(phased(a, edited, dict(name="c")), phased(a, b), clock=clock)
         assert {change.kind for change in found} == {"free"}
@@ -184,37 +257,66 @@ def test_phases_that_have_not_begun_are_free():
         assert "phases, b: rotary_base: checkpoint None, run 500000.0" in text
         assert "phases, c: checkpoint absent, run there" in text
     found = stopping(phased(a, edited), phased(a, b), clock=5120 + 256)
-    assert [name for name, _ in found] == ["phase 'b': seq_length", "phase 'b': rope", "phase 'b': document_masking",
-                                           "phase 'b': packing", "learning rate"]
-    assert stopping(phased(dict(a, train_tokens=2048), b), phased(a, b), clock=2048) == []  # the next phase comes early
+    assert [name for name, _ in found] == [
+        "phase 'b': seq_length",
+        "phase 'b': rope",
+        "phase 'b': document_masking",
+        "phase 'b': packing",
+        "learning rate",
+    ]
+    assert (
+        stopping(phased(dict(a, train_tokens=2048), b), phased(a, b), clock=2048) == []
+    )  # the next phase comes early
     assert stopping(phased(dict(a, train_tokens=1024), b), phased(a, b), clock=2048) == [
-        ("phase 'b': seq_length", "data"), ("phases before token 2,048", "data")]
+        ("phase 'b': seq_length", "data"),
+        ("phases before token 2,048", "data"),
+    ]
     # Another name does not make another phase.
-    assert stopping(phased(dict(b, name="z")), phased(dict(name="y")), clock=2048) == [("phase 'z': seq_length",
-                                                                                       "data")]
+    assert stopping(phased(dict(b, name="z")), phased(dict(name="y")), clock=2048) == [
+        ("phase 'z': seq_length", "data")
+    ]
     # The last step of a may reach beyond its end, where its batch was changed; b has not begun then.
     progress = progress_of(phased(a), 5120) | {"clock": 5376, "last_batch_tokens": 512}
     run = phased(a, edited)
     phases = resolve_phases(run)
-    found = continuation_changes(phased(a, b), run, progress, phases, LearningRate.make(run.optimizer, phases),
-                                 TOKENIZER)
+    found = continuation_changes(
+        phased(a, b), run, progress, phases, LearningRate.make(run.optimizer, phases), TOKENIZER
+    )
     assert {change.kind for change in found} == {"free"}
     # A later phase that changes the learning rate of this one is no private matter.
     grown = phased(a, dict(b, train_tokens=51200), lr_decay_style="cosine")
-    assert stopping(grown, phased(a, b, lr_decay_style="cosine"), clock=256) == [("learning rate", "scheduler")]
-    assert stopping(phased(a, b, lr=5e-4), phased(a, b), clock=5120) == [("learning rate", "scheduler")]
+    assert stopping(grown, phased(a, b, lr_decay_style="cosine"), clock=256) == [
+        ("learning rate", "scheduler")
+    ]
+    assert stopping(phased(a, b, lr=5e-4), phased(a, b), clock=5120) == [
+        ("learning rate", "scheduler")
+    ]
 
 
 def test_phases_that_are_over_keep_their_places():
-    a, b, c = ({"name": name, "seq_length": length} for name, length in (("a", 64), ("b", 128), ("c", 256)))
+    a, b, c = (
+        {"name": name, "seq_length": length} for name, length in (("a", 64), ("b", 128), ("c", 256))
+    )
     at_the_end_of_a, within_b = 5120, 5120 + 2560
     past = f"phases before token {at_the_end_of_a:,}"
-    assert stopping(phased(b, a, c), phased(a, b, c), clock=at_the_end_of_a) == [(past, "data")], "a would come again"
+    assert stopping(phased(b, a, c), phased(a, b, c), clock=at_the_end_of_a) == [(past, "data")], (
+        "a would come again"
+    )
     assert (f"phases before token {within_b:,}", "data") in stopping(
-        phased(a | {"train_tokens": 2560}, b, c), phased(a, b, c), clock=within_b)
-    for later in ((a, c), (a, c, b), (a, b | {"train_tokens": 512}), (a | {"train_tokens": 10240}, b)):
+        phased(a | {"train_tokens": 2560}, b, c), phased(a, b, c), clock=within_b
+    )
+    for later in (
+        (a, c),
+        (a, c, b),
+        (a, b | {"train_tokens": 512}),
+        (a | {"train_tokens": 10240}, b),
+    ):
         assert stopping(phased(*later), phased(a, b, c), clock=at_the_end_of_a) == []
-    (change,) = [change for change in changes(phased(b, a), phased(a, b), clock=5120) if change.kind == "data"]
+    (change,) = [
+        change
+        for change in changes(phased(b, a), phased(a, b), clock=5120)
+        if change.kind == "data"
+    ]
     assert (change.theirs, change.ours) == ("a of 64 from 0", "b of 128 from 0")
 
 
@@ -222,34 +324,57 @@ def test_windows_that_were_passed_over_are_no_difference():
     stored, config = asked("--skip-data 1K:2K"), asked()
     phases = resolve_phases(config)
     progress = progress_of(stored, 40 * 256) | {"data": {"segments": [{"skipped_until": 2000}, {}]}}
-    found = continuation_changes(stored, config, progress, phases, LearningRate.make(config.optimizer, phases),
-                                 TOKENIZER)
+    found = continuation_changes(
+        stored, config, progress, phases, LearningRate.make(config.optimizer, phases), TOKENIZER
+    )
     assert [(change.name, change.kind) for change in found] == [("skip_data", "free")]
 
 
 def test_refusals_come_all_at_once_and_name_their_flag():
-    found = changes(asked("--ffn-hidden-size 512 --seed 7 --lr 1e-2 --clip-grad 3 --micro-batch-size 2"), asked(),
-                    tokenizer=TOKENIZER | {"fingerprint": "b"})
+    found = changes(
+        asked("--ffn-hidden-size 512 --seed 7 --lr 1e-2 --clip-grad 3 --micro-batch-size 2"),
+        asked(),
+        tokenizer=TOKENIZER | {"fingerprint": "b"},
+    )
     lines = refusals(found, CheckpointConfig())
-    assert [line.split(":")[0] for line in lines] == ["ffn_hidden_size", "clip_grad", "seed", "tokenizer",
-                                                      "learning rate at token 10,240"]
-    assert lines[0] == ("ffn_hidden_size: checkpoint 704, run 512: the checkpoint's tensors are of another model or "
-                        "precision. Fix: the checkpoint's value (--use-checkpoint-args takes what is not given); or a "
-                        "new run in another --save.")
+    assert [line.split(":")[0] for line in lines] == [
+        "ffn_hidden_size",
+        "clip_grad",
+        "seed",
+        "tokenizer",
+        "learning rate at token 10,240",
+    ]
+    assert lines[0] == (
+        "ffn_hidden_size: checkpoint 704, run 512: the checkpoint's tensors are of another model or "
+        "precision. Fix: the checkpoint's value (--use-checkpoint-args takes what is not given); or a "
+        "new run in another --save."
+    )
     assert lines[2].endswith("Fix: the checkpoint's value, or --accept-changes data.")
     accept = CheckpointConfig(accept_changes=["data", "tokenizer", "optimization"])
     assert [line.split(":")[0] for line in refusals(found, accept)] == ["ffn_hidden_size"]
-    override = CheckpointConfig(override_opt_param_scheduler=True, accept_changes=["data", "tokenizer"])
-    assert [line.split(":")[0] for line in refusals(found, override)] == ["ffn_hidden_size", "clip_grad"]
+    override = CheckpointConfig(
+        override_opt_param_scheduler=True, accept_changes=["data", "tokenizer"]
+    )
+    assert [line.split(":")[0] for line in refusals(found, override)] == [
+        "ffn_hidden_size",
+        "clip_grad",
+    ]
     assert "micro_batch_size: checkpoint 1, run 2" in describe_changes(found)
 
 
 def test_acceptance_of_nothing_is_named():
-    accept = CheckpointConfig(accept_changes=["data", "optimization"], override_opt_param_scheduler=True)
+    accept = CheckpointConfig(
+        accept_changes=["data", "optimization"], override_opt_param_scheduler=True
+    )
     assert [text.split(":")[0] for text in needless_acceptance([], accept)] == [
-        "accept_changes = data", "accept_changes = optimization", "override_opt_param_scheduler = True"]
-    assert [text.split(":")[0] for text in needless_acceptance(changes(asked("--lr 1"), asked()), accept)] == [
-        "accept_changes = data"]
+        "accept_changes = data",
+        "accept_changes = optimization",
+        "override_opt_param_scheduler = True",
+    ]
+    assert [
+        text.split(":")[0]
+        for text in needless_acceptance(changes(asked("--lr 1"), asked()), accept)
+    ] == ["accept_changes = data"]
 
 
 def test_a_new_run_on_weights_may_change_all_but_model_and_tokenizer():
@@ -258,14 +383,20 @@ def test_a_new_run_on_weights_may_change_all_but_model_and_tokenizer():
     progress = progress_of(stored, 40 * 256)
 
     def found(config, theirs=TOKENIZER, ours=TOKENIZER):
-        return weights_changes(stored, config, progress | {"tokenizer": theirs}, resolve_phases(config), ours)
+        return weights_changes(
+            stored, config, progress | {"tokenizer": theirs}, resolve_phases(config), ours
+        )
 
     assert [str(change) for change in found(config)] == [
-        "rope: checkpoint base 10000, run base 500000", "longest seq_length: checkpoint 64, run 256"]
+        "rope: checkpoint base 10000, run base 500000",
+        "longest seq_length: checkpoint 64, run 256",
+    ]
     assert refusals(found(config), CheckpointConfig()) == []
     another = found(asked("--num-layers 9"), ours=TOKENIZER | {"fingerprint": "b"})
     assert [change.kind for change in another] == ["forbidden", "tokenizer"]
-    assert [change.kind for change in found(asked(), theirs=None)] == ["free"], "a checkpoint that knows no tokenizer"
+    assert [change.kind for change in found(asked(), theirs=None)] == ["free"], (
+        "a checkpoint that knows no tokenizer"
+    )
     # Other files that give the same ids; a checkpoint of before the ids were described.
     ids = {"ids": "c", "transformers": "5.1"}
     moved = found(asked(), theirs=TOKENIZER | ids, ours=TOKENIZER | ids | {"fingerprint": "b"})
@@ -293,7 +424,9 @@ def published_run(tmp_path, stored: Config, clock: int = 40 * 256) -> str:
 def test_use_checkpoint_args_takes_what_is_not_given(tmp_path):
     stored = asked("--num-layers 5 --qk-layernorm --rotary-base 5e5 --attention-backend sdpa")
     root = published_run(tmp_path, stored)
-    config = load_config(["--load", root, "--use-checkpoint-args", "--lr", "7", "--norm-epsilon", "0.1"])
+    config = load_config(
+        ["--load", root, "--use-checkpoint-args", "--lr", "7", "--norm-epsilon", "0.1"]
+    )
     expected = dataclasses.replace(stored.model, attention_backend="auto", norm_epsilon=0.1)
     assert config.model == expected and config.data.vocab_size == 100 and config.optimizer.lr == 7
     # Given settings stay, presets among them, and the contract compares them.
@@ -303,7 +436,9 @@ def test_use_checkpoint_args_takes_what_is_not_given(tmp_path):
     stored = phased(dict(name="a", rotary_base=8e6))
     root = published_run(tmp_path / "phased", stored, 2560)
     for flag, base in (("--finetune", 8e6), ("--no-finetune", 1e4)):
-        assert load_config(["--load", root, flag, "--use-checkpoint-args"]).model.rotary_base == base
+        assert (
+            load_config(["--load", root, flag, "--use-checkpoint-args"]).model.rotary_base == base
+        )
     scaled = asked("--rope-type llama3 --rope-scaling-factor 4")
     root = published_run(tmp_path / "scaled", scaled)
     taking = ["--load", root, "--finetune", "--use-checkpoint-args"]
@@ -311,29 +446,43 @@ def test_use_checkpoint_args_takes_what_is_not_given(tmp_path):
     other = load_config([*taking, "--rope-type", "linear", "--rope-scaling-factor", "2"]).model
     assert (other.rope.type, other.rope.factor, other.rope_low_freq_factor) == ("linear", 2.0, None)
     phases = tmp_path / "phases.yaml"  # parameters that no phase uses are not the user's to remove
-    phases.write_text("original_max_position_embeddings: 64\nphases:\n  - {seq_length: 64, rope_type: yarn, "
-                      "rope_scaling_factor: 2}\n")
+    phases.write_text(
+        "original_max_position_embeddings: 64\nphases:\n  - {seq_length: 64, rope_type: yarn, "
+        "rope_scaling_factor: 2}\n"
+    )
     other = load_config(["--config", str(phases), *taking])
     assert other._unused_rope_parameters() == [] and other.model.rope_low_freq_factor is None
     assert other.schedule.phases[0].with_rope(other.model).rope.factor == 2.0
-    assert load_config(["--save", str(tmp_path / "new"), "--use-checkpoint-args"]).model == Config().model
+    assert (
+        load_config(["--save", str(tmp_path / "new"), "--use-checkpoint-args"]).model
+        == Config().model
+    )
 
 
 def test_use_checkpoint_scheduler_takes_its_learning_rate(tmp_path):
     stored = asked("--weight-decay 0.3 --clip-grad 5")
-    flags = f"--load {published_run(tmp_path, stored)} --use-checkpoint-opt_param-scheduler --lr 5 --weight-decay 9 " \
-            "--lr-decay-style constant --train-iters 300 --clip-grad 5 --lr-decay-iters 7"
+    flags = (
+        f"--load {published_run(tmp_path, stored)} --use-checkpoint-opt_param-scheduler --lr 5 --weight-decay 9 "
+        "--lr-decay-style constant --train-iters 300 --clip-grad 5 --lr-decay-iters 7"
+    )
     config = asked(flags)
     assert config.optimizer.lr == 1e-3 and config.optimizer.weight_decay == 0.3
     assert stopping(config, stored) == []
     phases = resolve_phases(config)
-    rate, theirs = LearningRate.make(config.optimizer, phases), LearningRate.make(stored.optimizer,
-                                                                                  resolve_phases(stored))
-    assert [rate.at(at, 1.0, 0.1) for at in range(0, 25600, 256)] == [theirs.at(at, 1.0, 0.1)
-                                                                     for at in range(0, 25600, 256)]
-    assert rate.at(27000, 1.0, 0.1) == 0.1, "the decay ends where the checkpoint's run would have ended"
+    rate, theirs = (
+        LearningRate.make(config.optimizer, phases),
+        LearningRate.make(stored.optimizer, resolve_phases(stored)),
+    )
+    assert [rate.at(at, 1.0, 0.1) for at in range(0, 25600, 256)] == [
+        theirs.at(at, 1.0, 0.1) for at in range(0, 25600, 256)
+    ]
+    assert rate.at(27000, 1.0, 0.1) == 0.1, (
+        "the decay ends where the checkpoint's run would have ended"
+    )
     assert config.validate() == []
-    assert load_config(spell(["--finetune", *flags.split()])).optimizer.lr == 5, "a new run has its own"
+    assert load_config(spell(["--finetune", *flags.split()])).optimizer.lr == 5, (
+        "a new run has its own"
+    )
 
 
 def test_the_contract_survives_the_stored_yaml(tmp_path):
@@ -349,23 +498,28 @@ def test_another_spelling_of_a_path_is_no_change(tmp_path, monkeypatch):
     stored = asked("--save run --load run --tensorboard-dir tb --data-cache-path cache --split 1")
     stored.data.data_path = ["0.7", "web", "0.3", "code[64Ki:]"]
     stored.data.valid_data_path = ["held=web/valid", "math=m"]
-    run = asked(f"--save {here}/run --load ./run/ --tensorboard-dir x/../tb --data-cache-path {here}/cache --split 1")
+    run = asked(
+        f"--save {here}/run --load ./run/ --tensorboard-dir x/../tb --data-cache-path {here}/cache --split 1"
+    )
     run.data.data_path = ["0.70", f"{here}/web", ".3", "./code[64Ki:]"]
     run.data.valid_data_path = [f"held={here}/web/valid", "math=./m"]
     assert [change.name for change in changes(run, stored, clock=512)] == []
 
 
-@pytest.mark.parametrize("name, theirs, ours", [
-    ("data_path", ["web"], ["other"]),
-    ("data_path", ["0.7", "web", "0.3", "code"], ["0.6", "web", "0.4", "code"]),
-    ("data_path", ["web[64Ki:]"], ["web"]),
-    ("data_path", ["a", "b"], ["a"]),
-    ("valid_data_path", ["held=a"], ["kept=a"]),
-    ("valid_data_path", ["held=a"], ["a"]),
-    ("tokenizer_model", "tokenizer", "elsewhere/tokenizer"),
-    ("save", "run", None),
-    ("name", "a", "./a"),
-])
+@pytest.mark.parametrize(
+    "name, theirs, ours",
+    [
+        ("data_path", ["web"], ["other"]),
+        ("data_path", ["0.7", "web", "0.3", "code"], ["0.6", "web", "0.4", "code"]),
+        ("data_path", ["web[64Ki:]"], ["web"]),
+        ("data_path", ["a", "b"], ["a"]),
+        ("valid_data_path", ["held=a"], ["kept=a"]),
+        ("valid_data_path", ["held=a"], ["a"]),
+        ("tokenizer_model", "tokenizer", "elsewhere/tokenizer"),
+        ("save", "run", None),
+        ("name", "a", "./a"),
+    ],
+)
 def test_another_place_is_a_change(name, theirs, ours):
     assert not is_same(name, theirs, ours)
 

@@ -39,7 +39,9 @@ def test_each_epoch_holds_each_token_once_in_document_order(reader):
     orders = []
     for epoch in range(5):
         tokens = stream.read(epoch * 31, 31)
-        assert sorted(tokens) == sorted(d * 100 + i for d, n in enumerate(LENGTHS) for i in range(n))
+        assert sorted(tokens) == sorted(
+            d * 100 + i for d, n in enumerate(LENGTHS) for i in range(n)
+        )
         documents, offsets, lengths = stream.spans(epoch * 31, 31)
         assert (offsets == 0).all() and lengths.tolist() == [LENGTHS[d] for d in documents]
         assert tokens.tolist() == [d * 100 + i for d in documents for i in range(LENGTHS[d])]
@@ -52,7 +54,7 @@ def test_any_window_is_the_same_text(reader):
     stream = make_stream(reader)
     for start in (150, 0, 61, 62, 93, 7, 31):  # back and forth over more epochs than are kept
         for length in (0, 1, 2, 30, 31, 32, 50):
-            assert stream.read(start, length).tolist() == whole[start:start + length].tolist()
+            assert stream.read(start, length).tolist() == whole[start : start + length].tolist()
             documents, offsets, lengths = stream.spans(start, length)
             assert lengths.sum() == length and (lengths > 0).all()
             assert all(array.dtype == np.int64 for array in (documents, offsets, lengths))
@@ -61,7 +63,11 @@ def test_any_window_is_the_same_text(reader):
 def test_one_document_corpus_ends_at_each_epoch(reader):
     stream = DocumentStream(reader, np.array([3]), seed=0)
     documents, offsets, lengths = stream.spans(5, 12)
-    assert documents.tolist() == [3, 3, 3] and offsets.tolist() == [5, 0, 0] and lengths.tolist() == [2, 7, 3]
+    assert (
+        documents.tolist() == [3, 3, 3]
+        and offsets.tolist() == [5, 0, 0]
+        and lengths.tolist() == [2, 7, 3]
+    )
 
 
 def test_threads_read_the_same(reader):
@@ -69,7 +75,7 @@ def test_threads_read_the_same(reader):
 
     def work(step):
         for start in range(0, 300, step):
-            if stream.read(start, 10).tolist() != whole[start:start + 10].tolist():
+            if stream.read(start, 10).tolist() != whole[start : start + 10].tolist():
                 wrong.append(start)
 
     threads = [Thread(target=work, args=(step,)) for step in (1, 7, 31, 62)]
@@ -89,7 +95,9 @@ def test_empty_stream_is_refused(reader):
 def test_permutation_is_frozen():
     """A run is continued years later: these values may never change."""
     assert Permutation.make(8, 1234, 0).values(0, 8).tolist() == FROZEN
-    digest = hashlib.sha256(Permutation.make(100_000, 1234, 5).values(0, 100_000).tobytes()).hexdigest()
+    digest = hashlib.sha256(
+        Permutation.make(100_000, 1234, 5).values(0, 100_000).tobytes()
+    ).hexdigest()
     assert digest[:16] == FROZEN_DIGEST
 
 
@@ -98,7 +106,9 @@ def test_permutation_is_one_at_any_place(size):
     for seed in range(3):
         values = Permutation.make(size, seed).values(0, size)
         assert np.array_equal(np.sort(values), np.arange(size))
-        assert np.array_equal(Permutation.make(size, seed).values(size // 2, size), values[size // 2:])
+        assert np.array_equal(
+            Permutation.make(size, seed).values(size // 2, size), values[size // 2 :]
+        )
 
 
 def test_permutations_are_spread_evenly():
@@ -109,19 +119,39 @@ def test_permutations_are_spread_evenly():
     chi_square = ((counts - seeds / size) ** 2 / (seeds / size)).sum()
     assert chi_square < 80, "36 degrees of freedom: above 80 once in 30,000"
     values = Permutation.make(10_000, 5).values(0, 10_000)
-    assert (np.abs(np.diff(values)) == 1).sum() < 15 and abs(np.corrcoef(values, range(10_000))[0, 1]) < 0.05
-    assert len({Permutation.make(100, 1, epoch).values(0, 100).tobytes() for epoch in range(50)}) == 50
+    assert (np.abs(np.diff(values)) == 1).sum() < 15 and abs(
+        np.corrcoef(values, range(10_000))[0, 1]
+    ) < 0.05
+    assert (
+        len({Permutation.make(100, 1, epoch).values(0, 100).tobytes() for epoch in range(50)}) == 50
+    )
 
 
-@pytest.mark.parametrize("documents, split, counts", [
-    (1000, "969,30,1", (969, 30, 1)), (10, "969,30,1", (8, 1, 1)), (3, "969,30,1", (1, 1, 1)),
-    (2, "969,30,1", (1, 1, 0)), (1, "969,30,1", (1, 0, 0)), (10, "1,0,0", (10, 0, 0)), (10, "90,10", (9, 1, 0)),
-    (2, "1,1,1", (1, 1, 0)), (1, "1,1,1", (1, 0, 0)), (7, "1", (7, 0, 0)), (5, "0.98,0.02,0", (4, 1, 0)),
-    (100, "1,99,0", (1, 99, 0)), (10, "1,0,1", (5, 0, 5)),
-])
+@pytest.mark.parametrize(
+    "documents, split, counts",
+    [
+        (1000, "969,30,1", (969, 30, 1)),
+        (10, "969,30,1", (8, 1, 1)),
+        (3, "969,30,1", (1, 1, 1)),
+        (2, "969,30,1", (1, 1, 0)),
+        (1, "969,30,1", (1, 0, 0)),
+        (10, "1,0,0", (10, 0, 0)),
+        (10, "90,10", (9, 1, 0)),
+        (2, "1,1,1", (1, 1, 0)),
+        (1, "1,1,1", (1, 0, 0)),
+        (7, "1", (7, 0, 0)),
+        (5, "0.98,0.02,0", (4, 1, 0)),
+        (100, "1,99,0", (1, 99, 0)),
+        (10, "1,0,1", (5, 0, 5)),
+    ],
+)
 def test_split(documents, split, counts):
     parts = split_documents(documents, split, seed=1)
-    assert tuple(len(part) for part in parts.values()) == counts and list(parts) == ["train", "valid", "test"]
+    assert tuple(len(part) for part in parts.values()) == counts and list(parts) == [
+        "train",
+        "valid",
+        "test",
+    ]
     assert sorted(np.concatenate(list(parts.values()))) == list(range(documents))
 
 
@@ -144,10 +174,17 @@ def test_synthetic_documents_are_pure_and_learnable():
     document = int(reader.document_lengths.argmax())
     length = int(reader.document_lengths[document])
     whole = reader.read(document, 0, length)
-    assert whole.tolist() == np.concatenate([reader.read(document, i, min(13, length - i))
-                                             for i in range(0, length, 13)]).tolist()
+    assert (
+        whole.tolist()
+        == np.concatenate(
+            [reader.read(document, i, min(13, length - i)) for i in range(0, length, 13)]
+        ).tolist()
+    )
     assert 0 <= whole.min() and whole.max() < 100
-    assert len({tuple(motif) for motif in whole[:length // 8 * 8].reshape(-1, 8)}) <= SyntheticReader.POOL
+    assert (
+        len({tuple(motif) for motif in whole[: length // 8 * 8].reshape(-1, 8)})
+        <= SyntheticReader.POOL
+    )
     assert whole[:64].tolist() != reader.read((document + 1) % 500, 0, 16).tolist() * 4
     assert reader.fingerprint() != SyntheticReader(100, seed=2, num_documents=500).fingerprint()
 
@@ -155,24 +192,57 @@ def test_synthetic_documents_are_pure_and_learnable():
 FINE = {"data_path": ["c"], "tokenizer_model": "m"}
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"data_path": ["0.3", "a", "b"]}, "data_path = 0.3 a b: must be prefixes alone, or a weight before each. Fix"),
-    ({"data_path": ["-1", "a"]}, "data_path: weight -1.0 of a: must be a finite number"),
-    ({"skip_data": ["5:4"]}, "skip_data = 5:4: must be START:END in tokens, END above START. Fix"),
-    ({"data_path": []}, "there is nothing to train on. Fix"),
-    ({"data_path": [], "valid_data_path": ["v"]}, "there is nothing to train on. Fix"),
-    ({"train_data_path": ["t"]}, "train_data_path = t: cannot be combined with data_path.*Fix"),
-    ({"valid_data_path": ["v"]}, "valid_data_path = v: split = 969,30,1 makes validation sets, too.*Fix"),
-    ({"split": "x"}, "split = x: must be one to three numbers.*Fix"),
-    ({"tokenizer_model": None}, "tokenizer_model = None: must be given for SentencePieceTokenizer. Fix"),
-    ({"tokenizer_type": "NullTokenizer"}, "vocab_size = None: must be given for NullTokenizer. Fix"),
-    ({"vocab_size": 1}, "vocab_size = 1: must be at least 2. Fix"),
-    ({"reset_position_ids": False}, "reset_position_ids = False: must agree with document_masking = True. Fix"),
-    ({"document_masking": False, "reset_attention_mask": True}, "reset_attention_mask = True: must agree.*Fix"),
-    ({"mock_data": True, "vocab_size": 99}, "data_path = c: cannot be combined with mock_data. Fix"),
-    ({"mock_data": True, "data_path": []}, "vocab_size = None: must be given for mock_data. Fix"),
-    ({"mock_data": True, "data_path": [], "vocab_size": 9, "eod_mask_loss": True}, "eod_mask_loss = True.*Fix"),
-])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (
+            {"data_path": ["0.3", "a", "b"]},
+            "data_path = 0.3 a b: must be prefixes alone, or a weight before each. Fix",
+        ),
+        ({"data_path": ["-1", "a"]}, "data_path: weight -1.0 of a: must be a finite number"),
+        (
+            {"skip_data": ["5:4"]},
+            "skip_data = 5:4: must be START:END in tokens, END above START. Fix",
+        ),
+        ({"data_path": []}, "there is nothing to train on. Fix"),
+        ({"data_path": [], "valid_data_path": ["v"]}, "there is nothing to train on. Fix"),
+        ({"train_data_path": ["t"]}, "train_data_path = t: cannot be combined with data_path.*Fix"),
+        (
+            {"valid_data_path": ["v"]},
+            "valid_data_path = v: split = 969,30,1 makes validation sets, too.*Fix",
+        ),
+        ({"split": "x"}, "split = x: must be one to three numbers.*Fix"),
+        (
+            {"tokenizer_model": None},
+            "tokenizer_model = None: must be given for SentencePieceTokenizer. Fix",
+        ),
+        (
+            {"tokenizer_type": "NullTokenizer"},
+            "vocab_size = None: must be given for NullTokenizer. Fix",
+        ),
+        ({"vocab_size": 1}, "vocab_size = 1: must be at least 2. Fix"),
+        (
+            {"reset_position_ids": False},
+            "reset_position_ids = False: must agree with document_masking = True. Fix",
+        ),
+        (
+            {"document_masking": False, "reset_attention_mask": True},
+            "reset_attention_mask = True: must agree.*Fix",
+        ),
+        (
+            {"mock_data": True, "vocab_size": 99},
+            "data_path = c: cannot be combined with mock_data. Fix",
+        ),
+        (
+            {"mock_data": True, "data_path": []},
+            "vocab_size = None: must be given for mock_data. Fix",
+        ),
+        (
+            {"mock_data": True, "data_path": [], "vocab_size": 9, "eod_mask_loss": True},
+            "eod_mask_loss = True.*Fix",
+        ),
+    ],
+)
 def test_config_problems(settings, message):
     problems = DataConfig(**(FINE | settings)).validate()
     assert len(problems) == 1
@@ -181,10 +251,21 @@ def test_config_problems(settings, message):
 
 
 def test_config_reports_all_problems_and_accepts_good_ones():
-    assert len(DataConfig(vocab_size=0, split="x", reset_position_ids=False, data_path=["a", "a"]).validate()) == 5
-    for settings in (FINE, {"train_data_path": ["t"], "valid_data_path": ["v"], "tokenizer_model": "m"},
-                     {"mock_data": True, "vocab_size": 64}, FINE | {"reset_position_ids": True},
-                     {"data_path": ["c"], "tokenizer_type": "NullTokenizer", "vocab_size": 10}):
+    assert (
+        len(
+            DataConfig(
+                vocab_size=0, split="x", reset_position_ids=False, data_path=["a", "a"]
+            ).validate()
+        )
+        == 5
+    )
+    for settings in (
+        FINE,
+        {"train_data_path": ["t"], "valid_data_path": ["v"], "tokenizer_model": "m"},
+        {"mock_data": True, "vocab_size": 64},
+        FINE | {"reset_position_ids": True},
+        {"data_path": ["c"], "tokenizer_type": "NullTokenizer", "vocab_size": 10},
+    ):
         assert DataConfig(**settings).validate() == []
 
 

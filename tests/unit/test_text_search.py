@@ -69,11 +69,7 @@ def test_words_that_may_cover_each_other_are_found(seed):
     some = random_words(draw, "abc", 4)
     others = random_words(draw, "cde", 4) + random_words(draw, "abc", 1)
     expected = {
-        word
-        for one in some
-        for other in others
-        if overlap(one, other)
-        for word in (one, other)
+        word for one in some for other in others if overlap(one, other) for word in (one, other)
     }
     assert _overlapping(some, others) == expected, (some, others)
 

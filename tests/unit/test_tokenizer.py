@@ -11,16 +11,33 @@ from data.tokenizer import SAMPLE_TEXT, SentencePiece, build_tokenizer
 from tools.train_tokenizer import Arguments, sample_texts, train_tokenizer
 
 ROOT = Path(__file__).parents[2]
-SOURCES = sorted(path for folder in ("data", "tools", "tests/unit") for path in (ROOT / folder).glob("*.py"))
-TEXTS = [SAMPLE_TEXT, "", " ", "\n", "\t", "   \n\n\n\t\t  x  ", "a" * 300 + " " * 300, "é😀\u200d\u0000\ufeff",
-         "1234567890", "</s><s><unk><0x0A>"] + [path.read_text() for path in SOURCES]
+SOURCES = sorted(
+    path for folder in ("data", "tools", "tests/unit") for path in (ROOT / folder).glob("*.py")
+)
+TEXTS = [
+    SAMPLE_TEXT,
+    "",
+    " ",
+    "\n",
+    "\t",
+    "   \n\n\n\t\t  x  ",
+    "a" * 300 + " " * 300,
+    "é😀\u200d\u0000\ufeff",
+    "1234567890",
+    "</s><s><unk><0x0A>",
+] + [path.read_text() for path in SOURCES]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     prefix = tmp_path_factory.mktemp("tokenizer") / "small"
-    return train_tokenizer(Arguments(input=[str(ROOT / "data"), str(ROOT / "tools")], output_prefix=str(prefix),
-                                     vocab_size=1024))
+    return train_tokenizer(
+        Arguments(
+            input=[str(ROOT / "data"), str(ROOT / "tools")],
+            output_prefix=str(prefix),
+            vocab_size=1024,
+        )
+    )
 
 
 def test_encoding_is_lossless(model):
@@ -40,7 +57,9 @@ def test_same_ids_in_transformers(model, tmp_path, model_type):
     if model_type:
         (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     tokenizer.save_huggingface(str(tmp_path))
-    assert {"tokenizer.json", "tokenizer_config.json", "tokenizer.model"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"tokenizer.json", "tokenizer_config.json", "tokenizer.model"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.eos_token_id == tokenizer.eod and len(theirs) == tokenizer.vocab_size
     for text in TEXTS:
@@ -48,7 +67,9 @@ def test_same_ids_in_transformers(model, tmp_path, model_type):
         assert theirs.encode(text, add_special_tokens=False) == ids
         assert theirs.decode(ids) == text
     ours = build_tokenizer("HuggingFaceTokenizer", str(tmp_path), None)
-    assert (ours.vocab_size, ours.eod) == (1024, 2) and ours.encode(SAMPLE_TEXT) == tokenizer.encode(SAMPLE_TEXT)
+    assert (ours.vocab_size, ours.eod) == (1024, 2) and ours.encode(
+        SAMPLE_TEXT
+    ) == tokenizer.encode(SAMPLE_TEXT)
     assert ours.decode(ours.encode(SAMPLE_TEXT)) == SAMPLE_TEXT
     again = tmp_path / "again"
     again.mkdir()
@@ -72,13 +93,21 @@ def test_models_of_other_makers_convert(tmp_path):
     def make(kind, **options):
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter("\n".join(path.read_text() for path in SOURCES).splitlines()),
-            model_prefix=str(tmp_path / kind), vocab_size=600, byte_fallback=True, minloglevel=2,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, num_threads=1, **options)
+            model_prefix=str(tmp_path / kind),
+            vocab_size=600,
+            byte_fallback=True,
+            minloglevel=2,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            num_threads=1,
+            **options,
+        )
         return SentencePiece(str(tmp_path / f"{kind}.model"))
 
     make("llama2", model_type="bpe").save_huggingface(str(tmp_path))
-    make("newlines", model_type="bpe", add_dummy_prefix=False,
-         user_defined_symbols=["\n", "\n\n"]).save_huggingface(str(tmp_path))
+    make(
+        "newlines", model_type="bpe", add_dummy_prefix=False, user_defined_symbols=["\n", "\n\n"]
+    ).save_huggingface(str(tmp_path))
     with pytest.raises(ValueError, match="a UNIGRAM model; only BPE converts to Hugging Face. Fix"):
         make("unigram", model_type="unigram").save_huggingface(str(tmp_path))
 
@@ -88,15 +117,21 @@ def test_description_follows_the_bytes(model, tmp_path):
     copy.write_bytes(Path(model).read_bytes())
     assert SentencePiece(model).describe() == SentencePiece(str(copy)).describe()
     assert set(SentencePiece(model).describe()) == {"type", "vocab_size", "fingerprint"}
-    assert build_tokenizer("Llama2Tokenizer", model, None).describe() == SentencePiece(model).describe()
+    assert (
+        build_tokenizer("Llama2Tokenizer", model, None).describe()
+        == SentencePiece(model).describe()
+    )
 
 
 def test_null_tokenizer():
     tokenizer = build_tokenizer("NullTokenizer", None, 100)
     assert (tokenizer.vocab_size, tokenizer.eod, tokenizer.files) == (100, 99, [])
     assert tokenizer.encode(" 1 2\n99 ") == [1, 2, 99] and tokenizer.decode([1, 2]) == "1 2"
-    for text, message in (("1 100", r"token id 100: must be in \[0, vocab_size = 100\). Fix"), ("-1", "token id -1"),
-                          ("1 x", "must be whitespace-separated integers.*Fix")):
+    for text, message in (
+        ("1 100", r"token id 100: must be in \[0, vocab_size = 100\). Fix"),
+        ("-1", "token id -1"),
+        ("1 x", "must be whitespace-separated integers.*Fix"),
+    ):
         with pytest.raises(ValueError, match=message):
             tokenizer.encode(text)
     with pytest.raises(ValueError, match="there is no tokenizer to write.*Fix"):
@@ -106,12 +141,18 @@ def test_null_tokenizer():
 def test_refuses(tmp_path):
     (tmp_path / "bad.model").write_text("no model")
     for kind, model, size, message in (
-            ("NullTokenizer", None, None, "NullTokenizer needs at least 2. Fix"),
-            ("GPT2BPETokenizer", "m", None, "unknown. Fix: one of SentencePieceTokenizer"),
-            ("SentencePieceTokenizer", None, None, "must be given for SentencePieceTokenizer. Fix"),
-            ("SentencePieceTokenizer", "missing.model", None, "no such file. Fix"),
-            ("SentencePieceTokenizer", str(tmp_path / "bad.model"), None, "not a SentencePiece model.*Fix"),
-            ("HuggingFaceTokenizer", "meta-llama/none", None, "must be a local folder.*Fix")):
+        ("NullTokenizer", None, None, "NullTokenizer needs at least 2. Fix"),
+        ("GPT2BPETokenizer", "m", None, "unknown. Fix: one of SentencePieceTokenizer"),
+        ("SentencePieceTokenizer", None, None, "must be given for SentencePieceTokenizer. Fix"),
+        ("SentencePieceTokenizer", "missing.model", None, "no such file. Fix"),
+        (
+            "SentencePieceTokenizer",
+            str(tmp_path / "bad.model"),
+            None,
+            "not a SentencePiece model.*Fix",
+        ),
+        ("HuggingFaceTokenizer", "meta-llama/none", None, "must be a local folder.*Fix"),
+    ):
         with pytest.raises(ValueError, match=message):
             build_tokenizer(kind, model, size)
     pytest.importorskip("transformers")
@@ -126,9 +167,15 @@ def test_training_sample_is_bounded_seeded_and_even(tmp_path):
     files = sorted(tmp_path.glob("*.txt"))
     texts = list(sample_texts(files, 400_000, 1, "text"))
     assert 400_000 <= sum(map(len, texts)) + 8 * len(texts) < 400_000 + 2 * (64 << 10)
-    assert texts == list(sample_texts(files, 400_000, 1, "text")) != list(sample_texts(files, 400_000, 2, "text"))
+    assert (
+        texts
+        == list(sample_texts(files, 400_000, 1, "text"))
+        != list(sample_texts(files, 400_000, 2, "text"))
+    )
     assert len({text[0] for text in texts}) >= 3
-    assert {line for text in texts for line in text.splitlines()} <= {f"{name} line" for name in "abcd"}
+    assert {line for text in texts for line in text.splitlines()} <= {
+        f"{name} line" for name in "abcd"
+    }
     assert sum(map(len, sample_texts(files, 10**9, 1, "text"))) > 0.99 * 4 * 700_000
     (tmp_path / "e.jsonl").write_text('{"text": "one\\ntwo"}\nbad\n{"text": "three"}\n')
     assert list(sample_texts([tmp_path / "e.jsonl"], 100, 1, "text")) == ["one\ntwo", "three"]
@@ -137,7 +184,9 @@ def test_training_sample_is_bounded_seeded_and_even(tmp_path):
 def train_on(tmp_path, name, content, **settings):
     (tmp_path / name).write_text(content)
     inputs = [str(tmp_path / name)]
-    arguments = Arguments(input=inputs, output_prefix=str(tmp_path / "t"), vocab_size=400, **settings)
+    arguments = Arguments(
+        input=inputs, output_prefix=str(tmp_path / "t"), vocab_size=400, **settings
+    )
     return train_tokenizer(arguments)
 
 
@@ -158,21 +207,31 @@ def test_inputs_without_text_are_refused(tmp_path):
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, "-m", "tools.train_tokenizer", *map(str, arguments)], cwd=ROOT,
-                          capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "tools.train_tokenizer", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_command_line(tmp_path):
-    done = run("--input", ROOT / "data", "--vocab-size", 512, "--output_prefix", tmp_path / "new" / "t")
+    done = run(
+        "--input", ROOT / "data", "--vocab-size", 512, "--output_prefix", tmp_path / "new" / "t"
+    )
     assert done.returncode == 0 and "wrote" in done.stdout and done.stderr == ""
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["t.model"]
     (tmp_path / "tiny.txt").write_text("abc\n")
-    for options, message in ((("--input", tmp_path / "none"), "no such file or folder. Fix"),
-                             (("--input", tmp_path / "tiny.txt"), "SentencePiece refuses it for this text"),
-                             (("--input", tmp_path / "tiny.txt", "--max-bytes", 0), "max_bytes = 0: must be at least"),
-                             (("--input", tmp_path / "tiny.txt", "--json-keys", "a", "b"), "must be one key")):
+    for options, message in (
+        (("--input", tmp_path / "none"), "no such file or folder. Fix"),
+        (("--input", tmp_path / "tiny.txt"), "SentencePiece refuses it for this text"),
+        (("--input", tmp_path / "tiny.txt", "--max-bytes", 0), "max_bytes = 0: must be at least"),
+        (("--input", tmp_path / "tiny.txt", "--json-keys", "a", "b"), "must be one key"),
+    ):
         failed = run(*options, "--output-prefix", tmp_path / "x")
-        assert failed.returncode == 2 and message in failed.stderr and "Traceback" not in failed.stderr
+        assert (
+            failed.returncode == 2 and message in failed.stderr and "Traceback" not in failed.stderr
+        )
         assert len(failed.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.glob("x*"))
 
@@ -181,7 +240,9 @@ def test_an_existing_model_is_kept_unless_told_otherwise(model, tmp_path):
     prefix = tmp_path / "small"
     (tmp_path / "small.model").write_bytes(Path(model).read_bytes())
     arguments = Arguments(input=[str(ROOT / "data")], output_prefix=str(prefix), vocab_size=512)
-    with pytest.raises(ValueError, match="small.model exists already.*Fix: give another prefix, or"):
+    with pytest.raises(
+        ValueError, match="small.model exists already.*Fix: give another prefix, or"
+    ):
         train_tokenizer(arguments)
     assert (tmp_path / "small.model").read_bytes() == Path(model).read_bytes()
     arguments.overwrite = True

@@ -23,8 +23,18 @@ from tools.bench import tokenizing
 from tools.choose_encoder import sample_texts
 from tools.preprocess_data import Arguments, preprocess
 
-HARD = [*TEXTS, "<|end|>", "a<|end|><|end|> b <|plain|>c", " <|end|>\n<|plain|>", "x" * 100_000, "\n" * 5000 + "é",
-        "I'm we'LL 'S don't", "१२३ ٣٤ ½", "한국어 텍스트", "\r\n\r\r\n \t\u00a0\u3000x"]
+HARD = [
+    *TEXTS,
+    "<|end|>",
+    "a<|end|><|end|> b <|plain|>c",
+    " <|end|>\n<|plain|>",
+    "x" * 100_000,
+    "\n" * 5000 + "é",
+    "I'm we'LL 'S don't",
+    "१२३ ٣٤ ½",
+    "한국어 텍스트",
+    "\r\n\r\r\n \t\u00a0\u3000x",
+]
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +50,19 @@ def make_huggingface(path, **settings):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(TEXTS, trainers.BpeTrainer(
-        vocab_size=1000, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
+    tokenizer.train_from_iterator(
+        TEXTS,
+        trainers.BpeTrainer(
+            vocab_size=1000,
+            special_tokens=["<|end|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     tokenizer.add_tokens(["<|plain|>"])
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>",
-                                         **settings).save_pretrained(path)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", **settings
+    ).save_pretrained(path)
     return str(path)
 
 
@@ -88,7 +105,9 @@ def test_begins_anew_before_its_memory_grows(folder, monkeypatch):
 
 def test_special_tokens_as_text(tmp_path):
     """tokenizer_config.json says so, tokenizer.json cannot."""
-    tokenizer = build_tokenizer("HuggingFaceTokenizer", make_huggingface(tmp_path, split_special_tokens=True), None)
+    tokenizer = build_tokenizer(
+        "HuggingFaceTokenizer", make_huggingface(tmp_path, split_special_tokens=True), None
+    )
     assert tokenizer.eod not in tokenizer.encode("a<|end|>b")
     check_same(tokenizer, HARD + probe_texts(tokenizer))
 
@@ -108,8 +127,16 @@ def write_corpus(tmp_path):
 
 def run(tmp_path, folder, path, **settings):
     prefix = str(tmp_path / "out")
-    summary = preprocess(Arguments(input=[str(path)], output_prefix=prefix, tokenizer_model=folder,
-                                   tokenizer_type="HuggingFaceTokenizer", overwrite=True, **settings))
+    summary = preprocess(
+        Arguments(
+            input=[str(path)],
+            output_prefix=prefix,
+            tokenizer_model=folder,
+            tokenizer_type="HuggingFaceTokenizer",
+            overwrite=True,
+            **settings,
+        )
+    )
     return summary, [(tmp_path / f"out.{end}").read_bytes() for end in ("bin", "idx", "json")]
 
 
@@ -120,15 +147,23 @@ def test_preprocess_gives_the_same_files(tmp_path, folder, monkeypatch):
     assert "as asked" in summary["encoder"]
     for settings in ({"workers": 1}, {"workers": 3}, {"fast_tokenizer": "on"}):
         summary, files = run(tmp_path, folder, path, append_eod=True, **settings)
-        assert files == expected and "gigatoken" in summary["encoder"] and summary["documents"] == len(texts)
+        assert (
+            files == expected
+            and "gigatoken" in summary["encoder"]
+            and summary["documents"] == len(texts)
+        )
     tokenizer = build_tokenizer("HuggingFaceTokenizer", folder, None)
     reader = IndexedReader(str(tmp_path / "out"))
-    assert reader.read(3, 0, int(reader.document_lengths[3])).tolist() == tokenizer.encode(texts[3]) + [tokenizer.eod]
+    assert reader.read(3, 0, int(reader.document_lengths[3])).tolist() == tokenizer.encode(
+        texts[3]
+    ) + [tokenizer.eod]
 
 
 def test_other_ids_are_refused(tmp_path, folder, monkeypatch, capsys):
     path = tmp_path / "c.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("one", "two", "strawberry", "four")))
+    path.write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in ("one", "two", "strawberry", "four"))
+    )
     _, expected = run(tmp_path, folder, path, fast_tokenizer="off")
 
     class Wrong(FastEncoder):
@@ -146,8 +181,13 @@ def test_other_ids_are_refused(tmp_path, folder, monkeypatch, capsys):
 def test_a_tokenizer_that_it_does_not_read(tmp_path):
     path = tmp_path / "c.jsonl"
     path.write_text('{"text": "1 2"}\n')
-    arguments = dict(input=[str(path)], output_prefix=str(tmp_path / "o"), tokenizer_type="NullTokenizer", vocab_size=9,
-                     overwrite=True)
+    arguments = dict(
+        input=[str(path)],
+        output_prefix=str(tmp_path / "o"),
+        tokenizer_type="NullTokenizer",
+        vocab_size=9,
+        overwrite=True,
+    )
     assert "its text is integers" in preprocess(Arguments(**arguments))["encoder"]
     with pytest.raises(ValueError, match="fast_tokenizer = on: its text is integers. Fix"):
         preprocess(Arguments(**arguments, fast_tokenizer="on"))
@@ -162,25 +202,35 @@ def test_a_tokenizer_that_it_does_not_read(tmp_path):
 def test_the_sample_is_spread_over_all_files(tmp_path, monkeypatch):
     monkeypatch.setattr(choose_encoder, "SAMPLE_BYTES", 100)
     big, small = tmp_path / "a.jsonl", tmp_path / "b.txt"
-    big.write_text("".join(json.dumps({"text": f"document {i} " + "x" * 50}) + "\n" for i in range(2000)) + "bad\n")
+    big.write_text(
+        "".join(json.dumps({"text": f"document {i} " + "x" * 50}) + "\n" for i in range(2000))
+        + "bad\n"
+    )
     small.write_text("é" * 20_000)
     (tmp_path / "empty.txt").write_text("")
     sample = list(sample_texts([big, tmp_path / "empty.txt", small], "text"))
     places = [int(text.split()[1]) for piece, _, text in sample if piece.is_json]
-    assert len(places) > 60 and places == sorted(set(places)) and places[0] == 0 and places[-1] > 1900
+    assert (
+        len(places) > 60 and places == sorted(set(places)) and places[0] == 0 and places[-1] > 1900
+    )
     assert any(text == "é" * 50 for piece, _, text in sample if not piece.is_json)
     assert list(sample_texts([tmp_path / "empty.txt"], "text")) == []
 
 
 def test_add_documents_equals_one_by_one(tmp_path):
     rows = [[1, 2, 3], [], [65000], [4]]
-    with IndexedWriter(str(tmp_path / "a"), np.uint16) as one, IndexedWriter(str(tmp_path / "b"), np.uint16) as many:
+    with (
+        IndexedWriter(str(tmp_path / "a"), np.uint16) as one,
+        IndexedWriter(str(tmp_path / "b"), np.uint16) as many,
+    ):
         for row in rows:
             one.add_document(row)
         many.add_documents(np.array([1, 2, 3, 65000], dtype=np.uint32), np.array([3, 0, 1]))
         many.add_documents(np.array([4]), np.array([1]))
         many.add_documents(np.empty(0, dtype=np.uint16), np.empty(0, dtype=np.int64))
-        with pytest.raises(ValueError, match=r"token id 65536: must be in \[0, 65535\] for uint16 \(document 6\)"):
+        with pytest.raises(
+            ValueError, match=r"token id 65536: must be in \[0, 65535\] for uint16 \(document 6\)"
+        ):
             many.add_documents(np.array([5, 6, 65536]), np.array([1, 1, 1]))
         one.finish(), many.finish()
     for end in ("bin", "idx", "json"):
@@ -192,15 +242,27 @@ def test_json_that_only_one_parser_takes(tmp_path):
     from tools.text_files import cut_into_pieces, read_documents
 
     path = tmp_path / "x.jsonl"
-    path.write_bytes(b'{"n": NaN, "text": "1"}\n{"text": "0", "text": "2"}\n{"o": "\\ud800", "text": "3"}\n'
-                     b'{"text": "\\ud83d\\ude00"}\n  {"text": "4"} \r\n')
-    assert read_documents(cut_into_pieces(path, 10**6)[0], "text", False).texts == ["1", "2", "3", "😀", "4"]
+    path.write_bytes(
+        b'{"n": NaN, "text": "1"}\n{"text": "0", "text": "2"}\n{"o": "\\ud800", "text": "3"}\n'
+        b'{"text": "\\ud83d\\ude00"}\n  {"text": "4"} \r\n'
+    )
+    assert read_documents(cut_into_pieces(path, 10**6)[0], "text", False).texts == [
+        "1",
+        "2",
+        "3",
+        "😀",
+        "4",
+    ]
 
 
 def test_the_benchmark_compares_ids(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizing, "TRAINING_BYTES", 300_000)
-    rows = tokenizing.measure(400_000, 60_000, vocab_size=400, workers=2, folder=str(tmp_path), repeats=1)
-    assert [row.identical for row in rows] == [True] * 4 and all(row.seconds > 0 < row.cpu_seconds for row in rows)
+    rows = tokenizing.measure(
+        400_000, 60_000, vocab_size=400, workers=2, folder=str(tmp_path), repeats=1
+    )
+    assert [row.identical for row in rows] == [True] * 4 and all(
+        row.seconds > 0 < row.cpu_seconds for row in rows
+    )
     assert all(len(row.cells()) == len(tokenizing.HEADER) for row in rows)
     texts = list(tokenizing.read_texts(tmp_path / "corpus-400000.jsonl", 60_000))
     assert 5 < len(texts) < 200 and rows[0].text_bytes > 300_000

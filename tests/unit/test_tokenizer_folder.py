@@ -168,7 +168,9 @@ def test_a_folder_with_tokenizer_model_alone_is_read_by_sentencepiece(tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps(roles))
     assert build(folder).eod == sentencepiece.SentencePieceProcessor(model_file=model).eos_id()
     (folder / "tokenizer_config.json").write_text(json.dumps(roles | {"eos_token": "<s>"}))
-    with pytest.raises(ValueError, match="has eos_token = '<s>', which is not that of its tok.*Fix"):
+    with pytest.raises(
+        ValueError, match="has eos_token = '<s>', which is not that of its tok.*Fix"
+    ):
         build(folder)
     for content, problem in (("{", "is not JSON"), ("[]", "holds no JSON object")):
         (folder / "tokenizer_config.json").write_text(content)

@@ -73,8 +73,15 @@ class Shape:
         return f"{self.tokens} tokens, {self.heads} heads, {self.kv_heads} kv"
 
 
-SHAPES = (Shape(2048, 8, 8), Shape(2048, 16, 16), Shape(1024, 32, 32),
-          Shape(2048, 8, 4), Shape(2048, 16, 4), Shape(1024, 32, 8), Shape(2048, 8, 1))
+SHAPES = (
+    Shape(2048, 8, 8),
+    Shape(2048, 16, 16),
+    Shape(1024, 32, 32),
+    Shape(2048, 8, 4),
+    Shape(2048, 16, 4),
+    Shape(1024, 32, 8),
+    Shape(2048, 8, 1),
+)
 """Head counts of models from 0.1B to 8B parameters, at lengths that two cores attend over in a second: the whole
 benchmark then takes about four minutes there."""
 
@@ -113,15 +120,19 @@ def run(arguments: Arguments) -> int:
 def find_problem(arguments: Arguments) -> str | None:
     """Why the benchmark cannot run, with a fix, or None."""
     if importlib.util.find_spec("deepspeed") is None:
-        return ("deepspeed is not installed, and this benchmark compares with it. "
-                "Fix: pip install -r tools/bench/requirements.txt")
+        return (
+            "deepspeed is not installed, and this benchmark compares with it. "
+            "Fix: pip install -r tools/bench/requirements.txt"
+        )
     if arguments.repeats < 1 or arguments.warm_ups < 0:
         return f"repeats = {arguments.repeats}, warm_ups = {arguments.warm_ups}: too few. Fix: at least 1 and 0."
     common = math.gcd(*(shape.heads for shape in SHAPES))
     for processes in arguments.processes:
         if processes < 2 or common % processes:
-            return (f"processes = {processes}: DeepSpeed splits heads evenly, and there are multiples of {common}. "
-                    f"Fix: {' or '.join(str(n) for n in range(2, common + 1) if common % n == 0)}.")
+            return (
+                f"processes = {processes}: DeepSpeed splits heads evenly, and there are multiples of {common}. "
+                f"Fix: {' or '.join(str(n) for n in range(2, common + 1) if common % n == 0)}."
+            )
     return None
 
 
@@ -139,11 +150,17 @@ def work(rank: int, processes: int, folder: str, arguments: Arguments) -> None:
     # Read by DeepSpeed at its import and by torch at its first look for a GPU: both run on the CPU here.
     os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
     torch.set_num_threads(max(1, usable_cores() // processes))
-    world = start_world(LayoutConfig(), dist.FileStore(str(Path(folder) / "store"), processes), rank, processes)
+    world = start_world(
+        LayoutConfig(), dist.FileStore(str(Path(folder) / "store"), processes), rank, processes
+    )
     try:
         axis = build_layout(LayoutConfig(context_parallel_size=processes), world).cp
         start_deepspeed()
-        rows = [measure_shape(shape, kernel, axis, arguments) for kernel in (ATTENTION, ADDITION) for shape in SHAPES]
+        rows = [
+            measure_shape(shape, kernel, axis, arguments)
+            for kernel in (ATTENTION, ADDITION)
+            for shape in SHAPES
+        ]
         if rank == 0:
             (Path(folder) / "results.json").write_text(json.dumps(rows), encoding="utf-8")
     finally:
@@ -169,16 +186,27 @@ def measure_shape(shape: Shape, kernel: str, axis: Axis, arguments: Arguments) -
     sent = compare(contenders, qkv, grad_out, shape, axis)
     seconds = time_in_turns(contenders, qkv, grad_out, axis, arguments)
     if axis.is_first:
-        print(f"{axis.size} processes, {kernel}, {shape}: "
-              + ", ".join(f"{name} {taken * 1e3:.1f} ms" for name, taken in seconds.items()), file=sys.stderr)
-    return {"processes": axis.size, "kernel": kernel, "shape": vars(shape), "seconds": seconds, "sent": sent}
+        print(
+            f"{axis.size} processes, {kernel}, {shape}: "
+            + ", ".join(f"{name} {taken * 1e3:.1f} ms" for name, taken in seconds.items()),
+            file=sys.stderr,
+        )
+    return {
+        "processes": axis.size,
+        "kernel": kernel,
+        "shape": vars(shape),
+        "seconds": seconds,
+        "sent": sent,
+    }
 
 
 def make_tensors(shape: Shape, axis: Axis, seed: int) -> tuple[list[torch.Tensor], torch.Tensor]:
     """This rank's q [t, N, H], k and v [t, K, H] as leaves, and the gradient of the output [t, N, H]; fp32."""
     generator = torch.Generator().manual_seed(seed + axis.rank)
-    tensors = [torch.randn(shape.tokens // axis.size, heads, shape.head_size, generator=generator)
-               for heads in (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)]
+    tensors = [
+        torch.randn(shape.tokens // axis.size, heads, shape.head_size, generator=generator)
+        for heads in (shape.heads, shape.kv_heads, shape.kv_heads, shape.heads)
+    ]
     return [x.requires_grad_() for x in tensors[:3]], tensors[3]
 
 
@@ -198,13 +226,19 @@ def make_contenders(shape: Shape, kernel: str, axis: Axis) -> dict[str, Way]:
         return heads_to_seq(local(*seq_to_heads(q_tNH, k_tKH, v_tKH, split, axis)), split, axis)
 
     # DeepSpeed's tensors are [tokens, batch, heads, head size]; squeeze and unsqueeze are views both ways.
-    module = DistributedAttention(lambda q, k, v: local(q.squeeze(1), k.squeeze(1), v.squeeze(1)).unsqueeze(1),
-                                  axis.group, scatter_idx=2, gather_idx=0)
+    module = DistributedAttention(
+        lambda q, k, v: local(q.squeeze(1), k.squeeze(1), v.squeeze(1)).unsqueeze(1),
+        axis.group,
+        scatter_idx=2,
+        gather_idx=0,
+    )
 
     enough = math.lcm(shape.kv_heads, axis.size)
 
     def theirs(q_tNH, k_tKH, v_tKH):
-        k_tKH, v_tKH = (x if x.shape[1] % axis.size == 0 else repeat_heads(x, enough) for x in (k_tKH, v_tKH))
+        k_tKH, v_tKH = (
+            x if x.shape[1] % axis.size == 0 else repeat_heads(x, enough) for x in (k_tKH, v_tKH)
+        )
         return module(q_tNH.unsqueeze(1), k_tKH.unsqueeze(1), v_tKH.unsqueeze(1), 1).squeeze(1)
 
     def repeated(q_tNH, k_tKH, v_tKH):
@@ -217,7 +251,9 @@ def make_kernel(name: str, tokens: int) -> Way:
     """What runs between the exchanges: causal attention over one document, or an addition that costs little."""
     if name == ADDITION:
         # In groups of query heads, so that nothing is repeated.
-        return lambda q, k, v: (q.unflatten(1, (k.shape[1], -1)) + (k + v).unsqueeze(2)).flatten(1, 2)
+        return lambda q, k, v: (q.unflatten(1, (k.shape[1], -1)) + (k + v).unsqueeze(2)).flatten(
+            1, 2
+        )
     device = torch.device("cpu")
     attend, _ = choose_attention("sdpa", device, torch.float32)
     (segments,) = make_segments(torch.tensor([0, tokens], dtype=torch.int32), [(0, tokens)], device)
@@ -238,8 +274,13 @@ def forward_backward(way: Way, qkv: Sequence[torch.Tensor], grad_out: torch.Tens
     return out.detach()
 
 
-def compare(contenders: dict[str, Way], qkv: list[torch.Tensor], grad_out: torch.Tensor, shape: Shape,
-            axis: Axis) -> dict[str, int]:
+def compare(
+    contenders: dict[str, Way],
+    qkv: list[torch.Tensor],
+    grad_out: torch.Tensor,
+    shape: Shape,
+    axis: Axis,
+) -> dict[str, int]:
     """Contender -> bytes that one forward and backward sends from a rank to others; of the rank that sends most.
 
     Raises:
@@ -251,13 +292,21 @@ def compare(contenders: dict[str, Way], qkv: list[torch.Tensor], grad_out: torch
             found[name] = [forward_backward(way, qkv, grad_out), *(x.grad for x in qkv)]
         counted.append(sum(sent))
     for name, tensors in found.items():
-        shares = torch.stack([(theirs - ours).abs().max() / ours.abs().max()
-                              for theirs, ours in zip(tensors, found[OURS])])
+        shares = torch.stack(
+            [
+                (theirs - ours).abs().max() / ours.abs().max()
+                for theirs, ours in zip(tensors, found[OURS])
+            ]
+        )
         dist.all_reduce(shares, dist.ReduceOp.MAX, group=axis.group)
-        for what, share in zip(("output", "gradient of q", "gradient of k", "gradient of v"), shares.tolist()):
+        for what, share in zip(
+            ("output", "gradient of q", "gradient of k", "gradient of v"), shares.tolist()
+        ):
             if not share <= TOLERANCE:
-                raise ValueError(f"{shape}: {what}: {OURS} and {name} differ by {share:.1e} of the largest element, "
-                                 f"allowed are {TOLERANCE:.0e}")
+                raise ValueError(
+                    f"{shape}: {what}: {OURS} and {name} differ by {share:.1e} of the largest element, "
+                    f"allowed are {TOLERANCE:.0e}"
+                )
     most = torch.tensor(counted)
     dist.all_reduce(most, dist.ReduceOp.MAX, group=axis.group)
     return dict(zip(contenders, most.tolist()))
@@ -271,9 +320,15 @@ def counted_collectives() -> Iterator[list[int]]:
     sent: list[int] = []
     single, several = dist.all_to_all_single, dist.all_to_all
 
-    def all_to_all_single(output, input, output_split_sizes=None, input_split_sizes=None, group=None, async_op=False):
-        rows = input_split_sizes or [len(input) // dist.get_world_size(group)] * dist.get_world_size(group)
-        sent.append((sum(rows) - rows[dist.get_rank(group)]) * input[0].numel() * input.element_size())
+    def all_to_all_single(
+        output, input, output_split_sizes=None, input_split_sizes=None, group=None, async_op=False
+    ):
+        rows = input_split_sizes or [
+            len(input) // dist.get_world_size(group)
+        ] * dist.get_world_size(group)
+        sent.append(
+            (sum(rows) - rows[dist.get_rank(group)]) * input[0].numel() * input.element_size()
+        )
         return single(output, input, output_split_sizes, input_split_sizes, group, async_op)
 
     def all_to_all(output_tensor_list, input_tensor_list, group=None, async_op=False):
@@ -284,9 +339,26 @@ def counted_collectives() -> Iterator[list[int]]:
     def refuse(*_, **__):
         raise AssertionError("a collective that the benchmark does not count")
 
-    others = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter", "reduce_scatter_tensor",
-              "broadcast", "gather", "scatter", "send", "recv", "isend", "irecv", "batch_isend_irecv")
-    wrapped = {"all_to_all_single": all_to_all_single, "all_to_all": all_to_all, **dict.fromkeys(others, refuse)}
+    others = (
+        "all_reduce",
+        "all_gather",
+        "all_gather_into_tensor",
+        "reduce_scatter",
+        "reduce_scatter_tensor",
+        "broadcast",
+        "gather",
+        "scatter",
+        "send",
+        "recv",
+        "isend",
+        "irecv",
+        "batch_isend_irecv",
+    )
+    wrapped = {
+        "all_to_all_single": all_to_all_single,
+        "all_to_all": all_to_all,
+        **dict.fromkeys(others, refuse),
+    }
     originals = {name: getattr(dist, name) for name in wrapped}
     try:
         for name, function in wrapped.items():
@@ -297,8 +369,13 @@ def counted_collectives() -> Iterator[list[int]]:
             setattr(dist, name, function)
 
 
-def time_in_turns(contenders: dict[str, Way], qkv: Sequence[torch.Tensor], grad_out: torch.Tensor, axis: Axis,
-                  arguments: Arguments) -> dict[str, float]:
+def time_in_turns(
+    contenders: dict[str, Way],
+    qkv: Sequence[torch.Tensor],
+    grad_out: torch.Tensor,
+    axis: Axis,
+    arguments: Arguments,
+) -> dict[str, float]:
     """Contender -> median seconds of a forward and backward, each as long as its slowest rank took.
 
     In each round every contender runs once; the order turns from round to round, so none always follows another.
@@ -306,45 +383,70 @@ def time_in_turns(contenders: dict[str, Way], qkv: Sequence[torch.Tensor], grad_
     names = list(contenders)
     taken = torch.zeros(arguments.warm_ups + arguments.repeats, len(names), dtype=torch.float64)
     for turn in range(len(taken)):
-        order = list(range(len(names)))[::-1 if turn % 2 else 1]
+        order = list(range(len(names)))[:: -1 if turn % 2 else 1]
         for place in order:
             dist.barrier(axis.group)
             start = time.perf_counter()
             forward_backward(contenders[names[place]], qkv, grad_out)
             taken[turn, place] = time.perf_counter() - start
     dist.all_reduce(taken, dist.ReduceOp.MAX, group=axis.group)
-    timed = taken[arguments.warm_ups:].T.tolist()
+    timed = taken[arguments.warm_ups :].T.tolist()
     return {name: statistics.median(times) for name, times in zip(names, timed)}
 
 
 def describe(results: list[Result], machine: str, arguments: Arguments) -> str:
     """The whole result as Markdown: attention with its bars, then the exchange without attention, for information."""
-    attention, addition = ([row for row in results if row.kernel == kernel] for kernel in (ATTENTION, ADDITION))
-    grouped, grouped_addition = ([row for row in rows if row.shape.grouped] for rows in (attention, addition))
+    attention, addition = (
+        [row for row in results if row.kernel == kernel] for kernel in (ATTENTION, ADDITION)
+    )
+    grouped, grouped_addition = (
+        [row for row in rows if row.shape.grouped] for rows in (attention, addition)
+    )
     worst = max(attention, key=ratio)
     means = math.exp(statistics.fmean(math.log(ratio(row)) for row in attention))
-    return "\n".join([
-        "## Ulysses attention, forward and backward, against DeepSpeed", "", machine, "",
-        f"gloo, fp32, head size {SHAPES[0].head_size}, one document, processes x threads = cores where cores suffice; "
-        f"medians of {arguments.repeats} repeats in turns, each as long as its slowest rank; freed memory stays with "
-        "the process, as with torch's allocator on a GPU. MiB: sent by a rank to "
-        "others in forward and backward.",
-        "DeepSpeed takes fewer key/value heads than query heads as they are (fewer than processes: repeated to "
-        "their number); where the last three columns are filled, K/V were also repeated to the query heads before "
-        "its exchange, as Megatron-DeepSpeed does.", "",
-        table(attention), "",
-        bar("all shapes together, sum of medians ours / DeepSpeed", together(attention), BARS["all"]),
-        bar(f"worst shape ({worst.processes} processes, {worst.shape})", ratio(worst), BARS["worst"]),
-        bar("shapes with grouped heads, sum of medians", together(grouped), BARS["grouped"]),
-        f"- geometric mean of the ratios: {means:.3f}",
-        f"- shapes with grouped heads, against DeepSpeed with K/V repeated first: {together(grouped, REPEATED):.3f}",
-        "", "The exchange alone (an addition in the place of the attention, where both spend most of the time):", "",
-        table(addition), "",
-        bar("all shapes together", together(addition), BARS["all"]),
-        bar("shapes with grouped heads", together(grouped_addition), BARS["grouped"]),
-        bar("shapes with grouped heads, against DeepSpeed with K/V repeated first",
-            together(grouped_addition, REPEATED), BARS["grouped"]),
-    ])
+    return "\n".join(
+        [
+            "## Ulysses attention, forward and backward, against DeepSpeed",
+            "",
+            machine,
+            "",
+            f"gloo, fp32, head size {SHAPES[0].head_size}, one document, processes x threads = cores where cores suffice; "
+            f"medians of {arguments.repeats} repeats in turns, each as long as its slowest rank; freed memory stays with "
+            "the process, as with torch's allocator on a GPU. MiB: sent by a rank to "
+            "others in forward and backward.",
+            "DeepSpeed takes fewer key/value heads than query heads as they are (fewer than processes: repeated to "
+            "their number); where the last three columns are filled, K/V were also repeated to the query heads before "
+            "its exchange, as Megatron-DeepSpeed does.",
+            "",
+            table(attention),
+            "",
+            bar(
+                "all shapes together, sum of medians ours / DeepSpeed",
+                together(attention),
+                BARS["all"],
+            ),
+            bar(
+                f"worst shape ({worst.processes} processes, {worst.shape})",
+                ratio(worst),
+                BARS["worst"],
+            ),
+            bar("shapes with grouped heads, sum of medians", together(grouped), BARS["grouped"]),
+            f"- geometric mean of the ratios: {means:.3f}",
+            f"- shapes with grouped heads, against DeepSpeed with K/V repeated first: {together(grouped, REPEATED):.3f}",
+            "",
+            "The exchange alone (an addition in the place of the attention, where both spend most of the time):",
+            "",
+            table(addition),
+            "",
+            bar("all shapes together", together(addition), BARS["all"]),
+            bar("shapes with grouped heads", together(grouped_addition), BARS["grouped"]),
+            bar(
+                "shapes with grouped heads, against DeepSpeed with K/V repeated first",
+                together(grouped_addition, REPEATED),
+                BARS["grouped"],
+            ),
+        ]
+    )
 
 
 def ratio(row: Result, peer: str = THEIRS) -> float:
@@ -358,15 +460,33 @@ def together(rows: Sequence[Result], peer: str = THEIRS) -> float:
 
 
 def table(rows: Sequence[Result]) -> str:
-    header = ["processes", "tokens", "heads", "kv", "ours ms", "MiB", "DeepSpeed ms", "MiB", "ratio",
-              "repeated first ms", "MiB", "ratio"]
+    header = [
+        "processes",
+        "tokens",
+        "heads",
+        "kv",
+        "ours ms",
+        "MiB",
+        "DeepSpeed ms",
+        "MiB",
+        "ratio",
+        "repeated first ms",
+        "MiB",
+        "ratio",
+    ]
     lines = []
     for row in rows:
         shape = row.shape
-        line = [str(number) for number in (row.processes, shape.tokens, shape.heads, shape.kv_heads)]
+        line = [
+            str(number) for number in (row.processes, shape.tokens, shape.heads, shape.kv_heads)
+        ]
         for name in (OURS, THEIRS, REPEATED):
             known = name in row.seconds
-            line += [f"{row.seconds[name] * 1e3:.1f}", f"{row.sent[name] / 2**20:.2f}"] if known else ["", ""]
+            line += (
+                [f"{row.seconds[name] * 1e3:.1f}", f"{row.sent[name] / 2**20:.2f}"]
+                if known
+                else ["", ""]
+            )
             line += [f"{ratio(row, name):.3f}" if known else ""] if name != OURS else []
         lines.append(line)
     return markdown_table(header, lines)

@@ -34,7 +34,12 @@ from pretrain.config import OptimizerConfig
 from pretrain.state import build_optimizer
 from pretrain.step import Stepper, train_step
 
-OURS, THEIRS, CHECKPOINTED, ALST = "ours", "transformers", "transformers, checkpointing", "ALST's parts"
+OURS, THEIRS, CHECKPOINTED, ALST = (
+    "ours",
+    "transformers",
+    "transformers, checkpointing",
+    "ALST's parts",
+)
 VOCABULARY = 8192
 """Of the tiny preset's models here."""
 LOSS_TOLERANCES = (1e-3, 5e-3)
@@ -78,13 +83,20 @@ def preset(name: str, **changes) -> ModelConfig:
 
 def lean(config: ModelConfig, tokens: int, mlp_tile: int = MLP_TILE, cp_size: int = 1) -> dict:
     """Settings that keep no intermediate result of a rank's `tokens` but the attention's output."""
-    possible = chunk_counts(HeadSplit.make(config.num_attention_heads, config.num_kv_heads, cp_size))
-    return {"loss_chunk_tokens": LOSS_CHUNK, "mlp_tiles": max(1, tokens // mlp_tile),
-            "attention_head_chunks": max(n for n in possible if n <= HEAD_CHUNKS),
-            "recompute_granularity": "attention_kept"}
+    possible = chunk_counts(
+        HeadSplit.make(config.num_attention_heads, config.num_kv_heads, cp_size)
+    )
+    return {
+        "loss_chunk_tokens": LOSS_CHUNK,
+        "mlp_tiles": max(1, tokens // mlp_tile),
+        "attention_head_chunks": max(n for n in possible if n <= HEAD_CHUNKS),
+        "recompute_granularity": "attention_kept",
+    }
 
 
-def make_sample(lengths: Sequence[int], vocab_size: int, seed: int, device: torch.device | str = "cpu") -> Batch:
+def make_sample(
+    lengths: Sequence[int], vocab_size: int, seed: int, device: torch.device | str = "cpu"
+) -> Batch:
     """Documents of random tokens, one after another, with shifted labels and positions that restart."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(vocab_size, (sum(lengths),), generator=generator)
@@ -100,13 +112,22 @@ def causal_pairs(lengths: Sequence[int]) -> int:
     return sum(length * (length + 1) // 2 for length in lengths)
 
 
-def initial_weights(config: ModelConfig, vocab_size: int, seed: int,
-                    device: torch.device | str = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
+def initial_weights(
+    config: ModelConfig, vocab_size: int, seed: int, device: torch.device | str = "cpu"
+) -> Iterator[tuple[str, torch.Tensor]]:
     """(our name, fp32 weights), one after another: matrices normal with the configured deviation, vectors one."""
     generator = torch.Generator(device).manual_seed(seed)
     for name, shape in parameter_shapes(config, vocab_size).items():
-        yield name, (torch.ones(shape, device=device) if len(shape) == 1 else
-                     torch.randn(shape, generator=generator, device=device).mul_(config.init_method_std))
+        yield (
+            name,
+            (
+                torch.ones(shape, device=device)
+                if len(shape) == 1
+                else torch.randn(shape, generator=generator, device=device).mul_(
+                    config.init_method_std
+                )
+            ),
+        )
 
 
 @contextmanager
@@ -128,23 +149,39 @@ def one_process() -> Iterator[Layout]:
 class Ours:
     """The trainer's own stage, stepper, optimizer and step."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int, dtype: Dtype, layout: Layout, seed: int,
-                 attend: Attend | None = None, master_dtype: torch.dtype = torch.float32, optimizer: bool = True,
-                 strategy: ShardingStrategy = STRATEGY):
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        dtype: Dtype,
+        layout: Layout,
+        seed: int,
+        attend: Attend | None = None,
+        master_dtype: torch.dtype = torch.float32,
+        optimizer: bool = True,
+        strategy: ShardingStrategy = STRATEGY,
+    ):
         """Args:
-            attend: in the place of the one that the configuration chooses.
-            optimizer: without it there is no `step`.
+        attend: in the place of the one that the configuration chooses.
+        optimizer: without it there is no `step`.
         """
         compute_dtype = getattr(torch, dtype)
         if attend is None:
             attend, _ = choose_attention(config.attention_backend, layout.device, compute_dtype)
-        self.stages = build_stages(config, vocab_size, layout, attend, strategy=strategy, master_dtype=master_dtype,
-                                   compute_dtype=compute_dtype)
+        self.stages = build_stages(
+            config,
+            vocab_size,
+            layout,
+            attend,
+            strategy=strategy,
+            master_dtype=master_dtype,
+            compute_dtype=compute_dtype,
+        )
         with torch.no_grad():
             parameters = dict(self.stages[0].named_parameters())
             for name, weight in initial_weights(config, vocab_size, seed, layout.device):
                 local = parameters[name].to_local()
-                local.copy_(weight[:local.shape[0]])  # rank 0's rows
+                local.copy_(weight[: local.shape[0]])  # rank 0's rows
         self.optimizer = build_optimizer(self.stages, OPTIMIZER) if optimizer else None
         self.stepper = Stepper(self.stages, layout, config.hidden_size, compute_dtype, strategy)
 
@@ -152,7 +189,9 @@ class Ours:
         return self.stepper.run([sample], train=True)[0]
 
     def step(self, sample: Batch) -> float:
-        return train_step(self.stepper, self.optimizer, [sample], OPTIMIZER.lr, OPTIMIZER.clip_grad).loss
+        return train_step(
+            self.stepper, self.optimizer, [sample], OPTIMIZER.lr, OPTIMIZER.clip_grad
+        ).loss
 
     def clear(self) -> None:
         for parameter in self.stages[0].parameters():
@@ -181,8 +220,17 @@ class Way:
 class Transformers:
     """The architecture's own class in transformers with sdpa attention, and a plain PyTorch step around it."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int, dtype: Dtype, way: Way, device: torch.device | str,
-                 seed: int, optimizer: bool = True, longest: int = 2**20):
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        dtype: Dtype,
+        way: Way,
+        device: torch.device | str,
+        seed: int,
+        optimizer: bool = True,
+        longest: int = 2**20,
+    ):
         """Args: optimizer: without it there are no fp32 masters and no `step`."""
         import transformers
 
@@ -194,21 +242,30 @@ class Transformers:
             from liger_kernel.transformers import _apply_liger_kernel
 
             _apply_liger_kernel(settings.model_type)
-        with torch.device(device), _default_dtype(torch.float32 if self.autocast else getattr(torch, dtype)):
+        with (
+            torch.device(device),
+            _default_dtype(torch.float32 if self.autocast else getattr(torch, dtype)),
+        ):
             self.model = getattr(transformers, architecture(config)[0])(settings).train()
         named = dict(self.model.named_parameters())
         masters: dict[str, nn.Parameter] = {}
         for name, weight in initial_weights(config, vocab_size, seed, device):
             parameter = named.pop(huggingface_name(name))
-            parameter.data.copy_(weight[:parameter.shape[0]])
+            parameter.data.copy_(weight[: parameter.shape[0]])
             if optimizer and parameter.dtype != torch.float32:
-                masters[huggingface_name(name)] = nn.Parameter(weight[:parameter.shape[0]])
+                masters[huggingface_name(name)] = nn.Parameter(weight[: parameter.shape[0]])
         assert not named, named.keys()
         self.parameters = list(self.model.parameters())
-        self.masters = [masters[name] for name, _ in self.model.named_parameters()] if masters else self.parameters
+        self.masters = (
+            [masters[name] for name, _ in self.model.named_parameters()]
+            if masters
+            else self.parameters
+        )
         self.optimizer = _adamw(self.masters) if optimizer else None
         if way.checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         if way.tiled:
             for layer in self.model.model.layers:
                 layer.mlp.forward = types.MethodType(_tiled_mlp, layer.mlp)
@@ -218,15 +275,26 @@ class Transformers:
 
     def forward_backward(self, sample: Batch) -> float:
         rows = len(sample.cu_seqlens) - 1 if self.way.batched else 1
-        tokens, labels, positions = (x.view(rows, -1) for x in (sample.tokens, sample.labels, sample.positions))
-        precision = torch.autocast(tokens.device.type, torch.bfloat16) if self.autocast else nullcontext()
+        tokens, labels, positions = (
+            x.view(rows, -1) for x in (sample.tokens, sample.labels, sample.positions)
+        )
+        precision = (
+            torch.autocast(tokens.device.type, torch.bfloat16) if self.autocast else nullcontext()
+        )
         with precision:
             if self.way.tiled:
-                hidden = self.model.model(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
+                hidden = self.model.model(
+                    input_ids=tokens, position_ids=positions, use_cache=False
+                ).last_hidden_state
                 loss = _tiled_loss(self.model, hidden, labels, sample.num_targets)
             else:
-                loss = self.model(input_ids=tokens, position_ids=positions, labels=labels, shift_labels=labels,
-                                  use_cache=False).loss
+                loss = self.model(
+                    input_ids=tokens,
+                    position_ids=positions,
+                    labels=labels,
+                    shift_labels=labels,
+                    use_cache=False,
+                ).loss
         loss.backward()
         return float(loss.detach())
 
@@ -260,10 +328,17 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def _adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """As pretrain/state.py: build_optimizer, for plain tensors."""
-    groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": OPTIMIZER.weight_decay},
-              {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=OPTIMIZER.lr, betas=(OPTIMIZER.adam_beta1, OPTIMIZER.adam_beta2),
-                             eps=OPTIMIZER.adam_eps, fused=True)
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": OPTIMIZER.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups,
+        lr=OPTIMIZER.lr,
+        betas=(OPTIMIZER.adam_beta1, OPTIMIZER.adam_beta2),
+        eps=OPTIMIZER.adam_eps,
+        fused=True,
+    )
 
 
 def _deepspeed():
@@ -271,6 +346,7 @@ def _deepspeed():
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.runtime.sequence_parallel import ulysses_sp
+
     return ulysses_sp
 
 
@@ -284,28 +360,48 @@ def _tiled_mlp(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return _deepspeed().TiledMLP.apply(type(self).forward, self, x, tiles, weights)
 
 
-def _tiled_loss(model: nn.Module, hidden: torch.Tensor, labels: torch.Tensor, num_targets: int) -> torch.Tensor:
+def _tiled_loss(
+    model: nn.Module, hidden: torch.Tensor, labels: torch.Tensor, num_targets: int
+) -> torch.Tensor:
     """Mean loss over the targets by TiledFusedLogitsLoss.
 
     It makes the output projection's gradient in its forward, so that a division after it would not reach that one.
     """
+
     def loss_of_tile(model, x, y):
-        return F.cross_entropy(model.lm_head(x).float(), y, ignore_index=IGNORE, reduction="sum") / num_targets
+        return (
+            F.cross_entropy(model.lm_head(x).float(), y, ignore_index=IGNORE, reduction="sum")
+            / num_targets
+        )
 
     tiles = math.ceil(labels.numel() / LOSS_CHUNK)
-    return _deepspeed().TiledFusedLogitsLoss.apply(loss_of_tile, model, hidden, labels, None, tiles,
-                                                   [model.lm_head.weight], "sum")
+    return _deepspeed().TiledFusedLogitsLoss.apply(
+        loss_of_tile, model, hidden, labels, None, tiles, [model.lm_head.weight], "sum"
+    )
 
 
-PEERS = {THEIRS: Way(), CHECKPOINTED: Way(checkpointing=True), ALST: Way(checkpointing=True, tiled=True)}
+PEERS = {
+    THEIRS: Way(),
+    CHECKPOINTED: Way(checkpointing=True),
+    ALST: Way(checkpointing=True, tiled=True),
+}
 
 
-def make_contender(name: str, config: ModelConfig, vocab_size: int, dtype: Dtype, layout: Layout, seed: int,
-                   **ways: bool) -> Contender:
+def make_contender(
+    name: str,
+    config: ModelConfig,
+    vocab_size: int,
+    dtype: Dtype,
+    layout: Layout,
+    seed: int,
+    **ways: bool,
+) -> Contender:
     """A contender by its name: one of PEERS (with further fields of its Way), or anything else for ours with this
     configuration."""
     if name in PEERS:
-        return Transformers(config, vocab_size, dtype, replace(PEERS[name], **ways), layout.device, seed)
+        return Transformers(
+            config, vocab_size, dtype, replace(PEERS[name], **ways), layout.device, seed
+        )
     return Ours(config, vocab_size, dtype, layout, seed)
 
 
@@ -315,11 +411,18 @@ def check_losses(contenders: dict[str, Contender], sample: Batch) -> dict[str, l
     Raises:
         ValueError: one differs from the first contender's by more than LOSS_TOLERANCES.
     """
-    losses = {name: [contender.step(sample) for _ in LOSS_TOLERANCES] for name, contender in contenders.items()}
+    losses = {
+        name: [contender.step(sample) for _ in LOSS_TOLERANCES]
+        for name, contender in contenders.items()
+    }
     (first, expected), *others = losses.items()
     for name, found in others:
-        for number, (one, other, tolerance) in enumerate(zip(expected, found, LOSS_TOLERANCES, strict=True), 1):
+        for number, (one, other, tolerance) in enumerate(
+            zip(expected, found, LOSS_TOLERANCES, strict=True), 1
+        ):
             if not abs(one - other) <= tolerance * abs(one):
-                raise ValueError(f"loss of step {number}: {one:.6f} with {first}, {other:.6f} with {name}: more than "
-                                 f"{tolerance} apart, so their times and memory say nothing")
+                raise ValueError(
+                    f"loss of step {number}: {one:.6f} with {first}, {other:.6f} with {name}: more than "
+                    f"{tolerance} apart, so their times and memory say nothing"
+                )
     return losses

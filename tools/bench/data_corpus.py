@@ -27,8 +27,10 @@ def draw_lengths(documents: int, mean: float, seed: int) -> np.ndarray:
     out = np.empty(documents, dtype=np.int32)
     for start in range(0, documents, BLOCK):
         count = min(BLOCK, documents - start)
-        drawn = np.exp(rng.standard_normal(count, dtype=np.float32) * np.float32(SPREAD) + np.float32(middle))
-        out[start:start + count] = np.clip(drawn, SHORTEST, LONGEST)
+        drawn = np.exp(
+            rng.standard_normal(count, dtype=np.float32) * np.float32(SPREAD) + np.float32(middle)
+        )
+        out[start : start + count] = np.clip(drawn, SHORTEST, LONGEST)
     return out
 
 
@@ -39,7 +41,7 @@ def write_index(prefix: Path, lengths: np.ndarray, dtype: type[np.integer]) -> i
         file.write(HEADER.pack(MAGIC, VERSION, find_code(dtype), len(lengths), len(lengths) + 1))
         lengths.astype("<i4", copy=False).tofile(file)
         for start in range(0, len(lengths), BLOCK):
-            ends = end + np.cumsum(lengths[start:start + BLOCK], dtype=np.int64)
+            ends = end + np.cumsum(lengths[start : start + BLOCK], dtype=np.int64)
             (np.concatenate([[end], ends[:-1]]) * itemsize).astype("<i8", copy=False).tofile(file)
             end = int(ends[-1])
         for start in range(0, len(lengths) + 1, BLOCK):
@@ -78,6 +80,8 @@ def find_room(folder: Path, needed: int) -> str | None:
     except OSError as error:
         return f"--folder {folder}: {error.strerror}. Fix: give a folder that can be written."
     if free < needed:
-        return (f"--folder {folder}: {free / 1e9:.1f} GB are free, {needed / 1e9:.1f} GB are needed. Fix: another "
-                "folder, or fewer --documents, --read-tokens and --counted-tokens.")
+        return (
+            f"--folder {folder}: {free / 1e9:.1f} GB are free, {needed / 1e9:.1f} GB are needed. Fix: another "
+            "folder, or fewer --documents, --read-tokens and --counted-tokens."
+        )
     return None

@@ -10,7 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, _get_ltor_masks_and_position_ids
+from megatron.core.datasets.gpt_dataset import (
+    GPTDataset,
+    GPTDatasetConfig,
+    _get_ltor_masks_and_position_ids,
+)
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
@@ -39,7 +43,11 @@ def index(prefix: str, warm_up: str, seq_length: int, next_length: int) -> dict:
     del dataset  # as a run would, before it builds the next one
     with measured() as again:
         build(files, prefix, next_length)[0]
-    return {**found, "samples": samples, **{f"again_{name}": value for name, value in again.items()}}
+    return {
+        **found,
+        "samples": samples,
+        **{f"again_{name}": value for name, value in again.items()},
+    }
 
 
 def read(prefix: str, warm_up: str, seq_length: int, samples: int, reset_positions: bool) -> dict:
@@ -58,18 +66,28 @@ def read(prefix: str, warm_up: str, seq_length: int, samples: int, reset_positio
 
 def positions(tokens: np.ndarray) -> np.ndarray:
     """Megatron-Core's positions of each document in a sample, int64 [tokens]; our oracle."""
-    return _get_ltor_masks_and_position_ids(torch.from_numpy(tokens), EOD, True, False, False, False)[2].numpy()
+    return _get_ltor_masks_and_position_ids(
+        torch.from_numpy(tokens), EOD, True, False, False, False
+    )[2].numpy()
 
 
 def open_files(prefix: str) -> IndexedDataset:
     return IndexedDataset(prefix, multimodal=False, mmap=True)
 
 
-def build(files: IndexedDataset, prefix: str, seq_length: int, reset_positions: bool = True) -> GPTDataset:
+def build(
+    files: IndexedDataset, prefix: str, seq_length: int, reset_positions: bool = True
+) -> GPTDataset:
     """One epoch of all documents, shuffled, at one length."""
-    config = GPTDatasetConfig(random_seed=1234, sequence_length=seq_length, tokenizer=Ids(),
-                              reset_position_ids=reset_positions, reset_attention_mask=False, eod_mask_loss=False,
-                              create_attention_mask=False)
+    config = GPTDatasetConfig(
+        random_seed=1234,
+        sequence_length=seq_length,
+        tokenizer=Ids(),
+        reset_position_ids=reset_positions,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
     assert not (Path(prefix) / "cache").exists(), "the index cache must be off"
     documents = np.arange(GPTDataset.numel_low_level_dataset(files), dtype=np.int32)
     return GPTDataset(files, prefix, documents, None, Split.train, config)

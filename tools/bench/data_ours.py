@@ -57,7 +57,10 @@ def check(prefix: str, seq_length: int, samples: int) -> dict:
         if not np.array_equal(batch.positions.numpy(), positions(tokens)):
             wrong.append(f"sample {number}: positions")
         ends = tokens == EOD
-        if not (np.array_equal(labels < 0, ends) and np.array_equal(labels[:-1][~ends[:-1]], tokens[1:][~ends[:-1]])):
+        if not (
+            np.array_equal(labels < 0, ends)
+            and np.array_equal(labels[:-1][~ends[:-1]], tokens[1:][~ends[:-1]])
+        ):
             wrong.append(f"sample {number}: labels")
     return {"wrong": wrong}
 
@@ -69,8 +72,16 @@ def pack_lengths(prefix: str, warm_up: str, documents: int, seq_length: int) -> 
         lengths = IndexedReaderLengths(prefix).document_lengths[:documents].astype(np.int64)
         start, cpu = time.perf_counter(), time.process_time()
         bins = pack(lengths, seq_length)
-        found["pack_seconds"], found["pack_cpu_seconds"] = time.perf_counter() - start, time.process_time() - cpu
-    return {**found, "documents": len(lengths), "tokens": int(lengths.sum()), "samples": int(bins.max()) + 1}
+        found["pack_seconds"], found["pack_cpu_seconds"] = (
+            time.perf_counter() - start,
+            time.process_time() - cpu,
+        )
+    return {
+        **found,
+        "documents": len(lengths),
+        "tokens": int(lengths.sum()),
+        "samples": int(bins.max()) + 1,
+    }
 
 
 def pack_stream(prefix: str, warm_up: str, documents: int, seq_length: int) -> dict:
@@ -78,7 +89,9 @@ def pack_stream(prefix: str, warm_up: str, documents: int, seq_length: int) -> d
     settings = DataSettings(seq_length, ((1.0, SOURCE),), "best_fit", "error")
 
     def enter(prefix: str, documents: int | None) -> tuple[DocumentStream, int]:
-        stream = DocumentStream(IndexedReaderLengths(prefix), None if documents is None else np.arange(documents), SEED)
+        stream = DocumentStream(
+            IndexedReaderLengths(prefix), None if documents is None else np.arange(documents), SEED
+        )
         ledger = Ledger({SOURCE: stream})
         ledger.enter(0, "packing", settings)
         return stream, ledger.mixture().limits[0]
@@ -86,28 +99,45 @@ def pack_stream(prefix: str, warm_up: str, documents: int, seq_length: int) -> d
     enter(warm_up, None)
     with measured() as found:
         stream, samples = enter(prefix, documents)
-    return {**found, "documents": stream.num_documents, "tokens": stream.tokens_per_epoch, "samples": samples}
+    return {
+        **found,
+        "documents": stream.num_documents,
+        "tokens": stream.tokens_per_epoch,
+        "samples": samples,
+    }
 
 
 def slices(prefix: str, seq_length: int, samples: int, packing: str, balanced: bool) -> dict:
     """What each of RANKS ranks reads of a sample: tokens and entries of .idx, most beyond its share; by counting."""
-    from parallel.context import group_pieces  # imports megatron; the other rows' memory should not hold it
+    from parallel.context import (
+        group_pieces,
+    )  # imports megatron; the other rows' memory should not hold it
 
     worst = {"tokens": 0, "beyond": -(1 << 60), "entries_beyond": -(1 << 60), "entries": 0}
     ledger, share = open_ledger(prefix), seq_length // RANKS
     reader = ledger.streams[SOURCE].reader = CountingReader(ledger.streams[SOURCE].reader)
     for rank in range(RANKS):
-        pieces = group_pieces(seq_length, rank, RANKS) if balanced else [(rank * share, (rank + 1) * share)]
+        pieces = (
+            group_pieces(seq_length, rank, RANKS)
+            if balanced
+            else [(rank * share, (rank + 1) * share)]
+        )
         loader = make_loader(ledger, 0, seq_length, packing=packing, pieces=pieces)
         for number in range(samples):
             reader.tokens = reader.entries = 0
             (batch,) = loader.read(number * seq_length)
             assert len(batch.tokens) == share
             starts = batch.cu_seqlens.numpy()[:-1]
-            touched = sum(int(np.searchsorted(starts, high) - np.searchsorted(starts, low, side="right")) + 1
-                          for low, high in pieces)
-            found = {"tokens": reader.tokens, "beyond": reader.tokens - share - len(pieces),
-                     "entries": reader.entries, "entries_beyond": reader.entries - touched}
+            touched = sum(
+                int(np.searchsorted(starts, high) - np.searchsorted(starts, low, side="right")) + 1
+                for low, high in pieces
+            )
+            found = {
+                "tokens": reader.tokens,
+                "beyond": reader.tokens - share - len(pieces),
+                "entries": reader.entries,
+                "entries_beyond": reader.entries - touched,
+            }
             worst = {name: max(worst[name], value) for name, value in found.items()}
     return worst
 
@@ -117,12 +147,27 @@ def open_ledger(prefix: str) -> Ledger:
     return Ledger({SOURCE: DocumentStream(IndexedReader(prefix), None, SEED)})
 
 
-def make_loader(ledger: Ledger, clock: int, seq_length: int, packing: str = "concat",
-                pieces: list[tuple[int, int]] | None = None) -> Loader:
+def make_loader(
+    ledger: Ledger,
+    clock: int,
+    seq_length: int,
+    packing: str = "concat",
+    pieces: list[tuple[int, int]] | None = None,
+) -> Loader:
     """One sample a step from `clock` on."""
     ledger.enter(clock, "bench", DataSettings(seq_length, ((1.0, SOURCE),), packing, "repeat"))
-    return Loader(ledger.mixture(), clock, micro_batch_size=1, global_batch_tokens=seq_length, dp_rank=0, dp_size=1,
-                  pieces=pieces, eod=EOD, vocab_size=VOCAB_SIZE, prefetch=False)
+    return Loader(
+        ledger.mixture(),
+        clock,
+        micro_batch_size=1,
+        global_batch_tokens=seq_length,
+        dp_rank=0,
+        dp_size=1,
+        pieces=pieces,
+        eod=EOD,
+        vocab_size=VOCAB_SIZE,
+        prefetch=False,
+    )
 
 
 def first_sample(ledger: Ledger, clock: int, seq_length: int) -> None:

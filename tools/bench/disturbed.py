@@ -60,7 +60,10 @@ def plan_moments(kills: int, steps: int, crossings: list[int], seed: int) -> lis
         crossings: the steps after which the run starts again on another layout.
     """
     chance = random.Random(seed)
-    kinds = [("step", "save", "step", "crossing" if crossings else "step")[number % 4] for number in range(kills)]
+    kinds = [
+        ("step", "save", "step", "crossing" if crossings else "step")[number % 4]
+        for number in range(kills)
+    ]
     moments = []
     for kind in kinds:
         if kind == "crossing":
@@ -84,12 +87,23 @@ class Run:
         """Args: arguments: of the trainer, without --save."""
         self.save, self.lines = save, []
         environment = os.environ | {
-            "NPROC_PER_NODE": str(processes), "OMP_NUM_THREADS": "1", "ITHACA_PYTHON": sys.executable,
-            "RETRY_WAIT": "0", "MAX_RESTARTS": "1000", "GRACE": "60"}
+            "NPROC_PER_NODE": str(processes),
+            "OMP_NUM_THREADS": "1",
+            "ITHACA_PYTHON": sys.executable,
+            "RETRY_WAIT": "0",
+            "MAX_RESTARTS": "1000",
+            "GRACE": "60",
+        }
         self.process = subprocess.Popen(
             ["bash", str(ROOT / "launch" / "train.sh"), *arguments, "--save", str(save)],
-            env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        self.reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout), daemon=True)
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        self.reader = threading.Thread(
+            target=lambda: self.lines.extend(self.process.stdout), daemon=True
+        )
         self.reader.start()
 
     def last_step(self) -> int:
@@ -113,8 +127,11 @@ class Run:
                 words = (folder / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if b"pretrain.train" in words and str(self.save).encode() in words \
-                    and b"launch.node" not in words:
+            if (
+                b"pretrain.train" in words
+                and str(self.save).encode() in words
+                and b"launch.node" not in words
+            ):
                 found.append(int(folder.name))
         return sorted(found)
 
@@ -179,8 +196,10 @@ def _wait_until(run: Run, condition) -> bool:
 
 def differences(one: Path, other: Path) -> list[str]:
     """What differs between two runs' steps and last checkpoints."""
-    runs = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            for folder in (one, other)]
+    runs = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (one, other)
+    ]
     found = []
     if [line["step"] for line in runs[0]] != [line["step"] for line in runs[1]]:
         found.append(f"{len(runs[0])} and {len(runs[1])} steps")
@@ -200,30 +219,46 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def run(arguments: Arguments) -> int:
-    output, argv = Path(arguments.output), ["--config", arguments.config, *shlex.split(arguments.flags)]
+    output, argv = (
+        Path(arguments.output),
+        ["--config", arguments.config, *shlex.split(arguments.flags)],
+    )
     output.mkdir(parents=True)
     alone = Run(argv, output / "alone", arguments.processes)
     try:
         began = time.monotonic()
         alone.wait_until_done()
         steps = alone.last_step()
-        print(f"alone: {steps} steps, {alone.starts_for_layouts()} changes of layout, {time.monotonic() - began:.0f} s",
-              flush=True)
+        print(
+            f"alone: {steps} steps, {alone.starts_for_layouts()} changes of layout, {time.monotonic() - began:.0f} s",
+            flush=True,
+        )
     finally:
         alone.end()
     disturbed = Run(argv, output / "disturbed", arguments.processes)
     try:
         began = time.monotonic()
-        moments = plan_moments(arguments.kills, steps, crossings_of(output / "alone"), arguments.seed)
+        moments = plan_moments(
+            arguments.kills, steps, crossings_of(output / "alone"), arguments.seed
+        )
         done = disturb(disturbed, moments, random.Random(arguments.seed))
         disturbed.wait_until_done()
-        print(f"disturbed: {len(done)} workers killed ({', '.join(done)}), {time.monotonic() - began:.0f} s",
-              flush=True)
+        print(
+            f"disturbed: {len(done)} workers killed ({', '.join(done)}), {time.monotonic() - began:.0f} s",
+            flush=True,
+        )
     finally:
         disturbed.end()
     found = differences(output / "alone", output / "disturbed")
-    print("compared: " + ("; ".join(found) if found else "every step's data, loss, gradient norm and learning rate, "
-                          "the weights and the optimizer state are the same, bit for bit"))
+    print(
+        "compared: "
+        + (
+            "; ".join(found)
+            if found
+            else "every step's data, loss, gradient norm and learning rate, "
+            "the weights and the optimizer state are the same, bit for bit"
+        )
+    )
     lines, well = audit(str(output / "disturbed"))
     print("\n".join(lines))
     return 1 if found or not well or len(done) < arguments.kills / 2 else 0

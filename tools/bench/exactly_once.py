@@ -69,7 +69,9 @@ def run(folder: Path, tokens: int, seed: int = 1, longest: int = LENGTHS[-1], lo
         longest: sequence length of the phases; others are powers of 2 down to 1/128 of it.
         log: a function of one line of text, called at the end of each phase.
     """
-    trial = Trial(make_sources(folder, tokens, longest, seed), seed, longest, log or (lambda line: None))
+    trial = Trial(
+        make_sources(folder, tokens, longest, seed), seed, longest, log or (lambda line: None)
+    )
     trial.random_phases()
     trial.drain()
     return trial.outcome
@@ -90,8 +92,12 @@ def make_sources(folder: Path, tokens: int, longest: int, seed: int) -> list[Sou
     short = log_normal(1000 * min(1, 4 * scale), 1.4, 0.4)
     short[rng.random(len(short)) < 0.01] = 0
     long = log_normal(100_000 * scale, 1.0, 0.35) + 1
-    mixed = np.concatenate([log_normal(300 * min(1, 4 * scale), 1.0, 0.15) + 1,
-                            rng.integers(longest, 5 * longest, max(1, int(tokens * 0.1 / (3 * longest))))])
+    mixed = np.concatenate(
+        [
+            log_normal(300 * min(1, 4 * scale), 1.0, 0.15) + 1,
+            rng.integers(longest, 5 * longest, max(1, int(tokens * 0.1 / (3 * longest)))),
+        ]
+    )
     rng.shuffle(mixed)
     for name, lengths in (("short", short), ("long", long), ("mixed", mixed)):
         prefix = folder / name
@@ -99,7 +105,9 @@ def make_sources(folder: Path, tokens: int, longest: int, seed: int) -> list[Sou
         with open(f"{prefix}.bin", "wb") as file:
             for start in range(base, base + total, BLOCK):
                 np.arange(start, min(start + BLOCK, base + total), dtype=np.int32).tofile(file)
-        selected = np.flatnonzero(rng.integers(0, HELD_OUT, len(lengths))) if name == "mixed" else None
+        selected = (
+            np.flatnonzero(rng.integers(0, HELD_OUT, len(lengths))) if name == "mixed" else None
+        )
         starts = base + np.cumsum(lengths) - lengths
         sources.append(Source(name, str(prefix), base, lengths, starts, selected))
         base += total
@@ -113,7 +121,9 @@ class Trial:
         self.sources, self.longest, self.log = sources, longest, log
         self.seed, self.chance = seed, random.Random(seed)
         total = sum(int(source.lengths.sum()) for source in sources)
-        self.inputs, self.labels, self.passed = (np.zeros(total + 1, dtype=np.uint8) for _ in range(3))
+        self.inputs, self.labels, self.passed = (
+            np.zeros(total + 1, dtype=np.uint8) for _ in range(3)
+        )
         self.starts = np.concatenate([source.starts for source in sources])
         self.clock, self.masked_only = 0, True
         self.outcome = Outcome(tokens=total)
@@ -123,8 +133,15 @@ class Trial:
 
     def _open(self, stored: dict | None) -> Ledger:
         """Files, streams and ledger from nothing but the disk and a checkpoint's JSON."""
-        return Ledger({source.name: DocumentStream(IndexedReader(source.prefix), source.selected, self.seed)
-                       for source in self.sources}, stored)
+        return Ledger(
+            {
+                source.name: DocumentStream(
+                    IndexedReader(source.prefix), source.selected, self.seed
+                )
+                for source in self.sources
+            },
+            stored,
+        )
 
     def _samples_left(self) -> int:
         """Samples that the open segment may still draw before one of its sources begins another epoch."""
@@ -132,7 +149,9 @@ class Trial:
         low, high = done, sum(mixture.limits)
         while low < high:  # counts grow with the samples
             middle = (low + high + 1) // 2
-            fits = all(count <= limit for count, limit in zip(mixture.order.counts(middle), mixture.limits))
+            fits = all(
+                count <= limit for count, limit in zip(mixture.order.counts(middle), mixture.limits)
+            )
             low, high = (middle, high) if fits else (low, middle - 1)
         return low - done
 
@@ -141,28 +160,51 @@ class Trial:
         found = {}
         for name, place in self.ledger.places_at(self.clock).items():
             rest = [[place.position, self.ledger.streams[name].tokens_per_epoch - place.position]]
-            found[name] = np.concatenate([place.held, rest if rest[0][1] > 0 else np.empty((0, 2), np.int64)])
+            found[name] = np.concatenate(
+                [place.held, rest if rest[0][1] > 0 else np.empty((0, 2), np.int64)]
+            )
         return found
 
-    def _read_step(self, seq_length: int, micro_batch_size: int, dp_size: int, microbatches: int, cp_size: int,
-                   balanced: bool, document_masking: bool) -> None:
+    def _read_step(
+        self,
+        seq_length: int,
+        micro_batch_size: int,
+        dp_size: int,
+        microbatches: int,
+        cp_size: int,
+        balanced: bool,
+        document_masking: bool,
+    ) -> None:
         """One step, as each of its dp x cp ranks reads it."""
         total = seq_length * micro_batch_size
         for dp_rank in range(dp_size):
             boundaries: list[list] = []
             for cp_rank in range(cp_size):
                 share = total // cp_size
-                pieces = (group_pieces(total, cp_rank, cp_size) if balanced and cp_size > 1
-                          else [(cp_rank * share, (cp_rank + 1) * share)])
-                loader = Loader(self.ledger.mixture(), self.ledger.open["start"], micro_batch_size=micro_batch_size,
-                                global_batch_tokens=total * dp_size * microbatches, dp_rank=dp_rank, dp_size=dp_size,
-                                pieces=pieces, document_masking=document_masking, prefetch=False)
+                pieces = (
+                    group_pieces(total, cp_rank, cp_size)
+                    if balanced and cp_size > 1
+                    else [(cp_rank * share, (cp_rank + 1) * share)]
+                )
+                loader = Loader(
+                    self.ledger.mixture(),
+                    self.ledger.open["start"],
+                    micro_batch_size=micro_batch_size,
+                    global_batch_tokens=total * dp_size * microbatches,
+                    dp_rank=dp_rank,
+                    dp_size=dp_size,
+                    pieces=pieces,
+                    document_masking=document_masking,
+                    prefetch=False,
+                )
                 batches = loader.read(self.clock)
                 boundaries.append([batch.cu_seqlens.tolist() for batch in batches])
                 for batch in batches:
                     self._count(batch, document_masking)
             if any(found != boundaries[0] for found in boundaries):
-                self.outcome.problems.append(f"clock {self.clock}: the ranks of a microbatch disagree on cu_seqlens")
+                self.outcome.problems.append(
+                    f"clock {self.clock}: the ranks of a microbatch disagree on cu_seqlens"
+                )
         self.clock += total * dp_size * microbatches
         self.outcome.steps += 1
 
@@ -173,7 +215,9 @@ class Trial:
         failures = 0
         while failures < 8 and self.outcome.phases < PHASES and not self.outcome.problems:
             seq_length = self.longest >> self.chance.randrange(8)
-            names = self.chance.sample([source.name for source in self.sources], self.chance.randint(1, 3))
+            names = self.chance.sample(
+                [source.name for source in self.sources], self.chance.randint(1, 3)
+            )
             packing = self.chance.choice(["concat", "best_fit"])
             blend = tuple((round(self.chance.uniform(0.1, 1), 3), name) for name in names)
             masking = packing == "best_fit" or self.chance.random() < 0.7
@@ -190,7 +234,9 @@ class Trial:
         for source in self.sources:
             if not self.outcome.problems:
                 seq_length = self.longest >> 7
-                if self._enter(DataSettings(seq_length, ((1.0, source.name),), "best_fit", "error")):
+                if self._enter(
+                    DataSettings(seq_length, ((1.0, source.name),), "best_fit", "error")
+                ):
                     self._run_phase(seq_length, self._samples_left(), True, single=True)
         left = {name: int(intervals[:, 1].sum()) for name, intervals in self._unread().items()}
         if any(left.values()) and not self.outcome.problems:
@@ -216,23 +262,36 @@ class Trial:
             if samples > budget:
                 layout = None
                 continue
-            self._read_step(seq_length, micro_batch_size, dp_size, microbatches, cp_size, balanced, masking)
+            self._read_step(
+                seq_length, micro_batch_size, dp_size, microbatches, cp_size, balanced, masking
+            )
             budget -= samples
             if self.chance.random() < 0.08:
                 self._restart()
             if self.chance.random() < 0.03 and budget > 1 and not single:
-                budget -= self._pass_over(seq_length, self.chance.randint(1, max(1, min(budget - 1, 64))))
+                budget -= self._pass_over(
+                    seq_length, self.chance.randint(1, max(1, min(budget - 1, 64)))
+                )
         self._restart()
         self._check()
 
     def _draw_layout(self, budget: int, single: bool) -> tuple[int, int, int, int, bool]:
         """micro batch size, dp, microbatches, cp, balanced slices: a step of at most `budget` samples."""
         while True:
-            micro, dp, cp = (self.chance.choice([1, 2, 4]), self.chance.choice([1, 2, 3, 4]),
-                             self.chance.choice([1, 2, 4, 8]))
+            micro, dp, cp = (
+                self.chance.choice([1, 2, 4]),
+                self.chance.choice([1, 2, 3, 4]),
+                self.chance.choice([1, 2, 4, 8]),
+            )
             most = min(budget // (micro * dp), 64)
             if most >= 1:
-                return micro, dp, self.chance.randint(max(1, most // 2), most), cp, self.chance.random() < 0.5
+                return (
+                    micro,
+                    dp,
+                    self.chance.randint(max(1, most // 2), most),
+                    cp,
+                    self.chance.random() < 0.5,
+                )
 
     def _restart(self) -> None:
         """Throw everything away but what a checkpoint has."""
@@ -251,11 +310,19 @@ class Trial:
     # ---- counting and checking, which knows nothing of the engine's ways ----
 
     def _count(self, batch: Batch, document_masking: bool) -> None:
-        wrong = _count(batch.tokens.numpy(), batch.labels.numpy(), document_masking, self.starts, self.inputs,
-                       self.labels)
+        wrong = _count(
+            batch.tokens.numpy(),
+            batch.labels.numpy(),
+            document_masking,
+            self.starts,
+            self.inputs,
+            self.labels,
+        )
         if wrong >= 0:
-            self.outcome.problems.append(f"clock {self.clock}: the label of {self._name(int(batch.tokens[wrong]))} is "
-                                         f"{self._name(int(batch.labels[wrong]))}")
+            self.outcome.problems.append(
+                f"clock {self.clock}: the label of {self._name(int(batch.tokens[wrong]))} is "
+                f"{self._name(int(batch.labels[wrong]))}"
+            )
 
     def _marked(self, unread: dict[str, np.ndarray]) -> np.ndarray:
         """uint8 [tokens + 1], 1 for the tokens of the given intervals of the streams."""
@@ -269,28 +336,45 @@ class Trial:
         """Compare the counters with what the ledger says."""
         expected = np.zeros_like(self.inputs)
         for source in self.sources:
-            documents = np.arange(len(source.lengths)) if source.selected is None else source.selected
+            documents = (
+                np.arange(len(source.lengths)) if source.selected is None else source.selected
+            )
             _mark(source.starts[documents], source.lengths[documents], expected)
         expected -= self._marked(self._unread()) + self.passed
         drawn = int(self.inputs.sum(dtype=np.int64))
         for source in self.sources:
-            wrong, kind = _compare(source.starts, source.lengths, expected, self.inputs, self.labels,
-                                   not self.masked_only)
+            wrong, kind = _compare(
+                source.starts,
+                source.lengths,
+                expected,
+                self.inputs,
+                self.labels,
+                not self.masked_only,
+            )
             if wrong >= 0:
-                what, count, wanted = (("an input", self.inputs[wrong], expected[wrong]) if kind == 0 else
-                                       ("a label", self.labels[wrong], "another number of"))
-                self.outcome.problems.append(f"clock {self.clock}: {self._name(wrong)} was {what} {count} times, "
-                                             f"expected: {wanted} times")
+                what, count, wanted = (
+                    ("an input", self.inputs[wrong], expected[wrong])
+                    if kind == 0
+                    else ("a label", self.labels[wrong], "another number of")
+                )
+                self.outcome.problems.append(
+                    f"clock {self.clock}: {self._name(wrong)} was {what} {count} times, "
+                    f"expected: {wanted} times"
+                )
         by_ledger = sum(self.ledger.tokens_by_source(self.clock).values())
         if by_ledger != drawn:
-            self.outcome.problems.append(f"clock {self.clock}: {drawn} tokens were read, the ledger says {by_ledger}")
+            self.outcome.problems.append(
+                f"clock {self.clock}: {drawn} tokens were read, the ledger says {by_ledger}"
+            )
         if self.inputs[0] or self.labels[0]:
             self.outcome.problems.append("padding was counted")
         self.outcome.drawn = drawn
         segment = self.ledger.open
-        self.log(f"phase {self.outcome.phases}: {segment['packing']} {segment['seq_length']} from "
-                 f"{'+'.join(name for _, name in segment['blend'])}: {drawn / self.outcome.tokens:.1%} drawn, "
-                 f"{self.outcome.restarts} restarts so far")
+        self.log(
+            f"phase {self.outcome.phases}: {segment['packing']} {segment['seq_length']} from "
+            f"{'+'.join(name for _, name in segment['blend'])}: {drawn / self.outcome.tokens:.1%} drawn, "
+            f"{self.outcome.restarts} restarts so far"
+        )
 
     def _name(self, token: int) -> str:
         """A token in words."""

@@ -116,8 +116,9 @@ def run(arguments: Arguments) -> int:
     for tokens in arguments.lengths:
         for name, changes, note in contenders_at(tokens, arguments):
             print(f"{tokens}: {name} ...", file=sys.stderr, flush=True)
-            cells.setdefault(name, {})[tokens] = Cell(note=note) if note else climb(name, changes, tokens, dtype,
-                                                                                    arguments)
+            cells.setdefault(name, {})[tokens] = (
+                Cell(note=note) if note else climb(name, changes, tokens, dtype, arguments)
+            )
     wrong = disagreements(cells)
     publish(describe(cells, wrong, machine, dtype, arguments), arguments.output)
     if arguments.plot:
@@ -132,10 +133,12 @@ def find_problem(arguments: Arguments) -> str | None:
     if unknown:
         return f"--without {' '.join(unknown)}: no such rung. Fix: of {', '.join(names)}."
     if arguments.repeats < 1 or not arguments.lengths or min(arguments.lengths) < 2:
-        return (f"--repeats {arguments.repeats} --lengths {arguments.lengths}: too few. Fix: at least 1, and lengths "
-                "of 2 tokens or more.")
+        return (
+            f"--repeats {arguments.repeats} --lengths {arguments.lengths}: too few. Fix: at least 1, and lengths "
+            "of 2 tokens or more."
+        )
     if arguments.documents < 1 or any(tokens % arguments.documents for tokens in arguments.lengths):
-        return (f"--documents {arguments.documents}: must divide the lengths {arguments.lengths}. Fix: a power of two.")
+        return f"--documents {arguments.documents}: must divide the lengths {arguments.lengths}. Fix: a power of two."
     return None
 
 
@@ -164,22 +167,44 @@ def climb(name: str, changes: dict, tokens: int, dtype: Dtype, arguments: Argume
     """Run one rung at one length, again while time is left."""
     found: list[dict] = []
     began = time.monotonic()
-    while len(found) < arguments.repeats and (not found or time.monotonic() - began < arguments.seconds):
+    while len(found) < arguments.repeats and (
+        not found or time.monotonic() - began < arguments.seconds
+    ):
         try:
-            found.append(run_fresh(peak_of_backward, usable_cores(), environment=RETURN_MEMORY, name=name,
-                                   changes=changes, tokens=tokens, documents=arguments.documents, dtype=dtype,
-                                   seed=arguments.seed))
-        except RuntimeError as failure:  # killed for its memory, as a rule; the other rungs say more than this one
+            found.append(
+                run_fresh(
+                    peak_of_backward,
+                    usable_cores(),
+                    environment=RETURN_MEMORY,
+                    name=name,
+                    changes=changes,
+                    tokens=tokens,
+                    documents=arguments.documents,
+                    dtype=dtype,
+                    seed=arguments.seed,
+                )
+            )
+        except (
+            RuntimeError
+        ) as failure:  # killed for its memory, as a rule; the other rungs say more than this one
             return Cell(note=str(failure).split(" ", 1)[1])
         print(found[-1], file=sys.stderr, flush=True)
-    return Cell(max(one["above_bytes"] for one in found), statistics.median(one["seconds"] for one in found),
-                len(found), found[0]["loss"])
+    return Cell(
+        max(one["above_bytes"] for one in found),
+        statistics.median(one["seconds"] for one in found),
+        len(found),
+        found[0]["loss"],
+    )
 
 
-def peak_of_backward(name: str, changes: dict, tokens: int, documents: int, dtype: Dtype, seed: int) -> dict:
+def peak_of_backward(
+    name: str, changes: dict, tokens: int, documents: int, dtype: Dtype, seed: int
+) -> dict:
     """Loss, seconds and peak of one forward and backward above the built model, after one over a few tokens."""
     with one_process() as layout:
-        contender = make_contender(name, preset("tiny", **changes), VOCABULARY, dtype, layout, seed, batched=True)
+        contender = make_contender(
+            name, preset("tiny", **changes), VOCABULARY, dtype, layout, seed, batched=True
+        )
         contender.forward_backward(make_sample([64], VOCABULARY, seed))
         contender.clear()
         sample = make_sample([tokens // documents] * documents, VOCABULARY, seed)
@@ -193,44 +218,83 @@ def disagreements(cells: dict[str, dict[int, Cell]]) -> list[str]:
     """Losses that differ from the first that was measured at that length."""
     wrong = []
     for tokens in sorted({tokens for row in cells.values() for tokens in row}):
-        run = {name: row[tokens].loss for name, row in cells.items() if tokens in row and row[tokens].runs}
+        run = {
+            name: row[tokens].loss
+            for name, row in cells.items()
+            if tokens in row and row[tokens].runs
+        }
         expected = next(iter(run.values()), 0.0)
-        wrong += [f"{tokens} tokens: loss {loss:.6f} of {name}, {expected:.6f} of {next(iter(run))}"
-                  for name, loss in run.items() if not abs(loss - expected) <= LOSS_TOLERANCES[0] * abs(expected)]
+        wrong += [
+            f"{tokens} tokens: loss {loss:.6f} of {name}, {expected:.6f} of {next(iter(run))}"
+            for name, loss in run.items()
+            if not abs(loss - expected) <= LOSS_TOLERANCES[0] * abs(expected)
+        ]
     return wrong
 
 
 # ---- the report ----
 
-def describe(cells: dict[str, dict[int, Cell]], wrong: list[str], machine: str, dtype: Dtype,
-             arguments: Arguments) -> str:
+
+def describe(
+    cells: dict[str, dict[int, Cell]],
+    wrong: list[str],
+    machine: str,
+    dtype: Dtype,
+    arguments: Arguments,
+) -> str:
     """The whole result as Markdown."""
     lengths = list(arguments.lengths)
-    header = ["", *(f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens) for tokens in lengths)]
-    peaks = [[label(name), *(show(row[tokens], f"{row[tokens].peak / MIB:,.0f}") for tokens in lengths)]
-             for name, row in cells.items()]
-    times = [[label(name), *(show(row[tokens], f"{row[tokens].seconds:.1f} ({row[tokens].runs})")
-                             for tokens in lengths)] for name, row in cells.items()]
-    config = preset("tiny", **({"num_layers": arguments.num_layers} if arguments.num_layers else {}))
-    settings = ", ".join(f"{name} {value}" for name, value in lean(config, lengths[-1], MLP_TILE).items())
-    return "\n".join([
-        "## Memory over sequence length", "", machine, "",
-        f"tiny preset ({config.num_layers} layers, vocabulary {VOCABULARY:,}), one process on {usable_cores()} cores, "
-        f"{dtype}, {arguments.documents} document{'s' * (arguments.documents > 1)}; forward and backward, each run "
-        "in a process of its own. Every rung keeps those above it (at the greatest length: "
-        f"{settings}). Peak: resident memory above the built model, MiB.",
-        f"{ALST}: TiledMLP in tiles of as many tokens as the model is wide, and TiledFusedLogitsLoss in tiles of "
-        f"{LOSS_CHUNK:,} tokens, on transformers with gradient checkpointing. Its third part, UlyssesSPAttentionHF, "
-        "does nothing on one process (register_with_transformers returns at sequence_parallel_size 1), and its "
-        "offload saves nothing on a CPU.", "",
-        markdown_table(header, peaks), "",
-        "Seconds of one forward and backward, the median (of so many runs):", "",
-        markdown_table(header, times), "",
-        *bars_at(cells, BAR_TOKENS if BAR_TOKENS in lengths else max(lengths)),
-        *(f"- wrong: {line}" for line in wrong),
-        f"- load at the end: {os.getloadavg()[0]:.1f}",
-        *(["- the bars are set for 8 layers"] if arguments.num_layers else []),
-    ])
+    header = [
+        "",
+        *(f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens) for tokens in lengths),
+    ]
+    peaks = [
+        [label(name), *(show(row[tokens], f"{row[tokens].peak / MIB:,.0f}") for tokens in lengths)]
+        for name, row in cells.items()
+    ]
+    times = [
+        [
+            label(name),
+            *(
+                show(row[tokens], f"{row[tokens].seconds:.1f} ({row[tokens].runs})")
+                for tokens in lengths
+            ),
+        ]
+        for name, row in cells.items()
+    ]
+    config = preset(
+        "tiny", **({"num_layers": arguments.num_layers} if arguments.num_layers else {})
+    )
+    settings = ", ".join(
+        f"{name} {value}" for name, value in lean(config, lengths[-1], MLP_TILE).items()
+    )
+    return "\n".join(
+        [
+            "## Memory over sequence length",
+            "",
+            machine,
+            "",
+            f"tiny preset ({config.num_layers} layers, vocabulary {VOCABULARY:,}), one process on {usable_cores()} cores, "
+            f"{dtype}, {arguments.documents} document{'s' * (arguments.documents > 1)}; forward and backward, each run "
+            "in a process of its own. Every rung keeps those above it (at the greatest length: "
+            f"{settings}). Peak: resident memory above the built model, MiB.",
+            f"{ALST}: TiledMLP in tiles of as many tokens as the model is wide, and TiledFusedLogitsLoss in tiles of "
+            f"{LOSS_CHUNK:,} tokens, on transformers with gradient checkpointing. Its third part, UlyssesSPAttentionHF, "
+            "does nothing on one process (register_with_transformers returns at sequence_parallel_size 1), and its "
+            "offload saves nothing on a CPU.",
+            "",
+            markdown_table(header, peaks),
+            "",
+            "Seconds of one forward and backward, the median (of so many runs):",
+            "",
+            markdown_table(header, times),
+            "",
+            *bars_at(cells, BAR_TOKENS if BAR_TOKENS in lengths else max(lengths)),
+            *(f"- wrong: {line}" for line in wrong),
+            f"- load at the end: {os.getloadavg()[0]:.1f}",
+            *(["- the bars are set for 8 layers"] if arguments.num_layers else []),
+        ]
+    )
 
 
 def label(name: str) -> str:
@@ -243,17 +307,31 @@ def show(cell: Cell, figure: str) -> str:
 
 def bars_at(cells: dict[str, dict[int, Cell]], tokens: int) -> list[str]:
     """Our best rung at this length beside the peers."""
-    lines = [] if tokens == BAR_TOKENS else [f"- the bars are set for {BAR_TOKENS:,} tokens, not for {tokens:,}"]
-    rungs = {name: row[tokens] for name, row in cells.items() if name not in PEERS and row[tokens].runs}
+    lines = (
+        []
+        if tokens == BAR_TOKENS
+        else [f"- the bars are set for {BAR_TOKENS:,} tokens, not for {tokens:,}"]
+    )
+    rungs = {
+        name: row[tokens] for name, row in cells.items() if name not in PEERS and row[tokens].runs
+    }
     if not rungs:
         return lines
     best = min(rungs, key=lambda name: rungs[name].peak)
     for peer, limit in BARS.items():
         cell = cells.get(peer, {}).get(tokens)
         if cell is None or not cell.runs:
-            lines.append(f"- {tokens:,} tokens, {best} / {peer}: not run{f' ({cell.note})' if cell else ''}")
+            lines.append(
+                f"- {tokens:,} tokens, {best} / {peer}: not run{f' ({cell.note})' if cell else ''}"
+            )
             continue
-        lines.append(bar(f"{tokens:,} tokens, peak of {best} / of {peer}", rungs[best].peak / cell.peak, limit))
+        lines.append(
+            bar(
+                f"{tokens:,} tokens, peak of {best} / of {peer}",
+                rungs[best].peak / cell.peak,
+                limit,
+            )
+        )
     return lines
 
 
@@ -266,10 +344,19 @@ def draw(cells: dict[str, dict[int, Cell]], dtype: Dtype, path: Path) -> None:
     for name, row in cells.items():
         points = [(tokens, cell.peak / MIB) for tokens, cell in row.items() if cell.runs]
         if points:
-            axes.plot(*zip(*points), marker="o", linestyle="--" if name in PEERS else "-", label=label(name))
+            axes.plot(
+                *zip(*points),
+                marker="o",
+                linestyle="--" if name in PEERS else "-",
+                label=label(name),
+            )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
-    axes.set(xlabel="tokens", ylabel="MiB above the built model", title=f"One forward and backward, tiny, {dtype}")
+    axes.set(
+        xlabel="tokens",
+        ylabel="MiB above the built model",
+        title=f"One forward and backward, tiny, {dtype}",
+    )
     axes.grid(True, which="both", alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)

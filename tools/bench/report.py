@@ -16,8 +16,10 @@ def usable_cores() -> int:
 def describe_machine(packages: Sequence[str]) -> str:
     """One line: date, CPU, cores, load and the versions of torch and `packages`."""
     found = ", ".join(f"{name} {version(name)}" for name in ("torch", *packages))
-    return (f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC; {_cpu_model()}, {usable_cores()} cores, load "
-            f"{os.getloadavg()[0]:.1f} at the start; Python {platform.python_version()}, {found}")
+    return (
+        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC; {_cpu_model()}, {usable_cores()} cores, load "
+        f"{os.getloadavg()[0]:.1f} at the start; Python {platform.python_version()}, {found}"
+    )
 
 
 def _cpu_model() -> str:
@@ -32,8 +34,10 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [list(header), *map(list, rows)]
     widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(header))]
     lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
-    return "\n".join("| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths)) + " |"
-                     for line in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths)) + " |"
+        for line in lines
+    )
 
 
 def bar(name: str, value: float, limit: float) -> str:

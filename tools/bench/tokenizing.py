@@ -44,12 +44,24 @@ class Row:
     def cells(self) -> list[str]:
         """For markdown_table, under HEADER."""
         size = self.text_bytes / 1e6
-        return [self.name, f"{size:,.0f}", f"{self.seconds:.2f}", f"{size / self.seconds:.1f}",
-                f"{size / self.cpu_seconds:.1f}", "yes" if self.identical else "NO"]
+        return [
+            self.name,
+            f"{size:,.0f}",
+            f"{self.seconds:.2f}",
+            f"{size / self.seconds:.1f}",
+            f"{size / self.cpu_seconds:.1f}",
+            "yes" if self.identical else "NO",
+        ]
 
 
-def measure(corpus_bytes: int = 500_000_000, peer_bytes: int = 20_000_000, vocab_size: int = 32_000,
-            workers: int | None = None, folder: str | None = None, repeats: int = 3) -> list[Row]:
+def measure(
+    corpus_bytes: int = 500_000_000,
+    peer_bytes: int = 20_000_000,
+    vocab_size: int = 32_000,
+    workers: int | None = None,
+    folder: str | None = None,
+    repeats: int = 3,
+) -> list[Row]:
     """Tokenize the corpus with ours and its first `peer_bytes` with Hugging Face's, which are far slower.
 
     Args:
@@ -63,29 +75,48 @@ def measure(corpus_bytes: int = 500_000_000, peer_bytes: int = 20_000_000, vocab
             return measure(corpus_bytes, peer_bytes, vocab_size, workers, temporary, repeats)
     workers = workers or usable_cores()
     os.environ["RAYON_NUM_THREADS"] = str(workers)  # read once, by Hugging Face's first batch
-    corpus, model = Path(folder) / f"corpus-{corpus_bytes}.jsonl", Path(folder) / f"tokenizer-{vocab_size}"
+    corpus, model = (
+        Path(folder) / f"corpus-{corpus_bytes}.jsonl",
+        Path(folder) / f"tokenizer-{vocab_size}",
+    )
     if not model.is_dir():
         train_tokenizer(model, vocab_size)
     text_bytes = write_corpus(corpus, corpus_bytes)
     prefix = str(Path(folder) / "tokens")
-    arguments = PreprocessArguments(input=[str(corpus)], output_prefix=prefix, workers=workers,
-                                    tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(model),
-                                    overwrite=True)
+    arguments = PreprocessArguments(
+        input=[str(corpus)],
+        output_prefix=prefix,
+        workers=workers,
+        tokenizer_type="HuggingFaceTokenizer",
+        tokenizer_model=str(model),
+        overwrite=True,
+    )
     runs = []
     for _ in range(repeats):
         began = time.process_time()
         summary = preprocess(arguments)
-        runs.append((summary["seconds"] - summary["prepare_seconds"], summary["cpu_seconds"], summary["seconds"],
-                     time.process_time() - began))
+        runs.append(
+            (
+                summary["seconds"] - summary["prepare_seconds"],
+                summary["cpu_seconds"],
+                summary["seconds"],
+                time.process_time() - began,
+            )
+        )
     seconds, cpu, all_seconds, all_cpu = sorted(runs)[len(runs) // 2]
     theirs, expected = measure_peers(corpus, peer_bytes, str(model), workers)
     same = starts_with(prefix, expected)
     name = f"ours, {workers} workers"
-    return [Row(name, text_bytes, seconds, cpu, same),
-            Row(f"{name}, with preparation", text_bytes, all_seconds, all_cpu, same), *theirs]
+    return [
+        Row(name, text_bytes, seconds, cpu, same),
+        Row(f"{name}, with preparation", text_bytes, all_seconds, all_cpu, same),
+        *theirs,
+    ]
 
 
-def measure_peers(corpus: Path, peer_bytes: int, model: str, workers: int) -> tuple[list[Row], list[list[int]]]:
+def measure_peers(
+    corpus: Path, peer_bytes: int, model: str, workers: int
+) -> tuple[list[Row], list[list[int]]]:
     """Rows of Hugging Face's, and the ids of the first documents, `peer_bytes` of the corpus."""
     from transformers import AutoTokenizer
 
@@ -95,14 +126,19 @@ def measure_peers(corpus: Path, peer_bytes: int, model: str, workers: int) -> tu
     backend = AutoTokenizer.from_pretrained(model).backend_tokenizer
 
     def in_batches() -> list[list[int]]:
-        batches = [backend.encode_batch_fast(texts[first:first + BATCH], add_special_tokens=False)
-                   for first in range(0, len(texts), BATCH)]
+        batches = [
+            backend.encode_batch_fast(texts[first : first + BATCH], add_special_tokens=False)
+            for first in range(0, len(texts), BATCH)
+        ]
         return [encoding.ids for batch in batches for encoding in batch]
 
     expected, seconds, cpu = _timed(lambda: [tokenizer.encode(text) for text in texts])
     rows = [Row("Hugging Face, one by one", size, seconds, cpu, True)]
     found, seconds, cpu = _timed(in_batches)
-    return [*rows, Row(f"Hugging Face, batches, {workers} threads", size, seconds, cpu, found == expected)], expected
+    return [
+        *rows,
+        Row(f"Hugging Face, batches, {workers} threads", size, seconds, cpu, found == expected),
+    ], expected
 
 
 def _timed(work: Callable[[], list[list[int]]]) -> tuple[list[list[int]], float, float]:
@@ -114,9 +150,11 @@ def _timed(work: Callable[[], list[list[int]]]) -> tuple[list[list[int]], float,
 def starts_with(prefix: str, expected: Sequence[list[int]]) -> bool:
     """The first documents of a token file are these."""
     reader = IndexedReader(prefix)
-    lengths = reader.document_lengths[:len(expected)].tolist()
-    same = all(np.array_equal(reader.read(number, 0, length), ids)
-               for number, (length, ids) in enumerate(zip(lengths, expected, strict=True)))
+    lengths = reader.document_lengths[: len(expected)].tolist()
+    same = all(
+        np.array_equal(reader.read(number, 0, length), ids)
+        for number, (length, ids) in enumerate(zip(lengths, expected, strict=True))
+    )
     reader.close()
     return same
 
@@ -136,8 +174,12 @@ def train_tokenizer(folder: Path, vocab_size: int) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     texts = standard_library()
     random.Random(0).shuffle(texts)
     mean = sum(map(len, texts)) / len(texts)
@@ -153,10 +195,12 @@ def write_corpus(path: Path, size: int) -> int:
         while written < size:
             source = draw.choice(sources)
             start = draw.randrange(len(source))
-            text = source[start:start + draw.randrange(500, 8000)]
+            text = source[start : start + draw.randrange(500, 8000)]
             number = draw.randrange(10_000)
             text = text.replace("self", f"self{number % 100}").replace("name", f"name{number}")
-            written += file.write(json.dumps({"id": written, "text": text}) + "\n")  # ASCII: a letter is a byte
+            written += file.write(
+                json.dumps({"id": written, "text": text}) + "\n"
+            )  # ASCII: a letter is a byte
             text_bytes += len(text.encode())
     return text_bytes
 
