@@ -1,9 +1,9 @@
 """One rank's slice of one microbatch: tokens, shifted labels, positions and document boundaries.
 
 A microbatch is T packed tokens with no batch dim: its samples one after another. A context-parallel
-rank holds one or two pieces of it, together t = T / cp tokens, and reads no others, but for one token
-per piece and sample, the label of the last position. Boundaries and positions come from the stream's
-prefix offsets.
+rank holds one or two pieces of it, together t = T / cp tokens, and reads no others, but for one
+token per piece and sample, the label of the last position. Boundaries and positions come from the
+stream's prefix offsets.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,8 @@ from data.stream import DocumentStream, Spans
 IGNORE = -100
 """Label of a position without a target; torch's own default."""
 PADDING_SEGMENT = 1024
-"""Padding is cut into segments of at most so many tokens, so that next to no attention is computed for it."""
+"""Padding is cut into segments of at most so many tokens, so that next to no attention is computed
+for it."""
 
 
 class Sample(NamedTuple):
@@ -29,7 +30,8 @@ class Sample(NamedTuple):
     intervals: np.ndarray
     """int64 [intervals, 2]: position in the stream, tokens."""
     following: int = -1
-    """Position in the stream of the token that comes next; -1 = there is none. Asked for without document masking."""
+    """Position in the stream of the token that comes next; -1 = there is none. Asked for without
+    document masking."""
 
 
 @dataclass
@@ -48,7 +50,8 @@ class Batch:
             self.num_targets = int((self.labels != IGNORE).sum())
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Return the same on another device; a GPU fetches it by itself, and the host does not wait."""
+        """Return the same on another device; a GPU fetches it by itself, and the host does not
+        wait."""
         tokens, labels, positions = (
             _move(x, torch.device(device)) for x in (self.tokens, self.labels, self.positions)
         )
@@ -62,12 +65,14 @@ def _move(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def padding_starts(begin: int, end: int) -> np.ndarray:
-    """Where the segments of the padding [begin, end) begin: int64 [segments], none if it is empty."""
+    """Where the segments of the padding [begin, end) begin: int64 [segments], none if it is
+    empty."""
     return np.arange(begin, end, PADDING_SEGMENT)
 
 
 class _Located(NamedTuple):
-    """A sample and where its spans lie. begins: int64 [spans + 1], place of each span in the sample, then their end."""
+    """A sample and where its spans lie. begins: int64 [spans + 1], place of each span in the
+    sample, then their end."""
 
     sample: Sample
     spans: Spans
@@ -100,16 +105,18 @@ def read_batch(
 ) -> Batch:
     """Those of a microbatch's tokens that lie in `pieces`, in that order.
 
-    The label of a token is the next one of its document, also where the sample cuts the document. The
-    last token of a document has none with document masking, and without it the token that follows in the
-    sample (at its end, the one that `following` names). Padding is token 0 (eod where there is one)
-    without a label, in segments of its own.
+    The label of a token is the next one of its document, also where the sample cuts the document.
+    The last token of a document has none with document masking, and without it the token that
+    follows in the sample (at its end, the one that `following` names). Padding is token 0 (eod
+    where there is one) without a label, in segments of its own.
 
     Args:
         samples: of the microbatch, in order.
         seq_length: tokens per sample.
-        pieces: half-open ranges of the microbatch's T = len(samples) x seq_length tokens; all by default.
-        document_masking: each document (cut at the start and end of a sample) is a segment; otherwise each sample.
+        pieces: half-open ranges of the microbatch's T = len(samples) x seq_length tokens; all by
+            default.
+        document_masking: each document (cut at the start and end of a sample) is a segment;
+            otherwise each sample.
         eod, eod_mask_loss: no target where the input is `eod` (Megatron-LM's meaning).
         vocab_size: ids are checked against it when given.
 
@@ -132,10 +139,12 @@ def read_batch(
     tokens, labels, positions = (
         np.empty(length, dtype=np.int64) for length in (size + extra, size, size)
     )
-    at, targets = 0, 0
+    at = 0
+    targets = 0
     for low, high in pieces:
         for i in range(low // seq_length, -(-high // seq_length)):
-            first, last = max(low - i * seq_length, 0), min(high - i * seq_length, seq_length)
+            first = max(low - i * seq_length, 0)
+            last = min(high - i * seq_length, seq_length)
             targets += _read_part(
                 located[i],
                 first,
@@ -171,9 +180,10 @@ def _read_part(
     tokens: np.ndarray,
     labels: np.ndarray,
 ) -> int:
-    """Fill the tokens [first, last) of a sample and their labels -> number of targets. Reads one token more where a
-    label needs it, so that `tokens` is longer."""
-    spans, begins = located.spans, located.begins
+    """Fill the tokens [first, last) of a sample and their labels -> number of targets. Reads one
+    token more where a label needs it, so that `tokens` is longer."""
+    spans = located.spans
+    begins = located.begins
     real = max(first, min(last, int(begins[-1])))
     labels[real - first :] = IGNORE
     if real == first:
@@ -183,7 +193,8 @@ def _read_part(
     high = int(np.searchsorted(begins, real, side="left"))  # of the spans, [low, high) are touched
     documents, offsets, lengths = (array[low:high].copy() for array in spans[:3])
     rests = spans.rests[low:high].copy()
-    skipped, left = first - int(begins[low]), int(begins[high]) - real
+    skipped = first - int(begins[low])
+    left = int(begins[high]) - real
     offsets[0] += skipped
     lengths[0] -= skipped
     lengths[-1] -= left
@@ -207,8 +218,10 @@ def _read_part(
 
 
 def _token_after(located: _Located, span: int) -> int:
-    """The first token of a span, or after the last one the token that follows the sample; IGNORE if none does."""
-    spans, stream = located.spans, located.sample.stream
+    """The first token of a span, or after the last one the token that follows the sample; IGNORE if
+    none does."""
+    spans = located.spans
+    stream = located.sample.stream
     if span < len(spans.lengths):
         if spans.offsets[span] > 0:
             return IGNORE
@@ -236,9 +249,12 @@ def _refuse_id(
 
 @numba.njit(nogil=True, cache=True)
 def _shift(window, lengths, inner, starting, document_masking, after, labels):
-    """The labels of the spans in `window` -> number of targets. inner[i]: a token more of span i's document lies behind
-    it. starting[i]: span i begins its document; if not, its first token is the label of the one before it there."""
-    read, written, targets = 0, 0, 0
+    """The labels of the spans in `window` -> number of targets. inner[i]: a token more of span i's
+    document lies behind it. starting[i]: span i begins its document; if not, its first token is the
+    label of the one before it there."""
+    read = 0
+    written = 0
+    targets = 0
     for i in range(len(lengths)):
         length = lengths[i]
         for j in range(length - 1):
@@ -261,7 +277,8 @@ def _shift(window, lengths, inner, starting, document_masking, after, labels):
 @numba.njit(nogil=True, cache=True)
 def _compact(window, lengths, inner):
     """Close the gaps that the tokens read for labels leave between the spans."""
-    read, written = 0, 0
+    read = 0
+    written = 0
     for i in range(len(lengths)):
         for j in range(lengths[i]):
             window[written + j] = window[read + j]
@@ -276,8 +293,8 @@ DIGEST_BITS = 40
 def digest(batch: Batch, pieces: Sequence[tuple[int, int]], first: int) -> int:
     """A number below 2^40 of the inputs and labels and their places in the global batch.
 
-    The digests of all slices of a global batch, added modulo 2^40, are the same however it is cut over ranks and
-    microbatches.
+    The digests of all slices of a global batch, added modulo 2^40, are the same however it is cut
+    over ranks and microbatches.
 
     Args:
         pieces: ranges of the microbatch's tokens that `batch` holds.
@@ -290,7 +307,8 @@ def digest(batch: Batch, pieces: Sequence[tuple[int, int]], first: int) -> int:
 
 @numba.njit(nogil=True, cache=True)
 def _digest(tokens, labels, pieces, first):
-    total, at = numba.uint64(0), 0
+    total = numba.uint64(0)
+    at = 0
     for i in range(len(pieces)):
         for place in range(first + pieces[i, 0], first + pieces[i, 1]):
             # A place's weight: the mixing step of SplitMix64 (Steele, Lea, Flood 2014).
@@ -314,7 +332,8 @@ def fill_positions(cu_seqlens, pieces, positions):
         low, high = pieces[i]
         segment = np.searchsorted(cu_seqlens, low, side="right") - 1
         while low < high:
-            begin, end = cu_seqlens[segment], min(high, cu_seqlens[segment + 1])
+            begin = cu_seqlens[segment]
+            end = min(high, cu_seqlens[segment + 1])
             for j in range(end - low):
                 positions[at + j] = low - begin + j
             at += end - low

@@ -1,8 +1,9 @@
 """Blends: which sources a run draws from, in what shares, and which source gives the next sample.
 
-The order is the one of Sainte-Lague's divisors: source i's sample number j has the key (j + 1/2) / weight i, and the
-samples come in the order of their keys. So after any number of samples each source is within one of its share, and
-which source gives sample k does not depend on how far the run goes.
+The order is the one of Sainte-Lague's divisors: source i's sample number j has the key (j + 1/2) /
+weight i, and the samples come in the order of their keys. So after any number of samples each
+source is within one of its share, and which source gives sample k does not depend on how far the
+run goes.
 """
 
 import math
@@ -68,11 +69,12 @@ class SourceName:
 def parse_blend(words: Sequence[str], field: str) -> list[tuple[float | None, SourceName]]:
     """Megatron's `[weight prefix ...]` or `[prefix ...]` -> (weight, source) each.
 
-    Without weights (None) sources are drawn in proportion to their tokens. Sources of weight 0 are left out.
+    Without weights (None) sources are drawn in proportion to their tokens. Sources of weight 0 are
+    left out.
 
     Raises:
-        ValueError: weights and prefixes do not alternate, a weight is negative or not a number, all are 0, or two
-            sources share documents; all problems, a line each.
+        ValueError: weights and prefixes do not alternate, a weight is negative or not a number, all
+            are 0, or two sources share documents; all problems, a line each.
     """
     numbers = [_number(word) for word in words]
     weighted = len(words) % 2 == 0 and all(number is not None for number in numbers[::2])
@@ -158,9 +160,11 @@ class BlendOrder:
         return counts.copy()
 
     def draw(self, first: int, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Source of each of samples [first, first + number), and which of the source's own samples it is."""
+        """Source of each of samples [first, first + number), and which of the source's own samples
+        it is."""
         counts = self.counts(first)
-        sources, before = np.empty(number, dtype=np.int64), counts.copy()
+        sources = np.empty(number, dtype=np.int64)
+        before = counts.copy()
         _draw(self.weights, self._limits, counts, sources)
         self._seen = first + number, counts
         places = np.empty(number, dtype=np.int64)
@@ -172,8 +176,10 @@ class BlendOrder:
 
 @numba.njit(nogil=True, cache=True)
 def _counts_below(weights, limits, samples):
-    """Counts whose samples all come before number `samples`, at most a few per source short of it."""
-    low, high = 0.0, 1.0
+    """Counts whose samples all come before number `samples`, at most a few per source short of
+    it."""
+    low = 0.0
+    high = 1.0
     while _number_up_to(weights, limits, high) <= samples and high < 1e300:
         high *= 2.0
     for _ in range(200):
@@ -215,11 +221,13 @@ def _up_to(weight, limit, key):
 def _draw(weights, limits, counts, sources):
     """The next len(sources) samples' sources; counts go up."""
     for k in range(len(sources)):
-        best, lowest = -1, np.inf
+        best = -1
+        lowest = np.inf
         for i in range(len(weights)):
             if counts[i] < limits[i]:
                 key = (counts[i] + 0.5) / weights[i]
                 if key < lowest:
-                    best, lowest = i, key
+                    best = i
+                    lowest = key
         sources[k] = best
         counts[best] += 1

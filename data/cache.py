@@ -1,8 +1,9 @@
 """Arrays that are costly to make, kept in files that are named by what they depend on.
 
-A file is written whole or not at all (written aside, synced, renamed) and carries a checksum; a damaged one is made
-again. Processes that start together make it once where the file system has locks, and all come to the same bytes
-where it has none, so the folder may be local to a node or shared by all.
+A file is written whole or not at all (written aside, synced, renamed) and carries a checksum; a
+damaged one is made again. Processes that start together make it once where the file system has
+locks, and all come to the same bytes where it has none, so the folder may be local to a node or
+shared by all.
 """
 
 import fcntl
@@ -21,11 +22,13 @@ ALIGNMENT = 64
 CHECKED_BYTES = 16 << 20
 """Block size of checksums."""
 MAPPED_BYTES = 1 << 20
-"""Smaller arrays are copied: a map holds a file descriptor, and a run may have thousands of small sources."""
+"""Smaller arrays are copied: a map holds a file descriptor, and a run may have thousands of small
+sources."""
 
 
 class IndexCache:
-    """Named arrays by key, large ones memory-mapped from `folder`; without a folder they are made each time."""
+    """Named arrays by key, large ones memory-mapped from `folder`; without a folder they are made
+    each time."""
 
     def __init__(self, folder: str | None):
         """Raises ValueError when the folder cannot be made or written."""
@@ -74,10 +77,12 @@ class IndexCache:
 
 
 class _locked:
-    """Holds a file lock; the system lets go of it when the process dies. Does nothing where there are no locks."""
+    """Holds a file lock; the system lets go of it when the process dies. Does nothing where there
+    are no locks."""
 
     def __init__(self, path: Path):
-        self._path, self._file = path, None
+        self._path = path
+        self._file = None
 
     def __enter__(self):
         try:
@@ -93,8 +98,11 @@ class _locked:
 
 
 def _publish(path: Path, key: str, arrays: dict[str, np.ndarray]) -> None:
-    """Write a file: MAGIC, length of the header, header (JSON), arrays at multiples of ALIGNMENT."""
-    entries, place, digest = [], 0, xxhash.xxh3_128()
+    """Write a file: MAGIC, length of the header, header (JSON), arrays at multiples of
+    ALIGNMENT."""
+    entries = []
+    place = 0
+    digest = xxhash.xxh3_128()
     for name, array in arrays.items():
         array = np.ascontiguousarray(array)
         entries.append(
@@ -144,9 +152,11 @@ def _load(path: Path, key: str) -> dict[str, np.ndarray] | None:
             raise ValueError("it has another size than its header says")
         if header["key"] != key:
             raise ValueError("it was made for something else")
-        arrays, digest = {}, xxhash.xxh3_128()
+        arrays = {}
+        digest = xxhash.xxh3_128()
         for entry in header["arrays"]:
-            dtype, shape = np.dtype(entry["dtype"]), tuple(entry["shape"])
+            dtype = np.dtype(entry["dtype"])
+            shape = tuple(entry["shape"])
             array = (
                 np.memmap(path, dtype, "r", first + entry["start"], shape).view(np.ndarray)
                 if np.prod(shape)

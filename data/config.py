@@ -22,26 +22,31 @@ TokenizerType = Literal[
 @dataclass(kw_only=True)
 class DataConfig:
     data_path: list[str] = field(default_factory=list)
-    """Sources, `[weight prefix ...]` or `[prefix ...]`, each cut into train, valid and test by --split. Weights are
-    shares of the tokens and sum to anything; without them sources count by their tokens. PREFIX[64Ki:] is only the
-    documents of at least 64Ki tokens, PREFIX[:64Ki] the shorter ones. A phase may have its own."""
+    """Sources, `[weight prefix ...]` or `[prefix ...]`, each cut into train, valid and test by
+    --split. Weights are shares of the tokens and sum to anything; without them sources count by
+    their tokens. PREFIX[64Ki:] is only the documents of at least 64Ki tokens, PREFIX[:64Ki] the
+    shorter ones. A phase may have its own."""
     train_data_path: list[str] = field(default_factory=list)
     """Sources that are all trained on, instead of --data-path and --split."""
     valid_data_path: list[str] = field(default_factory=list)
-    """Validation data of its own: `NAME=PREFIX ...`, a set each, or sources as in --data-path, one set."""
+    """Validation data of its own: `NAME=PREFIX ...`, a set each, or sources as in --data-path, one
+    set."""
     data_args_path: str | None = None
     """File with the words of --data-path, for very many sources."""
     data_cache_path: str | None = None
-    """Folder that keeps the indices of the data across starts; all processes of a node map the same files."""
+    """Folder that keeps the indices of the data across starts; all processes of a node map the same
+    files."""
     split: str = "969,30,1"
-    """Shares of each source's documents for train, valid and test; drawn at random, not in file order."""
+    """Shares of each source's documents for train, valid and test; drawn at random, not in file
+    order."""
     tokenizer_type: TokenizerType = "SentencePieceTokenizer"
-    """SentencePiece (three spellings of one thing), a Hugging Face folder, or none (text of integers)."""
+    """SentencePiece (three spellings of one thing), a Hugging Face folder, or none (text of
+    integers)."""
     tokenizer_model: str | None = None
     """The .model file of SentencePiece, or the Hugging Face tokenizer's folder."""
     tokenizer_ids_from: IdsFrom | None = None
-    """Which definition of a Hugging Face folder gives the ids: its tokenizer.json, or what transformers' AutoTokenizer
-    makes of its files; needed where the two differ."""
+    """Which definition of a Hugging Face folder gives the ids: its tokenizer.json, or what
+    transformers' AutoTokenizer makes of its files; needed where the two differ."""
     vocab_size: int | None = None
     """Token ids; needed for NullTokenizer and --mock-data, otherwise read from the tokenizer."""
     document_masking: bool = True
@@ -53,11 +58,11 @@ class DataConfig:
     eod_mask_loss: bool = False
     """No loss at positions whose input is the end-of-document token."""
     packing: Packing = "concat"
-    """Samples are windows of the concatenated documents, or bins of whole documents (only those longer than a sample
-    are cut); a phase may change it."""
+    """Samples are windows of the concatenated documents, or bins of whole documents (only those
+    longer than a sample are cut); a phase may change it."""
     data_exhausted: Exhausted = "repeat"
-    """Where a source's tokens end: reshuffle and repeat it, draw only from the others, or refuse the run at its start;
-    a phase may change it."""
+    """Where a source's tokens end: reshuffle and repeat it, draw only from the others, or refuse
+    the run at its start; a phase may change it."""
     skip_data: list[str] = field(default_factory=list)
     """Windows of the clock, as 120B:121B, whose data is passed over when the run comes to them."""
     mock_data: bool = False

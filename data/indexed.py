@@ -22,7 +22,8 @@ import numpy as np
 import xxhash
 
 HEADER = struct.Struct("<9sQBQQ")
-MAGIC, VERSION = b"MMIDIDX\0\0", 1
+MAGIC = b"MMIDIDX\0\0"
+VERSION = 1
 DTYPES: dict[int, type[np.integer]] = {
     1: np.uint8,
     2: np.int8,
@@ -36,7 +37,8 @@ LONGEST_SEQUENCE = 2**31 - 1
 """Tokens; .idx has int32 lengths. A longer document becomes several sequences."""
 COPY_BYTES = 8 << 20
 """Block size of scans and copies."""
-SAMPLED_BLOCKS, SAMPLED_BYTES = 16, 64 << 10
+SAMPLED_BLOCKS = 16
+SAMPLED_BYTES = 64 << 10
 """Parts of .bin that take part in its fingerprint."""
 
 
@@ -54,7 +56,8 @@ def find_code(dtype: type[np.integer]) -> int:
 class Index:
     """What .idx says, checked, of a .bin of the right size.
 
-    dtype: of the tokens in .bin. document_lengths: int32 [documents] (int64 where one is longer), tokens.
+    dtype: of the tokens in .bin. document_lengths: int32 [documents] (int64 where one is longer),
+        tokens.
     num_sequences. num_tokens. checksum: xxh3 of dtype, lengths and document ranges, hex.
     one_sequence_each: document i is sequence i. As many documents as sequences do not prove it: a
     document of none may stand beside one of two.
@@ -74,7 +77,8 @@ def read_index(prefix: str) -> Index:
     Raises:
         ValueError: a file is missing, damaged, or does not belong to the other.
     """
-    idx, bin_file = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    idx = Path(f"{prefix}.idx")
+    bin_file = Path(f"{prefix}.bin")
     for file in (idx, bin_file):
         if not file.is_file():
             hint = " The prefix has no ending." if prefix.endswith((".bin", ".idx")) else ""
@@ -87,7 +91,8 @@ def read_index(prefix: str) -> Index:
     itemsize = np.dtype(DTYPES[code]).itemsize
     lengths = np.fromfile(idx, "<i4", sequences, offset=HEADER.size)
     digest.update(lengths)
-    end, pointers_start = 0, HEADER.size + 4 * sequences
+    end = 0
+    pointers_start = HEADER.size + 4 * sequences
     for block in _blocks(idx, pointers_start, sequences):
         first, pointers = block
         end = _check_pointers(lengths[first : first + len(pointers)], pointers, end, itemsize)
@@ -111,7 +116,8 @@ def read_index(prefix: str) -> Index:
 
 
 def read_sequences(prefix: str) -> tuple[np.ndarray, np.ndarray]:
-    """int32 length of each sequence and int64 [documents + 1] first sequence of each document, of a sound pair."""
+    """int32 length of each sequence and int64 [documents + 1] first sequence of each document, of a
+    sound pair."""
     idx = Path(f"{prefix}.idx")
     _, sequences, indices = _read_header(idx)
     return (
@@ -136,7 +142,8 @@ def _read_header(idx: Path) -> tuple[int, int, int]:
             f"{idx}: dtype code {code}: token ids must be integers (codes {sorted(DTYPES)}). Fix: "
             "make the file again with an integer dtype."
         )
-    size, plain = idx.stat().st_size, HEADER.size + 12 * sequences + 8 * indices
+    size = idx.stat().st_size
+    plain = HEADER.size + 12 * sequences + 8 * indices
     if size not in (plain, plain + sequences):
         raise ValueError(
             f"{idx}: {size:,} bytes, but its header asks for {plain:,}: it is damaged. Fix: copy or "
@@ -150,7 +157,8 @@ def _read_header(idx: Path) -> tuple[int, int, int]:
 
 
 def _blocks(file: Path, start: int, count: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(number of the first, int64 numbers) of `count` numbers from byte `start` on, a block at a time."""
+    """(number of the first, int64 numbers) of `count` numbers from byte `start` on, a block at a
+    time."""
     block = COPY_BYTES // 8
     for first in range(0, count, block):
         yield first, np.fromfile(file, "<i8", min(block, count - first), offset=start + 8 * first)
@@ -163,7 +171,8 @@ def _document_lengths(
     problem = ValueError(
         f"{idx}: its document ranges do not cover its sequences: it is damaged. Fix: make it again."
     )
-    documents, last = lengths if indices == len(lengths) + 1 else None, 0
+    documents = lengths if indices == len(lengths) + 1 else None
+    last = 0
     sums = []
     for first, numbers in _blocks(idx, start, indices):
         digest.update(numbers)
@@ -193,7 +202,8 @@ def _document_lengths(
 
 @numba.njit(nogil=True, cache=True)
 def _check_pointers(lengths, pointers, end, itemsize):
-    """The byte after the last sequence, or -1 where a pointer is not the end of the sequence before."""
+    """The byte after the last sequence, or -1 where a pointer is not the end of the sequence
+    before."""
     for i in range(len(lengths)):
         if pointers[i] != end or lengths[i] < 0:
             return -1
@@ -223,7 +233,8 @@ def describe_single(single: int, documents: int) -> str:
 
 
 def read_side_file(prefix: str) -> dict | None:
-    """What PREFIX.json says (documents, tokens, max_token_id, tokenizer); None if there is none or it is not ours."""
+    """What PREFIX.json says (documents, tokens, max_token_id, tokenizer); None if there is none or
+    it is not ours."""
     try:
         side = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -244,10 +255,11 @@ class _Maps(NamedTuple):
 
 
 class OpenFiles:
-    """Bounds the memory maps that many readers hold open (two file descriptors each, and 1,024 are a common limit of a
-    process): the one not used for longest is closed.
+    """Bounds the memory maps that many readers hold open (two file descriptors each, and 1,024 are
+    a common limit of a process): the one not used for longest is closed.
 
-    Closing lets go of the map; a copy that another thread is making from it is safe, as it holds the map.
+    Closing lets go of the map; a copy that another thread is making from it is safe, as it holds
+    the map.
     """
 
     def __init__(self, limit: int = 64):
@@ -275,18 +287,23 @@ class OpenFiles:
 class IndexedReader:
     """Random access to the documents of a .bin/.idx pair, memory-mapped.
 
-    Attributes: prefix, dtype, num_documents, num_tokens, document_lengths (int32 or int64 [documents], tokens;
-    a document may be empty).
+    Attributes: prefix, dtype, num_documents, num_tokens, document_lengths (int32 or int64
+    [documents], tokens; a document may be empty).
     """
 
     def __init__(self, prefix: str, files: OpenFiles | None = None):
         """Raises ValueError as `read_index` does."""
         self._stamps = _file_stamps(prefix)
         index = read_index(prefix)
-        self.prefix, self.dtype, self.document_lengths = prefix, index.dtype, index.document_lengths
-        self.num_documents, self.num_tokens = len(index.document_lengths), index.num_tokens
-        self._num_sequences, self._one_sequence_each = index.num_sequences, index.one_sequence_each
-        self._index_checksum, self._identity = index.checksum, ""
+        self.prefix = prefix
+        self.dtype = index.dtype
+        self.document_lengths = index.document_lengths
+        self.num_documents = len(index.document_lengths)
+        self.num_tokens = index.num_tokens
+        self._num_sequences = index.num_sequences
+        self._one_sequence_each = index.one_sequence_each
+        self._index_checksum = index.checksum
+        self._identity = ""
         self._files = OpenFiles(1) if files is None else files
         self._closed = False
 
@@ -307,10 +324,8 @@ class IndexedReader:
             tokens = np.memmap(f"{self.prefix}.bin", dtype=self.dtype, mode="r").view(np.ndarray)
         table = np.memmap(f"{self.prefix}.idx", dtype=np.uint8, mode="r").view(np.ndarray)
         start = HEADER.size + 4 * self._num_sequences
-        middle, end = (
-            start + 8 * self._num_sequences,
-            start + 8 * (self._num_sequences + self.num_documents + 1),
-        )
+        middle = start + 8 * self._num_sequences
+        end = start + 8 * (self._num_sequences + self.num_documents + 1)
         return _Maps(tokens, table[start:middle].reshape(-1, 8), table[middle:end].reshape(-1, 8))
 
     def read_spans(
@@ -319,7 +334,8 @@ class IndexedReader:
         """Copy spans one after another into `out`, int64 [sum of lengths].
 
         Args:
-            documents, offsets, lengths: int64 [spans]; tokens [offset, offset + length) of each document.
+            documents, offsets, lengths: int64 [spans]; tokens [offset, offset + length) of each
+            document.
         """
         assert not self._closed, "the reader is closed"
         assert int(lengths.sum()) == len(out), (lengths.sum(), len(out))
@@ -355,17 +371,20 @@ class IndexedReader:
     def token_range(self) -> tuple[int, int]:
         """Smallest and largest id of the whole file, read in blocks; (0, -1) when it is empty."""
         tokens = self._files.maps_of(self).tokens
-        low, high, block = 0, -1, COPY_BYTES // tokens.itemsize
+        low = 0
+        high = -1
+        block = COPY_BYTES // tokens.itemsize
         for start in range(0, self.num_tokens, block):
             part = tokens[start : start + block]
-            low, high = min(low, int(part.min())), max(high, int(part.max()))
+            low = min(low, int(part.min()))
+            high = max(high, int(part.max()))
         return low, high
 
     def fingerprint(self) -> str:
         """xxh3 of what .idx says, .bin's size and some blocks of it, spread evenly; hex.
 
-        The blocks catch a corpus made again with another tokenizer and the same lengths. They do not
-        prove that all of .bin is the same.
+        The blocks catch a corpus made again with another tokenizer and the same lengths. They do
+        not prove that all of .bin is the same.
         """
         if not self._identity:
             digest = xxhash.xxh3_128(self._index_checksum.encode())

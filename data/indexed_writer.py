@@ -1,4 +1,5 @@
-"""Writing token files: PREFIX.bin, .idx and .json appear whole, or what stood there stays (format: indexed.py)."""
+"""Writing token files: PREFIX.bin, .idx and .json appear whole, or what stood there stays (format:
+indexed.py)."""
 
 import contextlib
 import errno
@@ -28,20 +29,23 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class IndexedWriter:
-    """Writes a .bin/.idx pair document by document; the pair appears whole at `finish` or not at all.
+    """Writes a .bin/.idx pair document by document; the pair appears whole at `finish` or not at
+    all.
 
-    As a context manager it aborts unless `finish` was called: what stood at the prefix before stays.
-    Holds 12 bytes of memory per document.
+    As a context manager it aborts unless `finish` was called: what stood at the prefix before
+    stays. Holds 12 bytes of memory per document.
 
-    Attributes: num_documents, num_tokens, max_token_id; share: the caller's estimate of how much of the
-    whole is added, in (0, 1], which a full disk's error uses to say what is needed.
+    Attributes: num_documents, num_tokens, max_token_id; share: the caller's estimate of how much of
+    the whole is added, in (0, 1], which a full disk's error uses to say what is needed.
     """
 
     def __init__(self, prefix: str, dtype: type[np.integer]):
         """Raises ValueError when the folder of `prefix` cannot be made or written."""
         self.prefix, self.dtype, self._code = prefix, np.dtype(dtype), find_code(dtype)
         self._lengths, self._documents = array("i"), array("q", [0])
-        self.num_tokens, self.max_token_id, self.share = 0, -1, 1.0
+        self.num_tokens = 0
+        self.max_token_id = -1
+        self.share = 1.0
         self._temporary = {end: self._temporary_path(end) for end in ("bin", "json", "idx")}
         self._open = True
         try:
@@ -86,14 +90,17 @@ class IndexedWriter:
         self.add_documents(ids, np.array([len(ids)], dtype=np.int64))
 
     def add_documents(self, ids: np.ndarray, lengths: np.ndarray) -> None:
-        """Append documents whose ids, int [tokens], follow one another; lengths: int64 [documents], their tokens.
+        """Append documents whose ids, int [tokens], follow one another; lengths: int64 [documents],
+        their tokens.
 
         Raises:
             ValueError: an id does not fit the dtype, or the disk is full.
         """
         assert lengths.sum() == len(ids), "the documents are not the ids"
         if len(ids):
-            low, high, limits = int(ids.min()), int(ids.max()), np.iinfo(self.dtype)
+            low = int(ids.min())
+            high = int(ids.max())
+            limits = np.iinfo(self.dtype)
             if low < 0 or high > limits.max:
                 first = int(np.argmax((ids < 0) | (ids > limits.max)))
                 document = self.num_documents + int(
@@ -106,19 +113,22 @@ class IndexedWriter:
             self.max_token_id = max(self.max_token_id, high)
         with self._explained("bin"):
             self._bin.write(np.ascontiguousarray(ids, dtype=self.dtype.newbyteorder("<")))
-        sequences, ends = lengths, np.arange(1, len(lengths) + 1)
+        sequences = lengths
+        ends = np.arange(1, len(lengths) + 1)
         if len(lengths) and lengths.max() > LONGEST_SEQUENCE:
             rows = [
                 np.diff(np.append(np.arange(0, max(1, n), LONGEST_SEQUENCE), n))
                 for n in lengths.tolist()
             ]
-            sequences, ends = np.concatenate(rows), np.cumsum([len(row) for row in rows])
+            sequences = np.concatenate(rows)
+            ends = np.cumsum([len(row) for row in rows])
         self._documents.frombytes((ends + len(self._lengths)).astype(np.int64).tobytes())
         self._lengths.frombytes(sequences.astype(np.int32).tobytes())
         self.num_tokens += len(ids)
 
     def append_from(self, prefix: str, first: int = 0, end: int | None = None) -> None:
-        """Append the documents [first, end) of another pair (by default all), sequences as they are.
+        """Append the documents [first, end) of another pair (by default all), sequences as they
+        are.
 
         Raises:
             ValueError: it is damaged, or of another dtype; or the disk is full.
@@ -155,7 +165,8 @@ class IndexedWriter:
         """Publish PREFIX.bin, .json and .idx -> their paths.
 
         Args:
-            tokenizer, text: the tokenizer's description, and settings with which text became ids, for .json.
+            tokenizer, text: the tokenizer's description, and settings with which text became ids,
+            for .json.
 
         .idx is the proof that the pair is whole: the old one goes first, the new one comes last.
 
@@ -188,7 +199,8 @@ class IndexedWriter:
         return [f"{self.prefix}.{end}" for end in self._temporary]
 
     def _write_index(self, file: BinaryIO) -> None:
-        lengths, documents = np.asarray(self._lengths), np.asarray(self._documents)
+        lengths = np.asarray(self._lengths)
+        documents = np.asarray(self._documents)
         file.write(HEADER.pack(MAGIC, VERSION, self._code, len(lengths), len(documents)))
         block = COPY_BYTES // 8  # numbers at a time: copies of 100M documents would be gigabytes
         for start in range(0, len(lengths), block):
@@ -213,7 +225,8 @@ class IndexedWriter:
 
     @contextlib.contextmanager
     def _explained(self, end: str, needed: int = 0) -> Iterator[None]:
-        """Turn a full disk into a ValueError that names the file and the space that is needed at least."""
+        """Turn a full disk into a ValueError that names the file and the space that is needed at
+        least."""
         try:
             yield
         except OSError as error:

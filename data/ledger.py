@@ -1,9 +1,11 @@
-"""What has been drawn from each source, and therefore what comes next: the run's account of its data.
+"""What has been drawn from each source, and therefore what comes next: the run's account of its
+data.
 
-The run is a row of segments, stretches of the clock with unchanged data settings. A closed segment says how many
-samples it drew from each source; folding the closed segments gives each source's place, from which the open one
-draws. So a sample is a function of (seed, closed segments, settings of the open one, its number there) and of nothing
-else: not of batch, layout or machine count. A checkpoint stores the segments; later settings cannot change the past.
+The run is a row of segments, stretches of the clock with unchanged data settings. A closed segment
+says how many samples it drew from each source; folding the closed segments gives each source's
+place, from which the open one draws. So a sample is a function of (seed, closed segments, settings
+of the open one, its number there) and of nothing else: not of batch, layout or machine count. A
+checkpoint stores the segments; later settings cannot change the past.
 """
 
 import threading
@@ -52,9 +54,11 @@ class Mixture:
         """
         Args:
             marks: of each source's packer (packing.py: BestFit).
-            fills: tokens of an average sample of each source, as a share of its length; reckoned if not given.
+            fills: tokens of an average sample of each source, as a share of its length; reckoned if
+                not given.
         """
-        self.settings, self.names = settings, [name for _, name in settings.blend]
+        self.settings = settings
+        self.names = [name for _, name in settings.blend]
         self.packers = [
             PACKINGS[settings.packing](
                 streams[name], places[name], settings.seq_length, (marks or {}).get(name)
@@ -83,7 +87,8 @@ class Mixture:
         )
 
     def check(self, samples: int) -> None:
-        """Raises ValueError unless the sources have that many samples under the segment's `exhausted`."""
+        """Raises ValueError unless the sources have that many samples under the segment's
+        `exhausted`."""
         if samples > self.order.samples:
             raise ValueError(
                 f"data_exhausted = stop: the sources have {self.order.samples:,} samples of "
@@ -151,8 +156,10 @@ def fresh_mixture(
 
 
 def _remember(packer, samples: int) -> dict:
-    """Samples, tokens, documents, epochs (of its stream, passed over or not) and, for best_fit, the mark."""
-    place, stream = packer.after(samples), packer.stream
+    """Samples, tokens, documents, epochs (of its stream, passed over or not) and, for best_fit, the
+    mark."""
+    place = packer.after(samples)
+    stream = packer.stream
     drawn = {
         "samples": samples,
         "tokens": place.tokens_read - packer.place.tokens_read,
@@ -209,7 +216,8 @@ class Ledger:
         return self.segments[-1]
 
     def enter(self, clock: int, phase: str, settings: DataSettings) -> None:
-        """Draw by `settings` from `clock` on; a segment of its own unless the open one has the same."""
+        """Draw by `settings` from `clock` on; a segment of its own unless the open one has the
+        same."""
         opening = {"phase": phase, **settings.to_json()}
         if self.segments and "drawn" not in self.segments[-1]:
             if all(self.open[key] == value for key, value in opening.items()):
@@ -218,7 +226,8 @@ class Ledger:
         self._append({"start": clock, **opening})
 
     def rename_phase(self, before: str, now: str) -> None:
-        """The phase of the open segment is called otherwise from now on; what it draws stays the same."""
+        """The phase of the open segment is called otherwise from now on; what it draws stays the
+        same."""
         if self.open["phase"] == before:
             self.open["phase"] = now
 
@@ -306,7 +315,8 @@ class Ledger:
         return totals
 
     def account(self, clock: int) -> list[dict]:
-        """A row per segment and source up to `clock`: phase, source, samples, tokens, documents, epochs, skipped."""
+        """A row per segment and source up to `clock`: phase, source, samples, tokens, documents,
+        epochs, skipped."""
         open_drawn = self.drawn_so_far(clock)
         return [
             {
@@ -328,8 +338,8 @@ class Ledger:
         return {"sources": self._sources, "segments": segments, "account": self.account(clock)}
 
     def drawn_so_far(self, clock: int) -> dict[str, dict]:
-        """What the open segment drew of each source before `clock`. Where a checkpoint was there, from it: a source
-        that the run no longer names is not needed any more."""
+        """What the open segment drew of each source before `clock`. Where a checkpoint was there,
+        from it: a source that the run no longer names is not needed any more."""
         if self.open.get("at") == clock:
             return self.open["so_far"]
         return self.mixture().draw(self.samples_at(clock))
@@ -352,8 +362,10 @@ def _match(
     accept_changes: bool,
     another_seed: bool,
 ) -> dict[str, str]:
-    """Names of stored sources -> theirs now, for those that moved or, where that is accepted, changed."""
-    renamed, problems = {}, []
+    """Names of stored sources -> theirs now, for those that moved or, where that is accepted,
+    changed."""
+    renamed = {}
+    problems = []
     for name, stream in streams.items():
         found = stream.fingerprint()
         if name in stored and (stored[name] != found or another_seed):
@@ -399,14 +411,16 @@ def _rename(segment: dict, renamed: dict[str, str]) -> dict:
 def forecast(
     ledger: Ledger, clock: int, phases: Sequence[tuple[str, int, DataSettings]]
 ) -> list[dict]:
-    """What the rest of each phase will draw: a row per phase and source, with its epochs at the phase's end.
+    """What the rest of each phase will draw: a row per phase and source, with its epochs at the
+    phase's end.
 
     best_fit is reckoned as full samples, without packing them.
 
     Args:
         phases: (name, clock at its end, settings), those that end after `clock`, in order.
     """
-    rows, places = [], {}
+    rows = []
+    places = {}
     if ledger.segments and "drawn" not in ledger.segments[-1]:
         for name, drawn in ledger.drawn_so_far(clock).items():
             if name in ledger.streams:

@@ -11,8 +11,9 @@ from data.ledger import Mixture
 class Loader:
     """Reads the microbatches of one rank, in the shape of one phase.
 
-    Sample m of the step at clock c is the mixture's number (c - start) / seq_length + m. Microbatch j of data
-    rank d holds samples (j x dp_size + d) x micro_batch_size and the next micro_batch_size - 1.
+    Sample m of the step at clock c is the mixture's number (c - start) / seq_length + m. Microbatch
+    j of data rank d holds samples (j x dp_size + d) x micro_batch_size and the next
+    micro_batch_size - 1.
     """
 
     def __init__(
@@ -38,7 +39,8 @@ class Loader:
             prefetch: read the next step in a thread while this one is trained; changes no result.
 
         Raises:
-            ValueError: global_batch_tokens is not a multiple of seq_length x micro_batch_size x dp_size.
+            ValueError: global_batch_tokens is not a multiple of seq_length x micro_batch_size x
+            dp_size.
         """
         seq_length = mixture.settings.seq_length
         unit = seq_length * micro_batch_size * dp_size
@@ -49,17 +51,15 @@ class Loader:
                 f"{unit}. Fix: {max(1, global_batch_tokens // unit) * unit} or "
                 f"{(global_batch_tokens // unit + 1) * unit}."
             )
-        self.mixture, self.start, self.seq_length, self.micro_batch_size = (
-            mixture,
-            start,
-            seq_length,
-            micro_batch_size,
-        )
-        self.global_batch_tokens, self.num_microbatches = (
-            global_batch_tokens,
-            global_batch_tokens // unit,
-        )
-        self.dp_rank, self.dp_size, self.prefetch = dp_rank, dp_size, prefetch
+        self.mixture = mixture
+        self.start = start
+        self.seq_length = seq_length
+        self.micro_batch_size = micro_batch_size
+        self.global_batch_tokens = global_batch_tokens
+        self.num_microbatches = global_batch_tokens // unit
+        self.dp_rank = dp_rank
+        self.dp_size = dp_size
+        self.prefetch = prefetch
         self.document_masking = document_masking
         self.pieces = [(0, micro_batch_size * seq_length)] if pieces is None else pieces
         self._slice = {
@@ -78,7 +78,8 @@ class Loader:
         Raises:
             ValueError: a token id is too large (see `read_batch`).
         """
-        expected, self._next = self._next, None
+        expected = self._next
+        self._next = None
         if expected and expected[0] == clock:
             batches = expected[1].result()
         else:

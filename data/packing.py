@@ -1,11 +1,14 @@
-"""How a source's stream becomes samples of one length: `concat` cuts it, `best_fit` keeps documents whole.
+"""How a source's stream becomes samples of one length: `concat` cuts it, `best_fit` keeps documents
+whole.
 
-Both start from a `Place` (what of the stream is still to be read), give sample j by its number, and say what is left
-after n samples, so that a phase of another length or packing goes on with exactly the rest.
+Both start from a `Place` (what of the stream is still to be read), give sample j by its number, and
+say what is left after n samples, so that a phase of another length or packing goes on with exactly
+the rest.
 
-Best-fit decreasing over windows of the stream of about WINDOW_BINS samples, each within one epoch. A window holds the
-documents that begin in it; one longer than a sample is cut into full samples and a rest that is packed like a
-document. Source of the idea: "Fewer Truncations Improve Language Modeling" (arXiv 2404.10830).
+Best-fit decreasing over windows of the stream of about WINDOW_BINS samples, each within one epoch.
+A window holds the documents that begin in it; one longer than a sample is cut into full samples and
+a rest that is packed like a document. Source of the idea: "Fewer Truncations Improve Language
+Modeling" (arXiv 2404.10830).
 """
 
 from bisect import bisect_right
@@ -21,7 +24,8 @@ from data.permutation import Permutation
 from data.stream import DocumentStream, usable_cores
 
 WINDOW_BINS = 1024
-"""Samples of a window: enough for the one that stays half empty at its end to be less than a thousandth."""
+"""Samples of a window: enough for the one that stays half empty at its end to be less than a
+thousandth."""
 KEPT_WINDOWS = 2
 """The one under way and the next; about 25 MB per million documents each."""
 ORDER_PURPOSE = 3
@@ -30,11 +34,13 @@ ORDER_PURPOSE = 3
 
 @dataclass(frozen=True)
 class Place:
-    """What of a stream is unread: first the intervals passed over, then everything from `position` on."""
+    """What of a stream is unread: first the intervals passed over, then everything from `position`
+    on."""
 
     position: int = 0
     held: np.ndarray = field(default_factory=lambda: np.empty((0, 2), dtype=np.int64))
-    """int64 [intervals, 2]: stream position, tokens; in the order of the stream, below `position`."""
+    """int64 [intervals, 2]: stream position, tokens; in the order of the stream, below
+    `position`."""
 
     @property
     def tokens_read(self) -> int:
@@ -48,7 +54,8 @@ class Place:
         )
 
     def epoch_end(self, stream: DocumentStream) -> int:
-        """Stream position at which the epoch under way ends; at such a position it is that one, and at 0 the first."""
+        """Stream position at which the epoch under way ends; at such a position it is that one, and
+        at 0 the first."""
         return max(1, -(-self.position // stream.tokens_per_epoch)) * stream.tokens_per_epoch
 
 
@@ -62,12 +69,15 @@ class Concat:
         seq_length: int,
         mark: tuple[int, int] | None = None,
     ):
-        self.stream, self.place, self.seq_length = stream, place, seq_length
+        self.stream = stream
+        self.place = place
+        self.seq_length = seq_length
         self._held_ends = np.cumsum(place.held[:, 1])
         self._held_tokens = int(self._held_ends[-1]) if len(place.held) else 0
 
     def sample(self, number: int) -> Sample:
-        start, stop = number * self.seq_length, (number + 1) * self.seq_length
+        start = number * self.seq_length
+        stop = (number + 1) * self.seq_length
         if start >= self._held_tokens:
             position = self.place.position + start - self._held_tokens
             return Sample(
@@ -90,10 +100,8 @@ class Concat:
     def _held_part(self, start: int, stop: int) -> np.ndarray:
         """The intervals of held tokens [start, stop), as far as there are any."""
         begins = self._held_ends - self.place.held[:, 1]
-        low, high = (
-            np.searchsorted(self._held_ends, start, side="right"),
-            np.searchsorted(begins, stop, side="left"),
-        )
+        low = np.searchsorted(self._held_ends, start, side="right")
+        high = np.searchsorted(begins, stop, side="left")
         cut_start = np.maximum(begins[low:high], start)
         cut_stop = np.minimum(self._held_ends[low:high], stop)
         return np.stack(
@@ -142,8 +150,8 @@ class _Window(NamedTuple):
 class BestFit:
     """Samples are bins of whole documents, in a seeded order within each window.
 
-    Windows are counted from the place on. How many samples lie before a window is known once all before it are
-    packed; `mark` = (window, samples before it), from an earlier run, saves that.
+    Windows are counted from the place on. How many samples lie before a window is known once all
+    before it are packed; `mark` = (window, samples before it), from an earlier run, saves that.
     """
 
     def __init__(
@@ -153,7 +161,9 @@ class BestFit:
         seq_length: int,
         mark: tuple[int, int] | None = None,
     ):
-        self.stream, self.place, self.seq_length = stream, place, seq_length
+        self.stream = stream
+        self.place = place
+        self.seq_length = seq_length
         self._first, (before) = mark if mark else (0, 0)
         self._before = [before]  # samples before window self._first + i
         epoch = stream.tokens_per_epoch
@@ -178,7 +188,8 @@ class BestFit:
         return packed.end - self.place.tokens_read - unread
 
     def after(self, samples: int) -> Place:
-        """What is unread after the first `samples`: of the window under way, and all that follows."""
+        """What is unread after the first `samples`: of the window under way, and all that
+        follows."""
         if samples == 0:
             return self.place
         window, place = self._find(samples - 1)
@@ -186,7 +197,8 @@ class BestFit:
         return Place(packed.end, _joined(packed.of_samples(place + 1, packed.samples)))
 
     def samples_before(self, position: int) -> int:
-        """Samples of the windows before stream position `position`, an epoch's end. Packs them all."""
+        """Samples of the windows before stream position `position`, an epoch's end. Packs them
+        all."""
         windows = self._windows_in_rest
         if position > self._epoch_end:
             windows += (
@@ -199,7 +211,8 @@ class BestFit:
         return self._before[windows - self._first]
 
     def fill(self) -> float:
-        """Share of a sample that its documents take, on average over the first window that has any."""
+        """Share of a sample that its documents take, on average over the first window that has
+        any."""
         window = next(self._window(number) for number in range(3) if self._window(number).samples)
         return int(window.intervals[:, 1].sum()) / (window.samples * self.seq_length)
 
@@ -220,7 +233,8 @@ class BestFit:
         return self._first + index, number - self._before[index]
 
     def _count(self, windows: int) -> None:
-        """Count the samples of the next windows; packing them takes all cores where there are several."""
+        """Count the samples of the next windows; packing them takes all cores where there are
+        several."""
         first = self._first + len(self._before) - 1
         if windows == 1:
             counts = [self._window(first).samples]
@@ -247,15 +261,14 @@ class BestFit:
     def _edges(self, number: int) -> tuple[int, int]:
         """Stream positions of a window: documents that begin in them are its."""
         if number < self._windows_in_rest:
-            start, size, place, parts = (
-                self.place.position,
-                self._epoch_end - self.place.position,
-                number,
-                self._windows_in_rest,
-            )
+            start = self.place.position
+            size = self._epoch_end - self.place.position
+            place = number
+            parts = self._windows_in_rest
         else:
             epoch, place = divmod(number - self._windows_in_rest, self._windows_in_epoch)
-            size, parts = self.stream.tokens_per_epoch, self._windows_in_epoch
+            size = self.stream.tokens_per_epoch
+            parts = self._windows_in_epoch
             start = self._epoch_end + epoch * size
         return start + size * place // parts, start + size * (place + 1) // parts
 
@@ -283,7 +296,8 @@ PACKINGS: dict[str, type[Concat] | type[BestFit]] = {"concat": Concat, "best_fit
 
 
 def _cut(unread, spans, seq_length: int) -> np.ndarray:
-    """Documents as stream intervals int64 [pieces, 2], those longer than a sample cut into full ones and a rest."""
+    """Documents as stream intervals int64 [pieces, 2], those longer than a sample cut into full
+    ones and a rest."""
     begins = np.cumsum(spans.lengths) - spans.lengths
     first = np.searchsorted(
         spans.intervals, np.arange(len(unread))
@@ -301,7 +315,8 @@ def _cut(unread, spans, seq_length: int) -> np.ndarray:
 
 
 def _joined(intervals: np.ndarray) -> np.ndarray:
-    """The same tokens with neighbours in the stream put together; `intervals` in the order of the stream."""
+    """The same tokens with neighbours in the stream put together; `intervals` in the order of the
+    stream."""
     if len(intervals) == 0:
         return intervals
     apart = np.flatnonzero(intervals[1:, 0] != intervals[:-1].sum(axis=1)) + 1
@@ -310,7 +325,8 @@ def _joined(intervals: np.ndarray) -> np.ndarray:
 
 
 def pack(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """Best fit decreasing: each item, longest first, into the fullest bin that still has room for it.
+    """Best fit decreasing: each item, longest first, into the fullest bin that still has room for
+    it.
 
     Args:
         lengths: int64 [items], each in [1, capacity].
@@ -430,10 +446,12 @@ DEBRUIJN = np.array(
 
 @numba.njit(nogil=True, cache=True)
 def _next_set(words, levels, value):
-    """The smallest number >= value in a set kept as bits, 64 to a word of the level above; -1 if there is none."""
+    """The smallest number >= value in a set kept as bits, 64 to a word of the level above; -1 if
+    there is none."""
     level = 0
     while level < len(levels) - 1:
-        word, bit = value >> 6, value & 63
+        word = value >> 6
+        bit = value & 63
         if word >= levels[level + 1] - levels[level]:
             return -1
         found = words[levels[level] + word] & (~np.uint64(0) << np.uint64(bit))
@@ -469,7 +487,8 @@ def _pack(lengths, capacity):
         length = lengths[item]
         room = _next_set(words, starts, length)
         if room < 0:
-            target, room = count, capacity
+            target = count
+            room = capacity
             count += 1
         else:
             target = heads[room]

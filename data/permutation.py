@@ -1,8 +1,10 @@
-"""Seeded permutations of range(size) without a table: any part of one costs the same as its numbers.
+"""Seeded permutations of range(size) without a table: any part of one costs the same as its
+numbers.
 
-A generalised Feistel network (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002): a number
-below a x b >= size is split into (number % a, number // a); each round adds to one half a hash of the other.
-A result beyond size goes through again, so the numbers below it map among themselves.
+A generalised Feistel network (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA
+2002): a number below a x b >= size is split into (number % a, number // a); each round adds to one
+half a hash of the other. A result beyond size goes through again, so the numbers below it map among
+themselves.
 """
 
 from typing import NamedTuple
@@ -14,7 +16,8 @@ from numba import uint32, uint64
 ROUNDS = 8
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 BATCH = 512
-"""Numbers that go through the rounds together: eight at a time in vector registers, since halves are 16 bits wide."""
+"""Numbers that go through the rounds together: eight at a time in vector registers, since halves
+are 16 bits wide."""
 
 
 class Permutation(NamedTuple):
@@ -27,7 +30,8 @@ class Permutation(NamedTuple):
 
     @staticmethod
     def make(size: int, *seed: int) -> "Permutation":
-        """A permutation of range(size), at most 2^32, for each tuple of seeds (integers of 0 or more)."""
+        """A permutation of range(size), at most 2^32, for each tuple of seeds (integers of 0 or
+        more)."""
         assert 0 <= size <= 2**32, size
         a = max(1, int(np.ceil(np.sqrt(size))))
         key = np.zeros(1, dtype=np.uint64)
@@ -53,7 +57,8 @@ def hash_numbers(numbers: np.ndarray) -> np.ndarray:
 
 @numba.njit(inline="always")
 def _hash_below(number, key, limit):
-    """A hash of (number, key) in [0, limit); all uint32, number and limit at most 2^16 (lowbias32, Wellons, 2018)."""
+    """A hash of (number, key) in [0, limit); all uint32, number and limit at most 2^16 (lowbias32,
+    Wellons, 2018)."""
     mixed = uint32(uint32(number * uint32(0x9E3779B1)) + key)
     mixed = uint32(uint32(mixed ^ (mixed >> uint32(16))) * uint32(0x7FEB352D))
     mixed = uint32(uint32(mixed ^ (mixed >> uint32(15))) * uint32(0x846CA68B))
@@ -63,11 +68,15 @@ def _hash_below(number, key, limit):
 @numba.njit(inline="always")
 def permuted(number, permutation):
     """Where one number goes; for compiled callers."""
-    size, wide = uint64(permutation.size), uint64(permutation.a)
-    a, b, keys = uint32(permutation.a), uint32(permutation.b), permutation.keys
+    size = uint64(permutation.size)
+    wide = uint64(permutation.a)
+    a = uint32(permutation.a)
+    b = uint32(permutation.b)
+    keys = permutation.keys
     number = uint64(number)
     while True:
-        low, high = uint32(number % wide), uint32(number // wide)
+        low = uint32(number % wide)
+        high = uint32(number // wide)
         for i in range(0, ROUNDS, 2):
             low = uint32(low + _hash_below(high, keys[i], a))
             low = low - a if low >= a else low
@@ -80,15 +89,20 @@ def permuted(number, permutation):
 
 @numba.njit(nogil=True, cache=True)
 def permuted_batch(start, permutation, low, high, out):
-    """out[i] = where start + i goes, for numbers in range; `low` and `high` are uint32 buffers of its size."""
-    a, b, keys = uint32(permutation.a), uint32(permutation.b), permutation.keys
-    row, column = uint32(start // permutation.a), uint32(start % permutation.a)
+    """out[i] = where start + i goes, for numbers in range; `low` and `high` are uint32 buffers of
+    its size."""
+    a = uint32(permutation.a)
+    b = uint32(permutation.b)
+    keys = permutation.keys
+    row = uint32(start // permutation.a)
+    column = uint32(start % permutation.a)
     count = len(out)
     for i in range(count):
         low[i], high[i] = column, row
         column = uint32(column + uint32(1))
         if column == a:
-            column, row = uint32(0), uint32(row + uint32(1))
+            column = uint32(0)
+            row = uint32(row + uint32(1))
     for k in range(0, ROUNDS, 2):
         for i in range(count):
             moved = uint32(low[i] + _hash_below(high[i], keys[k], a))
@@ -108,7 +122,8 @@ def permuted_batch(start, permutation, low, high, out):
 @numba.njit(nogil=True, cache=True)
 def fill_permuted(permutation, start, out):
     """out[i] = where start + i goes."""
-    low, high = np.empty(BATCH, dtype=np.uint32), np.empty(BATCH, dtype=np.uint32)
+    low = np.empty(BATCH, dtype=np.uint32)
+    high = np.empty(BATCH, dtype=np.uint32)
     for first in range(0, len(out), BATCH):
         part = out[first : first + BATCH]
         permuted_batch(start + first, permutation, low, high, part)

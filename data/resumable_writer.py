@@ -26,7 +26,8 @@ class ResumableWriter(IndexedWriter):
     """
 
     def __init__(self, prefix: str, dtype: type[np.integer]):
-        """Raises ValueError as IndexedWriter does, or when another process writes the same prefix."""
+        """Raises ValueError as IndexedWriter does, or when another process writes the same
+        prefix."""
         self._tables = {name: Path(f"{prefix}.{name}.partial") for name in ("lengths", "documents")}
         self._progress = Path(f"{prefix}.progress.json")
         self._state: dict | None = None
@@ -52,7 +53,8 @@ class ResumableWriter(IndexedWriter):
         return os.fdopen(descriptor, "wb", buffering=COPY_BYTES)
 
     def saved(self) -> dict | None:
-        """The note of the last `save` of an earlier process; None if there is none, or files of it are missing."""
+        """The note of the last `save` of an earlier process; None if there is none, or files of it
+        are missing."""
         try:
             state = json.loads(self._progress.read_text(encoding="utf-8"))
             whole = (
@@ -74,7 +76,8 @@ class ResumableWriter(IndexedWriter):
         self._lengths = array("i", self._tables["lengths"].read_bytes()[: 4 * state["sequences"]])
         self._documents = array("q", [0])
         self._documents.frombytes(self._tables["documents"].read_bytes()[: 8 * state["documents"]])
-        self.num_tokens, self.max_token_id = state["tokens"], state["max_token_id"]
+        self.num_tokens = state["tokens"]
+        self.max_token_id = state["max_token_id"]
 
     def discard(self) -> None:
         """Begin again: forget what an earlier process saved."""

@@ -1,4 +1,5 @@
-"""Opening the data of a run: each source as a stream, the split into train and valid, the validation sets."""
+"""Opening the data of a run: each source as a stream, the split into train and valid, the
+validation sets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,9 +17,11 @@ from data.synthetic import SyntheticReader
 from data.tokenizer_identity import same_tokenizer
 
 SCANNED_BYTES = 1 << 30
-"""A .bin up to this size is scanned for ids that are too large at the start; a larger one as it is read."""
+"""A .bin up to this size is scanned for ids that are too large at the start; a larger one as it is
+read."""
 NAMED_SPLITS = 16
-"""Up to so many sources each have a validation set of their own under --split; more are blended into one."""
+"""Up to so many sources each have a validation set of their own under --split; more are blended
+into one."""
 MOCK = "mock data"
 
 Blend = list[tuple[float, DocumentStream]]
@@ -36,7 +39,8 @@ class Corpus:
     def settings(
         self, seq_length: int, words: Sequence[str], field: str, packing, exhausted
     ) -> DataSettings:
-        """The settings of a segment that draws from `words`; sources without weights count by their tokens."""
+        """The settings of a segment that draws from `words`; sources without weights count by their
+        tokens."""
         entries = parse_blend(words, field) if words else [(1.0, SourceName(MOCK))]
         blend = tuple(
             (
@@ -58,12 +62,13 @@ def open_corpus(
     """Open all sources that the run or one of its phases names.
 
     Args:
-        tokenizer: `Tokenizer.describe()` of the run's own; a corpus made with another one is refused.
+        tokenizer: `Tokenizer.describe()` of the run's own; a corpus made with another one is
+            refused.
         phase_blends: `data_path` of the phases that have their own.
 
     Raises:
-        ValueError: files are missing or damaged, hold ids outside the vocabulary, or leave nothing to train on; or
-            validation data is also trained on.
+        ValueError: files are missing or damaged, hold ids outside the vocabulary, or leave nothing
+            to train on; or validation data is also trained on.
     """
     opener = _Opener(config, seed, vocab_size, tokenizer)
     if config.mock_data:
@@ -97,12 +102,10 @@ class _Opener:
     """Opens prefixes once each and cuts their documents into streams."""
 
     def __init__(self, config: DataConfig, seed: int, vocab_size: int, tokenizer: dict | None):
-        self.config, self.seed, self.vocab_size, self.tokenizer = (
-            config,
-            seed,
-            vocab_size,
-            tokenizer,
-        )
+        self.config = config
+        self.seed = seed
+        self.vocab_size = vocab_size
+        self.tokenizer = tokenizer
         self.cache, self.files = IndexCache(config.data_cache_path), OpenFiles()
         self._readers: dict[str, IndexedReader] = {}
         self.empty: dict[str, int] = {}
@@ -117,7 +120,8 @@ class _Opener:
     def split(
         self, reader: IndexedReader | SyntheticReader, source: SourceName, is_split: bool = True
     ) -> dict[str, DocumentStream]:
-        """Split name -> stream of the source's documents, "train" and "valid" as far as they have any."""
+        """Split name -> stream of the source's documents, "train" and "valid" as far as they have
+        any."""
         split = self.config.split if is_split else "1"
         if parse_split(split)[0] == 1 and source == SourceName(source.prefix):
             return {"train": DocumentStream(reader, None, self.seed, self.cache)}
@@ -162,16 +166,19 @@ class _Opener:
         return {name: parts[name] for name in SPLITS[:2]}
 
     def _open(self, prefix: str) -> IndexedReader:
-        """Open a pair; check its tokenizer, and its ids where that is cheap: by a scan, its dtype or its side file."""
+        """Open a pair; check its tokenizer, and its ids where that is cheap: by a scan, its dtype
+        or its side file."""
         reader = IndexedReader(prefix, self.files)
-        side, limits = read_side_file(prefix), np.iinfo(reader.dtype)
+        side = read_side_file(prefix)
+        limits = np.iinfo(reader.dtype)
         belongs = side and (side["documents"], side["tokens"]) == (
             reader.num_documents,
             reader.num_tokens,
         )
         if belongs and self.tokenizer and side.get("tokenizer"):
             _check_tokenizer(prefix, side["tokenizer"], self.tokenizer)
-        low, high = 0, -1
+        low = 0
+        high = -1
         if limits.min < 0 or limits.max >= self.vocab_size:
             if reader.num_tokens * np.dtype(reader.dtype).itemsize < SCANNED_BYTES:
                 low, high = reader.token_range()
@@ -243,7 +250,8 @@ def _split_validation(
 
 
 def _check_tokenizer(prefix: str, theirs: dict, ours: dict) -> None:
-    """Raises ValueError unless the corpus was made with the run's tokenizer (ids without one always pass)."""
+    """Raises ValueError unless the corpus was made with the run's tokenizer (ids without one always
+    pass)."""
     sizes = {"vocab_size": None}  # rows of the model, which may be more than the corpus needs
     if not same_tokenizer(theirs | sizes, ours | sizes):
         raise ValueError(

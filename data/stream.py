@@ -1,9 +1,10 @@
 """A source as one endless token stream, whatever the sequence length.
 
-Epoch e is a permutation of the source's documents, seeded by (seed, e); the stream is the epochs one after another.
-The permutation needs no table (permutation.py), and a prefix offset is kept for each block of 16 permuted documents,
-so an epoch of n documents costs n / 2 bytes. A stream position is found by a binary search over the blocks and a walk
-in one of them; reading is a pure function of the position.
+Epoch e is a permutation of the source's documents, seeded by (seed, e); the stream is the epochs
+one after another. The permutation needs no table (permutation.py), and a prefix offset is kept for
+each block of 16 permuted documents, so an epoch of n documents costs n / 2 bytes. A stream position
+is found by a binary search over the blocks and a walk in one of them; reading is a pure function of
+the position.
 """
 
 import os
@@ -23,7 +24,8 @@ SPLITS = ("train", "valid", "test")
 KEPT_EPOCHS = 2
 BLOCK = 16
 """Documents per prefix offset."""
-SPLIT_PURPOSE, EPOCH_PURPOSE = 1, 2
+SPLIT_PURPOSE = 1
+EPOCH_PURPOSE = 2
 """Keep the seeds of the two permutations apart."""
 
 
@@ -62,10 +64,11 @@ class _Epoch(NamedTuple):
 
 
 class DocumentStream:
-    """The documents of one source as an endless stream of tokens. Safe to read from several threads.
+    """The documents of one source as an endless stream of tokens. Safe to read from several
+    threads.
 
-    Attributes: reader, documents (ids of those that are not empty, ascending; None = all of the reader's), seed,
-    num_documents, tokens_per_epoch.
+    Attributes: reader, documents (ids of those that are not empty, ascending; None = all of the
+    reader's), seed, num_documents, tokens_per_epoch.
     """
 
     def __init__(
@@ -88,8 +91,12 @@ class DocumentStream:
         )
         if len(lengths) and int(lengths.min()) == 0:
             keep = np.flatnonzero(lengths)
-            documents, lengths = keep if documents is None else documents[keep], lengths[keep]
-        self.reader, self.documents, self.lengths, self.seed = reader, documents, lengths, seed
+            documents = keep if documents is None else documents[keep]
+            lengths = lengths[keep]
+        self.reader = reader
+        self.documents = documents
+        self.lengths = lengths
+        self.seed = seed
         self.num_documents = len(lengths)
         self.tokens_per_epoch = int(lengths.sum(dtype=np.int64))
         if self.tokens_per_epoch == 0:
@@ -106,7 +113,8 @@ class DocumentStream:
         """The spans of documents at the given intervals of the stream, in order.
 
         Args:
-            intervals: int64 [intervals, 2], stream position of the first token and number of tokens of each.
+            intervals: int64 [intervals, 2], stream position of the first token and number of tokens
+                of each.
         """
         intervals = np.asarray(intervals, dtype=np.int64).reshape(-1, 2)
         assert (intervals >= 0).all(), intervals
@@ -120,11 +128,13 @@ class DocumentStream:
                 epoch, local = divmod(start, self.tokens_per_epoch)
                 count = min(length, self.tokens_per_epoch - local)
                 parts.append(self._locate_in(epoch, np.array([[start, count]]), np.array([number])))
-                start, length = start + count, length - count
+                start = start + count
+                length = length - count
         return Spans(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
     def spans(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Document, offset in it and length of each span at stream positions [start, start + length)."""
+        """Document, offset in it and length of each span at stream positions [start, start +
+        length)."""
         found = self.locate(np.array([[start, length]]))
         return found.documents, found.offsets, found.lengths
 
@@ -147,7 +157,8 @@ class DocumentStream:
         )
 
     def first_documents(self, count: int, at_least: int) -> list[int]:
-        """Numbers in the reader of the stream's first `count` documents that have `at_least` tokens, each once."""
+        """Numbers in the reader of the stream's first `count` documents that have `at_least`
+        tokens, each once."""
         count = min(count, int(np.count_nonzero(self.lengths >= at_least)))
         found: list[int] = []
         for start in range(0, self.tokens_per_epoch, 1 << 20):
@@ -159,7 +170,8 @@ class DocumentStream:
         return found[:count]
 
     def document_start(self, position: int) -> int:
-        """The first stream position >= `position` at which a document begins (or an epoch, as one then does)."""
+        """The first stream position >= `position` at which a document begins (or an epoch, as one
+        then does)."""
         epoch, local = divmod(position, self.tokens_per_epoch)
         if local == 0:
             return position
@@ -213,8 +225,8 @@ class DocumentStream:
 def split_documents(num_documents: int, split: str, seed: int) -> dict[str, np.ndarray]:
     """Cut a seeded permutation of the documents by shares -> split name -> document ids, ascending.
 
-    Random, so that each split is representative, while Megatron-LM cuts in file order. A share above
-    0 gets at least one document as long as there are enough; train comes first, then valid.
+    Random, so that each split is representative, while Megatron-LM cuts in file order. A share
+    above 0 gets at least one document as long as there are enough; train comes first, then valid.
 
     Args:
         split: shares such as `969,30,1`.
@@ -279,9 +291,11 @@ def _prefix_offsets(lengths: np.ndarray, permutation: Permutation) -> np.ndarray
 @numba.njit(nogil=True, cache=True)
 def _sum_blocks(lengths, permutation, first, out):
     """out[i] = tokens of the documents of block first + i."""
-    low, high = np.empty(BATCH, dtype=np.uint32), np.empty(BATCH, dtype=np.uint32)
+    low = np.empty(BATCH, dtype=np.uint32)
+    high = np.empty(BATCH, dtype=np.uint32)
     documents = np.empty(BATCH, dtype=np.int64)
-    start, end = first * BLOCK, min(len(lengths), (first + len(out)) * BLOCK)
+    start = first * BLOCK
+    end = min(len(lengths), (first + len(out)) * BLOCK)
     out[:] = 0
     for batch in range(start, end, BATCH):
         count = min(BATCH, end - batch)
@@ -294,7 +308,8 @@ def _sum_blocks(lengths, permutation, first, out):
 def _deal(permutation, ends, train, valid, test):
     """Put each document into the split whose range of ranks its own lies in."""
     counts = np.zeros(3, dtype=np.int64)
-    low, high = np.empty(BATCH, dtype=np.uint32), np.empty(BATCH, dtype=np.uint32)
+    low = np.empty(BATCH, dtype=np.uint32)
+    high = np.empty(BATCH, dtype=np.uint32)
     ranks = np.empty(BATCH, dtype=np.int64)
     for document in range(permutation.size):
         if document % BATCH == 0:
@@ -315,9 +330,11 @@ def _deal(permutation, ends, train, valid, test):
 
 @numba.njit(nogil=True, cache=True)
 def _find_document(position, lengths, permutation, blocks):
-    """The document at a position of the epoch -> (place in the epoch's order, document, where it begins)."""
+    """The document at a position of the epoch -> (place in the epoch's order, document, where it
+    begins)."""
     block = np.searchsorted(blocks, position, side="right") - 1
-    place, start = block * BLOCK, blocks[block]
+    place = block * BLOCK
+    start = blocks[block]
     document = permuted(place, permutation)
     while start + lengths[document] <= position:
         start += lengths[document]
@@ -328,16 +345,19 @@ def _find_document(position, lengths, permutation, blocks):
 
 @numba.njit(nogil=True, cache=True)
 def _find_spans(starts, counts, lengths, permutation, blocks):
-    """Documents, offsets, lengths, rests and interval of the spans at positions [starts, starts + counts)."""
+    """Documents, offsets, lengths, rests and interval of the spans at positions [starts, starts +
+    counts)."""
     room = 2 * len(starts) + 64
     out = np.empty((5, room), dtype=np.int64)
     used = 0
-    low, high = np.empty(BATCH, dtype=np.uint32), np.empty(BATCH, dtype=np.uint32)
+    low = np.empty(BATCH, dtype=np.uint32)
+    high = np.empty(BATCH, dtype=np.uint32)
     batch = np.empty(BATCH, dtype=np.int64)
     for i in range(len(starts)):
         if counts[i] == 0:
             continue
-        position, end = starts[i], starts[i] + counts[i]
+        position = starts[i]
+        end = starts[i] + counts[i]
         place, document, start = _find_document(position, lengths, permutation, blocks)
         single, next_batch = (
             place + BLOCK,

@@ -1,5 +1,5 @@
-"""Microbatches laid out by hand, for evaluations: stretches of tokens that no stream has in that order, and which of
-their tokens are scored."""
+"""Microbatches laid out by hand, for evaluations: stretches of tokens that no stream has in that
+order, and which of their tokens are scored."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -19,8 +19,8 @@ class Stretch(NamedTuple):
     """Number of its first token in the document."""
     length: int
     targets: np.ndarray
-    """int64 [ranges, 2]: half-open ranges of the document's tokens that are targets, each after `start` and within the
-    stretch."""
+    """int64 [ranges, 2]: half-open ranges of the document's tokens that are targets, each after
+    `start` and within the stretch."""
 
 
 def lay_out(
@@ -31,11 +31,12 @@ def lay_out(
     padding: int,
     vocab_size: int,
 ) -> Batch:
-    """A microbatch of `total` tokens: the stretches one after another, then padding, in segments of its own.
+    """A microbatch of `total` tokens: the stretches one after another, then padding, in segments of
+    its own.
 
     Args:
-        pieces: half-open ranges of the microbatch that this rank holds; only those tokens are read, and one more per
-            stretch and piece, the label of the last.
+        pieces: half-open ranges of the microbatch that this rank holds; only those tokens are read,
+            and one more per stretch and piece, the label of the last.
         padding: id that fills the rest.
 
     Raises:
@@ -45,11 +46,13 @@ def lay_out(
     assert begins[-1] <= total, (begins, total)
     cu_seqlens = np.concatenate([begins[:-1], padding_starts(begins[-1], total), [total]])
     size = sum(high - low for low, high in pieces)
-    tokens, labels = np.full(size, padding, dtype=np.int64), np.full(size, IGNORE, dtype=np.int64)
+    tokens = np.full(size, padding, dtype=np.int64)
+    labels = np.full(size, IGNORE, dtype=np.int64)
     at = 0
     for low, high in pieces:
         for stretch, begin in zip(stretches, begins.tolist(), strict=False):
-            first, last = max(low, begin) - begin, min(high, begin + stretch.length) - begin
+            first = max(low, begin) - begin
+            last = min(high, begin + stretch.length) - begin
             if first < last:
                 place = slice(at + begin + first - low, at + begin + last - low)
                 tokens[place], labels[place] = _part(stretch, first, last, vocab_size)

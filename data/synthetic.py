@@ -6,16 +6,19 @@ from data.permutation import hash_numbers
 
 
 class SyntheticReader:
-    """Motifs of 8 tokens from a small pool, in random order. Learnable, and readable at any offset, since every token
-    is a hash of (seed, document, offset).
+    """Motifs of 8 tokens from a small pool, in random order. Learnable, and readable at any offset,
+    since every token is a hash of (seed, document, offset).
 
     Lengths are log-uniform in [16, 8192] tokens.
     """
 
-    MOTIF, POOL = 8, 64
+    MOTIF = 8
+    POOL = 64
 
     def __init__(self, vocab_size: int, seed: int, num_documents: int = 10_000):
-        self.prefix, self.vocab_size, self.seed = "mock data", vocab_size, seed
+        self.prefix = "mock data"
+        self.vocab_size = vocab_size
+        self.seed = seed
         draws = _keyed(np.arange(num_documents, dtype=np.uint64), seed, 1) >> np.uint64(11)
         self.document_lengths = (16 * 512.0 ** (draws / 2.0**53)).astype(np.int64)
         self.num_documents, self.num_tokens = num_documents, int(self.document_lengths.sum())
@@ -27,7 +30,8 @@ class SyntheticReader:
     def read_spans(
         self, documents: np.ndarray, offsets: np.ndarray, lengths: np.ndarray, out: np.ndarray
     ) -> None:
-        """Copy tokens [offset, offset + length) of each document one after another into `out`, int64."""
+        """Copy tokens [offset, offset + length) of each document one after another into `out`,
+        int64."""
         ends = np.cumsum(lengths)
         places = (np.arange(len(out)) + np.repeat(offsets - (ends - lengths), lengths)).astype(
             np.uint64

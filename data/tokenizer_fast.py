@@ -1,9 +1,9 @@
 """Encodes many texts at once with gigatoken, to the ids of the tokenizer that it stands for.
 
-gigatoken reads tokenizer.json and has its own code for each kind of step in it. Which texts it gets is
-decided from the tokenizer's definition (data/tokenizer_rules.py); the tokenizer itself encodes the
-others, and one document in CHECK_EVERY of the fast ones again, so that a difference that the rules
-do not know stops the run.
+gigatoken reads tokenizer.json and has its own code for each kind of step in it. Which texts it gets
+is decided from the tokenizer's definition (data/tokenizer_rules.py); the tokenizer itself encodes
+the others, and one document in CHECK_EVERY of the fast ones again, so that a difference that the
+rules do not know stops the run.
 """
 
 import os
@@ -19,7 +19,8 @@ import xxhash
 from data.tokenizer import SAMPLE_TEXT, Tokenizer
 from data.tokenizer_rules import FastRules
 
-CACHE_BYTES, CACHE_TEXT = 1 << 30, 256 << 20
+CACHE_BYTES = 1 << 30
+CACHE_TEXT = 256 << 20
 """gigatoken remembers every word that it met and forgets none: up to 6 bytes per letter of random
 text. It begins again once the process has grown by CACHE_BYTES and CACHE_TEXT letters were encoded;
 to learn the common words again costs less than a fifth of the time that this many letters take.
@@ -79,7 +80,8 @@ class FastEncoder:
         with self._lock:
             self._letters += letters
             if self._letters >= CACHE_TEXT and resident_bytes() - self._memory >= CACHE_BYTES:
-                self._tokenizer, self._letters = self._make(), 0
+                self._tokenizer = self._make()
+                self._letters = 0
 
 
 def resident_bytes() -> int:

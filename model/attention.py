@@ -1,13 +1,14 @@
 """Causal self-attention: heads split over tp, tokens over cp (Ulysses), documents kept apart.
 
-    x_tD -> q_tNH, k_tKH, v_tKH -> (norms, rope) -> (seq_to_heads) -> attend -> (heads_to_seq) -> o_tNH -> o
+    x_tD -> q_tNH, k_tKH, v_tKH -> (norms, rope) -> (seq_to_heads) -> attend -> (heads_to_seq) ->
+    o_tNH -> o
 
-In chunks (`head_chunks` > 1) the line is walked once per group of query heads, and again for each group in backward, so
-that q, k and v of all heads never exist at once.
+In chunks (`head_chunks` > 1) the line is walked once per group of query heads, and again for each
+group in backward, so that q, k and v of all heads never exist at once.
 
-Legend: T tokens of a microbatch, t this context-parallel rank's slice, s those of its all-to-all group (all T without a
-second level), D hidden, N query and K key/value heads of this tp rank, n and k those of a chunk or round, m heads after
-the exchange, H head size.
+Legend: T tokens of a microbatch, t this context-parallel rank's slice, s those of its all-to-all
+group (all T without a second level), D hidden, N query and K key/value heads of this tp rank, n and
+k those of a chunk or round, m heads after the exchange, H head size.
 """
 
 from collections.abc import Callable
@@ -56,20 +57,21 @@ class Projections(NamedTuple):
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layout: Layout, attend: Attend):
         super().__init__()
-        D, H, tp = config.hidden_size, config.head_size, layout.tp
-        heads, kv_heads = config.num_attention_heads, config.num_kv_heads
+        D = config.hidden_size
+        H = config.head_size
+        tp = layout.tp
+        heads = config.num_attention_heads
+        kv_heads = config.num_kv_heads
         self.q = Weight(heads * H, D, config.add_qkv_bias)
         self.k = Weight(kv_heads * H, D, config.add_qkv_bias)
         self.v = Weight(kv_heads * H, D, config.add_qkv_bias)
         self.o = Weight(D, heads * H)
         self.q_norm = RMSNorm(H, config.norm_epsilon) if config.qk_layernorm else None
         self.k_norm = RMSNorm(H, config.norm_epsilon) if config.qk_layernorm else None
-        self.head_size, self.layout, self.attend, self.epsilon = (
-            H,
-            layout,
-            attend,
-            config.norm_epsilon,
-        )
+        self.head_size = H
+        self.layout = layout
+        self.attend = attend
+        self.epsilon = config.norm_epsilon
         self.kv_rows: slice | None = None
         if kv_heads < tp.size:
             # The weights of all key/value heads are here; this rank's queries read one of them.
@@ -78,7 +80,8 @@ class Attention(nn.Module):
         self.split = HeadSplit.make(
             heads // tp.size, max(1, kv_heads // tp.size), layout.cp_a2a.size
         )
-        # `attend` pairs query head i with key/value head i // group; an uneven split may need its own pairing.
+        # `attend` pairs query head i with key/value head i // group; an uneven split may need its
+        # own pairing.
         pairing = self.split.kv_of_query(layout.cp_a2a.rank)
         uses = [pairing.count(head) for head in range(pairing[-1] + 1)]
         self.kv_uses = uses if len(set(uses)) > 1 else None
@@ -125,7 +128,8 @@ class Attention(nn.Module):
     def project(
         self, x_tD: torch.Tensor, positions: Positions, weights: Projections
     ) -> tuple[torch.Tensor, ...]:
-        """q [t, N, H], k [t, K, H] and v [t, K, H] by one product, whose gradient of x needs no sum of three."""
+        """q [t, N, H], k [t, K, H] and v [t, K, H] by one product, whose gradient of x needs no sum
+        of three."""
         bias_R = None
         if weights.q_bias is not None:
             bias_R = torch.cat([weights.q_bias, weights.k_bias, weights.v_bias])
@@ -192,7 +196,8 @@ class Attention(nn.Module):
         segments: list[Segments],
         tape: AttentionTape | None,
     ) -> torch.Tensor:
-        """The queries of this rank's group of tokens against the keys of all tokens -> [s, m, H]."""
+        """The queries of this rank's group of tokens against the keys of all tokens -> [s, m,
+        H]."""
 
         def call(
             q_smH: torch.Tensor, k_TkH: torch.Tensor, v_TkH: torch.Tensor
@@ -214,6 +219,7 @@ class Attention(nn.Module):
 
 
 def _repeat_heads(x_TkH: torch.Tensor, uses: list[int]) -> torch.Tensor:
-    """Each head so many times; repeat_interleave adds up the gradients in no fixed order on a GPU."""
+    """Each head so many times; repeat_interleave adds up the gradients in no fixed order on a
+    GPU."""
     heads = zip(x_TkH.split(1, dim=1), uses, strict=True)
     return torch.cat([head.expand(-1, count, -1) for head, count in heads], dim=1)

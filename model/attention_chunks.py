@@ -1,7 +1,9 @@
-"""Ulysses attention by groups of heads: project, exchange, attend and exchange back, group after group.
+"""Ulysses attention by groups of heads: project, exchange, attend and exchange back, group after
+group.
 
-q, k and v exist for one group (and the next, whose exchange runs meanwhile); the results of all groups are kept, as one
-call would keep them. Backward walks the groups again: it makes q, k and v a second time, but never attention's forward.
+q, k and v exist for one group (and the next, whose exchange runs meanwhile); the results of all
+groups are kept, as one call would keep them. Backward walks the groups again: it makes q, k and v a
+second time, but never attention's forward.
 
 Source: Untied Ulysses (arXiv 2602.21196). Legend: see attention.py.
 """
@@ -34,14 +36,16 @@ def attend_in_chunks(
     tape: AttentionTape | None,
     weights: "Projections",
 ) -> torch.Tensor:
-    """[t, D], all tokens of this rank -> the attention's output [t, N, H] before the output projection."""
+    """[t, D], all tokens of this rank -> the attention's output [t, N, H] before the output
+    projection."""
     if torch.is_grad_enabled():
         return _Chunks.apply(block, positions, rounds, tape, type(weights), x_tD, *weights)
     return _forward(block, x_tD, positions, rounds, tape, weights)
 
 
 def _forward(block, x_tD, positions, rounds, tape, weights) -> torch.Tensor:
-    axis, H = block.layout.cp_a2a, block.head_size
+    axis = block.layout.cp_a2a
+    H = block.head_size
     o_tNH = x_tD.new_empty(x_tD.shape[0], weights.q_rD.shape[0] // H, H)
     if tape is not None and tape.playing:
         for each in rounds:
@@ -61,12 +65,14 @@ def _forward(block, x_tD, positions, rounds, tape, weights) -> torch.Tensor:
 
 
 def _exchanged(block, x_tD, positions, rounds, weights) -> Iterator[tuple]:
-    """(round, heads, q, k, v, is it the round's last chunk?) of every chunk; the next exchange is on its way."""
+    """(round, heads, q, k, v, is it the round's last chunk?) of every chunk; the next exchange is
+    on its way."""
     axis = block.layout.cp_a2a
 
     def start_kv(each: HeadRound) -> Callable:
         part = _part(weights, KV_FIELDS, each.kv_heads, block.head_size)
-        k, v = block.project_k(x_tD, positions, part), block.project_v(x_tD, part)
+        k = block.project_k(x_tD, positions, part)
+        v = block.project_v(x_tD, part)
         return start_seq_to_heads(k[:, :0], k, v, each.kv_split, axis)
 
     def start_q(each: HeadRound, heads: tuple[int, ...]) -> Callable:
@@ -74,7 +80,8 @@ def _exchanged(block, x_tD, positions, rounds, weights) -> Iterator[tuple]:
         return start_seq_to_heads(q, q[:, :0], q[:, :0], each.query_split, axis)
 
     steps = [(each, heads) for each in rounds for heads in each.query_chunks]
-    kv_on_way, q_on_way = start_kv(rounds[0]), start_q(*steps[0])
+    kv_on_way = start_kv(rounds[0])
+    q_on_way = start_q(*steps[0])
     for number, (each, heads) in enumerate(steps):
         if heads is each.query_chunks[0]:
             k_TkH, v_TkH = block.gather(*kv_on_way()[1:])
@@ -93,13 +100,11 @@ class _Chunks(torch.autograd.Function):
         tape = tape or AttentionTape()
         o_tNH = _forward(block, x_tD, positions, rounds, tape, kind(*weights))
         tape.play()
-        ctx.block, ctx.positions, ctx.rounds, ctx.tape, ctx.kind = (
-            block,
-            positions,
-            rounds,
-            tape,
-            kind,
-        )
+        ctx.block = block
+        ctx.positions = positions
+        ctx.rounds = rounds
+        ctx.tape = tape
+        ctx.kind = kind
         ctx.save_for_backward(x_tD, *weights)
         return o_tNH
 
@@ -117,7 +122,8 @@ def _round_gradients(ctx, each: HeadRound, gradients: "_Gradients", grad_tNH: to
     part, leaves = gradients.leaves(KV_FIELDS, each.kv_heads)
     with torch.enable_grad():
         kv = _exchange_kv(ctx, each, part, gradients)
-    read, sums = [x.detach().requires_grad_() for x in kv], None
+    read = [x.detach().requires_grad_() for x in kv]
+    sums = None
     for heads in each.query_chunks:
         grads = _chunk_gradients(ctx, each, heads, read, gradients, grad_tNH)
         if sums is None:
@@ -134,8 +140,11 @@ def _round_gradients(ctx, each: HeadRound, gradients: "_Gradients", grad_tNH: to
 def _exchange_kv(
     ctx, each: HeadRound, part: "Projections", gradients: "_Gradients"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    block, x_tD, linear = ctx.block, gradients.x_tD, gradients.linear
-    k, v = block.project_k(x_tD, ctx.positions, part, linear), block.project_v(x_tD, part, linear)
+    block = ctx.block
+    x_tD = gradients.x_tD
+    linear = gradients.linear
+    k = block.project_k(x_tD, ctx.positions, part, linear)
+    v = block.project_v(x_tD, part, linear)
     nothing = k.detach()[:, :0]  # with a gradient it would be a whole k of zeros
     return block.gather(*seq_to_heads(nothing, k, v, each.kv_split, block.layout.cp_a2a)[1:])
 
@@ -173,11 +182,13 @@ def _widen(grad: torch.Tensor) -> torch.Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """F.linear of an input that needs no gradient of its own: it is added to `sum_tD`, and no second [t, D] is made."""
+    """F.linear of an input that needs no gradient of its own: it is added to `sum_tD`, and no
+    second [t, D] is made."""
 
     @staticmethod
     def forward(ctx, x_tD, weight_rD, bias, sum_tD):
-        ctx.sum_tD, ctx.has_bias = sum_tD, bias is not None
+        ctx.sum_tD = sum_tD
+        ctx.has_bias = bias is not None
         ctx.save_for_backward(x_tD, weight_rD)
         return F.linear(x_tD, weight_rD, bias)
 
@@ -193,7 +204,9 @@ class _Gradients:
 
     def __init__(self, x_tD: torch.Tensor, weights: "Projections", head_size: int):
         # Detached: a gradient asked for in one group must not walk the graph behind x.
-        self.x_tD, self.weights, self.head_size = x_tD.detach(), weights, head_size
+        self.x_tD = x_tD.detach()
+        self.weights = weights
+        self.head_size = head_size
         self.of_x = torch.zeros_like(x_tD)
         self.of_weights = type(weights)(
             *(self._zeros(name, x) for name, x in weights._asdict().items())
@@ -267,8 +280,8 @@ def _part(
 
 @cache
 def _index(heads: tuple[int, ...], device: torch.device) -> slice | torch.Tensor:
-    """The heads as a slice where they are neighbours: a view instead of a copy. Else made once per device: no transfer
-    in a step."""
+    """The heads as a slice where they are neighbours: a view instead of a copy. Else made once per
+    device: no transfer in a step."""
     if heads == tuple(range(heads[0], heads[-1] + 1)):
         return slice(heads[0], heads[-1] + 1)
     return torch.tensor(heads, device=device)

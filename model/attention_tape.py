@@ -1,8 +1,10 @@
-"""Attention calls whose results are kept while their q, k and v are forgotten, and made again for backward.
+"""Attention calls whose results are kept while their q, k and v are forgotten, and made again for
+backward.
 
-Whatever the kernel, its backward needs q, k, v, the output and the log-sum-exp. The graph of the call stays alive; the
-storages of q, k and v are emptied, and filled with recomputed values just before the backward. So attention's forward
-runs once, and a call keeps its output [n, m, H] and log-sum-exp [m, n] only.
+Whatever the kernel, its backward needs q, k, v, the output and the log-sum-exp. The graph of the
+call stays alive; the storages of q, k and v are emptied, and filled with recomputed values just
+before the backward. So attention's forward runs once, and a call keeps its output [n, m, H] and
+log-sum-exp [m, n] only.
 
 Sources: LoongTrain's selective checkpoint (arXiv 2406.18485); for storages that are emptied, FSDP2.
 """
@@ -12,7 +14,8 @@ from collections.abc import Callable
 import torch
 
 Call = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], list[torch.Tensor]]
-"""Differentiable attention (q, k, v) -> the output in parts: the rows of each of the kernel's calls, in order."""
+"""Differentiable attention (q, k, v) -> the output in parts: the rows of each of the kernel's
+calls, in order."""
 
 
 def join(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -23,7 +26,8 @@ def join(parts: list[torch.Tensor]) -> torch.Tensor:
 class KeptCall:
     """One call, between its forward and its backward; its inputs are to be emptied by the caller.
 
-    Parts are kept as the kernel's graph has them, since what they are joined to would be a second copy.
+    Parts are kept as the kernel's graph has them, since what they are joined to would be a second
+    copy.
     """
 
     def __init__(self, call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
@@ -40,9 +44,11 @@ class KeptCall:
         return join(self.outputs)
 
     def empty_outputs(self) -> None:
-        """Free the outputs, of which there are copies; but those that a kernel cut out of something larger."""
+        """Free the outputs, of which there are copies; but those that a kernel cut out of something
+        larger."""
         for part in self.parts:
-            # A copy has the order of the elements, not what lies between them; its memory is taken over as it is.
+            # A copy has the order of the elements, not what lies between them; its memory is taken
+            # over as it is.
             if part.untyped_storage().nbytes() == part.numel() * part.element_size():
                 empty(part)
 
@@ -55,7 +61,8 @@ class KeptCall:
     def gradients(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """(dq, dk, dv), for q, k, v as they were, whose memory is taken over, and the output's gradient; once."""
+        """(dq, dk, dv), for q, k, v as they were, whose memory is taken over, and the output's
+        gradient; once."""
         for values, storage in zip(_storages((q, k, v)), _storages(self.inputs), strict=True):
             if storage.nbytes() == 0:  # else an earlier call with the same k and v has filled it
                 _move(values, storage)
@@ -71,7 +78,8 @@ def empty(*tensors: torch.Tensor) -> None:
 
 
 def _storages(tensors: tuple[torch.Tensor, ...]) -> list[torch.UntypedStorage]:
-    """The memory under the tensors, each piece once (what one exchange brought shares one), in order of appearance."""
+    """The memory under the tensors, each piece once (what one exchange brought shares one), in
+    order of appearance."""
     return list({x.untyped_storage()._cdata: x.untyped_storage() for x in tensors}.values())
 
 
@@ -96,7 +104,8 @@ class _Replay(torch.autograd.Function):
 
 
 class AttentionTape:
-    """The attention calls of one layer and microbatch: recorded in its forward, played back for its backward."""
+    """The attention calls of one layer and microbatch: recorded in its forward, played back for its
+    backward."""
 
     def __init__(self):
         self.calls: list[KeptCall] = []
@@ -115,9 +124,11 @@ class AttentionTape:
         return self.calls[self.position - 1]
 
     def attend(self, call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """The output of `call`, run now or played; recording has no gradient, playing has that of the call.
+        """The output of `call`, run now or played; recording has no gradient, playing has that of
+        the call.
 
-        A recorded call needs q, k and v only to be played: `empty` them as soon as nothing else reads them.
+        A recorded call needs q, k and v only to be played: `empty` them as soon as nothing else
+        reads them.
         """
         if self.playing:
             return _Replay.apply(q, k, v, self.next_call())

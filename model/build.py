@@ -24,17 +24,20 @@ def build_stages(
     compute_dtype: torch.dtype,
     optimizer_on_host: bool = False,
 ) -> list[GPTStage]:
-    """Make this rank's stages, cut them over tp, shard them over dp x cp and allocate only what this rank keeps.
+    """Make this rank's stages, cut them over tp, shard them over dp x cp and allocate only what
+    this rank keeps.
 
     Args:
         master_dtype: of the stored parameters and of the optimizer state.
         compute_dtype: of forward and backward.
-        optimizer_on_host: keep the parameters' shards, and so the optimizer, in the host's memory; a CPU always does.
+        optimizer_on_host: keep the parameters' shards, and so the optimizer, in the host's memory;
+            a CPU always does.
     Returns:
-        Stages in the order of `layout.stages`, their parameters allocated and not yet filled: call `initialize`
-        or load a checkpoint.
+        Stages in the order of `layout.stages`, their parameters allocated and not yet filled: call
+        `initialize` or load a checkpoint.
     """
-    stages, on_host = [], optimizer_on_host and layout.device.type != "cpu"
+    stages = []
+    on_host = optimizer_on_host and layout.device.type != "cpu"
     for number in layout.stages:
         stage = GPTStage(config, vocab_size, layout, attend, number).to(master_dtype)
         names = [name for name, _ in stage.named_parameters()]
@@ -56,7 +59,8 @@ def build_stages(
 
 
 def tied_copies(stages: list[GPTStage]) -> list[nn.Parameter]:
-    """The copies of a tied embedding on this rank: none, one, or two where the first and last stage share a rank."""
+    """The copies of a tied embedding on this rank: none, one, or two where the first and last stage
+    share a rank."""
     return [
         stage.embedding.weight
         for stage in stages

@@ -10,7 +10,8 @@ from model.rope import PARAMETERS, Rope, RopeType
 @dataclass(kw_only=True)
 class ModelConfig:
     model: str | None = None
-    """A preset (tiny, 125m, 1b, llama3-8b, llama3-70b, qwen3-8b); fields given beside it override its own."""
+    """A preset (tiny, 125m, 1b, llama3-8b, llama3-70b, qwen3-8b); fields given beside it override
+    its own."""
     num_layers: int = 0
     """Transformer layers."""
     hidden_size: int = 0
@@ -26,7 +27,8 @@ class ModelConfig:
     kv_channels: int | None = None
     """Size of one head; by default hidden_size / num_attention_heads."""
     max_position_embeddings: int | None = None
-    """Longest context written to exported configurations; by default the longest phase. Must cover every phase."""
+    """Longest context written to exported configurations; by default the longest phase. Must cover
+    every phase."""
     swiglu: bool = True
     """SwiGLU MLP; the only one built."""
     normalization: Literal["RMSNorm"] = "RMSNorm"
@@ -42,38 +44,46 @@ class ModelConfig:
     untie_embeddings_and_output_weights: bool = False
     """Give the output projection its own weights instead of the embedding's."""
     make_vocab_size_divisible_by: int = 128
-    """The embedding's rows are padded to a multiple of this; padded tokens take no part in the softmax. May differ from
-    a checkpoint's: rows of padding are cut or filled with zeros."""
+    """The embedding's rows are padded to a multiple of this; padded tokens take no part in the
+    softmax. May differ from a checkpoint's: rows of padding are cut or filled with zeros."""
     init_method_std: float = 0.02
-    """Standard deviation of the initial weights; residual output projections use std / sqrt(2 * num_layers)."""
+    """Standard deviation of the initial weights; residual output projections use std / sqrt(2 *
+    num_layers)."""
     position_embedding_type: Literal["rope"] = "rope"
     """Rotary position embedding; the only one built."""
     rotary_base: float = 10000.0
     """Base of the rotary angles (theta); a phase may change it."""
     use_rope_scaling: bool | None = None
-    """Megatron-LM's switch for rope_type llama3; given, it must agree with rope_type. A phase may change it."""
+    """Megatron-LM's switch for rope_type llama3; given, it must agree with rope_type. A phase may
+    change it."""
     rope_type: RopeType | None = None
-    """Scaling of the rotary angles, as in transformers; by default none. A phase may change it and its parameters."""
+    """Scaling of the rotary angles, as in transformers; by default none. A phase may change it and
+    its parameters."""
     rope_scaling_factor: float | None = None
-    """Times by which linear, llama3 or yarn stretches the original context; llama3's default is 8."""
+    """Times by which linear, llama3 or yarn stretches the original context; llama3's default is
+    8."""
     original_max_position_embeddings: int | None = None
     """Context in tokens before llama3's or yarn's stretching; llama3's default is 8192."""
     rope_low_freq_factor: float | None = None
-    """llama3: waves longer than the original context / this are stretched by the whole factor; default 1."""
+    """llama3: waves longer than the original context / this are stretched by the whole factor;
+    default 1."""
     rope_high_freq_factor: float | None = None
     """llama3: waves shorter than the original context / this are kept; default 4."""
     yarn_beta_fast: float | None = None
     """yarn: dims that turn more often than this in the original context are kept; default 32."""
     yarn_beta_slow: float | None = None
-    """yarn: dims that turn less often than this in the original context are stretched by the factor; default 1."""
+    """yarn: dims that turn less often than this in the original context are stretched by the
+    factor; default 1."""
     yarn_attention_factor: float | None = None
     """yarn: factor on cosines and sines; by default 0.1 ln(rope_scaling_factor) + 1."""
     yarn_mscale: float | None = None
-    """yarn: weight of the logarithm in the attention factor's numerator; only with yarn_mscale_all_dim."""
+    """yarn: weight of the logarithm in the attention factor's numerator; only with
+    yarn_mscale_all_dim."""
     yarn_mscale_all_dim: float | None = None
     """yarn: the same in its denominator."""
     yarn_correction_range_round_to_int: bool | None = None
-    """yarn: round the bounds between kept and stretched dims to whole dims (transformers' truncate); default true."""
+    """yarn: round the bounds between kept and stretched dims to whole dims (transformers'
+    truncate); default true."""
     rotary_percent: float = 1.0
     """Share of each head that is rotated; only 1.0 is built."""
     attention_dropout: float = 0.0
@@ -81,33 +91,38 @@ class ModelConfig:
     hidden_dropout: float = 0.0
     """Accepted at 0 only: there is no dropout."""
     attention_backend: Literal["auto", "sdpa", "varlen", "mixed", "flash", "te", "cudnn"] = "auto"
-    """Attention kernel: torch's SDPA, torch's varlen, cuDNN for long documents and varlen for others (mixed),
-    flash-attn, transformer-engine, or cuDNN's frontend (cudnn). auto picks and says why."""
+    """Attention kernel: torch's SDPA, torch's varlen, cuDNN for long documents and varlen for
+    others (mixed), flash-attn, transformer-engine, or cuDNN's frontend (cudnn). auto picks and says
+    why."""
     attention_crossover_tokens: int | None = None
-    """Tokens from which on the backend mixed gives a document to cuDNN; by default measured once per card."""
+    """Tokens from which on the backend mixed gives a document to cuDNN; by default measured once
+    per card."""
     recompute_granularity: Recompute | None = None
-    """What backward computes again: selective = the MLP; full = the layer, from its input; attention_kept = the layer
-    but for the attention's forward, whose output is kept. A phase may change it."""
+    """What backward computes again: selective = the MLP; full = the layer, from its input;
+    attention_kept = the layer but for the attention's forward, whose output is kept. A phase may
+    change it."""
     recompute_activations: bool = False
     """Megatron-LM's switch for recompute_granularity selective; given, it must agree with it."""
     recompute_modules: list[str] = field(default_factory=list)
-    """What selective computes again: mlp, by default. core_attn alone is nothing: no kernel keeps the scores."""
+    """What selective computes again: mlp, by default. core_attn alone is nothing: no kernel keeps
+    the scores."""
     cpu_offloading: bool | None = None
     """Megatron-LM's switch beside --cpu-offloading-num-layers; given, it must agree with it."""
     cpu_offloading_num_layers: int = 0
-    """Layers of each stage, from its first, whose kept tensors wait in the host's memory; with recompute full or
-    attention_kept. A phase may change it."""
+    """Layers of each stage, from its first, whose kept tensors wait in the host's memory; with
+    recompute full or attention_kept. A phase may change it."""
     cpu_offloading_host_memory: float | None = None
-    """GiB of a node's memory that offloaded tensors may take together; by default all that the node has."""
+    """GiB of a node's memory that offloaded tensors may take together; by default all that the node
+    has."""
     mlp_tiles: int = 1
-    """Parts of the sequence in which the MLP runs, one after the other; above 1 backward computes gate and up again.
-    A phase may change it."""
+    """Parts of the sequence in which the MLP runs, one after the other; above 1 backward computes
+    gate and up again. A phase may change it."""
     attention_head_chunks: int = 1
-    """Groups of query heads that are projected, exchanged and attended with one after the other. A phase may change
-    it."""
+    """Groups of query heads that are projected, exchanged and attended with one after the other. A
+    phase may change it."""
     loss_chunk_tokens: int | None = None
-    """Tokens whose logits exist at once; by default 2048, and on a GPU up to 8192 where they fit. A phase may change
-    it."""
+    """Tokens whose logits exist at once; by default 2048, and on a GPU up to 8192 where they fit. A
+    phase may change it."""
 
     @property
     def head_size(self) -> int:
@@ -145,7 +160,8 @@ class ModelConfig:
         )
 
     def rope_problems(self) -> list[str]:
-        """Why the rotary embedding cannot be trained or exported; each phase asks with its own settings."""
+        """Why the rotary embedding cannot be trained or exported; each phase asks with its own
+        settings."""
         rope = self.rope
         meant = {True: "llama3", False: "default", None: rope.type}[self.use_rope_scaling]
         if rope.type != meant:
@@ -239,7 +255,8 @@ class ModelConfig:
 
     def _head_problems(self) -> list[str]:
         problems = []
-        heads, groups = self.num_attention_heads, self.num_query_groups
+        heads = self.num_attention_heads
+        groups = self.num_query_groups
         if groups is not None and (groups < 1 or heads % groups):
             problems.append(
                 f"num_query_groups = {groups}: must divide num_attention_heads = {heads}. "
@@ -287,7 +304,8 @@ PRESETS: dict[str, dict] = {
         untie_embeddings_and_output_weights=True,
     ),
     "125m": dict(num_layers=12, hidden_size=768, ffn_hidden_size=2048, num_attention_heads=12),
-    # Llama 3.2 1B's shape without its rope scaling (huggingface: meta-llama/Llama-3.2-1B config.json).
+    # Llama 3.2 1B's shape without its rope scaling (huggingface: meta-llama/Llama-3.2-1B
+    # config.json).
     "1b": dict(
         num_layers=16,
         hidden_size=2048,

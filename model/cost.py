@@ -1,8 +1,9 @@
-"""How long a step takes, well enough to rank layouts: computing, the pipeline's bubble, what is sent over which link.
+"""How long a step takes, well enough to rank layouts: computing, the pipeline's bubble, what is
+sent over which link.
 
-Ranks are laid out as in parallel/layout.py (tp fastest, then cp, dp, pp), so an axis stays inside a node
-while the product of its size and of the faster ones does. A collective over g members of each node takes
-their g network cards together; inside a node it takes the node's own links.
+Ranks are laid out as in parallel/layout.py (tp fastest, then cp, dp, pp), so an axis stays inside a
+node while the product of its size and of the faster ones does. A collective over g members of each
+node takes their g network cards together; inside a node it takes the node's own links.
 """
 
 from dataclasses import dataclass
@@ -16,19 +17,21 @@ from model.rank_memory import MemoryModel
 from parallel.schedule import idle_share
 
 REACHED = 0.5
-"""Share of the data sheet's rate that large matrix products and attention reach over a whole layer."""
+"""Share of the data sheet's rate that large matrix products and attention reach over a whole
+layer."""
 LINKS_REACHED = 0.8
 """Share of a link's rate that a collective reaches."""
 SLOWED = 0.2
-"""Time that computing loses while a transfer runs beside it, over the transfer's: both use the device's memory and
-multiprocessors."""
+"""Time that computing loses while a transfer runs beside it, over the transfer's: both use the
+device's memory and multiprocessors."""
 LATENCY = 15e-6
 """Seconds that a collective takes before its first byte, for each doubling of its size."""
 
 
 @dataclass(frozen=True)
 class Passes:
-    """How often a step computes and sends the parts of a layer, with a forward as 1 and its backward as 2."""
+    """How often a step computes and sends the parts of a layer, with a forward as 1 and its
+    backward as 2."""
 
     qkv: float = 3
     """Projections to query, key and value."""
@@ -48,7 +51,8 @@ class Passes:
     @staticmethod
     def of(settings: MemorySettings, sequence_parallel: bool) -> "Passes":
         """As memory.py, attention_chunks.py and mlp.py run them."""
-        level, in_chunks = settings.recompute_granularity, settings.attention_head_chunks > 1
+        level = settings.recompute_granularity
+        in_chunks = settings.attention_head_chunks > 1
         gate_and_up = 2 / 3 if level or settings.mlp_tiles > 1 else 0
         gathered_again = 0.5 * sequence_parallel  # an all-gather is half a sum
         if level in (None, "selective"):
@@ -101,11 +105,14 @@ class Axis:
         return sent_bytes / (rate * LINKS_REACHED) + LATENCY * log2(self.size)
 
     def exchange_seconds(self, sent_bytes: float, hardware: Hardware) -> float:
-        """Of one all-to-all: the part for other nodes leaves through the rank's own network card."""
+        """Of one all-to-all: the part for other nodes leaves through the rank's own network
+        card."""
         if self.size == 1:
             return 0.0
-        others, inside = self.size - 1, self.members_per_node(hardware) - 1
-        near, far = sent_bytes * inside / others, sent_bytes * (others - inside) / others
+        others = self.size - 1
+        inside = self.members_per_node(hardware) - 1
+        near = sent_bytes * inside / others
+        far = sent_bytes * (others - inside) / others
         slower = max(near / hardware.node_bytes_per_second, far / hardware.network_bytes_per_second)
         return slower / LINKS_REACHED + LATENCY * log2(self.size)
 
@@ -129,7 +136,8 @@ def step_seconds(model: MemoryModel, load: Load, hardware: Hardware) -> float:
     busy = count * (compute + inner + between)
     waiting = idle_share(layout.schedule, pp, layout.stages_per_rank, count)
     sharded = _sharding_seconds(model, load, hardware)
-    # Parameters and gradients travel while layers compute; what is more than the computing has nothing to hide behind.
+    # Parameters and gradients travel while layers compute; what is more than the computing has
+    # nothing to hide behind.
     hidden = min(sharded, count * compute)
     exposed = sharded - hidden + SLOWED * hidden
     return busy * (1 + waiting) + exposed
@@ -141,7 +149,8 @@ def _layers_of_slowest_rank(model: MemoryModel, load: Load) -> int:
 
 
 def _compute_seconds(model: MemoryModel, load: Load, hardware: Hardware) -> float:
-    """Of a microbatch on the pipeline's slowest rank: its layers, and on the last one the logits."""
+    """Of a microbatch on the pipeline's slowest rank: its layers, and on the last one the
+    logits."""
     config, (tp, _, cp), tokens = (
         model.config,
         load.layout.sizes,
@@ -169,7 +178,8 @@ def _compute_seconds(model: MemoryModel, load: Load, hardware: Hardware) -> floa
 
 def _matrix_parameters(config: ModelConfig) -> tuple[int, int, int]:
     """A layer's weights: before the attention, after it, of the MLP."""
-    D, H = config.hidden_size, config.head_size
+    D = config.hidden_size
+    H = config.head_size
     qkv = D * H * (config.num_attention_heads + 2 * config.num_kv_heads)
     return qkv, D * H * config.num_attention_heads, 3 * D * config.ffn_hidden_size
 
@@ -186,12 +196,11 @@ def _tensor_seconds(model: MemoryModel, load: Load, hardware: Hardware) -> float
 
 
 def _context_seconds(model: MemoryModel, load: Load, hardware: Hardware) -> float:
-    """Exchanges over cp of one layer and microbatch (parallel/ulysses.py, parallel/context.py count the elements)."""
+    """Exchanges over cp of one layer and microbatch (parallel/ulysses.py, parallel/context.py count
+    the elements)."""
     tp, (a2a, gather) = load.layout.tensor_model_parallel_size, load.layout.context_levels
-    heads, passes = (
-        Heads.of(model.config, load.layout),
-        Passes.of(load.memory, load.layout.sequence_parallel),
-    )
+    heads = Heads.of(model.config, load.layout)
+    passes = Passes.of(load.memory, load.layout.sequence_parallel)
     row = model.compute_bytes * load.tokens * model.config.head_size
     to_heads = (a2a - 1) / a2a * row * (heads.N + 2 * heads.k * a2a)
     to_tokens = (a2a - 1) / a2a * row * heads.m * a2a
@@ -211,7 +220,8 @@ def _sharding_seconds(model: MemoryModel, load: Load, hardware: Hardware) -> flo
     part = (load.shards - 1) / load.shards
     reductions = 1 if load.whole_gradients else count
     gathers = 2 * count if layout.sharding_strategy == "optim_grads_params" else 1
-    axis, layers = Axis(load.shards, tp), _layers_of_slowest_rank(model, load)
+    axis = Axis(load.shards, tp)
+    layers = _layers_of_slowest_rank(model, load)
     once = reductions * axis.ring_seconds(
         part * model.master_bytes * held, hardware
     ) + gathers * axis.ring_seconds(part * model.compute_bytes * held, hardware)

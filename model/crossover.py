@@ -1,8 +1,8 @@
 """Measures from how many tokens on a document is faster through cuDNN: a second or two at start.
 
 Both compute the same call, through the backend that will train (mixed.py): documents of one length,
-forward and backward, with this rank's heads. The documents are half a granule short of the length to
-which cuDNN's are padded, as documents are on average.
+forward and backward, with this rank's heads. The documents are half a granule short of the length
+to which cuDNN's are padded, as documents are on average.
 
 A rank with few heads computes a document of 8,192 tokens in less time than its kernels take to
 launch, which says nothing of longer ones. So the fewer heads, the longer the documents measured.
@@ -17,7 +17,8 @@ from model.kernels import HeadShape, Segments, make_segments
 from model.mixed import NEVER, mixed_attention, padded_length
 
 SHORTEST = 512
-"""Tokens to which the shortest measured documents are padded; the next are twice as long, and so on."""
+"""Tokens to which the shortest measured documents are padded; the next are twice as long, and so
+on."""
 LONGEST = 8192
 """Tokens of the longest ones with MANY_HEADS query heads: milliseconds, long against a launch."""
 MANY_HEADS = 32
@@ -26,7 +27,8 @@ REPEATS = 5
 
 
 def padded_lengths(heads: HeadShape) -> list[int]:
-    """The lengths to measure, padded: the work of the longest document is that of MANY_HEADS and LONGEST, or more."""
+    """The lengths to measure, padded: the work of the longest document is that of MANY_HEADS and
+    LONGEST, or more."""
     doublings = ceil(log2(sqrt(max(1.0, MANY_HEADS / heads[0]))))
     longest = LONGEST << doublings
     return [SHORTEST << number for number in range((longest // SHORTEST).bit_length())]
@@ -78,8 +80,8 @@ def measure(
 def crossover_of(milliseconds: dict[int, tuple[float, float]]) -> int:
     """The shortest measured length from which on cuDNN stays ahead.
 
-    Where it is behind at the longest one, it is given documents of at least twice that length, which
-    nobody measured: its published rates are higher, and a launch matters less.
+    Where it is behind at the longest one, it is given documents of at least twice that length,
+    which nobody measured: its published rates are higher, and a launch matters less.
     """
     found = 2 * max(milliseconds)
     for length in sorted(milliseconds, reverse=True):

@@ -5,8 +5,8 @@
 Modules are made with their full shapes on the meta device; build.py cuts them (model/sharding.py),
 shards them (parallel/shard.py) and fills them (model/init.py).
 
-Legend: T tokens of a microbatch, t this context-parallel rank's slice, D hidden, F MLP width of this tp rank,
-v this tp rank's part of the vocabulary.
+Legend: T tokens of a microbatch, t this context-parallel rank's slice, D hidden, F MLP width of
+this tp rank, v this tp rank's part of the vocabulary.
 """
 
 from collections.abc import Sequence
@@ -56,7 +56,8 @@ class MLP(nn.Module):
         self.down = Weight(config.hidden_size, config.ffn_hidden_size)
 
     def forward(self, x_tD: torch.Tensor, tiles: int, value: bool = True) -> torch.Tensor:
-        """[t, D] -> this tp rank's part of the sum [t, D]; without `value` only its gradient is right."""
+        """[t, D] -> this tp rank's part of the sum [t, D]; without `value` only its gradient is
+        right."""
         return swiglu(
             x_tD,
             self.gate.local_weight(),
@@ -101,10 +102,12 @@ class Layer(nn.Module):
     def mlp_gradient(
         self, a_tD: torch.Tensor, grad_tD: torch.Tensor, settings: MemorySettings
     ) -> torch.Tensor:
-        """The gradient of `a_tD` for that of `after_mlp`, whose value is not computed; parameters get theirs.
+        """The gradient of `a_tD` for that of `after_mlp`, whose value is not computed; parameters
+        get theirs.
 
-        It takes the place of `grad_tD`, which autograd would hold in vain while the first half is worked on, and which
-        nothing else reads: the next layer, the final norm or the next stage made it for this one.
+        It takes the place of `grad_tD`, which autograd would hold in vain while the first half is
+        worked on, and which nothing else reads: the next layer, the final norm or the next stage
+        made it for this one.
         """
         a_tD = a_tD.requires_grad_()
         with torch.enable_grad():
@@ -131,9 +134,12 @@ class GPTStage(nn.Module):
         """Args: number: of the stage, one of `layout.stages`."""
         super().__init__()
         rows = config.padded_vocab_size(vocab_size)
-        self.is_first, self.is_last = number == 0, number == layout.num_stages - 1
+        self.is_first = number == 0
+        self.is_last = number == layout.num_stages - 1
         self.tied = not config.untie_embeddings_and_output_weights
-        self.layout, self.head_size, self.vocab_size = layout, config.head_size, vocab_size
+        self.layout = layout
+        self.head_size = config.head_size
+        self.vocab_size = vocab_size
         if self.is_first or (self.is_last and self.tied):
             self.embedding = Weight(rows, config.hidden_size)
         # Keyed by the global layer number, so that a parameter has one name in every layout.
@@ -147,7 +153,8 @@ class GPTStage(nn.Module):
             self.final_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
             if not self.tied:
                 self.output = Weight(rows, config.hidden_size)
-        self.rope, self.memory = config.rope, config.memory
+        self.rope = config.rope
+        self.memory = config.memory
         self.host = Host(layout.device)
         self.microbatches: Sequence[Microbatch] = ()
         self.loss_scale: torch.Tensor | float = 1.0
@@ -160,12 +167,13 @@ class GPTStage(nn.Module):
         num_targets: torch.Tensor | int,
         scores: list[torch.Tensor] | None = None,
     ) -> None:
-        """Set what `forward` looks up: this rank's slices and the target count of the whole global batch.
+        """Set what `forward` looks up: this rank's slices and the target count of the whole global
+        batch.
 
         Args:
             num_targets: a number, or an int64 scalar on the device, which is not waited for.
-            scores: the last stage appends, per microbatch, fp64 [3]: sum of its slice's target losses in nats, its
-                targets, and how many of those were the model's first choice.
+            scores: the last stage appends, per microbatch, fp64 [3]: sum of its slice's target
+                losses in nats, its targets, and how many of those were the model's first choice.
         """
         self.microbatches = microbatches
         self.next_microbatch = 0
@@ -178,14 +186,16 @@ class GPTStage(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The step's next microbatch through this stage.
 
-        Every schedule sends the microbatches through a stage in order, so a counter on the host names
-        them; an index in a tensor would have to be read back from the GPU each time.
+        Every schedule sends the microbatches through a stage in order, so a counter on the host
+        names them; an index in a tensor would have to be read back from the GPU each time.
 
         Args:
-            x: [t, D] ([t / tp, D] under Megatron-SP) from the previous stage; unread on the first stage.
+            x: [t, D] ([t / tp, D] under Megatron-SP) from the previous stage; unread on the first
+                stage.
         Returns:
-            the same for the next stage, or on the last one the scalar sum of target losses in nats divided
-            by the global number of targets (a rank without targets returns 0, with a gradient of 0).
+            the same for the next stage, or on the last one the scalar sum of target losses in nats
+            divided by the global number of targets (a rank without targets returns 0, with a
+            gradient of 0).
         """
         microbatch = self.microbatches[self.next_microbatch]
         self.next_microbatch += 1
@@ -227,7 +237,8 @@ class GPTStage(nn.Module):
         return x_tD, (self.embedding if self.tied else self.output).local_weight()
 
     def logits(self, x_tD: torch.Tensor) -> torch.Tensor:
-        """What `hidden` gives -> this tp rank's columns of all tokens' logits [t, v], padding at -inf.
+        """What `hidden` gives -> this tp rank's columns of all tokens' logits [t, v], padding at
+        -inf.
 
         For generation and comparisons; the loss never holds them at once.
         """

@@ -1,4 +1,5 @@
-"""What devices can do, from their data sheets: one table for the use of a GPU's rate and for the choice of layouts."""
+"""What devices can do, from their data sheets: one table for the use of a GPU's rate and for the
+choice of layouts."""
 
 from dataclasses import dataclass
 
@@ -19,9 +20,10 @@ class Hardware:
     devices_per_node: int = 8
 
 
-# Sources: NVIDIA's data sheets (H200, H100 SXM, A100 80GB SXM, HGX B200) for memory, dense bf16 and NVLink (published
-# as the sum of both directions); DGX data sheets for the network cards (400 Gb/s per GPU, DGX A100 200 Gb/s). The
-# H800 and A800 are the H100 and the A100 with NVLink cut to 400 GB/s.
+# Sources: NVIDIA's data sheets (H200, H100 SXM, A100 80GB SXM, HGX B200) for memory, dense bf16 and
+# NVLink (published as the sum of both directions); DGX data sheets for the network cards (400 Gb/s
+# per GPU, DGX A100 200 Gb/s). The H800 and A800 are the H100 and the A100 with NVLink cut to 400
+# GB/s.
 TABLE = {
     hardware.name: hardware
     for hardware in (
@@ -33,12 +35,14 @@ TABLE = {
         Hardware("B200", 180 * 10**9, 2250e12, 900e9, 50e9),
     )
 }
-# No data sheet: a core and a loopback's order of magnitude, so that computing and sending weigh about as on a GPU.
+# No data sheet: a core and a loopback's order of magnitude, so that computing and sending weigh
+# about as on a GPU.
 CPU = Hardware("cpu", None, 100e9, 2e9, 1e9)
 
 
 def find_hardware(device_name: str) -> Hardware | None:
-    """The row of the table for a device by a part of its name, case aside; None where it is not known."""
+    """The row of the table for a device by a part of its name, case aside; None where it is not
+    known."""
     return next((row for name, row in TABLE.items() if name in device_name.upper()), None)
 
 

@@ -59,10 +59,12 @@ def architecture(config: ModelConfig) -> tuple[str, str]:
 
 
 def context_to_declare(rope: Rope, longest: int) -> int:
-    """max_position_embeddings of an export: the longest context trained, and under yarn factor x original.
+    """max_position_embeddings of an export: the longest context trained, and under yarn factor x
+    original.
 
-    Late versions of transformers 4 take max_position_embeddings / original_max_position_embeddings for yarn's factor,
-    and version 5 warns where the two differ: any other value would be another model there.
+    Late versions of transformers 4 take max_position_embeddings / original_max_position_embeddings
+    for yarn's factor, and version 5 warns where the two differ: any other value would be another
+    model there.
     """
     return rope.scaled_length if rope.type == "yarn" else longest
 
@@ -77,8 +79,8 @@ def huggingface_config(
 ) -> dict:
     """The content of config.json.
 
-    rope_theta stands at the top level too, and a scaled rope's parameters as rope_scaling, where transformers before
-    version 5 and other engines read them.
+    rope_theta stands at the top level too, and a scaled rope's parameters as rope_scaling, where
+    transformers before version 5 and other engines read them.
     """
     class_name, model_type = architecture(config)
     scaling = {"rope_type": rope.type} | rope.parameters

@@ -1,4 +1,5 @@
-"""Initial weights: a function of (seed, parameter name, position in the full parameter), never of the layout.
+"""Initial weights: a function of (seed, parameter name, position in the full parameter), never of
+the layout.
 
 Values are drawn block by block, each block from its own generator, so a rank draws only the blocks
 that overlap its part. Always drawn on the CPU in fp32: the same on every device.
@@ -64,7 +65,8 @@ def _local_window(parameter: DTensor, layout: Layout) -> tuple[slice, slice]:
 
     tp cuts first (parallel/tensor.py), then FSDP2 cuts the rows of that part as torch.chunk does.
     """
-    rows, columns = [0, parameter.shape[0]], [0, parameter.shape[1] if parameter.dim() > 1 else 1]
+    rows = [0, parameter.shape[0]]
+    columns = [0, parameter.shape[1] if parameter.dim() > 1 else 1]
     tp_placement = parameter.placements[-1]
     if isinstance(tp_placement, Shard):
         bounds = rows if tp_placement.dim == 0 else columns

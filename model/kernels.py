@@ -3,9 +3,9 @@
     attend(q [n, m, H], k [s, k, H], v [s, k, H], segments) -> [n, m, H]
 
 Causal within each document, nothing across documents, softmax scale 1 / sqrt(H). Query head i reads
-key/value head i // (m // k). The queries are a range of the sample's tokens; the keys begin where the
-first of their documents begins, and end with the queries: a document's last query and last key are the
-same token ("bottom right"). Optional packages are imported only inside their backend.
+key/value head i // (m // k). The queries are a range of the sample's tokens; the keys begin where
+the first of their documents begins, and end with the queries: a document's last query and last key
+are the same token ("bottom right"). Optional packages are imported only inside their backend.
 """
 
 import importlib.util
@@ -50,12 +50,16 @@ def make_segments(
         cu_seqlens: int32 [documents + 1] on the host, over all tokens of the microbatch.
         pieces: half-open ranges (parallel/context.py: group_pieces).
     """
-    edges, found, row = cu_seqlens.numpy(), [], 0
+    edges = cu_seqlens.numpy()
+    found = []
+    row = 0
     for start, stop in pieces:
         first = int(np.searchsorted(edges, start, side="right")) - 1
         last = int(np.searchsorted(edges, stop, side="left"))
-        inside, begin = edges[first : last + 1], int(edges[first])
-        bounds_q, bounds_k = np.clip(inside, start, stop) - start, np.minimum(inside, stop) - begin
+        inside = edges[first : last + 1]
+        begin = int(edges[first])
+        bounds_q = np.clip(inside, start, stop) - start
+        bounds_k = np.minimum(inside, stop) - begin
         cu_q, cu_k = (
             torch.from_numpy(bounds.astype(np.int32)).to(device, non_blocking=True)
             for bounds in (bounds_q, bounds_k)
@@ -136,7 +140,8 @@ USUAL_HEADS: HeadShape = (4, 1, 128)
 
 
 def _is_installed(module: str) -> bool:
-    """Is there a module of this name, not just a folder? Of flash-attn 4 alone, `flash_attn` is an empty folder."""
+    """Is there a module of this name, not just a folder? Of flash-attn 4 alone, `flash_attn` is an
+    empty folder."""
     try:
         spec = importlib.util.find_spec(module)
     except ImportError:  # a package around it is missing, or broken
@@ -169,9 +174,11 @@ def _varlen(_crossover: int) -> Attend:
 
 
 def varlen_options(varlen_attn: Callable) -> dict:
-    """How this torch's varlen_attn is told "causal" and "grouped": its flags differ between releases.
+    """How this torch's varlen_attn is told "causal" and "grouped": its flags differ between
+    releases.
 
-    Where it has no flag for grouped heads (torch 2.11) it passes them on to an operator that takes them.
+    Where it has no flag for grouped heads (torch 2.11) it passes them on to an operator that takes
+    them.
     """
     known = inspect.signature(varlen_attn).parameters
     causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
@@ -179,11 +186,13 @@ def varlen_options(varlen_attn: Callable) -> dict:
 
 
 FLASH = {3: "flash_attn_interface", 4: "flash_attn.cute", 2: "flash_attn"}
-"""Major version of flash-attn -> the module that has its flash_attn_varlen_func; the first that fits is taken."""
+"""Major version of flash-attn -> the module that has its flash_attn_varlen_func; the first that
+fits is taken."""
 
 
 def flash_version(capability: tuple[int, int], present: Callable[[str], bool]) -> int | None:
-    """The release to use on a GPU of this compute capability: 3 is Hopper's own, 4 is for Hopper and later."""
+    """The release to use on a GPU of this compute capability: 3 is Hopper's own, 4 is for Hopper
+    and later."""
     fitting = {HOPPER: (3, 4, 2)}.get(capability[0], (4, 2) if capability[0] > HOPPER else (2,))
     return next((version for version in fitting if present(FLASH[version])), None)
 
@@ -205,7 +214,8 @@ def _flash(_crossover: int) -> Attend:
             "max_seqlen_q": segments.max_q,
             "max_seqlen_k": segments.max_k,
         }
-        # Early releases of 4 find the longest document themselves; 3 and 4 may return the log-sum-exp as well.
+        # Early releases of 4 find the longest document themselves; 3 and 4 may return the
+        # log-sum-exp as well.
         out = function(
             q,
             k,
@@ -254,7 +264,8 @@ def _te(_crossover: int) -> Attend:
 
 
 def _cudnn(_crossover: int) -> Attend:
-    """cuDNN over packed documents, by its frontend: a plan for each new count of documents and longest document."""
+    """cuDNN over packed documents, by its frontend: a plan for each new count of documents and
+    longest document."""
     from cudnn import sdpa_torch
 
     def attend(q, k, v, segments):
@@ -277,7 +288,8 @@ def _cudnn(_crossover: int) -> Attend:
 
 
 def has_bf16_units(device: torch.device) -> bool:
-    """Can the device multiply bf16 matrices in hardware? Without it, bf16 is many times slower than fp32."""
+    """Can the device multiply bf16 matrices in hardware? Without it, bf16 is many times slower than
+    fp32."""
     if device.type != "cpu":
         return True
     known = torch.cpu.get_capabilities()
@@ -295,8 +307,8 @@ BACKENDS = {
         Backend("cudnn", ("cudnn.sdpa.fwd.torch_op",), True, _cudnn, keeps_graph=False),
     )
 }
-"""In the order in which `auto` prefers them, where the card changes nothing (Backend.why_not_first). sdpa runs
-everywhere: what stands after it is taken only when asked for."""
+"""In the order in which `auto` prefers them, where the card changes nothing
+(Backend.why_not_first). sdpa runs everywhere: what stands after it is taken only when asked for."""
 
 
 def pick_backend(

@@ -1,11 +1,14 @@
-"""What a layer and the loss keep for their backward and hold while it runs, in bytes, from numbers alone.
+"""What a layer and the loss keep for their backward and hold while it runs, in bytes, from numbers
+alone.
 
-Read off the forward path line by line: memory.py says what each level of recompute keeps, attention.py,
-attention_chunks.py, mlp.py, loss.py and pointwise.py what is there at a time. A tensor of [t, D] in the compute dtype
-counts where it is made; what has the size of a row's number (a norm's scale, a label) is left out where it only passes.
+Read off the forward path line by line: memory.py says what each level of recompute keeps,
+attention.py, attention_chunks.py, mlp.py, loss.py and pointwise.py what is there at a time. A
+tensor of [t, D] in the compute dtype counts where it is made; what has the size of a row's number
+(a norm's scale, a label) is left out where it only passes.
 
-Legend as in attention.py and mlp.py; u tokens between the tensor-parallel parts (t, or t / tp under Megatron-SP),
-W bytes of the widest of fp32 and the compute dtype, b bytes of the compute dtype, c tokens of a tile or chunk.
+Legend as in attention.py and mlp.py; u tokens between the tensor-parallel parts (t, or t / tp under
+Megatron-SP), W bytes of the widest of fp32 and the compute dtype, b bytes of the compute dtype, c
+tokens of a tile or chunk.
 """
 
 from dataclasses import dataclass
@@ -49,14 +52,16 @@ class Load:
 
     @property
     def whole_gradients(self) -> bool:
-        """Are gradients kept whole until the last microbatch? (parallel/shard.py, parallel/pipeline.py)"""
+        """Are gradients kept whole until the last microbatch? (parallel/shard.py,
+        parallel/pipeline.py)"""
         return self.layout.pipeline_model_parallel_size > 1 or (
             self.layout.sharding_strategy == "optim" and self.num_microbatches > 1
         )
 
 
 def pinned_bytes(size: int) -> int:
-    """What a tensor takes in pinned memory, which torch's allocator for the host hands out in powers of two."""
+    """What a tensor takes in pinned memory, which torch's allocator for the host hands out in
+    powers of two."""
     return 2 ** (size - 1).bit_length() if size else 0
 
 
@@ -71,7 +76,8 @@ class Kept:
 
 @dataclass(frozen=True)
 class Moment:
-    """A point of the step at which much is held, beside what all layers and microbatches in flight keep."""
+    """A point of the step at which much is held, beside what all layers and microbatches in flight
+    keep."""
 
     freed: int
     """Of what the layer that is worked on kept: no longer there."""
@@ -95,16 +101,21 @@ class LayerMemory:
         vocabulary_rows: v: of the embedding, on this tp rank.
         on_gpu: with the GPU's kernels, whose norms make nothing wide.
         """
-        layout, self.settings, self.load, self.on_gpu = load.layout, load.memory, load, on_gpu
+        layout = load.layout
+        self.settings = load.memory
+        self.load = load
+        self.on_gpu = on_gpu
         self.b, self.W, self.v = compute_bytes, max(4, compute_bytes), vocabulary_rows
         tp, (self.a2a, self.gathers) = layout.tensor_model_parallel_size, layout.context_levels
-        self.D, self.H, self.F = config.hidden_size, config.head_size, config.ffn_hidden_size // tp
-        self.has_qk_norm, self.tied = (
-            config.qk_layernorm,
-            not config.untie_embeddings_and_output_weights,
-        )
-        self.t, self.u = load.tokens, load.tokens_between
-        self.s, self.T = self.t * self.a2a, self.t * self.a2a * self.gathers
+        self.D = config.hidden_size
+        self.H = config.head_size
+        self.F = config.ffn_hidden_size // tp
+        self.has_qk_norm = config.qk_layernorm
+        self.tied = not config.untie_embeddings_and_output_weights
+        self.t = load.tokens
+        self.u = load.tokens_between
+        self.s = self.t * self.a2a
+        self.T = self.t * self.a2a * self.gathers
         self.heads = Heads.of(config, layout, load.memory.attention_head_chunks)
         self.chunks = load.memory.attention_head_chunks
 
@@ -128,7 +139,8 @@ class LayerMemory:
     @cached_property
     def _exchanged(self) -> int:
         """q, k and v of all heads, as the kernel reads them."""
-        heads, H = self.heads, self.H
+        heads = self.heads
+        H = self.H
         queries = (
             self.s * (heads.m + 2 * heads.k) if self.a2a > 1 else self.s * heads.m
         )  # one tensor came
@@ -146,7 +158,8 @@ class LayerMemory:
 
     @property
     def _to_project(self) -> int:
-        """The attention's result as its output projection reads it, where it is not the kernel's own."""
+        """The attention's result as its output projection reads it, where it is not the kernel's
+        own."""
         is_copy = self.a2a > 1 or self.gathers > 1 or self.chunks > 1
         return self.b * self.t * self.heads.N * self.H if is_copy else 0
 
@@ -214,11 +227,12 @@ class LayerMemory:
     # ------------------------------------------------------------ at work
 
     def working_set(self, has_loss: bool, with_gradients: bool = False) -> int:
-        """The most that there is beside what all layers and the loss keep; below 0 where that is never there at once.
+        """The most that there is beside what all layers and the loss keep; below 0 where that is
+        never there at once.
 
         Args:
-            with_gradients: count the gradients of the parameters that are worked on, and that of a tied embedding,
-                which waits for its other half.
+            with_gradients: count the gradients of the parameters that are worked on, and that of a
+                tied embedding, which waits for its other half.
         """
         loss = self.kept_of_loss if has_loss else 0
         waiting = self.b * self.v * self.D if has_loss and self.tied else 0
@@ -237,11 +251,13 @@ class LayerMemory:
 
     @property
     def loss_at_work(self) -> int:
-        """Beside `kept_of_loss`: the normed input, a chunk's logits, the sum of the weight's gradient."""
-        b, W = self.b, self.W
+        """Beside `kept_of_loss`: the normed input, a chunk's logits, the sum of the weight's
+        gradient."""
+        b = self.b
+        W = self.W
         rows = min(self.t, self.settings.loss_tokens)
-        # Fused kernels put the gradient in the logits' place. Without them there are wide logits, and beside them what
-        # the product wrote or reads in the compute dtype.
+        # Fused kernels put the gradient in the logits' place. Without them there are wide logits,
+        # and beside them what the product wrote or reads in the compute dtype.
         logit = b if self.on_gpu else W + (b if b < W else 0)
         chunk = rows * self.v * logit
         sums = W * self.v * self.D if b < W else 0
@@ -273,9 +289,13 @@ class LayerMemory:
         return 2 * self.moved if self.settings.cpu_offloading_num_layers else 0
 
     def _mlp_backward(self) -> Moment:
-        tiles, b, D, F = self.settings.mlp_tiles, self.b, self.D, self.F
+        tiles = self.settings.mlp_tiles
+        b = self.b
+        D = self.D
+        F = self.F
         rows = ceil(self.t / tiles)
-        # The hidden values, their gradient and those of gate and up; gate and up where they are made again.
+        # The hidden values, their gradient and those of gate and up; gate and up where they are
+        # made again.
         at_once = b * rows * F * (6 if tiles > 1 or self._recomputes_mlp else 4)
         made = at_once + self.input + self.read  # the gradients of the output and of x
         if self.u < self.t:
@@ -297,8 +317,11 @@ class LayerMemory:
         )
 
     def _attention_backward(self) -> list[Moment]:
-        D, H, heads = self.D, self.H, self.heads
-        # Of the output's gradient and a's; where the MLP is recomputed, the second is in the place of the first.
+        D = self.D
+        H = self.H
+        heads = self.heads
+        # Of the output's gradient and a's; where the MLP is recomputed, the second is in the place
+        # of the first.
         residual = (1 if self._recomputes_mlp else 2) * self.input
         freed = self._to_project + (0 if self._recomputes_mlp else self._mlp + self.input)
         if self._recomputes_mlp and not self._recomputes_attention:
@@ -315,7 +338,8 @@ class LayerMemory:
         exchange = self.b * H * (3 * self.s * (heads.m + 2 * heads.k) if self.a2a > 1 else 0)
         gathered = self.b * H * (rows + 2 * self.T * heads.k) if self.gathers > 1 else 0
         joined = self.b * H * self.t * (heads.N + 2 * heads.K)
-        # The gradients of q, k and v, turned back, side by side; a GPU's kernel writes them there at once.
+        # The gradients of q, k and v, turned back, side by side; a GPU's kernel writes them there
+        # at once.
         turned = 0 if self.on_gpu else self.b * H * self.t * (heads.N + heads.K)
         # By then what the kernel kept is free.
         joining = 2 * joined + turned - self._exchanged - self._results - self._log_sums
@@ -327,9 +351,10 @@ class LayerMemory:
     def _kernel_gradients(self, m: int, k: int) -> int:
         """The gradients of m heads of q and k of keys and values, with what the kernel works with.
 
-        Those of a part of the documents are there with those of all. On a GPU the kernel sums up q's in fp32; beside
-        that FlashAttention 2 makes the gradients of grouped keys and values for each query head (cuDNN's own work
-        is not known), or cuDNN reads a padded copy of the output's gradient.
+        Those of a part of the documents are there with those of all. On a GPU the kernel sums up
+        q's in fp32; beside that FlashAttention 2 makes the gradients of grouped keys and values for
+        each query head (cuDNN's own work is not known), or cuDNN reads a padded copy of the
+        output's gradient.
         """
         of_q = self.s * m * self.H
         of_kv = 2 * self.T * k * self.H
@@ -341,9 +366,13 @@ class LayerMemory:
 
     @property
     def _chunk_at_work(self) -> int:
-        """Backward of one group of heads: its q and that of its keys and values, and their gradients."""
-        b, H, heads = self.b, self.H, self.heads
-        m, k = heads.m // self.chunks, heads.round_k
+        """Backward of one group of heads: its q and that of its keys and values, and their
+        gradients."""
+        b = self.b
+        H = self.H
+        heads = self.heads
+        m = heads.m // self.chunks
+        k = heads.round_k
         sides = 2 if self.a2a > 1 else 1  # before and after the exchange
         of_results = b * self.t * heads.N * H
         is_shared = (
@@ -365,13 +394,15 @@ class Heads:
     m: int
     k: int
     paired: int
-    """Key/value heads that are copied for the kernel, one per query head, where heads split unevenly."""
+    """Key/value heads that are copied for the kernel, one per query head, where heads split
+    unevenly."""
     round_k: int
 
     @staticmethod
     def of(config: ModelConfig, layout: LayoutConfig, chunks: int = 1) -> "Heads":
         tp = layout.tensor_model_parallel_size
-        query, kv = config.num_attention_heads // tp, max(1, config.num_kv_heads // tp)
+        query = config.num_attention_heads // tp
+        kv = max(1, config.num_kv_heads // tp)
         return _heads(query, kv, layout.context_levels[0], chunks)
 
 

@@ -5,8 +5,9 @@
     full            the layer's input
     attention_kept  the layer's input, the attention's output and its log-sum-exp: attention's forward runs once
 
-What a layer keeps under full and attention_kept may wait in the host's memory (offload.py). A layer whose halves are
-`after_attention` (x -> a = x + attention) and `mlp_gradient` (the backward of a + mlp) is all that this file knows.
+What a layer keeps under full and attention_kept may wait in the host's memory (offload.py). A layer
+whose halves are `after_attention` (x -> a = x + attention) and `mlp_gradient` (the backward of a +
+mlp) is all that this file knows.
 """
 
 from dataclasses import dataclass
@@ -66,7 +67,9 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_tD, layer, positions, settings: MemorySettings, host: Host | None):
-        ctx.layer, ctx.positions, ctx.settings = layer, positions, settings
+        ctx.layer = layer
+        ctx.positions = positions
+        ctx.settings = settings
         ctx.tape = AttentionTape() if settings.recompute_granularity == "attention_kept" else None
         a_tD = layer.after_attention(x_tD, positions, settings, ctx.tape)
         out_tD = layer.after_mlp(a_tD, settings)
@@ -98,10 +101,8 @@ class _Layer(torch.autograd.Function):
         x_tD = x_tD.detach().requires_grad_()
         with torch.enable_grad():
             a_tD = ctx.layer.after_attention(x_tD, ctx.positions, ctx.settings, ctx.tape)
-        grad_a, edge = (
-            ctx.layer.mlp_gradient(a_tD.detach(), grad_tD, ctx.settings),
-            get_gradient_edge(a_tD),
-        )
+        grad_a = ctx.layer.mlp_gradient(a_tD.detach(), grad_tD, ctx.settings)
+        edge = get_gradient_edge(a_tD)
         del a_tD  # only its place in the graph is needed from here on
         torch.autograd.backward(edge, grad_a)
         return x_tD.grad, None, None, None, None
@@ -112,7 +113,8 @@ class _MLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, a_tD, layer, settings: MemorySettings):
-        ctx.layer, ctx.settings = layer, settings
+        ctx.layer = layer
+        ctx.settings = settings
         ctx.save_for_backward(a_tD)
         return layer.after_mlp(a_tD, settings)
 
@@ -127,8 +129,8 @@ def run_layer(
 ) -> torch.Tensor:
     """The layer's output [t, D], with what it keeps for backward as the settings say.
 
-    Parameters get their gradients in the course of the backward (they are not the functions' arguments): FSDP2 reduces
-    them after the layer's backward, once.
+    Parameters get their gradients in the course of the backward (they are not the functions'
+    arguments): FSDP2 reduces them after the layer's backward, once.
 
     Args:
         host: where the kept tensors wait; None = on the device.

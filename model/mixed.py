@@ -185,7 +185,8 @@ class _Mixed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_smH):
         q_smH, k_skH, v_skH, out_smH, *kept = ctx.saved_tensors
-        # torch finds cuDNN's plans by the layout of q, k and v alone: the gradient needs one layout.
+        # torch finds cuDNN's plans by the layout of q, k and v alone: the gradient needs one
+        # layout.
         grad_smH = grad_smH.contiguous()
         grads = (
             None if _is_whole(ctx.parts) else [x.new_empty(x.shape) for x in (q_smH, k_skH, v_skH)]

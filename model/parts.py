@@ -1,4 +1,5 @@
-"""The smallest parts of a layer, over one tp rank's share of a weight, and the ways in and out of that share."""
+"""The smallest parts of a layer, over one tp rank's share of a weight, and the ways in and out of
+that share."""
 
 import torch
 from torch import nn
@@ -17,7 +18,8 @@ from parallel.tensor import local_part
 
 
 class Weight(nn.Module):
-    """A weight [out, in] with an optional bias [out]; called, it is a linear layer over this tp rank's part."""
+    """A weight [out, in] with an optional bias [out]; called, it is a linear layer over this tp
+    rank's part."""
 
     def __init__(self, rows: int, columns: int, bias: bool = False):
         super().__init__()
@@ -36,7 +38,8 @@ class Weight(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root mean square layer normalization (arXiv 1910.07467) over the last dim, statistics in fp32."""
+    """Root mean square layer normalization (arXiv 1910.07467) over the last dim, statistics in
+    fp32."""
 
     def __init__(self, size: int, epsilon: float):
         super().__init__()
@@ -52,7 +55,8 @@ class RMSNorm(nn.Module):
 
 
 def enter_tensor_parallel(x: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """All tokens of this cp rank, for a part of the weights: gathered over tp where tokens are split over it."""
+    """All tokens of this cp rank, for a part of the weights: gathered over tp where tokens are
+    split over it."""
     return gather_sequence(x, layout.tp) if layout.sequence_parallel else copy_to(x, layout.tp)
 
 

@@ -1,7 +1,8 @@
-"""What one rank holds in memory while it trains, in bytes, from numbers alone: no groups, no tensors.
+"""What one rank holds in memory while it trains, in bytes, from numbers alone: no groups, no
+tensors.
 
-Shapes of parameters come from the modules themselves (made on the meta device) and from the sharding
-table; what a layer and the loss keep and hold is layer_memory.py's.
+Shapes of parameters come from the modules themselves (made on the meta device) and from the
+sharding table; what a layer and the loss keep and hold is layer_memory.py's.
 """
 
 from collections import Counter
@@ -44,7 +45,8 @@ class Memory:
     loss: int
     """What backward needs of the logits."""
     buffers: int
-    """The most that comes and goes beside it: temporary results, exchanges, gradients on their way."""
+    """The most that comes and goes beside it: temporary results, exchanges, gradients on their
+    way."""
     host: int = 0
     """In the host's memory, not the device's: what is offloaded."""
 
@@ -78,11 +80,15 @@ class MemoryModel:
         master_bytes: of a stored parameter, and of its gradient where it is summed.
         compute_bytes: of an activation.
         on_gpu: with the GPU's kernels, and a host beside the device.
-        optimizer_on_host: master weights, their gradients and moments live there (parallel/shard.py); on a GPU.
+        optimizer_on_host: master weights, their gradients and moments live there
+            (parallel/shard.py); on a GPU.
         """
         self.optimizer_on_host = optimizer_on_host and on_gpu
-        self.config, self.vocab_size = config, vocab_size
-        self.master_bytes, self.compute_bytes, self.on_gpu = master_bytes, compute_bytes, on_gpu
+        self.config = config
+        self.vocab_size = vocab_size
+        self.master_bytes = master_bytes
+        self.compute_bytes = compute_bytes
+        self.on_gpu = on_gpu
         self._by_tp: dict[int, dict[str, list[tuple[int, int]]]] = {}
         self._elements: dict[tuple[str, int, int], int] = {}
 
@@ -98,7 +104,8 @@ class MemoryModel:
         return {name: tuple(parameter.shape) for name, parameter in stage.named_parameters()}
 
     def _pieces(self, tp: int) -> dict[str, list[tuple[int, int]]]:
-        """By part ("layers", "embedding", "final_norm", "output"): [rows, elements of a row] of a tp rank's tensors."""
+        """By part ("layers", "embedding", "final_norm", "output"): [rows, elements of a row] of a
+        tp rank's tensors."""
         if tp not in self._by_tp:
             table = shardings_for(list(self.shapes), self.config, tp)
             found: dict[str, list[tuple[int, int]]] = {}
@@ -111,7 +118,8 @@ class MemoryModel:
         return self._by_tp[tp]
 
     def elements(self, part: str, tp: int, shards: int = 1) -> int:
-        """Parameters of a part on a tp rank, or in the largest of its shards (each tensor is cut by rows)."""
+        """Parameters of a part on a tp rank, or in the largest of its shards (each tensor is cut by
+        rows)."""
         if (part, tp, shards) not in self._elements:
             self._elements[part, tp, shards] = sum(
                 ceil(rows / shards) * columns for rows, columns in self._pieces(tp)[part]
@@ -120,7 +128,8 @@ class MemoryModel:
 
     def parts_of_stage(self, number: int, num_stages: int) -> Counter:
         """How many of each part a pipeline stage holds."""
-        is_first, is_last = number == 0, number == num_stages - 1
+        is_first = number == 0
+        is_last = number == num_stages - 1
         tied = not self.config.untie_embeddings_and_output_weights
         return Counter(
             layers=len(layers_of_stage(self.config.num_layers, number, num_stages)),
@@ -131,7 +140,8 @@ class MemoryModel:
 
     def parts_of_rank(self, layout: LayoutConfig, pp_rank: int) -> list[Counter]:
         """How many of each part the stages of a pipeline rank hold, stage by stage."""
-        pp, per_rank = layout.pipeline_model_parallel_size, layout.stages_per_rank
+        pp = layout.pipeline_model_parallel_size
+        per_rank = layout.stages_per_rank
         return [
             self.parts_of_stage(number, pp * per_rank)
             for number in stages_of_rank(layout.schedule, pp_rank, pp, per_rank)
@@ -147,7 +157,8 @@ class MemoryModel:
         )
 
     def worst(self, load: Load) -> Memory:
-        """The rank of the pipeline that needs most. The ranks between its ends hold less than one of them."""
+        """The rank of the pipeline that needs most. The ranks between its ends hold less than one
+        of them."""
         pp = load.layout.pipeline_model_parallel_size
         return max(
             (self.of_rank(load, rank) for rank in sorted({0, pp - 1})),
@@ -159,7 +170,8 @@ class MemoryModel:
         if not (self.optimizer_on_host or load.memory.cpu_offloading_num_layers):
             return 0
         tp, pp, cp = load.layout.sizes
-        of_stage, world = tp * cp * load.data_parallel_size, tp * cp * load.data_parallel_size * pp
+        of_stage = tp * cp * load.data_parallel_size
+        world = tp * cp * load.data_parallel_size * pp
         of_rank = [self.of_rank(load, pp_rank).host for pp_rank in range(pp)]
         return max(
             sum(of_rank[rank // of_stage] for rank in range(first, min(first + processes, world)))
@@ -167,7 +179,8 @@ class MemoryModel:
         )
 
     def of_rank(self, load: Load, pp_rank: int) -> Memory:
-        """One pipeline rank; among its tp, cp and dp ranks the one with the most (parameters may split unevenly)."""
+        """One pipeline rank; among its tp, cp and dp ranks the one with the most (parameters may
+        split unevenly)."""
         layout, (tp, pp, _) = load.layout, load.layout.sizes
         per_rank = layout.stages_per_rank
         stages = self.parts_of_rank(layout, pp_rank)
@@ -200,7 +213,8 @@ class MemoryModel:
         loss = layers.kept_of_loss if has_loss else 0
         gathered = whole
         if layout.sharding_strategy == "optim_grads_params":
-            # One stage per rank: the parts around the layers, a layer and the next. Several: torch gathers up to three.
+            # One stage per rank: the parts around the layers, a layer and the next. Several: torch
+            # gathers up to three.
             gathered = (
                 max(roots) + min(2, parts["layers"]) * layer
                 if per_rank == 1
@@ -208,7 +222,8 @@ class MemoryModel:
             )
         buffers = layers.working_set(has_loss)
         if not load.whole_gradients:
-            # The output's gradient waits for the embedding's; a layer's is copied to be sent while the next is made.
+            # The output's gradient waits for the embedding's; a layer's is copied to be sent while
+            # the next is made.
             waiting = self.elements("output" if parts["output"] else "embedding", tp)
             on_the_way = 2 * self.master_bytes * layer + self.compute_bytes * (layer + waiting)
             at_the_end = (self.master_bytes + self.compute_bytes) * max(roots)
@@ -228,7 +243,8 @@ class MemoryModel:
         )
 
     def _with_optimizer_on_host(self, memory: Memory, load: Load, parts: Counter) -> Memory:
-        """The shards of this rank and their moments are on the host; a unit's shard passes before it is gathered."""
+        """The shards of this rank and their moments are on the host; a unit's shard passes before
+        it is gathered."""
         tp = load.layout.tensor_model_parallel_size
         pinned = {
             part: sum(

@@ -1,7 +1,8 @@
-"""Rotary position embedding (arXiv 2104.09864), in the half-split form of Hugging Face transformers.
+"""Rotary position embedding (arXiv 2104.09864), in the half-split form of Hugging Face
+transformers.
 
-Angles follow transformers' modeling_rope_utils.py and LlamaRotaryEmbedding operation by operation in
-fp32: at a million positions another order of operations gives another model.
+Angles follow transformers' modeling_rope_utils.py and LlamaRotaryEmbedding operation by operation
+in fp32: at a million positions another order of operations gives another model.
 
 Legend: t tokens, n heads, H head size.
 """
@@ -26,9 +27,11 @@ PARAMETERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "yarn_mscale_all_dim": ("mscale_all_dim", ("yarn",)),
     "yarn_correction_range_round_to_int": ("truncate", ("yarn",)),
 }
-"""Setting of the configuration -> (its name in `Rope` and in transformers, the types that use it)."""
+"""Setting of the configuration -> (its name in `Rope` and in transformers, the types that use
+it)."""
 ROPE_SETTINGS = ("rotary_base", "use_rope_scaling", "rope_type", *PARAMETERS)
-# Llama 3.1's values are those that Megatron-LM's --use-rope-scaling means; yarn's are the paper's (arXiv 2309.00071).
+# Llama 3.1's values are those that Megatron-LM's --use-rope-scaling means; yarn's are the paper's
+# (arXiv 2309.00071).
 _DEFAULTS = {
     "llama3": dict(
         factor=8.0, original_max_position_embeddings=8192, low_freq_factor=1.0, high_freq_factor=4.0
@@ -41,8 +44,9 @@ _DEFAULTS = {
 class Rope:
     """One rotary embedding, everything resolved; what its type does not use is None.
 
-    Names and meanings are those of transformers' rope_parameters; `base` is its rope_theta. linear is
-    position interpolation (arXiv 2306.15595), llama3 is Llama 3.1's (arXiv 2407.21783), yarn is arXiv 2309.00071.
+    Names and meanings are those of transformers' rope_parameters; `base` is its rope_theta. linear
+    is position interpolation (arXiv 2306.15595), llama3 is Llama 3.1's (arXiv 2407.21783), yarn is
+    arXiv 2309.00071.
     """
 
     base: float = 10000.0
@@ -60,7 +64,8 @@ class Rope:
 
     @classmethod
     def make(cls, base: float, type: RopeType, given: dict) -> "Rope":
-        """From transformers' names: parameters that the type does not use are dropped, missing ones its defaults."""
+        """From transformers' names: parameters that the type does not use are dropped, missing ones
+        its defaults."""
         used = {name: given.get(name) for name, types in PARAMETERS.values() if type in types}
         used = {name: value for name, value in used.items() if value is not None}
         return cls(base, type, **_DEFAULTS.get(type, {}) | used)
@@ -95,12 +100,14 @@ class Rope:
         return _magnitude(self.factor, 1)
 
     def describe(self) -> str:
-        """`base 500000`, or with its scaling `base 500000, llama3 factor 8, original_max_position_embeddings 8192`."""
+        """`base 500000`, or with its scaling `base 500000, llama3 factor 8,
+        original_max_position_embeddings 8192`."""
         words = [f"{name} {value}" for name, value in self.parameters.items()]
         return f"base {self.base:g}" + (f", {self.type} {', '.join(words)}" if words else "")
 
     def problems(self) -> list[str]:
-        """Values that give no usable angles or that transformers would read otherwise, by the configuration's names."""
+        """Values that give no usable angles or that transformers would read otherwise, by the
+        configuration's names."""
         values = {"rotary_base": self.base} | {
             setting: getattr(self, name) for setting, (name, _) in PARAMETERS.items()
         }
@@ -150,7 +157,8 @@ class Rope:
                 f"yarn_beta_fast = {self.beta_fast}: must be above yarn_beta_slow = {self.beta_slow}. "
                 "Fix: 32 and 1 are the paper's."
             )
-        # transformers reads mscale and mscale_all_dim together or not at all, and attention_factor before them.
+        # transformers reads mscale and mscale_all_dim together or not at all, and attention_factor
+        # before them.
         if (self.mscale is None) != (self.mscale_all_dim is None):
             found.append(
                 f"yarn_mscale = {self.mscale}, yarn_mscale_all_dim = {self.mscale_all_dim}: have an effect "
@@ -171,7 +179,8 @@ def _magnitude(scale: float, mscale: float) -> float:
 
 @cache
 def inverse_frequencies(head_size: int, rope: Rope) -> torch.Tensor:
-    """fp32 [H / 2], computed on the CPU as transformers does: a GPU's power function rounds differently."""
+    """fp32 [H / 2], computed on the CPU as transformers does: a GPU's power function rounds
+    differently."""
     dims = torch.arange(0, head_size, 2, dtype=torch.int64, device="cpu")
     powers = rope.base ** (dims.to(torch.float32) / head_size)
     if rope.type == "linear":
@@ -185,11 +194,9 @@ def inverse_frequencies(head_size: int, rope: Rope) -> torch.Tensor:
 
 def _llama3(frequencies: torch.Tensor, rope: Rope) -> torch.Tensor:
     """Long waves divided by the factor, short ones kept, those between blended."""
-    original, low, high = (
-        rope.original_max_position_embeddings,
-        rope.low_freq_factor,
-        rope.high_freq_factor,
-    )
+    original = rope.original_max_position_embeddings
+    low = rope.low_freq_factor
+    high = rope.high_freq_factor
     waves = 2 * math.pi / frequencies
     scaled = torch.where(waves > original / low, frequencies / rope.factor, frequencies)
     smooth = (original / waves - low) / (high - low)
@@ -199,17 +206,21 @@ def _llama3(frequencies: torch.Tensor, rope: Rope) -> torch.Tensor:
 
 
 def _yarn(powers: torch.Tensor, head_size: int, rope: Rope) -> torch.Tensor:
-    """Dims that turn often within the original context kept, those that turn seldom divided by the factor."""
+    """Dims that turn often within the original context kept, those that turn seldom divided by the
+    factor."""
 
     def dim_of(turns: float) -> float:
         return (
             head_size * math.log(rope.original_max_position_embeddings / (turns * 2 * math.pi))
         ) / (2 * math.log(rope.base))
 
-    low, high = dim_of(rope.beta_fast), dim_of(rope.beta_slow)
+    low = dim_of(rope.beta_fast)
+    high = dim_of(rope.beta_slow)
     if rope.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_size - 1)
+        low = math.floor(low)
+        high = math.ceil(high)
+    low = max(low, 0)
+    high = min(high, head_size - 1)
     if low == high:
         high += 0.001  # as transformers does: no division by zero
     numbers = torch.arange(head_size // 2, dtype=torch.float32, device="cpu")
@@ -220,7 +231,8 @@ def _yarn(powers: torch.Tensor, head_size: int, rope: Rope) -> torch.Tensor:
 def rotary_tables(
     positions_t: torch.Tensor, head_size: int, rope: Rope, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of every position's angles, times yarn's scaling: int64 [t] -> two [t, H] of `dtype`."""
+    """Cosines and sines of every position's angles, times yarn's scaling: int64 [t] -> two [t, H]
+    of `dtype`."""
     frequencies = inverse_frequencies(head_size, rope).to(positions_t.device, non_blocking=True)
     angles = positions_t.to(torch.float32)[:, None] * frequencies[None, :]
     angles = torch.cat([angles, angles], dim=-1)

@@ -1,12 +1,14 @@
 """The attention backend over torch's scaled_dot_product_attention: a call per document.
 
-No mask is made, but for fp64 on a GPU, which has no kernel for it: torch then makes one for a document
-that has more keys than queries.
+No mask is made, but for fp64 on a GPU, which has no kernel for it: torch then makes one for a
+document that has more keys than queries.
 
 A document that began in another rank's chunk has more keys than queries: its queries see all of the
-earlier keys and, causally, their own. torch's causal flag means that only where both counts are equal.
+earlier keys and, causally, their own. torch's causal flag means that only where both counts are
+equal.
 
-Legend: n queries and s keys of a call, L and S those of one document, m query and k key/value heads, H head size.
+Legend: n queries and s keys of a call, L and S those of one document, m query and k key/value
+heads, H head size.
 """
 
 import torch
@@ -63,7 +65,8 @@ class _DocumentsOnCPU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q_nmH, k_skH, v_skH, rows_q, rows_k):
-        out_nmH, ctx.log_sums = None, []
+        out_nmH = None
+        ctx.log_sums = []
         for of_q, of_k in zip(rows_q, rows_k, strict=True):
             part, log_sum = _document(
                 _heads_first(q_nmH[of_q]), _heads_first(k_skH[of_k]), _heads_first(v_skH[of_k])
@@ -104,10 +107,12 @@ def _tokens_first(x_mLH: torch.Tensor) -> torch.Tensor:
 
 
 def _document(q, k, v) -> tuple[torch.Tensor, torch.Tensor]:
-    """One document's output and log-sum-exp: q [1, m, L, H], k and v [1, k, S, H] -> [1, m, L, H], [1, m, L].
+    """One document's output and log-sum-exp: q [1, m, L, H], k and v [1, k, S, H] -> [1, m, L, H],
+    [1, m, L].
 
-    Where keys came before the queries: attention to the earlier and to the own keys, merged by their log-sum-exp.
-    Source: ring attention's merge of blocks (arXiv 2310.01889); the gradients then follow from the merged ones.
+    Where keys came before the queries: attention to the earlier and to the own keys, merged by
+    their log-sum-exp. Source: ring attention's merge of blocks (arXiv 2310.01889); the gradients
+    then follow from the merged ones.
     """
     earlier = k.shape[2] - q.shape[2]
     if earlier == 0:

@@ -19,7 +19,8 @@ def sharding_table(
     config: ModelConfig, tp_size: int, sequence_parallel: bool
 ) -> list[tuple[str, ParameterSharding]]:
     """Patterns (full match on the parameter's name) and their sharding, first match wins."""
-    # Fewer key/value heads than tp ranks: each rank holds all of them and slices out the one it needs.
+    # Fewer key/value heads than tp ranks: each rank holds all of them and slices out the one it
+    # needs.
     kv = _ROWS if config.num_kv_heads >= tp_size else _REPLICATED_PARTIAL
     # With the tokens split over tp, each rank's norms see only its part of them.
     norm = _REPLICATED_PARTIAL if sequence_parallel else _REPLICATED

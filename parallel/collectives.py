@@ -1,4 +1,5 @@
-"""Collectives over an `Axis`, with their gradients. On an axis of size 1 each of them is the identity.
+"""Collectives over an `Axis`, with their gradients. On an axis of size 1 each of them is the
+identity.
 
 Source of the pair copy_to / reduce_from: Megatron-LM (arXiv 1909.08053), its functions f and g.
 """
@@ -42,12 +43,14 @@ class _ReduceFrom(torch.autograd.Function):
 
 
 def copy_to(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """Enter a region where each rank of `axis` computes its part from the same `x`: gradients are summed."""
+    """Enter a region where each rank of `axis` computes its part from the same `x`: gradients are
+    summed."""
     return x if axis.size == 1 else _CopyTo.apply(x, axis)
 
 
 def reduce_from(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """Leave such a region: the ranks' partial results are summed; the gradient passes to each unchanged."""
+    """Leave such a region: the ranks' partial results are summed; the gradient passes to each
+    unchanged."""
     return x if axis.size == 1 else _ReduceFrom.apply(x, axis)
 
 
@@ -86,7 +89,8 @@ class _ScatterSequence(torch.autograd.Function):
 
 
 def gather_sequence(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """`copy_to` for tokens that are split over `axis`: [t / size, ...] -> [t, ...]; gradients are summed and split.
+    """`copy_to` for tokens that are split over `axis`: [t / size, ...] -> [t, ...]; gradients are
+    summed and split.
 
     Source: Megatron's sequence parallelism (arXiv 2205.05198), its functions g and g-bar.
     """
@@ -101,7 +105,8 @@ def scatter_sequence(x: torch.Tensor, axis: Axis) -> torch.Tensor:
 def all_to_all(
     x: torch.Tensor, send_rows: list[int], receive_rows: list[int], axis: Axis
 ) -> torch.Tensor:
-    """Exchange rows (dim 0; of a flat tensor elements) over `axis`; block r of `x` goes to rank r. No gradient.
+    """Exchange rows (dim 0; of a flat tensor elements) over `axis`; block r of `x` goes to rank r.
+    No gradient.
 
     Shapes: x [sum(send_rows), ...] contiguous -> [sum(receive_rows), ...].
     """
@@ -111,14 +116,13 @@ def all_to_all(
 def start_all_to_all(
     x: torch.Tensor, send_rows: list[int], receive_rows: list[int], axis: Axis
 ) -> Callable[[], torch.Tensor]:
-    """Start `all_to_all`; what it returns waits for it and gives its result. `x` must not change before."""
+    """Start `all_to_all`; what it returns waits for it and gives its result. `x` must not change
+    before."""
     if axis.size == 1:
         return lambda: x
     out = x.new_empty(sum(receive_rows), *x.shape[1:])
-    work, sent = (
-        dist.all_to_all_single(out, x, receive_rows, send_rows, group=axis.group, async_op=True),
-        [x],
-    )
+    work = dist.all_to_all_single(out, x, receive_rows, send_rows, group=axis.group, async_op=True)
+    sent = [x]
 
     def finish() -> torch.Tensor:
         work.wait()

@@ -10,40 +10,47 @@ from parallel.schedule import SPLIT_BACKWARD, ScheduleName, accepts, nearest_cou
 
 ShardingStrategy = Literal["optim", "optim_grads", "optim_grads_params"]
 SPLITS_BACKWARD_SINCE = (2, 13)
-"""The first release of torch that is known to split a backward right: 2.11 adds all gradients of a node with several
-outputs to the first, or refuses; 2.12 was not tried."""
+"""The first release of torch that is known to split a backward right: 2.11 adds all gradients of a
+node with several outputs to the first, or refuses; 2.12 was not tried."""
 CommType = Literal["a2a", "a2a+allgather", "p2p", "allgather", "a2a+p2p"]
 
 
 @dataclass(kw_only=True)
 class LayoutConfig:
     layout: Literal["auto", "given"] = "given"
-    """auto = choose tp, pp, cp, the sharding strategy and recompute where they are not given, by estimated memory and
-    time; a phase may change it. A size of 1 counts as not given, but in a phase. The choice is kept in checkpoints."""
+    """auto = choose tp, pp, cp, the sharding strategy and recompute where they are not given, by
+    estimated memory and time; a phase may change it. A size of 1 counts as not given, but in a
+    phase. The choice is kept in checkpoints."""
     device_memory_gib: float | None = None
-    """GiB that each process may fill: phases that are estimated to need more are refused, and --layout auto leaves a
-    tenth free. By default the GPU's memory; on CPUs nothing is refused, and auto takes the process's share."""
+    """GiB that each process may fill: phases that are estimated to need more are refused, and
+    --layout auto leaves a tenth free. By default the GPU's memory; on CPUs nothing is refused, and
+    auto takes the process's share."""
     tensor_model_parallel_size: int = 1
     """Ranks that split every weight matrix and the vocabulary (tp)."""
     pipeline_model_parallel_size: int = 1
     """Ranks that split the layers into consecutive stages (pp)."""
     pipeline_schedule: ScheduleName | None = None
-    """Order of the microbatches through the stages; 1F1B by default, interleaved with several stages per rank."""
+    """Order of the microbatches through the stages; 1F1B by default, interleaved with several
+    stages per rank."""
     num_virtual_stages_per_pipeline_rank: int | None = None
     """Stages on each pipeline rank: 1 by default, 2 under interleaved and ZBV."""
     context_parallel_size: int = 1
     """Ranks that split the tokens of a sample (cp), by Ulysses all-to-all around the attention."""
     cp_comm_type: CommType = "a2a"
-    """How attention sees the whole sample: a2a trades tokens for heads; a2a+allgather does so inside groups and
-    gathers keys and values between them, for more ranks than heads. The ring forms are refused."""
+    """How attention sees the whole sample: a2a trades tokens for heads; a2a+allgather does so
+    inside groups and gathers keys and values between them, for more ranks than heads. The ring
+    forms are refused."""
     hierarchical_context_parallel_sizes: list[int] = field(default_factory=list)
-    """Ranks of an all-to-all group and number of groups, for a2a+allgather: for example 4 8 with cp 32."""
+    """Ranks of an all-to-all group and number of groups, for a2a+allgather: for example 4 8 with cp
+    32."""
     data_parallel_sharding_strategy: ShardingStrategy | None = None
-    """What is sharded over dp x cp: ZeRO 1 (optim), 2 (optim_grads, the default) or 3 (optim_grads_params)."""
+    """What is sharded over dp x cp: ZeRO 1 (optim), 2 (optim_grads, the default) or 3
+    (optim_grads_params)."""
     use_distributed_optimizer: bool | None = None
     """Megatron-LM's spelling of --data-parallel-sharding-strategy optim; the two must agree."""
     sequence_parallel: bool = False
-    """Megatron's sequence parallelism: between the tensor-parallel parts, tokens are split over tp."""
+    """Megatron's sequence parallelism: between the tensor-parallel parts, tokens are split over
+    tp."""
     distributed_backend: Literal["auto", "nccl", "gloo"] = "auto"
     """nccl on GPUs, gloo on CPUs; naming the one that the machine does not use is an error."""
     distributed_timeout_minutes: int = 10
@@ -84,7 +91,8 @@ class LayoutConfig:
 
     @property
     def context_levels(self) -> tuple[int, int]:
-        """Sizes of the two levels of cp: ranks that trade tokens for heads, groups that gather keys and values.
+        """Sizes of the two levels of cp: ranks that trade tokens for heads, groups that gather keys
+        and values.
 
         One level is (cp, 1). Meaningful only without `combination_problems`.
         """
@@ -99,7 +107,8 @@ class LayoutConfig:
 
     @property
     def token_multiple(self) -> int:
-        """What the tokens of a microbatch must be a multiple of, so that every rank gets as many."""
+        """What the tokens of a microbatch must be a multiple of, so that every rank gets as
+        many."""
         tp, _, cp = self.sizes
         groups = self.context_levels[1]
         multiple = lcm(cp, 2 * groups) if groups > 1 else cp
@@ -152,11 +161,13 @@ class LayoutConfig:
         return problems
 
     def combination_problems(self) -> list[str]:
-        """Settings that do not go together; asked of a phase's layout, which may mend what the run's own says."""
+        """Settings that do not go together; asked of a phase's layout, which may mend what the
+        run's own says."""
         return self._context_problems() + self._schedule_problems()
 
     def _context_problems(self) -> list[str]:
-        cp, sizes = self.context_parallel_size, self.hierarchical_context_parallel_sizes
+        cp = self.context_parallel_size
+        sizes = self.hierarchical_context_parallel_sizes
         if self.cp_comm_type not in ("a2a", "a2a+allgather"):
             return [
                 f"cp_comm_type = {self.cp_comm_type}: is not built. Fix: a2a, or for more ranks than heads "
@@ -185,7 +196,8 @@ class LayoutConfig:
     def _schedule_problems(self) -> list[str]:
         if self.pipeline_model_parallel_size == 1:
             return []
-        schedule, per_rank = self.schedule, self.stages_per_rank
+        schedule = self.schedule
+        per_rank = self.stages_per_rank
         name = f"num_virtual_stages_per_pipeline_rank = {per_rank}"
         if schedule == "1F1B" and per_rank != 1:
             return [

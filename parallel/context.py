@@ -1,13 +1,15 @@
-"""Which tokens a context-parallel rank holds, and the gathering of keys and values between groups of ranks.
+"""Which tokens a context-parallel rank holds, and the gathering of keys and values between groups
+of ranks.
 
-With one level (Ulysses alone) a rank holds a contiguous slice of the microbatch. With two levels, cp =
-a2a x gather: the a2a ranks of a group trade tokens for heads (parallel/ulysses.py), and each group then
-gathers the keys and values of the other groups. A causal query late in the sample reads more keys than
-an early one, so each group holds two chunks, one from each end: with G groups the tokens are cut into
-2 G chunks and group g holds chunks g and 2 G - 1 - g. The ranks of a group split those in order.
+With one level (Ulysses alone) a rank holds a contiguous slice of the microbatch. With two levels,
+cp = a2a x gather: the a2a ranks of a group trade tokens for heads (parallel/ulysses.py), and each
+group then gathers the keys and values of the other groups. A causal query late in the sample reads
+more keys than an early one, so each group holds two chunks, one from each end: with G groups the
+tokens are cut into 2 G chunks and group g holds chunks g and 2 G - 1 - g. The ranks of a group
+split those in order.
 
-The gathered keys and values are all tokens', for the heads of this rank: without recompute a layer keeps
-them for its backward, G times what one level of the same a2a size would keep.
+The gathered keys and values are all tokens', for the heads of this rank: without recompute a layer
+keeps them for its backward, G times what one level of the same a2a size would keep.
 
 Source of the gathered form: Llama 3 (arXiv 2407.21783, section 3.3.2), which cuts the same chunks.
 
@@ -22,7 +24,8 @@ from parallel.layout import Axis, Layout
 
 
 def group_pieces(total: int, group: int, num_groups: int) -> list[tuple[int, int]]:
-    """Half-open ranges of the `total` tokens that a group holds, in order: one, or with several groups two."""
+    """Half-open ranges of the `total` tokens that a group holds, in order: one, or with several
+    groups two."""
     if num_groups == 1:
         return [(0, total)]
     assert total % (2 * num_groups) == 0, (total, num_groups)
@@ -34,19 +37,24 @@ def group_pieces(total: int, group: int, num_groups: int) -> list[tuple[int, int
 
 def token_pieces(total: int, layout: Layout) -> list[tuple[int, int]]:
     """Half-open ranges of the `total` tokens of a microbatch that this rank holds, in order."""
-    a2a, gather = layout.cp_a2a, layout.cp_gather
+    a2a = layout.cp_a2a
+    gather = layout.cp_gather
     return rank_pieces(total, a2a.rank, a2a.size, gather.rank, gather.size)
 
 
 def rank_pieces(
     total: int, a2a_rank: int, a2a_size: int, group: int, num_groups: int
 ) -> list[tuple[int, int]]:
-    """`token_pieces` of one rank by its place: number `a2a_rank` of the `a2a_size` ranks of a group."""
+    """`token_pieces` of one rank by its place: number `a2a_rank` of the `a2a_size` ranks of a
+    group."""
     share = total // (a2a_size * num_groups)
     assert share * a2a_size * num_groups == total, (total, a2a_size, num_groups)
-    first, pieces, place = a2a_rank * share, [], 0
+    first = a2a_rank * share
+    pieces = []
+    place = 0
     for start, stop in group_pieces(total, group, num_groups):
-        low, high = max(first, place), min(first + share, place + stop - start)
+        low = max(first, place)
+        high = min(first + share, place + stop - start)
         if low < high:
             pieces.append((start + low - place, start + high - place))
         place += stop - start
@@ -56,10 +64,11 @@ def rank_pieces(
 def gather_keys(
     k_skH: torch.Tensor, v_skH: torch.Tensor, axis: Axis
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of all tokens in their order, from those of this group's tokens: [s, k, H] -> [T, k, H].
+    """Keys and values of all tokens in their order, from those of this group's tokens: [s, k, H] ->
+    [T, k, H].
 
-    Both travel in one all-gather over the gather axis of size G; per rank the forward receives
-    2 (G - 1) / G * T * k * H elements, and the backward (a reduce-scatter: every group that read a key
+    Both travel in one all-gather over the gather axis of size G; per rank the forward receives 2 (G
+    - 1) / G * T * k * H elements, and the backward (a reduce-scatter: every group that read a key
     adds to its gradient) sends as much.
     """
     if axis.size == 1:

@@ -58,7 +58,8 @@ class World:
 
 @dataclass(frozen=True)
 class Layout:
-    """Every axis of this rank. `dp_cp` shards parameters, `world` sums what is summed once over everything."""
+    """Every axis of this rank. `dp_cp` shards parameters, `world` sums what is summed once over
+    everything."""
 
     world: Axis
     tp: Axis
@@ -66,12 +67,15 @@ class Layout:
     dp: Axis
     cp: Axis
     cp_a2a: Axis
-    """The cp ranks that trade tokens for heads: all of cp, or with two levels a group of neighbours."""
+    """The cp ranks that trade tokens for heads: all of cp, or with two levels a group of
+    neighbours."""
     cp_gather: Axis
-    """The cp ranks that gather keys and values from each other: of size 1, or with two levels one of each group."""
+    """The cp ranks that gather keys and values from each other: of size 1, or with two levels one
+    of each group."""
     dp_cp: Axis
     embedding: Axis
-    """The two ranks of a tied embedding's two homes; of size 1 where both are on one rank, or this rank has none."""
+    """The two ranks of a tied embedding's two homes; of size 1 where both are on one rank, or this
+    rank has none."""
     schedule: ScheduleName
     stages: tuple[int, ...]
     """Numbers of this rank's pipeline stages, first to last."""
@@ -133,7 +137,8 @@ def host_memory() -> int:
 
 
 def device_here() -> tuple[str, int]:
-    """Name and bytes of memory of this process's device; on CPUs "cpu" and an equal share of the machine's memory.
+    """Name and bytes of memory of this process's device; on CPUs "cpu" and an equal share of the
+    machine's memory.
 
     Readable before anything is initialised, and the same for all processes of a machine.
     """
@@ -180,7 +185,8 @@ def start_world(
 
 
 def _raise_open_files_limit() -> None:
-    """gloo opens a socket to every peer of every group: at 1,024 ranks more than a shell's usual 1,024 files."""
+    """gloo opens a socket to every peer of every group: at 1,024 ranks more than a shell's usual
+    1,024 files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -221,10 +227,12 @@ def build_layout(config: LayoutConfig, world: World) -> Layout:
         [dp_cp.group, tp_axis.group], world.device.type, mesh=grid, mesh_dim_names=("dp_cp", "tp")
     )
     cp_axis = _axis("cp", parallel_state.get_context_parallel_group())
-    cp_a2a, cp_gather = cp_axis, Axis("cp_gather", 0, 1, (world.rank,), cp_axis.group)
+    cp_a2a = cp_axis
+    cp_gather = Axis("cp_gather", 0, 1, (world.rank,), cp_axis.group)
     if two_levels:
         inner, outer = parallel_state.get_hierarchical_context_parallel_groups()
-        cp_a2a, cp_gather = _axis("cp_a2a", inner), _axis("cp_gather", outer)
+        cp_a2a = _axis("cp_a2a", inner)
+        cp_gather = _axis("cp_gather", outer)
     stages = (
         stages_of_rank(config.schedule, pp_axis.rank, pp, config.stages_per_rank)
         if pp > 1
@@ -250,7 +258,8 @@ def build_layout(config: LayoutConfig, world: World) -> Layout:
 
 
 def single_process_layout(device: torch.device) -> Layout:
-    """A layout of one process without any process group, for tools that read or run a model by themselves."""
+    """A layout of one process without any process group, for tools that read or run a model by
+    themselves."""
     names = ("world", "tp", "pp", "dp", "cp", "cp_a2a", "cp_gather", "dp_cp", "embedding")
     return Layout(
         **{name: Axis(name, 0, 1, (0,), None) for name in names},
@@ -290,7 +299,8 @@ def _axis(name: str, group: dist.ProcessGroup) -> Axis:
 
 
 def _embedding_axis(pp: Axis, schedule: ScheduleName) -> Axis:
-    """Megatron-Core's group of the first and the last pipeline rank, where the first and the last stage are."""
+    """Megatron-Core's group of the first and the last pipeline rank, where the first and the last
+    stage are."""
     if pp.size > 1 and (pp.is_first or pp.is_last) and schedule != "ZBV":
         return _axis("embedding", _parallel_state().get_embedding_group())
     return Axis("embedding", 0, 1, (dist.get_rank(),), pp.group)

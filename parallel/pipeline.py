@@ -1,10 +1,11 @@
 """Pipeline parallelism: torch.distributed.pipelining over our stages.
 
 A stage module is called as `module(x)` once per microbatch, in order: `x` is the previous stage's
-output, on the first stage a placeholder. The module looks up everything else about the microbatch by
-itself. The last stage returns its share of the loss, already scaled: schedules sum it.
+output, on the first stage a placeholder. The module looks up everything else about the microbatch
+by itself. The last stage returns its share of the loss, already scaled: schedules sum it.
 
-Source: torch.distributed.pipelining (stage.py, schedules.py); parallel/schedule.py names the papers.
+Source: torch.distributed.pipelining (stage.py, schedules.py); parallel/schedule.py names the
+papers.
 """
 
 from collections.abc import Sequence
@@ -37,7 +38,8 @@ SCHEDULES = {
 
 
 class Stage(PipelineStage):
-    """A stage whose gradients are added up in the reduction's dtype also where a schedule splits the backward."""
+    """A stage whose gradients are added up in the reduction's dtype also where a schedule splits
+    the backward."""
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward=last_backward)
@@ -92,10 +94,12 @@ class Pipeline:
             scale_grads=False,
         )
         if not train and not is_single:
-            # With two stages on one rank in a row, torch's own evaluation asks for gradients that do not exist.
+            # With two stages on one rank in a row, torch's own evaluation asks for gradients that
+            # do not exist.
             for backward in (FULL_BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, REDUCE_GRAD):
                 self.schedule.register_custom_function(backward, _skip)
-        # The schedule cuts inputs and targets into microbatches; ours carry nothing but their number.
+        # The schedule cuts inputs and targets into microbatches; ours carry nothing but their
+        # number.
         self.placeholders = torch.zeros(num_microbatches, dtype=torch.int64, device=layout.device)
 
     def run(self) -> torch.Tensor | None:
@@ -121,8 +125,10 @@ class Pipeline:
 
 
 def _skip(action, context) -> None:
-    """Instead of a backward: forget that its gradient was to be received, and wait for parameters gathered for it."""
-    schedule, stage = context.schedule_ref, action.stage_index
+    """Instead of a backward: forget that its gradient was to be received, and wait for parameters
+    gathered for it."""
+    schedule = context.schedule_ref
+    stage = action.stage_index
     schedule.bwd_recv_ops.pop((stage, action.microbatch_index), None)
     if stage in schedule.unshard_ops:
         for gathered in schedule.unshard_ops.pop(stage):

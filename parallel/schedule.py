@@ -1,7 +1,8 @@
 """Pipeline schedules by name: where each puts its stages, and what it asks of a step.
 
-Sources: 1F1B is PipeDream-Flush (arXiv 2006.09503), interleaved is Megatron-LM's (arXiv 2104.04473),
-zero-bubble is ZB1P and ZBV its V-shaped form (arXiv 2401.10241). torch.distributed.pipelining runs them.
+Sources: 1F1B is PipeDream-Flush (arXiv 2006.09503), interleaved is Megatron-LM's (arXiv
+2104.04473), zero-bubble is ZB1P and ZBV its V-shaped form (arXiv 2401.10241).
+torch.distributed.pipelining runs them.
 """
 
 from typing import Literal
@@ -20,7 +21,8 @@ def stages_of_rank(
 ) -> tuple[int, ...]:
     """Numbers of the stages on pipeline rank `rank`, in the order of the forward pass.
 
-    Stages go round the ranks; under ZBV they go there and back, so the first and the last share a rank.
+    Stages go round the ranks; under ZBV they go there and back, so the first and the last share a
+    rank.
     """
     if schedule == "ZBV":
         return rank, 2 * pp_size - 1 - rank
@@ -62,7 +64,8 @@ def nearest_counts(schedule: ScheduleName, pp_size: int, num_microbatches: int) 
 def chunks_in_flight(
     schedule: ScheduleName, rank: int, pp_size: int, per_rank: int, num_microbatches: int
 ) -> int:
-    """Most pairs (stage of this rank, microbatch) whose activations are kept at once, as torch's schedules order them.
+    """Most pairs (stage of this rank, microbatch) whose activations are kept at once, as torch's
+    schedules order them.
 
     Under a split backward they are kept until that of the weights.
     """
@@ -81,7 +84,8 @@ def chunks_in_flight(
 def idle_share(schedule: ScheduleName, pp_size: int, per_rank: int, num_microbatches: int) -> float:
     """Time that a rank waits in a step, over the time that it works: the pipeline's bubble.
 
-    Source: the schedules' papers, with forward, backward of inputs and backward of weights taken as equally long.
+    Source: the schedules' papers, with forward, backward of inputs and backward of weights taken as
+    equally long.
     """
     if pp_size == 1:
         return 0.0

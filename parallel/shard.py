@@ -23,11 +23,12 @@ def shard_module(
     """Shard `module` in place over dp x cp; each of `blocks` is gathered and freed as one unit.
 
     Args:
-        on_host: shards and their gradients live in the host's pinned memory (ZeRO-Offload, arXiv 2101.06840); then
-            they must be allocated there.
+        on_host: shards and their gradients live in the host's pinned memory (ZeRO-Offload, arXiv
+            2101.06840); then they must be allocated there.
         compute_dtype: dtype of parameters in forward and backward; None keeps the stored dtype.
-            Over dp x cp, gradients are accumulated and reduced in fp32 (in the stored dtype where that is
-            None); sums over tp of a parameter's partial gradients happen in the compute dtype.
+            Over dp x cp, gradients are accumulated and reduced in fp32 (in the stored dtype where
+            that is None); sums over tp of a parameter's partial gradients happen in the compute
+            dtype.
     """
     precision = MixedPrecisionPolicy()
     if compute_dtype is not None:
@@ -55,7 +56,8 @@ def shard_module(
 
 
 def accumulate_gradients(module: nn.Module) -> None:
-    """After a backward outside FSDP2's hooks: add the gradients up in the dtype in which they are reduced.
+    """After a backward outside FSDP2's hooks: add the gradients up in the dtype in which they are
+    reduced.
 
     Otherwise those of several microbatches would be summed in the compute dtype.
     """
@@ -72,8 +74,9 @@ def accumulate_gradients(module: nn.Module) -> None:
 def set_microbatch(module: nn.Module, strategy: ShardingStrategy, is_last: bool) -> None:
     """Before a microbatch's backward (without a pipeline): what is reduced and freed after it.
 
-    ZeRO-1 keeps whole gradients and reduces once per step; ZeRO-2 and 3 reduce after each microbatch.
-    Parameters that forward keeps (ZeRO-1, 2) stay gathered until the step's last backward.
+    ZeRO-1 keeps whole gradients and reduces once per step; ZeRO-2 and 3 reduce after each
+    microbatch. Parameters that forward keeps (ZeRO-1, 2) stay gathered until the step's last
+    backward.
     """
     assert isinstance(module, FSDPModule)
     module.set_requires_gradient_sync(is_last or strategy != "optim")

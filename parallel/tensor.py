@@ -1,8 +1,9 @@
 """Tensor parallelism: parameters as DTensors on the tp mesh axis, used through `.to_local()`.
 
 A module is written with its full shapes and made on the meta device; `distribute_parameters` then
-replaces each parameter by this rank's part, following a table of `ParameterSharding`. The layers that
-use them state their collectives explicitly (parallel/collectives.py): no DTensor operator runs.
+replaces each parameter by this rank's part, following a table of `ParameterSharding`. The layers
+that use them state their collectives explicitly (parallel/collectives.py): no DTensor operator
+runs.
 
 Source of the column / row split and of the vocabulary split: Megatron-LM (arXiv 1909.08053).
 
@@ -34,17 +35,20 @@ class ParameterSharding:
 def distribute_parameters(
     module: nn.Module, shardings: dict[str, ParameterSharding], tp_mesh: DeviceMesh
 ) -> None:
-    """Replace every (meta) parameter of `module` by a DTensor that holds this rank's part, in place.
+    """Replace every (meta) parameter of `module` by a DTensor that holds this rank's part, in
+    place.
 
     Each owning module also gets `partial_gradient`, to be passed to `local_part`.
 
     Args:
         shardings: parameter name -> sharding; a missing name is an error (KeyError).
     """
-    size, rank = tp_mesh.size(), tp_mesh.get_local_rank()
+    size = tp_mesh.size()
+    rank = tp_mesh.get_local_rank()
     for name, parameter in list(module.named_parameters()):
         sharding = shardings[name]
-        local, placement = parameter.data, Replicate()
+        local = parameter.data
+        placement = Replicate()
         if sharding.dim is not None:
             assert parameter.shape[sharding.dim] % size == 0, (
                 f"{name} {tuple(parameter.shape)} over tp {size}"
@@ -61,8 +65,8 @@ def distribute_parameters(
 def local_part(parameter: nn.Parameter, partial_gradient: bool = False) -> torch.Tensor:
     """This tp rank's part of a parameter, as a plain tensor that carries the gradient back.
 
-    Without `partial_gradient` the gradient of a replicated parameter must be the same on all tp ranks.
-    A parameter that was never distributed (one process, no groups) is returned as it is.
+    Without `partial_gradient` the gradient of a replicated parameter must be the same on all tp
+    ranks. A parameter that was never distributed (one process, no groups) is returned as it is.
     """
     if not isinstance(parameter, DTensor):
         return parameter
@@ -74,7 +78,8 @@ def local_part(parameter: nn.Parameter, partial_gradient: bool = False) -> torch
 def vocab_parallel_embedding(
     ids_t: torch.Tensor, weight_vD: torch.Tensor, tp: Axis
 ) -> torch.Tensor:
-    """Look up [t] token ids in a table whose rows are split over tp -> [t, D], to be summed over tp by the caller.
+    """Look up [t] token ids in a table whose rows are split over tp -> [t, D], to be summed over tp
+    by the caller.
 
     A token's row is on one rank; the others return zeros for it.
     """
@@ -88,9 +93,11 @@ def vocab_parallel_embedding(
 
 
 def vocab_parallel_first_choices(logits_tv: torch.Tensor, tp: Axis) -> torch.Tensor:
-    """The id with the largest logit of each token, [t, v] logits -> int64 [t], the same on all tp ranks (no gradient).
+    """The id with the largest logit of each token, [t, v] logits -> int64 [t], the same on all tp
+    ranks (no gradient).
 
-    Of equal logits the smallest id is taken, as in one process. Columns that hold no token must be -inf.
+    Of equal logits the smallest id is taken, as in one process. Columns that hold no token must be
+    -inf.
     """
     best, ids = logits_tv.detach().max(
         dim=1

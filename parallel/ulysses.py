@@ -6,11 +6,11 @@ Legend: T tokens of the microbatch, t this rank's slice of them, N query heads a
 of this tensor-parallel rank, m and k those of this rank after the exchange, H head size.
 
 Rank r attends with a contiguous range of query heads and receives exactly the key/value heads that
-they read. q, k and v travel in one all-to-all, the output in another; per rank and layer the forward
-sends (cp - 1) / cp * t * H * (2 N + 2 kv_sent) elements, where kv_sent counts a key/value head once per
-rank that needs it (on average over the ranks where heads split unevenly), and the backward as much
-again. Head counts that cp does not divide are split unevenly. With two levels of context parallelism
-(parallel/context.py) cp and T mean those of one group here.
+they read. q, k and v travel in one all-to-all, the output in another; per rank and layer the
+forward sends (cp - 1) / cp * t * H * (2 N + 2 kv_sent) elements, where kv_sent counts a key/value
+head once per rank that needs it (on average over the ranks where heads split unevenly), and the
+backward as much again. Head counts that cp does not divide are split unevenly. With two levels of
+context parallelism (parallel/context.py) cp and T mean those of one group here.
 
 Source: DeepSpeed-Ulysses (arXiv 2309.14509).
 """
@@ -42,7 +42,8 @@ class HeadSplit:
         assert num_query_heads >= cp_size, "validate() refuses a cp size beyond the heads"
         group = num_query_heads // num_kv_heads
         base, extra = divmod(num_query_heads, cp_size)
-        query, start = [], 0
+        query = []
+        start = 0
         for rank in range(cp_size):
             stop = start + base + (rank < extra)
             query.append((start, stop))
@@ -56,14 +57,16 @@ class HeadSplit:
         return (q1 - q0) + 2 * (k1 - k0)
 
     def kv_of_query(self, rank: int) -> list[int]:
-        """For each query head of `rank`, the index of its key/value head among those it received."""
+        """For each query head of `rank`, the index of its key/value head among those it
+        received."""
         (q0, q1), (k0, _) = self.query[rank], self.kv[rank]
         return [head // self.group - k0 for head in range(q0, q1)]
 
 
 @dataclass(frozen=True)
 class HeadRound:
-    """Some key/value heads, and in chunks the query heads that read them: numbers of this tp rank's heads.
+    """Some key/value heads, and in chunks the query heads that read them: numbers of this tp rank's
+    heads.
 
     Heads stand in the order of the ranks that get them; the splits count within that order.
     """
@@ -76,10 +79,11 @@ class HeadRound:
 
 
 def head_rounds(split: HeadSplit, chunks: int) -> list[HeadRound]:
-    """Attention in `chunks` groups of query heads: each rank's heads in parts, so that no key/value head travels twice.
+    """Attention in `chunks` groups of query heads: each rank's heads in parts, so that no key/value
+    head travels twice.
 
-    A rank attends with the same heads as without chunks, and gets in each round the key/value heads that its next
-    query heads read; where several chunks read the same, one round holds them all.
+    A rank attends with the same heads as without chunks, and gets in each round the key/value heads
+    that its next query heads read; where several chunks read the same, one round holds them all.
     Source: Untied Ulysses' schedule for grouped heads (arXiv 2602.21196).
     """
     assert chunks in chunk_counts(split), (chunks, split)
@@ -113,7 +117,8 @@ def head_rounds(split: HeadSplit, chunks: int) -> list[HeadRound]:
 
 
 def chunk_counts(split: HeadSplit) -> list[int]:
-    """The numbers of chunks that `head_rounds` can make: every rank's chunk must read whole groups, or parts of one."""
+    """The numbers of chunks that `head_rounds` can make: every rank's chunk must read whole groups,
+    or parts of one."""
     heads = {stop - start for start, stop in split.query}
     (m,) = heads if len(heads) == 1 else (1,)
     if len(heads) > 1 or (m % split.group and split.group % m):
@@ -128,19 +133,24 @@ def chunk_counts(split: HeadSplit) -> list[int]:
 class _SeqToHeads(torch.autograd.Function):
     """The exchange of q, k and v and, in backward, of their gradients.
 
-    A block [t, rows, H] goes to each rank, rows = its query, key and value heads. What arrives is [T, rows, H]
-    as it lies, so each direction copies once before it sends and the backward once more.
+    A block [t, rows, H] goes to each rank, rows = its query, key and value heads. What arrives is
+    [T, rows, H] as it lies, so each direction copies once before it sends and the backward once
+    more.
     """
 
     @staticmethod
     def forward(ctx, q_tNH, k_tKH, v_tKH, split: HeadSplit, axis: Axis):
-        ctx.split, ctx.axis, ctx.shapes = split, axis, (q_tNH.shape, k_tKH.shape)
+        ctx.split = split
+        ctx.axis = axis
+        ctx.shapes = (q_tNH.shape, k_tKH.shape)
         ctx.sizes = _block_sizes(q_tNH, split)
         return start_seq_to_heads(q_tNH, k_tKH, v_tKH, split, axis)()
 
     @staticmethod
     def backward(ctx, *grads_TmH):
-        split, axis, sizes = ctx.split, ctx.axis, ctx.sizes
+        split = ctx.split
+        axis = ctx.axis
+        sizes = ctx.sizes
         q_shape, k_shape = ctx.shapes
         received = all_to_all(
             torch.cat(grads_TmH, dim=1).view(-1), [sizes[axis.rank]] * axis.size, sizes, axis
@@ -165,7 +175,8 @@ class _SeqToHeads(torch.autograd.Function):
 def _store(
     grad_tKH: torch.Tensor, block: torch.Tensor, start: int, stop: int, written: int
 ) -> None:
-    """Put the gradient of heads [start, stop) in place; the heads below `written` have one from another rank: add."""
+    """Put the gradient of heads [start, stop) in place; the heads below `written` have one from
+    another rank: add."""
     shared = max(0, written - start)
     grad_tKH[:, start : start + shared] += block[:, :shared]
     grad_tKH[:, start + shared : stop] = block[:, shared:]
@@ -178,7 +189,8 @@ class _HeadsToSeq(torch.autograd.Function):
     def forward(ctx, o_TmH, split: HeadSplit, axis: Axis):
         T, m, H = o_TmH.shape
         t = T // axis.size
-        ctx.split, ctx.axis = split, axis
+        ctx.split = split
+        ctx.axis = axis
         sizes = [t * (stop - start) * H for start, stop in split.query]
         received = all_to_all(o_TmH.reshape(-1), [t * m * H] * axis.size, sizes, axis)
         return torch.cat([block.view(t, -1, H) for block in received.split(sizes)], dim=1)
@@ -196,10 +208,13 @@ def _block_sizes(q_tNH: torch.Tensor, split: HeadSplit) -> list[int]:
 def start_seq_to_heads(
     q_tNH: torch.Tensor, k_tKH: torch.Tensor, v_tKH: torch.Tensor, split: HeadSplit, axis: Axis
 ) -> Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Start the exchange of `seq_to_heads`, without a gradient; what it returns waits for it and gives its results."""
+    """Start the exchange of `seq_to_heads`, without a gradient; what it returns waits for it and
+    gives its results."""
     if axis.size == 1:
         return lambda: (q_tNH, k_tKH, v_tKH)
-    t, H, sizes = q_tNH.shape[0], q_tNH.shape[2], _block_sizes(q_tNH, split)
+    t = q_tNH.shape[0]
+    H = q_tNH.shape[2]
+    sizes = _block_sizes(q_tNH, split)
     send = q_tNH.new_empty(sum(sizes))
     for block, (q0, q1), (k0, k1) in zip(send.split(sizes), split.query, split.kv, strict=True):
         torch.cat(

@@ -1,8 +1,9 @@
-"""`layout: auto`: the layout of a phase by estimated memory and step time (model/rank_memory.py, model/cost.py).
+"""`layout: auto`: the layout of a phase by estimated memory and step time (model/rank_memory.py,
+model/cost.py).
 
-A choice is made once: it is a function of the configuration, the number of processes and the device, and
-a checkpoint keeps it. Whoever continues on as many processes gets the stored one, also where the estimate
-would by now choose another.
+A choice is made once: it is a function of the configuration, the number of processes and the
+device, and a checkpoint keeps it. Whoever continues on as many processes gets the stored one, also
+where the estimate would by now choose another.
 """
 
 import dataclasses
@@ -24,7 +25,8 @@ from pretrain.layout_search import sizes_of_world, with_sizes
 from pretrain.phases import Phase, attempt
 
 MARGIN = 0.1
-"""Share of the device's memory that stays free: for the libraries, fragmentation and the estimate's error."""
+"""Share of the device's memory that stays free: for the libraries, fragmentation and the estimate's
+error."""
 AS_FAST = 1.02
 """Step times within this factor of the fastest are no difference: the simpler layout is taken."""
 STRATEGIES = ("optim_grads", "optim", "optim_grads_params")
@@ -51,7 +53,8 @@ class Device:
 
     @staticmethod
     def here(config: LayoutConfig) -> "Device":
-        """This process's device; a GPU without a row in the table is ranked with an A100's rates."""
+        """This process's device; a GPU without a row in the table is ranked with an A100's
+        rates."""
         name, memory = device_here()
         hardware = (
             CPU
@@ -171,7 +174,8 @@ def _with_recompute(phase: Phase, level: str | None) -> Phase:
 
 def _layouts(phase: Phase, config: Config, world_size: int) -> Iterator[LayoutConfig]:
     """Layouts of the world with the sizes that the phase gives."""
-    asked, heads = phase.layout, config.model.num_attention_heads
+    asked = phase.layout
+    heads = config.model.num_attention_heads
     for sizes in sizes_of_world(world_size):
         if any(
             name not in phase.auto and size != given
@@ -212,7 +216,8 @@ def choose_layout(
     """The fastest layout that fits, and the next.
 
     Raises:
-        ValueError: none is legal, or none fits: with the memory of the one that needs least and what would help.
+        ValueError: none is legal, or none fits: with the memory of the one that needs least and
+        what would help.
     """
     model = memory_model(config, vocab_size, device.hardware)
     found = list(candidates(phase, config, world_size, model, device.hardware))
@@ -312,7 +317,8 @@ def settle_layouts(
     clock: int,
     device: Device | None = None,
 ) -> tuple[list[Phase], dict, list[str]]:
-    """Give every phase of `layout: auto` its layout -> (phases, what a checkpoint keeps of them by name, a line each).
+    """Give every phase of `layout: auto` its layout -> (phases, what a checkpoint keeps of them by
+    name, a line each).
 
     Args:
         stored: what the checkpoint that is continued kept, by phase name.
@@ -325,12 +331,16 @@ def settle_layouts(
         return phases, {}, []
     device = device or Device.here(config.layout)
     model = memory_model(config, vocab_size, device.hardware)
-    settled, records, lines, problems = [], {}, [], []
+    settled = []
+    records = {}
+    lines = []
+    problems = []
     for phase in phases:
         if not phase.auto:
             settled.append(phase)
             continue
-        asked, before = _asked(phase, world_size), stored.get(phase.name)
+        asked = _asked(phase, world_size)
+        before = stored.get(phase.name)
         if before and _asked_before(before) == asked:
             kept = _estimate(with_choice(phase, before), world_size, model, device.hardware)
             text = f"{kept.describe()}, {show_bytes(kept.memory.total)} per rank (kept from the checkpoint)"
@@ -342,7 +352,8 @@ def settle_layouts(
             )
             if choice is None:
                 continue
-            kept, text = choice.best, choice.describe() + _why_anew(before, asked)
+            kept = choice.best
+            text = choice.describe() + _why_anew(before, asked)
         settled.append(kept.settled())
         records[phase.name] = _record(kept, asked)
         lines.append(f"phase {phase.name}: layout auto: {text}")
@@ -352,7 +363,8 @@ def settle_layouts(
 
 
 def _asked(phase: Phase, world_size: int) -> dict:
-    """What a choice answers to, as JSON gives it back. Not the device: another one keeps the stored choice."""
+    """What a choice answers to, as JSON gives it back. Not the device: another one keeps the stored
+    choice."""
     given = {
         "world_size": world_size,
         "open": phase.auto,

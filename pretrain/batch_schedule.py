@@ -1,8 +1,9 @@
 """How many tokens each step of a phase takes, as a function of the clock.
 
-A phase is a row of stretches of whole steps, each with one global batch. A scheduled batch changes at the first
-step that begins at or after its threshold, as in Megatron-LM (megatron/core/num_microbatches_calculator.py), whose
-thresholds in samples or tokens become positions of the clock here.
+A phase is a row of stretches of whole steps, each with one global batch. A scheduled batch changes
+at the first step that begins at or after its threshold, as in Megatron-LM
+(megatron/core/num_microbatches_calculator.py), whose thresholds in samples or tokens become
+positions of the clock here.
 """
 
 from collections.abc import Sequence
@@ -33,13 +34,16 @@ class BatchStep(NamedTuple):
 def cut_into_stretches(
     start: int, tokens: int, schedule: Sequence[BatchStep]
 ) -> tuple[Stretch, ...]:
-    """The steps that begin within `tokens` positions from `start`; the last one may reach beyond them.
+    """The steps that begin within `tokens` positions from `start`; the last one may reach beyond
+    them.
 
     Args:
         schedule: ascending, the first at or before `start`; thresholds on the same clock.
     """
     assert schedule and schedule[0].threshold <= start and tokens > 0
-    stretches, clock, goal = [], start, start + tokens
+    stretches = []
+    clock = start
+    goal = start + tokens
     for number, (_, batch) in enumerate(schedule):
         until = min(goal, schedule[number + 1].threshold if number + 1 < len(schedule) else goal)
         if until > clock:
@@ -52,8 +56,8 @@ def cut_into_stretches(
 def parse_ramp(
     words: Sequence[int], target: int, begin: int, unit: int, threshold_unit: int
 ) -> list[BatchStep]:
-    """Megatron-LM's `--rampup-batch-size START INCREMENT SAMPLES`: from START samples to `target` tokens in equal
-    portions of SAMPLES.
+    """Megatron-LM's `--rampup-batch-size START INCREMENT SAMPLES`: from START samples to `target`
+    tokens in equal portions of SAMPLES.
 
     Args:
         target: tokens of the full batch.
@@ -70,7 +74,9 @@ def parse_ramp(
             f"{name}must be START INCREMENT SAMPLES, the first two above 0. Fix: for example "
             "32 32 100000."
         )
-    first, increment, samples = words[0] * unit, words[1] * unit, words[2]
+    first = words[0] * unit
+    increment = words[1] * unit
+    samples = words[2]
     count, rest = divmod(target - first, increment)
     if target < first or rest:
         raise ValueError(
@@ -92,7 +98,8 @@ def parse_ramp(
 
 
 def parse_steps(text: str, begin: int, unit: int) -> list[BatchStep]:
-    """Megatron-LM's `--step-batch-size-schedule "0:768 250B:1536"`: tokens from which a step takes so many samples.
+    """Megatron-LM's `--step-batch-size-schedule "0:768 250B:1536"`: tokens from which a step takes
+    so many samples.
 
     Args:
         begin: position from which the tokens are counted.
@@ -101,7 +108,8 @@ def parse_steps(text: str, begin: int, unit: int) -> list[BatchStep]:
     Raises:
         ValueError: not such pairs, not ascending, or the first does not begin at 0.
     """
-    name, example = f"step_batch_size_schedule = {text}: ", 'Fix: for example "0:768 250B:1536".'
+    name = f"step_batch_size_schedule = {text}: "
+    example = 'Fix: for example "0:768 250B:1536".'
     schedule = []
     for word in text.replace(",", " ").split():
         threshold, colon, batch = word.partition(":")
@@ -123,14 +131,16 @@ def parse_steps(text: str, begin: int, unit: int) -> list[BatchStep]:
 
 
 def batch_at(stretches: Sequence[Stretch], clock: int) -> int:
-    """Tokens of the step that begins at `clock`, which a changed batch may have put off the steps' own places."""
+    """Tokens of the step that begins at `clock`, which a changed batch may have put off the steps'
+    own places."""
     return next(
         (stretch.batch for stretch in stretches if clock < stretch.end), stretches[-1].batch
     )
 
 
 def first_step_from(stretches: Sequence[Stretch], position: int) -> int:
-    """Where the first step begins that begins at or after `position`; the end of the stretches if none does."""
+    """Where the first step begins that begins at or after `position`; the end of the stretches if
+    none does."""
     for stretch in stretches:
         if position < stretch.end:
             steps = max(0, -(-(position - stretch.start) // stretch.batch))
@@ -140,7 +150,8 @@ def first_step_from(stretches: Sequence[Stretch], position: int) -> int:
 
 
 def end_of_steps(stretches: Sequence[Stretch], clock: int) -> int:
-    """Where the last step ends of those that begin from `clock` on before the end of the stretches."""
+    """Where the last step ends of those that begin from `clock` on before the end of the
+    stretches."""
     for stretch in stretches:
         if clock < stretch.end:
             clock += -(-(stretch.end - clock) // stretch.batch) * stretch.batch

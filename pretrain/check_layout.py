@@ -47,8 +47,10 @@ def check_phase_layout(
 
 
 def _split_backward_problems(phase: Phase) -> list[str]:
-    """Settings under which backward runs a part of forward: a backward in two halves would run it in both."""
-    layout, memory = phase.layout, phase.memory
+    """Settings under which backward runs a part of forward: a backward in two halves would run it
+    in both."""
+    layout = phase.layout
+    memory = phase.memory
     if layout.pipeline_model_parallel_size == 1 or layout.schedule not in SPLIT_BACKWARD:
         return []
     other = "or --pipeline-schedule interleaved or 1F1B."
@@ -68,8 +70,11 @@ def _split_backward_problems(phase: Phase) -> list[str]:
 
 
 def _head_chunk_problems(phase: Phase, config: Config) -> list[str]:
-    chunks, model, layout = phase.memory.attention_head_chunks, config.model, phase.layout
-    tp, a2a = layout.tensor_model_parallel_size, layout.context_levels[0]
+    chunks = phase.memory.attention_head_chunks
+    model = config.model
+    layout = phase.layout
+    tp = layout.tensor_model_parallel_size
+    a2a = layout.context_levels[0]
     possible = chunk_counts(
         HeadSplit.make(model.num_attention_heads // tp, max(1, model.num_kv_heads // tp), a2a)
     )

@@ -1,4 +1,5 @@
-"""Can the phases run: on so many processes, with this model, data and rope? Everything that is wrong, at once."""
+"""Can the phases run: on so many processes, with this model, data and rope? Everything that is
+wrong, at once."""
 
 import math
 from collections.abc import Callable
@@ -77,7 +78,8 @@ def check_phases(
 def check_phase_memory(phase: Phase, backend: str) -> list[str]:
     """Memory settings that are out of range or do not go together, whatever the layout."""
     is_open = phase.auto and phase.predicted_bytes is None  # the recompute may still be chosen
-    memory, problems = phase.memory, phase.memory.problems()
+    memory = phase.memory
+    problems = phase.memory.problems()
     if (
         memory.cpu_offloading_num_layers
         and memory.recompute_granularity not in KEEPS_INPUT_ONLY

@@ -4,8 +4,8 @@
                                            huggingface/ (where the model came from there)
     DIR/latest_checkpointed_iteration.txt  100
 
-A save writes into a hidden folder, checksums every file, syncs, and renames; only then does the text
-file name it. A load checks every checksum first. All ranks must see the same folder.
+A save writes into a hidden folder, checksums every file, syncs, and renames; only then does the
+text file name it. A load checks every checksum first. All ranks must see the same folder.
 """
 
 import errno
@@ -37,7 +37,8 @@ _ALONE = "torch.distributed is disabled"  # DCP's warning where working alone is
 LATEST = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
 CARRIED = "huggingface"
-"""Folder of a checkpoint with what its Hugging Face source held besides weights (model_files.py)."""
+"""Folder of a checkpoint with what its Hugging Face source held besides weights
+(model_files.py)."""
 
 
 def iteration_folder(root: str | os.PathLike, step: int) -> Path:
@@ -92,7 +93,8 @@ class FolderLock:
         Raises:
             ValueError: another run holds it, or the folder cannot be written; on all ranks.
         """
-        self.file, problem = None, [None]
+        self.file = None
+        problem = [None]
         if world.rank == 0:
             try:
                 Path(root).mkdir(parents=True, exist_ok=True)
@@ -124,7 +126,8 @@ class FolderLock:
 
 
 def same_start_on_all_ranks(root: str | os.PathLike, planned: Path | None, world: Axis) -> bool:
-    """Is `planned` still the latest published checkpoint (None = there is none), on every rank? Collective.
+    """Is `planned` still the latest published checkpoint (None = there is none), on every rank?
+    Collective.
 
     Plans are made before the processes meet and before the folder is locked.
     """
@@ -145,7 +148,8 @@ def save(
     world: Axis,
     carried: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Path:
-    """Write and publish iteration `step`; collective over `world` (of size 1 it needs no process group).
+    """Write and publish iteration `step`; collective over `world` (of size 1 it needs no process
+    group).
 
     Args:
         tensors: flat name -> DTensor or plain tensor (pretrain/state.py: checkpoint_tensors).
@@ -260,7 +264,8 @@ def _checksums(folder: Path, world: Axis) -> dict[str, str]:
 
 
 def _files_of_save(folder: Path) -> list[str]:
-    """Every file there, and every one that .metadata names, whether this node sees it yet or not."""
+    """Every file there, and every one that .metadata names, whether this node sees it yet or
+    not."""
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     stored = SafeReader(folder).read_metadata().storage_data
     return sorted(found | {place.relative_path for place in stored.values()})
@@ -305,7 +310,8 @@ def _sync_folder(path: Path) -> None:
 
 
 def verify_files(folder: Path, rank: int = 0, size: int = 1) -> list[str]:
-    """Compare files [rank::size] of the manifest with what is on disk; the problems found, each a sentence."""
+    """Compare files [rank::size] of the manifest with what is on disk; the problems found, each a
+    sentence."""
     files = sorted(json.loads((folder / MANIFEST).read_text())["files"].items())
     problems = []
     for name, expected in files[rank::size]:
@@ -326,8 +332,8 @@ def load(
         vocab_size: tokens that exist. Rows beyond them are padding and take no part: the checkpoint
             may have more or fewer of them, and those that it lacks are filled with zeros.
     Raises:
-        ValueError: damaged files, or tensors that the checkpoint lacks or holds in another shape; the
-            same error on all ranks, and nothing is changed.
+        ValueError: damaged files, or tensors that the checkpoint lacks or holds in another shape;
+            the same error on all ranks, and nothing is changed.
     """
     gathered: list[list[str]] = [[] for _ in range(world.size)]
     dist.all_gather_object(
@@ -383,7 +389,8 @@ def _repadded(
 
 def _misfits(metadata: Metadata, tensors: dict[str, torch.Tensor]) -> list[str]:
     """Tensors that the checkpoint lacks, or holds in another shape."""
-    stored, problems = metadata.state_dict_metadata, []
+    stored = metadata.state_dict_metadata
+    problems = []
     for name, tensor in tensors.items():
         if name not in stored:
             problems.append(f"{name} is not in it")
@@ -459,7 +466,8 @@ class SafeReader(dcp.FileSystemReader):
     def __init__(self, path: str | os.PathLike):
         super().__init__(path)
         self.sizes: dict[str, torch.Size] = {}
-        """Tensors of which another size is asked for: the part that is stored is read, and no more."""
+        """Tensors of which another size is asked for: the part that is stored is read, and no
+        more."""
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
         with open(Path(self.path) / ".metadata", "rb") as file:

@@ -1,4 +1,5 @@
-"""The run's configuration: one dataclass field = one YAML key = one flag, in Megatron-LM's spellings.
+"""The run's configuration: one dataclass field = one YAML key = one flag, in Megatron-LM's
+spellings.
 
 Precedence: preset < YAML file < flags. The sections belong to the folders that read them.
 """
@@ -19,7 +20,8 @@ from pretrain.phase_config import PhaseConfig, Tokens
 
 @dataclass(kw_only=True)
 class ScheduleConfig:
-    """How much is trained, in what portions. One phase from the flat fields, or several from `phases`."""
+    """How much is trained, in what portions. One phase from the flat fields, or several from
+    `phases`."""
 
     seq_length: Tokens | None = None
     """Tokens of one sample."""
@@ -30,7 +32,8 @@ class ScheduleConfig:
     global_batch_tokens: Tokens | None = None
     """Tokens per optimizer step over all ranks."""
     rampup_batch_size: list[int] = field(default_factory=list)
-    """START INCREMENT SAMPLES: grow the batch from START samples to the full one over SAMPLES samples."""
+    """START INCREMENT SAMPLES: grow the batch from START samples to the full one over SAMPLES
+    samples."""
     step_batch_size_schedule: str | None = None
     """"0:768 250B:1536": from 0 tokens on 768 samples per step, from 250B tokens on 1,536."""
     train_iters: int | None = None
@@ -40,7 +43,8 @@ class ScheduleConfig:
     train_tokens: Tokens | None = None
     """Tokens to train on."""
     manual_gc: bool = False
-    """Collect Python's garbage at evaluations and saves only, so that no rank pauses by itself in between."""
+    """Collect Python's garbage at evaluations and saves only, so that no rank pauses by itself in
+    between."""
     phases: Annotated[list[PhaseConfig], tyro.conf.Suppress] = field(default_factory=list)
     """Consecutive phases; YAML only."""
 
@@ -66,7 +70,8 @@ class OptimizerConfig:
     lr_warmup_init: float = 0.0
     """Learning rate at the first step of the warmup."""
     lr_decay_iters: int | None = None
-    """Where the decay ends, in steps of the first phase's global batch; by default the end of the run."""
+    """Where the decay ends, in steps of the first phase's global batch; by default the end of the
+    run."""
     lr_decay_samples: int | None = None
     """Where the decay ends, in samples of the first phase's length."""
     lr_decay_tokens: Tokens | None = None
@@ -94,13 +99,16 @@ class OptimizerConfig:
     fp64: bool = False
     """Everything in double precision, to compare layouts exactly."""
     accumulate_allreduce_grads_in_fp32: bool = True
-    """Gradients are always accumulated and reduced over dp x cp in fp32; an error when turned off."""
+    """Gradients are always accumulated and reduced over dp x cp in fp32; an error when turned
+    off."""
     calculate_per_token_loss: bool = True
     """Loss = sum / global target count, our only way; a warning when turned off."""
     optimizer_cpu_offload: bool = False
-    """Master weights, their gradients and moments live in the host's memory, and AdamW runs there; on a GPU."""
+    """Master weights, their gradients and moments live in the host's memory, and AdamW runs there;
+    on a GPU."""
     max_skipped_steps: int = 10
-    """Steps in a row that may be skipped for a gradient norm that is not finite; one more ends the run."""
+    """Steps in a row that may be skipped for a gradient norm that is not finite; one more ends the
+    run."""
     seed: int = 1234
     """Of initial weights, document order and data split."""
 
@@ -108,9 +116,11 @@ class OptimizerConfig:
 @dataclass(kw_only=True)
 class CheckpointConfig:
     save: str | None = None
-    """Folder of this run's checkpoints and metrics; a published checkpoint in it is always continued."""
+    """Folder of this run's checkpoints and metrics; a published checkpoint in it is always
+    continued."""
     load: str | None = None
-    """Folder to start from when --save holds no checkpoint yet; the same folder as --save may be empty."""
+    """Folder to start from when --save holds no checkpoint yet; the same folder as --save may be
+    empty."""
     pretrained_checkpoint: str | None = None
     """Folder whose weights start a new run: clock 0, fresh optimizer."""
     finetune: bool = False
@@ -118,15 +128,19 @@ class CheckpointConfig:
     no_load_optim: bool = False
     """Do not load the optimizer state."""
     no_save_optim: bool = False
-    """Leave the optimizer state out of checkpoints; none of them can go on without --no-load-optim."""
+    """Leave the optimizer state out of checkpoints; none of them can go on without
+    --no-load-optim."""
     use_checkpoint_args: bool = False
     """Take settings of the model that are not given from the checkpoint that is started from."""
     accept_changes: list[Literal["data", "tokenizer", "optimization"]] = field(default_factory=list)
-    """Continue although this changed since the checkpoint; a changed corpus is drawn from its beginning."""
+    """Continue although this changed since the checkpoint; a changed corpus is drawn from its
+    beginning."""
     override_opt_param_scheduler: bool = False
-    """Continue with this run's learning rate and weight decay where they differ from the checkpoint's."""
+    """Continue with this run's learning rate and weight decay where they differ from the
+    checkpoint's."""
     use_checkpoint_opt_param_scheduler: bool = False
-    """Continue with the checkpoint's learning rate and weight decay, whatever this run's settings say."""
+    """Continue with the checkpoint's learning rate and weight decay, whatever this run's settings
+    say."""
     ckpt_step: int | None = None
     """Iteration of --load to start from, instead of the latest."""
     save_interval: int | None = None
@@ -148,15 +162,19 @@ class LoggingConfig:
     eval_iters: int = 4
     """Global batches per validation loss; 0 switches every evaluation off."""
     eval_seq_lengths: list[Tokens] = field(default_factory=list)
-    """Sample lengths of the validation loss, below or beyond the phase's own; by default only that one."""
+    """Sample lengths of the validation loss, below or beyond the phase's own; by default only that
+    one."""
     eval_context_gain: bool = True
-    """Measure how much lower the loss is with a document's whole beginning than with the last --context-gain-cut
-    tokens before the target, where validation documents and the phase are long enough."""
+    """Measure how much lower the loss is with a document's whole beginning than with the last
+    --context-gain-cut tokens before the target, where validation documents and the phase are long
+    enough."""
     context_gain_cut: Tokens = 1024
-    """Context of the cut pass of the context gain; documents and samples must have twice as many tokens."""
+    """Context of the cut pass of the context gain; documents and samples must have twice as many
+    tokens."""
     context_gain_documents: int | None = None
-    """Validation documents of each set that the context gain is measured on, those that fill most of the phase's
-    length, two microbatches each; by default as many as a global batch has samples, at least 4 and at most 16."""
+    """Validation documents of each set that the context gain is measured on, those that fill most
+    of the phase's length, two microbatches each; by default as many as a global batch has samples,
+    at least 4 and at most 16."""
     eval_passkey_lengths: list[Tokens] = field(default_factory=list)
     """Lengths at which a number hidden in validation text is asked for; by default none."""
     eval_passkey_depths: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
@@ -211,7 +229,9 @@ class Config:
             for section in (self.model, self.layout, self.data)
             for problem in section.validate()
         ]
-        optimizer, schedule, checkpoint = self.optimizer, self.schedule, self.checkpoint
+        optimizer = self.optimizer
+        schedule = self.schedule
+        checkpoint = self.checkpoint
         positive = [
             ("micro_batch_size", schedule.micro_batch_size),
             ("lr", optimizer.lr),
@@ -346,7 +366,8 @@ class Config:
         ]
 
     def _passkey_problems(self) -> list[str]:
-        logging, problems = self.logging, []
+        logging = self.logging
+        problems = []
         if logging.eval_passkey_lengths and (
             self.data.mock_data or self.data.tokenizer_type == "NullTokenizer"
         ):
@@ -364,7 +385,8 @@ class Config:
         return problems
 
     def _out_of_range(self) -> list[str]:
-        """Numbers that no field means: infinite or not a number, or beyond what the generator takes."""
+        """Numbers that no field means: infinite or not a number, or beyond what the generator
+        takes."""
         problems = []
         for section in (self.model, self.layout, self.schedule, self.optimizer):
             problems += [
@@ -384,7 +406,8 @@ class Config:
         return problems
 
     def _unused_rope_parameters(self) -> list[str]:
-        """Rope parameters that no rope reads: of a phase whose type does not use them, or of the run for no phase."""
+        """Rope parameters that no rope reads: of a phase whose type does not use them, or of the
+        run for no phase."""
         entries = self.schedule.phases or [PhaseConfig()]
         types = [entry.with_rope(self.model).rope.type for entry in entries]
         places = [("", self.model, types)] + [
@@ -400,7 +423,8 @@ class Config:
         ]
 
     def open_settings(self, phase: PhaseConfig) -> tuple[str, ...]:
-        """Names of the settings of a phase that `layout: auto` chooses: those that neither it nor the run gives."""
+        """Names of the settings of a phase that `layout: auto` chooses: those that neither it nor
+        the run gives."""
         if (phase.layout or self.layout.layout) != "auto":
             return ()
         levels = (

@@ -1,10 +1,12 @@
-"""Context gain: how much lower the loss of the same targets is with the whole document before them than with a cut one.
+"""Context gain: how much lower the loss of the same targets is with the whole document before them
+than with a cut one.
 
-Targets come in blocks of consecutive tokens of a document, spread over the places that have at least `cut` tokens
-before them. The full pass reads the document from its beginning. The cut pass reads, for each block, only the window
-that begins `cut` tokens before the block, as a document of its own; a target then has cut to cut + block - 1 tokens of
-context. Both passes take one microbatch per document. Gain = loss with the cut context - loss with the full one, in
-nats per target: 0 for a model that makes no use of what is further away.
+Targets come in blocks of consecutive tokens of a document, spread over the places that have at
+least `cut` tokens before them. The full pass reads the document from its beginning. The cut pass
+reads, for each block, only the window that begins `cut` tokens before the block, as a document of
+its own; a target then has cut to cut + block - 1 tokens of context. Both passes take one microbatch
+per document. Gain = loss with the cut context - loss with the full one, in nats per target: 0 for a
+model that makes no use of what is further away.
 """
 
 from collections.abc import Sequence
@@ -52,11 +54,12 @@ class ContextGain:
 
 
 def choose_documents(blend: Blend, cut: int, seq_length: int, count: int) -> list[Document]:
-    """Documents of a validation set of at least 2 x cut tokens: those that fill most of `seq_length`.
+    """Documents of a validation set of at least 2 x cut tokens: those that fill most of
+    `seq_length`.
 
-    A few long documents among short ones would give nearly all targets, and short ones say nothing of a long context.
-    Of equally full ones the first in the order of the streams; of several streams in the shares of their weights, as
-    far as each has such documents.
+    A few long documents among short ones would give nearly all targets, and short ones say nothing
+    of a long context. Of equally full ones the first in the order of the streams; of several
+    streams in the shares of their weights, as far as each has such documents.
     """
     lengths = np.concatenate([np.minimum(stream.lengths, seq_length) for _, stream in blend])
     full = (
@@ -69,16 +72,18 @@ def choose_documents(blend: Blend, cut: int, seq_length: int, count: int) -> lis
     for source, place in zip(
         *(array.tolist() for array in order.draw(0, min(count, sum(limits)))), strict=True
     ):
-        reader, number = blend[source][1].reader, found[source][place]
+        reader = blend[source][1].reader
+        number = found[source][place]
         chosen.append(Document(reader, number, int(reader.document_lengths[number])))
     return chosen
 
 
 def target_blocks(length: int, cut: int) -> np.ndarray:
-    """Where a document's targets lie -> int64 [blocks, 2], half-open ranges of its first `length` >= 2 x cut tokens.
+    """Where a document's targets lie -> int64 [blocks, 2], half-open ranges of its first `length`
+    >= 2 x cut tokens.
 
-    As many blocks as there are windows that the cut pass can place into `length` tokens; each lies in the middle of an
-    equal share of the tokens that have `cut` or more before them.
+    As many blocks as there are windows that the cut pass can place into `length` tokens; each lies
+    in the middle of an equal share of the tokens that have `cut` or more before them.
     """
     assert length >= 2 * cut, (length, cut)
     block = max(1, cut // 8)
@@ -104,7 +109,8 @@ def cut_probe(document: Document, length: int, cut: int) -> list[Stretch]:
 def measure(
     stepper: Stepper, documents: Sequence[Document], seq_length: int, cut: int, seed: int, **layout
 ) -> ContextGain:
-    """Score both passes over the first `seq_length` tokens of the documents; collective over the world.
+    """Score both passes over the first `seq_length` tokens of the documents; collective over the
+    world.
 
     Args:
         seed: of the bootstrap.
@@ -134,23 +140,28 @@ def summarize(
 ) -> ContextGain:
     """Means over all targets, and the interval of the gain by a paired bootstrap over documents.
 
-    The percentiles are moved away from the gain by the factor by which Student's interval of a mean is wider than the
-    bootstrap's: of few documents the plain ones hold the true gain far too rarely (four: 79 of 100).
+    The percentiles are moved away from the gain by the factor by which Student's interval of a mean
+    is wider than the bootstrap's: of few documents the plain ones hold the true gain far too rarely
+    (four: 79 of 100).
 
     Args:
-        full_sums, cut_sums: fp64 [documents], losses summed over the document's targets; targets: int64 [documents].
+        full_sums, cut_sums: fp64 [documents], losses summed over the document's targets; targets:
+        int64 [documents].
 
-    Source: percentile bootstrap, Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13; its width
-    with few observations, Hesterberg (arXiv 1411.5279), section 3.2.
+    Source: percentile bootstrap, Efron and Tibshirani, An Introduction to the Bootstrap (1993),
+    chapter 13; its width with few observations, Hesterberg (arXiv 1411.5279), section 3.2.
     """
-    total, low, high = int(targets.sum()), None, None
+    total = int(targets.sum())
+    low = None
+    high = None
     gain = float((cut_sums - full_sums).sum() / total)
     if len(targets) > 1:
         draws = np.random.default_rng(seed).integers(
             0, len(targets), size=(BOOTSTRAP_DRAWS, len(targets))
         )
         gains = (cut_sums - full_sums)[draws].sum(axis=1) / targets[draws].sum(axis=1)
-        ends, factor = np.percentile(gains, [2.5, 97.5]).tolist(), _widening(len(targets))
+        ends = np.percentile(gains, [2.5, 97.5]).tolist()
+        factor = _widening(len(targets))
         low, high = (gain + factor * (end - gain) for end in ends)
     return ContextGain(
         float(full_sums.sum() / total),
@@ -165,9 +176,11 @@ def summarize(
 def _widening(documents: int) -> float:
     """Width of Student's 95 % interval of a mean over that of the bootstrap.
 
-    Source: quantiles of Student's t by Abramowitz and Stegun 26.7.5; of one and two degrees of freedom from the table.
+    Source: quantiles of Student's t by Abramowitz and Stegun 26.7.5; of one and two degrees of
+    freedom from the table.
     """
-    free, z = documents - 1, 1.959964
+    free = documents - 1
+    z = 1.959964
     terms = (
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,

@@ -1,8 +1,9 @@
 """What is measured on validation data at a phase's start and end and every eval_interval.
 
-Loss at one or several sample lengths, context gain (context_gain.py) and passkey retrieval (passkey.py), each through
-the forward path of training, without gradients. Which documents and targets are scored follows from the settings of the
-phase and of the evaluation, not from the layout.
+Loss at one or several sample lengths, context gain (context_gain.py) and passkey retrieval
+(passkey.py), each through the forward path of training, without gradients. Which documents and
+targets are scored follows from the settings of the phase and of the evaluation, not from the
+layout.
 """
 
 import dataclasses
@@ -20,11 +21,14 @@ from pretrain.phases import Phase
 from pretrain.probe import microbatch_count, reshard
 from pretrain.step import Stepper
 
-LEAST_DOCUMENTS, MOST_DOCUMENTS = 4, 16
-"""Of each set for the context gain, unless the run names its number: as many as a global batch has samples."""
+LEAST_DOCUMENTS = 4
+MOST_DOCUMENTS = 16
+"""Of each set for the context gain, unless the run names its number: as many as a global batch has
+samples."""
 
 MUCH_LARGER = 4
-"""Times a phase's microbatch that an evaluation's may have without a warning: nothing is kept for a backward."""
+"""Times a phase's microbatch that an evaluation's may have without a warning: nothing is kept for a
+backward."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +50,8 @@ class Shape:
         )
 
     def global_batch_tokens(self, layout: Layout) -> int:
-        """Tokens that the ranks read together: `batch_samples` or the next number above it that data parallelism and
-        the pipeline schedule take."""
+        """Tokens that the ranks read together: `batch_samples` or the next number above it that
+        data parallelism and the pipeline schedule take."""
         unit = self.micro_batch_size * layout.dp.size
         return microbatch_count(-(-self.batch_samples // unit), layout) * unit * self.seq_length
 
@@ -85,7 +89,8 @@ def check_lengths(settings: LoggingConfig, phase: Phase) -> list[str]:
 
 
 def warnings(settings: LoggingConfig, phases: Sequence[Phase]) -> list[str]:
-    """Lengths whose microbatches are so much larger than the phase's that they may not fit into its memory."""
+    """Lengths whose microbatches are so much larger than the phase's that they may not fit into its
+    memory."""
     found = []
     for phase in phases if settings.eval_iters else ():
         own = phase.seq_length * phase.micro_batch_size
@@ -103,12 +108,10 @@ class Evaluator:
     """Runs all evaluations of a run on one layout."""
 
     def __init__(self, config: Config, feed: Feed, tokenizer: Tokenizer | None):
-        self.settings, self.seed, self.feed, self.tokenizer = (
-            config.logging,
-            config.optimizer.seed,
-            feed,
-            tokenizer,
-        )
+        self.settings = config.logging
+        self.seed = config.optimizer.seed
+        self.feed = feed
+        self.tokenizer = tokenizer
         self._documents: dict[tuple[str, int, int], list[context_gain.Document]] = {}
 
     def unmeasured(self, phase: Phase) -> list[str]:
@@ -133,7 +136,8 @@ class Evaluator:
         ]
 
     def taken_whole(self, phase: Phase) -> list[str]:
-        """Name the sets with fewer tokens than an evaluation of the phase takes, a sentence each."""
+        """Name the sets with fewer tokens than an evaluation of the phase takes, a sentence
+        each."""
         if not self.settings.eval_iters:
             return []
         limit = self.settings.eval_iters * phase.global_batch_tokens
@@ -161,7 +165,8 @@ class Evaluator:
             reshard(stepper)
 
     def _measure(self, stepper: Stepper, phase: Phase) -> Iterator[dict]:
-        settings, feed = self.settings, self.feed
+        settings = self.settings
+        feed = self.feed
         if not settings.eval_iters or not feed.corpus.validation:
             return
         layout = {
@@ -257,13 +262,15 @@ def _expect_another_pace(stepper: Stepper) -> None:
 
 
 def validation_loss(stepper: Stepper, loader: Loader, samples: int) -> tuple[float, int]:
-    """Mean loss in nats over the targets of the loader's first `samples` -> (loss, targets); collective.
+    """Mean loss in nats over the targets of the loader's first `samples` -> (loss, targets);
+    collective.
 
     The last batch may hold more samples: their targets are taken out. Without any target the loss
     is 0.
     """
     size = loader.global_batch_tokens // loader.seq_length
-    loss_sum, targets = 0.0, 0
+    loss_sum = 0.0
+    targets = 0
     for first in range(0, samples, size):
         microbatches = []
         for j, batch in enumerate(loader.read(first * loader.seq_length)):
@@ -271,7 +278,8 @@ def validation_loss(stepper: Stepper, loader: Loader, samples: int) -> tuple[flo
             kept = _keep_samples(batch, samples - begin, loader)
             microbatches.append(kept.to(stepper.layout.device))
         loss, count = stepper.run(microbatches, train=False)
-        loss_sum, targets = loss_sum + loss * count, targets + count
+        loss_sum = loss_sum + loss * count
+        targets = targets + count
     return loss_sum / max(1, targets), targets
 
 
@@ -279,7 +287,8 @@ def _keep_samples(batch: Batch, count: int, loader: Loader) -> Batch:
     """The microbatch with targets in its first `count` samples only."""
     if count >= loader.micro_batch_size:
         return batch
-    labels, at = batch.labels.clone(), 0
+    labels = batch.labels.clone()
+    at = 0
     for low, high in loader.pieces:
         kept = min(max(count * loader.seq_length - low, 0), high - low)
         labels[at + kept : at + high - low] = IGNORE

@@ -1,4 +1,5 @@
-"""What a run's processes are fed: the loaders of a phase, validation sets, and the account of what was drawn."""
+"""What a run's processes are fed: the loaders of a phase, validation sets, and the account of what
+was drawn."""
 
 from collections.abc import Sequence
 
@@ -15,11 +16,13 @@ from parallel.layout import Layout
 from pretrain.phases import Phase
 
 SHOWN_SOURCES = 32
-"""Up to so many sources stand in each line of metrics.jsonl; the account in each checkpoint has all."""
+"""Up to so many sources stand in each line of metrics.jsonl; the account in each checkpoint has
+all."""
 
 
 class Feed:
-    """Reads this rank's batches of one phase at a time, and opens the ledger's segments on the way."""
+    """Reads this rank's batches of one phase at a time, and opens the ledger's segments on the
+    way."""
 
     def __init__(
         self,
@@ -31,8 +34,12 @@ class Feed:
         eod: int | None,
         vocab_size: int,
     ):
-        self.config, self.corpus, self.ledger, self.layout = config, corpus, ledger, layout
-        self.eod, self.vocab_size = eod, vocab_size
+        self.config = config
+        self.corpus = corpus
+        self.ledger = ledger
+        self.layout = layout
+        self.eod = eod
+        self.vocab_size = vocab_size
         self._windows = parse_windows(config.skip_data)
         self._slice = {"eod": eod, "eod_mask_loss": config.eod_mask_loss, "vocab_size": vocab_size}
         self._phase: Phase | None = None
@@ -52,15 +59,18 @@ class Feed:
         return begins
 
     def _check(self, clock: int) -> None:
-        """Raises ValueError unless the sources have what the steps from `clock` to the phase's end draw. The last step
-        may reach beyond that end, where the batch was changed within the phase."""
-        phase, opened = self._phase, self.ledger.open
+        """Raises ValueError unless the sources have what the steps from `clock` to the phase's end
+        draw. The last step may reach beyond that end, where the batch was changed within the
+        phase."""
+        phase = self._phase
+        opened = self.ledger.open
         self.ledger.mixture().check(
             (phase.end_of_steps(clock) - opened["start"]) // phase.seq_length
         )
 
     def read(self, clock: int) -> list[Batch]:
-        """The microbatches of the step at `clock`; the first one at or after a window of --skip-data passes it over."""
+        """The microbatches of the step at `clock`; the first one at or after a window of
+        --skip-data passes it over."""
         if _pass_over(self.ledger, self._windows, clock):
             self._check(clock)
             self._loader = None
@@ -178,7 +188,8 @@ def check_windows(
         last_batch: tokens of the step before it, 0 if there was none.
 
     Raises:
-        ValueError: a window was trained on already, holds the start of no step, or lies beyond the run.
+        ValueError: a window was trained on already, holds the start of no step, or lies beyond the
+        run.
     """
     for start, end in parse_windows(config.skip_data):
         if ledger.has_skipped(end):
@@ -206,7 +217,8 @@ def check_windows(
 
 def blend_change(ledger: Ledger, corpus: Corpus, phase: Phase) -> tuple[list, list] | None:
     """The blends of the open segment and of the phase that goes on, where they are not the same."""
-    theirs, ours = ledger.open["blend"], settings_of(phase, corpus).to_json()["blend"]
+    theirs = ledger.open["blend"]
+    ours = settings_of(phase, corpus).to_json()["blend"]
     return (theirs, ours) if theirs != ours else None
 
 
@@ -281,7 +293,8 @@ def _gives_targets(stream: DocumentStream) -> bool:
 
 
 def forecast_warnings(ledger: Ledger, rows: list[dict]) -> list[str]:
-    """Sources that will repeat, and documents that are drawn under different names, in the past or the future."""
+    """Sources that will repeat, and documents that are drawn under different names, in the past or
+    the future."""
     found = [
         f"{row['source']} will repeat in phase {row['phase']}: {row['to_epoch']:.2f} epochs at its end"
         for row in rows

@@ -1,7 +1,9 @@
-"""Do the phases that are still to come fit into the memory of a device and of its host, and which settings would fit?
+"""Do the phases that are still to come fit into the memory of a device and of its host, and which
+settings would fit?
 
-The estimate is model/rank_memory.py's. Beyond the device's memory a phase is refused before anything is allocated;
-where an error of the estimate could be what is missing (auto_layout.py: MARGIN), it is warned of.
+The estimate is model/rank_memory.py's. Beyond the device's memory a phase is refused before
+anything is allocated; where an error of the estimate could be what is missing (auto_layout.py:
+MARGIN), it is warned of.
 """
 
 import dataclasses
@@ -25,11 +27,16 @@ from pretrain.phases import Phase
 LEANER: tuple[Recompute | None, ...] = (None, "selective", "attention_kept", "full")
 """Levels of recompute, each of which keeps less than those before it."""
 LESS = 0.85
-"""After the estimate was wrong: settings are named that are estimated to need at most so much of it."""
-TILES, LOSS_CHUNKS, FACTORS = (2, 4, 8, 16, 32), (1024, 512, 256), (2, 4, 8, 16, 32)
-"""Values that are tried for mlp_tiles, loss_chunk_tokens, and as multiples of cp and of the processes."""
+"""After the estimate was wrong: settings are named that are estimated to need at most so much of
+it."""
+TILES = (2, 4, 8, 16, 32)
+LOSS_CHUNKS = (1024, 512, 256)
+FACTORS = (2, 4, 8, 16, 32)
+"""Values that are tried for mlp_tiles, loss_chunk_tokens, and as multiples of cp and of the
+processes."""
 LARGE_LOSS_CHUNKS = (8192, 4096)
-"""Tokens that a GPU prefers for loss_chunk_tokens: each chunk reads and writes the weight's fp32 gradient once."""
+"""Tokens that a GPU prefers for loss_chunk_tokens: each chunk reads and writes the weight's fp32
+gradient once."""
 LARGEST_LOGITS = 2 * GIB
 """Bytes of a chunk's logits beyond which a larger chunk is not worth its memory."""
 
@@ -45,7 +52,8 @@ class Machine:
     host_limit: str
     """What bounds it, in words."""
     is_fused: bool = True
-    """Do its GPUs run pointwise parts as fused kernels? Without them a chunk of the loss holds fp32 logits as well."""
+    """Do its GPUs run pointwise parts as fused kernels? Without them a chunk of the loss holds fp32
+    logits as well."""
 
     @staticmethod
     def here(config: Config) -> "Machine":
@@ -94,7 +102,8 @@ def check_memory(
         return report
     for phase in (phase for phase in phases if phase.end > clock):
         search = Search(phase, config, world_size, model, machine)
-        memory, where = search.memory, f"phase {phase.name!r}: "
+        memory = search.memory
+        where = f"phase {phase.name!r}: "
         report.lines.append(
             f"phase {phase.name}: estimated memory of a process {memory.describe()}"
         )
@@ -139,7 +148,8 @@ def choose_loss_chunks(
     vocab_size: int,
     machine: Machine | None = None,
 ) -> list[Phase]:
-    """Give each phase that leaves it open the largest chunk of the loss that its GPU has memory for."""
+    """Give each phase that leaves it open the largest chunk of the loss that its GPU has memory
+    for."""
     machine = machine or Machine.here(config)
     model = memory_model(config, vocab_size, machine.device.hardware)
     if not model.on_gpu or not machine.is_fused:
@@ -185,11 +195,10 @@ class Search:
 
     def host_problems(self) -> list[str]:
         """What is offloaded takes more than the host has."""
-        count, has = self.machine.local_processes, self.machine.host_bytes
-        taken, layers = (
-            self._host_of_node(self.phase, self.world_size),
-            self.phase.memory.cpu_offloading_num_layers,
-        )
+        count = self.machine.local_processes
+        has = self.machine.host_bytes
+        taken = self._host_of_node(self.phase, self.world_size)
+        layers = self.phase.memory.cpu_offloading_num_layers
         if taken <= has:
             return []
         fits = [
@@ -212,7 +221,8 @@ class Search:
         ]
 
     def nearest(self, limit: int, count: int = 6) -> list[str]:
-        """Changes after which a process needs at most `limit` bytes, those that cost least time first, in words."""
+        """Changes after which a process needs at most `limit` bytes, those that cost least time
+        first, in words."""
         found: list[str] = []
         offered: list[set[str]] = []
         for group in (*self._memory_settings(), *self._other_settings()):
@@ -237,7 +247,8 @@ class Search:
         return found
 
     def _memory_settings(self) -> Iterator[list[tuple[str, Phase, int]]]:
-        """Groups of changes of the same kind, each from small to large; a level of recompute also with the others."""
+        """Groups of changes of the same kind, each from small to large; a level of recompute also
+        with the others."""
         settings = self.phase.memory
         smaller = [{"loss_chunk_tokens": n} for n in LOSS_CHUNKS if n < settings.loss_tokens]
         tiles = [{"mlp_tiles": n} for n in TILES if n > settings.mlp_tiles]
@@ -274,7 +285,8 @@ class Search:
                 ]
 
     def _other_settings(self) -> Iterator[list[tuple[str, Phase, int]]]:
-        phase, world = self.phase, self.world_size
+        phase = self.phase
+        world = self.world_size
         if phase.micro_batch_size > 1:
             yield [("micro_batch_size 1", dataclasses.replace(phase, micro_batch_size=1), world)]
         if phase.layout.sharding_strategy != "optim_grads_params":
@@ -309,7 +321,8 @@ class Search:
         )
 
     def _head_chunks(self) -> list[int]:
-        tp, model = self.phase.layout.tensor_model_parallel_size, self.config.model
+        tp = self.phase.layout.tensor_model_parallel_size
+        model = self.config.model
         return chunk_counts(
             HeadSplit.make(
                 model.num_attention_heads // tp,

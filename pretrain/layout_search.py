@@ -1,4 +1,5 @@
-"""Which layouts a world of processes could have, one enumeration for everything that looks for one."""
+"""Which layouts a world of processes could have, one enumeration for everything that looks for
+one."""
 
 import dataclasses
 import math

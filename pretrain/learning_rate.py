@@ -1,8 +1,9 @@
 """The learning rate as a pure function of the clock (tokens consumed before the step).
 
-The run is a row of arcs: one from its start, and one from each phase that warms up again. Each arc warms up and then
-follows the style until it ends. Shapes follow Megatron-LM's OptimizerParamScheduler
-(megatron/core/optimizer_param_scheduler.py), WSD's stable-then-decay from MiniCPM (arXiv 2404.06395).
+The run is a row of arcs: one from its start, and one from each phase that warms up again. Each arc
+warms up and then follows the style until it ends. Shapes follow Megatron-LM's
+OptimizerParamScheduler (megatron/core/optimizer_param_scheduler.py), WSD's stable-then-decay from
+MiniCPM (arXiv 2404.06395).
 """
 
 import math
@@ -17,7 +18,8 @@ UNITS = ("iters", "samples", "tokens", "fraction")
 
 @dataclass(frozen=True)
 class Arc:
-    """Warmup over [start, start + warmup) from `warmup_init`, then `style` until `end`; all in tokens."""
+    """Warmup over [start, start + warmup) from `warmup_init`, then `style` until `end`; all in
+    tokens."""
 
     style: str
     start: int
@@ -69,7 +71,8 @@ class LearningRate:
 
     @property
     def corners(self) -> list[int]:
-        """Places of the clock between which the rate has one shape, and one inside each short shape."""
+        """Places of the clock between which the rate has one shape, and one inside each short
+        shape."""
         return [
             at
             for arc in self.arcs
@@ -85,15 +88,18 @@ class LearningRate:
 
     @staticmethod
     def make(config: OptimizerConfig, phases: list[Phase]) -> "LearningRate":
-        """Convert iterations, samples and fractions to tokens by the first phase's (largest) batch and length.
+        """Convert iterations, samples and fractions to tokens by the first phase's (largest) batch
+        and length.
 
         Raises:
-            ValueError: the pieces are longer than the whole, or WSD's decay is given twice or not at all.
+            ValueError: the pieces are longer than the whole, or WSD's decay is given twice or not
+            at all.
         """
         end = (
             None if config.lr_decay_style == "constant" else _tokens(config, "lr_decay", phases[0])
         )
-        # A phase's end is meant in whole steps, so that the decay ends exactly with the last of them.
+        # A phase's end is meant in whole steps, so that the decay ends exactly with the last of
+        # them.
         end = phases[-1].end if end is None else (phase_end(phases, end) or end)
         begins = [0, *(phase.start for phase in phases[1:] if phase.lr_schedule == "rewarm")]
         arcs: list[Arc] = []
@@ -102,12 +108,11 @@ class LearningRate:
             phase = next(phase for phase in phases if phase.start >= start)
             is_last = number == len(begins) - 1
             stop = end if is_last else begins[number + 1]
-            warmup, initial = phase.lr_warmup_tokens, 0.0
+            warmup = phase.lr_warmup_tokens
+            initial = 0.0
             if start == 0:
-                warmup, initial = (
-                    _tokens(config, "lr_warmup", phase) or warmup,
-                    config.lr_warmup_init,
-                )
+                warmup = _tokens(config, "lr_warmup", phase) or warmup
+                initial = config.lr_warmup_init
                 if config.lr_warmup_fraction is not None:
                     warmup = round(config.lr_warmup_fraction * stop)
             else:
@@ -134,7 +139,8 @@ class LearningRate:
         return LearningRate(tuple(arcs))
 
     def at(self, clock: int, lr: float, min_lr: float) -> float:
-        """Learning rate of the step that starts at `clock`, between `min_lr` and `lr` of the current phase."""
+        """Learning rate of the step that starts at `clock`, between `min_lr` and `lr` of the
+        current phase."""
         arc = next(arc for arc in reversed(self.arcs) if arc.start <= clock)
         return arc.at(clock, lr, min_lr)
 
@@ -170,7 +176,8 @@ def _given(config: OptimizerConfig, prefix: str) -> str:
 
 
 def _check_end(config: OptimizerConfig, end: int, phases: list[Phase]) -> None:
-    """Raises ValueError where the decay would be over before a phase warms up again or begins WSD's decay."""
+    """Raises ValueError where the decay would be over before a phase warms up again or begins WSD's
+    decay."""
     late = [phase for phase in phases if phase.lr_schedule != "continue" and phase.start >= end]
     if late and config.lr_decay_style != "constant":
         raise ValueError(
@@ -181,11 +188,10 @@ def _check_end(config: OptimizerConfig, end: int, phases: list[Phase]) -> None:
 
 
 def _wsd_decay(config: OptimizerConfig, phases: list[Phase], end: int) -> int:
-    """Tokens of WSD's final decay: given, or from the start of the phase with lr_schedule = decay to the end."""
-    given, marked = (
-        _tokens(config, "lr_wsd_decay", phases[0]),
-        [p for p in phases if p.lr_schedule == "decay"],
-    )
+    """Tokens of WSD's final decay: given, or from the start of the phase with lr_schedule = decay
+    to the end."""
+    given = _tokens(config, "lr_wsd_decay", phases[0])
+    marked = [p for p in phases if p.lr_schedule == "decay"]
     if config.lr_decay_style != "WSD":
         if marked:
             raise ValueError(

@@ -1,4 +1,5 @@
-"""Reading the configuration: preset, YAML file and flags into one checked `Config`, and back into YAML."""
+"""Reading the configuration: preset, YAML file and flags into one checked `Config`, and back into
+YAML."""
 
 import dataclasses
 import difflib
@@ -22,7 +23,8 @@ from pretrain.resume_contract import stored_scheduler
 from pretrain.start import find_start
 from pretrain.translated_flags import with_translated_flags
 
-_TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+_TRUE = ("true", "yes", "on", "1")
+_FALSE = ("false", "no", "off", "0")
 # What --use-checkpoint-args leaves to the run: the machine's, and checks on other settings.
 _NOT_OF_THE_WEIGHTS = {
     "attention_backend",
@@ -42,7 +44,8 @@ ALIASES = {"--ds-sequence-parallel-size": "--context-parallel-size"}
 
 
 def load_config(argv: list[str]) -> Config:
-    """The configuration that `argv` (spelled as `spell` returns it) asks for; --help prints and exits.
+    """The configuration that `argv` (spelled as `spell` returns it) asks for; --help prints and
+    exits.
 
     Flags and YAML go through the same coercion, so that both give the same messages.
 
@@ -70,7 +73,8 @@ def load_config(argv: list[str]) -> Config:
 
 
 def _with_checkpoint(config: Config, given_over: Callable[[Config], Config]) -> Config:
-    """The configuration with what --use-checkpoint-args and --use-checkpoint-opt_param-scheduler take.
+    """The configuration with what --use-checkpoint-args and --use-checkpoint-opt_param-scheduler
+    take.
 
     Args:
         given_over: puts what the user gave over a configuration.
@@ -105,7 +109,8 @@ def _with_checkpoint(config: Config, given_over: Callable[[Config], Config]) -> 
 
 def _set_rope(model: ModelConfig, rope: Rope) -> None:
     """The settings that mean this rotary embedding."""
-    model.rotary_base, model.use_rope_scaling = rope.base, None
+    model.rotary_base = rope.base
+    model.use_rope_scaling = None
     model.rope_type = None if rope.type == "default" else rope.type
     for setting, (name, _) in PARAMETERS.items():
         setattr(model, setting, getattr(rope, name))
@@ -129,7 +134,8 @@ def _read_flags(argv: list[str]) -> dict[str, Any]:
     """Flags as a flat dict of texts, `config` among them; the last of a repeated flag wins.
 
     Raises:
-        ValueError: unknown flags, stray words and missing values, all at once, with the nearest flag.
+        ValueError: unknown flags, stray words and missing values, all at once, with the nearest
+        flag.
     """
     types_by_key = {
         name: annotation for name, (_, annotation) in field_table().items() if name != "phases"
@@ -139,10 +145,13 @@ def _read_flags(argv: list[str]) -> dict[str, Any]:
         "--" + name.replace("_", "-"): (name, annotation)
         for name, annotation in types_by_key.items()
     }
-    values, problems, at = {}, [], 0
+    values = {}
+    problems = []
+    at = 0
     while at < len(argv):
         flag, equals, attached = argv[at].partition("=")
-        at, given = at + 1, [attached] if equals else []
+        at = at + 1
+        given = [attached] if equals else []
         while not equals and at < len(argv) and not argv[at].startswith("--"):
             given.append(argv[at])
             at += 1
@@ -388,7 +397,8 @@ def coerce(value: Any, annotation: Any) -> Any:
     """
     if annotation is Tokens:
         return parse_tokens(_text(value))
-    origin, args = get_origin(annotation), get_args(annotation)
+    origin = get_origin(annotation)
+    args = get_args(annotation)
     if origin is Annotated:
         return coerce(value, args[0])
     if origin in (Union, types.UnionType):
@@ -416,10 +426,8 @@ def coerce(value: Any, annotation: Any) -> Any:
             raise ValueError("must be true or false")
         return text in _TRUE
     if annotation in (int, float):
-        text, kind = (
-            _text(value).replace("_", ""),
-            "a whole number" if annotation is int else "a number",
-        )
+        text = _text(value).replace("_", "")
+        kind = "a whole number" if annotation is int else "a number"
         try:
             return annotation(text)
         except ValueError:

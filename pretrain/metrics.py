@@ -1,7 +1,8 @@
-"""What a run says about itself: metrics.jsonl, validation.jsonl, ledger.jsonl, events.jsonl, the console line.
+"""What a run says about itself: metrics.jsonl, validation.jsonl, ledger.jsonl, events.jsonl, the
+console line.
 
-Each step stands in metrics.jsonl exactly once: after a restart, lines of steps that are done again are
-removed first. events.jsonl keeps everything that happened, in the order of the wall clock.
+Each step stands in metrics.jsonl exactly once: after a restart, lines of steps that are done again
+are removed first. events.jsonl keeps everything that happened, in the order of the wall clock.
 """
 
 import json
@@ -15,7 +16,8 @@ from pretrain.config import Config
 from pretrain.sinks import open_sinks
 
 EVALUATION_KEY = ("kind", "step", "phase", "set", "seq_length", "cut", "depth")
-"""Fields of a line of validation.jsonl that say what was measured; the others are what was found."""
+"""Fields of a line of validation.jsonl that say what was measured; the others are what was
+found."""
 
 
 class JsonLines:
@@ -52,9 +54,11 @@ class Reporter:
     """
 
     def __init__(self, config: Config, is_writer: bool, last_step: int, wandb_run_id: str | None):
-        self.is_writer, self.interval = is_writer, config.logging.log_interval
+        self.is_writer = is_writer
+        self.interval = config.logging.log_interval
         self.metrics = self.validation = self.ledger = self.events = None
-        self.wandb_run_id, self.sinks = wandb_run_id, []
+        self.wandb_run_id = wandb_run_id
+        self.sinks = []
         self.has_lengths = bool(config.logging.eval_seq_lengths)
         self.evaluated: set[tuple] = set()
         if not is_writer:
@@ -89,8 +93,8 @@ class Reporter:
             print(console_line(record, remaining_tokens), flush=True)
 
     def evaluation(self, record: dict[str, Any]) -> None:
-        """One result of evaluate.py: its line of validation.jsonl. One that stands there already (a phase's first
-        evaluation, done again after a restart) is only printed."""
+        """One result of evaluate.py: its line of validation.jsonl. One that stands there already (a
+        phase's first evaluation, done again after a restart) is only printed."""
         if not self.is_writer:
             return
         key = evaluation_key(record)
@@ -102,8 +106,9 @@ class Reporter:
         print(evaluation_line(record), flush=True)
 
     def event(self, kind: str, step: int, clock: int, text: str) -> None:
-        """Something that happened to the run, with the time of day. Kinds: start, restart, phase, save, unsaved,
-        skipped, no target, refused, stopped, again, done. Lines are never removed."""
+        """Something that happened to the run, with the time of day. Kinds: start, restart, phase,
+        save, unsaved, skipped, no target, refused, stopped, again, done. Lines are never
+        removed."""
         if self.events:
             self.events.append(
                 {"time": time.time(), "event": kind, "step": step, "tokens": clock, "text": text}
@@ -135,7 +140,8 @@ def evaluation_key(record: dict[str, Any]) -> tuple:
 
 
 def evaluation_values(record: dict[str, Any], has_lengths: bool) -> dict[str, float]:
-    """A record's numbers by the names of their curves; `has_lengths`: the loss is measured at several lengths."""
+    """A record's numbers by the names of their curves; `has_lengths`: the loss is measured at
+    several lengths."""
     of_set = "" if record.get("set", "valid") == "valid" else f"/{record['set']}"
     if record["kind"] == "loss":
         return {

@@ -1,8 +1,8 @@
 """Passkey retrieval: a random number hidden in real text, asked for at the end.
 
-A trial is filler, a sentence with the number at some depth of it, more filler, the question and the answer; the
-answer's tokens are the targets (teacher forcing), and the trial counts as solved when each of them is the model's
-first choice. All depths of a trial share its number and filler.
+A trial is filler, a sentence with the number at some depth of it, more filler, the question and the
+answer; the answer's tokens are the targets (teacher forcing), and the trial counts as solved when
+each of them is the model's first choice. All depths of a trial share its number and filler.
 
 Source of the task: Mohtashami and Jaggi (arXiv 2305.16300), section 4.2.
 """
@@ -34,9 +34,11 @@ class Passkey:
 
 
 def write_texts(tokenizer: Tokenizer, key: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """(sentence, question with the answer, how many of the latter's last tokens are the answer), as ids.
+    """(sentence, question with the answer, how many of the latter's last tokens are the answer), as
+    ids.
 
-    The answer begins where the ids with and without it part, since a tokenizer may join letters over its beginning.
+    The answer begins where the ids with and without it part, since a tokenizer may join letters
+    over its beginning.
 
     Raises:
         ValueError: the tokenizer has no ids for the text.
@@ -51,7 +53,8 @@ def write_texts(tokenizer: Tokenizer, key: int) -> tuple[np.ndarray, np.ndarray,
 
 
 def check_lengths(tokenizer: Tokenizer, lengths: list[int]) -> list[str]:
-    """The lengths that leave too little filler, or a tokenizer that cannot write the texts, each with rule and fix."""
+    """The lengths that leave too little filler, or a tokenizer that cannot write the texts, each
+    with rule and fix."""
     try:
         sentence, asked, _ = write_texts(tokenizer, 99999)
     except ValueError as error:
@@ -102,8 +105,11 @@ def write_trial(
 
 
 def _filler(stream: DocumentStream, start: int, count: int, eod: int | None) -> np.ndarray:
-    """Tokens of the stream from `start` on, without the ends of documents: after one a model starts afresh."""
-    parts, needed, end = [], count, start + stream.tokens_per_epoch + count
+    """Tokens of the stream from `start` on, without the ends of documents: after one a model starts
+    afresh."""
+    parts = []
+    needed = count
+    end = start + stream.tokens_per_epoch + count
     while needed:
         ids = stream.read(start, needed)
         start += needed

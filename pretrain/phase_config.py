@@ -96,7 +96,8 @@ class PhaseConfig:
         )
 
     def with_rope(self, model: ModelConfig) -> ModelConfig:
-        """The run's model settings with this phase's rope; parameters that it leaves out are the run's own."""
+        """The run's model settings with this phase's rope; parameters that it leaves out are the
+        run's own."""
         given = {
             name: getattr(self, name) for name in ROPE_SETTINGS if getattr(self, name) is not None
         }

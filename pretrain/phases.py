@@ -1,7 +1,8 @@
 """Phases and the clock: everything about a step is a function of positions consumed before it.
 
-The clock counts positions (steps x global batch, padding included). A phase covers [start, end) of it;
-its end is rounded up to whole steps. Iterations and samples are converted to tokens here and nowhere else.
+The clock counts positions (steps x global batch, padding included). A phase covers [start, end) of
+it; its end is rounded up to whole steps. Iterations and samples are converted to tokens here and
+nowhere else.
 """
 
 import dataclasses
@@ -58,7 +59,8 @@ class Phase:
     lr_schedule: str
     lr_warmup_tokens: int
     auto: tuple[str, ...] = ()
-    """Names of the settings that `layout: auto` chooses (pretrain/auto_layout.py); empty = all are given."""
+    """Names of the settings that `layout: auto` chooses (pretrain/auto_layout.py); empty = all are
+    given."""
     predicted_bytes: int | None = None
     """Memory of a rank under the layout that was chosen; None = none was chosen (yet)."""
 
@@ -77,7 +79,8 @@ class Phase:
 
     @property
     def attention_on_tape(self) -> bool:
-        """Do attention calls wait for their backward without q, k and v (model/attention_tape.py)?"""
+        """Do attention calls wait for their backward without q, k and v
+        (model/attention_tape.py)?"""
         return (
             self.memory.recompute_granularity == "attention_kept"
             or self.memory.attention_head_chunks > 1
@@ -116,7 +119,8 @@ class Phase:
         return world_size // math.prod(self.layout.sizes)
 
     def num_microbatches(self, world_size: int, batch: int | None = None) -> int:
-        """Microbatches of each data-parallel rank in a step of `batch` tokens, by default in the largest."""
+        """Microbatches of each data-parallel rank in a step of `batch` tokens, by default in the
+        largest."""
         unit = self.seq_length * self.micro_batch_size * self.data_parallel_size(world_size)
         return (batch or self.global_batch_tokens) // unit
 
@@ -128,7 +132,9 @@ def resolve_phases(config: Config) -> list[Phase]:
         ValueError: a phase misses its length, tokens or batch, or they do not divide; all at once.
     """
     entries = phase_entries(config)
-    phases, problems, clock = [], [], 0
+    phases = []
+    problems = []
+    clock = 0
     names = [entry.name for entry in entries]
     problems += [
         f"phases: the name {name!r} stands twice. Fix: give each phase its own name."
@@ -154,7 +160,8 @@ def phase_entries(config: Config) -> list[PhaseConfig]:
 
 def _resolve(config: Config, entry: PhaseConfig, index: int, start: int) -> Phase | list[str]:
     """The phase, or what is wrong with it."""
-    schedule, where = config.schedule, f"phase {entry.name!r}: "
+    schedule = config.schedule
+    where = f"phase {entry.name!r}: "
     seq_length = entry.seq_length if entry.seq_length is not None else schedule.seq_length
     if seq_length is None or seq_length < 1:
         return [
@@ -245,8 +252,8 @@ def _micro_batch_problem(words: BatchWords, batch: int, micro: int) -> str:
 def _batches(config: Config, entry: PhaseConfig, seq_length: int, start: int) -> list[BatchStep]:
     """The phase's batches by the clock: its own, or the run's.
 
-    Numbers of samples are of the phase's own length. A phase counts its own schedule from its start, the run its from
-    the run's, with samples of the first phase's length.
+    Numbers of samples are of the phase's own length. A phase counts its own schedule from its
+    start, the run its from the run's, with samples of the first phase's length.
 
     Raises:
         ValueError: no batch is given, or a schedule that makes no sense.
@@ -312,8 +319,10 @@ def _train_tokens(config: Config, batches: list[BatchStep], seq_length: int) -> 
 
 
 def _sum_problems(config: Config, phases: list[Phase]) -> list[str]:
-    """A length of the run that is given beside the phases must be their sum, and the decay must end with a phase."""
-    schedule, optimizer = config.schedule, config.optimizer
+    """A length of the run that is given beside the phases must be their sum, and the decay must end
+    with a phase."""
+    schedule = config.schedule
+    optimizer = config.optimizer
     if not schedule.phases:
         return []
     problems = []
@@ -355,7 +364,8 @@ def _sum_problems(config: Config, phases: list[Phase]) -> list[str]:
 
 
 def phase_end(phases: list[Phase], position: int) -> int | None:
-    """In whole steps, the end of the phase that ends at `position` (as asked for or in whole steps); None without one."""
+    """In whole steps, the end of the phase that ends at `position` (as asked for or in whole
+    steps); None without one."""
     for phase, asked in zip(phases, accumulate(phase.tokens for phase in phases), strict=True):
         if position in (asked, phase.end):
             return phase.end

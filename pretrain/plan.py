@@ -1,4 +1,5 @@
-"""Everything that is decided and checked before processes meet: configuration, phases, data, start."""
+"""Everything that is decided and checked before processes meet: configuration, phases, data,
+start."""
 
 import dataclasses
 import importlib.util
@@ -59,7 +60,8 @@ class Plan:
     """What each phase will draw (data/ledger.py: forecast)."""
     tokenizer_description: dict | None
     layouts: dict
-    """What a checkpoint keeps of the layouts that were chosen, by phase name (pretrain/auto_layout.py)."""
+    """What a checkpoint keeps of the layouts that were chosen, by phase name
+    (pretrain/auto_layout.py)."""
     layout_lines: list[str]
     """A line for each phase whose layout was chosen."""
     memory: MemoryReport
@@ -71,7 +73,8 @@ class Plan:
     def starts_optimizer_anew(self) -> bool:
         """Do moments start at zero although the checkpoint's weights are taken?
 
-        A restart continues them, whatever the flags of the first launch said, unless they were not saved.
+        A restart continues them, whatever the flags of the first launch said, unless they were not
+        saved.
         """
         is_forgotten = not self.start.is_restart or not self.progress.get("has_optimizer", True)
         return self.start.weights_only or self.config.checkpoint.no_load_optim and is_forgotten
@@ -93,7 +96,8 @@ def make_plan(config: Config, world_size: int, only_print: bool = False) -> Plan
     problems += _handover_problems([phase for phase in phases if not phase.auto], config)
     if phases and not section_problems:
         learning_rate = attempt(problems, lambda: LearningRate.make(config.optimizer, phases))
-    tokenizer, vocab_size = None, None
+    tokenizer = None
+    vocab_size = None
     if not config.data.validate():
         tokenizer, vocab_size = attempt(problems, lambda: _tokenizer(config.data)) or (None, None)
     if phases and not config.model.validate() and not config.layout.validate():
@@ -193,7 +197,9 @@ def _open_data(
     Raises:
         ValueError: every difference that may not be or is not accepted, a line each.
     """
-    settings, problems, changes = config.checkpoint, [], []
+    settings = config.checkpoint
+    problems = []
+    changes = []
     goes_on = progress is not None and not start.weights_only
     if goes_on and (problems := missing_parts(progress, settings, str(start.folder))):
         raise ValueError("\n".join(problems))
@@ -280,10 +286,8 @@ def warnings_about(plan: Plan) -> list[str]:
     )
     found += _warnings_on_cpu(plan)
     if plan.start.is_restart:
-        settings, first = (
-            config.checkpoint,
-            read_config_yaml(str(plan.start.folder / "config.yaml")).checkpoint,
-        )
+        settings = config.checkpoint
+        first = read_config_yaml(str(plan.start.folder / "config.yaml")).checkpoint
         same = settings.load and os.path.abspath(settings.load) == os.path.abspath(settings.save)
         found += [
             f"{name}: has no effect, since --save already holds a checkpoint of this run, which goes on"
@@ -302,7 +306,8 @@ def warnings_about(plan: Plan) -> list[str]:
     found += forecast_warnings(plan.ledger, plan.forecast)
     found += target_warnings(plan.corpus, plan.phases)
     found += evaluation_warnings(config.logging, plan.phases)
-    decay_end, end = plan.learning_rate.arcs[-1].end, plan.phases[-1].end
+    decay_end = plan.learning_rate.arcs[-1].end
+    end = plan.phases[-1].end
     if decay_end != end and config.optimizer.lr_decay_style != "constant":
         found.append(
             f"the learning rate's decay ends at {decay_end:,} tokens, the run at {end:,}: "
@@ -331,7 +336,8 @@ def _warnings_on_cpu(plan: Plan) -> list[str]:
 
 
 def _warnings_about_start(plan: Plan) -> list[str]:
-    settings, folder = plan.config.checkpoint, plan.start.folder
+    settings = plan.config.checkpoint
+    folder = plan.start.folder
     found = needless_acceptance(plan.changes, settings)
     if settings.no_load_optim and (folder is None or plan.start.weights_only):
         without = "no checkpoint" if folder is None else "weights alone"

@@ -12,7 +12,8 @@ from pretrain.step import Scores, Stepper
 
 
 def microbatch_count(wanted: int, layout: Layout) -> int:
-    """The least number of microbatches per data-parallel rank, at least `wanted`, that the pipeline schedule runs."""
+    """The least number of microbatches per data-parallel rank, at least `wanted`, that the pipeline
+    schedule runs."""
     count = max(1, wanted)
     while not accepts(layout.schedule, layout.pp.size, count):
         count += 1
@@ -30,8 +31,8 @@ def score_probes(
 ) -> Scores:
     """One microbatch per probe -> their scores, on every rank. Collective over the world.
 
-    Padding makes up what the layout needs: tokens to a multiple of `token_multiple`, and microbatches without a
-    target to a count that data parallelism and the pipeline schedule take.
+    Padding makes up what the layout needs: tokens to a multiple of `token_multiple`, and
+    microbatches without a target to a count that data parallelism and the pipeline schedule take.
 
     Args:
         longest: tokens that a probe's stretches have at most.
@@ -62,7 +63,8 @@ def score_probes(
 
 
 def reshard(stepper: Stepper) -> None:
-    """Give back the weights that a forward without a backward left gathered: training and checkpoints expect shards."""
+    """Give back the weights that a forward without a backward left gathered: training and
+    checkpoints expect shards."""
     for unit in (unit for stage in stepper.stages for unit in stage.modules()):
         if isinstance(unit, FSDPModule):
             unit.reshard()

@@ -41,7 +41,8 @@ SECTIONS: dict[str, Kind] = {
     "checkpoint": "free",
     "logging": "free",
 }
-"""Kind of a section's settings, new ones included. `schedule` has none: each of its settings stands in FIELDS."""
+"""Kind of a section's settings, new ones included. `schedule` has none: each of its settings stands
+in FIELDS."""
 
 FIELDS: dict[str, Kind] = {
     # model: what does not shape the weights
@@ -119,7 +120,8 @@ PHASE: dict[str, Kind] = {
     "auto": "free",
     "predicted_bytes": "free",
 }
-"""What a difference of the phase that goes on means (pretrain/phases.py: Phase), every field of it."""
+"""What a difference of the phase that goes on means (pretrain/phases.py: Phase), every field of
+it."""
 
 EFFECTIVE = {"kv_channels": "head_size", "num_query_groups": "num_kv_heads"}
 """Model settings with a default -> what they come to."""
@@ -219,7 +221,8 @@ def _plain_word(word: str) -> float | str:
 
 
 def stored_scheduler(stored: Config) -> dict[str, Any]:
-    """The settings of the optimizer that give the checkpoint's learning rate and weight decay to any other run."""
+    """The settings of the optimizer that give the checkpoint's learning rate and weight decay to
+    any other run."""
     values = {
         name: value
         for name, value in vars(stored.optimizer).items()
@@ -250,7 +253,8 @@ def continuation_changes(
     learning_rate: LearningRate,
     tokenizer: dict | None,
 ) -> list[Change]:
-    """All differences of a run that continues the clock, except those that only the opened data shows.
+    """All differences of a run that continues the clock, except those that only the opened data
+    shows.
 
     Args:
         stored, progress: config.yaml and progress.json of the checkpoint.
@@ -291,7 +295,8 @@ def _past_changes(
             begun[:-1] if current is not None else begun
         )  # the one that goes on is compared by itself
 
-    theirs, ours = over(resolve_phases(stored)), over(phases)
+    theirs = over(resolve_phases(stored))
+    ours = over(phases)
     if [(phase.start, phase.seq_length) for phase in theirs] == [
         (phase.start, phase.seq_length) for phase in ours
     ]:
@@ -307,7 +312,8 @@ def _past_changes(
 def weights_changes(
     stored: Config, config: Config, progress: dict, phases: list[Phase], tokenizer: dict | None
 ) -> list[Change]:
-    """Differences that matter to a new run on the checkpoint's weights: the model, its tokenizer, rope and length."""
+    """Differences that matter to a new run on the checkpoint's weights: the model, its tokenizer,
+    rope and length."""
     found = [
         change
         for change in setting_changes(stored, config)
@@ -317,7 +323,8 @@ def weights_changes(
     if not same_tokenizer(theirs, tokenizer):
         is_known = theirs is not None and tokenizer is not None
         found.append(Change("tokenizer", theirs, tokenizer, "tokenizer" if is_known else "free"))
-    first, before = phases[0], progress["phase"]
+    first = phases[0]
+    before = progress["phase"]
     rope = Rope(**before["rope"])
     if rope != first.rope:
         found.append(Change("rope", rope.describe(), first.rope.describe(), "free"))
@@ -328,10 +335,12 @@ def weights_changes(
 
 
 def setting_changes(stored: Config, config: Config) -> list[Change]:
-    """Settings that are not the same, section by section, by their kind; "effect" becomes "free"."""
+    """Settings that are not the same, section by section, by their kind; "effect" becomes
+    "free"."""
     found = []
     for section in (field.name for field in dataclasses.fields(Config) if field.name != "given"):
-        theirs, ours = getattr(stored, section), getattr(config, section)
+        theirs = getattr(stored, section)
+        ours = getattr(config, section)
         for name in (field.name for field in dataclasses.fields(ours)):
             kind = kind_of(section, name)
             before, now = (getattr(part, EFFECTIVE.get(name, name)) for part in (theirs, ours))
@@ -365,7 +374,8 @@ def _entry_changes(theirs: list, ours: list) -> list[Change]:
 
 
 def _vocabulary_changes(stored: Config, config: Config) -> list[Change]:
-    theirs, ours = stored.data.vocab_size, config.data.vocab_size
+    theirs = stored.data.vocab_size
+    ours = config.data.vocab_size
     rows = [part.model.padded_vocab_size(part.data.vocab_size) for part in (stored, config)]
     if rows[0] != rows[1] and theirs == ours:
         return [Change("rows of the embedding, padding included", *rows, "free")]
@@ -399,19 +409,20 @@ def _windows_to_come(words: list[str], progress: dict) -> list[tuple[int, int]]:
 
 
 def begun_phase(phases: list[Phase], progress: dict) -> Phase | None:
-    """The phase at the checkpoint's clock, if the checkpoint's last step was in it too; None at a beginning or end."""
+    """The phase at the checkpoint's clock, if the checkpoint's last step was in it too; None at a
+    beginning or end."""
     phase = phase_at(phases, progress["clock"])
-    # The last step may have reached beyond the end of its phase, where the batch was changed within that.
+    # The last step may have reached beyond the end of its phase, where the batch was changed within
+    # that.
     last_step = progress["clock"] - progress["last_batch_tokens"]
     return phase if phase is not None and phase.start <= last_step else None
 
 
 def _batch_changes(progress: dict, current: Phase) -> list[Change]:
-    """Where the batch of the phase that goes on first differs from what it would have been; at most one."""
-    clock, theirs = (
-        progress["clock"],
-        [Stretch(*stretch) for stretch in progress["phase"]["stretches"]],
-    )
+    """Where the batch of the phase that goes on first differs from what it would have been; at most
+    one."""
+    clock = progress["clock"]
+    theirs = [Stretch(*stretch) for stretch in progress["phase"]["stretches"]]
     end = min(theirs[-1].end, current.end)
     for at in sorted(
         {
@@ -423,7 +434,8 @@ def _batch_changes(progress: dict, current: Phase) -> list[Change]:
             ),
         }
     ):
-        before, now = batch_at(theirs, at), current.batch_at(at)
+        before = batch_at(theirs, at)
+        now = current.batch_at(at)
         if before != now:
             return [
                 Change(
@@ -439,12 +451,15 @@ def _batch_changes(progress: dict, current: Phase) -> list[Change]:
 def _learning_rate_changes(
     stored: Config, config: Config, progress: dict, phases: list[Phase], learning_rate: LearningRate
 ) -> list[Change]:
-    """Where the learning rate first differs from what the checkpoint's run would have had; at most one.
+    """Where the learning rate first differs from what the checkpoint's run would have had; at most
+    one.
 
-    Compared over the rest of the phase that has begun; over the rest of the run where settings of the learning rate
-    were edited outside of `phases`. A run that was over has no rate to compare, only its lr and min_lr.
+    Compared over the rest of the phase that has begun; over the rest of the run where settings of
+    the learning rate were edited outside of `phases`. A run that was over has no rate to compare,
+    only its lr and min_lr.
     """
-    clock, current = progress["clock"], begun_phase(phases, progress)
+    clock = progress["clock"]
+    current = begun_phase(phases, progress)
     their_phases = resolve_phases(stored)
     their_rate = LearningRate.make(stored.optimizer, their_phases)
     edited = any(
@@ -519,7 +534,8 @@ def missing_parts(progress: dict, settings: CheckpointConfig, folder: str) -> li
 
 
 def refusals(changes: list[Change], settings: CheckpointConfig) -> list[str]:
-    """A line for each difference that is not accepted: `name: checkpoint a, run b: meaning. Fix: ...`."""
+    """A line for each difference that is not accepted: `name: checkpoint a, run b: meaning. Fix:
+    ...`."""
     accepted = {"free", *settings.accept_changes}
     if "optimization" in accepted or settings.override_opt_param_scheduler:
         accepted.add("scheduler")

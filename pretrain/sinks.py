@@ -1,4 +1,5 @@
-"""Where a run's numbers also go: Weights & Biases and TensorBoard, imported only when their flags are given."""
+"""Where a run's numbers also go: Weights & Biases and TensorBoard, imported only when their flags
+are given."""
 
 import os
 import socket
@@ -32,7 +33,8 @@ def open_sinks(
 
 
 class TensorBoard:
-    """Numbers of each step under their names; after a restart, steps that are done again are not shown twice."""
+    """Numbers of each step under their names; after a restart, steps that are done again are not
+    shown twice."""
 
     def __init__(self, folder: str, last_step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -44,14 +46,16 @@ class TensorBoard:
         for name, value in values.items():
             if isinstance(value, int | float):
                 self.writer.add_scalar(name, value, step)
-        self.writer.flush()  # what a killed run has said up to its last checkpoint is not said again
+        # What a killed run has said up to its last checkpoint is not said again
+        self.writer.flush()
 
     def close(self) -> None:
         self.writer.close()
 
 
 class Wandb:
-    """The wandb run, started or continued; offline where its server cannot be reached or no key is known."""
+    """The wandb run, started or continued; offline where its server cannot be reached or no key is
+    known."""
 
     def __init__(self, config: Config, run_id: str | None):
         import wandb

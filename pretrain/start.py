@@ -1,8 +1,9 @@
 """Where a run starts, decided before anything is allocated.
 
-A published checkpoint in --save always wins: this is a restart. Otherwise --load, --pretrained-checkpoint
-or nothing (fresh weights). --load equal to an empty --save is a fresh start; any other missing source is
-an error. What the run may then change is said by resume_contract.py.
+A published checkpoint in --save always wins: this is a restart. Otherwise --load,
+--pretrained-checkpoint or nothing (fresh weights). --load equal to an empty --save is a fresh
+start; any other missing source is an error. What the run may then change is said by
+resume_contract.py.
 """
 
 import os

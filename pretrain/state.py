@@ -52,7 +52,8 @@ def build_optimizer(stages: list[GPTStage], config: OptimizerConfig) -> torch.op
         fused=True,
     )
     for parameter in parameters:
-        # The dtype that torch itself gives to `step`, on the parameter's device as the fused kernel wants it.
+        # The dtype that torch itself gives to `step`, on the parameter's device as the fused kernel
+        # wants it.
         device = parameter.to_local().device
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=device),
@@ -63,7 +64,8 @@ def build_optimizer(stages: list[GPTStage], config: OptimizerConfig) -> torch.op
 
 
 def checkpoint_tensors(state: TrainState, with_optimizer: bool) -> dict[str, torch.Tensor]:
-    """Flat name -> tensor of everything a checkpoint holds, by parameter name: no positions, no groups.
+    """Flat name -> tensor of everything a checkpoint holds, by parameter name: no positions, no
+    groups.
 
     A tied embedding has one name; where both copies are here it is the first stage's.
     """
@@ -82,7 +84,8 @@ def checkpoint_tensors(state: TrainState, with_optimizer: bool) -> dict[str, tor
 
 
 def fill_tied_copy(state: TrainState) -> None:
-    """After a load: give the last stage's tied embedding what the first stage's got, where both are on this rank."""
+    """After a load: give the last stage's tied embedding what the first stage's got, where both are
+    on this rank."""
     copies = tied_copies(state.stages)
     if len(copies) == 2:
         (source, target), moments = copies, [state.optimizer.state[copy] for copy in copies]
@@ -93,10 +96,11 @@ def fill_tied_copy(state: TrainState) -> None:
 
 
 def check_replicas(stages: list[GPTStage], layout: Layout) -> None:
-    """Compare copies of a parameter bit for bit: over tp, and of a tied embedding over the first and last stage.
+    """Compare copies of a parameter bit for bit: over tp, and of a tied embedding over the first
+    and last stage.
 
-    Copies that drift apart (a gradient that was not reduced) look like a healthy run; a checkpoint would
-    keep one of them at random.
+    Copies that drift apart (a gradient that was not reduced) look like a healthy run; a checkpoint
+    would keep one of them at random.
 
     Raises:
         RuntimeError: on every rank of the world, naming the parameters on the ranks that hold them.

@@ -1,7 +1,7 @@
 """One training step: forward and backward over the microbatches, reduce, clip, update.
 
-The loss is the sum over targets divided by the target count of the whole global batch, counted before
-the first forward; gradients are then summed over all ranks that saw different tokens.
+The loss is the sum over targets divided by the target count of the whole global batch, counted
+before the first forward; gradients are then summed over all ranks that saw different tokens.
 """
 
 import math
@@ -40,7 +40,8 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of each microbatch of a global batch, in the order of its samples: one entry per microbatch and dp rank."""
+    """Of each microbatch of a global batch, in the order of its samples: one entry per microbatch
+    and dp rank."""
 
     loss_sums: np.ndarray
     """fp64, nats, summed over the microbatch's targets."""
@@ -51,7 +52,8 @@ class Scores:
 
 
 def count_targets(microbatches: Sequence[CountedMicrobatch], layout: Layout) -> torch.Tensor:
-    """Count the targets of the global batch: all microbatches, dp and cp ranks -> int64 scalar on the device."""
+    """Count the targets of the global batch: all microbatches, dp and cp ranks -> int64 scalar on
+    the device."""
     own = sum(batch.num_targets for batch in microbatches)
     # Filled by a kernel: a copy from the host would wait for the device.
     count = torch.full((), own, dtype=torch.int64, device=layout.device)
@@ -76,29 +78,36 @@ class Stepper:
         stop: StopRequest | None = None,
     ):
         self.stop = stop
-        self.stages, self.layout, self.strategy = stages, layout, strategy
-        self.hidden_size, self.compute_dtype = hidden_size, compute_dtype
+        self.stages = stages
+        self.layout = layout
+        self.strategy = strategy
+        self.hidden_size = hidden_size
+        self.compute_dtype = compute_dtype
         self.pipelines: dict[tuple, Pipeline] = {}
 
     def run(self, microbatches: Sequence[CountedMicrobatch], train: bool) -> tuple[float, int]:
-        """Forward (and backward) over all microbatches -> (global loss in nats, global targets), on every rank."""
+        """Forward (and backward) over all microbatches -> (global loss in nats, global targets), on
+        every rank."""
         loss, num_targets = self.start(microbatches, train)
         return float(loss), int(num_targets)
 
     def start(
         self, microbatches: Sequence[CountedMicrobatch], train: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Do what `run` does without waiting for the device -> (fp64 scalar, int64 scalar) on the device."""
+        """Do what `run` does without waiting for the device -> (fp64 scalar, int64 scalar) on the
+        device."""
         num_targets = count_targets(microbatches, self.layout)
         share = self._forward(microbatches, train, num_targets)
         return self._global_loss(share), num_targets
 
     def score(self, microbatches: Sequence[CountedMicrobatch]) -> Scores:
-        """Forward without gradients -> the scores of every microbatch of the global batch, on every rank.
+        """Forward without gradients -> the scores of every microbatch of the global batch, on every
+        rank.
 
         Microbatch j of data rank d is number j x dp_size + d, as the loader deals the samples.
         """
-        layout, parts = self.layout, []
+        layout = self.layout
+        parts = []
         self._forward(microbatches, False, 1, parts)
         scores = torch.zeros(
             len(microbatches), layout.dp.size, 3, dtype=torch.float64, device=layout.device
@@ -117,7 +126,8 @@ class Stepper:
         num_targets: torch.Tensor | int,
         scores: list[torch.Tensor] | None = None,
     ) -> torch.Tensor | None:
-        """All microbatches through this rank's stages, and back -> the last stage's share of the loss."""
+        """All microbatches through this rank's stages, and back -> the last stage's share of the
+        loss."""
         for stage in self.stages:
             stage.begin_step(microbatches, num_targets, scores)
         try:
@@ -164,7 +174,8 @@ class Stepper:
         return total
 
     def _global_loss(self, share: torch.Tensor | None) -> torch.Tensor:
-        """Sum of the last stage's shares over dp x cp; the same on its tp ranks, so one of them counts."""
+        """Sum of the last stage's shares over dp x cp; the same on its tp ranks, so one of them
+        counts."""
         layout = self.layout
         total = torch.zeros((), dtype=torch.float64, device=layout.device)
         if share is not None and layout.tp.is_first:
@@ -173,7 +184,8 @@ class Stepper:
 
 
 def sum_tied_gradients(stages: list[GPTStage], layout: Layout) -> None:
-    """Add up the two gradients of a tied embedding whose copies live on the first and the last stage."""
+    """Add up the two gradients of a tied embedding whose copies live on the first and the last
+    stage."""
     grads = [copy.grad.to_local() for copy in tied_copies(stages)]
     if len(grads) == 2:
         grads[0].add_(grads[1])
@@ -185,10 +197,11 @@ def sum_tied_gradients(stages: list[GPTStage], layout: Layout) -> None:
 
 
 def global_grad_norm(stages: list[GPTStage], layout: Layout) -> torch.Tensor:
-    """L2 norm of the whole model's gradient, each element counted once -> fp64 scalar, same on every rank.
+    """L2 norm of the whole model's gradient, each element counted once -> fp64 scalar, same on
+    every rank.
 
-    Shards over dp x cp and tp add up; a parameter replicated over tp counts on tp rank 0 only, a tied
-    embedding on the first stage only.
+    Shards over dp x cp and tp add up; a parameter replicated over tp counts on tp rank 0 only, a
+    tied embedding on the first stage only.
     """
     grads = []
     for stage in stages:
@@ -207,17 +220,19 @@ def global_grad_norm(stages: list[GPTStage], layout: Layout) -> torch.Tensor:
 
 
 def clip_gradients(stages: list[GPTStage], norm: torch.Tensor, limit: float) -> None:
-    """Scale all gradients so that their global norm is at most `limit`; the device decides, nobody waits for it."""
+    """Scale all gradients so that their global norm is at most `limit`; the device decides, nobody
+    waits for it."""
     grads = [parameter.grad.to_local() for stage in stages for parameter in stage.parameters()]
     scale = torch.clamp(limit / (norm + 1e-6), max=1.0)
     torch._foreach_mul_(grads, scale.to(grads[0].device, grads[0].dtype))
 
 
 def update(optimizer: torch.optim.Optimizer, lr: float, norm: torch.Tensor) -> None:
-    """Take an optimizer step with learning rate `lr`, or none where the gradient's norm is not finite.
+    """Take an optimizer step with learning rate `lr`, or none where the gradient's norm is not
+    finite.
 
-    The fused kernel reads that from the device, as torch.amp.GradScaler tells it: parameters, moments and their step
-    counts then stay as they are.
+    The fused kernel reads that from the device, as torch.amp.GradScaler tells it: parameters,
+    moments and their step counts then stay as they are.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -237,7 +252,8 @@ def train_step(
 
     The host waits for the device once, at the end, when all kernels of the step are on their way.
     """
-    stages, layout = stepper.stages, stepper.layout
+    stages = stepper.stages
+    layout = stepper.layout
     loss, num_targets = stepper.start(microbatches, train=True)
     sum_tied_gradients(stages, layout)
     norm = global_grad_norm(stages, layout)

@@ -121,7 +121,9 @@ class StopRequest:
     """Whether any rank got a signal, as all ranks know it at the same point of the program."""
 
     def __init__(self, signals: StopSignals, world: Axis, device: torch.device):
-        self.signals, self.world, self.device = signals, world, device
+        self.signals = signals
+        self.world = world
+        self.device = device
         self.is_agreed = False
         self.restart()
 

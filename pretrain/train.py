@@ -1,8 +1,9 @@
 """Pretrain a GPT: `torchrun ... -m pretrain.train --config FILE [--flags]`.
 
-Reads top to bottom: check everything, join the processes, build or load the state, run phase by phase.
-The process ends with an outcome that the launcher reads: done, again (the next phase needs another
-layout), stopped (signal or --exit-...), unstarted (signal before the first step), refused (bad input).
+Reads top to bottom: check everything, join the processes, build or load the state, run phase by
+phase. The process ends with an outcome that the launcher reads: done, again (the next phase needs
+another layout), stopped (signal or --exit-...), unstarted (signal before the first step), refused
+(bad input).
 """
 
 import dataclasses
@@ -73,7 +74,9 @@ class Trainer:
     """One process's part of a run on one layout."""
 
     def __init__(self, plan: Plan, world: World, signals: StopSignals | None = None):
-        self.plan, self.config, self.world = plan, plan.config, world
+        self.plan = plan
+        self.config = plan.config
+        self.world = world
         self.signals = signals or StopSignals()
         self.started = time.monotonic()
         self.evaluation_due: str | None = None
@@ -85,10 +88,12 @@ class Trainer:
     def run(self) -> str:
         """Train until done, or until the layout must change or someone stops us -> the outcome."""
         require_agreement(shared_by_all(self.plan), self.world.axis)
-        start, progress = self.plan.start, self.plan.progress
+        start = self.plan.start
+        progress = self.plan.progress
         clock = 0 if progress is None or start.weights_only else progress["clock"]
         phase = self._phase_of_start(clock)
-        # Not recomputed from the phases: with another batch size the same clock is another number of steps.
+        # Not recomputed from the phases: with another batch size the same clock is another number
+        # of steps.
         step = 0 if clock == 0 else progress["step"]
         if self.world.rank == 0:
             print(
@@ -224,14 +229,13 @@ class Trainer:
         )
         fill_tied_copy(state)
         if not self.plan.start.weights_only:
-            state.clock, state.last_batch = progress["clock"], progress["last_batch_tokens"]
+            state.clock = progress["clock"]
+            state.last_batch = progress["last_batch_tokens"]
             state.real_tokens = progress["real_tokens"]
             # A checkpoint from before they were counted had some.
             state.steps_with_targets = progress.get("steps_with_targets", progress["step"])
-            state.skipped_in_a_row, state.wandb_run_id = (
-                progress["skipped_in_a_row"],
-                progress["wandb_run_id"],
-            )
+            state.skipped_in_a_row = progress["skipped_in_a_row"]
+            state.wandb_run_id = progress["wandb_run_id"]
         return state
 
     def _run_phases(self, phase: Phase, step: int, reporter: Reporter) -> str:
@@ -262,8 +266,8 @@ class Trainer:
             phase = following
 
     def _require_success(self, step: int, reporter: Reporter) -> None:
-        """Raises Refused where a phase ends and nothing was trained since the start: it must not look
-        like success.
+        """Raises Refused where a phase ends and nothing was trained since the start: it must not
+        look like success.
         """
         failure = self.tally.failure()
         if failure:
@@ -279,8 +283,10 @@ class Trainer:
         return outcome
 
     def _run_phase(self, phase: Phase, step: int, reporter: Reporter) -> tuple[bool, int]:
-        """The remaining steps of one phase, or those until someone asks to stop -> (asked, last step's number)."""
-        state, settings = self.state, self.config.checkpoint
+        """The remaining steps of one phase, or those until someone asks to stop -> (asked, last
+        step's number)."""
+        state = self.state
+        settings = self.config.checkpoint
         stepper = self._make_stepper(phase)
         if self.evaluation_due == phase.name and not self._evaluate(stepper, phase, step, reporter):
             return True, step
@@ -365,15 +371,18 @@ class Trainer:
         reshard(stepper)
 
     def _step(self, stepper: Stepper, phase: Phase, step: int) -> dict:
-        """Train one step -> its line of metrics.jsonl, plus "stop": someone asks to save and end."""
-        state, config = self.state, self.config
+        """Train one step -> its line of metrics.jsonl, plus "stop": someone asks to save and
+        end."""
+        state = self.state
+        config = self.config
         began = time.perf_counter()
         microbatches = [batch.to(self.layout.device) for batch in self.feed.read(state.clock)]
         data_seconds = time.perf_counter() - began
         lr = self.plan.learning_rate.at(state.clock, phase.lr, phase.min_lr)
         result = train_step(stepper, state.optimizer, microbatches, lr, config.optimizer.clip_grad)
         batch = phase.batch_at(state.clock)
-        state.clock, state.last_batch = state.clock + batch, batch
+        state.clock = state.clock + batch
+        state.last_batch = batch
         self.tally.note(result)
         state.steps_with_targets = self.tally.with_targets
         sources = self.feed.tokens_by_source(state.clock) if self.world.rank == 0 else {}
@@ -463,7 +472,8 @@ class Trainer:
 
     def _save(self, phase: Phase, step: int, reporter: Reporter, *, ends_phase: bool) -> None:
         """Write a checkpoint, unless the last one (or the start) says the same already."""
-        state, root = self.state, self.config.checkpoint.save
+        state = self.state
+        root = self.config.checkpoint.save
         if root is None or not self._has_something_to_save(step, reporter, ends_phase=ends_phase):
             return
         began = time.perf_counter()
@@ -515,7 +525,8 @@ def _is_multiple(step: int, interval: int | None) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run; 0 for an end that the launcher reads from the outcome file, 2 for bad input without a launcher."""
+    """Run; 0 for an end that the launcher reads from the outcome file, 2 for bad input without a
+    launcher."""
     signals = StopSignals()
     try:
         return _main(spell(sys.argv[1:] if argv is None else argv), signals)

@@ -48,7 +48,8 @@ def windows(stream: DocumentStream, starts, seq_length: int) -> list[Sample]:
 class Letters:
     """A tokenizer of one id per ASCII letter."""
 
-    vocab_size, eod = 128, 0
+    vocab_size = 128
+    eod = 0
 
     def encode(self, text: str) -> list[int]:
         return [ord(letter) for letter in text]

@@ -1,4 +1,5 @@
-"""How many bytes of tensors are alive, at each operation: what autograd keeps, and the peak of a step."""
+"""How many bytes of tensors are alive, at each operation: what autograd keeps, and the peak of a
+step."""
 
 import weakref
 
@@ -8,10 +9,12 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveMemory(TorchDispatchMode):
-    """Counts the storages that operations made while it was on; memory inside an operation is not seen.
+    """Counts the storages that operations made while it was on; memory inside an operation is not
+    seen.
 
-    Storages that live longer than their tensors (in a graph, in a function's saved tensors) and storages that are
-    emptied and filled again count with what they hold. For one thread: a backward on a CPU runs in its caller's.
+    Storages that live longer than their tensors (in a graph, in a function's saved tensors) and
+    storages that are emptied and filled again count with what they hold. For one thread: a backward
+    on a CPU runs in its caller's.
     """
 
     def __init__(self):
@@ -47,7 +50,8 @@ class LiveMemory(TorchDispatchMode):
         return result
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
+        key = id(storage)
+        size = storage.nbytes()
         if key in self.storages:
             return
 

@@ -13,11 +13,9 @@ def write_lines(path, lines):
 def write_run(folder):
     """Two phases of 30 and 10 steps, evaluated before, between and after."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines, evaluations, tokens = (
-        [],
-        [{"step": 0, "tokens": 0, "phase": "base", "valid_loss": 9.0}],
-        0,
-    )
+    lines = []
+    evaluations = [{"step": 0, "tokens": 0, "phase": "base", "valid_loss": 9.0}]
+    tokens = 0
     for name, length, steps in (("base", 8192, 30), ("long", 2**20, 10)):
         for _ in range(steps):
             tokens += 1_000_000
@@ -56,9 +54,14 @@ NAMES = ("base", "base-ramp", "extend-16", "extend-64", "long-mix", "quarter", "
 
 
 def write_long_run(folder, steps=400):
-    """Eight phases from 8Ki to 1Mi, the later ones short, with every kind of record and a checkpoint."""
+    """Eight phases from 8Ki to 1Mi, the later ones short, with every kind of record and a
+    checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines, records, events, account, read = [], [], [], [], {"web": 0, "code": 0}
+    lines = []
+    records = []
+    events = []
+    account = []
+    read = {"web": 0, "code": 0}
     tokens = 0
     write_event = lambda event, text="": events.append(  # noqa: E731
         {
@@ -70,7 +73,8 @@ def write_long_run(folder, steps=400):
         }
     )
     for index, name in enumerate(NAMES):
-        length, batch = 2 ** (13 + index), 2**21 * (1 + index // 4)
+        length = 2 ** (13 + index)
+        batch = 2**21 * (1 + index // 4)
         write_event("restart" if index else "start", f"phase {name}")
         records += _evaluations(lines, tokens, name, length, index)
         count = steps // (1, 3, 10, 12, 20, 24, 30, 40)[index]
@@ -186,10 +190,8 @@ def write_checkpoint(folder, step, tokens):
     """What a report reads of a published checkpoint; the layout of the last phase was chosen."""
     place = folder / f"iter_{step:07d}"
     place.mkdir()
-    phases, layouts = (
-        folder / "phases.yaml",
-        [f"context_parallel_size: {2**i}" for i in range(7)] + ["layout: auto"],
-    )
+    phases = folder / "phases.yaml"
+    layouts = [f"context_parallel_size: {2**i}" for i in range(7)] + ["layout: auto"]
     phases.write_text(
         "phases:\n"
         + "".join(

@@ -1,9 +1,10 @@
 """Did a run draw each token exactly once? `python -m tools.audit_data --load DIR`.
 
-Reads every step's data again, as the latest checkpoint's account says it was drawn: its digest must be the one that
-the run wrote to metrics.jsonl for the batch that the model received, and a counter per token of each source must find
-every token that the source's stream has passed exactly once per epoch. Exit code 1 if not. Run it where the trainer
-was started, so that relative paths mean the same. Takes a byte of memory per token of a source.
+Reads every step's data again, as the latest checkpoint's account says it was drawn: its digest must
+be the one that the run wrote to metrics.jsonl for the batch that the model received, and a counter
+per token of each source must find every token that the source's stream has passed exactly once per
+epoch. Exit code 1 if not. Run it where the trainer was started, so that relative paths mean the
+same. Takes a byte of memory per token of a source.
 """
 
 import json
@@ -52,8 +53,10 @@ class Counter:
         _add(self.starts[spans.documents] + spans.offsets, spans.lengths, to)
 
     def expected(self, position: int, held: np.ndarray) -> np.ndarray:
-        """How often each token should have been drawn when the stream stands at `position` with `held` unread."""
-        expected, epoch = np.zeros_like(self.drawn), self.stream.tokens_per_epoch
+        """How often each token should have been drawn when the stream stands at `position` with
+        `held` unread."""
+        expected = np.zeros_like(self.drawn)
+        epoch = self.stream.tokens_per_epoch
         for start in range(0, position, epoch):
             self.add(np.array([[start, min(epoch, position - start)]]), expected)
         unread = np.zeros_like(self.drawn)
@@ -79,7 +82,8 @@ def audit(folder: str) -> tuple[list[str], bool]:
         raise ValueError(
             f"load = {folder}: no checkpoint is published there. Fix: give the --save folder of a run."
         )
-    progress, config = checkpoint.read_progress(found), read_config_yaml(str(found / "config.yaml"))
+    progress = checkpoint.read_progress(found)
+    config = read_config_yaml(str(found / "config.yaml"))
     if not progress["data"]:
         raise ValueError(
             f"load = {folder}: its checkpoint is weights only, which no data was drawn for. Fix: give the "
@@ -160,7 +164,8 @@ def _count_before(ledger: Ledger, clock: int, counters: dict[str, Counter]) -> N
     """Count what was drawn before `clock`, where this folder's metrics.jsonl begins."""
     starts = [*(segment["start"] for segment in ledger.segments), clock]
     for segment, following in zip(ledger.segments, starts[1:], strict=True):
-        start, end = segment["start"], min(following, clock)
+        start = segment["start"]
+        end = min(following, clock)
         if start < end:  # of several at one place, the last drew
             mixture = ledger.as_of(start).mixture()
             for number in range((end - start) // segment["seq_length"]):
@@ -180,7 +185,8 @@ def _compare_steps(
     eod: int | None,
 ) -> list[int]:
     """Count what each step drew -> the steps whose digest differs."""
-    wrong, mixtures = [], {}
+    wrong = []
+    mixtures = {}
     for step in tqdm(steps, desc="reading the data again", unit="step", disable=None):
         clock = step["tokens"] - step["global_batch_tokens"]
         start = max(segment["start"] for segment in ledger.segments if segment["start"] <= clock)
@@ -188,7 +194,8 @@ def _compare_steps(
             mixtures[start] = ledger.as_of(clock).mixture()
         mixture = mixtures[start]
         length = mixture.settings.seq_length
-        first, total = (clock - start) // length, 0
+        first = (clock - start) // length
+        total = 0
         samples = mixture.samples(range(first, first + step["global_batch_tokens"] // length))
         for number, sample in enumerate(samples):
             batch = read_batch(

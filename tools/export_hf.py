@@ -1,8 +1,10 @@
-"""Convert a checkpoint to a Hugging Face folder: `python -m tools.export_hf --load DIR --output DIR [--verify]`.
+"""Convert a checkpoint to a Hugging Face folder: `python -m tools.export_hf --load DIR --output DIR
+[--verify]`.
 
 Needs no GPU and no process group. The folder appears whole or not at all; with --verify only after
-transformers' logits have been compared with ours (tools/verify_hf.py). Besides weights it holds what the model's own
-Hugging Face folder held (generation, chat templates); what training changed is named.
+transformers' logits have been compared with ours (tools/verify_hf.py). Besides weights it holds
+what the model's own Hugging Face folder held (generation, chat templates); what training changed is
+named.
 """
 
 import json
@@ -48,15 +50,19 @@ class Arguments:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the written weights; training keeps them in float32."""
     max_position_embeddings: int | None = None
-    """Context length to declare; by default the longest that was trained, or yarn's factor x original context."""
+    """Context length to declare; by default the longest that was trained, or yarn's factor x
+    original context."""
     verify: bool = False
-    """Compare transformers' logits with ours on real text before publishing; fail if they differ."""
+    """Compare transformers' logits with ours on real text before publishing; fail if they
+    differ."""
     verify_text: str | None = None
     """Text file to compare on; by default documents of the run's own data."""
     tokenizer: bool = True
-    """Write the tokenizer too; an error if transformers would give other ids than the one trained with."""
+    """Write the tokenizer too; an error if transformers would give other ids than the one trained
+    with."""
     overwrite: bool = False
-    """Replace an earlier export at the output; only a folder that this tool wrote, with nothing else in it."""
+    """Replace an earlier export at the output; only a folder that this tool wrote, with nothing
+    else in it."""
     max_shard_bytes: int = 5_000_000_000
     """Size at which weights go on in another file."""
 
@@ -124,7 +130,8 @@ def stored_tokenizer(folder: Path, config: Config) -> Tokenizer | None:
 def write_weights(source: Source, output: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
     """safetensors files of at most `max_shard_bytes` (or one tensor) each, and their index."""
     shards = _plan_shards(checkpoint.tensor_names(source.folder), source, dtype, max_shard_bytes)
-    weight_map, total = {}, 0
+    weight_map = {}
+    total = 0
     for number, names in enumerate(tqdm(shards, desc="writing weights", unit="file"), 1):
         file = (
             "model.safetensors"
@@ -149,7 +156,8 @@ def _plan_shards(
     names: list[str], source: Source, dtype: torch.dtype, limit: int
 ) -> list[list[str]]:
     sizes = checkpoint.SafeReader(source.folder).read_metadata().state_dict_metadata
-    shards, room = [], 0
+    shards = []
+    room = 0
     for name in names:
         size = sizes[name].size.numel() * dtype.itemsize
         if not shards or size > room:
@@ -177,7 +185,8 @@ def inputs_of_run(config: Config) -> list[Input]:
 
 
 def context_of_export(arguments: Arguments, source: Source) -> int:
-    """max_position_embeddings to declare; warns of what older versions of transformers make of it."""
+    """max_position_embeddings to declare; warns of what older versions of transformers make of
+    it."""
     phase = source.progress["phase"]
     longest = source.progress.get("longest_seq_length", phase["seq_length"])
     asked = arguments.max_position_embeddings or source.config.model.max_position_embeddings
@@ -198,7 +207,8 @@ def context_of_export(arguments: Arguments, source: Source) -> int:
 
 
 def write_settings(source: Source, folder: Path, declared: int, arguments: Arguments) -> dict:
-    """Write config.json, generation_config.json and the tokenizer, name what training changed -> config.json."""
+    """Write config.json, generation_config.json and the tokenizer, name what training changed ->
+    config.json."""
     eod = source.tokenizer.eod if source.tokenizer else None
     ours = huggingface_config(
         source.config.model, source.vocab_size, source.rope, declared, arguments.dtype, eod

@@ -31,7 +31,8 @@ def read_ids(
             _explain_bad_line(piece, tokenizer)
         return ids, lengths[good], int((~good).sum())
     line_key = key if piece.is_json else None
-    arrays, bad = [], 0
+    arrays = []
+    bad = 0
     for offset, data in read_records(piece):
         try:
             arrays.append(_ids_of(decode(data, line_key, lists=True), tokenizer))
@@ -119,13 +120,18 @@ def _parse_lines(data, vocab_size, lists=True):
     ids = np.empty(len(data) // 2 + 1, dtype=np.int64)
     lengths = np.empty(len(data) + 1, dtype=np.int64)
     count = lines = begin = 0
-    value, bad, blank = -1, False, True
-    opened, closed, comma = False, False, False
+    value = -1
+    bad = False
+    blank = True
+    opened = False
+    closed = False
+    comma = False
     for i in range(len(data) + 1):
         byte = data[i] if i < len(data) else np.uint8(10)
         if 48 <= byte <= 57:
             value = max(value, 0) * 10 + byte - 48
-            bad, blank = bad or closed or value >= vocab_size, False
+            bad = bad or closed or value >= vocab_size
+            blank = False
             value = min(value, vocab_size)  # no overflow
             comma = False
             continue
@@ -140,19 +146,27 @@ def _parse_lines(data, vocab_size, lists=True):
                     count = begin
                 lengths[lines] = -1 if bad else count - begin
                 lines += 1
-            begin, bad, blank = count, False, True
-            opened, closed, comma = False, False, False
+            begin = count
+            bad = False
+            blank = True
+            opened = False
+            closed = False
+            comma = False
         elif byte == 32 or byte == 9 or byte == 13:
             pass
         elif lists and byte == 44:  # a comma, after an id
-            bad, blank = bad or comma or closed or count == begin, False
+            bad = bad or comma or closed or count == begin
+            blank = False
             comma = True
         elif lists and byte == 91:  # an opening bracket, before all else
-            bad, blank = bad or not blank, False
+            bad = bad or not blank
+            blank = False
             opened = True
         elif lists and byte == 93:  # a closing one, after all else
-            bad, blank = bad or closed or comma or not opened, False
+            bad = bad or closed or comma or not opened
+            blank = False
             closed = True
         else:
-            bad, blank = True, False
+            bad = True
+            blank = False
     return ids[:count].copy(), lengths[:lines].copy()

@@ -56,7 +56,8 @@ class Arguments:
     """--verify or --no-verify: compare transformers' logits on the folder with ours before
     publishing. By default yes below 10B parameters."""
     tokenizer_ids_from: IdsFrom | None = None
-    """Which of the folder's definitions of its tokenizer gives the ids; needed where they differ."""
+    """Which of the folder's definitions of its tokenizer gives the ids; needed where they
+    differ."""
 
 
 # ---------------------------------------------------------------- the comparison

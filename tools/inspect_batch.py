@@ -11,7 +11,8 @@ from pretrain.load_config import load_config, spell
 from pretrain.phases import Phase, describe
 from pretrain.plan import Plan, make_plan
 
-SHOWN_DOCUMENTS, SHOWN_TOKENS = 8, 12
+SHOWN_DOCUMENTS = 8
+SHOWN_TOKENS = 12
 
 
 def describe_plan(flags: list[str], world_size: int) -> list[str]:
@@ -44,7 +45,8 @@ def describe_batch(flags: list[str], world_size: int, name: str, batch: int) -> 
     clock = phase.start_of_step(batch)
     begun = plan.progress["clock"] if plan.progress and not plan.start.weights_only else 0
     ledger = ledger_at(plan.config.data, plan.corpus, plan.ledger, begun, plan.phases, clock)
-    mixture, first = ledger.mixture(), ledger.samples_at(clock)
+    mixture = ledger.mixture()
+    first = ledger.samples_at(clock)
     count = phase.batch_at(clock) // phase.seq_length
     samples = mixture.samples(range(first, first + count))
     sources = {id(stream): source for source, stream in plan.corpus.train.items()}
@@ -98,7 +100,8 @@ def _describe_ranks(
 ) -> Iterator[tuple[str, int]]:
     """Give (line, targets that it tells of) for each microbatch of each rank."""
     dp, (a2a, gather) = phase.data_parallel_size(world_size), phase.layout.context_levels
-    tokenizer, data = plan.tokenizer, plan.config.data
+    tokenizer = plan.tokenizer
+    data = plan.config.data
     for dp_rank in range(dp):
         for cp_rank in range(a2a * gather):
             pieces = rank_pieces(

@@ -1,9 +1,10 @@
-"""What a corpus holds, and what a run is fed: `python -m tools.inspect_data --data-path [weight prefix ...]`,
-`--config run.yaml [--phase NAME --batch K]`, or `--load DIR`.
+"""What a corpus holds, and what a run is fed: `python -m tools.inspect_data --data-path [weight
+prefix ...]`, `--config run.yaml [--phase NAME --batch K]`, or `--load DIR`.
 
-With `--data-path`: documents, tokens and lengths of each source, `--plot FILE.png` for a histogram, `--samples N` for
-the beginnings and ends of documents. With `--config` and the flags of a run (after `--`): what each phase will draw;
-with `--phase` and `--batch`, what that batch holds on each rank. With `--load`: what a checkpoint has drawn.
+With `--data-path`: documents, tokens and lengths of each source, `--plot FILE.png` for a histogram,
+`--samples N` for the beginnings and ends of documents. With `--config` and the flags of a run
+(after `--`): what each phase will draw; with `--phase` and `--batch`, what that batch holds on each
+rank. With `--load`: what a checkpoint has drawn.
 """
 
 import sys
@@ -97,7 +98,8 @@ def inspect(arguments: Arguments, run_flags: list[str]) -> list[str]:
             None,
             ids_from=arguments.tokenizer_ids_from,
         )
-    lines, lengths = [], {}
+    lines = []
+    lengths = {}
     for prefix in dict.fromkeys(
         source.prefix for _, source in parse_blend(arguments.data_path, "data_path")
     ):
@@ -111,7 +113,8 @@ def inspect(arguments: Arguments, run_flags: list[str]) -> list[str]:
 
 
 def describe_corpus(reader: IndexedReader) -> list[str]:
-    lengths, side = reader.document_lengths, read_side_file(reader.prefix) or {}
+    lengths = reader.document_lengths
+    side = read_side_file(reader.prefix) or {}
     tokenizer = side.get("tokenizer") or {}
     known = (
         f"{tokenizer['type']}, {tokenizer['vocab_size']:,} ids, {tokenizer['fingerprint'][:8]}"

@@ -35,7 +35,8 @@ def plot_lengths(lengths: dict[str, np.ndarray], path: str) -> None:
     figure, axes = pyplot.subplots(2, 1, figsize=(11, 7), sharex=True, constrained_layout=True)
     for number, (source, found) in enumerate(lengths.items()):
         found = found[found > 0].astype(np.float64)
-        color, style = COLORS[number % len(COLORS)], "-" if number < len(COLORS) else "--"
+        color = COLORS[number % len(COLORS)]
+        style = "-" if number < len(COLORS) else "--"
         for panel, weights in zip(axes, (None, found), strict=True):
             counts, _ = np.histogram(found, bins=edges, weights=weights)
             panel.stairs(

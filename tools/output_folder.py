@@ -18,7 +18,8 @@ from pretrain.checkpoint import checksum
 from tools.outputs import Input, real_path, refuse_inputs, refuse_parents, relation
 
 MARKER = "ithaca_made.json"
-"""File in each folder that a tool makes: {"made_by": tool, "files": {name: bytes}, "checksums": {}}.
+"""File in each folder that a tool makes: {"made_by": tool, "files": {name: bytes}, "checksums":
+{}}.
 
 `files` is null until the folder is whole; `checksums` are those of the small files.
 """

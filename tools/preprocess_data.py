@@ -1,12 +1,12 @@
-"""Text to token files: `python -m tools.preprocess_data --input F... --output-prefix P --tokenizer-type T
---tokenizer-model M [--append-eod --workers N]`.
+"""Text to token files: `python -m tools.preprocess_data --input F... --output-prefix P
+--tokenizer-type T --tokenizer-model M [--append-eod --workers N]`.
 
 Inputs are JSON (an object per line: .jsonl, .ndjson, .jsonlines, .json; or a .json file that is one
 array), tables (.parquet, .csv, .tsv: a document per row), .ids (a list of token ids per line), text
-files (each one document) and folders of them, as they are or compressed (.gz, .zst, .bz2, .xz). What
-is left out is named at the end. Writes P.bin, P.idx and P.json, all or none; the result does not
-depend on --workers. A run that was stopped goes on where it was when the same command is given again;
-what stands at P is replaced only with --overwrite.
+files (each one document) and folders of them, as they are or compressed (.gz, .zst, .bz2, .xz).
+What is left out is named at the end. Writes P.bin, P.idx and P.json, all or none; the result does
+not depend on --workers. A run that was stopped goes on where it was when the same command is given
+again; what stands at P is replaced only with --overwrite.
 """
 
 import sys
@@ -56,7 +56,8 @@ class Arguments:
     output_prefix: str
     """Prefix of the files to write."""
     tokenizer_type: TokenizerType = "SentencePieceTokenizer"
-    """SentencePiece (three spellings of one thing), a Hugging Face folder, or none (the input is token ids)."""
+    """SentencePiece (three spellings of one thing), a Hugging Face folder, or none (the input is
+    token ids)."""
     tokenizer_model: str | None = None
     """The .model file of SentencePiece, or the Hugging Face tokenizer's folder."""
     vocab_size: int | None = None
@@ -64,15 +65,18 @@ class Arguments:
     tokenizer_ids_from: IdsFrom | None = None
     """Which of a Hugging Face folder's definitions gives the ids; needed where the two differ."""
     fast_tokenizer: FastTokenizer = "auto"
-    """Encode with gigatoken: where it gives the tokenizer's own ids (auto), or else stop (on), or not."""
+    """Encode with gigatoken: where it gives the tokenizer's own ids (auto), or else stop (on), or
+    not."""
     special_tokens_in_text: SpecialTokensInText = "as-text"
     """Special tokens that are written in a document: text, or those tokens (keep), or an error."""
     append_eod: bool = False
     """Put the end-of-document token after each document."""
     prepend_bos: Annotated[bool, tyro.conf.arg(aliases=["--append-bos"])] = False
-    """Put the beginning-of-sequence token before each document, for models that were trained with one."""
+    """Put the beginning-of-sequence token before each document, for models that were trained with
+    one."""
     workers: int = 1
-    """Threads, or processes without the fast tokenizer, that tokenize; the result does not depend on it."""
+    """Threads, or processes without the fast tokenizer, that tokenize; the result does not depend
+    on it."""
     json_keys: list[str] = field(default_factory=lambda: ["text"])
     """Key of the text in JSON objects, column of tables; one per run."""
     extensions: list[str] = field(default_factory=lambda: list(EXTENSIONS))
@@ -96,7 +100,8 @@ def _tokenizer(arguments: Arguments) -> Tokenizer:
 
 
 def _tasks(files: list[Path], key: str, workers: int, start: tuple[int, int]) -> Iterator[Task]:
-    """Tasks of about TASK_BYTES (at most 256 files each) in input order, from a task's `next` on."""
+    """Tasks of about TASK_BYTES (at most 256 files each) in input order, from a task's `next`
+    on."""
     sources = (
         (number, partial(read_pieces, files[number], TASK_BYTES, key), is_stream(files[number]))
         for number in range(start[0], len(files))
@@ -112,7 +117,8 @@ def _tasks(files: list[Path], key: str, workers: int, start: tuple[int, int]) ->
         work += piece.work
         if len(pieces) >= 256 or work >= TASK_BYTES:
             yield Task(pieces, place)
-            pieces, work = [], 0
+            pieces = []
+            work = 0
     if pieces:
         yield Task(pieces, (len(files), 0))
 
@@ -174,7 +180,8 @@ def _check(arguments: Arguments, files: list[Path]) -> Tokenizer:
 
 @dataclass
 class Progress:
-    """How far a run is. next: as in Task. done: bytes of input files. empty, bad: what was left out. text: how."""
+    """How far a run is. next: as in Task. done: bytes of input files. empty, bad: what was left
+    out. text: how."""
 
     next: tuple[int, int] = (0, 0)
     done: int = 0
@@ -186,7 +193,8 @@ class Progress:
 def _begin(
     writer: ResumableWriter, plan: dict, arguments: Arguments, progress: Progress
 ) -> Progress:
-    """Take up what an earlier run with the same plan left; else begin again, and say why. `progress`: a fresh one."""
+    """Take up what an earlier run with the same plan left; else begin again, and say why.
+    `progress`: a fresh one."""
     note = writer.saved()
     if note is None:
         writer.discard()
@@ -224,8 +232,10 @@ def _write(
     ) as bar:
         for task, result in _results(job, workers, _tasks(files, job.key, workers, progress.next)):
             writer.add_documents(result.ids, result.lengths)
-            progress.next, progress.done = task.next, progress.done + task.size
-            progress.empty, progress.bad = progress.empty + result.empty, progress.bad + result.bad
+            progress.next = task.next
+            progress.done = progress.done + task.size
+            progress.empty = progress.empty + result.empty
+            progress.bad = progress.bad + result.bad
             progress.text.add(result.text)
             writer.share = max(progress.done, 1) / total
             unsaved += sum(piece.work for piece in task.pieces)
@@ -280,7 +290,8 @@ def preprocess(arguments: Arguments) -> dict:
         arguments.special_tokens_in_text,
         tuple(tokenizer.special_texts()),
     )
-    prepared, cpu = time.perf_counter(), time.process_time()
+    prepared = time.perf_counter()
+    cpu = time.process_time()
     with ResumableWriter(arguments.output_prefix, job.dtype) as writer:
         # Again, now that no other run writes there: one may have finished since.
         check_output(arguments.output_prefix, overwrite=arguments.overwrite, inputs=files)

@@ -1,4 +1,5 @@
-"""What a run of tools.preprocess_data was asked to do, so that a later one may go on with it, or not."""
+"""What a run of tools.preprocess_data was asked to do, so that a later one may go on with it, or
+not."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,11 +8,13 @@ import xxhash
 
 
 def make_plan(files: Sequence[Path], arguments: dict) -> dict:
-    """What decides the bytes of the output: `arguments` (JSON-able), and path, size and time of each input file.
+    """What decides the bytes of the output: `arguments` (JSON-able), and path, size and time of
+    each input file.
 
     The files count as a checksum: a list of a million would be written again with every save.
     """
-    digest, total = xxhash.xxh3_128(), 0
+    digest = xxhash.xxh3_128()
+    total = 0
     for path in files:
         status = path.stat()
         total += status.st_size
@@ -30,7 +33,8 @@ def describe_change(old: dict, new: dict) -> str:
     for name in sorted(
         old.keys() | new.keys(), key=lambda name: name == "inputs"
     ):  # counts say more than a checksum
-        before, now = old.get(name), new.get(name)
+        before = old.get(name)
+        now = new.get(name)
         if before == now:
             continue
         if name == "inputs":

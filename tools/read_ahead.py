@@ -1,4 +1,5 @@
-"""Threads that read files before their turn: decompression does not hold the interpreter, and files are independent."""
+"""Threads that read files before their turn: decompression does not hold the interpreter, and files
+are independent."""
 
 import queue
 import threading
@@ -58,7 +59,8 @@ def read_ahead(
     """(number of its source, item) of all sources, in order.
 
     Args:
-        sources: (number, what gives its items, none of which is None; whether a thread shall run it).
+        sources: (number, what gives its items, none of which is None; whether a thread shall run
+            it).
         readers: sources whose turn is now or next, whose threads run.
     """
     waiting: deque = deque()

@@ -1,9 +1,9 @@
 """Show a run: `python -m tools.report --load DIR [--output FILE.html]`.
 
-Reads what the run wrote into its --save folder (metrics.jsonl, validation.jsonl, ledger.jsonl, events.jsonl and the
-latest checkpoint's settings) and writes one page that needs nothing else, with each of its charts as a PNG beside it
-(FILE-loss.png, ...). With `--output FILE.png` it writes one picture instead: loss, throughput and learning rate over
-tokens. Prints the run in a few lines.
+Reads what the run wrote into its --save folder (metrics.jsonl, validation.jsonl, ledger.jsonl,
+events.jsonl and the latest checkpoint's settings) and writes one page that needs nothing else, with
+each of its charts as a PNG beside it (FILE-loss.png, ...). With `--output FILE.png` it writes one
+picture instead: loss, throughput and learning rate over tokens. Prints the run in a few lines.
 """
 
 import sys
@@ -49,7 +49,8 @@ def check_outputs(output: Path) -> Path:
 
 
 def write_page(run: Run, output: Path) -> None:
-    """The page, and its charts as PNGs; those of an earlier report that have nothing to show now are removed."""
+    """The page, and its charts as PNGs; those of an earlier report that have nothing to show now
+    are removed."""
     for name, chart in CHARTS.items():
         path = chart_path(output, name)
         if chart.missing(run):

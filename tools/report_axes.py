@@ -1,7 +1,9 @@
-"""What the charts of a report share: colours, the axis of tokens with its phases, thinning, SVG and PNG.
+"""What the charts of a report share: colours, the axis of tokens with its phases, thinning, SVG and
+PNG.
 
-A chart for the page is drawn once, in colours that stand for CSS variables: the page's style gives them their values,
-so that one picture is right on a light and on a dark ground. A PNG takes the values for a light ground.
+A chart for the page is drawn once, in colours that stand for CSS variables: the page's style gives
+them their values, so that one picture is right on a light and on a dark ground. A PNG takes the
+values for a light ground.
 """
 
 import io
@@ -26,8 +28,8 @@ from tools.number_text import length, short  # noqa: E402
 from tools.outputs import PNG_METADATA  # noqa: E402
 from tools.run_record import Run  # noqa: E402
 
-# Variable -> (on a light ground, on a dark one). The series can be told apart with any colour vision (after Okabe and
-# Ito); each has its own marker too.
+# Variable -> (on a light ground, on a dark one). The series can be told apart with any colour
+# vision (after Okabe and Ito); each has its own marker too.
 COLORS = {
     "ink": ("#333333", "#d6d9de"),
     "muted": ("#6b6f76", "#9aa0a8"),
@@ -80,8 +82,8 @@ def style_rules() -> tuple[str, str]:
 
 
 class TokenScale:
-    """Tokens -> place on the axis. Linear, unless that makes a phase narrower than `NARROWEST`: then linear within
-    each phase, and the narrow ones wider than their share."""
+    """Tokens -> place on the axis. Linear, unless that makes a phase narrower than `NARROWEST`:
+    then linear within each phase, and the narrow ones wider than their share."""
 
     def __init__(self, run: Run):
         phases = run.phases()
@@ -142,7 +144,8 @@ def clothe(axes: Axes, palette: Palette) -> None:
 
 
 def label_phases(axes: Axes, run: Run, palette: Palette, scale: TokenScale) -> int:
-    """Names over the picture, each above its phase; in as many rows as it takes that none touches another.
+    """Names over the picture, each above its phase; in as many rows as it takes that none touches
+    another.
 
     Returns:
         The number of rows.
@@ -195,12 +198,14 @@ def running_median(run: Run, values: np.ndarray) -> tuple[np.ndarray, np.ndarray
         np.linspace(0, len(values) - 1, min(POINTS, len(values))).round().astype(int)
     )
     finite = np.where(np.isfinite(values), values, np.nan)
-    half, medians = window_of(len(values)) // 2, []
+    half = window_of(len(values)) // 2
+    medians = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a window without any finite value is NaN
         for i in centers:
             phase = int(np.searchsorted(ends, i, side="right"))
-            first, end = (ends[phase - 1] if phase else 0), ends[phase]
+            first = ends[phase - 1] if phase else 0
+            end = ends[phase]
             medians.append(np.nanmedian(finite[max(first, i - half) : min(end, i + half + 1)]))
     return centers, np.array(medians)
 
@@ -210,7 +215,8 @@ def window_of(steps: int) -> int:
 
 
 def thin(values: np.ndarray) -> np.ndarray:
-    """Indices of at most `POINTS` values that keep the line's shape: the least and the greatest of each stretch."""
+    """Indices of at most `POINTS` values that keep the line's shape: the least and the greatest of
+    each stretch."""
     if len(values) <= POINTS:
         return np.arange(len(values))
     kept = []
@@ -240,7 +246,8 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def settings(salt: str = "report"):
-    """matplotlib's settings for everything that is drawn: no name of a phase or a set is a formula."""
+    """matplotlib's settings for everything that is drawn: no name of a phase or a set is a
+    formula."""
     return pyplot.rc_context(
         {
             "text.parse_math": False,
@@ -253,7 +260,8 @@ def settings(salt: str = "report"):
 
 
 def to_svg(figure: Figure, name: str, description: str) -> str:
-    """An <svg> element whose colours are CSS variables; `name` keeps its ids apart from other charts'.
+    """An <svg> element whose colours are CSS variables; `name` keeps its ids apart from other
+    charts'.
 
     Args:
         description: what a screen reader says; escaped here.

@@ -1,4 +1,5 @@
-"""The charts of a report: what each shows of a run, and the sentence that stands where it has nothing to show."""
+"""The charts of a report: what each shows of a run, and the sentence that stands where it has
+nothing to show."""
 
 import math
 import statistics
@@ -49,7 +50,8 @@ class Chart:
 
 def draw_loss(axes: Axes, run: Run, palette: Palette) -> None:
     """Training and validation loss, skipped steps, restarts and saves."""
-    scale, losses = TokenScale(run), column(run, "loss")
+    scale = TokenScale(run)
+    losses = column(run, "loss")
     tokens, (centers, smoothed) = column(run, "tokens"), running_median(run, losses)
     if window_of(len(losses)) > 1:
         kept = thin(losses)
@@ -78,7 +80,8 @@ def draw_loss(axes: Axes, run: Run, palette: Palette) -> None:
 
 def draw_late_loss(axes: Axes, run: Run, palette: Palette) -> None:
     """Training loss on a scale that fits what follows the first tenth of the tokens."""
-    losses, tokens = column(run, "loss"), column(run, "tokens")
+    losses = column(run, "loss")
+    tokens = column(run, "tokens")
     kept, (centers, smoothed) = thin(losses), running_median(run, losses)
     axes.plot(tokens[kept], losses[kept], color=palette["raw"], linewidth=0.8)
     axes.plot(tokens[centers], smoothed, color=palette.series(0), linewidth=1.6)
@@ -94,7 +97,8 @@ def _limit(axes: Axes, values: Iterable[float]) -> None:
     """Let the axis follow what is finite of the values."""
     shown = [value for value in values if math.isfinite(value)]
     if shown:
-        low, high = min(shown), max(shown)
+        low = min(shown)
+        high = max(shown)
         margin = 0.06 * (high - low) or 0.1
         axes.set_ylim(low - margin, high + margin)
 
@@ -159,7 +163,8 @@ def _mark_events(axes: Axes, run: Run, palette: Palette, scale: TokenScale) -> N
 
 
 def draw_validation(axes: Axes, run: Run, palette: Palette) -> None:
-    """Validation loss of each set at each length; without an untrained model, beside which nothing else shows."""
+    """Validation loss of each set at each length; without an untrained model, beside which nothing
+    else shows."""
     losses = [record["valid_loss"] for record in run.evaluations if record["tokens"] > 0] or [
         math.inf
     ]
@@ -196,12 +201,14 @@ def draw_gain(axes: Axes, run: Run, palette: Palette) -> None:
 
 
 def _interval(record: dict) -> tuple[float, float] | None:
-    low, high = record.get("gain_low"), record.get("gain_high")
+    low = record.get("gain_low")
+    high = record.get("gain_high")
     return None if low is None or high is None else (low, high)
 
 
 def _styled(series: dict[tuple[str, int | None], list[dict]], palette: Palette):
-    """Each series with its style and label: a color per length, a marker per set (or per length, of one set)."""
+    """Each series with its style and label: a color per length, a marker per set (or per length, of
+    one set)."""
     sets = list(dict.fromkeys(name for name, _ in series))
     lengths = sorted({seq_length for _, seq_length in series}, key=lambda found: found or 0)
     for (name, seq_length), records in series.items():
@@ -252,7 +259,8 @@ def draw_passkey_map(axes: Axes, run: Run, palette: Palette) -> None:
     found = last_passkeys(run)
     depths, lengths = (sorted({key[i] for key in found}) for i in (0, 1))
     for (depth, seq_length), accuracy in found.items():
-        x, y = lengths.index(seq_length), depths.index(depth)
+        x = lengths.index(seq_length)
+        y = depths.index(depth)
         share = min(1.0, max(0.0, accuracy))
         red, green, blue = _shade(share)
         axes.fill_between(
@@ -279,7 +287,8 @@ def draw_passkey_map(axes: Axes, run: Run, palette: Palette) -> None:
 
 
 def _shade(share: float) -> tuple[float, float, float]:
-    """Dark violet (0) over a middle blue-green to a pale yellow (1): its lightness alone tells the value."""
+    """Dark violet (0) over a middle blue-green to a pale yellow (1): its lightness alone tells the
+    value."""
     stops = np.array([[0.20, 0.11, 0.33], [0.16, 0.45, 0.55], [0.99, 0.91, 0.55]])
     return tuple(float(np.interp(share, (0, 0.5, 1), stops[:, i])) for i in range(3))
 
@@ -322,7 +331,8 @@ def draw_mfu(axes: Axes, run: Run, palette: Palette) -> None:
 
 
 def draw_memory(axes: Axes, run: Run, palette: Palette) -> None:
-    values, tokens = column(run, "peak_memory_bytes", 2.0**-30), column(run, "tokens")
+    values = column(run, "peak_memory_bytes", 2.0**-30)
+    tokens = column(run, "tokens")
     kept = thin(values)
     axes.plot(tokens[kept], values[kept], color=palette.series(3))
     axes.set_ylim(0, 1.1 * float(np.nanmax(values)) or 1)
@@ -337,7 +347,8 @@ def draw_time(axes: Axes, run: Run, palette: Palette) -> None:
 
 
 def draw_learning(axes: Axes, run: Run, palette: Palette) -> None:
-    rates, tokens = column(run, "lr"), column(run, "tokens")
+    rates = column(run, "lr")
+    tokens = column(run, "tokens")
     kept = thin(rates)
     axes.plot(tokens[kept], rates[kept], color=palette.series(3))
     axes.set_ylabel("learning rate")
@@ -356,7 +367,8 @@ def draw_gradient(axes: Axes, run: Run, palette: Palette) -> None:
 
 
 def draw_batch(axes: Axes, run: Run, palette: Palette) -> None:
-    batches, tokens = np.array(run.batches(), dtype=float), column(run, "tokens")
+    batches = np.array(run.batches(), dtype=float)
+    tokens = column(run, "tokens")
     # Only where it changes, and at both ends: a batch lasts from the step before to its own.
     changes = [0, *(np.flatnonzero(np.diff(batches)) + 1), len(batches) - 1]
     axes.step(
@@ -385,7 +397,8 @@ def _draw_steps(
     from_zero: bool = True,
 ) -> None:
     """A field of every step as points, with its running median."""
-    values, tokens = column(run, name), column(run, "tokens")
+    values = column(run, name)
+    tokens = column(run, "tokens")
     kept = thin(values)
     axes.plot(
         tokens[kept], values[kept], ".", markersize=2.5, color=palette.series(number), alpha=0.3
@@ -501,10 +514,12 @@ CHARTS = {
 
 
 def chart_figure(chart: Chart, run: Run, palette: Palette, width: float, height: float) -> Figure:
-    """One chart by itself, in inches; higher by the rows that its labels and its legend take beyond one each."""
+    """One chart by itself, in inches; higher by the rows that its labels and its legend take beyond
+    one each."""
     with settings():
         figure = new_figure(width, height)
-        axes, rows = figure.subplots(), 0
+        axes = figure.subplots()
+        rows = 0
         chart.draw(axes, run, palette)
         if chart.over_tokens:
             scale = TokenScale(run)

@@ -1,4 +1,5 @@
-"""The page of a report: its words, its tables, and the charts in their places (template: report_page.html)."""
+"""The page of a report: its words, its tables, and the charts in their places (template:
+report_page.html)."""
 
 import dataclasses
 import statistics
@@ -17,7 +18,9 @@ from tools.report_axes import VARIABLES, TokenScale, style_rules, to_svg
 from tools.report_charts import CHARTS, Chart, chart_figure, last_passkeys
 from tools.run_record import Run, Stretch, before_and_after, repeated_tokens, series_of
 
-WIDE, NARROW, CARD = (9.4, 4.3), (4.7, 3.9), (5.4, 2.9)
+WIDE = (9.4, 4.3)
+NARROW = (4.7, 3.9)
+CARD = (5.4, 2.9)
 """Sizes of charts in inches: across the page, the same on a narrow screen, and half the page."""
 OPEN_EVENTS = 20
 """A longer table of events is closed at first."""
@@ -79,7 +82,8 @@ def chart_html(chart: Chart, run: Run) -> Markup:
 
 
 def sizes(chart: Chart, run: Run) -> dict[str, tuple[float, float]]:
-    """Class in the page's style -> inches, of each form in which a chart stands there; the main one first."""
+    """Class in the page's style -> inches, of each form in which a chart stands there; the main one
+    first."""
     if chart.is_wide:
         return {"wide": WIDE, "narrow": NARROW}
     rows = len({depth for depth, _ in last_passkeys(run)}) if chart.name == "passkey-map" else 0
@@ -91,7 +95,9 @@ def sizes(chart: Chart, run: Run) -> dict[str, tuple[float, float]]:
 
 def tiles(run: Run) -> list[tuple[str, str, str]]:
     """(what, figure, what it is compared with) of the run's main figures."""
-    last, first, phases = run.steps[-1], run.steps[0], run.phases()
+    last = run.steps[-1]
+    first = run.steps[0]
+    phases = run.phases()
     found = [
         ("tokens", short(last["tokens"]), f"{last['step']:,} steps"),
         ("context", length(phases[-1].seq_length), f"from {length(phases[0].seq_length)}"),
@@ -129,7 +135,8 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
 
 
 def _main_series(run: Run, records: list[dict]) -> tuple[tuple[str, int | None], list[dict]]:
-    """The series of the last phase's length, of the first set; else the one with the last record."""
+    """The series of the last phase's length, of the first set; else the one with the last
+    record."""
     series = series_of(records)
     final = run.phases()[-1].seq_length
     return next(
@@ -140,7 +147,8 @@ def _main_series(run: Run, records: list[dict]) -> tuple[tuple[str, int | None],
 
 def lead(run: Run) -> list[str]:
     """The run in a few sentences."""
-    last, phases = run.steps[-1], run.phases()
+    last = run.steps[-1]
+    phases = run.phases()
     model = f"A model of {parameters(run)} parameters" if parameters(run) else "The model"
     over = f"over {len(phases)} phases" if len(phases) > 1 else "in one phase"
     said = [f"{model} has read {short(last['tokens'])} tokens in {last['step']:,} steps {over}."]
@@ -239,7 +247,8 @@ def phase_rows(run: Run) -> list[dict]:
 def _phase_row(run: Run, stretch: Stretch, planned: Phase | None, batch_of: dict[int, int]) -> dict:
     steps = run.steps_of(stretch)
     batches = [batch_of[step["tokens"]] for step in steps]
-    low, high = min(batches), max(batches)
+    low = min(batches)
+    high = max(batches)
     memory = [
         step["peak_memory_bytes"] for step in steps if step.get("peak_memory_bytes") is not None
     ]
@@ -324,7 +333,8 @@ def gain_text(record: dict) -> str:
 
 
 def _interval_text(record: dict) -> str:
-    low, high = record.get("gain_low"), record.get("gain_high")
+    low = record.get("gain_low")
+    high = record.get("gain_high")
     return "" if low is None or high is None else f"[{low:+.3f}, {high:+.3f}]"
 
 

@@ -1,6 +1,7 @@
 """What a run wrote about itself in its --save folder, read for tools.report.
 
-Only metrics.jsonl has to be there. What else is missing stays empty, and what cannot be read is told in `notes`.
+Only metrics.jsonl has to be there. What else is missing stays empty, and what cannot be read is
+told in `notes`.
 """
 
 import json
@@ -87,8 +88,11 @@ class Run:
         return [step for step in self.steps if stretch.begin < step["tokens"] <= stretch.end]
 
     def restarts(self) -> tuple[list[dict], list[dict]]:
-        """Restart events: (after an interruption, planned: because a phase needs another layout)."""
-        unplanned, planned, before = [], [], None
+        """Restart events: (after an interruption, planned: because a phase needs another
+        layout)."""
+        unplanned = []
+        planned = []
+        before = None
         for event in self.events:
             if event["event"] == "restart":
                 (planned if before == "again" else unplanned).append(event)
@@ -100,7 +104,8 @@ class Run:
 
 
 def series_of(records: list[dict]) -> dict[tuple[str, int | None], list[dict]]:
-    """(validation set, context length) -> its records, in order; the length is None where none is recorded."""
+    """(validation set, context length) -> its records, in order; the length is None where none is
+    recorded."""
     series: dict[tuple[str, int | None], list[dict]] = {}
     for record in records:
         series.setdefault((record.get("set", "valid"), record.get("seq_length")), []).append(record)
@@ -112,7 +117,8 @@ def series_of(records: list[dict]) -> dict[tuple[str, int | None], list[dict]]:
 
 
 def before_and_after(records: list[dict], stretch: Stretch) -> tuple[dict | None, dict | None]:
-    """The last record up to the beginning of a phase, and the last one of the phase; None where there is none."""
+    """The last record up to the beginning of a phase, and the last one of the phase; None where
+    there is none."""
     before = [record for record in records if record["tokens"] <= stretch.begin]
     after = [
         record
@@ -124,19 +130,22 @@ def before_and_after(records: list[dict], stretch: Stretch) -> tuple[dict | None
 
 
 def repeated_tokens(account: list[dict]) -> dict[str, tuple[int, int]]:
-    """Source -> (tokens drawn in its second and later epochs, tokens drawn), as the account shows them.
+    """Source -> (tokens drawn in its second and later epochs, tokens drawn), as the account shows
+    them.
 
-    An account's epochs are cumulative over a source's rows, passed-over ones included; so they also say how long
-    one epoch is.
+    An account's epochs are cumulative over a source's rows, passed-over ones included; so they also
+    say how long one epoch is.
     """
     rows_of: dict[str, list[dict]] = {}
     for row in account:
         rows_of.setdefault(row["source"], []).append(row)
     found = {}
     for source, rows in rows_of.items():
-        read, epochs = sum(row["tokens"] for row in rows), rows[-1]["epochs"]
+        read = sum(row["tokens"] for row in rows)
+        epochs = rows[-1]["epochs"]
         epoch = round(read / epochs) if epochs else math.inf
-        place, repeated = 0, 0
+        place = 0
+        repeated = 0
         for row in rows:
             end = place + row["tokens"]
             if not row["skipped"]:
@@ -177,7 +186,8 @@ def _checked(path: Path, records: list[dict], kind: str) -> list[dict]:
 
 
 def read_run(folder: Path) -> Run:
-    """Raises ValueError if there is no run in `folder`, nothing to show yet, or a file that is not the trainer's."""
+    """Raises ValueError if there is no run in `folder`, nothing to show yet, or a file that is not
+    the trainer's."""
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
         raise ValueError(
@@ -232,7 +242,8 @@ def _read_optional(path: Path, notes: list[str]) -> list[dict]:
 
 
 def _read_checkpoint(folder: Path, notes: list[str]) -> tuple[Config | None, dict | None]:
-    """Configuration and progress of the latest checkpoint; None, with a note, for what cannot be read."""
+    """Configuration and progress of the latest checkpoint; None, with a note, for what cannot be
+    read."""
     config = progress = None
     try:
         published = checkpoint.published(folder)
@@ -255,7 +266,8 @@ def summary(run: Run) -> str:
     ]
     series = series_of(run.evaluations)
     for (name, seq_length), evaluations in series.items():
-        first, final = evaluations[0], evaluations[-1]
+        first = evaluations[0]
+        final = evaluations[-1]
         of_set = "" if name == "valid" else f" of {name}"
         at = (
             f" at {length(seq_length)}"

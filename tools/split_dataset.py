@@ -38,7 +38,8 @@ def split(arguments: Arguments) -> list[str]:
         ValueError: the input is damaged, its documents do not make this many parts, or a part may
             not be written; nothing was written. Or the disk is full: the parts before stand.
     """
-    index, parts = read_index(arguments.input), arguments.parts
+    index = read_index(arguments.input)
+    parts = arguments.parts
     if not 1 <= parts <= len(index.document_lengths):
         raise ValueError(
             f"parts = {parts}: must be in [1, {len(index.document_lengths)}], the documents of "

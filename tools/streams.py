@@ -89,12 +89,16 @@ def read_whole(path: str) -> bytes:
 
 def read_line_blocks(path: str, block_bytes: int) -> Iterator[tuple[bytes, int]]:
     """(whole lines of about `block_bytes`, bytes of the file read so far), as `read_blocks`."""
-    parts, held, read = [], 0, 0
+    parts = []
+    held = 0
+    read = 0
     for block, read in read_blocks(path):
         cut = block.rfind(b"\n") + 1
         if held + len(block) >= block_bytes and cut:
             yield b"".join([*parts, block[:cut]]), read
-            parts, held, block = [], 0, block[cut:]
+            parts = []
+            held = 0
+            block = block[cut:]
         parts.append(block)
         held += len(block)
     if held:

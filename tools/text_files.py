@@ -250,8 +250,10 @@ def name_place(piece: Piece, offset: int) -> str:
         return piece.path
     if piece.data is not None:
         return f"{piece.path}:{piece.first_line + piece.data[:offset].count(NEWLINE)}"
-    line, left = 1, offset
+    line = 1
+    left = offset
     with open(piece.path, "rb") as file:
         while left > 0 and (block := file.read(min(left, 1 << 20))):
-            line, left = line + block.count(NEWLINE), left - len(block)
+            line = line + block.count(NEWLINE)
+            left = left - len(block)
     return f"{piece.path}:{line}"

@@ -1,8 +1,9 @@
-"""Train a SentencePiece BPE tokenizer: `python -m tools.train_tokenizer --input PATHS... --vocab-size 8192
---output-prefix P` writes P.model.
+"""Train a SentencePiece BPE tokenizer: `python -m tools.train_tokenizer --input PATHS...
+--vocab-size 8192 --output-prefix P` writes P.model.
 
-No normalization and byte fallback, so that encoding then decoding gives any text back (but U+2581, which
-is SentencePiece's own sign for a space). `SentencePiece.save_huggingface` makes the same tokenizer for transformers.
+No normalization and byte fallback, so that encoding then decoding gives any text back (but U+2581,
+which is SentencePiece's own sign for a space). `SentencePiece.save_huggingface` makes the same
+tokenizer for transformers.
 """
 
 import io
@@ -121,7 +122,8 @@ def _first_texts(path: Path, max_bytes: int, key: str, drawn: Drawn) -> Iterator
 
 
 def _whole_lines(block: Piece) -> str:
-    """The lines inside a block of a text file; a line longer than the block is cut, a letter cut in two dropped."""
+    """The lines inside a block of a text file; a line longer than the block is cut, a letter cut in
+    two dropped."""
     with open(block.path, "rb") as file:
         file.seek(block.start)
         data = file.read(block.end - block.start)

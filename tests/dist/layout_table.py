@@ -1,8 +1,10 @@
-"""All 63 layouts of up to 8 processes, each with a model and settings, generated so that pairs are covered.
+"""All 63 layouts of up to 8 processes, each with a model and settings, generated so that pairs are
+covered.
 
-A layout that no model of the table can have is refused by `check_layout`; the table says why. For each
-of the others the legal combination of options is taken that covers the most pairs (option, option) and
-(axis in use, option) not seen so far; then come further rows until every pair that can be is covered.
+A layout that no model of the table can have is refused by `check_layout`; the table says why. For
+each of the others the legal combination of options is taken that covers the most pairs (option,
+option) and (axis in use, option) not seen so far; then come further rows until every pair that can
+be is covered.
 """
 
 import itertools
@@ -41,7 +43,8 @@ AXES = ("tp", "pp", "cp", "dp")
 
 
 def make_case(layout: tuple[int, int, int, int], options: dict) -> Case | None:
-    """The parity case of a layout with these options, or None where the model or the layout refuses."""
+    """The parity case of a layout with these options, or None where the model or the layout
+    refuses."""
     tp, pp, cp, dp = layout
     schedule, _, several = options.get("schedule", "1F1B").partition(" x ")
     heads = options["heads"]
@@ -89,14 +92,16 @@ def make_memory(options: dict, split: HeadSplit) -> MemorySettings | None:
 
 
 def draw_row(draw: random.Random, names: list[str]) -> dict:
-    """A random value of each option; schedules that split the backward keep everything, so that some are legal."""
+    """A random value of each option; schedules that split the backward keep everything, so that
+    some are legal."""
     row = {name: draw.choice(OPTIONS[name]) for name in names}
     is_split = row.get("schedule", "1F1B").partition(" x ")[0] in SPLIT_BACKWARD
     return row | ({"recompute": None, "tiles": False, "head_chunks": False} if is_split else {})
 
 
 def pairs_of(layout: tuple[int, ...], options: dict) -> set[tuple]:
-    """What a row covers: each two options, and each axis in use with each option and each other axis."""
+    """What a row covers: each two options, and each axis in use with each option and each other
+    axis."""
     in_use = [(axis, "in use") for axis, size in zip(AXES, layout, strict=True) if size > 1]
     return set(itertools.combinations(sorted([*options.items(), *in_use], key=str), 2))
 
@@ -104,7 +109,11 @@ def pairs_of(layout: tuple[int, ...], options: dict) -> set[tuple]:
 def make_table(candidates: int = 60, seed: int = 1) -> tuple[dict[str, Case], list[tuple], set, set]:
     """(name -> case, refused layouts, pairs covered, pairs that some legal candidate has)."""
     draw = random.Random(seed)
-    cases, refused, covered, possible, pool = {}, [], set(), set(), []
+    cases = {}
+    refused = []
+    covered = set()
+    possible = set()
+    pool = []
 
     def take(layout, row, case, pairs):
         covered.update(pairs)

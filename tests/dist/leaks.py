@@ -16,10 +16,12 @@ from tests.dist.parity import VOCABULARY
 
 
 def probe(stepper: Stepper, layout: Layout, loader: Loader) -> tuple[list[str], bool]:
-    """Forward twice, the second time with one token changed; the next document stands in the same sample.
+    """Forward twice, the second time with one token changed; the next document stands in the same
+    sample.
 
     Returns:
-        What changed on this rank that must not, bit for bit; whether a later token of the document changed.
+        What changed on this rank that must not, bit for bit; whether a later token of the document
+        changed.
     """
     batches, place = _find(layout, loader)
     before = _logits(stepper, batches)
@@ -31,7 +33,8 @@ def probe(stepper: Stepper, layout: Layout, loader: Loader) -> tuple[list[str], 
         tokens = batches[changed_in].tokens
         tokens[here == target] = (tokens[here == target] + 1) % VOCABULARY
     after = _logits(stepper, batches)
-    problems, reached = [], False
+    problems = []
+    reached = False
     for index, (old, new) in enumerate(zip(before, after, strict=True)):
         changed = (old != new).any(dim=1)
         allowed = (here >= target) & (here < stop) & (index == changed_in)
@@ -43,7 +46,8 @@ def probe(stepper: Stepper, layout: Layout, loader: Loader) -> tuple[list[str], 
 
 
 def _find(layout: Layout, loader: Loader) -> tuple[list[Batch], tuple[int, int, int] | None]:
-    """A step in which some rank has what the probe needs -> (its microbatches, where this rank has it or None).
+    """A step in which some rank has what the probe needs -> (its microbatches, where this rank has
+    it or None).
 
     Without masking no document follows another in a sample: then any sample will do.
     """
@@ -61,7 +65,8 @@ def _find(layout: Layout, loader: Loader) -> tuple[list[Batch], tuple[int, int, 
 
 def _logits(stepper: Stepper, batches: list) -> list[torch.Tensor]:
     """This rank's logits of every microbatch; none without the last stage."""
-    found, last = [], [stage for stage in stepper.stages if stage.is_last]
+    found = []
+    last = [stage for stage in stepper.stages if stage.is_last]
 
     def listening(original):
         def head_inputs(x_tD):

@@ -107,7 +107,8 @@ def named(stages: list, attribute: str | None = None) -> list[tuple[str, torch.T
 
 
 def run_step(world: World, case: Case) -> dict:
-    """Optimizer steps and an evaluation -> the last loss and norm, targets, valid, whole tensors by name.
+    """Optimizer steps and an evaluation -> the last loss and norm, targets, valid, whole tensors by
+    name.
 
     Gradients are those of the first step (clipped), weights those after the last.
     """

@@ -1,4 +1,5 @@
-"""Worker processes for tests, started once per session and reused: importing torch and megatron takes seconds.
+"""Worker processes for tests, started once per session and reused: importing torch and megatron
+takes seconds.
 
 `pool.run(function, world_size, *args)` calls a module-level function on every rank of a fresh world
 and returns the ranks' results in order. A failing rank fails the call with its traceback and the
@@ -46,7 +47,8 @@ def _serve(connection: Connection, rank: int) -> None:
             finally:
                 gc.collect()  # modules hold each other, and the groups with them
                 end_world()
-                # DTensor caches specs by equal meshes; those of the ended world name groups that are gone.
+                # DTensor caches specs by equal meshes; those of the ended world name groups that
+                # are gone.
                 _clear_sharding_prop_cache()
                 _gen_transform_infos.cache_clear()
                 MeshTopoInfo.build_from_mesh.cache_clear()

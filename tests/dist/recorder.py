@@ -1,4 +1,5 @@
-"""What every rank sends and in which order, seen below all libraries: FSDP2, DTensor, pipelining and our own."""
+"""What every rank sends and in which order, seen below all libraries: FSDP2, DTensor, pipelining
+and our own."""
 
 from dataclasses import dataclass
 from itertools import combinations
@@ -58,8 +59,8 @@ class Recorder(TorchDispatchMode):
 def first_difference(calls: list[list[Call]]) -> str | None:
     """Where two ranks disagree, or None. calls[r] are those of rank r.
 
-    Any two ranks must make the collectives of all groups that hold both in one common order, and each
-    must receive what the other sends.
+    Any two ranks must make the collectives of all groups that hold both in one common order, and
+    each must receive what the other sends.
     """
     for a, b in combinations(range(len(calls)), 2):
         ours, theirs = ([call for call in calls[rank] if call.peer is None and a in call.ranks and b in call.ranks]

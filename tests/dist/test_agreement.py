@@ -261,7 +261,8 @@ def test_a_save_folder_that_only_one_node_sees_is_refused(pool, folders, tmp_pat
 
 
 def test_what_keeps_one_node_from_training_is_told_to_all(pool):
-    well, ill = Shared({"seed": "1"}), Shared(problem="a: no such file")
+    well = Shared({"seed": "1"})
+    ill = Shared(problem="a: no such file")
     assert (
         pool.run(require, 4, [well, well, ill, ill])
         == ["Refused: on ranks 2-3: a: no such file"] * 4

@@ -24,7 +24,8 @@ UNTIED = {"untie_embeddings_and_output_weights": True, "qk_layernorm": True, "ad
 
 
 def real_bytes(world: World, case: Case) -> dict:
-    """Bytes of this rank's tensors after a step in bf16 over fp32, and those of its whole gradients."""
+    """Bytes of this rank's tensors after a step in bf16 over fp32, and those of its whole
+    gradients."""
     layout, stages, optimizer, stepper, loader = case.build(world, master=torch.float32, compute=torch.bfloat16)
     gradients = []
     optimizer.register_step_pre_hook(lambda *_: gradients.extend(size(grad) for _, grad in named(stages, "grad")))
@@ -69,7 +70,8 @@ def test_predicted_bytes_are_those_of_the_tensors(pool, case):
 
 
 def phased(tmp_path, corpus, name: str, device_memory_gib: float, **changes) -> list[str]:
-    """Flags of a run of two phases, the second with samples that only context parallelism can hold."""
+    """Flags of a run of two phases, the second with samples that only context parallelism can
+    hold."""
     phases = [dict(name="short", seq_length=64, train_tokens=1024, global_batch_tokens=512),
               dict(name="long", seq_length=4096, train_tokens=8192, global_batch_tokens=4096,
                    recompute_granularity="none") | changes]
@@ -97,7 +99,8 @@ def test_a_run_chooses_its_layouts_once(pool, tmp_path, monkeypatch):
     kept = checkpoint.read_progress(checkpoint.published(tmp_path / "save"))["layouts"]
     assert kept.keys() == {"short", "long"} and kept["long"]["chosen"]["context_parallel_size"] == 2
 
-    # The stored choice wins over an estimate that has changed; another world or another phase is chosen anew.
+    # The stored choice wins over an estimate that has changed; another world or another phase is
+    # chosen anew.
     monkeypatch.setattr(auto_layout, "step_seconds", lambda model, load, hardware: 1.0 / load.layout.sizes[0])
     again = make_plan(load_config(argv), 2)
     assert sizes(again) == sizes(plan) and all("(kept from the checkpoint)" in line for line in again.layout_lines)

@@ -1,4 +1,5 @@
-"""What travels: the same collectives in the same order on all ranks, the promised bytes, and no leaks."""
+"""What travels: the same collectives in the same order on all ranks, the promised bytes, and no
+leaks."""
 
 import dataclasses
 
@@ -78,7 +79,8 @@ def test_a_difference_names_rank_operation_and_step():
 
 
 def exchange_bytes(world: World, heads: int, kv_heads: int, tokens: int, size: int) -> tuple[int, list]:
-    """Elements that this rank sends to others in one forward and one backward, and the calls made."""
+    """Elements that this rank sends to others in one forward and one backward, and the calls
+    made."""
     cp = build_layout(LayoutConfig(context_parallel_size=world.size), world).cp
     split = HeadSplit.make(heads, kv_heads, cp.size)
     sent = []
@@ -102,8 +104,11 @@ def exchange_bytes(world: World, heads: int, kv_heads: int, tokens: int, size: i
 
 @pytest.mark.parametrize("heads, kv_heads", [(8, 8), (8, 4), (8, 1), (6, 2)])
 def test_the_exchange_sends_what_the_docstring_says(pool, heads, kv_heads):
-    tokens, size, cp = 12, 4, 4
-    split, totals = HeadSplit.make(heads, kv_heads, cp), []
+    tokens = 12
+    size = 4
+    cp = 4
+    split = HeadSplit.make(heads, kv_heads, cp)
+    totals = []
     for rank, sent in pool.run(exchange_bytes, cp, heads, kv_heads, tokens, size):
         others = [r for r in range(cp) if r != rank]
         forward_qkv = sum(split.rows(r) for r in others) * tokens * size
@@ -128,10 +133,14 @@ def gathered_bytes(world: World, tokens: int, kv_heads: int, size: int) -> list[
 
 
 def test_keys_and_values_are_gathered_in_one_collective_each_way(pool):
-    tokens, kv_heads, size, groups = 12, 3, 4, 2
+    tokens = 12
+    kv_heads = 3
+    size = 4
+    groups = 2
     for calls in pool.run(gathered_bytes, 4, tokens, kv_heads, size):
         assert [call.operation for call in calls] == ["_allgather_base_", "_reduce_scatter_base_"]
-        # The first tensor of each call is its output: all tokens' keys and values, then the own tokens' gradients.
+        # The first tensor of each call is its output: all tokens' keys and values, then the own
+        # tokens' gradients.
         assert [call.elements for call in calls] == [groups * tokens * 2 * kv_heads * size, tokens * 2 * kv_heads * size]
 
 

@@ -1,4 +1,5 @@
-"""Evaluations give on any layout what one process gives, in fp64: scores per microbatch, context gain, passkey."""
+"""Evaluations give on any layout what one process gives, in fp64: scores per microbatch, context
+gain, passkey."""
 
 import dataclasses
 import json
@@ -36,7 +37,8 @@ LAYOUTS = {
 
 
 def score(world, case: Case) -> dict:
-    """The scores of the first global batch, the loss that training would see, and in one process a count by hand."""
+    """The scores of the first global batch, the loss that training would see, and in one process a
+    count by hand."""
     layout, stages, _, stepper, loader = case.build(world)
     batches = loader.read(0)
     scores = stepper.score(batches)
@@ -52,7 +54,8 @@ def score(world, case: Case) -> dict:
 
 @pytest.mark.parametrize("name", cases(LAYOUTS, lambda name: name in ("tp2 dp2", "pp2 ZBV", "pp2 interleaved")))
 def test_scores_equal_one_process(pool, name):
-    case = dataclasses.replace(LAYOUTS[name], samples=32)  # an untrained model is right about once in 101 targets
+    # An untrained model is right about once in 101 targets
+    case = dataclasses.replace(LAYOUTS[name], samples=32)
     (expected,) = pool.run(score, 1, case.single())
     sums, targets, hits = expected["scores"]
     assert len(sums) == case.samples and hits.tolist() == expected["by_hand"] and 0 < hits.sum() < targets.sum()
@@ -118,7 +121,8 @@ def test_evaluations_equal_one_process(pool, name):
         ("loss", 16), ("loss", 64), ("loss", 256), ("context_gain", 64), ("passkey", 256), ("passkey", 256)]
     gain = expected[3]
     assert gain["documents"] == 5 and gain["gain_low"] < gain["gain"] < gain["gain_high"]
-    if case.document_masking:  # each token of the set is counted once, but for the documents' last ones
+    # Each token of the set is counted once, but for the documents' last ones
+    if case.document_masking:
         assert [record["num_targets"] for record in expected[:3]] == [1371 - 12] * 3
     for found in pool.run(evaluate, case.world_size, case):
         for ours, theirs in zip(found, expected, strict=True):
@@ -130,10 +134,13 @@ def test_evaluations_equal_one_process(pool, name):
 
 
 def test_a_restart_writes_no_record_twice(pool, tmp_path):
-    """A kill after step 5 with the last checkpoint at step 3: everything of steps 4 to 6 is written again, once."""
+    """A kill after step 5 with the last checkpoint at step 3: everything of steps 4 to 6 is written
+    again, once."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    corpus, save, shown = write_corpus(tmp_path / "corpus"), tmp_path / "save", str(tmp_path / "shown")
+    corpus = write_corpus(tmp_path / "corpus")
+    save = tmp_path / "save"
+    shown = str(tmp_path / "shown")
     argv = base_arguments(corpus, save=str(save), save_interval=3, eval_interval=3, tensorboard_dir=shown,
                           context_gain_cut=16) + ["--eval-seq-lengths", "32", "64"]
     pool.run(train, 1, argv)

@@ -30,7 +30,8 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def trained(pool, tmp_path_factory):
-    """Model name -> folder of a run of 3 steps on tp 2 (large weights, so that logits are not all alike)."""
+    """Model name -> folder of a run of 3 steps on tp 2 (large weights, so that logits are not all
+    alike)."""
     root = tmp_path_factory.mktemp("exports")
     corpus = write_corpus(root / "corpus")
     runs = {}
@@ -157,9 +158,10 @@ def test_import_gives_back_the_same_weights_and_settings(trained, tmp_path, name
 
 
 def test_a_run_starts_from_an_imported_model(pool, trained, tmp_path):
-    """The first loss of the new run is the imported model's loss, on another layout, with and without the flags that
-    describe the model."""
-    name, corpus = "Qwen3ForCausalLM", write_corpus(tmp_path / "corpus", seed=5)
+    """The first loss of the new run is the imported model's loss, on another layout, with and
+    without the flags that describe the model."""
+    name = "Qwen3ForCausalLM"
+    corpus = write_corpus(tmp_path / "corpus", seed=5)
     export(Arguments(load=str(trained[name]), output=str(tmp_path / "hf")))
     import_folder(ImportArguments(hf=str(tmp_path / "hf"), save=str(tmp_path / "imported")))
     found = []

@@ -1,4 +1,5 @@
-"""Every layout of up to 8 processes, legal or refused, over shapes and settings (tests/dist/layout_table.py).
+"""Every layout of up to 8 processes, legal or refused, over shapes and settings
+(tests/dist/layout_table.py).
 
 Each is compared with one process, its ranks' collectives with each other, and probed for leaks.
 """
@@ -21,7 +22,8 @@ IN_EVERY_RUN = [name for index, name in enumerate(CASES) if index % 16 == 0]
 
 
 def run_case(world: World, case: Case) -> tuple[dict, list[Call], list[str], bool]:
-    """(what `compare` reads, collectives of the first step, leaks, whether a token reached anything)."""
+    """(what `compare` reads, collectives of the first step, leaks, whether a token reached
+    anything)."""
     built = case.build(world)
     layout, _, _, stepper, loader = built
     recorder = Recorder()
@@ -48,7 +50,8 @@ def all_pairs() -> set[tuple]:
 
 def is_possible(pair: tuple, tries: int = 300) -> bool:
     """Does a random search find a legal row with both?"""
-    draw, wanted = random.Random(str(pair)), dict(pair)
+    draw = random.Random(str(pair))
+    wanted = dict(pair)
     for _ in range(tries):
         layout = draw.choice(LAYOUTS)
         row = {name: wanted.get(name, draw.choice(values)) for name, values in OPTIONS.items()}

@@ -20,7 +20,8 @@ MODEL = dict(num_layers=4, hidden_size=64, ffn_hidden_size=176, num_attention_he
 
 
 def real_bytes(world: World, case: Case) -> tuple[int, int]:
-    """(what a forward keeps for its backward, the peak of both), without parameters and their summed gradients."""
+    """(what a forward keeps for its backward, the peak of both), without parameters and their
+    summed gradients."""
     layout = build_layout(case.layout_config(), world)
     stage = GPTStage(case.model_config(), VOCABULARY, layout, choose_attention("sdpa", layout.device, torch.float32)[0])
     stage = stage.to_empty(device=layout.device)

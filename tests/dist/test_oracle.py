@@ -1,8 +1,9 @@
-"""An independent oracle: transformers trained by plain PyTorch gives the same loss curve as our trainer.
+"""An independent oracle: transformers trained by plain PyTorch gives the same loss curve as our
+trainer.
 
-The oracle shares only the data pipeline with us (labels and document pieces; tests/unit/test_batch.py
-checks those against the definition): each document piece of a sample goes through
-transformers by itself, the losses are summed and divided by the number of targets, and
+The oracle shares only the data pipeline with us (labels and document pieces;
+tests/unit/test_batch.py checks those against the definition): each document piece of a sample goes
+through transformers by itself, the losses are summed and divided by the number of targets, and
 torch.optim.AdamW updates. Both in fp64.
 """
 
@@ -20,7 +21,8 @@ from tests.dist.parity import VOCABULARY, Case, memory_stream, named
 from tests.documents import windows
 from tests.marks import cases
 
-STEPS, LEARNING_RATE = 20, 3e-3
+STEPS = 20
+LEARNING_RATE = 3e-3
 
 
 def our_curve(world: World, case: Case) -> tuple[list[float], dict]:
@@ -67,7 +69,8 @@ def oracle_curve(case: Case, weights: dict) -> list[float]:
     stream = memory_stream(case.lengths, 1234)
     losses = []
     for step in range(STEPS):
-        loss, targets = 0.0, 0
+        loss = 0.0
+        targets = 0
         for sample in range(case.samples):
             start = (step * case.samples + sample) * case.seq_length
             batch = read_batch(windows(stream, [start], case.seq_length), case.seq_length)

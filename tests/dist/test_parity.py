@@ -120,7 +120,8 @@ def test_equals_one_process(pool, single, name):
 
 
 def bf16_step(world, case: Case) -> dict:
-    """One step in the precision that runs on GPUs: bf16 compute, fp32 weights, fp32 accumulation."""
+    """One step in the precision that runs on GPUs: bf16 compute, fp32 weights, fp32
+    accumulation."""
     import torch
 
     _, stages, optimizer, stepper, loader = case.build(world, master=torch.float32, compute=torch.bfloat16)
@@ -137,7 +138,8 @@ def bf16_step(world, case: Case) -> dict:
                                   Case(cp=2, dp=2, memory=MemorySettings("attention_kept", 1, 3, 2, 5))],
                          ids=["tp2 pp2", "cp2 dp2 zero1", "tp2 dp2 zero3", "attention kept, chunks and tiles"])
 def test_bf16_with_fp32_master_is_close_to_fp64(pool, single, case):
-    """bf16 rounds to 3 digits: a wrong or missing reduction shows as tens of percent, rounding as a few."""
+    """bf16 rounds to 3 digits: a wrong or missing reduction shows as tens of percent, rounding as a
+    few."""
     expected = single(dataclasses.replace(case, clip_grad=0.0))
     for result in pool.run(bf16_step, case.world_size, case):
         assert abs(result["loss"] - expected["loss"]) < 0.02 * expected["loss"]
@@ -149,7 +151,8 @@ def test_bf16_with_fp32_master_is_close_to_fp64(pool, single, case):
 
 @pytest.mark.parametrize("schedule, stages", [("ZBV", 2), ("zero-bubble", 2), ("interleaved", 2)])
 def test_bf16_gradients_are_accumulated_in_fp32_by_every_schedule(pool, schedule, stages):
-    """The same products in the same order as 1F1B: only a sum over microbatches in bf16 could differ."""
+    """The same products in the same order as 1F1B: only a sum over microbatches in bf16 could
+    differ."""
     case = Case(pp=2, model=dict(num_layers=4), samples=16)
     expected = {name: tensor for result in pool.run(bf16_step, 2, case) for name, tensor in result["gradients"].items()}
     case = dataclasses.replace(case, schedule=schedule, stages_per_rank=stages)
@@ -185,7 +188,8 @@ def test_copies_that_drift_apart_are_noticed(pool, case, name):
 
 
 def test_packed_documents_cross_slice_edges():
-    """The batch of the parity cases does what it is meant to: boundaries on and off slice edges, empty slices."""
+    """The batch of the parity cases does what it is meant to: boundaries on and off slice edges,
+    empty slices."""
     stream = memory_stream(Case().lengths, 1234)
     batches = [read_batch(windows(stream, [sample * 32], 32), 32) for sample in range(8)]
     edges = {int(edge) for batch in batches for edge in batch.cu_seqlens[1:-1]}

@@ -84,7 +84,8 @@ def check_tensors(expected: dict, found: dict, multiple: int) -> None:
 def test_an_imported_model_trains_with_a_tensor_parallelism_that_its_padding_stops(
     pool, corpus, tmp_path
 ):
-    """3 does not divide 128 rows; another padding, at the start or at the import, changes no loss."""
+    """3 does not divide 128 rows; another padding, at the start or at the import, changes no
+    loss."""
     shape = dict(
         num_attention_heads=6, num_key_value_heads=3, vocab_size=VOCABULARY, hidden_size=24
     )

@@ -32,13 +32,15 @@ TIED = {"num_layers": 5, "untie_embeddings_and_output_weights": False}
     pytest.param(4, {"context_parallel_size": 2, "data_parallel_sharding_strategy": "optim_grads_params"},
                  marks=pytest.mark.long)])
 def test_resume_is_bit_identical(pool, corpus, tmp_path, world, layout):
-    straight, stopped = str(tmp_path / "straight"), str(tmp_path / "stopped")
+    straight = str(tmp_path / "straight")
+    stopped = str(tmp_path / "stopped")
     common = layout
     assert pool.run(train, world, base_arguments(corpus, save=straight, **common)) == ["done"] * world
     interrupted = base_arguments(corpus, save=stopped, exit_interval=2, **common)
     assert [pool.run(train, world, interrupted)[0] for _ in range(3)] == ["stopped", "stopped", "done"]
     assert losses(straight) == losses(stopped) and len(losses(straight)) == 6
-    expected, found = stored(straight), stored(stopped)
+    expected = stored(straight)
+    found = stored(stopped)
     assert expected.keys() == found.keys() and len(expected) > 40
     assert ("model.output.weight" in expected) == ("untie_embeddings_and_output_weights" not in layout)
     for name, tensor in expected.items():
@@ -49,7 +51,8 @@ def test_resume_is_bit_identical(pool, corpus, tmp_path, world, layout):
 
 
 def test_a_step_done_again_stands_once(pool, corpus, tmp_path):
-    """A kill after step 5 with the last checkpoint at step 3: steps 4 and 5 are written again, once."""
+    """A kill after step 5 with the last checkpoint at step 3: steps 4 and 5 are written again,
+    once."""
     save = str(tmp_path / "save")
     pool.run(train, 1, base_arguments(corpus, save=save, save_interval=3))
     first = losses(save)
@@ -92,7 +95,8 @@ LAYOUT_KEYS = {field.name for field in dataclasses.fields(LayoutConfig)}
 
 @pytest.mark.long
 def test_phases_with_changing_layouts_equal_one_process(pool, corpus, tmp_path):
-    """Growing context over three layouts (restarts), blends and packings equals the same phases in one process."""
+    """Growing context over three layouts (restarts), blends and packings equals the same phases in
+    one process."""
     other = write_corpus(tmp_path / "other", documents=20, seed=8)
 
     def arguments(name, keep_layout):
@@ -111,7 +115,8 @@ def test_phases_with_changing_layouts_equal_one_process(pool, corpus, tmp_path):
     assert pool.run(train, 1, arguments("one", False)) == ["done"]
     outcomes = [pool.run(train, 4, arguments("four", True)) for _ in range(3)]
     assert outcomes == [["again"] * 4, ["again"] * 4, ["done"] * 4]
-    expected, found = losses(tmp_path / "one"), losses(tmp_path / "four")
+    expected = losses(tmp_path / "one")
+    found = losses(tmp_path / "four")
     assert sorted(found) == list(range(1, 9)) and found.keys() == expected.keys()
     assert all(abs(found[step] - expected[step]) <= 1e-10 * expected[step] for step in expected)
     lines = [json.loads(line) for line in (tmp_path / "four" / "metrics.jsonl").read_text().splitlines()]
@@ -131,7 +136,8 @@ def test_phases_with_changing_layouts_equal_one_process(pool, corpus, tmp_path):
     saves = [json.loads(line) for line in (tmp_path / "four" / "ledger.jsonl").read_text().splitlines()]
     assert [save["step"] for save in saves] == [3, 5, 6, 8] and saves[-1]["account"] == rows
     assert [line["phase"] for line in lines] == ["short"] * 3 + ["same-layout"] * 2 + ["pipeline"] + ["long"] * 2
-    one, four = stored(tmp_path / "one"), stored(tmp_path / "four")
+    one = stored(tmp_path / "one")
+    four = stored(tmp_path / "four")
     for name, tensor in one.items():
         assert np.abs(four[name] - tensor).max() <= 1e-9 * max(np.abs(tensor).max(), 1e-30), name
     check_audit(tmp_path / "four")
@@ -213,7 +219,8 @@ def test_finetune_takes_the_weights_only(pool, corpus, tmp_path):
     argv = base_arguments(corpus, save=str(tmp_path / "new"), load=str(tmp_path / "base"), finetune=True,
                           train_iters=1, lr=1e-12, seed=99)
     assert pool.run(train, 1, argv) == ["done"]
-    before, after = stored(tmp_path / "base"), stored(tmp_path / "new")
+    before = stored(tmp_path / "base")
+    after = stored(tmp_path / "new")
     assert sorted(losses(tmp_path / "new")) == [1]
     weights = [name for name in before if name.startswith("model.")]
     assert weights and all(np.allclose(before[name], after[name], rtol=1e-6, atol=1e-9) for name in weights)
@@ -228,7 +235,8 @@ def refusal(pool, argv, world: int = 1) -> str:
 
 
 def test_another_batch_size_on_continuing_keeps_the_step_count(pool, corpus, tmp_path):
-    """The same clock is another number of steps; no line and no checkpoint of real steps is lost."""
+    """The same clock is another number of steps; no line and no checkpoint of real steps is
+    lost."""
     save = str(tmp_path / "save")
     pool.run(train, 1, base_arguments(corpus, save=save, train_iters=4))
     longer = base_arguments(corpus, save=save, train_iters=4, global_batch_size=8)
@@ -328,7 +336,8 @@ def test_damaged_checkpoints_are_refused(pool, corpus, tmp_path):
 @pytest.mark.long
 def test_data_may_change_where_it_is_said(pool, corpus, tmp_path):
     """Another blend or a changed corpus needs a flag, a window of data can be passed over."""
-    save, other = str(tmp_path / "save"), write_corpus(tmp_path / "other", seed=4)
+    save = str(tmp_path / "save")
+    other = write_corpus(tmp_path / "other", seed=4)
     pool.run(train, 1, base_arguments(corpus, save=save, train_iters=1))
     blended = base_arguments(other, save=save, train_iters=2)
     assert "phase 'main': blend: checkpoint [[" in refusal(pool, blended)
@@ -343,15 +352,18 @@ def test_data_may_change_where_it_is_said(pool, corpus, tmp_path):
     assert "skip_data = 1030:1100: no step begins in it; the next one begins at 1,280" in refusal(
         pool, [*skipping, "1030:1100"])
     assert "skip_data = 2000:3000: the run ends at 1,536" in refusal(pool, [*skipping, "2000:3000"])
-    assert pool.run(train, 1, [*skipping, "1000:1536", "--exit-interval", "4"]) == ["stopped"]  # before it is skipped
+    # Before it is skipped
+    assert pool.run(train, 1, [*skipping, "1000:1536", "--exit-interval", "4"]) == ["stopped"]
     assert pool.run(train, 1, [*skipping, "1000:1536"]) == ["done"]
     (row,) = [row for row in checkpoint.read_progress(checkpoint.published(save))["data"]["account"] if row["skipped"]]
     assert row["tokens"] == 512 and sorted(losses(save)) == [1, 2, 3, 4, 5, 6]
 
 
 def test_moments_are_kept_where_the_data_is_new(pool, corpus, tmp_path):
-    """--load with accepted data goes on with clock and optimizer; another seed or corpus is drawn from its beginning."""
-    base, other = str(tmp_path / "base"), write_corpus(tmp_path / "other", seed=4)
+    """--load with accepted data goes on with clock and optimizer; another seed or corpus is drawn
+    from its beginning."""
+    base = str(tmp_path / "base")
+    other = write_corpus(tmp_path / "other", seed=4)
     pool.run(train, 1, base_arguments(corpus, save=base, train_iters=2))
     argv = base_arguments(other, save=str(tmp_path / "new"), load=base, train_iters=3, seed=5)
     text = refusal(pool, argv)
@@ -374,15 +386,18 @@ def test_moments_are_kept_where_the_data_is_new(pool, corpus, tmp_path):
 @pytest.mark.parametrize("world, layout", [
     (1, {}), pytest.param(2, {"tensor_model_parallel_size": 2}, marks=pytest.mark.long)])
 def test_learning_rate_and_weight_decay_act_from_the_first_step(pool, corpus, tmp_path, world, layout):
-    """A step continued with another learning rate and weight decay is torch's AdamW step with them."""
-    base, new = str(tmp_path / "base"), str(tmp_path / "new")
+    """A step continued with another learning rate and weight decay is torch's AdamW step with
+    them."""
+    base = str(tmp_path / "base")
+    new = str(tmp_path / "new")
     common = dict(layout, fp64=True)
     pool.run(train, world, base_arguments(corpus, save=base, train_iters=2, **common))
     argv = base_arguments(corpus, save=new, load=base, train_iters=3, lr=3e-3, weight_decay=0.4, **common)
     text = refusal(pool, argv, world)
     assert "weight_decay: checkpoint 0.1, run 0.4" in text and "lr of the phase that goes on: checkpoint 0.01" in text
     assert pool.run(train, world, [*argv, "--override-opt_param-scheduler"]) == ["done"] * world
-    before, after = stored(base), stored(new)
+    before = stored(base)
+    after = stored(new)
     names = [name.removeprefix("model.") for name in before if name.startswith("model.")]
     assert len(names) > 10
     for lr, weight_decay, is_right in ((3e-3, 0.4, True), (1e-2, 0.4, False), (3e-3, 0.1, False)):
@@ -399,7 +414,8 @@ def test_learning_rate_and_weight_decay_act_from_the_first_step(pool, corpus, tm
 
 
 def adamw_step(before: dict, after: dict, name: str, lr: float, weight_decay: float) -> np.ndarray:
-    """The parameter after torch's own step from `before`, on the gradient that the first moment tells."""
+    """The parameter after torch's own step from `before`, on the gradient that the first moment
+    tells."""
     old = {key: torch.from_numpy(before[f"optimizer.{name}.{key}"]) for key in ("step", "exp_avg", "exp_avg_sq")}
     parameter = torch.nn.Parameter(torch.from_numpy(before[f"model.{name}"]).clone())
     parameter.grad = (torch.from_numpy(after[f"optimizer.{name}.exp_avg"]) - 0.9 * old["exp_avg"]) / (1 - 0.9)

@@ -20,7 +20,9 @@ def write_corpus(prefix: Path, documents: int = 200, seed: int = 3) -> str:
     generator = np.random.default_rng(seed)
     with IndexedWriter(str(prefix), np.uint16) as writer:
         for _ in range(documents):
-            start, step, length = generator.integers(0, 90), generator.integers(1, 5), generator.integers(1, 120)
+            start = generator.integers(0, 90)
+            step = generator.integers(1, 5)
+            length = generator.integers(1, 120)
             writer.add_document((start + step * np.arange(length)) % (VOCABULARY - 1))
         writer.finish()
     return str(prefix)

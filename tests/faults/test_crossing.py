@@ -1,4 +1,5 @@
-"""Phases over several layouts through launch/train.sh, workers killed at random: nothing of it shows in the result."""
+"""Phases over several layouts through launch/train.sh, workers killed at random: nothing of it
+shows in the result."""
 
 import dataclasses
 import json
@@ -87,10 +88,8 @@ def test_kills_at_random_steps_saves_and_crossings_change_nothing(
 ):
     corpus = write_corpus(tmp_path / "corpus", documents=600)
     config = write_config(tmp_path / "run.yaml", phases, tokens)
-    alone, changes = (
-        ["--config", config, *arguments(corpus, save=str(tmp_path / "alone"))],
-        count_changes(phases),
-    )
+    alone = ["--config", config, *arguments(corpus, save=str(tmp_path / "alone"))]
+    changes = count_changes(phases)
     assert [pool.run(train, 4, alone)[0] for _ in range(changes + 1)] == ["again"] * changes + [
         "done"
     ]
@@ -120,7 +119,8 @@ def count_changes(phases: list[dict]) -> int:
 
 
 def check_first_losses(pool, corpus, folder, phases, tokens):
-    """The first loss after each crossing is that of one process from the same checkpoint, in fp32."""
+    """The first loss after each crossing is that of one process from the same checkpoint, in
+    fp32."""
     lines = [
         json.loads(line) for line in (folder / "alone" / "metrics.jsonl").read_text().splitlines()
     ]

@@ -1,4 +1,5 @@
-"""A real run through launch/train.sh, a worker killed in the middle: the run goes on and ends as if nothing was."""
+"""A real run through launch/train.sh, a worker killed in the middle: the run goes on and ends as if
+nothing was."""
 
 import os
 import signal
@@ -10,7 +11,8 @@ import pytest
 from tests.dist.training import base_arguments, losses, stored, train, write_corpus
 from tools.bench.disturbed import Run
 
-STEPS, INTERVAL = 300, 25
+STEPS = 300
+INTERVAL = 25
 
 
 def wait_for_lines(run: Run, count: int) -> None:
@@ -27,7 +29,8 @@ def wait_for_lines(run: Run, count: int) -> None:
 def test_a_disturbed_run_ends_with_the_weights_of_an_undisturbed_one(pool, tmp_path, number, code):
     corpus = write_corpus(tmp_path / "corpus")
     settings = dict(train_iters=STEPS, save_interval=INTERVAL, global_batch_size=2, seq_length=32)
-    argv, save = base_arguments(corpus, **settings), tmp_path / "disturbed"
+    argv = base_arguments(corpus, **settings)
+    save = tmp_path / "disturbed"
     run = Run(argv, save, processes=2)
     try:
         wait_for_lines(run, 40)
@@ -51,6 +54,7 @@ def test_a_disturbed_run_ends_with_the_weights_of_an_undisturbed_one(pool, tmp_p
         == ["done"] * 2
     )
     assert losses(tmp_path / "disturbed") == losses(tmp_path / "straight")
-    expected, found = stored(tmp_path / "straight"), stored(tmp_path / "disturbed")
+    expected = stored(tmp_path / "straight")
+    found = stored(tmp_path / "disturbed")
     assert expected.keys() == found.keys()
     assert all(np.array_equal(tensor, found[name]) for name, tensor in expected.items())

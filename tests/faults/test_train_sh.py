@@ -1,6 +1,8 @@
-"""launch/train.sh: what each outcome of a run leads to, with a stand-in for launch.node that takes no time.
+"""launch/train.sh: what each outcome of a run leads to, with a stand-in for launch.node that takes
+no time.
 
-`ITHACA_PYTHON` names a shell script that plays launch.node: it notes the start, then does the next thing of its plan.
+`ITHACA_PYTHON` names a shell script that plays launch.node: it notes the start, then does the next
+thing of its plan.
 """
 
 import os
@@ -16,8 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 TRAIN_SH = ROOT / "launch" / "train.sh"
 ALLOCATOR_NAMES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
-# Each launch takes the next line of the file `plan` (the last line is kept). `hang` waits for a signal, says which
-# one, and ends like a trainer that saved; it leaves an orphan in a session of its own, as a killed torchrun does.
+# Each launch takes the next line of the file `plan` (the last line is kept). `hang` waits for a
+# signal, says which one, and ends like a trainer that saved; it leaves an orphan in a session of
+# its own, as a killed torchrun does.
 FAKE_PYTHON = r"""#!/usr/bin/env bash
 [[ $1 == -m ]] || exec {python} "$@"
 here={here}
@@ -48,8 +51,8 @@ esac
 
 
 def _hear_signals() -> None:
-    """What the test runner ignores (SIGHUP under nohup, SIGINT in the background), a shell that it starts could not
-    even trap."""
+    """What the test runner ignores (SIGHUP under nohup, SIGINT in the background), a shell that it
+    starts could not even trap."""
     for number in (signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
 

@@ -1,4 +1,5 @@
-"""Attention backends on a GPU: against the definition, for queries that continue a document, and for leaks."""
+"""Attention backends on a GPU: against the definition, for queries that continue a document, and
+for leaks."""
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from tests.unit.test_model import masked_attention
 
 pytestmark = pytest.mark.gpu
 BOUNDS = [0, 1, 7, 128, 512, 513, 1024]
-HEADS, HEAD_SIZE = 8, 64
+HEADS = 8
+HEAD_SIZE = 64
 
 
 CALLS = [
@@ -48,8 +50,10 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("kv_heads", [1, 2, 8])
 @pytest.mark.parametrize("name, crossover", CALLS)
 def test_backend_equals_the_definition(name, crossover, kv_heads, groups):
-    """Output and gradients, also where a document has more keys than queries; bf16 rounds to about 0.4 %."""
-    attend, qkv = backend(name, crossover), inputs(kv_heads)
+    """Output and gradients, also where a document has more keys than queries; bf16 rounds to about
+    0.4 %."""
+    attend = backend(name, crossover)
+    qkv = inputs(kv_heads)
     cu_seqlens = torch.tensor(BOUNDS, dtype=torch.int32)
     exact = [x.detach().float().requires_grad_() for x in qkv]
     expected = masked_attention(*exact, cu_seqlens.cuda())
@@ -102,9 +106,11 @@ def test_mixed_takes_its_bounds_from_those_of_the_call_without_waiting_for_the_g
 
 
 def test_grouped_heads_are_not_repeated_for_the_varlen_op():
-    """The forward makes its output and log-sum-exp, and no copy of keys and values for each query head."""
+    """The forward makes its output and log-sum-exp, and no copy of keys and values for each query
+    head."""
     attend = backend("varlen", NEVER)
-    tokens, heads = 4096, 32
+    tokens = 4096
+    heads = 32
     q, k, v = (
         torch.randn(tokens, count, HEAD_SIZE, device="cuda", dtype=torch.bfloat16).requires_grad_()
         for count in (heads, 4, 4)

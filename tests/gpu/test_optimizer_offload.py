@@ -1,4 +1,5 @@
-"""Master weights and optimizer state in the host's memory: the same training, and a smaller device."""
+"""Master weights and optimizer state in the host's memory: the same training, and a smaller
+device."""
 
 import pytest
 import torch
@@ -67,7 +68,8 @@ def test_the_run_is_the_same_and_the_device_smaller(tmp_path, strategy):
     assert places == {"cuda"}
     places, with_host = run(arguments("host", optimizer_cpu_offload=True))
     assert places == {"cpu"} and with_host < 0.4 * on_device
-    kept, offloaded = losses(tmp_path / "device"), losses(tmp_path / "host")
+    kept = losses(tmp_path / "device")
+    offloaded = losses(tmp_path / "host")
     assert kept.keys() == offloaded.keys() and all(abs(kept[n] - offloaded[n]) < 2e-2 for n in kept)
 
 
@@ -80,5 +82,6 @@ def test_a_checkpoint_goes_on_from_either_place(tmp_path):
     run(arguments("first", train_iters=3, optimizer_cpu_offload=True))
     for folder, on_host in (("to-device", False), ("to-host", True)):
         run(arguments(folder, load=str(tmp_path / "first"), optimizer_cpu_offload=on_host))
-    a, b = losses(tmp_path / "to-device"), losses(tmp_path / "to-host")
+    a = losses(tmp_path / "to-device")
+    b = losses(tmp_path / "to-host")
     assert a.keys() == b.keys() == {4, 5, 6} and all(abs(a[n] - b[n]) < 2e-2 for n in a)

@@ -1,6 +1,8 @@
-"""Known bugs of this field, each as a change of one function, and the parity case that must notice it.
+"""Known bugs of this field, each as a change of one function, and the parity case that must notice
+it.
 
-Sources: the issue trackers of Megatron-LM, DeepSpeed, VeOmni, verl, trl, axolotl, torchtitan and others.
+Sources: the issue trackers of Megatron-LM, DeepSpeed, VeOmni, verl, trl, axolotl, torchtitan and
+others.
 """
 
 import dataclasses
@@ -22,7 +24,8 @@ MANY_KV = dict(num_attention_heads=4, num_query_groups=4)
 
 @dataclasses.dataclass(frozen=True)
 class Mutation:
-    """`replace(original)` takes the place of `module.name` (a dotted name may go through a class)."""
+    """`replace(original)` takes the place of `module.name` (a dotted name may go through a
+    class)."""
 
     module: str
     name: str

@@ -1,4 +1,5 @@
-"""The parity suite must fail when a known bug is put back: a suite that cannot fail proves nothing."""
+"""The parity suite must fail when a known bug is put back: a suite that cannot fail proves
+nothing."""
 
 import pytest
 

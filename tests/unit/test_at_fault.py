@@ -217,7 +217,8 @@ def test_auto_chooses_no_layout_that_the_evaluations_refuse():
     ],
 )
 def test_a_setting_out_of_range_beside_a_layout_that_cannot_run_is_a_message(flags):
-    """Layouts are looked for although the setting makes no sense: no other exception comes of it."""
+    """Layouts are looked for although the setting makes no sense: no other exception comes of
+    it."""
     run = f"--vocab-size 100 --global-batch-size 16 --tensor-model-parallel-size 8 {flags}"
     for device in ("", " --device-memory-gib 0.001"):
         assert problems_of(run + device, 8)

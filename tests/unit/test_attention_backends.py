@@ -1,7 +1,8 @@
-"""Attention backends of a GPU, on a CPU: `mixed` with stand-ins for its kernels, and each optional kernel's call.
+"""Attention backends of a GPU, on a CPU: `mixed` with stand-ins for its kernels, and each optional
+kernel's call.
 
-The kernels cannot run here. What is around them can: how documents are split, padded and written where they belong,
-with which arguments each package is called, and which backend is chosen.
+The kernels cannot run here. What is around them can: how documents are split, padded and written
+where they belong, with which arguments each package is called, and which backend is chosen.
 """
 
 import dataclasses
@@ -36,10 +37,13 @@ from tests.unit.test_model import masked_attention
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")
-TOKENS, QUERY_HEADS, HEAD_SIZE = 96, 4, 8
+TOKENS = 96
+QUERY_HEADS = 4
+HEAD_SIZE = 8
 
 
-# ---------------------------------------------------------------- stand-ins for the kernels of `mixed`
+# ---------------------------------------------------------------- stand-ins for the kernels of
+# `mixed`
 
 
 class StandIns:
@@ -140,7 +144,8 @@ BOUNDS = {
 @pytest.mark.parametrize("from_tokens", [1, 20, 24, NEVER])
 @pytest.mark.parametrize("name", BOUNDS)
 def test_mixed_equals_the_definition(name, from_tokens, kv_heads, small_granule, nothing_is_zero):
-    qkv, bounds = inputs(kv_heads), BOUNDS[name]
+    qkv = inputs(kv_heads)
+    bounds = BOUNDS[name]
     expected = masked_attention(*qkv, torch.tensor(bounds, dtype=torch.int32))
     weight = torch.randn(
         expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
@@ -160,7 +165,8 @@ def test_mixed_equals_the_definition(name, from_tokens, kv_heads, small_granule,
 def test_mixed_equals_the_definition_where_queries_continue_a_document(
     name, groups, small_granule, nothing_is_zero
 ):
-    qkv, bounds = inputs(), BOUNDS[name]
+    qkv = inputs()
+    bounds = BOUNDS[name]
     attend = mixed_attention(10, StandIns().kernels)
     expected = masked_attention(*qkv, torch.tensor(bounds, dtype=torch.int32))
     weight = torch.randn(
@@ -228,8 +234,11 @@ def test_the_backend_that_is_chosen_keeps_to_the_crossover_it_is_given(monkeypat
 
 
 def test_the_gradient_comes_to_cudnn_in_one_layout_whatever_it_had(small_granule):
-    """torch finds cuDNN's plan by the layout of q, k and v, and would take that of another gradient."""
-    stand_ins, qkv, layouts = StandIns(), inputs(), []
+    """torch finds cuDNN's plan by the layout of q, k and v, and would take that of another
+    gradient."""
+    stand_ins = StandIns()
+    qkv = inputs()
+    layouts = []
 
     def long_backward(grad, *args):
         layouts.append(grad.stride())
@@ -287,7 +296,8 @@ class Operators(TorchDispatchMode):
 @pytest.mark.parametrize("bounds", [[0, 96], [0, 48, 96]])
 def test_documents_that_fill_the_call_are_not_copied(bounds, small_granule):
     """A million-token document, or several of one length, costs the kernel and nothing else."""
-    stand_ins, qkv = StandIns(), inputs()
+    stand_ins = StandIns()
+    qkv = inputs()
     (segments,) = segments_of(bounds)
     grad = torch.ones(TOKENS, QUERY_HEADS, HEAD_SIZE, dtype=torch.float64)
     with Operators() as operators:
@@ -301,7 +311,8 @@ def test_documents_that_fill_the_call_are_not_copied(bounds, small_granule):
 
 
 def test_rows_that_follow_a_document_serve_as_its_padding(small_granule):
-    """q, k and v are copied only where the call ends before the padding: here in the last document."""
+    """q, k and v are copied only where the call ends before the padding: here in the last
+    document."""
     (segments,) = segments_of([0, 50, 91])
     q, k, v = (x[:91].detach() for x in inputs())
     first, last = split_parts(segments, 10)
@@ -319,14 +330,16 @@ def test_rows_that_follow_a_document_serve_as_its_padding(small_granule):
 def test_mixed_outlives_its_q_k_and_v_and_keeps_its_output_once(
     bounds, small_granule, nothing_is_zero
 ):
-    qkv, attend = inputs(), mixed_attention(20, StandIns().kernels)
+    qkv = inputs()
+    attend = mixed_attention(20, StandIns().kernels)
     (segments,) = segments_of(bounds)
     expected = masked_attention(*qkv, torch.tensor(bounds, dtype=torch.int32))
     weight = torch.randn(
         expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
     )
 
-    tape, copies = AttentionTape(), [x.detach().clone() for x in qkv]
+    tape = AttentionTape()
+    copies = [x.detach().clone() for x in qkv]
     with MemTracker() as tracker:
         out = tape.attend(lambda q, k, v: [attend(q, k, v, segments)], *copies)
         empty(*copies)
@@ -377,7 +390,8 @@ def test_padded_lengths_are_few_and_near():
 
 
 # ---------------------------------------------------------------- the calls of optional packages
-# Signatures as published: what is called with other arguments on a machine that has the package fails there at once.
+# Signatures as published: what is called with other arguments on a machine that has the package
+# fails there at once.
 
 
 def flash_2(
@@ -426,7 +440,8 @@ def flash_3(
     sm_margin=0,
     return_attn_probs=False,
 ):
-    """Dao-AILab/flash-attention, hopper/flash_attn_interface.py: flash_attn_varlen_func, at 01afd16d."""
+    """Dao-AILab/flash-attention, hopper/flash_attn_interface.py: flash_attn_varlen_func, at
+    01afd16d."""
 
 
 def flash_4(
@@ -595,7 +610,8 @@ def cudnn_sdpa(
 
 
 def recording(signature, result):
-    """A function of this signature that notes its arguments by name -> (the function, its notes)."""
+    """A function of this signature that notes its arguments by name -> (the function, its
+    notes)."""
     calls = []
 
     def function(*args, **kwargs):
@@ -677,7 +693,8 @@ def test_the_call_of_transformer_engine_fits(monkeypatch):
     "signature, is_told_of_groups", [(varlen_2_11, False), (varlen_2_13, True)]
 )
 def test_the_call_of_torchs_varlen_attention_fits(monkeypatch, signature, is_told_of_groups):
-    """Grouped heads go in as they are: torch 2.11 has no flag for them, and its operator takes them."""
+    """Grouped heads go in as they are: torch 2.11 has no flag for them, and its operator takes
+    them."""
     function, calls = recording(signature, lambda given: given["query"])
     monkeypatch.setattr(varlen, "varlen_attn", function)
     _, segments = call(BACKENDS["varlen"].make(NEVER))
@@ -728,7 +745,8 @@ OPERATORS = {
     "Tensor unused, *, float? scale=None, SymInt? window_size_left=None, SymInt? window_size_right=None) "
     "-> (Tensor, Tensor)",
 }
-"""Arguments of the operators under `mixed`, in torch 2.11 and 2.13; what one of them has beyond is left out."""
+"""Arguments of the operators under `mixed`, in torch 2.11 and 2.13; what one of them has beyond is
+left out."""
 
 
 class OperatorCalls(TorchDispatchMode):
@@ -796,7 +814,8 @@ def test_the_release_of_flash_attention_is_the_one_for_the_gpu():
 
 @pytest.mark.parametrize("capability, expected", [((8, 0), None), ((9, 0), 4), ((10, 0), 4)])
 def test_flash_attention_4_alone_is_not_taken_for_2(tmp_path, monkeypatch, capability, expected):
-    """Its package is a folder in a folder without code, which `import flash_attn` takes for a package."""
+    """Its package is a folder in a folder without code, which `import flash_attn` takes for a
+    package."""
     (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
     (tmp_path / "flash_attn" / "cute" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)

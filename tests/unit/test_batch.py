@@ -21,7 +21,10 @@ def stream():
 
 def expected_batch(stream, starts, seq_length, masking):
     """The whole microbatch, token by token, from the definition."""
-    tokens, labels, positions, cuts = [], [], [], []
+    tokens = []
+    labels = []
+    positions = []
+    cuts = []
     for start in starts:
         for i in range(seq_length):
             token, following = stream.read(start + i, 2).tolist()
@@ -123,7 +126,8 @@ def test_no_attention_to_speak_of_is_computed_for_long_padding(stream):
 
 
 def test_two_pieces_of_one_rank():
-    """What two levels of context parallelism give a rank: two ranges, each with its own positions and labels."""
+    """What two levels of context parallelism give a rank: two ranges, each with its own positions
+    and labels."""
     stream = DocumentStream(Documents([7, 20, 13]), np.arange(3), seed=0)
     whole = read_batch(windows(stream, [0, 24], 16), 16)
     for pieces in ([(0, 8), (24, 32)], [(8, 16), (16, 24)], [(3, 5), (10, 20)]):
@@ -173,7 +177,8 @@ def test_one_token_documents_have_no_targets():
 
 
 def test_without_masking_no_token_is_a_target_twice():
-    """A span that begins within its document has its first token's label elsewhere, at the end of the span before."""
+    """A span that begins within its document has its first token's label elsewhere, at the end of
+    the span before."""
     stream = DocumentStream(Documents([4, 6, 3]), None, seed=0)
     begins = {
         int(document): int(start)
@@ -260,7 +265,8 @@ def make_loader(stream, seq_length=8, **settings):
 
 
 def test_prefetch_changes_nothing_and_hands_errors_on(stream):
-    ahead, plain = make_loader(stream), make_loader(stream, prefetch=False)
+    ahead = make_loader(stream)
+    plain = make_loader(stream, prefetch=False)
     for clock in (0, 32, 64, 0, 8, 40, 1000):
         for ours, theirs in zip(ahead.read(clock), plain.read(clock), strict=True):
             assert torch.equal(ours.tokens, theirs.tokens) and torch.equal(
@@ -279,7 +285,8 @@ def test_prefetch_changes_nothing_and_hands_errors_on(stream):
 
 
 def test_which_rank_holds_which_sample(stream):
-    """Microbatch j of data rank d: samples (j * dp + d) * micro and on, as the layout-independent order asks."""
+    """Microbatch j of data rank d: samples (j * dp + d) * micro and on, as the layout-independent
+    order asks."""
     for d in range(2):
         loader = make_loader(stream, seq_length=4, global_batch_tokens=48, dp_rank=d, dp_size=2)
         assert loader.num_microbatches == 3

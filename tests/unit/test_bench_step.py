@@ -28,7 +28,8 @@ LAYERS = {"num_layers": 1}
 
 
 def test_contenders_agree_and_are_timed():
-    """ours, transformers, with checkpointing and with ALST's parts: the same losses, or time_steps raises."""
+    """ours, transformers, with checkpointing and with ALST's parts: the same losses, or time_steps
+    raises."""
     pytest.importorskip("transformers")
     names = {OURS: LAYERS, THEIRS: LAYERS, CHECKPOINTED: LAYERS}
     if _has_deepspeed():
@@ -108,7 +109,8 @@ def test_samples_keep_documents_apart():
 
 
 def test_products_and_attention_are_counted_as_called():
-    x, weight = torch.randn(6, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    x = torch.randn(6, 4, requires_grad=True)
+    weight = torch.randn(5, 4, requires_grad=True)
 
     def run():
         F.linear(x, weight).square().sum().backward()
@@ -130,12 +132,14 @@ def test_products_and_attention_are_counted_as_called():
 
 
 def test_attention_is_timed_forward_and_backward(monkeypatch):
-    """A clock that moves by 1 with each look: a call takes 1, so forward and backward of two calls take 4."""
+    """A clock that moves by 1 with each look: a call takes 1, so forward and backward of two calls
+    take 4."""
     ticks = iter(range(100))
     monkeypatch.setattr("tools.bench.products.time.perf_counter", lambda: next(ticks))
     attend, _ = choose_attention("sdpa", torch.device("cpu"), torch.float32)
     timer = TimedAttend(attend, torch.device("cpu"))
-    q, k = torch.randn(8, 2, 4, requires_grad=True), torch.randn(8, 2, 4, requires_grad=True)
+    q = torch.randn(8, 2, 4, requires_grad=True)
+    k = torch.randn(8, 2, 4, requires_grad=True)
     (segments,) = make_segments(torch.tensor([0, 8], dtype=torch.int32), [(0, 8)], q.device)
     with timer.counting() as found:
         out = timer(timer(q, k, k, segments), k, k, segments)
@@ -194,7 +198,8 @@ def test_each_rung_keeps_those_below():
 
 
 def test_head_chunks_are_as_many_as_a_rank_s_heads_allow():
-    qwen, tiny = preset("qwen3-8b"), preset("tiny")
+    qwen = preset("qwen3-8b")
+    tiny = preset("tiny")
     found = [
         contenders.lean(config, 64, cp_size=ranks)["attention_head_chunks"]
         for config, ranks in ((qwen, 1), (qwen, 8), (qwen, 16), (tiny, 8), (tiny, 3))

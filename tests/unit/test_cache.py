@@ -1,4 +1,5 @@
-"""The index cache: whole or not there, made again when damaged, made once by processes that start together."""
+"""The index cache: whole or not there, made again when damaged, made once by processes that start
+together."""
 
 import multiprocessing
 import os
@@ -86,7 +87,9 @@ def test_no_flipped_bit_of_the_header_goes_unnoticed(tmp_path):
 
 def test_a_hundred_kills(tmp_path):
     """SIGKILL at random points of making and writing; the next start always works."""
-    generator, whole, partial = random.Random(0), 0, 0
+    generator = random.Random(0)
+    whole = 0
+    partial = 0
     for number in range(100):
         folder = tmp_path / str(number)
         folder.mkdir()

@@ -34,7 +34,8 @@ def start(**settings):
 
 
 def test_a_published_checkpoint_in_save_wins(tmp_path):
-    mine, other = publish(tmp_path / "save"), publish(tmp_path / "load")
+    mine = publish(tmp_path / "save")
+    other = publish(tmp_path / "load")
     assert start(save=tmp_path / "save", load=tmp_path / "load").folder == mine
     assert (
         start(save=tmp_path / "save", load=tmp_path / "load", finetune=True).weights_only is False

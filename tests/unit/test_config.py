@@ -347,7 +347,9 @@ def test_validate_reports(name, value, message):
 
 def test_validate_reports_everything_at_once():
     config = valid_config()
-    config.model.swiglu, config.optimizer.clip_grad, config.optimizer.lr = False, -1.0, -1.0
+    config.model.swiglu = False
+    config.optimizer.clip_grad = -1.0
+    config.optimizer.lr = -1.0
     assert len(config.validate()) == 4  # the fourth: min_lr now exceeds lr
 
 

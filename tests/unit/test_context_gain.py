@@ -1,4 +1,5 @@
-"""pretrain/context_gain.py: which targets are scored with which context, and the statistics of their losses."""
+"""pretrain/context_gain.py: which targets are scored with which context, and the statistics of
+their losses."""
 
 from types import SimpleNamespace
 
@@ -50,8 +51,10 @@ def test_blocks_lie_apart_behind_the_cut_and_their_windows_fit(cut):
 
 @pytest.mark.parametrize("length, total", [(40, 40), (33, 40), (90, 100)])
 def test_both_passes_score_the_same_targets_each_with_enough_context(length, total):
-    """Token = document * 1000 + place, so a label says where it stands; its context is its segment before it."""
-    cut, number = 16, 2
+    """Token = document * 1000 + place, so a label says where it stands; its context is its segment
+    before it."""
+    cut = 16
+    number = 2
     documents = choose_documents(blend((1.0, [5, 31, 95, 20])), cut, 99, 9)
     assert [(document.number, document.length) for document in documents] == [(number, 95)]
     found = []
@@ -60,7 +63,8 @@ def test_both_passes_score_the_same_targets_each_with_enough_context(length, tot
             probe(documents[0], length, cut), total, [(0, total)], padding=0, vocab_size=9999
         )
         scored = batch.labels != IGNORE
-        places, context = batch.labels[scored] - 1000 * number, batch.positions[scored] + 1
+        places = batch.labels[scored] - 1000 * number
+        context = batch.positions[scored] + 1
         assert (places >= cut).all() and (places < length).all()
         starts = batch.tokens[(scored.nonzero()[:, 0] - batch.positions[scored])]
         assert (starts // 1000 == number).all(), "the context begins in the same document"
@@ -99,7 +103,8 @@ def test_documents_that_fill_the_length_come_before_shorter_ones():
 
 
 class KnownModel:
-    """Scores as a model that finds a target for 0.5 nats with `far` tokens of context or more, and 2 nats with less."""
+    """Scores as a model that finds a target for 0.5 nats with `far` tokens of context or more, and
+    2 nats with less."""
 
     layout = single_process_layout(torch.device("cpu"))
 
@@ -116,8 +121,11 @@ class KnownModel:
 
 
 def test_a_planted_gain_is_found():
-    """Only targets behind `far` gain, 1.5 nats each: how many those are is counted from the blocks."""
-    cut, far, length = 16, 64, 200
+    """Only targets behind `far` gain, 1.5 nats each: how many those are is counted from the
+    blocks."""
+    cut = 16
+    far = 64
+    length = 200
     documents = choose_documents(blend((1.0, [100, 40, 300, 90])), cut, length, 9)
     places = np.concatenate(
         [
@@ -149,8 +157,11 @@ def test_a_planted_gain_is_found():
 
 @pytest.mark.parametrize("documents", [2, 4, 16])
 def test_the_interval_covers_the_true_gain(documents):
-    """Gains scatter around 0.3: about 95 of 100 intervals hold it, however few documents there are."""
-    generator, covered, widths = np.random.default_rng(5), 0, []
+    """Gains scatter around 0.3: about 95 of 100 intervals hold it, however few documents there
+    are."""
+    generator = np.random.default_rng(5)
+    covered = 0
+    widths = []
     targets = generator.integers(150, 200, size=documents)
     for trial in range(200):
         full = (

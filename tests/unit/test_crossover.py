@@ -1,4 +1,5 @@
-"""The length from which on `mixed` gives a document to cuDNN: measured, agreed on, kept beside the run."""
+"""The length from which on `mixed` gives a document to cuDNN: measured, agreed on, kept beside the
+run."""
 
 import dataclasses
 import json
@@ -21,7 +22,8 @@ from pretrain.resume_contract import kind_of
 CPU = torch.device("cpu")
 HEADS = (4, 2, 8)
 PADDED = [512, 1024, 2048, 4096, 8192, 16384, 32768]
-"""The lengths measured with 4 query heads: 32 / 4 heads less need sqrt(8) times the length, rounded up to 4."""
+"""The lengths measured with 4 query heads: 32 / 4 heads less need sqrt(8) times the length, rounded
+up to 4."""
 
 
 @pytest.mark.parametrize(
@@ -198,7 +200,8 @@ def test_all_ranks_have_the_number_of_the_first(monkeypatch, rank, own):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_run_attends_with_what_the_first_rank_found(monkeypatch, card, tmp_path, rank):
     """Also on a rank that does not have the backend: all take part in telling."""
-    made, told = [], []
+    made = []
+    told = []
     backend = SimpleNamespace(name="mixed", make=lambda tokens: made.append(tokens) or "attend")
     world = Axis("world", rank, 2, (0, 1), None)
     layout = dataclasses.replace(single_process_layout(torch.device("cuda")), world=world)

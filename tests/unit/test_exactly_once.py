@@ -1,4 +1,5 @@
-"""The benchmark's counting of every token, on a small corpus: random phases, packings, blends, layouts, restarts."""
+"""The benchmark's counting of every token, on a small corpus: random phases, packings, blends,
+layouts, restarts."""
 
 import pytest
 

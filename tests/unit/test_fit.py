@@ -1,4 +1,5 @@
-"""Phases that do not fit are refused with the settings that would, and running out of memory says what to try."""
+"""Phases that do not fit are refused with the settings that would, and running out of memory says
+what to try."""
 
 import dataclasses
 
@@ -64,7 +65,8 @@ def test_a_phase_beyond_the_memory_is_refused_with_settings_that_fit():
         .split("; or ")
     )
     assert len(fixes) > 3
-    model, tried = memory_model(made, VOCABULARY, H200.hardware), 0
+    model = memory_model(made, VOCABULARY, H200.hardware)
+    tried = 0
     for fix in fixes:
         assert not any(
             set(other.rpartition(" (")[0].split(", ")) < set(fix.rpartition(" (")[0].split(", "))
@@ -117,7 +119,8 @@ def test_the_hosts_memory_is_that_of_a_nodes_ranks():
         pipeline_model_parallel_size=4,
     )
     (phase,) = resolve_phases(made)
-    model, load = memory_model(made, VOCABULARY, H200.hardware), load_of(phase, 16)
+    model = memory_model(made, VOCABULARY, H200.hardware)
+    load = load_of(phase, 16)
     hosts = [model.of_rank(load, pp_rank).host for pp_rank in range(4)]
     assert hosts == sorted(hosts, reverse=True) and hosts[0] > hosts[-1] > 0
     assert model.host_of_node(load, 16) == 4 * sum(hosts)
@@ -170,7 +173,8 @@ def test_more_offloaded_layers_than_the_host_holds_are_refused():
         "node's memory with 8 processes on it, beyond the machine's memory. Fix: at most 16 layers, or "
         "more --cpu-offloading-host-memory where the node has it."
     )
-    made.optimizer.optimizer_cpu_offload, made.model.cpu_offloading_num_layers = True, 0
+    made.optimizer.optimizer_cpu_offload = True
+    made.model.cpu_offloading_num_layers = 0
     made.schedule.phases[0].cpu_offloading_num_layers = 0
     (problem,) = check(made, on=machine(host_gib=64)).problems
     assert (
@@ -261,7 +265,8 @@ def chunks_on(device: Device, made, vocabulary: int = VOCABULARY) -> list[int | 
 
 
 def test_a_gpu_takes_the_largest_chunk_of_the_loss_that_fits():
-    """8,192 tokens x 128,256 logits x 2 bytes are 1.96 GiB, and 2 GiB are the limit; tp divides the vocabulary."""
+    """8,192 tokens x 128,256 logits x 2 bytes are 1.96 GiB, and 2 GiB are the limit; tp divides the
+    vocabulary."""
     made = given("llama3-8b", {"seq_length": 16384}, {"loss_chunk_tokens": 100})
     assert chunks_on(H200, made) == [8192, 100]
     assert chunks_on(H200, made, 2 * VOCABULARY) == [4096, 100]

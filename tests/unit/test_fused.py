@@ -74,7 +74,8 @@ def test_a_tp_rank_with_nothing_but_padding_has_no_part(way):
 def test_heads_that_are_split_from_one_product_are_those_of_three(with_norms):
     qkv = randn(TOKENS, 8 * HEADS.size).requires_grad_()
     angles = randn(TOKENS, HEADS.size // 2, seed=3).repeat(1, 2)
-    cos, sin = angles.cos(), angles.sin()
+    cos = angles.cos()
+    sin = angles.sin()
     norms = [
         randn(HEADS.size, seed=seed).requires_grad_() if with_norms else None for seed in (4, 5)
     ]

@@ -45,7 +45,9 @@ def test_a_rank_of_many_sends_what_real_ranks_would():
     counted."""
     found = run_fresh(step_of_a_rank, 1, ranks=4, tokens=32)
     config = preset("tiny", num_layers=1)
-    heads, kv, size = config.num_attention_heads, config.num_kv_heads, config.head_size
+    heads = config.num_attention_heads
+    kv = config.num_kv_heads
+    size = config.head_size
     forward = 32 * size * (2 * heads + 2 * kv) * 4 * 3 // 4  # fp32; three quarters go to others
     assert found["sent"]["all_to_all"] == 2 * forward
     assert found["sent"]["all_gather"] > 0 and found["sent"]["reduce_scatter"] > 0

@@ -1,4 +1,5 @@
-"""The order of the house: which folder may import which, where the heavy packages may be named, what lies where."""
+"""The order of the house: which folder may import which, where the heavy packages may be named,
+what lies where."""
 
 import ast
 import fnmatch
@@ -24,7 +25,8 @@ KERNEL_PACKAGES = {"transformer_engine", "flash_attn", "apex"}
 
 
 def imports(path: Path) -> list[tuple[str, int, bool]]:
-    """All modules that a file imports -> (dotted name, line, is inside a function); relative names start with "."."""
+    """All modules that a file imports -> (dotted name, line, is inside a function); relative names
+    start with "."."""
     found = []
 
     def visit(node: ast.AST, in_function: bool) -> None:

@@ -37,7 +37,8 @@ def whole(reader):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bytes_as_megatron_core(megatron, tmp_path, dtype):
-    ours, theirs = str(tmp_path / "ours"), str(tmp_path / "theirs")
+    ours = str(tmp_path / "ours")
+    theirs = str(tmp_path / "theirs")
     write(ours, dtype=dtype)
     builder = megatron.IndexedDatasetBuilder(f"{theirs}.bin", dtype=dtype)
     for ids in DOCUMENTS:
@@ -218,7 +219,8 @@ def test_side_file_of_someone_else_is_ignored(tmp_path):
 
 def test_beyond_two_to_the_31(tmp_path):
     """Tokens, bytes and stream positions over epochs; the files are sparse."""
-    longest, first = indexed.LONGEST_SEQUENCE, 100
+    longest = indexed.LONGEST_SEQUENCE
+    first = 100
     lengths = np.array(
         [first, longest, longest, 7], dtype=np.int32
     )  # the second document is two sequences

@@ -97,19 +97,22 @@ def test_the_plan(config, capsys):
 
 
 def test_a_batch_is_the_one_that_is_trained(config, capsys):
-    """Tokens of step 1 of the second phase, past a window that is passed over, against the trainer's own reading."""
+    """Tokens of step 1 of the second phase, past a window that is passed over, against the
+    trainer's own reading."""
     assert main(["--config", config, "--world-size", "8", "--phase", "long", "--batch", "1"]) == 0
     out = capsys.readouterr().out
     plan = make_plan(load_config(spell(["--config", config])), 8)
 
     class Place:
-        rank, size = 0, 1
+        rank = 0
+        size = 1
 
     class Layout:
         dp = cp = cp_a2a = cp_gather = Place
 
     feed = Feed(plan.config.data, plan.corpus, plan.ledger, Layout, eod=None, vocab_size=VOCABULARY)
-    read, steps = [], {}
+    read = []
+    steps = {}
     for phase in plan.phases:
         feed.enter(phase, phase.start)
         for clock in range(phase.start, phase.end, phase.global_batch_tokens):

@@ -1,6 +1,8 @@
-"""More than 2^31 elements in one tensor: what every part gives for the last rows is what it gives for them alone.
+"""More than 2^31 elements in one tensor: what every part gives for the last rows is what it gives
+for them alone.
 
-A wrong 32-bit index wraps around silently (mamba#1015, Megatron-LM#1056). bf16, about 18 GB of memory.
+A wrong 32-bit index wraps around silently (mamba#1015, Megatron-LM#1056). bf16, about 18 GB of
+memory.
 """
 
 import pytest
@@ -68,19 +70,23 @@ def test_rotation():
 
 
 def test_mlp_in_tiles():
-    gate, up, down = weights(8, WIDTH), weights(8, WIDTH), weights(WIDTH, 8)
+    gate = weights(8, WIDTH)
+    up = weights(8, WIDTH)
+    down = weights(WIDTH, 8)
     assert_last_rows_as_alone(lambda x: swiglu(x, gate, up, down, 64 if len(x) > 8 else 1), large())
 
 
 def test_embedding():
     """The table's rows times its width are beyond 2^31, too."""
-    table, tp = large(), single_process_layout(torch.device("cpu")).tp
+    table = large()
+    tp = single_process_layout(torch.device("cpu")).tp
     ids = torch.tensor([0, ROWS - 1, ROWS - 8])
     assert torch.equal(vocab_parallel_embedding(ids, table, tp), table[ids])
 
 
 def test_loss_of_a_sequence_whose_logits_would_be_larger_still():
-    x, weight = large(), weights(64, WIDTH)
+    x = large()
+    weight = weights(64, WIDTH)
     labels = torch.full((ROWS,), IGNORE)
     labels[LAST] = torch.arange(8)
     head = Head(single_process_layout(torch.device("cpu")).tp, 64, 65536)

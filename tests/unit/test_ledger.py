@@ -1,4 +1,5 @@
-"""Exactly once: over lengths, packings, blends, batches, layouts, skips and restarts, counted on the batches."""
+"""Exactly once: over lengths, packings, blends, batches, layouts, skips and restarts, counted on
+the batches."""
 
 import json
 
@@ -52,7 +53,8 @@ PHASES = [
 
 def read_step(mixture, start, clock, batch_tokens, micro, dp, cp, masking):
     """(tokens, labels) of all ranks' batches of a step."""
-    tokens, labels = [], []
+    tokens = []
+    labels = []
     size = mixture.settings.seq_length * micro
     for d in range(dp):
         for c in range(cp):
@@ -75,8 +77,12 @@ def read_step(mixture, start, clock, batch_tokens, micro, dp, cp, masking):
 
 
 def run(restart_at=(), masking=True, skip=None):
-    """All phases; the ledger goes through JSON and new objects at the given clocks -> steps, ledger, clock."""
-    streams, stored, clock, steps = make_streams(), None, 0, []
+    """All phases; the ledger goes through JSON and new objects at the given clocks -> steps,
+    ledger, clock."""
+    streams = make_streams()
+    stored = None
+    clock = 0
+    steps = []
     ledger = Ledger(streams)
     for number, (wanted, batch_tokens, micro, dp, cp, count) in enumerate(PHASES):
         ledger.enter(clock, f"phase{number}", wanted)
@@ -115,7 +121,8 @@ def test_each_token_is_an_input_once_and_a_target_once(masking):
     steps, ledger, clock = run(masking=masking)
     inputs = sorted(token for tokens, _ in steps for token in tokens if token != -7)
     targets = sorted(label for _, labels in steps for label in labels if label != IGNORE)
-    streams, places = ledger.streams, expected_tokens(ledger, clock)
+    streams = ledger.streams
+    places = expected_tokens(ledger, clock)
     read = {
         name: np.setdiff1d(
             np.arange(place.position),
@@ -187,7 +194,8 @@ def test_a_skipped_window_is_not_drawn_and_nothing_else_is_lost():
     plain, _, _ = run()
     skipped, ledger, clock = run(skip=(128, 256))
     assert skipped[:2] == plain[:2] and skipped[2] != plain[2]
-    streams, places = ledger.streams, expected_tokens(ledger, clock)
+    streams = ledger.streams
+    places = expected_tokens(ledger, clock)
     inputs = [token for tokens, _ in skipped for token in tokens if token != -7]
     passed = [row for row in ledger.account(clock) if row["skipped"]]
     assert sum(row["tokens"] for row in passed) == 128

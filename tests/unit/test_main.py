@@ -1,4 +1,5 @@
-"""The door of the trainer: bad input is refused before any process group is made, and the launcher is told."""
+"""The door of the trainer: bad input is refused before any process group is made, and the launcher
+is told."""
 
 import numpy as np
 import pytest

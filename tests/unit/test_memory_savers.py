@@ -173,7 +173,8 @@ def test_in_chunks_each_rank_attends_with_its_own_heads_and_no_key_travels_twice
         rounds = head_rounds(split, chunks)
         assert sum(len(each.query_chunks) for each in rounds) == chunks
         for rank in range(ranks):
-            queries, keys = [], []
+            queries = []
+            keys = []
             for each in rounds:
                 (k0, k1), (q0, q1) = each.kv_split.kv[rank], each.query_split.query[rank]
                 keys += each.kv_heads[k0:k1]
@@ -251,8 +252,8 @@ def one_step(
 def test_each_level_computes_again_what_it_says(settings, forwards, products):
     """Attention's forward per layer, and matrix products of a layer that run a second time.
 
-    Never all of q, k and v (one product), o, gate, up and down: neither the MLP's result nor, in chunks, the
-    projections of a kept attention are needed again.
+    Never all of q, k and v (one product), o, gate, up and down: neither the MLP's result nor, in
+    chunks, the projections of a kept attention are needed again.
     """
 
     def calls(settings: MemorySettings) -> Counter:
@@ -260,8 +261,10 @@ def test_each_level_computes_again_what_it_says(settings, forwards, products):
             one_step(settings, [0, 12])
         return counting.calls
 
-    found, plain = calls(settings), calls(MemorySettings())
-    chunks, layers = settings.attention_head_chunks, 2
+    found = calls(settings)
+    plain = calls(MemorySettings())
+    chunks = settings.attention_head_chunks
+    layers = 2
     assert found["_scaled_dot_product_flash_attention_for_cpu"] == layers * chunks * forwards
     if products is not None:
         assert found["mm"] + found["addmm"] - plain["mm"] - plain["addmm"] == layers * products
@@ -280,8 +283,10 @@ def test_each_level_computes_again_what_it_says(settings, forwards, products):
     ids=str,
 )
 def test_the_peak_of_a_step(settings, most):
-    """In units of all tokens' hidden states: one more that outlives its use, and the step is above it."""
-    width, tokens = 64, 4 * BLOCK // 64
+    """In units of all tokens' hidden states: one more that outlives its use, and the step is above
+    it."""
+    width = 64
+    tokens = 4 * BLOCK // 64
     gc.collect()
     with MemTracker() as tracker:
         one_step(settings, list(range(0, tokens + 1, 2048)), hidden_size=width, ffn_hidden_size=128)
@@ -314,10 +319,8 @@ def test_who_waited_for_an_exchange_does_not_hold_what_was_sent(monkeypatch):
 
     monkeypatch.setattr(dist, "all_to_all_single", all_to_all_single)
     sent = torch.arange(4.0)
-    alive, finish = (
-        weakref.ref(sent),
-        start_all_to_all(sent, [2, 2], [2, 2], Axis("cp", 0, 2, (0, 1), None)),
-    )
+    alive = weakref.ref(sent)
+    finish = start_all_to_all(sent, [2, 2], [2, 2], Axis("cp", 0, 2, (0, 1), None))
     del sent
     assert alive() is not None  # until the exchange is over
     assert torch.equal(finish(), torch.arange(4.0)) and alive() is None

@@ -74,8 +74,10 @@ def test_inputs_whose_text_became_ids_in_two_ways_are_named(tmp_path, capsys):
 
 
 def test_refuses(tmp_path):
-    a, other = write(tmp_path / "a", [[1], [2] * 99, [3]]), TOKENIZER | {"fingerprint": "g"}
-    b, c = write(tmp_path / "b", [[1]], tokenizer=other), write(tmp_path / "c", [[1]], np.int32)
+    a = write(tmp_path / "a", [[1], [2] * 99, [3]])
+    other = TOKENIZER | {"fingerprint": "g"}
+    b = write(tmp_path / "b", [[1]], tokenizer=other)
+    c = write(tmp_path / "c", [[1]], np.int32)
     unknown = write(tmp_path / "unknown", [[5]], tokenizer=None)
     before = sorted(tmp_path.iterdir())
     for inputs, message in (
@@ -112,12 +114,14 @@ def test_merging_holds_a_few_bytes_per_document(tmp_path, monkeypatch):
     merge(MergeArguments(input=[a], output_prefix=str(tmp_path / "out"), overwrite=True))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    # 12 of the output and 12 of the input, with room to grow; lists of Python integers would be over 60.
+    # 12 of the output and 12 of the input, with room to grow; lists of Python integers would be
+    # over 60.
     assert peak < 40 * documents + 4 * (64 << 10)
 
 
 def test_command_lines(tmp_path):
-    a, b = write(tmp_path / "a", [[1, 2], [3]]), write(tmp_path / "b", [[4]])
+    a = write(tmp_path / "a", [[1, 2], [3]])
+    b = write(tmp_path / "b", [[4]])
 
     def run(*arguments):
         return subprocess.run(

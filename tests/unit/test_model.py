@@ -20,7 +20,8 @@ CPU = torch.device("cpu")
 def masked_attention(q, k, v, cu_seqlens):
     """The definition: one softmax over a full mask."""
     group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    k = k.repeat_interleave(group, 1)
+    v = v.repeat_interleave(group, 1)
     order = torch.arange(q.shape[0], device=q.device)
     document = torch.bucketize(order, cu_seqlens[1:].long(), right=True)
     allowed = (document[:, None] == document[None]) & (order[:, None] >= order[None])
@@ -29,7 +30,8 @@ def masked_attention(q, k, v, cu_seqlens):
 
 
 def test_the_definition_makes_its_tensors_where_its_inputs_are():
-    """The tests on a GPU compare with it there; device meta raises where it meets a tensor of the CPU."""
+    """The tests on a GPU compare with it there; device meta raises where it meets a tensor of the
+    CPU."""
     q, k, v = (torch.empty(40, heads, 8, device="meta") for heads in (6, 2, 2))
     assert (
         masked_attention(q, k, v, torch.empty(3, dtype=torch.int32, device="meta")).device.type
@@ -186,7 +188,8 @@ def test_flops_count_the_causal_half_of_each_document():
     config = ModelConfig(num_layers=2, hidden_size=8, ffn_hidden_size=16, num_attention_heads=2)
     weights = 2 * (4 * 64 + 3 * 128) + 10 * 8
     assert step_flops(config, 10, 100, 0) == 6 * weights * 100
-    # q k and p v for each pair: 2 products x 2 operations x 8 channels x 2 layers, forward and twice backward
+    # q k and p v for each pair: 2 products x 2 operations x 8 channels x 2 layers, forward and
+    # twice backward
     assert (
         step_flops(config, 10, 100, 50) - step_flops(config, 10, 100, 0) == 3 * 2 * 2 * 8 * 2 * 50
     )

@@ -73,7 +73,8 @@ def test_pack_fills_a_real_mix():
 @pytest.mark.parametrize("seq_length", [4, 16, 100])
 def test_samples_and_what_they_leave_are_the_stream(monkeypatch, stream, make, place, seq_length):
     monkeypatch.setattr(packing, "WINDOW_BINS", 4)
-    packer, read = make(stream, place, seq_length), []
+    packer = make(stream, place, seq_length)
+    read = []
     for samples in range(12):
         left = packer.after(samples)
         until = left.position + 5
@@ -88,7 +89,8 @@ def test_samples_and_what_they_leave_are_the_stream(monkeypatch, stream, make, p
 @pytest.mark.parametrize("seq_length", [16, 64, 200])
 def test_best_fit_cuts_only_documents_longer_than_a_sample(monkeypatch, stream, seq_length):
     monkeypatch.setattr(packing, "WINDOW_BINS", 4)
-    packer, epoch = BestFit(stream, Place(), seq_length), stream.tokens_per_epoch
+    packer = BestFit(stream, Place(), seq_length)
+    epoch = stream.tokens_per_epoch
     samples = packer.samples_before(2 * epoch)
     intervals = np.concatenate([packer.sample(number).intervals for number in range(samples)])
     assert sorted(positions(intervals)) == list(range(2 * epoch))

@@ -21,7 +21,9 @@ from pretrain.phases import phase_at, resolve_phases
 
 def config(**schedule) -> Config:
     made = Config()
-    made.model.num_layers, made.model.hidden_size, made.model.ffn_hidden_size = 4, 64, 128
+    made.model.num_layers = 4
+    made.model.hidden_size = 64
+    made.model.ffn_hidden_size = 128
     made.model.num_attention_heads = 4
     for name, value in schedule.items():
         setattr(made.schedule, name, value)
@@ -499,11 +501,9 @@ def test_a_phase_changes_the_memory_settings_and_keeps_what_the_run_gives():
     )
     for phase in made.schedule.phases:
         phase.train_tokens = 256
-    made.model.recompute_granularity, made.model.cpu_offloading_num_layers, made.model.mlp_tiles = (
-        "full",
-        3,
-        2,
-    )
+    made.model.recompute_granularity = "full"
+    made.model.cpu_offloading_num_layers = 3
+    made.model.mlp_tiles = 2
     whole = MemorySettings("full", 3, 2, 1)
     expected = [
         whole,
@@ -539,9 +539,12 @@ def test_a_phase_changes_the_rope_and_keeps_what_the_run_gives():
     )
     for phase in made.schedule.phases:
         phase.train_tokens = 256
-    made.model.rope_type, made.model.rope_scaling_factor = "yarn", 4.0
-    made.model.original_max_position_embeddings, made.model.yarn_beta_fast = 32, 8.0
-    made.data.mock_data, made.data.vocab_size = True, 100
+    made.model.rope_type = "yarn"
+    made.model.rope_scaling_factor = 4.0
+    made.model.original_max_position_embeddings = 32
+    made.model.yarn_beta_fast = 8.0
+    made.data.mock_data = True
+    made.data.vocab_size = 100
     assert made.validate() == [] and check_phases(resolve_phases(made), made, 1, 100) == []
     yarn = Rope(
         type="yarn",
@@ -610,10 +613,8 @@ def test_a_refused_layout_comes_with_the_nearest_that_work():
     assert (
         "layouts that work on 8 processes, nearest first: tp 4 pp 1 cp 1 dp 2; tp 4 pp" in nearest
     )
-    (
-        made.schedule.phases[0].tensor_model_parallel_size,
-        made.schedule.phases[0].context_parallel_size,
-    ) = 1, 8
+    made.schedule.phases[0].tensor_model_parallel_size = 1
+    made.schedule.phases[0].context_parallel_size = 8
     (nearest,) = [
         p for p in check_phases(resolve_phases(made), made, 8, 100) if "nearest first" in p
     ]
@@ -657,10 +658,8 @@ def test_a_phase_mends_what_the_run_says():
             )
         ]
     )
-    made.layout.data_parallel_sharding_strategy, made.model.recompute_granularity = (
-        "optim_grads_params",
-        "full",
-    )
+    made.layout.data_parallel_sharding_strategy = "optim_grads_params"
+    made.model.recompute_granularity = "full"
     made.layout.hierarchical_context_parallel_sizes = [2, 2]
     assert made.layout.validate() == [] and check_phases(resolve_phases(made), made, 2, 100) == []
 
@@ -753,7 +752,8 @@ def ramped(entry: dict) -> list[tuple[int, int, int]]:
 
 
 def test_a_scheduled_batch_changes_at_whole_steps():
-    """Thresholds count from the phase's start (640); steps that began keep their size; ends join."""
+    """Thresholds count from the phase's start (640); steps that began keep their size; ends
+    join."""
     assert ramped(dict(step_batch_size_schedule="0:1 300:2 1K:4")) == [
         (640, 640 + 384, 128),
         (1024, 1024 + 768, 256),
@@ -863,7 +863,8 @@ def test_places_of_steps():
     (phase,) = resolve_phases(
         config(seq_length=10, step_batch_size_schedule="0:1 25:2 60:5", train_tokens=100)
     )
-    starts, clock = [], 0
+    starts = []
+    clock = 0
     while clock < phase.end:
         starts.append(clock)
         clock += phase.batch_at(clock)
@@ -924,11 +925,9 @@ def test_phases_that_do_not_add_up_are_refused_with_the_arithmetic(given, messag
 
 def test_a_sum_that_is_right_is_accepted_and_the_decay_ends_with_its_phase():
     made = three_phases()
-    made.schedule.train_tokens, made.schedule.train_iters, made.optimizer.lr_decay_style = (
-        3049,
-        7,
-        "linear",
-    )
+    made.schedule.train_tokens = 3049
+    made.schedule.train_iters = 7
+    made.optimizer.lr_decay_style = "linear"
     for asked, end in ((1000, 1024), (1024, 1024), (3048, 3072), (3049, 5120), (None, 5120)):
         made.optimizer.lr_decay_tokens = asked
         (arc,) = LearningRate.make(made.optimizer, resolve_phases(made)).arcs
@@ -939,7 +938,8 @@ def rates(config_changes: dict, clocks) -> list[float]:
     made = config(seq_length=10, global_batch_tokens=10, train_tokens=1000)
     for name, value in config_changes.items():
         setattr(made.optimizer, name, value)
-    made.optimizer.lr, made.optimizer.min_lr = 1.0, 0.1
+    made.optimizer.lr = 1.0
+    made.optimizer.min_lr = 0.1
     schedule = LearningRate.make(made.optimizer, resolve_phases(made))
     return [schedule.at(clock, 1.0, 0.1) for clock in clocks]
 
@@ -1002,7 +1002,9 @@ def arcs_of(style: str, *changes: dict, **optimizer) -> LearningRate:
             for name, change in zip("abc", changes, strict=True)
         ]
     )
-    made.optimizer.lr, made.optimizer.min_lr, made.optimizer.lr_decay_style = 1.0, 0.1, style
+    made.optimizer.lr = 1.0
+    made.optimizer.min_lr = 0.1
+    made.optimizer.lr_decay_style = style
     for name, value in optimizer.items():
         setattr(made.optimizer, name, value)
     phases = resolve_phases(made)

@@ -1,4 +1,5 @@
-"""tools.preprocess_data: the same bytes for any number of workers; errors in one line, before any output."""
+"""tools.preprocess_data: the same bytes for any number of workers; errors in one line, before any
+output."""
 
 import json
 import subprocess
@@ -141,7 +142,8 @@ GOOD = lines("1 2")
     ],
 )
 def test_bad_input_stops_or_is_counted(tmp_path, name, content, message):
-    good, bad = write(tmp_path / "good.txt", "3"), write(tmp_path / name, content)
+    good = write(tmp_path / "good.txt", "3")
+    bad = write(tmp_path / name, content)
     with pytest.raises(ValueError, match=message):
         null(tmp_path, good, bad)
     assert list((tmp_path / "out").iterdir()) == []
@@ -215,7 +217,8 @@ def test_text_comes_back_byte_for_byte(tmp_path):
             append_eod=True,
         )
     )
-    reader, tokenizer = IndexedReader(prefix), SentencePiece(model)
+    reader = IndexedReader(prefix)
+    tokenizer = SentencePiece(model)
     for i, name in enumerate(("a.py", "b.txt", "c.py")):
         ids = reader.read(i, 0, int(reader.document_lengths[i])).tolist()
         assert (

@@ -1,4 +1,5 @@
-"""tools.preprocess_data: compressed and Parquet files, token ids as input, stopped runs, full disks."""
+"""tools.preprocess_data: compressed and Parquet files, token ids as input, stopped runs, full
+disks."""
 
 import errno
 import gzip
@@ -239,7 +240,8 @@ class Stop(Exception):
 
 def stop_after(monkeypatch, saves):
     """Runs end at the n-th save, right after it."""
-    real, seen = ResumableWriter.save, []
+    real = ResumableWriter.save
+    seen = []
 
     def save(self, note):
         real(self, note)
@@ -411,7 +413,8 @@ def test_one_run_at_a_time_writes_a_prefix(tmp_path):
 
 
 def limited(prefix, limit, *arguments):
-    """Run the tool with files of at most `limit` bytes, which fails as a full disk does -> (code, stderr)."""
+    """Run the tool with files of at most `limit` bytes, which fails as a full disk does -> (code,
+    stderr)."""
     program = (
         "import resource, sys; from tools import preprocess_data as p\n"
         "sys.argv[0], p.TASK_BYTES, p.SAVE_BYTES = 'p', 3000, 20000\n"
@@ -442,10 +445,8 @@ def limited(prefix, limit, *arguments):
     "limit, end, kept", [(10_000, "bin", False), (30_000, "bin", True), (80_000, "idx", True)]
 )
 def test_a_full_disk_is_one_error_and_loses_nothing(tmp_path, texts, small_tasks, limit, end, kept):
-    old, path = (
-        write(tmp_path / "old.txt", "7 8"),
-        write(tmp_path / "x.jsonl", lines(*texts) + lines("1") * 4000),
-    )
+    old = write(tmp_path / "old.txt", "7 8")
+    path = write(tmp_path / "x.jsonl", lines(*texts) + lines("1") * 4000)
     null(tmp_path, path)
     expected = outputs(tmp_path / "out")
     assert len(expected["c.bin"]) < 80_000 < len(expected["c.idx"])

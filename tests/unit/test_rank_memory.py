@@ -38,7 +38,8 @@ def real_bytes(
     bounds: tuple[int, ...],
     settings: MemorySettings,
 ) -> tuple[int, int]:
-    """(what a forward keeps for its backward, the peak of both), without parameters and their summed gradients."""
+    """(what a forward keeps for its backward, the peak of both), without parameters and their
+    summed gradients."""
     device = torch.device("cpu")
     stage = GPTStage(
         config,
@@ -121,7 +122,8 @@ def pipeline_orders():
 def test_chunks_in_flight_are_those_of_torchs_schedules():
     exact = 0
     for schedule, pp, per_rank, count, actions, rank in pipeline_orders():
-        kept, most = set(), 0
+        kept = set()
+        most = 0
         for action in filter(None, actions):
             chunk = (action.stage_index, action.microbatch_index)
             if action.computation_type == FORWARD:
@@ -193,7 +195,8 @@ def test_each_setting_saves_what_it_is_for():
     split = model.worst(load(context_parallel_size=8, dp=1))
     assert split.parameters == plain.parameters and split.activations < 1.2 * plain.activations / 8
     tp = dict(tensor_model_parallel_size=8, dp=1)
-    with_sp, without = model.worst(load(sequence_parallel=True, **tp)), model.worst(load(**tp))
+    with_sp = model.worst(load(sequence_parallel=True, **tp))
+    without = model.worst(load(**tp))
     assert (
         with_sp.activations < without.activations < plain.activations / 2
         and without.loss < plain.loss / 4
@@ -221,10 +224,8 @@ def test_levels_are_in_order():
 
 
 def test_parts_of_the_sequence_and_of_the_heads_bound_what_is_there_at_once():
-    model, long = (
-        MemoryModel(MODEL, 128256),
-        dict(seq_length=1 << 18, context_parallel_size=2, dp=4),
-    )
+    model = MemoryModel(MODEL, 128256)
+    long = dict(seq_length=1 << 18, context_parallel_size=2, dp=4)
 
     def held(**settings) -> int:
         return model.layer(load("full", memory=settings, **long)).working_set(has_loss=False)
@@ -232,7 +233,8 @@ def test_parts_of_the_sequence_and_of_the_heads_bound_what_is_there_at_once():
     width = (1 << 17) * 14336 * 2
     assert held() - held(mlp_tiles=8) > 2 * width
     assert held(mlp_tiles=64, attention_head_chunks=4) < 0.85 * held(mlp_tiles=64)
-    # A GPU's fused kernels read and write bf16 logits; without them there are fp32 ones beside them.
+    # A GPU's fused kernels read and write bf16 logits; without them there are fp32 ones beside
+    # them.
     for on_gpu, logit in ((True, 2), (False, 2 + 4)):
         model = MemoryModel(MODEL, 128256, on_gpu=on_gpu)
         logits = [
@@ -284,7 +286,8 @@ def test_bytes_of_a_known_model():
 
 def test_time_follows_the_links():
     hardware = TABLE["H200"]
-    inside, across = Axis(8, 1).ring_seconds(1e9, hardware), Axis(16, 1).ring_seconds(1e9, hardware)
+    inside = Axis(8, 1).ring_seconds(1e9, hardware)
+    across = Axis(16, 1).ring_seconds(1e9, hardware)
     one_card = Axis(8, 8).ring_seconds(1e9, hardware)
     assert inside < across < one_card and one_card == pytest.approx(8 * across, rel=0.1)
     assert (

@@ -1,4 +1,5 @@
-"""The page of tools/report.py: what stands in its words, tables and charts, and what it is made of."""
+"""The page of tools/report.py: what stands in its words, tables and charts, and what it is made
+of."""
 
 import dataclasses
 import json
@@ -19,7 +20,11 @@ class Reader(HTMLParser):
 
     def __init__(self, html):
         super().__init__()
-        self.tags, self.attributes, self.rows, self.words, self.pictured = [], [], [], [], []
+        self.tags = []
+        self.attributes = []
+        self.rows = []
+        self.words = []
+        self.pictured = []
         self.open = []
         self.feed(html)
 
@@ -337,7 +342,8 @@ def test_many_steps_stay_small(tmp_path):
     axes = report_charts.chart_figure(
         report_charts.CHARTS["loss"], run_record.Run("run", steps), LIGHT, 9, 4
     ).axes[0]
-    raw, median = axes.lines[0], axes.lines[1]
+    raw = axes.lines[0]
+    median = axes.lines[1]
     assert (
         len(raw.get_xdata()) <= report_axes.POINTS and len(median.get_xdata()) <= report_axes.POINTS
     )

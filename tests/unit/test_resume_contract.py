@@ -1,4 +1,5 @@
-"""What may change between a checkpoint and the run that goes on: every setting has a kind, every kind its answer."""
+"""What may change between a checkpoint and the run that goes on: every setting has a kind, every
+kind its answer."""
 
 import dataclasses
 import json
@@ -194,7 +195,8 @@ def test_each_kind_of_change(flags, expected):
     if "--global-batch-tokens" in words:
         config.schedule.global_batch_size = config.optimizer.lr_warmup_iters = None
     if "ramp" in flags or "step" in flags:
-        config.schedule.train_iters, config.schedule.train_tokens = None, 25600
+        config.schedule.train_iters = None
+        config.schedule.train_tokens = 25600
     if "step" in flags:
         config.schedule.global_batch_size, config.optimizer.lr_warmup_iters = (
             None,
@@ -246,7 +248,8 @@ def test_a_short_decay_far_ahead_is_compared(edit):
 
 
 def test_phases_that_have_not_begun_are_free():
-    a, b = dict(name="a"), dict(name="b", seq_length=128)
+    a = dict(name="a")
+    b = dict(name="b", seq_length=128)
     edited = dict(
         b, seq_length=256, packing="best_fit", lr=5e-4, rotary_base=5e5, document_masking=False
     )
@@ -275,7 +278,8 @@ def test_phases_that_have_not_begun_are_free():
     assert stopping(phased(dict(b, name="z")), phased(dict(name="y")), clock=2048) == [
         ("phase 'z': seq_length", "data")
     ]
-    # The last step of a may reach beyond its end, where its batch was changed; b has not begun then.
+    # The last step of a may reach beyond its end, where its batch was changed; b has not begun
+    # then.
     progress = progress_of(phased(a), 5120) | {"clock": 5376, "last_batch_tokens": 512}
     run = phased(a, edited)
     phases = resolve_phases(run)
@@ -297,7 +301,8 @@ def test_phases_that_are_over_keep_their_places():
     a, b, c = (
         {"name": name, "seq_length": length} for name, length in (("a", 64), ("b", 128), ("c", 256))
     )
-    at_the_end_of_a, within_b = 5120, 5120 + 2560
+    at_the_end_of_a = 5120
+    within_b = 5120 + 2560
     past = f"phases before token {at_the_end_of_a:,}"
     assert stopping(phased(b, a, c), phased(a, b, c), clock=at_the_end_of_a) == [(past, "data")], (
         "a would come again"
@@ -321,7 +326,8 @@ def test_phases_that_are_over_keep_their_places():
 
 
 def test_windows_that_were_passed_over_are_no_difference():
-    stored, config = asked("--skip-data 1K:2K"), asked()
+    stored = asked("--skip-data 1K:2K")
+    config = asked()
     phases = resolve_phases(config)
     progress = progress_of(stored, 40 * 256) | {"data": {"segments": [{"skipped_until": 2000}, {}]}}
     found = continuation_changes(
@@ -406,7 +412,8 @@ def test_a_new_run_on_weights_may_change_all_but_model_and_tokenizer():
 
 
 def test_what_a_checkpoint_lacks_is_refused():
-    settings, whole = CheckpointConfig(), {"data": {}, "has_optimizer": True}
+    settings = CheckpointConfig()
+    whole = {"data": {}, "has_optimizer": True}
     assert missing_parts(whole, settings, "f") == []
     assert "holds weights only" in missing_parts(whole | {"data": None}, settings, "f")[0]
     without = whole | {"has_optimizer": False}
@@ -469,10 +476,8 @@ def test_use_checkpoint_scheduler_takes_its_learning_rate(tmp_path):
     assert config.optimizer.lr == 1e-3 and config.optimizer.weight_decay == 0.3
     assert stopping(config, stored) == []
     phases = resolve_phases(config)
-    rate, theirs = (
-        LearningRate.make(config.optimizer, phases),
-        LearningRate.make(stored.optimizer, resolve_phases(stored)),
-    )
+    rate = LearningRate.make(config.optimizer, phases)
+    theirs = LearningRate.make(stored.optimizer, resolve_phases(stored))
     assert [rate.at(at, 1.0, 0.1) for at in range(0, 25600, 256)] == [
         theirs.at(at, 1.0, 0.1) for at in range(0, 25600, 256)
     ]

@@ -209,7 +209,8 @@ def test_export_and_import_give_back_the_same_rope(name):
 
 
 def test_folders_as_others_write_them():
-    """Llama 3.1's and Qwen2.5's config.json (huggingface), DeepSeek's spelling, and what old ones leave out."""
+    """Llama 3.1's and Qwen2.5's config.json (huggingface), DeepSeek's spelling, and what old ones
+    leave out."""
     plain = {
         key: value
         for key, value in exported(model_config({})).items()
@@ -235,7 +236,8 @@ def test_folders_as_others_write_them():
     assert rope(rope_theta=1000000, rope_scaling=qwen) == expected
     more = dict(finetuned=True, factor=4, mscale=1.0, beta_fast=32)
     assert rope(rope_theta=1e6, rope_scaling=qwen | more) == expected
-    # Left out, the original context is the declared one; a null factor is the declared context over the original.
+    # Left out, the original context is the declared one; a null factor is the declared context over
+    # the original.
     short = dict(max_position_embeddings=32768, rope_theta=1e6)
     assert rope(**short, rope_scaling=dict(factor=4.0, type="yarn")) == expected
     assert (
@@ -338,7 +340,8 @@ def test_flags_of_a_launch_script():
 def test_logits_are_those_of_transformers_up_to_a_million_positions(name, form):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config, cpu = model_config(ROPES[name]), torch.device("cpu")
+    config = model_config(ROPES[name])
+    cpu = torch.device("cpu")
     tensors = {
         key: 1 + 0.1 * normal_rows(1, key, torch.Size((*shape, 1)), 0, shape[0])[:, 0]
         if len(shape) == 1

@@ -38,9 +38,11 @@ def test_split_and_fingerprint(tmp_path):
 
     corpus = opened(data_path=path, split="80,20")
     assert set(corpus.validation) == {"valid"}
-    train, valid = ids_of(corpus.train[path[0]]), ids_of(corpus.validation["valid"][0][1])
+    train = ids_of(corpus.train[path[0]])
+    valid = ids_of(corpus.validation["valid"][0][1])
     assert not train & valid and train | valid == {i for i in range(100) if i % 3}
-    again, other = opened(data_path=path, split="80,20"), opened(data_path=path, split="70,30")
+    again = opened(data_path=path, split="80,20")
+    other = opened(data_path=path, split="70,30")
     assert (
         corpus.train[path[0]].fingerprint()
         == again.train[path[0]].fingerprint()
@@ -77,7 +79,8 @@ def test_length_ranges(tmp_path):
     corpus = open_corpus(
         DataConfig(data_path=["1", f"{path}[20:]", "2", f"{path}[:20]"], split="90,10"), 1, 100
     )
-    long, short = corpus.train[f"{path}[20:]"], corpus.train[f"{path}[:20]"]
+    long = corpus.train[f"{path}[20:]"]
+    short = corpus.train[f"{path}[:20]"]
     assert long.lengths.min() >= 20 > short.lengths.max()
     held_out = [stream for blend in corpus.validation.values() for _, stream in blend]
     assert set(corpus.validation) == {"c[20:]", "c[:20]"}
@@ -88,10 +91,8 @@ def test_length_ranges(tmp_path):
 
 
 def test_blends_and_their_weights(tmp_path):
-    web, code = (
-        write(tmp_path / "web", [[1] * 30] * 9)[0],
-        write(tmp_path / "code", [[2] * 10] * 9)[0],
-    )
+    web = write(tmp_path / "web", [[1] * 30] * 9)[0]
+    code = write(tmp_path / "code", [[2] * 10] * 9)[0]
     corpus = open_corpus(
         DataConfig(train_data_path=[web]), 1, 100, phase_blends=[["3", web, "1", code]]
     )

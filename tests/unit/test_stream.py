@@ -71,7 +71,9 @@ def test_one_document_corpus_ends_at_each_epoch(reader):
 
 
 def test_threads_read_the_same(reader):
-    whole, stream, wrong = make_stream(reader).read(0, 310), make_stream(reader), []
+    whole = make_stream(reader).read(0, 310)
+    stream = make_stream(reader)
+    wrong = []
 
     def work(step):
         for start in range(0, 300, step):
@@ -113,7 +115,8 @@ def test_permutation_is_one_at_any_place(size):
 
 def test_permutations_are_spread_evenly():
     """Each number is as likely at each place, and neighbours do not stay together."""
-    size, seeds = 7, 7000
+    size = 7
+    seeds = 7000
     found = np.stack([Permutation.make(size, 3, seed).values(0, size) for seed in range(seeds)])
     counts = np.stack([np.bincount(found[:, place], minlength=size) for place in range(size)])
     chi_square = ((counts - seeds / size) ** 2 / (seeds / size)).sum()

@@ -1,4 +1,5 @@
-"""data/stretches.py: microbatches laid out by hand equal a reckoning token by token, in every slice."""
+"""data/stretches.py: microbatches laid out by hand equal a reckoning token by token, in every
+slice."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,5 @@
-"""launch/tether.py: what a process does whose parent is not, or no longer, the one that is named."""
+"""launch/tether.py: what a process does whose parent is not, or no longer, the one that is
+named."""
 
 import os
 import subprocess

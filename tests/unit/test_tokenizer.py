@@ -1,4 +1,5 @@
-"""Tokenizers: lossless on source code, the same ids in transformers, settings refused with a fix."""
+"""Tokenizers: lossless on source code, the same ids in transformers, settings refused with a
+fix."""
 
 import json
 import subprocess

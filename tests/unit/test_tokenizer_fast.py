@@ -91,7 +91,8 @@ def test_begins_anew_before_its_memory_grows(folder, monkeypatch):
     """Not for little text, and not while the process is small."""
     tokenizer = build_tokenizer("HuggingFaceTokenizer", folder, None)
     fast = fast_encoder(tokenizer).fast
-    first, text = fast._tokenizer, "some words " * 10
+    first = fast._tokenizer
+    text = "some words " * 10
     monkeypatch.setattr(tokenizer_fast, "CACHE_TEXT", 3 * len(text))
     fast.encode_batch([text] * 4)
     assert fast._tokenizer is first
@@ -201,7 +202,8 @@ def test_a_tokenizer_that_it_does_not_read(tmp_path):
 
 def test_the_sample_is_spread_over_all_files(tmp_path, monkeypatch):
     monkeypatch.setattr(choose_encoder, "SAMPLE_BYTES", 100)
-    big, small = tmp_path / "a.jsonl", tmp_path / "b.txt"
+    big = tmp_path / "a.jsonl"
+    small = tmp_path / "b.txt"
     big.write_text(
         "".join(json.dumps({"text": f"document {i} " + "x" * 50}) + "\n" for i in range(2000))
         + "bad\n"

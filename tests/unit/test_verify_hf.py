@@ -19,7 +19,8 @@ SETTINGS = {
 
 
 def imported_run(tmp_path, settings: dict) -> str:
-    """Folder of a checkpoint with 12 query and 4 key heads, as a run with the settings leaves it."""
+    """Folder of a checkpoint with 12 query and 4 key heads, as a run with the settings leaves
+    it."""
     folder = write_folder(
         tmp_path / "hf", "llama", num_attention_heads=12, num_key_value_heads=4, hidden_size=48
     )

@@ -1,4 +1,5 @@
-"""Benchmarks on this machine: `python -m tools.bench attention|data|disturbed|lease|memory|step|traffic [options]`."""
+"""Benchmarks on this machine: `python -m tools.bench
+attention|data|disturbed|lease|memory|step|traffic [options]`."""
 
 import importlib
 import sys
@@ -6,7 +7,8 @@ import sys
 import tyro
 
 BENCHMARKS = ("attention", "data", "disturbed", "lease", "memory", "step", "traffic")
-"""Each a module of this folder: `Arguments`, a dataclass of its options, and `run(arguments) -> exit code`."""
+"""Each a module of this folder: `Arguments`, a dataclass of its options, and `run(arguments) ->
+exit code`."""
 
 
 def main() -> int:

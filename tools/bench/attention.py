@@ -1,10 +1,12 @@
-"""Ulysses attention, forward and backward: ours against DeepSpeed's DistributedAttention, on CPU processes.
+"""Ulysses attention, forward and backward: ours against DeepSpeed's DistributedAttention, on CPU
+processes.
 
-Both run in the same processes, on the same q, k, v and output gradient, around the same local kernel; in turns, so
-that whatever else the machine does meets both. Outputs and gradients are compared before anything is timed.
+Both run in the same processes, on the same q, k, v and output gradient, around the same local
+kernel; in turns, so that whatever else the machine does meets both. Outputs and gradients are
+compared before anything is timed.
 
-Legend (parallel/ulysses.py): t tokens of this rank, N query heads, K key/value heads, T all tokens, m and k heads of
-this rank after the exchange, H head size.
+Legend (parallel/ulysses.py): t tokens of this rank, N query heads, K key/value heads, T all tokens,
+m and k heads of this rank after the exchange, H head size.
 """
 
 import gc
@@ -32,14 +34,19 @@ from parallel.ulysses import HeadSplit, heads_to_seq, seq_to_heads
 from tools.bench.fresh import KEEP_MEMORY
 from tools.bench.report import bar, describe_machine, markdown_table, publish, usable_cores
 
-OURS, THEIRS, REPEATED = "ours", "DeepSpeed", "DeepSpeed, K/V repeated first"
-ATTENTION, ADDITION = "attention", "addition"
+OURS = "ours"
+THEIRS = "DeepSpeed"
+REPEATED = "DeepSpeed, K/V repeated first"
+ATTENTION = "attention"
+ADDITION = "addition"
 TOLERANCE = 1e-5
-"""Largest difference allowed in an output or gradient, as a share of its largest element; both compute in fp32."""
+"""Largest difference allowed in an output or gradient, as a share of its largest element; both
+compute in fp32."""
 BARS = {"all": 1.0, "worst": 1.1, "grouped": 0.8}
 
 Way = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""q, k, v -> output: the whole way [t, N or K, H] -> [t, N, H], or a local kernel [T, m or k, H] -> [T, m, H]."""
+"""q, k, v -> output: the whole way [t, N or K, H] -> [t, N, H], or a local kernel [T, m or k, H] ->
+[T, m, H]."""
 
 
 @dataclass(kw_only=True)
@@ -82,8 +89,8 @@ SHAPES = (
     Shape(1024, 32, 8),
     Shape(2048, 8, 1),
 )
-"""Head counts of models from 0.1B to 8B parameters, at lengths that two cores attend over in a second: the whole
-benchmark then takes about four minutes there."""
+"""Head counts of models from 0.1B to 8B parameters, at lengths that two cores attend over in a
+second: the whole benchmark then takes about four minutes there."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +101,15 @@ class Result:
     kernel: str
     shape: Shape
     seconds: dict[str, float]
-    """Contender -> median over the repeats of the slowest rank's time of one forward and backward."""
+    """Contender -> median over the repeats of the slowest rank's time of one forward and
+    backward."""
     sent: dict[str, int]
     """Contender -> bytes that a rank sends to other ranks in them, of the rank that sends most."""
 
 
 def run(arguments: Arguments) -> int:
-    """Measure every shape on every process count and publish the result; 0, or 1 where the two disagree, or 2."""
+    """Measure every shape on every process count and publish the result; 0, or 1 where the two
+    disagree, or 2."""
     problem = find_problem(arguments)
     if problem:
         print(f"error: {problem}", file=sys.stderr)
@@ -137,7 +146,8 @@ def find_problem(arguments: Arguments) -> str | None:
 
 
 def run_processes(processes: int, arguments: Arguments) -> list[Result]:
-    """The results of one world. Leaves no process behind: `spawn` ends the others when one fails."""
+    """The results of one world. Leaves no process behind: `spawn` ends the others when one
+    fails."""
     with tempfile.TemporaryDirectory(prefix="ithaca-bench-") as folder:
         os.environ.update(KEEP_MEMORY)  # read by each process's allocator when it starts
         spawn(work, args=(processes, folder, arguments), nprocs=processes)
@@ -147,7 +157,8 @@ def run_processes(processes: int, arguments: Arguments) -> list[Result]:
 
 def work(rank: int, processes: int, folder: str, arguments: Arguments) -> None:
     """One process of a world; rank 0 leaves the results in `folder`."""
-    # Read by DeepSpeed at its import and by torch at its first look for a GPU: both run on the CPU here.
+    # Read by DeepSpeed at its import and by torch at its first look for a GPU: both run on the CPU
+    # here.
     os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
     torch.set_num_threads(max(1, usable_cores() // processes))
     world = start_world(
@@ -174,13 +185,15 @@ def start_deepspeed() -> None:
     from deepspeed.utils import logger
 
     logger.setLevel("ERROR")
-    # Otherwise it compiles its shared-memory all-reduce for a minute; the exchange does not call it.
+    # Otherwise it compiles its shared-memory all-reduce for a minute; the exchange does not call
+    # it.
     deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(dist_backend="gloo", dist_init_required=False, verbose=False)
 
 
 def measure_shape(shape: Shape, kernel: str, axis: Axis, arguments: Arguments) -> dict:
-    """Compare, count, then time every contender on one shape; the fields of a `Result`, the same on every rank."""
+    """Compare, count, then time every contender on one shape; the fields of a `Result`, the same on
+    every rank."""
     contenders = make_contenders(shape, kernel, axis)
     qkv, grad_out = make_tensors(shape, axis, arguments.seed)
     sent = compare(contenders, qkv, grad_out, shape, axis)
@@ -201,7 +214,8 @@ def measure_shape(shape: Shape, kernel: str, axis: Axis, arguments: Arguments) -
 
 
 def make_tensors(shape: Shape, axis: Axis, seed: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """This rank's q [t, N, H], k and v [t, K, H] as leaves, and the gradient of the output [t, N, H]; fp32."""
+    """This rank's q [t, N, H], k and v [t, K, H] as leaves, and the gradient of the output [t, N,
+    H]; fp32."""
     generator = torch.Generator().manual_seed(seed + axis.rank)
     tensors = [
         torch.randn(shape.tokens // axis.size, heads, shape.head_size, generator=generator)
@@ -213,9 +227,9 @@ def make_tensors(shape: Shape, axis: Axis, seed: int) -> tuple[list[torch.Tensor
 def make_contenders(shape: Shape, kernel: str, axis: Axis) -> dict[str, Way]:
     """Name -> the way from q, k, v to the output.
 
-    Each repeats K/V for grouped heads inside the local kernel, after the exchange; REPEATED before it, as
-    Megatron-DeepSpeed does for models with grouped heads. Key/value heads that the ranks do not divide, which
-    DeepSpeed cannot exchange, are first repeated for it as far as it needs.
+    Each repeats K/V for grouped heads inside the local kernel, after the exchange; REPEATED before
+    it, as Megatron-DeepSpeed does for models with grouped heads. Key/value heads that the ranks do
+    not divide, which DeepSpeed cannot exchange, are first repeated for it as far as it needs.
     """
     from deepspeed.sequence.layer import DistributedAttention
 
@@ -225,7 +239,8 @@ def make_contenders(shape: Shape, kernel: str, axis: Axis) -> dict[str, Way]:
     def ours(q_tNH, k_tKH, v_tKH):
         return heads_to_seq(local(*seq_to_heads(q_tNH, k_tKH, v_tKH, split, axis)), split, axis)
 
-    # DeepSpeed's tensors are [tokens, batch, heads, head size]; squeeze and unsqueeze are views both ways.
+    # DeepSpeed's tensors are [tokens, batch, heads, head size]; squeeze and unsqueeze are views
+    # both ways.
     module = DistributedAttention(
         lambda q, k, v: local(q.squeeze(1), k.squeeze(1), v.squeeze(1)).unsqueeze(1),
         axis.group,
@@ -248,7 +263,8 @@ def make_contenders(shape: Shape, kernel: str, axis: Axis) -> dict[str, Way]:
 
 
 def make_kernel(name: str, tokens: int) -> Way:
-    """What runs between the exchanges: causal attention over one document, or an addition that costs little."""
+    """What runs between the exchanges: causal attention over one document, or an addition that
+    costs little."""
     if name == ADDITION:
         # In groups of query heads, so that nothing is repeated.
         return lambda q, k, v: (q.unflatten(1, (k.shape[1], -1)) + (k + v).unsqueeze(2)).flatten(
@@ -266,7 +282,8 @@ def repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def forward_backward(way: Way, qkv: Sequence[torch.Tensor], grad_out: torch.Tensor) -> torch.Tensor:
-    """Run `way` and its backward into the leaves' `grad`, which takes the leaf's own layout; returns the output."""
+    """Run `way` and its backward into the leaves' `grad`, which takes the leaf's own layout;
+    returns the output."""
     for x in qkv:
         x.grad = None
     out = way(*qkv)
@@ -281,12 +298,15 @@ def compare(
     shape: Shape,
     axis: Axis,
 ) -> dict[str, int]:
-    """Contender -> bytes that one forward and backward sends from a rank to others; of the rank that sends most.
+    """Contender -> bytes that one forward and backward sends from a rank to others; of the rank
+    that sends most.
 
     Raises:
-        ValueError: on every rank, where an output or a gradient differs from ours by more than TOLERANCE.
+        ValueError: on every rank, where an output or a gradient differs from ours by more than
+        TOLERANCE.
     """
-    found, counted = {}, []
+    found = {}
+    counted = []
     for name, way in contenders.items():
         with counted_collectives() as sent:
             found[name] = [forward_backward(way, qkv, grad_out), *(x.grad for x in qkv)]
@@ -314,11 +334,13 @@ def compare(
 
 @contextmanager
 def counted_collectives() -> Iterator[list[int]]:
-    """Bytes to other ranks of each all-to-all that goes through torch.distributed meanwhile, also by way of
-    deepspeed.comm, which wraps it. Any other way to send is an error: it would not be counted.
+    """Bytes to other ranks of each all-to-all that goes through torch.distributed meanwhile, also
+    by way of deepspeed.comm, which wraps it. Any other way to send is an error: it would not be
+    counted.
     """
     sent: list[int] = []
-    single, several = dist.all_to_all_single, dist.all_to_all
+    single = dist.all_to_all_single
+    several = dist.all_to_all
 
     def all_to_all_single(
         output, input, output_split_sizes=None, input_split_sizes=None, group=None, async_op=False
@@ -378,7 +400,8 @@ def time_in_turns(
 ) -> dict[str, float]:
     """Contender -> median seconds of a forward and backward, each as long as its slowest rank took.
 
-    In each round every contender runs once; the order turns from round to round, so none always follows another.
+    In each round every contender runs once; the order turns from round to round, so none always
+    follows another.
     """
     names = list(contenders)
     taken = torch.zeros(arguments.warm_ups + arguments.repeats, len(names), dtype=torch.float64)
@@ -395,7 +418,8 @@ def time_in_turns(
 
 
 def describe(results: list[Result], machine: str, arguments: Arguments) -> str:
-    """The whole result as Markdown: attention with its bars, then the exchange without attention, for information."""
+    """The whole result as Markdown: attention with its bars, then the exchange without attention,
+    for information."""
     attention, addition = (
         [row for row in results if row.kernel == kernel] for kernel in (ATTENTION, ADDITION)
     )

@@ -1,11 +1,13 @@
-"""Who takes part in the step and memory benchmarks: our trainer, transformers, and ALST's parts on transformers.
+"""Who takes part in the step and memory benchmarks: our trainer, transformers, and ALST's parts on
+transformers.
 
-Each in one process, from the same weights, on the same tokens, with the same AdamW, behind the same calls:
-`forward_backward`, `step` (forward, backward, clip, AdamW) and `clear`.
+Each in one process, from the same weights, on the same tokens, with the same AdamW, behind the same
+calls: `forward_backward`, `step` (forward, backward, clip, AdamW) and `clear`.
 
-Precision, with bfloat16: fp32 master weights, moments and update on both sides, forward and backward on bf16 copies of
-the weights. Ours are FSDP2's; transformers' model is bf16 itself, and its gradients and weights are copied to and from
-the masters in the step. Under torch.autocast instead it keeps the residual stream in fp32, as its Trainer does.
+Precision, with bfloat16: fp32 master weights, moments and update on both sides, forward and
+backward on bf16 copies of the weights. Ours are FSDP2's; transformers' model is bf16 itself, and
+its gradients and weights are copied to and from the masters in the step. Under torch.autocast
+instead it keeps the residual stream in fp32, as its Trainer does.
 """
 
 import math
@@ -34,17 +36,15 @@ from pretrain.config import OptimizerConfig
 from pretrain.state import build_optimizer
 from pretrain.step import Stepper, train_step
 
-OURS, THEIRS, CHECKPOINTED, ALST = (
-    "ours",
-    "transformers",
-    "transformers, checkpointing",
-    "ALST's parts",
-)
+OURS = "ours"
+THEIRS = "transformers"
+CHECKPOINTED = "transformers, checkpointing"
+ALST = "ALST's parts"
 VOCABULARY = 8192
 """Of the tiny preset's models here."""
 LOSS_TOLERANCES = (1e-3, 5e-3)
-"""Largest relative differences between the losses of two contenders in their first and second step. The second is after
-an update, in which bf16 gradients near zero come out with either sign."""
+"""Largest relative differences between the losses of two contenders in their first and second step.
+The second is after an update, in which bf16 gradients near zero come out with either sign."""
 STRATEGY: ShardingStrategy = "optim_grads"
 """The trainer's default ZeRO level (pretrain/config.py)."""
 OPTIMIZER = OptimizerConfig()
@@ -55,7 +55,8 @@ MLP_TILE = 2048
 """Tokens in a tile of our tiled MLP on a GPU, where smaller products leave it waiting.
 ALST's own rule makes tiles of as many tokens as the model is wide."""
 HEAD_CHUNKS = 4
-"""Groups of heads that attend one after another; fewer where a rank's heads cannot be cut into as many."""
+"""Groups of heads that attend one after another; fewer where a rank's heads cannot be cut into as
+many."""
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -97,7 +98,8 @@ def lean(config: ModelConfig, tokens: int, mlp_tile: int = MLP_TILE, cp_size: in
 def make_sample(
     lengths: Sequence[int], vocab_size: int, seed: int, device: torch.device | str = "cpu"
 ) -> Batch:
-    """Documents of random tokens, one after another, with shifted labels and positions that restart."""
+    """Documents of random tokens, one after another, with shifted labels and positions that
+    restart."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(vocab_size, (sum(lengths),), generator=generator)
     labels = tokens.roll(-1)
@@ -115,7 +117,8 @@ def causal_pairs(lengths: Sequence[int]) -> int:
 def initial_weights(
     config: ModelConfig, vocab_size: int, seed: int, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(our name, fp32 weights), one after another: matrices normal with the configured deviation, vectors one."""
+    """(our name, fp32 weights), one after another: matrices normal with the configured deviation,
+    vectors one."""
     generator = torch.Generator(device).manual_seed(seed)
     for name, shape in parameter_shapes(config, vocab_size).items():
         yield (
@@ -132,10 +135,11 @@ def initial_weights(
 
 @contextmanager
 def one_process() -> Iterator[Layout]:
-    """The layout of a world of this process alone, with the mesh that sharding needs, and no other group.
+    """The layout of a world of this process alone, with the mesh that sharding needs, and no other
+    group.
 
-    Nothing is sent, so gloo listens on the loopback device: it would look the machine's name up otherwise. torchrun's
-    environment is not read.
+    Nothing is sent, so gloo listens on the loopback device: it would look the machine's name up
+    otherwise. torchrun's environment is not read.
     """
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     world = start_world(LayoutConfig(), dist.HashStore(), 0, 1)
@@ -209,16 +213,19 @@ class Way:
     autocast: bool = False
     """bf16 by torch.autocast over fp32 weights."""
     compiled: bool = False
-    """torch.compile, layer by layer: compiled as a whole the model makes a mask, which keeps sdpa from its flash kernel
-    (transformers/masking_utils.py: _ignore_causal_mask_sdpa never skips it while torch below 2.14 compiles)."""
+    """torch.compile, layer by layer: compiled as a whole the model makes a mask, which keeps sdpa
+    from its flash kernel (transformers/masking_utils.py: _ignore_causal_mask_sdpa never skips it
+    while torch below 2.14 compiles)."""
     liger: bool = False
     """The kernels of the liger-kernel package."""
     batched: bool = False
-    """Equal documents as the rows of a batch: sdpa needs no mask then, and may take its flash kernel."""
+    """Equal documents as the rows of a batch: sdpa needs no mask then, and may take its flash
+    kernel."""
 
 
 class Transformers:
-    """The architecture's own class in transformers with sdpa attention, and a plain PyTorch step around it."""
+    """The architecture's own class in transformers with sdpa attention, and a plain PyTorch step
+    around it."""
 
     def __init__(
         self,
@@ -237,7 +244,8 @@ class Transformers:
         theirs = huggingface_config(config, vocab_size, config.rope, longest, "float32", None)
         settings = transformers.AutoConfig.for_model(theirs.pop("model_type"), **theirs)
         settings._attn_implementation = "sdpa"
-        self.way, self.autocast = way, way.autocast and dtype != "float32"
+        self.way = way
+        self.autocast = way.autocast and dtype != "float32"
         if way.liger:
             from liger_kernel.transformers import _apply_liger_kernel
 
@@ -302,7 +310,8 @@ class Transformers:
         loss = self.forward_backward(sample)
         if self.masters is not self.parameters:
             for master, parameter in zip(self.masters, self.parameters, strict=True):
-                master.grad, parameter.grad = parameter.grad.float(), None
+                master.grad = parameter.grad.float()
+                parameter.grad = None
         nn.utils.clip_grad_norm_(self.masters, OPTIMIZER.clip_grad, foreach=True)
         self.optimizer.step()
         self.clear()
@@ -365,7 +374,8 @@ def _tiled_loss(
 ) -> torch.Tensor:
     """Mean loss over the targets by TiledFusedLogitsLoss.
 
-    It makes the output projection's gradient in its forward, so that a division after it would not reach that one.
+    It makes the output projection's gradient in its forward, so that a division after it would not
+    reach that one.
     """
 
     def loss_of_tile(model, x, y):
@@ -396,8 +406,8 @@ def make_contender(
     seed: int,
     **ways: bool,
 ) -> Contender:
-    """A contender by its name: one of PEERS (with further fields of its Way), or anything else for ours with this
-    configuration."""
+    """A contender by its name: one of PEERS (with further fields of its Way), or anything else for
+    ours with this configuration."""
     if name in PEERS:
         return Transformers(
             config, vocab_size, dtype, replace(PEERS[name], **ways), layout.device, seed
@@ -406,7 +416,8 @@ def make_contender(
 
 
 def check_losses(contenders: dict[str, Contender], sample: Batch) -> dict[str, list[float]]:
-    """Contender -> its losses in the first two steps, which it takes; the second compares clipping and AdamW, too.
+    """Contender -> its losses in the first two steps, which it takes; the second compares clipping
+    and AdamW, too.
 
     Raises:
         ValueError: one differs from the first contender's by more than LOSS_TOLERANCES.

@@ -1,7 +1,8 @@
-"""The data engine: its index, packing, reading and slices beside Megatron-Core's, and exactly once, by counting.
+"""The data engine: its index, packing, reading and slices beside Megatron-Core's, and exactly once,
+by counting.
 
-Each contender runs in an interpreter of its own, one after the other, on the same files. See README.md for what each
-row measures.
+Each contender runs in an interpreter of its own, one after the other, on the same files. See
+README.md for what each row measures.
 """
 
 import os
@@ -17,9 +18,11 @@ from tools.bench import data_corpus, data_ours, exactly_once, tokenizing
 from tools.bench.fresh import measured, run_fresh
 from tools.bench.report import bar, bar_at_least, describe_machine, markdown_table, publish
 
-OURS, THEIRS = "ours", "Megatron-Core"
+OURS = "ours"
+THEIRS = "Megatron-Core"
 MILLION = 1 << 20
-INDEX_LENGTH, NEXT_LENGTH = 8192, 32768
+INDEX_LENGTH = 8192
+NEXT_LENGTH = 32768
 MEAN = 1000
 """Tokens of a document, on average, in the rows that do not set it."""
 SLICE_SAMPLES = 4
@@ -44,7 +47,8 @@ class Arguments:
     documents: int = 100_000_000
     """Documents of the index row."""
     tokens: int = 100_000_000_000
-    """Tokens of the index row; its .bin is a hole of twice as many bytes, its .idx has 20 bytes a document."""
+    """Tokens of the index row; its .bin is a hole of twice as many bytes, its .idx has 20 bytes a
+    document."""
     packed_documents: int = 10_000_000
     """Documents of the packing row."""
     read_tokens: int = 256_000_000
@@ -58,7 +62,8 @@ class Arguments:
     samples: int = 20
     """Timed samples of the reading row; the median counts."""
     folder: str | None = None
-    """Where the corpora are made, in a folder of their own that is removed afterwards; the system's default if none."""
+    """Where the corpora are made, in a folder of their own that is removed afterwards; the system's
+    default if none."""
     only: tuple[str, ...] = ()
     """Rows to run: index, packing, reading, slices, tokenizing, exactly-once; all by default."""
     seed: int = 1234
@@ -68,7 +73,8 @@ class Arguments:
 
 
 def run(arguments: Arguments) -> int:
-    """Measure the rows and publish the result; 0, or 1 where a result is wrong or a contender fails, or 2."""
+    """Measure the rows and publish the result; 0, or 1 where a result is wrong or a contender
+    fails, or 2."""
     folder = Path(arguments.folder or tempfile.gettempdir())
     problem = find_problem(arguments, folder)
     if problem:
@@ -210,10 +216,12 @@ def measure_packing(folder: Path, arguments: Arguments) -> tuple[list[str], bool
         **common,
     )
     remove(folder / "packed")
-    rows, bars = [], []
+    rows = []
+    bars = []
     for name, one in found.items():
         seconds = one.get("pack_seconds", one["seconds"])
-        rate, memory = count / seconds / 1e6, one["above_bytes"] / 1e9 / count * 1e7
+        rate = count / seconds / 1e6
+        memory = one["above_bytes"] / 1e9 / count * 1e7
         fill = one["tokens"] / (one["samples"] * MILLION)
         rows.append(
             [
@@ -251,7 +259,8 @@ def measure_packing(folder: Path, arguments: Arguments) -> tuple[list[str], bool
 def measure_reading(folder: Path, arguments: Arguments) -> tuple[list[str], bool]:
     from tools.bench import data_megatron
 
-    prefix, warm_up = make_tokens(folder, arguments), make_warm_up(folder)
+    prefix = make_tokens(folder, arguments)
+    warm_up = make_warm_up(folder)
     wrong = run_fresh(data_ours.check, 1, prefix=prefix, seq_length=MILLION, samples=3)["wrong"]
     if wrong:
         return ["### Reading", "", f"- wrong results, not timed: {'; '.join(wrong)}"], False
@@ -294,7 +303,10 @@ def measure_reading(folder: Path, arguments: Arguments) -> tuple[list[str], bool
 
 
 def measure_slices(folder: Path, arguments: Arguments) -> tuple[list[str], bool]:
-    prefix, ranks, rows, worst = make_tokens(folder, arguments), data_ours.RANKS, [], -1
+    prefix = make_tokens(folder, arguments)
+    ranks = data_ours.RANKS
+    rows = []
+    worst = -1
     share = MILLION // ranks
     for packing in ("concat", "best_fit"):
         for balanced in (False, True):

@@ -1,7 +1,7 @@
 """Corpora for the data benchmark, in Megatron-Core's format: one sequence per document, uint16 ids.
 
-Document lengths are log-normal, as those of web text are: most have some hundred tokens, a few in a million documents
-have more than a hundred thousand.
+Document lengths are log-normal, as those of web text are: most have some hundred tokens, a few in a
+million documents have more than a hundred thousand.
 """
 
 import math
@@ -14,9 +14,12 @@ from data.indexed import HEADER, MAGIC, VERSION, find_code
 
 SPREAD = 1.4
 """Standard deviation of the logarithm of a length."""
-SHORTEST, LONGEST = 8, 1 << 20
-EOD, VOCAB_SIZE = 0, 50_000
-"""Each document of `write_tokens` ends with id EOD, which stands nowhere else, as Megatron-Core's positions need it."""
+SHORTEST = 8
+LONGEST = 1 << 20
+EOD = 0
+VOCAB_SIZE = 50_000
+"""Each document of `write_tokens` ends with id EOD, which stands nowhere else, as Megatron-Core's
+positions need it."""
 BLOCK = 1 << 22
 
 
@@ -36,7 +39,8 @@ def draw_lengths(documents: int, mean: float, seed: int) -> np.ndarray:
 
 def write_index(prefix: Path, lengths: np.ndarray, dtype: type[np.integer]) -> int:
     """Write PREFIX.idx for documents of the given lengths, int32; the tokens they have together."""
-    itemsize, end = np.dtype(dtype).itemsize, 0
+    itemsize = np.dtype(dtype).itemsize
+    end = 0
     with open(f"{prefix}.idx", "wb") as file:
         file.write(HEADER.pack(MAGIC, VERSION, find_code(dtype), len(lengths), len(lengths) + 1))
         lengths.astype("<i4", copy=False).tofile(file)
@@ -50,7 +54,8 @@ def write_index(prefix: Path, lengths: np.ndarray, dtype: type[np.integer]) -> i
 
 
 def write_hollow(prefix: Path, documents: int, tokens: int, seed: int) -> int:
-    """A pair whose .bin has the right size and no content: a hole in the file system, read as zeros. Its tokens."""
+    """A pair whose .bin has the right size and no content: a hole in the file system, read as
+    zeros. Its tokens."""
     total = write_index(prefix, draw_lengths(documents, tokens / documents, seed), np.uint16)
     with open(f"{prefix}.bin", "wb") as file:
         file.truncate(2 * total)
@@ -61,7 +66,9 @@ def write_tokens(prefix: Path, tokens: int, mean: float, seed: int) -> int:
     """A pair with random ids, of about that many tokens; EOD at each document's end. Its tokens."""
     lengths = draw_lengths(max(1, round(tokens / mean)), mean, seed)
     total = write_index(prefix, lengths, np.uint16)
-    rng, ends, start = np.random.default_rng(seed + 1), np.cumsum(lengths, dtype=np.int64) - 1, 0
+    rng = np.random.default_rng(seed + 1)
+    ends = np.cumsum(lengths, dtype=np.int64) - 1
+    start = 0
     with open(f"{prefix}.bin", "wb") as file:
         while start < total:
             ids = rng.integers(1, VOCAB_SIZE, min(BLOCK, total - start), dtype=np.uint16)

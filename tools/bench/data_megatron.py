@@ -1,7 +1,9 @@
-"""Megatron-Core's side of the data benchmark: its own IndexedDataset and GPTDataset, without torch.distributed.
+"""Megatron-Core's side of the data benchmark: its own IndexedDataset and GPTDataset, without
+torch.distributed.
 
-Each function runs in a process of its own (fresh.py). Its index cache is off: a config without a blend sets `mock`,
-by which GPTDataset keeps its indices in memory; the dataset handed to it is a real one all the same.
+Each function runs in a process of its own (fresh.py). Its index cache is off: a config without a
+blend sets `mock`, by which GPTDataset keeps its indices in memory; the dataset handed to it is a
+real one all the same.
 """
 
 import logging
@@ -27,12 +29,15 @@ logging.disable(logging.WARNING)
 class Ids:
     """As much of a tokenizer as GPTDataset asks for."""
 
-    vocab_size, eod, pad = VOCAB_SIZE, EOD, -1
+    vocab_size = VOCAB_SIZE
+    eod = EOD
+    pad = -1
     unique_identifiers = {"class": "Ids"}
 
 
 def index(prefix: str, warm_up: str, seq_length: int, next_length: int) -> dict:
-    """From opening the files to sample 0 in hand; then the same at another length, with the files open."""
+    """From opening the files to sample 0 in hand; then the same at another length, with the files
+    open."""
     for length in (seq_length, next_length):
         build(open_files(warm_up), warm_up, length)[0]
     with measured() as found:
@@ -51,12 +56,15 @@ def index(prefix: str, warm_up: str, seq_length: int, next_length: int) -> dict:
 
 
 def read(prefix: str, warm_up: str, seq_length: int, samples: int, reset_positions: bool) -> dict:
-    """Seconds, and CPU seconds, of each of the first `samples` samples, after one that is not timed."""
+    """Seconds, and CPU seconds, of each of the first `samples` samples, after one that is not
+    timed."""
     torch.set_num_threads(1)
     dataset = build(open_files(prefix), prefix, seq_length, reset_positions)
-    seconds, cpu_seconds = [], []
+    seconds = []
+    cpu_seconds = []
     for number in range(samples + 1):
-        start, cpu = time.perf_counter(), time.process_time()
+        start = time.perf_counter()
+        cpu = time.process_time()
         item = dataset[number]
         seconds.append(time.perf_counter() - start)
         cpu_seconds.append(time.process_time() - cpu)

@@ -16,12 +16,14 @@ from data.stream import DocumentStream
 from tools.bench.data_corpus import EOD, VOCAB_SIZE
 from tools.bench.fresh import measured
 
-SOURCE, SEED = "corpus", 1234
+SOURCE = "corpus"
+SEED = 1234
 RANKS = 32
 
 
 def index(prefix: str, warm_up: str, seq_length: int, next_length: int) -> dict:
-    """From opening the files to sample 0 in hand; then the same at another length, with the files open."""
+    """From opening the files to sample 0 in hand; then the same at another length, with the files
+    open."""
     ledger = open_ledger(warm_up)
     first_sample(ledger, 0, seq_length)
     first_sample(ledger, seq_length, next_length)
@@ -34,11 +36,14 @@ def index(prefix: str, warm_up: str, seq_length: int, next_length: int) -> dict:
 
 
 def read(prefix: str, warm_up: str, seq_length: int, samples: int) -> dict:
-    """Seconds, and CPU seconds, of each of the first `samples` samples, after one that is not timed."""
+    """Seconds, and CPU seconds, of each of the first `samples` samples, after one that is not
+    timed."""
     loader = make_loader(open_ledger(prefix), 0, seq_length)
-    seconds, cpu_seconds = [], []
+    seconds = []
+    cpu_seconds = []
     for number in range(samples + 1):
-        start, cpu = time.perf_counter(), time.process_time()
+        start = time.perf_counter()
+        cpu = time.process_time()
         (batch,) = loader.read(number * seq_length)
         seconds.append(time.perf_counter() - start)
         cpu_seconds.append(time.process_time() - cpu)
@@ -50,10 +55,12 @@ def check(prefix: str, seq_length: int, samples: int) -> dict:
     """Are positions those of Megatron-Core, and labels the next token of the document?"""
     from tools.bench.data_megatron import positions
 
-    loader, wrong = make_loader(open_ledger(prefix), 0, seq_length), []
+    loader = make_loader(open_ledger(prefix), 0, seq_length)
+    wrong = []
     for number in range(samples):
         (batch,) = loader.read(number * seq_length)
-        tokens, labels = batch.tokens.numpy(), batch.labels.numpy()
+        tokens = batch.tokens.numpy()
+        labels = batch.labels.numpy()
         if not np.array_equal(batch.positions.numpy(), positions(tokens)):
             wrong.append(f"sample {number}: positions")
         ends = tokens == EOD
@@ -70,7 +77,8 @@ def pack_lengths(prefix: str, warm_up: str, documents: int, seq_length: int) -> 
     pack(np.arange(1, 100), 128)
     with measured() as found:
         lengths = IndexedReaderLengths(prefix).document_lengths[:documents].astype(np.int64)
-        start, cpu = time.perf_counter(), time.process_time()
+        start = time.perf_counter()
+        cpu = time.process_time()
         bins = pack(lengths, seq_length)
         found["pack_seconds"], found["pack_cpu_seconds"] = (
             time.perf_counter() - start,
@@ -85,7 +93,8 @@ def pack_lengths(prefix: str, warm_up: str, documents: int, seq_length: int) -> 
 
 
 def pack_stream(prefix: str, warm_up: str, documents: int, seq_length: int) -> dict:
-    """Best fit as a run does it: an epoch of the stream in windows, located, cut, packed and put in order."""
+    """Best fit as a run does it: an epoch of the stream in windows, located, cut, packed and put in
+    order."""
     settings = DataSettings(seq_length, ((1.0, SOURCE),), "best_fit", "error")
 
     def enter(prefix: str, documents: int | None) -> tuple[DocumentStream, int]:
@@ -108,13 +117,15 @@ def pack_stream(prefix: str, warm_up: str, documents: int, seq_length: int) -> d
 
 
 def slices(prefix: str, seq_length: int, samples: int, packing: str, balanced: bool) -> dict:
-    """What each of RANKS ranks reads of a sample: tokens and entries of .idx, most beyond its share; by counting."""
+    """What each of RANKS ranks reads of a sample: tokens and entries of .idx, most beyond its
+    share; by counting."""
     from parallel.context import (
         group_pieces,
     )  # imports megatron; the other rows' memory should not hold it
 
     worst = {"tokens": 0, "beyond": -(1 << 60), "entries_beyond": -(1 << 60), "entries": 0}
-    ledger, share = open_ledger(prefix), seq_length // RANKS
+    ledger = open_ledger(prefix)
+    share = seq_length // RANKS
     reader = ledger.streams[SOURCE].reader = CountingReader(ledger.streams[SOURCE].reader)
     for rank in range(RANKS):
         pieces = (
@@ -175,17 +186,21 @@ def first_sample(ledger: Ledger, clock: int, seq_length: int) -> None:
 
 
 class IndexedReaderLengths(IndexedReader):
-    """A reader that is asked for lengths alone; its fingerprint is its name, so that nothing of .bin is read."""
+    """A reader that is asked for lengths alone; its fingerprint is its name, so that nothing of
+    .bin is read."""
 
     def fingerprint(self) -> str:
         return Path(self.prefix).name
 
 
 class CountingReader:
-    """Counts what goes through `read_spans` and `read`: tokens copied from .bin, and entries of .idx looked up."""
+    """Counts what goes through `read_spans` and `read`: tokens copied from .bin, and entries of
+    .idx looked up."""
 
     def __init__(self, reader: IndexedReader):
-        self._reader, self.tokens, self.entries = reader, 0, 0
+        self._reader = reader
+        self.tokens = 0
+        self.entries = 0
 
     def __getattr__(self, name: str):
         return getattr(self._reader, name)

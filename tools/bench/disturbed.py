@@ -1,9 +1,11 @@
-"""Kill a run at random moments and compare it with the same run left alone: `python -m tools.bench disturbed`.
+"""Kill a run at random moments and compare it with the same run left alone: `python -m tools.bench
+disturbed`.
 
-Both runs go through launch/train.sh with the same configuration. Of the first, random workers get SIGKILL: at random
-steps, while a checkpoint is being written, and while the processes start again on the next phase's layout. Every
-step's data digest and loss, and the last checkpoint's weights and optimizer state, must be the same bit for bit; then
-tools.audit_data counts every token of the disturbed run.
+Both runs go through launch/train.sh with the same configuration. Of the first, random workers get
+SIGKILL: at random steps, while a checkpoint is being written, and while the processes start again
+on the next phase's layout. Every step's data digest and loss, and the last checkpoint's weights and
+optimizer state, must be the same bit for bit; then tools.audit_data counts every token of the
+disturbed run.
 """
 
 import json
@@ -44,7 +46,8 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Moment:
-    """When to kill: at a step, in the save after it, or `delay` seconds after a restart for a new layout."""
+    """When to kill: at a step, in the save after it, or `delay` seconds after a restart for a new
+    layout."""
 
     kind: str
     step: int
@@ -85,7 +88,8 @@ class Run:
 
     def __init__(self, arguments: list[str], save: Path, processes: int):
         """Args: arguments: of the trainer, without --save."""
-        self.save, self.lines = save, []
+        self.save = save
+        self.lines = []
         environment = os.environ | {
             "NPROC_PER_NODE": str(processes),
             "OMP_NUM_THREADS": "1",
@@ -219,10 +223,8 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def run(arguments: Arguments) -> int:
-    output, argv = (
-        Path(arguments.output),
-        ["--config", arguments.config, *shlex.split(arguments.flags)],
-    )
+    output = Path(arguments.output)
+    argv = ["--config", arguments.config, *shlex.split(arguments.flags)]
     output.mkdir(parents=True)
     alone = Run(argv, output / "alone", arguments.processes)
     try:

@@ -1,13 +1,16 @@
-"""Is every token exactly once an input and a target, whatever a run does to its data settings? Counted, not argued.
+"""Is every token exactly once an input and a target, whatever a run does to its data settings?
+Counted, not argued.
 
-The ids of a made corpus are the tokens' own numbers, so what the batches hold says which tokens the model received.
-A run of random phases draws from it: lengths, packings, blends, batches, layouts change, windows are passed over, the
-state is thrown away and made again from the ledger's JSON. A counter per token counts it as input, another as label.
+The ids of a made corpus are the tokens' own numbers, so what the batches hold says which tokens the
+model received. A run of random phases draws from it: lengths, packings, blends, batches, layouts
+change, windows are passed over, the state is thrown away and made again from the ledger's JSON. A
+counter per token counts it as input, another as label.
 
 Expected of every token t, at the end of each phase:
-- as input: once if the ledger says that it was drawn, else never (still unread, passed over, or held out);
-- as label: once if t - 1 is of the same document and was an input, else never; but the first token of a document may
-  be a label once where a phase has document masking off.
+- as input: once if the ledger says that it was drawn, else never (still unread, passed over, or
+  held out);
+- as label: once if t - 1 is of the same document and was an input, else never; but the first token
+  of a document may be a label once where a phase has document masking off.
 """
 
 import json
@@ -51,7 +54,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Source:
-    """base: id of its first token. lengths, starts: int64 [documents], tokens and id of the first of each."""
+    """base: id of its first token. lengths, starts: int64 [documents], tokens and id of the first
+    of each."""
 
     name: str
     prefix: str
@@ -62,7 +66,8 @@ class Source:
 
 
 def run(folder: Path, tokens: int, seed: int = 1, longest: int = LENGTHS[-1], log=None) -> Outcome:
-    """Make a corpus of about that many tokens in `folder`, run random phases over an epoch of it, and count.
+    """Make a corpus of about that many tokens in `folder`, run random phases over an epoch of it,
+    and count.
 
     Args:
         tokens: of the corpus, below 2^31; memory is 3 bytes a token, disk 4.
@@ -78,11 +83,15 @@ def run(folder: Path, tokens: int, seed: int = 1, longest: int = LENGTHS[-1], lo
 
 
 def make_sources(folder: Path, tokens: int, longest: int, seed: int) -> list[Source]:
-    """Three .bin/.idx pairs, int32, whose token ids count on from 1 through all of them (0 is left for padding).
+    """Three .bin/.idx pairs, int32, whose token ids count on from 1 through all of them (0 is left
+    for padding).
 
-    Short documents of which some are empty; long ones; very short ones among some of several samples' length.
+    Short documents of which some are empty; long ones; very short ones among some of several
+    samples' length.
     """
-    rng, base, sources = np.random.default_rng(seed), 1, []
+    rng = np.random.default_rng(seed)
+    base = 1
+    sources = []
     scale = longest / LENGTHS[-1]
 
     def log_normal(mean: float, spread: float, share: float) -> np.ndarray:
@@ -115,17 +124,21 @@ def make_sources(folder: Path, tokens: int, longest: int, seed: int) -> list[Sou
 
 
 class Trial:
-    """One run: the engine's ledger, the counters, and a generator that decides what happens next."""
+    """One run: the engine's ledger, the counters, and a generator that decides what happens
+    next."""
 
     def __init__(self, sources: list[Source], seed: int, longest: int, log):
-        self.sources, self.longest, self.log = sources, longest, log
+        self.sources = sources
+        self.longest = longest
+        self.log = log
         self.seed, self.chance = seed, random.Random(seed)
         total = sum(int(source.lengths.sum()) for source in sources)
         self.inputs, self.labels, self.passed = (
             np.zeros(total + 1, dtype=np.uint8) for _ in range(3)
         )
         self.starts = np.concatenate([source.starts for source in sources])
-        self.clock, self.masked_only = 0, True
+        self.clock = 0
+        self.masked_only = True
         self.outcome = Outcome(tokens=total)
         self.ledger = self._open(None)
 
@@ -144,9 +157,12 @@ class Trial:
         )
 
     def _samples_left(self) -> int:
-        """Samples that the open segment may still draw before one of its sources begins another epoch."""
-        mixture, done = self.ledger.mixture(), self.ledger.samples_at(self.clock)
-        low, high = done, sum(mixture.limits)
+        """Samples that the open segment may still draw before one of its sources begins another
+        epoch."""
+        mixture = self.ledger.mixture()
+        done = self.ledger.samples_at(self.clock)
+        low = done
+        high = sum(mixture.limits)
         while low < high:  # counts grow with the samples
             middle = (low + high + 1) // 2
             fits = all(
@@ -156,7 +172,8 @@ class Trial:
         return low - done
 
     def _unread(self) -> dict[str, np.ndarray]:
-        """What the ledger says is still to be drawn of each source's first epoch: stream intervals [n, 2]."""
+        """What the ledger says is still to be drawn of each source's first epoch: stream intervals
+        [n, 2]."""
         found = {}
         for name, place in self.ledger.places_at(self.clock).items():
             rest = [[place.position, self.ledger.streams[name].tokens_per_epoch - place.position]]
@@ -224,13 +241,15 @@ class Trial:
             if not self._enter(DataSettings(seq_length, blend, packing, "error")):
                 failures += 1
                 continue
-            failures, self.masked_only = 0, self.masked_only and masking
+            failures = 0
+            self.masked_only = self.masked_only and masking
             # A third of what there is, on average: many phases, and sources at many places.
             budget = int(self._samples_left() * self.chance.uniform(0.05, 0.6)) + 1
             self._run_phase(seq_length, budget, masking)
 
     def drain(self) -> None:
-        """Draw the rest of each source by itself, so that the whole epoch has been drawn; the bins are padded."""
+        """Draw the rest of each source by itself, so that the whole epoch has been drawn; the bins
+        are padded."""
         for source in self.sources:
             if not self.outcome.problems:
                 seq_length = self.longest >> 7
@@ -252,7 +271,8 @@ class Trial:
         return True
 
     def _run_phase(self, seq_length: int, budget: int, masking: bool, single: bool = False) -> None:
-        """Steps of changing batch and layout over up to `budget` samples, with restarts and windows passed over."""
+        """Steps of changing batch and layout over up to `budget` samples, with restarts and windows
+        passed over."""
         layout = None
         while budget > 0 and not self.outcome.problems:
             if layout is None or self.chance.random() < 0.3:
@@ -276,13 +296,12 @@ class Trial:
         self._check()
 
     def _draw_layout(self, budget: int, single: bool) -> tuple[int, int, int, int, bool]:
-        """micro batch size, dp, microbatches, cp, balanced slices: a step of at most `budget` samples."""
+        """micro batch size, dp, microbatches, cp, balanced slices: a step of at most `budget`
+        samples."""
         while True:
-            micro, dp, cp = (
-                self.chance.choice([1, 2, 4]),
-                self.chance.choice([1, 2, 3, 4]),
-                self.chance.choice([1, 2, 4, 8]),
-            )
+            micro = self.chance.choice([1, 2, 4])
+            dp = self.chance.choice([1, 2, 3, 4])
+            cp = self.chance.choice([1, 2, 4, 8])
             most = min(budget // (micro * dp), 64)
             if most >= 1:
                 return (
@@ -389,11 +408,13 @@ class Trial:
 def _count(tokens, labels, document_masking, starts, inputs_seen, labels_seen):
     """Count a batch, up to 255; the first place whose label cannot follow its token, or -1.
 
-    It is the next token, or without document masking perhaps another document's first. starts: sorted.
+    It is the next token, or without document masking perhaps another document's first. starts:
+    sorted.
     """
     wrong = -1
     for i in range(len(tokens)):
-        token, label = tokens[i], labels[i]
+        token = tokens[i]
+        label = labels[i]
         if token > 0:
             inputs_seen[token] = min(inputs_seen[token] + 1, 255)
         if label < 0:

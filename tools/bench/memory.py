@@ -1,7 +1,8 @@
-"""Peak memory of one forward and backward over sequence length, rung by rung, against transformers and ALST's parts.
+"""Peak memory of one forward and backward over sequence length, rung by rung, against transformers
+and ALST's parts.
 
-Every rung at every length runs in fresh processes, on the same weights and tokens; losses are compared. See README.md
-for what each figure means.
+Every rung at every length runs in fresh processes, on the same weights and tokens; losses are
+compared. See README.md for what each figure means.
 """
 
 import os
@@ -72,13 +73,16 @@ class Arguments:
     lengths: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536)
     """Tokens of the samples."""
     documents: int = 1
-    """Equal documents of a sample; transformers gets them as rows of a batch. Many take less time than one as long."""
+    """Equal documents of a sample; transformers gets them as rows of a batch. Many take less time
+    than one as long."""
     dtype: Dtype | None = None
-    """Precision of forward and backward; by default bfloat16 where the device multiplies it in hardware."""
+    """Precision of forward and backward; by default bfloat16 where the device multiplies it in
+    hardware."""
     repeats: int = 5
     """Runs of each rung at each length; the median time and the highest peak count."""
     seconds: float = 120.0
-    """No further run of a rung at a length begins after these; the table says how many there were."""
+    """No further run of a rung at a length begins after these; the table says how many there
+    were."""
     without: tuple[str, ...] = ()
     """Rungs or peers to leave out, by their names in the table."""
     num_layers: int | None = None
@@ -105,7 +109,8 @@ class Cell:
 
 
 def run(arguments: Arguments) -> int:
-    """Climb the ladder at every length and publish the result; 0, or 1 where losses disagree, or 2."""
+    """Climb the ladder at every length and publish the result; 0, or 1 where losses disagree, or
+    2."""
     problem = find_problem(arguments)
     if problem:
         print(f"error: {problem}", file=sys.stderr)
@@ -143,9 +148,11 @@ def find_problem(arguments: Arguments) -> str | None:
 
 
 def ladder(config: ModelConfig, tokens: int, mlp_tile: int = MLP_TILE) -> dict[str, dict]:
-    """Rung -> the settings of ModelConfig that it stands for: its own and those of the rungs below."""
+    """Rung -> the settings of ModelConfig that it stands for: its own and those of the rungs
+    below."""
     values = lean(config, tokens, mlp_tile) | {"cpu_offloading_num_layers": config.num_layers}
-    settings, found = {}, {}
+    settings = {}
+    found = {}
     for rung in LADDER:
         settings = settings | {name: values[name] for name in rung.adds} | dict(rung.only)
         found[rung.name] = settings
@@ -200,7 +207,8 @@ def climb(name: str, changes: dict, tokens: int, dtype: Dtype, arguments: Argume
 def peak_of_backward(
     name: str, changes: dict, tokens: int, documents: int, dtype: Dtype, seed: int
 ) -> dict:
-    """Loss, seconds and peak of one forward and backward above the built model, after one over a few tokens."""
+    """Loss, seconds and peak of one forward and backward above the built model, after one over a
+    few tokens."""
     with one_process() as layout:
         contender = make_contender(
             name, preset("tiny", **changes), VOCABULARY, dtype, layout, seed, batched=True

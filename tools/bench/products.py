@@ -154,7 +154,8 @@ class TimedAttend:
     @contextmanager
     def counting(self) -> Iterator[list[float]]:
         """A list that holds, afterwards, the seconds spent inside."""
-        self.spans, found = [], []
+        self.spans = []
+        found = []
         yield found
         if self.is_cuda:
             torch.cuda.synchronize()

@@ -1,7 +1,8 @@
-"""Tokens per second of one optimizer step against transformers, and against the step's own matrix products.
+"""Tokens per second of one optimizer step against transformers, and against the step's own matrix
+products.
 
-One process on all cores. Contenders take the same weights, tokens and AdamW; their losses are compared before anything
-is timed. See README.md for what each figure means.
+One process on all cores. Contenders take the same weights, tokens and AdamW; their losses are
+compared before anything is timed. See README.md for what each figure means.
 """
 
 import gc
@@ -46,7 +47,8 @@ from tools.bench.report import (
 CPU = torch.device("cpu")
 PLAIN_SIZE = 2048
 """Rows, columns and depth of the plain product."""
-SHORT, LEAN_FROM = 2048, 8192
+SHORT = 2048
+LEAN_FROM = 8192
 """Tokens at which transformers must be left behind; from which memory counts, too."""
 BARS = {
     "products": 1.25,
@@ -68,9 +70,11 @@ class Arguments:
     documents: int = 16
     """Of that sample."""
     dtype: Dtype | None = None
-    """Precision of forward and backward; by default bfloat16 where the device multiplies it in hardware."""
+    """Precision of forward and backward; by default bfloat16 where the device multiplies it in
+    hardware."""
     autocast: bool = False
-    """Run transformers in bfloat16 by torch.autocast over fp32 weights; by default its weights are bf16 copies."""
+    """Run transformers in bfloat16 by torch.autocast over fp32 weights; by default its weights are
+    bf16 copies."""
     repeats: int = 5
     """Timed steps of each contender; the median counts."""
     num_layers: int | None = None
@@ -129,7 +133,8 @@ def show_tokens(tokens: int) -> str:
 
 
 def run(arguments: Arguments) -> int:
-    """Measure every shape and publish the result; 0, or 1 where contenders disagree or fail, or 2."""
+    """Measure every shape and publish the result; 0, or 1 where contenders disagree or fail, or
+    2."""
     problem = find_problem(arguments)
     if problem:
         print(f"error: {problem}", file=sys.stderr)
@@ -185,7 +190,8 @@ def contenders_of(shape: Shape, arguments: Arguments) -> dict[str, dict]:
 
 
 def measure(shape: Shape, settings: dict[str, dict], dtype: Dtype, arguments: Arguments) -> Row:
-    """One row: times with the contenders in turns, then the peak of each in a process of its own."""
+    """One row: times with the contenders in turns, then the peak of each in a process of its
+    own."""
     common = {
         "lengths": list(shape.lengths),
         "dtype": dtype,
@@ -237,7 +243,8 @@ def time_steps(
     seed: int,
     autocast: bool = False,
 ) -> dict:
-    """Seconds of every repeat: of each contender's step, of our own products and attention, of the plain product.
+    """Seconds of every repeat: of each contender's step, of our own products and attention, of the
+    plain product.
 
     In each round everything runs once, in an order that turns from round to round.
 
@@ -287,7 +294,8 @@ def time_steps(
 
 
 def in_turns(tasks: list[Callable[[], None]], rounds: int) -> None:
-    """Every task once a round, in an order that turns from round to round, without the garbage collector."""
+    """Every task once a round, in an order that turns from round to round, without the garbage
+    collector."""
     for number in range(rounds):
         for task in tasks[:: -1 if number % 2 else 1]:
             gc.collect()
@@ -325,7 +333,8 @@ class PlainProduct:
 def peak_of_step(
     name: str, changes: dict, lengths: list[int], dtype: Dtype, seed: int, autocast: bool = False
 ) -> dict:
-    """Seconds and peak of one step above the built model and optimizer, after a step on a few tokens."""
+    """Seconds and peak of one step above the built model and optimizer, after a step on a few
+    tokens."""
     with one_process() as layout:
         contender = make_contender(
             name, preset("tiny", **changes), VOCABULARY, dtype, layout, seed, autocast=autocast
@@ -341,7 +350,8 @@ def peak_of_step(
 def attention_times(
     shapes: list[list[int]], changes: dict, dtype: Dtype, repeats: int, seed: int
 ) -> dict:
-    """Seconds inside `attend`, forward and backward, of every repeat of our step on each of the shapes, in turns."""
+    """Seconds inside `attend`, forward and backward, of every repeat of our step on each of the
+    shapes, in turns."""
     with one_process() as layout:
         config = preset("tiny", **changes)
         attend, _ = choose_attention(config.attention_backend, CPU, getattr(torch, dtype))
@@ -494,7 +504,8 @@ def table(rows: list[Row], config) -> str:
 
 def bars_of(row: Row) -> list[str]:
     """The lines of one shape."""
-    shape, seconds = row.shape, row.seconds
+    shape = row.shape
+    seconds = row.seconds
     lines = [bar(f"{shape}: step / (products + attention)", row.over_own(OURS), BARS["products"])]
     limit = BARS["short"] if shape.tokens == SHORT else BARS["transformers"]
     lines.append(

@@ -1,7 +1,9 @@
-"""Tokenizing: tools.preprocess_data against Hugging Face's tokenizers, one text at a time and in batches.
+"""Tokenizing: tools.preprocess_data against Hugging Face's tokenizers, one text at a time and in
+batches.
 
-All on one corpus in one run: Python's standard library in pieces with varied names, as JSON lines, under a byte-level
-BPE tokenizer trained on it. Every row counts bytes of text (UTF-8, without the JSON around it).
+All on one corpus in one run: Python's standard library in pieces with varied names, as JSON lines,
+under a byte-level BPE tokenizer trained on it. Every row counts bytes of text (UTF-8, without the
+JSON around it).
 """
 
 import json
@@ -25,7 +27,8 @@ from tools.preprocess_data import preprocess
 
 HEADER = ["tokenizer", "MB of text", "seconds", "MB/s", "MB per CPU second", "ids identical"]
 TRAINING_BYTES = 12_000_000
-"""Of the corpus, for the tokenizer: merges of 32K ids from more take minutes and change nothing here."""
+"""Of the corpus, for the tokenizer: merges of 32K ids from more take minutes and change nothing
+here."""
 BATCH = 1000
 """Texts in a batch of Hugging Face's."""
 END = "<|endoftext|>"
@@ -62,23 +65,23 @@ def measure(
     folder: str | None = None,
     repeats: int = 3,
 ) -> list[Row]:
-    """Tokenize the corpus with ours and its first `peer_bytes` with Hugging Face's, which are far slower.
+    """Tokenize the corpus with ours and its first `peer_bytes` with Hugging Face's, which are far
+    slower.
 
     Args:
         corpus_bytes: size of the JSON lines to make.
         workers: threads of ours, and of Hugging Face's batches; default: the usable cores.
         repeats: of ours; the rows are the run with the median time of tokenizing.
-        folder: to work in, kept with its corpus and tokenizer, which the next call finds; default: a temporary one.
+        folder: to work in, kept with its corpus and tokenizer, which the next call finds; default:
+            a temporary one.
     """
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="ithaca-bench-") as temporary:
             return measure(corpus_bytes, peer_bytes, vocab_size, workers, temporary, repeats)
     workers = workers or usable_cores()
     os.environ["RAYON_NUM_THREADS"] = str(workers)  # read once, by Hugging Face's first batch
-    corpus, model = (
-        Path(folder) / f"corpus-{corpus_bytes}.jsonl",
-        Path(folder) / f"tokenizer-{vocab_size}",
-    )
+    corpus = Path(folder) / f"corpus-{corpus_bytes}.jsonl"
+    model = Path(folder) / f"tokenizer-{vocab_size}"
     if not model.is_dir():
         train_tokenizer(model, vocab_size)
     text_bytes = write_corpus(corpus, corpus_bytes)
@@ -142,7 +145,8 @@ def measure_peers(
 
 
 def _timed(work: Callable[[], list[list[int]]]) -> tuple[list[list[int]], float, float]:
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall = time.perf_counter()
+    cpu = time.process_time()
     result = work()
     return result, time.perf_counter() - wall, time.process_time() - cpu
 
@@ -188,8 +192,10 @@ def train_tokenizer(folder: Path, vocab_size: int) -> None:
 
 
 def write_corpus(path: Path, size: int) -> int:
-    """JSON lines of `size` bytes: pieces of 500 to 8,000 letters, two of whose names vary -> their bytes of text."""
-    sources, draw = standard_library(), random.Random(1)
+    """JSON lines of `size` bytes: pieces of 500 to 8,000 letters, two of whose names vary -> their
+    bytes of text."""
+    sources = standard_library()
+    draw = random.Random(1)
     written = text_bytes = 0
     with open(path, "w", encoding="utf-8") as file:
         while written < size:
