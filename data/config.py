@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from data.blend import parse_blend
-from data.tokenizer_folder import IdsFrom
+from data.tokenizers.folder import IdsFrom
 from data.units import parse_tokens
 
 Packing = Literal["concat", "best_fit"]

@@ -14,7 +14,7 @@ from data.indexed import IndexedReader, OpenFiles, read_side_file
 from data.ledger import DataSettings
 from data.stream import SPLITS, DocumentStream, split_documents
 from data.synthetic import SyntheticReader
-from data.tokenizer_identity import same_tokenizer
+from data.tokenizers.identity import same_tokenizer
 
 SCANNED_BYTES = 1 << 30
 """A .bin up to this size is scanned for ids that are too large at the start; a larger one as it is

@@ -13,7 +13,7 @@ import sys
 
 PR_SET_PDEATHSIG = 1
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-"""Held back until pretrain/stop.py, which names the same ones, handles them."""
+"""Held back until pretrain/processes/stop.py, which names the same ones, handles them."""
 
 
 def end_with_parent(parent: int) -> bool:

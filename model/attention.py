@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from model.activation_memory.saved_attention import AttentionTape, empty, join
+from model.attention_backends.choice import Attend, Segments
 from model.attention_chunks import attend_in_chunks
-from model.attention_tape import AttentionTape, empty, join
 from model.config import ModelConfig
-from model.kernels import Attend, Segments
 from model.parts import RMSNorm, Weight, enter_tensor_parallel, leave_tensor_parallel
 from model.pointwise import HeadSizes, rms_norm, rotate, split_heads
 from model.products import joined_linear

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
-from model.attention_tape import AttentionTape, empty
+from model.activation_memory.saved_attention import AttentionTape, empty
 from parallel.ulysses import (
     HeadRound,
     gradient_of_heads,

@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
+from model.attention_backends.choice import Attend
 from model.config import ModelConfig
 from model.gpt import GPTStage
-from model.kernels import Attend
 from model.sharding import shardings_for
 from parallel.config import LayoutConfig, ShardingStrategy
 from parallel.layout import Layout, single_process_layout

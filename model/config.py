@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
-from model.memory import MemorySettings, Recompute
+from model.activation_memory.recompute import MemorySettings, Recompute
 from model.rope import PARAMETERS, Rope, RopeType
 
 

@@ -15,14 +15,14 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from model.activation_memory.offload import Host
+from model.activation_memory.recompute import MemorySettings, run_layer
+from model.activation_memory.saved_attention import AttentionTape
 from model.attention import Attention, Positions
-from model.attention_tape import AttentionTape
+from model.attention_backends.choice import Attend, make_segments
 from model.config import ModelConfig
-from model.kernels import Attend, make_segments
 from model.loss import IGNORED_LABEL, Head, fused_loss, score
-from model.memory import MemorySettings, run_layer
 from model.mlp import swiglu
-from model.offload import Host
 from model.parts import (
     RMSNorm,
     Weight,

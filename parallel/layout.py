@@ -196,7 +196,7 @@ def build_layout(config: LayoutConfig, world: World) -> Layout:
     """Make every group once.
 
     All processes must ask for the same, since groups of different layouts would wait for each
-    other forever (pretrain/agreement.py compares them before).
+    other forever (pretrain/processes/agreement.py compares them before).
 
     Raises:
         ValueError: the world size is no multiple of tp x pp x cp.

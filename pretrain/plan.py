@@ -9,17 +9,9 @@ from pathlib import Path
 from data.config import DataConfig
 from data.ledger import Ledger
 from data.sources import Corpus, open_corpus
-from data.tokenizer import Tokenizer, build_tokenizer
+from data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from parallel.layout import device_here
-from pretrain import checkpoint
-from pretrain.auto_layout import settle_layouts
-from pretrain.check_phases import check_phases, length_warnings, rope_warnings
-from pretrain.config import Config
-from pretrain.effects import effect_warnings
-from pretrain.evaluate import check as check_evaluations
-from pretrain.evaluate import check_lengths
-from pretrain.evaluate import warnings as evaluation_warnings
-from pretrain.feed import (
+from pretrain.batches import (
     blend_change,
     check_windows,
     forecast_phases,
@@ -27,11 +19,8 @@ from pretrain.feed import (
     target_problems,
     target_warnings,
 )
-from pretrain.fit import MemoryReport, check_memory, choose_loss_chunks, memory_filter
-from pretrain.learning_rate import LearningRate
-from pretrain.load_config import read_config_yaml
-from pretrain.phases import Phase, attempt, resolve_phases
-from pretrain.resume_contract import (
+from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.resume_contract import (
     Change,
     begun_phase,
     continuation_changes,
@@ -41,7 +30,23 @@ from pretrain.resume_contract import (
     refusals,
     weights_changes,
 )
-from pretrain.start import Start, find_start
+from pretrain.checkpointing.start import Start, find_start
+from pretrain.config.config import Config
+from pretrain.config.effects import effect_warnings
+from pretrain.config.load import read_config_yaml
+from pretrain.evaluation.evaluate import check as check_evaluations
+from pretrain.evaluation.evaluate import check_lengths
+from pretrain.evaluation.evaluate import warnings as evaluation_warnings
+from pretrain.planner.auto_layout import settle_layouts
+from pretrain.planner.check_phases import check_phases, length_warnings, rope_warnings
+from pretrain.planner.memory_check import (
+    MemoryReport,
+    check_memory,
+    choose_loss_chunks,
+    memory_filter,
+)
+from pretrain.schedule.learning_rate import LearningRate
+from pretrain.schedule.phases import Phase, attempt, resolve_phases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,13 +66,13 @@ class Plan:
     tokenizer_description: dict | None
     layouts: dict
     """What a checkpoint keeps of the layouts that were chosen, by phase name
-    (pretrain/auto_layout.py)."""
+    (pretrain/planner/auto_layout.py)."""
     layout_lines: list[str]
     """A line for each phase whose layout was chosen."""
     memory: MemoryReport
-    """What each phase is estimated to need (pretrain/fit.py)."""
+    """What each phase is estimated to need (pretrain/planner/memory_check.py)."""
     changes: list[Change]
-    """What differs from the checkpoint that is started from (resume_contract.py)."""
+    """What differs from the checkpoint that is started from (checkpointing/resume_contract.py)."""
 
     @property
     def starts_optimizer_anew(self) -> bool:

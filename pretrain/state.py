@@ -12,7 +12,7 @@ from model.build import tied_copies
 from model.gpt import GPTStage
 from parallel.collectives import all_reduce
 from parallel.layout import Axis, Layout
-from pretrain.config import OptimizerConfig
+from pretrain.config.config import OptimizerConfig
 
 
 @dataclass

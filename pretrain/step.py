@@ -20,7 +20,7 @@ from parallel.collectives import all_reduce
 from parallel.layout import Layout
 from parallel.pipeline import Pipeline
 from parallel.shard import set_microbatch
-from pretrain.stop import StopRequest
+from pretrain.processes.stop import StopRequest
 
 
 class CountedMicrobatch(Microbatch, Protocol):

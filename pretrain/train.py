@@ -15,11 +15,9 @@ from contextlib import AbstractContextManager
 import torch
 
 from model import compiled
+from model.attention_backends.choice import has_bf16_units
 from model.build import build_stages
-from model.estimate import num_parameters, step_flops
-from model.hardware import peak_flops
 from model.init import initialize
-from model.kernels import has_bf16_units
 from parallel.layout import (
     World,
     build_layout,
@@ -30,34 +28,44 @@ from parallel.layout import (
     launched_world_size,
     start_world,
 )
-from pretrain import checkpoint
-from pretrain.agreement import (
+from pretrain.attention_backend import attention_of_run
+from pretrain.batches import SHOWN_SOURCES, Feed, describe_forecast
+from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.model_files import read_carried
+from pretrain.checkpointing.resume_contract import describe_changes
+from pretrain.config.load import dump_yaml, load_config, spell, warn
+from pretrain.evaluation.evaluate import Evaluator
+from pretrain.evaluation.probe import reshard
+from pretrain.logs.measured import measure
+from pretrain.logs.metrics import Reporter
+from pretrain.logs.tally import StepTally
+from pretrain.plan import Plan, make_plan, warnings_about
+from pretrain.planner.hardware import peak_flops
+from pretrain.planner.model_size import num_parameters, step_flops
+from pretrain.processes.agreement import (
     Refused,
     describe_code,
     known_to_all,
     require_agreement,
     shared_by_all,
 )
-from pretrain.attention import attention_of_run
-from pretrain.evaluate import Evaluator
-from pretrain.feed import SHOWN_SOURCES, Feed, describe_forecast
-from pretrain.load_config import dump_yaml, load_config, spell, warn
-from pretrain.measured import measure
-from pretrain.metrics import Reporter
-from pretrain.model_files import read_carried
-from pretrain.out_of_memory import out_of_memory_explained
-from pretrain.outcome import (
+from pretrain.processes.out_of_memory import out_of_memory_explained
+from pretrain.processes.outcome import (
     UNSTARTED,
     refuse,
     refuse_with_others,
     say_stopped_at_start,
     write_outcome,
 )
-from pretrain.phases import Phase, describe, phase_at
-from pretrain.plan import Plan, make_plan, warnings_about
-from pretrain.probe import reshard
-from pretrain.resume_contract import describe_changes
-from pretrain.shared_folder import require_shared_folder
+from pretrain.processes.shared_folder import require_shared_folder
+from pretrain.processes.stop import (
+    Interrupted,
+    StopRequest,
+    StopSignals,
+    defer_together,
+    let_signals_through,
+)
+from pretrain.schedule.phases import Phase, describe, phase_at
 from pretrain.state import (
     TrainState,
     build_optimizer,
@@ -66,8 +74,6 @@ from pretrain.state import (
     fill_tied_copy,
 )
 from pretrain.step import Stepper, train_step
-from pretrain.stop import Interrupted, StopRequest, StopSignals, defer_together, let_signals_through
-from pretrain.tally import StepTally
 
 
 class Trainer:

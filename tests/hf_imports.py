@@ -4,11 +4,12 @@ from pathlib import Path
 
 import torch
 
-from pretrain import checkpoint
+from pretrain.checkpointing import checkpoint
 from tests.hf_folders import SHAPE, transformers_logits, transformers_model
-from tools import compare_logits, import_hf
+from tools import import_hf
 from tools.export_hf import Source, open_source
-from tools.verify_hf import model_of_checkpoint
+from tools.huggingface import compare_logits
+from tools.huggingface.verify import model_of_checkpoint
 
 IDS = torch.randint(SHAPE["vocab_size"], (48,), generator=torch.Generator().manual_seed(3))
 POSITIONS = torch.arange(48)

@@ -3,7 +3,7 @@
 import json
 import math
 
-from pretrain.load_config import dump_yaml, load_config
+from pretrain.config.load import dump_yaml, load_config
 
 
 def write_lines(path, lines):

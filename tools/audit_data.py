@@ -22,11 +22,11 @@ from data.batch import DIGEST_BITS, digest, read_batch
 from data.ledger import Ledger, Mixture
 from data.sources import open_corpus
 from data.stream import DocumentStream
-from data.tokenizer import build_tokenizer
-from pretrain import checkpoint
-from pretrain.config import Config
-from pretrain.load_config import read_config_yaml
-from pretrain.phases import resolve_phases
+from data.tokenizers.tokenizer import build_tokenizer
+from pretrain.checkpointing import checkpoint
+from pretrain.config.config import Config
+from pretrain.config.load import read_config_yaml
+from pretrain.schedule.phases import resolve_phases
 from tools.export_hf import stored_tokenizer
 
 

@@ -2,7 +2,7 @@
 [--verify]`.
 
 Needs no GPU and no process group. The folder appears whole or not at all; with --verify only after
-transformers' logits have been compared with ours (tools/verify_hf.py). Besides weights it holds
+transformers' logits have been compared with ours (tools/huggingface/verify.py). Besides weights it holds
 what the model's own Hugging Face folder held (generation, chat templates); what training changed is
 named.
 """
@@ -18,7 +18,7 @@ import tyro
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data.tokenizer import Tokenizer, build_tokenizer
+from data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from model.hf import (
     VOCABULARY_ROWS,
     architecture,
@@ -27,14 +27,14 @@ from model.hf import (
     huggingface_name,
 )
 from model.rope import Rope
-from pretrain import checkpoint
-from pretrain.config import Config
-from pretrain.load_config import read_config_yaml
-from pretrain.model_files import CONFIG, read_carried
-from tools import export_files
-from tools.output_folder import NewFolder
-from tools.outputs import Input
-from tools.verify_hf import verify
+from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.model_files import CONFIG, read_carried
+from pretrain.config.config import Config
+from pretrain.config.load import read_config_yaml
+from tools.huggingface import export_files
+from tools.huggingface.verify import verify
+from tools.outputs.files import Input
+from tools.outputs.folder import NewFolder
 
 MAKER = "tools.export_hf"
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 import tyro
 
-from data.tokenizer import HUGGINGFACE_FILES, NullTokenizer
-from tools.hf_keys import one_line
+from data.tokenizers.tokenizer import HUGGINGFACE_FILES, NullTokenizer
+from tools.huggingface.keys import one_line
 
 LEAST_TEMPERATURE = 1e-4
 """Logits divided by less overflow; 0 means the likeliest token."""

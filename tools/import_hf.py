@@ -15,27 +15,27 @@ from pathlib import Path
 import torch
 import tyro
 
-from data.tokenizer import build_tokenizer
-from data.tokenizer_folder import IdsFrom, TwoDefinitions, tokenizer_files
+from data.tokenizers.folder import IdsFrom, TwoDefinitions, tokenizer_files
+from data.tokenizers.tokenizer import build_tokenizer
+from model.attention_backends.choice import choose_attention
 from model.build import build_whole_model
-from model.estimate import num_parameters
-from model.kernels import choose_attention
 from parallel.layout import single_process_layout
-from pretrain import checkpoint
-from pretrain.config import Config
-from pretrain.load_config import dump_yaml
-from pretrain.model_files import GENERATION, read_model_files
-from tools.compare_logits import (
+from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.model_files import GENERATION, read_model_files
+from pretrain.config.config import Config
+from pretrain.config.load import dump_yaml
+from pretrain.planner.model_size import num_parameters
+from tools.huggingface.compare_logits import (
     Sequence,
     compute_in_double,
     judge,
     our_logits,
     transformers_logits,
 )
-from tools.hf_config import FolderConfig, read_config_file, understand
-from tools.hf_fit import check_fit, pad_vocabulary, settle_tie
-from tools.hf_weights import open_weights
-from tools.outputs import Input, check_root
+from tools.huggingface.config import FolderConfig, read_config_file, understand
+from tools.huggingface.fit import check_fit, pad_vocabulary, settle_tie
+from tools.huggingface.weights import open_weights
+from tools.outputs.files import Input, check_root
 
 VERIFIED_BELOW = 10e9
 """Parameters from which on --verify must be asked for: transformers' fp32 copy takes 40 GB."""

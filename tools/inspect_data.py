@@ -18,11 +18,11 @@ from data.blend import parse_blend
 from data.config import TokenizerType
 from data.indexed import IndexedReader, describe_single, read_side_file
 from data.permutation import Permutation
-from data.tokenizer import Tokenizer, build_tokenizer
-from data.tokenizer_folder import IdsFrom
-from pretrain import checkpoint
-from tools.inspect_batch import describe_batch, describe_plan
-from tools.length_plot import plot_lengths
+from data.tokenizers.folder import IdsFrom
+from data.tokenizers.tokenizer import Tokenizer, build_tokenizer
+from pretrain.checkpointing import checkpoint
+from tools.inspection.batch import describe_batch, describe_plan
+from tools.inspection.length_plot import plot_lengths
 
 LONG = (8 << 10, 64 << 10, 1 << 20)
 """Lengths in tokens of whose documents the share of all tokens is told."""

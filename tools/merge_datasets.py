@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import tyro
 
 from data.indexed import read_index, read_side_file
-from data.indexed_writer import IndexedWriter
-from data.output_prefix import check_output, prefix_files
-from data.tokenizer_identity import same_tokenizer
+from data.tokenizers.identity import same_tokenizer
+from data.writers.indexed_writer import IndexedWriter
+from data.writers.output_prefix import check_output, prefix_files
 
 
 @dataclass(kw_only=True)

@@ -24,18 +24,22 @@ from tqdm import tqdm
 
 from data.config import TokenizerType
 from data.indexed import describe_single, optimal_dtype
-from data.output_prefix import check_output
-from data.resumable_writer import ResumableWriter
-from data.tokenizer import Tokenizer
-from data.tokenizer_folder import IdsFrom, SpecialTokensInText
-from tools.choose_encoder import FastTokenizer, choose_encoder
-from tools.encoders import Job, Result, Task, TextCounts, build_encoder, start_pool
-from tools.find_files import describe_inputs, find_files
-from tools.input_kinds import EXTENSIONS
-from tools.progress import describe_change, make_plan
-from tools.read_ahead import read_ahead
-from tools.text_files import Piece, is_stream, read_pieces
-from tools.text_settings import build_text_tokenizer, describe_special_tokens, find_bos
+from data.tokenizers.folder import IdsFrom, SpecialTokensInText
+from data.tokenizers.tokenizer import Tokenizer
+from data.writers.output_prefix import check_output
+from data.writers.resumable_writer import ResumableWriter
+from tools.preprocessing.choose_encoder import FastTokenizer, choose_encoder
+from tools.preprocessing.encoders import Job, Result, Task, TextCounts, build_encoder, start_pool
+from tools.preprocessing.find_files import describe_inputs, find_files
+from tools.preprocessing.input_kinds import EXTENSIONS
+from tools.preprocessing.progress import describe_change, make_plan
+from tools.preprocessing.read_ahead import read_ahead
+from tools.preprocessing.text_files import Piece, is_stream, read_pieces
+from tools.preprocessing.text_settings import (
+    build_text_tokenizer,
+    describe_special_tokens,
+    find_bos,
+)
 
 TASK_BYTES = 1 << 20
 """Input of one task: large enough to hide the hand-over, small enough to keep all workers busy."""

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import tyro
 
-from pretrain.checkpoint import write_atomically
-from tools.outputs import check_file, is_own_page, is_own_picture
-from tools.report_axes import LIGHT, to_png
-from tools.report_charts import CHARTS, chart_figure, draw_sheet
-from tools.report_page import page, sizes
-from tools.run_record import Run, read_run, summary
+from pretrain.checkpointing.checkpoint import write_atomically
+from tools.outputs.files import check_file, is_own_page, is_own_picture
+from tools.reporting.axes import LIGHT, to_png
+from tools.reporting.charts import CHARTS, chart_figure, draw_sheet
+from tools.reporting.page import page, sizes
+from tools.reporting.run_record import Run, read_run, summary
 
 MAKER = "tools.report"
 

@@ -15,8 +15,8 @@ import numpy as np
 import tyro
 
 from data.indexed import read_index, read_side_file
-from data.indexed_writer import IndexedWriter
-from data.output_prefix import check_output, prefix_files
+from data.writers.indexed_writer import IndexedWriter
+from data.writers.output_prefix import check_output, prefix_files
 
 
 @dataclass(kw_only=True)

@@ -17,11 +17,16 @@ from pathlib import Path
 import tyro
 
 from data.permutation import Permutation
-from tools.find_files import describe_left_out, find_files
-from tools.input_kinds import EXTENSIONS, IDS_EXTENSION, ending_of, strip_byte_order_mark
-from tools.outputs import Input, check_file
-from tools.streams import read_blocks
-from tools.text_files import Documents, Piece, is_stream, read_documents, read_pieces
+from tools.outputs.files import Input, check_file
+from tools.preprocessing.find_files import describe_left_out, find_files
+from tools.preprocessing.input_kinds import (
+    EXTENSIONS,
+    IDS_EXTENSION,
+    ending_of,
+    strip_byte_order_mark,
+)
+from tools.preprocessing.streams import read_blocks
+from tools.preprocessing.text_files import Documents, Piece, is_stream, read_documents, read_pieces
 
 BLOCK_BYTES = 64 << 10
 """Unit of the sample: lines that begin in a block."""

@@ -12,12 +12,12 @@ from data.stream import DocumentStream
 from model.build import build_stages
 from model.config import ModelConfig
 from model.init import initialize
-from model.kernels import choose_attention
-from model.memory import MemorySettings
+from model.attention_backends.choice import choose_attention
+from model.activation_memory.recompute import MemorySettings
 from parallel.config import LayoutConfig
 from parallel.context import token_pieces
 from parallel.layout import World, build_layout
-from pretrain.config import OptimizerConfig
+from pretrain.config.config import OptimizerConfig
 from pretrain.state import build_optimizer, check_replicas
 from pretrain.step import Stepper, train_step
 from tests.dist.recorder import Recorder

@@ -9,9 +9,10 @@ from unittest import mock
 import pytest
 
 from parallel.layout import World
-from pretrain import agreement, checkpoint
-from pretrain.agreement import Refused, Shared, require_agreement, shared_by_all
-from pretrain.load_config import load_config, spell
+from pretrain.checkpointing import checkpoint
+from pretrain.processes import agreement
+from pretrain.processes.agreement import Refused, Shared, require_agreement, shared_by_all
+from pretrain.config.load import load_config, spell
 from pretrain.plan import make_plan
 from pretrain.train import Trainer
 from tests.dist.training import base_arguments, train, write_corpus
@@ -146,7 +147,7 @@ def test_what_may_differ_by_node_is_not_compared(pool, folders, tmp_path):
 
 
 def test_every_setting_that_may_differ_exists():
-    from pretrain.load_config import field_table
+    from pretrain.config.load import field_table
 
     assert agreement.MAY_DIFFER.keys() <= field_table().keys()
 

@@ -7,13 +7,14 @@ import torch
 import yaml
 from torch.distributed.tensor import Shard
 
-from model.layer_memory import Load
-from model.memory import MemorySettings
-from model.rank_memory import MemoryModel
+from pretrain.planner.activation_bytes import Load
+from model.activation_memory.recompute import MemorySettings
+from pretrain.planner.rank_bytes import MemoryModel
 from parallel.config import LayoutConfig
 from parallel.layout import World, build_layout
-from pretrain import auto_layout, checkpoint
-from pretrain.load_config import load_config
+from pretrain.checkpointing import checkpoint
+from pretrain.planner import auto_layout
+from pretrain.config.load import load_config
 from pretrain.plan import make_plan
 from pretrain.step import train_step
 from tests.dist.parity import VOCABULARY, Case, named

@@ -2,8 +2,8 @@
 
 import shutil
 
-from pretrain import checkpoint
-from pretrain.model_files import read_carried, read_model_files
+from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.model_files import read_carried, read_model_files
 from tests import chat_folders as folders
 from tests.dist.training import base_arguments, train, write_corpus
 from tools.import_hf import Arguments, import_folder

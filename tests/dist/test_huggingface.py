@@ -9,9 +9,9 @@ import torch
 
 from data.batch import IGNORE, Batch
 from model import hf
-from pretrain import checkpoint
-from pretrain.load_config import field_table
-from pretrain.resume_contract import setting_changes
+from pretrain.checkpointing import checkpoint
+from pretrain.config.load import field_table
+from pretrain.checkpointing.resume_contract import setting_changes
 from tests.dist.training import VOCABULARY, base_arguments, losses, train, write_corpus
 from tests.hf_imports import checkpoint_logits
 from tools.export_hf import Arguments, export, open_source
@@ -141,7 +141,7 @@ def test_loss_of_our_model_equals_transformers(trained, tmp_path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_import_gives_back_the_same_weights_and_settings(trained, tmp_path, name):
-    from pretrain.load_config import read_config_yaml
+    from pretrain.config.load import read_config_yaml
 
     export(Arguments(load=str(trained[name]), output=str(tmp_path / "hf")))
     folder = import_folder(ImportArguments(hf=str(tmp_path / "hf"), save=str(tmp_path / "imported")))

@@ -6,10 +6,10 @@ from torch import nn
 
 from data.batch import read_batch
 from model.gpt import GPTStage
-from model.kernels import choose_attention
-from model.layer_memory import Load
-from model.memory import MemorySettings
-from model.rank_memory import MemoryModel
+from model.attention_backends.choice import choose_attention
+from pretrain.planner.activation_bytes import Load
+from model.activation_memory.recompute import MemorySettings
+from pretrain.planner.rank_bytes import MemoryModel
 from parallel.context import token_pieces
 from parallel.layout import World, build_layout
 from tests.dist.parity import VOCABULARY, Case, memory_stream

@@ -15,7 +15,7 @@ from data.batch import IGNORE, read_batch
 from model.hf import VOCABULARY_ROWS, huggingface_config, huggingface_name
 from model.rope import Rope
 from parallel.layout import World
-from pretrain.config import OptimizerConfig
+from pretrain.config.config import OptimizerConfig
 from pretrain.step import train_step
 from tests.dist.parity import VOCABULARY, Case, memory_stream, named
 from tests.documents import windows

@@ -10,8 +10,8 @@ import yaml
 
 from model.rope import Rope
 from parallel.config import LayoutConfig
-from pretrain import checkpoint
-from pretrain.load_config import load_config
+from pretrain.checkpointing import checkpoint
+from pretrain.config.load import load_config
 from pretrain.plan import make_plan, warnings_about
 from tools.audit_data import audit
 from tests.dist.training import base_arguments, losses, stored, train, write_corpus

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from parallel.layout import World
-from pretrain import stop
-from pretrain.load_config import load_config, spell
+from pretrain.processes import stop
+from pretrain.config.load import load_config, spell
 from pretrain.plan import make_plan
 from pretrain.step import Stepper
 from pretrain.train import Trainer

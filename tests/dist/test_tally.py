@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from data.indexed_writer import IndexedWriter
+from data.writers.indexed_writer import IndexedWriter
 from parallel.layout import World
-from pretrain import checkpoint
+from pretrain.checkpointing import checkpoint
 from pretrain import train as trainer_module
-from pretrain.agreement import Refused
-from pretrain.load_config import load_config, spell
+from pretrain.processes.agreement import Refused
+from pretrain.config.load import load_config, spell
 from pretrain.plan import make_plan, warnings_about
 from pretrain.step import train_step
 from pretrain.train import Trainer

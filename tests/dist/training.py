@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data.indexed_writer import IndexedWriter
+from data.writers.indexed_writer import IndexedWriter
 from parallel.layout import World
-from pretrain import checkpoint
-from pretrain.load_config import load_config, spell
+from pretrain.checkpointing import checkpoint
+from pretrain.config.load import load_config, spell
 from pretrain.plan import make_plan
 from pretrain.train import Trainer
 

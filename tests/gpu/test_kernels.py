@@ -4,8 +4,8 @@ for leaks."""
 import pytest
 import torch
 
-from model.kernels import BACKENDS, choose_attention, make_segments
-from model.mixed import NEVER, split_parts
+from model.attention_backends.choice import BACKENDS, choose_attention, make_segments
+from model.attention_backends.mixed import NEVER, split_parts
 from parallel.context import group_pieces
 from tests.unit.test_model import masked_attention
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from model.activation_memory.recompute import MemorySettings
+from model.attention_backends.choice import choose_attention
 from model.config import ModelConfig
 from model.gpt import GPTStage
-from model.kernels import choose_attention
-from model.memory import MemorySettings
 from parallel.layout import single_process_layout
 
 pytestmark = pytest.mark.gpu

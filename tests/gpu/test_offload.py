@@ -4,7 +4,7 @@ back as they went."""
 import pytest
 import torch
 
-from model.offload import IN_FLIGHT, Host
+from model.activation_memory.offload import IN_FLIGHT, Host
 
 pytestmark = pytest.mark.gpu
 SENDS = 5

@@ -5,11 +5,11 @@ import re
 
 import pytest
 
-from pretrain.auto_layout import settle_layouts
-from pretrain.check_phases import check_phases
-from pretrain.load_config import load_config
-from pretrain.phases import resolve_phases
+from pretrain.config.load import load_config
 from pretrain.plan import make_plan
+from pretrain.planner.auto_layout import settle_layouts
+from pretrain.planner.check_phases import check_phases
+from pretrain.schedule.phases import resolve_phases
 
 RUN = (
     "--num-layers 4 --hidden-size 96 --ffn-hidden-size 192 --num-attention-heads 12 "

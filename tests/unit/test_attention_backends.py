@@ -17,10 +17,17 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import kernels, mixed
-from model.attention_tape import AttentionTape, empty
-from model.kernels import BACKENDS, choose_attention, flash_version, make_segments, varlen_options
-from model.mixed import (
+from model.activation_memory.saved_attention import AttentionTape, empty
+from model.attention_backends import choice as kernels
+from model.attention_backends import mixed
+from model.attention_backends.choice import (
+    BACKENDS,
+    choose_attention,
+    flash_version,
+    make_segments,
+    varlen_options,
+)
+from model.attention_backends.mixed import (
     GPU_KERNELS,
     NEVER,
     Kernels,
@@ -29,9 +36,9 @@ from model.mixed import (
     padded_length,
     split_parts,
 )
-from model.sdpa import _backward as dense_backward
-from model.sdpa import _document, _document_gradients
-from model.sdpa import _forward as dense_forward
+from model.attention_backends.sdpa import _backward as dense_backward
+from model.attention_backends.sdpa import _document, _document_gradients
+from model.attention_backends.sdpa import _forward as dense_forward
 from parallel.context import group_pieces
 from tests.unit.test_model import masked_attention
 

@@ -6,15 +6,15 @@ import time
 import pytest
 
 from model.config import PRESETS
-from model.hardware import CPU, TABLE
-from model.rank_memory import GIB
-from pretrain.auto_layout import Device, choose_layout, settle_layouts
-from pretrain.check_phases import check_phases
-from pretrain.config import Config, GivenSettings
-from pretrain.effects import effect_warnings
-from pretrain.load_config import dump_yaml, from_flat, load_config
-from pretrain.phase_config import PhaseConfig
-from pretrain.phases import describe, resolve_phases
+from pretrain.config.config import Config, GivenSettings
+from pretrain.config.effects import effect_warnings
+from pretrain.config.load import dump_yaml, from_flat, load_config
+from pretrain.config.phase_config import PhaseConfig
+from pretrain.planner.auto_layout import Device, choose_layout, settle_layouts
+from pretrain.planner.check_phases import check_phases
+from pretrain.planner.hardware import CPU, TABLE
+from pretrain.planner.rank_bytes import GIB
+from pretrain.schedule.phases import describe, resolve_phases
 
 H200 = Device(TABLE["H200"], TABLE["H200"].memory_bytes)
 VOCABULARY = 128256

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from data.batch import IGNORE
-from model.kernels import choose_attention, make_segments
+from model.attention_backends.choice import choose_attention, make_segments
 from tools.bench import contenders, memory, step
 from tools.bench.contenders import (
     ALST,

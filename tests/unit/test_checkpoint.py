@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from parallel.layout import single_process_layout
-from pretrain import checkpoint
-from pretrain.load_config import dump_yaml, load_config
-from pretrain.model_files import read_carried
-from pretrain.start import find_start
+from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.model_files import read_carried
+from pretrain.checkpointing.start import find_start
+from pretrain.config.load import dump_yaml, load_config
 
 
 def publish(root, step=5):

@@ -5,10 +5,9 @@ import dataclasses
 import pytest
 
 from model.config import PRESETS
-from model.estimate import num_parameters
-from pretrain.config import Config
-from pretrain.effects import effect_warnings
-from pretrain.load_config import (
+from pretrain.config.config import Config
+from pretrain.config.effects import effect_warnings
+from pretrain.config.load import (
     dump_yaml,
     field_table,
     load_config,
@@ -16,7 +15,8 @@ from pretrain.load_config import (
     sections_of_config,
     spell,
 )
-from pretrain.phases import resolve_phases
+from pretrain.planner.model_size import num_parameters
+from pretrain.schedule.phases import resolve_phases
 
 
 def write(tmp_path, text):

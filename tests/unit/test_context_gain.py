@@ -1,4 +1,4 @@
-"""pretrain/context_gain.py: which targets are scored with which context, and the statistics of
+"""pretrain/evaluation/context_gain.py: which targets are scored with which context, and the statistics of
 their losses."""
 
 from types import SimpleNamespace
@@ -12,8 +12,9 @@ from data.sources import Corpus
 from data.stream import DocumentStream
 from data.stretches import lay_out
 from parallel.layout import single_process_layout
-from pretrain import evaluate
-from pretrain.context_gain import (
+from pretrain.config.load import load_config
+from pretrain.evaluation import evaluate
+from pretrain.evaluation.context_gain import (
     choose_documents,
     cut_probe,
     full_probe,
@@ -21,9 +22,8 @@ from pretrain.context_gain import (
     summarize,
     target_blocks,
 )
-from pretrain.evaluate import Evaluator, warnings
-from pretrain.load_config import load_config
-from pretrain.phases import resolve_phases
+from pretrain.evaluation.evaluate import Evaluator, warnings
+from pretrain.schedule.phases import resolve_phases
 from pretrain.step import Scores
 from tests.documents import Documents
 

@@ -8,16 +8,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from model import crossover
+from model.activation_memory.recompute import MemorySettings
+from model.attention_backends import crossover
+from model.attention_backends.mixed import ASSUMED_CROSSOVER_TOKENS, NEVER, padded_length
 from model.config import PRESETS, ModelConfig
-from model.memory import MemorySettings
-from model.mixed import ASSUMED_CROSSOVER_TOKENS, NEVER, padded_length
 from parallel.config import LayoutConfig
 from parallel.layout import Axis, single_process_layout
-from pretrain import attention
-from pretrain.config import CheckpointConfig, Config
-from pretrain.load_config import _NOT_OF_THE_WEIGHTS
-from pretrain.resume_contract import kind_of
+from pretrain import attention_backend as attention
+from pretrain.checkpointing.resume_contract import kind_of
+from pretrain.config.config import CheckpointConfig, Config
+from pretrain.config.load import _NOT_OF_THE_WEIGHTS
 
 CPU = torch.device("cpu")
 HEADS = (4, 2, 8)

@@ -21,11 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from model import gpt
+from model.activation_memory.recompute import KEEPS_INPUT_ONLY, MemorySettings
+from model.attention_backends.choice import BACKENDS, choose_attention, make_segments
+from model.attention_backends.mixed import ASSUMED_CROSSOVER_TOKENS
 from model.config import ModelConfig
 from model.gpt import GPTStage
-from model.kernels import BACKENDS, choose_attention, make_segments
-from model.memory import KEEPS_INPUT_ONLY, MemorySettings
-from model.mixed import ASSUMED_CROSSOVER_TOKENS
 from model.sharding import shardings_for
 from parallel.layout import Axis, Layout, single_process_layout
 from tests.unit.test_model import masked_attention

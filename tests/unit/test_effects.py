@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.effects import CONDITIONS, NEEDS_SIZE, NOT_REPLACED, effect_warnings
-from pretrain.load_config import dump_yaml, field_table, load_config, read_config_yaml
-from pretrain.phase_config import PhaseConfig
+from pretrain.checkpointing.start import Start
+from pretrain.config.effects import CONDITIONS, NEEDS_SIZE, NOT_REPLACED, effect_warnings
+from pretrain.config.load import dump_yaml, field_table, load_config, read_config_yaml
+from pretrain.config.phase_config import PhaseConfig
 from pretrain.plan import make_plan, warnings_about
-from pretrain.start import Start
 
 RUN = (
     "--model tiny --data-path prefix --tokenizer-model model --seq-length 128 "

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.tokenizer import build_tokenizer
+from data.tokenizers.tokenizer import build_tokenizer
 from model.rope import Rope
 from parallel.layout import single_process_layout
-from pretrain import checkpoint
-from pretrain.load_config import dump_yaml, read_config_yaml
-from pretrain.model_files import read_carried
+from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.model_files import read_carried
+from pretrain.config.load import dump_yaml, read_config_yaml
 from tests import chat_folders as folders
 from tools.export_hf import Arguments, export
 from tools.import_hf import Arguments as ImportArguments

@@ -10,9 +10,9 @@ import pytest
 import zstandard
 
 from tests.unit.test_preprocess import ROOT, lines, null, write
-from tools.find_files import find_files
-from tools.input_kinds import EXTENSIONS
 from tools.preprocess_data import main as preprocess_data
+from tools.preprocessing.find_files import find_files
+from tools.preprocessing.input_kinds import EXTENSIONS
 from tools.train_tokenizer import Arguments as TrainArguments
 from tools.train_tokenizer import train_tokenizer
 

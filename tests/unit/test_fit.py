@@ -5,12 +5,13 @@ import dataclasses
 
 import pytest
 
-from model.hardware import CPU, TABLE
-from model.rank_memory import GIB
-from pretrain.auto_layout import Device, load_of
-from pretrain.check_phases import check_phases
-from pretrain.effects import effect_warnings
-from pretrain.fit import (
+from pretrain.config.effects import effect_warnings
+from pretrain.config.load import load_config
+from pretrain.plan import make_plan
+from pretrain.planner.auto_layout import Device, load_of
+from pretrain.planner.check_phases import check_phases
+from pretrain.planner.hardware import CPU, TABLE
+from pretrain.planner.memory_check import (
     LEANER,
     Machine,
     Search,
@@ -20,9 +21,8 @@ from pretrain.fit import (
     memory_model,
     with_memory,
 )
-from pretrain.load_config import load_config
-from pretrain.phases import describe, resolve_phases
-from pretrain.plan import make_plan
+from pretrain.planner.rank_bytes import GIB
+from pretrain.schedule.phases import describe, resolve_phases
 from tests.unit.test_auto_layout import VOCABULARY, config
 
 H200 = Device(TABLE["H200"], TABLE["H200"].memory_bytes)

@@ -2,13 +2,13 @@
 
 import re
 
-from pretrain.flags_page import PAGE, docstrings_of_fields, make_page
-from pretrain.load_config import field_table, sections_of_config
-from pretrain.megatron_flags import synonyms, table
+from pretrain.config.flags_page import PAGE, docstrings_of_fields, make_page
+from pretrain.config.load import field_table, sections_of_config
+from pretrain.config.megatron_flags import synonyms, table
 
 
 def test_the_page_is_up_to_date():
-    assert PAGE.read_text() == make_page(), "make it again: python -m pretrain.flags_page"
+    assert PAGE.read_text() == make_page(), "make it again: python -m pretrain.config.flags_page"
 
 
 def test_the_page_has_a_row_for_every_setting():

@@ -4,9 +4,9 @@ scaled layers."""
 import pytest
 import torch
 
-from model.kernels import Backend
-from model.mixed import NEVER
-from model.offload import Host
+from model.activation_memory.offload import Host
+from model.attention_backends.choice import Backend
+from model.attention_backends.mixed import NEVER
 from pretrain.step import global_grad_norm as step_norm
 from tools.bench import gpu_attention, gpu_frontier, gpu_parts
 from tools.bench.contenders import ALST, CHECKPOINTED, Ours, lean, preset

@@ -78,9 +78,9 @@ def violations(root: Path) -> list[str]:
                 ):
                     problem = "only parallel/layout.py, tests/ and tools/bench/ import megatron"
                 elif package in KERNEL_PACKAGES and not (
-                    file == "model/kernels.py" and in_function
+                    file == "model/attention_backends/choice.py" and in_function
                 ):
-                    problem = f"{package} is optional: import it inside its backend's function in model/kernels.py"
+                    problem = f"{package} is optional: import it inside its backend's function in model/attention_backends/choice.py"
                 if problem:
                     problems.append(f"{file}:{line}: {problem}")
     return problems
@@ -130,7 +130,7 @@ def test_each_folder_explains_itself(folder):
         ("data/a.py", "from ..parallel import layout", "leaves data/"),
         ("model/a.py", "import megatron.core", "import megatron"),
         ("tools/a.py", "from megatron.core import parallel_state", "import megatron"),
-        ("model/kernels.py", "import flash_attn", "flash_attn is optional"),
+        ("model/attention_backends/choice.py", "import flash_attn", "flash_attn is optional"),
         (
             "model/gpt.py",
             "def f():\n    import transformer_engine.pytorch",
@@ -156,7 +156,7 @@ def test_the_checker_sees_a_violation(tmp_path, file, code, expected):
         ),
         ("parallel/layout.py", "from megatron.core import parallel_state"),
         ("tools/bench/peer.py", "import megatron.core\nfrom pretrain import train"),
-        ("model/kernels.py", "def f():\n    import flash_attn"),
+        ("model/attention_backends/choice.py", "def f():\n    import flash_attn"),
         ("tests/unit/test_a.py", "import tools.report, data.stream"),
         ("pretrain/a.py", "import data.stream, model.gpt, parallel.layout\nimport database"),
     ],

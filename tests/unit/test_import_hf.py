@@ -5,8 +5,8 @@ import json
 import pytest
 
 from model import hf
-from pretrain import checkpoint
-from pretrain.load_config import read_config_yaml
+from pretrain.checkpointing import checkpoint
+from pretrain.config.load import read_config_yaml
 from tests.hf_folders import (
     change_config,
     change_weights,
@@ -16,7 +16,7 @@ from tests.hf_folders import (
 )
 from tests.hf_imports import IDS, POSITIONS, assert_same_model, our_logits, refusal, run
 from tools import import_hf
-from tools.hf_config import understand
+from tools.huggingface.config import understand
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.hf_folders import SHAPE, change_config, change_weights, write_folder
 from tests.hf_imports import assert_same_model, refusal
-from tools.hf_weights import INDEX, SINGLE
+from tools.huggingface.weights import INDEX, SINGLE
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"

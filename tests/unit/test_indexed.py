@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from data import indexed, indexed_writer
+from data import indexed
 from data.batch import read_batch
 from data.indexed import IndexedReader, optimal_dtype, read_side_file
-from data.indexed_writer import IndexedWriter
 from data.ledger import fresh_mixture
 from data.stream import DocumentStream
+from data.writers import indexed_writer
+from data.writers.indexed_writer import IndexedWriter
 
 DTYPES = [np.uint8, np.int8, np.int16, np.int32, np.int64, np.uint16]
 DOCUMENTS = [[5, 6, 7], [], [1], list(range(100)), [127, 0]]

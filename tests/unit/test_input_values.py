@@ -12,11 +12,11 @@ from hypothesis import strategies
 from pyarrow import parquet
 
 from tests.unit.test_preprocess import lines, null, write
-from tools import tables
-from tools.ids_files import _parse_lines
-from tools.json_documents import NAMES, text_of
 from tools.preprocess_data import Arguments, preprocess
-from tools.text_files import read_documents, read_pieces
+from tools.preprocessing import tables
+from tools.preprocessing.ids_files import _parse_lines
+from tools.preprocessing.json_documents import NAMES, text_of
+from tools.preprocessing.text_files import read_documents, read_pieces
 from tools.train_tokenizer import sample_texts
 
 MARK = b"\xef\xbb\xbf"

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import yaml
 
-from data.indexed_writer import IndexedWriter
-from data.tokenizer import NullTokenizer
-from pretrain.feed import Feed, ledger_at
-from pretrain.load_config import load_config, spell
+from data.tokenizers.tokenizer import NullTokenizer
+from data.writers.indexed_writer import IndexedWriter
+from pretrain.batches import Feed, ledger_at
+from pretrain.config.load import load_config, spell
 from pretrain.plan import make_plan
 from tools.inspect_data import main
 

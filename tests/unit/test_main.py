@@ -152,7 +152,7 @@ def test_a_rank_that_refuses_alone_speaks_and_ends_the_others(
         ("ITHACA_OUTCOME_FILE", str(outcome)),
     ):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("pretrain.outcome.was_refused_by_others", lambda: False)
+    monkeypatch.setattr("pretrain.processes.outcome.was_refused_by_others", lambda: False)
     assert main(base_arguments(corpus, lr=-1)) == 2
     assert "error (rank 1 on " in capsys.readouterr().err and outcome.read_text() == "refused"
     monkeypatch.undo()
@@ -174,8 +174,8 @@ def test_a_rank_that_refuses_like_the_others_is_silent(corpus, capsys, tmp_path,
 
 def test_a_corpus_of_another_tokenizer_is_refused(tmp_path):
     from data.config import DataConfig
-    from data.indexed_writer import IndexedWriter
     from data.sources import open_corpus
+    from data.writers.indexed_writer import IndexedWriter
 
     with IndexedWriter(str(tmp_path / "c"), np.uint16) as writer:
         for _ in range(5):

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import megatron_flags
-from pretrain.effects import effect_warnings
-from pretrain.load_config import field_table, load_config, spell
-from pretrain.phases import resolve_phases
+from pretrain.config import megatron_flags
+from pretrain.config.effects import effect_warnings
+from pretrain.config.load import field_table, load_config, spell
+from pretrain.schedule.phases import resolve_phases
 
 ARGUMENTS = Path(__file__).with_name("megatron_arguments.txt")
 RUN = (

@@ -14,15 +14,15 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.batch import IGNORE
-from model.attention_tape import AttentionTape, KeptCall, empty
+from model.activation_memory.recompute import MemorySettings
+from model.activation_memory.saved_attention import AttentionTape, KeptCall, empty
+from model.attention_backends.choice import choose_attention
+from model.attention_backends.sdpa import _one_by_one, sdpa_attention
 from model.config import ModelConfig
 from model.gpt import GPTStage
-from model.kernels import choose_attention
 from model.loss import Head, fused_loss, score
-from model.memory import MemorySettings
 from model.mlp import swiglu
 from model.pointwise import BLOCK, rms_norm, rotate
-from model.sdpa import _one_by_one, sdpa_attention
 from parallel.collectives import start_all_to_all
 from parallel.layout import Axis, single_process_layout
 from parallel.ulysses import HeadSplit, chunk_counts, head_rounds

@@ -7,9 +7,10 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from data import indexed, indexed_writer
+from data import indexed
 from data.indexed import read_index, read_side_file
-from data.indexed_writer import IndexedWriter
+from data.writers import indexed_writer
+from data.writers.indexed_writer import IndexedWriter
 from tests.unit.test_preprocess import ROOT
 from tools.merge_datasets import Arguments as MergeArguments
 from tools.merge_datasets import merge

@@ -5,14 +5,14 @@ import torch
 
 from data.batch import IGNORE
 from model import gpt
+from model.attention_backends.choice import choose_attention, make_segments
 from model.config import ModelConfig
-from model.estimate import num_parameters, step_flops
 from model.init import BLOCK_ELEMENTS, normal_rows
-from model.kernels import choose_attention, make_segments
 from model.sharding import shardings_for
 from parallel.context import group_pieces
 from parallel.schedule import layers_of_stage
 from parallel.ulysses import HeadSplit
+from pretrain.planner.model_size import num_parameters, step_flops
 
 CPU = torch.device("cpu")
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from data.indexed import IndexedReader, OpenFiles
-from data.indexed_writer import IndexedWriter
-from data.output_prefix import check_output
+from data.writers.indexed_writer import IndexedWriter
+from data.writers.output_prefix import check_output
 from tests.unit.test_preprocess import ROOT, lines, null
 from tools import preprocess_data
 from tools.merge_datasets import Arguments as MergeArguments

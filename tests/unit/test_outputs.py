@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from tools.output_folder import MARKER, NewFolder
-from tools.outputs import Input, check_file, relation
+from tools.outputs.files import Input, check_file, relation
+from tools.outputs.folder import MARKER, NewFolder
 
 MAKER = "tools.test"
 
@@ -205,7 +205,7 @@ def test_inputs_are_refused_by_the_name_that_the_user_knows(tmp_path):
 def test_what_an_interruption_left_is_taken_up(tmp_path, capsys):
     output = tmp_path / "out"
     code = (
-        "import os, sys; from pathlib import Path; from tools.output_folder import NewFolder\n"
+        "import os, sys; from pathlib import Path; from tools.outputs.folder import NewFolder\n"
         f"new = NewFolder('output', Path({str(output)!r}), {MAKER!r}, inputs=[], overwrite=False)\n"
         "new.__enter__(); (new.path / 'weights').write_text('half'); os._exit(9)"
     )
@@ -332,7 +332,7 @@ def test_files_are_written_over_only_where_they_are_the_tools_own(tmp_path):
 def test_a_plot_of_lengths_is_written_over_only_a_picture_of_ours(tmp_path):
     import numpy as np
 
-    from tools.length_plot import plot_lengths
+    from tools.inspection.length_plot import plot_lengths
 
     path = tmp_path / "lengths.png"
     for _ in range(2):

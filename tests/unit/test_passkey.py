@@ -1,4 +1,4 @@
-"""pretrain/passkey.py: what a trial holds, and which lengths are refused."""
+"""pretrain/evaluation/passkey.py: what a trial holds, and which lengths are refused."""
 
 from pathlib import Path
 
@@ -8,9 +8,9 @@ import pytest
 from data.batch import IGNORE
 from data.stream import DocumentStream
 from data.stretches import lay_out
-from data.tokenizer import build_tokenizer
-from pretrain.metrics import evaluation_line, evaluation_values
-from pretrain.passkey import check_lengths, write_texts, write_trial
+from data.tokenizers.tokenizer import build_tokenizer
+from pretrain.evaluation.passkey import check_lengths, write_texts, write_trial
+from pretrain.logs.metrics import evaluation_line, evaluation_values
 from tests.documents import Documents, Letters
 from tools.train_tokenizer import Arguments, train_tokenizer
 

@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from data.units import parse_tokens
-from model.memory import MemorySettings
+from model.activation_memory.recompute import MemorySettings
 from model.rope import Rope
 from parallel.config import LayoutConfig
 from parallel.schedule import accepts, nearest_counts, stages_of_rank
-from pretrain.check_phases import check_phases, length_warnings, rope_warnings
-from pretrain.config import Config
-from pretrain.effects import effect_warnings
-from pretrain.learning_rate import LearningRate
-from pretrain.phase_config import PhaseConfig
-from pretrain.phases import phase_at, resolve_phases
+from pretrain.config.config import Config
+from pretrain.config.effects import effect_warnings
+from pretrain.config.phase_config import PhaseConfig
+from pretrain.planner.check_phases import check_phases, length_warnings, rope_warnings
+from pretrain.schedule.learning_rate import LearningRate
+from pretrain.schedule.phases import phase_at, resolve_phases
 
 
 def config(**schedule) -> Config:

@@ -10,10 +10,10 @@ import pytest
 
 from data.indexed import IndexedReader, read_side_file
 from tools import preprocess_data
-from tools.find_files import find_files
-from tools.input_kinds import EXTENSIONS
 from tools.preprocess_data import Arguments, preprocess
-from tools.text_files import cut_into_pieces, read_documents
+from tools.preprocessing.find_files import find_files
+from tools.preprocessing.input_kinds import EXTENSIONS
+from tools.preprocessing.text_files import cut_into_pieces, read_documents
 
 ROOT = Path(__file__).parents[2]
 
@@ -196,7 +196,7 @@ def test_folder_without_files(tmp_path):
 
 
 def test_text_comes_back_byte_for_byte(tmp_path):
-    from data.tokenizer import SentencePiece
+    from data.tokenizers.tokenizer import SentencePiece
     from tools.train_tokenizer import Arguments as TrainArguments
     from tools.train_tokenizer import train_tokenizer
 

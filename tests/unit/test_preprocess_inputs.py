@@ -19,13 +19,14 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from data import indexed_writer
-from data.indexed_writer import IndexedWriter
-from data.resumable_writer import ResumableWriter
+from data.writers import indexed_writer
+from data.writers.indexed_writer import IndexedWriter
+from data.writers.resumable_writer import ResumableWriter
 from tests.unit.test_preprocess import ROOT, lines, null, write
-from tools import preprocess_data, streams, tables
-from tools.find_files import find_files
-from tools.read_ahead import read_ahead
+from tools import preprocess_data
+from tools.preprocessing import streams, tables
+from tools.preprocessing.find_files import find_files
+from tools.preprocessing.read_ahead import read_ahead
 
 ENDS = ("bin", "idx", "json")
 
@@ -326,7 +327,7 @@ def test_a_changed_run_begins_anew_and_says_why(
 
 KILLER = """
 import os, signal, sys
-from data import indexed_writer, resumable_writer
+from data.writers import indexed_writer, resumable_writer
 from tools import preprocess_data
 preprocess_data.TASK_BYTES, preprocess_data.SAVE_BYTES = 3000, 9000
 sys.argv, (owner, name, count) = ["p", *sys.argv[4:]], sys.argv[1:4]

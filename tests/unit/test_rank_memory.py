@@ -7,17 +7,17 @@ import torch
 from torch import nn
 from torch.distributed.pipelining.schedules import BACKWARD_WEIGHT, FORWARD, FULL_BACKWARD
 
+from model.activation_memory.recompute import MemorySettings
+from model.attention_backends.choice import choose_attention
 from model.config import ModelConfig
-from model.cost import Axis, Passes, step_seconds
 from model.gpt import GPTStage
-from model.hardware import TABLE, find_hardware, peak_flops
-from model.kernels import choose_attention
-from model.layer_memory import Load
-from model.memory import MemorySettings
-from model.rank_memory import MemoryModel
 from parallel.config import LayoutConfig
 from parallel.layout import single_process_layout
 from parallel.schedule import accepts, chunks_in_flight, idle_share
+from pretrain.planner.activation_bytes import Load
+from pretrain.planner.hardware import TABLE, find_hardware, peak_flops
+from pretrain.planner.rank_bytes import MemoryModel
+from pretrain.planner.step_time import Axis, Passes, step_seconds
 from tests.live_memory import LiveMemory
 from tests.unit.test_phases import torch_schedule
 

@@ -6,8 +6,11 @@ import pytest
 from matplotlib.image import imread
 
 from tests.run_folders import write_run
-from tools import number_text, report, report_charts, report_page, run_record
-from tools.report_axes import LIGHT
+from tools import report
+from tools.reporting import charts as report_charts
+from tools.reporting import number_text, run_record
+from tools.reporting import page as report_page
+from tools.reporting.axes import LIGHT
 
 
 def call(monkeypatch, *arguments) -> int:

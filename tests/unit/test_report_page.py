@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 
 from tests.run_folders import NAMES, write_lines, write_long_run, write_run
-from tools import report, report_axes, report_charts, report_page, run_record
-from tools.report_axes import LIGHT
+from tools import report
+from tools.reporting import axes as report_axes
+from tools.reporting import charts as report_charts
+from tools.reporting import page as report_page
+from tools.reporting import run_record
+from tools.reporting.axes import LIGHT
 
 
 class Reader(HTMLParser):

@@ -6,11 +6,7 @@ import json
 
 import pytest
 
-from pretrain.config import CheckpointConfig, Config
-from pretrain.learning_rate import LearningRate
-from pretrain.load_config import dump_yaml, field_table, load_config, read_config_yaml, spell
-from pretrain.phases import Phase, phase_at, resolve_phases
-from pretrain.resume_contract import (
+from pretrain.checkpointing.resume_contract import (
     FIELDS,
     PATHS,
     PHASE,
@@ -23,6 +19,10 @@ from pretrain.resume_contract import (
     refusals,
     weights_changes,
 )
+from pretrain.config.config import CheckpointConfig, Config
+from pretrain.config.load import dump_yaml, field_table, load_config, read_config_yaml, spell
+from pretrain.schedule.learning_rate import LearningRate
+from pretrain.schedule.phases import Phase, phase_at, resolve_phases
 from tests.unit.test_checkpoint import publish
 
 TOKENIZER = {"type": "NullTokenizer", "vocab_size": 100, "fingerprint": "a"}
@@ -90,7 +90,7 @@ def phased(*entries: dict, **optimizer) -> Config:
 
 
 def type_of_entry(**entry):
-    from pretrain.phase_config import PhaseConfig
+    from pretrain.config.phase_config import PhaseConfig
 
     return PhaseConfig(**entry)
 
@@ -106,7 +106,7 @@ def test_every_setting_has_a_kind():
                 kind_of(section, name)
             except KeyError:
                 pytest.fail(
-                    f"{section}.{name} has no kind: say in pretrain/resume_contract.py what a change means"
+                    f"{section}.{name} has no kind: say in pretrain/checkpointing/resume_contract.py what a change means"
                 )
     assert set(FIELDS) <= names, "the table names settings that are gone"
     assert set(PHASE) == {field.name for field in dataclasses.fields(Phase)}, (

@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from data.batch import IGNORE, Batch
+from model.attention_backends.choice import choose_attention
 from model.build import build_whole_model, parameter_shapes
 from model.config import ModelConfig
 from model.hf import context_to_declare, huggingface_config, huggingface_name
 from model.init import normal_rows
-from model.kernels import choose_attention
 from model.pointwise import rotate
 from model.rope import PARAMETERS, ROPE_SETTINGS, Rope, inverse_frequencies, rotary_tables
-from pretrain.load_config import load_config
-from pretrain.phase_config import PhaseConfig
-from tools.hf_config import understand
+from pretrain.config.load import load_config
+from pretrain.config.phase_config import PhaseConfig
+from tools.huggingface.config import understand
 
 LLAMA3 = dict(use_rope_scaling=True)
 YARN = dict(rope_type="yarn", rope_scaling_factor=4.0, original_max_position_embeddings=32768)

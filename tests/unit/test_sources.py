@@ -7,11 +7,11 @@ import pytest
 
 from data.config import DataConfig, parse_windows
 from data.indexed import IndexedReader, OpenFiles
-from data.indexed_writer import IndexedWriter
 from data.ledger import fresh_mixture
 from data.loader import Loader
 from data.sources import open_corpus
 from data.synthetic import SyntheticReader
+from data.writers.indexed_writer import IndexedWriter
 
 
 def write(prefix, documents, dtype=np.uint16):

@@ -5,13 +5,13 @@ import json
 
 import pytest
 
-from data import tokenizer_fast
 from data.indexed import IndexedReader, read_side_file
-from data.tokenizer_fast import FastEncoder
+from data.tokenizers import fast as tokenizer_fast
+from data.tokenizers.fast import FastEncoder
 from tests.unit.test_tokenizer_doors import SPECIAL, byte_level, sentencepiece_model
 from tools import preprocess_data
-from tools.choose_encoder import sample_texts
 from tools.preprocess_data import Arguments, preprocess
+from tools.preprocessing.choose_encoder import sample_texts
 
 TEXTS = ["one plain text", f"a{SPECIAL}b {SPECIAL}", "another", f"{SPECIAL}"]
 

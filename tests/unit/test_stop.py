@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from parallel.layout import single_process_layout
-from pretrain import stop
-from pretrain.stop import Interrupted, StopRequest, StopSignals
+from pretrain.processes import stop
+from pretrain.processes.stop import Interrupted, StopRequest, StopSignals
 from pretrain.train import Trainer
 
 # Waits for a store that nobody serves, as a process waits for another node: the wait is in C++, far
@@ -21,7 +21,7 @@ WAITING = """
 import sys
 from datetime import timedelta
 from torch.distributed import TCPStore
-from pretrain.stop import StopSignals
+from pretrain.processes.stop import StopSignals
 
 StopSignals().listen(before_end=lambda: print("ended in order", flush=True))
 print("listening", flush=True)
@@ -53,7 +53,7 @@ def test_a_process_that_waits_for_others_ends_at_once(number):
 IMPORTING = """
 import os, signal, time
 os.kill(os.getpid(), signal.SIGTERM)
-from pretrain.stop import StopSignals
+from pretrain.processes.stop import StopSignals
 StopSignals().listen(before_end=lambda: print("ended in order", flush=True))
 time.sleep(60)
 """
@@ -72,7 +72,7 @@ import sys, time
 from torch.distributed import FileStore
 from parallel.config import LayoutConfig
 from parallel.layout import end_world, start_world
-from pretrain.stop import StopSignals, defer_together
+from pretrain.processes.stop import StopSignals, defer_together
 
 signals, rank = StopSignals(), int(sys.argv[1])
 signals.listen(before_end=lambda: print("ended in order", flush=True))

@@ -8,10 +8,10 @@ import pytest
 
 from data.config import DataConfig
 from data.indexed import IndexedReader
-from data.indexed_writer import IndexedWriter
 from data.permutation import Permutation
 from data.stream import DocumentStream, split_documents
 from data.synthetic import SyntheticReader
+from data.writers.indexed_writer import IndexedWriter
 from tests.documents import Documents
 
 LENGTHS = [3, 0, 1, 7, 2, 1, 12, 5]

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from data.text_search import MOST_PREFIXES, TextSearch
-from data.tokenizer_rules import _overlapping
+from data.tokenizers.rules import _overlapping
+from data.tokenizers.text_search import MOST_PREFIXES, TextSearch
 
 UNUSED = [f"<unused{number}>" for number in range(6300)]
 LETTERS = [chr(0x4E00 + number) for number in range(3 * MOST_PREFIXES)]

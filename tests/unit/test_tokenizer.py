@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data.tokenizer import SAMPLE_TEXT, SentencePiece, build_tokenizer
+from data.tokenizers.tokenizer import SAMPLE_TEXT, SentencePiece, build_tokenizer
 from tools.train_tokenizer import Arguments, sample_texts, train_tokenizer
 
 ROOT = Path(__file__).parents[2]

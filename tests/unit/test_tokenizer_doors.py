@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from data.tokenizer import build_tokenizer
-from data.tokenizer_fast import CheckedEncoder, encode_one_by_one
+from data.tokenizers.fast import CheckedEncoder, encode_one_by_one
+from data.tokenizers.tokenizer import build_tokenizer
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [path.read_text() for path in sorted((ROOT / "data").glob("*.py"))[:8]] + [
@@ -127,7 +127,7 @@ def fallback_bpe(folder, normalizer, pre_tokenizer, **options):
     """A tokenizer.json with the vocabulary and merges of a SentencePiece model."""
     from tokenizers import Tokenizer
 
-    from data.tokenizer_convert import convert_sentencepiece
+    from data.tokenizers.convert import convert_sentencepiece
 
     _, model = sentencepiece_model(
         folder.with_name(folder.name + "-pieces"),

@@ -5,11 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from data import tokenizer_fast
 from data.indexed import IndexedReader
-from data.indexed_writer import IndexedWriter
-from data.tokenizer import build_tokenizer
-from data.tokenizer_fast import (
+from data.tokenizers import fast as tokenizer_fast
+from data.tokenizers.fast import (
     CheckedEncoder,
     FastEncoder,
     TextError,
@@ -17,11 +15,14 @@ from data.tokenizer_fast import (
     first_difference,
     probe_texts,
 )
+from data.tokenizers.tokenizer import build_tokenizer
+from data.writers.indexed_writer import IndexedWriter
 from tests.unit.test_tokenizer import ROOT, TEXTS, model  # noqa: F401 (a fixture)
-from tools import choose_encoder, preprocess_data
+from tools import preprocess_data
 from tools.bench import tokenizing
-from tools.choose_encoder import sample_texts
 from tools.preprocess_data import Arguments, preprocess
+from tools.preprocessing import choose_encoder
+from tools.preprocessing.choose_encoder import sample_texts
 
 HARD = [
     *TEXTS,
@@ -241,7 +242,7 @@ def test_add_documents_equals_one_by_one(tmp_path):
 
 def test_json_that_only_one_parser_takes(tmp_path):
     """orjson is the fast way, never the judge: NaN in another key, repeated keys, surrogates."""
-    from tools.text_files import cut_into_pieces, read_documents
+    from tools.preprocessing.text_files import cut_into_pieces, read_documents
 
     path = tmp_path / "x.jsonl"
     path.write_bytes(

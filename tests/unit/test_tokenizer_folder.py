@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from data.tokenizer import build_tokenizer
-from data.tokenizer_identity import same_tokenizer
+from data.tokenizers.identity import same_tokenizer
+from data.tokenizers.tokenizer import build_tokenizer
 from tests.unit.test_tokenizer_doors import LLAMA3, byte_level, sentencepiece_model
 
 TEXT = "def f(self) e\u0301"

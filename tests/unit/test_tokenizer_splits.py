@@ -10,9 +10,9 @@ import unicodedata
 
 import pytest
 
-from data.tokenizer_identity import byte_letters
-from data.tokenizer_rules import rules_of_tokenizer_json
-from data.tokenizer_splits import SPLITS
+from data.tokenizers.identity import byte_letters
+from data.tokenizers.rules import rules_of_tokenizer_json
+from data.tokenizers.splits import SPLITS
 from tests.marks import cases
 
 WORDS = [

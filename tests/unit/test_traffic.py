@@ -137,7 +137,7 @@ def toy_step() -> dict:
     scale = Scale(toy=True)
     counted, syncs = traffic.count_step(arguments, card, scale)
     config, vocabulary = scale.model("1b", num_layers=1)
-    from model.estimate import num_parameters
+    from pretrain.planner.model_size import num_parameters
 
     return {
         "groups": counted.groups(),

@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from pretrain import checkpoint
-from pretrain.load_config import dump_yaml, read_config_yaml
+from pretrain.checkpointing import checkpoint
+from pretrain.config.load import dump_yaml, read_config_yaml
 from tests.hf_folders import write_folder
-from tools import export_hf, import_hf, verify_hf
+from tools import export_hf, import_hf
+from tools.huggingface import verify as verify_hf
 
 SETTINGS = {
     # Legal on tp 2 x cp 2 x 2, where a rank has 3 query heads and 1 key head; not in one process.

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, spawn
 
-from model.kernels import choose_attention, make_segments
+from model.attention_backends.choice import choose_attention, make_segments
 from parallel.config import LayoutConfig
 from parallel.layout import Axis, build_layout, end_world, start_world
 from parallel.ulysses import HeadSplit, heads_to_seq, seq_to_heads

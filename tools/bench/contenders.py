@@ -25,14 +25,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 
 from data.batch import IGNORE, Batch
+from model.attention_backends.choice import Attend, choose_attention, has_bf16_units
 from model.build import build_stages, parameter_shapes
 from model.config import PRESETS, ModelConfig
 from model.hf import architecture, huggingface_config, huggingface_name
-from model.kernels import Attend, choose_attention, has_bf16_units
 from parallel.config import LayoutConfig, ShardingStrategy
 from parallel.layout import Layout, single_process_layout, start_world
 from parallel.ulysses import HeadSplit, chunk_counts
-from pretrain.config import OptimizerConfig
+from pretrain.config.config import OptimizerConfig
 from pretrain.state import build_optimizer
 from pretrain.step import Stepper, train_step
 
@@ -46,7 +46,7 @@ LOSS_TOLERANCES = (1e-3, 5e-3)
 """Largest relative differences between the losses of two contenders in their first and second step.
 The second is after an update, in which bf16 gradients near zero come out with either sign."""
 STRATEGY: ShardingStrategy = "optim_grads"
-"""The trainer's default ZeRO level (pretrain/config.py)."""
+"""The trainer's default ZeRO level (pretrain/config/config.py)."""
 OPTIMIZER = OptimizerConfig()
 """Learning rate, betas, epsilon, weight decay and clipping of every contender."""
 LOSS_CHUNK = 2048

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from pretrain import checkpoint
+from pretrain.checkpointing import checkpoint
 from tools.audit_data import audit
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model.crossover import crossover_of, measure, padded_lengths
-from model.kernels import BACKENDS, HeadShape, choose_attention, make_segments
-from model.mixed import ASSUMED_CROSSOVER_TOKENS
+from model.attention_backends.choice import BACKENDS, HeadShape, choose_attention, make_segments
+from model.attention_backends.crossover import crossover_of, measure, padded_lengths
+from model.attention_backends.mixed import ASSUMED_CROSSOVER_TOKENS
 from tools.bench.contenders import Ours, causal_pairs, lean, make_sample, one_process
 from tools.bench.gpu_parts import (
     ASSUMED,

@@ -11,10 +11,10 @@ import torch
 
 from data.batch import Batch
 from model.config import ModelConfig
-from model.estimate import step_flops
-from model.layer_memory import Load
-from model.rank_memory import MemoryModel, show_bytes
 from parallel.config import LayoutConfig
+from pretrain.planner.activation_bytes import Load
+from pretrain.planner.model_size import step_flops
+from pretrain.planner.rank_bytes import MemoryModel, show_bytes
 from tools.bench.contenders import STRATEGY, Ours, causal_pairs, lean, make_sample, one_process
 from tools.bench.gpu_attention import QWEN_RANKS
 from tools.bench.gpu_parts import SEED, Card, Scale, attention_of

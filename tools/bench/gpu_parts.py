@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from model.attention_backends.choice import BACKENDS, Attend, HeadShape, choose_attention
+from model.attention_backends.mixed import ASSUMED_CROSSOVER_TOKENS, NEVER
 from model.config import ModelConfig
-from model.kernels import BACKENDS, Attend, HeadShape, choose_attention
-from model.mixed import ASSUMED_CROSSOVER_TOKENS, NEVER
 from tools.bench.contenders import Dtype, preset
 from tools.bench.fresh import measured, trim
 

@@ -16,7 +16,7 @@ from time import perf_counter
 
 import yaml
 
-from model.kernels import has_bf16_units
+from model.attention_backends.choice import has_bf16_units
 from tools.bench.fresh import ROOT
 from tools.bench.gpu_parts import Card, Scale
 from tools.bench.lease_lines import Report

@@ -5,8 +5,8 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from model.estimate import step_flops
 from parallel.layout import Layout
+from pretrain.planner.model_size import step_flops
 from tools.bench.contenders import (
     LOSS_CHUNK,
     Contender,
@@ -31,7 +31,7 @@ from tools.bench.lease_lines import Report
 LENGTH = 8192
 OTHER_CHUNK = 8192
 """Tokens of the loss's chunk that are tried beside LOSS_CHUNK, with the fastest kernel: what the
-trainer takes on a GPU by itself where the memory suffices (pretrain/fit.py)."""
+trainer takes on a GPU by itself where the memory suffices (pretrain/planner/memory_check.py)."""
 REPEATS = 5
 PEER = "transformers + torch.compile"
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from model.estimate import step_flops
-from model.kernels import choose_attention
+from model.attention_backends.choice import choose_attention
+from pretrain.planner.model_size import step_flops
 from tools.bench.contenders import (
     CHECKPOINTED,
     OURS,

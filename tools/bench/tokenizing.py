@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from data.indexed import IndexedReader
-from data.tokenizer import build_tokenizer
+from data.tokenizers.tokenizer import build_tokenizer
 from tools.bench.report import usable_cores
 from tools.preprocess_data import Arguments as PreprocessArguments
 from tools.preprocess_data import preprocess

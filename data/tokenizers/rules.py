@@ -1,0 +1,386 @@
+"""Which texts gigatoken encodes to the tokenizer's own ids, by the tokenizer's definition.
+
+gigatoken reads a tokenizer.json and passes over what it does not know in it, so every part of the
+definition must be one that it is known to do identically. Where that holds only for some texts, a
+cheap test finds the others, and the tokenizer itself encodes those:
+
+    added tokens       with flags, changed by normalization, overlapping, or beside a prefix
+    NFC                texts that it changes: gigatoken's tables are of a newer Unicode
+    letters            that Unicode assigned recently: they are letters to one of the two only
+    character maps     all but printable ASCII: SentencePiece maps the longest match, not graphemes
+    extra spaces       texts that begin or end with one
+"""
+
+import functools
+import json
+import sys
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from data.tokenizers.convert import (
+    SPACE,
+    read_model,
+    tied_pieces,
+    unsupported_settings,
+    user_defined_pieces,
+)
+from data.tokenizers.identity import byte_letters, flatten_steps
+from data.tokenizers.splits import SPLITS
+from data.tokenizers.text_search import TextSearch
+
+RECLASSIFIED = "\u0295"
+"""A small letter until Unicode 16, and one without case from 17 on."""
+IGNORED_PARTS = ("truncation", "padding", "post_processor", "decoder")
+"""Parts of a tokenizer.json that do not act on the ids of a text."""
+BPE_DEFAULTS = {
+    "dropout": (None, 0, 0.0),
+    "continuing_subword_prefix": (None, ""),
+    "end_of_word_suffix": (None, ""),
+}
+"""Settings of the model that gigatoken passes over -> the values with which they do nothing."""
+
+Letters = Literal["assigned", "printable"]
+
+
+@dataclass(frozen=True)
+class FastRules:
+    """How gigatoken stands for a tokenizer.
+
+    definition: the tokenizer.json that it is given. slow_words: texts that hold one of them are the
+    tokenizer's own. letters: which letters a fast text may have: those that Unicode has assigned
+    for long, or printable ASCII and newlines. nfc: a fast text is what NFC makes of it. edges: a
+    fast text neither begins nor ends with a space. slow_beginnings: texts that begin with one of
+    them are the tokenizer's own.
+    """
+
+    definition: str
+    slow_words: tuple[str, ...] = ()
+    letters: Letters = "assigned"
+    nfc: bool = False
+    edges: bool = False
+    slow_beginnings: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def _search(self) -> TextSearch:
+        return TextSearch(self.slow_words)
+
+    def slow(self, texts: Sequence[str]) -> list[int]:
+        """Numbers of the texts that the tokenizer itself has to encode, ascending."""
+        found = set(self._search.count(texts))
+        if self.slow_beginnings:
+            found |= {i for i, text in enumerate(texts) if text.startswith(self.slow_beginnings)}
+        if self.edges:
+            ends = [text[:1] + text[-1:] for text in texts]
+            found |= {i for i, end in enumerate(ends) if end[:1].isspace() or end[-1:].isspace()}
+        # isascii is a flag of the text, so that English costs nothing here.
+        every = self.letters == "printable"
+        wide = [i for i, text in enumerate(texts) if every or not text.isascii()]
+        if wide and _has_slow_letter("".join([texts[i] for i in wide]), self.letters):
+            found |= {i for i in wide if _has_slow_letter(texts[i], self.letters)}
+        if self.nfc:
+            left = [i for i in wide if i not in found]
+            found |= {i for i in left if not unicodedata.is_normalized("NFC", texts[i])}
+        return sorted(found)
+
+
+def _has_slow_letter(text: str, letters: Letters) -> bool:
+    codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    return bool(_slow_letters(letters)[codes].any())
+
+
+@functools.cache
+def _slow_letters(letters: Letters) -> np.ndarray:
+    """bool [code points] of the letters that a fast text may not have.
+
+    The tokenizers library knows Unicode 16 and gigatoken 17, and they differ in nothing that both
+    have assigned but RECLASSIFIED. Python 3.11 to 3.14 know 14 to 16, so that what this Python has
+    not assigned holds all the rest. A text of assigned letters that is in NFC is so under every
+    later Unicode and every earlier one.
+    """
+    codes = range(sys.maxunicode + 1)
+    if letters == "printable":
+        return np.array([not (32 <= code < 127 or code == 10) for code in codes])
+    slow = np.array([unicodedata.category(chr(code)) == "Cn" for code in codes])
+    slow[ord(RECLASSIFIED)] = True
+    return slow
+
+
+def rules_of_tokenizer_json(definition: str, *, keep_special: bool) -> FastRules:
+    """The rules for a tokenizer of Hugging Face's.
+
+    Args:
+        keep_special: special tokens that are written in a text are those tokens, and not text.
+
+    Raises:
+        ValueError: says what in the definition gigatoken does otherwise.
+    """
+    parts = json.loads(definition)
+    model = parts["model"]
+    if model.get("type", "BPE") != "BPE":
+        raise ValueError(f"gigatoken does not read {model['type']} models")
+    for name, harmless in BPE_DEFAULTS.items():
+        if model.get(name) not in harmless:
+            raise ValueError(f"gigatoken passes over {name} = {model[name]!r}")
+    _check_merges(model)
+    if model.get("byte_fallback"):
+        return _rules_of_byte_fallback(parts, keep_special)
+    return _rules_of_byte_level(parts, keep_special)
+
+
+def _rules_of_byte_level(parts: dict, keep_special: bool) -> FastRules:
+    contents = {token["content"] for token in parts["added_tokens"]}
+    alphabet = set(byte_letters())
+    vocabulary = parts["model"]["vocab"]
+    if not alphabet <= vocabulary.keys():
+        raise ValueError("its vocabulary does not have all bytes")
+    odd = next(
+        (word for word in vocabulary if not alphabet.issuperset(word) and word not in contents),
+        None,
+    )
+    if odd is not None:
+        raise ValueError(f"its vocabulary holds {odd!r}, which is not written in bytes")
+    nfc = _only_nfc(parts.get("normalizer"))
+    prefix = _check_byte_level(parts.get("pre_tokenizer"))
+    added = _AddedTokens(parts["added_tokens"], keep_special=keep_special, nfc=nfc, alone=prefix)
+    return FastRules(_without_ignored(parts, added.fast), added.slow, nfc=nfc)
+
+
+def _rules_of_byte_fallback(parts: dict, keep_special: bool) -> FastRules:
+    model = parts["model"]
+    for byte in range(256):
+        if f"<0x{byte:02X}>" not in model["vocab"] and not (
+            byte < 128 and chr(byte) in model["vocab"]
+        ):
+            raise ValueError(f"its vocabulary does not have the byte 0x{byte:02X}")
+    if model.get("ignore_merges"):
+        raise ValueError("gigatoken passes over ignore_merges beside byte_fallback")
+    steps = flatten_steps(parts.get("normalizer"), "normalizers")
+    cleans = [
+        step["type"]
+        for step in steps
+        if step["type"] in ("Strip", "Precompiled") or step.get("pattern") == {"Regex": " {2,}"}
+    ]
+    prefix = False
+    for step in steps:
+        if step["type"] == "Prepend" and step["prepend"] == SPACE:
+            prefix = True
+        elif step["type"] not in ("Strip", "Precompiled") and step not in (
+            {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+            {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
+        ):
+            raise ValueError(
+                f"its normalizer has the step {json.dumps(step, ensure_ascii=False)[:80]}"
+            )
+    metaspace = _check_metaspace(parts.get("pre_tokenizer"))
+    prefix = prefix or metaspace not in (None, "never")
+    active = [token for token in parts["added_tokens"] if keep_special or not token["special"]]
+    if steps and any(token["normalized"] for token in active):
+        raise ValueError("it looks for added tokens in the normalized text")
+    added = _AddedTokens(
+        parts["added_tokens"], keep_special=keep_special, nfc=False, alone=prefix or bool(cleans)
+    )
+    # Where a mark is added only if there is none, those in the text itself decide.
+    marks = (SPACE,) if cleans or metaspace is not None else ()
+    return FastRules(
+        _without_ignored(parts, added.fast),
+        (*added.slow, *marks),
+        letters="printable" if "Precompiled" in cleans else "assigned",
+        edges=bool(cleans) or metaspace is not None,
+    )
+
+
+def rules_of_sentencepiece(model: str, definition: str) -> FastRules:
+    """The rules for a SentencePiece model.
+
+    Args:
+        definition: the tokenizer.json that the model converts to.
+
+    Raises:
+        ValueError: says what in the model gigatoken does otherwise.
+    """
+    proto = read_model(model)
+    if unsupported := unsupported_settings(proto):
+        raise ValueError(f"gigatoken does not do {unsupported}")
+    spec = proto.normalizer_spec
+    parts = json.loads(definition)
+    steps = []
+    if spec.precompiled_charsmap:
+        converted = parts["normalizer"]["normalizers"]
+        steps.append(next(step for step in converted if step["type"] == "Precompiled"))
+    if spec.remove_extra_whitespaces:
+        steps.append({"type": "Strip", "strip_left": True, "strip_right": True})
+        steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
+    if spec.add_dummy_prefix:
+        steps.append({"type": "Prepend", "prepend": SPACE})
+    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
+    symbols = user_defined_pieces(proto)
+    # A symbol is an added token to gigatoken, where nothing changes what stands beside it or in it.
+    changing = spec.precompiled_charsmap or spec.remove_extra_whitespaces or spec.add_dummy_prefix
+    exact = not changing and not any(SPACE in symbol or " " in symbol for symbol in symbols)
+    pieces = tied_pieces(proto) if exact else symbols + tied_pieces(proto)
+    words = _forms(pieces)
+    # A dummy prefix makes a piece of what follows it.
+    prefixed = [piece.removeprefix(SPACE) for piece in pieces if piece.startswith(SPACE)]
+    beginnings = _forms(prefixed) if spec.add_dummy_prefix else []
+    if spec.remove_extra_whitespaces or any(SPACE in piece for piece in pieces):
+        words.append(SPACE)  # amid spaces it makes more forms of a piece than these two
+    kept = [
+        token | {"normalized": False}
+        for token in parts["added_tokens"]
+        if not token["special"] and exact
+    ]
+    parts["normalizer"] = {"type": "Sequence", "normalizers": steps}
+    rules = rules_of_tokenizer_json(json.dumps(parts | {"added_tokens": kept}), keep_special=False)
+    return FastRules(
+        rules.definition,
+        (*rules.slow_words, *words),
+        letters=rules.letters,
+        edges=rules.edges,
+        slow_beginnings=tuple(beginnings),
+    )
+
+
+def _forms(pieces: Sequence[str]) -> list[str]:
+    """How pieces stand in a text: with spaces, or with the marks themselves."""
+    return [form for piece in pieces for form in (piece, piece.replace(SPACE, " "))]
+
+
+class _AddedTokens:
+    """Added tokens that gigatoken finds as the tokenizer does, and words that make a text slow.
+
+    Args:
+        nfc: the tokenizer normalizes with NFC, and fast texts are in NFC.
+        alone: what stands beside an added token is changed, as by a prefix.
+    """
+
+    def __init__(self, tokens: list[dict], *, keep_special: bool, nfc: bool, alone: bool):
+        active = [
+            token for token in tokens if token["content"] and (keep_special or not token["special"])
+        ]
+        passive = [token["content"] for token in tokens if token["special"] and not keep_special]
+        raw = [token["content"] for token in active if not token["normalized"]]
+        normalized = [token["content"] for token in active if token["normalized"]]
+        # The tokenizer takes out raw ones first; what is text now still hides what it overlaps.
+        mixed = _overlapping(raw, normalized) | _overlapping(passive, raw + normalized)
+        slow = list(mixed)
+        self.fast = []
+        for token in active:
+            content = token["content"]
+            composed = unicodedata.normalize("NFC", content) if nfc else content
+            plain = not (token["single_word"] or token["lstrip"] or token["rstrip"])
+            if plain and not alone and content == composed and content not in mixed:
+                self.fast.append(token)
+            else:
+                slow += [content, composed]
+        self.slow = tuple(dict.fromkeys(slow))
+
+
+def _overlapping(some: Sequence[str], others: Sequence[str]) -> set[str]:
+    """Those of two lists of words of which one may cover a part of another in a text."""
+    return _touching(some, others) | _touching(others, some)
+
+
+def _touching(words: Sequence[str], others: Sequence[str]) -> set[str]:
+    """Those of `words` that may cover a part of one of `others`.
+
+    By sets of parts of words: a vocabulary may have thousands of added tokens, too many for pairs.
+    """
+    whole = set(others)
+    beginnings = {part for word in whole for part in _beginnings(word)}
+    endings = {part for word in whole for part in _endings(word)}
+    insides = {part for word in whole for end in _endings(word) for part in _beginnings(end)}
+    return {
+        word
+        for word in words
+        if word in insides
+        or not beginnings.isdisjoint(_endings(word))
+        or not endings.isdisjoint(_beginnings(word))
+        or any(not whole.isdisjoint(_beginnings(end)) for end in _endings(word))
+    }
+
+
+def _beginnings(word: str) -> list[str]:
+    return [word[:length] for length in range(1, len(word) + 1)]
+
+
+def _endings(word: str) -> list[str]:
+    return [word[start:] for start in range(len(word))]
+
+
+def _check_merges(model: dict) -> None:
+    """Raise ValueError where gigatoken ranks the merges in another way than their list."""
+    vocabulary = model["vocab"]
+    merges = [
+        tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge)
+        for merge in model["merges"]
+    ]
+    if len(set(merges)) < len(merges):
+        raise ValueError("it lists a merge twice")
+    if any(part.startswith("<0x") and len(part) == 6 for merge in merges for part in merge):
+        raise ValueError("it merges bytes")
+    made = [vocabulary[left + right] for left, right in merges]
+    # Byte-level merges whose tokens are in order are ranked by the token, all others by their place
+    # in the list.
+    if not model.get("byte_fallback") and made == sorted(made) and len(set(made)) < len(made):
+        raise ValueError("two of its merges make the same token, one after the other")
+
+
+def _check_byte_level(step: dict | None) -> bool:
+    """Whether a space is put before texts. ValueError: gigatoken does a step otherwise."""
+    steps = flatten_steps(step, "pretokenizers")
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+        return bool(steps[0]["add_prefix_space"])
+    if len(kinds) < 2 or kinds[-1] != "ByteLevel" or set(kinds[:-1]) != {"Split"}:
+        raise ValueError(
+            f"gigatoken does not split texts as {' and '.join(kinds) or 'no pre-tokenizer'} do"
+        )
+    if steps[-1].get("use_regex", True) or steps[-1]["add_prefix_space"]:
+        raise ValueError("gigatoken passes over use_regex or add_prefix_space after another split")
+    for split in steps[:-1]:
+        if split["behavior"] != "Isolated" or split["invert"] or "Regex" not in split["pattern"]:
+            raise ValueError(
+                f"gigatoken passes over the settings of the split {json.dumps(split)[:80]}"
+            )
+    if tuple(split["pattern"]["Regex"] for split in steps[:-1]) not in SPLITS.values():
+        raise ValueError(
+            f"gigatoken is not known to split by {steps[0]['pattern']['Regex'][:60]}..."
+        )
+    return False
+
+
+def _check_metaspace(step: dict | None) -> str | None:
+    """When a mark is put before texts; None without Metaspace. ValueError: other steps."""
+    steps = flatten_steps(step, "pretokenizers")
+    if not steps:
+        return None
+    if steps == [
+        {
+            "type": "Split",
+            "pattern": {"String": " "},
+            "behavior": "MergedWithPrevious",
+            "invert": False,
+        }
+    ]:
+        return None
+    if [step["type"] for step in steps] != ["Metaspace"] or steps[0]["replacement"] != SPACE:
+        raise ValueError(
+            f"gigatoken does not split texts as {' and '.join(step['type'] for step in steps)} do"
+        )
+    return steps[0].get("prepend_scheme", "always")
+
+
+def _only_nfc(step: dict | None) -> bool:
+    """Whether there is a normalizer, and it is NFC. Raises ValueError for another one."""
+    kinds = [step["type"] for step in flatten_steps(step, "normalizers")]
+    if set(kinds) - {"NFC"}:
+        raise ValueError(f"gigatoken does not normalize as {' and '.join(kinds)} do")
+    return bool(kinds)
+
+
+def _without_ignored(parts: dict, added: list[dict]) -> str:
+    return json.dumps(parts | dict.fromkeys(IGNORED_PARTS) | {"added_tokens": added})

@@ -1,0 +1,145 @@
+"""Which attention the run computes with: the backend, and what `mixed` measures once per card.
+
+World rank 0 measures and tells the others, so that all ranks choose alike. What it found lies
+beside the checkpoints, so that a run that is started again on the same card chooses as before.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from model.attention_backends.choice import Attend, HeadShape, pick_backend
+from model.attention_backends.crossover import crossover_of, measure, padded_lengths
+from model.attention_backends.mixed import ASSUMED_CROSSOVER_TOKENS, NEVER
+from parallel.collectives import all_reduce
+from parallel.layout import Layout
+from pretrain.checkpointing.checkpoint import write_atomically
+from pretrain.config.config import Config
+from pretrain.config.load import warn
+from pretrain.planner.activation_bytes import Heads
+from pretrain.schedule.phases import Phase
+
+FILE = "attention_crossover.json"
+"""In the --save folder: an entry for each card, torch release and shape of the heads."""
+
+
+def attention_of_run(
+    config: Config, phases: list[Phase], phase: Phase, layout: Layout, compute_dtype: torch.dtype
+) -> tuple[Attend, str]:
+    """Choose this rank's attend function, and say why in a line. Collective on a GPU.
+
+    Args:
+        phases: all that these processes may train.
+        phase: the one that they begin with, whose shapes are measured.
+
+    Raises:
+        ValueError: the backend that was asked for cannot run here.
+    """
+    on_tape = any(each.attention_on_tape for each in phases)
+    heads = heads_of_call(config, phase)
+    backend, why = pick_backend(
+        config.model.attention_backend, layout.device, compute_dtype, on_tape, heads
+    )
+    line = f"attention: {backend.name} ({why})"
+    asked = config.model.attention_crossover_tokens
+    if asked is not None and backend.name != "mixed":
+        line += f"; attention_crossover_tokens = {asked} has no effect, it is for the backend mixed"
+    if layout.device.type != "cuda":
+        return backend.make(ASSUMED_CROSSOVER_TOKENS), line
+    # Every rank takes part, whatever it chose: where machines differ, some may need the answer.
+    tokens = 0
+    how = ""
+    if layout.world.is_first:
+        tokens, how = find_crossover(
+            config, heads, layout.device, compute_dtype, is_needed=backend.name == "mixed"
+        )
+    return backend.make(tell_all(tokens, layout)), f"{line}{how}"
+
+
+def tell_all(tokens: int, layout: Layout) -> int:
+    """World rank 0's number, on every rank; the others give 0."""
+    return int(
+        all_reduce(torch.tensor(tokens, dtype=torch.int64, device=layout.device), layout.world)
+    )
+
+
+def heads_of_call(config: Config, phase: Phase) -> HeadShape:
+    """Query heads, key/value heads and head size of a call of the rank that has most."""
+    chunks = phase.memory.attention_head_chunks
+    heads = Heads.of(config.model, phase.layout, chunks)
+    if chunks > 1:
+        query = max(1, heads.m // chunks)
+        kv = heads.round_k
+    else:
+        query = heads.m
+        kv = max(heads.k, heads.paired)
+    # The most of different ranks need not go together.
+    return query, kv if query % kv == 0 else query, config.model.head_size
+
+
+def find_crossover(
+    config: Config, heads: HeadShape, device: torch.device, dtype: torch.dtype, *, is_needed: bool
+) -> tuple[int, str]:
+    """The crossover in tokens, and where it is from as the end of a line."""
+    asked = config.model.attention_crossover_tokens
+    if asked is not None:
+        return asked, _describe(asked, "asked for") if is_needed else ""
+    folder = config.checkpoint.save
+    if not is_needed:
+        return ASSUMED_CROSSOVER_TOKENS, ""
+    if folder is None:
+        how = "assumed: without --save nothing is measured"
+        return ASSUMED_CROSSOVER_TOKENS, _describe(ASSUMED_CROSSOVER_TOKENS, how)
+    path = Path(folder) / FILE
+    key = {
+        "card": torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+        "dtype": str(dtype),
+        "heads": list(heads),
+        "lengths": padded_lengths(heads),
+    }
+    entries = read_entries(path)
+    for entry in entries:
+        if {name: entry.get(name) for name in key} == key:
+            return entry["crossover"], _describe(entry["crossover"], f"measured before, {path}")
+    try:
+        milliseconds = measure(heads, device, dtype)
+    except RuntimeError as error:  # a length that a kernel refuses, or no memory for it
+        how = f"assumed: measuring failed with {str(error).splitlines()[0]}"
+        return ASSUMED_CROSSOVER_TOKENS, _describe(ASSUMED_CROSSOVER_TOKENS, how)
+    torch.cuda.empty_cache()  # the run's memory begins without holes
+    found = crossover_of(milliseconds)
+    entries.append(key | {"crossover": found, "milliseconds": milliseconds})
+    try:
+        write_atomically(path, json.dumps(entries, indent=1) + "\n")
+    except OSError as error:
+        warn(
+            f"{path}: cannot be written ({error.strerror}); a restart measures again, and may choose otherwise"
+        )
+    times = ", ".join(
+        f"{length:,} {of_cudnn:.2f}/{of_varlen:.2f}"
+        for length, (of_cudnn, of_varlen) in milliseconds.items()
+    )
+    return found, _describe(found, f"measured, ms by cuDNN/varlen for documents of: {times}")
+
+
+def _describe(crossover: int, how: str) -> str:
+    what = "no document" if crossover >= NEVER else f"documents of at least {crossover:,} tokens"
+    return f"; to cuDNN go {what} ({how})"
+
+
+def read_entries(path: Path) -> list[dict]:
+    """What was measured before; a file that is not ours is said to be so and counts as none."""
+    if not path.exists():
+        return []
+    try:
+        entries = json.loads(path.read_text())
+        numbers = [entry["crossover"] for entry in entries]
+        if isinstance(entries, list) and all(type(n) is int and n > 0 for n in numbers):
+            return entries
+    except (ValueError, TypeError, KeyError):
+        pass
+    warn(f"{path}: is not a list of measured crossovers, and is replaced by what is measured now")
+    return []

@@ -1,0 +1,268 @@
+"""Settings that were given and cannot act beside the others: a table of conditions.
+
+Only what the user wrote is warned of (config.given), not what a preset, a checkpoint or a default
+says. A setting that is switched off asks for nothing.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+from pretrain.config.config import Config
+from pretrain.config.phase_config import PhaseConfig
+
+
+@dataclass(frozen=True)
+class Condition:
+    """When a setting acts."""
+
+    is_met: Callable[[Config], bool]
+    otherwise: str
+    """Completes "has no effect": " without ..." or ", since ..."."""
+
+
+def _style_is(config: Config, style: str) -> bool:
+    return config.optimizer.lr_decay_style == style
+
+
+def _warms_up(config: Config) -> bool:
+    optimizer = config.optimizer
+    return any(
+        (
+            optimizer.lr_warmup_iters,
+            optimizer.lr_warmup_samples,
+            optimizer.lr_warmup_tokens,
+            optimizer.lr_warmup_fraction,
+        )
+    )
+
+
+def _has_corpora(config: Config) -> bool:
+    return not config.data.mock_data
+
+
+WSD = Condition(lambda config: _style_is(config, "WSD"), " without --lr-decay-style WSD")
+DECAYS = Condition(
+    lambda config: not _style_is(config, "constant"),
+    " without a style that decays (--lr-decay-style)",
+)
+WARMS_UP = Condition(
+    _warms_up, " without a warmup (--lr-warmup-iters, -samples, -tokens or -fraction)"
+)
+EVALUATES = Condition(
+    lambda config: config.logging.eval_iters != 0, " without --eval-iters above 0"
+)
+MEASURES_GAIN = Condition(
+    lambda config: config.logging.eval_context_gain, " without --eval-context-gain"
+)
+ASKS_PASSKEYS = Condition(
+    lambda config: bool(config.logging.eval_passkey_lengths), " without --eval-passkey-lengths"
+)
+WANDB = Condition(
+    lambda config: config.logging.wandb_project is not None, " without --wandb-project"
+)
+SAVES = Condition(lambda config: config.checkpoint.save is not None, " without --save")
+CORPORA = Condition(_has_corpora, ", since --mock-data reads no files")
+TOKENIZES = Condition(
+    lambda config: config.data.tokenizer_type != "NullTokenizer",
+    ", since a NullTokenizer has no files",
+)
+SPLITS = Condition(
+    lambda config: not config.data.train_data_path, ", since --train-data-path is not split"
+)
+OFFLOADS = Condition(
+    lambda config: bool(config.optimizer.optimizer_cpu_offload or max(_offloaded_layers(config))),
+    ", since nothing is offloaded",
+)
+SELECTS = Condition(
+    lambda config: "selective" in _recompute_levels(config),
+    " without recompute_granularity selective",
+)
+TAKES_RUNS_BATCH = Condition(
+    lambda config: not all(phase.has_own_batch for phase in _entries(config)),
+    ", since every phase gives a batch of its own",
+)
+BATCH_IS_OPEN = Condition(
+    lambda config: any(
+        phase.global_batch_tokens is None and not phase.step_batch_size_schedule
+        for phase in _entries(config)
+    ),
+    ", since every phase gives a batch of its own",
+)
+
+CONDITIONS: dict[str, tuple[Condition, ...]] = {
+    "lr_wsd_decay_style": (WSD,),
+    "lr_wsd_decay_iters": (WSD,),
+    "lr_wsd_decay_samples": (WSD,),
+    "lr_wsd_decay_tokens": (WSD,),
+    "lr_decay_iters": (DECAYS,),
+    "lr_decay_samples": (DECAYS,),
+    "lr_decay_tokens": (DECAYS,),
+    "min_lr": (DECAYS,),
+    "lr_warmup_init": (WARMS_UP,),
+    "eval_interval": (EVALUATES,),
+    "eval_seq_lengths": (EVALUATES,),
+    "valid_data_path": (EVALUATES,),
+    "eval_context_gain": (EVALUATES,),
+    "context_gain_cut": (EVALUATES, MEASURES_GAIN),
+    "context_gain_documents": (EVALUATES, MEASURES_GAIN),
+    "eval_passkey_lengths": (EVALUATES,),
+    "eval_passkey_depths": (ASKS_PASSKEYS, EVALUATES),
+    "eval_passkey_trials": (ASKS_PASSKEYS, EVALUATES),
+    "wandb_exp_name": (WANDB,),
+    "wandb_entity": (WANDB,),
+    "wandb_save_dir": (WANDB,),
+    "save_interval": (SAVES,),
+    "no_save_optim": (SAVES,),
+    "split": (SPLITS,),
+    "data_cache_path": (CORPORA,),
+    "tokenizer_type": (CORPORA,),
+    "tokenizer_model": (CORPORA, TOKENIZES),
+    "cpu_offloading_host_memory": (OFFLOADS,),
+    "recompute_modules": (SELECTS,),
+    "rampup_batch_size": (TAKES_RUNS_BATCH,),
+    "step_batch_size_schedule": (TAKES_RUNS_BATCH,),
+    "global_batch_size": (BATCH_IS_OPEN,),
+    "global_batch_tokens": (BATCH_IS_OPEN,),
+}
+"""Setting -> what must hold for it to act; the first that does not is named.
+
+What is not here always acts, is checked in validate(), or is judged where the layout, the data or
+the checkpoint are known (plan.py).
+"""
+
+NEEDS_SIZE = {
+    "sequence_parallel": "tensor_model_parallel_size",
+    "pipeline_schedule": "pipeline_model_parallel_size",
+    "num_virtual_stages_per_pipeline_rank": "pipeline_model_parallel_size",
+    "cp_comm_type": "context_parallel_size",
+    "hierarchical_context_parallel_sizes": "context_parallel_size",
+}
+"""Setting -> the size that must be above 1 in some phase, or in the phase that gives it."""
+
+NOT_REPLACED = (
+    "name",
+    "train_tokens",
+    "lr_warmup_tokens",
+    "data_path",
+    *NEEDS_SIZE,
+    "rampup_batch_size",
+    "step_batch_size_schedule",
+    "global_batch_tokens",
+)
+"""Fields of a phase beside which the run's setting still acts, or has another rule."""
+
+
+def effect_warnings(config: Config) -> list[str]:
+    """A line for each setting that was given and does nothing, or less than it may seem to."""
+    found = [text for name in CONDITIONS for text in _unmet(config, name)]
+    found += [*_size_warnings(config), *_phase_warnings(config), *_replaced_by_phases(config)]
+    found += [text for given in config.given.megatron.values() for text in [given.warning] if text]
+    if set(config.model.recompute_modules) == {"core_attn"} and SELECTS.is_met(config):
+        found.append(
+            "recompute_modules = core_attn: nothing is computed again, since no attention kernel "
+            "keeps the scores"
+        )
+    if config.checkpoint.no_save_optim and config.checkpoint.save:
+        found.append("no_save_optim = True: a run that stops cannot go on with its optimizer state")
+    if not config.optimizer.calculate_per_token_loss:
+        found.append(
+            "calculate_per_token_loss = False: the loss is always the sum over targets / the "
+            "global target count"
+        )
+    return found
+
+
+def _unmet(config: Config, name: str) -> list[str]:
+    """The warning about a setting that was given and whose conditions do not all hold."""
+    if not is_asked_for(config, name):
+        return []
+    unmet = [condition for condition in CONDITIONS[name] if not condition.is_met(config)]
+    return [
+        f"{name} = {_text(value_of(config, name))}: has no effect{condition.otherwise}"
+        for condition in unmet[:1]
+    ]
+
+
+def is_asked_for(config: Config, name: str) -> bool:
+    """Did somebody give the setting, with a value that asks for something?"""
+    value = value_of(config, name)
+    if not value:
+        return False
+    if config.given.settings:
+        return name in config.given.settings
+    return value != default_of(config, name)  # a configuration that was made in code
+
+
+def value_of(config: Config, name: str) -> Any:
+    """The setting's value, whichever section has it."""
+    return getattr(_section_of(config, name), name)
+
+
+def default_of(config: Config, name: str) -> Any:
+    """The setting's default."""
+    declared = next(field for field in fields(_section_of(config, name)) if field.name == name)
+    return declared.default_factory() if declared.default is MISSING else declared.default
+
+
+def _section_of(config: Config, name: str) -> Any:
+    return next(section for section in vars(config).values() if name in vars(section))
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _entries(config: Config) -> list[PhaseConfig]:
+    return config.schedule.phases or [PhaseConfig()]
+
+
+def _offloaded_layers(config: Config) -> list[int]:
+    return [phase.with_memory(config.model).cpu_offloading_num_layers for phase in _entries(config)]
+
+
+def _recompute_levels(config: Config) -> list[str | None]:
+    switch = "selective" if config.model.recompute_activations else None
+    return [
+        phase.recompute_granularity or config.model.recompute_granularity or switch
+        for phase in _entries(config)
+    ]
+
+
+def _size_warnings(config: Config) -> Iterator[str]:
+    """Settings of an axis that has one rank, in all phases or in the one that gives it."""
+    for name, size in NEEDS_SIZE.items():
+        without = f"has no effect without {size} above 1"
+        phases = _entries(config)
+        sizes = [
+            2
+            if size in config.open_settings(phase)
+            else getattr(phase, size) or getattr(config.layout, size)
+            for phase in phases
+        ]
+        if is_asked_for(config, name) and max(sizes) == 1:
+            yield f"{name} = {_text(getattr(config.layout, name))}: {without}"
+        for phase, its_size in zip(phases, sizes, strict=True):
+            if getattr(phase, name, None) is not None and its_size == 1:
+                yield f"phase {phase.name!r}: {name} = {_text(getattr(phase, name))}: {without}"
+
+
+def _phase_warnings(config: Config) -> Iterator[str]:
+    """Settings of single phases that cannot act."""
+    for phase in config.schedule.phases:
+        if phase.min_lr and not DECAYS.is_met(config):
+            given = f"phase {phase.name!r}: min_lr = {phase.min_lr:g}"
+            yield f"{given}: has no effect{DECAYS.otherwise}"
+
+
+def _replaced_by_phases(config: Config) -> Iterator[str]:
+    """Settings of the run of which no phase takes anything, since each gives its own."""
+    phases = config.schedule.phases
+    if not phases:
+        return
+    for name in (field.name for field in fields(PhaseConfig) if field.name not in NOT_REPLACED):
+        if all(getattr(phase, name) is not None for phase in phases) and is_asked_for(config, name):
+            given = f"{name} = {_text(value_of(config, name))}"
+            yield f"{given}: has no effect, since every phase gives its own"

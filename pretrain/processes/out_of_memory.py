@@ -1,0 +1,30 @@
+"""What a rank says when its device's memory runs out."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from pretrain.plan import Plan
+from pretrain.planner.memory_check import Machine, describe_out_of_memory
+from pretrain.schedule.phases import Phase
+
+
+@contextmanager
+def out_of_memory_explained(phase: Phase, plan: Plan, rank: int, world_size: int) -> Iterator[None]:
+    """Name what was allocated and what to try, before the error takes its course."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        figures = {
+            "allocated": torch.cuda.memory_allocated(),
+            "at most": torch.cuda.max_memory_allocated(),
+            "reserved": torch.cuda.memory_reserved(),
+        }
+        machine = Machine.here(plan.config)
+        text = describe_out_of_memory(
+            phase, rank, figures, plan.config, world_size, plan.vocab_size, machine
+        )
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        raise

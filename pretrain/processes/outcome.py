@@ -1,0 +1,112 @@
+"""How a process ends: one word for the launcher, and bad input said once.
+
+torchrun hands no exit codes on. So an orderly end is exit 0 on all ranks, and local rank 0 of each
+node writes the outcome to the file that launch/train.sh names in the environment.
+"""
+
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+from parallel.config import LayoutConfig
+from parallel.layout import (
+    end_world,
+    launched_local_rank,
+    launched_on_one_machine,
+    launched_rank,
+    start_world,
+)
+from pretrain.checkpointing.checkpoint import write_atomically
+from pretrain.config.load import outcome_path
+from pretrain.processes.agreement import Refused, Shared, require_agreement
+
+UNSTARTED = "unstarted"
+"""Not "stopped": the signal may be torchrun's, because another process has failed."""
+
+KnownTo = Literal["this rank", "this machine", "all ranks"]
+
+
+def write_outcome(outcome: str) -> None:
+    """Tell the launcher of this node how the run ended: torchrun does not pass exit codes on."""
+    path = outcome_path()
+    if path:
+        write_atomically(Path(path), outcome)
+
+
+def refuse(error: Exception, known_to: KnownTo = "this machine") -> int:
+    """Bad input: say it (once per machine, when all its ranks found the same) and tell the launcher
+    not to try again.
+
+    Exit code 2 makes torchrun stop the other ranks; where all ranks end by themselves, the outcome
+    file is enough.
+
+    Args:
+        known_to: who else ends for the same reason.
+    """
+    is_speaker = launched_local_rank() == 0
+    ends_alone = (
+        known_to == "this rank" or known_to == "this machine" and not launched_on_one_machine()
+    )
+    if not is_speaker and known_to == "all ranks":
+        return 0 if outcome_path() else 2
+    if not is_speaker and known_to == "this machine" and was_refused_by_others():
+        return 2 if ends_alone else 0
+    say_error(error)
+    write_outcome("refused")
+    # What a speaker does not say of its machine, this rank found by itself.
+    return 2 if ends_alone or not is_speaker or outcome_path() is None else 0
+
+
+def say_error(error: Exception) -> None:
+    where = "" if launched_rank() == 0 else f" (rank {launched_rank()} on {socket.gethostname()})"
+    for line in str(error).splitlines():
+        print(f"error{where}: {line}", file=sys.stderr, flush=True)
+
+
+def was_refused_by_others(wait: float = 5.0) -> bool:
+    """Does local rank 0 say the same within `wait` seconds?"""
+    path = outcome_path()
+    limit = time.monotonic() + wait
+    while path and time.monotonic() < limit:
+        if Path(path).exists() and Path(path).read_text() == "refused":
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def say_stopped_at_start() -> None:
+    """A signal before the first step: nothing is to be saved, and the same command starts again."""
+    if launched_rank() == 0:
+        print("stopped before the first step", flush=True)
+    if launched_local_rank() == 0:
+        write_outcome(UNSTARTED)
+
+
+def refuse_with_others(error: Exception) -> int:
+    """Say what keeps this machine from training, then tell the other machines, which would wait for
+    it."""
+    is_speaker = launched_local_rank() == 0
+    if is_speaker:
+        say_error(error)
+    try:
+        world = start_world(LayoutConfig())
+        require_agreement(Shared(problem=str(error)), world.axis)
+    except Refused as refused:
+        if is_speaker:
+            write_outcome("refused")
+            own = str(error).splitlines()  # said already
+            others = [
+                line for line in str(refused).splitlines() if line.split(": ", 1)[1] not in own
+            ]
+            say_error(Refused("\n".join(others)))
+        return 0 if outcome_path() else 2
+    except (ValueError, OSError, RuntimeError) as missed:
+        print(
+            f"warning: the other machines could not be told ({missed})", file=sys.stderr, flush=True
+        )
+    finally:
+        end_world()
+    write_outcome("refused")
+    return 2

@@ -1,0 +1,182 @@
+"""What an export holds besides weights: settings, generation, tokenizer and chat templates.
+
+Where the model came from a Hugging Face folder (pretrain/checkpointing/model_files.py) its own files are written
+again, and only what training changed is changed, each change in one line.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from data.tokenizers.tokenizer import HUGGINGFACE_FILES, Tokenizer
+from model.config import ModelConfig
+from model.rope import Rope
+from pretrain.checkpointing.model_files import CONFIG, GENERATION, MORE_TEMPLATES, TEMPLATE
+from tools.huggingface.config import understand
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_SOURCES_OWN = (*TOKEN_IDS, "use_cache", "attention_dropout", "initializer_range", "hidden_act")
+"""Keys of config.json that training never changes: the source's value stays, or its silence."""
+_ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
+_CODE = ("auto_map",)
+
+
+def parse_json(content: bytes | None) -> dict[str, Any]:
+    """The object in a carried file; empty where there is none that can be read."""
+    try:
+        parsed = json.loads(content or b"{}")
+    except ValueError:
+        return {}
+    return parsed if isinstance(parsed, dict) else {}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# ---------------------------------------------------------------- config.json
+
+
+def merge_config(ours: dict[str, Any], source: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The config.json to write, and what differs from the source's, a line each.
+
+    Args:
+        ours: what the trained model means, in Hugging Face's names.
+        source: the config.json that the model was imported with; empty where it began here.
+    """
+    if not source:
+        return ours, []
+    merged = {name: value for name, value in source.items() if name not in _ROPE_KEYS + _CODE}
+    changes = [f"{name} is left out: it names code" for name in _CODE if name in source]
+    for name, value in ours.items():
+        if name in _SOURCES_OWN:
+            continue
+        old = source.get(name)
+        if old is not None and old != value and name not in (*_ROPE_KEYS, "torch_dtype"):
+            changes.append(f"{name} {_spell(old)} -> {_spell(value)}")
+        merged[name] = value
+    old_dtype = source.get("dtype", source.get("torch_dtype"))
+    if "dtype" in source:
+        merged["dtype"] = ours["torch_dtype"]
+    if old_dtype not in (None, ours["torch_dtype"]):
+        changes.append(f"dtype {old_dtype} -> {ours['torch_dtype']}")
+    return merged, changes
+
+
+def source_rope(source: dict[str, Any]) -> Rope | None:
+    """The rotary embedding of the config.json that a model was imported with; None if unknown."""
+    model = ModelConfig()
+    try:
+        for name, value in understand(source).model.items():
+            setattr(model, name, value)
+        return model.rope
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def rope_change(source: dict[str, Any], rope: Rope) -> list[str]:
+    """One line where the rotary embedding is another than the source's."""
+    before = source_rope(source)
+    if not source or before == rope:
+        return []
+    return [f"rope {before.describe() if before else 'unknown'} -> {rope.describe()}"]
+
+
+def _spell(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+# ---------------------------------------------------------------- generation
+
+
+def tokens_by_role(folder: Path) -> dict[str, int]:
+    """Ids of the begin, end and padding tokens of the tokenizer in `folder`, those that it has."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found = {name: getattr(tokenizer, name) for name in TOKEN_IDS}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def write_generation(folder: Path, carried: dict[str, bytes], ids: dict[str, int]) -> None:
+    """generation_config.json: the source's bytes, or for a model that began here `ids`.
+
+    A source without one gets none: transformers makes it of config.json.
+    """
+    if GENERATION in carried:
+        (folder / GENERATION).write_bytes(carried[GENERATION])
+    elif CONFIG not in carried and ids:
+        write_json(folder / GENERATION, ids)
+
+
+def stop_ids(folder: Path) -> list[int]:
+    """The ids at which generation from a Hugging Face folder stops."""
+    for name in (GENERATION, CONFIG):
+        path = folder / name
+        found = parse_json(path.read_bytes() if path.is_file() else None).get("eos_token_id")
+        if found is not None:
+            return list(found) if isinstance(found, list) else [found]
+    return []
+
+
+# ---------------------------------------------------------------- tokenizer
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer | None, carried: dict[str, bytes]) -> bool:
+    """Write the tokenizer that was trained with, else the source's -> whether there was one."""
+    if tokenizer is not None:
+        tokenizer.save_huggingface(str(folder))
+        return True
+    names = [name for name in HUGGINGFACE_FILES if name in carried]
+    for name in names:
+        (folder / name).write_bytes(carried[name])
+    return bool(names)
+
+
+def complete_tokenizer(folder: Path, carried: dict[str, bytes], context: int) -> list[str]:
+    """Add the source's chat templates and longest text to the tokenizer -> a line per change.
+
+    Args:
+        context: the context length that the export declares.
+    """
+    path = folder / TOKENIZER_CONFIG
+    written = parse_json(path.read_bytes() if path.is_file() else None)
+    theirs = parse_json(carried.get(TOKENIZER_CONFIG))
+    before = dict(written)
+    if not (folder / TEMPLATE).exists() and "chat_template" not in written:
+        if TEMPLATE in carried:
+            (folder / TEMPLATE).write_bytes(carried[TEMPLATE])
+        if "chat_template" in theirs:
+            written["chat_template"] = theirs["chat_template"]
+    _write_more_templates(folder, carried)
+    if "model_max_length" in theirs:
+        written["model_max_length"] = theirs["model_max_length"]
+    changes = _change_longest_text(written, parse_json(carried.get(CONFIG)), context)
+    if written != before:
+        write_json(path, written)
+    return changes
+
+
+def _write_more_templates(folder: Path, carried: dict[str, bytes]) -> None:
+    names = [name for name in carried if name.startswith(f"{MORE_TEMPLATES}/")]
+    names += [name for name in ("chat_template.json",) if name in carried]
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        if not path.exists():
+            path.write_bytes(carried[name])
+
+
+def _change_longest_text(tokenizer: dict, source: dict, context: int) -> list[str]:
+    """model_max_length follows the context where that was changed and this would be too short."""
+    old_context = source.get("max_position_embeddings")
+    length = tokenizer.get("model_max_length")
+    if old_context in (None, context) or not isinstance(length, int | float):
+        return []
+    if length != old_context and length >= context:
+        return []
+    tokenizer["model_max_length"] = context
+    return [f"model_max_length {_spell(length)} -> {_spell(context)}"] if length != context else []

@@ -1,0 +1,121 @@
+"""Do the weights of a Hugging Face folder fit what its config.json says?"""
+
+import torch
+
+from model.build import parameter_shapes
+from model.hf import VOCABULARY_ROWS, huggingface_name
+from pretrain.config.config import Config
+from tools.huggingface.config import FolderConfig
+from tools.huggingface.weights import EMBEDDING, OUTPUT, Entry, Weights
+
+_AGAIN = "Fix: download the folder again."
+
+
+def settle_tie(settings: FolderConfig, weights: Weights) -> tuple[Weights, bool, list[str]]:
+    """What transformers makes of the flag and the tensors -> (weights, are they tied, warnings).
+
+    Tied with two tensors that differ means two tensors to transformers; tied with one of them,
+    either is both.
+
+    Raises:
+        ValueError: a tensor is missing that transformers would draw at random.
+    """
+    is_tied = not settings.model["untie_embeddings_and_output_weights"]
+    present = {EMBEDDING, OUTPUT} & weights.entries.keys()
+    if not is_tied:
+        if OUTPUT not in present:
+            raise ValueError(
+                "lm_head.weight is missing, and tie_word_embeddings = false: transformers would "
+                "draw it at random. Fix: the folder of the whole model, or "
+                "tie_word_embeddings = true where the model is tied."
+            )
+        return weights, False, []
+    if not present:
+        raise ValueError(f"model.embed_tokens.weight is missing. {_AGAIN}")
+    entries = dict(weights.entries)
+    if present == {OUTPUT}:
+        entries[EMBEDDING] = entries.pop(OUTPUT)
+    elif present == {EMBEDDING, OUTPUT}:
+        if entries[EMBEDDING].shape != entries[OUTPUT].shape or not _are_equal(entries):
+            warning = (
+                "tie_word_embeddings = true, but lm_head.weight differs from "
+                "model.embed_tokens.weight: read as two tensors, as transformers does"
+            )
+            return weights, False, [warning]
+        entries.pop(OUTPUT)
+    return Weights(entries), True, []
+
+
+def _are_equal(entries: dict[str, Entry]) -> bool:
+    pair = Weights({name: entries[name] for name in (EMBEDDING, OUTPUT)}).read()
+    return torch.equal(pair[EMBEDDING], pair[OUTPUT])
+
+
+def check_fit(config: Config, weights: Weights) -> None:
+    """Compare names and shapes with the model that the settings describe.
+
+    Raises:
+        ValueError: a tensor is missing, left over, or has another shape.
+    """
+    problems = _size_misfits(config, weights)
+    if not problems:
+        shapes = parameter_shapes(config.model, config.data.vocab_size)
+        for name in VOCABULARY_ROWS:
+            if name in shapes:
+                shapes[name] = torch.Size((config.data.vocab_size, shapes[name][1]))
+        entries = weights.entries
+        problems += [
+            f"{huggingface_name(name)} is missing" for name in shapes.keys() - entries.keys()
+        ]
+        problems += [
+            f"{entries[name].name} is left over" for name in entries.keys() - shapes.keys()
+        ]
+        problems += [
+            _misfit(entries[name], tuple(shape))
+            for name, shape in shapes.items()
+            if name in entries and entries[name].shape != shape
+        ]
+    if problems:
+        raise ValueError(
+            f"the weights do not fit config.json: {'; '.join(sorted(problems)[:4])}. {_AGAIN}"
+        )
+
+
+def _misfit(entry: Entry, shape: tuple[int, ...]) -> str:
+    return f"{entry.name} has shape {entry.shape}, config.json means {shape}"
+
+
+def _size_misfits(config: Config, weights: Weights) -> list[str]:
+    """What the sizes alone show, before a model is described: a slip of the pen may be huge."""
+    model = config.model
+    if weights.num_layers != model.num_layers:
+        return [
+            f"num_hidden_layers = {model.num_layers}, but the weights hold {weights.num_layers} "
+            "layers"
+        ]
+    heads = model.num_attention_heads * model.head_size
+    groups = model.num_kv_heads * model.head_size
+    shapes = {
+        EMBEDDING: (config.data.vocab_size, model.hidden_size),
+        OUTPUT: (config.data.vocab_size, model.hidden_size),
+        "layers.0.mlp.gate.weight": (model.ffn_hidden_size, model.hidden_size),
+        "layers.0.attention.q.weight": (heads, model.hidden_size),
+        "layers.0.attention.k.weight": (groups, model.hidden_size),
+    }
+    found = []
+    for name, shape in shapes.items():
+        entry = weights.entries.get(name)
+        if entry is not None and entry.shape != shape:
+            found.append(_misfit(entry, shape))
+        elif entry is None and name != OUTPUT:
+            found.append(f"{huggingface_name(name)} is missing")
+    return found
+
+
+def pad_vocabulary(tensors: dict[str, torch.Tensor], config: Config) -> None:
+    """Add rows of zeros to the embedding and the head, in place, up to the padded vocabulary."""
+    rows = config.model.padded_vocab_size(config.data.vocab_size)
+    for name in set(VOCABULARY_ROWS) & tensors.keys():
+        tensors[name] = torch.nn.functional.pad(
+            tensors[name], (0, 0, 0, rows - tensors[name].shape[0])
+        )

@@ -1,0 +1,311 @@
+"""What the charts of a report share: colours, the axis of tokens with its phases, thinning, SVG and
+PNG.
+
+A chart for the page is drawn once, in colours that stand for CSS variables: the page's style gives
+them their values, so that one picture is right on a light and on a dark ground. A PNG takes the
+values for a light ground.
+"""
+
+import io
+import math
+import os
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot  # noqa: E402  (after the backend is chosen)
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator  # noqa: E402
+
+from tools.outputs.files import PNG_METADATA  # noqa: E402
+from tools.reporting.number_text import length, short  # noqa: E402
+from tools.reporting.run_record import Run  # noqa: E402
+
+# Variable -> (on a light ground, on a dark one). The series can be told apart with any colour
+# vision (after Okabe and Ito); each has its own marker too.
+COLORS = {
+    "ink": ("#333333", "#d6d9de"),
+    "muted": ("#6b6f76", "#9aa0a8"),
+    "grid": ("#dcdfe3", "#343a43"),
+    "ground": ("#ffffff", "#16191d"),
+    "band-0": ("#eef3fa", "#1d2430"),
+    "band-1": ("#fdf6ea", "#2a2720"),
+    "raw": ("#a9c4e4", "#35587f"),
+    "series-0": ("#0b5fa5", "#6cb6f5"),
+    "series-1": ("#c8501d", "#ff9c5b"),
+    "series-2": ("#00825f", "#45cfa3"),
+    "series-3": ("#8f2d7a", "#e48bd0"),
+    "series-4": ("#966f00", "#e8c54a"),
+    "series-5": ("#3d8fb8", "#a8dcf7"),
+    "series-6": ("#b5657f", "#f3b6c9"),
+    "series-7": ("#4f5358", "#c3c7cc"),
+}
+MARKERS = "os^Dv<>P"
+SERIES = 8
+POINTS = 800
+"""Most points of a drawn line."""
+NARROWEST = 0.06
+"""Share of the axis that a phase gets at least."""
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Name -> what matplotlib draws with."""
+
+    colors: dict[str, str]
+
+    def __getitem__(self, name: str) -> str:
+        return self.colors[name]
+
+    def series(self, number: int) -> str:
+        return self.colors[f"series-{number % SERIES}"]
+
+
+LIGHT = Palette({name: light for name, (light, _) in COLORS.items()})
+VARIABLES = Palette({name: f"#0f0f{number:02x}" for number, name in enumerate(COLORS)})
+"""Stand-ins, which `to_svg` writes as var(--name)."""
+
+
+def style_rules() -> tuple[str, str]:
+    """CSS declarations of the variables for a light and for a dark ground."""
+    return tuple(
+        "".join(f"--{name}:{values[ground]};" for name, values in COLORS.items())
+        for ground in (0, 1)
+    )
+
+
+class TokenScale:
+    """Tokens -> place on the axis. Linear, unless that makes a phase narrower than `NARROWEST`:
+    then linear within each phase, and the narrow ones wider than their share."""
+
+    def __init__(self, run: Run):
+        phases = run.phases()
+        self.knots = np.array([phases[0].begin, *(phase.end for phase in phases)], dtype=float)
+        shares = np.diff(self.knots) / (self.knots[-1] - self.knots[0])
+        least = min(NARROWEST, 0.5 / len(shares))
+        self.is_stretched = bool((shares < least).any())
+        if self.is_stretched:
+            shares = np.maximum(shares, least)
+        self.places = np.concatenate(([0.0], np.cumsum(shares / shares.sum())))
+
+    def place(self, tokens):
+        return np.interp(tokens, self.knots, self.places)
+
+    def apply(self, axes: Axes) -> None:
+        axes.set_xlim(self.knots[0], self.knots[-1])
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        if self.is_stretched:
+            axes.set_xscale(
+                "function",
+                functions=(self.place, lambda place: np.interp(place, self.places, self.knots)),
+            )
+            axes.set_xlim(self.knots[0], self.knots[-1])
+            shown = [self.knots[-1]]
+            for knot in self.knots[-2::-1]:
+                if self.place(shown[-1]) - self.place(knot) > 0.12:
+                    shown.append(knot)
+            axes.xaxis.set_major_locator(FixedLocator(shown))
+            axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(short))
+
+
+def prepare(axes: Axes, run: Run, palette: Palette, scale: TokenScale) -> None:
+    """The axis of tokens, the phases as bands behind the curves, the grid."""
+    scale.apply(axes)
+    for number, phase in enumerate(run.phases()):
+        axes.axvspan(
+            phase.begin, phase.end, color=palette[f"band-{number % 2}"], linewidth=0, zorder=0
+        )
+        if number:
+            axes.axvline(
+                phase.begin, color=palette["muted"], linewidth=0.7, linestyle=(0, (4, 3)), zorder=1
+            )
+    clothe(axes, palette)
+
+
+def clothe(axes: Axes, palette: Palette) -> None:
+    """Grid, frame and text in the palette's colours."""
+    axes.set_facecolor("none")
+    axes.grid(color=palette["grid"], linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(palette["muted"])
+    axes.tick_params(labelsize=9, color=palette["muted"], labelcolor=palette["ink"], which="both")
+    for label in (axes.xaxis.label, axes.yaxis.label):
+        label.set_color(palette["ink"])
+        label.set_size(10)
+
+
+def label_phases(axes: Axes, run: Run, palette: Palette, scale: TokenScale) -> int:
+    """Names over the picture, each above its phase; in as many rows as it takes that none touches
+    another.
+
+    Returns:
+        The number of rows.
+    """
+    width = axes.figure.get_size_inches()[0] * 0.86  # inches of the x axis, about
+    ends: list[float] = []  # of each row, in inches
+    for phase in run.phases():
+        name = phase.name if len(phase.name) <= 24 else phase.name[:23] + "…"
+        text = f"{name}, {length(phase.seq_length)}"
+        half = 0.041 * len(text) + 0.06  # inches, at 10 points
+        center = min(
+            max(float(scale.place((phase.begin + phase.end) / 2)) * width, half), width - half
+        )
+        row = next((i for i, right in enumerate(ends) if center - half >= right), len(ends))
+        ends[row : row + 1] = [center + half]
+        axes.annotate(
+            text,
+            (center / width, 1),
+            xycoords="axes fraction",
+            xytext=(0, 5 + 14 * row),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=10,
+            color=palette["ink"],
+        )
+    return len(ends)
+
+
+# ---------------------------------------------------------------- values
+
+
+def column(run: Run, name: str, factor: float = 1.0) -> np.ndarray:
+    """A field of every step as floats; NaN where it is null or missing."""
+    return np.array(
+        [math.nan if (value := step.get(name)) is None else value * factor for step in run.steps]
+    )
+
+
+def running_median(run: Run, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Centred median of what is finite, within each phase: follows the curve, not the spikes.
+
+    Returns:
+        (indices of at most `POINTS` values, their medians)
+    """
+    ends = np.searchsorted(
+        [step["tokens"] for step in run.steps], [phase.end for phase in run.phases()], side="right"
+    )
+    centers = np.unique(
+        np.linspace(0, len(values) - 1, min(POINTS, len(values))).round().astype(int)
+    )
+    finite = np.where(np.isfinite(values), values, np.nan)
+    half = window_of(len(values)) // 2
+    medians = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a window without any finite value is NaN
+        for i in centers:
+            phase = int(np.searchsorted(ends, i, side="right"))
+            first = ends[phase - 1] if phase else 0
+            end = ends[phase]
+            medians.append(np.nanmedian(finite[max(first, i - half) : min(end, i + half + 1)]))
+    return centers, np.array(medians)
+
+
+def window_of(steps: int) -> int:
+    return max(1, steps // 50)
+
+
+def thin(values: np.ndarray) -> np.ndarray:
+    """Indices of at most `POINTS` values that keep the line's shape: the least and the greatest of
+    each stretch."""
+    if len(values) <= POINTS:
+        return np.arange(len(values))
+    kept = []
+    for part in np.array_split(np.arange(len(values)), POINTS // 2):
+        finite = part[np.isfinite(values[part])]
+        if len(finite):
+            kept += sorted(
+                {int(finite[values[finite].argmin()]), int(finite[values[finite].argmax()])}
+            )
+    return np.array(kept, dtype=int)
+
+
+def distinct(tokens: list[int], scale: TokenScale) -> list[int]:
+    """Without the marks that would stand on top of another."""
+    kept: dict[int, int] = {}
+    for position in tokens:
+        kept.setdefault(int(scale.place(position) * 300), position)
+    return list(kept.values())
+
+
+# ---------------------------------------------------------------- files
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure in inches, not known to pyplot: nothing has to be closed."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def settings(salt: str = "report"):
+    """matplotlib's settings for everything that is drawn: no name of a phase or a set is a
+    formula."""
+    return pyplot.rc_context(
+        {
+            "text.parse_math": False,
+            "svg.fonttype": "none",
+            "svg.hashsalt": salt,
+            "font.family": "sans-serif",
+            "axes.unicode_minus": True,
+        }
+    )
+
+
+def to_svg(figure: Figure, name: str, description: str) -> str:
+    """An <svg> element whose colours are CSS variables; `name` keeps its ids apart from other
+    charts'.
+
+    Args:
+        description: what a screen reader says; escaped here.
+    """
+    buffer = io.StringIO()
+    with settings(name), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.savefig(
+            buffer,
+            format="svg",
+            transparent=True,
+            metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
+        )
+    text = re.sub(
+        r"<!--.*?-->\s*", "", buffer.getvalue()[buffer.getvalue().index("<svg") :], flags=re.DOTALL
+    )
+    for variable, stand_in in VARIABLES.colors.items():
+        text = re.sub(rf"\b(fill|stroke|stop-color): {stand_in}\b", rf"\1: var(--{variable})", text)
+    used = set(re.findall(r'(?:url\(|xlink:href=")#([\w.-]+)', text))
+    text = re.sub(
+        r' id="([\w.-]+)"',
+        lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "",
+        text,
+    )
+    text = re.sub(r'((?:url\(|xlink:href=")#)', rf"\1{name}-", text)
+    text = re.sub(r"(font: [\d.]+px) [^;\"]*", r"\1 sans-serif", text)
+    text = re.sub(r"\s*\n\s*", "\n", text)
+    label = re.sub(r'[&<>"]', lambda found: f"&#{ord(found[0])};", description)
+    opening = f'role="img" aria-label="{label}" xmlns:xlink="http://www.w3.org/1999/xlink">'
+    return re.sub(
+        r'<svg [^>]*?(viewBox="[^"]*")[^>]*>',
+        lambda found: f"<svg {found[1]} {opening}",
+        text,
+        count=1,
+    )
+
+
+def to_png(figure: Figure, path: Path) -> None:
+    """Write the picture, whole or not at all; it says who made it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with settings(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing")
+            figure.savefig(temporary, dpi=130, format="png", metadata=PNG_METADATA)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
