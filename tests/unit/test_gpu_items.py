@@ -8,11 +8,15 @@ from model.activation_memory.offload import Host
 from model.attention_backends.choice import Backend
 from model.attention_backends.mixed import NEVER
 from pretrain.step import global_grad_norm as step_norm
-from tools.bench import gpu_attention, gpu_frontier, gpu_parts
 from tools.bench.contenders import ALST, CHECKPOINTED, Ours, lean, preset
 from tools.bench.fresh import run_fresh
-from tools.bench.gpu_frontier import Try, longest_that_fits, most_on_host
-from tools.bench.gpu_long import (
+from tools.bench.gpu import attention as gpu_attention
+from tools.bench.gpu import frontier as gpu_frontier
+from tools.bench.gpu import parts as gpu_parts
+from tools.bench.gpu.frontier import Try, longest_that_fits, most_on_host
+from tools.bench.gpu.items import BY_HAND, ITEMS, LADDER_NAMES, LEASE
+from tools.bench.gpu.lines import Report, read_lines
+from tools.bench.gpu.long import (
     Cost,
     measure_layers,
     offloaded_bytes,
@@ -21,9 +25,7 @@ from tools.bench.gpu_long import (
     scale_to,
     slice_of,
 )
-from tools.bench.gpu_parts import ATTENTION_BACKENDS, Card, Scale, missing_backend
-from tools.bench.lease_items import BY_HAND, ITEMS, LADDER_NAMES, LEASE
-from tools.bench.lease_lines import Report, read_lines
+from tools.bench.gpu.parts import ATTENTION_BACKENDS, Card, Scale, missing_backend
 from tools.bench.standin import one_rank_of
 
 QUICK = (
@@ -266,7 +268,7 @@ def test_layers_are_scaled_by_their_difference():
 
 
 def test_the_full_model_is_left_out_where_the_memory_model_says_so(tmp_path, monkeypatch):
-    from tools.bench import gpu_long
+    from tools.bench.gpu import long as gpu_long
 
     path = tmp_path / "lines.jsonl"
     monkeypatch.setattr(Card, "capacity", lambda self: 80 << 30)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tools.bench import lease
-from tools.bench.lease_items import ITEMS, LEASE, Bar, Item
-from tools.bench.lease_lines import Line, Report, read_lines
-from tools.bench.lease_table import choose_run, describe, describe_probe
+from tools.bench.gpu import lease
+from tools.bench.gpu.items import ITEMS, LEASE, Bar, Item
+from tools.bench.gpu.lines import Line, Report, read_lines
+from tools.bench.gpu.table import choose_run, describe, describe_probe
 
 HERE = "tests.unit.test_lease"
 

@@ -10,7 +10,7 @@ from model import compiled
 from tools.bench import traffic
 from tools.bench.contenders import one_process
 from tools.bench.fresh import run_fresh
-from tools.bench.gpu_parts import Card, Scale
+from tools.bench.gpu.parts import Card, Scale
 from tools.bench.traffic import Traffic, compiled_calls_seen, group_of, size_of
 
 

@@ -14,7 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.bench import data_corpus, data_ours, exactly_once, tokenizing
+from tools.bench import exactly_once, tokenizing
+from tools.bench.data_engine import corpus as data_corpus
+from tools.bench.data_engine import ours as data_ours
 from tools.bench.fresh import measured, run_fresh
 from tools.bench.report import bar, bar_at_least, describe_machine, markdown_table, publish
 
@@ -154,7 +156,7 @@ def find_problem(arguments: Arguments, folder: Path) -> str | None:
 
 
 def measure_index(folder: Path, arguments: Arguments) -> tuple[list[str], bool]:
-    from tools.bench import data_megatron
+    from tools.bench.data_engine import megatron as data_megatron
 
     total = data_corpus.write_hollow(
         folder / "hollow", arguments.documents, arguments.tokens, arguments.seed
@@ -257,7 +259,7 @@ def measure_packing(folder: Path, arguments: Arguments) -> tuple[list[str], bool
 
 
 def measure_reading(folder: Path, arguments: Arguments) -> tuple[list[str], bool]:
-    from tools.bench import data_megatron
+    from tools.bench.data_engine import megatron as data_megatron
 
     prefix = make_tokens(folder, arguments)
     warm_up = make_warm_up(folder)

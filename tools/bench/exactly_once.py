@@ -27,7 +27,7 @@ from data.ledger import DataSettings, Ledger
 from data.loader import Loader
 from data.stream import DocumentStream
 from parallel.context import group_pieces
-from tools.bench.data_corpus import write_index
+from tools.bench.data_engine.corpus import write_index
 
 LENGTHS = tuple(1 << power for power in range(13, 21))
 """Sequence lengths of the phases of a full-sized run, 8Ki to 1Mi."""

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from model import compiled
 from tools.bench.contenders import Ours, make_sample, one_process
 from tools.bench.fresh import ROOT
-from tools.bench.gpu_parts import MODELS, SEED, Card, Scale, missing_backend
+from tools.bench.gpu.parts import MODELS, SEED, Card, Scale, missing_backend
 from tools.bench.products import PRODUCTS
 
 Group = Literal["products", "attention", "optimizer", "pointwise"]

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from tools.bench.lease_items import PROBE, Bar, Item
-from tools.bench.lease_lines import Line
+from tools.bench.gpu.items import PROBE, Bar, Item
+from tools.bench.gpu.lines import Line
 
 HEADER = ["item", "case", "measured", "bar", ""]
 LOSS_TOLERANCE = 1e-3

@@ -16,9 +16,9 @@ from pretrain.planner.activation_bytes import Load
 from pretrain.planner.model_size import step_flops
 from pretrain.planner.rank_bytes import MemoryModel, show_bytes
 from tools.bench.contenders import STRATEGY, Ours, causal_pairs, lean, make_sample, one_process
-from tools.bench.gpu_attention import QWEN_RANKS
-from tools.bench.gpu_parts import SEED, Card, Scale, attention_of
-from tools.bench.lease_lines import Report
+from tools.bench.gpu.attention import QWEN_RANKS
+from tools.bench.gpu.lines import Report
+from tools.bench.gpu.parts import SEED, Card, Scale, attention_of
 from tools.bench.products import TimedAttend
 from tools.bench.standin import one_rank_of
 

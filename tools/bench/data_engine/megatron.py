@@ -20,7 +20,7 @@ from megatron.core.datasets.gpt_dataset import (
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
-from tools.bench.data_corpus import EOD, VOCAB_SIZE
+from tools.bench.data_engine.corpus import EOD, VOCAB_SIZE
 from tools.bench.fresh import measured
 
 logging.disable(logging.WARNING)

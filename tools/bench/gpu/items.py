@@ -59,7 +59,7 @@ class Item:
 PROBE = Item(
     name="probe",
     title="the machine",
-    function="tools.bench.gpu_checks:probe",
+    function="tools.bench.gpu.checks:probe",
     seconds=5,
     deadline=60,
 )
@@ -69,7 +69,7 @@ LEASE = (
     Item(
         name="tests",
         title="tests/gpu",
-        function="tools.bench.gpu_checks:gpu_tests",
+        function="tools.bench.gpu.checks:gpu_tests",
         seconds=45,
         deadline=90,
         bars={("", "failed"): Bar(0)},
@@ -77,14 +77,14 @@ LEASE = (
     Item(
         name="product",
         title="8192^3 bf16 product",
-        function="tools.bench.gpu_checks:product",
+        function="tools.bench.gpu.checks:product",
         seconds=8,
         deadline=30,
     ),
     Item(
         name="attention",
         title="attention of one Qwen3-8B rank, 262,144 tokens",
-        function="tools.bench.gpu_attention:qwen_attention",
+        function="tools.bench.gpu.attention:qwen_attention",
         options={"tokens": 1 << 18},
         seconds=25,
         deadline=60,
@@ -92,7 +92,7 @@ LEASE = (
     Item(
         name="1b-8k",
         title="1B, 4 samples of 8K",
-        function="tools.bench.gpu_steps:ours",
+        function="tools.bench.gpu.steps:ours",
         options={"model": "1b", "samples": 4},
         seconds=45,
         deadline=90,
@@ -101,7 +101,7 @@ LEASE = (
     Item(
         name="qwen3-8b-rank",
         title="one rank of Qwen3-8B, cp 8, 1,048,576 tokens",
-        function="tools.bench.gpu_long:qwen_rank",
+        function="tools.bench.gpu.long:qwen_rank",
         options={"tokens": 1 << 20, "layers": [3, 5]},
         seconds=105,
         deadline=180,
@@ -113,7 +113,7 @@ LEASE = (
     Item(
         name="1b-512k",
         title="1B, one document of 524,288 tokens",
-        function="tools.bench.gpu_long:one_b",
+        function="tools.bench.gpu.long:one_b",
         options={"tokens": 1 << 19, "layers": [2, 4]},
         seconds=90,
         deadline=150,
@@ -122,7 +122,7 @@ LEASE = (
     Item(
         name="3b-8k",
         title="3B, 1 sample of 8K",
-        function="tools.bench.gpu_steps:ours",
+        function="tools.bench.gpu.steps:ours",
         options={"model": "3b", "samples": 1, "backends": ["auto"]},
         seconds=30,
         deadline=60,
@@ -131,7 +131,7 @@ LEASE = (
     Item(
         name="1b-8k-peer",
         title="1B, 4 samples of 8K, transformers",
-        function="tools.bench.gpu_steps:peer",
+        function="tools.bench.gpu.steps:peer",
         options={"model": "1b", "samples": 4},
         seconds=55,
         deadline=120,
@@ -139,7 +139,7 @@ LEASE = (
     Item(
         name="documents",
         title="131,072 tokens as one document and as many",
-        function="tools.bench.gpu_attention:documents",
+        function="tools.bench.gpu.attention:documents",
         options={"tokens": 1 << 17},
         seconds=25,
         deadline=60,
@@ -148,7 +148,7 @@ LEASE = (
     Item(
         name="frontier",
         title="8B, documents of 8K, + attention kept",
-        function="tools.bench.gpu_frontier:point",
+        function="tools.bench.gpu.frontier:point",
         options={"rung": "+ attention kept", "documents": 8},
         seconds=40,
         deadline=80,
@@ -156,7 +156,7 @@ LEASE = (
     Item(
         name="quickstart",
         title="the quick start on one device",
-        function="tools.bench.gpu_quickstart:quickstart",
+        function="tools.bench.gpu.quickstart:quickstart",
         seconds=55,
         deadline=120,
     ),
@@ -167,7 +167,7 @@ BY_HAND = (
     Item(
         name="3b-8k-peer",
         title="3B, 1 sample of 8K, transformers",
-        function="tools.bench.gpu_steps:peer",
+        function="tools.bench.gpu.steps:peer",
         options={"model": "3b", "samples": 1},
         seconds=90,
         deadline=240,
@@ -176,7 +176,7 @@ BY_HAND = (
     Item(
         name="qwen3-8b-rank-full",
         title="one rank of Qwen3-8B, cp 8, 1,048,576 tokens, all layers",
-        function="tools.bench.gpu_long:qwen_rank",
+        function="tools.bench.gpu.long:qwen_rank",
         options={"tokens": 1 << 20, "layers": None},
         seconds=400,
         deadline=900,
@@ -186,7 +186,7 @@ BY_HAND = (
     Item(
         name="1b-512k-full",
         title="1B, one document of 524,288 tokens, all layers",
-        function="tools.bench.gpu_long:one_b",
+        function="tools.bench.gpu.long:one_b",
         options={"tokens": 1 << 19, "layers": None},
         seconds=300,
         deadline=600,
@@ -197,7 +197,7 @@ BY_HAND = (
         Item(
             name=f"8b-{name}",
             title=f"8B, longest sample of 8K documents, {rung}",
-            function="tools.bench.gpu_frontier:search",
+            function="tools.bench.gpu.frontier:search",
             options={"rung": rung},
             seconds=300,
             deadline=1800,

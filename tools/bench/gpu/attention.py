@@ -13,7 +13,8 @@ from model.attention_backends.choice import BACKENDS, HeadShape, choose_attentio
 from model.attention_backends.crossover import crossover_of, measure, padded_lengths
 from model.attention_backends.mixed import ASSUMED_CROSSOVER_TOKENS
 from tools.bench.contenders import Ours, causal_pairs, lean, make_sample, one_process
-from tools.bench.gpu_parts import (
+from tools.bench.gpu.lines import Report
+from tools.bench.gpu.parts import (
     ASSUMED,
     ATTENTION_BACKENDS,
     SEED,
@@ -24,7 +25,6 @@ from tools.bench.gpu_parts import (
     heads_of_call,
     missing_backend,
 )
-from tools.bench.lease_lines import Report
 from tools.bench.products import TimedAttend
 
 QWEN_RANKS = 8

@@ -17,7 +17,8 @@ from tools.bench.contenders import (
     make_sample,
     one_process,
 )
-from tools.bench.gpu_parts import (
+from tools.bench.gpu.lines import Report
+from tools.bench.gpu.parts import (
     ATTENTION_BACKENDS,
     GIB,
     SEED,
@@ -26,7 +27,6 @@ from tools.bench.gpu_parts import (
     attention_of,
     missing_backend,
 )
-from tools.bench.lease_lines import Report
 
 LENGTH = 8192
 OTHER_CHUNK = 8192

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Literal
 
 from tools.bench.fresh import ROOT
-from tools.bench.lease_items import ITEMS, PROBE, Item
-from tools.bench.lease_lines import FIX, Line, Report, now, read_lines
-from tools.bench.lease_table import describe
-from tools.bench.lease_work import Task
+from tools.bench.gpu.items import ITEMS, PROBE, Item
+from tools.bench.gpu.lines import FIX, Line, Report, now, read_lines
+from tools.bench.gpu.table import describe
+from tools.bench.gpu.work import Task
 
 LINES = "lines.jsonl"
 LOG = "log.txt"
@@ -242,7 +242,7 @@ class Lease:
             device=self.device,
             scale=self.scale,
         )
-        command = [sys.executable, "-m", "tools.bench.lease_work", task.to_json()]
+        command = [sys.executable, "-m", "tools.bench.gpu.work", task.to_json()]
         with open(self.log, "a", encoding="utf-8") as log:
             log.write(f"\n== {item.name}: {shlex.join(command[1:])}\n")
             log.flush()

@@ -18,8 +18,8 @@ import yaml
 
 from model.attention_backends.choice import has_bf16_units
 from tools.bench.fresh import ROOT
-from tools.bench.gpu_parts import Card, Scale
-from tools.bench.lease_lines import Report
+from tools.bench.gpu.lines import Report
+from tools.bench.gpu.parts import Card, Scale
 
 CONFIG = ROOT / "launch" / "configs" / "quickstart-1gpu.yaml"
 CORPUS_BYTES = 3_000_000

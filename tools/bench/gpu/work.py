@@ -1,5 +1,5 @@
-"""One item of a lease in its own process: `python -m tools.bench.lease_work TASK`, started by
-lease.py."""
+"""One item of a lease in its own process: `python -m tools.bench.gpu.work TASK`, started by
+gpu/lease.py."""
 
 import importlib
 import json
@@ -9,7 +9,7 @@ import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tools.bench.lease_lines import Report, first_line
+from tools.bench.gpu.lines import Report, first_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ def work(task: Task) -> int:
     try:
         import torch
 
-        from tools.bench.gpu_parts import Card, Scale
+        from tools.bench.gpu.parts import Card, Scale
 
         report.torch = torch.__version__
         card = Card(torch.device(task.device))

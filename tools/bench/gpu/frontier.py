@@ -24,9 +24,9 @@ from tools.bench.contenders import (
     one_process,
 )
 from tools.bench.fresh import run_fresh
-from tools.bench.gpu_long import ELEMENT, offloaded_bytes
-from tools.bench.gpu_parts import GIB, SEED, Card, Scale
-from tools.bench.lease_lines import Report
+from tools.bench.gpu.lines import Report
+from tools.bench.gpu.long import ELEMENT, offloaded_bytes
+from tools.bench.gpu.parts import GIB, SEED, Card, Scale
 from tools.bench.memory import ladder
 from tools.bench.report import usable_cores
 

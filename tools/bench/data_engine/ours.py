@@ -13,7 +13,7 @@ from data.ledger import DataSettings, Ledger
 from data.loader import Loader
 from data.packing import pack
 from data.stream import DocumentStream
-from tools.bench.data_corpus import EOD, VOCAB_SIZE
+from tools.bench.data_engine.corpus import EOD, VOCAB_SIZE
 from tools.bench.fresh import measured
 
 SOURCE = "corpus"
@@ -53,7 +53,7 @@ def read(prefix: str, warm_up: str, seq_length: int, samples: int) -> dict:
 
 def check(prefix: str, seq_length: int, samples: int) -> dict:
     """Are positions those of Megatron-Core, and labels the next token of the document?"""
-    from tools.bench.data_megatron import positions
+    from tools.bench.data_engine.megatron import positions
 
     loader = make_loader(open_ledger(prefix), 0, seq_length)
     wrong = []

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from tools.bench.fresh import ROOT
-from tools.bench.gpu_parts import GIB, Card, Scale
-from tools.bench.lease_lines import Report
+from tools.bench.gpu.lines import Report
+from tools.bench.gpu.parts import GIB, Card, Scale
 
 IMPORTED = {"numba": "numba", "megatron.core": "megatron-core"}
 """Module -> package of those that may be installed and refuse, numba for the numpy beside it."""
