@@ -1,38 +1,52 @@
-"""Rotary position embedding (arXiv 2104.09864), in the half-split form of Hugging Face
-transformers.
+"""Rotary position embedding (arXiv 2104.09864), in the half-split form of transformers.
 
 Angles follow transformers' modeling_rope_utils.py and LlamaRotaryEmbedding operation by operation
 in fp32: at a million positions another order of operations gives another model.
 
-Legend: t tokens, n heads, H head size.
+Legend: t tokens, H head size.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
+T = TypeVar("T")
 RopeType = Literal["default", "linear", "llama3", "yarn"]
-PARAMETERS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "rope_scaling_factor": ("factor", ("linear", "llama3", "yarn")),
-    "original_max_position_embeddings": ("original_max_position_embeddings", ("llama3", "yarn")),
-    "rope_low_freq_factor": ("low_freq_factor", ("llama3",)),
-    "rope_high_freq_factor": ("high_freq_factor", ("llama3",)),
-    "yarn_beta_fast": ("beta_fast", ("yarn",)),
-    "yarn_beta_slow": ("beta_slow", ("yarn",)),
-    "yarn_attention_factor": ("attention_factor", ("yarn",)),
-    "yarn_mscale": ("mscale", ("yarn",)),
-    "yarn_mscale_all_dim": ("mscale_all_dim", ("yarn",)),
-    "yarn_correction_range_round_to_int": ("truncate", ("yarn",)),
+
+
+class RopeParameter(NamedTuple):
+    """One parameter of a rope's scaling."""
+
+    name: str
+    """Its name in `Rope` and in transformers' rope_parameters."""
+    types: tuple[RopeType, ...]
+    """The rope types that use it."""
+
+
+PARAMETERS: dict[str, RopeParameter] = {
+    "rope_scaling_factor": RopeParameter("factor", ("linear", "llama3", "yarn")),
+    "original_max_position_embeddings": RopeParameter(
+        "original_max_position_embeddings", ("llama3", "yarn")
+    ),
+    "rope_low_freq_factor": RopeParameter("low_freq_factor", ("llama3",)),
+    "rope_high_freq_factor": RopeParameter("high_freq_factor", ("llama3",)),
+    "yarn_beta_fast": RopeParameter("beta_fast", ("yarn",)),
+    "yarn_beta_slow": RopeParameter("beta_slow", ("yarn",)),
+    "yarn_attention_factor": RopeParameter("attention_factor", ("yarn",)),
+    "yarn_mscale": RopeParameter("mscale", ("yarn",)),
+    "yarn_mscale_all_dim": RopeParameter("mscale_all_dim", ("yarn",)),
+    "yarn_correction_range_round_to_int": RopeParameter("truncate", ("yarn",)),
 }
-"""Setting of the configuration -> (its name in `Rope` and in transformers, the types that use
-it)."""
+"""Setting of the configuration -> the parameter that it gives."""
 ROPE_SETTINGS = ("rotary_base", "use_rope_scaling", "rope_type", *PARAMETERS)
+"""All settings of the configuration that decide about the rope."""
 # Llama 3.1's values are those that Megatron-LM's --use-rope-scaling means; yarn's are the paper's
 # (arXiv 2309.00071).
-_DEFAULTS = {
+_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama3": dict(
         factor=8.0, original_max_position_embeddings=8192, low_freq_factor=1.0, high_freq_factor=4.0
     ),
@@ -42,7 +56,7 @@ _DEFAULTS = {
 
 @dataclass(frozen=True)
 class Rope:
-    """One rotary embedding, everything resolved; what its type does not use is None.
+    """Describes one rotary embedding, defaults filled in; what its type does not use is None.
 
     Names and meanings are those of transformers' rope_parameters; `base` is its rope_theta. linear
     is position interpolation (arXiv 2306.15595), llama3 is Llama 3.1's (arXiv 2407.21783), yarn is
@@ -63,15 +77,17 @@ class Rope:
     truncate: bool | None = None
 
     @classmethod
-    def make(cls, base: float, type: RopeType, given: dict) -> "Rope":
-        """From transformers' names: parameters that the type does not use are dropped, missing ones
-        its defaults."""
+    def make(cls, base: float, type: RopeType, given: Mapping[str, Any]) -> "Rope":
+        """Make a rope from transformers' names, with the type's defaults for what is missing.
+
+        Parameters that the type does not use are dropped.
+        """
         used = {name: given.get(name) for name, types in PARAMETERS.values() if type in types}
         used = {name: value for name, value in used.items() if value is not None}
         return cls(base, type, **_DEFAULTS.get(type, {}) | used)
 
     @property
-    def parameters(self) -> dict:
+    def parameters(self) -> dict[str, Any]:
         """The parameters that are set, by transformers' names; without base and type."""
         return {
             name: value
@@ -93,22 +109,22 @@ class Rope:
             return 1.0
         if self.attention_factor is not None:
             return self.attention_factor
+        factor = _required(self.factor)
         if self.mscale and self.mscale_all_dim:
-            return float(
-                _magnitude(self.factor, self.mscale) / _magnitude(self.factor, self.mscale_all_dim)
-            )
-        return _magnitude(self.factor, 1)
+            return float(_magnitude(factor, self.mscale) / _magnitude(factor, self.mscale_all_dim))
+        return _magnitude(factor, 1)
 
     def describe(self) -> str:
-        """`base 500000`, or with its scaling `base 500000, llama3 factor 8,
-        original_max_position_embeddings 8192`."""
+        """Write the rope in words: `base 500000`, or `base 500000, llama3 factor 8, ...`."""
         words = [f"{name} {value}" for name, value in self.parameters.items()]
         return f"base {self.base:g}" + (f", {self.type} {', '.join(words)}" if words else "")
 
     def problems(self) -> list[str]:
-        """Values that give no usable angles or that transformers would read otherwise, by the
-        configuration's names."""
-        values = {"rotary_base": self.base} | {
+        """List values that give no usable angles, or that transformers would read otherwise.
+
+        Each is named by its setting in the configuration.
+        """
+        values: dict[str, Any] = {"rotary_base": self.base} | {
             setting: getattr(self, name) for setting, (name, _) in PARAMETERS.items()
         }
         found = [
@@ -121,101 +137,120 @@ class Rope:
         least = 1 if self.type == "yarn" else 0  # yarn divides by the base's logarithm
         if self.base <= least:
             found.append(
-                f"rotary_base = {self.base}: must be above {least}. Fix: 10000 and 500000 are common."
+                f"rotary_base = {self.base}: must be above {least}. Fix: 10000 and 500000 are "
+                "common."
             )
         for setting, (name, types) in PARAMETERS.items():
-            value = values[setting]
-            if self.type not in types:
-                continue
-            if name in ("factor", "original_max_position_embeddings"):
-                if value is None:
-                    found.append(
-                        f"{setting} = None: rope_type {self.type} needs it. Fix: give it; factor = longest "
-                        "context / original one."
-                    )
-                elif value < 1:
-                    found.append(
-                        f"{setting} = {value}: must be at least 1. Fix: factor = longest context / original "
-                        "one, both in tokens."
-                    )
-            elif value is not None and name != "truncate" and value <= 0:
-                found.append(
-                    f"{setting} = {value}: must be above 0. Fix: give a positive number, or leave it out."
-                )
+            if self.type in types:
+                found += self._range_problems(setting, name, values[setting])
+        # Comparing parameters with each other makes sense only where each is in its range.
         return found or self._disagreements()
 
+    def _range_problems(self, setting: str, name: str, value: Any) -> list[str]:
+        """Check one parameter of this rope's type by itself."""
+        if name in ("factor", "original_max_position_embeddings"):
+            if value is None:
+                return [
+                    f"{setting} = None: rope_type {self.type} needs it. Fix: give it; factor = "
+                    "longest context / original one."
+                ]
+            if value < 1:
+                return [
+                    f"{setting} = {value}: must be at least 1. Fix: factor = longest context / "
+                    "original one, both in tokens."
+                ]
+        elif value is not None and name != "truncate" and value <= 0:
+            return [
+                f"{setting} = {value}: must be above 0. Fix: give a positive number, or leave it "
+                "out."
+            ]
+        return []
+
     def _disagreements(self) -> list[str]:
-        """Parameters that do not go together."""
+        """List parameters that do not go together."""
         found = []
-        if self.type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+        if self.type == "llama3" and _required(self.low_freq_factor) >= _required(
+            self.high_freq_factor
+        ):
             found.append(
-                f"rope_low_freq_factor = {self.low_freq_factor}: must be below rope_high_freq_factor = "
-                f"{self.high_freq_factor}. Fix: 1 and 4 are Llama 3.1's."
+                f"rope_low_freq_factor = {self.low_freq_factor}: must be below "
+                f"rope_high_freq_factor = {self.high_freq_factor}. Fix: 1 and 4 are Llama 3.1's."
             )
-        if self.type == "yarn" and self.beta_fast <= self.beta_slow:
+        if self.type == "yarn" and _required(self.beta_fast) <= _required(self.beta_slow):
             found.append(
-                f"yarn_beta_fast = {self.beta_fast}: must be above yarn_beta_slow = {self.beta_slow}. "
-                "Fix: 32 and 1 are the paper's."
+                f"yarn_beta_fast = {self.beta_fast}: must be above yarn_beta_slow = "
+                f"{self.beta_slow}. Fix: 32 and 1 are the paper's."
             )
         # transformers reads mscale and mscale_all_dim together or not at all, and attention_factor
         # before them.
         if (self.mscale is None) != (self.mscale_all_dim is None):
             found.append(
-                f"yarn_mscale = {self.mscale}, yarn_mscale_all_dim = {self.mscale_all_dim}: have an effect "
-                "together only. Fix: give both, or yarn_attention_factor."
+                f"yarn_mscale = {self.mscale}, yarn_mscale_all_dim = {self.mscale_all_dim}: have "
+                "an effect together only. Fix: give both, or yarn_attention_factor."
             )
         elif self.attention_factor is not None and self.mscale is not None:
             found.append(
-                f"yarn_attention_factor = {self.attention_factor}: takes the place of yarn_mscale and "
-                "yarn_mscale_all_dim. Fix: remove it or them."
+                f"yarn_attention_factor = {self.attention_factor}: takes the place of yarn_mscale "
+                "and yarn_mscale_all_dim. Fix: remove it or them."
             )
         return found
 
 
+def _required(parameter: T | None) -> T:
+    """Return a parameter that the rope's type needs, and that `Rope.problems` has checked."""
+    assert parameter is not None, "a rope with problems has no angles"
+    return parameter
+
+
 def _magnitude(scale: float, mscale: float) -> float:
-    """transformers' get_mscale."""
+    """Return yarn's factor on cosines and sines: transformers' get_mscale."""
     return 1.0 if scale <= 1 else 0.1 * mscale * math.log(scale) + 1.0
 
 
 @cache
 def inverse_frequencies(head_size: int, rope: Rope) -> torch.Tensor:
-    """fp32 [H / 2], computed on the CPU as transformers does: a GPU's power function rounds
-    differently."""
+    """Return the angle per position of each pair of dims: fp32 [H / 2].
+
+    Computed on the CPU as transformers does: a GPU's power function rounds differently.
+    """
     dims = torch.arange(0, head_size, 2, dtype=torch.int64, device="cpu")
-    powers = rope.base ** (dims.to(torch.float32) / head_size)
+    positions_per_radian = rope.base ** (dims.to(torch.float32) / head_size)
     if rope.type == "linear":
-        return 1.0 / powers / rope.factor
+        return 1.0 / positions_per_radian / _required(rope.factor)
     if rope.type == "llama3":
-        return _llama3(1.0 / powers, rope)
+        return _llama3(1.0 / positions_per_radian, rope)
     if rope.type == "yarn":
-        return _yarn(powers, head_size, rope)
-    return 1.0 / powers
+        return _yarn(positions_per_radian, head_size, rope)
+    return 1.0 / positions_per_radian
 
 
 def _llama3(frequencies: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """Long waves divided by the factor, short ones kept, those between blended."""
-    original = rope.original_max_position_embeddings
-    low = rope.low_freq_factor
-    high = rope.high_freq_factor
-    waves = 2 * math.pi / frequencies
-    scaled = torch.where(waves > original / low, frequencies / rope.factor, frequencies)
-    smooth = (original / waves - low) / (high - low)
-    blended = (1 - smooth) * scaled / rope.factor + smooth * scaled
-    between = ~(waves < original / high) * ~(waves > original / low)
+    """Divide the frequencies of long waves by the factor, keep short ones, blend those between."""
+    original = _required(rope.original_max_position_embeddings)
+    factor = _required(rope.factor)
+    low = _required(rope.low_freq_factor)
+    high = _required(rope.high_freq_factor)
+    # A wave's length is in positions, so it compares with the original context.
+    wavelengths = 2 * math.pi / frequencies
+    scaled = torch.where(wavelengths > original / low, frequencies / factor, frequencies)
+    kept_share = (original / wavelengths - low) / (high - low)
+    blended = (1 - kept_share) * scaled / factor + kept_share * scaled
+    between = ~(wavelengths < original / high) * ~(wavelengths > original / low)
     return torch.where(between, blended, scaled)
 
 
-def _yarn(powers: torch.Tensor, head_size: int, rope: Rope) -> torch.Tensor:
-    """Dims that turn often within the original context kept, those that turn seldom divided by the
-    factor."""
+def _yarn(positions_per_radian: torch.Tensor, head_size: int, rope: Rope) -> torch.Tensor:
+    """Keep dims that turn often within the original context, divide slow ones by the factor."""
+    original = _required(rope.original_max_position_embeddings)
+    factor = _required(rope.factor)
 
     def dim_of(turns: float) -> float:
-        return (
-            head_size * math.log(rope.original_max_position_embeddings / (turns * 2 * math.pi))
-        ) / (2 * math.log(rope.base))
+        """Return the dim that turns this often in the original context."""
+        return (head_size * math.log(original / (turns * 2 * math.pi))) / (2 * math.log(rope.base))
 
-    low = dim_of(rope.beta_fast)
-    high = dim_of(rope.beta_slow)
+    # Between these dims the two are blended.
+    low = dim_of(_required(rope.beta_fast))
+    high = dim_of(_required(rope.beta_slow))
     if rope.truncate:
         low = math.floor(low)
         high = math.ceil(high)
@@ -224,17 +259,21 @@ def _yarn(powers: torch.Tensor, head_size: int, rope: Rope) -> torch.Tensor:
     if low == high:
         high += 0.001  # as transformers does: no division by zero
     numbers = torch.arange(head_size // 2, dtype=torch.float32, device="cpu")
-    kept = 1 - torch.clamp((numbers - low) / (high - low), 0, 1)
-    return 1.0 / (rope.factor * powers) * (1 - kept) + 1.0 / powers * kept
+    kept_share = 1 - torch.clamp((numbers - low) / (high - low), 0, 1)
+    scaled = 1.0 / (factor * positions_per_radian)
+    return scaled * (1 - kept_share) + 1.0 / positions_per_radian * kept_share
 
 
 def rotary_tables(
     positions_t: torch.Tensor, head_size: int, rope: Rope, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of every position's angles, times yarn's scaling: int64 [t] -> two [t, H]
-    of `dtype`."""
+    """Return cosines and sines of every position's angles: int64 [t] -> two [t, H] of `dtype`.
+
+    Both carry yarn's attention scaling.
+    """
     frequencies = inverse_frequencies(head_size, rope).to(positions_t.device, non_blocking=True)
     angles = positions_t.to(torch.float32)[:, None] * frequencies[None, :]
+    # Dims i and i + H / 2 are a pair and turn by the same angle.
     angles = torch.cat([angles, angles], dim=-1)
     scaling = rope.attention_scaling
     return angles.cos().mul_(scaling).to(dtype), angles.sin().mul_(scaling).to(dtype)
