@@ -6,16 +6,16 @@ locks, and all come to the same bytes where it has none, so the folder may be lo
 shared by all.
 """
 
-import fcntl
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import xxhash
+
+from data.files import lock_file, open_atomically
 
 MAGIC = b"ithaca index 2\n"
 ALIGNMENT = 64
@@ -87,7 +87,7 @@ class _locked:
     def __enter__(self):
         try:
             self._file = open(self._path, "a")
-            fcntl.flock(self._file, fcntl.LOCK_EX)
+            lock_file(self._file, wait=True)
         except OSError:
             pass  # each process makes the arrays by itself; they are the same
         return self
@@ -119,21 +119,11 @@ def _publish(path: Path, key: str, arrays: dict[str, np.ndarray]) -> None:
         }
     ).encode()
     header += b" " * (-(len(MAGIC) + 8 + len(header)) % ALIGNMENT)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(MAGIC + len(header).to_bytes(8, "little") + header)
-            for array in arrays.values():
-                array = np.ascontiguousarray(array)
-                file.write(memoryview(array.reshape(-1)).cast("B"))
-                file.write(b"\0" * (-array.nbytes % ALIGNMENT))
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with open_atomically(path) as file:
+        file.write(MAGIC + len(header).to_bytes(8, "little") + header)
+        for array in arrays.values():
+            file.write(_bytes_of(np.ascontiguousarray(array)))
+            file.write(b"\0" * (-array.nbytes % ALIGNMENT))
 
 
 def _load(path: Path, key: str) -> dict[str, np.ndarray] | None:
@@ -174,7 +164,12 @@ def _load(path: Path, key: str) -> dict[str, np.ndarray] | None:
         return None
 
 
+def _bytes_of(array: np.ndarray) -> np.ndarray:
+    """View a contiguous array as uint8 [bytes]."""
+    return array.reshape(-1).view(np.uint8)
+
+
 def _add(digest, array: np.ndarray) -> None:
-    raw = memoryview(array.reshape(-1)).cast("B") if array.size else b""
+    raw = _bytes_of(array)
     for start in range(0, len(raw), CHECKED_BYTES):
         digest.update(raw[start : start + CHECKED_BYTES])

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
+from data.files import write_atomically
 from model.attention_backends.choice import Attend, HeadShape, pick_backend
 from model.attention_backends.crossover import crossover_of, measure, padded_lengths
 from model.attention_backends.mixed import ASSUMED_CROSSOVER_TOKENS, NEVER
 from parallel.collectives import all_reduce
 from parallel.layout import Layout
-from pretrain.checkpointing.checkpoint import write_atomically
 from pretrain.config.config import Config
 from pretrain.config.load import warn
 from pretrain.planner.activation_bytes import Heads

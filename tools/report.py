@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tyro
 
-from pretrain.checkpointing.checkpoint import write_atomically
+from data.files import write_atomically
 from tools.outputs.files import check_file, is_own_page, is_own_picture
 from tools.reporting.axes import LIGHT, to_png
 from tools.reporting.charts import CHARTS, chart_figure, draw_sheet

@@ -7,7 +7,6 @@ tokenizer for transformers.
 """
 
 import io
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import tyro
 
+from data.files import write_atomically
 from data.permutation import Permutation
 from tools.outputs.files import Input, check_file
 from tools.preprocessing.find_files import describe_left_out, find_files
@@ -239,15 +239,7 @@ def train_tokenizer(arguments: Arguments) -> str:
             flush=True,
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(model)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, model)
     return f"{arguments.output_prefix}.model"
 
 

@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from data.files import sync_file, sync_path
 from data.indexed import (
     COPY_BYTES,
     HEADER,
@@ -178,11 +179,12 @@ class IndexedWriter:
             self.abort()
             raise ValueError(f"{self.prefix}: no documents. Fix: give inputs that are not empty.")
         with self._explained("bin"):
-            _sync(self._bin)
+            sync_file(self._bin)
+            self._bin.close()
         size = HEADER.size + 12 * len(self._lengths) + 8 * len(self._documents)
         with self._explained("idx", size), open(self._temporary["idx"], "wb") as file:
             self._write_index(file)
-            _sync(file)
+            sync_file(file)
         side = {
             "tokenizer": tokenizer,
             "dtype": self.dtype.name,
@@ -194,7 +196,7 @@ class IndexedWriter:
             side["text"] = text
         with self._explained("json"), open(self._temporary["json"], "w", encoding="utf-8") as file:
             file.write(json.dumps(side, indent=1) + "\n")
-            _sync(file)
+            sync_file(file)
         self._publish()
         return [f"{self.prefix}.{end}" for end in self._temporary]
 
@@ -219,9 +221,7 @@ class IndexedWriter:
         Path(f"{self.prefix}.idx").unlink(missing_ok=True)
         for end, path in self._temporary.items():
             path.replace(f"{self.prefix}.{end}")
-        folder = os.open(Path(self.prefix).absolute().parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        sync_path(Path(self.prefix).absolute().parent)
 
     @contextlib.contextmanager
     def _explained(self, end: str, needed: int = 0) -> Iterator[None]:
@@ -267,9 +267,3 @@ class IndexedWriter:
     def __exit__(self, *exception) -> None:
         if self._open:
             self.abort()
-
-
-def _sync(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()

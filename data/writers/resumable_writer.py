@@ -6,7 +6,6 @@ counts. They are removed when the output is published.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 from array import array
@@ -15,6 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from data.files import lock_file, open_atomically, sync_file
 from data.indexed import COPY_BYTES
 from data.writers.indexed_writer import IndexedWriter
 
@@ -37,20 +37,18 @@ class ResumableWriter(IndexedWriter):
         return Path(f"{self.prefix}.{end}.partial")
 
     def _open_bin(self, path: Path) -> BinaryIO:
-        descriptor = os.open(
-            path, os.O_RDWR | os.O_CREAT, 0o666
-        )  # not emptied: `restore` may want it
+        # Opened without emptying it: `restore` may want what is there.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        file = os.fdopen(descriptor, "wb", buffering=COPY_BYTES)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(file)
         except BlockingIOError:
-            os.close(descriptor)
+            file.close()
             raise ValueError(
                 f"output_prefix = {self.prefix}: another run is writing {path} now. Fix: wait for it, or "
                 "give another prefix."
             ) from None
-        except OSError:
-            pass  # a file system without locks
-        return os.fdopen(descriptor, "wb", buffering=COPY_BYTES)
+        return file
 
     def saved(self) -> dict | None:
         """The note of the last `save` of an earlier process; None if there is none, or files of it
@@ -103,8 +101,7 @@ class ResumableWriter(IndexedWriter):
             "note": note,
         }
         with self._explained("bin"):
-            self._bin.flush()
-            os.fsync(self._bin.fileno())
+            sync_file(self._bin)
         tables = {
             "lengths": (4, self._lengths[old["sequences"] :]),
             "documents": (8, self._documents[1 + old["documents"] :]),
@@ -116,20 +113,16 @@ class ResumableWriter(IndexedWriter):
             ):
                 file.truncate(itemsize * old["sequences" if name == "lengths" else "documents"])
                 file.write(numbers.tobytes())
-                file.flush()
-                os.fsync(file.fileno())
+                sync_file(file)
         text = json.dumps(state)
         with self._explained("progress.json", len(text)):
             self._replace_progress(text)
         self._state = state
 
     def _replace_progress(self, text: str) -> None:
-        new = Path(f"{self._progress}.partial")
-        with open(new, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(self._progress)
+        # A name that `_remove_state` knows: a killed process may leave it.
+        with open_atomically(self._progress, Path(f"{self._progress}.partial")) as file:
+            file.write(text.encode())
 
     def _publish(self) -> None:
         super()._publish()

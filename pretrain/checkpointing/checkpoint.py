@@ -8,8 +8,6 @@ A save writes into a hidden folder, checksums every file, syncs, and renames; on
 text file name it. A load checks every checksum first. All ranks must see the same folder.
 """
 
-import errno
-import fcntl
 import itertools
 import json
 import os
@@ -26,10 +24,10 @@ from types import MappingProxyType
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import xxhash
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
+from data.files import checksum, lock_file, sync_path, write_atomically, write_durably
 from model.hf import VOCABULARY_ROWS
 from parallel.layout import Axis
 
@@ -99,7 +97,7 @@ class FolderLock:
             try:
                 Path(root).mkdir(parents=True, exist_ok=True)
                 self.file = open(Path(root) / ".lock", "a+", encoding="utf-8", errors="replace")
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock_file(self.file)
                 self.file.seek(0)
                 if re.fullmatch(r"(process \d+ on .*)?", self.file.read()):  # not another program's
                     self.file.truncate(0)
@@ -112,9 +110,7 @@ class FolderLock:
                     "another --save."
                 ]
             except OSError as error:
-                # Some network file systems have no locks: then nothing guards the folder.
-                if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                    problem = [f"cannot be written ({error.strerror}). Fix: give another --save."]
+                problem = [f"cannot be written ({error.strerror}). Fix: give another --save."]
         dist.broadcast_object_list(problem, src=0, group=world.group)
         if problem[0]:
             self.release()
@@ -162,8 +158,8 @@ def save(
     if world.rank == 0:
         _clear(partial)
         (partial / "tokenizer").mkdir(parents=True)
-        _write(partial / "config.yaml", config_yaml)
-        _write(partial / "progress.json", json.dumps(progress, indent=1))
+        write_durably(partial / "config.yaml", config_yaml)
+        write_durably(partial / "progress.json", json.dumps(progress, indent=1))
         for file in tokenizer_files:
             shutil.copy(file, partial / "tokenizer" / Path(file).name)
         for name, content in carried.items():
@@ -183,16 +179,16 @@ def save(
         )
     checksums = _checksums(partial, world)
     if world.rank == 0:
-        _write(
+        write_durably(
             partial / MANIFEST, json.dumps({"algorithm": "xxh3_128", "files": checksums}, indent=1)
         )
-        _sync_folder(partial)
+        sync_path(partial)
         replaced = final.with_name(f".{final.name}.replaced")
         _clear(replaced)
         if os.path.lexists(final):
             os.rename(final, replaced)
         os.rename(partial, final)
-        _sync_folder(final.parent)
+        sync_path(final.parent)
         write_atomically(Path(root) / LATEST, str(step))
         _clear(replaced)
     _wait_for_all(world)
@@ -269,41 +265,6 @@ def _files_of_save(folder: Path) -> list[str]:
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     stored = SafeReader(folder).read_metadata().storage_data
     return sorted(found | {place.relative_path for place in stored.values()})
-
-
-def checksum(path: Path) -> str:
-    """xxh3_128 of a file, read in pieces of 16 MiB."""
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 24):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def _write(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file so that a reader sees the old or the new text, never a part."""
-    temporary = path.with_name(f".{path.name}.partial.{os.getpid()}")
-    try:
-        _write(temporary, text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---------------------------------------------------------------- reading

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpointing.checkpoint import write_atomically
+from data.files import write_atomically
 from pretrain.config.config import Config
 from pretrain.logs.sinks import open_sinks
 

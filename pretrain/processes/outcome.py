@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from data.files import write_atomically
 from parallel.config import LayoutConfig
 from parallel.layout import (
     end_world,
@@ -18,7 +19,6 @@ from parallel.layout import (
     launched_rank,
     start_world,
 )
-from pretrain.checkpointing.checkpoint import write_atomically
 from pretrain.config.load import outcome_path
 from pretrain.processes.agreement import Refused, Shared, require_agreement
 

@@ -141,7 +141,7 @@ def test_a_disk_that_fills_up_costs_a_warning(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("data.cache.os.fsync", full)
+    monkeypatch.setattr("data.files.os.fsync", full)
     with pytest.warns(UserWarning, match="No space left"):
         check(IndexCache(str(tmp_path)).get(KEY, make_arrays))
     assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]

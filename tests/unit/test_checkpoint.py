@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+from data.files import write_atomically
 from parallel.layout import single_process_layout
 from pretrain.checkpointing import checkpoint
 from pretrain.checkpointing.model_files import read_carried
@@ -22,7 +23,7 @@ def publish(root, step=5):
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(dump_yaml(config))
     (folder / checkpoint.MANIFEST).write_text(json.dumps({"files": {}}))
-    checkpoint.write_atomically(root / checkpoint.LATEST, str(step))
+    write_atomically(root / checkpoint.LATEST, str(step))
     return folder
 
 
@@ -109,8 +110,8 @@ def test_metadata_that_would_run_code_is_refused(tmp_path):
 
 
 def test_atomic_write_leaves_no_temporary_file(tmp_path):
-    checkpoint.write_atomically(tmp_path / "a.txt", "1")
-    checkpoint.write_atomically(tmp_path / "a.txt", "2")
+    write_atomically(tmp_path / "a.txt", "1")
+    write_atomically(tmp_path / "a.txt", "2")
     assert (tmp_path / "a.txt").read_text() == "2" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -193,5 +194,5 @@ def test_carried_files_lie_in_the_checkpoint_under_its_checksums(tmp_path):
 def test_a_failed_atomic_write_leaves_no_temporary_file(tmp_path):
     (tmp_path / "a.txt").mkdir()
     with pytest.raises(OSError):
-        checkpoint.write_atomically(tmp_path / "a.txt", "1")
+        write_atomically(tmp_path / "a.txt", "1")
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]

@@ -474,7 +474,7 @@ def test_writer_says_when_the_disk_is_full(tmp_path, monkeypatch):
         writer.add_document([1])
         writer.finish()
     before = outputs(tmp_path)
-    monkeypatch.setattr(indexed_writer, "_sync", full)
+    monkeypatch.setattr(indexed_writer, "sync_file", full)
     with pytest.raises(
         ValueError,
         match=r"No space left on device; about .* bytes more are needed, .* are free. The "

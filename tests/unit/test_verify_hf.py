@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from data.files import checksum
 from pretrain.checkpointing import checkpoint
 from pretrain.config.load import dump_yaml, read_config_yaml
 from tests.hf_folders import write_folder
@@ -33,7 +34,7 @@ def imported_run(tmp_path, settings: dict) -> str:
         setattr(config.model, name, value)
     (published / "config.yaml").write_text(dump_yaml(config))
     manifest = json.loads((published / checkpoint.MANIFEST).read_text())
-    manifest["files"]["config.yaml"] = checkpoint.checksum(published / "config.yaml")
+    manifest["files"]["config.yaml"] = checksum(published / "config.yaml")
     (published / checkpoint.MANIFEST).write_text(json.dumps(manifest))
     return save
 

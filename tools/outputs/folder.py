@@ -6,7 +6,6 @@ else in it, is ever replaced.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from pretrain.checkpointing.checkpoint import checksum
+from data.files import checksum, lock_file, sync_file, sync_path
 from tools.outputs.files import Input, real_path, refuse_inputs, refuse_parents, relation
 
 MARKER = "ithaca_made.json"
@@ -186,7 +185,7 @@ class NewFolder:
         self._is_begun = True
         self._lock = open(self.path / MARKER, "w", encoding="utf-8")
         self._write_marker(None)
-        _lock_or_fail(self._lock)
+        lock_file(self._lock)
 
     def _take_up(self) -> None:
         """Finish or remove what an interrupted run of this tool left."""
@@ -210,7 +209,7 @@ class NewFolder:
             return
         try:
             with open(self.path / MARKER, "r+", encoding="utf-8") as file:
-                _lock_or_fail(file)
+                lock_file(file)
                 if not os.path.samestat(os.fstat(file.fileno()), os.stat(self.path / MARKER)):
                     raise BlockingIOError  # it went and came again meanwhile
                 yield
@@ -229,8 +228,7 @@ class NewFolder:
         self._lock.seek(0)
         self._lock.truncate()
         self._lock.write(json.dumps(content, indent=1) + "\n")
-        self._lock.flush()
-        os.fsync(self._lock.fileno())
+        sync_file(self._lock)
 
     def publish(self) -> None:
         """Rename the folder into its place.
@@ -242,9 +240,9 @@ class NewFolder:
         for path in sorted(self.path.rglob("*")):
             if path.is_file() and path.name != MARKER:
                 files[path.relative_to(self.path).as_posix()] = path.stat().st_size
-                _sync(path)
+                sync_path(path)
         self._write_marker(files)
-        _sync(self.path)
+        sync_path(self.path)
         self._check_links()
         self._check_final_again()
         # An empty folder is replaced by the renaming itself.
@@ -259,7 +257,7 @@ class NewFolder:
             raise
         self._is_begun = False
         self._made_parents = []
-        _sync(self._final.parent)
+        sync_path(self._final.parent)
         if replaces:
             _remove_made(self._replaced, self.maker)
 
@@ -278,21 +276,3 @@ class NewFolder:
         for parent in self._made_parents:
             with contextlib.suppress(OSError):
                 parent.rmdir()
-
-
-def _lock_or_fail(file: TextIO) -> None:
-    """Lock an open file; raises BlockingIOError where another process holds it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:
-        pass  # a file system without locks
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,7 +8,6 @@ values for a light ground.
 
 import io
 import math
-import os
 import re
 import warnings
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator  # noqa: E402
 
+from data.files import open_atomically  # noqa: E402
 from tools.outputs.files import PNG_METADATA  # noqa: E402
 from tools.reporting.number_text import length, short  # noqa: E402
 from tools.reporting.run_record import Run  # noqa: E402
@@ -301,11 +301,6 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
 
 def to_png(figure: Figure, path: Path) -> None:
     """Write the picture, whole or not at all; it says who made it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with settings(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing")
-            figure.savefig(temporary, dpi=130, format="png", metadata=PNG_METADATA)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with open_atomically(path) as file, settings(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.savefig(file, dpi=130, format="png", metadata=PNG_METADATA)

@@ -1,0 +1,109 @@
+"""Files that appear whole or not at all, and locks that end with the process that holds them.
+
+`fcntl` and not a library of lock files: the lock lies on the file that it guards (a .bin under way,
+a folder's marker), which such a library would empty, and a file system without locks is no error.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, BinaryIO
+
+import xxhash
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""What flock says on a file system without locks, as some network file systems are."""
+CHECKSUM_BLOCK_BYTES = 16 << 20
+
+
+# ---------------------------------------------------------------- durable
+
+
+def sync_file(file: IO) -> None:
+    """Make what was written to an open file survive a power cut."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_path(path: Path) -> None:
+    """Make a file's content, or a folder's list of names, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a text file and sync it; a reader may see it half-written meanwhile."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        sync_file(file)
+
+
+# ---------------------------------------------------------------- whole or not at all
+
+
+@contextlib.contextmanager
+def open_atomically(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
+    """Open a file to write that replaces `path` when the block ends, and vanishes if it fails.
+
+    A reader sees the old or the new content, never a part.
+
+    Args:
+        temporary: where the content grows, beside `path`; by default a hidden name of its own, so
+            that writers on other threads and machines do not meet.
+    """
+    if temporary is None:
+        temporary = path.with_name(f".{path.name}.partial.{secrets.token_hex(8)}")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            sync_file(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_path(path.parent)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a small file so that a reader sees the old or the new content, never a part."""
+    with open_atomically(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+# ---------------------------------------------------------------- locks
+
+
+def lock_file(file: IO, *, wait: bool = False) -> None:
+    """Lock an open file until it is closed or the process ends.
+
+    Does nothing on a file system without locks.
+
+    Args:
+        wait: wait until another process releases the lock, instead of raising.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+
+
+# ---------------------------------------------------------------- checksums
+
+
+def checksum(path: Path) -> str:
+    """Compute the xxh3_128 of a file, hex, a block at a time."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(CHECKSUM_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
