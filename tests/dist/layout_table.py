@@ -38,7 +38,11 @@ OPTIONS = {
 NEEDS_AXIS = {"schedule": "pp", "context": "cp", "sequence_parallel": "tp"}
 """Options that mean something only where an axis is in use."""
 SIZES = range(1, 9)
-LAYOUTS = [sizes for sizes in itertools.product(SIZES, repeat=4) if sizes[0] * sizes[1] * sizes[2] * sizes[3] <= 8]
+LAYOUTS = [
+    sizes
+    for sizes in itertools.product(SIZES, repeat=4)
+    if sizes[0] * sizes[1] * sizes[2] * sizes[3] <= 8
+]
 AXES = ("tp", "pp", "cp", "dp")
 
 
@@ -50,25 +54,46 @@ def make_case(layout: tuple[int, int, int, int], options: dict) -> Case | None:
     heads = options["heads"]
     levels: tuple[int, ...] = ()
     if options.get("context") == "two levels":
-        divisors = [n for n in range(1, cp + 1) if cp % n == 0 and heads % tp == 0 and n <= heads // tp]
+        divisors = [
+            n for n in range(1, cp + 1) if cp % n == 0 and heads % tp == 0 and n <= heads // tp
+        ]
         a2a = next((n for n in reversed(divisors) if n < cp), 1)
         levels = (a2a, cp // a2a)
     settings = LayoutConfig(
-        tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, context_parallel_size=cp,
-        pipeline_schedule=schedule, num_virtual_stages_per_pipeline_rank=int(several) if several else None,
-        cp_comm_type="a2a+allgather" if levels else "a2a", hierarchical_context_parallel_sizes=list(levels),
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        context_parallel_size=cp,
+        pipeline_schedule=schedule,
+        num_virtual_stages_per_pipeline_rank=int(several) if several else None,
+        cp_comm_type="a2a+allgather" if levels else "a2a",
+        hierarchical_context_parallel_sizes=list(levels),
         data_parallel_sharding_strategy=options["strategy"],
-        sequence_parallel=options.get("sequence_parallel", False))
+        sequence_parallel=options.get("sequence_parallel", False),
+    )
     stages = pp * settings.stages_per_rank
-    model = dict(num_layers=max(3, stages + (1 < stages < 8)), hidden_size=48, ffn_hidden_size=48,
-                 num_attention_heads=heads, num_query_groups=options["kv_heads"] or heads, init_method_std=0.15,
-                 make_vocab_size_divisible_by=120, untie_embeddings_and_output_weights=not options["tied"],
-                 qk_layernorm=options["qk_norm"], add_qkv_bias=options["bias"])
+    model = dict(
+        num_layers=max(3, stages + (1 < stages < 8)),
+        hidden_size=48,
+        ffn_hidden_size=48,
+        num_attention_heads=heads,
+        num_query_groups=options["kv_heads"] or heads,
+        init_method_std=0.15,
+        make_vocab_size_divisible_by=120,
+        untie_embeddings_and_output_weights=not options["tied"],
+        qk_layernorm=options["qk_norm"],
+        add_qkv_bias=options["bias"],
+    )
     config = ModelConfig(**model)
-    if config.validate() or settings.combination_problems() or check_layout(config, VOCABULARY, settings):
+    if (
+        config.validate()
+        or settings.combination_problems()
+        or check_layout(config, VOCABULARY, settings)
+    ):
         return None
-    memory = make_memory(options, HeadSplit.make(heads // tp, max(1, config.num_kv_heads // tp),
-                                                 settings.context_levels[0]))
+    memory = make_memory(
+        options,
+        HeadSplit.make(heads // tp, max(1, config.num_kv_heads // tp), settings.context_levels[0]),
+    )
     if memory is None or pp > 1 and schedule in SPLIT_BACKWARD and memory != MemorySettings():
         return None
     fewest = next(n for n in itertools.count(1) if accepts(schedule, pp, n))
@@ -76,19 +101,35 @@ def make_case(layout: tuple[int, int, int, int], options: dict) -> Case | None:
     if check_microbatches(settings, count):
         return None
     length = -(-32 // settings.token_multiple) * settings.token_multiple
-    return Case(tp, pp, cp, dp, schedule=settings.schedule, stages_per_rank=settings.stages_per_rank,
-                context_levels=levels, strategy=options["strategy"], model=model, seq_length=length,
-                samples=dp * options["micro_batch_size"] * count, micro_batch_size=options["micro_batch_size"],
-                document_masking=options["masking"], memory=memory,
-                sequence_parallel=settings.sequence_parallel, steps=3)
+    return Case(
+        tp,
+        pp,
+        cp,
+        dp,
+        schedule=settings.schedule,
+        stages_per_rank=settings.stages_per_rank,
+        context_levels=levels,
+        strategy=options["strategy"],
+        model=model,
+        seq_length=length,
+        samples=dp * options["micro_batch_size"] * count,
+        micro_batch_size=options["micro_batch_size"],
+        document_masking=options["masking"],
+        memory=memory,
+        sequence_parallel=settings.sequence_parallel,
+        steps=3,
+    )
 
 
 def make_memory(options: dict, split: HeadSplit) -> MemorySettings | None:
     chunks = max(chunk_counts(split)) if options["head_chunks"] else 1
     if options["head_chunks"] and chunks == 1:
         return None
-    return MemorySettings(options["recompute"], attention_head_chunks=chunks,
-                          **(dict(mlp_tiles=3, loss_chunk_tokens=5) if options["tiles"] else {}))
+    return MemorySettings(
+        options["recompute"],
+        attention_head_chunks=chunks,
+        **(dict(mlp_tiles=3, loss_chunk_tokens=5) if options["tiles"] else {}),
+    )
 
 
 def draw_row(draw: random.Random, names: list[str]) -> dict:
@@ -106,7 +147,9 @@ def pairs_of(layout: tuple[int, ...], options: dict) -> set[tuple]:
     return set(itertools.combinations(sorted([*options.items(), *in_use], key=str), 2))
 
 
-def make_table(candidates: int = 60, seed: int = 1) -> tuple[dict[str, Case], list[tuple], set, set]:
+def make_table(
+    candidates: int = 60, seed: int = 1
+) -> tuple[dict[str, Case], list[tuple], set, set]:
     """(name -> case, refused layouts, pairs covered, pairs that some legal candidate has)."""
     draw = random.Random(seed)
     cases = {}
@@ -117,7 +160,10 @@ def make_table(candidates: int = 60, seed: int = 1) -> tuple[dict[str, Case], li
 
     def take(layout, row, case, pairs):
         covered.update(pairs)
-        name = " ".join(f"{axis}{size}" for axis, size in zip(AXES, layout, strict=True) if size > 1) or "one"
+        name = (
+            " ".join(f"{axis}{size}" for axis, size in zip(AXES, layout, strict=True) if size > 1)
+            or "one"
+        )
         same = sum(known.split(" (")[0] == name for known in cases)
         cases[f"{name} ({same + 1})" if same else name] = case
 
@@ -125,8 +171,11 @@ def make_table(candidates: int = 60, seed: int = 1) -> tuple[dict[str, Case], li
         used = dict(zip(AXES, layout, strict=True))
         names = [name for name in OPTIONS if used.get(NEEDS_AXIS.get(name), 2) > 1]
         rows = [draw_row(draw, names) for _ in range(candidates)]
-        legal = [(layout, row, case, pairs_of(layout, row)) for row in rows
-                 if (case := make_case(layout, row)) is not None]
+        legal = [
+            (layout, row, case, pairs_of(layout, row))
+            for row in rows
+            if (case := make_case(layout, row)) is not None
+        ]
         if not legal:
             refused.append(layout)
             continue

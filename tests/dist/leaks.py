@@ -39,8 +39,10 @@ def probe(stepper: Stepper, layout: Layout, loader: Loader) -> tuple[list[str], 
         changed = (old != new).any(dim=1)
         allowed = (here >= target) & (here < stop) & (index == changed_in)
         if (changed & ~allowed).any():
-            problems.append(f"microbatch {index}, tokens {here[changed & ~allowed][:5].tolist()}; the changed one is "
-                            f"{target} of microbatch {changed_in}, in the document [{start}, {stop})")
+            problems.append(
+                f"microbatch {index}, tokens {here[changed & ~allowed][:5].tolist()}; the changed one is "
+                f"{target} of microbatch {changed_in}, in the document [{start}, {stop})"
+            )
         reached |= bool((changed & allowed & (here > target)).any())
     return problems, reached
 
@@ -53,10 +55,22 @@ def _find(layout: Layout, loader: Loader) -> tuple[list[Batch], tuple[int, int, 
     """
     for step in range(20):
         batches = loader.read(step * loader.global_batch_tokens)
-        place = next(((index, a, b) for index, batch in enumerate(batches)
-                      for a, b in zip(batch.cu_seqlens.tolist(), batch.cu_seqlens.tolist()[1:], strict=False)
-                      if b - a > 2 and (b % loader.seq_length or b - a == loader.seq_length and not loader.document_masking)),
-                     None)
+        place = next(
+            (
+                (index, a, b)
+                for index, batch in enumerate(batches)
+                for a, b in zip(
+                    batch.cu_seqlens.tolist(), batch.cu_seqlens.tolist()[1:], strict=False
+                )
+                if b - a > 2
+                and (
+                    b % loader.seq_length
+                    or b - a == loader.seq_length
+                    and not loader.document_masking
+                )
+            ),
+            None,
+        )
         found = torch.tensor(int(place is not None))
         if all_reduce(found, layout.world, dist.ReduceOp.MAX):
             return batches, place
@@ -73,6 +87,7 @@ def _logits(stepper: Stepper, batches: list) -> list[torch.Tensor]:
             x_tD, weight_vD = original(x_tD)
             found.append(x_tD @ weight_vD.T)
             return x_tD, weight_vD
+
         return head_inputs
 
     for stage in last:

@@ -31,7 +31,9 @@ TOLERANCE = 1e-10
 def memory_stream(lengths: tuple[int, ...], seed: int) -> DocumentStream:
     """Random documents of lengths chosen so that they cross slice edges."""
     generator = np.random.default_rng(7)
-    return DocumentStream(Documents(lengths, lambda _, n: generator.integers(0, VOCABULARY, size=n)), None, seed)
+    return DocumentStream(
+        Documents(lengths, lambda _, n: generator.integers(0, VOCABULARY, size=n)), None, seed
+    )
 
 
 @dataclass(frozen=True)
@@ -63,40 +65,72 @@ class Case:
 
     def single(self) -> "Case":
         """The same model and batch in one process."""
-        return Case(model=self.model, lengths=self.lengths, seq_length=self.seq_length, samples=self.samples,
-                    document_masking=self.document_masking, clip_grad=self.clip_grad, steps=self.steps)
+        return Case(
+            model=self.model,
+            lengths=self.lengths,
+            seq_length=self.seq_length,
+            samples=self.samples,
+            document_masking=self.document_masking,
+            clip_grad=self.clip_grad,
+            steps=self.steps,
+        )
 
     def model_config(self) -> ModelConfig:
         # Large initial weights: small ones would make every layer nearly the identity.
-        shape = dict(num_layers=3, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=2,
-                     init_method_std=0.2)
+        shape = dict(
+            num_layers=3,
+            hidden_size=32,
+            ffn_hidden_size=48,
+            num_attention_heads=4,
+            num_query_groups=2,
+            init_method_std=0.2,
+        )
         return ModelConfig(**(shape | self.model))
 
     def layout_config(self) -> LayoutConfig:
         return LayoutConfig(
-            tensor_model_parallel_size=self.tp, pipeline_model_parallel_size=self.pp, context_parallel_size=self.cp,
-            pipeline_schedule=self.schedule, num_virtual_stages_per_pipeline_rank=self.stages_per_rank,
+            tensor_model_parallel_size=self.tp,
+            pipeline_model_parallel_size=self.pp,
+            context_parallel_size=self.cp,
+            pipeline_schedule=self.schedule,
+            num_virtual_stages_per_pipeline_rank=self.stages_per_rank,
             cp_comm_type="a2a+allgather" if self.context_levels else "a2a",
-            hierarchical_context_parallel_sizes=list(self.context_levels), sequence_parallel=self.sequence_parallel,
-            data_parallel_sharding_strategy=self.strategy)
+            hierarchical_context_parallel_sizes=list(self.context_levels),
+            sequence_parallel=self.sequence_parallel,
+            data_parallel_sharding_strategy=self.strategy,
+        )
 
     def build(self, world: World, seed: int = 1234, master=torch.float64, compute=torch.float64):
         """(layout, stages, optimizer, stepper, loader) as the trainer makes them."""
         layout = build_layout(self.layout_config(), world)
         attend, _ = choose_attention("auto", layout.device, compute)
         config = self.model_config()
-        stages = build_stages(config, VOCABULARY, layout, attend, strategy=self.strategy, master_dtype=master,
-                              compute_dtype=compute)
+        stages = build_stages(
+            config,
+            VOCABULARY,
+            layout,
+            attend,
+            strategy=self.strategy,
+            master_dtype=master,
+            compute_dtype=compute,
+        )
         initialize(stages, config, layout, seed)
         for stage in stages:
             stage.memory = self.memory
         stepper = Stepper(stages, layout, config.hidden_size, compute, self.strategy)
         mixture = fresh_mixture([(1.0, memory_stream(self.lengths, seed))], self.seq_length)
-        loader = Loader(mixture, micro_batch_size=self.micro_batch_size,
-                        global_batch_tokens=self.samples * self.seq_length, dp_rank=layout.dp.rank,
-                        dp_size=layout.dp.size, pieces=token_pieces(self.seq_length * self.micro_batch_size, layout),
-                        document_masking=self.document_masking, eod=None, eod_mask_loss=False,
-                        vocab_size=VOCABULARY)
+        loader = Loader(
+            mixture,
+            micro_batch_size=self.micro_batch_size,
+            global_batch_tokens=self.samples * self.seq_length,
+            dp_rank=layout.dp.rank,
+            dp_size=layout.dp.size,
+            pieces=token_pieces(self.seq_length * self.micro_batch_size, layout),
+            document_masking=self.document_masking,
+            eod=None,
+            eod_mask_loss=False,
+            vocab_size=VOCABULARY,
+        )
         return layout, stages, build_optimizer(stages, OptimizerConfig(lr=1e-3)), stepper, loader
 
 
@@ -122,13 +156,17 @@ def run_built(case: Case, built: tuple, recorder: Recorder | None = None) -> dic
 
     def capture(*_):
         if not gradients:
-            gradients.update({name: grad.full_tensor().numpy() for name, grad in named(stages, "grad")})
+            gradients.update(
+                {name: grad.full_tensor().numpy() for name, grad in named(stages, "grad")}
+            )
 
     optimizer.register_step_pre_hook(capture)
     batch_tokens = case.samples * case.seq_length
     for step in range(case.steps):
         with recorder if recorder and step < 2 else nullcontext():
-            result = train_step(stepper, optimizer, loader.read(step * batch_tokens), 1e-3, case.clip_grad)
+            result = train_step(
+                stepper, optimizer, loader.read(step * batch_tokens), 1e-3, case.clip_grad
+            )
         if recorder:
             recorder.step += 1
     weights = {name: p.full_tensor().detach().numpy() for name, p in named(stages)}
@@ -139,8 +177,15 @@ def run_built(case: Case, built: tuple, recorder: Recorder | None = None) -> dic
         drift = str(error)
     with recorder or nullcontext():
         valid, _ = stepper.run(loader.read(case.steps * batch_tokens), train=False)
-    return {"loss": result.loss, "grad_norm": result.grad_norm, "num_targets": result.num_targets, "valid": valid,
-            "gradients": gradients, "weights": weights, "drift": drift}
+    return {
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "num_targets": result.num_targets,
+        "valid": valid,
+        "gradients": gradients,
+        "weights": weights,
+        "drift": drift,
+    }
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
@@ -155,15 +200,19 @@ def compare(results: list[dict], expected: dict) -> None:
     """Assert that every rank's view equals the single process."""
     names = set()
     for rank, result in enumerate(results):
-        assert result["num_targets"] == expected["num_targets"], \
+        assert result["num_targets"] == expected["num_targets"], (
             f"rank {rank}: {result['num_targets']} targets, expected {expected['num_targets']}"
+        )
         for key in ("loss", "grad_norm", "valid"):
-            assert abs(result[key] - expected[key]) <= TOLERANCE * abs(expected[key]), \
+            assert abs(result[key] - expected[key]) <= TOLERANCE * abs(expected[key]), (
                 f"rank {rank}: {key} {result[key]}, expected {expected[key]}"
+            )
         for kind in ("gradients", "weights"):
             for name, tensor in result[kind].items():
                 error = relative_error(tensor, expected[kind][name])
-                assert error <= TOLERANCE, f"rank {rank}: {kind} of {name}: relative error {error:.1e}"
+                assert error <= TOLERANCE, (
+                    f"rank {rank}: {kind} of {name}: relative error {error:.1e}"
+                )
                 names.add((kind, name))
     missing = {(kind, name) for kind in ("gradients", "weights") for name in expected[kind]} - names
     assert not missing, f"no rank holds {sorted(missing)[:5]}"

@@ -13,8 +13,14 @@ import tempfile
 import traceback
 from multiprocessing.connection import Connection, wait
 
-PRELOADED = ["torch", "torch.distributed.checkpoint", "torch.distributed.tensor", "torch.distributed.pipelining",
-             "parallel.layout", "pretrain.train"]
+PRELOADED = [
+    "torch",
+    "torch.distributed.checkpoint",
+    "torch.distributed.tensor",
+    "torch.distributed.pipelining",
+    "parallel.layout",
+    "pretrain.train",
+]
 
 
 def _serve(connection: Connection, rank: int) -> None:
@@ -24,7 +30,10 @@ def _serve(connection: Connection, rank: int) -> None:
     import torch
     import torch.distributed as dist
     from torch.distributed.tensor._collective_utils import MeshTopoInfo
-    from torch.distributed.tensor._redistribute import _gen_transform_infos, clear_redistribute_planner_cache
+    from torch.distributed.tensor._redistribute import (
+        _gen_transform_infos,
+        clear_redistribute_planner_cache,
+    )
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     from parallel.config import LayoutConfig
@@ -40,8 +49,12 @@ def _serve(connection: Connection, rank: int) -> None:
         function, world_size, store_path, args = job
         try:
             os.environ["LOCAL_RANK"] = str(rank)
-            world = start_world(LayoutConfig(distributed_timeout_minutes=10), dist.FileStore(store_path, world_size),
-                                rank, world_size)
+            world = start_world(
+                LayoutConfig(distributed_timeout_minutes=10),
+                dist.FileStore(store_path, world_size),
+                rank,
+                world_size,
+            )
             try:
                 result = function(world, *args)
             finally:
@@ -71,7 +84,9 @@ class WorkerPool:
     def _grow(self, size: int) -> None:
         while len(self.workers) < size:
             ours, theirs = self.context.Pipe()
-            process = self.context.Process(target=_serve, args=(theirs, len(self.workers)), daemon=True)
+            process = self.context.Process(
+                target=_serve, args=(theirs, len(self.workers)), daemon=True
+            )
             process.start()
             theirs.close()
             self.workers.append((process, ours))
@@ -91,7 +106,9 @@ class WorkerPool:
             ready = wait(list(pending), timeout)
             if not ready:
                 self.close_workers()
-                raise AssertionError(f"ranks {sorted(pending.values())} did not answer in {timeout:.0f} s")
+                raise AssertionError(
+                    f"ranks {sorted(pending.values())} did not answer in {timeout:.0f} s"
+                )
             for connection in ready:
                 rank = pending.pop(connection)
                 try:
@@ -99,7 +116,10 @@ class WorkerPool:
                 except (EOFError, ConnectionResetError):
                     process = self.workers[rank][0]
                     process.join()
-                    succeeded, results[rank] = False, f"the process died with exit code {process.exitcode}"
+                    succeeded, results[rank] = (
+                        False,
+                        f"the process died with exit code {process.exitcode}",
+                    )
                 if not succeeded:
                     self.close_workers()
                     raise AssertionError(f"rank {rank} of {world_size} failed:\n{results[rank]}")

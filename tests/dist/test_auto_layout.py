@@ -27,9 +27,13 @@ UNTIED = {"untie_embeddings_and_output_weights": True, "qk_layernorm": True, "ad
 def real_bytes(world: World, case: Case) -> dict:
     """Bytes of this rank's tensors after a step in bf16 over fp32, and those of its whole
     gradients."""
-    layout, stages, optimizer, stepper, loader = case.build(world, master=torch.float32, compute=torch.bfloat16)
+    layout, stages, optimizer, stepper, loader = case.build(
+        world, master=torch.float32, compute=torch.bfloat16
+    )
     gradients = []
-    optimizer.register_step_pre_hook(lambda *_: gradients.extend(size(grad) for _, grad in named(stages, "grad")))
+    optimizer.register_step_pre_hook(
+        lambda *_: gradients.extend(size(grad) for _, grad in named(stages, "grad"))
+    )
 
     def size(tensor) -> int:
         local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
@@ -38,21 +42,30 @@ def real_bytes(world: World, case: Case) -> dict:
     train_step(stepper, optimizer, loader.read(0), 1e-3, 1.0)
     parameters = [parameter for _, parameter in named(stages)]
     split = [layout.tp.size if isinstance(p.placements[-1], Shard) else 1 for p in parameters]
-    return {"pp": layout.pp.rank, "parameters": sum(map(size, parameters)),
-            "optimizer": sum(size(value) for p in parameters for value in optimizer.state[p].values()),
-            "gradients": sum(gradients),
-            "whole": sum(4 * p.numel() // n for p, n in zip(parameters, split, strict=True))}
+    return {
+        "pp": layout.pp.rank,
+        "parameters": sum(map(size, parameters)),
+        "optimizer": sum(size(value) for p in parameters for value in optimizer.state[p].values()),
+        "gradients": sum(gradients),
+        "whole": sum(4 * p.numel() // n for p, n in zip(parameters, split, strict=True)),
+    }
 
 
-@pytest.mark.parametrize("case", [
-    Case(dp=3, samples=6, model=UNTIED),
-    Case(tp=2, dp=2, strategy="optim", model=TIED),
-    Case(tp=4, model=dict(num_query_groups=2) | UNTIED, strategy="optim_grads_params"),
-    Case(tp=2, cp=2, sequence_parallel=True, model=UNTIED),
-    Case(pp=2, dp=2, model=dict(num_layers=3) | TIED),
-    Case(pp=2, schedule="ZBV", stages_per_rank=2, model=dict(num_layers=5) | TIED),
-    Case(pp=2, tp=2, schedule="interleaved", stages_per_rank=2, model=dict(num_layers=5) | UNTIED),
-], ids=lambda case: f"tp{case.tp} pp{case.pp} cp{case.cp} dp{case.dp} {case.strategy}")
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(dp=3, samples=6, model=UNTIED),
+        Case(tp=2, dp=2, strategy="optim", model=TIED),
+        Case(tp=4, model=dict(num_query_groups=2) | UNTIED, strategy="optim_grads_params"),
+        Case(tp=2, cp=2, sequence_parallel=True, model=UNTIED),
+        Case(pp=2, dp=2, model=dict(num_layers=3) | TIED),
+        Case(pp=2, schedule="ZBV", stages_per_rank=2, model=dict(num_layers=5) | TIED),
+        Case(
+            pp=2, tp=2, schedule="interleaved", stages_per_rank=2, model=dict(num_layers=5) | UNTIED
+        ),
+    ],
+    ids=lambda case: f"tp{case.tp} pp{case.pp} cp{case.cp} dp{case.dp} {case.strategy}",
+)
 def test_predicted_bytes_are_those_of_the_tensors(pool, case):
     found = pool.run(real_bytes, case.world_size, case)
     count = case.samples // (case.dp * case.micro_batch_size)
@@ -66,22 +79,34 @@ def test_predicted_bytes_are_those_of_the_tensors(pool, case):
         assert predicted.optimizer == max(rank["optimizer"] for rank in ranks)
         key = "whole" if load.whole_gradients else "gradients"
         assert predicted.gradients == max(rank[key] for rank in ranks)
-        assert predicted.gathered == max(rank["whole"] for rank in ranks) // 2 or \
-            case.strategy == "optim_grads_params"
+        assert (
+            predicted.gathered == max(rank["whole"] for rank in ranks) // 2
+            or case.strategy == "optim_grads_params"
+        )
 
 
 def phased(tmp_path, corpus, name: str, device_memory_gib: float, **changes) -> list[str]:
     """Flags of a run of two phases, the second with samples that only context parallelism can
     hold."""
-    phases = [dict(name="short", seq_length=64, train_tokens=1024, global_batch_tokens=512),
-              dict(name="long", seq_length=4096, train_tokens=8192, global_batch_tokens=4096,
-                   recompute_granularity="none") | changes]
+    phases = [
+        dict(name="short", seq_length=64, train_tokens=1024, global_batch_tokens=512),
+        dict(
+            name="long",
+            seq_length=4096,
+            train_tokens=8192,
+            global_batch_tokens=4096,
+            recompute_granularity="none",
+        )
+        | changes,
+    ]
     config = tmp_path / f"{name}.yaml"
-    config.write_text(yaml.safe_dump({"phases": phases, "layout": "auto", "device_memory_gib": device_memory_gib}))
+    config.write_text(
+        yaml.safe_dump({"phases": phases, "layout": "auto", "device_memory_gib": device_memory_gib})
+    )
     argv = base_arguments(corpus, save=str(tmp_path / "save"), ffn_hidden_size=256)
     for flag in ("--train-iters", "--seq-length", "--global-batch-size"):
         at = argv.index(flag)
-        del argv[at:at + 2]
+        del argv[at : at + 2]
     return ["--config", str(config), *argv]
 
 
@@ -102,15 +127,22 @@ def test_a_run_chooses_its_layouts_once(pool, tmp_path, monkeypatch):
 
     # The stored choice wins over an estimate that has changed; another world or another phase is
     # chosen anew.
-    monkeypatch.setattr(auto_layout, "step_seconds", lambda model, load, hardware: 1.0 / load.layout.sizes[0])
+    monkeypatch.setattr(
+        auto_layout, "step_seconds", lambda model, load, hardware: 1.0 / load.layout.sizes[0]
+    )
     again = make_plan(load_config(argv), 2)
-    assert sizes(again) == sizes(plan) and all("(kept from the checkpoint)" in line for line in again.layout_lines)
+    assert sizes(again) == sizes(plan) and all(
+        "(kept from the checkpoint)" in line for line in again.layout_lines
+    )
     json.dumps(again.layouts)
     other = make_plan(load_config(argv), 4)
     assert sizes(other) == [(4, 1, 1), (4, 1, 1)]
-    assert other.layout_lines[1].endswith("(chosen anew, since world_size was 2; it was tp 1 pp 1 cp 2)")
-    changed = make_plan(load_config(phased(tmp_path, corpus, "changed", 0.037,
-                                           pipeline_model_parallel_size=1)), 2)
+    assert other.layout_lines[1].endswith(
+        "(chosen anew, since world_size was 2; it was tp 1 pp 1 cp 2)"
+    )
+    changed = make_plan(
+        load_config(phased(tmp_path, corpus, "changed", 0.037, pipeline_model_parallel_size=1)), 2
+    )
     assert sizes(changed) == [(1, 1, 1), (2, 1, 1)]
     assert "(kept from the checkpoint)" in changed.layout_lines[0]
     assert "(chosen anew, since open was [" in changed.layout_lines[1]

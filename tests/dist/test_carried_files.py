@@ -4,7 +4,7 @@ import shutil
 
 from pretrain.checkpointing import checkpoint
 from pretrain.checkpointing.model_files import read_carried, read_model_files
-from tests import chat_folders as folders
+from tests.huggingface import chat_folders as folders
 from tests.dist.training import base_arguments, train, write_corpus
 from tools.import_hf import Arguments, import_folder
 
@@ -18,9 +18,15 @@ def test_checkpoints_carry_the_files_of_the_model_also_after_a_restart(pool, tmp
 
     corpus = write_corpus(tmp_path / "corpus")
     arguments = dict(
-        save=str(tmp_path / "run"), pretrained_checkpoint=str(tmp_path / "imported"),
-        hidden_size=16, ffn_hidden_size=24, num_attention_heads=2, num_query_groups=1,
-        kv_channels=8, norm_epsilon=1e-6, untie_embeddings_and_output_weights=True,
+        save=str(tmp_path / "run"),
+        pretrained_checkpoint=str(tmp_path / "imported"),
+        hidden_size=16,
+        ffn_hidden_size=24,
+        num_attention_heads=2,
+        num_query_groups=1,
+        kv_channels=8,
+        norm_epsilon=1e-6,
+        untie_embeddings_and_output_weights=True,
     )
     for iterations in (1, 2):
         argv = base_arguments(corpus, train_iters=iterations, **arguments)

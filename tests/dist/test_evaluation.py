@@ -32,7 +32,9 @@ LAYOUTS = {
     "pp2 interleaved": Case(pp=2, schedule="interleaved", model=dict(num_layers=5)),
     "pp2 zero-bubble": Case(pp=2, schedule="zero-bubble"),
     "cp4 two levels": Case(cp=4, context_levels=(2, 2)),
-    "tp2 sequence parallel zero3": Case(tp=2, dp=2, sequence_parallel=True, strategy="optim_grads_params"),
+    "tp2 sequence parallel zero3": Case(
+        tp=2, dp=2, sequence_parallel=True, strategy="optim_grads_params"
+    ),
 }
 
 
@@ -42,27 +44,41 @@ def score(world, case: Case) -> dict:
     layout, stages, _, stepper, loader = case.build(world)
     batches = loader.read(0)
     scores = stepper.score(batches)
-    result = {"scores": (scores.loss_sums, scores.num_targets, scores.first_choices),
-              "run": stepper.run(batches, train=False)}
+    result = {
+        "scores": (scores.loss_sums, scores.num_targets, scores.first_choices),
+        "run": stepper.run(batches, train=False),
+    }
     if world.size == 1:
         with torch.no_grad():
-            logits = [stages[0].logits(stages[0].hidden(torch.empty(0), batch)) for batch in batches]
-        result["by_hand"] = [int((row.argmax(dim=1) == batch.labels).sum())
-                             for row, batch in zip(logits, batches, strict=True)]
+            logits = [
+                stages[0].logits(stages[0].hidden(torch.empty(0), batch)) for batch in batches
+            ]
+        result["by_hand"] = [
+            int((row.argmax(dim=1) == batch.labels).sum())
+            for row, batch in zip(logits, batches, strict=True)
+        ]
     return result
 
 
-@pytest.mark.parametrize("name", cases(LAYOUTS, lambda name: name in ("tp2 dp2", "pp2 ZBV", "pp2 interleaved")))
+@pytest.mark.parametrize(
+    "name", cases(LAYOUTS, lambda name: name in ("tp2 dp2", "pp2 ZBV", "pp2 interleaved"))
+)
 def test_scores_equal_one_process(pool, name):
     # An untrained model is right about once in 101 targets
     case = dataclasses.replace(LAYOUTS[name], samples=32)
     (expected,) = pool.run(score, 1, case.single())
     sums, targets, hits = expected["scores"]
-    assert len(sums) == case.samples and hits.tolist() == expected["by_hand"] and 0 < hits.sum() < targets.sum()
+    assert (
+        len(sums) == case.samples
+        and hits.tolist() == expected["by_hand"]
+        and 0 < hits.sum() < targets.sum()
+    )
     assert abs(sums.sum() / targets.sum() - expected["run"][0]) < TOLERANCE * expected["run"][0]
     for result in pool.run(score, case.world_size, case):
         assert np.abs(result["scores"][0] - sums).max() < TOLERANCE * sums.max()
-        assert np.array_equal(result["scores"][1], targets) and np.array_equal(result["scores"][2], hits)
+        assert np.array_equal(result["scores"][1], targets) and np.array_equal(
+            result["scores"][2], hits
+        )
 
 
 def first_choices(world, logits: np.ndarray) -> list[int]:
@@ -73,8 +89,14 @@ def first_choices(world, logits: np.ndarray) -> list[int]:
 
 def test_of_equal_logits_the_first_id_wins_and_padding_never(pool):
     low = float("-inf")
-    logits = np.array([[0, 1, 1, 0, 1, 0, low, low], [3, 0, 0, 0, 0, 0, low, low], [-9, -9, -9, -9, -9, -8, low, low],
-                       [-5, -5, -5, -5, -5, -5, low, low]])
+    logits = np.array(
+        [
+            [0, 1, 1, 0, 1, 0, low, low],
+            [3, 0, 0, 0, 0, 0, low, low],
+            [-9, -9, -9, -9, -9, -8, low, low],
+            [-5, -5, -5, -5, -5, -5, low, low],
+        ]
+    )
     assert pool.run(first_choices, 4, logits) == [[1, 0, 5, 0]] * 4
 
 
@@ -88,18 +110,33 @@ class FoldedLetters(Letters):
 def validation_stream() -> DocumentStream:
     generator = np.random.default_rng(3)
     lengths = (40, 3, 90, 33, 64, 200, 5, 31, 70, 500, 2, 333)
-    return DocumentStream(Documents(lengths, lambda _, n: generator.integers(0, VOCABULARY, size=n)), None, 5)
+    return DocumentStream(
+        Documents(lengths, lambda _, n: generator.integers(0, VOCABULARY, size=n)), None, 5
+    )
 
 
 def evaluate(world, case: Case) -> list[dict]:
     """Every record of one evaluation: three lengths, context gain, passkey."""
     layout, _, _, stepper, _ = case.build(world)
-    config = load_config("--seq-length 64 --global-batch-tokens 512 --train-iters 1 --mock-data --vocab-size 101 "
-                         "--eval-iters 3 --eval-seq-lengths 16 64 256 --context-gain-cut 16 --context-gain-documents 5 "
-                         "--eval-passkey-lengths 256 --eval-passkey-depths 0.2 0.8".split())
-    phase = dataclasses.replace(resolve_phases(config)[0], layout=case.layout_config(),
-                                micro_batch_size=case.micro_batch_size, document_masking=case.document_masking)
-    feed = Feed(DataConfig(), Corpus({}, {"valid": [(1.0, validation_stream())]}), None, layout, eod=None, vocab_size=VOCABULARY)
+    config = load_config(
+        "--seq-length 64 --global-batch-tokens 512 --train-iters 1 --mock-data --vocab-size 101 "
+        "--eval-iters 3 --eval-seq-lengths 16 64 256 --context-gain-cut 16 --context-gain-documents 5 "
+        "--eval-passkey-lengths 256 --eval-passkey-depths 0.2 0.8".split()
+    )
+    phase = dataclasses.replace(
+        resolve_phases(config)[0],
+        layout=case.layout_config(),
+        micro_batch_size=case.micro_batch_size,
+        document_masking=case.document_masking,
+    )
+    feed = Feed(
+        DataConfig(),
+        Corpus({}, {"valid": [(1.0, validation_stream())]}),
+        None,
+        layout,
+        eod=None,
+        vocab_size=VOCABULARY,
+    )
     return list(Evaluator(config, feed, FoldedLetters()).run(stepper, phase))
 
 
@@ -113,12 +150,20 @@ EVALUATED = {
 }
 
 
-@pytest.mark.parametrize("name", cases(EVALUATED, lambda name: name in ("pp2 interleaved", "pp2 cp2")))
+@pytest.mark.parametrize(
+    "name", cases(EVALUATED, lambda name: name in ("pp2 interleaved", "pp2 cp2"))
+)
 def test_evaluations_equal_one_process(pool, name):
     case = EVALUATED[name]
     (expected,) = pool.run(evaluate, 1, case.single())
     assert [(record["kind"], record["seq_length"]) for record in expected] == [
-        ("loss", 16), ("loss", 64), ("loss", 256), ("context_gain", 64), ("passkey", 256), ("passkey", 256)]
+        ("loss", 16),
+        ("loss", 64),
+        ("loss", 256),
+        ("context_gain", 64),
+        ("passkey", 256),
+        ("passkey", 256),
+    ]
     gain = expected[3]
     assert gain["documents"] == 5 and gain["gain_low"] < gain["gain"] < gain["gain_high"]
     # Each token of the set is counted once, but for the documents' last ones
@@ -128,8 +173,11 @@ def test_evaluations_equal_one_process(pool, name):
         for ours, theirs in zip(found, expected, strict=True):
             assert ours.keys() == theirs.keys()
             for key, value in theirs.items():
-                close = abs(ours[key] - value) <= TOLERANCE * max(1, abs(value)) if isinstance(value, float) else (
-                    ours[key] == value)
+                close = (
+                    abs(ours[key] - value) <= TOLERANCE * max(1, abs(value))
+                    if isinstance(value, float)
+                    else (ours[key] == value)
+                )
                 assert close, f"{key} of {theirs}: {ours[key]}"
 
 
@@ -141,24 +189,49 @@ def test_a_restart_writes_no_record_twice(pool, tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
     save = tmp_path / "save"
     shown = str(tmp_path / "shown")
-    argv = base_arguments(corpus, save=str(save), save_interval=3, eval_interval=3, tensorboard_dir=shown,
-                          context_gain_cut=16) + ["--eval-seq-lengths", "32", "64"]
+    argv = base_arguments(
+        corpus,
+        save=str(save),
+        save_interval=3,
+        eval_interval=3,
+        tensorboard_dir=shown,
+        context_gain_cut=16,
+    ) + ["--eval-seq-lengths", "32", "64"]
     pool.run(train, 1, argv)
     lines = (save / "validation.jsonl").read_text()
     records = [json.loads(line) for line in lines.splitlines()]
     assert [(r["step"], r["kind"], r["seq_length"]) for r in records] == [
-        (step, kind, length) for step in (0, 3, 6) for kind, length in (("loss", 32), ("loss", 64),
-                                                                        ("context_gain", 64))]
-    cut_short = [*argv, "--save", str(tmp_path / "cut"), "--exit-interval", "3", "--tensorboard-dir",
-                 str(tmp_path / "other")]
+        (step, kind, length)
+        for step in (0, 3, 6)
+        for kind, length in (("loss", 32), ("loss", 64), ("context_gain", 64))
+    ]
+    cut_short = [
+        *argv,
+        "--save",
+        str(tmp_path / "cut"),
+        "--exit-interval",
+        "3",
+        "--tensorboard-dir",
+        str(tmp_path / "other"),
+    ]
     assert [pool.run(train, 1, cut_short) for _ in range(2)] == [["stopped"], ["done"]]
-    assert (tmp_path / "cut" / "validation.jsonl").read_text() == lines, "none is left out at a stop that was planned"
+    assert (tmp_path / "cut" / "validation.jsonl").read_text() == lines, (
+        "none is left out at a stop that was planned"
+    )
     (save / checkpoint.LATEST).write_text("3")
     assert pool.run(train, 1, argv) == ["done"]
     assert (save / "validation.jsonl").read_text() == lines
     events = [json.loads(line) for line in (save / "events.jsonl").read_text().splitlines()]
     assert [(event["event"], event["step"]) for event in events] == [
-        ("start", 0), ("phase", 0), ("save", 3), ("save", 6), ("done", 6), ("restart", 3), ("save", 6), ("done", 6)]
+        ("start", 0),
+        ("phase", 0),
+        ("save", 3),
+        ("save", 6),
+        ("done", 6),
+        ("restart", 3),
+        ("save", 6),
+        ("done", 6),
+    ]
     assert all(event["tokens"] == 256 * event["step"] and event["text"] for event in events)
     assert events == sorted(events, key=lambda event: event["time"])
     board = EventAccumulator(shown).Reload()

@@ -13,18 +13,30 @@ from pretrain.checkpointing import checkpoint
 from pretrain.config.load import field_table
 from pretrain.checkpointing.resume_contract import setting_changes
 from tests.dist.training import VOCABULARY, base_arguments, losses, train, write_corpus
-from tests.hf_imports import checkpoint_logits
+from tests.huggingface.imports import checkpoint_logits
 from tools.export_hf import Arguments, export, open_source
 from tools.import_hf import Arguments as ImportArguments
 from tools.import_hf import import_folder
 
 MODELS = {
     "LlamaForCausalLM": dict(untie_embeddings_and_output_weights=True, rotary_base=5e5),
-    "LlamaForCausalLM tied mqa": dict(untie_embeddings_and_output_weights=False, num_query_groups=1, kv_channels=12,
-                                      use_rope_scaling=True, original_max_position_embeddings=64),
-    "Qwen2ForCausalLM": dict(add_qkv_bias=True, norm_epsilon=1e-6, rope_type="linear", rope_scaling_factor=4.0),
-    "Qwen3ForCausalLM": dict(qk_layernorm=True, kv_channels=16, rope_type="yarn", rope_scaling_factor=8.0,
-                             original_max_position_embeddings=32),
+    "LlamaForCausalLM tied mqa": dict(
+        untie_embeddings_and_output_weights=False,
+        num_query_groups=1,
+        kv_channels=12,
+        use_rope_scaling=True,
+        original_max_position_embeddings=64,
+    ),
+    "Qwen2ForCausalLM": dict(
+        add_qkv_bias=True, norm_epsilon=1e-6, rope_type="linear", rope_scaling_factor=4.0
+    ),
+    "Qwen3ForCausalLM": dict(
+        qk_layernorm=True,
+        kv_channels=16,
+        rope_type="yarn",
+        rope_scaling_factor=8.0,
+        original_max_position_embeddings=32,
+    ),
 }
 
 
@@ -37,8 +49,15 @@ def trained(pool, tmp_path_factory):
     runs = {}
     for number, (name, model) in enumerate(MODELS.items()):
         runs[name] = root / f"run{number}"
-        argv = base_arguments(corpus, save=str(runs[name]), train_iters=3, seq_length=256, init_method_std=0.2,
-                              tensor_model_parallel_size=2, **model)
+        argv = base_arguments(
+            corpus,
+            save=str(runs[name]),
+            train_iters=3,
+            seq_length=256,
+            init_method_std=0.2,
+            tensor_model_parallel_size=2,
+            **model,
+        )
         assert pool.run(train, 2, argv) == ["done"] * 2
     return runs
 
@@ -48,14 +67,26 @@ def test_export_verifies_and_logits_agree_at_the_last_positions(trained, tmp_pat
     from transformers import AutoModelForCausalLM
 
     output = tmp_path / "hf"
-    export(Arguments(load=str(trained[name]), output=str(output), verify=True, max_position_embeddings=100_000))
+    export(
+        Arguments(
+            load=str(trained[name]),
+            output=str(output),
+            verify=True,
+            max_position_embeddings=100_000,
+        )
+    )
     assert capsys.readouterr().out.count(": ok") == 2  # the first positions and the last
     config = json.loads((output / "config.json").read_text())
-    assert config["architectures"] == [name.split()[0]] and config["max_position_embeddings"] == 100_000
+    assert (
+        config["architectures"] == [name.split()[0]]
+        and config["max_position_embeddings"] == 100_000
+    )
     assert config["vocab_size"] == VOCABULARY
     theirs = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
     assert theirs.__class__.__name__ == name.split()[0]
-    assert theirs.get_input_embeddings().weight.shape[0] == VOCABULARY, "padded rows must not be exported"
+    assert theirs.get_input_embeddings().weight.shape[0] == VOCABULARY, (
+        "padded rows must not be exported"
+    )
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, VOCABULARY, 300))
     positions = torch.arange(99_700, 100_000)
     with torch.no_grad():
@@ -70,8 +101,13 @@ def test_export_verifies_and_logits_agree_at_the_last_positions(trained, tmp_pat
 
 def test_declared_context_of_yarn(trained, tmp_path, capsys):
     for number, (asked, declared) in enumerate(((None, 256), (100_000, 100_000))):
-        export(Arguments(load=str(trained["Qwen3ForCausalLM"]), output=str(tmp_path / str(number)),
-                         max_position_embeddings=asked))
+        export(
+            Arguments(
+                load=str(trained["Qwen3ForCausalLM"]),
+                output=str(tmp_path / str(number)),
+                max_position_embeddings=asked,
+            )
+        )
         config = json.loads((tmp_path / str(number) / "config.json").read_text())
         assert config["max_position_embeddings"] == declared
         assert config["rope_scaling"]["factor"] == config["rope_parameters"]["factor"] == 8.0
@@ -80,10 +116,17 @@ def test_declared_context_of_yarn(trained, tmp_path, capsys):
 
 def test_verification_catches_swapped_weights(trained, tmp_path, monkeypatch):
     swapped = dict(hf._LAYER_NAMES)
-    swapped["mlp.gate.weight"], swapped["mlp.up.weight"] = swapped["mlp.up.weight"], swapped["mlp.gate.weight"]
+    swapped["mlp.gate.weight"], swapped["mlp.up.weight"] = (
+        swapped["mlp.up.weight"],
+        swapped["mlp.gate.weight"],
+    )
     monkeypatch.setattr(hf, "_LAYER_NAMES", swapped)
     with pytest.raises(ValueError, match="verification of the export failed"):
-        export(Arguments(load=str(trained["LlamaForCausalLM"]), output=str(tmp_path / "hf"), verify=True))
+        export(
+            Arguments(
+                load=str(trained["LlamaForCausalLM"]), output=str(tmp_path / "hf"), verify=True
+            )
+        )
     assert not (tmp_path / "hf").exists()
 
 
@@ -91,8 +134,15 @@ def test_bfloat16_shards_and_rope_settings(trained, tmp_path):
     from transformers import AutoModelForCausalLM
 
     output = tmp_path / "hf"
-    export(Arguments(load=str(trained["LlamaForCausalLM"]), output=str(output), dtype="bfloat16", verify=True,
-                     max_shard_bytes=20_000))
+    export(
+        Arguments(
+            load=str(trained["LlamaForCausalLM"]),
+            output=str(output),
+            dtype="bfloat16",
+            verify=True,
+            max_shard_bytes=20_000,
+        )
+    )
     assert len(list(output.glob("model-*.safetensors"))) > 2
     model = AutoModelForCausalLM.from_pretrained(output)
     assert model.dtype == torch.bfloat16 and model.config.max_position_embeddings == 256
@@ -103,10 +153,17 @@ def test_bad_input_leaves_nothing(trained, tmp_path):
     run = str(trained["LlamaForCausalLM"])
     (tmp_path / "taken").mkdir()
     for arguments, message in (
-            (dict(load=str(tmp_path / "nowhere"), output=str(tmp_path / "out")), "no checkpoint is published"),
-            (dict(load=run, output=str(tmp_path / "taken")), "exists already"),
-            (dict(load=run, output=str(tmp_path / "out"), ckpt_step=9), "missing or not complete"),
-            (dict(load=run, output=str(tmp_path / "out"), verify=True, verify_text="x"), "has no tokenizer")):
+        (
+            dict(load=str(tmp_path / "nowhere"), output=str(tmp_path / "out")),
+            "no checkpoint is published",
+        ),
+        (dict(load=run, output=str(tmp_path / "taken")), "exists already"),
+        (dict(load=run, output=str(tmp_path / "out"), ckpt_step=9), "missing or not complete"),
+        (
+            dict(load=run, output=str(tmp_path / "out"), verify=True, verify_text="x"),
+            "has no tokenizer",
+        ),
+    ):
         with pytest.raises(ValueError, match=message):
             export(Arguments(**arguments))
     assert not (tmp_path / "out").exists()
@@ -132,9 +189,13 @@ def test_loss_of_our_model_equals_transformers(trained, tmp_path):
     export(Arguments(load=str(trained["LlamaForCausalLM"]), output=str(output)))
     ids = torch.from_numpy(np.random.default_rng(1).integers(0, VOCABULARY, 200))
     with torch.no_grad():
-        theirs = AutoModelForCausalLM.from_pretrained(output)(input_ids=ids[None], labels=ids[None]).loss
+        theirs = AutoModelForCausalLM.from_pretrained(output)(
+            input_ids=ids[None], labels=ids[None]
+        ).loss
     source = open_source(str(trained["LlamaForCausalLM"]), None)
-    ours = torch.nn.functional.cross_entropy(checkpoint_logits(source, output, ids, torch.arange(200))[:-1], ids[1:])
+    ours = torch.nn.functional.cross_entropy(
+        checkpoint_logits(source, output, ids, torch.arange(200))[:-1], ids[1:]
+    )
     assert abs(float(ours - theirs)) < 1e-5 * float(theirs)
     assert IGNORE == -100 and Batch.__doc__ and os.path.isdir(output)
 
@@ -144,13 +205,19 @@ def test_import_gives_back_the_same_weights_and_settings(trained, tmp_path, name
     from pretrain.config.load import read_config_yaml
 
     export(Arguments(load=str(trained[name]), output=str(tmp_path / "hf")))
-    folder = import_folder(ImportArguments(hf=str(tmp_path / "hf"), save=str(tmp_path / "imported")))
+    folder = import_folder(
+        ImportArguments(hf=str(tmp_path / "hf"), save=str(tmp_path / "imported"))
+    )
     original = checkpoint.published(trained[name])
     names = checkpoint.tensor_names(original)
     assert names == checkpoint.tensor_names(folder)
     before, after = (checkpoint.read_whole_tensors(place, names) for place in (original, folder))
     for tensor in names:
-        rows = VOCABULARY if tensor in ("model.embedding.weight", "model.output.weight") else before[tensor].shape[0]
+        rows = (
+            VOCABULARY
+            if tensor in ("model.embedding.weight", "model.output.weight")
+            else before[tensor].shape[0]
+        )
         assert torch.equal(before[tensor][:rows], after[tensor][:rows]), tensor
     configs = [read_config_yaml(str(place / "config.yaml")) for place in (original, folder)]
     assert [change for change in setting_changes(*configs) if change.kind == "forbidden"] == []
@@ -166,8 +233,14 @@ def test_a_run_starts_from_an_imported_model(pool, trained, tmp_path):
     import_folder(ImportArguments(hf=str(tmp_path / "hf"), save=str(tmp_path / "imported")))
     found = []
     for source in (trained[name], tmp_path / "imported"):
-        argv = base_arguments(corpus, save=str(tmp_path / f"run{len(found)}"), pretrained_checkpoint=str(source),
-                              train_iters=2, context_parallel_size=2, **MODELS[name])
+        argv = base_arguments(
+            corpus,
+            save=str(tmp_path / f"run{len(found)}"),
+            pretrained_checkpoint=str(source),
+            train_iters=2,
+            context_parallel_size=2,
+            **MODELS[name],
+        )
         if found:
             argv = [*without_model_flags(argv), "--use-checkpoint-args"]
         assert pool.run(train, 2, argv) == ["done"] * 2
@@ -177,8 +250,11 @@ def test_a_run_starts_from_an_imported_model(pool, trained, tmp_path):
 
 def without_model_flags(argv: list[str]) -> list[str]:
     words = " ".join(argv).split(" --")
-    kept = [word.removeprefix("--") for word in words
-            if field_table()[word.removeprefix("--").split()[0].replace("-", "_")][0] != "model"]
+    kept = [
+        word.removeprefix("--")
+        for word in words
+        if field_table()[word.removeprefix("--").split()[0].replace("-", "_")][0] != "model"
+    ]
     return [part for word in kept for part in f"--{word}".split()]
 
 
@@ -193,8 +269,10 @@ def test_folders_that_cannot_be_imported_are_refused(trained, tmp_path):
         assert not (tmp_path / "imported").exists()
 
     refuse("model_type = gpt2: not built here", model_type="gpt2")
-    refuse("rope_type = longrope: only default, linear, llama3, yarn are built",
-           rope_parameters={"rope_type": "longrope", "rope_theta": 1e4})
+    refuse(
+        "rope_type = longrope: only default, linear, llama3, yarn are built",
+        rope_parameters={"rope_type": "longrope", "rope_theta": 1e4},
+    )
     refuse("attention_bias = True: only False", attention_bias=True)
     refuse("the weights do not fit config.json", num_hidden_layers=3)
     refuse("has shape", intermediate_size=64)

@@ -37,7 +37,9 @@ def test_the_table_covers_all_layouts_and_the_pairs_of_options():
     # 5 and 7 divide no head count of the table; nothing else may be refused.
     assert all({5, 7} & {layout[0]} for layout in REFUSED), REFUSED
     missing = {pair for pair in all_pairs() - COVERED if is_possible(pair)}
-    assert not missing, f"{len(missing)} pairs have a legal row and stand in none: {sorted(missing, key=str)[:10]}"
+    assert not missing, (
+        f"{len(missing)} pairs have a legal row and stand in none: {sorted(missing, key=str)[:10]}"
+    )
     values = {(name, value) for name, values in OPTIONS.items() for value in values}
     assert values <= {item for pair in COVERED for item in pair}
 
@@ -45,7 +47,11 @@ def test_the_table_covers_all_layouts_and_the_pairs_of_options():
 def all_pairs() -> set[tuple]:
     items = [(name, value) for name, values in OPTIONS.items() for value in values]
     items += [(axis, "in use") for axis in AXES]
-    return {tuple(sorted(pair, key=str)) for pair in itertools.combinations(items, 2) if pair[0][0] != pair[1][0]}
+    return {
+        tuple(sorted(pair, key=str))
+        for pair in itertools.combinations(items, 2)
+        if pair[0][0] != pair[1][0]
+    }
 
 
 def is_possible(pair: tuple, tries: int = 300) -> bool:
@@ -56,7 +62,10 @@ def is_possible(pair: tuple, tries: int = 300) -> bool:
         layout = draw.choice(LAYOUTS)
         row = {name: wanted.get(name, draw.choice(values)) for name, values in OPTIONS.items()}
         used = {axis: size > 1 for axis, size in zip(AXES, layout, strict=True)}
-        needed = {wanted_name if wanted_name in AXES else NEEDS_AXIS.get(wanted_name) for wanted_name in wanted}
+        needed = {
+            wanted_name if wanted_name in AXES else NEEDS_AXIS.get(wanted_name)
+            for wanted_name in wanted
+        }
         if all(used[axis] for axis in needed - {None}) and make_case(layout, row):
             return True
     return False
@@ -77,11 +86,15 @@ def test_print_coverage(capsys, request):
     everything = request.config.getoption("--all")
     with capsys.disabled():
         shown = CASES if everything else IN_EVERY_RUN
-        print(f"\n{len(shown)} of {len(CASES)} rows of the table of layouts compared with one process"
-              f"{'' if everything else ' (--all: every row)'}")
+        print(
+            f"\n{len(shown)} of {len(CASES)} rows of the table of layouts compared with one process"
+            f"{'' if everything else ' (--all: every row)'}"
+        )
         if everything:
-            print(f"{len(LAYOUTS)} layouts of up to 8 processes, of these refused {REFUSED}; "
-                  f"{len(COVERED)} of {len(POSSIBLE)} pairs of options covered")
+            print(
+                f"{len(LAYOUTS)} layouts of up to 8 processes, of these refused {REFUSED}; "
+                f"{len(COVERED)} of {len(POSSIBLE)} pairs of options covered"
+            )
             for name in CASES:
                 print("  " + describe(name, CASES[name]))
     assert len(CASES) >= len(LAYOUTS) - len(REFUSED)
@@ -89,14 +102,23 @@ def test_print_coverage(capsys, request):
 
 def describe(name: str, case: Case) -> str:
     model = case.model
-    notes = [f"{case.schedule} x {case.stages_per_rank}" if case.pp > 1 else "",
-             "{} x {} levels".format(*case.context_levels) if case.context_levels else "",
-             "sequence parallel" if case.sequence_parallel else "",
-             "untied" if model["untie_embeddings_and_output_weights"] else "tied",
-             "qk-norm" if model["qk_layernorm"] else "", "bias" if model["add_qkv_bias"] else "", case.strategy,
-             case.memory.recompute_granularity or "", "tiles" if case.memory.mlp_tiles > 1 else "",
-             f"{case.memory.attention_head_chunks} head chunks" if case.memory.attention_head_chunks > 1 else "",
-             "" if case.document_masking else "no masking",
-             f"{case.samples // (case.dp * case.micro_batch_size)} microbatches of {case.micro_batch_size}"]
-    return (f"{name:<20} heads {model['num_attention_heads']:>2} kv {model['num_query_groups']:>2}  "
-            f"{', '.join(note for note in notes if note)}")
+    notes = [
+        f"{case.schedule} x {case.stages_per_rank}" if case.pp > 1 else "",
+        "{} x {} levels".format(*case.context_levels) if case.context_levels else "",
+        "sequence parallel" if case.sequence_parallel else "",
+        "untied" if model["untie_embeddings_and_output_weights"] else "tied",
+        "qk-norm" if model["qk_layernorm"] else "",
+        "bias" if model["add_qkv_bias"] else "",
+        case.strategy,
+        case.memory.recompute_granularity or "",
+        "tiles" if case.memory.mlp_tiles > 1 else "",
+        f"{case.memory.attention_head_chunks} head chunks"
+        if case.memory.attention_head_chunks > 1
+        else "",
+        "" if case.document_masking else "no masking",
+        f"{case.samples // (case.dp * case.micro_batch_size)} microbatches of {case.micro_batch_size}",
+    ]
+    return (
+        f"{name:<20} heads {model['num_attention_heads']:>2} kv {model['num_query_groups']:>2}  "
+        f"{', '.join(note for note in notes if note)}"
+    )

@@ -23,15 +23,23 @@ def real_bytes(world: World, case: Case) -> tuple[int, int]:
     """(what a forward keeps for its backward, the peak of both), without parameters and their
     summed gradients."""
     layout = build_layout(case.layout_config(), world)
-    stage = GPTStage(case.model_config(), VOCABULARY, layout, choose_attention("sdpa", layout.device, torch.float32)[0])
+    stage = GPTStage(
+        case.model_config(),
+        VOCABULARY,
+        layout,
+        choose_attention("sdpa", layout.device, torch.float32)[0],
+    )
     stage = stage.to_empty(device=layout.device)
     torch.manual_seed(1)
     for parameter in stage.parameters():
         nn.init.normal_(parameter, std=0.02)
         parameter.grad = torch.zeros_like(parameter)
     stage.memory = case.memory
-    batch = read_batch(windows(memory_stream(case.lengths, 1), [0], case.seq_length), case.seq_length,
-                       token_pieces(case.seq_length, layout))
+    batch = read_batch(
+        windows(memory_stream(case.lengths, 1), [0], case.seq_length),
+        case.seq_length,
+        token_pieces(case.seq_length, layout),
+    )
     stage.begin_step([batch], 10)
     with LiveMemory() as live:
         loss = stage(torch.empty(0))
@@ -41,7 +49,9 @@ def real_bytes(world: World, case: Case) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("level", [None, "full", "attention_kept"])
-@pytest.mark.parametrize("sizes", [dict(cp=2), dict(cp=4, context_levels=(2, 2))], ids=["cp2", "two levels"])
+@pytest.mark.parametrize(
+    "sizes", [dict(cp=2), dict(cp=4, context_levels=(2, 2))], ids=["cp2", "two levels"]
+)
 def test_a_rank_keeps_and_takes_at_most_what_is_predicted(pool, sizes, level):
     """Kept bytes within 10 %, the peak within 15 %, under it as well as over it."""
     for chunks in (1, 2):
@@ -51,8 +61,12 @@ def test_a_rank_keeps_and_takes_at_most_what_is_predicted(pool, sizes, level):
         load = Load(case.layout_config(), 1, case.seq_length, 1, 1, memory)
         of_rank = model.worst(load)
         predicted = of_rank.activations + of_rank.loss
-        predicted_peak = predicted + model.layer(load).working_set(has_loss=True, with_gradients=True)
+        predicted_peak = predicted + model.layer(load).working_set(
+            has_loss=True, with_gradients=True
+        )
         found = pool.run(real_bytes, case.world_size, case)
         kept, peak = (max(rank[place] for rank in found) for place in (0, 1))
-        print(f"{memory}: kept {predicted / kept:.3f}, peak {predicted_peak / peak:.3f} of the real")
+        print(
+            f"{memory}: kept {predicted / kept:.3f}, peak {predicted_peak / peak:.3f} of the real"
+        )
         assert abs(predicted - kept) <= 0.1 * kept and abs(predicted_peak - peak) <= 0.15 * peak

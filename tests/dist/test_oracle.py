@@ -29,8 +29,12 @@ def our_curve(world: World, case: Case) -> tuple[list[float], dict]:
     """(losses of 20 steps, initial weights by name) on the case's layout."""
     _, stages, optimizer, stepper, loader = case.build(world)
     weights = {name: p.full_tensor().detach().numpy().copy() for name, p in named(stages)}
-    losses = [train_step(stepper, optimizer, loader.read(step * loader.global_batch_tokens), LEARNING_RATE, 1.0).loss
-              for step in range(STEPS)]
+    losses = [
+        train_step(
+            stepper, optimizer, loader.read(step * loader.global_batch_tokens), LEARNING_RATE, 1.0
+        ).loss
+        for step in range(STEPS)
+    ]
     return losses, weights
 
 
@@ -40,10 +44,16 @@ def oracle_model(case: Case, weights: dict):
 
     settings = huggingface_config(case.model_config(), VOCABULARY, Rope(), 4096, "float64", None)
     kind = settings.pop("model_type")
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **settings), attn_implementation="sdpa"
+    )
     model = model.to(torch.float64)
-    state = {huggingface_name(name): torch.from_numpy(tensor[:VOCABULARY] if name in VOCABULARY_ROWS else tensor)
-             for name, tensor in weights.items()}
+    state = {
+        huggingface_name(name): torch.from_numpy(
+            tensor[:VOCABULARY] if name in VOCABULARY_ROWS else tensor
+        )
+        for name, tensor in weights.items()
+    }
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     model.tie_weights()
@@ -63,9 +73,15 @@ def oracle_curve(case: Case, weights: dict) -> list[float]:
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() == 1]
     ours = OptimizerConfig()
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": ours.weight_decay},
-                                   {"params": plain, "weight_decay": 0.0}], lr=LEARNING_RATE,
-                                  betas=(ours.adam_beta1, ours.adam_beta2), eps=ours.adam_eps)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": ours.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ],
+        lr=LEARNING_RATE,
+        betas=(ours.adam_beta1, ours.adam_beta2),
+        eps=ours.adam_eps,
+    )
     stream = memory_stream(case.lengths, 1234)
     losses = []
     for step in range(STEPS):
@@ -77,8 +93,9 @@ def oracle_curve(case: Case, weights: dict) -> list[float]:
             bounds = batch.cu_seqlens.tolist()
             for a, b in zip(bounds, bounds[1:], strict=False):
                 logits = model(input_ids=batch.tokens[None, a:b], use_cache=False).logits[0]
-                loss = loss + torch.nn.functional.cross_entropy(logits, batch.labels[a:b], ignore_index=IGNORE,
-                                                                reduction="sum")
+                loss = loss + torch.nn.functional.cross_entropy(
+                    logits, batch.labels[a:b], ignore_index=IGNORE, reduction="sum"
+                )
                 targets += int((batch.labels[a:b] != IGNORE).sum())
         loss = loss / targets
         optimizer.zero_grad()
@@ -90,9 +107,12 @@ def oracle_curve(case: Case, weights: dict) -> list[float]:
 
 
 CASES = {
-    "llama tp2 pp2 cp2": Case(tp=2, pp=2, cp=2, model=dict(untie_embeddings_and_output_weights=True)),
-    "qwen3 tied tp2 cp2 dp2 zero3": Case(tp=2, cp=2, dp=2, strategy="optim_grads_params",
-                                         model=dict(qk_layernorm=True)),
+    "llama tp2 pp2 cp2": Case(
+        tp=2, pp=2, cp=2, model=dict(untie_embeddings_and_output_weights=True)
+    ),
+    "qwen3 tied tp2 cp2 dp2 zero3": Case(
+        tp=2, cp=2, dp=2, strategy="optim_grads_params", model=dict(qk_layernorm=True)
+    ),
 }
 
 

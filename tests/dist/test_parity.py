@@ -25,7 +25,9 @@ CASES = {
     "tp2 kv1": Case(tp=2, model=QWEN2_TIED),
     "tp4 kv2 qk-norm": Case(tp=4, model=QWEN3),
     "cp4 kv1": Case(cp=4, model=QWEN2_TIED),
-    "cp4 six heads": Case(cp=4, model=dict(num_attention_heads=6, num_query_groups=2, hidden_size=48)),
+    "cp4 six heads": Case(
+        cp=4, model=dict(num_attention_heads=6, num_query_groups=2, hidden_size=48)
+    ),
     "tp2 cp2": Case(tp=2, cp=2, model=UNTIED | QWEN3),
     "tp2 cp2 kv1": Case(tp=2, cp=2, model=QWEN2_TIED),
     "pp2 cp2": Case(pp=2, cp=2),
@@ -33,81 +35,181 @@ CASES = {
     "cp2 dp2 micro2": Case(cp=2, dp=2, micro_batch_size=2),
     "dp2 zero1": Case(dp=2, strategy="optim"),
     "dp2 zero3": Case(dp=2, strategy="optim_grads_params"),
-    "cp2 zero3 recompute": Case(cp=2, strategy="optim_grads_params", memory=MemorySettings("full", 1)),
-    "pp2 dp2 zero3 recompute": Case(pp=2, dp=2, strategy="optim_grads_params", memory=MemorySettings("full"), model=QWEN2_TIED),
+    "cp2 zero3 recompute": Case(
+        cp=2, strategy="optim_grads_params", memory=MemorySettings("full", 1)
+    ),
+    "pp2 dp2 zero3 recompute": Case(
+        pp=2, dp=2, strategy="optim_grads_params", memory=MemorySettings("full"), model=QWEN2_TIED
+    ),
     "cp4 no masking": Case(cp=4, document_masking=False),
     "cp4 long documents": Case(cp=4, lengths=(400,), model=UNTIED),
-    "cp2 six heads three kv": Case(cp=2, model=dict(num_attention_heads=6, num_query_groups=3, hidden_size=48)),
-    "tp2 cp2 uneven heads": Case(tp=2, cp=2, model=dict(num_attention_heads=6, num_query_groups=2, hidden_size=48)),
+    "cp2 six heads three kv": Case(
+        cp=2, model=dict(num_attention_heads=6, num_query_groups=3, hidden_size=48)
+    ),
+    "tp2 cp2 uneven heads": Case(
+        tp=2, cp=2, model=dict(num_attention_heads=6, num_query_groups=2, hidden_size=48)
+    ),
     "pp3 middle stage": Case(pp=3, model=UNTIED),
-    "dp4 empty shards zero1": Case(dp=4, strategy="optim", model=dict(qk_layernorm=True, kv_channels=2)),
+    "dp4 empty shards zero1": Case(
+        dp=4, strategy="optim", model=dict(qk_layernorm=True, kv_channels=2)
+    ),
     "tp4 padding only": Case(tp=4, model=dict(make_vocab_size_divisible_by=160) | QWEN3),
     "tp2 dp2 zero1 partial": Case(tp=2, dp=2, strategy="optim", model=QWEN2_TIED),
     "tp2 sequence parallel": Case(tp=2, sequence_parallel=True, model=UNTIED | QWEN3),
-    "tp4 sequence parallel kv2 tied": Case(tp=4, sequence_parallel=True, model=dict(add_qkv_bias=True)),
-    "tp2 pp2 cp2 sequence parallel": Case(tp=2, pp=2, cp=2, sequence_parallel=True, memory=MemorySettings("full")),
-    "tp2 cp2 dp2 sequence parallel zero3": Case(tp=2, cp=2, dp=2, sequence_parallel=True, model=QWEN2_TIED,
-                                                strategy="optim_grads_params"),
+    "tp4 sequence parallel kv2 tied": Case(
+        tp=4, sequence_parallel=True, model=dict(add_qkv_bias=True)
+    ),
+    "tp2 pp2 cp2 sequence parallel": Case(
+        tp=2, pp=2, cp=2, sequence_parallel=True, memory=MemorySettings("full")
+    ),
+    "tp2 cp2 dp2 sequence parallel zero3": Case(
+        tp=2, cp=2, dp=2, sequence_parallel=True, model=QWEN2_TIED, strategy="optim_grads_params"
+    ),
     "tp2 pp2 cp2 tied": Case(tp=2, pp=2, cp=2),
     "pp2 interleaved tied": Case(pp=2, schedule="interleaved", model=dict(num_layers=5)),
     "pp2 zero-bubble tied": Case(pp=2, schedule="zero-bubble"),
     "pp2 ZBV tied": Case(pp=2, schedule="ZBV", model=dict(num_layers=5)),
     "pp2 ZBV untied": Case(pp=2, schedule="ZBV", model=UNTIED | dict(num_layers=4), samples=2),
     "pp2 interleaved 3 stages dp2 zero3 recompute": Case(
-        pp=2, dp=2, schedule="interleaved", stages_per_rank=3, strategy="optim_grads_params", memory=MemorySettings("full"),
-        model=dict(num_layers=7), samples=12),
-    "pp2 interleaved 4 stages dp2": Case(pp=2, dp=2, schedule="interleaved", stages_per_rank=4,
-                                         model=dict(num_layers=9)),
-    "pp2 zero-bubble 4 stages dp2": Case(pp=2, dp=2, schedule="zero-bubble", stages_per_rank=4,
-                                         model=dict(num_layers=9)),
-    "pp4 zero-bubble 2 stages": Case(pp=4, schedule="zero-bubble", stages_per_rank=2, model=dict(num_layers=9)),
-    "tp2 pp2 cp2 ZBV tied": Case(tp=2, pp=2, cp=2, schedule="ZBV", model=dict(num_layers=4) | QWEN3),
+        pp=2,
+        dp=2,
+        schedule="interleaved",
+        stages_per_rank=3,
+        strategy="optim_grads_params",
+        memory=MemorySettings("full"),
+        model=dict(num_layers=7),
+        samples=12,
+    ),
+    "pp2 interleaved 4 stages dp2": Case(
+        pp=2, dp=2, schedule="interleaved", stages_per_rank=4, model=dict(num_layers=9)
+    ),
+    "pp2 zero-bubble 4 stages dp2": Case(
+        pp=2, dp=2, schedule="zero-bubble", stages_per_rank=4, model=dict(num_layers=9)
+    ),
+    "pp4 zero-bubble 2 stages": Case(
+        pp=4, schedule="zero-bubble", stages_per_rank=2, model=dict(num_layers=9)
+    ),
+    "tp2 pp2 cp2 ZBV tied": Case(
+        tp=2, pp=2, cp=2, schedule="ZBV", model=dict(num_layers=4) | QWEN3
+    ),
     "cp4 two levels": Case(cp=4, context_levels=(2, 2)),
-    "cp4 two levels yarn": Case(cp=4, context_levels=(2, 2), lengths=(400,), model=dict(
-        rope_type="yarn", rope_scaling_factor=4.0, original_max_position_embeddings=16)),
+    "cp4 two levels yarn": Case(
+        cp=4,
+        context_levels=(2, 2),
+        lengths=(400,),
+        model=dict(rope_type="yarn", rope_scaling_factor=4.0, original_max_position_embeddings=16),
+    ),
     "cp4 gather only": Case(cp=4, context_levels=(1, 4), model=QWEN2_TIED),
-    "cp8 two heads": Case(cp=8, context_levels=(2, 4), model=dict(num_attention_heads=2, num_query_groups=1)),
+    "cp8 two heads": Case(
+        cp=8, context_levels=(2, 4), model=dict(num_attention_heads=2, num_query_groups=1)
+    ),
     "cp8 two levels long documents": Case(cp=8, context_levels=(4, 2), lengths=(400,), model=QWEN3),
-    "cp6 odd groups": Case(cp=6, context_levels=(3, 2), seq_length=36, model=dict(
-        num_attention_heads=6, num_query_groups=2, hidden_size=48)),
-    "tp2 cp4 two levels sequence parallel": Case(tp=2, cp=4, context_levels=(2, 2), sequence_parallel=True,
-                                                 micro_batch_size=2),
-    "cp4 two levels no masking": Case(cp=4, context_levels=(2, 2), document_masking=False, memory=MemorySettings("full")),
+    "cp6 odd groups": Case(
+        cp=6,
+        context_levels=(3, 2),
+        seq_length=36,
+        model=dict(num_attention_heads=6, num_query_groups=2, hidden_size=48),
+    ),
+    "tp2 cp4 two levels sequence parallel": Case(
+        tp=2, cp=4, context_levels=(2, 2), sequence_parallel=True, micro_batch_size=2
+    ),
+    "cp4 two levels no masking": Case(
+        cp=4, context_levels=(2, 2), document_masking=False, memory=MemorySettings("full")
+    ),
     "cp4 one-token documents": Case(cp=4, lengths=(1,) * 40 + (30,)),
-    "cp8 two levels one-token documents": Case(cp=8, context_levels=(2, 4), lengths=(1,) * 40 + (30,)),
+    "cp8 two levels one-token documents": Case(
+        cp=8, context_levels=(2, 4), lengths=(1,) * 40 + (30,)
+    ),
     "cp2 selective": Case(cp=2, memory=MemorySettings("selective"), model=QWEN3),
-    "cp2 zero3 attention kept": Case(cp=2, strategy="optim_grads_params", samples=4, micro_batch_size=2,
-                                     memory=MemorySettings("attention_kept", 2)),
-    "pp2 cp2 attention kept tiles": Case(pp=2, cp=2, memory=MemorySettings("attention_kept", 1, 3, 2, 5)),
-    "tp2 sequence parallel tiles": Case(tp=2, cp=2, sequence_parallel=True, model=QWEN2_TIED,
-                                        memory=MemorySettings("selective", mlp_tiles=5, loss_chunk_tokens=3)),
-    "tp2 cp2 tiles full": Case(tp=2, cp=2, sequence_parallel=True, memory=MemorySettings("full", 0, 2, 1, 7)),
-    "head chunks of whole groups": Case(dp=2, memory=MemorySettings(attention_head_chunks=2), model=QWEN3 | dict(
-        add_qkv_bias=True)),
-    "cp2 head chunks share keys": Case(cp=2, memory=MemorySettings("full", attention_head_chunks=4), model=dict(
-        num_attention_heads=8, num_query_groups=2, hidden_size=64) | QWEN3),
-    "cp4 head chunks of keys on two ranks": Case(cp=4, memory=MemorySettings("attention_kept", attention_head_chunks=2),
-                                                 model=dict(num_attention_heads=8, num_query_groups=2, hidden_size=64)),
+    "cp2 zero3 attention kept": Case(
+        cp=2,
+        strategy="optim_grads_params",
+        samples=4,
+        micro_batch_size=2,
+        memory=MemorySettings("attention_kept", 2),
+    ),
+    "pp2 cp2 attention kept tiles": Case(
+        pp=2, cp=2, memory=MemorySettings("attention_kept", 1, 3, 2, 5)
+    ),
+    "tp2 sequence parallel tiles": Case(
+        tp=2,
+        cp=2,
+        sequence_parallel=True,
+        model=QWEN2_TIED,
+        memory=MemorySettings("selective", mlp_tiles=5, loss_chunk_tokens=3),
+    ),
+    "tp2 cp2 tiles full": Case(
+        tp=2, cp=2, sequence_parallel=True, memory=MemorySettings("full", 0, 2, 1, 7)
+    ),
+    "head chunks of whole groups": Case(
+        dp=2, memory=MemorySettings(attention_head_chunks=2), model=QWEN3 | dict(add_qkv_bias=True)
+    ),
+    "cp2 head chunks share keys": Case(
+        cp=2,
+        memory=MemorySettings("full", attention_head_chunks=4),
+        model=dict(num_attention_heads=8, num_query_groups=2, hidden_size=64) | QWEN3,
+    ),
+    "cp4 head chunks of keys on two ranks": Case(
+        cp=4,
+        memory=MemorySettings("attention_kept", attention_head_chunks=2),
+        model=dict(num_attention_heads=8, num_query_groups=2, hidden_size=64),
+    ),
     "tp2 cp4 two levels head chunks": Case(
-        tp=2, cp=4, context_levels=(2, 2), memory=MemorySettings("attention_kept", 1, attention_head_chunks=4),
-        model=dict(num_attention_heads=16, num_query_groups=4, hidden_size=64)),
-    "tp2 cp2 kv1 head chunks": Case(tp=2, cp=2, memory=MemorySettings("selective", attention_head_chunks=2),
-                                    model=QWEN2_TIED | dict(num_attention_heads=8, hidden_size=64)),
+        tp=2,
+        cp=4,
+        context_levels=(2, 2),
+        memory=MemorySettings("attention_kept", 1, attention_head_chunks=4),
+        model=dict(num_attention_heads=16, num_query_groups=4, hidden_size=64),
+    ),
+    "tp2 cp2 kv1 head chunks": Case(
+        tp=2,
+        cp=2,
+        memory=MemorySettings("selective", attention_head_chunks=2),
+        model=QWEN2_TIED | dict(num_attention_heads=8, hidden_size=64),
+    ),
     "tp2 pp2 cp2 untied": Case(tp=2, pp=2, cp=2, model=UNTIED | QWEN3),
 }
 
 
 WITH_ALL = {
     # Each differs from a case above that always runs in a setting that another such case has.
-    "dp2", "cp4 kv1", "tp2 cp2", "pp2 cp2", "tp2 pp2", "cp2 zero3 recompute", "cp4 long documents", "cp2 six heads three kv",
-    "pp3 middle stage", "tp2 dp2 zero1 partial", "tp4 sequence parallel kv2 tied", "tp2 pp2 cp2 sequence parallel",
-    "tp2 cp2 dp2 sequence parallel zero3", "pp2 ZBV untied", "pp2 interleaved 4 stages dp2",
-    "pp2 zero-bubble 4 stages dp2", "pp4 zero-bubble 2 stages", "tp2 pp2 cp2 ZBV tied", "cp4 two levels yarn",
-    "cp8 two levels long documents", "cp6 odd groups", "tp2 cp4 two levels sequence parallel",
-    "cp4 two levels no masking", "cp8 two levels one-token documents", "tp2 cp2 tiles full",
-    "cp4 head chunks of keys on two ranks", "tp2 cp2 kv1 head chunks", "tp2 pp2 cp2 untied", "cp8 two heads",
-    "tp4 kv2 qk-norm", "cp4 no masking", "tp2 cp2 kv1", "cp4 one-token documents", "head chunks of whole groups",
-    "pp2 interleaved 3 stages dp2 zero3 recompute", "cp4 gather only"}
+    "dp2",
+    "cp4 kv1",
+    "tp2 cp2",
+    "pp2 cp2",
+    "tp2 pp2",
+    "cp2 zero3 recompute",
+    "cp4 long documents",
+    "cp2 six heads three kv",
+    "pp3 middle stage",
+    "tp2 dp2 zero1 partial",
+    "tp4 sequence parallel kv2 tied",
+    "tp2 pp2 cp2 sequence parallel",
+    "tp2 cp2 dp2 sequence parallel zero3",
+    "pp2 ZBV untied",
+    "pp2 interleaved 4 stages dp2",
+    "pp2 zero-bubble 4 stages dp2",
+    "pp4 zero-bubble 2 stages",
+    "tp2 pp2 cp2 ZBV tied",
+    "cp4 two levels yarn",
+    "cp8 two levels long documents",
+    "cp6 odd groups",
+    "tp2 cp4 two levels sequence parallel",
+    "cp4 two levels no masking",
+    "cp8 two levels one-token documents",
+    "tp2 cp2 tiles full",
+    "cp4 head chunks of keys on two ranks",
+    "tp2 cp2 kv1 head chunks",
+    "tp2 pp2 cp2 untied",
+    "cp8 two heads",
+    "tp4 kv2 qk-norm",
+    "cp4 no masking",
+    "tp2 cp2 kv1",
+    "cp4 one-token documents",
+    "head chunks of whole groups",
+    "pp2 interleaved 3 stages dp2 zero3 recompute",
+    "cp4 gather only",
+}
 assert set(CASES) > WITH_ALL
 
 
@@ -124,19 +226,30 @@ def bf16_step(world, case: Case) -> dict:
     accumulation."""
     import torch
 
-    _, stages, optimizer, stepper, loader = case.build(world, master=torch.float32, compute=torch.bfloat16)
+    _, stages, optimizer, stepper, loader = case.build(
+        world, master=torch.float32, compute=torch.bfloat16
+    )
     gradients = {}
-    optimizer.register_step_pre_hook(lambda *_: gradients.update(
-        {name: grad.full_tensor().numpy() for name, grad in named(stages, "grad")}))
+    optimizer.register_step_pre_hook(
+        lambda *_: gradients.update(
+            {name: grad.full_tensor().numpy() for name, grad in named(stages, "grad")}
+        )
+    )
     result = train_step(stepper, optimizer, loader.read(0), lr=1e-3, clip_grad=0.0)
     assert all(p.dtype == torch.float32 for _, p in named(stages))
     return {"loss": result.loss, "gradients": gradients}
 
 
-@pytest.mark.parametrize("case", [Case(tp=2, pp=2, model=QWEN2_TIED | dict(qk_layernorm=True)),
-                                  Case(cp=2, dp=2, strategy="optim"), Case(tp=2, dp=2, strategy="optim_grads_params"),
-                                  Case(cp=2, dp=2, memory=MemorySettings("attention_kept", 1, 3, 2, 5))],
-                         ids=["tp2 pp2", "cp2 dp2 zero1", "tp2 dp2 zero3", "attention kept, chunks and tiles"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(tp=2, pp=2, model=QWEN2_TIED | dict(qk_layernorm=True)),
+        Case(cp=2, dp=2, strategy="optim"),
+        Case(tp=2, dp=2, strategy="optim_grads_params"),
+        Case(cp=2, dp=2, memory=MemorySettings("attention_kept", 1, 3, 2, 5)),
+    ],
+    ids=["tp2 pp2", "cp2 dp2 zero1", "tp2 dp2 zero3", "attention kept, chunks and tiles"],
+)
 def test_bf16_with_fp32_master_is_close_to_fp64(pool, single, case):
     """bf16 rounds to 3 digits: a wrong or missing reduction shows as tens of percent, rounding as a
     few."""
@@ -154,7 +267,11 @@ def test_bf16_gradients_are_accumulated_in_fp32_by_every_schedule(pool, schedule
     """The same products in the same order as 1F1B: only a sum over microbatches in bf16 could
     differ."""
     case = Case(pp=2, model=dict(num_layers=4), samples=16)
-    expected = {name: tensor for result in pool.run(bf16_step, 2, case) for name, tensor in result["gradients"].items()}
+    expected = {
+        name: tensor
+        for result in pool.run(bf16_step, 2, case)
+        for name, tensor in result["gradients"].items()
+    }
     case = dataclasses.replace(case, schedule=schedule, stages_per_rank=stages)
     for result in pool.run(bf16_step, 2, case):
         for name, gradient in result["gradients"].items():
@@ -180,8 +297,14 @@ def drift(world, case: Case, name: str) -> list[str]:
     return said
 
 
-@pytest.mark.parametrize("case, name", [(Case(tp=2, model=QWEN2_TIED), "layers.1.attention.k.weight"),
-                                        (Case(pp=2), "embedding.weight")], ids=["tp", "tied"])
+@pytest.mark.parametrize(
+    "case, name",
+    [
+        (Case(tp=2, model=QWEN2_TIED), "layers.1.attention.k.weight"),
+        (Case(pp=2), "embedding.weight"),
+    ],
+    ids=["tp", "tied"],
+)
 def test_copies_that_drift_apart_are_noticed(pool, case, name):
     for before, after in pool.run(drift, 2, case, name):
         assert before == "" and f"are no longer the same: {name} over" in after
@@ -194,5 +317,7 @@ def test_packed_documents_cross_slice_edges():
     batches = [read_batch(windows(stream, [sample * 32], 32), 32) for sample in range(8)]
     edges = {int(edge) for batch in batches for edge in batch.cu_seqlens[1:-1]}
     assert edges - set(range(0, 32, 8)), "some document must begin inside a slice of cp 4"
-    assert any(len(batch.cu_seqlens) == 2 for batch in batches), "some document must span all slices"
+    assert any(len(batch.cu_seqlens) == 2 for batch in batches), (
+        "some document must span all slices"
+    )
     assert any((batch.labels == IGNORE).any() for batch in batches)

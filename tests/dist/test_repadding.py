@@ -7,7 +7,7 @@ from pretrain.config.load import load_config, spell
 from pretrain.plan import make_plan
 from pretrain.checkpointing.resume_contract import _vocabulary_changes
 from tests.dist.training import VOCABULARY, base_arguments, losses, stored, train, write_corpus
-from tests.hf_folders import write_folder
+from tests.huggingface.model_folders import write_folder
 from tools import import_hf
 
 TABLES = ("embedding.weight", "output.weight")

@@ -31,10 +31,23 @@ def write_corpus(prefix: Path, documents: int = 200, seed: int = 3) -> str:
 def base_arguments(prefix: str, **overrides) -> list[str]:
     """Flags of a small fp64 run; `overrides` by field name."""
     settings = {
-        "model": "tiny", "num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4,
-        "num_query_groups": 2, "data_path": prefix, "tokenizer_type": "NullTokenizer", "vocab_size": VOCABULARY,
-        "seq_length": 64, "global_batch_size": 4, "train_iters": 6, "lr": 1e-2, "lr_decay_style": "constant",
-        "eval_iters": 1, "log_interval": 1000} | overrides
+        "model": "tiny",
+        "num_layers": 2,
+        "hidden_size": 32,
+        "ffn_hidden_size": 48,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "data_path": prefix,
+        "tokenizer_type": "NullTokenizer",
+        "vocab_size": VOCABULARY,
+        "seq_length": 64,
+        "global_batch_size": 4,
+        "train_iters": 6,
+        "lr": 1e-2,
+        "lr_decay_style": "constant",
+        "eval_iters": 1,
+        "log_interval": 1000,
+    } | overrides
     argv = []
     for name, value in settings.items():
         flag = "--" + name.replace("_", "-")
@@ -62,4 +75,7 @@ def stored(save: str | Path) -> dict[str, np.ndarray]:
     """Every tensor of the latest checkpoint, whole."""
     folder = checkpoint.published(save)
     names = checkpoint.tensor_names(folder, "")
-    return {name: tensor.numpy() for name, tensor in checkpoint.read_whole_tensors(folder, names).items()}
+    return {
+        name: tensor.numpy()
+        for name, tensor in checkpoint.read_whole_tensors(folder, names).items()
+    }

@@ -13,7 +13,7 @@ from parallel.layout import single_process_layout
 from pretrain.checkpointing import checkpoint
 from pretrain.checkpointing.model_files import read_carried
 from pretrain.config.load import dump_yaml, read_config_yaml
-from tests import chat_folders as folders
+from tests.huggingface import chat_folders as folders
 from tools.export_hf import Arguments, export
 from tools.import_hf import Arguments as ImportArguments
 from tools.import_hf import import_folder

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from tests import chat_folders as folders
-from tests.hf_folders import change_weights
+from tests.huggingface import chat_folders as folders
+from tests.huggingface.model_folders import change_weights
 from tools import generate
 from tools.generate import Arguments
 

@@ -7,14 +7,14 @@ import pytest
 from model import hf
 from pretrain.checkpointing import checkpoint
 from pretrain.config.load import read_config_yaml
-from tests.hf_folders import (
+from tests.huggingface.imports import IDS, POSITIONS, assert_same_model, our_logits, refusal, run
+from tests.huggingface.model_folders import (
     change_config,
     change_weights,
     transformers_logits,
     transformers_model,
     write_folder,
 )
-from tests.hf_imports import IDS, POSITIONS, assert_same_model, our_logits, refusal, run
 from tools import import_hf
 from tools.huggingface.config import understand
 

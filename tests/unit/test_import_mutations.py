@@ -15,8 +15,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.hf_folders import MODELS, SHAPE, transformers_logits, transformers_model, write_folder
-from tests.hf_imports import checkpoint_logits
+from tests.huggingface.imports import checkpoint_logits
+from tests.huggingface.model_folders import (
+    MODELS,
+    SHAPE,
+    transformers_logits,
+    transformers_model,
+    write_folder,
+)
 from tools import export_hf, import_hf
 
 IDS = torch.randint(SHAPE["vocab_size"], (48,), generator=torch.Generator().manual_seed(3))

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.hf_folders import SHAPE, change_config, change_weights, write_folder
-from tests.hf_imports import assert_same_model, refusal
+from tests.huggingface.imports import assert_same_model, refusal
+from tests.huggingface.model_folders import SHAPE, change_config, change_weights, write_folder
 from tools.huggingface.weights import INDEX, SINGLE
 
 EMBEDDING = "model.embed_tokens.weight"

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from data.tokenizers.tokenizer import NullTokenizer
 from data.writers.indexed_writer import IndexedWriter
-from tests import chat_folders as folders
+from tests.huggingface import chat_folders as folders
 from tests.run_folders import write_run
 from tools import export_hf, import_hf, merge_datasets, report, split_dataset, train_tokenizer
 

@@ -8,7 +8,7 @@ import pytest
 from data.files import checksum
 from pretrain.checkpointing import checkpoint
 from pretrain.config.load import dump_yaml, read_config_yaml
-from tests.hf_folders import write_folder
+from tests.huggingface.model_folders import write_folder
 from tools import export_hf, import_hf
 from tools.huggingface import verify as verify_hf
 

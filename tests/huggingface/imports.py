@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from pretrain.checkpointing import checkpoint
-from tests.hf_folders import SHAPE, transformers_logits, transformers_model
+from tests.huggingface.model_folders import SHAPE, transformers_logits, transformers_model
 from tools import import_hf
 from tools.export_hf import Source, open_source
 from tools.huggingface import compare_logits

@@ -1,6 +1,6 @@
 """Hugging Face folders of chat models: with a tokenizer, chat templates and generation settings.
 
-tests/hf_folders.py has models of three architectures without them, for comparisons of logits.
+model_folders.py has models of three architectures without them, for comparisons of logits.
 """
 
 import json
