@@ -12,8 +12,10 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 quickstart=${QUICKSTART_DIR:-$root/runs/quickstart}
-model=${1:-$quickstart/huggingface} corpus=${2:-$quickstart/corpus.jsonl}
-script=extend steps=7
+model=${1:-$quickstart/huggingface}
+corpus=${2:-$quickstart/corpus.jsonl}
+script=extend
+steps=7
 
 if [[ $# -gt 2 || ${1:-} == -* ]]; then
   sed -n '2,/^set /{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"
@@ -27,7 +29,9 @@ for needed in "$model/config.json" "$corpus"; do
 done
 run=${EXTEND_DIR:-$root/runs/extend}
 mkdir -p "$run"
-run=$(cd "$run" && pwd -P) model=$(cd "$model" && pwd -P) corpus=$(cd "$(dirname "$corpus")" && pwd -P)/$(basename "$corpus")
+run=$(cd "$run" && pwd -P)
+model=$(cd "$model" && pwd -P)
+corpus=$(cd "$(dirname "$corpus")" && pwd -P)/$(basename "$corpus")
 if [[ ! -f $run/origin && -n $(ls -A "$run") ]]; then
   echo "extend: $run is not empty, and this script did not make it. Give another folder: EXTEND_DIR=FOLDER" >&2
   exit 2
@@ -40,17 +44,18 @@ printf '%s\n' "$model $corpus" >"$run/origin"
 
 # shellcheck source=launch/steps.sh
 . "$root/launch/steps.sh"
+# shellcheck source=launch/devices.sh
+. "$root/launch/devices.sh"
 
 begin "setup: the Python environment"
-# shellcheck source=launch/setup.sh
-. "$root/launch/setup.sh" || fail "see the message above"
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
+# shellcheck source=launch/environment.sh
+. "$root/launch/environment.sh" || fail "see the message above"
 
 begin "import: the Hugging Face model as a checkpoint"
 if [[ -f $run/imported/latest_checkpointed_iteration.txt ]]; then
   skip "$run/imported"
 else
-  attempt "$PYTHON" -m tools.import_hf --hf "$model" --save "$run/imported" || fail "see the message above"
+  ithaca import --hf "$model" --save "$run/imported" || fail "see the message above"
 fi
 
 begin "tokens: the corpus in the model's own tokenizer"
@@ -59,19 +64,19 @@ if [[ -f $run/.data ]]; then
   skip "$data.idx"
 else
   mkdir -p "$run/data"
-  attempt "$PYTHON" -m tools.preprocess_data --input "$corpus" --output-prefix "$data" --append-eod --workers 2 \
+  ithaca preprocess --input "$corpus" --output-prefix "$data" --append-eod --workers 2 \
     --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$model" --skip-bad-lines --overwrite || fail "see the message above"
   touch "$run/.data"
 fi
 
 choose_devices
 begin "training: $where, 2K -> 16K, on documents of at least 4K tokens"
-attempt env NPROC_PER_NODE="$processes" bash "$root/launch/train.sh" --config "$root/launch/configs/extend.yaml" \
+NPROC_PER_NODE=$processes ithaca train --config "$root/launch/configs/extend.yaml" \
   "$precision" --pretrained-checkpoint "$run/imported" --tokenizer-model "$model" --save "$run/checkpoints" \
   --data-path "${data}[4Ki:]" || fail "see the messages above" $?
 
 begin "export: to Hugging Face, and the proof that it is the same model"
-attempt "$PYTHON" -m tools.export_hf --load "$run/checkpoints" --output "$run/huggingface" --overwrite --verify ||
+ithaca export --load "$run/checkpoints" --output "$run/huggingface" --overwrite --verify ||
   fail "see the message above"
 "$PYTHON" - "$run/huggingface/config.json" <<'PYTHON'
 import json
@@ -82,10 +87,10 @@ print(f"      max_position_embeddings {config['max_position_embeddings']:,}, rop
 PYTHON
 
 begin "data: was each token drawn once?"
-attempt "$PYTHON" -m tools.audit_data --load "$run/checkpoints" || fail "see the message above"
+ithaca audit --load "$run/checkpoints" || fail "see the message above"
 
 begin "report: what the longer context is worth"
-attempt "$PYTHON" -m tools.report --load "$run/checkpoints" --output "$run/report.html" || fail "see the message above"
+ithaca report --load "$run/checkpoints" --output "$run/report.html" || fail "see the message above"
 
 printf '\nDone in %d:%02d.\n\n' $((SECONDS / 60)) $((SECONDS % 60))
 cat <<SUMMARY

@@ -11,7 +11,8 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 run=${QUICKSTART_DIR:-$root/runs/quickstart}
 source_path=${1:-}
-script=quickstart steps=8
+script=quickstart
+steps=8
 
 if [[ $# -gt 1 || $source_path == -* ]]; then
   sed -n '2,/^set /{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"
@@ -27,12 +28,13 @@ fi
 
 # shellcheck source=launch/steps.sh
 . "$root/launch/steps.sh"
+# shellcheck source=launch/devices.sh
+. "$root/launch/devices.sh"
 
 begin "setup: the Python environment"
-# shellcheck source=launch/setup.sh
-. "$root/launch/setup.sh" || fail "see the message above"
+# shellcheck source=launch/environment.sh
+. "$root/launch/environment.sh" || fail "see the message above"
 echo "      $("$PYTHON" --version) at $PYTHON"
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
 
 begin "corpus: the text, a document per file"
 if [[ -n $source_path ]]; then
@@ -78,7 +80,7 @@ print(f"      {documents:,} files, {size / 1e6:.1f} MB from {origin}")
 PYTHON
 fi
 
-# Finished steps leave a file here, so that what an interruption left is made anew.
+# Finished steps leave a file here, so that what an interruption left is made again.
 finished=$run/.finished
 mkdir -p "$finished" "$run/tokenizer" "$run/data"
 
@@ -88,7 +90,7 @@ if [[ -f $finished/tokenizer && -f $tokenizer ]]; then
   skip "$tokenizer"
 else
   rm -f "$finished"/* "$run"/tokenizer/spm.*
-  attempt "$PYTHON" -m tools.train_tokenizer --input "$corpus" --vocab-size 8192 \
+  ithaca train-tokenizer --input "$corpus" --vocab-size 8192 \
     --output-prefix "$run/tokenizer/spm" || fail "see the message above"
   touch "$finished/tokenizer"
 fi
@@ -98,7 +100,7 @@ if [[ -f $finished/data && -f $run/data/corpus.idx ]]; then
   skip "$run/data/corpus.idx"
 else
   rm -f "$run"/data/corpus*
-  attempt "$PYTHON" -m tools.preprocess_data --input "$corpus" --output-prefix "$run/data/corpus" \
+  ithaca preprocess --input "$corpus" --output-prefix "$run/data/corpus" \
     --tokenizer-type SentencePieceTokenizer --tokenizer-model "$tokenizer" --append-eod --workers 2 \
     --skip-bad-lines || fail "see the message above"
   touch "$finished/data"
@@ -109,7 +111,7 @@ choose_devices
 config=$root/launch/configs/quickstart.yaml
 if [[ $processes -eq 1 ]]; then config=$root/launch/configs/quickstart-1gpu.yaml; fi
 begin "training: $where, $(basename "$config")"
-attempt env NPROC_PER_NODE="$processes" bash "$root/launch/train.sh" --config "$config" "$precision" \
+NPROC_PER_NODE=$processes ithaca train --config "$config" "$precision" \
   --data-path "$data" --tokenizer-model "$tokenizer" --save "$run/checkpoints" || fail "see the messages above" $?
 
 begin "export: to Hugging Face, and the proof that it is the same model"
@@ -118,16 +120,16 @@ if [[ -f $finished/export && $(<"$finished/export") == "$iteration" && -f $run/h
   skip "$run/huggingface"
 else
   rm -f "$finished/export"
-  attempt "$PYTHON" -m tools.export_hf --load "$run/checkpoints" --output "$run/huggingface" --overwrite --verify ||
+  ithaca export --load "$run/checkpoints" --output "$run/huggingface" --overwrite --verify ||
     fail "see the message above"
   printf '%s\n' "$iteration" >"$finished/export"
 fi
 
 begin 'sample: what follows "def "'
-attempt "$PYTHON" -m tools.generate --load "$run/huggingface" --prompt "def " || fail "see the message above"
+ithaca generate --load "$run/huggingface" --prompt "def " || fail "see the message above"
 
 begin "report: the run on one page"
-attempt "$PYTHON" -m tools.report --load "$run/checkpoints" --output "$run/report.html" >"$run/summary.txt" ||
+ithaca report --load "$run/checkpoints" --output "$run/report.html" >"$run/summary.txt" ||
   fail "see the message above"
 echo "      $run/report.html"
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on this node, and start again when the run asks for it:
 #
-#   bash launch/train.sh --config FILE [--flags]        everything goes to `-m pretrain.train`
+#   bash launch/ithaca.sh train --config FILE [--flags]        everything goes to `-m pretrain.train`
 #
 # Relative paths are relative to the folder you call from. Run it once on every node. From the environment:
 #
@@ -33,128 +33,103 @@
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+# shellcheck source=launch/devices.sh
+. "$root/launch/devices.sh"
+
 say() { printf 'train.sh: %s\n' "$*" >&2; }
-refuse() { say "error: $*"; exit 2; }
 
-if [[ $# -eq 0 ]]; then
-  sed -n '2,/^set /{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"
+refuse() {
+  say "error: $*"
   exit 2
-fi
-
-# --- settings -----------------------------------------------------------------------------------------------------
-count_gpus() {
-  local visible=${CUDA_VISIBLE_DEVICES-all}
-  if ! command -v nvidia-smi >/dev/null 2>&1 || [[ -z $visible || $visible == -1 ]]; then
-    echo 0
-  elif [[ $visible == all ]]; then
-    nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true
-  else
-    tr ',' '\n' <<<"$visible" | grep -c .
-  fi
 }
 
 require_number() {  # NAME smallest
   [[ ${!1} =~ ^[0-9]+$ && ${!1} -ge $2 ]] || refuse "$1 = ${!1}: must be a whole number, at least $2"
 }
 
-if [[ -z ${NPROC_PER_NODE:-} ]]; then
-  NPROC_PER_NODE=$(count_gpus)
-  if [[ $NPROC_PER_NODE -eq 0 ]]; then
-    NPROC_PER_NODE=1
-    say "no GPU found: 1 process (set NPROC_PER_NODE for more)"
+# --- the processes --------------------------------------------------------------------------------------------------
+read_counts() {
+  if [[ -z ${NPROC_PER_NODE:-} ]]; then
+    NPROC_PER_NODE=$(count_gpus)
+    if [[ $NPROC_PER_NODE -eq 0 ]]; then
+      NPROC_PER_NODE=1
+      say "no GPU found: 1 process (set NPROC_PER_NODE for more)"
+    fi
   fi
-fi
-NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0} GRACE=${GRACE:-120} MAX_RESTARTS=${MAX_RESTARTS:-3}
-RETRY_WAIT=${RETRY_WAIT:-5} JOIN_WAIT=${JOIN_WAIT:-1800}
-require_number NPROC_PER_NODE 1
-require_number NNODES 1
-require_number NODE_RANK 0
-require_number GRACE 1
-require_number MAX_RESTARTS 0
-require_number RETRY_WAIT 0
-require_number JOIN_WAIT 1
-[[ $NODE_RANK -lt $NNODES ]] || refuse "NODE_RANK = $NODE_RANK: must be below NNODES = $NNODES"
-[[ $NNODES -eq 1 || -n ${MASTER_ADDR:-} ]] || refuse "NNODES = $NNODES needs MASTER_ADDR, the address of node 0"
-if [[ $NNODES -gt 1 ]]; then
-  MASTER_PORT=${MASTER_PORT:-29500}
-  require_number MASTER_PORT 1
-  [[ $MASTER_PORT -le 65535 ]] || refuse "MASTER_PORT = $MASTER_PORT: must be a whole number, at most 65535"
-elif [[ -n ${MASTER_ADDR:-}${MASTER_PORT:-} ]]; then
-  say "MASTER_ADDR and MASTER_PORT have no effect with NNODES = 1: the processes of one node find each other"
-fi
+  NNODES=${NNODES:-1}
+  require_number NPROC_PER_NODE 1
+  require_number NNODES 1
+}
 
-# torchrun reads a setting that nobody gave it from PET_<SETTING>, which some clusters set for a torchrun of their own.
-# Every one of them would change what this script asks for.
-leftovers=("${!PET_@}")
-if [[ ${#leftovers[@]} -gt 0 ]]; then
-  say "ignoring ${leftovers[*]}: torchrun's own settings; give NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT"
-  unset "${leftovers[@]}"
-fi
-
-if [[ -z ${OMP_NUM_THREADS:-} ]]; then
-  OMP_NUM_THREADS=$(($(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) / NPROC_PER_NODE))
-  [[ $OMP_NUM_THREADS -ge 1 ]] || OMP_NUM_THREADS=1
-fi
-export OMP_NUM_THREADS
-# A phase's long samples leave holes in GPU memory that fixed segments can't fill; expandable ones can. Whoever sets
-# any of torch's names for this, also to nothing, decides alone: torch reads the first of them that is set.
-if [[ -z ${PYTORCH_CUDA_ALLOC_CONF+set}${PYTORCH_HIP_ALLOC_CONF+set}${PYTORCH_ALLOC_CONF+set} ]]; then
-  export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
-fi
-# torch warns about process groups of two backends when it leaves them; its errors stay visible.
-export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
-
-# shellcheck source=launch/setup.sh
-. "$root/launch/setup.sh" || exit 1
-# Packages come from this repository, never from a folder called `data` or `model` where the caller stands.
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
-
-# Questions that need no processes are answered by one.
-for argument in "$@"; do
-  case $argument in
-    -h | --help | --print-config | --print_config)
-      RANK=0 LOCAL_RANK=0 WORLD_SIZE=$((NNODES * NPROC_PER_NODE)) exec "$PYTHON" -m pretrain.train "$@" ;;
-  esac
-done
-
-# --- the folder of checkpoints, to tell a run that moves on from one that is stuck ----------------------------------
-save_folder() {  # the value of --save: flags win over the file
-  local save="" config="" previous="" argument
+# Questions that need no processes are answered by one, which stands for rank 0.
+is_question() {
+  local argument
   for argument in "$@"; do
     case $argument in
-      --save=*) save=${argument#*=} ;;
-      --config=*) config=${argument#*=} ;;
+      -h | --help | --print-config | --print_config) return 0 ;;
     esac
-    case $previous in
-      --save) save=$argument ;;
-      --config) config=$argument ;;
-    esac
-    previous=$argument
   done
-  if [[ -z $save && -f $config ]]; then
-    save=$(sed -n 's/^save:[[:space:]]*//p' "$config" | sed 's/[[:space:]]*\(#.*\)\{0,1\}$//; s/^["'\'']//; s/["'\'']$//')
+  return 1
+}
+
+# --- this node's settings -------------------------------------------------------------------------------------------
+read_settings() {
+  NODE_RANK=${NODE_RANK:-0}
+  GRACE=${GRACE:-120}
+  MAX_RESTARTS=${MAX_RESTARTS:-3}
+  RETRY_WAIT=${RETRY_WAIT:-5}
+  JOIN_WAIT=${JOIN_WAIT:-1800}
+  require_number NODE_RANK 0
+  require_number GRACE 1
+  require_number MAX_RESTARTS 0
+  require_number RETRY_WAIT 0
+  require_number JOIN_WAIT 1
+  [[ $NODE_RANK -lt $NNODES ]] || refuse "NODE_RANK = $NODE_RANK: must be below NNODES = $NNODES"
+  read_meeting_place
+}
+
+# Sets port: where the nodes meet on node 0.
+read_meeting_place() {
+  port=0  # on one node the kernel chooses it
+  if [[ $NNODES -gt 1 ]]; then
+    [[ -n ${MASTER_ADDR:-} ]] || refuse "NNODES = $NNODES needs MASTER_ADDR, the address of node 0"
+    MASTER_PORT=${MASTER_PORT:-29500}
+    require_number MASTER_PORT 1
+    [[ $MASTER_PORT -le 65535 ]] || refuse "MASTER_PORT = $MASTER_PORT: must be a whole number, at most 65535"
+    port=$MASTER_PORT
+  elif [[ -n ${MASTER_ADDR:-}${MASTER_PORT:-} ]]; then
+    say "MASTER_ADDR and MASTER_PORT have no effect with NNODES = 1: the processes of one node find each other"
   fi
-  printf '%s' "$save"
 }
-save=$(save_folder "$@")
-published() { cat "${save:-/dev/null}/latest_checkpointed_iteration.txt" 2>/dev/null || true; }
 
-# --- one launch ---------------------------------------------------------------------------------------------------
-scratch=$(mktemp -d "${TMPDIR:-/tmp}/ithaca.XXXXXX") || exit 1
-child="" signal="" forwarded="" repeats=0
-port=0  # on one node the kernel chooses it
-[[ $NNODES -eq 1 ]] || port=$MASTER_PORT
-
-# Workers run in sessions of their own and outlive a killed torchrun; the outcome file's name in their environment
-# tells them apart from everything else on the machine.
-end_leftovers() {
-  local environment pid
-  while read -r environment; do
-    pid=${environment#/proc/}
-    kill -KILL "${pid%/environ}" 2>/dev/null
-  done < <(env -u ITHACA_OUTCOME_FILE grep -lsaF "ITHACA_OUTCOME_FILE=$scratch/" /proc/[0-9]*/environ 2>/dev/null)
-  [[ -z $child ]] || kill -KILL -- "-$child" 2>/dev/null
+# What torch and torchrun read from the environment.
+set_environment() {
+  # torchrun reads a setting that nobody gave it from PET_<SETTING>, which some clusters set for a torchrun of their
+  # own. Every one of them would change what this script asks for.
+  local leftovers=("${!PET_@}")
+  if [[ ${#leftovers[@]} -gt 0 ]]; then
+    say "ignoring ${leftovers[*]}: torchrun's own settings; give NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT"
+    unset "${leftovers[@]}"
+  fi
+  if [[ -z ${OMP_NUM_THREADS:-} ]]; then
+    OMP_NUM_THREADS=$(($(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) / NPROC_PER_NODE))
+    [[ $OMP_NUM_THREADS -ge 1 ]] || OMP_NUM_THREADS=1
+  fi
+  export OMP_NUM_THREADS
+  # A phase's long samples leave holes in GPU memory that fixed segments can't fill; expandable ones can. Whoever sets
+  # any of torch's names for this, also to nothing, decides alone: torch reads the first of them that is set.
+  if [[ -z ${PYTORCH_CUDA_ALLOC_CONF+set}${PYTORCH_HIP_ALLOC_CONF+set}${PYTORCH_ALLOC_CONF+set} ]]; then
+    export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+  fi
+  # torch warns about process groups of two backends when it leaves them; its errors stay visible.
+  export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 }
+
+# --- signals --------------------------------------------------------------------------------------------------------
+child=""      # the launcher's process, while there is one
+signal=""     # the first stop signal that came
+forwarded=""  # whether the launcher got it
+repeats=0     # how many came after the first
 
 on_signal() {
   if [[ -n $signal ]]; then
@@ -171,20 +146,37 @@ on_signal() {
   say "SIG$1: asking the run to save and stop (up to $GRACE s)"
   forward
 }
+
 forward() {  # once: a second signal would make torchrun give up waiting
   if [[ -n $signal && -n $child && -z $forwarded ]]; then
     forwarded=yes
     kill "-$signal" "$child" 2>/dev/null
   fi
 }
-for name in TERM INT HUP USR1; do
-  # shellcheck disable=SC2064  # the name is meant now
-  trap "on_signal $name" "$name"
-done
-trap 'end_leftovers; rm -rf "$scratch"' EXIT
 
+# Workers run in sessions of their own and outlive a killed torchrun; the outcome file's name in their environment
+# tells them apart from everything else on the machine.
+end_leftovers() {
+  local environment pid
+  while read -r environment; do
+    pid=${environment#/proc/}
+    kill -KILL "${pid%/environ}" 2>/dev/null
+  done < <(env -u ITHACA_OUTCOME_FILE grep -lsaF "ITHACA_OUTCOME_FILE=$scratch/" /proc/[0-9]*/environ 2>/dev/null)
+  [[ -z $child ]] || kill -KILL -- "-$child" 2>/dev/null
+}
+
+set_traps() {
+  local name
+  for name in TERM INT HUP USR1; do
+    # shellcheck disable=SC2064  # the name is meant now
+    trap "on_signal $name" "$name"
+  done
+  trap 'end_leftovers; rm -rf "$scratch"' EXIT
+}
+
+# --- one launch -----------------------------------------------------------------------------------------------------
 launch() {  # number of the launch, then the trainer's arguments; returns torchrun's exit code
-  local number=$1 code deadline
+  local number=$1 code
   shift
   export ITHACA_OUTCOME_FILE="$scratch/outcome.$number"
   # Job control gives the launcher a process group of its own (Ctrl-C reaches it once, from here) and keeps bash from
@@ -200,14 +192,7 @@ launch() {  # number of the launch, then the trainer's arguments; returns torchr
   wait "$child"
   code=$?
   if [[ -n $signal ]]; then
-    deadline=$((SECONDS + 2 * GRACE + 30))  # torchrun ends its workers itself; this is for a torchrun that hangs
-    while kill -0 "$child" 2>/dev/null; do
-      if [[ $SECONDS -ge $deadline ]]; then
-        say "torchrun did not end: killing it"
-        end_leftovers
-      fi
-      sleep 0.1
-    done
+    wait_for_stop
     wait "$child" 2>/dev/null
     code=$?
   fi
@@ -216,14 +201,25 @@ launch() {  # number of the launch, then the trainer's arguments; returns torchr
   return "$code"
 }
 
+# torchrun ends its workers itself; the deadline is for a torchrun that hangs.
+wait_for_stop() {
+  local deadline=$((SECONDS + 2 * GRACE + 30))
+  while kill -0 "$child" 2>/dev/null; do
+    if [[ $SECONDS -ge $deadline ]]; then
+      say "torchrun did not end: killing it"
+      end_leftovers
+    fi
+    sleep 0.1
+  done
+}
+
 # --- until it is over -----------------------------------------------------------------------------------------------
-failures=0 launches=0
-while true; do
-  launches=$((launches + 1))
-  before=$(published)
-  launch "$launches" "$@"
-  code=$?
-  outcome=$(cat "$ITHACA_OUTCOME_FILE" 2>/dev/null || true)
+# The latest checkpoint, to tell a run that moves on from one that is stuck.
+published() { cat "${save:-/dev/null}/latest_checkpointed_iteration.txt" 2>/dev/null || true; }
+
+# Ends this script, unless the run is to start again: then `failures` says how often it failed in a row.
+heed_outcome() {  # the outcome and torchrun's exit code
+  local outcome=$1 code=$2
   if [[ -n $outcome && $outcome != refused && $outcome != unmet && $code -ne 0 && -z $signal ]]; then
     say "warning: the run ended as '$outcome', but torchrun with code $code"
   fi
@@ -231,32 +227,70 @@ while true; do
     done) exit 0 ;;
     refused) exit 2 ;;
     unmet) exit 1 ;;
-    unstarted) say "stopped before the first step; the same command goes on"; exit 75 ;;
-    stopped) say "stopped; the same command goes on from the last checkpoint"; exit 75 ;;
+    unstarted)
+      say "stopped before the first step; the same command goes on"
+      exit 75 ;;
+    stopped)
+      say "stopped; the same command goes on from the last checkpoint"
+      exit 75 ;;
     again)
-      [[ -z $signal ]] || { say "stopped between two layouts; the same command goes on"; exit 75; }
+      if [[ -n $signal ]]; then
+        say "stopped between two layouts; the same command goes on"
+        exit 75
+      fi
       say "starting again: the next phase has another layout"
       failures=0
-      continue ;;
+      return ;;
     "") ;;
     *) say "error: unknown outcome '$outcome'" ;;
   esac
-  if [[ -z $signal ]]; then
-    [[ -z $save || $(published) == "$before" ]] || failures=0
-    failures=$((failures + 1))
-    if [[ $failures -gt $MAX_RESTARTS ]]; then
-      say "error: failed $failures times without a new checkpoint (torchrun code $code); giving up"
-      exit 1
-    fi
-    pause=$((failures <= 6 ? RETRY_WAIT << (failures - 1) : RETRY_WAIT << 6))
-    say "failed without an outcome (torchrun code $code); restart $failures of $MAX_RESTARTS in $pause s"
-    for ((tick = 0; tick < pause * 10; tick++)); do
-      [[ -z $signal ]] || break
-      sleep 0.1
-    done
-  fi
+  [[ -n $signal ]] || wait_to_retry "$code"
   if [[ -n $signal ]]; then
     say "ended by SIG$signal without an orderly stop; the last checkpoint counts"
     exit $((128 + $(kill -l "$signal")))
   fi
+}
+
+wait_to_retry() {  # torchrun's exit code; a signal ends the wait
+  local pause tick
+  [[ -z $save || $(published) == "$before" ]] || failures=0
+  failures=$((failures + 1))
+  if [[ $failures -gt $MAX_RESTARTS ]]; then
+    say "error: failed $failures times without a new checkpoint (torchrun code $1); giving up"
+    exit 1
+  fi
+  pause=$((failures <= 6 ? RETRY_WAIT << (failures - 1) : RETRY_WAIT << 6))
+  say "failed without an outcome (torchrun code $1); restart $failures of $MAX_RESTARTS in $pause s"
+  for ((tick = 0; tick < pause * 10; tick++)); do
+    [[ -z $signal ]] || break
+    sleep 0.1
+  done
+}
+
+# --- from top to bottom ---------------------------------------------------------------------------------------------
+if [[ $# -eq 0 ]]; then
+  sed -n '2,/^set /{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"
+  exit 2
+fi
+read_counts
+is_question "$@" || read_settings
+set_environment
+# shellcheck source=launch/environment.sh
+. "$root/launch/environment.sh" || exit 1
+if is_question "$@"; then
+  RANK=0 LOCAL_RANK=0 WORLD_SIZE=$((NNODES * NPROC_PER_NODE)) exec "$PYTHON" -m pretrain.train "$@"
+fi
+save=$("$PYTHON" "$root/launch/save_folder.py" "$@")
+scratch=$(mktemp -d "${TMPDIR:-/tmp}/ithaca.XXXXXX") || exit 1
+set_traps
+
+failures=0  # since the last new checkpoint
+launches=0
+while true; do
+  launches=$((launches + 1))
+  before=$(published)
+  launch "$launches" "$@"
+  code=$?
+  outcome=$(cat "$ITHACA_OUTCOME_FILE" 2>/dev/null || true)
+  heed_outcome "$outcome" "$code"
 done

@@ -1,0 +1,106 @@
+#!/usr/bin/env bash
+# The front door: every command of this repository, from any folder.
+#
+#   bash launch/ithaca.sh COMMAND [ARGUMENTS]
+#   bash launch/ithaca.sh COMMAND --help
+#
+# Relative paths are relative to the folder you call from; nothing that lies there is imported. Arguments go to the
+# command as they are, and its exit code comes back.
+set -uo pipefail
+
+root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd -P)
+
+# command | what runs it: a script of launch/ or a module | what it does
+commands() {
+  cat <<'TABLE'
+train           | train.sh               | train on this node: --config FILE [--flags]
+plan            | plan                   | check a run and print its settings, without starting it: --config FILE [--world-size N]
+train-tokenizer | tools.train_tokenizer  | train a SentencePiece tokenizer on text
+preprocess      | tools.preprocess_data  | turn text into token files (.bin, .idx)
+inspect         | tools.inspect_data     | show what token files, a run's batches or a checkpoint hold
+merge           | tools.merge_datasets   | join several token files into one
+split           | tools.split_dataset    | cut one token file into several
+audit           | tools.audit_data       | count whether a run drew each token exactly once
+import          | tools.import_hf        | make a checkpoint of a Hugging Face folder
+export          | tools.export_hf        | make a Hugging Face folder of a checkpoint
+generate        | tools.generate         | continue a text with a Hugging Face folder
+report          | tools.report           | show a run on one page
+bench           | tools.bench            | compare this code with its peers on this machine
+TABLE
+}
+
+names() { commands | cut -d ' ' -f 1; }
+
+# Who or what runs the command $1; nothing for an unknown one.
+runner_of() { commands | awk -F ' *[|] *' -v name="$1" '$1 == name { print $2 }'; }
+
+list_commands() {
+  echo "usage: bash launch/ithaca.sh COMMAND [ARGUMENTS]"
+  echo
+  commands | awk -F ' *[|] *' '{ printf "  %-16s %s\n", $1, $3 }'
+  echo
+  echo "bash launch/ithaca.sh COMMAND --help lists a command's arguments."
+}
+
+# The command that is spelled most like $1; nothing without a Python to ask.
+nearest() {
+  # shellcheck disable=SC2046  # one word per name
+  "${ITHACA_PYTHON:-python3}" -I -S -c '
+import difflib, sys
+print(*difflib.get_close_matches(sys.argv[1], sys.argv[2:], n=1, cutoff=0.5))' "$1" $(names) 2>/dev/null
+}
+
+refuse() {
+  printf 'ithaca.sh: error: %s\n' "$*" >&2
+  exit 2
+}
+
+refuse_unknown() {
+  local match
+  match=$(nearest "$1")
+  refuse "$1: no such command. Fix: ${match:+$match, or }one of $(names | paste -sd ' ' -)"
+}
+
+# Check a run and print its settings. --world-size stands for NNODES x NPROC_PER_NODE, for a plan of other machines.
+plan() {
+  local arguments=()
+  local world=""
+  while [[ $# -gt 0 ]]; do
+    case $1 in
+      --world-size | --world_size)
+        world=${2:-nothing}
+        shift ;;
+      --world-size=* | --world_size=*) world=${1#*=} ;;
+      *) arguments+=("$1") ;;
+    esac
+    shift
+  done
+  if [[ -n $world ]]; then
+    [[ $world =~ ^[1-9][0-9]*$ ]] || refuse "--world-size = $world: must be a whole number, at least 1"
+    export NNODES=1 NPROC_PER_NODE=$world
+  fi
+  exec bash "$root/launch/train.sh" --print-config "${arguments[@]}"
+}
+
+case ${1-} in
+  "")
+    list_commands
+    exit 2 ;;
+  -h | --help | help)
+    list_commands
+    exit 0 ;;
+esac
+
+command=$1
+runner=$(runner_of "$command")
+[[ -n $runner ]] || refuse_unknown "$command"
+shift
+
+# Each `exec` replaces this script, so that signals reach the command and its exit code the caller.
+case $runner in
+  train.sh) exec bash "$root/launch/train.sh" "$@" ;;
+  plan) plan "$@" ;;
+esac
+# shellcheck source=launch/environment.sh
+. "$root/launch/environment.sh" || exit 1
+exec "$PYTHON" -m "$runner" "$@"
