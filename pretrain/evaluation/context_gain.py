@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 from data.blend import BlendOrder
+from data.excerpts import Excerpt
 from data.sources import Blend
 from data.stream import Reader
-from data.stretches import Stretch
 from pretrain.evaluation.probe import score_probes
 from pretrain.step import Stepper
 
@@ -93,15 +93,15 @@ def target_blocks(length: int, cut: int) -> np.ndarray:
     return np.stack([starts, starts + block], axis=1)
 
 
-def full_probe(document: Document, length: int, cut: int) -> list[Stretch]:
+def full_probe(document: Document, length: int, cut: int) -> list[Excerpt]:
     """The document's first `length` tokens, with its blocks as targets."""
-    return [Stretch(document.read, 0, length, target_blocks(length, cut))]
+    return [Excerpt(document.read, 0, length, target_blocks(length, cut))]
 
 
-def cut_probe(document: Document, length: int, cut: int) -> list[Stretch]:
+def cut_probe(document: Document, length: int, cut: int) -> list[Excerpt]:
     """The same targets, each block at the end of a window of its own."""
     return [
-        Stretch(document.read, start - cut, end - start + cut, np.array([[start, end]]))
+        Excerpt(document.read, start - cut, end - start + cut, np.array([[start, end]]))
         for start, end in target_blocks(length, cut).tolist()
     ]
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data.excerpts import Excerpt
 from data.stream import DocumentStream
-from data.stretches import Stretch
 from data.tokenizers.tokenizer import Tokenizer
 from pretrain.evaluation.probe import score_probes
 from pretrain.step import Stepper
@@ -78,13 +78,13 @@ def write_trial(
     depths: list[float],
     seed: int,
     trial: int,
-) -> list[Stretch]:
+) -> list[Excerpt]:
     """One trial at each depth, `length` tokens each: a pure function of its arguments."""
     generator = np.random.default_rng([seed, length, trial])
     sentence, asked, answer = write_texts(tokenizer, int(generator.integers(10000, 100000)))
     start = stream.document_start(int(generator.integers(stream.tokens_per_epoch)))
     filler = _filler(stream, start, length - len(sentence) - len(asked), tokenizer.eod)
-    stretches = []
+    excerpts = []
     for depth in depths:
         place = round(depth * len(filler))
         parts = (
@@ -93,15 +93,15 @@ def write_trial(
             filler[place:],
             asked,
         )  # views: at 1M tokens each depth would keep 8 MB
-        stretches.append(
-            Stretch(
+        excerpts.append(
+            Excerpt(
                 lambda first, count, parts=parts: np.concatenate(parts)[first : first + count],
                 0,
                 length,
                 np.array([[length - answer, length]]),
             )
         )
-    return stretches
+    return excerpts
 
 
 def _filler(stream: DocumentStream, start: int, count: int, eod: int | None) -> np.ndarray:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch.distributed.fsdp import FSDPModule
 
-from data.stretches import Stretch, lay_out
+from data.excerpts import Excerpt, lay_out
 from parallel.context import token_pieces
 from parallel.layout import Layout
 from parallel.schedule import accepts
@@ -22,7 +22,7 @@ def microbatch_count(wanted: int, layout: Layout) -> int:
 
 def score_probes(
     stepper: Stepper,
-    probes: Sequence[Sequence[Stretch]],
+    probes: Sequence[Sequence[Excerpt]],
     longest: int,
     *,
     token_multiple: int,
@@ -35,7 +35,7 @@ def score_probes(
     microbatches without a target to a count that data parallelism and the pipeline schedule take.
 
     Args:
-        longest: tokens that a probe's stretches have at most.
+        longest: tokens that a probe's excerpts have at most.
     """
     layout = stepper.layout
     total = -(-longest // token_multiple) * token_multiple

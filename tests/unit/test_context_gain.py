@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from data.batch import IGNORE
+from data.excerpts import lay_out
 from data.sources import Corpus
 from data.stream import DocumentStream
-from data.stretches import lay_out
 from parallel.layout import single_process_layout
 from pretrain.config.load import load_config
 from pretrain.evaluation import evaluate

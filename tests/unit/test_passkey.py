@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from data.batch import IGNORE
+from data.excerpts import lay_out
 from data.stream import DocumentStream
-from data.stretches import lay_out
 from data.tokenizers.tokenizer import build_tokenizer
 from pretrain.evaluation.passkey import check_lengths, write_texts, write_trial
 from pretrain.logs.metrics import evaluation_line, evaluation_values
@@ -28,8 +28,8 @@ def filler_stream() -> DocumentStream:
 @pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])
 def test_a_trial_hides_the_number_at_its_depth_and_asks_for_it(depth):
     tokenizer = Letters()
-    (stretch,) = write_trial(tokenizer, filler_stream(), 300, [depth], 7, 0)
-    batch = lay_out([stretch], 300, [(0, 300)], padding=0, vocab_size=128)
+    (excerpt,) = write_trial(tokenizer, filler_stream(), 300, [depth], 7, 0)
+    batch = lay_out([excerpt], 300, [(0, 300)], padding=0, vocab_size=128)
     text = tokenizer.decode(batch.tokens.tolist())
     answer = tokenizer.decode(batch.labels[batch.labels != IGNORE].tolist())
     key = answer.strip()
@@ -50,8 +50,8 @@ def test_a_trial_hides_the_number_at_its_depth_and_asks_for_it(depth):
 def test_trials_follow_from_the_seed_and_share_their_number_over_depths():
     def keys(seed, trial):
         return [
-            stretch.read(295, 5).tolist()
-            for stretch in write_trial(Letters(), filler_stream(), 300, [0.1, 0.9], seed, trial)
+            excerpt.read(295, 5).tolist()
+            for excerpt in write_trial(Letters(), filler_stream(), 300, [0.1, 0.9], seed, trial)
         ]
 
     assert keys(7, 0) == keys(7, 0) and keys(7, 0)[0] == keys(7, 0)[1]
