@@ -1,4 +1,4 @@
-"""Counts of tokens as people write them."""
+"""Counts of tokens and sizes in bytes as people write them."""
 
 import re
 from decimal import Decimal
@@ -13,6 +13,8 @@ UNITS = {
     "Mi": 2**20,
     "Gi": 2**30,
 }
+GIB = 2**30
+"""Bytes of one GiB."""
 
 
 def parse_tokens(text: str) -> int:
@@ -33,3 +35,8 @@ def parse_tokens(text: str) -> int:
     if tokens != tokens.to_integral_value():
         raise ValueError(f"{text!r} is {tokens} tokens: must be a whole number")
     return int(tokens)
+
+
+def show_bytes(size: int) -> str:
+    """Write a size in bytes: in GiB, or below one in MiB."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"

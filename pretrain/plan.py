@@ -45,8 +45,10 @@ from pretrain.planner.memory_check import (
     choose_loss_chunks,
     memory_filter,
 )
+from pretrain.problems import attempt
 from pretrain.schedule.learning_rate import LearningRate
-from pretrain.schedule.phases import Phase, attempt, resolve_phases
+from pretrain.schedule.phases import Phase
+from pretrain.schedule.resolve import resolve_phases
 
 
 @dataclasses.dataclass(frozen=True)

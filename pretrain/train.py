@@ -65,7 +65,8 @@ from pretrain.processes.stop import (
     defer_together,
     let_signals_through,
 )
-from pretrain.schedule.phases import Phase, describe, phase_at
+from pretrain.schedule.phase_table import describe
+from pretrain.schedule.phases import Phase, phase_at
 from pretrain.state import (
     TrainState,
     build_optimizer,

@@ -26,7 +26,7 @@ from data.tokenizers.tokenizer import build_tokenizer
 from pretrain.checkpointing import checkpoint
 from pretrain.config.config import Config
 from pretrain.config.load import read_config_yaml
-from pretrain.schedule.phases import resolve_phases
+from pretrain.schedule.resolve import resolve_phases
 from tools.export_hf import stored_tokenizer
 
 

@@ -27,9 +27,10 @@ from data.tokenizers.identity import same_tokenizer
 from model.config import MEMORY_SETTINGS
 from model.rope import ROPE_SETTINGS, Rope
 from pretrain.config.config import CheckpointConfig, Config
-from pretrain.schedule.batch_schedule import Stretch, batch_at
+from pretrain.schedule.batch_schedule import BatchStretch, batch_at
 from pretrain.schedule.learning_rate import LearningRate
-from pretrain.schedule.phases import Phase, phase_at, resolve_phases
+from pretrain.schedule.phases import Phase, phase_at
+from pretrain.schedule.resolve import resolve_phases
 
 Kind = Literal["forbidden", "tokenizer", "data", "optimization", "scheduler", "free", "effect"]
 
@@ -422,7 +423,7 @@ def _batch_changes(progress: dict, current: Phase) -> list[Change]:
     """Where the batch of the phase that goes on first differs from what it would have been; at most
     one."""
     clock = progress["clock"]
-    theirs = [Stretch(*stretch) for stretch in progress["phase"]["stretches"]]
+    theirs = [BatchStretch(*stretch) for stretch in progress["phase"]["stretches"]]
     end = min(theirs[-1].end, current.end)
     for at in sorted(
         {

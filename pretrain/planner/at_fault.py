@@ -9,7 +9,8 @@ from pretrain.config.config import Config
 from pretrain.planner.check_layout import check_phase_layout
 from pretrain.planner.layout_search import nearest_layouts
 from pretrain.schedule.batch_words import BatchWords
-from pretrain.schedule.phases import Phase, phase_entries
+from pretrain.schedule.phases import Phase
+from pretrain.schedule.resolve import phase_entries
 
 
 @dataclass(frozen=True)

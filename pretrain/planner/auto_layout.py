@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from data.units import GIB, show_bytes
 from model.activation_memory.recompute import KEEPS_INPUT_ONLY, MemorySettings
 from parallel.config import LayoutConfig
 from parallel.layout import device_here
@@ -20,9 +21,10 @@ from pretrain.planner.at_fault import Situation, layouts_that_work
 from pretrain.planner.check_layout import check_phase_layout
 from pretrain.planner.hardware import CPU, TABLE, Hardware, find_hardware
 from pretrain.planner.layout_search import sizes_of_world, with_sizes
-from pretrain.planner.rank_bytes import GIB, Memory, MemoryModel, show_bytes
+from pretrain.planner.rank_bytes import Memory, MemoryModel
 from pretrain.planner.step_time import step_seconds
-from pretrain.schedule.phases import Phase, attempt
+from pretrain.problems import attempt
+from pretrain.schedule.phases import Phase
 
 MARGIN = 0.1
 """Share of the device's memory that stays free: for the libraries, fragmentation and the estimate's

@@ -7,7 +7,8 @@ from parallel.ulysses import HeadSplit, chunk_counts
 from pretrain.config.config import Config
 from pretrain.evaluation.evaluate import check_lengths
 from pretrain.schedule.batch_words import BatchWords
-from pretrain.schedule.phases import Phase, phase_entries
+from pretrain.schedule.phases import Phase
+from pretrain.schedule.resolve import phase_entries
 
 
 def check_phase_layout(

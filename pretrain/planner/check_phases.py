@@ -10,7 +10,9 @@ from model.attention_backends.choice import BACKENDS
 from pretrain.config.config import Config
 from pretrain.planner.at_fault import Situation, layouts_that_work
 from pretrain.planner.check_layout import check_phase_layout
-from pretrain.schedule.phases import Phase, attempt, phase_entries
+from pretrain.problems import attempt
+from pretrain.schedule.phases import Phase
+from pretrain.schedule.resolve import phase_entries
 
 
 def check_phases(
@@ -30,8 +32,7 @@ def check_phases(
     """
     problems = []
     for phase in phases:
-        is_open = phase.auto and phase.predicted_bytes is None
-        found = [] if is_open else check_phase_layout(phase, config, world_size, vocab_size)
+        found = [] if phase.is_open else check_phase_layout(phase, config, world_size, vocab_size)
         where = f"phase {phase.name!r}: "
         problems += [where + problem for problem in found]
         if found and not phase.layout.validate():
@@ -77,7 +78,7 @@ def check_phases(
 
 def check_phase_memory(phase: Phase, backend: str) -> list[str]:
     """Memory settings that are out of range or do not go together, whatever the layout."""
-    is_open = phase.auto and phase.predicted_bytes is None  # the recompute may still be chosen
+    is_open = phase.is_open  # the recompute may still be chosen
     memory = phase.memory
     problems = phase.memory.problems()
     if (

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from data.units import GIB, show_bytes
 from model import compiled
 from model.activation_memory.recompute import KEEPS_INPUT_ONLY, Recompute
 from parallel.layout import host_memory, launched_local_world_size
@@ -21,7 +22,7 @@ from pretrain.planner.check_layout import check_phase_layout
 from pretrain.planner.check_phases import check_phase_memory
 from pretrain.planner.hardware import CPU
 from pretrain.planner.layout_search import with_sizes
-from pretrain.planner.rank_bytes import GIB, Memory, MemoryModel, show_bytes
+from pretrain.planner.rank_bytes import Memory, MemoryModel
 from pretrain.schedule.phases import Phase
 
 LEANER: tuple[Recompute | None, ...] = (None, "selective", "attention_kept", "full")

@@ -12,6 +12,7 @@ from math import ceil, prod
 
 import torch
 
+from data.units import show_bytes
 from model.config import ModelConfig
 from model.gpt import GPTStage
 from model.sharding import shardings_for
@@ -19,13 +20,6 @@ from parallel.config import LayoutConfig
 from parallel.layout import single_process_layout
 from parallel.schedule import chunks_in_flight, layers_of_stage, stages_of_rank
 from pretrain.planner.activation_bytes import LayerMemory, Load, pinned_bytes
-
-GIB = 2**30
-
-
-def show_bytes(size: int) -> str:
-    """A size for people: in GiB, or below one in MiB."""
-    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from data.units import parse_tokens
 
 
-class Stretch(NamedTuple):
+class BatchStretch(NamedTuple):
     """Positions [start, end) of the clock in whole steps of `batch` tokens."""
 
     start: int
@@ -33,7 +33,7 @@ class BatchStep(NamedTuple):
 
 def cut_into_stretches(
     start: int, tokens: int, schedule: Sequence[BatchStep]
-) -> tuple[Stretch, ...]:
+) -> tuple[BatchStretch, ...]:
     """The steps that begin within `tokens` positions from `start`; the last one may reach beyond
     them.
 
@@ -48,7 +48,7 @@ def cut_into_stretches(
         until = min(goal, schedule[number + 1].threshold if number + 1 < len(schedule) else goal)
         if until > clock:
             end = clock + -(-(until - clock) // batch) * batch
-            stretches.append(Stretch(clock, end, batch))
+            stretches.append(BatchStretch(clock, end, batch))
             clock = end
     return tuple(stretches)
 
@@ -130,7 +130,7 @@ def parse_steps(text: str, begin: int, unit: int) -> list[BatchStep]:
     return schedule
 
 
-def batch_at(stretches: Sequence[Stretch], clock: int) -> int:
+def batch_at(stretches: Sequence[BatchStretch], clock: int) -> int:
     """Tokens of the step that begins at `clock`, which a changed batch may have put off the steps'
     own places."""
     return next(
@@ -138,7 +138,7 @@ def batch_at(stretches: Sequence[Stretch], clock: int) -> int:
     )
 
 
-def first_step_from(stretches: Sequence[Stretch], position: int) -> int:
+def first_step_from(stretches: Sequence[BatchStretch], position: int) -> int:
     """Where the first step begins that begins at or after `position`; the end of the stretches if
     none does."""
     for stretch in stretches:
@@ -149,7 +149,7 @@ def first_step_from(stretches: Sequence[Stretch], position: int) -> int:
     return stretches[-1].end
 
 
-def end_of_steps(stretches: Sequence[Stretch], clock: int) -> int:
+def end_of_steps(stretches: Sequence[BatchStretch], clock: int) -> int:
     """Where the last step ends of those that begin from `clock` on before the end of the
     stretches."""
     for stretch in stretches:

@@ -13,11 +13,11 @@ from data.sources import Corpus
 from data.stream import DocumentStream
 from parallel.layout import Axis
 from parallel.tensor import vocab_parallel_first_choices
-from pretrain.checkpointing import checkpoint
-from pretrain.evaluation.evaluate import Evaluator
 from pretrain.batches import Feed
+from pretrain.checkpointing import checkpoint
 from pretrain.config.load import load_config
-from pretrain.schedule.phases import resolve_phases
+from pretrain.evaluation.evaluate import Evaluator
+from pretrain.schedule.resolve import resolve_phases
 from tests.dist.parity import TOLERANCE, VOCABULARY, Case
 from tests.dist.training import base_arguments, losses, train, write_corpus
 from tests.documents import Documents, Letters

@@ -9,7 +9,7 @@ from pretrain.config.load import load_config
 from pretrain.plan import make_plan
 from pretrain.planner.auto_layout import settle_layouts
 from pretrain.planner.check_phases import check_phases
-from pretrain.schedule.phases import resolve_phases
+from pretrain.schedule.resolve import resolve_phases
 
 RUN = (
     "--num-layers 4 --hidden-size 96 --ffn-hidden-size 192 --num-attention-heads 12 "

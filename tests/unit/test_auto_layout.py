@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from data.units import GIB
 from model.config import PRESETS
 from pretrain.config.config import Config, GivenSettings
 from pretrain.config.effects import effect_warnings
@@ -13,8 +14,8 @@ from pretrain.config.phase_config import PhaseConfig
 from pretrain.planner.auto_layout import Device, choose_layout, settle_layouts
 from pretrain.planner.check_phases import check_phases
 from pretrain.planner.hardware import CPU, TABLE
-from pretrain.planner.rank_bytes import GIB
-from pretrain.schedule.phases import describe, resolve_phases
+from pretrain.schedule.phase_table import describe
+from pretrain.schedule.resolve import resolve_phases
 
 H200 = Device(TABLE["H200"], TABLE["H200"].memory_bytes)
 VOCABULARY = 128256

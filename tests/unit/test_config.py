@@ -16,7 +16,7 @@ from pretrain.config.load import (
     spell,
 )
 from pretrain.planner.model_size import num_parameters
-from pretrain.schedule.phases import resolve_phases
+from pretrain.schedule.resolve import resolve_phases
 
 
 def write(tmp_path, text):

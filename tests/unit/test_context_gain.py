@@ -23,7 +23,7 @@ from pretrain.evaluation.context_gain import (
     target_blocks,
 )
 from pretrain.evaluation.evaluate import Evaluator, warnings
-from pretrain.schedule.phases import resolve_phases
+from pretrain.schedule.resolve import resolve_phases
 from pretrain.step import Scores
 from tests.documents import Documents
 

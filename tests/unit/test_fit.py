@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 
+from data.units import GIB
 from pretrain.config.effects import effect_warnings
 from pretrain.config.load import load_config
 from pretrain.plan import make_plan
@@ -21,8 +22,8 @@ from pretrain.planner.memory_check import (
     memory_model,
     with_memory,
 )
-from pretrain.planner.rank_bytes import GIB
-from pretrain.schedule.phases import describe, resolve_phases
+from pretrain.schedule.phase_table import describe
+from pretrain.schedule.resolve import resolve_phases
 from tests.unit.test_auto_layout import VOCABULARY, config
 
 H200 = Device(TABLE["H200"], TABLE["H200"].memory_bytes)

@@ -9,7 +9,7 @@ import pytest
 from pretrain.config import megatron_flags
 from pretrain.config.effects import effect_warnings
 from pretrain.config.load import field_table, load_config, spell
-from pretrain.schedule.phases import resolve_phases
+from pretrain.schedule.resolve import resolve_phases
 
 ARGUMENTS = Path(__file__).with_name("megatron_arguments.txt")
 RUN = (

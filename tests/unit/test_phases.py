@@ -16,7 +16,8 @@ from pretrain.config.effects import effect_warnings
 from pretrain.config.phase_config import PhaseConfig
 from pretrain.planner.check_phases import check_phases, length_warnings, rope_warnings
 from pretrain.schedule.learning_rate import LearningRate
-from pretrain.schedule.phases import phase_at, resolve_phases
+from pretrain.schedule.phases import phase_at
+from pretrain.schedule.resolve import resolve_phases
 
 
 def config(**schedule) -> Config:

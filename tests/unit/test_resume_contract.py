@@ -22,7 +22,8 @@ from pretrain.checkpointing.resume_contract import (
 from pretrain.config.config import CheckpointConfig, Config
 from pretrain.config.load import dump_yaml, field_table, load_config, read_config_yaml, spell
 from pretrain.schedule.learning_rate import LearningRate
-from pretrain.schedule.phases import Phase, phase_at, resolve_phases
+from pretrain.schedule.phases import Phase, phase_at
+from pretrain.schedule.resolve import resolve_phases
 from tests.unit.test_checkpoint import publish
 
 TOKENIZER = {"type": "NullTokenizer", "vocab_size": 100, "fingerprint": "a"}

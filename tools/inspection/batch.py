@@ -9,7 +9,8 @@ from parallel.context import rank_pieces
 from pretrain.batches import describe_forecast, forecast_warnings, ledger_at
 from pretrain.config.load import load_config, spell
 from pretrain.plan import Plan, make_plan
-from pretrain.schedule.phases import Phase, describe
+from pretrain.schedule.phase_table import describe
+from pretrain.schedule.phases import Phase
 
 SHOWN_DOCUMENTS = 8
 SHOWN_TOKENS = 12

@@ -12,7 +12,8 @@ from markupsafe import Markup
 
 from pretrain.planner.auto_layout import with_choice
 from pretrain.planner.model_size import num_parameters
-from pretrain.schedule.phases import Phase, resolve_phases
+from pretrain.schedule.phases import Phase
+from pretrain.schedule.resolve import resolve_phases
 from tools.reporting.axes import VARIABLES, TokenScale, style_rules, to_svg
 from tools.reporting.charts import CHARTS, Chart, chart_figure, last_passkeys
 from tools.reporting.number_text import gibibytes, length, short

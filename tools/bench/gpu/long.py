@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from data.batch import Batch
+from data.units import show_bytes
 from model.config import ModelConfig
 from parallel.config import LayoutConfig
 from pretrain.planner.activation_bytes import Load
 from pretrain.planner.model_size import step_flops
-from pretrain.planner.rank_bytes import MemoryModel, show_bytes
+from pretrain.planner.rank_bytes import MemoryModel
 from tools.bench.contenders import STRATEGY, Ours, causal_pairs, lean, make_sample, one_process
 from tools.bench.gpu.attention import QWEN_RANKS
 from tools.bench.gpu.lines import Report
