@@ -8,7 +8,8 @@ from matplotlib.image import imread
 from tests.run_folders import write_run
 from tools import report
 from tools.reporting import charts as report_charts
-from tools.reporting import number_text, run_record
+from tools.reporting import run_record
+from tools.shared import number_text
 from tools.reporting import page as report_page
 from tools.reporting.axes import LIGHT
 

@@ -11,7 +11,7 @@ from matplotlib import pyplot  # noqa: E402
 from matplotlib.ticker import FuncFormatter  # noqa: E402
 
 from tools.outputs.files import PNG_METADATA, check_file, is_own_picture  # noqa: E402
-from tools.reporting.number_text import length  # noqa: E402
+from tools.shared.number_text import length  # noqa: E402
 
 COLORS = ("#1f4e8c", "#c8401d", "#2f7d4f", "#7a4ea3", "#b8860b", "#4a4a4a")
 BINS_PER_DOUBLING = 4

@@ -25,8 +25,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from data.files import open_atomically  # noqa: E402
 from tools.outputs.files import PNG_METADATA  # noqa: E402
-from tools.reporting.number_text import length, short  # noqa: E402
 from tools.reporting.run_record import Run  # noqa: E402
+from tools.shared.number_text import length, short  # noqa: E402
 
 # Variable -> (on a light ground, on a dark one). The series can be told apart with any colour
 # vision (after Okabe and Ito); each has its own marker too.

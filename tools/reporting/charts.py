@@ -27,8 +27,8 @@ from tools.reporting.axes import (
     thin,
     window_of,
 )
-from tools.reporting.number_text import length, short
 from tools.reporting.run_record import Run, series_of
+from tools.shared.number_text import length, short
 
 Draw = Callable[[Axes, Run, Palette], None]
 

@@ -16,8 +16,8 @@ from pretrain.schedule.phases import Phase
 from pretrain.schedule.resolve import resolve_phases
 from tools.reporting.axes import VARIABLES, TokenScale, style_rules, to_svg
 from tools.reporting.charts import CHARTS, Chart, chart_figure, last_passkeys
-from tools.reporting.number_text import gibibytes, length, short
 from tools.reporting.run_record import Run, Stretch, before_and_after, repeated_tokens, series_of
+from tools.shared.number_text import gibibytes, length, short
 
 WIDE = (9.4, 4.3)
 NARROW = (4.7, 3.9)

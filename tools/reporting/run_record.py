@@ -14,7 +14,7 @@ from typing import NamedTuple
 from pretrain.checkpointing import checkpoint
 from pretrain.config.config import Config
 from pretrain.config.load import read_config_yaml
-from tools.reporting.number_text import length, short
+from tools.shared.number_text import length, short
 
 NEEDED = {
     "metrics": ("step", "tokens", "phase", "seq_length", "loss", "lr", "tokens_per_second"),
