@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numba
 import numpy as np
-import tyro
 from tqdm import tqdm
 
 from data.batch import DIGEST_BITS, digest, read_batch
@@ -28,6 +27,7 @@ from pretrain.config.config import Config
 from pretrain.config.load import read_config_yaml
 from pretrain.schedule.resolve import resolve_phases
 from tools.export_hf import stored_tokenizer
+from tools.shared.door import run_door
 
 
 @dataclass(kw_only=True)
@@ -224,16 +224,18 @@ def _skipped(ledger: Ledger) -> Iterator[tuple[dict, Mixture]]:
             yield segment, then.mixture()
 
 
-def main() -> int:
-    arguments = tyro.cli(Arguments, prog="tools.audit_data", description=__doc__)
-    try:
-        lines, well = audit(arguments.load)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def audit_and_report(arguments: Arguments) -> int:
+    """Audit, then print what was found -> 1 where a token was not drawn exactly once."""
+    lines, well = audit(arguments.load)
     print("\n".join(lines))
     print("each token once: yes" if well else "each token once: NO")
     return 0 if well else 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_door(
+        Arguments, audit_and_report, name="tools.audit_data", description=__doc__, argv=argv
+    )
 
 
 if __name__ == "__main__":

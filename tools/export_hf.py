@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -35,6 +34,7 @@ from tools.huggingface import export_files
 from tools.huggingface.verify import verify
 from tools.outputs.files import Input
 from tools.outputs.folder import NewFolder
+from tools.shared.door import run_door
 
 MAKER = "tools.export_hf"
 
@@ -295,14 +295,8 @@ def export(arguments: Arguments) -> None:
     )
 
 
-def main() -> int:
-    arguments = tyro.cli(Arguments, prog="tools.export_hf", description=__doc__)
-    try:
-        export(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main(argv: list[str] | None = None) -> int:
+    return run_door(Arguments, export, name="tools.export_hf", description=__doc__, argv=argv)
 
 
 if __name__ == "__main__":

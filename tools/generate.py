@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 
 from data.tokenizers.tokenizer import HUGGINGFACE_FILES, NullTokenizer
 from tools.huggingface.keys import one_line
+from tools.shared.door import run_door
 
 LEAST_TEMPERATURE = 1e-4
 """Logits divided by less overflow; 0 means the likeliest token."""
@@ -205,14 +205,15 @@ def generate(arguments: Arguments) -> str:
     return tokenizer.decode(ids)
 
 
-def main() -> int:
-    arguments = tyro.cli(Arguments, prog="tools.generate", description=__doc__)
-    try:
-        print(generate(arguments))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def print_continuation(arguments: Arguments) -> None:
+    """Print the prompt and its continuation."""
+    print(generate(arguments))
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_door(
+        Arguments, print_continuation, name="tools.generate", description=__doc__, argv=argv
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import tyro
 
 from data.tokenizers.folder import IdsFrom, TwoDefinitions, tokenizer_files
 from data.tokenizers.tokenizer import build_tokenizer
@@ -36,6 +35,7 @@ from tools.huggingface.config import FolderConfig, read_config_file, understand
 from tools.huggingface.fit import check_fit, pad_vocabulary, settle_tie
 from tools.huggingface.weights import open_weights
 from tools.outputs.files import Input, check_root
+from tools.shared.door import run_door
 
 VERIFIED_BELOW = 10e9
 """Parameters from which on --verify must be asked for: transformers' fp32 copy takes 40 GB."""
@@ -247,35 +247,19 @@ def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
-_SWITCHES = {"--verify": ["--verify", "True"], "--no-verify": ["--verify", "False"]}
-"""A switch with three states as tyro spells it."""
-
-
-def spell_switches(words: list[str]) -> list[str]:
-    """The command line as tyro reads it; tyro's own `--verify True` stays."""
-    spelled = []
-    for word, following in zip(words, [*words[1:], ""]):
-        has_value = following in ("True", "False", "None")
-        spelled += [word] if has_value else _SWITCHES.get(word, [word])
-    return spelled
-
-
-def main(argv: list[str] | None = None) -> int:
-    words = sys.argv[1:] if argv is None else argv
-    arguments = tyro.cli(
-        Arguments, prog="tools.import_hf", description=__doc__, args=spell_switches(words)
-    )
-    try:
-        folder = import_folder(arguments)
-    except (ValueError, OSError) as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return 2
+def import_and_report(arguments: Arguments) -> None:
+    """Import, then print how to start from it."""
+    folder = import_folder(arguments)
     print(
         f"imported {arguments.hf} as {folder}; start with --pretrained-checkpoint {arguments.save} "
         "--use-checkpoint-args"
     )
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_door(
+        Arguments, import_and_report, name="tools.import_hf", description=__doc__, argv=argv
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import tyro
 
 from data.blend import parse_blend
 from data.config import TokenizerType
@@ -23,6 +22,7 @@ from data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from pretrain.checkpointing import checkpoint
 from tools.inspection.batch import describe_batch, describe_plan
 from tools.inspection.length_plot import plot_lengths
+from tools.shared.door import run_door
 
 LONG = (8 << 10, 64 << 10, 1 << 20)
 """Lengths in tokens of whose documents the share of all tokens is told."""
@@ -56,16 +56,18 @@ class Arguments:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    own = argv[: argv.index("--")] if "--" in argv else argv
-    arguments = tyro.cli(Arguments, prog="tools.inspect_data", description=__doc__, args=own)
-    try:
-        for line in inspect(arguments, argv[len(own) + 1 :]):
+    words = sys.argv[1:] if argv is None else argv
+    # What follows "--" are the flags of the run that --config names.
+    own = words[: words.index("--")] if "--" in words else words
+    run_flags = words[len(own) + 1 :]
+
+    def print_lines(arguments: Arguments) -> None:
+        for line in inspect(arguments, run_flags):
             print(line, flush=True)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_door(
+        Arguments, print_lines, name="tools.inspect_data", description=__doc__, argv=own
+    )
 
 
 def inspect(arguments: Arguments, run_flags: list[str]) -> list[str]:

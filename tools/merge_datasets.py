@@ -8,12 +8,11 @@ replaced with --overwrite only, and never where it is an input.
 import sys
 from dataclasses import dataclass
 
-import tyro
-
 from data.indexed import read_index, read_side_file
 from data.tokenizers.identity import same_tokenizer
 from data.writers.indexed_writer import IndexedWriter
 from data.writers.output_prefix import check_output, prefix_files
+from tools.shared.door import run_door
 
 
 @dataclass(kw_only=True)
@@ -81,20 +80,21 @@ def _common_tokenizer(arguments: Arguments) -> dict | None:
     return found[first] if None not in found.values() else None
 
 
-def main() -> int:
-    arguments = tyro.cli(Arguments, prog="tools.merge_datasets", description=__doc__)
-    try:
-        paths = merge(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def merge_and_report(arguments: Arguments) -> None:
+    """Merge, then print what was written."""
+    paths = merge(arguments)
     index = read_index(arguments.output_prefix)
     print(
         f"{len(index.document_lengths):,} documents, {index.num_tokens:,} tokens of "
         f"{len(arguments.input):,} inputs"
     )
     print(f"wrote {', '.join(paths)}")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_door(
+        Arguments, merge_and_report, name="tools.merge_datasets", description=__doc__, argv=argv
+    )
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from tools.preprocessing.text_settings import (
     describe_special_tokens,
     find_bos,
 )
+from tools.shared.door import run_door
 
 TASK_BYTES = 1 << 20
 """Input of one task: large enough to hide the hand-over, small enough to keep all workers busy."""
@@ -334,13 +335,9 @@ def preprocess(arguments: Arguments) -> dict:
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    arguments = tyro.cli(Arguments, prog="tools.preprocess_data", description=__doc__, args=argv)
-    try:
-        summary = preprocess(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def preprocess_and_report(arguments: Arguments) -> None:
+    """Tokenize, then print what was read and written."""
+    summary = preprocess(arguments)
     work = summary["seconds"] - summary["prepare_seconds"]
     print(
         f"{summary['documents']:,} documents, {summary['tokens']:,} tokens from {summary['bytes']:,} bytes in "
@@ -355,7 +352,16 @@ def main(argv: list[str] | None = None) -> int:
     if summary["special_tokens"]:
         print(summary["special_tokens"])
     print(f"wrote {', '.join(summary['outputs'])}")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_door(
+        Arguments,
+        preprocess_and_report,
+        name="tools.preprocess_data",
+        description=__doc__,
+        argv=argv,
+    )
 
 
 if __name__ == "__main__":

@@ -10,14 +10,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from data.files import write_atomically
 from tools.outputs.files import check_file, is_own_page, is_own_picture
 from tools.reporting.axes import LIGHT, to_png
 from tools.reporting.charts import CHARTS, chart_figure, draw_sheet
 from tools.reporting.page import page, sizes
 from tools.reporting.run_record import Run, read_run, summary
+from tools.shared.door import run_door
 
 MAKER = "tools.report"
 
@@ -61,28 +60,32 @@ def write_page(run: Run, output: Path) -> None:
     write_atomically(output, page(run))
 
 
-def main() -> int:
-    arguments = tyro.cli(Arguments, prog="tools.report", description=__doc__)
+def write_report(arguments: Arguments) -> None:
+    """Write the page or the picture, and print the run in a few lines.
+
+    Raises:
+        ValueError: nothing to read, or a place that may not be written.
+    """
     folder = Path(arguments.load)
     output = Path(arguments.output) if arguments.output else folder / "report.html"
-    try:
-        if output.suffix.lower() not in (".html", ".png"):
-            raise ValueError(
-                f"output = {output}: a page or a picture is written. Fix: end the name in .html or .png."
-            )
-        place = check_outputs(output)
-        run = read_run(folder)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if output.suffix.lower() == ".png":
-            to_png(draw_sheet(run), place)
-        else:
-            write_page(run, place)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if output.suffix.lower() not in (".html", ".png"):
+        raise ValueError(
+            f"output = {output}: a page or a picture is written. "
+            "Fix: end the name in .html or .png."
+        )
+    place = check_outputs(output)
+    run = read_run(folder)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if output.suffix.lower() == ".png":
+        to_png(draw_sheet(run), place)
+    else:
+        write_page(run, place)
     print(summary(run))
     print(f"wrote {output}")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_door(Arguments, write_report, name="tools.report", description=__doc__, argv=argv)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 
 from data.indexed import read_index, read_side_file
 from data.writers.indexed_writer import IndexedWriter
 from data.writers.output_prefix import check_output, prefix_files
+from tools.shared.door import run_door
 
 
 @dataclass(kw_only=True)
@@ -91,15 +91,16 @@ def _part_prefixes(arguments: Arguments) -> list[str]:
     return prefixes
 
 
-def main() -> int:
-    arguments = tyro.cli(Arguments, prog="tools.split_dataset", description=__doc__)
-    try:
-        prefixes = split(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def split_and_report(arguments: Arguments) -> None:
+    """Split, then print what was written."""
+    prefixes = split(arguments)
     print(f"wrote {len(prefixes):,} parts, {prefixes[0]} to {prefixes[-1]}")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_door(
+        Arguments, split_and_report, name="tools.split_dataset", description=__doc__, argv=argv
+    )
 
 
 if __name__ == "__main__":

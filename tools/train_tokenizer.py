@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import tyro
-
 from data.files import write_atomically
 from data.permutation import Permutation
 from tools.outputs.files import Input, check_file
@@ -27,6 +25,7 @@ from tools.preprocessing.input_kinds import (
 )
 from tools.preprocessing.streams import read_blocks
 from tools.preprocessing.text_files import Documents, Piece, is_stream, read_documents, read_pieces
+from tools.shared.door import run_door
 
 BLOCK_BYTES = 64 << 10
 """Unit of the sample: lines that begin in a block."""
@@ -243,16 +242,17 @@ def train_tokenizer(arguments: Arguments) -> str:
     return f"{arguments.output_prefix}.model"
 
 
-def main() -> int:
+def train_and_report(arguments: Arguments) -> None:
+    """Train, then print what was written."""
     began = time.perf_counter()
-    arguments = tyro.cli(Arguments, prog="tools.train_tokenizer", description=__doc__)
-    try:
-        path = train_tokenizer(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    path = train_tokenizer(arguments)
     print(f"wrote {path}: {arguments.vocab_size:,} ids, in {time.perf_counter() - began:.1f} s")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_door(
+        Arguments, train_and_report, name="tools.train_tokenizer", description=__doc__, argv=argv
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,108 @@
+"""A command of tools/ refuses what is wrong with its arguments in one line each, with exit code 2."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import pytest
+import tyro
+
+from tools.shared.door import run_door, spell_switches
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    input: list[str]
+    output_prefix: str
+    parts: int = 1
+    kind: Literal["one", "two"] = "one"
+    overwrite: bool = False
+    verify: bool | None = None
+    prepend_bos: Annotated[bool, tyro.conf.arg(aliases=["--append-bos"])] = False
+    extensions: list[str] = field(default_factory=list)
+
+
+NEEDED = ("--input", "a", "b", "--output-prefix", "c")
+
+
+def run(*words: str, act=lambda arguments: None) -> int:
+    return run_door(Arguments, act, name="tools.test", description="A test.", argv=words)
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (
+            (*NEEDED, "--overwite"),
+            "error: --overwite: no such flag. Fix: did you mean --overwrite?",
+        ),
+        (
+            ("--inptu", "a", "--output-prefix", "c"),
+            "error: --inptu: no such flag. Fix: did you mean --input?",
+        ),
+        ((*NEEDED, "--zzz=3"), "error: --zzz: no such flag. Fix: see tools.test --help."),
+        (
+            (),
+            "error: --input, --output-prefix: must be given. Fix: see tools.test --help.",
+        ),
+        (
+            (*NEEDED, "--parts", "x"),
+            "error: Error parsing --parts: invalid literal for int() with base 10: 'x'. "
+            "Fix: see tools.test --help.",
+        ),
+        (
+            (*NEEDED, "--kind", "three"),
+            "error: invalid choice 'three' for argument '--kind'. Expected one of ('one', 'two'). "
+            "Fix: see tools.test --help.",
+        ),
+        (
+            (*NEEDED, "--parts", "3", "more"),
+            "error: Unrecognized options: more. Fix: see tools.test --help.",
+        ),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_line(words, expected, capsys):
+    assert run(*words) == 2
+    assert capsys.readouterr().err == f"{expected}\n"
+
+
+def test_two_unknown_flags_are_two_lines(capsys):
+    assert run(*NEEDED, "--partz", "3", "--overwite") == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: --partz: no such flag. Fix: did you mean --parts?",
+        "error: --overwite: no such flag. Fix: did you mean --overwrite?",
+    ]
+
+
+def test_underscores_aliases_and_switches_are_read():
+    seen = []
+    words = ("--input", "a", "--output_prefix=c", "--append-bos", "--no-verify", "--no-overwrite")
+    assert run(*words, act=seen.append) == 0
+    (arguments,) = seen
+    assert arguments.output_prefix == "c"
+    assert arguments.prepend_bos is True
+    assert arguments.verify is False
+    assert arguments.overwrite is False
+
+
+def test_a_value_of_a_switch_stays():
+    words = ["--verify", "True", "--no-verify", "--verify"]
+    assert spell_switches(Arguments, words) == [*words[:2], "--verify", "False", "--verify", "True"]
+
+
+def test_the_exit_code_is_what_the_action_returns():
+    assert run(*NEEDED, act=lambda arguments: 1) == 1
+
+
+def test_each_line_of_an_error_says_that_it_is_one(capsys):
+    def refuse(arguments):
+        raise ValueError("one\ntwo")
+
+    assert run(*NEEDED, act=refuse) == 2
+    assert capsys.readouterr().err == "error: one\nerror: two\n"
+
+
+def test_the_help_prints_and_ends_well(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("--help")
+    assert stop.value.code == 0
+    assert "--output-prefix" in capsys.readouterr().out

@@ -1,0 +1,154 @@
+"""What the commands share: reading their arguments, and refusing bad input in one line each.
+
+A door of tools/ is a dataclass of arguments and a function that acts on them; `run_door` does the
+rest. Exit codes: 0, what the function returns, or 2 for bad input.
+"""
+
+import contextlib
+import difflib
+import io
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, fields
+from typing import Any, TypeVar, get_type_hints
+
+import tyro
+
+Arguments = TypeVar("Arguments")
+
+_HELP = ("-h", "--help")
+_OF_TYRO = ("--tyro-print-completion", "--tyro-write-completion")
+"""Flags that tyro adds to every command."""
+_TRUTH_VALUES = ("True", "False", "None")
+_LID = "╭"
+_SIDES = "│ "
+_RULES = "─-"
+"""What tyro draws above, beside and between the parts of a message; "-" where stdout is no UTF-8."""
+
+
+def run_door(
+    kind: type[Arguments],
+    act: Callable[[Arguments], int | None],
+    *,
+    name: str,
+    description: str | None,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Read a command's arguments and act on them -> the exit code.
+
+    Args:
+        kind: the dataclass of the arguments.
+        act: does the work; returns an exit code, or None for 0.
+        name: the command as messages name it, like `tools.generate`.
+        description: the text above the flags in --help.
+        argv: the words of the command line; by default those of this process.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        arguments = read_arguments(kind, words, name=name, description=description)
+        return act(arguments) or 0
+    except (ValueError, OSError) as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return 2
+
+
+def read_arguments(
+    kind: type[Arguments], words: list[str], *, name: str, description: str | None
+) -> Arguments:
+    """Parse the words of a command line; --help prints and exits.
+
+    Raises:
+        ValueError: unknown or missing flags, all of them, a line each; or a value of another type.
+    """
+    help_fix = f"Fix: see {name} --help."
+    if not set(words) & set(_HELP):
+        problems = _flag_problems(kind, words, help_fix)
+        if problems:
+            raise ValueError("\n".join(problems))
+    words = spell_switches(kind, words)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(kind, prog=name, description=description, args=words)
+    except SystemExit as stop:
+        if not stop.code:  # the help
+            raise
+        raise ValueError(f"{_first_message(said.getvalue())} {help_fix}") from None
+
+
+def _flag_problems(kind: type, words: list[str], help_fix: str) -> list[str]:
+    """Name the flags that the command does not have, and those that it needs and did not get."""
+    given = [_flag_of(word) for word in words if word.startswith("--")]
+    known = [flag for field in _fields(kind) for flag in _spellings(kind, field)]
+    problems = []
+    for flag in dict.fromkeys(given):
+        if flag in known or flag in _OF_TYRO:
+            continue
+        near = difflib.get_close_matches(flag, known, 1)
+        fix = f"Fix: did you mean {near[0]}?" if near else help_fix
+        problems.append(f"{flag}: no such flag. {fix}")
+    needed = [
+        _spellings(kind, field)
+        for field in _fields(kind)
+        if field.default is MISSING and field.default_factory is MISSING
+    ]
+    missing = [flags[0] for flags in needed if not set(flags) & set(given)]
+    # A misspelled flag explains what is missing better than the missing one does.
+    if missing and not problems:
+        problems.append(f"{', '.join(missing)}: must be given. {help_fix}")
+    return problems
+
+
+def spell_switches(kind: type, words: list[str]) -> list[str]:
+    """Write `--x` and `--no-x` of switches with three states (bool | None) as `--x True|False`.
+
+    tyro knows them as `--x {True,False,None}` only, which stays.
+    """
+    types = get_type_hints(kind)
+    switches = {}
+    for field in _fields(kind):
+        if types[field.name] == bool | None:
+            flag = _flag_of(f"--{field.name}")
+            switches |= {flag: [flag, "True"], f"--no-{flag[2:]}": [flag, "False"]}
+    spelled = []
+    for word, following in zip(words, [*words[1:], ""]):
+        has_value = following in _TRUTH_VALUES
+        spelled += [word] if has_value else switches.get(_flag_of(word), [word])
+    return spelled
+
+
+def _fields(kind: type) -> tuple[Field, ...]:
+    return fields(kind)
+
+
+def _spellings(kind: type, field: Field) -> list[str]:
+    """List the flags that set a field: its own, its negation where it is a switch, its aliases."""
+    annotation: Any = get_type_hints(kind, include_extras=True)[field.name]
+    flag = _flag_of(f"--{field.name}")
+    flags = [flag]
+    if get_type_hints(kind)[field.name] in (bool, bool | None):
+        flags.append(f"--no-{flag[2:]}")
+    for note in getattr(annotation, "__metadata__", ()):
+        flags += getattr(note, "aliases", None) or ()
+    return flags
+
+
+def _flag_of(word: str) -> str:
+    """Return a flag without its value, spelled with hyphens."""
+    return word.partition("=")[0].replace("_", "-")
+
+
+def _first_message(text: str) -> str:
+    """Return the message in a box of tyro, without its title and what follows, as one line."""
+    parts: list[list[str]] = [[]]
+    for line in text.splitlines():
+        content = line.strip(_SIDES)
+        if content.startswith(_LID):
+            parts.append([])
+        elif content.strip(_RULES):
+            parts[-1].append(content)
+        else:
+            parts.append([])
+    message = " ".join(parts[1]) if len(parts) > 1 else ""
+    return f"{message.rstrip('. ') or 'the arguments cannot be read'}."
