@@ -8,10 +8,10 @@ from matplotlib.image import imread
 from tests.run_folders import write_run
 from tools import report
 from tools.reporting import charts as report_charts
-from tools.reporting import run_record
-from tools.shared import number_text
 from tools.reporting import page as report_page
+from tools.reporting import run_record
 from tools.reporting.axes import LIGHT
+from tools.shared import number_text
 
 
 def call(monkeypatch, *arguments) -> int:
