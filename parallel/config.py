@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from parallel.schedule import SPLIT_BACKWARD, ScheduleName, accepts, nearest_counts
+from parallel.schedule import SCHEDULES, ScheduleName, accepts, nearest_counts
 
 ShardingStrategy = Literal["optim", "optim_grads", "optim_grads_params"]
 SPLITS_BACKWARD_SINCE = (2, 13)
@@ -85,9 +85,8 @@ class LayoutConfig:
         """Pipeline stages on each rank; 1 without a pipeline."""
         if self.pipeline_model_parallel_size == 1:
             return 1
-        return self.num_virtual_stages_per_pipeline_rank or (
-            2 if self.schedule in ("interleaved", "ZBV") else 1
-        )
+        default = SCHEDULES[self.schedule].default_per_rank
+        return self.num_virtual_stages_per_pipeline_rank or default
 
     @property
     def context_levels(self) -> tuple[int, int]:
@@ -196,27 +195,26 @@ class LayoutConfig:
     def _schedule_problems(self) -> list[str]:
         if self.pipeline_model_parallel_size == 1:
             return []
-        schedule = self.schedule
+        schedule = SCHEDULES[self.schedule]
         per_rank = self.stages_per_rank
-        name = f"num_virtual_stages_per_pipeline_rank = {per_rank}"
-        if schedule == "1F1B" and per_rank != 1:
-            return [
-                f"{name}: 1F1B has one stage per rank. Fix: 1 stage, or --pipeline-schedule interleaved."
-            ]
-        if schedule == "interleaved" and per_rank == 1:
-            return [f"{name}: interleaved needs at least 2. Fix: 2, or --pipeline-schedule 1F1B."]
-        if schedule == "ZBV" and per_rank != 2:
-            return [f"{name}: ZBV has exactly 2. Fix: 2."]
-        if schedule in SPLIT_BACKWARD and torch.__version__ < SPLITS_BACKWARD_SINCE:
+        if not schedule.allows_per_rank(per_rank):
+            name = f"num_virtual_stages_per_pipeline_rank = {per_rank}"
+            return [f"{name}: {schedule.per_rank_rule}"]
+        if not schedule.splits_backward:
+            return []
+        # What a split backward needs of torch and of FSDP2.
+        if torch.__version__ < SPLITS_BACKWARD_SINCE:
             least = ".".join(map(str, SPLITS_BACKWARD_SINCE))
             return [
-                f"pipeline_schedule = {schedule}: torch {torch.__version__} splits a stage's backward wrongly. "
-                f"Fix: torch {least} or later, or --pipeline-schedule 1F1B or interleaved."
+                f"pipeline_schedule = {self.schedule}: torch {torch.__version__} splits a stage's "
+                f"backward wrongly. Fix: torch {least} or later, or --pipeline-schedule 1F1B or "
+                "interleaved."
             ]
-        if schedule in SPLIT_BACKWARD and self.sharding_strategy == "optim_grads_params":
+        if self.sharding_strategy == "optim_grads_params":
             return [
-                f"pipeline_schedule = {schedule}: loses gradients with data_parallel_sharding_strategy = "
-                "optim_grads_params. Fix: optim or optim_grads, or --pipeline-schedule interleaved."
+                f"pipeline_schedule = {self.schedule}: loses gradients with "
+                "data_parallel_sharding_strategy = optim_grads_params. Fix: optim or optim_grads, "
+                "or --pipeline-schedule interleaved."
             ]
         return []
 
@@ -238,10 +236,6 @@ def check_microbatches(layout: LayoutConfig, count: int) -> str | None:
     pp = layout.pipeline_model_parallel_size
     if pp == 1 or accepts(layout.schedule, pp, count):
         return None
-    rule = (
-        f"at least one per stage = {pp}"
-        if layout.schedule == "1F1B"
-        else f"a multiple of {max(1, count // pp)}, the rounds that it runs them in"
-    )
+    rule = SCHEDULES[layout.schedule].count_rule(pp, count)
     nearest = " or ".join(map(str, nearest_counts(layout.schedule, pp, count)))
     return f"{count} microbatches: {layout.schedule} needs {rule}. Fix: {nearest} microbatches"

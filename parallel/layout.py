@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.config import LayoutConfig, check_world_size
-from parallel.schedule import ScheduleName, stages_of_rank
+from parallel.schedule import SCHEDULES, ScheduleName, stages_of_rank
 
 
 @dataclass(frozen=True)
@@ -301,6 +301,7 @@ def _axis(name: str, group: dist.ProcessGroup) -> Axis:
 def _embedding_axis(pp: Axis, schedule: ScheduleName) -> Axis:
     """Megatron-Core's group of the first and the last pipeline rank, where the first and the last
     stage are."""
-    if pp.size > 1 and (pp.is_first or pp.is_last) and schedule != "ZBV":
+    holds_an_end = pp.size > 1 and (pp.is_first or pp.is_last)
+    if holds_an_end and not SCHEDULES[schedule].is_v_shaped:
         return _axis("embedding", _parallel_state().get_embedding_group())
     return Axis("embedding", 0, 1, (dist.get_rank(),), pp.group)

@@ -8,17 +8,13 @@ Source: torch.distributed.pipelining (stage.py, schedules.py); parallel/schedule
 papers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.pipelining import (
-    PipelineStage,
-    Schedule1F1B,
-    ScheduleInterleaved1F1B,
-    ScheduleInterleavedZeroBubble,
-    ScheduleZBVZeroBubble,
-)
+from torch.distributed import pipelining
+from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
     BACKWARD_INPUT,
     BACKWARD_WEIGHT,
@@ -27,14 +23,13 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from parallel.layout import Layout
+from parallel.schedule import SCHEDULES, ScheduleName
 from parallel.shard import accumulate_gradients
 
-SCHEDULES = {
-    "1F1B": Schedule1F1B,
-    "interleaved": ScheduleInterleaved1F1B,
-    "zero-bubble": ScheduleInterleavedZeroBubble,
-    "ZBV": ScheduleZBVZeroBubble,
-}
+
+def torch_schedule(name: ScheduleName) -> Callable[..., Any]:
+    """Look up a schedule's class in torch.distributed.pipelining."""
+    return getattr(pipelining, SCHEDULES[name].torch_class)
 
 
 class Stage(PipelineStage):
@@ -86,8 +81,8 @@ class Pipeline:
             )
             for number, module in zip(layout.stages, modules, strict=True)
         ]
-        is_single = layout.schedule == "1F1B"
-        self.schedule = SCHEDULES[layout.schedule](
+        is_single = SCHEDULES[layout.schedule].takes_one_stage
+        self.schedule = torch_schedule(layout.schedule)(
             self.stages[0] if is_single else self.stages,
             num_microbatches,
             loss_fn=lambda output, target: output,

@@ -2,7 +2,7 @@
 
 from model.build import check_layout
 from parallel.config import check_microbatches, check_world_size
-from parallel.schedule import SPLIT_BACKWARD
+from parallel.schedule import SCHEDULES
 from parallel.ulysses import HeadSplit, chunk_counts
 from pretrain.config.config import Config
 from pretrain.evaluation.evaluate import check_lengths
@@ -52,7 +52,8 @@ def _split_backward_problems(phase: Phase) -> list[str]:
     in both."""
     layout = phase.layout
     memory = phase.memory
-    if layout.pipeline_model_parallel_size == 1 or layout.schedule not in SPLIT_BACKWARD:
+    has_pipeline = layout.pipeline_model_parallel_size > 1
+    if not has_pipeline or not SCHEDULES[layout.schedule].splits_backward:
         return []
     other = "or --pipeline-schedule interleaved or 1F1B."
     problems = []

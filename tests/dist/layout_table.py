@@ -14,7 +14,7 @@ from model.build import check_layout
 from model.config import ModelConfig
 from model.activation_memory.recompute import MemorySettings
 from parallel.config import LayoutConfig, check_microbatches
-from parallel.schedule import SPLIT_BACKWARD, accepts
+from parallel.schedule import SCHEDULES, accepts
 from parallel.ulysses import HeadSplit, chunk_counts
 from tests.dist.parity import VOCABULARY, Case
 
@@ -94,7 +94,12 @@ def make_case(layout: tuple[int, int, int, int], options: dict) -> Case | None:
         options,
         HeadSplit.make(heads // tp, max(1, config.num_kv_heads // tp), settings.context_levels[0]),
     )
-    if memory is None or pp > 1 and schedule in SPLIT_BACKWARD and memory != MemorySettings():
+    if (
+        memory is None
+        or pp > 1
+        and SCHEDULES[schedule].splits_backward
+        and memory != MemorySettings()
+    ):
         return None
     fewest = next(n for n in itertools.count(1) if accepts(schedule, pp, n))
     count = max(2, pp) + 1 if options["microbatches"] == "more" else fewest
@@ -136,7 +141,7 @@ def draw_row(draw: random.Random, names: list[str]) -> dict:
     """A random value of each option; schedules that split the backward keep everything, so that
     some are legal."""
     row = {name: draw.choice(OPTIONS[name]) for name in names}
-    is_split = row.get("schedule", "1F1B").partition(" x ")[0] in SPLIT_BACKWARD
+    is_split = SCHEDULES[row.get("schedule", "1F1B").partition(" x ")[0]].splits_backward
     return row | ({"recompute": None, "tiles": False, "head_chunks": False} if is_split else {})
 
 

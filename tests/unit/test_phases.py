@@ -10,7 +10,7 @@ from data.units import parse_tokens
 from model.activation_memory.recompute import MemorySettings
 from model.rope import Rope
 from parallel.config import LayoutConfig
-from parallel.schedule import accepts, nearest_counts, stages_of_rank
+from parallel.schedule import SCHEDULES, accepts, nearest_counts, stages_of_rank
 from pretrain.config.config import Config
 from pretrain.config.effects import effect_warnings
 from pretrain.config.phase_config import PhaseConfig
@@ -703,7 +703,7 @@ def test_every_count_of_microbatches_that_a_schedule_accepts():
 
 
 def torch_schedule(schedule: str, pp: int, count: int, per_rank: int):
-    from parallel.pipeline import SCHEDULES
+    from parallel import pipeline
 
     stages = [
         SimpleNamespace(
@@ -717,7 +717,8 @@ def torch_schedule(schedule: str, pp: int, count: int, per_rank: int):
         )
         for number in stages_of_rank(schedule, 0, pp, per_rank)
     ]
-    return SCHEDULES[schedule](stages[0] if schedule == "1F1B" else stages, count)
+    is_single = SCHEDULES[schedule].takes_one_stage
+    return pipeline.torch_schedule(schedule)(stages[0] if is_single else stages, count)
 
 
 def torch_accepts(schedule: str, pp: int, count: int) -> bool:
