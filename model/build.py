@@ -52,7 +52,7 @@ def build_stages(
             layout,
             strategy,
             None if compute_dtype == master_dtype else compute_dtype,
-            on_host,
+            on_host=on_host,
         )
         stages.append(stage.to_empty(device="cpu" if on_host else layout.device))
     return stages

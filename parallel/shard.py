@@ -4,9 +4,17 @@ The loss is already divided by the global number of targets, so a plain sum over
 different tokens is the gradient of the global mean.
 """
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 
 from parallel.config import ShardingStrategy
 from parallel.layout import Layout
@@ -18,6 +26,7 @@ def shard_module(
     layout: Layout,
     strategy: ShardingStrategy,
     compute_dtype: torch.dtype | None,
+    *,
     on_host: bool = False,
 ) -> None:
     """Shard `module` in place over dp x cp; each of `blocks` is gathered and freed as one unit.
@@ -30,49 +39,55 @@ def shard_module(
             that is None); sums over tp of a parameter's partial gradients happen in the compute
             dtype.
     """
+    assert layout.mesh is not None, "a single process shards nothing"
+    mesh = layout.mesh["dp_cp"]
     precision = MixedPrecisionPolicy()
     if compute_dtype is not None:
         precision = MixedPrecisionPolicy(
             param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-    options = {
-        "mesh": layout.mesh["dp_cp"],
-        "mp_policy": precision,
-        "reshard_after_forward": strategy == "optim_grads_params",
-    }
-    if on_host:
-        options["offload_policy"] = CPUOffloadPolicy(pin_memory=True)
-    for block in blocks:
-        fully_shard(block, **options)
-    fully_shard(module, **options)
-    for unit in module.modules():
-        if isinstance(unit, FSDPModule):
-            # gloo has no pre-multiplied sum; we divide the loss ourselves.
-            unit.set_force_sum_reduction_for_comms(True)
-            if (
-                layout.dp_cp.size > 1
-            ):  # one rank divides by nothing, and would divide by 1.0 in a pass of its own
-                unit.set_gradient_divide_factor(1.0)
+    offload = CPUOffloadPolicy(pin_memory=True) if on_host else OffloadPolicy()
+    # The blocks first: the whole then takes what no block holds.
+    for part in (*blocks, module):
+        fully_shard(
+            part,
+            mesh=mesh,
+            mp_policy=precision,
+            reshard_after_forward=strategy == "optim_grads_params",
+            offload_policy=offload,
+        )
+    for unit in _sharded_units([module]):
+        # gloo has no pre-multiplied sum; we divide the loss ourselves.
+        unit.set_force_sum_reduction_for_comms(True)
+        if layout.dp_cp.size > 1:
+            # One rank divides by nothing, and would divide by 1.0 in a pass of its own.
+            unit.set_gradient_divide_factor(1.0)
+
+
+def _sharded_units(modules: Iterable[nn.Module]) -> Iterator[FSDPModule]:
+    """Yield every part of the modules that FSDP2 gathers and frees as one."""
+    for module in modules:
+        for unit in module.modules():
+            if isinstance(unit, FSDPModule):
+                yield unit
 
 
 def accumulate_gradients(module: nn.Module) -> None:
-    """After a backward outside FSDP2's hooks: add the gradients up in the dtype in which they are
-    reduced.
+    """Add up gradients in the dtype of their reduction, after a backward outside FSDP2's hooks.
 
     Otherwise those of several microbatches would be summed in the compute dtype.
     """
-    for unit in module.modules():
-        if (
-            isinstance(unit, FSDPModule)
-            and (group := unit._get_fsdp_state()._fsdp_param_group) is not None
-        ):
-            for parameter in group.fsdp_params:
-                parameter.accumulate_unsharded_grad_if_needed()
-                parameter.to_accumulated_grad_if_needed()
+    for unit in _sharded_units([module]):
+        group = unit._get_fsdp_state()._fsdp_param_group
+        if group is None:  # a unit without parameters of its own
+            continue
+        for parameter in group.fsdp_params:
+            parameter.accumulate_unsharded_grad_if_needed()
+            parameter.to_accumulated_grad_if_needed()
 
 
-def set_microbatch(module: nn.Module, strategy: ShardingStrategy, is_last: bool) -> None:
-    """Before a microbatch's backward (without a pipeline): what is reduced and freed after it.
+def set_microbatch(module: nn.Module, strategy: ShardingStrategy, *, is_last: bool) -> None:
+    """Set what is reduced and freed after the next microbatch's backward (without a pipeline).
 
     ZeRO-1 keeps whole gradients and reduces once per step; ZeRO-2 and 3 reduce after each
     microbatch. Parameters that forward keeps (ZeRO-1, 2) stay gathered until the step's last
@@ -82,3 +97,12 @@ def set_microbatch(module: nn.Module, strategy: ShardingStrategy, is_last: bool)
     module.set_requires_gradient_sync(is_last or strategy != "optim")
     module.set_is_last_backward(is_last)
     module.set_reshard_after_backward(is_last or strategy == "optim_grads_params")
+
+
+def reshard(modules: Iterable[nn.Module]) -> None:
+    """Free the weights that a forward without a backward left gathered.
+
+    Training and checkpoints expect shards.
+    """
+    for unit in _sharded_units(modules):
+        unit.reshard()

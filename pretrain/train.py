@@ -28,6 +28,7 @@ from parallel.layout import (
     launched_world_size,
     start_world,
 )
+from parallel.shard import reshard
 from pretrain.attention_backend import attention_of_run
 from pretrain.batches import SHOWN_SOURCES, Feed, describe_forecast
 from pretrain.checkpointing import checkpoint
@@ -35,7 +36,6 @@ from pretrain.checkpointing.model_files import read_carried
 from pretrain.checkpointing.resume_contract import describe_changes
 from pretrain.config.load import dump_yaml, load_config, spell, warn
 from pretrain.evaluation.evaluate import Evaluator
-from pretrain.evaluation.probe import reshard
 from pretrain.logs.measured import measure
 from pretrain.logs.metrics import Reporter
 from pretrain.logs.tally import StepTally
@@ -375,7 +375,7 @@ class Trainer:
     def _give_up_step(self, stepper: Stepper) -> None:
         """Leave a step that was cut short as if it had not begun: its data come again."""
         self.state.optimizer.zero_grad(set_to_none=True)
-        reshard(stepper)
+        reshard(stepper.stages)
 
     def _step(self, stepper: Stepper, phase: Phase, step: int) -> dict:
         """Train one step -> its line of metrics.jsonl, plus "stop": someone asks to save and

@@ -13,11 +13,12 @@ from data.batch import IGNORE, Batch
 from data.loader import Loader
 from data.tokenizers.tokenizer import Tokenizer
 from parallel.layout import Layout
+from parallel.shard import reshard
 from pretrain.batches import Feed
 from pretrain.config.config import Config, LoggingConfig
 from pretrain.config.load import warn
 from pretrain.evaluation import context_gain, passkey
-from pretrain.evaluation.probe import microbatch_count, reshard
+from pretrain.evaluation.probe import microbatch_count
 from pretrain.schedule.phases import Phase
 from pretrain.step import Stepper
 
@@ -162,7 +163,7 @@ class Evaluator:
         try:
             yield from self._measure(stepper, phase)
         finally:
-            reshard(stepper)
+            reshard(stepper.stages)
 
     def _measure(self, stepper: Stepper, phase: Phase) -> Iterator[dict]:
         settings = self.settings

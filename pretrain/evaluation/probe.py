@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-from torch.distributed.fsdp import FSDPModule
-
 from data.excerpts import Excerpt, lay_out
 from parallel.context import token_pieces
 from parallel.layout import Layout
@@ -60,11 +58,3 @@ def score_probes(
             for values in (scores.loss_sums, scores.num_targets, scores.first_choices)
         )
     )
-
-
-def reshard(stepper: Stepper) -> None:
-    """Give back the weights that a forward without a backward left gathered: training and
-    checkpoints expect shards."""
-    for unit in (unit for stage in stepper.stages for unit in stage.modules()):
-        if isinstance(unit, FSDPModule):
-            unit.reshard()

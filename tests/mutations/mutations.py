@@ -110,10 +110,10 @@ def count_over_dp_only(original):
 
 
 def averaged_gradients(original):
-    def mutated(module, blocks, layout, *rest):
+    def mutated(module, blocks, layout, *rest, **options):
         from torch.distributed.fsdp import FSDPModule
 
-        original(module, blocks, layout, *rest)
+        original(module, blocks, layout, *rest, **options)
         for unit in module.modules():
             if isinstance(unit, FSDPModule):
                 unit.set_gradient_divide_factor(float(layout.dp_cp.size))
@@ -155,11 +155,10 @@ def norm_of_this_rank(original):
 
 
 def scaled_gradients(original):
-    return original | {
-        "1F1B": lambda *args, **options: original["1F1B"](
-            *args, **(options | dict(scale_grads=True))
-        )
-    }
+    def mutated(name):
+        return lambda *args, **options: original(name)(*args, **(options | dict(scale_grads=True)))
+
+    return mutated
 
 
 def not_reduced_at_all(original):
@@ -172,9 +171,9 @@ def not_reduced_at_all(original):
         def __call__(self, output_tensor, input_tensor, group, **_):
             output_tensor.copy_(input_tensor.chunk(group.size())[group.rank()])
 
-    def mutated(*arguments):
+    def mutated(*arguments, **options):
         module = arguments[0]
-        original(*arguments)
+        original(*arguments, **options)
         for unit in module.modules():
             if isinstance(unit, FSDPModule):
                 unit.set_custom_reduce_scatter(OwnPart())
@@ -361,7 +360,7 @@ MUTATIONS = {
         TWO_LEVELS,
     ),
     "gradients divided by the number of microbatches under pp": Mutation(
-        "parallel.pipeline", "SCHEDULES", scaled_gradients, Case(pp=2)
+        "parallel.pipeline", "torch_schedule", scaled_gradients, Case(pp=2)
     ),
     "the last microbatch's gradient not reduced": Mutation(
         "pretrain.step", "set_microbatch", last_microbatch_not_reduced, Case(dp=2)

@@ -248,7 +248,8 @@ def test_samples_without_a_target_are_said_and_give_no_loss(monkeypatch, capsys)
     )
     monkeypatch.setattr(evaluate, "validation_loss", lambda *_: (0.0, 0))
     monkeypatch.setattr(evaluate, "reshard", lambda _: None)
-    assert list(Evaluator(config, feed, None).run(SimpleNamespace(stop=None), phase)) == []
+    stepper = SimpleNamespace(stop=None, stages=[])
+    assert list(Evaluator(config, feed, None).run(stepper, phase)) == []
     assert capsys.readouterr().err == (
         "warning: validation set valid: the 2 samples of an evaluation hold no target, "
         "so that it has no loss\n"
