@@ -19,7 +19,7 @@ from pretrain.batches import (
     target_problems,
     target_warnings,
 )
-from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.progress import Progress
 from pretrain.checkpointing.resume_contract import (
     Change,
     begun_phase,
@@ -59,8 +59,8 @@ class Plan:
     vocab_size: int
     tokenizer: Tokenizer | None
     start: Start
-    progress: dict | None
-    """progress.json of the checkpoint that is started from."""
+    progress: Progress | None
+    """How far the checkpoint that is started from had come."""
     corpus: Corpus
     ledger: Ledger
     forecast: list[dict]
@@ -83,7 +83,9 @@ class Plan:
         A restart continues them, whatever the flags of the first launch said, unless they were not
         saved.
         """
-        is_forgotten = not self.start.is_restart or not self.progress.get("has_optimizer", True)
+        is_forgotten = not self.start.is_restart or not (
+            self.progress and self.progress.has_optimizer
+        )
         return self.start.weights_only or self.config.checkpoint.no_load_optim and is_forgotten
 
 
@@ -123,16 +125,16 @@ def make_plan(config: Config, world_size: int, only_print: bool = False) -> Plan
         config, data=dataclasses.replace(config.data, vocab_size=vocab_size)
     )
     start = find_start(config.checkpoint)
-    progress = checkpoint.read_progress(start.folder) if start.folder else None
+    progress = Progress.read(start.folder) if start.folder else None
     description = tokenizer.describe() if tokenizer else None
     goes_on = progress is not None and not start.weights_only
-    clock = progress["clock"] if goes_on else 0
+    clock = progress.clock if goes_on else 0
     phases, layouts, layout_lines = settle_layouts(
         phases,
         config,
         world_size,
         vocab_size,
-        progress.get("layouts", {}) if goes_on else {},
+        progress.layouts if goes_on else {},
         clock,
     )
     phases = choose_loss_chunks(phases, config, world_size, vocab_size)
@@ -150,9 +152,7 @@ def make_plan(config: Config, world_size: int, only_print: bool = False) -> Plan
     )
     if problems := target_problems(corpus, [phase for phase in phases if phase.end > clock]):
         raise ValueError("\n".join(problems))
-    check_windows(
-        config.data, ledger, clock, progress["last_batch_tokens"] if goes_on else 0, phases
-    )
+    check_windows(config.data, ledger, clock, progress.last_batch_tokens if goes_on else 0, phases)
     rows = forecast_phases(ledger, corpus, clock, phases)
     if config.checkpoint.save and not only_print:
         _check_writable(Path(config.checkpoint.save))
@@ -197,7 +197,7 @@ def _open_data(
     learning_rate: LearningRate,
     tokenizer: dict | None,
     start: Start,
-    progress: dict | None,
+    progress: Progress | None,
 ) -> tuple[Corpus, Ledger, list[Change]]:
     """The data, and what differs from the checkpoint that is started from.
 
@@ -231,7 +231,7 @@ def _open_data(
     another_seed = goes_on and accepted and stored.optimizer.seed != config.optimizer.seed
     ledger = corpus and attempt(
         problems,
-        lambda: Ledger(corpus.train, progress["data"] if goes_on else None, accepted, another_seed),
+        lambda: Ledger(corpus.train, progress.data if goes_on else None, accepted, another_seed),
     )
     if ledger and goes_on:
         changes += [
@@ -240,7 +240,7 @@ def _open_data(
         ]
         current = begun_phase(phases, progress)
         if current:
-            ledger.rename_phase(progress["phase"]["name"], current.name)
+            ledger.rename_phase(progress.phase_name, current.name)
         blends = blend_change(ledger, corpus, current) if current else None
         if blends:
             changes.append(Change(f"phase {current.name!r}: blend", *blends, "data"))

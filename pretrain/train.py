@@ -33,6 +33,7 @@ from pretrain.attention_backend import attention_of_run
 from pretrain.batches import SHOWN_SOURCES, Feed, describe_forecast
 from pretrain.checkpointing import checkpoint
 from pretrain.checkpointing.model_files import read_carried
+from pretrain.checkpointing.progress import Progress
 from pretrain.checkpointing.resume_contract import describe_changes
 from pretrain.config.load import dump_yaml, load_config, spell, warn
 from pretrain.evaluation.evaluate import Evaluator
@@ -97,11 +98,11 @@ class Trainer:
         require_agreement(shared_by_all(self.plan), self.world.axis)
         start = self.plan.start
         progress = self.plan.progress
-        clock = 0 if progress is None or start.weights_only else progress["clock"]
+        clock = 0 if progress is None or start.weights_only else progress.clock
         phase = self._phase_of_start(clock)
         # Not recomputed from the phases: with another batch size the same clock is another number
         # of steps.
-        step = 0 if clock == 0 else progress["step"]
+        step = 0 if progress is None or clock == 0 else progress.step
         if self.world.rank == 0:
             print(
                 "\n".join(
@@ -189,7 +190,7 @@ class Trainer:
         """
         due = None
         if clock > 0:  # the checkpoint's clock goes on
-            due = self.plan.progress.get("evaluation_due")
+            due = self.plan.progress.evaluation_due
         by_name = {phase.name: phase for phase in self.plan.phases if phase.start < clock}
         if due is not None and due not in by_name and self.world.rank == 0:
             warn(
@@ -201,7 +202,7 @@ class Trainer:
             return by_name[due]
         return phase_at(self.plan.phases, clock)
 
-    def _build_state(self, phase: Phase, progress: dict | None) -> TrainState:
+    def _build_state(self, phase: Phase, progress: Progress | None) -> TrainState:
         optimizer_config = self.config.optimizer
         self.master_dtype = torch.float64 if optimizer_config.fp64 else torch.float32
         self.compute_dtype = torch.bfloat16 if optimizer_config.bf16 else self.master_dtype
@@ -236,13 +237,12 @@ class Trainer:
         )
         fill_tied_copy(state)
         if not self.plan.start.weights_only:
-            state.clock = progress["clock"]
-            state.last_batch = progress["last_batch_tokens"]
-            state.real_tokens = progress["real_tokens"]
-            # A checkpoint from before they were counted had some.
-            state.steps_with_targets = progress.get("steps_with_targets", progress["step"])
-            state.skipped_in_a_row = progress["skipped_in_a_row"]
-            state.wandb_run_id = progress["wandb_run_id"]
+            state.clock = progress.clock
+            state.last_batch = progress.last_batch_tokens
+            state.real_tokens = progress.real_tokens
+            state.steps_with_targets = progress.steps_with_targets
+            state.skipped_in_a_row = progress.skipped_in_a_row
+            state.wandb_run_id = progress.wandb_run_id
         return state
 
     def _run_phases(self, phase: Phase, step: int, reporter: Reporter) -> str:
@@ -490,25 +490,25 @@ class Trainer:
         drawn = self.plan.ledger.to_json(state.clock)
         has_optimizer = not self.config.checkpoint.no_save_optim
         reporter.account(step, state.clock, drawn["account"])
-        progress = {
-            "step": step,
-            "clock": state.clock,
-            "real_tokens": state.real_tokens,
-            "skipped_in_a_row": state.skipped_in_a_row,
-            "steps_with_targets": state.steps_with_targets,
-            "wandb_run_id": state.wandb_run_id,
-            "phase": dataclasses.asdict(phase),
-            "last_batch_tokens": state.last_batch,
-            "longest_seq_length": longest,
-            "seed": self.config.optimizer.seed,
-            "layouts": self.plan.layouts,
-            "data": drawn,
-            "tokenizer": self.plan.tokenizer_description,
-            "has_optimizer": has_optimizer,
-            "world_size": self.world.size,
-            "threads": torch.get_num_threads(),
-        }
-        progress["evaluation_due"] = self.evaluation_due
+        progress = Progress(
+            step=step,
+            clock=state.clock,
+            phase=dataclasses.asdict(phase),
+            longest_seq_length=longest,
+            data=drawn,
+            tokenizer=self.plan.tokenizer_description,
+            last_batch_tokens=state.last_batch,
+            real_tokens=state.real_tokens,
+            skipped_in_a_row=state.skipped_in_a_row,
+            steps_with_targets=state.steps_with_targets,
+            has_optimizer=has_optimizer,
+            evaluation_due=self.evaluation_due,
+            wandb_run_id=state.wandb_run_id,
+            seed=self.config.optimizer.seed,
+            layouts=self.plan.layouts,
+            world_size=self.world.size,
+            threads=torch.get_num_threads(),
+        )
         files = self.plan.tokenizer.files if self.plan.tokenizer else []
         folder = checkpoint.save(
             root,

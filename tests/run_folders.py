@@ -3,6 +3,7 @@
 import json
 import math
 
+from pretrain.checkpointing.progress import Progress
 from pretrain.config.load import dump_yaml, load_config
 
 
@@ -213,8 +214,15 @@ def write_checkpoint(folder, step, tokens):
         }
     }
     (place / "progress.json").write_text(
-        json.dumps(
-            {"step": step, "clock": tokens, "world_size": 128, "data": {}, "layouts": chosen}
-        )
+        Progress(
+            step=step,
+            clock=tokens,
+            phase={"name": NAMES[7], "seq_length": 1 << 20},
+            longest_seq_length=1 << 20,
+            data={},
+            tokenizer=None,
+            world_size=128,
+            layouts=chosen,
+        ).to_text()
     )
     (folder / "latest_checkpointed_iteration.txt").write_text(str(step))

@@ -23,6 +23,7 @@ from data.sources import open_corpus
 from data.stream import DocumentStream
 from data.tokenizers.tokenizer import build_tokenizer
 from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.progress import Progress
 from pretrain.config.config import Config
 from pretrain.config.load import read_config_yaml
 from pretrain.schedule.resolve import resolve_phases
@@ -82,9 +83,9 @@ def audit(folder: str) -> tuple[list[str], bool]:
         raise ValueError(
             f"load = {folder}: no checkpoint is published there. Fix: give the --save folder of a run."
         )
-    progress = checkpoint.read_progress(found)
+    progress = Progress.read(found)
     config = read_config_yaml(str(found / "config.yaml"))
-    if not progress["data"]:
+    if not progress.data:
         raise ValueError(
             f"load = {folder}: its checkpoint is weights only, which no data was drawn for. Fix: give the "
             "--save folder of a run that trained."
@@ -94,10 +95,10 @@ def audit(folder: str) -> tuple[list[str], bool]:
         config.data,
         config.optimizer.seed,
         config.data.vocab_size,
-        progress["tokenizer"],
+        progress.tokenizer,
         [phase.data_path for phase in phases if phase.data_path],
     )
-    ledger = Ledger(corpus.train, progress["data"])
+    ledger = Ledger(corpus.train, progress.data)
     drawn = {name for segment in ledger.segments for _, name in segment["blend"]}
     if gone := sorted(drawn - ledger.streams.keys()):
         raise ValueError(
@@ -115,8 +116,8 @@ def audit(folder: str) -> tuple[list[str], bool]:
     )  # integers as text have no files
     masking = {phase.name: phase.document_masking for phase in phases}
     steps = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    steps = [step for step in steps if step["step"] <= progress["step"]]
-    begun = steps[0]["tokens"] - steps[0]["global_batch_tokens"] if steps else progress["clock"]
+    steps = [step for step in steps if step["step"] <= progress.step]
+    begun = steps[0]["tokens"] - steps[0]["global_batch_tokens"] if steps else progress.clock
     _count_before(ledger, begun, counters)
     wrong = _compare_steps(
         ledger, steps, counters, config, masking, tokenizer.eod if tokenizer else None
@@ -143,7 +144,7 @@ def audit(folder: str) -> tuple[list[str], bool]:
                 counter for counter in counters.values() if counter.stream is sample.stream
             )
             counter.add(sample.intervals, counter.passed_over)
-    for name, place in ledger.places_at(progress["clock"]).items():
+    for name, place in ledger.places_at(progress.clock).items():
         counter = counters[name]
         difference = counter.drawn.astype(np.int16) - counter.expected(place.position, place.held)
         repeated, lost = (

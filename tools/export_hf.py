@@ -28,6 +28,7 @@ from model.hf import (
 from model.rope import Rope
 from pretrain.checkpointing import checkpoint
 from pretrain.checkpointing.model_files import CONFIG, read_carried
+from pretrain.checkpointing.progress import Progress
 from pretrain.config.config import Config
 from pretrain.config.load import read_config_yaml
 from tools.huggingface import export_files
@@ -73,7 +74,7 @@ class Source:
 
     folder: Path
     config: Config
-    progress: dict
+    progress: Progress
     tokenizer: Tokenizer | None
     carried: dict[str, bytes]
     """What the model's Hugging Face source held besides weights; empty where it began here."""
@@ -85,7 +86,7 @@ class Source:
     @property
     def rope(self) -> Rope:
         """Of the phase that the checkpoint was saved in."""
-        return Rope(**self.progress["phase"]["rope"])
+        return self.progress.rope
 
 
 def open_source(root: str, step: int | None) -> Source:
@@ -105,7 +106,7 @@ def open_source(root: str, step: int | None) -> Source:
     return Source(
         folder=folder,
         config=config,
-        progress=checkpoint.read_progress(folder),
+        progress=Progress.read(folder),
         tokenizer=stored_tokenizer(folder, config),
         carried=read_carried(folder),
     )
@@ -187,8 +188,7 @@ def inputs_of_run(config: Config) -> list[Input]:
 def context_of_export(arguments: Arguments, source: Source) -> int:
     """max_position_embeddings to declare; warns of what older versions of transformers make of
     it."""
-    phase = source.progress["phase"]
-    longest = source.progress.get("longest_seq_length", phase["seq_length"])
+    longest = source.progress.longest_seq_length
     asked = arguments.max_position_embeddings or source.config.model.max_position_embeddings
     declared = asked or context_to_declare(source.rope, longest)
     theirs = export_files.parse_json(source.carried.get(CONFIG))

@@ -21,6 +21,7 @@ from model.build import build_whole_model
 from parallel.layout import single_process_layout
 from pretrain.checkpointing import checkpoint
 from pretrain.checkpointing.model_files import GENERATION, read_model_files
+from pretrain.checkpointing.progress import Progress
 from pretrain.config.config import Config
 from pretrain.config.load import dump_yaml
 from pretrain.planner.model_size import num_parameters
@@ -134,29 +135,24 @@ def configure(settings: FolderConfig, folder: Path, arguments: Arguments) -> Con
     return config
 
 
-def describe_progress(config: Config, tokenizer: dict | None, longest: int) -> dict:
-    """progress.json of a checkpoint that holds weights only."""
+def progress_of_import(config: Config, tokenizer: dict | None, longest: int) -> Progress:
+    """Describe a checkpoint that holds weights only."""
     phase = {
         "name": "imported",
         "index": 0,
         "seq_length": longest,
         "rope": asdict(config.model.rope),
     }
-    return {
-        "step": 0,
-        "clock": 0,
-        "last_batch_tokens": 0,
-        "real_tokens": 0,
-        "skipped_in_a_row": 0,
-        "wandb_run_id": None,
-        "phase": phase,
-        "longest_seq_length": longest,
-        "seed": None,
-        "data": None,
-        "tokenizer": tokenizer,
-        "has_optimizer": False,
-        "world_size": 1,
-    }
+    return Progress(
+        step=0,
+        clock=0,
+        phase=phase,
+        longest_seq_length=longest,
+        data=None,
+        tokenizer=tokenizer,
+        has_optimizer=False,
+        world_size=1,
+    )
 
 
 def _describe_tokenizer(folder: str | None, ids_from: IdsFrom | None) -> dict | None:
@@ -217,7 +213,7 @@ def import_folder(arguments: Arguments) -> Path:
         root,
         0,
         {f"model.{name}": tensor for name, tensor in tensors.items()},
-        describe_progress(config, tokenizer, longest),
+        progress_of_import(config, tokenizer, longest),
         dump_yaml(config),
         tokenizer_files(folder),
         world,

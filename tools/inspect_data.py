@@ -20,6 +20,7 @@ from data.permutation import Permutation
 from data.tokenizers.folder import IdsFrom
 from data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.progress import Progress
 from tools.inspection.batch import describe_batch, describe_plan
 from tools.inspection.length_plot import plot_lengths
 from tools.shared.door import run_door
@@ -183,10 +184,10 @@ def describe_account(folder: str) -> list[str]:
         raise ValueError(
             f"load = {folder}: no checkpoint is published there. Fix: give the --save folder of a run."
         )
-    progress = checkpoint.read_progress(published)
-    rows = progress["data"]["account"]
+    progress = Progress.read(published)
+    rows = progress.data["account"]
     lines = [
-        f"{published}: clock {progress['clock']:,}, {progress['real_tokens']:,} real tokens",
+        f"{published}: clock {progress.clock:,}, {progress.real_tokens:,} real tokens",
         f"{'phase':<12}{'samples':>12}{'tokens':>18}{'documents':>14}{'epochs':>9}   source",
     ]
     lines += [

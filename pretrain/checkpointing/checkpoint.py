@@ -30,6 +30,8 @@ from torch.distributed.tensor import DTensor
 from data.files import checksum, lock_file, sync_path, write_atomically, write_durably
 from model.hf import VOCABULARY_ROWS
 from parallel.layout import Axis
+from pretrain.checkpointing.progress import FILE as PROGRESS_FILE
+from pretrain.checkpointing.progress import Progress
 
 _ALONE = "torch.distributed is disabled"  # DCP's warning where working alone is meant
 LATEST = "latest_checkpointed_iteration.txt"
@@ -72,11 +74,6 @@ def published(root: str | os.PathLike | None, step: int | None = None) -> Path |
             f"complete one into {Path(root) / LATEST}, or name it with --ckpt-step."
         )
     return folder
-
-
-def read_progress(folder: Path) -> dict:
-    """What progress.json of a published checkpoint says: clock, ledger, phase, data, tokenizer."""
-    return json.loads((folder / "progress.json").read_text())
 
 
 # ---------------------------------------------------------------- writing
@@ -138,7 +135,7 @@ def save(
     root: str | os.PathLike,
     step: int,
     tensors: dict[str, torch.Tensor],
-    progress: dict,
+    progress: Progress,
     config_yaml: str,
     tokenizer_files: list[str],
     world: Axis,
@@ -159,7 +156,7 @@ def save(
         _clear(partial)
         (partial / "tokenizer").mkdir(parents=True)
         write_durably(partial / "config.yaml", config_yaml)
-        write_durably(partial / "progress.json", json.dumps(progress, indent=1))
+        write_durably(partial / PROGRESS_FILE, progress.to_text())
         for file in tokenizer_files:
             shutil.copy(file, partial / "tokenizer" / Path(file).name)
         for name, content in carried.items():

@@ -25,7 +25,8 @@ import numpy as np
 from data.config import are_named, parse_windows
 from data.tokenizers.identity import same_tokenizer
 from model.config import MEMORY_SETTINGS
-from model.rope import ROPE_SETTINGS, Rope
+from model.rope import ROPE_SETTINGS
+from pretrain.checkpointing.progress import Progress
 from pretrain.config.config import CheckpointConfig, Config
 from pretrain.schedule.batch_schedule import BatchStretch, batch_at
 from pretrain.schedule.learning_rate import LearningRate
@@ -249,7 +250,7 @@ def stored_scheduler(stored: Config) -> dict[str, Any]:
 def continuation_changes(
     stored: Config,
     config: Config,
-    progress: dict,
+    progress: Progress,
     phases: list[Phase],
     learning_rate: LearningRate,
     tokenizer: dict | None,
@@ -258,19 +259,19 @@ def continuation_changes(
     shows.
 
     Args:
-        stored, progress: config.yaml and progress.json of the checkpoint.
+        stored, progress: what the checkpoint says of its settings and of how far it had come.
         phases, learning_rate, tokenizer: of the run.
     """
     found = setting_changes(stored, config) + _vocabulary_changes(stored, config)
-    if not same_tokenizer(progress["tokenizer"], tokenizer):
-        found.append(Change("tokenizer", progress["tokenizer"], tokenizer, "tokenizer"))
+    if not same_tokenizer(progress.tokenizer, tokenizer):
+        found.append(Change("tokenizer", progress.tokenizer, tokenizer, "tokenizer"))
     theirs, ours = (_windows_to_come(c.data.skip_data, progress) for c in (stored, config))
     if theirs != ours:
         found.append(Change("skip_data, windows to come", theirs, ours, "data"))
     current = begun_phase(phases, progress)
     if current is not None:
         now = json.loads(json.dumps(dataclasses.asdict(current)))  # as progress.json writes it
-        before = progress["phase"]
+        before = progress.phase
         found += [
             Change(f"phase {current.name!r}: {name}", before[name], now[name], kind)
             for name, kind in PHASE.items()
@@ -282,16 +283,12 @@ def continuation_changes(
 
 
 def _past_changes(
-    stored: Config, progress: dict, phases: list[Phase], current: Phase | None
+    stored: Config, progress: Progress, phases: list[Phase], current: Phase | None
 ) -> list[Change]:
     """Phases that are over and are others now: one of them would come again, or one never."""
 
     def over(of: list[Phase]) -> list[Phase]:
-        begun = [
-            phase
-            for phase in of
-            if phase.start <= progress["clock"] - progress["last_batch_tokens"]
-        ]
+        begun = [phase for phase in of if phase.start <= progress.last_step_clock]
         return (
             begun[:-1] if current is not None else begun
         )  # the one that goes on is compared by itself
@@ -307,11 +304,11 @@ def _past_changes(
         or "none"
         for of in (theirs, ours)
     )
-    return [Change(f"phases before token {progress['clock']:,}", before, now, "data")]
+    return [Change(f"phases before token {progress.clock:,}", before, now, "data")]
 
 
 def weights_changes(
-    stored: Config, config: Config, progress: dict, phases: list[Phase], tokenizer: dict | None
+    stored: Config, config: Config, progress: Progress, phases: list[Phase], tokenizer: dict | None
 ) -> list[Change]:
     """Differences that matter to a new run on the checkpoint's weights: the model, its tokenizer,
     rope and length."""
@@ -320,18 +317,17 @@ def weights_changes(
         for change in setting_changes(stored, config)
         if change.name in vars(config.model) and change.kind == "forbidden"
     ] + _vocabulary_changes(stored, config)
-    theirs = progress["tokenizer"]
+    theirs = progress.tokenizer
     if not same_tokenizer(theirs, tokenizer):
         is_known = theirs is not None and tokenizer is not None
         found.append(Change("tokenizer", theirs, tokenizer, "tokenizer" if is_known else "free"))
     first = phases[0]
-    before = progress["phase"]
-    rope = Rope(**before["rope"])
+    rope = progress.rope
     if rope != first.rope:
         found.append(Change("rope", rope.describe(), first.rope.describe(), "free"))
     longest = max(phase.seq_length for phase in phases)
-    if progress["longest_seq_length"] != longest:
-        found.append(Change("longest seq_length", progress["longest_seq_length"], longest, "free"))
+    if progress.longest_seq_length != longest:
+        found.append(Change("longest seq_length", progress.longest_seq_length, longest, "free"))
     return found
 
 
@@ -404,26 +400,26 @@ def _vocabulary_changes(stored: Config, config: Config) -> list[Change]:
     return []
 
 
-def _windows_to_come(words: list[str], progress: dict) -> list[tuple[int, int]]:
-    passed = {segment.get("skipped_until") for segment in progress["data"]["segments"]}
+def _windows_to_come(words: list[str], progress: Progress) -> list[tuple[int, int]]:
+    passed = {segment.get("skipped_until") for segment in progress.data["segments"]}
     return [window for window in parse_windows(words) if window[1] not in passed]
 
 
-def begun_phase(phases: list[Phase], progress: dict) -> Phase | None:
+def begun_phase(phases: list[Phase], progress: Progress) -> Phase | None:
     """The phase at the checkpoint's clock, if the checkpoint's last step was in it too; None at a
     beginning or end."""
-    phase = phase_at(phases, progress["clock"])
+    phase = phase_at(phases, progress.clock)
     # The last step may have reached beyond the end of its phase, where the batch was changed within
     # that.
-    last_step = progress["clock"] - progress["last_batch_tokens"]
+    last_step = progress.last_step_clock
     return phase if phase is not None and phase.start <= last_step else None
 
 
-def _batch_changes(progress: dict, current: Phase) -> list[Change]:
+def _batch_changes(progress: Progress, current: Phase) -> list[Change]:
     """Where the batch of the phase that goes on first differs from what it would have been; at most
     one."""
-    clock = progress["clock"]
-    theirs = [BatchStretch(*stretch) for stretch in progress["phase"]["stretches"]]
+    clock = progress.clock
+    theirs = [BatchStretch(*stretch) for stretch in progress.phase["stretches"]]
     end = min(theirs[-1].end, current.end)
     for at in sorted(
         {
@@ -450,7 +446,11 @@ def _batch_changes(progress: dict, current: Phase) -> list[Change]:
 
 
 def _learning_rate_changes(
-    stored: Config, config: Config, progress: dict, phases: list[Phase], learning_rate: LearningRate
+    stored: Config,
+    config: Config,
+    progress: Progress,
+    phases: list[Phase],
+    learning_rate: LearningRate,
 ) -> list[Change]:
     """Where the learning rate first differs from what the checkpoint's run would have had; at most
     one.
@@ -459,7 +459,7 @@ def _learning_rate_changes(
     the learning rate were edited outside of `phases`. A run that was over has no rate to compare,
     only its lr and min_lr.
     """
-    clock = progress["clock"]
+    clock = progress.clock
     current = begun_phase(phases, progress)
     their_phases = resolve_phases(stored)
     their_rate = LearningRate.make(stored.optimizer, their_phases)
@@ -494,12 +494,12 @@ def _learning_rate_changes(
         return [
             Change(
                 f"{name} of the phase that goes on",
-                progress["phase"][name],
+                progress.phase[name],
                 getattr(current, name),
                 "scheduler",
             )
             for name in names
-            if progress["phase"][name] != getattr(current, name)
+            if progress.phase[name] != getattr(current, name)
         ]
     return []
 
@@ -519,14 +519,14 @@ def _points(clock: int, end: int, corners: list[int]) -> list[int]:
 # ---------------------------------------------------------------- what follows from it
 
 
-def missing_parts(progress: dict, settings: CheckpointConfig, folder: str) -> list[str]:
+def missing_parts(progress: Progress, settings: CheckpointConfig, folder: str) -> list[str]:
     """What the checkpoint lacks to continue its clock."""
-    if progress["data"] is None:
+    if progress.data is None:
         return [
             f"checkpoint {folder}: holds weights only, no clock to go on from. Fix: start a new run from it with "
             "--pretrained-checkpoint, or --load and --finetune."
         ]
-    if not progress.get("has_optimizer", True) and not settings.no_load_optim:
+    if not progress.has_optimizer and not settings.no_load_optim:
         return [
             f"checkpoint {folder}: was saved with --no-save-optim and holds no optimizer state. Fix: "
             "--no-load-optim to go on with a fresh optimizer, or --finetune for a new run from its weights."

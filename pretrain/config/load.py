@@ -15,7 +15,7 @@ import yaml
 from data.units import parse_tokens
 from model.config import MEMORY_SETTINGS, PRESETS, ModelConfig
 from model.rope import PARAMETERS, Rope
-from pretrain.checkpointing.checkpoint import read_progress
+from pretrain.checkpointing.progress import Progress
 from pretrain.checkpointing.resume_contract import stored_scheduler
 from pretrain.checkpointing.start import find_start
 from pretrain.config import megatron_flags
@@ -88,7 +88,7 @@ def _with_checkpoint(config: Config, given_over: Callable[[Config], Config]) -> 
     stored = read_config_yaml(str(start.folder / "config.yaml"))
     if settings.use_checkpoint_args:
         if start.weights_only:  # the weights know the rope of the phase that was trained last
-            _set_rope(stored.model, Rope(**read_progress(start.folder)["phase"]["rope"]))
+            _set_rope(stored.model, Progress.read(start.folder).rope)
         base = Config(data=dataclasses.replace(Config().data, vocab_size=stored.data.vocab_size))
         for name in vars(stored.model).keys() - _NOT_OF_THE_WEIGHTS:
             setattr(base.model, name, getattr(stored.model, name))

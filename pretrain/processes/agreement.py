@@ -229,7 +229,7 @@ def shared_by_all(plan: Plan) -> Shared:
     settings["kernels"] = describe_pointwise(torch.device(device))
     settings |= version_texts() | environment_of_numbers()
     settings["code"] = source_digest(ROOT)
-    clock = plan.progress["clock"] if plan.progress else 0
+    clock = plan.progress.clock if plan.progress else 0
     start = {"start": f"{plan.start.reason}, token {clock:,}"}
     derived = {"vocab_size": str(plan.vocab_size), "choice of layouts": str(plan.layouts)}
     for phase in plan.phases:

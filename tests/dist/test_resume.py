@@ -11,6 +11,7 @@ import yaml
 from model.rope import Rope
 from parallel.config import LayoutConfig
 from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.progress import Progress
 from pretrain.config.load import load_config
 from pretrain.plan import make_plan, warnings_about
 from tools.audit_data import audit
@@ -200,7 +201,7 @@ def test_phases_with_changing_layouts_equal_one_process(pool, corpus, tmp_path):
         assert line["real_tokens"] == sum(line["sources"].values()) <= line["tokens"]
     assert lines[-1]["real_tokens"] < lines[-1]["tokens"], "best_fit must have padded"
     assert lines[1]["sources"] == {corpus: 256, other: 128}  # 4.2 and 1.8 of 6 samples
-    rows = checkpoint.read_progress(checkpoint.published(tmp_path / "four"))["data"]["account"]
+    rows = Progress.read(checkpoint.published(tmp_path / "four")).data["account"]
     assert {(row["phase"], row["source"]) for row in rows} == {
         ("short", corpus),
         ("short", other),
@@ -260,7 +261,7 @@ def test_a_phase_trains_with_its_own_rope(pool, corpus, tmp_path):
             "done"
         ]
         found[kind] = losses(tmp_path / kind)
-        rope = checkpoint.read_progress(checkpoint.published(tmp_path / kind))["phase"]["rope"]
+        rope = Progress.read(checkpoint.published(tmp_path / kind)).phase["rope"]
         assert Rope(**rope) == Rope.make(
             10000.0, kind, dict(factor=4.0, original_max_position_embeddings=32)
         )
@@ -290,7 +291,7 @@ def test_another_name_for_a_phase_changes_no_token(pool, corpus, tmp_path):
         for name in ("straight", "renamed")
     ]
     assert digests[0] == digests[1] and len(digests[0]) == 8
-    (segment,) = checkpoint.read_progress(checkpoint.published(tmp_path / "renamed"))["data"][
+    (segment,) = Progress.read(checkpoint.published(tmp_path / "renamed")).data[
         "segments"
     ]
     assert segment["phase"] == "base"
@@ -512,7 +513,7 @@ def test_data_may_change_where_it_is_said(pool, corpus, tmp_path):
     assert pool.run(train, 1, [*skipping, "1000:1536"]) == ["done"]
     (row,) = [
         row
-        for row in checkpoint.read_progress(checkpoint.published(save))["data"]["account"]
+        for row in Progress.read(checkpoint.published(save)).data["account"]
         if row["skipped"]
     ]
     assert row["tokens"] == 512 and sorted(losses(save)) == [1, 2, 3, 4, 5, 6]
@@ -531,12 +532,12 @@ def test_moments_are_kept_where_the_data_is_new(pool, corpus, tmp_path):
     assert losses(tmp_path / "new").keys() == {3}
     steps = [tensor for name, tensor in stored(tmp_path / "new").items() if name.endswith(".step")]
     assert steps and all(step == 3 for step in steps)
-    account = checkpoint.read_progress(checkpoint.published(tmp_path / "new"))["data"]["account"]
+    account = Progress.read(checkpoint.published(tmp_path / "new")).data["account"]
     assert {(row["source"], row["samples"]) for row in account} == {(corpus, 8), (other, 4)}
     # The same corpus in the order of another seed: nothing of it counts as read.
     argv = base_arguments(corpus, save=str(tmp_path / "seed"), load=base, train_iters=3, seed=5)
     assert pool.run(train, 1, [*argv, "--accept-changes", "data"]) == ["done"]
-    account = checkpoint.read_progress(checkpoint.published(tmp_path / "seed"))["data"]["account"]
+    account = Progress.read(checkpoint.published(tmp_path / "seed")).data["account"]
     assert [
         (row["source"].startswith(f"{corpus} before it changed"), row["samples"]) for row in account
     ] == [(True, 8), (False, 4)]

@@ -12,6 +12,7 @@ from data.files import write_atomically
 from parallel.layout import single_process_layout
 from pretrain.checkpointing import checkpoint
 from pretrain.checkpointing.model_files import read_carried
+from pretrain.checkpointing.progress import Progress
 from pretrain.checkpointing.start import find_start
 from pretrain.config.load import dump_yaml, load_config
 
@@ -121,7 +122,10 @@ def test_atomic_write_leaves_no_temporary_file(tmp_path):
 def save(root, step=1, value=1.0, **options):
     world = single_process_layout(torch.device("cpu")).world
     tensors = {"model.weight": torch.full((3,), value)}
-    return checkpoint.save(root, step, tensors, {"step": step}, "", [], world, **options)
+    progress = Progress(
+        step=step, clock=0, phase={}, longest_seq_length=0, data=None, tokenizer=None
+    )
+    return checkpoint.save(root, step, tensors, progress, "", [], world, **options)
 
 
 def read(folder):

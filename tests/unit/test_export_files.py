@@ -12,6 +12,7 @@ from model.rope import Rope
 from parallel.layout import single_process_layout
 from pretrain.checkpointing import checkpoint
 from pretrain.checkpointing.model_files import read_carried
+from pretrain.checkpointing.progress import Progress
 from pretrain.config.load import dump_yaml, read_config_yaml
 from tests.huggingface import chat_folders as folders
 from tools.export_hf import Arguments, export
@@ -57,9 +58,9 @@ def continue_run(start: Path, root: Path, *, tokenizer=None, tokenizer_type=None
     """Save the weights of `start` again, as a run with other settings that began there would."""
     folder = checkpoint.published(start)
     config = read_config_yaml(str(folder / "config.yaml"))
-    progress = checkpoint.read_progress(folder)
-    progress["phase"] |= phase
-    progress["longest_seq_length"] = progress["phase"]["seq_length"]
+    progress = Progress.read(folder)
+    settings = progress.phase | phase
+    progress = replace(progress, phase=settings, longest_seq_length=settings["seq_length"])
     files = [str(path) for path in sorted((folder / "tokenizer").iterdir())]
     if tokenizer_type is not None:
         config.data.tokenizer_type = tokenizer_type

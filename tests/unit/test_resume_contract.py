@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from pretrain.checkpointing.progress import Progress
 from pretrain.checkpointing.resume_contract import (
     FIELDS,
     PATHS,
@@ -37,22 +38,20 @@ def asked(*flags: str) -> Config:
     return load_config(spell([*BASE, *" ".join(flags).split()]))
 
 
-def progress_of(config: Config, clock: int, tokenizer=TOKENIZER) -> dict:
-    """progress.json at `clock`, as far as the contract reads it."""
+def progress_of(config: Config, clock: int, tokenizer=TOKENIZER) -> Progress:
+    """How far a run has come at `clock`, as far as the contract reads it."""
     phase = phase_at(resolve_phases(config), clock - 1)
     longest = max(entry.seq_length for entry in resolve_phases(config))
-    return json.loads(
-        json.dumps(
-            {
-                "clock": clock,
-                "last_batch_tokens": 256,
-                "phase": dataclasses.asdict(phase),
-                "tokenizer": tokenizer,
-                "longest_seq_length": longest,
-                "data": {"segments": [{}]},
-            }
-        )
+    found = Progress(
+        step=clock // 256,
+        clock=clock,
+        phase=dataclasses.asdict(phase),
+        longest_seq_length=longest,
+        data={"segments": [{}]},
+        tokenizer=tokenizer,
+        last_batch_tokens=256,
     )
+    return Progress.from_json(json.loads(found.to_text()))
 
 
 def changes(config: Config, stored: Config, clock: int = 40 * 256, tokenizer=TOKENIZER) -> list:
@@ -281,7 +280,7 @@ def test_phases_that_have_not_begun_are_free():
     ]
     # The last step of a may reach beyond its end, where its batch was changed; b has not begun
     # then.
-    progress = progress_of(phased(a), 5120) | {"clock": 5376, "last_batch_tokens": 512}
+    progress = dataclasses.replace(progress_of(phased(a), 5120), clock=5376, last_batch_tokens=512)
     run = phased(a, edited)
     phases = resolve_phases(run)
     found = continuation_changes(
@@ -330,7 +329,9 @@ def test_windows_that_were_passed_over_are_no_difference():
     stored = asked("--skip-data 1K:2K")
     config = asked()
     phases = resolve_phases(config)
-    progress = progress_of(stored, 40 * 256) | {"data": {"segments": [{"skipped_until": 2000}, {}]}}
+    progress = dataclasses.replace(
+        progress_of(stored, 40 * 256), data={"segments": [{"skipped_until": 2000}, {}]}
+    )
     found = continuation_changes(
         stored, config, progress, phases, LearningRate.make(config.optimizer, phases), TOKENIZER
     )
@@ -391,7 +392,11 @@ def test_a_new_run_on_weights_may_change_all_but_model_and_tokenizer():
 
     def found(config, theirs=TOKENIZER, ours=TOKENIZER):
         return weights_changes(
-            stored, config, progress | {"tokenizer": theirs}, resolve_phases(config), ours
+            stored,
+            config,
+            dataclasses.replace(progress, tokenizer=theirs),
+            resolve_phases(config),
+            ours,
         )
 
     assert [str(change) for change in found(config)] == [
@@ -414,10 +419,13 @@ def test_a_new_run_on_weights_may_change_all_but_model_and_tokenizer():
 
 def test_what_a_checkpoint_lacks_is_refused():
     settings = CheckpointConfig()
-    whole = {"data": {}, "has_optimizer": True}
+    whole = progress_of(asked(), 40 * 256)
     assert missing_parts(whole, settings, "f") == []
-    assert "holds weights only" in missing_parts(whole | {"data": None}, settings, "f")[0]
-    without = whole | {"has_optimizer": False}
+    assert (
+        "holds weights only"
+        in missing_parts(dataclasses.replace(whole, data=None), settings, "f")[0]
+    )
+    without = dataclasses.replace(whole, has_optimizer=False)
     assert "was saved with --no-save-optim" in missing_parts(without, settings, "f")[0]
     assert missing_parts(without, CheckpointConfig(no_load_optim=True), "f") == []
 
@@ -425,7 +433,7 @@ def test_what_a_checkpoint_lacks_is_refused():
 def published_run(tmp_path, stored: Config, clock: int = 40 * 256) -> str:
     folder = publish(tmp_path / "load")
     (folder / "config.yaml").write_text(dump_yaml(stored))
-    (folder / "progress.json").write_text(json.dumps(progress_of(stored, clock)))
+    (folder / "progress.json").write_text(progress_of(stored, clock).to_text())
     return str(tmp_path / "load")
 
 

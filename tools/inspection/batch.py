@@ -44,7 +44,7 @@ def describe_batch(flags: list[str], world_size: int, name: str, batch: int) -> 
             f"batch = {batch}: phase {name} has steps 0 to {phase.steps - 1}. Fix: one of these."
         )
     clock = phase.start_of_step(batch)
-    begun = plan.progress["clock"] if plan.progress and not plan.start.weights_only else 0
+    begun = plan.progress.clock if plan.progress and not plan.start.weights_only else 0
     ledger = ledger_at(plan.config.data, plan.corpus, plan.ledger, begun, plan.phases, clock)
     mixture = ledger.mixture()
     first = ledger.samples_at(clock)

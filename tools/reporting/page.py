@@ -216,9 +216,9 @@ def about(run: Run) -> list[tuple[str, str]]:
         )
     ]
     if run.progress is not None:
-        world = run.progress.get("world_size")
+        world = run.progress.world_size
         by = f", written by {world:,} process{'' if world == 1 else 'es'}" if world else ""
-        rows.append(("latest checkpoint", f"step {run.progress['step']:,}{by}"))
+        rows.append(("latest checkpoint", f"step {run.progress.step:,}{by}"))
     return rows
 
 
@@ -296,9 +296,8 @@ def _planned_phases(run: Run) -> dict[str, Phase]:
     """Name -> phase as the checkpoint's configuration says; empty where that is not known."""
     if run.config is None:
         return {}
-    chosen = (run.progress or {}).get(
-        "layouts", {}
-    )  # of the phases with `layout: auto`, which the settings leave open
+    # Of the phases with `layout: auto`, which the settings leave open.
+    chosen = run.progress.layouts if run.progress else {}
     try:
         return {
             phase.name: with_choice(phase, chosen[phase.name]) if phase.name in chosen else phase

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.progress import Progress
 from pretrain.config.config import Config
 from pretrain.config.load import read_config_yaml
 from tools.shared.number_text import length, short
@@ -55,8 +56,8 @@ class Run:
     """Clock of the account."""
     config: Config | None = None
     """Of the latest checkpoint."""
-    progress: dict | None = None
-    """progress.json of the latest checkpoint."""
+    progress: Progress | None = None
+    """How far the run had come at its latest checkpoint."""
     notes: list[str] = field(default_factory=list)
     """What could not be read, a sentence each."""
 
@@ -214,8 +215,8 @@ def read_run(folder: Path) -> Run:
     )
     config, progress = _read_checkpoint(folder, notes)
     last = accounts[-1] if accounts else None
-    if last is None and progress is not None and "account" in progress.get("data", {}):
-        last = {"tokens": progress["clock"], "account": progress["data"]["account"]}
+    if last is None and progress is not None and "account" in (progress.data or {}):
+        last = {"tokens": progress.clock, "account": progress.data["account"]}
     place = folder.resolve()
     return Run(
         f"{place.parent.name} / {place.name}",
@@ -241,7 +242,7 @@ def _read_optional(path: Path, notes: list[str]) -> list[dict]:
     return []
 
 
-def _read_checkpoint(folder: Path, notes: list[str]) -> tuple[Config | None, dict | None]:
+def _read_checkpoint(folder: Path, notes: list[str]) -> tuple[Config | None, Progress | None]:
     """Configuration and progress of the latest checkpoint; None, with a note, for what cannot be
     read."""
     config = progress = None
@@ -250,7 +251,7 @@ def _read_checkpoint(folder: Path, notes: list[str]) -> tuple[Config | None, dic
         if published is None:
             notes.append("No checkpoint is published in the folder.")
         else:
-            progress = checkpoint.read_progress(published)
+            progress = Progress.read(published)
             config = read_config_yaml(str(published / "config.yaml"))
     except (ValueError, OSError) as error:
         notes.append(f"The latest checkpoint could not be read whole: {error}")

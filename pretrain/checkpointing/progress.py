@@ -1,0 +1,92 @@
+"""How far a run had come at a checkpoint: its progress.json, read and written in one place."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from model.rope import Rope
+
+FILE = "progress.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Everything that a checkpoint holds besides tensors, settings and the tokenizer's files."""
+
+    step: int
+    """Number of the last step."""
+    clock: int
+    """Positions consumed, padding included."""
+    phase: dict[str, Any]
+    """The phase of the last step, its fields as JSON: which there are depends on the version that
+    wrote them."""
+    longest_seq_length: int
+    """Of the phases up to this one."""
+    data: dict[str, Any] | None
+    """The ledger (data/ledger.py: to_json); None = weights only, no clock to go on from."""
+    tokenizer: dict[str, Any] | None
+    """The tokenizer's description; None where there is none."""
+    last_batch_tokens: int = 0
+    """Global batch of the last step; 0 where there was none."""
+    real_tokens: int = 0
+    """Tokens of the clock that were not padding."""
+    skipped_in_a_row: int = 0
+    """Last steps without an update, since their gradients were not finite."""
+    steps_with_targets: int = 0
+    has_optimizer: bool = True
+    """Were the moments saved?"""
+    evaluation_due: str | None = None
+    """Name of the phase of an evaluation that a stop cut short: the next start makes up for it."""
+    wandb_run_id: str | None = None
+    seed: int | None = None
+    layouts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Layouts that were chosen, by phase name (planner/auto_layout.py)."""
+    world_size: int | None = None
+    threads: int | None = None
+    """Threads of torch on each rank, on which the last bits of a CPU's sums depend."""
+
+    @property
+    def phase_name(self) -> str:
+        return self.phase["name"]
+
+    @property
+    def seq_length(self) -> int:
+        return self.phase["seq_length"]
+
+    @property
+    def rope(self) -> Rope:
+        """The position angles of the phase of the last step."""
+        return Rope(**self.phase["rope"])
+
+    @property
+    def last_step_clock(self) -> int:
+        """The clock at which the last step began."""
+        return self.clock - self.last_batch_tokens
+
+    @staticmethod
+    def from_json(stored: dict[str, Any]) -> "Progress":
+        """Complete what an older version wrote; leave out what this one does not know.
+
+        Raises:
+            ValueError: the step, the clock or another field that every version writes is missing.
+        """
+        fields = dataclasses.fields(Progress)
+        values = {field.name: stored[field.name] for field in fields if field.name in stored}
+        if "phase" in values:
+            values.setdefault("longest_seq_length", values["phase"].get("seq_length"))
+        # From before they were counted: a run that wrote a checkpoint had targets.
+        values.setdefault("steps_with_targets", stored.get("step", 0))
+        try:
+            return Progress(**values)
+        except TypeError as error:
+            raise ValueError(f"{FILE}: is not one of ours ({error})") from None
+
+    @staticmethod
+    def read(folder: Path) -> "Progress":
+        """Read progress.json of a published checkpoint."""
+        return Progress.from_json(json.loads((folder / FILE).read_text(encoding="utf-8")))
+
+    def to_text(self) -> str:
+        """The content of progress.json."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
