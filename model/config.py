@@ -1,9 +1,8 @@
 """Settings of the model, and the presets by name."""
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass
 from typing import Literal
 
-from model.activation_memory.recompute import MemorySettings, Recompute
 from model.rope import PARAMETERS, Rope, RopeType
 
 
@@ -97,32 +96,6 @@ class ModelConfig:
     attention_crossover_tokens: int | None = None
     """Tokens from which on the backend mixed gives a document to cuDNN; by default measured once
     per card."""
-    recompute_granularity: Recompute | None = None
-    """What backward computes again: selective = the MLP; full = the layer, from its input;
-    attention_kept = the layer but for the attention's forward, whose output is kept. A phase may
-    change it."""
-    recompute_activations: bool = False
-    """Megatron-LM's switch for recompute_granularity selective; given, it must agree with it."""
-    recompute_modules: list[str] = field(default_factory=list)
-    """What selective computes again: mlp, by default. core_attn alone is nothing: no kernel keeps
-    the scores."""
-    cpu_offloading: bool | None = None
-    """Megatron-LM's switch beside --cpu-offloading-num-layers; given, it must agree with it."""
-    cpu_offloading_num_layers: int = 0
-    """Layers of each stage, from its first, whose kept tensors wait in the host's memory; with
-    recompute full or attention_kept. A phase may change it."""
-    cpu_offloading_host_memory: float | None = None
-    """GiB of a node's memory that offloaded tensors may take together; by default all that the node
-    has."""
-    mlp_tiles: int = 1
-    """Parts of the sequence in which the MLP runs, one after the other; above 1 backward computes
-    gate and up again. A phase may change it."""
-    attention_head_chunks: int = 1
-    """Groups of query heads that are projected, exchanged and attended with one after the other. A
-    phase may change it."""
-    loss_chunk_tokens: int | None = None
-    """Tokens whose logits exist at once; by default 2048, and on a GPU up to 8192 where they fit. A
-    phase may change it."""
 
     @property
     def head_size(self) -> int:
@@ -131,24 +104,6 @@ class ModelConfig:
     @property
     def num_kv_heads(self) -> int:
         return self.num_query_groups or self.num_attention_heads
-
-    @property
-    def memory(self) -> MemorySettings:
-        """How computing is traded for memory, before a phase changes it."""
-        given = MemorySettings(
-            **{field.name: getattr(self, field.name) for field in fields(MemorySettings)}
-        )
-        switch = "selective" if self.recompute_activations else None
-        return replace(
-            given, recompute_granularity=self.recompute_level(self.recompute_granularity or switch)
-        )
-
-    def recompute_level(self, asked: str | None) -> Recompute | None:
-        """What is computed again under recompute_granularity `asked`, None = nothing."""
-        is_nothing = (
-            asked == "none" or asked == "selective" and set(self.recompute_modules) == {"core_attn"}
-        )
-        return None if is_nothing else asked
 
     @property
     def rope(self) -> Rope:
@@ -207,12 +162,7 @@ class ModelConfig:
                 problems.append(
                     f"{name} = {getattr(self, name)}: must be above 0. Fix: give a positive number."
                 )
-        if self.cpu_offloading_host_memory is not None and not self.cpu_offloading_host_memory > 0:
-            problems.append(
-                f"cpu_offloading_host_memory = {self.cpu_offloading_host_memory}: must be above 0. Fix: "
-                "give the GiB that a node can spare."
-            )
-        problems += self.memory.problems() + self._recompute_problems() + self._attention_problems()
+        problems += self._attention_problems()
         if self.kv_channels is not None and self.kv_channels < 1:
             problems.append(
                 f"kv_channels = {self.kv_channels}: must be at least 1. Fix: give the size of one head."
@@ -236,22 +186,6 @@ class ModelConfig:
                 f"{self.attention_backend}. Fix: remove one of them."
             ]
         return []
-
-    def _recompute_problems(self) -> list[str]:
-        problems = []
-        if self.recompute_activations and self.recompute_granularity not in (None, "selective"):
-            problems.append(
-                "recompute_activations = True: means recompute_granularity selective, but that is "
-                f"{self.recompute_granularity}. Fix: remove one of them."
-            )
-        others = [name for name in self.recompute_modules if name not in RECOMPUTE_MODULES]
-        if others:
-            problems.append(
-                f"recompute_modules = {' '.join(others)}: selective computes the MLP with its norm again "
-                f"and nothing else by itself. Fix: {' or '.join(RECOMPUTE_MODULES)}, or "
-                "--recompute-granularity full or attention_kept."
-            )
-        return problems
 
     def _head_problems(self) -> list[str]:
         problems = []
@@ -280,18 +214,6 @@ class ModelConfig:
             )
         return problems
 
-
-RECOMPUTE_MODULES = ("mlp", "core_attn")
-"""Of Megatron-LM's, those that --recompute-modules may name."""
-
-MEMORY_SETTINGS = (
-    *(field.name for field in fields(MemorySettings)),
-    "recompute_activations",
-    "recompute_modules",
-    "cpu_offloading",
-    "cpu_offloading_host_memory",
-)
-"""Fields that trade computing for memory: another value changes no result beyond rounding."""
 
 PRESETS: dict[str, dict] = {
     # About 10M parameters with an 8K vocabulary: for laptops, tests and the quick start.

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from model.activation_memory.offload import Host
-from model.activation_memory.recompute import MemorySettings, run_layer
+from model.activation_memory.recompute import run_layer
 from model.activation_memory.saved_attention import AttentionTape
+from model.activation_memory.settings import MemorySettings
 from model.attention import Attention, Positions
 from model.attention_backends.choice import Attend, make_segments
 from model.config import ModelConfig
@@ -154,7 +155,7 @@ class GPTStage(nn.Module):
             if not self.tied:
                 self.output = Weight(rows, config.hidden_size)
         self.rope = config.rope
-        self.memory = config.memory
+        self.memory = MemorySettings()
         self.host = Host(layout.device)
         self.microbatches: Sequence[Microbatch] = ()
         self.loss_scale: torch.Tensor | float = 1.0

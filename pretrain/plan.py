@@ -109,7 +109,8 @@ def make_plan(config: Config, world_size: int, only_print: bool = False) -> Plan
     vocab_size = None
     if not config.data.validate():
         tokenizer, vocab_size = attempt(problems, lambda: _tokenizer(config.data)) or (None, None)
-    if phases and not config.model.validate() and not config.layout.validate():
+    sections = (config.model, config.memory, config.layout)
+    if phases and not any(section.validate() for section in sections):
         fits = memory_filter(config, world_size, vocab_size)
         problems += check_phases(phases, config, world_size, vocab_size, fits)
     if not problems:

@@ -10,56 +10,12 @@ whose halves are `after_attention` (x -> a = x + attention) and `mlp_gradient` (
 mlp) is all that this file knows.
 """
 
-from dataclasses import dataclass
-from typing import Literal, get_args
-
 import torch
 from torch.autograd.graph import get_gradient_edge
 
 from model.activation_memory.offload import Host
 from model.activation_memory.saved_attention import AttentionTape
-
-Recompute = Literal["selective", "full", "attention_kept"]
-"""Levels beside none."""
-KEEPS_INPUT_ONLY = ("full", "attention_kept")
-"""Levels whose kept tensors can be offloaded."""
-assert set(KEEPS_INPUT_ONLY) < set(get_args(Recompute))
-
-LOSS_CHUNK_TOKENS = 2048
-"""Tokens whose logits exist at once, unless a setting or the plan says otherwise."""
-
-
-@dataclass(frozen=True)
-class MemorySettings:
-    """How a phase trades computing for memory; the names are the configuration's."""
-
-    recompute_granularity: Recompute | None = None
-    cpu_offloading_num_layers: int = 0
-    """Of each stage, from its first."""
-    mlp_tiles: int = 1
-    attention_head_chunks: int = 1
-    loss_chunk_tokens: int | None = None
-    """None = LOSS_CHUNK_TOKENS, or what the plan chose (pretrain/planner/memory_check.py: choose_loss_chunks)."""
-
-    @property
-    def loss_tokens(self) -> int:
-        """Tokens whose logits exist at once."""
-        return self.loss_chunk_tokens or LOSS_CHUNK_TOKENS
-
-    def problems(self) -> list[str]:
-        """Values out of range, as `name = value: rule. Fix: ...`."""
-        least = {
-            "cpu_offloading_num_layers": 0,
-            "mlp_tiles": 1,
-            "attention_head_chunks": 1,
-            "loss_chunk_tokens": 1,
-        }
-        given = {name: value for name in least if (value := getattr(self, name)) is not None}
-        return [
-            f"{name} = {value}: must be at least {least[name]}. Fix: give {least[name]} or more."
-            for name, value in given.items()
-            if value < least[name]
-        ]
+from model.activation_memory.settings import KEEPS_INPUT_ONLY, MemorySettings
 
 
 class _Layer(torch.autograd.Function):

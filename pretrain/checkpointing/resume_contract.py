@@ -24,7 +24,6 @@ import numpy as np
 
 from data.config import are_named, parse_windows
 from data.tokenizers.identity import same_tokenizer
-from model.config import MEMORY_SETTINGS
 from model.rope import ROPE_SETTINGS
 from pretrain.checkpointing.progress import Progress
 from pretrain.config.config import CheckpointConfig, Config
@@ -37,6 +36,7 @@ Kind = Literal["forbidden", "tokenizer", "data", "optimization", "scheduler", "f
 
 SECTIONS: dict[str, Kind] = {
     "model": "forbidden",
+    "memory": "free",
     "layout": "free",
     "data": "data",
     "optimizer": "optimization",
@@ -55,7 +55,6 @@ FIELDS: dict[str, Kind] = {
     "make_vocab_size_divisible_by": "free",
     "attention_backend": "free",
     "attention_crossover_tokens": "free",
-    **dict.fromkeys(MEMORY_SETTINGS, "free"),
     "attention_dropout": "free",
     "hidden_dropout": "free",
     **dict.fromkeys(ROPE_SETTINGS, "effect"),

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from data.config import DataConfig
+from model.activation_memory.settings import MemoryConfig
 from model.config import ModelConfig
 from model.rope import PARAMETERS
 from parallel.config import LayoutConfig
@@ -211,6 +212,7 @@ class Config:
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     layout: LayoutConfig = field(default_factory=LayoutConfig)
     data: DataConfig = field(default_factory=DataConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -226,7 +228,7 @@ class Config:
         """All problems that show without touching the disk, as `name = value: rule. Fix: ...`."""
         problems = [
             problem
-            for section in (self.model, self.layout, self.data)
+            for section in (self.model, self.memory, self.layout, self.data)
             for problem in section.validate()
         ]
         optimizer = self.optimizer
@@ -353,9 +355,9 @@ class Config:
         return problems
 
     def _offloading_problems(self) -> list[str]:
-        asked = self.model.cpu_offloading
+        asked = self.memory.cpu_offloading
         layers = [
-            phase.with_memory(self.model).cpu_offloading_num_layers
+            phase.with_memory(self.memory).cpu_offloading_num_layers
             for phase in self.schedule.phases or [PhaseConfig()]
         ]
         if asked is None or asked == (max(layers) > 0):
@@ -388,7 +390,7 @@ class Config:
         """Numbers that no field means: infinite or not a number, or beyond what the generator
         takes."""
         problems = []
-        for section in (self.model, self.layout, self.schedule, self.optimizer):
+        for section in (self.model, self.memory, self.layout, self.schedule, self.optimizer):
             problems += [
                 f"{name} = {value}: must be a finite number. Fix: give one."
                 for name, value in vars(section).items()
@@ -450,8 +452,8 @@ class Config:
             found.append("data_parallel_sharding_strategy")
         if not (
             phase.recompute_granularity
-            or self.model.recompute_granularity
-            or self.model.recompute_activations
+            or self.memory.recompute_granularity
+            or self.memory.recompute_activations
         ):
             found.append("recompute_granularity")
         return tuple(found)

@@ -158,7 +158,7 @@ def effect_warnings(config: Config) -> list[str]:
     found = [text for name in CONDITIONS for text in _unmet(config, name)]
     found += [*_size_warnings(config), *_phase_warnings(config), *_replaced_by_phases(config)]
     found += [text for given in config.given.megatron.values() for text in [given.warning] if text]
-    if set(config.model.recompute_modules) == {"core_attn"} and SELECTS.is_met(config):
+    if set(config.memory.recompute_modules) == {"core_attn"} and SELECTS.is_met(config):
         found.append(
             "recompute_modules = core_attn: nothing is computed again, since no attention kernel "
             "keeps the scores"
@@ -220,13 +220,15 @@ def _entries(config: Config) -> list[PhaseConfig]:
 
 
 def _offloaded_layers(config: Config) -> list[int]:
-    return [phase.with_memory(config.model).cpu_offloading_num_layers for phase in _entries(config)]
+    return [
+        phase.with_memory(config.memory).cpu_offloading_num_layers for phase in _entries(config)
+    ]
 
 
 def _recompute_levels(config: Config) -> list[str | None]:
-    switch = "selective" if config.model.recompute_activations else None
+    switch = "selective" if config.memory.recompute_activations else None
     return [
-        phase.recompute_granularity or config.model.recompute_granularity or switch
+        phase.recompute_granularity or config.memory.recompute_granularity or switch
         for phase in _entries(config)
     ]
 

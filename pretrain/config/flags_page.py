@@ -30,6 +30,7 @@ setting that is given and cannot act is warned of.
 """
 TITLES = {
     "model": "Model",
+    "memory": "Memory of activations",
     "layout": "Layout",
     "data": "Data and tokenizer",
     "schedule": "Schedule",

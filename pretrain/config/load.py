@@ -13,7 +13,7 @@ import tyro
 import yaml
 
 from data.units import parse_tokens
-from model.config import MEMORY_SETTINGS, PRESETS, ModelConfig
+from model.config import PRESETS, ModelConfig
 from model.rope import PARAMETERS, Rope
 from pretrain.checkpointing.progress import Progress
 from pretrain.checkpointing.resume_contract import stored_scheduler
@@ -31,7 +31,6 @@ _NOT_OF_THE_WEIGHTS = {
     "attention_crossover_tokens",
     "max_position_embeddings",
     "group_query_attention",
-    *MEMORY_SETTINGS,
 }
 IN_TOKENS = {
     "global_batch_size": "global_batch_tokens",

@@ -7,7 +7,7 @@ import tyro
 
 from data.config import Exhausted, Packing
 from data.units import parse_tokens
-from model.activation_memory.recompute import MemorySettings
+from model.activation_memory.settings import MemoryConfig, MemorySettings
 from model.config import ModelConfig
 from model.rope import ROPE_SETTINGS, RopeType
 from parallel.config import CommType, ShardingStrategy
@@ -83,17 +83,14 @@ class PhaseConfig:
             or self.step_batch_size_schedule
         )
 
-    def with_memory(self, model: ModelConfig) -> MemorySettings:
+    def with_memory(self, memory: MemoryConfig) -> MemorySettings:
         """The run's memory settings with this phase's."""
         given = {
             field.name: getattr(self, field.name)
             for field in fields(MemorySettings)
             if getattr(self, field.name) is not None
         }
-        settings = replace(model.memory, **given)
-        return replace(
-            settings, recompute_granularity=model.recompute_level(settings.recompute_granularity)
-        )
+        return replace(memory, **given).settings
 
     def with_rope(self, model: ModelConfig) -> ModelConfig:
         """The run's model settings with this phase's rope; parameters that it leaves out are the

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from math import ceil
 
-from model.activation_memory.recompute import MemorySettings
+from model.activation_memory.settings import MemorySettings
 from model.config import ModelConfig
 from model.pointwise import BLOCK
 from parallel.config import LayoutConfig

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from data.units import GIB, show_bytes
-from model.activation_memory.recompute import KEEPS_INPUT_ONLY, MemorySettings
+from model.activation_memory.settings import KEEPS_INPUT_ONLY, MemorySettings
 from parallel.config import LayoutConfig
 from parallel.layout import device_here
 from pretrain.config.config import Config

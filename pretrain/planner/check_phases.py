@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 
 from data.blend import parse_blend
-from model.activation_memory.recompute import KEEPS_INPUT_ONLY
+from model.activation_memory.settings import KEEPS_INPUT_ONLY
 from model.attention_backends.choice import BACKENDS
 from pretrain.config.config import Config
 from pretrain.planner.at_fault import Situation, layouts_that_work

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from data.units import GIB, show_bytes
 from model import compiled
-from model.activation_memory.recompute import KEEPS_INPUT_ONLY, Recompute
+from model.activation_memory.settings import KEEPS_INPUT_ONLY, Recompute
 from parallel.layout import host_memory, launched_local_world_size
 from parallel.ulysses import HeadSplit, chunk_counts
 from pretrain.config.config import Config
@@ -58,7 +58,7 @@ class Machine:
 
     @staticmethod
     def here(config: Config) -> "Machine":
-        given = config.model.cpu_offloading_host_memory
+        given = config.memory.cpu_offloading_host_memory
         name = (
             f"cpu_offloading_host_memory = {given:g}"
             if given

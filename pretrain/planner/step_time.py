@@ -9,7 +9,7 @@ node takes their g network cards together; inside a node it takes the node's own
 from dataclasses import dataclass
 from math import log2
 
-from model.activation_memory.recompute import MemorySettings
+from model.activation_memory.settings import MemorySettings
 from model.config import ModelConfig
 from parallel.schedule import idle_share
 from pretrain.planner.activation_bytes import Heads, Load

@@ -1,7 +1,7 @@
 """The phases of a run as the plan prints them."""
 
 from data.units import show_bytes
-from model.activation_memory.recompute import MemorySettings
+from model.activation_memory.settings import MemorySettings
 from pretrain.schedule.phases import Phase
 
 MOST_BATCHES_SHOWN = 8

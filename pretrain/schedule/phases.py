@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from model.activation_memory.recompute import MemorySettings
+from model.activation_memory.settings import MemorySettings
 from model.rope import Rope
 from parallel.config import LayoutConfig
 from pretrain.schedule.batch_schedule import (

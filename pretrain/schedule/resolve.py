@@ -115,7 +115,7 @@ def _make_phase(
         stretches=stretches,
         micro_batch_size=micro_batch_size,
         layout=dataclasses.replace(config.layout, **layout_settings),
-        memory=entry.with_memory(config.model),
+        memory=entry.with_memory(config.memory),
         rope=entry.with_rope(config.model).rope,
         document_masking=pick("document_masking", config.data),
         packing=pick("packing", config.data),

@@ -12,7 +12,7 @@ import random
 
 from model.build import check_layout
 from model.config import ModelConfig
-from model.activation_memory.recompute import MemorySettings
+from model.activation_memory.settings import MemorySettings
 from parallel.config import LayoutConfig, check_microbatches
 from parallel.schedule import SCHEDULES, accepts
 from parallel.ulysses import HeadSplit, chunk_counts

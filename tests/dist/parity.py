@@ -13,7 +13,7 @@ from model.build import build_stages
 from model.config import ModelConfig
 from model.init import initialize
 from model.attention_backends.choice import choose_attention
-from model.activation_memory.recompute import MemorySettings
+from model.activation_memory.settings import MemorySettings
 from parallel.config import LayoutConfig
 from parallel.context import token_pieces
 from parallel.layout import World, build_layout

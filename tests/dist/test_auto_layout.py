@@ -8,7 +8,7 @@ import yaml
 from torch.distributed.tensor import Shard
 
 from pretrain.planner.activation_bytes import Load
-from model.activation_memory.recompute import MemorySettings
+from model.activation_memory.settings import MemorySettings
 from pretrain.planner.rank_bytes import MemoryModel
 from parallel.config import LayoutConfig
 from parallel.layout import World, build_layout

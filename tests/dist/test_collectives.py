@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from model.activation_memory.recompute import MemorySettings
+from model.activation_memory.settings import MemorySettings
 from parallel.config import LayoutConfig
 from parallel.context import gather_keys
 from parallel.layout import World, build_layout

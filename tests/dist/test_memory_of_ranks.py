@@ -8,7 +8,7 @@ from data.batch import read_batch
 from model.gpt import GPTStage
 from model.attention_backends.choice import choose_attention
 from pretrain.planner.activation_bytes import Load
-from model.activation_memory.recompute import MemorySettings
+from model.activation_memory.settings import MemorySettings
 from pretrain.planner.rank_bytes import MemoryModel
 from parallel.context import token_pieces
 from parallel.layout import World, build_layout

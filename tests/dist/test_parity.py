@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data.batch import IGNORE, read_batch
-from model.activation_memory.recompute import MemorySettings
+from model.activation_memory.settings import MemorySettings
 from pretrain.state import check_replicas
 from pretrain.step import train_step
 from tests.dist.parity import Case, check_replicas_equal, compare, memory_stream, named, run_step

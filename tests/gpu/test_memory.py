@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from model.activation_memory.recompute import MemorySettings
+from model.activation_memory.settings import MemorySettings
 from model.attention_backends.choice import choose_attention
 from model.config import ModelConfig
 from model.gpt import GPTStage

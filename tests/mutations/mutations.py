@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from data.batch import IGNORE
-from model.activation_memory.recompute import MemorySettings
+from model.activation_memory.settings import MemorySettings
 from tests.dist.parity import Case
 
 UNTIED = dict(untie_embeddings_and_output_weights=True)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from model.activation_memory.recompute import MemorySettings
+from model.activation_memory.settings import MemorySettings
 from model.attention_backends import crossover
 from model.attention_backends.mixed import ASSUMED_CROSSOVER_TOKENS, NEVER, padded_length
 from model.config import PRESETS, ModelConfig

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from model import gpt
-from model.activation_memory.recompute import KEEPS_INPUT_ONLY, MemorySettings
+from model.activation_memory.settings import KEEPS_INPUT_ONLY, MemorySettings
 from model.attention_backends.choice import BACKENDS, choose_attention, make_segments
 from model.attention_backends.mixed import ASSUMED_CROSSOVER_TOKENS
 from model.config import ModelConfig

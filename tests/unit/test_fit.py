@@ -175,7 +175,7 @@ def test_more_offloaded_layers_than_the_host_holds_are_refused():
         "more --cpu-offloading-host-memory where the node has it."
     )
     made.optimizer.optimizer_cpu_offload = True
-    made.model.cpu_offloading_num_layers = 0
+    made.memory.cpu_offloading_num_layers = 0
     made.schedule.phases[0].cpu_offloading_num_layers = 0
     (problem,) = check(made, on=machine(host_gib=64)).problems
     assert (
@@ -195,7 +195,7 @@ def test_the_bound_on_the_hosts_memory_is_read():
     assert any(
         "cpu_offloading_host_memory = 12.5: has no effect" in text for text in effect_warnings(made)
     )
-    made.model.cpu_offloading_host_memory = 0.0
+    made.memory.cpu_offloading_host_memory = 0.0
     assert any(
         "cpu_offloading_host_memory = 0.0: must be above 0" in text for text in made.validate()
     )

@@ -203,7 +203,7 @@ def test_torchs_switches_are_noticed(variable):
 
 def test_other_lengths_heads_and_gradients_are_compiled_for_a_few_times_only(monkeypatch):
     """torch gives a function up after 8 versions, and runs it operator by operator from then on."""
-    from model.activation_memory.recompute import MemorySettings
+    from model.activation_memory.settings import MemorySettings
     from tests.unit.test_memory_savers import one_step
 
     versions = {}
@@ -241,7 +241,7 @@ def test_the_table_above_has_every_compiled_function(monkeypatch):
         names.add(function.__name__)
         return function
 
-    from model.activation_memory.recompute import MemorySettings
+    from model.activation_memory.settings import MemorySettings
 
     monkeypatch.setattr(compiled, "is_fused", lambda x: True)
     monkeypatch.setattr(compiled, "_compile", note)

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.batch import IGNORE
-from model.activation_memory.recompute import MemorySettings
 from model.activation_memory.saved_attention import AttentionTape, KeptCall, empty
+from model.activation_memory.settings import MemorySettings
 from model.attention_backends.choice import choose_attention
 from model.attention_backends.sdpa import _one_by_one, sdpa_attention
 from model.config import ModelConfig

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data.units import parse_tokens
-from model.activation_memory.recompute import MemorySettings
+from model.activation_memory.settings import MemorySettings
 from model.rope import Rope
 from parallel.config import LayoutConfig
 from parallel.schedule import SCHEDULES, accepts, nearest_counts, stages_of_rank
@@ -502,9 +502,9 @@ def test_a_phase_changes_the_memory_settings_and_keeps_what_the_run_gives():
     )
     for phase in made.schedule.phases:
         phase.train_tokens = 256
-    made.model.recompute_granularity = "full"
-    made.model.cpu_offloading_num_layers = 3
-    made.model.mlp_tiles = 2
+    made.memory.recompute_granularity = "full"
+    made.memory.cpu_offloading_num_layers = 3
+    made.memory.mlp_tiles = 2
     whole = MemorySettings("full", 3, 2, 1)
     expected = [
         whole,
@@ -514,9 +514,9 @@ def test_a_phase_changes_the_memory_settings_and_keeps_what_the_run_gives():
     ]
     assert [phase.memory for phase in resolve_phases(made)] == expected
     assert check_phases(resolve_phases(made), made, 1, 100) == []
-    made.model.recompute_modules = ["core_attn"]  # nothing to compute again
+    made.memory.recompute_modules = ["core_attn"]  # nothing to compute again
     assert resolve_phases(made)[3].memory == MemorySettings(None, 0, 2, 1)
-    made.model.recompute_modules = ["core_attn", "mlp"]
+    made.memory.recompute_modules = ["core_attn", "mlp"]
     assert [phase.memory for phase in resolve_phases(made)] == expected
 
 
@@ -660,7 +660,7 @@ def test_a_phase_mends_what_the_run_says():
         ]
     )
     made.layout.data_parallel_sharding_strategy = "optim_grads_params"
-    made.model.recompute_granularity = "full"
+    made.memory.recompute_granularity = "full"
     made.layout.hierarchical_context_parallel_sizes = [2, 2]
     assert made.layout.validate() == [] and check_phases(resolve_phases(made), made, 2, 100) == []
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.pipelining.schedules import BACKWARD_WEIGHT, FORWARD, FULL_BACKWARD
 
-from model.activation_memory.recompute import MemorySettings
+from model.activation_memory.settings import MemorySettings
 from model.attention_backends.choice import choose_attention
 from model.config import ModelConfig
 from model.gpt import GPTStage

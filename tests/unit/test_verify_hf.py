@@ -31,7 +31,7 @@ def imported_run(tmp_path, settings: dict) -> str:
     published = checkpoint.published(save)
     config = read_config_yaml(str(published / "config.yaml"))
     for name, value in settings.items():
-        setattr(config.model, name, value)
+        setattr(config.memory, name, value)
     (published / "config.yaml").write_text(dump_yaml(config))
     manifest = json.loads((published / checkpoint.MANIFEST).read_text())
     manifest["files"]["config.yaml"] = checksum(published / "config.yaml")

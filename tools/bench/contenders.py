@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 
 from data.batch import IGNORE, Batch
+from model.activation_memory.settings import MemoryConfig
 from model.attention_backends.choice import Attend, choose_attention, has_bf16_units
 from model.build import build_stages, parameter_shapes
 from model.config import PRESETS, ModelConfig
@@ -77,9 +78,14 @@ def default_dtype(device: torch.device) -> Dtype:
     return "bfloat16" if has_bf16_units(device) else "float32"
 
 
-def preset(name: str, **changes) -> ModelConfig:
+@dataclass(kw_only=True)
+class BenchModel(ModelConfig, MemoryConfig):
+    """A model and the memory settings that it is measured with, in one record."""
+
+
+def preset(name: str, **changes) -> BenchModel:
     """The configuration of a preset, with changes."""
-    return ModelConfig(model=name, **(PRESETS[name] | changes))
+    return BenchModel(model=name, **(PRESETS[name] | changes))
 
 
 def lean(config: ModelConfig, tokens: int, mlp_tile: int = MLP_TILE, cp_size: int = 1) -> dict:
@@ -155,7 +161,7 @@ class Ours:
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: BenchModel,
         vocab_size: int,
         dtype: Dtype,
         layout: Layout,
@@ -181,6 +187,8 @@ class Ours:
             master_dtype=master_dtype,
             compute_dtype=compute_dtype,
         )
+        for stage in self.stages:
+            stage.memory = config.settings
         with torch.no_grad():
             parameters = dict(self.stages[0].named_parameters())
             for name, weight in initial_weights(config, vocab_size, seed, layout.device):
@@ -399,7 +407,7 @@ PEERS = {
 
 def make_contender(
     name: str,
-    config: ModelConfig,
+    config: BenchModel,
     vocab_size: int,
     dtype: Dtype,
     layout: Layout,

@@ -7,7 +7,6 @@ are largest. What differences are allowed: tools/huggingface/compare_logits.py.
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,6 @@ import torch
 from data.sources import open_corpus
 from model.attention_backends.choice import choose_attention
 from model.build import build_whole_model
-from model.config import MEMORY_SETTINGS, ModelConfig
 from model.gpt import GPTStage
 from pretrain.checkpointing import checkpoint
 from tools.huggingface.compare_logits import (
@@ -105,19 +103,6 @@ def _real_text(source: Source, text_file: str | None) -> np.ndarray:
     return stream.read(0, min(WINDOW, stream.tokens_per_epoch))
 
 
-def without_memory_settings(config: ModelConfig) -> ModelConfig:
-    """The same model as one process computes it.
-
-    Chunks and tiles of the run may be legal on its layout only.
-    """
-    defaults = {}
-    for field in fields(ModelConfig):
-        if field.name in MEMORY_SETTINGS:
-            has_factory = field.default is MISSING
-            defaults[field.name] = field.default_factory() if has_factory else field.default
-    return replace(config, **defaults)
-
-
 def model_of_checkpoint(source: Source, exported: Path) -> GPTStage:
     """Our model from the checkpoint itself, its weights rounded to the exported dtype, in fp64."""
     dtype = getattr(torch, json.loads((exported / "config.json").read_text())["torch_dtype"])
@@ -128,9 +113,7 @@ def model_of_checkpoint(source: Source, exported: Path) -> GPTStage:
     }
     device = torch.device("cpu")
     attend, _ = choose_attention("sdpa", device, torch.float64)
-    model = build_whole_model(
-        without_memory_settings(source.config.model), source.vocab_size, tensors, attend, device
-    )
+    model = build_whole_model(source.config.model, source.vocab_size, tensors, attend, device)
     model.rope = source.rope
     compute_in_double(model, model.layers.values())
     return model

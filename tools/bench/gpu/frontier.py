@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from model.config import ModelConfig
 from parallel.layout import Layout
 from tools.bench.contenders import (
     MLP_TILE,
     PEERS,
+    BenchModel,
     Contender,
     Ours,
     Transformers,
@@ -138,7 +138,7 @@ def try_length(rung: str, documents: int, device: str, toy: bool) -> dict:
     return {"fits": True, "peak": peak, "seconds": seconds}
 
 
-def config_of(rung: str, scale: Scale) -> ModelConfig:
+def config_of(rung: str, scale: Scale) -> BenchModel:
     """8B with the settings of a rung; of a peer as it is."""
     config, _ = scale.model("8b")
     if rung in PEERS:
@@ -148,7 +148,7 @@ def config_of(rung: str, scale: Scale) -> ModelConfig:
 
 
 def make_contender(
-    rung: str, config: ModelConfig, vocabulary: int, scale: Scale, layout: Layout, card: Card
+    rung: str, config: BenchModel, vocabulary: int, scale: Scale, layout: Layout, card: Card
 ) -> Contender:
     """A rung of the ladder, whose settings `config` has, or a peer, without an optimizer."""
     if rung in PEERS:
@@ -199,7 +199,7 @@ def longest_that_fits(measure: Callable[[int], Try | None], capacity: int, most:
     return fits
 
 
-def most_on_host(config: ModelConfig, document: int) -> int:
+def most_on_host(config: BenchModel, document: int) -> int:
     """Documents whose kept tensors fit in three quarters of the host's memory: a power of two, as
     pinned blocks are."""
     kept = sum(offloaded_bytes(config, document, 1, ELEMENT))

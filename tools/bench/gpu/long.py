@@ -11,12 +11,19 @@ import torch
 
 from data.batch import Batch
 from data.units import show_bytes
-from model.config import ModelConfig
 from parallel.config import LayoutConfig
 from pretrain.planner.activation_bytes import Load
 from pretrain.planner.model_size import step_flops
 from pretrain.planner.rank_bytes import MemoryModel
-from tools.bench.contenders import STRATEGY, Ours, causal_pairs, lean, make_sample, one_process
+from tools.bench.contenders import (
+    STRATEGY,
+    BenchModel,
+    Ours,
+    causal_pairs,
+    lean,
+    make_sample,
+    one_process,
+)
 from tools.bench.gpu.attention import QWEN_RANKS
 from tools.bench.gpu.lines import Report
 from tools.bench.gpu.parts import SEED, Card, Scale, attention_of
@@ -174,7 +181,7 @@ def slice_of(total: int, ranks: int, vocabulary: int, device: torch.device) -> B
     return Batch(own.tokens[:keep], own.labels[:keep], own.positions[:keep], edges).to(device)
 
 
-def offloaded_bytes(config: ModelConfig, total: int, ranks: int, element: int) -> list[int]:
+def offloaded_bytes(config: BenchModel, total: int, ranks: int, element: int) -> list[int]:
     """The sizes of all large blocks that a context-parallel rank keeps on the host: each layer's
     input and each chunk's output."""
     heads = config.num_attention_heads // ranks // config.attention_head_chunks
@@ -212,7 +219,7 @@ def one_b(
     )
 
 
-def predicted_bytes(config: ModelConfig, vocabulary: int, tokens: int) -> int:
+def predicted_bytes(config: BenchModel, vocabulary: int, tokens: int) -> int:
     """What the memory model says that one process needs."""
     layout = LayoutConfig(data_parallel_sharding_strategy=STRATEGY)
     load = Load(
@@ -221,7 +228,7 @@ def predicted_bytes(config: ModelConfig, vocabulary: int, tokens: int) -> int:
         seq_length=tokens,
         micro_batch_size=1,
         num_microbatches=1,
-        memory=config.memory,
+        memory=config.settings,
     )
     return MemoryModel(config, vocabulary).worst(load).total
 

@@ -11,8 +11,7 @@ import torch
 
 from model.attention_backends.choice import BACKENDS, Attend, HeadShape, choose_attention
 from model.attention_backends.mixed import ASSUMED_CROSSOVER_TOKENS, NEVER
-from model.config import ModelConfig
-from tools.bench.contenders import Dtype, preset
+from tools.bench.contenders import BenchModel, Dtype, preset
 from tools.bench.fresh import measured, trim
 
 SEED = 1234
@@ -37,7 +36,7 @@ class Scale:
     def tokens(self, full: int) -> int:
         return max(64, full // 1024) if self.toy else full
 
-    def model(self, name: str, **changes) -> tuple[ModelConfig, int]:
+    def model(self, name: str, **changes) -> tuple[BenchModel, int]:
         """(configuration, vocabulary) of a model: 1b, 3b, 8b (Llama 3's shapes) or qwen3-8b."""
         config, vocabulary = MODELS[name]
         if self.toy:
@@ -135,7 +134,7 @@ class Card:
         return repeats * 2 * size**3 / self.median(products, repeats=5, warm_ups=1) / 1e12
 
 
-def heads_of_call(config: ModelConfig, ranks: int = 1) -> HeadShape:
+def heads_of_call(config: BenchModel, ranks: int = 1) -> HeadShape:
     """Query heads, key/value heads and head size of one attention call of a context-parallel
     rank."""
     parts = ranks * config.attention_head_chunks
@@ -144,7 +143,7 @@ def heads_of_call(config: ModelConfig, ranks: int = 1) -> HeadShape:
 
 
 def attention_of(
-    config: ModelConfig,
+    config: BenchModel,
     card: Card,
     scale: Scale,
     *,
