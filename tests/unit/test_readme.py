@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FOLDERS = ("data", "launch", "model", "parallel", "pretrain", "tests", "tools")
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"{name}/README.md" for name in FOLDERS))
 GPU_GIB = "80"
 """What README names beside the run file."""
 
@@ -54,8 +55,7 @@ def place(tmp_path_factory):
 
 def run(place: Path, script: str, **environment: str) -> str:
     """Run a script as a reader pastes it, but each start of a run only checks it -> all it said."""
-    only_checked = rf"\1 --print-config --device-memory-gib {GPU_GIB} "
-    script = re.sub(r"(bash launch/train\.sh [^#\n]*)", only_checked, script)
+    script = script.replace("ithaca.sh train ", f"ithaca.sh plan --device-memory-gib {GPU_GIB} ")
     unset = {"RANK", "WORLD_SIZE", "NNODES", "NODE_RANK", "MASTER_ADDR", "NPROC_PER_NODE", "PYTHON"}
     kept = {name: value for name, value in os.environ.items() if name not in unset}
     found = subprocess.run(
@@ -74,13 +74,13 @@ def run(place: Path, script: str, **environment: str) -> str:
 @pytest.fixture(scope="module")
 def said(place):
     """What the page's commands say, from text to a run that is checked."""
-    (script,) = [text for text in blocks("README.md", "bash") if "launch/train.sh" in text]
+    (script,) = [text for text in blocks("README.md", "bash") if "ithaca.sh preprocess" in text]
     return run(place, script)
 
 
 def test_the_commands_to_train_your_own_run_in_order(place, said):
     assert "NPROC_PER_NODE=8" in blocks("README.md", "bash")[1], "the run file is for 8 processes"
-    for name in ("spm.model", "web.idx", "books.idx", "lengths.png"):
+    for name in ("spm.model", "web.idx", "books.idx"):
         assert (place / "out" / name).exists(), name
     assert "name: long, " in said or "name: long\n" in said, said
 
@@ -95,7 +95,9 @@ def test_the_command_for_several_nodes_takes_the_same_run_file(place, said):
 @pytest.mark.long  # a whole start of Python more, too
 def test_the_run_file_is_refused_for_another_number_of_processes(place, said):
     """The check above can fail: it is for the number of processes that the page names."""
-    command = "! NPROC_PER_NODE=6 bash launch/train.sh --config run.yaml --save out/checkpoints"
+    command = (
+        "! NPROC_PER_NODE=6 bash launch/ithaca.sh train --config run.yaml --save out/checkpoints"
+    )
     assert "6 processes" in run(place, command)
 
 
@@ -105,3 +107,11 @@ def test_every_script_that_is_named_exists(file):
     assert named, "a page without a command"
     for script in named:
         subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_that_is_named_exists(page):
+    table = (ROOT / "launch" / "ithaca.sh").read_text(encoding="utf-8").split("TABLE")[1]
+    commands = set(re.findall(r"^([a-z-]+) +\|", table, re.MULTILINE)) | {"COMMAND"}
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert set(re.findall(r"launch/ithaca\.sh ([\w-]+)", text)) <= commands
