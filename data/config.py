@@ -21,49 +21,61 @@ TokenizerType = Literal[
 
 @dataclass(kw_only=True)
 class DataConfig:
-    data_path: list[str] = field(default_factory=list)
+    data_path: list[str] = field(
+        default_factory=list, metadata=dict(per_phase=True, resume="effect", is_path=True)
+    )
     """Sources, `[weight prefix ...]` or `[prefix ...]`, each cut into train, valid and test by
     --split. Weights are shares of the tokens and sum to anything; without them sources count by
     their tokens. PREFIX[64Ki:] is only the documents of at least 64Ki tokens, PREFIX[:64Ki] the
     shorter ones. A phase may have its own."""
-    train_data_path: list[str] = field(default_factory=list)
+    train_data_path: list[str] = field(
+        default_factory=list, metadata=dict(resume="effect", is_path=True)
+    )
     """Sources that are all trained on, instead of --data-path and --split."""
-    valid_data_path: list[str] = field(default_factory=list)
+    valid_data_path: list[str] = field(
+        default_factory=list, metadata=dict(resume="free", is_path=True)
+    )
     """Validation data of its own: `NAME=PREFIX ...`, a set each, or sources as in --data-path, one
     set."""
-    data_args_path: str | None = None
+    data_args_path: str | None = field(default=None, metadata=dict(resume="effect", is_path=True))
     """File with the words of --data-path, for very many sources."""
-    data_cache_path: str | None = None
+    data_cache_path: str | None = field(default=None, metadata=dict(resume="free", is_path=True))
     """Folder that keeps the indices of the data across starts; all processes of a node map the same
     files."""
     split: str = "969,30,1"
     """Shares of each source's documents for train, valid and test; drawn at random, not in file
     order."""
-    tokenizer_type: TokenizerType = "SentencePieceTokenizer"
+    tokenizer_type: TokenizerType = field(
+        default="SentencePieceTokenizer", metadata=dict(resume="effect")
+    )
     """SentencePiece (three spellings of one thing), a Hugging Face folder, or none (text of
     integers)."""
-    tokenizer_model: str | None = None
+    tokenizer_model: str | None = field(default=None, metadata=dict(resume="effect", is_path=True))
     """The .model file of SentencePiece, or the Hugging Face tokenizer's folder."""
-    tokenizer_ids_from: IdsFrom | None = None
+    tokenizer_ids_from: IdsFrom | None = field(default=None, metadata=dict(resume="effect"))
     """Which definition of a Hugging Face folder gives the ids: its tokenizer.json, or what
     transformers' AutoTokenizer makes of its files; needed where the two differ."""
-    vocab_size: int | None = None
+    vocab_size: int | None = field(
+        default=None, metadata=dict(resume="effect", at_least=2, fix="give the number of token ids")
+    )
     """Token ids; needed for NullTokenizer and --mock-data, otherwise read from the tokenizer."""
-    document_masking: bool = True
+    document_masking: bool = field(default=True, metadata=dict(per_phase=True, resume="effect"))
     """Attention, positions and targets stop at document ends; a phase may change it."""
-    reset_position_ids: bool | None = None
+    reset_position_ids: bool | None = field(default=None, metadata=dict(resume="effect"))
     """Megatron-LM's spelling of a part of --document-masking; given, it must agree with it."""
-    reset_attention_mask: bool | None = None
+    reset_attention_mask: bool | None = field(default=None, metadata=dict(resume="effect"))
     """Megatron-LM's spelling of a part of --document-masking; given, it must agree with it."""
     eod_mask_loss: bool = False
     """No loss at positions whose input is the end-of-document token."""
-    packing: Packing = "concat"
+    packing: Packing = field(default="concat", metadata=dict(per_phase=True, resume="effect"))
     """Samples are windows of the concatenated documents, or bins of whole documents (only those
     longer than a sample are cut); a phase may change it."""
-    data_exhausted: Exhausted = "repeat"
+    data_exhausted: Exhausted = field(
+        default="repeat", metadata=dict(per_phase=True, resume="effect")
+    )
     """Where a source's tokens end: reshuffle and repeat it, draw only from the others, or refuse
     the run at its start; a phase may change it."""
-    skip_data: list[str] = field(default_factory=list)
+    skip_data: list[str] = field(default_factory=list, metadata=dict(resume="effect"))
     """Windows of the clock, as 120B:121B, whose data is passed over when the run comes to them."""
     mock_data: bool = False
     """Train on seeded synthetic documents; reads no files and needs --vocab-size."""

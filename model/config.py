@@ -1,99 +1,120 @@
 """Settings of the model, and the presets by name."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from model.rope import PARAMETERS, Rope, RopeType
 
+_SIZE = dict(at_least=1, fix="give it, or name a preset with --model")
+"""Facts about sizes that a preset gives."""
+_ROPE = dict(per_phase=True, resume="effect")
+"""Facts about every setting of the rotary embedding."""
+
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    model: str | None = None
+    model: str | None = field(default=None, metadata=dict(resume="free"))
     """A preset (tiny, 125m, 1b, llama3-8b, llama3-70b, qwen3-8b); fields given beside it override
     its own."""
-    num_layers: int = 0
+    num_layers: int = field(default=0, metadata=_SIZE)
     """Transformer layers."""
-    hidden_size: int = 0
+    hidden_size: int = field(default=0, metadata=_SIZE)
     """Width of the residual stream."""
-    ffn_hidden_size: int = 0
+    ffn_hidden_size: int = field(default=0, metadata=_SIZE)
     """Inner width of the SwiGLU MLP."""
-    num_attention_heads: int = 0
+    num_attention_heads: int = field(default=0, metadata=_SIZE)
     """Query heads."""
-    group_query_attention: bool | None = None
+    group_query_attention: bool | None = field(
+        default=None, metadata=dict(resume="free", of_weights=False)
+    )
     """Megatron-LM's switch beside --num-query-groups; given, it must agree with it."""
     num_query_groups: int | None = None
     """Key/value heads; by default as many as query heads."""
-    kv_channels: int | None = None
+    kv_channels: int | None = field(
+        default=None, metadata=dict(at_least=1, fix="give the size of one head")
+    )
     """Size of one head; by default hidden_size / num_attention_heads."""
-    max_position_embeddings: int | None = None
+    max_position_embeddings: int | None = field(
+        default=None, metadata=dict(resume="free", of_weights=False)
+    )
     """Longest context written to exported configurations; by default the longest phase. Must cover
     every phase."""
-    swiglu: bool = True
+    swiglu: bool = field(default=True, metadata=dict(only=True))
     """SwiGLU MLP; the only one built."""
     normalization: Literal["RMSNorm"] = "RMSNorm"
     """The only normalization built."""
-    norm_epsilon: float = 1e-5
+    norm_epsilon: float = field(default=1e-5, metadata=dict(above=0))
     """Added to the mean square inside RMSNorm."""
     qk_layernorm: bool = False
     """RMSNorm over each query and key head (Qwen3)."""
     add_qkv_bias: bool = False
     """Bias on the query, key and value projections (Qwen2)."""
-    disable_bias_linear: bool = True
+    disable_bias_linear: bool = field(default=True, metadata=dict(only=True))
     """No bias on other linear layers; the only way built."""
     untie_embeddings_and_output_weights: bool = False
     """Give the output projection its own weights instead of the embedding's."""
-    make_vocab_size_divisible_by: int = 128
+    make_vocab_size_divisible_by: int = field(default=128, metadata=_SIZE | dict(resume="free"))
     """The embedding's rows are padded to a multiple of this; padded tokens take no part in the
     softmax. May differ from a checkpoint's: rows of padding are cut or filled with zeros."""
-    init_method_std: float = 0.02
+    init_method_std: float = field(default=0.02, metadata=dict(resume="free", above=0))
     """Standard deviation of the initial weights; residual output projections use std / sqrt(2 *
     num_layers)."""
     position_embedding_type: Literal["rope"] = "rope"
     """Rotary position embedding; the only one built."""
-    rotary_base: float = 10000.0
+    rotary_base: float = field(default=10000.0, metadata=_ROPE | dict(above=0))
     """Base of the rotary angles (theta); a phase may change it."""
-    use_rope_scaling: bool | None = None
+    use_rope_scaling: bool | None = field(default=None, metadata=_ROPE)
     """Megatron-LM's switch for rope_type llama3; given, it must agree with rope_type. A phase may
     change it."""
-    rope_type: RopeType | None = None
+    rope_type: RopeType | None = field(default=None, metadata=_ROPE)
     """Scaling of the rotary angles, as in transformers; by default none. A phase may change it and
     its parameters."""
-    rope_scaling_factor: float | None = None
+    rope_scaling_factor: float | None = field(default=None, metadata=_ROPE)
     """Times by which linear, llama3 or yarn stretches the original context; llama3's default is
     8."""
-    original_max_position_embeddings: int | None = None
+    original_max_position_embeddings: int | None = field(default=None, metadata=_ROPE)
     """Context in tokens before llama3's or yarn's stretching; llama3's default is 8192."""
-    rope_low_freq_factor: float | None = None
+    rope_low_freq_factor: float | None = field(default=None, metadata=_ROPE)
     """llama3: waves longer than the original context / this are stretched by the whole factor;
     default 1."""
-    rope_high_freq_factor: float | None = None
+    rope_high_freq_factor: float | None = field(default=None, metadata=_ROPE)
     """llama3: waves shorter than the original context / this are kept; default 4."""
-    yarn_beta_fast: float | None = None
+    yarn_beta_fast: float | None = field(default=None, metadata=_ROPE)
     """yarn: dims that turn more often than this in the original context are kept; default 32."""
-    yarn_beta_slow: float | None = None
+    yarn_beta_slow: float | None = field(default=None, metadata=_ROPE)
     """yarn: dims that turn less often than this in the original context are stretched by the
     factor; default 1."""
-    yarn_attention_factor: float | None = None
+    yarn_attention_factor: float | None = field(default=None, metadata=_ROPE)
     """yarn: factor on cosines and sines; by default 0.1 ln(rope_scaling_factor) + 1."""
-    yarn_mscale: float | None = None
+    yarn_mscale: float | None = field(default=None, metadata=_ROPE)
     """yarn: weight of the logarithm in the attention factor's numerator; only with
     yarn_mscale_all_dim."""
-    yarn_mscale_all_dim: float | None = None
+    yarn_mscale_all_dim: float | None = field(default=None, metadata=_ROPE)
     """yarn: the same in its denominator."""
-    yarn_correction_range_round_to_int: bool | None = None
+    yarn_correction_range_round_to_int: bool | None = field(default=None, metadata=_ROPE)
     """yarn: round the bounds between kept and stretched dims to whole dims (transformers'
     truncate); default true."""
-    rotary_percent: float = 1.0
+    rotary_percent: float = field(default=1.0, metadata=dict(only=1.0))
     """Share of each head that is rotated; only 1.0 is built."""
-    attention_dropout: float = 0.0
+    attention_dropout: float = field(default=0.0, metadata=dict(resume="free", only=0.0))
     """Accepted at 0 only: there is no dropout."""
-    hidden_dropout: float = 0.0
+    hidden_dropout: float = field(default=0.0, metadata=dict(resume="free", only=0.0))
     """Accepted at 0 only: there is no dropout."""
-    attention_backend: Literal["auto", "sdpa", "varlen", "mixed", "flash", "te", "cudnn"] = "auto"
+    attention_backend: Literal["auto", "sdpa", "varlen", "mixed", "flash", "te", "cudnn"] = field(
+        default="auto", metadata=dict(resume="free", of_weights=False)
+    )
     """Attention kernel: torch's SDPA, torch's varlen, cuDNN for long documents and varlen for
     others (mixed), flash-attn, transformer-engine, or cuDNN's frontend (cudnn). auto picks and says
     why."""
-    attention_crossover_tokens: int | None = None
+    attention_crossover_tokens: int | None = field(
+        default=None,
+        metadata=dict(
+            resume="free",
+            of_weights=False,
+            at_least=1,
+            fix="the tokens of a document, or leave it out to have it measured",
+        ),
+    )
     """Tokens from which on the backend mixed gives a document to cuDNN; by default measured once
     per card."""
 

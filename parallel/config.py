@@ -14,46 +14,57 @@ SPLITS_BACKWARD_SINCE = (2, 13)
 node with several outputs to the first, or refuses; 2.12 was not tried."""
 CommType = Literal["a2a", "a2a+allgather", "p2p", "allgather", "a2a+p2p"]
 
+_SIZE = dict(per_phase=True, at_least=1, fix="give a positive number")
+"""Facts about the settings that count ranks or stages."""
+
 
 @dataclass(kw_only=True)
 class LayoutConfig:
-    layout: Literal["auto", "given"] = "given"
+    layout: Literal["auto", "given"] = field(default="given", metadata=dict(per_phase=True))
     """auto = choose tp, pp, cp, the sharding strategy and recompute where they are not given, by
     estimated memory and time; a phase may change it. A size of 1 counts as not given, but in a
     phase. The choice is kept in checkpoints."""
-    device_memory_gib: float | None = None
+    device_memory_gib: float | None = field(
+        default=None, metadata=dict(above=0, fix="give the GiB of one device")
+    )
     """GiB that each process may fill: phases that are estimated to need more are refused, and
     --layout auto leaves a tenth free. By default the GPU's memory; on CPUs nothing is refused, and
     auto takes the process's share."""
-    tensor_model_parallel_size: int = 1
+    tensor_model_parallel_size: int = field(default=1, metadata=_SIZE)
     """Ranks that split every weight matrix and the vocabulary (tp)."""
-    pipeline_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = field(default=1, metadata=_SIZE)
     """Ranks that split the layers into consecutive stages (pp)."""
-    pipeline_schedule: ScheduleName | None = None
+    pipeline_schedule: ScheduleName | None = field(default=None, metadata=dict(per_phase=True))
     """Order of the microbatches through the stages; 1F1B by default, interleaved with several
     stages per rank."""
-    num_virtual_stages_per_pipeline_rank: int | None = None
+    num_virtual_stages_per_pipeline_rank: int | None = field(default=None, metadata=_SIZE)
     """Stages on each pipeline rank: 1 by default, 2 under interleaved and ZBV."""
-    context_parallel_size: int = 1
+    context_parallel_size: int = field(default=1, metadata=_SIZE)
     """Ranks that split the tokens of a sample (cp), by Ulysses all-to-all around the attention."""
-    cp_comm_type: CommType = "a2a"
+    cp_comm_type: CommType = field(default="a2a", metadata=dict(per_phase=True))
     """How attention sees the whole sample: a2a trades tokens for heads; a2a+allgather does so
     inside groups and gathers keys and values between them, for more ranks than heads. The ring
     forms are refused."""
-    hierarchical_context_parallel_sizes: list[int] = field(default_factory=list)
+    hierarchical_context_parallel_sizes: list[int] = field(
+        default_factory=list, metadata=dict(per_phase=True)
+    )
     """Ranks of an all-to-all group and number of groups, for a2a+allgather: for example 4 8 with cp
     32."""
-    data_parallel_sharding_strategy: ShardingStrategy | None = None
+    data_parallel_sharding_strategy: ShardingStrategy | None = field(
+        default=None, metadata=dict(per_phase=True)
+    )
     """What is sharded over dp x cp: ZeRO 1 (optim), 2 (optim_grads, the default) or 3
     (optim_grads_params)."""
     use_distributed_optimizer: bool | None = None
     """Megatron-LM's spelling of --data-parallel-sharding-strategy optim; the two must agree."""
-    sequence_parallel: bool = False
+    sequence_parallel: bool = field(default=False, metadata=dict(per_phase=True))
     """Megatron's sequence parallelism: between the tensor-parallel parts, tokens are split over
     tp."""
     distributed_backend: Literal["auto", "nccl", "gloo"] = "auto"
     """nccl on GPUs, gloo on CPUs; naming the one that the machine does not use is an error."""
-    distributed_timeout_minutes: int = 10
+    distributed_timeout_minutes: int = field(
+        default=10, metadata=dict(at_least=1, fix="give a positive number")
+    )
     """Minutes after which a collective that does not complete ends the job."""
 
     @property

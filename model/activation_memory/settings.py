@@ -55,7 +55,7 @@ class MemorySettings:
 class MemoryConfig:
     """What the run computes again, offloads or cuts into parts, to need less memory."""
 
-    recompute_granularity: Recompute | None = None
+    recompute_granularity: Recompute | None = field(default=None, metadata=dict(per_phase=True))
     """What backward computes again: selective = the MLP; full = the layer, from its input;
     attention_kept = the layer but for the attention's forward, whose output is kept. A phase may
     change it."""
@@ -66,19 +66,21 @@ class MemoryConfig:
     the scores."""
     cpu_offloading: bool | None = None
     """Megatron-LM's switch beside --cpu-offloading-num-layers; given, it must agree with it."""
-    cpu_offloading_num_layers: int = 0
+    cpu_offloading_num_layers: int = field(default=0, metadata=dict(per_phase=True))
     """Layers of each stage, from its first, whose kept tensors wait in the host's memory; with
     recompute full or attention_kept. A phase may change it."""
-    cpu_offloading_host_memory: float | None = None
+    cpu_offloading_host_memory: float | None = field(
+        default=None, metadata=dict(above=0, fix="give the GiB that a node can spare")
+    )
     """GiB of a node's memory that offloaded tensors may take together; by default all that the node
     has."""
-    mlp_tiles: int = 1
+    mlp_tiles: int = field(default=1, metadata=dict(per_phase=True))
     """Parts of the sequence in which the MLP runs, one after the other; above 1 backward computes
     gate and up again. A phase may change it."""
-    attention_head_chunks: int = 1
+    attention_head_chunks: int = field(default=1, metadata=dict(per_phase=True))
     """Groups of query heads that are projected, exchanged and attended with one after the other. A
     phase may change it."""
-    loss_chunk_tokens: int | None = None
+    loss_chunk_tokens: int | None = field(default=None, metadata=dict(per_phase=True))
     """Tokens whose logits exist at once; by default 2048, and on a GPU up to 8192 where they fit. A
     phase may change it."""
 
