@@ -7,6 +7,25 @@ def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="run the long suites too")
 
 
+TABLES = pytest.StashKey[list[str]]()
+"""Tables that tests leave for the end of the session's output."""
+
+
+def pytest_configure(config):
+    config.stash[TABLES] = []
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for table in config.stash[TABLES]:
+        terminalreporter.write_line(f"\n{table}")
+
+
+@pytest.fixture(scope="module")
+def show_table(request):
+    """Takes a text that is printed after the tests, beside their durations."""
+    return request.config.stash[TABLES].append
+
+
 def pytest_collection_modifyitems(config, items):
     gpu = [item for item in items if "gpu" in item.keywords]
     if gpu:

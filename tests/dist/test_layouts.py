@@ -72,7 +72,7 @@ def is_possible(pair: tuple, tries: int = 300) -> bool:
 
 
 @pytest.mark.parametrize("name", cases(CASES, lambda name: name not in IN_EVERY_RUN))
-def test_layout_equals_one_process_after_three_steps(pool, single, name):
+def test_layout_equals_one_process_after_three_steps(pool, single, compared, name):
     case = CASES[name]
     results, calls, leaks, reached = zip(*pool.run(run_case, case.world_size, case), strict=True)
     compare(results, single(case))
@@ -80,24 +80,22 @@ def test_layout_equals_one_process_after_three_steps(pool, single, name):
     assert first_difference(calls) is None
     assert not any(leaks), leaks
     assert any(reached)
+    compared.append(name)
 
 
-def test_print_coverage(capsys, request):
-    everything = request.config.getoption("--all")
-    with capsys.disabled():
-        shown = CASES if everything else IN_EVERY_RUN
-        print(
-            f"\n{len(shown)} of {len(CASES)} rows of the table of layouts compared with one process"
-            f"{'' if everything else ' (--all: every row)'}"
+@pytest.fixture(scope="module")
+def compared(show_table):
+    """Rows that were compared with one process; printed after the tests."""
+    rows: list[str] = []
+    yield rows
+    lines = [f"{len(rows)} of {len(CASES)} rows of the table of layouts compared with one process"]
+    if len(rows) == len(CASES):
+        lines.append(
+            f"{len(LAYOUTS)} layouts of up to 8 processes, of these refused {REFUSED}; "
+            f"{len(COVERED)} of {len(POSSIBLE)} pairs of options covered"
         )
-        if everything:
-            print(
-                f"{len(LAYOUTS)} layouts of up to 8 processes, of these refused {REFUSED}; "
-                f"{len(COVERED)} of {len(POSSIBLE)} pairs of options covered"
-            )
-            for name in CASES:
-                print("  " + describe(name, CASES[name]))
-    assert len(CASES) >= len(LAYOUTS) - len(REFUSED)
+        lines += ["  " + describe(name, CASES[name]) for name in rows]
+    show_table("\n".join(lines))
 
 
 def describe(name: str, case: Case) -> str:

@@ -197,6 +197,6 @@ def test_carried_files_lie_in_the_checkpoint_under_its_checksums(tmp_path):
 
 def test_a_failed_atomic_write_leaves_no_temporary_file(tmp_path):
     (tmp_path / "a.txt").mkdir()
-    with pytest.raises(OSError):
+    with pytest.raises(IsADirectoryError):
         write_atomically(tmp_path / "a.txt", "1")
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]

@@ -12,7 +12,6 @@ from pretrain.config.load import (
     field_table,
     load_config,
     read_config_yaml,
-    sections_of_config,
     spell,
 )
 from pretrain.planner.model_size import num_parameters
@@ -193,17 +192,6 @@ def test_saved_yaml_reads_back_the_same(tmp_path):
     config = load_config(["--config", path, "--train-tokens", "1B"])
     saved = write(tmp_path, dump_yaml(config))
     assert read_config_yaml(saved) == config
-
-
-def test_every_field_is_explained():
-    for section, cls in sections_of_config().items():
-        source = open(__import__(cls.__module__, fromlist=["x"]).__file__).read()
-        for field in dataclasses.fields(cls):
-            after = source.split(f"\n    {field.name}: ", 1)[1].split("\n    ", 2)
-            assert '"""' in after[1] or '"""' in after[2], (
-                f"{section}.{field.name} has no docstring"
-            )
-    assert len(field_table()) > 80
 
 
 @pytest.mark.parametrize(

@@ -141,9 +141,12 @@ def test_optimal_dtype_is_megatrons(megatron):
 
 def test_abort_keeps_the_earlier_output(tmp_path):
     write(tmp_path / "c", [[1, 2, 3]])
-    with pytest.raises(RuntimeError), IndexedWriter(str(tmp_path / "c"), np.uint16) as writer:
+    with (
+        pytest.raises(RuntimeError, match="interrupted"),
+        IndexedWriter(str(tmp_path / "c"), np.uint16) as writer,
+    ):
         writer.add_document([9] * 1000)
-        raise RuntimeError
+        raise RuntimeError("interrupted")
     assert whole(IndexedReader(str(tmp_path / "c"))) == [[1, 2, 3]]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.bin", "c.idx", "c.json"]
 

@@ -1,5 +1,7 @@
 """Parts of the model by themselves: attention backends, initial weights, head splits."""
 
+import re
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from model.config import ModelConfig
 from model.init import BLOCK_ELEMENTS, normal_rows
 from model.sharding import shardings_for
 from parallel.context import group_pieces
+from parallel.layout import single_process_layout
 from parallel.schedule import layers_of_stage
 from parallel.ulysses import HeadSplit
 from pretrain.planner.model_size import num_parameters, step_flops
@@ -163,25 +166,72 @@ def test_stages_cover_the_layers_in_order(layers, stages):
     ) >= 1
 
 
-def test_every_parameter_has_a_sharding():
-    names = [
-        "embedding.weight",
-        "layers.31.attention.q.bias",
-        "layers.0.attention.k_norm.weight",
-        "final_norm.weight",
+# Each option that adds a parameter or changes how one is split.
+MODELS = {
+    "tied": ModelConfig(num_layers=2, num_attention_heads=8, num_query_groups=8),
+    "untied": ModelConfig(
+        num_layers=2,
+        num_attention_heads=8,
+        num_query_groups=2,
+        untie_embeddings_and_output_weights=True,
+        add_qkv_bias=True,
+        qk_layernorm=True,
+    ),
+}
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Name every parameter of the real model, made without memory."""
+    with torch.device("meta"):
+        stage = gpt.GPTStage(config, 1000, single_process_layout(CPU), attend=None)
+    return {name: parameter.shape for name, parameter in stage.named_parameters()}
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+@pytest.mark.parametrize("model", MODELS)
+def test_every_parameter_has_a_sharding(model, tp):
+    config = MODELS[model]
+    shapes = parameter_shapes(config)
+    assert len(shapes) == (20 if model == "tied" else 31)
+    found = shardings_for(list(shapes), config, tp)
+    assert found.keys() == shapes.keys()
+    uneven = [
+        name
+        for name, sharding in found.items()
+        if sharding.dim is not None and shapes[name][sharding.dim] % tp
     ]
-    few_kv = ModelConfig(num_attention_heads=8, num_query_groups=2)
-    assert [s.dim for s in shardings_for(names, few_kv, 2).values()] == [0, 0, None, None]
-    assert (
-        shardings_for(["layers.0.attention.k.weight"], few_kv, 2)["layers.0.attention.k.weight"].dim
-        == 0
-    )
-    replicated = shardings_for(["layers.0.attention.k.weight"], few_kv, 4)[
-        "layers.0.attention.k.weight"
-    ]
+    assert uneven == []
+    # Matrices of attention and MLP are never held whole, but for key/value heads fewer than ranks.
+    whole = {name for name, sharding in found.items() if sharding.dim is None}
+    shared = r"layers\.\d+\.attention\.[kv]\.(weight|bias)" if config.num_kv_heads < tp else "(?!)"
+    assert all("norm.weight" in name or re.fullmatch(shared, name) for name in whole), whole
+
+
+def test_each_kind_of_parameter_is_split_as_the_table_says():
+    expected = {
+        "embedding.weight": 0,
+        "layers.31.attention.q.bias": 0,
+        "layers.31.attention.o.weight": 1,
+        "layers.0.mlp.down.weight": 1,
+        "layers.0.attention.k_norm.weight": None,
+        "final_norm.weight": None,
+    }
+    config = MODELS["untied"]
+    found = shardings_for(list(expected), config, 2)
+    assert {name: sharding.dim for name, sharding in found.items()} == expected
+
+
+def test_key_value_heads_fewer_than_ranks_are_held_by_all():
+    name = "layers.0.attention.k.weight"
+    config = MODELS["untied"]
+    assert shardings_for([name], config, 2)[name].dim == 0
+    replicated = shardings_for([name], config, 4)[name]
     assert replicated.dim is None and replicated.partial_gradient
+
+
+def test_a_parameter_that_the_table_does_not_know_is_an_error():
     with pytest.raises(AssertionError, match="no row of the sharding table"):
-        shardings_for(["layers.0.unknown.weight"], few_kv, 2)
+        shardings_for(["layers.0.unknown.weight"], MODELS["tied"], 2)
 
 
 def test_flops_count_the_causal_half_of_each_document():

@@ -64,11 +64,11 @@ def test_a_folder_appears_whole_with_a_list_of_its_files(tmp_path):
 
 def test_a_failure_leaves_nothing_not_even_parents(tmp_path):
     with (
-        pytest.raises(RuntimeError),
+        pytest.raises(RuntimeError, match="interrupted"),
         NewFolder("output", tmp_path / "a" / "b" / "out", MAKER, inputs=[], overwrite=False) as new,
     ):
         (new.path / "weights").write_text("half")
-        raise RuntimeError
+        raise RuntimeError("interrupted")
     assert tree(tmp_path) == {}
 
 

@@ -115,7 +115,7 @@ def test_every_setting_has_a_kind():
 
 
 def test_a_setting_of_the_schedule_without_a_kind_is_noticed():
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match="schedule"):
         kind_of("schedule", "a_new_setting")
     assert [
         kind_of(section, "a_new_setting")
