@@ -1,7 +1,7 @@
 """Run this node's processes by torchrun, once the nodes have met.
 
-What torchrun says of an orderly stop and of a refusal is left out; a crash gets one line that names
-the rank, after the worker's own traceback.
+torchrun's own messages about an orderly stop or a refusal are left out. After a crash one line
+names the rank that failed first, below the traceback of the worker itself.
 """
 
 import logging
@@ -17,24 +17,26 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig
 
 from launch.meeting import Node0, meet_as_node_0, meet_as_other, open_store
-from launch.report import NotMet, give_up, read_outcome, read_outcome_of_failure, say
+from launch.outcome import NotMet, give_up, read_outcome, read_outcome_of_failure, say
 from launch.settings import Settings
 from launch.watch import Watch, announce
 
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+SIGNALS_OF_TORCHRUN = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+"""The signals that torchrun is to hand on; any other one would kill it and orphan its workers."""
 TETHER = Path(__file__).with_name("tether.py")
 LOGGERS_OF_TORCHRUN = (
     "torch.distributed.elastic.agent.server.api",
     "torch.distributed.elastic.multiprocessing.api",
 )
 SAID_BY_US = ("Received %s death signal", "Sending process %s closing signal", "failed (exitcode")
+"""The beginnings of torchrun's messages about ends that this file or the trainer reports."""
 
 
 def run(settings: Settings, addresses: list[str]) -> int:
     """Meet the other nodes, then run the processes -> the exit code of `launch.node`.
 
     Args:
-        addresses: what MASTER_ADDR resolves to; with one node it is not looked at.
+        addresses: what MASTER_ADDR resolves to; not read with one node.
     """
     try:
         store, port = _meet(settings, addresses)
@@ -49,18 +51,21 @@ def run(settings: Settings, addresses: list[str]) -> int:
 
 
 def _run_among_others(settings: Settings, node0: Node0) -> int:
-    """Run the processes, heed the other nodes' failures and tell them of ours -> the exit code."""
+    """Run the processes, follow other nodes' failures, tell them of ours -> the exit code."""
+    # While torchrun runs here, the watch ends it when another node has failed.
     watch = Watch(node0, settings.node_rank)
     watch.start()
     address = f"[{node0.master}]" if ":" in node0.master else node0.master
     code, failure = _run_torchrun(settings, address, node0.port)
     watch.is_over.set()
-    if watch.heard is None:
+
+    if watch.heard is None:  # the end is this node's own
         outcome = read_outcome()
         if failure and outcome in (None, "refused"):
             announce(node0, settings.node_rank, failure, is_refusal=outcome == "refused")
         return code
-    if read_outcome_of_failure() is not None:  # a process here has found the same
+    # The end came from another node; a process here may have found the same error.
+    if read_outcome_of_failure() is not None:
         return code
     if watch.heard.is_refusal:
         return give_up(ValueError(watch.heard.describe()))
@@ -69,7 +74,7 @@ def _run_among_others(settings: Settings, node0: Node0) -> int:
 
 
 def _meet(settings: Settings, addresses: list[str]) -> tuple[TCPStore | None, int]:
-    """Wait until all nodes are there -> on node 0 the store, and its port everywhere."""
+    """Wait until all nodes are there -> the store (on node 0 only) and its port."""
     if settings.node_rank > 0:
         node0 = Node0(settings.master, addresses[0], settings.port)
         meet_as_other(node0, settings.node_rank, settings.nnodes, settings.join_wait)
@@ -81,17 +86,17 @@ def _meet(settings: Settings, addresses: list[str]) -> tuple[TCPStore | None, in
 
 
 def _run_torchrun(settings: Settings, address: str, port: int) -> tuple[int, str]:
-    """Start the processes and see them through -> the exit code, and what failed, if anything."""
-    if "LOGLEVEL" not in os.environ:  # who asks torch for its log gets all of it
+    """Run the processes to their end -> the exit code, and what failed ("" if nothing)."""
+    if "LOGLEVEL" not in os.environ:  # whoever asks torch for its log gets all of it
         for name in LOGGERS_OF_TORCHRUN:
             logging.getLogger(name).addFilter(_is_news)
-    # Each worker is tied to this process, then becomes the trainer.
+    # A worker first ties its life to this process, then becomes the trainer.
     tied = ["-I", "-S", str(TETHER), str(os.getpid()), sys.executable, "-u", "-m", settings.module]
     words = f"""
         --nnodes {settings.nnodes} --node-rank {settings.node_rank}
         --nproc-per-node {settings.nproc_per_node}
         --master-addr {address} --master-port {port} --max-restarts 0
-        --signals-to-handle {SIGNALS} --no-python
+        --signals-to-handle {SIGNALS_OF_TORCHRUN} --no-python
         """.split()
     words += _grace_words(settings.grace)
     try:
@@ -99,7 +104,7 @@ def _run_torchrun(settings: Settings, address: str, port: int) -> tuple[int, str
     except SignalException as stop:
         return 128 + stop.sigval, ""
     except ChildFailedError as failed:
-        if read_outcome_of_failure() is not None:  # the trainer has said why
+        if read_outcome_of_failure() is not None:  # the trainer has already said why
             return 1, "it refused to train; its own output says why"
         text = _describe_failure(failed)
         say(f"error: {text}")
@@ -115,16 +120,18 @@ def _grace_words(grace: int) -> list[str]:
     """Return torchrun's flag for the seconds between a stop signal and the kill."""
     if "shutdown_timeout" in LaunchConfig.__dataclass_fields__:
         return ["--shutdown-timeout", str(grace)]
-    # In torch 2.11 no flag changes the 30 s that are the argument's default.
+    # torch 2.11 has no such flag, and closes its workers with this argument's default of 30 s.
     PContext.close.__defaults__ = (None, grace)
     return []
 
 
 def _is_news(record: logging.LogRecord) -> bool:
+    """Tell whether a message of torchrun says what nobody else does."""
     return not str(record.msg).startswith(SAID_BY_US)
 
 
 def _describe_failure(failed: ChildFailedError) -> str:
+    """Name the rank that failed first, and how, in a line."""
     rank, first = failed.get_first_failure()
     if first.exitcode < 0:
         how = f"was killed by {first.signal_name()}"

@@ -1,8 +1,9 @@
 """Bring the nodes of a run together before anything is started on them.
 
-Node 0 opens torch's key-value store, the others look for it. Who waits says for whom, from time to
-time; what waiting cannot mend is refused in one line. The store stays open: torchrun and its
-workers use the same one.
+Node 0 opens torch's key-value store, and the others connect to it. Each node enters itself under
+`node/RANK`; when all are there, node 0 writes the list of `members`, and everybody goes on. A node
+that waits says from time to time for whom; what waiting cannot mend is refused in one line. The
+store stays open: torchrun and its workers use it, too.
 """
 
 import json
@@ -19,40 +20,44 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from launch.report import NotMet, say
+from launch.outcome import NotMet, say
 
 REPORT_SECONDS = 30.0
-"""How often a node that waits says so."""
+"""The seconds between two lines of a node that waits."""
 PORT_SECONDS = 5.0
-"""How long node 0 waits for its port: a launch that has just been killed may still hold it."""
+"""The seconds that node 0 waits for its port: a launch that was just killed may still hold it."""
 CONNECT_SECONDS = 5.0
+"""The seconds after which a connection attempt counts as failed."""
 POLL_SECONDS = 0.2
+"""The seconds between two looks at the store."""
 PREFIX = "ithaca/meeting/"
+"""The beginning of our keys in the store, which torchrun fills, too."""
 
 
 class Patience:
-    """Wait for something, up to a limit, and say from time to time what for."""
+    """Waits for something, up to a limit in seconds, and says from time to time for what."""
 
     def __init__(self, limit: float):
         self.started = time.monotonic()
         self.limit = limit
-        self.next_report = self.started + min(2.0, REPORT_SECONDS)
+        self.next_report = self.started + min(2.0, REPORT_SECONDS)  # the first one soon
 
     def wait(self, for_what: Callable[[], str], seconds: float = POLL_SECONDS) -> None:
-        """Sleep a little.
+        """Sleep for some seconds, and report if a report is due.
 
         Raises:
             NotMet: the limit has passed.
         """
         now = time.monotonic()
-        if now - self.started >= self.limit:
+        waited = now - self.started
+        if waited >= self.limit:
             raise NotMet(
-                f"waited {now - self.started:.0f} s {for_what()}. Fix: start the same command "
+                f"waited {waited:.0f} s {for_what()}. Fix: start the same command "
                 "there with its NODE_RANK, look at MASTER_ADDR, MASTER_PORT and the firewall, or "
                 f"raise JOIN_WAIT = {self.limit:.0f}."
             )
         if now >= self.next_report:
-            say(f"waiting {for_what()} ({now - self.started:.0f} s of {self.limit:.0f})")
+            say(f"waiting {for_what()} ({waited:.0f} s of {self.limit:.0f})")
             self.next_report = now + REPORT_SECONDS
         time.sleep(seconds)
 
@@ -60,7 +65,7 @@ class Patience:
 def open_store(port: int) -> dist.TCPStore:
     """Open the store on this node.
 
-    Port 0 lets the kernel choose one, with no gap in which another process takes it.
+    Port 0 lets the kernel choose a free port and open it in one act.
 
     Raises:
         ValueError: the port is taken, or may not be opened.
@@ -74,7 +79,8 @@ def open_store(port: int) -> dist.TCPStore:
             )
         except (OSError, dist.DistNetworkError) as error:
             if isinstance(error, PermissionError) or time.monotonic() >= limit:
-                reason = os.strerror(error.errno) if isinstance(error, OSError) else "in use"
+                number = error.errno if isinstance(error, OSError) else None
+                reason = "in use" if number is None else os.strerror(number)
                 raise ValueError(
                     f"MASTER_PORT = {port}: must be a port that is free on node 0 ({reason}). Fix: "
                     "another one, the same on all nodes, or end the process that has it."
@@ -83,7 +89,7 @@ def open_store(port: int) -> dist.TCPStore:
 
 
 def _try_port(port: int) -> None:
-    """Open a port as the store will, and close it: torch would print lines of its own."""
+    """Open a port as the store will, and close it; where that fails torch prints C++ frames."""
     if socket.has_dualstack_ipv6():
         socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True).close()
     else:
@@ -97,6 +103,7 @@ def meet_as_node_0(store: dist.TCPStore, nnodes: int, wait: float) -> None:
         ValueError: a node was started with other settings.
         NotMet: one did not come within `wait` seconds.
     """
+    # Enter this node, with what the others compare.
     store.set(f"{PREFIX}nnodes", str(nnodes))
     store.set(_place(0), _signature())
     patience = Patience(wait)
@@ -112,27 +119,29 @@ def meet_as_node_0(store: dist.TCPStore, nnodes: int, wait: float) -> None:
         if store.check([f"{PREFIX}refused"]):
             raise ValueError(store.get(f"{PREFIX}refused").decode())
         patience.wait(describe)
+    # From now on the meeting is over: who comes later waits for the next one.
     members = [store.get(_place(rank)).decode() for rank in range(nnodes)]
     store.set(f"{PREFIX}members", json.dumps(members))
 
 
 @dataclass(frozen=True)
 class Node0:
-    """Where the other nodes look for node 0."""
+    """Tells where the other nodes look for node 0."""
 
     master: str
     """MASTER_ADDR, as it was given."""
     address: str
-    """What it resolves to here."""
+    """What MASTER_ADDR resolves to here."""
     port: int
 
     def describe(self) -> str:
+        """Say where that is, with the address where it is not what the user gave."""
         shown = self.master if self.master == self.address else f"{self.master} ({self.address})"
         return f"node 0 at {shown} port {self.port}"
 
 
 def meet_as_other(node0: Node0, rank: int, nnodes: int, wait: float) -> None:
-    """Look for node 0's store and wait there until every node has come.
+    """Find node 0's store and wait there until every node has come.
 
     Raises:
         ValueError: node 0 has other settings, or another node has the same number.
@@ -143,9 +152,9 @@ def meet_as_other(node0: Node0, rank: int, nnodes: int, wait: float) -> None:
         reason = _why_unreachable(node0)
         if reason is None:
             reason = "it does not answer as a run that starts"
-            store = call(node0)
+            store = connect(node0)
             if store is not None:
-                with suppress(dist.DistError):  # node 0 ended in between
+                with suppress(dist.DistError):  # node 0 ended meanwhile: try again
                     reason = _join(store, node0, rank, nnodes, patience)
         if reason is None:
             return
@@ -153,6 +162,7 @@ def meet_as_other(node0: Node0, rank: int, nnodes: int, wait: float) -> None:
 
 
 def _why_unreachable(node0: Node0) -> str | None:
+    """Try node 0's port -> None if something answers there, otherwise the system's reason."""
     try:
         socket.create_connection((node0.master, node0.port), timeout=CONNECT_SECONDS).close()
         return None
@@ -160,15 +170,15 @@ def _why_unreachable(node0: Node0) -> str | None:
         return error.strerror or str(error)
 
 
-def call(node0: Node0) -> dist.TCPStore | None:
-    """Connect to node 0's store; None if it is gone, or what has the port is no store.
+def connect(node0: Node0) -> dist.TCPStore | None:
+    """Connect to node 0's store -> None if it is gone, or another program has the port.
 
-    That is found out in a thread, because torch waits without a limit for a port that takes the
-    call and says nothing.
+    A thread of its own connects, because torch waits without a limit for a program that accepts the
+    connection and says nothing.
     """
     if _why_unreachable(node0) is not None:
         return None
-    answers = queue.SimpleQueue()
+    answers: queue.SimpleQueue[dist.TCPStore | None] = queue.SimpleQueue()
     threading.Thread(target=_open_client, args=(node0, answers), daemon=True).start()
     with _silence():
         try:
@@ -177,7 +187,8 @@ def call(node0: Node0) -> dist.TCPStore | None:
             return None
 
 
-def _open_client(node0: Node0, answers: queue.SimpleQueue) -> None:
+def _open_client(node0: Node0, answers: queue.SimpleQueue[dist.TCPStore | None]) -> None:
+    """Put the connected store into the queue, or None."""
     try:
         store = dist.TCPStore(
             node0.master,
@@ -195,6 +206,7 @@ def _join(
     store: dist.TCPStore, node0: Node0, rank: int, nnodes: int, patience: Patience
 ) -> str | None:
     """Enter this node in the store -> None once all have come, or why there is no place for it."""
+    # Settings that differ are refused here and, through the store, by node 0.
     theirs = int(store.get(f"{PREFIX}nnodes"))
     if theirs != nnodes:
         text = (
@@ -203,15 +215,17 @@ def _join(
         )
         store.set(f"{PREFIX}refused", text)
         raise ValueError(text)
+    # A meeting that is over has no place left: this node was started again, or comes too late.
     if store.check([f"{PREFIX}members"]):
         holder = _member(store, rank)
         return f"it has started with {holder} as node {rank}; it must start again"
+    # Enter, then wait for the others; a twin with the same number would overwrite the entry.
     own = _signature()
     store.set(_place(rank), own)
     while not store.check([f"{PREFIX}members"]):
         _require_place(store.get(_place(rank)).decode(), own, rank)
         patience.wait(lambda: f"for other nodes than {rank}; {node0.describe()} is there")
-    # Two may have entered for one place since node 0 looked: only one of them is a member.
+    # Two may have entered one place since node 0 looked; only one of them is a member.
     _require_place(_member(store, rank), own, rank)
     return None
 
@@ -222,7 +236,7 @@ def _member(store: dist.TCPStore, rank: int) -> str:
 
 
 def _require_place(holder: str, own: str, rank: int) -> None:
-    """Raises ValueError where another node has this node's number."""
+    """Raise ValueError where another node has this node's number."""
     if holder != own:
         raise ValueError(
             f"NODE_RANK = {rank}: must be this node's alone; {holder} has it, too. Fix: "
@@ -232,7 +246,8 @@ def _require_place(holder: str, own: str, rank: int) -> None:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Hold back the C++ frames that torch prints before it raises; the error itself is caught."""
+    """Drop what torch prints to stderr before it raises: C++ frames, of an error that is caught."""
+    # torch writes past sys.stderr, so the file descriptor itself is redirected for the while.
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
@@ -245,12 +260,15 @@ def _silence() -> Iterator[None]:
 
 
 def _place(rank: int) -> str:
+    """Name the key under which node `rank` enters itself."""
     return f"{PREFIX}node/{rank}"
 
 
 def _signature() -> str:
+    """Describe this node so that no other one has the same description."""
     return f"{socket.gethostname()} (process {os.getpid()})"
 
 
 def _nodes(ranks: list[int]) -> str:
+    """Count nodes in words."""
     return f"{len(ranks)} node" + ("" if len(ranks) == 1 else "s")

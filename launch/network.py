@@ -1,7 +1,7 @@
 """Choose the network interface over which gloo and NCCL connect the processes of several nodes.
 
-Left alone, gloo tells its peers the address that this machine's own host name has, which Debian's
-/etc/hosts makes 127.0.1.1. The interface that reaches node 0 is one that node 0 can answer on.
+By itself gloo tells its peers the address of this machine's own host name, which Debian's
+/etc/hosts maps to 127.0.1.1. The interface that reaches node 0 is one on which node 0 can answer.
 """
 
 import array
@@ -14,20 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SIOCGIFCONF = 0x8912
-"""Linux's request for the IPv4 addresses of all interfaces."""
+"""Linux's request number for the IPv4 addresses of all interfaces."""
 IFREQ_BYTES = 40
+"""The size of one entry of the answer, a C `struct ifreq`."""
 NAME_BYTES = 16
+"""The size of the interface's name in it."""
 IPV6_TABLE = Path("/proc/net/if_inet6")
 ELSEWHERE = "192.0.2.1"
-"""An address that is reserved for examples: what reaches it is the default route."""
+"""An address that is reserved for documentation, so only the default route leads to it."""
 NAMES_OF_THIS_MACHINE = ("localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback")
 RESOLVE_SECONDS = 20.0
-"""How long a name server that does not answer is asked again."""
+"""The seconds for which a name server that does not answer is asked again."""
 
 
 @dataclass(frozen=True)
 class Interface:
-    """One network interface of this machine, and why it was chosen."""
+    """Describes one network interface of this machine, and why it was chosen."""
 
     name: str
     address: str
@@ -44,7 +46,8 @@ def resolve(name: str, wait: float = RESOLVE_SECONDS) -> list[str]:
     while True:
         try:
             found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-            return list(dict.fromkeys(entry[4][0] for entry in found))
+            addresses = [str(socket_address[0]) for *_, socket_address in found]
+            return list(dict.fromkeys(addresses))  # each once, in this order
         except (socket.gaierror, UnicodeError) as error:
             may_come = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
             if not may_come or time.monotonic() >= limit:
@@ -62,6 +65,7 @@ def local_addresses() -> dict[str, str]:
 
 
 def _ipv4_addresses() -> dict[str, str]:
+    # The kernel fills a buffer of ours: the request holds the buffer's size and place.
     buffer = array.array("B", bytes(IFREQ_BYTES * 1024))
     place, size = buffer.buffer_info()
     request = struct.pack("iL", size, place)
@@ -71,7 +75,7 @@ def _ipv4_addresses() -> dict[str, str]:
     for start in range(0, filled, IFREQ_BYTES):
         entry = buffer[start : start + IFREQ_BYTES].tobytes()
         label = entry[:NAME_BYTES].split(b"\0", 1)[0].decode()
-        # An address comes after the family and the port of a sockaddr_in.
+        # After the name comes a sockaddr_in: family and port in 4 bytes, then the address.
         address = socket.inet_ntoa(entry[NAME_BYTES + 4 : NAME_BYTES + 8])
         found[address] = label.split(":")[0]  # "eth0:1" is a second address of eth0
     return found
@@ -99,6 +103,7 @@ def own_address_towards(address: str) -> str | None:
 
 
 def is_loopback(address: str) -> bool:
+    """Tell whether an address leads to this machine itself; "%eth0" may follow an IPv6 address."""
     return ipaddress.ip_address(address.split("%")[0]).is_loopback
 
 
@@ -106,8 +111,8 @@ def choose_interface(master: str, addresses: list[str], nnodes: int) -> Interfac
     """Choose the interface that reaches node 0; on node 0, the one that has its address.
 
     Args:
-        master: MASTER_ADDR, as it was given.
-        addresses: what it resolves to here; on one node neither is looked at.
+        master: MASTER_ADDR, as it was given; not read on one node.
+        addresses: what it resolves to here; not read on one node.
 
     Returns:
         None if the interface of this machine's own address is unknown.
@@ -117,6 +122,7 @@ def choose_interface(master: str, addresses: list[str], nnodes: int) -> Interfac
     """
     if nnodes == 1:
         return _interface_of("127.0.0.1", "all processes are on this node")
+    # The first address with a route that leaves this machine decides.
     for address in addresses:
         own = own_address_towards(address)
         if own is not None and not is_loopback(own):
@@ -128,12 +134,13 @@ def choose_interface(master: str, addresses: list[str], nnodes: int) -> Interfac
 
 
 def _interface_to_others(master: str, addresses: list[str]) -> Interface | None:
-    """Choose where MASTER_ADDR is a name that /etc/hosts maps to the loopback."""
+    """Choose the interface of node 0 whose own name /etc/hosts maps to the loopback."""
     loopback = f"MASTER_ADDR {master} is {addresses[0]} here, which no other node reaches"
+    # Asking for the route to any other machine gives the default route, if there is one.
     own = own_address_towards(ELSEWHERE)
     if own is not None:
         return _interface_of(own, f"{loopback}: the default route")
-    outside = {}
+    outside: dict[str, str] = {}  # the first address of each interface
     for address, name in _ipv4_addresses().items():
         if not is_loopback(address):
             outside.setdefault(name, address)
@@ -153,7 +160,7 @@ def _interface_of(address: str, reason: str) -> Interface | None:
 
 
 def interface_settings(chosen: Interface | None, given: dict[str, str]) -> dict[str, str]:
-    """Choose what gloo and NCCL are told in the environment, where it does not say it already.
+    """Make the variables that tell gloo and NCCL the interface, except those already given.
 
     Raises:
         ValueError: gloo was given an interface that this machine does not have.

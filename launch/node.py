@@ -1,9 +1,9 @@
-"""Run one node's processes: `python -m launch.node` is what train.sh starts, once for each launch.
+"""Run one node's processes: train.sh starts `python -m launch.node` once for each launch.
 
-It wraps torchrun. Before it come the checks that torchrun answers with a traceback or with silence:
-is the address one that exists, is the port free, are the other nodes there, which interface leads
-to them. The exit code is 0 if all processes succeeded, 1 if one failed or a node did not come, 2 if
-the settings cannot work, and 128 and the number of a signal that ended them.
+It checks first what torchrun answers with a traceback or with silence (does the address exist, is
+the port free, are the other nodes there, which interface leads to them), then runs torchrun. The
+exit code is 0 if all processes succeeded, 1 if one failed or a node did not come, 2 if the settings
+cannot work, and 128 + the number of a signal that ended them.
 """
 
 import os
@@ -11,16 +11,15 @@ import signal
 import sys
 
 from launch import network
-from launch.report import UNSTARTED, give_up, read_outcome, say, write_outcome
+from launch.outcome import UNSTARTED, give_up, read_outcome, say, write_outcome
 from launch.settings import Settings, parse
-from launch.tether import end_with_parent
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+from launch.tether import STOP_SIGNALS, end_with_parent
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run this node's processes once."""
+    """Run this node's processes once -> the exit code."""
     settings = parse(argv)
+    # No process may go on when train.sh is gone.
     if not end_with_parent(settings.parent):
         say(
             "warning: another program runs between train.sh and Python, so that processes may stay "
@@ -38,15 +37,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _stop_before_start(number: int, frame: object) -> None:
-    """End in order: nothing is trained yet, and the same command goes on later."""
+    """End in an orderly way: nothing is trained yet, and the same command goes on later."""
     if read_outcome() is None:
         write_outcome(UNSTARTED)
     os._exit(128 + number)
 
 
 def _choose_interface(settings: Settings) -> list[str]:
-    """Choose the network between the nodes -> the addresses of node 0."""
-    addresses = []
+    """Choose the network between the nodes -> the addresses of node 0, none for a single node."""
+    addresses: list[str] = []
     if settings.nnodes > 1:
         wait = min(network.RESOLVE_SECONDS, settings.join_wait)
         addresses = network.resolve(settings.master, wait)
@@ -56,10 +55,10 @@ def _choose_interface(settings: Settings) -> list[str]:
 
 
 def _set_interface(chosen: network.Interface | None, nnodes: int) -> None:
-    """Tell gloo and NCCL the interface, and the user which and why."""
+    """Tell gloo and NCCL the interface, and the user which it is and why."""
     settings = network.interface_settings(chosen, dict(os.environ))
-    os.environ.update(settings)
-    if settings and nnodes > 1:  # on one node it is always lo
+    os.environ.update(settings)  # torchrun hands its environment to the processes
+    if chosen is not None and settings and nnodes > 1:  # on one node it is always lo
         names = " and ".join(name.split("_")[0].replace("GLOO", "gloo") for name in settings)
         say(
             f"{names} use {chosen.name} ({chosen.address}): {chosen.reason}; "

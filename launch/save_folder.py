@@ -1,8 +1,8 @@
-"""Print the folder in which a run saves its checkpoints, as its command line and its file say.
+"""Print the folder in which a run saves checkpoints: `python save_folder.py [FLAGS OF THE RUN]`.
 
-train.sh looks there to tell a run that moves on from one that is stuck. As a program, run by its
-file: `python save_folder.py --config FILE [--flags]`. Whatever is wrong with the flags or the file
-is the trainer's to say; here it means that the folder is unknown, and nothing is printed.
+train.sh looks there to tell a run that moves on from one that is stuck. Whatever is wrong with the
+flags or the file is the trainer's to say; here it means that the folder is unknown, and the line
+stays empty.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import yaml
 
 def save_folder(argv: list[str]) -> str:
     """Return the value of --save, from the flags or else from the file; empty if there is none."""
+    # Every other flag of the run is left alone.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--save")
     parser.add_argument("--config")
@@ -26,6 +27,7 @@ def save_folder(argv: list[str]) -> str:
 
 
 def _read_save(config: str) -> str:
+    """Return the value of `save` in a run's file; empty if there is none."""
     try:
         with open(config, encoding="utf-8") as file:
             settings = yaml.safe_load(file)

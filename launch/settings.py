@@ -1,4 +1,4 @@
-"""What train.sh asks of one node's launch."""
+"""Read what train.sh asks of one node's launch."""
 
 import argparse
 from dataclasses import dataclass
@@ -6,24 +6,25 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Settings:
-    """One launch of this node's processes."""
+    """Describes one launch of this node's processes."""
 
     parent: int
-    """The process whose end ends everything."""
+    """The process id of train.sh, whose end ends everything."""
     nnodes: int
     node_rank: int
     nproc_per_node: int
     master: str
     """MASTER_ADDR: a name or an address, without the brackets of IPv6."""
     port: int
-    """0 on one node, where the kernel chooses."""
+    """MASTER_PORT; 0 on one node, where the kernel chooses."""
     grace: int
     """Seconds from a stop signal to the kill."""
     join_wait: int
     """Seconds to wait for the other nodes."""
     module: str
-    """What each process runs."""
+    """The Python module that each process runs."""
     arguments: list[str]
+    """What the module gets as its command line."""
 
 
 def parse(argv: list[str] | None) -> Settings:
@@ -35,8 +36,9 @@ def parse(argv: list[str] | None) -> Settings:
     parser.add_argument("--master-port", dest="port", type=int, required=True)
     for name in ("grace", "join-wait"):
         parser.add_argument(f"--{name}", type=int, required=True)
+    # From the first word without dashes on, everything is the trainer's own.
     parser.add_argument("module")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     found = vars(parser.parse_args(argv))
-    found["master"] = found["master"].strip("[]")
+    found["master"] = found["master"].strip("[]")  # an IPv6 address may come as [::1]
     return Settings(**found)

@@ -1,9 +1,9 @@
 """Tie a process to its parent, so that nothing goes on training once its launcher is gone.
 
-As a program, run by its file, it replaces itself: `python tether.py PARENT COMMAND [ARGUMENTS]`
-runs the command, which the kernel kills when the process PARENT ends. The kernel keeps that promise
-over exec, and however the parent ends, also by a SIGKILL that no handler sees. Stop signals wait
-until the command unblocks them: a trainer needs seconds to import torch before it can answer one.
+As a program, `python tether.py PARENT COMMAND [ARGUMENTS]` replaces itself by the command, which
+the kernel kills when the process PARENT ends. That holds over exec, and however the parent ends,
+also by a SIGKILL that no handler sees. Stop signals are held back until the command unblocks them:
+a trainer needs seconds to import torch before it can answer one.
 """
 
 import ctypes
@@ -12,19 +12,22 @@ import signal
 import sys
 
 PR_SET_PDEATHSIG = 1
+"""Linux's number for "the signal that this process gets when its parent ends"."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-"""Held back until pretrain/processes/stop.py, which names the same ones, handles them."""
+"""The signals that ask a run to save and stop: pretrain/processes/stop.py handles the same ones."""
 
 
 def end_with_parent(parent: int) -> bool:
     """Have the kernel kill this process when its parent ends; end now if it has ended already.
 
-    The kernel looks at the thread that started this one, which must live as long as its process.
+    The kernel watches the thread that started this process; that thread must live as long as its
+    own process does.
 
     Returns:
-        False if `parent` is not the parent, but runs: another program is in between, whose end is
-        then this one's.
+        False if `parent` runs but is not the parent: another program is in between, and the kernel
+        watches that one.
     """
+    # use_errno keeps the error of the call where ctypes.get_errno finds it.
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         number = ctypes.get_errno()
@@ -39,12 +42,13 @@ def end_with_parent(parent: int) -> bool:
 
 
 def _runs(pid: int) -> bool:
+    """Tell whether a process exists and has not ended."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            state = file.read().rsplit(")", 1)[1].split()[0]
+            state = file.read().rsplit(")", 1)[1].split()[0]  # a name may hold spaces and ")"
     except OSError:
         return False
-    return state not in "ZX"
+    return state not in "ZX"  # a zombie, or dead
 
 
 if __name__ == "__main__":

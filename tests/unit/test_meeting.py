@@ -9,7 +9,7 @@ import pytest
 
 from launch import meeting
 from launch.meeting import Node0, meet_as_node_0, meet_as_other, open_store
-from launch.report import NotMet
+from launch.outcome import NotMet
 
 
 @pytest.fixture
