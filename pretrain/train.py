@@ -32,6 +32,7 @@ from parallel.shard import reshard
 from pretrain.attention_backend import attention_of_run
 from pretrain.batches import SHOWN_SOURCES, Feed, describe_forecast
 from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.folder_lock import FolderLock, same_start_on_all_ranks
 from pretrain.checkpointing.model_files import read_carried
 from pretrain.checkpointing.progress import Progress
 from pretrain.checkpointing.resume_contract import describe_changes
@@ -131,12 +132,10 @@ class Trainer:
         lock = None
         if self.config.checkpoint.save:
             with known_to_all():
-                lock = checkpoint.FolderLock(self.config.checkpoint.save, self.layout.world)
+                lock = FolderLock(self.config.checkpoint.save, self.layout.world)
                 require_shared_folder(self.config.checkpoint.save, self.layout.world)
             planned = start.folder if start.is_restart else None
-            if not checkpoint.same_start_on_all_ranks(
-                self.config.checkpoint.save, planned, self.layout.world
-            ):
+            if not same_start_on_all_ranks(self.config.checkpoint.save, planned, self.layout.world):
                 raise RuntimeError(
                     f"{self.config.checkpoint.save} got another checkpoint while this run was starting; "
                     "starting again picks it up"

@@ -22,7 +22,7 @@ from data.ledger import Ledger, Mixture
 from data.sources import open_corpus
 from data.stream import DocumentStream
 from data.tokenizers.tokenizer import build_tokenizer
-from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.folders import find_published
 from pretrain.checkpointing.progress import Progress
 from pretrain.config.config import Config
 from pretrain.config.load import read_config_yaml
@@ -78,7 +78,7 @@ def audit(folder: str) -> tuple[list[str], bool]:
     Raises:
         ValueError: there is no checkpoint, or its data is not there any more.
     """
-    found = checkpoint.published(folder)
+    found = find_published(folder)
     if found is None:
         raise ValueError(
             f"load = {folder}: no checkpoint is published there. Fix: give the --save folder of a run."

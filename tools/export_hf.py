@@ -26,9 +26,11 @@ from model.hf import (
     huggingface_name,
 )
 from model.rope import Rope
-from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.folders import LATEST, find_published
+from pretrain.checkpointing.manifest import refuse_damage, verify_files
 from pretrain.checkpointing.model_files import CONFIG, read_carried
 from pretrain.checkpointing.progress import Progress
+from pretrain.checkpointing.stored_tensors import SafeReader, read_whole_tensors, tensor_names
 from pretrain.config.config import Config
 from pretrain.config.load import read_config_yaml
 from tools.huggingface import export_files
@@ -95,13 +97,13 @@ def open_source(root: str, step: int | None) -> Source:
     Raises:
         ValueError: there is none, or its files are damaged.
     """
-    folder = checkpoint.published(root, step)
+    folder = find_published(root, step)
     if folder is None:
         raise ValueError(
-            f"load = {root}: no checkpoint is published there (no {checkpoint.LATEST}). "
+            f"load = {root}: no checkpoint is published there (no {LATEST}). "
             "Fix: give the --save folder of a run."
         )
-    checkpoint.refuse_damage(folder, checkpoint.verify_files(folder))
+    refuse_damage(folder, verify_files(folder))
     config = read_config_yaml(str(folder / "config.yaml"))
     return Source(
         folder=folder,
@@ -130,7 +132,7 @@ def stored_tokenizer(folder: Path, config: Config) -> Tokenizer | None:
 
 def write_weights(source: Source, output: Path, dtype: torch.dtype, max_shard_bytes: int) -> None:
     """safetensors files of at most `max_shard_bytes` (or one tensor) each, and their index."""
-    shards = _plan_shards(checkpoint.tensor_names(source.folder), source, dtype, max_shard_bytes)
+    shards = _plan_shards(tensor_names(source.folder), source, dtype, max_shard_bytes)
     weight_map = {}
     total = 0
     for number, names in enumerate(tqdm(shards, desc="writing weights", unit="file"), 1):
@@ -140,7 +142,7 @@ def write_weights(source: Source, output: Path, dtype: torch.dtype, max_shard_by
             else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         )
         tensors = {}
-        for stored, tensor in checkpoint.read_whole_tensors(source.folder, names).items():
+        for stored, tensor in read_whole_tensors(source.folder, names).items():
             name = stored.removeprefix("model.")
             if name in VOCABULARY_ROWS:
                 tensor = tensor[: source.vocab_size]
@@ -156,7 +158,7 @@ def write_weights(source: Source, output: Path, dtype: torch.dtype, max_shard_by
 def _plan_shards(
     names: list[str], source: Source, dtype: torch.dtype, limit: int
 ) -> list[list[str]]:
-    sizes = checkpoint.SafeReader(source.folder).read_metadata().state_dict_metadata
+    sizes = SafeReader(source.folder).read_metadata().state_dict_metadata
     shards = []
     room = 0
     for name in names:

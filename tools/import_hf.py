@@ -20,6 +20,7 @@ from model.attention_backends.choice import choose_attention
 from model.build import build_whole_model
 from parallel.layout import single_process_layout
 from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.folders import find_published, iteration_folder
 from pretrain.checkpointing.model_files import GENERATION, read_model_files
 from pretrain.checkpointing.progress import Progress
 from pretrain.config.config import Config
@@ -176,10 +177,10 @@ def import_folder(arguments: Arguments) -> Path:
     """
     folder = Path(arguments.hf)
     content = read_config_file(folder)
-    child = checkpoint.iteration_folder(arguments.save, 0)
+    child = iteration_folder(arguments.save, 0)
     root = check_root("save", Path(arguments.save), child, [Input("--hf", folder)])
     # Also one that no file names: a save would take it for what it left itself, and replace it.
-    if checkpoint.published(arguments.save) or os.path.lexists(root / child.name):
+    if find_published(arguments.save) or os.path.lexists(root / child.name):
         raise ValueError(
             f"save = {arguments.save}: holds a checkpoint already. Fix: give another folder."
         )

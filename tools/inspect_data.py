@@ -19,7 +19,7 @@ from data.indexed import IndexedReader, describe_single, read_side_file
 from data.permutation import Permutation
 from data.tokenizers.folder import IdsFrom
 from data.tokenizers.tokenizer import Tokenizer, build_tokenizer
-from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.folders import find_published
 from pretrain.checkpointing.progress import Progress
 from tools.inspection.batch import describe_batch, describe_plan
 from tools.inspection.length_plot import plot_lengths
@@ -179,7 +179,7 @@ def show_samples(reader: IndexedReader, count: int, tokenizer: Tokenizer | None)
 
 def describe_account(folder: str) -> list[str]:
     """What a checkpoint's ledger says was drawn."""
-    published = checkpoint.published(Path(folder))
+    published = find_published(Path(folder))
     if published is None:
         raise ValueError(
             f"load = {folder}: no checkpoint is published there. Fix: give the --save folder of a run."

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from data.tokenizers.tokenizer import HUGGINGFACE_FILES
-from pretrain.checkpointing.checkpoint import CARRIED
+from pretrain.checkpointing.folders import CARRIED
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.folders import LATEST, find_published
 from pretrain.config.config import CheckpointConfig
 
 
@@ -31,11 +31,11 @@ def find_start(settings: CheckpointConfig) -> Start:
     Raises:
         ValueError: a source that is missing, incomplete or of another kind.
     """
-    found = checkpoint.published(settings.save)
+    found = find_published(settings.save)
     if found:
         return Start(found, reason=f"continuing {found}", is_restart=True)
     if settings.load:
-        found = checkpoint.published(settings.load, settings.ckpt_step)
+        found = find_published(settings.load, settings.ckpt_step)
         if found:
             return Start(
                 found,
@@ -46,11 +46,11 @@ def find_start(settings: CheckpointConfig) -> Start:
             return Start(None, reason="fresh weights (--load is the empty --save)")
         _refuse_huggingface("load", settings.load)
         raise ValueError(
-            f"load = {settings.load}: no checkpoint is published there (no {checkpoint.LATEST}). "
+            f"load = {settings.load}: no checkpoint is published there (no {LATEST}). "
             "Fix: give a folder that holds one, or remove --load to start from fresh weights."
         )
     if settings.pretrained_checkpoint:
-        found = checkpoint.published(settings.pretrained_checkpoint)
+        found = find_published(settings.pretrained_checkpoint)
         if found:
             return Start(found, True, f"weights of {found}")
         _refuse_huggingface("pretrained_checkpoint", settings.pretrained_checkpoint)

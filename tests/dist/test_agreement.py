@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 
 from parallel.layout import World
-from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing import start
 from pretrain.processes import agreement
 from pretrain.processes.agreement import Refused, Shared, require_agreement, shared_by_all
 from pretrain.config.load import load_config, spell
@@ -191,7 +191,7 @@ def test_a_setting_comes_before_what_follows_from_it(pool):
 def start_alone(world: World, argv: list[str], hidden: str) -> str:
     """Rank 1 does not see the checkpoint, as behind a file system that is late."""
     found = (
-        mock.patch.object(checkpoint, "published", lambda root, step=None: None)
+        mock.patch.object(start, "find_published", lambda root, step=None: None)
         if world.rank
         else mock.MagicMock()
     )

@@ -12,7 +12,7 @@ from model.activation_memory.settings import MemorySettings
 from pretrain.planner.rank_bytes import MemoryModel
 from parallel.config import LayoutConfig
 from parallel.layout import World, build_layout
-from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.folders import find_published
 from pretrain.checkpointing.progress import Progress
 from pretrain.planner import auto_layout
 from pretrain.config.load import load_config
@@ -123,7 +123,7 @@ def test_a_run_chooses_its_layouts_once(pool, tmp_path, monkeypatch):
     outcomes = [pool.run(train, 2, argv) for _ in range(2)]
     assert outcomes == [["again"] * 2, ["done"] * 2]
     assert sorted(losses(tmp_path / "save")) == [1, 2, 3, 4]
-    kept = Progress.read(checkpoint.published(tmp_path / "save")).layouts
+    kept = Progress.read(find_published(tmp_path / "save")).layouts
     assert kept.keys() == {"short", "long"} and kept["long"]["chosen"]["context_parallel_size"] == 2
 
     # The stored choice wins over an estimate that has changed; another world or another phase is

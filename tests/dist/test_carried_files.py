@@ -2,7 +2,8 @@
 
 import shutil
 
-from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.folders import find_published
+from pretrain.checkpointing.manifest import verify_files
 from pretrain.checkpointing.model_files import read_carried, read_model_files
 from tests.huggingface import chat_folders as folders
 from tests.dist.training import base_arguments, train, write_corpus
@@ -31,9 +32,9 @@ def test_checkpoints_carry_the_files_of_the_model_also_after_a_restart(pool, tmp
     for iterations in (1, 2):
         argv = base_arguments(corpus, train_iters=iterations, **arguments)
         assert pool.run(train, 2, argv) == ["done"] * 2
-        folder = checkpoint.published(tmp_path / "run")
+        folder = find_published(tmp_path / "run")
         assert folder.name == f"iter_{iterations:07d}"
         assert read_carried(folder) == expected
-        assert checkpoint.verify_files(folder) == []
+        assert verify_files(folder) == []
         # The restart reads its own checkpoint: the first source may be gone.
         shutil.rmtree(tmp_path / "imported", ignore_errors=True)

@@ -14,7 +14,7 @@ from data.stream import DocumentStream
 from parallel.layout import Axis
 from parallel.tensor import vocab_parallel_first_choices
 from pretrain.batches import Feed
-from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.folders import LATEST
 from pretrain.config.load import load_config
 from pretrain.evaluation.evaluate import Evaluator
 from pretrain.schedule.resolve import resolve_phases
@@ -218,7 +218,7 @@ def test_a_restart_writes_no_record_twice(pool, tmp_path):
     assert (tmp_path / "cut" / "validation.jsonl").read_text() == lines, (
         "none is left out at a stop that was planned"
     )
-    (save / checkpoint.LATEST).write_text("3")
+    (save / LATEST).write_text("3")
     assert pool.run(train, 1, argv) == ["done"]
     assert (save / "validation.jsonl").read_text() == lines
     events = [json.loads(line) for line in (save / "events.jsonl").read_text().splitlines()]

@@ -9,7 +9,8 @@ import torch
 
 from data.batch import IGNORE, Batch
 from model import hf
-from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.folders import find_published
+from pretrain.checkpointing.stored_tensors import read_whole_tensors, tensor_names
 from pretrain.config.load import field_table
 from pretrain.checkpointing.resume_contract import setting_changes
 from tests.dist.training import VOCABULARY, base_arguments, losses, train, write_corpus
@@ -170,7 +171,7 @@ def test_bad_input_leaves_nothing(trained, tmp_path):
 
 
 def test_damaged_weights_are_not_exported(trained, tmp_path):
-    folder = checkpoint.published(trained["Qwen3ForCausalLM"])
+    folder = find_published(trained["Qwen3ForCausalLM"])
     data = next(folder.glob("*.distcp"))
     original = data.read_bytes()
     try:
@@ -208,10 +209,10 @@ def test_import_gives_back_the_same_weights_and_settings(trained, tmp_path, name
     folder = import_folder(
         ImportArguments(hf=str(tmp_path / "hf"), save=str(tmp_path / "imported"))
     )
-    original = checkpoint.published(trained[name])
-    names = checkpoint.tensor_names(original)
-    assert names == checkpoint.tensor_names(folder)
-    before, after = (checkpoint.read_whole_tensors(place, names) for place in (original, folder))
+    original = find_published(trained[name])
+    names = tensor_names(original)
+    assert names == tensor_names(folder)
+    before, after = (read_whole_tensors(place, names) for place in (original, folder))
     for tensor in names:
         rows = (
             VOCABULARY

@@ -10,7 +10,8 @@ import yaml
 
 from model.rope import Rope
 from parallel.config import LayoutConfig
-from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.folder_lock import FolderLock, same_start_on_all_ranks
+from pretrain.checkpointing.folders import LATEST, find_published
 from pretrain.checkpointing.progress import Progress
 from pretrain.config.load import load_config
 from pretrain.plan import make_plan, warnings_about
@@ -76,7 +77,7 @@ def test_a_step_done_again_stands_once(pool, corpus, tmp_path):
     save = str(tmp_path / "save")
     pool.run(train, 1, base_arguments(corpus, save=save, save_interval=3))
     first = losses(save)
-    (tmp_path / "save" / checkpoint.LATEST).write_text("3")
+    (tmp_path / "save" / LATEST).write_text("3")
     with open(tmp_path / "save" / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "lo')  # what a kill in the middle of a write leaves
     assert pool.run(train, 1, base_arguments(corpus, save=save, save_interval=3)) == ["done"]
@@ -201,7 +202,7 @@ def test_phases_with_changing_layouts_equal_one_process(pool, corpus, tmp_path):
         assert line["real_tokens"] == sum(line["sources"].values()) <= line["tokens"]
     assert lines[-1]["real_tokens"] < lines[-1]["tokens"], "best_fit must have padded"
     assert lines[1]["sources"] == {corpus: 256, other: 128}  # 4.2 and 1.8 of 6 samples
-    rows = Progress.read(checkpoint.published(tmp_path / "four")).data["account"]
+    rows = Progress.read(find_published(tmp_path / "four")).data["account"]
     assert {(row["phase"], row["source"]) for row in rows} == {
         ("short", corpus),
         ("short", other),
@@ -261,7 +262,7 @@ def test_a_phase_trains_with_its_own_rope(pool, corpus, tmp_path):
             "done"
         ]
         found[kind] = losses(tmp_path / kind)
-        rope = Progress.read(checkpoint.published(tmp_path / kind)).phase["rope"]
+        rope = Progress.read(find_published(tmp_path / kind)).phase["rope"]
         assert Rope(**rope) == Rope.make(
             10000.0, kind, dict(factor=4.0, original_max_position_embeddings=32)
         )
@@ -291,7 +292,7 @@ def test_another_name_for_a_phase_changes_no_token(pool, corpus, tmp_path):
         for name in ("straight", "renamed")
     ]
     assert digests[0] == digests[1] and len(digests[0]) == 8
-    (segment,) = Progress.read(checkpoint.published(tmp_path / "renamed")).data[
+    (segment,) = Progress.read(find_published(tmp_path / "renamed")).data[
         "segments"
     ]
     assert segment["phase"] == "base"
@@ -429,9 +430,9 @@ def start_changes(world, root) -> list[bool]:
     from parallel.layout import build_layout
 
     axis = build_layout(LayoutConfig(), world).world
-    current = checkpoint.published(root)
+    current = find_published(root)
     return [
-        checkpoint.same_start_on_all_ranks(root, planned, axis)
+        same_start_on_all_ranks(root, planned, axis)
         for planned in (current, None if axis.rank == 1 else current, None)
     ]
 
@@ -447,15 +448,15 @@ def hold_lock(world, root) -> str:
     from parallel.layout import build_layout
 
     axis = build_layout(LayoutConfig(), world).world
-    first = checkpoint.FolderLock(root, axis)
+    first = FolderLock(root, axis)
     try:
-        checkpoint.FolderLock(root, axis)
+        FolderLock(root, axis)
         return "both"
     except ValueError as error:
         return str(error)
     finally:
         first.release()
-        checkpoint.FolderLock(root, axis).release()
+        FolderLock(root, axis).release()
 
 
 def test_a_save_folder_takes_one_run_at_a_time(pool, tmp_path):
@@ -467,7 +468,7 @@ def test_damaged_checkpoints_are_refused(pool, corpus, tmp_path):
     save = tmp_path / "save"
     argv = base_arguments(corpus, save=str(save), train_iters=2)
     pool.run(train, 1, argv)
-    folder = checkpoint.published(save)
+    folder = find_published(save)
     longer = base_arguments(corpus, save=str(save), train_iters=4)
     data = next(folder.glob("*.distcp"))
     original = data.read_bytes()
@@ -513,7 +514,7 @@ def test_data_may_change_where_it_is_said(pool, corpus, tmp_path):
     assert pool.run(train, 1, [*skipping, "1000:1536"]) == ["done"]
     (row,) = [
         row
-        for row in Progress.read(checkpoint.published(save)).data["account"]
+        for row in Progress.read(find_published(save)).data["account"]
         if row["skipped"]
     ]
     assert row["tokens"] == 512 and sorted(losses(save)) == [1, 2, 3, 4, 5, 6]
@@ -532,12 +533,12 @@ def test_moments_are_kept_where_the_data_is_new(pool, corpus, tmp_path):
     assert losses(tmp_path / "new").keys() == {3}
     steps = [tensor for name, tensor in stored(tmp_path / "new").items() if name.endswith(".step")]
     assert steps and all(step == 3 for step in steps)
-    account = Progress.read(checkpoint.published(tmp_path / "new")).data["account"]
+    account = Progress.read(find_published(tmp_path / "new")).data["account"]
     assert {(row["source"], row["samples"]) for row in account} == {(corpus, 8), (other, 4)}
     # The same corpus in the order of another seed: nothing of it counts as read.
     argv = base_arguments(corpus, save=str(tmp_path / "seed"), load=base, train_iters=3, seed=5)
     assert pool.run(train, 1, [*argv, "--accept-changes", "data"]) == ["done"]
-    account = Progress.read(checkpoint.published(tmp_path / "seed")).data["account"]
+    account = Progress.read(find_published(tmp_path / "seed")).data["account"]
     assert [
         (row["source"].startswith(f"{corpus} before it changed"), row["samples"]) for row in account
     ] == [(True, 8), (False, 4)]

@@ -10,7 +10,7 @@ import torch
 
 from data.writers.indexed_writer import IndexedWriter
 from parallel.layout import World
-from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.folders import find_published
 from pretrain import train as trainer_module
 from pretrain.processes.agreement import Refused
 from pretrain.config.load import load_config, spell
@@ -111,7 +111,7 @@ def test_a_run_whose_steps_are_all_skipped_is_refused_and_saves_nothing(pool, co
     argv = base_arguments(corpus, save=str(tmp_path), train_iters=3, eval_iters=0, save_interval=1)
     for text in pool.run(run, 2, argv, None, True):
         assert text.startswith("refused: step 3: all 3 steps since the start were skipped"), text
-    assert checkpoint.published(tmp_path) is None
+    assert find_published(tmp_path) is None
     assert ("refused", 3) in events(tmp_path)
     assert "done" not in dict(events(tmp_path))
 
@@ -119,11 +119,11 @@ def test_a_run_whose_steps_are_all_skipped_is_refused_and_saves_nothing(pool, co
 def test_nothing_is_saved_over_a_good_checkpoint_for_steps_that_did_nothing(pool, corpus, tmp_path):
     argv = base_arguments(corpus, save=str(tmp_path), train_iters=6, eval_iters=0, save_interval=2)
     assert pool.run(run, 1, [*argv, "--exit-interval", "4"], 3, False) == ["stopped"]
-    assert checkpoint.published(tmp_path).name == "iter_0000002"
+    assert find_published(tmp_path).name == "iter_0000002"
     assert events(tmp_path)[-3:] == [("skipped", 4), ("unsaved", 4), ("stopped", 4)]
     (text,) = pool.run(run, 1, argv, 1, False)
     assert text.startswith("refused: step 6: all 4 steps since the start were skipped"), text
-    assert checkpoint.published(tmp_path).name == "iter_0000002"
+    assert find_published(tmp_path).name == "iter_0000002"
 
 
 def test_a_run_with_some_skipped_steps_is_done_and_says_so(pool, corpus, tmp_path):
@@ -131,7 +131,7 @@ def test_a_run_with_some_skipped_steps_is_done_and_says_so(pool, corpus, tmp_pat
     assert pool.run(run, 1, argv, 3, False) == ["done"]
     last = json.loads((tmp_path / "events.jsonl").read_text().splitlines()[-1])
     assert "of 4 steps since the start 2 were skipped" in last["text"]
-    assert checkpoint.published(tmp_path).name == "iter_0000004", "the clock of the end"
+    assert find_published(tmp_path).name == "iter_0000004", "the clock of the end"
 
 
 def test_steps_without_a_target_are_counted_and_a_run_of_them_alone_is_refused(pool, tmp_path):
@@ -157,4 +157,4 @@ def test_steps_without_a_target_are_counted_and_a_run_of_them_alone_is_refused(p
     )
     (text,) = pool.run(run, 1, argv, None, False)
     assert text.startswith(f"refused: step {before}: no step had a target"), text
-    assert checkpoint.published(tmp_path / "short") is None
+    assert find_published(tmp_path / "short") is None

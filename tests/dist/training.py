@@ -7,7 +7,8 @@ import numpy as np
 
 from data.writers.indexed_writer import IndexedWriter
 from parallel.layout import World
-from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.folders import find_published
+from pretrain.checkpointing.stored_tensors import read_whole_tensors, tensor_names
 from pretrain.config.load import load_config, spell
 from pretrain.plan import make_plan
 from pretrain.train import Trainer
@@ -73,9 +74,9 @@ def losses(save: str | Path) -> dict[int, float]:
 
 def stored(save: str | Path) -> dict[str, np.ndarray]:
     """Every tensor of the latest checkpoint, whole."""
-    folder = checkpoint.published(save)
-    names = checkpoint.tensor_names(folder, "")
+    folder = find_published(save)
+    names = tensor_names(folder, "")
     return {
         name: tensor.numpy()
-        for name, tensor in checkpoint.read_whole_tensors(folder, names).items()
+        for name, tensor in read_whole_tensors(folder, names).items()
     }

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.folders import find_published
+from pretrain.checkpointing.stored_tensors import read_whole_tensors, tensor_names
 from tests.huggingface.model_folders import SHAPE, transformers_logits, transformers_model
 from tools import import_hf
 from tools.export_hf import Source, open_source
@@ -39,8 +40,8 @@ def assert_same_model(folder: Path, *flags: str) -> dict[str, torch.Tensor]:
     ours = our_logits(save)
     difference = (ours - expected).abs().max()
     assert difference <= 1e-5 * expected.abs().max(), difference
-    published = checkpoint.published(save)
-    return checkpoint.read_whole_tensors(published, checkpoint.tensor_names(published))
+    published = find_published(save)
+    return read_whole_tensors(published, tensor_names(published))
 
 
 def our_logits(save: Path) -> torch.Tensor:

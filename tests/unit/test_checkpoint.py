@@ -11,20 +11,31 @@ import torch
 from data.files import write_atomically
 from parallel.layout import single_process_layout
 from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.folder_lock import FolderLock
+from pretrain.checkpointing.folders import (
+    CARRIED,
+    LATEST,
+    MANIFEST,
+    find_published,
+    is_checkpoint_folder,
+    iteration_folder,
+)
+from pretrain.checkpointing.manifest import verify_files
 from pretrain.checkpointing.model_files import read_carried
 from pretrain.checkpointing.progress import Progress
 from pretrain.checkpointing.start import find_start
+from pretrain.checkpointing.stored_tensors import SafeReader, read_whole_tensors
 from pretrain.config.load import dump_yaml, load_config
 
 
 def publish(root, step=5):
     """A folder that looks like a published checkpoint of the tiny model."""
     config = load_config(["--model", "tiny", "--vocab-size", "100"])
-    folder = checkpoint.iteration_folder(root, step)
+    folder = iteration_folder(root, step)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(dump_yaml(config))
-    (folder / checkpoint.MANIFEST).write_text(json.dumps({"files": {}}))
-    write_atomically(root / checkpoint.LATEST, str(step))
+    (folder / MANIFEST).write_text(json.dumps({"files": {}}))
+    write_atomically(root / LATEST, str(step))
     return folder
 
 
@@ -48,7 +59,7 @@ def test_a_published_checkpoint_in_save_wins(tmp_path):
 def test_a_published_checkpoint_is_found_through_a_folder_that_is_not_there(tmp_path):
     mine = publish(tmp_path / "save")
     assert start(save=tmp_path / "save" / "x" / "..").folder == mine
-    assert checkpoint.published(tmp_path / "x" / ".." / "save") == mine
+    assert find_published(tmp_path / "x" / ".." / "save") == mine
 
 
 def test_weights_only_sources(tmp_path):
@@ -89,10 +100,10 @@ def test_an_unfinished_folder_is_never_chosen(tmp_path):
     publish(tmp_path, step=5)
     (tmp_path / "iter_0000010").mkdir()  # no manifest: something else made it
     assert start(save=tmp_path).folder.name == "iter_0000005"
-    (tmp_path / checkpoint.LATEST).write_text("10")
+    (tmp_path / LATEST).write_text("10")
     with pytest.raises(ValueError, match="iter_0000010: missing or not complete"):
         start(save=tmp_path)
-    (tmp_path / checkpoint.LATEST).write_text("ten")
+    (tmp_path / LATEST).write_text("ten")
     with pytest.raises(ValueError, match="must hold an iteration number"):
         start(save=tmp_path)
 
@@ -107,7 +118,7 @@ class Harmful:
 def test_metadata_that_would_run_code_is_refused(tmp_path):
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Harmful()))
     with pytest.raises(ValueError, match="names posix.mkdir"):
-        checkpoint.SafeReader(tmp_path).read_metadata()
+        SafeReader(tmp_path).read_metadata()
 
 
 def test_atomic_write_leaves_no_temporary_file(tmp_path):
@@ -129,18 +140,18 @@ def save(root, step=1, value=1.0, **options):
 
 
 def read(folder):
-    return checkpoint.read_whole_tensors(folder, ["model.weight"])["model.weight"].tolist()
+    return read_whole_tensors(folder, ["model.weight"])["model.weight"].tolist()
 
 
 def test_a_save_replaces_its_own_folders_and_leaves_no_other(tmp_path):
     folder = save(tmp_path)
-    assert checkpoint.is_checkpoint_folder(folder)
+    assert is_checkpoint_folder(folder)
     shutil.copytree(folder, tmp_path / ".iter_0000001.partial")
-    (tmp_path / ".iter_0000001.partial" / checkpoint.MANIFEST).unlink()
+    (tmp_path / ".iter_0000001.partial" / MANIFEST).unlink()
     shutil.copytree(folder, tmp_path / ".iter_0000001.replaced")
     assert read(save(tmp_path, value=2.0)) == [2.0] * 3
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"iter_0000001", checkpoint.LATEST}
+    assert names == {"iter_0000001", LATEST}
 
 
 @pytest.mark.parametrize(
@@ -172,7 +183,7 @@ def test_a_checkpoint_with_a_linked_folder_in_it_is_not_only_a_saves(tmp_path):
     folder = save(tmp_path / "run")
     (tmp_path / "notes").mkdir()
     (folder / "notes").symlink_to(tmp_path / "notes")
-    assert not checkpoint.is_checkpoint_folder(folder)
+    assert not is_checkpoint_folder(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"process 7 on node", b"package lock", b"\xff\x00"])
@@ -180,7 +191,7 @@ def test_a_lock_file_of_another_program_keeps_its_content(tmp_path, content, mon
     monkeypatch.setattr(checkpoint.dist, "broadcast_object_list", lambda *args, **kwargs: None)
     (tmp_path / ".lock").write_bytes(content)
     world = single_process_layout(torch.device("cpu")).world
-    checkpoint.FolderLock(tmp_path, world).release()
+    FolderLock(tmp_path, world).release()
     is_ours = content in (b"", b"process 7 on node")
     found = (tmp_path / ".lock").read_bytes()
     assert found.startswith(b"process ") if is_ours else found == content, found
@@ -190,9 +201,9 @@ def test_carried_files_lie_in_the_checkpoint_under_its_checksums(tmp_path):
     carried = {"generation_config.json": b"{}", "additional_chat_templates/tool.jinja": b"{{ x }}"}
     folder = save(tmp_path, carried=carried)
     assert read_carried(folder) == carried
-    assert checkpoint.verify_files(folder) == []
-    (folder / checkpoint.CARRIED / "generation_config.json").write_text("[]")
-    assert "differs from its checksum" in checkpoint.verify_files(folder)[0]
+    assert verify_files(folder) == []
+    (folder / CARRIED / "generation_config.json").write_text("[]")
+    assert "differs from its checksum" in verify_files(folder)[0]
 
 
 def test_a_failed_atomic_write_leaves_no_temporary_file(tmp_path):

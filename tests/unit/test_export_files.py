@@ -11,8 +11,10 @@ from data.tokenizers.tokenizer import build_tokenizer
 from model.rope import Rope
 from parallel.layout import single_process_layout
 from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.folders import CARRIED, MANIFEST, find_published
 from pretrain.checkpointing.model_files import read_carried
 from pretrain.checkpointing.progress import Progress
+from pretrain.checkpointing.stored_tensors import read_whole_tensors, tensor_names
 from pretrain.config.load import dump_yaml, read_config_yaml
 from tests.huggingface import chat_folders as folders
 from tools.export_hf import Arguments, export
@@ -56,7 +58,7 @@ def imported(source) -> Path:
 
 def continue_run(start: Path, root: Path, *, tokenizer=None, tokenizer_type=None, **phase) -> Path:
     """Save the weights of `start` again, as a run with other settings that began there would."""
-    folder = checkpoint.published(start)
+    folder = find_published(start)
     config = read_config_yaml(str(folder / "config.yaml"))
     progress = Progress.read(folder)
     settings = progress.phase | phase
@@ -65,8 +67,8 @@ def continue_run(start: Path, root: Path, *, tokenizer=None, tokenizer_type=None
     if tokenizer_type is not None:
         config.data.tokenizer_type = tokenizer_type
         files = build_tokenizer(tokenizer_type, tokenizer, config.data.vocab_size).files
-    names = checkpoint.tensor_names(folder)
-    tensors = checkpoint.read_whole_tensors(folder, names)
+    names = tensor_names(folder)
+    tensors = read_whole_tensors(folder, names)
     world = single_process_layout(torch.device("cpu")).world
     checkpoint.save(
         root, 7, tensors, progress, dump_yaml(config), files, world, carried=read_carried(folder)
@@ -227,16 +229,14 @@ def test_a_model_that_began_here_gets_the_ids_of_its_tokenizer(
         tokenizer=sentencepiece_model,
         tokenizer_type="SentencePieceTokenizer",
     )
-    folder = checkpoint.published(run)
-    for path in sorted((folder / checkpoint.CARRIED).rglob("*"), reverse=True):
+    folder = find_published(run)
+    for path in sorted((folder / CARRIED).rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
-    manifest = read(folder / checkpoint.MANIFEST)
+    manifest = read(folder / MANIFEST)
     manifest["files"] = {
-        name: value
-        for name, value in manifest["files"].items()
-        if not name.startswith(checkpoint.CARRIED)
+        name: value for name, value in manifest["files"].items() if not name.startswith(CARRIED)
     }
-    (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    (folder / MANIFEST).write_text(json.dumps(manifest))
     export(Arguments(load=str(run), output=str(tmp_path / "out")))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     expected = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from model import hf
-from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.folders import LATEST, find_published
 from pretrain.config.load import read_config_yaml
 from tests.huggingface.imports import IDS, POSITIONS, assert_same_model, our_logits, refusal, run
 from tests.huggingface.model_folders import (
@@ -42,7 +42,7 @@ def test_missing_fields_have_the_defaults_of_the_architecture(tmp_path, kind):
     )
     change_config(folder, drop=dropped)
     assert_same_model(folder)
-    config = read_config_yaml(str(checkpoint.published(tmp_path / "imported") / "config.yaml"))
+    config = read_config_yaml(str(find_published(tmp_path / "imported") / "config.yaml"))
     assert config.model.norm_epsilon == epsilon
 
 
@@ -175,7 +175,7 @@ def test_a_wrong_conversion_is_noticed_and_leaves_nothing(folder, capsys, monkey
     monkeypatch.setattr(hf, "_BACK_LAYER", swapped)
     assert "verification of the import failed" in refusal(folder, capsys)
     code, save = run(folder, "--no-verify")
-    assert code == 0 and checkpoint.published(save)
+    assert code == 0 and find_published(save)
 
 
 def test_a_fault_that_the_rounding_of_fp32_hides_is_noticed(folder, capsys, monkeypatch):
@@ -283,7 +283,7 @@ def test_the_same_folder_is_not_imported_twice(folder, capsys):
 
 def test_a_checkpoint_that_no_file_names_is_not_replaced(folder, capsys):
     _, save = run(folder)
-    (save / checkpoint.LATEST).unlink()
+    (save / LATEST).unlink()
     before = (save / "iter_0000000" / "config.yaml").stat().st_ino
     assert run(folder)[0] == 2
     assert "holds a checkpoint already" in capsys.readouterr().err

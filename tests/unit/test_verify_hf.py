@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data.files import checksum
-from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.folders import MANIFEST, find_published
 from pretrain.config.load import dump_yaml, read_config_yaml
 from tests.huggingface.model_folders import write_folder
 from tools import export_hf, import_hf
@@ -28,14 +28,14 @@ def imported_run(tmp_path, settings: dict) -> str:
     )
     save = str(tmp_path / "run")
     assert import_hf.main(["--hf", str(folder), "--save", save, "--no-verify"]) == 0
-    published = checkpoint.published(save)
+    published = find_published(save)
     config = read_config_yaml(str(published / "config.yaml"))
     for name, value in settings.items():
         setattr(config.memory, name, value)
     (published / "config.yaml").write_text(dump_yaml(config))
-    manifest = json.loads((published / checkpoint.MANIFEST).read_text())
+    manifest = json.loads((published / MANIFEST).read_text())
     manifest["files"]["config.yaml"] = checksum(published / "config.yaml")
-    (published / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    (published / MANIFEST).write_text(json.dumps(manifest))
     return save
 
 

@@ -22,7 +22,8 @@ from pathlib import Path
 
 import torch
 
-from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.folders import find_published
+from pretrain.checkpointing.stored_tensors import read_whole_tensors, tensor_names
 from tools.audit_data import audit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -211,12 +212,12 @@ def differences(one: Path, other: Path) -> list[str]:
         steps = [a["step"] for a, b in zip(*runs, strict=False) if a[key] != b[key]]
         if steps:
             found.append(f"{key} of {len(steps)} steps, first of {steps[0]}")
-    folders = [checkpoint.published(folder) for folder in (one, other)]
-    names = checkpoint.tensor_names(folders[0], "")
-    if names != checkpoint.tensor_names(folders[1], ""):
+    folders = [find_published(folder) for folder in (one, other)]
+    names = tensor_names(folders[0], "")
+    if names != tensor_names(folders[1], ""):
         return [*found, "the checkpoints' tensors"]
     for name in names:
-        mine, theirs = (checkpoint.read_whole_tensors(folder, [name])[name] for folder in folders)
+        mine, theirs = (read_whole_tensors(folder, [name])[name] for folder in folders)
         if not torch.equal(mine, theirs):
             found.append(f"{name} by up to {float((mine - theirs).abs().max()):.1e}")
     return found

@@ -17,7 +17,7 @@ from data.sources import open_corpus
 from model.attention_backends.choice import choose_attention
 from model.build import build_whole_model
 from model.gpt import GPTStage
-from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.stored_tensors import read_whole_tensors, tensor_names
 from tools.huggingface.compare_logits import (
     Sequence,
     compute_in_double,
@@ -106,10 +106,10 @@ def _real_text(source: Source, text_file: str | None) -> np.ndarray:
 def model_of_checkpoint(source: Source, exported: Path) -> GPTStage:
     """Our model from the checkpoint itself, its weights rounded to the exported dtype, in fp64."""
     dtype = getattr(torch, json.loads((exported / "config.json").read_text())["torch_dtype"])
-    names = checkpoint.tensor_names(source.folder)
+    names = tensor_names(source.folder)
     tensors = {
         name.removeprefix("model."): tensor.to(dtype).float()
-        for name, tensor in checkpoint.read_whole_tensors(source.folder, names).items()
+        for name, tensor in read_whole_tensors(source.folder, names).items()
     }
     device = torch.device("cpu")
     attend, _ = choose_attention("sdpa", device, torch.float64)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.folders import find_published
 from pretrain.checkpointing.progress import Progress
 from pretrain.config.config import Config
 from pretrain.config.load import read_config_yaml
@@ -247,7 +247,7 @@ def _read_checkpoint(folder: Path, notes: list[str]) -> tuple[Config | None, Pro
     read."""
     config = progress = None
     try:
-        published = checkpoint.published(folder)
+        published = find_published(folder)
         if published is None:
             notes.append("No checkpoint is published in the folder.")
         else:

@@ -1,0 +1,79 @@
+"""One run per --save folder: the lock that keeps a second one out, and what was found before it."""
+
+import os
+import re
+import socket
+from pathlib import Path
+from typing import IO
+
+import torch.distributed as dist
+
+from data.files import lock_file
+from parallel.layout import Axis
+from pretrain.checkpointing.folders import find_published
+
+
+class FolderLock:
+    """Keeps a second run out of a --save folder; the system releases it when the process ends."""
+
+    def __init__(self, root: str | os.PathLike, world: Axis):
+        """Take the lock; collective over `world`, global rank 0 holds it.
+
+        Raises:
+            ValueError: another run holds it, or the folder cannot be written; on all ranks.
+        """
+        self.file: IO[str] | None = None
+        problem: list[str | None] = [None]
+        if world.rank == 0:
+            problem[0] = self._take(Path(root))
+        dist.broadcast_object_list(problem, src=0, group=world.group)
+        if problem[0]:
+            self.release()
+            raise ValueError(f"save = {root}: {problem[0]}")
+
+    def _take(self, root: Path) -> str | None:
+        """Lock the folder's .lock file and sign it; returns the problem, if there is one."""
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            file = open(root / ".lock", "a+", encoding="utf-8", errors="replace")
+            self.file = file
+        except OSError as error:
+            return _unwritable(error)
+        try:
+            lock_file(file)
+            file.seek(0)
+            # The file of another program keeps its content.
+            if re.fullmatch(r"(process \d+ on .*)?", file.read()):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                file.flush()
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read() or "another process"
+            return f"{holder} is training into it. Fix: stop that run, or give another --save."
+        except OSError as error:
+            return _unwritable(error)
+        return None
+
+    def release(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+def _unwritable(error: OSError) -> str:
+    return f"cannot be written ({error.strerror}). Fix: give another --save."
+
+
+def same_start_on_all_ranks(root: str | os.PathLike, planned: Path | None, world: Axis) -> bool:
+    """Tell whether `planned` is still the latest published checkpoint for every rank; collective.
+
+    Plans are made before the processes meet and before the folder is locked.
+
+    Args:
+        planned: None where there was none.
+    """
+    latest = [find_published(root) if world.rank == 0 else None]
+    dist.broadcast_object_list(latest, src=0, group=world.group)
+    answers = [False] * world.size
+    dist.all_gather_object(answers, latest[0] == planned, group=world.group)
+    return all(answers)

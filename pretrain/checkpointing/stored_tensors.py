@@ -1,0 +1,102 @@
+"""The tensors in a checkpoint's files, read without a process group and without running code.
+
+DCP keeps its table of tensors as a pickle, which can run anything when it is loaded. Ours is read by
+an unpickler that knows the classes of such a table and no others.
+"""
+
+import os
+import pickle
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+ALONE = "torch.distributed is disabled"
+"""DCP's warning where working without a process group is meant."""
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Loads DCP's .metadata and nothing else: a checkpoint from a stranger must not run code."""
+
+    allowed = {
+        "torch.distributed.checkpoint.metadata": {
+            "Metadata",
+            "MetadataIndex",
+            "TensorStorageMetadata",
+            "BytesStorageMetadata",
+            "TensorProperties",
+            "ChunkStorageMetadata",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
+        },
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+        "torch.serialization": {"_get_layout"},
+        "torch": {"Size", "device"},
+        "pathlib": {"PosixPath", "PurePosixPath", "Path"},
+        "collections": {"OrderedDict"},
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        # Dtypes are attributes of torch like its functions, which must not be called.
+        is_dtype = (
+            module == "torch"
+            and re.fullmatch(r"[a-z0-9]+", name)
+            and isinstance(getattr(torch, name, None), torch.dtype)
+        )
+        if not is_dtype and name not in self.allowed.get(module, ()):
+            raise ValueError(
+                f"checkpoint metadata names {module}.{name}, which no checkpoint of ours holds. "
+                "Fix: do not load this folder; it may be harmful."
+            )
+        return super().find_class(module, name)
+
+
+class SafeReader(dcp.FileSystemReader):
+    """A FileSystemReader whose metadata goes through `_MetadataUnpickler`."""
+
+    def __init__(self, path: str | os.PathLike):
+        super().__init__(path)
+        self.sizes: dict[str, torch.Size] = {}
+        """Sizes to claim for tensors that are asked for in another than the stored one: DCP then
+        reads the part that is stored."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        metadata.storage_meta.load_id = self.load_id
+        for name, size in self.sizes.items():
+            metadata.state_dict_metadata[name].size = size
+        return metadata
+
+
+def tensors_of(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    """The stored tensors by name, without what else a table of DCP may hold."""
+    return {
+        name: entry
+        for name, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def tensor_names(folder: Path, prefix: str = "model.") -> list[str]:
+    """List the stored tensors whose names start with `prefix`."""
+    stored = tensors_of(SafeReader(folder).read_metadata())
+    return sorted(name for name in stored if name.startswith(prefix))
+
+
+def read_whole_tensors(folder: Path, names: list[str]) -> dict[str, torch.Tensor]:
+    """Read the named tensors, whole, into the CPU's memory, without any process group."""
+    reader = SafeReader(folder)
+    stored = tensors_of(reader.read_metadata())
+    tensors = {
+        name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype, device="cpu")
+        for name in names
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=ALONE)
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
