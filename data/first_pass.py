@@ -6,8 +6,9 @@ import numpy as np
 
 from data.batch import Sample
 from data.blend import BlendOrder
-from data.ledger import DataSettings
-from data.packing import Concat, Place
+from data.packing.concat import Concat
+from data.packing.place import Place
+from data.segments import DataSettings
 from data.stream import DocumentStream
 
 

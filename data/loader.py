@@ -5,7 +5,7 @@ from threading import Thread
 
 from data.batch import Batch, digest, read_batch
 from data.first_pass import FirstPass
-from data.ledger import Mixture
+from data.mixture import Mixture
 
 
 class Loader:

@@ -11,7 +11,7 @@ from data.blend import SourceName, parse_blend
 from data.cache import IndexCache
 from data.config import DataConfig, are_named, parse_split
 from data.indexed import IndexedReader, OpenFiles, read_side_file
-from data.ledger import DataSettings
+from data.segments import DataSettings
 from data.stream import SPLITS, DocumentStream, split_documents
 from data.synthetic import SyntheticReader
 from data.tokenizers.identity import same_tokenizer

@@ -7,8 +7,11 @@ from data.batch import Batch
 from data.blend import SourceName
 from data.config import DataConfig, parse_windows
 from data.first_pass import FirstPass
-from data.ledger import DataSettings, Ledger, Mixture, forecast
+from data.forecast import Forecast, forecast
+from data.ledger import Ledger
 from data.loader import Loader
+from data.mixture import Mixture
+from data.segments import DataSettings
 from data.sources import Corpus
 from data.stream import DocumentStream
 from parallel.context import token_pieces
@@ -52,7 +55,7 @@ class Feed:
             ValueError: its sources do not have what it is to draw (`data_exhausted` stop or error).
         """
         self._phase = phase
-        begins = all(segment["phase"] != phase.name for segment in self.ledger.segments)
+        begins = all(segment.phase != phase.name for segment in self.ledger.segments)
         self.ledger.enter(clock, phase.name, settings_of(phase, self.corpus))
         self._check(clock)
         self._loader = None
@@ -64,9 +67,7 @@ class Feed:
         phase."""
         phase = self._phase
         opened = self.ledger.open
-        self.ledger.mixture().check(
-            (phase.end_of_steps(clock) - opened["start"]) // phase.seq_length
-        )
+        self.ledger.mixture().check((phase.end_of_steps(clock) - opened.start) // phase.seq_length)
 
     def read(self, clock: int) -> list[Batch]:
         """The microbatches of the step at `clock`; the first one at or after a window of
@@ -79,7 +80,7 @@ class Feed:
         if self._loader is None or self._loader.global_batch_tokens != batch:
             self._loader = self._make(
                 self.ledger.mixture(),
-                self.ledger.open["start"],
+                self.ledger.open.start,
                 phase.micro_batch_size,
                 batch,
                 phase.document_masking,
@@ -217,33 +218,33 @@ def check_windows(
 
 def blend_change(ledger: Ledger, corpus: Corpus, phase: Phase) -> tuple[list, list] | None:
     """The blends of the open segment and of the phase that goes on, where they are not the same."""
-    theirs = ledger.open["blend"]
+    theirs = ledger.open.settings.to_json()["blend"]
     ours = settings_of(phase, corpus).to_json()["blend"]
     return (theirs, ours) if theirs != ours else None
 
 
 def forecast_phases(
     ledger: Ledger, corpus: Corpus, clock: int, phases: Sequence[Phase]
-) -> list[dict]:
-    """`data.ledger.forecast` of the phases that are not over at `clock`."""
+) -> list[Forecast]:
+    """`data.forecast.forecast` of the phases that are not over at `clock`."""
     coming = [
         (phase.name, phase.end, settings_of(phase, corpus)) for phase in phases if phase.end > clock
     ]
     return forecast(ledger, clock, coming)
 
 
-def describe_forecast(rows: list[dict]) -> str:
+def describe_forecast(rows: list[Forecast]) -> str:
     """What each phase will draw, a line per source, at most SHOWN_SOURCES per phase."""
     lines = [
         f"{'phase':<12}{'share':>8}{'tokens':>16}{'of an epoch of':>18}{'epochs':>16}   source"
     ]
     shown: dict[str, int] = {}
     for row in rows:
-        shown[row["phase"]] = shown.get(row["phase"], 0) + 1
-        if shown[row["phase"]] <= SHOWN_SOURCES:
+        shown[row.phase] = shown.get(row.phase, 0) + 1
+        if shown[row.phase] <= SHOWN_SOURCES:
             lines.append(
-                f"{row['phase']:<12}{100 * row['share']:>7.2f}%{row['tokens']:>16,}{row['epoch_tokens']:>18,}"
-                f"{row['from_epoch']:>7.2f} -> {row['to_epoch']:>5.2f}   {row['source']}"
+                f"{row.phase:<12}{100 * row.share:>7.2f}%{row.tokens:>16,}{row.epoch_tokens:>18,}"
+                f"{row.from_epoch:>7.2f} -> {row.to_epoch:>5.2f}   {row.source}"
             )
     lines += [
         f"{phase:<12}and {count - SHOWN_SOURCES} more sources"
@@ -292,22 +293,17 @@ def _gives_targets(stream: DocumentStream) -> bool:
     return int(stream.lengths.max()) > 1
 
 
-def forecast_warnings(ledger: Ledger, rows: list[dict]) -> list[str]:
+def forecast_warnings(ledger: Ledger, rows: list[Forecast]) -> list[str]:
     """Sources that will repeat, and documents that are drawn under different names, in the past or
     the future."""
     found = [
-        f"{row['source']} will repeat in phase {row['phase']}: {row['to_epoch']:.2f} epochs at its end"
+        f"{row.source} will repeat in phase {row.phase}: {row.to_epoch:.2f} epochs at its end"
         for row in rows
-        if row["to_epoch"] > max(1, row["from_epoch"])
+        if row.to_epoch > max(1, row.from_epoch)
     ]
-    drawn = [
-        name
-        for segment in ledger.segments
-        for name, found in segment.get("drawn", segment.get("so_far", {})).items()
-        if found["samples"]
-    ]
+    drawn = [name for segment in ledger.segments for name in segment.sources_drawn()]
     sources = [
-        SourceName.parse(name) for name in dict.fromkeys([*drawn, *(row["source"] for row in rows)])
+        SourceName.parse(name) for name in dict.fromkeys([*drawn, *(row.source for row in rows)])
     ]
     found += [
         f"{one} and {other} share documents, which both may draw"

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from data.config import DataConfig
+from data.forecast import Forecast
 from data.ledger import Ledger
 from data.sources import Corpus, open_corpus
 from data.tokenizers.tokenizer import Tokenizer, build_tokenizer
@@ -63,8 +64,8 @@ class Plan:
     """How far the checkpoint that is started from had come."""
     corpus: Corpus
     ledger: Ledger
-    forecast: list[dict]
-    """What each phase will draw (data/ledger.py: forecast)."""
+    forecast: list[Forecast]
+    """What each phase will draw (data/forecast.py: forecast)."""
     tokenizer_description: dict | None
     layouts: dict
     """What a checkpoint keeps of the layouts that were chosen, by phase name
@@ -232,7 +233,12 @@ def _open_data(
     another_seed = goes_on and accepted and stored.optimizer.seed != config.optimizer.seed
     ledger = corpus and attempt(
         problems,
-        lambda: Ledger(corpus.train, progress.data if goes_on else None, accepted, another_seed),
+        lambda: Ledger(
+            corpus.train,
+            progress.data if goes_on else None,
+            accept_changes=accepted,
+            another_seed=another_seed,
+        ),
     )
     if ledger and goes_on:
         changes += [

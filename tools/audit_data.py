@@ -9,16 +9,19 @@ same. Takes a byte of memory per token of a source.
 
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
 from tqdm import tqdm
 
-from data.batch import DIGEST_BITS, digest, read_batch
-from data.ledger import Ledger, Mixture
+from data.batch import DIGEST_BITS, Sample, digest, read_batch
+from data.ledger import Ledger
+from data.mixture import Mixture
+from data.packing.place import Place
+from data.segments import ClosedSegment
 from data.sources import open_corpus
 from data.stream import DocumentStream
 from data.tokenizers.tokenizer import build_tokenizer
@@ -26,6 +29,7 @@ from pretrain.checkpointing.folders import find_published
 from pretrain.checkpointing.progress import Progress
 from pretrain.config.config import Config
 from pretrain.config.load import read_config_yaml
+from pretrain.schedule.phases import Phase
 from pretrain.schedule.resolve import resolve_phases
 from tools.export_hf import stored_tokenizer
 from tools.shared.door import run_door
@@ -37,6 +41,9 @@ class Arguments:
     """Folder of a run's checkpoints (its --save)."""
 
 
+# ---------------------------------------------------------------- counting
+
+
 class Counter:
     """How often each token of a source was drawn."""
 
@@ -44,24 +51,24 @@ class Counter:
         self.stream = stream
         lengths = np.asarray(stream.reader.document_lengths, dtype=np.int64)
         self.starts = np.cumsum(lengths) - lengths
-        self.drawn, self.passed_over = (
-            np.zeros(int(lengths.sum()), dtype=np.uint8) for _ in range(2)
-        )
+        tokens = int(lengths.sum())
+        self.drawn = np.zeros(tokens, dtype=np.uint8)
+        self.passed_over = np.zeros(tokens, dtype=np.uint8)
 
     def add(self, intervals: np.ndarray, to: np.ndarray) -> None:
-        """intervals: int64 [n, 2], stream position and tokens."""
+        """Count the tokens of intervals, int64 [n, 2] (stream position and tokens), in `to`."""
         spans = self.stream.locate(intervals)
         _add(self.starts[spans.documents] + spans.offsets, spans.lengths, to)
 
-    def expected(self, position: int, held: np.ndarray) -> np.ndarray:
-        """How often each token should have been drawn when the stream stands at `position` with
-        `held` unread."""
+    def expected(self, place: Place) -> np.ndarray:
+        """Compute how often each token should have been drawn when the stream stands at
+        `place`."""
         expected = np.zeros_like(self.drawn)
         epoch = self.stream.tokens_per_epoch
-        for start in range(0, position, epoch):
-            self.add(np.array([[start, min(epoch, position - start)]]), expected)
+        for start in range(0, place.position, epoch):
+            self.add(np.array([[start, min(epoch, place.position - start)]]), expected)
         unread = np.zeros_like(self.drawn)
-        self.add(held, unread)
+        self.add(place.held, unread)
         return expected - unread - self.passed_over
 
 
@@ -72,8 +79,74 @@ def _add(starts, lengths, out):
             out[token] += 1
 
 
+class Counters:
+    """The counters of all sources of a run."""
+
+    def __init__(self, streams: dict[str, DocumentStream]):
+        self.by_name = {name: Counter(stream) for name, stream in streams.items()}
+
+    def _of(self, sample: Sample) -> Counter:
+        return next(counter for counter in self.by_name.values() if counter.stream is sample.stream)
+
+    def add_drawn(self, sample: Sample) -> None:
+        """Count a sample that the model received."""
+        counter = self._of(sample)
+        counter.add(sample.intervals, counter.drawn)
+
+    def add_passed_over(self, sample: Sample) -> None:
+        """Count a sample that --skip-data passed over."""
+        counter = self._of(sample)
+        counter.add(sample.intervals, counter.passed_over)
+
+
+# ---------------------------------------------------------------- a run
+
+
+@dataclass
+class Audited:
+    """What a run left, opened again to be compared."""
+
+    progress: Progress
+    config: Config
+    phases: list[Phase]
+    ledger: Ledger
+    counters: Counters
+    steps: list[dict[str, Any]]
+    """Lines of metrics.jsonl up to the checkpoint."""
+    eod: int | None
+    """Id that ends documents."""
+
+    @property
+    def begun(self) -> int:
+        """Consumed tokens where this folder's metrics.jsonl begins."""
+        if not self.steps:
+            return self.progress.clock
+        return self.steps[0]["tokens"] - self.steps[0]["global_batch_tokens"]
+
+
 def audit(folder: str) -> tuple[list[str], bool]:
-    """-> (what was found, a line each; is all well).
+    """Audit a run -> (what was found, a line each; is all well).
+
+    Raises:
+        ValueError: there is no checkpoint, or its data is not there any more.
+    """
+    run = _open_run(folder)
+    _count_before(run.ledger, run.begun, run.counters)
+    wrong = _compare_steps(run)
+    for mixture, samples in _passed_over(run.ledger):
+        for sample in mixture.samples(range(samples)):
+            run.counters.add_passed_over(sample)
+    lines = _describe_steps(run, wrong)
+    well = not wrong
+    for name, place in run.ledger.places_at(run.progress.clock).items():
+        line, once = _describe_source(name, run.counters.by_name[name], place)
+        lines.append(line)
+        well = well and once
+    return lines, well
+
+
+def _open_run(folder: str) -> Audited:
+    """Open the latest checkpoint, its data and its steps.
 
     Raises:
         ValueError: there is no checkpoint, or its data is not there any more.
@@ -90,139 +163,136 @@ def audit(folder: str) -> tuple[list[str], bool]:
             f"load = {folder}: its checkpoint is weights only, which no data was drawn for. Fix: give the "
             "--save folder of a run that trained."
         )
+    vocab_size = config.data.vocab_size
+    assert vocab_size is not None, "a checkpoint's configuration names its vocabulary"
     phases = resolve_phases(config)
     corpus = open_corpus(
         config.data,
         config.optimizer.seed,
-        config.data.vocab_size,
+        vocab_size,
         progress.tokenizer,
         [phase.data_path for phase in phases if phase.data_path],
     )
     ledger = Ledger(corpus.train, progress.data)
-    drawn = {name for segment in ledger.segments for _, name in segment["blend"]}
+    drawn = {name for segment in ledger.segments for _, name in segment.settings.blend}
     if gone := sorted(drawn - ledger.streams.keys()):
         raise ValueError(
             f"load = {folder}: drew from {', '.join(gone)}, which its latest configuration does not name "
             "any more, so that it cannot be read again. Fix: an earlier checkpoint's folder."
         )
-    counters = {name: Counter(stream) for name, stream in ledger.streams.items()}
-    tokenizer = (
-        None
-        if config.data.mock_data
-        else (
-            stored_tokenizer(found, config)
-            or build_tokenizer(config.data.tokenizer_type, None, config.data.vocab_size)
+    eod = None
+    if not config.data.mock_data:
+        # Integers as text (NullTokenizer) have no files in the checkpoint.
+        tokenizer = stored_tokenizer(found, config) or build_tokenizer(
+            config.data.tokenizer_type, None, vocab_size
         )
-    )  # integers as text have no files
-    masking = {phase.name: phase.document_masking for phase in phases}
+        eod = tokenizer.eod
     steps = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    steps = [step for step in steps if step["step"] <= progress.step]
-    begun = steps[0]["tokens"] - steps[0]["global_batch_tokens"] if steps else progress.clock
-    _count_before(ledger, begun, counters)
-    wrong = _compare_steps(
-        ledger, steps, counters, config, masking, tokenizer.eod if tokenizer else None
+    return Audited(
+        progress=progress,
+        config=config,
+        phases=phases,
+        ledger=ledger,
+        counters=Counters(ledger.streams),
+        steps=[step for step in steps if step["step"] <= progress.step],
+        eod=eod,
     )
-    lines = [
-        f"{len(steps):,} steps read again: "
-        + (
-            "the data of each is what metrics.jsonl says the model received"
-            if not wrong
-            else f"the data of {len(wrong):,} differs from metrics.jsonl, first of step {wrong[0]}"
-        )
-    ]
-    if begun:
-        lines.append(
-            f"the {begun:,} tokens before them, of a run in another folder: counted as its account says, not "
-            "compared"
-        )
-    well = not wrong
-    for segment, mixture in _skipped(ledger):
-        for sample in mixture.samples(
-            range(sum(drawn["samples"] for drawn in segment["drawn"].values()))
-        ):
-            counter = next(
-                counter for counter in counters.values() if counter.stream is sample.stream
-            )
-            counter.add(sample.intervals, counter.passed_over)
-    for name, place in ledger.places_at(progress.clock).items():
-        counter = counters[name]
-        difference = counter.drawn.astype(np.int16) - counter.expected(place.position, place.held)
-        repeated, lost = (
-            int(part.sum()) for part in (difference[difference > 0], -difference[difference < 0])
-        )
-        well = well and not repeated and not lost
-        lines.append(
-            f"{name}: {int(counter.drawn.sum(dtype=np.int64)):,} tokens drawn, {repeated:,} repeated, "
-            f"{lost:,} lost, {int(counter.passed_over.sum(dtype=np.int64)):,} passed over, "
-            f"{int(place.held[:, 1].sum()):,} kept for later; "
-            f"{place.position / counter.stream.tokens_per_epoch:.2f} epochs of "
-            f"{counter.stream.tokens_per_epoch:,} tokens"
-        )
-    return lines, well
 
 
-def _count_before(ledger: Ledger, clock: int, counters: dict[str, Counter]) -> None:
+# ---------------------------------------------------------------- reading the data again
+
+
+def _count_before(ledger: Ledger, clock: int, counters: Counters) -> None:
     """Count what was drawn before `clock`, where this folder's metrics.jsonl begins."""
-    starts = [*(segment["start"] for segment in ledger.segments), clock]
+    starts = [*(segment.start for segment in ledger.segments), clock]
     for segment, following in zip(ledger.segments, starts[1:], strict=True):
-        start = segment["start"]
+        start = segment.start
         end = min(following, clock)
         if start < end:  # of several at one place, the last drew
             mixture = ledger.as_of(start).mixture()
-            for number in range((end - start) // segment["seq_length"]):
+            # Sample by sample: all at once would be as much as the run read.
+            for number in range((end - start) // segment.settings.seq_length):
                 (sample,) = mixture.samples([number])
-                counter = next(
-                    counter for counter in counters.values() if counter.stream is sample.stream
-                )
-                counter.add(sample.intervals, counter.drawn)
+                counters.add_drawn(sample)
 
 
-def _compare_steps(
-    ledger: Ledger,
-    steps: list[dict],
-    counters: dict[str, Counter],
-    config: Config,
-    masking: dict[str, bool],
-    eod: int | None,
-) -> list[int]:
+def _compare_steps(run: Audited) -> list[int]:
     """Count what each step drew -> the steps whose digest differs."""
+    masking = {phase.name: phase.document_masking for phase in run.phases}
     wrong = []
-    mixtures = {}
-    for step in tqdm(steps, desc="reading the data again", unit="step", disable=None):
+    mixtures: dict[int, Mixture] = {}  # by the start of their segment
+    for step in tqdm(run.steps, desc="reading the data again", unit="step", disable=None):
+        # The samples of the step, from the mixture of its segment.
         clock = step["tokens"] - step["global_batch_tokens"]
-        start = max(segment["start"] for segment in ledger.segments if segment["start"] <= clock)
+        starts = [segment.start for segment in run.ledger.segments]
+        start = max(start for start in starts if start <= clock)
         if start not in mixtures:
-            mixtures[start] = ledger.as_of(clock).mixture()
+            mixtures[start] = run.ledger.as_of(clock).mixture()
         mixture = mixtures[start]
         length = mixture.settings.seq_length
         first = (clock - start) // length
-        total = 0
         samples = mixture.samples(range(first, first + step["global_batch_tokens"] // length))
+        # Their digest, which does not depend on how the ranks cut the batch.
+        total = 0
         for number, sample in enumerate(samples):
             batch = read_batch(
                 [sample],
                 length,
                 document_masking=masking.get(step["phase"], True),
-                eod=eod,
-                eod_mask_loss=config.data.eod_mask_loss,
+                eod=run.eod,
+                eod_mask_loss=run.config.data.eod_mask_loss,
             )
             total += digest(batch, [(0, length)], number * length)
-            counter = next(
-                counter for counter in counters.values() if counter.stream is sample.stream
-            )
-            counter.add(sample.intervals, counter.drawn)
+            run.counters.add_drawn(sample)
         if f"{total % 2**DIGEST_BITS:010x}" != step["data_digest"]:
             wrong.append(step["step"])
     return wrong
 
 
-def _skipped(ledger: Ledger) -> Iterator[tuple[dict, Mixture]]:
-    """The segments that --skip-data passed over, and what they would have drawn."""
-    for number, segment in enumerate(ledger.segments):
-        if "skipped_until" in segment:
-            then = Ledger(ledger.streams)
-            then.segments = ledger.segments[: number + 1]
-            yield segment, then.mixture()
+def _passed_over(ledger: Ledger) -> list[tuple[Mixture, int]]:
+    """List the windows that --skip-data passed over: the mixture of each, and its samples."""
+    return [
+        (
+            ledger.as_of_segment(number).mixture(),
+            sum(drawn.samples for drawn in segment.drawn.values()),
+        )
+        for number, segment in enumerate(ledger.segments)
+        if isinstance(segment, ClosedSegment) and segment.skipped_until is not None
+    ]
+
+
+# ---------------------------------------------------------------- what was found
+
+
+def _describe_steps(run: Audited, wrong: list[int]) -> list[str]:
+    """Say how the steps compare."""
+    if wrong:
+        found = f"the data of {len(wrong):,} differs from metrics.jsonl, first of step {wrong[0]}"
+    else:
+        found = "the data of each is what metrics.jsonl says the model received"
+    lines = [f"{len(run.steps):,} steps read again: {found}"]
+    if run.begun:
+        lines.append(
+            f"the {run.begun:,} tokens before them, of a run in another folder: counted as its account "
+            "says, not compared"
+        )
+    return lines
+
+
+def _describe_source(name: str, counter: Counter, place: Place) -> tuple[str, bool]:
+    """Say what was drawn of a source that stands at `place` -> (a line, was each token drawn
+    once)."""
+    difference = counter.drawn.astype(np.int16) - counter.expected(place)
+    repeated = int(difference[difference > 0].sum())
+    lost = int(-difference[difference < 0].sum())
+    epoch = counter.stream.tokens_per_epoch
+    line = (
+        f"{name}: {int(counter.drawn.sum(dtype=np.int64)):,} tokens drawn, {repeated:,} repeated, "
+        f"{lost:,} lost, {int(counter.passed_over.sum(dtype=np.int64)):,} passed over, "
+        f"{int(place.held[:, 1].sum()):,} kept for later; "
+        f"{place.position / epoch:.2f} epochs of {epoch:,} tokens"
+    )
+    return line, not repeated and not lost
 
 
 def audit_and_report(arguments: Arguments) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from data.loader import Loader
-from data.ledger import fresh_mixture
+from data.mixture import fresh_mixture
 from data.stream import DocumentStream
 from model.build import build_stages
 from model.config import ModelConfig

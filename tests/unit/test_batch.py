@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from data.batch import DIGEST_BITS, IGNORE, Batch, Sample, digest, read_batch
-from data.ledger import fresh_mixture
 from data.loader import Loader
+from data.mixture import fresh_mixture
 from data.stream import DocumentStream
 from tests.documents import Documents, windows
 

@@ -3,7 +3,9 @@ layouts, restarts."""
 
 import pytest
 
-from data import packing
+from data.packing import best_fit
+from data.packing.concat import Concat
+from data.packing.place import Place
 from tools.bench import exactly_once
 
 
@@ -11,7 +13,7 @@ from tools.bench import exactly_once
     "seed", [1, 2, *(pytest.param(seed, marks=pytest.mark.long) for seed in (3, 4))]
 )
 def test_random_phases_draw_each_token_once(tmp_path, monkeypatch, seed):
-    monkeypatch.setattr(packing, "WINDOW_BINS", 16)
+    monkeypatch.setattr(best_fit, "WINDOW_BINS", 16)
     outcome = exactly_once.run(tmp_path, tokens=400_000, seed=seed, longest=4096)
     assert outcome.problems == []
     assert outcome.drawn > 300_000 and outcome.restarts > 3 and outcome.phases > 10
@@ -19,12 +21,10 @@ def test_random_phases_draw_each_token_once(tmp_path, monkeypatch, seed):
 
 def test_the_count_can_fail(tmp_path, monkeypatch):
     """A place that is off by a token is noticed."""
-    after = packing.Concat.after
+    after = Concat.after
     monkeypatch.setattr(
-        packing.Concat,
+        Concat,
         "after",
-        lambda self, samples: packing.Place(
-            after(self, samples).position + 1, after(self, samples).held
-        ),
+        lambda self, samples: Place(after(self, samples).position + 1, after(self, samples).held),
     )
     assert exactly_once.run(tmp_path, tokens=200_000, seed=1, longest=4096).problems

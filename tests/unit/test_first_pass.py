@@ -90,7 +90,7 @@ def test_without_document_masking_no_target_leads_into_a_second_pass():
 
 
 def test_the_whole_samples_are_those_of_training():
-    from data.ledger import fresh_mixture
+    from data.mixture import fresh_mixture
 
     stream = stream_of((40, 3, 90, 33))
     ours = FirstPass([(1.0, stream)], 32).samples(range(5))

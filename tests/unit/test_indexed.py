@@ -11,7 +11,7 @@ import torch
 from data import indexed
 from data.batch import read_batch
 from data.indexed import IndexedReader, optimal_dtype, read_side_file
-from data.ledger import fresh_mixture
+from data.mixture import fresh_mixture
 from data.stream import DocumentStream
 from data.writers import indexed_writer
 from data.writers.indexed_writer import IndexedWriter

@@ -128,8 +128,7 @@ def test_a_batch_is_the_one_that_is_trained(config, capsys):
         sample = expected[int(microbatch) * 2 + int(dp)]
         assert text.split() == [str(token) for token in sample[:12].tolist()]
     assert (
-        ledger_at(plan.config.data, plan.corpus, plan.ledger, 3072, plan.phases, 0).open["start"]
-        == 0
+        ledger_at(plan.config.data, plan.corpus, plan.ledger, 3072, plan.phases, 0).open.start == 0
     )
 
 

@@ -7,10 +7,13 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data import packing
 from data.batch import IGNORE
-from data.ledger import DataSettings, Ledger, forecast, fresh_mixture
+from data.forecast import forecast
+from data.ledger import Ledger
 from data.loader import Loader
+from data.mixture import fresh_mixture
+from data.packing import best_fit
+from data.segments import DataSettings
 from data.stream import DocumentStream
 from tests.documents import Documents
 
@@ -20,7 +23,7 @@ SIZES = {"a": 60, "b": 25, "c": 40}
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
-    monkeypatch.setattr(packing, "WINDOW_BINS", 4)
+    monkeypatch.setattr(best_fit, "WINDOW_BINS", 4)
 
 
 def make_streams(**changed):
@@ -98,7 +101,7 @@ def run(restart_at=(), masking=True, skip=None):
             steps.append(
                 read_step(
                     ledger.mixture(),
-                    ledger.open["start"],
+                    ledger.open.start,
                     clock,
                     batch_tokens,
                     micro,
@@ -234,7 +237,7 @@ def test_shares_are_reached():
 
 def test_shares_count_tokens_also_where_samples_are_not_full(monkeypatch):
     """Documents of which only one fits into a sample, beside short ones that fill theirs."""
-    monkeypatch.setattr(packing, "WINDOW_BINS", 256)
+    monkeypatch.setattr(best_fit, "WINDOW_BINS", 256)
     generator = np.random.default_rng(0)
     streams = {
         name: DocumentStream(Documents(generator.integers(low, high, 4000).tolist()), None, seed=1)
@@ -318,20 +321,20 @@ def test_forecast():
         ("two", 4000, settings(32, [(1, "b")], "best_fit")),
     ]
     rows = forecast(ledger, 0, phases)
-    assert [(row["phase"], row["source"], row["tokens"]) for row in rows] == [
+    assert [(row.phase, row.source, row.tokens) for row in rows] == [
         ("one", "a", 600),
         ("one", "b", 200),
         ("two", "b", 3200),
     ]
-    assert rows[0]["share"] == 0.75 and rows[2]["to_epoch"] == pytest.approx(
+    assert rows[0].share == 0.75 and rows[2].to_epoch == pytest.approx(
         3400 / streams["b"].tokens_per_epoch
     )
     ledger.enter(0, *phases[0][::2])
     later = forecast(Ledger(streams, ledger.to_json(400)), 400, phases)
     assert (
-        later[0]["tokens"] == pytest.approx(300, abs=8)
-        and later[0]["from_epoch"] == pytest.approx(300 / streams["a"].tokens_per_epoch, abs=0.01)
-        and later[2]["to_epoch"] == pytest.approx(rows[2]["to_epoch"], abs=0.02)
+        later[0].tokens == pytest.approx(300, abs=8)
+        and later[0].from_epoch == pytest.approx(300 / streams["a"].tokens_per_epoch, abs=0.01)
+        and later[2].to_epoch == pytest.approx(rows[2].to_epoch, abs=0.02)
     )
     with pytest.raises(ValueError, match="data_exhausted = error: b has"):
         forecast(

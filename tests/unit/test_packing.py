@@ -3,8 +3,11 @@
 import numpy as np
 import pytest
 
-from data import packing
-from data.packing import BestFit, Concat, Place, pack
+from data.packing import best_fit
+from data.packing.best_fit import BestFit
+from data.packing.bins import pack
+from data.packing.concat import Concat
+from data.packing.place import Place
 from data.stream import DocumentStream
 from tests.documents import Documents
 
@@ -72,7 +75,7 @@ def test_pack_fills_a_real_mix():
 )
 @pytest.mark.parametrize("seq_length", [4, 16, 100])
 def test_samples_and_what_they_leave_are_the_stream(monkeypatch, stream, make, place, seq_length):
-    monkeypatch.setattr(packing, "WINDOW_BINS", 4)
+    monkeypatch.setattr(best_fit, "WINDOW_BINS", 4)
     packer = make(stream, place, seq_length)
     read = []
     for samples in range(12):
@@ -88,7 +91,7 @@ def test_samples_and_what_they_leave_are_the_stream(monkeypatch, stream, make, p
 
 @pytest.mark.parametrize("seq_length", [16, 64, 200])
 def test_best_fit_cuts_only_documents_longer_than_a_sample(monkeypatch, stream, seq_length):
-    monkeypatch.setattr(packing, "WINDOW_BINS", 4)
+    monkeypatch.setattr(best_fit, "WINDOW_BINS", 4)
     packer = BestFit(stream, Place(), seq_length)
     epoch = stream.tokens_per_epoch
     samples = packer.samples_before(2 * epoch)
@@ -113,7 +116,7 @@ def test_an_epoch_that_is_over_leaves_only_what_was_passed_over(stream):
 
 
 def test_a_mark_saves_packing_and_changes_nothing(monkeypatch, stream):
-    monkeypatch.setattr(packing, "WINDOW_BINS", 2)
+    monkeypatch.setattr(best_fit, "WINDOW_BINS", 2)
     plain = BestFit(stream, Place(9), 32)
     mark = plain.mark(14)
     marked = BestFit(stream, Place(9), 32, mark)

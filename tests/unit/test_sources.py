@@ -7,8 +7,8 @@ import pytest
 
 from data.config import DataConfig, parse_windows
 from data.indexed import IndexedReader, OpenFiles
-from data.ledger import fresh_mixture
 from data.loader import Loader
+from data.mixture import fresh_mixture
 from data.sources import open_corpus
 from data.synthetic import SyntheticReader
 from data.writers.indexed_writer import IndexedWriter

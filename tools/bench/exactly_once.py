@@ -23,8 +23,9 @@ import numpy as np
 
 from data.batch import Batch
 from data.indexed import IndexedReader
-from data.ledger import DataSettings, Ledger
+from data.ledger import Ledger
 from data.loader import Loader
+from data.segments import DataSettings
 from data.stream import DocumentStream
 from parallel.context import group_pieces
 from tools.bench.data_engine.corpus import write_index
@@ -205,7 +206,7 @@ class Trial:
                 )
                 loader = Loader(
                     self.ledger.mixture(),
-                    self.ledger.open["start"],
+                    self.ledger.open.start,
                     micro_batch_size=micro_batch_size,
                     global_batch_tokens=total * dp_size * microbatches,
                     dp_rank=dp_rank,
@@ -388,10 +389,10 @@ class Trial:
         if self.inputs[0] or self.labels[0]:
             self.outcome.problems.append("padding was counted")
         self.outcome.drawn = drawn
-        segment = self.ledger.open
+        settings = self.ledger.open.settings
         self.log(
-            f"phase {self.outcome.phases}: {segment['packing']} {segment['seq_length']} from "
-            f"{'+'.join(name for _, name in segment['blend'])}: {drawn / self.outcome.tokens:.1%} drawn, "
+            f"phase {self.outcome.phases}: {settings.packing} {settings.seq_length} from "
+            f"{'+'.join(name for _, name in settings.blend)}: {drawn / self.outcome.tokens:.1%} drawn, "
             f"{self.outcome.restarts} restarts so far"
         )
 

@@ -59,9 +59,7 @@ def describe_batch(flags: list[str], world_size: int, name: str, batch: int) -> 
     for number, sample in enumerate(samples):
         lines += _describe_sample(number, sample, sources[id(sample.stream)], phase)
     targets = 0
-    for line, found in _describe_ranks(
-        plan, phase, mixture, ledger.open["start"], clock, world_size
-    ):
+    for line, found in _describe_ranks(plan, phase, mixture, ledger.open.start, clock, world_size):
         lines.append(line)
         targets += found
     if targets == 0:

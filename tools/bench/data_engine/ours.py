@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from data.indexed import IndexedReader
-from data.ledger import DataSettings, Ledger
+from data.ledger import Ledger
 from data.loader import Loader
-from data.packing import pack
+from data.packing.bins import pack
+from data.segments import DataSettings
 from data.stream import DocumentStream
 from tools.bench.data_engine.corpus import EOD, VOCAB_SIZE
 from tools.bench.fresh import measured
