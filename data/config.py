@@ -142,10 +142,6 @@ class DataConfig:
                 f"tokenizer_ids_from = {self.tokenizer_ids_from}: has no effect with {kind}. Fix: remove "
                 "it."
             )
-        if self.vocab_size is not None and self.vocab_size < 2:
-            problems.append(
-                f"vocab_size = {self.vocab_size}: must be at least 2. Fix: give the number of token ids."
-            )
         if self.mock_data:
             if self.vocab_size is None:
                 problems.append(

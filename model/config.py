@@ -153,60 +153,18 @@ class ModelConfig:
         return -(-vocab_size // multiple) * multiple
 
     def validate(self) -> list[str]:
-        """All problems of this section, as `name = value: rule. Fix: ...`."""
+        """List settings that do not go together, as `name = value: rule. Fix: ...`."""
         problems = []
-        for name in (
-            "num_layers",
-            "hidden_size",
-            "ffn_hidden_size",
-            "num_attention_heads",
-            "make_vocab_size_divisible_by",
-        ):
-            if getattr(self, name) < 1:
-                problems.append(
-                    f"{name} = {getattr(self, name)}: must be at least 1. "
-                    "Fix: give it, or name a preset with --model."
-                )
-        for name, only in (
-            ("swiglu", True),
-            ("disable_bias_linear", True),
-            ("attention_dropout", 0.0),
-            ("hidden_dropout", 0.0),
-            ("rotary_percent", 1.0),
-        ):
-            if getattr(self, name) != only:
-                problems.append(
-                    f"{name} = {getattr(self, name)}: only {only} is built. Fix: remove it."
-                )
-        for name in ("norm_epsilon", "init_method_std", "rotary_base"):
-            if not getattr(self, name) > 0:
-                problems.append(
-                    f"{name} = {getattr(self, name)}: must be above 0. Fix: give a positive number."
-                )
-        problems += self._attention_problems()
-        if self.kv_channels is not None and self.kv_channels < 1:
+        if self.attention_crossover_tokens and self.attention_backend not in ("auto", "mixed"):
             problems.append(
-                f"kv_channels = {self.kv_channels}: must be at least 1. Fix: give the size of one head."
+                f"attention_crossover_tokens = {self.attention_crossover_tokens}: is for the backend "
+                f"mixed, but attention_backend = {self.attention_backend}. Fix: remove one of them."
             )
-        if not problems:
+        # Heads are compared where their numbers and sizes are legal by themselves.
+        kv_channels = 1 if self.kv_channels is None else self.kv_channels
+        if min(self.num_attention_heads, self.hidden_size, kv_channels) >= 1:
             problems += self._head_problems()
         return problems
-
-    def _attention_problems(self) -> list[str]:
-        crossover = self.attention_crossover_tokens
-        if crossover is None:
-            return []
-        if crossover < 1:
-            return [
-                f"attention_crossover_tokens = {crossover}: must be at least 1. Fix: the tokens of a document, or "
-                "leave it out to have it measured."
-            ]
-        if self.attention_backend not in ("auto", "mixed"):
-            return [
-                f"attention_crossover_tokens = {crossover}: is for the backend mixed, but attention_backend = "
-                f"{self.attention_backend}. Fix: remove one of them."
-            ]
-        return []
 
     def _head_problems(self) -> list[str]:
         problems = []

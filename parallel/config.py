@@ -138,23 +138,6 @@ class LayoutConfig:
     def validate(self) -> list[str]:
         """Problems of single settings, as `name = value: rule. Fix: ...`."""
         problems = []
-        for name in (
-            "tensor_model_parallel_size",
-            "pipeline_model_parallel_size",
-            "context_parallel_size",
-            "distributed_timeout_minutes",
-            "num_virtual_stages_per_pipeline_rank",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                problems.append(
-                    f"{name} = {value}: must be at least 1. Fix: give a positive number."
-                )
-        if self.device_memory_gib is not None and not self.device_memory_gib > 0:
-            problems.append(
-                f"device_memory_gib = {self.device_memory_gib}: must be above 0. Fix: give the GiB of one "
-                "device."
-            )
         if self.use_distributed_optimizer and self.data_parallel_sharding_strategy not in (
             None,
             "optim",

@@ -34,6 +34,7 @@ from pretrain.checkpointing.resume_contract import (
 from pretrain.checkpointing.start import Start, find_start
 from pretrain.config.config import Config
 from pretrain.config.effects import effect_warnings
+from pretrain.config.facts import problems_of
 from pretrain.config.load import read_config_yaml
 from pretrain.evaluation.evaluate import check as check_evaluations
 from pretrain.evaluation.evaluate import check_lengths
@@ -108,10 +109,10 @@ def make_plan(config: Config, world_size: int, only_print: bool = False) -> Plan
         learning_rate = attempt(problems, lambda: LearningRate.make(config.optimizer, phases))
     tokenizer = None
     vocab_size = None
-    if not config.data.validate():
+    if not problems_of(config.data):
         tokenizer, vocab_size = attempt(problems, lambda: _tokenizer(config.data)) or (None, None)
     sections = (config.model, config.memory, config.layout)
-    if phases and not any(section.validate() for section in sections):
+    if phases and not any(problems_of(section) for section in sections):
         fits = memory_filter(config, world_size, vocab_size)
         problems += check_phases(phases, config, world_size, vocab_size, fits)
     if not problems:

@@ -24,6 +24,7 @@ from pretrain.checkpointing.folders import find_published, iteration_folder
 from pretrain.checkpointing.model_files import GENERATION, read_model_files
 from pretrain.checkpointing.progress import Progress
 from pretrain.config.config import Config
+from pretrain.config.facts import problems_of
 from pretrain.config.load import dump_yaml
 from pretrain.planner.model_size import num_parameters
 from tools.huggingface.compare_logits import (
@@ -130,7 +131,7 @@ def configure(settings: FolderConfig, folder: Path, arguments: Arguments) -> Con
     config.data.tokenizer_type = "HuggingFaceTokenizer" if files else "NullTokenizer"
     config.data.tokenizer_model = str(folder.resolve()) if files else None
     config.data.tokenizer_ids_from = arguments.tokenizer_ids_from if files else None
-    problems = config.model.validate()
+    problems = problems_of(config.model)
     if problems:
         raise ValueError("\n".join(problems))
     return config

@@ -105,14 +105,8 @@ class MemoryConfig:
         return None if asked == "none" or keeps_all else asked
 
     def validate(self) -> list[str]:
-        """All problems of this section, as `name = value: rule. Fix: ...`."""
-        problems = []
-        if self.cpu_offloading_host_memory is not None and not self.cpu_offloading_host_memory > 0:
-            problems.append(
-                f"cpu_offloading_host_memory = {self.cpu_offloading_host_memory}: must be above 0. Fix: "
-                "give the GiB that a node can spare."
-            )
-        problems += self.settings.problems()
+        """List what these settings ask for and nobody can do, as `name = value: rule. Fix: ...`."""
+        problems = self.settings.problems()
         if self.recompute_activations and self.recompute_granularity not in (None, "selective"):
             problems.append(
                 "recompute_activations = True: means recompute_granularity selective, but that is "

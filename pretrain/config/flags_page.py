@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from pretrain.config import megatron_flags
 from pretrain.config.effects import CONDITIONS, NEEDS_SIZE
 from pretrain.config.load import sections_of_config
-from pretrain.config.phase_config import PhaseConfig, Tokens
+from pretrain.config.phase_config import PhaseConfig
+from pretrain.config.token_count import Tokens
 
 PAGE = Path(__file__).with_name("FLAGS.md")
 HEAD = """# Flags

@@ -20,7 +20,8 @@ from pretrain.checkpointing.resume_contract import stored_scheduler
 from pretrain.checkpointing.start import find_start
 from pretrain.config import megatron_flags
 from pretrain.config.config import Config, GivenSettings
-from pretrain.config.phase_config import PhaseConfig, Tokens
+from pretrain.config.phase_config import PhaseConfig
+from pretrain.config.token_count import Tokens
 from pretrain.config.translated_flags import with_translated_flags
 
 _TRUE = ("true", "yes", "on", "1")

@@ -5,6 +5,7 @@ from parallel.config import check_microbatches, check_world_size
 from parallel.schedule import SCHEDULES
 from parallel.ulysses import HeadSplit, chunk_counts
 from pretrain.config.config import Config
+from pretrain.config.facts import problems_of
 from pretrain.evaluation.evaluate import check_lengths
 from pretrain.schedule.batch_words import BatchWords
 from pretrain.schedule.phases import Phase
@@ -17,7 +18,7 @@ def check_phase_layout(
     """Why the phase's layout cannot run it."""
     layout = phase.layout
     tp, pp, cp = layout.sizes
-    problems = layout.validate() or layout.combination_problems()
+    problems = problems_of(layout) or layout.combination_problems()
     if problems:
         return problems
     world_problem = check_world_size(world_size, tp, pp, cp)

@@ -8,6 +8,7 @@ from data.blend import parse_blend
 from model.activation_memory.settings import KEEPS_INPUT_ONLY
 from model.attention_backends.choice import BACKENDS
 from pretrain.config.config import Config
+from pretrain.config.facts import problems_of
 from pretrain.planner.at_fault import Situation, layouts_that_work
 from pretrain.planner.check_layout import check_phase_layout
 from pretrain.problems import attempt
@@ -35,7 +36,7 @@ def check_phases(
         found = [] if phase.is_open else check_phase_layout(phase, config, world_size, vocab_size)
         where = f"phase {phase.name!r}: "
         problems += [where + problem for problem in found]
-        if found and not phase.layout.validate():
+        if found and not problems_of(phase.layout):
             situation = Situation(phase, config, world_size, vocab_size, fits)
             unknown = "" if vocab_size is not None else " (the vocabulary is not known yet)"
             processes = f"{world_size} process{'' if world_size == 1 else 'es'}"

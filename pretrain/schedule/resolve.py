@@ -1,6 +1,5 @@
 """From the configuration to phases on the clock; iterations and samples become tokens here."""
 
-import dataclasses
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -99,11 +98,6 @@ def _make_phase(
         return value if value is not None else getattr(section, name)
 
     stretches = cut_into_stretches(start, tokens, batches)
-    layout_settings = {
-        field.name: pick(field.name, config.layout)
-        for field in dataclasses.fields(config.layout)
-        if hasattr(entry, field.name)
-    }
     return Phase(
         name=entry.name,
         index=index,
@@ -114,7 +108,7 @@ def _make_phase(
         global_batch_tokens=max(stretch.batch for stretch in stretches),
         stretches=stretches,
         micro_batch_size=micro_batch_size,
-        layout=dataclasses.replace(config.layout, **layout_settings),
+        layout=entry.over(config.layout),
         memory=entry.with_memory(config.memory),
         rope=entry.with_rope(config.model).rope,
         document_masking=pick("document_masking", config.data),

@@ -7,6 +7,7 @@ import pytest
 from model.config import PRESETS
 from pretrain.config.config import Config
 from pretrain.config.effects import effect_warnings
+from pretrain.config.facts import problems_of
 from pretrain.config.load import (
     dump_yaml,
     field_table,
@@ -207,7 +208,7 @@ def test_saved_yaml_reads_back_the_same(tmp_path):
 )
 def test_presets_have_the_published_sizes(name, billions, vocabulary):
     config = load_config(["--model", name]).model
-    assert config.validate() == []
+    assert problems_of(config) == []
     assert num_parameters(config, vocabulary) / 1e9 == pytest.approx(billions, rel=0.01)
     assert set(PRESETS[name]) <= {field.name for field in dataclasses.fields(config)}
 

@@ -17,6 +17,7 @@ from parallel.layout import Axis, single_process_layout
 from pretrain import attention_backend as attention
 from pretrain.checkpointing.resume_contract import kind_of
 from pretrain.config.config import CheckpointConfig, Config
+from pretrain.config.facts import problems_of
 from pretrain.config.load import _NOT_OF_THE_WEIGHTS
 
 CPU = torch.device("cpu")
@@ -249,7 +250,7 @@ def test_the_heads_that_are_measured_are_those_of_a_call(layout, chunks, expecte
 
 def test_the_setting_is_checked():
     def problems(**settings) -> list[str]:
-        return ModelConfig(**PRESETS["tiny"], **settings).validate()
+        return problems_of(ModelConfig(**PRESETS["tiny"], **settings))
 
     assert problems(attention_crossover_tokens=0) == [
         "attention_crossover_tokens = 0: must be at least 1. Fix: the tokens of a document, or leave it out to have "

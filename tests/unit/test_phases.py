@@ -13,6 +13,7 @@ from parallel.config import LayoutConfig
 from parallel.schedule import SCHEDULES, accepts, nearest_counts, stages_of_rank
 from pretrain.config.config import Config
 from pretrain.config.effects import effect_warnings
+from pretrain.config.facts import problems_of
 from pretrain.config.phase_config import PhaseConfig
 from pretrain.planner.check_phases import check_phases, length_warnings, rope_warnings
 from pretrain.schedule.learning_rate import LearningRate
@@ -662,7 +663,7 @@ def test_a_phase_mends_what_the_run_says():
     made.layout.data_parallel_sharding_strategy = "optim_grads_params"
     made.memory.recompute_granularity = "full"
     made.layout.hierarchical_context_parallel_sizes = [2, 2]
-    assert made.layout.validate() == [] and check_phases(resolve_phases(made), made, 2, 100) == []
+    assert problems_of(made.layout) == [] and check_phases(resolve_phases(made), made, 2, 100) == []
 
 
 def test_a_schedule_without_a_pipeline_needs_no_restart():

@@ -12,6 +12,7 @@ from data.permutation import Permutation
 from data.stream import DocumentStream, split_documents
 from data.synthetic import SyntheticReader
 from data.writers.indexed_writer import IndexedWriter
+from pretrain.config.facts import problems_of
 from tests.documents import Documents
 
 LENGTHS = [3, 0, 1, 7, 2, 1, 12, 5]
@@ -247,7 +248,7 @@ FINE = {"data_path": ["c"], "tokenizer_model": "m"}
     ],
 )
 def test_config_problems(settings, message):
-    problems = DataConfig(**(FINE | settings)).validate()
+    problems = problems_of(DataConfig(**(FINE | settings)))
     assert len(problems) == 1
     with pytest.raises(ValueError, match=message):
         raise ValueError(problems[0])
@@ -256,9 +257,9 @@ def test_config_problems(settings, message):
 def test_config_reports_all_problems_and_accepts_good_ones():
     assert (
         len(
-            DataConfig(
-                vocab_size=0, split="x", reset_position_ids=False, data_path=["a", "a"]
-            ).validate()
+            problems_of(
+                DataConfig(vocab_size=0, split="x", reset_position_ids=False, data_path=["a", "a"])
+            )
         )
         == 5
     )
@@ -269,7 +270,7 @@ def test_config_reports_all_problems_and_accepts_good_ones():
         FINE | {"reset_position_ids": True},
         {"data_path": ["c"], "tokenizer_type": "NullTokenizer", "vocab_size": 10},
     ):
-        assert DataConfig(**settings).validate() == []
+        assert problems_of(DataConfig(**settings)) == []
 
 
 def test_first_documents_are_the_long_ones_in_the_order_of_the_stream():

@@ -1,0 +1,56 @@
+"""Settings of what is measured beside the training loss, and where it is written."""
+
+from dataclasses import dataclass, field
+
+from pretrain.config.facts import setting
+from pretrain.config.token_count import Tokens
+
+
+@dataclass(kw_only=True)
+class LoggingConfig:
+    log_interval: int = setting(1, above=0)
+    """Steps between console lines; metrics.jsonl has every step."""
+    eval_interval: int | None = setting(None, above=0)
+    """Steps between evaluations; without it only at the start and end of phases."""
+    eval_iters: int = setting(4, at_least=0)
+    """Global batches per validation loss; 0 switches every evaluation off."""
+    eval_seq_lengths: list[Tokens] = setting(list, above=0)
+    """Sample lengths of the validation loss, below or beyond the phase's own; by default only that
+    one."""
+    eval_context_gain: bool = True
+    """Measure how much lower the loss is with a document's whole beginning than with the last
+    --context-gain-cut tokens before the target, where validation documents and the phase are long
+    enough."""
+    context_gain_cut: Tokens = setting(1024, above=0)
+    """Context of the cut pass of the context gain; documents and samples must have twice as many
+    tokens."""
+    context_gain_documents: int | None = setting(None, above=0)
+    """Validation documents of each set that the context gain is measured on, those that fill most
+    of the phase's length, two microbatches each; by default as many as a global batch has samples,
+    at least 4 and at most 16."""
+    eval_passkey_lengths: list[Tokens] = setting(list, above=0)
+    """Lengths at which a number hidden in validation text is asked for; by default none."""
+    eval_passkey_depths: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
+    """Where in the text the number is hidden, 0 = at its beginning, 1 = at its end."""
+    eval_passkey_trials: int = setting(2, above=0)
+    """Numbers hidden at each depth of each length."""
+    tensorboard_dir: str | None = setting(None, is_path=True)
+    """Folder for TensorBoard's files."""
+    wandb_project: str | None = None
+    """Log to this Weights & Biases project (offline by itself when it cannot be reached)."""
+    wandb_exp_name: str | None = None
+    """Name of the wandb run."""
+    wandb_entity: str | None = None
+    """wandb entity."""
+    wandb_save_dir: str | None = setting(None, is_path=True)
+    """Folder of wandb's files; by default inside --save."""
+
+    def validate(self) -> list[str]:
+        """List depths that are no places of a text, as `name = value: rule. Fix: ...`."""
+        depths = self.eval_passkey_depths
+        if depths and all(0 <= depth <= 1 for depth in depths):
+            return []
+        return [
+            f"eval_passkey_depths = {' '.join(map(str, depths))}: must be numbers from 0 to 1. "
+            "Fix: for example 0.1 0.5 0.9."
+        ]
