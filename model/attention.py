@@ -19,7 +19,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from model.activation_memory.saved_attention import AttentionTape, empty, join
-from model.attention_backends.choice import Attend, Segments
+from model.attention_backends.backend import Attend
+from model.attention_backends.documents import PackedDocuments
 from model.attention_chunks import attend_in_chunks
 from model.config import ModelConfig
 from model.parts import RMSNorm, Weight, enter_tensor_parallel, leave_tensor_parallel
@@ -38,7 +39,7 @@ class Positions(NamedTuple):
 
     cos_tH: torch.Tensor
     sin_tH: torch.Tensor
-    segments: list[Segments]
+    documents: list[PackedDocuments]
 
 
 class Projections(NamedTuple):
@@ -105,7 +106,7 @@ class Attention(nn.Module):
                 *self.project(x_tD, positions, weights), self.split, self.layout.cp_a2a
             )
             kv_TkH = self.gather(*kv_skH)
-            o_smH = self.attend_to(q_smH, *kv_TkH, positions.segments, tape)
+            o_smH = self.attend_to(q_smH, *kv_TkH, positions.documents, tape)
             if tape is not None and not tape.playing:
                 empty(q_smH, *kv_TkH)
             o_tNH = heads_to_seq(o_smH, self.split, self.layout.cp_a2a)
@@ -193,7 +194,7 @@ class Attention(nn.Module):
         q_smH: torch.Tensor,
         k_TkH: torch.Tensor,
         v_TkH: torch.Tensor,
-        segments: list[Segments],
+        segments: list[PackedDocuments],
         tape: AttentionTape | None,
     ) -> torch.Tensor:
         """The queries of this rank's group of tokens against the keys of all tokens -> [s, m,

@@ -57,7 +57,7 @@ def _forward(block, x_tD, positions, rounds, tape, weights) -> torch.Tensor:
     for each, heads, q_smH, k_TkH, v_TkH, is_last in _exchanged(
         block, x_tD, positions, rounds, weights
     ):
-        o_smH = block.attend_to(q_smH, k_TkH, v_TkH, positions.segments, tape)
+        o_smH = block.attend_to(q_smH, k_TkH, v_TkH, positions.documents, tape)
         if tape is not None:
             empty(q_smH, *((k_TkH, v_TkH) if is_last else ()))
         o_tNH[:, _index(heads, o_tNH.device)] = heads_to_seq(o_smH, each.query_split, axis)
@@ -161,7 +161,7 @@ def _chunk_gradients(
     part, leaves = gradients.leaves(Q_FIELDS, heads)
     with torch.enable_grad():
         q_smH = _exchange_q(ctx, each, part, gradients)
-        o_smH = ctx.block.attend_to(q_smH, *kv, ctx.positions.segments, ctx.tape)
+        o_smH = ctx.block.attend_to(q_smH, *kv, ctx.positions.documents, ctx.tape)
     grad_smH = gradient_of_heads(
         grad_tNH[:, _index(heads, grad_tNH.device)], each.query_split, ctx.block.layout.cp_a2a
     )

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from model.attention_backends.choice import Attend
+from model.attention_backends.backend import Attend
 from model.config import ModelConfig
 from model.gpt import GPTStage
 from model.sharding import shardings_for

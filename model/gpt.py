@@ -20,7 +20,8 @@ from model.activation_memory.recompute import run_layer
 from model.activation_memory.saved_attention import AttentionTape
 from model.activation_memory.settings import MemorySettings
 from model.attention import Attention, Positions
-from model.attention_backends.choice import Attend, make_segments
+from model.attention_backends.backend import Attend
+from model.attention_backends.documents import pack_documents
 from model.config import ModelConfig
 from model.loss import IGNORED_LABEL, Head, fused_loss, score
 from model.mlp import swiglu
@@ -223,7 +224,7 @@ class GPTStage(nn.Module):
         pieces = group_pieces(int(microbatch.cu_seqlens[-1]), gather.rank, gather.size)
         positions = Positions(
             *rotary_tables(microbatch.positions, self.head_size, self.rope, x.dtype),
-            make_segments(microbatch.cu_seqlens, pieces, x.device),
+            pack_documents(microbatch.cu_seqlens, pieces, x.device),
         )
         self.host.begin()
         for number, layer in enumerate(self.layers.values()):

@@ -148,6 +148,14 @@ def device_here() -> tuple[str, int]:
     return "cpu", host_memory() // launched_local_world_size()
 
 
+def has_bf16_units(device: torch.device) -> bool:
+    """Can the device multiply bf16 matrices in hardware? If not, bf16 is slower than fp32."""
+    if device.type != "cpu":
+        return True
+    known = torch.cpu.get_capabilities()
+    return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
+
+
 def start_world(
     config: LayoutConfig,
     store: dist.Store | None = None,

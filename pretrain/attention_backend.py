@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from data.files import write_atomically
-from model.attention_backends.choice import Attend, HeadShape, pick_backend
+from model.attention_backends.backend import Attend, HeadShape
+from model.attention_backends.choice import pick_backend
 from model.attention_backends.crossover import crossover_of, measure, padded_lengths
-from model.attention_backends.mixed import ASSUMED_CROSSOVER_TOKENS, NEVER
+from model.attention_backends.kernel_calls import ASSUMED_CROSSOVER_TOKENS, NEVER
 from parallel.collectives import all_reduce
 from parallel.layout import Layout
 from pretrain.config.config import Config
@@ -39,7 +40,7 @@ def attention_of_run(
     on_tape = any(each.attention_on_tape for each in phases)
     heads = heads_of_call(config, phase)
     backend, why = pick_backend(
-        config.model.attention_backend, layout.device, compute_dtype, on_tape, heads
+        config.model.attention_backend, layout.device, compute_dtype, heads, on_tape=on_tape
     )
     line = f"attention: {backend.name} ({why})"
     asked = config.model.attention_crossover_tokens

@@ -15,13 +15,13 @@ from contextlib import AbstractContextManager
 import torch
 
 from model import compiled
-from model.attention_backends.choice import has_bf16_units
 from model.build import build_stages
 from model.init import initialize
 from parallel.layout import (
     World,
     build_layout,
     end_world,
+    has_bf16_units,
     launched_local_rank,
     launched_on_one_machine,
     launched_rank,

@@ -4,8 +4,9 @@ for leaks."""
 import pytest
 import torch
 
-from model.attention_backends.choice import BACKENDS, choose_attention, make_segments
-from model.attention_backends.mixed import NEVER, split_parts
+from model.attention_backends.choice import BACKENDS, choose_attention
+from model.attention_backends.documents import pack_documents
+from model.attention_backends.kernel_calls import NEVER, split_documents
 from parallel.context import group_pieces
 from tests.unit.test_model import masked_attention
 
@@ -67,7 +68,7 @@ def test_backend_equals_the_definition(name, crossover, kv_heads, groups):
         found = torch.cat(
             [
                 attend(q[part.queries], qkv[1][part.keys], qkv[2][part.keys], part)
-                for part in make_segments(cu_seqlens, pieces, qkv[0].device)
+                for part in pack_documents(cu_seqlens, pieces, qkv[0].device)
             ]
         )
         assert relative(found, expected[rows]) < 0.01
@@ -82,7 +83,7 @@ def test_backend_equals_the_definition(name, crossover, kv_heads, groups):
 @pytest.mark.parametrize("name, crossover", CALLS)
 def test_backend_keeps_documents_apart_bit_for_bit(name, crossover):
     attend, (q, k, v) = backend(name, crossover), inputs(2)
-    (segments,) = make_segments(
+    (segments,) = pack_documents(
         torch.tensor(BOUNDS, dtype=torch.int32), [(0, BOUNDS[-1])], q.device
     )
     with torch.no_grad():
@@ -95,10 +96,10 @@ def test_backend_keeps_documents_apart_bit_for_bit(name, crossover):
 
 def test_mixed_takes_its_bounds_from_those_of_the_call_without_waiting_for_the_gpu():
     cu_seqlens = torch.tensor(BOUNDS, dtype=torch.int32)
-    (segments,) = make_segments(cu_seqlens, [(0, BOUNDS[-1])], torch.device("cuda"))
+    (segments,) = pack_documents(cu_seqlens, [(0, BOUNDS[-1])], torch.device("cuda"))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        parts = split_parts(segments, 500)
+        parts = split_documents(segments, 500)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert [part.is_long for part in parts] == [False, True]
@@ -115,7 +116,7 @@ def test_grouped_heads_are_not_repeated_for_the_varlen_op():
         torch.randn(tokens, count, HEAD_SIZE, device="cuda", dtype=torch.bfloat16).requires_grad_()
         for count in (heads, 4, 4)
     )
-    (segments,) = make_segments(
+    (segments,) = pack_documents(
         torch.tensor([0, tokens], dtype=torch.int32), [(0, tokens)], q.device
     )
     torch.cuda.reset_peak_memory_stats()

@@ -231,7 +231,7 @@ MUTATIONS = {
     ),
     "attention kernel without the documents' boundaries (axolotl#3608)": Mutation(
         "model.gpt",
-        "make_segments",
+        "pack_documents",
         lambda original: (
             lambda cu_seqlens, pieces, device: original(cu_seqlens[[0, -1]], pieces, device)
         ),

@@ -18,27 +18,16 @@ from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.activation_memory.saved_attention import AttentionTape, empty
-from model.attention_backends import choice as kernels
-from model.attention_backends import mixed
-from model.attention_backends.choice import (
-    BACKENDS,
-    choose_attention,
-    flash_version,
-    make_segments,
-    varlen_options,
-)
-from model.attention_backends.mixed import (
-    GPU_KERNELS,
-    NEVER,
-    Kernels,
-    Part,
-    mixed_attention,
-    padded_length,
-    split_parts,
-)
+from model.attention_backends import backend, choice, flash, kernel_calls, mixed
+from model.attention_backends.choice import BACKENDS, choose_attention
+from model.attention_backends.documents import KernelCall, pack_documents
+from model.attention_backends.flash import flash_version
+from model.attention_backends.kernel_calls import NEVER, padded_length, split_documents
+from model.attention_backends.mixed import GPU_KERNELS, Kernels, mixed_attention
 from model.attention_backends.sdpa import _backward as dense_backward
 from model.attention_backends.sdpa import _document, _document_gradients
 from model.attention_backends.sdpa import _forward as dense_forward
+from model.attention_backends.varlen import varlen_options
 from parallel.context import group_pieces
 from tests.unit.test_model import masked_attention
 
@@ -74,7 +63,7 @@ class StandIns:
     def long_backward(self, grad, q, k, v, out, kept):
         return dense_backward(grad, q, k, v, out, kept[0], 0.0, True)
 
-    def short_forward(self, q, k, v, part: Part):
+    def short_forward(self, q, k, v, part: KernelCall):
         self.short.append(part.cu_q.tolist())
         found = [
             _document(*(x.transpose(0, 1)[None] for x in document))
@@ -84,7 +73,7 @@ class StandIns:
             log_sums for _, log_sums in found
         )
 
-    def short_backward(self, grad, q, k, v, out, kept, part: Part):
+    def short_backward(self, grad, q, k, v, out, kept, part: KernelCall):
         documents = zip(
             self.documents(part, q, k, v),
             grad.split(part.cu_q.diff().tolist()),
@@ -101,7 +90,7 @@ class StandIns:
         )
 
     @staticmethod
-    def documents(part: Part, q, k, v):
+    def documents(part: KernelCall, q, k, v):
         lengths_q = part.cu_q.diff().tolist()
         lengths_k = part.cu_k.diff().tolist()
         assert part.max_q == max(lengths_q)
@@ -113,7 +102,7 @@ class StandIns:
 @pytest.fixture
 def small_granule(monkeypatch):
     """Padding at the size of a test: to multiples of 8 tokens."""
-    monkeypatch.setattr(mixed, "GRANULE_TOKENS", 8)
+    monkeypatch.setattr(kernel_calls, "GRANULE_TOKENS", 8)
 
 
 @pytest.fixture
@@ -134,7 +123,7 @@ def inputs(kv_heads: int = 2, dtype: torch.dtype = torch.float64) -> list[torch.
 
 
 def segments_of(bounds: list[int], pieces: list[tuple[int, int]] | None = None):
-    return make_segments(torch.tensor(bounds, dtype=torch.int32), pieces or [(0, bounds[-1])], CPU)
+    return pack_documents(torch.tensor(bounds, dtype=torch.int32), pieces or [(0, bounds[-1])], CPU)
 
 
 BOUNDS = {
@@ -230,7 +219,7 @@ def test_an_empty_document_launches_no_kernel(small_granule):
 def test_the_backend_that_is_chosen_keeps_to_the_crossover_it_is_given(monkeypatch, small_granule):
     stand_ins = StandIns()
     monkeypatch.setattr(mixed, "GPU_KERNELS", stand_ins.kernels)
-    monkeypatch.setattr(kernels.Backend, "missing", lambda *args: None)
+    monkeypatch.setattr(backend.Backend, "missing", lambda *args, **options: None)
     (segments,) = segments_of([0, 40, 96])
     for from_tokens, expected in ((50, [(1, 56)]), (40, [(1, 40), (1, 56)])):
         stand_ins.long.clear()
@@ -267,7 +256,7 @@ def test_the_gradient_comes_to_cudnn_in_one_layout_whatever_it_had(small_granule
 
 def test_neighbours_of_one_length_are_one_call_where_none_is_padded(small_granule):
     (segments,) = segments_of([0, 24, 48, 59, 70, 96])
-    parts = split_parts(segments, 10)
+    parts = split_documents(segments, 10)
     assert [(part.documents, part.length, part.padded) for part in parts] == [
         (2, 24, 24),
         (1, 11, 16),
@@ -278,12 +267,12 @@ def test_neighbours_of_one_length_are_one_call_where_none_is_padded(small_granul
 
 def test_parts_are_made_once_for_all_layers(monkeypatch):
     calls = []
-    monkeypatch.setattr(mixed, "_make_parts", lambda *args: calls.append(args) or [])
+    monkeypatch.setattr(kernel_calls, "_split", lambda *args: calls.append(args) or [])
     (segments,) = segments_of([0, 10, 96])
     for _ in range(3):
-        split_parts(segments, 20)
+        split_documents(segments, 20)
     assert len(calls) == 1
-    split_parts(segments, 30)
+    split_documents(segments, 30)
     assert len(calls) == 2, "another crossover has other parts"
 
 
@@ -322,7 +311,7 @@ def test_rows_that_follow_a_document_serve_as_its_padding(small_granule):
     document."""
     (segments,) = segments_of([0, 50, 91])
     q, k, v = (x[:91].detach() for x in inputs())
-    first, last = split_parts(segments, 10)
+    first, last = split_documents(segments, 10)
     assert (
         mixed._long_rows(q, first.rows_q, first).untyped_storage().data_ptr()
         == q.untyped_storage().data_ptr()
@@ -352,7 +341,7 @@ def test_mixed_outlives_its_q_k_and_v_and_keeps_its_output_once(
         empty(*copies)
         gc.collect()
     kept = sum(parts["Total"] for parts in tracker.get_tracker_snapshot("current").values())
-    parts = split_parts(segments, 20)
+    parts = split_documents(segments, 20)
     rows = sum(
         part.padded if part.is_long else part.rows_q.stop - part.rows_q.start for part in parts
     )
@@ -660,8 +649,8 @@ def call(attend) -> tuple[torch.Tensor, object]:
 )
 def test_the_call_of_flash_attn_fits(monkeypatch, version, signature, result):
     function, calls = recording(signature, result)
-    module(monkeypatch, kernels.FLASH[version], flash_attn_varlen_func=function)
-    monkeypatch.setattr(kernels, "installed_flash_version", lambda device: version)
+    module(monkeypatch, flash.FLASH[version], flash_attn_varlen_func=function)
+    monkeypatch.setattr(flash, "installed_flash_version", lambda device: version)
     out, segments = call(BACKENDS["flash"].make(NEVER))
     assert isinstance(out, torch.Tensor)
     (given,) = calls
@@ -782,7 +771,7 @@ def test_the_operators_under_mixed_take_what_they_are_given(from_tokens, operato
     """On device meta torch checks arguments and shapes, and runs nothing."""
     (segments,) = segments_of([0, 512])
     segments = dataclasses.replace(
-        segments, cu_q=segments.cu_q.to("meta"), cu_k=segments.cu_k.to("meta"), parts={}
+        segments, cu_q=segments.cu_q.to("meta"), cu_k=segments.cu_k.to("meta"), kernel_calls={}
     )
     q, k, v = (
         torch.empty(512, heads, 64, device="meta", dtype=torch.bfloat16).requires_grad_()
@@ -804,10 +793,20 @@ def test_the_operators_under_mixed_take_what_they_are_given(from_tokens, operato
 # ---------------------------------------------------------------- which backend is chosen
 
 
+def pretend_installed(monkeypatch, *names: str) -> None:
+    for module in (backend, flash):
+        monkeypatch.setattr(module, "is_installed", lambda name: name in names)
+
+
+def obstacle_of_mixed(monkeypatch, reason: str | None) -> None:
+    changed = dataclasses.replace(BACKENDS["mixed"], obstacle=lambda *args: reason)
+    monkeypatch.setitem(choice.BACKENDS, "mixed", changed)
+
+
 def test_the_release_of_flash_attention_is_the_one_for_the_gpu():
     def chosen(capability, *installed):
         return flash_version(
-            capability, lambda name: name in {kernels.FLASH[version] for version in installed}
+            capability, lambda name: name in {flash.FLASH[version] for version in installed}
         )
 
     assert [chosen((9, 0), 2, 3, 4), chosen((9, 0), 2, 4), chosen((9, 0), 2)] == [3, 4, 2]
@@ -828,7 +827,7 @@ def test_flash_attention_4_alone_is_not_taken_for_2(tmp_path, monkeypatch, capab
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     try:
-        assert kernels.installed_flash_version(GPU) == expected
+        assert flash.installed_flash_version(GPU) == expected
         reason = BACKENDS["flash"].missing(GPU, torch.bfloat16)
     finally:
         for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:
@@ -855,11 +854,9 @@ def test_flash_attention_4_alone_is_not_taken_for_2(tmp_path, monkeypatch, capab
 )
 def test_auto_takes_what_is_fast_on_the_card(monkeypatch, capability, installed, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(
-        kernels, "_is_installed", lambda name: name in ("torch.nn.attention.varlen", *installed)
-    )
-    monkeypatch.setattr(kernels, "why_mixed_cannot_run", lambda *args: None)
-    assert kernels.pick_backend("auto", GPU, torch.bfloat16)[0].name == expected
+    pretend_installed(monkeypatch, "torch.nn.attention.varlen", *installed)
+    obstacle_of_mixed(monkeypatch, None)
+    assert choice.pick_backend("auto", GPU, torch.bfloat16)[0].name == expected
 
 
 def test_a_cudnn_that_does_not_run_is_said_in_one_line(monkeypatch):
@@ -878,11 +875,11 @@ def test_a_cudnn_that_does_not_run_is_said_in_one_line(monkeypatch):
         "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"
     )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(kernels, "why_mixed_cannot_run", lambda *args: reason)
+    obstacle_of_mixed(monkeypatch, reason)
     with pytest.raises(ValueError, match="attention_backend = mixed: cuDNN does not run here"):
         choose_attention("mixed", GPU, torch.bfloat16, heads=heads)
-    monkeypatch.setattr(kernels, "_is_installed", lambda name: name == "torch.nn.attention.varlen")
-    assert kernels.pick_backend("auto", GPU, torch.bfloat16)[0].name == "varlen"
+    pretend_installed(monkeypatch, "torch.nn.attention.varlen")
+    assert choice.pick_backend("auto", GPU, torch.bfloat16)[0].name == "varlen"
 
 
 def test_both_kernels_are_tried_forward_and_backward_before_mixed_is_taken(monkeypatch):

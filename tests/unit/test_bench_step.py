@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from data.batch import IGNORE
-from model.attention_backends.choice import choose_attention, make_segments
+from model.attention_backends.choice import choose_attention
+from model.attention_backends.documents import pack_documents
 from tools.bench import contenders, memory, step
 from tools.bench.contenders import (
     ALST,
@@ -140,7 +141,7 @@ def test_attention_is_timed_forward_and_backward(monkeypatch):
     timer = TimedAttend(attend, torch.device("cpu"))
     q = torch.randn(8, 2, 4, requires_grad=True)
     k = torch.randn(8, 2, 4, requires_grad=True)
-    (segments,) = make_segments(torch.tensor([0, 8], dtype=torch.int32), [(0, 8)], q.device)
+    (segments,) = pack_documents(torch.tensor([0, 8], dtype=torch.int32), [(0, 8)], q.device)
     with timer.counting() as found:
         out = timer(timer(q, k, k, segments), k, k, segments)
         out.sum().backward()

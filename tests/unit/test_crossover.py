@@ -10,7 +10,7 @@ import torch
 
 from model.activation_memory.settings import MemorySettings
 from model.attention_backends import crossover
-from model.attention_backends.mixed import ASSUMED_CROSSOVER_TOKENS, NEVER, padded_length
+from model.attention_backends.kernel_calls import ASSUMED_CROSSOVER_TOKENS, NEVER, padded_length
 from model.config import PRESETS, ModelConfig
 from parallel.config import LayoutConfig
 from parallel.layout import Axis, single_process_layout
@@ -207,7 +207,7 @@ def test_the_run_attends_with_what_the_first_rank_found(monkeypatch, card, tmp_p
     world = Axis("world", rank, 2, (0, 1), None)
     layout = dataclasses.replace(single_process_layout(torch.device("cuda")), world=world)
     phase = SimpleNamespace(layout=LayoutConfig(), memory=MemorySettings(), attention_on_tape=True)
-    monkeypatch.setattr(attention, "pick_backend", lambda *args: (backend, "why"))
+    monkeypatch.setattr(attention, "pick_backend", lambda *args, **options: (backend, "why"))
     monkeypatch.setattr(attention, "tell_all", lambda tokens, layout: told.append(tokens) or 960)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     attend, line = attention.attention_of_run(

@@ -22,8 +22,9 @@ from torch.utils._pytree import tree_leaves
 
 from model import gpt
 from model.activation_memory.settings import KEEPS_INPUT_ONLY, MemorySettings
-from model.attention_backends.choice import BACKENDS, choose_attention, make_segments
-from model.attention_backends.mixed import ASSUMED_CROSSOVER_TOKENS
+from model.attention_backends.choice import BACKENDS, choose_attention
+from model.attention_backends.documents import pack_documents
+from model.attention_backends.kernel_calls import ASSUMED_CROSSOVER_TOKENS
 from model.config import ModelConfig
 from model.gpt import GPTStage
 from model.sharding import shardings_for
@@ -322,7 +323,7 @@ def test_attention_computes_on_its_device(name, kv_heads):
         torch.empty(64, heads, 64, dtype=DTYPE, device=META, requires_grad=True)
         for heads in (4, kv_heads, kv_heads)
     )
-    segments = make_segments(
+    segments = pack_documents(
         torch.tensor([0, 20, 64], dtype=torch.int32), [(16, 32), (32, 48)], META
     )
     with OneDevice():

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from model.activation_memory.offload import Host
-from model.attention_backends.choice import Backend
-from model.attention_backends.mixed import NEVER
+from model.attention_backends.backend import Backend
+from model.attention_backends.kernel_calls import NEVER
 from pretrain.step import global_grad_norm as step_norm
 from tools.bench.contenders import ALST, CHECKPOINTED, Ours, lean, preset
 from tools.bench.fresh import run_fresh

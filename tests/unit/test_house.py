@@ -29,7 +29,6 @@ KERNEL_PACKAGES = {"transformer_engine", "flash_attn", "apex"}
 # Circles of files that are still there. This list must become empty.
 KNOWN_CIRCLES = [
     {"model/attention.py", "model/attention_chunks.py"},
-    {"model/attention_backends/choice.py", "model/attention_backends/mixed.py"},
     {"tools/export_hf.py", "tools/huggingface/verify.py"},
 ]
 
@@ -138,7 +137,7 @@ def test_each_folder_explains_itself(folder):
 LATER_IMPORT = "def f():\n    from pretrain.state import TrainState"
 IMPORT_BY_NAME = "import importlib\nimportlib.import_module('data.stream')"
 LATER_KERNEL = "def f():\n    import transformer_engine.pytorch"
-EAGER_KERNEL = "model/attention_backends/choice.py"
+EAGER_KERNEL = "model/attention_backends/flash.py"
 
 
 @pytest.mark.parametrize(
@@ -177,7 +176,7 @@ OWN_FOLDERS = "from parallel.layout import Axis\nimport torch.distributed\nfrom 
         ("model/a.py", OWN_FOLDERS),
         ("parallel/layout.py", "from megatron.core import parallel_state"),
         ("tools/bench/peer.py", "import megatron.core\nfrom pretrain import train"),
-        ("model/attention_backends/choice.py", "def f():\n    import flash_attn"),
+        ("model/attention_backends/flash.py", "def f():\n    import flash_attn"),
         ("tests/unit/test_a.py", "import tools.report, data.stream"),
         ("pretrain/a.py", "import data.stream, model.gpt, parallel.layout\nimport database"),
     ],

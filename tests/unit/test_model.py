@@ -7,7 +7,8 @@ import torch
 
 from data.batch import IGNORE
 from model import gpt
-from model.attention_backends.choice import choose_attention, make_segments
+from model.attention_backends.choice import choose_attention
+from model.attention_backends.documents import pack_documents
 from model.config import ModelConfig
 from model.init import BLOCK_ELEMENTS, normal_rows
 from model.sharding import shardings_for
@@ -53,7 +54,7 @@ def test_sdpa_equals_the_definition(kv_heads, bounds):
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
     attend, _ = choose_attention("sdpa", CPU, torch.float64)
     weight = torch.randn(40, 6, 8, dtype=torch.float64)
-    (segments,) = make_segments(cu_seqlens, [(0, 40)], CPU)
+    (segments,) = pack_documents(cu_seqlens, [(0, 40)], CPU)
     found = attend(*inputs, segments)
     expected = masked_attention(*inputs, cu_seqlens)
     assert torch.allclose(found, expected, atol=1e-12)
@@ -87,7 +88,7 @@ def test_queries_of_some_pieces_see_all_earlier_keys_of_their_documents(
         q = inputs[0][rows]
         parts = [
             attend(q[part.queries], inputs[1][part.keys], inputs[2][part.keys], part)
-            for part in make_segments(cu_seqlens, pieces, CPU)
+            for part in pack_documents(cu_seqlens, pieces, CPU)
         ]
         found = torch.cat(parts)
         assert torch.allclose(found, expected[rows], atol=tolerance)
@@ -104,7 +105,7 @@ def test_a_token_changes_nothing_in_other_documents():
     q, k, v = (torch.randn(32, 2, 8) for _ in range(3))
     cu_seqlens = torch.tensor([0, 10, 11, 32], dtype=torch.int32)
     attend, _ = choose_attention("sdpa", CPU, torch.float32)
-    (segments,) = make_segments(cu_seqlens, [(0, 32)], CPU)
+    (segments,) = pack_documents(cu_seqlens, [(0, 32)], CPU)
     before = attend(q, k, v, segments).clone()
     for x in (q, k, v):
         x[3] += 1.0

@@ -27,7 +27,8 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, spawn
 
-from model.attention_backends.choice import choose_attention, make_segments
+from model.attention_backends.choice import choose_attention
+from model.attention_backends.documents import pack_documents
 from parallel.config import LayoutConfig
 from parallel.layout import Axis, build_layout, end_world, start_world
 from parallel.ulysses import HeadSplit, heads_to_seq, seq_to_heads
@@ -272,7 +273,9 @@ def make_kernel(name: str, tokens: int) -> Way:
         )
     device = torch.device("cpu")
     attend, _ = choose_attention("sdpa", device, torch.float32)
-    (segments,) = make_segments(torch.tensor([0, tokens], dtype=torch.int32), [(0, tokens)], device)
+    (segments,) = pack_documents(
+        torch.tensor([0, tokens], dtype=torch.int32), [(0, tokens)], device
+    )
     return lambda q_TmH, k_TkH, v_TkH: attend(q_TmH, k_TkH, v_TkH, segments)
 
 

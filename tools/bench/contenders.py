@@ -26,12 +26,13 @@ from torch.nn import functional as F
 
 from data.batch import IGNORE, Batch
 from model.activation_memory.settings import MemoryConfig
-from model.attention_backends.choice import Attend, choose_attention, has_bf16_units
+from model.attention_backends.backend import Attend
+from model.attention_backends.choice import choose_attention
 from model.build import build_stages, parameter_shapes
 from model.config import PRESETS, ModelConfig
 from model.hf import architecture, huggingface_config, huggingface_name
 from parallel.config import LayoutConfig, ShardingStrategy
-from parallel.layout import Layout, single_process_layout, start_world
+from parallel.layout import Layout, has_bf16_units, single_process_layout, start_world
 from parallel.ulysses import HeadSplit, chunk_counts
 from pretrain.config.config import OptimizerConfig
 from pretrain.state import build_optimizer

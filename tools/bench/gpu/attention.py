@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model.attention_backends.choice import BACKENDS, HeadShape, choose_attention, make_segments
+from model.attention_backends.backend import HeadShape
+from model.attention_backends.choice import BACKENDS, choose_attention
 from model.attention_backends.crossover import crossover_of, measure, padded_lengths
-from model.attention_backends.mixed import ASSUMED_CROSSOVER_TOKENS
+from model.attention_backends.documents import pack_documents
+from model.attention_backends.kernel_calls import ASSUMED_CROSSOVER_TOKENS
 from tools.bench.contenders import Ours, causal_pairs, lean, make_sample, one_process
 from tools.bench.gpu.lines import Report
 from tools.bench.gpu.parts import (
@@ -88,7 +90,7 @@ def make_heads(card: Card, scale: Scale, tokens: int) -> Heads:
 def ways_of_ours(card: Card, scale: Scale, report: Report, heads: Heads) -> dict[str, Way]:
     """Our backends; those that are missing are said in a line each."""
     edges = torch.tensor([0, len(heads.q)], dtype=torch.int32)
-    (segments,) = make_segments(edges, [(0, len(heads.q))], card.device)
+    (segments,) = pack_documents(edges, [(0, len(heads.q))], card.device)
     ways: dict[str, Way] = {}
     for name in dict.fromkeys([*ATTENTION_BACKENDS, *BACKENDS]):
         missing = missing_backend(name, card, scale)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from model.attention_backends.choice import BACKENDS, Attend, HeadShape, choose_attention
-from model.attention_backends.mixed import ASSUMED_CROSSOVER_TOKENS, NEVER
+from model.attention_backends.backend import Attend, HeadShape
+from model.attention_backends.choice import BACKENDS, choose_attention
+from model.attention_backends.kernel_calls import ASSUMED_CROSSOVER_TOKENS, NEVER
 from tools.bench.contenders import BenchModel, Dtype, preset
 from tools.bench.fresh import measured, trim
 

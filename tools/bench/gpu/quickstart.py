@@ -16,7 +16,7 @@ from time import perf_counter
 
 import yaml
 
-from model.attention_backends.choice import has_bf16_units
+from parallel.layout import has_bf16_units
 from tools.bench.fresh import ROOT
 from tools.bench.gpu.lines import Report
 from tools.bench.gpu.parts import Card, Scale
