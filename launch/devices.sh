@@ -13,7 +13,8 @@ count_gpus() {
   fi
 }
 
-# What runs whose layouts are made of fours use here. Sets processes, precision (a flag) and where (in words).
+# What runs whose layouts are made of fours use here. Sets processes, precision (a flag) and where
+# (in words).
 choose_devices() {
   local gpus
   gpus=$(count_gpus)

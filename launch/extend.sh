@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Continued pretraining, end to end: take a Hugging Face folder, train it on at 16K tokens of context, and get a Hugging
-# Face folder out that is verified.
+# Continued pretraining, end to end: take a Hugging Face folder, train it on at 16K tokens of
+# context, and get a Hugging Face folder out that is verified.
 #
-#   bash launch/extend.sh                        the model and corpus of the quick start, 2K -> 16K
-#   bash launch/extend.sh HF_FOLDER CORPUS.jsonl your own; a Llama, Qwen2 or Qwen3 model of 2K tokens, for another
-#                                                context change original_max_position_embeddings in
-#                                                launch/configs/extend.yaml
+#   bash launch/extend.sh                          the quick start's model and corpus, 2K -> 16K
+#   bash launch/extend.sh HF_FOLDER CORPUS.jsonl   your own
+#
+# The model is a Llama, Qwen2 or Qwen3 of 2K tokens; for one of another context change
+# original_max_position_embeddings in launch/configs/extend.yaml.
 #
 # Everything goes to runs/extend (or the folder EXTEND_DIR). Run it again to go on where it ended.
 set -euo pipefail
@@ -17,14 +18,19 @@ corpus=${2:-$quickstart/corpus.jsonl}
 script=extend
 steps=7
 
+refuse() {
+  echo "extend: $*" >&2
+  exit 2
+}
+
 if [[ $# -gt 2 || ${1:-} == -* ]]; then
   sed -n '2,/^set /{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"
   exit 2
 fi
 for needed in "$model/config.json" "$corpus"; do
   if [[ ! -f $needed ]]; then
-    echo "extend: $needed does not exist. Run bash launch/quickstart.sh first, or name a Hugging Face folder and a corpus." >&2
-    exit 2
+    refuse "$needed does not exist." \
+      "Run bash launch/quickstart.sh first, or name a Hugging Face folder and a corpus."
   fi
 done
 run=${EXTEND_DIR:-$root/runs/extend}
@@ -33,12 +39,11 @@ run=$(cd "$run" && pwd -P)
 model=$(cd "$model" && pwd -P)
 corpus=$(cd "$(dirname "$corpus")" && pwd -P)/$(basename "$corpus")
 if [[ ! -f $run/origin && -n $(ls -A "$run") ]]; then
-  echo "extend: $run is not empty, and this script did not make it. Give another folder: EXTEND_DIR=FOLDER" >&2
-  exit 2
+  refuse "$run is not empty, and this script did not make it." \
+    "Give another folder: EXTEND_DIR=FOLDER"
 fi
 if [[ -f $run/origin && $(<"$run/origin") != "$model $corpus" ]]; then
-  echo "extend: $run was made from $(<"$run/origin"). Give another folder: EXTEND_DIR=FOLDER" >&2
-  exit 2
+  refuse "$run was made from $(<"$run/origin"). Give another folder: EXTEND_DIR=FOLDER"
 fi
 printf '%s\n' "$model $corpus" >"$run/origin"
 
@@ -65,14 +70,15 @@ if [[ -f $run/.data ]]; then
 else
   mkdir -p "$run/data"
   ithaca preprocess --input "$corpus" --output-prefix "$data" --append-eod --workers 2 \
-    --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$model" --skip-bad-lines --overwrite || fail "see the message above"
+    --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$model" --skip-bad-lines --overwrite ||
+    fail "see the message above"
   touch "$run/.data"
 fi
 
 choose_devices
 begin "training: $where, 2K -> 16K, on documents of at least 4K tokens"
-NPROC_PER_NODE=$processes ithaca train --config "$root/launch/configs/extend.yaml" \
-  "$precision" --pretrained-checkpoint "$run/imported" --tokenizer-model "$model" --save "$run/checkpoints" \
+NPROC_PER_NODE=$processes ithaca train --config "$root/launch/configs/extend.yaml" "$precision" \
+  --pretrained-checkpoint "$run/imported" --tokenizer-model "$model" --save "$run/checkpoints" \
   --data-path "${data}[4Ki:]" || fail "see the messages above" $?
 
 begin "export: to Hugging Face, and the proof that it is the same model"
@@ -83,7 +89,8 @@ import json
 import sys
 
 config = json.load(open(sys.argv[1], encoding="utf-8"))
-print(f"      max_position_embeddings {config['max_position_embeddings']:,}, rope {config['rope_parameters']}")
+context = config["max_position_embeddings"]
+print(f"      max_position_embeddings {context:,}, rope {config['rope_parameters']}")
 PYTHON
 
 begin "data: was each token drawn once?"

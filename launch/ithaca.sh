@@ -4,8 +4,8 @@
 #   bash launch/ithaca.sh COMMAND [ARGUMENTS]
 #   bash launch/ithaca.sh COMMAND --help
 #
-# Relative paths are relative to the folder you call from; nothing that lies there is imported. Arguments go to the
-# command as they are, and its exit code comes back.
+# Relative paths are relative to the folder you call from; nothing that lies there is imported.
+# Arguments go to the command as they are, and its exit code comes back.
 set -uo pipefail
 
 root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd -P)
@@ -14,10 +14,10 @@ root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd -P)
 commands() {
   cat <<'TABLE'
 train           | train.sh               | train on this node: --config FILE [--flags]
-plan            | plan                   | check a run and print its settings, without starting it: --config FILE [--world-size N]
+plan            | plan                   | check a run without starting it: --config FILE [--flags]
 train-tokenizer | tools.train_tokenizer  | train a SentencePiece tokenizer on text
 preprocess      | tools.preprocess_data  | turn text into token files (.bin, .idx)
-inspect         | tools.inspect_data     | show what token files, a run's batches or a checkpoint hold
+inspect         | tools.inspect_data     | show what tokens, a batch or a checkpoint hold
 merge           | tools.merge_datasets   | join several token files into one
 split           | tools.split_dataset    | cut one token file into several
 audit           | tools.audit_data       | count whether a run drew each token exactly once
@@ -44,10 +44,12 @@ list_commands() {
 
 # The command that is spelled most like $1; nothing without a Python to ask.
 nearest() {
-  # shellcheck disable=SC2046  # one word per name
-  "${ITHACA_PYTHON:-python3}" -I -S -c '
+  local script='
 import difflib, sys
-print(*difflib.get_close_matches(sys.argv[1], sys.argv[2:], n=1, cutoff=0.5))' "$1" $(names) 2>/dev/null
+word, *known = sys.argv[1:]
+print(*difflib.get_close_matches(word, known, n=1, cutoff=0.5))'
+  # shellcheck disable=SC2046  # one word per name
+  "${ITHACA_PYTHON:-python3}" -I -S -c "$script" "$1" $(names) 2>/dev/null
 }
 
 refuse() {
@@ -61,7 +63,8 @@ refuse_unknown() {
   refuse "$1: no such command. Fix: ${match:+$match, or }one of $(names | paste -sd ' ' -)"
 }
 
-# Check a run and print its settings. --world-size stands for NNODES x NPROC_PER_NODE, for a plan of other machines.
+# Check a run and print its settings. --world-size stands for NNODES x NPROC_PER_NODE, for a plan of
+# other machines.
 plan() {
   local arguments=()
   local world=""
@@ -76,7 +79,8 @@ plan() {
     shift
   done
   if [[ -n $world ]]; then
-    [[ $world =~ ^[1-9][0-9]*$ ]] || refuse "--world-size = $world: must be a whole number, at least 1"
+    [[ $world =~ ^[1-9][0-9]*$ ]] ||
+      refuse "--world-size = $world: must be a whole number, at least 1"
     export NNODES=1 NPROC_PER_NODE=$world
   fi
   exec bash "$root/launch/train.sh" --print-config "${arguments[@]}"

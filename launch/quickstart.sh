@@ -2,10 +2,12 @@
 # From nothing to a trained model on this machine, with real text, on GPUs or on the CPU:
 #
 #   bash launch/quickstart.sh            train on Python's own standard library
-#   bash launch/quickstart.sh CORPUS     ... on your text: a file or a folder; of .jsonl files each line's "text"
+#   bash launch/quickstart.sh CORPUS     train on your text: a file or a folder
 #
-# Everything goes to runs/quickstart (or the folder QUICKSTART_DIR). Run it again to go on where it ended: finished
-# steps are skipped, training continues from its last checkpoint.
+# Of .jsonl files each line's "text" is read.
+#
+# Everything goes to runs/quickstart (or the folder QUICKSTART_DIR). Run it again to go on where it
+# ended: finished steps are skipped, training continues from its last checkpoint.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -13,6 +15,7 @@ run=${QUICKSTART_DIR:-$root/runs/quickstart}
 source_path=${1:-}
 script=quickstart
 steps=8
+advice="Give another folder: QUICKSTART_DIR=FOLDER"
 
 if [[ $# -gt 1 || $source_path == -* ]]; then
   sed -n '2,/^set /{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"
@@ -22,7 +25,7 @@ fi
 mkdir -p "$run"
 run=$(cd "$run" && pwd -P)
 if [[ ! -f $run/corpus.origin && -n $(ls -A "$run") ]]; then
-  echo "quickstart: $run is not empty, and this script did not make it. Give another folder: QUICKSTART_DIR=FOLDER" >&2
+  echo "quickstart: $run is not empty, and this script did not make it. $advice" >&2
   exit 2
 fi
 
@@ -43,8 +46,10 @@ if [[ -n $source_path ]]; then
 else
   origin=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
 fi
-if [[ -f $run/corpus.origin && $(<"$run/corpus.origin") != "$origin" ]]; then
-  fail "$run was made from $(<"$run/corpus.origin"), not from $origin. Give another folder: QUICKSTART_DIR=FOLDER" 2
+if [[ -f $run/corpus.origin ]]; then
+  before=$(<"$run/corpus.origin")
+  [[ $before == "$origin" ]] ||
+    fail "$run was made from $before, not from $origin. $advice" 2
 fi
 printf '%s\n' "$origin" >"$run/corpus.origin"
 if [[ -n $source_path ]]; then
@@ -100,8 +105,8 @@ if [[ -f $finished/data && -f $run/data/corpus.idx ]]; then
   skip "$run/data/corpus.idx"
 else
   rm -f "$run"/data/corpus*
-  ithaca preprocess --input "$corpus" --output-prefix "$run/data/corpus" \
-    --tokenizer-type SentencePieceTokenizer --tokenizer-model "$tokenizer" --append-eod --workers 2 \
+  ithaca preprocess --input "$corpus" --output-prefix "$run/data/corpus" --append-eod \
+    --tokenizer-type SentencePieceTokenizer --tokenizer-model "$tokenizer" --workers 2 \
     --skip-bad-lines || fail "see the message above"
   touch "$finished/data"
 fi
@@ -112,11 +117,14 @@ config=$root/launch/configs/quickstart.yaml
 if [[ $processes -eq 1 ]]; then config=$root/launch/configs/quickstart-1gpu.yaml; fi
 begin "training: $where, $(basename "$config")"
 NPROC_PER_NODE=$processes ithaca train --config "$config" "$precision" \
-  --data-path "$data" --tokenizer-model "$tokenizer" --save "$run/checkpoints" || fail "see the messages above" $?
+  --data-path "$data" --tokenizer-model "$tokenizer" --save "$run/checkpoints" ||
+  fail "see the messages above" $?
 
 begin "export: to Hugging Face, and the proof that it is the same model"
-iteration=$(cat "$run/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null) || fail "training published no checkpoint"
-if [[ -f $finished/export && $(<"$finished/export") == "$iteration" && -f $run/huggingface/config.json ]]; then
+iteration=$(cat "$run/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null) ||
+  fail "training published no checkpoint"
+exported=$(cat "$finished/export" 2>/dev/null || true)
+if [[ $exported == "$iteration" && -f $run/huggingface/config.json ]]; then
   skip "$run/huggingface"
 else
   rm -f "$finished/export"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Train under Slurm, one launch/train.sh per node. From the repository's root (or with ITHACA_ROOT set):
+# Train under Slurm, one launch/train.sh per node. From the repository's root (or with ITHACA_ROOT
+# set):
 #
 #   sbatch --nodes 4 launch/slurm.sh --config FILE [--flags]
 #
@@ -20,7 +21,8 @@ set -uo pipefail
 # Slurm runs a copy of this script, so its own place says nothing.
 export ITHACA_ROOT=${ITHACA_ROOT:-$SLURM_SUBMIT_DIR}
 if [[ ! -f $ITHACA_ROOT/launch/train.sh ]]; then
-  echo "slurm.sh: no launch/train.sh in $ITHACA_ROOT. Submit from the repository's root or set ITHACA_ROOT." >&2
+  echo "slurm.sh: no launch/train.sh in $ITHACA_ROOT." \
+    "Submit from the repository's root or set ITHACA_ROOT." >&2
   exit 2
 fi
 # Once, before all nodes look at the same folder.
@@ -36,8 +38,8 @@ if [[ $NNODES -gt 1 ]]; then
   export MASTER_ADDR MASTER_PORT
 fi
 
-# srun passes Slurm's signals to each train.sh. One node that ends early must not cut off the others' save, so nothing
-# is killed on a bad exit, and the rest gets GRACE and a little to follow.
+# srun passes Slurm's signals to each train.sh. One node that ends early must not cut off the
+# others' save, so nothing is killed on a bad exit, and the rest gets GRACE and a little to follow.
 # shellcheck disable=SC2016  # SLURM_NODEID is each task's own
 srun --nodes "$NNODES" --ntasks-per-node 1 --kill-on-bad-exit=0 --wait $((GRACE + 60)) \
   bash -c 'NODE_RANK=$SLURM_NODEID exec bash "$ITHACA_ROOT/launch/train.sh" "$@"' train.sh "$@"

@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034,SC2154  # shared with who sources it
-# What scripts of several steps share: headings, and a stop that reaches the step under way. Sourced, after setting
-# `root`, `script` (its name) and `steps` (their number).
+# What scripts of several steps share: headings, and a stop that reaches the step under way.
+# Sourced, after setting `root`, `script` (its name) and `steps` (their number).
 step=0
 heading="start"
 child=""
@@ -9,7 +9,8 @@ stopping=""  # "yes" once a signal came
 begin() {
   step=$((step + 1))
   heading=$1
-  printf '\n[%d/%d] %s  (%d:%02d so far)\n' "$step" "$steps" "$heading" $((SECONDS / 60)) $((SECONDS % 60))
+  printf '\n[%d/%d] %s  (%d:%02d so far)\n' \
+    "$step" "$steps" "$heading" $((SECONDS / 60)) $((SECONDS % 60))
 }
 skip() { printf '      already there: %s\n' "$1"; }
 fail() {
@@ -39,7 +40,8 @@ attempt() {
   fi
   child=""
   if [[ -n $stopping || $code -eq 75 ]]; then
-    printf '\n%s: stopped in step %d (%s); the same command goes on from here.\n' "$script" "$step" "$heading" >&2
+    printf '\n%s: stopped in step %d (%s); the same command goes on from here.\n' \
+      "$script" "$step" "$heading" >&2
     exit 75
   fi
   return "$code"

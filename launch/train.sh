@@ -1,29 +1,32 @@
 #!/usr/bin/env bash
 # Train on this node, and start again when the run asks for it:
 #
-#   bash launch/ithaca.sh train --config FILE [--flags]        everything goes to `-m pretrain.train`
+#   bash launch/ithaca.sh train --config FILE [--flags]     everything goes to `-m pretrain.train`
 #
-# Relative paths are relative to the folder you call from. Run it once on every node. From the environment:
+# Relative paths are relative to the folder you call from. Run it once on every node. From the
+# environment:
 #
 #   NPROC_PER_NODE   processes on this node     (default: the number of GPUs, 1 where there is none)
 #   NNODES           nodes                      (default: 1)
 #   NODE_RANK        this node's number         (default: 0)
 #   MASTER_ADDR      node 0's name or address   (needed with NNODES > 1)
-#   MASTER_PORT      a port that is free there  (default: 29500; with one node the kernel chooses one)
+#   MASTER_PORT      a port that is free there  (default: 29500; on one node the kernel chooses)
 #   JOIN_WAIT        seconds to wait for the other nodes (default: 1800)
 #   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME      (default: the interface that reaches MASTER_ADDR)
 #   OMP_NUM_THREADS  CPU threads a process      (default: cores / NPROC_PER_NODE)
-#   PYTORCH_CUDA_ALLOC_CONF  torch's GPU memory (default: expandable_segments:True; empty for torch's own)
+#   PYTORCH_CUDA_ALLOC_CONF  torch's GPU memory (default: expandable_segments:True;
+#                                                empty for torch's own)
 #   GRACE            seconds from a stop signal to the kill: one step + one save (default: 120)
 #   MAX_RESTARTS     restarts after a failure with no new checkpoint in between (default: 3)
 #   RETRY_WAIT       seconds before the first such restart, doubled each time (default: 5)
 #   ITHACA_PYTHON    see launch/setup.sh
 #
-# torchrun hands no exit codes on, so local rank 0 says how the run ended in the file ITHACA_OUTCOME_FILE:
+# torchrun hands no exit codes on, so local rank 0 says how the run ended in the file
+# ITHACA_OUTCOME_FILE:
 #
 #   done      exit 0
 #   again     start again at once (the next phase has another layout)
-#   stopped   exit 75, "try again later": a signal or --exit-interval; the state is saved (Slurm requeues)
+#   stopped   exit 75, "try again later": a signal or --exit-interval; the state is saved
 #   unstarted exit 75: a signal came before the first step
 #   refused   exit 2: the configuration is wrong, so another try can't help
 #   unmet     exit 1: a node did not come within JOIN_WAIT seconds
@@ -44,10 +47,11 @@ refuse() {
 }
 
 require_number() {  # NAME smallest
-  [[ ${!1} =~ ^[0-9]+$ && ${!1} -ge $2 ]] || refuse "$1 = ${!1}: must be a whole number, at least $2"
+  [[ ${!1} =~ ^[0-9]+$ && ${!1} -ge $2 ]] ||
+    refuse "$1 = ${!1}: must be a whole number, at least $2"
 }
 
-# --- the processes --------------------------------------------------------------------------------------------------
+# --- the processes --------------------------------------------------------------------------------
 read_counts() {
   if [[ -z ${NPROC_PER_NODE:-} ]]; then
     NPROC_PER_NODE=$(count_gpus)
@@ -72,7 +76,7 @@ is_question() {
   return 1
 }
 
-# --- this node's settings -------------------------------------------------------------------------------------------
+# --- this node's settings -------------------------------------------------------------------------
 read_settings() {
   NODE_RANK=${NODE_RANK:-0}
   GRACE=${GRACE:-120}
@@ -95,20 +99,23 @@ read_meeting_place() {
     [[ -n ${MASTER_ADDR:-} ]] || refuse "NNODES = $NNODES needs MASTER_ADDR, the address of node 0"
     MASTER_PORT=${MASTER_PORT:-29500}
     require_number MASTER_PORT 1
-    [[ $MASTER_PORT -le 65535 ]] || refuse "MASTER_PORT = $MASTER_PORT: must be a whole number, at most 65535"
+    [[ $MASTER_PORT -le 65535 ]] ||
+      refuse "MASTER_PORT = $MASTER_PORT: must be a whole number, at most 65535"
     port=$MASTER_PORT
   elif [[ -n ${MASTER_ADDR:-}${MASTER_PORT:-} ]]; then
-    say "MASTER_ADDR and MASTER_PORT have no effect with NNODES = 1: the processes of one node find each other"
+    say "MASTER_ADDR and MASTER_PORT have no effect with NNODES = 1:" \
+      "the processes of one node find each other"
   fi
 }
 
 # What torch and torchrun read from the environment.
 set_environment() {
-  # torchrun reads a setting that nobody gave it from PET_<SETTING>, which some clusters set for a torchrun of their
-  # own. Every one of them would change what this script asks for.
+  # torchrun reads a setting that nobody gave it from PET_<SETTING>, which some clusters set for a
+  # torchrun of their own. Every one of them would change what this script asks for.
   local leftovers=("${!PET_@}")
   if [[ ${#leftovers[@]} -gt 0 ]]; then
-    say "ignoring ${leftovers[*]}: torchrun's own settings; give NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT"
+    say "ignoring ${leftovers[*]}: torchrun's own settings;" \
+      "give NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT"
     unset "${leftovers[@]}"
   fi
   if [[ -z ${OMP_NUM_THREADS:-} ]]; then
@@ -116,16 +123,18 @@ set_environment() {
     [[ $OMP_NUM_THREADS -ge 1 ]] || OMP_NUM_THREADS=1
   fi
   export OMP_NUM_THREADS
-  # A phase's long samples leave holes in GPU memory that fixed segments can't fill; expandable ones can. Whoever sets
-  # any of torch's names for this, also to nothing, decides alone: torch reads the first of them that is set.
-  if [[ -z ${PYTORCH_CUDA_ALLOC_CONF+set}${PYTORCH_HIP_ALLOC_CONF+set}${PYTORCH_ALLOC_CONF+set} ]]; then
+  # A phase's long samples leave holes in GPU memory that fixed segments can't fill; expandable ones
+  # can. Whoever sets any of torch's names for this, also to nothing, decides alone: torch reads the
+  # first of them that is set.
+  local given=${PYTORCH_CUDA_ALLOC_CONF+set}${PYTORCH_HIP_ALLOC_CONF+set}${PYTORCH_ALLOC_CONF+set}
+  if [[ -z $given ]]; then
     export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
   fi
   # torch warns about process groups of two backends when it leaves them; its errors stay visible.
   export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR}
 }
 
-# --- signals --------------------------------------------------------------------------------------------------------
+# --- signals --------------------------------------------------------------------------------------
 child=""      # the launcher's process, while there is one
 signal=""     # the first stop signal that came
 forwarded=""  # whether the launcher got it
@@ -154,14 +163,15 @@ forward() {  # once: a second signal would make torchrun give up waiting
   fi
 }
 
-# Workers run in sessions of their own and outlive a killed torchrun; the outcome file's name in their environment
-# tells them apart from everything else on the machine.
+# Workers run in sessions of their own and outlive a killed torchrun; the outcome file's name in
+# their environment tells them apart from everything else on the machine.
 end_leftovers() {
+  local mark="ITHACA_OUTCOME_FILE=$scratch/"
   local environment pid
   while read -r environment; do
     pid=${environment#/proc/}
     kill -KILL "${pid%/environ}" 2>/dev/null
-  done < <(env -u ITHACA_OUTCOME_FILE grep -lsaF "ITHACA_OUTCOME_FILE=$scratch/" /proc/[0-9]*/environ 2>/dev/null)
+  done < <(env -u ITHACA_OUTCOME_FILE grep -lsaF "$mark" /proc/[0-9]*/environ 2>/dev/null)
   [[ -z $child ]] || kill -KILL -- "-$child" 2>/dev/null
 }
 
@@ -174,16 +184,17 @@ set_traps() {
   trap 'end_leftovers; rm -rf "$scratch"' EXIT
 }
 
-# --- one launch -----------------------------------------------------------------------------------------------------
+# --- one launch -----------------------------------------------------------------------------------
 launch() {  # number of the launch, then the trainer's arguments; returns torchrun's exit code
   local number=$1 code
   shift
   export ITHACA_OUTCOME_FILE="$scratch/outcome.$number"
-  # Job control gives the launcher a process group of its own (Ctrl-C reaches it once, from here) and keeps bash from
-  # making it ignore SIGINT.
+  # Job control gives the launcher a process group of its own (Ctrl-C reaches it once, from here)
+  # and keeps bash from making it ignore SIGINT.
   set -m
-  "$PYTHON" -m launch.node --parent $$ --nnodes "$NNODES" --node-rank "$NODE_RANK" \
-    --nproc-per-node "$NPROC_PER_NODE" --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "$port" \
+  "$PYTHON" -m launch.node --parent $$ \
+    --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$NPROC_PER_NODE" \
+    --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "$port" \
     --grace "$GRACE" --join-wait "$JOIN_WAIT" pretrain.train "$@" </dev/null &
   child=$!
   set +m
@@ -213,16 +224,20 @@ wait_for_stop() {
   done
 }
 
-# --- until it is over -----------------------------------------------------------------------------------------------
+# --- until it is over -----------------------------------------------------------------------------
 # The latest checkpoint, to tell a run that moves on from one that is stuck.
 published() { cat "${save:-/dev/null}/latest_checkpointed_iteration.txt" 2>/dev/null || true; }
 
-# Ends this script, unless the run is to start again: then `failures` says how often it failed in a row.
+# Ends this script, unless the run is to start again: then `failures` says how often it failed in a
+# row.
 heed_outcome() {  # the outcome and torchrun's exit code
   local outcome=$1 code=$2
-  if [[ -n $outcome && $outcome != refused && $outcome != unmet && $code -ne 0 && -z $signal ]]; then
-    say "warning: the run ended as '$outcome', but torchrun with code $code"
-  fi
+  case $outcome in
+    "" | refused | unmet) ;;  # that torchrun failed, too, is no surprise
+    *)
+      [[ $code -eq 0 || -n $signal ]] ||
+        say "warning: the run ended as '$outcome', but torchrun with code $code" ;;
+  esac
   case $outcome in
     done) exit 0 ;;
     refused) exit 2 ;;
@@ -267,7 +282,7 @@ wait_to_retry() {  # torchrun's exit code; a signal ends the wait
   done
 }
 
-# --- from top to bottom ---------------------------------------------------------------------------------------------
+# --- from top to bottom ---------------------------------------------------------------------------
 if [[ $# -eq 0 ]]; then
   sed -n '2,/^set /{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"
   exit 2
