@@ -15,11 +15,9 @@ class Documents:
     prefix = "documents"
 
     def __init__(self, lengths, draw=None):
-        self.document_lengths, self.num_documents, self.tokens_read = (
-            np.array(lengths),
-            len(lengths),
-            0,
-        )
+        self.document_lengths = np.array(lengths)
+        self.num_documents = len(lengths)
+        self.tokens_read = 0
         make = draw or (lambda number, length: number * 1000 + np.arange(length))
         self.tokens = [make(number, length) for number, length in enumerate(lengths)]
 

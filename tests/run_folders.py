@@ -196,8 +196,8 @@ def write_checkpoint(folder, step, tokens):
     phases.write_text(
         "phases:\n"
         + "".join(
-            f"  - {{name: {name}, seq_length: {2 ** (13 + i)}, train_tokens: 16Mi, global_batch_tokens: 2Mi, "
-            f"{layouts[i]}, rotary_base: {1e4 * 2**i}}}\n"
+            f"  - {{name: {name}, seq_length: {2 ** (13 + i)}, train_tokens: 16Mi, "
+            f"global_batch_tokens: 2Mi, {layouts[i]}, rotary_base: {1e4 * 2**i}}}\n"
             for i, name in enumerate(NAMES)
         )
     )

@@ -116,10 +116,8 @@ class WorkerPool:
                 except (EOFError, ConnectionResetError):
                     process = self.workers[rank][0]
                     process.join()
-                    succeeded, results[rank] = (
-                        False,
-                        f"the process died with exit code {process.exitcode}",
-                    )
+                    succeeded = False
+                    results[rank] = f"the process died with exit code {process.exitcode}"
                 if not succeeded:
                     self.close_workers()
                     raise AssertionError(f"rank {rank} of {world_size} failed:\n{results[rank]}")

@@ -116,11 +116,10 @@ def test_declared_context_of_yarn(trained, tmp_path, capsys):
 
 
 def test_verification_catches_swapped_weights(trained, tmp_path, monkeypatch):
-    swapped = dict(hf._LAYER_NAMES)
-    swapped["mlp.gate.weight"], swapped["mlp.up.weight"] = (
-        swapped["mlp.up.weight"],
-        swapped["mlp.gate.weight"],
-    )
+    names = hf._LAYER_NAMES
+    gate = names["mlp.gate.weight"]
+    up = names["mlp.up.weight"]
+    swapped = names | {"mlp.gate.weight": up, "mlp.up.weight": gate}
     monkeypatch.setattr(hf, "_LAYER_NAMES", swapped)
     with pytest.raises(ValueError, match="verification of the export failed"):
         export(

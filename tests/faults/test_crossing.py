@@ -111,7 +111,7 @@ def test_kills_at_random_steps_saves_and_crossings_change_nothing(
 
 
 def count_changes(phases: list[dict]) -> int:
-    """Of layout, each of which is a restart."""
+    """Count the changes of layout, each of which is a restart."""
     layouts = [
         {key: value for key, value in phase.items() if key in LAYOUT_KEYS} for phase in phases
     ]

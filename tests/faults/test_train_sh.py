@@ -33,7 +33,10 @@ action=$(head -n 1 "$here/plan")
 case $action in
   nothing) exit 1 ;;
   silent) exit 0 ;;
-  publish) mkdir -p "$here/save"; date +%s%N > "$here/save/latest_checkpointed_iteration.txt"; exit 1 ;;
+  publish)
+    mkdir -p "$here/save"
+    date +%s%N > "$here/save/latest_checkpointed_iteration.txt"
+    exit 1 ;;
   refused | unmet) echo -n "$action" > "$ITHACA_OUTCOME_FILE"; exit 1 ;;
   hang | deaf)
     if [[ $action == hang ]]; then

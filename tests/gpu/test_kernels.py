@@ -82,7 +82,8 @@ def test_backend_equals_the_definition(name, crossover, kv_heads, groups):
 
 @pytest.mark.parametrize("name, crossover", CALLS)
 def test_backend_keeps_documents_apart_bit_for_bit(name, crossover):
-    attend, (q, k, v) = backend(name, crossover), inputs(2)
+    attend = backend(name, crossover)
+    q, k, v = inputs(2)
     (segments,) = pack_documents(
         torch.tensor(BOUNDS, dtype=torch.int32), [(0, BOUNDS[-1])], q.device
     )

@@ -728,18 +728,29 @@ def test_the_call_of_cudnns_frontend_fits(monkeypatch, pieces, is_bottom_right):
 
 
 OPERATORS = {
-    "_scaled_dot_product_cudnn_attention": "(Tensor query, Tensor key, Tensor value, Tensor? attn_bias, bool compute_log_sumexp, float dropout_p=0., "
-    "bool is_causal=False, bool return_debug_mask=False, *, float? scale=None) -> (Tensor, Tensor)",
-    "_scaled_dot_product_cudnn_attention_backward": "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, Tensor philox_seed, "
-    "Tensor philox_offset, Tensor attn_bias, Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, SymInt max_k, "
-    "float dropout_p, bool is_causal, *, float? scale=None) -> (Tensor, Tensor)",
-    "_flash_attention_forward": "(Tensor query, Tensor key, Tensor value, Tensor? cum_seq_q, Tensor? cum_seq_k, SymInt max_q, SymInt max_k, "
-    "float dropout_p, bool is_causal, bool return_debug_mask, *, float? scale=None, "
-    "SymInt? window_size_left=None, SymInt? window_size_right=None) -> (Tensor, Tensor)",
-    "_flash_attention_backward": "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, Tensor cum_seq_q, "
-    "Tensor cum_seq_k, SymInt max_q, SymInt max_k, float dropout_p, bool is_causal, Tensor rng_state, "
-    "Tensor unused, *, float? scale=None, SymInt? window_size_left=None, SymInt? window_size_right=None) "
+    "_scaled_dot_product_cudnn_attention": "(Tensor query, Tensor key, Tensor value, Tensor? "
+    "attn_bias, bool compute_log_sumexp, float "
+    "dropout_p=0., bool is_causal=False, bool "
+    "return_debug_mask=False, *, float? scale=None) -> "
+    "(Tensor, Tensor)",
+    "_scaled_dot_product_cudnn_attention_backward": "(Tensor grad_out, Tensor query, Tensor key, "
+    "Tensor value, Tensor out, Tensor logsumexp, "
+    "Tensor philox_seed, Tensor philox_offset, "
+    "Tensor attn_bias, Tensor cum_seq_q, Tensor "
+    "cum_seq_k, SymInt max_q, SymInt max_k, "
+    "float dropout_p, bool is_causal, *, float? "
+    "scale=None) -> (Tensor, Tensor)",
+    "_flash_attention_forward": "(Tensor query, Tensor key, Tensor value, Tensor? cum_seq_q, "
+    "Tensor? cum_seq_k, SymInt max_q, SymInt max_k, float dropout_p, "
+    "bool is_causal, bool return_debug_mask, *, float? scale=None, "
+    "SymInt? window_size_left=None, SymInt? window_size_right=None) "
     "-> (Tensor, Tensor)",
+    "_flash_attention_backward": "(Tensor grad_out, Tensor query, Tensor key, Tensor value, "
+    "Tensor out, Tensor logsumexp, Tensor cum_seq_q, Tensor "
+    "cum_seq_k, SymInt max_q, SymInt max_k, float dropout_p, bool "
+    "is_causal, Tensor rng_state, Tensor unused, *, float? "
+    "scale=None, SymInt? window_size_left=None, SymInt? "
+    "window_size_right=None) -> (Tensor, Tensor)",
 }
 """Arguments of the operators under `mixed`, in torch 2.11 and 2.13; what one of them has beyond is
 left out."""
@@ -871,8 +882,8 @@ def test_a_cudnn_that_does_not_run_is_said_in_one_line(monkeypatch):
     )
     reason = mixed.why_mixed_cannot_run(CPU, torch.float32, heads)
     assert reason == (
-        "cuDNN does not run here with 4 query and 2 key/value heads of size 200: "
-        "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"
+        "cuDNN does not run here with 4 query and 2 key/value heads of size 200: cuDNN error: "
+        "CUDNN_STATUS_NOT_SUPPORTED"
     )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     obstacle_of_mixed(monkeypatch, reason)

@@ -65,7 +65,8 @@ def test_a_million_tokens_get_many_ranks_and_a_short_phase_none():
 
 
 def test_a_large_model_is_split_and_a_small_one_is_not():
-    (large,), (small,) = choose(config("llama3-70b", {}), 64), choose(config("125m", {}), 64)
+    (large,) = choose(config("llama3-70b", {}), 64)
+    (small,) = choose(config("125m", {}), 64)
     assert large.best.phase.layout.sizes != (1, 1, 1) and small.best.phase.layout.sizes == (1, 1, 1)
 
 
@@ -219,7 +220,8 @@ def test_the_plan_marks_what_was_chosen():
 
 def test_a_gpu_of_less_memory_gets_another_layout_and_a_cpu_any():
     made = config("llama3-8b", {})
-    (roomy,), (tight,) = choose(made, 8), choose(made, 8, Device(TABLE["H100"], 48 * GIB))
+    (roomy,) = choose(made, 8)
+    (tight,) = choose(made, 8, Device(TABLE["H100"], 48 * GIB))
     assert tight.best.memory.total <= 0.9 * 48 * GIB < roomy.best.memory.total
     (cpu,) = choose(config("tiny", {"global_batch_tokens": 65536}), 4, Device(CPU, 8 * GIB))
     assert cpu.best.memory.total < 8 * GIB

@@ -268,8 +268,9 @@ CHECKS = [
     (
         "recompute_modules",
         ["mlp", "layernorm"],
-        "recompute_modules = layernorm: selective computes the MLP with its "
-        "norm again and nothing else by itself. Fix: mlp or core_attn, or --recompute-granularity full or attention_kept",
+        "recompute_modules = layernorm: selective computes the MLP with its norm again and "
+        "nothing else by itself. Fix: mlp or core_attn, or --recompute-granularity full or "
+        "attention_kept",
     ),
     ("mlp_tiles", 0, "mlp_tiles = 0: must be at least 1. Fix: give 1 or more"),
     ("attention_head_chunks", -1, "attention_head_chunks = -1: must be at least 1"),
@@ -316,8 +317,8 @@ CHECKS = [
 def valid_config() -> Config:
     config = load_config(
         "--override-opt-param-scheduler --use-distributed-optimizer --model tiny --bf16 "
-        "--train-tokens 1000 --seq-length 128 "
-        "--global-batch-tokens 512 --data-path prefix --tokenizer-model model".split()
+        "--train-tokens 1000 --seq-length 128 --global-batch-tokens 512 --data-path prefix "
+        "--tokenizer-model model".split()
     )
     assert config.validate() == []
     return config
@@ -378,7 +379,8 @@ def test_a_switch_that_a_file_turns_off_as_a_flag_would_is_answered(key, fix, tm
     [
         (
             "clip_grad",
-            "is a setting of the run, no phase has its own. Fix: write it beside `phases:`, for the whole run.",
+            "is a setting of the run, no phase has its own. Fix: write it beside `phases:`, for "
+            "the whole run.",
         ),
         (
             "global_batch_size",

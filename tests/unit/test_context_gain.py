@@ -1,5 +1,5 @@
-"""pretrain/evaluation/context_gain.py: which targets are scored with which context, and the statistics of
-their losses."""
+"""pretrain/evaluation/context_gain.py: which targets are scored with which context, and what
+their losses say."""
 
 from types import SimpleNamespace
 
@@ -186,8 +186,8 @@ def test_the_interval_covers_the_true_gain(documents):
             (90,),
             "",
             [
-                "context gain is not measured in phase main: its seq_length 64 is below 2 x context_gain_cut = "
-                "2,048"
+                "context gain is not measured in phase main: its seq_length 64 is below 2 x "
+                "context_gain_cut = 2,048"
             ],
         ),
         (64, (90, 31), "--context-gain-cut 16", []),
@@ -206,8 +206,8 @@ def test_the_interval_covers_the_true_gain(documents):
 )
 def test_it_says_why_nothing_is_measured(seq_length, lengths, flags, said):
     config = load_config(
-        f"--seq-length {seq_length} --global-batch-size 2 --train-iters 1 --mock-data --vocab-size 99 "
-        f"{flags}".split()
+        f"--seq-length {seq_length} --global-batch-size 2 --train-iters 1 --mock-data "
+        f"--vocab-size 99 {flags}".split()
     )
     feed = SimpleNamespace(corpus=Corpus({}, {"valid": blend((1.0, lengths))}))
     assert Evaluator(config, feed, None).unmeasured(resolve_phases(config)[0]) == said
@@ -220,8 +220,8 @@ def test_lengths_far_beyond_the_phase_are_warned_of():
     )
     (said,) = warnings(config.logging, resolve_phases(config))
     assert said == (
-        "phase 'main': eval_seq_lengths = 512: a microbatch has 8 times the tokens of the phase's own on "
-        "each rank and may not fit into memory"
+        "phase 'main': eval_seq_lengths = 512: a microbatch has 8 times the tokens of the "
+        "phase's own on each rank and may not fit into memory"
     )
     config.logging.eval_iters = 0
     assert warnings(config.logging, resolve_phases(config)) == []
@@ -251,8 +251,8 @@ def test_samples_without_a_target_are_said_and_give_no_loss(monkeypatch, capsys)
     stepper = SimpleNamespace(stop=None, stages=[])
     assert list(Evaluator(config, feed, None).run(stepper, phase)) == []
     assert capsys.readouterr().err == (
-        "warning: validation set valid: the 2 samples of an evaluation hold no target, "
-        "so that it has no loss\n"
+        "warning: validation set valid: the 2 samples of an evaluation hold no target, so that "
+        "it has no loss\n"
     )
 
 
@@ -263,8 +263,8 @@ def test_samples_without_a_target_are_said_and_give_no_loss(monkeypatch, capsys)
         (
             2,
             [
-                "validation set valid has 130 tokens, and eval_iters x the batch are 256: each of its tokens is counted "
-                "once"
+                "validation set valid has 130 tokens, and eval_iters x the batch are 256: each "
+                "of its tokens is counted once"
             ],
         ),
         (0, []),

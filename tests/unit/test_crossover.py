@@ -176,8 +176,8 @@ def test_a_file_that_is_not_ours_is_measured_again_and_said(card, tmp_path, caps
 def test_nothing_is_measured_where_nothing_could_be_kept_or_it_was_asked_for(card, tmp_path):
     assert find(config_of()) == (
         ASSUMED_CROSSOVER_TOKENS,
-        "; to cuDNN go documents of at least 2,048 tokens "
-        "(assumed: without --save nothing is measured)",
+        "; to cuDNN go documents of at least 2,048 tokens (assumed: without --save nothing is "
+        "measured)",
     )
     assert find(config_of(tmp_path, 700)) == (
         700,
@@ -253,12 +253,12 @@ def test_the_setting_is_checked():
         return problems_of(ModelConfig(**PRESETS["tiny"], **settings))
 
     assert problems(attention_crossover_tokens=0) == [
-        "attention_crossover_tokens = 0: must be at least 1. Fix: the tokens of a document, or leave it out to have "
-        "it measured."
+        "attention_crossover_tokens = 0: must be at least 1. Fix: the tokens of a document, or "
+        "leave it out to have it measured."
     ]
     assert problems(attention_crossover_tokens=512, attention_backend="varlen") == [
-        "attention_crossover_tokens = 512: is for the backend mixed, but attention_backend = varlen. Fix: remove one "
-        "of them."
+        "attention_crossover_tokens = 512: is for the backend mixed, but attention_backend = "
+        "varlen. Fix: remove one of them."
     ]
     assert problems(attention_crossover_tokens=512) == []
     assert problems(attention_crossover_tokens=1, attention_backend="mixed") == []

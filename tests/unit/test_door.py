@@ -1,4 +1,4 @@
-"""A command of tools/ refuses what is wrong with its arguments in one line each, with exit code 2."""
+"""A command of tools/ refuses wrong arguments in one line each, with exit code 2."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal

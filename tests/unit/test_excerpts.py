@@ -28,7 +28,8 @@ def test_tokens_labels_and_positions_of_the_whole():
     assert batch.positions.tolist() == [*range(10), *range(6), *range(3), *range(5)]
     assert batch.cu_seqlens.tolist() == [0, 10, 16, 19, 24]
     labels = [IGNORE] * 24
-    labels[2], labels[3], labels[8] = 3, 4, 9
+    labels[2:4] = [3, 4]
+    labels[8] = 9
     labels[10:15] = range(1005, 1010)
     assert batch.labels.tolist() == labels and batch.num_targets == 8
 

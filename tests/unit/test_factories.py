@@ -19,7 +19,9 @@ FACTORIES = set(
 """What makes a tensor (or draws one) on the default device, the CPU, unless it is told another."""
 TAKE_NO_DEVICE = {"from_numpy", "frombuffer", "Tensor"}
 ALLOWED = {
-    "model/attention_backends/documents.py: _on_device: from_numpy": "found on the host; sent on in the same line",
+    "model/attention_backends/documents.py: _on_device: from_numpy": (
+        "found on the host; sent on in the same line"
+    ),
 }
 """`file: function: factory` -> why it may leave the device out."""
 

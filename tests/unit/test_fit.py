@@ -96,7 +96,8 @@ def test_a_leaner_level_alone_is_offered_where_it_is_enough(present):
         "llama3-8b",
         {"seq_length": 1 << 16} | ({"recompute_granularity": present} if present else {}),
     )
-    (phase,), on = resolve_phases(made), machine()
+    (phase,) = resolve_phases(made)
+    on = machine()
     search = Search(phase, made, 8, memory_model(made, VOCABULARY, H200.hardware), on)
     totals = {
         level: Search(
@@ -170,9 +171,9 @@ def test_more_offloaded_layers_than_the_host_holds_are_refused():
     assert check(made, on=machine(host_gib=128)).problems == []
     (problem,) = check(made, on=machine(host_gib=64)).problems
     assert problem == (
-        f"phase 'phase0': cpu_offloading_num_layers = 32: takes {32 * 8 * layer / GIB:.1f} GiB of a "
-        "node's memory with 8 processes on it, beyond the machine's memory. Fix: at most 16 layers, or "
-        "more --cpu-offloading-host-memory where the node has it."
+        f"phase 'phase0': cpu_offloading_num_layers = 32: takes {32 * 8 * layer / GIB:.1f} GiB "
+        "of a node's memory with 8 processes on it, beyond the machine's memory. Fix: at most "
+        "16 layers, or more --cpu-offloading-host-memory where the node has it."
     )
     made.optimizer.optimizer_cpu_offload = True
     made.memory.cpu_offloading_num_layers = 0
@@ -230,8 +231,8 @@ def test_running_out_all_the_same_names_three_settings_that_need_less(asked):
 
 def test_the_trainers_start_refuses(tmp_path):
     argv = (
-        "--model tiny --mock-data --vocab-size 100 --global-batch-size 1 --train-iters 1 --seq-length 65536 "
-        "--device-memory-gib 3"
+        "--model tiny --mock-data --vocab-size 100 --global-batch-size 1 --train-iters 1 "
+        "--seq-length 65536 --device-memory-gib 3"
     ).split()
     with pytest.raises(
         ValueError, match="phase 'main': seq_length = 65536: needs .* Fix: .*recompute_granularity"
@@ -255,8 +256,8 @@ def test_the_plan_names_the_memory_settings():
     )
     first, second = describe(resolve_phases(made), 8).splitlines()[1:]
     assert first.endswith(
-        "optim_grads, recompute attention_kept, 2 layers offloaded, 8 MLP tiles, 4 head chunks, loss "
-        "by 1,024 tokens"
+        "optim_grads, recompute attention_kept, 2 layers offloaded, 8 MLP tiles, 4 head chunks, "
+        "loss by 1,024 tokens"
     ) and second.endswith("optim_grads")
 
 

@@ -28,7 +28,7 @@ from tools import export_hf, import_hf
 IDS = torch.randint(SHAPE["vocab_size"], (48,), generator=torch.Generator().manual_seed(3))
 POSITIONS = 2 * torch.arange(48)
 TOLERANCE = 1e-5
-"""Of the largest logit; a wrong setting changes far more."""
+"""Largest error over the largest logit; a wrong setting changes far more."""
 
 WRONG_TYPES = [
     "7",

@@ -1,4 +1,4 @@
-"""launch/ithaca.sh: every command from any folder, with this repository's packages and no others."""
+"""launch/ithaca.sh: every command from any folder, with only this repository's packages."""
 
 import os
 import re

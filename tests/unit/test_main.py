@@ -67,7 +67,8 @@ def refused(argv, capsys, monkeypatch, tmp_path, world=1) -> str:
         (
             dict(eval_seq_lengths=33, context_parallel_size=2),
             2,
-            "phase 'main': eval_seq_lengths = 33: the 1 x 33 tokens of a microbatch must be a multiple of 2",
+            "phase 'main': eval_seq_lengths = 33: the 1 x 33 tokens of a microbatch must be a "
+            "multiple of 2",
         ),
         (
             dict(eval_passkey_lengths=64),

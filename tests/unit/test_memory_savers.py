@@ -176,7 +176,8 @@ def test_in_chunks_each_rank_attends_with_its_own_heads_and_no_key_travels_twice
             queries = []
             keys = []
             for each in rounds:
-                (k0, k1), (q0, q1) = each.kv_split.kv[rank], each.query_split.query[rank]
+                k0, k1 = each.kv_split.kv[rank]
+                q0, q1 = each.query_split.query[rank]
                 keys += each.kv_heads[k0:k1]
                 for flat in each.query_chunks:
                     queries += flat[q0:q1]

@@ -146,7 +146,8 @@ def test_every_head_is_attended_once_with_its_own_key_value_head(heads, kv_heads
     split = HeadSplit.make(heads, kv_heads, cp)
     attended = []
     for rank in range(cp):
-        (q0, q1), (k0, k1) = split.query[rank], split.kv[rank]
+        q0, q1 = split.query[rank]
+        k0, k1 = split.kv[rank]
         assert q1 > q0
         pairing = split.kv_of_query(rank)
         assert [k0 + i for i in pairing] == [head // (heads // kv_heads) for head in range(q0, q1)]

@@ -119,8 +119,8 @@ def test_records_in_words_and_as_curves():
         "num_targets": 9,
     }
     assert evaluation_line(gain) == (
-        "context gain of code at step 7 (long, 4,096 tokens): 0.5000 nats (no interval from 1 document): loss 2.0000 "
-        "with the whole context, 2.5000 with 1,024 tokens"
+        "context gain of code at step 7 (long, 4,096 tokens): 0.5000 nats (no interval from 1 "
+        "document): loss 2.0000 with the whole context, 2.5000 with 1,024 tokens"
     )
     assert evaluation_values(gain, True) == {
         "context_gain/code/gain": 0.5,
@@ -151,8 +151,8 @@ def test_a_tokenizer_without_the_letters_is_refused():
 
     (problem,) = check_lengths(Wordless(), [4096])
     assert (
-        "eval_passkey_lengths = 4096: the tokenizer cannot write the question (no id for 'T'). Fix: "
-        in problem
+        "eval_passkey_lengths = 4096: the tokenizer cannot write the question (no id for 'T'). "
+        "Fix: " in problem
     )
 
 

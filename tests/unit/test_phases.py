@@ -130,8 +130,8 @@ def test_flat_settings_are_one_phase():
         ),
         (
             dict(global_batch_tokens=640, rampup_batch_size=[2, 2, 9]),
-            "256 tokens + n x 256 tokens must reach the full "
-            "batch of 640 tokens (2 and 2 samples of 128 tokens). Fix: for example a full batch of 768 tokens",
+            "256 tokens + n x 256 tokens must reach the full batch of 640 tokens (2 and 2 "
+            "samples of 128 tokens). Fix: for example a full batch of 768 tokens",
         ),
         (
             dict(rampup_batch_size=[4, 1, 9]),
@@ -143,8 +143,8 @@ def test_flat_settings_are_one_phase():
         ),
         (
             dict(step_batch_size_schedule="0:1 512:4"),
-            "its largest batch is 512 tokens, but global_batch_size or "
-            "global_batch_tokens mean 256",
+            "its largest batch is 512 tokens, but global_batch_size or global_batch_tokens mean "
+            "256",
         ),
         (dict(step_batch_size_schedule="0:1 512"), "'512' is not TOKENS:SAMPLES. Fix: for example"),
         (dict(step_batch_size_schedule="0:1 512:0"), "'512:0' is not TOKENS:SAMPLES"),
@@ -154,8 +154,8 @@ def test_flat_settings_are_one_phase():
             dict(
                 step_batch_size_schedule="0:3 512:2", micro_batch_size=2, global_batch_tokens=None
             ),
-            "step_batch_size_schedule = 0:3 512:2: its step of 3 samples: must be a multiple of micro_batch_size = 2. "
-            "Fix: 2 or 4.",
+            "step_batch_size_schedule = 0:3 512:2: its step of 3 samples: must be a multiple of "
+            "micro_batch_size = 2. Fix: 2 or 4.",
         ),
     ],
 )
@@ -195,8 +195,8 @@ def test_incomplete_phases_are_refused(change, message):
         (
             dict(global_batch_tokens=64),
             1,
-            "global_batch_tokens = 64: must be a multiple of seq_length x "
-            "micro_batch_size = 128. Fix: 128.",
+            "global_batch_tokens = 64: must be a multiple of seq_length x micro_batch_size = "
+            "128. Fix: 128.",
         ),
     ],
 )
@@ -225,8 +225,8 @@ def test_a_batch_is_spoken_of_in_the_unit_in_which_it_was_given(batch, micro, me
         (
             dict(global_batch_size=2),
             dict(pipeline_model_parallel_size=4),
-            "global_batch_size = 2: gives 2 microbatches: "
-            "1F1B needs at least one per stage = 4. Fix: 4 microbatches of 1 sample.",
+            "global_batch_size = 2: gives 2 microbatches: 1F1B needs at least one per stage = 4. "
+            "Fix: 4 microbatches of 1 sample.",
         ),
     ],
 )
@@ -271,12 +271,14 @@ def test_all_phase_problems_are_reported_at_once():
                 global_batch_tokens=640,
             ),
             2,
-            "gives 5 microbatches: interleaved needs a multiple of 2, the rounds that it runs them in. Fix: 4 or 6",
+            "gives 5 microbatches: interleaved needs a multiple of 2, the rounds that it runs "
+            "them in. Fix: 4 or 6",
         ),
         (
             dict(pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=3),
             2,
-            "pipeline_model_parallel_size = 2 with 3 stages on each rank: each stage needs at least one of the 4 layers",
+            "pipeline_model_parallel_size = 2 with 3 stages on each rank: each stage needs at "
+            "least one of the 4 layers",
         ),
         (
             dict(
@@ -317,24 +319,27 @@ def test_all_phase_problems_are_reported_at_once():
         (
             dict(pipeline_model_parallel_size=2, pipeline_schedule="zero-bubble", mlp_tiles=4),
             2,
-            "mlp_tiles = 4: zero-bubble splits the backward, and each half would go through all of them. Fix: 1, or --pipe",
+            "mlp_tiles = 4: zero-bubble splits the backward, and each half would go through all "
+            "of them. Fix: 1, or --pipe",
         ),
         (
             dict(pipeline_model_parallel_size=2, pipeline_schedule="ZBV", attention_head_chunks=2),
             2,
-            "attention_head_chunks = 2: ZBV splits the backward, and each half would go through all of them",
+            "attention_head_chunks = 2: ZBV splits the backward, and each half would go through "
+            "all of them",
         ),
         (
             dict(attention_head_chunks=3),
             1,
             "attention_head_chunks = 3: the 4 query heads of a tensor-parallel rank over 1 "
-            "ranks of an all-to-all allow 1, 2, 4: chunks of whole groups, or equal parts of one. Fix: 2 or 4.",
+            "ranks of an all-to-all allow 1, 2, 4: chunks of whole groups, or equal parts of "
+            "one. Fix: 2 or 4.",
         ),
         (
             dict(attention_head_chunks=4, context_parallel_size=2, tensor_model_parallel_size=2),
             4,
-            "the 2 query heads of a tensor-parallel rank over 2 ranks of an all-to-all allow 1: chunks of whole groups, or "
-            "equal parts of one. Fix: 1.",
+            "the 2 query heads of a tensor-parallel rank over 2 ranks of an all-to-all allow 1: "
+            "chunks of whole groups, or equal parts of one. Fix: 1.",
         ),
         (dict(attention_head_chunks=0), 1, "attention_head_chunks = 0: must be at least 1"),
         (dict(mlp_tiles=0), 1, "mlp_tiles = 0: must be at least 1"),
@@ -351,13 +356,14 @@ def test_all_phase_problems_are_reported_at_once():
         (
             dict(context_parallel_size=4, cp_comm_type="p2p"),
             4,
-            "cp_comm_type = p2p: is not built. Fix: a2a, or for more "
-            "ranks than heads a2a+allgather",
+            "cp_comm_type = p2p: is not built. Fix: a2a, or for more ranks than heads "
+            "a2a+allgather",
         ),
         (
             dict(context_parallel_size=4, cp_comm_type="a2a+allgather"),
             4,
-            "hierarchical_context_parallel_sizes = []: must be two sizes whose product is context_parallel_size = 4",
+            "hierarchical_context_parallel_sizes = []: must be two sizes whose product is "
+            "context_parallel_size = 4",
         ),
         (
             dict(
@@ -382,7 +388,8 @@ def test_all_phase_problems_are_reported_at_once():
                 hierarchical_context_parallel_sizes=[1, 2],
             ),
             2,
-            "in 2 groups: the 18 tokens of a microbatch must be a multiple of 4. Fix: for example a seq_length of 16",
+            "in 2 groups: the 18 tokens of a microbatch must be a multiple of 4. Fix: for "
+            "example a seq_length of 16",
         ),
         (
             dict(),
@@ -393,7 +400,8 @@ def test_all_phase_problems_are_reported_at_once():
         (
             dict(seq_length=130, global_batch_tokens=260, context_parallel_size=4),
             4,
-            "the 130 tokens of a microbatch must be a multiple of 4. Fix: for example a seq_length of 128",
+            "the 130 tokens of a microbatch must be a multiple of 4. Fix: for example a "
+            "seq_length of 128",
         ),
         (dict(rotary_base=0.0), 1, "must be above 0"),
         (
@@ -412,7 +420,8 @@ def test_all_phase_problems_are_reported_at_once():
         (
             dict(use_rope_scaling=True, rope_type="yarn"),
             1,
-            "use_rope_scaling = True: means rope_type llama3, but rope_type = yarn. Fix: remove one of them",
+            "use_rope_scaling = True: means rope_type llama3, but rope_type = yarn. Fix: remove "
+            "one of them",
         ),
         (
             dict(use_rope_scaling=False, rope_type="linear"),
@@ -574,8 +583,8 @@ def test_a_phase_changes_the_rope_and_keeps_what_the_run_gives():
     assert rope_warnings(phases) == []
     made.schedule.phases[0].seq_length = made.schedule.phases[5].seq_length = 256
     assert rope_warnings(resolve_phases(made)) == [
-        "phase 'a': seq_length = 256: beyond rope_scaling_factor x original_max_position_embeddings = 128, the context "
-        "that its rope is scaled for"
+        "phase 'a': seq_length = 256: beyond rope_scaling_factor x "
+        "original_max_position_embeddings = 128, the context that its rope is scaled for"
     ]
 
 
@@ -585,14 +594,16 @@ def test_rope_parameters_that_nothing_reads_are_refused():
     )
     made.model.rope_high_freq_factor = made.model.yarn_mscale = 2.0
     assert [problem for problem in made.validate() if "does not use it" in problem] == [
-        "rope_high_freq_factor = 2.0: rope_type yarn does not use it. Fix: remove it, or rope_type llama3.",
-        "phase 'a': rope_low_freq_factor = 1.0: rope_type yarn does not use it. Fix: remove it, or rope_type llama3.",
+        "rope_high_freq_factor = 2.0: rope_type yarn does not use it. Fix: remove it, or "
+        "rope_type llama3.",
+        "phase 'a': rope_low_freq_factor = 1.0: rope_type yarn does not use it. Fix: remove it, "
+        "or rope_type llama3.",
     ]
     made = config()
     made.model.rope_scaling_factor = 8.0
     assert any(
-        "rope_scaling_factor = 8.0: rope_type default does not use it. Fix: remove it, or rope_type linear or "
-        "llama3 or yarn." in problem
+        "rope_scaling_factor = 8.0: rope_type default does not use it. Fix: remove it, or "
+        "rope_type linear or llama3 or yarn." in problem
         for problem in made.validate()
     )
 
@@ -681,8 +692,8 @@ def test_a_schedule_without_a_pipeline_needs_no_restart():
     )
     assert len({phase.layout_key for phase in resolve_phases(made)}) == 1
     assert (
-        "phase 'b': pipeline_schedule = ZBV: has no effect without pipeline_model_parallel_size above 1"
-        in effect_warnings(made)
+        "phase 'b': pipeline_schedule = ZBV: has no effect without pipeline_model_parallel_size "
+        "above 1" in effect_warnings(made)
     )
 
 
@@ -909,7 +920,8 @@ def test_iterations_need_a_constant_batch():
         (
             dict(lr_decay_tokens=2000),
             "lr_decay_tokens = 2,000: must be where a phase ends: a at 1,000 (whole steps: "
-            "1,024), b at 3,048 (whole steps: 3,072), c at 3,049 (whole steps: 5,120). Fix: remove it",
+            "1,024), b at 3,048 (whole steps: 3,072), c at 3,049 (whole steps: 5,120). Fix: "
+            "remove it",
         ),
         (
             dict(lr_decay_iters=7),
@@ -1055,29 +1067,29 @@ def test_wsd_decays_over_the_last_phases():
             "WSD",
             ({}, dict(lr_schedule="decay"), {}),
             {},
-            "phase 'c': lr_schedule = continue: the decay that begins with "
-            "phase 'b' goes on to the end",
+            "phase 'c': lr_schedule = continue: the decay that begins with phase 'b' goes on to "
+            "the end",
         ),
         (
             "WSD",
             ({}, dict(lr_schedule="rewarm", lr_warmup_tokens=180), {}),
             dict(lr_wsd_decay_tokens=50),
-            "phase 'b': lr_warmup_tokens (180 tokens), lr_wsd_decay_tokens = 50 (50 tokens): together they must not exceed "
-            "the schedule's 200",
+            "phase 'b': lr_warmup_tokens (180 tokens), lr_wsd_decay_tokens = 50 (50 tokens): "
+            "together they must not exceed the schedule's 200",
         ),
         (
             "cosine",
             ({}, dict(lr_schedule="rewarm"), {}),
             dict(lr_decay_tokens=100),
-            "phase 'b': lr_schedule = rewarm: "
-            "begins at 100 tokens, but lr_decay_tokens ends the decay at 100",
+            "phase 'b': lr_schedule = rewarm: begins at 100 tokens, but lr_decay_tokens ends the "
+            "decay at 100",
         ),
         (
             "WSD",
             ({}, {}, dict(lr_schedule="decay")),
             dict(lr_decay_tokens=100),
-            "phase 'c': lr_schedule = decay: begins "
-            "at 200 tokens, but lr_decay_tokens ends the decay at 100. Fix: leave lr_decay_tokens out",
+            "phase 'c': lr_schedule = decay: begins at 200 tokens, but lr_decay_tokens ends the "
+            "decay at 100. Fix: leave lr_decay_tokens out",
         ),
     ],
 )
@@ -1133,8 +1145,8 @@ def test_a_torch_that_splits_the_backward_wrongly_is_refused(
     if is_refused and schedule != "1F1B":
         (problem,) = problems
         assert problem == (
-            f"pipeline_schedule = {schedule}: torch 2.11.0+cu130 splits a stage's backward wrongly. "
-            "Fix: torch 2.13 or later, or --pipeline-schedule 1F1B or interleaved."
+            f"pipeline_schedule = {schedule}: torch 2.11.0+cu130 splits a stage's backward "
+            "wrongly. Fix: torch 2.13 or later, or --pipeline-schedule 1F1B or interleaved."
         )
     else:
         assert problems == []

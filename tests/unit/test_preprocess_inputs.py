@@ -419,7 +419,8 @@ def limited(prefix, limit, *arguments):
     program = (
         "import resource, sys; from tools import preprocess_data as p\n"
         "sys.argv[0], p.TASK_BYTES, p.SAVE_BYTES = 'p', 3000, 20000\n"
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY)); sys.exit(p.main())"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY)); "
+        "sys.exit(p.main())"
     )
     done = subprocess.run(
         [

@@ -82,7 +82,8 @@ SHAPES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_are_what_is_alive(dtype, shape, level):
     """Kept bytes within 10 %, the peak within 15 %."""
-    (sizes, vocabulary), problems = SHAPES[shape], []
+    sizes, vocabulary = SHAPES[shape]
+    problems = []
     config = ModelConfig(**sizes)
     for tiles, chunks, loss_chunk in ((1, 1, 2048), (4, 1, 100), (1, 2, 64), (3, 4, 384)):
         settings = MemorySettings(level, 0, tiles, chunks, loss_chunk)
@@ -96,7 +97,8 @@ def test_activations_are_what_is_alive(dtype, shape, level):
         )
         if abs(predicted - kept) > 0.1 * kept or abs(predicted_peak - peak) > 0.15 * peak:
             problems.append(
-                f"{settings}: kept {predicted / kept:.3f}, peak {predicted_peak / peak:.3f} of the real"
+                f"{settings}: kept {predicted / kept:.3f}, peak {predicted_peak / peak:.3f} of "
+                "the real"
             )
     assert not problems, "\n".join(problems)
 

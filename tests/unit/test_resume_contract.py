@@ -29,8 +29,9 @@ from tests.unit.test_checkpoint import publish
 
 TOKENIZER = {"type": "NullTokenizer", "vocab_size": 100, "fingerprint": "a"}
 BASE = (
-    "--model tiny --tokenizer-type NullTokenizer --vocab-size 100 --data-path corpus --seq-length 64 "
-    "--global-batch-size 4 --train-iters 100 --lr 1e-3 --min-lr 1e-5 --lr-warmup-iters 2"
+    "--model tiny --tokenizer-type NullTokenizer --vocab-size 100 --data-path corpus "
+    "--seq-length 64 --global-batch-size 4 --train-iters 100 --lr 1e-3 --min-lr 1e-5 "
+    "--lr-warmup-iters 2"
 ).split()
 
 
@@ -106,7 +107,8 @@ def test_every_setting_has_a_kind():
                 kind_of(section, name)
             except KeyError:
                 pytest.fail(
-                    f"{section}.{name} has no kind: say in pretrain/checkpointing/resume_contract.py what a change means"
+                    f"{section}.{name} has no kind: say in "
+                    "pretrain/checkpointing/resume_contract.py what a change means"
                 )
     assert set(FIELDS) <= names, "the table names settings that are gone"
     assert set(PHASE) == {field.name for field in dataclasses.fields(Phase)}, (
@@ -175,15 +177,18 @@ def test_nothing_changed_is_nothing():
         ("--lr-warmup-iters 10 --lr-decay-style constant --lr 1", [("learning rate", "scheduler")]),
         # What changes no token and no update:
         (
-            "--micro-batch-size 2 --tensor-model-parallel-size 2 --recompute-granularity full --attention-backend sdpa",
+            "--micro-batch-size 2 --tensor-model-parallel-size 2 --recompute-granularity full "
+            "--attention-backend sdpa",
             [],
         ),
         (
-            "--data-path moved/corpus --eval-iters 9 --save elsewhere --save-interval 3 --kv-channels 32",
+            "--data-path moved/corpus --eval-iters 9 --save elsewhere --save-interval 3 "
+            "--kv-channels 32",
             [],
         ),
         (
-            "--global-batch-tokens 256 --lr-warmup-tokens 512 --max-position-embeddings 64 --init-method-std 0.1",
+            "--global-batch-tokens 256 --lr-warmup-tokens 512 --max-position-embeddings 64 "
+            "--init-method-std 0.1",
             [],
         ),
         ("--make-vocab-size-divisible-by 10", []),  # other rows of padding: cut or filled on load
@@ -353,9 +358,9 @@ def test_refusals_come_all_at_once_and_name_their_flag():
         "learning rate at token 10,240",
     ]
     assert lines[0] == (
-        "ffn_hidden_size: checkpoint 704, run 512: the checkpoint's tensors are of another model or "
-        "precision. Fix: the checkpoint's value (--use-checkpoint-args takes what is not given); or a "
-        "new run in another --save."
+        "ffn_hidden_size: checkpoint 704, run 512: the checkpoint's tensors are of another model "
+        "or precision. Fix: the checkpoint's value (--use-checkpoint-args takes what is not "
+        "given); or a new run in another --save."
     )
     assert lines[2].endswith("Fix: the checkpoint's value, or --accept-changes data.")
     accept = CheckpointConfig(accept_changes=["data", "tokenizer", "optimization"])
@@ -478,8 +483,9 @@ def test_use_checkpoint_args_takes_what_is_not_given(tmp_path):
 def test_use_checkpoint_scheduler_takes_its_learning_rate(tmp_path):
     stored = asked("--weight-decay 0.3 --clip-grad 5")
     flags = (
-        f"--load {published_run(tmp_path, stored)} --use-checkpoint-opt_param-scheduler --lr 5 --weight-decay 9 "
-        "--lr-decay-style constant --train-iters 300 --clip-grad 5 --lr-decay-iters 7"
+        f"--load {published_run(tmp_path, stored)} --use-checkpoint-opt_param-scheduler --lr 5 "
+        "--weight-decay 9 --lr-decay-style constant --train-iters 300 --clip-grad 5 "
+        "--lr-decay-iters 7"
     )
     config = asked(flags)
     assert config.optimizer.lr == 1e-3 and config.optimizer.weight_decay == 0.3
@@ -513,7 +519,8 @@ def test_another_spelling_of_a_path_is_no_change(tmp_path, monkeypatch):
     stored.data.data_path = ["0.7", "web", "0.3", "code[64Ki:]"]
     stored.data.valid_data_path = ["held=web/valid", "math=m"]
     run = asked(
-        f"--save {here}/run --load ./run/ --tensorboard-dir x/../tb --data-cache-path {here}/cache --split 1"
+        f"--save {here}/run --load ./run/ --tensorboard-dir x/../tb --data-cache-path "
+        f"{here}/cache --split 1"
     )
     run.data.data_path = ["0.70", f"{here}/web", ".3", "./code[64Ki:]"]
     run.data.valid_data_path = [f"held={here}/web/valid", "math=./m"]

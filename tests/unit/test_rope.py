@@ -313,8 +313,8 @@ def test_declared_context():
     assert context_to_declare(model_config(YARN).rope, 8192) == 131072
     assert context_to_declare(model_config(LLAMA3).rope, 8192) == 8192
     assert model_config(LLAMA3).rope.describe() == (
-        "base 10000, llama3 factor 8.0, original_max_position_embeddings 8192, low_freq_factor 1.0, "
-        "high_freq_factor 4.0"
+        "base 10000, llama3 factor 8.0, original_max_position_embeddings 8192, low_freq_factor "
+        "1.0, high_freq_factor 4.0"
     )
 
 
@@ -324,8 +324,9 @@ def test_flags_of_a_launch_script():
     ).model
     assert config.rope == Rope.make(5e5, "llama3", {}) and config.rope_problems() == []
     config = load_config(
-        "--model tiny --rope-type yarn --rope-scaling-factor 16 --yarn-mscale 1 --yarn-mscale-all-dim "
-        "0.5 --original-max-position-embeddings 4096 --no-yarn-correction-range-round-to-int".split()
+        "--model tiny --rope-type yarn --rope-scaling-factor 16 --yarn-mscale 1 "
+        "--yarn-mscale-all-dim 0.5 --original-max-position-embeddings 4096 "
+        "--no-yarn-correction-range-round-to-int".split()
     )
     assert config.model.rope == replace(
         Rope.make(1e4, "yarn", dict(factor=16.0, original_max_position_embeddings=4096)),
