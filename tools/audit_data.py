@@ -31,7 +31,7 @@ from pretrain.config.config import Config
 from pretrain.config.load import read_config_yaml
 from pretrain.schedule.phases import Phase
 from pretrain.schedule.resolve import resolve_phases
-from tools.export_hf import stored_tokenizer
+from tools.huggingface.stored_model import stored_tokenizer
 from tools.shared.door import run_door
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from data.tokenizers.tokenizer import HUGGINGFACE_FILES, NullTokenizer
-from tools.huggingface.keys import one_line
 from tools.shared.door import run_door
+from tools.shared.message_text import one_line
 
 LEAST_TEMPERATURE = 1e-4
 """Logits divided by less overflow; 0 means the likeliest token."""

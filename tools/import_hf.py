@@ -1,4 +1,4 @@
-"""Make a checkpoint of a Hugging Face folder: `python -m tools.import_hf --hf DIR --save DIR`.
+"""Make a checkpoint of a Hugging Face folder: `bash launch/ithaca.sh import --hf DIR --save DIR`.
 
 Llama, Qwen2 and Qwen3 architectures; rope default, linear, llama3 or yarn. The result is weights:
 start a run from it with --pretrained-checkpoint DIR and your own --save. Needs no GPU and no
@@ -9,41 +9,31 @@ those of transformers on the folder.
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from data.tokenizers.folder import IdsFrom, TwoDefinitions, tokenizer_files
-from data.tokenizers.tokenizer import build_tokenizer
-from model.attention_backends.choice import choose_attention
-from model.build import build_whole_model
+from data.tokenizers.folder import IdsFrom, tokenizer_files
 from parallel.layout import single_process_layout
 from pretrain.checkpointing import checkpoint
 from pretrain.checkpointing.folders import find_published, iteration_folder
 from pretrain.checkpointing.model_files import GENERATION, read_model_files
 from pretrain.checkpointing.progress import Progress
 from pretrain.config.config import Config
-from pretrain.config.facts import problems_of
 from pretrain.config.load import dump_yaml
 from pretrain.planner.model_size import num_parameters
-from tools.huggingface.compare_logits import (
-    Sequence,
-    compute_in_double,
-    judge,
-    our_logits,
-    transformers_logits,
-)
-from tools.huggingface.config import FolderConfig, read_config_file, understand
+from tools.huggingface.compare_logits import transformers_logits
+from tools.huggingface.config import interpret_config, read_config_file
 from tools.huggingface.fit import check_fit, pad_vocabulary, settle_tie
-from tools.huggingface.weights import open_weights
+from tools.huggingface.import_settings import describe_tokenizer, make_config, progress_of_import
+from tools.huggingface.verify_import import compared_sequences, verify_import
+from tools.huggingface.weights import Weights, open_weights
 from tools.outputs.files import Input, check_root
-from tools.shared.door import run_door
+from tools.shared.door import run_door, warn
 
 VERIFIED_BELOW = 10e9
 """Parameters from which on --verify must be asked for: transformers' fp32 copy takes 40 GB."""
-VERIFIED_TOKENS = 256
-"""Tokens of each sequence that is compared."""
 
 
 @dataclass(kw_only=True)
@@ -63,113 +53,6 @@ class Arguments:
     differ."""
 
 
-# ---------------------------------------------------------------- the comparison
-
-
-def compared_sequences(vocab_size: int, longest: int) -> list[Sequence]:
-    """Random tokens at the first positions, the last ones, and spread over the declared context."""
-    length = min(VERIFIED_TOKENS, longest)
-    generator = torch.Generator().manual_seed(0)
-    positions = {f"positions 0 to {length - 1:,}": torch.arange(length)}
-    if longest > length:
-        positions[f"positions {longest - length:,} to {longest - 1:,}"] = torch.arange(
-            longest - length, longest
-        )
-        step = (longest - 1) // max(1, length - 1)
-        positions[f"each {step:,}th position to {step * (length - 1):,}"] = (
-            torch.arange(length) * step
-        )
-    return [
-        Sequence(name, torch.randint(vocab_size, (length,), generator=generator), places)
-        for name, places in positions.items()
-    ]
-
-
-def refuse_other_logits(
-    config: Config,
-    tensors: dict[str, torch.Tensor],
-    sequences: list[Sequence],
-    expected: list[torch.Tensor],
-) -> None:
-    """Compare the model to be published with what transformers makes of the folder.
-
-    Raises:
-        ValueError: they are not the same model.
-    """
-    vocab_size = config.data.vocab_size
-    device = torch.device("cpu")
-    attend, _ = choose_attention("sdpa", device, torch.float64)
-    model = build_whole_model(config.model, vocab_size, tensors, attend, device)
-    compute_in_double(model, model.layers.values())
-    problems = []
-    for sequence, theirs in zip(sequences, expected):
-        problem = judge(sequence, our_logits(model, vocab_size, sequence), theirs)
-        if problem:
-            problems.append(problem)
-    if problems:
-        raise ValueError(
-            f"verification of the import failed: {'; '.join(problems)}. Fix: this is a defect of "
-            "the conversion, or of the folder; nothing was published."
-        )
-
-
-# ---------------------------------------------------------------- the tool
-
-
-def configure(settings: FolderConfig, folder: Path, arguments: Arguments) -> Config:
-    """The configuration that the checkpoint carries.
-
-    Raises:
-        ValueError: a setting that is not legal here.
-    """
-    config = Config()
-    for name, value in settings.model.items():
-        setattr(config.model, name, value)
-    config.model.make_vocab_size_divisible_by = arguments.make_vocab_size_divisible_by
-    config.data.vocab_size = settings.vocab_size
-    files = tokenizer_files(folder)
-    config.data.tokenizer_type = "HuggingFaceTokenizer" if files else "NullTokenizer"
-    config.data.tokenizer_model = str(folder.resolve()) if files else None
-    config.data.tokenizer_ids_from = arguments.tokenizer_ids_from if files else None
-    problems = problems_of(config.model)
-    if problems:
-        raise ValueError("\n".join(problems))
-    return config
-
-
-def progress_of_import(config: Config, tokenizer: dict | None, longest: int) -> Progress:
-    """Describe a checkpoint that holds weights only."""
-    phase = {
-        "name": "imported",
-        "index": 0,
-        "seq_length": longest,
-        "rope": asdict(config.model.rope),
-    }
-    return Progress(
-        step=0,
-        clock=0,
-        phase=phase,
-        longest_seq_length=longest,
-        data=None,
-        tokenizer=tokenizer,
-        has_optimizer=False,
-        world_size=1,
-    )
-
-
-def _describe_tokenizer(folder: str | None, ids_from: IdsFrom | None) -> dict | None:
-    """What a run's tokenizer is compared with; None where there is none that can be read."""
-    if folder is None:
-        return None
-    try:
-        return build_tokenizer("HuggingFaceTokenizer", folder, None, ids_from=ids_from).describe()
-    except TwoDefinitions:
-        raise
-    except ValueError as error:
-        warn(f"the checkpoint will not know its tokenizer: {error}")
-        return None
-
-
 def import_folder(arguments: Arguments) -> Path:
     """Read, check, compare, write -> the published checkpoint.
 
@@ -178,53 +61,56 @@ def import_folder(arguments: Arguments) -> Path:
     """
     folder = Path(arguments.hf)
     content = read_config_file(folder)
+    root = _check_output(arguments)
+
+    # The settings and the weights have to mean the same model; shapes only, no values yet.
+    settings = interpret_config(content)
+    weights = open_weights(folder)
+    warnings = settings.warnings + weights.warnings
+    weights, is_tied, tie_warnings = settle_tie(settings, weights)
+    model = settings.model | {"untie_embeddings_and_output_weights": not is_tied}
+    config = make_config(
+        model,
+        settings.vocab_size,
+        folder,
+        vocab_multiple=arguments.make_vocab_size_divisible_by,
+        ids_from=arguments.tokenizer_ids_from,
+    )
+    check_fit(config.model, settings.vocab_size, weights)
+    tokenizer = describe_tokenizer(config)
+    for text in warnings + tie_warnings:
+        warn(text)
+
+    # The values: the only step that takes memory for the whole model.
+    longest = settings.max_position_embeddings
+    parameters = num_parameters(config.model, settings.vocab_size)
+    is_verified = should_verify(arguments.verify, parameters)
+    tensors = _read_verified(
+        folder, config, settings.vocab_size, weights, longest if is_verified else None
+    )
+    progress = progress_of_import(config, tokenizer, longest)
+    return _publish(root, folder, config, progress, tensors)
+
+
+def _check_output(arguments: Arguments) -> Path:
+    """Return the folder to write a checkpoint into, without `..`; ValueError if it may not be."""
     child = iteration_folder(arguments.save, 0)
-    root = check_root("save", Path(arguments.save), child, [Input("--hf", folder)])
+    inputs = [Input("--hf", Path(arguments.hf))]
+    root = check_root("save", Path(arguments.save), child, inputs)
     # Also one that no file names: a save would take it for what it left itself, and replace it.
     if find_published(arguments.save) or os.path.lexists(root / child.name):
         raise ValueError(
             f"save = {arguments.save}: holds a checkpoint already. Fix: give another folder."
         )
-    settings = understand(content)
-    weights = open_weights(folder)
-    warnings = settings.warnings + weights.warnings
-    weights, is_tied, more = settle_tie(settings, weights)
-    settings.model["untie_embeddings_and_output_weights"] = not is_tied
-    config = configure(settings, folder, arguments)
-    check_fit(config, weights)
-    tokenizer = _describe_tokenizer(config.data.tokenizer_model, config.data.tokenizer_ids_from)
-    for text in warnings + more:
-        warn(text)
-    longest = settings.max_position_embeddings
-    sequences = []
-    if should_verify(arguments.verify, num_parameters(config.model, settings.vocab_size)):
-        sequences = compared_sequences(settings.vocab_size, longest)
-    # transformers first: its model is gone before ours is read, so that memory holds one of them.
-    expected = transformers_logits(folder, sequences) if sequences else []
-    tensors = weights.read()
-    pad_vocabulary(tensors, config)
-    if sequences:
-        refuse_other_logits(config, tensors, sequences, expected)
-    carried = read_model_files(folder)
-    if is_broken_json(carried.get(GENERATION, b"{}")):
-        warn(
-            f"{folder / GENERATION}: is not valid JSON; kept as it is, but transformers ignores it"
-        )
-    world = single_process_layout(torch.device("cpu")).world
-    return checkpoint.save(
-        root,
-        0,
-        {f"model.{name}": tensor for name, tensor in tensors.items()},
-        progress_of_import(config, tokenizer, longest),
-        dump_yaml(config),
-        tokenizer_files(folder),
-        world,
-        carried,
-    )
+    return root
 
 
 def should_verify(asked: bool | None, parameters: int) -> bool:
-    """Compare logits? By default where a second copy fits into common memories; says where not."""
+    """Decide whether to compare logits: by default where a second copy fits into common memories.
+
+    Warns where it does not.
+    """
+    # Not asked: only where it costs little.
     if asked is None and parameters >= VERIFIED_BELOW:
         warn(
             f"not compared with transformers: {parameters:,} parameters. --verify does it, with "
@@ -233,16 +119,60 @@ def should_verify(asked: bool | None, parameters: int) -> bool:
     return parameters < VERIFIED_BELOW if asked is None else asked
 
 
+def _read_verified(
+    folder: Path, config: Config, vocab_size: int, weights: Weights, longest: int | None
+) -> dict[str, torch.Tensor]:
+    """Read the weights by our names, with a padded vocabulary, and compare their logits.
+
+    Args:
+        longest: the context length to compare up to; None for no comparison.
+
+    Raises:
+        ValueError: weights that cannot be read, or other logits than transformers'.
+    """
+    sequences = [] if longest is None else compared_sequences(vocab_size, longest)
+    # transformers first: its model is freed before ours is read, so that memory holds one of them.
+    expected = transformers_logits(folder, sequences) if sequences else []
+    tensors = weights.read()
+    pad_vocabulary(tensors, config.model.padded_vocab_size(vocab_size))
+    if sequences:
+        verify_import(config.model, vocab_size, tensors, sequences, expected)
+    return tensors
+
+
+def _publish(
+    root: Path,
+    folder: Path,
+    config: Config,
+    progress: Progress,
+    tensors: dict[str, torch.Tensor],
+) -> Path:
+    """Write the checkpoint of step 0, with the folder's small files -> its path."""
+    # Kept in every checkpoint, so that the export can write them again.
+    carried = read_model_files(folder)
+    if is_broken_json(carried.get(GENERATION, b"{}")):
+        warn(
+            f"{folder / GENERATION}: is not valid JSON; kept as it is, but transformers ignores it"
+        )
+    return checkpoint.save(
+        root,
+        0,
+        {f"model.{name}": tensor for name, tensor in tensors.items()},
+        progress,
+        dump_yaml(config),
+        tokenizer_files(folder),
+        single_process_layout(torch.device("cpu")).world,
+        carried,
+    )
+
+
 def is_broken_json(content: bytes) -> bool:
+    """Tell whether a file's content is not valid JSON."""
     try:
         json.loads(content)
     except (ValueError, RecursionError):
         return True
     return False
-
-
-def warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
 
 
 def import_and_report(arguments: Arguments) -> None:

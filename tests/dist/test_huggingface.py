@@ -15,7 +15,8 @@ from pretrain.config.load import field_table
 from pretrain.checkpointing.resume_contract import setting_changes
 from tests.dist.training import VOCABULARY, base_arguments, losses, train, write_corpus
 from tests.huggingface.imports import checkpoint_logits
-from tools.export_hf import Arguments, export, open_source
+from tools.export_hf import Arguments, export
+from tools.huggingface.stored_model import open_stored_model
 from tools.import_hf import Arguments as ImportArguments
 from tools.import_hf import import_folder
 
@@ -92,11 +93,11 @@ def test_export_verifies_and_logits_agree_at_the_last_positions(trained, tmp_pat
     positions = torch.arange(99_700, 100_000)
     with torch.no_grad():
         expected = theirs(input_ids=ids[None], position_ids=positions[None]).logits[0]
-    found = checkpoint_logits(open_source(str(trained[name]), None), output, ids, positions)
+    found = checkpoint_logits(open_stored_model(str(trained[name]), None), output, ids, positions)
     largest = expected.abs().max()
     assert largest > 1 and (found - expected).abs().max() <= 1e-5 * largest
     # One wrong detail is seen: other positions give other logits.
-    shifted = checkpoint_logits(open_source(str(trained[name]), None), output, ids, positions * 2)
+    shifted = checkpoint_logits(open_stored_model(str(trained[name]), None), output, ids, positions * 2)
     assert (shifted - expected).abs().max() > 1e-3 * largest
 
 
@@ -192,7 +193,7 @@ def test_loss_of_our_model_equals_transformers(trained, tmp_path):
         theirs = AutoModelForCausalLM.from_pretrained(output)(
             input_ids=ids[None], labels=ids[None]
         ).loss
-    source = open_source(str(trained["LlamaForCausalLM"]), None)
+    source = open_stored_model(str(trained["LlamaForCausalLM"]), None)
     ours = torch.nn.functional.cross_entropy(
         checkpoint_logits(source, output, ids, torch.arange(200))[:-1], ids[1:]
     )

@@ -8,9 +8,9 @@ from pretrain.checkpointing.folders import find_published
 from pretrain.checkpointing.stored_tensors import read_whole_tensors, tensor_names
 from tests.huggingface.model_folders import SHAPE, transformers_logits, transformers_model
 from tools import import_hf
-from tools.export_hf import Source, open_source
 from tools.huggingface import compare_logits
-from tools.huggingface.verify import model_of_checkpoint
+from tools.huggingface.stored_model import StoredModel, open_stored_model
+from tools.huggingface.verify_export import model_of_checkpoint
 
 IDS = torch.randint(SHAPE["vocab_size"], (48,), generator=torch.Generator().manual_seed(3))
 POSITIONS = torch.arange(48)
@@ -46,13 +46,13 @@ def assert_same_model(folder: Path, *flags: str) -> dict[str, torch.Tensor]:
 
 def our_logits(save: Path) -> torch.Tensor:
     (save / "config.json").write_text('{"torch_dtype": "float32"}')
-    return checkpoint_logits(open_source(str(save), None), save, IDS, POSITIONS)
+    return checkpoint_logits(open_stored_model(str(save), None), save, IDS, POSITIONS)
 
 
 def checkpoint_logits(
-    source: Source, exported: Path, ids: torch.Tensor, positions: torch.Tensor
+    stored: StoredModel, exported: Path, ids: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
     """Logits [t, V] of our model, its weights rounded to the dtype of the exported folder."""
-    model = model_of_checkpoint(source, exported)
-    sequence = compare_logits.Sequence("", ids, positions)
-    return compare_logits.our_logits(model, source.vocab_size, sequence)
+    model = model_of_checkpoint(stored, exported)
+    sequence = compare_logits.ComparedSequence("", ids, positions)
+    return compare_logits.our_logits(model, stored.vocab_size, sequence)

@@ -16,7 +16,7 @@ from tests.huggingface.model_folders import (
     write_folder,
 )
 from tools import import_hf
-from tools.huggingface.config import understand
+from tools.huggingface.config import interpret_config
 
 
 @pytest.fixture
@@ -185,12 +185,12 @@ def test_a_fault_that_the_rounding_of_fp32_hides_is_noticed(folder, capsys, monk
         tensors["model.embed_tokens.weight"] *= 30
 
     def with_another_epsilon(content):
-        settings = understand(content)
+        settings = interpret_config(content)
         settings.model["norm_epsilon"] *= 10
         return settings
 
     change_weights(folder, enlarge)
-    monkeypatch.setattr(import_hf, "understand", with_another_epsilon)
+    monkeypatch.setattr(import_hf, "interpret_config", with_another_epsilon)
     save = folder.parent / "unverified"
     assert import_hf.main(["--hf", str(folder), "--save", str(save), "--no-verify"]) == 0
     expected = transformers_logits(transformers_model(folder), IDS, POSITIONS)

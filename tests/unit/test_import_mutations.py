@@ -24,6 +24,7 @@ from tests.huggingface.model_folders import (
     write_folder,
 )
 from tools import export_hf, import_hf
+from tools.huggingface.stored_model import open_stored_model
 
 IDS = torch.randint(SHAPE["vocab_size"], (48,), generator=torch.Generator().manual_seed(3))
 POSITIONS = 2 * torch.arange(48)
@@ -219,7 +220,7 @@ def check_same_model(folder: Path, root: Path, content: dict) -> None:
     expected = transformers_logits(theirs, IDS, POSITIONS)
     exported = root / "exported"
     export_hf.export(export_hf.Arguments(load=str(root / "imported"), output=str(exported)))
-    source = export_hf.open_source(str(root / "imported"), None)
+    source = open_stored_model(str(root / "imported"), None)
     ours = checkpoint_logits(source, exported, IDS, POSITIONS)
     difference = (ours - expected).abs().max()
     assert difference <= TOLERANCE * expected.abs().max(), (

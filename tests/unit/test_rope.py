@@ -15,7 +15,7 @@ from model.pointwise import rotate
 from model.rope import PARAMETERS, ROPE_SETTINGS, Rope, inverse_frequencies, rotary_tables
 from pretrain.config.load import load_config
 from pretrain.config.phase_config import PhaseConfig
-from tools.huggingface.config import understand
+from tools.huggingface.config import interpret_config
 
 LLAMA3 = dict(use_rope_scaling=True)
 YARN = dict(rope_type="yarn", rope_scaling_factor=4.0, original_max_position_embeddings=32768)
@@ -204,7 +204,7 @@ def test_export_and_import_give_back_the_same_rope(name):
         key: value for key, value in written.items() if key not in ("rope_scaling", "rope_theta")
     }
     for form in (written, older, newer):
-        assert ModelConfig(**understand(form).model).rope == config.rope
+        assert ModelConfig(**interpret_config(form).model).rope == config.rope
     assert Rope(**asdict(config.rope)) == config.rope
 
 
@@ -218,7 +218,7 @@ def test_folders_as_others_write_them():
     }
 
     def rope(**changes):
-        return ModelConfig(**understand(plain | changes).model).rope
+        return ModelConfig(**interpret_config(plain | changes).model).rope
 
     llama = dict(
         factor=8.0,
@@ -306,7 +306,7 @@ def test_ropes_that_are_not_imported(changes, message):
         if not key.startswith("rope")
     }
     with pytest.raises(ValueError, match=message):
-        understand(plain | changes)
+        interpret_config(plain | changes)
 
 
 def test_declared_context():

@@ -10,7 +10,7 @@ from pretrain.checkpointing.folders import MANIFEST, find_published
 from pretrain.config.load import dump_yaml, read_config_yaml
 from tests.huggingface.model_folders import write_folder
 from tools import export_hf, import_hf
-from tools.huggingface import verify as verify_hf
+from tools.huggingface import verify_export
 
 SETTINGS = {
     # Legal on tp 2 x cp 2 x 2, where a rank has 3 query heads and 1 key head; not in one process.
@@ -43,7 +43,7 @@ def imported_run(tmp_path, settings: dict) -> str:
 def test_an_export_is_verified_whatever_memory_settings_the_run_had(
     tmp_path, capsys, monkeypatch, name
 ):
-    monkeypatch.setattr(verify_hf, "_real_text", lambda *_: np.arange(60))
+    monkeypatch.setattr(verify_export, "_real_text", lambda *_: np.arange(60))
     save = imported_run(tmp_path, SETTINGS[name])
     output = str(tmp_path / "exported")
     export_hf.export(export_hf.Arguments(load=save, output=output, verify=True))

@@ -3,11 +3,14 @@
 In fp32, rounding alone moves logits by 1e-6 to 2e-5 of the largest one, in transformers as here,
 and hides small faults: rms_norm_eps 1e-5 for 1e-6 moved those of a random model by 5e-6 only. In
 fp64 the same models differ by 1e-15, and that fault stands out.
+
+Shapes: T tokens, V vocabulary.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from data.batch import IGNORE, Batch
 from model.gpt import GPTStage
-from tools.huggingface.keys import one_line
+from tools.shared.message_text import one_line
 
 ALLOWED_SHARE = 1e-8
 """Share of the largest logit by which ours may differ.
@@ -26,13 +29,14 @@ otherwise in a few places stays below this.
 
 
 @dataclass(frozen=True)
-class Sequence:
-    """Tokens at positions, seen as one document."""
+class ComparedSequence:
+    """Holds tokens at positions, which both models see as one document."""
 
     name: str
     ids: torch.Tensor
+    """int64 [T]."""
     positions: torch.Tensor
-    """Rising; with gaps too."""
+    """int64 [T], rising; with gaps too."""
 
 
 # ---------------------------------------------------------------- fp64
@@ -55,13 +59,14 @@ def compute_in_double(model: nn.Module, layers: Iterable[nn.Module]) -> None:
 
 
 def _widen_while_computing(layer: nn.Module, parameters: list[nn.Parameter]) -> None:
+    """Hook a layer so that its weights are fp64 during its forward pass only."""
     stored = [parameter.data for parameter in parameters]
 
-    def widen(*_) -> None:
+    def widen(*_: Any) -> None:
         for parameter, values in zip(parameters, stored):
             parameter.data = values.double()
 
-    def narrow(*_) -> None:
+    def narrow(*_: Any) -> None:
         for parameter, values in zip(parameters, stored):
             parameter.data = values
 
@@ -70,21 +75,21 @@ def _widen_while_computing(layer: nn.Module, parameters: list[nn.Parameter]) -> 
 
 
 class _KeepDouble(TorchFunctionMode):
-    """Leave fp64 as it is where code asks for fp32, as transformers' norms do to gain precision."""
+    """Keeps fp64 where code asks for fp32, as transformers' norms do to gain precision."""
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, func, types, args: tuple[Any, ...] = (), kwargs=None):
         kwargs = kwargs or {}
-        if function is torch.Tensor.to and args[0].dtype == torch.float64:
+        if func is torch.Tensor.to and args[0].dtype == torch.float64:
             if torch.float32 in (*args[1:], *kwargs.values()):
                 return args[0]
-        return function(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 # ---------------------------------------------------------------- logits
 
 
-def transformers_logits(folder: Path, sequences: list[Sequence]) -> list[torch.Tensor]:
-    """fp64 logits [t, V] of each sequence as transformers computes them; the folder is loaded once.
+def transformers_logits(folder: Path, sequences: Sequence[ComparedSequence]) -> list[torch.Tensor]:
+    """Compute fp64 logits [T, V] of each sequence with transformers; the folder is loaded once.
 
     Raises:
         ValueError: transformers cannot load or run it; in one line.
@@ -118,7 +123,8 @@ def transformers_logits(folder: Path, sequences: list[Sequence]) -> list[torch.T
         logging.set_verbosity(verbosity)
 
 
-def _transformers_logits(model: nn.Module, sequence: Sequence) -> torch.Tensor:
+def _transformers_logits(model: nn.Module, sequence: ComparedSequence) -> torch.Tensor:
+    """Compute the logits [T, V] of one sequence with a model of transformers."""
     # With a mask given, a gap between positions is not taken for the beginning of another document.
     with torch.no_grad():
         return model(
@@ -130,8 +136,8 @@ def _transformers_logits(model: nn.Module, sequence: Sequence) -> torch.Tensor:
         ).logits[0]
 
 
-def our_logits(model: GPTStage, vocab_size: int, sequence: Sequence) -> torch.Tensor:
-    """Logits of our whole model [t, V], without the padded vocabulary."""
+def our_logits(model: GPTStage, vocab_size: int, sequence: ComparedSequence) -> torch.Tensor:
+    """Compute the logits [T, V] of one sequence with our whole model, without padded ids."""
     ids = sequence.ids
     batch = Batch(
         tokens=ids,
@@ -143,7 +149,25 @@ def our_logits(model: GPTStage, vocab_size: int, sequence: Sequence) -> torch.Te
         return model.logits(model.hidden(ids, batch))[:, :vocab_size]
 
 
-def judge(sequence: Sequence, ours: torch.Tensor, theirs: torch.Tensor) -> str | None:
+# ---------------------------------------------------------------- comparison
+
+
+def find_differences(
+    model: GPTStage,
+    vocab_size: int,
+    sequences: Sequence[ComparedSequence],
+    expected: Sequence[torch.Tensor],
+) -> list[str]:
+    """Compare our model with transformers' logits, and print each comparison -> what is wrong."""
+    problems = []
+    for sequence, theirs in zip(sequences, expected, strict=True):
+        problem = _judge(sequence, our_logits(model, vocab_size, sequence), theirs)
+        if problem:
+            problems.append(problem)
+    return problems
+
+
+def _judge(sequence: ComparedSequence, ours: torch.Tensor, theirs: torch.Tensor) -> str | None:
     """Print the comparison of one sequence -> what is wrong, or None."""
     largest = float(theirs.abs().max())
     difference = float((ours - theirs).abs().max())

@@ -1,7 +1,8 @@
-"""What a Hugging Face folder's config.json says, with the eyes of transformers.
+"""What a Hugging Face folder's config.json means to transformers, as settings of our model.
 
 The installed transformers' own configuration class parses the file, so that defaults, types and the
-forms of the rope are exactly its own. What each key may hold: tools/huggingface/keys.py.
+forms of the rope are exactly its own. What each key may hold: tools/huggingface/keys.py; the
+rotary embedding: tools/huggingface/rope_config.py.
 """
 
 import copy
@@ -9,31 +10,32 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from model.hf import ARCHITECTURES
-from model.rope import PARAMETERS, Rope, RopeType
-from tools.huggingface.keys import ANOTHER, CORRECT, one_line, short, sort_keys
+from tools.huggingface.keys import ANOTHER, CORRECT, sort_keys
+from tools.huggingface.rope_config import rope_form_problems, rope_settings
+from tools.shared.message_text import one_line, short
 
-LARGEST = 2**31 - 1
-"""Largest size that is believed: beyond, a file holds a slip of the pen."""
+LARGEST_SIZE = 2**31 - 1
+"""Largest width, vocabulary or context that is believed; a larger one is a typing error."""
 MOST_LAYERS = 100_000
-"""transformers writes a list with an entry for each layer before anything is compared."""
+"""Most layers that are believed: transformers makes a list of them before anything is compared."""
 
 
 @dataclass(frozen=True)
 class FolderConfig:
-    """One config.json, understood."""
+    """Holds the settings that one config.json means."""
 
     model: dict[str, Any]
-    """Settings of our model, by name; untie_embeddings_and_output_weights as the file says it."""
+    """Settings of our model, by name; whether weights are tied is what the file says."""
     vocab_size: int
     max_position_embeddings: int
     warnings: list[str] = field(default_factory=list)
 
 
-def read_config_file(folder: Path) -> dict:
-    """Content of config.json.
+def read_config_file(folder: Path) -> dict[str, Any]:
+    """Read config.json as an object.
 
     Raises:
         ValueError: no such file, or not a JSON object.
@@ -54,8 +56,8 @@ def read_config_file(folder: Path) -> dict:
     return content
 
 
-def understand(content: dict) -> FolderConfig:
-    """Our settings from the content of a config.json.
+def interpret_config(content: dict[str, Any]) -> FolderConfig:
+    """Translate the content of a config.json into our settings.
 
     Raises:
         ValueError: an architecture, or a part of one, that is not built here, or a value that
@@ -66,27 +68,30 @@ def understand(content: dict) -> FolderConfig:
         raise ValueError(
             f"model_type = {short(kind)}: not built here. Fix: one of {', '.join(ARCHITECTURES)}."
         )
-    parser = _parser(kind)
+    # The file as it is written: its keys and forms.
+    parser = _configuration_class(kind)
     problems, warnings = sort_keys(content, kind, parser)
-    problems += _auto_map_problems(content) + _rope_form_problems(content)
+    problems += _auto_map_problems(content) + rope_form_problems(content)
     layers = content.get("num_hidden_layers")
     if isinstance(layers, int) and layers > MOST_LAYERS:
         problems.append(f"num_hidden_layers = {short(layers)}: is above {MOST_LAYERS}. {CORRECT}")
     if problems:
         raise ValueError("\n".join(problems))
+    # The values as transformers understands them.
     parsed = _parse(content, parser)
     problems = _size_problems(parsed) + _part_problems(parsed)
     if problems:
         raise ValueError("\n".join(problems))
-    rope = _rope_settings(parsed)
+    rope = rope_settings(parsed)
     warnings += _remarks(content, parsed)
     model = ARCHITECTURES[kind] | _shape_settings(parsed) | rope
     return FolderConfig(model, parsed.vocab_size, parsed.max_position_embeddings, warnings)
 
 
-def _parser(kind: str) -> type:
-    """transformers' configuration class of a model_type."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING  # seconds
+def _configuration_class(kind: str) -> type:
+    """Return transformers' configuration class of a model_type."""
+    # Imported late: it takes seconds.
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     return CONFIG_MAPPING[kind]
 
@@ -94,8 +99,8 @@ def _parser(kind: str) -> type:
 # ---------------------------------------------------------------- the file as a whole
 
 
-def _auto_map_problems(content: dict) -> list[str]:
-    """Forms of auto_map that transformers stumbles over; it looks before it reads its own class."""
+def _auto_map_problems(content: dict[str, Any]) -> list[str]:
+    """Find forms of auto_map that transformers fails on, before it reads its own class."""
     given = content.get("auto_map", {})
     classes = given.values() if isinstance(given, dict) else [None]
     if all(isinstance(value, str | list) for value in classes):
@@ -103,8 +108,8 @@ def _auto_map_problems(content: dict) -> list[str]:
     return [f"auto_map = {short(given)}: must be an object of class names. {CORRECT}"]
 
 
-def _remarks(content: dict, parsed: Any) -> list[str]:
-    """Settings that stay without effect and that somebody might count on."""
+def _remarks(content: dict[str, Any], parsed: Any) -> list[str]:
+    """Name settings that have no effect and that somebody might count on."""
     found = []
     if parsed.attention_dropout:
         found.append(
@@ -131,8 +136,8 @@ def _remarks(content: dict, parsed: Any) -> list[str]:
     return found
 
 
-def _parse(content: dict, parser: type) -> Any:
-    """The file as transformers' configuration object.
+def _parse(content: dict[str, Any], parser: type) -> Any:
+    """Make transformers' configuration object of the file.
 
     Raises:
         ValueError: what transformers refuses, in one line.
@@ -156,22 +161,26 @@ def _parse(content: dict, parser: type) -> Any:
 # ---------------------------------------------------------------- shape
 
 
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+
+
 def _size_problems(parsed: Any) -> list[str]:
+    """Find sizes that no model can have."""
     found = []
-    for name in (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "max_position_embeddings",
-    ):
+    for name in _SIZES:
         value = getattr(parsed, name)
-        if not 1 <= value <= LARGEST:
-            found.append(f"{name} = {value}: must be from 1 to {LARGEST}. {CORRECT}")
+        if not 1 <= value <= LARGEST_SIZE:
+            found.append(f"{name} = {value}: must be from 1 to {LARGEST_SIZE}. {CORRECT}")
     if found:
-        return found
+        return found  # what follows divides by them
     heads = parsed.num_attention_heads
     groups = parsed.num_key_value_heads
     if heads % groups:
@@ -179,7 +188,8 @@ def _size_problems(parsed: Any) -> list[str]:
             f"num_key_value_heads = {groups}: must divide num_attention_heads = {heads}. {CORRECT}"
         )
     head_size = _head_size(parsed)
-    if type(head_size) is not int or not 1 <= head_size <= LARGEST or head_size % 2:
+    is_size = type(head_size) is int and 1 <= head_size <= LARGEST_SIZE
+    if not is_size or head_size % 2:  # the rope turns pairs of numbers
         found.append(
             f"head_dim = {short(head_size)}: must be an even whole number above 0. {CORRECT}"
         )
@@ -193,12 +203,12 @@ def _size_problems(parsed: Any) -> list[str]:
 
 
 def _head_size(parsed: Any) -> Any:
-    """Size of a head as the modeling files take it: an attribute counts, also if it is null."""
+    """Return the size of a head as the modeling files take it: an attribute counts, even a null."""
     return getattr(parsed, "head_dim", parsed.hidden_size // parsed.num_attention_heads)
 
 
 def _part_problems(parsed: Any) -> list[str]:
-    """Parts of an architecture that are not built here."""
+    """Find parts of an architecture that are not built here."""
     found = []
     if parsed.hidden_act not in ("silu", "swish"):
         found.append(f"hidden_act = {short(parsed.hidden_act)}: only silu is built. {ANOTHER}")
@@ -218,6 +228,7 @@ def _part_problems(parsed: Any) -> list[str]:
 
 
 def _shape_settings(parsed: Any) -> dict[str, Any]:
+    """Translate sizes and the like into our names."""
     settings = {
         "num_layers": parsed.num_hidden_layers,
         "hidden_size": parsed.hidden_size,
@@ -233,103 +244,6 @@ def _shape_settings(parsed: Any) -> dict[str, Any]:
     return settings
 
 
-def _is_positive(value: Any) -> bool:
+def _is_positive(value: float) -> bool:
+    """Tell whether a number is finite and above 0."""
     return math.isfinite(value) and value > 0
-
-
-# ---------------------------------------------------------------- rope
-
-_ORIGINAL = "original_max_position_embeddings"
-_NAMES = {name for name, _ in PARAMETERS.values()}
-_REMARKS = {"type", "rope_type", "partial_rotary_factor", "finetuned"}
-_LLAMA3_NEEDS = ("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL)
-
-
-def _rope_form_problems(content: dict) -> list[str]:
-    """What is wrong with the rope as written, before transformers fills in what is left out."""
-    # Where both forms are given, transformers reads the older one.
-    given = content.get("rope_scaling") or content.get("rope_parameters") or {}
-    if not isinstance(given, dict):
-        return [f"rope_scaling = {short(given)}: must be an object. {CORRECT}"]
-    built = get_args(RopeType)
-    kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in built:
-        return [f"rope_type = {short(kind)}: only {', '.join(built)} are built. {ANOTHER}"]
-    found = []
-    for share in (content.get("partial_rotary_factor"), given.get("partial_rotary_factor")):
-        if share not in (None, 1):
-            found.append(f"partial_rotary_factor = {short(share)}: only 1.0 is built. {ANOTHER}")
-    if given.get("rope_theta", content.get("rope_theta", 1)) is None:
-        found.append(
-            "rope_theta = null: transformers computes no angle from it. "
-            "Fix: give the base, or remove the key."
-        )
-    outer = {key: content[key] for key in ("rope_theta", _ORIGINAL) if key in content}
-    for name, value in (*outer.items(), *given.items()):
-        if name in _REMARKS or value is None:
-            continue
-        if name not in _NAMES | {"rope_theta"}:
-            found.append(f"rope parameter {name} = {short(value)}: is not built. {ANOTHER}")
-        elif name == "truncate":
-            if not isinstance(value, bool):
-                found.append(
-                    f"rope parameter truncate = {short(value)}: must be true or false. {CORRECT}"
-                )
-        elif isinstance(value, bool) or not isinstance(value, int | float):
-            found.append(f"rope parameter {name} = {short(value)}: must be a number. {CORRECT}")
-        elif name == _ORIGINAL and value != value // 1:
-            found.append(f"rope parameter {name} = {value}: must be a whole number. {CORRECT}")
-    return found
-
-
-def _rope_settings(parsed: Any) -> dict[str, Any]:
-    """Our settings of the rope.
-
-    Raises:
-        ValueError: values that give no usable angles.
-    """
-    given = dict(parsed.rope_parameters)
-    kind = given["rope_type"]
-    if kind == "yarn":
-        given = _yarn(given, parsed.max_position_embeddings)
-    missing = [name for name in _LLAMA3_NEEDS if kind == "llama3" and given.get(name) is None]
-    if missing:
-        raise ValueError(
-            "\n".join(
-                f"rope parameter {name}: missing, and llama3 needs it. {CORRECT}"
-                for name in missing
-            )
-        )
-    kinds = {_ORIGINAL: int, "truncate": bool}
-    try:
-        values = {
-            name: kinds.get(name, float)(given[name])
-            for name in _NAMES
-            if given.get(name) is not None
-        }
-        rope = Rope.make(float(given["rope_theta"]), kind, values)
-        problems = rope.problems()
-    except OverflowError as error:
-        problems = [f"rope_parameters = {short(given)}: {error}. {CORRECT}"]
-    if problems:
-        raise ValueError("\n".join(problems))
-    return {"rotary_base": rope.base, "rope_type": kind} | {
-        setting: getattr(rope, name)
-        for setting, (name, _) in PARAMETERS.items()
-        if getattr(rope, name) is not None
-    }
-
-
-def _yarn(given: dict, length: int) -> dict:
-    """The parameters with transformers' rules for what is null, 0 or left out."""
-    given = {"truncate": True} | given
-    given["truncate"] = bool(given["truncate"])  # null counts as false there
-    if given["factor"] is None and given[_ORIGINAL]:
-        given["factor"] = length / given[_ORIGINAL]
-    for name in ("beta_fast", "beta_slow"):
-        given[name] = given.get(name) or None
-    if given.get("attention_factor") is not None or not (
-        given.get("mscale") and given.get("mscale_all_dim")
-    ):
-        given |= {"mscale": None, "mscale_all_dim": None}
-    return given

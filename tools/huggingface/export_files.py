@@ -1,12 +1,12 @@
 """What an export holds besides weights: settings, generation, tokenizer and chat templates.
 
-Where the model came from a Hugging Face folder (pretrain/checkpointing/model_files.py) its own files are written
-again, and only what training changed is changed, each change in one line.
+Where the model came from a Hugging Face folder, its own files are written again (their way through
+training: pretrain/checkpointing/model_files.py). Only what training changed is changed, each change
+in one line.
 """
 
-from __future__ import annotations
-
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,21 @@ from data.tokenizers.tokenizer import HUGGINGFACE_FILES, Tokenizer
 from model.config import ModelConfig
 from model.rope import Rope
 from pretrain.checkpointing.model_files import CONFIG, GENERATION, MORE_TEMPLATES, TEMPLATE
-from tools.huggingface.config import understand
+from tools.huggingface.config import interpret_config
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Settings that name the tokens of a role."""
 _SOURCES_OWN = (*TOKEN_IDS, "use_cache", "attention_dropout", "initializer_range", "hidden_act")
 """Keys of config.json that training never changes: the source's value stays, or its silence."""
 _ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
+"""Keys that hold a rope in any form: ours replace the source's."""
 _CODE = ("auto_map",)
+"""Keys that name Python code, which is not carried."""
 
 
 def parse_json(content: bytes | None) -> dict[str, Any]:
-    """The object in a carried file; empty where there is none that can be read."""
+    """Parse the JSON object of a carried file; empty where there is none that can be read."""
     try:
         parsed = json.loads(content or b"{}")
     except ValueError:
@@ -33,7 +36,8 @@ def parse_json(content: bytes | None) -> dict[str, Any]:
     return parsed if isinstance(parsed, dict) else {}
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write an object as transformers writes its files."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -41,7 +45,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def merge_config(ours: dict[str, Any], source: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The config.json to write, and what differs from the source's, a line each.
+    """Make the config.json to write -> (it, what differs from the source's, a line each).
 
     Args:
         ours: what the trained model means, in Hugging Face's names.
@@ -51,11 +55,13 @@ def merge_config(ours: dict[str, Any], source: dict[str, Any]) -> tuple[dict[str
         return ours, []
     merged = {name: value for name, value in source.items() if name not in _ROPE_KEYS + _CODE}
     changes = [f"{name} is left out: it names code" for name in _CODE if name in source]
+    # Ropes and dtypes have several spellings; their changes are told by meaning, not by key.
+    told_apart = (*_ROPE_KEYS, "torch_dtype")
     for name, value in ours.items():
         if name in _SOURCES_OWN:
             continue
         old = source.get(name)
-        if old is not None and old != value and name not in (*_ROPE_KEYS, "torch_dtype"):
+        if old is not None and old != value and name not in told_apart:
             changes.append(f"{name} {_spell(old)} -> {_spell(value)}")
         merged[name] = value
     old_dtype = source.get("dtype", source.get("torch_dtype"))
@@ -67,18 +73,18 @@ def merge_config(ours: dict[str, Any], source: dict[str, Any]) -> tuple[dict[str
 
 
 def source_rope(source: dict[str, Any]) -> Rope | None:
-    """The rotary embedding of the config.json that a model was imported with; None if unknown."""
+    """Read the rope of the config.json that a model was imported with; None if unknown."""
     model = ModelConfig()
     try:
-        for name, value in understand(source).model.items():
+        for name, value in interpret_config(source).model.items():
             setattr(model, name, value)
         return model.rope
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError):  # nothing that an import would take
         return None
 
 
 def rope_change(source: dict[str, Any], rope: Rope) -> list[str]:
-    """One line where the rotary embedding is another than the source's."""
+    """Say in one line that the rope is another than the source's; nothing where it is not."""
     before = source_rope(source)
     if not source or before == rope:
         return []
@@ -86,6 +92,7 @@ def rope_change(source: dict[str, Any], rope: Rope) -> list[str]:
 
 
 def _spell(value: Any) -> str:
+    """Write a value of config.json for people."""
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
@@ -93,7 +100,7 @@ def _spell(value: Any) -> str:
 
 
 def tokens_by_role(folder: Path) -> dict[str, int]:
-    """Ids of the begin, end and padding tokens of the tokenizer in `folder`, those that it has."""
+    """Read the ids of the begin, end and padding tokens that a folder's tokenizer has."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -102,9 +109,9 @@ def tokens_by_role(folder: Path) -> dict[str, int]:
 
 
 def write_generation(folder: Path, carried: dict[str, bytes], ids: dict[str, int]) -> None:
-    """generation_config.json: the source's bytes, or for a model that began here `ids`.
+    """Write generation_config.json: the source's bytes, or for a model that began here `ids`.
 
-    A source without one gets none: transformers makes it of config.json.
+    A source without one gets none: transformers makes it from config.json.
     """
     if GENERATION in carried:
         (folder / GENERATION).write_bytes(carried[GENERATION])
@@ -113,7 +120,7 @@ def write_generation(folder: Path, carried: dict[str, bytes], ids: dict[str, int
 
 
 def stop_ids(folder: Path) -> list[int]:
-    """The ids at which generation from a Hugging Face folder stops."""
+    """Read the ids at which generation from a Hugging Face folder stops."""
     for name in (GENERATION, CONFIG):
         path = folder / name
         found = parse_json(path.read_bytes() if path.is_file() else None).get("eos_token_id")
@@ -146,6 +153,7 @@ def complete_tokenizer(folder: Path, carried: dict[str, bytes], context: int) ->
     written = parse_json(path.read_bytes() if path.is_file() else None)
     theirs = parse_json(carried.get(TOKENIZER_CONFIG))
     before = dict(written)
+    # A template that was trained with stays; else the source's, in the form that it has there.
     if not (folder / TEMPLATE).exists() and "chat_template" not in written:
         if TEMPLATE in carried:
             (folder / TEMPLATE).write_bytes(carried[TEMPLATE])
@@ -161,6 +169,7 @@ def complete_tokenizer(folder: Path, carried: dict[str, bytes], context: int) ->
 
 
 def _write_more_templates(folder: Path, carried: dict[str, bytes]) -> None:
+    """Write the source's named chat templates, and those of processors, that are not there yet."""
     names = [name for name in carried if name.startswith(f"{MORE_TEMPLATES}/")]
     names += [name for name in ("chat_template.json",) if name in carried]
     for name in names:
@@ -170,8 +179,16 @@ def _write_more_templates(folder: Path, carried: dict[str, bytes]) -> None:
             path.write_bytes(carried[name])
 
 
-def _change_longest_text(tokenizer: dict, source: dict, context: int) -> list[str]:
-    """model_max_length follows the context where that was changed and this would be too short."""
+def _change_longest_text(
+    tokenizer: dict[str, Any], source: Mapping[str, Any], context: int
+) -> list[str]:
+    """Raise model_max_length, in place, where the context changed and it is too short -> a line.
+
+    Args:
+        tokenizer: content of tokenizer_config.json.
+        source: the config.json that the model was imported with.
+        context: the context length that the export declares.
+    """
     old_context = source.get("max_position_embeddings")
     length = tokenizer.get("model_max_length")
     if old_context in (None, context) or not isinstance(length, int | float):

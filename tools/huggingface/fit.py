@@ -3,8 +3,8 @@
 import torch
 
 from model.build import parameter_shapes
+from model.config import ModelConfig
 from model.hf import VOCABULARY_ROWS, huggingface_name
-from pretrain.config.config import Config
 from tools.huggingface.config import FolderConfig
 from tools.huggingface.weights import EMBEDDING, OUTPUT, Entry, Weights
 
@@ -12,16 +12,20 @@ _AGAIN = "Fix: download the folder again."
 
 
 def settle_tie(settings: FolderConfig, weights: Weights) -> tuple[Weights, bool, list[str]]:
-    """What transformers makes of the flag and the tensors -> (weights, are they tied, warnings).
+    """Decide as transformers does whether the embedding and the head are one tensor.
 
-    Tied with two tensors that differ means two tensors to transformers; tied with one of them,
-    either is both.
+    The flag may say tied beside two tensors that differ: those stay two. Tied with one of them
+    stored, either is both.
+
+    Returns:
+        (the weights without the second copy, whether they are tied, warnings).
 
     Raises:
         ValueError: a tensor is missing that transformers would draw at random.
     """
     is_tied = not settings.model["untie_embeddings_and_output_weights"]
     present = {EMBEDDING, OUTPUT} & weights.entries.keys()
+    # Not tied: two tensors must be there. check_fit says so of the embedding.
     if not is_tied:
         if OUTPUT not in present:
             raise ValueError(
@@ -30,6 +34,7 @@ def settle_tie(settings: FolderConfig, weights: Weights) -> tuple[Weights, bool,
                 "tie_word_embeddings = true where the model is tied."
             )
         return weights, False, []
+    # Tied: one tensor, under the embedding's name.
     if not present:
         raise ValueError(f"model.embed_tokens.weight is missing. {_AGAIN}")
     entries = dict(weights.entries)
@@ -47,22 +52,25 @@ def settle_tie(settings: FolderConfig, weights: Weights) -> tuple[Weights, bool,
 
 
 def _are_equal(entries: dict[str, Entry]) -> bool:
+    """Tell whether the embedding and the head hold the same numbers."""
     pair = Weights({name: entries[name] for name in (EMBEDDING, OUTPUT)}).read()
     return torch.equal(pair[EMBEDDING], pair[OUTPUT])
 
 
-def check_fit(config: Config, weights: Weights) -> None:
+def check_fit(config: ModelConfig, vocab_size: int, weights: Weights) -> None:
     """Compare names and shapes with the model that the settings describe.
 
     Raises:
         ValueError: a tensor is missing, left over, or has another shape.
     """
-    problems = _size_misfits(config, weights)
+    problems = _size_misfits(config, vocab_size, weights)
     if not problems:
-        shapes = parameter_shapes(config.model, config.data.vocab_size)
+        shapes = parameter_shapes(config, vocab_size)
+        # The folder's rows are not padded.
         for name in VOCABULARY_ROWS:
             if name in shapes:
-                shapes[name] = torch.Size((config.data.vocab_size, shapes[name][1]))
+                shapes[name] = torch.Size((vocab_size, shapes[name][1]))
+        # Every name of one side must be on the other, with the same shape.
         entries = weights.entries
         problems += [
             f"{huggingface_name(name)} is missing" for name in shapes.keys() - entries.keys()
@@ -82,12 +90,12 @@ def check_fit(config: Config, weights: Weights) -> None:
 
 
 def _misfit(entry: Entry, shape: tuple[int, ...]) -> str:
+    """Say that a tensor has another shape than config.json means."""
     return f"{entry.name} has shape {entry.shape}, config.json means {shape}"
 
 
-def _size_misfits(config: Config, weights: Weights) -> list[str]:
-    """What the sizes alone show, before a model is described: a slip of the pen may be huge."""
-    model = config.model
+def _size_misfits(model: ModelConfig, vocab_size: int, weights: Weights) -> list[str]:
+    """Compare the sizes alone, before a model is described: a typing error may make it huge."""
     if weights.num_layers != model.num_layers:
         return [
             f"num_hidden_layers = {model.num_layers}, but the weights hold {weights.num_layers} "
@@ -95,9 +103,10 @@ def _size_misfits(config: Config, weights: Weights) -> list[str]:
         ]
     heads = model.num_attention_heads * model.head_size
     groups = model.num_kv_heads * model.head_size
-    shapes = {
-        EMBEDDING: (config.data.vocab_size, model.hidden_size),
-        OUTPUT: (config.data.vocab_size, model.hidden_size),
+    # One tensor for each size.
+    shapes: dict[str, tuple[int, ...]] = {
+        EMBEDDING: (vocab_size, model.hidden_size),
+        OUTPUT: (vocab_size, model.hidden_size),
         "layers.0.mlp.gate.weight": (model.ffn_hidden_size, model.hidden_size),
         "layers.0.attention.q.weight": (heads, model.hidden_size),
         "layers.0.attention.k.weight": (groups, model.hidden_size),
@@ -112,10 +121,8 @@ def _size_misfits(config: Config, weights: Weights) -> list[str]:
     return found
 
 
-def pad_vocabulary(tensors: dict[str, torch.Tensor], config: Config) -> None:
-    """Add rows of zeros to the embedding and the head, in place, up to the padded vocabulary."""
-    rows = config.model.padded_vocab_size(config.data.vocab_size)
+def pad_vocabulary(tensors: dict[str, torch.Tensor], rows: int) -> None:
+    """Add rows of zeros to the embedding and the head, in place, up to `rows`."""
     for name in set(VOCABULARY_ROWS) & tensors.keys():
-        tensors[name] = torch.nn.functional.pad(
-            tensors[name], (0, 0, 0, rows - tensors[name].shape[0])
-        )
+        missing = rows - tensors[name].shape[0]
+        tensors[name] = torch.nn.functional.pad(tensors[name], (0, 0, 0, missing))

@@ -1,12 +1,14 @@
 """What the keys of a Hugging Face folder's config.json mean to an import.
 
-Each key is read (tools/huggingface/config.py), known to change no logit, refused by name because it does, or
-unknown to the architecture's configuration class in transformers, which then ignores it: a warning
-says so.
+Each key is read (tools/huggingface/config.py), known to change no logit, or refused by name because
+it does. A key that is unknown to the architecture's configuration class in transformers is ignored
+there, and here with a warning.
 """
 
 from dataclasses import fields
 from typing import Any
+
+from tools.shared.message_text import short
 
 ANOTHER = "Fix: another model."
 CORRECT = "Fix: correct config.json, or download it again."
@@ -39,10 +41,10 @@ READ = {
     "architectures",
     "auto_map",
 }
-"""Keys that tools/huggingface/config.py looks at."""
+"""Keys that tools/huggingface/config.py and rope_config.py read."""
 
 WITHOUT_EFFECT = {
-    # remarks of the one who saved the file
+    # notes of whoever saved the file
     "transformers_version",
     "_name_or_path",
     "name_or_path",
@@ -95,21 +97,25 @@ WITHOUT_EFFECT = {
 }
 """Keys that change no logit of the architectures built here."""
 
-ONLY: dict[str, tuple] = {
+ONLY: dict[str, tuple[Any, ...]] = {
+    # another kind of model
     "is_causal": (True,),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
+    # biases and norms
     "attention_bias": (False,),
     "qkv_bias": (False, None),
     "mlp_bias": (False,),
     "use_qk_norm": (False, None),
     "qk_layernorm": (False, None),
+    # weights that are stored in another way
     "quantization_config": (None,),
     "compression_config": (None,),
     "per_layer_config": (None,),
     "configuration_files": (None,),
     "transformers_weights": (None,),
     "pruned_heads": (None, {}),
+    # scaled or capped numbers
     "clip_qkv": (None,),
     "attn_logit_softcapping": (None, 0.0),
     "final_logit_softcapping": (None, 0.0),
@@ -121,27 +127,35 @@ ONLY: dict[str, tuple] = {
     "query_pre_attn_scalar": (None,),
     "scale_emb": (None, 1.0),
     "scale_depth": (None,),
+    # other positions and masks
     "alibi": (False, None),
     "rope_interleaved": (False, None),
     "no_rope_layers": (None, []),
     "no_rope_layer_interval": (None,),
     "attention_chunk_size": (None,),
     "use_mrope": (False, None),
+    # mixture of experts
     "num_experts": (None, 0),
     "num_local_experts": (None, 0),
 }
-"""Keys that would change the numbers -> the values that leave them alone; others are refused."""
+"""Keys that would change the numbers -> the values that do not; others are refused."""
 
 ALWAYS_BIASED = {"qwen2": {"attention_bias", "qkv_bias"}}
 """Architectures whose query, key and value biases no key can turn off."""
 
 
-def sort_keys(content: dict, kind: str, parser: type) -> tuple[list[str], list[str]]:
-    """(keys that are refused, keys that transformers ignores), a line each."""
+def sort_keys(content: dict[str, Any], kind: str, parser: type) -> tuple[list[str], list[str]]:
+    """Sort the keys of a config.json -> (those refused, those that are ignored), a line each.
+
+    Args:
+        kind: the model_type.
+        parser: transformers' configuration class of it.
+    """
     defaults = {item.name: item.default for item in fields(parser)}
     problems = []
     warnings = []
     for key, value in content.items():
+        # Known ones first, then what only transformers knows.
         if key in READ or key in WITHOUT_EFFECT or key in ALWAYS_BIASED.get(kind, ()):
             continue
         if key in ONLY:
@@ -164,15 +178,3 @@ def sort_keys(content: dict, kind: str, parser: type) -> tuple[list[str], list[s
                 "setting; ignored, as there"
             )
     return problems, warnings
-
-
-def one_line(error: Exception, limit: int = 300) -> str:
-    """The message of an exception of somebody else's code, without its line ends."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else f"{text[:limit]}..."
-
-
-def short(value: Any, limit: int = 80) -> str:
-    """The value as text of one line."""
-    text = " ".join(str(value).split())
-    return text if len(text) <= limit else f"{text[:limit]}..."

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from model.hf import our_name
+from tools.shared.message_text import count_of
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -21,11 +22,20 @@ BUFFERS = re.compile(
     r"(^|\.)(rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)"
     r"|masked_bias)$"
 )
-"""Tensors that older versions of transformers saved and that the model computes by itself."""
-PICKLED = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack")
-"""Weights in formats that are not read: pickle may run code."""
+"""Names of tensors that older versions of transformers saved, and that the model computes."""
+OTHER_FORMATS = (
+    "*.bin",
+    "*.bin.index.json",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.gguf",
+    "*.h5",
+    "*.msgpack",
+)
+"""Files of weights that are not read: pickle may run code."""
 DTYPES = {"F64", "F32", "F16", "BF16"}
-"""Of safetensors; others hold parts of a quantized model."""
+"""Types of safetensors that are read; others hold parts of a quantized model."""
 EMBEDDING = "embedding.weight"
 OUTPUT = "output.weight"
 _AGAIN = "Fix: download the folder again."
@@ -33,28 +43,29 @@ _AGAIN = "Fix: download the folder again."
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the folder."""
+    """Says where one tensor of the folder is."""
 
     file: Path
     name: str
-    """As it is stored."""
+    """Its name in the file."""
     shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Every tensor of the folder by our name, none of them read yet."""
+    """Lists every tensor of the folder by our name, none of them read yet."""
 
     entries: dict[str, Entry]
     warnings: list[str] = field(default_factory=list)
 
     @property
     def num_layers(self) -> int:
+        """Number of layers that the names mean."""
         numbers = [int(name.split(".")[1]) for name in self.entries if name.startswith("layers.")]
         return max(numbers, default=-1) + 1
 
     def read(self) -> dict[str, torch.Tensor]:
-        """All tensors in fp32.
+        """Read all tensors, in fp32.
 
         Raises:
             ValueError: a file that cannot be read, or numbers that are not finite.
@@ -62,6 +73,7 @@ class Weights:
         tensors = {}
         problems = []
         files = sorted({entry.file for entry in self.entries.values()})
+        # Each file is opened once.
         for file in tqdm(files, desc="reading weights", unit="file", leave=False):
             with _open(file) as opened:
                 for name, entry in self.entries.items():
@@ -86,13 +98,14 @@ def open_weights(folder: Path) -> Weights:
             "weights. Fix: merge it (peft: merge_and_unload), and give that folder."
         )
     located = _locate(folder)
-    unread = sorted(
-        {file.name for file in folder.glob("*.safetensors")}
-        - {file.name for file in located.values()}
-    )
-    warnings = (
-        [f"{folder}: not read, since no index names them: {', '.join(unread)}"] if unread else []
-    )
+    warnings = []
+    present = {file.name for file in folder.glob("*.safetensors")}
+    unread = present - {file.name for file in located.values()}
+    if unread:
+        names = ", ".join(sorted(unread))
+        warnings.append(f"{folder}: not read, since no index names them: {names}")
+
+    # What the files hold, against what the index says that they hold.
     entries: dict[str, Entry] = {}
     problems = []
     buffers = 0
@@ -108,6 +121,7 @@ def open_weights(folder: Path) -> Weights:
                     )
                     continue
                 problems += _take(entries, opened, file, name)
+    # And the other way round.
     found = {entry.name for entry in entries.values()}
     absent = sorted(name for name in located if name not in found and not BUFFERS.search(name))
     if absent and not problems:
@@ -119,20 +133,21 @@ def open_weights(folder: Path) -> Weights:
         raise ValueError("\n".join(problems[:4]))
     if buffers:
         warnings.append(
-            f"{folder}: {buffers} buffers (rotary_emb.inv_freq and the like) are computed "
-            "by the model; not read"
+            f"{folder}: {count_of(buffers, 'buffer')} (rotary_emb.inv_freq and the like) are "
+            "computed by the model; not read"
         )
     return Weights(entries, warnings)
 
 
-def _take(entries: dict[str, Entry], opened, file: Path, name: str) -> list[str]:
-    """Put one tensor in its place -> what is wrong with it, a line or none."""
+def _take(entries: dict[str, Entry], opened: safe_open, file: Path, name: str) -> list[str]:
+    """Add one tensor to `entries` -> what is wrong with it, a line or none."""
     tensor = opened.get_slice(name)
     if tensor.get_dtype() not in DTYPES:
         return [
             f"{file}: tensor {name} has dtype {tensor.get_dtype()}: only "
             f"{', '.join(sorted(DTYPES))} are read. Fix: the model before it was quantized."
         ]
+    # Two stored names may mean one part: with and without `model.`.
     try:
         ours = our_name(name)
     except KeyError:
@@ -147,23 +162,25 @@ def _take(entries: dict[str, Entry], opened, file: Path, name: str) -> list[str]
 
 
 def _locate(folder: Path) -> dict[str, Path]:
-    """Name as it is stored -> the file that holds it, by the only file or by the index.
+    """Find the file of each tensor, by its stored name: the only file, or what the index names.
 
     Raises:
         ValueError: there is neither, or the index is not one.
     """
+    # transformers' order: the single file counts, even beside an index.
     if (folder / SINGLE).is_file():
         with _open(folder / SINGLE) as opened:
             return dict.fromkeys(opened.keys(), folder / SINGLE)
     if (folder / INDEX).is_file():
         return _read_index(folder)
+    # Neither: say what is there instead.
     shards = sorted(file.name for file in folder.glob("*.safetensors"))
     if shards:
         raise ValueError(
             f"hf = {folder}: {', '.join(shards[:4])}: neither {SINGLE} nor an index "
             f"({INDEX}) says which of them are the model. {_AGAIN}"
         )
-    others = sorted(file.name for pattern in PICKLED for file in folder.glob(pattern))
+    others = sorted(file.name for pattern in OTHER_FORMATS for file in folder.glob(pattern))
     if others:
         raise ValueError(
             f"hf = {folder}: {', '.join(others[:4])}: only safetensors are read; pickled "
@@ -176,6 +193,7 @@ def _locate(folder: Path) -> dict[str, Path]:
 
 
 def _read_index(folder: Path) -> dict[str, Path]:
+    """Read the index as stored name -> file; ValueError where it is none, or names other files."""
     path = folder / INDEX
     try:
         places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
@@ -186,6 +204,7 @@ def _read_index(folder: Path) -> dict[str, Path]:
         ) from None
     if not located:
         raise ValueError(f"{path}: names no tensor. {_AGAIN}")
+    # It may name any path; only files of this folder are opened.
     for file in sorted(set(located.values())):
         if file.parent != folder or file.suffix != ".safetensors":
             raise ValueError(
@@ -197,7 +216,7 @@ def _read_index(folder: Path) -> dict[str, Path]:
 
 
 def _open(file: Path) -> safe_open:
-    """`safe_open` whose errors are one line; a context manager."""
+    """Open a file of safetensors, for a `with` block; ValueError in one line if it is none."""
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -207,7 +226,8 @@ def _open(file: Path) -> safe_open:
 # ---------------------------------------------------------------- values
 
 
-def _read_tensor(opened, entry: Entry) -> torch.Tensor:
+def _read_tensor(opened: safe_open, entry: Entry) -> torch.Tensor:
+    """Read one tensor in fp32."""
     try:
         return opened.get_tensor(entry.name).float()
     except (SafetensorError, OSError) as error:
@@ -217,6 +237,7 @@ def _read_tensor(opened, entry: Entry) -> torch.Tensor:
 
 
 def _not_finite(entry: Entry, tensor: torch.Tensor) -> list[str]:
+    """Say how many numbers of a tensor are NaN or infinite, a line or none."""
     count = tensor.numel() - int(torch.isfinite(tensor).sum())
     if count == 0:
         return []

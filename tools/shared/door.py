@@ -23,7 +23,7 @@ _TRUTH_VALUES = ("True", "False", "None")
 _LID = "╭"
 _SIDES = "│ "
 _RULES = "─-"
-"""What tyro draws above, beside and between the parts of a message; "-" where stdout is no UTF-8."""
+"""What tyro draws above, beside and between parts of a message; "-" where stdout is no UTF-8."""
 
 
 def run_door(
@@ -53,6 +53,11 @@ def run_door(
         return 2
 
 
+def warn(text: str) -> None:
+    """Print a warning on standard error."""
+    print(f"warning: {text}", file=sys.stderr)
+
+
 def read_arguments(
     kind: type[Arguments], words: list[str], *, name: str, description: str | None
 ) -> Arguments:
@@ -67,18 +72,20 @@ def read_arguments(
         if problems:
             raise ValueError("\n".join(problems))
     words = spell_switches(kind, words)
+    # tyro prints a box of several lines and exits: the message in it becomes an error like others.
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(kind, prog=name, description=description, args=words)
     except SystemExit as stop:
-        if not stop.code:  # the help
-            raise
+        if not stop.code:
+            raise  # the help was printed
         raise ValueError(f"{_first_message(said.getvalue())} {help_fix}") from None
 
 
 def _flag_problems(kind: type, words: list[str], help_fix: str) -> list[str]:
     """Name the flags that the command does not have, and those that it needs and did not get."""
+    # A word that begins with -- is a flag to tyro, too, wherever it stands.
     given = [_flag_of(word) for word in words if word.startswith("--")]
     known = [flag for field in _fields(kind) for flag in _spellings(kind, field)]
     problems = []
@@ -111,6 +118,7 @@ def spell_switches(kind: type, words: list[str]) -> list[str]:
         if types[field.name] == bool | None:
             flag = _flag_of(f"--{field.name}")
             switches |= {flag: [flag, "True"], f"--no-{flag[2:]}": [flag, "False"]}
+    # Words that have a value of tyro's own stay as they are.
     spelled = []
     for word, following in zip(words, [*words[1:], ""]):
         has_value = following in _TRUTH_VALUES

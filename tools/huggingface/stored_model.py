@@ -1,0 +1,74 @@
+"""The model in a published checkpoint, with all that an export needs to know of it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.tokenizers.tokenizer import Tokenizer, build_tokenizer
+from model.rope import Rope
+from pretrain.checkpointing.folders import LATEST, find_published
+from pretrain.checkpointing.manifest import refuse_damage, verify_files
+from pretrain.checkpointing.model_files import read_carried
+from pretrain.checkpointing.progress import Progress
+from pretrain.config.config import Config
+from pretrain.config.load import read_config_yaml
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """Holds a checkpoint that was opened for reading."""
+
+    folder: Path
+    config: Config
+    progress: Progress
+    tokenizer: Tokenizer | None
+    carried: dict[str, bytes]
+    """What the model's Hugging Face source held besides weights; empty where it began here."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids of the model, without the padding of the embedding."""
+        size = self.config.data.vocab_size
+        assert size is not None, f"{self.folder}: its config.yaml has no vocab_size"
+        return size
+
+    @property
+    def rope(self) -> Rope:
+        """Rotary embedding of the phase that the checkpoint was saved in."""
+        return self.progress.rope
+
+
+def open_stored_model(root: str, step: int | None) -> StoredModel:
+    """Find, verify and open the checkpoint of a step, or the latest one.
+
+    Raises:
+        ValueError: there is none, or its files are damaged.
+    """
+    folder = find_published(root, step)
+    if folder is None:
+        raise ValueError(
+            f"load = {root}: no checkpoint is published there (no {LATEST}). "
+            "Fix: give the --save folder of a run."
+        )
+    refuse_damage(folder, verify_files(folder))
+    config = read_config_yaml(str(folder / "config.yaml"))
+    return StoredModel(
+        folder=folder,
+        config=config,
+        progress=Progress.read(folder),
+        tokenizer=stored_tokenizer(folder, config),
+        carried=read_carried(folder),
+    )
+
+
+def stored_tokenizer(folder: Path, config: Config) -> Tokenizer | None:
+    """Build the tokenizer from the files beside the weights; None where the run had none."""
+    files = sorted((folder / "tokenizer").iterdir())
+    if not files:
+        return None
+    data = config.data
+    # SentencePiece is one file; a Hugging Face tokenizer is its folder.
+    is_one_file = len(files) == 1 and data.tokenizer_type != "HuggingFaceTokenizer"
+    model = files[0] if is_one_file else folder / "tokenizer"
+    return build_tokenizer(
+        data.tokenizer_type, str(model), data.vocab_size, ids_from=data.tokenizer_ids_from
+    )
