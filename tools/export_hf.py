@@ -67,6 +67,7 @@ def check_arguments(arguments: Arguments) -> None:
         raise ValueError(
             f"max_shard_bytes = {arguments.max_shard_bytes}: must be at least 1. Fix: leave it out."
         )
+    # A setting without effect is an error: it was meant to do something.
     if arguments.verify_text is not None and not arguments.verify:
         raise ValueError(
             f"verify_text = {arguments.verify_text}: has an effect with --verify only. "

@@ -25,6 +25,7 @@ def write_weights(
     shards = _plan_shards(stored, dtype, max_shard_bytes)
     weight_map = {}
     total = 0
+    # One file after the other: memory holds the tensors of one.
     for number, names in enumerate(tqdm(shards, desc="writing weights", unit="file"), 1):
         is_only_file = len(shards) == 1
         file = SINGLE if is_only_file else f"model-{number:05d}-of-{len(shards):05d}.safetensors"

@@ -37,10 +37,12 @@ def make_config(
         setattr(config.model, name, value)
     config.model.make_vocab_size_divisible_by = vocab_multiple
     config.data.vocab_size = vocab_size
+    # A run that starts from the checkpoint finds its tokenizer in the folder.
     has_tokenizer = bool(tokenizer_files(folder))
     config.data.tokenizer_type = "HuggingFaceTokenizer" if has_tokenizer else "NullTokenizer"
     config.data.tokenizer_model = str(folder.resolve()) if has_tokenizer else None
     config.data.tokenizer_ids_from = ids_from if has_tokenizer else None
+    # All that the folder says was checked; this finds what --make-vocab-size-divisible-by breaks.
     problems = problems_of(config.model)
     if problems:
         raise ValueError("\n".join(problems))

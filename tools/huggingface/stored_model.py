@@ -49,6 +49,7 @@ def open_stored_model(root: str, step: int | None) -> StoredModel:
             f"load = {root}: no checkpoint is published there (no {LATEST}). "
             "Fix: give the --save folder of a run."
         )
+    # A folder may have been cut short by a copy: its checksums say so.
     refuse_damage(folder, verify_files(folder))
     config = read_config_yaml(str(folder / "config.yaml"))
     return StoredModel(
