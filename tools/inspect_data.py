@@ -39,7 +39,7 @@ class Arguments:
     plot: str | None = None
     """PNG file for a histogram of the lengths."""
     tokenizer_type: TokenizerType = "SentencePieceTokenizer"
-    """Of the tokenizer that decodes."""
+    """Type of the tokenizer that decodes."""
     tokenizer_model: str | None = None
     """Decode with this tokenizer; without one, ids are shown."""
     tokenizer_ids_from: IdsFrom | None = None

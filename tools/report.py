@@ -15,7 +15,7 @@ from tools.outputs.files import check_file, is_own_page, is_own_picture
 from tools.reporting.axes import LIGHT, to_png
 from tools.reporting.charts import CHARTS, chart_figure, draw_sheet
 from tools.reporting.page import page, sizes
-from tools.reporting.run_record import Run, read_run, summary
+from tools.reporting.run_record import RunRecord, read_run, summary
 from tools.shared.door import run_door
 
 MAKER = "tools.report"
@@ -23,6 +23,8 @@ MAKER = "tools.report"
 
 @dataclass(kw_only=True)
 class Arguments:
+    """Hold the options of the command line."""
+
     load: str
     """Folder of a run's checkpoints (its --save), with metrics.jsonl in it."""
     output: str | None = None
@@ -30,26 +32,29 @@ class Arguments:
 
 
 def chart_path(output: Path, name: str) -> Path:
-    """Where a chart of the page `output` is written."""
+    """Name the file of a chart of the page `output`."""
     return output.with_name(f"{output.stem}-{name}.png")
 
 
 def check_outputs(output: Path) -> Path:
-    """The path to write, without `..`.
+    """Check every file that would be written; returns the path of the output, without `..`.
 
     Raises:
         ValueError: a file would be written over, or removed, that no report wrote.
     """
     if output.suffix.lower() == ".png":
         return check_file("output", output, MAKER, is_own_picture)
+    # A chart without data removes the file of an earlier report: all names are checked.
     for name in CHARTS:
         check_file("output", chart_path(output, name), MAKER, is_own_picture)
     return check_file("output", output, MAKER, is_own_page)
 
 
-def write_page(run: Run, output: Path) -> None:
-    """The page, and its charts as PNGs; those of an earlier report that have nothing to show now
-    are removed."""
+def write_page(run: RunRecord, output: Path) -> None:
+    """Write the page, and its charts as PNGs.
+
+    Charts of an earlier report that have nothing to show now are removed.
+    """
     for name, chart in CHARTS.items():
         path = chart_path(output, name)
         if chart.missing(run):

@@ -9,20 +9,18 @@ from torch.nn import functional as F
 from data.batch import IGNORE
 from model.attention_backends.choice import choose_attention
 from model.attention_backends.documents import pack_documents
-from tools.bench import contenders, memory, step
+from tools.bench import contenders, memory, peers, step_report, step_work
 from tools.bench.contenders import (
     ALST,
     CHECKPOINTED,
     OURS,
     THEIRS,
     VOCABULARY,
-    Transformers,
-    Way,
-    check_losses,
     make_sample,
     preset,
 )
 from tools.bench.fresh import RETURN_MEMORY, run_fresh
+from tools.bench.peers import PeerOptions, Transformers, check_losses
 from tools.bench.products import Replay, TimedAttend, kind_of, product_flops, record
 
 LAYERS = {"num_layers": 1}
@@ -36,7 +34,13 @@ def test_contenders_agree_and_are_timed():
     if _has_deepspeed():
         names[ALST] = LAYERS
     found = run_fresh(
-        step.time_steps, 1, settings=names, lengths=[40, 24], dtype="float32", repeats=2, seed=1
+        step_work.time_steps,
+        1,
+        settings=names,
+        lengths=[40, 24],
+        dtype="float32",
+        repeats=2,
+        seed=1,
     )
     assert set(found["seconds"]) == set(names)
     assert all(len(times) == 2 and min(times) > 0 for times in found["seconds"].values())
@@ -150,32 +154,35 @@ def test_attention_is_timed_forward_and_backward(monkeypatch):
     assert torch.equal(q.grad, expected[0]) and torch.allclose(k.grad, expected[1])
 
 
-def row(peaks: dict[str, int], seconds: dict[str, float], lengths=(8192,)) -> step.Row:
+def row(peaks: dict[str, int], seconds: dict[str, float], lengths=(8192,)) -> step_report.Row:
     own = {name: {"products": 0.5, "attention": 0.25} for name in seconds if name.startswith(OURS)}
-    return step.Row(step.Shape(lengths), seconds, own, peaks, 100.0, 9.0)
+    return step_report.Row(step_report.Shape(lengths), seconds, own, peaks, 100.0, 9.0)
 
 
 def test_only_modes_that_take_no_more_memory_count_against_checkpointing():
     seconds = {OURS: 0.9, "ours, lean": 1.0, THEIRS: 1.2, CHECKPOINTED: 1.5}
-    lines = step.bars_of(
+    lines = step_report.bars_of(
         row({OURS: 400, "ours, lean": 300, THEIRS: 500, CHECKPOINTED: 300}, seconds)
     )
     assert lines[0].endswith("step / (products + attention): 1.200, bar 1.25: reached")
     assert "transformers' tokens/s: 1.333, bar at least 1.0: reached" in lines[1]
     assert "(ours, lean): 1.500, bar at least 1.3: reached" in lines[2]
-    lines = step.bars_of(
+    lines = step_report.bars_of(
         row({OURS: 400, "ours, lean": 301, THEIRS: 500, CHECKPOINTED: 300}, seconds)
     )
     assert lines[2].endswith("NOT reached")
-    assert len(step.bars_of(row({}, seconds, lengths=(2048,)))) == 2
-    assert step.bars_of(row({}, seconds | {OURS: 1.0}, lengths=(2048,)))[1].endswith(
+    assert len(step_report.bars_of(row({}, seconds, lengths=(2048,)))) == 2
+    assert step_report.bars_of(row({}, seconds | {OURS: 1.0}, lengths=(2048,)))[1].endswith(
         "bar at least 1.3: NOT reached"
     )
 
 
 def test_documents_are_judged_by_the_sum_of_squares():
-    share = step.Share(
-        step.Shape((512,) * 16), step.Shape((8192,)), packed_seconds=0.07, whole_seconds=1.0
+    share = step_report.Share(
+        step_report.Shape((512,) * 16),
+        step_report.Shape((8192,)),
+        packed_seconds=0.07,
+        whole_seconds=1.0,
     )
     assert share.predicted == 1 / 16
     assert share.measured / share.predicted == pytest.approx(1.12)
@@ -232,7 +239,7 @@ def test_the_best_rung_is_judged_and_what_did_not_run_is_said():
 
 def test_a_compiled_peer_attends_without_a_mask():
     """With a mask sdpa could not take its flash kernel, and the comparison would say nothing."""
-    way = Way(compiled=True, batched=True)
+    way = PeerOptions(compiled=True, batched=True)
     contender = Transformers(preset("tiny", num_layers=2), 512, "float32", way, "cpu", seed=1)
     masks = []
 
@@ -257,9 +264,14 @@ def test_tiles_of_a_peer_hold_as_many_tokens_as_the_model_is_wide(monkeypatch):
             apply=lambda run, mlp, x, tiles, weights: counts.append(tiles) or run(mlp, x)
         )
     )
-    monkeypatch.setattr(contenders, "_deepspeed", lambda: parts)
+    monkeypatch.setattr(peers, "_deepspeed", lambda: parts)
     contender = Transformers(
-        preset("tiny", num_layers=1), 512, "float32", Way(tiled=True, batched=True), "cpu", seed=1
+        preset("tiny", num_layers=1),
+        512,
+        "float32",
+        PeerOptions(tiled=True, batched=True),
+        "cpu",
+        seed=1,
     )
     mlp = contender.model.model.layers[0].mlp
     for shape in ((1, 1024), (4, 1024)):

@@ -136,7 +136,7 @@ def test_batches_come_from_the_record_or_from_the_clock(tmp_path):
     write_run(tmp_path)
     run = run_record.read_run(tmp_path)
     assert run.batches() == [1_000_000] * 40
-    late = run_record.Run("late", run.steps[10:])  # its clock began in another folder
+    late = run_record.RunRecord("late", run.steps[10:])  # its clock began in another folder
     assert late.batches() == [1_000_000] * 30 and late.phases()[0].begin == 10_000_000
     run.steps[0]["global_batch_tokens"] = 250_000
     assert run.batches()[:2] == [250_000, 1_000_000] and run.phases()[0].begin == 750_000
@@ -154,9 +154,9 @@ def test_before_and_after_belong_to_the_phase():
             (20, "c", 6),
         )
     ]
-    stretch = run_record.Stretch("b", 8, 10, 20)
-    assert [record["gain"] for record in run_record.before_and_after(records, stretch)] == [3, 5]
-    assert run_record.before_and_after([], stretch) == (None, None)
+    span = run_record.PhaseSpan("b", 8, 10, 20)
+    assert [record["gain"] for record in run_record.before_and_after(records, span)] == [3, 5]
+    assert run_record.before_and_after([], span) == (None, None)
 
 
 def test_repeated_tokens_are_those_of_later_epochs():
@@ -182,7 +182,7 @@ def test_restarts_for_another_layout_are_told_apart():
         {"event": name}
         for name in ("start", "again", "restart", "save", "restart", "stopped", "restart")
     ]
-    unplanned, planned = run_record.Run("run", [], events=events).restarts()
+    unplanned, planned = run_record.RunRecord("run", [], events=events).restarts()
     assert (len(unplanned), len(planned)) == (2, 1)
 
 

@@ -344,7 +344,7 @@ def test_many_steps_stay_small(tmp_path):
     ]
     steps[12_345]["loss"] = 40.0
     axes = report_charts.chart_figure(
-        report_charts.CHARTS["loss"], run_record.Run("run", steps), LIGHT, 9, 4
+        report_charts.CHARTS["loss"], run_record.RunRecord("run", steps), LIGHT, 9, 4
     ).axes[0]
     raw = axes.lines[0]
     median = axes.lines[1]
@@ -363,5 +363,5 @@ def test_the_median_does_not_cross_phases(tmp_path):
         for i in range(1000)
     ]
     values = np.where(np.arange(1000) < 500, 1.0, 5.0)
-    centers, medians = report_axes.running_median(run_record.Run("run", steps), values)
+    centers, medians = report_axes.running_median(run_record.RunRecord("run", steps), values)
     assert set(medians) == {1.0, 5.0} and (medians == values[centers]).all()

@@ -19,20 +19,18 @@ from tools.bench.contenders import (
     ALST,
     CHECKPOINTED,
     LOSS_CHUNK,
-    LOSS_TOLERANCES,
     OURS,
-    PEERS,
     THEIRS,
     VOCABULARY,
     Dtype,
     default_dtype,
     lean,
-    make_contender,
     make_sample,
     one_process,
     preset,
 )
 from tools.bench.fresh import RETURN_MEMORY, measured, run_fresh, trim
+from tools.bench.peers import LOSS_TOLERANCES, PEERS, make_contender
 from tools.bench.report import bar, describe_machine, markdown_table, publish, usable_cores
 
 BARS = {CHECKPOINTED: 0.25, ALST: 0.8}

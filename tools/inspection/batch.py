@@ -1,8 +1,10 @@
-"""What a batch holds on each rank, read by the trainer's own code, and what phases will draw."""
+"""Describe what a batch holds on each rank, read by the trainer's own code."""
 
 from collections.abc import Iterator
 
-from data.batch import Batch, Sample
+import torch
+
+from data.batch import Sample
 from data.loader import Loader
 from data.tokenizers.tokenizer import Tokenizer
 from parallel.context import rank_pieces
@@ -13,11 +15,13 @@ from pretrain.schedule.phase_table import describe
 from pretrain.schedule.phases import Phase
 
 SHOWN_DOCUMENTS = 8
+"""Documents of a sample that are listed."""
 SHOWN_TOKENS = 12
+"""Tokens at the beginning and at the end of a slice that are shown."""
 
 
 def describe_plan(flags: list[str], world_size: int) -> list[str]:
-    """The phases, what each will draw, and what to be warned of."""
+    """Describe the phases, what each will draw, and what to be warned of."""
     plan = make_plan(load_config(spell(flags)), world_size, only_print=True)
     return [
         describe(plan.phases, world_size),
@@ -27,7 +31,7 @@ def describe_plan(flags: list[str], world_size: int) -> list[str]:
 
 
 def describe_batch(flags: list[str], world_size: int, name: str, batch: int) -> list[str]:
-    """What step `batch` of a phase holds: its samples, and each rank's part of them.
+    """Describe step `batch` of a phase: its samples, and each rank's part of them.
 
     Raises:
         ValueError: there is no such phase or step.
@@ -43,6 +47,7 @@ def describe_batch(flags: list[str], world_size: int, name: str, batch: int) -> 
         raise ValueError(
             f"batch = {batch}: phase {name} has steps 0 to {phase.steps - 1}. Fix: one of these."
         )
+    # The ledger as it will be at that step: what the run has drawn until then.
     clock = phase.start_of_step(batch)
     begun = plan.progress.clock if plan.progress and not plan.start.weights_only else 0
     ledger = ledger_at(plan.config.data, plan.corpus, plan.ledger, begun, plan.phases, clock)
@@ -50,6 +55,7 @@ def describe_batch(flags: list[str], world_size: int, name: str, batch: int) -> 
     first = ledger.samples_at(clock)
     count = phase.batch_at(clock) // phase.seq_length
     samples = mixture.samples(range(first, first + count))
+    # The samples, with the documents that they are made of.
     sources = {id(stream): source for source, stream in plan.corpus.train.items()}
     lines = [
         f"phase {name}, step {batch} (clock {clock:,}): {count:,} samples of {phase.seq_length:,} "
@@ -58,6 +64,7 @@ def describe_batch(flags: list[str], world_size: int, name: str, batch: int) -> 
     ]
     for number, sample in enumerate(samples):
         lines += _describe_sample(number, sample, sources[id(sample.stream)], phase)
+    # Each rank's slices of them.
     targets = 0
     for line, found in _describe_ranks(plan, phase, mixture, ledger.open.start, clock, world_size):
         lines.append(line)
@@ -67,6 +74,7 @@ def describe_batch(flags: list[str], world_size: int, name: str, batch: int) -> 
             "warning: no token of this batch has a target, so that its loss is 0 and teaches "
             "nothing"
         )
+    # What each source gave.
     totals: dict[str, int] = {}
     for sample in samples:
         source = sources[id(sample.stream)]
@@ -76,6 +84,7 @@ def describe_batch(flags: list[str], world_size: int, name: str, batch: int) -> 
 
 
 def _describe_sample(number: int, sample: Sample, source: str, phase: Phase) -> list[str]:
+    """Describe a sample: its documents, with the tokens of each that it holds."""
     spans = sample.stream.locate(sample.intervals)
     tokens = int(spans.lengths.sum())
     shown = [
@@ -97,8 +106,10 @@ def _describe_sample(number: int, sample: Sample, source: str, phase: Phase) -> 
 def _describe_ranks(
     plan: Plan, phase: Phase, mixture, start: int, clock: int, world_size: int
 ) -> Iterator[tuple[str, int]]:
-    """Give (line, targets that it tells of) for each microbatch of each rank."""
-    dp, (a2a, gather) = phase.data_parallel_size(world_size), phase.layout.context_levels
+    """Give (line, targets that it reports) for each microbatch of each rank."""
+    dp = phase.data_parallel_size(world_size)
+    # Context parallel ranks: `a2a` of them trade tokens for heads, in `gather` groups.
+    a2a, gather = phase.layout.context_levels
     tokenizer = plan.tokenizer
     data = plan.config.data
     for dp_rank in range(dp):
@@ -110,6 +121,7 @@ def _describe_ranks(
                 cp_rank // a2a,
                 gather,
             )
+            # As this rank reads it in training, at once.
             loader = Loader(
                 mixture,
                 start,
@@ -132,9 +144,12 @@ def _describe_ranks(
                     f"microbatch, {batch.num_targets:,} targets, {begun:,} segments begin"
                 )
                 yield line, batch.num_targets
-                yield f"    {_show(batch, tokenizer, True)} ... {_show(batch, tokenizer, False)}", 0
+                first = _show(batch.tokens[:SHOWN_TOKENS], tokenizer)
+                last = _show(batch.tokens[-SHOWN_TOKENS:], tokenizer)
+                yield f"    {first} ... {last}", 0
 
 
-def _show(batch: Batch, tokenizer: Tokenizer | None, from_start: bool) -> str:
-    ids = (batch.tokens[:SHOWN_TOKENS] if from_start else batch.tokens[-SHOWN_TOKENS:]).tolist()
+def _show(tokens: torch.Tensor, tokenizer: Tokenizer | None) -> str:
+    """Spell tokens as text, or as ids without a tokenizer."""
+    ids = tokens.tolist()
     return repr(tokenizer.decode(ids)) if tokenizer else " ".join(map(str, ids))

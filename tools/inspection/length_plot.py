@@ -1,4 +1,4 @@
-"""A picture of how long documents are: how many there are, and where the tokens lie."""
+"""Plot how long documents are: how many there are, and where the tokens lie."""
 
 from pathlib import Path
 
@@ -15,17 +15,18 @@ from tools.shared.number_text import length  # noqa: E402
 
 COLORS = ("#1f4e8c", "#c8401d", "#2f7d4f", "#7a4ea3", "#b8860b", "#4a4a4a")
 BINS_PER_DOUBLING = 4
+"""Bins of the histogram between a length and twice that length."""
 
 
 def plot_lengths(lengths: dict[str, np.ndarray], path: str) -> None:
-    """Histograms of document lengths over powers of 2, one line per source.
+    """Plot histograms of document lengths over powers of 2, one line per source.
 
     Args:
         lengths: source -> tokens of each document.
         path: PNG file to write.
 
     Raises:
-        ValueError: something that is no picture of ours stands there.
+        ValueError: the file exists and is no picture of ours.
     """
     check_file("plot", Path(path), "tools.inspect_data", is_own_picture)
     highest = max(int(found.max()) for found in lengths.values())
@@ -37,6 +38,7 @@ def plot_lengths(lengths: dict[str, np.ndarray], path: str) -> None:
         found = found[found > 0].astype(np.float64)
         color = COLORS[number % len(COLORS)]
         style = "-" if number < len(COLORS) else "--"
+        # Above, documents count alike; below, each by its tokens.
         for panel, weights in zip(axes, (None, found), strict=True):
             counts, _ = np.histogram(found, bins=edges, weights=weights)
             panel.stairs(

@@ -1,5 +1,4 @@
-"""What the charts of a report share: colours, the axis of tokens with its phases, thinning, SVG and
-PNG.
+"""Draw what the charts of a report share: colours, the tokens and phases below them, SVG and PNG.
 
 A chart for the page is drawn once, in colours that stand for CSS variables: the page's style gives
 them their values, so that one picture is right on a light and on a dark ground. A PNG takes the
@@ -25,7 +24,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from data.files import open_atomically  # noqa: E402
 from tools.outputs.files import PNG_METADATA  # noqa: E402
-from tools.reporting.run_record import Run  # noqa: E402
+from tools.reporting.run_record import RunRecord  # noqa: E402
 from tools.shared.number_text import length, short  # noqa: E402
 
 # Variable -> (on a light ground, on a dark one). The series can be told apart with any colour
@@ -52,12 +51,12 @@ SERIES = 8
 POINTS = 800
 """Most points of a drawn line."""
 NARROWEST = 0.06
-"""Share of the axis that a phase gets at least."""
+"""Least share of the horizontal scale that a phase gets."""
 
 
 @dataclass(frozen=True)
 class Palette:
-    """Name -> what matplotlib draws with."""
+    """Map the names of COLORS to what matplotlib draws with."""
 
     colors: dict[str, str]
 
@@ -65,6 +64,7 @@ class Palette:
         return self.colors[name]
 
     def series(self, number: int) -> str:
+        """Give the colour of a series; they repeat after SERIES."""
         return self.colors[f"series-{number % SERIES}"]
 
 
@@ -74,18 +74,20 @@ VARIABLES = Palette({name: f"#0f0f{number:02x}" for number, name in enumerate(CO
 
 
 def style_rules() -> tuple[str, str]:
-    """CSS declarations of the variables for a light and for a dark ground."""
-    return tuple(
-        "".join(f"--{name}:{values[ground]};" for name, values in COLORS.items())
-        for ground in (0, 1)
-    )
+    """Declare the variables in CSS, for a light and for a dark ground."""
+    light = "".join(f"--{name}:{value};" for name, (value, _) in COLORS.items())
+    dark = "".join(f"--{name}:{value};" for name, (_, value) in COLORS.items())
+    return light, dark
 
 
 class TokenScale:
-    """Tokens -> place on the axis. Linear, unless that makes a phase narrower than `NARROWEST`:
-    then linear within each phase, and the narrow ones wider than their share."""
+    """Map tokens to places from 0 to 1.
 
-    def __init__(self, run: Run):
+    Linear, unless that makes a phase narrower than NARROWEST: then it is linear within each phase,
+    and the narrow ones get more than their share.
+    """
+
+    def __init__(self, run: RunRecord):
         phases = run.phases()
         self.knots = np.array([phases[0].begin, *(phase.end for phase in phases)], dtype=float)
         shares = np.diff(self.knots) / (self.knots[-1] - self.knots[0])
@@ -96,9 +98,11 @@ class TokenScale:
         self.places = np.concatenate(([0.0], np.cumsum(shares / shares.sum())))
 
     def place(self, tokens):
+        """Map a token count, or an array of them, to its place."""
         return np.interp(tokens, self.knots, self.places)
 
     def apply(self, axes: Axes) -> None:
+        """Give the chart this horizontal scale, with few and readable ticks."""
         axes.set_xlim(self.knots[0], self.knots[-1])
         axes.xaxis.set_major_locator(MaxNLocator(6))
         if self.is_stretched:
@@ -107,6 +111,7 @@ class TokenScale:
                 functions=(self.place, lambda place: np.interp(place, self.places, self.knots)),
             )
             axes.set_xlim(self.knots[0], self.knots[-1])
+            # Ticks at the ends of phases, from the right, where there is room for their text.
             shown = [self.knots[-1]]
             for knot in self.knots[-2::-1]:
                 if self.place(shown[-1]) - self.place(knot) > 0.12:
@@ -116,13 +121,14 @@ class TokenScale:
         axes.xaxis.set_major_formatter(FuncFormatter(short))
 
 
-def prepare(axes: Axes, run: Run, palette: Palette, scale: TokenScale) -> None:
-    """The axis of tokens, the phases as bands behind the curves, the grid."""
+def prepare(axes: Axes, run: RunRecord, palette: Palette, scale: TokenScale) -> None:
+    """Draw the horizontal scale, the phases as bands behind the curves, and the grid."""
     scale.apply(axes)
     for number, phase in enumerate(run.phases()):
         axes.axvspan(
             phase.begin, phase.end, color=palette[f"band-{number % 2}"], linewidth=0, zorder=0
         )
+        # A line where the phase before it ends.
         if number:
             axes.axvline(
                 phase.begin, color=palette["muted"], linewidth=0.7, linestyle=(0, (4, 3)), zorder=1
@@ -131,7 +137,7 @@ def prepare(axes: Axes, run: Run, palette: Palette, scale: TokenScale) -> None:
 
 
 def clothe(axes: Axes, palette: Palette) -> None:
-    """Grid, frame and text in the palette's colours."""
+    """Give grid, frame and text the palette's colours."""
     axes.set_facecolor("none")
     axes.grid(color=palette["grid"], linewidth=0.6)
     axes.set_axisbelow(True)
@@ -140,25 +146,30 @@ def clothe(axes: Axes, palette: Palette) -> None:
     axes.tick_params(labelsize=9, color=palette["muted"], labelcolor=palette["ink"], which="both")
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set_color(palette["ink"])
-        label.set_size(10)
+        label.set_fontsize(10)
 
 
-def label_phases(axes: Axes, run: Run, palette: Palette, scale: TokenScale) -> int:
-    """Names over the picture, each above its phase; in as many rows as it takes that none touches
-    another.
+def label_phases(axes: Axes, run: RunRecord, palette: Palette, scale: TokenScale) -> int:
+    """Write each phase's name above it, in as many rows as it takes that none touches another.
 
     Returns:
         The number of rows.
     """
-    width = axes.figure.get_size_inches()[0] * 0.86  # inches of the x axis, about
-    ends: list[float] = []  # of each row, in inches
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    # The charts' frames take about a seventh of the width.
+    width = figure.get_size_inches()[0] * 0.86
+    # Where the last text of each row ends, in inches.
+    ends: list[float] = []
     for phase in run.phases():
         name = phase.name if len(phase.name) <= 24 else phase.name[:23] + "…"
         text = f"{name}, {length(phase.seq_length)}"
-        half = 0.041 * len(text) + 0.06  # inches, at 10 points
-        center = min(
-            max(float(scale.place((phase.begin + phase.end) / 2)) * width, half), width - half
-        )
+        # Half the width of the text at 10 points, in inches.
+        half = 0.041 * len(text) + 0.06
+        # Centred over the phase, but within the picture.
+        middle = float(scale.place((phase.begin + phase.end) / 2)) * width
+        center = min(max(middle, half), width - half)
+        # The first row that is free there, or a new one.
         row = next((i for i, right in enumerate(ends) if center - half >= right), len(ends))
         ends[row : row + 1] = [center + half]
         axes.annotate(
@@ -178,19 +189,20 @@ def label_phases(axes: Axes, run: Run, palette: Palette, scale: TokenScale) -> i
 # ---------------------------------------------------------------- values
 
 
-def column(run: Run, name: str, factor: float = 1.0) -> np.ndarray:
-    """A field of every step as floats; NaN where it is null or missing."""
+def column(run: RunRecord, name: str, factor: float = 1.0) -> np.ndarray:
+    """Collect a field of every step as floats; NaN where it is null or missing."""
     return np.array(
         [math.nan if (value := step.get(name)) is None else value * factor for step in run.steps]
     )
 
 
-def running_median(run: Run, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Centred median of what is finite, within each phase: follows the curve, not the spikes.
+def running_median(run: RunRecord, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Take the centred median of finite values within each phase: the curve without its spikes.
 
     Returns:
         (indices of at most `POINTS` values, their medians)
     """
+    # Phase number p holds the steps [ends[p - 1], ends[p]).
     ends = np.searchsorted(
         [step["tokens"] for step in run.steps], [phase.end for phase in run.phases()], side="right"
     )
@@ -201,7 +213,8 @@ def running_median(run: Run, values: np.ndarray) -> tuple[np.ndarray, np.ndarray
     half = window_of(len(values)) // 2
     medians = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a window without any finite value is NaN
+        # A window without any finite value gives NaN, and numpy warns of it.
+        warnings.simplefilter("ignore", RuntimeWarning)
         for i in centers:
             phase = int(np.searchsorted(ends, i, side="right"))
             first = ends[phase - 1] if phase else 0
@@ -211,12 +224,15 @@ def running_median(run: Run, values: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def window_of(steps: int) -> int:
+    """Give the width of the running median in steps."""
     return max(1, steps // 50)
 
 
 def thin(values: np.ndarray) -> np.ndarray:
-    """Indices of at most `POINTS` values that keep the line's shape: the least and the greatest of
-    each stretch."""
+    """Choose at most `POINTS` indices that keep the line's shape.
+
+    The least and the greatest value of each part stay, so that spikes do.
+    """
     if len(values) <= POINTS:
         return np.arange(len(values))
     kept = []
@@ -230,7 +246,7 @@ def thin(values: np.ndarray) -> np.ndarray:
 
 
 def distinct(tokens: list[int], scale: TokenScale) -> list[int]:
-    """Without the marks that would stand on top of another."""
+    """Leave out marks that would stand on top of another."""
     kept: dict[int, int] = {}
     for position in tokens:
         kept.setdefault(int(scale.place(position) * 300), position)
@@ -241,13 +257,12 @@ def distinct(tokens: list[int], scale: TokenScale) -> list[int]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure in inches, not known to pyplot: nothing has to be closed."""
+    """Make a figure in inches that pyplot does not keep: nothing has to be closed."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def settings(salt: str = "report"):
-    """matplotlib's settings for everything that is drawn: no name of a phase or a set is a
-    formula."""
+    """Set up matplotlib for everything that is drawn: no name of a phase or a set is a formula."""
     return pyplot.rc_context(
         {
             "text.parse_math": False,
@@ -260,10 +275,10 @@ def settings(salt: str = "report"):
 
 
 def to_svg(figure: Figure, name: str, description: str) -> str:
-    """An <svg> element whose colours are CSS variables; `name` keeps its ids apart from other
-    charts'.
+    """Write the figure as an <svg> element whose colours are CSS variables.
 
     Args:
+        name: keeps the ids apart from those of other charts on the page.
         description: what a screen reader says; escaped here.
     """
     buffer = io.StringIO()
@@ -275,11 +290,14 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
             transparent=True,
             metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")),
         )
+    # Only the element itself, without the XML head and comments.
     text = re.sub(
         r"<!--.*?-->\s*", "", buffer.getvalue()[buffer.getvalue().index("<svg") :], flags=re.DOTALL
     )
+    # Stand-in colours become variables.
     for variable, stand_in in VARIABLES.colors.items():
         text = re.sub(rf"\b(fill|stroke|stop-color): {stand_in}\b", rf"\1: var(--{variable})", text)
+    # Ids that something refers to get the chart's name in front; the others go.
     used = set(re.findall(r'(?:url\(|xlink:href=")#([\w.-]+)', text))
     text = re.sub(
         r' id="([\w.-]+)"',
@@ -287,8 +305,10 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
         text,
     )
     text = re.sub(r'((?:url\(|xlink:href=")#)', rf"\1{name}-", text)
+    # The page's own font.
     text = re.sub(r"(font: [\d.]+px) [^;\"]*", r"\1 sans-serif", text)
     text = re.sub(r"\s*\n\s*", "\n", text)
+    # The size comes from the page's style, and a screen reader reads the description.
     label = re.sub(r'[&<>"]', lambda found: f"&#{ord(found[0])};", description)
     opening = f'role="img" aria-label="{label}" xmlns:xlink="http://www.w3.org/1999/xlink">'
     return re.sub(
@@ -300,7 +320,7 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
 
 
 def to_png(figure: Figure, path: Path) -> None:
-    """Write the picture, whole or not at all; it says who made it."""
+    """Write the picture, whole or not at all, with a note of who made it."""
     with open_atomically(path) as file, settings(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure.savefig(file, dpi=130, format="png", metadata=PNG_METADATA)

@@ -1,36 +1,34 @@
-"""The page of a report: its words, its tables, and the charts in their places (template:
-page.html)."""
+"""Fill the page of a report (template: page.html): its words, tables and charts."""
 
-import dataclasses
 import statistics
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
 
-from pretrain.planner.auto_layout import with_choice
 from pretrain.planner.model_size import num_parameters
-from pretrain.schedule.phases import Phase
-from pretrain.schedule.resolve import resolve_phases
 from tools.reporting.axes import VARIABLES, TokenScale, style_rules, to_svg
-from tools.reporting.charts import CHARTS, Chart, chart_figure, last_passkeys
-from tools.reporting.run_record import Run, Stretch, before_and_after, repeated_tokens, series_of
-from tools.shared.number_text import gibibytes, length, short
+from tools.reporting.charts import CHARTS, Chart, chart_figure
+from tools.reporting.phase_table import phase_rows
+from tools.reporting.run_record import RunRecord, before_and_after, repeated_tokens, series_of
+from tools.reporting.validation_charts import last_passkeys
+from tools.shared.number_text import NOTHING, gain_text, interval_text, length, loss_text, short
 
 WIDE = (9.4, 4.3)
+"""Size of a chart across the page, in inches."""
 NARROW = (4.7, 3.9)
+"""Size of such a chart on a narrow screen, in inches."""
 CARD = (5.4, 2.9)
-"""Sizes of charts in inches: across the page, the same on a narrow screen, and half the page."""
+"""Size of a chart on half the page, in inches."""
 OPEN_EVENTS = 20
 """A longer table of events is closed at first."""
 MOST_EVENTS = 2000
-NOTHING = "–"
+"""Events beyond these are not listed, the oldest first."""
 
 
-def page(run: Run) -> str:
-    """The whole page as HTML. Everything that comes from the run is escaped."""
+def page(run: RunRecord) -> str:
+    """Make the whole page as HTML. Everything that comes from the run is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -38,6 +36,7 @@ def page(run: Run) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    # Declarations of CSS and drawings are ours; everything else is escaped by autoescape.
     light, dark = map(Markup, style_rules())
     return environment.get_template("page.html").render(
         run=run,
@@ -53,7 +52,9 @@ def page(run: Run) -> str:
         titles={name: chart.title for name, chart in CHARTS.items()},
         gains=gain_rows(run),
         repeats=repeats(run),
-        drawn=[totals for totals in (_total(run, False), _total(run, True)) if totals],
+        drawn=[
+            totals for totals in (_total(run, skipped=False), _total(run, skipped=True)) if totals
+        ],
         account=run.account,
         account_tokens=run.account_tokens,
         events=event_rows(run),
@@ -63,30 +64,27 @@ def page(run: Run) -> str:
     )
 
 
-def chart_html(chart: Chart, run: Run) -> Markup:
-    """The chart as inline SVG, or the sentence that says why there is none."""
+def chart_html(chart: Chart, run: RunRecord) -> Markup:
+    """Draw the chart as inline SVG, or give the sentence that says why there is none."""
     if sentence := chart.missing(run):
         return Markup('<p class="none">{}</p>').format(sentence)
-    return Markup("").join(
-        Markup('<div class="chart {}">{}</div>').format(
-            size,
-            Markup(
-                to_svg(
-                    chart_figure(chart, run, VARIABLES, *inches),
-                    f"{chart.name}-{size}",
-                    chart.title,
-                )
-            ),
-        )
-        for size, inches in sizes(chart, run).items()
-    )
+    parts = []
+    for size, inches in sizes(chart, run).items():
+        figure = chart_figure(chart, run, VARIABLES, *inches)
+        # to_svg escapes what it is given.
+        svg = Markup(to_svg(figure, f"{chart.name}-{size}", chart.title))
+        parts.append(Markup('<div class="chart {}">{}</div>').format(size, svg))
+    return Markup("").join(parts)
 
 
-def sizes(chart: Chart, run: Run) -> dict[str, tuple[float, float]]:
-    """Class in the page's style -> inches, of each form in which a chart stands there; the main one
-    first."""
+def sizes(chart: Chart, run: RunRecord) -> dict[str, tuple[float, float]]:
+    """Map each form in which a chart stands on the page to its size in inches, the main one first.
+
+    A form is a class of the page's style; the style shows one of them.
+    """
     if chart.is_wide:
         return {"wide": WIDE, "narrow": NARROW}
+    # A map grows with its rows.
     rows = len({depth for depth, _ in last_passkeys(run)}) if chart.name == "passkey-map" else 0
     return {"card": (CARD[0], max(CARD[1], 0.8 + 0.3 * rows))}
 
@@ -94,8 +92,8 @@ def sizes(chart: Chart, run: Run) -> dict[str, tuple[float, float]]:
 # ---------------------------------------------------------------- words
 
 
-def tiles(run: Run) -> list[tuple[str, str, str]]:
-    """(what, figure, what it is compared with) of the run's main figures."""
+def tiles(run: RunRecord) -> list[tuple[str, str, str]]:
+    """List the run's main figures as (what, figure, what it is compared with)."""
     last = run.steps[-1]
     first = run.steps[0]
     phases = run.phases()
@@ -104,14 +102,14 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
         ("context", length(phases[-1].seq_length), f"from {length(phases[0].seq_length)}"),
         ("training loss", f"{last['loss']:.3f}", f"from {first['loss']:.3f}"),
     ]
+    # What was evaluated, as far as it was.
     if run.evaluations:
         (_, seq_length), records = _main_series(run, run.evaluations)
         found.append(
             (
                 "validation loss",
                 f"{records[-1]['valid_loss']:.3f}",
-                (f"at {length(seq_length)}, " if seq_length else "")
-                + f"from {records[0]['valid_loss']:.3f}",
+                f"{_at(seq_length, ', ')}from {records[0]['valid_loss']:.3f}",
             )
         )
     if run.gains:
@@ -120,7 +118,7 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
             (
                 "context gain",
                 f"{records[-1]['gain']:+.3f}",
-                f"at {length(seq_length)}, nats per token",
+                f"{_at(seq_length, ', ')}nats per token",
             )
         )
     if run.passkeys:
@@ -135,10 +133,10 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
     return [*found, ("tokens / s", short(statistics.median(speeds)), "median of the last phase")]
 
 
-def _main_series(run: Run, records: list[dict]) -> tuple[tuple[str, int | None], list[dict]]:
-    """The series of the last phase's length, of the first set; else the one with the last
-    record."""
+def _main_series(run: RunRecord, records: list[dict]) -> tuple[tuple[str, int | None], list[dict]]:
+    """Choose the series of the last phase's length, else the one with the latest record."""
     series = series_of(records)
+    # The context that the run ended with says most.
     final = run.phases()[-1].seq_length
     return next(
         (item for item in series.items() if item[0][1] == final),
@@ -146,8 +144,8 @@ def _main_series(run: Run, records: list[dict]) -> tuple[tuple[str, int | None],
     )
 
 
-def lead(run: Run) -> list[str]:
-    """The run in a few sentences."""
+def lead(run: RunRecord) -> list[str]:
+    """Describe the run in a few sentences."""
     last = run.steps[-1]
     phases = run.phases()
     model = f"A model of {parameters(run)} parameters" if parameters(run) else "The model"
@@ -155,21 +153,25 @@ def lead(run: Run) -> list[str]:
     said = [f"{model} has read {short(last['tokens'])} tokens in {last['step']:,} steps {over}."]
     if run.gains:
         (_, seq_length), records = _main_series(run, run.gains)
-        interval = _interval_text(records[-1])
+        interval = interval_text(records[-1])
         said.append(
-            f"The context gain at {length(seq_length)} is {gain_text(records[-1])}"
-            f"{'' if interval else ' (no interval: too few documents)'}: so many nats per token does the whole "
-            f"context give over its last {length(records[-1]['cut'])}."
+            f"The context gain {_at(seq_length, ' ')}is {gain_text(records[-1])}"
+            f"{'' if interval else ' (no interval: too few documents)'}: "
+            "the whole context lowers the loss by as many nats per token against its last "
+            f"{length(records[-1]['cut'])}."
         )
+    # Interruptions and skipped steps: whoever reads the curves should know of them.
     unplanned, planned = run.restarts()
+    # Steps without an update.
     skipped = sum(bool(step.get("skipped")) for step in run.steps)
     if run.events:
         crossed = f", and {_times(len(planned))} for another layout" if planned else ""
         said.append(f"It was interrupted and started again {_times(len(unplanned))}{crossed}.")
     said.append(
-        f"{skipped or 'No'} step{'' if skipped == 1 else 's'} {'was' if skipped == 1 else 'were'} skipped for "
+        f"{skipped or 'No'} {'step was' if skipped == 1 else 'steps were'} skipped for "
         "a gradient that is not finite."
     )
+    # Older records have no times.
     seconds = sum(step.get("step_seconds") or 0 for step in run.steps)
     if seconds:
         said.append(
@@ -178,16 +180,17 @@ def lead(run: Run) -> list[str]:
     return said
 
 
-def parameters(run: Run) -> str | None:
-    """The model's size, if the checkpoint's configuration is known."""
+def parameters(run: RunRecord) -> str | None:
+    """Spell the number of parameters; None where the configuration is not known."""
     if run.config is None or run.config.data.vocab_size is None:
         return None
     return short(num_parameters(run.config.model, run.config.data.vocab_size))
 
 
-def about(run: Run) -> list[tuple[str, str]]:
-    """(what, value) of the model and the latest checkpoint."""
+def about(run: RunRecord) -> list[tuple[str, str]]:
+    """List (what, value) of the model and the latest checkpoint."""
     rows = []
+    # Without a readable checkpoint, only what the steps say is known.
     if run.config is not None:
         model = run.config.model
         exact = (
@@ -199,27 +202,27 @@ def about(run: Run) -> list[tuple[str, str]]:
             ("parameters", f"{exact:,}" if exact else "not known"),
             (
                 "model",
-                f"{f'{model.model}: ' if model.model else ''}{model.num_layers} layers, width "
-                f"{model.hidden_size:,}, {model.num_attention_heads} heads, {model.num_kv_heads} key/value "
-                f"heads, vocabulary {run.config.data.vocab_size or 0:,}",
+                f"{f'{model.model}: ' if model.model else ''}{model.num_layers} layers, "
+                f"width {model.hidden_size:,}, {model.num_attention_heads} heads, "
+                f"{model.num_kv_heads} key/value heads, "
+                f"vocabulary {run.config.data.vocab_size or 0:,}",
             ),
         ]
-    rows += [
-        (
-            "tokens trained",
-            f"{run.steps[-1]['tokens']:,} positions"
-            + (
-                f", {real:,} of them not padding"
-                if (real := run.steps[-1].get("real_tokens")) is not None
-                else ""
-            ),
-        )
-    ]
+    trained = f"{run.steps[-1]['tokens']:,} positions"
+    real = run.steps[-1].get("real_tokens")
+    if real is not None:
+        trained += f", {real:,} of them not padding"
+    rows.append(("tokens trained", trained))
     if run.progress is not None:
         world = run.progress.world_size
         by = f", written by {world:,} process{'' if world == 1 else 'es'}" if world else ""
         rows.append(("latest checkpoint", f"step {run.progress.step:,}{by}"))
     return rows
+
+
+def _at(seq_length: int | None, end: str) -> str:
+    """Spell "at <length>" and `end`; empty where the length is not known."""
+    return f"at {length(seq_length)}{end}" if seq_length else ""
 
 
 def _times(count: int) -> str:
@@ -236,172 +239,67 @@ def _duration(seconds: float) -> str:
 # ---------------------------------------------------------------- tables
 
 
-def phase_rows(run: Run) -> list[dict]:
-    """A row of texts per stretch; a cell with several lines is a list."""
-    planned = _planned_phases(run)
-    batch_of = dict(zip((step["tokens"] for step in run.steps), run.batches(), strict=True))
-    return [
-        _phase_row(run, stretch, planned.get(stretch.name), batch_of) for stretch in run.phases()
-    ]
-
-
-def _phase_row(run: Run, stretch: Stretch, planned: Phase | None, batch_of: dict[int, int]) -> dict:
-    steps = run.steps_of(stretch)
-    batches = [batch_of[step["tokens"]] for step in steps]
-    low = min(batches)
-    high = max(batches)
-    memory = [
-        step["peak_memory_bytes"] for step in steps if step.get("peak_memory_bytes") is not None
-    ]
-    return {
-        "name": stretch.name,
-        "length": length(stretch.seq_length),
-        "tokens": short(stretch.end - stretch.begin),
-        "batch": length(low) if low == high else f"{length(low)} to {length(high)}",
-        "layout": _layout_text(planned) if planned else NOTHING,
-        "rope": _rope_text(planned) if planned else NOTHING,
-        "rate": short(statistics.median(step["tokens_per_second"] for step in steps)),
-        "memory": gibibytes(max(memory)) if memory else NOTHING,
-        "loss": _changes(run.evaluations, stretch, lambda record: f"{record['valid_loss']:.4f}"),
-        "gain": _changes(run.gains, stretch, gain_text, " →\n", most=1),
-    }
-
-
-def _changes(
-    records: list[dict],
-    stretch: Stretch,
-    text: Callable[[dict], str],
-    arrow: str = " → ",
-    most: int = 8,
-) -> list[str]:
-    """ "before → after" of up to `most` sets at the phase's length, as lines."""
-    lines = []
-    series = [
-        item for item in series_of(records).items() if item[0][1] in (None, stretch.seq_length)
-    ]
-    for (name, _), found in series[:most]:
-        before, after = before_and_after(found, stretch)
-        if before or after:
-            pair = arrow.join(text(record) if record else NOTHING for record in (before, after))
-            lines += (f"{name}: {pair}" if len({key[0] for key, _ in series}) > 1 else pair).split(
-                "\n"
-            )
-    more = len(series) - most
-    return (lines or [NOTHING]) + (
-        [f"and {more} more set{'s' if more > 1 else ''} below"] if more > 0 else []
-    )
-
-
-def _planned_phases(run: Run) -> dict[str, Phase]:
-    """Name -> phase as the checkpoint's configuration says; empty where that is not known."""
-    if run.config is None:
-        return {}
-    # Of the phases with `layout: auto`, which the settings leave open.
-    chosen = run.progress.layouts if run.progress else {}
-    try:
-        return {
-            phase.name: with_choice(phase, chosen[phase.name]) if phase.name in chosen else phase
-            for phase in resolve_phases(run.config)
-            if phase.name in chosen or not phase.auto
-        }
-    except ValueError:  # a configuration of another version of the trainer
-        return {}
-
-
-def _layout_text(phase: Phase) -> str:
-    tp, pp, cp = phase.layout.sizes
-    return (
-        f"tp {tp}, pp {pp}, cp {cp}"
-        + (f", {phase.layout.schedule}" if pp > 1 else "")
-        + (" (auto)" if phase.auto else "")
-    )
-
-
-def _rope_text(phase: Phase) -> str:
-    """The base, and the scaling where there is one."""
-    values = dataclasses.asdict(phase)
-    rope = values.get("rope") or {"base": values["rotary_base"]}
-    scaling = rope.get("type", "default")
-    return f"base {rope['base']:,.12g}" + (
-        f", {scaling} × {rope.get('factor')}" if scaling != "default" else ""
-    )
-
-
-def gain_text(record: dict) -> str:
-    """ "+0.120 [+0.100, +0.140]"; without the interval where it is not known."""
-    return " ".join(filter(None, (f"{record['gain']:+.3f}", _interval_text(record))))
-
-
-def _interval_text(record: dict) -> str:
-    low = record.get("gain_low")
-    high = record.get("gain_high")
-    return "" if low is None or high is None else f"[{low:+.3f}, {high:+.3f}]"
-
-
-def gain_rows(run: Run) -> list[dict]:
-    """A row per phase, set and length with the gain before and after it."""
+def gain_rows(run: RunRecord) -> list[dict]:
+    """Make a row per phase, set and length, with the gain before and after it."""
     rows = []
-    for stretch in run.phases():
+    for span in run.phases():
         for (name, seq_length), records in series_of(run.gains).items():
-            before, after = before_and_after(records, stretch)
-            if not (before and after) and (
-                seq_length != stretch.seq_length or not (before or after)
-            ):
-                continue
+            before, after = before_and_after(records, span)
             shown = after or before
+            # Another length than the phase's is of interest where the phase changed it.
+            changed = before is not None and after is not None
+            if shown is None or not (changed or seq_length == span.seq_length):
+                continue
+            change = NOTHING
+            if before is not None and after is not None:
+                change = f"{after['gain'] - before['gain']:+.3f}"
+            documents = shown.get("documents")
             rows.append(
                 {
-                    "phase": stretch.name,
+                    "phase": span.name,
                     "set": name,
-                    "length": length(seq_length),
+                    "length": length(seq_length) if seq_length else NOTHING,
                     "cut": length(shown["cut"]),
                     "before": gain_text(before) if before else NOTHING,
                     "after": gain_text(after) if after else NOTHING,
-                    "change": f"{after['gain'] - before['gain']:+.3f}"
-                    if before and after
-                    else NOTHING,
-                    "full": _number(shown.get("loss_full")),
-                    "short": _number(shown.get("loss_cut")),
-                    "documents": f"{shown['documents']:,}"
-                    if shown.get("documents") is not None
-                    else NOTHING,
+                    "change": change,
+                    "full": loss_text(shown.get("loss_full")),
+                    "short": loss_text(shown.get("loss_cut")),
+                    "documents": NOTHING if documents is None else f"{documents:,}",
                 }
             )
     return rows
 
 
-def _number(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.4f}"
-
-
-def _total(run: Run, skipped: bool) -> dict | None:
-    """Sums of the rows that were drawn, or that were passed over."""
+def _total(run: RunRecord, *, skipped: bool) -> dict | None:
+    """Sum up the rows of the account that were drawn, or that were passed over."""
     rows = [row for row in run.account if row["skipped"] == skipped]
-    return (
-        {
-            "name": "passed over" if skipped else "drawn",
-            **{key: sum(row[key] for row in rows) for key in ("samples", "tokens", "documents")},
-        }
-        if rows
-        else None
-    )
+    if not rows:
+        return None
+    totals = {key: sum(row[key] for row in rows) for key in ("samples", "tokens", "documents")}
+    return {"name": "passed over" if skipped else "drawn", **totals}
 
 
-def repeats(run: Run) -> str:
-    """How many tokens were repeated, in one sentence."""
+def repeats(run: RunRecord) -> str:
+    """Say in one sentence how many tokens were repeated."""
+    # Per source: an epoch ends for each by itself.
     found = repeated_tokens(run.account)
-    repeated, drawn = (sum(pair[i] for pair in found.values()) for i in (0, 1))
+    repeated = sum(again for again, _ in found.values())
+    drawn = sum(total for _, total in found.values())
     if not repeated:
-        return f"None of the {drawn:,} tokens drawn was a repetition: no source went beyond its first epoch."
+        return (
+            f"None of the {drawn:,} tokens drawn was a repetition: "
+            "no source went beyond its first epoch."
+        )
     parts = ", ".join(f"{source} {again:,}" for source, (again, _) in found.items() if again)
     return (
-        f"{repeated:,} of the {drawn:,} tokens drawn ({100 * repeated / max(1, drawn):.1f} %) were repeated, drawn "
-        f"in a second or later epoch of their source: {parts}."
+        f"{repeated:,} of the {drawn:,} tokens drawn ({100 * repeated / max(1, drawn):.1f} %) "
+        f"were repeated, drawn in a second or later epoch of their source: {parts}."
     )
 
 
-def event_rows(run: Run) -> list[dict]:
-    """The last `MOST_EVENTS` events as texts, newest last."""
+def event_rows(run: RunRecord) -> list[dict]:
+    """List the last `MOST_EVENTS` events as texts, newest last."""
     return [
         {
             "time": datetime.fromtimestamp(event["time"], UTC).strftime("%Y-%m-%d %H:%M:%S"),
@@ -414,5 +312,5 @@ def event_rows(run: Run) -> list[dict]:
     ]
 
 
-def _last_passkey_tokens(run: Run) -> str:
+def _last_passkey_tokens(run: RunRecord) -> str:
     return short(max(record["tokens"] for record in run.passkeys)) if run.passkeys else ""

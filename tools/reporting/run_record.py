@@ -1,7 +1,7 @@
-"""What a run wrote about itself in its --save folder, read for tools.report.
+"""Read what a run wrote about itself in its --save folder.
 
-Only metrics.jsonl has to be there. What else is missing stays empty, and what cannot be read is
-told in `notes`.
+Only metrics.jsonl must exist. What else is missing stays empty, and a sentence in `notes` names
+what could not be read.
 """
 
 import json
@@ -25,11 +25,11 @@ NEEDED = {
     "event": ("time", "event", "step", "tokens"),
     "account": ("step", "tokens", "account"),
 }
-"""Fields that a line of each kind must have."""
+"""Kind of line -> fields that it must have."""
 
 
-class Stretch(NamedTuple):
-    """A stretch of the clock with one phase and one context length; positions in tokens."""
+class PhaseSpan(NamedTuple):
+    """A span of the clock with one phase and one context length; positions in tokens."""
 
     name: str
     seq_length: int
@@ -38,8 +38,8 @@ class Stretch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a run wrote about itself, in the order of its clock."""
+class RunRecord:
+    """Hold what a run wrote about itself, in the order of its clock."""
 
     name: str
     steps: list[dict]
@@ -55,14 +55,14 @@ class Run:
     account_tokens: int = 0
     """Clock of the account."""
     config: Config | None = None
-    """Of the latest checkpoint."""
+    """Configuration of the latest checkpoint; None = not known."""
     progress: Progress | None = None
-    """How far the run had come at its latest checkpoint."""
+    """progress.json of the latest checkpoint; None = not known."""
     notes: list[str] = field(default_factory=list)
     """What could not be read, a sentence each."""
 
     def batches(self) -> list[int]:
-        """Tokens of each step's global batch; from the clock where the records do not say."""
+        """List the tokens of each step's batch; from the clock where the records do not say."""
         tokens = [step["tokens"] for step in self.steps]
         found = [
             step.get("global_batch_tokens") or end - begin
@@ -70,43 +70,53 @@ class Run:
         ]
         first = self.steps[0]
         if first["step"] > 1 and not first.get("global_batch_tokens") and len(found) > 1:
-            found[0] = min(found[0], found[1])  # the clock began in another folder
+            # The clock began in another folder: its first step is not the whole clock so far.
+            found[0] = min(found[0], found[1])
         return found
 
-    def phases(self) -> list[Stretch]:
-        """The stretches of the run, in order."""
-        stretches: list[Stretch] = []
+    def phases(self) -> list[PhaseSpan]:
+        """List the spans of the run, in order."""
+        spans: list[PhaseSpan] = []
         begin = self.steps[0]["tokens"] - self.batches()[0]
         for step in self.steps:
+            # Another phase, or another length in the same one, begins a new span.
             key = (step["phase"], step["seq_length"])
-            if not stretches or stretches[-1][:2] != key:
-                stretches.append(Stretch(*key, begin, step["tokens"]))
-            stretches[-1] = stretches[-1]._replace(end=step["tokens"])
+            if not spans or spans[-1][:2] != key:
+                spans.append(PhaseSpan(*key, begin, step["tokens"]))
+            spans[-1] = spans[-1]._replace(end=step["tokens"])
             begin = step["tokens"]
-        return stretches
+        return spans
 
-    def steps_of(self, stretch: Stretch) -> list[dict]:
-        return [step for step in self.steps if stretch.begin < step["tokens"] <= stretch.end]
+    def steps_of(self, span: PhaseSpan) -> list[dict]:
+        """List the steps that end within the span."""
+        return [step for step in self.steps if span.begin < step["tokens"] <= span.end]
 
     def restarts(self) -> tuple[list[dict], list[dict]]:
-        """Restart events: (after an interruption, planned: because a phase needs another
-        layout)."""
+        """Separate restarts after an interruption from those that a phase's layout needed.
+
+        Returns:
+            (unplanned events, planned events)
+        """
         unplanned = []
         planned = []
         before = None
         for event in self.events:
+            # The trainer notes "again" before it ends for another layout.
             if event["event"] == "restart":
                 (planned if before == "again" else unplanned).append(event)
             before = event["event"]
         return unplanned, planned
 
     def events_of(self, kind: str) -> list[dict]:
+        """List the events of one kind."""
         return [event for event in self.events if event["event"] == kind]
 
 
 def series_of(records: list[dict]) -> dict[tuple[str, int | None], list[dict]]:
-    """(validation set, context length) -> its records, in order; the length is None where none is
-    recorded."""
+    """Group records by (validation set, context length), sorted; "valid", the run's own, is first.
+
+    The length is None where none is recorded.
+    """
     series: dict[tuple[str, int | None], list[dict]] = {}
     for record in records:
         series.setdefault((record.get("set", "valid"), record.get("seq_length")), []).append(record)
@@ -117,22 +127,19 @@ def series_of(records: list[dict]) -> dict[tuple[str, int | None], list[dict]]:
     )
 
 
-def before_and_after(records: list[dict], stretch: Stretch) -> tuple[dict | None, dict | None]:
-    """The last record up to the beginning of a phase, and the last one of the phase; None where
-    there is none."""
-    before = [record for record in records if record["tokens"] <= stretch.begin]
+def before_and_after(records: list[dict], span: PhaseSpan) -> tuple[dict | None, dict | None]:
+    """Find the last record before a phase and the last one of it; None where there is none."""
+    before = [record for record in records if record["tokens"] <= span.begin]
     after = [
         record
         for record in records
-        if stretch.begin < record["tokens"] <= stretch.end
-        and record.get("phase", stretch.name) == stretch.name
+        if span.begin < record["tokens"] <= span.end and record.get("phase", span.name) == span.name
     ]
     return before[-1] if before else None, after[-1] if after else None
 
 
 def repeated_tokens(account: list[dict]) -> dict[str, tuple[int, int]]:
-    """Source -> (tokens drawn in its second and later epochs, tokens drawn), as the account shows
-    them.
+    """Count per source the tokens drawn in its second and later epochs, and all tokens drawn.
 
     An account's epochs are cumulative over a source's rows, passed-over ones included; so they also
     say how long one epoch is.
@@ -142,6 +149,7 @@ def repeated_tokens(account: list[dict]) -> dict[str, tuple[int, int]]:
         rows_of.setdefault(row["source"], []).append(row)
     found = {}
     for source, rows in rows_of.items():
+        # Length of one epoch in tokens.
         read = sum(row["tokens"] for row in rows)
         epochs = rows[-1]["epochs"]
         epoch = round(read / epochs) if epochs else math.inf
@@ -149,6 +157,7 @@ def repeated_tokens(account: list[dict]) -> dict[str, tuple[int, int]]:
         repeated = 0
         for row in rows:
             end = place + row["tokens"]
+            # Of [place, end), what lies beyond the first epoch was there before.
             if not row["skipped"]:
                 repeated += max(0, end - max(place, epoch))
             place = end
@@ -157,7 +166,7 @@ def repeated_tokens(account: list[dict]) -> dict[str, tuple[int, int]]:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The records of a .jsonl file; a last line that is still being written is left out.
+    """Read the records of a .jsonl file; a last line that is still being written is left out.
 
     Raises:
         ValueError: the file is broken in the middle.
@@ -176,7 +185,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def _checked(path: Path, records: list[dict], kind: str) -> list[dict]:
-    """The records, each with the fields that its kind needs; raises ValueError otherwise."""
+    """Return the records, or raise ValueError where one lacks a field that its kind needs."""
     for record in records:
         if missing := [name for name in NEEDED[kind] if name not in record]:
             raise ValueError(
@@ -186,9 +195,12 @@ def _checked(path: Path, records: list[dict], kind: str) -> list[dict]:
     return records
 
 
-def read_run(folder: Path) -> Run:
-    """Raises ValueError if there is no run in `folder`, nothing to show yet, or a file that is not
-    the trainer's."""
+def read_run(folder: Path) -> RunRecord:
+    """Read the record of the run in `folder`.
+
+    Raises:
+        ValueError: there is no run, nothing to show yet, or a file that is not the trainer's.
+    """
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
         raise ValueError(
@@ -198,40 +210,40 @@ def read_run(folder: Path) -> Run:
     if not steps:
         raise ValueError(f"load = {folder}: metrics.jsonl holds no step yet. Fix: train one.")
     notes: list[str] = []
-    evaluated = _read_optional(folder / "validation.jsonl", notes)
-    of_kind = {
-        kind: _checked(
-            folder / "validation.jsonl",
-            [line for line in evaluated if line.get("kind", "loss") == kind],
-            kind,
-        )
-        for kind in ("loss", "context_gain", "passkey")
-    }
-    accounts = _checked(
-        folder / "ledger.jsonl", _read_optional(folder / "ledger.jsonl", notes), "account"
-    )
-    events = _checked(
-        folder / "events.jsonl", _read_optional(folder / "events.jsonl", notes), "event"
-    )
+    validation = folder / "validation.jsonl"
+    evaluated = _read_optional(validation, notes)
+
+    def evaluations_of(kind: str) -> list[dict]:
+        lines = [line for line in evaluated if line.get("kind", "loss") == kind]
+        return _by_clock(_checked(validation, lines, kind))
+
+    ledger = folder / "ledger.jsonl"
+    accounts = _checked(ledger, _read_optional(ledger, notes), "account")
+    event_file = folder / "events.jsonl"
+    events = _checked(event_file, _read_optional(event_file, notes), "event")
     config, progress = _read_checkpoint(folder, notes)
+    # The last save's account, or that of the checkpoint where ledger.jsonl is missing.
     last = accounts[-1] if accounts else None
     if last is None and progress is not None and "account" in (progress.data or {}):
         last = {"tokens": progress.clock, "account": progress.data["account"]}
     place = folder.resolve()
-    return Run(
-        f"{place.parent.name} / {place.name}",
-        _by_clock(steps),
-        *map(_by_clock, of_kind.values()),
-        events,
-        last["account"] if last else [],
-        last["tokens"] if last else 0,
-        config,
-        progress,
-        notes,
+    return RunRecord(
+        name=f"{place.parent.name} / {place.name}",
+        steps=_by_clock(steps),
+        evaluations=evaluations_of("loss"),
+        gains=evaluations_of("context_gain"),
+        passkeys=evaluations_of("passkey"),
+        events=events,
+        account=last["account"] if last else [],
+        account_tokens=last["tokens"] if last else 0,
+        config=config,
+        progress=progress,
+        notes=notes,
     )
 
 
 def _by_clock(records: list[dict]) -> list[dict]:
+    # A run that was rewound wrote later lines for an earlier clock.
     return sorted(records, key=lambda record: record["tokens"])
 
 
@@ -243,9 +255,9 @@ def _read_optional(path: Path, notes: list[str]) -> list[dict]:
 
 
 def _read_checkpoint(folder: Path, notes: list[str]) -> tuple[Config | None, Progress | None]:
-    """Configuration and progress of the latest checkpoint; None, with a note, for what cannot be
-    read."""
-    config = progress = None
+    """Read configuration and progress of the latest checkpoint; None, with a note, on failure."""
+    config = None
+    progress = None
     try:
         published = find_published(folder)
         if published is None:
@@ -258,13 +270,14 @@ def _read_checkpoint(folder: Path, notes: list[str]) -> tuple[Config | None, Pro
     return config, progress
 
 
-def summary(run: Run) -> str:
-    """The run in a few lines of text."""
+def summary(run: RunRecord) -> str:
+    """Summarize the run in a few lines of text."""
     last = run.steps[-1]
     lines = [
-        f"{last['step']:,} steps, {short(last['tokens'])} tokens, training loss {run.steps[0]['loss']:.4f} -> "
-        f"{last['loss']:.4f}"
+        f"{last['step']:,} steps, {short(last['tokens'])} tokens, "
+        f"training loss {run.steps[0]['loss']:.4f} -> {last['loss']:.4f}"
     ]
+    # A line per validation set, with its length where there are several.
     series = series_of(run.evaluations)
     for (name, seq_length), evaluations in series.items():
         first = evaluations[0]
@@ -279,10 +292,11 @@ def summary(run: Run) -> str:
             f"validation loss{of_set}{at} {first['valid_loss']:.4f} (step {first['step']:,}) -> "
             f"{final['valid_loss']:.4f} (step {final['step']:,})"
         )
-    for stretch in run.phases():
-        speeds = [step["tokens_per_second"] for step in run.steps_of(stretch)]
+    # A line per phase.
+    for span in run.phases():
+        speeds = [step["tokens_per_second"] for step in run.steps_of(span)]
         lines.append(
-            f"phase {stretch.name}: length {stretch.seq_length:,}, {short(stretch.end - stretch.begin)} "
+            f"phase {span.name}: length {span.seq_length:,}, {short(span.end - span.begin)} "
             f"tokens, {short(statistics.median(speeds))} tokens/s"
         )
     return "\n".join(lines)

@@ -13,21 +13,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from parallel.layout import Layout
-from tools.bench.contenders import (
-    MLP_TILE,
-    PEERS,
-    BenchModel,
-    Contender,
-    Ours,
-    Transformers,
-    make_sample,
-    one_process,
-)
+from tools.bench.contenders import MLP_TILE, BenchModel, Contender, Ours, make_sample, one_process
 from tools.bench.fresh import run_fresh
 from tools.bench.gpu.lines import Report
 from tools.bench.gpu.long import ELEMENT, offloaded_bytes
 from tools.bench.gpu.parts import GIB, SEED, Card, Scale
 from tools.bench.memory import ladder
+from tools.bench.peers import PEERS, Transformers
 from tools.bench.report import usable_cores
 
 HOST = 128 * GIB

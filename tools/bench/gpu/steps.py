@@ -11,8 +11,6 @@ from tools.bench.contenders import (
     LOSS_CHUNK,
     Contender,
     Ours,
-    Transformers,
-    Way,
     causal_pairs,
     make_sample,
     one_process,
@@ -27,6 +25,7 @@ from tools.bench.gpu.parts import (
     attention_of,
     missing_backend,
 )
+from tools.bench.peers import PeerOptions, Transformers
 
 LENGTH = 8192
 OTHER_CHUNK = 8192
@@ -87,7 +86,7 @@ def peer(card: Card, scale: Scale, report: Report, *, model: str, samples: int) 
     if not has_liger:
         report.skip("liger-kernel is not installed", case=f"{PEER} + Liger")
     # Liger's kernels and torch.compile's code are for a GPU.
-    way = Way(compiled=not scale.toy, batched=True, liger=has_liger and card.is_cuda)
+    way = PeerOptions(compiled=not scale.toy, batched=True, liger=has_liger and card.is_cuda)
     case = f"{PEER} + Liger" if way.liger else PEER
     with report.trying(case):
         row.measure(case, row.peer(way))
@@ -119,7 +118,7 @@ class Row:
 
         return self.measure(case, build, note=chosen)
 
-    def peer(self, way: Way) -> Callable[..., Contender]:
+    def peer(self, way: PeerOptions) -> Callable[..., Contender]:
         """How to build transformers' model."""
         return lambda layout: Transformers(
             self.config, self.vocabulary, self.scale.dtype, way, self.card.device, SEED

@@ -1,0 +1,35 @@
+"""Hold the options of the step benchmark."""
+
+from dataclasses import dataclass
+
+from tools.bench.contenders import (
+    Dtype,
+)
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    lengths: tuple[int, ...] = (2048, 8192, 32768)
+    """Tokens of the samples of one document."""
+    packed: int = 8192
+    """Tokens of the sample that is cut into --documents equal ones; 0 leaves it out."""
+    documents: int = 16
+    """Of that sample."""
+    dtype: Dtype | None = None
+    """Precision of forward and backward; by default bfloat16 where the device multiplies it in
+    hardware."""
+    autocast: bool = False
+    """Run transformers in bfloat16 by torch.autocast over fp32 weights; by default its weights are
+    bf16 copies."""
+    repeats: int = 5
+    """Timed steps of each contender; the median counts."""
+    num_layers: int | None = None
+    """Other than the tiny preset's 8, to try it out."""
+    seed: int = 1234
+    """Of weights and tokens."""
+    output: str | None = None
+    """File to append the result to, as Markdown."""
+
+
+def show_tokens(tokens: int) -> str:
+    return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)

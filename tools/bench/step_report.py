@@ -1,0 +1,227 @@
+"""Describe the result of the step benchmark: its table and bars, as Markdown."""
+
+import os
+from dataclasses import dataclass
+
+from pretrain.planner.model_size import step_flops
+from tools.bench.contenders import (
+    CHECKPOINTED,
+    OURS,
+    THEIRS,
+    VOCABULARY,
+    Dtype,
+    causal_pairs,
+    preset,
+)
+from tools.bench.report import (
+    bar,
+    bar_at_least,
+    markdown_table,
+    usable_cores,
+)
+from tools.bench.step_arguments import Arguments, show_tokens
+
+SHORT = 2048
+
+
+LEAN_FROM = 8192
+"""Tokens at which transformers must be left behind; from which memory counts, too."""
+
+
+BARS = {
+    "products": 1.25,
+    "transformers": 1.0,
+    "short": 1.3,
+    "checkpointing": 1.3,
+    "documents": 1.15,
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One sample: the lengths of its documents."""
+
+    lengths: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def squares(self) -> int:
+        return sum(length**2 for length in self.lengths)
+
+    def __str__(self) -> str:
+        whole = show_tokens(self.tokens)
+        return (
+            whole
+            if len(self.lengths) == 1
+            else f"{whole} as {len(self.lengths)} x {show_tokens(self.lengths[0])}"
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One shape, each contender's figures."""
+
+    shape: Shape
+    seconds: dict[str, float]
+    """Contender -> median seconds of a step."""
+    own: dict[str, dict[str, float]]
+    """Contender of ours -> median seconds of its products and of its attention kernels alone."""
+    peaks: dict[str, int]
+    """Contender -> bytes that its step takes above the built model and optimizer."""
+    plain_gflops: float
+    """Of a plain product."""
+    loss: float
+    """The first, on which all agree."""
+
+    def over_own(self, name: str) -> float:
+        return self.seconds[name] / sum(self.own[name].values())
+
+
+@dataclass(frozen=True)
+class Share:
+    """Attention of many documents beside that of one with as many tokens."""
+
+    packed: Shape
+    whole: Shape
+    packed_seconds: float
+    whole_seconds: float
+
+    @property
+    def predicted(self) -> float:
+        return self.packed.squares / self.whole.squares
+
+    @property
+    def measured(self) -> float:
+        return self.packed_seconds / self.whole_seconds
+
+
+def describe(
+    rows: list[Row], share: Share | None, machine: str, dtype: Dtype, arguments: Arguments
+) -> str:
+    """The whole result as Markdown."""
+    config = preset(
+        "tiny", **({"num_layers": arguments.num_layers} if arguments.num_layers else {})
+    )
+    why = (
+        "asked for"
+        if arguments.dtype
+        else (
+            "this CPU multiplies it in hardware"
+            if dtype == "bfloat16"
+            else "this CPU has no bf16 units"
+        )
+    )
+    peers_way = (
+        "torch.autocast over fp32 weights"
+        if arguments.autocast
+        else "bf16 weights beside fp32 masters"
+    )
+    lines = [
+        "## Training step against transformers",
+        "",
+        machine,
+        "",
+        f"tiny preset ({config.num_layers} layers, vocabulary {VOCABULARY:,}), one process on {usable_cores()} cores, "
+        f"{dtype} ({why}{f'; transformers: {peers_way}' if dtype == 'bfloat16' else ''}), sdpa; forward, backward, "
+        f"clip, fused AdamW. Medians of {arguments.repeats} steps in turns. Model GFLOP/s: the causal half of the "
+        "attention, no recompute. Peak: resident memory of one step above the built model and optimizer, in a process "
+        "of its own. Alone: the step's own matrix products and attention kernels, recompute included, at the same "
+        "shapes.",
+        "",
+        table(rows, config),
+        "",
+    ]
+    for row in rows:
+        lines += bars_of(row)
+    if share is not None:
+        lines.append(
+            bar(
+                f"{share.packed}: attention {share.packed_seconds * 1e3:.0f} ms, of one document "
+                f"{share.whole_seconds * 1e3:.0f} ms; its share / the share of the sum of squares "
+                f"({share.predicted:.4f})",
+                share.measured / share.predicted,
+                BARS["documents"],
+            )
+        )
+    lines.append(f"- load at the end: {os.getloadavg()[0]:.1f}")
+    if arguments.num_layers:
+        lines.append("- the bars are set for 8 layers")
+    return "\n".join(lines)
+
+
+def table(rows: list[Row], config) -> str:
+    header = [
+        "tokens",
+        "contender",
+        "s/step",
+        "tokens/s",
+        "GFLOP/s",
+        "a plain product",
+        "peak MiB",
+        "products alone s",
+        "attention alone s",
+        "step / alone",
+    ]
+    lines = []
+    for row in rows:
+        flops = step_flops(config, VOCABULARY, row.shape.tokens, causal_pairs(row.shape.lengths))
+        for name, seconds in row.seconds.items():
+            own = row.own.get(name)
+            lines.append(
+                [
+                    str(row.shape),
+                    name,
+                    f"{seconds:.3f}",
+                    f"{row.shape.tokens / seconds:,.0f}",
+                    f"{flops / seconds / 1e9:.0f}",
+                    f"{row.plain_gflops:.0f}",
+                    f"{row.peaks[name] / 2**20:.0f}",
+                    *(
+                        [
+                            f"{own['products']:.3f}",
+                            f"{own['attention']:.3f}",
+                            f"{row.over_own(name):.3f}",
+                        ]
+                        if own
+                        else ["", "", ""]
+                    ),
+                ]
+            )
+    return markdown_table(header, lines)
+
+
+def bars_of(row: Row) -> list[str]:
+    """The lines of one shape."""
+    shape = row.shape
+    seconds = row.seconds
+    lines = [bar(f"{shape}: step / (products + attention)", row.over_own(OURS), BARS["products"])]
+    limit = BARS["short"] if shape.tokens == SHORT else BARS["transformers"]
+    lines.append(
+        bar_at_least(
+            f"{shape}: times transformers' tokens/s", seconds[THEIRS] / seconds[OURS], limit
+        )
+    )
+    if len(shape.lengths) > 1 or shape.tokens < LEAN_FROM:
+        return lines
+    allowed = row.peaks[CHECKPOINTED]
+    fitting = [name for name in row.own if row.peaks[name] <= allowed]
+    if not fitting:
+        least = min(row.own, key=row.peaks.get)
+        return [
+            *lines,
+            f"- {shape}: transformers with checkpointing takes {allowed / 2**20:.0f} MiB, {least} "
+            f"{row.peaks[least] / 2**20:.0f} MiB: NOT reached",
+        ]
+    best = min(fitting, key=seconds.get)
+    return [
+        *lines,
+        bar_at_least(
+            f"{shape}: times the tokens/s of transformers with checkpointing, in no more memory "
+            f"({best})",
+            seconds[CHECKPOINTED] / seconds[best],
+            BARS["checkpointing"],
+        ),
+    ]
