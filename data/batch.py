@@ -1,9 +1,12 @@
-"""One rank's slice of one microbatch: tokens, shifted labels, positions and document boundaries.
+"""One rank's slice of one microbatch: tokens, shifted labels, positions and sequence boundaries.
 
 A microbatch is T packed tokens with no batch dim: its samples one after another. A context-parallel
 rank holds one or two pieces of it, together t = T / cp tokens, and reads no others, but for one
 token per piece and sample, the label of the last position. Boundaries and positions come from the
 stream's prefix offsets.
+
+A sequence is what attention stays within: a document (as far as the sample holds it), or without
+document masking a whole sample.
 """
 
 from collections.abc import Sequence
@@ -18,9 +21,8 @@ from data.stream import DocumentStream, Spans
 
 IGNORE = -100
 """Label of a position without a target; torch's own default."""
-PADDING_SEGMENT = 1024
-"""Padding is cut into segments of at most so many tokens, so that next to no attention is computed
-for it."""
+PADDING_SEQUENCE_TOKENS = 1024
+"""Tokens of a sequence of padding at most, so that next to no attention is computed for it."""
 
 
 class Sample(NamedTuple):
@@ -36,14 +38,20 @@ class Sample(NamedTuple):
 
 @dataclass
 class Batch:
-    """T = tokens of the microbatch, t = those of this rank."""
+    """A rank's slice of a microbatch. T = tokens of the microbatch, t = those of this rank."""
 
-    tokens: torch.Tensor  # int64 [t]
-    labels: torch.Tensor  # int64 [t], IGNORE where there is no target
-    positions: torch.Tensor  # int64 [t], from 0 in each segment
-    cu_seqlens: torch.Tensor  # int32 [segments + 1], over all T tokens; stays on the host
-    num_targets: int = -1  # of this slice; counted when not given
-    digest: int = 0  # of this slice (see `digest`)
+    tokens: torch.Tensor
+    """int64 [t]"""
+    labels: torch.Tensor
+    """int64 [t], IGNORE where there is no target"""
+    positions: torch.Tensor
+    """int64 [t], from 0 in each sequence"""
+    cu_seqlens: torch.Tensor
+    """int32 [sequences + 1], over all T tokens: where each begins; stays on the host"""
+    num_targets: int = -1
+    """Targets of this slice; counted when not given."""
+    digest: int = 0
+    """`digest` of this slice."""
 
     def __post_init__(self) -> None:
         if self.num_targets < 0:
@@ -52,10 +60,15 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         """Return the same on another device; a GPU fetches it by itself, and the host does not
         wait."""
-        tokens, labels, positions = (
-            _move(x, torch.device(device)) for x in (self.tokens, self.labels, self.positions)
+        target = torch.device(device)
+        return Batch(
+            _move(self.tokens, target),
+            _move(self.labels, target),
+            _move(self.positions, target),
+            self.cu_seqlens,
+            self.num_targets,
+            self.digest,
         )
-        return Batch(tokens, labels, positions, self.cu_seqlens, self.num_targets, self.digest)
 
 
 def _move(x: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -65,18 +78,71 @@ def _move(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def padding_starts(begin: int, end: int) -> np.ndarray:
-    """Where the segments of the padding [begin, end) begin: int64 [segments], none if it is
+    """List where the sequences of the padding [begin, end) begin: int64 [sequences], none if it is
     empty."""
-    return np.arange(begin, end, PADDING_SEGMENT)
+    return np.arange(begin, end, PADDING_SEQUENCE_TOKENS)
+
+
+# ---------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelRules:
+    """Which positions have a target, and which ids are legal."""
+
+    document_masking: bool = True
+    """Each document is a sequence, and its last token has no target; otherwise each sample is
+    one."""
+    eod: int | None = None
+    """Id that ends documents; fills the padding."""
+    eod_mask_loss: bool = False
+    """No target where the input is `eod` (Megatron-LM's meaning)."""
+    vocab_size: int | None = None
+    """Ids are checked against it when given."""
+
+    def __post_init__(self) -> None:
+        if self.eod_mask_loss and self.eod is None:
+            raise ValueError(
+                "eod_mask_loss = True: the tokenizer has no end-of-document token. Fix: remove it."
+            )
+
+    def check_id(self, token: int, prefix: str) -> None:
+        """Raise ValueError where an id, read from the corpus `prefix`, is outside the
+        vocabulary."""
+        if self.vocab_size is not None and token >= self.vocab_size:
+            raise ValueError(f"token id {token} in {prefix}: {self._id_rule()}")
+
+    def check_spans(
+        self, stream: DocumentStream, documents: np.ndarray, lengths: np.ndarray, ids: np.ndarray
+    ) -> None:
+        """Raise ValueError where an id is outside the vocabulary; names its document.
+
+        Args:
+            documents, lengths: [spans]; ids: their tokens one after another.
+        """
+        if self.vocab_size is None or (ids.min() >= 0 and ids.max() < self.vocab_size):
+            return
+        wrong = int(np.flatnonzero((ids < 0) | (ids >= self.vocab_size))[0])
+        document = int(documents[np.searchsorted(np.cumsum(lengths), wrong, side="right")])
+        raise ValueError(
+            f"token id {ids[wrong]} in document {document} of {stream.reader.prefix}: "
+            f"{self._id_rule()}"
+        )
+
+    def _id_rule(self) -> str:
+        return (
+            f"must be in [0, vocab_size = {self.vocab_size}). Fix: give the tokenizer (or "
+            "--vocab-size) that made the corpus."
+        )
 
 
 class _Located(NamedTuple):
-    """A sample and where its spans lie. begins: int64 [spans + 1], place of each span in the
-    sample, then their end."""
+    """A sample and where its spans lie."""
 
     sample: Sample
     spans: Spans
     begins: np.ndarray
+    """int64 [spans + 1]: place of each span in the sample, then their end."""
     seq_length: int
 
     @staticmethod
@@ -87,8 +153,8 @@ class _Located(NamedTuple):
         assert begins[-1] <= seq_length, (begins[-1], seq_length)
         return _Located(sample, spans, begins, seq_length)
 
-    def segments(self, document_masking: bool) -> np.ndarray:
-        """Where a segment of attention begins: at each document, and in the padding."""
+    def sequence_starts(self, *, document_masking: bool) -> np.ndarray:
+        """List where a sequence begins: at each document or at the sample, and in the padding."""
         starts = self.begins[:-1] if document_masking else self.begins[:-1][:1]
         return np.append(starts, padding_starts(self.begins[-1], self.seq_length))
 
@@ -103,64 +169,40 @@ def read_batch(
     eod_mask_loss: bool = False,
     vocab_size: int | None = None,
 ) -> Batch:
-    """Those of a microbatch's tokens that lie in `pieces`, in that order.
+    """Read those of a microbatch's tokens that lie in `pieces`, in that order.
 
     The label of a token is the next one of its document, also where the sample cuts the document.
     The last token of a document has none with document masking, and without it the token that
     follows in the sample (at its end, the one that `following` names). Padding is token 0 (eod
-    where there is one) without a label, in segments of its own.
+    where there is one) without a label, in sequences of its own.
 
     Args:
         samples: of the microbatch, in order.
         seq_length: tokens per sample.
         pieces: half-open ranges of the microbatch's T = len(samples) x seq_length tokens; all by
             default.
-        document_masking: each document (cut at the start and end of a sample) is a segment;
-            otherwise each sample.
-        eod, eod_mask_loss: no target where the input is `eod` (Megatron-LM's meaning).
-        vocab_size: ids are checked against it when given.
+        document_masking, eod, eod_mask_loss, vocab_size: see LabelRules.
 
     Raises:
         ValueError: a token id is not below vocab_size, or eod_mask_loss without an eod.
     """
+    rules = LabelRules(
+        document_masking=document_masking,
+        eod=eod,
+        eod_mask_loss=eod_mask_loss,
+        vocab_size=vocab_size,
+    )
     total = len(samples) * seq_length
     pieces = [(0, total)] if pieces is None else pieces
-    if eod_mask_loss and eod is None:
-        raise ValueError(
-            "eod_mask_loss = True: the tokenizer has no end-of-document token. Fix: remove it."
-        )
     located = [_Located.make(sample, seq_length) for sample in samples]
-    cu_seqlens = np.concatenate(
-        [i * seq_length + sample.segments(document_masking) for i, sample in enumerate(located)]
-        + [[total]]
-    )
-    size = sum(high - low for low, high in pieces)
-    extra = 1 + max(len(sample.intervals) for sample in samples)  # read for labels, and not kept
-    tokens, labels, positions = (
-        np.empty(length, dtype=np.int64) for length in (size + extra, size, size)
-    )
-    at = 0
-    targets = 0
-    for low, high in pieces:
-        for i in range(low // seq_length, -(-high // seq_length)):
-            first = max(low - i * seq_length, 0)
-            last = min(high - i * seq_length, seq_length)
-            targets += _read_part(
-                located[i],
-                first,
-                last,
-                document_masking,
-                0 if eod is None else eod,
-                vocab_size,
-                tokens[at:],
-                labels[at : at + last - first],
-            )
-            at += last - first
-    tokens = tokens[:size]
+    starts = [
+        i * seq_length + sample.sequence_starts(document_masking=document_masking)
+        for i, sample in enumerate(located)
+    ]
+    cu_seqlens = np.concatenate([*starts, [total]])
+    tokens, labels, targets = _read_pieces(located, seq_length, pieces, rules)
+    positions = np.empty(len(tokens), dtype=np.int64)
     fill_positions(cu_seqlens, np.array(pieces, dtype=np.int64), positions)
-    if eod_mask_loss:
-        labels[tokens == eod] = IGNORE
-        targets = int((labels != IGNORE).sum())
     return Batch(
         torch.from_numpy(tokens),
         torch.from_numpy(labels),
@@ -170,95 +212,118 @@ def read_batch(
     )
 
 
+def _read_pieces(
+    located: Sequence[_Located],
+    seq_length: int,
+    pieces: Sequence[tuple[int, int]],
+    rules: LabelRules,
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Read the tokens in the pieces -> tokens and labels, int64 [t], and the number of targets."""
+    size = sum(high - low for low, high in pieces)
+    # Tokens that are read for labels, and not kept, need room behind the last one.
+    extra = 1 + max(len(sample.sample.intervals) for sample in located)
+    tokens = np.empty(size + extra, dtype=np.int64)
+    labels = np.empty(size, dtype=np.int64)
+    filled = 0
+    targets = 0
+    for low, high in pieces:
+        # A piece may begin in one sample and end in another.
+        for i in range(low // seq_length, -(-high // seq_length)):
+            first = max(low - i * seq_length, 0)
+            last = min(high - i * seq_length, seq_length)
+            part = labels[filled : filled + last - first]
+            targets += _read_part(located[i], first, last, rules, tokens[filled:], part)
+            filled += last - first
+    tokens = tokens[:size]
+    if rules.eod_mask_loss:
+        labels[tokens == rules.eod] = IGNORE
+        targets = int((labels != IGNORE).sum())
+    return tokens, labels, targets
+
+
 def _read_part(
     located: _Located,
     first: int,
     last: int,
-    document_masking: bool,
-    padding: int,
-    vocab_size: int | None,
+    rules: LabelRules,
     tokens: np.ndarray,
     labels: np.ndarray,
 ) -> int:
-    """Fill the tokens [first, last) of a sample and their labels -> number of targets. Reads one
-    token more where a label needs it, so that `tokens` is longer."""
-    spans = located.spans
+    """Fill the tokens [first, last) of a sample and their labels -> number of targets.
+
+    Reads one token more where a label needs it, so that `tokens` is longer.
+    """
+    stream = located.sample.stream
     begins = located.begins
-    real = max(first, min(last, int(begins[-1])))
-    labels[real - first :] = IGNORE
-    if real == first:
+    padding = 0 if rules.eod is None else rules.eod
+    real_end = max(first, min(last, int(begins[-1])))  # padding from here on
+    labels[real_end - first :] = IGNORE
+    if real_end == first:
         tokens[: last - first] = padding
         return 0
+    # The spans [low, high) are touched; the first and the last perhaps only in part.
     low = int(np.searchsorted(begins, first, side="right")) - 1
-    high = int(np.searchsorted(begins, real, side="left"))  # of the spans, [low, high) are touched
-    documents, offsets, lengths = (array[low:high].copy() for array in spans[:3])
-    rests = spans.rests[low:high].copy()
+    high = int(np.searchsorted(begins, real_end, side="left"))
+    documents, offsets, lengths, rests = (array[low:high].copy() for array in located.spans[:4])
     skipped = first - int(begins[low])
-    left = int(begins[high]) - real
+    left = int(begins[high]) - real_end
     offsets[0] += skipped
     lengths[0] -= skipped
     lengths[-1] -= left
     rests[-1] += left
-    inner = rests > 0  # the token after a span that does not end its document is read with it
+    # The token after a span that does not end its document is read with it: it is a label.
+    inner = rests > 0
     window = tokens[: int(lengths.sum() + inner.sum())]
-    located.sample.stream.reader.read_spans(documents, offsets, lengths + inner, window)
-    if vocab_size is not None and (window.min() < 0 or window.max() >= vocab_size):
-        _refuse_id(located.sample.stream, documents, lengths + inner, window, vocab_size)
-    after = IGNORE if document_masking or rests[-1] > 0 else _token_after(located, high)
-    if vocab_size is not None and after >= vocab_size:
-        raise ValueError(
-            f"token id {after} in {located.sample.stream.reader.prefix}: must be in [0, vocab_size = "
-            f"{vocab_size}). Fix: give the tokenizer (or --vocab-size) that made the corpus."
-        )
-    targets = _shift(window, lengths, inner, offsets == 0, document_masking, after, labels)
+    stream.reader.read_spans(documents, offsets, lengths + inner, window)
+    rules.check_spans(stream, documents, lengths + inner, window)
+    after = IGNORE
+    if not rules.document_masking and rests[-1] == 0:
+        after = _token_after(located, high)
+        rules.check_id(after, stream.reader.prefix)
+    targets = _shift(window, lengths, inner, offsets == 0, rules.document_masking, after, labels)
     if inner[:-1].any():
         _compact(window, lengths, inner)
-    tokens[real - first : last - first] = padding
+    tokens[real_end - first : last - first] = padding
     return targets
 
 
 def _token_after(located: _Located, span: int) -> int:
-    """The first token of a span, or after the last one the token that follows the sample; IGNORE if
-    none does."""
+    """Read the first token of a span, or after the last one the token that follows the sample;
+    IGNORE if none does."""
     spans = located.spans
     stream = located.sample.stream
     if span < len(spans.lengths):
         if spans.offsets[span] > 0:
             return IGNORE
-        return int(stream.reader.read(int(spans.documents[span]), 0, 1)[0])
+        out = np.empty(1, dtype=np.int64)
+        one = slice(span, span + 1)
+        stream.reader.read_spans(
+            spans.documents[one], spans.offsets[one], np.ones(1, dtype=np.int64), out
+        )
+        return int(out[0])
     following = located.sample.following
     if following < 0 or stream.document_start(following) != following:
         return IGNORE
     return int(stream.read(following, 1)[0])
 
 
-def _refuse_id(
-    stream: DocumentStream,
-    documents: np.ndarray,
-    lengths: np.ndarray,
-    window: np.ndarray,
-    vocab_size: int,
-) -> None:
-    at = int(np.flatnonzero((window < 0) | (window >= vocab_size))[0])
-    document = int(documents[np.searchsorted(np.cumsum(lengths), at, side="right")])
-    raise ValueError(
-        f"token id {window[at]} in document {document} of {stream.reader.prefix}: must be in [0, "
-        f"vocab_size = {vocab_size}). Fix: give the tokenizer (or --vocab-size) that made the corpus."
-    )
-
-
 @numba.njit(nogil=True, cache=True)
 def _shift(window, lengths, inner, starting, document_masking, after, labels):
-    """The labels of the spans in `window` -> number of targets. inner[i]: a token more of span i's
-    document lies behind it. starting[i]: span i begins its document; if not, its first token is the
-    label of the one before it there."""
+    """Fill the labels of the spans in `window` -> number of targets.
+
+    inner[i]: a token more of span i's document lies behind it. starting[i]: span i begins its
+    document; if not, its first token is the label of the one before it there. after: label of the
+    last token, where its document ends.
+    """
     read = 0
     written = 0
     targets = 0
     for i in range(len(lengths)):
         length = lengths[i]
+        # Within a span, the next token.
         for j in range(length - 1):
             labels[written + j] = window[read + j + 1]
+        # At its end: the rest of the document, nothing, or what follows in the sample.
         if inner[i]:
             label = window[read + length]
         elif document_masking:
@@ -286,12 +351,31 @@ def _compact(window, lengths, inner):
         written += lengths[i]
 
 
+@numba.njit(nogil=True, cache=True)
+def fill_positions(cu_seqlens, pieces, positions):
+    """Fill the place in its sequence of each token in the pieces, int64 [pieces, 2]."""
+    filled = 0
+    for i in range(len(pieces)):
+        low, high = pieces[i]
+        sequence = np.searchsorted(cu_seqlens, low, side="right") - 1
+        while low < high:
+            begin = cu_seqlens[sequence]
+            end = min(high, cu_seqlens[sequence + 1])
+            for j in range(end - low):
+                positions[filled + j] = low - begin + j
+            filled += end - low
+            low = end
+            sequence += 1
+
+
+# ---------------------------------------------------------------- digest
+
 DIGEST_BITS = 40
-"""So that the digests of 8,192 ranks add up exactly in fp64."""
+"""Bits of a digest, so that those of 8,192 ranks add up exactly in fp64."""
 
 
 def digest(batch: Batch, pieces: Sequence[tuple[int, int]], first: int) -> int:
-    """A number below 2^40 of the inputs and labels and their places in the global batch.
+    """Hash the inputs and labels and their places in the global batch -> a number below 2^40.
 
     The digests of all slices of a global batch, added modulo 2^40, are the same however it is cut
     over ranks and microbatches.
@@ -300,15 +384,14 @@ def digest(batch: Batch, pieces: Sequence[tuple[int, int]], first: int) -> int:
         pieces: ranges of the microbatch's tokens that `batch` holds.
         first: place of the microbatch's first token in the global batch.
     """
-    return int(
-        _digest(batch.tokens.numpy(), batch.labels.numpy(), np.array(pieces, dtype=np.int64), first)
-    )
+    ranges = np.array(pieces, dtype=np.int64)
+    return int(_digest(batch.tokens.numpy(), batch.labels.numpy(), ranges, first))
 
 
 @numba.njit(nogil=True, cache=True)
 def _digest(tokens, labels, pieces, first):
     total = numba.uint64(0)
-    at = 0
+    read = 0
     for i in range(len(pieces)):
         for place in range(first + pieces[i, 0], first + pieces[i, 1]):
             # A place's weight: the mixing step of SplitMix64 (Steele, Lea, Flood 2014).
@@ -316,26 +399,9 @@ def _digest(tokens, labels, pieces, first):
             weight = (weight ^ (weight >> numba.uint64(30))) * numba.uint64(0xBF58476D1CE4E5B9)
             weight = (weight ^ (weight >> numba.uint64(27))) * numba.uint64(0x94D049BB133111EB)
             weight ^= weight >> numba.uint64(31)
-            total += weight * numba.uint64(tokens[at] + 1)
-            total += (weight ^ numba.uint64(0x9E3779B97F4A7C15)) * numba.uint64(
-                labels[at] + 1 - IGNORE
-            )
-            at += 1
+            # Labels have a weight of their own, or swapping one with a token would not show.
+            label_weight = weight ^ numba.uint64(0x9E3779B97F4A7C15)
+            total += weight * numba.uint64(tokens[read] + 1)
+            total += label_weight * numba.uint64(labels[read] + 1 - IGNORE)
+            read += 1
     return total & numba.uint64((1 << DIGEST_BITS) - 1)
-
-
-@numba.njit(nogil=True, cache=True)
-def fill_positions(cu_seqlens, pieces, positions):
-    """Place in its segment of each token in the pieces."""
-    at = 0
-    for i in range(len(pieces)):
-        low, high = pieces[i]
-        segment = np.searchsorted(cu_seqlens, low, side="right") - 1
-        while low < high:
-            begin = cu_seqlens[segment]
-            end = min(high, cu_seqlens[segment + 1])
-            for j in range(end - low):
-                positions[at + j] = low - begin + j
-            at += end - low
-            low = end
-            segment += 1

@@ -10,7 +10,8 @@ import numpy as np
 from data.blend import SourceName, parse_blend
 from data.cache import IndexCache
 from data.config import DataConfig, are_named, parse_split
-from data.indexed import IndexedReader, OpenFiles, read_side_file
+from data.idx_format import read_side_file
+from data.indexed import IndexedReader, OpenFiles
 from data.segments import DataSettings
 from data.stream import SPLITS, DocumentStream, split_documents
 from data.synthetic import SyntheticReader

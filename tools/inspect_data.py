@@ -15,7 +15,8 @@ import numpy as np
 
 from data.blend import parse_blend
 from data.config import TokenizerType
-from data.indexed import IndexedReader, describe_single, read_side_file
+from data.idx_format import describe_one_token_documents, read_side_file
+from data.indexed import IndexedReader
 from data.permutation import Permutation
 from data.tokenizers.folder import IdsFrom
 from data.tokenizers.tokenizer import Tokenizer, build_tokenizer
@@ -141,7 +142,7 @@ def describe_corpus(reader: IndexedReader) -> list[str]:
     single = int((lengths == 1).sum())
     if single:
         full = int(np.count_nonzero(lengths))
-        lines.append(f"  {describe_single(single, full)}")
+        lines.append(f"  {describe_one_token_documents(single, full)}")
     return lines
 
 

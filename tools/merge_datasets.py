@@ -8,7 +8,7 @@ replaced with --overwrite only, and never where it is an input.
 import sys
 from dataclasses import dataclass
 
-from data.indexed import read_index, read_side_file
+from data.idx_format import read_index, read_side_file
 from data.tokenizers.identity import same_tokenizer
 from data.writers.indexed_writer import IndexedWriter
 from data.writers.output_prefix import check_output, prefix_files

@@ -23,7 +23,7 @@ import tyro
 from tqdm import tqdm
 
 from data.config import TokenizerType
-from data.indexed import describe_single, optimal_dtype
+from data.idx_format import describe_one_token_documents, optimal_dtype
 from data.tokenizers.folder import IdsFrom, SpecialTokensInText
 from data.tokenizers.tokenizer import Tokenizer
 from data.writers.output_prefix import check_output
@@ -347,7 +347,7 @@ def preprocess_and_report(arguments: Arguments) -> None:
     )
     print("\n".join(summary["inputs"]))
     if summary["single"]:
-        print(describe_single(summary["single"], summary["documents"]))
+        print(describe_one_token_documents(summary["single"], summary["documents"]))
     print(f"encoder: {summary['encoder']}")
     if summary["special_tokens"]:
         print(summary["special_tokens"])

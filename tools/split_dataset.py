@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.indexed import read_index, read_side_file
+from data.idx_format import read_index, read_side_file
 from data.writers.indexed_writer import IndexedWriter
 from data.writers.output_prefix import check_output, prefix_files
 from tools.shared.door import run_door

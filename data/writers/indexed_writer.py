@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 
 from data.files import sync_file, sync_path
-from data.indexed import (
+from data.idx_format import (
     COPY_BYTES,
     HEADER,
     LONGEST_SEQUENCE,

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from data.indexed import HEADER, MAGIC, read_side_file
+from data.idx_format import HEADER, MAGIC, read_side_file
 
 ENDS = ("bin", "idx", "json")
 """Files of a finished pair. The .idx proves that it is whole: it goes first and comes last."""

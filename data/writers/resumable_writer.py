@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from data.files import lock_file, open_atomically, sync_file
-from data.indexed import COPY_BYTES
+from data.idx_format import COPY_BYTES
 from data.writers.indexed_writer import IndexedWriter
 
 

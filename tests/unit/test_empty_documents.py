@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from data.config import DataConfig
-from data.indexed import IndexedReader, read_index
+from data.idx_format import read_index
+from data.indexed import IndexedReader
+from data.packing.place import Place
 from data.sources import open_corpus
 from data.stream import DocumentStream
 from tools.audit_data import Counter
@@ -125,4 +127,4 @@ def test_the_audit_counts_each_token_once(megatron, tmp_path, documents):
     epoch = stream.tokens_per_epoch
     counter.add(np.array([[0, epoch]]), counter.drawn)
     assert counter.drawn.tolist() == [1] * epoch
-    assert counter.expected(epoch, np.empty((0, 2), dtype=np.int64)).tolist() == [1] * epoch
+    assert counter.expected(Place(epoch)).tolist() == [1] * epoch

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from data import indexed
+from data import idx_format
 from data.batch import read_batch
-from data.indexed import IndexedReader, optimal_dtype, read_side_file
+from data.idx_format import optimal_dtype, read_side_file
+from data.indexed import IndexedReader
 from data.mixture import fresh_mixture
 from data.stream import DocumentStream
 from data.writers import indexed_writer
@@ -131,7 +132,7 @@ def test_long_documents_become_several_sequences(tmp_path, monkeypatch):
     monkeypatch.setattr(indexed_writer, "LONGEST_SEQUENCE", 4)
     write(tmp_path / "long", [list(range(n)) for n in range(10)])
     assert whole(IndexedReader(str(tmp_path / "long"))) == [list(range(n)) for n in range(10)]
-    assert indexed.read_sequences(str(tmp_path / "long"))[0].max() == 4
+    assert idx_format.read_sequences(str(tmp_path / "long"))[0].max() == 4
 
 
 def test_optimal_dtype_is_megatrons(megatron):
@@ -223,14 +224,14 @@ def test_side_file_of_someone_else_is_ignored(tmp_path):
 
 def test_beyond_two_to_the_31(tmp_path):
     """Tokens, bytes and stream positions over epochs; the files are sparse."""
-    longest = indexed.LONGEST_SEQUENCE
+    longest = idx_format.LONGEST_SEQUENCE
     first = 100
     lengths = np.array(
         [first, longest, longest, 7], dtype=np.int32
     )  # the second document is two sequences
     starts = np.concatenate([[0], np.cumsum(lengths.astype(np.int64))])
     with open(tmp_path / "far.idx", "wb") as file:
-        file.write(indexed.HEADER.pack(indexed.MAGIC, 1, 4, 4, 4))
+        file.write(idx_format.HEADER.pack(idx_format.MAGIC, 1, 4, 4, 4))
         lengths.tofile(file)
         (starts[:-1] * 4).tofile(file)
         np.array([0, 1, 3, 4], dtype=np.int64).tofile(file)

@@ -7,8 +7,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from data import indexed
-from data.indexed import read_index, read_side_file
+from data import idx_format
+from data.idx_format import read_index, read_side_file
 from data.writers import indexed_writer
 from data.writers.indexed_writer import IndexedWriter
 from tests.unit.test_preprocess import ROOT
@@ -106,7 +106,7 @@ def test_refuses(tmp_path):
 
 
 def test_merging_holds_a_few_bytes_per_document(tmp_path, monkeypatch):
-    for module in (indexed, indexed_writer):
+    for module in (idx_format, indexed_writer):
         monkeypatch.setattr(module, "COPY_BYTES", 64 << 10)
     documents = 50_000
     a = write(tmp_path / "a", [[1]] * documents)

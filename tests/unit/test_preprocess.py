@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from data.indexed import IndexedReader, read_side_file
+from data.idx_format import read_side_file
+from data.indexed import IndexedReader
 from tools import preprocess_data
 from tools.preprocess_data import Arguments, preprocess
 from tools.preprocessing.find_files import find_files

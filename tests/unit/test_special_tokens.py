@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from data.indexed import IndexedReader, read_side_file
+from data.idx_format import read_side_file
+from data.indexed import IndexedReader
 from data.tokenizers import fast as tokenizer_fast
 from data.tokenizers.fast import FastEncoder
 from tests.unit.test_tokenizer_doors import SPECIAL, byte_level, sentencepiece_model

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.indexed import read_side_file
+from data.idx_format import read_side_file
 from tools.preprocessing.input_kinds import (
     EXTENSIONS,
     PARQUET_EXTENSION,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.indexed import HEADER, MAGIC, VERSION, find_code
+from data.idx_format import HEADER, MAGIC, VERSION, find_code
 
 SPREAD = 1.4
 """Standard deviation of the logarithm of a length."""
