@@ -119,7 +119,7 @@ def meet_as_node_0(store: dist.TCPStore, nnodes: int, wait: float) -> None:
         if store.check([f"{PREFIX}refused"]):
             raise ValueError(store.get(f"{PREFIX}refused").decode())
         patience.wait(describe)
-    # From now on the meeting is over: who comes later waits for the next one.
+    # From now on the meeting is over: whoever comes later waits for the next one.
     members = [store.get(_place(rank)).decode() for rank in range(nnodes)]
     store.set(f"{PREFIX}members", json.dumps(members))
 

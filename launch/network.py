@@ -86,6 +86,7 @@ def _ipv6_addresses() -> dict[str, str]:
         return {}
     found = {}
     for line in IPV6_TABLE.read_text().splitlines():
+        # 32 hexadecimal digits, four numbers, the interface.
         digits, *_, name = line.split()
         found[str(ipaddress.IPv6Address(bytes.fromhex(digits)))] = name
     return found
@@ -122,12 +123,13 @@ def choose_interface(master: str, addresses: list[str], nnodes: int) -> Interfac
     """
     if nnodes == 1:
         return _interface_of("127.0.0.1", "all processes are on this node")
-    # The first address with a route that leaves this machine decides.
+    # Usually: the first address with a route that leaves this machine decides.
     for address in addresses:
         own = own_address_towards(address)
         if own is not None and not is_loopback(own):
             shown = master if master == address else f"{master} ({address})"
             return _interface_of(own, f"it reaches MASTER_ADDR {shown}")
+    # Otherwise all nodes are on this machine, or this is node 0 and its own name misleads.
     if master in NAMES_OF_THIS_MACHINE or master in addresses:
         return _interface_of("127.0.0.1", f"MASTER_ADDR {master} is this machine itself")
     return _interface_to_others(master, addresses)
@@ -155,6 +157,7 @@ def _interface_to_others(master: str, addresses: list[str]) -> Interface | None:
 
 
 def _interface_of(address: str, reason: str) -> Interface | None:
+    """Find the interface that has an address; None if the kernel's tables do not list it."""
     name = local_addresses().get(address)
     return None if name is None else Interface(name, address, reason)
 

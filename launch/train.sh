@@ -65,7 +65,7 @@ read_counts() {
   require_number NNODES 1
 }
 
-# Questions that need no processes are answered by one, which stands for rank 0.
+# Whether one process, which stands for rank 0, can answer without starting the others.
 is_question() {
   local argument
   for argument in "$@"; do
@@ -228,9 +228,8 @@ wait_for_stop() {
 # The latest checkpoint, to tell a run that moves on from one that is stuck.
 published() { cat "${save:-/dev/null}/latest_checkpointed_iteration.txt" 2>/dev/null || true; }
 
-# Ends this script, unless the run is to start again: then `failures` says how often it failed in a
-# row.
-heed_outcome() {  # the outcome and torchrun's exit code
+# Ends this script, unless the run is to start again: then `failures` counts the failures in a row.
+act_on_outcome() {  # the outcome and torchrun's exit code
   local outcome=$1 code=$2
   case $outcome in
     "" | refused | unmet) ;;  # that torchrun failed, too, is no surprise
@@ -295,9 +294,9 @@ set_environment
 if is_question "$@"; then
   RANK=0 LOCAL_RANK=0 WORLD_SIZE=$((NNODES * NPROC_PER_NODE)) exec "$PYTHON" -m pretrain.train "$@"
 fi
-save=$("$PYTHON" "$root/launch/save_folder.py" "$@")
 scratch=$(mktemp -d "${TMPDIR:-/tmp}/ithaca.XXXXXX") || exit 1
 set_traps
+save=$("$PYTHON" "$root/launch/save_folder.py" "$@")
 
 failures=0  # since the last new checkpoint
 launches=0
@@ -307,5 +306,5 @@ while true; do
   launch "$launches" "$@"
   code=$?
   outcome=$(cat "$ITHACA_OUTCOME_FILE" 2>/dev/null || true)
-  heed_outcome "$outcome" "$code"
+  act_on_outcome "$outcome" "$code"
 done
