@@ -18,7 +18,7 @@ from parallel.collectives import all_reduce
 from parallel.layout import Layout
 from pretrain.config.config import Config
 from pretrain.config.load import warn
-from pretrain.planner.activation_bytes import Heads
+from pretrain.planner.head_counts import HeadCounts
 from pretrain.schedule.phases import Phase
 
 FILE = "attention_crossover.json"
@@ -68,7 +68,7 @@ def tell_all(tokens: int, layout: Layout) -> int:
 def heads_of_call(config: Config, phase: Phase) -> HeadShape:
     """Query heads, key/value heads and head size of a call of the rank that has most."""
     chunks = phase.memory.attention_head_chunks
-    heads = Heads.of(config.model, phase.layout, chunks)
+    heads = HeadCounts.make(config.model, phase.layout, chunks)
     if chunks > 1:
         query = max(1, heads.m // chunks)
         kv = heads.round_k

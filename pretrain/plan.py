@@ -41,12 +41,8 @@ from pretrain.evaluation.evaluate import check_lengths
 from pretrain.evaluation.evaluate import warnings as evaluation_warnings
 from pretrain.planner.auto_layout import settle_layouts
 from pretrain.planner.check_phases import check_phases, length_warnings, rope_warnings
-from pretrain.planner.memory_check import (
-    MemoryReport,
-    check_memory,
-    choose_loss_chunks,
-    memory_filter,
-)
+from pretrain.planner.loss_chunks import choose_loss_chunks
+from pretrain.planner.memory_check import MemoryReport, check_memory, memory_filter
 from pretrain.problems import attempt
 from pretrain.schedule.learning_rate import LearningRate
 from pretrain.schedule.phases import Phase

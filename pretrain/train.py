@@ -43,7 +43,7 @@ from pretrain.logs.metrics import Reporter
 from pretrain.logs.tally import StepTally
 from pretrain.plan import Plan, make_plan, warnings_about
 from pretrain.planner.hardware import peak_flops
-from pretrain.planner.model_size import num_parameters, step_flops
+from pretrain.planner.model_size import ModelSize
 from pretrain.processes.agreement import (
     Refused,
     describe_code,
@@ -85,6 +85,7 @@ class Trainer:
     def __init__(self, plan: Plan, world: World, signals: StopSignals | None = None):
         self.plan = plan
         self.config = plan.config
+        self.model_size = ModelSize(plan.config.model, plan.vocab_size)
         self.world = world
         self.signals = signals or StopSignals()
         self.started = time.monotonic()
@@ -160,7 +161,7 @@ class Trainer:
         self.state.wandb_run_id = reporter.wandb_run_id
         reporter.say(
             f"start: {start.reason}, step {step:,}, phase {phase.name}, {self.layout.describe()}, "
-            f"{num_parameters(self.config.model, self.plan.vocab_size):,} parameters; {self.attention_note}; "
+            f"{self.model_size.num_parameters:,} parameters; {self.attention_note}; "
             f"{compiled.describe(self.layout.device)}"
         )
         reporter.event(
@@ -406,7 +407,7 @@ class Trainer:
             wants_stop=self._wants_stop(step + 1),
             data_seconds=data_seconds,
         )
-        flops = step_flops(config.model, self.plan.vocab_size, batch, measured.causal_pairs)
+        flops = self.model_size.step_flops(batch, measured.causal_pairs)
         rate = (
             peak_flops(torch.cuda.get_device_name(self.layout.device))
             if self.layout.device.type == "cuda"

@@ -22,7 +22,7 @@ from pretrain.checkpointing.model_files import GENERATION, read_model_files
 from pretrain.checkpointing.progress import Progress
 from pretrain.config.config import Config
 from pretrain.config.load import dump_yaml
-from pretrain.planner.model_size import num_parameters
+from pretrain.planner.model_size import ModelSize
 from tools.huggingface.compare_logits import transformers_logits
 from tools.huggingface.config import interpret_config, read_config_file
 from tools.huggingface.fit import check_fit, pad_vocabulary, settle_tie
@@ -83,7 +83,7 @@ def import_folder(arguments: Arguments) -> Path:
 
     # The values: the only step that takes memory for the whole model.
     longest = settings.max_position_embeddings
-    parameters = num_parameters(config.model, settings.vocab_size)
+    parameters = ModelSize(config.model, settings.vocab_size).num_parameters
     is_verified = should_verify(arguments.verify, parameters)
     tensors = _read_verified(
         folder, config, settings.vocab_size, weights, longest if is_verified else None

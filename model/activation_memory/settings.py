@@ -28,7 +28,7 @@ class MemorySettings:
     mlp_tiles: int = 1
     attention_head_chunks: int = 1
     loss_chunk_tokens: int | None = None
-    """None = LOSS_CHUNK_TOKENS, or what the plan chose (pretrain/planner/memory_check.py: choose_loss_chunks)."""
+    """None = LOSS_CHUNK_TOKENS, or what the plan chose (pretrain/planner/loss_chunks.py)."""
 
     @property
     def loss_tokens(self) -> int:

@@ -1,8 +1,9 @@
 """Which layouts could run a phase, and where none can, which setting alone is at fault."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from parallel.config import LayoutConfig
 from pretrain.config.config import Config
@@ -13,20 +14,26 @@ from pretrain.schedule.phases import Phase
 from pretrain.schedule.resolve import phase_entries
 
 
+class FitsMemory(Protocol):
+    """Answers whether a phase with a legal layout fits into the memory."""
+
+    def __call__(self, phase: Phase) -> bool: ...
+
+
 @dataclass(frozen=True)
 class Situation:
-    """A phase that needs another layout, and everything that a layout must suit."""
+    """Describes a phase that needs another layout, and everything that a layout must suit."""
 
     phase: Phase
     config: Config
     world_size: int
     vocab_size: int | None
     """None = not known: the rule about it is not checked."""
-    fits: Callable[[Phase], bool] | None = None
-    """Does a phase with a legal layout fit into the memory? None = not checked."""
+    fits: FitsMemory | None = None
+    """None = the memory is not checked."""
 
     def nearest(self) -> list[str]:
-        """The nearest layouts that work, in words."""
+        """Return the nearest layouts that work, in words."""
         heads = self.config.model.num_attention_heads
         return nearest_layouts(self.phase.layout, self.world_size, heads, self.works)
 
@@ -35,13 +42,14 @@ class Situation:
         phase = dataclasses.replace(self.phase, layout=layout)
         if check_phase_layout(phase, self.config, self.world_size, self.vocab_size):
             return False
+        # Memory settings that are out of range have no estimate.
         if self.fits is None or phase.memory.problems():
             return True
         return self.fits(phase)
 
 
 def layouts_that_work(situation: Situation) -> str:
-    """The nearest layouts that work; or that there are none, and because of which setting."""
+    """Name the nearest layouts that work; or say that there are none, because of which setting."""
     nearest = situation.nearest()
     if nearest:
         return "; ".join(nearest)
@@ -56,7 +64,7 @@ def layouts_that_work(situation: Situation) -> str:
 
 
 def _relaxed(situation: Situation) -> Iterator[tuple[str, Situation]]:
-    """Each setting with its value, and the situation as if it left the layout free."""
+    """Yield each setting with its value, and the situation as if it left the layout free."""
     yield from _without_memory_settings(situation)
     yield from _without_other_settings(situation)
     yield from _without_lengths_of_evaluations(situation)
@@ -67,11 +75,16 @@ def _relaxed(situation: Situation) -> Iterator[tuple[str, Situation]]:
 
 def _without_memory_settings(situation: Situation) -> Iterator[tuple[str, Situation]]:
     memory = situation.phase.memory
-    free = {"attention_head_chunks": 1, "mlp_tiles": 1, "recompute_granularity": None}
+    free: dict[str, Any] = {
+        "attention_head_chunks": 1,
+        "mlp_tiles": 1,
+        "recompute_granularity": None,
+    }
     for name, value in free.items():
-        if getattr(memory, name) != value:
+        present = getattr(memory, name)
+        if present != value:
             changed = dataclasses.replace(memory, **{name: value})
-            yield f"{name} = {getattr(memory, name)}", _with_phase(situation, memory=changed)
+            yield f"{name} = {present}", _with_phase(situation, memory=changed)
 
 
 def _without_other_settings(situation: Situation) -> Iterator[tuple[str, Situation]]:
@@ -80,10 +93,8 @@ def _without_other_settings(situation: Situation) -> Iterator[tuple[str, Situati
         layout = dataclasses.replace(phase.layout, sequence_parallel=False)
         yield "sequence_parallel = True", _with_phase(situation, layout=layout)
     if phase.micro_batch_size > 1:
-        yield (
-            f"micro_batch_size = {phase.micro_batch_size}",
-            _with_phase(situation, micro_batch_size=1),
-        )
+        smaller = _with_phase(situation, micro_batch_size=1)
+        yield f"micro_batch_size = {phase.micro_batch_size}", smaller
     entry = phase_entries(situation.config)[phase.index]
     words = BatchWords.make(situation.config, entry, phase.seq_length)
     # A multiple of whatever any layout of this world and any pipeline schedule ask for.
@@ -98,7 +109,8 @@ def _without_lengths_of_evaluations(situation: Situation) -> Iterator[tuple[str,
     for name in ("eval_seq_lengths", "eval_passkey_lengths"):
         lengths = getattr(config.logging, name)
         if lengths:
-            logging = dataclasses.replace(config.logging, **{name: []})
+            none_of_them: dict[str, Any] = {name: []}
+            logging = dataclasses.replace(config.logging, **none_of_them)
             relaxed = dataclasses.replace(config, logging=logging)
             given = " ".join(map(str, lengths))
             yield f"{name} = {given}", dataclasses.replace(situation, config=relaxed)
@@ -106,14 +118,16 @@ def _without_lengths_of_evaluations(situation: Situation) -> Iterator[tuple[str,
 
 def _with_another_model(situation: Situation) -> Iterator[tuple[str, Situation]]:
     config = situation.config
+    # An unknown vocabulary is not checked, as if every tp divided it.
     multiple = config.model.make_vocab_size_divisible_by
     free = dataclasses.replace(situation, vocab_size=None)
     yield f"make_vocab_size_divisible_by = {multiple}", free
+    # Enough layers for any number of stages.
     layers = config.model.num_layers
     deeper = dataclasses.replace(config.model, num_layers=layers * situation.world_size)
     relaxed = dataclasses.replace(config, model=deeper)
     yield f"num_layers = {layers}", dataclasses.replace(situation, config=relaxed)
 
 
-def _with_phase(situation: Situation, **changes) -> Situation:
+def _with_phase(situation: Situation, **changes: Any) -> Situation:
     return dataclasses.replace(situation, phase=dataclasses.replace(situation.phase, **changes))

@@ -1,16 +1,18 @@
-"""What devices can do, from their data sheets: one table for the use of a GPU's rate and for the
-choice of layouts."""
+"""What devices can do, from their data sheets.
+
+One table, for the share of a GPU's rate that a run uses and for the choice of layouts.
+"""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """One kind of device, of which up to eight stand in a node."""
+    """Describes one kind of device, of which up to eight stand in a node."""
 
     name: str
     memory_bytes: int | None
-    """Of one device; None = the machine's own is shared by its processes."""
+    """Memory of one device; None = the machine's own, shared by its processes."""
     flops: float
     """Dense bf16 FLOP/s."""
     node_bytes_per_second: float
@@ -35,18 +37,18 @@ TABLE = {
         Hardware("B200", 180 * 10**9, 2250e12, 900e9, 50e9),
     )
 }
+"""GPUs by a part of the name that they report."""
 # No data sheet: a core and a loopback's order of magnitude, so that computing and sending weigh
 # about as on a GPU.
 CPU = Hardware("cpu", None, 100e9, 2e9, 1e9)
 
 
 def find_hardware(device_name: str) -> Hardware | None:
-    """The row of the table for a device by a part of its name, case aside; None where it is not
-    known."""
+    """Find the row of a device by a part of its name, case aside; None where it is not known."""
     return next((row for name, row in TABLE.items() if name in device_name.upper()), None)
 
 
 def peak_flops(device_name: str) -> float | None:
-    """The device's dense bf16 rate in FLOP/s, or None where it is not known."""
+    """Return the device's dense bf16 rate in FLOP/s, or None where it is not known."""
     known = find_hardware(device_name)
     return known.flops if known else None

@@ -1,15 +1,37 @@
-"""Which layouts a world of processes could have, one enumeration for everything that looks for
-one."""
+"""Which layouts a world of processes could have.
+
+One enumeration, for everything that looks for a layout.
+"""
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
 
 from parallel.config import LayoutConfig
 
+Sizes = tuple[int, int, int]
+"""(tp, pp, cp)."""
 
-def sizes_of_world(world_size: int) -> Iterator[tuple[int, int, int]]:
-    """All (tp, pp, cp) whose product divides the world."""
+
+class IsLegal(Protocol):
+    """Answers whether a layout can be used."""
+
+    def __call__(self, layout: LayoutConfig) -> bool: ...
+
+
+class NearLayout(NamedTuple):
+    """A layout of the world, and how far it is from the asked one."""
+
+    distance: float
+    """Doublings of a size, and half a doubling for another pipeline schedule."""
+    sizes: Sizes
+    text: str
+    layout: LayoutConfig
+
+
+def sizes_of_world(world_size: int) -> Iterator[Sizes]:
+    """Yield all (tp, pp, cp) whose product divides the world."""
     divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
     for tp in divisors:
         for pp in (n for n in divisors if world_size % (tp * n) == 0):
@@ -18,9 +40,11 @@ def sizes_of_world(world_size: int) -> Iterator[tuple[int, int, int]]:
 
 
 def with_sizes(layout: LayoutConfig, num_heads: int, tp: int, pp: int, cp: int) -> LayoutConfig:
-    """The same layout with other sizes, with two levels of cp where it is beyond the heads."""
-    heads = max((n for n in range(1, max(1, num_heads // tp) + 1) if cp % n == 0), default=1)
-    levels = [heads, cp // heads] if heads < cp else []
+    """Return the same layout with other sizes, in two levels where cp is beyond the heads."""
+    # As many ranks as possible exchange heads; the others gather keys and values.
+    most = max(1, num_heads // tp)
+    exchanging = max((n for n in range(1, most + 1) if cp % n == 0), default=1)
+    levels = [exchanging, cp // exchanging] if exchanging < cp else []
     return dataclasses.replace(
         layout,
         tensor_model_parallel_size=tp,
@@ -32,33 +56,24 @@ def with_sizes(layout: LayoutConfig, num_heads: int, tp: int, pp: int, cp: int) 
 
 
 def nearest_layouts(
-    asked: LayoutConfig,
-    world_size: int,
-    num_heads: int,
-    is_legal: Callable[[LayoutConfig], bool],
-    count: int = 3,
+    asked: LayoutConfig, world_size: int, num_heads: int, is_legal: IsLegal, count: int = 3
 ) -> list[str]:
-    """Up to `count` legal layouts of the same world, the nearest to the asked one first, in words.
+    """Return up to `count` legal layouts of the same world in words, the nearest first.
 
     Args:
         is_legal: is called from the nearest layout on, until enough are found.
     """
-    found: dict[tuple, str] = {}
-    for _, sizes, text, layout in _by_distance(asked, world_size, num_heads):
-        if sizes not in found and is_legal(layout):
-            found[sizes] = text
+    found: dict[Sizes, str] = {}
+    for near in _by_distance(asked, world_size, num_heads):
+        if near.sizes not in found and is_legal(near.layout):
+            found[near.sizes] = near.text
         if len(found) == count:
             break
     return list(found.values())
 
 
-def _by_distance(
-    asked: LayoutConfig, world_size: int, num_heads: int
-) -> list[tuple[float, tuple, str, LayoutConfig]]:
-    """(distance, sizes, words, layout) of every layout of the world, the nearest first.
-
-    The distance counts doublings of a size, and half a doubling for another pipeline schedule.
-    """
+def _by_distance(asked: LayoutConfig, world_size: int, num_heads: int) -> list[NearLayout]:
+    """Return every layout of the world, the nearest first."""
     data_parallel = max(1, world_size // math.prod(asked.sizes))
     wanted = (*asked.sizes, data_parallel)
     found = []
@@ -67,10 +82,12 @@ def _by_distance(
         pairs = zip((*sizes, dp), wanted, strict=True)
         distance = sum(abs(math.log2(ours / theirs)) for ours, theirs in pairs)
         layout = with_sizes(asked, num_heads, *sizes)
+        found.append(NearLayout(distance, sizes, f"{layout.describe()} dp {dp}", layout))
+        # The default schedule asks less of the number of layers and microbatches.
         simple = dataclasses.replace(
             layout, pipeline_schedule=None, num_virtual_stages_per_pipeline_rank=None
         )
-        found.append((distance, sizes, f"{layout.describe()} dp {dp}", layout))
         if simple != layout:
-            found.append((distance + 0.5, sizes, f"{simple.describe()} dp {dp}", simple))
-    return sorted(found, key=lambda candidate: (candidate[0], candidate[2]))
+            text = f"{simple.describe()} dp {dp}"
+            found.append(NearLayout(distance + 0.5, sizes, text, simple))
+    return sorted(found, key=lambda near: (near.distance, near.text))

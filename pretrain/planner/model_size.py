@@ -1,39 +1,67 @@
-"""How much a model is: parameters and floating-point operations (see rank_memory.py and cost.py for
-a rank's share)."""
+"""How large a model is: its parameters by part, and the floating-point operations of a step.
 
+Everything that counts parameters reads them here. Shapes are those of the modules themselves, made
+on the meta device, so that a new parameter is counted everywhere at once.
+"""
+
+from dataclasses import replace
+from functools import cached_property
+from math import prod
+
+from model.build import parameter_shapes
 from model.config import ModelConfig
+from model.hf import VOCABULARY_ROWS
+
+QKV = ("attention.q", "attention.k", "attention.v")
+"""The layer's projections before its attention kernel."""
+ATTENTION_OUTPUT = ("attention.o",)
+"""The layer's projection after its attention kernel."""
+MLP = ("mlp.gate", "mlp.up", "mlp.down")
+"""The layer's products after its attention."""
 
 
-def matrix_parameters_per_layer(config: ModelConfig) -> int:
-    """Weights of one layer that take part in matrix products."""
-    D = config.hidden_size
-    H = config.head_size
-    heads = config.num_attention_heads
-    kv_heads = config.num_kv_heads
-    return 2 * D * heads * H + 2 * D * kv_heads * H + 3 * D * config.ffn_hidden_size
+class ModelSize:
+    """Counts a model's parameters and a step's floating-point operations."""
 
+    def __init__(self, config: ModelConfig, vocab_size: int):
+        self.config = config
+        self.vocab_size = vocab_size
 
-def num_parameters(config: ModelConfig, vocab_size: int) -> int:
-    """All weights, the padded rows of the embedding left out."""
-    D = config.hidden_size
-    H = config.head_size
-    small = 2 * D + (2 * H if config.qk_layernorm else 0)
-    if config.add_qkv_bias:
-        small += (config.num_attention_heads + 2 * config.num_kv_heads) * H
-    tables = vocab_size * D * (2 if config.untie_embeddings_and_output_weights else 1)
-    return config.num_layers * (matrix_parameters_per_layer(config) + small) + tables + D
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes by name, of one layer and what stands around the layers, padded rows included."""
+        one_layer = replace(self.config, num_layers=1)
+        shapes = parameter_shapes(one_layer, self.vocab_size)
+        return {name: tuple(shape) for name, shape in shapes.items()}
 
+    @property
+    def num_parameters(self) -> int:
+        """All weights, the padded rows of the vocabulary left out."""
+        layer = 0
+        around = 0
+        for name, (rows, *row) in self.shapes.items():
+            if name.startswith("layers."):
+                layer += rows * prod(row)
+            else:
+                around += (self.vocab_size if name in VOCABULARY_ROWS else rows) * prod(row)
+        return self.config.num_layers * layer + around
 
-def step_flops(config: ModelConfig, vocab_size: int, tokens: int, causal_pairs: int) -> float:
-    """Model FLOPs of forward and backward: matrix products and the causal half of attention, no
-    recompute.
+    def layer_weights(self, *modules: str) -> int:
+        """Count the weights of a layer's modules, for example of QKV."""
+        return sum(prod(self.shapes[f"layers.0.{module}.weight"]) for module in modules)
 
-    Args:
-        causal_pairs: sum over documents of length * (length + 1) / 2: pairs of tokens that see each
-            other.
-    """
-    weights = (
-        config.num_layers * matrix_parameters_per_layer(config) + vocab_size * config.hidden_size
-    )
-    attention = 4 * config.num_layers * config.num_attention_heads * config.head_size * causal_pairs
-    return 6.0 * weights * tokens + 3.0 * attention
+    def step_flops(self, tokens: int, causal_pairs: int) -> float:
+        """Count the model FLOPs of forward and backward, without what is recomputed.
+
+        Args:
+            causal_pairs: pairs of tokens of which one sees the other: the sum over documents of
+                length * (length + 1) / 2.
+        """
+        config = self.config
+        layer = self.layer_weights(*QKV, *ATTENTION_OUTPUT, *MLP)
+        weights = config.num_layers * layer + self.vocab_size * config.hidden_size
+        # Two products per pair, of queries with keys and of scores with values.
+        attention_width = config.num_attention_heads * config.head_size
+        attention = 4 * config.num_layers * attention_width * causal_pairs
+        # A backward is two forwards.
+        return 6.0 * weights * tokens + 3.0 * attention

@@ -1,37 +1,40 @@
-"""What one rank holds in memory while it trains, in bytes, from numbers alone: no groups, no
-tensors.
+"""What one rank holds in memory while it trains, in bytes, from numbers alone.
 
-Shapes of parameters come from the modules themselves (made on the meta device) and from the
-sharding table; what a layer and the loss keep and hold is activation_bytes.py's.
+No groups and no tensors are made. Parameters are counted by model_size.py and cut as the sharding
+table says; what a layer and the loss keep and hold is activation_bytes.py's.
 """
 
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache
 from math import ceil, prod
-
-import torch
 
 from data.units import show_bytes
 from model.config import ModelConfig
-from model.gpt import GPTStage
 from model.sharding import shardings_for
 from parallel.config import LayoutConfig
-from parallel.layout import single_process_layout
 from parallel.schedule import chunks_in_flight, layers_of_stage, stages_of_rank
-from pretrain.planner.activation_bytes import LayerMemory, Load, pinned_bytes
+from pretrain.config.config import Config
+from pretrain.planner.activation_bytes import LayerMemory, pinned_bytes
+from pretrain.planner.hardware import CPU, Hardware
+from pretrain.planner.model_size import ModelSize
+from pretrain.planner.workload import Workload
+
+Parts = Counter[str]
+"""How many of each part a stage or rank holds; parts are "layers", "embedding", "final_norm" and
+"output", the first word of a parameter's name."""
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes of one rank."""
+class RankMemory:
+    """Bytes that one rank needs."""
 
     parameters: int
     """Its shard of the master weights."""
     optimizer: int
-    """Moments and step counts of that shard."""
+    """Adam's moments and step counts of that shard."""
     gradients: int
-    """The shard's, or the whole stage's where they are reduced once per step."""
+    """Those of the shard, or of the whole stage where they are reduced once per step."""
     gathered: int
     """Parameters in the compute dtype, put together for forward and backward."""
     activations: int
@@ -39,17 +42,17 @@ class Memory:
     loss: int
     """What backward needs of the logits."""
     buffers: int
-    """The most that comes and goes beside it: temporary results, exchanges, gradients on their
-    way."""
+    """The most that comes and goes beside it: temporaries, exchanges, gradients on their way."""
     host: int = 0
-    """In the host's memory, not the device's: what is offloaded."""
+    """What is offloaded, in the host's memory and not in the device's."""
 
     @property
     def total(self) -> int:
-        """On the device."""
+        """All bytes on the device."""
         return sum(asdict(self).values()) - self.host
 
     def describe(self) -> str:
+        """Write the total, and what it is made of."""
         parts = ", ".join(
             f"{name} {show_bytes(size)}" for name, size in asdict(self).items() if name != "host"
         )
@@ -58,7 +61,7 @@ class Memory:
 
 
 class MemoryModel:
-    """The memory of one model's ranks, on any layout that check_layout accepts."""
+    """Estimates the memory of a model's ranks, on any layout that check_layout accepts."""
 
     def __init__(
         self,
@@ -70,58 +73,62 @@ class MemoryModel:
         on_gpu: bool = True,
         optimizer_on_host: bool = False,
     ):
-        """Args:
-        master_bytes: of a stored parameter, and of its gradient where it is summed.
-        compute_bytes: of an activation.
-        on_gpu: with the GPU's kernels, and a host beside the device.
-        optimizer_on_host: master weights, their gradients and moments live there
-            (parallel/shard.py); on a GPU.
         """
-        self.optimizer_on_host = optimizer_on_host and on_gpu
+        Args:
+            master_bytes: size of a stored parameter, and of its gradient where it is summed.
+            compute_bytes: size of an activation.
+            on_gpu: with the GPU's kernels, and a host beside the device.
+            optimizer_on_host: master weights, their gradients and moments live there
+                (parallel/shard.py); on a GPU.
+        """
         self.config = config
         self.vocab_size = vocab_size
+        self.size = ModelSize(config, vocab_size)
         self.master_bytes = master_bytes
         self.compute_bytes = compute_bytes
         self.on_gpu = on_gpu
-        self._by_tp: dict[int, dict[str, list[tuple[int, int]]]] = {}
-        self._elements: dict[tuple[str, int, int], int] = {}
+        self.optimizer_on_host = optimizer_on_host and on_gpu
+        # A layout search asks for the same parts of thousands of layouts.
+        self._pieces = cache(self._find_pieces)
+        self.elements = cache(self._count_elements)
 
-    @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Whole shapes by name, of one layer and what stands around the layers."""
-        stage = GPTStage(
-            replace(self.config, num_layers=1),
-            self.vocab_size,
-            single_process_layout(torch.device("cpu")),
-            attend=None,
+    @staticmethod
+    def of_run(config: Config, vocab_size: int, hardware: Hardware) -> "MemoryModel":
+        """Return the model of a run's ranks on that hardware."""
+        master = 8 if config.optimizer.fp64 else 4
+        return MemoryModel(
+            config.model,
+            vocab_size,
+            master_bytes=master,
+            compute_bytes=2 if config.optimizer.bf16 else master,
+            on_gpu=hardware is not CPU,
+            optimizer_on_host=config.optimizer.optimizer_cpu_offload,
         )
-        return {name: tuple(parameter.shape) for name, parameter in stage.named_parameters()}
 
-    def _pieces(self, tp: int) -> dict[str, list[tuple[int, int]]]:
-        """By part ("layers", "embedding", "final_norm", "output"): [rows, elements of a row] of a
-        tp rank's tensors."""
-        if tp not in self._by_tp:
-            table = shardings_for(list(self.shapes), self.config, tp)
-            found: dict[str, list[tuple[int, int]]] = {}
-            for name, shape in self.shapes.items():
-                local = [
-                    size // tp if dim == table[name].dim else size for dim, size in enumerate(shape)
-                ]
-                found.setdefault(name.split(".")[0], []).append((local[0], prod(local[1:])))
-            self._by_tp[tp] = found
-        return self._by_tp[tp]
+    # ------------------------------------------------------------ parameters of a rank
 
-    def elements(self, part: str, tp: int, shards: int = 1) -> int:
-        """Parameters of a part on a tp rank, or in the largest of its shards (each tensor is cut by
-        rows)."""
-        if (part, tp, shards) not in self._elements:
-            self._elements[part, tp, shards] = sum(
-                ceil(rows / shards) * columns for rows, columns in self._pieces(tp)[part]
-            )
-        return self._elements[part, tp, shards]
+    def _find_pieces(self, tp: int) -> dict[str, list[tuple[int, int]]]:
+        """Return [rows, elements of a row] of a tp rank's tensors, by part."""
+        shapes = self.size.shapes
+        table = shardings_for(list(shapes), self.config, tp)
+        found: dict[str, list[tuple[int, int]]] = {}
+        for name, shape in shapes.items():
+            rows, *row = [
+                size // tp if dim == table[name].dim else size for dim, size in enumerate(shape)
+            ]
+            part = name.split(".")[0]
+            found.setdefault(part, []).append((rows, prod(row)))
+        return found
 
-    def parts_of_stage(self, number: int, num_stages: int) -> Counter:
-        """How many of each part a pipeline stage holds."""
+    def _count_elements(self, part: str, tp: int, shards: int = 1) -> int:
+        """Count the parameters of a part on a tp rank, or in the largest of its shards.
+
+        Each tensor is cut by rows.
+        """
+        return sum(ceil(rows / shards) * columns for rows, columns in self._pieces(tp)[part])
+
+    def parts_of_stage(self, number: int, num_stages: int) -> Parts:
+        """Count the parts that a pipeline stage holds."""
         is_first = number == 0
         is_last = number == num_stages - 1
         tied = not self.config.untie_embeddings_and_output_weights
@@ -132,8 +139,8 @@ class MemoryModel:
             output=int(is_last and not tied),
         )
 
-    def parts_of_rank(self, layout: LayoutConfig, pp_rank: int) -> list[Counter]:
-        """How many of each part the stages of a pipeline rank hold, stage by stage."""
+    def parts_of_rank(self, layout: LayoutConfig, pp_rank: int) -> list[Parts]:
+        """Count the parts that the stages of a pipeline rank hold, stage by stage."""
         pp = layout.pipeline_model_parallel_size
         per_rank = layout.stages_per_rank
         return [
@@ -142,60 +149,74 @@ class MemoryModel:
         ]
 
     def whole(self, layout: LayoutConfig, pp_rank: int) -> int:
-        """Parameters of a pipeline rank's stages on one tp rank, before they are sharded."""
-        return sum(
-            count * self.elements(part, layout.tensor_model_parallel_size)
-            for stage in self.parts_of_rank(layout, pp_rank)
-            for part, count in stage.items()
-            if count
+        """Count the parameters of a pipeline rank's stages on one tp rank, before sharding."""
+        tp = layout.tensor_model_parallel_size
+        return sum(self._elements_of(parts, tp) for parts in self.parts_of_rank(layout, pp_rank))
+
+    def _elements_of(self, parts: Parts, tp: int, shards: int = 1) -> int:
+        return sum(count * self.elements(part, tp, shards) for part, count in held(parts))
+
+    # ------------------------------------------------------------ memory of a rank
+
+    def layer_memory(self, load: Workload) -> LayerMemory:
+        """Return what the layers of a rank keep and hold."""
+        rows = self.config.padded_vocab_size(self.vocab_size)
+        return LayerMemory(
+            self.config,
+            rows // load.layout.tensor_model_parallel_size,
+            load,
+            compute_bytes=self.compute_bytes,
+            on_gpu=self.on_gpu,
         )
 
-    def worst(self, load: Load) -> Memory:
-        """The rank of the pipeline that needs most. The ranks between its ends hold less than one
-        of them."""
-        pp = load.layout.pipeline_model_parallel_size
-        return max(
-            (self.of_rank(load, rank) for rank in sorted({0, pp - 1})),
-            key=lambda memory: memory.total,
-        )
+    def estimate_worst(self, load: Workload) -> RankMemory:
+        """Estimate the rank of the pipeline that needs most.
 
-    def host_of_node(self, load: Load, processes: int) -> int:
-        """Bytes of the host's memory that as many consecutive ranks take, where they take most."""
+        The ranks between its ends hold less than one of them.
+        """
+        ends = {0, load.layout.pipeline_model_parallel_size - 1}
+        estimates = [self.estimate_rank(load, pp_rank) for pp_rank in sorted(ends)]
+        return max(estimates, key=lambda memory: memory.total)
+
+    def estimate_host_of_node(self, load: Workload, processes: int) -> int:
+        """Return the bytes of a host's memory that `processes` consecutive ranks take at most."""
         if not (self.optimizer_on_host or load.memory.cpu_offloading_num_layers):
             return 0
         tp, pp, cp = load.layout.sizes
-        of_stage = tp * cp * load.data_parallel_size
-        world = tp * cp * load.data_parallel_size * pp
-        of_rank = [self.of_rank(load, pp_rank).host for pp_rank in range(pp)]
+        # Ranks of one pipeline stage are consecutive.
+        ranks_of_stage = tp * cp * load.data_parallel_size
+        world = ranks_of_stage * pp
+        of_stage = [self.estimate_rank(load, pp_rank).host for pp_rank in range(pp)]
         return max(
-            sum(of_rank[rank // of_stage] for rank in range(first, min(first + processes, world)))
+            sum(
+                of_stage[rank // ranks_of_stage]
+                for rank in range(first, min(first + processes, world))
+            )
             for first in range(0, world, processes)
         )
 
-    def of_rank(self, load: Load, pp_rank: int) -> Memory:
-        """One pipeline rank; among its tp, cp and dp ranks the one with the most (parameters may
-        split unevenly)."""
-        layout, (tp, pp, _) = load.layout, load.layout.sizes
-        per_rank = layout.stages_per_rank
+    def estimate_rank(self, load: Workload, pp_rank: int) -> RankMemory:
+        """Estimate one pipeline rank: of its tp, cp and dp ranks the one with the most.
+
+        Parameters may split unevenly.
+        """
+        layout = load.layout
+        tp = layout.tensor_model_parallel_size
         stages = self.parts_of_rank(layout, pp_rank)
         parts = sum(stages, Counter())
-        shard = sum(
-            count * self.elements(part, tp, load.shards) for part, count in parts.items() if count
-        )
+        # Parameters: the shard that the optimizer updates, and what forward gathers of all shards.
+        shard = self._elements_of(parts, tp, load.shards)
         whole = self.whole(layout, pp_rank)
-        tensors = sum(count * len(self._pieces(tp)[part]) for part, count in parts.items() if count)
-        layer = self.elements("layers", tp)
-        roots = [
-            sum(
-                stage[part] * self.elements(part, tp)
-                for part in stage
-                if part != "layers" and stage[part]
-            )
-            for stage in stages
-        ]
-
-        layers = self.layer(load)
-        in_flight = chunks_in_flight(layout.schedule, pp_rank, pp, per_rank, load.num_microbatches)
+        tensors = sum(count * len(self._pieces(tp)[part]) for part, count in held(parts))
+        # Activations: of each pair of stage and microbatch in flight, as many as the largest has.
+        layers = self.layer_memory(load)
+        in_flight = chunks_in_flight(
+            layout.schedule,
+            pp_rank,
+            layout.pipeline_model_parallel_size,
+            layout.stages_per_rank,
+            load.num_microbatches,
+        )
         offloaded = [
             min(stage["layers"], load.memory.cpu_offloading_num_layers) for stage in stages
         ]
@@ -205,48 +226,69 @@ class MemoryModel:
         )
         has_loss = any(stage["final_norm"] for stage in stages)
         loss = layers.kept_of_loss if has_loss else 0
-        gathered = whole
-        if layout.sharding_strategy == "optim_grads_params":
-            # One stage per rank: the parts around the layers, a layer and the next. Several: torch
-            # gathers up to three.
-            gathered = (
-                max(roots) + min(2, parts["layers"]) * layer
-                if per_rank == 1
-                else whole * min(3, per_rank) // per_rank
-            )
-        buffers = layers.working_set(has_loss)
+        buffers = layers.working_set(has_loss=has_loss)
         if not load.whole_gradients:
-            # The output's gradient waits for the embedding's; a layer's is copied to be sent while
-            # the next is made.
-            waiting = self.elements("output" if parts["output"] else "embedding", tp)
-            on_the_way = 2 * self.master_bytes * layer + self.compute_bytes * (layer + waiting)
-            at_the_end = (self.master_bytes + self.compute_bytes) * max(roots)
-            buffers = max(buffers + on_the_way, at_the_end - activations - loss)
-        memory = Memory(
+            buffers = self._with_sent_gradients(buffers, activations + loss, stages, tp)
+        memory = RankMemory(
             parameters=self.master_bytes * shard,
             optimizer=2 * self.master_bytes * shard + 4 * tensors,
             gradients=self.master_bytes * (whole if load.whole_gradients else shard),
-            gathered=self.compute_bytes * gathered,
+            gathered=self.compute_bytes * self._gathered(layout, stages, whole),
             activations=activations,
             loss=loss,
             buffers=max(0, buffers),
             host=in_flight * max(offloaded) * layers.on_host,
         )
-        return (
-            self._with_optimizer_on_host(memory, load, parts) if self.optimizer_on_host else memory
-        )
+        if self.optimizer_on_host:
+            return self._with_optimizer_on_host(memory, load, parts)
+        return memory
 
-    def _with_optimizer_on_host(self, memory: Memory, load: Load, parts: Counter) -> Memory:
-        """The shards of this rank and their moments are on the host; a unit's shard passes before
-        it is gathered."""
+    def _around_layers(self, stages: list[Parts], tp: int) -> int:
+        """Count the parameters that the largest stage has around its layers."""
+        return max(self._elements_of(Counter({**stage, "layers": 0}), tp) for stage in stages)
+
+    def _gathered(self, layout: LayoutConfig, stages: list[Parts], whole: int) -> int:
+        """Count the parameters that are put together at once."""
+        if layout.sharding_strategy != "optim_grads_params":
+            return whole
+        tp = layout.tensor_model_parallel_size
+        per_rank = layout.stages_per_rank
+        if per_rank > 1:  # torch gathers up to three stages
+            return whole * min(3, per_rank) // per_rank
+        # The parts around the layers, a layer and the next.
+        num_layers = sum(stage["layers"] for stage in stages)
+        return self._around_layers(stages, tp) + min(2, num_layers) * self.elements("layers", tp)
+
+    def _with_sent_gradients(self, buffers: int, kept: int, stages: list[Parts], tp: int) -> int:
+        """Return the buffers of a rank that reduces its gradients in every microbatch.
+
+        Args:
+            buffers: without those gradients.
+            kept: bytes that wait for backward; they are gone when the last gradients are sent.
+        """
+        layer = self.elements("layers", tp)
+        has_output = any(stage["output"] for stage in stages)
+        # The output's gradient waits for the embedding's; a layer's is copied to be sent while
+        # the next is made.
+        waiting = self.elements("output" if has_output else "embedding", tp)
+        on_the_way = 2 * self.master_bytes * layer + self.compute_bytes * (layer + waiting)
+        at_the_end = (self.master_bytes + self.compute_bytes) * self._around_layers(stages, tp)
+        return max(buffers + on_the_way, at_the_end - kept)
+
+    def _with_optimizer_on_host(
+        self, memory: RankMemory, load: Workload, parts: Parts
+    ) -> RankMemory:
+        """Move the rank's shards and their moments to the host.
+
+        A unit's shard passes through the device before it is gathered.
+        """
         tp = load.layout.tensor_model_parallel_size
         pinned = {
             part: sum(
                 pinned_bytes(self.master_bytes * ceil(rows / load.shards) * columns)
                 for rows, columns in self._pieces(tp)[part]
             )
-            for part, count in parts.items()
-            if count
+            for part, _ in held(parts)
         }
         shards = sum(parts[part] * size for part, size in pinned.items())
         return replace(
@@ -255,12 +297,11 @@ class MemoryModel:
             optimizer=0,
             gradients=memory.gradients if load.whole_gradients else 0,
             buffers=memory.buffers + 2 * max(pinned.values()),
+            # The master weights and their gradients; Adam's moments are not pinned.
             host=memory.host + 2 * shards + memory.optimizer,
         )
 
-    def layer(self, load: Load) -> LayerMemory:
-        """What the layers of a rank keep and hold."""
-        rows = (
-            self.config.padded_vocab_size(self.vocab_size) // load.layout.tensor_model_parallel_size
-        )
-        return LayerMemory(self.config, rows, load, self.compute_bytes, self.on_gpu)
+
+def held(parts: Parts) -> list[tuple[str, int]]:
+    """Return the parts that are there, with how many of each."""
+    return [(part, count) for part, count in parts.items() if count]

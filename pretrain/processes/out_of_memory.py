@@ -7,7 +7,8 @@ from contextlib import contextmanager
 import torch
 
 from pretrain.plan import Plan
-from pretrain.planner.memory_check import Machine, describe_out_of_memory
+from pretrain.planner.machine import Machine
+from pretrain.planner.memory_check import describe_out_of_memory
 from pretrain.schedule.phases import Phase
 
 

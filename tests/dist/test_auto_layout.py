@@ -7,16 +7,14 @@ import torch
 import yaml
 from torch.distributed.tensor import Shard
 
-from pretrain.planner.activation_bytes import Load
-from model.activation_memory.settings import MemorySettings
-from pretrain.planner.rank_bytes import MemoryModel
-from parallel.config import LayoutConfig
-from parallel.layout import World, build_layout
+from parallel.layout import World
 from pretrain.checkpointing.folders import find_published
 from pretrain.checkpointing.progress import Progress
-from pretrain.planner import auto_layout
 from pretrain.config.load import load_config
 from pretrain.plan import make_plan
+from pretrain.planner import layout_candidates
+from pretrain.planner.rank_bytes import MemoryModel
+from pretrain.planner.workload import Workload
 from pretrain.step import train_step
 from tests.dist.parity import VOCABULARY, Case, named
 from tests.dist.training import base_arguments, losses, train, write_corpus
@@ -70,11 +68,11 @@ def real_bytes(world: World, case: Case) -> dict:
 def test_predicted_bytes_are_those_of_the_tensors(pool, case):
     found = pool.run(real_bytes, case.world_size, case)
     count = case.samples // (case.dp * case.micro_batch_size)
-    load = Load(case.layout_config(), case.dp, case.seq_length, case.micro_batch_size, count)
+    load = Workload(case.layout_config(), case.dp, case.seq_length, case.micro_batch_size, count)
     model = MemoryModel(case.model_config(), VOCABULARY)
     for pp_rank in range(case.pp):
         ranks = [result for result in found if result["pp"] == pp_rank]
-        predicted = model.of_rank(load, pp_rank)
+        predicted = model.estimate_rank(load, pp_rank)
         # Where rows do not divide, the first rank's shard is the largest.
         assert predicted.parameters == max(rank["parameters"] for rank in ranks)
         assert predicted.optimizer == max(rank["optimizer"] for rank in ranks)
@@ -129,7 +127,7 @@ def test_a_run_chooses_its_layouts_once(pool, tmp_path, monkeypatch):
     # The stored choice wins over an estimate that has changed; another world or another phase is
     # chosen anew.
     monkeypatch.setattr(
-        auto_layout, "step_seconds", lambda model, load, hardware: 1.0 / load.layout.sizes[0]
+        layout_candidates, "step_seconds", lambda model, load, hardware: 1.0 / load.layout.sizes[0]
     )
     again = make_plan(load_config(argv), 2)
     assert sizes(again) == sizes(plan) and all(

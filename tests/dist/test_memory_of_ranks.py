@@ -5,13 +5,13 @@ import torch
 from torch import nn
 
 from data.batch import read_batch
-from model.gpt import GPTStage
-from model.attention_backends.choice import choose_attention
-from pretrain.planner.activation_bytes import Load
 from model.activation_memory.settings import MemorySettings
-from pretrain.planner.rank_bytes import MemoryModel
+from model.attention_backends.choice import choose_attention
+from model.gpt import GPTStage
 from parallel.context import token_pieces
 from parallel.layout import World, build_layout
+from pretrain.planner.rank_bytes import MemoryModel
+from pretrain.planner.workload import Workload
 from tests.dist.parity import VOCABULARY, Case, memory_stream
 from tests.documents import windows
 from tests.live_memory import LiveMemory
@@ -58,10 +58,10 @@ def test_a_rank_keeps_and_takes_at_most_what_is_predicted(pool, sizes, level):
         memory = MemorySettings(level, 0, 4, chunks, 64)
         case = Case(**sizes, model=MODEL, seq_length=512, lengths=(300, 700, 90), memory=memory)
         model = MemoryModel(case.model_config(), VOCABULARY, compute_bytes=4, on_gpu=False)
-        load = Load(case.layout_config(), 1, case.seq_length, 1, 1, memory)
-        of_rank = model.worst(load)
+        load = Workload(case.layout_config(), 1, case.seq_length, 1, 1, memory)
+        of_rank = model.estimate_worst(load)
         predicted = of_rank.activations + of_rank.loss
-        predicted_peak = predicted + model.layer(load).working_set(
+        predicted_peak = predicted + model.layer_memory(load).working_set(
             has_loss=True, with_gradients=True
         )
         found = pool.run(real_bytes, case.world_size, case)

@@ -11,9 +11,11 @@ from pretrain.config.config import Config, GivenSettings
 from pretrain.config.effects import effect_warnings
 from pretrain.config.load import dump_yaml, from_flat, load_config
 from pretrain.config.phase_config import PhaseConfig
-from pretrain.planner.auto_layout import Device, choose_layout, settle_layouts
+from pretrain.planner.auto_layout import settle_layouts
 from pretrain.planner.check_phases import check_phases
 from pretrain.planner.hardware import CPU, TABLE
+from pretrain.planner.layout_candidates import choose_layout
+from pretrain.planner.machine import Device
 from pretrain.schedule.phase_table import describe
 from pretrain.schedule.resolve import resolve_phases
 

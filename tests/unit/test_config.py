@@ -15,7 +15,7 @@ from pretrain.config.load import (
     read_config_yaml,
     spell,
 )
-from pretrain.planner.model_size import num_parameters
+from pretrain.planner.model_size import ModelSize
 from pretrain.schedule.resolve import resolve_phases
 
 
@@ -90,7 +90,8 @@ def test_megatrons_memory_flags(flags, level, warnings, tmp_path):
         f"--train-iters 1 {flags}".split()
     )
     assert (
-        config.validate() == [] and resolve_phases(config)[0].memory.recompute_granularity == level
+        problems_of(config) == []
+        and resolve_phases(config)[0].memory.recompute_granularity == level
     )
     found = effect_warnings(config)
     assert len(found) == len(warnings) and all(
@@ -209,7 +210,7 @@ def test_saved_yaml_reads_back_the_same(tmp_path):
 def test_presets_have_the_published_sizes(name, billions, vocabulary):
     config = load_config(["--model", name]).model
     assert problems_of(config) == []
-    assert num_parameters(config, vocabulary) / 1e9 == pytest.approx(billions, rel=0.01)
+    assert ModelSize(config, vocabulary).num_parameters / 1e9 == pytest.approx(billions, rel=0.01)
     assert set(PRESETS[name]) <= {field.name for field in dataclasses.fields(config)}
 
 
@@ -320,7 +321,7 @@ def valid_config() -> Config:
         "--train-tokens 1000 --seq-length 128 --global-batch-tokens 512 --data-path prefix "
         "--tokenizer-model model".split()
     )
-    assert config.validate() == []
+    assert problems_of(config) == []
     return config
 
 
@@ -350,7 +351,7 @@ def test_validate_reports_everything_at_once():
 def test_a_passkey_needs_words(name, value, kind):
     config = valid_config()
     config.logging.eval_passkey_lengths = [1024, 4096]
-    assert config.validate() == []
+    assert problems_of(config) == []
     setattr(config.data, name, value)
     message = f"eval_passkey_lengths = 1024 4096: asks in words, and {kind} has no text. Fix: "
     assert any(message in problem for problem in config.validate())

@@ -16,7 +16,7 @@ from parallel.context import group_pieces
 from parallel.layout import single_process_layout
 from parallel.schedule import layers_of_stage
 from parallel.ulysses import HeadSplit
-from pretrain.planner.model_size import num_parameters, step_flops
+from pretrain.planner.model_size import ModelSize
 
 CPU = torch.device("cpu")
 
@@ -239,13 +239,12 @@ def test_a_parameter_that_the_table_does_not_know_is_an_error():
 def test_flops_count_the_causal_half_of_each_document():
     config = ModelConfig(num_layers=2, hidden_size=8, ffn_hidden_size=16, num_attention_heads=2)
     weights = 2 * (4 * 64 + 3 * 128) + 10 * 8
-    assert step_flops(config, 10, 100, 0) == 6 * weights * 100
+    size = ModelSize(config, 10)
+    assert size.step_flops(100, 0) == 6 * weights * 100
     # q k and p v for each pair: 2 products x 2 operations x 8 channels x 2 layers, forward and
     # twice backward
-    assert (
-        step_flops(config, 10, 100, 50) - step_flops(config, 10, 100, 0) == 3 * 2 * 2 * 8 * 2 * 50
-    )
-    assert num_parameters(config, 10) == weights + 2 * 2 * 8 + 8
+    assert size.step_flops(100, 50) - size.step_flops(100, 0) == 3 * 2 * 2 * 8 * 2 * 50
+    assert size.num_parameters == weights + 2 * 2 * 8 + 8
 
 
 def test_both_folders_ignore_the_same_label():

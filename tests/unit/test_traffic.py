@@ -137,12 +137,12 @@ def toy_step() -> dict:
     scale = Scale(toy=True)
     counted, syncs = traffic.count_step(arguments, card, scale)
     config, vocabulary = scale.model("1b", num_layers=1)
-    from pretrain.planner.model_size import num_parameters
+    from pretrain.planner.model_size import ModelSize
 
     return {
         "groups": counted.groups(),
         "optimizer_calls": counted.calls["_fused_adamw_"],
-        "parameters": num_parameters(config, vocabulary),
+        "parameters": ModelSize(config, vocabulary).num_parameters,
         "logits": 128 * vocabulary * 4,
     }
 

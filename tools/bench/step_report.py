@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from pretrain.planner.model_size import step_flops
+from pretrain.planner.model_size import ModelSize
 from tools.bench.contenders import (
     CHECKPOINTED,
     OURS,
@@ -167,7 +167,8 @@ def table(rows: list[Row], config) -> str:
     ]
     lines = []
     for row in rows:
-        flops = step_flops(config, VOCABULARY, row.shape.tokens, causal_pairs(row.shape.lengths))
+        pairs = causal_pairs(row.shape.lengths)
+        flops = ModelSize(config, VOCABULARY).step_flops(row.shape.tokens, pairs)
         for name, seconds in row.seconds.items():
             own = row.own.get(name)
             lines.append(

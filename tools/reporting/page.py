@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from pretrain.planner.model_size import num_parameters
+from pretrain.planner.model_size import ModelSize
 from tools.reporting.axes import VARIABLES, TokenScale, style_rules, to_svg
 from tools.reporting.charts import CHARTS, Chart, chart_figure
 from tools.reporting.phase_table import phase_rows
@@ -184,7 +184,7 @@ def parameters(run: RunRecord) -> str | None:
     """Spell the number of parameters; None where the configuration is not known."""
     if run.config is None or run.config.data.vocab_size is None:
         return None
-    return short(num_parameters(run.config.model, run.config.data.vocab_size))
+    return short(ModelSize(run.config.model, run.config.data.vocab_size).num_parameters)
 
 
 def about(run: RunRecord) -> list[tuple[str, str]]:
@@ -193,11 +193,8 @@ def about(run: RunRecord) -> list[tuple[str, str]]:
     # Without a readable checkpoint, only what the steps say is known.
     if run.config is not None:
         model = run.config.model
-        exact = (
-            num_parameters(model, run.config.data.vocab_size)
-            if run.config.data.vocab_size
-            else None
-        )
+        vocab_size = run.config.data.vocab_size
+        exact = ModelSize(model, vocab_size).num_parameters if vocab_size else None
         rows += [
             ("parameters", f"{exact:,}" if exact else "not known"),
             (

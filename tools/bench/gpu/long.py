@@ -12,9 +12,9 @@ import torch
 from data.batch import Batch
 from data.units import show_bytes
 from parallel.config import LayoutConfig
-from pretrain.planner.activation_bytes import Load
-from pretrain.planner.model_size import step_flops
+from pretrain.planner.model_size import ModelSize
 from pretrain.planner.rank_bytes import MemoryModel
+from pretrain.planner.workload import Workload
 from tools.bench.contenders import (
     STRATEGY,
     BenchModel,
@@ -222,7 +222,7 @@ def one_b(
 def predicted_bytes(config: BenchModel, vocabulary: int, tokens: int) -> int:
     """What the memory model says that one process needs."""
     layout = LayoutConfig(data_parallel_sharding_strategy=STRATEGY)
-    load = Load(
+    load = Workload(
         layout,
         data_parallel_size=1,
         seq_length=tokens,
@@ -230,7 +230,7 @@ def predicted_bytes(config: BenchModel, vocabulary: int, tokens: int) -> int:
         num_microbatches=1,
         memory=config.settings,
     )
-    return MemoryModel(config, vocabulary).worst(load).total
+    return MemoryModel(config, vocabulary).estimate_worst(load).total
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ def step_of_one_b(card: Card, scale: Scale, total: int, layers: int) -> OneBRun:
         state = card.held() - before
         sample = make_sample([total], vocabulary, SEED, card.device)
         seconds, peak = card.peak(lambda: contender.step(sample))
-    flops = step_flops(config, vocabulary, total, causal_pairs([total]))
+    flops = ModelSize(config, vocabulary).step_flops(total, causal_pairs([total]))
     return OneBRun(Cost(seconds, peak), flops, state, chosen)
 
 

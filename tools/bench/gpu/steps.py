@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from parallel.layout import Layout
-from pretrain.planner.model_size import step_flops
+from pretrain.planner.model_size import ModelSize
 from tools.bench.contenders import (
     LOSS_CHUNK,
     Contender,
@@ -30,7 +30,7 @@ from tools.bench.peers import PeerOptions, Transformers
 LENGTH = 8192
 OTHER_CHUNK = 8192
 """Tokens of the loss's chunk that are tried beside LOSS_CHUNK, with the fastest kernel: what the
-trainer takes on a GPU by itself where the memory suffices (pretrain/planner/memory_check.py)."""
+trainer takes on a GPU by itself where the memory suffices (pretrain/planner/loss_chunks.py)."""
 REPEATS = 5
 PEER = "transformers + torch.compile"
 
@@ -104,7 +104,7 @@ class Row:
         self.tokens = samples * length
         self.sample = make_sample([length] * samples, self.vocabulary, SEED, card.device)
         pairs = causal_pairs([length] * samples)
-        self.flops = step_flops(self.config, self.vocabulary, self.tokens, pairs)
+        self.flops = ModelSize(self.config, self.vocabulary).step_flops(self.tokens, pairs)
         self.tflops = card.product_tflops(scale)
         report.add("product", self.tflops, "TFLOP/s")
 

@@ -14,10 +14,10 @@ from model.gpt import GPTStage
 from parallel.config import LayoutConfig
 from parallel.layout import single_process_layout
 from parallel.schedule import accepts, chunks_in_flight, idle_share
-from pretrain.planner.activation_bytes import Load
 from pretrain.planner.hardware import TABLE, find_hardware, peak_flops
 from pretrain.planner.rank_bytes import MemoryModel
-from pretrain.planner.step_time import Axis, Passes, step_seconds
+from pretrain.planner.step_time import PassCounts, RankGroup, step_seconds
+from pretrain.planner.workload import Workload
 from tests.live_memory import LiveMemory
 from tests.unit.test_phases import torch_schedule
 
@@ -87,12 +87,12 @@ def test_activations_are_what_is_alive(dtype, shape, level):
     config = ModelConfig(**sizes)
     for tiles, chunks, loss_chunk in ((1, 1, 2048), (4, 1, 100), (1, 2, 64), (3, 4, 384)):
         settings = MemorySettings(level, 0, tiles, chunks, loss_chunk)
-        load = Load(LayoutConfig(), 1, 384, 1, 1, settings)
+        load = Workload(LayoutConfig(), 1, 384, 1, 1, settings)
         model = MemoryModel(config, vocabulary, compute_bytes=dtype.itemsize, on_gpu=False)
-        memory = model.worst(load)
+        memory = model.estimate_worst(load)
         kept, peak = real_bytes(config, vocabulary, dtype, (0, 100, 250, 384), settings)
         predicted = memory.activations + memory.loss
-        predicted_peak = predicted + model.layer(load).working_set(
+        predicted_peak = predicted + model.layer_memory(load).working_set(
             has_loss=True, with_gradients=True
         )
         if abs(predicted - kept) > 0.1 * kept or abs(predicted_peak - peak) > 0.15 * peak:
@@ -168,8 +168,8 @@ MODEL = ModelConfig(
 )
 
 
-def load(recompute=None, count=4, dp=8, seq_length=8192, memory=None, **layout) -> Load:
-    return Load(
+def load(recompute=None, count=4, dp=8, seq_length=8192, memory=None, **layout) -> Workload:
+    return Workload(
         LayoutConfig(**layout),
         dp,
         seq_length,
@@ -181,29 +181,32 @@ def load(recompute=None, count=4, dp=8, seq_length=8192, memory=None, **layout) 
 
 def test_each_setting_saves_what_it_is_for():
     model = MemoryModel(MODEL, 128256)
-    plain = model.worst(load())
-    assert model.worst(load("full")).activations < plain.activations / 8
-    offloaded = model.worst(load("full", memory=dict(cpu_offloading_num_layers=16)))
-    assert offloaded.activations == model.worst(load("full")).activations - 16 * 8192 * 4096 * 2
-    assert offloaded.host == 16 * 8192 * 4096 * 2 and model.worst(load("full")).host == 0
-    sharded = model.worst(load(data_parallel_sharding_strategy="optim_grads_params"))
+    plain = model.estimate_worst(load())
+    assert model.estimate_worst(load("full")).activations < plain.activations / 8
+    offloaded = model.estimate_worst(load("full", memory=dict(cpu_offloading_num_layers=16)))
+    assert (
+        offloaded.activations
+        == model.estimate_worst(load("full")).activations - 16 * 8192 * 4096 * 2
+    )
+    assert offloaded.host == 16 * 8192 * 4096 * 2 and model.estimate_worst(load("full")).host == 0
+    sharded = model.estimate_worst(load(data_parallel_sharding_strategy="optim_grads_params"))
     assert sharded.gathered < plain.gathered / 4 and sharded.parameters == plain.parameters
-    once = model.worst(load(data_parallel_sharding_strategy="optim"))
+    once = model.estimate_worst(load(data_parallel_sharding_strategy="optim"))
     assert once.gradients == 8 * plain.gradients
     assert (
-        model.worst(load(count=1, data_parallel_sharding_strategy="optim")).gradients
+        model.estimate_worst(load(count=1, data_parallel_sharding_strategy="optim")).gradients
         == plain.gradients
     )
-    split = model.worst(load(context_parallel_size=8, dp=1))
+    split = model.estimate_worst(load(context_parallel_size=8, dp=1))
     assert split.parameters == plain.parameters and split.activations < 1.2 * plain.activations / 8
     tp = dict(tensor_model_parallel_size=8, dp=1)
-    with_sp = model.worst(load(sequence_parallel=True, **tp))
-    without = model.worst(load(**tp))
+    with_sp = model.estimate_worst(load(sequence_parallel=True, **tp))
+    without = model.estimate_worst(load(**tp))
     assert (
         with_sp.activations < without.activations < plain.activations / 2
         and without.loss < plain.loss / 4
     )
-    staged = model.worst(load(pipeline_model_parallel_size=4, dp=2))
+    staged = model.estimate_worst(load(pipeline_model_parallel_size=4, dp=2))
     assert plain.gathered / 5 < staged.gathered < plain.gathered / 2.5
     assert (
         plain.activations * 0.9 < staged.activations < plain.activations * 1.1
@@ -213,7 +216,7 @@ def test_each_setting_saves_what_it_is_for():
 def test_levels_are_in_order():
     model = MemoryModel(MODEL, 128256)
     none, selective, kept, full = (
-        model.worst(load(level)).activations
+        model.estimate_worst(load(level)).activations
         for level in (None, "selective", "attention_kept", "full")
     )
     layer = 8192 * 2 * 32
@@ -230,7 +233,7 @@ def test_parts_of_the_sequence_and_of_the_heads_bound_what_is_there_at_once():
     long = dict(seq_length=1 << 18, context_parallel_size=2, dp=4)
 
     def held(**settings) -> int:
-        return model.layer(load("full", memory=settings, **long)).working_set(has_loss=False)
+        return model.layer_memory(load("full", memory=settings, **long)).working_set(has_loss=False)
 
     width = (1 << 17) * 14336 * 2
     assert held() - held(mlp_tiles=8) > 2 * width
@@ -240,7 +243,7 @@ def test_parts_of_the_sequence_and_of_the_heads_bound_what_is_there_at_once():
     for on_gpu, logit in ((True, 2), (False, 2 + 4)):
         model = MemoryModel(MODEL, 128256, on_gpu=on_gpu)
         logits = [
-            model.layer(load("full", memory=dict(loss_chunk_tokens=n))).loss_at_work
+            model.layer_memory(load("full", memory=dict(loss_chunk_tokens=n))).loss_at_work
             for n in (8192, 2048, 512)
         ]
         assert logits[0] - logits[1] == (8192 - 2048) * 128256 * logit
@@ -250,13 +253,13 @@ def test_parts_of_the_sequence_and_of_the_heads_bound_what_is_there_at_once():
 def test_a_cpu_has_no_host_beside_it():
     settings = dict(cpu_offloading_num_layers=16)
     model = MemoryModel(MODEL, 128256, on_gpu=False, optimizer_on_host=True)
-    assert model.worst(load("full", memory=settings)) == model.worst(load("full"))
+    assert model.estimate_worst(load("full", memory=settings)) == model.estimate_worst(load("full"))
 
 
 def test_pinned_memory_comes_in_powers_of_two():
     model = MemoryModel(MODEL, 128256)
     offloaded = [
-        model.worst(
+        model.estimate_worst(
             load("attention_kept", seq_length=n, memory=dict(cpu_offloading_num_layers=2))
         ).host
         for n in (8192, 8200)
@@ -266,14 +269,14 @@ def test_pinned_memory_comes_in_powers_of_two():
 
 def test_the_optimizer_on_the_host_leaves_the_device():
     device, host = (
-        MemoryModel(MODEL, 128256, optimizer_on_host=on_host).worst(load())
+        MemoryModel(MODEL, 128256, optimizer_on_host=on_host).estimate_worst(load())
         for on_host in (False, True)
     )
     assert host.parameters == host.optimizer == host.gradients == device.host == 0
     assert host.activations == device.activations and host.gathered == device.gathered
     taken = device.parameters + device.optimizer + device.gradients
     assert taken <= host.host < 2 * taken, "pinned in powers of two"
-    whole = MemoryModel(MODEL, 128256, optimizer_on_host=True).worst(
+    whole = MemoryModel(MODEL, 128256, optimizer_on_host=True).estimate_worst(
         load(data_parallel_sharding_strategy="optim")
     )
     assert whole.gradients == 8 * device.gradients, "summed on the device until the last microbatch"
@@ -281,21 +284,21 @@ def test_the_optimizer_on_the_host_leaves_the_device():
 
 def test_bytes_of_a_known_model():
     """Llama-3 8B on one rank: 8.03B parameters, fp32 master, two moments, bf16 copy."""
-    memory = MemoryModel(MODEL, 128256).worst(load(dp=1, count=1))
+    memory = MemoryModel(MODEL, 128256).estimate_worst(load(dp=1, count=1))
     assert memory.parameters == 4 * 8_030_261_248 and memory.gathered == memory.parameters // 2
     assert memory.optimizer == 2 * memory.parameters + 4 * 291
 
 
 def test_time_follows_the_links():
     hardware = TABLE["H200"]
-    inside = Axis(8, 1).ring_seconds(1e9, hardware)
-    across = Axis(16, 1).ring_seconds(1e9, hardware)
-    one_card = Axis(8, 8).ring_seconds(1e9, hardware)
+    inside = RankGroup(8, 1).ring_seconds(1e9, hardware)
+    across = RankGroup(16, 1).ring_seconds(1e9, hardware)
+    one_card = RankGroup(8, 8).ring_seconds(1e9, hardware)
     assert inside < across < one_card and one_card == pytest.approx(8 * across, rel=0.1)
     assert (
-        Axis(8, 1).exchange_seconds(1e9, hardware)
-        < Axis(8, 4).exchange_seconds(1e9, hardware)
-        < Axis(8, 8).exchange_seconds(1e9, hardware)
+        RankGroup(8, 1).exchange_seconds(1e9, hardware)
+        < RankGroup(8, 4).exchange_seconds(1e9, hardware)
+        < RankGroup(8, 8).exchange_seconds(1e9, hardware)
     )
     model = MemoryModel(MODEL, 128256)
     plain = step_seconds(model, load(), hardware)
@@ -311,10 +314,12 @@ def test_time_follows_the_links():
 
 
 def test_passes_of_the_levels():
-    def of(level, sequence_parallel=False, **settings) -> Passes:
-        return Passes.of(MemorySettings(level, **settings), sequence_parallel)
+    def of(level, sequence_parallel=False, **settings) -> PassCounts:
+        return PassCounts.make(
+            MemorySettings(level, **settings), sequence_parallel=sequence_parallel
+        )
 
-    assert of(None) == Passes() and of(None, sequence_parallel=True) == Passes()
+    assert of(None) == PassCounts() and of(None, sequence_parallel=True) == PassCounts()
     assert of("selective").mlp == of(None, mlp_tiles=2).mlp == pytest.approx(3 + 2 / 3)
     assert (
         of("selective").attention == of("attention_kept").attention == 3

@@ -9,19 +9,15 @@ from data.units import GIB
 from pretrain.config.effects import effect_warnings
 from pretrain.config.load import load_config
 from pretrain.plan import make_plan
-from pretrain.planner.auto_layout import Device, load_of
 from pretrain.planner.check_phases import check_phases
 from pretrain.planner.hardware import CPU, TABLE
-from pretrain.planner.memory_check import (
-    LEANER,
-    Machine,
-    Search,
-    check_memory,
-    choose_loss_chunks,
-    describe_out_of_memory,
-    memory_model,
-    with_memory,
-)
+from pretrain.planner.leaner_settings import LEANER_LEVELS, nearest_settings
+from pretrain.planner.loss_chunks import choose_loss_chunks
+from pretrain.planner.machine import Device, Machine
+from pretrain.planner.memory_check import check_memory, describe_out_of_memory
+from pretrain.planner.phase_memory import PhaseMemory
+from pretrain.planner.rank_bytes import MemoryModel
+from pretrain.planner.workload import Workload
 from pretrain.schedule.phase_table import describe
 from pretrain.schedule.resolve import resolve_phases
 from tests.unit.test_auto_layout import VOCABULARY, config
@@ -66,7 +62,7 @@ def test_a_phase_beyond_the_memory_is_refused_with_settings_that_fit():
         .split("; or ")
     )
     assert len(fixes) > 3
-    model = memory_model(made, VOCABULARY, H200.hardware)
+    model = MemoryModel.of_run(made, VOCABULARY, H200.hardware)
     tried = 0
     for fix in fixes:
         assert not any(
@@ -84,7 +80,7 @@ def test_a_phase_beyond_the_memory_is_refused_with_settings_that_fit():
             },
         )
         assert check_phases(resolve_phases(changed), changed, 8, VOCABULARY) == []
-        memory = Search(resolve_phases(changed)[0], changed, 8, model, machine()).memory
+        memory = PhaseMemory(resolve_phases(changed)[0], changed, 8, model, machine()).memory
         assert memory.total <= H200.usable and fix.endswith(f"({memory.total / GIB:.1f} GiB)")
         tried += 1
     assert tried > 2
@@ -98,16 +94,17 @@ def test_a_leaner_level_alone_is_offered_where_it_is_enough(present):
     )
     (phase,) = resolve_phases(made)
     on = machine()
-    search = Search(phase, made, 8, memory_model(made, VOCABULARY, H200.hardware), on)
+    model = MemoryModel.of_run(made, VOCABULARY, H200.hardware)
+    needs = PhaseMemory(phase, made, 8, model, on)
     totals = {
-        level: Search(
-            with_memory(phase, recompute_granularity=level), made, 8, search.model, on
+        level: PhaseMemory(
+            phase.with_memory(recompute_granularity=level), made, 8, needs.model, on
         ).memory.total
-        for level in LEANER
+        for level in LEANER_LEVELS
     }
     assert list(totals.values()) == sorted(totals.values(), reverse=True)
-    for level in LEANER[LEANER.index(present) + 1 :]:
-        offers = search.nearest(totals[level], count=20)
+    for level in LEANER_LEVELS[LEANER_LEVELS.index(present) + 1 :]:
+        offers = nearest_settings(needs, totals[level], count=20)
         assert any(text.startswith(f"recompute_granularity {level} (") for text in offers), (
             level,
             offers,
@@ -121,13 +118,13 @@ def test_the_hosts_memory_is_that_of_a_nodes_ranks():
         pipeline_model_parallel_size=4,
     )
     (phase,) = resolve_phases(made)
-    model = memory_model(made, VOCABULARY, H200.hardware)
-    load = load_of(phase, 16)
-    hosts = [model.of_rank(load, pp_rank).host for pp_rank in range(4)]
+    model = MemoryModel.of_run(made, VOCABULARY, H200.hardware)
+    load = Workload.of_phase(phase, 16)
+    hosts = [model.estimate_rank(load, pp_rank).host for pp_rank in range(4)]
     assert hosts == sorted(hosts, reverse=True) and hosts[0] > hosts[-1] > 0
-    assert model.host_of_node(load, 16) == 4 * sum(hosts)
-    assert model.host_of_node(load, 8) == 4 * (hosts[0] + hosts[1])
-    assert model.host_of_node(load, 2) == 2 * hosts[0]
+    assert model.estimate_host_of_node(load, 16) == 4 * sum(hosts)
+    assert model.estimate_host_of_node(load, 8) == 4 * (hosts[0] + hosts[1])
+    assert model.estimate_host_of_node(load, 2) == 2 * hosts[0]
 
 
 def test_all_that_is_to_come_is_checked_and_nothing_that_is_over():
@@ -153,8 +150,12 @@ def test_a_cpu_is_checked_only_against_memory_that_is_given():
 
 def test_nearly_all_of_the_memory_is_warned_of():
     made = given("llama3-8b", {"recompute_granularity": "full"})
-    needs = Search(
-        resolve_phases(made)[0], made, 8, memory_model(made, VOCABULARY, H200.hardware), machine()
+    needs = PhaseMemory(
+        resolve_phases(made)[0],
+        made,
+        8,
+        MemoryModel.of_run(made, VOCABULARY, H200.hardware),
+        machine(),
     ).memory
     tight = machine(Device(TABLE["H200"], int(needs.total / 0.95)))
     report = check(made, on=tight)
@@ -222,8 +223,8 @@ def test_running_out_all_the_same_names_three_settings_that_need_less(asked):
     assert "allocated 120.0 GiB, at most 131.0 GiB, reserved 135.0 GiB; estimated were " in text
     assert "(parameters " in text and " of 131.3 GiB. To try: " in text
     tries = text.split("To try: ")[1].rstrip(".").split("; or ")
-    total = Search(
-        phase, made, 8, memory_model(made, VOCABULARY, H200.hardware), machine()
+    total = PhaseMemory(
+        phase, made, 8, MemoryModel.of_run(made, VOCABULARY, H200.hardware), machine()
     ).memory.total
     assert len(tries) == 3
     assert all(float(each.rpartition("(")[2].split()[0]) * GIB < 0.86 * total for each in tries)
@@ -285,11 +286,11 @@ def test_a_gpu_takes_the_largest_chunk_of_the_loss_that_fits():
 def test_the_chunk_of_the_loss_leaves_the_phase_within_the_memory():
     made = given("llama3-8b", {"seq_length": 16384})
     (phase,) = resolve_phases(made)
-    model = memory_model(made, VOCABULARY, H200.hardware)
+    model = MemoryModel.of_run(made, VOCABULARY, H200.hardware)
 
     def needs(tokens: int) -> int:
-        return Search(
-            with_memory(phase, loss_chunk_tokens=tokens), made, 8, model, machine()
+        return PhaseMemory(
+            phase.with_memory(loss_chunk_tokens=tokens), made, 8, model, machine()
         ).memory.total
 
     assert needs(2048) < needs(4096) < needs(8192)

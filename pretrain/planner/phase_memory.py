@@ -1,0 +1,59 @@
+"""The memory of one phase on one machine, on a device and on a host."""
+
+from dataclasses import dataclass
+
+from data.units import show_bytes
+from pretrain.config.config import Config
+from pretrain.planner.machine import Machine
+from pretrain.planner.rank_bytes import MemoryModel, RankMemory
+from pretrain.planner.workload import Workload
+from pretrain.schedule.phases import Phase
+
+
+@dataclass(frozen=True)
+class PhaseMemory:
+    """Estimates what a phase needs on a machine, with its own settings or others."""
+
+    phase: Phase
+    config: Config
+    world_size: int
+    model: MemoryModel
+    machine: Machine
+
+    @property
+    def memory(self) -> RankMemory:
+        """The memory of the rank that needs most."""
+        return self.memory_of(self.phase, self.world_size)
+
+    def memory_of(self, phase: Phase, world_size: int) -> RankMemory:
+        """Estimate the rank that needs most under other settings."""
+        return self.model.estimate_worst(Workload.of_phase(phase, world_size))
+
+    def host_of_node(self, phase: Phase, world_size: int) -> int:
+        """Estimate what the processes of a node take of its host's memory."""
+        load = Workload.of_phase(phase, world_size)
+        return self.model.estimate_host_of_node(load, self.machine.local_processes)
+
+    def host_problems(self) -> list[str]:
+        """Say where what is offloaded takes more than the host has."""
+        available = self.machine.host_bytes
+        taken = self.host_of_node(self.phase, self.world_size)
+        if taken <= available:
+            return []
+        layers = self.phase.memory.cpu_offloading_num_layers
+        fitting = [count for count in range(layers) if self._host_holds(count)]
+        if fitting:
+            fix = f"at most {max(fitting)} layers"
+        else:
+            fix = "fewer processes on a node, or no --optimizer-cpu-offload"
+        name = f"cpu_offloading_num_layers = {layers}" if layers else "optimizer_cpu_offload = True"
+        return [
+            f"{name}: takes {show_bytes(taken)} of a node's memory with "
+            f"{self.machine.local_processes} processes on it, beyond {self.machine.host_limit}. "
+            f"Fix: {fix}, or more --cpu-offloading-host-memory where the node has it."
+        ]
+
+    def _host_holds(self, num_layers: int) -> bool:
+        """Does the host hold this many offloaded layers?"""
+        changed = self.phase.with_memory(cpu_offloading_num_layers=num_layers)
+        return self.host_of_node(changed, self.world_size) <= self.machine.host_bytes

@@ -1,0 +1,55 @@
+"""What a rank is asked to train."""
+
+from dataclasses import dataclass
+
+from model.activation_memory.settings import MemorySettings
+from parallel.config import LayoutConfig
+from pretrain.schedule.phases import Phase
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Describes what a rank trains: one layout, one length, one batch."""
+
+    layout: LayoutConfig
+    data_parallel_size: int
+    seq_length: int
+    micro_batch_size: int
+    num_microbatches: int
+    memory: MemorySettings = MemorySettings()
+
+    @staticmethod
+    def of_phase(phase: Phase, world_size: int) -> "Workload":
+        """Return what a phase asks of each of `world_size` ranks."""
+        return Workload(
+            phase.layout,
+            phase.data_parallel_size(world_size),
+            phase.seq_length,
+            phase.micro_batch_size,
+            phase.num_microbatches(world_size),
+            phase.memory,
+        )
+
+    @property
+    def shards(self) -> int:
+        """Ranks that share the parameters of a stage."""
+        return self.data_parallel_size * self.layout.context_parallel_size
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a microbatch on one context-parallel rank (t)."""
+        return self.seq_length * self.micro_batch_size // self.layout.context_parallel_size
+
+    @property
+    def tokens_between(self) -> int:
+        """Tokens of a microbatch on one rank between the tensor-parallel parts (u)."""
+        # Under Megatron's sequence parallelism each tp rank has its part of them there.
+        parts = self.layout.tensor_model_parallel_size if self.layout.sequence_parallel else 1
+        return self.tokens // parts
+
+    @property
+    def whole_gradients(self) -> bool:
+        """Are gradients kept whole until the last microbatch (parallel/shard.py, pipeline.py)?"""
+        return self.layout.pipeline_model_parallel_size > 1 or (
+            self.layout.sharding_strategy == "optim" and self.num_microbatches > 1
+        )
