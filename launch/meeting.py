@@ -2,7 +2,7 @@
 
 Node 0 opens torch's key-value store, and the others connect to it. Each node enters itself under
 `node/RANK`; when all are there, node 0 writes the list of `members`, and everybody goes on. A node
-that waits says from time to time for whom; what waiting cannot mend is refused in one line. The
+that waits says from time to time for whom; what waiting cannot fix is refused in one line. The
 store stays open: torchrun and its workers use it, too.
 """
 
