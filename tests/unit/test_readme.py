@@ -115,3 +115,12 @@ def test_every_command_that_is_named_exists(page):
     commands = set(re.findall(r"^([a-z-]+) +\|", table, re.MULTILINE)) | {"COMMAND"}
     text = (ROOT / page).read_text(encoding="utf-8")
     assert set(re.findall(r"launch/ithaca\.sh ([\w-]+)", text)) <= commands
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *(f"{name}/README.md" for name in FOLDERS)]
+)
+def test_pages_name_commands_by_the_front_door(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    beside = re.findall(r"python -m tools\.\w+|bash launch/train\.sh", text)
+    assert not beside, "`bash launch/ithaca.sh COMMAND` works from any folder"
