@@ -20,17 +20,16 @@ from pretrain.batches import (
     target_problems,
     target_warnings,
 )
+from pretrain.checkpointing.phase_changes import begun_phase
 from pretrain.checkpointing.progress import Progress
 from pretrain.checkpointing.resume_contract import (
-    Change,
-    begun_phase,
     continuation_changes,
-    is_same,
     missing_parts,
     needless_acceptance,
     refusals,
     weights_changes,
 )
+from pretrain.checkpointing.setting_changes import Change, is_same
 from pretrain.checkpointing.start import Start, find_start
 from pretrain.config.config import Config
 from pretrain.config.effects import effect_warnings

@@ -4,8 +4,9 @@ spellings.
 Precedence: preset < YAML file < flags. The sections belong to the folders that read them.
 """
 
+import functools
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import tyro
 
@@ -43,7 +44,7 @@ class Config:
     memory: MemoryConfig = setting(MemoryConfig, resume="free")
     layout: LayoutConfig = setting(LayoutConfig, resume="free")
     data: DataConfig = setting(DataConfig, resume="data")
-    schedule: ScheduleConfig = setting(ScheduleConfig)  # each of its settings says it itself
+    schedule: ScheduleConfig = setting(ScheduleConfig)
     optimizer: OptimizerConfig = setting(OptimizerConfig, resume="optimization")
     checkpoint: CheckpointConfig = setting(CheckpointConfig, resume="free")
     logging: LoggingConfig = setting(LoggingConfig, resume="free")
@@ -134,3 +135,9 @@ class Config:
         if memory.recompute_granularity is None and not memory.recompute_activations:
             found.append("recompute_granularity")
         return tuple(found)
+
+
+@functools.cache
+def section_types() -> dict[str, type]:
+    """Return the sections by name; not the record of what was given."""
+    return {name: cls for name, cls in get_type_hints(Config).items() if cls is not GivenSettings}

@@ -15,8 +15,8 @@ import yaml
 from data.units import parse_tokens
 from model.config import PRESETS, ModelConfig
 from model.rope import PARAMETERS, Rope
+from pretrain.checkpointing.learning_rate_changes import stored_scheduler
 from pretrain.checkpointing.progress import Progress
-from pretrain.checkpointing.resume_contract import stored_scheduler
 from pretrain.checkpointing.start import find_start
 from pretrain.config import megatron_flags
 from pretrain.config.config import Config, GivenSettings

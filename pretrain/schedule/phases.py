@@ -6,7 +6,7 @@ it; its end is rounded up to whole steps.
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -23,7 +23,10 @@ from pretrain.schedule.batch_schedule import (
 
 @dataclass(frozen=True)
 class Phase:
-    """Describes a part of the run with constant settings, defaults filled in."""
+    """Describes a part of the run with constant settings, defaults filled in.
+
+    A field's `resume` says what another value means to a run that continues in the phase.
+    """
 
     name: str
     index: int
@@ -31,7 +34,7 @@ class Phase:
     end: int
     tokens: int
     """As asked for; the phase ends with the step that reaches them."""
-    seq_length: int
+    seq_length: int = field(metadata=dict(resume="data"))
     global_batch_tokens: int
     """Tokens of the largest step."""
     stretches: tuple[BatchStretch, ...]
@@ -39,12 +42,12 @@ class Phase:
     micro_batch_size: int
     layout: LayoutConfig
     memory: MemorySettings
-    rope: Rope
-    document_masking: bool
-    packing: str
+    rope: Rope = field(metadata=dict(resume="optimization"))
+    document_masking: bool = field(metadata=dict(resume="data"))
+    packing: str = field(metadata=dict(resume="data"))
     data_path: tuple[str, ...]
     """Words of the blend; empty for mock data."""
-    data_exhausted: str
+    data_exhausted: str = field(metadata=dict(resume="data"))
     lr: float
     min_lr: float
     lr_schedule: str

@@ -12,7 +12,7 @@ from model import hf
 from pretrain.checkpointing.folders import find_published
 from pretrain.checkpointing.stored_tensors import read_whole_tensors, tensor_names
 from pretrain.config.load import field_table
-from pretrain.checkpointing.resume_contract import setting_changes
+from pretrain.checkpointing.setting_changes import setting_changes
 from tests.dist.training import VOCABULARY, base_arguments, losses, train, write_corpus
 from tests.huggingface.imports import checkpoint_logits
 from tools.export_hf import Arguments, export

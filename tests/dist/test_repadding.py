@@ -5,7 +5,7 @@ import pytest
 
 from pretrain.config.load import load_config, spell
 from pretrain.plan import make_plan
-from pretrain.checkpointing.resume_contract import _vocabulary_changes
+from pretrain.checkpointing.setting_changes import vocabulary_changes
 from tests.dist.training import VOCABULARY, base_arguments, losses, stored, train, write_corpus
 from tests.huggingface.model_folders import write_folder
 from tools import import_hf
@@ -124,7 +124,7 @@ def test_the_start_says_how_many_rows_there_are():
         load_config(spell(base_arguments("corpus", make_vocab_size_divisible_by=multiple)))
         for multiple in (1, 2)
     )
-    (change,) = _vocabulary_changes(stored, config)
+    (change,) = vocabulary_changes(stored, config)
     assert change.kind == "free"
     assert str(change) == "rows of the embedding, padding included: checkpoint 97, run 98"
 

@@ -15,7 +15,7 @@ from model.config import PRESETS, ModelConfig
 from parallel.config import LayoutConfig
 from parallel.layout import Axis, single_process_layout
 from pretrain import attention_backend as attention
-from pretrain.checkpointing.resume_contract import kind_of
+from pretrain.checkpointing.setting_changes import kind_of
 from pretrain.config.config import CheckpointConfig, Config
 from pretrain.config.facts import problems_of
 from pretrain.config.load import _NOT_OF_THE_WEIGHTS
