@@ -15,7 +15,7 @@ BENCHMARKS = {
     "step": "tools.bench.step",
     "traffic": "tools.bench.traffic",
 }
-"""Name -> module with `Arguments`, a dataclass of its options, and `run(arguments) -> exit code`."""
+"""Name -> module with its options, `Arguments`, and `run(arguments)`, which gives the exit code."""
 
 
 def main() -> int:

@@ -50,9 +50,11 @@ TOLERANCE = 1e-5
 """Largest difference allowed in an output or gradient, as a share of its largest element; both
 compute in fp32."""
 
-Way = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""q, k, v -> output: the whole way [t, N or K, H] -> [t, N, H], or a local kernel [T, m or k, H] ->
-[T, m, H]."""
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Compute the output from q, k, v.
+
+With its exchanges [t, N or K, H] -> [t, N, H]; a local kernel [T, m or k, H] -> [T, m, H].
+"""
 
 
 @dataclass(kw_only=True)
@@ -64,7 +66,7 @@ class Arguments:
     warm_ups: int = 2
     """Repeats before them that are not timed."""
     seed: int = 1234
-    """Of the tensors."""
+    """Seed of the tensors."""
     output: str | None = None
     """File to append the result to, as Markdown."""
 
@@ -96,12 +98,16 @@ def find_problem(arguments: Arguments) -> str | None:
             "Fix: pip install -r tools/bench/requirements.txt"
         )
     if arguments.repeats < 1 or arguments.warm_ups < 0:
-        return f"repeats = {arguments.repeats}, warm_ups = {arguments.warm_ups}: too few. Fix: at least 1 and 0."
+        return (
+            f"repeats = {arguments.repeats}, warm_ups = {arguments.warm_ups}: too few. Fix: at "
+            "least 1 and 0."
+        )
     common = math.gcd(*(shape.heads for shape in SHAPES))
     for processes in arguments.processes:
         if processes < 2 or common % processes:
             return (
-                f"processes = {processes}: DeepSpeed splits heads evenly, and there are multiples of {common}. "
+                f"processes = {processes}: DeepSpeed splits heads evenly, and there are multiples "
+                f"of {common}. "
                 f"Fix: {' or '.join(str(n) for n in range(2, common + 1) if common % n == 0)}."
             )
     return None
@@ -114,7 +120,7 @@ def run_processes(processes: int, arguments: Arguments) -> list[Result]:
         os.environ.update(KEEP_MEMORY)  # read by each process's allocator when it starts
         spawn(work, args=(processes, folder, arguments), nprocs=processes)
         rows = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
-    return [Result(**{**row, "shape": Shape(**row["shape"])}) for row in rows]
+    return [Result(shape=Shape(**row.pop("shape")), **row) for row in rows]
 
 
 def work(rank: int, processes: int, folder: str, arguments: Arguments) -> None:
@@ -186,7 +192,7 @@ def make_tensors(shape: Shape, axis: Axis, seed: int) -> tuple[list[torch.Tensor
     return [x.requires_grad_() for x in tensors[:3]], tensors[3]
 
 
-def make_contenders(shape: Shape, kernel: str, axis: Axis) -> dict[str, Way]:
+def make_contenders(shape: Shape, kernel: str, axis: Axis) -> dict[str, Attention]:
     """Name -> the way from q, k, v to the output.
 
     Each repeats K/V for grouped heads inside the local kernel, after the exchange; REPEATED before
@@ -198,7 +204,7 @@ def make_contenders(shape: Shape, kernel: str, axis: Axis) -> dict[str, Way]:
     local = make_kernel(kernel, shape.tokens)
     split = HeadSplit.make(shape.heads, shape.kv_heads, axis.size)
 
-    def ours(q_tNH, k_tKH, v_tKH):
+    def ours(q_tNH: torch.Tensor, k_tKH: torch.Tensor, v_tKH: torch.Tensor) -> torch.Tensor:
         return heads_to_seq(local(*seq_to_heads(q_tNH, k_tKH, v_tKH, split, axis)), split, axis)
 
     # DeepSpeed's tensors are [tokens, batch, heads, head size]; squeeze and unsqueeze are views
@@ -212,19 +218,22 @@ def make_contenders(shape: Shape, kernel: str, axis: Axis) -> dict[str, Way]:
 
     enough = math.lcm(shape.kv_heads, axis.size)
 
-    def theirs(q_tNH, k_tKH, v_tKH):
+    def theirs(q_tNH: torch.Tensor, k_tKH: torch.Tensor, v_tKH: torch.Tensor) -> torch.Tensor:
         k_tKH, v_tKH = (
             x if x.shape[1] % axis.size == 0 else repeat_heads(x, enough) for x in (k_tKH, v_tKH)
         )
         return module(q_tNH.unsqueeze(1), k_tKH.unsqueeze(1), v_tKH.unsqueeze(1), 1).squeeze(1)
 
-    def repeated(q_tNH, k_tKH, v_tKH):
+    def repeated(q_tNH: torch.Tensor, k_tKH: torch.Tensor, v_tKH: torch.Tensor) -> torch.Tensor:
         return theirs(q_tNH, *(repeat_heads(x, shape.heads) for x in (k_tKH, v_tKH)))
 
-    return {OURS: ours, THEIRS: theirs} | ({REPEATED: repeated} if shape.grouped else {})
+    contenders: dict[str, Attention] = {OURS: ours, THEIRS: theirs}
+    if shape.grouped:
+        contenders[REPEATED] = repeated
+    return contenders
 
 
-def make_kernel(name: str, tokens: int) -> Way:
+def make_kernel(name: str, tokens: int) -> Attention:
     """What runs between the exchanges: causal attention over one document, or an addition that
     costs little."""
     if name == ADDITION:
@@ -245,18 +254,26 @@ def repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-def forward_backward(way: Way, qkv: Sequence[torch.Tensor], grad_out: torch.Tensor) -> torch.Tensor:
-    """Run `way` and its backward into the leaves' `grad`, which takes the leaf's own layout;
+def forward_backward(
+    attention: Attention, qkv: Sequence[torch.Tensor], grad_out: torch.Tensor
+) -> torch.Tensor:
+    """Run `attention` and its backward into the leaves' `grad`, which takes the leaf's own layout;
     returns the output."""
     for x in qkv:
         x.grad = None
-    out = way(*qkv)
+    out = attention(*qkv)
     out.backward(grad_out)
     return out.detach()
 
 
+def gradient(leaf: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of a leaf that a backward has reached."""
+    assert leaf.grad is not None
+    return leaf.grad
+
+
 def compare(
-    contenders: dict[str, Way],
+    contenders: dict[str, Attention],
     qkv: list[torch.Tensor],
     grad_out: torch.Tensor,
     shape: Shape,
@@ -271,9 +288,9 @@ def compare(
     """
     found = {}
     counted = []
-    for name, way in contenders.items():
+    for name, attention in contenders.items():
         with counted_collectives() as sent:
-            found[name] = [forward_backward(way, qkv, grad_out), *(x.grad for x in qkv)]
+            found[name] = [forward_backward(attention, qkv, grad_out), *map(gradient, qkv)]
         counted.append(sum(sent))
     for name, tensors in found.items():
         shares = torch.stack(
@@ -288,7 +305,8 @@ def compare(
         ):
             if not share <= TOLERANCE:
                 raise ValueError(
-                    f"{shape}: {what}: {OURS} and {name} differ by {share:.1e} of the largest element, "
+                    f"{shape}: {what}: {OURS} and {name} differ by {share:.1e} of the largest "
+                    "element, "
                     f"allowed are {TOLERANCE:.0e}"
                 )
     most = torch.tensor(counted)
@@ -356,7 +374,7 @@ def counted_collectives() -> Iterator[list[int]]:
 
 
 def time_in_turns(
-    contenders: dict[str, Way],
+    contenders: dict[str, Attention],
     qkv: Sequence[torch.Tensor],
     grad_out: torch.Tensor,
     axis: Axis,

@@ -86,12 +86,16 @@ def describe(results: list[Result], machine: str, repeats: int) -> str:
             "",
             machine,
             "",
-            f"gloo, fp32, head size {SHAPES[0].head_size}, one document, processes x threads = cores where cores suffice; "
-            f"medians of {repeats} repeats in turns, each as long as its slowest rank; freed memory stays with "
+            f"gloo, fp32, head size {SHAPES[0].head_size}, one document, processes x threads = "
+            "cores where cores suffice; "
+            f"medians of {repeats} repeats in turns, each as long as its slowest rank; freed "
+            "memory stays with "
             "the process, as with torch's allocator on a GPU. MiB: sent by a rank to "
             "others in forward and backward.",
-            "DeepSpeed takes fewer key/value heads than query heads as they are (fewer than processes: repeated to "
-            "their number); where the last three columns are filled, K/V were also repeated to the query heads before "
+            "DeepSpeed takes fewer key/value heads than query heads as they are (fewer than "
+            "processes: repeated to "
+            "their number); where the last three columns are filled, K/V were also repeated to the "
+            "query heads before "
             "its exchange, as Megatron-DeepSpeed does.",
             "",
             table(attention),
@@ -108,9 +112,11 @@ def describe(results: list[Result], machine: str, repeats: int) -> str:
             ),
             bar("shapes with grouped heads, sum of medians", together(grouped), BARS["grouped"]),
             f"- geometric mean of the ratios: {means:.3f}",
-            f"- shapes with grouped heads, against DeepSpeed with K/V repeated first: {together(grouped, REPEATED):.3f}",
+            "- shapes with grouped heads, against DeepSpeed with K/V repeated first: "
+            f"{together(grouped, REPEATED):.3f}",
             "",
-            "The exchange alone (an addition in the place of the attention, where both spend most of the time):",
+            "The exchange alone (an addition in the place of the attention, where both spend most "
+            "of the time):",
             "",
             table(addition),
             "",

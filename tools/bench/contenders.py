@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -38,7 +38,7 @@ THEIRS = "transformers"
 CHECKPOINTED = "transformers, checkpointing"
 ALST = "ALST's parts"
 VOCABULARY = 8192
-"""Of the tiny preset's models here."""
+"""Vocabulary of the tiny preset's models here."""
 STRATEGY: ShardingStrategy = "optim_grads"
 """The trainer's default ZeRO level (pretrain/config/config.py)."""
 OPTIMIZER = OptimizerConfig()
@@ -56,6 +56,8 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class Contender(Protocol):
+    """What takes part in a benchmark of training."""
+
     def forward_backward(self, sample: Batch) -> float:
         """Gradients of the mean loss over the sample's targets -> that loss, nats."""
 
@@ -185,8 +187,10 @@ class Ours:
         with torch.no_grad():
             parameters = dict(self.stages[0].named_parameters())
             for name, weight in initial_weights(config, vocab_size, seed, layout.device):
-                local = parameters[name].to_local()
-                local.copy_(weight[: local.shape[0]])  # rank 0's rows
+                # FSDP2 has made a DTensor of it; this is rank 0, whose rows are the first.
+                parameter: Any = parameters[name]
+                local = parameter.to_local()
+                local.copy_(weight[: local.shape[0]])
         self.optimizer = build_optimizer(self.stages, OPTIMIZER) if optimizer else None
         self.stepper = Stepper(self.stages, layout, config.hidden_size, compute_dtype, strategy)
 
@@ -194,6 +198,7 @@ class Ours:
         return self.stepper.run([sample], train=True)[0]
 
     def step(self, sample: Batch) -> float:
+        assert self.optimizer is not None, "made without an optimizer"
         return train_step(
             self.stepper, self.optimizer, [sample], OPTIMIZER.lr, OPTIMIZER.clip_grad
         ).loss

@@ -12,16 +12,8 @@ import tempfile
 from pathlib import Path
 
 from tools.bench.data_engine import corpus as data_corpus
-from tools.bench.data_engine.rows import (
-    CORES,
-    INDEX_LENGTH,
-    MEAN,
-    MILLION,
-    ROWS,
-    SIZES,
-    SLICE_SAMPLES,
-    Arguments,
-)
+from tools.bench.data_engine.arguments import CORES, SIZES, Arguments
+from tools.bench.data_engine.rows import INDEX_LENGTH, MEAN, MILLION, ROWS, SLICE_SAMPLES
 from tools.bench.report import describe_machine, publish
 
 
@@ -38,7 +30,8 @@ def run(arguments: Arguments) -> int:
         "",
         describe_machine(["megatron-core", "numba"]),
         "",
-        f"One process at a time, {CORES} cores each (reading: one). Peak: resident memory of the process, imports "
+        f"One process at a time, {CORES} cores each (reading: one). Peak: resident memory of the "
+        "process, imports "
         "included; above: beyond its imports and a warm-up. Files are in the page cache.",
         "",
     ]
@@ -81,16 +74,21 @@ def find_problem(arguments: Arguments, folder: Path) -> str | None:
     for name, fewest in least.items():
         if getattr(arguments, name) < fewest:
             return (
-                f"--{name.replace('_', '-')} {getattr(arguments, name)}: too few. Fix: at least {fewest} (reading "
+                f"--{name.replace('_', '-')} {getattr(arguments, name)}: too few. Fix: at least "
+                f"{fewest} (reading "
                 "takes a sample of 1Mi tokens for each of --samples, and some before)."
             )
     if not data_corpus.SHORTEST <= arguments.tokens / arguments.documents <= 100_000:
         return (
-            f"--tokens {arguments.tokens} over --documents {arguments.documents}: not a mean length from "
+            f"--tokens {arguments.tokens} over --documents {arguments.documents}: not a mean "
+            "length from "
             f"{data_corpus.SHORTEST} to 100,000. Fix: about {arguments.documents * MEAN} tokens."
         )
     if arguments.counted_tokens >= 2**31 - MILLION or arguments.documents >= 2**31:
-        return "--counted-tokens, --documents: ids are int32 here, as in Megatron-Core. Fix: fewer than 2e9."
+        return (
+            "--counted-tokens, --documents: ids are int32 here, as in Megatron-Core. Fix: fewer "
+            "than 2e9."
+        )
     needs = {
         "index": 20 * arguments.documents,
         "packing": 20 * arguments.packed_documents,

@@ -42,11 +42,11 @@ class Arguments:
     processes: int = 4
     """Processes of the run."""
     seed: int = 1
-    """Of the moments."""
+    """Seed of the moments of the kills."""
 
 
 @dataclass(frozen=True)
-class Moment:
+class Kill:
     """When to kill: at a step, in the save after it, or `delay` seconds after a restart for a new
     layout."""
 
@@ -57,7 +57,7 @@ class Moment:
     """Which of the restarts, from 1."""
 
 
-def plan_moments(kills: int, steps: int, crossings: list[int], seed: int) -> list[Moment]:
+def plan_kills(kills: int, steps: int, crossings: list[int], seed: int) -> list[Kill]:
     """Half of them at steps, the others in saves and crossings, in the order of their steps.
 
     Args:
@@ -72,14 +72,14 @@ def plan_moments(kills: int, steps: int, crossings: list[int], seed: int) -> lis
     for kind in kinds:
         if kind == "crossing":
             number = chance.randrange(len(crossings))
-            moments.append(Moment(kind, crossings[number], chance.uniform(0, 12), number + 1))
+            moments.append(Kill(kind, crossings[number], chance.uniform(0, 12), number + 1))
         else:
-            moments.append(Moment(kind, chance.randrange(max(1, steps - 3))))  # a save must follow
+            moments.append(Kill(kind, chance.randrange(max(1, steps - 3))))  # a save must follow
     return sorted(moments, key=lambda moment: moment.step)
 
 
 def crossings_of(folder: Path) -> list[int]:
-    """Of a run that nobody disturbed: the steps after which it started again."""
+    """List the steps after which an undisturbed run started again on another layout."""
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     return [event["step"] for event in events if event["event"] == "start"][1:]
 
@@ -90,7 +90,7 @@ class Run:
     def __init__(self, arguments: list[str], save: Path, processes: int):
         """Args: arguments: of the trainer, without --save."""
         self.save = save
-        self.lines = []
+        self.lines: list[str] = []
         environment = os.environ | {
             "NPROC_PER_NODE": str(processes),
             "OMP_NUM_THREADS": "1",
@@ -107,12 +107,12 @@ class Run:
             stderr=subprocess.STDOUT,
         )
         self.reader = threading.Thread(
-            target=lambda: self.lines.extend(self.process.stdout), daemon=True
+            target=lambda: self.lines.extend(self.process.stdout or ()), daemon=True
         )
         self.reader.start()
 
     def last_step(self) -> int:
-        """Of the lines in metrics.jsonl now; those of steps that are done again come and go."""
+        """Return the last step in metrics.jsonl; lines of steps that are done again come and go."""
         try:
             return json.loads((self.save / "metrics.jsonl").read_text().splitlines()[-1])["step"]
         except (OSError, IndexError, ValueError):
@@ -167,7 +167,7 @@ class Run:
             os.kill(worker, signal.SIGKILL)
 
 
-def disturb(run: Run, moments: list[Moment], chance: random.Random) -> list[str]:
+def disturb(run: Run, moments: list[Kill], chance: random.Random) -> list[str]:
     """Kill a random worker at each moment -> what was done, a line each."""
     done = []
     for moment in moments:
@@ -181,7 +181,7 @@ def disturb(run: Run, moments: list[Moment], chance: random.Random) -> list[str]
     return done
 
 
-def _wait_for(run: Run, moment: Moment) -> bool:
+def _wait_for(run: Run, moment: Kill) -> bool:
     if moment.kind == "crossing":
         if not _wait_until(run, lambda: run.starts_for_layouts() >= moment.crossing):
             return False
@@ -212,7 +212,12 @@ def differences(one: Path, other: Path) -> list[str]:
         steps = [a["step"] for a, b in zip(*runs, strict=False) if a[key] != b[key]]
         if steps:
             found.append(f"{key} of {len(steps)} steps, first of {steps[0]}")
-    folders = [find_published(folder) for folder in (one, other)]
+    folders = []
+    for folder in (one, other):
+        published = find_published(folder)
+        if published is None:
+            return [*found, f"no checkpoint in {folder}"]
+        folders.append(published)
     names = tensor_names(folders[0], "")
     if names != tensor_names(folders[1], ""):
         return [*found, "the checkpoints' tensors"]
@@ -233,7 +238,8 @@ def run(arguments: Arguments) -> int:
         alone.wait_until_done()
         steps = alone.last_step()
         print(
-            f"alone: {steps} steps, {alone.starts_for_layouts()} changes of layout, {time.monotonic() - began:.0f} s",
+            f"alone: {steps} steps, {alone.starts_for_layouts()} changes of layout, "
+            f"{time.monotonic() - began:.0f} s",
             flush=True,
         )
     finally:
@@ -241,13 +247,12 @@ def run(arguments: Arguments) -> int:
     disturbed = Run(argv, output / "disturbed", arguments.processes)
     try:
         began = time.monotonic()
-        moments = plan_moments(
-            arguments.kills, steps, crossings_of(output / "alone"), arguments.seed
-        )
+        moments = plan_kills(arguments.kills, steps, crossings_of(output / "alone"), arguments.seed)
         done = disturb(disturbed, moments, random.Random(arguments.seed))
         disturbed.wait_until_done()
         print(
-            f"disturbed: {len(done)} workers killed ({', '.join(done)}), {time.monotonic() - began:.0f} s",
+            f"disturbed: {len(done)} workers killed ({', '.join(done)}), "
+            f"{time.monotonic() - began:.0f} s",
             flush=True,
         )
     finally:

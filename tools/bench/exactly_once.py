@@ -18,10 +18,10 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numba
 import numpy as np
 
 from data.batch import Batch
+from data.config import Packing
 from data.indexed import IndexedReader
 from data.ledger import Ledger
 from data.loader import Loader
@@ -29,9 +29,13 @@ from data.segments import DataSettings
 from data.stream import DocumentStream
 from parallel.context import group_pieces
 from tools.bench.data_engine.numbered_corpus import LENGTHS, Source, make_sources
+from tools.bench.data_engine.token_counters import count_batch, find_difference, mark_tokens
 
 PHASES = 20
 """Random phases; what they leave of the epoch is then drawn source by source."""
+
+
+PACKINGS: tuple[Packing, ...] = ("concat", "best_fit")
 
 
 @dataclass
@@ -73,7 +77,8 @@ class Trial:
         self.sources = sources
         self.longest = longest
         self.log = log
-        self.seed, self.chance = seed, random.Random(seed)
+        self.seed = seed
+        self.chance = random.Random(seed)
         total = sum(int(source.lengths.sum()) for source in sources)
         self.inputs, self.labels, self.passed = (
             np.zeros(total + 1, dtype=np.uint8) for _ in range(3)
@@ -104,7 +109,8 @@ class Trial:
         mixture = self.ledger.mixture()
         done = self.ledger.samples_at(self.clock)
         low = done
-        high = sum(mixture.limits)
+        # Each source ends with its first epoch: none is without a limit.
+        high = sum(limit for limit in mixture.limits if limit is not None)
         while low < high:  # counts grow with the samples
             middle = (low + high + 1) // 2
             fits = all(
@@ -177,7 +183,7 @@ class Trial:
             names = self.chance.sample(
                 [source.name for source in self.sources], self.chance.randint(1, 3)
             )
-            packing = self.chance.choice(["concat", "best_fit"])
+            packing = self.chance.choice(PACKINGS)
             blend = tuple((round(self.chance.uniform(0.1, 1), 3), name) for name in names)
             masking = packing == "best_fit" or self.chance.random() < 0.7
             if not self._enter(DataSettings(seq_length, blend, packing, "error")):
@@ -271,7 +277,7 @@ class Trial:
     # ---- counting and checking, which knows nothing of the engine's ways ----
 
     def _count(self, batch: Batch, document_masking: bool) -> None:
-        wrong = _count(
+        wrong = count_batch(
             batch.tokens.numpy(),
             batch.labels.numpy(),
             document_masking,
@@ -290,7 +296,7 @@ class Trial:
         out = np.zeros_like(self.inputs)
         for source in self.sources:
             spans = self.ledger.streams[source.name].locate(unread[source.name])
-            _mark(source.starts[spans.documents] + spans.offsets, spans.lengths, out)
+            mark_tokens(source.starts[spans.documents] + spans.offsets, spans.lengths, out)
         return out
 
     def _check(self) -> None:
@@ -300,11 +306,11 @@ class Trial:
             documents = (
                 np.arange(len(source.lengths)) if source.selected is None else source.selected
             )
-            _mark(source.starts[documents], source.lengths[documents], expected)
+            mark_tokens(source.starts[documents], source.lengths[documents], expected)
         expected -= self._marked(self._unread()) + self.passed
         drawn = int(self.inputs.sum(dtype=np.int64))
         for source in self.sources:
-            wrong, kind = _compare(
+            wrong, kind = find_difference(
                 source.starts,
                 source.lengths,
                 expected,
@@ -333,7 +339,8 @@ class Trial:
         settings = self.ledger.open.settings
         self.log(
             f"phase {self.outcome.phases}: {settings.packing} {settings.seq_length} from "
-            f"{'+'.join(name for _, name in settings.blend)}: {drawn / self.outcome.tokens:.1%} drawn, "
+            f"{'+'.join(name for _, name in settings.blend)}: {drawn / self.outcome.tokens:.1%} "
+            "drawn, "
             f"{self.outcome.restarts} restarts so far"
         )
 
@@ -342,52 +349,8 @@ class Trial:
         for source in reversed(self.sources):
             if token >= source.base:
                 document = int(np.searchsorted(source.starts, token, side="right")) - 1
-                return f"token {token - source.starts[document]} of document {document} of {source.name}"
+                return (
+                    f"token {token - source.starts[document]} of document {document} of "
+                    f"{source.name}"
+                )
         return "padding"
-
-
-@numba.njit(nogil=True, cache=True)
-def _count(tokens, labels, document_masking, starts, inputs_seen, labels_seen):
-    """Count a batch, up to 255; the first place whose label cannot follow its token, or -1.
-
-    It is the next token, or without document masking perhaps another document's first. starts:
-    sorted.
-    """
-    wrong = -1
-    for i in range(len(tokens)):
-        token = tokens[i]
-        label = labels[i]
-        if token > 0:
-            inputs_seen[token] = min(inputs_seen[token] + 1, 255)
-        if label < 0:
-            continue
-        labels_seen[label] = min(labels_seen[label] + 1, 255)
-        follows = token > 0 and label == token + 1
-        if not follows and not document_masking and token > 0:
-            place = np.searchsorted(starts, label)
-            follows = place < len(starts) and starts[place] == label
-        if not follows and wrong < 0:
-            wrong = i
-    return wrong
-
-
-@numba.njit(nogil=True, cache=True)
-def _mark(starts, lengths, out):
-    for i in range(len(starts)):
-        for token in range(starts[i], starts[i] + lengths[i]):
-            out[token] += 1
-
-
-@numba.njit(nogil=True, cache=True)
-def _compare(starts, lengths, expected, inputs, labels, firsts_may):
-    """(first token that is wrong, 0 as input or 1 as label), or (-1, 0)."""
-    for i in range(len(starts)):
-        for token in range(starts[i], starts[i] + lengths[i]):
-            if inputs[token] != expected[token]:
-                return token, 0
-            if token > starts[i]:
-                if labels[token] != inputs[token - 1]:
-                    return token, 1
-            elif labels[token] > (1 if firsts_may else 0):
-                return token, 1
-    return -1, 0

@@ -32,6 +32,7 @@ from tools.bench.contenders import (
 from tools.bench.fresh import RETURN_MEMORY, measured, run_fresh, trim
 from tools.bench.peers import LOSS_TOLERANCES, PEERS, make_contender
 from tools.bench.report import bar, describe_machine, markdown_table, publish, usable_cores
+from tools.bench.step_arguments import show_tokens
 
 BARS = {CHECKPOINTED: 0.25, ALST: 0.8}
 BAR_TOKENS = 65536
@@ -49,8 +50,9 @@ class Rung:
 
     name: str
     adds: tuple[str, ...]
-    """Fields of ModelConfig, with the values of `lean` or of `only`."""
-    only: tuple[tuple[str, str], ...] = ()
+    """Memory settings that it adds, with the values of `lean`."""
+    only: tuple[tuple[str, str | int], ...] = ()
+    """Fields and values that hold for this rung alone."""
     gpu_only: bool = False
 
 
@@ -86,7 +88,7 @@ class Arguments:
     num_layers: int | None = None
     """Other than the tiny preset's 8, to try it out."""
     seed: int = 1234
-    """Of weights and tokens."""
+    """Seed of weights and tokens."""
     plot: str | None = None
     """PNG file for the peaks over the length."""
     output: str | None = None
@@ -137,11 +139,15 @@ def find_problem(arguments: Arguments) -> str | None:
         return f"--without {' '.join(unknown)}: no such rung. Fix: of {', '.join(names)}."
     if arguments.repeats < 1 or not arguments.lengths or min(arguments.lengths) < 2:
         return (
-            f"--repeats {arguments.repeats} --lengths {arguments.lengths}: too few. Fix: at least 1, and lengths "
+            f"--repeats {arguments.repeats} --lengths {arguments.lengths}: too few. Fix: at least "
+            "1, and lengths "
             "of 2 tokens or more."
         )
     if arguments.documents < 1 or any(tokens % arguments.documents for tokens in arguments.lengths):
-        return f"--documents {arguments.documents}: must divide the lengths {arguments.lengths}. Fix: a power of two."
+        return (
+            f"--documents {arguments.documents}: must divide the lengths {arguments.lengths}. Fix: "
+            "a power of two."
+        )
     return None
 
 
@@ -250,24 +256,6 @@ def describe(
 ) -> str:
     """The whole result as Markdown."""
     lengths = list(arguments.lengths)
-    header = [
-        "",
-        *(f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens) for tokens in lengths),
-    ]
-    peaks = [
-        [label(name), *(show(row[tokens], f"{row[tokens].peak / MIB:,.0f}") for tokens in lengths)]
-        for name, row in cells.items()
-    ]
-    times = [
-        [
-            label(name),
-            *(
-                show(row[tokens], f"{row[tokens].seconds:.1f} ({row[tokens].runs})")
-                for tokens in lengths
-            ),
-        ]
-        for name, row in cells.items()
-    ]
     config = preset(
         "tiny", **({"num_layers": arguments.num_layers} if arguments.num_layers else {})
     )
@@ -280,20 +268,25 @@ def describe(
             "",
             machine,
             "",
-            f"tiny preset ({config.num_layers} layers, vocabulary {VOCABULARY:,}), one process on {usable_cores()} cores, "
-            f"{dtype}, {arguments.documents} document{'s' * (arguments.documents > 1)}; forward and backward, each run "
+            f"tiny preset ({config.num_layers} layers, vocabulary {VOCABULARY:,}), one process on "
+            f"{usable_cores()} cores, "
+            f"{dtype}, {arguments.documents} document{'s' * (arguments.documents > 1)}; forward "
+            "and backward, each run "
             "in a process of its own. Every rung keeps those above it (at the greatest length: "
             f"{settings}). Peak: resident memory above the built model, MiB.",
-            f"{ALST}: TiledMLP in tiles of as many tokens as the model is wide, and TiledFusedLogitsLoss in tiles of "
-            f"{LOSS_CHUNK:,} tokens, on transformers with gradient checkpointing. Its third part, UlyssesSPAttentionHF, "
-            "does nothing on one process (register_with_transformers returns at sequence_parallel_size 1), and its "
+            f"{ALST}: TiledMLP in tiles of as many tokens as the model is wide, and "
+            "TiledFusedLogitsLoss in tiles of "
+            f"{LOSS_CHUNK:,} tokens, on transformers with gradient checkpointing. Its third part, "
+            "UlyssesSPAttentionHF, "
+            "does nothing on one process (register_with_transformers returns at "
+            "sequence_parallel_size 1), and its "
             "offload saves nothing on a CPU.",
             "",
-            markdown_table(header, peaks),
+            peak_table(cells, lengths),
             "",
-            "Seconds of one forward and backward, the median (of so many runs):",
+            "Seconds of one forward and backward, the median (number of runs):",
             "",
-            markdown_table(header, times),
+            time_table(cells, lengths),
             "",
             *bars_at(cells, BAR_TOKENS if BAR_TOKENS in lengths else max(lengths)),
             *(f"- wrong: {line}" for line in wrong),
@@ -303,11 +296,39 @@ def describe(
     )
 
 
+def peak_table(cells: dict[str, dict[int, Cell]], lengths: list[int]) -> str:
+    """Show the peaks in MiB, a row per contender."""
+    rows = []
+    for name, row in cells.items():
+        figures = [show(row[tokens], f"{row[tokens].peak / MIB:,.0f}") for tokens in lengths]
+        rows.append([label(name), *figures])
+    return markdown_table(length_header(lengths), rows)
+
+
+def time_table(cells: dict[str, dict[int, Cell]], lengths: list[int]) -> str:
+    """Show the seconds and the number of runs, a row per contender."""
+    rows = []
+    for name, row in cells.items():
+        figures = [
+            show(row[tokens], f"{row[tokens].seconds:.1f} ({row[tokens].runs})")
+            for tokens in lengths
+        ]
+        rows.append([label(name), *figures])
+    return markdown_table(length_header(lengths), rows)
+
+
+def length_header(lengths: list[int]) -> list[str]:
+    """Head a table whose columns are lengths."""
+    return ["", *map(show_tokens, lengths)]
+
+
 def label(name: str) -> str:
+    """Name a contender in a table."""
     return name if name in PEERS else f"{OURS}, {name}"
 
 
 def show(cell: Cell, figure: str) -> str:
+    """Show a figure, or why there is none."""
     return cell.note or figure
 
 

@@ -6,6 +6,7 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,8 +52,7 @@ class PeerOptions:
 
 
 class Transformers:
-    """The architecture's own class in transformers with sdpa attention, and a plain PyTorch step
-    around it."""
+    """Train the architecture's own class in transformers, with sdpa attention and a plain step."""
 
     def __init__(
         self,
@@ -140,11 +140,12 @@ class Transformers:
                 master.grad = parameter.grad.float()
                 parameter.grad = None
         nn.utils.clip_grad_norm_(self.masters, OPTIMIZER.clip_grad, foreach=True)
+        assert self.optimizer is not None, "made without an optimizer"
         self.optimizer.step()
         self.clear()
         if self.masters is not self.parameters:
             with torch.no_grad():
-                torch._foreach_copy_(self.parameters, self.masters)
+                torch._foreach_copy_([*self.parameters], [*self.masters])
         return loss
 
     def clear(self) -> None:
@@ -186,7 +187,7 @@ def _deepspeed():
     return ulysses_sp
 
 
-def _tiled_mlp(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _tiled_mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
     """An MLP's forward by TiledMLP, in tiles of about as many tokens as the model is wide.
 
     Its documentation's count of tiles is for one row; with several, a tile holds its part of each.
@@ -197,7 +198,7 @@ def _tiled_mlp(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def _tiled_loss(
-    model: nn.Module, hidden: torch.Tensor, labels: torch.Tensor, num_targets: int
+    model: Any, hidden: torch.Tensor, labels: torch.Tensor, num_targets: int
 ) -> torch.Tensor:
     """Mean loss over the targets by TiledFusedLogitsLoss.
 
@@ -237,8 +238,11 @@ def make_contender(
     seed: int,
     **ways: bool,
 ) -> Contender:
-    """A contender by its name: one of PEERS (with further fields of its PeerOptions), or anything else for
-    ours with this configuration."""
+    """Make a contender by its name: one of PEERS, or ours for any other name.
+
+    Args:
+        ways: further fields of a peer's PeerOptions.
+    """
     if name in PEERS:
         return Transformers(
             config, vocab_size, dtype, replace(PEERS[name], **ways), layout.device, seed
@@ -264,7 +268,8 @@ def check_losses(contenders: dict[str, Contender], sample: Batch) -> dict[str, l
         ):
             if not abs(one - other) <= tolerance * abs(one):
                 raise ValueError(
-                    f"loss of step {number}: {one:.6f} with {first}, {other:.6f} with {name}: more than "
+                    f"loss of step {number}: {one:.6f} with {first}, {other:.6f} with {name}: more "
+                    "than "
                     f"{tolerance} apart, so their times and memory say nothing"
                 )
     return losses

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,7 +26,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.calls: Counter = Counter()
 
-    def __torch_dispatch__(self, func, kinds, args=(), kwargs=None):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         # A DTensor's own product comes by again for its local part.
         if kind_of(func) is not None and not any(_is_wrapped(value) for value in args):
@@ -35,7 +36,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def kind_of(func: torch._ops.OpOverload) -> str | None:
-    """Of KINDS, or None for everything else."""
+    """Return which of KINDS an operator is, or None for everything else."""
     name = func._schema.name.removeprefix("aten::")
     if name in PRODUCTS:
         return "products"
@@ -113,7 +114,9 @@ class Replay:
             start = time.perf_counter()
             for _ in range(count):
                 func(*args, **kwargs)
-            seconds[kind_of(func)] += time.perf_counter() - start
+            kind = kind_of(func)
+            assert kind is not None, func
+            seconds[kind] += time.perf_counter() - start
         return seconds
 
 
@@ -171,7 +174,8 @@ class _Enter(torch.autograd.Function):
         return out.view_as(out)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,) = grads
         ctx.clock._begun = ctx.clock.look()
         return None, grad
 

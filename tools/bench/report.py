@@ -42,12 +42,18 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def bar(name: str, value: float, limit: float) -> str:
     """One line that says whether `value` is within its limit, judged before rounding."""
-    return f"- {name}: {value:.3f}, bar {float(limit)}: {'reached' if value <= limit else 'NOT reached'}"
+    return (
+        f"- {name}: {value:.3f}, bar {float(limit)}: "
+        f"{'reached' if value <= limit else 'NOT reached'}"
+    )
 
 
 def bar_at_least(name: str, value: float, limit: float) -> str:
     """`bar` for what should be large."""
-    return f"- {name}: {value:.3f}, bar at least {float(limit)}: {'reached' if value >= limit else 'NOT reached'}"
+    return (
+        f"- {name}: {value:.3f}, bar at least {float(limit)}: "
+        f"{'reached' if value >= limit else 'NOT reached'}"
+    )
 
 
 def publish(text: str, output: str | None) -> None:

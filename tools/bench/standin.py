@@ -35,12 +35,20 @@ def one_rank_of(size: int, device: torch.device) -> Iterator[tuple[Layout, Count
     sent: Counter = Counter()
     try:
         mesh = init_device_mesh(device.type, (size, 1), mesh_dim_names=("dp_cp", "tp"))
-        axes = {
-            name: Axis(name, 0, size, tuple(range(size)), dist.group.WORLD)
-            for name in ("world", "dp_cp", "cp", "cp_a2a")
-        }
+
+        def axis(name: str) -> Axis:
+            return Axis(name, 0, size, tuple(range(size)), dist.group.WORLD)
+
+        layout = replace(
+            single_process_layout(device),
+            mesh=mesh,
+            world=axis("world"),
+            dp_cp=axis("dp_cp"),
+            cp=axis("cp"),
+            cp_a2a=axis("cp_a2a"),
+        )
         with _local_copies(sent):
-            yield replace(single_process_layout(device), mesh=mesh, **axes), sent
+            yield layout, sent
     finally:
         dist.destroy_process_group()
 

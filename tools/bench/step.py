@@ -59,14 +59,18 @@ def find_problem(arguments: Arguments) -> str | None:
     if arguments.repeats < 1:
         return f"--repeats {arguments.repeats}: too few. Fix: at least 1."
     if not arguments.lengths or min(arguments.lengths) < 2:
-        return f"--lengths {arguments.lengths}: a document needs 2 tokens. Fix: at least one length of 2 or more."
+        return (
+            f"--lengths {arguments.lengths}: a document needs 2 tokens. Fix: at least one length "
+            "of 2 or more."
+        )
     if arguments.packed and (
         arguments.documents < 2
         or arguments.packed % arguments.documents
         or arguments.packed < 2 * arguments.documents
     ):
         return (
-            f"--packed {arguments.packed} --documents {arguments.documents}: not equal documents of 2 tokens or "
+            f"--packed {arguments.packed} --documents {arguments.documents}: not equal documents "
+            "of 2 tokens or "
             "more. Fix: a multiple of the documents, and at least 2 of them."
         )
     return None

@@ -14,7 +14,7 @@ class Arguments:
     packed: int = 8192
     """Tokens of the sample that is cut into --documents equal ones; 0 leaves it out."""
     documents: int = 16
-    """Of that sample."""
+    """Documents in that sample."""
     dtype: Dtype | None = None
     """Precision of forward and backward; by default bfloat16 where the device multiplies it in
     hardware."""
@@ -26,10 +26,11 @@ class Arguments:
     num_layers: int | None = None
     """Other than the tiny preset's 8, to try it out."""
     seed: int = 1234
-    """Of weights and tokens."""
+    """Seed of weights and tokens."""
     output: str | None = None
     """File to append the result to, as Markdown."""
 
 
 def show_tokens(tokens: int) -> str:
+    """Spell a length: 8192 -> "8K"."""
     return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)

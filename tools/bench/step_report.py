@@ -72,7 +72,7 @@ class Row:
     peaks: dict[str, int]
     """Contender -> bytes that its step takes above the built model and optimizer."""
     plain_gflops: float
-    """Of a plain product."""
+    """Rate of a plain product."""
     loss: float
     """The first, on which all agree."""
 
@@ -124,11 +124,16 @@ def describe(
         "",
         machine,
         "",
-        f"tiny preset ({config.num_layers} layers, vocabulary {VOCABULARY:,}), one process on {usable_cores()} cores, "
-        f"{dtype} ({why}{f'; transformers: {peers_way}' if dtype == 'bfloat16' else ''}), sdpa; forward, backward, "
-        f"clip, fused AdamW. Medians of {arguments.repeats} steps in turns. Model GFLOP/s: the causal half of the "
-        "attention, no recompute. Peak: resident memory of one step above the built model and optimizer, in a process "
-        "of its own. Alone: the step's own matrix products and attention kernels, recompute included, at the same "
+        f"tiny preset ({config.num_layers} layers, vocabulary {VOCABULARY:,}), one process on "
+        f"{usable_cores()} cores, "
+        f"{dtype} ({why}{f'; transformers: {peers_way}' if dtype == 'bfloat16' else ''}), sdpa; "
+        "forward, backward, "
+        f"clip, fused AdamW. Medians of {arguments.repeats} steps in turns. Model GFLOP/s: the "
+        "causal half of the "
+        "attention, no recompute. Peak: resident memory of one step above the built model and "
+        "optimizer, in a process "
+        "of its own. Alone: the step's own matrix products and attention kernels, recompute "
+        "included, at the same "
         "shapes.",
         "",
         table(rows, config),
@@ -210,13 +215,13 @@ def bars_of(row: Row) -> list[str]:
     allowed = row.peaks[CHECKPOINTED]
     fitting = [name for name in row.own if row.peaks[name] <= allowed]
     if not fitting:
-        least = min(row.own, key=row.peaks.get)
+        least = min(row.own, key=row.peaks.__getitem__)
         return [
             *lines,
             f"- {shape}: transformers with checkpointing takes {allowed / 2**20:.0f} MiB, {least} "
             f"{row.peaks[least] / 2**20:.0f} MiB: NOT reached",
         ]
-    best = min(fitting, key=seconds.get)
+    best = min(fitting, key=seconds.__getitem__)
     return [
         *lines,
         bar_at_least(

@@ -1,4 +1,7 @@
-"""Time a training step, its own products and its attention: what the step benchmark runs in fresh processes."""
+"""Time a training step, its own products and its attention.
+
+The step benchmark runs these functions in fresh processes.
+"""
 
 import gc
 import time

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,8 +28,7 @@ from tools.preprocess_data import preprocess
 
 HEADER = ["tokenizer", "MB of text", "seconds", "MB/s", "MB per CPU second", "ids identical"]
 TRAINING_BYTES = 12_000_000
-"""Of the corpus, for the tokenizer: merges of 32K ids from more take minutes and change nothing
-here."""
+"""Bytes of the corpus that train the tokenizer: more takes minutes and changes nothing here."""
 BATCH = 1000
 """Texts in a batch of Hugging Face's."""
 END = "<|endoftext|>"
@@ -126,7 +126,8 @@ def measure_peers(
     tokenizer = build_tokenizer("HuggingFaceTokenizer", model, None)
     texts = list(read_texts(corpus, peer_bytes))
     size = sum(len(text.encode()) for text in texts)
-    backend = AutoTokenizer.from_pretrained(model).backend_tokenizer
+    loaded: Any = AutoTokenizer.from_pretrained(model)
+    backend = loaded.backend_tokenizer
 
     def in_batches() -> list[list[int]]:
         batches = [

@@ -247,18 +247,20 @@ def compiled_calls_seen(traffic: Traffic) -> Iterator[None]:
 
     def compile_and_count(function: Callable) -> Callable:
         def call(*args):
-            with _disable_current_modes():  # under a mode torch.compile gives up
+            # Under a mode torch.compile gives up.
+            with _disable_current_modes():
                 out = compile_function(function)(*args)
             traffic.counted(function, args, out)
             return out
 
         return call
 
-    compiled._compile = compile_and_count
+    patched: Any = compiled  # the cached function is replaced for a while
+    patched._compile = compile_and_count
     try:
         yield
     finally:
-        compiled._compile = compile_function
+        patched._compile = compile_function
 
 
 def is_written(argument: torch.Argument, name: str) -> bool:

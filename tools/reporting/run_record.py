@@ -223,9 +223,14 @@ def read_run(folder: Path) -> RunRecord:
     events = _checked(event_file, _read_optional(event_file, notes), "event")
     config, progress = _read_checkpoint(folder, notes)
     # The last save's account, or that of the checkpoint where ledger.jsonl is missing.
-    last = accounts[-1] if accounts else None
-    if last is None and progress is not None and "account" in (progress.data or {}):
-        last = {"tokens": progress.clock, "account": progress.data["account"]}
+    account: list[dict] = []
+    account_tokens = 0
+    if accounts:
+        account = accounts[-1]["account"]
+        account_tokens = accounts[-1]["tokens"]
+    elif progress is not None and progress.data is not None and "account" in progress.data:
+        account = progress.data["account"]
+        account_tokens = progress.clock
     place = folder.resolve()
     return RunRecord(
         name=f"{place.parent.name} / {place.name}",
@@ -234,8 +239,8 @@ def read_run(folder: Path) -> RunRecord:
         gains=evaluations_of("context_gain"),
         passkeys=evaluations_of("passkey"),
         events=events,
-        account=last["account"] if last else [],
-        account_tokens=last["tokens"] if last else 0,
+        account=account,
+        account_tokens=account_tokens,
         config=config,
         progress=progress,
         notes=notes,

@@ -88,7 +88,8 @@ def find_room(folder: Path, needed: int) -> str | None:
         return f"--folder {folder}: {error.strerror}. Fix: give a folder that can be written."
     if free < needed:
         return (
-            f"--folder {folder}: {free / 1e9:.1f} GB are free, {needed / 1e9:.1f} GB are needed. Fix: another "
+            f"--folder {folder}: {free / 1e9:.1f} GB are free, {needed / 1e9:.1f} GB are needed. "
+            "Fix: another "
             "folder, or fewer --documents, --read-tokens and --counted-tokens."
         )
     return None

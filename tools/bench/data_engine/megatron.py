@@ -9,6 +9,7 @@ real one all the same.
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,10 +88,12 @@ def build(
     files: IndexedDataset, prefix: str, seq_length: int, reset_positions: bool = True
 ) -> GPTDataset:
     """One epoch of all documents, shuffled, at one length."""
+    # As much of a tokenizer as GPTDataset asks for, whatever its annotation says.
+    tokenizer: Any = Ids()
     config = GPTDatasetConfig(
         random_seed=1234,
         sequence_length=seq_length,
-        tokenizer=Ids(),
+        tokenizer=tokenizer,
         reset_position_ids=reset_positions,
         reset_attention_mask=False,
         eod_mask_loss=False,

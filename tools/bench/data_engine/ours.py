@@ -5,15 +5,17 @@ Each of the measured functions runs in a process of its own (fresh.py).
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from data.config import Packing
 from data.indexed import IndexedReader
 from data.ledger import Ledger
 from data.loader import Loader
 from data.packing.bins import pack
 from data.segments import DataSettings
-from data.stream import DocumentStream
+from data.stream import DocumentStream, Reader
 from tools.bench.data_engine.corpus import EOD, VOCAB_SIZE
 from tools.bench.fresh import measured
 
@@ -81,10 +83,8 @@ def pack_lengths(prefix: str, warm_up: str, documents: int, seq_length: int) -> 
         start = time.perf_counter()
         cpu = time.process_time()
         bins = pack(lengths, seq_length)
-        found["pack_seconds"], found["pack_cpu_seconds"] = (
-            time.perf_counter() - start,
-            time.process_time() - cpu,
-        )
+        found["pack_seconds"] = time.perf_counter() - start
+        found["pack_cpu_seconds"] = time.process_time() - cpu
     return {
         **found,
         "documents": len(lengths),
@@ -104,7 +104,9 @@ def pack_stream(prefix: str, warm_up: str, documents: int, seq_length: int) -> d
         )
         ledger = Ledger({SOURCE: stream})
         ledger.enter(0, "packing", settings)
-        return stream, ledger.mixture().limits[0]
+        limit = ledger.mixture().limits[0]
+        assert limit is not None, "--data-exhausted error draws one epoch"
+        return stream, limit
 
     enter(warm_up, None)
     with measured() as found:
@@ -117,17 +119,18 @@ def pack_stream(prefix: str, warm_up: str, documents: int, seq_length: int) -> d
     }
 
 
-def slices(prefix: str, seq_length: int, samples: int, packing: str, balanced: bool) -> dict:
+def slices(prefix: str, seq_length: int, samples: int, packing: Packing, balanced: bool) -> dict:
     """What each of RANKS ranks reads of a sample: tokens and entries of .idx, most beyond its
     share; by counting."""
-    from parallel.context import (
-        group_pieces,
-    )  # imports megatron; the other rows' memory should not hold it
+    # It imports megatron, which the memory of the other rows should not hold.
+    from parallel.context import group_pieces
 
     worst = {"tokens": 0, "beyond": -(1 << 60), "entries_beyond": -(1 << 60), "entries": 0}
     ledger = open_ledger(prefix)
     share = seq_length // RANKS
-    reader = ledger.streams[SOURCE].reader = CountingReader(ledger.streams[SOURCE].reader)
+    stream = ledger.streams[SOURCE]
+    reader: Any = CountingReader(stream.reader)
+    stream.reader = reader
     for rank in range(RANKS):
         pieces = (
             group_pieces(seq_length, rank, RANKS)
@@ -163,7 +166,7 @@ def make_loader(
     ledger: Ledger,
     clock: int,
     seq_length: int,
-    packing: str = "concat",
+    packing: Packing = "concat",
     pieces: list[tuple[int, int]] | None = None,
 ) -> Loader:
     """One sample a step from `clock` on."""
@@ -198,8 +201,8 @@ class CountingReader:
     """Counts what goes through `read_spans` and `read`: tokens copied from .bin, and entries of
     .idx looked up."""
 
-    def __init__(self, reader: IndexedReader):
-        self._reader = reader
+    def __init__(self, reader: Reader):
+        self._reader: Any = reader
         self.tokens = 0
         self.entries = 0
 

@@ -3,12 +3,13 @@
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tools.bench import exactly_once, tokenizing
 from tools.bench.data_engine import corpus as data_corpus
 from tools.bench.data_engine import ours as data_ours
+from tools.bench.data_engine.arguments import CORES, Arguments
 from tools.bench.fresh import measured, run_fresh
 from tools.bench.report import bar, bar_at_least, markdown_table
 
@@ -34,14 +35,6 @@ MEAN = 1000
 SLICE_SAMPLES = 4
 
 
-CORES = 2
-"""Of each contender, except in reading, which has one."""
-
-
-SIZES = ("documents", "tokens", "packed_documents", "read_tokens", "counted_tokens")
-"""Of `Arguments`: what the bars depend on."""
-
-
 BARS = {
     "index seconds": 6.0,
     "index GB": 1.6,
@@ -51,36 +44,6 @@ BARS = {
     "reading Mtok/s": 150.0,
     "tokenizing MB/s": 150.0,
 }
-
-
-@dataclass(kw_only=True)
-class Arguments:
-    documents: int = 100_000_000
-    """Documents of the index row."""
-    tokens: int = 100_000_000_000
-    """Tokens of the index row; its .bin is a hole of twice as many bytes, its .idx has 20 bytes a
-    document."""
-    packed_documents: int = 10_000_000
-    """Documents of the packing row."""
-    read_tokens: int = 256_000_000
-    """Tokens of the reading and slices rows."""
-    counted_tokens: int = 512_000_000
-    """Tokens of the exactly-once row; 4 bytes each on disk, about 7 in memory."""
-    text_bytes: int = 500_000_000
-    """JSON lines of the tokenizing row."""
-    repeats: int = 3
-    """Fresh processes of each contender in the index and packing rows; the median counts."""
-    samples: int = 20
-    """Timed samples of the reading row; the median counts."""
-    folder: str | None = None
-    """Where the corpora are made, in a folder of their own that is removed afterwards; the system's
-    default if none."""
-    only: tuple[str, ...] = ()
-    """Rows to run: index, packing, reading, slices, tokenizing, exactly-once; all by default."""
-    seed: int = 1234
-    """Of the corpora, and of the exactly-once row's phases."""
-    output: str | None = None
-    """File to append the result to, as Markdown."""
 
 
 def measure_index(folder: Path, arguments: Arguments) -> tuple[list[str], bool]:
@@ -116,8 +79,10 @@ def measure_index(folder: Path, arguments: Arguments) -> tuple[list[str], bool]:
     return [
         "### Index",
         "",
-        f"{arguments.documents:,} documents, {total:,} tokens; from opening the files to the first sample of "
-        f"{INDEX_LENGTH} tokens, with no index cached; then {NEXT_LENGTH} tokens, with the files open. Medians of "
+        f"{arguments.documents:,} documents, {total:,} tokens; from opening the files to the first "
+        "sample of "
+        f"{INDEX_LENGTH} tokens, with no index cached; then {NEXT_LENGTH} tokens, with the files "
+        "open. Medians of "
         f"{arguments.repeats}, highest peaks.",
         "",
         markdown_table(
@@ -173,9 +138,12 @@ def measure_packing(folder: Path, arguments: Arguments) -> tuple[list[str], bool
     return [
         "### Best-fit packing",
         "",
-        f"{count:,} documents into samples of {MILLION:,} tokens. All at once: the algorithm over an array of "
-        "lengths. A run's windows: opening .idx, and an epoch in windows of 1,024 samples, drawn in the stream's "
-        "order, cut, packed and put in order. OLMo-core, quoted: 0.072 to 0.075 M documents/s, 10 GB per 10M.",
+        f"{count:,} documents into samples of {MILLION:,} tokens. All at once: the algorithm over "
+        "an array of "
+        "lengths. A run's windows: opening .idx, and an epoch in windows of 1,024 samples, drawn "
+        "in the stream's "
+        "order, cut, packed and put in order. OLMo-core, quoted: 0.072 to 0.075 M documents/s, 10 "
+        "GB per 10M.",
         "",
         markdown_table(
             ["", "seconds", "cpu s", "M documents/s", "GB per 10M, above", "peak GB", "fill %"],
@@ -202,7 +170,7 @@ def measure_reading(folder: Path, arguments: Arguments) -> tuple[list[str], bool
             "seq_length": seq_length,
             "samples": arguments.samples * (1 if seq_length == MILLION else 16),
         }
-        for name, function, options in (
+        sides: tuple[tuple[str, Callable[..., dict], dict[str, Any]], ...] = (
             (OURS, data_ours.read, {}),
             (THEIRS, data_megatron.read, {"reset_positions": True}),
             (
@@ -210,7 +178,8 @@ def measure_reading(folder: Path, arguments: Arguments) -> tuple[list[str], bool
                 data_megatron.read,
                 {"reset_positions": False},
             ),
-        ):
+        )
+        for name, function, options in sides:
             for clock, seconds in run_fresh(function, 1, **common, **options).items():
                 rates.setdefault(name, {})[seq_length, clock] = (
                     seq_length / statistics.median(seconds) / 1e6
@@ -219,9 +188,12 @@ def measure_reading(folder: Path, arguments: Arguments) -> tuple[list[str], bool
     return [
         "### Reading",
         "",
-        f"Samples with labels and per-document positions ({OURS}: cu_seqlens and checked ids too), in process, one "
-        f"core, warm page cache; the median of {arguments.samples} samples of {MILLION:,} tokens and of "
-        f"{16 * arguments.samples} of {INDEX_LENGTH:,}. Our positions are those of Megatron-Core's own function on "
+        f"Samples with labels and per-document positions ({OURS}: cu_seqlens and checked ids too), "
+        "in process, one "
+        f"core, warm page cache; the median of {arguments.samples} samples of {MILLION:,} tokens "
+        "and of "
+        f"{16 * arguments.samples} of {INDEX_LENGTH:,}. Our positions are those of Megatron-Core's "
+        "own function on "
         "the same tokens.",
         "",
         markdown_table(["Mtok/s", "1Mi", "by CPU time", "8Ki", "by CPU time"], rows),
@@ -263,9 +235,12 @@ def measure_slices(folder: Path, arguments: Arguments) -> tuple[list[str], bool]
     return [
         "### A slice of a 1Mi sample",
         "",
-        f"What the rank of {ranks} that reads most copies from .bin, and looks up in .idx (8 bytes a document), "
-        f"counted at the reader, over {SLICE_SAMPLES} samples. Allowed: 1/{ranks} of the sample and a token per "
-        "contiguous chunk, and an entry for each document in the slice. Every rank also walks the lengths of the "
+        f"What the rank of {ranks} that reads most copies from .bin, and looks up in .idx (8 bytes "
+        "a document), "
+        f"counted at the reader, over {SLICE_SAMPLES} samples. Allowed: 1/{ranks} of the sample "
+        "and a token per "
+        "contiguous chunk, and an entry for each document in the slice. Every rank also walks the "
+        "lengths of the "
         "sample's documents, which are in memory.",
         "",
         markdown_table(
@@ -292,10 +267,12 @@ def measure_exactly_once(folder: Path, arguments: Arguments) -> tuple[list[str],
     return [
         "### Exactly once",
         "",
-        f"{found['tokens']:,} tokens in 3 sources; {found['phases']} random phases ({min(found['lengths']):,} to "
+        f"{found['tokens']:,} tokens in 3 sources; {found['phases']} random phases "
+        f"({min(found['lengths']):,} to "
         f"{max(found['lengths']):,} tokens; concat and best_fit; other blends, batches, dp, cp), "
         f"{found['steps']:,} steps, {found['restarts']} restarts from the ledger's JSON, "
-        f"{found['passed_over']:,} tokens passed over on purpose; {found['drawn']:,} tokens counted as inputs and "
+        f"{found['passed_over']:,} tokens passed over on purpose; {found['drawn']:,} tokens "
+        "counted as inputs and "
         f"as labels; {found['seconds']:.0f} s.",
         "",
         f"- each token exactly once: {'NOT ' if problems else ''}reached",
@@ -309,8 +286,10 @@ def measure_tokenizing(folder: Path, arguments: Arguments) -> tuple[list[str], b
     return [
         "### Tokenizing",
         "",
-        f"tools.preprocess_data on {arguments.text_bytes / 1e6:,.0f} MB of JSON lines (Python's standard library "
-        "in pieces) with a byte-level BPE tokenizer of 32,000 ids, files to files, on all cores; Hugging Face's "
+        f"tools.preprocess_data on {arguments.text_bytes / 1e6:,.0f} MB of JSON lines (Python's "
+        "standard library "
+        "in pieces) with a byte-level BPE tokenizer of 32,000 ids, files to files, on all cores; "
+        "Hugging Face's "
         "tokenizer on the first of them, from memory. The median of 3.",
         "",
         markdown_table(tokenizing.HEADER, [row.cells() for row in rows]),

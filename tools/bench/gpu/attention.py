@@ -54,7 +54,7 @@ class Heads:
     v: torch.Tensor
     grad: torch.Tensor
     forward_flops: int
-    """Of the causal half."""
+    """Operations of forward, the causal half."""
 
 
 def qwen_attention(card: Card, scale: Scale, report: Report, *, tokens: int) -> None:

@@ -124,6 +124,7 @@ def describe_item(item: Item) -> str:
 def print_table(path: Path) -> int:
     """Print the Markdown section of a file of lines; 0, or 2 with one line of what is wrong with
     it."""
+    lines: list[Line] = []
     try:
         lines = read_lines(path)
         problem = None if lines else f"it is empty. {FIX}"

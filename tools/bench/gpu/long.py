@@ -37,7 +37,7 @@ WIRE = 350e9
 """Bytes per second and direction that a rank is taken to exchange with others in the model of
 communication time."""
 WARM_UP_TOKENS = 2048
-"""Of a rank, in a step that makes the moments."""
+"""Tokens of a rank in a first step, which makes the moments."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class QwenRun:
     cost: Cost
     attention_seconds: float
     attention_flops: int
-    """Of forward and backward, the causal half."""
+    """Operations of forward and backward, the causal half."""
     attention: str
     """What was chosen, and why."""
     sent: dict[str, int]

@@ -4,6 +4,7 @@ compiled."""
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from parallel.layout import Layout
 from pretrain.planner.model_size import ModelSize
@@ -42,9 +43,9 @@ class Step:
     seconds: float
     """Median of REPEATS."""
     loss: float
-    """Of the first step."""
+    """Loss of the first step."""
     peak: int
-    """Bytes."""
+    """Most bytes in tensors during a step."""
 
 
 def ours(
@@ -68,7 +69,7 @@ def ours(
         with report.trying(case):
             seconds[backend] = row.measure_ours(case, backend, LOSS_CHUNK)
     if seconds:
-        fastest = min(seconds, key=seconds.get)
+        fastest = min(seconds, key=seconds.__getitem__)
         case = name_case(fastest, OTHER_CHUNK)
         with report.trying(case):
             row.measure_ours(case, fastest, OTHER_CHUNK)
@@ -110,7 +111,8 @@ class Row:
 
     def measure_ours(self, case: str, backend: str, chunk: int) -> float:
         """Report our trainer's step -> its seconds."""
-        config = replace(self.config, attention_backend=backend, loss_chunk_tokens=chunk)
+        changes: dict[str, Any] = {"attention_backend": backend, "loss_chunk_tokens": chunk}
+        config = replace(self.config, **changes)
         attend, chosen = attention_of(config, self.card, self.scale)
 
         def build(layout: Layout) -> Contender:

@@ -153,7 +153,7 @@ def compare(ours: Sequence[Line], peer: Sequence[Line]) -> list[str]:
     peer_best = fastest(peer)
     if ours_best is None or peer_best is None:
         return []
-    ratio = ours_best.value / peer_best.value
+    ratio = figure_of(ours_best) / figure_of(peer_best)
     verdict = "reached" if ratio >= 1 else "NOT reached"
     text = (
         f"- {ours_best.item}: {ours_best.case} / {peer_best.case}: {ratio:.3f} times its tokens/s "
@@ -172,9 +172,16 @@ def fastest(lines: Sequence[Line]) -> Line | None:
     found = [
         line for line in lines if line.figure == "tokens" and isinstance(line.value, int | float)
     ]
-    return max(found, key=lambda line: line.value, default=None)
+    return max(found, key=figure_of, default=None)
+
+
+def figure_of(line: Line) -> float:
+    """Return the figure of a line that has one."""
+    assert isinstance(line.value, int | float), line
+    return float(line.value)
 
 
 def loss_of(lines: Sequence[Line], case: str) -> float | None:
     """A case's first loss."""
-    return next((line.value for line in lines if line.case == case and line.figure == "loss"), None)
+    found = [line for line in lines if line.case == case and line.figure == "loss"]
+    return figure_of(found[0]) if found else None
