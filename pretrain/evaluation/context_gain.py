@@ -1,5 +1,4 @@
-"""Context gain: how much lower the loss of the same targets is with the whole document before them
-than with a cut one.
+"""Context gain: how much lower a target's loss is with the whole document before it than with less.
 
 Targets come in blocks of consecutive tokens of a document, spread over the places that have at
 least `cut` tokens before them. The full pass reads the document from its beginning. The cut pass
@@ -9,29 +8,36 @@ per document. Gain = loss with the cut context - loss with the full one, in nats
 model that makes no use of what is further away.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import ndtri, stdtrit
 
 from data.blend import BlendOrder
 from data.excerpts import Excerpt
 from data.sources import Blend
 from data.stream import Reader
-from pretrain.evaluation.probe import score_probes
-from pretrain.step import Stepper
+from pretrain.evaluation.probe import ProbeShape, score_probes
+from pretrain.step import Scores, Stepper
 
 BOOTSTRAP_DRAWS = 2000
+INTERVAL_PERCENTILES = (2.5, 97.5)
+"""Ends of the 95 % interval."""
+CUTS_PER_BLOCK = 8
+"""A block of targets has the cut's tokens over this."""
 
 
 class Document(NamedTuple):
+    """A document of a validation set."""
+
     reader: Reader
     number: int
     length: int
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count) -> int64."""
+        """Read tokens [start, start + count) -> int64."""
         out = np.empty(count, dtype=np.int64)
         self.reader.read_spans(np.array([self.number]), np.array([start]), np.array([count]), out)
         return out
@@ -53,25 +59,26 @@ class ContextGain:
         return self.loss_cut - self.loss_full
 
 
+# ---------------------------------------------------------------- documents and targets
+
+
 def choose_documents(blend: Blend, cut: int, seq_length: int, count: int) -> list[Document]:
-    """Documents of a validation set of at least 2 x cut tokens: those that fill most of
-    `seq_length`.
+    """Choose documents of at least 2 x cut tokens: those that fill most of `seq_length`.
 
     A few long documents among short ones would give nearly all targets, and short ones say nothing
     of a long context. Of equally full ones the first in the order of the streams; of several
     streams in the shares of their weights, as far as each has such documents.
     """
+    # The least length of the `count` fullest.
     lengths = np.concatenate([np.minimum(stream.lengths, seq_length) for _, stream in blend])
-    full = (
-        np.partition(lengths, -count)[-count] if count < len(lengths) else 0
-    )  # the least of the `count` fullest
-    found = [stream.first_documents(count, max(int(full), 2 * cut)) for _, stream in blend]
+    least = np.partition(lengths, -count)[-count] if count < len(lengths) else 0
+
+    found = [stream.first_documents(count, max(int(least), 2 * cut)) for _, stream in blend]
     limits = [len(numbers) for numbers in found]
     order = BlendOrder([weight for weight, _ in blend], limits)
+    sources, places = order.draw(0, min(count, sum(limits)))
     chosen = []
-    for source, place in zip(
-        *(array.tolist() for array in order.draw(0, min(count, sum(limits)))), strict=True
-    ):
+    for source, place in zip(sources.tolist(), places.tolist(), strict=True):
         reader = blend[source][1].reader
         number = found[source][place]
         chosen.append(Document(reader, number, int(reader.document_lengths[number])))
@@ -79,17 +86,20 @@ def choose_documents(blend: Blend, cut: int, seq_length: int, count: int) -> lis
 
 
 def target_blocks(length: int, cut: int) -> np.ndarray:
-    """Where a document's targets lie -> int64 [blocks, 2], half-open ranges of its first `length`
-    >= 2 x cut tokens.
+    """Place the targets of a document -> int64 [blocks, 2], half-open ranges of its tokens.
 
     As many blocks as there are windows that the cut pass can place into `length` tokens; each lies
     in the middle of an equal share of the tokens that have `cut` or more before them.
+
+    Args:
+        length: tokens of the document that are read, at least 2 x cut.
     """
     assert length >= 2 * cut, (length, cut)
-    block = max(1, cut // 8)
+    block = max(1, cut // CUTS_PER_BLOCK)
     count = length // (cut + block)
-    strip = (length - cut) / count
-    starts = cut + ((np.arange(count) + 0.5) * strip - block / 2).astype(np.int64)
+    share = (length - cut) / count
+    middles = (np.arange(count) + 0.5) * share
+    starts = cut + (middles - block / 2).astype(np.int64)
     return np.stack([starts, starts + block], axis=1)
 
 
@@ -106,87 +116,87 @@ def cut_probe(document: Document, length: int, cut: int) -> list[Excerpt]:
     ]
 
 
+# ---------------------------------------------------------------- the measurement
+
+
 def measure(
-    stepper: Stepper, documents: Sequence[Document], seq_length: int, cut: int, seed: int, **layout
+    stepper: Stepper,
+    documents: Sequence[Document],
+    seq_length: int,
+    cut: int,
+    seed: int,
+    shape: ProbeShape,
 ) -> ContextGain:
-    """Score both passes over the first `seq_length` tokens of the documents; collective over the
-    world.
+    """Score both passes over the first `seq_length` tokens of the documents.
+
+    Collective over the world.
 
     Args:
         seed: of the bootstrap.
-        layout: what `score_probes` asks for besides.
     """
     lengths = [min(document.length, seq_length) for document in documents]
-    full, cut_short = (
-        score_probes(
-            stepper,
-            [
-                probe(document, length, cut)
-                for document, length in zip(documents, lengths, strict=True)
-            ],
-            max(lengths),
-            **layout,
-        )
-        for probe in (full_probe, cut_probe)
-    )
-    assert np.array_equal(full.num_targets, cut_short.num_targets), (
-        "both passes score the same targets"
-    )
+
+    def score(probe: Callable[[Document, int, int], list[Excerpt]]) -> Scores:
+        probes = [
+            probe(document, length, cut)
+            for document, length in zip(documents, lengths, strict=True)
+        ]
+        return score_probes(stepper, probes, max(lengths), shape)
+
+    full = score(full_probe)
+    cut_short = score(cut_probe)
+    assert np.array_equal(full.num_targets, cut_short.num_targets), "both score the same targets"
     return summarize(full.loss_sums, cut_short.loss_sums, full.num_targets, seed)
 
 
 def summarize(
     full_sums: np.ndarray, cut_sums: np.ndarray, targets: np.ndarray, seed: int
 ) -> ContextGain:
-    """Means over all targets, and the interval of the gain by a paired bootstrap over documents.
+    """Compute means over all targets, and the gain's interval by a paired bootstrap over documents.
 
     The percentiles are moved away from the gain by the factor by which Student's interval of a mean
     is wider than the bootstrap's: of few documents the plain ones hold the true gain far too rarely
     (four: 79 of 100).
 
     Args:
-        full_sums, cut_sums: fp64 [documents], losses summed over the document's targets; targets:
-        int64 [documents].
+        full_sums: fp64 [documents], losses summed over the document's targets.
+        cut_sums: the same with the cut context.
+        targets: int64 [documents].
 
     Source: percentile bootstrap, Efron and Tibshirani, An Introduction to the Bootstrap (1993),
     chapter 13; its width with few observations, Hesterberg (arXiv 1411.5279), section 3.2.
     """
+    documents = len(targets)
     total = int(targets.sum())
+    differences = cut_sums - full_sums
+    gain = float(differences.sum() / total)
     low = None
     high = None
-    gain = float((cut_sums - full_sums).sum() / total)
-    if len(targets) > 1:
-        draws = np.random.default_rng(seed).integers(
-            0, len(targets), size=(BOOTSTRAP_DRAWS, len(targets))
+    if documents > 1:
+        # Documents are drawn with replacement, both passes of one together.
+        generator = np.random.default_rng(seed)
+        draws = generator.integers(0, documents, size=(BOOTSTRAP_DRAWS, documents))
+        gains = differences[draws].sum(axis=1) / targets[draws].sum(axis=1)
+        factor = _student_widening(documents)
+        low, high = (
+            gain + factor * (end - gain)
+            for end in np.percentile(gains, INTERVAL_PERCENTILES).tolist()
         )
-        gains = (cut_sums - full_sums)[draws].sum(axis=1) / targets[draws].sum(axis=1)
-        ends = np.percentile(gains, [2.5, 97.5]).tolist()
-        factor = _widening(len(targets))
-        low, high = (gain + factor * (end - gain) for end in ends)
     return ContextGain(
-        float(full_sums.sum() / total),
-        float(cut_sums.sum() / total),
-        low,
-        high,
-        len(targets),
-        total,
+        loss_full=float(full_sums.sum() / total),
+        loss_cut=float(cut_sums.sum() / total),
+        gain_low=low,
+        gain_high=high,
+        documents=documents,
+        num_targets=total,
     )
 
 
-def _widening(documents: int) -> float:
-    """Width of Student's 95 % interval of a mean over that of the bootstrap.
-
-    Source: quantiles of Student's t by Abramowitz and Stegun 26.7.5; of one and two degrees of
-    freedom from the table.
-    """
+def _student_widening(documents: int) -> float:
+    """The width of Student's 95 % interval of a mean over that of the bootstrap."""
     free = documents - 1
-    z = 1.959964
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    quantile = {1: 12.706, 2: 4.303}.get(free) or z + sum(
-        term / free ** (i + 1) for i, term in enumerate(terms)
-    )
-    return quantile / z * (documents / free) ** 0.5
+    upper = INTERVAL_PERCENTILES[1] / 100
+    # Quantiles of Student's t and of the normal distribution (scipy.stats takes long to import).
+    quantiles = float(stdtrit(free, upper) / ndtri(upper))
+    # The bootstrap divides the variance by the number of documents, Student by one less.
+    return quantiles * (documents / free) ** 0.5

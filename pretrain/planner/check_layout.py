@@ -6,7 +6,7 @@ from parallel.schedule import SCHEDULES
 from parallel.ulysses import chunk_counts
 from pretrain.config.config import Config
 from pretrain.config.facts import problems_of
-from pretrain.evaluation.evaluate import check_lengths
+from pretrain.evaluation.lengths import check_lengths
 from pretrain.planner.head_counts import head_split
 from pretrain.schedule.batch_words import BatchWords
 from pretrain.schedule.phases import Phase

@@ -45,7 +45,7 @@ def score(world, case: Case) -> dict:
     batches = loader.read(0)
     scores = stepper.score(batches)
     result = {
-        "scores": (scores.loss_sums, scores.num_targets, scores.first_choices),
+        "scores": (scores.loss_sums, scores.num_targets, scores.num_correct),
         "run": stepper.run(batches, train=False),
     }
     if world.size == 1:

@@ -22,7 +22,9 @@ from pretrain.evaluation.context_gain import (
     summarize,
     target_blocks,
 )
-from pretrain.evaluation.evaluate import Evaluator, warnings
+from pretrain.evaluation.evaluate import Evaluator
+from pretrain.evaluation.lengths import length_warnings
+from pretrain.evaluation.probe import ProbeShape
 from pretrain.schedule.resolve import resolve_phases
 from pretrain.step import Scores
 from tests.documents import Documents
@@ -126,6 +128,7 @@ def test_a_planted_gain_is_found():
     cut = 16
     far = 64
     length = 200
+    shape = ProbeShape(token_multiple=8, padding=0, vocab_size=9999)
     documents = choose_documents(blend((1.0, [100, 40, 300, 90])), cut, length, 9)
     places = np.concatenate(
         [
@@ -136,9 +139,7 @@ def test_a_planted_gain_is_found():
         ]
     )
     share = float((places >= far).mean())
-    found = measure(
-        KnownModel(far), documents, length, cut, 1, token_multiple=8, padding=0, vocab_size=9999
-    )
+    found = measure(KnownModel(far), documents, length, cut, 1, shape)
     assert (
         0.3 < share < 0.9
         and found.loss_cut == 2.0
@@ -149,9 +150,7 @@ def test_a_planted_gain_is_found():
         and found.num_targets == len(places)
         and found.gain_low < found.gain < found.gain_high
     )
-    none = measure(
-        KnownModel(10**6), documents, length, cut, 1, token_multiple=8, padding=0, vocab_size=9999
-    )
+    none = measure(KnownModel(10**6), documents, length, cut, 1, shape)
     assert (none.gain, none.gain_low, none.gain_high) == (0.0, 0.0, 0.0)
 
 
@@ -218,13 +217,13 @@ def test_lengths_far_beyond_the_phase_are_warned_of():
         "--seq-length 64 --global-batch-size 2 --train-iters 1 --mock-data --vocab-size 99 "
         "--eval-seq-lengths 16 256 512".split()
     )
-    (said,) = warnings(config.logging, resolve_phases(config))
+    (said,) = length_warnings(config.logging, resolve_phases(config))
     assert said == (
         "phase 'main': eval_seq_lengths = 512: a microbatch has 8 times the tokens of the "
         "phase's own on each rank and may not fit into memory"
     )
     config.logging.eval_iters = 0
-    assert warnings(config.logging, resolve_phases(config)) == []
+    assert length_warnings(config.logging, resolve_phases(config)) == []
 
 
 def test_one_document_has_no_interval():

@@ -9,8 +9,9 @@ from data.batch import IGNORE
 from data.excerpts import lay_out
 from data.stream import DocumentStream
 from data.tokenizers.tokenizer import build_tokenizer
-from pretrain.evaluation.passkey import check_lengths, write_texts, write_trial
-from pretrain.logs.metrics import evaluation_line, evaluation_values
+from pretrain.evaluation.passkey import write_trial
+from pretrain.evaluation.passkey_texts import check_passkey_lengths, write_texts
+from pretrain.logs.lines import evaluation_line, evaluation_values
 from tests.documents import Documents, Letters
 from tools.train_tokenizer import Arguments, train_tokenizer
 
@@ -86,7 +87,7 @@ def test_a_trained_tokenizer_writes_the_texts(tmp_path):
         tokenizer.decode(asked[-answer:]).strip() == "90817"
         and tokenizer.decode(sentence).count("90817") == 2
     )
-    assert check_lengths(tokenizer, [4096]) == []
+    assert check_passkey_lengths(tokenizer, [4096]) == []
 
 
 def test_records_in_words_and_as_curves():
@@ -102,7 +103,7 @@ def test_records_in_words_and_as_curves():
         "passkey at step 7 (long, 4,096 tokens): depth 0.1, 50 % of 2 found, loss 1.2500 "
         "per answer token"
     )
-    assert evaluation_values(found, False) == {
+    assert evaluation_values(found, has_lengths=False) == {
         "passkey/4096/0.1/accuracy": 0.5,
         "passkey/4096/0.1/answer_loss": 1.25,
     }
@@ -122,25 +123,28 @@ def test_records_in_words_and_as_curves():
         "context gain of code at step 7 (long, 4,096 tokens): 0.5000 nats (no interval from 1 "
         "document): loss 2.0000 with the whole context, 2.5000 with 1,024 tokens"
     )
-    assert evaluation_values(gain, True) == {
+    assert evaluation_values(gain, has_lengths=True) == {
         "context_gain/code/gain": 0.5,
         "context_gain/code/loss_full": 2.0,
         "context_gain/code/loss_cut": 2.5,
     }
     loss = place | {"kind": "loss", "set": "valid", "valid_loss": 3.0, "num_targets": 9}
-    assert evaluation_values(loss, False) == {"valid_loss": 3.0}
-    assert evaluation_values(loss | {"set": "code"}, True) == {"valid_loss/code/4096": 3.0}
+    assert evaluation_values(loss, has_lengths=False) == {"valid_loss": 3.0}
+    assert evaluation_values(loss | {"set": "code"}, has_lengths=True) == {
+        "valid_loss/code/4096": 3.0
+    }
 
 
 def test_lengths_that_hold_no_trial_are_refused():
-    (problem,) = check_lengths(Letters(), [64, 4096])
+    (problem,) = check_passkey_lengths(Letters(), [64, 4096])
     assert (
         "eval_passkey_lengths = 64: half of it must hold the hidden sentence and the question"
         in problem
     )
     least = int(problem.split("at least ")[1].rstrip("."))
     assert (
-        check_lengths(Letters(), [least]) == [] and len(check_lengths(Letters(), [least - 1])) == 1
+        check_passkey_lengths(Letters(), [least]) == []
+        and len(check_passkey_lengths(Letters(), [least - 1])) == 1
     )
 
 
@@ -149,7 +153,7 @@ def test_a_tokenizer_without_the_letters_is_refused():
         def encode(self, text):
             raise ValueError("no id for 'T'")
 
-    (problem,) = check_lengths(Wordless(), [4096])
+    (problem,) = check_passkey_lengths(Wordless(), [4096])
     assert (
         "eval_passkey_lengths = 4096: the tokenizer cannot write the question (no id for 'T'). "
         "Fix: " in problem
