@@ -14,7 +14,8 @@ from pretrain.checkpointing.folder_lock import FolderLock, same_start_on_all_ran
 from pretrain.checkpointing.folders import LATEST, find_published
 from pretrain.checkpointing.progress import Progress
 from pretrain.config.load import load_config
-from pretrain.plan import make_plan, warnings_about
+from pretrain.plan import make_plan
+from pretrain.plan_warnings import warnings_about
 from tools.audit_data import audit
 from tests.dist.training import base_arguments, losses, stored, train, write_corpus
 

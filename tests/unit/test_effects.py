@@ -9,7 +9,8 @@ from pretrain.checkpointing.start import Start
 from pretrain.config.effects import CONDITIONS, NEEDS_SIZE, NOT_REPLACED, effect_warnings
 from pretrain.config.load import dump_yaml, field_table, load_config, read_config_yaml
 from pretrain.config.phase_config import PhaseConfig
-from pretrain.plan import make_plan, warnings_about
+from pretrain.plan import make_plan
+from pretrain.plan_warnings import warnings_about
 
 RUN = (
     "--model tiny --data-path prefix --tokenizer-model model --seq-length 128 "

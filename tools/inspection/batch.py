@@ -8,8 +8,9 @@ from data.batch import Sample
 from data.loader import Loader
 from data.tokenizers.tokenizer import Tokenizer
 from parallel.context import rank_pieces
-from pretrain.batches import describe_forecast, forecast_warnings, ledger_at
+from pretrain.batches import ledger_at
 from pretrain.config.load import load_config, spell
+from pretrain.data_outlook import describe_forecast, forecast_warnings
 from pretrain.plan import Plan, make_plan
 from pretrain.schedule.phase_table import describe
 from pretrain.schedule.phases import Phase

@@ -1,0 +1,127 @@
+"""What a run's plan allows, but perhaps not as it was meant: the warnings at the start."""
+
+import os
+
+from parallel.layout import device_here
+from pretrain.checkpointing.resume_contract import needless_acceptance
+from pretrain.checkpointing.setting_changes import is_same
+from pretrain.config.effects import effect_warnings
+from pretrain.config.load import read_config_yaml
+from pretrain.data_outlook import forecast_warnings, target_warnings
+from pretrain.evaluation.lengths import length_warnings as evaluation_warnings
+from pretrain.plan import Plan
+from pretrain.planner.check_phases import length_warnings, rope_warnings
+
+
+def warnings_about(plan: Plan) -> list[str]:
+    """List what runs, but perhaps not as meant."""
+    config = plan.config
+    return [
+        *effect_warnings(config),
+        *rope_warnings(plan.phases),
+        *length_warnings(plan.phases),
+        *plan.memory.warnings,
+        *_warnings_on_cpu(plan),
+        *_warnings_of_restart(plan),
+        *_warnings_of_start(plan),
+        *_warnings_of_data(plan),
+        *evaluation_warnings(config.logging, plan.phases),
+        *_warnings_of_decay(plan),
+        *_warnings_without_validation(plan),
+    ]
+
+
+def _warnings_on_cpu(plan: Plan) -> list[str]:
+    """Settings that move tensors to the host's memory, where all of them are there already."""
+    if device_here()[0] != "cpu":
+        return []
+    found = ["optimizer_cpu_offload = True"] if plan.config.optimizer.optimizer_cpu_offload else []
+    for phase in plan.phases:
+        if phase.memory.cpu_offloading_num_layers:
+            layers = phase.memory.cpu_offloading_num_layers
+            found.append(f"phase {phase.name!r}: cpu_offloading_num_layers = {layers}")
+    return [
+        f"{text}: changes nothing on a CPU, where all tensors are in the host's memory"
+        for text in found
+    ]
+
+
+def _warnings_of_restart(plan: Plan) -> list[str]:
+    """Flags that say where to start, given to a run that goes on from its own checkpoint."""
+    if not plan.start.is_restart:
+        return []
+    settings = plan.config.checkpoint
+    assert plan.start.folder is not None and settings.save is not None
+    first = read_config_yaml(str(plan.start.folder / "config.yaml")).checkpoint
+    is_own_folder = bool(settings.load) and (
+        os.path.abspath(settings.load) == os.path.abspath(settings.save)
+    )
+    found = []
+    for name in ("load", "ckpt_step", "no_load_optim", "finetune", "pretrained_checkpoint"):
+        value = getattr(settings, name)
+        # The same command goes on: what the first launch gave needs no warning.
+        if value in (None, False) or is_same(name, getattr(first, name), value):
+            continue
+        if name == "load" and is_own_folder:
+            continue
+        if name == "no_load_optim" and plan.starts_fresh_optimizer:
+            continue
+        found.append(
+            f"{name}: has no effect, since --save already holds a checkpoint of this run, which "
+            "goes on"
+        )
+    return found
+
+
+def _warnings_of_start(plan: Plan) -> list[str]:
+    """Flags about a checkpoint's contents that this start does not read."""
+    settings = plan.config.checkpoint
+    folder = plan.start.folder
+    found = needless_acceptance(plan.changes, settings)
+    if settings.no_load_optim and (folder is None or plan.start.weights_only):
+        without = "no checkpoint" if folder is None else "weights alone"
+        found.append(f"no_load_optim = True: has no effect, since the run starts from {without}")
+    is_new = plan.start.weights_only or not plan.start.is_restart
+    if folder is not None and is_new and "init_method_std" in plan.config.given.settings:
+        found.append(
+            f"init_method_std = {plan.config.model.init_method_std:g}: has no effect, since "
+            f"the weights are those of {folder}"
+        )
+    if settings.use_checkpoint_args and folder is None:
+        found.append(
+            "use_checkpoint_args = True: has no effect, since the run starts from no checkpoint"
+        )
+    if settings.use_checkpoint_opt_param_scheduler and plan.resumed is None:
+        found.append(
+            "use_checkpoint_opt_param_scheduler = True: has no effect, since no checkpoint's clock "
+            "goes on"
+        )
+    return found
+
+
+def _warnings_of_data(plan: Plan) -> list[str]:
+    """Documents that are never drawn, drawn again, or give nothing to learn."""
+    never_drawn = [
+        f"{prefix}: {count:,} documents have no token and are never drawn"
+        for prefix, count in plan.corpus.empty.items()
+    ]
+    repeated = forecast_warnings(plan.ledger, plan.forecast)
+    return never_drawn + repeated + target_warnings(plan.corpus, plan.phases)
+
+
+def _warnings_of_decay(plan: Plan) -> list[str]:
+    """A decay of the learning rate that ends before or after the run does."""
+    decay_end = plan.learning_rate.arcs[-1].end
+    end = plan.phases[-1].end
+    if decay_end == end or plan.config.optimizer.lr_decay_style == "constant":
+        return []
+    outcome = "the rest is trained at min_lr" if decay_end < end else "min_lr is not reached"
+    return [
+        f"the learning rate's decay ends at {decay_end:,} tokens, the run at {end:,}: {outcome}"
+    ]
+
+
+def _warnings_without_validation(plan: Plan) -> list[str]:
+    if not plan.config.logging.eval_iters or plan.corpus.validation:
+        return []
+    return ["there are no validation documents (--split, --valid-data-path): nothing is evaluated"]
