@@ -15,6 +15,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import DTensor
 
 from parallel.config import ShardingStrategy
 from parallel.layout import Layout
@@ -106,3 +107,9 @@ def reshard(modules: Iterable[nn.Module]) -> None:
     """
     for unit in _sharded_units(modules):
         unit.reshard()
+
+
+def own_shard(tensor: torch.Tensor | None) -> torch.Tensor:
+    """Return this rank's part of a sharded parameter, of its gradient or of its moments."""
+    assert isinstance(tensor, DTensor), f"{type(tensor)} is not sharded"
+    return tensor.to_local()

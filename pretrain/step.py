@@ -12,23 +12,32 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from model.build import tied_copies
 from model.gpt import GPTStage, Microbatch
 from parallel.collectives import all_reduce
+from parallel.config import ShardingStrategy
 from parallel.layout import Layout
 from parallel.pipeline import Pipeline
-from parallel.shard import set_microbatch
+from parallel.shard import own_shard, set_microbatch
+from pretrain.optimizer import update
 from pretrain.processes.stop import StopRequest
+
+CLIP_EPSILON = 1e-6
+"""Added to the norm before dividing by it, as torch's clip_grad_norm_ does."""
 
 
 class CountedMicrobatch(Microbatch, Protocol):
-    num_targets: int  # of this rank's slice
+    """A microbatch that knows how many targets this rank's slice of it has."""
+
+    num_targets: int
 
 
 @dataclass(frozen=True)
 class StepResult:
+    """What one training step came to."""
+
     loss: float
     """Mean over the global batch's targets, nats."""
     num_targets: int
@@ -40,20 +49,25 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of each microbatch of a global batch, in the order of its samples: one entry per microbatch
-    and dp rank."""
+    """The scores of a global batch: one entry per microbatch and dp rank, in the samples' order."""
 
     loss_sums: np.ndarray
     """fp64, nats, summed over the microbatch's targets."""
     num_targets: np.ndarray
     """int64."""
-    first_choices: np.ndarray
+    num_correct: np.ndarray
     """int64, targets to which the model gave the largest logit of all ids."""
 
 
+# ---------------------------------------------------------------- forward and backward
+
+
 def count_targets(microbatches: Sequence[CountedMicrobatch], layout: Layout) -> torch.Tensor:
-    """Count the targets of the global batch: all microbatches, dp and cp ranks -> int64 scalar on
-    the device."""
+    """Count the targets of the global batch over all microbatches, dp and cp ranks.
+
+    Returns:
+        int64 scalar on the device.
+    """
     own = sum(batch.num_targets for batch in microbatches)
     # Filled by a kernel: a copy from the host would wait for the device.
     count = torch.full((), own, dtype=torch.int64, device=layout.device)
@@ -74,67 +88,76 @@ class Stepper:
         layout: Layout,
         hidden_size: int,
         compute_dtype: torch.dtype,
-        strategy: str,
+        strategy: ShardingStrategy,
         stop: StopRequest | None = None,
     ):
         self.stop = stop
         self.stages = stages
         self.layout = layout
-        self.strategy = strategy
+        self.strategy: ShardingStrategy = strategy
         self.hidden_size = hidden_size
         self.compute_dtype = compute_dtype
-        self.pipelines: dict[tuple, Pipeline] = {}
+        self.pipelines: dict[tuple[int, int, bool], Pipeline] = {}
 
-    def run(self, microbatches: Sequence[CountedMicrobatch], train: bool) -> tuple[float, int]:
-        """Forward (and backward) over all microbatches -> (global loss in nats, global targets), on
-        every rank."""
-        loss, num_targets = self.start(microbatches, train)
+    def run(self, microbatches: Sequence[CountedMicrobatch], *, train: bool) -> tuple[float, int]:
+        """Run forward (and backward) over all microbatches.
+
+        Returns:
+            The global loss in nats and the global number of targets, on every rank.
+        """
+        loss, num_targets = self.start(microbatches, train=train)
         return float(loss), int(num_targets)
 
     def start(
-        self, microbatches: Sequence[CountedMicrobatch], train: bool
+        self, microbatches: Sequence[CountedMicrobatch], *, train: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Do what `run` does without waiting for the device -> (fp64 scalar, int64 scalar) on the
-        device."""
+        """Do what `run` does without waiting for the device.
+
+        Returns:
+            Loss (fp64) and number of targets (int64), scalars on the device.
+        """
         num_targets = count_targets(microbatches, self.layout)
-        share = self._forward(microbatches, train, num_targets)
+        share = self._forward(microbatches, num_targets, train=train)
         return self._global_loss(share), num_targets
 
     def score(self, microbatches: Sequence[CountedMicrobatch]) -> Scores:
-        """Forward without gradients -> the scores of every microbatch of the global batch, on every
-        rank.
+        """Score every microbatch of the global batch, without gradients, on every rank.
 
         Microbatch j of data rank d is number j x dp_size + d, as the loader deals the samples.
         """
         layout = self.layout
-        parts = []
-        self._forward(microbatches, False, 1, parts)
-        scores = torch.zeros(
-            len(microbatches), layout.dp.size, 3, dtype=torch.float64, device=layout.device
-        )
-        if (
-            parts and layout.tp.is_first
-        ):  # the same on the last stage's tp ranks; cp ranks add their slices
+        parts: list[torch.Tensor] = []
+        self._forward(microbatches, 1, train=False, scores=parts)
+        # [microbatch, dp rank, (loss sum, targets, correct ones)]
+        shape = (len(microbatches), layout.dp.size, 3)
+        scores = torch.zeros(shape, dtype=torch.float64, device=layout.device)
+        # Only the last stage has scores, the same on its tp ranks; cp ranks add their slices.
+        if parts and layout.tp.is_first:
             scores[:, layout.dp.rank] = torch.stack(parts)
-        scores = all_reduce(scores, layout.world).view(-1, 3).cpu().numpy()
-        return Scores(scores[:, 0], scores[:, 1].astype(np.int64), scores[:, 2].astype(np.int64))
+        columns = all_reduce(scores, layout.world).view(-1, 3).cpu().numpy().T
+        loss_sums, num_targets, num_correct = columns
+        return Scores(loss_sums, num_targets.astype(np.int64), num_correct.astype(np.int64))
 
     def _forward(
         self,
         microbatches: Sequence[CountedMicrobatch],
-        train: bool,
         num_targets: torch.Tensor | int,
+        *,
+        train: bool,
         scores: list[torch.Tensor] | None = None,
     ) -> torch.Tensor | None:
-        """All microbatches through this rank's stages, and back -> the last stage's share of the
-        loss."""
+        """Run all microbatches through this rank's stages, and back.
+
+        Returns:
+            The last stage's share of the loss; None on ranks without the last stage.
+        """
         for stage in self.stages:
             stage.begin_step(microbatches, num_targets, scores)
         try:
             if self.layout.pp.size > 1:
                 self._check_stop()
-                return self._pipeline_for(microbatches, train).run()
-            return self._accumulate(len(microbatches), train)
+                return self._pipeline_for(microbatches, train=train).run()
+            return self._accumulate(len(microbatches), train=train)
         finally:
             for stage in self.stages:
                 stage.begin_step((), 1)
@@ -143,7 +166,8 @@ class Stepper:
         if self.stop is not None:
             self.stop.check()
 
-    def _pipeline_for(self, microbatches: Sequence[CountedMicrobatch], train: bool) -> Pipeline:
+    def _pipeline_for(self, microbatches: Sequence[CountedMicrobatch], *, train: bool) -> Pipeline:
+        """Build the pipeline of this shape, or take the one that was built before."""
         tokens = microbatches[0].tokens.shape[0]
         if self.layout.sequence_parallel:
             tokens //= self.layout.tp.size
@@ -160,22 +184,26 @@ class Stepper:
             )
         return self.pipelines[key]
 
-    def _accumulate(self, count: int, train: bool) -> torch.Tensor:
-        total, nothing, (stage,) = None, torch.empty(0, device=self.layout.device), self.stages
+    def _accumulate(self, count: int, *, train: bool) -> torch.Tensor:
+        """Run the microbatches one after the other, without a pipeline -> the sum of their losses."""
+        (stage,) = self.stages
+        # The first stage looks its tokens up itself (model/gpt.py: begin_step).
+        no_input = torch.empty(0, device=self.layout.device)
+        total: torch.Tensor | None = None
         with torch.set_grad_enabled(train):
             for i in range(count):
                 self._check_stop()
                 if train:
                     set_microbatch(stage, self.strategy, is_last=i == count - 1)
-                loss = stage(nothing)
+                loss = stage(no_input)
                 if train:
                     loss.backward()
                 total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None, "a step has at least one microbatch"
         return total
 
     def _global_loss(self, share: torch.Tensor | None) -> torch.Tensor:
-        """Sum of the last stage's shares over dp x cp; the same on its tp ranks, so one of them
-        counts."""
+        """Sum the last stage's shares over dp x cp; the same on its tp ranks, so one counts."""
         layout = self.layout
         total = torch.zeros((), dtype=torch.float64, device=layout.device)
         if share is not None and layout.tp.is_first:
@@ -183,62 +211,57 @@ class Stepper:
         return all_reduce(total, layout.world)
 
 
+# ---------------------------------------------------------------- gradients
+
+
 def sum_tied_gradients(stages: list[GPTStage], layout: Layout) -> None:
-    """Add up the two gradients of a tied embedding whose copies live on the first and the last
-    stage."""
-    grads = [copy.grad.to_local() for copy in tied_copies(stages)]
+    """Add up the two gradients of a tied embedding, of its copies on the first and last stage."""
+    grads = [own_shard(copy.grad) for copy in tied_copies(stages)]
     if len(grads) == 2:
+        # Both copies are on this rank.
         grads[0].add_(grads[1])
         grads[1].copy_(grads[0])
     elif layout.embedding.size > 1 and grads:
-        grads[0].copy_(
-            all_reduce(grads[0].to(layout.device), layout.embedding)
-        )  # they may be in the host's memory
+        # The shard may be in the host's memory; the exchange is between devices.
+        on_device = grads[0].to(layout.device)
+        grads[0].copy_(all_reduce(on_device, layout.embedding))
 
 
 def global_grad_norm(stages: list[GPTStage], layout: Layout) -> torch.Tensor:
-    """L2 norm of the whole model's gradient, each element counted once -> fp64 scalar, same on
-    every rank.
+    """Compute the L2 norm of the whole model's gradient, each element counted once.
 
     Shards over dp x cp and tp add up; a parameter replicated over tp counts on tp rank 0 only, a
     tied embedding on the first stage only.
+
+    Returns:
+        fp64 scalar on the device, the same on every rank.
     """
     grads = []
     for stage in stages:
         for name, parameter in stage.named_parameters():
-            copy_of_first_stage = name == "embedding.weight" and not stage.is_first
-            replicated = not isinstance(parameter.placements[-1], Shard)
-            if not copy_of_first_stage and (layout.tp.is_first or not replicated):
-                grads.append(parameter.grad.to_local())
-    norm = (
-        nn.utils.get_total_norm(grads, foreach=True)
-        if grads
-        else torch.zeros((), device=layout.device)
-    )
+            assert isinstance(parameter, DTensor)
+            is_copy_of_first_stage = name == "embedding.weight" and not stage.is_first
+            is_replicated = not isinstance(parameter.placements[-1], Shard)
+            if not is_copy_of_first_stage and (layout.tp.is_first or not is_replicated):
+                grads.append(own_shard(parameter.grad))
+    norm = torch.zeros((), device=layout.device)
+    if grads:
+        norm = nn.utils.get_total_norm(grads, foreach=True)
     square = norm.to(layout.device, torch.float64) ** 2
     return all_reduce(square, layout.world).sqrt()
 
 
 def clip_gradients(stages: list[GPTStage], norm: torch.Tensor, limit: float) -> None:
-    """Scale all gradients so that their global norm is at most `limit`; the device decides, nobody
-    waits for it."""
-    grads = [parameter.grad.to_local() for stage in stages for parameter in stage.parameters()]
-    scale = torch.clamp(limit / (norm + 1e-6), max=1.0)
+    """Scale all gradients so that their global norm is at most `limit`.
+
+    The device decides, and the host does not wait for it.
+    """
+    grads = [own_shard(parameter.grad) for stage in stages for parameter in stage.parameters()]
+    scale = torch.clamp(limit / (norm + CLIP_EPSILON), max=1.0)
     torch._foreach_mul_(grads, scale.to(grads[0].device, grads[0].dtype))
 
 
-def update(optimizer: torch.optim.Optimizer, lr: float, norm: torch.Tensor) -> None:
-    """Take an optimizer step with learning rate `lr`, or none where the gradient's norm is not
-    finite.
-
-    The fused kernel reads that from the device, as torch.amp.GradScaler tells it: parameters,
-    moments and their step counts then stay as they are.
-    """
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    place = optimizer.param_groups[0]["params"][0].to_local().device
-    optimizer.found_inf = (~torch.isfinite(norm)).to(place, torch.float32)
-    optimizer.step()
+# ---------------------------------------------------------------- the step
 
 
 def train_step(
@@ -248,7 +271,7 @@ def train_step(
     lr: float,
     clip_grad: float,
 ) -> StepResult:
-    """Forward, backward, reduction, clipping and update with learning rate `lr`.
+    """Run forward, backward, reduction, clipping, and update with learning rate `lr`.
 
     The host waits for the device once, at the end, when all kernels of the step are on their way.
     """
@@ -261,7 +284,7 @@ def train_step(
         clip_gradients(stages, norm, clip_grad)
     update(optimizer, lr, norm)
     optimizer.zero_grad(set_to_none=True)
+    # One transfer for all three: here the host waits.
     loss_value, norm_value, target_count = torch.stack([loss, norm, num_targets.to(norm)]).tolist()
-    return StepResult(
-        loss_value, int(target_count), norm_value, skipped=not math.isfinite(norm_value)
-    )
+    is_finite = math.isfinite(norm_value)
+    return StepResult(loss_value, int(target_count), norm_value, skipped=not is_finite)

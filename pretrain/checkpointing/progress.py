@@ -22,7 +22,7 @@ class Progress:
     """The phase of the last step, its fields as JSON: which there are depends on the version that
     wrote them."""
     longest_seq_length: int
-    """Of the phases up to this one."""
+    """The most tokens of a sample in the phases up to this one."""
     data: dict[str, Any] | None
     """The ledger (data/ledger.py: to_json); None = weights only, no clock to go on from."""
     tokenizer: dict[str, Any] | None

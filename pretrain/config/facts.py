@@ -10,7 +10,7 @@ single values, the pages of settings and flags) reads them here.
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from math import isfinite
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 Resume = Literal["forbidden", "tokenizer", "data", "optimization", "scheduler", "free", "effect"]
 """What a change of a setting means to a run that continues (pretrain/checkpointing/resume_contract.py)."""
@@ -55,7 +55,7 @@ class Facts:
 class Section(Protocol):
     """A dataclass of settings."""
 
-    __dataclass_fields__: Any
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def validate(self) -> list[str]:
         """List the problems of settings with each other."""

@@ -21,10 +21,11 @@ class Measured:
     is_stopped: bool
     """Does any rank want to stop?"""
     data_digest: str
+    """Hash of the global batch's tokens, hexadecimal."""
     peak_memory_bytes: int
-    """What the rank with the most has."""
+    """On the rank with the most."""
     data_seconds: float
-    """What the rank that read for the longest took."""
+    """On the rank that read for the longest."""
 
 
 def measure(
@@ -32,25 +33,31 @@ def measure(
 ) -> Measured:
     """Sum up over all ranks; collective over the world."""
     lengths = [batch.cu_seqlens.diff().double() for batch in microbatches]
-    pairs = sum(float((n * (n + 1) / 2).sum()) for n in lengths)
-    digest = sum(batch.digest for batch in microbatches) % 2**DIGEST_BITS
-    # All tp and pp ranks have the same slices; all cp ranks have the lengths of the whole
-    # microbatch.
+    own_pairs = sum(float((n * (n + 1) / 2).sum()) for n in lengths)
+    own_digest = sum(batch.digest for batch in microbatches) % 2**DIGEST_BITS
+
+    # Each slice counts once: all tp and pp ranks have the same ones. All cp ranks have the lengths
+    # of the whole microbatch.
     has_own_slice = layout.tp.is_first and layout.pp.is_first
     has_own_lengths = has_own_slice and layout.cp.is_first
-    own = [pairs if has_own_lengths else 0, digest if has_own_slice else 0, wants_stop]
-    sums = torch.tensor(own, dtype=torch.float64, device=layout.device)
-    highest = torch.tensor(
-        [peak_memory(layout), data_seconds], dtype=torch.float64, device=layout.device
-    )
+    to_sum = [
+        own_pairs if has_own_lengths else 0,
+        own_digest if has_own_slice else 0,
+        wants_stop,
+    ]
+    to_compare = [peak_memory(layout), data_seconds]
+    sums = torch.tensor(to_sum, dtype=torch.float64, device=layout.device)
+    highest = torch.tensor(to_compare, dtype=torch.float64, device=layout.device)
     pairs, digest, stops = all_reduce(sums, layout.world).tolist()
     memory, slowest = all_reduce(highest, layout.world, dist.ReduceOp.MAX).tolist()
+
+    # A sum of digests does not depend on the order in which the slices were read.
     text = f"{int(digest) % 2**DIGEST_BITS:010x}"
     return Measured(pairs, stops > 0, text, int(memory), slowest)
 
 
 def peak_memory(layout: Layout) -> int:
-    """Bytes: allocated on the GPU, or the process's resident memory on the CPU."""
+    """The most bytes so far: allocated on the GPU, or of the process in the host's memory."""
     if layout.device.type == "cuda":
         return torch.cuda.max_memory_allocated(layout.device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

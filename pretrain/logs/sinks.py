@@ -1,16 +1,23 @@
-"""Where a run's numbers also go: Weights & Biases and TensorBoard, imported only when their flags
-are given."""
+"""Where a run's numbers also go: Weights & Biases and TensorBoard.
+
+Each is imported only when its flag is given.
+"""
 
 import os
 import socket
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 from pretrain.config.config import Config
 from pretrain.config.load import to_flat, warn
 
+HTTPS_PORT = 443
+REACHABLE_SECONDS = 5
+
 
 class Sink(Protocol):
-    def log(self, values: dict[str, float | str | bool], step: int) -> None: ...
+    def log(self, values: dict[str, float | str | bool], step: int) -> None:
+        """Take the numbers of one step, by the names of their curves."""
+        ...
 
     def close(self) -> None: ...
 
@@ -18,23 +25,29 @@ class Sink(Protocol):
 def open_sinks(
     config: Config, last_step: int, wandb_run_id: str | None
 ) -> tuple[list[Sink], str | None]:
-    """What the flags ask for, and the id of the wandb run.
+    """Open what the flags ask for.
 
     Args:
         last_step: step of the checkpoint that the run starts from: later ones will be done again.
+
+    Returns:
+        The sinks, and the id of the wandb run for the next start.
     """
     sinks: list[Sink] = []
     if config.logging.wandb_project:
-        sinks.append(Wandb(config, wandb_run_id))
-        wandb_run_id = sinks[0].id
+        wandb_sink = Wandb(config, wandb_run_id)
+        sinks.append(wandb_sink)
+        wandb_run_id = wandb_sink.id
     if config.logging.tensorboard_dir:
         sinks.append(TensorBoard(config.logging.tensorboard_dir, last_step))
     return sinks, wandb_run_id
 
 
 class TensorBoard:
-    """Numbers of each step under their names; after a restart, steps that are done again are not
-    shown twice."""
+    """Numbers of each step under their names.
+
+    After a restart, steps that are done again are not shown twice.
+    """
 
     def __init__(self, folder: str, last_step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -46,7 +59,7 @@ class TensorBoard:
         for name, value in values.items():
             if isinstance(value, int | float):
                 self.writer.add_scalar(name, value, step)
-        # What a killed run has said up to its last checkpoint is not said again
+        # A killed run does not come back to write what it had before its last checkpoint.
         self.writer.flush()
 
     def close(self) -> None:
@@ -54,14 +67,17 @@ class TensorBoard:
 
 
 class Wandb:
-    """The wandb run, started or continued; offline where its server cannot be reached or no key is
-    known."""
+    """The wandb run, started or continued.
+
+    Offline where its server cannot be reached or no key is known.
+    """
 
     def __init__(self, config: Config, run_id: str | None):
         import wandb
 
-        mode = os.environ.get("WANDB_MODE")
-        if mode is None and not _is_reachable(wandb):
+        # None leaves the mode to WANDB_MODE and to wandb's own default, online.
+        mode: Literal["offline"] | None = None
+        if "WANDB_MODE" not in os.environ and not _is_reachable(wandb):
             warn("wandb: no key or no network; logging offline, `wandb sync` uploads it later")
             mode = "offline"
         logging = config.logging
@@ -75,7 +91,7 @@ class Wandb:
             mode=mode,
             config=to_flat(config),
         )
-        self.id = self.run.id
+        self.id: str = self.run.id
 
     def log(self, values: dict[str, float | str | bool], step: int) -> None:
         self.run.log(values, step=step)
@@ -84,12 +100,13 @@ class Wandb:
         self.run.finish()
 
 
-def _is_reachable(wandb) -> bool:
+def _is_reachable(wandb: Any) -> bool:
+    """Tell whether there is a key and the server answers."""
     if not wandb.api.api_key:
         return False
     host = wandb.Settings().base_url.split("//")[-1].split("/")[0].split(":")[0]
     try:
-        socket.create_connection((host, 443), timeout=5).close()
+        socket.create_connection((host, HTTPS_PORT), timeout=REACHABLE_SECONDS).close()
     except OSError:
         return False
     return True

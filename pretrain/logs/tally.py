@@ -10,7 +10,7 @@ class StepTally:
     """What the steps since the start of this process came to."""
 
     with_targets: int
-    """Steps of the whole run that had a target, those before the start among them."""
+    """Steps of the whole run that had a target, those before this start included."""
     steps: int = 0
     updates: int = 0
     """Steps whose gradient was finite."""
@@ -31,6 +31,7 @@ class StepTally:
             self.without_target += 1
 
     def note_save(self) -> None:
+        """Count from here what the last checkpoint does not hold."""
         self.unsaved_steps = 0
         self.unsaved_updates = 0
 
@@ -40,7 +41,8 @@ class StepTally:
         return self.unsaved_steps > 0 and self.unsaved_updates == 0
 
     def failure(self) -> str | None:
-        """Why an end of the run, or of one of its phases, is no success; None = it is one."""
+        """Say why an end of the run, or of one of its phases, is no success; None = it is one."""
+        # Weights that hold NaN make every gradient NaN: the run went through and did nothing.
         if self.steps and not self.updates:
             return (
                 f"all {self.steps:,} steps since the start were skipped, since their gradients "
@@ -48,6 +50,7 @@ class StepTally:
                 "checkpoint. Fix: look for NaN in the weights that the run started from, or a "
                 "lower learning rate."
             )
+        # Documents of one token have nothing to predict: the loss is 0, which looks perfect.
         if self.steps and not self.with_targets:
             return (
                 "no step had a target: nothing was learnt. Fix: documents of two tokens or more "
@@ -56,11 +59,13 @@ class StepTally:
         return None
 
     def describe(self) -> str:
-        """What the end of a run says besides, empty where there is nothing to say."""
+        """Count the steps that came to nothing, for a run's last line; empty if there are none."""
         skipped = self.steps - self.updates
-        parts = (
-            [f"{skipped:,} were skipped, since their gradients were not finite"] if skipped else []
-        )
+        parts = []
+        if skipped:
+            parts.append(f"{skipped:,} were skipped, since their gradients were not finite")
         if self.without_target:
             parts.append(f"{self.without_target:,} had no target")
-        return f"; of {self.steps:,} steps since the start {' and '.join(parts)}" if parts else ""
+        if not parts:
+            return ""
+        return f"; of {self.steps:,} steps since the start {' and '.join(parts)}"

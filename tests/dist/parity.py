@@ -18,7 +18,8 @@ from parallel.config import LayoutConfig
 from parallel.context import token_pieces
 from parallel.layout import World, build_layout
 from pretrain.config.config import OptimizerConfig
-from pretrain.state import build_optimizer, check_replicas
+from pretrain.checkpointing.replicas import check_replicas
+from pretrain.optimizer import build_optimizer
 from pretrain.step import Stepper, train_step
 from tests.dist.recorder import Recorder
 from tests.documents import Documents

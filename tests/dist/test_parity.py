@@ -7,7 +7,7 @@ import pytest
 
 from data.batch import IGNORE, read_batch
 from model.activation_memory.settings import MemorySettings
-from pretrain.state import check_replicas
+from pretrain.checkpointing.replicas import check_replicas
 from pretrain.step import train_step
 from tests.dist.parity import Case, check_replicas_equal, compare, memory_stream, named, run_step
 from tests.documents import windows

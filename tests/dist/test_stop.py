@@ -11,11 +11,13 @@ import pytest
 import yaml
 
 from parallel.layout import World
+from pretrain import train as train_module
 from pretrain.processes import stop
 from pretrain.config.load import load_config, spell
 from pretrain.plan import make_plan
 from pretrain.step import Stepper
 from pretrain.train import Trainer
+from pretrain.training_loop import TrainingLoop
 from tests.dist.training import base_arguments, losses, stored, train, write_corpus
 
 
@@ -24,13 +26,14 @@ def corpus(tmp_path_factory):
     return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus")
 
 
-class Watched(Trainer):
+class Watched(TrainingLoop):
     """Gets a signal at a place: ("evaluation" | "step" | "save", its step, microbatch from 1; 0 =
     as it begins)."""
 
-    def __init__(self, plan, world: World, at: tuple[str, int, int] | None):
-        super().__init__(plan, world)
-        self.at = at
+    at: tuple[str, int, int] | None = None
+
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
         self.place = ("", 0)
         self.microbatches = 0
         self.after = None
@@ -53,17 +56,17 @@ class Watched(Trainer):
         if self.after is not None:
             self.after += 1
 
-    def _evaluate(self, stepper, phase, step, reporter):
-        self._enter("evaluation", step)
-        return super()._evaluate(stepper, phase, step, reporter)
+    def _evaluate(self, stepper, phase):
+        self._enter("evaluation", self.state.step)
+        return super()._evaluate(stepper, phase)
 
-    def _step(self, stepper, phase, step):
-        self._enter("step", step + 1)
-        return super()._step(stepper, phase, step)
+    def _step(self, stepper, phase):
+        self._enter("step", self.state.step + 1)
+        return super()._step(stepper, phase)
 
-    def _save(self, phase, step, reporter, *, ends_phase):
-        self._enter("save", step)
-        return super()._save(phase, step, reporter, ends_phase=ends_phase)
+    def _save(self, phase, *, ends_phase):
+        self._enter("save", self.state.step)
+        return super()._save(phase, ends_phase=ends_phase)
 
 
 def train_with_signal(
@@ -71,13 +74,15 @@ def train_with_signal(
 ) -> tuple[str, int | None]:
     """-> (outcome, microbatches that this rank began after the signal); the last rank gets it."""
     plan = make_plan(load_config(spell(argv)), world.size)
-    trainer = Watched(plan, world, at if world.rank == world.size - 1 else None)
+    trainer = Trainer(plan, world)
     with (
+        mock.patch.object(Watched, "at", at if world.rank == world.size - 1 else None),
+        mock.patch.object(train_module, "TrainingLoop", Watched),
         mock.patch.object(stop, "CHECK_SECONDS", 0.0),
-        mock.patch.object(Stepper, "_check_stop", lambda _: trainer.begin_microbatch()),
+        mock.patch.object(Stepper, "_check_stop", lambda _: trainer.loop.begin_microbatch()),
     ):
         outcome = trainer.run()
-    return outcome, trainer.after
+    return outcome, trainer.loop.after
 
 
 def lines(folder, name: str) -> list[dict]:

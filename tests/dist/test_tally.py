@@ -11,10 +11,12 @@ import torch
 from data.writers.indexed_writer import IndexedWriter
 from parallel.layout import World
 from pretrain.checkpointing.folders import find_published
-from pretrain import train as trainer_module
+from pretrain import state as state_module
+from pretrain import training_loop
 from pretrain.processes.agreement import Refused
 from pretrain.config.load import load_config, spell
-from pretrain.plan import make_plan, warnings_about
+from pretrain.plan import make_plan
+from pretrain.plan_warnings import warnings_about
 from pretrain.step import train_step
 from pretrain.train import Trainer
 from tests.dist.training import base_arguments, train, write_corpus
@@ -92,9 +94,9 @@ def run(world: World, argv: list[str], skipped_from: int | None, is_nan: bool) -
                     parameter.fill_(float("nan"))
 
     plan = make_plan(load_config(spell(argv)), world.size)
-    with mock.patch.object(trainer_module, "train_step", skip):
+    with mock.patch.object(training_loop, "train_step", skip):
         with mock.patch.object(
-            trainer_module, "initialize", spoil if is_nan else trainer_module.initialize
+            state_module, "initialize", spoil if is_nan else state_module.initialize
         ):
             try:
                 return Trainer(plan, world).run()

@@ -32,12 +32,12 @@ def run(argv: list[str]) -> tuple[set[str], int]:
         torch.cuda.synchronize()
         places = {
             parameter.to_local().device.type
-            for stage in trainer.state.stages
+            for stage in trainer.loop.state.stages
             for parameter in stage.parameters()
         }
         moments = {
             value.to_local().device.type if hasattr(value, "to_local") else value.device.type
-            for state in trainer.state.optimizer.state.values()
+            for state in trainer.loop.state.optimizer.state.values()
             for value in state.values()
         }
         assert moments == places

@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.config import ModelConfig
 from pretrain.step import train_step
-from tools.bench.contenders import OPTIMIZER, Ours, make_sample, one_process
+from tools.bench.contenders import OPTIMIZER, BenchModel, Ours, make_sample, one_process
 
 VOCABULARY = 64
-CONFIG = ModelConfig(num_layers=1, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4)
+CONFIG = BenchModel(num_layers=1, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4)
 LARGE = 64 * 64
 """Elements of the smallest matrix of the model."""
 

@@ -204,6 +204,7 @@ def test_a_request_stays_and_is_not_asked_about_again(asked):
 def test_an_evaluation_is_made_up_for_only_in_a_phase_that_has_begun(due, first):
     starts = {"a": 0, "b": 10, "c": 20}
     phases = [SimpleNamespace(name=name, start=at, end=at + 10) for name, at in starts.items()]
-    plan = SimpleNamespace(config=None, phases=phases, progress=SimpleNamespace(evaluation_due=due))
+    resumed = SimpleNamespace(evaluation_due=due, clock=12)
+    plan = SimpleNamespace(config=None, phases=phases, resumed=resumed)
     trainer = Trainer(plan, SimpleNamespace(rank=1))
-    assert trainer._phase_of_start(12).name == first
+    assert trainer._first_phase().name == first

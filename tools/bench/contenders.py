@@ -30,7 +30,7 @@ from parallel.config import LayoutConfig, ShardingStrategy
 from parallel.layout import Layout, has_bf16_units, single_process_layout, start_world
 from parallel.ulysses import HeadSplit, chunk_counts
 from pretrain.config.config import OptimizerConfig
-from pretrain.state import build_optimizer
+from pretrain.optimizer import build_optimizer
 from pretrain.step import Stepper, train_step
 
 OURS = "ours"

@@ -164,7 +164,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """As pretrain/state.py: build_optimizer, for plain tensors."""
+    """As pretrain/optimizer.py: build_optimizer, for plain tensors."""
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": OPTIMIZER.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},

@@ -1,0 +1,75 @@
+"""Copies of one parameter, compared bit for bit before a save.
+
+Copies that drift apart (a gradient that was not reduced) look like a healthy run; a checkpoint
+would keep one of them at random.
+"""
+
+import torch
+import torch.distributed as dist
+import xxhash
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate
+
+from model.build import tied_copies
+from model.gpt import GPTStage
+from parallel.collectives import all_reduce
+from parallel.layout import Axis, Layout
+from parallel.shard import own_shard
+
+SHOWN_PARAMETERS = 5
+
+
+def check_replicas(stages: list[GPTStage], layout: Layout) -> None:
+    """Compare the copies over tp, and those of a tied embedding over the first and last stage.
+
+    Raises:
+        RuntimeError: on every rank of the world, naming the parameters on the ranks that hold them.
+    """
+    named = [pair for stage in stages for pair in stage.named_parameters()]
+    over_tp = [(name, parameter) for name, parameter in named if _is_replicated(parameter)]
+    problems = _differences(over_tp, layout.tp, layout.device)
+
+    # A tied embedding: both copies on this rank, or one here and one on another rank.
+    copies = tied_copies(stages)
+    if len(copies) == 2 and not torch.equal(own_shard(copies[0]), own_shard(copies[1])):
+        problems.append(f"embedding.weight over the two stages of rank {layout.world.rank}")
+    if layout.embedding.size > 1:
+        tied = [("embedding.weight", copy) for copy in copies]
+        problems += _differences(tied, layout.embedding, layout.device)
+
+    # All ranks refuse together.
+    found = all_reduce(torch.tensor(len(problems), device=layout.device), layout.world)
+    if found > 0:
+        raise RuntimeError(
+            "copies of parameters are no longer the same: "
+            f"{'; '.join(problems) or 'on other ranks'}. Nothing is saved; the last checkpoint is "
+            "good."
+        )
+
+
+def _is_replicated(parameter: nn.Parameter) -> bool:
+    """Tell whether every tp rank holds the whole parameter."""
+    assert isinstance(parameter, DTensor)
+    return isinstance(parameter.placements[-1], Replicate)
+
+
+def _differences(
+    parameters: list[tuple[str, nn.Parameter]], axis: Axis, device: torch.device
+) -> list[str]:
+    """Say what differs over `axis`, in one sentence or none."""
+    if axis.size == 1 or not parameters:
+        return []
+    # Hashes of 63 bits: the highest of all ranks is the lowest, too, where all are the same.
+    digests = [
+        xxhash.xxh3_64_intdigest(own_shard(parameter).detach().cpu().numpy().tobytes()) >> 1
+        for _, parameter in parameters
+    ]
+    own = torch.tensor(digests, dtype=torch.int64, device=device)
+    highest = all_reduce(own.clone(), axis, dist.ReduceOp.MAX)
+    lowest = all_reduce(own.clone(), axis, dist.ReduceOp.MIN)
+    is_same = (highest == lowest).tolist()
+    names = [name for name, _ in parameters]
+    differing = [name for name, same in zip(names, is_same, strict=True) if not same]
+    if not differing:
+        return []
+    return [f"{', '.join(differing[:SHOWN_PARAMETERS])} over {axis.name} ranks {axis.ranks}"]

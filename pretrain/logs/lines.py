@@ -1,0 +1,86 @@
+"""Steps and evaluations as lines for people, and their numbers by the names of their curves."""
+
+from typing import Any
+
+from pretrain.logs.step_record import StepRecord
+
+UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
+
+
+def console_line(record: StepRecord, remaining_tokens: int) -> str:
+    """Describe a step in one readable line."""
+    rate = record.tokens_per_second
+    parts = [
+        f"step {record.step:>6,}",
+        f"{record.phase} {record.seq_length:,}",
+        f"tokens {_short(record.tokens)}",
+        f"loss {record.loss:.4f}",
+        f"grad {record.grad_norm:.3f}",
+        f"lr {record.lr:.2e}",
+        f"{_short(rate)} tok/s",
+        f"{record.peak_memory_bytes / 2**30:.2f} GiB",
+    ]
+    if record.mfu is not None:
+        parts.append(f"MFU {100 * record.mfu:.1f} %")
+    if record.skipped:
+        parts.append("SKIPPED: gradient not finite")
+    return " | ".join(parts) + f" | ETA {_duration(remaining_tokens / rate)}"
+
+
+def evaluation_line(record: dict[str, Any]) -> str:
+    """Describe a line of validation.jsonl in one readable line."""
+    of_set = "" if record.get("set", "valid") == "valid" else f" of {record['set']}"
+    place = f"{record['phase']}, {record['seq_length']:,} tokens"
+    where = f"{of_set} at step {record['step']} ({place}): "
+    if record["kind"] == "loss":
+        targets = f"{record['num_targets']:,} targets"
+        return f"evaluation{where}loss {record['valid_loss']:.4f} over {targets}"
+    if record["kind"] == "context_gain":
+        return f"context gain{where}{_describe_gain(record)}"
+    found = f"{100 * record['accuracy']:.0f} % of {record['trials']} found"
+    return (
+        f"passkey{where}depth {record['depth']:g}, {found}, loss {record['answer_loss']:.4f} per "
+        "answer token"
+    )
+
+
+def _describe_gain(record: dict[str, Any]) -> str:
+    interval = "no interval from 1 document"
+    if record["gain_low"] is not None:
+        bounds = f"{record['gain_low']:.4f} to {record['gain_high']:.4f}"
+        interval = f"95 % {bounds}, {record['documents']} documents"
+    return (
+        f"{record['gain']:.4f} nats ({interval}): loss {record['loss_full']:.4f} with the whole "
+        f"context, {record['loss_cut']:.4f} with {record['cut']:,} tokens"
+    )
+
+
+def evaluation_values(record: dict[str, Any], *, has_lengths: bool) -> dict[str, float]:
+    """The numbers of a line of validation.jsonl by the names of their curves.
+
+    Args:
+        has_lengths: the loss is measured at several lengths, so that its curves need their names.
+    """
+    of_set = "" if record.get("set", "valid") == "valid" else f"/{record['set']}"
+    if record["kind"] == "loss":
+        of_length = f"/{record['seq_length']}" if has_lengths else ""
+        return {f"valid_loss{of_set}{of_length}": record["valid_loss"]}
+    if record["kind"] == "context_gain":
+        names = ("gain", "gain_low", "gain_high", "loss_full", "loss_cut")
+        known = [name for name in names if record[name] is not None]
+        return {f"context_gain{of_set}/{name}": record[name] for name in known}
+    where = f"passkey/{record['seq_length']}/{record['depth']:g}"
+    return {f"{where}/{name}": record[name] for name in ("accuracy", "answer_loss")}
+
+
+def _short(number: float) -> str:
+    for limit, unit in UNITS:
+        if number >= limit:
+            return f"{number / limit:.2f}{unit}"
+    return f"{number:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

@@ -1,0 +1,67 @@
+"""The optimizer: fused AdamW over this rank's shards.
+
+To add another, choose it in `build_optimizer` by a setting, and give its state from the start:
+whatever `state_of` returns for a parameter is saved and loaded by its name, sharded like the
+parameter or as a plain tensor. An optimizer that keeps more or less than two moments also needs its
+bytes in planner/rank_bytes.py.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from model.gpt import GPTStage
+from parallel.shard import own_shard
+from pretrain.config.config import OptimizerConfig
+
+
+def build_optimizer(stages: Sequence[GPTStage], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Build AdamW over this rank's shards; matrices decay, norms and biases do not."""
+    parameters = [p for stage in stages for p in stage.parameters()]
+    matrices = [p for p in parameters if p.dim() > 1]
+    vectors = [p for p in parameters if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ],
+        lr=config.lr,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_eps,
+        fused=True,
+    )
+    # The moments exist from the start, so that loading a checkpoint fills them in place.
+    for parameter in parameters:
+        # The dtype that torch itself gives to `step`, on the parameter's device as the fused kernel
+        # wants it.
+        device = own_shard(parameter).device
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+def state_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+    """What the optimizer keeps of a parameter, by the names that a checkpoint gives it."""
+    return optimizer.state[parameter]
+
+
+def update(optimizer: torch.optim.Optimizer, lr: float, norm: torch.Tensor) -> None:
+    """Take an optimizer step with learning rate `lr`, or none where the gradient is not finite.
+
+    The fused kernel reads that from the device, as torch.amp.GradScaler tells it: parameters,
+    moments and their step counts then stay unchanged.
+
+    Args:
+        norm: of the whole gradient, on the device.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    first = own_shard(optimizer.param_groups[0]["params"][0])
+    found_inf = (~torch.isfinite(norm)).to(first.device, torch.float32)
+    # The name under which the fused kernel looks for it.
+    optimizer.found_inf = found_inf  # pyrefly: ignore[missing-attribute]
+    optimizer.step()

@@ -1,0 +1,323 @@
+"""The training loop of one process on one layout: phase by phase, step by step."""
+
+import gc
+import time
+
+import torch
+
+from parallel.layout import Layout
+from parallel.shard import reshard
+from pretrain.batches import SHOWN_SOURCES, Feed
+from pretrain.checkpointing.saver import Saver
+from pretrain.config.load import warn
+from pretrain.evaluation.evaluate import Evaluator
+from pretrain.logs.measured import measure
+from pretrain.logs.metrics import Reporter
+from pretrain.logs.step_record import StepRecord, flops_utilization
+from pretrain.logs.tally import StepTally
+from pretrain.plan import Plan
+from pretrain.planner.model_size import step_flops
+from pretrain.processes.agreement import Refused, known_to_all
+from pretrain.processes.out_of_memory import out_of_memory_explained
+from pretrain.processes.stop import Interrupted, StopRequest, StopSignals
+from pretrain.schedule.phases import Phase, phase_at
+from pretrain.state import TrainState, compute_dtype
+from pretrain.step import Stepper, train_step
+
+
+class TrainingLoop:
+    """Trains from where the state is, and evaluates, saves and reports on the way.
+
+    Args:
+        evaluation_due: the phase of an evaluation that a stop cut short before this start.
+        signals: the stop signals of this process.
+        started: when this process began, by time.monotonic.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        layout: Layout,
+        state: TrainState,
+        reporter: Reporter,
+        signals: StopSignals,
+        *,
+        evaluation_due: str | None,
+        started: float,
+    ):
+        self.plan = plan
+        self.config = plan.config
+        self.layout = layout
+        self.state = state
+        self.reporter = reporter
+        self.signals = signals
+        self.started = started
+        self.evaluation_due = evaluation_due
+        """The phase of an evaluation that a stop cut short or left out; the next start makes up for
+        it."""
+        self.feed = Feed(
+            plan.config.data,
+            plan.corpus,
+            plan.ledger,
+            layout,
+            eod=plan.tokenizer.eod if plan.tokenizer else None,
+            vocab_size=plan.vocab_size,
+        )
+        self.evaluator = Evaluator(plan.config, self.feed, plan.tokenizer)
+        self.tally = StepTally(state.steps_with_targets)
+        self.stop = StopRequest(signals, layout.world, layout.device)
+        self.saver = Saver(plan, layout, evaluation_due)
+
+    def run(self, phase: Phase) -> str:
+        """Run the phases that share this layout, saving after each -> the outcome."""
+        state = self.state
+        world = self.layout.world
+        if self.config.schedule.manual_gc:
+            gc.disable()
+        while True:
+            with out_of_memory_explained(phase, self.plan, world.rank, world.size):
+                is_stopped = self._run_phase(phase)
+            following = phase_at(self.plan.phases, state.clock)
+            is_over = not is_stopped or following is None
+            if is_over:
+                self._require_success()
+            self._save(phase, ends_phase=is_over)
+
+            if following is None and self.evaluation_due is None:
+                text = f"done: {state.step:,} steps, {state.clock:,} tokens"
+                return self.end("done", f"{text}{self.tally.describe()}")
+            if is_stopped or self.stop.agreed():
+                return self.end("stopped", f"stopped as asked after step {state.step:,}")
+            assert following is not None, "a phase that was not stopped leaves no evaluation due"
+            if following.layout_key != phase.layout_key:
+                return self.end(
+                    "again",
+                    f"phase {phase.name} is done; phase {following.name} needs another layout: "
+                    "starting again",
+                )
+            phase = following
+
+    def _require_success(self) -> None:
+        """Raise Refused where a phase ends and nothing was trained since the start.
+
+        It must not look like success.
+        """
+        failure = self.tally.failure()
+        if failure:
+            self.report("refused", failure)
+            raise Refused(f"step {self.state.step:,}: {failure}")
+
+    def end(self, outcome: str, text: str) -> str:
+        """Say how the run ends, and hand its outcome on."""
+        self.reporter.say(text)
+        self.report(outcome, text)
+        return outcome
+
+    def report(self, kind: str, text: str) -> None:
+        """Write an event of this point of the run."""
+        self.reporter.event(kind, self.state.step, self.state.clock, text)
+
+    def _run_phase(self, phase: Phase) -> bool:
+        """Train the remaining steps of one phase -> True if someone asks to stop before its end."""
+        state = self.state
+        stepper = self._make_stepper(phase)
+        # What a stop cut short comes first.
+        if self.evaluation_due == phase.name and not self._evaluate(stepper, phase):
+            return True
+        if state.clock >= phase.end:
+            return False
+        if not self._begin_phase(stepper, phase):
+            return True
+
+        while state.clock < phase.end:
+            try:
+                record, is_stopped = self._step(stepper, phase)
+            except Interrupted:
+                self._give_up_step(stepper)
+                return True
+            self._report_step(record)
+            if self._should_evaluate(phase):
+                self.evaluation_due = phase.name
+                # Who asks to stop is in a hurry, --exit-interval is not.
+                exit_interval = self.config.checkpoint.exit_interval
+                hurries = is_stopped and not _is_multiple(state.step, exit_interval)
+                if hurries or not self._evaluate(stepper, phase):
+                    return True
+            if is_stopped:
+                return True
+            # The end of the phase is saved by the caller.
+            save_interval = self.config.checkpoint.save_interval
+            if state.clock < phase.end and _is_multiple(state.step, save_interval):
+                self._save(phase, ends_phase=False)
+                if self.stop.agreed():
+                    return True
+        return False
+
+    def _make_stepper(self, phase: Phase) -> Stepper:
+        """Set the model to the phase, and look for signals in the pace of its microbatches."""
+        for stage in self.state.stages:
+            stage.rope = phase.rope
+            stage.memory = phase.memory
+        self.stop.restart()
+        return Stepper(
+            self.state.stages,
+            self.layout,
+            self.config.model.hidden_size,
+            compute_dtype(self.config.optimizer),
+            phase.layout.sharding_strategy,
+            self.stop,
+        )
+
+    def _begin_phase(self, stepper: Stepper, phase: Phase) -> bool:
+        """Open the phase's data; evaluate where it begins -> False if a stop cut that short."""
+        with known_to_all():
+            begins = self.feed.enter(phase, self.state.clock)
+        for text in self.evaluator.unmeasured(phase) + self.evaluator.taken_whole(phase):
+            self.reporter.say(text)
+        if not begins:
+            return True
+        self.report("phase", f"{phase.name} begins, {phase.seq_length:,} tokens per sample")
+        # Cut short, it needs no note: nothing is saved since, and the phase begins again.
+        return self._evaluate(stepper, phase)
+
+    # ------------------------------------------------------------ step by step
+
+    def _step(self, stepper: Stepper, phase: Phase) -> tuple[StepRecord, bool]:
+        """Train one step -> what is known of it; whether any rank asks to save and end.
+
+        Raises:
+            Interrupted: a stop cut it short.
+        """
+        state = self.state
+        began = time.perf_counter()
+
+        # The data, the batch size and the learning rate follow from the clock alone.
+        microbatches = [batch.to(self.layout.device) for batch in self.feed.read(state.clock)]
+        data_seconds = time.perf_counter() - began
+        lr = self.plan.learning_rate.at(state.clock, phase.lr, phase.min_lr)
+        batch_tokens = phase.batch_at(state.clock)
+        clip_grad = self.config.optimizer.clip_grad
+        result = train_step(stepper, state.optimizer, microbatches, lr, clip_grad)
+
+        # The clock moves on, whether anything was updated or not.
+        state.advance(batch_tokens, skipped=result.skipped)
+        self.tally.note(result)
+        state.steps_with_targets = self.tally.with_targets
+        sources = self.feed.tokens_by_source(state.clock) if self.layout.world.is_first else {}
+        state.real_tokens = sum(sources.values())
+        self._refuse_endless_skips(result.loss)
+
+        # What only all ranks together know.
+        seconds = time.perf_counter() - began
+        measured = measure(
+            microbatches, self.layout, wants_stop=self._wants_stop(), data_seconds=data_seconds
+        )
+        flops = step_flops(
+            self.config.model, self.plan.vocab_size, batch_tokens, measured.causal_pairs
+        )
+        record = StepRecord(
+            step=state.step,
+            tokens=state.clock,
+            real_tokens=state.real_tokens,
+            phase=phase.name,
+            seq_length=phase.seq_length,
+            global_batch_tokens=batch_tokens,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            lr=lr,
+            num_targets=result.num_targets,
+            tokens_per_second=batch_tokens / seconds,
+            mfu=flops_utilization(flops, seconds, self.layout),
+            peak_memory_bytes=measured.peak_memory_bytes,
+            step_seconds=seconds,
+            data_seconds=measured.data_seconds,
+            skipped=result.skipped,
+            data_digest=measured.data_digest,
+            sources=sources if len(sources) <= SHOWN_SOURCES else None,
+        )
+        return record, measured.is_stopped
+
+    def _give_up_step(self, stepper: Stepper) -> None:
+        """Leave a step that was cut short as if it had not begun: its data come again."""
+        self.state.optimizer.zero_grad(set_to_none=True)
+        reshard(stepper.stages)
+
+    def _refuse_endless_skips(self, loss: float) -> None:
+        count = self.state.skipped_in_a_row
+        if count > self.config.optimizer.max_skipped_steps:
+            raise RuntimeError(
+                f"{count} steps in a row had a gradient that is not finite; the last loss was "
+                f"{loss}. Lower the learning rate or look at the data of these steps."
+            )
+
+    def _wants_stop(self) -> bool:
+        """Tell whether this rank wants to stop after the step that was just trained."""
+        settings = self.config.checkpoint
+        minutes = (time.monotonic() - self.started) / 60
+        limit = settings.exit_duration_in_mins
+        is_late = limit is not None and minutes >= limit
+        is_last = _is_multiple(self.state.step, settings.exit_interval)
+        return self.signals.asked or is_late or is_last
+
+    def _report_step(self, record: StepRecord) -> None:
+        self.reporter.step(record, self.plan.phases[-1].end - self.state.clock)
+        if record.skipped:
+            self.report("skipped", f"gradient norm {record.grad_norm}")
+        if record.num_targets == 0:
+            self._report_no_target()
+
+    def _report_no_target(self) -> None:
+        count = self.tally.without_target
+        text = (
+            f"step {self.state.step:,}: no document of its batch gives a target; {count:,} such "
+            "steps since the start"
+        )
+        self.report("no target", text)
+        # On the console the first, second, fourth, eighth ... of them.
+        if self.layout.world.is_first and count & (count - 1) == 0:
+            warn(text)
+
+    # ------------------------------------------------------------ evaluating, saving
+
+    def _should_evaluate(self, phase: Phase) -> bool:
+        logging = self.config.logging
+        if not logging.eval_iters or not self.plan.corpus.validation:
+            return False  # else a stop would leave one to be made up for
+        is_end = self.state.clock >= phase.end
+        return is_end or _is_multiple(self.state.step, logging.eval_interval)
+
+    def _evaluate(self, stepper: Stepper, phase: Phase) -> bool:
+        """Measure all that there is -> False where a stop cut it short; the rest is made up for."""
+        gc.collect()
+        step = self.state.step
+        place = {"step": step, "tokens": self.state.clock, "phase": phase.name}
+        try:
+            for record in self.evaluator.run(stepper, phase):
+                self.reporter.evaluation(place | record)
+        except Interrupted:
+            self.reporter.say(
+                f"evaluation at step {step:,} cut short by a stop; the next start makes up for it"
+            )
+            return False
+        self.evaluation_due = None
+        self.stop.restart()  # training has another pace
+        if self.layout.device.type == "cuda":
+            # metrics.jsonl has the peak of training.
+            torch.cuda.reset_peak_memory_stats(self.layout.device)
+        return True
+
+    def _save(self, phase: Phase, *, ends_phase: bool) -> None:
+        """Write a checkpoint, where there is something to save."""
+        self.saver.save(
+            self.state,
+            phase,
+            self.tally,
+            self.reporter,
+            self.evaluation_due,
+            ends_phase=ends_phase,
+        )
+
+
+def _is_multiple(step: int, interval: int | None) -> bool:
+    """Tell whether an interval is over after `step`; an interval of 0 or None never is."""
+    return bool(interval) and step % interval == 0
