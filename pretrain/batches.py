@@ -19,7 +19,7 @@ SHOWN_SOURCES = 32
 
 
 class Feed:
-    """Reads this rank's batches of one phase at a time, and opens the ledger's segments for them."""
+    """Reads this rank's batches, phase by phase, and opens the ledger's segments for them."""
 
     def __init__(
         self,
@@ -56,6 +56,7 @@ class Feed:
         Raises:
             ValueError: its sources do not have what it is to draw (`data_exhausted` stop or error).
         """
+        # A phase that goes on after a restart has a segment already.
         self._phase = phase
         begins = all(segment.phase != phase.name for segment in self.ledger.segments)
         self.ledger.enter(clock, phase.name, settings_of(phase, self.corpus))
@@ -68,6 +69,7 @@ class Feed:
 
         The last step may reach beyond the phase's end, where the batch was changed within it.
         """
+        # The number of samples from the open segment's start on.
         phase = self.phase
         to_draw = phase.end_of_steps(clock) - self.ledger.open.start
         self.ledger.mixture().check(to_draw // phase.seq_length)
@@ -103,6 +105,7 @@ class Feed:
             Name of each set -> its loader, and its samples.
         """
         found = {}
+        # From the start of the set each time: evaluations score the same tokens.
         for name, blend in self.corpus.validation.items():
             samples = FirstPass(blend, seq_length)
             loader = self._make_loader(
@@ -135,6 +138,7 @@ class Feed:
         Args:
             start: the clock at the first of the samples.
         """
+        # The rank's slices of a microbatch, as context parallelism deals them.
         layout = self.layout
         tokens = samples.settings.seq_length * micro_batch_size
         return Loader(
@@ -182,7 +186,7 @@ def ledger_at(
     windows = parse_windows(config.skip_data)
     for phase in phases:
         if phase.end <= begun or phase.start > clock:
-            continue
+            continue  # over already, or not begun by then
         # What the run does: enter the phase, then skip each window at its first step.
         entered = max(begun, phase.start)
         ledger.enter(entered, phase.name, settings_of(phase, corpus))
@@ -195,6 +199,7 @@ def ledger_at(
 
 def _pass_over(ledger: Ledger, windows: list[tuple[int, int]], clock: int) -> bool:
     """Skip the windows whose time has come at the step at `clock` -> were there any?"""
+    # A window is known by its end; its start moves to the first step in it.
     due = [end for start, end in windows if start <= clock and not ledger.has_skipped(end)]
     for end in due:
         ledger.skip(clock, end)

@@ -101,11 +101,13 @@ def make_plan(config: Config, world_size: int, *, only_print: bool = False) -> P
     Raises:
         ValueError: every problem found, a line each.
     """
+    # Each stage refuses all of its problems at once, and the next takes what it found.
     settings = check_settings(with_data_args(config), world_size)
     config = settings.config
     origin = _find_origin(config)
     placed = _place_phases(settings, origin, world_size)
     data = _open_data(settings, placed.phases, origin)
+    # The only thing that is made on disk, when all else is well.
     if config.checkpoint.save and not only_print:
         _check_writable(Path(config.checkpoint.save))
     return Plan(
@@ -191,9 +193,11 @@ def _place_phases(settings: SettledSettings, origin: _Origin, world_size: int) -
     config = settings.config
     vocab_size = settings.vocab_size
     kept = origin.resumed.layouts if origin.resumed else {}
+    # Layouts that an earlier start chose hold, as long as what they followed from does.
     phases, layouts, layout_lines = settle_layouts(
         settings.phases, config, world_size, vocab_size, kept, origin.clock
     )
+    # With a layout, what a phase needs is known: loss chunks take what is left.
     phases = choose_loss_chunks(phases, config, world_size, vocab_size)
     memory = check_memory(phases, config, world_size, vocab_size, origin.clock)
 
@@ -227,8 +231,11 @@ def _open_data(settings: SettledSettings, phases: list[Phase], origin: _Origin) 
     config = settings.config
     resumed = origin.resumed
     problems: list[str] = []
+    # Without its clock or moments a checkpoint cannot go on at all.
     if resumed is not None:
         refuse_all(missing_parts(resumed, config.checkpoint, str(origin.start.folder)))
+
+    # What differs from the checkpoint: settings first, then data, which must be open for that.
     changes = _changes_of_settings(settings, phases, origin)
     sources = [phase.data_path for phase in phases if phase.data_path]
     corpus = attempt(
@@ -249,6 +256,7 @@ def _open_data(settings: SettledSettings, phases: list[Phase], origin: _Origin) 
     refuse_all(refusals(changes, config.checkpoint) + problems)
     assert corpus is not None and ledger is not None
 
+    # Can the phases that are to come draw what they should?
     coming = [phase for phase in phases if phase.end > origin.clock]
     refuse_all(target_problems(corpus, coming))
     last_batch = resumed.last_batch_tokens if resumed else 0
@@ -266,6 +274,7 @@ def _changes_of_settings(
     assert origin.stored is not None
     config = settings.config
     description = settings.tokenizer_description
+    # A new run on the weights may change all that the weights do not depend on.
     if origin.start.weights_only:
         return weights_changes(origin.stored, config, origin.progress, phases, description)
     return continuation_changes(
@@ -296,6 +305,7 @@ def _changes_of_data(
         Change(f"data of {name}", "other tokens or another order", "begins anew", "data")
         for name in ledger.begun_anew
     ]
+    # The phase that goes on may have another name, and another blend of the same sources.
     current = begun_phase(phases, resumed)
     if current is not None:
         ledger.rename_phase(resumed.phase_name, current.name)

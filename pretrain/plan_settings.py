@@ -1,4 +1,7 @@
-"""What a run's settings say by themselves, checked all at once: phases, learning rate, tokenizer."""
+"""What a run's settings say by themselves, checked all at once.
+
+Phases, learning rate, tokenizer, and whether the layouts can run on this number of processes.
+"""
 
 import dataclasses
 import importlib.util
@@ -41,7 +44,7 @@ def check_settings(config: Config, world_size: int) -> SettledSettings:
     Raises:
         ValueError: every problem found, a line each.
     """
-    # Each section, and what they say together.
+    # Each section, and what the sections say together.
     problems = config.validate()
     is_sound = not problems
     phases = attempt(problems, lambda: resolve_phases(config)) or []
@@ -86,7 +89,7 @@ def refuse_all(problems: list[str]) -> None:
 
 
 def handover_problems(phases: list[Phase], config: Config) -> list[str]:
-    """Check that phases of different layouts can hand over: by a checkpoint, which must be whole."""
+    """Check that phases of different layouts can hand over, by a checkpoint that is whole."""
     if len({phase.layout_key for phase in phases}) <= 1:
         return []
     problems = []
@@ -104,6 +107,7 @@ def handover_problems(phases: list[Phase], config: Config) -> list[str]:
 
 def _open_tokenizer(data: DataConfig) -> tuple[Tokenizer | None, int | None]:
     """Open the tokenizer, None for mock data -> with the model's vocabulary size."""
+    # Mock data are random ids; a text's ids must all be rows of the embedding.
     if data.mock_data:
         return None, data.vocab_size
     tokenizer = build_tokenizer(
@@ -126,13 +130,13 @@ def with_data_args(config: Config) -> Config:
         raise ValueError(
             f"data_args_path = {path}: cannot be combined with data_path. Fix: remove one of them."
         )
+    # White space parts the words, so that a long blend may be written in lines.
     try:
         words = Path(path).read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"data_args_path = {path}: cannot be read ({error}). Fix: a text file with the words of "
-            "--data-path."
+            f"data_args_path = {path}: cannot be read ({error}). Fix: a text file with the words "
+            "of --data-path."
         ) from None
-    return dataclasses.replace(
-        config, data=dataclasses.replace(config.data, data_path=words, data_args_path=None)
-    )
+    data = dataclasses.replace(config.data, data_path=words, data_args_path=None)
+    return dataclasses.replace(config, data=data)

@@ -52,6 +52,7 @@ def _warnings_of_restart(plan: Plan) -> list[str]:
         return []
     settings = plan.config.checkpoint
     assert plan.start.folder is not None and settings.save is not None
+    # The settings with which the checkpoint was saved.
     first = read_config_yaml(str(plan.start.folder / "config.yaml")).checkpoint
     is_own_folder = bool(settings.load) and (
         os.path.abspath(settings.load) == os.path.abspath(settings.save)
@@ -77,6 +78,7 @@ def _warnings_of_start(plan: Plan) -> list[str]:
     """Flags about a checkpoint's contents that this start does not read."""
     settings = plan.config.checkpoint
     folder = plan.start.folder
+    # Acceptance of changes that are none, then flags that read a checkpoint which is not there.
     found = needless_acceptance(plan.changes, settings)
     if settings.no_load_optim and (folder is None or plan.start.weights_only):
         without = "no checkpoint" if folder is None else "weights alone"
@@ -101,6 +103,7 @@ def _warnings_of_start(plan: Plan) -> list[str]:
 
 def _warnings_of_data(plan: Plan) -> list[str]:
     """Documents that are never drawn, drawn again, or give nothing to learn."""
+    # In the order in which they matter: not drawn, drawn twice, drawn for nothing.
     never_drawn = [
         f"{prefix}: {count:,} documents have no token and are never drawn"
         for prefix, count in plan.corpus.empty.items()
@@ -111,6 +114,7 @@ def _warnings_of_data(plan: Plan) -> list[str]:
 
 def _warnings_of_decay(plan: Plan) -> list[str]:
     """A decay of the learning rate that ends before or after the run does."""
+    # The last arc of the schedule is the decay.
     decay_end = plan.learning_rate.arcs[-1].end
     end = plan.phases[-1].end
     if decay_end == end or plan.config.optimizer.lr_decay_style == "constant":
@@ -122,6 +126,7 @@ def _warnings_of_decay(plan: Plan) -> list[str]:
 
 
 def _warnings_without_validation(plan: Plan) -> list[str]:
+    # Evaluations are on by default; a run without documents for them should know.
     if not plan.config.logging.eval_iters or plan.corpus.validation:
         return []
     return ["there are no validation documents (--split, --valid-data-path): nothing is evaluated"]

@@ -79,6 +79,7 @@ def build_state(plan: Plan, phase: Phase, layout: Layout, attend: Attend) -> Tra
         compute_dtype=compute_dtype(config.optimizer),
         optimizer_on_host=config.optimizer.optimizer_cpu_offload,
     )
+    # The state of the optimizer exists before a load fills it.
     state = TrainState(stages, build_optimizer(stages, config.optimizer))
     folder = plan.start.folder
     if folder is None:
@@ -103,7 +104,7 @@ def checkpoint_tensors(state: TrainState, *, with_optimizer: bool) -> dict[str, 
         for name, parameter in stage.named_parameters():
             assert isinstance(parameter, nn.Parameter)
             if f"model.{name}" in tensors:
-                continue
+                continue  # the last stage's copy of a tied embedding
             tensors[f"model.{name}"] = parameter.detach()
             if with_optimizer:
                 moments = state_of(state.optimizer, parameter)
@@ -120,6 +121,7 @@ def fill_tied_copy(state: TrainState) -> None:
     if len(copies) != 2:
         return
     source, target = copies
+    # Weights and moments: the two copies must stay the same bit for bit.
     to_fill = state_of(state.optimizer, target)
     with torch.no_grad():
         target.copy_(source)

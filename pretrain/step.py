@@ -185,7 +185,7 @@ class Stepper:
         return self.pipelines[key]
 
     def _accumulate(self, count: int, *, train: bool) -> torch.Tensor:
-        """Run the microbatches one after the other, without a pipeline -> the sum of their losses."""
+        """Run the microbatches one after another, without a pipeline -> the sum of their losses."""
         (stage,) = self.stages
         # The first stage looks its tokens up itself (model/gpt.py: begin_step).
         no_input = torch.empty(0, device=self.layout.device)

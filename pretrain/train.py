@@ -1,9 +1,9 @@
 """Pretrain a GPT: `torchrun ... -m pretrain.train --config FILE [--flags]`.
 
 Reads top to bottom: check everything, join the processes, build or load the state, and hand it to
-the training loop (training_loop.py). The process ends with an outcome that the launcher reads: done, again (the next
-phase needs another layout), stopped (signal or --exit-...), unstarted (signal before the first
-step), refused (bad input).
+the training loop (training_loop.py). The process ends with an outcome that the launcher reads:
+done, again (the next phase needs another layout), stopped (signal or --exit-...), unstarted (signal
+before the first step), refused (bad input).
 """
 
 import sys
@@ -30,13 +30,8 @@ from pretrain.logs.metrics import Reporter
 from pretrain.plan import Plan, make_plan
 from pretrain.plan_warnings import warnings_about
 from pretrain.planner.model_size import num_parameters
-from pretrain.processes.agreement import (
-    Refused,
-    describe_code,
-    known_to_all,
-    require_agreement,
-    shared_by_all,
-)
+from pretrain.processes.agreement import Refused, known_to_all, require_agreement
+from pretrain.processes.code_version import describe_code
 from pretrain.processes.out_of_memory import out_of_memory_explained
 from pretrain.processes.outcome import (
     UNSTARTED,
@@ -45,6 +40,7 @@ from pretrain.processes.outcome import (
     say_stopped_at_start,
     write_outcome,
 )
+from pretrain.processes.shared_facts import shared_by_all
 from pretrain.processes.shared_folder import require_shared_folder
 from pretrain.processes.stop import StopSignals, defer_together, let_signals_through
 from pretrain.schedule.phase_table import describe
@@ -132,6 +128,7 @@ class Trainer:
 
     def run(self) -> str:
         """Train until done, or until the layout must change or someone stops us -> the outcome."""
+        # Each process planned alone: do all of them mean the same run?
         require_agreement(shared_by_all(self.plan), self.world.axis)
         phase = self._first_phase()
         self._print_plan(phase)
@@ -142,6 +139,7 @@ class Trainer:
                 print(text, flush=True)
             return "done"
 
+        # From here on the processes have groups, the folder is ours, and memory is allocated.
         self.layout = build_layout(phase.layout, self.world)
         lock = self._lock_save_folder()
         self.loop = self._prepare(phase)
@@ -166,6 +164,7 @@ class Trainer:
         resumed = self.plan.resumed
         if resumed is None:
             return phase_at(self.plan.phases, 0)
+        # The evaluation comes before anything else, in the phase that it belongs to.
         due = resumed.evaluation_due
         begun = {phase.name: phase for phase in self.plan.phases if phase.start < resumed.clock}
         if due is not None and due not in begun and self.world.rank == 0:
@@ -225,6 +224,7 @@ class Trainer:
                     "Fix: --no-bf16"
                 )
             state = build_state(plan, phase, self.layout, attend)
+        # Files, wandb and TensorBoard are open only now: what fails before leaves no trace there.
         reporter = Reporter(config, state.step, state.wandb_run_id, is_writer=self.world.rank == 0)
         state.wandb_run_id = reporter.wandb_run_id
         loop = TrainingLoop(

@@ -33,6 +33,7 @@ class FolderLock:
 
     def _take(self, root: Path) -> str | None:
         """Lock the folder's .lock file and sign it; returns the problem, if there is one."""
+        # "a+" keeps the content of a file that is there: it names the holder, or is not ours.
         try:
             root.mkdir(parents=True, exist_ok=True)
             file = open(root / ".lock", "a+", encoding="utf-8", errors="replace")
@@ -72,6 +73,7 @@ def same_start_on_all_ranks(root: str | os.PathLike, planned: Path | None, world
     Args:
         planned: None where there was none.
     """
+    # Rank 0 looks, and every rank compares with its own plan.
     latest = [find_published(root) if world.rank == 0 else None]
     dist.broadcast_object_list(latest, src=0, group=world.group)
     answers = [False] * world.size

@@ -27,6 +27,7 @@ def list_checksums(folder: Path, world: Axis) -> dict[str, str]:
         shared = [files]
         dist.broadcast_object_list(shared, src=0, group=world.group)
         files = shared[0]
+    # Each rank takes every size-th file; then all know all.
     mine = {name: checksum(folder / name) for name in files[world.rank :: world.size]}
     gathered: list[dict[str, str]] = [mine]
     if world.size > 1:
@@ -53,6 +54,7 @@ def verify_files(folder: Path, rank: int = 0, size: int = 1) -> list[str]:
     Returns:
         The problems found, each a sentence.
     """
+    # As a save lists them, so that the shares of the ranks are the same everywhere.
     files = sorted(json.loads((folder / MANIFEST).read_text())["files"].items())
     problems = []
     for name, expected in files[rank::size]:

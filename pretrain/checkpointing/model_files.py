@@ -22,7 +22,7 @@ LARGEST_FILE = 64 << 20
 
 
 def read_model_files(folder: Path) -> dict[str, bytes]:
-    """Relative name -> content of the small files of a Hugging Face folder."""
+    """Read the small files of a Hugging Face folder -> relative name and content of each."""
     names = [CONFIG, GENERATION, *HUGGINGFACE_FILES, "chat_template.json"]
     more = sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
     names += [f"{MORE_TEMPLATES}/{path.name}" for path in more]
@@ -35,5 +35,5 @@ def read_model_files(folder: Path) -> dict[str, bytes]:
 
 
 def read_carried(checkpoint: Path | None) -> dict[str, bytes]:
-    """The files that a published checkpoint carries; none where its model began here."""
+    """Read the files that a published checkpoint carries; none where its model began here."""
     return read_model_files(checkpoint / CARRIED) if checkpoint is not None else {}

@@ -59,8 +59,10 @@ class Saver:
         if tally.unsaved_steps == 0 and evaluation_due == self.saved_evaluation_due:
             return
 
+        # With --manual-gc, garbage is collected here and at evaluations only.
         began = time.perf_counter()
         gc.collect()
+        # Copies that are no longer the same must not be published.
         check_replicas(state.stages, self.layout)
         progress = self._progress(state, phase, evaluation_due)
         assert progress.data is not None
@@ -75,6 +77,7 @@ class Saver:
             self.layout.world,
             self.carried,
         )
+        # From here on this is what the last checkpoint says.
         tally.note_save()
         self.saved_evaluation_due = evaluation_due
         text = f"saved {folder} in {time.perf_counter() - began:.1f} s"

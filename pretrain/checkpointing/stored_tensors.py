@@ -1,7 +1,7 @@
 """The tensors in a checkpoint's files, read without a process group and without running code.
 
-DCP keeps its table of tensors as a pickle, which can run anything when it is loaded. Ours is read by
-an unpickler that knows the classes of such a table and no others.
+DCP keeps its table of tensors as a pickle, which can run anything when it is loaded. Here it is
+read by an unpickler that knows the classes of such a table and no others.
 """
 
 import os
@@ -67,7 +67,9 @@ class SafeReader(dcp.FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with open(Path(self.path) / ".metadata", "rb") as file:
             metadata = _MetadataUnpickler(file).load()
+        # As DCP's own reader does.
         metadata.storage_meta.load_id = self.load_id
+        # DCP compares sizes before it reads.
         for name, size in self.sizes.items():
             metadata.state_dict_metadata[name].size = size
         return metadata
@@ -92,6 +94,7 @@ def read_whole_tensors(folder: Path, names: list[str]) -> dict[str, torch.Tensor
     """Read the named tensors, whole, into the CPU's memory, without any process group."""
     reader = SafeReader(folder)
     stored = tensors_of(reader.read_metadata())
+    # DCP fills tensors that exist: of the stored sizes and dtypes, and on the CPU.
     tensors = {
         name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype, device="cpu")
         for name in names

@@ -42,6 +42,7 @@ class Evaluator:
         """Say why some set has no context gain in the phase, a sentence each."""
         settings = self.settings
         least = 2 * settings.context_gain_cut
+        # Whether it is asked for; then what is too short for it, the phase or the documents.
         is_asked = settings.eval_context_gain and settings.eval_iters
         if not is_asked or not self.feed.corpus.validation:
             return []
@@ -61,6 +62,7 @@ class Evaluator:
         """Name the sets with fewer tokens than an evaluation of the phase takes, in sentences."""
         if not self.settings.eval_iters:
             return []
+        # An evaluation goes once through such a set, and stops there.
         limit = self.settings.eval_iters * phase.global_batch_tokens
         found = []
         for name, blend in self.feed.corpus.validation.items():
@@ -91,7 +93,8 @@ class Evaluator:
         settings = self.settings
         if not settings.eval_iters or not self.feed.corpus.validation:
             return
-        # Each length has another pace, in which ranks ask each other for signals.
+        # Loss, gain and passkeys in turn. Each length has another pace, in which ranks ask each
+        # other for signals.
         for length in sorted({*settings.eval_seq_lengths} or {phase.seq_length}):
             _expect_another_pace(stepper)
             yield from self._losses(stepper, phase, ValidationBatch.of(phase, length))
@@ -136,7 +139,7 @@ class Evaluator:
         for name in self.feed.corpus.validation:
             documents = self._long_documents(name, phase)
             if not documents:
-                continue
+                continue  # said at the start of the phase (`unmeasured`)
             found = context_gain.measure(
                 stepper, documents, phase.seq_length, cut, self.seed, self._probe_shape(phase)
             )
@@ -185,6 +188,7 @@ class Evaluator:
         samples = ValidationBatch.of(phase, phase.seq_length).batch_samples
         within_limits = min(MOST_DOCUMENTS, max(LEAST_DOCUMENTS, samples))
         count = self.settings.context_gain_documents or within_limits
+        # Looking through the lengths of a large set takes a while.
         key = name, phase.seq_length, count
         if key not in self._documents:
             self._documents[key] = context_gain.choose_documents(

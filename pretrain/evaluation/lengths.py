@@ -28,6 +28,7 @@ class ValidationBatch:
     @staticmethod
     def of(phase: Phase, seq_length: int) -> "ValidationBatch":
         """Shape batches of samples of `seq_length` like those of the phase."""
+        # As many tokens as training has, in samples of another length.
         micro_batch_tokens = phase.seq_length * phase.micro_batch_size
         return ValidationBatch(
             seq_length,
@@ -41,6 +42,7 @@ class ValidationBatch:
         `batch_samples`, or the next number above it that data parallelism and the pipeline schedule
         take.
         """
+        # Whole microbatches on each data-parallel rank.
         samples_at_once = self.micro_batch_size * layout.dp.size
         wanted = -(-self.batch_samples // samples_at_once)
         return microbatch_count(wanted, layout) * samples_at_once * self.seq_length
@@ -68,6 +70,7 @@ def check_lengths(settings: LoggingConfig, phase: Phase) -> list[str]:
     """Name the lengths that the phase's layout cannot cut, as `name = value: rule. Fix: ...`."""
     if settings.eval_iters == 0:
         return []
+    # Context parallelism gives each rank as many tokens of a microbatch.
     multiple = phase.layout.token_multiple
     problems = []
     for length in settings.eval_seq_lengths:

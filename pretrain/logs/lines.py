@@ -9,7 +9,9 @@ UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 
 def console_line(record: StepRecord, remaining_tokens: int) -> str:
     """Describe a step in one readable line."""
+    # What a person looks at, from left to right: where, how well, how fast, how full.
     rate = record.tokens_per_second
+    # Tokens are the clock, the rate is that of the global batch.
     parts = [
         f"step {record.step:>6,}",
         f"{record.phase} {record.seq_length:,}",
@@ -29,6 +31,7 @@ def console_line(record: StepRecord, remaining_tokens: int) -> str:
 
 def evaluation_line(record: dict[str, Any]) -> str:
     """Describe a line of validation.jsonl in one readable line."""
+    # The set is named where it is not the only one.
     of_set = "" if record.get("set", "valid") == "valid" else f" of {record['set']}"
     place = f"{record['phase']}, {record['seq_length']:,} tokens"
     where = f"{of_set} at step {record['step']} ({place}): "
@@ -65,6 +68,7 @@ def evaluation_values(record: dict[str, Any], *, has_lengths: bool) -> dict[str,
     if record["kind"] == "loss":
         of_length = f"/{record['seq_length']}" if has_lengths else ""
         return {f"valid_loss{of_set}{of_length}": record["valid_loss"]}
+    # One document gives no interval, so that its ends are left out.
     if record["kind"] == "context_gain":
         names = ("gain", "gain_low", "gain_high", "loss_full", "loss_cut")
         known = [name for name in names if record[name] is not None]

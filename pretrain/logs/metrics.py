@@ -84,6 +84,7 @@ class Reporter:
         self.validation = JsonLines(folder / "validation.jsonl")
         self.ledger = JsonLines(folder / "ledger.jsonl")
         self.events = JsonLines(folder / "events.jsonl")
+        # Steps after the checkpoint are done again, and write their lines again.
         for lines in (self.metrics, self.validation, self.ledger):
             lines.rewind(last_step)
         # What happened is never dropped; only a line that was cut short goes.
@@ -101,6 +102,7 @@ class Reporter:
         line = record.to_json()
         if self.metrics:
             self.metrics.append(line)
+        # Curves are numbers: what is not known, and the tokens of each source, go by themselves.
         values = {
             name: value
             for name, value in line.items()
@@ -119,6 +121,7 @@ class Reporter:
         """
         if not self.is_writer:
             return
+        # Exactly once in the file, though it may be measured twice.
         key = evaluation_key(record)
         if key not in self.evaluated:
             self.evaluated.add(key)
@@ -141,7 +144,7 @@ class Reporter:
             )
 
     def account(self, step: int, clock: int, rows: list[dict[str, Any]]) -> None:
-        """Write what was drawn of each source in each phase (data/ledger.py: account), at a save."""
+        """Write what each phase has drawn of each source, at a save (data/ledger.py: account)."""
         if self.ledger:
             self.ledger.append({"step": step, "tokens": clock, "account": rows})
 
@@ -160,5 +163,7 @@ class Reporter:
 
 
 def evaluation_key(record: dict[str, Any]) -> tuple:
-    """Tell what a line of validation.jsonl measured; lines of old versions name no kind."""
-    return tuple(record.get(name, "loss" if name == "kind" else None) for name in EVALUATION_KEY)
+    """Tell what a line of validation.jsonl measured."""
+    # Lines of old versions name no kind: they had the loss alone.
+    with_kind = {"kind": "loss"} | record
+    return tuple(with_kind.get(name) for name in EVALUATION_KEY)

@@ -81,6 +81,7 @@ class Wandb:
             warn("wandb: no key or no network; logging offline, `wandb sync` uploads it later")
             mode = "offline"
         logging = config.logging
+        # With the id of the checkpoint's run it goes on, without one it begins.
         self.run = wandb.init(
             project=logging.wandb_project,
             name=logging.wandb_exp_name,

@@ -11,7 +11,7 @@ from pretrain.planner.hardware import peak_flops
 
 @dataclasses.dataclass(frozen=True)
 class StepRecord:
-    """One step. The fields are the keys of metrics.jsonl, in its order: a metric is a field here."""
+    """One step; its fields are the keys of metrics.jsonl, in that order."""
 
     step: int
     tokens: int
@@ -28,7 +28,7 @@ class StepRecord:
     lr: float
     num_targets: int
     tokens_per_second: float
-    """Of the global batch, over all ranks."""
+    """Tokens of the global batch over the step's seconds, on all ranks together."""
     mfu: float | None
     """Model FLOPs utilization; None where the hardware's rate is unknown."""
     peak_memory_bytes: int

@@ -60,6 +60,7 @@ class StepTally:
 
     def describe(self) -> str:
         """Count the steps that came to nothing, for a run's last line; empty if there are none."""
+        # Both kinds may come in one run: together in one sentence.
         skipped = self.steps - self.updates
         parts = []
         if skipped:

@@ -14,7 +14,7 @@ from pretrain.schedule.phases import Phase
 
 @contextmanager
 def out_of_memory_explained(phase: Phase, plan: Plan, rank: int, world_size: int) -> Iterator[None]:
-    """Name what was allocated and what to try, before the error takes its course."""
+    """Print what was allocated and what to try, before the error takes its course."""
     try:
         yield
     except torch.OutOfMemoryError:

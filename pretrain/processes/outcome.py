@@ -25,6 +25,8 @@ from pretrain.processes.agreement import Refused, Shared, require_agreement
 UNSTARTED = "unstarted"
 """Not "stopped": the signal may be torchrun's, because another process has failed."""
 
+POLL_SECONDS = 0.05
+
 KnownTo = Literal["this rank", "this machine", "all ranks"]
 
 
@@ -36,19 +38,21 @@ def write_outcome(outcome: str) -> None:
 
 
 def refuse(error: Exception, known_to: KnownTo = "this machine") -> int:
-    """Bad input: say it (once per machine, when all its ranks found the same) and tell the launcher
-    not to try again.
+    """Say what is wrong with the input, and tell the launcher not to try again.
 
-    Exit code 2 makes torchrun stop the other ranks; where all ranks end by themselves, the outcome
-    file is enough.
+    It is said once per machine, where all its ranks found the same. Exit code 2 makes torchrun stop
+    the other ranks; where all ranks end by themselves, the outcome file is enough.
 
     Args:
         known_to: who else ends for the same reason.
+
+    Returns:
+        The exit code of this process.
     """
     is_speaker = launched_local_rank() == 0
-    ends_alone = (
-        known_to == "this rank" or known_to == "this machine" and not launched_on_one_machine()
-    )
+    is_known_to_machine_only = known_to == "this machine" and not launched_on_one_machine()
+    ends_alone = known_to == "this rank" or is_known_to_machine_only
+    # The speaker of this machine says it for the others.
     if not is_speaker and known_to == "all ranks":
         return 0 if outcome_path() else 2
     if not is_speaker and known_to == "this machine" and was_refused_by_others():
@@ -60,24 +64,28 @@ def refuse(error: Exception, known_to: KnownTo = "this machine") -> int:
 
 
 def say_error(error: Exception) -> None:
+    """Print an error, with the rank and host where it is not rank 0's."""
     where = "" if launched_rank() == 0 else f" (rank {launched_rank()} on {socket.gethostname()})"
     for line in str(error).splitlines():
         print(f"error{where}: {line}", file=sys.stderr, flush=True)
 
 
 def was_refused_by_others(wait: float = 5.0) -> bool:
-    """Does local rank 0 say the same within `wait` seconds?"""
+    """Tell whether local rank 0 says the same within `wait` seconds."""
     path = outcome_path()
     limit = time.monotonic() + wait
     while path and time.monotonic() < limit:
         if Path(path).exists() and Path(path).read_text() == "refused":
             return True
-        time.sleep(0.05)
+        time.sleep(POLL_SECONDS)
     return False
 
 
 def say_stopped_at_start() -> None:
-    """A signal before the first step: nothing is to be saved, and the same command starts again."""
+    """Say that a signal came before the first step.
+
+    There is nothing to save, and the same command starts again.
+    """
     if launched_rank() == 0:
         print("stopped before the first step", flush=True)
     if launched_local_rank() == 0:
@@ -85,21 +93,27 @@ def say_stopped_at_start() -> None:
 
 
 def refuse_with_others(error: Exception) -> int:
-    """Say what keeps this machine from training, then tell the other machines, which would wait for
-    it."""
+    """Say what keeps this machine from training, then tell the other machines.
+
+    They would wait for it until the time-out.
+
+    Returns:
+        The exit code of this process.
+    """
     is_speaker = launched_local_rank() == 0
     if is_speaker:
         say_error(error)
     try:
+        # Whatever the settings are, all machines meet here and hear of the problem.
         world = start_world(LayoutConfig())
         require_agreement(Shared(problem=str(error)), world.axis)
     except Refused as refused:
         if is_speaker:
             write_outcome("refused")
-            own = str(error).splitlines()  # said already
-            others = [
-                line for line in str(refused).splitlines() if line.split(": ", 1)[1] not in own
-            ]
+            # Lines of other machines; ours are said already.
+            own = str(error).splitlines()
+            lines = str(refused).splitlines()
+            others = [line for line in lines if line.split(": ", 1)[1] not in own]
             say_error(Refused("\n".join(others)))
         return 0 if outcome_path() else 2
     except (ValueError, OSError, RuntimeError) as missed:

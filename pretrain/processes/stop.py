@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ from parallel.layout import Axis
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 CHECK_SECONDS = 0.4
-"""Between two questions that ranks ask each other: less would slow training down, more would be
-seen too late."""
+"""Time between two questions that ranks ask each other: less would slow training down, more would
+be seen too late."""
 
 
 class Interrupted(Exception):
@@ -33,10 +34,11 @@ class Interrupted(Exception):
 
 
 class StopSignals:
-    """The signals of this process."""
+    """The stop signals of this process: first they end it at once, then they are only noted."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.asked = False
+        """Has a signal come?"""
         self._end_at_once: Callable[[], None] | None = None
         self._lock = threading.Lock()
         self._sockets: tuple[socket.socket, socket.socket] | None = None
@@ -84,10 +86,11 @@ class StopSignals:
             before = signal.signal(number, self._on_signal)
             self._handlers.setdefault(number, before)
 
-    def _on_signal(self, number, frame) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
 
     def _watch(self, reader: socket.socket) -> None:
+        """End the process as soon as a signal's number can be read, unless that was deferred."""
         with reader:
             while received := reader.recv(16):
                 with self._lock:
@@ -97,15 +100,18 @@ class StopSignals:
 
 
 def let_signals_through() -> None:
-    """Receive what launch/tether.py held back while this process could not answer."""
+    """Receive the signals that launch/tether.py held back until this process could answer."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def defer_together(signals: StopSignals, world: Axis) -> bool:
-    """Only note the signals from now on, on all ranks -> False: a rank was ended by one before.
+    """Only note the signals from now on, on all ranks; collective.
 
-    Collective. A signal that comes in between finds some ranks here, waiting for others which it
-    ends at once: the wait then fails, and the signal says why.
+    A signal that comes in between finds some ranks here, waiting for others which it ends at once:
+    the wait then fails, and the signal says why.
+
+    Returns:
+        False where a rank was ended by a signal before.
     """
     signals.defer()
     try:
@@ -129,6 +135,7 @@ class StopRequest:
 
     def restart(self) -> None:
         """Ask at the next call again, since from here on microbatches take another time."""
+        # Calls of `check` since ranks asked each other, and how many of them go without asking.
         self._calls = 0
         self._skipped = 0
         self._has_measured = False
@@ -154,6 +161,8 @@ class StopRequest:
         seconds = self._ask()
         if self.is_agreed:
             raise Interrupted
+        # From the time of these calls follows how many may go without asking. The first interval
+        # after a restart is not typical; then the number at most doubles each time.
         if self._has_measured:
             # The same on all ranks, since the seconds are those of the slowest.
             fitting = int(self._calls * CHECK_SECONDS / max(seconds, 1e-6))
@@ -163,12 +172,9 @@ class StopRequest:
 
     def _ask(self) -> float:
         """Ask all ranks -> seconds since the last time, on the slowest of them."""
-        own = [float(self.signals.asked), time.monotonic() - self._since]
-        asked, seconds = all_reduce(
-            torch.tensor(own, dtype=torch.float64, device=self.device),
-            self.world,
-            dist.ReduceOp.MAX,
-        ).tolist()
+        values = [float(self.signals.asked), time.monotonic() - self._since]
+        own = torch.tensor(values, dtype=torch.float64, device=self.device)
+        asked, seconds = all_reduce(own, self.world, dist.ReduceOp.MAX).tolist()
         self._since = time.monotonic()
         self.is_agreed = asked > 0
         return seconds

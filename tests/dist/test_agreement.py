@@ -10,8 +10,9 @@ import pytest
 
 from parallel.layout import World
 from pretrain.checkpointing import start
-from pretrain.processes import agreement
-from pretrain.processes.agreement import Refused, Shared, require_agreement, shared_by_all
+from pretrain.processes import agreement, code_version, shared_facts
+from pretrain.processes.agreement import Refused, Shared, require_agreement
+from pretrain.processes.shared_facts import shared_by_all
 from pretrain.config.load import load_config, spell
 from pretrain.plan import make_plan
 from pretrain.train import Trainer
@@ -30,13 +31,17 @@ def folders(tmp_path_factory):
     return found
 
 
+def _module_of(name: str):
+    return shared_facts if hasattr(shared_facts, name) else agreement
+
+
 def compare(
     world: World, folders: list[str], argvs: list[list[str]], patches: dict | None = None
 ) -> str:
     """What this rank says of the plans of all, made in its own folder.
 
     Args:
-        patches: function of agreement.py -> what it returns on rank 1.
+        patches: function of shared_facts.py or agreement.py -> what it returns on rank 1.
     """
     before = os.getcwd()
     os.chdir(folders[world.rank])
@@ -44,7 +49,7 @@ def compare(
         plan = make_plan(load_config(spell(argvs[world.rank])), world.size)
         with ExitStack() as stack:
             for name, value in (patches or {}).items() if world.rank else ():
-                stack.enter_context(mock.patch.object(agreement, name, return_value=value))
+                stack.enter_context(mock.patch.object(_module_of(name), name, return_value=value))
             require_agreement(shared_by_all(plan), world.axis)
         return "agreed"
     except (ValueError, RuntimeError) as error:
@@ -149,7 +154,7 @@ def test_what_may_differ_by_node_is_not_compared(pool, folders, tmp_path):
 def test_every_setting_that_may_differ_exists():
     from pretrain.config.load import field_table
 
-    assert agreement.MAY_DIFFER.keys() <= field_table().keys()
+    assert shared_facts.MAY_DIFFER.keys() <= field_table().keys()
 
 
 def require(world: World, shared: list[Shared]) -> str:
@@ -294,28 +299,28 @@ def test_long_values_of_one_beginning_are_told_apart():
 
 
 def test_each_source_file_and_its_name_count(tmp_path):
-    for folder in agreement.CODE_FOLDERS:
+    for folder in code_version.CODE_FOLDERS:
         shutil.copytree(
-            agreement.ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
+            code_version.ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
         )
-    first = agreement.source_digest(tmp_path)
-    assert first == agreement.source_digest(agreement.ROOT)
+    first = code_version.source_digest(tmp_path)
+    assert first == code_version.source_digest(code_version.ROOT)
     file = tmp_path / "model" / "mlp.py"
     text = file.read_text()
     file.write_text(text + "#")
-    assert agreement.source_digest(tmp_path) != first
+    assert code_version.source_digest(tmp_path) != first
     file.write_text(text)
-    assert agreement.source_digest(tmp_path) == first
+    assert code_version.source_digest(tmp_path) == first
     file.rename(tmp_path / "model" / "mlp2.py")
-    assert agreement.source_digest(tmp_path) != first
+    assert code_version.source_digest(tmp_path) != first
 
 
 def test_without_git_the_commit_is_unknown(tmp_path, monkeypatch):
-    assert agreement.commit_of(tmp_path) is None
+    assert code_version.commit_of(tmp_path) is None
     monkeypatch.setenv("PATH", "")
-    assert agreement.commit_of(agreement.ROOT) is None
+    assert code_version.commit_of(code_version.ROOT) is None
     assert (
-        agreement.describe_commit(agreement.ROOT)
+        code_version.describe_commit(code_version.ROOT)
         == "commit unknown (warning: git does not tell it)"
     )
 
