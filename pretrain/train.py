@@ -29,7 +29,7 @@ from pretrain.data_outlook import describe_forecast
 from pretrain.logs.metrics import Reporter
 from pretrain.plan import Plan, make_plan
 from pretrain.plan_warnings import warnings_about
-from pretrain.planner.model_size import num_parameters
+from pretrain.planner.model_size import ModelSize
 from pretrain.processes.agreement import Refused, known_to_all, require_agreement
 from pretrain.processes.code_version import describe_code
 from pretrain.processes.out_of_memory import out_of_memory_explained
@@ -242,7 +242,7 @@ class Trainer:
     def _report_start(self, loop: TrainingLoop, phase: Phase, attention: str) -> None:
         start = self.plan.start
         layout = self.layout.describe()
-        parameters = num_parameters(self.config.model, self.plan.vocab_size)
+        parameters = ModelSize(self.config.model, self.plan.vocab_size).num_parameters
         loop.reporter.say(
             f"start: {start.reason}, step {loop.state.step:,}, phase {phase.name}, {layout}, "
             f"{parameters:,} parameters; {attention}; {compiled.describe(self.layout.device)}"

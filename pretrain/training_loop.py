@@ -16,7 +16,7 @@ from pretrain.logs.metrics import Reporter
 from pretrain.logs.step_record import StepRecord, flops_utilization
 from pretrain.logs.tally import StepTally
 from pretrain.plan import Plan
-from pretrain.planner.model_size import step_flops
+from pretrain.planner.model_size import ModelSize
 from pretrain.processes.agreement import Refused, known_to_all
 from pretrain.processes.out_of_memory import out_of_memory_explained
 from pretrain.processes.stop import Interrupted, StopRequest, StopSignals
@@ -55,6 +55,7 @@ class TrainingLoop:
         self.evaluation_due = evaluation_due
         """The phase of an evaluation that a stop cut short or left out; the next start makes up for
         it."""
+        self.model_size = ModelSize(plan.config.model, plan.vocab_size)
         self.feed = Feed(
             plan.config.data,
             plan.corpus,
@@ -212,9 +213,7 @@ class TrainingLoop:
         measured = measure(
             microbatches, self.layout, wants_stop=self._wants_stop(), data_seconds=data_seconds
         )
-        flops = step_flops(
-            self.config.model, self.plan.vocab_size, batch_tokens, measured.causal_pairs
-        )
+        flops = self.model_size.step_flops(batch_tokens, measured.causal_pairs)
         record = StepRecord(
             step=state.step,
             tokens=state.clock,

@@ -50,7 +50,7 @@ class ModelSize:
         """Count the weights of a layer's modules, for example of QKV."""
         return sum(prod(self.shapes[f"layers.0.{module}.weight"]) for module in modules)
 
-    def step_flops(self, tokens: int, causal_pairs: int) -> float:
+    def step_flops(self, tokens: int, causal_pairs: float) -> float:
         """Count the model FLOPs of forward and backward, without what is recomputed.
 
         Args:

@@ -95,6 +95,7 @@ def _entry_texts(phases: Sequence[Any]) -> dict[str, str]:
 
 def phase_texts(phase: Phase) -> dict[str, str]:
     """Write down every field of a phase as it came out, those of its parts one by one."""
+    # A difference in a part of the layout or of the rope is named by itself.
     found = {}
     for name, value in vars(phase).items():
         if name in ESTIMATES:
