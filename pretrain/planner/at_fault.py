@@ -50,6 +50,7 @@ class Situation:
 
 def layouts_that_work(situation: Situation) -> str:
     """Name the nearest layouts that work; or say that there are none, because of which setting."""
+    # Where something works as it is, nothing is at fault.
     nearest = situation.nearest()
     if nearest:
         return "; ".join(nearest)

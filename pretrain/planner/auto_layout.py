@@ -87,6 +87,7 @@ def settle_layouts(
         if not phase.auto:
             settled.append(phase)
             continue
+        # A stored choice holds as long as it answers to the same settings.
         asked = _asked(phase, world_size)
         before = LayoutRecord(**stored[phase.name]) if phase.name in stored else None
         if before and before.asked_with_defaults == asked:
@@ -94,6 +95,7 @@ def settle_layouts(
             memory = show_bytes(kept.memory.total)
             text = f"{kept.describe()}, {memory} per rank (kept from the checkpoint)"
         else:
+            # A phase that is over is chosen for its record only.
             is_over = phase.end <= clock
             room = dataclasses.replace(device, memory_bytes=NO_LIMIT_BYTES) if is_over else device
             choice = attempt(
@@ -117,6 +119,7 @@ def with_choice(phase: Phase, record: dict) -> Phase:
 
 
 def _apply(phase: Phase, record: LayoutRecord) -> Phase:
+    # The switch would say a strategy of its own beside the chosen one.
     layout = dataclasses.replace(phase.layout, use_distributed_optimizer=None, **record.chosen)
     phase = dataclasses.replace(phase, layout=layout)
     return phase.with_memory(recompute_granularity=record.recompute_granularity)
@@ -135,8 +138,10 @@ def _asked(phase: Phase, world_size: int) -> dict[str, Any]:
         "micro_batch_size": phase.micro_batch_size,
         **dataclasses.asdict(phase.memory),
     }
+    # Sizes that were given beside `auto`, and everything that check_layout reads.
     layout = dataclasses.asdict(phase.layout)
     given |= {name: layout[name] for name in layout if name not in IGNORED_LAYOUT_FIELDS}
+    # Tuples become lists, so that it equals what a checkpoint gives back.
     return json.loads(json.dumps(given))
 
 
@@ -150,6 +155,7 @@ def _why_again(before: LayoutRecord | None, asked: dict[str, Any]) -> str:
     """Say which settings have changed since the stored choice, and what that was."""
     if before is None:
         return ""
+    # A setting may be new since then, so that there is nothing it was.
     then = before.asked_with_defaults
     changed = [f"{name} was {then.get(name)}" for name in asked if then.get(name) != asked[name]]
     was = " ".join(f"{short} {before.chosen[name]}" for short, name in SIZE_FIELDS.items())

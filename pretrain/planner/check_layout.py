@@ -72,6 +72,7 @@ def _split_backward_problems(phase: Phase) -> list[str]:
     has_pipeline = layout.pipeline_model_parallel_size > 1
     if not has_pipeline or not SCHEDULES[layout.schedule].splits_backward:
         return []
+    # 1F1B and interleaved run the whole backward at once.
     other = "or --pipeline-schedule interleaved or 1F1B."
     problems = []
     if memory.recompute_granularity:
@@ -107,7 +108,8 @@ def _head_chunk_problems(phase: Phase, config: Config) -> list[str]:
 
 
 def _batch_problems(phase: Phase, config: Config, world_size: int) -> list[str]:
-    """Check that each batch is made of whole microbatches, in a number that the schedule accepts."""
+    """Check that each batch is whole microbatches, in a number that the schedule accepts."""
+    # Tokens of one microbatch on every data-parallel rank.
     unit = phase.seq_length * phase.micro_batch_size * phase.data_parallel_size(world_size)
     words = BatchWords.make(config, phase_entries(config)[phase.index], phase.seq_length)
     problems = []

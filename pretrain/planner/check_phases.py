@@ -35,6 +35,7 @@ def check_phases(
     """
     problems = []
     for phase in phases:
+        # What other files check comes first: layout and data; then the phase's own settings.
         found = [
             *_layout_problems(phase, config, world_size, vocab_size, fits),
             *_data_problems(phase, config),
@@ -59,6 +60,7 @@ def _layout_problems(
         return []
     problems = check_phase_layout(phase, config, world_size, vocab_size)
     if problems and not problems_of(phase.layout):
+        # A refusal comes with layouts that would do.
         situation = Situation(phase, config, world_size, vocab_size, fits)
         unknown = "" if vocab_size is not None else " (the vocabulary is not known yet)"
         processes = f"{world_size} process{'' if world_size == 1 else 'es'}"
@@ -74,6 +76,7 @@ def _data_problems(phase: Phase, config: Config) -> list[str]:
     own = list(phase.data_path)
     if not own or own in (config.data.data_path, config.data.train_data_path):
         return []
+    # Generated data has no blend, and a blend is read in any case, to say all at once.
     problems = []
     if config.data.mock_data:
         problems.append(
@@ -96,6 +99,7 @@ def check_phase_memory(phase: Phase, backend: str) -> list[str]:
             f"recompute_granularity {' and '.join(KEEPS_INPUT_ONLY)} keep, but that is {level}. "
             "Fix: give both, or 0 layers."
         )
+    # A kernel whose graph needs q, k and v cannot run where those are made again.
     if phase.attention_on_tape and backend in BACKENDS and not BACKENDS[backend].keeps_graph:
         is_kept = level == "attention_kept"
         name = "recompute_granularity" if is_kept else "attention_head_chunks"
@@ -109,6 +113,7 @@ def check_phase_memory(phase: Phase, backend: str) -> list[str]:
 
 def _warmup_problems(phase: Phase) -> list[str]:
     """List settings of the phase's warmup that do not go together."""
+    # The first phase warms up by the run's settings, a later one only where it rewarms.
     problems = []
     if phase.lr_schedule == "rewarm" and phase.index == 0:
         problems.append(
@@ -131,6 +136,7 @@ def _range_problems(phase: Phase, config: Config) -> list[str]:
             f"lr = {phase.lr}, min_lr = {phase.min_lr}: the first must be above 0 and finite, "
             "min_lr between 0 and lr. Fix: change them."
         )
+    # Exported configurations promise that length and no more.
     longest = config.model.max_position_embeddings
     if longest is not None and phase.seq_length > longest:
         problems.append(

@@ -54,6 +54,7 @@ def _count(split: HeadSplit, chunks: int) -> HeadCounts:
         regular = [i * received // len(pairing) for i in range(len(pairing))]
         if pairing != regular or len(pairing) % received:
             paired = max(paired, len(pairing))
+    # In groups, a rank gets only the key/value heads that the next query heads read.
     round_k = k
     if chunks > 1 and chunks in chunk_counts(split):
         round_k = max(

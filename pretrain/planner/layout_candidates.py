@@ -107,6 +107,7 @@ def choose_layout(
         ValueError: none is legal, or none fits: with the memory of the one that needs least and
         what would help.
     """
+    # Every legal layout is estimated, so that a refusal can name the one that needs least.
     model = MemoryModel.of_run(config, vocab_size, device.hardware)
     found = list(candidates(phase, config, world_size, model, device.hardware))
     if not found:
@@ -161,6 +162,7 @@ def _recompute_levels(phase: Phase) -> tuple[Recompute | None, ...]:
     """Return the levels of recompute that the phase leaves to choose from."""
     if "recompute_granularity" not in phase.auto:
         return (phase.memory.recompute_granularity,)
+    # Layers can be offloaded only under levels that keep little but their input.
     if phase.memory.cpu_offloading_num_layers:
         return tuple(level for level in RECOMPUTE_LEVELS if level in KEEPS_INPUT_ONLY)
     return RECOMPUTE_LEVELS
@@ -195,6 +197,7 @@ def estimate(phase: Phase, world_size: int, model: MemoryModel, hardware: Hardwa
 
 def _choose_best(fitting: list[Candidate]) -> LayoutChoice:
     """Choose the simplest of the fastest, and the fastest with other sizes."""
+    # The estimate is not good enough to tell small differences apart.
     fastest = min(candidate.seconds for candidate in fitting)
     as_fast = [each for each in fitting if each.seconds <= EQUAL_TIME_FACTOR * fastest]
     best = min(as_fast, key=lambda candidate: candidate.simplicity)
@@ -228,6 +231,7 @@ def _what_would_fit(
     phase: Phase, config: Config, world_size: int, model: MemoryModel, device: Device
 ) -> list[str]:
     """Name the nearest changes after which something fits, each with its layout."""
+    # From what costs least to more processes.
     changes: list[tuple[str, Phase, int]] = []
     if "recompute_granularity" not in phase.auto and phase.memory.recompute_granularity is None:
         recomputed = phase.with_memory(recompute_granularity="full")
@@ -241,6 +245,7 @@ def _what_would_fit(
     for factor in WORLD_FACTORS:
         changes.append((f"{world_size * factor} processes", phase, world_size * factor))
 
+    # Each change by itself, with the best layout that it opens.
     found = []
     for what, changed, world in changes:
         fitting = [

@@ -79,6 +79,7 @@ def _by_distance(asked: LayoutConfig, world_size: int, num_heads: int) -> list[N
     found = []
     for sizes in sizes_of_world(world_size):
         dp = world_size // math.prod(sizes)
+        # Doubling a size is as far as halving it.
         pairs = zip((*sizes, dp), wanted, strict=True)
         distance = sum(abs(math.log2(ours / theirs)) for ours, theirs in pairs)
         layout = with_sizes(asked, num_heads, *sizes)

@@ -89,6 +89,7 @@ def _memory_alternatives(needs: PhaseMemory) -> Iterator[list[Alternative]]:
     chunks: list[Settings] = [
         {"attention_head_chunks": n} for n in head_chunks if n > settings.attention_head_chunks
     ]
+    # Smaller parts: they cost the least time.
     for group in (loss_chunks, tiles, chunks):
         yield [_changed(needs, change) for change in group]
 
@@ -127,6 +128,7 @@ def _changed(needs: PhaseMemory, change: Settings) -> Alternative:
 
 def _other_alternatives(needs: PhaseMemory) -> Iterator[list[Alternative]]:
     """Yield groups of changes of the batch, the layout and the world."""
+    # First what this world can do by itself, then more processes.
     phase = needs.phase
     world = needs.world_size
     if phase.micro_batch_size > 1:
@@ -151,6 +153,7 @@ def _other_alternatives(needs: PhaseMemory) -> Iterator[list[Alternative]]:
 def _with_cp(needs: PhaseMemory, factor: int, world: int) -> Alternative:
     """Return the phase on `factor` times as many context-parallel ranks."""
     phase = needs.phase
+    # Beyond the number of heads, cp goes on in two levels.
     tp, pp, cp = phase.layout.sizes
     heads = needs.config.model.num_attention_heads
     layout = with_sizes(phase.layout, heads, tp, pp, cp * factor)

@@ -30,6 +30,7 @@ class Device:
 
         A GPU without a row in the table is ranked with an A100's rates.
         """
+        # A fraction of a GiB is left out, as a setting would leave it out.
         name, memory = device_here()
         known = CPU if name == "cpu" else find_hardware(name)
         hardware = known or dataclasses.replace(TABLE["A100"], name=name)
@@ -69,6 +70,7 @@ class Machine:
     def here(config: Config) -> "Machine":
         """Return what this process has."""
         given = config.memory.cpu_offloading_host_memory
+        # The setting is for machines that other jobs share.
         if given:
             host_bytes = int(given * GIB)
             limit = f"cpu_offloading_host_memory = {given:g}"
@@ -76,5 +78,6 @@ class Machine:
             host_bytes = host_memory()
             limit = f"the machine's {show_bytes(host_bytes)}"
         device = Device.here(config.layout)
+        # A CPU has no fused kernels, and its estimates know that.
         is_fused = device.hardware is CPU or compiled.obstacle() is None
         return Machine(device, launched_local_world_size(), host_bytes, limit, is_fused)

@@ -35,6 +35,7 @@ def is_checked(config: Config, model: MemoryModel) -> bool:
 
     A CPU is checked only with --device-memory-gib: its memory is not the process's alone.
     """
+    # With the setting it is a limit for a CPU as well.
     return model.on_gpu or config.layout.device_memory_gib is not None
 
 
@@ -58,6 +59,7 @@ def check_memory(
     model = MemoryModel.of_run(config, vocab_size, device.hardware)
     if not is_checked(config, model):
         return report
+    # A phase that is over has shown that it fits.
     for phase in (phase for phase in phases if phase.end > clock):
         needs = PhaseMemory(phase, config, world_size, model, machine)
         memory = needs.memory
@@ -68,6 +70,7 @@ def check_memory(
         report.problems.extend(where + problem for problem in needs.host_problems())
         text = f"seq_length = {phase.seq_length}: needs {memory.describe()}"
         if memory.total > device.memory_bytes:
+            # What is offered must fit with the margin that a choice would keep.
             nearest = nearest_settings(needs, device.usable)
             nearest = nearest or ["a smaller model", "more processes"]
             report.problems.append(
@@ -81,7 +84,7 @@ def check_memory(
 
 
 def memory_filter(config: Config, world_size: int, vocab_size: int | None) -> FitsMemory | None:
-    """Return whether a phase fits this machine's memory; None where that is not checked or known."""
+    """Return what says whether a phase fits this machine's memory; None = it is not checked."""
     if vocab_size is None:
         return None
     machine = Machine.here(config)
@@ -89,6 +92,7 @@ def memory_filter(config: Config, world_size: int, vocab_size: int | None) -> Fi
     if not is_checked(config, model):
         return None
 
+    # Whoever searches for a layout asks this of each that is legal.
     def fits(phase: Phase) -> bool:
         needs = PhaseMemory(phase, config, world_size, model, machine)
         return needs.memory.total <= machine.device.memory_bytes and not needs.host_problems()
@@ -113,6 +117,7 @@ def describe_out_of_memory(
     model = MemoryModel.of_run(config, vocab_size, machine.device.hardware)
     needs = PhaseMemory(phase, config, world_size, model, machine)
     memory = needs.memory
+    # What is said to have failed, what was expected, and what would need clearly less.
     counted = ", ".join(f"{name} {show_bytes(size)}" for name, size in figures.items())
     limit = min(machine.device.usable, int(SHARE_AFTER_ERROR * memory.total))
     nearest = nearest_settings(needs, limit, count=3)

@@ -31,6 +31,7 @@ class PhaseMemory:
 
     def host_of_node(self, phase: Phase, world_size: int) -> int:
         """Estimate what the processes of a node take of its host's memory."""
+        # The host is shared by all processes of the node.
         load = Workload.of_phase(phase, world_size)
         return self.model.estimate_host_of_node(load, self.machine.local_processes)
 
@@ -40,6 +41,7 @@ class PhaseMemory:
         taken = self.host_of_node(self.phase, self.world_size)
         if taken <= available:
             return []
+        # Fewer layers may fit; the optimizer is offloaded whole or not.
         layers = self.phase.memory.cpu_offloading_num_layers
         fitting = [count for count in range(layers) if self._host_holds(count)]
         if fitting:
@@ -47,6 +49,7 @@ class PhaseMemory:
         else:
             fix = "fewer processes on a node, or no --optimizer-cpu-offload"
         name = f"cpu_offloading_num_layers = {layers}" if layers else "optimizer_cpu_offload = True"
+        # The host is refused in the words of what is offloaded: layers, or the optimizer.
         return [
             f"{name}: takes {show_bytes(taken)} of a node's memory with "
             f"{self.machine.local_processes} processes on it, beyond {self.machine.host_limit}. "

@@ -93,7 +93,7 @@ class PassCounts:
 
 @dataclass(frozen=True)
 class RankGroup:
-    """Describes a group by where its ranks are: `size` ranks, each `stride` after the one before."""
+    """Describes a group of `size` ranks, each `stride` ranks after the one before."""
 
     size: int
     stride: int

@@ -7,6 +7,7 @@ positions of the clock here.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from data.units import parse_tokens
@@ -31,11 +32,17 @@ class BatchStep(NamedTuple):
     batch: int
 
 
+def whole_steps(tokens: int, batch: int) -> int:
+    """Round a number of tokens up to whole steps of `batch`; return how many."""
+    return -(-tokens // batch)
+
+
 def cut_into_stretches(
     start: int, tokens: int, schedule: Sequence[BatchStep]
 ) -> tuple[BatchStretch, ...]:
-    """The steps that begin within `tokens` positions from `start`; the last one may reach beyond
-    them.
+    """Return the steps that begin within `tokens` positions from `start`.
+
+    The last one may reach beyond them.
 
     Args:
         schedule: ascending, the first at or before `start`; thresholds on the same clock.
@@ -44,10 +51,12 @@ def cut_into_stretches(
     stretches = []
     clock = start
     goal = start + tokens
-    for number, (_, batch) in enumerate(schedule):
-        until = min(goal, schedule[number + 1].threshold if number + 1 < len(schedule) else goal)
+    thresholds = [step.threshold for step in schedule[1:]]
+    for (_, batch), following in zip(schedule, [*thresholds, goal], strict=True):
+        until = min(goal, following)
+        # Steps are whole, so a stretch may pass the threshold after next: that batch is skipped.
         if until > clock:
-            end = clock + -(-(until - clock) // batch) * batch
+            end = clock + whole_steps(until - clock, batch) * batch
             stretches.append(BatchStretch(clock, end, batch))
             clock = end
     return tuple(stretches)
@@ -56,8 +65,9 @@ def cut_into_stretches(
 def parse_ramp(
     words: Sequence[int], target: int, begin: int, unit: int, threshold_unit: int
 ) -> list[BatchStep]:
-    """Megatron-LM's `--rampup-batch-size START INCREMENT SAMPLES`: from START samples to `target`
-    tokens in equal portions of SAMPLES.
+    """Read Megatron-LM's `--rampup-batch-size START INCREMENT SAMPLES`.
+
+    It goes from START samples to `target` tokens in equal portions of SAMPLES.
 
     Args:
         target: tokens of the full batch.
@@ -79,27 +89,27 @@ def parse_ramp(
     samples = words[2]
     count, rest = divmod(target - first, increment)
     if target < first or rest:
+        nearest = max(first, first + round((target - first) / increment) * increment)
         raise ValueError(
-            f"{name}{first} tokens + n x {increment} tokens must reach the full batch of {target} tokens "
-            f"({words[0]} and {words[1]} samples of {unit} tokens). Fix: for example a full batch of "
-            f"{max(first, first + round((target - first) / increment) * increment)} tokens."
+            f"{name}{first} tokens + n x {increment} tokens must reach the full batch of {target} "
+            f"tokens ({words[0]} and {words[1]} samples of {unit} tokens). Fix: for example a full "
+            f"batch of {nearest} tokens."
         )
-    portions = (
-        [-(-number * samples // count) * threshold_unit for number in range(count + 1)]
-        if count
-        else [0]
-    )
+    # START may be the full batch already: then there is one batch, from the beginning on.
+    portions = [0]
+    if count:
+        portions = [whole_steps(number * samples, count) for number in range(count + 1)]
     schedule: dict[int, int] = {}
     for number, portion in enumerate(portions):
-        schedule[begin + portion] = (
-            first + number * increment
-        )  # of portions of no samples the last one counts
+        # Of portions of no samples, which begin at the same place, the last one counts.
+        schedule[begin + portion * threshold_unit] = first + number * increment
     return [BatchStep(*entry) for entry in sorted(schedule.items())]
 
 
 def parse_steps(text: str, begin: int, unit: int) -> list[BatchStep]:
-    """Megatron-LM's `--step-batch-size-schedule "0:768 250B:1536"`: tokens from which a step takes
-    so many samples.
+    """Read Megatron-LM's `--step-batch-size-schedule "0:768 250B:1536"`.
+
+    It names the tokens from which on a step takes a number of samples.
 
     Args:
         begin: position from which the tokens are counted.
@@ -113,46 +123,48 @@ def parse_steps(text: str, begin: int, unit: int) -> list[BatchStep]:
     schedule = []
     for word in text.replace(",", " ").split():
         threshold, colon, batch = word.partition(":")
+        tokens = 0
+        samples = 0
         try:
-            pair = parse_tokens(threshold), int(batch)
+            tokens = parse_tokens(threshold)
+            samples = int(batch)
         except ValueError:
-            pair = None
-        if not colon or pair is None or pair[1] < 1:
+            pass  # said below, as a number of samples below 1 is
+        if not colon or samples < 1:
             raise ValueError(f"{name}{word!r} is not TOKENS:SAMPLES. {example}")
-        schedule.append(BatchStep(begin + pair[0], pair[1] * unit))
+        schedule.append(BatchStep(begin + tokens, samples * unit))
     if not schedule or schedule[0].threshold != begin:
         raise ValueError(f"{name}must begin at 0. {example}")
-    if any(
-        after.threshold <= before.threshold
-        for before, after in zip(schedule, schedule[1:], strict=False)
-    ):
+    if any(after.threshold <= before.threshold for before, after in pairwise(schedule)):
         raise ValueError(f"{name}the token counts must rise. {example}")
     return schedule
 
 
 def batch_at(stretches: Sequence[BatchStretch], clock: int) -> int:
-    """Tokens of the step that begins at `clock`, which a changed batch may have put off the steps'
-    own places."""
+    """Return the tokens of the step that begins at `clock`.
+
+    A batch that was changed on continuing may have moved the clock off the steps' own places.
+    """
+    # Beyond the end, which such a step may reach, the last batch holds.
     return next(
         (stretch.batch for stretch in stretches if clock < stretch.end), stretches[-1].batch
     )
 
 
 def first_step_from(stretches: Sequence[BatchStretch], position: int) -> int:
-    """Where the first step begins that begins at or after `position`; the end of the stretches if
-    none does."""
+    """Return where the first step at or after `position` begins; the stretches' end if none."""
     for stretch in stretches:
         if position < stretch.end:
-            steps = max(0, -(-(position - stretch.start) // stretch.batch))
-            if stretch.start + steps * stretch.batch < stretch.end:
-                return stretch.start + steps * stretch.batch
+            steps = max(0, whole_steps(position - stretch.start, stretch.batch))
+            begin = stretch.start + steps * stretch.batch
+            if begin < stretch.end:
+                return begin
     return stretches[-1].end
 
 
 def end_of_steps(stretches: Sequence[BatchStretch], clock: int) -> int:
-    """Where the last step ends of those that begin from `clock` on before the end of the
-    stretches."""
+    """Return where the last step ends of those that begin within the stretches, from `clock` on."""
     for stretch in stretches:
         if clock < stretch.end:
-            clock += -(-(stretch.end - clock) // stretch.batch) * stretch.batch
+            clock += whole_steps(stretch.end - clock, stretch.batch) * stretch.batch
     return clock

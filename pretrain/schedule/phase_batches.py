@@ -16,6 +16,7 @@ def phase_batches(
     Raises:
         ValueError: no batch is given, or a schedule that makes no sense.
     """
+    # A phase that gives anything of its batch has left the run's schedule.
     own = entry.has_own_batch
     section = entry if own else config.schedule
     begin = start if own else 0

@@ -32,6 +32,7 @@ def describe(phases: list[Phase], world_size: int) -> str:
     ]
     for phase in phases:
         lines += _phase_lines(phase, world_size)
+    # Said once, whatever the number of phases.
     if any(
         phase.layout.pipeline_model_parallel_size > 1
         and phase.layout.sharding_strategy == "optim_grads"
@@ -47,6 +48,7 @@ def describe(phases: list[Phase], world_size: int) -> str:
 def _phase_lines(phase: Phase, world_size: int) -> list[str]:
     """Write a phase's row, and below it its batches where there are several."""
     layout = phase.layout
+    # A chosen layout is marked, with the memory that it was chosen for.
     auto = f" (auto, {show_bytes(phase.predicted_bytes)})" if phase.predicted_bytes else ""
     row = (
         f"{phase.name:<12}{phase.seq_length:>9,}{phase.end - phase.start:>14,}{phase.steps:>8,}"
@@ -56,6 +58,7 @@ def _phase_lines(phase: Phase, world_size: int) -> list[str]:
     )
     if len(phase.batches) == 1:
         return [row]
+    # A ramp has many batches: its first and last steps say enough.
     changes = [f"{batch:,} from {start:,}" for start, _, batch in phase.stretches]
     if len(changes) > MOST_BATCHES_SHOWN:
         changes = [*changes[:4], "...", *changes[-3:]]

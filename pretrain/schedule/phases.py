@@ -28,26 +28,31 @@ class Phase:
     A field's `resume` says what another value means to a run that continues in the phase.
     """
 
+    # Where it is: among the phases, and on the clock.
     name: str
     index: int
     start: int
     end: int
     tokens: int
     """As asked for; the phase ends with the step that reaches them."""
+    # What a step is made of.
     seq_length: int = field(metadata=dict(resume="data"))
     global_batch_tokens: int
     """Tokens of the largest step."""
     stretches: tuple[BatchStretch, ...]
     """The phase's steps, grouped by their batch."""
     micro_batch_size: int
+    # How the model computes it.
     layout: LayoutConfig
     memory: MemorySettings
     rope: Rope = field(metadata=dict(resume="optimization"))
+    # What is read.
     document_masking: bool = field(metadata=dict(resume="data"))
     packing: str = field(metadata=dict(resume="data"))
     data_path: tuple[str, ...]
     """Words of the blend; empty for mock data."""
     data_exhausted: str = field(metadata=dict(resume="data"))
+    # How fast it learns.
     lr: float
     min_lr: float
     lr_schedule: str
@@ -122,6 +127,7 @@ class Phase:
         Args:
             batch: by default that of the largest step.
         """
+        # Tokens of one microbatch on every data-parallel rank.
         unit = self.seq_length * self.micro_batch_size * self.data_parallel_size(world_size)
         return (batch or self.global_batch_tokens) // unit
 

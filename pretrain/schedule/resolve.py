@@ -19,12 +19,14 @@ def resolve_phases(config: Config) -> list[Phase]:
     Raises:
         ValueError: a phase misses its length, tokens or batch, or they do not divide; all at once.
     """
+    # Names identify phases in checkpoints and records.
     entries = phase_entries(config)
     names = [entry.name for entry in entries]
     problems = [
         f"phases: the name {name!r} stands twice. Fix: give each phase its own name."
         for name in sorted({name for name in names if names.count(name) > 1})
     ]
+    # Each phase begins where the one before ended, in whole steps.
     phases: list[Phase] = []
     clock = 0
     for index, entry in enumerate(entries):
@@ -52,6 +54,7 @@ def _resolve(config: Config, entry: PhaseConfig, index: int, start: int) -> Phas
     Raises:
         ValueError: what is wrong with it, a line each.
     """
+    # Without a length no batch can be counted, so that these two are said alone.
     schedule = config.schedule
     seq_length = entry.seq_length if entry.seq_length is not None else schedule.seq_length
     if seq_length is None or seq_length < 1:
@@ -60,6 +63,7 @@ def _resolve(config: Config, entry: PhaseConfig, index: int, start: int) -> Phas
             "phase's key."
         )
     batches = phase_batches(config, entry, seq_length, start)
+    # From here on everything that is wrong is said together.
     problems = []
     tokens = entry.train_tokens
     if tokens is None:
@@ -140,6 +144,7 @@ def _micro_batch_problem(words: BatchWords, batch: int, micro: int) -> str:
     """Say that microbatches of `micro` samples do not fill a batch, and which would."""
     unit = words.seq_length * micro
     samples = batch // words.seq_length
+    # Otherwise the microbatch is larger than the step, and a smaller one is the nearest fix.
     if samples == 0 or samples >= micro:
         return words.not_a_multiple(batch, unit, "micro_batch_size")
     return (
@@ -165,6 +170,7 @@ def _train_tokens(config: Config, batches: list[BatchStep], seq_length: int) -> 
 def _sum_problems(config: Config, phases: list[Phase]) -> list[str]:
     """Compare a length of the run that is given beside the phases with their sum."""
     schedule = config.schedule
+    # Without phases it is the length itself, and not compared with anything.
     if not schedule.phases:
         return []
     problems = []
@@ -203,6 +209,7 @@ def _decay_problems(config: Config, phases: list[Phase]) -> list[str]:
             f"lr_decay_tokens = {decay_end:,}: must be where a phase ends: {ends}. Fix: remove it, "
             "which means the run's end, or one of these."
         )
+    # Counted in steps or samples an end would depend on which phase's are meant.
     for name in ("lr_decay_iters", "lr_decay_samples"):
         value = getattr(optimizer, name)
         if value is not None:
