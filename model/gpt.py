@@ -14,24 +14,27 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 
 from model.activation_memory.offload import Host
 from model.activation_memory.recompute import run_layer
 from model.activation_memory.saved_attention import AttentionTape
 from model.activation_memory.settings import MemorySettings
-from model.attention import Attention, Positions
+from model.attention import Attention
 from model.attention_backends.backend import Attend
 from model.attention_backends.documents import pack_documents
 from model.config import ModelConfig
 from model.loss import IGNORED_LABEL, Head, fused_loss, score
-from model.mlp import swiglu
+from model.mlp import MLP, swiglu_gradients
 from model.parts import (
     RMSNorm,
     Weight,
     enter_tensor_parallel,
+    gradient_before_entering,
     gradient_before_leaving,
     leave_tensor_parallel,
 )
+from model.positions import Positions
 from model.rope import rotary_tables
 from parallel.context import group_pieces
 from parallel.layout import Layout
@@ -48,28 +51,6 @@ class Microbatch(Protocol):
     cu_seqlens: torch.Tensor  # int32 [documents + 1] on the host, over all T tokens
 
 
-class MLP(nn.Module):
-    """SwiGLU, its width split over tp."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.gate = Weight(config.ffn_hidden_size, config.hidden_size)
-        self.up = Weight(config.ffn_hidden_size, config.hidden_size)
-        self.down = Weight(config.hidden_size, config.ffn_hidden_size)
-
-    def forward(self, x_tD: torch.Tensor, tiles: int, value: bool = True) -> torch.Tensor:
-        """[t, D] -> this tp rank's part of the sum [t, D]; without `value` only its gradient is
-        right."""
-        return swiglu(
-            x_tD,
-            self.gate.local_weight(),
-            self.up.local_weight(),
-            self.down.local_weight(),
-            tiles,
-            value,
-        )
-
-
 class Layer(nn.Module):
     """One pre-norm transformer layer: a = x + attention(norm(x)), then a + mlp(norm(a))."""
 
@@ -78,7 +59,7 @@ class Layer(nn.Module):
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         self.attention = Attention(config, layout, attend)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config.hidden_size, config.ffn_hidden_size)
         self.layout = layout
 
     def forward(
@@ -104,22 +85,26 @@ class Layer(nn.Module):
     def mlp_gradient(
         self, a_tD: torch.Tensor, grad_tD: torch.Tensor, settings: MemorySettings
     ) -> torch.Tensor:
-        """The gradient of `a_tD` for that of `after_mlp`, whose value is not computed; parameters
-        get theirs.
+        """Backward of `after_mlp`, from its input; parameters get their gradients.
 
-        It takes the place of `grad_tD`, which autograd would hold in vain while the first half is
-        worked on, and which nothing else reads: the next layer, the final norm or the next stage
-        made it for this one.
+        The result takes the place of `grad_tD`, which nothing else reads: the next layer, the final
+        norm or the next stage made it for this one.
         """
         a_tD = a_tD.requires_grad_()
         with torch.enable_grad():
-            # No name for the normed input: its memory becomes its gradient's, and goes with that.
-            partial_tD = self.mlp(
-                enter_tensor_parallel(self.mlp_norm(a_tD), self.layout),
-                settings.mlp_tiles,
-                value=False,
-            )
-        torch.autograd.backward(partial_tD, gradient_before_leaving(grad_tD, self.layout))
+            normed_tD = self.mlp_norm(a_tD)
+            weights = self.mlp.local_weights()
+        edge = get_gradient_edge(normed_tD)
+        x_tD = enter_tensor_parallel(normed_tD.detach(), self.layout)
+        del normed_tD  # only its place in the graph is needed from here on
+        grad_partial_tD = gradient_before_leaving(grad_tD, self.layout)
+        grad_x, *grad_weights = swiglu_gradients(grad_partial_tD, x_tD, weights, settings.mlp_tiles)
+        # Their memory is not held while the norm is worked on.
+        del x_tD, grad_partial_tD
+        grad_normed = gradient_before_entering(grad_x, self.layout)
+        del grad_x
+        torch.autograd.backward([edge, *weights], [grad_normed, *grad_weights])
+        assert a_tD.grad is not None
         return grad_tD.add_(a_tD.grad)
 
 

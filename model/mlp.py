@@ -7,51 +7,129 @@ gets one gradient.
 Legend: t tokens, D hidden, F MLP width of this tp rank.
 """
 
-import torch
+from collections.abc import Sequence
 
+import torch
+from torch import nn
+
+from model.parts import Weight
 from model.pointwise import gated, gated_gradients
 from model.products import add_product
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202), its width split over tp."""
+
+    def __init__(self, hidden_size: int, width: int):
+        super().__init__()
+        self.gate = Weight(width, hidden_size)
+        self.up = Weight(width, hidden_size)
+        self.down = Weight(hidden_size, width)
+
+    def local_weights(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return this rank's parts of gate [F, D], up [F, D] and down [D, F]."""
+        return self.gate.local_weight(), self.up.local_weight(), self.down.local_weight()
+
+    def forward(self, x_tD: torch.Tensor, tiles: int) -> torch.Tensor:
+        """Compute this tp rank's part of the sum: [t, D] -> [t, D]."""
+        return swiglu(x_tD, *self.local_weights(), tiles=tiles)
+
+
+def swiglu(
+    x_tD: torch.Tensor,
+    gate_FD: torch.Tensor,
+    up_FD: torch.Tensor,
+    down_DF: torch.Tensor,
+    tiles: int,
+) -> torch.Tensor:
+    """Compute down(silu(gate(x)) * up(x)): [t, D] -> [t, D], to be summed over tp by the caller.
+
+    Args:
+        tiles: parts of the sequence; with more than one, backward computes gate and up again.
+    """
+    return _SwiGLU.apply(x_tD, gate_FD, up_FD, down_DF, tiles)
+
+
+def swiglu_gradients(
+    grad_tD: torch.Tensor,
+    x_tD: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    tiles: int,
+) -> tuple[torch.Tensor, ...]:
+    """Compute the gradients of `swiglu`'s x, gate, up and down without its result.
+
+    The forward's last product is left out, since no gradient reads it. No graph is made.
+
+    Args:
+        x_tD: is overwritten: its gradient takes its place, tile by tile.
+        weights: gate, up and down.
+    """
+    with torch.no_grad():
+        return _gradients(grad_tD, x_tD, weights, tiles, projections=(), grad_x_tD=x_tD)
 
 
 class _SwiGLU(torch.autograd.Function):
     """Keeps its input, and with one tile the two projections as well."""
 
     @staticmethod
-    def forward(ctx, x_tD, gate_FD, up_FD, down_DF, tiles, value):
-        # Without a value, nobody reads the result: one number takes its place.
-        out_tD = torch.empty_like(x_tD) if value else x_tD.new_zeros(1).expand(x_tD.shape)
+    def forward(ctx, x_tD, gate_FD, up_FD, down_DF, tiles):
+        out_tD = torch.empty_like(x_tD)
         projections = ()
-        for rows in _tiles(x_tD.shape[0], tiles) if value else ():
+        for rows in _tiles(x_tD.shape[0], tiles):
             projections = (x_tD[rows] @ gate_FD.T, x_tD[rows] @ up_FD.T)
             torch.mm(gated(*projections), down_DF.T, out=out_tD[rows])
         ctx.tiles = tiles
-        ctx.value = value
-        num_kept = 2 if tiles == 1 and value else 0
-        ctx.save_for_backward(x_tD, gate_FD, up_FD, down_DF, *projections[:num_kept])
+        kept = projections if tiles == 1 else ()
+        ctx.save_for_backward(x_tD, gate_FD, up_FD, down_DF, *kept)
         return out_tD
 
     @staticmethod
-    def backward(ctx, grad_tD):
-        x_tD, gate_FD, up_FD, down_DF, *kept = ctx.saved_tensors
-        # Without a value, x was made for this backward alone: its gradient takes its place, tile
-        # by tile.
-        grad_x = torch.empty_like(x_tD) if ctx.value else x_tD
-        sums = _Sums((gate_FD, up_FD, down_DF), several=ctx.tiles > 1)
-        for rows in _tiles(x_tD.shape[0], ctx.tiles):
-            x = x_tD[rows]
-            grad = grad_tD[rows]
-            projections = kept or (x @ gate_FD.T, x @ up_FD.T)
-            hidden, grad_gate, grad_up = gated_gradients(grad @ down_DF, *projections)
-            # Before x's gradient is written, which may take the place of x.
-            sums.add((grad_gate.T, x), (grad_up.T, x), (grad.T, hidden))
-            torch.mm(grad_gate, gate_FD, out=grad_x[rows]).addmm_(grad_up, up_FD)
-        return grad_x, *sums.narrow(x_tD.dtype), None, None
+    def backward(ctx, *grads):
+        (grad_tD,) = grads
+        x_tD, gate_FD, up_FD, down_DF, *projections = ctx.saved_tensors
+        found = _gradients(
+            grad_tD,
+            x_tD,
+            (gate_FD, up_FD, down_DF),
+            ctx.tiles,
+            projections=projections,
+            grad_x_tD=torch.empty_like(x_tD),
+        )
+        return *found, None
+
+
+def _gradients(
+    grad_tD: torch.Tensor,
+    x_tD: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    tiles: int,
+    *,
+    projections: Sequence[torch.Tensor],
+    grad_x_tD: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """Compute the gradients of x, gate, up and down.
+
+    Args:
+        projections: gate(x) and up(x) where they were kept, else nothing.
+        grad_x_tD: where the gradient of x is written; it may be x.
+    """
+    gate_FD, up_FD, down_DF = weights
+    sums = _Sums(weights, several=tiles > 1)
+    for rows in _tiles(x_tD.shape[0], tiles):
+        x = x_tD[rows]
+        grad = grad_tD[rows]
+        gate_and_up = projections or (x @ gate_FD.T, x @ up_FD.T)
+        hidden, grad_gate, grad_up = gated_gradients(grad @ down_DF, *gate_and_up)
+        # Before x's gradient is written, which may take the place of x.
+        sums.add((grad_gate.T, x), (grad_up.T, x), (grad.T, hidden))
+        torch.mm(grad_gate, gate_FD, out=grad_x_tD[rows]).addmm_(grad_up, up_FD)
+    return grad_x_tD, *sums.narrow(x_tD.dtype)
 
 
 class _Sums:
     """The weights' gradients, added up over the tiles in at least fp32."""
 
-    def __init__(self, weights: tuple[torch.Tensor, ...], *, several: bool):
+    def __init__(self, weights: Sequence[torch.Tensor], *, several: bool):
         self.totals: list[torch.Tensor] = []
         if several:
             wide = torch.promote_types(weights[0].dtype, torch.float32)
@@ -71,26 +149,6 @@ class _Sums:
 
 
 def _tiles(total: int, count: int) -> list[slice]:
-    """`count` contiguous parts of the rows, as torch.chunk cuts them (fewer where there are fewer
-    rows)."""
+    """Cut rows into `count` contiguous parts, as torch.chunk does (fewer where rows are fewer)."""
     size = -(-total // count)
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
-
-
-def swiglu(
-    x_tD: torch.Tensor,
-    gate_FD: torch.Tensor,
-    up_FD: torch.Tensor,
-    down_DF: torch.Tensor,
-    tiles: int,
-    value: bool = True,
-) -> torch.Tensor:
-    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202): [t, D] -> [t, D], over tp to be summed by the
-    caller.
-
-    Args:
-        tiles: parts of the sequence; with more than one, backward computes gate and up again.
-        value: False where only the gradients are wanted: the result is then not computed, and
-            backward overwrites x.
-    """
-    return _SwiGLU.apply(x_tD, gate_FD, up_FD, down_DF, tiles, value)

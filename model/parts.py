@@ -1,5 +1,4 @@
-"""The smallest parts of a layer, over one tp rank's share of a weight, and the ways in and out of
-that share."""
+"""The smallest parts of a layer: a tp rank's share of a weight, and the ways in and out of it."""
 
 import torch
 from torch import nn
@@ -7,10 +6,12 @@ from torch.nn import functional as F
 
 from model.pointwise import rms_norm
 from parallel.collectives import (
+    all_reduce,
     copy_to,
     gather_rows,
     gather_sequence,
     reduce_from,
+    reduce_scatter_rows,
     scatter_sequence,
 )
 from parallel.layout import Layout
@@ -18,46 +19,63 @@ from parallel.tensor import local_part
 
 
 class Weight(nn.Module):
-    """A weight [out, in] with an optional bias [out]; called, it is a linear layer over this tp
-    rank's part."""
+    """A weight [out, in] with an optional bias [out].
 
-    def __init__(self, rows: int, columns: int, bias: bool = False):
+    Called, it is a linear layer over this tp rank's part.
+    """
+
+    def __init__(self, rows: int, columns: int, *, bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, columns, device="meta"))
         self.bias = nn.Parameter(torch.empty(rows, device="meta")) if bias else None
+        # parallel/tensor.py sets it, from the sharding table.
         self.partial_gradient = False
 
     def local_weight(self) -> torch.Tensor:
-        return local_part(self.weight, self.partial_gradient)
+        """Return this tp rank's part of the weight."""
+        return local_part(self.weight, partial_gradient=self.partial_gradient)
 
     def local_bias(self) -> torch.Tensor | None:
-        return None if self.bias is None else local_part(self.bias, self.partial_gradient)
+        """Return this tp rank's part of the bias, if there is one."""
+        if self.bias is None:
+            return None
+        return local_part(self.bias, partial_gradient=self.partial_gradient)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.local_weight(), self.local_bias())
 
 
 class RMSNorm(nn.Module):
-    """Root mean square layer normalization (arXiv 1910.07467) over the last dim, statistics in
-    fp32."""
+    """Root mean square layer normalization (arXiv 1910.07467) over the last dim, in fp32."""
 
     def __init__(self, size: int, epsilon: float):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, device="meta"))
         self.epsilon = epsilon
+        # parallel/tensor.py sets it, from the sharding table.
         self.partial_gradient = False
 
     def local_weight(self) -> torch.Tensor:
-        return local_part(self.weight, self.partial_gradient)
+        """Return the whole weight, which every tp rank holds."""
+        return local_part(self.weight, partial_gradient=self.partial_gradient)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.local_weight(), self.epsilon)
 
 
 def enter_tensor_parallel(x: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """All tokens of this cp rank, for a part of the weights: gathered over tp where tokens are
-    split over it."""
+    """Return all tokens of this cp rank, for a tp rank's part of the weights.
+
+    They are gathered over tp where tokens are split over it (Megatron-SP).
+    """
     return gather_sequence(x, layout.tp) if layout.sequence_parallel else copy_to(x, layout.tp)
+
+
+def gradient_before_entering(grad: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Backward of `enter_tensor_parallel`, in place of `grad` but under Megatron-SP."""
+    if layout.sequence_parallel and layout.tp.size > 1:
+        return reduce_scatter_rows(grad, layout.tp)
+    return all_reduce(grad, layout.tp)
 
 
 def leave_tensor_parallel(x: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -66,5 +84,5 @@ def leave_tensor_parallel(x: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 
 def gradient_before_leaving(grad: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """The gradient of `leave_tensor_parallel`'s argument for that of its result."""
+    """Backward of `leave_tensor_parallel`."""
     return gather_rows(grad, layout.tp) if layout.sequence_parallel and layout.tp.size > 1 else grad

@@ -60,7 +60,7 @@ def gather_rows(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     return out
 
 
-def _reduce_scatter_rows(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+def reduce_scatter_rows(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     out = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
     dist.reduce_scatter_tensor(out, x.contiguous(), group=axis.group)
     return out
@@ -74,14 +74,14 @@ class _GatherSequence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _reduce_scatter_rows(grad, ctx.axis), None
+        return reduce_scatter_rows(grad, ctx.axis), None
 
 
 class _ScatterSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, axis):
         ctx.axis = axis
-        return _reduce_scatter_rows(x, axis)
+        return reduce_scatter_rows(x, axis)
 
     @staticmethod
     def backward(ctx, grad):

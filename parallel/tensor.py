@@ -62,7 +62,7 @@ def distribute_parameters(
         owner.partial_gradient = sharding.partial_gradient
 
 
-def local_part(parameter: nn.Parameter, partial_gradient: bool = False) -> torch.Tensor:
+def local_part(parameter: nn.Parameter, *, partial_gradient: bool = False) -> torch.Tensor:
     """This tp rank's part of a parameter, as a plain tensor that carries the gradient back.
 
     Without `partial_gradient` the gradient of a replicated parameter must be the same on all tp

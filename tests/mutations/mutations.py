@@ -258,7 +258,7 @@ MUTATIONS = {
         Case(cp=4),
     ),
     "query heads paired with the wrong key/value head": Mutation(
-        "model.attention",
+        "model.attention_core",
         "_repeat_heads",
         lambda original: lambda x_TkH, uses: original(x_TkH, uses[::-1]),
         Case(
@@ -270,7 +270,7 @@ MUTATIONS = {
     "partial gradient of a replicated parameter not reduced over tp": Mutation(
         "model.parts",
         "local_part",
-        lambda original: lambda parameter, partial=False: original(parameter),
+        lambda original: lambda parameter, **options: original(parameter),
         Case(tp=2, model=dict(qk_layernorm=True)),
     ),
     "replicated parameter counted on every tp rank in the norm (Megatron-LM#7452)": Mutation(
@@ -334,7 +334,7 @@ MUTATIONS = {
         "model.build", "shard_module", not_reduced_at_all, ACROSS_EDGES
     ),
     "gathered keys in the order of the groups, not of the tokens": Mutation(
-        "model.attention", "gather_keys", keys_in_the_order_of_groups, TWO_LEVELS
+        "model.attention_core", "gather_keys", keys_in_the_order_of_groups, TWO_LEVELS
     ),
     "gradient of a gathered key from one group only": Mutation(
         "parallel.collectives",

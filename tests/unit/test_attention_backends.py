@@ -17,7 +17,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.activation_memory.saved_attention import AttentionTape, empty
+from model.activation_memory.saved_attention import AttentionTape, free_storage
 from model.attention_backends import backend, choice, flash, kernel_calls, mixed
 from model.attention_backends.choice import BACKENDS, choose_attention
 from model.attention_backends.documents import KernelCall, pack_documents
@@ -338,7 +338,7 @@ def test_mixed_outlives_its_q_k_and_v_and_keeps_its_output_once(
     copies = [x.detach().clone() for x in qkv]
     with MemTracker() as tracker:
         out = tape.attend(lambda q, k, v: [attend(q, k, v, segments)], *copies)
-        empty(*copies)
+        free_storage(*copies)
         gc.collect()
     kept = sum(parts["Total"] for parts in tracker.get_tracker_snapshot("current").values())
     parts = split_documents(segments, 20)

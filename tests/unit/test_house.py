@@ -26,11 +26,6 @@ MAY_IMPORT = {
 TOP_LEVEL_FOLDERS = {*MAY_IMPORT, ".ci"}
 KERNEL_PACKAGES = {"transformer_engine", "flash_attn", "apex"}
 
-# Circles of files that are still there. This list must become empty.
-KNOWN_CIRCLES = [
-    {"model/attention.py", "model/attention_chunks.py"},
-]
-
 
 @dataclass(frozen=True)
 class Import:
@@ -255,7 +250,7 @@ def circles(graph: dict[str, set[str]]) -> list[set[str]]:
 
 
 def test_no_files_import_each_other_in_a_circle():
-    found = [members for members in circles(import_graph(ROOT)) if members not in KNOWN_CIRCLES]
+    found = circles(import_graph(ROOT))
     assert not found, "\n".join(" <-> ".join(sorted(members)) for members in found)
 
 

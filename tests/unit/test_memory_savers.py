@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.batch import IGNORE
-from model.activation_memory.saved_attention import AttentionTape, KeptCall, empty
+from model.activation_memory.saved_attention import AttentionTape, KeptCall, free_storage
 from model.activation_memory.settings import MemorySettings
 from model.attention_backends.choice import choose_attention
 from model.attention_backends.sdpa import _one_by_one, sdpa_attention
@@ -141,7 +141,7 @@ def test_a_kept_call_forgets_its_inputs_and_gives_their_gradients():
     tape = AttentionTape()
     copies = [x.detach().clone() for x in (q, k, v)]
     out = tape.attend(call, *copies)
-    empty(*copies)
+    free_storage(*copies)
     assert all(x.untyped_storage().nbytes() == 0 for x in tape.calls[0].inputs)
     tape.play()
     again = [x.detach().clone().requires_grad_() for x in (q, k, v)]
@@ -155,7 +155,7 @@ def test_a_kept_output_may_be_away_meanwhile():
     q, k, v = leaves((6, 4, 8), (6, 2, 8), (6, 2, 8))
     call = KeptCall(lambda q, k, v: [part * k.sum() * v.sum() for part in q.split(3)], q, k, v)
     copies = [part.clone() for part in call.outputs]
-    call.empty_outputs()
+    call.free_outputs()
     assert all(part.untyped_storage().nbytes() == 0 for part in call.outputs)
     call.refill_outputs([copy.clone() for copy in copies])
     assert torch.equal(call.output, torch.cat(copies))

@@ -1,0 +1,168 @@
+"""What a rank does in attention, whether with all heads at once or by groups of them.
+
+attention.py calls these steps once, attention_chunks.py once for each group of heads.
+
+Legend: T tokens of a microbatch, t this context-parallel rank's slice, s those of its all-to-all
+group (all T without a second level), D hidden, N query and K key/value heads of this tp rank, n and
+k those of one call, m query heads after the exchange, H head size, r or R rows of some weights.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch.nn import functional as F
+
+from model.activation_memory.saved_attention import AttentionTape, join
+from model.attention_backends.backend import Attend
+from model.attention_backends.documents import PackedDocuments
+from model.pointwise import HeadSizes, rms_norm, rotate, split_heads
+from model.positions import Positions
+from model.products import joined_linear
+from parallel.context import gather_keys
+from parallel.layout import Layout
+
+
+class Linear(Protocol):
+    """A linear layer: x [t, D], weight [r, D], bias [r] -> [t, r]."""
+
+    def __call__(
+        self, x_tD: torch.Tensor, weight_rD: torch.Tensor, bias_r: torch.Tensor | None, /
+    ) -> torch.Tensor: ...
+
+
+class Projections(NamedTuple):
+    """This tp rank's weights before the attention, of all heads or of some.
+
+    Of some heads, q's or k's and v's may be missing (None).
+    """
+
+    q_rD: torch.Tensor | None
+    k_rD: torch.Tensor | None
+    v_rD: torch.Tensor | None
+    q_bias: torch.Tensor | None
+    k_bias: torch.Tensor | None
+    v_bias: torch.Tensor | None
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class AttentionCore:
+    """The steps from a layer's normed input to the attention's output, without the weights."""
+
+    head_size: int
+    epsilon: float
+    """Of the norms over each head of q and k."""
+    attend: Attend
+    layout: Layout
+    kv_uses: list[int] | None
+    """How many query heads read each key/value head, where an uneven split makes them differ.
+
+    None = `attend` pairs query head i with key/value head i // group, and that is right."""
+
+    def project(
+        self, x_tD: torch.Tensor, positions: Positions, weights: Projections
+    ) -> tuple[torch.Tensor, ...]:
+        """Make q [t, N, H], k [t, K, H] and v [t, K, H] by one product.
+
+        Its gradient of x needs no sum of three.
+        """
+        q_rD, k_rD, v_rD, q_bias, k_bias, v_bias, *norms = weights
+        assert q_rD is not None and k_rD is not None and v_rD is not None
+        bias_R = None
+        if q_bias is not None and k_bias is not None and v_bias is not None:
+            bias_R = torch.cat([q_bias, k_bias, v_bias])
+        qkv_tR = joined_linear(x_tD, [q_rD, k_rD, v_rD], bias_R)
+        # Cut the product into heads, norm and rotate them.
+        H = self.head_size
+        heads = HeadSizes(q_rD.shape[0] // H, k_rD.shape[0] // H, H)
+        q_norm, k_norm = norms
+        return split_heads(
+            qkv_tR, heads, (q_norm, k_norm), self.epsilon, positions.cos_tH, positions.sin_tH
+        )
+
+    def project_q(
+        self,
+        x_tD: torch.Tensor,
+        positions: Positions,
+        weights: Projections,
+        linear: Linear = F.linear,
+    ) -> torch.Tensor:
+        """Make q [t, n, H], as many heads as the weights have."""
+        assert weights.q_rD is not None
+        q_tr = linear(x_tD, weights.q_rD, weights.q_bias)
+        return self._norm_and_rotate(q_tr, weights.q_norm, positions)
+
+    def project_k(
+        self,
+        x_tD: torch.Tensor,
+        positions: Positions,
+        weights: Projections,
+        linear: Linear = F.linear,
+    ) -> torch.Tensor:
+        """Make k [t, k, H], as many heads as the weights have."""
+        assert weights.k_rD is not None
+        k_tr = linear(x_tD, weights.k_rD, weights.k_bias)
+        return self._norm_and_rotate(k_tr, weights.k_norm, positions)
+
+    def project_v(
+        self, x_tD: torch.Tensor, weights: Projections, linear: Linear = F.linear
+    ) -> torch.Tensor:
+        """Make v [t, k, H], as many heads as the weights have."""
+        assert weights.v_rD is not None
+        return linear(x_tD, weights.v_rD, weights.v_bias).view(x_tD.shape[0], -1, self.head_size)
+
+    def _norm_and_rotate(
+        self, x_tr: torch.Tensor, norm: torch.Tensor | None, positions: Positions
+    ) -> torch.Tensor:
+        x_tnH = x_tr.view(x_tr.shape[0], -1, self.head_size)
+        if norm is not None:
+            x_tnH = rms_norm(x_tnH, norm, self.epsilon)
+        return rotate(x_tnH, positions.cos_tH, positions.sin_tH)
+
+    def gather(self, k_skH: torch.Tensor, v_skH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values of all tokens, as the kernel pairs them with the query heads."""
+        k_TkH, v_TkH = gather_keys(k_skH, v_skH, self.layout.cp_gather)
+        if self.kv_uses is None:
+            return k_TkH, v_TkH
+        return _repeat_heads(k_TkH, self.kv_uses), _repeat_heads(v_TkH, self.kv_uses)
+
+    def attend_to(
+        self,
+        q_smH: torch.Tensor,
+        k_TkH: torch.Tensor,
+        v_TkH: torch.Tensor,
+        calls: list[PackedDocuments],
+        tape: AttentionTape | None,
+    ) -> torch.Tensor:
+        """Attend with the group's queries to the keys of all tokens -> [s, m, H].
+
+        Args:
+            calls: an attention call each, whose queries together are all of q.
+            tape: keeps the calls' results, or has them.
+        """
+
+        def attend_in_parts(
+            q_smH: torch.Tensor, k_TkH: torch.Tensor, v_TkH: torch.Tensor
+        ) -> list[torch.Tensor]:
+            if len(calls) == 1:
+                # All rows: even a slice of all of them copies the gradients once more.
+                return [self.attend(q_smH, k_TkH, v_TkH, calls[0])]
+            return [
+                self.attend(q_smH[each.queries], k_TkH[each.keys], v_TkH[each.keys], each)
+                for each in calls
+            ]
+
+        if tape is None:
+            return join(attend_in_parts(q_smH, k_TkH, v_TkH))
+        return tape.attend(attend_in_parts, q_smH, k_TkH, v_TkH)
+
+
+def _repeat_heads(x_TkH: torch.Tensor, uses: list[int]) -> torch.Tensor:
+    """Repeat each head as often as it is used.
+
+    repeat_interleave adds up the gradients in no fixed order on a GPU.
+    """
+    heads = zip(x_TkH.split(1, dim=1), uses, strict=True)
+    return torch.cat([head.expand(-1, count, -1) for head, count in heads], dim=1)
