@@ -83,9 +83,11 @@ class Attention(nn.Module):
         """Attend with all heads of this rank -> [t, N, H]."""
         core = self.core
         axis = self.layout.cp_a2a
-        # One expression: no name may hold the projections beside what the exchange brings.
-        q_smH, *kv_skH = seq_to_heads(*core.project(x_tD, positions, weights), self.split, axis)
-        k_TkH, v_TkH = core.gather(*kv_skH)
+        # No name holds the projections beside what the exchange brings.
+        q_smH, k_skH, v_skH = seq_to_heads(
+            *core.project(x_tD, positions, weights), self.split, axis
+        )
+        k_TkH, v_TkH = core.gather(k_skH, v_skH)
         o_smH = core.attend_to(q_smH, k_TkH, v_TkH, positions.documents, tape)
         if tape is not None and not tape.playing:
             # The tape keeps the output; q, k and v are made again before it is played.

@@ -104,12 +104,14 @@ def _exchanged(path: _Path, x_tD: torch.Tensor, weights: Projections) -> Iterato
         return start_seq_to_heads(q, q[:, :0], q[:, :0], each.query_split, axis)
 
     steps = [(each, heads) for each in rounds for heads in each.query_chunks]
+    kv_TkH: tuple[torch.Tensor, ...] = ()
     kv_on_way = start_kv(rounds[0])
     q_on_way = start_q(*steps[0])
     for number, (each, heads) in enumerate(steps):
         # Wait for this chunk's heads; keys and values come with a round's first chunk.
         if heads is each.query_chunks[0]:
-            k_TkH, v_TkH = core.gather(*kv_on_way()[1:])
+            kv_TkH = core.gather(*kv_on_way()[1:])
+        k_TkH, v_TkH = kv_TkH
         q_smH = q_on_way()[0]
         # Start the next exchange before this chunk attends.
         if number + 1 < len(steps):
@@ -125,9 +127,10 @@ class _Chunks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, path: _Path, x_tD, *weights):
-        path = path._replace(tape=path.tape or AttentionTape())
+        tape = path.tape or AttentionTape()
+        path = path._replace(tape=tape)
         o_tNH = _forward(path, x_tD, Projections(*weights))
-        path.tape.play()
+        tape.play()
         ctx.path = path
         ctx.save_for_backward(x_tD, *weights)
         return o_tNH
@@ -188,7 +191,8 @@ def _chunk_gradients(
     # Forward again up to the kernel, whose result the tape has.
     with torch.enable_grad():
         q_smH = _exchange_q(path, each, part, gradients)
-        o_smH = path.core.attend_to(q_smH, *kv, path.positions.documents, path.tape)
+        k_TkH, v_TkH = kv
+        o_smH = path.core.attend_to(q_smH, k_TkH, v_TkH, path.positions.documents, path.tape)
     grad_of_heads = grad_tNH[:, _index(heads, grad_tNH.device)]
     grad_smH = gradient_of_heads(grad_of_heads, each.query_split, path.core.layout.cp_a2a)
     *found, grad_k, grad_v = torch.autograd.grad(o_smH, [*leaves, *kv], grad_smH)
@@ -265,7 +269,7 @@ class _Gradients:
     def narrow_weights(self) -> list[torch.Tensor | None]:
         """Return `of_weights` in the weights' dtype."""
         return [
-            total if weight is None else total.to(weight.dtype)
+            total if total is None or weight is None else total.to(weight.dtype)
             for total, weight in zip(self.of_weights, self.weights, strict=True)
         ]
 

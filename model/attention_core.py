@@ -53,7 +53,7 @@ class AttentionCore:
 
     head_size: int
     epsilon: float
-    """Of the norms over each head of q and k."""
+    """Epsilon of the norms over each head of q and k."""
     attend: Attend
     layout: Layout
     kv_uses: list[int] | None
@@ -63,12 +63,13 @@ class AttentionCore:
 
     def project(
         self, x_tD: torch.Tensor, positions: Positions, weights: Projections
-    ) -> tuple[torch.Tensor, ...]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Make q [t, N, H], k [t, K, H] and v [t, K, H] by one product.
 
         Its gradient of x needs no sum of three.
         """
-        q_rD, k_rD, v_rD, q_bias, k_bias, v_bias, *norms = weights
+        # One product for all heads of q, k and v.
+        q_rD, k_rD, v_rD, q_bias, k_bias, v_bias, q_norm, k_norm = weights
         assert q_rD is not None and k_rD is not None and v_rD is not None
         bias_R = None
         if q_bias is not None and k_bias is not None and v_bias is not None:
@@ -77,7 +78,6 @@ class AttentionCore:
         # Cut the product into heads, norm and rotate them.
         H = self.head_size
         heads = HeadSizes(q_rD.shape[0] // H, k_rD.shape[0] // H, H)
-        q_norm, k_norm = norms
         return split_heads(
             qkv_tR, heads, (q_norm, k_norm), self.epsilon, positions.cos_tH, positions.sin_tH
         )
@@ -116,6 +116,7 @@ class AttentionCore:
     def _norm_and_rotate(
         self, x_tr: torch.Tensor, norm: torch.Tensor | None, positions: Positions
     ) -> torch.Tensor:
+        # The same whether the rows are q's or k's, so the heads are counted from the shape.
         x_tnH = x_tr.view(x_tr.shape[0], -1, self.head_size)
         if norm is not None:
             x_tnH = rms_norm(x_tnH, norm, self.epsilon)
@@ -149,6 +150,7 @@ class AttentionCore:
             if len(calls) == 1:
                 # All rows: even a slice of all of them copies the gradients once more.
                 return [self.attend(q_smH, k_TkH, v_TkH, calls[0])]
+            # One range of tokens after the other, each against the keys up to its end.
             return [
                 self.attend(q_smH[each.queries], k_TkH[each.keys], v_TkH[each.keys], each)
                 for each in calls

@@ -94,7 +94,7 @@ class Layer(nn.Module):
         with torch.enable_grad():
             normed_tD = self.mlp_norm(a_tD)
             weights = self.mlp.local_weights()
-        edge = get_gradient_edge(normed_tD)
+        edges = [get_gradient_edge(x) for x in (normed_tD, *weights)]
         x_tD = enter_tensor_parallel(normed_tD.detach(), self.layout)
         del normed_tD  # only its place in the graph is needed from here on
         grad_partial_tD = gradient_before_leaving(grad_tD, self.layout)
@@ -103,7 +103,7 @@ class Layer(nn.Module):
         del x_tD, grad_partial_tD
         grad_normed = gradient_before_entering(grad_x, self.layout)
         del grad_x
-        torch.autograd.backward([edge, *weights], [grad_normed, *grad_weights])
+        torch.autograd.backward(edges, [grad_normed, *grad_weights])
         assert a_tD.grad is not None
         return grad_tD.add_(a_tD.grad)
 

@@ -17,7 +17,7 @@ from model import compiled
 from model.products import add_product
 from parallel.collectives import all_reduce
 from parallel.layout import Axis
-from parallel.tensor import vocab_parallel_first_choices
+from parallel.tensor import vocab_parallel_argmax
 
 IGNORED_LABEL = -100
 """torch's own convention for a token without a target."""
@@ -127,7 +127,7 @@ def _one_chunk(
     num_real = max(0, head.vocab_size - head.tp.rank * weight_vD.shape[0])
     if num_real < weight_vD.shape[0]:
         logits_cv[:, num_real:] = float("-inf")
-    hits = (vocab_parallel_first_choices(logits_cv, head.tp) == labels_c).sum() if count_hits else 0
+    hits = (vocab_parallel_argmax(logits_cv, head.tp) == labels_c).sum() if count_hits else 0
     softmax = _Softmax(logits_cv, labels_c, head.tp)
     if grads is not None:
         has_target_c = labels_c != IGNORED_LABEL

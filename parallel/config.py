@@ -9,7 +9,7 @@ import torch
 from parallel.schedule import SCHEDULES, ScheduleName, accepts, nearest_counts
 
 ShardingStrategy = Literal["optim", "optim_grads", "optim_grads_params"]
-SPLITS_BACKWARD_SINCE = (2, 13)
+SPLITS_BACKWARD_SINCE = "2.13"
 """The first release of torch that is known to split a backward right: 2.11 adds all gradients of a
 node with several outputs to the first, or refuses; 2.12 was not tried."""
 CommType = Literal["a2a", "a2a+allgather", "p2p", "allgather", "a2a+p2p"]
@@ -79,13 +79,12 @@ class LayoutConfig:
     @property
     def sharding_strategy(self) -> ShardingStrategy:
         """The level that the two flags mean together."""
-        return self.data_parallel_sharding_strategy or (
-            "optim" if self.use_distributed_optimizer else "optim_grads"
-        )
+        default = "optim" if self.use_distributed_optimizer else "optim_grads"
+        return self.data_parallel_sharding_strategy or default
 
     @property
     def schedule(self) -> ScheduleName:
-        """The pipeline schedule that the settings mean; without a pipeline it is all the same."""
+        """The pipeline schedule that the settings mean; without a pipeline none matters."""
         if self.pipeline_model_parallel_size == 1:
             return "1F1B"
         several = (self.num_virtual_stages_per_pipeline_rank or 1) > 1
@@ -101,34 +100,32 @@ class LayoutConfig:
 
     @property
     def context_levels(self) -> tuple[int, int]:
-        """Sizes of the two levels of cp: ranks that trade tokens for heads, groups that gather keys
-        and values.
+        """Sizes of the two levels of cp: an all-to-all group's ranks, and the number of groups.
 
-        One level is (cp, 1). Meaningful only without `combination_problems`.
+        The groups gather keys and values from each other. One level is (cp, 1). Meaningful only
+        without `combination_problems`.
         """
-        if (
-            self.cp_comm_type == "a2a"
-            or self.context_parallel_size == 1
-            or self._context_problems()
-        ):
+        has_one_level = self.cp_comm_type == "a2a" or self.context_parallel_size == 1
+        if has_one_level or self._context_problems():
             return self.context_parallel_size, 1
         a2a, gather = self.hierarchical_context_parallel_sizes
         return a2a, gather
 
     @property
     def token_multiple(self) -> int:
-        """What the tokens of a microbatch must be a multiple of, so that every rank gets as
-        many."""
+        """A number that must divide a microbatch's tokens, so that every rank gets as many."""
         tp, _, cp = self.sizes
         groups = self.context_levels[1]
+        # With two levels each group holds two chunks, one from each end of the sample.
         multiple = lcm(cp, 2 * groups) if groups > 1 else cp
         return lcm(multiple, cp * tp) if self.sequence_parallel else multiple
 
     def describe(self) -> str:
-        """The part that distinguishes one layout from another, in a few words."""
+        """Write what distinguishes one layout from another, in a few words."""
         tp, pp, cp = self.sizes
         text = f"tp {tp} pp {pp}"
-        if pp > 1 and (self.schedule != "1F1B"):
+        # The usual schedule and a single level of cp are not worth a word.
+        if pp > 1 and self.schedule != "1F1B":
             text += f" {self.schedule} x {self.stages_per_rank}"
         text += f" cp {cp}"
         if self.context_levels[1] > 1:
@@ -138,13 +135,12 @@ class LayoutConfig:
     def validate(self) -> list[str]:
         """Problems of single settings, as `name = value: rule. Fix: ...`."""
         problems = []
-        if self.use_distributed_optimizer and self.data_parallel_sharding_strategy not in (
-            None,
-            "optim",
-        ):
+        strategy = self.data_parallel_sharding_strategy
+        # The flag is Megatron-LM's: it may say what we do anyway, but not the opposite.
+        if self.use_distributed_optimizer and strategy not in (None, "optim"):
             problems.append(
-                f"use_distributed_optimizer = True: means --data-parallel-sharding-strategy optim, but that is "
-                f"{self.data_parallel_sharding_strategy}. Fix: name one of the two, or make them agree."
+                "use_distributed_optimizer = True: means --data-parallel-sharding-strategy optim, "
+                f"but that is {strategy}. Fix: name one of the two, or make them agree."
             )
         if self.use_distributed_optimizer is False:
             problems.append(
@@ -154,29 +150,31 @@ class LayoutConfig:
         return problems
 
     def combination_problems(self) -> list[str]:
-        """Settings that do not go together; asked of a phase's layout, which may mend what the
-        run's own says."""
+        """List the settings that do not go together.
+
+        It is asked of a phase's layout, which may mend what the run's own says.
+        """
         return self._context_problems() + self._schedule_problems()
 
     def _context_problems(self) -> list[str]:
         cp = self.context_parallel_size
         sizes = self.hierarchical_context_parallel_sizes
+        # Megatron-LM's other forms are known by name, and refused.
         if self.cp_comm_type not in ("a2a", "a2a+allgather"):
             return [
-                f"cp_comm_type = {self.cp_comm_type}: is not built. Fix: a2a, or for more ranks than heads "
-                "a2a+allgather with --hierarchical-context-parallel-sizes."
+                f"cp_comm_type = {self.cp_comm_type}: is not built. Fix: a2a, or for more ranks "
+                "than heads a2a+allgather with --hierarchical-context-parallel-sizes."
             ]
         if cp == 1:
             return []
+        # One level has no sizes, two levels have two.
+        if self.cp_comm_type == "a2a" and not sizes:
+            return []
         if self.cp_comm_type == "a2a":
-            return (
-                [
-                    f"hierarchical_context_parallel_sizes = {sizes}: are for two levels. Fix: --cp-comm-type "
-                    "a2a+allgather, or remove them."
-                ]
-                if sizes
-                else []
-            )
+            return [
+                f"hierarchical_context_parallel_sizes = {sizes}: are for two levels. "
+                "Fix: --cp-comm-type a2a+allgather, or remove them."
+            ]
         if len(sizes) != 2 or min(sizes) < 1 or prod(sizes) != cp:
             inner = next(n for n in range(2, cp + 1) if cp % n == 0)
             return [
@@ -196,13 +194,13 @@ class LayoutConfig:
             return [f"{name}: {schedule.per_rank_rule}"]
         if not schedule.splits_backward:
             return []
-        # What a split backward needs of torch and of FSDP2.
+        # What a split backward needs of torch (whose version compares with a text by its numbers)
+        # and of FSDP2.
         if torch.__version__ < SPLITS_BACKWARD_SINCE:
-            least = ".".join(map(str, SPLITS_BACKWARD_SINCE))
             return [
                 f"pipeline_schedule = {self.schedule}: torch {torch.__version__} splits a stage's "
-                f"backward wrongly. Fix: torch {least} or later, or --pipeline-schedule 1F1B or "
-                "interleaved."
+                f"backward wrongly. Fix: torch {SPLITS_BACKWARD_SINCE} or later, or "
+                "--pipeline-schedule 1F1B or interleaved."
             ]
         if self.sharding_strategy == "optim_grads_params":
             return [
@@ -214,19 +212,19 @@ class LayoutConfig:
 
 
 def check_world_size(world_size: int, tp: int, pp: int, cp: int) -> str | None:
-    """The problem with a world of `world_size` ranks split into tp x pp x cp, or None."""
+    """Say why `world_size` ranks cannot be split into tp x pp x cp, or return None."""
     model_size = tp * pp * cp
     if world_size % model_size == 0:
         return None
     return (
-        f"world size = {world_size}: must be a multiple of tensor x pipeline x context parallel size = "
-        f"{tp} x {pp} x {cp} = {model_size}. Fix: start {model_size} processes or a multiple of it, "
-        f"or choose sizes whose product divides {world_size}."
+        f"world size = {world_size}: must be a multiple of tensor x pipeline x context parallel "
+        f"size = {tp} x {pp} x {cp} = {model_size}. Fix: start {model_size} processes or a "
+        f"multiple of it, or choose sizes whose product divides {world_size}."
     )
 
 
 def check_microbatches(layout: LayoutConfig, count: int) -> str | None:
-    """The problem with steps of `count` microbatches, or None."""
+    """Say why the layout cannot run steps of `count` microbatches, or return None."""
     pp = layout.pipeline_model_parallel_size
     if pp == 1 or accepts(layout.schedule, pp, count):
         return None

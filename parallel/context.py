@@ -1,5 +1,4 @@
-"""Which tokens a context-parallel rank holds, and the gathering of keys and values between groups
-of ranks.
+"""Which tokens a context-parallel rank holds, and how groups of ranks gather keys and values.
 
 With one level (Ulysses alone) a rank holds a contiguous slice of the microbatch. With two levels,
 cp = a2a x gather: the a2a ranks of a group trade tokens for heads (parallel/ulysses.py), and each
@@ -24,19 +23,21 @@ from parallel.layout import Axis, Layout
 
 
 def group_pieces(total: int, group: int, num_groups: int) -> list[tuple[int, int]]:
-    """Half-open ranges of the `total` tokens that a group holds, in order: one, or with several
-    groups two."""
+    """List the half-open ranges of the `total` tokens that a group holds, in order.
+
+    There is one, or with several groups two.
+    """
     if num_groups == 1:
         return [(0, total)]
     assert total % (2 * num_groups) == 0, (total, num_groups)
     chunk = total // (2 * num_groups)
-    return [
-        (number * chunk, (number + 1) * chunk) for number in (group, 2 * num_groups - 1 - group)
-    ]
+    # An early and a late chunk, so that every group's queries read as many keys together.
+    numbers = (group, 2 * num_groups - 1 - group)
+    return [(number * chunk, (number + 1) * chunk) for number in numbers]
 
 
 def token_pieces(total: int, layout: Layout) -> list[tuple[int, int]]:
-    """Half-open ranges of the `total` tokens of a microbatch that this rank holds, in order."""
+    """List the half-open ranges of a microbatch's `total` tokens that this rank holds, in order."""
     a2a = layout.cp_a2a
     gather = layout.cp_gather
     return rank_pieces(total, a2a.rank, a2a.size, gather.rank, gather.size)
@@ -45,10 +46,10 @@ def token_pieces(total: int, layout: Layout) -> list[tuple[int, int]]:
 def rank_pieces(
     total: int, a2a_rank: int, a2a_size: int, group: int, num_groups: int
 ) -> list[tuple[int, int]]:
-    """`token_pieces` of one rank by its place: number `a2a_rank` of the `a2a_size` ranks of a
-    group."""
+    """List the `token_pieces` of the rank that is number `a2a_rank` of the `a2a_size` of a group."""
     share = total // (a2a_size * num_groups)
     assert share * a2a_size * num_groups == total, (total, a2a_size, num_groups)
+    # The rank holds tokens [first, first + share) of its group's, counted over the group's ranges.
     first = a2a_rank * share
     pieces = []
     place = 0
@@ -64,8 +65,7 @@ def rank_pieces(
 def gather_keys(
     k_skH: torch.Tensor, v_skH: torch.Tensor, axis: Axis
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of all tokens in their order, from those of this group's tokens: [s, k, H] ->
-    [T, k, H].
+    """Gather keys and values of all tokens, in their order: [s, k, H] -> [T, k, H].
 
     Both travel in one all-gather over the gather axis of size G; per rank the forward receives 2 (G
     - 1) / G * T * k * H elements, and the backward (a reduce-scatter: every group that read a key
@@ -74,9 +74,8 @@ def gather_keys(
     if axis.size == 1:
         return k_skH, v_skH
     s, k, H = k_skH.shape
-    gathered = gather_sequence(torch.cat([k_skH, v_skH], dim=1), axis).view(
-        axis.size, 2, s // 2, 2 * k, H
-    )
+    kv_s2kH = torch.cat([k_skH, v_skH], dim=1)
+    gathered = gather_sequence(kv_s2kH, axis).view(axis.size, 2, s // 2, 2 * k, H)
     # Group g's first half is chunk g, its second half is chunk 2 G - 1 - g.
     in_order = torch.cat([gathered[:, 0], gathered[:, 1].flip(0)]).view(-1, 2 * k, H)
     k_TkH, v_TkH = in_order.split(k, dim=1)

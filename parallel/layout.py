@@ -52,14 +52,18 @@ class World:
 
     @property
     def axis(self) -> Axis:
-        """All of them, for what is exchanged before there is a layout."""
-        return _axis("world", dist.group.WORLD)
+        """All processes, for what is exchanged before there is a layout."""
+        group = dist.group.WORLD
+        assert group is not None, "start_world was called"
+        return _axis("world", group)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Every axis of this rank. `dp_cp` shards parameters, `world` sums what is summed once over
-    everything."""
+    """Every axis of this rank.
+
+    `dp_cp` shards parameters, `world` sums what is summed once over everything.
+    """
 
     world: Axis
     tp: Axis
@@ -67,15 +71,14 @@ class Layout:
     dp: Axis
     cp: Axis
     cp_a2a: Axis
-    """The cp ranks that trade tokens for heads: all of cp, or with two levels a group of
-    neighbours."""
+    """The cp ranks that trade tokens for heads: all, or with two levels a group of neighbours."""
     cp_gather: Axis
-    """The cp ranks that gather keys and values from each other: of size 1, or with two levels one
-    of each group."""
+    """The cp ranks that gather keys and values: with two levels one of each group, else itself."""
     dp_cp: Axis
     embedding: Axis
-    """The two ranks of a tied embedding's two homes; of size 1 where both are on one rank, or this
-    rank has none."""
+    """The two ranks that hold a tied embedding's copies.
+
+    Its size is 1 where both copies are on one rank, or this rank has none."""
     schedule: ScheduleName
     stages: tuple[int, ...]
     """Numbers of this rank's pipeline stages, first to last."""
@@ -87,36 +90,35 @@ class Layout:
     device: torch.device
 
     def describe(self) -> str:
+        """Write the sizes of the axes in one line, with what is unusual of each."""
         tp_note = " (sequence parallel)" if self.sequence_parallel else ""
         pp_note = f" ({self.schedule}, {self.num_stages} stages)" if self.pp.size > 1 else ""
-        cp_note = (
-            f" ({self.cp_a2a.size} a2a x {self.cp_gather.size} gather)"
-            if self.cp_gather.size > 1
-            else ""
-        )
+        cp_note = ""
+        if self.cp_gather.size > 1:
+            cp_note = f" ({self.cp_a2a.size} a2a x {self.cp_gather.size} gather)"
         return (
-            f"tp {self.tp.size}{tp_note} x pp {self.pp.size}{pp_note} x cp {self.cp.size}{cp_note} x "
-            f"dp {self.dp.size} on {self.device.type}"
+            f"tp {self.tp.size}{tp_note} x pp {self.pp.size}{pp_note} x "
+            f"cp {self.cp.size}{cp_note} x dp {self.dp.size} on {self.device.type}"
         )
 
 
 def launched_world_size() -> int:
-    """Number of processes the launcher started (torchrun's WORLD_SIZE), 1 without a launcher."""
+    """Read how many processes the launcher started (torchrun's WORLD_SIZE); 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def launched_rank() -> int:
-    """This process's rank among them, readable before anything is initialised."""
+    """Read this process's rank among them, before anything is initialised."""
     return int(os.environ.get("RANK", "0"))
 
 
 def launched_local_rank() -> int:
-    """This process's rank on its machine."""
+    """Read this process's rank on its machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def launched_local_world_size() -> int:
-    """Number of processes on this machine."""
+    """Read how many processes the launcher started on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -126,21 +128,21 @@ def launched_on_one_machine() -> bool:
 
 
 def environment_of_numbers() -> dict[str, str]:
-    """Variables of the environment that change what a GPU computes, also where they are not set."""
+    """Read the variables that change what a GPU computes, also where they are not set."""
     names = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG")
     return {name: os.environ.get(name, "not set") for name in names}
 
 
 def host_memory() -> int:
-    """Bytes of this machine's memory."""
+    """Return the bytes of this machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def device_here() -> tuple[str, int]:
-    """Name and bytes of memory of this process's device; on CPUs "cpu" and an equal share of the
-    machine's memory.
+    """Return the name and the bytes of memory of this process's device.
 
-    Readable before anything is initialised, and the same for all processes of a machine.
+    On CPUs these are "cpu" and an equal share of the machine's memory. Readable before anything is
+    initialised, and the same for all processes of a machine.
     """
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(launched_local_rank())
@@ -175,6 +177,7 @@ def start_world(
             f"distributed_backend = {config.distributed_backend}: this machine's tensors live on "
             f"{device_type}. Fix: leave it at auto."
         )
+    # The one place where the device is chosen.
     device = torch.device("cuda", local_rank) if has_cuda else torch.device("cpu")
     if has_cuda:
         torch.cuda.set_device(device)
@@ -183,7 +186,9 @@ def start_world(
         "timeout": timedelta(minutes=config.distributed_timeout_minutes),
     }
     _raise_open_files_limit()
+    # A store of the caller's, torchrun's environment, or a world of one process.
     if store is not None:
+        assert rank is not None and world_size is not None
         dist.init_process_group(store=store, rank=rank, world_size=world_size, **options)
     elif "RANK" in os.environ:
         dist.init_process_group(**options)
@@ -193,8 +198,11 @@ def start_world(
 
 
 def _raise_open_files_limit() -> None:
-    """gloo opens a socket to every peer of every group: at 1,024 ranks more than a shell's usual
-    1,024 files."""
+    """Allow as many open files as the system does.
+
+    gloo opens a socket to every peer of every group: at 1,024 ranks more than a shell's usual 1,024
+    files.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -228,24 +236,17 @@ def build_layout(config: LayoutConfig, world: World) -> Layout:
     dp_cp = _axis("dp_cp", parallel_state.get_data_parallel_group(with_context_parallel=True))
     tp_axis = _axis("tp", parallel_state.get_tensor_model_parallel_group())
     pp_axis = _axis("pp", parallel_state.get_pipeline_model_parallel_group())
-    # The stage's ranks as a [dp_cp, tp] grid: tp is the fastest index of the rank order.
-    first_rank = pp_axis.rank * (world.size // pp)
-    grid = (first_rank + torch.arange(world.size // pp, device="cpu")).view(dp_cp.size, tp)
-    mesh = DeviceMesh.from_group(
-        [dp_cp.group, tp_axis.group], world.device.type, mesh=grid, mesh_dim_names=("dp_cp", "tp")
-    )
     cp_axis = _axis("cp", parallel_state.get_context_parallel_group())
+    # One level: all cp ranks trade tokens for heads, and nobody gathers.
     cp_a2a = cp_axis
     cp_gather = Axis("cp_gather", 0, 1, (world.rank,), cp_axis.group)
     if two_levels:
         inner, outer = parallel_state.get_hierarchical_context_parallel_groups()
         cp_a2a = _axis("cp_a2a", inner)
         cp_gather = _axis("cp_gather", outer)
-    stages = (
-        stages_of_rank(config.schedule, pp_axis.rank, pp, config.stages_per_rank)
-        if pp > 1
-        else (0,)
-    )
+    stages: tuple[int, ...] = (0,)
+    if pp > 1:
+        stages = stages_of_rank(config.schedule, pp_axis.rank, pp, config.stages_per_rank)
     return Layout(
         world=world.axis,
         tp=tp_axis,
@@ -260,14 +261,30 @@ def build_layout(config: LayoutConfig, world: World) -> Layout:
         stages=stages,
         num_stages=pp * len(stages),
         sequence_parallel=config.sequence_parallel and tp > 1,
-        mesh=mesh,
+        mesh=_mesh_of_stage(world, dp_cp, tp_axis, pp_axis),
         device=world.device,
     )
 
 
+def _mesh_of_stage(world: World, dp_cp: Axis, tp: Axis, pp: Axis) -> DeviceMesh:
+    """Make the [dp_cp, tp] mesh of this pipeline stage's ranks: tp is the fastest index."""
+    assert dp_cp.group is not None and tp.group is not None
+    ranks_per_stage = world.size // pp.size
+    first_rank = pp.rank * ranks_per_stage
+    ranks = first_rank + torch.arange(ranks_per_stage, device="cpu")
+    return DeviceMesh.from_group(
+        [dp_cp.group, tp.group],
+        world.device.type,
+        mesh=ranks.view(dp_cp.size, tp.size),
+        mesh_dim_names=("dp_cp", "tp"),
+    )
+
+
 def single_process_layout(device: torch.device) -> Layout:
-    """A layout of one process without any process group, for tools that read or run a model by
-    themselves."""
+    """Make a layout of one process without any process group.
+
+    Tools that read or run a model by themselves use it.
+    """
     names = ("world", "tp", "pp", "dp", "cp", "cp_a2a", "cp_gather", "dp_cp", "embedding")
     return Layout(
         **{name: Axis(name, 0, 1, (0,), None) for name in names},
@@ -288,7 +305,7 @@ def end_world() -> None:
 
 
 def _parallel_state() -> ModuleType:
-    """Megatron-Core's groups, imported by who makes them: tools of one process need no megatron."""
+    """Import Megatron-Core's groups, when they are made: tools of one process need no megatron."""
     with warnings.catch_warnings():
         # It warns of optional packages whose place we do not let it fill (optimizers, norms).
         warnings.simplefilter("ignore")
@@ -307,8 +324,10 @@ def _axis(name: str, group: dist.ProcessGroup) -> Axis:
 
 
 def _embedding_axis(pp: Axis, schedule: ScheduleName) -> Axis:
-    """Megatron-Core's group of the first and the last pipeline rank, where the first and the last
-    stage are."""
+    """Take Megatron-Core's group of the first and the last pipeline rank.
+
+    They hold the first and the last stage, but under a V-shaped schedule.
+    """
     holds_an_end = pp.size > 1 and (pp.is_first or pp.is_last)
     if holds_an_end and not SCHEDULES[schedule].is_v_shaped:
         return _axis("embedding", _parallel_state().get_embedding_group())

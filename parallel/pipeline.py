@@ -33,8 +33,10 @@ def torch_schedule(name: ScheduleName) -> Callable[..., Any]:
 
 
 class Stage(PipelineStage):
-    """A stage whose gradients are added up in the reduction's dtype also where a schedule splits
-    the backward."""
+    """A stage that adds up gradients in the reduction's dtype.
+
+    It does so also where a schedule splits the backward.
+    """
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         super().backward_weight_one_chunk(bwd_chunk_id, last_backward=last_backward)
@@ -42,10 +44,10 @@ class Stage(PipelineStage):
 
 
 class Pipeline:
-    """One shape of step: a schedule for `num_microbatches` activations of [tokens, hidden].
+    """A schedule for steps of `num_microbatches` activations of [tokens, hidden].
 
-    Rebuild it when the shape changes, and have one for training and one for evaluation; building is
-    cheap and moves no data.
+    Build another when one of these changes, and have one for training and one for evaluation:
+    building is cheap and moves no data.
     """
 
     def __init__(
@@ -56,19 +58,24 @@ class Pipeline:
         tokens: int,
         hidden: int,
         dtype: torch.dtype,
+        *,
         train: bool,
     ):
-        """Args:
-        modules: of this rank's stages, in the order of `layout.stages`.
-        tokens: per rank and microbatch; dtype: of the activations between stages.
-        train: also run the backward.
+        """Build the stages and their schedule.
+
+        Args:
+            modules: of this rank's stages, in the order of `layout.stages`.
+            tokens: per rank and microbatch.
+            dtype: of the activations between stages.
+            train: also run the backward.
         """
         self.train = train
+        # What goes between stages, and what the last one gives.
         activation = torch.empty(tokens, hidden, dtype=dtype, device="meta", requires_grad=True)
         placeholder = torch.empty(1, dtype=torch.int64, device="meta")
         loss_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         loss = torch.empty((), dtype=loss_dtype, device="meta", requires_grad=True)
-        # With both given, no stage runs an extra microbatch to find its shapes.
+        # With inputs and outputs given, no stage runs an extra microbatch to find its shapes.
         self.stages = [
             Stage(
                 module,
@@ -81,6 +88,7 @@ class Pipeline:
             )
             for number, module in zip(layout.stages, modules, strict=True)
         ]
+        # The stages give scaled losses already: sum them, and scale nothing.
         is_single = SCHEDULES[layout.schedule].takes_one_stage
         self.schedule = torch_schedule(layout.schedule)(
             self.stages[0] if is_single else self.stages,
@@ -98,11 +106,11 @@ class Pipeline:
         self.placeholders = torch.zeros(num_microbatches, dtype=torch.int64, device=layout.device)
 
     def run(self) -> torch.Tensor | None:
-        """All microbatches; the summed loss on the rank of the last stage, else None."""
-        has_first, has_last = (
-            any(getattr(stage, end) for stage in self.stages) for end in ("is_first", "is_last")
-        )
+        """Run all microbatches; return the summed loss on the last stage's rank, else None."""
+        has_first = any(stage.is_first for stage in self.stages)
+        has_last = any(stage.is_last for stage in self.stages)
         losses: list[torch.Tensor] | None = [] if has_last else None
+        # The first stage is given the inputs, the last one the targets.
         args = (self.placeholders,) if has_first else ()
         options = {
             "target": self.placeholders if has_last else None,
@@ -114,14 +122,17 @@ class Pipeline:
         else:
             with torch.no_grad():
                 self.schedule.eval(*args, **options)
+            # Only a backward would free the activations.
             for stage in self.stages:
-                stage.clear_runtime_states()  # only a backward would let go of the activations
-        return torch.stack([loss.detach() for loss in losses]).sum() if losses is not None else None
+                stage.clear_runtime_states()
+        return None if losses is None else torch.stack([x.detach() for x in losses]).sum()
 
 
 def _skip(action, context) -> None:
-    """Instead of a backward: forget that its gradient was to be received, and wait for parameters
-    gathered for it."""
+    """Do nothing in place of a backward, but clear what was prepared for it.
+
+    Its gradient is not received, and parameters that were gathered for it are waited for.
+    """
     schedule = context.schedule_ref
     stage = action.stage_index
     schedule.bwd_recv_ops.pop((stage, action.microbatch_index), None)

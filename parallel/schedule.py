@@ -122,7 +122,7 @@ def _idle_zero_bubble(pp: int, per_rank: int, count: int) -> float:
 
 
 def _idle_zbv(pp: int, per_rank: int, count: int) -> float:
-    # Few microbatches leave a step of a fixed length, counted in thirds of a stage in torch's order.
+    # Few microbatches leave a step of a fixed length, counted in torch's order.
     of_fixed_length = (13 * pp - 7) / (6 * count) - 1
     return max(_idle_zero_bubble(pp, per_rank, count), of_fixed_length)
 

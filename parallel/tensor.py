@@ -24,7 +24,7 @@ from parallel.layout import Axis
 
 @dataclass(frozen=True)
 class ParameterSharding:
-    """How one parameter lies over the tp axis."""
+    """How one parameter is split over the tp axis."""
 
     dim: int | None = None
     """Tensor dim that is split; None = every rank holds the whole parameter."""
@@ -35,8 +35,7 @@ class ParameterSharding:
 def distribute_parameters(
     module: nn.Module, shardings: dict[str, ParameterSharding], tp_mesh: DeviceMesh
 ) -> None:
-    """Replace every (meta) parameter of `module` by a DTensor that holds this rank's part, in
-    place.
+    """Replace every (meta) parameter of `module` by a DTensor that holds this rank's part.
 
     Each owning module also gets `partial_gradient`, to be passed to `local_part`.
 
@@ -46,6 +45,7 @@ def distribute_parameters(
     size = tp_mesh.size()
     rank = tp_mesh.get_local_rank()
     for name, parameter in list(module.named_parameters()):
+        # Cut this rank's part out, or keep the whole.
         sharding = shardings[name]
         local = parameter.data
         placement = Replicate()
@@ -55,18 +55,19 @@ def distribute_parameters(
             )
             local = local.chunk(size, sharding.dim)[rank].contiguous()
             placement = Shard(sharding.dim)
+        # Put it in the parameter's place.
         owner_name, _, leaf = name.rpartition(".")
         distributed = nn.Parameter(DTensor.from_local(local, tp_mesh, [placement], run_check=False))
         owner = module.get_submodule(owner_name)
         setattr(owner, leaf, distributed)
-        owner.partial_gradient = sharding.partial_gradient
+        vars(owner)["partial_gradient"] = sharding.partial_gradient
 
 
 def local_part(parameter: nn.Parameter, *, partial_gradient: bool = False) -> torch.Tensor:
-    """This tp rank's part of a parameter, as a plain tensor that carries the gradient back.
+    """Return this tp rank's part of a parameter, as a plain tensor that carries the gradient back.
 
     Without `partial_gradient` the gradient of a replicated parameter must be the same on all tp
-    ranks. A parameter that was never distributed (one process, no groups) is returned as it is.
+    ranks. A parameter that was never distributed (one process, no groups) is returned unchanged.
     """
     if not isinstance(parameter, DTensor):
         return parameter
@@ -78,13 +79,13 @@ def local_part(parameter: nn.Parameter, *, partial_gradient: bool = False) -> to
 def vocab_parallel_embedding(
     ids_t: torch.Tensor, weight_vD: torch.Tensor, tp: Axis
 ) -> torch.Tensor:
-    """Look up [t] token ids in a table whose rows are split over tp -> [t, D], to be summed over tp
-    by the caller.
+    """Look up [t] token ids in a table whose rows are split over tp -> [t, D].
 
-    A token's row is on one rank; the others return zeros for it.
+    A token's row is on one rank; the others return zeros for it. The caller sums over tp.
     """
     if tp.size == 1:
         return nn.functional.embedding(ids_t, weight_vD)
+    # This rank holds the rows [rank * v, (rank + 1) * v).
     v = weight_vD.shape[0]
     local_ids = ids_t - tp.rank * v
     absent = (local_ids < 0) | (local_ids >= v)
@@ -92,17 +93,17 @@ def vocab_parallel_embedding(
     return found.masked_fill(absent[:, None], 0.0)
 
 
-def vocab_parallel_first_choices(logits_tv: torch.Tensor, tp: Axis) -> torch.Tensor:
-    """The id with the largest logit of each token, [t, v] logits -> int64 [t], the same on all tp
-    ranks (no gradient).
+def vocab_parallel_argmax(logits_tv: torch.Tensor, tp: Axis) -> torch.Tensor:
+    """Find the id with the largest logit of each token, [t, v] logits -> int64 [t]. No gradient.
 
-    Of equal logits the smallest id is taken, as in one process. Columns that hold no token must be
-    -inf.
+    The result is the same on all tp ranks. Of equal logits the smallest id is taken, as in one
+    process. Columns that hold no token must be -inf.
     """
-    best, ids = logits_tv.detach().max(
-        dim=1
-    )  # torch documents that the first of equal columns is named
+    # torch documents that `max` names the first of equal columns.
+    best, ids = logits_tv.detach().max(dim=1)
     best = best.to(torch.promote_types(best.dtype, torch.float32))
     top = all_reduce(best.clone(), tp, dist.ReduceOp.MAX)
-    ids = torch.where(best == top, ids + tp.rank * logits_tv.shape[1], torch.iinfo(torch.int64).max)
+    # Ranks that hold no best logit name an id beyond all others.
+    global_ids = ids + tp.rank * logits_tv.shape[1]
+    ids = torch.where(best == top, global_ids, torch.iinfo(torch.int64).max)
     return all_reduce(ids, tp, dist.ReduceOp.MIN)

@@ -180,7 +180,7 @@ class Stepper:
                 tokens,
                 self.hidden_size,
                 self.compute_dtype,
-                train,
+                train=train,
             )
         return self.pipelines[key]
 

@@ -84,6 +84,7 @@ class Backend:
         Args:
             on_tape: are q, k and v freed between a call's forward and backward?
         """
+        # What the device and the settings rule out comes first: it needs no package to be found.
         if self.needs_gpu and device.type != "cuda":
             return f"it needs a GPU, and tensors live on {device.type}"
         if self.needs_gpu and dtype not in (torch.bfloat16, torch.float16):
@@ -95,6 +96,7 @@ class Backend:
             )
         if self.modules and not any(is_installed(name) for name in self.modules):
             return f"the package {' or '.join(self.modules)} is not installed"
+        # The backend's own reason may run its kernels, so it is asked last.
         return self.obstacle(device, dtype, heads)
 
 

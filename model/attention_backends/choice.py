@@ -35,6 +35,7 @@ def pick_backend(
     Raises:
         ValueError: an explicitly named backend cannot run here.
     """
+    # A backend asked for by name runs, or the run is refused.
     if name != "auto":
         reason = BACKENDS[name].missing(device, dtype, heads, on_tape=on_tape)
         if reason:
@@ -43,6 +44,7 @@ def pick_backend(
                 f"attention_backend = {name}: {reason}. Fix: --attention-backend auto{install}."
             )
         return BACKENDS[name], "asked for"
+    # auto: the first of the table that is not behind another one here, and can run.
     passed_over = []
     for backend in BACKENDS.values():
         behind = backend.why_behind(device) if device.type == "cuda" else None

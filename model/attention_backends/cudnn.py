@@ -8,6 +8,7 @@ from model.attention_backends.backend import Attend, Backend
 
 def make_cudnn(_crossover: int) -> Attend:
     """Make the attend function."""
+    # pyrefly: ignore[missing-import]  (an optional package)
     from cudnn import sdpa_torch
 
     def attend(q, k, v, documents, /):

@@ -73,7 +73,7 @@ def pack_documents(
     """
     edges = cu_seqlens.numpy()
     found = []
-    row = 0
+    row = 0  # of the rank's queries, which hold the ranges one after the other
     for start, stop in pieces:
         # The documents that the range touches, the first and last perhaps in part.
         first = int(np.searchsorted(edges, start, side="right")) - 1

@@ -38,6 +38,7 @@ def make_flash(_crossover: int) -> Attend:
     version = installed_flash_version(torch.device("cuda"))
     assert version is not None, "Backend.missing was asked before"
     function = importlib.import_module(FLASH[version]).flash_attn_varlen_func
+    # Releases differ in the arguments that they know.
     known = inspect.signature(function).parameters
 
     def attend(q, k, v, documents, /):

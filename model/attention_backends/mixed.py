@@ -75,6 +75,7 @@ class _Mixed(torch.autograd.Function):
             if out_smH is None:
                 out_smH = result
             else:
+                # Written where it belongs, so that no result is kept twice.
                 out_smH[call.rows_q] = result
             del result  # not beside the next call's
         ctx.calls = calls
@@ -91,16 +92,15 @@ class _Mixed(torch.autograd.Function):
         # torch finds cuDNN's plans by the layout of q, k and v alone: the gradient needs one
         # layout.
         grad_smH = grad_smH.contiguous()
-        wholes = None
-        if not _is_whole(ctx.calls):
-            wholes = [x.new_empty(x.shape) for x in (q_smH, k_skH, v_skH)]
+        is_whole = _is_whole(ctx.calls)
+        wholes = [] if is_whole else [x.new_empty(x.shape) for x in (q_smH, k_skH, v_skH)]
         for call, count in zip(ctx.calls, ctx.kept_counts, strict=True):
             kept_of_call = tuple(kept[:count])
             kept = kept[count:]
             found = _backward(
                 grad_smH, q_smH, k_skH, v_skH, out_smH, kept_of_call, call, ctx.kernels
             )
-            if wholes is None:
+            if is_whole:
                 return *found, None, None
             # Write each gradient in its place, then free it before the next call.
             rows_of_qkv = (call.rows_q, call.rows_k, call.rows_k)
@@ -133,6 +133,7 @@ def _backward(
     """Compute the gradients of a kernel call's q, k and v."""
     rows_q = call.rows_q
     rows_k = call.rows_k
+    # The varlen op takes packed rows, cuDNN documents of one length.
     if not call.is_long:
         return kernels.short_backward(
             grad[rows_q], q[rows_q], k[rows_k], v[rows_k], out[rows_q], kept, call

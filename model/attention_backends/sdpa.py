@@ -62,6 +62,7 @@ def _one_by_one(
     )
     outputs = []
     for document in documents:
+        # torch's causal flag is for as many keys as queries.
         q, k, v = (_heads_first(x) for x in document)
         grouped = q.shape[1] != k.shape[1]
         if q.shape[2] == k.shape[2]:
@@ -87,6 +88,7 @@ class _DocumentsOnCPU(torch.autograd.Function):
             part, log_sum = _document(
                 _heads_first(q_nmH[of_q]), _heads_first(k_skH[of_k]), _heads_first(v_skH[of_k])
             )
+            # A single document's output is the whole; several are written in their places.
             if len(rows_q) == 1:
                 out_nmH = _tokens_first(part)
             else:
@@ -139,8 +141,10 @@ def _document(q, k, v) -> tuple[torch.Tensor, torch.Tensor]:
     earlier = k.shape[2] - q.shape[2]
     if earlier == 0:
         return _forward(q, k, v, is_causal=True)
+    # All of the earlier keys, then causally the own ones.
     before, before_sum = _forward(q, k[:, :, :earlier], v[:, :, :earlier])
     own, own_sum = _forward(q, k[:, :, earlier:], v[:, :, earlier:], is_causal=True)
+    # Each share of the softmax's sum weighs its part of the output.
     log_sum = torch.logaddexp(before_sum, own_sum)
     before_share = (before_sum - log_sum).exp()[..., None]
     own_share = (own_sum - log_sum).exp()[..., None]
@@ -160,6 +164,7 @@ def _document_gradients(
     earlier = k.shape[2] - q.shape[2]
     if earlier == 0:
         return gradients(slice(None), is_causal=True)
+    # The merged log-sum-exp makes the gradients of both parts those of the whole.
     before_q, before_k, before_v = gradients(slice(0, earlier), is_causal=False)
     own_q, own_k, own_v = gradients(slice(earlier, None), is_causal=True)
     return (

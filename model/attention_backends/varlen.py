@@ -3,6 +3,8 @@
 import inspect
 from collections.abc import Callable
 
+import torch
+
 from model.attention_backends.backend import Attend, Backend
 
 
@@ -24,9 +26,11 @@ def make_varlen(_crossover: int) -> Attend:
     options = varlen_options(varlen_attn)
 
     def attend(q, k, v, documents, /):
-        return varlen_attn(
+        out = varlen_attn(
             q, k, v, documents.cu_q, documents.cu_k, documents.max_q, documents.max_k, **options
         )
+        assert isinstance(out, torch.Tensor), "the log-sum-exp was not asked for"
+        return out
 
     return attend
 

@@ -12,7 +12,7 @@ from data.config import DataConfig
 from data.sources import Corpus
 from data.stream import DocumentStream
 from parallel.layout import Axis
-from parallel.tensor import vocab_parallel_first_choices
+from parallel.tensor import vocab_parallel_argmax
 from pretrain.batches import Feed
 from pretrain.checkpointing.folders import LATEST
 from pretrain.config.load import load_config
@@ -84,7 +84,7 @@ def test_scores_equal_one_process(pool, name):
 def first_choices(world, logits: np.ndarray) -> list[int]:
     tp = Axis("tp", world.rank, world.size, tuple(range(world.size)), torch.distributed.group.WORLD)
     part = torch.from_numpy(logits).chunk(world.size, dim=1)[world.rank].to(torch.bfloat16)
-    return vocab_parallel_first_choices(part, tp).tolist()
+    return vocab_parallel_argmax(part, tp).tolist()
 
 
 def test_of_equal_logits_the_first_id_wins_and_padding_never(pool):
