@@ -9,7 +9,7 @@ import shutil
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 import numpy as np
 
@@ -261,7 +261,7 @@ class IndexedWriter:
         ):  # a full disk: what the buffer holds is not wanted any more
             self._bin.close()
 
-    def __enter__(self) -> "IndexedWriter":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception) -> None:

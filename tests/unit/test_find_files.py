@@ -104,7 +104,7 @@ def test_elements_of_a_json_array_that_are_no_documents_are_named(tmp_path):
     with pytest.raises(ValueError, match="x.json, element 2: key 'text' is a number, not text"):
         null(tmp_path, path)
     documents, summary = null(tmp_path, path, skip_bad_lines=True)
-    assert documents == [[1], [3]] and summary["bad"] == 5, (documents, summary["bad"])
+    assert documents == [[1], [3]] and summary.bad == 5, (documents, summary.bad)
 
 
 @pytest.mark.parametrize("content", ["[1, 2", "[{'text': '1'}]", "[1]\n[2]\n"])
@@ -245,7 +245,7 @@ def test_the_table_says_what_was_read_and_what_was_not(tmp_path):
     for number in range(5):
         write(tmp_path / "in" / f"part-{number}", "?")
     _, summary = null(tmp_path, tmp_path / "in", skip_bad_lines=True)
-    rows = [line.split("  ") for line in summary["inputs"]]
+    rows = [line.split("  ") for line in summary.inputs]
     cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
     shown = ", ".join(f"{tmp_path}/in/part-{number}" for number in range(3)) + " and 2 more"
     assert cells == [

@@ -45,7 +45,7 @@ def test_rows_of_parquet_that_are_not_utf8_are_named_or_left_out(tmp_path, monke
         null(tmp_path, path)
     documents, summary = null(tmp_path, path, skip_bad_lines=True)
     assert documents == [[1], [2], [3], [5]], documents
-    assert summary["bad"] == 2, summary["bad"]
+    assert summary.bad == 2, summary.bad
 
 
 def test_words_of_a_dictionary_that_are_not_utf8_are_named(tmp_path):
@@ -121,7 +121,7 @@ def test_lists_in_parquet_that_are_no_ids_are_named_or_left_out(tmp_path, rows, 
     with pytest.raises(ValueError, match=f"x.parquet:{message}"):
         null(tmp_path, path)
     documents, summary = null(tmp_path, path, skip_bad_lines=True)
-    assert documents == [rows[0]] and summary["bad"] == 1, (documents, summary["bad"])
+    assert documents == [rows[0]] and summary.bad == 1, (documents, summary.bad)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, name, content, expec
 def test_only_the_beginning_of_a_file_has_a_byte_order_mark(tmp_path):
     path = write(tmp_path / "x.txt", MARK + "a\ufeffb".encode())
     (piece,) = read_pieces(path, 100, "text")
-    assert read_documents(piece, "text", False).texts == ["a\ufeffb"]
+    assert read_documents(piece, "text", skip_bad=False).texts == ["a\ufeffb"]
 
 
 def test_training_a_tokenizer_sees_no_byte_order_mark(tmp_path):
@@ -230,7 +230,7 @@ def test_a_table_in_text_gives_what_pyarrow_reads(
     texts = [
         text
         for piece in read_pieces(path, 10, "text")
-        for text in read_documents(piece, "text", False).texts
+        for text in read_documents(piece, "text", skip_bad=False).texts
     ]
     assert texts == found == [row[1] for row in rows]
 
@@ -249,7 +249,7 @@ def test_rows_of_a_table_in_text_that_are_none_are_named_or_left_out(tmp_path, b
     with pytest.raises(ValueError, match=f"x.csv, {message}"):
         null(tmp_path, path)
     documents, summary = null(tmp_path, path, skip_bad_lines=True)
-    assert documents == [[1], [3]] and summary["bad"] == 1, (documents, summary["bad"])
+    assert documents == [[1], [3]] and summary.bad == 1, (documents, summary.bad)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_a_corpus_of_one_token_documents_is_called_what_it_is(tmp_path, capsys):
 
     path = write(tmp_path / "x.jsonl", lines(*["7"] * 30))
     documents, summary = null(tmp_path, path)
-    assert len(documents) == summary["single"] == 30
+    assert len(documents) == summary.single == 30
     command = [
         "--input",
         str(path),
@@ -310,7 +310,7 @@ def test_some_documents_of_one_token_are_counted(tmp_path, capsys):
     summary = preprocess(
         Arguments(input=[str(path)], output_prefix=str(tmp_path / "c"), **settings)
     )
-    assert summary["single"] == 2
+    assert summary.single == 2
     assert inspect_data(["--data-path", str(tmp_path / "c")]) == 0
     assert (
         "2 documents have one token, and no target with document masking" in capsys.readouterr().out

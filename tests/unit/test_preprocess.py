@@ -10,8 +10,8 @@ import pytest
 
 from data.idx_format import read_side_file
 from data.indexed import IndexedReader
-from tools import preprocess_data
 from tools.preprocess_data import Arguments, preprocess
+from tools.preprocessing import tasks
 from tools.preprocessing.find_files import find_files
 from tools.preprocessing.input_kinds import EXTENSIONS
 from tools.preprocessing.text_files import cut_into_pieces, read_documents
@@ -64,7 +64,7 @@ def test_inputs_of_all_kinds_in_order(tmp_path):
         tmp_path, tmp_path / "x.text.txt", tmp_path / "in", tmp_path / "in" / "b.txt"
     )
     assert documents == [[9, 10], [8], [4], [5, 6], [7], [1, 2, 3]]
-    assert (summary["documents"], summary["tokens"], summary["empty"], summary["files"]) == (
+    assert (summary.documents, summary.tokens, summary.empty, summary.files) == (
         6,
         10,
         2,
@@ -86,7 +86,7 @@ def test_pieces_of_a_file_hold_each_line_once(tmp_path):
     for size in (1, 7, 50, 1000, 10**6):
         pieces = cut_into_pieces(path, size)
         assert [
-            text for piece in pieces for text in read_documents(piece, "text", False).texts
+            text for piece in pieces for text in read_documents(piece, "text", skip_bad=False).texts
         ] == texts
     assert (
         len(cut_into_pieces(path, 1000)) > 3
@@ -95,7 +95,7 @@ def test_pieces_of_a_file_hold_each_line_once(tmp_path):
 
 
 def test_result_does_not_depend_on_workers(tmp_path, monkeypatch):
-    monkeypatch.setattr(preprocess_data, "TASK_BYTES", 2000)  # many tasks for few lines
+    monkeypatch.setattr(tasks, "TASK_BYTES", 2000)  # many tasks for few lines
     path = write(
         tmp_path / "x.jsonl", lines(*(" ".join(str(j) for j in range(i % 90)) for i in range(400)))
     )
@@ -152,7 +152,7 @@ def test_bad_input_stops_or_is_counted(tmp_path, name, content, message):
     assert documents == [[3]] + [[1, 2]] * content.count(
         GOOD if isinstance(content, str) else GOOD.encode()
     )
-    assert summary["bad"] == 1
+    assert summary.bad == 1
 
 
 @pytest.mark.parametrize(

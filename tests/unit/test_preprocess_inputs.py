@@ -24,9 +24,9 @@ from data.writers.indexed_writer import IndexedWriter
 from data.writers.resumable_writer import ResumableWriter
 from tests.unit.test_preprocess import ROOT, lines, null, write
 from tools import preprocess_data
-from tools.preprocessing import streams, tables
+from tools.preprocessing import streams, tables, tasks
 from tools.preprocessing.find_files import find_files
-from tools.preprocessing.read_ahead import read_ahead
+from tools.preprocessing.read_ahead import Producer, read_ahead
 
 ENDS = ("bin", "idx", "json")
 
@@ -41,7 +41,7 @@ def zstd(data):
 
 @pytest.fixture
 def small_tasks(monkeypatch):
-    monkeypatch.setattr(preprocess_data, "TASK_BYTES", 3000)
+    monkeypatch.setattr(tasks, "TASK_BYTES", 3000)
     monkeypatch.setattr(streams, "COMPRESSED_BLOCK", 100)
     monkeypatch.setattr(tables, "PARQUET_ROWS", 20)
 
@@ -70,7 +70,7 @@ def test_compressed_files_give_what_plain_ones_give(tmp_path, small_tasks, texts
         tmp_path / "x.parquet",
     ):
         _, summary = null(tmp_path, path, workers=workers)
-        assert outputs(tmp_path / "out") == plain and summary["bytes"] == path.stat().st_size
+        assert outputs(tmp_path / "out") == plain and summary.bytes == path.stat().st_size
 
 
 def test_text_inside_compressed_files_is_one_document(tmp_path):
@@ -227,7 +227,7 @@ def test_wrong_ids_are_named_or_left_out(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message):
         null(tmp_path, path)
     documents, summary = null(tmp_path, path, skip_bad_lines=True)
-    assert documents[0][0] == 1 and len(documents) == summary["bad"] == 1
+    assert documents[0][0] == 1 and len(documents) == summary.bad == 1
 
 
 def test_ids_want_no_tokenizer(tmp_path):
@@ -285,7 +285,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
         tmp_path, *files, workers=2 if saves == 2 else 1
     )  # processes take seconds to start
     assert "goes on after" in capsys.readouterr().out and outputs(tmp_path / "out") == expected
-    assert {name: summary[name] for name in ("documents", "tokens", "empty", "bytes")} == {
+    assert {name: getattr(summary, name) for name in ("documents", "tokens", "empty", "bytes")} == {
         name: undisturbed[name] for name in ("documents", "tokens", "empty", "bytes")
     }
 
@@ -329,7 +329,8 @@ KILLER = """
 import os, signal, sys
 from data.writers import indexed_writer, resumable_writer
 from tools import preprocess_data
-preprocess_data.TASK_BYTES, preprocess_data.SAVE_BYTES = 3000, 9000
+from tools.preprocessing import tasks
+tasks.TASK_BYTES, preprocess_data.SAVE_BYTES = 3000, 9000
 sys.argv, (owner, name, count) = ["p", *sys.argv[4:]], sys.argv[1:4]
 owner, left = {"os": os, "writer": resumable_writer.ResumableWriter}[owner], int(count)
 real = getattr(owner, name)
@@ -418,7 +419,8 @@ def limited(prefix, limit, *arguments):
     stderr)."""
     program = (
         "import resource, sys; from tools import preprocess_data as p\n"
-        "sys.argv[0], p.TASK_BYTES, p.SAVE_BYTES = 'p', 3000, 20000\n"
+        "from tools.preprocessing import tasks\n"
+        "sys.argv[0], tasks.TASK_BYTES, p.SAVE_BYTES = 'p', 3000, 20000\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY)); "
         "sys.exit(p.main())"
     )
@@ -495,12 +497,16 @@ def test_reading_ahead_keeps_the_order_and_ends_its_threads(readers):
             raise ValueError("five")
 
     before = threading.active_count()
+
+    def producers(in_thread):
+        return (Producer(i, partial(give, i), in_thread(i)) for i in range(9))
+
     taken = []
     with pytest.raises(ValueError, match="five"):
-        for item in read_ahead(((i, partial(give, i), i % 2 == 1) for i in range(9)), readers):
+        for item in read_ahead(producers(lambda i: i % 2 == 1), readers):
             taken.append(item)
     assert taken == [(i, f"{i}.{j}") for i in range(6) for j in range(i * 3)]
-    left = read_ahead(((i, partial(give, i), True) for i in range(9)), readers)
+    left = read_ahead(producers(lambda i: True), readers)
     assert next(left) == (1, "1.0")
     left.close()
     for _ in range(100):

@@ -10,8 +10,8 @@ from data.indexed import IndexedReader
 from data.tokenizers import fast as tokenizer_fast
 from data.tokenizers.fast import FastEncoder
 from tests.unit.test_tokenizer_doors import SPECIAL, byte_level, sentencepiece_model
-from tools import preprocess_data
 from tools.preprocess_data import Arguments, preprocess
+from tools.preprocessing import tasks
 from tools.preprocessing.choose_encoder import sample_texts
 
 TEXTS = ["one plain text", f"a{SPECIAL}b {SPECIAL}", "another", f"{SPECIAL}"]
@@ -80,8 +80,8 @@ def test_special_tokens_in_text_are_what_was_asked(tmp_path, folder, setting, fa
     assert documents == expected
     there = any(library.token_to_id(SPECIAL) in ids for ids in documents)
     assert there == (setting == "keep")
-    assert (summary["text"]["special_documents"], summary["text"]["special_tokens"]) == (2, 3)
-    assert "written 3 times in 2 documents" in summary["special_tokens"]
+    assert (summary.text.special_documents, summary.text.special_tokens) == (2, 3)
+    assert "written 3 times in 2 documents" in summary.special_tokens
 
 
 def test_as_text_is_the_default(tmp_path, folder):
@@ -94,7 +94,7 @@ def test_special_tokens_in_text_are_refused_by_line(tmp_path, folder):
     ):
         run(tmp_path, folder, special_tokens_in_text="refuse")
     _, summary = run(tmp_path, folder, TEXTS[:1], special_tokens_in_text="refuse")
-    assert summary["special_tokens"] == ""
+    assert summary.special_tokens == ""
 
 
 def test_sentencepiece_cannot_keep_them(tmp_path):
@@ -104,7 +104,7 @@ def test_sentencepiece_cannot_keep_them(tmp_path):
     ):
         run(tmp_path, model, kind="SentencePieceTokenizer", special_tokens_in_text="keep")
     _, summary = run(tmp_path, model, ["a </s> b"], kind="SentencePieceTokenizer")
-    assert "written 1 times in 1 documents" in summary["special_tokens"]
+    assert "written 1 time in 1 document," in summary.special_tokens
 
 
 @pytest.mark.parametrize("setting", ["keep", "refuse"])
@@ -216,11 +216,11 @@ def test_the_running_check_stops_at_a_difference(tmp_path, folder, monkeypatch, 
 
 def test_the_check_does_not_depend_on_the_workers(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(tokenizer_fast, "CHECK_EVERY", 8)
-    monkeypatch.setattr(preprocess_data, "TASK_BYTES", 500)
+    monkeypatch.setattr(tasks, "TASK_BYTES", 500)
     texts = [f"text number {i}" for i in range(200)]
-    counts = [run(tmp_path, folder, texts, workers=workers)[1]["text"] for workers in (1, 3)]
+    counts = [run(tmp_path, folder, texts, workers=workers)[1].text for workers in (1, 3)]
     assert counts[0] == counts[1]
-    assert 5 < counts[0]["checked"] < 60
+    assert 5 < counts[0].checked < 60
 
 
 def test_the_sample_of_a_compressed_file_is_no_repetition(tmp_path):
@@ -250,4 +250,4 @@ def test_a_document_that_begins_with_a_user_defined_symbol_keeps_its_prefix(tmp_
         tmp_path, model, texts, kind="SentencePieceTokenizer", fast_tokenizer="on"
     )
     assert documents == [library.encode(text) for text in texts]
-    assert summary["text"]["slow"] == 3
+    assert summary.text.slow == 3

@@ -18,10 +18,9 @@ from data.tokenizers.fast import (
 from data.tokenizers.tokenizer import build_tokenizer
 from data.writers.indexed_writer import IndexedWriter
 from tests.unit.test_tokenizer import ROOT, TEXTS, model  # noqa: F401 (a fixture)
-from tools import preprocess_data
 from tools.bench import tokenizing
 from tools.preprocess_data import Arguments, preprocess
-from tools.preprocessing import choose_encoder
+from tools.preprocessing import choose_encoder, tasks
 from tools.preprocessing.choose_encoder import sample_texts
 
 HARD = [
@@ -143,16 +142,14 @@ def run(tmp_path, folder, path, **settings):
 
 
 def test_preprocess_gives_the_same_files(tmp_path, folder, monkeypatch):
-    monkeypatch.setattr(preprocess_data, "TASK_BYTES", 50_000)  # many tasks
+    monkeypatch.setattr(tasks, "TASK_BYTES", 50_000)  # many tasks
     path, texts = write_corpus(tmp_path)
     summary, expected = run(tmp_path, folder, path, fast_tokenizer="off", append_eod=True)
-    assert "as asked" in summary["encoder"]
+    assert "as asked" in summary.encoder
     for settings in ({"workers": 1}, {"workers": 3}, {"fast_tokenizer": "on"}):
         summary, files = run(tmp_path, folder, path, append_eod=True, **settings)
         assert (
-            files == expected
-            and "gigatoken" in summary["encoder"]
-            and summary["documents"] == len(texts)
+            files == expected and "gigatoken" in summary.encoder and summary.documents == len(texts)
         )
     tokenizer = build_tokenizer("HuggingFaceTokenizer", folder, None)
     reader = IndexedReader(str(tmp_path / "out"))
@@ -174,7 +171,7 @@ def test_other_ids_are_refused(tmp_path, folder, monkeypatch, capsys):
 
     monkeypatch.setattr(tokenizer_fast, "FastEncoder", Wrong)
     summary, files = run(tmp_path, folder, path)
-    assert files == expected and "c.jsonl:3, which begins 'strawberry'" in summary["encoder"]
+    assert files == expected and "c.jsonl:3, which begins 'strawberry'" in summary.encoder
     assert "warning: one text at a time: gigatoken" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"fast_tokenizer = on: .* other ids .*c.jsonl:3.* Fix: "):
         run(tmp_path, folder, path, fast_tokenizer="on")
@@ -190,7 +187,7 @@ def test_a_tokenizer_that_it_does_not_read(tmp_path):
         vocab_size=9,
         overwrite=True,
     )
-    assert "its text is integers" in preprocess(Arguments(**arguments))["encoder"]
+    assert "its text is integers" in preprocess(Arguments(**arguments)).encoder
     with pytest.raises(ValueError, match="fast_tokenizer = on: its text is integers. Fix"):
         preprocess(Arguments(**arguments, fast_tokenizer="on"))
     with pytest.raises(ValueError, match="does not read this tokenizer"):
@@ -249,7 +246,7 @@ def test_json_that_only_one_parser_takes(tmp_path):
         b'{"n": NaN, "text": "1"}\n{"text": "0", "text": "2"}\n{"o": "\\ud800", "text": "3"}\n'
         b'{"text": "\\ud83d\\ude00"}\n  {"text": "4"} \r\n'
     )
-    assert read_documents(cut_into_pieces(path, 10**6)[0], "text", False).texts == [
+    assert read_documents(cut_into_pieces(path, 10**6)[0], "text", skip_bad=False).texts == [
         "1",
         "2",
         "3",

@@ -100,9 +100,9 @@ def measure(
         summary = preprocess(arguments)
         runs.append(
             (
-                summary["seconds"] - summary["prepare_seconds"],
-                summary["cpu_seconds"],
-                summary["seconds"],
+                summary.seconds - summary.prepare_seconds,
+                summary.cpu_seconds,
+                summary.seconds,
                 time.process_time() - began,
             )
         )

@@ -1,4 +1,4 @@
-"""Whether the fast encoder can stand for the tokenizer: by its definition, and on a sample."""
+"""Can the fast encoder replace the tokenizer? By the tokenizer's definition, and on a sample."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,51 +9,53 @@ from data.tokenizers.fast import CHECK_EVERY, CheckedEncoder, first_difference, 
 from data.tokenizers.tokenizer import Tokenizer
 from tools.preprocessing.encoders import TextCounts
 from tools.preprocessing.text_files import Piece, is_stream, name_place, read_documents, read_pieces
+from tools.shared.message_text import count_of
 
 FastTokenizer = Literal["auto", "on", "off"]
 SAMPLE_PLACES = 64
-"""Equally spaced places of the corpus."""
+"""Equally spaced places of the corpus, at which the sample is read."""
 SAMPLE_BYTES = 32 << 10
-"""Read at each place: 2 MiB in all, about a second of the reference's time."""
+"""Bytes read at each place: 2 MiB in all, about a second of the tokenizer's time."""
 
 
 @dataclass(frozen=True)
-class Choice:
-    """How the corpus is encoded.
-
-    encoder: the fast one, None where it is not used. note: what was compared, or why it is not
-    used, for people. warn: `note` is a warning.
-    """
+class EncoderChoice:
+    """Says how the corpus is encoded, and why."""
 
     encoder: CheckedEncoder | None
+    """The fast encoder; None where it is not used."""
     note: str
+    """What was compared, or why the fast encoder is not used, for people."""
     warn: bool = False
+    """The note is a warning."""
 
     def describe(self, counts: TextCounts) -> str:
-        """Who encoded which documents, for the summary."""
+        """Say what encoded which documents, for the summary."""
         if self.encoder is None:
             return self.note
         return (
-            f"{self.note}; {counts.checked:,} documents in the run (one in {CHECK_EVERY}) encoded "
-            f"both ways, with the same ids; {counts.slow:,} that gigatoken might encode otherwise, "
-            "by the tokenizer itself"
+            f"{self.note}; {count_of(counts.checked, 'document')} in the run (one in "
+            f"{CHECK_EVERY}) encoded both ways, with the same ids; {counts.slow:,} that gigatoken "
+            "might encode otherwise, by the tokenizer itself"
         )
 
 
 def choose_encoder(
     tokenizer: Tokenizer, wanted: FastTokenizer, files: Sequence[Path], key: str
-) -> Choice:
+) -> EncoderChoice:
     """Decide by the tokenizer's definition, and compare the two on a sample of the files.
 
     Raises:
         ValueError: `wanted` is "on", and the fast encoder cannot be used or gives other ids.
     """
     if wanted == "off":
-        return Choice(None, "one text at a time, as asked")
+        return EncoderChoice(None, "one text at a time, as asked")
+    # First by definition: it refuses tokenizers that it is known to encode otherwise.
     try:
         fast = CheckedEncoder(tokenizer, tokenizer.fast_rules())
     except ValueError as error:
         return _refuse(wanted, str(error), warn=False)
+    # Then by comparison, on built-in texts and on the input.
     probes = probe_texts(tokenizer)
     sample = list(sample_texts(files, key))
     texts = probes + [text for *_, text in sample]
@@ -70,54 +72,54 @@ def choose_encoder(
             warn=True,
         )
     size = sum(len(text.encode()) for *_, text in sample)
-    return Choice(
+    return EncoderChoice(
         fast,
-        f"{fast.fast.name}; same ids as the tokenizer's on {len(sample):,} documents of the input "
-        f"({size:,} bytes) and {len(probes)} built-in texts",
+        f"{fast.fast.name}; same ids as the tokenizer's on {count_of(len(sample), 'document')} of "
+        f"the input ({size:,} bytes) and {len(probes)} built-in texts",
     )
 
 
-def _refuse(wanted: FastTokenizer, reason: str, *, warn: bool) -> Choice:
+def _refuse(wanted: FastTokenizer, reason: str, *, warn: bool) -> EncoderChoice:
+    """Choose the tokenizer itself; ValueError where the fast encoder was asked for."""
     if wanted == "on":
         raise ValueError(
             f"fast_tokenizer = on: {reason}. Fix: --fast-tokenizer auto, which then uses the "
             "tokenizer itself, more slowly."
         )
-    return Choice(None, f"one text at a time: {reason}", warn)
+    return EncoderChoice(None, f"one text at a time: {reason}", warn)
 
 
 def sample_texts(files: Sequence[Path], key: str) -> Iterator[tuple[Piece, int, str]]:
-    """(piece, offset, text) of documents at equally spaced places of the files.
+    """Read documents at equally spaced places of the files, as (piece, offset, text).
 
     A file that can be read from its beginning only gives as much from there; the running check sees
     the rest. A text longer than SAMPLE_BYTES is cut; what cannot be read is passed over, since the
     real pass reports it.
     """
+    # The files are one range of bytes here: `before` is where file `at` begins in it.
     sizes = [path.stat().st_size for path in files]
     total = sum(sizes)
     before = 0
     at = 0
-    streamed: dict[int, int] = {}  # number of a file -> places in it
+    places_in_streams: dict[int, int] = {}  # by the number of the file
     places = [total * place // SAMPLE_PLACES for place in range(SAMPLE_PLACES)] if total else []
     for number, position in enumerate(places):
         while position >= before + sizes[at]:
             before += sizes[at]
             at += 1
         if is_stream(files[at]):
-            streamed[at] = streamed.get(at, 0) + 1
+            places_in_streams[at] = places_in_streams.get(at, 0) + 1
             continue
         stop = places[number + 1] if number + 1 < len(places) else total
         start = position - before
-        piece = Piece(
-            str(files[at]), start, min(start + min(SAMPLE_BYTES, stop - position), sizes[at])
-        )
-        yield from _read_sample(piece, key)
-    for number, count in streamed.items():
+        end = min(start + min(SAMPLE_BYTES, stop - position), sizes[at])
+        yield from _read_sample(Piece(str(files[at]), start, end), key)
+    for number, count in places_in_streams.items():
         yield from _read_beginning(files[number], count * SAMPLE_BYTES, key)
 
 
 def _read_beginning(path: Path, size: int, key: str) -> Iterator[tuple[Piece, int, str]]:
-    """The first documents, of `size` letters together."""
+    """Read the first documents of a file, of `size` letters together."""
     try:
         for piece in read_pieces(path, SAMPLE_BYTES, key):
             documents = read_documents(piece, key, skip_bad=True)
@@ -131,6 +133,7 @@ def _read_beginning(path: Path, size: int, key: str) -> Iterator[tuple[Piece, in
 
 
 def _read_sample(piece: Piece, key: str) -> Iterator[tuple[Piece, int, str]]:
+    """Read the documents of a piece, or a part of one."""
     if not piece.is_json:
         with open(piece.path, "rb") as file:
             file.seek(piece.start)

@@ -1,4 +1,4 @@
-"""Which files the inputs name, what they leave out and why, and a table of both."""
+"""Find the files that the inputs name, say what is left out and why, and write a table of both."""
 
 import os
 from collections import Counter, defaultdict
@@ -24,14 +24,15 @@ SPECIAL = "not a regular file"
 TOKEN_FILES = "token files of these tools"
 COMPRESSED_PARQUET = "Parquet in another compression (unpack it)"
 SHOWN_NAMES = 3
+"""Names of files that a message shows; of more it says how many."""
 
 Identity = tuple[int, int, int, int] | str
-"""What a file or folder is under each of its names."""
+"""Identifies a file or folder under each of its names."""
 
 
 @dataclass
 class Found:
-    """The files to read, in order, and by reason the names of what is left out."""
+    """Lists the files to read, in order, and the names of what is left out, by reason."""
 
     files: list[Path] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -54,12 +55,14 @@ def find_files(
         ValueError: an input does not exist, or does not say what it holds; there is no file at all;
             a folder cannot be read, or has a file and its compressed copy.
     """
+    # What is wrong with the inputs themselves, before anything is walked.
     missing = [name for name in inputs if not Path(name).exists()]
     if missing:
         raise ValueError(f"input = {_join(missing)}: no such file or folder. Fix: the path.")
     endings = tuple("." + ending.lstrip(".").lower() for ending in extensions)
-    search = _Search(endings, plain_text)
+    search = _Search(endings, plain_text=plain_text)
     _check_given([name for name in inputs if not Path(name).is_dir()], search)
+    # In the order of the inputs: what a later one reaches again is left out there.
     for name in inputs:
         path = Path(name)
         if path.is_dir():
@@ -77,6 +80,7 @@ def find_files(
 
 def _check_given(names: Sequence[str], search: "_Search") -> None:
     """Raise ValueError for files named as inputs that are not read as what they are."""
+    # Pipes and devices.
     special = [name for name in names if not Path(name).is_file()]
     if special:
         raise ValueError(
@@ -99,9 +103,9 @@ def _check_given(names: Sequence[str], search: "_Search") -> None:
 
 
 class _Search:
-    """Walks folders, and remembers what was reached before."""
+    """Walks folders, and remembers the files and folders that were reached before."""
 
-    def __init__(self, endings: tuple[str, ...], plain_text: bool):
+    def __init__(self, endings: tuple[str, ...], *, plain_text: bool):
         self.found = Found()
         self._endings = endings
         self._plain_text = plain_text
@@ -127,15 +131,20 @@ class _Search:
         """Return (it was reached through a link, path) of the files to read below a folder."""
         found: list[tuple[bool, Path]] = []
         linked: list[Path] = []
-        self._walk_tree(root, False, found, linked)
+        self._walk_tree(root, found, linked, through_link=False)
         # Afterwards: a folder that has a place of its own is named by that.
         for folder in linked:
-            self._walk_tree(folder, True, found, linked)
+            self._walk_tree(folder, found, linked, through_link=True)
         _refuse_copies(path for _, path in found)
         return found
 
     def _walk_tree(
-        self, root: Path, through_link: bool, found: list[tuple[bool, Path]], linked: list[Path]
+        self,
+        root: Path,
+        found: list[tuple[bool, Path]],
+        linked: list[Path],
+        *,
+        through_link: bool,
     ) -> None:
         """Add the files below a folder to `found`, and the linked folders to `linked`."""
         waiting = [root]
@@ -158,6 +167,7 @@ class _Search:
                     waiting.append(path)
 
     def _reason_to_leave_out(self, entry: os.DirEntry) -> str | None:
+        """Say why something in a folder is not read; None where it is."""
         if entry.name.startswith("."):
             return HIDDEN
         if not os.path.exists(entry.path):  # a circle of links, too, where entry.is_dir() raises
@@ -177,11 +187,12 @@ class _Search:
         return None if self._plain_text else UNKNOWN
 
     def _is_wanted(self, name: str) -> bool:
-        return name.lower().endswith(self._endings) or without_compression(name).endswith(
-            self._endings
-        )
+        """Tell whether a name has one of the endings, also before that of a compression."""
+        plain = without_compression(name)
+        return name.lower().endswith(self._endings) or plain.endswith(self._endings)
 
     def _leave_out(self, reason: str, name: str) -> None:
+        """Note something that is not read."""
         self.found.left_out[reason].append(name)
 
 
@@ -198,7 +209,10 @@ def _list_folder(folder: Path) -> list[os.DirEntry]:
 
 
 def _identity(path: Path) -> Identity:
-    """Device and number; size and time, too, as some network file systems give a number twice."""
+    """Identify a file by device and number.
+
+    By size and time, too: some network file systems give a number twice.
+    """
     status = path.stat()
     if status.st_ino == 0:  # a file system without numbers
         return os.path.realpath(path)
@@ -206,11 +220,13 @@ def _identity(path: Path) -> Identity:
 
 
 def _is_compressed_parquet(name: str) -> bool:
+    """Tell whether a name is that of Parquet in another compression, which cannot be read."""
     return is_compressed(name) and without_compression(name).endswith(PARQUET_EXTENSION)
 
 
 def _is_token_file(path: str) -> bool:
     """Tell whether a file belongs to a pair of .bin and .idx, or to the progress of one."""
+    # .json beside them is ours only if it says so: a corpus may have such a name.
     stem, ending = os.path.splitext(path)
     if ending not in (".bin", ".idx", ".json"):
         return False
@@ -223,6 +239,7 @@ def _is_token_file(path: str) -> bool:
 
 def _refuse_copies(paths: Iterable[Path]) -> None:
     """Raise ValueError where a file and its compressed copy would both be read."""
+    # By the name that the file has without its compression.
     plain: dict[str, Path] = {}
     for path in sorted(paths):
         name = without_compression(path)
@@ -236,21 +253,21 @@ def _refuse_copies(paths: Iterable[Path]) -> None:
 
 def describe_inputs(found: Found, *, documents: int, empty: int, bad: int) -> list[str]:
     """Return a table of what was read and what was left out, by kind and by reason."""
-    rows = [("read", len(found.files), documents, "")]
+    # Rows are (name, files, documents, names of files), None for an empty cell.
+    rows: list[tuple[str, int | None, int | None, str]] = []
+    rows.append(("read", len(found.files), documents, ""))
     kinds = Counter(kind_of(path) or "text of other endings" for path in found.files)
     rows += [(f"  {kind}", count, None, "") for kind, count in sorted(kinds.items())]
-    left_out = []
+    left_out: list[tuple[str, int | None, int | None, str]] = []
     if empty:
         left_out.append(("  empty documents", None, empty, ""))
     if bad:
         left_out.append(("  bad lines, rows or texts (--skip-bad-lines)", None, bad, ""))
     for reason, names in sorted(found.left_out.items()):
         left_out.append((f"  {reason}", len(names), None, _shorten(names)))
-    rows += (
-        [("left out", None, None, ""), *left_out]
-        if left_out
-        else [("left out: nothing", None, None, "")]
-    )
+    title = "left out" if left_out else "left out: nothing"
+    rows += [(title, None, None, ""), *left_out]
+    # As wide as the longest name.
     width = max(len(row[0]) for row in rows)
     lines = [f"{'inputs':<{width}}{'files':>12}{'documents':>14}"]
     for name, files, count, names in rows:
@@ -268,15 +285,17 @@ def describe_left_out(found: Found) -> list[str]:
 
 
 def _number(count: int | None) -> str:
+    """Write a cell of the table."""
     return "" if count is None else f"{count:,}"
 
 
 def _shorten(names: Sequence[str]) -> str:
+    """Return the first names by the alphabet, and how many more there are."""
     return _join(sorted(names))
 
 
 def _join(names: Sequence[str]) -> str:
-    """Return the first names, and how many more there are."""
+    """Return the first names in their order, and how many more there are."""
     more = len(names) - SHOWN_NAMES
     shown = ", ".join(names[:SHOWN_NAMES])
     return f"{shown} and {more:,} more" if more > 0 else shown

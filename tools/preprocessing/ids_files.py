@@ -5,6 +5,8 @@ pair of brackets around them. JSON has a list of integers (or a text of them) un
 a column of either; any other file is one document, a text of integers.
 """
 
+from typing import NamedTuple
+
 import numba
 import numpy as np
 
@@ -19,13 +21,26 @@ from tools.preprocessing.text_files import (
     read_records,
 )
 
-LIST_ITEMS = {**NAMES, float: "a number that is no 64-bit integer"}
+ITEM_NAMES = {**NAMES, float: "a number that is no 64-bit integer"}
+"""Python types -> what an item of a list is called in messages."""
 
 
-def read_ids(
-    piece: Piece, key: str, skip_bad: bool, tokenizer: NullTokenizer
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Read a piece as (ids, int64 [tokens]; length of each document, int64 [documents]; bad ones).
+class IdDocuments(NamedTuple):
+    """Holds the documents of a piece as arrays."""
+
+    ids: np.ndarray
+    """int64 [tokens]."""
+    lengths: np.ndarray
+    """Length of each document, int64 [documents]."""
+    bad: int
+    """Lines, rows or texts that are no list of ids, left out."""
+
+
+def read_ids(piece: Piece, key: str, tokenizer: NullTokenizer, *, skip_bad: bool) -> IdDocuments:
+    """Read the documents of a piece.
+
+    Args:
+        skip_bad: count what cannot be read instead of raising.
 
     Raises:
         ValueError: names file and line of what is not a list of integers in [0, vocab_size).
@@ -36,7 +51,8 @@ def read_ids(
         good = lengths >= 0
         if not good.all() and not skip_bad:
             _explain_bad_line(piece, tokenizer)
-        return ids, lengths[good], int((~good).sum())
+        return IdDocuments(ids, lengths[good], int((~good).sum()))
+    # Any other file: a document at a time.
     line_key = key if piece.is_json else None
     arrays = []
     bad = 0
@@ -48,15 +64,17 @@ def read_ids(
                 raise ValueError(f"{name_place(piece, offset)}: {error}") from None
             bad += 1
     ids = np.concatenate(arrays) if arrays else np.empty(0, dtype=np.int64)
-    return ids, np.array([len(array) for array in arrays], dtype=np.int64), bad
+    lengths = np.array([len(array) for array in arrays], dtype=np.int64)
+    return IdDocuments(ids, lengths, bad)
 
 
 def _ids_of(value: str | list | np.ndarray, tokenizer: NullTokenizer) -> np.ndarray:
+    """Check the ids of one document -> them as int64; ValueError where one is out of range."""
     if isinstance(value, str):
         data = np.frombuffer(value.replace("\n", " ").encode("utf-8", "replace"), dtype=np.uint8)
-        ids, lengths = _parse_lines(data, tokenizer.vocab_size, False)
-        # What the parser does not take (a sign, other scripts' digits, an error) is the tokenizer's
-        # business.
+        ids, lengths = _parse_lines(data, tokenizer.vocab_size, lists=False)
+        # What the parser does not take (a sign, other scripts' digits, an error), the tokenizer
+        # reads or refuses.
         return np.array(tokenizer.encode(value), dtype=np.int64) if (lengths < 0).any() else ids
     if len(value) == 0:
         return np.empty(0, dtype=np.int64)
@@ -69,10 +87,10 @@ def _ids_of(value: str | list | np.ndarray, tokenizer: NullTokenizer) -> np.ndar
 
 
 def _array_of(value: list) -> np.ndarray:
-    """A list of JSON or of a table as int64; ValueError where it holds anything but integers."""
+    """Convert a list of JSON or of a table to int64; ValueError if it holds anything else."""
     kinds = set(map(type, value))  # numpy would take true for 1
     if kinds != {int}:
-        wrong = sorted(LIST_ITEMS[kind] for kind in kinds - {int})
+        wrong = sorted(ITEM_NAMES[kind] for kind in kinds - {int})
         raise ValueError(
             f"must be a list of integers, and holds {' and '.join(wrong)}. Fix: the input, or "
             "--skip-bad-lines."
@@ -87,6 +105,7 @@ def _array_of(value: list) -> np.ndarray:
 
 
 def _out_of_range(wrong: int, tokenizer: NullTokenizer) -> ValueError:
+    """Say that an id is not in the vocabulary."""
     return ValueError(
         f"token id {wrong}: must be in [0, vocab_size = {tokenizer.vocab_size}). Fix: the input, "
         "or a larger --vocab-size."
@@ -119,22 +138,23 @@ def _explain_bad_line(piece: Piece, tokenizer: NullTokenizer) -> None:
 
 @numba.njit(nogil=True, cache=True)
 def _parse_lines(data, vocab_size, lists=True):
-    """Parse (ids, length of each line that is not blank, -1 where it is no list of ids).
+    """Parse lines of ids -> (ids, length of each line that is not blank, -1 where it is bad).
 
     An id is an integer in [0, vocab_size). With `lists`, commas may stand between two ids, and a
     pair of brackets around all of a line.
     """
     ids = np.empty(len(data) // 2 + 1, dtype=np.int64)
     lengths = np.empty(len(data) + 1, dtype=np.int64)
-    count = lines = begin = 0
-    value = -1
-    bad = False
+    count = 0
+    lines = 0
+    begin = 0  # where the ids of this line begin
+    value = -1  # of the number that is being read; -1 outside of one
+    # What was seen in this line.
+    bad = opened = closed = comma = False
     blank = True
-    opened = False
-    closed = False
-    comma = False
     for i in range(len(data) + 1):
         byte = data[i] if i < len(data) else np.uint8(10)
+        # A digit.
         if 48 <= byte <= 57:
             value = max(value, 0) * 10 + byte - 48
             bad = bad or closed or value >= vocab_size
@@ -142,10 +162,12 @@ def _parse_lines(data, vocab_size, lists=True):
             value = min(value, vocab_size)  # no overflow
             comma = False
             continue
+        # Anything else ends a number.
         if value >= 0:
             ids[count] = value
             count += 1
             value = -1
+        # The end of a line.
         if byte == 10:
             if not blank:
                 bad = bad or comma or opened != closed
@@ -154,11 +176,8 @@ def _parse_lines(data, vocab_size, lists=True):
                 lengths[lines] = -1 if bad else count - begin
                 lines += 1
             begin = count
-            bad = False
+            bad = opened = closed = comma = False
             blank = True
-            opened = False
-            closed = False
-            comma = False
         elif byte == 32 or byte == 9 or byte == 13:
             pass
         elif lists and byte == 44:  # a comma, after an id

@@ -1,8 +1,9 @@
-"""What an input file holds, by the ending of its name."""
+"""What an input file holds: the ending of its name says it."""
 
 import os
 from pathlib import Path
 
+# Endings of names, in lower case.
 COMPRESSIONS = (".gz", ".zst", ".zstd", ".bz2", ".xz")
 TEXT_EXTENSIONS = (".txt", ".md", ".py", ".rst")
 JSON_EXTENSIONS = (".jsonl", ".ndjson", ".jsonlines", ".json")

@@ -13,7 +13,7 @@ from tools.preprocessing.tables import Unreadable, Value
 
 HEAD_BYTES = 64 << 10
 """Beginning of a .json file that shows whether its first line is an object."""
-GUESSED_BYTES = 1 << 30
+MOST_GUESSED_BYTES = 1 << 30
 """Size up to which a .json file is parsed to find out whether it is one object of several lines."""
 NAMES = {
     bool: "true or false",
@@ -24,10 +24,11 @@ NAMES = {
     dict: "an object",
     type(None): "null",
 }
+"""Python types -> what a value of JSON is called in messages."""
 
 
 def parse(data: bytes) -> Any:
-    """Return the value of some JSON.
+    """Parse some JSON -> its value.
 
     Raises:
         ValueError: it is not JSON, or not UTF-8.
@@ -35,7 +36,7 @@ def parse(data: bytes) -> Any:
     try:
         return orjson.loads(data)
     except orjson.JSONDecodeError:
-        # NaN is no JSON to orjson, nor is half a surrogate pair; and what is wrong is said below.
+        # NaN is not JSON to orjson, nor is half a surrogate pair; the other parser decides.
         pass
     try:
         return json.loads(data.decode("utf-8"))
@@ -65,6 +66,7 @@ def text_of(value: Any, key: str, *, lists: bool) -> str | list:
     Raises:
         ValueError: there is none; what is there instead is named.
     """
+    # Each way of having no text has its own fix.
     if not isinstance(value, dict):
         raise ValueError(
             f"is {NAMES[type(value)]}, not an object with a key {key!r}. Fix: objects, or "
@@ -109,6 +111,7 @@ def is_whole_json(path: str | Path) -> bool:
     """Tell whether a .json file is one array or object of several lines, not an object per line."""
     if ending_of(path) != ".json":
         return False
+    # The first line shows it, most often.
     head = b""
     for block, _ in read_blocks(str(path)):
         head += block
@@ -120,13 +123,14 @@ def is_whole_json(path: str | Path) -> bool:
     line, newline, _ = head.partition(b"\n")
     if not newline or not line.startswith(b"{") or _is_json(line):
         return False
-    # A first line of half an object, or a bad one of many.
-    if Path(path).stat().st_size > GUESSED_BYTES:
+    # A first line of half an object, or a bad one of many: only the whole file tells.
+    if Path(path).stat().st_size > MOST_GUESSED_BYTES:
         return False
     return _is_json(strip_byte_order_mark(read_whole(str(path))))
 
 
 def _is_json(data: bytes) -> bool:
+    """Tell whether some bytes are valid JSON."""
     try:
         parse(data)
     except ValueError:
@@ -135,18 +139,21 @@ def _is_json(data: bytes) -> bool:
 
 
 def read_whole_json(path: str, key: str, block_bytes: int) -> Iterator[tuple[list[Value], int]]:
-    """Read (texts under the key, about `block_bytes` of them; bytes of the file so far).
+    """Read a file that is one array or object, as (its next values, bytes of the file so far).
 
-    The file has to fit into memory.
+    The file has to fit into memory. Values are the texts or lists under the key, about
+    `block_bytes` of them at a time.
 
     Raises:
         ValueError: the file is not JSON.
     """
+    # All at once: JSON cannot be cut without parsing it.
     data = strip_byte_order_mark(read_whole(path))
     try:
         whole = parse(data)
     except ValueError as error:
         raise ValueError(f"{path}: begins as one JSON array or object, and is {error}") from None
+    # Shares of the file stand for bytes: where an element ended is not known.
     elements = whole if isinstance(whole, list) else [whole]
     size = Path(path).stat().st_size
     values: list[Value] = []
@@ -154,7 +161,7 @@ def read_whole_json(path: str, key: str, block_bytes: int) -> Iterator[tuple[lis
     for number, element in enumerate(elements):
         value = _value_of(element, key)
         values.append(value)
-        held += 1 + len(value)
+        held += 1 + (0 if value is None else len(value))
         if held >= block_bytes:
             yield values, size * (number + 1) // len(elements)
             values = []
@@ -164,6 +171,7 @@ def read_whole_json(path: str, key: str, block_bytes: int) -> Iterator[tuple[lis
 
 
 def _value_of(element: Any, key: str) -> Value:
+    """Return the text or list under the key of an element, or why there is none."""
     try:
         return text_of(element, key, lists=True)
     except ValueError as error:

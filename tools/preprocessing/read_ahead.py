@@ -1,18 +1,32 @@
-"""Threads that read files before their turn: decompression does not hold the interpreter, and files
-are independent."""
+"""Read files on threads before their turn.
+
+Decompression runs without the interpreter's lock, and files are independent of each other.
+"""
 
 import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 ITEMS_AHEAD = 4
-"""Per reader; with pieces of a task's size this bounds the memory."""
+"""Items that a thread reads before they are wanted; pieces of a task's size bound the memory."""
 
 
-class _Reader(Generic[Item]):
+@dataclass(frozen=True)
+class Producer(Generic[Item]):
+    """Gives items in order, like the pieces of a file."""
+
+    number: int
+    items: Callable[[], Iterable[Item]]
+    """Begins to give the items, none of which is None."""
+    in_thread: bool
+    """A thread runs it ahead of its turn."""
+
+
+class _ReadingThread(Generic[Item]):
     """An iterator that a thread runs, up to ITEMS_AHEAD items ahead."""
 
     def __init__(self, items: Iterable[Item]):
@@ -22,6 +36,7 @@ class _Reader(Generic[Item]):
         self._thread.start()
 
     def _run(self, items: Iterable[Item]) -> None:
+        """Fill the queue with (item, error); None for both at the end."""
         try:
             for item in items:
                 if not self._put((item, None)):
@@ -31,6 +46,7 @@ class _Reader(Generic[Item]):
             self._put((None, error))
 
     def _put(self, entry: tuple) -> bool:
+        """Wait for room in the queue -> False where nobody wants the items any more."""
         while not self._stopped.is_set():
             try:
                 self._queue.put(entry, timeout=0.1)
@@ -49,27 +65,27 @@ class _Reader(Generic[Item]):
             yield item
 
     def stop(self) -> None:
+        """End the thread; items that it has read are lost."""
+        # A thread that waits for room sees this within 0.1 s.
         self._stopped.set()
         self._thread.join()
 
 
-def read_ahead(
-    sources: Iterable[tuple[int, Callable[[], Iterable[Item]], bool]], readers: int
-) -> Iterator[tuple[int, Item]]:
-    """(number of its source, item) of all sources, in order.
+def read_ahead(producers: Iterable[Producer[Item]], readers: int) -> Iterator[tuple[int, Item]]:
+    """Give (number of its producer, item) for all producers, in order.
 
     Args:
-        sources: (number, what gives its items, none of which is None; whether a thread shall run
-            it).
-        readers: sources whose turn is now or next, whose threads run.
+        readers: producers whose turn is now or next, whose threads run.
     """
-    waiting: deque = deque()
-    sources = iter(sources)
+    waiting: deque[tuple[int, Iterable[Item]]] = deque()
+    producers = iter(producers)
     try:
         while True:
-            while len(waiting) < readers and (source := next(sources, None)) is not None:
-                number, items, threaded = source
-                waiting.append((number, _Reader(items()) if threaded else items()))
+            # Start the threads of the next ones, then drain the first.
+            while len(waiting) < readers and (producer := next(producers, None)) is not None:
+                items = producer.items()
+                ahead = _ReadingThread(items) if producer.in_thread else items
+                waiting.append((producer.number, ahead))
             if not waiting:
                 return
             number, items = waiting[0]
@@ -77,6 +93,7 @@ def read_ahead(
                 yield number, item
             waiting.popleft()
     finally:
+        # The caller has stopped early: no thread may wait for room forever.
         for _, items in waiting:
-            if isinstance(items, _Reader):
+            if isinstance(items, _ReadingThread):
                 items.stop()

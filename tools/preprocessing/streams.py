@@ -9,6 +9,7 @@ import lzma
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO, Protocol
 
 from tools.preprocessing.input_kinds import COMPRESSIONS, is_compressed
 
@@ -18,8 +19,26 @@ PADDED = (".gz", ".xz")
 """Formats whose files may have zeros between and behind their members."""
 
 
+class Decompressor(Protocol):
+    """What zlib, bz2, lzma and zstandard have in common: it decompresses one member of a file."""
+
+    @property
+    def eof(self) -> bool:
+        """Whether the member has ended."""
+        ...
+
+    @property
+    def unused_data(self) -> bytes:
+        """What was given behind the end of the member."""
+        ...
+
+    def decompress(self, data: bytes, /) -> bytes:
+        """Decompress the next bytes."""
+        ...
+
+
 def read_blocks(path: str) -> Iterator[tuple[bytes, int]]:
-    """(bytes, decompressed where the file is compressed; bytes of the file read so far).
+    """Read a file as (its next bytes, decompressed; bytes of the file read so far).
 
     Raises:
         ValueError: the file is damaged or not whole.
@@ -33,11 +52,12 @@ def read_blocks(path: str) -> Iterator[tuple[bytes, int]]:
             yield block, file.tell()
 
 
-def _decompress(path: str, file) -> Iterator[bytes]:
-    """Every member or frame of the file; a file of none is empty."""
+def _decompress(path: str, file: BinaryIO) -> Iterator[bytes]:
+    """Decompress every member or frame of the file; a file of none is empty."""
     ending = next(ending for ending in COMPRESSIONS if path.lower().endswith(ending))
-    decompressor = None
+    decompressor: Decompressor | None = None
     while data := file.read(COMPRESSED_BLOCK):
+        # One block may end a member and begin others.
         while data:
             if decompressor is None:
                 data = data.lstrip(b"\0") if ending in PADDED else data
@@ -52,7 +72,8 @@ def _decompress(path: str, file) -> Iterator[bytes]:
         raise _damaged(path, "it ends in the middle")
 
 
-def _decompress_block(path: str, decompressor, data: bytes) -> bytes:
+def _decompress_block(path: str, decompressor: Decompressor, data: bytes) -> bytes:
+    """Decompress a block; an error of any library becomes a ValueError that names the file."""
     try:
         return decompressor.decompress(data)
     except MemoryError:
@@ -62,10 +83,12 @@ def _decompress_block(path: str, decompressor, data: bytes) -> bytes:
 
 
 def _damaged(path: str, reason: str) -> ValueError:
+    """Say that a file is damaged or incomplete."""
     return ValueError(f"{path}: damaged, or not whole ({reason}). Fix: copy or download it again.")
 
 
-def _decompressor(ending: str):
+def _decompressor(ending: str) -> Decompressor:
+    """Make the decompressor of one member, by the ending of the file."""
     if ending == ".gz":
         return zlib.decompressobj(wbits=31)
     if ending == ".bz2":
@@ -79,16 +102,15 @@ def _decompressor(ending: str):
 
 
 def read_whole(path: str) -> bytes:
-    """All bytes of a file, decompressed."""
-    return (
-        b"".join(block for block, _ in read_blocks(path))
-        if is_compressed(path)
-        else Path(path).read_bytes()
-    )
+    """Read all bytes of a file, decompressed."""
+    if is_compressed(path):
+        return b"".join(block for block, _ in read_blocks(path))
+    return Path(path).read_bytes()
 
 
 def read_line_blocks(path: str, block_bytes: int) -> Iterator[tuple[bytes, int]]:
-    """(whole lines of about `block_bytes`, bytes of the file read so far), as `read_blocks`."""
+    """Read a file as (whole lines of about `block_bytes`, bytes of the file read so far)."""
+    # `parts` hold the beginning of a line, or lines that are too few for a block.
     parts = []
     held = 0
     read = 0

@@ -9,6 +9,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,9 +26,10 @@ LONGEST_FIELD = 2**31 - 1
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Stands for a value that is no document. reason: what it is instead, and the fix."""
+    """Stands for a value that is not a document."""
 
     reason: str
+    """What it is instead, and the fix."""
 
     def __len__(self) -> int:
         return len(self.reason)
@@ -62,6 +64,7 @@ def read_parquet(path: str, column: str, block_bytes: int) -> Iterator[tuple[lis
             values: list[Value] = []
             held = 0
             rows = 0
+            # The share of rows stands for bytes of the file.
             for batch in file.iter_batches(PARQUET_ROWS, columns=[column], use_threads=False):
                 values += _column_values(path, column, batch.column(0))
                 held += batch.nbytes
@@ -91,7 +94,8 @@ def _check_column(path: str, column: str, names: list[str], fix: str) -> None:
     )
 
 
-def _column_values(path: str, column: str, array) -> list[Value]:
+def _column_values(path: str, column: str, array: Any) -> list[Value]:
+    """Convert an array of pyarrow to documents; ValueError where the column holds anything else."""
     from pyarrow import types
 
     if types.is_dictionary(array.type):
@@ -106,6 +110,7 @@ def _column_values(path: str, column: str, array) -> list[Value]:
         or types.is_list_view(kind)
         or types.is_large_list_view(kind)
     )
+    # Lists of token ids.
     if is_list and types.is_integer(kind.value_type):
         return _lists(array)
     raise ValueError(
@@ -114,7 +119,7 @@ def _column_values(path: str, column: str, array) -> list[Value]:
     )
 
 
-def _texts(array) -> list[Value]:
+def _texts(array: Any) -> list[Value]:
     """Decode the texts of a column; Parquet does not check that they are UTF-8."""
     import pyarrow
 
@@ -125,6 +130,7 @@ def _texts(array) -> list[Value]:
 
 
 def _decode(value: bytes | None) -> Value:
+    """Decode one text, or say why it cannot be."""
     try:
         return None if value is None else value.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -134,7 +140,8 @@ def _decode(value: bytes | None) -> Value:
         )
 
 
-def _lists(array) -> list[Value]:
+def _lists(array: Any) -> list[Value]:
+    """Convert a column of lists to arrays, or to lists where that would not be right."""
     from pyarrow import types
 
     plain = types.is_list(array.type) or types.is_large_list(array.type)
@@ -142,6 +149,7 @@ def _lists(array) -> list[Value]:
     if flat is None or flat.null_count:
         # Slower, but right for views, fixed sizes and lists with nulls in them.
         return array.to_pylist()
+    # All numbers as one array, cut by the lengths of the lists.
     numbers = flat.to_numpy(zero_copy_only=False)
     lengths = [length or 0 for length in array.value_lengths().to_pylist()]
     parts = np.split(numbers, np.cumsum(lengths)[:-1])
@@ -155,8 +163,9 @@ class _Lines:
     def __init__(self, path: str):
         self._path = path
         self.read = 0
-        """Bytes of the file."""
+        """Bytes of the file so far."""
         self.at_end = False
+        """All lines were given."""
 
     def __iter__(self) -> Iterator[str]:
         for block, read in read_line_blocks(self._path, CSV_BLOCK):
@@ -171,6 +180,7 @@ def read_csv(path: str, column: str, block_bytes: int) -> Iterator[tuple[list[Va
     """Read a column of a .csv or .tsv file, whose first line has names, as `read_table` does."""
     csv.field_size_limit(LONGEST_FIELD)
     lines = _Lines(path)
+    # strict: a quote in the wrong place is an error, not a guess.
     reader = csv.reader(lines, delimiter=DELIMITERS[ending_of(path)], strict=True)
     try:
         names = next(reader, None)
@@ -183,7 +193,7 @@ def read_csv(path: str, column: str, block_bytes: int) -> Iterator[tuple[list[Va
     _check_column(path, column, names, "--json-keys, a first line that names the columns")
     values: list[Value] = []
     held = 0
-    while (value := _next_value(path, reader, lines, names, column)) is not _END:
+    for value in _rows(path, reader, lines, names, column):
         values.append(value)
         held += 1 + len(value)
         if held >= block_bytes:
@@ -194,28 +204,36 @@ def read_csv(path: str, column: str, block_bytes: int) -> Iterator[tuple[list[Va
         yield values, lines.read
 
 
-_END = object()
+def _rows(
+    path: str, reader: Iterator[list[str]], lines: _Lines, names: list[str], column: str
+) -> Iterator[str | Unreadable]:
+    """Give the value of each row that is not blank."""
+    place = names.index(column)
+    while True:
+        try:
+            row = next((row for row in reader if row), None)
+        except csv.Error as error:
+            if lines.at_end:
+                # A quote that is never closed has swallowed all rows to the end, however many.
+                raise ValueError(
+                    f"{path}: ends inside a quoted field ({error}). "
+                    "Fix: the quotes, or copy it again."
+                ) from None
+            yield Unreadable(f"not a row ({error}). Fix: its quotes, or --skip-bad-lines.")
+            continue
+        if row is None:
+            return
+        if len(row) == len(names):
+            yield _checked_text(row[place])
+        else:
+            yield Unreadable(
+                f"{len(row)} fields, but the first line names {len(names)}. Fix: quotes around a "
+                "field that holds the delimiter, or --skip-bad-lines."
+            )
 
 
-def _next_value(path: str, reader, lines: _Lines, names: list[str], column: str) -> Value | object:
-    """Return the value of the next row that is not blank, _END after the last."""
-    try:
-        row = next((row for row in reader if row), None)
-    except csv.Error as error:
-        if lines.at_end:
-            # A quote that is never closed has swallowed all rows to the end, however many.
-            raise ValueError(
-                f"{path}: ends inside a quoted field ({error}). Fix: the quotes, or copy it again."
-            ) from None
-        return Unreadable(f"not a row ({error}). Fix: its quotes, or --skip-bad-lines.")
-    if row is None:
-        return _END
-    if len(row) != len(names):
-        return Unreadable(
-            f"{len(row)} fields, but the first line names {len(names)}. Fix: quotes around a field "
-            "that holds the delimiter, or --skip-bad-lines."
-        )
-    value = row[names.index(column)]
+def _checked_text(value: str) -> str | Unreadable:
+    """Return a field, unless it holds bytes that are not UTF-8."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import orjson
 
 from tools.preprocessing.input_kinds import (
@@ -25,7 +24,7 @@ from tools.preprocessing.input_kinds import (
 )
 from tools.preprocessing.json_documents import is_whole_json, read_whole_json, text_of_line
 from tools.preprocessing.streams import read_line_blocks, read_whole
-from tools.preprocessing.tables import Unreadable, read_table
+from tools.preprocessing.tables import Unreadable, Value, read_table
 
 NEWLINE = b"\n"
 READ_BYTES = 256 << 10
@@ -34,34 +33,35 @@ READ_BYTES = 256 << 10
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes [start, end) of a file. A line belongs to the piece in which it begins.
-
-    data: the lines (bytes) or the values of a table or of a JSON array (list) themselves, where the
-        file can be read from its beginning only; start and end then count bytes of the file.
-    first_line: number of the first of them.
-    """
+    """Names bytes [start, end) of a file. A line belongs to the piece in which it begins."""
 
     path: str
     start: int
     end: int
     data: bytes | list | None = None
+    """The lines (bytes), or the values of a table or of a JSON array (list) themselves, where the
+    file can be read from its beginning only; start and end then count bytes of the file."""
     first_line: int = 1
+    """Number of the first line or value of `data`."""
 
     @property
     def is_json(self) -> bool:
+        """Whether documents are objects of JSON."""
         return ending_of(self.path) in JSON_EXTENSIONS
 
     @property
     def is_ids(self) -> bool:
+        """Whether documents are lines of token ids."""
         return ending_of(self.path) == IDS_EXTENSION
 
     @property
     def is_lines(self) -> bool:
+        """Whether a document is a line or a value, not the whole file."""
         return self.is_json or self.is_ids or isinstance(self.data, list)
 
     @property
     def work(self) -> int:
-        """Bytes that it holds, decompressed, about."""
+        """Bytes that it holds, decompressed; approximate."""
         if isinstance(self.data, list):
             return sum(len(value) for value in self.data if value is not None)
         return self.end - self.start if self.data is None else len(self.data)
@@ -69,7 +69,7 @@ class Piece:
 
 @dataclass
 class Documents:
-    """The documents of a piece, and what was left out."""
+    """Holds the documents of a piece, and counts what was left out."""
 
     texts: list[str] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
@@ -83,13 +83,10 @@ def is_stream(path: Path | str) -> bool:
 
 
 def cut_into_pieces(path: Path, piece_bytes: int) -> list[Piece]:
-    """Pieces of about `piece_bytes` of a plain file of lines; any other file is one piece."""
+    """Cut a plain file of lines into pieces of about `piece_bytes`; any other file is one piece."""
     size = path.stat().st_size
-    step = (
-        piece_bytes
-        if Piece(str(path), 0, size).is_lines and not is_compressed(path)
-        else max(1, size)
-    )
+    can_be_cut = Piece(str(path), 0, size).is_lines and not is_compressed(path)
+    step = piece_bytes if can_be_cut else max(1, size)
     return [Piece(str(path), start, min(start + step, size)) for start in range(0, size, step)]
 
 
@@ -99,6 +96,7 @@ def read_pieces(path: Path, piece_bytes: int, key: str) -> Iterator[Piece]:
     Raises:
         ValueError: a file is damaged, or a table has no column `key`.
     """
+    # By what the file can be read as; most files are plain.
     name = str(path)
     if is_table(name):
         yield from _as_pieces(name, read_table(name, key, piece_bytes))
@@ -111,7 +109,8 @@ def read_pieces(path: Path, piece_bytes: int, key: str) -> Iterator[Piece]:
 
 
 def _as_pieces(name: str, blocks: Iterator[tuple[bytes | list, int]]) -> Iterator[Piece]:
-    """Pieces of (lines or values, bytes of the file read so far)."""
+    """Make pieces of (lines or values, bytes of the file read so far)."""
+    # A byte-order mark stands before the first line only.
     before = 0
     line = 1
     for data, read in blocks:
@@ -122,17 +121,18 @@ def _as_pieces(name: str, blocks: Iterator[tuple[bytes | list, int]]) -> Iterato
         line += data.count(NEWLINE) if isinstance(data, bytes) else len(data)
 
 
-def read_documents(piece: Piece, key: str, skip_bad: bool) -> Documents:
+def read_documents(piece: Piece, key: str, *, skip_bad: bool) -> Documents:
     """Read the documents of a piece, in file order, decoded without any change of newlines.
 
     Args:
-        key: of the text in each JSON object.
+        key: the key of the text in each JSON object.
         skip_bad: count what cannot be read instead of raising.
 
     Raises:
         ValueError: names file and line of what is not UTF-8, not a JSON object, or has no text
             under `key`.
     """
+    # One bad line stops the run, or is counted.
     documents = Documents()
     line_key = key if piece.is_lines else None
     for offset, data in read_records(piece):
@@ -162,6 +162,7 @@ def read_lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
     Offsets count in the piece's data if it has any, else in the file.
     """
     if piece.data is not None:
+        assert isinstance(piece.data, bytes), "values of a table are no lines"
         offset = 0
         for line in io.BytesIO(piece.data):
             yield offset, line
@@ -180,11 +181,13 @@ def read_lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
 
 
 def read_piece(piece: Piece) -> bytes:
-    """The lines that begin in the piece, as one."""
+    """Read the lines that begin in the piece, together."""
     if piece.data is not None:
+        assert isinstance(piece.data, bytes), "values of a table are no lines"
         return piece.data
     with open(piece.path, "rb") as file:
         if piece.start:
+            # A line that begins before belongs to the piece before.
             file.seek(piece.start - 1)
             file.readline()
         if file.tell() >= piece.end:
@@ -194,19 +197,17 @@ def read_piece(piece: Piece) -> bytes:
         return whole if piece.start else strip_byte_order_mark(whole)
 
 
-def decode(
-    data: bytes | str | list | np.ndarray | Unreadable | None, key: str | None, lists: bool = False
-) -> Any:
-    """The text of a record of `read_records`, or with `lists` also a list or an array.
+def decode(data: bytes | Value, key: str | None, *, lists: bool = False) -> Any:
+    """Decode a record of `read_records` as a text, or with `lists` also a list or an array.
 
     Args:
-        key: of the text in a line of JSON; None where the record is the text.
+        key: the key of the text in a line of JSON; None where the record is the text.
 
     Raises:
         ValueError: there is none.
     """
     if not isinstance(data, bytes):
-        return _checked_value(data, lists)
+        return _checked_value(data, lists=lists)
     if key is None:
         try:
             return data.decode("utf-8")
@@ -216,17 +217,18 @@ def decode(
                 "--skip-bad-lines to leave it out."
             ) from None
     if not lists:
-        try:  # most lines: at once, and with few calls
+        # Most lines are right: decoded here with few calls.
+        try:
             value = orjson.loads(data)
             if type(value[key]) is str:
                 return value[key]
         except (orjson.JSONDecodeError, KeyError, TypeError):
-            pass  # what is wrong is said below
+            pass  # text_of_line says what is wrong
     return text_of_line(data, key, lists=lists)
 
 
-def _checked_value(value: str | list | np.ndarray | Unreadable | None, lists: bool) -> Any:
-    """A value of a table or of a JSON array that is a document; ValueError where it is none."""
+def _checked_value(value: Value, *, lists: bool) -> Any:
+    """Return a value of a table or of a JSON array, if it is a document; else ValueError."""
     if isinstance(value, Unreadable):
         raise ValueError(value.reason)
     if value is None:
@@ -248,12 +250,13 @@ def name_place(piece: Piece, offset: int) -> str:
         return f"{piece.path}, {'element' if piece.is_json else 'row'} {number}"
     if not piece.is_lines:
         return piece.path
+    # The line's number is counted only here, for an error.
     if piece.data is not None:
         return f"{piece.path}:{piece.first_line + piece.data[:offset].count(NEWLINE)}"
     line = 1
     left = offset
     with open(piece.path, "rb") as file:
         while left > 0 and (block := file.read(min(left, 1 << 20))):
-            line = line + block.count(NEWLINE)
-            left = left - len(block)
+            line += block.count(NEWLINE)
+            left -= len(block)
     return f"{piece.path}:{line}"

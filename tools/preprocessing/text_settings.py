@@ -3,34 +3,39 @@
 from data.tokenizers.folder import IdsFrom, SpecialTokensInText
 from data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from tools.preprocessing.encoders import TextCounts
+from tools.shared.message_text import count_of
 
 
 def build_text_tokenizer(
-    type: str,
+    tokenizer_type: str,
     model: str | None,
     vocab_size: int | None,
     *,
     ids_from: IdsFrom | None,
     special_tokens_in_text: SpecialTokensInText,
 ) -> Tokenizer:
-    """The tokenizer of a `--tokenizer-type`, which takes special tokens in text as asked.
+    """Build the tokenizer of a `--tokenizer-type`, which takes special tokens in text as asked.
 
     Raises:
         ValueError: as build_tokenizer does; a setting has no effect; or special tokens cannot be
-        text.
+            text.
     """
-    if ids_from is not None and type != "HuggingFaceTokenizer":
+    # Settings without effect are errors: they were meant to do something.
+    if ids_from is not None and tokenizer_type != "HuggingFaceTokenizer":
         raise ValueError(
-            f"tokenizer_ids_from = {ids_from}: has no effect with tokenizer_type = {type}. Fix: "
-            "remove it."
+            f"tokenizer_ids_from = {ids_from}: has no effect with tokenizer_type = "
+            f"{tokenizer_type}. Fix: remove it."
         )
-    if special_tokens_in_text != "as-text" and type == "NullTokenizer":
+    if special_tokens_in_text != "as-text" and tokenizer_type == "NullTokenizer":
         raise ValueError(
             f"special_tokens_in_text = {special_tokens_in_text}: has no effect on integers. Fix: "
             "remove it."
         )
     keep = special_tokens_in_text == "keep"
-    tokenizer = build_tokenizer(type, model, vocab_size, ids_from=ids_from, keep_special=keep)
+    tokenizer = build_tokenizer(
+        tokenizer_type, model, vocab_size, ids_from=ids_from, keep_special=keep
+    )
+    # Some vocabularies hold a special token among their words: it cannot be kept from them.
     left = tokenizer.special_tokens_left() if special_tokens_in_text == "as-text" else []
     if left:
         raise ValueError(
@@ -42,7 +47,7 @@ def build_text_tokenizer(
 
 
 def find_bos(tokenizer: Tokenizer, *, wanted: bool) -> int | None:
-    """The id to put before documents, None for nothing. ValueError: the tokenizer has none."""
+    """Return the id to put before documents, None for nothing; ValueError if there is none."""
     if not wanted:
         return None
     if tokenizer.bos is None:
@@ -53,7 +58,8 @@ def find_bos(tokenizer: Tokenizer, *, wanted: bool) -> int | None:
 
 
 def describe_special_tokens(counts: TextCounts, setting: SpecialTokensInText) -> str:
-    """The sentence about special tokens in documents; empty where there were none."""
+    """Write the sentence about special tokens in documents; empty where there were none."""
+    # Under "refuse" there are none: the first would have stopped the run.
     if not counts.special_documents:
         return ""
     became = (
@@ -62,6 +68,6 @@ def describe_special_tokens(counts: TextCounts, setting: SpecialTokensInText) ->
         else "became text (--special-tokens-in-text keep or refuse for another way)"
     )
     return (
-        f"special tokens: written {counts.special_tokens:,} times in {counts.special_documents:,} "
-        f"documents, they {became}"
+        f"special tokens: written {count_of(counts.special_tokens, 'time')} in "
+        f"{count_of(counts.special_documents, 'document')}, they {became}"
     )

@@ -101,7 +101,7 @@ def _flag_problems(kind: type, words: list[str], help_fix: str) -> list[str]:
         if field.default is MISSING and field.default_factory is MISSING
     ]
     missing = [flags[0] for flags in needed if not set(flags) & set(given)]
-    # A misspelled flag explains what is missing better than the missing one does.
+    # One message is enough for a needed flag that is misspelled.
     if missing and not problems:
         problems.append(f"{', '.join(missing)}: must be given. {help_fix}")
     return problems
@@ -112,6 +112,7 @@ def spell_switches(kind: type, words: list[str]) -> list[str]:
 
     tyro knows them as `--x {True,False,None}` only, which stays.
     """
+    # Which flags those are.
     types = get_type_hints(kind)
     switches = {}
     for field in _fields(kind):
