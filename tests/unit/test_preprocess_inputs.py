@@ -120,7 +120,7 @@ def test_errors_in_compressed_and_parquet_files_name_the_place(tmp_path, small_t
     parquet.write_table(pyarrow.table({"text": [*texts, None, "5"]}), tmp_path / "x.parquet")
     with pytest.raises(ValueError, match=f"x.parquet:{len(texts) + 1}: null, not text. Fix"):
         null(tmp_path, tmp_path / "x.parquet")
-    assert null(tmp_path, tmp_path / "x.parquet", skip_bad_lines=True)[1]["bad"] == 1
+    assert null(tmp_path, tmp_path / "x.parquet", skip_bad_lines=True)[1].bad == 1
     with pytest.raises(
         ValueError, match=r"x.parquet: no column 'body' \(found: text\). Fix: --json-keys"
     ):
