@@ -1,4 +1,5 @@
-"""Continue a text with an exported model: `python -m tools.generate --load HF_DIR --prompt TEXT`.
+"""Continue a text with an exported model: `bash launch/ithaca.sh generate --load HF_DIR --prompt
+TEXT`.
 
 The folder's own generation settings decide where it stops. A folder without a tokenizer takes the
 prompt as token ids, `--prompt "5 17 3"`, and prints ids.
@@ -8,6 +9,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +18,7 @@ from tools.shared.door import run_door
 from tools.shared.message_text import one_line
 
 LEAST_TEMPERATURE = 1e-4
-"""Logits divided by less overflow; 0 means the likeliest token."""
+"""Smallest temperature above 0; logits divided by a smaller one overflow."""
 
 OWN_CODE_ONLY = {"trust_remote_code": False, "local_files_only": True}
 """The folder's own code is never run, and nobody is asked whether it may be."""
@@ -63,8 +65,8 @@ def check_arguments(arguments: Arguments) -> None:
         raise ValueError(f"seed = {arguments.seed}: must be in [0, 2**63). Fix: for example 1234.")
 
 
-def open_tokenizer(folder: Path):
-    """The folder's tokenizer, or one of plain ids, which is said on standard error."""
+def open_tokenizer(folder: Path) -> Any:
+    """Open the folder's tokenizer; without one, say on standard error that ids are used -> None."""
     from transformers import AutoTokenizer
 
     if any((folder / name).is_file() for name in HUGGINGFACE_FILES):
@@ -73,8 +75,8 @@ def open_tokenizer(folder: Path):
     return None
 
 
-def encode_prompt(arguments: Arguments, tokenizer, model) -> list[int]:
-    """Token ids of the prompt; of an empty one what a document begins after.
+def encode_prompt(arguments: Arguments, tokenizer: Any, model: Any) -> list[int]:
+    """Encode the prompt; an empty one as the token that documents begin after.
 
     Raises:
         ValueError: ids that the model does not have, or an empty prompt that nothing can begin.
@@ -98,8 +100,8 @@ def encode_prompt(arguments: Arguments, tokenizer, model) -> list[int]:
     return ids
 
 
-def _beginning(tokenizer, model) -> list[int]:
-    """The token that begins a text: the tokenizer's own, else the end of a document before it."""
+def _beginning(tokenizer: Any, model: Any) -> list[int]:
+    """Return the token that begins a text: the tokenizer's, else that which ends documents."""
     own = tokenizer.encode("", add_special_tokens=True) if tokenizer is not None else []
     settings = model.generation_config
     others = _as_list(settings.eos_token_id) + _as_list(settings.bos_token_id)
@@ -108,13 +110,14 @@ def _beginning(tokenizer, model) -> list[int]:
 
 
 def _as_list(ids: int | list[int] | None) -> list[int]:
+    """Return the ids of a setting that may hold one, several or none."""
     if ids is None:
         return []
     return list(ids) if isinstance(ids, list | tuple) else [ids]
 
 
-def tokens_to_add(arguments: Arguments, prompt_length: int, model) -> int:
-    """How many tokens fit after the prompt; says so where they are fewer than asked.
+def tokens_to_add(arguments: Arguments, prompt_length: int, model: Any) -> int:
+    """Return how many tokens fit after the prompt; say so where they are fewer than asked.
 
     Raises:
         ValueError: the prompt alone fills the model's context.
@@ -125,6 +128,7 @@ def tokens_to_add(arguments: Arguments, prompt_length: int, model) -> int:
             f"prompt: {prompt_length:,} tokens, and the model's context is {context:,}. "
             "Fix: a shorter prompt."
         )
+    # A context that is not named has no end.
     room = min(arguments.max_new_tokens, max(0, context - prompt_length))
     if room < arguments.max_new_tokens:
         print(
@@ -135,13 +139,14 @@ def tokens_to_add(arguments: Arguments, prompt_length: int, model) -> int:
     return int(room)
 
 
-def continue_prompt(arguments: Arguments, tokenizer, model) -> list[int]:
-    """Token ids of the prompt and what the model adds.
+def continue_prompt(arguments: Arguments, tokenizer: Any, model: Any) -> list[int]:
+    """Generate -> the token ids of the prompt and what the model adds.
 
     Raises:
         ValueError: bad input, settings in the folder that transformers cannot follow, or logits
             that are not numbers.
     """
+    # Nothing to add: the prompt alone, also where it fills the context.
     ids = encode_prompt(arguments, tokenizer, model)
     count = tokens_to_add(arguments, len(ids), model)
     if count == 0:
@@ -150,7 +155,12 @@ def continue_prompt(arguments: Arguments, tokenizer, model) -> list[int]:
     if settings.pad_token_id is None:
         # One text needs no padding; without an id the library warns.
         settings.pad_token_id = (_as_list(settings.eos_token_id) or [0])[0]
-    options = {"do_sample": False, "num_return_sequences": 1, "return_dict_in_generate": False}
+    # The folder's settings decide about the rest, like stop ids and top_p.
+    options: dict[str, Any] = {
+        "do_sample": False,
+        "num_return_sequences": 1,
+        "return_dict_in_generate": False,
+    }
     if arguments.temperature > 0:
         options |= {"do_sample": True, "temperature": float(arguments.temperature)}
     torch.manual_seed(arguments.seed)
@@ -163,7 +173,7 @@ def continue_prompt(arguments: Arguments, tokenizer, model) -> list[int]:
             logits_processor=[_refuse_nan],
             **options,
         )
-    except Exception as error:  # the folder's settings lead to errors of many kinds
+    except Exception as error:  # a folder's settings may lead to errors of any kind
         raise ValueError(
             f"load = {arguments.load}: transformers cannot generate with it ({one_line(error)}). "
             "Fix: correct its generation_config.json, or export it again."
@@ -172,19 +182,20 @@ def continue_prompt(arguments: Arguments, tokenizer, model) -> list[int]:
 
 
 def _refuse_nan(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Stop where the likeliest token would be the first one that is not a number."""
+    """Stop where logits are not numbers: the likeliest token would be the first of those."""
     if logits.isnan().any():
         raise ValueError("its logits are NaN")
     return logits
 
 
 def generate(arguments: Arguments) -> str:
-    """The prompt and its continuation, as text or as ids.
+    """Continue the prompt -> it and its continuation, as text or as ids.
 
     Raises:
         ValueError: bad input, or a folder that transformers cannot read.
     """
     check_arguments(arguments)
+    # Imported late: it takes seconds, and bad arguments are refused before.
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

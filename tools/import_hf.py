@@ -130,6 +130,7 @@ def _read_verified(
     Raises:
         ValueError: weights that cannot be read, or other logits than transformers'.
     """
+    # No sequences: no comparison.
     sequences = [] if longest is None else compared_sequences(vocab_size, longest)
     # transformers first: its model is freed before ours is read, so that memory holds one of them.
     expected = transformers_logits(folder, sequences) if sequences else []

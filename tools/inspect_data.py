@@ -1,5 +1,5 @@
-"""What a corpus holds, and what a run is fed: `python -m tools.inspect_data --data-path [weight
-prefix ...]`, `--config run.yaml [--phase NAME --batch K]`, or `--load DIR`.
+"""What a corpus holds, and what a run is fed: `bash launch/ithaca.sh inspect` with `--data-path
+[weight prefix ...]`, `--config run.yaml [--phase NAME --batch K]`, or `--load DIR`.
 
 With `--data-path`: documents, tokens and lengths of each source, `--plot FILE.png` for a histogram,
 `--samples N` for the beginnings and ends of documents. With `--config` and the flags of a run
@@ -25,10 +25,12 @@ from pretrain.checkpointing.progress import Progress
 from tools.inspection.batch import describe_batch, describe_plan
 from tools.inspection.length_plot import plot_lengths
 from tools.shared.door import run_door
+from tools.shared.message_text import count_of
 
-LONG = (8 << 10, 64 << 10, 1 << 20)
-"""Lengths in tokens of whose documents the share of all tokens is told."""
+LONG_DOCUMENTS = (8 << 10, 64 << 10, 1 << 20)
+"""Lengths in tokens; the summary says which share of all tokens is in documents as long."""
 SHOWN_TOKENS = 40
+"""Tokens of a sample that are shown from its beginning, and as many from its end."""
 
 
 @dataclass(kw_only=True)
@@ -73,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def inspect(arguments: Arguments, run_flags: list[str]) -> list[str]:
-    """The lines to print.
+    """Look at what the arguments name -> the lines to print.
 
     Args:
         run_flags: flags of the run that --config names, as for pretrain.train.
@@ -81,6 +83,7 @@ def inspect(arguments: Arguments, run_flags: list[str]) -> list[str]:
     Raises:
         ValueError: nothing or too much to inspect is named, or it cannot be read.
     """
+    # One of three things to look at.
     given = [name for name in ("data_path", "config", "load") if getattr(arguments, name)]
     if len(given) != 1:
         raise ValueError(
@@ -94,6 +97,12 @@ def inspect(arguments: Arguments, run_flags: list[str]) -> list[str]:
         if arguments.phase is None:
             return describe_plan(flags, arguments.world_size)
         return describe_batch(flags, arguments.world_size, arguments.phase, arguments.batch)
+    return describe_sources(arguments)
+
+
+def describe_sources(arguments: Arguments) -> list[str]:
+    """Describe each source of --data-path once; write the plot."""
+    # Without a tokenizer, samples are shown as ids.
     tokenizer = None
     if arguments.tokenizer_model:
         tokenizer = build_tokenizer(
@@ -104,9 +113,9 @@ def inspect(arguments: Arguments, run_flags: list[str]) -> list[str]:
         )
     lines = []
     lengths = {}
-    for prefix in dict.fromkeys(
-        source.prefix for _, source in parse_blend(arguments.data_path, "data_path")
-    ):
+    # A source of several weights is one corpus.
+    blend = parse_blend(arguments.data_path, "data_path")
+    for prefix in dict.fromkeys(source.prefix for _, source in blend):
         reader = IndexedReader(prefix)
         lengths[prefix] = reader.document_lengths
         lines += describe_corpus(reader) + show_samples(reader, arguments.samples, tokenizer)
@@ -117,92 +126,104 @@ def inspect(arguments: Arguments, run_flags: list[str]) -> list[str]:
 
 
 def describe_corpus(reader: IndexedReader) -> list[str]:
+    """Describe documents, tokens, lengths and the tokenizer of a source."""
     lengths = reader.document_lengths
+    # A corpus of Megatron-LM, or of older versions, does not name its tokenizer.
     side = read_side_file(reader.prefix) or {}
     tokenizer = side.get("tokenizer") or {}
-    known = (
-        f"{tokenizer['type']}, {tokenizer['vocab_size']:,} ids, {tokenizer['fingerprint'][:8]}"
-        if {"type", "vocab_size", "fingerprint"} <= tokenizer.keys()
-        else "not recorded"
-    )
-    quantiles = np.quantile(lengths, (0.05, 0.5, 0.95)).astype(np.int64)
+    known = "not recorded"
+    if {"type", "vocab_size", "fingerprint"} <= tokenizer.keys():
+        fingerprint = tokenizer["fingerprint"][:8]
+        known = f"{tokenizer['type']}, {tokenizer['vocab_size']:,} ids, {fingerprint}"
+
+    low, median, high = np.quantile(lengths, (0.05, 0.5, 0.95)).astype(np.int64)
+    mean = reader.num_tokens / reader.num_documents
+    empty = int((lengths == 0).sum())
     total = max(1, reader.num_tokens)
     shares = [
         f"{100 * int(lengths[lengths >= limit].sum(dtype=np.int64)) / total:.1f} % in documents of "
         f"{limit >> 10:,}Ki or more"
-        for limit in LONG
+        for limit in LONG_DOCUMENTS
     ]
     lines = [
-        f"{reader.prefix}: {reader.num_documents:,} documents ({int((lengths == 0).sum()):,} empty), "
-        f"{reader.num_tokens:,} tokens, {np.dtype(reader.dtype).name}, tokenizer {known}",
-        f"  length: least {int(lengths.min()):,}, 5 % {quantiles[0]:,}, median {quantiles[1]:,}, mean "
-        f"{reader.num_tokens / reader.num_documents:,.0f}, 95 % {quantiles[2]:,}, most {int(lengths.max()):,}",
+        f"{reader.prefix}: {count_of(reader.num_documents, 'document')} ({empty:,} empty), "
+        f"{count_of(reader.num_tokens, 'token')}, {np.dtype(reader.dtype).name}, tokenizer {known}",
+        f"  length: least {int(lengths.min()):,}, 5 % {low:,}, median {median:,}, "
+        f"mean {mean:,.0f}, 95 % {high:,}, most {int(lengths.max()):,}",
         f"  tokens: {', '.join(shares)}",
     ]
     single = int((lengths == 1).sum())
     if single:
-        full = int(np.count_nonzero(lengths))
-        lines.append(f"  {describe_one_token_documents(single, full)}")
+        with_tokens = int(np.count_nonzero(lengths))
+        lines.append(f"  {describe_one_token_documents(single, with_tokens)}")
     return lines
 
 
 def show_samples(reader: IndexedReader, count: int, tokenizer: Tokenizer | None) -> list[str]:
-    """The first and last tokens of some documents, as text or as ids."""
+    """Show the first and last tokens of documents drawn at random, as text or as ids."""
+    # The seed is fixed: the same documents each time.
+    order = Permutation.make(reader.num_documents, 0)
     lines = []
-    for document in (
-        Permutation.make(reader.num_documents, 0)
-        .values(0, min(count, reader.num_documents))
-        .tolist()
-    ):
+    for document in order.values(0, min(count, reader.num_documents)).tolist():
         length = int(reader.document_lengths[document])
         first = reader.read(document, 0, min(length, SHOWN_TOKENS))
-        last = reader.read(
-            document, max(len(first), length - SHOWN_TOKENS), min(length - len(first), SHOWN_TOKENS)
-        )
-        highest = int(max(first.max(initial=0), last.max(initial=0)))
-        lowest = int(min(first.min(initial=0), last.min(initial=0)))
-        if tokenizer and (lowest < 0 or highest >= tokenizer.vocab_size):
-            raise ValueError(
-                f"{reader.prefix}: holds token id {lowest if lowest < 0 else highest}, and the tokenizer "
-                f"has {tokenizer.vocab_size} ids. Fix: give the tokenizer that made the corpus."
-            )
-        lines.append(f"  document {document:,}, {length:,} tokens")
-        lines += [
-            f"    {text!r}" if tokenizer else f"    {text}"
-            for text in (
-                tokenizer.decode(part.tolist()) if tokenizer else " ".join(map(str, part.tolist()))
-                for part in (first, last)
-                if len(part)
-            )
-        ]
+        # Of a short document, what the beginning has left over.
+        left = length - len(first)
+        last_start = max(len(first), length - SHOWN_TOKENS)
+        last = reader.read(document, last_start, min(left, SHOWN_TOKENS))
+        lines.append(f"  document {document:,}, {count_of(length, 'token')}")
+        for part in (first, last):
+            if len(part):
+                lines.append(f"    {_show_tokens(reader.prefix, part, tokenizer)}")
     return lines
 
 
+def _show_tokens(prefix: str, ids: np.ndarray, tokenizer: Tokenizer | None) -> str:
+    """Write tokens as text, or as ids; ValueError where the tokenizer does not have them."""
+    if tokenizer is None:
+        return " ".join(map(str, ids.tolist()))
+    lowest = int(ids.min())
+    highest = int(ids.max())
+    if lowest < 0 or highest >= tokenizer.vocab_size:
+        raise ValueError(
+            f"{prefix}: holds token id {lowest if lowest < 0 else highest}, and the tokenizer "
+            f"has {tokenizer.vocab_size} ids. Fix: give the tokenizer that made the corpus."
+        )
+    return repr(tokenizer.decode(ids.tolist()))
+
+
 def describe_account(folder: str) -> list[str]:
-    """What a checkpoint's ledger says was drawn."""
+    """Say what a checkpoint's ledger has drawn, by phase and source."""
     published = find_published(Path(folder))
     if published is None:
         raise ValueError(
-            f"load = {folder}: no checkpoint is published there. Fix: give the --save folder of a run."
+            f"load = {folder}: no checkpoint is published there. "
+            "Fix: give the --save folder of a run."
         )
     progress = Progress.read(published)
+    if progress.data is None:
+        raise ValueError(
+            f"load = {folder}: its checkpoint is weights only, which no data was drawn for. "
+            "Fix: give the --save folder of a run that trained."
+        )
     rows = progress.data["account"]
     lines = [
         f"{published}: clock {progress.clock:,}, {progress.real_tokens:,} real tokens",
         f"{'phase':<12}{'samples':>12}{'tokens':>18}{'documents':>14}{'epochs':>9}   source",
     ]
-    lines += [
-        f"{row['phase']:<12}{row['samples']:>12,}{row['tokens']:>18,}{row['documents']:>14,}"
-        f"{row['epochs']:>9.3f}   {row['source']}{' (passed over)' if row['skipped'] else ''}"
-        for row in rows
-    ]
-    for skipped in (False, True):
+    for row in rows:
+        note = " (passed over)" if row["skipped"] else ""
+        counts = f"{row['samples']:>12,}{row['tokens']:>18,}{row['documents']:>14,}"
+        epochs = f"{row['epochs']:>9.3f}"
+        lines.append(f"{row['phase']:<12}{counts}{epochs}   {row['source']}{note}")
+    # Totals: what was drawn, and what --skip-data passed over.
+    for name, skipped in (("drawn", False), ("passed over", True)):
         chosen = [row for row in rows if row["skipped"] == skipped]
         if chosen:
-            lines.append(
-                f"{'passed over' if skipped else 'drawn':<12}{sum(row['samples'] for row in chosen):>12,}"
-                f"{sum(row['tokens'] for row in chosen):>18,}{sum(row['documents'] for row in chosen):>14,}"
-            )
+            samples = sum(row["samples"] for row in chosen)
+            tokens = sum(row["tokens"] for row in chosen)
+            documents = sum(row["documents"] for row in chosen)
+            lines.append(f"{name:<12}{samples:>12,}{tokens:>18,}{documents:>14,}")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Train a SentencePiece BPE tokenizer: `python -m tools.train_tokenizer --input PATHS...
+"""Train a SentencePiece BPE tokenizer: `bash launch/ithaca.sh train-tokenizer --input PATHS...
 --vocab-size 8192 --output-prefix P` writes P.model.
 
 No normalization and byte fallback, so that encoding then decoding gives any text back (but U+2581,
@@ -40,11 +40,11 @@ class Arguments:
     output_prefix: str
     """The model is written to PREFIX.model."""
     vocab_size: int = 8192
-    """Token ids, the 256 bytes and 3 control tokens among them."""
+    """Number of token ids, with the 256 bytes and 3 control tokens."""
     max_bytes: int = 20_000_000
-    """Text to train on at most; from larger inputs blocks are drawn evenly over the files."""
+    """Most text to train on; from larger inputs blocks are drawn evenly over the files."""
     seed: int = 1234
-    """Of that draw."""
+    """Seed of that draw."""
     overwrite: bool = False
     """Replace an existing PREFIX.model; only a file that SentencePiece reads."""
     json_keys: list[str] = field(default_factory=lambda: ["text"])
@@ -58,11 +58,12 @@ class Arguments:
 
 
 @dataclass
-class Drawn:
-    """What `sample_texts` has drawn so far. bad: lines and rows without a text."""
+class SampleCounts:
+    """Counts what `sample_texts` has drawn so far."""
 
     texts: int = 0
     bad: int = 0
+    """Lines and rows without a text, left out."""
 
     def take(self, documents: Documents) -> list[str]:
         """Count some documents -> their texts."""
@@ -72,66 +73,69 @@ class Drawn:
 
 
 def sample_texts(
-    files: list[Path], max_bytes: int, seed: int, key: str, drawn: Drawn | None = None
+    files: list[Path], max_bytes: int, seed: int, key: str, counts: SampleCounts | None = None
 ) -> Iterator[str]:
-    """Texts of randomly drawn blocks of the files, at most about `max_bytes` in all.
+    """Draw blocks of the files at random and give their texts, about `max_bytes` at most.
 
     Compressed files and tables give an equal share each, from their beginning. Lines and rows
-    without a text are counted in `drawn` and left out: tools.preprocess_data names them.
+    without a text are counted in `counts` and left out: tools.preprocess_data names them.
     """
-    drawn = drawn or Drawn()
-    blocks = [
-        Piece(str(path), start, min(start + step, size))
-        for path in files
-        for size in [path.stat().st_size]
-        for step in [size if is_stream(path) else BLOCK_BYTES]
-        for start in range(0, size, max(1, step))
-    ]
+    counts = counts or SampleCounts()
+    blocks = [block for path in files for block in _cut_into_blocks(path)]
     taken = 0
-    for i in Permutation.make(len(blocks), seed).values(0, len(blocks)):
-        block = blocks[i]
+    for number in Permutation.make(len(blocks), seed).values(0, len(blocks)):
+        block = blocks[number]
         if is_stream(block.path):
-            for text in _first_texts(Path(block.path), max_bytes // len(files), key, drawn):
-                taken += len(text.encode())
-                yield text
+            texts = _first_texts(Path(block.path), max_bytes // len(files), key, counts)
         elif block.is_json:
-            for text in drawn.take(read_documents(block, key, skip_bad=True)):
-                taken += len(text.encode())
-                yield text
+            texts = iter(counts.take(read_documents(block, key, skip_bad=True)))
         else:
+            # Plain text: a block counts as it is on disk, with the lines that it cuts.
+            counts.texts += 1
             taken += block.end - block.start
-            drawn.texts += 1
             yield _whole_lines(block)
+            texts = iter(())
+        for text in texts:
+            taken += len(text.encode())
+            yield text
         if taken >= max_bytes:
             return
 
 
-def _first_texts(path: Path, max_bytes: int, key: str, drawn: Drawn) -> Iterator[str]:
-    """Texts from the beginning of a file that cannot be read from the middle, about `max_bytes`."""
+def _cut_into_blocks(path: Path) -> list[Piece]:
+    """Cut a file into blocks of lines; one that cannot be read from the middle is one block."""
+    size = path.stat().st_size
+    step = max(1, size) if is_stream(path) else BLOCK_BYTES
+    return [Piece(str(path), start, min(start + step, size)) for start in range(0, size, step)]
+
+
+def _first_texts(path: Path, max_bytes: int, key: str, counts: SampleCounts) -> Iterator[str]:
+    """Give texts from a file that is read from its beginning only, about `max_bytes`."""
     taken = 0
     for piece in read_pieces(path, BLOCK_BYTES, key):
         if taken > max_bytes:
             return
         if piece.is_lines:
-            texts = drawn.take(read_documents(piece, key, skip_bad=True))
+            texts = counts.take(read_documents(piece, key, skip_bad=True))
         else:
-            drawn.texts += 1
-            texts = [
-                next(read_blocks(piece.path), (b"", 0))[0][:max_bytes].decode(
-                    "utf-8", errors="ignore"
-                )
-            ]
+            # One long document: its first block is enough.
+            counts.texts += 1
+            beginning, _ = next(read_blocks(piece.path), (b"", 0))
+            texts = [beginning[:max_bytes].decode("utf-8", errors="ignore")]
         taken += sum(len(text.encode()) for text in texts)
         yield from texts
 
 
 def _whole_lines(block: Piece) -> str:
-    """The lines inside a block of a text file; a line longer than the block is cut, a letter cut in
-    two dropped."""
+    """Read the lines inside a block of a text file.
+
+    A line longer than the block is cut; half a letter at a cut is left out.
+    """
     with open(block.path, "rb") as file:
         file.seek(block.start)
         data = file.read(block.end - block.start)
         is_last = not file.read(1)
+    # Lines that begin before the block, or end after it, are left out.
     if block.start and b"\n" in data:
         data = data[data.index(b"\n") + 1 :]
     if not is_last and b"\n" in data:
@@ -150,13 +154,14 @@ def train(texts: Iterator[str], vocab_size: int) -> bytes:
     import sentencepiece
 
     model = io.BytesIO()
-    # Without newlines: each then is the byte piece <0x0A>, as no merge crosses it.
+    # Without newlines: each then is the byte piece <0x0A>, since no merge crosses it.
     lines = (
         line[i : i + LONGEST_LINE]
         for text in texts
         for line in text.split("\n")
         for i in range(0, len(line), LONGEST_LINE)
     )
+    # Nothing is normalized, so that decoding gives the text back.
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines,
@@ -174,10 +179,11 @@ def train(texts: Iterator[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
+        # The last line says why; those before are its log.
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(
-            f"vocab_size = {vocab_size}: SentencePiece refuses it for this text ({reason}). Fix: more "
-            "text, or a vocabulary between 512 and what the text allows."
+            f"vocab_size = {vocab_size}: SentencePiece refuses it for this text ({reason}). "
+            "Fix: more text, or a vocabulary between 512 and what the text allows."
         ) from None
     return model.getvalue()
 
@@ -190,6 +196,19 @@ def is_sentencepiece(path: Path) -> bool:
         return sentencepiece.SentencePieceProcessor(model_file=str(path)).get_piece_size() > 0
     except (RuntimeError, OSError):
         return False
+
+
+def _check_output(arguments: Arguments, files: list[Path]) -> Path:
+    """Return the path of the model, without `..`; ValueError where it may not be written."""
+    path = Path(f"{arguments.output_prefix}.model")
+    inputs = [Input("--input", file) for file in files]
+    path = check_file("output_prefix", path, "SentencePiece", is_sentencepiece, inputs)
+    if path.exists() and not arguments.overwrite:
+        raise ValueError(
+            f"output_prefix = {arguments.output_prefix}: {path} exists already; what it encoded "
+            "cannot be decoded without it. Fix: give another prefix, or --overwrite."
+        )
+    return path
 
 
 def train_tokenizer(arguments: Arguments) -> str:
@@ -206,35 +225,32 @@ def train_tokenizer(arguments: Arguments) -> str:
         raise ValueError(
             f"max_bytes = {arguments.max_bytes}: must be at least 1. Fix: for example 20000000."
         )
+    # What is read, and what is not.
     found = find_files(arguments.input, arguments.extensions, plain_text=arguments.plain_text)
     for line in describe_left_out(found):
         print(f"left out: {line}", flush=True)
     ids = [str(file) for file in found.files if ending_of(file) == IDS_EXTENSION]
     if ids:
         raise ValueError(f"input = {ids[0]}: token ids, not text. Fix: remove it.")
-    path = Path(f"{arguments.output_prefix}.model")
-    inputs = [Input("--input", file) for file in found.files]
-    path = check_file("output_prefix", path, "SentencePiece", is_sentencepiece, inputs)
-    if path.exists() and not arguments.overwrite:
-        raise ValueError(
-            f"output_prefix = {arguments.output_prefix}: {path} exists already; what it encoded cannot be "
-            "decoded without it. Fix: give another prefix, or --overwrite."
-        )
+    path = _check_output(arguments, found.files)
+
+    # Texts are drawn while SentencePiece asks for them; the counts are right afterwards.
     key = arguments.json_keys[0]
-    drawn = Drawn()
-    texts = sample_texts(found.files, arguments.max_bytes, arguments.seed, key, drawn)
+    counts = SampleCounts()
+    texts = sample_texts(found.files, arguments.max_bytes, arguments.seed, key, counts)
     try:
         model = train(texts, arguments.vocab_size)
     except ValueError:
-        if drawn.texts:
+        if counts.texts:
             raise
         raise ValueError(
-            f"input = {' '.join(arguments.input)}: holds no text ({drawn.bad:,} lines or rows without "
-            f"text under {key!r}). Fix: --json-keys, or other inputs."
+            f"input = {' '.join(arguments.input)}: holds no text ({counts.bad:,} lines or rows "
+            f"without text under {key!r}). Fix: --json-keys, or other inputs."
         ) from None
-    if drawn.bad:
+    if counts.bad:
         print(
-            f"left out: {drawn.bad:,} lines or rows without text under {key!r} (tools.preprocess_data names them)",
+            f"left out: {counts.bad:,} lines or rows without text under {key!r} "
+            "(tools.preprocess_data names them)",
             flush=True,
         )
     path.parent.mkdir(parents=True, exist_ok=True)

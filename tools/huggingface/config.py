@@ -44,8 +44,8 @@ def read_config_file(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         found = "no config.json in it" if folder.is_dir() else "no such folder"
         raise ValueError(
-            f"hf = {folder}: {found}. Fix: give a folder with a model's files; names of the Hub are "
-            "not downloaded."
+            f"hf = {folder}: {found}. Fix: give a folder with a model's files; names of the Hub "
+            "are not downloaded."
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

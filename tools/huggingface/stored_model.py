@@ -52,6 +52,7 @@ def open_stored_model(root: str, step: int | None) -> StoredModel:
     # A folder may have been cut short by a copy: its checksums say so.
     refuse_damage(folder, verify_files(folder))
     config = read_config_yaml(str(folder / "config.yaml"))
+    # No weights yet: those are read a file at a time.
     return StoredModel(
         folder=folder,
         config=config,

@@ -61,6 +61,7 @@ def encode_tasks(job: Job, workers: int, tasks: Iterable[Task]) -> Iterator[tupl
     Raises:
         ValueError: a document that cannot be encoded, or a worker that died.
     """
+    # One worker is this process itself.
     if workers == 1:
         encoder = build_encoder(job)
         for task in tasks:
