@@ -286,7 +286,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     )  # processes take seconds to start
     assert "goes on after" in capsys.readouterr().out and outputs(tmp_path / "out") == expected
     assert {name: getattr(summary, name) for name in ("documents", "tokens", "empty", "bytes")} == {
-        name: undisturbed[name] for name in ("documents", "tokens", "empty", "bytes")
+        name: getattr(undisturbed, name) for name in ("documents", "tokens", "empty", "bytes")
     }
 
 
