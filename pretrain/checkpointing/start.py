@@ -42,7 +42,7 @@ def find_start(settings: CheckpointConfig) -> Start:
         found = find_published(settings.load, settings.ckpt_step)
         if found:
             reason = f"{'weights of' if settings.finetune else 'loading'} {found}"
-            return Start(found, settings.finetune, reason)
+            return Start(found, weights_only=settings.finetune, reason=reason)
         if settings.save and os.path.abspath(settings.load) == os.path.abspath(settings.save):
             return Start(None, reason="fresh weights (--load is the empty --save)")
         _refuse_huggingface("load", settings.load)
@@ -54,7 +54,7 @@ def find_start(settings: CheckpointConfig) -> Start:
     if settings.pretrained_checkpoint:
         found = find_published(settings.pretrained_checkpoint)
         if found:
-            return Start(found, True, f"weights of {found}")
+            return Start(found, weights_only=True, reason=f"weights of {found}")
         _refuse_huggingface("pretrained_checkpoint", settings.pretrained_checkpoint)
         raise ValueError(
             f"pretrained_checkpoint = {settings.pretrained_checkpoint}: no checkpoint is published "

@@ -140,7 +140,7 @@ def without_max(original):
 
 def last_microbatch_not_reduced(original):
     def mutated(module, strategy, is_last):
-        original(module, strategy, is_last)
+        original(module, strategy, is_last=is_last)
         module.set_requires_gradient_sync(not is_last)
 
     return mutated
