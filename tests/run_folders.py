@@ -209,6 +209,7 @@ def write_checkpoint(folder, step, tokens):
     (place / "manifest.json").write_text("{}")
     chosen = {
         NAMES[7]: {
+            "asked": {},
             "chosen": {"tensor_model_parallel_size": 2, "context_parallel_size": 64},
             "recompute_granularity": "full",
         }
