@@ -195,6 +195,7 @@ def read_batch(
     total = len(samples) * seq_length
     pieces = [(0, total)] if pieces is None else pieces
     located = [_Located.make(sample, seq_length) for sample in samples]
+    # Boundaries are global: every rank knows all sequences, and reads its own tokens.
     starts = [
         i * seq_length + sample.sequence_starts(document_masking=document_masking)
         for i, sample in enumerate(located)
@@ -235,6 +236,7 @@ def _read_pieces(
             targets += _read_part(located[i], first, last, rules, tokens[filled:], part)
             filled += last - first
     tokens = tokens[:size]
+    # By the input, and so only once all inputs are there.
     if rules.eod_mask_loss:
         labels[tokens == rules.eod] = IGNORE
         targets = int((labels != IGNORE).sum())
@@ -265,6 +267,7 @@ def _read_part(
     low = int(np.searchsorted(begins, first, side="right")) - 1
     high = int(np.searchsorted(begins, real_end, side="left"))
     documents, offsets, lengths, rests = (array[low:high].copy() for array in located.spans[:4])
+    # Cut them to what lies in [first, real_end).
     skipped = first - int(begins[low])
     left = int(begins[high]) - real_end
     offsets[0] += skipped
@@ -276,6 +279,7 @@ def _read_part(
     window = tokens[: int(lengths.sum() + inner.sum())]
     stream.reader.read_spans(documents, offsets, lengths + inner, window)
     rules.check_spans(stream, documents, lengths + inner, window)
+    # Without document masking the last token's label may lie in what follows.
     after = IGNORE
     if not rules.document_masking and rests[-1] == 0:
         after = _token_after(located, high)
@@ -301,6 +305,7 @@ def _token_after(located: _Located, span: int) -> int:
             spans.documents[one], spans.offsets[one], np.ones(1, dtype=np.int64), out
         )
         return int(out[0])
+    # Behind the sample: only the beginning of a document follows it, not the rest of one.
     following = located.sample.following
     if following < 0 or stream.document_start(following) != following:
         return IGNORE
@@ -366,42 +371,3 @@ def fill_positions(cu_seqlens, pieces, positions):
             filled += end - low
             low = end
             sequence += 1
-
-
-# ---------------------------------------------------------------- digest
-
-DIGEST_BITS = 40
-"""Bits of a digest, so that those of 8,192 ranks add up exactly in fp64."""
-
-
-def digest(batch: Batch, pieces: Sequence[tuple[int, int]], first: int) -> int:
-    """Hash the inputs and labels and their places in the global batch -> a number below 2^40.
-
-    The digests of all slices of a global batch, added modulo 2^40, are the same however it is cut
-    over ranks and microbatches.
-
-    Args:
-        pieces: ranges of the microbatch's tokens that `batch` holds.
-        first: place of the microbatch's first token in the global batch.
-    """
-    ranges = np.array(pieces, dtype=np.int64)
-    return int(_digest(batch.tokens.numpy(), batch.labels.numpy(), ranges, first))
-
-
-@numba.njit(nogil=True, cache=True)
-def _digest(tokens, labels, pieces, first):
-    total = numba.uint64(0)
-    read = 0
-    for i in range(len(pieces)):
-        for place in range(first + pieces[i, 0], first + pieces[i, 1]):
-            # A place's weight: the mixing step of SplitMix64 (Steele, Lea, Flood 2014).
-            weight = numba.uint64(place + 1) * numba.uint64(0x9E3779B97F4A7C15)
-            weight = (weight ^ (weight >> numba.uint64(30))) * numba.uint64(0xBF58476D1CE4E5B9)
-            weight = (weight ^ (weight >> numba.uint64(27))) * numba.uint64(0x94D049BB133111EB)
-            weight ^= weight >> numba.uint64(31)
-            # Labels have a weight of their own, or swapping one with a token would not show.
-            label_weight = weight ^ numba.uint64(0x9E3779B97F4A7C15)
-            total += weight * numba.uint64(tokens[read] + 1)
-            total += label_weight * numba.uint64(labels[read] + 1 - IGNORE)
-            read += 1
-    return total & numba.uint64((1 << DIGEST_BITS) - 1)

@@ -1,6 +1,8 @@
 """Settings of the data: which tokens, through which tokenizer, cut into which documents."""
 
+import math
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,6 +23,8 @@ TokenizerType = Literal[
 
 @dataclass(kw_only=True)
 class DataConfig:
+    """Settings of a run's data; each field is a YAML key and a flag."""
+
     data_path: list[str] = field(
         default_factory=list, metadata=dict(per_phase=True, resume="effect", is_path=True)
     )
@@ -81,28 +85,34 @@ class DataConfig:
     """Train on seeded synthetic documents; reads no files and needs --vocab-size."""
 
     def validate(self) -> list[str]:
-        """All problems that show without touching the disk, as `name = value: rule. Fix: ...`."""
+        """List all problems that show without touching the disk: `name = value: rule. Fix: ...`."""
+        # Sources, tokenizer, then what depends on both.
         problems = self._path_problems() + self._tokenizer_problems()
         if self.data_path or self.mock_data:
             problems += _problems_of(lambda: parse_split(self.split))
+        # Megatron-LM's two spellings are accepted, and may not say something else.
         for name in ("reset_position_ids", "reset_attention_mask"):
             value = getattr(self, name)
             if value is not None and value != self.document_masking:
                 problems.append(
-                    f"{name} = {value}: must agree with document_masking = {self.document_masking}. "
-                    f"Fix: leave it out, or give --{'' if value else 'no-'}document-masking."
+                    f"{name} = {value}: must agree with document_masking = "
+                    f"{self.document_masking}. Fix: leave it out, or give "
+                    f"--{'' if value else 'no-'}document-masking."
                 )
         return problems
 
     def _path_problems(self) -> list[str]:
+        """List what is wrong with the sources of training and validation data."""
         problems = []
         names = ("data_path", "train_data_path", "valid_data_path")
         given = [name for name in names if getattr(self, name)]
+        # `NAME=PREFIX` validation sets are no blend; they are checked when they are opened.
         for name in given:
             words = getattr(self, name)
             if name != "valid_data_path" or not are_named(words):
                 problems += _problems_of(lambda n=name, w=words: parse_blend(w, n))
         problems += _problems_of(lambda: parse_windows(self.skip_data))
+        # Exactly one of mock_data, data_path and train_data_path says what is trained on.
         if self.mock_data:
             return problems + [
                 f"{name} = {' '.join(getattr(self, name))}: cannot be combined with mock_data. "
@@ -116,36 +126,36 @@ class DataConfig:
             )
         if self.data_path and self.train_data_path:
             problems.append(
-                f"train_data_path = {' '.join(self.train_data_path)}: cannot be combined with data_path, "
-                "which is split. Fix: one of them."
+                f"train_data_path = {' '.join(self.train_data_path)}: cannot be combined with "
+                "data_path, which is split. Fix: one of them."
             )
-        if (
-            self.data_path
-            and self.valid_data_path
-            and _problems_of(lambda: parse_split(self.split)) == []
-            and (parse_split(self.split)[1] > 0)
-        ):
+        # Validation sets come from a split or from files of their own, not from both.
+        split_is_sound = not _problems_of(lambda: parse_split(self.split))
+        makes_validation = split_is_sound and parse_split(self.split)[1] > 0
+        if self.data_path and self.valid_data_path and makes_validation:
             problems.append(
                 f"valid_data_path = {' '.join(self.valid_data_path)}: split = {self.split} makes "
-                "validation sets, too. Fix: --train-data-path instead of --data-path, or a --split whose "
-                "second share is 0."
+                "validation sets, too. Fix: --train-data-path instead of --data-path, or a --split "
+                "whose second share is 0."
             )
         return problems
 
     def _tokenizer_problems(self) -> list[str]:
+        """List what is wrong with the tokenizer and the size of its vocabulary."""
         problems = []
-        if self.tokenizer_ids_from is not None and (
-            self.mock_data or self.tokenizer_type != "HuggingFaceTokenizer"
-        ):
+        # Only a Hugging Face folder has two definitions to choose from.
+        has_two_definitions = not self.mock_data and self.tokenizer_type == "HuggingFaceTokenizer"
+        if self.tokenizer_ids_from is not None and not has_two_definitions:
             kind = "mock_data" if self.mock_data else f"tokenizer_type = {self.tokenizer_type}"
             problems.append(
-                f"tokenizer_ids_from = {self.tokenizer_ids_from}: has no effect with {kind}. Fix: remove "
-                "it."
+                f"tokenizer_ids_from = {self.tokenizer_ids_from}: has no effect with {kind}. Fix: "
+                "remove it."
             )
         if self.mock_data:
             if self.vocab_size is None:
                 problems.append(
-                    "vocab_size = None: must be given for mock_data. Fix: for example --vocab-size 1024."
+                    "vocab_size = None: must be given for mock_data. Fix: for example --vocab-size "
+                    "1024."
                 )
             if self.eod_mask_loss:
                 problems.append(
@@ -158,14 +168,15 @@ class DataConfig:
                 )
         elif not self.tokenizer_model:
             problems.append(
-                f"tokenizer_model = {self.tokenizer_model}: must be given for {self.tokenizer_type}. "
-                "Fix: give --tokenizer-model."
+                f"tokenizer_model = {self.tokenizer_model}: must be given for "
+                f"{self.tokenizer_type}. Fix: give --tokenizer-model."
             )
         return problems
 
 
 def parse_split(split: str) -> tuple[float, float, float]:
-    """Megatron's `969,30,1` -> shares of train, valid and test that sum to 1; missing ones are 0.
+    """Read Megatron's `969,30,1` -> shares of train, valid and test that sum to 1; missing ones are
+    0.
 
     Raises:
         ValueError: not one to three numbers >= 0 with a train share above 0.
@@ -174,26 +185,25 @@ def parse_split(split: str) -> tuple[float, float, float]:
         weights = [float(part) for part in split.split(",")]
     except ValueError:
         weights = []
-    if (
-        not 1 <= len(weights) <= 3
-        or not all(0 <= weight < float("inf") for weight in weights)
-        or weights[0] == 0
-    ):
+    are_weights = all(0 <= weight < math.inf for weight in weights)
+    if not 1 <= len(weights) <= 3 or not are_weights or weights[0] == 0:
         raise ValueError(
-            f"split = {split}: must be one to three numbers >= 0 (train, valid, test), train above 0. "
-            "Fix: for example 969,30,1."
+            f"split = {split}: must be one to three numbers >= 0 (train, valid, test), train above "
+            "0. Fix: for example 969,30,1."
         )
+    # Any sum is fine: the shares are what is left after dividing by it.
     weights += [0.0] * (3 - len(weights))
     train, valid, test = (weight / sum(weights) for weight in weights)
     return train, valid, test
 
 
 def parse_windows(words: list[str]) -> list[tuple[int, int]]:
-    """`START:END` windows of the clock -> sorted (start, end).
+    """Read `START:END` windows of the clock -> sorted (start, end).
 
     Raises:
         ValueError: not a window of at least one token, or two overlap.
     """
+    # Each word by itself, then all of them beside each other.
     windows = []
     for word in words:
         parts = word.split(":")
@@ -203,10 +213,11 @@ def parse_windows(words: list[str]) -> list[tuple[int, int]]:
             raise ValueError(f"skip_data = {word}: {error}. Fix: for example 120B:121B.") from None
         if end <= start:
             raise ValueError(
-                f"skip_data = {word}: must be START:END in tokens, END above START. Fix: for example "
-                "120B:121B."
+                f"skip_data = {word}: must be START:END in tokens, END above START. Fix: for "
+                "example 120B:121B."
             )
         windows.append((start, end))
+    # Windows that overlap would pass over more than either says.
     windows.sort()
     for (_, end), (start, _) in zip(windows, windows[1:], strict=False):
         if start < end:
@@ -214,14 +225,15 @@ def parse_windows(words: list[str]) -> list[tuple[int, int]]:
     return windows
 
 
-def are_named(words: list[str]) -> bool:
+def are_named(words: Sequence[str]) -> bool:
     """Are these `NAME=PREFIX` validation sets? A path that has a "=" further on is none."""
     return all(re.fullmatch(r"[^/=]+=.+", word) for word in words)
 
 
-def _problems_of(make) -> list[str]:
+def _problems_of(check: Callable[[], object]) -> list[str]:
+    """List the lines of the ValueError that a check raises; none where it passes."""
     try:
-        make()
+        check()
     except ValueError as error:
         return str(error).splitlines()
     return []

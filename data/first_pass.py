@@ -13,11 +13,11 @@ from data.stream import DocumentStream
 
 
 class FirstPass:
-    """Streams, mixed by their weights, up to the end of each stream's first epoch.
+    """Mixes streams by their weights, up to the end of each stream's first epoch.
 
     A stream's last sample is padded, where another epoch would follow in training, and behind the
-    last sample of all come empty ones. A set that is smaller than a batch, or than one sample, so
-    counts each of its documents once.
+    last sample of all come empty ones. So also a set that is smaller than a batch, or than one
+    sample, counts each of its documents once.
     """
 
     def __init__(self, blend: Sequence[tuple[float, DocumentStream]], seq_length: int):
@@ -32,24 +32,26 @@ class FirstPass:
         self.num_samples = sum(limits)
 
     def samples(self, numbers: Sequence[int]) -> list[Sample]:
-        """The samples of these numbers."""
+        """List the samples of these numbers; those behind the last one are empty."""
         first = min(numbers)
         last = min(max(numbers) + 1, self.num_samples)
         count = max(0, last - first)
-        sources: list[int] = []
-        places: list[int] = []
-        if count:
-            sources, places = (array.tolist() for array in self._order.draw(first, count))
+        empty = Sample(self.streams[0], np.empty((0, 2), dtype=np.int64))
+        if not count:
+            return [empty] * len(numbers)
+        sources, places = self._order.draw(first, count)
         return [
-            self._sample(sources[number - first], places[number - first])
+            self._sample(int(sources[number - first]), int(places[number - first]))
             if number < last
-            else Sample(self.streams[0], np.empty((0, 2), dtype=np.int64))
+            else empty
             for number in numbers
         ]
 
     def _sample(self, source: int, place: int) -> Sample:
+        """Give a source's own sample `place`, without what lies beyond its first epoch."""
         sample = self._packers[source].sample(place)
         end = sample.stream.tokens_per_epoch
+        # A sample of `concat` reads on into the next epoch: that part becomes padding.
         intervals = sample.intervals.copy()
         intervals[:, 1] = np.minimum(intervals[:, 1], end - intervals[:, 0])
         following = sample.following if sample.following < end else -1

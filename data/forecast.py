@@ -16,7 +16,7 @@ class Forecast:
     phase: str
     source: str
     share: float
-    """Of the phase's tokens."""
+    """Share of the phase's tokens."""
     samples: int
     tokens: int
     epoch_tokens: int
@@ -40,10 +40,12 @@ def forecast(
     """
     entries = []
     places = _places_now(ledger, clock)
+    # Phase after phase: the places at the end of one are where the next begins.
     for phase, end, settings in phases:
         for _, name in settings.blend:
             if name not in places:
                 places[name] = Place(ledger.place(name).tokens_read)
+        # As `concat`, which finds any place by arithmetic.
         mixture = Mixture(replace(settings, packing="concat"), ledger.streams, places)
         samples = -(-(end - clock) // settings.seq_length)
         if settings.packing == "concat":  # best_fit is checked when its phase begins

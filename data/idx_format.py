@@ -1,4 +1,4 @@
-"""The format of token files: PREFIX.bin and PREFIX.idx as in Megatron-Core's IndexedDataset, and our
+"""The format of token files: PREFIX.bin and .idx as in Megatron-Core's IndexedDataset, and our
 PREFIX.json beside them.
 
 Format (megatron/core/datasets/indexed_dataset.py), little-endian: .bin holds the token ids of all
@@ -54,7 +54,7 @@ class _Header(NamedTuple):
     """Numbers at the head of .idx, and where its tables begin, in bytes."""
 
     code: int
-    """Of the dtype."""
+    """Code of the dtype."""
     sequences: int
     indices: int
     """Documents + 1."""
@@ -75,7 +75,7 @@ class Index:
     """What .idx says, checked, of a .bin of the right size."""
 
     dtype: type[np.integer]
-    """Of the tokens in .bin."""
+    """Dtype of the tokens in .bin."""
     document_lengths: np.ndarray
     """Tokens: int32 [documents], int64 where one is longer."""
     num_sequences: int
@@ -99,6 +99,7 @@ def read_index(prefix: str) -> Index:
     header = _read_header(idx)
     dtype = DTYPES[header.code]
     itemsize = np.dtype(dtype).itemsize
+    # The checksum covers what .idx says, not how: the offsets follow from the lengths.
     digest = xxhash.xxh3_128(
         HEADER.pack(MAGIC, VERSION, header.code, header.sequences, header.indices)
     )
@@ -115,10 +116,11 @@ def read_index(prefix: str) -> Index:
             )
     found = bin_file.stat().st_size
     if found != end:
+        # A copy that stopped, or the files of two corpora beside each other.
         fault = "truncated" if found < end else "too long"
         raise ValueError(
-            f"{bin_file}: {found:,} bytes, but {idx.name} describes {end:,}: {fault}, or of another "
-            "corpus. Fix: copy both files again, or make them again."
+            f"{bin_file}: {found:,} bytes, but {idx.name} describes {end:,}: {fault}, or of "
+            "another corpus. Fix: copy both files again, or make them again."
         )
     documents = _document_lengths(idx, lengths, header, digest)
     return Index(
@@ -159,6 +161,7 @@ def _read_header(idx: Path) -> _Header:
         magic, version, code, sequences, indices = HEADER.unpack(
             file.read(HEADER.size).ljust(HEADER.size, b"\0")
         )
+    # Any of these means another program's file, or half a copy.
     if magic != MAGIC or version != VERSION:
         raise ValueError(
             f"{idx}: not an index of version {VERSION}. Fix: make it with tools.preprocess_data or "
@@ -174,8 +177,8 @@ def _read_header(idx: Path) -> _Header:
     # Multimodal files have a byte more per sequence.
     if size not in (plain, plain + sequences):
         raise ValueError(
-            f"{idx}: {size:,} bytes, but its header asks for {plain:,}: it is damaged. Fix: copy or "
-            "make it again."
+            f"{idx}: {size:,} bytes, but its header asks for {plain:,}: it is damaged. Fix: copy "
+            "or make it again."
         )
     if indices < 2:
         raise ValueError(
@@ -221,6 +224,7 @@ def _document_lengths(
     if one_each:
         return lengths
     # Second pass: sums over each document's sequences.
+    # (Blocks again: the table may be larger than memory should hold.)
     sums = []
     before = 0
     for first, numbers in _blocks(idx, header.indices_start, header.indices):
@@ -271,7 +275,7 @@ def describe_one_token_documents(count: int, documents: int) -> str:
     """Say what `count` documents of one token, out of `documents`, mean for training."""
     if count == documents:
         return (
-            "warning: every document has one token, so that none has a target with document masking: a "
-            "run would learn nothing. Fix: --append-eod, or longer documents."
+            "warning: every document has one token, so that none has a target with document "
+            "masking: a run would learn nothing. Fix: --append-eod, or longer documents."
         )
     return f"{count:,} documents have one token, and no target with document masking"

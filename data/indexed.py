@@ -24,7 +24,7 @@ class _Maps(NamedTuple):
     tokens: np.ndarray
     """[tokens]"""
     pointers: np.ndarray
-    """uint8 [sequences, 8]: int64 byte offsets in .bin; as bytes, since .idx does not align them."""
+    """uint8 [sequences, 8]: int64 byte offsets in .bin, as bytes: .idx does not align them."""
     first_sequences: np.ndarray
     """uint8 [documents + 1, 8]: int64 first sequence of each document, as bytes too."""
 
@@ -43,6 +43,7 @@ class OpenFiles:
 
     def maps_of(self, reader: "IndexedReader") -> _Maps:
         """Give a reader's maps, opening them where they are not open."""
+        # The dict is in the order of use: the first is the one not used for longest.
         with self._lock:
             if reader not in self._maps:
                 while len(self._maps) >= self.limit:
@@ -99,6 +100,7 @@ class IndexedReader:
         if self.num_tokens:  # an empty file cannot be mapped
             tokens = np.memmap(f"{self.prefix}.bin", dtype=self.dtype, mode="r").view(np.ndarray)
         table = np.memmap(f"{self.prefix}.idx", dtype=np.uint8, mode="r").view(np.ndarray)
+        # Behind the lengths lie the sequences' offsets, then the documents' first sequences.
         start = HEADER.size + 4 * self._num_sequences
         middle = start + 8 * self._num_sequences
         end = start + 8 * (self._num_sequences + self.num_documents + 1)
@@ -145,6 +147,7 @@ class IndexedReader:
         tokens = self._files.maps_of(self).tokens
         low = 0
         high = -1
+        # Ids below 0 are found too: a foreign file may have them.
         block = COPY_BYTES // tokens.itemsize
         for start in range(0, self.num_tokens, block):
             part = tokens[start : start + block]
@@ -159,6 +162,7 @@ class IndexedReader:
         not prove that all of .bin is the same.
         """
         if not self._identity:
+            # The first block begins the file, the last one ends it.
             digest = xxhash.xxh3_128(self._index_checksum.encode())
             with open(f"{self.prefix}.bin", "rb") as file:
                 size = os.fstat(file.fileno()).st_size

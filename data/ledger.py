@@ -46,8 +46,8 @@ class StoredLedger:
         """
         if "segments" not in stored:
             raise ValueError(
-                "the checkpoint's account of its data is of an earlier version. Fix: start a new run from "
-                "its weights with --finetune and a new --save."
+                "the checkpoint's account of its data is of an earlier version. Fix: start a new "
+                "run from its weights with --finetune and a new --save."
             )
         return StoredLedger(
             stored["sources"], [read_segment(entry) for entry in stored["segments"]]
@@ -94,6 +94,7 @@ class Ledger:
         self._open: OpenSegment | None = None
         self._sources: dict[str, dict[str, Any]] = {}
         self._mixture: Mixture | None = None
+        # What was drawn before stays, under the names that its sources have now.
         if stored:
             account = StoredLedger.from_json(stored)
             names = _match(
@@ -133,6 +134,7 @@ class Ledger:
 
     def enter(self, clock: int, phase: str, settings: DataSettings) -> None:
         """Draw by `settings` from `clock` on, in a new segment unless the open one has the same."""
+        # The same settings go on in the same segment.
         if self._open is not None:
             if (self._open.phase, self._open.settings) == (phase, settings):
                 return
@@ -205,6 +207,7 @@ class Ledger:
 
     def place(self, name: str) -> Place:
         """Find what of a source is unread after the closed segments."""
+        # Each segment begins where the one before it left the source.
         place = Place()
         for segment in self._closed:
             drawn = segment.drawn.get(name)
@@ -221,6 +224,7 @@ class Ledger:
 
     def places_at(self, clock: int) -> dict[str, Place]:
         """Find what of each source is unread at `clock`, in the open segment."""
+        # Sources of the open segment stand where it left them, others where the closed ones did.
         drawn = {
             name: packer.after(count)
             for name, packer, count in self.mixture().counts(self.samples_at(clock))
@@ -279,6 +283,7 @@ class Ledger:
     def to_json(self, clock: int) -> dict[str, Any]:
         """Return what a checkpoint at `clock` stores."""
         saved = Saved(clock=clock, drawn=self.drawn_so_far(clock))
+        # The account repeats what the segments say, for people and for the report.
         segments = [*self._closed, replace(self.open, saved=saved)]
         return {
             "sources": self._sources,

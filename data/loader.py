@@ -1,9 +1,11 @@
-"""The microbatches of a step as a pure function of the clock."""
+"""The microbatches of a step: a pure function of the clock, the tokens consumed before it."""
 
 from concurrent.futures import Future
+from functools import partial
 from threading import Thread
 
-from data.batch import Batch, digest, read_batch
+from data.batch import Batch, read_batch
+from data.digest import digest
 from data.first_pass import FirstPass
 from data.mixture import Mixture
 
@@ -43,41 +45,44 @@ class Loader:
             dp_size.
         """
         seq_length = mixture.settings.seq_length
+        # Tokens of one microbatch on each data rank: the least global batch.
         unit = seq_length * micro_batch_size * dp_size
+        below = global_batch_tokens // unit
         if global_batch_tokens < 1 or global_batch_tokens % unit:
             raise ValueError(
                 f"global_batch_tokens = {global_batch_tokens}: must be a multiple of seq_length x "
-                f"micro_batch_size x data-parallel size = {seq_length} x {micro_batch_size} x {dp_size} = "
-                f"{unit}. Fix: {max(1, global_batch_tokens // unit) * unit} or "
-                f"{(global_batch_tokens // unit + 1) * unit}."
+                f"micro_batch_size x data-parallel size = {seq_length} x {micro_batch_size} x "
+                f"{dp_size} = {unit}. Fix: {max(1, below) * unit} or {(below + 1) * unit}."
             )
         self.mixture = mixture
         self.start = start
         self.seq_length = seq_length
         self.micro_batch_size = micro_batch_size
         self.global_batch_tokens = global_batch_tokens
-        self.num_microbatches = global_batch_tokens // unit
+        self.num_microbatches = below
         self.dp_rank = dp_rank
         self.dp_size = dp_size
         self.prefetch = prefetch
         self.document_masking = document_masking
         self.pieces = [(0, micro_batch_size * seq_length)] if pieces is None else pieces
-        self._slice = {
-            "seq_length": seq_length,
-            "pieces": self.pieces,
-            "document_masking": document_masking,
-            "eod": eod,
-            "eod_mask_loss": eod_mask_loss,
-            "vocab_size": vocab_size,
-        }
+        self._read_microbatch = partial(
+            read_batch,
+            seq_length=seq_length,
+            pieces=self.pieces,
+            document_masking=document_masking,
+            eod=eod,
+            eod_mask_loss=eod_mask_loss,
+            vocab_size=vocab_size,
+        )
         self._next: tuple[int, Future] | None = None
 
     def read(self, clock: int) -> list[Batch]:
-        """The microbatches of the step that begins at `clock`, in order.
+        """Read the microbatches of the step that begins at `clock`, in order.
 
         Raises:
             ValueError: a token id is too large (see `read_batch`).
         """
+        # Usually the step that was read ahead; after a skipped window another one.
         expected = self._next
         self._next = None
         if expected and expected[0] == clock:
@@ -89,19 +94,23 @@ class Loader:
         return batches
 
     def _read(self, clock: int) -> list[Batch]:
+        """Read the microbatches of a step now."""
         number, rest = divmod(clock - self.start, self.seq_length)
         assert number >= 0 and rest == 0, (clock, self.start, self.seq_length)
+        # The first sample of each of this data rank's microbatches.
         firsts = [
             number + (j * self.dp_size + self.dp_rank) * self.micro_batch_size
             for j in range(self.num_microbatches)
         ]
+        # All samples of the step at once: finding their sources takes one pass.
         samples = self.mixture.samples(
             [first + i for first in firsts for i in range(self.micro_batch_size)]
         )
         batches = [
-            read_batch(samples[at : at + self.micro_batch_size], **self._slice)
-            for at in range(0, len(samples), self.micro_batch_size)
+            self._read_microbatch(samples[begin : begin + self.micro_batch_size])
+            for begin in range(0, len(samples), self.micro_batch_size)
         ]
+        # What metrics.jsonl keeps of the data, to be audited later.
         for batch, first in zip(batches, firsts, strict=True):
             batch.digest = digest(batch, self.pieces, (first - number) * self.seq_length)
         return batches

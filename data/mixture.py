@@ -57,6 +57,7 @@ class Mixture:
                 name: packer.fill() for name, packer in zip(self.names, self.packers, strict=True)
             }
         self.fills = fills or dict.fromkeys(self.names, 1.0)
+        # Under "stop" a source that ends is left out; under "error" `check` refuses instead.
         self.order = BlendOrder(
             [weight / self.fills[name] for weight, name in settings.blend],
             self.limits if settings.exhausted == "stop" else [None] * len(self.limits),
@@ -68,11 +69,12 @@ class Mixture:
         if samples > self.order.samples:
             raise ValueError(
                 f"data_exhausted = stop: the sources have {self.order.samples:,} samples of "
-                f"{self.settings.seq_length:,} tokens left, {samples:,} are to be drawn. Fix: fewer "
-                "tokens, more data, or --data-exhausted repeat."
+                f"{self.settings.seq_length:,} tokens left, {samples:,} are to be drawn. Fix: "
+                "fewer tokens, more data, or --data-exhausted repeat."
             )
         if self.settings.exhausted != "error":
             return
+        # Under "error" no source may be asked for more than it has.
         counts = self.order.counts(samples).tolist()
         short = [
             f"{name} has {limit:,} samples left, {count:,} are to be drawn"
@@ -81,13 +83,15 @@ class Mixture:
         ]
         if short:
             raise ValueError(
-                f"data_exhausted = error: {'; '.join(short)} (of {self.settings.seq_length:,} tokens "
-                "each). Fix: fewer tokens, more data, other weights, or --data-exhausted repeat."
+                f"data_exhausted = error: {'; '.join(short)} (of "
+                f"{self.settings.seq_length:,} tokens each). Fix: fewer tokens, more "
+                "data, other weights, or --data-exhausted repeat."
             )
 
     def samples(self, numbers: Sequence[int]) -> list[Sample]:
         """List the samples of these numbers."""
         with self._lock:
+            # The order is drawn once for the whole range, then each sample from its source.
             first = min(numbers)
             sources, places = self.order.draw(first, max(numbers) + 1 - first)
             return [

@@ -14,6 +14,9 @@ from data.packing.place import Mark
 Value = TypeVar("Value")
 
 
+# ---------------------------------------------------------------- what a segment keeps and draws
+
+
 @dataclass(frozen=True)
 class DataSettings:
     """What a segment keeps fixed."""
@@ -27,6 +30,7 @@ class DataSettings:
 
     @staticmethod
     def from_json(stored: dict[str, Any]) -> "DataSettings":
+        # JSON has no tuples, and settings are compared.
         blend = tuple((weight, name) for weight, name in stored["blend"])
         return DataSettings(stored["seq_length"], blend, stored["packing"], stored["exhausted"])
 
@@ -76,6 +80,9 @@ class Drawn:
 DrawnBySource = dict[str, Drawn]
 
 
+# ---------------------------------------------------------------- segments
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Segment:
     """What open and closed segments have in common."""
@@ -94,6 +101,7 @@ class _Segment:
 
     def renamed(self, names: dict[str, str]) -> Self:
         """Return the same with other names of sources; names: name now -> new name."""
+        # Everything that is kept by the name of a source.
         fills = None if self.fills is None else _rename_keys(self.fills, names)
         return replace(self, settings=self.settings.renamed(names), fills=fills)
 
@@ -168,6 +176,8 @@ class ClosedSegment(_Segment):
         return replace(super().renamed(names), drawn=_rename_keys(self.drawn, names))
 
 
+# ---------------------------------------------------------------- as JSON
+
 Segment = OpenSegment | ClosedSegment
 
 
@@ -186,6 +196,7 @@ def read_segment(stored: dict[str, Any]) -> Segment:
             drawn=_drawn_from_json(stored["drawn"]),
             skipped_until=stored.get("skipped_until"),
         )
+    # An open segment is stored with what it had drawn at the save.
     saved = None
     if "so_far" in stored:
         saved = Saved(clock=stored["at"], drawn=_drawn_from_json(stored["so_far"]))
@@ -205,4 +216,5 @@ def _drawn_to_json(drawn: DrawnBySource) -> dict[str, dict[str, Any]]:
 
 
 def _rename_keys(by_name: dict[str, Value], names: dict[str, str]) -> dict[str, Value]:
+    # Names that are not listed stay.
     return {names.get(name, name): value for name, value in by_name.items()}

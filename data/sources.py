@@ -1,5 +1,5 @@
-"""Opening the data of a run: each source as a stream, the split into train and valid, the
-validation sets."""
+"""The data of a run, opened: each source as a stream, cut into train and valid, and the validation
+sets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,48 +9,61 @@ import numpy as np
 
 from data.blend import SourceName, parse_blend
 from data.cache import IndexCache
-from data.config import DataConfig, are_named, parse_split
+from data.config import DataConfig, Exhausted, Packing, are_named, parse_split
+from data.document_split import SPLITS, split_documents
 from data.idx_format import read_side_file
 from data.indexed import IndexedReader, OpenFiles
 from data.segments import DataSettings
-from data.stream import SPLITS, DocumentStream, split_documents
+from data.stream import DocumentStream
 from data.synthetic import SyntheticReader
 from data.tokenizers.identity import same_tokenizer
 
 SCANNED_BYTES = 1 << 30
-"""A .bin up to this size is scanned for ids that are too large at the start; a larger one as it is
-read."""
+"""Largest .bin that is scanned for ids beyond the vocabulary at the start; a larger one is checked
+as it is read."""
 NAMED_SPLITS = 16
-"""Up to so many sources each have a validation set of their own under --split; more are blended
-into one."""
+"""Most sources that each have a validation set of their own under --split; more are blended into
+one."""
 MOCK = "mock data"
+"""Name of the source of --mock-data."""
 
 Blend = list[tuple[float, DocumentStream]]
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """train: source name -> its training documents. validation: name of the set -> its blend."""
+    """The data of a run, open."""
 
     train: dict[str, DocumentStream]
+    """Name of a source -> its training documents."""
     validation: dict[str, Blend]
+    """Name of a validation set -> its blend."""
     empty: dict[str, int] = field(default_factory=dict)
     """Prefix -> documents without a token, which are never drawn; only those that have some."""
 
     def settings(
-        self, seq_length: int, words: Sequence[str], field: str, packing, exhausted
+        self,
+        seq_length: int,
+        words: Sequence[str],
+        field: str,
+        packing: Packing,
+        exhausted: Exhausted,
     ) -> DataSettings:
-        """The settings of a segment that draws from `words`; sources without weights count by their
-        tokens."""
+        """Make the settings of a segment that draws from `words`, without any from mock data.
+
+        Args:
+            field: the setting that gives `words`, for messages.
+        """
         entries = parse_blend(words, field) if words else [(1.0, SourceName(MOCK))]
         blend = tuple(
-            (
-                float(self.train[str(source)].tokens_per_epoch if weight is None else weight),
-                str(source),
-            )
-            for weight, source in entries
+            (_weight(weight, self.train[str(source)]), str(source)) for weight, source in entries
         )
         return DataSettings(seq_length, blend, packing, exhausted)
+
+
+def _weight(given: float | None, stream: DocumentStream) -> float:
+    """Weigh a source as given, or by its tokens."""
+    return float(stream.tokens_per_epoch if given is None else given)
 
 
 def open_corpus(
@@ -72,6 +85,7 @@ def open_corpus(
             to train on; or validation data is also trained on.
     """
     opener = _Opener(config, seed, vocab_size, tokenizer)
+    # Mock data is one source, split like any other.
     if config.mock_data:
         parts = opener.split(SyntheticReader(vocab_size, seed), SourceName(MOCK))
         valid = {"valid": [(1.0, parts["valid"])]} if "valid" in parts else {}
@@ -79,15 +93,17 @@ def open_corpus(
     train: dict[str, DocumentStream] = {}
     valid_parts: list[tuple[float | None, SourceName, DocumentStream]] = []
     is_split = not config.train_data_path
+    # The sources of all blends, each opened once, in the order in which they are named.
     own = config.data_path or config.train_data_path
     for words in (own, *phase_blends):
         for weight, source in parse_blend(words, "data_path"):
             if str(source) in train:
                 continue
-            parts = opener.split(opener.reader(source.prefix), source, is_split)
+            parts = opener.split(opener.reader(source.prefix), source, is_split=is_split)
             if "train" not in parts:
                 raise ValueError(
-                    f"{source}: has no document to train on. Fix: another split or range of lengths."
+                    f"{source}: has no document to train on. Fix: another split or range of "
+                    "lengths."
                 )
             train[str(source)] = parts["train"]
             if "valid" in parts:
@@ -107,25 +123,29 @@ class _Opener:
         self.seed = seed
         self.vocab_size = vocab_size
         self.tokenizer = tokenizer
-        self.cache, self.files = IndexCache(config.data_cache_path), OpenFiles()
-        self._readers: dict[str, IndexedReader] = {}
+        self.cache = IndexCache(config.data_cache_path)
+        self.files = OpenFiles()
         self.empty: dict[str, int] = {}
+        """Prefix -> documents without a token; only those that have some."""
+        self._readers: dict[str, IndexedReader] = {}
 
     def reader(self, prefix: str) -> IndexedReader:
+        """Give the reader of a prefix, which is opened and checked the first time."""
         if prefix not in self._readers:
             reader = self._readers[prefix] = self._open(prefix)
+            # Counted here, as they are said once per corpus and not per source.
             if empty := reader.num_documents - int(np.count_nonzero(reader.document_lengths)):
                 self.empty[prefix] = empty
         return self._readers[prefix]
 
     def split(
-        self, reader: IndexedReader | SyntheticReader, source: SourceName, is_split: bool = True
+        self, reader: IndexedReader | SyntheticReader, source: SourceName, *, is_split: bool = True
     ) -> dict[str, DocumentStream]:
-        """Split name -> stream of the source's documents, "train" and "valid" as far as they have
-        any."""
+        """Cut a source's documents into streams: "train" and "valid", as far as they have any."""
         split = self.config.split if is_split else "1"
         if parse_split(split)[0] == 1 and source == SourceName(source.prefix):
             return {"train": DocumentStream(reader, None, self.seed, self.cache)}
+        # Which documents are whose depends on all of this, and is kept in the cache.
         key = {
             "what": "documents",
             "split": split,
@@ -145,8 +165,10 @@ class _Opener:
                 )
         return streams
 
-    def _select(self, reader, source: SourceName, split: str) -> dict[str, np.ndarray]:
-        """Documents of each split that have a token and a length in the source's range."""
+    def _select(
+        self, reader: IndexedReader | SyntheticReader, source: SourceName, split: str
+    ) -> dict[str, np.ndarray]:
+        """List the documents of each split that have a token and a length in the source's range."""
         lengths = reader.document_lengths
         # Empty documents would take seats in a split without giving it a token.
         full = np.flatnonzero(lengths) if int(lengths.min()) == 0 else None
@@ -155,6 +177,7 @@ class _Opener:
             raise ValueError(
                 f"{reader.prefix}: no document has a token. Fix: give a corpus that is not empty."
             )
+        # Split first: a document is in the same split whatever range of lengths is named.
         parts = split_documents(count, split, self.seed)
         if full is not None:
             parts = {name: full[part] for name, part in parts.items()}
@@ -167,28 +190,35 @@ class _Opener:
         return {name: parts[name] for name in SPLITS[:2]}
 
     def _open(self, prefix: str) -> IndexedReader:
-        """Open a pair; check its tokenizer, and its ids where that is cheap: by a scan, its dtype
-        or its side file."""
+        """Open a pair; check its tokenizer, and its ids where that is cheap.
+
+        Raises:
+            ValueError: it is damaged, made with another tokenizer, or holds ids outside the
+                vocabulary.
+        """
         reader = IndexedReader(prefix, self.files)
+        # A .json that was left from another corpus says nothing.
         side = read_side_file(prefix)
-        limits = np.iinfo(reader.dtype)
-        belongs = side and (side["documents"], side["tokens"]) == (
-            reader.num_documents,
-            reader.num_tokens,
-        )
-        if belongs and self.tokenizer and side.get("tokenizer"):
+        size = (reader.num_documents, reader.num_tokens)
+        if side and (side["documents"], side["tokens"]) != size:
+            side = None
+        if side and self.tokenizer and side.get("tokenizer"):
             _check_tokenizer(prefix, side["tokenizer"], self.tokenizer)
+        # Ids are legal by the dtype, by a scan of a small file, or by what the .json says.
+        limits = np.iinfo(reader.dtype)
         low = 0
         high = -1
         if limits.min < 0 or limits.max >= self.vocab_size:
             if reader.num_tokens * np.dtype(reader.dtype).itemsize < SCANNED_BYTES:
                 low, high = reader.token_range()
-            elif belongs:
+            elif side:
                 high = side["max_token_id"]
         if low < 0 or high >= self.vocab_size:
+            wrong = low if low < 0 else high
             raise ValueError(
-                f"{prefix}: holds token id {low if low < 0 else high}; ids must be in [0, vocab_size = "
-                f"{self.vocab_size}). Fix: give the tokenizer (or --vocab-size) that made the corpus."
+                f"{prefix}: holds token id {wrong}; ids must be in [0, vocab_size = "
+                f"{self.vocab_size}). Fix: give the tokenizer (or --vocab-size) that made the "
+                "corpus."
             )
         return reader
 
@@ -196,7 +226,12 @@ class _Opener:
 def _own_validation(
     words: Sequence[str], opener: _Opener, train: dict[str, DocumentStream]
 ) -> dict[str, Blend]:
-    """`name=prefix` entries are a set each; anything else is one blend, named "valid"."""
+    """Open --valid-data-path: `name=prefix` words are a set each, anything else is one blend, named
+    "valid".
+
+    Raises:
+        ValueError: a name appears twice, a set holds data that is trained on, or no document.
+    """
     trained = {stream.reader.fingerprint(): name for name, stream in train.items()}
     sets: dict[str, Blend] = {}
     if are_named(words):
@@ -210,37 +245,31 @@ def _own_validation(
             )
         sets[name] = []
         for weight, source in parse_blend(blend, "valid_data_path"):
+            # The same documents, under whatever name.
             reader = opener.reader(source.prefix)
-            if reader.fingerprint() in trained:
+            if twin := trained.get(reader.fingerprint()):
                 raise ValueError(
-                    f"valid_data_path: {source} holds the documents of {trained[reader.fingerprint()]}, "
-                    "which is trained on. Fix: other documents, or --data-path with --split."
+                    f"valid_data_path: {source} holds the documents of {twin}, which is trained "
+                    "on. Fix: other documents, or --data-path with --split."
                 )
             parts = opener.split(reader, source, is_split=False)
             if "train" not in parts:
                 raise ValueError(
                     f"valid_data_path: {source} has no document. Fix: another range of lengths."
                 )
-            stream = parts["train"]
-            sets[name].append(
-                (float(stream.tokens_per_epoch if weight is None else weight), stream)
-            )
+            sets[name].append((_weight(weight, parts["train"]), parts["train"]))
     return sets
 
 
 def _split_validation(
     parts: Sequence[tuple[float | None, SourceName, DocumentStream]],
 ) -> dict[str, Blend]:
-    """What --split leaves: one set per source, or one blend of very many."""
+    """Make validation sets of what --split leaves: one per source, or one blend of very many."""
     if len(parts) == 1:
         return {"valid": [(1.0, parts[0][2])]}
     if len(parts) > NAMED_SPLITS:
-        return {
-            "valid": [
-                (float(stream.tokens_per_epoch if weight is None else weight), stream)
-                for weight, _, stream in parts
-            ]
-        }
+        return {"valid": [(_weight(weight, stream), stream) for weight, _, stream in parts]}
+    # Named by the last part of the path, or where that is not unique by all of it.
     short = [
         str(SourceName(Path(source.prefix).name, source.low, source.high)) for _, source, _ in parts
     ]
@@ -251,11 +280,11 @@ def _split_validation(
 
 
 def _check_tokenizer(prefix: str, theirs: dict, ours: dict) -> None:
-    """Raises ValueError unless the corpus was made with the run's tokenizer (ids without one always
+    """Raise ValueError unless the corpus was made with the run's tokenizer (ids without one always
     pass)."""
     sizes = {"vocab_size": None}  # rows of the model, which may be more than the corpus needs
     if not same_tokenizer(theirs | sizes, ours | sizes):
         raise ValueError(
-            f"{prefix}: was made with another tokenizer: {theirs}; this run has {ours}. Fix: give the "
-            "tokenizer that made the corpus, or preprocess the text again."
+            f"{prefix}: was made with another tokenizer: {theirs}; this run has {ours}. Fix: give "
+            "the tokenizer that made the corpus, or preprocess the text again."
         )

@@ -17,29 +17,34 @@ import numpy as np
 import xxhash
 
 from data.cache import IndexCache
-from data.config import parse_split
 from data.permutation import BATCH, Permutation, permuted, permuted_batch
 
-SPLITS = ("train", "valid", "test")
 KEPT_EPOCHS = 2
+"""Epochs whose offsets stay in memory: the one under way and the next."""
 BLOCK = 16
 """Documents per prefix offset."""
-SPLIT_PURPOSE = 1
+SCANNED_TOKENS = 1 << 20
+"""Tokens of a stream that a scan looks at together."""
 EPOCH_PURPOSE = 2
-"""Keep the seeds of the two permutations apart."""
+"""Keeps the seeds of the epochs apart from that of the split (document_split.py)."""
 
 
 class Reader(Protocol):
-    """What a stream reads from: IndexedReader, SyntheticReader."""
+    """What a stream reads its documents from: IndexedReader, SyntheticReader."""
 
     prefix: str
     document_lengths: np.ndarray
 
     def read_spans(
         self, documents: np.ndarray, offsets: np.ndarray, lengths: np.ndarray, out: np.ndarray
-    ) -> None: ...
+    ) -> None:
+        """Copy tokens [offset, offset + length) of each document one after another into `out`,
+        int64."""
+        ...
 
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Return a text that is the same for the same tokens only."""
+        ...
 
 
 class Spans(NamedTuple):
@@ -50,6 +55,7 @@ class Spans(NamedTuple):
     offsets: np.ndarray
     """First token in the document."""
     lengths: np.ndarray
+    """Tokens of the span."""
     rests: np.ndarray
     """Tokens of the document after the span; 0 = the span ends its document."""
     intervals: np.ndarray
@@ -57,10 +63,11 @@ class Spans(NamedTuple):
 
 
 class _Epoch(NamedTuple):
-    """blocks: int64 [blocks + 1], tokens of the epoch before each block of permuted documents."""
+    """The order of the documents in one epoch."""
 
     permutation: Permutation
     blocks: np.ndarray
+    """int64 [blocks + 1]: tokens of the epoch before each block of permuted documents."""
 
 
 class DocumentStream:
@@ -89,6 +96,7 @@ class DocumentStream:
         lengths = (
             reader.document_lengths if documents is None else reader.document_lengths[documents]
         )
+        # Empty documents have no place in the stream.
         if len(lengths) and int(lengths.min()) == 0:
             keep = np.flatnonzero(lengths)
             documents = keep if documents is None else documents[keep]
@@ -101,8 +109,8 @@ class DocumentStream:
         self.tokens_per_epoch = int(lengths.sum(dtype=np.int64))
         if self.tokens_per_epoch == 0:
             raise ValueError(
-                f"{reader.prefix}: no document has a token. Fix: give a corpus that is not empty, another "
-                "split, or another range of lengths."
+                f"{reader.prefix}: no document has a token. Fix: give a corpus that is not empty, "
+                "another split, or another range of lengths."
             )
         self._cache = cache or IndexCache(None)
         self._epochs: dict[int, _Epoch] = {}
@@ -110,7 +118,7 @@ class DocumentStream:
         self._identity: dict | None = None
 
     def locate(self, intervals: np.ndarray) -> Spans:
-        """The spans of documents at the given intervals of the stream, in order.
+        """Find the spans of documents at the given intervals of the stream, in order.
 
         Args:
             intervals: int64 [intervals, 2], stream position of the first token and number of tokens
@@ -118,11 +126,14 @@ class DocumentStream:
         """
         intervals = np.asarray(intervals, dtype=np.int64).reshape(-1, 2)
         assert (intervals >= 0).all(), intervals
+        # The usual case: all in one epoch.
         first_epochs = intervals[:, 0] // self.tokens_per_epoch
         last_epochs = (intervals.sum(axis=1) - 1) // self.tokens_per_epoch
         if len(intervals) and first_epochs.min() == last_epochs.max():
             return self._locate_in(int(first_epochs[0]), intervals, np.arange(len(intervals)))
-        parts = [(np.empty(0, dtype=np.int64),) * 5]
+        # Otherwise one interval after another, cut at the ends of epochs.
+        nothing = np.empty(0, dtype=np.int64)
+        parts = [Spans(nothing, nothing, nothing, nothing, nothing)]
         for number, (start, length) in enumerate(intervals.tolist()):
             while length > 0:
                 epoch, local = divmod(start, self.tokens_per_epoch)
@@ -130,48 +141,48 @@ class DocumentStream:
                 parts.append(self._locate_in(epoch, np.array([[start, count]]), np.array([number])))
                 start = start + count
                 length = length - count
-        return Spans(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+        return Spans._make(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
     def spans(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Document, offset in it and length of each span at stream positions [start, start +
+        """Find document, offset in it and length of each span at stream positions [start, start +
         length)."""
         found = self.locate(np.array([[start, length]]))
         return found.documents, found.offsets, found.lengths
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """Tokens at stream positions [start, start + length) -> int64 [length], a copy."""
+        """Copy the tokens at stream positions [start, start + length) -> int64 [length]."""
         out = np.empty(length, dtype=np.int64)
         self.reader.read_spans(*self.spans(start, length), out)
         return out
 
     def documents_before(self, position: int) -> int:
-        """Documents that begin at stream positions below `position`, over all epochs."""
+        """Count the documents that begin at stream positions below `position`, over all epochs."""
         epoch, local = divmod(position, self.tokens_per_epoch)
+        before = epoch * self.num_documents
         if local == 0:
-            return epoch * self.num_documents
+            return before
         permutation, blocks = self._epoch(epoch)
-        return (
-            epoch * self.num_documents
-            + int(_find_document(local - 1, self.lengths, permutation, blocks)[0])
-            + 1
-        )
+        place, _, _ = _find_document(local - 1, self.lengths, permutation, blocks)
+        return before + int(place) + 1
 
     def first_documents(self, count: int, at_least: int) -> list[int]:
-        """Numbers in the reader of the stream's first `count` documents that have `at_least`
-        tokens, each once."""
+        """List the numbers in the reader of the stream's first `count` documents that have
+        `at_least` tokens, each once."""
         count = min(count, int(np.count_nonzero(self.lengths >= at_least)))
         found: list[int] = []
-        for start in range(0, self.tokens_per_epoch, 1 << 20):
+        # A part of the first epoch at a time, until enough are found.
+        for start in range(0, self.tokens_per_epoch, SCANNED_TOKENS):
             if len(found) >= count:
                 break
-            documents, offsets, _ = self.spans(start, min(1 << 20, self.tokens_per_epoch - start))
+            length = min(SCANNED_TOKENS, self.tokens_per_epoch - start)
+            documents, offsets, _ = self.spans(start, length)
             documents = documents[offsets == 0]
             found += documents[self.reader.document_lengths[documents] >= at_least].tolist()
         return found[:count]
 
     def document_start(self, position: int) -> int:
-        """The first stream position >= `position` at which a document begins (or an epoch, as one
-        then does)."""
+        """Find the first stream position >= `position` at which a document begins (or an epoch, as
+        one then does)."""
         epoch, local = divmod(position, self.tokens_per_epoch)
         if local == 0:
             return position
@@ -181,7 +192,7 @@ class DocumentStream:
         return position if start == local else epoch * self.tokens_per_epoch + end
 
     def fingerprint(self) -> dict:
-        """JSON-able identity of what the stream reads: the files, and which of their documents."""
+        """Identify what the stream reads, JSON-able: the files, and which of their documents."""
         if self._identity is None:
             selection = "all" if self.documents is None else _hash_ids(self.documents)
             self._identity = {
@@ -193,85 +204,54 @@ class DocumentStream:
         return self._identity
 
     def _locate_in(self, epoch: int, intervals: np.ndarray, numbers: np.ndarray) -> Spans:
-        """The spans of intervals that lie in one epoch; `numbers`: what to call them."""
+        """Find the spans of intervals that lie in one epoch; `numbers`: what to call them."""
         permutation, blocks = self._epoch(epoch)
         starts = intervals[:, 0] - epoch * self.tokens_per_epoch
-        documents, *rest, found = _find_spans(
+        documents, offsets, lengths, rests, found = _find_spans(
             starts, intervals[:, 1], self.lengths, permutation, blocks
         )
+        # From numbers among the stream's documents to those of the reader.
         if self.documents is not None:
             documents = self.documents[documents].astype(np.int64)
-        return Spans(documents, *rest, numbers[found])
+        return Spans(documents, offsets, lengths, rests, numbers[found])
 
     def _epoch(self, epoch: int) -> _Epoch:
+        """Give the order of an epoch, from memory, the cache, or made now."""
         with self._lock:
             if epoch not in self._epochs:
-                permutation = Permutation.make(self.num_documents, self.seed, EPOCH_PURPOSE, epoch)
-                key = {
-                    "what": "offsets",
-                    "block": BLOCK,
-                    "seed": self.seed,
-                    "epoch": epoch,
-                } | self.fingerprint()
-                arrays = self._cache.get(
-                    key, lambda: {"blocks": _prefix_offsets(self.lengths, permutation)}
-                )
                 while len(self._epochs) >= KEPT_EPOCHS:
                     del self._epochs[next(iter(self._epochs))]
-                self._epochs[epoch] = _Epoch(permutation, arrays["blocks"])
+                self._epochs[epoch] = self._make_epoch(epoch)
             return self._epochs[epoch]
 
-
-def split_documents(num_documents: int, split: str, seed: int) -> dict[str, np.ndarray]:
-    """Cut a seeded permutation of the documents by shares -> split name -> document ids, ascending.
-
-    Random, so that each split is representative, while Megatron-LM cuts in file order. A share
-    above 0 gets at least one document as long as there are enough; train comes first, then valid.
-
-    Args:
-        split: shares such as `969,30,1`.
-
-    Raises:
-        ValueError: `split` is malformed.
-    """
-    shares = parse_split(split)
-    counts = [int(round(share * num_documents)) for share in shares]
-    wanted = [i for i, share in enumerate(shares) if share > 0]
-    for i in wanted[:num_documents]:
-        counts[i] = max(1, counts[i])
-    while (excess := sum(counts) - num_documents) > 0:
-        largest = max(range(3), key=lambda i: (counts[i], i))
-        counts[largest] -= min(excess, max(1, counts[largest] - 1))
-    counts[0] += num_documents - sum(counts)
-    ends = np.cumsum(counts)
-    if counts[0] == num_documents:
-        whole = np.arange(num_documents, dtype=_id_type(num_documents))
-        return {"train": whole, "valid": whole[:0], "test": whole[:0]}
-    # A permutation ranks the documents: those of the lowest ranks train.
-    permutation = Permutation.make(num_documents, seed, SPLIT_PURPOSE)
-    outs = [np.empty(count, dtype=_id_type(num_documents)) for count in counts]
-    _deal(permutation, ends, *outs)
-    return dict(zip(SPLITS, outs, strict=True))
+    def _make_epoch(self, epoch: int) -> _Epoch:
+        permutation = Permutation.make(self.num_documents, self.seed, EPOCH_PURPOSE, epoch)
+        key = {"what": "offsets", "block": BLOCK, "seed": self.seed, "epoch": epoch}
+        arrays = self._cache.get(
+            key | self.fingerprint(),
+            lambda: {"blocks": _prefix_offsets(self.lengths, permutation)},
+        )
+        return _Epoch(permutation, arrays["blocks"])
 
 
 def _hash_ids(ids: np.ndarray) -> str:
-    """xxh3 of the numbers as int64, hex, a block at a time."""
+    """Hash the numbers as int64, a block at a time -> xxh3, hex."""
     digest = xxhash.xxh3_128()
     for start in range(0, len(ids), 1 << 20):
-        digest.update(np.ascontiguousarray(ids[start : start + (1 << 20)], dtype=np.int64))
+        digest.update(np.ascontiguousarray(ids[start : start + (1 << 20)], dtype=np.int64).data)
     return digest.hexdigest()
 
 
-def _id_type(num_documents: int) -> type[np.integer]:
-    return np.uint32 if num_documents <= 2**32 else np.int64
-
-
 def usable_cores() -> int:
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def _prefix_offsets(lengths: np.ndarray, permutation: Permutation) -> np.ndarray:
-    """Tokens before each block of BLOCK permuted documents -> int64 [blocks + 1], on all cores."""
+    """Count the tokens before each block of BLOCK permuted documents -> int64 [blocks + 1].
+
+    Takes all cores: a few parts for each, but none too small to be worth a thread.
+    """
     blocks = -(-len(lengths) // BLOCK)
     offsets = np.zeros(blocks + 1, dtype=np.int64)
     share = max(1 << 16, -(-blocks // (4 * usable_cores())))
@@ -290,13 +270,14 @@ def _prefix_offsets(lengths: np.ndarray, permutation: Permutation) -> np.ndarray
 
 @numba.njit(nogil=True, cache=True)
 def _sum_blocks(lengths, permutation, first, out):
-    """out[i] = tokens of the documents of block first + i."""
+    """Fill out[i] with the tokens of the documents of block first + i."""
     low = np.empty(BATCH, dtype=np.uint32)
     high = np.empty(BATCH, dtype=np.uint32)
     documents = np.empty(BATCH, dtype=np.int64)
     start = first * BLOCK
     end = min(len(lengths), (first + len(out)) * BLOCK)
     out[:] = 0
+    # A batch of documents at a time goes through the permutation.
     for batch in range(start, end, BATCH):
         count = min(BATCH, end - batch)
         permuted_batch(batch, permutation, low, high, documents[:count])
@@ -305,33 +286,10 @@ def _sum_blocks(lengths, permutation, first, out):
 
 
 @numba.njit(nogil=True, cache=True)
-def _deal(permutation, ends, train, valid, test):
-    """Put each document into the split whose range of ranks its own lies in."""
-    counts = np.zeros(3, dtype=np.int64)
-    low = np.empty(BATCH, dtype=np.uint32)
-    high = np.empty(BATCH, dtype=np.uint32)
-    ranks = np.empty(BATCH, dtype=np.int64)
-    for document in range(permutation.size):
-        if document % BATCH == 0:
-            permuted_batch(
-                document, permutation, low, high, ranks[: min(BATCH, permutation.size - document)]
-            )
-        rank = ranks[document % BATCH]
-        if rank < ends[0]:
-            train[counts[0]] = document
-            counts[0] += 1
-        elif rank < ends[1]:
-            valid[counts[1]] = document
-            counts[1] += 1
-        else:
-            test[counts[2]] = document
-            counts[2] += 1
-
-
-@numba.njit(nogil=True, cache=True)
 def _find_document(position, lengths, permutation, blocks):
-    """The document at a position of the epoch -> (place in the epoch's order, document, where it
-    begins)."""
+    """Find the document at a position of the epoch -> (place in the epoch's order, document, where
+    it begins)."""
+    # The block by binary search, the document by a walk in it.
     block = np.searchsorted(blocks, position, side="right") - 1
     place = block * BLOCK
     start = blocks[block]
@@ -345,25 +303,27 @@ def _find_document(position, lengths, permutation, blocks):
 
 @numba.njit(nogil=True, cache=True)
 def _find_spans(starts, counts, lengths, permutation, blocks):
-    """Documents, offsets, lengths, rests and interval of the spans at positions [starts, starts +
-    counts)."""
+    """Find the spans at positions [starts, starts + counts) of the epoch -> documents, offsets,
+    lengths, rests and the number of their interval."""
     room = 2 * len(starts) + 64
     out = np.empty((5, room), dtype=np.int64)
     used = 0
     low = np.empty(BATCH, dtype=np.uint32)
     high = np.empty(BATCH, dtype=np.uint32)
     batch = np.empty(BATCH, dtype=np.int64)
+    # `out` has five rows: documents, offsets, lengths, rests, number of the interval.
     for i in range(len(starts)):
         if counts[i] == 0:
             continue
         position = starts[i]
         end = starts[i] + counts[i]
         place, document, start = _find_document(position, lengths, permutation, blocks)
-        single, next_batch = (
-            place + BLOCK,
-            place + BLOCK,
-        )  # a batch pays where an interval has many documents
+        # Document after document; a batch pays where an interval has many of them.
+        first_batched = place + BLOCK
+        next_batch = first_batched
+        size = 0
         while True:
+            # Write the span down, and make room for it first.
             if used == room:
                 room *= 2
                 larger = np.empty((5, room), dtype=np.int64)
@@ -378,9 +338,11 @@ def _find_spans(starts, counts, lengths, permutation, blocks):
             used += 1
             if stop == end:
                 break
-            position = start = stop
+            # The next document begins where this one ends.
+            position = stop
+            start = stop
             place += 1
-            if place < single:
+            if place < first_batched:
                 document = permuted(place, permutation)
             else:
                 if place == next_batch:

@@ -13,12 +13,13 @@ UNITS = {
     "Mi": 2**20,
     "Gi": 2**30,
 }
+"""Unit -> tokens."""
 GIB = 2**30
 """Bytes of one GiB."""
 
 
 def parse_tokens(text: str) -> int:
-    """'8192', '64Ki', '1.5B', '8Mi' -> tokens. K, M, B, T are powers of ten; Ki, Mi, Gi of 1024.
+    """Read a count like 8192, 64Ki, 1.5B or 8Mi; K, M, B, T are powers of ten, Ki, Mi, Gi of 1024.
 
     Raises:
         ValueError: not such a number, or not a whole number of tokens.
@@ -29,6 +30,7 @@ def parse_tokens(text: str) -> int:
             f"{text!r} is no token count: write a number with an optional unit of "
             f"{', '.join(u for u in UNITS if u)}, like 800B or 8Mi"
         )
+    # Decimal: in floating point 1.1B would be no whole number.
     tokens = Decimal(match[1].replace("_", "")) * UNITS[match[2]]
     if tokens > 2**63:
         raise ValueError(f"{text!r}: must be at most 2^63 tokens")

@@ -17,7 +17,8 @@ import numba
 import numpy as np
 from tqdm import tqdm
 
-from data.batch import DIGEST_BITS, Sample, digest, read_batch
+from data.batch import Sample, read_batch
+from data.digest import DIGEST_BITS, digest
 from data.ledger import Ledger
 from data.mixture import Mixture
 from data.packing.place import Place
@@ -130,12 +131,14 @@ def audit(folder: str) -> tuple[list[str], bool]:
     Raises:
         ValueError: there is no checkpoint, or its data is not there any more.
     """
+    # Count every token that the run drew or passed over ...
     run = _open_run(folder)
     _count_before(run.ledger, run.begun, run.counters)
     wrong = _compare_steps(run)
     for mixture, samples in _passed_over(run.ledger):
         for sample in mixture.samples(range(samples)):
             run.counters.add_passed_over(sample)
+    # ... and compare with where the sources stand now.
     lines = _describe_steps(run, wrong)
     well = not wrong
     for name, place in run.ledger.places_at(run.progress.clock).items():
@@ -154,14 +157,15 @@ def _open_run(folder: str) -> Audited:
     found = find_published(folder)
     if found is None:
         raise ValueError(
-            f"load = {folder}: no checkpoint is published there. Fix: give the --save folder of a run."
+            f"load = {folder}: no checkpoint is published there. Fix: give the --save folder of a "
+            "run."
         )
     progress = Progress.read(found)
     config = read_config_yaml(str(found / "config.yaml"))
     if not progress.data:
         raise ValueError(
-            f"load = {folder}: its checkpoint is weights only, which no data was drawn for. Fix: give the "
-            "--save folder of a run that trained."
+            f"load = {folder}: its checkpoint is weights only, which no data was drawn for. Fix: "
+            "give the --save folder of a run that trained."
         )
     vocab_size = config.data.vocab_size
     assert vocab_size is not None, "a checkpoint's configuration names its vocabulary"
@@ -177,8 +181,9 @@ def _open_run(folder: str) -> Audited:
     drawn = {name for segment in ledger.segments for _, name in segment.settings.blend}
     if gone := sorted(drawn - ledger.streams.keys()):
         raise ValueError(
-            f"load = {folder}: drew from {', '.join(gone)}, which its latest configuration does not name "
-            "any more, so that it cannot be read again. Fix: an earlier checkpoint's folder."
+            f"load = {folder}: drew from {', '.join(gone)}, which its latest configuration does "
+            "not name any more, so that it cannot be read again. Fix: an earlier "
+            "checkpoint's folder."
         )
     eod = None
     if not config.data.mock_data:
@@ -273,8 +278,8 @@ def _describe_steps(run: Audited, wrong: list[int]) -> list[str]:
     lines = [f"{len(run.steps):,} steps read again: {found}"]
     if run.begun:
         lines.append(
-            f"the {run.begun:,} tokens before them, of a run in another folder: counted as its account "
-            "says, not compared"
+            f"the {run.begun:,} tokens before them, of a run in another folder: counted as its "
+            "account says, not compared"
         )
     return lines
 

@@ -38,6 +38,7 @@ class Concat:
         if stop > self._held_tokens:
             start = max(start, self._held_tokens)
             parts.append(np.array([[self._position_of(start), stop - start]]))
+        # The token that follows the sample may be a held one too.
         next_held = self._held_part(stop, stop + 1)
         following = int(next_held[0, 0]) if len(next_held) else self._position_of(stop)
         return Sample(self.stream, np.concatenate(parts), following)

@@ -1,5 +1,5 @@
-"""Writing token files: PREFIX.bin, .idx and .json appear whole, or what stood there stays (format:
-indexed.py)."""
+"""Writing token files: PREFIX.bin, .idx and .json appear whole, or what was there stays (format:
+../idx_format.py)."""
 
 import contextlib
 import errno
@@ -25,25 +25,31 @@ from data.idx_format import (
     read_sequences,
 )
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""No space, a quota, or a limit on the size of files."""
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a full disk: no space, a quota, or a limit on the size of files."""
 
 
 class IndexedWriter:
     """Writes a .bin/.idx pair document by document; the pair appears whole at `finish` or not at
     all.
 
-    As a context manager it aborts unless `finish` was called: what stood at the prefix before
-    stays. Holds 12 bytes of memory per document.
+    As a context manager it aborts unless `finish` was called: what was at the prefix before stays.
+    Holds 12 bytes of memory per document.
 
-    Attributes: num_documents, num_tokens, max_token_id; share: the caller's estimate of how much of
-    the whole is added, in (0, 1], which a full disk's error uses to say what is needed.
+    Attributes:
+        num_documents, num_tokens, max_token_id: of what was added.
+        share: the caller's estimate of how much of the whole is added, in (0, 1], which a full
+            disk's error uses to say what is needed.
     """
 
     def __init__(self, prefix: str, dtype: type[np.integer]):
         """Raises ValueError when the folder of `prefix` cannot be made or written."""
-        self.prefix, self.dtype, self._code = prefix, np.dtype(dtype), find_code(dtype)
-        self._lengths, self._documents = array("i"), array("q", [0])
+        self.prefix = prefix
+        self.dtype = np.dtype(dtype)
+        self._code = find_code(dtype)
+        # The tables of .idx; arrays of C numbers, since Python's take 10 times the memory.
+        self._lengths = array("i")
+        self._documents = array("q", [0])
         self.num_tokens = 0
         self.max_token_id = -1
         self.share = 1.0
@@ -66,11 +72,12 @@ class IndexedWriter:
 
     @property
     def num_documents(self) -> int:
+        """Documents that were added."""
         return len(self._documents) - 1
 
     @property
     def num_single(self) -> int:
-        """Documents of one token."""
+        """Documents of one token that were added."""
         documents = np.asarray(self._documents)
         lengths = np.asarray(self._lengths)
         block = COPY_BYTES // 8  # as in _write_index
@@ -108,12 +115,13 @@ class IndexedWriter:
                     np.searchsorted(np.cumsum(lengths), first, side="right")
                 )
                 raise ValueError(
-                    f"token id {ids[first]}: must be in [0, {limits.max}] for {self.dtype.name} (document "
-                    f"{document}). Fix: the input, or a larger vocabulary size."
+                    f"token id {ids[first]}: must be in [0, {limits.max}] for {self.dtype.name} "
+                    f"(document {document}). Fix: the input, or a larger vocabulary size."
                 )
             self.max_token_id = max(self.max_token_id, high)
         with self._explained("bin"):
-            self._bin.write(np.ascontiguousarray(ids, dtype=self.dtype.newbyteorder("<")))
+            self._bin.write(np.ascontiguousarray(ids, dtype=self.dtype.newbyteorder("<")).data)
+        # A document is one sequence, unless it is longer than .idx can say.
         sequences = lengths
         ends = np.arange(1, len(lengths) + 1)
         if len(lengths) and lengths.max() > LONGEST_SEQUENCE:
@@ -128,8 +136,7 @@ class IndexedWriter:
         self.num_tokens += len(ids)
 
     def append_from(self, prefix: str, first: int = 0, end: int | None = None) -> None:
-        """Append the documents [first, end) of another pair (by default all), sequences as they
-        are.
+        """Append the documents [first, end) of another pair, by default all; their sequences stay.
 
         Raises:
             ValueError: it is damaged, or of another dtype; or the disk is full.
@@ -140,6 +147,7 @@ class IndexedWriter:
                 f"{prefix}: dtype {np.dtype(index.dtype).name}, but {self.prefix} is written as "
                 f"{self.dtype.name}. Fix: make both with the same tokenizer."
             )
+        # The sequences of these documents, and where their tokens lie in .bin.
         lengths, first_sequences = read_sequences(prefix)
         ranges = first_sequences[first : len(first_sequences) if end is None else end + 1]
         skipped = int(lengths[: ranges[0]].sum(dtype=np.int64))
@@ -156,9 +164,8 @@ class IndexedWriter:
                     self._bin.write(block)
                 left -= len(block)
         # Bytes, not lists: a Python integer takes 10 times the memory of what it says.
-        self._documents.frombytes(
-            (ranges[1:] + (len(self._lengths) - int(ranges[0]))).astype(np.int64).data.cast("B")
-        )
+        moved = ranges[1:] + (len(self._lengths) - int(ranges[0]))
+        self._documents.frombytes(moved.astype(np.int64).data.cast("B"))
         self._lengths.frombytes(np.ascontiguousarray(lengths, dtype=np.int32).data.cast("B"))
         self.num_tokens += tokens
 
@@ -167,7 +174,7 @@ class IndexedWriter:
 
         Args:
             tokenizer, text: the tokenizer's description, and settings with which text became ids,
-            for .json.
+                for .json.
 
         .idx is the proof that the pair is whole: the old one goes first, the new one comes last.
 
@@ -201,10 +208,12 @@ class IndexedWriter:
         return [f"{self.prefix}.{end}" for end in self._temporary]
 
     def _write_index(self, file: BinaryIO) -> None:
+        """Write .idx: header, lengths, offsets in .bin, first sequences of the documents."""
         lengths = np.asarray(self._lengths)
         documents = np.asarray(self._documents)
         file.write(HEADER.pack(MAGIC, VERSION, self._code, len(lengths), len(documents)))
-        block = COPY_BYTES // 8  # numbers at a time: copies of 100M documents would be gigabytes
+        # A block of numbers at a time: copies for 100M documents would be gigabytes.
+        block = COPY_BYTES // 8
         for start in range(0, len(lengths), block):
             file.write(lengths[start : start + block].astype("<i4").tobytes())
         end = 0
@@ -217,7 +226,9 @@ class IndexedWriter:
             file.write(documents[start : start + block].astype("<i8").tobytes())
 
     def _publish(self) -> None:
+        """Rename the temporary files into their place; .idx goes first and comes last."""
         self._open = False
+        # Between the two no reader takes the new tokens for the old ones.
         Path(f"{self.prefix}.idx").unlink(missing_ok=True)
         for end, path in self._temporary.items():
             path.replace(f"{self.prefix}.{end}")
@@ -230,35 +241,35 @@ class IndexedWriter:
         try:
             yield
         except OSError as error:
-            if error.errno not in FULL:
+            if error.errno not in DISK_FULL:
                 raise
             file = self._temporary_path(end)
             free = shutil.disk_usage(Path(self.prefix).absolute().parent).free
             if end == "bin" and not needed:
-                whole = (self.num_tokens * self.dtype.itemsize + 20 * len(self._lengths)) / max(
-                    self.share, 1e-9
-                )
+                # The whole is estimated from what was added: 20 bytes of .idx per sequence.
+                added = self.num_tokens * self.dtype.itemsize + 20 * len(self._lengths)
+                whole = added / max(self.share, 1e-9)
                 needed = int(whole) - (file.stat().st_size if file.exists() else 0)
             raise ValueError(
-                f"{file}: cannot write it: {error.strerror}; about {max(needed, 1):,} bytes more are "
-                f"needed, {free:,} are free. {self._what_is_kept()} Fix: free space, or give an output "
-                "prefix on another disk, and run again."
+                f"{file}: cannot write it: {error.strerror}; about {max(needed, 1):,} bytes more "
+                f"are needed, {free:,} are free. {self._what_is_kept()} Fix: free space, or give "
+                "an output prefix on another disk, and run again."
             ) from None
 
     def _what_is_kept(self) -> str:
+        """Say what a full disk leaves."""
         return f"The temporary files are removed; what stood at {self.prefix} before is as it was."
 
     def abort(self) -> None:
-        """Leave nothing behind, and what was published before as it is."""
+        """Remove what was written; what was published before stays."""
         self._close()
         for path in self._temporary.values():
             path.unlink(missing_ok=True)
 
     def _close(self) -> None:
         self._open = False
-        with contextlib.suppress(
-            OSError
-        ):  # a full disk: what the buffer holds is not wanted any more
+        # On a full disk the buffer cannot be written, and is not wanted any more.
+        with contextlib.suppress(OSError):
             self._bin.close()
 
     def __enter__(self) -> Self:

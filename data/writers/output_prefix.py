@@ -12,7 +12,7 @@ ENDS = ("bin", "idx", "json")
 
 
 def prefix_files(prefix: str) -> list[Path]:
-    """The files of a finished pair."""
+    """List the files of a finished pair."""
     return [Path(f"{prefix}.{end}") for end in ENDS]
 
 
@@ -39,11 +39,13 @@ def check_output(prefix: str, *, overwrite: bool, inputs: Iterable[Path] = ()) -
     progress = _progress_file(prefix)
     if os.path.lexists(progress) and not _is_progress(progress):
         raise _foreign(name, progress)
+    # Nothing is there: nothing can be lost.
     present = [path for path in prefix_files(prefix) if os.path.lexists(path)]
     if not present:
         return
     _refuse_inputs(name, present, inputs)
     _refuse_foreign(name, prefix, present)
+    # What a stopped run left is taken up by the next one, without being asked.
     unfinished = is_unfinished(prefix)
     if not overwrite and not unfinished:
         side = read_side_file(prefix)
@@ -87,6 +89,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 def _refuse_foreign(name: str, prefix: str, present: list[Path]) -> None:
     """Raise ValueError for files that merely have the names of ours, such as a model's P.bin."""
+    # Each file is known by its content, whatever its name says.
     bin_file, idx, side = prefix_files(prefix)
     ours = {idx: _is_index(idx), side: read_side_file(prefix) is not None}
     # Without an index, a .bin is ours where our .json or the progress of a run says so.

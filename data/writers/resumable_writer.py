@@ -45,16 +45,17 @@ class ResumableWriter(IndexedWriter):
         except BlockingIOError:
             file.close()
             raise ValueError(
-                f"output_prefix = {self.prefix}: another run is writing {path} now. Fix: wait for it, or "
-                "give another prefix."
+                f"output_prefix = {self.prefix}: another run is writing {path} now. Fix: wait for "
+                "it, or give another prefix."
             ) from None
         return file
 
     def saved(self) -> dict | None:
-        """The note of the last `save` of an earlier process; None if there is none, or files of it
+        """Read the note of the last `save` of an earlier process; None if there is none, or files
         are missing."""
         try:
             state = json.loads(self._progress.read_text(encoding="utf-8"))
+            # The files may be longer: what was written after the save does not count.
             whole = (
                 self._temporary["bin"].stat().st_size >= state["bytes"]
                 and self._tables["lengths"].stat().st_size >= 4 * state["sequences"]
@@ -69,6 +70,7 @@ class ResumableWriter(IndexedWriter):
         """Go on from what `saved` found."""
         state = self._state
         assert state is not None
+        # What was written after the save does not count.
         self._bin.truncate(state["bytes"])
         self._bin.seek(state["bytes"])
         self._lengths = array("i", self._tables["lengths"].read_bytes()[: 4 * state["sequences"]])
@@ -91,6 +93,7 @@ class ResumableWriter(IndexedWriter):
         Raises:
             ValueError: the disk is full; what was saved before still counts.
         """
+        # First the tokens, then the tables' new entries, and last what says how much counts.
         old = self._state or {"sequences": 0, "documents": 0}
         state = {
             "bytes": self.num_tokens * self.dtype.itemsize,
@@ -106,6 +109,7 @@ class ResumableWriter(IndexedWriter):
             "lengths": (4, self._lengths[old["sequences"] :]),
             "documents": (8, self._documents[1 + old["documents"] :]),
         }
+        # Only what is new since the last save is written again.
         for name, (itemsize, numbers) in tables.items():
             with (
                 self._explained(name, itemsize * len(numbers)),
@@ -132,8 +136,8 @@ class ResumableWriter(IndexedWriter):
         if self._state is None:
             return super()._what_is_kept()
         return (
-            f"What is done stays in {self.prefix}.*.partial, and the same command goes on from there; what stood "
-            f"at {self.prefix} before is as it was."
+            f"What is done stays in {self.prefix}.*.partial, and the same command goes on from "
+            f"there; what stood at {self.prefix} before is as it was."
         )
 
     def abort(self) -> None:

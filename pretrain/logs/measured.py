@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from data.batch import DIGEST_BITS, Batch
+from data.batch import Batch
+from data.digest import DIGEST_BITS
 from parallel.collectives import all_reduce
 from parallel.layout import Layout
 

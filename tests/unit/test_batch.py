@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.batch import DIGEST_BITS, IGNORE, Batch, Sample, digest, read_batch
+from data.batch import IGNORE, Batch, Sample, read_batch
+from data.digest import DIGEST_BITS, digest
 from data.loader import Loader
 from data.mixture import fresh_mixture
 from data.stream import DocumentStream

@@ -15,7 +15,7 @@ from data import cache
 from data.cache import IndexCache
 
 KEY = {"what": "numbers", "size": 200_000}
-assert 8 * KEY["size"] > cache.MAPPED_BYTES
+assert 8 * KEY["size"] > cache.LEAST_MAPPED_BYTES
 
 
 def make_arrays():

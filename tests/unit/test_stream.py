@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from data.config import DataConfig
+from data.document_split import split_documents
 from data.indexed import IndexedReader
 from data.permutation import Permutation
-from data.stream import DocumentStream, split_documents
+from data.stream import DocumentStream
 from data.synthetic import SyntheticReader
 from data.writers.indexed_writer import IndexedWriter
 from pretrain.config.facts import problems_of
