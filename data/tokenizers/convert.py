@@ -10,6 +10,8 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    # protobuf makes these classes at import time.
+    # pyrefly: ignore[missing-module-attribute]
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
     from tokenizers import Tokenizer
 
@@ -18,13 +20,16 @@ SPACE = "\u2581"
 
 
 def convert_sentencepiece(model: str) -> tuple[Tokenizer, dict[str, str]]:
-    """The same tokenizer for `tokenizers`, and its special tokens by role (`eos_token` -> `</s>`).
+    """Convert a model -> the same tokenizer for `tokenizers`, and its special tokens by role, such
+    as `eos_token` -> `</s>`.
 
     Raises:
         ValueError: the model is not BPE.
     """
+    # protobuf makes these classes at import time.
+    # pyrefly: ignore[missing-module-attribute]
     from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
-    from tokenizers import AddedToken, Tokenizer, decoders
+    from tokenizers import Tokenizer, decoders
     from tokenizers.models import BPE
 
     proto = read_model(model)
@@ -34,6 +39,7 @@ def convert_sentencepiece(model: str) -> tuple[Tokenizer, dict[str, str]]:
             f"tokenizer_model = {model}: a {kind} model; only BPE converts to Hugging Face. Fix: "
             "convert it with transformers and train with --tokenizer-type HuggingFaceTokenizer."
         )
+    # Pieces and merges.
     kinds = ModelProto.SentencePiece
     names = [piece.piece for piece in proto.pieces]
     unknown = next(piece.piece for piece in proto.pieces if piece.type == kinds.UNKNOWN)
@@ -46,11 +52,32 @@ def convert_sentencepiece(model: str) -> tuple[Tokenizer, dict[str, str]]:
             byte_fallback=proto.trainer_spec.byte_fallback,
         )
     )
+    # What is done to a text before, and to the pieces afterwards.
     tokenizer.normalizer = _normalizer(proto)
-    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    steps: list[decoders.Decoder] = [
+        decoders.Replace(SPACE, " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+    ]
     if proto.normalizer_spec.add_dummy_prefix:
         steps.append(decoders.Strip(content=" ", left=1))
     tokenizer.decoder = decoders.Sequence(steps)
+    _add_tokens(tokenizer, proto)
+    roles = {
+        "bos_token": proto.trainer_spec.bos_id,
+        "eos_token": proto.trainer_spec.eos_id,
+        "pad_token": proto.trainer_spec.pad_id,
+    }
+    return tokenizer, {"unk_token": unknown} | {
+        role: names[i] for role, i in roles.items() if i >= 0
+    }
+
+
+def _add_tokens(tokenizer: Tokenizer, proto: ModelProto) -> None:
+    """Add control pieces as special tokens, and user-defined pieces as plain ones."""
+    from tokenizers import AddedToken
+
+    kinds = proto.SentencePiece
     tokenizer.add_special_tokens(
         [
             AddedToken(piece.piece, special=True, normalized=False)
@@ -68,18 +95,10 @@ def convert_sentencepiece(model: str) -> tuple[Tokenizer, dict[str, str]]:
     tokenizer.add_tokens(
         [AddedToken(name, special=False, normalized=normalized) for name in symbols]
     )
-    roles = {
-        "bos_token": proto.trainer_spec.bos_id,
-        "eos_token": proto.trainer_spec.eos_id,
-        "pad_token": proto.trainer_spec.pad_id,
-    }
-    return tokenizer, {"unk_token": unknown} | {
-        role: names[i] for role, i in roles.items() if i >= 0
-    }
 
 
 def _merges(proto: ModelProto) -> list[tuple[str, str]]:
-    """Every pair of pieces that makes a piece, best score first.
+    """List every pair of pieces that makes a piece, best score first.
 
     SentencePiece ranks a merge by its result alone, and takes the leftmost of equals. In a run of
     one character, what was merged earlier is longer and stands left, so the longer left part goes
@@ -100,7 +119,7 @@ def _merges(proto: ModelProto) -> list[tuple[str, str]]:
 
 
 def _normalizer(proto: ModelProto):
-    """SentencePiece's normalization: character map, spaces, dummy prefix, marks."""
+    """Make SentencePiece's normalization: character map, spaces, dummy prefix, marks."""
     from tokenizers import Regex, normalizers
 
     spec = proto.normalizer_spec
@@ -120,7 +139,9 @@ def _normalizer(proto: ModelProto):
 
 
 def read_model(model: str) -> ModelProto:
-    """The definition in a .model file."""
+    """Read the definition in a .model file."""
+    # protobuf makes these classes at import time.
+    # pyrefly: ignore[missing-module-attribute]
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
     proto = ModelProto()
@@ -130,7 +151,7 @@ def read_model(model: str) -> ModelProto:
 
 
 def tied_pieces(proto: ModelProto) -> list[str]:
-    """Pieces of several letters whose score another one has too.
+    """List the pieces of several letters whose score another one has too.
 
     SentencePiece merges the leftmost of equal scores, a tokenizer.json the one that it lists first.
     """
@@ -142,12 +163,13 @@ def tied_pieces(proto: ModelProto) -> list[str]:
 
 
 def user_defined_pieces(proto: ModelProto) -> list[str]:
-    """Pieces that stand for themselves wherever they appear."""
+    """List the pieces that are found wherever they are written."""
     return [piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED]
 
 
 def unsupported_settings(proto: ModelProto) -> str | None:
-    """What in the definition no tokenizer.json says, for any text; None where there is nothing."""
+    """Name what in the definition no tokenizer.json says, for any text; None if there is
+    nothing."""
     if not proto.normalizer_spec.escape_whitespaces:
         return "escape_whitespaces = False"
     if proto.trainer_spec.treat_whitespace_as_suffix:
@@ -159,6 +181,7 @@ def unsupported_settings(proto: ModelProto) -> str | None:
 
 def refuse_inexact_conversion(model: str) -> None:
     """Raise ValueError if a tokenizer.json would give some texts other ids; it names them."""
+    # The first reason that applies; each names a text that a person can try.
     proto = read_model(model)
     symbols = user_defined_pieces(proto)
     spaced = [symbol for symbol in symbols if " " in symbol]

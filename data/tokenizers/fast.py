@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -19,22 +20,23 @@ import xxhash
 from data.tokenizers.rules import FastRules
 from data.tokenizers.tokenizer import SAMPLE_TEXT, Tokenizer
 
+# gigatoken remembers every word that it met and forgets none: up to 6 bytes per letter of random
+# text. It begins again once the process has grown by CACHE_BYTES and CACHE_LETTERS were encoded; to
+# learn the common words again costs less than a fifth of the time that this many letters take.
 CACHE_BYTES = 1 << 30
-CACHE_TEXT = 256 << 20
-"""gigatoken remembers every word that it met and forgets none: up to 6 bytes per letter of random
-text. It begins again once the process has grown by CACHE_BYTES and CACHE_TEXT letters were encoded;
-to learn the common words again costs less than a fifth of the time that this many letters take.
-"""
+"""Growth of the process, in bytes, before gigatoken's cache is emptied."""
+CACHE_LETTERS = 256 << 20
+"""Letters that are encoded at least between two emptyings."""
 
 CHECK_EVERY = 2048
 """Documents of which one is encoded both ways. The tokenizer is some 40 times slower, so that this
 costs some 5 %."""
-CHECK_TEXT = 64 << 10
+CHECKED_LETTERS = 64 << 10
 """Letters of a document that are encoded both ways, from its beginning: long ones take minutes."""
 
 
 class TextError(ValueError):
-    """Text number `index` of a batch has no ids."""
+    """Says that text number `index` of a batch has no ids, or wrong ones."""
 
     def __init__(self, message: str, index: int):
         super().__init__(message)
@@ -56,7 +58,9 @@ class FastEncoder:
             raise ValueError(f"gigatoken cannot be imported ({error})") from None
         self.name = f"gigatoken {version('gigatoken')}"
         self._make = partial(gigatoken.Tokenizer.from_json, definition)
-        self._lock, self._letters, self._memory = threading.Lock(), 0, resident_bytes()
+        self._lock = threading.Lock()
+        self._letters = 0
+        self._memory = resident_bytes()
         try:
             self._tokenizer = self._make()
         except Exception as error:  # it raises many kinds for a step that it does not know
@@ -67,10 +71,12 @@ class FastEncoder:
             )
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """uint32 [tokens] ids of all texts in order, and int64 [texts] how many each has."""
+        """Encode texts -> uint32 [tokens] ids of all in order, and int64 [texts] how many each
+        has."""
         if not texts:
             return np.empty(0, dtype=np.uint32), np.empty(0, dtype=np.int64)
-        rows = self._tokenizer.encode_batch(list(texts), parallel=False).layout
+        # Its result is an Awkward Array: a list of offsets over one list of ids.
+        rows: Any = self._tokenizer.encode_batch(list(texts), parallel=False).layout
         self._bound_memory(sum(map(len, texts)))
         offsets = np.asarray(rows.offsets.data)
         return np.asarray(rows.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
@@ -79,13 +85,15 @@ class FastEncoder:
         """Begin again with an empty cache when it is time to; calls under way keep the old one."""
         with self._lock:
             self._letters += letters
-            if self._letters >= CACHE_TEXT and resident_bytes() - self._memory >= CACHE_BYTES:
+            if self._letters < CACHE_LETTERS:
+                return
+            if resident_bytes() - self._memory >= CACHE_BYTES:
                 self._tokenizer = self._make()
                 self._letters = 0
 
 
 def resident_bytes() -> int:
-    """Memory of this process; 0 where the system does not say."""
+    """Read the memory of this process; 0 where the system does not say."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -94,7 +102,7 @@ def resident_bytes() -> int:
 
 
 def encode_one_by_one(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The reference of `FastEncoder.encode_batch`: int64 ids, and how many each text has.
+    """Encode texts by the tokenizer itself -> int64 ids, and how many each text has.
 
     Raises:
         TextError: a text has no ids.
@@ -111,15 +119,16 @@ def encode_one_by_one(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[np.nd
 
 @dataclass
 class Encoded:
-    """Ids of texts in order, how many each has (int64 [texts]), and how they were encoded.
-
-    slow: texts that the tokenizer itself encoded. checked: texts that were encoded both ways.
-    """
+    """What texts became, and how."""
 
     ids: np.ndarray
+    """Ids of all texts in order."""
     lengths: np.ndarray
+    """int64 [texts]: how many ids each has."""
     slow: int = 0
+    """Texts that the tokenizer itself encoded."""
     checked: int = 0
+    """Texts that were encoded both ways."""
 
 
 class CheckedEncoder:
@@ -140,6 +149,7 @@ class CheckedEncoder:
         slow = self.rules.slow(texts)
         if not slow:
             return Encoded(*self.fast.encode_batch(texts))
+        # Each text by the one that may, then all in the order in which they came.
         others = set(slow)
         fast = [index for index in range(len(texts)) if index not in others]
         fast_ids, fast_lengths = self.fast.encode_batch([texts[index] for index in fast])
@@ -166,14 +176,16 @@ class CheckedEncoder:
         """Compare one text in CHECK_EVERY with the tokenizer's ids -> how many were compared.
 
         Args:
-            place: of the texts in the input: which of them are taken depends on nothing else.
+            place: where the texts are in the input: which are taken depends on nothing else.
 
         Raises:
             TextError: the ids of a text differ.
         """
+        # Every CHECK_EVERY-th text, from a place that a repeated run chooses again.
         first = xxhash.xxh3_64_intdigest(repr(place).encode()) % CHECK_EVERY
         chosen = range(first, len(texts), CHECK_EVERY)
-        beginnings = [texts[index][:CHECK_TEXT] for index in chosen]
+        beginnings = [texts[index][:CHECKED_LETTERS] for index in chosen]
+        # Texts that the tokenizer encodes anyway have nothing to be compared with.
         slow = set(self.rules.slow(beginnings))
         fast = [number for number in range(len(beginnings)) if number not in slow]
         different = first_difference(self.tokenizer, self, [beginnings[number] for number in fast])
@@ -190,7 +202,7 @@ class CheckedEncoder:
 
 
 def _show_difference(ours: list[int], theirs: list[int]) -> str:
-    """The ids of both from shortly before the first that differs."""
+    """Show the ids of both from shortly before the first that differs."""
     pairs = zip(ours, theirs, strict=False)
     first = next(
         (i for i, (one, other) in enumerate(pairs) if one != other), min(len(ours), len(theirs))
@@ -202,7 +214,7 @@ def _show_difference(ours: list[int], theirs: list[int]) -> str:
 def first_difference(
     tokenizer: Tokenizer, encoder: CheckedEncoder, texts: Sequence[str]
 ) -> int | None:
-    """Number of the first text that the two encode to different ids; None where there is none."""
+    """Find the first text that the two encode to different ids; None where there is none."""
     encoded = encoder.encode_batch(texts)
     end = 0
     for index, (text, length) in enumerate(zip(texts, encoded.lengths.tolist(), strict=True)):
@@ -213,7 +225,8 @@ def first_difference(
 
 
 def probe_texts(tokenizer: Tokenizer) -> list[str]:
-    """Texts that any corpus may hold though a sample does not: rare letters, special tokens."""
+    """List texts that any corpus may hold though a sample does not: rare letters, special
+    tokens."""
     words = tokenizer.special_texts()
     return [
         SAMPLE_TEXT,

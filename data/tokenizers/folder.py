@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from data.tokenizers.sentencepiece_model import SentencePiece
 
 IdsFrom = Literal["tokenizer.json", "AutoTokenizer"]
+"""Which of a folder's two definitions gives the ids."""
 SpecialTokensInText = Literal["keep", "as-text", "refuse"]
 HUGGINGFACE_FILES = (
     "tokenizer.json",
@@ -43,6 +44,7 @@ HUGGINGFACE_FILES = (
     "vocab.txt",
     "chat_template.jinja",
 )
+"""Files that AutoTokenizer reads besides config.json."""
 FINGERPRINTED_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -58,7 +60,7 @@ FINGERPRINTED_FILES = (
 
 
 def tokenizer_files(folder: Path) -> list[str]:
-    """Paths of the files that AutoTokenizer reads in a folder; none where it has no tokenizer.
+    """List the files that AutoTokenizer reads in a folder; none where it has no tokenizer.
 
     config.json is one: its model_type names the class where nothing else does.
     """
@@ -73,14 +75,17 @@ class TwoDefinitions(ValueError):
 
 
 class HuggingFace:
-    """A folder with a Hugging Face tokenizer. eod is its eos token.
-
-    Args:
-        ids_from: which definition gives the ids; None where both do.
-        keep_special: special tokens that are written in a text are those tokens, and not text.
-    """
+    """Encodes by a folder with a Hugging Face tokenizer. eod is its eos token."""
 
     def __init__(self, model: str, *, ids_from: IdsFrom | None = None, keep_special: bool = False):
+        """
+        Args:
+            ids_from: which definition gives the ids; None where both do.
+            keep_special: special tokens that are written in a text are those tokens, and not text.
+
+        Raises:
+            ValueError: the folder cannot be read, or its definitions differ and none was chosen.
+        """
         folder = Path(model)
         self.files = tokenizer_files(folder)
         if not self.files:
@@ -92,6 +97,7 @@ class HuggingFace:
         self._fingerprint = hash_files(
             [file for file in self.files if Path(file).name in FINGERPRINTED_FILES]
         )
+        # What transformers makes of the folder is read in any case: it names eos and bos.
         self._made = _read_with_transformers(model)
         declared = _read_tokenizer_json(folder)
         self.ids_from = _choose(model, declared, self._made, ids_from)
@@ -105,6 +111,7 @@ class HuggingFace:
                 f"special_tokens_in_text = keep: {model} itself says split_special_tokens, that "
                 "they are text. Fix: as-text."
             )
+        # A tokenizer.json may cut or pad texts, which a corpus must not.
         if self._backend is not None:
             self._backend.no_truncation()
             self._backend.no_padding()
@@ -116,6 +123,7 @@ class HuggingFace:
         self.bos = self._id_of(self._made.bos_token)
 
     def _id_of(self, token: str | None) -> int | None:
+        """Find the id of a token; None where there is none."""
         if token is None:
             return None
         if self._backend is None:
@@ -133,12 +141,13 @@ class HuggingFace:
         )
 
     def decode(self, ids: Sequence[int]) -> str:
+        # The libraries refuse numpy's integers.
         numbers = [int(i) for i in ids]
         if self._backend is not None:
             return self._backend.decode(numbers, skip_special_tokens=False)
         return self._made.decode(numbers, clean_up_tokenization_spaces=False)
 
-    def describe(self) -> dict:
+    def describe(self) -> dict[str, Any]:
         found: dict[str, Any] = {
             "type": "HuggingFaceTokenizer",
             "vocab_size": self.vocab_size,
@@ -150,7 +159,8 @@ class HuggingFace:
             found["ids"] = hash_text(
                 json.dumps(deciding_parts(self._backend.to_str()), sort_keys=True)
             )
-        else:  # a class written in Python: its name, files and version are all that can be known
+        else:
+            # A class written in Python: its name, files and version are all that can be known.
             found["ids"] = hash_text(
                 f"{self._made.__class__.__name__} {self._fingerprint} {version('transformers')}"
             )
@@ -183,10 +193,10 @@ class HuggingFace:
 
         Raises:
             ValueError: transformers gives other ids beside the config.json that is already in the
-            folder.
+                folder.
         """
         for file in self.files:
-            if Path(file).name != "config.json":  # the model's own stands there
+            if Path(file).name != "config.json":  # the model's own is there
                 shutil.copy(file, Path(folder) / Path(file).name)
         try:
             self._compare(folder)
@@ -210,6 +220,7 @@ class HuggingFace:
             )
 
     def _compare(self, folder: str) -> None:
+        """Raise ValueError unless AutoTokenizer on the folder gives this tokenizer's ids."""
         definition = self._backend.to_str() if self._backend is not None else None
         compare_with_huggingface(
             self.encode, folder, definition, split_special_tokens=not self._keep_special
@@ -225,6 +236,7 @@ def refuse_tokens_beside_model(folder: Path, tokenizer: SentencePiece) -> None:
         "Fix: write its tokenizer.json with transformers "
         "(AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR))."
     )
+    # Tokens may be added in two files, in two spellings.
     found: dict[str, int] = _read_object(folder / "added_tokens.json")
     settings = _read_object(folder / "tokenizer_config.json")
     found |= {
@@ -237,6 +249,7 @@ def refuse_tokens_beside_model(folder: Path, tokenizer: SentencePiece) -> None:
             f"tokenizer_model = {folder}: adds {len(beyond)} tokens, as {beyond[0]!r}, that its "
             f"tokenizer.model does not have. {fix}"
         )
+    # A token is written as a text, or as an object that holds it.
     for role, number in (("eos_token", tokenizer.eod), ("bos_token", tokenizer.bos)):
         token = settings.get(role)
         content = token["content"] if isinstance(token, dict) else token
@@ -248,7 +261,7 @@ def refuse_tokens_beside_model(folder: Path, tokenizer: SentencePiece) -> None:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is no such file."""
+    """Read the object in a JSON file; empty where there is no such file."""
     if not path.is_file():
         return {}
     try:
@@ -261,6 +274,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _read_with_transformers(model: str) -> Any:
+    """Let AutoTokenizer read a folder. ValueError where it cannot."""
     from transformers import AutoTokenizer
 
     try:
@@ -274,7 +288,7 @@ def _read_with_transformers(model: str) -> Any:
 
 
 def _read_tokenizer_json(folder: Path) -> Any:
-    """The tokenizer that tokenizer.json defines; None where there is no such file."""
+    """Read the tokenizer that tokenizer.json defines; None where there is no such file."""
     from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"
@@ -290,7 +304,7 @@ def _read_tokenizer_json(folder: Path) -> Any:
 
 
 def _mark_special(declared: Any, names: Sequence[str]) -> Any:
-    """The tokenizer with these of its added tokens as special ones, as transformers makes them.
+    """Make these of a tokenizer's added tokens special ones, as transformers does.
 
     tokenizer_config.json may name an eos token that tokenizer.json does not call special; written
     in a text, it would end the document.
@@ -309,7 +323,8 @@ def _mark_special(declared: Any, names: Sequence[str]) -> Any:
 
 
 def _choose(model: str, declared: Any, made: Any, asked: IdsFrom | None) -> IdsFrom:
-    """Which definition gives the ids. ValueError where they differ and none was asked for."""
+    """Choose which definition gives the ids. ValueError where they differ and none was asked
+    for."""
     if declared is None:
         if asked == "tokenizer.json":
             raise ValueError(
@@ -319,6 +334,7 @@ def _choose(model: str, declared: Any, made: Any, asked: IdsFrom | None) -> IdsF
         return "AutoTokenizer"
     if asked is not None:
         return asked
+    # Without a choice, both must give the same ids: then either will do.
     if not made.is_fast:
         different = ["the class, which is written in Python"]
     else:
@@ -334,12 +350,13 @@ def _choose(model: str, declared: Any, made: Any, asked: IdsFrom | None) -> IdsF
 
 
 def _example(declared: Any, made: Any) -> str:
-    """`: 'text' is [ids] and [ids]` for the first line at hand with two sorts of ids."""
+    """Show the first line at hand with two sorts of ids: `: 'text' is [ids] and [ids]`."""
     lines = [line for text in source_texts() for line in text.splitlines()]
     for text in [*SAMPLE_TEXT.splitlines(), *lines]:
         theirs = made.encode(text, add_special_tokens=False, verbose=False)
         ours = declared.encode(text, add_special_tokens=False).ids
         if ours != theirs:
+            # Where one is the beginning of the other, from its first token.
             pairs = zip(ours, theirs, strict=False)
             first = next((i for i, (one, other) in enumerate(pairs) if one != other), 0)
             ids = f"{ours[first : first + 6]} and {theirs[first : first + 6]}"

@@ -39,6 +39,7 @@ def same_tokenizer(theirs: dict | None, ours: dict | None) -> bool:
     if not theirs or not ours:
         return theirs == ours
     both = theirs.keys() & ours.keys()
+    # What both have: older descriptions lack `ids` and `eod`.
     compared = ["type", "vocab_size", "ids" if "ids" in both else "fingerprint"]
     if "eod" in both:
         compared.append("eod")
@@ -46,7 +47,7 @@ def same_tokenizer(theirs: dict | None, ours: dict | None) -> bool:
 
 
 def hash_files(files: list[str]) -> str:
-    """xxh3 of the files' names and bytes, hex. A single file may have any name."""
+    """Hash the files' names and bytes -> xxh3, hex. A single file may have any name."""
     digest = xxhash.xxh3_128()
     for file in sorted(files, key=lambda file: Path(file).name):
         if len(files) > 1:
@@ -56,12 +57,12 @@ def hash_files(files: list[str]) -> str:
 
 
 def hash_text(text: str) -> str:
-    """xxh3 of a text, hex."""
+    """Hash a text -> xxh3, hex."""
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
 def source_texts() -> list[str]:
-    """Source code at hand, this package's own, and `SAMPLE_TEXT`."""
+    """List source code at hand, this package's own, and `SAMPLE_TEXT`."""
     return [SAMPLE_TEXT] + [
         path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))
     ]
@@ -79,7 +80,8 @@ def compare_with_huggingface(
     """
     from transformers import AutoTokenizer
 
-    theirs = AutoTokenizer.from_pretrained(folder, **settings)
+    theirs: Any = AutoTokenizer.from_pretrained(folder, **settings)
+    # Texts at hand first, whose difference can be shown, then the definitions.
     other = next(
         (
             f"on the text that begins {text[:30]!r}"
@@ -109,7 +111,7 @@ def compare_with_huggingface(
 
 
 def flatten_steps(step: dict | None, children: str) -> list[dict[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer, one after another.
+    """List the steps of a normalizer or pre-tokenizer, one after another.
 
     Args:
         children: name of the list of steps in a Sequence: `normalizers` or `pretokenizers`.
@@ -122,8 +124,9 @@ def flatten_steps(step: dict | None, children: str) -> list[dict[str, Any]]:
 
 
 def deciding_parts(definition: str) -> dict[str, Any]:
-    """What in a tokenizer.json decides the ids of a text, in one spelling."""
+    """Pick what in a tokenizer.json decides the ids of a text, in one spelling."""
     parts = json.loads(definition)
+    # Settings that do nothing are written as null, as empty, or not at all.
     model = dict(parts["model"])
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if not model.get(name):
@@ -144,7 +147,7 @@ def deciding_parts(definition: str) -> dict[str, Any]:
 
 
 def differing_parts(one: str, other: str) -> list[str]:
-    """Names of the parts in which two definitions give texts other ids.
+    """Name the parts in which two definitions give texts other ids.
 
     A special token that only one of them has is no such part: it gives no text its id.
     """
@@ -153,6 +156,7 @@ def differing_parts(one: str, other: str) -> list[str]:
     names = [
         name for name in ("normalizer", "pre_tokenizer", "model") if first[name] != second[name]
     ]
+    # Added tokens: those that both have, and the plain ones of either.
     special = {
         token["content"]
         for parts in (first, second)
@@ -174,14 +178,16 @@ def differing_parts(one: str, other: str) -> list[str]:
 
 
 def byte_letters() -> list[str]:
-    """The letters that byte-level BPE writes the 256 bytes with."""
+    """List the letters that byte-level BPE writes the 256 bytes with."""
+    # Visible bytes are written as themselves, the others as the letters from 256 on.
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return [chr(byte) for byte in visible] + [
         chr(256 + number) for number in range(256 - len(visible))
     ]
 
 
-def _writes_all_bytes(model: dict, pre_tokenizer: list[dict]) -> bool:
+def _writes_all_bytes(model: dict[str, Any], pre_tokenizer: list[dict[str, Any]]) -> bool:
+    """Tell whether every text has ids, as each byte has a token of its own."""
     if model.get("type") != "BPE":
         return False
     if model.get("byte_fallback"):

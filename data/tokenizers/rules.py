@@ -17,10 +17,11 @@ import sys
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from data.tokenizers.added_tokens import AddedTokens
 from data.tokenizers.convert import (
     SPACE,
     read_model,
@@ -44,32 +45,34 @@ BPE_DEFAULTS = {
 """Settings of the model that gigatoken passes over -> the values with which they do nothing."""
 
 Letters = Literal["assigned", "printable"]
+"""Letters that a fast text may have: those that Unicode has assigned for long, or printable ASCII
+and newlines."""
 
 
 @dataclass(frozen=True)
 class FastRules:
-    """How gigatoken stands for a tokenizer.
-
-    definition: the tokenizer.json that it is given. slow_words: texts that hold one of them are the
-    tokenizer's own. letters: which letters a fast text may have: those that Unicode has assigned
-    for long, or printable ASCII and newlines. nfc: a fast text is what NFC makes of it. edges: a
-    fast text neither begins nor ends with a space. slow_beginnings: texts that begin with one of
-    them are the tokenizer's own.
-    """
+    """How gigatoken stands for a tokenizer: a text is fast where it encodes it identically, and
+    slow where the tokenizer itself has to."""
 
     definition: str
+    """The tokenizer.json that gigatoken is given."""
     slow_words: tuple[str, ...] = ()
+    """Texts that hold one of them are slow."""
     letters: Letters = "assigned"
     nfc: bool = False
+    """A fast text is what NFC makes of it."""
     edges: bool = False
+    """A fast text neither begins nor ends with a space."""
     slow_beginnings: tuple[str, ...] = ()
+    """Texts that begin with one of them are slow."""
 
     @functools.cached_property
     def _search(self) -> TextSearch:
         return TextSearch(self.slow_words)
 
     def slow(self, texts: Sequence[str]) -> list[int]:
-        """Numbers of the texts that the tokenizer itself has to encode, ascending."""
+        """List the numbers of the texts that the tokenizer itself has to encode, ascending."""
+        # The cheap tests first; each looks only at what is still fast where that pays.
         found = set(self._search.count(texts))
         if self.slow_beginnings:
             found |= {i for i, text in enumerate(texts) if text.startswith(self.slow_beginnings)}
@@ -79,6 +82,7 @@ class FastRules:
         # isascii is a flag of the text, so that English costs nothing here.
         every = self.letters == "printable"
         wide = [i for i, text in enumerate(texts) if every or not text.isascii()]
+        # One look at all together: most batches have no slow letter, and are done after it.
         if wide and _has_slow_letter("".join([texts[i] for i in wide]), self.letters):
             found |= {i for i in wide if _has_slow_letter(texts[i], self.letters)}
         if self.nfc:
@@ -88,13 +92,14 @@ class FastRules:
 
 
 def _has_slow_letter(text: str, letters: Letters) -> bool:
+    """Tell whether a text has a letter that a fast one may not have."""
     codes = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     return bool(_slow_letters(letters)[codes].any())
 
 
 @functools.cache
 def _slow_letters(letters: Letters) -> np.ndarray:
-    """bool [code points] of the letters that a fast text may not have.
+    """Mark the letters that a fast text may not have: bool [code points].
 
     The tokenizers library knows Unicode 16 and gigatoken 17, and they differ in nothing that both
     have assigned but RECLASSIFIED. Python 3.11 to 3.14 know 14 to 16, so that what this Python has
@@ -110,7 +115,7 @@ def _slow_letters(letters: Letters) -> np.ndarray:
 
 
 def rules_of_tokenizer_json(definition: str, *, keep_special: bool) -> FastRules:
-    """The rules for a tokenizer of Hugging Face's.
+    """Make the rules for a tokenizer of Hugging Face's.
 
     Args:
         keep_special: special tokens that are written in a text are those tokens, and not text.
@@ -122,16 +127,19 @@ def rules_of_tokenizer_json(definition: str, *, keep_special: bool) -> FastRules
     model = parts["model"]
     if model.get("type", "BPE") != "BPE":
         raise ValueError(f"gigatoken does not read {model['type']} models")
+    # Settings that gigatoken passes over must have a value with which they do nothing.
     for name, harmless in BPE_DEFAULTS.items():
         if model.get(name) not in harmless:
             raise ValueError(f"gigatoken passes over {name} = {model[name]!r}")
     _check_merges(model)
     if model.get("byte_fallback"):
-        return _rules_of_byte_fallback(parts, keep_special)
-    return _rules_of_byte_level(parts, keep_special)
+        return _rules_of_byte_fallback(parts, keep_special=keep_special)
+    return _rules_of_byte_level(parts, keep_special=keep_special)
 
 
-def _rules_of_byte_level(parts: dict, keep_special: bool) -> FastRules:
+def _rules_of_byte_level(parts: dict[str, Any], *, keep_special: bool) -> FastRules:
+    """Make the rules for byte-level BPE, as GPT-2, Llama 3 and Qwen have it."""
+    # Every piece is written in the letters of bytes, but for the added tokens.
     contents = {token["content"] for token in parts["added_tokens"]}
     alphabet = set(byte_letters())
     vocabulary = parts["model"]["vocab"]
@@ -143,27 +151,31 @@ def _rules_of_byte_level(parts: dict, keep_special: bool) -> FastRules:
     )
     if odd is not None:
         raise ValueError(f"its vocabulary holds {odd!r}, which is not written in bytes")
+    # Then the steps before it: normalization, the split into words, added tokens.
     nfc = _only_nfc(parts.get("normalizer"))
     prefix = _check_byte_level(parts.get("pre_tokenizer"))
-    added = _AddedTokens(parts["added_tokens"], keep_special=keep_special, nfc=nfc, alone=prefix)
+    added = AddedTokens(parts["added_tokens"], keep_special=keep_special, nfc=nfc, alone=prefix)
     return FastRules(_without_ignored(parts, added.fast), added.slow, nfc=nfc)
 
 
-def _rules_of_byte_fallback(parts: dict, keep_special: bool) -> FastRules:
+def _rules_of_byte_fallback(parts: dict[str, Any], *, keep_special: bool) -> FastRules:
+    """Make the rules for BPE after SentencePiece, as Llama 2 has it."""
+    # Every byte has a token, as itself or as a letter of ASCII.
     model = parts["model"]
     for byte in range(256):
-        if f"<0x{byte:02X}>" not in model["vocab"] and not (
-            byte < 128 and chr(byte) in model["vocab"]
-        ):
+        is_letter = byte < 128 and chr(byte) in model["vocab"]
+        if f"<0x{byte:02X}>" not in model["vocab"] and not is_letter:
             raise ValueError(f"its vocabulary does not have the byte 0x{byte:02X}")
     if model.get("ignore_merges"):
         raise ValueError("gigatoken passes over ignore_merges beside byte_fallback")
+    # Steps that clean a text up (extra spaces, other letters) are known only for plain texts.
     steps = flatten_steps(parts.get("normalizer"), "normalizers")
     cleans = [
         step["type"]
         for step in steps
         if step["type"] in ("Strip", "Precompiled") or step.get("pattern") == {"Regex": " {2,}"}
     ]
+    # Of the other steps only those that write spaces as marks are known.
     prefix = False
     for step in steps:
         if step["type"] == "Prepend" and step["prepend"] == SPACE:
@@ -175,12 +187,13 @@ def _rules_of_byte_fallback(parts: dict, keep_special: bool) -> FastRules:
             raise ValueError(
                 f"its normalizer has the step {json.dumps(step, ensure_ascii=False)[:80]}"
             )
+    # A mark before each text may come from the pre-tokenizer, too.
     metaspace = _check_metaspace(parts.get("pre_tokenizer"))
     prefix = prefix or metaspace not in (None, "never")
     active = [token for token in parts["added_tokens"] if keep_special or not token["special"]]
     if steps and any(token["normalized"] for token in active):
         raise ValueError("it looks for added tokens in the normalized text")
-    added = _AddedTokens(
+    added = AddedTokens(
         parts["added_tokens"], keep_special=keep_special, nfc=False, alone=prefix or bool(cleans)
     )
     # Where a mark is added only if there is none, those in the text itself decide.
@@ -194,7 +207,7 @@ def _rules_of_byte_fallback(parts: dict, keep_special: bool) -> FastRules:
 
 
 def rules_of_sentencepiece(model: str, definition: str) -> FastRules:
-    """The rules for a SentencePiece model.
+    """Make the rules for a SentencePiece model.
 
     Args:
         definition: the tokenizer.json that the model converts to.
@@ -205,6 +218,7 @@ def rules_of_sentencepiece(model: str, definition: str) -> FastRules:
     proto = read_model(model)
     if unsupported := unsupported_settings(proto):
         raise ValueError(f"gigatoken does not do {unsupported}")
+    # The model's own normalization, in steps that gigatoken does or that make a text slow.
     spec = proto.normalizer_spec
     parts = json.loads(definition)
     steps = []
@@ -245,73 +259,11 @@ def rules_of_sentencepiece(model: str, definition: str) -> FastRules:
 
 
 def _forms(pieces: Sequence[str]) -> list[str]:
-    """How pieces stand in a text: with spaces, or with the marks themselves."""
+    """List how pieces are written in a text: with spaces, or with the marks themselves."""
     return [form for piece in pieces for form in (piece, piece.replace(SPACE, " "))]
 
 
-class _AddedTokens:
-    """Added tokens that gigatoken finds as the tokenizer does, and words that make a text slow.
-
-    Args:
-        nfc: the tokenizer normalizes with NFC, and fast texts are in NFC.
-        alone: what stands beside an added token is changed, as by a prefix.
-    """
-
-    def __init__(self, tokens: list[dict], *, keep_special: bool, nfc: bool, alone: bool):
-        active = [
-            token for token in tokens if token["content"] and (keep_special or not token["special"])
-        ]
-        passive = [token["content"] for token in tokens if token["special"] and not keep_special]
-        raw = [token["content"] for token in active if not token["normalized"]]
-        normalized = [token["content"] for token in active if token["normalized"]]
-        # The tokenizer takes out raw ones first; what is text now still hides what it overlaps.
-        mixed = _overlapping(raw, normalized) | _overlapping(passive, raw + normalized)
-        slow = list(mixed)
-        self.fast = []
-        for token in active:
-            content = token["content"]
-            composed = unicodedata.normalize("NFC", content) if nfc else content
-            plain = not (token["single_word"] or token["lstrip"] or token["rstrip"])
-            if plain and not alone and content == composed and content not in mixed:
-                self.fast.append(token)
-            else:
-                slow += [content, composed]
-        self.slow = tuple(dict.fromkeys(slow))
-
-
-def _overlapping(some: Sequence[str], others: Sequence[str]) -> set[str]:
-    """Those of two lists of words of which one may cover a part of another in a text."""
-    return _touching(some, others) | _touching(others, some)
-
-
-def _touching(words: Sequence[str], others: Sequence[str]) -> set[str]:
-    """Those of `words` that may cover a part of one of `others`.
-
-    By sets of parts of words: a vocabulary may have thousands of added tokens, too many for pairs.
-    """
-    whole = set(others)
-    beginnings = {part for word in whole for part in _beginnings(word)}
-    endings = {part for word in whole for part in _endings(word)}
-    insides = {part for word in whole for end in _endings(word) for part in _beginnings(end)}
-    return {
-        word
-        for word in words
-        if word in insides
-        or not beginnings.isdisjoint(_endings(word))
-        or not endings.isdisjoint(_beginnings(word))
-        or any(not whole.isdisjoint(_beginnings(end)) for end in _endings(word))
-    }
-
-
-def _beginnings(word: str) -> list[str]:
-    return [word[:length] for length in range(1, len(word) + 1)]
-
-
-def _endings(word: str) -> list[str]:
-    return [word[start:] for start in range(len(word))]
-
-
-def _check_merges(model: dict) -> None:
+def _check_merges(model: dict[str, Any]) -> None:
     """Raise ValueError where gigatoken ranks the merges in another way than their list."""
     vocabulary = model["vocab"]
     merges = [
@@ -330,7 +282,8 @@ def _check_merges(model: dict) -> None:
 
 
 def _check_byte_level(step: dict | None) -> bool:
-    """Whether a space is put before texts. ValueError: gigatoken does a step otherwise."""
+    """Tell whether a space is put before texts. ValueError: gigatoken does a step otherwise."""
+    # Either ByteLevel alone, which splits as GPT-2 does, or known splits and then ByteLevel.
     steps = flatten_steps(step, "pretokenizers")
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
@@ -354,7 +307,7 @@ def _check_byte_level(step: dict | None) -> bool:
 
 
 def _check_metaspace(step: dict | None) -> str | None:
-    """When a mark is put before texts; None without Metaspace. ValueError: other steps."""
+    """Tell when a mark is put before texts; None without Metaspace. ValueError: other steps."""
     steps = flatten_steps(step, "pretokenizers")
     if not steps:
         return None
@@ -375,12 +328,13 @@ def _check_metaspace(step: dict | None) -> str | None:
 
 
 def _only_nfc(step: dict | None) -> bool:
-    """Whether there is a normalizer, and it is NFC. Raises ValueError for another one."""
+    """Tell whether there is a normalizer, and it is NFC. ValueError: another one."""
     kinds = [step["type"] for step in flatten_steps(step, "normalizers")]
     if set(kinds) - {"NFC"}:
         raise ValueError(f"gigatoken does not normalize as {' and '.join(kinds)} do")
     return bool(kinds)
 
 
-def _without_ignored(parts: dict, added: list[dict]) -> str:
+def _without_ignored(parts: dict[str, Any], added: list[dict[str, Any]]) -> str:
+    """Write a tokenizer.json without the parts that decide no ids, and with these added tokens."""
     return json.dumps(parts | dict.fromkeys(IGNORED_PARTS) | {"added_tokens": added})

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 class SentencePiece:
-    """A SentencePiece .model file. eod is its eos piece (`</s>`). U+2581 decodes as a space."""
+    """Encodes by a SentencePiece .model file. eod is its eos piece (`</s>`). U+2581 decodes as a
+    space."""
 
     def __init__(self, model: str):
         import sentencepiece
@@ -31,6 +32,7 @@ class SentencePiece:
                 f"tokenizer_model = {model}: not a SentencePiece model ({error}). Fix: give its "
                 ".model file, or --tokenizer-type HuggingFaceTokenizer for a Hugging Face folder."
             ) from None
+        # -1 = the model has no such piece.
         self.files = [model]
         self.vocab_size = self._processor.get_piece_size()
         eos = self._processor.eos_id()
@@ -39,7 +41,8 @@ class SentencePiece:
         self.bos = bos if bos >= 0 else None
 
     def id_of(self, piece: str) -> int | None:
-        """The id of a piece; None where the model has no such one."""
+        """Find the id of a piece; None where the model has no such one."""
+        # The library gives the id of <unk> for what it does not know.
         number = self._processor.piece_to_id(piece)
         return number if self._processor.id_to_piece(number) == piece else None
 

@@ -4,8 +4,9 @@ import re
 from collections.abc import Iterable, Sequence
 
 MOST_PREFIXES = 32
-"""Each costs a pass over the text, at some gigabytes per second."""
+"""Prefixes to look for; each costs a pass over the text, at some gigabytes per second."""
 LONGEST_PREFIX = 16
+"""Letters of a prefix at most."""
 
 
 class TextSearch:
@@ -19,7 +20,7 @@ class TextSearch:
         self._pattern = re.compile("|".join(map(re.escape, longest_first)))
 
     def count(self, texts: Sequence[str]) -> dict[int, int]:
-        """Number of a text -> how many words it holds, for the texts that hold any."""
+        """Count the words in each text: number of a text -> words, for texts that hold any."""
         if not self.words:
             return {}
         # One text instead of hundreds: most batches hold none, and are done after this.
@@ -36,14 +37,14 @@ class TextSearch:
         return found
 
     def first(self, text: str) -> str:
-        """The first word in a text that holds one."""
+        """Find the first word in a text that holds one."""
         match = self._pattern.search(text)
         assert match is not None, f"none of the words is in {text[:40]!r}"
         return match.group()
 
 
 def _prefixes(words: Sequence[str]) -> list[str]:
-    """Beginnings, one of which each of the words has: the longest that are MOST_PREFIXES at most.
+    """Choose beginnings, one of which each word has: the longest that are MOST_PREFIXES at most.
 
     More only where the words begin with more than MOST_PREFIXES letters.
     """

@@ -32,27 +32,28 @@ class Tokenizer(Protocol):
     """Paths that rebuild the tokenizer; stored beside a checkpoint."""
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text; no bos or eos is added. ValueError where the text has none."""
+        """Encode a text; no bos or eos is added. ValueError where the text has no ids."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids."""
+        """Decode token ids to their text."""
         ...
 
     def describe(self) -> dict:
-        """JSON-able identity, compared by data/tokenizers/identity.py: same_tokenizer."""
+        """Describe its identity, JSON-able; identity.py: same_tokenizer compares two."""
         ...
 
     def fast_rules(self) -> FastRules:
-        """How gigatoken stands for this tokenizer. ValueError if it cannot."""
+        """Say how gigatoken stands for this tokenizer. ValueError if it cannot."""
         ...
 
     def special_texts(self) -> list[str]:
-        """How special tokens (control pieces) are written in text."""
+        """List how special tokens (control pieces) are written in text."""
         ...
 
     def special_tokens_left(self) -> list[str]:
-        """Special tokens that `encode` gives for their text, though they were not to be kept."""
+        """List special tokens that `encode` gives for their text, though they should not be
+        kept."""
         ...
 
     def save_huggingface(self, folder: str) -> None:
@@ -68,9 +69,10 @@ def build_tokenizer(
     ids_from: IdsFrom | None = None,
     keep_special: bool = False,
 ) -> Tokenizer:
-    """The tokenizer of a `--tokenizer-type`.
+    """Build the tokenizer of a `--tokenizer-type`.
 
     Args:
+        type: one of config.py: TokenizerType.
         model: the .model file (SentencePiece) or the folder (Hugging Face).
         vocab_size: used by NullTokenizer only.
         ids_from: which definition of a Hugging Face folder gives the ids; None where both agree.
@@ -80,6 +82,7 @@ def build_tokenizer(
         ValueError: unknown type, a missing or unreadable model, a missing vocabulary size, or two
             definitions that differ.
     """
+    # The kinds that need no file, unknown ones, and a missing file.
     if type == "NullTokenizer":
         return NullTokenizer(vocab_size)
     kinds = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
@@ -92,12 +95,15 @@ def build_tokenizer(
         raise ValueError(
             f"tokenizer_model = {model}: must be given for {type}. Fix: give --tokenizer-model."
         )
+    # A folder is read by transformers, unless it holds a SentencePiece model and no tokenizer.json:
+    # then the ids are those of SentencePiece.
     pieces = Path(model) / "tokenizer.model"
     is_folder = type == "HuggingFaceTokenizer"
     if is_folder:
         is_alone = pieces.is_file() and not (Path(model) / "tokenizer.json").is_file()
         if not is_alone or ids_from is not None:
             return HuggingFace(model, ids_from=ids_from, keep_special=keep_special)
+    # What is left is SentencePiece, which has no way to keep special tokens.
     if keep_special:
         raise ValueError(
             "special_tokens_in_text = keep: SentencePiece takes what is written in a text as "
@@ -110,7 +116,7 @@ def build_tokenizer(
 
 
 class NullTokenizer:
-    """Text of integers, for data that is already tokenized.
+    """Reads text of integers, for data that is already tokenized.
 
     eod is `vocab_size - 1`. Megatron-Core's class counts the end-of-document token beside its
     vocab_size argument (V gives V + 1 ids and eod = V); here vocab_size is the number of ids, eod
@@ -124,12 +130,13 @@ class NullTokenizer:
                 "--vocab-size, one more than the largest id."
             )
         self.vocab_size = vocab_size
-        self.eod = vocab_size - 1
+        self.eod: int | None = vocab_size - 1
         self.bos: int | None = None
         self.files: list[str] = []
 
     def encode(self, text: str) -> list[int]:
-        """Ids of whitespace-separated integers. ValueError: not integers in [0, vocab_size)."""
+        """Read whitespace-separated integers. ValueError: not integers in [0, vocab_size)."""
+        # A word that is no integer, then an integer that is no id.
         try:
             ids = [int(word) for word in text.split()]
         except ValueError as error:
@@ -149,6 +156,7 @@ class NullTokenizer:
         return " ".join(str(int(i)) for i in ids)
 
     def describe(self) -> dict:
+        # It has no files; a description always has a fingerprint.
         return {
             "type": "NullTokenizer",
             "vocab_size": self.vocab_size,

@@ -9,7 +9,7 @@ import shutil
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 
@@ -192,7 +192,8 @@ class IndexedWriter:
         with self._explained("idx", size), open(self._temporary["idx"], "wb") as file:
             self._write_index(file)
             sync_file(file)
-        side = {
+        # What .idx does not say: the tokenizer, and how text became ids.
+        side: dict[str, Any] = {
             "tokenizer": tokenizer,
             "dtype": self.dtype.name,
             "documents": self.num_documents,

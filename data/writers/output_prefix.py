@@ -23,12 +23,12 @@ def check_output(prefix: str, *, overwrite: bool, inputs: Iterable[Path] = ()) -
     them.
 
     Args:
-        overwrite: replace a pair that stands there.
+        overwrite: replace a pair that is there.
         inputs: files that are read for it.
 
     Raises:
         ValueError: the prefix is a folder or an input, or holds files that these tools did not
-            make; or a pair stands there, and `overwrite` is not set.
+            make; or a pair is there, and `overwrite` is not set.
     """
     name = f"output_prefix = {prefix}"
     if prefix.endswith("/") or Path(prefix).is_dir():

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from data.tokenizers.rules import _overlapping
+from data.tokenizers.added_tokens import _overlapping
 from data.tokenizers.text_search import MOST_PREFIXES, TextSearch
 
 UNUSED = [f"<unused{number}>" for number in range(6300)]

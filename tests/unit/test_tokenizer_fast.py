@@ -93,7 +93,7 @@ def test_begins_anew_before_its_memory_grows(folder, monkeypatch):
     fast = fast_encoder(tokenizer).fast
     first = fast._tokenizer
     text = "some words " * 10
-    monkeypatch.setattr(tokenizer_fast, "CACHE_TEXT", 3 * len(text))
+    monkeypatch.setattr(tokenizer_fast, "CACHE_LETTERS", 3 * len(text))
     fast.encode_batch([text] * 4)
     assert fast._tokenizer is first
     monkeypatch.setattr(tokenizer_fast, "CACHE_BYTES", -(1 << 40))
