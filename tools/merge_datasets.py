@@ -1,12 +1,13 @@
-"""One pair of token files from several:
-`python -m tools.merge_datasets --input A B --output-prefix C`.
+"""Merge pairs of token files into one:
+`bash launch/ithaca.sh merge --input A B --output-prefix C`.
 
-Documents in the order of the inputs; all must come from the same tokenizer. What stands at C is
+Documents come in the order of the inputs; all must be from the same tokenizer. What is at C is
 replaced with --overwrite only, and never where it is an input.
 """
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 from data.idx_format import read_index, read_side_file
 from data.tokenizers.identity import same_tokenizer
@@ -22,7 +23,7 @@ class Arguments:
     output_prefix: str
     """Prefix of the files to write."""
     overwrite: bool = False
-    """Replace the pair that stands at the output prefix."""
+    """Replace the pair that is at the output prefix."""
     accept_unknown_tokenizers: bool = False
     """Take inputs without our .json, as Megatron-LM's; the output then names no tokenizer."""
 
@@ -34,23 +35,27 @@ def merge(arguments: Arguments) -> list[str]:
         ValueError: an input is damaged, or of another tokenizer or dtype than the first, or the
             output may not be written; nothing was written.
     """
+    # All checks come before the first byte is written.
     files = [file for prefix in arguments.input for file in prefix_files(prefix)]
     check_output(arguments.output_prefix, overwrite=arguments.overwrite, inputs=files)
     tokenizer = _common_tokenizer(arguments)
+    # As bytes, with the dtype of the first; another dtype is refused.
     with IndexedWriter(arguments.output_prefix, read_index(arguments.input[0]).dtype) as writer:
         for prefix in arguments.input:
             writer.append_from(prefix)
         return writer.finish(tokenizer, _common_text_settings(arguments.input))
 
 
-def _common_text_settings(prefixes: list[str]) -> dict | None:
-    """Settings with which all inputs' text became ids; None where they differ or one has none.
+def _common_text_settings(prefixes: list[str]) -> dict[str, Any] | None:
+    """Find the settings with which all inputs' text became ids; None where they differ or one has
+    none.
 
-    A difference is no error: it is said.
+    A difference is no error, but a warning.
     """
     found = [(read_side_file(prefix) or {}).get("text") for prefix in prefixes]
     if all(settings == found[0] for settings in found):
         return found[0]
+    # Those that have settings: do they differ, or do others merely have none?
     known = [(prefix, text) for prefix, text in zip(prefixes, found, strict=True) if text]
     first, settings = known[0]
     other = next(((prefix, text) for prefix, text in known if text != settings), None)
@@ -63,19 +68,25 @@ def _common_text_settings(prefixes: list[str]) -> dict | None:
     return None
 
 
-def _common_tokenizer(arguments: Arguments) -> dict | None:
+def _common_tokenizer(arguments: Arguments) -> dict[str, Any] | None:
+    """Find the tokenizer of all inputs; None where one may be unknown and is.
+
+    Raises:
+        ValueError: two inputs have different ones, or one is unknown and may not be.
+    """
     first = arguments.input[0]
     found = {prefix: (read_side_file(prefix) or {}).get("tokenizer") for prefix in arguments.input}
     for prefix, tokenizer in found.items():
         if tokenizer is None and not arguments.accept_unknown_tokenizers:
             raise ValueError(
                 f"input = {prefix}: no {prefix}.json that names its tokenizer. Fix: make it with "
-                "tools.preprocess_data, or --accept-unknown-tokenizers if you know that it is the same."
+                "tools.preprocess_data, or --accept-unknown-tokenizers if you know that it is the "
+                "same."
             )
         if tokenizer and found[first] and not same_tokenizer(tokenizer, found[first]):
             raise ValueError(
-                f"input = {prefix}: made with the tokenizer {tokenizer}, but {first} with {found[first]}. "
-                "Fix: merge only what one tokenizer made."
+                f"input = {prefix}: made with the tokenizer {tokenizer}, but {first} with "
+                f"{found[first]}. Fix: merge only what one tokenizer made."
             )
     return found[first] if None not in found.values() else None
 

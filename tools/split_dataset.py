@@ -1,9 +1,9 @@
-"""Several pairs of token files from one:
-`python -m tools.split_dataset --input A --output-prefix B --parts N`.
+"""Split a pair of token files into several:
+`bash launch/ithaca.sh split --input A --output-prefix B --parts N`.
 
 B_0 ... hold whole documents in A's order, with about the same number of tokens each; merged again
-they give A. What stands there is replaced with --overwrite only. (For validation there is --split
-of the trainer, which draws documents at random.)
+they give A. What is there is replaced with --overwrite only. (For validation there is --split of
+the trainer, which draws documents at random.)
 """
 
 import glob
@@ -26,7 +26,7 @@ class Arguments:
     output_prefix: str
     """Part i is written to PREFIX_i, with zeros before i so that all are as long."""
     parts: int
-    """How many."""
+    """Number of parts."""
     overwrite: bool = False
     """Replace the pairs that stand at the parts' prefixes."""
 
@@ -45,6 +45,7 @@ def split(arguments: Arguments) -> list[str]:
             f"parts = {parts}: must be in [1, {len(index.document_lengths)}], the documents of "
             f"{arguments.input}. Fix: give such a number."
         )
+    # Cut behind the document that reaches each part's share of the tokens.
     ends = np.cumsum(index.document_lengths, dtype=np.int64)
     goals = [index.num_tokens * part // parts for part in range(1, parts)]
     cuts = np.concatenate([[0], np.searchsorted(ends, goals) + 1, [len(ends)]])
@@ -53,6 +54,7 @@ def split(arguments: Arguments) -> list[str]:
             f"parts = {parts}: a document of {index.document_lengths.max():,} tokens is longer "
             f"than a part of {index.num_tokens // parts:,}. Fix: fewer parts."
         )
+    # Tokens of each part.
     tokens = np.diff(np.concatenate([[0], ends[cuts[1:] - 1]]))
     if not tokens.all():
         # Empty documents alone: no run could train on such a part.
@@ -69,7 +71,7 @@ def split(arguments: Arguments) -> list[str]:
 
 
 def _part_prefixes(arguments: Arguments) -> list[str]:
-    """The prefixes of the parts, each of which may be written.
+    """Name the parts, each of which may be written.
 
     Raises:
         ValueError: one may not, or parts of another split would remain beside them.
@@ -78,6 +80,7 @@ def _part_prefixes(arguments: Arguments) -> list[str]:
     prefixes = [f"{arguments.output_prefix}_{part:0{digits}d}" for part in range(arguments.parts)]
     for prefix in prefixes:
         check_output(prefix, overwrite=arguments.overwrite, inputs=prefix_files(arguments.input))
+    # Parts of another split beside the new ones would be taken for theirs.
     written = {Path(f"{prefix}.idx").name for prefix in prefixes}
     stem = Path(arguments.output_prefix)
     for idx in sorted(stem.parent.glob(f"{glob.escape(stem.name)}_*.idx")):

@@ -22,7 +22,7 @@ class Input:
 
 
 def relation(output: Path, source: Path) -> str | None:
-    """How `output` stands to `source`: "is", "lies in" or "contains"; None where they are apart.
+    """Say how `output` lies to `source`: "is", "lies in" or "contains"; None if they are apart.
 
     Links and `..` are followed; a bind mount of a folder is that folder.
     """
@@ -41,7 +41,7 @@ def relation(output: Path, source: Path) -> str | None:
 
 
 def real_path(path: Path) -> Path:
-    """The path without links and `..`; its end need not be there."""
+    """Resolve links and `..` in a path; its end need not be there."""
     return Path(os.path.realpath(path))
 
 
@@ -73,7 +73,7 @@ def refuse_inputs(
 def refuse_parents(name: str, output: Path) -> None:
     """Raise ValueError where the folder around `output` cannot be made or written."""
     parents = real_path(output.parent / "x").parents
-    # As it is written too: what follows a file in a path is no place, also if it is `..`.
+    # As it is written, too: what follows a file in a path is no place, even if it is `..`.
     written = [parent for parent in output.parents if os.path.lexists(parent)]
     files = [parent for parent in written if not parent.is_dir()]
     around = next(parent for parent in [*files, *parents] if os.path.lexists(parent))
@@ -101,7 +101,7 @@ def check_file(
         inputs: files that are read; the output may lie beside them, but be none of them.
 
     Raises:
-        ValueError: anything else stands there, or the place cannot be written.
+        ValueError: anything else is there, or the place cannot be written.
     """
     if output.is_symlink():
         raise ValueError(f"{name} = {output}: is a link. Fix: give the name of a file.")
@@ -121,20 +121,21 @@ def check_file(
 
 
 PNG_METADATA = {"Software": "Ithaca"}
-"""What a picture says of who made it, for matplotlib's savefig."""
+"""Metadata by which our pictures are known, for matplotlib's savefig."""
 PAGE_GENERATOR = '<meta name="generator" content="Ithaca">'
-"""What a page says of who made it, in its first lines."""
+"""Tag by which our pages are known, in their first lines."""
 _HEAD_BYTES = 4096
+"""Beginning of a file that is searched for them."""
 
 
 def is_own_picture(path: Path) -> bool:
-    """Whether a file is a PNG that was saved with PNG_METADATA."""
+    """Tell whether a file is a PNG that was saved with PNG_METADATA."""
     head = _head(path)
     return head.startswith(b"\x89PNG") and b"tEXtSoftware\0Ithaca" in head
 
 
 def is_own_page(path: Path) -> bool:
-    """Whether a file is a page with PAGE_GENERATOR in its head."""
+    """Tell whether a file is a page with PAGE_GENERATOR in its head."""
     return PAGE_GENERATOR.encode() in _head(path)
 
 

@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -17,17 +17,14 @@ from data.files import checksum, lock_file, sync_file, sync_path
 from tools.outputs.files import Input, real_path, refuse_inputs, refuse_parents, relation
 
 MARKER = "ithaca_made.json"
-"""File in each folder that a tool makes: {"made_by": tool, "files": {name: bytes}, "checksums":
-{}}.
-
-`files` is null until the folder is whole; `checksums` are those of the small files.
-"""
+"""Name of the file in each folder that a tool makes: {"made_by": tool, "files": {name: bytes},
+"checksums": {}}; `files` is null until the folder is whole, `checksums` are of small files."""
 CHECKSUMMED_BYTES = 1 << 20
-"""Files up to this size are compared by checksum: people edit settings, and the size may stay."""
+"""Largest file that is compared by checksum: people edit settings, and the size may stay."""
 
 
 def _read_marker(folder: Path, maker: str) -> dict | None:
-    """The content of a folder's MARKER; None where `maker` did not make the folder."""
+    """Read a folder's MARKER; None where `maker` did not make the folder."""
     try:
         content = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -39,7 +36,7 @@ def _read_marker(folder: Path, maker: str) -> dict | None:
 
 
 def foreign_content(folder: Path, maker: str) -> str | None:
-    """Why `folder` is not, or not only, what `maker` published there; None where it is."""
+    """Say why `folder` is not, or not only, what `maker` published there; None where it is."""
     content = _read_marker(folder, maker)
     if content is None or content["files"] is None:
         return f"was not made by {maker} (no {MARKER} that says so)"
@@ -47,6 +44,7 @@ def foreign_content(folder: Path, maker: str) -> str | None:
     checksums = content.get("checksums", {})
     for place, folders, files in os.walk(folder):
         inside = Path(place).relative_to(folder)
+        # Files that were added or changed.
         for file in files:
             path = (inside / file).as_posix()
             if path != MARKER and path not in listed:
@@ -58,6 +56,7 @@ def foreign_content(folder: Path, maker: str) -> str | None:
                 is_changed = checksum(folder / path) != checksums[path]
             if is_changed:
                 return f"holds {path}, which has changed since {maker} wrote it"
+        # Folders that were added, and links to others.
         for child in folders:
             path = (inside / child).as_posix()
             is_listed = any(name.startswith(f"{path}/") for name in listed)
@@ -67,7 +66,7 @@ def foreign_content(folder: Path, maker: str) -> str | None:
 
 
 def _is_leftover(folder: Path, maker: str) -> bool:
-    """Whether `folder` is what an interrupted run of `maker` left: marked by it, or still empty."""
+    """Tell whether `folder` is what an interrupted run of `maker` left: marked by it, or empty."""
     if folder.is_symlink() or not folder.is_dir():
         return False
     return _read_marker(folder, maker) is not None or not any(folder.iterdir())
@@ -76,6 +75,7 @@ def _is_leftover(folder: Path, maker: str) -> bool:
 def _remove_made(folder: Path, maker: str) -> None:
     """Remove the files that the marker lists, and the folder if nothing else is in it."""
     content = _read_marker(folder, maker)
+    # A marker is a file that anyone may edit: only what lies in the folder is removed.
     for file in (content or {}).get("files") or {}:
         if ".." not in Path(file).parts and not Path(file).is_absolute():
             (folder / file).unlink(missing_ok=True)
@@ -129,9 +129,11 @@ class NewFolder:
         self._check_place()
 
     def _fail(self, reason: str, fix: str) -> ValueError:
+        """Make the error that names the setting, its value, the reason and the fix."""
         return ValueError(f"{self.name} = {self.output}: {reason}. Fix: {fix}.")
 
     def _check_links(self) -> None:
+        """Raise ValueError where the path is a link, an input, or holds the current folder."""
         if self.output.is_symlink():
             raise self._fail("is a link", "give the name of a folder")
         refuse_inputs(self.name, self.output, self._inputs)
@@ -145,6 +147,7 @@ class NewFolder:
         refuse_inputs(self.name, self.output, inputs)
 
     def _check_place(self) -> None:
+        """Raise ValueError where something is in the way, or the folder may not be replaced."""
         for beside in (self.path, self._replaced):
             if beside == self.path and self._is_begun:
                 continue
@@ -177,6 +180,7 @@ class NewFolder:
         return self
 
     def _begin(self) -> None:
+        # Folders that are made on the way are removed again if this fails.
         parents = [self._final.parent, *self._final.parent.parents]
         self._made_parents = [parent for parent in parents if not parent.exists()]
         self._final.parent.mkdir(parents=True, exist_ok=True)
@@ -195,6 +199,7 @@ class NewFolder:
             print(f"removed {self.path}, which an interrupted {self.maker} had left")
         if not self._replaced.exists():
             return
+        # It was replacing a folder: either the new one is in place, or the old one goes back.
         if os.path.lexists(self._final):
             _remove_made(self._replaced, self.maker)
             return
@@ -203,7 +208,8 @@ class NewFolder:
         self._check_place()
 
     @contextlib.contextmanager
-    def _locked_leftover(self):
+    def _locked_leftover(self) -> Iterator[None]:
+        """Hold the lock of what an interrupted run left; ValueError where that run still writes."""
         if not (self.path / MARKER).exists():  # interrupted before its first file
             yield
             return
@@ -219,6 +225,8 @@ class NewFolder:
             ) from None
 
     def _write_marker(self, files: dict[str, int] | None) -> None:
+        """Write MARKER into the open, locked file."""
+        assert self._lock is not None, "the folder is not begun"
         small = [name for name, size in (files or {}).items() if size <= CHECKSUMMED_BYTES]
         content = {
             "made_by": self.maker,
@@ -236,6 +244,7 @@ class NewFolder:
         Raises:
             ValueError: something that this tool did not make came there meanwhile.
         """
+        # Make all durable, and last the list of it.
         files = {}
         for path in sorted(self.path.rglob("*")):
             if path.is_file() and path.name != MARKER:
@@ -243,6 +252,7 @@ class NewFolder:
                 sync_path(path)
         self._write_marker(files)
         sync_path(self.path)
+        # Others may have come there while this one was written.
         self._check_links()
         self._check_final_again()
         # An empty folder is replaced by the renaming itself.
@@ -262,6 +272,7 @@ class NewFolder:
             _remove_made(self._replaced, self.maker)
 
     def _check_final_again(self) -> None:
+        """Raise ValueError where a folder came there that may not be replaced."""
         if not os.path.lexists(self._final):
             return
         if not self._overwrite:
