@@ -11,7 +11,7 @@ import yaml
 from parallel.config import LayoutConfig
 from tests.dist.training import base_arguments, losses, train, write_corpus
 from tools.audit_data import audit
-from tools.bench.disturbed import Moment, Run, crossings_of, differences, disturb, plan_moments
+from tools.bench.disturbed import Kill, Run, crossings_of, differences, disturb, plan_kills
 
 PHASES = [
     dict(seq_length=32, step_batch_size_schedule="0:4 512:8", tensor_model_parallel_size=2),
@@ -73,36 +73,43 @@ def arguments(corpus: str, **overrides) -> list[str]:
     return argv
 
 
-SHORT = [PHASES[0], PHASES[5]], 2048, [Moment("crossing", 0, 4.0, 1)]
-LONG = PHASES, 8192, 20
-"""Phases, tokens of each, moments (or how many random ones)."""
+# Two processes start in half the time of four, and cross from one layout to another, too.
+SHORT = (
+    [PHASES[0], PHASES[5] | {"context_parallel_size": 2}],
+    2,
+    2048,
+    [Kill("crossing", 0, 4.0, 1)],
+)
+LONG = PHASES, 4, 8192, 20
+"""Phases, processes, tokens of each phase, kills (or how many random ones)."""
 
 
 @pytest.mark.parametrize(
-    "phases, tokens, moments",
+    "phases, processes, tokens, kills",
     [SHORT, pytest.param(*LONG, marks=pytest.mark.long)],
     ids=["short", "20 kills"],
 )
 def test_kills_at_random_steps_saves_and_crossings_change_nothing(
-    pool, tmp_path, phases, tokens, moments
+    pool, tmp_path, phases, processes, tokens, kills
 ):
     corpus = write_corpus(tmp_path / "corpus", documents=600)
     config = write_config(tmp_path / "run.yaml", phases, tokens)
     alone = ["--config", config, *arguments(corpus, save=str(tmp_path / "alone"))]
     changes = count_changes(phases)
-    assert [pool.run(train, 4, alone)[0] for _ in range(changes + 1)] == ["again"] * changes + [
-        "done"
-    ]
-    if isinstance(moments, int):
+    # The run that nothing disturbs: one start for each layout.
+    outcomes = [pool.run(train, processes, alone)[0] for _ in range(changes + 1)]
+    assert outcomes == ["again"] * changes + ["done"]
+    if isinstance(kills, int):
         steps = max(losses(tmp_path / "alone"))
-        moments = plan_moments(moments, steps, crossings_of(tmp_path / "alone"), seed=moments)
-    run = Run(["--config", config, *arguments(corpus)], tmp_path / "disturbed", processes=4)
+        kills = plan_kills(kills, steps, crossings_of(tmp_path / "alone"), seed=kills)
+    # The same run through launch/train.sh, with workers killed.
+    run = Run(["--config", config, *arguments(corpus)], tmp_path / "disturbed", processes=processes)
     try:
-        done = disturb(run, moments, random.Random(len(moments)))
+        done = disturb(run, kills, random.Random(len(kills)))
         run.wait_until_done()
     finally:
         run.end()
-    assert len(done) >= 0.9 * len(moments), done
+    assert len(done) >= 0.9 * len(kills), done
     assert not run.workers(), "a worker was left behind"
     assert differences(tmp_path / "alone", tmp_path / "disturbed") == []
     found, well = audit(str(tmp_path / "disturbed"))
