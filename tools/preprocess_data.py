@@ -82,7 +82,7 @@ class Arguments:
     plain_text: bool = False
     """Read files of unknown endings (.log, .c, none) as text, each one document."""
     overwrite: bool = False
-    """Replace the finished pair that stands at the output prefix."""
+    """Replace an existing pair at the output prefix."""
     skip_bad_lines: bool = False
     """Leave out, and count, lines and rows without a text, such as null, and what is not UTF-8."""
 

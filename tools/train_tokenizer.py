@@ -189,7 +189,7 @@ def train(texts: Iterator[str], vocab_size: int) -> bytes:
 
 
 def is_sentencepiece(path: Path) -> bool:
-    """Whether a file is a SentencePiece model."""
+    """Tell whether a file is a SentencePiece model."""
     import sentencepiece
 
     try:

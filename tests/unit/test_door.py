@@ -7,6 +7,7 @@ import pytest
 import tyro
 
 from tools.shared.door import run_door, spell_switches
+from tools.shared.message_text import count_of
 
 
 @dataclass(kw_only=True)
@@ -106,3 +107,8 @@ def test_the_help_prints_and_ends_well(capsys):
         run("--help")
     assert stop.value.code == 0
     assert "--output-prefix" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number, expected", [(0, "0 files"), (1, "1 file"), (2000, "2,000 files")])
+def test_counts_have_the_right_plural(number, expected):
+    assert count_of(number, "file") == expected

@@ -68,7 +68,7 @@ def interpret_config(content: dict[str, Any]) -> FolderConfig:
         raise ValueError(
             f"model_type = {short(kind)}: not built here. Fix: one of {', '.join(ARCHITECTURES)}."
         )
-    # The file as it is written: its keys and forms.
+    # The file as written: its keys and forms.
     parser = _configuration_class(kind)
     problems, warnings = sort_keys(content, kind, parser)
     problems += _auto_map_problems(content) + rope_form_problems(content)

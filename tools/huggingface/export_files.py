@@ -55,13 +55,13 @@ def merge_config(ours: dict[str, Any], source: dict[str, Any]) -> tuple[dict[str
         return ours, []
     merged = {name: value for name, value in source.items() if name not in _ROPE_KEYS + _CODE}
     changes = [f"{name} is left out: it names code" for name in _CODE if name in source]
-    # Ropes and dtypes have several spellings; their changes are told by meaning, not by key.
-    told_apart = (*_ROPE_KEYS, "torch_dtype")
+    # Ropes and dtypes have several spellings: their changes are named by meaning, not by key.
+    compared_by_meaning = (*_ROPE_KEYS, "torch_dtype")
     for name, value in ours.items():
         if name in _SOURCES_OWN:
             continue
         old = source.get(name)
-        if old is not None and old != value and name not in told_apart:
+        if old is not None and old != value and name not in compared_by_meaning:
             changes.append(f"{name} {_spell(old)} -> {_spell(value)}")
         merged[name] = value
     old_dtype = source.get("dtype", source.get("torch_dtype"))

@@ -9,7 +9,7 @@ TEXT_EXTENSIONS = (".txt", ".md", ".py", ".rst")
 JSON_EXTENSIONS = (".jsonl", ".ndjson", ".jsonlines", ".json")
 PARQUET_EXTENSION = ".parquet"
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-"""Endings of tables in text, and what stands between two fields."""
+"""Endings of tables in text, and the delimiter of their fields."""
 IDS_EXTENSION = ".ids"
 
 KINDS = {

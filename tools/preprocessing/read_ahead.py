@@ -23,11 +23,11 @@ class Producer(Generic[Item]):
     items: Callable[[], Iterable[Item]]
     """Begins to give the items, none of which is None."""
     in_thread: bool
-    """A thread runs it ahead of its turn."""
+    """Whether a thread reads the items before their turn."""
 
 
 class _ReadingThread(Generic[Item]):
-    """An iterator that a thread runs, up to ITEMS_AHEAD items ahead."""
+    """Iterates over items that a thread reads, up to ITEMS_AHEAD items ahead."""
 
     def __init__(self, items: Iterable[Item]):
         self._queue: queue.Queue = queue.Queue(ITEMS_AHEAD)

@@ -17,9 +17,11 @@ import tyro
 Arguments = TypeVar("Arguments")
 
 _HELP = ("-h", "--help")
+"""Flags that print the help."""
 _OF_TYRO = ("--tyro-print-completion", "--tyro-write-completion")
 """Flags that tyro adds to every command."""
-_TRUTH_VALUES = ("True", "False", "None")
+_SWITCH_VALUES = ("True", "False", "None")
+"""Values of a switch with three states, as tyro spells them."""
 _LID = "╭"
 _SIDES = "│ "
 _RULES = "─-"
@@ -87,7 +89,7 @@ def _flag_problems(kind: type, words: list[str], help_fix: str) -> list[str]:
     """Name the flags that the command does not have, and those that it needs and did not get."""
     # A word that begins with -- is a flag to tyro, too, wherever it stands.
     given = [_flag_of(word) for word in words if word.startswith("--")]
-    known = [flag for field in _fields(kind) for flag in _spellings(kind, field)]
+    known = [flag for field in fields(kind) for flag in _spellings(kind, field)]
     problems = []
     for flag in dict.fromkeys(given):
         if flag in known or flag in _OF_TYRO:
@@ -97,7 +99,7 @@ def _flag_problems(kind: type, words: list[str], help_fix: str) -> list[str]:
         problems.append(f"{flag}: no such flag. {fix}")
     needed = [
         _spellings(kind, field)
-        for field in _fields(kind)
+        for field in fields(kind)
         if field.default is MISSING and field.default_factory is MISSING
     ]
     missing = [flags[0] for flags in needed if not set(flags) & set(given)]
@@ -115,20 +117,16 @@ def spell_switches(kind: type, words: list[str]) -> list[str]:
     # Which flags those are.
     types = get_type_hints(kind)
     switches = {}
-    for field in _fields(kind):
+    for field in fields(kind):
         if types[field.name] == bool | None:
             flag = _flag_of(f"--{field.name}")
             switches |= {flag: [flag, "True"], f"--no-{flag[2:]}": [flag, "False"]}
     # Words that have a value of tyro's own stay as they are.
     spelled = []
     for word, following in zip(words, [*words[1:], ""]):
-        has_value = following in _TRUTH_VALUES
+        has_value = following in _SWITCH_VALUES
         spelled += [word] if has_value else switches.get(_flag_of(word), [word])
     return spelled
-
-
-def _fields(kind: type) -> tuple[Field, ...]:
-    return fields(kind)
 
 
 def _spellings(kind: type, field: Field) -> list[str]:
