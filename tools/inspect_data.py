@@ -139,6 +139,7 @@ def describe_corpus(reader: IndexedReader) -> list[str]:
     low, median, high = np.quantile(lengths, (0.05, 0.5, 0.95)).astype(np.int64)
     mean = reader.num_tokens / reader.num_documents
     empty = int((lengths == 0).sum())
+    # How much of the corpus can teach long contexts.
     total = max(1, reader.num_tokens)
     shares = [
         f"{100 * int(lengths[lengths >= limit].sum(dtype=np.int64)) / total:.1f} % in documents of "

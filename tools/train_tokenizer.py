@@ -81,6 +81,7 @@ def sample_texts(
     without a text are counted in `counts` and left out: tools.preprocess_data names them.
     """
     counts = counts or SampleCounts()
+    # All blocks of all files, in one random order.
     blocks = [block for path in files for block in _cut_into_blocks(path)]
     taken = 0
     for number in Permutation.make(len(blocks), seed).values(0, len(blocks)):

@@ -15,6 +15,7 @@ from tools.preprocessing.input_kinds import (
     without_compression,
 )
 
+# Reasons to leave something out, as the table at the end names them.
 HIDDEN = "hidden (name begins with a dot)"
 UNKNOWN = "unknown ending (--plain-text reads it as text)"
 NOT_WANTED = "not among --extensions"

@@ -80,6 +80,7 @@ def encode_tasks(job: Job, workers: int, tasks: Iterable[Task]) -> Iterator[tupl
             while waiting:
                 done, future = waiting.popleft()
                 yield done, future.result()
+        # The system ends a process that takes too much memory, without a word.
         except BrokenProcessPool:
             raise ValueError(
                 f"workers = {workers}: a worker died, most likely for want of memory. Fix: "
