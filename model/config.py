@@ -13,6 +13,9 @@ _ROPE = dict(per_phase=True, resume="effect")
 
 @dataclass(kw_only=True)
 class ModelConfig:
+    """Holds the settings of the model; a setting of the run is a field, a YAML key and a flag."""
+
+    # The parts of the model and their sizes.
     model: str | None = field(default=None, metadata=dict(resume="free"))
     """A preset (tiny, 125m, 1b, llama3-8b, llama3-70b, qwen3-8b); fields given beside it override
     its own."""
@@ -59,6 +62,7 @@ class ModelConfig:
     init_method_std: float = field(default=0.02, metadata=dict(resume="free", above=0))
     """Standard deviation of the initial weights; residual output projections use std / sqrt(2 *
     num_layers)."""
+    # Where a token is: the rotary embedding, which a phase may change.
     position_embedding_type: Literal["rope"] = "rope"
     """Rotary position embedding; the only one built."""
     rotary_base: float = field(default=10000.0, metadata=_ROPE | dict(above=0))
@@ -70,20 +74,17 @@ class ModelConfig:
     """Scaling of the rotary angles, as in transformers; by default none. A phase may change it and
     its parameters."""
     rope_scaling_factor: float | None = field(default=None, metadata=_ROPE)
-    """Times by which linear, llama3 or yarn stretches the original context; llama3's default is
-    8."""
+    """Factor by which linear, llama3 or yarn extends the original context; llama3: 8 by default."""
     original_max_position_embeddings: int | None = field(default=None, metadata=_ROPE)
-    """Context in tokens before llama3's or yarn's stretching; llama3's default is 8192."""
+    """Context in tokens before llama3's or yarn's extension; llama3's default is 8192."""
     rope_low_freq_factor: float | None = field(default=None, metadata=_ROPE)
-    """llama3: waves longer than the original context / this are stretched by the whole factor;
-    default 1."""
+    """llama3: waves longer than the original context / this get the whole factor; default 1."""
     rope_high_freq_factor: float | None = field(default=None, metadata=_ROPE)
     """llama3: waves shorter than the original context / this are kept; default 4."""
     yarn_beta_fast: float | None = field(default=None, metadata=_ROPE)
     """yarn: dims that turn more often than this in the original context are kept; default 32."""
     yarn_beta_slow: float | None = field(default=None, metadata=_ROPE)
-    """yarn: dims that turn less often than this in the original context are stretched by the
-    factor; default 1."""
+    """yarn: dims that turn less often than this get the whole factor; default 1."""
     yarn_attention_factor: float | None = field(default=None, metadata=_ROPE)
     """yarn: factor on cosines and sines; by default 0.1 ln(rope_scaling_factor) + 1."""
     yarn_mscale: float | None = field(default=None, metadata=_ROPE)
@@ -92,10 +93,11 @@ class ModelConfig:
     yarn_mscale_all_dim: float | None = field(default=None, metadata=_ROPE)
     """yarn: the same in its denominator."""
     yarn_correction_range_round_to_int: bool | None = field(default=None, metadata=_ROPE)
-    """yarn: round the bounds between kept and stretched dims to whole dims (transformers'
+    """yarn: round the bounds between kept and extended dims to whole dims (transformers'
     truncate); default true."""
     rotary_percent: float = field(default=1.0, metadata=dict(only=1.0))
     """Share of each head that is rotated; only 1.0 is built."""
+    # How attention is computed.
     attention_dropout: float = field(default=0.0, metadata=dict(resume="free", only=0.0))
     """Accepted at 0 only: there is no dropout."""
     hidden_dropout: float = field(default=0.0, metadata=dict(resume="free", only=0.0))
@@ -120,10 +122,12 @@ class ModelConfig:
 
     @property
     def head_size(self) -> int:
+        """Width of one head."""
         return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     @property
     def num_kv_heads(self) -> int:
+        """Key/value heads of a layer."""
         return self.num_query_groups or self.num_attention_heads
 
     @property
@@ -136,19 +140,22 @@ class ModelConfig:
         )
 
     def rope_problems(self) -> list[str]:
-        """Why the rotary embedding cannot be trained or exported; each phase asks with its own
-        settings."""
+        """List why the rotary embedding cannot be trained or exported.
+
+        Each phase asks with its own settings.
+        """
         rope = self.rope
+        # The switch may be left out; where it is given, it must mean the same as the type.
         meant = {True: "llama3", False: "default", None: rope.type}[self.use_rope_scaling]
         if rope.type != meant:
             return [
-                f"use_rope_scaling = {self.use_rope_scaling}: means rope_type {meant}, but rope_type = "
-                f"{rope.type}. Fix: remove one of them."
+                f"use_rope_scaling = {self.use_rope_scaling}: means rope_type {meant}, but "
+                f"rope_type = {rope.type}. Fix: remove one of them."
             ]
         return rope.problems()
 
     def padded_vocab_size(self, vocab_size: int) -> int:
-        """Rows of the embedding: the vocabulary padded up, the same for every layout."""
+        """Return the rows of the embedding: the vocabulary padded up, the same in every layout."""
         multiple = self.make_vocab_size_divisible_by
         return -(-vocab_size // multiple) * multiple
 
@@ -157,8 +164,9 @@ class ModelConfig:
         problems = []
         if self.attention_crossover_tokens and self.attention_backend not in ("auto", "mixed"):
             problems.append(
-                f"attention_crossover_tokens = {self.attention_crossover_tokens}: is for the backend "
-                f"mixed, but attention_backend = {self.attention_backend}. Fix: remove one of them."
+                f"attention_crossover_tokens = {self.attention_crossover_tokens}: is for the "
+                f"backend mixed, but attention_backend = {self.attention_backend}. Fix: remove one "
+                "of them."
             )
         # Heads are compared where their numbers and sizes are legal by themselves.
         kv_channels = 1 if self.kv_channels is None else self.kv_channels
@@ -167,6 +175,7 @@ class ModelConfig:
         return problems
 
     def _head_problems(self) -> list[str]:
+        """List what is wrong between the numbers of heads and their size."""
         problems = []
         heads = self.num_attention_heads
         groups = self.num_query_groups
@@ -175,25 +184,30 @@ class ModelConfig:
                 f"num_query_groups = {groups}: must divide num_attention_heads = {heads}. "
                 f"Fix: one of {[g for g in range(1, heads + 1) if heads % g == 0]}."
             )
+        # Megatron-LM's switch does nothing by itself here; it may only agree.
         if self.group_query_attention is True and groups is None:
             problems.append("group_query_attention = True: needs --num-query-groups. Fix: give it.")
         if self.group_query_attention is False and groups not in (None, heads):
             problems.append(
-                f"group_query_attention = False: but num_query_groups = {groups}. Fix: remove one of them."
+                f"group_query_attention = False: but num_query_groups = {groups}. Fix: remove one "
+                "of them."
             )
+        # Without a size of its own, a head is an equal part of the width.
         if self.kv_channels is None and self.hidden_size % heads:
             problems.append(
-                f"hidden_size = {self.hidden_size}: must be a multiple of num_attention_heads = {heads} "
-                "when kv_channels is not given. Fix: change one of them, or give --kv-channels."
+                f"hidden_size = {self.hidden_size}: must be a multiple of num_attention_heads = "
+                f"{heads} when kv_channels is not given. Fix: change one of them, or give "
+                "--kv-channels."
             )
         elif self.head_size % 2:
             problems.append(
-                f"kv_channels = {self.head_size}: rotary embedding turns pairs, so the head size must be "
-                "even. Fix: an even head size."
+                f"kv_channels = {self.head_size}: rotary embedding turns pairs, so the head size "
+                "must be even. Fix: an even head size."
             )
         return problems
 
 
+# Each preset gives the fields that differ from the defaults.
 PRESETS: dict[str, dict] = {
     # About 10M parameters with an 8K vocabulary: for laptops, tests and the quick start.
     "tiny": dict(
@@ -204,6 +218,7 @@ PRESETS: dict[str, dict] = {
         num_query_groups=4,
         untie_embeddings_and_output_weights=True,
     ),
+    # The smallest model of GPT-3 (arXiv 2005.14165, table 2.1), with SwiGLU.
     "125m": dict(num_layers=12, hidden_size=768, ffn_hidden_size=2048, num_attention_heads=12),
     # Llama 3.2 1B's shape without its rope scaling (huggingface: meta-llama/Llama-3.2-1B
     # config.json).

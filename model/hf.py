@@ -31,26 +31,27 @@ _TOP_NAMES = {
     "output.weight": "lm_head.weight",
 }
 VOCABULARY_ROWS = ("embedding.weight", "output.weight")
-"""Parameters whose padded rows stay behind in an export."""
+"""Parameters with a row per token, whose padded rows an export leaves out."""
 
 
 def huggingface_name(name: str) -> str:
-    """layers.7.attention.q.weight -> model.layers.7.self_attn.q_proj.weight."""
+    """Translate layers.7.attention.q.weight to model.layers.7.self_attn.q_proj.weight."""
     match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
     return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}" if match else _TOP_NAMES[name]
 
 
 def architecture(config: ModelConfig) -> tuple[str, str]:
-    """(class name, model_type) of the architecture that has this model's parts.
+    """Return (class name, model_type) of the architecture that has this model's parts.
 
     Raises:
         ValueError: no architecture of transformers that we know has them all.
     """
     if config.qk_layernorm and config.add_qkv_bias:
         raise ValueError(
-            "qk_layernorm = True with add_qkv_bias = True: no architecture of transformers that we know "
-            "has both. Fix: train with one of them."
+            "qk_layernorm = True with add_qkv_bias = True: no architecture of transformers that we "
+            "know has both. Fix: train with one of them."
         )
+    # All three have RMSNorm, SwiGLU, rope and grouped heads.
     if config.qk_layernorm:
         return "Qwen3ForCausalLM", "qwen3"
     if config.add_qkv_bias:
@@ -59,14 +60,16 @@ def architecture(config: ModelConfig) -> tuple[str, str]:
 
 
 def context_to_declare(rope: Rope, longest: int) -> int:
-    """max_position_embeddings of an export: the longest context trained, and under yarn factor x
-    original.
+    """Return max_position_embeddings of an export: the longest context trained, or yarn's.
 
     Late versions of transformers 4 take max_position_embeddings / original_max_position_embeddings
     for yarn's factor, and version 5 warns where the two differ: any other value would be another
     model there.
     """
-    return rope.scaled_length if rope.type == "yarn" else longest
+    if rope.type != "yarn":
+        return longest
+    assert rope.scaled_length is not None, "yarn without its factor is refused"
+    return rope.scaled_length
 
 
 def huggingface_config(
@@ -77,16 +80,14 @@ def huggingface_config(
     dtype: str,
     eos_token_id: int | None,
 ) -> dict:
-    """The content of config.json.
-
-    rope_theta stands at the top level too, and a scaled rope's parameters as rope_scaling, where
-    transformers before version 5 and other engines read them.
-    """
+    """Return the content of config.json."""
     class_name, model_type = architecture(config)
+    # Names and values are transformers' own already.
     scaling = {"rope_type": rope.type} | rope.parameters
-    older = {"rope_theta": rope.base} | (
-        {"rope_scaling": scaling} if rope.type != "default" else {}
-    )
+    # Where transformers before version 5 and other engines read the rope.
+    older = {"rope_theta": rope.base}
+    if rope.type != "default":
+        older |= {"rope_scaling": scaling}
     return older | {
         "architectures": [class_name],
         "model_type": model_type,
@@ -105,6 +106,7 @@ def huggingface_config(
         "rms_norm_eps": config.norm_epsilon,
         "initializer_range": config.init_method_std,
         "max_position_embeddings": max_position_embeddings,
+        # Where transformers reads it from version 5 on.
         "rope_parameters": {"rope_theta": rope.base} | scaling,
         "tie_word_embeddings": not config.untie_embeddings_and_output_weights,
         "torch_dtype": dtype,
@@ -116,17 +118,18 @@ def huggingface_config(
 
 
 ARCHITECTURES = {"llama": {}, "qwen2": {"add_qkv_bias": True}, "qwen3": {"qk_layernorm": True}}
-"""model_type -> the settings that tell the architectures apart."""
+"""model_type -> the settings that tell the architectures apart in an import."""
 
 
 def our_name(name: str) -> str:
-    """model.layers.7.self_attn.q_proj.weight -> layers.7.attention.q.weight.
+    """Translate model.layers.7.self_attn.q_proj.weight to layers.7.attention.q.weight.
 
     Folders of a base model, without a head, leave the prefix `model.` out.
 
     Raises:
         KeyError: a name that we do not have.
     """
+    # A number with a leading zero would name the same layer twice.
     match = re.fullmatch(r"(?:model\.)?layers\.(0|[1-9]\d*)\.(.+)", name)
     if match:
         return f"layers.{match[1]}.{_BACK_LAYER[match[2]]}"

@@ -1,8 +1,8 @@
-"""Initial weights: a function of (seed, parameter name, position in the full parameter), never of
-the layout.
+"""Initial weights, the same in every layout.
 
-Values are drawn block by block, each block from its own generator, so a rank draws only the blocks
-that overlap its part. Always drawn on the CPU in fp32: the same on every device.
+They are a function of (seed, parameter name, position in the full parameter). Values are drawn
+block by block, each block from its own generator, so a rank draws only the blocks that overlap its
+part. They are always drawn on the CPU in fp32: the same on every device.
 
 Source of the scheme: GPT-2 / Megatron-LM: normal(0, std), residual output projections
 normal(0, std / sqrt(2 * num_layers)), norms 1, biases 0.
@@ -19,40 +19,45 @@ from model.gpt import GPTStage
 from parallel.layout import Layout
 
 BLOCK_ELEMENTS = 1 << 20
+"""Values that one generator draws, about: whole rows of the parameter."""
 
 
 def initialize(stages: list[GPTStage], config: ModelConfig, layout: Layout, seed: int) -> None:
     """Fill every parameter of the sharded stages (see parallel/shard.py) in place."""
     for name, parameter in (pair for stage in stages for pair in stage.named_parameters()):
+        assert isinstance(parameter, DTensor), "stages are sharded before they are filled"
         std = _std(name, config)
         local = parameter.to_local()
         rows, columns = _local_window(parameter, layout)
         with torch.no_grad():
             if std is None:
                 local.fill_(1.0 if name.endswith("norm.weight") else 0.0)
-            elif rows.start < rows.stop:
+            elif rows.start < rows.stop:  # the last shards of a small parameter are empty
                 values = normal_rows(seed, name, parameter.shape, rows.start, rows.stop)
                 local.copy_(values[:, columns] * std)
 
 
 def _std(name: str, config: ModelConfig) -> float | None:
-    """Standard deviation of a random parameter; None for norms and biases."""
+    """Return the standard deviation of a random parameter; None for norms and biases."""
     if name.endswith(("norm.weight", ".bias")):
         return None
+    # Each layer adds two of these products to the residual stream.
     if name.endswith((".attention.o.weight", ".mlp.down.weight")):
         return config.init_method_std / math.sqrt(2 * config.num_layers)
     return config.init_method_std
 
 
 def normal_rows(seed: int, name: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor:
-    """Rows [start, stop) of the standard normal fp32 matrix that belongs to (seed, name)."""
+    """Draw rows [start, stop) of the standard normal fp32 matrix that belongs to (seed, name)."""
     width = shape[1]
     block_rows = max(1, BLOCK_ELEMENTS // width)
     parts = []
     for block in range(start // block_rows, -(-stop // block_rows)):
         first = block * block_rows
         generator = torch.Generator(device="cpu")
-        generator.manual_seed(xxhash.xxh64_intdigest(f"{seed}/{name}/{block}".encode()) >> 1)
+        # torch's seeds are signed: 63 bits of the hash.
+        digest = xxhash.xxh64_intdigest(f"{seed}/{name}/{block}".encode())
+        generator.manual_seed(digest >> 1)
         values = torch.randn(
             min(block_rows, shape[0] - first), width, generator=generator, device="cpu"
         )
@@ -61,21 +66,21 @@ def normal_rows(seed: int, name: str, shape: torch.Size, start: int, stop: int) 
 
 
 def _local_window(parameter: DTensor, layout: Layout) -> tuple[slice, slice]:
-    """Rows and columns of the full parameter that this rank holds.
+    """Return the rows and columns of the full parameter that this rank holds.
 
     tp cuts first (parallel/tensor.py), then FSDP2 cuts the rows of that part as torch.chunk does.
     """
     rows = [0, parameter.shape[0]]
     columns = [0, parameter.shape[1] if parameter.dim() > 1 else 1]
+    # The mesh is (dp_cp, tp), so the last placement is tensor parallelism's.
     tp_placement = parameter.placements[-1]
     if isinstance(tp_placement, Shard):
         bounds = rows if tp_placement.dim == 0 else columns
         part = (bounds[1] - bounds[0]) // layout.tp.size
         bounds[:] = [layout.tp.rank * part, (layout.tp.rank + 1) * part]
-    count = rows[1] - rows[0]
-    part = -(-count // layout.dp_cp.size)
-    start, stop = (
-        min(rows[0] + part * r, rows[1]) for r in (layout.dp_cp.rank, layout.dp_cp.rank + 1)
-    )
+    first, end = rows
+    part = -(-(end - first) // layout.dp_cp.size)
+    start = min(first + part * layout.dp_cp.rank, end)
+    stop = min(start + part, end)
     assert parameter.to_local().shape[0] == stop - start, "FSDP2 cuts rows as torch.chunk does"
     return slice(start, stop), slice(*columns)

@@ -1,4 +1,4 @@
-"""Output projection and cross entropy in one, by chunks of tokens: nothing of [t, V] exists.
+"""Output projection and cross entropy in one, by chunks of tokens: no [t, V] tensor exists.
 
 Backward of a chunk follows its forward at once, while its logits are there; what is kept is the
 gradient of the input and of the weight. Source: Liger Kernel's fused linear cross entropy (arXiv
@@ -25,25 +25,31 @@ IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class Head:
-    """What the loss needs to know beside tensors."""
+    """Holds what the loss needs to know beside tensors."""
 
     tp: Axis
     vocab_size: int
     """Tokens that exist; the weight's rows beyond them are padding and take no part."""
     chunk_tokens: int
-    """c; the same on all tp ranks."""
+    """Tokens of a chunk (c); the same on all tp ranks."""
 
 
 class _FusedLoss(torch.autograd.Function):
+    """Computes the gradients with the loss, and keeps them instead of the logits."""
+
     @staticmethod
     def forward(ctx, x_tD, weight_vD, labels_t, scale, head):
-        grads = torch.empty_like(x_tD), torch.zeros_like(weight_vD, dtype=_wide(x_tD))
+        # The chunks' parts of the weight's gradient are summed up in at least fp32.
+        grad_x_tD = torch.empty_like(x_tD)
+        grad_weight_vD = torch.zeros_like(weight_vD, dtype=_wide(x_tD))
+        grads = (grad_x_tD, grad_weight_vD)
         loss, _ = _by_chunks(x_tD, weight_vD, labels_t, head, scale, grads)
-        ctx.save_for_backward(grads[0], grads[1].to(weight_vD.dtype))
+        ctx.save_for_backward(grad_x_tD, grad_weight_vD.to(weight_vD.dtype))
         return loss.mul_(scale)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, *grads):
+        (grad,) = grads
         # Not in place: a schedule that splits the backward comes twice.
         return *(kept * grad for kept in ctx.saved_tensors), None, None, None
 
@@ -55,8 +61,9 @@ def fused_loss(
     scale: torch.Tensor | float,
     head: Head,
 ) -> torch.Tensor:
-    """scale * sum of the targets' cross entropies in nats: a scalar in at least fp32, the same on
-    all tp ranks.
+    """Return scale * the sum of the targets' cross entropies in nats.
+
+    It is a scalar in at least fp32, the same on all tp ranks.
 
     Args:
         x_tD: all tokens of this context-parallel rank on every tp rank; each tp rank gets its part
@@ -73,12 +80,15 @@ def fused_loss(
 def score(
     x_tD: torch.Tensor, weight_vD: torch.Tensor, labels_t: torch.Tensor, head: Head
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum of the targets' cross entropies, how many targets were the largest logit), without
-    gradients."""
+    """Return (sum of the targets' cross entropies, how many targets had the largest logit).
+
+    There are no gradients.
+    """
     return _by_chunks(x_tD, weight_vD, labels_t, head, count_hits=True)
 
 
 def _wide(x: torch.Tensor) -> torch.dtype:
+    """Return the tensor's dtype, or fp32 where that is wider."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -89,10 +99,15 @@ def _by_chunks(
     head: Head,
     scale: torch.Tensor | float = 1.0,
     grads: tuple[torch.Tensor, torch.Tensor] | None = None,
+    *,
     count_hits: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of losses and hits; fills `grads` (of x, overwritten; of the weight, added to),
-    scaled."""
+    """Return the sums of losses and hits, chunk by chunk.
+
+    Args:
+        grads: the scaled gradients of x, which are overwritten, and of the weight, which are added
+            to.
+    """
     total = torch.zeros((), dtype=_wide(x_tD), device=x_tD.device)
     hits = torch.zeros((), dtype=torch.int64, device=x_tD.device)
     for start in range(0, x_tD.shape[0], head.chunk_tokens):
@@ -105,7 +120,7 @@ def _by_chunks(
             head,
             scale,
             grads and (grads[0][rows], grads[1]),
-            count_hits,
+            count_hits=count_hits,
         )
         total += loss
         hits += found
@@ -119,16 +134,20 @@ def _one_chunk(
     head: Head,
     scale: torch.Tensor | float,
     grads: tuple[torch.Tensor, torch.Tensor] | None,
+    *,
     count_hits: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | int]:
+    """Return the sums of losses and hits of one chunk, and fill its gradients."""
     logits_cv = x_cD @ weight_vD.T
     if not compiled.is_fused(logits_cv):
         logits_cv = logits_cv.to(_wide(logits_cv))
+    # The rows after the vocabulary are padding: no probability falls on them.
     num_real = max(0, head.vocab_size - head.tp.rank * weight_vD.shape[0])
     if num_real < weight_vD.shape[0]:
         logits_cv[:, num_real:] = float("-inf")
     hits = (vocab_parallel_argmax(logits_cv, head.tp) == labels_c).sum() if count_hits else 0
     softmax = _Softmax(logits_cv, labels_c, head.tp)
+    # The gradient is put in the place of the logits and used up at once.
     if grads is not None:
         has_target_c = labels_c != IGNORED_LABEL
         grad_cv = softmax.gradient(has_target_c.to(softmax.sums_c.dtype).mul_(scale)).to(x_cD.dtype)
@@ -147,6 +166,7 @@ class _Softmax:
     """
 
     def __init__(self, logits_cv: torch.Tensor, labels_c: torch.Tensor, tp: Axis):
+        # Labels that another rank holds read column 0 here, and count for nothing.
         v = logits_cv.shape[1]
         ids_c = labels_c - tp.rank * v
         absent_c = (ids_c < 0) | (ids_c >= v)
@@ -156,6 +176,7 @@ class _Softmax:
         self.is_fused = compiled.is_fused(logits_cv)
         exp_sums = _exp_sums if self.is_fused else _exp_sums_
         self.own_tops_c, own_sums_c, chosen_c = compiled.run(exp_sums, logits_cv, self.ids_c)
+        # Sums over this rank's columns become sums over all: relative to the same maximum.
         self.tops_c = all_reduce(self.own_tops_c.clone(), tp, dist.ReduceOp.MAX)
         own_sums_c = own_sums_c * (self.own_tops_c - self.tops_c).exp()
         self.sums_c, self.chosen_c = all_reduce(
@@ -163,13 +184,12 @@ class _Softmax:
         )
 
     def losses(self, labels_c: torch.Tensor) -> torch.Tensor:
-        """Return the cross entropy of each token in nats [c], 0 without a target."""
+        """Return each token's cross entropy in nats [c], 0 without a target."""
         losses_c = self.sums_c.log() + self.tops_c - self.chosen_c
         return losses_c.masked_fill_(labels_c == IGNORED_LABEL, 0.0)
 
     def gradient(self, factors_c: torch.Tensor) -> torch.Tensor:
-        """Put the gradient of `(factors * losses).sum()` in the place of the logits [c, v];
-        once."""
+        """Put the gradient of `(factors * losses).sum()` in the logits' place [c, v], once."""
         shares_c = factors_c / self.sums_c
         targets_c = factors_c * self.is_here_c
         if self.is_fused:
@@ -184,8 +204,11 @@ class _Softmax:
 
 
 def _exp_sums_(logits_cv: torch.Tensor, ids_c: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Put exp(logit - the row's maximum) in the place of the logits; return the maxima, sums, and
-    logits at `ids_c`."""
+    """Put exp(logit - the row's maximum) in the place of the logits.
+
+    Returns:
+        The rows' maxima, the sums of the exponentials, and the logits at `ids_c`.
+    """
     chosen_c = logits_cv.gather(1, ids_c[:, None])[:, 0]
     tops_c = _finite(logits_cv.amax(dim=1))
     sums_c = logits_cv.sub_(tops_c[:, None]).exp_().sum(dim=1)
@@ -193,8 +216,10 @@ def _exp_sums_(logits_cv: torch.Tensor, ids_c: torch.Tensor) -> tuple[torch.Tens
 
 
 def _exp_sums(logits_cv: torch.Tensor, ids_c: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return the same and leave the logits as they are; in this form the compiler reads each row
-    once."""
+    """Return the same and leave the logits unchanged.
+
+    In this form the compiler reads each row once.
+    """
     wide_cv = logits_cv.to(_wide(logits_cv))
     tops_c1 = wide_cv.amax(dim=1, keepdim=True)
     sums_c1 = (wide_cv - tops_c1).exp().sum(dim=1, keepdim=True)
@@ -215,8 +240,8 @@ def _softmax_gradient_(
     shares_c: torch.Tensor,
     targets_c: torch.Tensor,
 ) -> None:
-    """Put exp(logit - top) * share, less `targets_c` in column `ids_c`, in the place of the
-    logits."""
+    """Put exp(logit - top) * share, less `targets_c` in column `ids_c`, in the logits' place."""
+    # Compared instead of scattered: one kernel reads and writes each row once.
     columns_v = torch.arange(logits_cv.shape[1], device=logits_cv.device)
     wide_cv = logits_cv.to(tops_c.dtype)
     softmax_cv = (wide_cv - tops_c[:, None]).exp() * shares_c[:, None]

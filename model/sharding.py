@@ -1,4 +1,4 @@
-"""The sharding table: how every parameter of the GPT lies over the tp axis.
+"""The sharding table: how each parameter of the GPT is cut over the tp axis.
 
 One table feeds the modules' gradients, initialisation, the gradient norm, checkpoints and export.
 """
@@ -18,7 +18,7 @@ _REPLICATED_PARTIAL = ParameterSharding(partial_gradient=True)
 def sharding_table(
     config: ModelConfig, tp_size: int, sequence_parallel: bool
 ) -> list[tuple[str, ParameterSharding]]:
-    """Patterns (full match on the parameter's name) and their sharding, first match wins."""
+    """Return patterns of whole parameter names with their sharding; the first match wins."""
     # Fewer key/value heads than tp ranks: each rank holds all of them and slices out the one it
     # needs.
     kv = _ROWS if config.num_kv_heads >= tp_size else _REPLICATED_PARTIAL
@@ -39,7 +39,7 @@ def sharding_table(
 def shardings_for(
     names: list[str], config: ModelConfig, tp_size: int, sequence_parallel: bool = False
 ) -> dict[str, ParameterSharding]:
-    """Sharding of each named parameter; a name that no pattern matches is an error of ours."""
+    """Look up the sharding of each named parameter; every name must match a pattern."""
     table = sharding_table(config, tp_size, sequence_parallel)
     found = {}
     for name in names:
