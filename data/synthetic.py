@@ -39,7 +39,7 @@ class SyntheticReader:
         begins = np.cumsum(lengths) - lengths
         places = np.arange(len(out)) + np.repeat(offsets - begins, lengths)
         places = places.astype(np.uint64)
-        # Which motif stands there: a hash of (document, number of the motif in it).
+        # Which motif is there: a hash of (document, number of the motif in it).
         high = np.repeat(documents, lengths).astype(np.uint64) << np.uint64(32)
         blocks = places // np.uint64(self.MOTIF) + high
         motifs = _keyed(blocks, self.seed, 3) % np.uint64(self.POOL)

@@ -55,7 +55,7 @@ def _common_text_settings(prefixes: list[str]) -> dict[str, Any] | None:
     found = [(read_side_file(prefix) or {}).get("text") for prefix in prefixes]
     if all(settings == found[0] for settings in found):
         return found[0]
-    # Those that have settings: do they differ, or do others merely have none?
+    # Those that have settings: do they differ, or do others only have none?
     known = [(prefix, text) for prefix, text in zip(prefixes, found, strict=True) if text]
     first, settings = known[0]
     other = next(((prefix, text) for prefix, text in known if text != settings), None)

@@ -101,7 +101,7 @@ def _merges(proto: ModelProto) -> list[tuple[str, str]]:
     """List every pair of pieces that makes a piece, best score first.
 
     SentencePiece ranks a merge by its result alone, and takes the leftmost of equals. In a run of
-    one character, what was merged earlier is longer and stands left, so the longer left part goes
+    one character, what was merged earlier is longer and further left, so the longer left part goes
     first.
     """
     scores = {

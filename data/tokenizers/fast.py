@@ -1,4 +1,4 @@
-"""Encodes many texts at once with gigatoken, to the ids of the tokenizer that it stands for.
+"""Many texts encoded at once with gigatoken, to the ids of the tokenizer that it replaces.
 
 gigatoken reads tokenizer.json and has its own code for each kind of step in it. Which texts it gets
 is decided from the tokenizer's definition (data/tokenizers/rules.py); the tokenizer itself encodes

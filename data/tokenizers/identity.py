@@ -35,7 +35,7 @@ letters."""
 
 
 def same_tokenizer(theirs: dict | None, ours: dict | None) -> bool:
-    """Whether two descriptions are those of one tokenizer."""
+    """Tell whether two descriptions are those of one tokenizer."""
     if not theirs or not ours:
         return theirs == ours
     both = theirs.keys() & ours.keys()
@@ -137,7 +137,7 @@ def deciding_parts(definition: str) -> dict[str, Any]:
             model.pop(name, None)
     return {
         "normalizer": flatten_steps(parts.get("normalizer"), "normalizers"),
-        # trim_offsets: where a token stands in the text, not which it is.
+        # trim_offsets: where a token is in the text, not which it is.
         "pre_tokenizer": [
             {key: value for key, value in step.items() if key != "trim_offsets"} for step in steps
         ],

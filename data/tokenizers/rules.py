@@ -51,8 +51,8 @@ and newlines."""
 
 @dataclass(frozen=True)
 class FastRules:
-    """How gigatoken stands for a tokenizer: a text is fast where it encodes it identically, and
-    slow where the tokenizer itself has to."""
+    """Tells which texts are fast (gigatoken encodes them identically) and which are slow (the
+    tokenizer itself has to)."""
 
     definition: str
     """The tokenizer.json that gigatoken is given."""
@@ -232,7 +232,7 @@ def rules_of_sentencepiece(model: str, definition: str) -> FastRules:
         steps.append({"type": "Prepend", "prepend": SPACE})
     steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
     symbols = user_defined_pieces(proto)
-    # A symbol is an added token to gigatoken, where nothing changes what stands beside it or in it.
+    # A symbol is an added token to gigatoken, where nothing changes it or what is beside it.
     changing = spec.precompiled_charsmap or spec.remove_extra_whitespaces or spec.add_dummy_prefix
     exact = not changing and not any(SPACE in symbol or " " in symbol for symbol in symbols)
     pieces = tied_pieces(proto) if exact else symbols + tied_pieces(proto)
@@ -241,7 +241,7 @@ def rules_of_sentencepiece(model: str, definition: str) -> FastRules:
     prefixed = [piece.removeprefix(SPACE) for piece in pieces if piece.startswith(SPACE)]
     beginnings = _forms(prefixed) if spec.add_dummy_prefix else []
     if spec.remove_extra_whitespaces or any(SPACE in piece for piece in pieces):
-        words.append(SPACE)  # amid spaces it makes more forms of a piece than these two
+        words.append(SPACE)  # among spaces it makes more forms of a piece than these two
     kept = [
         token | {"normalized": False}
         for token in parts["added_tokens"]

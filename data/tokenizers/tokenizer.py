@@ -44,7 +44,7 @@ class Tokenizer(Protocol):
         ...
 
     def fast_rules(self) -> FastRules:
-        """Say how gigatoken stands for this tokenizer. ValueError if it cannot."""
+        """Say which texts gigatoken may encode for it, and how. ValueError if none."""
         ...
 
     def special_texts(self) -> list[str]:

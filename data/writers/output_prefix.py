@@ -56,7 +56,7 @@ def check_output(prefix: str, *, overwrite: bool, inputs: Iterable[Path] = ()) -
 
 
 def is_unfinished(prefix: str) -> bool:
-    """Tell whether a stopped run left its progress here, and no finished pair stands beside it."""
+    """Tell whether a stopped run left its progress here, and no finished pair is beside it."""
     return _is_progress(_progress_file(prefix)) and not os.path.lexists(f"{prefix}.idx")
 
 
@@ -88,7 +88,7 @@ def _identity(path: Path) -> tuple[int, int]:
 
 
 def _refuse_foreign(name: str, prefix: str, present: list[Path]) -> None:
-    """Raise ValueError for files that merely have the names of ours, such as a model's P.bin."""
+    """Raise ValueError for files that have the names of ours by chance, such as a model's P.bin."""
     # Each file is known by its content, whatever its name says.
     bin_file, idx, side = prefix_files(prefix)
     ours = {idx: _is_index(idx), side: read_side_file(prefix) is not None}
