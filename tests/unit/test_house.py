@@ -229,6 +229,7 @@ def circles(graph: dict[str, set[str]]) -> list[set[str]]:
     found = []
 
     def visit(file: str) -> None:
+        # The lowest number that is reached from a file names the circle that it belongs to.
         number[file] = lowest[file] = len(number)
         stack.append(file)
         for other in sorted(graph.get(file, ())):
@@ -237,6 +238,7 @@ def circles(graph: dict[str, set[str]]) -> list[set[str]]:
             if other in stack:
                 lowest[file] = min(lowest[file], lowest[other])
         if lowest[file] == number[file]:
+            # Nothing below reaches further up: what lies above it on the stack is its circle.
             at = stack.index(file)
             members = set(stack[at:])
             del stack[at:]
