@@ -14,14 +14,16 @@ from torch.nn import functional as F
 from model import compiled
 
 BLOCK = 2**18
-"""Elements that the norm widens at once: they stay in a core's cache, and nothing wide of [t, D]
-exists."""
+"""Elements that the norm widens at once on a CPU.
+
+They stay in a core's cache, and nothing wide of [t, D] exists."""
 
 
 def _blocks(x: torch.Tensor) -> list[slice]:
     """Cut the rows of `x` into blocks; a fused kernel needs none."""
     if torch.compiler.is_compiling():
         return [slice(None)]
+    # As many whole rows as a block has elements for, at least one.
     size = max(1, BLOCK * x.shape[0] // max(1, x.numel()))
     return [slice(start, start + size) for start in range(0, x.shape[0], size)]
 
@@ -29,11 +31,12 @@ def _blocks(x: torch.Tensor) -> list[slice]:
 def _norm(
     x: torch.Tensor, weight: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (the normed rows, the number that each row was multiplied by, in at least fp32)."""
+    """Norm the rows; return them and the number that each was multiplied by, in at least fp32."""
     wide_dtype = torch.promote_types(x.dtype, torch.float32)
     out = torch.empty_like(x)
     scale = x.new_empty(*x.shape[:-1], 1, dtype=wide_dtype)
     for rows in _blocks(x):
+        # Statistics in the wide dtype; the result is rounded once.
         part = x[rows].to(wide_dtype)
         mean_square = (
             torch.linalg.vector_norm(part, dim=-1, keepdim=True).square_().div_(x.shape[-1])
@@ -53,6 +56,7 @@ def _norm_backward(
         normed = x[rows] * scale[rows]  # in the scale's dtype, at least fp32
         wide = grad[rows].to(scale.dtype)
         grad_weight += (wide * normed).flatten(0, -2).sum(0)
+        # A row's own length depends on x: what the gradient has along the row is taken out.
         wide = wide * weight
         share = torch.linalg.vecdot(wide, normed).div_(x.shape[-1])[..., None]
         grad_x[rows] = wide.sub_(normed.mul_(share)).mul_(scale[rows])
@@ -60,28 +64,28 @@ def _norm_backward(
 
 
 class _RMSNorm(torch.autograd.Function):
-    """Keeps its input and a number per row; torch's own on a CPU keeps the input widened and the
-    result besides."""
+    """Keeps its input and a number per row.
+
+    torch's own F.rms_norm on a CPU keeps the input widened and the result as well.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, epsilon):
-        out, scale = _norm(x, weight, epsilon)
+        out, scale = compiled.run(_norm, x, weight, epsilon)
         ctx.save_for_backward(x, weight, scale)
         return out
 
     @staticmethod
-    def backward(ctx, grad):
-        return *_norm_backward(grad, *ctx.saved_tensors), None
+    def backward(ctx, *grads):
+        (grad,) = grads
+        return *compiled.run(_norm_backward, grad, *ctx.saved_tensors), None
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Root mean square layer normalization (arXiv 1910.07467) over the last dim, statistics in at
-    least fp32.
+    """Apply root mean square layer normalization (arXiv 1910.07467) over the last dim.
 
-    A GPU has torch's fused kernel, which keeps as little.
+    Statistics are in at least fp32.
     """
-    if x.is_cuda:
-        return F.rms_norm(x, weight.shape, weight, epsilon)
     return _RMSNorm.apply(x, weight, epsilon)
 
 
@@ -98,13 +102,15 @@ def _turn(x_tnH: torch.Tensor, cos_tH: torch.Tensor, sin_tH: torch.Tensor) -> to
 
 
 def _turn_back(x_tnH: torch.Tensor, cos_tH: torch.Tensor, sin_tH: torch.Tensor) -> torch.Tensor:
-    """Turn by the negative angles: the gradient of `_turn`, orthogonal but for a factor in the
-    tables."""
+    """Backward of `_turn`: turn by the negative angles.
+
+    It is the gradient also where the tables hold a factor, since a rotation is orthogonal.
+    """
     return _turn(x_tnH, cos_tH, -sin_tH)
 
 
 class _Rotate(torch.autograd.Function):
-    """Keeps the tables alone."""
+    """Keeps nothing but the tables."""
 
     @staticmethod
     def forward(ctx, x_tnH, cos_tH, sin_tH):
@@ -112,7 +118,8 @@ class _Rotate(torch.autograd.Function):
         return compiled.run(_turn, x_tnH, cos_tH, sin_tH)
 
     @staticmethod
-    def backward(ctx, grad_tnH):
+    def backward(ctx, *grads):
+        (grad_tnH,) = grads
         return compiled.run(_turn_back, grad_tnH, *ctx.saved_tensors), None, None
 
 
@@ -122,7 +129,7 @@ def rotate(x_tnH: torch.Tensor, cos_tH: torch.Tensor, sin_tH: torch.Tensor) -> t
 
 
 class HeadSizes(NamedTuple):
-    """How the columns of q, k and v lie side by side."""
+    """How many columns of q, k and v stand side by side."""
 
     queries: int
     """N"""
@@ -140,7 +147,7 @@ class HeadSizes(NamedTuple):
 def _split_and_turn(
     qkv_tR: torch.Tensor, heads: HeadSizes, cos_tH: torch.Tensor, sin_tH: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """Return q and k turned, and v, each with memory of its own."""
+    """Cut q, k and v out, each with memory of its own, and turn q and k."""
     q, k, v = heads.split(qkv_tR)
     return _turn(q, cos_tH, sin_tH), _turn(k, cos_tH, sin_tH), v.clone()
 
@@ -166,7 +173,10 @@ def _split_norm_and_turn(
     cos_tH: torch.Tensor,
     sin_tH: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
-    """Do the same after a norm over each head of q and k; return the norms' scales as well."""
+    """Do what `_split_and_turn` does, after a norm over each head of q and k.
+
+    The norms' scales are returned as well.
+    """
     q, k, v = heads.split(qkv_tR)
     q, q_scale = _norm(q, q_norm, epsilon)
     k, k_scale = _norm(k, k_norm, epsilon)
@@ -194,8 +204,7 @@ def _join_turned_and_normed(
 
 
 class _SplitHeads(torch.autograd.Function):
-    """Without norms it keeps the tables alone; with them also its whole input, v included, of which
-    v is a copy."""
+    """Keeps nothing but the tables; with norms also its whole input, v included."""
 
     @staticmethod
     def forward(ctx, qkv_tR, heads, q_norm, k_norm, epsilon, cos_tH, sin_tH):
@@ -212,16 +221,10 @@ class _SplitHeads(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         cos_tH, sin_tH, *kept = ctx.saved_tensors
+        # Without norms, only the rotation is undone.
         if not kept:
-            return (
-                compiled.run(_join_turned, *grads, cos_tH, sin_tH),
-                None,
-                None,
-                None,
-                None,
-                None,
-                None,
-            )
+            grad_qkv = compiled.run(_join_turned, *grads, cos_tH, sin_tH)
+            return grad_qkv, None, None, None, None, None, None
         qkv_tR, *norms_and_scales = kept
         grad_qkv, grad_q_norm, grad_k_norm = compiled.run(
             _join_turned_and_normed, qkv_tR, ctx.heads, *grads, *norms_and_scales, cos_tH, sin_tH
@@ -236,9 +239,8 @@ def split_heads(
     epsilon: float,
     cos_tH: torch.Tensor,
     sin_tH: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:
-    """Cut one product into q, k and v; q and k are normed per head, where norms are given, and
-    rotated.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cut one product into q, k and v; norm q and k per head, where norms are given, and rotate.
 
     Args:
         qkv_tR: [t, (N + 2 K) H], the heads of q, then of k, then of v.
@@ -246,10 +248,12 @@ def split_heads(
     Returns:
         q [t, N, H], k [t, K, H] and v [t, K, H], each with memory of its own.
     """
-    return _SplitHeads.apply(qkv_tR, heads, *norms, epsilon, cos_tH, sin_tH)
+    q_norm, k_norm = norms
+    return _SplitHeads.apply(qkv_tR, heads, q_norm, k_norm, epsilon, cos_tH, sin_tH)
 
 
 def _gated(gate_tF: torch.Tensor, up_tF: torch.Tensor) -> torch.Tensor:
+    # In place: a third of [t, F] would be made else.
     return F.silu(gate_tF).mul_(up_tF)
 
 
@@ -271,6 +275,5 @@ def _gated_gradients(
 def gated_gradients(
     grad_tF: torch.Tensor, gate_tF: torch.Tensor, up_tF: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """Return (silu(gate) * up, the gradient of gate, the gradient of up), for the gradient of the
-    first."""
+    """Backward of `gated`: return silu(gate) * up again, and the gradients of gate and of up."""
     return compiled.run(_gated_gradients, grad_tF, gate_tF, up_tF)

@@ -20,7 +20,7 @@ IN_FLIGHT = 2
 
 
 class HostCopy:
-    """Some tensors on their way to the host, there, or on their way back."""
+    """Some tensors on their way to the host, in its memory, or on their way back."""
 
     def __init__(self, host: "Host", tensors: list[torch.Tensor], release: Callable[[], None]):
         self.host = host
@@ -31,8 +31,10 @@ class HostCopy:
         self.release = release
         self.sent: torch.Event | None = None
         self.arrived: tuple[list[torch.Tensor], torch.Event] | None = None
+        # On a CPU there is nothing to copy.
         if host.stream is None:
             return
+        # The copy begins when the computing stream has made the tensors.
         host.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(host.stream):
             self.kept = [
@@ -43,8 +45,7 @@ class HostCopy:
         self.sources = tensors
 
     def finish_sending(self) -> None:
-        """Let the computing stream wait until the copy is on the host, then give up the device's
-        memory; once."""
+        """Let the computing stream wait for the copy, then free the device's memory; once."""
         if self.sent is None:
             return
         torch.cuda.current_stream().wait_event(self.sent)
@@ -53,7 +54,7 @@ class HostCopy:
         self.release()
 
     def fetch(self) -> None:
-        """Start the way back, when what is queued so far is computed."""
+        """Start to copy back, when what is queued so far is computed."""
         stream = self.host.stream
         if stream is None or self.arrived is not None or not self.kept:
             return
@@ -68,14 +69,16 @@ class HostCopy:
             self.arrived = tensors, stream.record_event()
 
     def take(self) -> list[torch.Tensor]:
-        """The tensors on the device; once."""
+        """Return the tensors on the device, and fetch the copy before this one ahead; once."""
         self.host.finish_sending()
         self.fetch()
         tensors = self.kept
         self.kept = []
         if self.host.stream is not None:
+            assert self.arrived is not None, "taken twice"
             tensors, event = self.arrived
             torch.cuda.current_stream().wait_event(event)
+        # Backward asks for the copies in reverse order.
         if self.before is not None:
             self.before.fetch()
         self.before = None
@@ -93,7 +96,7 @@ class Host:
         self.in_flight: deque[HostCopy] = deque()
 
     def begin(self) -> None:
-        """A microbatch's forward begins: nothing before it is fetched ahead for it."""
+        """Begin a microbatch's forward: nothing before it is fetched ahead for it."""
         self.finish_sending()
         self.latest = None
 
@@ -103,8 +106,8 @@ class Host:
         """Start to copy contiguous tensors, which may be dropped at once, not changed.
 
         Args:
-            release: gives up memory under the tensors that others still hold; called when the copy
-                is made, on a GPU.
+            release: frees memory under the tensors that others still hold; called when the copy is
+                made, on a GPU.
         """
         while len(self.in_flight) >= IN_FLIGHT:
             self.in_flight.popleft().finish_sending()
@@ -114,7 +117,6 @@ class Host:
         return copy
 
     def finish_sending(self) -> None:
-        """Give up the device's memory of all that was sent; the computing stream waits for the
-        copies."""
+        """Free the device's memory of all that was sent; the computing stream waits for it."""
         while self.in_flight:
             self.in_flight.popleft().finish_sending()
