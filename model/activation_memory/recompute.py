@@ -10,7 +10,16 @@ What a layer keeps under full and attention_kept may wait in the host's memory (
 
 Figures against torch's own way, selective activation checkpointing
 (torch.utils.checkpoint.create_selective_checkpoint_contexts, with a policy that keeps the attention
-operator's results), by `bash launch/ithaca.sh bench recompute`: not measured yet.
+operator's results), by `bash launch/ithaca.sh bench recompute`: 2 layers of hidden size 256, 1,024
+tokens in 2 documents, MiB of live tensors in fp32 (bf16: half of each):
+
+    way                        kept after forward   peak of forward and backward
+    full                       2.00                 29.42
+    full, torch                4.06                 30.45
+    attention_kept             4.06                 29.42
+    attention_kept, torch      6.06                 30.45
+
+Their times have not been measured on a quiet machine.
 
 Legend: t tokens, D hidden.
 """

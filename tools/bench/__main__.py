@@ -12,6 +12,7 @@ BENCHMARKS = {
     "disturbed": "tools.bench.disturbed",
     "lease": "tools.bench.gpu.lease",
     "memory": "tools.bench.memory",
+    "recompute": "tools.bench.recompute",
     "step": "tools.bench.step",
     "traffic": "tools.bench.traffic",
 }
