@@ -338,7 +338,7 @@ MUTATIONS = {
     ),
     "gradient of a gathered key from one group only": Mutation(
         "parallel.collectives",
-        "_reduce_scatter_rows",
+        "reduce_scatter_rows",
         gathered_gradient_of_the_own_group,
         TWO_LEVELS,
     ),
