@@ -244,6 +244,7 @@ def train_tokenizer(arguments: Arguments) -> str:
     except ValueError:
         if counts.texts:
             raise
+        # Without any text, SentencePiece's own reason would mislead.
         raise ValueError(
             f"input = {' '.join(arguments.input)}: holds no text ({counts.bad:,} lines or rows "
             f"without text under {key!r}). Fix: --json-keys, or other inputs."
