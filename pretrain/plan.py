@@ -23,7 +23,7 @@ from pretrain.checkpointing.resume_contract import (
 from pretrain.checkpointing.setting_changes import Change
 from pretrain.checkpointing.start import Start, find_start
 from pretrain.config.config import Config
-from pretrain.config.load import read_config_yaml
+from pretrain.config.config_yaml import read_config_yaml
 from pretrain.data_outlook import (
     blend_change,
     check_windows,

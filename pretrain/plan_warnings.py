@@ -5,8 +5,8 @@ import os
 from parallel.layout import device_here
 from pretrain.checkpointing.resume_contract import needless_acceptance
 from pretrain.checkpointing.setting_changes import is_same
+from pretrain.config.config_yaml import read_config_yaml
 from pretrain.config.effects import effect_warnings
-from pretrain.config.load import read_config_yaml
 from pretrain.data_outlook import forecast_warnings, target_warnings
 from pretrain.evaluation.lengths import length_warnings as evaluation_warnings
 from pretrain.plan import Plan

@@ -24,7 +24,9 @@ from parallel.layout import (
 from pretrain.attention_backend import attention_of_run
 from pretrain.checkpointing.folder_lock import FolderLock, same_start_on_all_ranks
 from pretrain.checkpointing.resume_contract import describe_changes
-from pretrain.config.load import dump_yaml, load_config, spell, warn
+from pretrain.config.config_yaml import dump_yaml
+from pretrain.config.flags import spell
+from pretrain.config.load import load_config, warn
 from pretrain.data_outlook import describe_forecast
 from pretrain.logs.metrics import Reporter
 from pretrain.plan import Plan, make_plan

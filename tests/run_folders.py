@@ -4,7 +4,8 @@ import json
 import math
 
 from pretrain.checkpointing.progress import Progress
-from pretrain.config.load import dump_yaml, load_config
+from pretrain.config.config_yaml import dump_yaml
+from pretrain.config.load import load_config
 
 
 def write_lines(path, lines):

@@ -29,7 +29,7 @@ from data.tokenizers.tokenizer import build_tokenizer
 from pretrain.checkpointing.folders import find_published
 from pretrain.checkpointing.progress import Progress
 from pretrain.config.config import Config
-from pretrain.config.load import read_config_yaml
+from pretrain.config.config_yaml import read_config_yaml
 from pretrain.schedule.phases import Phase
 from pretrain.schedule.resolve import resolve_phases
 from tools.huggingface.stored_model import stored_tokenizer

@@ -21,7 +21,7 @@ from pretrain.checkpointing.folders import find_published, iteration_folder
 from pretrain.checkpointing.model_files import GENERATION, read_model_files
 from pretrain.checkpointing.progress import Progress
 from pretrain.config.config import Config
-from pretrain.config.load import dump_yaml
+from pretrain.config.config_yaml import dump_yaml
 from pretrain.planner.model_size import ModelSize
 from tools.huggingface.compare_logits import transformers_logits
 from tools.huggingface.config import interpret_config, read_config_file

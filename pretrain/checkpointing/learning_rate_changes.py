@@ -63,7 +63,7 @@ def learning_rate_changes(
     current = begun_phase(phases, progress)
     their_phases = resolve_phases(stored)
     their_rate = LearningRate.make(stored.optimizer, their_phases)
-    theirs = phase_at(their_phases, clock)
+    theirs = phase_at(their_phases, clock)  # None: their run was over
 
     # How far to compare.
     end = clock
@@ -72,6 +72,7 @@ def learning_rate_changes(
     elif theirs is not None and current is not None:
         end = min(theirs.end, current.end)
 
+    # At phases' starts, where a rate bends, and evenly in between.
     starts = [phase.start for phase in (*phases, *their_phases)]
     for at in _points(clock, end, [*starts, *their_rate.corners, *learning_rate.corners]):
         before = _rate_at(their_rate, their_phases, at)
@@ -100,6 +101,7 @@ def _rate_at(rate: LearningRate, phases: list[Phase], at: int) -> float:
 
 def _changes_after_the_end(config: Config, progress: Progress, current: Phase) -> list[Change]:
     """List the rates of the phase that goes on although the checkpoint's run was over."""
+    # A constant rate has no end to go down to.
     names = ["lr"] if config.optimizer.lr_decay_style == "constant" else ["lr", "min_lr"]
     return [
         Change(

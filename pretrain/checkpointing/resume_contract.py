@@ -28,8 +28,8 @@ from pretrain.schedule.phases import Phase
 MEANING: dict[Resume, tuple[str, str]] = {
     "forbidden": (
         "the checkpoint's tensors are of another model or precision",
-        "the checkpoint's value (--use-checkpoint-args takes what is not given); or a new run in another "
-        "--save",
+        "the checkpoint's value (--use-checkpoint-args takes what is not given); or a new run "
+        "in another --save",
     ),
     "tokenizer": (
         "the ids mean other text",
@@ -45,8 +45,8 @@ MEANING: dict[Resume, tuple[str, str]] = {
     ),
     "scheduler": (
         "the updates are others from here on",
-        "--use-checkpoint-opt_param-scheduler for the checkpoint's value; --override-opt_param-scheduler or "
-        "--accept-changes optimization for this run's",
+        "--use-checkpoint-opt_param-scheduler for the checkpoint's value; "
+        "--override-opt_param-scheduler or --accept-changes optimization for this run's",
     ),
 }
 """Kind of a difference -> what it means, and what to do about it."""
@@ -68,13 +68,16 @@ def continuation_changes(
         stored, progress: what the checkpoint says of its settings and of how far it had come.
         phases, learning_rate, tokenizer: of the run.
     """
+    # What the settings say by themselves.
     found = setting_changes(stored, config) + vocabulary_changes(stored, config)
     if not same_tokenizer(progress.tokenizer, tokenizer):
         found.append(Change("tokenizer", progress.tokenizer, tokenizer, "tokenizer"))
+    # What of the data was passed over already is past.
     theirs = _windows_to_come(stored.data.skip_data, progress)
     ours = _windows_to_come(config.data.skip_data, progress)
     if theirs != ours:
         found.append(Change("skip_data, windows to come", theirs, ours, "data"))
+    # What they come to in the phase that goes on.
     found += phase_changes(stored, progress, phases)
     return found + learning_rate_changes(stored, config, progress, phases, learning_rate)
 
@@ -96,6 +99,7 @@ def weights_changes(
     if not same_tokenizer(theirs, tokenizer):
         is_known = theirs is not None and tokenizer is not None
         found.append(Change("tokenizer", theirs, tokenizer, "tokenizer" if is_known else "free"))
+    # A longer context is what weights are mostly taken for: reported, not refused.
     rope = phases[0].rope
     if progress.rope != rope:
         found.append(Change("rope", progress.rope.describe(), rope.describe(), "free"))
@@ -116,20 +120,20 @@ def missing_parts(progress: Progress, settings: CheckpointConfig, folder: str) -
     """List what the checkpoint lacks to continue its clock, with the fix."""
     if progress.data is None:
         return [
-            f"checkpoint {folder}: holds weights only, no clock to go on from. Fix: start a new run "
-            "from it with --pretrained-checkpoint, or --load and --finetune."
+            f"checkpoint {folder}: holds weights only, no clock to go on from. "
+            "Fix: start a new run from it with --pretrained-checkpoint, or --load and --finetune."
         ]
     if not progress.has_optimizer and not settings.no_load_optim:
         return [
             f"checkpoint {folder}: was saved with --no-save-optim and holds no optimizer state. "
-            "Fix: --no-load-optim to go on with a fresh optimizer, or --finetune for a new run from "
-            "its weights."
+            "Fix: --no-load-optim to go on with a fresh optimizer, or --finetune for a new run "
+            "from its weights."
         ]
     return []
 
 
 def refusals(changes: list[Change], settings: CheckpointConfig) -> list[str]:
-    """List the differences that are not accepted: `name: checkpoint a, run b: meaning. Fix: ...`."""
+    """List the differences not accepted: `name: checkpoint a, run b: meaning. Fix: ...`."""
     accepted = {"free", *settings.accept_changes}
     if "optimization" in accepted or settings.override_opt_param_scheduler:
         accepted.add("scheduler")
@@ -146,7 +150,7 @@ def needless_acceptance(changes: list[Change], settings: CheckpointConfig) -> li
     """List accepted kinds of which nothing changed, as warnings."""
     kinds = {change.kind for change in changes}
     if "scheduler" in kinds:
-        kinds.add("optimization")
+        kinds.add("optimization")  # its word accepts both
     found = [
         f"accept_changes = {name}: nothing of that kind differs from a checkpoint that this run "
         "starts from"
@@ -155,8 +159,8 @@ def needless_acceptance(changes: list[Change], settings: CheckpointConfig) -> li
     ]
     if settings.override_opt_param_scheduler and "scheduler" not in kinds:
         found.append(
-            "override_opt_param_scheduler = True: has no effect, since no checkpoint's learning rate "
-            "or weight decay differs from this run's"
+            "override_opt_param_scheduler = True: has no effect, since no checkpoint's "
+            "learning rate or weight decay differs from this run's"
         )
     return found
 

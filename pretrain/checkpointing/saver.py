@@ -11,7 +11,7 @@ from pretrain.checkpointing import checkpoint
 from pretrain.checkpointing.model_files import read_carried
 from pretrain.checkpointing.progress import Progress
 from pretrain.checkpointing.replicas import check_replicas
-from pretrain.config.load import dump_yaml
+from pretrain.config.config_yaml import dump_yaml
 from pretrain.logs.metrics import Reporter
 from pretrain.logs.tally import StepTally
 from pretrain.plan import Plan

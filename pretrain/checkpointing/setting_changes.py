@@ -51,6 +51,7 @@ def kind_of(section: str, name: str) -> Resume:
     Raises:
         KeyError: neither declares one.
     """
+    # A setting that is not declared (yet) has the kind of its section.
     facts = facts_of_section(section_types()[section])
     own = facts[name].resume if name in facts else None
     kind = own or facts_of_section(Config)[section].resume
@@ -77,6 +78,7 @@ def is_same(name: str, theirs: Any, ours: Any) -> bool:
     """
     if theirs == ours or name not in path_settings() or theirs is None or ours is None:
         return theirs == ours
+    # A path alone, or the words of a blend.
     if isinstance(theirs, str):
         return os.path.abspath(theirs) == os.path.abspath(ours)
     return [_plain_word(word) for word in theirs] == [_plain_word(word) for word in ours]
@@ -104,6 +106,7 @@ def setting_changes(stored: Config, config: Config) -> list[Change]:
         ours = getattr(config, section)
         for declared in dataclasses.fields(ours):
             name = declared.name
+            # A default and the same value given are no difference.
             before = getattr(theirs, EFFECTIVE.get(name, name))
             now = getattr(ours, EFFECTIVE.get(name, name))
             kind = kind_of(section, name)
@@ -126,7 +129,7 @@ def _entry_changes(theirs: list[PhaseConfig], ours: list[PhaseConfig]) -> list[C
                 for key, value in vars(before[name]).items()
                 if not is_same(key, value, getattr(now[name], key))
             ]
-        else:
+        else:  # a phase that came, or went
             was_there = "there" if name in before else "absent"
             is_there = "there" if name in now else "absent"
             found.append(Change(f"phases, {name}", was_there, is_there, "free"))
@@ -140,6 +143,7 @@ def vocabulary_changes(stored: Config, config: Config) -> list[Change]:
     assert theirs is not None and ours is not None, "the tokenizer has said it"
     rows_before = stored.model.padded_vocab_size(theirs)
     rows_now = config.model.padded_vocab_size(ours)
+    # The same ids in other rows of padding: cut or filled with zeros.
     if theirs == ours:
         if rows_before == rows_now:
             return []

@@ -8,6 +8,8 @@ from pretrain.config.facts import setting
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
+    """What a run starts from, and what it leaves."""
+
     save: str | None = setting(None, is_path=True)
     """Folder of this run's checkpoints and metrics; a published checkpoint in it is always
     continued."""
@@ -41,30 +43,35 @@ class CheckpointConfig:
     exit_interval: int | None = setting(None, above=0)
     """Save and stop when the step is a multiple of this."""
     exit_duration_in_mins: int | None = setting(None, above=0)
-    """Save and stop after so many minutes."""
+    """Save and stop after this many minutes."""
     exit_signal_handler: bool = True
     """Save and stop on SIGTERM, SIGINT, SIGHUP or SIGUSR1."""
 
     def validate(self) -> list[str]:
         """List settings that contradict each other, as `name = value: rule. Fix: ...`."""
         problems = []
+        # What chooses a part of --load needs --load.
         if self.finetune and not self.load:
             problems.append(
-                "finetune = True: takes the weights of --load, which is not given. Fix: give --load."
+                "finetune = True: takes the weights of --load, which is not given. "
+                "Fix: give --load."
             )
         if self.ckpt_step is not None and not self.load:
             problems.append(
-                f"ckpt_step = {self.ckpt_step}: chooses an iteration of --load, which is not given. "
-                "Fix: give --load."
+                f"ckpt_step = {self.ckpt_step}: chooses an iteration of --load, which is not "
+                "given. Fix: give --load."
             )
+        # Of two that exclude each other, the user decides.
         if self.load and self.pretrained_checkpoint:
             problems.append(
-                f"pretrained_checkpoint = {self.pretrained_checkpoint}: a run starts from one place, "
-                f"and --load = {self.load}. Fix: remove one of them."
+                f"pretrained_checkpoint = {self.pretrained_checkpoint}: a run starts from one "
+                f"place, and --load = {self.load}. Fix: remove one of them."
             )
+        # So do the two that decide whose learning rate holds.
         if self.override_opt_param_scheduler and self.use_checkpoint_opt_param_scheduler:
             problems.append(
                 "override_opt_param_scheduler = True: takes this run's learning rate, but "
-                "use_checkpoint_opt_param_scheduler takes the checkpoint's. Fix: remove one of them."
+                "use_checkpoint_opt_param_scheduler takes the checkpoint's. Fix: remove one of "
+                "them."
             )
         return problems

@@ -37,7 +37,8 @@ class GivenSettings:
 class Config:
     """Pretrain a GPT. Give a YAML file with --config and override any field by its flag.
 
-    pretrain/config/FLAGS.md lists all flags, and those of Megatron-LM's scripts that are only answered.
+    pretrain/config/FLAGS.md lists all flags, and those of Megatron-LM's scripts that are only
+    answered.
     """
 
     model: ModelConfig = setting(ModelConfig, resume="forbidden")
@@ -54,7 +55,8 @@ class Config:
     """What of all this the user wrote; no setting."""
 
     def validate(self) -> list[str]:
-        """List all problems that show without touching the disk, as `name = value: rule. Fix: ...`."""
+        """List all problems that show without touching the disk: `name = value: rule. Fix: ...`."""
+        # Each section by itself, then the rules between sections.
         problems = [text for section in self.sections.values() for text in problems_of(section)]
         problems += self._unused_rope_parameters()
         problems += self._passkeys_without_text()
@@ -67,6 +69,7 @@ class Config:
 
     def _contradicting_offload(self) -> list[str]:
         """List Megatron-LM's switch for offloading where the number of layers says otherwise."""
+        # The switch is about the run: one phase that offloads is enough.
         asked = self.memory.cpu_offloading
         layers = [
             entry.with_memory(self.memory).cpu_offloading_num_layers
@@ -75,8 +78,8 @@ class Config:
         if asked is None or asked == (max(layers) > 0):
             return []
         return [
-            f"cpu_offloading = {asked}: but cpu_offloading_num_layers = {' '.join(map(str, layers))}. "
-            "Fix: remove one of them."
+            f"cpu_offloading = {asked}: but cpu_offloading_num_layers = "
+            f"{' '.join(map(str, layers))}. Fix: remove one of them."
         ]
 
     def _passkeys_without_text(self) -> list[str]:
@@ -103,8 +106,9 @@ class Config:
         for entry, kind in zip(entries, types, strict=True):
             places.append((f"phase {entry.name!r}: ", entry, [kind]))
         return [
-            f"{where}{name} = {getattr(section, name)}: rope_type {' or '.join(dict.fromkeys(used))} "
-            f"does not use it. Fix: remove it, or rope_type {' or '.join(users)}."
+            f"{where}{name} = {getattr(section, name)}: rope_type "
+            f"{' or '.join(dict.fromkeys(used))} does not use it. "
+            f"Fix: remove it, or rope_type {' or '.join(users)}."
             for where, section, used in places
             for name, (_, users) in PARAMETERS.items()
             if getattr(section, name) is not None and not set(used) & set(users)
@@ -124,6 +128,7 @@ class Config:
             # A size of 1 counts as given in a phase only.
             if getattr(phase, name) is None and getattr(self.layout, name) == 1:
                 found.append(name)
+        # Two levels of given sizes say what cp is.
         if layout.hierarchical_context_parallel_sizes and "context_parallel_size" in found:
             found.remove("context_parallel_size")
         if (
@@ -131,6 +136,7 @@ class Config:
             and layout.use_distributed_optimizer is None
         ):
             found.append("data_parallel_sharding_strategy")
+        # "none" is a choice, and so is Megatron-LM's switch.
         memory = phase.over(self.memory)
         if memory.recompute_granularity is None and not memory.recompute_activations:
             found.append("recompute_granularity")

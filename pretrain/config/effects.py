@@ -5,7 +5,7 @@ says. A setting that is switched off asks for nothing.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from pretrain.config.config import Config
@@ -14,7 +14,7 @@ from pretrain.config.phase_config import PhaseConfig
 
 @dataclass(frozen=True)
 class Condition:
-    """When a setting acts."""
+    """Says when a setting acts."""
 
     is_met: Callable[[Config], bool]
     otherwise: str
@@ -41,6 +41,7 @@ def _has_corpora(config: Config) -> bool:
     return not config.data.mock_data
 
 
+# What settings may need.
 WSD = Condition(lambda config: _style_is(config, "WSD"), " without --lr-decay-style WSD")
 DECAYS = Condition(
     lambda config: not _style_is(config, "constant"),
@@ -79,18 +80,19 @@ SELECTS = Condition(
     " without recompute_granularity selective",
 )
 TAKES_RUNS_BATCH = Condition(
-    lambda config: not all(phase.has_own_batch for phase in _entries(config)),
+    lambda config: not all(phase.has_own_batch for phase in config.schedule.entries),
     ", since every phase gives a batch of its own",
 )
 BATCH_IS_OPEN = Condition(
     lambda config: any(
         phase.global_batch_tokens is None and not phase.step_batch_size_schedule
-        for phase in _entries(config)
+        for phase in config.schedule.entries
     ),
     ", since every phase gives a batch of its own",
 )
 
 CONDITIONS: dict[str, tuple[Condition, ...]] = {
+    # The learning rate
     "lr_wsd_decay_style": (WSD,),
     "lr_wsd_decay_iters": (WSD,),
     "lr_wsd_decay_samples": (WSD,),
@@ -100,6 +102,7 @@ CONDITIONS: dict[str, tuple[Condition, ...]] = {
     "lr_decay_tokens": (DECAYS,),
     "min_lr": (DECAYS,),
     "lr_warmup_init": (WARMS_UP,),
+    # Evaluations and logs
     "eval_interval": (EVALUATES,),
     "eval_seq_lengths": (EVALUATES,),
     "valid_data_path": (EVALUATES,),
@@ -114,6 +117,7 @@ CONDITIONS: dict[str, tuple[Condition, ...]] = {
     "wandb_save_dir": (WANDB,),
     "save_interval": (SAVES,),
     "no_save_optim": (SAVES,),
+    # Data and memory
     "split": (SPLITS,),
     "data_cache_path": (CORPORA,),
     "tokenizer_type": (CORPORA,),
@@ -154,10 +158,12 @@ NOT_REPLACED = (
 
 
 def effect_warnings(config: Config) -> list[str]:
-    """A line for each setting that was given and does nothing, or less than it may seem to."""
+    """Return a line for each setting that was given and does nothing, or less than it seems to."""
+    # By the tables, then by phases, then Megatron-LM's own.
     found = [text for name in CONDITIONS for text in _unmet(config, name)]
     found += [*_size_warnings(config), *_phase_warnings(config), *_replaced_by_phases(config)]
     found += [text for given in config.given.megatron.values() for text in [given.warning] if text]
+    # Settings that act, but not as a user may think.
     if set(config.memory.recompute_modules) == {"core_attn"} and SELECTS.is_met(config):
         found.append(
             "recompute_modules = core_attn: nothing is computed again, since no attention kernel "
@@ -174,9 +180,10 @@ def effect_warnings(config: Config) -> list[str]:
 
 
 def _unmet(config: Config, name: str) -> list[str]:
-    """The warning about a setting that was given and whose conditions do not all hold."""
+    """Return the warning about a setting that was given and whose conditions do not all hold."""
     if not is_asked_for(config, name):
         return []
+    # One reason is enough.
     unmet = [condition for condition in CONDITIONS[name] if not condition.is_met(config)]
     return [
         f"{name} = {_text(value_of(config, name))}: has no effect{condition.otherwise}"
@@ -185,9 +192,9 @@ def _unmet(config: Config, name: str) -> list[str]:
 
 
 def is_asked_for(config: Config, name: str) -> bool:
-    """Did somebody give the setting, with a value that asks for something?"""
+    """Return whether somebody gave the setting, with a value that asks for something."""
     value = value_of(config, name)
-    if not value:
+    if not value:  # switched off
         return False
     if config.given.settings:
         return name in config.given.settings
@@ -195,14 +202,13 @@ def is_asked_for(config: Config, name: str) -> bool:
 
 
 def value_of(config: Config, name: str) -> Any:
-    """The setting's value, whichever section has it."""
+    """Return the setting's value, whichever section has it."""
     return getattr(_section_of(config, name), name)
 
 
 def default_of(config: Config, name: str) -> Any:
-    """The setting's default."""
-    declared = next(field for field in fields(_section_of(config, name)) if field.name == name)
-    return declared.default_factory() if declared.default is MISSING else declared.default
+    """Return the setting's default."""
+    return getattr(type(_section_of(config, name))(), name)
 
 
 def _section_of(config: Config, name: str) -> Any:
@@ -210,18 +216,16 @@ def _section_of(config: Config, name: str) -> Any:
 
 
 def _text(value: Any) -> str:
+    """Return a value as a user writes it."""
     if isinstance(value, list):
         return " ".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _entries(config: Config) -> list[PhaseConfig]:
-    return config.schedule.phases or [PhaseConfig()]
-
-
 def _offloaded_layers(config: Config) -> list[int]:
     return [
-        phase.with_memory(config.memory).cpu_offloading_num_layers for phase in _entries(config)
+        phase.with_memory(config.memory).cpu_offloading_num_layers
+        for phase in config.schedule.entries
     ]
 
 
@@ -229,21 +233,23 @@ def _recompute_levels(config: Config) -> list[str | None]:
     switch = "selective" if config.memory.recompute_activations else None
     return [
         phase.recompute_granularity or config.memory.recompute_granularity or switch
-        for phase in _entries(config)
+        for phase in config.schedule.entries
     ]
 
 
 def _size_warnings(config: Config) -> Iterator[str]:
-    """Settings of an axis that has one rank, in all phases or in the one that gives it."""
+    """Yield settings of an axis that has one rank, in all phases or in the one that gives it."""
     for name, size in NEEDS_SIZE.items():
         without = f"has no effect without {size} above 1"
-        phases = _entries(config)
+        phases = config.schedule.entries
+        # A size that `layout: auto` chooses may come out above 1.
         sizes = [
             2
             if size in config.open_settings(phase)
             else getattr(phase, size) or getattr(config.layout, size)
             for phase in phases
         ]
+        # The run's own needs one phase where it acts, a phase's needs that phase.
         if is_asked_for(config, name) and max(sizes) == 1:
             yield f"{name} = {_text(getattr(config.layout, name))}: {without}"
         for phase, its_size in zip(phases, sizes, strict=True):
@@ -252,7 +258,7 @@ def _size_warnings(config: Config) -> Iterator[str]:
 
 
 def _phase_warnings(config: Config) -> Iterator[str]:
-    """Settings of single phases that cannot act."""
+    """Yield settings of single phases that cannot act."""
     for phase in config.schedule.phases:
         if phase.min_lr and not DECAYS.is_met(config):
             given = f"phase {phase.name!r}: min_lr = {phase.min_lr:g}"
@@ -260,11 +266,12 @@ def _phase_warnings(config: Config) -> Iterator[str]:
 
 
 def _replaced_by_phases(config: Config) -> Iterator[str]:
-    """Settings of the run of which no phase takes anything, since each gives its own."""
+    """Yield settings of the run that no phase takes, since each gives its own."""
     phases = config.schedule.phases
     if not phases:
         return
     for name in (field.name for field in fields(PhaseConfig) if field.name not in NOT_REPLACED):
+        # A phase that leaves it out takes the run's.
         if all(getattr(phase, name) is not None for phase in phases) and is_asked_for(config, name):
             given = f"{name} = {_text(value_of(config, name))}"
             yield f"{given}: has no effect, since every phase gives its own"

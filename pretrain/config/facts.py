@@ -13,7 +13,7 @@ from math import isfinite
 from typing import Any, ClassVar, Literal, Protocol
 
 Resume = Literal["forbidden", "tokenizer", "data", "optimization", "scheduler", "free", "effect"]
-"""What a change of a setting means to a run that continues (pretrain/checkpointing/resume_contract.py)."""
+"""What a change of a setting means on continuing (pretrain/checkpointing/resume_contract.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Facts:
     is_path: bool = False
     """It names files: another spelling of the same place is no difference."""
     of_weights: bool = True
-    """--use-checkpoint-args takes it from the checkpoint; False = it is the machine's, or a check."""
+    """--use-checkpoint-args takes it from the checkpoint; False = the machine's, or a check."""
     above: float | None = None
     """Values, and items of lists, must be greater."""
     at_least: float | None = None
@@ -86,6 +86,7 @@ def problems_of(section: Section) -> list[str]:
     problems = []
     for name, facts in facts_of_section(section).items():
         value = getattr(section, name)
+        # A setting that was left out (None) is legal.
         items = value if isinstance(value, list) else [] if value is None else [value]
         problems += [text for item in items if (text := facts.problem(name, item))]
         if isinstance(value, float) and not isfinite(value):

@@ -8,6 +8,8 @@ from pretrain.config.token_count import Tokens
 
 @dataclass(kw_only=True)
 class LoggingConfig:
+    """What is measured and shown, and where it goes."""
+
     log_interval: int = setting(1, above=0)
     """Steps between console lines; metrics.jsonl has every step."""
     eval_interval: int | None = setting(None, above=0)

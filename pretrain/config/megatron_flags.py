@@ -16,16 +16,16 @@ import yaml
 
 TABLE_FILE = Path(__file__).with_suffix(".yaml")
 PREFIXES = {"no-": "false", "disable-": "false", "enable-": "true"}
-"""Beginnings of a switch's name -> the value that the switch without them gets."""
-LIKE = 0.84
-"""Least likeness (difflib's ratio) of a near miss: below it, a suggestion may do harm."""
+"""Prefix of a switch's name -> the value that the switch without it gets."""
+LEAST_LIKENESS = 0.84
+"""difflib's ratio of a near miss: below it, a suggestion may do harm."""
 
 Kind = Literal["refused", "ignored", "translated"]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one entry of the table says about its flags."""
+    """Holds what one entry of the table says about its flags."""
 
     kind: Kind
     flags: tuple[str, ...]
@@ -37,7 +37,7 @@ class Answer:
     fix: str
 
     def accepts_value(self, value: str) -> bool:
-        """Does `value` ask for what is so here anyway? A YAML file's `null` asks for nothing."""
+        """Return whether `value` asks for what is so here anyway; `null` asks for nothing."""
         if self.accepts_all or value.lower() in ("null", "~", ""):
             return True
         return any(_same(value, accepted) for accepted in self.accepts)
@@ -45,7 +45,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Given:
-    """A flag of Megatron-LM with the value that it was given."""
+    """Holds a flag of Megatron-LM and the value that it was given."""
 
     flag: str
     """As it was written."""
@@ -55,18 +55,19 @@ class Given:
 
     @property
     def problem(self) -> str | None:
-        """Why the run cannot start with this flag, as `name: rule. Fix: ...`."""
+        """Why the run cannot start with this flag, as `name: rule. Fix: ...`; None = it can."""
         answer = self.answer
         if answer.kind != "refused" or answer.accepts_value(self.value):
             return None
         rule = "not here"
+        # A flag that may be false is simply not there.
         if answer.accepts not in ((), ("false",)):
             rule = f"here it is always {' or '.join(answer.accepts)}"
         return f"{self.flag}: Megatron-LM's, {rule}: {answer.because}. Fix: {answer.fix}."
 
     @property
     def warning(self) -> str | None:
-        """What the flag does not do."""
+        """What the flag does not do; None = it does what it says."""
         if self.answer.kind != "ignored" or self.answer.accepts_value(self.value):
             return None
         return f"{self.flag}: Megatron-LM's, has no effect here: {self.answer.because}"
@@ -74,7 +75,7 @@ class Given:
 
 @functools.cache
 def table() -> tuple[Answer, ...]:
-    """All entries, in the order of the file."""
+    """Return all entries, in the order of the file."""
     entries = _read_table()
     kinds: tuple[Kind, ...] = ("refused", "ignored", "translated")
     return tuple(_answer(kind, entry) for kind in kinds for entry in entries[kind])
@@ -82,7 +83,7 @@ def table() -> tuple[Answer, ...]:
 
 @functools.cache
 def synonyms() -> dict[str, str]:
-    """Words of other programs, with hyphens -> the flag that is meant."""
+    """Return words of other programs, with hyphens -> the flag that is meant."""
     return {
         word: flag for flag, words in _read_table()["synonyms"].items() for word in words.split()
     }
@@ -90,17 +91,19 @@ def synonyms() -> dict[str, str]:
 
 @functools.cache
 def values() -> dict[str, dict[str, str]]:
-    """Setting -> Megatron-LM's values of it that are none here -> what to give instead."""
+    """Return setting -> values of Megatron-LM that are none here -> what to give instead."""
     return _read_table()["values"]
 
 
 def fix_for_value(setting: str, value: object, choices: tuple) -> str | None:
-    """What to give where `value` is none of the setting's `choices`; None without an idea."""
+    """Return what to give where `value` is none of `choices`; None without an idea."""
     theirs = values().get(setting, {}).get(str(value))
     if theirs is not None:
         return theirs
+    # Another case, or a near miss.
     near = [str(choice) for choice in choices if str(choice).lower() == str(value).lower()]
-    near += difflib.get_close_matches(str(value), map(str, choices), 1, LIKE)
+    names = [str(choice) for choice in choices]
+    near += difflib.get_close_matches(str(value), names, 1, LEAST_LIKENESS)
     return near[0] if near else None
 
 
@@ -109,7 +112,7 @@ def _read_table() -> dict:
 
 
 def _answer(kind: Kind, entry: dict) -> Answer:
-    accepts = entry.get("accepts", [])
+    accepts = entry.get("accepts", [])  # a list of values, or "any"
     accepts_all = accepts == "any"
     return Answer(
         kind=kind,
@@ -122,13 +125,14 @@ def _answer(kind: Kind, entry: dict) -> Answer:
 
 
 def find(name: str, value: str = "true") -> Given | None:
-    """The answer to a flag or key of Megatron-LM's; None where Megatron-LM has none of this name.
+    """Return the answer to a flag or key of Megatron-LM's; None where it has none of this name.
 
     Args:
         name: with hyphens or underscores, with or without `--` before it.
         value: what was given with it; a switch alone means `true`.
     """
     word = name.removeprefix("--").replace("_", "-")
+    # The name itself, or a switch under one of its negated or affirmed spellings.
     answer = _find_entry(word)
     given = value
     for prefix, switched in PREFIXES.items():
@@ -142,7 +146,7 @@ def find(name: str, value: str = "true") -> Given | None:
 
 
 def _find_entry(word: str) -> Answer | None:
-    """The entry that has the word itself, or else the longest pattern that it matches."""
+    """Return the entry that has the word itself, or else the longest pattern that it matches."""
     matches = [
         (pattern == word, len(pattern), answer)
         for answer in table()
@@ -157,6 +161,7 @@ def _opposite(switched: str) -> str:
 
 
 def _same(value: str, accepted: str) -> bool:
+    """Return whether two spellings mean one value: of a switch, a number or a word."""
     if value.lower() == accepted.lower():
         return True
     words = {"true": ("yes", "on", "1"), "false": ("no", "off", "0", "none", "null")}
@@ -169,7 +174,7 @@ def _same(value: str, accepted: str) -> bool:
 
 
 def advice(name: str, known: list[str]) -> str:
-    """What to do about a name that is neither a setting nor one of Megatron-LM's.
+    """Say what to do about a name that is neither a setting nor one of Megatron-LM's.
 
     Args:
         name: as it was written.
@@ -177,9 +182,11 @@ def advice(name: str, known: list[str]) -> str:
     """
     word = name.removeprefix("--").replace("_", "-")
     is_flag = name.startswith("--")
+    # A word of another program.
     if word in synonyms():
         meant = synonyms()[word]
         return f"{meant if is_flag else meant.removeprefix('--').replace('-', '_')}."
+    # A near miss of a name here or of one of Megatron-LM's.
     written = "--{}" if is_flag else "{}"
     theirs = [
         written.format(flag if is_flag else flag.replace("-", "_"))
@@ -188,11 +195,13 @@ def advice(name: str, known: list[str]) -> str:
         if "*" not in flag
     ]
     spelled = name if is_flag else name.replace("-", "_")
-    near = difflib.get_close_matches(spelled, [*known, *theirs], 1, LIKE)
+    near = difflib.get_close_matches(spelled, [*known, *theirs], 1, LEAST_LIKENESS)
     if not near:
         return "see --help." if is_flag else "remove it."
     text = f"did you mean {near[0]}?"
     if near[0] in known:
         return text
+    # One of Megatron-LM's: say what it would come to.
     given = find(near[0])
+    assert given is not None, "the names are those of the table"
     return f"{text} {given.problem or given.warning or 'It is accepted, and always so here.'}"

@@ -9,6 +9,8 @@ from pretrain.config.token_count import Tokens
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
+    """How weights are updated, at which rate and in which precision."""
+
     optimizer: Literal["adam"] = "adam"
     """AdamW (decoupled weight decay, arXiv 1711.05101), Megatron-LM's adam."""
     lr: float = setting(3e-4, per_phase=True, resume="effect", above=0)
@@ -72,7 +74,7 @@ class OptimizerConfig:
     """Steps in a row that may be skipped for a gradient norm that is not finite; one more ends the
     run."""
     seed: int = setting(1234, resume="data", at_least=0)
-    """Of initial weights, document order and data split."""
+    """Seed of initial weights, document order and data split."""
 
     def validate(self) -> list[str]:
         """List the problems of these settings, as `name = value: rule. Fix: ...`."""
@@ -83,6 +85,7 @@ class OptimizerConfig:
         ]
         if self.bf16 and self.fp64:
             problems.append("bf16 = True: cannot be combined with fp64. Fix: remove one of them.")
+        # A flag of Megatron-LM that we cannot turn off.
         if not self.accumulate_allreduce_grads_in_fp32:
             problems.append(
                 "accumulate_allreduce_grads_in_fp32 = False: gradients are always reduced in fp32. "
@@ -97,6 +100,7 @@ class OptimizerConfig:
         # Each of these lengths may be given in one unit.
         warmup = [f"lr_warmup_{unit}" for unit in ("iters", "samples", "tokens", "fraction")]
         problems += at_most_one(self, *warmup)
+        # A decay has no length as a fraction.
         for length in ("lr_decay", "lr_wsd_decay"):
             units = [f"{length}_{unit}" for unit in ("iters", "samples", "tokens")]
             problems += at_most_one(self, *units)

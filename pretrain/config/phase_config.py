@@ -26,7 +26,7 @@ SomeSection = TypeVar("SomeSection", LayoutConfig, MemoryConfig, ModelConfig)
 
 
 def _settings_of_a_phase() -> list[tuple[str, Any, Any]]:
-    """List the settings declared with per_phase, as fields that are None where they are left out."""
+    """List the settings declared with per_phase, as fields that are None unless given."""
     found = []
     for section in _SECTIONS:
         types = get_type_hints(section, include_extras=True)

@@ -8,7 +8,8 @@ import socket
 from typing import Any, Literal, Protocol
 
 from pretrain.config.config import Config
-from pretrain.config.load import to_flat, warn
+from pretrain.config.flat import to_flat
+from pretrain.config.load import warn
 
 HTTPS_PORT = 443
 REACHABLE_SECONDS = 5

@@ -13,7 +13,8 @@ from pretrain.checkpointing import start
 from pretrain.processes import agreement, code_version, shared_facts
 from pretrain.processes.agreement import Refused, Shared, require_agreement
 from pretrain.processes.shared_facts import shared_by_all
-from pretrain.config.load import load_config, spell
+from pretrain.config.flags import spell
+from pretrain.config.load import load_config
 from pretrain.plan import make_plan
 from pretrain.train import Trainer
 from tests.dist.training import base_arguments, train, write_corpus
@@ -152,7 +153,7 @@ def test_what_may_differ_by_node_is_not_compared(pool, folders, tmp_path):
 
 
 def test_every_setting_that_may_differ_exists():
-    from pretrain.config.load import field_table
+    from pretrain.config.flat import field_table
 
     assert shared_facts.MAY_DIFFER.keys() <= field_table().keys()
 

@@ -11,7 +11,7 @@ from data.batch import IGNORE, Batch
 from model import hf
 from pretrain.checkpointing.folders import find_published
 from pretrain.checkpointing.stored_tensors import read_whole_tensors, tensor_names
-from pretrain.config.load import field_table
+from pretrain.config.flat import field_table
 from pretrain.checkpointing.setting_changes import setting_changes
 from tests.dist.training import VOCABULARY, base_arguments, losses, train, write_corpus
 from tests.huggingface.imports import checkpoint_logits
@@ -203,7 +203,7 @@ def test_loss_of_our_model_equals_transformers(trained, tmp_path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_import_gives_back_the_same_weights_and_settings(trained, tmp_path, name):
-    from pretrain.config.load import read_config_yaml
+    from pretrain.config.config_yaml import read_config_yaml
 
     export(Arguments(load=str(trained[name]), output=str(tmp_path / "hf")))
     folder = import_folder(

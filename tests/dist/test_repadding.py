@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from pretrain.config.load import load_config, spell
+from pretrain.config.flags import spell
+from pretrain.config.load import load_config
 from pretrain.plan import make_plan
 from pretrain.checkpointing.setting_changes import vocabulary_changes
 from tests.dist.training import VOCABULARY, base_arguments, losses, stored, train, write_corpus

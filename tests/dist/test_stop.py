@@ -13,7 +13,8 @@ import yaml
 from parallel.layout import World
 from pretrain import train as train_module
 from pretrain.processes import stop
-from pretrain.config.load import load_config, spell
+from pretrain.config.flags import spell
+from pretrain.config.load import load_config
 from pretrain.plan import make_plan
 from pretrain.step import Stepper
 from pretrain.train import Trainer

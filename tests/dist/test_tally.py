@@ -14,7 +14,8 @@ from pretrain.checkpointing.folders import find_published
 from pretrain import state as state_module
 from pretrain import training_loop
 from pretrain.processes.agreement import Refused
-from pretrain.config.load import load_config, spell
+from pretrain.config.flags import spell
+from pretrain.config.load import load_config
 from pretrain.plan import make_plan
 from pretrain.plan_warnings import warnings_about
 from pretrain.step import train_step

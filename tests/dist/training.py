@@ -9,7 +9,8 @@ from data.writers.indexed_writer import IndexedWriter
 from parallel.layout import World
 from pretrain.checkpointing.folders import find_published
 from pretrain.checkpointing.stored_tensors import read_whole_tensors, tensor_names
-from pretrain.config.load import load_config, spell
+from pretrain.config.flags import spell
+from pretrain.config.load import load_config
 from pretrain.plan import make_plan
 from pretrain.train import Trainer
 

@@ -6,7 +6,8 @@ import torch
 
 from parallel.config import LayoutConfig
 from parallel.layout import end_world, start_world
-from pretrain.config.load import load_config, spell
+from pretrain.config.flags import spell
+from pretrain.config.load import load_config
 from pretrain.plan import make_plan
 from pretrain.train import Trainer
 from tests.dist.training import base_arguments, losses, write_corpus

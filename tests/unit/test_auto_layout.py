@@ -8,8 +8,10 @@ import pytest
 from data.units import GIB
 from model.config import PRESETS
 from pretrain.config.config import Config, GivenSettings
+from pretrain.config.config_yaml import dump_yaml
 from pretrain.config.effects import effect_warnings
-from pretrain.config.load import dump_yaml, from_flat, load_config
+from pretrain.config.flat import from_flat
+from pretrain.config.load import load_config
 from pretrain.config.phase_config import PhaseConfig
 from pretrain.planner.auto_layout import settle_layouts
 from pretrain.planner.check_phases import check_phases

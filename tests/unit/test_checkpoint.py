@@ -25,7 +25,8 @@ from pretrain.checkpointing.model_files import read_carried
 from pretrain.checkpointing.progress import Progress
 from pretrain.checkpointing.start import find_start
 from pretrain.checkpointing.stored_tensors import SafeReader, read_whole_tensors
-from pretrain.config.load import dump_yaml, load_config
+from pretrain.config.config_yaml import dump_yaml
+from pretrain.config.load import load_config
 
 
 def publish(root, step=5):

@@ -6,15 +6,12 @@ import pytest
 
 from model.config import PRESETS
 from pretrain.config.config import Config
+from pretrain.config.config_yaml import dump_yaml, read_config_yaml
 from pretrain.config.effects import effect_warnings
 from pretrain.config.facts import problems_of
-from pretrain.config.load import (
-    dump_yaml,
-    field_table,
-    load_config,
-    read_config_yaml,
-    spell,
-)
+from pretrain.config.flags import spell
+from pretrain.config.flat import field_table
+from pretrain.config.load import load_config
 from pretrain.planner.model_size import ModelSize
 from pretrain.schedule.resolve import resolve_phases
 

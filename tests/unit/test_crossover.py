@@ -17,8 +17,7 @@ from parallel.layout import Axis, single_process_layout
 from pretrain import attention_backend as attention
 from pretrain.checkpointing.setting_changes import kind_of
 from pretrain.config.config import CheckpointConfig, Config
-from pretrain.config.facts import problems_of
-from pretrain.config.load import _NOT_OF_THE_WEIGHTS
+from pretrain.config.facts import facts_of_section, problems_of
 
 CPU = torch.device("cpu")
 HEADS = (4, 2, 8)
@@ -270,4 +269,6 @@ def test_the_setting_is_as_free_at_a_restart_as_the_backend():
         == kind_of("model", "attention_backend")
         == "free"
     )
-    assert {"attention_crossover_tokens", "attention_backend"} <= _NOT_OF_THE_WEIGHTS
+    facts = facts_of_section(ModelConfig)
+    assert not facts["attention_crossover_tokens"].of_weights
+    assert not facts["attention_backend"].of_weights

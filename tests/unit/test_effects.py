@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from pretrain.checkpointing.start import Start
+from pretrain.config.config_yaml import dump_yaml, read_config_yaml
 from pretrain.config.effects import CONDITIONS, NEEDS_SIZE, NOT_REPLACED, effect_warnings
-from pretrain.config.load import dump_yaml, field_table, load_config, read_config_yaml
+from pretrain.config.flat import field_table
+from pretrain.config.load import load_config
 from pretrain.config.phase_config import PhaseConfig
 from pretrain.plan import make_plan
 from pretrain.plan_warnings import warnings_about

@@ -15,7 +15,7 @@ from pretrain.checkpointing.folders import CARRIED, MANIFEST, find_published
 from pretrain.checkpointing.model_files import read_carried
 from pretrain.checkpointing.progress import Progress
 from pretrain.checkpointing.stored_tensors import read_whole_tensors, tensor_names
-from pretrain.config.load import dump_yaml, read_config_yaml
+from pretrain.config.config_yaml import dump_yaml, read_config_yaml
 from tests.huggingface import chat_folders as folders
 from tools.export_hf import Arguments, export
 from tools.import_hf import Arguments as ImportArguments

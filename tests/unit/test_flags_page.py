@@ -2,9 +2,12 @@
 
 import re
 
-from pretrain.config.flags_page import PAGE, docstrings_of_fields, make_page
-from pretrain.config.load import field_table, sections_of_config
+from pretrain.config.config import section_types
+from pretrain.config.flags_page import PAGE, make_page
+from pretrain.config.flat import field_table
 from pretrain.config.megatron_flags import synonyms, table
+from pretrain.config.page_parts import docstrings_of_fields
+from pretrain.config.settings_page import SETTINGS_PAGE, first_sentence, make_settings_page
 
 
 def test_the_page_is_up_to_date():
@@ -26,6 +29,22 @@ def test_the_page_names_every_flag_of_the_table():
 
 
 def test_every_setting_has_an_explanation():
-    for cls in sections_of_config().values():
+    for cls in section_types().values():
         fields = set(cls.__dataclass_fields__)
         assert fields <= docstrings_of_fields(cls).keys(), fields - docstrings_of_fields(cls).keys()
+
+
+def test_the_page_of_settings_is_up_to_date():
+    text = SETTINGS_PAGE.read_text()
+    assert text == make_settings_page(), "make it again: python -m pretrain.config.flags_page"
+
+
+def test_the_page_of_settings_has_a_row_for_every_setting():
+    rows = set(re.findall(r"^\| `(\w+)` \|", make_settings_page(), re.M))
+    assert rows == {*field_table(), "name", "lr_schedule"}
+
+
+def test_a_first_sentence_ends_at_a_stop_with_a_space_behind_it():
+    assert first_sentence("Reads config.json, by default 0.1. More.") == (
+        "Reads config.json, by default 0.1."
+    )

@@ -6,7 +6,7 @@ import pytest
 
 from model import hf
 from pretrain.checkpointing.folders import LATEST, find_published
-from pretrain.config.load import read_config_yaml
+from pretrain.config.config_yaml import read_config_yaml
 from tests.huggingface.imports import IDS, POSITIONS, assert_same_model, our_logits, refusal, run
 from tests.huggingface.model_folders import (
     change_config,

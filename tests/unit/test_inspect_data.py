@@ -9,7 +9,8 @@ import yaml
 from data.tokenizers.tokenizer import NullTokenizer
 from data.writers.indexed_writer import IndexedWriter
 from pretrain.batches import Feed, ledger_at
-from pretrain.config.load import load_config, spell
+from pretrain.config.flags import spell
+from pretrain.config.load import load_config
 from pretrain.plan import make_plan
 from tools.inspect_data import main
 

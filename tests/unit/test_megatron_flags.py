@@ -8,7 +8,9 @@ import pytest
 
 from pretrain.config import megatron_flags
 from pretrain.config.effects import effect_warnings
-from pretrain.config.load import field_table, load_config, spell
+from pretrain.config.flags import spell
+from pretrain.config.flat import field_table
+from pretrain.config.load import load_config
 from pretrain.schedule.resolve import resolve_phases
 
 ARGUMENTS = Path(__file__).with_name("megatron_arguments.txt")

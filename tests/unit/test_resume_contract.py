@@ -17,8 +17,11 @@ from pretrain.checkpointing.resume_contract import (
 )
 from pretrain.checkpointing.setting_changes import is_same, kind_of, path_settings
 from pretrain.config.config import CheckpointConfig, Config, section_types
+from pretrain.config.config_yaml import dump_yaml, read_config_yaml
 from pretrain.config.facts import facts_of_section
-from pretrain.config.load import dump_yaml, field_table, load_config, read_config_yaml, spell
+from pretrain.config.flags import spell
+from pretrain.config.flat import field_table
+from pretrain.config.load import load_config
 from pretrain.schedule.learning_rate import LearningRate
 from pretrain.schedule.phases import Phase, phase_at
 from pretrain.schedule.resolve import resolve_phases

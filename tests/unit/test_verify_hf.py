@@ -7,7 +7,7 @@ import pytest
 
 from data.files import checksum
 from pretrain.checkpointing.folders import MANIFEST, find_published
-from pretrain.config.load import dump_yaml, read_config_yaml
+from pretrain.config.config_yaml import dump_yaml, read_config_yaml
 from tests.huggingface.model_folders import write_folder
 from tools import export_hf, import_hf
 from tools.huggingface import verify_export

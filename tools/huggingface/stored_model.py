@@ -10,7 +10,7 @@ from pretrain.checkpointing.manifest import refuse_damage, verify_files
 from pretrain.checkpointing.model_files import read_carried
 from pretrain.checkpointing.progress import Progress
 from pretrain.config.config import Config
-from pretrain.config.load import read_config_yaml
+from pretrain.config.config_yaml import read_config_yaml
 
 
 @dataclass(frozen=True)

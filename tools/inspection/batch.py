@@ -9,7 +9,8 @@ from data.loader import Loader
 from data.tokenizers.tokenizer import Tokenizer
 from parallel.context import rank_pieces
 from pretrain.batches import ledger_at
-from pretrain.config.load import load_config, spell
+from pretrain.config.flags import spell
+from pretrain.config.load import load_config
 from pretrain.data_outlook import describe_forecast, forecast_warnings
 from pretrain.plan import Plan, make_plan
 from pretrain.schedule.phase_table import describe

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from pretrain.checkpointing.folders import find_published
 from pretrain.checkpointing.progress import Progress
 from pretrain.config.config import Config
-from pretrain.config.load import read_config_yaml
+from pretrain.config.config_yaml import read_config_yaml
 from tools.shared.number_text import length, short
 
 NEEDED = {
