@@ -1,10 +1,10 @@
 """The microbatches of a step: a pure function of the clock, the tokens consumed before it."""
 
+from collections.abc import Sequence
 from concurrent.futures import Future
-from functools import partial
 from threading import Thread
 
-from data.batch import Batch, read_batch
+from data.batch import Batch, Sample, read_batch
 from data.digest import digest
 from data.first_pass import FirstPass
 from data.mixture import Mixture
@@ -65,15 +65,9 @@ class Loader:
         self.prefetch = prefetch
         self.document_masking = document_masking
         self.pieces = [(0, micro_batch_size * seq_length)] if pieces is None else pieces
-        self._read_microbatch = partial(
-            read_batch,
-            seq_length=seq_length,
-            pieces=self.pieces,
-            document_masking=document_masking,
-            eod=eod,
-            eod_mask_loss=eod_mask_loss,
-            vocab_size=vocab_size,
-        )
+        self._eod = eod
+        self._eod_mask_loss = eod_mask_loss
+        self._vocab_size = vocab_size
         self._next: tuple[int, Future] | None = None
 
     def read(self, clock: int) -> list[Batch]:
@@ -114,6 +108,18 @@ class Loader:
         for batch, first in zip(batches, firsts, strict=True):
             batch.digest = digest(batch, self.pieces, (first - number) * self.seq_length)
         return batches
+
+    def _read_microbatch(self, samples: Sequence[Sample]) -> Batch:
+        """Read this rank's slice of a microbatch."""
+        return read_batch(
+            samples,
+            self.seq_length,
+            self.pieces,
+            document_masking=self.document_masking,
+            eod=self._eod,
+            eod_mask_loss=self._eod_mask_loss,
+            vocab_size=self._vocab_size,
+        )
 
     def _start_reading(self, clock: int) -> None:
         """Read a step in a thread of its own, which ends with it; errors wait in the future."""

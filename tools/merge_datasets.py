@@ -76,6 +76,7 @@ def _common_tokenizer(arguments: Arguments) -> dict[str, Any] | None:
     """
     first = arguments.input[0]
     found = {prefix: (read_side_file(prefix) or {}).get("tokenizer") for prefix in arguments.input}
+    # Each against the first; ids of another tokenizer would mean other text.
     for prefix, tokenizer in found.items():
         if tokenizer is None and not arguments.accept_unknown_tokenizers:
             raise ValueError(
