@@ -54,7 +54,8 @@ _setup_check_given() {
 import importlib.util, sys
 if sys.version_info < (3, 11):
     sys.exit("Python " + sys.version.split()[0] + " is older than 3.11")
-names = ("torch", "megatron", "einops", "numpy", "numba", "xxhash", "yaml", "tyro", "tqdm")
+names = ("torch", "megatron", "einops", "numpy", "numba", "xxhash", "yaml", "tyro", "tqdm",
+         "scipy")
 missing = [name for name in names if importlib.util.find_spec(name) is None]
 sys.exit("missing: " + ", ".join(missing) if missing else 0)' 2>&1); then
     _setup_error "ITHACA_PYTHON = $1: $missing." \

@@ -1,4 +1,4 @@
-"""Did a run draw each token exactly once? `python -m tools.audit_data --load DIR`.
+"""Count whether a run drew each token exactly once: `bash launch/ithaca.sh audit --load DIR`.
 
 Reads every step's data again, as the latest checkpoint's account says it was drawn: its digest must
 be the one that the run wrote to metrics.jsonl for the batch that the model received, and a counter

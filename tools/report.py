@@ -1,4 +1,4 @@
-"""Show a run: `python -m tools.report --load DIR [--output FILE.html]`.
+"""Show a run: `bash launch/ithaca.sh report --load DIR [--output FILE.html]`.
 
 Reads what the run wrote into its --save folder (metrics.jsonl, validation.jsonl, ledger.jsonl,
 events.jsonl and the latest checkpoint's settings) and writes one page that needs nothing else, with
