@@ -40,8 +40,9 @@ def probe(stepper: Stepper, layout: Layout, loader: Loader) -> tuple[list[str], 
         allowed = (here >= target) & (here < stop) & (index == changed_in)
         if (changed & ~allowed).any():
             problems.append(
-                f"microbatch {index}, tokens {here[changed & ~allowed][:5].tolist()}; the changed one is "
-                f"{target} of microbatch {changed_in}, in the document [{start}, {stop})"
+                f"microbatch {index}, tokens {here[changed & ~allowed][:5].tolist()}; the "
+                f"changed one is {target} of microbatch {changed_in}, in the document [{start}, "
+                f"{stop})"
             )
         reached |= bool((changed & allowed & (here > target)).any())
     return problems, reached

@@ -125,7 +125,7 @@ def _compare(
     if len(ours) != len(theirs):
         longer, shorter, calls = (a, b, ours) if len(ours) > len(theirs) else (b, a, theirs)
         return (
-            f"call {min(len(ours), len(theirs))}: rank {longer} makes {calls[min(len(ours), len(theirs))]}, "
-            f"rank {shorter} makes no more calls"
+            f"call {min(len(ours), len(theirs))}: rank {longer} makes "
+            f"{calls[min(len(ours), len(theirs))]}, rank {shorter} makes no more calls"
         )
     return None

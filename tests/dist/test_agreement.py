@@ -302,7 +302,9 @@ def test_long_values_of_one_beginning_are_told_apart():
 def test_each_source_file_and_its_name_count(tmp_path):
     for folder in code_version.CODE_FOLDERS:
         shutil.copytree(
-            code_version.ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
+            code_version.ROOT / folder,
+            tmp_path / folder,
+            ignore=shutil.ignore_patterns("__pycache__"),
         )
     first = code_version.source_digest(tmp_path)
     assert first == code_version.source_digest(code_version.ROOT)

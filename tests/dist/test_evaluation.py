@@ -120,8 +120,9 @@ def evaluate(world, case: Case) -> list[dict]:
     layout, _, _, stepper, _ = case.build(world)
     config = load_config(
         "--seq-length 64 --global-batch-tokens 512 --train-iters 1 --mock-data --vocab-size 101 "
-        "--eval-iters 3 --eval-seq-lengths 16 64 256 --context-gain-cut 16 --context-gain-documents 5 "
-        "--eval-passkey-lengths 256 --eval-passkey-depths 0.2 0.8".split()
+        "--eval-iters 3 --eval-seq-lengths 16 64 256 --context-gain-cut 16 "
+        "--context-gain-documents 5 --eval-passkey-lengths 256 --eval-passkey-depths 0.2 "
+        "0.8".split()
     )
     phase = dataclasses.replace(
         resolve_phases(config)[0],

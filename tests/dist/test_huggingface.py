@@ -97,7 +97,9 @@ def test_export_verifies_and_logits_agree_at_the_last_positions(trained, tmp_pat
     largest = expected.abs().max()
     assert largest > 1 and (found - expected).abs().max() <= 1e-5 * largest
     # One wrong detail is seen: other positions give other logits.
-    shifted = checkpoint_logits(open_stored_model(str(trained[name]), None), output, ids, positions * 2)
+    shifted = checkpoint_logits(
+        open_stored_model(str(trained[name]), None), output, ids, positions * 2
+    )
     assert (shifted - expected).abs().max() > 1e-3 * largest
 
 

@@ -114,7 +114,8 @@ def describe(name: str, case: Case) -> str:
         if case.memory.attention_head_chunks > 1
         else "",
         "" if case.document_masking else "no masking",
-        f"{case.samples // (case.dp * case.micro_batch_size)} microbatches of {case.micro_batch_size}",
+        f"{case.samples // (case.dp * case.micro_batch_size)} microbatches of "
+        f"{case.micro_batch_size}",
     ]
     return (
         f"{name:<20} heads {model['num_attention_heads']:>2} kv {model['num_query_groups']:>2}  "
