@@ -103,6 +103,7 @@ def _exchanged(path: _Path, x_tD: torch.Tensor, weights: Projections) -> Iterato
         q = core.project_q(x_tD, positions, _part(weights, Q_FIELDS, heads, core.head_size))
         return start_seq_to_heads(q, q[:, :0], q[:, :0], each.query_split, axis)
 
+    # Queries and key/values travel apart: several chunks may read one round's.
     steps = [(each, heads) for each in rounds for heads in each.query_chunks]
     kv_TkH: tuple[torch.Tensor, ...] = ()
     kv_on_way = start_kv(rounds[0])

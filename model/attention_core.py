@@ -90,6 +90,7 @@ class AttentionCore:
         linear: Linear = F.linear,
     ) -> torch.Tensor:
         """Make q [t, n, H], as many heads as the weights have."""
+        # Some heads' weights: q's and those of k and v go through their own products.
         assert weights.q_rD is not None
         q_tr = linear(x_tD, weights.q_rD, weights.q_bias)
         return self._norm_and_rotate(q_tr, weights.q_norm, positions)

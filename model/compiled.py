@@ -17,8 +17,7 @@ import torch
 
 
 def run(function: Callable, *arguments):
-    """Return `function(*arguments)`, computed by fused kernels where the first argument is on a
-    GPU.
+    """Return `function(*arguments)`, by fused kernels where the first argument is on a GPU.
 
     Args:
         function: of a module's top level, without collectives, random numbers and autograd; a

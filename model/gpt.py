@@ -74,11 +74,13 @@ class Layer(nn.Module):
         settings: MemorySettings,
         tape: AttentionTape | None,
     ) -> torch.Tensor:
+        """Compute the first half of the layer: x + attention(norm(x))."""
         return x_tD + self.attention(
             self.attention_norm(x_tD), positions, settings.attention_head_chunks, tape
         )
 
     def after_mlp(self, a_tD: torch.Tensor, settings: MemorySettings) -> torch.Tensor:
+        """Compute the second half of the layer: a + mlp(norm(a))."""
         x_tD = enter_tensor_parallel(self.mlp_norm(a_tD), self.layout)
         return a_tD + leave_tensor_parallel(self.mlp(x_tD, settings.mlp_tiles), self.layout)
 
@@ -118,7 +120,11 @@ class GPTStage(nn.Module):
     def __init__(
         self, config: ModelConfig, vocab_size: int, layout: Layout, attend: Attend, number: int = 0
     ):
-        """Args: number: of the stage, one of `layout.stages`."""
+        """Make the stage's modules on the meta device.
+
+        Args:
+            number: of the stage, one of `layout.stages`.
+        """
         super().__init__()
         rows = config.padded_vocab_size(vocab_size)
         self.is_first = number == 0
@@ -154,13 +160,12 @@ class GPTStage(nn.Module):
         num_targets: torch.Tensor | int,
         scores: list[torch.Tensor] | None = None,
     ) -> None:
-        """Set what `forward` looks up: this rank's slices and the target count of the whole global
-        batch.
+        """Set what `forward` looks up: this rank's slices, and the targets of the global batch.
 
         Args:
             num_targets: a number, or an int64 scalar on the device, which is not waited for.
             scores: the last stage appends, per microbatch, fp64 [3]: sum of its slice's target
-                losses in nats, its targets, and how many of those were the model's first choice.
+                losses in nats, its targets, and how many of those had the largest logit.
         """
         self.microbatches = microbatches
         self.next_microbatch = 0
@@ -171,7 +176,7 @@ class GPTStage(nn.Module):
             self.loss_scale = 1 / max(1, num_targets)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The step's next microbatch through this stage.
+        """Run the step's next microbatch through this stage.
 
         Every schedule sends the microbatches through a stage in order, so a counter on the host
         names them; an index in a tensor would have to be read back from the GPU each time.
@@ -199,12 +204,14 @@ class GPTStage(nn.Module):
         return loss * self.loss_scale
 
     def hidden(self, x: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
-        """Embedding (first stage) and layers: -> [t, D], under Megatron-SP [t / tp, D]."""
+        """Run the embedding (first stage) and the layers -> [t, D] ([t / tp, D] by Megatron-SP)."""
         if self.is_first:
+            # Each tp rank finds the tokens of its rows: their sum is the embedding.
             x = vocab_parallel_embedding(
                 microbatch.tokens, self.embedding.local_weight(), self.layout.tp
             )
             x = leave_tensor_parallel(x, self.layout)
+        # What every layer needs: the documents of this rank's queries, and the rotary tables.
         gather = self.layout.cp_gather
         pieces = group_pieces(int(microbatch.cu_seqlens[-1]), gather.rank, gather.size)
         positions = Positions(
@@ -219,15 +226,15 @@ class GPTStage(nn.Module):
         return x
 
     def head_inputs(self, x_tD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(what the output projection reads [t, D], its weight [v, D])."""
+        """Return what the output projection reads [t, D], and its weight [v, D]."""
         x_tD = enter_tensor_parallel(self.final_norm(x_tD), self.layout)
         return x_tD, (self.embedding if self.tied else self.output).local_weight()
 
     def logits(self, x_tD: torch.Tensor) -> torch.Tensor:
-        """What `hidden` gives -> this tp rank's columns of all tokens' logits [t, v], padding at
-        -inf.
+        """Compute this tp rank's columns of all tokens' logits: [t, D] -> [t, v].
 
-        For generation and comparisons; the loss never holds them at once.
+        Columns that pad the vocabulary are -inf. For generation and comparisons: the loss never
+        holds the logits at once.
         """
         x_tD, weight_vD = self.head_inputs(x_tD)
         logits_tv = x_tD @ weight_vD.T

@@ -76,9 +76,11 @@ class _SwiGLU(torch.autograd.Function):
         out_tD = torch.empty_like(x_tD)
         projections = ()
         for rows in _tiles(x_tD.shape[0], tiles):
+            # [t, F] of one tile, until the next tile's take their name.
             projections = (x_tD[rows] @ gate_FD.T, x_tD[rows] @ up_FD.T)
             torch.mm(gated(*projections), down_DF.T, out=out_tD[rows])
         ctx.tiles = tiles
+        # With one tile they are whole, and not computed again.
         kept = projections if tiles == 1 else ()
         ctx.save_for_backward(x_tD, gate_FD, up_FD, down_DF, *kept)
         return out_tD
@@ -114,6 +116,7 @@ def _gradients(
         grad_x_tD: where the gradient of x is written; it may be x.
     """
     gate_FD, up_FD, down_DF = weights
+    # Tile by tile, each from its own gate and up.
     sums = _Sums(weights, several=tiles > 1)
     for rows in _tiles(x_tD.shape[0], tiles):
         x = x_tD[rows]
@@ -132,6 +135,7 @@ class _Sums:
     def __init__(self, weights: Sequence[torch.Tensor], *, several: bool):
         self.totals: list[torch.Tensor] = []
         if several:
+            # In bf16, many additions of a part to the sum would lose more than the parts' rounding.
             wide = torch.promote_types(weights[0].dtype, torch.float32)
             self.totals = [torch.zeros_like(weight, dtype=wide) for weight in weights]
 

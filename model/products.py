@@ -1,5 +1,9 @@
-"""Matrix products that torch.nn.functional does not have: into a wider sum, and with several
-weights at once."""
+"""Matrix products that torch.nn.functional does not have.
+
+One adds to a wider sum, the other multiplies by several weights at once.
+
+Legend: t tokens, D hidden, r rows of one weight, R those of all.
+"""
 
 from collections.abc import Sequence
 
@@ -30,21 +34,22 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
 def joined_linear(
     x_tD: torch.Tensor, weights: Sequence[torch.Tensor], bias_R: torch.Tensor | None
 ) -> torch.Tensor:
-    """Apply several weights [r, D] to one input by one product: [t, D] -> [t, R], their results
-    side by side.
+    """Apply several weights [r, D] to one input by one product: [t, D] -> [t, R].
 
-    The joined weight is made again for backward: kept, it would be a second copy of the weights in
-    every layer, which ZeRO-3 could not free.
+    Their results stand side by side. The joined weight is made again for backward: kept, it would
+    be a second copy of the weights in every layer, which ZeRO-3 could not free.
     """
     joined_RD = torch.cat(list(weights))
     parts = [weight.detach() for weight in weights]
+    # Autograd keeps the joined weight, or a view of it: the hooks know it by its memory.
     memory = joined_RD.untyped_storage()._cdata
     strides = joined_RD.stride()
 
     def pack(kept: torch.Tensor) -> torch.Tensor | bool:
         if kept.untyped_storage()._cdata != memory:
             return kept
-        return kept.stride() != strides  # what stands for the joined weight: is it transposed?
+        # What stands for the joined weight: is it transposed?
+        return kept.stride() != strides
 
     def unpack(packed: torch.Tensor | bool) -> torch.Tensor:
         if isinstance(packed, torch.Tensor):

@@ -105,7 +105,8 @@ class _ScatterSequence(torch.autograd.Function):
 def gather_sequence(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     """Do what `copy_to` does for tokens that are split over `axis`: [t / size, ...] -> [t, ...].
 
-    Gradients are summed and split. Source: Megatron's sequence parallelism (arXiv 2205.05198), its functions g and g-bar.
+    Gradients are summed and split. Source: Megatron's sequence parallelism (arXiv 2205.05198), its
+    functions g and g-bar.
     """
     return x if axis.size == 1 else _GatherSequence.apply(x, axis)
 

@@ -87,6 +87,7 @@ class LayoutConfig:
         """The pipeline schedule that the settings mean; without a pipeline none matters."""
         if self.pipeline_model_parallel_size == 1:
             return "1F1B"
+        # Several stages per rank mean interleaved, where no schedule is named.
         several = (self.num_virtual_stages_per_pipeline_rank or 1) > 1
         return self.pipeline_schedule or ("interleaved" if several else "1F1B")
 
@@ -178,8 +179,8 @@ class LayoutConfig:
         if len(sizes) != 2 or min(sizes) < 1 or prod(sizes) != cp:
             inner = next(n for n in range(2, cp + 1) if cp % n == 0)
             return [
-                f"hierarchical_context_parallel_sizes = {sizes}: must be two sizes whose product is "
-                f"context_parallel_size = {cp}, the all-to-all group first. "
+                f"hierarchical_context_parallel_sizes = {sizes}: must be two sizes whose product "
+                f"is context_parallel_size = {cp}, the all-to-all group first. "
                 f"Fix: for example {inner} {cp // inner}."
             ]
         return []
@@ -228,6 +229,7 @@ def check_microbatches(layout: LayoutConfig, count: int) -> str | None:
     pp = layout.pipeline_model_parallel_size
     if pp == 1 or accepts(layout.schedule, pp, count):
         return None
+    # Say the schedule's rule, and the counts on both sides.
     rule = SCHEDULES[layout.schedule].count_rule(pp, count)
     nearest = " or ".join(map(str, nearest_counts(layout.schedule, pp, count)))
     return f"{count} microbatches: {layout.schedule} needs {rule}. Fix: {nearest} microbatches"

@@ -46,7 +46,8 @@ def token_pieces(total: int, layout: Layout) -> list[tuple[int, int]]:
 def rank_pieces(
     total: int, a2a_rank: int, a2a_size: int, group: int, num_groups: int
 ) -> list[tuple[int, int]]:
-    """List the `token_pieces` of the rank that is number `a2a_rank` of the `a2a_size` of a group."""
+    """List the `token_pieces` of rank number `a2a_rank` of the `a2a_size` ranks of a group."""
+    # Every rank holds as many tokens.
     share = total // (a2a_size * num_groups)
     assert share * a2a_size * num_groups == total, (total, a2a_size, num_groups)
     # The rank holds tokens [first, first + share) of its group's, counted over the group's ranges.

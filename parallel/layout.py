@@ -144,6 +144,7 @@ def device_here() -> tuple[str, int]:
     On CPUs these are "cpu" and an equal share of the machine's memory. Readable before anything is
     initialised, and the same for all processes of a machine.
     """
+    # A GPU is this process's own; a machine's memory is shared by its processes.
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(launched_local_rank())
         return properties.name, properties.total_memory
@@ -170,6 +171,7 @@ def start_world(
     form several worlds one after the other).
     """
     local_rank = launched_local_rank()
+    # gloo for CPU tensors also on GPUs: asynchronous saves need it.
     has_cuda = torch.cuda.is_available()
     device_type = "cuda" if has_cuda else "cpu"
     if config.distributed_backend not in ("auto", "nccl" if has_cuda else "gloo"):
@@ -203,6 +205,7 @@ def _raise_open_files_limit() -> None:
     gloo opens a socket to every peer of every group: at 1,024 ranks more than a shell's usual 1,024
     files.
     """
+    # The hard limit is the system's; a process may raise the soft one up to it.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -218,10 +221,12 @@ def build_layout(config: LayoutConfig, world: World) -> Layout:
         ValueError: the world size is no multiple of tp x pp x cp.
     """
     assert not config.combination_problems(), "phases are checked before a layout is built"
+    # What the sizes leave of the world is data parallel.
     tp, pp, cp = config.sizes
     problem = check_world_size(world.size, tp, pp, cp)
     if problem:
         raise ValueError(problem)
+    # Megatron-Core makes the groups; each becomes an axis.
     two_levels = config.context_levels[1] > 1
     parallel_state = _parallel_state()
     parallel_state.initialize_model_parallel(
@@ -269,6 +274,7 @@ def build_layout(config: LayoutConfig, world: World) -> Layout:
 def _mesh_of_stage(world: World, dp_cp: Axis, tp: Axis, pp: Axis) -> DeviceMesh:
     """Make the [dp_cp, tp] mesh of this pipeline stage's ranks: tp is the fastest index."""
     assert dp_cp.group is not None and tp.group is not None
+    # pp is the slowest index of the rank order: a stage's ranks are neighbours.
     ranks_per_stage = world.size // pp.size
     first_rank = pp.rank * ranks_per_stage
     ranks = first_rank + torch.arange(ranks_per_stage, device="cpu")
@@ -285,6 +291,7 @@ def single_process_layout(device: torch.device) -> Layout:
 
     Tools that read or run a model by themselves use it.
     """
+    # Every axis is of size 1, so that no collective looks at its group.
     names = ("world", "tp", "pp", "dp", "cp", "cp_a2a", "cp_gather", "dp_cp", "embedding")
     return Layout(
         **{name: Axis(name, 0, 1, (0,), None) for name in names},

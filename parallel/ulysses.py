@@ -261,6 +261,7 @@ def gradient_of_heads(grad_tNH: torch.Tensor, split: HeadSplit, axis: Axis) -> t
         return grad_tNH
     t, _, H = grad_tNH.shape
     sizes = [t * (stop - start) * H for start, stop in split.query]
+    # The forward's exchange the other way round: each rank gets the gradient of its heads.
     send = grad_tNH.new_empty(sum(sizes))
     for block, (start, stop) in zip(send.split(sizes), split.query, strict=True):
         block.view(t, -1, H).copy_(grad_tNH[:, start:stop])

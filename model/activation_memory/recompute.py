@@ -147,6 +147,7 @@ def run_layer(
     Args:
         host: where the kept tensors wait; None = on the device.
     """
+    # Without gradients nothing is kept anyway.
     level = settings.recompute_granularity if torch.is_grad_enabled() else None
     if level in KEEPS_INPUT_ONLY:
         return _Layer.apply(x_tD, layer, positions, settings, host)
