@@ -17,8 +17,7 @@ class ModelConfig:
 
     # The parts of the model and their sizes.
     model: str | None = field(default=None, metadata=dict(resume="free"))
-    """A preset (tiny, 125m, 1b, llama3-8b, llama3-70b, qwen3-8b); fields given beside it override
-    its own."""
+    """A preset (tiny, 125m, 1b, llama3-8b, llama3-70b, qwen3-8b); fields beside it override it."""
     num_layers: int = field(default=0, metadata=_SIZE)
     """Transformer layers."""
     hidden_size: int = field(default=0, metadata=_SIZE)
@@ -40,8 +39,7 @@ class ModelConfig:
     max_position_embeddings: int | None = field(
         default=None, metadata=dict(resume="free", of_weights=False)
     )
-    """Longest context written to exported configurations; by default the longest phase. Must cover
-    every phase."""
+    """Longest context that exports declare; by default the longest phase. Must cover all phases."""
     swiglu: bool = field(default=True, metadata=dict(only=True))
     """SwiGLU MLP; the only one built."""
     normalization: Literal["RMSNorm"] = "RMSNorm"
@@ -60,19 +58,16 @@ class ModelConfig:
     """The embedding's rows are padded to a multiple of this; padded tokens take no part in the
     softmax. May differ from a checkpoint's: rows of padding are cut or filled with zeros."""
     init_method_std: float = field(default=0.02, metadata=dict(resume="free", above=0))
-    """Standard deviation of the initial weights; residual output projections use std / sqrt(2 *
-    num_layers)."""
+    """Standard deviation of initial weights; residual projections: over sqrt(2 num_layers)."""
     # Where a token is: the rotary embedding, which a phase may change.
     position_embedding_type: Literal["rope"] = "rope"
     """Rotary position embedding; the only one built."""
     rotary_base: float = field(default=10000.0, metadata=_ROPE | dict(above=0))
     """Base of the rotary angles (theta); a phase may change it."""
     use_rope_scaling: bool | None = field(default=None, metadata=_ROPE)
-    """Megatron-LM's switch for rope_type llama3; given, it must agree with rope_type. A phase may
-    change it."""
+    """Megatron-LM's switch for rope_type llama3; given, it must agree. A phase may change it."""
     rope_type: RopeType | None = field(default=None, metadata=_ROPE)
-    """Scaling of the rotary angles, as in transformers; by default none. A phase may change it and
-    its parameters."""
+    """Scaling of the rotary angles, as in transformers; by default none. A phase may change it."""
     rope_scaling_factor: float | None = field(default=None, metadata=_ROPE)
     """Factor by which linear, llama3 or yarn extends the original context; llama3: 8 by default."""
     original_max_position_embeddings: int | None = field(default=None, metadata=_ROPE)
@@ -88,13 +83,11 @@ class ModelConfig:
     yarn_attention_factor: float | None = field(default=None, metadata=_ROPE)
     """yarn: factor on cosines and sines; by default 0.1 ln(rope_scaling_factor) + 1."""
     yarn_mscale: float | None = field(default=None, metadata=_ROPE)
-    """yarn: weight of the logarithm in the attention factor's numerator; only with
-    yarn_mscale_all_dim."""
+    """yarn: the logarithm's weight in the attention factor; needs yarn_mscale_all_dim."""
     yarn_mscale_all_dim: float | None = field(default=None, metadata=_ROPE)
     """yarn: the same in its denominator."""
     yarn_correction_range_round_to_int: bool | None = field(default=None, metadata=_ROPE)
-    """yarn: round the bounds between kept and extended dims to whole dims (transformers'
-    truncate); default true."""
+    """yarn: round the bounds of kept dims to whole dims (transformers' truncate); default true."""
     rotary_percent: float = field(default=1.0, metadata=dict(only=1.0))
     """Share of each head that is rotated; only 1.0 is built."""
     # How attention is computed.
@@ -117,8 +110,7 @@ class ModelConfig:
             fix="the tokens of a document, or leave it out to have it measured",
         ),
     )
-    """Tokens from which on the backend mixed gives a document to cuDNN; by default measured once
-    per card."""
+    """Tokens from which mixed gives a document to cuDNN; by default measured once per card."""
 
     @property
     def head_size(self) -> int:

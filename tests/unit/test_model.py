@@ -1,12 +1,13 @@
 """Parts of the model by themselves: attention backends, initial weights, head splits."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from data.batch import IGNORE
-from model import gpt
+from model import build, gpt
 from model.attention_backends.choice import choose_attention
 from model.attention_backends.documents import pack_documents
 from model.config import ModelConfig
@@ -245,6 +246,26 @@ def test_flops_count_the_causal_half_of_each_document():
     # twice backward
     assert size.step_flops(100, 50) - size.step_flops(100, 0) == 3 * 2 * 2 * 8 * 2 * 50
     assert size.num_parameters == weights + 2 * 2 * 8 + 8
+
+
+@pytest.mark.parametrize("untied", [False, True])
+def test_parameters_are_counted_as_the_modules_have_them(untied):
+    config = ModelConfig(
+        num_layers=3,
+        hidden_size=8,
+        ffn_hidden_size=16,
+        num_attention_heads=2,
+        num_query_groups=1,
+        qk_layernorm=True,
+        add_qkv_bias=True,
+        untie_embeddings_and_output_weights=untied,
+        make_vocab_size_divisible_by=1,
+    )
+    shapes = build.parameter_shapes(config, 10)
+    assert ModelSize(config, 10).num_parameters == sum(shape.numel() for shape in shapes.values())
+    # Padded rows of the vocabulary are no parameters of the model.
+    padded = replace(config, make_vocab_size_divisible_by=16)
+    assert ModelSize(padded, 10).num_parameters == ModelSize(config, 10).num_parameters
 
 
 def test_both_folders_ignore_the_same_label():
