@@ -1,5 +1,4 @@
-"""Ulysses attention, forward and backward: ours against DeepSpeed's DistributedAttention, on CPU
-processes.
+"""Measure Ulysses attention beside DeepSpeed's DistributedAttention, on CPU processes.
 
 Both run in the same processes, on the same q, k, v and output gradient, around the same local
 kernel; in turns, so that whatever else the machine does meets both. Outputs and gradients are
@@ -59,6 +58,8 @@ With its exchanges [t, N or K, H] -> [t, N, H]; a local kernel [T, m or k, H] ->
 
 @dataclass(kw_only=True)
 class Arguments:
+    """Hold the options of the command line."""
+
     processes: tuple[int, ...] = (2, 4)
     """Process counts, one after the other; each must divide the query heads of every shape."""
     repeats: int = 11
@@ -72,8 +73,11 @@ class Arguments:
 
 
 def run(arguments: Arguments) -> int:
-    """Measure every shape on every process count and publish the result; 0, or 1 where the two
-    disagree, or 2."""
+    """Measure every shape on every process count and publish the result.
+
+    Returns:
+        the exit code: 0, 1 where the two disagree, 2 where it cannot run.
+    """
     problem = find_problem(arguments)
     if problem:
         print(f"error: {problem}", file=sys.stderr)
@@ -91,7 +95,7 @@ def run(arguments: Arguments) -> int:
 
 
 def find_problem(arguments: Arguments) -> str | None:
-    """Why the benchmark cannot run, with a fix, or None."""
+    """Say why the benchmark cannot run, with a fix; None = it can."""
     if importlib.util.find_spec("deepspeed") is None:
         return (
             "deepspeed is not installed, and this benchmark compares with it. "
@@ -102,6 +106,7 @@ def find_problem(arguments: Arguments) -> str | None:
             f"repeats = {arguments.repeats}, warm_ups = {arguments.warm_ups}: too few. Fix: at "
             "least 1 and 0."
         )
+    # A count of processes must divide the heads of every shape.
     common = math.gcd(*(shape.heads for shape in SHAPES))
     for processes in arguments.processes:
         if processes < 2 or common % processes:
@@ -114,19 +119,18 @@ def find_problem(arguments: Arguments) -> str | None:
 
 
 def run_processes(processes: int, arguments: Arguments) -> list[Result]:
-    """The results of one world. Leaves no process behind: `spawn` ends the others when one
-    fails."""
+    """Measure in one world of processes; `spawn` ends the others when one fails."""
     with tempfile.TemporaryDirectory(prefix="ithaca-bench-") as folder:
-        os.environ.update(KEEP_MEMORY)  # read by each process's allocator when it starts
+        # Read by each process's allocator when it starts.
+        os.environ.update(KEEP_MEMORY)
         spawn(work, args=(processes, folder, arguments), nprocs=processes)
         rows = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
     return [Result(shape=Shape(**row.pop("shape")), **row) for row in rows]
 
 
 def work(rank: int, processes: int, folder: str, arguments: Arguments) -> None:
-    """One process of a world; rank 0 leaves the results in `folder`."""
-    # Read by DeepSpeed at its import and by torch at its first look for a GPU: both run on the CPU
-    # here.
+    """Measure as one process of a world; rank 0 leaves the results in `folder`."""
+    # Read by DeepSpeed at its import and by torch at its first look for a GPU: both use the CPU.
     os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
     torch.set_num_threads(max(1, usable_cores() // processes))
     world = start_world(
@@ -153,15 +157,17 @@ def start_deepspeed() -> None:
     from deepspeed.utils import logger
 
     logger.setLevel("ERROR")
-    # Otherwise it compiles its shared-memory all-reduce for a minute; the exchange does not call
-    # it.
+    # Otherwise it compiles its shared-memory all-reduce for a minute, which nothing here calls.
     deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(dist_backend="gloo", dist_init_required=False, verbose=False)
 
 
 def measure_shape(shape: Shape, kernel: str, axis: Axis, arguments: Arguments) -> dict:
-    """Compare, count, then time every contender on one shape; the fields of a `Result`, the same on
-    every rank."""
+    """Compare, count, then time every contender on one shape.
+
+    Returns:
+        the fields of a `Result`, the same on every rank.
+    """
     contenders = make_contenders(shape, kernel, axis)
     qkv, grad_out = make_tensors(shape, axis, arguments.seed)
     sent = compare(contenders, qkv, grad_out, shape, axis)
@@ -182,8 +188,7 @@ def measure_shape(shape: Shape, kernel: str, axis: Axis, arguments: Arguments) -
 
 
 def make_tensors(shape: Shape, axis: Axis, seed: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """This rank's q [t, N, H], k and v [t, K, H] as leaves, and the gradient of the output [t, N,
-    H]; fp32."""
+    """Draw this rank's q [t, N, H], k and v [t, K, H], and the output's gradient [t, N, H]; fp32."""
     generator = torch.Generator().manual_seed(seed + axis.rank)
     tensors = [
         torch.randn(shape.tokens // axis.size, heads, shape.head_size, generator=generator)
@@ -193,7 +198,7 @@ def make_tensors(shape: Shape, axis: Axis, seed: int) -> tuple[list[torch.Tensor
 
 
 def make_contenders(shape: Shape, kernel: str, axis: Axis) -> dict[str, Attention]:
-    """Name -> the way from q, k, v to the output.
+    """Map contenders to their attention with its exchanges.
 
     Each repeats K/V for grouped heads inside the local kernel, after the exchange; REPEATED before
     it, as Megatron-DeepSpeed does for models with grouped heads. Key/value heads that the ranks do
@@ -201,14 +206,14 @@ def make_contenders(shape: Shape, kernel: str, axis: Axis) -> dict[str, Attentio
     """
     from deepspeed.sequence.layer import DistributedAttention
 
+    # Both sides run the same local kernel between their exchanges.
     local = make_kernel(kernel, shape.tokens)
     split = HeadSplit.make(shape.heads, shape.kv_heads, axis.size)
 
     def ours(q_tNH: torch.Tensor, k_tKH: torch.Tensor, v_tKH: torch.Tensor) -> torch.Tensor:
         return heads_to_seq(local(*seq_to_heads(q_tNH, k_tKH, v_tKH, split, axis)), split, axis)
 
-    # DeepSpeed's tensors are [tokens, batch, heads, head size]; squeeze and unsqueeze are views
-    # both ways.
+    # DeepSpeed's tensors are [tokens, batch, heads, head size]; squeeze and unsqueeze are views.
     module = DistributedAttention(
         lambda q, k, v: local(q.squeeze(1), k.squeeze(1), v.squeeze(1)).unsqueeze(1),
         axis.group,
@@ -219,6 +224,7 @@ def make_contenders(shape: Shape, kernel: str, axis: Axis) -> dict[str, Attentio
     enough = math.lcm(shape.kv_heads, axis.size)
 
     def theirs(q_tNH: torch.Tensor, k_tKH: torch.Tensor, v_tKH: torch.Tensor) -> torch.Tensor:
+        # Key/value heads that the ranks do not divide are repeated as far as it needs.
         k_tKH, v_tKH = (
             x if x.shape[1] % axis.size == 0 else repeat_heads(x, enough) for x in (k_tKH, v_tKH)
         )
@@ -234,8 +240,7 @@ def make_contenders(shape: Shape, kernel: str, axis: Axis) -> dict[str, Attentio
 
 
 def make_kernel(name: str, tokens: int) -> Attention:
-    """What runs between the exchanges: causal attention over one document, or an addition that
-    costs little."""
+    """Make what runs between the exchanges: causal attention, or an addition that costs little."""
     if name == ADDITION:
         # In groups of query heads, so that nothing is repeated.
         return lambda q, k, v: (q.unflatten(1, (k.shape[1], -1)) + (k + v).unsqueeze(2)).flatten(
@@ -250,15 +255,14 @@ def make_kernel(name: str, tokens: int) -> Attention:
 
 
 def repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """[T, k, H] -> [T, heads, H], each head as often as query heads read it."""
+    """Repeat heads [T, k, H] -> [T, heads, H], each as often as query heads read it."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def forward_backward(
     attention: Attention, qkv: Sequence[torch.Tensor], grad_out: torch.Tensor
 ) -> torch.Tensor:
-    """Run `attention` and its backward into the leaves' `grad`, which takes the leaf's own layout;
-    returns the output."""
+    """Run `attention` and its backward into the leaves' `grad`; returns the output."""
     for x in qkv:
         x.grad = None
     out = attention(*qkv)
@@ -279,8 +283,9 @@ def compare(
     shape: Shape,
     axis: Axis,
 ) -> dict[str, int]:
-    """Contender -> bytes that one forward and backward sends from a rank to others; of the rank
-    that sends most.
+    """Compare all results with ours; returns the bytes that each contender sends.
+
+    They are those of one forward and backward, from the rank that sends most to others.
 
     Raises:
         ValueError: on every rank, where an output or a gradient differs from ours by more than
@@ -293,6 +298,7 @@ def compare(
             found[name] = [forward_backward(attention, qkv, grad_out), *map(gradient, qkv)]
         counted.append(sum(sent))
     for name, tensors in found.items():
+        # Largest differences as shares of our largest element: output, then q, k, v.
         shares = torch.stack(
             [
                 (theirs - ours).abs().max() / ours.abs().max()
@@ -316,9 +322,9 @@ def compare(
 
 @contextmanager
 def counted_collectives() -> Iterator[list[int]]:
-    """Bytes to other ranks of each all-to-all that goes through torch.distributed meanwhile, also
-    by way of deepspeed.comm, which wraps it. Any other way to send is an error: it would not be
-    counted.
+    """Count the bytes to other ranks of each all-to-all through torch.distributed meanwhile.
+
+    deepspeed.comm wraps it. Any other collective is an error: it would not be counted.
     """
     sent: list[int] = []
     single = dist.all_to_all_single
@@ -327,12 +333,11 @@ def counted_collectives() -> Iterator[list[int]]:
     def all_to_all_single(
         output, input, output_split_sizes=None, input_split_sizes=None, group=None, async_op=False
     ):
-        rows = input_split_sizes or [
-            len(input) // dist.get_world_size(group)
-        ] * dist.get_world_size(group)
-        sent.append(
-            (sum(rows) - rows[dist.get_rank(group)]) * input[0].numel() * input.element_size()
-        )
+        size = dist.get_world_size(group)
+        rows = input_split_sizes or [len(input) // size] * size
+        # What a rank keeps is not sent.
+        rows_sent = sum(rows) - rows[dist.get_rank(group)]
+        sent.append(rows_sent * input[0].numel() * input.element_size())
         return single(output, input, output_split_sizes, input_split_sizes, group, async_op)
 
     def all_to_all(output_tensor_list, input_tensor_list, group=None, async_op=False):
@@ -358,6 +363,7 @@ def counted_collectives() -> Iterator[list[int]]:
         "irecv",
         "batch_isend_irecv",
     )
+    # Any collective that is not counted ends the benchmark.
     wrapped = {
         "all_to_all_single": all_to_all_single,
         "all_to_all": all_to_all,
@@ -369,6 +375,7 @@ def counted_collectives() -> Iterator[list[int]]:
             setattr(dist, name, function)
         yield sent
     finally:
+        # Whatever happened inside, torch.distributed is as it was.
         for name, function in originals.items():
             setattr(dist, name, function)
 
@@ -380,7 +387,7 @@ def time_in_turns(
     axis: Axis,
     arguments: Arguments,
 ) -> dict[str, float]:
-    """Contender -> median seconds of a forward and backward, each as long as its slowest rank took.
+    """Take the median seconds of a forward and backward of each contender, by the slowest rank.
 
     In each round every contender runs once; the order turns from round to round, so none always
     follows another.
@@ -388,12 +395,14 @@ def time_in_turns(
     names = list(contenders)
     taken = torch.zeros(arguments.warm_ups + arguments.repeats, len(names), dtype=torch.float64)
     for turn in range(len(taken)):
+        # None always follows another.
         order = list(range(len(names)))[:: -1 if turn % 2 else 1]
         for place in order:
             dist.barrier(axis.group)
             start = time.perf_counter()
             forward_backward(contenders[names[place]], qkv, grad_out)
             taken[turn, place] = time.perf_counter() - start
+    # As long as the slowest rank.
     dist.all_reduce(taken, dist.ReduceOp.MAX, group=axis.group)
     timed = taken[arguments.warm_ups :].T.tolist()
     return {name: statistics.median(times) for name, times in zip(names, timed)}

@@ -70,15 +70,15 @@ class Result:
 
 
 def describe(results: list[Result], machine: str, repeats: int) -> str:
-    """The whole result as Markdown: attention with its bars, then the exchange without attention,
-    for information."""
-    attention, addition = (
-        [row for row in results if row.kernel == kernel] for kernel in (ATTENTION, ADDITION)
-    )
-    grouped, grouped_addition = (
-        [row for row in rows if row.shape.grouped] for rows in (attention, addition)
-    )
+    """Describe the whole result as Markdown: attention, then the exchange alone."""
+    attention = [row for row in results if row.kernel == ATTENTION]
+    addition = [row for row in results if row.kernel == ADDITION]
+    # Fewer key/value heads than query heads: where DeepSpeed may send more than it needs.
+    grouped = [row for row in attention if row.shape.grouped]
+    grouped_addition = [row for row in addition if row.shape.grouped]
+    # No single shape may be far behind.
     worst = max(attention, key=ratio)
+    # Geometric: each shape counts alike.
     means = math.exp(statistics.fmean(math.log(ratio(row)) for row in attention))
     return "\n".join(
         [
@@ -132,16 +132,17 @@ def describe(results: list[Result], machine: str, repeats: int) -> str:
 
 
 def ratio(row: Result, peer: str = THEIRS) -> float:
-    """Time of ours / time of the peer, on one shape."""
+    """Divide our time by the peer's, on one shape."""
     return row.seconds[OURS] / row.seconds[peer]
 
 
 def together(rows: Sequence[Result], peer: str = THEIRS) -> float:
-    """Sum of our medians / sum of the peer's."""
+    """Divide the sum of our medians by that of the peer's."""
     return sum(row.seconds[OURS] for row in rows) / sum(row.seconds[peer] for row in rows)
 
 
 def table(rows: Sequence[Result]) -> str:
+    """Show a line per shape and process count."""
     header = [
         "processes",
         "tokens",
@@ -163,6 +164,7 @@ def table(rows: Sequence[Result]) -> str:
             str(number) for number in (row.processes, shape.tokens, shape.heads, shape.kv_heads)
         ]
         for name in (OURS, THEIRS, REPEATED):
+            # Only grouped heads have the third contender.
             known = name in row.seconds
             line += (
                 [f"{row.seconds[name] * 1e3:.1f}", f"{row.sent[name] / 2**20:.2f}"]

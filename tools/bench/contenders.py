@@ -1,5 +1,4 @@
-"""Who takes part in the step and memory benchmarks: our trainer, transformers, and ALST's parts on
-transformers.
+"""Make our trainer a contender of the step and memory benchmarks, and hold what all share.
 
 Each in one process, from the same weights, on the same tokens, with the same AdamW, behind the same
 calls: `forward_backward`, `step` (forward, backward, clip, AdamW) and `clear`.
@@ -59,32 +58,33 @@ class Contender(Protocol):
     """What takes part in a benchmark of training."""
 
     def forward_backward(self, sample: Batch) -> float:
-        """Gradients of the mean loss over the sample's targets -> that loss, nats."""
+        """Compute the gradients of the mean loss over the targets; returns that loss in nats."""
 
     def step(self, sample: Batch) -> float:
-        """The same, then clipping and AdamW."""
+        """Do the same, then clip and update the weights."""
 
     def clear(self) -> None:
         """Drop the gradients."""
 
 
 def default_dtype(device: torch.device) -> Dtype:
-    """bfloat16 where the device multiplies it in hardware."""
+    """Choose bfloat16 where the device multiplies it in hardware."""
     return "bfloat16" if has_bf16_units(device) else "float32"
 
 
 @dataclass(kw_only=True)
 class BenchModel(ModelConfig, MemoryConfig):
-    """A model and the memory settings that it is measured with, in one record."""
+    """Hold a model and the memory settings that it is measured with, in one record."""
 
 
 def preset(name: str, **changes) -> BenchModel:
-    """The configuration of a preset, with changes."""
+    """Make the configuration of a preset, with changes."""
     return BenchModel(model=name, **(PRESETS[name] | changes))
 
 
 def lean(config: ModelConfig, tokens: int, mlp_tile: int = MLP_TILE, cp_size: int = 1) -> dict:
-    """Settings that keep no intermediate result of a rank's `tokens` but the attention's output."""
+    """Choose settings that keep no intermediate result but the attention's output."""
+    # As many chunks as a rank's heads allow, up to HEAD_CHUNKS.
     possible = chunk_counts(
         HeadSplit.make(config.num_attention_heads, config.num_kv_heads, cp_size)
     )
@@ -99,27 +99,26 @@ def lean(config: ModelConfig, tokens: int, mlp_tile: int = MLP_TILE, cp_size: in
 def make_sample(
     lengths: Sequence[int], vocab_size: int, seed: int, device: torch.device | str = "cpu"
 ) -> Batch:
-    """Documents of random tokens, one after another, with shifted labels and positions that
-    restart."""
+    """Make documents of random tokens, with shifted labels and positions that restart."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(vocab_size, (sum(lengths),), generator=generator)
     labels = tokens.roll(-1)
     edges = torch.tensor([0, *lengths]).cumsum(0)
+    # A document's last token has no target.
     labels[edges[1:] - 1] = IGNORE
     positions = torch.cat([torch.arange(length) for length in lengths])
     return Batch(tokens, labels, positions, edges.int()).to(device)
 
 
 def causal_pairs(lengths: Sequence[int]) -> int:
-    """Pairs of tokens that see each other."""
+    """Count the pairs of a query and a key that causal attention scores."""
     return sum(length * (length + 1) // 2 for length in lengths)
 
 
 def initial_weights(
     config: ModelConfig, vocab_size: int, seed: int, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(our name, fp32 weights), one after another: matrices normal with the configured deviation,
-    vectors one."""
+    """Draw fp32 weights by our names: matrices normal with the configured deviation, vectors one."""
     generator = torch.Generator(device).manual_seed(seed)
     for name, shape in parameter_shapes(config, vocab_size).items():
         yield (
@@ -136,8 +135,7 @@ def initial_weights(
 
 @contextmanager
 def one_process() -> Iterator[Layout]:
-    """The layout of a world of this process alone, with the mesh that sharding needs, and no other
-    group.
+    """Make the layout of a world of this process alone, with the mesh that sharding needs.
 
     Nothing is sent, so gloo listens on the loopback device: it would look the machine's name up
     otherwise. torchrun's environment is not read.
@@ -152,7 +150,7 @@ def one_process() -> Iterator[Layout]:
 
 
 class Ours:
-    """The trainer's own stage, stepper, optimizer and step."""
+    """Train with the trainer's own stage, stepper, optimizer and step."""
 
     def __init__(
         self,
@@ -166,9 +164,11 @@ class Ours:
         optimizer: bool = True,
         strategy: ShardingStrategy = STRATEGY,
     ):
-        """Args:
-        attend: in the place of the one that the configuration chooses.
-        optimizer: without it there is no `step`.
+        """Build the stage with the initial weights that all contenders have.
+
+        Args:
+            attend: instead of the one that the configuration chooses.
+            optimizer: without it there is no `step`.
         """
         compute_dtype = getattr(torch, dtype)
         if attend is None:
@@ -182,6 +182,7 @@ class Ours:
             master_dtype=master_dtype,
             compute_dtype=compute_dtype,
         )
+        # The memory settings of a phase, which the trainer sets as well.
         for stage in self.stages:
             stage.memory = config.settings
         with torch.no_grad():
@@ -195,14 +196,17 @@ class Ours:
         self.stepper = Stepper(self.stages, layout, config.hidden_size, compute_dtype, strategy)
 
     def forward_backward(self, sample: Batch) -> float:
+        """Compute the gradients of the mean loss; returns that loss in nats."""
         return self.stepper.run([sample], train=True)[0]
 
     def step(self, sample: Batch) -> float:
+        """Do the same, then clip and update the weights."""
         assert self.optimizer is not None, "made without an optimizer"
         return train_step(
             self.stepper, self.optimizer, [sample], OPTIMIZER.lr, OPTIMIZER.clip_grad
         ).loss
 
     def clear(self) -> None:
+        """Drop all gradients."""
         for parameter in self.stages[0].parameters():
             parameter.grad = None

@@ -17,8 +17,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -47,24 +49,25 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Kill:
-    """When to kill: at a step, in the save after it, or `delay` seconds after a restart for a new
-    layout."""
+    """Plan when to kill a worker."""
 
-    kind: str
+    kind: Literal["step", "save", "crossing"]
+    """At a step, in the save after it, or after a restart for a new layout."""
     step: int
     delay: float = 0.0
+    """Seconds after that restart."""
     crossing: int = 0
-    """Which of the restarts, from 1."""
+    """Number of that restart, from 1."""
 
 
 def plan_kills(kills: int, steps: int, crossings: list[int], seed: int) -> list[Kill]:
-    """Half of them at steps, the others in saves and crossings, in the order of their steps.
+    """Plan half of the kills at steps, the others in saves and crossings, in the order of steps.
 
     Args:
         crossings: the steps after which the run starts again on another layout.
     """
     chance = random.Random(seed)
-    kinds = [
+    kinds: list[Literal["step", "save", "crossing"]] = [
         ("step", "save", "step", "crossing" if crossings else "step")[number % 4]
         for number in range(kills)
     ]
@@ -74,7 +77,8 @@ def plan_kills(kills: int, steps: int, crossings: list[int], seed: int) -> list[
             number = chance.randrange(len(crossings))
             moments.append(Kill(kind, crossings[number], chance.uniform(0, 12), number + 1))
         else:
-            moments.append(Kill(kind, chance.randrange(max(1, steps - 3))))  # a save must follow
+            # A save must follow: none in the last steps.
+            moments.append(Kill(kind, chance.randrange(max(1, steps - 3))))
     return sorted(moments, key=lambda moment: moment.step)
 
 
@@ -84,17 +88,22 @@ def crossings_of(folder: Path) -> list[int]:
     return [event["step"] for event in events if event["event"] == "start"][1:]
 
 
-class Run:
-    """launch/train.sh in the background."""
+class BackgroundRun:
+    """Run launch/train.sh in the background, and look at what it does."""
 
     def __init__(self, arguments: list[str], save: Path, processes: int):
-        """Args: arguments: of the trainer, without --save."""
+        """Start the run.
+
+        Args:
+            arguments: of the trainer, without --save.
+        """
         self.save = save
         self.lines: list[str] = []
         environment = os.environ | {
             "NPROC_PER_NODE": str(processes),
             "OMP_NUM_THREADS": "1",
             "ITHACA_PYTHON": sys.executable,
+            # Every kill is a failure that is started again at once.
             "RETRY_WAIT": "0",
             "MAX_RESTARTS": "1000",
             "GRACE": "60",
@@ -119,13 +128,15 @@ class Run:
             return 0
 
     def starts_for_layouts(self) -> int:
+        """Count the restarts for another layout so far."""
         return sum("starting again: the next phase" in line for line in self.lines)
 
     def is_saving(self) -> bool:
+        """Tell whether a checkpoint is being written now."""
         return any(self.save.glob(".iter_*.partial"))
 
     def workers(self) -> list[int]:
-        """Process ids of the trainers of this run."""
+        """List the process ids of this run's trainers."""
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
@@ -140,24 +151,29 @@ class Run:
                 found.append(int(folder.name))
         return sorted(found)
 
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
+        """Tell whether train.sh is still there."""
         return self.process.poll() is None
 
     def wait(self, timeout: float | None = None) -> tuple[int, str]:
-        """-> train.sh's exit code, and all that it printed."""
+        """Wait for train.sh; returns its exit code, and all that it printed."""
         code = self.process.wait(timeout)
         self.reader.join(5)
         return code, "".join(self.lines)
 
     def wait_until_done(self) -> None:
-        """Raises RuntimeError unless the run ends as done."""
+        """Wait for the end of the run.
+
+        Raises:
+            RuntimeError: it did not end as done.
+        """
         code, said = self.wait()
         if code != 0:
             raise RuntimeError("the run failed:\n" + "\n".join(said.splitlines()[-30:]))
 
     def end(self) -> None:
-        """Leave nothing behind."""
-        if self.alive():
+        """End the run, and leave no process behind."""
+        if self.is_alive():
             self.process.terminate()
             try:
                 self.process.wait(90)
@@ -167,40 +183,46 @@ class Run:
             os.kill(worker, signal.SIGKILL)
 
 
-def disturb(run: Run, moments: list[Kill], chance: random.Random) -> list[str]:
-    """Kill a random worker at each moment -> what was done, a line each."""
+def disturb(run: BackgroundRun, moments: list[Kill], chance: random.Random) -> list[str]:
+    """Kill a random worker at each moment; returns what was done, a line each."""
     done = []
     for moment in moments:
         if not _wait_for(run, moment) or not _wait_until(run, run.workers):
-            break  # the run ended before
+            # The run ended before.
+            break
         workers = run.workers()
-        if workers:  # else they ended by themselves in between
+        # They may have ended by themselves in between.
+        if workers:
             os.kill(chance.choice(workers), signal.SIGKILL)
             done.append(f"{moment.kind} at step {run.last_step()}")
             _wait_until(run, lambda before=workers: run.workers() != before)
     return done
 
 
-def _wait_for(run: Run, moment: Kill) -> bool:
+def _wait_for(run: BackgroundRun, moment: Kill) -> bool:
+    """Wait for the moment of a kill; False if the run ends before."""
     if moment.kind == "crossing":
         if not _wait_until(run, lambda: run.starts_for_layouts() >= moment.crossing):
             return False
+        # The delay lets the new processes come to some other point.
         until = time.monotonic() + moment.delay
         return _wait_until(run, lambda: time.monotonic() > until and bool(run.workers()))
     reached = _wait_until(run, lambda: run.last_step() > moment.step)
     return _wait_until(run, run.is_saving) if reached and moment.kind == "save" else reached
 
 
-def _wait_until(run: Run, condition) -> bool:
-    while run.alive():
+def _wait_until(run: BackgroundRun, condition: Callable[[], object]) -> bool:
+    """Wait until the condition holds; False if the run ends before."""
+    while run.is_alive():
         if condition():
             return True
-        time.sleep(0.05)  # shorter than a save, and long enough to leave the run its cores
+        # Shorter than a save, and long enough to leave the run its cores.
+        time.sleep(0.05)
     return False
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What differs between two runs' steps and last checkpoints."""
+    """List what differs between two runs' steps and last checkpoints."""
     runs = [
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for folder in (one, other)
@@ -218,6 +240,7 @@ def differences(one: Path, other: Path) -> list[str]:
         if published is None:
             return [*found, f"no checkpoint in {folder}"]
         folders.append(published)
+    # Weights and optimizer state, bit for bit.
     names = tensor_names(folders[0], "")
     if names != tensor_names(folders[1], ""):
         return [*found, "the checkpoints' tensors"]
@@ -229,10 +252,13 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def run(arguments: Arguments) -> int:
+    """Run twice, once disturbed, and compare; 0, or 1 where the two differ."""
     output = Path(arguments.output)
     argv = ["--config", arguments.config, *shlex.split(arguments.flags)]
+    # It must be new: nothing of another run is compared, or written over.
     output.mkdir(parents=True)
-    alone = Run(argv, output / "alone", arguments.processes)
+    # How the run goes without a kill.
+    alone = BackgroundRun(argv, output / "alone", arguments.processes)
     try:
         began = time.monotonic()
         alone.wait_until_done()
@@ -244,7 +270,8 @@ def run(arguments: Arguments) -> int:
         )
     finally:
         alone.end()
-    disturbed = Run(argv, output / "disturbed", arguments.processes)
+    # The same run, with kills at what is known of its steps now.
+    disturbed = BackgroundRun(argv, output / "disturbed", arguments.processes)
     try:
         began = time.monotonic()
         moments = plan_kills(arguments.kills, steps, crossings_of(output / "alone"), arguments.seed)
@@ -267,6 +294,7 @@ def run(arguments: Arguments) -> int:
             "the weights and the optimizer state are the same, bit for bit"
         )
     )
+    # Every token of the disturbed run, counted.
     lines, well = audit(str(output / "disturbed"))
     print("\n".join(lines))
     return 1 if found or not well or len(done) < arguments.kills / 2 else 0

@@ -1,5 +1,4 @@
-"""Is every token exactly once an input and a target, whatever a run does to its data settings?
-Counted, not argued.
+"""Count whether every token is exactly once an input and a target, whatever a run changes.
 
 The ids of a made corpus are the tokens' own numbers, so what the batches hold says which tokens the
 model received. A run of random phases draws from it: lengths, packings, blends, batches, layouts
@@ -40,7 +39,7 @@ PACKINGS: tuple[Packing, ...] = ("concat", "best_fit")
 
 @dataclass
 class Outcome:
-    """What a run did, and what was wrong (a line each; none = the property holds)."""
+    """Hold what a run did, and what was wrong: a line each, none = every token came once."""
 
     tokens: int = 0
     drawn: int = 0
@@ -70,8 +69,7 @@ def run(folder: Path, tokens: int, seed: int = 1, longest: int = LENGTHS[-1], lo
 
 
 class Trial:
-    """One run: the engine's ledger, the counters, and a generator that decides what happens
-    next."""
+    """Run random phases: the engine's ledger, counters, and what chance decides next."""
 
     def __init__(self, sources: list[Source], seed: int, longest: int, log):
         self.sources = sources
@@ -92,7 +90,7 @@ class Trial:
     # ---- what the engine is asked to do ----
 
     def _open(self, stored: dict | None) -> Ledger:
-        """Files, streams and ledger from nothing but the disk and a checkpoint's JSON."""
+        """Make files, streams and ledger from nothing but the disk and a checkpoint's JSON."""
         return Ledger(
             {
                 source.name: DocumentStream(
@@ -104,14 +102,14 @@ class Trial:
         )
 
     def _samples_left(self) -> int:
-        """Samples that the open segment may still draw before one of its sources begins another
-        epoch."""
+        """Count the samples that the open segment may draw before a source begins another epoch."""
         mixture = self.ledger.mixture()
         done = self.ledger.samples_at(self.clock)
         low = done
         # Each source ends with its first epoch: none is without a limit.
         high = sum(limit for limit in mixture.limits if limit is not None)
-        while low < high:  # counts grow with the samples
+        # By bisection: the counts of each source grow with the samples.
+        while low < high:
             middle = (low + high + 1) // 2
             fits = all(
                 count <= limit for count, limit in zip(mixture.order.counts(middle), mixture.limits)
@@ -120,8 +118,7 @@ class Trial:
         return low - done
 
     def _unread(self) -> dict[str, np.ndarray]:
-        """What the ledger says is still to be drawn of each source's first epoch: stream intervals
-        [n, 2]."""
+        """Ask the ledger what of each source's first epoch is unread: stream intervals [n, 2]."""
         found = {}
         for name, place in self.ledger.places_at(self.clock).items():
             rest = [[place.position, self.ledger.streams[name].tokens_per_epoch - place.position]]
@@ -140,11 +137,12 @@ class Trial:
         balanced: bool,
         document_masking: bool,
     ) -> None:
-        """One step, as each of its dp x cp ranks reads it."""
+        """Read one step, as each of its dp x cp ranks does."""
         total = seq_length * micro_batch_size
         for dp_rank in range(dp_size):
             boundaries: list[list] = []
             for cp_rank in range(cp_size):
+                # Balanced slices take a piece of each half, as two-level context parallelism does.
                 share = total // cp_size
                 pieces = (
                     group_pieces(total, cp_rank, cp_size)
@@ -166,6 +164,7 @@ class Trial:
                 boundaries.append([batch.cu_seqlens.tolist() for batch in batches])
                 for batch in batches:
                     self._count(batch, document_masking)
+            # Every rank of a microbatch must see the same documents.
             if any(found != boundaries[0] for found in boundaries):
                 self.outcome.problems.append(
                     f"clock {self.clock}: the ranks of a microbatch disagree on cu_seqlens"
@@ -176,8 +175,9 @@ class Trial:
     # ---- the run ----
 
     def random_phases(self) -> None:
-        """PHASES phases, or fewer where the sources soon have no room for more."""
+        """Run PHASES phases, or fewer where the sources soon have no room for more."""
         failures = 0
+        # A setting that no source has room for is drawn again.
         while failures < 8 and self.outcome.phases < PHASES and not self.outcome.problems:
             seq_length = self.longest >> self.chance.randrange(8)
             names = self.chance.sample(
@@ -185,6 +185,7 @@ class Trial:
             )
             packing = self.chance.choice(PACKINGS)
             blend = tuple((round(self.chance.uniform(0.1, 1), 3), name) for name in names)
+            # Best-fit samples are meant to keep documents apart.
             masking = packing == "best_fit" or self.chance.random() < 0.7
             if not self._enter(DataSettings(seq_length, blend, packing, "error")):
                 failures += 1
@@ -196,8 +197,7 @@ class Trial:
             self._run_phase(seq_length, budget, masking)
 
     def drain(self) -> None:
-        """Draw the rest of each source by itself, so that the whole epoch has been drawn; the bins
-        are padded."""
+        """Draw the rest of each source by itself, so that the whole epoch has been drawn."""
         for source in self.sources:
             if not self.outcome.problems:
                 seq_length = self.longest >> 7
@@ -210,7 +210,7 @@ class Trial:
             self.outcome.problems.append(f"not drawn at the end of the epoch: {left}")
 
     def _enter(self, settings: DataSettings) -> bool:
-        """Open a segment; False where it has no sample left."""
+        """Open a segment of the ledger; False where it has no sample left."""
         self.ledger.enter(self.clock, f"phase {self.outcome.phases}", settings)
         if self._samples_left() == 0:
             return False
@@ -219,11 +219,11 @@ class Trial:
         return True
 
     def _run_phase(self, seq_length: int, budget: int, masking: bool, single: bool = False) -> None:
-        """Steps of changing batch and layout over up to `budget` samples, with restarts and windows
-        passed over."""
+        """Take steps over up to `budget` samples, with other batches, layouts and restarts."""
         layout = None
         while budget > 0 and not self.outcome.problems:
             if layout is None or self.chance.random() < 0.3:
+                # Another batch and layout from here on.
                 layout = self._draw_layout(budget, single)
             micro_batch_size, dp_size, microbatches, cp_size, balanced = layout
             samples = micro_batch_size * dp_size * microbatches
@@ -244,8 +244,10 @@ class Trial:
         self._check()
 
     def _draw_layout(self, budget: int, single: bool) -> tuple[int, int, int, int, bool]:
-        """micro batch size, dp, microbatches, cp, balanced slices: a step of at most `budget`
-        samples."""
+        """Draw micro batch size, dp, microbatches, cp, and whether slices are balanced.
+
+        A step then takes at most `budget` samples.
+        """
         while True:
             micro = self.chance.choice([1, 2, 4])
             dp = self.chance.choice([1, 2, 3, 4])
@@ -266,10 +268,12 @@ class Trial:
         self.outcome.restarts += 1
 
     def _pass_over(self, seq_length: int, samples: int) -> int:
-        """Skip a window of the clock, and note which tokens that were; the samples it had."""
+        """Skip a window of the clock, and note which tokens it held; returns its samples."""
+        # What is unread before and not after was passed over.
         before = self._marked(self._unread())
         self.ledger.skip(self.clock, self.clock + samples * seq_length)
         skipped = before - self._marked(self._unread())
+        # They are expected nowhere.
         self.passed += skipped
         self.outcome.passed_over += int(skipped.sum(dtype=np.int64))
         return samples
@@ -277,6 +281,7 @@ class Trial:
     # ---- counting and checking, which knows nothing of the engine's ways ----
 
     def _count(self, batch: Batch, document_masking: bool) -> None:
+        """Count a batch's inputs and labels."""
         wrong = count_batch(
             batch.tokens.numpy(),
             batch.labels.numpy(),
@@ -292,7 +297,7 @@ class Trial:
             )
 
     def _marked(self, unread: dict[str, np.ndarray]) -> np.ndarray:
-        """uint8 [tokens + 1], 1 for the tokens of the given intervals of the streams."""
+        """Mark the tokens of the given intervals of the streams: uint8 [tokens + 1]."""
         out = np.zeros_like(self.inputs)
         for source in self.sources:
             spans = self.ledger.streams[source.name].locate(unread[source.name])
@@ -307,6 +312,7 @@ class Trial:
                 np.arange(len(source.lengths)) if source.selected is None else source.selected
             )
             mark_tokens(source.starts[documents], source.lengths[documents], expected)
+        # Each selected token once, unless it is unread or was passed over.
         expected -= self._marked(self._unread()) + self.passed
         drawn = int(self.inputs.sum(dtype=np.int64))
         for source in self.sources:
@@ -328,6 +334,7 @@ class Trial:
                     f"clock {self.clock}: {self._name(wrong)} was {what} {count} times, "
                     f"expected: {wanted} times"
                 )
+        # The ledger's own account must agree with the counters.
         by_ledger = sum(self.ledger.tokens_by_source(self.clock).values())
         if by_ledger != drawn:
             self.outcome.problems.append(
@@ -345,7 +352,7 @@ class Trial:
         )
 
     def _name(self, token: int) -> str:
-        """A token in words."""
+        """Name a token by its document and source."""
         for source in reversed(self.sources):
             if token >= source.base:
                 document = int(np.searchsorted(source.starts, token, side="right")) - 1

@@ -1,4 +1,4 @@
-"""Runs one contender in an interpreter of its own, so that its memory is its own: `run_fresh`.
+"""Run one contender in an interpreter of its own, so that its memory is its own.
 
 Memory is resident pages, the peak that Linux keeps for the process's address space (VmHWM, reset
 before the measured part; getrusage's ru_maxrss would also hold what the parent had at the fork).
@@ -38,11 +38,10 @@ def run_fresh(
     on_gpu: bool = False,
     **options: Any,
 ) -> dict:
-    """Return what `function`, of a module's top level, returns in a fresh interpreter on `cores`
-    cores, without a GPU.
+    """Call a module's function in a fresh interpreter on `cores` cores, without a GPU.
 
     Args:
-        environment: variables for it beside ours, or in the place of ours.
+        environment: variables for it beside ours, or instead of ours.
         on_gpu: with the GPUs that this process may use.
         options: its arguments, JSON-able; what it returns must be, too.
 
@@ -60,6 +59,7 @@ def run_fresh(
             "options": options,
         }
     )
+    # A process that sees no GPU makes no context on it.
     hidden = {} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}
     found = subprocess.run(
         [sys.executable, "-m", "tools.bench.fresh", task],
@@ -76,16 +76,14 @@ def run_fresh(
 
 
 def trim() -> None:
-    """Give the system back what is free, so that memory measured from here on is not hidden in
-    it."""
+    """Give free memory back to the system, so that later use of it shows."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager
 def measured() -> Iterator[dict]:
-    """Fill in seconds, cpu_seconds (of all threads), peak_bytes and above_bytes of what runs
-    inside.
+    """Fill in seconds, cpu_seconds (all threads), peak_bytes and above_bytes of what runs inside.
 
     A contender that computes all the time and has cpu_seconds below seconds was kept waiting, by
     the disk or by others.
@@ -93,7 +91,8 @@ def measured() -> Iterator[dict]:
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
-        pass  # the peak is then the process's, warm-up included
+        # The peak is then the process's, warm-up included.
+        pass
     found: dict = {}
     before = _resident("VmRSS")
     start = time.perf_counter()
@@ -107,7 +106,7 @@ def measured() -> Iterator[dict]:
 
 
 def _resident(field: str) -> int:
-    """A field of /proc/self/status, in bytes."""
+    """Read a field of /proc/self/status, in bytes."""
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
@@ -115,10 +114,12 @@ def _resident(field: str) -> int:
 
 
 def _work(text: str) -> None:
+    """Do the task of this process, and print the answer as the last line."""
     task = json.loads(text)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: task["cores"]])
     answer = sys.stdout
-    sys.stdout = sys.stderr  # whatever a library prints is no part of the answer
+    # Whatever a library prints is no part of the answer.
+    sys.stdout = sys.stderr
     function = getattr(importlib.import_module(task["module"]), task["name"])
     print(json.dumps(function(**task["options"])), file=answer, flush=True)
 

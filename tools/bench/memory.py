@@ -1,5 +1,6 @@
-"""Peak memory of one forward and backward over sequence length, rung by rung, against transformers
-and ALST's parts.
+"""Measure the peak memory of one forward and backward over sequence length, rung by rung.
+
+Transformers and ALST's parts are measured beside our rungs.
 
 Every rung at every length runs in fresh processes, on the same weights and tokens; losses are
 compared. See README.md for what each figure means.
@@ -19,7 +20,6 @@ from tools.bench.contenders import (
     ALST,
     CHECKPOINTED,
     LOSS_CHUNK,
-    OURS,
     THEIRS,
     VOCABULARY,
     Dtype,
@@ -30,14 +30,16 @@ from tools.bench.contenders import (
     preset,
 )
 from tools.bench.fresh import RETURN_MEMORY, measured, run_fresh, trim
+from tools.bench.memory_cells import MIB, Cell, label
+from tools.bench.memory_plot import draw
 from tools.bench.peers import LOSS_TOLERANCES, PEERS, make_contender
 from tools.bench.report import bar, describe_machine, markdown_table, publish, usable_cores
 from tools.bench.step_arguments import show_tokens
 
 BARS = {CHECKPOINTED: 0.25, ALST: 0.8}
 BAR_TOKENS = 65536
+"""Length for which the bars are set."""
 NOT_ON_CPU = "n/a on CPU"
-MIB = 2**20
 MLP_TILE = 512
 """Tokens in a tile of our tiled MLP; twice as many as in ALST's on this model."""
 NOT_CHUNKED = 2**30
@@ -46,7 +48,7 @@ NOT_CHUNKED = 2**30
 
 @dataclass(frozen=True)
 class Rung:
-    """One step of the ladder: what it adds to the settings of those before it."""
+    """Describe a rung of the ladder: what it adds to the settings of those below it."""
 
     name: str
     adds: tuple[str, ...]
@@ -70,6 +72,8 @@ PEER_NAMES = (THEIRS, CHECKPOINTED, ALST)
 
 @dataclass(kw_only=True)
 class Arguments:
+    """Hold the options of the command line."""
+
     lengths: tuple[int, ...] = (4096, 8192, 16384, 32768, 65536)
     """Tokens of the samples."""
     documents: int = 1
@@ -95,27 +99,18 @@ class Arguments:
     """File to append the result to, as Markdown."""
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One rung at one length."""
-
-    peak: int = 0
-    """Bytes above the built model."""
-    seconds: float = 0.0
-    runs: int = 0
-    loss: float = 0.0
-    note: str = ""
-    """Why there are no figures, or ""."""
-
-
 def run(arguments: Arguments) -> int:
-    """Climb the ladder at every length and publish the result; 0, or 1 where losses disagree, or
-    2."""
+    """Climb the ladder at every length and publish the result.
+
+    Returns:
+        the exit code: 0, 1 where losses disagree, 2 where it cannot run.
+    """
     problem = find_problem(arguments)
     if problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
     dtype = arguments.dtype or default_dtype(torch.device("cpu"))
+    # The load at the start is part of the result.
     machine = describe_machine(["transformers", "deepspeed"])
     cells: dict[str, dict[int, Cell]] = {}
     for tokens in arguments.lengths:
@@ -124,15 +119,17 @@ def run(arguments: Arguments) -> int:
             cells.setdefault(name, {})[tokens] = (
                 Cell(note=note) if note else climb(name, changes, tokens, dtype, arguments)
             )
+    # A peak counts only where all compute the same.
     wrong = disagreements(cells)
     publish(describe(cells, wrong, machine, dtype, arguments), arguments.output)
+    # The picture of the same peaks.
     if arguments.plot:
         draw(cells, dtype, Path(arguments.plot))
     return 1 if wrong else 0
 
 
 def find_problem(arguments: Arguments) -> str | None:
-    """Why the benchmark cannot run, with a fix, or None."""
+    """Say why the benchmark cannot run, with a fix; None = it can."""
     names = [*(rung.name for rung in LADDER), *PEER_NAMES]
     unknown = [name for name in arguments.without if name not in names]
     if unknown:
@@ -152,21 +149,22 @@ def find_problem(arguments: Arguments) -> str | None:
 
 
 def ladder(config: ModelConfig, tokens: int, mlp_tile: int = MLP_TILE) -> dict[str, dict]:
-    """Rung -> the settings of ModelConfig that it stands for: its own and those of the rungs
-    below."""
+    """Map each rung to its settings: its own and those of the rungs below."""
     values = lean(config, tokens, mlp_tile) | {"cpu_offloading_num_layers": config.num_layers}
     settings = {}
     found = {}
     for rung in LADDER:
+        # `only` holds until a later rung sets the same field.
         settings = settings | {name: values[name] for name in rung.adds} | dict(rung.only)
         found[rung.name] = settings
     return found
 
 
 def contenders_at(tokens: int, arguments: Arguments) -> list[tuple[str, dict, str]]:
-    """(name, settings, why it does not run or "") of every rung and peer that was not left out."""
+    """List (name, settings, why it does not run or "") of each rung and peer to measure."""
     layers = {"num_layers": arguments.num_layers} if arguments.num_layers else {}
     found = []
+    # Our rungs, then the peers.
     steps = ladder(preset("tiny", **layers), tokens)
     for rung in LADDER:
         found.append((rung.name, steps[rung.name] | layers, NOT_ON_CPU if rung.gpu_only else ""))
@@ -195,9 +193,8 @@ def climb(name: str, changes: dict, tokens: int, dtype: Dtype, arguments: Argume
                     seed=arguments.seed,
                 )
             )
-        except (
-            RuntimeError
-        ) as failure:  # killed for its memory, as a rule; the other rungs say more than this one
+        except RuntimeError as failure:
+            # Killed for its memory, as a rule; the other rungs go on.
             return Cell(note=str(failure).split(" ", 1)[1])
         print(found[-1], file=sys.stderr, flush=True)
     return Cell(
@@ -211,12 +208,12 @@ def climb(name: str, changes: dict, tokens: int, dtype: Dtype, arguments: Argume
 def peak_of_backward(
     name: str, changes: dict, tokens: int, documents: int, dtype: Dtype, seed: int
 ) -> dict:
-    """Loss, seconds and peak of one forward and backward above the built model, after one over a
-    few tokens."""
+    """Measure loss, seconds and peak above the built model of one forward and backward."""
     with one_process() as layout:
         contender = make_contender(
             name, preset("tiny", **changes), VOCABULARY, dtype, layout, seed, batched=True
         )
+        # What is made at the first use is not the length's.
         contender.forward_backward(make_sample([64], VOCABULARY, seed))
         contender.clear()
         sample = make_sample([tokens // documents] * documents, VOCABULARY, seed)
@@ -227,7 +224,7 @@ def peak_of_backward(
 
 
 def disagreements(cells: dict[str, dict[int, Cell]]) -> list[str]:
-    """Losses that differ from the first that was measured at that length."""
+    """List the losses that differ from the first that was measured at that length."""
     wrong = []
     for tokens in sorted({tokens for row in cells.values() for tokens in row}):
         run = {
@@ -235,6 +232,7 @@ def disagreements(cells: dict[str, dict[int, Cell]]) -> list[str]:
             for name, row in cells.items()
             if tokens in row and row[tokens].runs
         }
+        # The first rung is plain.
         expected = next(iter(run.values()), 0.0)
         wrong += [
             f"{tokens} tokens: loss {loss:.6f} of {name}, {expected:.6f} of {next(iter(run))}"
@@ -244,9 +242,6 @@ def disagreements(cells: dict[str, dict[int, Cell]]) -> list[str]:
     return wrong
 
 
-# ---- the report ----
-
-
 def describe(
     cells: dict[str, dict[int, Cell]],
     wrong: list[str],
@@ -254,7 +249,7 @@ def describe(
     dtype: Dtype,
     arguments: Arguments,
 ) -> str:
-    """The whole result as Markdown."""
+    """Describe the whole result as Markdown."""
     lengths = list(arguments.lengths)
     config = preset(
         "tiny", **({"num_layers": arguments.num_layers} if arguments.num_layers else {})
@@ -322,28 +317,26 @@ def length_header(lengths: list[int]) -> list[str]:
     return ["", *map(show_tokens, lengths)]
 
 
-def label(name: str) -> str:
-    """Name a contender in a table."""
-    return name if name in PEERS else f"{OURS}, {name}"
-
-
 def show(cell: Cell, figure: str) -> str:
     """Show a figure, or why there is none."""
     return cell.note or figure
 
 
 def bars_at(cells: dict[str, dict[int, Cell]], tokens: int) -> list[str]:
-    """Our best rung at this length beside the peers."""
+    """Compare our best rung at this length with the peers, a line each."""
+    # Bars hold for one length.
     lines = (
         []
         if tokens == BAR_TOKENS
         else [f"- the bars are set for {BAR_TOKENS:,} tokens, not for {tokens:,}"]
     )
+    # Peers, and rungs that did not run, are no candidates.
     rungs = {
         name: row[tokens] for name, row in cells.items() if name not in PEERS and row[tokens].runs
     }
     if not rungs:
         return lines
+    # The rung with the lowest peak, whichever it is.
     best = min(rungs, key=lambda name: rungs[name].peak)
     for peer, limit in BARS.items():
         cell = cells.get(peer, {}).get(tokens)
@@ -360,30 +353,3 @@ def bars_at(cells: dict[str, dict[int, Cell]], tokens: int) -> list[str]:
             )
         )
     return lines
-
-
-def draw(cells: dict[str, dict[int, Cell]], dtype: Dtype, path: Path) -> None:
-    """The peaks over the length, both axes logarithmic, as PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for name, row in cells.items():
-        points = [(tokens, cell.peak / MIB) for tokens, cell in row.items() if cell.runs]
-        if points:
-            axes.plot(
-                *zip(*points),
-                marker="o",
-                linestyle="--" if name in PEERS else "-",
-                label=label(name),
-            )
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
-    axes.set(
-        xlabel="tokens",
-        ylabel="MiB above the built model",
-        title=f"One forward and backward, tiny, {dtype}",
-    )
-    axes.grid(True, which="both", alpha=0.3)
-    axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)

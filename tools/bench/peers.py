@@ -32,7 +32,7 @@ from tools.bench.contenders import (
 
 @dataclass(frozen=True, kw_only=True)
 class PeerOptions:
-    """How transformers runs."""
+    """Say how transformers runs."""
 
     checkpointing: bool = False
     """Gradient checkpointing of every layer, not reentrant."""
@@ -65,15 +65,22 @@ class Transformers:
         optimizer: bool = True,
         longest: int = 2**20,
     ):
-        """Args: optimizer: without it there are no fp32 masters and no `step`."""
+        """Build the model from our configuration, with our initial weights.
+
+        Args:
+            optimizer: without it there are no fp32 masters and no `step`.
+            longest: context that the model declares.
+        """
         import transformers
 
+        # transformers' own class for the same model.
         theirs = huggingface_config(config, vocab_size, config.rope, longest, "float32", None)
         settings = transformers.AutoConfig.for_model(theirs.pop("model_type"), **theirs)
         settings._attn_implementation = "sdpa"
         self.way = way
         self.autocast = way.autocast and dtype != "float32"
         if way.liger:
+            # It replaces parts of the class before a model is made.
             from liger_kernel.transformers import _apply_liger_kernel
 
             _apply_liger_kernel(settings.model_type)
@@ -85,10 +92,13 @@ class Transformers:
         named = dict(self.model.named_parameters())
         masters: dict[str, nn.Parameter] = {}
         for name, weight in initial_weights(config, vocab_size, seed, device):
+            # Our weights, under their names.
             parameter = named.pop(huggingface_name(name))
             parameter.data.copy_(weight[: parameter.shape[0]])
+            # bf16 weights are copies of fp32 masters, which AdamW updates.
             if optimizer and parameter.dtype != torch.float32:
                 masters[huggingface_name(name)] = nn.Parameter(weight[: parameter.shape[0]])
+        # Every parameter has its weights.
         assert not named, named.keys()
         self.parameters = list(self.model.parameters())
         self.masters = (
@@ -97,6 +107,10 @@ class Transformers:
             else self.parameters
         )
         self.optimizer = _adamw(self.masters) if optimizer else None
+        self._set_up(way)
+
+    def _set_up(self, way: PeerOptions) -> None:
+        """Checkpoint, tile or compile the layers."""
         if way.checkpointing:
             self.model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -109,6 +123,8 @@ class Transformers:
                 layer.compile()
 
     def forward_backward(self, sample: Batch) -> float:
+        """Compute the gradients of the mean loss; returns that loss in nats."""
+        # Documents side by side as rows, or one after another in one row.
         rows = len(sample.cu_seqlens) - 1 if self.way.batched else 1
         tokens, labels, positions = (
             x.view(rows, -1) for x in (sample.tokens, sample.labels, sample.positions)
@@ -130,15 +146,18 @@ class Transformers:
                     shift_labels=labels,
                     use_cache=False,
                 ).loss
+        # Into bf16 weights, or fp32 ones under autocast.
         loss.backward()
         return float(loss.detach())
 
     def step(self, sample: Batch) -> float:
+        """Do the same, then clip and update the weights."""
         loss = self.forward_backward(sample)
         if self.masters is not self.parameters:
             for master, parameter in zip(self.masters, self.parameters, strict=True):
                 master.grad = parameter.grad.float()
                 parameter.grad = None
+        # As the trainer: clip by the global norm, update, copy back to bf16.
         nn.utils.clip_grad_norm_(self.masters, OPTIMIZER.clip_grad, foreach=True)
         assert self.optimizer is not None, "made without an optimizer"
         self.optimizer.step()
@@ -149,12 +168,14 @@ class Transformers:
         return loss
 
     def clear(self) -> None:
+        """Drop all gradients."""
         for parameter in (*self.parameters, *self.masters):
             parameter.grad = None
 
 
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make modules of this dtype inside."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -165,6 +186,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def _adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """As pretrain/optimizer.py: build_optimizer, for plain tensors."""
+    # Matrices decay, vectors do not.
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": OPTIMIZER.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
@@ -179,7 +201,7 @@ def _adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def _deepspeed():
-    """ALST's parts; deepspeed looks for an accelerator at its import."""
+    """Import ALST's parts; deepspeed looks for an accelerator at its import."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.runtime.sequence_parallel import ulysses_sp
@@ -188,7 +210,7 @@ def _deepspeed():
 
 
 def _tiled_mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
-    """An MLP's forward by TiledMLP, in tiles of about as many tokens as the model is wide.
+    """Run an MLP by TiledMLP, in tiles of about as many tokens as the model is wide.
 
     Its documentation's count of tiles is for one row; with several, a tile holds its part of each.
     """
@@ -200,10 +222,10 @@ def _tiled_mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
 def _tiled_loss(
     model: Any, hidden: torch.Tensor, labels: torch.Tensor, num_targets: int
 ) -> torch.Tensor:
-    """Mean loss over the targets by TiledFusedLogitsLoss.
+    """Compute the mean loss over the targets by TiledFusedLogitsLoss.
 
-    It makes the output projection's gradient in its forward, so that a division after it would not
-    reach that one.
+    It makes the output projection's gradient in its forward: a division after it would come too
+    late.
     """
 
     def loss_of_tile(model, x, y):
@@ -212,6 +234,7 @@ def _tiled_loss(
             / num_targets
         )
 
+    # Tiles of LOSS_CHUNK tokens, as ours.
     tiles = math.ceil(labels.numel() / LOSS_CHUNK)
     return _deepspeed().TiledFusedLogitsLoss.apply(
         loss_of_tile, model, hidden, labels, None, tiles, [model.lm_head.weight], "sum"
@@ -251,8 +274,7 @@ def make_contender(
 
 
 def check_losses(contenders: dict[str, Contender], sample: Batch) -> dict[str, list[float]]:
-    """Contender -> its losses in the first two steps, which it takes; the second compares clipping
-    and AdamW, too.
+    """Take two steps with each contender; returns its losses. The second compares AdamW, too.
 
     Raises:
         ValueError: one differs from the first contender's by more than LOSS_TOLERANCES.

@@ -1,5 +1,4 @@
-"""The matrix products and attention kernels of a step, taken down while it runs and timed alone at
-the same shapes.
+"""Record the matrix products and attention kernels of a step, and time them alone.
 
 What a mode computes again in backward, or cuts into tiles or chunks, is in the list because it was
 called.
@@ -19,9 +18,12 @@ from torch.utils._pytree import tree_map
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"}
 ATTENTION_PREFIX = "_scaled_dot_product_"
 KINDS = ("products", "attention")
+"""What is recorded and timed, apart from each other."""
 
 
 class _Recorder(TorchDispatchMode):
+    """Count the calls of KINDS by their arguments, with shapes in the place of tensors."""
+
     def __init__(self):
         super().__init__()
         self.calls: Counter = Counter()
@@ -30,6 +32,7 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         # A DTensor's own product comes by again for its local part.
         if kind_of(func) is not None and not any(_is_wrapped(value) for value in args):
+            # Calls with the same shapes and other arguments are one entry.
             key = tree_map(_describe, (tuple(args), tuple(sorted(kwargs.items()))))
             self.calls[(func, *_hashable(key))] += 1
         return func(*args, **kwargs)
@@ -48,7 +51,7 @@ def _is_wrapped(value) -> bool:
 
 
 class _Shape(tuple):
-    """(sizes, strides, dtype, device) of a tensor."""
+    """Describe a tensor by its sizes, strides, dtype and device."""
 
 
 def _describe(value):
@@ -68,7 +71,7 @@ def _hashable(value):
 
 
 def record(run: Callable[[], object]) -> Counter:
-    """What `run` calls of KINDS: (function, arguments with shapes for tensors) -> how often."""
+    """Run, and count the calls of KINDS by (function, arguments with shapes for tensors)."""
     with _Recorder() as recorder:
         run()
     return recorder.calls
@@ -79,6 +82,7 @@ def _materialize(value):
         sizes, strides, dtype, device = value
         if not dtype.is_floating_point:
             return torch.zeros(sizes, dtype=dtype, device=device)
+        # As much memory as the strides reach over.
         elements = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
         # Small numbers: a softmax or an exponential of them stays in range.
         return (
@@ -96,7 +100,7 @@ def _materialize(value):
 
 
 class Replay:
-    """Recorded calls with their own tensors, ready to run again."""
+    """Hold recorded calls with tensors of their own, ready to run again."""
 
     def __init__(self, calls: Counter):
         self.calls = [
@@ -105,7 +109,7 @@ class Replay:
         ]
 
     def run(self) -> dict[str, float]:
-        """Run every call as often as it was recorded -> seconds by kind.
+        """Run every call as often as it was recorded; returns the seconds by kind.
 
         For the CPU, which runs in order.
         """
@@ -121,18 +125,19 @@ class Replay:
 
 
 def product_flops(calls: Counter) -> int:
-    """Floating-point operations of the recorded matrix products."""
+    """Count the floating-point operations of the recorded matrix products."""
     total = 0
+    # Two operations per multiply-add.
     for (func, args, _), count in calls.items():
         if kind_of(func) == "products":
+            # The last two tensors: addmm has the sum before them.
             left, right = [value[0] for value in args if isinstance(value, _Shape)][-2:]
             total += 2 * math.prod(left) * right[-1] * count
     return total
 
 
 class TimedAttend:
-    """`attend` with a clock around its forward and backward calls: CUDA events, or the CPU's
-    time."""
+    """Time the forward and backward calls of `attend`: by CUDA events, or by the CPU's clock."""
 
     def __init__(self, attend: Callable, device: torch.device):
         self.attend = attend
@@ -148,6 +153,7 @@ class TimedAttend:
         return event
 
     def __call__(self, q, k, v, segments):
+        # Backward runs through here last, and through _Enter first.
         q, k, v = _Leave.apply(self, q, k, v)
         begun = self.look()
         out = self.attend(q, k, v, segments)
@@ -166,7 +172,7 @@ class TimedAttend:
 
 
 class _Enter(torch.autograd.Function):
-    """Identity; its backward is the first of the call's."""
+    """Pass the output on; its backward is the first of the call's and starts the clock."""
 
     @staticmethod
     def forward(ctx, clock, out):
@@ -181,8 +187,10 @@ class _Enter(torch.autograd.Function):
 
 
 class _Leave(torch.autograd.Function):
-    """Identity; its backward runs when the gradients of q, k and v are there: the engine runs
-    nothing in between, as the nodes that were made last run first."""
+    """Pass q, k and v on; its backward runs when their gradients are there, and stops the clock.
+
+    The engine runs nothing in between, as the nodes that were made last run first.
+    """
 
     @staticmethod
     def forward(ctx, clock, q, k, v):

@@ -1,4 +1,4 @@
-"""What every benchmark writes: where and when it ran, its table, its bars."""
+"""Write what every benchmark reports: where and when it ran, its table, its bars."""
 
 import os
 import platform
@@ -9,12 +9,13 @@ from pathlib import Path
 
 
 def usable_cores() -> int:
-    """CPU cores that this process may run on."""
+    """Count the CPU cores that this process may run on."""
     return len(os.sched_getaffinity(0))
 
 
 def describe_machine(packages: Sequence[str]) -> str:
-    """One line: date, CPU, cores, load and the versions of torch and `packages`."""
+    """Describe date, CPU, cores, load and versions in one line."""
+    # Versions decide what a figure means.
     found = ", ".join(f"{name} {version(name)}" for name in ("torch", *packages))
     return (
         f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC; {_cpu_model()}, {usable_cores()} cores, load "
@@ -30,9 +31,10 @@ def _cpu_model() -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose columns are aligned in plain text too; numbers to the right."""
+    """Make a table whose columns are aligned in plain text, too; numbers to the right."""
     lines = [list(header), *map(list, rows)]
     widths = [max(3, *(len(line[column]) for line in lines)) for column in range(len(header))]
+    # The colon aligns a column to the right.
     lines.insert(1, ["-" * (width - 1) + ":" for width in widths])
     return "\n".join(
         "| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths)) + " |"
@@ -41,7 +43,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def bar(name: str, value: float, limit: float) -> str:
-    """One line that says whether `value` is within its limit, judged before rounding."""
+    """Say in one line whether `value` is within its limit, judged before rounding."""
     return (
         f"- {name}: {value:.3f}, bar {float(limit)}: "
         f"{'reached' if value <= limit else 'NOT reached'}"
@@ -49,7 +51,7 @@ def bar(name: str, value: float, limit: float) -> str:
 
 
 def bar_at_least(name: str, value: float, limit: float) -> str:
-    """`bar` for what should be large."""
+    """Say in one line whether `value`, which should be large, reaches its limit."""
     return (
         f"- {name}: {value:.3f}, bar at least {float(limit)}: "
         f"{'reached' if value >= limit else 'NOT reached'}"

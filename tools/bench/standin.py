@@ -1,5 +1,4 @@
-"""One rank of many in one process: its shard of the state, its slice of the sample, and local
-stand-ins for the others.
+"""Run one rank of many in one process, with local copies instead of what ranks exchange.
 
 torch's fake process group makes the groups; what the trainer exchanges through torch.distributed is
 replaced by copies within the device that move as many bytes, and counted. Results are not those of
@@ -19,7 +18,7 @@ from parallel.layout import Axis, Layout, single_process_layout
 
 
 class _Done:
-    """The handle of a copy that was put on the current stream."""
+    """Stand for the handle of a copy that was put on the current stream."""
 
     def wait(self, timeout=None) -> bool:
         return True
@@ -27,13 +26,17 @@ class _Done:
 
 @contextmanager
 def one_rank_of(size: int, device: torch.device) -> Iterator[tuple[Layout, Counter]]:
-    """(layout of rank 0 of `size` context-parallel ranks, bytes that it sends to the others by
-    collective)."""
+    """Make rank 0 of `size` context-parallel ranks.
+
+    Yields:
+        its layout, and the bytes that it would send to the others, by collective.
+    """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
     sent: Counter = Counter()
     try:
+        # FSDP2 shards over all ranks, of which this process holds one.
         mesh = init_device_mesh(device.type, (size, 1), mesh_dim_names=("dp_cp", "tp"))
 
         def axis(name: str) -> Axis:
@@ -55,12 +58,15 @@ def one_rank_of(size: int, device: torch.device) -> Iterator[tuple[Layout, Count
 
 @contextmanager
 def _local_copies(sent: Counter) -> Iterator[None]:
+    """Replace the collectives by copies within the device, and count what they would send."""
+
     def all_gather_into_tensor(output_tensor, input_tensor, group=None, async_op=False):
         size = dist.get_world_size(group)
         sent["all_gather"] += (size - 1) * input_tensor.nbytes
         source = input_tensor.reshape(-1)
         for place in output_tensor.view(size, -1):
-            if place.data_ptr() != source.data_ptr():  # FSDP2 gathers from within the output
+            # FSDP2 gathers from within the output.
+            if place.data_ptr() != source.data_ptr():
                 place.copy_(source)
         return _Done() if async_op else None
 
@@ -78,6 +84,7 @@ def _local_copies(sent: Counter) -> Iterator[None]:
         kept = (
             input_split_sizes[0] if input_split_sizes else len(input) // dist.get_world_size(group)
         )
+        # What a rank keeps is not sent.
         sent["all_to_all"] += input.nbytes - input[:kept].nbytes
         for start in range(0, len(target), len(source)):
             part = target[start : start + len(source)]

@@ -1,5 +1,4 @@
-"""Tokens per second of one optimizer step against transformers, and against the step's own matrix
-products.
+"""Measure tokens per second of a step beside transformers and beside the step's own products.
 
 One process on all cores. Contenders take the same weights, tokens and AdamW; their losses are
 compared before anything is timed. See README.md for what each figure means.
@@ -26,18 +25,22 @@ from tools.bench.step_report import LEAN_FROM, Row, Shape, Share, describe
 from tools.bench.step_work import CPU, attention_times, peak_of_step, time_steps
 
 RECOMPUTING = {"ours, selective": "selective", "ours, attention kept": "attention_kept"}
-"""Contenders that keep less, and their levels of recompute. What is leaner still: memory.py."""
+"""Contenders that keep less, and their levels of recompute; memory.py has the whole ladder."""
 
 
 def run(arguments: Arguments) -> int:
-    """Measure every shape and publish the result; 0, or 1 where contenders disagree or fail, or
-    2."""
+    """Measure every shape and publish the result.
+
+    Returns:
+        the exit code: 0, 1 where contenders disagree or fail, 2 where it cannot run.
+    """
     problem = find_problem(arguments)
     if problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
     dtype = arguments.dtype or default_dtype(CPU)
     machine = describe_machine(["transformers"])
+    # One document each, then many in one sample.
     shapes = [Shape((length,)) for length in arguments.lengths]
     if arguments.packed:
         shapes.append(Shape((arguments.packed // arguments.documents,) * arguments.documents))
@@ -55,7 +58,7 @@ def run(arguments: Arguments) -> int:
 
 
 def find_problem(arguments: Arguments) -> str | None:
-    """Why the benchmark cannot run, with a fix, or None."""
+    """Say why the benchmark cannot run, with a fix; None = it can."""
     if arguments.repeats < 1:
         return f"--repeats {arguments.repeats}: too few. Fix: at least 1."
     if not arguments.lengths or min(arguments.lengths) < 2:
@@ -77,10 +80,12 @@ def find_problem(arguments: Arguments) -> str | None:
 
 
 def contenders_of(shape: Shape, arguments: Arguments) -> dict[str, dict]:
-    """Contender -> its settings of ModelConfig."""
+    """Map the contenders of a shape to their settings."""
     found: dict[str, dict] = {OURS: {}}
+    # Keeping less matters where there is much to keep.
     if len(shape.lengths) == 1 and shape.tokens >= LEAN_FROM:
         found |= {name: {"recompute_granularity": level} for name, level in RECOMPUTING.items()}
+    # Fewer layers, to try it out: for every contender.
     if arguments.num_layers:
         found = {
             name: settings | {"num_layers": arguments.num_layers}
@@ -91,14 +96,14 @@ def contenders_of(shape: Shape, arguments: Arguments) -> dict[str, dict]:
 
 
 def measure(shape: Shape, settings: dict[str, dict], dtype: Dtype, arguments: Arguments) -> Row:
-    """One row: times with the contenders in turns, then the peak of each in a process of its
-    own."""
+    """Measure one row: times in turns, then the peak of each contender in a process of its own."""
     common = {
         "lengths": list(shape.lengths),
         "dtype": dtype,
         "seed": arguments.seed,
         "autocast": arguments.autocast,
     }
+    # Freed memory stays with the process, as on a GPU.
     timed = run_fresh(
         time_steps,
         usable_cores(),
@@ -108,6 +113,7 @@ def measure(shape: Shape, settings: dict[str, dict], dtype: Dtype, arguments: Ar
         **common,
     )
     print(timed, file=sys.stderr, flush=True)
+    # Freed memory goes back at once, so that the peak is what is in use.
     peaks = {
         name: run_fresh(
             peak_of_step,
@@ -119,6 +125,7 @@ def measure(shape: Shape, settings: dict[str, dict], dtype: Dtype, arguments: Ar
         )["above_bytes"]
         for name, changes in settings.items()
     }
+    # Medians of the rounds.
     median = statistics.median
     return Row(
         shape,
@@ -133,14 +140,8 @@ def measure(shape: Shape, settings: dict[str, dict], dtype: Dtype, arguments: Ar
     )
 
 
-# ---- in a process of their own ----
-
-
-# ---- the report ----
-
-
 def measure_documents(dtype: Dtype, arguments: Arguments) -> Share:
-    """The attention's time in the packed sample, and in one document of as many tokens."""
+    """Time attention in the packed sample, and in one document of as many tokens."""
     packed = Shape((arguments.packed // arguments.documents,) * arguments.documents)
     whole = Shape((arguments.packed,))
     found = run_fresh(

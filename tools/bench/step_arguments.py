@@ -9,6 +9,8 @@ from tools.bench.contenders import (
 
 @dataclass(kw_only=True)
 class Arguments:
+    """Hold the options of the command line."""
+
     lengths: tuple[int, ...] = (2048, 8192, 32768)
     """Tokens of the samples of one document."""
     packed: int = 8192

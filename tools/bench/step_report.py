@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 
+from model.config import ModelConfig
 from pretrain.planner.model_size import ModelSize
 from tools.bench.contenders import (
     CHECKPOINTED,
@@ -22,12 +23,9 @@ from tools.bench.report import (
 from tools.bench.step_arguments import Arguments, show_tokens
 
 SHORT = 2048
-
-
+"""Tokens at which transformers must be left behind."""
 LEAN_FROM = 8192
-"""Tokens at which transformers must be left behind; from which memory counts, too."""
-
-
+"""Tokens from which memory counts, too."""
 BARS = {
     "products": 1.25,
     "transformers": 1.0,
@@ -39,16 +37,18 @@ BARS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """One sample: the lengths of its documents."""
+    """Describe a sample by the lengths of its documents."""
 
     lengths: tuple[int, ...]
 
     @property
     def tokens(self) -> int:
+        """Tokens of the sample."""
         return sum(self.lengths)
 
     @property
     def squares(self) -> int:
+        """Sum of the squared lengths: the work of attention."""
         return sum(length**2 for length in self.lengths)
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Row:
-    """One shape, each contender's figures."""
+    """Hold each contender's figures on one shape."""
 
     shape: Shape
     seconds: dict[str, float]
@@ -74,15 +74,16 @@ class Row:
     plain_gflops: float
     """Rate of a plain product."""
     loss: float
-    """The first, on which all agree."""
+    """First loss, on which all agree."""
 
     def over_own(self, name: str) -> float:
+        """Divide a step's time by that of its products and attention alone."""
         return self.seconds[name] / sum(self.own[name].values())
 
 
 @dataclass(frozen=True)
 class Share:
-    """Attention of many documents beside that of one with as many tokens."""
+    """Compare the attention of many documents with that of one of as many tokens."""
 
     packed: Shape
     whole: Shape
@@ -91,29 +92,30 @@ class Share:
 
     @property
     def predicted(self) -> float:
+        """Share by the sum of squared lengths."""
         return self.packed.squares / self.whole.squares
 
     @property
     def measured(self) -> float:
+        """Share by time."""
         return self.packed_seconds / self.whole_seconds
 
 
 def describe(
     rows: list[Row], share: Share | None, machine: str, dtype: Dtype, arguments: Arguments
 ) -> str:
-    """The whole result as Markdown."""
+    """Describe the whole result as Markdown."""
+    # The model that was measured.
     config = preset(
         "tiny", **({"num_layers": arguments.num_layers} if arguments.num_layers else {})
     )
-    why = (
-        "asked for"
-        if arguments.dtype
-        else (
-            "this CPU multiplies it in hardware"
-            if dtype == "bfloat16"
-            else "this CPU has no bf16 units"
-        )
-    )
+    # Say how the precision was chosen.
+    if arguments.dtype:
+        why = "asked for"
+    elif dtype == "bfloat16":
+        why = "this CPU multiplies it in hardware"
+    else:
+        why = "this CPU has no bf16 units"
     peers_way = (
         "torch.autocast over fp32 weights"
         if arguments.autocast
@@ -157,7 +159,8 @@ def describe(
     return "\n".join(lines)
 
 
-def table(rows: list[Row], config) -> str:
+def table(rows: list[Row], config: ModelConfig) -> str:
+    """Show a line per shape and contender."""
     header = [
         "tokens",
         "contender",
@@ -175,7 +178,11 @@ def table(rows: list[Row], config) -> str:
         pairs = causal_pairs(row.shape.lengths)
         flops = ModelSize(config, VOCABULARY).step_flops(row.shape.tokens, pairs)
         for name, seconds in row.seconds.items():
-            own = row.own.get(name)
+            # Peers' products are not recorded.
+            alone = ["", "", ""]
+            if own := row.own.get(name):
+                times = (own["products"], own["attention"], row.over_own(name))
+                alone = [f"{figure:.3f}" for figure in times]
             lines.append(
                 [
                     str(row.shape),
@@ -185,35 +192,31 @@ def table(rows: list[Row], config) -> str:
                     f"{flops / seconds / 1e9:.0f}",
                     f"{row.plain_gflops:.0f}",
                     f"{row.peaks[name] / 2**20:.0f}",
-                    *(
-                        [
-                            f"{own['products']:.3f}",
-                            f"{own['attention']:.3f}",
-                            f"{row.over_own(name):.3f}",
-                        ]
-                        if own
-                        else ["", "", ""]
-                    ),
+                    *alone,
                 ]
             )
     return markdown_table(header, lines)
 
 
 def bars_of(row: Row) -> list[str]:
-    """The lines of one shape."""
+    """Judge one shape, a line per bar."""
     shape = row.shape
     seconds = row.seconds
     lines = [bar(f"{shape}: step / (products + attention)", row.over_own(OURS), BARS["products"])]
+    # Short samples are where overhead shows most.
     limit = BARS["short"] if shape.tokens == SHORT else BARS["transformers"]
     lines.append(
         bar_at_least(
             f"{shape}: times transformers' tokens/s", seconds[THEIRS] / seconds[OURS], limit
         )
     )
+    # Short samples and packed ones have no memory bar.
     if len(shape.lengths) > 1 or shape.tokens < LEAN_FROM:
         return lines
+    # Of our modes, those that take no more memory than transformers with checkpointing.
     allowed = row.peaks[CHECKPOINTED]
     fitting = [name for name in row.own if row.peaks[name] <= allowed]
+    # No mode fits: the bar is missed, whatever the times.
     if not fitting:
         least = min(row.own, key=row.peaks.__getitem__)
         return [

@@ -24,8 +24,6 @@ from tools.bench.peers import PEERS, check_losses, make_contender
 from tools.bench.products import KINDS, Replay, TimedAttend, record
 
 CPU = torch.device("cpu")
-
-
 PLAIN_SIZE = 2048
 """Rows, columns and depth of the plain product."""
 
@@ -38,8 +36,7 @@ def time_steps(
     seed: int,
     autocast: bool = False,
 ) -> dict:
-    """Seconds of every repeat: of each contender's step, of our own products and attention, of the
-    plain product.
+    """Time each contender's step, our products and attention, and a plain product, in turns.
 
     In each round everything runs once, in an order that turns from round to round.
 
@@ -54,7 +51,9 @@ def time_steps(
             )
             for name, changes in settings.items()
         }
+        # First the results, then the times; these steps warm up, too.
         losses = check_losses(contenders, sample)
+        # The products and kernels that each of our modes calls, to be run alone.
         replays = {
             name: Replay(record(lambda contender=contender: contender.step(sample)))
             for name, contender in contenders.items()
@@ -66,6 +65,7 @@ def time_steps(
             name: {kind: [] for kind in KINDS} for name in replays
         }
         rates: list[float] = []
+        # Warm up what is timed alone.
         for replay in replays.values():
             replay.run()
         plain.gflops()
@@ -89,8 +89,7 @@ def time_steps(
 
 
 def in_turns(tasks: list[Callable[[], None]], rounds: int) -> None:
-    """Every task once a round, in an order that turns from round to round, without the garbage
-    collector."""
+    """Run every task once a round, in an order that turns, without the garbage collector."""
     for number in range(rounds):
         for task in tasks[:: -1 if number % 2 else 1]:
             gc.collect()
@@ -100,13 +99,14 @@ def in_turns(tasks: list[Callable[[], None]], rounds: int) -> None:
 
 
 def seconds_of(task: Callable[[], object]) -> float:
+    """Time a task."""
     start = time.perf_counter()
     task()
     return time.perf_counter() - start
 
 
 class PlainProduct:
-    """A square matrix product: what the cores reach without anything around it."""
+    """Multiply two square matrices: what the cores reach without anything around it."""
 
     def __init__(self, size: int, dtype: Dtype):
         generator = torch.Generator().manual_seed(0)
@@ -117,23 +117,20 @@ class PlainProduct:
         self.out = torch.empty_like(self.left)
 
     def gflops(self) -> float:
-        return (
-            2
-            * self.size**3
-            / seconds_of(lambda: torch.mm(self.left, self.right, out=self.out))
-            / 1e9
-        )
+        """Measure the rate of one product."""
+        seconds = seconds_of(lambda: torch.mm(self.left, self.right, out=self.out))
+        return 2 * self.size**3 / seconds / 1e9
 
 
 def peak_of_step(
     name: str, changes: dict, lengths: list[int], dtype: Dtype, seed: int, autocast: bool = False
 ) -> dict:
-    """Seconds and peak of one step above the built model and optimizer, after a step on a few
-    tokens."""
+    """Measure one step's seconds and its peak above the built model and optimizer."""
     with one_process() as layout:
         contender = make_contender(
             name, preset("tiny", **changes), VOCABULARY, dtype, layout, seed, autocast=autocast
         )
+        # A first step makes the moments, and what is made once.
         contender.step(make_sample([64], VOCABULARY, seed))
         sample = make_sample(lengths, VOCABULARY, seed)
         trim()
@@ -145,8 +142,7 @@ def peak_of_step(
 def attention_times(
     shapes: list[list[int]], changes: dict, dtype: Dtype, repeats: int, seed: int
 ) -> dict:
-    """Seconds inside `attend`, forward and backward, of every repeat of our step on each of the
-    shapes, in turns."""
+    """Time `attend`, forward and backward, in every repeat of our step on each of the shapes."""
     with one_process() as layout:
         config = preset("tiny", **changes)
         attend, _ = choose_attention(config.attention_backend, CPU, getattr(torch, dtype))
@@ -161,4 +157,5 @@ def attention_times(
             seconds[place] += found
 
         in_turns([lambda place=place: time_one(place) for place in range(len(shapes))], repeats + 1)
-    return {"seconds": [times[1:] for times in seconds]}  # the first warmed up
+    # The first round warmed up.
+    return {"seconds": [times[1:] for times in seconds]}

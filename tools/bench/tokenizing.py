@@ -1,5 +1,4 @@
-"""Tokenizing: tools.preprocess_data against Hugging Face's tokenizers, one text at a time and in
-batches.
+"""Measure tools.preprocess_data beside Hugging Face's tokenizers, by single texts and batches.
 
 All on one corpus in one run: Python's standard library in pieces with varied names, as JSON lines,
 under a byte-level BPE tokenizer trained on it. Every row counts bytes of text (UTF-8, without the
@@ -36,16 +35,19 @@ END = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Row:
-    """One contender. cpu_seconds: of all threads. identical: with Hugging Face one by one."""
+    """Hold what one contender took."""
 
     name: str
     text_bytes: int
+    """UTF-8 bytes of the text."""
     seconds: float
     cpu_seconds: float
+    """CPU time of all threads."""
     identical: bool
+    """Are its ids those of Hugging Face one by one?"""
 
     def cells(self) -> list[str]:
-        """For markdown_table, under HEADER."""
+        """Spell the row for markdown_table, under HEADER."""
         size = self.text_bytes / 1e6
         return [
             self.name,
@@ -65,8 +67,7 @@ def measure(
     folder: str | None = None,
     repeats: int = 3,
 ) -> list[Row]:
-    """Tokenize the corpus with ours and its first `peer_bytes` with Hugging Face's, which are far
-    slower.
+    """Tokenize the corpus with ours, and its first `peer_bytes` with Hugging Face's.
 
     Args:
         corpus_bytes: size of the JSON lines to make.
@@ -79,9 +80,11 @@ def measure(
         with tempfile.TemporaryDirectory(prefix="ithaca-bench-") as temporary:
             return measure(corpus_bytes, peer_bytes, vocab_size, workers, temporary, repeats)
     workers = workers or usable_cores()
-    os.environ["RAYON_NUM_THREADS"] = str(workers)  # read once, by Hugging Face's first batch
+    # Read once, by Hugging Face's first batch.
+    os.environ["RAYON_NUM_THREADS"] = str(workers)
     corpus = Path(folder) / f"corpus-{corpus_bytes}.jsonl"
     model = Path(folder) / f"tokenizer-{vocab_size}"
+    # Kept for the next call.
     if not model.is_dir():
         train_tokenizer(model, vocab_size)
     text_bytes = write_corpus(corpus, corpus_bytes)
@@ -97,16 +100,14 @@ def measure(
     runs = []
     for _ in range(repeats):
         began = time.process_time()
+        # Files to files, as a user runs it.
         summary = preprocess(arguments)
-        runs.append(
-            (
-                summary.seconds - summary.prepare_seconds,
-                summary.cpu_seconds,
-                summary.seconds,
-                time.process_time() - began,
-            )
-        )
+        tokenizing = summary.seconds - summary.prepare_seconds
+        all_cpu = time.process_time() - began
+        runs.append((tokenizing, summary.cpu_seconds, summary.seconds, all_cpu))
+    # The run with the median time.
     seconds, cpu, all_seconds, all_cpu = sorted(runs)[len(runs) // 2]
+    # Hugging Face one by one gives the ids that count.
     theirs, expected = measure_peers(corpus, peer_bytes, str(model), workers)
     same = starts_with(prefix, expected)
     name = f"ours, {workers} workers"
@@ -120,10 +121,11 @@ def measure(
 def measure_peers(
     corpus: Path, peer_bytes: int, model: str, workers: int
 ) -> tuple[list[Row], list[list[int]]]:
-    """Rows of Hugging Face's, and the ids of the first documents, `peer_bytes` of the corpus."""
+    """Measure Hugging Face's tokenizers; returns their rows, and the ids of the first documents."""
     from transformers import AutoTokenizer
 
     tokenizer = build_tokenizer("HuggingFaceTokenizer", model, None)
+    # In memory, so that no side waits for the disk.
     texts = list(read_texts(corpus, peer_bytes))
     size = sum(len(text.encode()) for text in texts)
     loaded: Any = AutoTokenizer.from_pretrained(model)
@@ -146,6 +148,7 @@ def measure_peers(
 
 
 def _timed(work: Callable[[], list[list[int]]]) -> tuple[list[list[int]], float, float]:
+    """Run the work; returns its result, wall seconds and CPU seconds."""
     wall = time.perf_counter()
     cpu = time.process_time()
     result = work()
@@ -153,7 +156,7 @@ def _timed(work: Callable[[], list[list[int]]]) -> tuple[list[list[int]], float,
 
 
 def starts_with(prefix: str, expected: Sequence[list[int]]) -> bool:
-    """The first documents of a token file are these."""
+    """Tell whether the first documents of a token file are these."""
     reader = IndexedReader(prefix)
     lengths = reader.document_lengths[: len(expected)].tolist()
     same = all(
@@ -165,14 +168,14 @@ def starts_with(prefix: str, expected: Sequence[list[int]]) -> bool:
 
 
 def standard_library() -> list[str]:
-    """Python's own sources, in the order of their paths."""
+    """Read Python's own sources, in the order of their paths."""
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = sorted(path for path in root.rglob("*.py") if "site-packages" not in path.parts)
     return [text for path in paths if (text := path.read_text(encoding="utf-8", errors="ignore"))]
 
 
 def train_tokenizer(folder: Path, vocab_size: int) -> None:
-    """A byte-level BPE tokenizer of Hugging Face's, on the corpus's sources."""
+    """Train a byte-level BPE tokenizer of Hugging Face's on the corpus's sources."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -186,6 +189,7 @@ def train_tokenizer(folder: Path, vocab_size: int) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     texts = standard_library()
+    # A share of every kind of source.
     random.Random(0).shuffle(texts)
     mean = sum(map(len, texts)) / len(texts)
     tokenizer.train_from_iterator(islice(texts, int(TRAINING_BYTES / mean)), trainer)

@@ -1,4 +1,4 @@
-"""Bytes that one training step moves, by operator, and its host syncs: counted, not timed.
+"""Count the bytes that one training step moves, by operator, and its host syncs.
 
 One step warms up; the next runs under a mode that sees every operator. Counted are the bytes of the
 plain tensors of the device that an operator reads and writes; views and allocations move nothing.
@@ -52,13 +52,13 @@ NOT_READ = {
     "new_ones",
     "new_full",
 }
-"""Operators that take of a tensor its shape alone."""
+"""Operators that need only the shape of a tensor."""
 OVERWRITTEN = {"copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "exponential_"}
 """Operators that write their first argument without reading it."""
 ONLY_READ = {"_fused_adamw_": {"grads"}, "_fused_adam_": {"grads"}}
 """Arguments that a schema calls changed, and that are not: gradients without a loss scale."""
 ROWS_READ = {"embedding", "index", "index_select", "gather"}
-"""Operators that read of their first tensor what they write."""
+"""Operators that read only the rows of their first tensor that they write."""
 ROWS_WRITTEN = {
     "index_put_",
     "_index_put_impl_",
@@ -67,13 +67,17 @@ ROWS_WRITTEN = {
     "scatter_",
     "scatter_add_",
 }
-"""Operators that read and write of their first tensor what their last tensor has."""
+"""Operators that read and write as much of their first tensor as the last one holds."""
 SYNC_WARNING = "called a synchronizing"
+"""Part of torch's warning in its sync debug mode."""
 SHOWN = 40
+"""Operators in the list."""
 
 
 @dataclass(kw_only=True)
 class Arguments:
+    """Hold the options of the command line."""
+
     model: Literal["1b", "3b", "8b", "qwen3-8b"] = "1b"
     """Shapes of the model."""
     num_layers: int | None = None
@@ -106,7 +110,7 @@ def run(arguments: Arguments) -> int:
 
 
 def find_problem(arguments: Arguments) -> str | None:
-    """Why the step cannot be counted, with a fix, or None."""
+    """Say why the step cannot be counted, with a fix; None = it can."""
     if arguments.device == "cpu" and arguments.scale == "full":
         return "--device cpu --scale full: would take hours. Fix: --scale toy."
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -124,13 +128,14 @@ def find_problem(arguments: Arguments) -> str | None:
 
 
 def count_step(arguments: Arguments, card: Card, scale: Scale) -> tuple["Traffic", Counter]:
-    """Bytes of one warm step, and the host syncs of another."""
+    """Count the bytes of one warm step, and the host syncs of another."""
     assert arguments.model in MODELS
     changes: dict[str, Any] = {"attention_backend": arguments.attention_backend}
     if arguments.num_layers is not None:
         changes["num_layers"] = arguments.num_layers
     if arguments.loss_chunk_tokens is not None:
         changes["loss_chunk_tokens"] = arguments.loss_chunk_tokens
+    # Only what was given replaces the model's own settings.
     config, vocabulary = scale.model(arguments.model)
     config = replace(config, **changes)
     lengths = [scale.tokens(arguments.seq_length)] * arguments.samples
@@ -139,6 +144,7 @@ def count_step(arguments: Arguments, card: Card, scale: Scale) -> tuple["Traffic
     with one_process() as layout, torch.autograd.set_multithreading_enabled(False):
         contender = Ours(config, vocabulary, scale.dtype, layout, SEED)
         contender.step(sample)
+        # The first step warmed up: it compiled, and made the moments.
         with counted_syncs(card) as syncs:
             contender.step(sample)
         with Traffic(card.device.type) as traffic, compiled_calls_seen(traffic):
@@ -147,7 +153,7 @@ def count_step(arguments: Arguments, card: Card, scale: Scale) -> tuple["Traffic
 
 
 class Traffic(TorchDispatchMode):
-    """Counts calls and bytes by operator while it is active."""
+    """Count calls and bytes by operator while the mode is active."""
 
     def __init__(self, device_type: str):
         super().__init__()
@@ -159,6 +165,7 @@ class Traffic(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         name = func._schema.name.partition("::")[2]
+        # Views and allocations move nothing, and are no calls.
         moved = self.bytes_of(func, name, args, kwargs, out)
         if moved:
             self.bytes[name] += moved
@@ -178,11 +185,12 @@ class Traffic(TorchDispatchMode):
     def bytes_of(
         self, func: torch._ops.OpOverload, name: str, args: tuple, kwargs: dict, out: Any
     ) -> int:
-        """Bytes that one call reads and writes."""
+        """Count the bytes that one call reads and writes."""
         if name in ALLOCATIONS:
             return 0
         given = self.arguments(func, args, kwargs)
         inputs = [tensor for _, value in given for tensor in self.tensors(value)]
+        # Memory is told apart by its storage, whatever views are of it.
         known = {tensor.untyped_storage()._cdata for tensor in inputs}
         # An output in an input's memory is a view, or an argument that was changed in place.
         written = sum(
@@ -192,13 +200,15 @@ class Traffic(TorchDispatchMode):
         )
         changed = [(argument, value) for argument, value in given if is_written(argument, name)]
         if not written and not changed and self.tensors(out):
-            return 0  # a view
+            # A view.
+            return 0
         if name in NOT_READ:
             return written
         if name in ROWS_READ:
             return 2 * written + self.size([value for _, value in given[1:]])
         if name in ROWS_WRITTEN:
             return 3 * size_of(inputs[-1]) + self.size([value for _, value in given[1:-1]])
+        # Everything else that it was given; an overwritten argument is not read.
         read = sum(
             self.size(value)
             for place, (argument, value) in enumerate(given)
@@ -209,7 +219,7 @@ class Traffic(TorchDispatchMode):
     def arguments(
         self, func: torch._ops.OpOverload, args: tuple, kwargs: dict
     ) -> list[tuple[torch.Argument, Any]]:
-        """The given arguments with what the schema says of them."""
+        """Pair the given arguments with what the schema says of them."""
         known = func._schema.arguments
         named = {argument.name: argument for argument in known}
         return [
@@ -218,7 +228,7 @@ class Traffic(TorchDispatchMode):
         ]
 
     def tensors(self, value: Any) -> list[torch.Tensor]:
-        """The device's tensors within a value; of a DTensor its local part."""
+        """Find the device's tensors within a value; of a DTensor its local part."""
         found = [
             leaf._local_tensor if isinstance(leaf, DTensor) else leaf
             for leaf in tree_leaves(value)
@@ -227,11 +237,11 @@ class Traffic(TorchDispatchMode):
         return [tensor for tensor in found if tensor.device.type == self.device_type]
 
     def size(self, value: Any) -> int:
-        """Bytes of the device's tensors within a value."""
+        """Add up the bytes of the device's tensors within a value."""
         return sum(map(size_of, self.tensors(value)))
 
     def groups(self) -> dict[Group, int]:
-        """Bytes by group."""
+        """Add up the bytes by group."""
         found: dict[Group, int] = dict.fromkeys(
             ("products", "attention", "optimizer", "pointwise"), 0
         )
@@ -264,14 +274,14 @@ def compiled_calls_seen(traffic: Traffic) -> Iterator[None]:
 
 
 def is_written(argument: torch.Argument, name: str) -> bool:
-    """Does the operator write this argument?"""
+    """Tell whether the operator writes this argument."""
     if argument.name in ONLY_READ.get(name, ()):
         return False
     return argument.alias_info is not None and argument.alias_info.is_write
 
 
 def size_of(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor's elements; what it repeats along a dim counts once."""
+    """Count the bytes of a tensor's elements; what it repeats along a dim counts once."""
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
     return tensor.element_size() * prod(
         1 if stride == 0 and size else size for size, stride in sizes
@@ -279,7 +289,7 @@ def size_of(tensor: torch.Tensor) -> int:
 
 
 def group_of(name: str) -> Group:
-    """The group of an operator."""
+    """Choose the group of an operator."""
     if name in PRODUCTS or name == "_scaled_mm":
         return "products"
     if any(part in name for part in ATTENTION_PARTS):
@@ -289,7 +299,7 @@ def group_of(name: str) -> Group:
 
 @contextmanager
 def counted_syncs(card: Card) -> Iterator[Counter]:
-    """Counts, by source line, how often the host waits for a GPU; on a CPU nothing can be counted.
+    """Count, by source line, how often the host waits for a GPU; on a CPU nothing is counted.
 
     torch warns at each; what waits by torch.cuda.synchronize or an event is not among them.
     """
@@ -305,25 +315,24 @@ def counted_syncs(card: Card) -> Iterator[Counter]:
             yield found
     finally:
         torch.cuda.set_sync_debug_mode(before)
+    # Where in the code each wait was.
     for warning in caught:
         if SYNC_WARNING in str(warning.message):
             found[f"{shorten(warning.filename)}:{warning.lineno}"] += 1
 
 
 def shorten(path: str) -> str:
-    """A path within the repository, or within its package."""
+    """Shorten a path to that within the repository, or within its package."""
     file = Path(path)
     if file.is_relative_to(ROOT):
         return str(file.relative_to(ROOT))
-    return (
-        str(Path(*file.parts[file.parts.index("site-packages") + 1 :]))
-        if "site-packages" in file.parts
-        else path
-    )
+    if "site-packages" not in file.parts:
+        return path
+    return str(Path(*file.parts[file.parts.index("site-packages") + 1 :]))
 
 
 def describe_traffic(traffic: Traffic) -> list[str]:
-    """Lines: the operators that move most, then the groups."""
+    """Describe the operators that move most, then the groups, a line each."""
     lines = [
         f"{name:44s} x{traffic.calls[name]:6d} {size / 1e9:10.3f} GB  {group_of(name)}"
         for name, size in traffic.bytes.most_common(SHOWN)
@@ -336,7 +345,7 @@ def describe_traffic(traffic: Traffic) -> list[str]:
 
 
 def describe_syncs(syncs: Counter, card: Card) -> list[str]:
-    """Lines: how often the host waited, and where."""
+    """Describe how often the host waited, and where, a line each."""
     if not card.is_cuda:
         return ["host syncs: not counted on a CPU"]
     return [

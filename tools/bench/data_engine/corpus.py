@@ -1,4 +1,4 @@
-"""Corpora for the data benchmark, in Megatron-Core's format: one sequence per document, uint16 ids.
+"""Make corpora in Megatron-Core's format: one sequence per document, uint16 ids.
 
 Document lengths are log-normal, as those of web text are: most have some hundred tokens, a few in a
 million documents have more than a hundred thousand.
@@ -18,14 +18,15 @@ SHORTEST = 8
 LONGEST = 1 << 20
 EOD = 0
 VOCAB_SIZE = 50_000
-"""Each document of `write_tokens` ends with id EOD, which stands nowhere else, as Megatron-Core's
-positions need it."""
+"""Ids of `write_tokens`: 1 to VOCAB_SIZE - 1, and EOD at each document's end alone."""
 BLOCK = 1 << 22
+"""Tokens or documents that are made at a time."""
 
 
 def draw_lengths(documents: int, mean: float, seed: int) -> np.ndarray:
-    """Tokens of each document, int32 [documents], with about that mean."""
+    """Draw the tokens of each document, int32 [documents], with about that mean."""
     rng = np.random.default_rng(seed)
+    # The mean of a log-normal is exp(middle + SPREAD^2 / 2).
     middle = math.log(mean) - SPREAD**2 / 2
     out = np.empty(documents, dtype=np.int32)
     for start in range(0, documents, BLOCK):
@@ -38,14 +39,16 @@ def draw_lengths(documents: int, mean: float, seed: int) -> np.ndarray:
 
 
 def write_index(prefix: Path, lengths: np.ndarray, dtype: type[np.integer]) -> int:
-    """Write PREFIX.idx for documents of the given lengths, int32; the tokens they have together."""
+    """Write PREFIX.idx for documents of the given lengths, int32; returns their tokens together."""
     itemsize = np.dtype(dtype).itemsize
     end = 0
     with open(f"{prefix}.idx", "wb") as file:
         file.write(HEADER.pack(MAGIC, VERSION, find_code(dtype), len(lengths), len(lengths) + 1))
+        # The format: lengths of sequences, byte offsets, then each document's first sequence.
         lengths.astype("<i4", copy=False).tofile(file)
         for start in range(0, len(lengths), BLOCK):
             ends = end + np.cumsum(lengths[start : start + BLOCK], dtype=np.int64)
+            # Each sequence begins where the one before it ends.
             (np.concatenate([[end], ends[:-1]]) * itemsize).astype("<i8", copy=False).tofile(file)
             end = int(ends[-1])
         for start in range(0, len(lengths) + 1, BLOCK):
@@ -54,8 +57,11 @@ def write_index(prefix: Path, lengths: np.ndarray, dtype: type[np.integer]) -> i
 
 
 def write_hollow(prefix: Path, documents: int, tokens: int, seed: int) -> int:
-    """A pair whose .bin has the right size and no content: a hole in the file system, read as
-    zeros. Its tokens."""
+    """Write a pair whose .bin has a size and no content: a hole in the file, read as zeros.
+
+    Returns:
+        its tokens.
+    """
     total = write_index(prefix, draw_lengths(documents, tokens / documents, seed), np.uint16)
     with open(f"{prefix}.bin", "wb") as file:
         file.truncate(2 * total)
@@ -63,7 +69,7 @@ def write_hollow(prefix: Path, documents: int, tokens: int, seed: int) -> int:
 
 
 def write_tokens(prefix: Path, tokens: int, mean: float, seed: int) -> int:
-    """A pair with random ids, of about that many tokens; EOD at each document's end. Its tokens."""
+    """Write a pair of about that many random ids, EOD ending each document; returns its tokens."""
     lengths = draw_lengths(max(1, round(tokens / mean)), mean, seed)
     total = write_index(prefix, lengths, np.uint16)
     rng = np.random.default_rng(seed + 1)
@@ -73,6 +79,7 @@ def write_tokens(prefix: Path, tokens: int, mean: float, seed: int) -> int:
         while start < total:
             ids = rng.integers(1, VOCAB_SIZE, min(BLOCK, total - start), dtype=np.uint16)
             low, high = np.searchsorted(ends, [start, start + len(ids)])
+            # The document ends that lie in this block.
             ids[ends[low:high] - start] = EOD
             ids.tofile(file)
             start += len(ids)
@@ -80,7 +87,7 @@ def write_tokens(prefix: Path, tokens: int, mean: float, seed: int) -> int:
 
 
 def find_room(folder: Path, needed: int) -> str | None:
-    """Why the folder cannot take that many bytes, with a fix, or None."""
+    """Say why the folder cannot take that many bytes, with a fix; None = it can."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free

@@ -1,9 +1,10 @@
-"""Megatron-Core's side of the data benchmark: its own IndexedDataset and GPTDataset, without
-torch.distributed.
+"""Run Megatron-Core's side of the data benchmark: its IndexedDataset and GPTDataset.
+
+No process group is made.
 
 Each function runs in a process of its own (fresh.py). Its index cache is off: a config without a
 blend sets `mock`, by which GPTDataset keeps its indices in memory; the dataset handed to it is a
-real one all the same.
+real one anyway.
 """
 
 import logging
@@ -28,7 +29,7 @@ logging.disable(logging.WARNING)
 
 
 class Ids:
-    """As much of a tokenizer as GPTDataset asks for."""
+    """Stand for a tokenizer, as far as GPTDataset asks for one."""
 
     vocab_size = VOCAB_SIZE
     eod = EOD
@@ -37,16 +38,18 @@ class Ids:
 
 
 def index(prefix: str, warm_up: str, seq_length: int, next_length: int) -> dict:
-    """From opening the files to sample 0 in hand; then the same at another length, with the files
-    open."""
+    """Measure from opening the files to sample 0; then another length, with the files open."""
+    # Both lengths once on a small corpus: what is compiled is not measured.
     for length in (seq_length, next_length):
         build(open_files(warm_up), warm_up, length)[0]
     with measured() as found:
+        # The first sample is what a run waits for.
         files = open_files(prefix)
         dataset = build(files, prefix, seq_length)
         dataset[0]
     samples = len(dataset)
-    del dataset  # as a run would, before it builds the next one
+    # As a run would, before it builds the next one.
+    del dataset
     with measured() as again:
         build(files, prefix, next_length)[0]
     return {
@@ -57,8 +60,7 @@ def index(prefix: str, warm_up: str, seq_length: int, next_length: int) -> dict:
 
 
 def read(prefix: str, warm_up: str, seq_length: int, samples: int, reset_positions: bool) -> dict:
-    """Seconds, and CPU seconds, of each of the first `samples` samples, after one that is not
-    timed."""
+    """Time each of the first `samples` samples, after one that is not timed."""
     torch.set_num_threads(1)
     dataset = build(open_files(prefix), prefix, seq_length, reset_positions)
     seconds = []
@@ -74,20 +76,21 @@ def read(prefix: str, warm_up: str, seq_length: int, samples: int, reset_positio
 
 
 def positions(tokens: np.ndarray) -> np.ndarray:
-    """Megatron-Core's positions of each document in a sample, int64 [tokens]; our oracle."""
+    """Compute Megatron-Core's positions per document, int64 [tokens], to compare with."""
     return _get_ltor_masks_and_position_ids(
         torch.from_numpy(tokens), EOD, True, False, False, False
     )[2].numpy()
 
 
 def open_files(prefix: str) -> IndexedDataset:
+    """Open a pair of files through a memory map."""
     return IndexedDataset(prefix, multimodal=False, mmap=True)
 
 
 def build(
     files: IndexedDataset, prefix: str, seq_length: int, reset_positions: bool = True
 ) -> GPTDataset:
-    """One epoch of all documents, shuffled, at one length."""
+    """Build the dataset of one epoch of all documents, shuffled, at one length."""
     # As much of a tokenizer as GPTDataset asks for, whatever its annotation says.
     tokenizer: Any = Ids()
     config = GPTDatasetConfig(

@@ -12,28 +12,33 @@ LENGTHS = tuple(1 << power for power in range(13, 21))
 
 
 BLOCK = 1 << 22
+"""Tokens that are written at a time."""
 
 
 HELD_OUT = 64
-"""One in so many documents of the last source is in no stream, as validation documents are."""
+"""One in this many documents of the last source is in no stream, as a validation set would be."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """base: id of its first token. lengths, starts: int64 [documents], tokens and id of the first
-    of each."""
+    """Hold one corpus, whose token ids count on from `base`."""
 
     name: str
     prefix: str
     base: int
+    """Id of its first token."""
     lengths: np.ndarray
+    """Tokens of each document, int64 [documents]."""
     starts: np.ndarray
+    """Id of each document's first token, int64 [documents]."""
     selected: np.ndarray | None
+    """Numbers of the documents that are in the stream; None = all."""
 
 
 def make_sources(folder: Path, tokens: int, longest: int, seed: int) -> list[Source]:
-    """Three .bin/.idx pairs, int32, whose token ids count on from 1 through all of them (0 is left
-    for padding).
+    """Make three .bin/.idx pairs, int32, whose token ids count on from 1 through all of them.
+
+    Id 0 is left for padding.
 
     Short documents of which some are empty; long ones; very short ones among some of several
     samples' length.
@@ -47,9 +52,12 @@ def make_sources(folder: Path, tokens: int, longest: int, seed: int) -> list[Sou
         count = max(8, int(tokens * share / mean))
         return np.exp(rng.normal(np.log(mean) - spread**2 / 2, spread, count)).astype(np.int64)
 
+    # Many short documents, of which one in a hundred is empty.
     short = log_normal(1000 * min(1, 4 * scale), 1.4, 0.4)
     short[rng.random(len(short)) < 0.01] = 0
+    # Documents about as long as the longest samples.
     long = log_normal(100_000 * scale, 1.0, 0.35) + 1
+    # Very short ones among some that are longer than any sample.
     mixed = np.concatenate(
         [
             log_normal(300 * min(1, 4 * scale), 1.0, 0.15) + 1,
@@ -66,6 +74,7 @@ def make_sources(folder: Path, tokens: int, longest: int, seed: int) -> list[Sou
         selected = (
             np.flatnonzero(rng.integers(0, HELD_OUT, len(lengths))) if name == "mixed" else None
         )
+        # Ids count on from source to source.
         starts = base + np.cumsum(lengths) - lengths
         sources.append(Source(name, str(prefix), base, lengths, starts, selected))
         base += total

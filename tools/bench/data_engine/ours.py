@@ -1,4 +1,4 @@
-"""Our side of the data benchmark, and all that it knows of data/: the adapter of data.py.
+"""Run our side of the data benchmark, and hold all that it knows of data/.
 
 Each of the measured functions runs in a process of its own (fresh.py).
 """
@@ -25,8 +25,7 @@ RANKS = 32
 
 
 def index(prefix: str, warm_up: str, seq_length: int, next_length: int) -> dict:
-    """From opening the files to sample 0 in hand; then the same at another length, with the files
-    open."""
+    """Measure from opening the files to sample 0; then another length, with the files open."""
     ledger = open_ledger(warm_up)
     first_sample(ledger, 0, seq_length)
     first_sample(ledger, seq_length, next_length)
@@ -39,8 +38,7 @@ def index(prefix: str, warm_up: str, seq_length: int, next_length: int) -> dict:
 
 
 def read(prefix: str, warm_up: str, seq_length: int, samples: int) -> dict:
-    """Seconds, and CPU seconds, of each of the first `samples` samples, after one that is not
-    timed."""
+    """Time each of the first `samples` samples, after one that is not timed."""
     loader = make_loader(open_ledger(prefix), 0, seq_length)
     seconds = []
     cpu_seconds = []
@@ -55,7 +53,7 @@ def read(prefix: str, warm_up: str, seq_length: int, samples: int) -> dict:
 
 
 def check(prefix: str, seq_length: int, samples: int) -> dict:
-    """Are positions those of Megatron-Core, and labels the next token of the document?"""
+    """Check that positions are Megatron-Core's, and labels the next token of the document."""
     from tools.bench.data_engine.megatron import positions
 
     loader = make_loader(open_ledger(prefix), 0, seq_length)
@@ -66,6 +64,7 @@ def check(prefix: str, seq_length: int, samples: int) -> dict:
         labels = batch.labels.numpy()
         if not np.array_equal(batch.positions.numpy(), positions(tokens)):
             wrong.append(f"sample {number}: positions")
+        # A document's last token has no label, every other one the token after it.
         ends = tokens == EOD
         if not (
             np.array_equal(labels < 0, ends)
@@ -76,7 +75,8 @@ def check(prefix: str, seq_length: int, samples: int) -> dict:
 
 
 def pack_lengths(prefix: str, warm_up: str, documents: int, seq_length: int) -> dict:
-    """Best fit over the lengths of the first documents at once."""
+    """Pack the first documents at once by best fit, from an array of their lengths."""
+    # Compile the algorithm, outside the measurement.
     pack(np.arange(1, 100), 128)
     with measured() as found:
         lengths = IndexedReaderLengths(prefix).document_lengths[:documents].astype(np.int64)
@@ -94,8 +94,7 @@ def pack_lengths(prefix: str, warm_up: str, documents: int, seq_length: int) -> 
 
 
 def pack_stream(prefix: str, warm_up: str, documents: int, seq_length: int) -> dict:
-    """Best fit as a run does it: an epoch of the stream in windows, located, cut, packed and put in
-    order."""
+    """Pack an epoch as a run does: the stream in windows, located, cut, packed and put in order."""
     settings = DataSettings(seq_length, ((1.0, SOURCE),), "best_fit", "error")
 
     def enter(prefix: str, documents: int | None) -> tuple[DocumentStream, int]:
@@ -108,6 +107,7 @@ def pack_stream(prefix: str, warm_up: str, documents: int, seq_length: int) -> d
         assert limit is not None, "--data-exhausted error draws one epoch"
         return stream, limit
 
+    # Compile everything, outside the measurement.
     enter(warm_up, None)
     with measured() as found:
         stream, samples = enter(prefix, documents)
@@ -120,16 +120,21 @@ def pack_stream(prefix: str, warm_up: str, documents: int, seq_length: int) -> d
 
 
 def slices(prefix: str, seq_length: int, samples: int, packing: Packing, balanced: bool) -> dict:
-    """What each of RANKS ranks reads of a sample: tokens and entries of .idx, most beyond its
-    share; by counting."""
+    """Count what each of RANKS ranks reads of a sample: tokens, and entries of .idx.
+
+    Returns:
+        the most of any rank, and the most beyond its share.
+    """
     # It imports megatron, which the memory of the other rows should not hold.
     from parallel.context import group_pieces
 
     worst = {"tokens": 0, "beyond": -(1 << 60), "entries_beyond": -(1 << 60), "entries": 0}
     ledger = open_ledger(prefix)
+    # With `balanced`, a rank has two pieces: one from each half of the sample.
     share = seq_length // RANKS
     stream = ledger.streams[SOURCE]
     reader: Any = CountingReader(stream.reader)
+    # The stream reads through the counter from here on.
     stream.reader = reader
     for rank in range(RANKS):
         pieces = (
@@ -139,10 +144,12 @@ def slices(prefix: str, seq_length: int, samples: int, packing: Packing, balance
         )
         loader = make_loader(ledger, 0, seq_length, packing=packing, pieces=pieces)
         for number in range(samples):
-            reader.tokens = reader.entries = 0
+            reader.tokens = 0
+            reader.entries = 0
             (batch,) = loader.read(number * seq_length)
             assert len(batch.tokens) == share
             starts = batch.cu_seqlens.numpy()[:-1]
+            # Documents that have a token in one of the rank's pieces.
             touched = sum(
                 int(np.searchsorted(starts, high) - np.searchsorted(starts, low, side="right")) + 1
                 for low, high in pieces
@@ -153,12 +160,13 @@ def slices(prefix: str, seq_length: int, samples: int, packing: Packing, balance
                 "entries": reader.entries,
                 "entries_beyond": reader.entries - touched,
             }
+            # The rank that reads most decides.
             worst = {name: max(worst[name], value) for name, value in found.items()}
     return worst
 
 
 def open_ledger(prefix: str) -> Ledger:
-    """The whole corpus as one source, no index cached."""
+    """Open the whole corpus as one source, with no index cached."""
     return Ledger({SOURCE: DocumentStream(IndexedReader(prefix), None, SEED)})
 
 
@@ -169,7 +177,8 @@ def make_loader(
     packing: Packing = "concat",
     pieces: list[tuple[int, int]] | None = None,
 ) -> Loader:
-    """One sample a step from `clock` on."""
+    """Make a loader of one sample per step, from `clock` on."""
+    # Another length or packing begins a new segment of the ledger.
     ledger.enter(clock, "bench", DataSettings(seq_length, ((1.0, SOURCE),), packing, "repeat"))
     return Loader(
         ledger.mixture(),
@@ -186,20 +195,19 @@ def make_loader(
 
 
 def first_sample(ledger: Ledger, clock: int, seq_length: int) -> None:
+    """Read the sample at `clock`."""
     make_loader(ledger, clock, seq_length).read(clock)
 
 
 class IndexedReaderLengths(IndexedReader):
-    """A reader that is asked for lengths alone; its fingerprint is its name, so that nothing of
-    .bin is read."""
+    """Read lengths alone: the fingerprint is the file's name, so that nothing of .bin is read."""
 
     def fingerprint(self) -> str:
         return Path(self.prefix).name
 
 
 class CountingReader:
-    """Counts what goes through `read_spans` and `read`: tokens copied from .bin, and entries of
-    .idx looked up."""
+    """Count what a reader copies from .bin in tokens, and what it looks up in .idx in entries."""
 
     def __init__(self, reader: Reader):
         self._reader: Any = reader

@@ -20,19 +20,16 @@ THEIRS = "Megatron-Core"
 
 
 MILLION = 1 << 20
-
-
 INDEX_LENGTH = 8192
-
-
+"""Tokens of a sample in the index row."""
 NEXT_LENGTH = 32768
-
-
+"""Tokens of a sample where that row changes the length."""
 MEAN = 1000
 """Tokens of a document, on average, in the rows that do not set it."""
 
 
 SLICE_SAMPLES = 4
+"""Samples that the slices row reads."""
 
 
 BARS = {
@@ -47,8 +44,10 @@ BARS = {
 
 
 def measure_index(folder: Path, arguments: Arguments) -> tuple[list[str], bool]:
+    """Measure opening a corpus up to its first sample, and going on at another length."""
     from tools.bench.data_engine import megatron as data_megatron
 
+    # The index is all that either side reads of it but one sample.
     total = data_corpus.write_hollow(
         folder / "hollow", arguments.documents, arguments.tokens, arguments.seed
     )
@@ -97,6 +96,7 @@ def measure_index(folder: Path, arguments: Arguments) -> tuple[list[str], bool]:
 
 
 def measure_packing(folder: Path, arguments: Arguments) -> tuple[list[str], bool]:
+    """Measure best-fit packing: the algorithm alone, and an epoch as a run packs it."""
     count = arguments.packed_documents
     data_corpus.write_hollow(folder / "packed", count, count * MEAN, arguments.seed)
     common = {
@@ -114,9 +114,12 @@ def measure_packing(folder: Path, arguments: Arguments) -> tuple[list[str], bool
     rows = []
     bars = []
     for name, one in found.items():
+        # All at once, only the algorithm is timed; a run has no such part.
         seconds = one.get("pack_seconds", one["seconds"])
         rate = count / seconds / 1e6
+        # In GB per ten million documents.
         memory = one["above_bytes"] / 1e9 / count * 1e7
+        # Share of the samples that is not padding.
         fill = one["tokens"] / (one["samples"] * MILLION)
         rows.append(
             [
@@ -155,13 +158,17 @@ def measure_packing(folder: Path, arguments: Arguments) -> tuple[list[str], bool
 
 
 def measure_reading(folder: Path, arguments: Arguments) -> tuple[list[str], bool]:
+    """Measure samples per second, read in process."""
     from tools.bench.data_engine import megatron as data_megatron
 
     prefix = make_tokens(folder, arguments)
     warm_up = make_warm_up(folder)
+    # First the results, then the times.
     wrong = run_fresh(data_ours.check, 1, prefix=prefix, seq_length=MILLION, samples=3)["wrong"]
+    # Times of wrong results would say nothing.
     if wrong:
         return ["### Reading", "", f"- wrong results, not timed: {'; '.join(wrong)}"], False
+    # rates[contender][length, clock] in Mtok/s; clock: wall or CPU seconds.
     rates: dict[str, dict[tuple[int, str], float]] = {}
     for seq_length in (MILLION, INDEX_LENGTH):
         common = {
@@ -205,6 +212,7 @@ def measure_reading(folder: Path, arguments: Arguments) -> tuple[list[str], bool
 
 
 def measure_slices(folder: Path, arguments: Arguments) -> tuple[list[str], bool]:
+    """Count what a context-parallel rank reads of a sample."""
     prefix = make_tokens(folder, arguments)
     ranks = data_ours.RANKS
     rows = []
@@ -221,6 +229,7 @@ def measure_slices(folder: Path, arguments: Arguments) -> tuple[list[str], bool]
                 packing=packing,
                 balanced=balanced,
             )
+            # Any rank, packing and slicing may be the worst.
             worst = max(worst, found["beyond"], found["entries_beyond"])
             rows.append(
                 [
@@ -252,6 +261,7 @@ def measure_slices(folder: Path, arguments: Arguments) -> tuple[list[str], bool]
 
 
 def measure_exactly_once(folder: Path, arguments: Arguments) -> tuple[list[str], bool]:
+    """Count how often each token of a run of random phases was an input and a label."""
     inside = folder / "counted"
     inside.mkdir()
     found = run_fresh(
@@ -261,8 +271,10 @@ def measure_exactly_once(folder: Path, arguments: Arguments) -> tuple[list[str],
         tokens=arguments.counted_tokens,
         seed=arguments.seed,
     )
+    # It takes gigabytes: gone before the next row.
     for name in inside.iterdir():
         name.unlink()
+    # None = every token came once.
     problems = found["problems"]
     return [
         "### Exactly once",
@@ -281,6 +293,8 @@ def measure_exactly_once(folder: Path, arguments: Arguments) -> tuple[list[str],
 
 
 def measure_tokenizing(folder: Path, arguments: Arguments) -> tuple[list[str], bool]:
+    """Measure the tokenizing of text."""
+    # Its own folder, which the benchmark removes with the others.
     rows = tokenizing.measure(arguments.text_bytes, folder=str(make_folder(folder / "text")))
     ours = rows[0]
     return [
@@ -302,6 +316,7 @@ def measure_tokenizing(folder: Path, arguments: Arguments) -> tuple[list[str], b
 
 
 ROWS: dict[str, Callable[[Path, Arguments], tuple[list[str], bool]]] = {
+    # name -> (folder, arguments) -> (lines of the report, is everything right?)
     "index": measure_index,
     "packing": measure_packing,
     "reading": measure_reading,
@@ -312,7 +327,7 @@ ROWS: dict[str, Callable[[Path, Arguments], tuple[list[str], bool]]] = {
 
 
 def count_tokens(folder: str, tokens: int, seed: int) -> dict:
-    """`exactly_once.run`, in a process of its own."""
+    """Run exactly_once.run, in a process of its own."""
     with measured() as found:
         outcome = exactly_once.run(
             Path(folder), tokens, seed, log=lambda line: print(line, file=sys.stderr)
@@ -323,11 +338,12 @@ def count_tokens(folder: str, tokens: int, seed: int) -> dict:
 def in_turns(
     contenders: dict[str, Callable[..., dict]], repeats: int, **options
 ) -> dict[str, dict]:
-    """Contender -> what it measured: medians of seconds, the largest of everything else.
+    """Map contenders to what they measured: medians of seconds, the largest of everything else.
 
     The order turns from repeat to repeat, so none always finds the page cache as the other left it.
     """
     runs: dict[str, list[dict]] = {name: [] for name in contenders}
+    # Each contender once per repeat.
     for repeat in range(repeats):
         for name in list(contenders)[:: -1 if repeat % 2 else 1]:
             runs[name].append(run_fresh(contenders[name], CORES, **options))
@@ -344,18 +360,19 @@ def in_turns(
 
 
 def make_tokens(folder: Path, arguments: Arguments) -> str:
-    """The corpus with real ids, made once; its prefix. Leaves it in the page cache."""
+    """Make the corpus with real ids once, and read it into the page cache; returns its prefix."""
     prefix = folder / "tokens"
     if not Path(f"{prefix}.bin").exists():
         data_corpus.write_tokens(prefix, arguments.read_tokens, MEAN, arguments.seed)
     with open(f"{prefix}.bin", "rb") as file:
+        # Read once, so that both sides find it in memory.
         while file.read(1 << 24):
             pass
     return str(prefix)
 
 
 def make_warm_up(folder: Path) -> str:
-    """A small corpus, for what is compiled or loaded at the first use."""
+    """Make a small corpus, for what is compiled or loaded at the first use; returns its prefix."""
     prefix = folder / "warm-up"
     if not Path(f"{prefix}.bin").exists():
         data_corpus.write_tokens(prefix, 3 * MILLION, MEAN, 1)
@@ -363,6 +380,7 @@ def make_warm_up(folder: Path) -> str:
 
 
 def remove(prefix: Path) -> None:
+    """Remove a pair of files."""
     for end in ("idx", "bin"):
         Path(f"{prefix}.{end}").unlink()
 

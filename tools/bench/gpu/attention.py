@@ -1,5 +1,4 @@
-"""Attention by kernel: of one Qwen3-8B rank alone, and of many documents beside one; from how many
-tokens on cuDNN is ahead."""
+"""Measure attention by kernel: one Qwen3-8B rank, many documents beside one, the crossover."""
 
 import statistics
 from collections.abc import Callable
@@ -41,13 +40,13 @@ count them; forward has 2."""
 DOCUMENT = 2048
 """Tokens of each of the many documents."""
 
-Way = Callable[[], torch.Tensor]
-"""-> the output, with its graph."""
+Forward = Callable[[], torch.Tensor]
+"""Compute the output, with its graph."""
 
 
 @dataclass(frozen=True)
 class Heads:
-    """One rank's share of a layer's attention, its tensors and its work."""
+    """Hold one rank's share of a layer's attention: its tensors and its work."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -58,8 +57,7 @@ class Heads:
 
 
 def qwen_attention(card: Card, scale: Scale, report: Report, *, tokens: int) -> None:
-    """Report forward and backward of one layer's attention of rank 0 of cp 8, kernel by kernel, and
-    the crossover between two of them."""
+    """Report one layer's attention of rank 0 of cp 8 by kernel, and the crossover of two."""
     heads = make_heads(card, scale, scale.tokens(tokens))
     ways = ways_of_ours(card, scale, report, heads) | ways_of_sdpa(heads)
     for case, way in ways.items():
@@ -70,7 +68,7 @@ def qwen_attention(card: Card, scale: Scale, report: Report, *, tokens: int) -> 
 
 
 def make_heads(card: Card, scale: Scale, tokens: int) -> Heads:
-    """Random q, k, v and output gradient of one document."""
+    """Draw q, k, v and the output's gradient of one document."""
     config, _ = scale.model("qwen3-8b")
     size = config.head_size
     query_heads = config.num_attention_heads // QWEN_RANKS
@@ -83,15 +81,16 @@ def make_heads(card: Card, scale: Scale, tokens: int) -> Heads:
     q = draw(query_heads).requires_grad_()
     k = draw(kv_heads).requires_grad_()
     v = draw(kv_heads).requires_grad_()
+    # Two products of 2 operations per pair, head and channel.
     work = 4 * query_heads * size * causal_pairs([tokens])
     return Heads(q, k, v, draw(query_heads), work)
 
 
-def ways_of_ours(card: Card, scale: Scale, report: Report, heads: Heads) -> dict[str, Way]:
-    """Our backends; those that are missing are said in a line each."""
+def ways_of_ours(card: Card, scale: Scale, report: Report, heads: Heads) -> dict[str, Forward]:
+    """Make the calls of our backends; a line each names those that are missing."""
     edges = torch.tensor([0, len(heads.q)], dtype=torch.int32)
     (segments,) = pack_documents(edges, [(0, len(heads.q))], card.device)
-    ways: dict[str, Way] = {}
+    ways: dict[str, Forward] = {}
     for name in dict.fromkeys([*ATTENTION_BACKENDS, *BACKENDS]):
         missing = missing_backend(name, card, scale)
         if missing:
@@ -102,8 +101,8 @@ def ways_of_ours(card: Card, scale: Scale, report: Report, heads: Heads) -> dict
     return ways
 
 
-def ways_of_sdpa(heads: Heads) -> dict[str, Way]:
-    """torch's kernels one by one, as [1, heads, tokens, size]."""
+def ways_of_sdpa(heads: Heads) -> dict[str, Forward]:
+    """Make the calls of torch's kernels one by one, as [1, heads, tokens, size]."""
 
     def by(kernel: SDPBackend) -> torch.Tensor:
         q, k, v = (x.transpose(0, 1)[None] for x in (heads.q, heads.k, heads.v))
@@ -114,8 +113,9 @@ def ways_of_sdpa(heads: Heads) -> dict[str, Way]:
     return {name: lambda kernel=kernel: by(kernel) for name, kernel in SDPA_KERNELS.items()}
 
 
-def measure_way(card: Card, report: Report, case: str, way: Way, heads: Heads) -> None:
+def measure_way(card: Card, report: Report, case: str, way: Forward, heads: Heads) -> None:
     """Report the median seconds and the rates of forward, backward and both."""
+    # The kernel before left its memory to the allocator.
     card.clear()
     forward: list[float] = []
     backward: list[float] = []
@@ -128,7 +128,8 @@ def measure_way(card: Card, report: Report, case: str, way: Way, heads: Heads) -
         ("forward", forward, heads.forward_flops),
         ("backward", backward, BACKWARD_PRODUCTS * heads.forward_flops // 2),
     ):
-        seconds = statistics.median(times[1:])  # the first warmed up
+        # The first round warmed up.
+        seconds = statistics.median(times[1:])
         total += seconds
         report.add(f"{name} seconds", seconds, "s", case=case)
         report.add(f"{name} rate", flops / seconds / 1e12, "TFLOP/s", case=case)
@@ -137,8 +138,11 @@ def measure_way(card: Card, report: Report, case: str, way: Way, heads: Heads) -
 
 
 def report_crossover(card: Card, scale: Scale, report: Report, heads: HeadShape) -> tuple[int, str]:
-    """Report from how many tokens on a document is faster through cuDNN, as the trainer finds it at
-    its start -> tokens, and where they are from."""
+    """Report from how many tokens on cuDNN is faster, found as the trainer does at its start.
+
+    Returns:
+        the tokens, and where they are from.
+    """
     dtype = getattr(torch, scale.dtype)
     query, kv, size = heads
     case = f"crossover, {query} query and {kv} key/value heads of {size}"
@@ -161,12 +165,12 @@ def report_crossover(card: Card, scale: Scale, report: Report, heads: HeadShape)
 
 
 def documents(card: Card, scale: Scale, report: Report, *, tokens: int) -> None:
-    """Report the attention's time inside a step of 2 layers of 1B, in one document and in many,
-    with the crossover that is measured for its heads."""
+    """Report attention's time in a step of 2 layers of 1B, in one document and in many."""
     total = scale.tokens(tokens)
     many = 4 if scale.toy else total // DOCUMENT
     config, vocabulary = scale.model("1b", num_layers=2)
     config = replace(config, **lean(config, total))
+    # With the crossover that a run would find for these heads.
     crossover, how = report_crossover(card, scale, report, heads_of_call(config))
     attend, chosen = attention_of(config, card, scale, crossover=crossover, how=how)
     clock = TimedAttend(attend, card.device)
@@ -181,10 +185,11 @@ def documents(card: Card, scale: Scale, report: Report, *, tokens: int) -> None:
             for count in list(times)[:: -1 if turn % 2 else 1]:
                 with clock.counting() as inside:
                     contender.step(samples[count])
-                times[count] += inside if turn else []  # the first warms up
+                # The first turn warms up.
+                times[count] += inside if turn else []
     one = statistics.median(times[1])
     other = statistics.median(times[many])
     report.add("seconds", one, "s", case="1 document", note=chosen)
     report.add("seconds", other, "s", case=f"{many} documents")
-    # the sum of squares is 1 / many of one document's
+    # The sum of squares is 1 / many of one document's
     report.add("ratio", other / one * many, "of what the sum of squares predicts")

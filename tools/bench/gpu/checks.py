@@ -1,5 +1,4 @@
-"""Items of a lease that measure no training: what is installed, the tests on a GPU, the card's rate
-of products."""
+"""Check what is installed, run the tests on a GPU, and measure the card's rate of products."""
 
 import importlib
 import platform
@@ -35,7 +34,8 @@ KERNELS_FIRST = "test_kernels.py"
 
 def probe(card: Card, scale: Scale, report: Report) -> None:
     """Report the card's memory, the versions, and in one line each what is missing or refuses."""
-    torch.ones(1 << 20, device=card.device)  # the first thing that a broken machine refuses
+    # The first thing that a broken machine refuses.
+    torch.ones(1 << 20, device=card.device)
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for module, package in IMPORTED.items():
         with report.trying(package):
@@ -56,8 +56,7 @@ def product(card: Card, scale: Scale, report: Report) -> None:
 
 
 class Recorder:
-    """A pytest plugin that writes failed tests as they fail, and the counts of each file after its
-    last test."""
+    """Write failed tests as they fail, and each file's counts at its end: a pytest plugin."""
 
     def __init__(self, report: Report):
         self.report = report
@@ -65,9 +64,9 @@ class Recorder:
         self.counts: dict[str, int] = {}
 
     def pytest_runtest_logreport(self, report) -> None:
-        """Count one phase of one test; setup and teardown count where they fail, setup where it
-        skips."""
+        """Count a test by its call; by setup and teardown where they fail or skip."""
         file = report.nodeid.partition("::")[0].rpartition("/")[2]
+        # Files run one after another: another one ends the one before.
         if file != self.file:
             self.end_file()
             self.file = file
@@ -102,6 +101,7 @@ def gpu_tests(card: Card, scale: Scale, report: Report) -> None:
     import pytest
 
     files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"), key=in_order)
+    # No cache: nothing is written into the tree.
     options = ["-q", "--tb=short", "-p", "no:cacheprovider"]
     code = pytest.main([*options, *map(str, files)], plugins=[Recorder(report)])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
@@ -109,5 +109,5 @@ def gpu_tests(card: Card, scale: Scale, report: Report) -> None:
 
 
 def in_order(path: Path) -> tuple[bool, str]:
-    """The key that sorts the kernels' file before the others."""
+    """Sort the kernels' file before the others."""
     return path.name != KERNELS_FIRST, path.name

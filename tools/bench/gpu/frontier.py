@@ -34,11 +34,11 @@ MOST_DOCUMENTS = 128
 
 @dataclass(frozen=True)
 class Try:
-    """One length that fitted."""
+    """Hold one length that fitted."""
 
     documents: int
     peak: int
-    """Bytes."""
+    """Most bytes in tensors."""
     seconds: float
 
 
@@ -68,9 +68,11 @@ def search(card: Card, scale: Scale, report: Report, *, rung: str) -> None:
     most = 16 if scale.toy else MOST_DOCUMENTS
     document = scale.tokens(DOCUMENT)
     config = config_of(rung, scale)
+    # With offload, the host may be what ends it.
     by_host = config.cpu_offloading_num_layers > 0 and most_on_host(config, document) < most
 
     def measure(count: int) -> Try | None:
+        # A process each: out of memory leaves a card in pieces.
         found = run_fresh(
             try_length,
             usable_cores(),
@@ -86,6 +88,7 @@ def search(card: Card, scale: Scale, report: Report, *, rung: str) -> None:
         report_try(report, fitting, count * document)
         return fitting
 
+    # The host's memory ends the ladder before the card's.
     if by_host:
         most = most_on_host(config, document)
         only = measure(most)
@@ -95,6 +98,7 @@ def search(card: Card, scale: Scale, report: Report, *, rung: str) -> None:
             capacity_of, usable_cores(), on_gpu=card.is_cuda, device=card.device.type
         )["bytes"]
         fits = longest_that_fits(measure, capacity, most)
+    # Which of the two memories ended it.
     note = f"ended by the host's memory ({HOST // GIB} GiB), not by the card's" if by_host else ""
     if not fits:
         report.fail(f"{(most if by_host else 1) * document:,} tokens do not fit")
@@ -108,8 +112,7 @@ def capacity_of(device: str) -> dict:
 
 
 def try_length(rung: str, documents: int, device: str, toy: bool) -> dict:
-    """fits, and if so peak (bytes) and seconds of a contender's forward and backward on this many
-    documents."""
+    """Try a forward and backward on this many documents: fits, and if so peak and seconds."""
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     card = Card(torch.device(device))
@@ -122,7 +125,8 @@ def try_length(rung: str, documents: int, device: str, toy: bool) -> dict:
     try:
         with one_process() as layout:
             contender = make_contender(rung, config, vocabulary, scale, layout, card)
-            contender.forward_backward(sample)  # compiles, and makes cuDNN's plans
+            # Compiles, and makes cuDNN's plans.
+            contender.forward_backward(sample)
             contender.clear()
             seconds, peak = card.peak(lambda: contender.forward_backward(sample))
     except torch.OutOfMemoryError:
@@ -131,10 +135,11 @@ def try_length(rung: str, documents: int, device: str, toy: bool) -> dict:
 
 
 def config_of(rung: str, scale: Scale) -> BenchModel:
-    """8B with the settings of a rung; of a peer as it is."""
+    """Make the configuration of 8B with the settings of a rung; for a peer as it is."""
     config, _ = scale.model("8b")
     if rung in PEERS:
         return config
+    # Its length is not known when the model is built.
     tokens = scale.tokens(TILES * MLP_TILE)
     return replace(config, **ladder(config, tokens, scale.tokens(MLP_TILE))[rung])
 
@@ -142,7 +147,7 @@ def config_of(rung: str, scale: Scale) -> BenchModel:
 def make_contender(
     rung: str, config: BenchModel, vocabulary: int, scale: Scale, layout: Layout, card: Card
 ) -> Contender:
-    """A rung of the ladder, whose settings `config` has, or a peer, without an optimizer."""
+    """Make a rung of the ladder, whose settings `config` has, or a peer, without an optimizer."""
     if rung in PEERS:
         way = replace(PEERS[rung], batched=True)
         return Transformers(
@@ -192,7 +197,9 @@ def longest_that_fits(measure: Callable[[int], Try | None], capacity: int, most:
 
 
 def most_on_host(config: BenchModel, document: int) -> int:
-    """Documents whose kept tensors fit in three quarters of the host's memory: a power of two, as
-    pinned blocks are."""
+    """Count the documents whose kept tensors fit in three quarters of the host's memory.
+
+    A power of two, as pinned blocks are.
+    """
     kept = sum(offloaded_bytes(config, document, 1, ELEMENT))
     return 1 << max(0, int(0.75 * HOST // kept).bit_length() - 1)

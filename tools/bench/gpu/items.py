@@ -1,4 +1,4 @@
-"""The items of a lease: what runs, in which order, and what a figure should reach.
+"""List the items of a short run on a GPU: their order, their seconds, and their bars.
 
 This file imports nothing heavy: the driver reads it before the clock matters.
 """
@@ -17,19 +17,23 @@ LADDER_NAMES = {
 }
 """Item's name -> rung of memory.py, or peer of contenders.py."""
 QWEN_LAYERS = 36
-"""The peak of its rank grows by the same per layer from 3 layers on: with 2, nothing is on its way
-to the host yet."""
+"""Layers of Qwen3-8B.
+
+The peak of its rank grows by the same per layer from 3 layers on: with 2, nothing is on its way to
+the host yet.
+"""
 ONE_B_LAYERS = 16
 
 
 @dataclass(frozen=True)
 class Bar:
-    """What a figure should reach."""
+    """Hold what a figure should reach."""
 
     limit: float
     at_least: bool = False
 
     def reached(self, value: float) -> bool:
+        """Judge a figure."""
         return value >= self.limit if self.at_least else value <= self.limit
 
     def __str__(self) -> str:
@@ -38,7 +42,7 @@ class Bar:
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One process of a lease."""
+    """Describe one process of the run."""
 
     name: str
     title: str
@@ -56,6 +60,7 @@ class Item:
     """(case, figure) -> its bar; "" stands for every case."""
 
 
+# It always runs first.
 PROBE = Item(
     name="probe",
     title="the machine",
@@ -65,8 +70,10 @@ PROBE = Item(
 )
 SHARE = {("", "share"): Bar(0.6, at_least=True)}
 
+# The most valuable first: time may end at any item.
 LEASE = (
     Item(
+        # First whether the kernels are right.
         name="tests",
         title="tests/gpu",
         function="tools.bench.gpu.checks:gpu_tests",
@@ -75,6 +82,7 @@ LEASE = (
         bars={("", "failed"): Bar(0)},
     ),
     Item(
+        # The rate that shares are shares of.
         name="product",
         title="8192^3 bf16 product",
         function="tools.bench.gpu.checks:product",
@@ -82,6 +90,7 @@ LEASE = (
         deadline=30,
     ),
     Item(
+        # Attention is nine tenths of a long sample's time.
         name="attention",
         title="attention of one Qwen3-8B rank, 262,144 tokens",
         function="tools.bench.gpu.attention:qwen_attention",
@@ -90,6 +99,7 @@ LEASE = (
         deadline=60,
     ),
     Item(
+        # The step that most people train.
         name="1b-8k",
         title="1B, 4 samples of 8K",
         function="tools.bench.gpu.steps:ours",
@@ -99,6 +109,7 @@ LEASE = (
         bars=SHARE,
     ),
     Item(
+        # The longest sample that is planned for.
         name="qwen3-8b-rank",
         title="one rank of Qwen3-8B, cp 8, 1,048,576 tokens",
         function="tools.bench.gpu.long:qwen_rank",
@@ -111,6 +122,7 @@ LEASE = (
         },
     ),
     Item(
+        # A long sample on one card alone.
         name="1b-512k",
         title="1B, one document of 524,288 tokens",
         function="tools.bench.gpu.long:one_b",
@@ -129,6 +141,7 @@ LEASE = (
         bars=SHARE,
     ),
     Item(
+        # The peer comes after ours: it says least by itself.
         name="1b-8k-peer",
         title="1B, 4 samples of 8K, transformers",
         function="tools.bench.gpu.steps:peer",

@@ -79,6 +79,7 @@ def run(arguments: Arguments) -> int:
     if problem:
         print(f"error: --output {folder}: {problem}", file=sys.stderr)
         return 2
+    # The clock starts here.
     lease = Lease(folder, arguments)
     found = lease.run(chosen_items(arguments.only))
     print(lease.table.read_text(encoding="utf-8"), end="", flush=True)
@@ -86,7 +87,7 @@ def run(arguments: Arguments) -> int:
 
 
 def find_problem(arguments: Arguments) -> str | None:
-    """Why the lease cannot run, with a fix, or None."""
+    """Say why the run cannot begin, with a fix; None = it can."""
     unknown = [name for name in arguments.only if name not in ITEMS]
     if unknown:
         return f"--only {' '.join(unknown)}: no such item. Fix: one of {', '.join(ITEMS)}."
@@ -102,7 +103,7 @@ def find_problem(arguments: Arguments) -> str | None:
 
 
 def find_folder_problem(folder: Path) -> str | None:
-    """Make the folder -> why nothing can be written there, with a fix, or None."""
+    """Make the folder, and say why nothing can be written there, with a fix; None = it can."""
     lines = folder / LINES
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -116,14 +117,13 @@ def find_folder_problem(folder: Path) -> str | None:
 
 
 def describe_item(item: Item) -> str:
-    """One line of --names."""
+    """Describe an item in a line of --names."""
     where = " (by hand)" if item.by_hand else ""
     return f"{item.name}: {item.title}, {item.seconds} s{where}"
 
 
 def print_table(path: Path) -> int:
-    """Print the Markdown section of a file of lines; 0, or 2 with one line of what is wrong with
-    it."""
+    """Print the Markdown section of a file of lines; 0, or 2 with one line of what is wrong."""
     lines: list[Line] = []
     try:
         lines = read_lines(path)
@@ -140,13 +140,13 @@ def print_table(path: Path) -> int:
 
 
 def chosen_items(only: Sequence[str]) -> list[Item]:
-    """The items to run after the probe."""
+    """Choose the items to run after the probe."""
     names = only or [item.name for item in ITEMS.values() if not item.by_hand]
     return [ITEMS[name] for name in names]
 
 
 class Lease:
-    """A budget of seconds, spent on items one after another."""
+    """Spend a budget of seconds on items, one after another."""
 
     def __init__(self, folder: Path, arguments: Arguments):
         self.lines = folder / LINES
@@ -161,12 +161,13 @@ class Lease:
         self.torch = ""
 
     def left(self) -> float:
-        """Seconds that items may still take."""
+        """Count the seconds that items may still take."""
         return self.seconds - END_SECONDS - (time.monotonic() - self.start)
 
     def run(self, items: Sequence[Item]) -> bool:
         """Run the probe and the items; False where the probe found no such device."""
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no item is left behind
+        # An exit runs what ends the item's process, so that none is left behind.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         probed = self.probe()
         if probed is None and self.environment.get(ALLOCATOR) == DEFAULTS[ALLOCATOR]:
             # Not every machine that lends a part of a GPU has the driver's calls for it.
@@ -183,12 +184,12 @@ class Lease:
         return True
 
     def probe(self) -> Line | None:
-        """A figure of the probe, or None where it failed."""
+        """Run the probe; returns one of its figures, or None where it failed."""
         found = self.run_item(PROBE)
         return next((line for line in found if line.value is not None), None)
 
     def lines_of(self, report: Report) -> list[Line]:
-        """What a run of an item left so far."""
+        """Read what a run of an item left so far."""
         if not self.lines.exists():
             return []
         return [
@@ -198,11 +199,11 @@ class Lease:
         ]
 
     def run_item(self, item: Item) -> list[Line]:
-        """Run an item if the time that is left allows it, and bring the table up to date -> the
-        item's lines."""
+        """Run an item if there is time for it, and write the table again; returns its lines."""
         report = Report(
             self.lines, item.name, self.scale, date=now(), card=self.card, torch=self.torch
         )
+        # An item that would be cut off is worth less than the next one.
         left = self.left()
         if left < item.seconds:
             reason = f"needs {item.seconds} s, and {max(0.0, left):.0f} s were left"
@@ -219,10 +220,12 @@ class Lease:
     def run_to_its_end(self, item: Item, report: Report, deadline: float) -> None:
         """Run an item to its end or its deadline, and say what it found."""
         say(f"{item.name}, {self.left():.0f} s left, at most {deadline:.0f} s")
+        # The item leaves its figures in the file of lines itself.
         code = self.run_process(item, report, deadline)
         taken = time.perf_counter() - report.start
         if code is None:
             report.fail(f"ended at its deadline of {deadline:.0f} s")
+        # A process that was killed could not say why.
         elif code and not any(
             line.kind == "failed" and not line.case for line in self.lines_of(report)
         ):
@@ -232,7 +235,7 @@ class Lease:
         say(f"{item.name} took {taken:.0f} s")
 
     def run_process(self, item: Item, report: Report, deadline: float) -> int | None:
-        """The exit code of the item's process, or None where it was ended at its deadline."""
+        """Run the item's process; returns its exit code, or None where its deadline ended it."""
         task = Task(
             item=item.name,
             function=item.function,
@@ -243,6 +246,7 @@ class Lease:
             device=self.device,
             scale=self.scale,
         )
+        # A session of its own: everything that it starts can be ended with it.
         command = [sys.executable, "-m", "tools.bench.gpu.work", task.to_json()]
         with open(self.log, "a", encoding="utf-8") as log:
             log.write(f"\n== {item.name}: {shlex.join(command[1:])}\n")
@@ -266,7 +270,8 @@ class Lease:
 
 def end_group(process: subprocess.Popen) -> None:
     """End an item's process and all that it started, which would hold the GPU's memory."""
-    with suppress(ProcessLookupError):  # none is left
+    # There may be none left.
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     # A process that hangs inside the driver cannot be ended, and must not take the others' time.
     with suppress(subprocess.TimeoutExpired):
@@ -279,7 +284,7 @@ def say(text: str) -> None:
 
 
 def describe_line(line: Line) -> str:
-    """A line for people."""
+    """Spell a line for people."""
     where = ", ".join(part for part in (line.case, line.figure) if part)
     if line.kind in ("failed", "skipped"):
         name = f"{line.value}: " if line.value else ""

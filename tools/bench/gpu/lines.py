@@ -47,6 +47,7 @@ def append(path: Path, line: Line) -> None:
     """
     text = json.dumps(asdict(line), ensure_ascii=False) + "\n"
     with open(path, "a+b") as file:
+        # A last line without an end gets it first.
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
@@ -60,6 +61,7 @@ def read_lines(path: Path) -> list[Line]:
     Raises:
         ValueError: the file holds something else, with the number of the line.
     """
+    # Lines of another version may have further fields.
     known = {field.name for field in fields(Line)}
     texts = path.read_text(encoding="utf-8").splitlines()
     found = []
@@ -68,7 +70,8 @@ def read_lines(path: Path) -> list[Line]:
             values = json.loads(text)
             found.append(Line(**{name: values[name] for name in values.keys() & known}))
         except json.JSONDecodeError:
-            continue  # its process was killed while it wrote
+            # Its process was killed while it wrote.
+            continue
         except (TypeError, AttributeError) as error:
             raise ValueError(f"line {number} is not one of a lease ({error}). {FIX}") from error
     if texts and not found:
@@ -77,18 +80,18 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def now() -> str:
-    """The time as lines hold it."""
+    """Spell the time as lines hold it."""
     return f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
 
 
 def first_line(error: Exception) -> str:
-    """An exception as one short line."""
+    """Spell an exception as one short line."""
     text = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {text}"[:300]
 
 
 class Report:
-    """Where an item leaves its figures."""
+    """Append an item's figures to the file of lines."""
 
     def __init__(
         self, path: Path, item: str, scale: str, *, date: str, card: str = "", torch: str = ""
@@ -143,4 +146,5 @@ class Report:
             yield
         except Exception as error:
             traceback.print_exc()
+            # The log has the whole of it.
             self.fail(first_line(error), case=case)

@@ -1,5 +1,4 @@
-"""Steps on long samples with few layers, scaled to all of them by the difference that two layers
-make.
+"""Measure steps on long samples with few layers, scaled to all by what further layers take.
 
 One rank of Qwen3-8B at a million tokens (standin.py), and 1B at half a million.
 """
@@ -42,7 +41,7 @@ WARM_UP_TOKENS = 2048
 
 @dataclass(frozen=True)
 class Cost:
-    """What one step takes, as far as it grows with the layers."""
+    """Hold what one step takes, as far as it grows with the layers."""
 
     seconds: float
     peak: int
@@ -56,7 +55,7 @@ class Cost:
 
 
 def scale_to(costs: dict[int, Cost], layers: int) -> Cost:
-    """The cost of `layers` layers by the line through two measured numbers of layers."""
+    """Scale the cost to `layers` layers, by the line through two measured numbers of layers."""
     few, more = sorted(costs)
     share = (layers - few) / (more - few)
     first = costs[few]
@@ -68,6 +67,7 @@ def scale_to(costs: dict[int, Cost], layers: int) -> Cost:
 
 
 def name_case(layers: int) -> str:
+    """Name a case by its layers."""
     return f"{layers} layers"
 
 
@@ -95,6 +95,7 @@ def measure_layers(
             found.report(report, name_case(count))
             costs[count] = found.cost
         card.clear()
+    # Two points give the line.
     if len(costs) == 2 and full not in costs:
         scale_to(costs, full).report(report, name_case(full), is_scaled=True)
 
@@ -120,7 +121,7 @@ def qwen_rank(
 
 @dataclass(frozen=True)
 class QwenRun:
-    """One step of the rank."""
+    """Hold one step of the rank."""
 
     cost: Cost
     attention_seconds: float
@@ -135,6 +136,7 @@ class QwenRun:
         """Report the step, the attention inside it, and what would go over the wire."""
         self.cost.report(report, case)
         seconds = self.attention_seconds
+        # No recompute is counted.
         rate = self.attention_flops / seconds / 1e12
         report.add("attention seconds", seconds, "s", case=case, note=self.attention)
         note = "of forward and backward, no recompute counted"
@@ -153,6 +155,7 @@ def step_of_qwen_rank(card: Card, scale: Scale, total: int, layers: int) -> Qwen
     config, vocabulary = scale.model("qwen3-8b", num_layers=layers)
     settings = lean(config, total // QWEN_RANKS, cp_size=QWEN_RANKS)
     config = replace(config, **settings, cpu_offloading_num_layers=layers)
+    # Pinning takes seconds, which a run spends once.
     card.pin_ahead(offloaded_bytes(config, total, QWEN_RANKS, ELEMENT))
     attend, chosen = attention_of(config, card, scale, ranks=QWEN_RANKS)
     clock = TimedAttend(attend, card.device)
@@ -163,18 +166,21 @@ def step_of_qwen_rank(card: Card, scale: Scale, total: int, layers: int) -> Qwen
         warm_up = slice_of(
             min(total, QWEN_RANKS * WARM_UP_TOKENS), QWEN_RANKS, vocabulary, card.device
         )
+        # A first step, on few tokens, makes the moments.
         contender.step(warm_up)
+        # Only the measured step counts.
         sent.clear()
         sample = slice_of(total, QWEN_RANKS, vocabulary, card.device)
         with clock.counting() as inside:
             seconds, peak = card.peak(lambda: contender.step(sample))
     heads = config.num_attention_heads // QWEN_RANKS
+    # Forward 4, backward 8 per pair of a query and a key, head and channel.
     flops = 12 * layers * heads * config.head_size * causal_pairs([total])
     return QwenRun(Cost(seconds, peak), inside[0], flops, chosen, dict(sent))
 
 
 def slice_of(total: int, ranks: int, vocabulary: int, device: torch.device) -> Batch:
-    """Rank 0's slice of one document of `total` tokens."""
+    """Make rank 0's slice of one document of `total` tokens."""
     keep = total // ranks
     own = make_sample([keep + 1], vocabulary, SEED)
     edges = torch.tensor([0, total], dtype=torch.int32)
@@ -182,8 +188,10 @@ def slice_of(total: int, ranks: int, vocabulary: int, device: torch.device) -> B
 
 
 def offloaded_bytes(config: BenchModel, total: int, ranks: int, element: int) -> list[int]:
-    """The sizes of all large blocks that a context-parallel rank keeps on the host: each layer's
-    input and each chunk's output."""
+    """List the bytes of the large blocks that a rank keeps on the host.
+
+    They are each layer's input and each head chunk's output.
+    """
     heads = config.num_attention_heads // ranks // config.attention_head_chunks
     of_input = total // ranks * config.hidden_size * element
     of_chunk = total * heads * config.head_size * element
@@ -202,6 +210,7 @@ def one_b(
     config, vocabulary = scale.model("1b")
     full = config.num_layers
     if layers is None:
+        # All layers are tried only where they should fit.
         needed = predicted_bytes(replace(config, **lean(config, total)), vocabulary, total)
         if needed > card.capacity() and not scale.toy:
             report.skip(
@@ -220,7 +229,7 @@ def one_b(
 
 
 def predicted_bytes(config: BenchModel, vocabulary: int, tokens: int) -> int:
-    """What the memory model says that one process needs."""
+    """Ask the memory model what one process needs."""
     layout = LayoutConfig(data_parallel_sharding_strategy=STRATEGY)
     load = Workload(
         layout,
@@ -235,7 +244,7 @@ def predicted_bytes(config: BenchModel, vocabulary: int, tokens: int) -> int:
 
 @dataclass(frozen=True)
 class OneBRun:
-    """One step of 1B."""
+    """Hold one step of 1B."""
 
     cost: Cost
     flops: float

@@ -1,5 +1,4 @@
-"""What the items on one GPU share: the card with its clock and memory, sizes full and toy, models
-by name."""
+"""Hold what items on one GPU share: the card, full and toy sizes, models by name."""
 
 import gc
 import statistics
@@ -25,7 +24,7 @@ ASSUMED = "assumed"
 
 @dataclass(frozen=True)
 class Scale:
-    """full = the sizes that count; toy = the same code on small ones."""
+    """Choose sizes: full = those that count; toy = the same code on small ones."""
 
     toy: bool
 
@@ -35,15 +34,16 @@ class Scale:
         return "float32" if self.toy else "bfloat16"
 
     def tokens(self, full: int) -> int:
+        """Scale a number of tokens."""
         return max(64, full // 1024) if self.toy else full
 
     def model(self, name: str, **changes) -> tuple[BenchModel, int]:
-        """(configuration, vocabulary) of a model: 1b, 3b, 8b (Llama 3's shapes) or qwen3-8b."""
+        """Make (configuration, vocabulary) of 1b, 3b, 8b (Llama 3's shapes) or qwen3-8b."""
         config, vocabulary = MODELS[name]
+        # Few layers of the tiny preset, with the heads that the item needs.
         if self.toy:
-            return preset(
-                "tiny", **(TOY_CHANGES.get(name, {}) | {"num_layers": TOY_LAYERS} | changes)
-            ), 512
+            toy_changes = TOY_CHANGES.get(name, {}) | {"num_layers": TOY_LAYERS} | changes
+            return preset("tiny", **toy_changes), 512
         return preset(config, **(CHANGES.get(name, {}) | changes)), vocabulary
 
 
@@ -63,43 +63,45 @@ TOY_CHANGES = {
 
 
 class Card:
-    """The device: what a task takes on it."""
+    """Measure what a task takes on the device."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.is_cuda = device.type == "cuda"
 
     def describe(self) -> str:
+        """Name the card."""
         return torch.cuda.get_device_name(self.device) if self.is_cuda else "CPU"
 
     def wait(self) -> None:
+        """Wait until the device has done all its work."""
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
 
     def capacity(self) -> int:
-        """Bytes of the device's memory; on a CPU half a GiB, for trying the code out."""
-        return (
-            torch.cuda.get_device_properties(self.device).total_memory if self.is_cuda else GIB // 2
-        )
+        """Return the bytes of the device's memory; for a CPU half a GiB, to try the code out."""
+        if not self.is_cuda:
+            return GIB // 2
+        return torch.cuda.get_device_properties(self.device).total_memory
 
     def pin_ahead(self, sizes: list[int]) -> None:
-        """Leave pinned blocks of these bytes with torch's allocator: pinning takes long, and a run
-        does it once."""
+        """Leave pinned blocks of these bytes with torch's allocator: pinning takes long."""
         if self.is_cuda:
             blocks = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes]
             del blocks
 
     def clear(self) -> None:
-        """Give back what nobody holds any more."""
+        """Give unused memory back."""
         trim()
         if self.is_cuda:
             torch.cuda.empty_cache()
 
     def held(self) -> int:
-        """Bytes in tensors; on a CPU unknown, and 0."""
+        """Count the bytes in tensors; on a CPU unknown, and 0."""
         return torch.cuda.memory_allocated(self.device) if self.is_cuda else 0
 
     def seconds(self, task: Callable[[], object]) -> float:
+        """Time a task until the device has done it."""
         self.wait()
         start = time.perf_counter()
         task()
@@ -107,14 +109,16 @@ class Card:
         return time.perf_counter() - start
 
     def median(self, task: Callable[[], object], repeats: int, warm_ups: int) -> float:
+        """Take the median seconds of a task after its warm-ups."""
         times = [self.seconds(task) for _ in range(warm_ups + repeats)]
         return statistics.median(times[warm_ups:])
 
     def peak(self, task: Callable[[], object]) -> tuple[float, int]:
-        """(seconds, most bytes in tensors meanwhile); on a CPU resident bytes beyond those
-        before."""
+        """Measure seconds and the most bytes in tensors; on a CPU resident bytes beyond before."""
+        # Tensors in cycles would count.
         gc.collect()
         if not self.is_cuda:
+            # A CPU has no allocator that counts.
             with measured() as found:
                 task()
             return found["seconds"], found["above_bytes"]
@@ -122,9 +126,9 @@ class Card:
         return self.seconds(task), torch.cuda.max_memory_allocated(self.device)
 
     def product_tflops(self, scale: Scale, repeats: int = 10) -> float:
-        """TFLOP/s of an 8192^3 bf16 product of random matrices: zeros draw less power and run
-        faster."""
+        """Measure the TFLOP/s of an 8192^3 bf16 product."""
         size = 256 if scale.toy else 8192
+        # Random: zeros draw less power and run faster.
         left = torch.randn(size, size, device=self.device).to(torch.bfloat16)
         right = torch.randn(size, size, device=self.device).to(torch.bfloat16)
 
@@ -136,8 +140,8 @@ class Card:
 
 
 def heads_of_call(config: BenchModel, ranks: int = 1) -> HeadShape:
-    """Query heads, key/value heads and head size of one attention call of a context-parallel
-    rank."""
+    """Count query heads and key/value heads of a rank's attention call; with the head size."""
+    # A call sees one rank's share of one chunk of heads.
     parts = ranks * config.attention_head_chunks
     query = config.num_attention_heads // parts
     return query, max(1, config.num_kv_heads // parts), config.head_size
@@ -152,8 +156,7 @@ def attention_of(
     crossover: int = ASSUMED_CROSSOVER_TOKENS,
     how: str = ASSUMED,
 ) -> tuple[Attend, str]:
-    """Choose as the trainer does -> the attend function, and a line with the backend and its
-    crossover."""
+    """Choose as the trainer does; returns the attend function, and a line about it."""
     attend, line = choose_attention(
         config.attention_backend,
         card.device,
@@ -163,18 +166,19 @@ def attention_of(
         heads=heads_of_call(config, ranks),
         crossover=crossover,
     )
+    # From which length on cuDNN is taken, and how that is known.
     if line.startswith("attention: mixed"):
         line += f"; crossover {describe_crossover(crossover)} ({how})"
     return attend, line
 
 
 def describe_crossover(tokens: int) -> str:
-    """Which documents `mixed` gives to cuDNN."""
+    """Say which documents `mixed` gives to cuDNN."""
     return "no document" if tokens >= NEVER else f"{tokens:,} tokens"
 
 
 def missing_backend(name: str, card: Card, scale: Scale) -> str | None:
-    """Why an attention backend cannot be compared here, or None; auto can always be."""
+    """Say why an attention backend cannot be compared here; None = it can, as auto always."""
     if name == "auto":
         return None
     if name not in BACKENDS:

@@ -1,5 +1,4 @@
-"""The quick start's steps in one process on one device, with a stop and a resume:
-launch/quickstart.sh in small.
+"""Run the quick start's steps on one device, with a stop and a resume between.
 
 That script makes its environment with pip and has no stop in its middle; here the tools run in this
 Python.
@@ -31,14 +30,13 @@ STOP_AFTER = {True: 5, False: 30}
 
 
 def quickstart(card: Card, scale: Scale, report: Report) -> None:
-    """Report the seconds of corpus, tokenizer, tokens, training, resume and verified export, and
-    the losses."""
+    """Report the seconds of each step up to the verified export, and the losses."""
     with tempfile.TemporaryDirectory(prefix="ithaca-lease-") as name:
-        Run(Path(name), card, scale, report).all_steps()
+        QuickStart(Path(name), card, scale, report).all_steps()
 
 
-class Run:
-    """One run of the quick start in a folder."""
+class QuickStart:
+    """Run the quick start in a folder."""
 
     def __init__(self, folder: Path, card: Card, scale: Scale, report: Report):
         self.folder = folder
@@ -49,9 +47,10 @@ class Run:
         self.save = folder / "checkpoints"
 
     def all_steps(self) -> None:
-        """Run them one after another; one that fails raises."""
+        """Run all steps one after another; one that fails raises."""
         corpus = self.folder / "corpus.jsonl"
         write_corpus(corpus, TOY_BYTES if self.scale.toy else CORPUS_BYTES)
+        # A toy corpus has no 8K pieces.
         vocabulary = "2048" if self.scale.toy else "8192"
         self.step(
             "tokenizer",
@@ -79,6 +78,7 @@ class Run:
             "2",
         )
         self.train("training until the stop", "--exit-interval", str(STOP_AFTER[self.scale.toy]))
+        # The stop, then the same command again.
         stopped_at = self.last_step()
         self.train("training after the resume")
         self.check_steps(stopped_at)
@@ -95,6 +95,7 @@ class Run:
 
     def train(self, name: str, *options: str) -> None:
         """Run the trainer to its end or its stop."""
+        # As quickstart.sh chooses it.
         precision = "--bf16" if has_bf16_units(self.card.device) else "--no-bf16"
         self.step(
             name,
@@ -112,10 +113,11 @@ class Run:
         )
 
     def config(self) -> Path:
-        """The quick start's own file; at toy size one with short phases."""
+        """Return the quick start's own file; at toy size one with short phases."""
         if not self.scale.toy:
             return CONFIG
         settings = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+        # Two phases: a change of the length, but not the whole ladder.
         settings["phases"] = [
             phase | {"train_tokens": TOY_TOKENS} for phase in settings["phases"][:2]
         ]
@@ -132,17 +134,19 @@ class Run:
         """
         start = perf_counter()
         command = [sys.executable, "-m", module, *map(str, arguments)]
+        # What it prints goes to the log.
         code = subprocess.run(command, cwd=ROOT, env=dict(os.environ), stdout=sys.stderr).returncode
         if code:
             raise RuntimeError(f"{name}: {module} ended with code {code}; log.txt says why")
         self.report.add("seconds", perf_counter() - start, "s", case=name)
 
     def metrics(self) -> list[dict]:
-        """What the trainer wrote of each step."""
+        """Read what the trainer wrote of each step."""
         text = (self.save / "metrics.jsonl").read_text(encoding="utf-8")
         return [line for line in map(json.loads, text.splitlines()) if "loss" in line]
 
     def last_step(self) -> int:
+        """Return the number of the last step so far."""
         return self.metrics()[-1]["step"]
 
     def check_steps(self, stopped_at: int) -> None:
@@ -152,6 +156,7 @@ class Run:
             RuntimeError: a step is there twice, or not at all, or the run did not go on.
         """
         metrics = self.metrics()
+        # Each step once, and some after the resume.
         steps = [line["step"] for line in metrics]
         if steps != list(range(1, len(steps) + 1)) or len(steps) <= stopped_at:
             raise RuntimeError(

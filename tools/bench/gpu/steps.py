@@ -1,5 +1,4 @@
-"""Steps on samples of 8K tokens: ours by attention kernel and chunk of the loss, and transformers
-compiled."""
+"""Measure steps on samples of 8K tokens: ours by attention kernel and loss chunk, and a peer."""
 
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -38,7 +37,7 @@ PEER = "transformers + torch.compile"
 
 @dataclass(frozen=True)
 class Step:
-    """What one contender's step took."""
+    """Hold what one contender's step took."""
 
     seconds: float
     """Median of REPEATS."""
@@ -62,6 +61,7 @@ def ours(
     seconds: dict[str, float] = {}
     for backend in backends:
         case = name_case(backend, LOSS_CHUNK)
+        # A kernel that is not there is a line, not an end.
         missing = missing_backend(backend, card, scale)
         if missing:
             report.skip(missing, case=case)
@@ -76,6 +76,7 @@ def ours(
 
 
 def name_case(backend: str, chunk: int) -> str:
+    """Name a case of ours."""
     return f"ours, {backend}, loss by {chunk:,}"
 
 
@@ -94,7 +95,7 @@ def peer(card: Card, scale: Scale, report: Report, *, model: str, samples: int) 
 
 
 class Row:
-    """Samples of one model, and how they are measured."""
+    """Measure contenders on samples of one model."""
 
     def __init__(self, card: Card, scale: Scale, report: Report, model: str, samples: int):
         self.card = card
@@ -106,11 +107,12 @@ class Row:
         self.sample = make_sample([length] * samples, self.vocabulary, SEED, card.device)
         pairs = causal_pairs([length] * samples)
         self.flops = ModelSize(self.config, self.vocabulary).step_flops(self.tokens, pairs)
+        # Clocks differ from card to card: shares are of this one's rate.
         self.tflops = card.product_tflops(scale)
         report.add("product", self.tflops, "TFLOP/s")
 
     def measure_ours(self, case: str, backend: str, chunk: int) -> float:
-        """Report our trainer's step -> its seconds."""
+        """Report our trainer's step; returns its seconds."""
         changes: dict[str, Any] = {"attention_backend": backend, "loss_chunk_tokens": chunk}
         config = replace(self.config, **changes)
         attend, chosen = attention_of(config, self.card, self.scale)
@@ -121,13 +123,14 @@ class Row:
         return self.measure(case, build, note=chosen)
 
     def peer(self, way: PeerOptions) -> Callable[..., Contender]:
-        """How to build transformers' model."""
+        """Make the function that builds transformers' model."""
         return lambda layout: Transformers(
             self.config, self.vocabulary, self.scale.dtype, way, self.card.device, SEED
         )
 
     def measure(self, case: str, build: Callable[..., Contender], *, note: str = "") -> float:
-        """Report a contender's step -> its seconds."""
+        """Report a contender's step; returns its seconds."""
+        # The contender before left its memory to the allocator.
         self.card.clear()
         with one_process() as layout:
             step = timed_steps(self.card, lambda: build(layout), self.sample)
@@ -144,8 +147,10 @@ class Row:
 def timed_steps(card: Card, make: Callable[[], Contender], sample) -> Step:
     """Build a contender and time its step after two."""
     contender = make()
+    # Compiles, and makes the moments.
     loss = contender.step(sample)
     contender.step(sample)
+    # The peak of a warm step, then the times.
     _, peak = card.peak(lambda: contender.step(sample))
     seconds = card.median(lambda: contender.step(sample), repeats=REPEATS, warm_ups=0)
     return Step(seconds, loss, peak)

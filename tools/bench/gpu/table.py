@@ -1,4 +1,4 @@
-"""The section of RESULTS.md from a lease's lines."""
+"""Make the section of RESULTS.md from a file of lines."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,8 +15,8 @@ PEERS = {"1b-8k": "1b-8k-peer", "3b-8k": "3b-8k-peer"}
 
 
 def describe(lines: Sequence[Line], items: Mapping[str, Item]) -> str:
-    """Return the Markdown: card and versions, a row per case, and what could not be measured with
-    the reason."""
+    """Describe in Markdown the card, a row per case, and why something could not be measured."""
+    # A second run into the same file replaces what it measured again.
     latest = latest_lines(lines)
     rows = [row for item in items.values() for row in rows_of(item, latest.get(item.name, []))]
     parts = [
@@ -44,13 +44,13 @@ def describe(lines: Sequence[Line], items: Mapping[str, Item]) -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table; not padded, as single cells are long."""
+    """Make the lines of a Markdown table; not padded, as single cells are long."""
     lines = [HEADER, ["---"] * len(HEADER), *rows]
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def latest_lines(lines: Sequence[Line]) -> dict[str, list[Line]]:
-    """Item -> the lines of its last run that measured anything, or of its last run."""
+    """Map items to the lines of their last run that measured anything, else of their last run."""
     runs: dict[str, dict[str, list[Line]]] = {}
     for line in lines:
         runs.setdefault(line.item, {}).setdefault(line.date, []).append(line)
@@ -58,27 +58,29 @@ def latest_lines(lines: Sequence[Line]) -> dict[str, list[Line]]:
 
 
 def choose_run(runs: Sequence[list[Line]]) -> list[Line]:
-    """The last of an item's runs with a figure, or the last."""
+    """Choose the last of an item's runs with a figure, else the last."""
     measured = [run for run in runs if any(is_figure(line) for line in run)]
     return (measured or runs)[-1]
 
 
 def is_figure(line: Line) -> bool:
-    """Does the line hold something that was found?"""
+    """Tell whether the line holds something that was found."""
     return line.kind not in ("failed", "skipped")
 
 
 def card_of(lines: Sequence[Line]) -> str:
-    """The card's name, or several."""
+    """Name the card, or several."""
     return ", ".join(dict.fromkeys(line.card for line in lines if line.card)) or "GPU"
 
 
 def describe_probe(probe: Sequence[Line], lines: Sequence[Line]) -> str:
-    """Date, memory and versions in one paragraph."""
+    """Describe date, memory and versions in one paragraph."""
     if not lines:
         return "No GPU was at hand."
     dates = [line.date for line in lines]
+    # A run may have been continued on another day.
     span = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    # Then the memory and versions that the probe found.
     parts = [f"{span} UTC"]
     for line in probe:
         if is_figure(line):
@@ -89,9 +91,10 @@ def describe_probe(probe: Sequence[Line], lines: Sequence[Line]) -> str:
 
 
 def rows_of(item: Item, lines: Sequence[Line]) -> list[list[str]]:
-    """A row for each case of an item; of an item by hand only if it ran."""
+    """Make a row for each case of an item; for one run by hand only if it ran."""
     if not lines:
         return [] if item.by_hand else [[item.title, "", "not run", "", ""]]
+    # In the order in which they ran.
     cases: dict[str, list[Line]] = {}
     for line in lines:
         cases.setdefault(line.case, []).append(line)
@@ -99,8 +102,9 @@ def rows_of(item: Item, lines: Sequence[Line]) -> list[list[str]]:
 
 
 def row_of(item: Item, case: str, lines: Sequence[Line]) -> list[str]:
-    """Title, case, all figures of the case, its bars, and whether they were reached."""
+    """Make the row of a case: title, case, figures, bars, and whether they were reached."""
     failed = [line for line in lines if line.kind == "failed"]
+    # A broken machine can fail every test: a row names a few.
     hidden = failed[SHOWN_FAILURES:]
     texts = [show(line) for line in lines if line not in hidden]
     if hidden:
@@ -112,24 +116,25 @@ def row_of(item: Item, case: str, lines: Sequence[Line]) -> list[str]:
         if bar is not None and isinstance(line.value, int | float):
             bars.append(f"{line.figure} {bar}")
             verdicts.append(verdict_of(bar, line.value))
+    # Neither may end a cell or a row of the table.
     cells = [item.title, case, "; ".join(texts), "; ".join(bars), "; ".join(verdicts)]
     return [cell.replace("|", "\\|").replace("\n", " ") for cell in cells]
 
 
 def verdict_of(bar: Bar, value: float) -> str:
-    """Was the bar reached? A difference of two runs may come out below zero, which says nothing."""
+    """Judge a bar; a difference of two runs may come out below zero, which says nothing."""
     if not value >= 0:
         return "no figure"
     return "reached" if bar.reached(value) else "NOT reached"
 
 
 def bar_of(item: Item, line: Line) -> Bar | None:
-    """The bar of a line's figure, of its own case or of every case."""
+    """Find the bar of a line's figure, of its own case or of every case."""
     return item.bars.get((line.case, line.figure)) or item.bars.get(("", line.figure))
 
 
 def show(line: Line) -> str:
-    """A line's figure with its unit, how it was obtained unless measured, and its note."""
+    """Spell a line's figure with its unit, its kind unless measured, and its note."""
     if not is_figure(line):
         verb = "not run" if line.kind == "skipped" else "failed"
         return f"{verb}: {line.value}" if line.value else f"{verb} ({line.note})"
@@ -140,15 +145,17 @@ def show(line: Line) -> str:
 
 
 def number(value: float) -> str:
-    """Four significant digits, or all of a whole number."""
+    """Spell four significant digits, or all of a whole number."""
     if float(value).is_integer() or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4g}"
 
 
 def compare(ours: Sequence[Line], peer: Sequence[Line]) -> list[str]:
-    """One line: our fastest case's tokens/s over the peer's; a difference in their losses is
-    said."""
+    """Compare our fastest case's tokens/s with the peer's, in one line or none.
+
+    Losses that differ are named: the times then say nothing.
+    """
     ours_best = fastest(ours)
     peer_best = fastest(peer)
     if ours_best is None or peer_best is None:
@@ -160,6 +167,7 @@ def compare(ours: Sequence[Line], peer: Sequence[Line]) -> list[str]:
         "(calculated), "
         f"bar at least 1: {verdict}"
     )
+    # Both computed the same only if their losses agree.
     one = loss_of(ours, ours_best.case)
     other = loss_of(peer, peer_best.case)
     if one is not None and other is not None and not abs(one - other) <= LOSS_TOLERANCE * abs(one):
@@ -168,7 +176,7 @@ def compare(ours: Sequence[Line], peer: Sequence[Line]) -> list[str]:
 
 
 def fastest(lines: Sequence[Line]) -> Line | None:
-    """The line with the most tokens/s."""
+    """Find the line with the most tokens/s."""
     found = [
         line for line in lines if line.figure == "tokens" and isinstance(line.value, int | float)
     ]
@@ -182,6 +190,6 @@ def figure_of(line: Line) -> float:
 
 
 def loss_of(lines: Sequence[Line], case: str) -> float | None:
-    """A case's first loss."""
+    """Find a case's first loss."""
     found = [line for line in lines if line.case == case and line.figure == "loss"]
     return figure_of(found[0]) if found else None

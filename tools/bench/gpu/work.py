@@ -1,5 +1,4 @@
-"""One item of a lease in its own process: `python -m tools.bench.gpu.work TASK`, started by
-gpu/lease.py."""
+"""Run one item in its own process: `python -m tools.bench.gpu.work TASK`, by gpu/lease.py."""
 
 import importlib
 import json
@@ -14,7 +13,7 @@ from tools.bench.gpu.lines import Report, first_line
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What the process is told."""
+    """Hold what the process is told."""
 
     item: str
     function: str
@@ -29,6 +28,7 @@ class Task:
     scale: str
 
     def to_json(self) -> str:
+        """Write the task as a word of the command line."""
         return json.dumps(asdict(self))
 
 
@@ -48,6 +48,7 @@ def work(task: Task) -> int:
         function = getattr(importlib.import_module(module), name)
         function(card, Scale(task.scale == "toy"), report, **task.options)
     except Exception as error:
+        # The whole reason is in the log, one line of it beside the figures.
         traceback.print_exc()
         report.fail(first_line(error))
         return 1
@@ -55,9 +56,11 @@ def work(task: Task) -> int:
 
 
 def main(text: str) -> int:
+    """Do the task of the command line; returns the exit code."""
     task = Task(**json.loads(text))
     if task.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read at torch's first look for a GPU
+        # Read at torch's first look for a GPU.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     return work(task)
 
 
