@@ -40,6 +40,7 @@ def coerce(value: Any, annotation: Any) -> Any:
         if value not in args:
             raise ValueError(f"must be one of {', '.join(map(str, args))}")
         return value
+    # What is left is a list or a single value.
     if origin is list:
         return _list(value, args[0])
     return _scalar(_text(value), annotation)

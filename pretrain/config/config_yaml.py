@@ -13,6 +13,7 @@ class _TextLoader(yaml.BaseLoader):
     """Reads scalars as text; a key that appears twice in a mapping is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        # YAML itself would let the last one win, without a word.
         keys = [key.value for key, _ in node.value]
         twice = [
             (key, key_node.start_mark.line + 1)
@@ -38,8 +39,10 @@ def read_yaml(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             values = yaml.load(file, Loader=_TextLoader)
+    # A file in another encoding is no YAML either.
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config = {path}: not valid YAML: {error}. Fix: mend the file.") from None
+    # An empty file says nothing.
     if values in (None, ""):
         return {}
     if not isinstance(values, dict):

@@ -35,6 +35,7 @@ def from_flat(values: dict[str, Any], where: str, base: Config | None = None) ->
     """
     table = field_table()
     base = base or Config()
+    # Copies, so that `base` stays as it is.
     sections = {name: dataclasses.replace(getattr(base, name)) for name in section_types()}
     settings = set(base.given.settings)
     theirs = dict(base.given.megatron)
@@ -59,7 +60,7 @@ def to_flat(config: Config) -> dict[str, Any]:
     flat = {}
     for section in section_types():
         for key, value in dataclasses.asdict(getattr(config, section)).items():
-            if key == "phases":
+            if key == "phases":  # each with what it says for itself
                 value = [{k: v for k, v in phase.items() if v is not None} for phase in value]
             if value not in (None, []):
                 flat[key] = value
@@ -73,6 +74,7 @@ def _set(
     try:
         setattr(target, key, coerce(value, annotation))
     except ValueError as error:
+        # A setting with a list of values: name the nearest one.
         choices = choices_of(annotation)
         alone = value[0] if isinstance(value, list) and len(value) == 1 else value
         fix = megatron_flags.fix_for_value(key, alone, choices)
@@ -109,6 +111,7 @@ def _read_phases(value: Any, where: str, problems: list[str]) -> list[PhaseConfi
         )
     phases = []
     for number, entry in enumerate(value):
+        # A name of its own comes with its keys.
         phase = PhaseConfig(name=f"phase{number}")
         place = f"{where}: phases[{number}]"
         for key, item in entry.items():
@@ -123,6 +126,7 @@ def _read_phases(value: Any, where: str, problems: list[str]) -> list[PhaseConfi
 def _answer_key_of_no_phase(key: str, known: dict[str, Any], place: str) -> str:
     """Say what to do about a key that an entry of `phases` cannot have."""
     theirs = megatron_flags.find(key)
+    # Megatron-LM has no phases, so that none of its flags has a place there.
     if theirs is not None:
         silent = f"{key}: Megatron-LM's, says nothing of a phase. Fix: remove it."
         return f"{place}: {theirs.problem or silent}"

@@ -51,6 +51,7 @@ def values_of(annotation: Any) -> str:
     arguments = get_args(annotation)
     if origin is Annotated:
         return values_of(arguments[0])
+    # `T | None`: that it may be left out shows in the default.
     if origin in (Union, UnionType):
         return values_of(next(argument for argument in arguments if argument is not type(None)))
     if origin is Literal:
@@ -72,6 +73,7 @@ def show_default(declared: dataclasses.Field) -> str:
     value = default_of(declared)
     if isinstance(value, bool):
         return "on" if value else "off"
+    # Left out means what the explanation says.
     if value is None or value == []:
         return ""
     return f"`{' '.join(map(str, value))}`" if isinstance(value, list) else f"`{value}`"

@@ -30,7 +30,7 @@ Every setting of a run, by section: its key in the YAML file, which is its flag 
 | continuing | |
 | --- | --- |
 | yes | no token and no update changes |
-| as it acts | what counts is what it does to the phase, the learning rate, the tokenizer or the data |
+| as it acts | judged by what it does to the phase, learning rate, tokenizer or data |
 | no | the checkpoint's tensors would not fit |
 | data, optimization | only with `--accept-changes` and this word |
 | scheduler | only with `--override-opt_param-scheduler` or `--accept-changes optimization` |
@@ -56,7 +56,9 @@ def _rows(section: str, cls: type) -> Iterator[str]:
     yield "| --- | --- | --- | --- | --- | --- |"
     for declared in dataclasses.fields(cls):
         name = declared.name
+        # Its entries have a table of their own.
         is_list_of_phases = name == "phases"
+        # Its own, or that of its section.
         kind = kind_of(section, name)
         yield make_row(
             [
@@ -75,6 +77,7 @@ def _keys_of_phases_only() -> str:
     explanations = docstrings_of_fields(PhaseConfig)
     hints = get_type_hints(PhaseConfig, include_extras=True)
     settings = {name for cls in section_types().values() for name in get_type_hints(cls)}
+    # All other keys of a phase are settings that a table above marks.
     lines = ["## Keys of a phase only", "", "| key | values | |", "| --- | --- | --- |"]
     for name, text in explanations.items():
         if name not in settings:
