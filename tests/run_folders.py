@@ -55,6 +55,31 @@ def write_run(folder):
 NAMES = ("base", "base-ramp", "extend-16", "extend-64", "long-mix", "quarter", "half", "million")
 
 
+def _step_line(done, tokens, name, index, batch, steps):
+    """Make the line of the step after `done` others: a loss that falls, with waves and two skipped
+    steps."""
+    progress = tokens / (steps * 3e6)
+    wave = 0.03 * math.sin(done * 12.9898) * math.cos(done * 4.1)
+    return {
+        "step": done + 1,
+        "tokens": tokens,
+        "real_tokens": tokens,
+        "phase": name,
+        "seq_length": 2 ** (13 + index),
+        "loss": 2.2 + 7 * math.exp(-9 * progress) + wave,
+        "grad_norm": 0.4 + abs(wave) * 8 + (6 if done % 97 == 50 else 0),
+        "lr": 3e-4 * math.cos(progress),
+        "num_targets": batch,
+        "global_batch_tokens": batch,
+        "tokens_per_second": 2e6 / (1 + 0.2 * index) * (1 + wave),
+        "mfu": 0.45 - 0.02 * index + wave,
+        "peak_memory_bytes": int((40 + 4 * index) * 2**30),
+        "step_seconds": 2.0 + wave,
+        "data_seconds": 0.05 + abs(wave),
+        "skipped": done in (20, 21),
+    }
+
+
 def write_long_run(folder, steps=400):
     """Eight phases from 8Ki to 1Mi, the later ones short, with every kind of record and a
     checkpoint."""
@@ -82,34 +107,14 @@ def write_long_run(folder, steps=400):
         count = steps // (1, 3, 10, 12, 20, 24, 30, 40)[index]
         for number in range(count):
             tokens += batch
-            progress = tokens / (steps * 3e6)
-            wave = 0.03 * math.sin(len(lines) * 12.9898) * math.cos(len(lines) * 4.1)
-            lines.append(
-                {
-                    "step": len(lines) + 1,
-                    "tokens": tokens,
-                    "real_tokens": tokens,
-                    "phase": name,
-                    "seq_length": length,
-                    "loss": 2.2 + 7 * math.exp(-9 * progress) + wave,
-                    "grad_norm": 0.4 + abs(wave) * 8 + (6 if len(lines) % 97 == 50 else 0),
-                    "lr": 3e-4 * math.cos(progress),
-                    "num_targets": batch,
-                    "global_batch_tokens": batch,
-                    "tokens_per_second": 2e6 / (1 + 0.2 * index) * (1 + wave),
-                    "mfu": 0.45 - 0.02 * index + wave,
-                    "peak_memory_bytes": int((40 + 4 * index) * 2**30),
-                    "step_seconds": 2.0 + wave,
-                    "data_seconds": 0.05 + abs(wave),
-                    "skipped": len(lines) in (20, 21),
-                }
-            )
+            lines.append(_step_line(len(lines), tokens, name, index, batch, steps))
             if number in (count // 3, count // 2):
                 write_event("save", f"iteration {len(lines)}")
             if number == count // 2 and index < 3:
                 write_event("restart", "after a failure")
         records += _evaluations(lines, tokens, name, length, index)
         write_event("again" if index + 1 < len(NAMES) else "done")
+        # What the phase drew from each source.
         for source, share in (("web", 0.7), ("code", 0.3)):
             drawn = int(count * batch * share)
             read[source] += drawn
