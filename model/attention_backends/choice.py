@@ -39,6 +39,7 @@ def pick_backend(
     if name != "auto":
         reason = BACKENDS[name].missing(device, dtype, heads, on_tape=on_tape)
         if reason:
+            # A missing package can be put there; all else needs another backend.
             install = ", or install it" if reason.endswith("is not installed") else ""
             raise ValueError(
                 f"attention_backend = {name}: {reason}. Fix: --attention-backend auto{install}."

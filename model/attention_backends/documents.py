@@ -91,6 +91,7 @@ def pack_documents(
                 bounds_k=bounds_k.tolist(),
                 cu_q=_on_device(bounds_q, device),
                 cu_k=_on_device(bounds_k, device),
+                # The kernels size their grids by the longest document.
                 max_q=int(np.diff(bounds_q).max()),
                 max_k=int(np.diff(bounds_k).max()),
             )
