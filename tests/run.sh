@@ -25,6 +25,11 @@ if "$PYTHON" -m ruff --version >/dev/null 2>&1; then
 else
   echo "tests/run.sh: no ruff in $PYTHON, style is not checked" >&2
 fi
+if "$PYTHON" -m pyrefly --version >/dev/null 2>&1; then
+  "$PYTHON" -m pyrefly check --output-format min-text
+else
+  echo "tests/run.sh: no pyrefly in $PYTHON, types are not checked" >&2
+fi
 
 # Two processes of pytest: one has every test of the pool of workers (tests/conftest.py), the other takes the rest.
 spread=()
