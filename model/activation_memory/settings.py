@@ -115,8 +115,8 @@ class MemoryConfig:
         others = [name for name in self.recompute_modules if name not in RECOMPUTE_MODULES]
         if others:
             problems.append(
-                f"recompute_modules = {' '.join(others)}: selective computes the MLP with its norm again "
-                f"and nothing else by itself. Fix: {' or '.join(RECOMPUTE_MODULES)}, or "
-                "--recompute-granularity full or attention_kept."
+                f"recompute_modules = {' '.join(others)}: selective computes the MLP with its "
+                f"norm again and nothing else by itself. Fix: {' or '.join(RECOMPUTE_MODULES)}, "
+                "or --recompute-granularity full or attention_kept."
             )
         return problems

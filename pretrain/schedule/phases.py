@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
+from data.config import Exhausted, Packing
 from model.activation_memory.settings import MemorySettings
 from model.rope import Rope
 from parallel.config import LayoutConfig
@@ -48,10 +49,10 @@ class Phase:
     rope: Rope = field(metadata=dict(resume="optimization"))
     # What is read.
     document_masking: bool = field(metadata=dict(resume="data"))
-    packing: str = field(metadata=dict(resume="data"))
+    packing: Packing = field(metadata=dict(resume="data"))
     data_path: tuple[str, ...]
     """Words of the blend; empty for mock data."""
-    data_exhausted: str = field(metadata=dict(resume="data"))
+    data_exhausted: Exhausted = field(metadata=dict(resume="data"))
     # How fast it learns.
     lr: float
     min_lr: float

@@ -188,7 +188,7 @@ def measure_shape(shape: Shape, kernel: str, axis: Axis, arguments: Arguments) -
 
 
 def make_tensors(shape: Shape, axis: Axis, seed: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Draw this rank's q [t, N, H], k and v [t, K, H], and the output's gradient [t, N, H]; fp32."""
+    """Draw this rank's q [t, N, H], k and v [t, K, H], and the gradient [t, N, H]; fp32."""
     generator = torch.Generator().manual_seed(seed + axis.rank)
     tensors = [
         torch.randn(shape.tokens // axis.size, heads, shape.head_size, generator=generator)

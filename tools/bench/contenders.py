@@ -118,7 +118,7 @@ def causal_pairs(lengths: Sequence[int]) -> int:
 def initial_weights(
     config: ModelConfig, vocab_size: int, seed: int, device: torch.device | str = "cpu"
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Draw fp32 weights by our names: matrices normal with the configured deviation, vectors one."""
+    """Draw fp32 weights by our names: matrices normal, as configured, vectors one."""
     generator = torch.Generator(device).manual_seed(seed)
     for name, shape in parameter_shapes(config, vocab_size).items():
         yield (
