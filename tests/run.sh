@@ -26,7 +26,7 @@ else
   echo "tests/run.sh: no ruff in $PYTHON, style is not checked" >&2
 fi
 if "$PYTHON" -m pyrefly --version >/dev/null 2>&1; then
-  "$PYTHON" -m pyrefly check --output-format min-text
+  "$PYTHON" -m pyrefly check --python-interpreter-path "$PYTHON" --output-format min-text
 else
   echo "tests/run.sh: no pyrefly in $PYTHON, types are not checked" >&2
 fi
