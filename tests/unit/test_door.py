@@ -85,6 +85,13 @@ def test_underscores_aliases_and_switches_are_read():
     assert arguments.overwrite is False
 
 
+@pytest.mark.parametrize("value", ["-- a list", "--- title", "--1", "---"])
+def test_dashes_without_a_letter_are_a_value(value):
+    seen = []
+    assert run("--input", "a", "--output-prefix", value, act=seen.append) == 0
+    assert seen[0].output_prefix == value
+
+
 def test_a_value_of_a_switch_stays():
     words = ["--verify", "True", "--no-verify", "--verify"]
     assert spell_switches(Arguments, words) == [*words[:2], "--verify", "False", "--verify", "True"]
@@ -100,6 +107,14 @@ def test_each_line_of_an_error_says_that_it_is_one(capsys):
 
     assert run(*NEEDED, act=refuse) == 2
     assert capsys.readouterr().err == "error: one\nerror: two\n"
+
+
+def test_an_error_without_words_is_named_by_its_kind(capsys):
+    def fail(arguments):
+        raise OSError
+
+    assert run(*NEEDED, act=fail) == 2
+    assert capsys.readouterr().err == "error: OSError\n"
 
 
 def test_the_help_prints_and_ends_well(capsys):

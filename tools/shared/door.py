@@ -50,7 +50,7 @@ def run_door(
         arguments = read_arguments(kind, words, name=name, description=description)
         return act(arguments) or 0
     except (ValueError, OSError) as error:
-        for line in str(error).splitlines():
+        for line in str(error).splitlines() or [type(error).__name__]:
             print(f"error: {line}", file=sys.stderr)
         return 2
 
@@ -87,8 +87,10 @@ def read_arguments(
 
 def _flag_problems(kind: type, words: list[str], help_fix: str) -> list[str]:
     """Name the flags that the command does not have, and those that it needs and did not get."""
-    # A word that begins with -- is a flag to tyro, too, wherever it stands.
-    given = [_flag_of(word) for word in words if word.startswith("--")]
+    # To tyro, too, dashes and a letter are a flag wherever they stand; "-- a list" is a value.
+    given = [
+        _flag_of(word) for word in words if word.startswith("--") and _begins_with_letter(word)
+    ]
     known = [flag for field in fields(kind) for flag in _spellings(kind, field)]
     problems = []
     for flag in dict.fromkeys(given):
@@ -144,6 +146,11 @@ def _spellings(kind: type, field: Field) -> list[str]:
 def _flag_of(word: str) -> str:
     """Return a flag without its value, spelled with hyphens."""
     return word.partition("=")[0].replace("_", "-")
+
+
+def _begins_with_letter(word: str) -> bool:
+    """Tell whether a letter follows a word's dashes."""
+    return word.lstrip("-")[:1].isalpha()
 
 
 def _first_message(text: str) -> str:
