@@ -89,12 +89,27 @@ def lock_file(file: IO, *, wait: bool = False) -> None:
 
     Raises:
         BlockingIOError: another process holds the lock.
+        OSError: the lock fails for a reason of its own.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
+
+
+def lock_if_possible(file: IO) -> None:
+    """Lock an open file as `lock_file` does, or go on without a lock where that fails.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+    """
+    try:
+        lock_file(file)
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass  # some file systems fail in ways of their own
 
 
 # ---------------------------------------------------------------- checksums

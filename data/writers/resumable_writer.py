@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data.files import lock_file, open_atomically, sync_file
+from data.files import lock_if_possible, open_atomically, sync_file
 from data.idx_format import COPY_BYTES
 from data.writers.indexed_writer import IndexedWriter
 
@@ -41,7 +41,7 @@ class ResumableWriter(IndexedWriter):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         file = os.fdopen(descriptor, "wb", buffering=COPY_BYTES)
         try:
-            lock_file(file)
+            lock_if_possible(file)
         except BlockingIOError:
             file.close()
             raise ValueError(

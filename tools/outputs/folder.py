@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from data.files import checksum, lock_file, sync_file, sync_path
+from data.files import checksum, lock_if_possible, sync_file, sync_path
 from tools.outputs.files import Input, real_path, refuse_inputs, refuse_parents, relation
 
 MARKER = "ithaca_made.json"
@@ -189,7 +189,7 @@ class NewFolder:
         self._is_begun = True
         self._lock = open(self.path / MARKER, "w", encoding="utf-8")
         self._write_marker(None)
-        lock_file(self._lock)
+        lock_if_possible(self._lock)
 
     def _take_up(self) -> None:
         """Finish or remove what an interrupted run of this tool left."""
@@ -215,7 +215,7 @@ class NewFolder:
             return
         try:
             with open(self.path / MARKER, "r+", encoding="utf-8") as file:
-                lock_file(file)
+                lock_if_possible(file)
                 if not os.path.samestat(os.fstat(file.fileno()), os.stat(self.path / MARKER)):
                     raise BlockingIOError  # it went and came again meanwhile
                 yield
