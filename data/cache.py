@@ -17,14 +17,13 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from data.files import lock_file, open_atomically
+from data.files import CHECKSUM_BLOCK_BYTES, lock_file, open_atomically
 
 Arrays = dict[str, np.ndarray]
 
 MAGIC = b"ithaca index 2\n"
 ALIGNMENT = 64
 """Bytes; each array in a file begins at a multiple."""
-CHECKSUM_BLOCK_BYTES = 16 << 20
 LEAST_MAPPED_BYTES = 1 << 20
 """Smaller arrays are copied: a map holds a file descriptor, and a run may have thousands of small
 sources."""
@@ -121,6 +120,7 @@ def _write(path: Path, key: str, arrays: Arrays) -> None:
     header = json.dumps(outer).encode()
     header += b" " * (-(len(MAGIC) + 8 + len(header)) % ALIGNMENT)
     with open_atomically(path) as file:
+        os.fchmod(file.fileno(), 0o644)  # whatever the umask: others may share the folder
         file.write(MAGIC + len(header).to_bytes(8, "little") + header)
         for array in arrays.values():
             file.write(_bytes_of(np.ascontiguousarray(array)))

@@ -137,6 +137,15 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         IndexCache(str(tmp_path / "file" / "x"))
 
 
+def test_everyone_may_read_an_index_whatever_the_umask(tmp_path):
+    before = os.umask(0o077)
+    try:
+        IndexCache(str(tmp_path)).get(KEY, make_arrays)
+    finally:
+        os.umask(before)
+    assert oct(index_file(tmp_path).stat().st_mode & 0o777) == "0o644"
+
+
 def test_a_disk_that_fills_up_costs_a_warning(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
