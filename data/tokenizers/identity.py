@@ -62,10 +62,9 @@ def hash_text(text: str) -> str:
 
 
 def source_texts() -> list[str]:
-    """List source code at hand, this package's own, and `SAMPLE_TEXT`."""
-    return [SAMPLE_TEXT] + [
-        path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))
-    ]
+    """List `SAMPLE_TEXT` and the source code at hand, all of data/."""
+    files = sorted(Path(__file__).parents[1].rglob("*.py"))
+    return [SAMPLE_TEXT] + [path.read_text(encoding="utf-8") for path in files]
 
 
 def compare_with_huggingface(
