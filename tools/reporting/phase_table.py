@@ -60,10 +60,11 @@ def _changes(
             pair = arrow.join(text(record) if record else NOTHING for record in (before, after))
             lines += (f"{name}: {pair}" if has_several_sets else pair).split("\n")
     # What there is no room for is in the tables below.
+    lines = lines or [NOTHING]
     more = len(series) - most
     if more > 0:
         lines.append(f"and {more} more set{'s' if more > 1 else ''} below")
-    return lines or [NOTHING]
+    return lines
 
 
 def _planned_phases(run: RunRecord) -> dict[str, Phase]:
