@@ -139,7 +139,8 @@ class IndexedReader:
         last = offset + length
         assert 0 <= offset and last <= self.document_lengths[document], (document, offset, length)
         out = np.empty(length, dtype=np.int64)
-        self.read_spans(np.array([document]), np.array([offset]), np.array([length]), out)
+        spans = np.array([[document], [offset], [length]], dtype=np.int64)
+        self.read_spans(*spans, out)
         return out
 
     def token_range(self) -> tuple[int, int]:
