@@ -201,7 +201,7 @@ class Ledger:
             saved = segment.saved.drawn if segment.saved else {}
             marks = {name: drawn.mark for name, drawn in saved.items()}
             self._mixture = Mixture(segment.settings, self.streams, places, marks, segment.fills)
-            # StoredLedger with the segment, so that a restart need not estimate them again.
+            # Stored with the segment, so that a restart need not estimate them again.
             self._open = replace(segment, fills=self._mixture.fills)
         return self._mixture
 

@@ -68,7 +68,7 @@ class Drawn:
         return self.counts() | ({"mark": list(self.mark)} if self.mark else {})
 
     def counts(self) -> dict[str, Any]:
-        """The numbers that people read: samples, tokens, documents, epochs."""
+        """Return the numbers that people read: samples, tokens, documents, epochs."""
         return {
             "samples": self.samples,
             "tokens": self.tokens,

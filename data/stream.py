@@ -305,13 +305,13 @@ def _find_document(position, lengths, permutation, blocks):
 def _find_spans(starts, counts, lengths, permutation, blocks):
     """Find the spans at positions [starts, starts + counts) of the epoch -> documents, offsets,
     lengths, rests and the number of their interval."""
+    # Five rows, in the order of the result; they grow when they are full.
     room = 2 * len(starts) + 64
     out = np.empty((5, room), dtype=np.int64)
     used = 0
     low = np.empty(BATCH, dtype=np.uint32)
     high = np.empty(BATCH, dtype=np.uint32)
     batch = np.empty(BATCH, dtype=np.int64)
-    # `out` has five rows: documents, offsets, lengths, rests, number of the interval.
     for i in range(len(starts)):
         if counts[i] == 0:
             continue

@@ -123,8 +123,8 @@ def model_of_checkpoint(stored: StoredModel, exported: Path) -> GPTStage:
     }
     device = torch.device("cpu")
     attend, _ = choose_attention("sdpa", device, torch.float64)
-    # The rope of the phase that was saved, which may differ from the run's first.
     model = build_whole_model(stored.config.model, stored.vocab_size, tensors, attend, device)
+    # The rope of the phase that was saved, which may differ from the run's first.
     model.rope = stored.rope
     compute_in_double(model, model.layers.values())
     return model

@@ -6,6 +6,7 @@ import torch
 
 from data.batch import Sample
 from data.loader import Loader
+from data.mixture import Mixture
 from data.tokenizers.tokenizer import Tokenizer
 from parallel.context import rank_pieces
 from pretrain.batches import ledger_at
@@ -106,7 +107,7 @@ def _describe_sample(number: int, sample: Sample, source: str, phase: Phase) -> 
 
 
 def _describe_ranks(
-    plan: Plan, phase: Phase, mixture, start: int, clock: int, world_size: int
+    plan: Plan, phase: Phase, mixture: Mixture, start: int, clock: int, world_size: int
 ) -> Iterator[tuple[str, int]]:
     """Give (line, targets that it reports) for each microbatch of each rank."""
     dp = phase.data_parallel_size(world_size)

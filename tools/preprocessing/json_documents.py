@@ -161,7 +161,7 @@ def read_whole_json(path: str, key: str, block_bytes: int) -> Iterator[tuple[lis
     for number, element in enumerate(elements):
         value = _value_of(element, key)
         values.append(value)
-        held += 1 + (0 if value is None else len(value))
+        held += 1 + len(value)
         if held >= block_bytes:
             yield values, size * (number + 1) // len(elements)
             values = []
@@ -170,7 +170,7 @@ def read_whole_json(path: str, key: str, block_bytes: int) -> Iterator[tuple[lis
         yield values, size
 
 
-def _value_of(element: Any, key: str) -> Value:
+def _value_of(element: Any, key: str) -> str | list | Unreadable:
     """Return the text or list under the key of an element, or why there is none."""
     try:
         return text_of(element, key, lists=True)

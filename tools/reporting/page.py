@@ -157,7 +157,7 @@ def lead(run: RunRecord) -> list[str]:
         said.append(
             f"The context gain {_at(seq_length, ' ')}is {gain_text(records[-1])}"
             f"{'' if interval else ' (no interval: too few documents)'}: "
-            "the whole context lowers the loss by as many nats per token against its last "
+            "with the whole context the loss per token is this many nats lower than with its last "
             f"{length(records[-1]['cut'])}."
         )
     # Interruptions and skipped steps: whoever reads the curves should know of them.
