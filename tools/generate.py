@@ -27,7 +27,7 @@ OWN_CODE_ONLY = {"trust_remote_code": False, "local_files_only": True}
 @dataclass(kw_only=True)
 class Arguments:
     load: str
-    """A Hugging Face folder (tools.export_hf writes one)."""
+    """A Hugging Face folder (the command `export` writes one)."""
     prompt: str = ""
     """Text to continue; token ids where the folder has no tokenizer."""
     max_new_tokens: int = 80

@@ -36,7 +36,7 @@ LONGEST_LINE = 4096
 @dataclass(kw_only=True)
 class Arguments:
     input: list[str]
-    """Files and folders of text, as for tools.preprocess_data."""
+    """Files and folders of text, as for the command `preprocess`."""
     output_prefix: str
     """The model is written to PREFIX.model."""
     vocab_size: int = 8192

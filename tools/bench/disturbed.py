@@ -1,5 +1,5 @@
-"""Kill a run at random moments and compare it with the same run left alone: `python -m tools.bench
-disturbed`.
+"""Kill a run at random moments and compare it with the same run left alone:
+`bash launch/ithaca.sh bench disturbed`.
 
 Both runs go through launch/train.sh with the same configuration. Of the first, random workers get
 SIGKILL: at random steps, while a checkpoint is being written, and while the processes start again

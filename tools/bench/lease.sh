@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a lent machine that can fetch nothing: install the wheels that came along, then run the lease.
 #
-#   bash tools/bench/lease.sh [options of python -m tools.bench lease]
+#   bash tools/bench/lease.sh [options of the benchmark `lease`]
 #
 # From the environment:
 #
