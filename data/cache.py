@@ -35,7 +35,7 @@ class IndexCache:
     made each time."""
 
     def __init__(self, folder: str | None):
-        """Raises ValueError when the folder cannot be made or written."""
+        """Open the folder, or raise ValueError when it cannot be made or written."""
         self.folder = Path(folder) if folder else None
         if self.folder:
             try:

@@ -69,7 +69,7 @@ class IndexedReader:
     """
 
     def __init__(self, prefix: str, files: OpenFiles | None = None):
-        """Raises ValueError as `read_index` does."""
+        """Open a pair of files; raises ValueError as `read_index` does."""
         self._stamps = _file_stamps(prefix)
         index = read_index(prefix)
         self.prefix = prefix

@@ -152,7 +152,7 @@ def device_here() -> tuple[str, int]:
 
 
 def has_bf16_units(device: torch.device) -> bool:
-    """Can the device multiply bf16 matrices in hardware? If not, bf16 is slower than fp32."""
+    """Tell whether the device multiplies bf16 in hardware; else bf16 is slower than fp32."""
     if device.type != "cpu":
         return True
     known = torch.cpu.get_capabilities()

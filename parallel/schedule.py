@@ -48,7 +48,7 @@ class Schedule:
     """(pp, per_rank, count) -> time that a rank waits over the time that it works."""
 
     def allows_per_rank(self, per_rank: int) -> bool:
-        """Can it run with this many stages on each rank?"""
+        """Tell whether it can run with this many stages on each rank."""
         most = per_rank if self.most_per_rank is None else self.most_per_rank
         return self.fewest_per_rank <= per_rank <= most
 
@@ -201,7 +201,7 @@ def layers_of_stage(num_layers: int, stage: int, num_stages: int) -> range:
 
 
 def accepts(schedule: ScheduleName, pp_size: int, num_microbatches: int) -> bool:
-    """Can the schedule run a step of this many microbatches?"""
+    """Tell whether the schedule can run a step of this many microbatches."""
     if num_microbatches < 1:
         return False
     return pp_size == 1 or SCHEDULES[schedule].accepts(pp_size, num_microbatches)

@@ -158,7 +158,7 @@ class Feed:
 
 
 def settings_of(phase: Phase, corpus: Corpus) -> DataSettings:
-    """The data settings of a phase, over the sources that the run has opened."""
+    """Make the data settings of a phase, over the sources that the run has opened."""
     return corpus.settings(
         phase.seq_length,
         phase.data_path,
@@ -176,7 +176,7 @@ def ledger_at(
     phases: Sequence[Phase],
     clock: int,
 ) -> Ledger:
-    """The ledger as a run has it, or will have it, at the step at `clock`.
+    """Return the ledger as a run has it, or will have it, at the step at `clock`.
 
     Args:
         ledger: as it is at clock `begun`; it is changed where `clock` is later.

@@ -45,7 +45,7 @@ def build_optimizer(stages: Sequence[GPTStage], config: OptimizerConfig) -> torc
 
 
 def state_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
-    """What the optimizer keeps of a parameter, by the names that a checkpoint gives it."""
+    """Return what the optimizer keeps of a parameter, by its names in a checkpoint."""
     return optimizer.state[parameter]
 
 

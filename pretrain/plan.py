@@ -130,7 +130,7 @@ def make_plan(config: Config, world_size: int, *, only_print: bool = False) -> P
 
 
 def _check_writable(folder: Path) -> None:
-    """Raises ValueError unless the folder exists or can be made, and can be written to."""
+    """Raise ValueError unless the folder exists or can be made, and can be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):

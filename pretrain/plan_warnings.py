@@ -113,7 +113,7 @@ def _warnings_of_data(plan: Plan) -> list[str]:
 
 
 def _warnings_of_decay(plan: Plan) -> list[str]:
-    """A decay of the learning rate that ends before or after the run does."""
+    """Warn of a learning-rate decay that ends before or after the run does."""
     # The last arc of the schedule is the decay.
     decay_end = plan.learning_rate.arcs[-1].end
     end = plan.phases[-1].end

@@ -57,12 +57,12 @@ class TrainState:
 
 
 def master_dtype(config: OptimizerConfig) -> torch.dtype:
-    """The dtype of the stored weights and of the optimizer's state."""
+    """Choose the dtype of the stored weights and of the optimizer's state."""
     return torch.float64 if config.fp64 else torch.float32
 
 
 def compute_dtype(config: OptimizerConfig) -> torch.dtype:
-    """The dtype of forward and backward."""
+    """Choose the dtype of forward and backward."""
     return torch.bfloat16 if config.bf16 else master_dtype(config)
 
 

@@ -43,7 +43,7 @@ class IndexedWriter:
     """
 
     def __init__(self, prefix: str, dtype: type[np.integer]):
-        """Raises ValueError when the folder of `prefix` cannot be made or written."""
+        """Open the files, or raise ValueError when their folder cannot be made or written."""
         self.prefix = prefix
         self.dtype = np.dtype(dtype)
         self._code = find_code(dtype)

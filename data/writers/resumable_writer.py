@@ -26,8 +26,7 @@ class ResumableWriter(IndexedWriter):
     """
 
     def __init__(self, prefix: str, dtype: type[np.integer]):
-        """Raises ValueError as IndexedWriter does, or when another process writes the same
-        prefix."""
+        """Open the files; raises ValueError as IndexedWriter does, or when they are being written."""
         self._tables = {name: Path(f"{prefix}.{name}.partial") for name in ("lengths", "documents")}
         self._progress = Path(f"{prefix}.progress.json")
         self._state: dict | None = None

@@ -101,7 +101,7 @@ class Backend:
 
 
 def is_installed(module: str) -> bool:
-    """Is there a module of this name, not just a folder?
+    """Tell whether there is a module of this name, not just a folder.
 
     Where flash-attn 4 alone is installed, `flash_attn` is an empty folder.
     """
@@ -113,5 +113,5 @@ def is_installed(module: str) -> bool:
 
 
 def is_hopper_or_later(device: torch.device) -> bool:
-    """Is the GPU a Hopper or of a later architecture?"""
+    """Tell whether the GPU is a Hopper or of a later architecture."""
     return torch.cuda.get_device_capability(device)[0] >= HOPPER

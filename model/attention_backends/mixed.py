@@ -111,7 +111,7 @@ class _Mixed(torch.autograd.Function):
 
 
 def _is_whole(calls: list[KernelCall]) -> bool:
-    """Is the kernel's result that of the whole attention call?"""
+    """Tell whether the kernel's result is that of the whole attention call."""
     return len(calls) == 1 and not calls[0].is_padded
 
 

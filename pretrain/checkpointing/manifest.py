@@ -44,7 +44,7 @@ def _files_of_save(folder: Path) -> list[str]:
 
 
 def to_text(checksums: dict[str, str]) -> str:
-    """The content of manifest.json."""
+    """Write the content of manifest.json."""
     return json.dumps({"algorithm": "xxh3_128", "files": checksums}, indent=1)
 
 

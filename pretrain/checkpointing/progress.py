@@ -90,5 +90,5 @@ class Progress:
         return Progress.from_json(json.loads((folder / FILE).read_text(encoding="utf-8")))
 
     def to_text(self) -> str:
-        """The content of progress.json."""
+        """Write the content of progress.json."""
         return json.dumps(dataclasses.asdict(self), indent=1)

@@ -76,7 +76,7 @@ class SafeReader(dcp.FileSystemReader):
 
 
 def tensors_of(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
-    """The stored tensors by name, without what else a table of DCP may hold."""
+    """Find the stored tensors by name, without what else a table of DCP may hold."""
     return {
         name: entry
         for name, entry in metadata.state_dict_metadata.items()

@@ -6,7 +6,7 @@ from pretrain.config.config import Config
 
 
 def with_translated_flags(config: Config) -> Config:
-    """The configuration with what --num-layers-per-virtual-pipeline-stage means in stages per rank.
+    """Translate --num-layers-per-virtual-pipeline-stage into stages per rank.
 
     Raises:
         ValueError: it means no whole number of stages, or another than is given.

@@ -104,12 +104,12 @@ def target_blocks(length: int, cut: int) -> np.ndarray:
 
 
 def full_probe(document: Document, length: int, cut: int) -> list[Excerpt]:
-    """The document's first `length` tokens, with its blocks as targets."""
+    """Take the document's first `length` tokens, with its blocks as targets."""
     return [Excerpt(document.read, 0, length, target_blocks(length, cut))]
 
 
 def cut_probe(document: Document, length: int, cut: int) -> list[Excerpt]:
-    """The same targets, each block at the end of a window of its own."""
+    """Take the same targets, each block at the end of a window of its own."""
     return [
         Excerpt(document.read, start - cut, end - start + cut, np.array([[start, end]]))
         for start, end in target_blocks(length, cut).tolist()
@@ -193,7 +193,7 @@ def summarize(
 
 
 def _student_widening(documents: int) -> float:
-    """The width of Student's 95 % interval of a mean over that of the bootstrap."""
+    """Divide the width of Student's 95 % interval of a mean by that of the bootstrap."""
     free = documents - 1
     upper = INTERVAL_PERCENTILES[1] / 100
     # Quantiles of Student's t and of the normal distribution (scipy.stats takes long to import).

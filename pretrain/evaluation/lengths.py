@@ -49,9 +49,9 @@ class ValidationBatch:
 
 
 def microbatch_count(wanted: int, layout: Layout) -> int:
-    """The least number of microbatches, at least `wanted`, that the pipeline schedule runs.
+    """Find the least number of microbatches, at least `wanted`, that the schedule runs.
 
-    Per data-parallel rank.
+    They are those of a data-parallel rank.
     """
     count = max(1, wanted)
     while not accepts(layout.schedule, layout.pp.size, count):

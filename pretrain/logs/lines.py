@@ -59,7 +59,7 @@ def _describe_gain(record: dict[str, Any]) -> str:
 
 
 def evaluation_values(record: dict[str, Any], *, has_lengths: bool) -> dict[str, float]:
-    """The numbers of a line of validation.jsonl by the names of their curves.
+    """Map the numbers of a line of validation.jsonl to the names of their curves.
 
     Args:
         has_lengths: the loss is measured at several lengths, so that its curves need their names.

@@ -44,12 +44,12 @@ class StepRecord:
     """Consumed real tokens of each source; None where there are too many to show."""
 
     def to_json(self) -> dict[str, Any]:
-        """The line of metrics.jsonl."""
+        """Write the line of metrics.jsonl."""
         return dataclasses.asdict(self)
 
 
 def flops_utilization(flops: float, seconds: float, layout: Layout) -> float | None:
-    """The share of the world's peak rate that a step used; None if that is not known."""
+    """Compute the share of the world's peak rate that a step used; None = not known."""
     if layout.device.type != "cuda":
         return None
     rate = peak_flops(torch.cuda.get_device_name(layout.device))

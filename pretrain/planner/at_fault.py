@@ -38,7 +38,7 @@ class Situation:
         return nearest_layouts(self.phase.layout, self.world_size, heads, self.works)
 
     def works(self, layout: LayoutConfig) -> bool:
-        """Can the phase run with this layout?"""
+        """Tell whether the phase can run with this layout."""
         phase = dataclasses.replace(self.phase, layout=layout)
         if check_phase_layout(phase, self.config, self.world_size, self.vocab_size):
             return False

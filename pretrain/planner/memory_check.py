@@ -31,7 +31,7 @@ class MemoryReport:
 
 
 def is_checked(config: Config, model: MemoryModel) -> bool:
-    """Is the device's memory a limit?
+    """Tell whether the device's memory is a limit.
 
     A CPU is checked only with --device-memory-gib: its memory is not the process's alone.
     """

@@ -57,6 +57,6 @@ class PhaseMemory:
         ]
 
     def _host_holds(self, num_layers: int) -> bool:
-        """Does the host hold this many offloaded layers?"""
+        """Tell whether the host holds this many offloaded layers."""
         changed = self.phase.with_memory(cpu_offloading_num_layers=num_layers)
         return self.host_of_node(changed, self.world_size) <= self.machine.host_bytes

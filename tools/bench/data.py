@@ -58,7 +58,7 @@ def run(arguments: Arguments) -> int:
 
 
 def find_problem(arguments: Arguments, folder: Path) -> str | None:
-    """Why the benchmark cannot run, with a fix, or None."""
+    """Say why the benchmark cannot run, with a fix; None = it can."""
     unknown = [name for name in arguments.only if name not in ROWS]
     if unknown:
         return f"--only {' '.join(unknown)}: no such row. Fix: of {', '.join(ROWS)}."

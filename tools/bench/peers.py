@@ -185,7 +185,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """As pretrain/optimizer.py: build_optimizer, for plain tensors."""
+    """Build the trainer's AdamW (pretrain/optimizer.py: build_optimizer) for plain tensors."""
     # Matrices decay, vectors do not.
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": OPTIMIZER.weight_decay},

@@ -162,7 +162,7 @@ class TimedAttend:
 
     @contextmanager
     def counting(self) -> Iterator[list[float]]:
-        """A list that holds, afterwards, the seconds spent inside."""
+        """Give a list that holds, afterwards, the seconds spent inside."""
         self.spans = []
         found = []
         yield found

@@ -217,7 +217,7 @@ def write_corpus(path: Path, size: int) -> int:
 
 
 def read_texts(path: Path, size: int) -> Iterator[str]:
-    """The texts of the first `size` bytes of the lines."""
+    """Read the texts of the first `size` bytes of the lines."""
     with open(path, "rb") as file:
         for line in file:
             yield json.loads(line)["text"]

@@ -24,5 +24,5 @@ def _cut(text: str, limit: int) -> str:
 
 
 def count_of(number: int, noun: str) -> str:
-    """1, "file" -> "1 file"; 2000, "file" -> "2,000 files"."""
+    """Spell a count: 1, "file" -> "1 file"; 2000, "file" -> "2,000 files"."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -167,7 +167,7 @@ def make_contender(
 
 
 def longest_that_fits(measure: Callable[[int], Try | None], capacity: int, most: int) -> list[Try]:
-    """Every sample that fitted, the longest last.
+    """Find the longest sample that fits; returns all that fitted, the longest last.
 
     Doubles until one does not fit. The last two then give a line (short samples do not: their peak
     may be that of the gradients, which all have), and its end is tried, then the middle between
