@@ -139,8 +139,9 @@ class IndexedReader:
         last = offset + length
         assert 0 <= offset and last <= self.document_lengths[document], (document, offset, length)
         out = np.empty(length, dtype=np.int64)
-        spans = np.array([[document], [offset], [length]], dtype=np.int64)
-        self.read_spans(*spans, out)
+        # int64 whatever is given: with unsigned numbers, places would become floats.
+        documents, offsets, lengths = np.array([[document], [offset], [length]], dtype=np.int64)
+        self.read_spans(documents, offsets, lengths, out)
         return out
 
     def token_range(self) -> tuple[int, int]:
