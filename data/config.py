@@ -226,7 +226,7 @@ def parse_windows(words: list[str]) -> list[tuple[int, int]]:
 
 
 def are_named(words: Sequence[str]) -> bool:
-    """Tell whether these are `NAME=PREFIX` validation sets. A path that has a "=" further on is none."""
+    """Tell whether these are `NAME=PREFIX` validation sets; a "=" further on in a path is none."""
     return all(re.fullmatch(r"[^/=]+=.+", word) for word in words)
 
 

@@ -26,7 +26,7 @@ class ResumableWriter(IndexedWriter):
     """
 
     def __init__(self, prefix: str, dtype: type[np.integer]):
-        """Open the files; raises ValueError as IndexedWriter does, or when they are being written."""
+        """Open the files; ValueError as of IndexedWriter, or when another process writes them."""
         self._tables = {name: Path(f"{prefix}.{name}.partial") for name in ("lengths", "documents")}
         self._progress = Path(f"{prefix}.progress.json")
         self._state: dict | None = None

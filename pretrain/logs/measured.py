@@ -58,7 +58,7 @@ def measure(
 
 
 def peak_memory(layout: Layout) -> int:
-    """Return the most bytes so far: allocated on the GPU, or of the process in the host's memory."""
+    """Return the most bytes so far: allocated on the GPU, or in the process's host memory."""
     if layout.device.type == "cuda":
         return torch.cuda.max_memory_allocated(layout.device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
