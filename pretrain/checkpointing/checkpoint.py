@@ -33,8 +33,6 @@ from pretrain.checkpointing.progress import FILE as PROGRESS_FILE
 from pretrain.checkpointing.progress import Progress
 from pretrain.checkpointing.stored_tensors import ALONE, SafeReader, tensors_of
 
-SHOWN_PROBLEMS = 4
-
 # ---------------------------------------------------------------- writing
 
 
@@ -62,7 +60,7 @@ def save(
     final = iteration_folder(root, step)
     partial = final.with_name(f".{final.name}.partial")
 
-    # The small files, by one rank, in a folder of that name that nobody looks into yet.
+    # One rank writes the small files, into a hidden folder that no load looks into.
     if world.rank == 0:
         clear(partial)
         _write_small_files(partial, progress, config_yaml, tokenizer_files, carried)
@@ -155,9 +153,10 @@ def load(
     others = {name: tensor for name, tensor in tensors.items() if name not in repadded}
     problems = list(dict.fromkeys(_gather(_misfits(metadata, others), world)))
     if problems:
-        more = len(problems) - SHOWN_PROBLEMS
+        shown = problems[: manifest.SHOWN_PROBLEMS]
+        more = len(problems) - len(shown)
         raise ValueError(
-            f"checkpoint {folder}: does not fit this run: {'; '.join(problems[:SHOWN_PROBLEMS])}"
+            f"checkpoint {folder}: does not fit this run: {'; '.join(shown)}"
             f"{f' and {more} more' if more > 0 else ''}. Fix: load it with the model settings in "
             "its config.yaml (--no-load-optim if only optimizer state is missing)."
         )

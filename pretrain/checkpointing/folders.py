@@ -1,7 +1,7 @@
 """The folders of a run's checkpoints: their names, which is the latest, and what may be removed.
 
 DIR/iter_0000100/                      DCP files, manifest.json, config.yaml, progress.json,
-                                       tokenizer/, and huggingface/ where the model came from
+                                       tokenizer/; huggingface/ if the model was imported
 DIR/latest_checkpointed_iteration.txt  100
 """
 

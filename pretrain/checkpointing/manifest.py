@@ -11,6 +11,7 @@ from pretrain.checkpointing.folders import LATEST, MANIFEST
 from pretrain.checkpointing.stored_tensors import SafeReader
 
 SHOWN_PROBLEMS = 4
+"""Files or tensors that a message about a checkpoint names."""
 
 
 def list_checksums(folder: Path, world: Axis) -> dict[str, str]:

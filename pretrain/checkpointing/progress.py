@@ -71,13 +71,13 @@ class Progress:
         Raises:
             ValueError: the step, the clock or another field that every version writes is missing.
         """
-        # What other versions wrote besides is left out.
+        # Keys that this version does not know are left out.
         fields = dataclasses.fields(Progress)
         values = {field.name: stored[field.name] for field in fields if field.name in stored}
+        # Keys that older versions did not write: the last phase's length is the longest that is
+        # known, and a run that wrote a checkpoint had targets.
         if "phase" in values:
             values.setdefault("longest_seq_length", values["phase"].get("seq_length"))
-        # A key that is younger than some checkpoints gets the value that was true of them.
-        # From before they were counted: a run that wrote a checkpoint had targets.
         values.setdefault("steps_with_targets", stored.get("step", 0))
         try:
             return Progress(**values)

@@ -60,9 +60,9 @@ def continuation_changes(
     learning_rate: LearningRate,
     tokenizer: dict | None,
 ) -> list[Change]:
-    """List all differences of a run that continues the clock.
+    """List the differences of a run that continues the clock, as far as settings show them.
 
-    Except those that show only when the data is opened.
+    Those of the data are found once it is open (pretrain/plan.py).
 
     Args:
         stored, progress: what the checkpoint says of its settings and of how far it had come.
@@ -87,7 +87,7 @@ def weights_changes(
 ) -> list[Change]:
     """List the differences that matter to a new run on the checkpoint's weights.
 
-    Those of the model, its tokenizer, rope and length.
+    They are those of the model, its tokenizer, rope and length.
     """
     found = [
         change

@@ -51,7 +51,7 @@ def kind_of(section: str, name: str) -> Resume:
     Raises:
         KeyError: neither declares one.
     """
-    # A setting that is not declared (yet) has the kind of its section.
+    # A name that is not declared in the section has the section's kind.
     facts = facts_of_section(section_types()[section])
     own = facts[name].resume if name in facts else None
     kind = own or facts_of_section(Config)[section].resume
