@@ -28,7 +28,7 @@ def forecast_phases(
 
 
 def describe_forecast(rows: list[Forecast]) -> str:
-    """Print a forecast as a table, a line per source."""
+    """Write a forecast as a table, a line per source."""
     lines = [
         f"{'phase':<12}{'share':>8}{'tokens':>16}{'of an epoch of':>18}{'epochs':>16}   source"
     ]

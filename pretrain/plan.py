@@ -164,6 +164,7 @@ class _Origin:
 
 
 def _find_origin(config: Config) -> _Origin:
+    """Read what the checkpoint that the run starts from says of itself."""
     start = find_start(config.checkpoint)
     if start.folder is None:
         return _Origin(start, None, None)
@@ -215,6 +216,8 @@ def _place_phases(settings: SettledSettings, origin: _Origin, world_size: int) -
 
 @dataclasses.dataclass(frozen=True)
 class _Data:
+    """The data, opened where the run starts."""
+
     corpus: Corpus
     ledger: Ledger
     forecast: list[Forecast]

@@ -44,12 +44,11 @@ def check_settings(config: Config, world_size: int) -> SettledSettings:
     Raises:
         ValueError: every problem found, a line each.
     """
-    # Each section, and what the sections say together.
+    # Each section, what the sections say together, and what follows for phases and learning rate.
     problems = config.validate()
     is_sound = not problems
     phases = attempt(problems, lambda: resolve_phases(config)) or []
     problems += handover_problems([phase for phase in phases if not phase.auto], config)
-    # Phases and learning rate on the clock; phases of different layouts meet at a checkpoint.
     learning_rate = None
     if phases and is_sound:
         learning_rate = attempt(problems, lambda: LearningRate.make(config.optimizer, phases))

@@ -20,6 +20,8 @@ from pretrain.schedule.phases import Phase
 
 @dataclass
 class TrainState:
+    """What training changes, and what it has counted."""
+
     stages: list[GPTStage]
     optimizer: torch.optim.Optimizer
     step: int = 0

@@ -61,13 +61,12 @@ class CheckpointConfig:
                 f"ckpt_step = {self.ckpt_step}: chooses an iteration of --load, which is not "
                 "given. Fix: give --load."
             )
-        # Of two that exclude each other, the user decides.
+        # A run has one start, and one learning rate: of two the user must choose.
         if self.load and self.pretrained_checkpoint:
             problems.append(
                 f"pretrained_checkpoint = {self.pretrained_checkpoint}: a run starts from one "
                 f"place, and --load = {self.load}. Fix: remove one of them."
             )
-        # So do the two that decide whose learning rate holds.
         if self.override_opt_param_scheduler and self.use_checkpoint_opt_param_scheduler:
             problems.append(
                 "override_opt_param_scheduler = True: takes this run's learning rate, but "

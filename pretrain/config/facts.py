@@ -2,7 +2,10 @@
 
     lr: float = setting(3e-4, per_phase=True, resume="effect", above=0)
 
-The folders below pretrain/ write the same as `field(default=3e-4, metadata=dict(per_phase=True))`.
+The sections of model/, parallel/ and data/, which do not import pretrain/, write the same as
+
+    lr: float = field(default=3e-4, metadata=dict(per_phase=True, resume="effect", above=0))
+
 Whatever is derived from these facts (the keys of a phase, the resume contract, the checks of
 single values, the pages of settings and flags) reads them here.
 """

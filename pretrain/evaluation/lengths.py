@@ -49,9 +49,10 @@ class ValidationBatch:
 
 
 def microbatch_count(wanted: int, layout: Layout) -> int:
-    """Find the least number of microbatches, at least `wanted`, that the schedule runs.
+    """Find the least number of microbatches, at least `wanted`, that the pipeline schedule runs.
 
-    They are those of a data-parallel rank.
+    Args:
+        wanted: microbatches of each data-parallel rank.
     """
     count = max(1, wanted)
     while not accepts(layout.schedule, layout.pp.size, count):

@@ -40,7 +40,7 @@ def write_trial(
     trial: int,
 ) -> list[Excerpt]:
     """Write one trial at each depth, `length` tokens each: a pure function of its arguments."""
-    # The same number, place in the text and filler at each depth.
+    # All depths share the number and the filler, so that only the place of the number differs.
     generator = np.random.default_rng([seed, length, trial])
     texts = write_texts(tokenizer, int(generator.integers(LOWEST_KEY, HIGHEST_KEY + 1)))
     start = stream.document_start(int(generator.integers(stream.tokens_per_epoch)))

@@ -13,6 +13,8 @@ HIGHEST_KEY = 99_999
 
 
 class PasskeyTexts(NamedTuple):
+    """The ids that a trial puts into its filler."""
+
     sentence: np.ndarray
     """int64, the sentence that is hidden."""
     question: np.ndarray
@@ -41,9 +43,9 @@ def write_texts(tokenizer: Tokenizer, key: int) -> PasskeyTexts:
 
 
 def check_passkey_lengths(tokenizer: Tokenizer, lengths: list[int]) -> list[str]:
-    """Name the lengths that leave too little filler, or a tokenizer that cannot write the texts.
+    """Name the lengths that leave too little filler, as `name = value: rule. Fix: ...`.
 
-    Each with rule and fix.
+    A tokenizer that cannot write the texts has one line for all lengths.
     """
     try:
         texts = write_texts(tokenizer, HIGHEST_KEY)

@@ -9,9 +9,8 @@ UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 
 def console_line(record: StepRecord, remaining_tokens: int) -> str:
     """Describe a step in one readable line."""
-    # What a person looks at, from left to right: where, how well, how fast, how full.
     rate = record.tokens_per_second
-    # Tokens are the clock, the rate is that of the global batch.
+    # What a person looks at, from left to right: where, how well, how fast, how full.
     parts = [
         f"step {record.step:>6,}",
         f"{record.phase} {record.seq_length:,}",

@@ -16,6 +16,8 @@ REACHABLE_SECONDS = 5
 
 
 class Sink(Protocol):
+    """A place outside of the run's own files where its numbers go."""
+
     def log(self, values: dict[str, float | str | bool], step: int) -> None:
         """Take the numbers of one step, by the names of their curves."""
         ...
