@@ -24,7 +24,7 @@ from model.attention import Attention
 from model.attention_backends.backend import Attend
 from model.attention_backends.documents import pack_documents
 from model.config import ModelConfig
-from model.loss import IGNORED_LABEL, Head, fused_loss, score
+from model.loss import IGNORED_LABEL, LossSettings, fused_loss, score
 from model.mlp import MLP, swiglu_gradients
 from model.parts import (
     RMSNorm,
@@ -195,10 +195,10 @@ class GPTStage(nn.Module):
         if not self.is_last:
             return x_tD
         inputs = *self.head_inputs(x_tD), microbatch.labels
-        head = Head(self.layout.tp, self.vocab_size, self.memory.loss_tokens)
+        settings = LossSettings(self.layout.tp, self.vocab_size, self.memory.loss_tokens)
         if self.scores is None:
-            return fused_loss(*inputs, self.loss_scale, head)
-        loss, hits = score(*inputs, head)
+            return fused_loss(*inputs, self.loss_scale, settings)
+        loss, hits = score(*inputs, settings)
         targets = (microbatch.labels != IGNORED_LABEL).sum()
         self.scores.append(torch.stack([value.double() for value in (loss, targets, hits)]))
         return loss * self.loss_scale

@@ -24,8 +24,8 @@ IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
-class Head:
-    """Holds what the loss needs to know beside tensors."""
+class LossSettings:
+    """Says over which ranks, tokens and chunks the loss is computed."""
 
     tp: Axis
     vocab_size: int
@@ -38,12 +38,12 @@ class _FusedLoss(torch.autograd.Function):
     """Computes the gradients with the loss, and keeps them instead of the logits."""
 
     @staticmethod
-    def forward(ctx, x_tD, weight_vD, labels_t, scale, head):
+    def forward(ctx, x_tD, weight_vD, labels_t, scale, settings):
         # The chunks' parts of the weight's gradient are summed up in at least fp32.
         grad_x_tD = torch.empty_like(x_tD)
         grad_weight_vD = torch.zeros_like(weight_vD, dtype=_wide(x_tD))
         grads = (grad_x_tD, grad_weight_vD)
-        loss, _ = _by_chunks(x_tD, weight_vD, labels_t, head, scale, grads)
+        loss, _ = _by_chunks(x_tD, weight_vD, labels_t, settings, scale, grads)
         ctx.save_for_backward(grad_x_tD, grad_weight_vD.to(weight_vD.dtype))
         return loss.mul_(scale)
 
@@ -59,7 +59,7 @@ def fused_loss(
     weight_vD: torch.Tensor,
     labels_t: torch.Tensor,
     scale: torch.Tensor | float,
-    head: Head,
+    settings: LossSettings,
 ) -> torch.Tensor:
     """Return scale * the sum of the targets' cross entropies in nats.
 
@@ -73,18 +73,18 @@ def fused_loss(
         scale: a number, or a scalar on the device.
     """
     if torch.is_grad_enabled():
-        return _FusedLoss.apply(x_tD, weight_vD, labels_t, scale, head)
-    return _by_chunks(x_tD, weight_vD, labels_t, head)[0].mul_(scale)
+        return _FusedLoss.apply(x_tD, weight_vD, labels_t, scale, settings)
+    return _by_chunks(x_tD, weight_vD, labels_t, settings)[0].mul_(scale)
 
 
 def score(
-    x_tD: torch.Tensor, weight_vD: torch.Tensor, labels_t: torch.Tensor, head: Head
+    x_tD: torch.Tensor, weight_vD: torch.Tensor, labels_t: torch.Tensor, settings: LossSettings
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (sum of the targets' cross entropies, how many targets had the largest logit).
 
     There are no gradients.
     """
-    return _by_chunks(x_tD, weight_vD, labels_t, head, count_hits=True)
+    return _by_chunks(x_tD, weight_vD, labels_t, settings, count_hits=True)
 
 
 def _wide(x: torch.Tensor) -> torch.dtype:
@@ -96,7 +96,7 @@ def _by_chunks(
     x_tD,
     weight_vD,
     labels_t,
-    head: Head,
+    settings: LossSettings,
     scale: torch.Tensor | float = 1.0,
     grads: tuple[torch.Tensor, torch.Tensor] | None = None,
     *,
@@ -110,14 +110,14 @@ def _by_chunks(
     """
     total = torch.zeros((), dtype=_wide(x_tD), device=x_tD.device)
     hits = torch.zeros((), dtype=torch.int64, device=x_tD.device)
-    for start in range(0, x_tD.shape[0], head.chunk_tokens):
-        rows = slice(start, start + head.chunk_tokens)
+    for start in range(0, x_tD.shape[0], settings.chunk_tokens):
+        rows = slice(start, start + settings.chunk_tokens)
         # A function of its own: its tensors are gone before the next chunk's are made.
         loss, found = _one_chunk(
             x_tD[rows],
             weight_vD,
             labels_t[rows],
-            head,
+            settings,
             scale,
             grads and (grads[0][rows], grads[1]),
             count_hits=count_hits,
@@ -131,7 +131,7 @@ def _one_chunk(
     x_cD: torch.Tensor,
     weight_vD: torch.Tensor,
     labels_c: torch.Tensor,
-    head: Head,
+    settings: LossSettings,
     scale: torch.Tensor | float,
     grads: tuple[torch.Tensor, torch.Tensor] | None,
     *,
@@ -142,11 +142,11 @@ def _one_chunk(
     if not compiled.is_fused(logits_cv):
         logits_cv = logits_cv.to(_wide(logits_cv))
     # The rows after the vocabulary are padding: no probability falls on them.
-    num_real = max(0, head.vocab_size - head.tp.rank * weight_vD.shape[0])
+    num_real = max(0, settings.vocab_size - settings.tp.rank * weight_vD.shape[0])
     if num_real < weight_vD.shape[0]:
         logits_cv[:, num_real:] = float("-inf")
-    hits = (vocab_parallel_argmax(logits_cv, head.tp) == labels_c).sum() if count_hits else 0
-    softmax = _Softmax(logits_cv, labels_c, head.tp)
+    hits = (vocab_parallel_argmax(logits_cv, settings.tp) == labels_c).sum() if count_hits else 0
+    softmax = _Softmax(logits_cv, labels_c, settings.tp)
     # The gradient is put in the place of the logits and used up at once.
     if grads is not None:
         has_target_c = labels_c != IGNORED_LABEL

@@ -81,7 +81,7 @@ def test_scores_equal_one_process(pool, name):
         )
 
 
-def first_choices(world, logits: np.ndarray) -> list[int]:
+def argmax_over_tp(world, logits: np.ndarray) -> list[int]:
     tp = Axis("tp", world.rank, world.size, tuple(range(world.size)), torch.distributed.group.WORLD)
     part = torch.from_numpy(logits).chunk(world.size, dim=1)[world.rank].to(torch.bfloat16)
     return vocab_parallel_argmax(part, tp).tolist()
@@ -97,7 +97,7 @@ def test_of_equal_logits_the_first_id_wins_and_padding_never(pool):
             [-5, -5, -5, -5, -5, -5, low, low],
         ]
     )
-    assert pool.run(first_choices, 4, logits) == [[1, 0, 5, 0]] * 4
+    assert pool.run(argmax_over_tp, 4, logits) == [[1, 0, 5, 0]] * 4
 
 
 class FoldedLetters(Letters):

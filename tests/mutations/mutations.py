@@ -370,7 +370,7 @@ MUTATIONS = {
     ),
     "padded rows of the vocabulary take part in the softmax (Megatron-Bridge#5375)": Mutation(
         "model.gpt",
-        "Head",
+        "LossSettings",
         lambda original: lambda tp, vocab_size, chunk_tokens: original(tp, 1 << 30, chunk_tokens),
         Case(tp=2),
     ),

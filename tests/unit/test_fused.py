@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from model import compiled, loss, pointwise
-from model.loss import IGNORED_LABEL, Head, fused_loss
+from model.loss import IGNORED_LABEL, LossSettings, fused_loss
 from model.pointwise import HeadSizes, rms_norm, rotate, split_heads
 from model.products import add_product, joined_linear
 from parallel.layout import single_process_layout
@@ -45,7 +45,7 @@ def loss_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("scale", [0.25, torch.tensor(0.25, dtype=torch.float64)])
 def test_the_loss_is_that_of_cross_entropy(way, chunk, scale):
     x, weight, labels = loss_inputs()
-    found = fused_loss(x, weight, labels, scale, Head(TP, 37, chunk))
+    found = fused_loss(x, weight, labels, scale, LossSettings(TP, 37, chunk))
     logits = (x @ weight.T)[:, :37]
     expected = 0.25 * F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum")
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
@@ -60,9 +60,9 @@ def test_the_loss_is_that_of_cross_entropy(way, chunk, scale):
 def test_a_tp_rank_with_nothing_but_padding_has_no_part(way):
     """40 rows on each of two tp ranks and 37 real tokens: all columns of the second are -inf."""
     x, weight, labels = loss_inputs()
-    head = Head(replace(TP, rank=1), 37, TOKENS)
+    settings = LossSettings(replace(TP, rank=1), 37, TOKENS)
     logits = torch.full((TOKENS, 40), float("-inf"), dtype=torch.float64)
-    parts = loss._Softmax(logits, labels, head.tp)
+    parts = loss._Softmax(logits, labels, settings.tp)
     assert parts.sums_c.eq(0).all() and parts.chosen_c.eq(0).all()
     # The other rank's maximum and sum, as the sum over tp brings them.
     parts.tops_c = torch.zeros(TOKENS, dtype=torch.float64)

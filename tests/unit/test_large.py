@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data.batch import IGNORE
-from model.loss import Head, fused_loss
+from model.loss import LossSettings, fused_loss
 from model.mlp import swiglu
 from model.pointwise import rms_norm, rotate
 from parallel.layout import single_process_layout
@@ -89,11 +89,11 @@ def test_loss_of_a_sequence_whose_logits_would_be_larger_still():
     weight = weights(64, WIDTH)
     labels = torch.full((ROWS,), IGNORE)
     labels[LAST] = torch.arange(8)
-    head = Head(single_process_layout(torch.device("cpu")).tp, 64, 65536)
+    settings = LossSettings(single_process_layout(torch.device("cpu")).tp, 64, 65536)
     alone = x[LAST].clone().requires_grad_()
-    expected = fused_loss(alone, weight, labels[LAST], 1.0, head)
+    expected = fused_loss(alone, weight, labels[LAST], 1.0, settings)
     (expected_grad,) = torch.autograd.grad(expected, alone)
-    found = fused_loss(x.requires_grad_(), weight, labels, 1.0, head)
+    found = fused_loss(x.requires_grad_(), weight, labels, 1.0, settings)
     (grad,) = torch.autograd.grad(found, x)
     assert torch.allclose(found, expected) and torch.equal(grad[LAST], expected_grad)
     assert not grad[:-8].any()

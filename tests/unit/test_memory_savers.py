@@ -20,7 +20,7 @@ from model.attention_backends.choice import choose_attention
 from model.attention_backends.sdpa import _one_by_one, sdpa_attention
 from model.config import ModelConfig
 from model.gpt import GPTStage
-from model.loss import Head, fused_loss, score
+from model.loss import LossSettings, fused_loss, score
 from model.mlp import swiglu
 from model.pointwise import BLOCK, rms_norm, rotate
 from parallel.collectives import start_all_to_all
@@ -61,8 +61,8 @@ def test_the_fused_loss_is_cross_entropy_over_the_real_tokens(chunk, vocabulary)
     x, weight = leaves((30, 8), (17, 8))
     labels = torch.arange(30) % vocabulary
     labels[::4] = IGNORE
-    head = Head(LAYOUT.tp, vocabulary, chunk)
-    found = fused_loss(x, weight, labels, 0.25, head)
+    settings = LossSettings(LAYOUT.tp, vocabulary, chunk)
+    found = fused_loss(x, weight, labels, 0.25, settings)
     logits = x @ weight[:vocabulary].T
     assert_same(
         found,
@@ -70,20 +70,20 @@ def test_the_fused_loss_is_cross_entropy_over_the_real_tokens(chunk, vocabulary)
         [x, weight],
     )
     with torch.no_grad():
-        total, hits = score(x, weight, labels, head)
+        total, hits = score(x, weight, labels, settings)
     assert torch.allclose(total, 4 * found) and hits == (logits.argmax(1) == labels).sum() > 0
 
 
 def test_a_loss_without_targets_is_zero_with_gradients_of_zero():
     x, weight = leaves((6, 8), (17, 8))
-    found = fused_loss(x, weight, torch.full((6,), IGNORE), 1.0, Head(LAYOUT.tp, 17, 4))
+    found = fused_loss(x, weight, torch.full((6,), IGNORE), 1.0, LossSettings(LAYOUT.tp, 17, 4))
     assert found == 0 and all((grad == 0).all() for grad in torch.autograd.grad(found, [x, weight]))
 
 
 def test_the_loss_may_be_asked_twice_for_its_gradient():
     """A schedule that splits the backward does."""
     x, weight = leaves((6, 8), (17, 8))
-    found = fused_loss(x, weight, torch.arange(6), 1.0, Head(LAYOUT.tp, 17, 4))
+    found = fused_loss(x, weight, torch.arange(6), 1.0, LossSettings(LAYOUT.tp, 17, 4))
     first, second = (
         torch.autograd.grad(found, [x, weight], torch.tensor(3.0).double(), retain_graph=True)
         for _ in range(2)
