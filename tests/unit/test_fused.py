@@ -205,6 +205,8 @@ def test_torchs_switches_are_noticed(variable):
 
 def test_other_lengths_heads_and_gradients_are_compiled_for_a_few_times_only(monkeypatch):
     """torch gives a function up after 8 versions, and runs it operator by operator from then on."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
     from model.activation_memory.settings import MemorySettings
     from tests.unit.test_memory_savers import one_step
 
@@ -212,7 +214,7 @@ def test_other_lengths_heads_and_gradients_are_compiled_for_a_few_times_only(mon
 
     def count(function):
         if function.__name__ not in versions:
-            found = torch._dynamo.testing.CompileCounterWithBackend("eager")
+            found = CompileCounterWithBackend("eager")
             versions[function.__name__] = (found, torch.compile(function, backend=found))
         return versions[function.__name__][1]
 
