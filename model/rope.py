@@ -42,8 +42,6 @@ PARAMETERS: dict[str, RopeParameter] = {
     "yarn_correction_range_round_to_int": RopeParameter("truncate", ("yarn",)),
 }
 """Setting of the configuration -> the parameter that it gives."""
-ROPE_SETTINGS = ("rotary_base", "use_rope_scaling", "rope_type", *PARAMETERS)
-"""All settings of the configuration that decide about the rope."""
 # Llama 3.1's values are those that Megatron-LM's --use-rope-scaling means; yarn's are the paper's
 # (arXiv 2309.00071).
 _DEFAULTS: dict[str, dict[str, Any]] = {

@@ -11,7 +11,6 @@ from pretrain.planner.check_layout import check_phase_layout
 from pretrain.planner.layout_search import nearest_layouts
 from pretrain.schedule.batch_words import BatchWords
 from pretrain.schedule.phases import Phase
-from pretrain.schedule.resolve import phase_entries
 
 
 class FitsMemory(Protocol):
@@ -96,7 +95,7 @@ def _without_other_settings(situation: Situation) -> Iterator[tuple[str, Situati
     if phase.micro_batch_size > 1:
         smaller = _with_phase(situation, micro_batch_size=1)
         yield f"micro_batch_size = {phase.micro_batch_size}", smaller
-    entry = phase_entries(situation.config)[phase.index]
+    entry = situation.config.schedule.entries[phase.index]
     words = BatchWords.make(situation.config, entry, phase.seq_length)
     # A multiple of whatever any layout of this world and any pipeline schedule ask for.
     batch = phase.seq_length * phase.micro_batch_size * situation.world_size**2

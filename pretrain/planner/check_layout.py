@@ -10,7 +10,6 @@ from pretrain.evaluation.lengths import check_lengths
 from pretrain.planner.head_counts import head_split
 from pretrain.schedule.batch_words import BatchWords
 from pretrain.schedule.phases import Phase
-from pretrain.schedule.resolve import phase_entries
 
 
 def check_phase_layout(
@@ -111,7 +110,7 @@ def _batch_problems(phase: Phase, config: Config, world_size: int) -> list[str]:
     """Check that each batch is whole microbatches, in a number that the schedule accepts."""
     # Tokens of one microbatch on every data-parallel rank.
     unit = phase.seq_length * phase.micro_batch_size * phase.data_parallel_size(world_size)
-    words = BatchWords.make(config, phase_entries(config)[phase.index], phase.seq_length)
+    words = BatchWords.make(config, config.schedule.entries[phase.index], phase.seq_length)
     problems = []
     for batch in phase.batches:
         if batch % unit:

@@ -15,7 +15,6 @@ from pretrain.planner.at_fault import FitsMemory, Situation, layouts_that_work
 from pretrain.planner.check_layout import check_phase_layout
 from pretrain.problems import attempt
 from pretrain.schedule.phases import Phase
-from pretrain.schedule.resolve import phase_entries
 
 
 def check_phases(
@@ -41,7 +40,7 @@ def check_phases(
             *_data_problems(phase, config),
             *check_phase_memory(phase, config.model.attention_backend),
             *_warmup_problems(phase),
-            *phase_entries(config)[phase.index].with_rope(config.model).rope_problems(),
+            *config.schedule.entries[phase.index].with_rope(config.model).rope_problems(),
             *_range_problems(phase, config),
         ]
         problems += [f"phase {phase.name!r}: {problem}" for problem in found]

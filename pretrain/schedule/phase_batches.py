@@ -40,7 +40,7 @@ def phase_batches(
         )
     if section.rampup_batch_size:
         words = section.rampup_batch_size
-        first = (config.schedule.phases or [entry])[0]
+        first = config.schedule.entries[0]
         first_length = first.seq_length or config.schedule.seq_length or seq_length
         length = seq_length if own else first_length
         # A ramp of the run that is over by now: its samples need not fit this phase's length.

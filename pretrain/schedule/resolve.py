@@ -20,7 +20,7 @@ def resolve_phases(config: Config) -> list[Phase]:
         ValueError: a phase misses its length, tokens or batch, or they do not divide; all at once.
     """
     # Names identify phases in checkpoints and records.
-    entries = phase_entries(config)
+    entries = config.schedule.entries
     names = [entry.name for entry in entries]
     problems = [
         f"phases: the name {name!r} stands twice. Fix: give each phase its own name."
@@ -41,11 +41,6 @@ def resolve_phases(config: Config) -> list[Phase]:
     if problems:
         raise ValueError("\n".join(problems))
     return phases
-
-
-def phase_entries(config: Config) -> list[PhaseConfig]:
-    """Return the entries of `phases:`; without any, one that leaves everything to the run."""
-    return config.schedule.phases or [PhaseConfig(name="main")]
 
 
 def _resolve(config: Config, entry: PhaseConfig, index: int, start: int) -> Phase:

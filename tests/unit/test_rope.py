@@ -12,7 +12,7 @@ from model.config import ModelConfig
 from model.hf import context_to_declare, huggingface_config, huggingface_name
 from model.init import normal_rows
 from model.pointwise import rotate
-from model.rope import PARAMETERS, ROPE_SETTINGS, Rope, inverse_frequencies, rotary_tables
+from model.rope import PARAMETERS, Rope, inverse_frequencies, rotary_tables
 from pretrain.config.load import load_config
 from pretrain.config.phase_config import PhaseConfig
 from tools.huggingface.config import interpret_config
@@ -390,9 +390,10 @@ def test_every_parameter_is_a_setting_of_the_run_and_of_a_phase():
         {field.name: field.type for field in fields(section)}
         for section in (ModelConfig, PhaseConfig)
     )
-    assert {name: phase[name] for name in ROPE_SETTINGS} == {
-        name: run[name] for name in ROPE_SETTINGS
-    } | {"rotary_base": float | None}
+    settings = ("rotary_base", "use_rope_scaling", "rope_type", *PARAMETERS)
+    assert {name: phase[name] for name in settings} == {name: run[name] for name in settings} | {
+        "rotary_base": float | None
+    }
     assert {"base", "type", *(name for name, _ in PARAMETERS.values())} == {
         field.name for field in fields(Rope)
     }
