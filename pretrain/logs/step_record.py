@@ -44,7 +44,7 @@ class StepRecord:
     """Consumed real tokens of each source; None where there are too many to show."""
 
     def to_json(self) -> dict[str, Any]:
-        """Write the line of metrics.jsonl."""
+        """Return the line of metrics.jsonl, its keys in order."""
         return dataclasses.asdict(self)
 
 
