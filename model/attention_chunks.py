@@ -300,9 +300,12 @@ def _part(
     """Cut the named weights of some heads out; the others are None."""
 
     def cut(name: str) -> torch.Tensor | None:
+        if name not in fields:
+            return None
         weight = getattr(weights, name)
-        if name not in fields or weight is None or name.endswith("_norm"):
-            return weight if name in fields else None
+        # A norm is the same for all heads.
+        if weight is None or name.endswith("_norm"):
+            return weight
         by_head = weight.view(-1, head_size, *weight.shape[1:])
         return by_head[_index(heads, weight.device)].flatten(0, 1)
 

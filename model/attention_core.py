@@ -32,9 +32,9 @@ class Linear(Protocol):
 
 
 class Projections(NamedTuple):
-    """This tp rank's weights before the attention, of all heads or of some.
+    """This tp rank's weights before the attention, for all heads or for some.
 
-    Of some heads, q's or k's and v's may be missing (None).
+    Where they are for some heads, those of q may be None, or those of k and v.
     """
 
     q_rD: torch.Tensor | None
@@ -90,7 +90,7 @@ class AttentionCore:
         linear: Linear = F.linear,
     ) -> torch.Tensor:
         """Make q [t, n, H], as many heads as the weights have."""
-        # Some heads' weights: q's and those of k and v go through their own products.
+        # Groups of heads project q apart from k and v, which several groups may share.
         assert weights.q_rD is not None
         q_tr = linear(x_tD, weights.q_rD, weights.q_bias)
         return self._norm_and_rotate(q_tr, weights.q_norm, positions)
@@ -117,7 +117,7 @@ class AttentionCore:
     def _norm_and_rotate(
         self, x_tr: torch.Tensor, norm: torch.Tensor | None, positions: Positions
     ) -> torch.Tensor:
-        # The same whether the rows are q's or k's, so the heads are counted from the shape.
+        # The rows are those of q or of k, so their shape says how many heads there are.
         x_tnH = x_tr.view(x_tr.shape[0], -1, self.head_size)
         if norm is not None:
             x_tnH = rms_norm(x_tnH, norm, self.epsilon)
@@ -151,7 +151,7 @@ class AttentionCore:
             if len(calls) == 1:
                 # All rows: even a slice of all of them copies the gradients once more.
                 return [self.attend(q_smH, k_TkH, v_TkH, calls[0])]
-            # One range of tokens after the other, each against the keys up to its end.
+            # Each range of queries attends to the keys up to its own end.
             return [
                 self.attend(q_smH[each.queries], k_TkH[each.keys], v_TkH[each.keys], each)
                 for each in calls

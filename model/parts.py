@@ -72,7 +72,7 @@ def enter_tensor_parallel(x: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 
 def gradient_before_entering(grad: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Backward of `enter_tensor_parallel`, in place of `grad` but under Megatron-SP."""
+    """Backward of `enter_tensor_parallel`; it overwrites `grad`, except under Megatron-SP."""
     # Each rank's part of the weights gave a part of the gradient.
     if layout.sequence_parallel and layout.tp.size > 1:
         return reduce_scatter_rows(grad, layout.tp)

@@ -10,8 +10,10 @@ from parallel.schedule import SCHEDULES, ScheduleName, accepts, nearest_counts
 
 ShardingStrategy = Literal["optim", "optim_grads", "optim_grads_params"]
 SPLITS_BACKWARD_SINCE = "2.13"
-"""The first release of torch that is known to split a backward right: 2.11 adds all gradients of a
-node with several outputs to the first, or refuses; 2.12 was not tried."""
+"""The first release of torch that is known to split a backward correctly.
+
+2.11 adds all gradients of a node with several outputs to the first, or refuses; 2.12 was not tried.
+"""
 CommType = Literal["a2a", "a2a+allgather", "p2p", "allgather", "a2a+p2p"]
 
 _SIZE = dict(per_phase=True, at_least=1, fix="give a positive number")
@@ -114,7 +116,7 @@ class LayoutConfig:
 
     @property
     def token_multiple(self) -> int:
-        """A number that must divide a microbatch's tokens, so that every rank gets as many."""
+        """A number that must divide a microbatch's tokens, so that all ranks get equally many."""
         tp, _, cp = self.sizes
         groups = self.context_levels[1]
         # With two levels each group holds two chunks, one from each end of the sample.
@@ -153,7 +155,7 @@ class LayoutConfig:
     def combination_problems(self) -> list[str]:
         """List the settings that do not go together.
 
-        It is asked of a phase's layout, which may mend what the run's own says.
+        Phases are asked, not the run: a phase may replace what the run's settings say.
         """
         return self._context_problems() + self._schedule_problems()
 

@@ -31,7 +31,7 @@ def group_pieces(total: int, group: int, num_groups: int) -> list[tuple[int, int
         return [(0, total)]
     assert total % (2 * num_groups) == 0, (total, num_groups)
     chunk = total // (2 * num_groups)
-    # An early and a late chunk, so that every group's queries read as many keys together.
+    # An early and a late chunk, so that the queries of all groups read equally many keys.
     numbers = (group, 2 * num_groups - 1 - group)
     return [(number * chunk, (number + 1) * chunk) for number in numbers]
 
@@ -47,7 +47,7 @@ def rank_pieces(
     total: int, a2a_rank: int, a2a_size: int, group: int, num_groups: int
 ) -> list[tuple[int, int]]:
     """List the `token_pieces` of rank number `a2a_rank` of the `a2a_size` ranks of a group."""
-    # Every rank holds as many tokens.
+    # All ranks hold equally many tokens.
     share = total // (a2a_size * num_groups)
     assert share * a2a_size * num_groups == total, (total, a2a_size, num_groups)
     # The rank holds tokens [first, first + share) of its group's, counted over the group's ranges.

@@ -90,7 +90,7 @@ class Layout:
     device: torch.device
 
     def describe(self) -> str:
-        """Write the sizes of the axes in one line, with what is unusual of each."""
+        """Write the sizes of the axes in one line, and of each what is not the default."""
         tp_note = " (sequence parallel)" if self.sequence_parallel else ""
         pp_note = f" ({self.schedule}, {self.num_stages} stages)" if self.pp.size > 1 else ""
         cp_note = ""
@@ -314,7 +314,7 @@ def end_world() -> None:
 def _parallel_state() -> ModuleType:
     """Import Megatron-Core's groups, when they are made: tools of one process need no megatron."""
     with warnings.catch_warnings():
-        # It warns of optional packages whose place we do not let it fill (optimizers, norms).
+        # It warns of missing packages (fused optimizers, norms) for parts that are not used here.
         warnings.simplefilter("ignore")
         from megatron.core import parallel_state
     return parallel_state

@@ -49,10 +49,10 @@ class KeptCall:
         return join(self.outputs)
 
     def free_outputs(self) -> None:
-        """Free the outputs, of which there are copies; but those cut out of something larger."""
+        """Free the outputs, of which there are copies; one cut out of a larger tensor stays."""
         for part in self.parts:
-            # A copy has the order of the elements, not what lies between them; its memory is taken
-            # over unchanged.
+            # `refill_outputs` takes the memory of a copy over as it is, so the output must be all
+            # of its own memory.
             if part.untyped_storage().nbytes() == part.numel() * part.element_size():
                 free_storage(part)
 

@@ -36,7 +36,8 @@ class MemorySettings:
         return self.loss_chunk_tokens or LOSS_CHUNK_TOKENS
 
     def problems(self) -> list[str]:
-        """Values out of range, as `name = value: rule. Fix: ...`."""
+        """List values out of range, as `name = value: rule. Fix: ...`."""
+        # Checked on what a phase comes to, since the run and the phase may each give a value.
         least = {
             "cpu_offloading_num_layers": 0,
             "mlp_tiles": 1,
@@ -98,6 +99,7 @@ class MemoryConfig:
     @property
     def recompute_level(self) -> Recompute | None:
         """What backward computes again; None = nothing."""
+        # Megatron-LM's switch counts where no level is named.
         switch = "selective" if self.recompute_activations else None
         asked = self.recompute_granularity or switch
         # No kernel keeps the scores of core attention, so that there is nothing to compute again.
@@ -106,6 +108,7 @@ class MemoryConfig:
 
     def validate(self) -> list[str]:
         """List what these settings ask for and nobody can do, as `name = value: rule. Fix: ...`."""
+        # Ranges first: they are those of a phase.
         problems = self.settings.problems()
         if self.recompute_activations and self.recompute_granularity not in (None, "selective"):
             problems.append(

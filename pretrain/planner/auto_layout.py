@@ -29,6 +29,7 @@ from pretrain.schedule.phases import Phase
 IGNORED_LAYOUT_FIELDS = ("distributed_backend", "distributed_timeout_minutes")
 """Fields of the layout that no choice depends on."""
 NO_LIMIT_BYTES = 2**63
+"""More than any device has."""
 
 
 class SettledLayouts(NamedTuple):

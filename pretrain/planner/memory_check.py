@@ -18,7 +18,7 @@ from pretrain.planner.rank_bytes import MemoryModel
 from pretrain.schedule.phases import Phase
 
 SHARE_AFTER_ERROR = 0.85
-"""Share of an estimate that was too low which settings may need to be offered."""
+"""Where an estimate was too low: settings are offered that need at most this share of it."""
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class Arc:
             return self.warmup_init + (lr - self.warmup_init) * done / self.warmup
         if self.style == "constant":
             return lr
-        # The inverse square root holds on the last step too; the others have reached min_lr by it.
+        # At the end itself this style still holds, while the others have come to min_lr there.
         if self.style == "inverse-square-root" and clock <= self.end:
             full_rate_until = max(self.warmup, self.first_step)
             factor = math.sqrt(full_rate_until / max(done, self.first_step))
