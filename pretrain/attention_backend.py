@@ -129,7 +129,7 @@ def find_crossover(
 def _key_of_measurement(
     heads: HeadShape, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Everything that a measured crossover depends on."""
+    """Collect everything that a measured crossover depends on."""
     return {
         "card": torch.cuda.get_device_name(device),
         "torch": torch.__version__,

@@ -32,7 +32,7 @@ def warnings_about(plan: Plan) -> list[str]:
 
 
 def _warnings_on_cpu(plan: Plan) -> list[str]:
-    """Settings that move tensors to the host's memory, where all of them are there already."""
+    """Warn of settings that move tensors to the host's memory, where all tensors are already."""
     if device_here()[0] != "cpu":
         return []
     found = ["optimizer_cpu_offload = True"] if plan.config.optimizer.optimizer_cpu_offload else []
@@ -47,7 +47,7 @@ def _warnings_on_cpu(plan: Plan) -> list[str]:
 
 
 def _warnings_of_restart(plan: Plan) -> list[str]:
-    """Flags that say where to start, given to a run that goes on from its own checkpoint."""
+    """Warn of flags that say where to start, where the run goes on from its own checkpoint."""
     if not plan.start.is_restart:
         return []
     settings = plan.config.checkpoint
@@ -75,7 +75,7 @@ def _warnings_of_restart(plan: Plan) -> list[str]:
 
 
 def _warnings_of_start(plan: Plan) -> list[str]:
-    """Flags about a checkpoint's contents that this start does not read."""
+    """Warn of flags about contents of a checkpoint that this start does not read."""
     settings = plan.config.checkpoint
     folder = plan.start.folder
     # Acceptance of changes that are none, then flags that read a checkpoint which is not there.
@@ -102,7 +102,7 @@ def _warnings_of_start(plan: Plan) -> list[str]:
 
 
 def _warnings_of_data(plan: Plan) -> list[str]:
-    """Documents that are never drawn, drawn again, or give nothing to learn."""
+    """Warn of documents that are never drawn, drawn again, or give nothing to learn."""
     # In the order in which they matter: not drawn, drawn twice, drawn for nothing.
     never_drawn = [
         f"{prefix}: {count:,} documents have no token and are never drawn"
@@ -126,6 +126,7 @@ def _warnings_of_decay(plan: Plan) -> list[str]:
 
 
 def _warnings_without_validation(plan: Plan) -> list[str]:
+    """Warn of evaluations that have nothing to measure."""
     # Evaluations are on by default; a run without documents for them should know.
     if not plan.config.logging.eval_iters or plan.corpus.validation:
         return []

@@ -57,6 +57,7 @@ class FolderLock:
         return None
 
     def release(self) -> None:
+        """Let another run have the folder."""
         if self.file is not None:
             self.file.close()
 

@@ -20,13 +20,13 @@ from pretrain.state import TrainState, checkpoint_tensors
 
 
 class Saver:
-    """Writes the checkpoints of a run; does nothing without --save."""
+    """Writes the checkpoints of a run; does nothing without --save.
+
+    Args:
+        evaluation_due: the phase of a due evaluation, as the checkpoint of the start has it.
+    """
 
     def __init__(self, plan: Plan, layout: Layout, evaluation_due: str | None):
-        """
-        Args:
-            evaluation_due: what the checkpoint that the run starts from says of it.
-        """
         self.plan = plan
         self.layout = layout
         self.saved_evaluation_due = evaluation_due

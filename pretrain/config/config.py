@@ -1,5 +1,4 @@
-"""The run's configuration: one dataclass field = one YAML key = one flag, in Megatron-LM's
-spellings.
+"""The run's configuration: one field = one YAML key = one flag, in Megatron-LM's spellings.
 
 Precedence: preset < YAML file < flags. The sections belong to the folders that read them.
 """

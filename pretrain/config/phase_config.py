@@ -87,8 +87,7 @@ class PhaseConfig(_PhaseSettings):
 
 @dataclass(kw_only=True)
 class ScheduleConfig(FlatScheduleConfig):
-    """How much is trained, in what portions. One phase from the flat fields, or several from
-    `phases`."""
+    """How much is trained: one phase from the flat fields, or several from `phases`."""
 
     phases: Annotated[list[PhaseConfig], tyro.conf.Suppress] = setting(list, resume="effect")
     """Consecutive phases; YAML only."""

@@ -8,8 +8,7 @@ from pretrain.config.token_count import Tokens
 
 @dataclass(kw_only=True)
 class FlatScheduleConfig:
-    """How much is trained, in what portions. One phase from the flat fields, or several from
-    `phases`."""
+    """How much is trained, in what portions, by the run's own settings."""
 
     seq_length: Tokens | None = setting(None, per_phase=True, resume="effect", above=0)
     """Tokens of one sample."""

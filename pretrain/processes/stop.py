@@ -45,8 +45,7 @@ class StopSignals:
         self._handlers: dict[int, Any] = {}
 
     def listen(self, before_end: Callable[[], None]) -> None:
-        """Hear the signals from now on; until `defer` each of them ends the process with exit code
-        0.
+        """Hear the signals from now on; until `defer` each ends the process with exit code 0.
 
         Args:
             before_end: what remains to be done then.
