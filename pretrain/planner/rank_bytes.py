@@ -90,7 +90,7 @@ class MemoryModel:
         self.optimizer_on_host = optimizer_on_host and on_gpu
         # A layout search asks for the same parts of thousands of layouts.
         self._pieces = cache(self._find_pieces)
-        self.elements = cache(self._count_elements)
+        self.count_elements = cache(self._count_elements)
 
     @staticmethod
     def of_run(config: Config, vocab_size: int, hardware: Hardware) -> "MemoryModel":
@@ -148,13 +148,13 @@ class MemoryModel:
             for number in stages_of_rank(layout.schedule, pp_rank, pp, per_rank)
         ]
 
-    def whole(self, layout: LayoutConfig, pp_rank: int) -> int:
+    def count_parameters(self, layout: LayoutConfig, pp_rank: int) -> int:
         """Count the parameters of a pipeline rank's stages on one tp rank, before sharding."""
         tp = layout.tensor_model_parallel_size
         return sum(self._elements_of(parts, tp) for parts in self.parts_of_rank(layout, pp_rank))
 
     def _elements_of(self, parts: Parts, tp: int, shards: int = 1) -> int:
-        return sum(count * self.elements(part, tp, shards) for part, count in held(parts))
+        return sum(count * self.count_elements(part, tp, shards) for part, count in held(parts))
 
     # ------------------------------------------------------------ memory of a rank
 
@@ -206,7 +206,7 @@ class MemoryModel:
         parts = sum(stages, Counter())
         # Parameters: the shard that the optimizer updates, and what forward gathers of all shards.
         shard = self._elements_of(parts, tp, load.shards)
-        whole = self.whole(layout, pp_rank)
+        whole = self.count_parameters(layout, pp_rank)
         tensors = sum(count * len(self._pieces(tp)[part]) for part, count in held(parts))
         # Activations: of each pair of stage and microbatch in flight, as many as the largest has.
         layers = self.layer_memory(load)
@@ -257,7 +257,8 @@ class MemoryModel:
             return whole * min(3, per_rank) // per_rank
         # The parts around the layers, a layer and the next.
         num_layers = sum(stage["layers"] for stage in stages)
-        return self._around_layers(stages, tp) + min(2, num_layers) * self.elements("layers", tp)
+        two_layers = min(2, num_layers) * self.count_elements("layers", tp)
+        return self._around_layers(stages, tp) + two_layers
 
     def _with_sent_gradients(self, buffers: int, kept: int, stages: list[Parts], tp: int) -> int:
         """Return the buffers of a rank that reduces its gradients in every microbatch.
@@ -266,11 +267,11 @@ class MemoryModel:
             buffers: without those gradients.
             kept: bytes that wait for backward; they are gone when the last gradients are sent.
         """
-        layer = self.elements("layers", tp)
+        layer = self.count_elements("layers", tp)
         has_output = any(stage["output"] for stage in stages)
         # The output's gradient waits for the embedding's; a layer's is copied to be sent while
         # the next is made.
-        waiting = self.elements("output" if has_output else "embedding", tp)
+        waiting = self.count_elements("output" if has_output else "embedding", tp)
         on_the_way = 2 * self.master_bytes * layer + self.compute_bytes * (layer + waiting)
         at_the_end = (self.master_bytes + self.compute_bytes) * self._around_layers(stages, tp)
         return max(buffers + on_the_way, at_the_end - kept)

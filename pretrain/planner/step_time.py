@@ -229,7 +229,7 @@ def _sharding_seconds(model: MemoryModel, load: Workload, hardware: Hardware) ->
     """Estimate gathering parameters and reducing gradients over dp x cp in a whole step."""
     layout = load.layout
     tp, pp, _ = layout.sizes
-    held = max(model.whole(layout, rank) for rank in {0, pp - 1})
+    held = max(model.count_parameters(layout, rank) for rank in {0, pp - 1})
     # A rank sends all but its own shard.
     sent = (load.shards - 1) / load.shards * held
     count = load.num_microbatches

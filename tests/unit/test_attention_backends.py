@@ -38,8 +38,7 @@ QUERY_HEADS = 4
 HEAD_SIZE = 8
 
 
-# ---------------------------------------------------------------- stand-ins for the kernels of
-# `mixed`
+# ---------------------------------------------------------------- stand-ins for mixed's kernels
 
 
 class StandIns:

@@ -14,7 +14,6 @@ from model.config import ModelConfig
 from model.init import BLOCK_ELEMENTS, normal_rows
 from model.sharding import shardings_for
 from parallel.context import group_pieces
-from parallel.layout import single_process_layout
 from parallel.schedule import layers_of_stage
 from parallel.ulysses import HeadSplit
 from pretrain.planner.model_size import ModelSize
@@ -183,18 +182,11 @@ MODELS = {
 }
 
 
-def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """Name every parameter of the real model, made without memory."""
-    with torch.device("meta"):
-        stage = gpt.GPTStage(config, 1000, single_process_layout(CPU), attend=None)
-    return {name: parameter.shape for name, parameter in stage.named_parameters()}
-
-
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 @pytest.mark.parametrize("model", MODELS)
 def test_every_parameter_has_a_sharding(model, tp):
     config = MODELS[model]
-    shapes = parameter_shapes(config)
+    shapes = build.parameter_shapes(config, 1000)
     assert len(shapes) == (20 if model == "tied" else 31)
     found = shardings_for(list(shapes), config, tp)
     assert found.keys() == shapes.keys()
