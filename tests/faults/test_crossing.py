@@ -11,7 +11,14 @@ import yaml
 from parallel.config import LayoutConfig
 from tests.dist.training import base_arguments, losses, train, write_corpus
 from tools.audit_data import audit
-from tools.bench.disturbed import Kill, Run, crossings_of, differences, disturb, plan_kills
+from tools.bench.disturbed import (
+    BackgroundRun,
+    Kill,
+    crossings_of,
+    differences,
+    disturb,
+    plan_kills,
+)
 
 PHASES = [
     dict(seq_length=32, step_batch_size_schedule="0:4 512:8", tensor_model_parallel_size=2),
@@ -103,7 +110,9 @@ def test_kills_at_random_steps_saves_and_crossings_change_nothing(
         steps = max(losses(tmp_path / "alone"))
         kills = plan_kills(kills, steps, crossings_of(tmp_path / "alone"), seed=kills)
     # The same run through launch/train.sh, with workers killed.
-    run = Run(["--config", config, *arguments(corpus)], tmp_path / "disturbed", processes=processes)
+    run = BackgroundRun(
+        ["--config", config, *arguments(corpus)], tmp_path / "disturbed", processes=processes
+    )
     try:
         done = disturb(run, kills, random.Random(len(kills)))
         run.wait_until_done()

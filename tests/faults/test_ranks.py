@@ -12,7 +12,7 @@ import pytest
 
 from tests.dist.training import base_arguments, write_corpus
 from tests.faults.ports import free_port
-from tools.bench.disturbed import Run
+from tools.bench.disturbed import BackgroundRun
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -82,11 +82,11 @@ def test_a_signal_in_a_long_evaluation_ends_it_at_once(tmp_path):
     argv[at : at + 2] = ["--mock-data"]
     at = argv.index("--tokenizer-type")
     del argv[at : at + 2]
-    run = Run(argv, tmp_path / "save", processes=2)
+    run = BackgroundRun(argv, tmp_path / "save", processes=2)
     try:
         events = tmp_path / "save" / "events.jsonl"
         while not events.exists() or '"phase"' not in events.read_text():
-            assert run.alive(), "".join(run.lines)
+            assert run.is_alive(), "".join(run.lines)
             time.sleep(0.05)
         sent = time.time()
         run.process.send_signal(signal.SIGTERM)
