@@ -58,8 +58,7 @@ class Batch:
             self.num_targets = int((self.labels != IGNORE).sum())
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Return the same on another device; a GPU fetches it by itself, and the host does not
-        wait."""
+        """Return the same on another device; a GPU fetches it while the host goes on."""
         target = torch.device(device)
         return Batch(
             _move(self.tokens, target),
@@ -78,8 +77,7 @@ def _move(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def padding_starts(begin: int, end: int) -> np.ndarray:
-    """List where the sequences of the padding [begin, end) begin: int64 [sequences], none if it is
-    empty."""
+    """List where the sequences of the padding [begin, end) begin: int64 [sequences]."""
     return np.arange(begin, end, PADDING_SEQUENCE_TOKENS)
 
 
@@ -91,8 +89,7 @@ class LabelRules:
     """Which positions have a target, and which ids are legal."""
 
     document_masking: bool = True
-    """Each document is a sequence, and its last token has no target; otherwise each sample is
-    one."""
+    """Each document is a sequence without a target at its end; otherwise each sample is one."""
     eod: int | None = None
     """Id that ends documents; fills the padding."""
     eod_mask_loss: bool = False
@@ -107,8 +104,7 @@ class LabelRules:
             )
 
     def check_id(self, token: int, prefix: str) -> None:
-        """Raise ValueError where an id, read from the corpus `prefix`, is outside the
-        vocabulary."""
+        """Raise ValueError where an id of the corpus `prefix` is outside the vocabulary."""
         if self.vocab_size is not None and token >= self.vocab_size:
             raise ValueError(f"token id {token} in {prefix}: {self._id_rule()}")
 

@@ -25,8 +25,7 @@ MAGIC = b"ithaca index 2\n"
 ALIGNMENT = 64
 """Bytes; each array in a file begins at a multiple."""
 LEAST_MAPPED_BYTES = 1 << 20
-"""Smaller arrays are copied: a map holds a file descriptor, and a run may have thousands of small
-sources."""
+"""Smaller arrays are copied: a map holds a file descriptor, and a run may have many sources."""
 LARGEST_HEADER_BYTES = 1 << 20
 
 
@@ -98,8 +97,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _write(path: Path, key: str, arrays: Arrays) -> None:
-    """Write a file: MAGIC, length of the header, header (JSON), arrays at multiples of
-    ALIGNMENT."""
+    """Write MAGIC, length of the header, header (JSON), arrays at multiples of ALIGNMENT."""
     # Where each array lies behind the header, and one checksum over all.
     entries = []
     place = 0

@@ -73,8 +73,7 @@ def forecast(
 
 
 def _places_now(ledger: Ledger, clock: int) -> dict[str, Place]:
-    """Estimate the places of the sources of the open segment, as if all before was read in
-    order."""
+    """Estimate the places in the open segment, as if all before was read in order."""
     if not ledger.has_open:
         return {}
     return {

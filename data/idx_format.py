@@ -237,8 +237,7 @@ def _document_lengths(
 
 @numba.njit(nogil=True, cache=True)
 def _check_pointers(lengths, pointers, end, itemsize):
-    """Find the byte after the last sequence; -1 where a pointer is not the end of the sequence
-    before."""
+    """Find the byte after the last sequence; -1 where they do not follow one another."""
     for i in range(len(lengths)):
         if pointers[i] != end or lengths[i] < 0:
             return -1
@@ -261,8 +260,7 @@ def _sum_ranges(lengths, first, ends):
 
 
 def read_side_file(prefix: str) -> dict[str, Any] | None:
-    """Read PREFIX.json (documents, tokens, max_token_id, tokenizer); None if there is none or it is
-    not ours."""
+    """Read PREFIX.json (documents, tokens, max_token_id, tokenizer); None if none is ours."""
     try:
         side = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

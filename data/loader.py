@@ -47,19 +47,20 @@ class Loader:
         seq_length = mixture.settings.seq_length
         # Tokens of one microbatch on each data rank: the least global batch.
         unit = seq_length * micro_batch_size * dp_size
-        below = global_batch_tokens // unit
+        microbatches = global_batch_tokens // unit
         if global_batch_tokens < 1 or global_batch_tokens % unit:
             raise ValueError(
                 f"global_batch_tokens = {global_batch_tokens}: must be a multiple of seq_length x "
                 f"micro_batch_size x data-parallel size = {seq_length} x {micro_batch_size} x "
-                f"{dp_size} = {unit}. Fix: {max(1, below) * unit} or {(below + 1) * unit}."
+                f"{dp_size} = {unit}. Fix: {max(1, microbatches) * unit} or "
+                f"{(microbatches + 1) * unit}."
             )
         self.mixture = mixture
         self.start = start
         self.seq_length = seq_length
         self.micro_batch_size = micro_batch_size
         self.global_batch_tokens = global_batch_tokens
-        self.num_microbatches = below
+        self.num_microbatches = microbatches
         self.dp_rank = dp_rank
         self.dp_size = dp_size
         self.prefetch = prefetch

@@ -64,8 +64,7 @@ class Mixture:
         )
 
     def check(self, samples: int) -> None:
-        """Raise ValueError unless the sources have that many samples under the segment's
-        `exhausted`."""
+        """Raise ValueError unless the sources have that many samples, as `exhausted` asks."""
         if samples > self.order.samples:
             raise ValueError(
                 f"data_exhausted = stop: the sources have {self.order.samples:,} samples of "

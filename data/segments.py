@@ -92,8 +92,7 @@ class _Segment:
     phase: str
     settings: DataSettings
     fills: dict[str, float] | None = None
-    """Tokens of an average sample of each source, as a share of its length; None = not needed
-    yet."""
+    """Tokens of an average sample of each source over its length; None = not needed yet."""
 
     def _to_json(self) -> dict[str, Any]:
         stored = {"start": self.start, "phase": self.phase, **self.settings.to_json()}

@@ -1,5 +1,4 @@
-"""The data of a run, opened: each source as a stream, cut into train and valid, and the validation
-sets."""
+"""The data of a run, opened: each source as a stream, and the validation sets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,8 +21,7 @@ SCANNED_BYTES = 1 << 30
 """Largest .bin that is scanned for ids beyond the vocabulary at the start; a larger one is checked
 as it is read."""
 NAMED_SPLITS = 16
-"""Most sources that each have a validation set of their own under --split; more are blended into
-one."""
+"""Most sources that have validation sets of their own under --split; more become one blend."""
 MOCK = "mock data"
 """Name of the source of --mock-data."""
 
@@ -280,8 +278,7 @@ def _split_validation(
 
 
 def _check_tokenizer(prefix: str, theirs: dict, ours: dict) -> None:
-    """Raise ValueError unless the corpus was made with the run's tokenizer (ids without one always
-    pass)."""
+    """Raise ValueError unless the corpus was made with the run's tokenizer."""
     sizes = {"vocab_size": None}  # rows of the model, which may be more than the corpus needs
     if not same_tokenizer(theirs | sizes, ours | sizes):
         raise ValueError(

@@ -38,8 +38,7 @@ class Reader(Protocol):
     def read_spans(
         self, documents: np.ndarray, offsets: np.ndarray, lengths: np.ndarray, out: np.ndarray
     ) -> None:
-        """Copy tokens [offset, offset + length) of each document one after another into `out`,
-        int64."""
+        """Copy tokens [offset, offset + length) of each document in a row into `out`, int64."""
         ...
 
     def fingerprint(self) -> str:
@@ -287,8 +286,7 @@ def _sum_blocks(lengths, permutation, first, out):
 
 @numba.njit(nogil=True, cache=True)
 def _find_document(position, lengths, permutation, blocks):
-    """Find the document at a position of the epoch -> (place in the epoch's order, document, where
-    it begins)."""
+    """Find the document at a position -> (place in the epoch's order, document, its beginning)."""
     # The block by binary search, the document by a walk in it.
     block = np.searchsorted(blocks, position, side="right") - 1
     place = block * BLOCK

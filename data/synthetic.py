@@ -33,8 +33,7 @@ class SyntheticReader:
     def read_spans(
         self, documents: np.ndarray, offsets: np.ndarray, lengths: np.ndarray, out: np.ndarray
     ) -> None:
-        """Copy tokens [offset, offset + length) of each document one after another into `out`,
-        int64."""
+        """Copy tokens [offset, offset + length) of each document in a row into `out`, int64."""
         # The place of each token in its document.
         begins = np.cumsum(lengths) - lengths
         places = np.arange(len(out)) + np.repeat(offsets - begins, lengths)

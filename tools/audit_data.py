@@ -62,8 +62,7 @@ class Counter:
         _add(self.starts[spans.documents] + spans.offsets, spans.lengths, to)
 
     def expected(self, place: Place) -> np.ndarray:
-        """Compute how often each token should have been drawn when the stream is at
-        `place`."""
+        """Compute how often each token should have been drawn before `place`."""
         expected = np.zeros_like(self.drawn)
         epoch = self.stream.tokens_per_epoch
         for start in range(0, place.position, epoch):
@@ -285,8 +284,7 @@ def _describe_steps(run: Audited, wrong: list[int]) -> list[str]:
 
 
 def _describe_source(name: str, counter: Counter, place: Place) -> tuple[str, bool]:
-    """Say what was drawn of a source that is at `place` -> (a line, was each token drawn
-    once)."""
+    """Say what was drawn of a source up to `place` -> (a line, whether each token came once)."""
     difference = counter.drawn.astype(np.int16) - counter.expected(place)
     repeated = int(difference[difference > 0].sum())
     lost = int(-difference[difference < 0].sum())

@@ -19,11 +19,9 @@ from data.permutation import Permutation
 from data.stream import DocumentStream, Spans, usable_cores
 
 WINDOW_BINS = 1024
-"""Samples of a window: enough for the one that stays half empty at its end to be less than a
-thousandth."""
+"""Samples of a window: the half-empty one at its end is less than a thousandth of it."""
 KEPT_WINDOWS = 2
-"""Packed windows in memory: the one under way and the next; about 25 MB per million documents
-each."""
+"""Packed windows in memory, this and the next; some 25 MB per million documents each."""
 ORDER_PURPOSE = 3
 """Keeps the seed of the order of samples apart from those in stream.py."""
 

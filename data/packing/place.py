@@ -15,8 +15,7 @@ class Place:
 
     position: int = 0
     held: np.ndarray = field(default_factory=lambda: np.empty((0, 2), dtype=np.int64))
-    """int64 [intervals, 2]: stream position, tokens; in the order of the stream, below
-    `position`."""
+    """int64 [intervals, 2]: stream position, tokens; in the stream's order, below `position`."""
 
     @property
     def tokens_read(self) -> int:
@@ -64,8 +63,7 @@ class Packer(Protocol):
         ...
 
     def samples_before(self, position: int) -> int:
-        """Count the samples that hold nothing from stream position `position` on, an epoch's
-        end."""
+        """Count the samples that hold only what is before `position`, the end of an epoch."""
         ...
 
     def fill(self) -> float:

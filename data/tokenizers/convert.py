@@ -168,8 +168,7 @@ def user_defined_pieces(proto: ModelProto) -> list[str]:
 
 
 def unsupported_settings(proto: ModelProto) -> str | None:
-    """Name what in the definition no tokenizer.json says, for any text; None if there is
-    nothing."""
+    """Name what in the definition no tokenizer.json can say, for any text; None if nothing."""
     if not proto.normalizer_spec.escape_whitespaces:
         return "escape_whitespaces = False"
     if proto.trainer_spec.treat_whitespace_as_suffix:

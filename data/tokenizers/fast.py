@@ -71,8 +71,7 @@ class FastEncoder:
             )
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Encode texts -> uint32 [tokens] ids of all in order, and int64 [texts] how many each
-        has."""
+        """Encode texts -> uint32 [tokens], all their ids, and int64 [texts], how many each has."""
         if not texts:
             return np.empty(0, dtype=np.uint32), np.empty(0, dtype=np.int64)
         # Its result is an Awkward Array: a list of offsets over one list of ids.
@@ -225,8 +224,7 @@ def first_difference(
 
 
 def probe_texts(tokenizer: Tokenizer) -> list[str]:
-    """List texts that any corpus may hold though a sample does not: rare letters, special
-    tokens."""
+    """List texts that a sample of a corpus may lack: rare letters, special tokens."""
     words = tokenizer.special_texts()
     return [
         SAMPLE_TEXT,

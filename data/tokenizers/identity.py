@@ -30,8 +30,7 @@ SAMPLE_TEXT = (
     + " " * 77
     + "x\n  "
 )
-"""What source code does to tokenizers: tabs, runs of spaces, newlines, digits, control tokens, rare
-letters."""
+"""What tokenizers differ on: tabs, runs of spaces, newlines, control tokens, rare letters."""
 
 
 def same_tokenizer(theirs: dict | None, ours: dict | None) -> bool:

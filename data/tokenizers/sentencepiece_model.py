@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 
 
 class SentencePiece:
-    """Encodes by a SentencePiece .model file. eod is its eos piece (`</s>`). U+2581 decodes as a
-    space."""
+    """Encodes by a SentencePiece .model file. eod is its `</s>`. U+2581 decodes as a space."""
 
     def __init__(self, model: str):
         import sentencepiece

@@ -52,8 +52,7 @@ class Tokenizer(Protocol):
         ...
 
     def special_tokens_left(self) -> list[str]:
-        """List special tokens that `encode` gives for their text, though they should not be
-        kept."""
+        """List special tokens that `encode` gives for their text where they should be text."""
         ...
 
     def save_huggingface(self, folder: str) -> None:

@@ -1,5 +1,4 @@
-"""Writing token files: PREFIX.bin, .idx and .json appear whole, or what was there stays (format:
-../idx_format.py)."""
+"""Writing token files (../idx_format.py): all three appear whole, or what was there stays."""
 
 import contextlib
 import errno
@@ -237,8 +236,7 @@ class IndexedWriter:
 
     @contextlib.contextmanager
     def _explained(self, end: str, needed: int = 0) -> Iterator[None]:
-        """Turn a full disk into a ValueError that names the file and the space that is needed at
-        least."""
+        """Turn a full disk into a ValueError that names the file and the space that is missing."""
         try:
             yield
         except OSError as error:
