@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, spawn
 
+from data.stream import usable_cores
 from model.attention_backends.choice import choose_attention
 from model.attention_backends.documents import pack_documents
 from parallel.config import LayoutConfig
@@ -43,7 +44,7 @@ from tools.bench.attention_report import (
 )
 from tools.bench.counted_collectives import counted_collectives
 from tools.bench.fresh import KEEP_MEMORY
-from tools.bench.report import describe_machine, publish, usable_cores
+from tools.bench.report import describe_machine, publish
 
 TOLERANCE = 1e-5
 """Largest difference allowed in an output or gradient, as a share of its largest element; both

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from data.stream import usable_cores
 from model.config import ModelConfig
 from tools.bench.contenders import (
     ALST,
@@ -33,7 +34,7 @@ from tools.bench.fresh import RETURN_MEMORY, measured, run_fresh, trim
 from tools.bench.memory_cells import MIB, Cell, label
 from tools.bench.memory_plot import draw
 from tools.bench.peers import LOSS_TOLERANCES, PEERS, make_contender
-from tools.bench.report import bar, describe_machine, markdown_table, publish, usable_cores
+from tools.bench.report import bar, describe_machine, markdown_table, publish
 from tools.bench.step_arguments import show_tokens
 
 BARS = {CHECKPOINTED: 0.25, ALST: 0.8}

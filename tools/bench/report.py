@@ -7,10 +7,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-
-def usable_cores() -> int:
-    """Count the CPU cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
+from data.stream import usable_cores
 
 
 def describe_machine(packages: Sequence[str]) -> str:

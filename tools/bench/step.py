@@ -7,6 +7,7 @@ compared before anything is timed. See README.md for what each figure means.
 import statistics
 import sys
 
+from data.stream import usable_cores
 from tools.bench.contenders import (
     CHECKPOINTED,
     OURS,
@@ -15,11 +16,7 @@ from tools.bench.contenders import (
     default_dtype,
 )
 from tools.bench.fresh import KEEP_MEMORY, RETURN_MEMORY, run_fresh
-from tools.bench.report import (
-    describe_machine,
-    publish,
-    usable_cores,
-)
+from tools.bench.report import describe_machine, publish
 from tools.bench.step_arguments import Arguments
 from tools.bench.step_report import LEAN_FROM, Row, Shape, Share, describe
 from tools.bench.step_work import CPU, attention_times, peak_of_step, time_steps

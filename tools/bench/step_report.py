@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 
+from data.stream import usable_cores
 from model.config import ModelConfig
 from pretrain.planner.model_size import ModelSize
 from tools.bench.contenders import (
@@ -14,12 +15,7 @@ from tools.bench.contenders import (
     causal_pairs,
     preset,
 )
-from tools.bench.report import (
-    bar,
-    bar_at_least,
-    markdown_table,
-    usable_cores,
-)
+from tools.bench.report import bar, bar_at_least, markdown_table
 from tools.bench.step_arguments import Arguments, show_tokens
 
 SHORT = 2048

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from data.indexed import IndexedReader
+from data.stream import usable_cores
 from data.tokenizers.tokenizer import build_tokenizer
-from tools.bench.report import usable_cores
 from tools.preprocess_data import Arguments as PreprocessArguments
 from tools.preprocess_data import preprocess
 

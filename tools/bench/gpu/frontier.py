@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from data.stream import usable_cores
 from parallel.layout import Layout
 from tools.bench.contenders import MLP_TILE, BenchModel, Contender, Ours, make_sample, one_process
 from tools.bench.fresh import run_fresh
@@ -20,7 +21,6 @@ from tools.bench.gpu.long import ELEMENT, offloaded_bytes
 from tools.bench.gpu.parts import GIB, SEED, Card, Scale
 from tools.bench.memory import ladder
 from tools.bench.peers import PEERS, Transformers
-from tools.bench.report import usable_cores
 
 HOST = 128 * GIB
 """Memory of the host that the bar names; what a virtual machine reports may grow with its use."""
