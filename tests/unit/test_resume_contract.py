@@ -208,10 +208,8 @@ def test_each_kind_of_change(flags, expected):
         config.schedule.train_iters = None
         config.schedule.train_tokens = 25600
     if "step" in flags:
-        config.schedule.global_batch_size, config.optimizer.lr_warmup_iters = (
-            None,
-            1,
-        )  # of 512 tokens
+        config.schedule.global_batch_size = None
+        config.optimizer.lr_warmup_iters = 1  # a step of 512 tokens
     assert stopping(config) == expected
     settings = [word[2:].replace("-", "_") for word in words if word.startswith("--")]
     texts = [str(change) for change in changes(config, asked())]
