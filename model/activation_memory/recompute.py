@@ -11,15 +11,14 @@ What a layer keeps under full and attention_kept may wait in the host's memory (
 Figures against torch's own way, selective activation checkpointing
 (torch.utils.checkpoint.create_selective_checkpoint_contexts, with a policy that keeps the attention
 operator's results), by `bash launch/ithaca.sh bench recompute`: 2 layers of hidden size 256, 1,024
-tokens in 2 documents, MiB of live tensors in fp32 (bf16: half of each):
+tokens in 2 documents; MiB of live tensors and median time of forward and backward over ours, on 2
+cores of a Xeon with bf16 units, torch 2.13:
 
-    way                        kept after forward   peak of forward and backward
-    full                       2.00                 29.42
-    full, torch                4.06                 30.45
-    attention_kept             4.06                 29.42
-    attention_kept, torch      6.06                 30.45
-
-Their times have not been measured on a quiet machine.
+    way                     kept in fp32   peak in fp32   time in fp32   in bf16 (memory: half)
+    full                    2.00           29.42          1              1
+    full, torch             4.06           30.45          1.02           1.05
+    attention_kept          4.06           29.42          1              1
+    attention_kept, torch   6.06           30.45          1.12           1.11
 
 Legend: t tokens, D hidden.
 """
