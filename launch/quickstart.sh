@@ -121,7 +121,7 @@ NPROC_PER_NODE=$processes ithaca train --config "$config" "$precision" \
   fail "see the messages above" $?
 
 begin "export: to Hugging Face, and the proof that it is the same model"
-iteration=$(cat "$run/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null) ||
+iteration=$(head -n 1 "$run/checkpoints/latest_checkpointed_iteration.txt" 2>/dev/null) ||
   fail "training published no checkpoint"
 exported=$(cat "$finished/export" 2>/dev/null || true)
 if [[ $exported == "$iteration" && -f $run/huggingface/config.json ]]; then

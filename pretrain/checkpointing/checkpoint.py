@@ -17,17 +17,17 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import DTensor
 
-from data.files import sync_path, write_atomically, write_durably
+from data.files import sync_path, write_durably
 from model.hf import VOCABULARY_ROWS
 from parallel.layout import Axis
 from pretrain.checkpointing import manifest
 from pretrain.checkpointing.folders import (
     CARRIED,
-    LATEST,
     MANIFEST,
     TOKENIZER,
     clear,
     iteration_folder,
+    write_pointer,
 )
 from pretrain.checkpointing.progress import FILE as PROGRESS_FILE
 from pretrain.checkpointing.progress import Progress
@@ -82,7 +82,7 @@ def save(
     if world.rank == 0:
         write_durably(partial / MANIFEST, manifest.to_text(checksums))
         _publish(partial, final)
-        write_atomically(Path(root) / LATEST, str(step))
+        write_pointer(Path(root), step)
         clear(_replaced(final))
     _wait_for_all(world)
     return final

@@ -2,6 +2,7 @@
 
 DIR/iter_0000100/                      DCP files, manifest.json, config.yaml, progress.json,
                                        tokenizer/; huggingface/ if the model was imported
+DIR/iter_0000050.damaged/              one that was found damaged, kept (checkpointing/damage.py)
 DIR/latest_checkpointed_iteration.txt  100
 """
 
@@ -12,6 +13,10 @@ import re
 import shutil
 import sys
 from pathlib import Path
+
+import xxhash
+
+from data.files import write_atomically
 
 LATEST = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
@@ -33,6 +38,25 @@ def iteration_folder(root: str | os.PathLike, step: int) -> Path:
     return Path(root) / f"iter_{step:07d}"
 
 
+def step_of(folder: Path) -> int | None:
+    """Read the iteration off a folder's name; None where it is no name of a checkpoint."""
+    name = re.fullmatch(r"iter_(\d{7,})", folder.name, re.ASCII)
+    return int(name[1]) if name else None
+
+
+def is_complete(folder: Path) -> bool:
+    """Tell whether a save came to its end: the manifest is written last."""
+    return (folder / MANIFEST).is_file()
+
+
+def complete_steps(root: Path) -> list[int]:
+    """List the iterations whose folders are complete, the newest first."""
+    if not root.is_dir():
+        return []
+    steps = [step_of(path) for path in root.iterdir() if is_complete(path)]
+    return sorted((step for step in steps if step is not None), reverse=True)
+
+
 def find_published(root: str | os.PathLike | None, step: int | None = None) -> Path | None:
     """Find the latest published checkpoint under `root`, or that of iteration `step`.
 
@@ -40,36 +64,80 @@ def find_published(root: str | os.PathLike | None, step: int | None = None) -> P
         Its folder; None where none was published.
 
     Raises:
-        ValueError: the text file names a checkpoint that is not there or not complete.
+        ValueError: the text file names a checkpoint that is not there or not complete, or is
+            damaged itself.
     """
     if root is None:
         return None
-    if ".." in Path(root).parts:
-        # The system finds nothing at x/.. before x is there, which a save would make.
-        root = os.path.realpath(root)
+    root = existing_path(root)
     if step is None:
-        latest = Path(root) / LATEST
-        if not latest.is_file():
+        try:
+            step = read_pointer(root)
+        except ValueError as error:
+            newest = complete_steps(root)
+            fix = f"write {newest[0]} into it" if newest else "give another folder"
+            raise ValueError(f"{error}. Fix: {fix}, or choose with --ckpt-step.") from None
+        if step is None:
             return None
-        step = _read_step(latest)
     folder = iteration_folder(root, step)
-    # The manifest is written last: without it a folder is not whole.
-    if not (folder / MANIFEST).is_file():
+    if not is_complete(folder):
         raise ValueError(
             f"checkpoint {folder}: missing or not complete (no {MANIFEST}). Fix: write the number "
-            f"of a complete one into {Path(root) / LATEST}, or name it with --ckpt-step."
+            f"of a complete one into {root / LATEST}, or name it with --ckpt-step."
         )
     return folder
 
 
-def _read_step(latest: Path) -> int:
-    text = latest.read_text().strip()
-    if not text.isdigit():
+def existing_path(root: str | os.PathLike) -> Path:
+    """Return `root` without `..`: the system finds nothing at x/.. before x is there."""
+    return Path(os.path.realpath(root)) if ".." in Path(root).parts else Path(root)
+
+
+# ---------------------------------------------------------------- the pointer
+
+
+def pointer_text(step: int) -> str:
+    """Write the content of the file that names the latest checkpoint.
+
+    Programs that know this file strip white space and read a number. So its checksum is a second
+    line of 32 spaces and tabs: no bit of the file can change unnoticed. A number without that line
+    was written by a person.
+    """
+    number = str(step)
+    bits = f"{xxhash.xxh32_intdigest(number.encode()):032b}"
+    return f"{number}\n{bits.replace('0', ' ').replace('1', chr(9))}\n"
+
+
+def write_pointer(root: Path, step: int) -> None:
+    """Name iteration `step` as the latest."""
+    write_atomically(root / LATEST, pointer_text(step))
+
+
+def read_pointer(root: Path) -> int | None:
+    """Read which iteration is the latest; None where no file says so.
+
+    Raises:
+        ValueError: the file is damaged; the message says how, without a fix.
+    """
+    path = root / LATEST
+    if not path.is_file():
+        return None
+    content = path.read_bytes()
+    number = re.match(rb" *(\d+)", content)
+    if number is None:
+        shown = content[:20].decode(errors="replace").strip()
+        raise ValueError(f"{path} = {shown!r}: must hold an iteration number")
+    step = int(number[1])
+    by_hand = re.fullmatch(rb" *\d+[ \r]*\n?", content)
+    if not by_hand and content != pointer_text(step).encode():
         raise ValueError(
-            f"{latest} = {text!r}: must hold an iteration number. Fix: write the number of a "
-            "complete iter_ folder into it."
+            f"{path} = {step}: does not fit the checksum in its second line (it is damaged, or "
+            f"was edited; to choose an iteration write its number alone: echo {step} > {path})"
         )
-    return int(text)
+    return step
+
+
+# ---------------------------------------------------------------- what may be removed
 
 
 def is_checkpoint_folder(folder: Path) -> bool:

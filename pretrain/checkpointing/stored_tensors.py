@@ -4,10 +4,12 @@ DCP keeps its table of tensors as a pickle, which can run anything when it is lo
 read by an unpickler that knows the classes of such a table and no others.
 """
 
+import io
 import os
 import pickle
 import re
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+METADATA = ".metadata"
+"""DCP's table of the tensors in a checkpoint's files."""
+SHOWN_TENSORS = 3
+"""Tensors of a damaged file that are named."""
 ALONE = "torch.distributed is disabled"
 """DCP's warning where working without a process group is meant."""
 
@@ -65,7 +71,7 @@ class SafeReader(dcp.FileSystemReader):
         reads the part that is stored."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open(Path(self.path) / ".metadata", "rb") as file:
+        with open(Path(self.path) / METADATA, "rb") as file:
             metadata = _MetadataUnpickler(file).load()
         # As DCP's own reader does.
         metadata.storage_meta.load_id = self.load_id
@@ -103,3 +109,40 @@ def read_whole_tensors(folder: Path, names: list[str]) -> dict[str, torch.Tensor
         warnings.filterwarnings("ignore", message=ALONE)
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
+
+
+# ---------------------------------------------------------------- what a damaged file held
+
+
+def name_damaged_tensors(folder: Path, file: str) -> str:
+    """Say which tensors of a damaged file are lost: those that cannot be read, or else all of it.
+
+    Args:
+        file: relative path, whose content differs from what was saved. The table of tensors must be
+            as it was.
+    """
+    places = SafeReader(folder).read_metadata().storage_data
+    parts = {index: place for index, place in places.items() if place.relative_path == file}
+    unreadable = [
+        index.fqn
+        for index, place in parts.items()
+        if not _is_readable(folder / file, place.offset, place.length)
+    ]
+    names = sorted(set(unreadable or (index.fqn for index in parts)))
+    shown = ", ".join(names[:SHOWN_TENSORS])
+    more = len(names) - SHOWN_TENSORS
+    what = "damaged" if unreadable else "one or more of"
+    return f"{what}: {shown}{f' and {more} more' if more > 0 else ''}"
+
+
+def _is_readable(path: Path, offset: int, length: int) -> bool:
+    """Tell whether a part of a file is a tensor as torch saves it: an archive with checksums."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        file.seek(offset)
+        content = file.read(length)
+    try:
+        return len(content) == length and zipfile.ZipFile(io.BytesIO(content)).testzip() is None
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError):
+        return False

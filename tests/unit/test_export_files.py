@@ -12,6 +12,7 @@ from model.rope import Rope
 from parallel.layout import single_process_layout
 from pretrain.checkpointing import checkpoint
 from pretrain.checkpointing.folders import CARRIED, MANIFEST, find_published
+from pretrain.checkpointing.manifest import read_manifest, to_text
 from pretrain.checkpointing.model_files import read_carried
 from pretrain.checkpointing.progress import Progress
 from pretrain.checkpointing.stored_tensors import read_whole_tensors, tensor_names
@@ -232,11 +233,9 @@ def test_a_model_that_began_here_gets_the_ids_of_its_tokenizer(
     folder = find_published(run)
     for path in sorted((folder / CARRIED).rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
-    manifest = read(folder / MANIFEST)
-    manifest["files"] = {
-        name: value for name, value in manifest["files"].items() if not name.startswith(CARRIED)
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    listed = read_manifest(folder).files
+    own = {name: value for name, value in listed.items() if not name.startswith(CARRIED)}
+    (folder / MANIFEST).write_text(to_text(own))
     export(Arguments(load=str(run), output=str(tmp_path / "out")))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     expected = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}

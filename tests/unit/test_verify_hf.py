@@ -1,12 +1,11 @@
 """An export is compared with transformers whatever layout its run had."""
 
-import json
-
 import numpy as np
 import pytest
 
 from data.files import checksum
 from pretrain.checkpointing.folders import MANIFEST, find_published
+from pretrain.checkpointing.manifest import read_manifest, to_text
 from pretrain.config.config_yaml import dump_yaml, read_config_yaml
 from tests.huggingface.model_folders import write_folder
 from tools import export_hf, import_hf
@@ -33,9 +32,9 @@ def imported_run(tmp_path, settings: dict) -> str:
     for name, value in settings.items():
         setattr(config.memory, name, value)
     (published / "config.yaml").write_text(dump_yaml(config))
-    manifest = json.loads((published / MANIFEST).read_text())
-    manifest["files"]["config.yaml"] = checksum(published / "config.yaml")
-    (published / MANIFEST).write_text(json.dumps(manifest))
+    checksums = read_manifest(published).files
+    checksums["config.yaml"] = checksum(published / "config.yaml")
+    (published / MANIFEST).write_text(to_text(checksums))
     return save
 
 
