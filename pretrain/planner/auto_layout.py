@@ -23,6 +23,7 @@ from pretrain.planner.layout_candidates import (
 )
 from pretrain.planner.machine import Device
 from pretrain.planner.rank_bytes import MemoryModel
+from pretrain.planner.step_time import describe_assumptions
 from pretrain.problems import attempt
 from pretrain.schedule.phases import Phase
 
@@ -39,7 +40,7 @@ class SettledLayouts(NamedTuple):
     records: dict[str, dict]
     """What a checkpoint keeps of the choices, by phase name (progress.json: layouts)."""
     lines: list[str]
-    """A line for each choice."""
+    """A line for each choice, and one of what their times assume."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ def settle_layouts(
     settled = []
     records = {}
     lines = []
+    is_any_chosen = False
     problems: list[str] = []
     for phase in phases:
         if not phase.auto:
@@ -104,6 +106,7 @@ def settle_layouts(
             )
             if choice is None:
                 continue
+            is_any_chosen = True
             kept = choice.best
             text = choice.describe() + _why_again(before, asked)
         settled.append(kept.settled())
@@ -111,6 +114,8 @@ def settle_layouts(
         lines.append(f"phase {phase.name}: layout auto: {text}")
     if problems:
         raise ValueError("\n".join(problems))
+    if is_any_chosen:
+        lines.append(describe_assumptions(config.model))
     return SettledLayouts(settled, records, lines)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import log2
 
 from model.activation_memory.settings import MemorySettings
+from model.config import ModelConfig
 from parallel.schedule import idle_share
 from pretrain.planner.hardware import Hardware
 from pretrain.planner.head_counts import HeadCounts
@@ -17,8 +18,33 @@ from pretrain.planner.model_size import ATTENTION_OUTPUT, MLP, QKV
 from pretrain.planner.rank_bytes import MemoryModel
 from pretrain.planner.workload import Workload
 
-COMPUTE_EFFICIENCY = 0.5
-"""Share of the data sheet's FLOP/s that matrix products and attention reach over a whole layer."""
+# The shares of computing are those of one H100 (torch 2.11, cuDNN; tools/bench/RESULTS.md, "On one
+# NVIDIA H100"), and are taken for every device: nothing else has been measured.
+PRODUCT_EFFICIENCY = 0.55
+"""Share of the data sheet's FLOP/s of matrix products, with the norms, gates and copies between
+them.
+
+Measured as what a step leaves beside its attention and its update: 0.53 (Qwen3-8B on 131,072 tokens
+a rank), 0.52 (3B on 8,192), 0.59 (1B on 32,768).
+"""
+ATTENTION_EFFICIENCY = {64: 0.35, 128: 0.46}
+"""Share of the data sheet's FLOP/s of attention by cuDNN, by head size; a backward counts as two
+forwards.
+
+Measured inside a step: 457 TFLOP/s with heads of 128 on 1,048,576 tokens, 344 with heads of 64 on
+524,288 and 369 on 131,072.
+"""
+VARLEN_EFFICIENCY = {64: 0.23, 128: 0.28}
+"""The same of torch's varlen op (FlashAttention 2).
+
+Measured alone: 279 TFLOP/s with heads of 128 on one document of 262,144 tokens, 228 with heads of
+64 on one of 16,128.
+"""
+UPDATE_BYTES = 40
+"""Bytes that clipping and AdamW read and write for each parameter that a rank holds: the gradient,
+the weight and both moments in fp32, counted by `bench traffic`."""
+MEMORY_EFFICIENCY = 0.85
+"""Share of the memory's bandwidth that the update reaches. Assumed, not measured."""
 LINK_EFFICIENCY = 0.8
 """Share of a link's bytes per second that a collective reaches."""
 OVERLAP_SLOWDOWN = 0.2
@@ -153,7 +179,26 @@ def step_seconds(model: MemoryModel, load: Workload, hardware: Hardware) -> floa
     sharded = _sharding_seconds(model, load, hardware)
     hidden = min(sharded, count * compute)
     exposed = sharded - hidden + OVERLAP_SLOWDOWN * hidden
-    return busy * (1 + waiting) + exposed
+    return busy * (1 + waiting) + exposed + _update_seconds(model, load, hardware)
+
+
+def attention_efficiency(config: ModelConfig) -> float:
+    """Return the share of the data sheet's FLOP/s that the model's attention should reach."""
+    by_head_size = (
+        VARLEN_EFFICIENCY if config.attention_backend == "varlen" else ATTENTION_EFFICIENCY
+    )
+    # A head size between two that were measured counts as the smaller one.
+    reached = [size for size in by_head_size if size <= config.head_size]
+    return by_head_size[max(reached, default=min(by_head_size))]
+
+
+def describe_assumptions(config: ModelConfig) -> str:
+    """Say in one line what the step times of different layouts are compared with."""
+    return (
+        f"layout auto: step times assume {PRODUCT_EFFICIENCY:g} of the data sheet's FLOP/s in "
+        f"matrix products, {attention_efficiency(config):g} in attention (as measured on an H100) "
+        f"and {LINK_EFFICIENCY:g} of the links"
+    )
 
 
 def _layers_of_slowest_rank(model: MemoryModel, load: Workload) -> int:
@@ -185,10 +230,12 @@ def _compute_seconds(model: MemoryModel, load: Workload, hardware: Hardware) -> 
             + size.layer_weights(*MLP) * passes.mlp
         )
     )
-    layer = products + attention * passes.attention
+    # As many FLOPs as would take the time at the data sheet's rate.
+    layer = products / PRODUCT_EFFICIENCY
+    layer += attention * passes.attention / attention_efficiency(config)
     logits = 2 * config.padded_vocab_size(model.vocab_size) * config.hidden_size * tokens
-    flops = _layers_of_slowest_rank(model, load) * layer + 3 * logits
-    return flops / (tp * cp) / (hardware.flops * COMPUTE_EFFICIENCY)
+    flops = _layers_of_slowest_rank(model, load) * layer + 3 * logits / PRODUCT_EFFICIENCY
+    return flops / (tp * cp) / hardware.flops
 
 
 def _tensor_seconds(model: MemoryModel, load: Workload, hardware: Hardware) -> float:
@@ -223,6 +270,13 @@ def _context_seconds(model: MemoryModel, load: Workload, hardware: Hardware) -> 
         + passes.to_tokens * inner.exchange_seconds(to_tokens, hardware)
         + passes.gathers * outer.ring_seconds(gathered, hardware)
     )
+
+
+def _update_seconds(model: MemoryModel, load: Workload, hardware: Hardware) -> float:
+    """Estimate clipping and the optimizer's update of the parameters that a rank holds."""
+    _, pp, _ = load.layout.sizes
+    held = max(model.count_parameters(load.layout, rank) for rank in {0, pp - 1}) / load.shards
+    return UPDATE_BYTES * held / (hardware.memory_bytes_per_second * MEMORY_EFFICIENCY)
 
 
 def _sharding_seconds(model: MemoryModel, load: Workload, hardware: Hardware) -> float:

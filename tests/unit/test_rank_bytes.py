@@ -9,14 +9,19 @@ from torch.distributed.pipelining.schedules import BACKWARD_WEIGHT, FORWARD, FUL
 
 from model.activation_memory.settings import MemorySettings
 from model.attention_backends.choice import choose_attention
-from model.config import ModelConfig
+from model.config import PRESETS, ModelConfig
 from model.gpt import GPTStage
 from parallel.config import LayoutConfig
 from parallel.layout import single_process_layout
 from parallel.schedule import accepts, chunks_in_flight, idle_share
 from pretrain.planner.hardware import TABLE, find_hardware, peak_flops
 from pretrain.planner.rank_bytes import MemoryModel
-from pretrain.planner.step_time import PassCounts, RankGroup, step_seconds
+from pretrain.planner.step_time import (
+    PassCounts,
+    RankGroup,
+    attention_efficiency,
+    step_seconds,
+)
 from pretrain.planner.workload import Workload
 from tests.live_memory import LiveMemory
 from tests.unit.test_phases import torch_schedule
@@ -311,6 +316,38 @@ def test_time_follows_the_links():
     assert step_seconds(model, load(tensor_model_parallel_size=8, dp=1), hardware) > plain / 8
     slow = replace(hardware, node_bytes_per_second=1e9, network_bytes_per_second=1e9)
     assert step_seconds(model, load(), slow) > 2 * plain
+
+
+THREE_B = dict(num_layers=28, hidden_size=3072, num_attention_heads=24, kv_channels=128)
+
+
+@pytest.mark.parametrize(
+    "changes, tokens, samples, measured",
+    [
+        ({}, 8192, 4, 0.594),
+        ({"attention_backend": "varlen"}, 8192, 4, 0.673),
+        (THREE_B, 8192, 1, 0.426),
+        ({"num_layers": 4}, 1 << 19, 1, 42.1),
+    ],
+)
+def test_the_estimate_is_near_what_an_h100_took(changes, tokens, samples, measured):
+    """The steps of tools/bench/RESULTS.md on one card; that of half a million tokens recomputes."""
+    long = tokens > 100_000
+    memory = MemorySettings("attention_kept" if long else None, mlp_tiles=256 if long else 1)
+    layout = LayoutConfig(data_parallel_sharding_strategy="optim")
+    config = ModelConfig(**PRESETS["1b"] | changes)
+    found = step_seconds(
+        MemoryModel(config, 128256),
+        Workload(layout, 1, tokens, samples, 1, memory),
+        TABLE["H100"],
+    )
+    assert found == pytest.approx(measured, rel=0.06)
+
+
+@pytest.mark.parametrize("size, reached", [(32, 0.35), (64, 0.35), (96, 0.35), (256, 0.46)])
+def test_a_head_size_that_was_not_measured_counts_as_the_next_smaller_one(size, reached):
+    config = ModelConfig(**PRESETS["tiny"] | {"kv_channels": size})
+    assert attention_efficiency(config) == reached
 
 
 def test_passes_of_the_levels():
