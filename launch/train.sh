@@ -25,7 +25,8 @@
 # ITHACA_OUTCOME_FILE:
 #
 #   done      exit 0
-#   again     start again at once (the next phase has another layout)
+#   again     start again at once (the next phase has another layout, or the newest checkpoint is
+#             damaged and an earlier one is taken)
 #   stopped   exit 75, "try again later": a signal or --exit-interval; the state is saved
 #   unstarted exit 75: a signal came before the first step
 #   refused   exit 2: the configuration is wrong, so another try can't help
@@ -252,7 +253,7 @@ act_on_outcome() {  # the outcome and torchrun's exit code
         say "stopped between two layouts; the same command goes on"
         exit 75
       fi
-      say "starting again: the next phase has another layout"
+      say "starting again, as the run says above"
       failures=0
       return ;;
     "") ;;

@@ -17,6 +17,7 @@ def warnings_about(plan: Plan) -> list[str]:
     """List what runs, but perhaps not as meant."""
     config = plan.config
     return [
+        *plan.start.notes,
         *effect_warnings(config),
         *rope_warnings(plan.phases),
         *length_warnings(plan.phases),

@@ -2,7 +2,8 @@
 
 Reads top to bottom: check everything, join the processes, build or load the state, and hand it to
 the training loop (training_loop.py). The process ends with an outcome that the launcher reads:
-done, again (the next phase needs another layout), stopped (signal or --exit-...), unstarted (signal
+done, again (the next phase needs another layout, or the newest checkpoint is damaged and an earlier
+one is taken), stopped (signal or --exit-...), unstarted (signal
 before the first step), refused (bad input).
 """
 
@@ -23,7 +24,9 @@ from parallel.layout import (
 )
 from pretrain.attention_backend import attention_of_run
 from pretrain.checkpointing.folder_lock import FolderLock, same_start_on_all_ranks
+from pretrain.checkpointing.manifest import DamagedCheckpoint
 from pretrain.checkpointing.resume_contract import describe_changes
+from pretrain.checkpointing.set_aside import fall_back, mend_save_folder
 from pretrain.config.config_yaml import dump_yaml
 from pretrain.config.flags import spell
 from pretrain.config.load import load_config, warn
@@ -144,7 +147,15 @@ class Trainer:
         # From here on the processes have groups, the folder is ours, and memory is allocated.
         self.layout = build_layout(phase.layout, self.world)
         lock = self._lock_save_folder()
-        self.loop = self._prepare(phase)
+        try:
+            self.loop = self._prepare(phase)
+        except DamagedCheckpoint as damage:
+            # Every rank has heard of it. The plan follows from this checkpoint: make another.
+            with known_to_all():
+                fall_back(damage, self.plan.start, self.layout.world)
+            if lock is not None:
+                lock.release()
+            return "again"
         try:
             # Until here a signal ends the process at once; from here on ranks stop together.
             if self.config.checkpoint.exit_signal_handler:
@@ -210,6 +221,7 @@ class Trainer:
                 f"{root} got another checkpoint while this run was starting; starting again picks "
                 "it up"
             )
+        mend_save_folder(start, self.layout.world)
         return lock
 
     def _prepare(self, phase: Phase) -> TrainingLoop:

@@ -3,6 +3,7 @@
 import json
 import math
 
+from pretrain.checkpointing.manifest import to_text
 from pretrain.checkpointing.progress import Progress
 from pretrain.config.config_yaml import dump_yaml
 from pretrain.config.load import load_config
@@ -212,7 +213,7 @@ def write_checkpoint(folder, step, tokens):
     )
     phases.unlink()
     (place / "config.yaml").write_text(dump_yaml(config))
-    (place / "manifest.json").write_text("{}")
+    (place / "manifest.json").write_text(to_text({}))
     chosen = {
         NAMES[7]: {
             "asked": {},

@@ -26,7 +26,7 @@ from data.segments import ClosedSegment
 from data.sources import open_corpus
 from data.stream import DocumentStream
 from data.tokenizers.tokenizer import build_tokenizer
-from pretrain.checkpointing.folders import find_published
+from pretrain.checkpointing.damage import find_verified
 from pretrain.checkpointing.progress import Progress
 from pretrain.config.config import Config
 from pretrain.config.config_yaml import read_config_yaml
@@ -153,7 +153,7 @@ def _open_run(folder: str) -> Audited:
     Raises:
         ValueError: there is no checkpoint, or its data is not there any more.
     """
-    found = find_published(folder)
+    found = find_verified(folder)
     if found is None:
         raise ValueError(
             f"load = {folder}: no checkpoint is published there. Fix: give the --save folder of a "

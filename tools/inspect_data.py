@@ -20,7 +20,7 @@ from data.indexed import IndexedReader
 from data.permutation import Permutation
 from data.tokenizers.folder import IdsFrom
 from data.tokenizers.tokenizer import Tokenizer, build_tokenizer
-from pretrain.checkpointing.folders import find_published
+from pretrain.checkpointing.damage import find_verified
 from pretrain.checkpointing.progress import Progress
 from tools.inspection.batch import describe_batch, describe_plan
 from tools.inspection.length_plot import plot_lengths
@@ -195,7 +195,7 @@ def _show_tokens(prefix: str, ids: np.ndarray, tokenizer: Tokenizer | None) -> s
 
 def describe_account(folder: str) -> list[str]:
     """Say what a checkpoint's ledger has drawn, by phase and source."""
-    published = find_published(Path(folder))
+    published = find_verified(Path(folder))
     if published is None:
         raise ValueError(
             f"load = {folder}: no checkpoint is published there. "

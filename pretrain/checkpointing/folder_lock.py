@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from data.files import lock_file
 from parallel.layout import Axis
-from pretrain.checkpointing.folders import find_published
+from pretrain.checkpointing.damage import find_restart
 
 
 class FolderLock:
@@ -67,7 +67,7 @@ def _unwritable(error: OSError) -> str:
 
 
 def same_start_on_all_ranks(root: str | os.PathLike, planned: Path | None, world: Axis) -> bool:
-    """Tell whether `planned` is still the latest published checkpoint for every rank; collective.
+    """Tell whether `planned` is still the checkpoint to go on from for every rank; collective.
 
     Plans are made before the processes meet and before the folder is locked.
 
@@ -75,7 +75,12 @@ def same_start_on_all_ranks(root: str | os.PathLike, planned: Path | None, world
         planned: None where there was none.
     """
     # Rank 0 looks, and every rank compares with its own plan.
-    latest = [find_published(root) if world.rank == 0 else None]
+    latest: list[Path | str | None] = [None]
+    if world.rank == 0:
+        try:
+            latest[0] = find_restart(root).folder
+        except ValueError as error:
+            latest[0] = str(error)  # unlike any plan: the next start refuses it
     dist.broadcast_object_list(latest, src=0, group=world.group)
     answers = [False] * world.size
     dist.all_gather_object(answers, latest[0] == planned, group=world.group)

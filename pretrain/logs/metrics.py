@@ -49,6 +49,17 @@ class JsonLines:
             file.write(json.dumps(record) + "\n")
 
 
+def append_event(folder: Path, kind: str, step: int, clock: int, text: str) -> None:
+    """Write an event of a run whose files are not open; rank 0 under the lock of the folder."""
+    events = JsonLines(folder / "events.jsonl")
+    events.rewind(math.inf)  # a line that a kill cut short would swallow this one
+    events.append(_event(kind, step, clock, text))
+
+
+def _event(kind: str, step: int, clock: int, text: str) -> dict[str, Any]:
+    return {"time": time.time(), "event": kind, "step": step, "tokens": clock, "text": text}
+
+
 class Reporter:
     """Writes on global rank 0 only; on other ranks every method does nothing.
 
@@ -136,12 +147,10 @@ class Reporter:
 
         Args:
             kind: start, restart, phase, save, unsaved, skipped, no target, refused, stopped, again
-                or done.
+                or done; damaged is written by `append_event`.
         """
         if self.events:
-            self.events.append(
-                {"time": time.time(), "event": kind, "step": step, "tokens": clock, "text": text}
-            )
+            self.events.append(_event(kind, step, clock, text))
 
     def account(self, step: int, clock: int, rows: list[dict[str, Any]]) -> None:
         """Write what each phase has drawn of each source, at a save (data/ledger.py: account)."""

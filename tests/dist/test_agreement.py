@@ -10,6 +10,7 @@ import pytest
 
 from parallel.layout import World
 from pretrain.checkpointing import start
+from pretrain.checkpointing.damage import Restart
 from pretrain.processes import agreement, code_version, shared_facts
 from pretrain.processes.agreement import Refused, Shared, require_agreement
 from pretrain.processes.shared_facts import shared_by_all
@@ -197,7 +198,7 @@ def test_a_setting_comes_before_what_follows_from_it(pool):
 def start_alone(world: World, argv: list[str], hidden: str) -> str:
     """Rank 1 does not see the checkpoint, as behind a file system that is late."""
     found = (
-        mock.patch.object(start, "find_published", lambda root, step=None: None)
+        mock.patch.object(start, "find_restart", lambda root: Restart(None))
         if world.rank
         else mock.MagicMock()
     )

@@ -103,10 +103,15 @@ def test_an_unfinished_folder_is_never_chosen(tmp_path):
     assert start(save=tmp_path).folder.name == "iter_0000005"
     (tmp_path / LATEST).write_text("10")
     with pytest.raises(ValueError, match="iter_0000010: missing or not complete"):
-        start(save=tmp_path)
+        start(load=tmp_path)
     (tmp_path / LATEST).write_text("ten")
-    with pytest.raises(ValueError, match="must hold an iteration number"):
-        start(save=tmp_path)
+    with pytest.raises(ValueError, match="must hold an iteration number. Fix: write 5 into it"):
+        start(load=tmp_path)
+    (tmp_path / LATEST).unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint is published there .* --ckpt-step 5"):
+        start(load=tmp_path)
+    with pytest.raises(ValueError, match=rf"Fix: --load {tmp_path} --ckpt-step 5"):
+        start(load=tmp_path / "iter_0000005")
 
 
 class Harmful:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from pretrain.checkpointing.folders import find_published
+from pretrain.checkpointing.damage import find_verified
 from pretrain.checkpointing.progress import Progress
 from pretrain.config.config import Config
 from pretrain.config.config_yaml import read_config_yaml
@@ -264,7 +264,7 @@ def _read_checkpoint(folder: Path, notes: list[str]) -> tuple[Config | None, Pro
     config = None
     progress = None
     try:
-        published = find_published(folder)
+        published = find_verified(folder)
         if published is None:
             notes.append("No checkpoint is published in the folder.")
         else:
