@@ -49,19 +49,19 @@ def state_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[
     return optimizer.state[parameter]
 
 
-def update(optimizer: torch.optim.Optimizer, lr: float, norm: torch.Tensor) -> None:
-    """Take an optimizer step with learning rate `lr`, or none where the gradient is not finite.
+def update(optimizer: torch.optim.Optimizer, lr: float, is_good: torch.Tensor) -> None:
+    """Take an optimizer step with learning rate `lr`, or none where `is_good` is false.
 
     The fused kernel reads that from the device, as torch.amp.GradScaler tells it: parameters,
     moments and their step counts then stay unchanged.
 
     Args:
-        norm: of the whole gradient, on the device.
+        is_good: a truth value on the device, the same on all ranks.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
     first = own_shard(optimizer.param_groups[0]["params"][0])
-    found_inf = (~torch.isfinite(norm)).to(first.device, torch.float32)
+    found_inf = (~is_good).to(first.device, torch.float32)
     # The name under which the fused kernel looks for it.
     optimizer.found_inf = found_inf  # pyrefly: ignore[missing-attribute]
     optimizer.step()

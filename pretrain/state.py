@@ -1,6 +1,6 @@
 """The train state: this rank's stages of the model, their optimizer, and how far the run is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from parallel.layout import Layout
 from pretrain.checkpointing import checkpoint
 from pretrain.checkpointing.progress import Progress
 from pretrain.config.config import OptimizerConfig
+from pretrain.guards.spikes import SpikeHistory
 from pretrain.optimizer import build_optimizer, state_of
 from pretrain.plan import Plan
 from pretrain.schedule.phases import Phase
@@ -33,9 +34,11 @@ class TrainState:
     real_tokens: int = 0
     """Consumed tokens that were not padding."""
     skipped_in_a_row: int = 0
-    """Steps in a row without an update because the gradient was not finite."""
+    """Steps in a row without an update, since loss or gradient were not finite or a spike."""
     steps_with_targets: int = 0
     """Steps of the run whose batch had a target."""
+    spikes: SpikeHistory = field(default_factory=SpikeHistory)
+    """The last steps, against which spikes are measured."""
     wandb_run_id: str | None = None
 
     def resume(self, progress: Progress) -> None:
@@ -48,6 +51,7 @@ class TrainState:
         self.real_tokens = progress.real_tokens
         self.skipped_in_a_row = progress.skipped_in_a_row
         self.steps_with_targets = progress.steps_with_targets
+        self.spikes = SpikeHistory.from_json(progress.spikes)
         self.wandb_run_id = progress.wandb_run_id
 
     def advance(self, batch_tokens: int, *, skipped: bool) -> None:

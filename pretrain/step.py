@@ -5,7 +5,7 @@ before the first forward; gradients are then summed over all ranks that saw diff
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +21,7 @@ from parallel.config import ShardingStrategy
 from parallel.layout import Layout
 from parallel.pipeline import Pipeline
 from parallel.shard import own_shard, set_microbatch
+from pretrain.guards.spikes import NO_LIMITS, Limits
 from pretrain.optimizer import update
 from pretrain.processes.stop import StopRequest
 
@@ -44,7 +45,7 @@ class StepResult:
     grad_norm: float
     """Global L2 norm before clipping."""
     skipped: bool
-    """True = the norm was not finite and nothing was updated."""
+    """True = nothing was updated: the loss or the norm was not finite, or beyond its limit."""
 
 
 @dataclass(frozen=True)
@@ -270,10 +271,16 @@ def train_step(
     microbatches: Sequence[CountedMicrobatch],
     lr: float,
     clip_grad: float,
+    limits: Limits = NO_LIMITS,
+    before_update: Callable[[], None] | None = None,
 ) -> StepResult:
     """Run forward, backward, reduction, clipping, and update with learning rate `lr`.
 
     The host waits for the device once, at the end, when all kernels of the step are on their way.
+
+    Args:
+        limits: of loss and gradient norm, beyond which nothing is updated.
+        before_update: is called when nothing has written to the weights since the last update.
     """
     stages = stepper.stages
     layout = stepper.layout
@@ -282,9 +289,21 @@ def train_step(
     norm = global_grad_norm(stages, layout)
     if clip_grad > 0:
         clip_gradients(stages, norm, clip_grad)
-    update(optimizer, lr, norm)
+    if before_update is not None:
+        before_update()
+    update(optimizer, lr, is_good_step(loss, norm, limits))
     optimizer.zero_grad(set_to_none=True)
     # One transfer for all three: here the host waits.
     loss_value, norm_value, target_count = torch.stack([loss, norm, num_targets.to(norm)]).tolist()
-    is_finite = math.isfinite(norm_value)
-    return StepResult(loss_value, int(target_count), norm_value, skipped=not is_finite)
+    is_finite = math.isfinite(loss_value) and math.isfinite(norm_value)
+    is_good = is_finite and limits.allow(loss_value, norm_value)
+    return StepResult(loss_value, int(target_count), norm_value, skipped=not is_good)
+
+
+def is_good_step(loss: torch.Tensor, norm: torch.Tensor, limits: Limits) -> torch.Tensor:
+    """Decide on the device whether the step may update: finite, and within the limits.
+
+    Loss and norm are sums over all ranks, so that all decide alike.
+    """
+    is_finite = torch.isfinite(loss) & torch.isfinite(norm)
+    return is_finite & (loss <= limits.loss) & (norm <= limits.grad_norm)

@@ -11,6 +11,7 @@ from pretrain.batches import SHOWN_SOURCES, Feed
 from pretrain.checkpointing.saver import Saver
 from pretrain.config.load import warn
 from pretrain.evaluation.evaluate import Evaluator
+from pretrain.guards.guards import Guards
 from pretrain.logs.measured import measure
 from pretrain.logs.metrics import Reporter
 from pretrain.logs.step_record import StepRecord, flops_utilization
@@ -68,6 +69,7 @@ class TrainingLoop:
         self.tally = StepTally(state.steps_with_targets)
         self.stop = StopRequest(signals, layout.world, layout.device)
         self.saver = Saver(plan, layout, evaluation_due)
+        self.guards = Guards(plan, state, reporter)
 
     def run(self, phase: Phase) -> str:
         """Run the phases that share this layout, saving after each -> the outcome."""
@@ -137,6 +139,7 @@ class TrainingLoop:
                 self._give_up_step(stepper)
                 return True
             self._report_step(record)
+            self.guards.report(phase)
             if self._should_evaluate(phase):
                 self.evaluation_due = phase.name
                 # Who asks to stop is in a hurry, --exit-interval is not.
@@ -198,7 +201,9 @@ class TrainingLoop:
         lr = self.plan.learning_rate.at(state.clock, phase.lr, phase.min_lr)
         batch_tokens = phase.batch_at(state.clock)
         clip_grad = self.config.optimizer.clip_grad
-        result = train_step(stepper, state.optimizer, microbatches, lr, clip_grad)
+        limits = self.guards.before_step(phase, batch_tokens)
+        result = train_step(stepper, state.optimizer, microbatches, lr, clip_grad, limits)
+        self.guards.after_step(result)
 
         # The clock moves on, whether anything was updated or not.
         state.advance(batch_tokens, skipped=result.skipped)
@@ -233,6 +238,7 @@ class TrainingLoop:
             skipped=result.skipped,
             data_digest=measured.data_digest,
             sources=sources if len(sources) <= SHOWN_SOURCES else None,
+            spike=self.guards.spike is not None,
         )
         return record, measured.is_stopped
 
@@ -245,8 +251,9 @@ class TrainingLoop:
         count = self.state.skipped_in_a_row
         if count > self.config.optimizer.max_skipped_steps:
             raise RuntimeError(
-                f"{count} steps in a row had a gradient that is not finite; the last loss was "
-                f"{loss}. Lower the learning rate or look at the data of these steps."
+                f"{count} steps in a row were skipped, since loss or gradient were not finite or "
+                f"spikes; the last loss was {loss}. Lower the learning rate or look at the data of "
+                "these steps."
             )
 
     def _wants_stop(self) -> bool:
@@ -261,7 +268,7 @@ class TrainingLoop:
     def _report_step(self, record: StepRecord) -> None:
         self.reporter.step(record, self.plan.phases[-1].end - self.state.clock)
         if record.skipped:
-            self.report("skipped", f"gradient norm {record.grad_norm}")
+            self.report("skipped", f"loss {record.loss}, gradient norm {record.grad_norm}")
         if record.num_targets == 0:
             self._report_no_target()
 

@@ -32,8 +32,10 @@ class Progress:
     real_tokens: int = 0
     """Tokens of the clock that were not padding."""
     skipped_in_a_row: int = 0
-    """Last steps without an update, since their gradients were not finite."""
+    """Last steps without an update, since loss or gradient were not finite or a spike."""
     steps_with_targets: int = 0
+    spikes: dict[str, Any] | None = None
+    """The last steps, against which spikes are measured (guards/spikes.py: SpikeHistory)."""
     has_optimizer: bool = True
     """Were the moments saved?"""
     evaluation_due: str | None = None

@@ -107,6 +107,7 @@ class Saver:
             real_tokens=state.real_tokens,
             skipped_in_a_row=state.skipped_in_a_row,
             steps_with_targets=state.steps_with_targets,
+            spikes=state.spikes.to_json(),
             has_optimizer=not plan.config.checkpoint.no_save_optim,
             evaluation_due=evaluation_due,
             wandb_run_id=state.wandb_run_id,

@@ -16,6 +16,7 @@ from model.rope import PARAMETERS
 from parallel.config import LayoutConfig
 from pretrain.config.checkpoint_config import CheckpointConfig
 from pretrain.config.facts import Section, problems_of, setting
+from pretrain.config.guards_config import GuardsConfig
 from pretrain.config.logging_config import LoggingConfig
 from pretrain.config.megatron_flags import Given
 from pretrain.config.optimizer_config import OptimizerConfig
@@ -48,6 +49,7 @@ class Config:
     optimizer: OptimizerConfig = setting(OptimizerConfig, resume="optimization")
     checkpoint: CheckpointConfig = setting(CheckpointConfig, resume="free")
     logging: LoggingConfig = setting(LoggingConfig, resume="free")
+    guards: GuardsConfig = setting(GuardsConfig, resume="free")
     given: Annotated[GivenSettings, tyro.conf.Suppress] = field(
         default_factory=GivenSettings, compare=False
     )
@@ -59,6 +61,7 @@ class Config:
         problems = [text for section in self.sections.values() for text in problems_of(section)]
         problems += self._unused_rope_parameters()
         problems += self._passkeys_without_text()
+        problems += self._rewinds_without_save()
         return problems + self._contradicting_offload()
 
     @property
@@ -91,6 +94,15 @@ class Config:
         return [
             f"eval_passkey_lengths = {' '.join(map(str, lengths))}: asks in words, and {kind} has "
             "no text. Fix: a corpus with a text tokenizer, or leave it out."
+        ]
+
+    def _rewinds_without_save(self) -> list[str]:
+        """List a policy that goes back to a checkpoint where none is written."""
+        if self.guards.spike_policy != "rewind" or self.checkpoint.save:
+            return []
+        return [
+            "spike_policy = rewind: goes back to a checkpoint of --save, which is not given. Fix: "
+            "give --save, or --spike-policy skip."
         ]
 
     def _unused_rope_parameters(self) -> list[str]:

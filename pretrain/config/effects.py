@@ -63,6 +63,9 @@ WANDB = Condition(
     lambda config: config.logging.wandb_project is not None, " without --wandb-project"
 )
 SAVES = Condition(lambda config: config.checkpoint.save is not None, " without --save")
+REWINDS = Condition(
+    lambda config: config.guards.spike_policy == "rewind", " without --spike-policy rewind"
+)
 CORPORA = Condition(_has_corpora, ", since --mock-data reads no files")
 TOKENIZES = Condition(
     lambda config: config.data.tokenizer_type != "NullTokenizer",
@@ -117,6 +120,8 @@ CONDITIONS: dict[str, tuple[Condition, ...]] = {
     "wandb_save_dir": (WANDB,),
     "save_interval": (SAVES,),
     "no_save_optim": (SAVES,),
+    "max_rewinds": (REWINDS,),
+    "rewind_skip_steps": (REWINDS,),
     # Data and memory
     "split": (SPLITS,),
     "data_cache_path": (CORPORA,),

@@ -71,8 +71,8 @@ class OptimizerConfig:
     """Master weights, their gradients and moments live in the host's memory, and AdamW runs there;
     on a GPU."""
     max_skipped_steps: int = setting(10, resume="free", at_least=0)
-    """Steps in a row that may be skipped for a gradient norm that is not finite; one more ends the
-    run."""
+    """Steps in a row that may be skipped, for a loss or gradient norm that is not finite or
+    (--spike-policy skip) a spike; one more ends the run."""
     seed: int = setting(1234, resume="data", at_least=0)
     """Seed of initial weights, document order and data split."""
 

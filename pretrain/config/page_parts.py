@@ -18,6 +18,7 @@ TITLES = {
     "optimizer": "Optimizer and learning rate",
     "checkpoint": "Checkpoints",
     "logging": "Logging and evaluation",
+    "guards": "Guards against wrong numbers",
 }
 """Section -> its heading, in the order of the pages."""
 

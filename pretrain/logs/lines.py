@@ -24,7 +24,7 @@ def console_line(record: StepRecord, remaining_tokens: int) -> str:
     if record.mfu is not None:
         parts.append(f"MFU {100 * record.mfu:.1f} %")
     if record.skipped:
-        parts.append("SKIPPED: gradient not finite")
+        parts.append("SKIPPED: spike" if record.spike else "SKIPPED: gradient not finite")
     return " | ".join(parts) + f" | ETA {_duration(remaining_tokens / rate)}"
 
 

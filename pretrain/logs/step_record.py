@@ -37,11 +37,13 @@ class StepRecord:
     data_seconds: float
     """Waited for data, on the rank that waited longest."""
     skipped: bool
-    """Was nothing updated, since the gradient was not finite?"""
+    """Was nothing updated, since loss or gradient were not finite, or a spike?"""
     data_digest: str
     """Hash of the batch's tokens, in whatever order and layout they were read."""
     sources: dict[str, int] | None
     """Consumed real tokens of each source; None where there are too many to show."""
+    spike: bool = False
+    """Were loss or gradient norm far above those of the last steps (guards/spikes.py)?"""
 
     def to_json(self) -> dict[str, Any]:
         """Return the line of metrics.jsonl, its keys in order."""

@@ -82,9 +82,9 @@ def run(world: World, argv: list[str], skipped_from: int | None, is_nan: bool) -
     weights."""
     steps = []
 
-    def skip(stepper, optimizer, microbatches, lr, clip_grad):
+    def skip(*args):
         steps.append(0)
-        result = train_step(stepper, optimizer, microbatches, lr, clip_grad)
+        result = train_step(*args)
         is_skipped = skipped_from is not None and len(steps) >= skipped_from
         return dataclasses.replace(result, skipped=True) if is_skipped else result
 

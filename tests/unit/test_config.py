@@ -303,6 +303,17 @@ CHECKS = [
         "eval_passkey_depths = nan: must be numbers from 0 to 1",
     ),
     ("eval_passkey_depths", [], "must be numbers from 0 to 1"),
+    ("spike_policy", "rewind", "spike_policy = rewind: goes back to a checkpoint of --save"),
+    ("spike_window", 4, "spike_window = 4: must be at least 8"),
+    ("spike_threshold", 0.0, "spike_threshold = 0.0: must be above 0"),
+    ("max_rewinds", 0, "max_rewinds = 0: must be at least 1"),
+    ("rewind_skip_steps", 0, "rewind_skip_steps = 0: must be above 0"),
+    (
+        "check_weight_hash_across_dp_replicas_interval",
+        0,
+        "check_weight_hash_across_dp_replicas_interval = 0: must be above 0",
+    ),
+    ("replay_interval", 0, "replay_interval = 0: must be above 0"),
     ("train_samples", 5, "train_samples = 5, train_tokens = 1000: at most one of these"),
     (
         "global_batch_size",

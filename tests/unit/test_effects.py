@@ -70,6 +70,11 @@ CASES = {
     "--wandb-save-dir x": ("without --wandb-project", "--wandb-project y"),
     "--save-interval 5": ("without --save", "--save folder"),
     "--no-save-optim": ("without --save", None),
+    "--max-rewinds 2": ("without --spike-policy rewind", "--spike-policy rewind --save folder"),
+    "--rewind-skip-steps 2": (
+        "without --spike-policy rewind",
+        "--spike-policy rewind --save folder",
+    ),
     "--cpu-offloading-host-memory 5": (", since nothing is offloaded", "--optimizer-cpu-offload"),
     "--recompute-modules mlp": (
         "without recompute_granularity selective",

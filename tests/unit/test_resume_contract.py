@@ -126,8 +126,8 @@ def test_a_setting_of_the_schedule_without_a_kind_is_noticed():
         kind_of("schedule", "a_new_setting")
     assert [
         kind_of(section, "a_new_setting")
-        for section in ("model", "layout", "data", "optimizer", "logging")
-    ] == ["forbidden", "free", "data", "optimization", "free"]
+        for section in ("model", "layout", "data", "optimizer", "logging", "guards")
+    ] == ["forbidden", "free", "data", "optimization", "free", "free"]
 
 
 def test_nothing_changed_is_nothing():

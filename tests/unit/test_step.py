@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pretrain.guards.spikes import Limits
 from pretrain.step import train_step
 from tools.bench.contenders import OPTIMIZER, BenchModel, Ours, make_sample, one_process
 
@@ -86,3 +87,21 @@ def test_a_step_without_a_finite_gradient_changes_nothing(trainer, clip_grad):
     weight[0] = 1.0
     result = train_step(ours.stepper, optimizer, [sample], OPTIMIZER.lr, clip_grad)
     assert not result.skipped and not torch.equal(before[0], state()[0])
+
+
+@pytest.mark.parametrize("limit", ["loss", "grad_norm"])
+def test_a_step_beyond_its_limit_changes_nothing_and_one_at_it_does(trainer, limit):
+    ours, sample = trainer
+    weight = ours.stages[0].final_norm.weight.to_local().detach()
+    before = weight.clone()
+
+    def step(value: float):
+        limits = Limits(**{limit: value})
+        return train_step(ours.stepper, ours.optimizer, [sample], OPTIMIZER.lr, 1.0, limits)
+
+    reached = getattr(step(0.0), limit)
+    assert torch.equal(weight, before)
+    assert step(math.nextafter(reached, 0)).skipped
+    assert torch.equal(weight, before)
+    assert not step(reached).skipped
+    assert not torch.equal(weight, before)
