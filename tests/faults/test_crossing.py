@@ -3,7 +3,6 @@ shows in the result."""
 
 import dataclasses
 import json
-import random
 
 import pytest
 import yaml
@@ -11,14 +10,9 @@ import yaml
 from parallel.config import LayoutConfig
 from tests.dist.training import base_arguments, losses, train, write_corpus
 from tools.audit_data import audit
-from tools.bench.disturbed import (
-    BackgroundRun,
-    Kill,
-    crossings_of,
-    differences,
-    disturb,
-    plan_kills,
-)
+from tools.faults.comparison import differences
+from tools.faults.kills import Killer, other_losses, wrong_starts
+from tools.faults.launched_run import LaunchedRun
 
 PHASES = [
     dict(seq_length=32, step_batch_size_schedule="0:4 512:8", tensor_model_parallel_size=2),
@@ -51,6 +45,7 @@ PHASES = [
         original_max_position_embeddings=64,
     ),
 ]
+SAVE_INTERVAL = 3
 LAYOUT_KEYS = {field.name for field in dataclasses.fields(LayoutConfig)}
 
 
@@ -67,7 +62,7 @@ def write_config(path, chosen: list[dict], tokens: int, keep_layout: bool = True
 
 
 def arguments(corpus: str, **overrides) -> list[str]:
-    argv = base_arguments(corpus, save_interval=3, log_interval=10, **overrides)
+    argv = base_arguments(corpus, save_interval=SAVE_INTERVAL, log_interval=10, **overrides)
     for flag in (
         "--train-iters",
         "--seq-length",
@@ -85,19 +80,20 @@ SHORT = (
     [PHASES[0], PHASES[5] | {"context_parallel_size": 2}],
     2,
     2048,
-    [Kill("crossing", 0, 4.0, 1)],
+    1,
+    ["crossing"],
 )
-LONG = PHASES, 4, 8192, 20
-"""Phases, processes, tokens of each phase, kills (or how many random ones)."""
+LONG = PHASES, 4, 8192, 20, ["step", "write", "publish", "crossing"]
+"""Phases, processes, tokens of each phase, kills, and in what."""
 
 
 @pytest.mark.parametrize(
-    "phases, processes, tokens, kills",
+    "phases, processes, tokens, count, kinds",
     [SHORT, pytest.param(*LONG, marks=pytest.mark.long)],
     ids=["short", "20 kills"],
 )
 def test_kills_at_random_steps_saves_and_crossings_change_nothing(
-    pool, tmp_path, phases, processes, tokens, kills
+    pool, tmp_path, phases, processes, tokens, count, kinds
 ):
     corpus = write_corpus(tmp_path / "corpus", documents=600)
     config = write_config(tmp_path / "run.yaml", phases, tokens)
@@ -106,21 +102,23 @@ def test_kills_at_random_steps_saves_and_crossings_change_nothing(
     # The run that nothing disturbs: one start for each layout.
     outcomes = [pool.run(train, processes, alone)[0] for _ in range(changes + 1)]
     assert outcomes == ["again"] * changes + ["done"]
-    if isinstance(kills, int):
-        steps = max(losses(tmp_path / "alone"))
-        kills = plan_kills(kills, steps, crossings_of(tmp_path / "alone"), seed=kills)
-    # The same run through launch/train.sh, with workers killed.
-    run = BackgroundRun(
+    # The same run through launch/train.sh, killed again and again.
+    run = LaunchedRun(
         ["--config", config, *arguments(corpus)], tmp_path / "disturbed", processes=processes
     )
     try:
-        done = disturb(run, kills, random.Random(len(kills)))
+        killer = Killer(run, kinds, seed=count, cache=None, save_interval=SAVE_INTERVAL)
+        kills = killer.kill_all(count)
+        killer.revive()
         run.wait_until_done()
     finally:
         run.end()
-    assert len(done) >= 0.9 * len(kills), done
+    assert len(kills) == count, kills
+    assert {kill.hit for kill in kills} >= {"crossing"}, kills
     assert not run.workers(), "a worker was left behind"
     assert differences(tmp_path / "alone", tmp_path / "disturbed") == []
+    assert other_losses(killer.seen, tmp_path / "alone") == []
+    assert wrong_starts(kills, run.events()) == []
     found, well = audit(str(tmp_path / "disturbed"))
     assert well, found
     check_first_losses(pool, corpus, tmp_path, phases, tokens)

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from tests.dist.training import base_arguments, losses, stored, train, write_corpus
-from tools.bench.disturbed import BackgroundRun
+from tools.faults.launched_run import LaunchedRun
 
 STEPS = 300
 INTERVAL = 25
 
 
-def wait_for_lines(run: BackgroundRun, count: int) -> None:
+def wait_for_lines(run: LaunchedRun, count: int) -> None:
     limit = time.monotonic() + 600
     while run.last_step() < count:
         assert run.is_alive() and time.monotonic() < limit, "the run did not get that far"
@@ -31,7 +31,7 @@ def test_a_disturbed_run_ends_with_the_weights_of_an_undisturbed_one(pool, tmp_p
     settings = dict(train_iters=STEPS, save_interval=INTERVAL, global_batch_size=2, seq_length=32)
     argv = base_arguments(corpus, **settings)
     save = tmp_path / "disturbed"
-    run = BackgroundRun(argv, save, processes=2)
+    run = LaunchedRun(argv, save, processes=2)
     try:
         wait_for_lines(run, 40)
         if number == signal.SIGKILL:
@@ -41,7 +41,7 @@ def test_a_disturbed_run_ends_with_the_weights_of_an_undisturbed_one(pool, tmp_p
         found, output = run.wait(timeout=900)
         assert found == code, output
         if code == 75:  # saved and stopped as asked: the same command goes on
-            run = BackgroundRun(argv, save, processes=2)
+            run = LaunchedRun(argv, save, processes=2)
             found, output = run.wait(timeout=900)
             assert found == 0, output
         # A start from step 0 would end with the same weights.

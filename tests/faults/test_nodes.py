@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.ports import free_port
+from tools.faults.launched_run import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN_SH = ROOT / "launch" / "train.sh"

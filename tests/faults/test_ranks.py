@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.dist.training import base_arguments, write_corpus
-from tests.faults.ports import free_port
-from tools.bench.disturbed import BackgroundRun
+from tools.faults.launched_run import LaunchedRun, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -82,7 +81,7 @@ def test_a_signal_in_a_long_evaluation_ends_it_at_once(tmp_path):
     argv[at : at + 2] = ["--mock-data"]
     at = argv.index("--tokenizer-type")
     del argv[at : at + 2]
-    run = BackgroundRun(argv, tmp_path / "save", processes=2)
+    run = LaunchedRun(argv, tmp_path / "save", processes=2)
     try:
         events = tmp_path / "save" / "events.jsonl"
         while not events.exists() or '"phase"' not in events.read_text():

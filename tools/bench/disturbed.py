@@ -1,34 +1,28 @@
-"""Kill a run at random moments and compare it with the same run left alone:
+"""Kill a run again and again and compare it with the same run left alone:
 `bash launch/ithaca.sh bench disturbed`.
 
-Both runs go through launch/train.sh with the same configuration. Of the first, random workers get
-SIGKILL: at random steps, while a checkpoint is being written, and while the processes start again
-on the next phase's layout. Every step's data digest and loss, and the last checkpoint's weights and
-optimizer state, must be the same bit for bit; then tools.audit_data counts every token of the
-disturbed run.
+Both runs go through launch/train.sh with the same configuration, at the same time. Of the one,
+random processes get SIGKILL: a trainer, all of them, torchrun, train.sh, a whole node; while it
+starts, makes an index of its data, trains, copies the state, writes and publishes a checkpoint,
+deletes an old one, starts again on the next phase's layout. What each kill hit is counted by what
+it left on disk. Every step's data digest and loss, also of steps that a kill made undone, and the
+last checkpoint's weights, optimizer state and place in the data must be the same bit for bit; each
+restart must begin at the newest published checkpoint; then tools.audit_data counts every token of
+the disturbed run.
 """
 
-import json
-import os
-import random
 import shlex
-import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
-import torch
-
-from pretrain.checkpointing.folders import find_published
-from pretrain.checkpointing.stored_tensors import read_whole_tensors, tensor_names
+from pretrain.config.load import load_config
 from tools.audit_data import audit
-
-ROOT = Path(__file__).resolve().parents[2]
+from tools.faults.comparison import differences
+from tools.faults.kills import Killer, describe_kills, other_losses, wrong_starts
+from tools.faults.launched_run import LaunchedRun
+from tools.faults.traces import KINDS, Kind
 
 
 @dataclass(kw_only=True)
@@ -40,261 +34,77 @@ class Arguments:
     flags: str = ""
     """Further flags of the trainer, as one word: --flags="--data-path P --tokenizer-model M"."""
     kills: int = 20
-    """Workers killed."""
+    """Kills of the one run."""
+    kinds: list[Kind] = field(default_factory=lambda: list(KINDS))
+    """What the run is to be doing when it is killed; crossing needs phases of several layouts."""
     processes: int = 4
-    """Processes of the run."""
+    """Processes of the run on each node."""
+    nodes: int = 1
+    """Nodes, all of them on this machine."""
     seed: int = 1
     """Seed of the moments of the kills."""
 
 
-@dataclass(frozen=True)
-class Kill:
-    """Plan when to kill a worker."""
-
-    kind: Literal["step", "save", "crossing"]
-    """At a step, in the save after it, or after a restart for a new layout."""
-    step: int
-    delay: float = 0.0
-    """Seconds after that restart."""
-    crossing: int = 0
-    """Number of that restart, from 1."""
-
-
-def plan_kills(kills: int, steps: int, crossings: list[int], seed: int) -> list[Kill]:
-    """Plan half of the kills at steps, the others in saves and crossings, in the order of steps.
-
-    Args:
-        crossings: the steps after which the run starts again on another layout.
-    """
-    chance = random.Random(seed)
-    kinds: list[Literal["step", "save", "crossing"]] = [
-        ("step", "save", "step", "crossing" if crossings else "step")[number % 4]
-        for number in range(kills)
-    ]
-    moments = []
-    for kind in kinds:
-        if kind == "crossing":
-            number = chance.randrange(len(crossings))
-            moments.append(Kill(kind, crossings[number], chance.uniform(0, 12), number + 1))
-        else:
-            # A save must follow: none in the last steps.
-            moments.append(Kill(kind, chance.randrange(max(1, steps - 3))))
-    return sorted(moments, key=lambda moment: moment.step)
-
-
-def crossings_of(folder: Path) -> list[int]:
-    """List the steps after which an undisturbed run started again on another layout."""
-    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    return [event["step"] for event in events if event["event"] == "start"][1:]
-
-
-class BackgroundRun:
-    """Run launch/train.sh in the background, and look at what it does."""
-
-    def __init__(self, arguments: list[str], save: Path, processes: int):
-        """Start the run.
-
-        Args:
-            arguments: of the trainer, without --save.
-        """
-        self.save = save
-        self.lines: list[str] = []
-        environment = os.environ | {
-            "NPROC_PER_NODE": str(processes),
-            "OMP_NUM_THREADS": "1",
-            "ITHACA_PYTHON": sys.executable,
-            # Every kill is a failure that is started again at once.
-            "RETRY_WAIT": "0",
-            "MAX_RESTARTS": "1000",
-            "GRACE": "60",
-        }
-        self.process = subprocess.Popen(
-            ["bash", str(ROOT / "launch" / "train.sh"), *arguments, "--save", str(save)],
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        self.reader = threading.Thread(
-            target=lambda: self.lines.extend(self.process.stdout or ()), daemon=True
-        )
-        self.reader.start()
-
-    def last_step(self) -> int:
-        """Return the last step in metrics.jsonl; lines of steps that are done again come and go."""
-        try:
-            return json.loads((self.save / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-        except (OSError, IndexError, ValueError):
-            return 0
-
-    def starts_for_layouts(self) -> int:
-        """Count the restarts for another layout so far."""
-        return sum("starting again: the next phase" in line for line in self.lines)
-
-    def is_saving(self) -> bool:
-        """Tell whether a checkpoint is being written now."""
-        return any(self.save.glob(".iter_*.partial"))
-
-    def workers(self) -> list[int]:
-        """List the process ids of this run's trainers."""
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                words = (folder / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if (
-                b"pretrain.train" in words
-                and str(self.save).encode() in words
-                and b"launch.node" not in words
-            ):
-                found.append(int(folder.name))
-        return sorted(found)
-
-    def is_alive(self) -> bool:
-        """Tell whether train.sh is still there."""
-        return self.process.poll() is None
-
-    def wait(self, timeout: float | None = None) -> tuple[int, str]:
-        """Wait for train.sh; returns its exit code, and all that it printed."""
-        code = self.process.wait(timeout)
-        self.reader.join(5)
-        return code, "".join(self.lines)
-
-    def wait_until_done(self) -> None:
-        """Wait for the end of the run.
-
-        Raises:
-            RuntimeError: it did not end as done.
-        """
-        code, said = self.wait()
-        if code != 0:
-            raise RuntimeError("the run failed:\n" + "\n".join(said.splitlines()[-30:]))
-
-    def end(self) -> None:
-        """End the run, and leave no process behind."""
-        if self.is_alive():
-            self.process.terminate()
-            try:
-                self.process.wait(90)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-        for worker in self.workers():
-            os.kill(worker, signal.SIGKILL)
-
-
-def disturb(run: BackgroundRun, moments: list[Kill], chance: random.Random) -> list[str]:
-    """Kill a random worker at each moment; returns what was done, a line each."""
-    done = []
-    for moment in moments:
-        if not _wait_for(run, moment) or not _wait_until(run, run.workers):
-            # The run ended before.
-            break
-        workers = run.workers()
-        # They may have ended by themselves in between.
-        if workers:
-            os.kill(chance.choice(workers), signal.SIGKILL)
-            done.append(f"{moment.kind} at step {run.last_step()}")
-            _wait_until(run, lambda before=workers: run.workers() != before)
-    return done
-
-
-def _wait_for(run: BackgroundRun, moment: Kill) -> bool:
-    """Wait for the moment of a kill; False if the run ends before."""
-    if moment.kind == "crossing":
-        if not _wait_until(run, lambda: run.starts_for_layouts() >= moment.crossing):
-            return False
-        # The delay lets the new processes come to some other point.
-        until = time.monotonic() + moment.delay
-        return _wait_until(run, lambda: time.monotonic() > until and bool(run.workers()))
-    reached = _wait_until(run, lambda: run.last_step() > moment.step)
-    return _wait_until(run, run.is_saving) if reached and moment.kind == "save" else reached
-
-
-def _wait_until(run: BackgroundRun, condition: Callable[[], object]) -> bool:
-    """Wait until the condition holds; False if the run ends before."""
-    while run.is_alive():
-        if condition():
-            return True
-        # Shorter than a save, and long enough to leave the run its cores.
-        time.sleep(0.05)
-    return False
-
-
-def differences(one: Path, other: Path) -> list[str]:
-    """List what differs between two runs' steps and last checkpoints."""
-    runs = [
-        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (one, other)
-    ]
-    found = []
-    if [line["step"] for line in runs[0]] != [line["step"] for line in runs[1]]:
-        found.append(f"{len(runs[0])} and {len(runs[1])} steps")
-    for key in ("tokens", "phase", "data_digest", "loss", "grad_norm", "lr", "sources"):
-        steps = [a["step"] for a, b in zip(*runs, strict=False) if a[key] != b[key]]
-        if steps:
-            found.append(f"{key} of {len(steps)} steps, first of {steps[0]}")
-    folders = []
-    for folder in (one, other):
-        published = find_published(folder)
-        if published is None:
-            return [*found, f"no checkpoint in {folder}"]
-        folders.append(published)
-    # Weights and optimizer state, bit for bit.
-    names = tensor_names(folders[0], "")
-    if names != tensor_names(folders[1], ""):
-        return [*found, "the checkpoints' tensors"]
-    for name in names:
-        mine, theirs = (read_whole_tensors(folder, [name])[name] for folder in folders)
-        if not torch.equal(mine, theirs):
-            found.append(f"{name} by up to {float((mine - theirs).abs().max()):.1e}")
-    return found
-
-
 def run(arguments: Arguments) -> int:
-    """Run twice, once disturbed, and compare; 0, or 1 where the two differ."""
+    """Run twice at the same time, once disturbed, and compare; 0, or 1 where the two differ."""
     output = Path(arguments.output)
     argv = ["--config", arguments.config, *shlex.split(arguments.flags)]
+    save_interval = load_config(argv).checkpoint.save_interval
+    if not save_interval:
+        raise ValueError("save_interval: a run that does not save cannot go on. Fix: set it")
     # It must be new: nothing of another run is compared, or written over.
     output.mkdir(parents=True)
-    # How the run goes without a kill.
-    alone = BackgroundRun(argv, output / "alone", arguments.processes)
+    cache = output / "index"
+    cache.mkdir()
+    began = time.monotonic()
+    alone = LaunchedRun(argv, output / "alone", arguments.processes * arguments.nodes)
+    disturbed = LaunchedRun(
+        [*argv, "--data-cache-path", str(cache)],
+        output / "disturbed",
+        arguments.processes,
+        nodes=arguments.nodes,
+    )
     try:
-        began = time.monotonic()
-        alone.wait_until_done()
-        steps = alone.last_step()
-        print(
-            f"alone: {steps} steps, {alone.starts_for_layouts()} changes of layout, "
-            f"{time.monotonic() - began:.0f} s",
-            flush=True,
+        killer = Killer(
+            disturbed, arguments.kinds, arguments.seed, cache=cache, save_interval=save_interval
         )
-    finally:
-        alone.end()
-    # The same run, with kills at what is known of its steps now.
-    disturbed = BackgroundRun(argv, output / "disturbed", arguments.processes)
-    try:
-        began = time.monotonic()
-        moments = plan_kills(arguments.kills, steps, crossings_of(output / "alone"), arguments.seed)
-        done = disturb(disturbed, moments, random.Random(arguments.seed))
+        kills = killer.kill_all(arguments.kills)
+        killer.revive()
         disturbed.wait_until_done()
-        print(
-            f"disturbed: {len(done)} workers killed ({', '.join(done)}), "
-            f"{time.monotonic() - began:.0f} s",
-            flush=True,
-        )
+        alone.wait_until_done()
     finally:
         disturbed.end()
-    found = differences(output / "alone", output / "disturbed")
+        alone.end()
+    print("\n".join(describe_kills(kills)))
+    print(f"{disturbed.last_step()} steps, {time.monotonic() - began:.0f} s", flush=True)
+    found = [
+        *differences(output / "alone", output / "disturbed"),
+        *other_losses(killer.seen, output / "alone"),
+        *wrong_starts(kills, disturbed.events()),
+    ]
+    found += _missing(arguments, Counter(each.hit for each in kills))
     print(
         "compared: "
         + (
             "; ".join(found)
             if found
             else "every step's data, loss, gradient norm and learning rate, "
-            "the weights and the optimizer state are the same, bit for bit"
+            "the weights, the optimizer state and the place in the data are the same, bit for bit, "
+            "and each start was from the newest published checkpoint"
         )
     )
     # Every token of the disturbed run, counted.
     lines, well = audit(str(output / "disturbed"))
     print("\n".join(lines))
-    return 1 if found or not well or len(done) < arguments.kills / 2 else 0
+    return 1 if found or not well else 0
+
+
+def _missing(arguments: Arguments, hits: Counter[Kind]) -> list[str]:
+    """List what should have been hit and was not."""
+    found = []
+    if hits.total() < arguments.kills:
+        found.append(f"the run ended after {hits.total()} of {arguments.kills} kills")
+    # With few kills, one that comes too late may have been the only one of its kind.
+    if arguments.kills >= 4 * len(arguments.kinds):
+        found += [f"no kill hit {kind}" for kind in arguments.kinds if not hits[kind]]
+    return found

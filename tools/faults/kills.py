@@ -1,0 +1,332 @@
+"""Kill a run again and again, in everything that it does, and note what each kill hit."""
+
+import random
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pretrain.checkpointing.folders import LATEST, MANIFEST
+from tools.faults.comparison import read_steps
+from tools.faults.file_events import (
+    CREATED,
+    DELETED,
+    MODIFIED,
+    MOVED_TO,
+    FileEvent,
+    FileEvents,
+)
+from tools.faults.launched_run import POLL_SECONDS, LaunchedRun, Node, is_running, kill
+from tools.faults.traces import KINDS, Kind, Traces, name_kind, read_pointer, read_traces
+
+Victim = Literal["rank", "all ranks", "launcher", "train.sh", "node"]
+
+VICTIMS: dict[Victim, int] = {"rank": 6, "all ranks": 2, "launcher": 1, "train.sh": 1, "node": 1}
+"""Who is killed, and how often among all kills: one trainer, all of them, torchrun, the script that
+starts it, or everything on a node at once."""
+
+Happening = Literal[
+    "step", "due step", "partial", "manifest", "pointer", "deleting", "deleted", "index"
+]
+
+WINDOWS: dict[Kind, tuple[Happening, Happening | None]] = {
+    "index": ("index", None),
+    "step": ("step", "step"),
+    "copy": ("due step", "partial"),
+    "write": ("partial", "manifest"),
+    "publish": ("manifest", "pointer"),
+    "retention": ("deleting", None),
+}
+"""Kind -> what it begins with, and what it ends with; None = over in less than a millisecond."""
+GONE_SECONDS = 180
+"""Seconds in which the processes of a run must be gone after one of them was killed."""
+
+
+@dataclass
+class Kill:
+    """One kill: what it was meant for, whom it met, and what that one was doing."""
+
+    meant: Kind
+    victim: Victim
+    hit: Kind
+    time: float
+    """By the wall clock, as in events.jsonl."""
+    step: int
+    """The last step that was trained."""
+    pointer: int | None = None
+    """The published step, once all processes were gone."""
+    newest: int | None = None
+    """The last whole checkpoint then."""
+
+
+@dataclass
+class Pace:
+    """How long the parts of a save and of a step took last, to hit the middle of one."""
+
+    seconds: dict[Kind, float] = field(default_factory=dict)
+    since: dict[Kind, float] = field(default_factory=dict)
+
+    def note(self, happening: Happening, now: float) -> None:
+        """Note the end of what ends now, and the beginning of what begins."""
+        for kind, (begin, end) in WINDOWS.items():
+            if happening == end and kind in self.since:
+                self.seconds[kind] = now - self.since.pop(kind)
+            if happening == begin:
+                self.since[kind] = now
+
+    def forget(self) -> None:
+        """Drop what a kill cut short."""
+        self.since.clear()
+
+
+class Killer:
+    """Kills the processes of a run, one kill after the other.
+
+    Args:
+        cache: the run's --data-cache-path; it is emptied before a kill in the making of an index.
+        save_interval: steps between saves.
+    """
+
+    def __init__(
+        self,
+        run: LaunchedRun,
+        kinds: Iterable[Kind],
+        seed: int,
+        *,
+        cache: Path | None,
+        save_interval: int,
+    ):
+        self.run = run
+        self.cache = cache
+        self.save_interval = save_interval
+        self.chance = random.Random(seed)
+        self.wanted = list(kinds)
+        self.kills: list[Kill] = []
+        self.seen: dict[int, set[float]] = {}
+        """Step -> the losses that it ever had."""
+        self.pace = Pace()
+        run.save.mkdir(parents=True, exist_ok=True)
+        self.events = FileEvents(run.save, *([cache] if cache else []))
+        self.start_seconds = 5.0
+        self.crossings = 0
+        self.begun: Kind | None = "start"
+        """How this launch came to be, until its first step is trained."""
+
+    def kill_all(self, count: int) -> list[Kill]:
+        """Kill `count` times, or until the run ends; returns what was hit.
+
+        Raises:
+            RuntimeError: processes stayed after a kill.
+        """
+        try:
+            while len(self.kills) < count and self._kill_once():
+                pass
+        finally:
+            self.events.close()
+        return self.kills
+
+    # ------------------------------------------------------------ one kill
+
+    def _kill_once(self) -> bool:
+        """Wait for a moment and kill; False if the run ends before."""
+        kind = self._choose_kind()
+        if kind == "index" and self.cache is not None:
+            # The next start makes its indices again.
+            shutil.rmtree(self.cache)
+            self.cache.mkdir()
+            self.events.add(self.cache)
+        before = read_traces(self.run.save, self.cache)
+        self.revive()
+        launched = time.monotonic()
+        if not self.run.wait_until(self._has_all_workers):
+            return False
+        victim = self._choose_victim()
+        node = self.chance.choice(self.run.nodes)
+        # Found before the moment: it may be over in less time than that takes.
+        workers = [pid for each in self.run.nodes for pid in each.workers()]
+        victims = self._find(victim, node)
+        if not self._wait_for(kind, launched):
+            return False
+        if not all(is_running(pid) for pid in victims):
+            # A restart for another layout has replaced them.
+            workers = [pid for each in self.run.nodes for pid in each.workers()]
+            victims = self._find(victim, node)
+        now = time.time()
+        for pid in victims:
+            kill(pid)
+        after = read_traces(self.run.save, self.cache)
+        self._note(kind, victim, now, before, after)
+        self._wait_until_gone([*workers, *victims])
+        self.kills[-1].pointer = read_pointer(self.run.save)
+        self.kills[-1].newest = read_traces(self.run.save, self.cache).newest
+        self.pace.forget()
+        self.events.forget()
+        return True
+
+    def _choose_kind(self) -> Kind:
+        """Choose the kind that was hit least of those that are wanted."""
+        hits = Counter(each.hit for each in self.kills)
+        tries = Counter(each.meant for each in self.kills)
+        least = min(hits[kind] + tries[kind] for kind in self.wanted)
+        rare = [kind for kind in self.wanted if hits[kind] + tries[kind] == least]
+        return self.chance.choice(rare)
+
+    def _choose_victim(self) -> Victim:
+        (victim,) = self.chance.choices(list(VICTIMS), list(VICTIMS.values()))
+        return victim
+
+    def _find(self, victim: Victim, node: Node) -> list[int]:
+        """List the processes that a kill ends by itself; the others follow from it."""
+        launcher = node.launcher()
+        if victim == "rank":
+            return [self.chance.choice(node.workers() or [node.process.pid])]
+        if victim == "all ranks":
+            return [pid for each in self.run.nodes for pid in each.workers()]
+        if victim == "launcher":
+            return [launcher or node.process.pid]
+        return [node.process.pid] if victim == "train.sh" else node.tree()
+
+    def _has_all_workers(self) -> bool:
+        return all(node.workers() for node in self.run.nodes if node.is_alive())
+
+    def revive(self) -> None:
+        """Start the train.sh of a node again that a kill has ended, as a cluster does."""
+        for node in self.run.nodes:
+            if node.process.poll() == -signal.SIGKILL:
+                node.start()
+
+    # ------------------------------------------------------------ the moment
+
+    def _wait_for(self, kind: Kind, launched: float) -> bool:
+        """Wait for the moment of a kill; False if the run ends before."""
+        begin, _ = WINDOWS.get(kind, (None, None))
+        # The first of them after a start is not like the others.
+        left = self.chance.randint(1, 3) if begin == "step" else 1
+        since = launched if kind == "start" or self.begun == kind == "crossing" else None
+        # Less than a whole one: the next start may be faster than the last.
+        share = 0.8 * self.chance.random()
+        while self.run.is_alive():
+            for event in self.events.wait(0.02):
+                for happening in self._happenings(event):
+                    self._follow(happening, event.time, launched)
+                    left -= happening == begin
+                    if left == 0 and happening == begin:
+                        time.sleep(share * self.pace.seconds.get(kind, 0.0))
+                        return True
+            if self.run.starts_for_layouts() > self.crossings:
+                self.crossings = self.run.starts_for_layouts()
+                self.begun = "crossing"
+                since = time.monotonic() if kind == "crossing" else since
+            if since is not None and time.monotonic() - since > share * self.start_seconds:
+                return True
+        return False
+
+    def _follow(self, happening: Happening, now: float, launched: float) -> None:
+        """Learn from what happened how long things take, and how far the run is."""
+        self.pace.note(happening, now)
+        if happening == "step" and self.begun is not None:
+            if self.begun == "start":
+                self.start_seconds = now - launched
+            self.begun = None
+
+    def _happenings(self, event: FileEvent) -> list[Happening]:
+        """Say what an entry of a folder that changed means for the run."""
+        name = event.name
+        is_new = bool(event.mask & (CREATED | MOVED_TO))
+        if event.folder == self.cache:
+            return ["index"] if is_new and name.startswith(".") else []
+        if event.folder != self.run.save:
+            return ["manifest"] if is_new and name == MANIFEST else []
+        if name == "metrics.jsonl" and event.mask & MODIFIED:
+            is_due = self.run.last_step() % self.save_interval == 0
+            return ["step", "due step"] if is_due else ["step"]
+        if name == LATEST:
+            return ["pointer"] if is_new else []
+        if not name.startswith(".iter_"):
+            return []
+        if name.endswith(".partial"):
+            if event.mask & CREATED:
+                self.events.add(event.folder / name)
+                return ["partial"]
+            return []
+        if event.mask & DELETED:
+            return ["deleted"]
+        return ["deleting"] if is_new else []
+
+    # ------------------------------------------------------------ afterwards
+
+    def _note(self, kind: Kind, victim: Victim, now: float, before: Traces, after: Traces) -> None:
+        """Note what a kill hit, by what it left."""
+        step = self.run.last_step()
+        last_due = step - step % self.save_interval
+        hit = name_kind(
+            before,
+            after,
+            begun=self.begun,
+            is_due=last_due > (after.pointer or 0),
+        )
+        self.kills.append(Kill(kind, victim, hit, now, step))
+        # A start on the next layout that was killed is tried again.
+        self.begun = "crossing" if hit == "crossing" else "start"
+        for line in read_steps(self.run.save):
+            self.seen.setdefault(line["step"], set()).add(line["loss"])
+
+    def _wait_until_gone(self, pids: list[int]) -> None:
+        """Wait until processes are gone.
+
+        Raises:
+            RuntimeError: one stays.
+        """
+        limit = time.monotonic() + GONE_SECONDS
+        while left := [pid for pid in pids if is_running(pid)]:
+            if time.monotonic() > limit:
+                raise RuntimeError(
+                    f"{GONE_SECONDS} s after a kill ({self.kills[-1]}) these processes still run: "
+                    f"{left}"
+                )
+            time.sleep(POLL_SECONDS)
+
+
+def wrong_starts(kills: list[Kill], events: list[dict]) -> list[str]:
+    """List the starts after a kill that did not begin at the newest published checkpoint.
+
+    Args:
+        events: of the killed run's events.jsonl.
+    """
+    starts = [event for event in events if event["event"] in ("start", "restart")]
+    ends = [each.time for each in kills[1:]] + [float("inf")]
+    found = []
+    for each, end in zip(kills, ends, strict=True):
+        first = next((start for start in starts if each.time < start["time"] < end), None)
+        if first is not None and first["step"] not in (each.pointer or 0, each.newest or 0):
+            found.append(
+                f"after the kill at step {each.step} ({each.hit}) the run went on from step "
+                f"{first['step']}, and {each.pointer} was published"
+            )
+    return found
+
+
+def other_losses(seen: dict[int, set[float]], alone: Path) -> list[str]:
+    """List the steps that ever had another loss than in the run that was left alone."""
+    expected = {line["step"]: line["loss"] for line in read_steps(alone)}
+    return [
+        f"step {step} once had a loss of {sorted(values)} and not {expected.get(step)}"
+        for step, values in sorted(seen.items())
+        if values != {expected.get(step)}
+    ]
+
+
+def describe_kills(kills: list[Kill]) -> list[str]:
+    """Say how many kills hit what, and whom."""
+    hits = Counter(each.hit for each in kills)
+    victims = Counter(each.victim for each in kills)
+    exact = sum(each.hit == each.meant for each in kills)
+    return [
+        f"{len(kills)} kills, {exact} of them in what they were meant for",
+        "hit: " + ", ".join(f"{kind} {hits[kind]}" for kind in KINDS),
+        "killed: " + ", ".join(f"{victim} {victims[victim]}" for victim in VICTIMS),
+    ]
