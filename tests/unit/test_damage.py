@@ -1,0 +1,183 @@
+"""A restart takes the newest checkpoint that is not damaged, and keeps those that are."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from parallel.layout import Axis
+from pretrain.checkpointing.damage import find_restart
+from pretrain.checkpointing.folders import LATEST, MANIFEST, find_published, read_pointer
+from pretrain.checkpointing.manifest import DamagedCheckpoint, read_manifest, verify_files
+from pretrain.checkpointing.set_aside import mend_save_folder
+from pretrain.checkpointing.start import Start, find_start
+from pretrain.config.load import load_config
+from tests.damaged import flip, save
+
+RANK_0 = Axis("world", 0, 1, (0,), None)
+
+
+def start(**settings) -> Start:
+    argv = ["--model", "tiny", "--vocab-size", "100"]
+    for name, value in settings.items():
+        argv += ["--" + name.replace("_", "-"), str(value)]
+    return find_start(load_config(argv).checkpoint)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """Checkpoints of steps 1, 2 and 3."""
+    root = tmp_path_factory.mktemp("three") / "run"
+    for step in (1, 2, 3):
+        save(root, step, float(step))
+    return root
+
+
+@pytest.fixture
+def run(three, tmp_path) -> Path:
+    return Path(shutil.copytree(three, tmp_path / "run"))
+
+
+SMALL_FILES = ["config.yaml", "progress.json", MANIFEST, "tokenizer/tok.model"]
+
+
+@pytest.mark.parametrize("name", SMALL_FILES)
+def test_a_restart_passes_over_a_checkpoint_with_a_damaged_small_file(run, name):
+    flip(run / "iter_0000003" / name, 40)
+    found = start(save=run)
+    assert found.folder == run / "iter_0000002" and found.is_restart and found.needs_mending
+    (note,) = found.notes
+    assert f"{run / 'iter_0000003' / name} " in note and f"taken: {found.folder}" in note
+
+
+def test_several_damaged_ones_in_a_row_are_passed_over(run):
+    flip(run / "iter_0000003" / "config.yaml", 5)
+    (run / "iter_0000002" / "progress.json").unlink()
+    found = start(save=run)
+    assert found.folder == run / "iter_0000001"
+    assert [damage.folder.name for damage in found.damaged] == ["iter_0000003", "iter_0000002"]
+    assert "progress.json is missing" in found.notes[1]
+
+
+def test_where_none_is_left_the_refusal_names_them_all(run):
+    for step in (1, 2, 3):
+        flip(run / f"iter_000000{step}" / "config.yaml", 5)
+    with pytest.raises(ValueError, match="holds no checkpoint that can be used") as refusal:
+        start(save=run)
+    for step in (1, 2, 3):
+        assert f"iter_000000{step}/config.yaml differs" in str(refusal.value)
+    assert "Fix: put a good copy" in str(refusal.value)
+
+
+def test_only_checkpoints_kept_aside_are_no_fresh_start(run):
+    for step in (1, 2, 3):
+        (run / f"iter_000000{step}").rename(run / f"iter_000000{step}.damaged")
+    (run / LATEST).unlink()
+    with pytest.raises(ValueError, match=r"iter_0000003.damaged was found damaged before"):
+        start(save=run)
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"", "must hold an iteration number"),
+        (b"\xff\xfe", "must hold an iteration number"),
+        (b"9", "names iter_0000009, which is missing or not complete"),
+        (b"2" + b"\n" + b" " * 32 + b"\n", "= 2: does not fit the checksum in its second line"),
+        (None, "is missing"),
+    ],
+)
+def test_a_wrong_pointer_leads_to_the_newest_complete_checkpoint(run, content, said):
+    (run / LATEST).unlink()
+    if content is not None:
+        (run / LATEST).write_bytes(content)
+    found = start(save=run)
+    assert found.folder == run / "iter_0000003" and found.needs_mending
+    assert said in found.notes[0] and "newest complete checkpoint is taken" in found.notes[0]
+    mend_save_folder(found, RANK_0)
+    assert read_pointer(run) == 3 and not start(save=run).notes
+
+
+def test_a_person_can_go_back_by_writing_the_number(run):
+    (run / LATEST).write_text("2\n")
+    found = start(save=run)
+    assert found.folder == run / "iter_0000002" and not found.needs_mending and not found.notes
+
+
+def test_a_pointer_to_nothing_in_an_empty_folder_is_refused(tmp_path):
+    (tmp_path / LATEST).write_text("5")
+    with pytest.raises(ValueError, match="names iter_0000005, which is missing"):
+        start(save=tmp_path)
+
+
+def test_a_chosen_checkpoint_that_is_damaged_is_refused_with_the_one_before_it(run, tmp_path):
+    flip(run / "iter_0000003" / "config.yaml", 5)
+    for chosen in (dict(load=run), dict(load=run, ckpt_step=3), dict(pretrained_checkpoint=run)):
+        with pytest.raises(DamagedCheckpoint, match="config.yaml differs .* --ckpt-step 2, the"):
+            start(save=tmp_path / "new", **chosen)
+    assert start(load=run, ckpt_step=2).folder == run / "iter_0000002"
+
+
+def test_damaged_ones_are_kept_aside_with_an_event_and_a_new_save_takes_the_name(run):
+    (run / "events.jsonl").write_text('{"event": "start", "step": 0}\n{"event": "sa')
+    for _ in range(2):
+        flip(run / "iter_0000003" / "config.yaml", 5)
+        mend_save_folder(start(save=run), RANK_0)
+        assert find_published(run) == run / "iter_0000002"
+        assert not (run / "iter_0000003").exists()
+        save(run, 3)
+        assert start(save=run).folder == run / "iter_0000003"
+    assert {path.name for path in run.glob("*.damaged*")} == {
+        "iter_0000003.damaged",
+        "iter_0000003.damaged2",
+    }
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["start", "damaged", "damaged"]
+    assert events[1]["step"] == 2 and events[1]["tokens"] == 128
+    assert "Kept as iter_0000003.damaged; the run goes on from" in events[1]["text"]
+
+
+# ---------------------------------------------------------------- what is found in the files
+
+
+def test_a_missing_shard_is_found_before_anything_is_planned(run):
+    (run / "iter_0000003" / "__0_0.distcp").unlink()
+    found = start(save=run)
+    assert found.folder == run / "iter_0000002"
+    assert "__0_0.distcp is missing (damaged: model.embedding.weight" in found.notes[0]
+
+
+def test_a_truncated_shard_names_the_tensors_at_its_end(run):
+    shard = run / "iter_0000003" / "__0_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    (problem,) = verify_files(run / "iter_0000003")
+    last = "optimizer.output.weight.exp_avg"
+    assert problem.endswith(
+        f"__0_0.distcp differs from its checksum in {MANIFEST} (damaged: {last})"
+    )
+
+
+def test_files_that_no_save_wrote_are_noted_where_they_are_not_read(run):
+    (run / "iter_0000003" / "notes.txt").write_text("mine")
+    found = start(save=run)
+    assert found.folder == run / "iter_0000003" and not found.damaged
+    assert found.notes[0].endswith("holds what no save wrote, and what is not read: notes.txt")
+
+
+@pytest.mark.parametrize("folder", ["tokenizer", "huggingface"])
+def test_files_that_no_save_wrote_are_damage_where_they_would_be_read(run, folder):
+    (run / "iter_0000003" / folder / "added.json").write_text("{}")
+    found = start(save=run)
+    assert found.folder == run / "iter_0000002"
+    assert f"{folder}/added.json is not in {MANIFEST}" in found.notes[0]
+
+
+def test_a_checkpoint_of_an_older_version_is_loaded_with_a_line(run):
+    manifest = run / "iter_0000003" / MANIFEST
+    files = read_manifest(manifest.parent).files
+    manifest.write_text(json.dumps({"algorithm": "xxh3_128", "files": files}, indent=1))
+    (run / LATEST).write_text("3")
+    found = find_restart(run)
+    assert found.folder == manifest.parent and not found.damaged
+    assert "an older version saved it" in found.notes[0] and len(found.notes) == 1
