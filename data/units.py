@@ -42,3 +42,10 @@ def parse_tokens(text: str) -> int:
 def show_bytes(size: int) -> str:
     """Write a size in bytes: in GiB, or below one in MiB."""
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
+
+
+def show_tokens(count: int) -> str:
+    """Write a count of tokens with the largest unit that it is a whole number of."""
+    fitting = [name for name, unit in UNITS.items() if count and count % unit == 0]
+    name = max(fitting, key=lambda name: UNITS[name], default="")
+    return f"{count // UNITS[name]:,}{name}"

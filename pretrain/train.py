@@ -165,6 +165,7 @@ class Trainer:
             self.in_steps = True
             return self.loop.run(phase)
         finally:
+            self.loop.saver.close(finish=False)
             self.loop.reporter.close()
             if lock is not None:
                 lock.release()

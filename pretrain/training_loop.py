@@ -8,11 +8,12 @@ import torch
 from parallel.layout import Layout
 from parallel.shard import reshard
 from pretrain.batches import SHOWN_SOURCES, Feed
+from pretrain.checkpointing.save_schedule import SaveSchedule
 from pretrain.checkpointing.saver import Saver
 from pretrain.config.load import warn
-from pretrain.evaluation.evaluate import Evaluator
+from pretrain.evaluation.evaluate import Evaluator, score_of
 from pretrain.guards.guards import Guards
-from pretrain.logs.measured import measure
+from pretrain.logs.measured import Measured, measure
 from pretrain.logs.metrics import Reporter
 from pretrain.logs.step_record import StepRecord, flops_utilization
 from pretrain.logs.tally import StepTally
@@ -68,7 +69,8 @@ class TrainingLoop:
         self.evaluator = Evaluator(plan.config, self.feed, plan.tokenizer)
         self.tally = StepTally(state.steps_with_targets)
         self.stop = StopRequest(signals, layout.world, layout.device)
-        self.saver = Saver(plan, layout, evaluation_due)
+        self.saver = Saver(plan, layout, reporter, evaluation_due)
+        self.save_schedule = SaveSchedule(plan.config.checkpoint)
         self.guards = Guards(plan, state, reporter)
 
     def run(self, phase: Phase) -> str:
@@ -114,6 +116,8 @@ class TrainingLoop:
         """Say how the run ends, and hand its outcome on."""
         self.reporter.say(text)
         self.report(outcome, text)
+        # Who asked to stop is not kept waiting; what is due is done after the next save.
+        self.saver.close(finish=outcome in ("done", "again"))
         return outcome
 
     def report(self, kind: str, text: str) -> None:
@@ -134,10 +138,11 @@ class TrainingLoop:
 
         while state.clock < phase.end:
             try:
-                record, is_stopped = self._step(stepper, phase)
+                record, measured = self._step(stepper, phase)
             except Interrupted:
                 self._give_up_step(stepper)
                 return True
+            is_stopped = measured.is_stopped
             self._report_step(record)
             self.guards.report(phase)
             if self._should_evaluate(phase):
@@ -150,8 +155,8 @@ class TrainingLoop:
             if is_stopped:
                 return True
             # The end of the phase is saved by the caller.
-            save_interval = self.config.checkpoint.save_interval
-            if state.clock < phase.end and _is_multiple(state.step, save_interval):
+            is_due = self.save_schedule.is_due(state.step, some_rank_is_late=measured.is_save_due)
+            if state.clock < phase.end and is_due:
                 self._save(phase, ends_phase=False)
                 if self.stop.agreed():
                     return True
@@ -186,8 +191,8 @@ class TrainingLoop:
 
     # ------------------------------------------------------------ step by step
 
-    def _step(self, stepper: Stepper, phase: Phase) -> tuple[StepRecord, bool]:
-        """Train one step -> what is known of it; whether any rank asks to save and end.
+    def _step(self, stepper: Stepper, phase: Phase) -> tuple[StepRecord, Measured]:
+        """Train one step -> its line of metrics.jsonl; what all ranks together know of it.
 
         Raises:
             Interrupted: a stop cut it short.
@@ -216,7 +221,11 @@ class TrainingLoop:
         # What only all ranks together know.
         seconds = time.perf_counter() - began
         measured = measure(
-            microbatches, self.layout, wants_stop=self._wants_stop(), data_seconds=data_seconds
+            microbatches,
+            self.layout,
+            wants_stop=self._wants_stop(),
+            wants_save=self.save_schedule.is_late,
+            data_seconds=data_seconds,
         )
         flops = self.model_size.step_flops(batch_tokens, measured.causal_pairs)
         record = StepRecord(
@@ -240,7 +249,7 @@ class TrainingLoop:
             sources=sources if len(sources) <= SHOWN_SOURCES else None,
             spike=self.guards.spike is not None,
         )
-        return record, measured.is_stopped
+        return record, measured
 
     def _give_up_step(self, stepper: Stepper) -> None:
         """Leave a step that was cut short as if it had not begun: its data come again."""
@@ -297,15 +306,18 @@ class TrainingLoop:
         gc.collect()
         step = self.state.step
         place = {"step": step, "tokens": self.state.clock, "phase": phase.name}
+        records = []
         try:
             for record in self.evaluator.run(stepper, phase):
                 self.reporter.evaluation(place | record)
+                records.append(record)
         except Interrupted:
             self.reporter.say(
                 f"evaluation at step {step:,} cut short by a stop; the next start makes up for it"
             )
             return False
         self.evaluation_due = None
+        self.saver.note_evaluation(step, score_of(records))
         self.stop.restart()  # training has another pace
         if self.layout.device.type == "cuda":
             # metrics.jsonl has the peak of training.
@@ -322,6 +334,7 @@ class TrainingLoop:
             self.evaluation_due,
             ends_phase=ends_phase,
         )
+        self.save_schedule.restart()
 
 
 def _is_multiple(step: int, interval: int | None) -> bool:

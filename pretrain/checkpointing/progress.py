@@ -11,6 +11,20 @@ FILE = "progress.json"
 
 
 @dataclasses.dataclass(frozen=True)
+class ValidationScore:
+    """The validation loss of a checkpoint: of the first set, at the longest length."""
+
+    set: str
+    seq_length: int
+    loss: float
+    """Nats per target."""
+
+    def describe(self) -> str:
+        """Write the loss, and what it was measured on."""
+        return f"loss {self.loss:.4f} of {self.set} at {self.seq_length:,} tokens"
+
+
+@dataclasses.dataclass(frozen=True)
 class Progress:
     """Everything that a checkpoint holds besides tensors, settings and the tokenizer's files."""
 
@@ -41,6 +55,12 @@ class Progress:
     evaluation_due: str | None = None
     """Name of the phase of an evaluation that a stop cut short: the next start makes up for it."""
     wandb_run_id: str | None = None
+    run_id: str | None = None
+    """Random name of the run, kept through its restarts; None = written before there were any."""
+    ends_phase: bool = False
+    """Was the last step the last one of its phase?"""
+    validation: ValidationScore | None = None
+    """What an evaluation at the last step found; None = there was none."""
     seed: int | None = None
     layouts: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Layouts that were chosen, by phase name (planner/auto_layout.py)."""
@@ -81,6 +101,8 @@ class Progress:
         if "phase" in values:
             values.setdefault("longest_seq_length", values["phase"].get("seq_length"))
         values.setdefault("steps_with_targets", stored.get("step", 0))
+        if values.get("validation") is not None:
+            values["validation"] = ValidationScore(**values["validation"])
         try:
             return Progress(**values)
         except TypeError as error:

@@ -3,14 +3,16 @@
 import dataclasses
 import gc
 import time
+from pathlib import Path
 
 import torch
 
 from parallel.layout import Layout
 from pretrain.checkpointing import checkpoint
 from pretrain.checkpointing.model_files import read_carried
-from pretrain.checkpointing.progress import Progress
+from pretrain.checkpointing.progress import Progress, ValidationScore
 from pretrain.checkpointing.replicas import check_replicas
+from pretrain.checkpointing.retention import Retention, choose_run_id
 from pretrain.config.config_yaml import dump_yaml
 from pretrain.logs.metrics import Reporter
 from pretrain.logs.tally import StepTally
@@ -26,9 +28,19 @@ class Saver:
         evaluation_due: the phase of a due evaluation, as the checkpoint of the start has it.
     """
 
-    def __init__(self, plan: Plan, layout: Layout, evaluation_due: str | None):
+    def __init__(self, plan: Plan, layout: Layout, reporter: Reporter, evaluation_due: str | None):
         self.plan = plan
         self.layout = layout
+        self.score: tuple[int, ValidationScore | None] = (0, None)
+        """Step and loss of the last evaluation."""
+        start = plan.start
+        self.run_id = choose_run_id(is_restart=start.is_restart, stored=plan.progress)
+        self.retention: Retention | None = None
+        settings = plan.config.checkpoint
+        if layout.world.is_first and settings.save is not None:
+            self.retention = Retention(
+                Path(settings.save), settings, self.run_id, start.folder, reporter.event
+            )
         self.saved_evaluation_due = evaluation_due
         # Only rank 0 writes them. Read now: the folder that the run starts from may go away later.
         self.carried = read_carried(plan.start.folder) if layout.world.is_first else {}
@@ -64,7 +76,7 @@ class Saver:
         gc.collect()
         # Copies that are no longer the same must not be published.
         check_replicas(state.stages, self.layout)
-        progress = self._progress(state, phase, evaluation_due)
+        progress = self._progress(state, phase, evaluation_due, ends_phase=ends_phase)
         assert progress.data is not None
         reporter.account(state.step, state.clock, progress.data["account"])
         folder = checkpoint.save(
@@ -83,6 +95,8 @@ class Saver:
         text = f"saved {folder} in {time.perf_counter() - began:.1f} s"
         reporter.say(text)
         reporter.event("save", state.step, state.clock, text)
+        if self.retention is not None:
+            self.retention.after_publish(folder)
 
     def _report_unsaved(self, state: TrainState, reporter: Reporter) -> None:
         text = (
@@ -92,9 +106,25 @@ class Saver:
         reporter.say(text)
         reporter.event("unsaved", state.step, state.clock, text)
 
-    def _progress(self, state: TrainState, phase: Phase, evaluation_due: str | None) -> Progress:
+    def note_evaluation(self, step: int, score: ValidationScore | None) -> None:
+        """Remember the validation loss of a step, for the checkpoint of that step."""
+        self.score = (step, score)
+
+    def close(self, *, finish: bool) -> None:
+        """End what goes on in the background.
+
+        Args:
+            finish: do what is due first, as at an orderly end that nobody waits for.
+        """
+        if self.retention is not None:
+            self.retention.close(finish=finish)
+
+    def _progress(
+        self, state: TrainState, phase: Phase, evaluation_due: str | None, *, ends_phase: bool
+    ) -> Progress:
         """Describe how far the run is."""
         plan = self.plan
+        scored_step, score = self.score
         begun = plan.phases[: phase.index + 1]
         return Progress(
             step=state.step,
@@ -111,6 +141,9 @@ class Saver:
             has_optimizer=not plan.config.checkpoint.no_save_optim,
             evaluation_due=evaluation_due,
             wandb_run_id=state.wandb_run_id,
+            run_id=self.run_id,
+            ends_phase=ends_phase,
+            validation=score if scored_step == state.step else None,
             seed=plan.config.optimizer.seed,
             layouts=plan.layouts,
             world_size=self.layout.world.size,

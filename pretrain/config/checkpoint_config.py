@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pretrain.config.facts import setting
+from pretrain.config.token_count import Tokens
 
 
 @dataclass(kw_only=True)
@@ -40,6 +41,25 @@ class CheckpointConfig:
     """Iteration of --load to start from, instead of the latest."""
     save_interval: int | None = setting(None, above=0)
     """Steps between checkpoints; one is always written at a phase's and the run's end."""
+    save_interval_in_mins: float | None = setting(None, above=0)
+    """Minutes between checkpoints, from the start of training or the last one; with --save-interval
+    whichever comes first."""
+    keep_last: int = setting(3, at_least=1, fix="give 1 or more; --keep-all deletes none")
+    """Newest checkpoints that are kept. Older ones are deleted once a newer one is published and
+    its files were read again, unless another setting keeps them; those that another run wrote
+    never."""
+    keep_phase_ends: bool = True
+    """Keep the checkpoint at the end of each phase."""
+    keep_every: Tokens | None = setting(None, above=0)
+    """Keep the first checkpoint after each multiple of this many consumed tokens."""
+    save_retain_interval: int | None = setting(None, above=0)
+    """Keep the checkpoints of steps that are multiples of this."""
+    keep_best: int = setting(0, at_least=0)
+    """Keep this many checkpoints with the lowest validation loss, of the first validation set at
+    the longest length of the evaluation at their step; losses at different lengths are not
+    compared, and each length has its own best."""
+    keep_all: bool = False
+    """Delete no checkpoint."""
     exit_interval: int | None = setting(None, above=0)
     """Save and stop when the step is a multiple of this."""
     exit_duration_in_mins: int | None = setting(None, above=0)
@@ -73,4 +93,15 @@ class CheckpointConfig:
                 "use_checkpoint_opt_param_scheduler takes the checkpoint's. Fix: remove one of "
                 "them."
             )
-        return problems
+        return problems + self._unreachable_interval()
+
+    def _unreachable_interval(self) -> list[str]:
+        """List a --save-retain-interval whose steps are not saved."""
+        kept = self.save_retain_interval
+        saved = self.save_interval
+        if kept is None or saved is None or saved < 1 or kept % saved == 0:
+            return []
+        return [
+            f"save_retain_interval = {kept}: must be a multiple of save_interval = {saved}, whose "
+            f"steps are saved. Fix: for example {(kept // saved + 1) * saved}."
+        ]

@@ -66,6 +66,9 @@ SAVES = Condition(lambda config: config.checkpoint.save is not None, " without -
 REWINDS = Condition(
     lambda config: config.guards.spike_policy == "rewind", " without --spike-policy rewind"
 )
+DELETES = Condition(
+    lambda config: not config.checkpoint.keep_all, ", since --keep-all deletes no checkpoint"
+)
 CORPORA = Condition(_has_corpora, ", since --mock-data reads no files")
 TOKENIZES = Condition(
     lambda config: config.data.tokenizer_type != "NullTokenizer",
@@ -119,6 +122,12 @@ CONDITIONS: dict[str, tuple[Condition, ...]] = {
     "wandb_entity": (WANDB,),
     "wandb_save_dir": (WANDB,),
     "save_interval": (SAVES,),
+    "save_interval_in_mins": (SAVES,),
+    "keep_last": (SAVES, DELETES),
+    "keep_every": (SAVES, DELETES),
+    "save_retain_interval": (SAVES, DELETES),
+    "keep_best": (SAVES, DELETES, EVALUATES),
+    "keep_all": (SAVES,),
     "no_save_optim": (SAVES,),
     "max_rewinds": (REWINDS,),
     "rewind_skip_steps": (REWINDS,),

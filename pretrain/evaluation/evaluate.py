@@ -7,12 +7,13 @@ not from the layout.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from data.tokenizers.tokenizer import Tokenizer
 from parallel.shard import reshard
 from pretrain.batches import Feed
+from pretrain.checkpointing.progress import ValidationScore
 from pretrain.config.config import Config
 from pretrain.config.load import warn
 from pretrain.evaluation import context_gain, passkey
@@ -198,6 +199,16 @@ class Evaluator:
                 count,
             )
         return self._documents[key]
+
+
+def score_of(records: Sequence[dict[str, Any]]) -> ValidationScore | None:
+    """Pick the loss of the first set at the longest length of an evaluation; None without any."""
+    losses = [record for record in records if record["kind"] == "loss"]
+    if not losses:
+        return None
+    of_first = [record for record in losses if record["set"] == losses[0]["set"]]
+    longest = max(of_first, key=lambda record: record["seq_length"])
+    return ValidationScore(longest["set"], longest["seq_length"], longest["valid_loss"])
 
 
 def _expect_another_pace(stepper: Stepper) -> None:

@@ -21,6 +21,8 @@ class Measured:
     """Pairs of a query and a key in the documents of the global batch."""
     is_stopped: bool
     """Does any rank want to stop?"""
+    is_save_due: bool
+    """Are the minutes between two checkpoints over on any rank?"""
     data_digest: str
     """Hash of the global batch's tokens, hexadecimal."""
     peak_memory_bytes: int
@@ -30,7 +32,12 @@ class Measured:
 
 
 def measure(
-    microbatches: Sequence[Batch], layout: Layout, *, wants_stop: bool, data_seconds: float
+    microbatches: Sequence[Batch],
+    layout: Layout,
+    *,
+    wants_stop: bool,
+    wants_save: bool,
+    data_seconds: float,
 ) -> Measured:
     """Sum up over all ranks; collective over the world."""
     lengths = [batch.cu_seqlens.diff().double() for batch in microbatches]
@@ -45,16 +52,24 @@ def measure(
         own_pairs if has_own_lengths else 0,
         own_digest if has_own_slice else 0,
         wants_stop,
+        wants_save,
     ]
     to_compare = [peak_memory(layout), data_seconds]
     sums = torch.tensor(to_sum, dtype=torch.float64, device=layout.device)
     highest = torch.tensor(to_compare, dtype=torch.float64, device=layout.device)
-    pairs, digest, stops = all_reduce(sums, layout.world).tolist()
+    pairs, digest, stops, saves = all_reduce(sums, layout.world).tolist()
     memory, slowest = all_reduce(highest, layout.world, dist.ReduceOp.MAX).tolist()
 
     # A sum of digests does not depend on the order in which the slices were read.
     text = f"{int(digest) % 2**DIGEST_BITS:010x}"
-    return Measured(pairs, stops > 0, text, int(memory), slowest)
+    return Measured(
+        causal_pairs=pairs,
+        is_stopped=stops > 0,
+        is_save_due=saves > 0,
+        data_digest=text,
+        peak_memory_bytes=int(memory),
+        data_seconds=slowest,
+    )
 
 
 def peak_memory(layout: Layout) -> int:

@@ -69,6 +69,12 @@ CASES = {
     "--wandb-entity x": ("without --wandb-project", "--wandb-project y"),
     "--wandb-save-dir x": ("without --wandb-project", "--wandb-project y"),
     "--save-interval 5": ("without --save", "--save folder"),
+    "--save-interval-in-mins 5": ("without --save", "--save folder"),
+    "--keep-last 5": ("without --save", "--save folder"),
+    "--keep-every 5B --save x --keep-all": (", since --keep-all deletes no checkpoint", None),
+    "--save-retain-interval 5": ("without --save", "--save folder"),
+    "--keep-best 2 --save x --eval-iters 0": ("without --eval-iters above 0", None),
+    "--keep-all": ("without --save", "--save folder"),
     "--no-save-optim": ("without --save", None),
     "--max-rewinds 2": ("without --spike-policy rewind", "--spike-policy rewind --save folder"),
     "--rewind-skip-steps 2": (
