@@ -6,7 +6,7 @@ import torch
 
 from model.activation_memory.offload import Host
 from model.attention_backends.backend import Backend
-from model.attention_backends.kernel_calls import NEVER
+from model.attention_backends.kernel_calls import NEVER, split_documents
 from pretrain.step import global_grad_norm as step_norm
 from tools.bench.contenders import ALST, CHECKPOINTED, Ours, lean, preset
 from tools.bench.fresh import ROOT, run_fresh
@@ -364,6 +364,37 @@ def test_the_crossover_s_times_are_lines_and_its_answer_is_used(tmp_path, monkey
         ("to cuDNN from", "2,000 tokens"),
     ]
     assert lines[1].note == "cuDNN; varlen 2.000 ms"
+
+
+def test_equal_documents_are_one_call_of_cudnn_beside_one_of_varlen(tmp_path, monkeypatch):
+    monkeypatch.setattr(Backend, "missing", lambda self, *_, **__: None)
+    asked = set()
+
+    def stand_in(crossover):
+        def attend(q, k, v, packed):
+            calls = split_documents(packed, crossover)
+            asked.add((crossover, len(calls), calls[0].documents, packed.max_q))
+            return q * 1.0 + 0.0 * (k.sum() + v.sum())
+
+        return attend
+
+    monkeypatch.setattr(gpu_attention, "mixed_attention", stand_in)
+    path = tmp_path / "lines.jsonl"
+    report = Report(path, "a", "full", date="now")
+    gpu_attention.report_equal_documents(Card(CPU), Scale(toy=False), report, (2, 1, 8))
+    assert asked == {
+        (crossover, 1, 16384 // length, length)
+        for crossover in (1, NEVER)
+        for length in (512, 1024, 2048, 4096)
+    }
+    lines = read_lines(path)
+    assert [line.figure for line in lines] == [
+        "documents of 512",
+        "documents of 1,024",
+        "documents of 2,048",
+        "documents of 4,096",
+    ]
+    assert all(line.value > 0 and "varlen" in line.note for line in lines)
 
 
 def test_without_the_backend_mixed_the_crossover_is_assumed_and_the_reason_said(quick):

@@ -12,7 +12,8 @@ from model.attention_backends.backend import HeadShape
 from model.attention_backends.choice import BACKENDS, choose_attention
 from model.attention_backends.crossover import crossover_of, measure, padded_lengths
 from model.attention_backends.documents import pack_documents
-from model.attention_backends.kernel_calls import ASSUMED_CROSSOVER_TOKENS
+from model.attention_backends.kernel_calls import ASSUMED_CROSSOVER_TOKENS, NEVER
+from model.attention_backends.mixed import mixed_attention
 from tools.bench.contenders import Ours, causal_pairs, lean, make_sample, one_process
 from tools.bench.gpu.lines import Report
 from tools.bench.gpu.parts import (
@@ -39,6 +40,11 @@ BACKWARD_PRODUCTS = 5
 count them; forward has 2."""
 DOCUMENT = 2048
 """Tokens of each of the many documents."""
+EQUAL_LENGTHS = (512, 1024, 2048, 4096)
+"""Tokens of the documents that are one call of cuDNN, as they are equal and need no padding."""
+EQUAL_TOKENS = 16384
+EQUAL_CALLS = 10
+"""Calls that are timed together: one alone takes as long to launch as it does to run."""
 
 Forward = Callable[[], torch.Tensor]
 """Compute the output, with its graph."""
@@ -164,6 +170,42 @@ def report_crossover(card: Card, scale: Scale, report: Report, heads: HeadShape)
     return found, "measured"
 
 
+def report_equal_documents(card: Card, scale: Scale, report: Report, heads: HeadShape) -> None:
+    """Report documents of equal length as one call of cuDNN, beside the varlen op.
+
+    The crossover's documents are each a call of cuDNN. This says what short documents would take
+    if those of about one length were padded into one call.
+    """
+    dtype = getattr(torch, scale.dtype)
+    query, kv, size = heads
+    case = f"equal documents, {query} query and {kv} key/value heads of {size}"
+    missing = BACKENDS["mixed"].missing(card.device, dtype, heads=heads)
+    if missing:
+        report.skip(missing, case=case)
+        return
+    total = scale.tokens(EQUAL_TOKENS)
+    q, k, v = (
+        torch.randn(total, count, size, device=card.device, dtype=dtype).requires_grad_()
+        for count in (query, kv, kv)
+    )
+    for length in EQUAL_LENGTHS:
+        bounds = torch.arange(0, total + 1, length, dtype=torch.int32, device="cpu")
+        (packed,) = pack_documents(bounds, [(0, total)], card.device)
+        milliseconds: dict[int, float] = {}
+        for crossover in (1, NEVER):
+            attend = mixed_attention(crossover)
+
+            def calls(attend=attend, packed=packed) -> None:
+                for _ in range(EQUAL_CALLS):
+                    out = attend(q, k, v, packed)
+                    torch.autograd.grad(out, (q, k, v), out.detach())
+
+            seconds = card.median(calls, repeats=REPEATS, warm_ups=1)
+            milliseconds[crossover] = 1e3 * seconds / EQUAL_CALLS
+        note = f"one call of cuDNN; varlen {milliseconds[NEVER]:.3f} ms"
+        report.add(f"documents of {length:,}", milliseconds[1], "ms", case=case, note=note)
+
+
 def documents(card: Card, scale: Scale, report: Report, *, tokens: int) -> None:
     """Report attention's time in a step of 2 layers of 1B, in one document and in many."""
     total = scale.tokens(tokens)
@@ -172,6 +214,8 @@ def documents(card: Card, scale: Scale, report: Report, *, tokens: int) -> None:
     config = replace(config, **lean(config, total))
     # With the crossover that a run would find for these heads.
     crossover, how = report_crossover(card, scale, report, heads_of_call(config))
+    with report.trying("equal documents"):
+        report_equal_documents(card, scale, report, heads_of_call(config))
     attend, chosen = attention_of(config, card, scale, crossover=crossover, how=how)
     clock = TimedAttend(attend, card.device)
     times: dict[int, list[float]] = {1: [], many: []}
