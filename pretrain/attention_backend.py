@@ -14,7 +14,7 @@ from data.files import write_atomically
 from model.attention_backends.backend import Attend, HeadShape
 from model.attention_backends.choice import pick_backend
 from model.attention_backends.crossover import crossover_of, measure, padded_lengths
-from model.attention_backends.kernel_calls import ASSUMED_CROSSOVER_TOKENS, NEVER
+from model.attention_backends.kernel_calls import NEVER, assumed_crossover
 from parallel.collectives import all_reduce
 from parallel.layout import Layout
 from pretrain.config.config import Config
@@ -51,7 +51,7 @@ def attention_of_run(
     if asked is not None and backend.name != "mixed":
         line += f"; attention_crossover_tokens = {asked} has no effect, it is for the backend mixed"
     if layout.device.type != "cuda":
-        return backend.make(ASSUMED_CROSSOVER_TOKENS), line
+        return backend.make(assumed_crossover(heads)), line
     # Every rank takes part, whatever it chose: where machines differ, some may need the answer.
     tokens = 0
     how = ""
@@ -96,11 +96,12 @@ def find_crossover(
     asked = config.model.attention_crossover_tokens
     if asked is not None:
         return asked, _describe(asked, "asked for") if is_needed else ""
+    assumed = assumed_crossover(heads)
     if not is_needed:
-        return ASSUMED_CROSSOVER_TOKENS, ""
+        return assumed, ""
     if config.checkpoint.save is None:
         how = "assumed: without --save nothing is measured"
-        return ASSUMED_CROSSOVER_TOKENS, _describe(ASSUMED_CROSSOVER_TOKENS, how)
+        return assumed, _describe(assumed, how)
 
     # Was it measured before, by an earlier start on such a card?
     path = Path(config.checkpoint.save) / FILE
@@ -114,7 +115,7 @@ def find_crossover(
         milliseconds = measure(heads, device, dtype)
     except RuntimeError as error:  # a length that a kernel refuses, or no memory for it
         how = f"assumed: measuring failed with {str(error).splitlines()[0]}"
-        return ASSUMED_CROSSOVER_TOKENS, _describe(ASSUMED_CROSSOVER_TOKENS, how)
+        return assumed, _describe(assumed, how)
     torch.cuda.empty_cache()  # the run's memory begins without holes
     found = crossover_of(milliseconds)
     entries.append(key | {"crossover": found, "milliseconds": milliseconds})

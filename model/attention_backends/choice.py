@@ -8,7 +8,7 @@ import torch
 
 from model.attention_backends import cudnn, flash, mixed, sdpa, te, varlen
 from model.attention_backends.backend import USUAL_HEADS, Attend, Backend, HeadShape
-from model.attention_backends.kernel_calls import ASSUMED_CROSSOVER_TOKENS
+from model.attention_backends.kernel_calls import assumed_crossover
 
 BACKENDS: dict[str, Backend] = {
     each.BACKEND.name: each.BACKEND for each in (flash, mixed, te, varlen, sdpa, cudnn)
@@ -63,15 +63,18 @@ def choose_attention(
     heads: HeadShape = USUAL_HEADS,
     *,
     on_tape: bool = False,
-    crossover: int = ASSUMED_CROSSOVER_TOKENS,
+    crossover: int | None = None,
 ) -> tuple[Attend, str]:
     """Return the attend function for `name`, and one line that says what was chosen and why.
 
     Args:
-        crossover: tokens from which on `mixed` gives a document to cuDNN.
+        crossover: tokens from which on `mixed` gives a document to cuDNN; None = what is assumed
+            for these heads.
 
     Raises:
         ValueError: an explicitly named backend cannot run here.
     """
     backend, why = pick_backend(name, device, dtype, heads, on_tape=on_tape)
+    if crossover is None:
+        crossover = assumed_crossover(heads)
     return backend.make(crossover), f"attention: {backend.name} ({why})"

@@ -6,6 +6,11 @@ to which cuDNN's are padded, as documents are on average.
 
 A rank with few heads computes a document of 8,192 tokens in less time than its kernels take to
 launch, which says nothing of longer ones. So the fewer heads, the longer the documents measured.
+
+The time is that of a call with nothing before it. On an H100 with 4 heads of 128 it was the host's
+up to 3,968 tokens: 0.3 ms for each document of cuDNN, whatever its length (kernel_calls.py). A run
+whose card is far behind its host does not wait for those launches: there shorter documents may be
+faster through cuDNN, too, which is not measured.
 """
 
 from collections.abc import Callable

@@ -6,21 +6,27 @@ document is therefore padded at its end to one of a bounded set of lengths.
 
 from collections.abc import Hashable
 from itertools import groupby
+from math import ceil, sqrt
 
 import torch
 
+from model.attention_backends.backend import HeadShape
 from model.attention_backends.documents import KernelCall, PackedDocuments
 
-ASSUMED_CROSSOVER_TOKENS = 2048
-"""Tokens from which on a document goes to cuDNN where that is not measured. ASSUMED, not measured.
+LAUNCH_SECONDS = 0.4e-3
+"""Seconds in which the host launches one document's calls of cuDNN, forward and backward, with what
+pads them.
 
-Forward and backward of a document of L tokens are 7 L^2 m H operations, for m query and k key/value
-heads of size H. At the published rates (mixed.py) FlashAttention 2 takes 20.9 fs for each L^2 m H
-and cuDNN 13.0 fs. Padding to GRANULE_TOKENS makes the latter 1 + GRANULE_TOKENS / L times as much
-on average. The output, its gradient and the gradients of q, k and v are copied, (12 m + 8 k) H
-bytes a token: at 3 TB/s and k = m / 4, 4,700 fs for each L m H. Both take the same time at L =
-1,000. A document's ten operations take some 60 us to launch, which is what a 2,048-token document
-with m = 32 and H = 128 saves.
+On an H100's host (torch 2.11) 0.29 to 0.33 ms for each document of 384, 896, 1,920 and 3,968 tokens
+with 4 heads of 128, 0.46 to 0.69 ms with 8 heads of 64: the length did not matter, so that the card
+waited for the host.
+"""
+VARLEN_SECONDS = 24e-15
+"""Seconds that the varlen op takes for each L^2 m H, forward and backward of a document of L tokens
+with m query heads of size H.
+
+On an H100 24 fs at 32,256 tokens with 4 heads of 128, and 26 at 16,128 with 8 heads of 64; cuDNN
+took 12 and 18.
 """
 NEVER = 2**40
 """A crossover that no document reaches."""
@@ -39,6 +45,18 @@ def padded_length(tokens: int) -> int:
     power = 1 << (tokens.bit_length() - 1)
     granule = max(GRANULE_TOKENS, power // 16)
     return -(-tokens // granule) * granule
+
+
+def assumed_crossover(heads: HeadShape) -> int:
+    """Estimate from how many tokens on a document is faster through cuDNN, unless it is measured.
+
+    It is the length at which the varlen op takes as long as launching cuDNN's calls does, rounded
+    up to one that needs no padding: 2,048 tokens with 32 heads of 128, and 5,888 with 4. Measured
+    with 4 heads of 128: above 3,968 and at most 8,064; with 8 of 64: above 8,064 and at most
+    16,128, where 5,888 is too short.
+    """
+    query_heads, _, size = heads
+    return padded_length(ceil(sqrt(LAUNCH_SECONDS / (VARLEN_SECONDS * query_heads * size))))
 
 
 def split_documents(documents: PackedDocuments, crossover: int) -> list[KernelCall]:

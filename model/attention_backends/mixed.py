@@ -1,7 +1,8 @@
 """The attention backend `mixed`: cuDNN for long documents, torch's varlen op for all others.
 
-On Hopper, torch's varlen op is FlashAttention 2, which was not written for it: published H100 rates
-at head size 128 are 370 and 322 TFLOP/s forward and backward, those of cuDNN about 590 and 520.
+On Hopper, torch's varlen op is FlashAttention 2, which was not written for it: on an H100 at head
+size 128 it reached 326 and 325 TFLOP/s forward and backward, cuDNN 542 and 544 (one document of
+262,144 tokens; tools/bench/RESULTS.md).
 cuDNN takes one document per call (or several of one length), so that short documents are faster
 together in the varlen op. That op also takes documents that continue another rank's tokens, whose
 queries are their last positions.

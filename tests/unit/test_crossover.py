@@ -10,7 +10,7 @@ import torch
 
 from model.activation_memory.settings import MemorySettings
 from model.attention_backends import crossover
-from model.attention_backends.kernel_calls import ASSUMED_CROSSOVER_TOKENS, NEVER, padded_length
+from model.attention_backends.kernel_calls import NEVER, assumed_crossover, padded_length
 from model.config import PRESETS, ModelConfig
 from parallel.config import LayoutConfig
 from parallel.layout import Axis, single_process_layout
@@ -21,6 +21,8 @@ from pretrain.config.facts import facts_of_section, problems_of
 
 CPU = torch.device("cpu")
 HEADS = (4, 2, 8)
+ASSUMED = 23552
+"""What is assumed for them: sqrt(0.4 ms / (24 fs x 4 x 8)) = 22,822 tokens, padded by 1,024."""
 PADDED = [512, 1024, 2048, 4096, 8192, 16384, 32768]
 """The lengths measured with 4 query heads: 32 / 4 heads less need sqrt(8) times the length, rounded
 up to 4."""
@@ -37,6 +39,14 @@ up to 4."""
 )
 def test_the_crossover_is_the_length_from_which_on_cudnn_stays_ahead(milliseconds, expected):
     assert crossover.crossover_of(milliseconds) == expected
+
+
+@pytest.mark.parametrize(
+    "heads, expected",
+    [((32, 8, 128), 2048), ((64, 8, 128), 1536), ((32, 8, 64), 3072), ((4, 1, 128), 5888)],
+)
+def test_the_fewer_and_smaller_the_heads_the_longer_the_assumed_crossover(heads, expected):
+    assert assumed_crossover(heads) == expected
 
 
 def test_both_kernels_are_timed_on_the_same_documents():
@@ -134,10 +144,7 @@ def test_a_kernel_that_fails_while_it_is_measured_does_not_end_the_run(card, tmp
 
     monkeypatch.setattr(attention, "measure", refuse)
     tokens, how = find(config_of(tmp_path))
-    assert (
-        tokens == ASSUMED_CROSSOVER_TOKENS
-        and "(assumed: measuring failed with no plan for this shape)" in how
-    )
+    assert tokens == ASSUMED and "(assumed: measuring failed with no plan for this shape)" in how
     assert not (tmp_path / attention.FILE).exists()
 
 
@@ -174,15 +181,15 @@ def test_a_file_that_is_not_ours_is_measured_again_and_said(card, tmp_path, caps
 
 def test_nothing_is_measured_where_nothing_could_be_kept_or_it_was_asked_for(card, tmp_path):
     assert find(config_of()) == (
-        ASSUMED_CROSSOVER_TOKENS,
-        "; to cuDNN go documents of at least 2,048 tokens (assumed: without --save nothing is "
+        ASSUMED,
+        "; to cuDNN go documents of at least 23,552 tokens (assumed: without --save nothing is "
         "measured)",
     )
     assert find(config_of(tmp_path, 700)) == (
         700,
         "; to cuDNN go documents of at least 700 tokens (asked for)",
     )
-    assert find(config_of(tmp_path), is_needed=False) == (ASSUMED_CROSSOVER_TOKENS, "")
+    assert find(config_of(tmp_path), is_needed=False) == (ASSUMED, "")
     assert card.measured == 0
     assert not list(tmp_path.iterdir())
 

@@ -24,7 +24,6 @@ from model import gpt
 from model.activation_memory.settings import KEEPS_INPUT_ONLY, MemorySettings
 from model.attention_backends.choice import BACKENDS, choose_attention
 from model.attention_backends.documents import pack_documents
-from model.attention_backends.kernel_calls import ASSUMED_CROSSOVER_TOKENS
 from model.config import ModelConfig
 from model.gpt import GPTStage
 from model.sharding import shardings_for
@@ -318,7 +317,7 @@ def test_a_rank_of_several_computes_on_its_device(name, level):
 @pytest.mark.parametrize("name, kv_heads", [("sdpa", 1), ("sdpa", 4), ("varlen", 4)])
 def test_attention_computes_on_its_device(name, kv_heads):
     """Also where a document has more keys than queries."""
-    attend = BACKENDS[name].make(ASSUMED_CROSSOVER_TOKENS)
+    attend = BACKENDS[name].make(2048)
     q, k, v = (
         torch.empty(64, heads, 64, dtype=DTYPE, device=META, requires_grad=True)
         for heads in (4, kv_heads, kv_heads)

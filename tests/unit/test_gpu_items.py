@@ -414,14 +414,14 @@ def test_the_line_of_mixed_says_its_crossover(monkeypatch):
 
     monkeypatch.setattr(gpu_parts, "choose_attention", choose)
     _, line = gpu_parts.attention_of(config, Card(CPU), Scale(toy=True))
-    assert line == "attention: mixed (first choice); crossover 2,048 tokens (assumed)"
+    assert line == "attention: mixed (first choice); crossover 8,192 tokens (assumed)"
     kept = preset("qwen3-8b", recompute_granularity="attention_kept", attention_head_chunks=4)
     _, line = gpu_parts.attention_of(
         kept, Card(CPU), Scale(toy=True), ranks=8, crossover=NEVER, how="measured"
     )
     assert line.endswith("; crossover no document (measured)")
     assert chosen == [
-        (False, (config.num_attention_heads, config.num_kv_heads, config.head_size), 2048),
+        (False, (config.num_attention_heads, config.num_kv_heads, config.head_size), 8192),
         (True, (1, 1, 128), NEVER),
     ]
 

@@ -12,7 +12,7 @@ from model.attention_backends.backend import HeadShape
 from model.attention_backends.choice import BACKENDS, choose_attention
 from model.attention_backends.crossover import crossover_of, measure, padded_lengths
 from model.attention_backends.documents import pack_documents
-from model.attention_backends.kernel_calls import ASSUMED_CROSSOVER_TOKENS, NEVER
+from model.attention_backends.kernel_calls import NEVER, assumed_crossover
 from model.attention_backends.mixed import mixed_attention
 from tools.bench.contenders import Ours, causal_pairs, lean, make_sample, one_process
 from tools.bench.gpu.lines import Report
@@ -155,12 +155,12 @@ def report_crossover(card: Card, scale: Scale, report: Report, heads: HeadShape)
     missing = BACKENDS["mixed"].missing(card.device, dtype, heads=heads)
     if missing:
         report.skip(missing, case=case)
-        return ASSUMED_CROSSOVER_TOKENS, ASSUMED
+        return assumed_crossover(heads), ASSUMED
     milliseconds: dict[int, tuple[float, float]] = {}
     with report.trying(case):
         milliseconds = measure(heads, card.device, dtype)
     if not milliseconds:
-        return ASSUMED_CROSSOVER_TOKENS, ASSUMED
+        return assumed_crossover(heads), ASSUMED
     for length, (of_cudnn, of_varlen) in milliseconds.items():
         note = f"cuDNN; varlen {of_varlen:.3f} ms"
         report.add(f"documents of {length:,}", of_cudnn, "ms", case=case, note=note)

@@ -10,7 +10,7 @@ import torch
 
 from model.attention_backends.backend import Attend, HeadShape
 from model.attention_backends.choice import BACKENDS, choose_attention
-from model.attention_backends.kernel_calls import ASSUMED_CROSSOVER_TOKENS, NEVER
+from model.attention_backends.kernel_calls import NEVER, assumed_crossover
 from tools.bench.contenders import BenchModel, Dtype, preset
 from tools.bench.fresh import measured, trim
 
@@ -153,17 +153,20 @@ def attention_of(
     scale: Scale,
     *,
     ranks: int = 1,
-    crossover: int = ASSUMED_CROSSOVER_TOKENS,
+    crossover: int | None = None,
     how: str = ASSUMED,
 ) -> tuple[Attend, str]:
     """Choose as the trainer does; returns the attend function, and a line about it."""
+    heads = heads_of_call(config, ranks)
+    if crossover is None:
+        crossover = assumed_crossover(heads)
     attend, line = choose_attention(
         config.attention_backend,
         card.device,
         getattr(torch, scale.dtype),
         on_tape=config.recompute_granularity == "attention_kept"
         or config.attention_head_chunks > 1,
-        heads=heads_of_call(config, ranks),
+        heads=heads,
         crossover=crossover,
     )
     # From which length on cuDNN is taken, and how that is known.
