@@ -71,7 +71,7 @@ class TrainingLoop:
         self.stop = StopRequest(signals, layout.world, layout.device)
         self.saver = Saver(plan, layout, reporter, evaluation_due)
         self.save_schedule = SaveSchedule(plan.config.checkpoint)
-        self.guards = Guards(plan, state, reporter)
+        self.guards = Guards(plan, layout, state, reporter)
 
     def run(self, phase: Phase) -> str:
         """Run the phases that share this layout, saving after each -> the outcome."""
@@ -207,7 +207,15 @@ class TrainingLoop:
         batch_tokens = phase.batch_at(state.clock)
         clip_grad = self.config.optimizer.clip_grad
         limits = self.guards.before_step(phase, batch_tokens)
-        result = train_step(stepper, state.optimizer, microbatches, lr, clip_grad, limits)
+        result = train_step(
+            stepper,
+            state.optimizer,
+            microbatches,
+            lr,
+            clip_grad,
+            limits,
+            self.guards.before_update,
+        )
         self.guards.after_step(result)
 
         # The clock moves on, whether anything was updated or not.
