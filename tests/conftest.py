@@ -45,9 +45,7 @@ POOL_SCOPE = "pool"
 def scope_of(nodeid: str) -> str:
     """Name what must run in one process of pytest: all tests of the pool, or those of a file."""
     file = nodeid.split("::")[0]
-    uses_pool = file.startswith(
-        ("tests/dist/", "tests/mutations/", "tests/faults/test_crossing", "tests/faults/test_kill")
-    )
+    uses_pool = file.startswith(("tests/dist/", "tests/mutations/", "tests/faults/test_crossing"))
     return POOL_SCOPE if uses_pool else file
 
 

@@ -6,22 +6,14 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pretrain.checkpointing.folders import LATEST, MANIFEST
 from tools.faults.comparison import read_steps
-from tools.faults.file_events import (
-    CREATED,
-    DELETED,
-    MODIFIED,
-    MOVED_TO,
-    FileEvent,
-    FileEvents,
-)
 from tools.faults.launched_run import POLL_SECONDS, LaunchedRun, Node, is_running, kill
-from tools.faults.traces import KINDS, Kind, Traces, name_kind, read_pointer, read_traces
+from tools.faults.moments import Moments
+from tools.faults.traces import KINDS, Kind, Traces, name_kind, published_step, read_traces
 
 Victim = Literal["rank", "all ranks", "launcher", "train.sh", "node"]
 
@@ -29,19 +21,6 @@ VICTIMS: dict[Victim, int] = {"rank": 6, "all ranks": 2, "launcher": 1, "train.s
 """Who is killed, and how often among all kills: one trainer, all of them, torchrun, the script that
 starts it, or everything on a node at once."""
 
-Happening = Literal[
-    "step", "due step", "partial", "manifest", "pointer", "deleting", "deleted", "index"
-]
-
-WINDOWS: dict[Kind, tuple[Happening, Happening | None]] = {
-    "index": ("index", None),
-    "step": ("step", "step"),
-    "copy": ("due step", "partial"),
-    "write": ("partial", "manifest"),
-    "publish": ("manifest", "pointer"),
-    "retention": ("deleting", None),
-}
-"""Kind -> what it begins with, and what it ends with; None = over in less than a millisecond."""
 GONE_SECONDS = 180
 """Seconds in which the processes of a run must be gone after one of them was killed."""
 
@@ -61,26 +40,6 @@ class Kill:
     """The published step, once all processes were gone."""
     newest: int | None = None
     """The last whole checkpoint then."""
-
-
-@dataclass
-class Pace:
-    """How long the parts of a save and of a step took last, to hit the middle of one."""
-
-    seconds: dict[Kind, float] = field(default_factory=dict)
-    since: dict[Kind, float] = field(default_factory=dict)
-
-    def note(self, happening: Happening, now: float) -> None:
-        """Note the end of what ends now, and the beginning of what begins."""
-        for kind, (begin, end) in WINDOWS.items():
-            if happening == end and kind in self.since:
-                self.seconds[kind] = now - self.since.pop(kind)
-            if happening == begin:
-                self.since[kind] = now
-
-    def forget(self) -> None:
-        """Drop what a kill cut short."""
-        self.since.clear()
 
 
 class Killer:
@@ -108,13 +67,7 @@ class Killer:
         self.kills: list[Kill] = []
         self.seen: dict[int, set[float]] = {}
         """Step -> the losses that it ever had."""
-        self.pace = Pace()
-        run.save.mkdir(parents=True, exist_ok=True)
-        self.events = FileEvents(run.save, *([cache] if cache else []))
-        self.start_seconds = 5.0
-        self.crossings = 0
-        self.begun: Kind | None = "start"
-        """How this launch came to be, until its first step is trained."""
+        self.moments = Moments(run, self.chance, cache=cache, save_interval=save_interval)
 
     def kill_all(self, count: int) -> list[Kill]:
         """Kill `count` times, or until the run ends; returns what was hit.
@@ -126,7 +79,7 @@ class Killer:
             while len(self.kills) < count and self._kill_once():
                 pass
         finally:
-            self.events.close()
+            self.moments.events.close()
         return self.kills
 
     # ------------------------------------------------------------ one kill
@@ -138,7 +91,7 @@ class Killer:
             # The next start makes its indices again.
             shutil.rmtree(self.cache)
             self.cache.mkdir()
-            self.events.add(self.cache)
+            self.moments.events.add(self.cache)
         before = read_traces(self.run.save, self.cache)
         self.revive()
         launched = time.monotonic()
@@ -149,7 +102,7 @@ class Killer:
         # Found before the moment: it may be over in less time than that takes.
         workers = [pid for each in self.run.nodes for pid in each.workers()]
         victims = self._find(victim, node)
-        if not self._wait_for(kind, launched):
+        if not self.moments.wait_for(kind, launched):
             return False
         if not all(is_running(pid) for pid in victims):
             # A restart for another layout has replaced them.
@@ -161,10 +114,11 @@ class Killer:
         after = read_traces(self.run.save, self.cache)
         self._note(kind, victim, now, before, after)
         self._wait_until_gone([*workers, *victims])
-        self.kills[-1].pointer = read_pointer(self.run.save)
+        self.kills[-1].pointer = published_step(self.run.save)
         self.kills[-1].newest = read_traces(self.run.save, self.cache).newest
-        self.pace.forget()
-        self.events.forget()
+        # A start on the next layout that was killed is tried again.
+        hit = self.kills[-1].hit
+        self.moments.forget("crossing" if hit == "crossing" else "start")
         return True
 
     def _choose_kind(self) -> Kind:
@@ -199,64 +153,6 @@ class Killer:
             if node.process.poll() == -signal.SIGKILL:
                 node.start()
 
-    # ------------------------------------------------------------ the moment
-
-    def _wait_for(self, kind: Kind, launched: float) -> bool:
-        """Wait for the moment of a kill; False if the run ends before."""
-        begin, _ = WINDOWS.get(kind, (None, None))
-        # The first of them after a start is not like the others.
-        left = self.chance.randint(1, 3) if begin == "step" else 1
-        since = launched if kind == "start" or self.begun == kind == "crossing" else None
-        # Less than a whole one: the next start may be faster than the last.
-        share = 0.8 * self.chance.random()
-        while self.run.is_alive():
-            for event in self.events.wait(0.02):
-                for happening in self._happenings(event):
-                    self._follow(happening, event.time, launched)
-                    left -= happening == begin
-                    if left == 0 and happening == begin:
-                        time.sleep(share * self.pace.seconds.get(kind, 0.0))
-                        return True
-            if self.run.starts_for_layouts() > self.crossings:
-                self.crossings = self.run.starts_for_layouts()
-                self.begun = "crossing"
-                since = time.monotonic() if kind == "crossing" else since
-            if since is not None and time.monotonic() - since > share * self.start_seconds:
-                return True
-        return False
-
-    def _follow(self, happening: Happening, now: float, launched: float) -> None:
-        """Learn from what happened how long things take, and how far the run is."""
-        self.pace.note(happening, now)
-        if happening == "step" and self.begun is not None:
-            if self.begun == "start":
-                self.start_seconds = now - launched
-            self.begun = None
-
-    def _happenings(self, event: FileEvent) -> list[Happening]:
-        """Say what an entry of a folder that changed means for the run."""
-        name = event.name
-        is_new = bool(event.mask & (CREATED | MOVED_TO))
-        if event.folder == self.cache:
-            return ["index"] if is_new and name.startswith(".") else []
-        if event.folder != self.run.save:
-            return ["manifest"] if is_new and name == MANIFEST else []
-        if name == "metrics.jsonl" and event.mask & MODIFIED:
-            is_due = self.run.last_step() % self.save_interval == 0
-            return ["step", "due step"] if is_due else ["step"]
-        if name == LATEST:
-            return ["pointer"] if is_new else []
-        if not name.startswith(".iter_"):
-            return []
-        if name.endswith(".partial"):
-            if event.mask & CREATED:
-                self.events.add(event.folder / name)
-                return ["partial"]
-            return []
-        if event.mask & DELETED:
-            return ["deleted"]
-        return ["deleting"] if is_new else []
-
     # ------------------------------------------------------------ afterwards
 
     def _note(self, kind: Kind, victim: Victim, now: float, before: Traces, after: Traces) -> None:
@@ -266,12 +162,10 @@ class Killer:
         hit = name_kind(
             before,
             after,
-            begun=self.begun,
+            begun=self.moments.begun,
             is_due=last_due > (after.pointer or 0),
         )
         self.kills.append(Kill(kind, victim, hit, now, step))
-        # A start on the next layout that was killed is tried again.
-        self.begun = "crossing" if hit == "crossing" else "start"
         for line in read_steps(self.run.save):
             self.seen.setdefault(line["step"], set()).add(line["loss"])
 

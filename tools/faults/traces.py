@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from pretrain.checkpointing.folders import LATEST, MANIFEST
+from pretrain.checkpointing.folders import LATEST, MANIFEST, complete_steps, read_pointer
 
 Kind = Literal["start", "index", "step", "copy", "write", "publish", "retention", "crossing"]
 
@@ -48,22 +48,22 @@ class Traces:
     """Files of indices that are not whole."""
 
 
-def read_pointer(save: Path) -> int | None:
-    """Read which step is published; None where none is, or the text is no number."""
+def published_step(save: Path) -> int | None:
+    """Read which step is published; None where none is."""
     try:
-        return int((save / LATEST).read_text())
-    except (OSError, ValueError):
-        return None
+        return read_pointer(save)
+    except ValueError:
+        return None  # damaged, or gone between two looks
 
 
 def read_traces(save: Path, cache: Path | None) -> Traces:
     """Look at a run's folders now."""
     hidden = _marked(save, ".iter_*")
     partial = {mark for mark in hidden if mark[0].endswith(".partial")}
-    whole = [path for path in save.glob("iter_*") if (path / MANIFEST).is_file()]
+    whole = complete_steps(save)
     return Traces(
-        pointer=read_pointer(save),
-        newest=max((int(path.name.removeprefix("iter_")) for path in whole), default=None),
+        pointer=published_step(save),
+        newest=whole[0] if whole else None,
         written=frozenset(partial),
         finished=frozenset(mark for mark in partial if (save / mark[0] / MANIFEST).is_file()),
         replacing=frozenset(_marked(save, f".{LATEST}.partial*")),
