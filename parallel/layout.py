@@ -20,6 +20,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from parallel.config import LayoutConfig, check_world_size
 from parallel.schedule import SCHEDULES, ScheduleName, stages_of_rank
 
+HOST_AXIS_TIMEOUT = timedelta(hours=1)
+"""What others wait for a rank that writes to a slow disk; one that died is noticed at once."""
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -284,6 +287,22 @@ def _mesh_of_stage(world: World, dp_cp: Axis, tp: Axis, pp: Axis) -> DeviceMesh:
         mesh=ranks.view(dp_cp.size, tp.size),
         mesh_dim_names=("dp_cp", "tp"),
     )
+
+
+def add_host_axis(name: str) -> Axis:
+    """Make one more group of all processes, over gloo; collective.
+
+    Its collectives are of tensors in the host's memory, and may run in a thread of their own beside
+    those of training. `drop_axis` leaves it.
+    """
+    group = dist.new_group(backend="gloo", timeout=HOST_AXIS_TIMEOUT)
+    assert isinstance(group, dist.ProcessGroup), "all processes are in it"
+    return _axis(name, group)
+
+
+def drop_axis(axis: Axis) -> None:
+    """Leave the group of an axis that `add_host_axis` made."""
+    dist.destroy_process_group(axis.group)
 
 
 def single_process_layout(device: torch.device) -> Layout:

@@ -69,7 +69,7 @@ class TrainingLoop:
         self.evaluator = Evaluator(plan.config, self.feed, plan.tokenizer)
         self.tally = StepTally(state.steps_with_targets)
         self.stop = StopRequest(signals, layout.world, layout.device)
-        self.saver = Saver(plan, layout, reporter, evaluation_due)
+        self.saver = Saver(plan, layout, state, reporter, evaluation_due)
         self.save_schedule = SaveSchedule(plan.config.checkpoint)
         self.guards = Guards(plan, layout, state, reporter)
 
@@ -77,6 +77,9 @@ class TrainingLoop:
         """Run the phases that share this layout, saving after each -> the outcome."""
         state = self.state
         world = self.layout.world
+        # What lives for the whole run is no garbage: collecting what came since takes no time.
+        gc.collect()
+        gc.freeze()
         if self.config.schedule.manual_gc:
             gc.disable()
         while True:
@@ -113,7 +116,8 @@ class TrainingLoop:
             raise Refused(f"step {self.state.step:,}: {failure}")
 
     def end(self, outcome: str, text: str) -> str:
-        """Say how the run ends, and hand its outcome on."""
+        """Say how the run ends, when everything is published, and hand its outcome on."""
+        self.saver.wait_published()
         self.reporter.say(text)
         self.report(outcome, text)
         # Who asked to stop is not kept waiting; what is due is done after the next save.
@@ -214,7 +218,7 @@ class TrainingLoop:
             lr,
             clip_grad,
             limits,
-            self.guards.before_update,
+            self._before_update,
         )
         self.guards.after_step(result)
 
@@ -234,7 +238,10 @@ class TrainingLoop:
             wants_stop=self._wants_stop(),
             wants_save=self.save_schedule.is_late,
             data_seconds=data_seconds,
+            has_failed_save=self.saver.has_failed,
         )
+        if measured.has_failed_save:
+            self.saver.raise_failure()
         flops = self.model_size.step_flops(batch_tokens, measured.causal_pairs)
         record = StepRecord(
             step=state.step,
@@ -258,6 +265,11 @@ class TrainingLoop:
             spike=self.guards.spike is not None,
         )
         return record, measured
+
+    def _before_update(self) -> None:
+        """Look at the weights before they change, and let a save have its copy of them."""
+        self.guards.before_update()
+        self.saver.wait_copied()
 
     def _give_up_step(self, stepper: Stepper) -> None:
         """Leave a step that was cut short as if it had not begun: its data come again."""
@@ -334,14 +346,7 @@ class TrainingLoop:
 
     def _save(self, phase: Phase, *, ends_phase: bool) -> None:
         """Write a checkpoint, where there is something to save."""
-        self.saver.save(
-            self.state,
-            phase,
-            self.tally,
-            self.reporter,
-            self.evaluation_due,
-            ends_phase=ends_phase,
-        )
+        self.saver.save(phase, self.tally, self.evaluation_due, ends_phase=ends_phase)
         self.save_schedule.restart()
 
 

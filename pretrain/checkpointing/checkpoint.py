@@ -4,10 +4,11 @@ A save writes into a hidden folder, checksums every file, syncs, and renames; on
 text file name it. A load compares every checksum first. All ranks must see the same folder.
 """
 
+import contextlib
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -29,9 +30,13 @@ from pretrain.checkpointing.folders import (
     iteration_folder,
     write_pointer,
 )
+from pretrain.checkpointing.hashing_writer import HashingWriter
 from pretrain.checkpointing.progress import FILE as PROGRESS_FILE
 from pretrain.checkpointing.progress import Progress
+from pretrain.checkpointing.shared_errors import SaveFailed, SavePlace, gather, run_together
+from pretrain.checkpointing.space import free_bytes, require_space, stored_bytes
 from pretrain.checkpointing.stored_tensors import ALONE, SafeReader, tensors_of
+from pretrain.processes.agreement import Refused
 
 # ---------------------------------------------------------------- writing
 
@@ -46,7 +51,7 @@ def save(
     world: Axis,
     carried: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Path:
-    """Write and publish iteration `step`; collective over `world`.
+    """Write and publish iteration `step`; collective over `world`, in whichever thread.
 
     A world of size 1 needs no process group.
 
@@ -56,36 +61,67 @@ def save(
 
     Returns:
         The published folder.
+
+    Raises:
+        Refused: the disk is full, or fails in another way that a second try cannot mend; on all
+            ranks.
+        SaveFailed: anything else went wrong on one of them; on all ranks.
     """
     final = iteration_folder(root, step)
     partial = final.with_name(f".{final.name}.partial")
+    needed = sum(gather(sum(map(stored_bytes, tensors.values())), world))
+    place = SavePlace(final, needed, free_bytes(Path(root)))
 
-    # One rank writes the small files, into a hidden folder that no load looks into.
-    if world.rank == 0:
-        clear(partial)
-        _write_small_files(partial, progress, config_yaml, tokenizer_files, carried)
-    _wait_for_all(world)
+    def begin() -> None:
+        # One rank writes the small files, into a hidden folder that no load looks into.
+        if world.rank == 0:
+            clear(partial)
+            require_space(final, needed)
+            _write_small_files(partial, progress, config_yaml, tokenizer_files, carried)
 
-    # The tensors: each rank writes its own shards.
-    writer = dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
+    def write_tensors() -> None:
+        with _quiet_alone(world):
+            dcp.save(
+                tensors,
+                storage_writer=writer,
+                process_group=world.group,
+                no_dist=world.group is None,
+            )
+
+    def publish() -> None:
+        # The manifest last: where it is, everything is.
+        if world.rank == 0:
+            checksums = manifest.list_checksums(partial, written)
+            write_durably(partial / MANIFEST, manifest.to_text(checksums))
+            _publish(partial, final)
+            write_pointer(Path(root), step)
+            clear(_replaced(final))
+
+    try:
+        run_together(begin, place, world)
+        # The tensors: each rank writes its own shards.
+        writer = HashingWriter(partial, on_host=all(tensor.is_cpu for tensor in tensors.values()))
+        run_together(write_tensors, place, world)
+        written = dict(pair for part in gather(writer.checksums, world) for pair in part.items())
+        run_together(publish, place, world)
+    except (Refused, SaveFailed):
+        # All ranks have stopped writing; nothing half-written takes the space.
+        if world.rank == 0:
+            clear(partial)
+        raise
+    return final
+
+
+@contextlib.contextmanager
+def _quiet_alone(world: Axis) -> Iterator[None]:
+    """Silence DCP's warning that it works alone, where that is meant."""
+    if world.group is not None:
+        # Other threads may be at work, and filters of warnings are shared by all of them.
+        yield
+        return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=ALONE)
-        dcp.save(
-            tensors,
-            storage_writer=writer,
-            process_group=world.group,
-            no_dist=world.group is None,
-        )
-
-    # The manifest last: where it is, everything is.
-    checksums = manifest.list_checksums(partial, world)
-    if world.rank == 0:
-        write_durably(partial / MANIFEST, manifest.to_text(checksums))
-        _publish(partial, final)
-        write_pointer(Path(root), step)
-        clear(_replaced(final))
-    _wait_for_all(world)
-    return final
+        yield
 
 
 def _write_small_files(
@@ -119,11 +155,6 @@ def _publish(partial: Path, final: Path) -> None:
 
 def _replaced(final: Path) -> Path:
     return final.with_name(f".{final.name}.replaced")
-
-
-def _wait_for_all(world: Axis) -> None:
-    if world.size > 1:
-        dist.barrier(group=world.group)
 
 
 # ---------------------------------------------------------------- reading

@@ -176,3 +176,9 @@ def clear(folder: Path) -> None:
     print(
         f"warning: {folder} holds what no save wrote: kept as {kept}", file=sys.stderr, flush=True
     )
+
+
+def clear_unfinished(root: str | os.PathLike) -> None:
+    """Remove what saves left under `root` that were cut short by a kill."""
+    for partial in Path(root).glob(".iter_*.partial"):
+        clear(partial)

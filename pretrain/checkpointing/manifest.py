@@ -6,13 +6,12 @@ file and for itself.
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch.distributed as dist
 import xxhash
 
 from data.files import checksum
-from parallel.layout import Axis
 from pretrain.checkpointing.folders import CARRIED, MANIFEST, TOKENIZER, complete_steps, step_of
 from pretrain.checkpointing.stored_tensors import METADATA, SafeReader, name_damaged_tensors
 
@@ -51,34 +50,25 @@ def describe_damage(folder: Path, problems: list[str]) -> str:
 # ---------------------------------------------------------------- written by a save
 
 
-def list_checksums(folder: Path, world: Axis) -> dict[str, str]:
-    """Compute the checksum of every file of a checkpoint, the work shared by all ranks.
+def list_checksums(folder: Path, known: Mapping[str, str]) -> dict[str, str]:
+    """List every file of a checkpoint with its checksum; those that are not known yet are read.
 
-    Collective over `world`.
+    Args:
+        known: relative path -> checksum, of files that were hashed as they were written.
 
     Returns:
         Relative path -> checksum.
     """
-    files = _files_of_save(folder) if world.rank == 0 else []
-    if world.size > 1:
-        # One list for all: on a network file system each node may see other files for a while.
-        shared = [files]
-        dist.broadcast_object_list(shared, src=0, group=world.group)
-        files = shared[0]
-    # Each rank takes every size-th file; then all know all.
-    mine = {name: checksum(folder / name) for name in files[world.rank :: world.size]}
-    gathered: list[dict[str, str]] = [mine]
-    if world.size > 1:
-        gathered *= world.size
-        dist.all_gather_object(gathered, mine, group=world.group)
-    return {name: value for part in gathered for name, value in sorted(part.items())}
+    unknown = _files_of_save(folder) - known.keys()
+    read = {name: checksum(folder / name) for name in unknown}
+    return dict(sorted((read | dict(known)).items()))
 
 
-def _files_of_save(folder: Path) -> list[str]:
+def _files_of_save(folder: Path) -> set[str]:
     """List every file there, and every one that .metadata names, seen by this node yet or not."""
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     stored = SafeReader(folder).read_metadata().storage_data
-    return sorted(found | {place.relative_path for place in stored.values()})
+    return found | {place.relative_path for place in stored.values()}
 
 
 def to_text(checksums: dict[str, str]) -> str:

@@ -60,6 +60,9 @@ class CheckpointConfig:
     compared, and each length has its own best."""
     keep_all: bool = False
     """Delete no checkpoint."""
+    async_save: bool = True
+    """Write checkpoints in the background, from a copy of the state in the host's memory; without
+    it training waits until each is published, and needs no copy."""
     exit_interval: int | None = setting(None, above=0)
     """Save and stop when the step is a multiple of this."""
     exit_duration_in_mins: int | None = setting(None, above=0)

@@ -131,6 +131,7 @@ CONDITIONS: dict[str, tuple[Condition, ...]] = {
     "no_save_optim": (SAVES,),
     "max_rewinds": (REWINDS,),
     "rewind_skip_steps": (REWINDS,),
+    "async_save": (SAVES,),
     # Data and memory
     "split": (SPLITS,),
     "data_cache_path": (CORPORA,),

@@ -29,6 +29,8 @@ class Measured:
     """On the rank with the most."""
     data_seconds: float
     """On the rank that read for the longest."""
+    has_failed_save: bool
+    """Has the background write of a checkpoint failed on any rank?"""
 
 
 def measure(
@@ -38,6 +40,7 @@ def measure(
     wants_stop: bool,
     wants_save: bool,
     data_seconds: float,
+    has_failed_save: bool,
 ) -> Measured:
     """Sum up over all ranks; collective over the world."""
     lengths = [batch.cu_seqlens.diff().double() for batch in microbatches]
@@ -53,11 +56,12 @@ def measure(
         own_digest if has_own_slice else 0,
         wants_stop,
         wants_save,
+        has_failed_save,
     ]
     to_compare = [peak_memory(layout), data_seconds]
     sums = torch.tensor(to_sum, dtype=torch.float64, device=layout.device)
     highest = torch.tensor(to_compare, dtype=torch.float64, device=layout.device)
-    pairs, digest, stops, saves = all_reduce(sums, layout.world).tolist()
+    pairs, digest, stops, saves, failed_saves = all_reduce(sums, layout.world).tolist()
     memory, slowest = all_reduce(highest, layout.world, dist.ReduceOp.MAX).tolist()
 
     # A sum of digests does not depend on the order in which the slices were read.
@@ -69,6 +73,7 @@ def measure(
         data_digest=text,
         peak_memory_bytes=int(memory),
         data_seconds=slowest,
+        has_failed_save=failed_saves > 0,
     )
 
 

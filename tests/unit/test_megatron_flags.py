@@ -76,7 +76,6 @@ def test_what_is_refused_or_ignored_is_called_by_its_name():
 @pytest.mark.parametrize(
     "flag, harm",
     [
-        ("--async-save", "--save"),
         ("--num-experts", "--num-layers"),
         ("--fp16", "--fp64"),
         ("--skip-train", "--skip-data"),
@@ -198,8 +197,8 @@ def test_what_is_true_here_is_accepted_in_silence(words):
             "--num-workers = 8: Megatron-LM's, has no effect here: data is read in process",
         ),
         (
-            "--async-save",
-            "--async-save: Megatron-LM's, has no effect here: training goes on after a checkpoint",
+            "--async-strategy nvrx",
+            "--async-strategy = nvrx: Megatron-LM's, has no effect here: --async-save writes from",
         ),
         (
             "--no-load-rng",
@@ -396,7 +395,6 @@ def test_a_public_llama3_script_runs_with_every_flag_accepted_or_warned_of():
         "--profile-step-start",
         "--profile-step-end",
         "--ckpt-assume-constant-structure",
-        "--async-save",
         "--no-check-for-nan-in-loss-and-grad",
         "--no-load-rng",
     ]
