@@ -20,6 +20,7 @@ from launch.meeting import Node0, meet_as_node_0, meet_as_other, open_store
 from launch.outcome import NotMet, give_up, read_outcome, read_outcome_of_failure, say
 from launch.settings import Settings
 from launch.watch import Watch, announce
+from launch.watchdog import watched
 
 SIGNALS_OF_TORCHRUN = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 """The signals that torchrun is to hand on; any other one would kill it and orphan its workers."""
@@ -99,21 +100,22 @@ def _run_torchrun(settings: Settings, address: str, port: int) -> tuple[int, str
         --signals-to-handle {SIGNALS_OF_TORCHRUN} --no-python
         """.split()
     words += _grace_words(settings.grace)
-    try:
-        torchrun.run(torchrun.parse_args([*words, sys.executable, *tied, *settings.arguments]))
-    except SignalException as stop:
-        return 128 + stop.sigval, ""
-    except ChildFailedError as failed:
-        if read_outcome_of_failure() is not None:  # the trainer has already said why
-            return 1, "it refused to train; its own output says why"
-        text = _describe_failure(failed)
+    node0 = Node0(settings.master, address, port) if settings.nnodes > 1 else None
+    with watched(node0, settings.node_rank, settings.nnodes, settings.nproc_per_node) as watchdog:
+        try:
+            torchrun.run(torchrun.parse_args([*words, sys.executable, *tied, *settings.arguments]))
+            return 0, ""
+        except SignalException as stop:
+            return 128 + stop.sigval, ""
+        except ChildFailedError as failed:
+            if read_outcome_of_failure() is not None:  # the trainer has already said why
+                return 1, "it refused to train; its own output says why"
+            text = watchdog.verdict or _describe_failure(failed)
+        except DistError as error:
+            text = f"the nodes lost each other while they started: {str(error).splitlines()[0]}"
+    if watchdog.verdict is None:  # else it is said already
         say(f"error: {text}")
-        return 1, text
-    except DistError as error:
-        text = f"the nodes lost each other while they started: {str(error).splitlines()[0]}"
-        say(f"error: {text}")
-        return 1, text
-    return 0, ""
+    return 1, text
 
 
 def _grace_words(grace: int) -> list[str]:

@@ -68,6 +68,14 @@ class LayoutConfig:
         default=10, metadata=dict(at_least=1, fix="give a positive number")
     )
     """Minutes after which a collective that does not complete ends the job."""
+    watchdog_seconds: int = field(
+        default=30, metadata=dict(at_least=0, fix="give a positive number, or 0 for no watchdog")
+    )
+    """Seconds after which a stopped rank, or a run in which no rank shows a sign of life, is ended
+    and started again, with a page that says who is at fault and where every rank is. Silences of
+    three times the longest usual one are waited for, too, and slow parts of a run (its start, a
+    save, a phase's first steps and evaluation) for nearly --distributed-timeout-minutes. 0 switches
+    the watchdog off."""
 
     @property
     def sizes(self) -> tuple[int, int, int]:

@@ -130,6 +130,11 @@ def launched_on_one_machine() -> bool:
     return launched_local_world_size() == launched_world_size()
 
 
+def record_folder() -> str | None:
+    """Read in which folder the launcher looks for the ranks' records; None = it does not."""
+    return os.environ.get("ITHACA_RECORDS")
+
+
 def environment_of_numbers() -> dict[str, str]:
     """Read the variables that change what a GPU computes, also where they are not set."""
     names = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG")

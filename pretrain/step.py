@@ -23,6 +23,7 @@ from parallel.pipeline import Pipeline
 from parallel.shard import own_shard, set_microbatch
 from pretrain.guards.spikes import NO_LIMITS, Limits
 from pretrain.optimizer import update
+from pretrain.processes.heartbeat import WAITING_FOR_DEVICE, Heartbeat
 from pretrain.processes.stop import StopRequest
 
 CLIP_EPSILON = 1e-6
@@ -91,8 +92,10 @@ class Stepper:
         compute_dtype: torch.dtype,
         strategy: ShardingStrategy,
         stop: StopRequest | None = None,
+        heartbeat: Heartbeat | None = None,
     ):
         self.stop = stop
+        self.heartbeat = heartbeat or Heartbeat()
         self.stages = stages
         self.layout = layout
         self.strategy: ShardingStrategy = strategy
@@ -157,6 +160,8 @@ class Stepper:
         try:
             if self.layout.pp.size > 1:
                 self._check_stop()
+                if train:
+                    self.heartbeat.enter("forward and backward")
                 return self._pipeline_for(microbatches, train=train).run()
             return self._accumulate(len(microbatches), train=train)
         finally:
@@ -196,8 +201,12 @@ class Stepper:
                 self._check_stop()
                 if train:
                     set_microbatch(stage, self.strategy, is_last=i == count - 1)
+                    self.heartbeat.enter("forward")
+                else:
+                    self.heartbeat.record.sign()
                 loss = stage(no_input)
                 if train:
+                    self.heartbeat.enter("backward")
                     loss.backward()
                 total = loss.detach() if total is None else total + loss.detach()
         assert total is not None, "a step has at least one microbatch"
@@ -285,15 +294,19 @@ def train_step(
     stages = stepper.stages
     layout = stepper.layout
     loss, num_targets = stepper.start(microbatches, train=True)
+    stepper.heartbeat.enter("reducing gradients")
     sum_tied_gradients(stages, layout)
     norm = global_grad_norm(stages, layout)
     if clip_grad > 0:
         clip_gradients(stages, norm, clip_grad)
     if before_update is not None:
+        stepper.heartbeat.enter("waiting for the copy of a save")
         before_update()
+    stepper.heartbeat.enter("updating the weights")
     update(optimizer, lr, is_good_step(loss, norm, limits))
     optimizer.zero_grad(set_to_none=True)
     # One transfer for all three: here the host waits.
+    stepper.heartbeat.enter(WAITING_FOR_DEVICE)
     loss_value, norm_value, target_count = torch.stack([loss, norm, num_targets.to(norm)]).tolist()
     is_finite = math.isfinite(loss_value) and math.isfinite(norm_value)
     is_good = is_finite and limits.allow(loss_value, norm_value)

@@ -37,6 +37,7 @@ from pretrain.plan_warnings import warnings_about
 from pretrain.planner.model_size import ModelSize
 from pretrain.processes.agreement import Refused, known_to_all, require_agreement
 from pretrain.processes.code_version import describe_code
+from pretrain.processes.heartbeat import Heartbeat
 from pretrain.processes.out_of_memory import out_of_memory_explained
 from pretrain.processes.outcome import (
     UNSTARTED,
@@ -69,10 +70,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str], signals: StopSignals) -> int:
+    heartbeat = Heartbeat.of_this_process()
     # Everything that this process can check alone, before it waits for others.
     only_print = "--print-config" in argv
     try:
         config = load_config([arg for arg in argv if arg != "--print-config"])
+        heartbeat.set_limits(
+            config.layout.watchdog_seconds, config.layout.distributed_timeout_minutes
+        )
+        heartbeat.enter_slow("making the plan")
         if config.checkpoint.exit_signal_handler and not only_print:
             signals.listen(before_end=say_stopped_at_start)
         else:
@@ -87,11 +93,12 @@ def _main(argv: list[str], signals: StopSignals) -> int:
         return refuse_with_others(error)
 
     # The processes meet, train, and part.
+    heartbeat.enter_slow("joining the other processes")
     try:
         world = start_world(config.layout)
     except (ValueError, OSError) as error:
         return refuse(error)
-    trainer = Trainer(plan, world, signals)
+    trainer = Trainer(plan, world, signals, heartbeat)
     try:
         outcome = trainer.run()
     except Refused as error:
@@ -119,11 +126,18 @@ def _print_config(plan: Plan) -> None:
 class Trainer:
     """One process's part of a run on one layout."""
 
-    def __init__(self, plan: Plan, world: World, signals: StopSignals | None = None):
+    def __init__(
+        self,
+        plan: Plan,
+        world: World,
+        signals: StopSignals | None = None,
+        heartbeat: Heartbeat | None = None,
+    ):
         self.plan = plan
         self.config = plan.config
         self.world = world
         self.signals = signals or StopSignals()
+        self.heartbeat = heartbeat or Heartbeat()
         self.started = time.monotonic()
         self.evaluation_due: str | None = None
         """The phase of an evaluation that a stop cut short or left out; the next start makes up for
@@ -133,6 +147,15 @@ class Trainer:
 
     def run(self) -> str:
         """Train until done, or until the layout must change or someone stops us -> the outcome."""
+        self.heartbeat.listen(self.world.axis)
+        try:
+            return self._run()
+        finally:
+            self.heartbeat.enter_slow("ending")
+            self.heartbeat.close()
+
+    def _run(self) -> str:
+        self.heartbeat.enter_slow("comparing what the ranks are to do")
         # Each process planned alone: do all of them mean the same run?
         require_agreement(shared_by_all(self.plan), self.world.axis)
         phase = self._first_phase()
@@ -145,7 +168,9 @@ class Trainer:
             return "done"
 
         # From here on the processes have groups, the folder is ours, and memory is allocated.
+        self.heartbeat.enter_slow("making the groups")
         self.layout = build_layout(phase.layout, self.world)
+        self.heartbeat.name_axes(self.layout)
         lock = self._lock_save_folder()
         try:
             self.loop = self._prepare(phase)
@@ -227,6 +252,7 @@ class Trainer:
 
     def _prepare(self, phase: Phase) -> TrainingLoop:
         """Build or load the state, and what trains it."""
+        self.heartbeat.enter_slow("building or loading the state")
         plan = self.plan
         config = self.config
         dtype = compute_dtype(config.optimizer)
@@ -248,6 +274,7 @@ class Trainer:
             state,
             reporter,
             self.signals,
+            self.heartbeat,
             evaluation_due=self.evaluation_due,
             started=self.started,
         )

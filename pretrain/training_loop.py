@@ -15,11 +15,13 @@ from pretrain.evaluation.evaluate import Evaluator, score_of
 from pretrain.guards.guards import Guards
 from pretrain.logs.measured import Measured, measure
 from pretrain.logs.metrics import Reporter
+from pretrain.logs.slow_ranks import SlowRanks
 from pretrain.logs.step_record import StepRecord, flops_utilization
 from pretrain.logs.tally import StepTally
 from pretrain.plan import Plan
 from pretrain.planner.model_size import ModelSize
 from pretrain.processes.agreement import Refused, known_to_all
+from pretrain.processes.heartbeat import Heartbeat
 from pretrain.processes.out_of_memory import out_of_memory_explained
 from pretrain.processes.stop import Interrupted, StopRequest, StopSignals
 from pretrain.schedule.phases import Phase, phase_at
@@ -43,6 +45,7 @@ class TrainingLoop:
         state: TrainState,
         reporter: Reporter,
         signals: StopSignals,
+        heartbeat: Heartbeat,
         *,
         evaluation_due: str | None,
         started: float,
@@ -53,6 +56,7 @@ class TrainingLoop:
         self.state = state
         self.reporter = reporter
         self.signals = signals
+        self.heartbeat = heartbeat
         self.started = started
         self.evaluation_due = evaluation_due
         """The phase of an evaluation that a stop cut short or left out; the next start makes up for
@@ -72,6 +76,7 @@ class TrainingLoop:
         self.saver = Saver(plan, layout, state, reporter, evaluation_due)
         self.save_schedule = SaveSchedule(plan.config.checkpoint)
         self.guards = Guards(plan, layout, state, reporter)
+        self.slow_ranks = SlowRanks(layout)
 
     def run(self, phase: Phase) -> str:
         """Run the phases that share this layout, saving after each -> the outcome."""
@@ -168,6 +173,7 @@ class TrainingLoop:
 
     def _make_stepper(self, phase: Phase) -> Stepper:
         """Set the model to the phase, and look for signals in the pace of its microbatches."""
+        self.heartbeat.begin_phase()
         for stage in self.state.stages:
             stage.rope = phase.rope
             stage.memory = phase.memory
@@ -179,10 +185,12 @@ class TrainingLoop:
             compute_dtype(self.config.optimizer),
             phase.layout.sharding_strategy,
             self.stop,
+            self.heartbeat,
         )
 
     def _begin_phase(self, stepper: Stepper, phase: Phase) -> bool:
         """Open the phase's data; evaluate where it begins -> False if a stop cut that short."""
+        self.heartbeat.enter_slow("opening the phase's data")
         with known_to_all():
             begins = self.feed.enter(phase, self.state.clock)
         for text in self.evaluator.unmeasured(phase) + self.evaluator.taken_whole(phase):
@@ -205,6 +213,8 @@ class TrainingLoop:
         began = time.perf_counter()
 
         # The data, the batch size and the learning rate follow from the clock alone.
+        self.heartbeat.begin_step(state.step)
+        self.heartbeat.enter("reading data")
         microbatches = [batch.to(self.layout.device) for batch in self.feed.read(state.clock)]
         data_seconds = time.perf_counter() - began
         lr = self.plan.learning_rate.at(state.clock, phase.lr, phase.min_lr)
@@ -223,6 +233,7 @@ class TrainingLoop:
         self.guards.after_step(result)
 
         # The clock moves on, whether anything was updated or not.
+        self.heartbeat.enter("reporting the step")
         state.advance(batch_tokens, skipped=result.skipped)
         self.tally.note(result)
         state.steps_with_targets = self.tally.with_targets
@@ -231,6 +242,7 @@ class TrainingLoop:
         self._refuse_endless_skips(result.loss)
 
         # What only all ranks together know.
+        waited = self.heartbeat.end_step()
         seconds = time.perf_counter() - began
         measured = measure(
             microbatches,
@@ -238,10 +250,12 @@ class TrainingLoop:
             wants_stop=self._wants_stop(),
             wants_save=self.save_schedule.is_late,
             data_seconds=data_seconds,
+            busy_seconds=seconds - waited,
             has_failed_save=self.saver.has_failed,
         )
         if measured.has_failed_save:
             self.saver.raise_failure()
+        self.slow_ranks.note(measured.busy_seconds, self.report)
         flops = self.model_size.step_flops(batch_tokens, measured.causal_pairs)
         record = StepRecord(
             step=state.step,
@@ -323,6 +337,7 @@ class TrainingLoop:
 
     def _evaluate(self, stepper: Stepper, phase: Phase) -> bool:
         """Measure all that there is -> False where a stop cut it short; the rest is made up for."""
+        self.heartbeat.enter_evaluation(phase.name)
         gc.collect()
         step = self.state.step
         place = {"step": step, "tokens": self.state.clock, "phase": phase.name}
@@ -346,6 +361,7 @@ class TrainingLoop:
 
     def _save(self, phase: Phase, *, ends_phase: bool) -> None:
         """Write a checkpoint, where there is something to save."""
+        self.heartbeat.enter_slow("saving")
         self.saver.save(phase, self.tally, self.evaluation_due, ends_phase=ends_phase)
         self.save_schedule.restart()
 

@@ -1,5 +1,7 @@
 """Steps and evaluations as lines for people, and their numbers by the names of their curves."""
 
+import statistics
+from collections import deque
 from typing import Any
 
 from pretrain.logs.step_record import StepRecord
@@ -7,9 +9,33 @@ from pretrain.logs.step_record import StepRecord
 UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K"))
 
 
-def console_line(record: StepRecord, remaining_tokens: int) -> str:
-    """Describe a step in one readable line."""
-    rate = record.tokens_per_second
+RECENT_STEPS = 9
+"""Steps whose median rate is shown: one that waited for a network says nothing of the next ones."""
+
+
+class RecentRate:
+    """Keeps the tokens per second of a phase's last steps."""
+
+    def __init__(self) -> None:
+        self._phase = ""
+        self._rates: deque[float] = deque(maxlen=RECENT_STEPS)
+
+    def after(self, record: StepRecord) -> float:
+        """Return the median of the last steps, this one included."""
+        if record.phase != self._phase:
+            self._phase = record.phase
+            self._rates.clear()
+        self._rates.append(record.tokens_per_second)
+        # Of two, the faster one: a phase's first step compiles.
+        return statistics.median_high(self._rates)
+
+
+def console_line(record: StepRecord, rate: float, remaining_tokens: int) -> str:
+    """Describe a step in one readable line.
+
+    Args:
+        rate: tokens per second, of this step or of several.
+    """
     # What a person looks at, from left to right: where, how well, how fast, how full.
     parts = [
         f"step {record.step:>6,}",

@@ -31,6 +31,8 @@ class Measured:
     """On the rank that read for the longest."""
     has_failed_save: bool
     """Has the background write of a checkpoint failed on any rank?"""
+    busy_seconds: list[float]
+    """Seconds of the step in which a rank did not wait for others, in the order of the ranks."""
 
 
 def measure(
@@ -41,6 +43,7 @@ def measure(
     wants_save: bool,
     data_seconds: float,
     has_failed_save: bool,
+    busy_seconds: float,
 ) -> Measured:
     """Sum up over all ranks; collective over the world."""
     lengths = [batch.cu_seqlens.diff().double() for batch in microbatches]
@@ -51,17 +54,21 @@ def measure(
     # of the whole microbatch.
     has_own_slice = layout.tp.is_first and layout.pp.is_first
     has_own_lengths = has_own_slice and layout.cp.is_first
+    # A rank's own time is a sum, too: the others add nothing at its place.
+    busy = [0.0] * layout.world.size
+    busy[layout.world.rank] = busy_seconds
     to_sum = [
         own_pairs if has_own_lengths else 0,
         own_digest if has_own_slice else 0,
         wants_stop,
         wants_save,
         has_failed_save,
+        *busy,
     ]
     to_compare = [peak_memory(layout), data_seconds]
     sums = torch.tensor(to_sum, dtype=torch.float64, device=layout.device)
     highest = torch.tensor(to_compare, dtype=torch.float64, device=layout.device)
-    pairs, digest, stops, saves, failed_saves = all_reduce(sums, layout.world).tolist()
+    pairs, digest, stops, saves, failed_saves, *busy = all_reduce(sums, layout.world).tolist()
     memory, slowest = all_reduce(highest, layout.world, dist.ReduceOp.MAX).tolist()
 
     # A sum of digests does not depend on the order in which the slices were read.
@@ -74,6 +81,7 @@ def measure(
         peak_memory_bytes=int(memory),
         data_seconds=slowest,
         has_failed_save=failed_saves > 0,
+        busy_seconds=busy,
     )
 
 

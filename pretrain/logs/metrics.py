@@ -12,7 +12,7 @@ from typing import Any
 
 from data.files import write_atomically
 from pretrain.config.config import Config
-from pretrain.logs.lines import console_line, evaluation_line, evaluation_values
+from pretrain.logs.lines import RecentRate, console_line, evaluation_line, evaluation_values
 from pretrain.logs.sinks import Sink, open_sinks
 from pretrain.logs.step_record import StepRecord
 
@@ -72,6 +72,7 @@ class Reporter:
         self, config: Config, last_step: int, wandb_run_id: str | None, *, is_writer: bool
     ):
         self.is_writer = is_writer
+        self.recent_rate = RecentRate()
         self.interval = config.logging.log_interval
         self.has_lengths = bool(config.logging.eval_seq_lengths)
         self.metrics: JsonLines | None = None
@@ -121,8 +122,9 @@ class Reporter:
         }
         by_source = {f"sources/{name}": tokens for name, tokens in (record.sources or {}).items()}
         self._log(values | by_source, record.step)
+        rate = self.recent_rate.after(record)
         if record.step % self.interval == 0:
-            print(console_line(record, remaining_tokens), flush=True)
+            print(console_line(record, rate, remaining_tokens), flush=True)
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """Write one result of evaluation/evaluate.py: a line of validation.jsonl.

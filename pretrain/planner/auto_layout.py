@@ -27,7 +27,7 @@ from pretrain.planner.step_time import describe_assumptions
 from pretrain.problems import attempt
 from pretrain.schedule.phases import Phase
 
-IGNORED_LAYOUT_FIELDS = ("distributed_backend", "distributed_timeout_minutes")
+IGNORED_LAYOUT_FIELDS = ("distributed_backend", "distributed_timeout_minutes", "watchdog_seconds")
 """Fields of the layout that no choice depends on."""
 NO_LIMIT_BYTES = 2**63
 """More than any device has."""

@@ -1,0 +1,276 @@
+"""Find a rank that is stopped or stuck, say who is at fault, and end the launch.
+
+A thread beside torchrun looks at this node's ranks once a second: at their records, and at what the
+kernel says of their processes. It belongs to another process than the ranks, so that it sees them
+also when they cannot say anything. Node 0 decides, after it has asked the other nodes:
+
+- a rank that a signal has stopped for --watchdog-seconds;
+- no rank of the run has shown a sign of life for that long, nor for three times the longest usual
+  silence, nor for as long as a slow activity (a start, a save, a compilation) may take.
+
+Then everybody's stacks are written, the page goes to the folder of errors, and all nodes end their
+ranks, so that train.sh starts again.
+"""
+
+import dataclasses
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch.distributed import DistError
+
+from launch.exchange import Exchange
+from launch.meeting import Node0, connect
+from launch.outcome import say
+from launch.page import write_page
+from launch.rank_view import RankView, find_starting, read_ranks
+from launch.stacks import dump_flight_recorders, dump_stacks, kill_ranks
+from launch.verdict import describe_wait, judge, who_waits_for_whom
+
+POLL_SECONDS = 1.0
+"""The seconds between two looks."""
+USUAL_SECONDS = 30.0
+"""The seconds of --watchdog-seconds until the ranks have read their settings."""
+REPORT_SECONDS = 10.0
+"""The seconds between two lines about ranks that wait."""
+GAP_FACTOR = 3
+"""How many times the longest usual silence is waited for."""
+PAUSE_SECONDS = 5.0
+"""A look that comes this late means that this machine stood still, and not the ranks."""
+STACK_SECONDS = 8.0
+"""The seconds that node 0 waits for the stacks of the other nodes."""
+SHOWN_LINES = 9
+"""Lines of a verdict on the console; the page has all."""
+FLIGHT_RECORDER = {
+    "TORCH_FR_BUFFER_SIZE": "2000",
+    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    "TORCH_NCCL_DEBUG_INFO_PIPE_FILE": "{folder}/nccl",
+    "TORCH_FR_DUMP_TEMP_FILE": "{errors}/nccl_rank_",
+    "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "{errors}/nccl_rank_",
+}
+"""What torch's flight recorder of NCCL reads from the environment, under its old and new names."""
+
+
+class Watchdog(threading.Thread):
+    """Watches the ranks of this node until `close`."""
+
+    def __init__(self, records: Path, errors: Path, exchange: Exchange, nproc_per_node: int):
+        """Make the watchdog of a node.
+
+        Args:
+            records: the folder of the ranks' records.
+            errors: the folder of the pages.
+        """
+        super().__init__(name="watchdog", daemon=True)
+        self.records = records
+        self.errors = errors
+        self.exchange = exchange
+        self.nproc_per_node = nproc_per_node
+        self.verdict: str | None = None
+        """Why the ranks were ended, in a line; None while they were not."""
+        self._is_over = threading.Event()
+        self._stopped_since: dict[int, float] = {}
+        self._last_look = time.monotonic()
+        self._resumed_at = self._last_look
+        self._next_report = 0.0
+
+    def close(self) -> None:
+        """Stop watching: the processes have ended."""
+        self._is_over.set()
+        self.join()
+
+    def run(self) -> None:
+        """Look once a second."""
+        try:
+            while not self._is_over.wait(POLL_SECONDS) and self.verdict is None:
+                self.look()
+        except DistError:
+            return  # node 0 is gone: launch/watch.py says so
+
+    def look(self) -> None:
+        """Look at the ranks once, and do what follows."""
+        views = self._read()
+        if self.exchange.node_rank > 0:
+            self._follow(views)
+        elif views:
+            self._lead(views)
+
+    def _read(self) -> list[RankView]:
+        """Read this node's ranks; what this process slept through is no silence of theirs."""
+        now = time.monotonic()
+        if now - self._last_look > PAUSE_SECONDS:
+            self._resumed_at = now
+            self._stopped_since = {}
+        self._last_look = now
+        views = []
+        node = self.exchange.node_rank
+        found = read_ranks(self.records, node)
+        if len(found) < self.nproc_per_node:
+            found += find_starting(self.records, node)
+        for view in found:
+            stopped = 0.0
+            if view.is_stopped:
+                stopped = now - self._stopped_since.setdefault(view.pid, now)
+            else:
+                self._stopped_since.pop(view.pid, None)
+            silence = min(view.silence, now - self._resumed_at)
+            views.append(dataclasses.replace(view, silence=silence, stopped_seconds=stopped))
+        return views
+
+    # ------------------------------------------------------------ node 0 decides
+
+    def _lead(self, views: Sequence[RankView]) -> None:
+        """Ask the others where something seems wrong, report, and end what stands still."""
+        limit = _limit(views)
+        early = min(REPORT_SECONDS, limit / 2) if limit else REPORT_SECONDS
+        is_suspicious = (
+            min(view.silence for view in views) >= early
+            or any(view.is_stopped for view in views)
+            or self.exchange.others_suspect
+        )
+        if not is_suspicious:
+            self.exchange.rest()
+            self._next_report = 0.0
+            return
+        answers = self.exchange.ask()
+        everyone = sorted([*views, *answers.views], key=lambda view: view.rank)
+        silence = min(view.silence for view in everyone)
+        if set(answers.missing) - set(answers.silent):
+            return  # they have a moment to answer
+        silent = [f"node {node}" for node in answers.silent]
+        if limit and is_standing(everyone, limit):
+            self._end(views, everyone, silent, answers.silent)
+        elif silence < early and not any(view.is_stopped for view in everyone):
+            self.exchange.rest()
+        elif silence >= REPORT_SECONDS and time.monotonic() >= self._next_report:
+            self._next_report = time.monotonic() + REPORT_SECONDS
+            for text in describe_wait_of_all(everyone, silent):
+                say(text)
+
+    def _end(
+        self,
+        own: Sequence[RankView],
+        everyone: Sequence[RankView],
+        silent: Sequence[str],
+        silent_nodes: Sequence[int],
+    ) -> None:
+        """Write the page, say it, and end the ranks."""
+        lines = judge(everyone, silent).lines
+        self.verdict = lines[0]
+        self.exchange.tell_verdict(lines)
+        stacks = self._dump(own)
+        stacks |= self.exchange.collect_stacks(silent_nodes, STACK_SECONDS)
+        when = time.strftime("%Y-%m-%d %H:%M:%S")
+        page = write_page(lines, everyone, stacks, when)
+        where = self._save_page(page)
+        _say_verdict(lines)
+        say(f"what every rank did, and its Python stack: {where}")
+        kill_ranks(own)
+
+    def _save_page(self, page: str) -> str:
+        """Write the page -> its path, or why there is none."""
+        path = self.errors / f"stuck-{time.strftime('%Y%m%d-%H%M%S')}.txt"
+        try:
+            self.errors.mkdir(parents=True, exist_ok=True)
+            path.write_text(page)
+        except OSError as error:
+            return f"not written ({path}: {error.strerror})"
+        return str(path)
+
+    def _dump(self, own: Sequence[RankView]) -> dict[int, str]:
+        """Have this node's ranks write where they are -> rank: stacks."""
+        dump_flight_recorders(str(self.records / "nccl"), own)
+        return dump_stacks(self.records, own)
+
+    # ------------------------------------------------------------ the other nodes follow
+
+    def _follow(self, views: Sequence[RankView]) -> None:
+        """Answer node 0, and end the ranks when it says so."""
+        if any(view.is_stopped for view in views):
+            self.exchange.suspect()
+        self.exchange.answer(views)
+        lines = self.exchange.heard_verdict()
+        if lines is None:
+            return
+        self.verdict = lines[0]
+        self.exchange.send_stacks(self._dump(views))
+        _say_verdict(lines)
+        say("what every rank did, and its Python stack: in the file that node 0 names")
+        kill_ranks(views)
+
+
+def _limit(views: Sequence[RankView]) -> float:
+    """Return the seconds of silence that the user allows; 0 = any."""
+    known = [view.watchdog_seconds for view in views if view.watchdog_seconds is not None]
+    return max(known, default=USUAL_SECONDS)
+
+
+def is_standing(views: Sequence[RankView], limit: float) -> bool:
+    """Tell whether a rank is stopped, or the whole run has been silent for too long."""
+    if any(view.stopped_seconds >= limit for view in views):
+        return True
+    if any(view.watchdog_seconds is None for view in views):
+        return False  # some ranks are starting, which takes as long as it takes
+    usual = GAP_FACTOR * max(view.longest_gap for view in views)
+    patience = max(view.patience for view in views)
+    return min(view.silence for view in views) >= max(limit, usual, patience)
+
+
+def describe_wait_of_all(views: Sequence[RankView], silent: Sequence[str]) -> list[str]:
+    """Say for whom ranks wait, in a line or two; nothing where no rank waits for another."""
+    waits_for = who_waits_for_whom(views)
+    waiting = [view for view in views if view.wait is not None]
+    if not (waits_for or waiting or silent):
+        return []
+    place = ""
+    if waiting:
+        first = max(waiting, key=lambda view: view.wait.seconds if view.wait else 0.0)
+        place = f" in {describe_wait(first)}"
+    lines = judge(views, silent).lines
+    return [f"ranks wait{place}: {lines[0]}", *lines[1:3]]
+
+
+def _say_verdict(lines: Sequence[str]) -> None:
+    say("error: the run stands still: " + lines[0])
+    for text in lines[1:SHOWN_LINES]:
+        say(text)
+    say("ending all ranks of this launch")
+
+
+@contextmanager
+def watched(node0: Node0 | None, node_rank: int, nnodes: int, nproc: int) -> Iterator[Watchdog]:
+    """Watch the ranks that are started inside; they find the folder of their records.
+
+    Args:
+        node0: where the store is; None with one node.
+    """
+    with tempfile.TemporaryDirectory(prefix="records.", dir=_scratch()) as folder:
+        records = Path(folder)
+        os.environ |= {"ITHACA_RECORDS": folder}
+        # NCCL keeps its last collectives, and writes them when asked by a pipe. Whoever has chosen
+        # otherwise decides.
+        for name, value in FLIGHT_RECORDER.items():
+            os.environ.setdefault(name, value.format(folder=folder, errors=errors_folder()))
+        store = None if node0 is None else connect(node0)
+        watchdog = Watchdog(records, errors_folder(), Exchange(store, node_rank, nnodes), nproc)
+        watchdog.start()
+        try:
+            yield watchdog
+        finally:
+            watchdog.close()
+
+
+def errors_folder() -> Path:
+    """Name the folder of the pages, which train.sh chooses."""
+    return Path(os.environ.get("ITHACA_ERRORS") or tempfile.gettempdir())
+
+
+def _scratch() -> str | None:
+    """Name the folder that train.sh removes at its end; None without train.sh."""
+    outcome = os.environ.get("ITHACA_OUTCOME_FILE")
+    return os.path.dirname(outcome) if outcome else None
