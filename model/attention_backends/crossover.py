@@ -98,7 +98,7 @@ def crossover_of(milliseconds: dict[int, tuple[float, float]]) -> int:
     """Find the shortest measured length from which on cuDNN stays ahead.
 
     Where it is behind at the longest one, it is given documents of at least twice that length,
-    which nobody measured: its published rates are higher, and a launch matters less.
+    which was not measured: on longer documents its rate is higher, and a launch matters less.
     """
     found = 2 * max(milliseconds)
     for length in sorted(milliseconds, reverse=True):
