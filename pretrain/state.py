@@ -9,7 +9,9 @@ from model.attention_backends.choice import Attend
 from model.build import build_stages, tied_copies
 from model.gpt import GPTStage
 from model.init import initialize
+from parallel.collectives import all_reduce
 from parallel.layout import Layout
+from parallel.shard import own_shard
 from pretrain.checkpointing import checkpoint
 from pretrain.checkpointing.progress import Progress
 from pretrain.config.config import OptimizerConfig
@@ -35,8 +37,6 @@ class TrainState:
     """Consumed tokens that were not padding."""
     skipped_in_a_row: int = 0
     """Steps in a row without an update, since loss or gradient were not finite or a spike."""
-    steps_with_targets: int = 0
-    """Steps of the run whose batch had a target."""
     spikes: SpikeHistory = field(default_factory=SpikeHistory)
     """The last steps, against which spikes are measured."""
     wandb_run_id: str | None = None
@@ -50,7 +50,6 @@ class TrainState:
         self.last_batch = progress.last_batch_tokens
         self.real_tokens = progress.real_tokens
         self.skipped_in_a_row = progress.skipped_in_a_row
-        self.steps_with_targets = progress.steps_with_targets
         self.spikes = SpikeHistory.from_json(progress.spikes)
         self.wandb_run_id = progress.wandb_run_id
 
@@ -133,3 +132,11 @@ def fill_tied_copy(state: TrainState) -> None:
         target.copy_(source)
         for key, value in state_of(state.optimizer, source).items():
             to_fill[key].copy_(value)
+
+
+def weights_are_finite(state: TrainState, layout: Layout) -> bool:
+    """Tell whether no weight of any rank is NaN or infinite; collective over the world."""
+    shards = [own_shard(parameter) for stage in state.stages for parameter in stage.parameters()]
+    spoilt = sum(int(not torch.isfinite(shard).all()) for shard in shards)
+    count = torch.full((), spoilt, dtype=torch.int64, device=layout.device)
+    return int(all_reduce(count, layout.world)) == 0

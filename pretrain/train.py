@@ -32,6 +32,7 @@ from pretrain.config.flags import spell
 from pretrain.config.load import load_config, warn
 from pretrain.data_outlook import describe_forecast
 from pretrain.logs.metrics import Reporter
+from pretrain.logs.tally import StepTally
 from pretrain.plan import Plan, make_plan
 from pretrain.plan_warnings import warnings_about
 from pretrain.planner.model_size import ModelSize
@@ -161,6 +162,7 @@ class Trainer:
         phase = self._first_phase()
         self._print_plan(phase)
         if phase is None:
+            self._require_success()
             if self.world.rank == 0:
                 step = self.plan.resumed.step if self.plan.resumed else 0
                 text = f"done: all {step:,} steps are trained; raise the tokens to go on"
@@ -194,6 +196,16 @@ class Trainer:
             self.loop.reporter.close()
             if lock is not None:
                 lock.release()
+
+    def _require_success(self) -> None:
+        """Raise Refused where there is nothing left to train and the last phase came to nothing."""
+        resumed = self.plan.resumed
+        if resumed is None:
+            return
+        tally = StepTally.resume(resumed)
+        failure = tally.failure_of_phase(resumed.phase_name, resumed.skipped_in_a_row)
+        if failure:
+            raise Refused(f"step {resumed.step:,}: {failure}")
 
     def _first_phase(self) -> Phase | None:
         """Choose the phase that runs first, None = all is done.

@@ -17,7 +17,7 @@ from pretrain.logs.measured import Measured, measure
 from pretrain.logs.metrics import Reporter
 from pretrain.logs.slow_ranks import SlowRanks
 from pretrain.logs.step_record import StepRecord, flops_utilization
-from pretrain.logs.tally import StepTally
+from pretrain.logs.tally import NOT_FINITE, StepTally
 from pretrain.plan import Plan
 from pretrain.planner.model_size import ModelSize
 from pretrain.processes.agreement import Refused, known_to_all
@@ -25,7 +25,7 @@ from pretrain.processes.heartbeat import Heartbeat
 from pretrain.processes.out_of_memory import out_of_memory_explained
 from pretrain.processes.stop import Interrupted, StopRequest, StopSignals
 from pretrain.schedule.phases import Phase, phase_at
-from pretrain.state import TrainState, compute_dtype
+from pretrain.state import TrainState, compute_dtype, weights_are_finite
 from pretrain.step import Stepper, train_step
 
 
@@ -71,7 +71,7 @@ class TrainingLoop:
             vocab_size=plan.vocab_size,
         )
         self.evaluator = Evaluator(plan.config, self.feed, plan.tokenizer)
-        self.tally = StepTally(state.steps_with_targets)
+        self.tally = StepTally.resume(plan.resumed)
         self.stop = StopRequest(signals, layout.world, layout.device)
         self.saver = Saver(plan, layout, state, reporter, evaluation_due)
         self.save_schedule = SaveSchedule(plan.config.checkpoint)
@@ -91,16 +91,16 @@ class TrainingLoop:
             with out_of_memory_explained(phase, self.plan, world.rank, world.size):
                 is_stopped = self._run_phase(phase)
             following = phase_at(self.plan.phases, state.clock)
-            is_over = not is_stopped or following is None
-            if is_over:
-                self._require_success()
-            self._save(phase, ends_phase=is_over)
+            is_over = state.clock >= phase.end
+            self._require_success(phase, is_over=is_over)
+            self._save(phase, ends_phase=is_over, is_last=True)
 
             if following is None and self.evaluation_due is None:
                 text = f"done: {state.step:,} steps, {state.clock:,} tokens"
                 return self.end("done", f"{text}{self.tally.describe()}")
             if is_stopped or self.stop.agreed():
-                return self.end("stopped", f"stopped as asked after step {state.step:,}")
+                text = f"stopped as asked after step {state.step:,}{self.tally.describe()}"
+                return self.end("stopped", text)
             assert following is not None, "a phase that was not stopped leaves no evaluation due"
             if following.layout_key != phase.layout_key:
                 return self.end(
@@ -110,15 +110,23 @@ class TrainingLoop:
                 )
             phase = following
 
-    def _require_success(self) -> None:
-        """Raise Refused where a phase ends and nothing was trained since the start.
+    def _require_success(self, phase: Phase, *, is_over: bool) -> None:
+        """Raise Refused where a phase, or a start, ends and came to nothing.
 
         It must not look like success.
         """
-        failure = self.tally.failure()
+        state = self.state
+        if is_over:
+            failure = self.tally.failure_of_phase(phase.name, state.skipped_in_a_row)
+            # Weights that are spoilt skip every step, however few were left.
+            if failure is None and state.skipped_in_a_row:
+                if not weights_are_finite(state, self.layout):
+                    failure = NOT_FINITE
+        else:
+            failure = self.tally.failure_of_stop()
         if failure:
             self.report("refused", failure)
-            raise Refused(f"step {self.state.step:,}: {failure}")
+            raise Refused(f"step {state.step:,}: {failure}")
 
     def end(self, outcome: str, text: str) -> str:
         """Say how the run ends, when everything is published, and hand its outcome on."""
@@ -166,7 +174,7 @@ class TrainingLoop:
             # The end of the phase is saved by the caller.
             is_due = self.save_schedule.is_due(state.step, some_rank_is_late=measured.is_save_due)
             if state.clock < phase.end and is_due:
-                self._save(phase, ends_phase=False)
+                self._save(phase, ends_phase=False, is_last=False)
                 if self.stop.agreed():
                     return True
         return False
@@ -197,6 +205,7 @@ class TrainingLoop:
             self.reporter.say(text)
         if not begins:
             return True
+        self.tally.begin_phase()
         self.report("phase", f"{phase.name} begins, {phase.seq_length:,} tokens per sample")
         # Cut short, it needs no note: nothing is saved since, and the phase begins again.
         return self._evaluate(stepper, phase)
@@ -236,7 +245,6 @@ class TrainingLoop:
         self.heartbeat.enter("reporting the step")
         state.advance(batch_tokens, skipped=result.skipped)
         self.tally.note(result)
-        state.steps_with_targets = self.tally.with_targets
         sources = self.feed.tokens_by_source(state.clock) if self.layout.world.is_first else {}
         state.real_tokens = sum(sources.values())
         self._refuse_endless_skips(result.loss)
@@ -316,7 +324,7 @@ class TrainingLoop:
             self._report_no_target()
 
     def _report_no_target(self) -> None:
-        count = self.tally.without_target
+        count = self.tally.of_process.steps - self.tally.of_process.with_targets
         text = (
             f"step {self.state.step:,}: no document of its batch gives a target; {count:,} such "
             "steps since the start"
@@ -359,10 +367,12 @@ class TrainingLoop:
             torch.cuda.reset_peak_memory_stats(self.layout.device)
         return True
 
-    def _save(self, phase: Phase, *, ends_phase: bool) -> None:
+    def _save(self, phase: Phase, *, ends_phase: bool, is_last: bool) -> None:
         """Write a checkpoint, where there is something to save."""
         self.heartbeat.enter_slow("saving")
-        self.saver.save(phase, self.tally, self.evaluation_due, ends_phase=ends_phase)
+        self.saver.save(
+            phase, self.tally, self.evaluation_due, ends_phase=ends_phase, is_last=is_last
+        )
         self.save_schedule.restart()
 
 

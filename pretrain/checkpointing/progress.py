@@ -10,6 +10,23 @@ from model.rope import Rope
 FILE = "progress.json"
 
 
+@dataclasses.dataclass
+class StepCounts:
+    """Counts steps by what they came to."""
+
+    steps: int = 0
+    updates: int = 0
+    """Those that were not skipped."""
+    with_targets: int = 0
+    """Those whose batch had a target."""
+
+    def note(self, *, is_update: bool, has_target: bool) -> None:
+        """Count one more step."""
+        self.steps += 1
+        self.updates += is_update
+        self.with_targets += has_target
+
+
 @dataclasses.dataclass(frozen=True)
 class ValidationScore:
     """The validation loss of a checkpoint: of the first set, at the longest length."""
@@ -47,7 +64,10 @@ class Progress:
     """Tokens of the clock that were not padding."""
     skipped_in_a_row: int = 0
     """Last steps without an update, since loss or gradient were not finite or a spike."""
-    steps_with_targets: int = 0
+    steps_of_run: StepCounts = dataclasses.field(default_factory=StepCounts)
+    """What the steps of the whole run came to."""
+    steps_of_phase: StepCounts = dataclasses.field(default_factory=StepCounts)
+    """What the steps of the phase of the last step came to."""
     spikes: dict[str, Any] | None = None
     """The last steps, against which spikes are measured (guards/spikes.py: SpikeHistory)."""
     has_optimizer: bool = True
@@ -97,10 +117,11 @@ class Progress:
         fields = dataclasses.fields(Progress)
         values = {field.name: stored[field.name] for field in fields if field.name in stored}
         # Keys that older versions did not write: the last phase's length is the longest that is
-        # known, and a run that wrote a checkpoint had targets.
+        # known.
         if "phase" in values:
             values.setdefault("longest_seq_length", values["phase"].get("seq_length"))
-        values.setdefault("steps_with_targets", stored.get("step", 0))
+        for name in ("steps_of_run", "steps_of_phase"):
+            values[name] = _read_counts(stored, name)
         if values.get("validation") is not None:
             values["validation"] = ValidationScore(**values["validation"])
         try:
@@ -116,3 +137,11 @@ class Progress:
     def to_text(self) -> str:
         """Write the content of progress.json."""
         return json.dumps(dataclasses.asdict(self), indent=1)
+
+
+def _read_counts(stored: dict[str, Any], name: str) -> StepCounts:
+    """Read what steps came to; a run of an older version counts as one that trained."""
+    if name in stored:
+        return StepCounts(**stored[name])
+    steps = stored.get("step", 0)
+    return StepCounts(steps, steps, stored.get("steps_with_targets", steps))

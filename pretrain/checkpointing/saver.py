@@ -121,21 +121,29 @@ class Saver:
             self._copy.wait()
 
     def save(
-        self, phase: Phase, tally: StepTally, evaluation_due: str | None, *, ends_phase: bool
+        self,
+        phase: Phase,
+        tally: StepTally,
+        evaluation_due: str | None,
+        *,
+        ends_phase: bool,
+        is_last: bool,
     ) -> None:
         """Save, unless the last checkpoint (or the start) says the same already.
 
         Args:
             phase: of the last step.
             evaluation_due: name of the phase of an evaluation that the next start makes up for.
+            is_last: the process or its phase ends here.
         """
         if self.root is None:
             return
-        if tally.nothing_to_save and not ends_phase:
-            # Skipped steps change nothing but the clock, which only the next phase needs.
+        if tally.nothing_to_save and not is_last:
+            # Skipped steps change nothing but the clock, which only what comes next needs: another
+            # phase, or a start that would else skip them again.
             self._report_unsaved()
             return
-        if tally.unsaved_steps == 0 and evaluation_due == self.saved_evaluation_due:
+        if tally.unsaved.steps == 0 and evaluation_due == self.saved_evaluation_due:
             return
 
         self._wait_for_last()
@@ -144,7 +152,7 @@ class Saver:
             # With --manual-gc, garbage is collected here and at evaluations only.
             gc.collect()
         state = self.state
-        progress = self._progress(phase, evaluation_due, ends_phase=ends_phase)
+        progress = self._progress(phase, tally, evaluation_due, ends_phase=ends_phase)
         assert progress.data is not None
         self.reporter.account(state.step, state.clock, progress.data["account"])
         captured = Captured(progress, tied_differences(state.stages, self.layout), began)
@@ -238,7 +246,9 @@ class Saver:
         self.reporter.say(text)
         self.reporter.event("unsaved", state.step, state.clock, text)
 
-    def _progress(self, phase: Phase, evaluation_due: str | None, *, ends_phase: bool) -> Progress:
+    def _progress(
+        self, phase: Phase, tally: StepTally, evaluation_due: str | None, *, ends_phase: bool
+    ) -> Progress:
         """Describe how far the run is."""
         plan = self.plan
         state = self.state
@@ -254,7 +264,8 @@ class Saver:
             last_batch_tokens=state.last_batch,
             real_tokens=state.real_tokens,
             skipped_in_a_row=state.skipped_in_a_row,
-            steps_with_targets=state.steps_with_targets,
+            steps_of_run=dataclasses.replace(tally.of_run),
+            steps_of_phase=dataclasses.replace(tally.of_phase),
             spikes=state.spikes.to_json(),
             has_optimizer=not plan.config.checkpoint.no_save_optim,
             evaluation_due=evaluation_due,

@@ -144,7 +144,7 @@ def test_a_loss_that_is_nan_on_one_rank_updates_nothing_on_any(pool, corpus, tmp
     # Rank 2 is a first rank of tp, and with pp of the last stage.
     results = pool.run(train_with_one_bad_loss, 4, argv, 2)
     for outcome, _ in results:
-        assert outcome.startswith("refused: step 1: all 1 steps since the start were skipped")
+        assert outcome.startswith("refused: step 1: all 1 steps of phase main were skipped")
     (line,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert line["skipped"] and np.isfinite(line["grad_norm"]) and np.isnan(line["loss"])
     before = pool.run(untrained_sums, 4, argv)

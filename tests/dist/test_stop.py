@@ -65,9 +65,9 @@ class Watched(TrainingLoop):
         self._enter("step", self.state.step + 1)
         return super()._step(stepper, phase)
 
-    def _save(self, phase, *, ends_phase):
+    def _save(self, phase, **settings):
         self._enter("save", self.state.step)
-        return super()._save(phase, ends_phase=ends_phase)
+        return super()._save(phase, **settings)
 
 
 def train_with_signal(

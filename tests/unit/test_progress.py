@@ -1,11 +1,12 @@
 """progress.json: what an older version wrote still loads, and what is written is read again."""
 
+import dataclasses
 import json
 
 import pytest
 
 from data.ledger import Ledger
-from pretrain.checkpointing.progress import Progress
+from pretrain.checkpointing.progress import Progress, StepCounts, ValidationScore
 
 # Written by a version that did not count steps with targets, nor know of evaluations that are due.
 OLD = """{
@@ -59,7 +60,8 @@ def test_an_old_checkpoint_is_completed(tmp_path):
     (tmp_path / "progress.json").write_text(OLD)
     progress = Progress.read(tmp_path)
     assert (progress.step, progress.clock, progress.last_step_clock) == (4, 1024, 768)
-    assert progress.steps_with_targets == 4
+    assert progress.steps_of_run == progress.steps_of_phase == StepCounts(4, 4, 4)
+    assert (progress.run_id, progress.ends_phase, progress.validation) == (None, False, None)
     assert progress.evaluation_due is None
     assert progress.rope.base == 10000.0
 
@@ -75,6 +77,21 @@ def test_what_is_written_is_read_again():
     written = json.loads(progress.to_text())
     assert Progress.from_json(written) == progress
     assert written.items() >= json.loads(OLD).items()
+
+
+def test_counts_and_scores_are_read_again():
+    progress = dataclasses.replace(
+        Progress.from_json(json.loads(OLD)),
+        steps_of_run=StepCounts(4, 3, 2),
+        steps_of_phase=StepCounts(2, 1, 0),
+        validation=ValidationScore("valid", 128, 2.5),
+    )
+    assert Progress.from_json(json.loads(progress.to_text())) == progress
+
+
+def test_an_old_run_without_a_target_is_still_one():
+    progress = Progress.from_json(json.loads(OLD) | {"steps_with_targets": 0})
+    assert progress.steps_of_phase.with_targets == 0
 
 
 def test_what_every_version_writes_must_be_there():

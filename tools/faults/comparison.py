@@ -19,7 +19,8 @@ COMPARED_OF_PROGRESS = (
     "real_tokens",
     "last_batch_tokens",
     "skipped_in_a_row",
-    "steps_with_targets",
+    "steps_of_run",
+    "steps_of_phase",
     "evaluation_due",
 )
 """What progress.json says of the run and not of its processes: the seed and the position in the
