@@ -1,146 +1,296 @@
-"""Run this node's processes by torchrun, once the nodes have met.
+"""Look after this node's processes: bring them together with those of the other nodes, hand signals
+on, and say how they end.
 
-torchrun's own messages about an orderly stop or a refusal are left out. After a crash one line
-names the rank that failed first, below the traceback of the worker itself.
+An orderly stop or a refusal is said by the trainer. After a crash the console ends with the error
+of the rank that failed first, on every node.
 """
 
-import logging
 import os
-import signal
+import socket
 import sys
+import time
 from pathlib import Path
 
-from torch.distributed import DistError, TCPStore
-from torch.distributed import run as torchrun
-from torch.distributed.elastic.multiprocessing import PContext, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig
-
-from launch.meeting import Node0, meet_as_node_0, meet_as_other, open_store
-from launch.outcome import NotMet, give_up, read_outcome, read_outcome_of_failure, say
-from launch.settings import Settings
-from launch.watch import Watch, announce
-from launch.watchdog import watched
-
-SIGNALS_OF_TORCHRUN = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-"""The signals that torchrun is to hand on; any other one would kill it and orphan its workers."""
-TETHER = Path(__file__).with_name("tether.py")
-LOGGERS_OF_TORCHRUN = (
-    "torch.distributed.elastic.agent.server.api",
-    "torch.distributed.elastic.multiprocessing.api",
+from launch import story as stories
+from launch.failures import Failure, find_first, publish_errors, read_records
+from launch.meeting import Patience, launch_name, meet_as_node_0, meet_as_other
+from launch.outcome import (
+    UNSTARTED,
+    NotMet,
+    give_up,
+    read_outcome,
+    say,
+    write_outcome,
+    write_signature,
 )
-SAID_BY_US = ("Received %s death signal", "Sending process %s closing signal", "failed (exitcode")
-"""The beginnings of torchrun's messages about ends that this file or the trainer reports."""
+from launch.records import errors_folder
+from launch.settings import Settings
+from launch.stop import HeardStop, Interrupted, part_as_node_0, part_as_other
+from launch.store import Node0, open_store
+from launch.tether import StopAsked
+from launch.watch import Watch
+from launch.watchdog import Watchdog, watched
+from launch.workers import Ended, Workers
+
+POLL_SECONDS = 0.05
+"""The seconds between two looks at the processes."""
+FOLLOW_SECONDS = 2.0
+"""The seconds in which processes that lose a peer may still say so before they are ended."""
+WORD_SECONDS = 5.0
+"""The seconds in which another node may say what failed, or processes here find it themselves."""
+PART_SECONDS = 10.0
+"""The seconds that a node which is asked to stop looks for others that it has not met yet."""
 
 
-def run(settings: Settings, addresses: list[str]) -> int:
-    """Meet the other nodes, then run the processes -> the exit code of `launch.node`.
+def run(
+    settings: Settings,
+    addresses: list[str],
+    listening: socket.socket | None,
+    workers: Workers,
+    records: Path,
+    asked: StopAsked,
+) -> int:
+    """Meet the other nodes, then let the processes train -> the exit code of `launch.node`.
 
     Args:
         addresses: what MASTER_ADDR resolves to; not read with one node.
+        listening: where node 0 answers; None on the others.
+        records: the folder of what each rank does.
     """
+    launch = Launch(settings, workers, asked)
+    store = None if listening is None else open_store(listening)
+    node0 = None
+    if settings.nnodes > 1:
+        port = settings.port
+        node0 = Node0(settings.master, addresses[0], port)
     try:
-        store, port = _meet(settings, addresses)
+        name = launch_name()
+        if node0 is not None:
+            patience = Patience(settings.join_wait, asked)
+            if store is not None:
+                name = meet_as_node_0(store, settings, patience)
+            else:
+                name = meet_as_other(node0, settings, patience)
+            launch.watch = Watch(node0, settings.node_rank, settings.nnodes)
+            launch.watch.start()
+        shown = os.path.join(settings.errors, name) if settings.errors else ""
+        launch.shown = shown or str(errors_folder())
+        places = settings.node_rank, settings.nnodes, settings.nproc_per_node
+        with watched(records, launch.shown, node0, *places) as watchdog:
+            launch.watchdog = watchdog
+            return launch.run()
     except (ValueError, NotMet) as error:
         return give_up(error)
-    if settings.nnodes == 1:
-        code, _ = _run_torchrun(settings, "127.0.0.1", port)
-    else:
-        code = _run_among_others(settings, Node0(settings.master, addresses[0], port))
-    del store  # it must live as long as the processes
-    return code
+    except HeardStop as heard:
+        say(heard.stop.describe())
+        write_outcome(UNSTARTED)
+        return 128 + heard.stop.number
+    except Interrupted:
+        number = asked.number
+        assert number is not None
+        seconds = min(settings.grace, PART_SECONDS)
+        if store is not None and node0 is not None:
+            part_as_node_0(store, settings.nnodes, number, seconds)
+        elif node0 is not None:
+            part_as_other(node0, settings.node_rank, number, seconds)
+        write_outcome(UNSTARTED)
+        return 128 + number
+    finally:
+        workers.kill()
+        del store  # it must live as long as the processes
 
 
-def _run_among_others(settings: Settings, node0: Node0) -> int:
-    """Run the processes, follow other nodes' failures, tell them of ours -> the exit code."""
-    # While torchrun runs here, the watch ends it when another node has failed.
-    watch = Watch(node0, settings.node_rank)
-    watch.start()
-    address = f"[{node0.master}]" if ":" in node0.master else node0.master
-    code, failure = _run_torchrun(settings, address, node0.port)
-    watch.is_over.set()
+class Launch:
+    """Follows this node's processes from their gate to their end."""
 
-    if watch.heard is None:  # the end is this node's own
+    def __init__(self, settings: Settings, workers: Workers, asked: StopAsked):
+        self.settings = settings
+        self.workers = workers
+        self.asked = asked
+        self.story = stories.begin()
+        self.shown = ""
+        """The folder in which the user finds what went wrong; the same on all nodes with --save."""
+        self.watch: Watch | None = None
+        """What joins several nodes; None on one."""
+        self.watchdog: Watchdog | None = None
+        self._stopped_at: float | None = None
+        self._is_handed_on = False
+
+    def run(self) -> int:
+        """Let the processes train, to their end -> the exit code."""
+        self.story.met = time.time()
+        self._pause()
+        self.story.opened = time.time()
+        self._say_start()
+        self.workers.open_gate(self.story)
+
+        failure = self._follow()
+        if failure is not None:
+            return self._fail(failure)
+        return self._end_in_order()
+
+    def _pause(self) -> None:
+        """Wait before processes that have just failed train again.
+
+        Raises:
+            Interrupted, HeardStop: this node, or another one, is asked to stop.
+        """
+        limit = time.monotonic() + self.settings.pause
+        while time.monotonic() < limit or self.asked.number is not None:
+            if self.asked.number is not None:
+                if self.watch is not None:
+                    self.watch.announce_stop(self.asked.number)
+                    self.watch.part()
+                raise Interrupted
+            if self.watch is not None and self.watch.stop is not None:
+                stop = self.watch.stop
+                self.watch.part()
+                raise HeardStop(stop)
+            time.sleep(POLL_SECONDS)
+
+    def _say_start(self) -> None:
+        settings = self.settings
+        if settings.node_rank > 0:  # node 0's processes say more than enough
+            first = self.workers.first_rank
+            last = first + settings.nproc_per_node - 1
+            ranks = f"rank {first}" if first == last else f"ranks {first} to {last}"
+            say(f"node {settings.node_rank} of {settings.nnodes} trains: {ranks}")
+
+    # ------------------------------------------------------------ while they train
+
+    def _follow(self) -> Failure | None:
+        """Wait until all processes have ended in order (None), or until one has failed."""
+        workers = self.workers
+        while not workers.are_over():
+            time.sleep(POLL_SECONDS)
+            self._pass_stop_on()
+            if self.watch is not None and self.watch.heard is not None:
+                return self.watch.heard.failure
+            if self._has_failed(workers.poll()):
+                return self._choose_failure()
+            if self._is_late():
+                say(f"processes go on {self.settings.grace} s after they should end: killing them")
+                workers.kill()
+                return None
+        return self._choose_failure() if self._has_failed(workers.poll()) else None
+
+    def _pass_stop_on(self) -> None:
+        """Hand a request to stop on: to the processes, and between this node and the others."""
+        watch = self.watch
+        if self.asked.number is not None:
+            if self._stopped_at is None:
+                self._stopped_at = time.monotonic()
+                self.workers.signal(self.asked.number)
+                if watch is not None:
+                    watch.announce_stop(self.asked.number)
+        elif watch is not None and watch.stop is not None:
+            self._ask_train_sh(watch)
+
+    def _ask_train_sh(self, watch: Watch) -> None:
+        """Let this node's own train.sh be asked as another node's was."""
+        assert watch.stop is not None
+        if not self._is_handed_on:
+            self._is_handed_on = True
+            say(watch.stop.describe())
+            os.kill(self.settings.parent, watch.stop.number)
+
+    def _has_failed(self, ended: list[Ended]) -> bool:
+        """Tell whether a process failed by itself, or has written that it will."""
+        by_signal = -self.asked.number if self.asked.number is not None else 0
+        if any(end.code not in (0, by_signal) for end in ended):
+            return True
+        first = self.workers.first_rank
+        return bool(read_records(range(first, first + len(self.workers.processes))))
+
+    def _choose_failure(self) -> Failure:
+        """Let the others say why they end, too, then choose what explains it -> that failure."""
+        limit = time.monotonic() + FOLLOW_SECONDS
+        while not self.workers.are_over() and time.monotonic() < limit:
+            time.sleep(POLL_SECONDS)
+        ended = list(self.workers.poll())
+        self.workers.kill()
+        if self.watchdog is not None and self.watchdog.verdict is not None:
+            return Failure(self.watchdog.verdict, time=time.time())
+        failure = find_first(self.workers, ended)
+        if read_outcome() == "refused":
+            text = "it refused to train; its own output says why"
+            return Failure(text, is_refusal=True, time=failure.time)
+        return failure
+
+    def _is_late(self) -> bool:
+        """Tell whether processes go on though they were asked to stop, or others have ended."""
+        if self._stopped_at is None:
+            if self.workers.ended:
+                self._stopped_at = time.monotonic()
+            return False
+        return time.monotonic() > self._stopped_at + self.settings.grace
+
+    # ------------------------------------------------------------ how they end
+
+    def _end_in_order(self) -> int:
+        """Leave with the other nodes -> the exit code."""
+        settings = self.settings
+        code = 0 if self.asked.number is None else 128 + self.asked.number
         outcome = read_outcome()
-        if failure and outcome in (None, "refused"):
-            announce(node0, settings.node_rank, failure, is_refusal=outcome == "refused")
+        if self.watch is not None:
+            self.watch.leave(settings.grace)
+            if self.watch.stop is not None and self.asked.number is None:
+                self._ask_train_sh(self.watch)
+            if settings.node_rank > 0:
+                say(f"node {settings.node_rank} of {settings.nnodes}: {outcome or 'no outcome'}")
+        if outcome == "again":
+            now = time.time()
+            stories.keep("layout", now, now)
         return code
-    # The end came from another node; a process here may have found the same error.
-    if read_outcome_of_failure() is not None:
-        return code
-    if watch.heard.is_refusal:
-        return give_up(ValueError(watch.heard.describe()))
-    say(f"error: {watch.heard.describe()}")
-    return 1
 
+    def _fail(self, failure: Failure) -> int:
+        """End the other processes, tell the other nodes, say why -> the exit code."""
+        noticed = time.time()
+        stop_came_first = self._stopped_at is not None and self.asked.number is not None
+        heard = self.watch.heard if self.watch is not None else None
+        if heard is not None and failure.is_refusal:
+            self._wait_for_own_word()
+        self.workers.kill()
+        if self.watch is not None and heard is None:
+            # Only connections are lost here: another node may know why.
+            if not failure.is_cause:
+                self.watch.wait_for_word(WORD_SECONDS)
+            if self.watch.heard is None:
+                self.watch.announce(failure)
+            heard = self.watch.heard
+        if self.watch is not None:
+            self.watch.part()
+        failed = min(failure.time or noticed, noticed)
+        stories.keep("failure", failed, noticed)
 
-def _meet(settings: Settings, addresses: list[str]) -> tuple[TCPStore | None, int]:
-    """Wait until all nodes are there -> the store (on node 0 only) and its port."""
-    if settings.node_rank > 0:
-        node0 = Node0(settings.master, addresses[0], settings.port)
-        meet_as_other(node0, settings.node_rank, settings.nnodes, settings.join_wait)
-        return None, settings.port
-    store = open_store(settings.port)
-    if settings.nnodes > 1:
-        meet_as_node_0(store, settings.nnodes, settings.join_wait)
-    return store, store.port
+        # A refusal has been said by a process here, or is another node's.
+        if read_outcome() == "refused":
+            return 2
+        text = failure.summary
+        if heard is not None:
+            failure = heard.failure
+            text = heard.describe()
+        if failure.is_refusal:
+            return give_up(ValueError(text))
+        self._say_failure(failure, text)
+        if stop_came_first:
+            assert self.asked.number is not None
+            return 128 + self.asked.number
+        return 1
 
+    def _wait_for_own_word(self) -> None:
+        """Let processes here say the same refusal themselves."""
+        limit = time.monotonic() + WORD_SECONDS
+        while not self.workers.are_over() and time.monotonic() < limit:
+            time.sleep(POLL_SECONDS)
 
-def _run_torchrun(settings: Settings, address: str, port: int) -> tuple[int, str]:
-    """Run the processes to their end -> the exit code, and what failed ("" if nothing)."""
-    if "LOGLEVEL" not in os.environ:  # whoever asks torch for its log gets all of it
-        for name in LOGGERS_OF_TORCHRUN:
-            logging.getLogger(name).addFilter(_is_news)
-    # A worker first ties its life to this process, then becomes the trainer.
-    tied = ["-I", "-S", str(TETHER), str(os.getpid()), sys.executable, "-u", "-m", settings.module]
-    words = f"""
-        --nnodes {settings.nnodes} --node-rank {settings.node_rank}
-        --nproc-per-node {settings.nproc_per_node}
-        --master-addr {address} --master-port {port} --max-restarts 0
-        --signals-to-handle {SIGNALS_OF_TORCHRUN} --no-python
-        """.split()
-    words += _grace_words(settings.grace)
-    node0 = Node0(settings.master, address, port) if settings.nnodes > 1 else None
-    with watched(node0, settings.node_rank, settings.nnodes, settings.nproc_per_node) as watchdog:
-        try:
-            torchrun.run(torchrun.parse_args([*words, sys.executable, *tied, *settings.arguments]))
-            return 0, ""
-        except SignalException as stop:
-            return 128 + stop.sigval, ""
-        except ChildFailedError as failed:
-            if read_outcome_of_failure() is not None:  # the trainer has already said why
-                return 1, "it refused to train; its own output says why"
-            text = watchdog.verdict or _describe_failure(failed)
-        except DistError as error:
-            text = f"the nodes lost each other while they started: {str(error).splitlines()[0]}"
-    if watchdog.verdict is None:  # else it is said already
-        say(f"error: {text}")
-    return 1, text
-
-
-def _grace_words(grace: int) -> list[str]:
-    """Return torchrun's flag for the seconds between a stop signal and the kill."""
-    if "shutdown_timeout" in LaunchConfig.__dataclass_fields__:
-        return ["--shutdown-timeout", str(grace)]
-    # torch 2.11 has no such flag, and closes its workers with this argument's default of 30 s.
-    PContext.close.__defaults__ = (None, grace)
-    return []
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Tell whether a message of torchrun says what nobody else does."""
-    return not str(record.msg).startswith(SAID_BY_US)
-
-
-def _describe_failure(failed: ChildFailedError) -> str:
-    """Name the rank that failed first, and how, in a line."""
-    rank, first = failed.get_first_failure()
-    if first.exitcode < 0:
-        how = f"was killed by {first.signal_name()}"
-        if -first.exitcode == signal.SIGKILL:
-            how += " (if nobody did, the machine ran out of memory: see dmesg)"
-    else:
-        how = f"failed with exit code {first.exitcode}"
-    others = len(failed.failures) - 1
-    more = f"; {others} more at the same time" if others else ""
-    return f"rank {rank} (local rank {first.local_rank}, process {first.pid}) {how}{more}"
+    def _say_failure(self, failure: Failure, text: str) -> None:
+        """Print the error that explains the others, and where these are."""
+        write_signature(failure.signature)
+        folder = publish_errors(self.shown)
+        if failure.details:
+            print(failure.details, file=sys.stderr, flush=True)
+        if self.watchdog is None or self.watchdog.verdict is None:  # it has said so itself
+            say(f"error: {text}")
+        if folder:
+            say(f"what every rank of this node said is in {folder}")

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
-from launch.meeting import PREFIX
 from launch.rank_view import RankView
+from launch.store import PREFIX
 
 SILENT_NODE_SECONDS = 10.0
 """The seconds after a question from which on a node counts as silent."""

@@ -1,43 +1,58 @@
-"""Bring the nodes of a run together before anything is started on them.
+"""Bring the nodes of a run together before their processes train.
 
 Node 0 opens torch's key-value store, and the others connect to it. Each node enters itself under
 `node/RANK`; when all are there, node 0 writes the list of `members`, and everybody goes on. A node
-that waits says from time to time for whom; what waiting cannot fix is refused in one line. The
-store stays open: torchrun and its workers use it, too.
+that waits says from time to time for whom; what waiting cannot fix is refused in one line. A node
+that is asked to stop meanwhile tells the others, which stop, too.
 """
 
 import json
 import os
-import queue
 import socket
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Callable
+from contextlib import suppress
 
 import torch.distributed as dist
 
+from launch.failures import Ending, Failure
 from launch.outcome import NotMet, say
+from launch.settings import Settings
+from launch.stop import Interrupted, require_no_stop
+from launch.store import (
+    BEAT,
+    ENDED,
+    MEMBERS,
+    NAME,
+    NNODES,
+    NPROC,
+    PREFIX,
+    REFUSED,
+    Node0,
+    connect,
+    why_unreachable,
+)
+from launch.tether import StopAsked
 
-REPORT_SECONDS = 30.0
+REPORT_SECONDS = 10.0
 """The seconds between two lines of a node that waits."""
-PORT_SECONDS = 5.0
-"""The seconds that node 0 waits for its port: a launch that was just killed may still hold it."""
-CONNECT_SECONDS = 5.0
-"""The seconds after which a connection attempt counts as failed."""
 POLL_SECONDS = 0.2
 """The seconds between two looks at the store."""
-PREFIX = "ithaca/meeting/"
-"""The beginning of our keys in the store, which torchrun fills, too."""
+SUSPECT_SECONDS = 4.0
+"""The seconds of silence after which a node that comes back takes its place to be free."""
 
 
 class Patience:
     """Waits for something, up to a limit in seconds, and says from time to time for what."""
 
-    def __init__(self, limit: float):
+    def __init__(self, limit: float, asked: StopAsked | None = None):
+        """Begin to wait.
+
+        Args:
+            limit: in seconds.
+            asked: whether this node is asked to stop.
+        """
+        self.asked = asked
         self.started = time.monotonic()
         self.limit = limit
         self.next_report = self.started + min(2.0, REPORT_SECONDS)  # the first one soon
@@ -47,7 +62,10 @@ class Patience:
 
         Raises:
             NotMet: the limit has passed.
+            Interrupted: this node is asked to stop.
         """
+        if self.asked is not None and self.asked.number is not None:
+            raise Interrupted
         now = time.monotonic()
         waited = now - self.started
         if waited >= self.limit:
@@ -62,177 +80,137 @@ class Patience:
         time.sleep(seconds)
 
 
-def open_store(port: int) -> dist.TCPStore:
-    """Open the store on this node.
-
-    Port 0 lets the kernel choose a free port and open it in one act.
-
-    Raises:
-        ValueError: the port is taken, or may not be opened.
-    """
-    limit = time.monotonic() + PORT_SECONDS
-    while True:
-        try:
-            _try_port(port)
-            return dist.TCPStore(
-                "127.0.0.1", port, is_master=True, wait_for_workers=False, multi_tenant=True
-            )
-        except (OSError, dist.DistNetworkError) as error:
-            if isinstance(error, PermissionError) or time.monotonic() >= limit:
-                number = error.errno if isinstance(error, OSError) else None
-                reason = "in use" if number is None else os.strerror(number)
-                raise ValueError(
-                    f"MASTER_PORT = {port}: must be a port that is free on node 0 ({reason}). Fix: "
-                    "another one, the same on all nodes, or end the process that has it."
-                ) from None
-            time.sleep(0.5)
-
-
-def _try_port(port: int) -> None:
-    """Open a port as the store will, and close it; where that fails torch prints C++ frames."""
-    if socket.has_dualstack_ipv6():
-        socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True).close()
-    else:
-        socket.create_server(("", port)).close()
-
-
-def meet_as_node_0(store: dist.TCPStore, nnodes: int, wait: float) -> None:
-    """Wait until every other node has come.
+def meet_as_node_0(store: dist.TCPStore, settings: Settings, patience: Patience) -> str:
+    """Wait until every other node has come -> the name of this launch.
 
     Raises:
         ValueError: a node was started with other settings.
-        NotMet: one did not come within `wait` seconds.
+        NotMet: one did not come in time.
+        Interrupted, HeardStop: this node, or another one, is asked to stop.
     """
     # Enter this node, with what the others compare.
-    store.set(f"{PREFIX}nnodes", str(nnodes))
+    nnodes = settings.nnodes
+    name = launch_name()
+    store.set(NAME, name)
+    store.set(NPROC, str(settings.nproc_per_node))
+    store.set(NNODES, str(nnodes))
     store.set(_place(0), _signature())
-    patience = Patience(wait)
+    places = [_place(rank) for rank in range(nnodes)]
 
-    def missing() -> list[int]:
-        return [rank for rank in range(nnodes) if not store.check([_place(rank)])]
-
-    def describe() -> str:
-        ranks = missing()
-        return f"for {_nodes(ranks)} of {nnodes} (NODE_RANK {', '.join(map(str, ranks))})"
-
-    while missing():
-        if store.check([f"{PREFIX}refused"]):
-            raise ValueError(store.get(f"{PREFIX}refused").decode())
-        patience.wait(describe)
+    while not store.check(places):
+        if store.check([REFUSED]):
+            raise ValueError(store.get(REFUSED).decode())
+        require_no_stop(store, 0)
+        patience.wait(lambda: _describe_missing(store, nnodes))
     # From now on the meeting is over: whoever comes later waits for the next one.
-    members = [store.get(_place(rank)).decode() for rank in range(nnodes)]
-    store.set(f"{PREFIX}members", json.dumps(members))
+    for rank in range(nnodes):
+        store.set(f"{BEAT}{rank}", "0")
+    members = [store.get(place).decode() for place in places]
+    store.set(MEMBERS, json.dumps(members))
+    return name
 
 
-@dataclass(frozen=True)
-class Node0:
-    """Tells where the other nodes look for node 0."""
-
-    master: str
-    """MASTER_ADDR, as it was given."""
-    address: str
-    """What MASTER_ADDR resolves to here."""
-    port: int
-
-    def describe(self) -> str:
-        """Say where that is, with the address where it is not what the user gave."""
-        shown = self.master if self.master == self.address else f"{self.master} ({self.address})"
-        return f"node 0 at {shown} port {self.port}"
+def launch_name() -> str:
+    """Name a launch by its beginning."""
+    return time.strftime("%Y%m%d-%H%M%S")
 
 
-def meet_as_other(node0: Node0, rank: int, nnodes: int, wait: float) -> None:
-    """Find node 0's store and wait there until every node has come.
+def _describe_missing(store: dist.TCPStore, nnodes: int) -> str:
+    """Say for whom the nodes wait."""
+    ranks = [rank for rank in range(nnodes) if not store.check([_place(rank)])]
+    return f"for {_nodes(ranks)} of {nnodes} (NODE_RANK {', '.join(map(str, ranks))})"
+
+
+def meet_as_other(node0: Node0, settings: Settings, patience: Patience) -> str:
+    """Find node 0's store and wait there until every node has come -> the name of this launch.
 
     Raises:
         ValueError: node 0 has other settings, or another node has the same number.
-        NotMet: that did not happen within `wait` seconds.
+        NotMet: that did not happen in time.
+        Interrupted, HeardStop: this node, or another one, is asked to stop.
     """
-    patience = Patience(wait)
+    visit = _Visit(node0, settings, patience)
     while True:
-        reason = _why_unreachable(node0)
+        reason = why_unreachable(node0)
         if reason is None:
             reason = "it does not answer as a run that starts"
             store = connect(node0)
             if store is not None:
                 with suppress(dist.DistError):  # node 0 ended meanwhile: try again
-                    reason = _join(store, node0, rank, nnodes, patience)
-        if reason is None:
-            return
+                    reason = visit.join(store)
+                    if reason is None:
+                        return store.get(NAME).decode()
         patience.wait(lambda reason=reason: f"for {node0.describe()}: {reason}", seconds=1.0)
 
 
-def _why_unreachable(node0: Node0) -> str | None:
-    """Try node 0's port -> None if something answers there, otherwise the system's reason."""
-    try:
-        socket.create_connection((node0.master, node0.port), timeout=CONNECT_SECONDS).close()
+class _Visit:
+    """One node's way into the meeting."""
+
+    def __init__(self, node0: Node0, settings: Settings, patience: Patience):
+        self.node0 = node0
+        self.settings = settings
+        self.patience = patience
+        self.rank = settings.node_rank
+        # The last sign of life of whoever has this node's place, and since when it is the last.
+        self._beat = b""
+        self._beat_since = 0.0
+
+    def join(self, store: dist.TCPStore) -> str | None:
+        """Enter this node -> None once all have come, or why there is no place for it."""
+        rank = self.rank
+        nnodes = self.settings.nnodes
+        self._require_same(store, "NNODES", NNODES, nnodes)
+        is_over = store.check([MEMBERS])
+        # A run that is told to stop while it is started for the first time here is another one.
+        if not is_over or self.settings.number > 1:
+            require_no_stop(store, rank)
+        # A meeting that is over has no place left: this node was started again, or comes too late.
+        if is_over:
+            holder = _member(store, rank)
+            if self._is_silent(store):
+                self._end_launch_of(holder, store)
+            return f"it has started with {holder} as node {rank}; it must start again"
+        self._require_same(store, "NPROC_PER_NODE", NPROC, self.settings.nproc_per_node)
+        # Enter, then wait for the others; a twin with the same number would overwrite the entry.
+        own = _signature()
+        store.set(_place(rank), own)
+        while not store.check([MEMBERS]):
+            require_no_stop(store, rank)
+            _require_place(store.get(_place(rank)).decode(), own, rank)
+            self.patience.wait(lambda: _describe_missing(store, nnodes))
+        # Two may have entered one place since node 0 looked; only one of them is a member.
+        _require_place(_member(store, rank), own, rank)
         return None
-    except OSError as error:
-        return error.strerror or str(error)
 
+    def _require_same(self, store: dist.TCPStore, name: str, key: str, own: int) -> None:
+        """Refuse settings that differ, here and, through the store, on node 0."""
+        theirs = int(store.get(key))
+        if theirs != own:
+            text = (
+                f"{name} = {own} on node {self.rank} ({socket.gethostname()}): must be that of "
+                f"node 0, {theirs}. Fix: the same {name} on all nodes."
+            )
+            store.set(REFUSED, text)
+            raise ValueError(text)
 
-def connect(node0: Node0) -> dist.TCPStore | None:
-    """Connect to node 0's store -> None if it is gone, or another program has the port.
+    def _is_silent(self, store: dist.TCPStore) -> bool:
+        """Tell whether the node that has this one's place is gone."""
+        beat = store.get(f"{BEAT}{self.rank}")
+        if beat != self._beat:
+            self._beat = beat
+            self._beat_since = time.monotonic()
+        return time.monotonic() - self._beat_since > SUSPECT_SECONDS
 
-    A thread of its own connects, because torch waits without a limit for a program that accepts the
-    connection and says nothing.
-    """
-    if _why_unreachable(node0) is not None:
-        return None
-    answers: queue.SimpleQueue[dist.TCPStore | None] = queue.SimpleQueue()
-    threading.Thread(target=_open_client, args=(node0, answers), daemon=True).start()
-    with _silence():
-        try:
-            return answers.get(timeout=2 * CONNECT_SECONDS)
-        except queue.Empty:
-            return None
-
-
-def _open_client(node0: Node0, answers: queue.SimpleQueue[dist.TCPStore | None]) -> None:
-    """Put the connected store into the queue, or None."""
-    try:
-        store = dist.TCPStore(
-            node0.master,
-            node0.port,
-            is_master=False,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=CONNECT_SECONDS),
-        )
-    except dist.DistError:
-        store = None
-    answers.put(store)
-
-
-def _join(
-    store: dist.TCPStore, node0: Node0, rank: int, nnodes: int, patience: Patience
-) -> str | None:
-    """Enter this node in the store -> None once all have come, or why there is no place for it."""
-    # Settings that differ are refused here and, through the store, by node 0.
-    theirs = int(store.get(f"{PREFIX}nnodes"))
-    if theirs != nnodes:
-        text = (
-            f"NNODES = {nnodes} on node {rank} ({socket.gethostname()}): must be that of node 0, "
-            f"{theirs}. Fix: the same NNODES on all nodes."
-        )
-        store.set(f"{PREFIX}refused", text)
-        raise ValueError(text)
-    # A meeting that is over has no place left: this node was started again, or comes too late.
-    if store.check([f"{PREFIX}members"]):
-        holder = _member(store, rank)
-        return f"it has started with {holder} as node {rank}; it must start again"
-    # Enter, then wait for the others; a twin with the same number would overwrite the entry.
-    own = _signature()
-    store.set(_place(rank), own)
-    while not store.check([f"{PREFIX}members"]):
-        _require_place(store.get(_place(rank)).decode(), own, rank)
-        patience.wait(lambda: f"for other nodes than {rank}; {node0.describe()} is there")
-    # Two may have entered one place since node 0 looked; only one of them is a member.
-    _require_place(_member(store, rank), own, rank)
-    return None
+    def _end_launch_of(self, holder: str, store: dist.TCPStore) -> None:
+        """Tell the others that the launch in which `holder` was this node goes on without it."""
+        failure = Failure(f"its launcher, {holder}, is gone and has started again")
+        ending = Ending(self.rank, socket.gethostname(), failure)
+        store.compare_set(ENDED, "", ending.to_text())
 
 
 def _member(store: dist.TCPStore, rank: int) -> str:
     """Look up who has started as node `rank`."""
-    return json.loads(store.get(f"{PREFIX}members"))[rank]
+    return json.loads(store.get(MEMBERS))[rank]
 
 
 def _require_place(holder: str, own: str, rank: int) -> None:
@@ -242,21 +220,6 @@ def _require_place(holder: str, own: str, rank: int) -> None:
             f"NODE_RANK = {rank}: must be this node's alone; {holder} has it, too. Fix: "
             "another NODE_RANK for each node."
         )
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Drop what torch prints to stderr before it raises: C++ frames, of an error that is caught."""
-    # torch writes past sys.stderr, so the file descriptor itself is redirected for the while.
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def _place(rank: int) -> str:

@@ -7,6 +7,7 @@ By itself gloo tells its peers the address of this machine's own host name, whic
 import array
 import fcntl
 import ipaddress
+import os
 import socket
 import struct
 import time
@@ -25,6 +26,8 @@ ELSEWHERE = "192.0.2.1"
 NAMES_OF_THIS_MACHINE = ("localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback")
 RESOLVE_SECONDS = 20.0
 """The seconds for which a name server that does not answer is asked again."""
+PORT_SECONDS = 5.0
+"""The seconds that node 0 waits for its port: a launch that was just killed may still hold it."""
 
 
 @dataclass(frozen=True)
@@ -181,3 +184,25 @@ def interface_settings(chosen: Interface | None, given: dict[str, str]) -> dict[
     # NCCL takes a name for a prefix (bond0 would also be bond0.100) unless it begins with "=".
     settings = {"GLOO_SOCKET_IFNAME": chosen.name, "NCCL_SOCKET_IFNAME": f"={chosen.name}"}
     return {name: value for name, value in settings.items() if not given.get(name)}
+
+
+def listen(port: int) -> socket.socket:
+    """Open a port of this node for the store; 0 lets the kernel choose one.
+
+    Raises:
+        ValueError: the port is taken, or may not be opened.
+    """
+    limit = time.monotonic() + PORT_SECONDS
+    while True:
+        try:
+            if socket.has_dualstack_ipv6():
+                return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
+            return socket.create_server(("", port))
+        except OSError as error:
+            if isinstance(error, PermissionError) or time.monotonic() >= limit:
+                reason = os.strerror(error.errno) if error.errno else str(error)
+                raise ValueError(
+                    f"MASTER_PORT = {port}: must be a port that is free on node 0 ({reason}). Fix: "
+                    "another one, the same on all nodes, or end the process that has it."
+                ) from None
+            time.sleep(0.5)

@@ -1,19 +1,20 @@
 """Run one node's processes: train.sh starts `python -m launch.node` once for each launch.
 
-It checks first what torchrun answers with a traceback or with silence (does the address exist, is
-the port free, are the other nodes there, which interface leads to them), then runs torchrun. The
-exit code is 0 if all processes succeeded, 1 if one failed or a node did not come, 2 if the settings
-cannot work, and 128 + the number of a signal that ended them.
+It checks first what would end in a traceback or in silence (does the address exist, is the port
+free, which interface leads to the other nodes), starts the processes, which import torch, and does
+the same to meet the other nodes. The exit code is 0 if all processes succeeded, 1 if one failed or
+a node did not come, 2 if the settings cannot work, 128 + the number of a signal that ended them.
 """
 
 import os
-import signal
 import sys
 
 from launch import network
-from launch.outcome import UNSTARTED, give_up, read_outcome, say, write_outcome
+from launch.outcome import give_up, say, say_that_it_hears
+from launch.records import open_records
 from launch.settings import Settings, parse
-from launch.tether import STOP_SIGNALS, end_with_parent
+from launch.tether import StopAsked, end_with_parent
+from launch.workers import Workers
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,22 +26,20 @@ def main(argv: list[str] | None = None) -> int:
             "warning: another program runs between train.sh and Python, so that processes may stay "
             "behind after a kill -9. Fix: a wrapper in ITHACA_PYTHON that ends with exec"
         )
-    for number in STOP_SIGNALS:  # until torchrun takes them
-        signal.signal(number, _stop_before_start)
+    asked = StopAsked()
+    say_that_it_hears()
     try:
         addresses = _choose_interface(settings)
+        # The nodes meet on node 0.
+        listening = network.listen(settings.port) if settings.node_rank == 0 else None
     except ValueError as error:
         return give_up(error)
-    from launch import agent  # torch takes seconds: what comes before must not wait for it
+    port = settings.port if listening is None else listening.getsockname()[1]
+    records = open_records()
+    workers = Workers(settings, port)
+    from launch import agent  # torch takes seconds, in which the processes import it, too
 
-    return agent.run(settings, addresses)
-
-
-def _stop_before_start(number: int, frame: object) -> None:
-    """End in an orderly way: nothing is trained yet, and the same command goes on later."""
-    if read_outcome() is None:
-        write_outcome(UNSTARTED)
-    os._exit(128 + number)
+    return agent.run(settings, addresses, listening, workers, records, asked)
 
 
 def _choose_interface(settings: Settings) -> list[str]:
@@ -57,7 +56,7 @@ def _choose_interface(settings: Settings) -> list[str]:
 def _set_interface(chosen: network.Interface | None, nnodes: int) -> None:
     """Tell gloo and NCCL the interface, and the user which it is and why."""
     settings = network.interface_settings(chosen, dict(os.environ))
-    os.environ.update(settings)  # torchrun hands its environment to the processes
+    os.environ.update(settings)  # the processes inherit it
     if chosen is not None and settings and nnodes > 1:  # on one node it is always lo
         names = " and ".join(name.split("_")[0].replace("GLOO", "gloo") for name in settings)
         say(

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 UNSTARTED = "unstarted"
-"""The outcome of processes that a signal ended before their first step, whoever sent it."""
+"""The outcome of processes that a signal ended before their first step."""
 
 
 class NotMet(Exception):
@@ -45,16 +45,18 @@ def read_outcome() -> str | None:
     return path.read_text() if path is not None and path.exists() else None
 
 
-def read_outcome_of_failure() -> str | None:
-    """Return the outcome that a process has written, in a launch in which one has failed.
-
-    "unstarted" does not count, and is removed: the signal came from torchrun, which ends the other
-    processes when one fails, and not from someone who asked the run to stop.
-    """
+def write_signature(signature: str) -> None:
+    """Tell train.sh what failed, to be compared with the failure before."""
     path = _outcome_path()
-    if path is not None and read_outcome() == UNSTARTED:
-        path.unlink()
-    return read_outcome()
+    if path is not None and signature:
+        path.with_name(f"{path.name}.error").write_text(signature)
+
+
+def say_that_it_hears() -> None:
+    """Tell train.sh that a signal no longer ends this process."""
+    path = _outcome_path()
+    if path is not None:
+        path.with_name(f"{path.name}.hears").touch()
 
 
 def _outcome_path() -> Path | None:

@@ -21,6 +21,12 @@ class Settings:
     """Seconds from a stop signal to the kill."""
     join_wait: int
     """Seconds to wait for the other nodes."""
+    number: int
+    """Counts the launches of this train.sh, from 1."""
+    pause: int
+    """Seconds to wait before the processes train: the launch before has failed."""
+    errors: str
+    """The folder for what goes wrong, of the run's user; empty without --save."""
     module: str
     """The Python module that each process runs."""
     arguments: list[str]
@@ -34,7 +40,8 @@ def parse(argv: list[str] | None) -> Settings:
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--master-addr", dest="master", required=True)
     parser.add_argument("--master-port", dest="port", type=int, required=True)
-    for name in ("grace", "join-wait"):
+    parser.add_argument("--errors", default="")
+    for name in ("grace", "join-wait", "number", "pause"):
         parser.add_argument(f"--{name}", type=int, required=True)
     # From the first word without dashes on, everything is the trainer's own.
     parser.add_argument("module")

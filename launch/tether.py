@@ -1,15 +1,14 @@
 """Tie a process to its parent, so that nothing goes on training once its launcher is gone.
 
-As a program, `python tether.py PARENT COMMAND [ARGUMENTS]` replaces itself by the command, which
-the kernel kills when the process PARENT ends. That holds over exec, and however the parent ends,
-also by a SIGKILL that no handler sees. Stop signals are held back until the command unblocks them:
-a trainer needs seconds to import torch before it can answer one.
+The kernel kills the process when its parent ends, however that ends, also by a SIGKILL that no
+handler sees.
 """
 
 import ctypes
 import os
 import signal
 import sys
+from types import FrameType
 
 PR_SET_PDEATHSIG = 1
 """Linux's number for "the signal that this process gets when its parent ends"."""
@@ -51,7 +50,15 @@ def _runs(pid: int) -> bool:
     return state not in "ZX"  # a zombie, or dead
 
 
-if __name__ == "__main__":
-    end_with_parent(int(sys.argv[1]))
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # stays over exec
-    os.execvp(sys.argv[2], sys.argv[2:])
+class StopAsked:
+    """Notes the first stop signal of this process."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        """The signal; None while there was none."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.number is None:
+            self.number = number

@@ -18,11 +18,11 @@
 #                                                empty for torch's own)
 #   GRACE            seconds from a stop signal to the kill: one step + one save (default: 120)
 #   MAX_RESTARTS     restarts after a failure with no new checkpoint in between (default: 3)
-#   RETRY_WAIT       seconds before the first such restart, doubled each time (default: 5)
+#   RETRY_WAIT       seconds before the second such restart, doubled each time (default: 5);
+#                    the first one comes at once
 #   ITHACA_PYTHON    see launch/setup.sh
 #
-# torchrun hands no exit codes on, so local rank 0 says how the run ended in the file
-# ITHACA_OUTCOME_FILE:
+# Local rank 0 says how the run ended in the file ITHACA_OUTCOME_FILE:
 #
 #   done      exit 0
 #   again     start again at once (the next phase has another layout, or the newest checkpoint is
@@ -31,9 +31,11 @@
 #   unstarted exit 75: a signal came before the first step
 #   refused   exit 2: the configuration is wrong, so another try can't help
 #   unmet     exit 1: a node did not come within JOIN_WAIT seconds
-#   nothing   a failure: start again, a bounded number of times, then exit 1
+#   nothing   a failure: start again, a bounded number of times, then exit 1; the same error twice
+#             at the same step, without a new checkpoint in between, is not tried a third time
 #
-# A stop signal (TERM INT HUP USR1) that no outcome answers gives 128 + its number.
+# A stop signal (TERM INT HUP USR1) stops all nodes, whichever gets it. One that no outcome answers
+# gives 128 + its number.
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -109,16 +111,8 @@ read_meeting_place() {
   fi
 }
 
-# What torch and torchrun read from the environment.
+# What torch reads from the environment.
 set_environment() {
-  # torchrun reads a setting that nobody gave it from PET_<SETTING>, which some clusters set for a
-  # torchrun of their own. Every one of them would change what this script asks for.
-  local leftovers=("${!PET_@}")
-  if [[ ${#leftovers[@]} -gt 0 ]]; then
-    say "ignoring ${leftovers[*]}: torchrun's own settings;" \
-      "give NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT"
-    unset "${leftovers[@]}"
-  fi
   if [[ -z ${OMP_NUM_THREADS:-} ]]; then
     OMP_NUM_THREADS=$(($(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) / NPROC_PER_NODE))
     [[ $OMP_NUM_THREADS -ge 1 ]] || OMP_NUM_THREADS=1
@@ -157,15 +151,21 @@ on_signal() {
   forward
 }
 
-forward() {  # once: a second signal would make torchrun give up waiting
+forward() {  # once to each launcher
+  local tick
   if [[ -n $signal && -n $child && -z $forwarded ]]; then
     forwarded=yes
+    # A launcher that has just been started would die of it without a word.
+    for ((tick = 0; tick < 1000; tick++)); do
+      [[ ! -e $ITHACA_OUTCOME_FILE.hears ]] && kill -0 "$child" 2>/dev/null || break
+      sleep 0.02
+    done
     kill "-$signal" "$child" 2>/dev/null
   fi
 }
 
-# Workers run in sessions of their own and outlive a killed torchrun; the outcome file's name in
-# their environment tells them apart from everything else on the machine.
+# Workers run in sessions of their own, and what they start may outlive them; the outcome file's name
+# in their environment tells them apart from everything else on the machine.
 end_leftovers() {
   local mark="ITHACA_OUTCOME_FILE=$scratch/"
   local environment pid
@@ -182,21 +182,33 @@ set_traps() {
     # shellcheck disable=SC2064  # the name is meant now
     trap "on_signal $name" "$name"
   done
-  trap 'end_leftovers; rm -rf "$scratch"' EXIT
+  trap 'end_leftovers; clean_up' EXIT
+}
+
+# Without --save the errors of the last launch have no other place.
+clean_up() {
+  if [[ -n $save || -z $has_failed || -z $(ls -A "$ITHACA_ERRORS" 2>/dev/null) ]]; then
+    rm -rf "$scratch"
+  fi
 }
 
 # --- one launch -----------------------------------------------------------------------------------
-launch() {  # number of the launch, then the trainer's arguments; returns torchrun's exit code
+launch() {  # number of the launch, then the trainer's arguments; returns the launcher's exit code
   local number=$1 code
   shift
   export ITHACA_OUTCOME_FILE="$scratch/outcome.$number"
+  export ITHACA_ERRORS="$scratch/errors.$number"
+  rm -rf "$scratch/errors.$((number - 1))"
+  mkdir "$ITHACA_ERRORS"
+  forwarded=""
   # Job control gives the launcher a process group of its own (Ctrl-C reaches it once, from here)
   # and keeps bash from making it ignore SIGINT.
   set -m
   "$PYTHON" -m launch.node --parent $$ \
     --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$NPROC_PER_NODE" \
     --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "$port" \
-    --grace "$GRACE" --join-wait "$JOIN_WAIT" pretrain.train "$@" </dev/null &
+    --grace "$GRACE" --join-wait "$JOIN_WAIT" --number "$number" --pause "$pause" \
+    --errors "${save:+$save/errors}" pretrain.train "$@" </dev/null &
   child=$!
   set +m
   forward  # a signal that came while we were starting
@@ -213,12 +225,12 @@ launch() {  # number of the launch, then the trainer's arguments; returns torchr
   return "$code"
 }
 
-# torchrun ends its workers itself; the deadline is for a torchrun that hangs.
+# The launcher ends its workers itself; the deadline is for a launcher that hangs.
 wait_for_stop() {
   local deadline=$((SECONDS + 2 * GRACE + 30))
   while kill -0 "$child" 2>/dev/null; do
     if [[ $SECONDS -ge $deadline ]]; then
-      say "torchrun did not end: killing it"
+      say "the launcher did not end: killing it"
       end_leftovers
     fi
     sleep 0.1
@@ -230,13 +242,14 @@ wait_for_stop() {
 published() { cat "${save:-/dev/null}/latest_checkpointed_iteration.txt" 2>/dev/null || true; }
 
 # Ends this script, unless the run is to start again: then `failures` counts the failures in a row.
-act_on_outcome() {  # the outcome and torchrun's exit code
+act_on_outcome() {  # the outcome and the launcher's exit code
   local outcome=$1 code=$2
+  pause=0
   case $outcome in
-    "" | refused | unmet) ;;  # that torchrun failed, too, is no surprise
+    "" | refused | unmet) ;;  # that the launcher failed, too, is no surprise
     *)
       [[ $code -eq 0 || -n $signal ]] ||
-        say "warning: the run ended as '$outcome', but torchrun with code $code" ;;
+        say "warning: the run ended as '$outcome', but the launcher with code $code" ;;
   esac
   case $outcome in
     done) exit 0 ;;
@@ -249,37 +262,52 @@ act_on_outcome() {  # the outcome and torchrun's exit code
       say "stopped; the same command goes on from the last checkpoint"
       exit 75 ;;
     again)
+      failures=0
+      # Other nodes may have gone on before the signal came: the next launch tells them.
+      [[ -n $signal ]] && { [[ $NNODES -eq 1 || $code -ge 128 ]] || return; }
       if [[ -n $signal ]]; then
         say "stopped between two layouts; the same command goes on"
         exit 75
       fi
       say "starting again, as the run says above"
-      failures=0
       return ;;
     "") ;;
     *) say "error: unknown outcome '$outcome'" ;;
   esac
-  [[ -n $signal ]] || wait_to_retry "$code"
-  if [[ -n $signal ]]; then
+  if [[ -n $signal && $code -ge 128 ]]; then
     say "ended by SIG$signal without an orderly stop; the last checkpoint counts"
     exit $((128 + $(kill -l "$signal")))
   fi
+  has_failed=yes
+  if [[ -z $signal ]]; then
+    plan_restart "$code"
+  elif [[ $NNODES -eq 1 ]]; then
+    say "stopped after a failure; the same command goes on from the last checkpoint"
+    exit 75
+  fi  # else the next launch tells the other nodes, which may wait for this one
 }
 
-wait_to_retry() {  # torchrun's exit code; a signal ends the wait
-  local pause tick
+plan_restart() {  # the launcher's exit code; sets pause, or gives up
+  local error
   [[ -z $save || $(published) == "$before" ]] || failures=0
   failures=$((failures + 1))
-  if [[ $failures -gt $MAX_RESTARTS ]]; then
-    say "error: failed $failures times without a new checkpoint (torchrun code $1); giving up"
+  error=$(cat "$ITHACA_OUTCOME_FILE.error" 2>/dev/null)
+  if [[ $failures -gt 1 && -n $error && $error == "$last_error" ]]; then
+    say "error: the same error twice at the same step, without a new checkpoint in between:" \
+      "another start would end the same way; giving up"
+    say "error: $error"
     exit 1
   fi
-  pause=$((failures <= 6 ? RETRY_WAIT << (failures - 1) : RETRY_WAIT << 6))
-  say "failed without an outcome (torchrun code $1); restart $failures of $MAX_RESTARTS in $pause s"
-  for ((tick = 0; tick < pause * 10; tick++)); do
-    [[ -z $signal ]] || break
-    sleep 0.1
-  done
+  last_error=$error
+  if [[ $failures -gt $MAX_RESTARTS ]]; then
+    say "error: failed $failures times without a new checkpoint (exit code $1); giving up"
+    exit 1
+  fi
+  # The launcher waits, so that the nodes meet and the processes import torch meanwhile.
+  if [[ $failures -gt 1 ]]; then
+    pause=$((failures <= 7 ? RETRY_WAIT << (failures - 2) : RETRY_WAIT << 5))
+  fi
+  say "failed without an outcome (exit code $1); restart $failures of $MAX_RESTARTS in $pause s"
 }
 
 # --- from top to bottom ---------------------------------------------------------------------------
@@ -296,14 +324,19 @@ if is_question "$@"; then
   RANK=0 LOCAL_RANK=0 WORLD_SIZE=$((NNODES * NPROC_PER_NODE)) exec "$PYTHON" -m pretrain.train "$@"
 fi
 scratch=$(mktemp -d "${TMPDIR:-/tmp}/ithaca.XXXXXX") || exit 1
+has_failed=""  # whether the last launch did
+save=""
 set_traps
 save=$("$PYTHON" "$root/launch/save_folder.py" "$@")
 
-failures=0  # since the last new checkpoint
+failures=0     # since the last new checkpoint
+last_error=""  # of the failure before
+pause=0        # seconds before the processes of the next launch train
 launches=0
 while true; do
   launches=$((launches + 1))
   before=$(published)
+  has_failed=""
   launch "$launches" "$@"
   code=$?
   outcome=$(cat "$ITHACA_OUTCOME_FILE" 2>/dev/null || true)

@@ -1,82 +1,210 @@
-"""Tell the other nodes that this node's launch has failed, and hear it from them.
+"""Keep the nodes of a launch together: what one must know of another goes through node 0's store.
 
 By itself a process that is gone, or that refused to train, is noticed elsewhere only when some
-timeout ends, minutes later and without a name. Through the store of the meeting the other nodes
-hear of it at once, end their own processes, and say which node it was.
+timeout ends, minutes later and without a name. So each node's launcher tells the others by a key in
+the store of the meeting when it is asked to stop, when its processes fail, and every second that it
+is still there. In the end all nodes leave together: node 0, which has the store, goes last.
 """
 
+import errno
 import json
 import os
-import signal
 import socket
 import threading
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
 
-from launch.meeting import PREFIX, Node0, connect
+from launch.failures import Ending, Failure
+from launch.outcome import say
+from launch.stop import Stop, announce_stop, read_stop
+from launch.store import (
+    BEAT,
+    ENDED,
+    MEMBERS,
+    OVER,
+    Node0,
+    connect,
+    leave_store,
+    why_unreachable,
+)
 
-POLL_SECONDS = 1.0
-"""The seconds between two looks at the store."""
-OWN_WORD_SECONDS = 5.0
-"""The seconds in which this node's processes may still find and say the same error themselves."""
-ENDED = f"{PREFIX}ended"
-"""The key under which the first failure is stored."""
-
-
-@dataclass(frozen=True)
-class Ending:
-    """Describes how a node's launch failed."""
-
-    node_rank: int
-    host: str
-    text: str
-    is_refusal: bool
-    """True where another try would end the same way."""
-
-    def describe(self) -> str:
-        """Say it in a line for the users of the other nodes."""
-        return f"node {self.node_rank} ({self.host}) ended this launch: {self.text}"
-
-
-def announce(node0: Node0, node_rank: int, text: str, *, is_refusal: bool) -> None:
-    """Tell the other nodes that this one's launch failed; only the first failure is stored."""
-    ending = Ending(node_rank, socket.gethostname(), text, is_refusal)
-    store = connect(node0)
-    if store is not None:  # None: node 0 is gone, and nobody is there to tell
-        with suppress(dist.DistError):
-            store.compare_set(ENDED, "", json.dumps(asdict(ending)))
-    if node_rank == 0:  # the store ends with this process: let the others read it first
-        time.sleep(2 * POLL_SECONDS)
+POLL_SECONDS = 0.5
+"""The seconds between two looks at the store, and between two signs of life."""
+SILENT_SECONDS = 20.0
+"""The seconds without a sign of life after which a node counts as gone."""
+SUSPECT_SECONDS = 4.0
+"""The same where processes have just lost their connections to it."""
 
 
 class Watch(threading.Thread):
-    """Waits for another node's failure, and then sends this process SIGTERM.
+    """Tells the other nodes of this one, and hears of them.
 
-    Make it before any process is started: while it connects, stderr leads to nowhere for a moment,
-    which a process that starts then would inherit.
+    Start no process while one is made: it connects, and for that moment stderr leads to nowhere.
     """
 
-    def __init__(self, node0: Node0, node_rank: int):
-        super().__init__(daemon=True)
+    def __init__(self, node0: Node0, node_rank: int, nnodes: int):
+        super().__init__(name="watch", daemon=True)
         self.store = connect(node0)
+        self.node0 = node0
         self.node_rank = node_rank
+        self.nnodes = nnodes
         self.heard: Ending | None = None
-        self.is_over = threading.Event()  # set when this node's own processes have ended
+        """Another node's failure."""
+        self.stop: Stop | None = None
+        """The first request to stop, whose ever it was."""
+        self.is_over = threading.Event()
+        self._beats: list[bytes] = []
+        self._alive_at = [time.monotonic()] * nnodes
+        """When each node's sign of life last changed; only node 0 looks at all of them."""
+        self._lock = threading.Lock()
+
+    # ------------------------------------------------------------ while processes run
 
     def run(self) -> None:
-        """Look at the store until a node has failed or this node's processes have ended."""
-        store = self.store
-        if store is None:
-            return
-        with suppress(dist.DistError):  # node 0 is gone: nothing more will come
-            while not store.check([ENDED]):
-                if self.is_over.wait(POLL_SECONDS):
+        """Give signs of life and look at the store, until a node has failed or all is over here."""
+        number = 0
+        while not self.is_over.wait(POLL_SECONDS):
+            number += 1
+            try:
+                self._look(number)
+                self._alive_at[0] = time.monotonic()
+            except dist.DistError as error:
+                if self._lost_node_0(error):
                     return
-            ending = Ending(**json.loads(store.get(ENDED)))
-            # SIGTERM makes torchrun end this node's processes.
-            if ending.node_rank != self.node_rank and not self.is_over.wait(OWN_WORD_SECONDS):
-                self.heard = ending
-                os.kill(os.getpid(), signal.SIGTERM)
+            if self.heard is not None:
+                return
+
+    def _look(self, number: int) -> None:
+        store = self._require_store()
+        store.set(f"{BEAT}{self.node_rank}", str(number))
+        self.stop = self.stop or read_stop(store)
+        if store.check([ENDED]):
+            self._hear(store.get(ENDED))
+        elif self.node_rank == 0:
+            self._count_beats(store)
+
+    def _hear(self, text: bytes) -> None:
+        ending = Ending.from_text(text)
+        if ending.node_rank != self.node_rank:
+            self.heard = ending
+
+    def _count_beats(self, store: dist.TCPStore) -> None:
+        """Look on node 0 for nodes that have fallen silent, and tell everybody."""
+        beats = store.multi_get([f"{BEAT}{rank}" for rank in range(self.nnodes)])
+        now = time.monotonic()
+        with self._lock:
+            for rank, beat in enumerate(beats):
+                if not self._beats or beat != self._beats[rank]:
+                    self._alive_at[rank] = now
+            self._beats = beats
+        self.blame_silent(SILENT_SECONDS)
+
+    def blame_silent(self, limit: float) -> None:
+        """Let every node hear on node 0 that a node is gone, where one is silent for `limit` s."""
+        store = self._require_store()
+        with self._lock:
+            silence = [time.monotonic() - at for at in self._alive_at]
+        longest = max(range(self.nnodes), key=silence.__getitem__)
+        # Node 0 itself may have been stopped for a while: then all seem silent.
+        is_silent = silence[longest] > limit and silence[0] < POLL_SECONDS + 1.0
+        if self.node_rank != 0 or longest == 0 or not is_silent:
+            return
+        host = json.loads(store.get(MEMBERS))[longest]
+        text = f"its launcher is gone: no sign of life for {silence[longest]:.0f} s"
+        self._post(Ending(longest, host, Failure(text, time=time.time())))
+
+    def _lost_node_0(self, error: dist.DistError) -> bool:
+        """Tell whether node 0 is gone for good, after an error of the store."""
+        if self.is_over.is_set():
+            return True
+        if self.node_rank == 0:
+            return False
+        # A node 0 that has started again waits for members; one behind a cut network answers
+        # nothing, and may come back.
+        reason = why_unreachable(self.node0)
+        self.store = connect(self.node0)
+        if self.store is not None:
+            with suppress(dist.DistError):
+                if self.store.check([MEMBERS]):
+                    return False
+            reason = "it has started again"
+        silence = time.monotonic() - self._alive_at[0]
+        is_gone = self.store is not None or reason == os.strerror(errno.ECONNREFUSED)
+        if not is_gone and silence < SILENT_SECONDS:
+            return False
+        failure = Failure(
+            f"its launcher is gone: {reason or str(error).splitlines()[0]}", time=time.time()
+        )
+        self.heard = Ending(0, self.node0.describe(), failure)
+        return True
+
+    def _require_store(self) -> dist.TCPStore:
+        if self.store is None:
+            raise dist.DistNetworkError("no connection to node 0")
+        return self.store
+
+    # ------------------------------------------------------------ what this node says
+
+    def announce(self, failure: Failure) -> None:
+        """Tell the other nodes that this one's launch failed; only the first failure is stored."""
+        with suppress(dist.DistError):  # node 0 is gone, and nobody is there to tell
+            self._post(Ending(self.node_rank, socket.gethostname(), failure))
+
+    def _post(self, ending: Ending) -> None:
+        store = self._require_store()
+        self._hear(store.compare_set(ENDED, "", ending.to_text()))
+
+    def announce_stop(self, number: int) -> None:
+        """Tell the other nodes that this one is asked to stop."""
+        if self.stop is None:
+            with suppress(dist.DistError):
+                self.stop = announce_stop(self._require_store(), self.node_rank, number)
+
+    def wait_for_word(self, seconds: float) -> None:
+        """Wait for another node to say what failed, where here only connections were lost."""
+        limit = time.monotonic() + seconds
+        while self.heard is None and time.monotonic() < limit:
+            time.sleep(0.1)
+            with suppress(dist.DistError):
+                self.blame_silent(SUSPECT_SECONDS)
+
+    # ------------------------------------------------------------ leaving together
+
+    def leave(self, seconds: float) -> None:
+        """Wait until the processes of all nodes are over; give up after some seconds.
+
+        When this returns, `stop` is known alike on all nodes.
+        """
+        try:
+            self._wait_until_all_are_over(seconds)
+        except dist.DistError:
+            pass  # node 0 has left, which it does when all have
+        self.part()
+
+    def _wait_until_all_are_over(self, seconds: float) -> None:
+        store = self._require_store()
+        store.set(f"{OVER}/{self.node_rank}", "")
+        limit = time.monotonic() + seconds
+        if self.node_rank == 0:
+            names = [f"{OVER}/{rank}" for rank in range(self.nnodes)]
+        else:
+            names = [OVER]
+        while not store.check(names):
+            if self.heard is not None:
+                return
+            if time.monotonic() >= limit:
+                say(f"the processes of other nodes go on after {seconds:.0f} s: leaving alone")
+                return
+            time.sleep(0.1)
+        if self.node_rank == 0:
+            store.set(OVER, "")
+        # Whoever is asked to stop says so before it is over.
+        self.stop = self.stop or read_stop(store)
+
+    def part(self) -> None:
+        """Say no more; node 0 keeps the store until the others have read the last word."""
+        self.is_over.set()
+        with suppress(dist.DistError):
+            leave_store(self._require_store(), self.node_rank, self.nnodes)

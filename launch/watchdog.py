@@ -1,6 +1,6 @@
 """Find a rank that is stopped or stuck, say who is at fault, and end the launch.
 
-A thread beside torchrun looks at this node's ranks once a second: at their records, and at what the
+A thread of the launcher looks at this node's ranks once a second: at their records, and at what the
 kernel says of their processes. It belongs to another process than the ranks, so that it sees them
 also when they cannot say anything. Node 0 decides, after it has asked the other nodes:
 
@@ -14,7 +14,6 @@ ranks, so that train.sh starts again.
 
 import dataclasses
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -24,11 +23,12 @@ from pathlib import Path
 from torch.distributed import DistError
 
 from launch.exchange import Exchange
-from launch.meeting import Node0, connect
 from launch.outcome import say
 from launch.page import write_page
 from launch.rank_view import RankView, find_starting, read_ranks
+from launch.records import errors_folder
 from launch.stacks import dump_flight_recorders, dump_stacks, kill_ranks
+from launch.store import Node0, connect
 from launch.verdict import describe_wait, judge, who_waits_for_whom
 
 POLL_SECONDS = 1.0
@@ -45,30 +45,25 @@ STACK_SECONDS = 8.0
 """The seconds that node 0 waits for the stacks of the other nodes."""
 SHOWN_LINES = 9
 """Lines of a verdict on the console; the page has all."""
-FLIGHT_RECORDER = {
-    "TORCH_FR_BUFFER_SIZE": "2000",
-    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
-    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-    "TORCH_NCCL_DEBUG_INFO_PIPE_FILE": "{folder}/nccl",
-    "TORCH_FR_DUMP_TEMP_FILE": "{errors}/nccl_rank_",
-    "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "{errors}/nccl_rank_",
-}
-"""What torch's flight recorder of NCCL reads from the environment, under its old and new names."""
 
 
 class Watchdog(threading.Thread):
     """Watches the ranks of this node until `close`."""
 
-    def __init__(self, records: Path, errors: Path, exchange: Exchange, nproc_per_node: int):
+    def __init__(
+        self, records: Path, errors: Path, shown: str, exchange: Exchange, nproc_per_node: int
+    ):
         """Make the watchdog of a node.
 
         Args:
             records: the folder of the ranks' records.
             errors: the folder of the pages.
+            shown: where the user finds them.
         """
         super().__init__(name="watchdog", daemon=True)
         self.records = records
         self.errors = errors
+        self.shown = shown
         self.exchange = exchange
         self.nproc_per_node = nproc_per_node
         self.verdict: str | None = None
@@ -180,7 +175,7 @@ class Watchdog(threading.Thread):
             path.write_text(page)
         except OSError as error:
             return f"not written ({path}: {error.strerror})"
-        return str(path)
+        return os.path.join(self.shown, path.name)
 
     def _dump(self, own: Sequence[RankView]) -> dict[int, str]:
         """Have this node's ranks write where they are -> rank: stacks."""
@@ -243,34 +238,21 @@ def _say_verdict(lines: Sequence[str]) -> None:
 
 
 @contextmanager
-def watched(node0: Node0 | None, node_rank: int, nnodes: int, nproc: int) -> Iterator[Watchdog]:
-    """Watch the ranks that are started inside; they find the folder of their records.
+def watched(
+    records: Path, shown: str, node0: Node0 | None, node_rank: int, nnodes: int, nproc: int
+) -> Iterator[Watchdog]:
+    """Watch the ranks of this node.
 
     Args:
+        records: the folder of the ranks' records.
+        shown: the folder in which the user finds the page, which is written to this node's own.
         node0: where the store is; None with one node.
     """
-    with tempfile.TemporaryDirectory(prefix="records.", dir=_scratch()) as folder:
-        records = Path(folder)
-        os.environ |= {"ITHACA_RECORDS": folder}
-        # NCCL keeps its last collectives, and writes them when asked by a pipe. Whoever has chosen
-        # otherwise decides.
-        for name, value in FLIGHT_RECORDER.items():
-            os.environ.setdefault(name, value.format(folder=folder, errors=errors_folder()))
-        store = None if node0 is None else connect(node0)
-        watchdog = Watchdog(records, errors_folder(), Exchange(store, node_rank, nnodes), nproc)
-        watchdog.start()
-        try:
-            yield watchdog
-        finally:
-            watchdog.close()
-
-
-def errors_folder() -> Path:
-    """Name the folder of the pages, which train.sh chooses."""
-    return Path(os.environ.get("ITHACA_ERRORS") or tempfile.gettempdir())
-
-
-def _scratch() -> str | None:
-    """Name the folder that train.sh removes at its end; None without train.sh."""
-    outcome = os.environ.get("ITHACA_OUTCOME_FILE")
-    return os.path.dirname(outcome) if outcome else None
+    store = None if node0 is None else connect(node0)
+    exchange = Exchange(store, node_rank, nnodes)
+    watchdog = Watchdog(records, errors_folder(), shown, exchange, nproc)
+    watchdog.start()
+    try:
+        yield watchdog
+    finally:
+        watchdog.close()

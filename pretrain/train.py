@@ -1,4 +1,4 @@
-"""Pretrain a GPT: `torchrun ... -m pretrain.train --config FILE [--flags]`.
+"""Pretrain a GPT: one process of those that launch/train.sh starts.
 
 Reads top to bottom: check everything, join the processes, build or load the state, and hand it to
 the training loop (training_loop.py). The process ends with an outcome that the launcher reads:
@@ -42,11 +42,14 @@ from pretrain.processes.heartbeat import Heartbeat
 from pretrain.processes.out_of_memory import out_of_memory_explained
 from pretrain.processes.outcome import (
     UNSTARTED,
+    is_full_disk,
     refuse,
     refuse_with_others,
+    report_failure,
     say_stopped_at_start,
     write_outcome,
 )
+from pretrain.processes.recovery import Recovery, wait_at_gate
 from pretrain.processes.shared_facts import shared_by_all
 from pretrain.processes.shared_folder import require_shared_folder
 from pretrain.processes.stop import StopSignals, defer_together, let_signals_through
@@ -63,14 +66,15 @@ def main(argv: list[str] | None = None) -> int:
 
     0 for an end that the launcher reads from the outcome file, 2 for bad input without a launcher.
     """
+    recovery = wait_at_gate()
     signals = StopSignals()
     try:
-        return _main(spell(sys.argv[1:] if argv is None else argv), signals)
+        return _main(spell(sys.argv[1:] if argv is None else argv), signals, recovery)
     finally:
         signals.close()
 
 
-def _main(argv: list[str], signals: StopSignals) -> int:
+def _main(argv: list[str], signals: StopSignals, recovery: Recovery) -> int:
     heartbeat = Heartbeat.of_this_process()
     # Everything that this process can check alone, before it waits for others.
     only_print = "--print-config" in argv
@@ -99,13 +103,18 @@ def _main(argv: list[str], signals: StopSignals) -> int:
         world = start_world(config.layout)
     except (ValueError, OSError) as error:
         return refuse(error)
-    trainer = Trainer(plan, world, signals, heartbeat)
+    recovery.mark("plan")
+    trainer = Trainer(plan, world, signals, heartbeat, recovery)
     try:
         outcome = trainer.run()
     except Refused as error:
         return refuse(error, "all ranks")
     except ValueError as error:
         return refuse(error, "this rank" if trainer.in_steps else "this machine")
+    except Exception as error:
+        if is_full_disk(error):  # another try would fill it, too
+            return refuse(error, "this rank")
+        raise
     finally:
         end_world()
     if launched_local_rank() == 0:
@@ -133,12 +142,14 @@ class Trainer:
         world: World,
         signals: StopSignals | None = None,
         heartbeat: Heartbeat | None = None,
+        recovery: Recovery | None = None,
     ):
         self.plan = plan
         self.config = plan.config
         self.world = world
         self.signals = signals or StopSignals()
         self.heartbeat = heartbeat or Heartbeat()
+        self.recovery = recovery or Recovery()
         self.started = time.monotonic()
         self.evaluation_due: str | None = None
         """The phase of an evaluation that a stop cut short or left out; the next start makes up for
@@ -174,6 +185,7 @@ class Trainer:
         self.layout = build_layout(phase.layout, self.world)
         self.heartbeat.name_axes(self.layout)
         lock = self._lock_save_folder()
+        self.recovery.mark("groups")
         try:
             self.loop = self._prepare(phase)
         except DamagedCheckpoint as damage:
@@ -183,6 +195,7 @@ class Trainer:
             if lock is not None:
                 lock.release()
             return "again"
+        self.recovery.mark("state")
         try:
             # Until here a signal ends the process at once; from here on ranks stop together.
             if self.config.checkpoint.exit_signal_handler:
@@ -191,6 +204,10 @@ class Trainer:
                     return UNSTARTED
             self.in_steps = True
             return self.loop.run(phase)
+        except Exception as error:
+            # What follows may have to wait for ranks that are gone.
+            report_failure(error, self.loop.state.step)
+            raise
         finally:
             self.loop.saver.close(finish=False)
             self.loop.reporter.close()
@@ -289,6 +306,7 @@ class Trainer:
             self.heartbeat,
             evaluation_due=self.evaluation_due,
             started=self.started,
+            recovery=self.recovery,
         )
         self._report_start(loop, phase, attention)
         return loop

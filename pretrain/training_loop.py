@@ -23,6 +23,7 @@ from pretrain.planner.model_size import ModelSize
 from pretrain.processes.agreement import Refused, known_to_all
 from pretrain.processes.heartbeat import Heartbeat
 from pretrain.processes.out_of_memory import out_of_memory_explained
+from pretrain.processes.recovery import Recovery
 from pretrain.processes.stop import Interrupted, StopRequest, StopSignals
 from pretrain.schedule.phases import Phase, phase_at
 from pretrain.state import TrainState, compute_dtype, weights_are_finite
@@ -36,6 +37,7 @@ class TrainingLoop:
         evaluation_due: the phase of an evaluation that a stop cut short before this start.
         signals: the stop signals of this process.
         started: when this process began, by time.monotonic.
+        recovery: how it came to this start.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class TrainingLoop:
         *,
         evaluation_due: str | None,
         started: float,
+        recovery: Recovery | None = None,
     ):
         self.plan = plan
         self.config = plan.config
@@ -58,6 +61,7 @@ class TrainingLoop:
         self.signals = signals
         self.heartbeat = heartbeat
         self.started = started
+        self.recovery = recovery or Recovery()
         self.evaluation_due = evaluation_due
         """The phase of an evaluation that a stop cut short or left out; the next start makes up for
         it."""
@@ -317,6 +321,9 @@ class TrainingLoop:
         return self.signals.asked or is_late or is_last
 
     def _report_step(self, record: StepRecord) -> None:
+        if text := self.recovery.describe(record.step):
+            self.reporter.say(text)
+            self.report("recovered", text)
         self.reporter.step(record, self.plan.phases[-1].end - self.state.clock)
         if record.skipped:
             self.report("skipped", f"loss {record.loss}, gradient norm {record.grad_norm}")

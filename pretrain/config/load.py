@@ -126,6 +126,11 @@ def outcome_path() -> str | None:
     return os.environ.get("ITHACA_OUTCOME_FILE")
 
 
+def has_gate() -> bool:
+    """Tell whether the launcher wants this process to wait for its word: see launch/workers.py."""
+    return os.environ.get("ITHACA_GATE") == "stdin"
+
+
 def warn(text: str) -> None:
     """Print a warning on standard error."""
     print(f"warning: {text}", file=sys.stderr, flush=True)

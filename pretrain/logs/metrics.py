@@ -148,9 +148,9 @@ class Reporter:
         """Write something that happened to the run, with the time of day; it is never removed.
 
         Args:
-            kind: start, restart, phase, save, unsaved, deleted, damaged, retention, skipped, no
-                target, refused, stopped, again or done; damaged at a start is written by
-                `append_event`.
+            kind: start, restart, recovered, phase, save, unsaved, deleted, damaged, retention,
+                skipped, no target, refused, stopped, again or done; damaged at a start is written
+                by `append_event`.
         """
         if self.events:
             self.events.append(_event(kind, step, clock, text))

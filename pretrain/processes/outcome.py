@@ -1,9 +1,11 @@
-"""How a process ends: one word for the launcher, and bad input said once.
+"""How a process ends: one word for the launcher, bad input said once, and a failure kept whole.
 
-torchrun hands no exit codes on. So an orderly end is exit 0 on all ranks, and local rank 0 of each
-node writes the outcome to the file that launch/train.sh names in the environment.
+An orderly end is exit 0 on all ranks, and local rank 0 of each node writes the outcome to the file
+that launch/train.sh names in the environment. What an exception says goes to a file of the rank:
+launch/worker.py.
 """
 
+import errno
 import socket
 import sys
 import time
@@ -23,7 +25,7 @@ from pretrain.config.load import outcome_path
 from pretrain.processes.agreement import Refused, Shared, require_agreement
 
 UNSTARTED = "unstarted"
-"""Not "stopped": the signal may be torchrun's, because another process has failed."""
+"""Not "stopped": nothing was trained, so that nothing had to be saved."""
 
 POLL_SECONDS = 0.05
 
@@ -31,7 +33,7 @@ KnownTo = Literal["this rank", "this machine", "all ranks"]
 
 
 def write_outcome(outcome: str) -> None:
-    """Tell the launcher of this node how the run ended: torchrun does not pass exit codes on."""
+    """Tell the launcher of this node how the run ended."""
     path = outcome_path()
     if path:
         write_atomically(Path(path), outcome)
@@ -40,8 +42,8 @@ def write_outcome(outcome: str) -> None:
 def refuse(error: Exception, known_to: KnownTo = "this machine") -> int:
     """Say what is wrong with the input, and tell the launcher not to try again.
 
-    It is said once per machine, where all its ranks found the same. Exit code 2 makes torchrun stop
-    the other ranks; where all ranks end by themselves, the outcome file is enough.
+    It is said once per machine, where all its ranks found the same. Exit code 2 makes the launcher
+    end the other ranks; where all ranks end by themselves, the outcome file is enough.
 
     Args:
         known_to: who else ends for the same reason.
@@ -124,3 +126,26 @@ def refuse_with_others(error: Exception) -> int:
         end_world()
     write_outcome("refused")
     return 2
+
+
+def report_failure(error: Exception, step: int) -> None:
+    """Let the launcher know at once that this rank has failed after a step, and how.
+
+    Bad input and a full disk are said as what they are: see `refuse`.
+    """
+    if isinstance(error, ValueError) or is_full_disk(error):
+        return
+    error.add_note(f"after step {step:,}")
+    # Without a launcher the exception itself will be printed, as always.
+    if sys.excepthook is not sys.__excepthook__:
+        sys.excepthook(type(error), error, error.__traceback__)
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Tell whether an error, or one that led to it, is that a disk or a quota is full."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False

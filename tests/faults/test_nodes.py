@@ -1,4 +1,4 @@
-"""launch/train.sh with real torchrun processes, and tests/faults/trainer.py as the trainer.
+"""launch/train.sh with real processes, and tests/faults/trainer.py as the trainer.
 
 What a launch says when it cannot work, that it says it once, and that nothing is left of it.
 """
@@ -85,9 +85,10 @@ class Launches:
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
-    """Wait for train.sh -> its exit code, and what it said without the line about the interface."""
+    """Wait for train.sh -> its exit code, and what it said but for the lines of every start."""
     _, err = process.communicate(timeout=SECONDS)
-    lines = [line for line in err.splitlines() if "gloo use" not in line]
+    usual = ("gloo use", "of 2 trains: rank")
+    lines = [line for line in err.splitlines() if not any(words in line for words in usual)]
     return process.returncode, "\n".join(lines)
 
 
@@ -125,7 +126,7 @@ def test_nothing_goes_on_when_train_sh_is_killed_and_a_new_start_works(launches)
     process = launches.start(ACTION="train")
     pids = [launches.pid(rank) for rank in range(2)]
     launcher = parent_of(pids[0])
-    assert parent_of(launcher) == process.pid, "torchrun is train.sh's child"
+    assert parent_of(launcher) == process.pid, "launch.node is train.sh's child"
     process.kill()
     for pid in (launcher, *pids):
         wait_until(lambda pid=pid: not is_alive(pid), f"process {pid} ends")
@@ -133,7 +134,7 @@ def test_nothing_goes_on_when_train_sh_is_killed_and_a_new_start_works(launches)
     assert code == 0, err
 
 
-def test_no_worker_goes_on_when_torchrun_is_killed(launches):
+def test_no_worker_goes_on_when_the_launcher_is_killed(launches):
     process = launches.start(ACTION="train")
     pids = [launches.pid(rank) for rank in range(2)]
     process.send_signal(signal.SIGSTOP)  # the kernel ends them, not train.sh
@@ -164,14 +165,33 @@ def test_a_refusal_is_one_line(launches):
     assert err == "error: lr = -1: must be positive. Fix: a positive one."
 
 
-def test_a_crash_keeps_its_traceback_and_names_the_rank(launches):
+def test_a_crash_ends_with_the_error_of_the_rank_that_failed(launches):
     code, err = launches.run(ACTION="crash")
     assert code == 1, err
     assert err.count("Traceback (most recent call last)") == 1, err
-    assert (
-        "RuntimeError: the loss is a pear\ntrain.sh: error: rank 1 (local rank 1, process " in err
-    )
-    assert "failed with exit code 1" in err
+    said = err[err.index("RuntimeError: the loss is a pear") :].splitlines()
+    assert said[1].startswith("train.sh: error: rank 1 (local rank 1, process ")
+    assert said[1].endswith("failed before the first step: RuntimeError: the loss is a pear")
+    # What is more than the console shows is in a file of the rank.
+    folder = said[2].removeprefix("train.sh: what every rank of this node said is in ")
+    assert "raise RuntimeError" in (Path(folder) / "rank1.txt").read_text()
+
+
+def test_with_a_save_folder_the_errors_are_kept_there(launches):
+    (launches.folder / "run.yaml").write_text("save: out")
+    code, err = launches.run(ACTION="crash")
+    assert code == 1, err
+    (kept,) = launches.folder.glob("out/errors/*/rank1.txt")
+    assert f"said is in {kept.parent.relative_to(launches.folder)}" in err
+    assert not list(launches.folder.glob("ithaca.*"))
+
+
+def test_a_segmentation_fault_says_where_it_was(launches):
+    code, err = launches.run(ACTION="segfault")
+    assert code == 1, err
+    assert "was killed by SIGSEGV" in err
+    assert "Fatal Python error: Segmentation fault" in err
+    assert "trainer.py" in err
 
 
 def test_a_killed_rank_is_named_with_its_signal(launches):
@@ -180,20 +200,6 @@ def test_a_killed_rank_is_named_with_its_signal(launches):
     assert "error: rank 1 (local rank 1, process " in err
     assert "was killed by SIGKILL" in err
     assert "Traceback" not in err
-
-
-@pytest.mark.long  # test_train_sh.py looks at what train.sh hands on, in every run
-def test_settings_of_torchrun_in_the_environment_change_nothing(launches):
-    code, err = launches.run(
-        ACTION="done",
-        PET_NNODES="3",
-        PET_RDZV_BACKEND="c10d",
-        PET_RDZV_ENDPOINT="no.such.host.invalid:29400",
-        PET_MAX_RESTARTS="7",
-    )
-    assert code == 0, err
-    (line,) = err.splitlines()
-    assert "PET_MAX_RESTARTS PET_NNODES PET_RDZV_BACKEND PET_RDZV_ENDPOINT" in line
 
 
 def two_nodes(**environment: str) -> dict[str, str]:

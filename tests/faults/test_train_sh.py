@@ -20,30 +20,39 @@ ALLOCATOR_NAMES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH
 
 # Each launch takes the next line of the file `plan` (the last line is kept). `hang` waits for a
 # signal, says which one, and ends like a trainer that saved; it leaves an orphan in a session of
-# its own, as a killed torchrun does.
+# its own, as a killed launcher does.
 FAKE_PYTHON = r"""#!/usr/bin/env bash
 [[ $1 == -m ]] || exec {python} "$@"
 here={here}
 if [[ $2 == pretrain.train ]]; then echo "direct $RANK $WORLD_SIZE ${{*:3}}"; exit 0; fi
 echo "$PWD|$OMP_NUM_THREADS|$PYTHONPATH|$*" >> "$here/starts"
 env | grep _ALLOC_CONF= > "$here/allocator"
-env | grep ^PET_ > "$here/torchrun_settings"
 action=$(head -n 1 "$here/plan")
 [[ $(wc -l < "$here/plan") -le 1 ]] || sed -i 1d "$here/plan"
 case $action in
   nothing) exit 1 ;;
+  same | other)
+    echo -n "$action error" > "$ITHACA_OUTCOME_FILE.error"
+    echo "Traceback ..." > "$ITHACA_ERRORS/rank0.txt"
+    exit 1 ;;
   silent) exit 0 ;;
   publish)
     mkdir -p "$here/save"
     date +%s%N > "$here/save/latest_checkpointed_iteration.txt"
     exit 1 ;;
   refused | unmet) echo -n "$action" > "$ITHACA_OUTCOME_FILE"; exit 1 ;;
+  "slow failure")  # a launcher that has not seen the signal yet when its workers fail
+    trap "exit 1" TERM
+    touch "$ITHACA_OUTCOME_FILE.hears"
+    echo $$ > "$here/ready"
+    while true; do sleep 0.05; done ;;
   hang | deaf)
     if [[ $action == hang ]]; then
       for name in TERM INT HUP USR1; do
         trap "echo $name >> '$here/signals'; echo -n stopped > '$ITHACA_OUTCOME_FILE'; exit 1" $name
       done
     fi
+    touch "$ITHACA_OUTCOME_FILE.hears"
     setsid sleep 300 &
     echo $! > "$here/orphan"
     echo $$ > "$here/ready"
@@ -105,10 +114,11 @@ class Fixture:
             preexec_fn=_hear_signals,
         )
 
-    def run(self, *arguments: str, **environment: str) -> tuple[int, str, str]:
+    def run(self, *arguments: str, check: bool = True, **environment: str) -> tuple[int, str, str]:
         process = self.start(*arguments, **environment)
         out, err = process.communicate(timeout=30)
-        self.assert_clean()
+        if check:
+            self.assert_clean()
         return process.returncode, out, err
 
     def starts(self) -> list[str]:
@@ -203,15 +213,6 @@ def test_a_node_that_does_not_come_is_not_a_crash(fake):
     assert err == "", "launch.node has said why"
 
 
-def test_settings_of_torchrun_left_over_in_the_environment_are_named_and_unset(fake):
-    fake.plan("done")
-    code, _, err = fake.run(PET_NNODES="4", PET_RDZV_ENDPOINT="pod-0:29400", PET_MAX_RESTARTS="7")
-    assert code == 0, err
-    (line,) = err.splitlines()
-    assert "ignoring PET_MAX_RESTARTS PET_NNODES PET_RDZV_ENDPOINT" in line
-    assert (fake.folder / "torchrun_settings").read_text() == ""
-
-
 def test_on_one_node_a_port_has_no_effect_and_is_named(fake):
     fake.plan("done")
     code, _, err = fake.run(MASTER_ADDR="pod-0", MASTER_PORT="29500")
@@ -271,13 +272,55 @@ def test_a_signal_without_an_orderly_end_is_not_a_success(fake):
     fake.assert_clean()
 
 
-def test_a_signal_ends_the_wait_for_a_restart(fake):
+def test_the_first_restart_comes_at_once_and_the_launcher_waits_before_the_others(fake):
+    """While it waits the nodes meet and the processes import."""
     fake.plan("nothing")
-    process = fake.start(RETRY_WAIT="60")
-    assert "restart 1 of 3 in 60 s" in process.stderr.readline()
+    assert fake.run(RETRY_WAIT="3", MAX_RESTARTS="3")[0] == 1
+    pauses = [start.split("--pause ")[1].split()[0] for start in fake.starts()]
+    assert pauses == ["0", "0", "3", "6"]
+
+
+def test_the_same_error_twice_at_one_step_is_not_tried_a_third_time(fake):
+    fake.plan("other", "same", "same", "done")
+    code, _, err = fake.run(MAX_RESTARTS="9", check=False)
+    assert code == 1, err
+    assert len(fake.starts()) == 3
+    assert "the same error twice at the same step, without a new checkpoint in between" in err
+    assert "error: same error" in err
+    # Without --save the ranks' own words stay where they are.
+    (kept,) = fake.folder.glob("ithaca.*/errors.3/rank0.txt")
+    assert kept.read_text() == "Traceback ...\n"
+
+
+def test_an_error_after_a_new_checkpoint_is_another_one(fake):
+    fake.plan("same", "publish", "same", "done")
+    assert fake.run("--config", "run.yaml", "--save", "save", MAX_RESTARTS="9")[0] == 0
+    assert len(fake.starts()) == 4
+
+
+def test_a_signal_after_a_failure_asks_to_be_called_again(fake):
+    """Nothing trains then, and the last checkpoint counts."""
+    fake.plan("slow failure")
+    process = fake.start()
+    fake.wait_until_ready()
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=10)
-    assert process.returncode == 128 + signal.SIGTERM
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 75, err
+    assert "stopped after a failure; the same command goes on from the last checkpoint" in err
+    fake.assert_clean()
+
+
+def test_a_signal_between_two_launches_is_told_to_the_other_nodes(fake):
+    """They may be waiting for this one in the next launch."""
+    fake.plan("slow failure", "hang")
+    settings = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"}
+    process = fake.start(**settings)
+    fake.wait_until_ready()
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 75, err
+    assert len(fake.starts()) == 2
+    assert (fake.folder / "signals").read_text().split() == ["TERM"], "the second launch hears it"
 
 
 def test_several_nodes(fake):
@@ -312,7 +355,7 @@ def test_a_port_that_is_none_is_named(fake, port):
     assert not fake.starts()
 
 
-def test_questions_need_no_torchrun(fake):
+def test_questions_need_no_launcher(fake):
     code, out, _ = fake.run("--config", "run.yaml", "--print-config", NPROC_PER_NODE="4")
     assert code == 0 and not fake.starts()
     assert out == "direct 0 4 --config run.yaml --print-config\n"

@@ -1,5 +1,6 @@
 """Stand in for the trainer without torch: `ACTION` in the environment says what a rank does."""
 
+import ctypes
 import os
 import signal
 import sys
@@ -10,6 +11,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 def main() -> int:
+    if not sys.stdin.readline():  # the launcher's word that all nodes are there
+        return 0
     rank = int(os.environ["RANK"])
     is_first_here = os.environ["LOCAL_RANK"] == "0"
     here = Path(os.environ["HERE"])
@@ -32,6 +35,8 @@ def main() -> int:
         return 2
     if action == "crash" and rank == 1:
         raise RuntimeError("the loss is a pear")
+    if action == "segfault" and rank == 1:
+        ctypes.string_at(0)
     if action == "killed" and rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     if action == "all_reduce":

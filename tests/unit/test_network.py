@@ -1,6 +1,7 @@
 """launch/network.py: which interface gloo and NCCL are told, from this machine's addresses."""
 
 import socket
+import threading
 
 import pytest
 
@@ -154,3 +155,19 @@ def test_a_name_server_that_does_not_answer_is_asked_again(monkeypatch):
 def test_a_name_without_an_address_is_refused(name):
     with pytest.raises(ValueError, match="MASTER_ADDR = .*must be a name or an address"):
         resolve(name, wait=0.0)
+
+
+def test_a_port_in_use_is_refused(monkeypatch):
+    monkeypatch.setattr(network, "PORT_SECONDS", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(ValueError, match=f"MASTER_PORT = {port}: .*Address already in use"):
+            network.listen(port)
+
+
+def test_a_port_that_becomes_free_is_waited_for():
+    server = socket.create_server(("127.0.0.1", 0))
+    port = server.getsockname()[1]
+    threading.Timer(0.2, server.close).start()
+    with network.listen(port) as listening:
+        assert listening.getsockname()[1] == port

@@ -10,10 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from launch.tether import STOP_SIGNALS
 from parallel.layout import single_process_layout
 from pretrain.processes import stop
 from pretrain.processes.stop import Interrupted, StopRequest, StopSignals
 from pretrain.train import Trainer
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # Waits for a store that nobody serves, as a process waits for another node: the wait is in C++, far
 # from Python.
@@ -46,7 +49,7 @@ def test_a_process_that_waits_for_others_ends_at_once(number):
     finally:
         process.kill()
     assert said == "ended in order\n"
-    assert process.returncode == 0, "an orderly end, of which torchrun makes no failure"
+    assert process.returncode == 0, "an orderly end, of which the launcher makes no failure"
 
 
 # A signal that comes while the trainer still imports what answers it.
@@ -59,10 +62,18 @@ time.sleep(60)
 """
 
 
-def test_a_signal_during_the_imports_ends_the_process_in_order():
-    tether = Path(__file__).resolve().parents[2] / "launch" / "tether.py"
-    command = [sys.executable, str(tether), str(os.getpid()), sys.executable, "-c", IMPORTING]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+def test_a_signal_during_the_imports_ends_the_process_in_order(tmp_path):
+    (tmp_path / "importing.py").write_text(IMPORTING)
+    found = subprocess.run(
+        [sys.executable, "-m", "launch.worker", str(os.getpid()), "importing"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ
+        | {"PYTHONPATH": f"{ROOT}:{tmp_path}", "ITHACA_ERRORS": str(tmp_path), "RANK": "0"},
+        # As launch/workers.py starts it.
+        preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS),
+    )
     assert (found.returncode, found.stdout) == (0, "ended in order\n"), found.stderr
 
 
