@@ -162,7 +162,7 @@ class LaunchedRun:
 
     def starts_for_layouts(self) -> int:
         """Count the restarts for another layout so far."""
-        return sum("starting again: the next phase" in line for line in self.lines)
+        return sum("needs another layout: starting again" in line for line in self.lines)
 
     def workers(self) -> list[int]:
         """List the process ids of this run's trainers, also of those whose launcher is gone."""
