@@ -13,19 +13,20 @@ root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd -P)
 # command | what runs it: a script of launch/ or a module | what it does
 commands() {
   cat <<'TABLE'
-train           | train.sh               | train on this node: --config FILE [--flags]
-plan            | plan                   | check a run without starting it: --config FILE [--flags]
-train-tokenizer | tools.train_tokenizer  | train a SentencePiece tokenizer on text
-preprocess      | tools.preprocess_data  | turn text into token files (.bin, .idx)
-inspect         | tools.inspect_data     | show what tokens, a batch or a checkpoint hold
-merge           | tools.merge_datasets   | join several token files into one
-split           | tools.split_dataset    | cut one token file into several
-audit           | tools.audit_data       | count whether a run drew each token exactly once
-import          | tools.import_hf        | make a checkpoint of a Hugging Face folder
-export          | tools.export_hf        | make a Hugging Face folder of a checkpoint
-generate        | tools.generate         | continue a text with a Hugging Face folder
-report          | tools.report           | show a run on one page
-bench           | tools.bench            | compare this code with its peers on this machine
+train              | train.sh                 | train on this node: --config FILE [--flags]
+plan               | plan                     | check a run, do not start it: --config FILE [--flags]
+train-tokenizer    | tools.train_tokenizer    | train a SentencePiece tokenizer on text
+preprocess         | tools.preprocess_data    | turn text into token files (.bin, .idx)
+inspect            | tools.inspect_data       | show what tokens, a batch or a run's data hold
+inspect-checkpoint | tools.inspect_checkpoint | list, verify and compare checkpoints
+merge              | tools.merge_datasets     | join several token files into one
+split              | tools.split_dataset      | cut one token file into several
+audit              | tools.audit_data         | count whether a run drew each token exactly once
+import             | tools.import_hf          | make a checkpoint of a Hugging Face folder
+export             | tools.export_hf          | make a Hugging Face folder of a checkpoint
+generate           | tools.generate           | continue a text with a Hugging Face folder
+report             | tools.report             | show a run on one page
+bench              | tools.bench              | compare this code with its peers on this machine
 TABLE
 }
 
@@ -37,7 +38,7 @@ runner_of() { commands | awk -F ' *[|] *' -v name="$1" '$1 == name { print $2 }'
 list_commands() {
   echo "usage: bash launch/ithaca.sh COMMAND [ARGUMENTS]"
   echo
-  commands | awk -F ' *[|] *' '{ printf "  %-16s %s\n", $1, $3 }'
+  commands | awk -F ' *[|] *' '{ printf "  %-19s %s\n", $1, $3 }'
   echo
   echo "bash launch/ithaca.sh COMMAND --help lists a command's arguments."
 }

@@ -62,17 +62,20 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class SafeReader(dcp.FileSystemReader):
-    """A FileSystemReader whose metadata goes through `_MetadataUnpickler`."""
+    """A FileSystemReader whose metadata goes through `_MetadataUnpickler`, and is read once."""
 
     def __init__(self, path: str | os.PathLike):
         super().__init__(path)
+        self._metadata: Any = None
         self.sizes: dict[str, torch.Size] = {}
         """Sizes to claim for tensors that are asked for in another than the stored one: DCP then
         reads the part that is stored."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open(Path(self.path) / METADATA, "rb") as file:
-            metadata = _MetadataUnpickler(file).load()
+        if self._metadata is None:
+            with open(Path(self.path) / METADATA, "rb") as file:
+                self._metadata = _MetadataUnpickler(file).load()
+        metadata = self._metadata
         # As DCP's own reader does.
         metadata.storage_meta.load_id = self.load_id
         # DCP compares sizes before it reads.
@@ -98,17 +101,39 @@ def tensor_names(folder: Path, prefix: str = "model.") -> list[str]:
 
 def read_whole_tensors(folder: Path, names: list[str]) -> dict[str, torch.Tensor]:
     """Read the named tensors, whole, into the CPU's memory, without any process group."""
-    reader = SafeReader(folder)
-    stored = tensors_of(reader.read_metadata())
-    # DCP fills tensors that exist: of the stored sizes and dtypes, and on the CPU.
-    tensors = {
-        name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype, device="cpu")
-        for name in names
-    }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=ALONE)
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
-    return tensors
+    return StoredTensors(folder).read_all(names)
+
+
+class StoredTensors:
+    """The tensors of a checkpoint, whose table is read once.
+
+    Args:
+        folder: the checkpoint, whose files were verified.
+    """
+
+    def __init__(self, folder: Path):
+        self._reader = SafeReader(folder)
+        self.entries = tensors_of(self._reader.read_metadata())
+        """Name -> what the table says of the tensor."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.entries[name].properties.dtype
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read one tensor, whole, into the CPU's memory."""
+        return self.read_all([name])[name]
+
+    def read_all(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """Read the named tensors, whole, into the CPU's memory."""
+        # DCP fills tensors that exist: of the stored sizes and dtypes, and on the CPU.
+        tensors = {
+            name: torch.empty(self.entries[name].size, dtype=self.dtype(name), device="cpu")
+            for name in names
+        }
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=ALONE)
+            dcp.load(tensors, storage_reader=self._reader, no_dist=True)
+        return tensors
 
 
 # ---------------------------------------------------------------- what a damaged file held
