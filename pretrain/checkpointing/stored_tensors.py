@@ -140,34 +140,34 @@ class StoredTensors:
 
 
 def name_damaged_tensors(folder: Path, file: str) -> str:
-    """Say which tensors of a damaged file are lost: those that cannot be read, or else all of it.
+    """Say which tensors of a damaged file are lost, as closely as the file tells.
 
     Args:
         file: relative path, whose content differs from what was saved. The table of tensors must be
             as it was.
     """
+    path = folder / file
+    size = path.stat().st_size if path.is_file() else 0
     places = SafeReader(folder).read_metadata().storage_data
-    parts = {index: place for index, place in places.items() if place.relative_path == file}
-    unreadable = [
-        index.fqn
-        for index, place in parts.items()
-        if not _is_readable(folder / file, place.offset, place.length)
-    ]
-    names = sorted(set(unreadable or (index.fqn for index in parts)))
+    parts = [(index.fqn, at) for index, at in places.items() if at.relative_path == file]
+    # What is cut off is known; of the rest, older saves wrote a checksum for each tensor.
+    lost = [name for name, at in parts if at.offset + at.length > size]
+    if not lost:
+        unsound = [name for name, at in parts if not _is_sound(path, at.offset, at.length)]
+        lost = unsound if len(unsound) < len(parts) else []
+    what = "damaged" if lost else "one or more is damaged of"
+    names = sorted(set(lost or (name for name, _ in parts)))
     shown = ", ".join(names[:SHOWN_TENSORS])
     more = len(names) - SHOWN_TENSORS
-    what = "damaged" if unreadable else "one or more of"
     return f"{what}: {shown}{f' and {more} more' if more > 0 else ''}"
 
 
-def _is_readable(path: Path, offset: int, length: int) -> bool:
-    """Tell whether a part of a file is a tensor as torch saves it: an archive with checksums."""
-    if not path.is_file():
-        return False
+def _is_sound(path: Path, offset: int, length: int) -> bool:
+    """Tell whether a part of a file is a tensor as torch saves it: an archive with a checksum."""
     with open(path, "rb") as file:
         file.seek(offset)
         content = file.read(length)
     try:
-        return len(content) == length and zipfile.ZipFile(io.BytesIO(content)).testzip() is None
+        return zipfile.ZipFile(io.BytesIO(content)).testzip() is None
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError):
         return False

@@ -63,7 +63,7 @@ def test_damaged_tensors_lead_to_the_checkpoint_before_them(pool, corpus, finish
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     texts = [event["text"] for event in events if event["event"] == "damaged"]
     assert len(texts) == 2 and "__1_0.distcp differs from its checksum" in texts[0], texts
-    assert "(damaged: " in texts[0] and "config.yaml differs" in texts[1], texts
+    assert "damaged of: " in texts[0] and "config.yaml differs" in texts[1], texts
 
 
 def test_with_no_earlier_checkpoint_all_ranks_refuse_and_nothing_is_renamed(

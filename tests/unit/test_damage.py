@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from parallel.layout import Axis
 from pretrain.checkpointing.damage import find_restart
@@ -13,7 +14,7 @@ from pretrain.checkpointing.manifest import DamagedCheckpoint, read_manifest, ve
 from pretrain.checkpointing.set_aside import mend_save_folder
 from pretrain.checkpointing.start import Start, find_start
 from pretrain.config.load import load_config
-from tests.damaged import flip, save
+from tests.damaged import NAMES, flip, save
 
 RANK_0 = Axis("world", 0, 1, (0,), None)
 
@@ -181,3 +182,19 @@ def test_a_checkpoint_of_an_older_version_is_loaded_with_a_line(run):
     found = find_restart(run)
     assert found.folder == manifest.parent and not found.damaged
     assert "an older version saved it" in found.notes[0] and len(found.notes) == 1
+
+
+def test_a_flipped_bit_names_the_tensor_where_the_file_tells_it(run, monkeypatch):
+    folder = run / "iter_0000003"
+    shard = folder / "__0_0.distcp"
+    flip(shard, 8 * shard.read_bytes().index(torch.full((40,), 3.0).numpy().tobytes()))
+    (problem,) = verify_files(folder)
+    # torch's own checksums are not written: one of all that are there.
+    assert problem.endswith(f"(one or more is damaged of: {', '.join(NAMES)})")
+    # Older versions wrote them.
+    monkeypatch.setattr("pretrain.checkpointing.hashing_writer.set_crc32_options", lambda _: None)
+    folder = save(run, 4, 3.0)
+    shard = folder / "__0_0.distcp"
+    flip(shard, 8 * shard.read_bytes().index(torch.full((40,), 3.0).numpy().tobytes()))
+    (problem,) = verify_files(folder)
+    assert problem.endswith(f"(damaged: {NAMES[0]})")
