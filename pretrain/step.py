@@ -174,21 +174,31 @@ class Stepper:
 
     def _pipeline_for(self, microbatches: Sequence[CountedMicrobatch], *, train: bool) -> Pipeline:
         """Build the pipeline of this shape, or take the one that was built before."""
-        tokens = microbatches[0].tokens.shape[0]
-        if self.layout.sequence_parallel:
-            tokens //= self.layout.tp.size
-        key = (len(microbatches), tokens, train)
+        key = self._pipeline_key(microbatches, train=train)
         if key not in self.pipelines:
             self.pipelines[key] = Pipeline(
                 self.stages,
                 self.layout,
                 len(microbatches),
-                tokens,
+                key[1],
                 self.hidden_size,
                 self.compute_dtype,
                 train=train,
             )
         return self.pipelines[key]
+
+    def _pipeline_key(
+        self, microbatches: Sequence[CountedMicrobatch], *, train: bool
+    ) -> tuple[int, int, bool]:
+        """Return microbatches, tokens per rank and microbatch, and whether there is a backward."""
+        tokens = microbatches[0].tokens.shape[0]
+        if self.layout.sequence_parallel:
+            tokens //= self.layout.tp.size
+        return len(microbatches), tokens, train
+
+    def has_trained(self, microbatches: Sequence[CountedMicrobatch]) -> bool:
+        """Tell whether the pipeline of this shape has run: its first run meets its neighbours."""
+        return self._pipeline_key(microbatches, train=True) in self.pipelines
 
     def _accumulate(self, count: int, *, train: bool) -> torch.Tensor:
         """Run the microbatches one after another, without a pipeline -> the sum of their losses."""

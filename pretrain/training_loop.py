@@ -233,7 +233,7 @@ class TrainingLoop:
         lr = self.plan.learning_rate.at(state.clock, phase.lr, phase.min_lr)
         batch_tokens = phase.batch_at(state.clock)
         clip_grad = self.config.optimizer.clip_grad
-        limits = self.guards.before_step(phase, batch_tokens)
+        limits = self.guards.before_step(phase, batch_tokens, stepper, microbatches)
         result = train_step(
             stepper,
             state.optimizer,

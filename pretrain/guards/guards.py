@@ -1,9 +1,10 @@
 """All guards of a training loop, called at the points of a step where each has its place."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from parallel.layout import Layout
+from pretrain.guards.replay import Replay
 from pretrain.guards.spikes import Limits, Spike, SpikeWatch
 from pretrain.guards.verdict import WrongNumbers
 from pretrain.guards.weight_check import WeightCheck
@@ -11,7 +12,7 @@ from pretrain.logs.metrics import Reporter
 from pretrain.plan import Plan
 from pretrain.schedule.phases import Phase
 from pretrain.state import TrainState
-from pretrain.step import StepResult
+from pretrain.step import CountedMicrobatch, Stepper, StepResult
 
 
 class Guards:
@@ -23,11 +24,22 @@ class Guards:
         self.reporter = reporter
         self.watch = SpikeWatch(self.settings, state.spikes)
         self.weights = WeightCheck(state, layout)
+        self.replay = Replay(layout, reporter.say)
         self.spike: Spike | None = None
         """What the last step was."""
 
-    def before_step(self, phase: Phase, batch_tokens: int) -> Limits:
-        """Return what the step may reach and still update."""
+    def before_step(
+        self,
+        phase: Phase,
+        batch_tokens: int,
+        stepper: Stepper,
+        microbatches: Sequence[CountedMicrobatch],
+    ) -> Limits:
+        """Replay where that is due -> what the step may reach and still update."""
+        interval = self.settings.replay_interval
+        if interval and (self.state.step + 1) % interval == 0:
+            with self._reported("replay"):
+                self.replay.run(stepper, microbatches, phase.name)
         return self.watch.before_step(phase.name, batch_tokens)
 
     def before_update(self) -> None:
