@@ -45,7 +45,8 @@ POOL_SCOPE = "pool"
 def scope_of(nodeid: str) -> str:
     """Name what must run in one process of pytest: all tests of the pool, or those of a file."""
     file = nodeid.split("::")[0]
-    uses_pool = file.startswith(("tests/dist/", "tests/mutations/", "tests/faults/test_crossing"))
+    of_pool = ("tests/dist/", "tests/mutations/", "tests/faults/test_crossing")
+    uses_pool = file.startswith((*of_pool, "tests/faults/test_watchdog"))
     return POOL_SCOPE if uses_pool else file
 
 
