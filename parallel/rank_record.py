@@ -43,6 +43,8 @@ STATE = {
 `patience` are the seconds that the activity may take without a sign of life, 0 = the usual ones;
 `waits_in` is the slot of the collective that the rank waits in, -1 = none.
 """
+WAITS = struct.Struct("<" + "".join(form for name, form in STATE.items() if "waits" in name))
+"""The rows of a wait, which stand together: in one piece, since they are written most often."""
 SLOT = {"op": "24s", "number": "q", "bytes": "q", "begun": "q", "ended": "q", "peer": "q"}
 """Name -> format of each row of a slot: the last collective of one axis.
 
@@ -184,16 +186,14 @@ class RankRecord:
     def wait(self, slot: int, op: bytes, number: int, peer: int = NO_PEER) -> int:
         """Note that the rank waits for a collective -> the time."""
         self.sign()
-        self.set(
-            waits_since=self._life, waits_op=op, waits_number=number, waits_peer=peer, waits_in=slot
-        )
+        WAITS.pack_into(self._map, self._state_at["waits_in"], slot, self._life, op, number, peer)
         return self._life
 
     def end_wait(self, slot: int, since: int) -> None:
         """Note that the wait is over."""
         now = time.monotonic_ns()
         self.waited += now - since
-        self.set(waits_in=NOT_WAITING)
+        struct.pack_into("<q", self._map, self._state_at["waits_in"], NOT_WAITING)
         at = self._slots_at + slot * self._slot.size + self._ended_at
         struct.pack_into("<q", self._map, at, now)
         # How long others took is no gap of this rank's.
