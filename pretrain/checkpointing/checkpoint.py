@@ -13,15 +13,18 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import DTensor
 
 from data.files import sync_path, write_durably
-from model.hf import VOCABULARY_ROWS
 from parallel.layout import Axis
 from pretrain.checkpointing import manifest
+from pretrain.checkpointing.fit import (
+    find_repadded,
+    list_misfits,
+    list_surplus,
+    refuse_misfits,
+)
 from pretrain.checkpointing.folders import (
     CARRIED,
     MANIFEST,
@@ -170,8 +173,9 @@ def load(
             may have more or fewer of them, and those that it lacks are filled with zeros.
 
     Raises:
-        ValueError: damaged files, or tensors that the checkpoint lacks or holds in another shape;
-            the same error on all ranks, and nothing is changed.
+        DamagedCheckpoint: files that are not what was saved.
+        ValueError: tensors that the checkpoint lacks, holds in another shape, or holds although the
+            model has none of that name. Both are the same on all ranks, and nothing is changed.
     """
     # Are the files what was written? Each rank compares its share.
     damage = manifest.verify_files(folder, world.rank, world.size)
@@ -179,63 +183,25 @@ def load(
 
     # Do the tensors fit? Those with a row per token may differ in rows of padding.
     reader = SafeReader(folder)
-    metadata = reader.read_metadata()
-    repadded = _repadded(metadata, tensors, vocab_size)
-    others = {name: tensor for name, tensor in tensors.items() if name not in repadded}
-    problems = list(dict.fromkeys(_gather(_misfits(metadata, others), world)))
-    if problems:
-        shown = problems[: manifest.SHOWN_PROBLEMS]
-        more = len(problems) - len(shown)
-        raise ValueError(
-            f"checkpoint {folder}: does not fit this run: {'; '.join(shown)}"
-            f"{f' and {more} more' if more > 0 else ''}. Fix: load it with the model settings in "
-            "its config.yaml (--no-load-optim if only optimizer state is missing)."
-        )
+    stored = tensors_of(reader.read_metadata())
+    padded = find_repadded(stored, tensors, vocab_size)
+    others = {name: tensor for name, tensor in tensors.items() if name not in padded}
+    problems = _gather(list_misfits(stored, others), world)
+    refuse_misfits(folder, [*problems, *list_surplus(stored, tensors, world)])
 
-    for tensor in repadded.values():
+    for tensor in padded.values():
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         local.zero_()
-    reader.sizes = {name: tensor.shape for name, tensor in repadded.items()}
-    dcp.load(tensors, storage_reader=reader, process_group=world.group)
+    reader.sizes = {name: tensor.shape for name, tensor in padded.items()}
+    with _quiet_alone(world):
+        dcp.load(
+            tensors,
+            storage_reader=reader,
+            process_group=world.group,
+            no_dist=world.group is None,
+        )
 
 
 def _gather(problems: list[str], world: Axis) -> list[str]:
     """Collect the problems of all ranks, in the order of the ranks; collective."""
-    gathered: list[list[str]] = [[] for _ in range(world.size)]
-    dist.all_gather_object(gathered, problems, group=world.group)
-    return [problem for part in gathered for problem in part]
-
-
-def _repadded(
-    metadata: Metadata, tensors: dict[str, torch.Tensor], vocab_size: int | None
-) -> dict[str, torch.Tensor]:
-    """Pick the tensors that differ from the stored ones in rows of padding only."""
-    if vocab_size is None:
-        return {}
-    stored = tensors_of(metadata)
-    found = {}
-    for name, tensor in tensors.items():
-        # Moments of a parameter have its shape: optimizer.output.weight.exp_avg.
-        parameter = name.removeprefix("model.").removeprefix("optimizer.")
-        if name not in stored or not parameter.startswith(VOCABULARY_ROWS):
-            continue
-        theirs = stored[name].size
-        same_width = theirs[1:] == tensor.shape[1:]
-        if theirs != tensor.shape and same_width and min(theirs[0], tensor.shape[0]) >= vocab_size:
-            found[name] = tensor
-    return found
-
-
-def _misfits(metadata: Metadata, tensors: dict[str, torch.Tensor]) -> list[str]:
-    """Name the tensors that the checkpoint lacks, or holds in another shape."""
-    stored = tensors_of(metadata)
-    problems = []
-    for name, tensor in tensors.items():
-        if name not in stored:
-            problems.append(f"{name} is not in it")
-        elif tuple(stored[name].size) != tuple(tensor.shape):
-            problems.append(
-                f"{name} has shape {tuple(stored[name].size)}, this model needs "
-                f"{tuple(tensor.shape)}"
-            )
-    return problems
+    return [problem for part in gather(problems, world) for problem in part]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from parallel.layout import Axis
+from pretrain.checkpointing import checkpoint
 from pretrain.checkpointing.damage import find_restart
 from pretrain.checkpointing.folders import LATEST, MANIFEST, find_published, read_pointer
 from pretrain.checkpointing.manifest import DamagedCheckpoint, read_manifest, verify_files
@@ -198,3 +199,35 @@ def test_a_flipped_bit_names_the_tensor_where_the_file_tells_it(run, monkeypatch
     flip(shard, 8 * shard.read_bytes().index(torch.full((40,), 3.0).numpy().tobytes()))
     (problem,) = verify_files(folder)
     assert problem.endswith(f"(damaged: {NAMES[0]})")
+
+
+# ---------------------------------------------------------------- tensors that do not fit
+
+
+def load_refusal(folder: Path, **shapes: tuple[int, ...]) -> str:
+    """Ask a checkpoint for tensors of these shapes -> its refusal, or nothing."""
+    tensors = {name.replace("__", "."): torch.zeros(shape) for name, shape in shapes.items()}
+    try:
+        checkpoint.load(folder, tensors, RANK_0)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+MODEL = {"model__embedding__weight": (8, 5), "model__output__weight": (8, 5)}
+MOMENT = {"optimizer__output__weight__exp_avg": (8, 5)}
+
+
+def test_tensors_that_a_checkpoint_lacks_or_has_over_are_refused(three):
+    folder = three / "iter_0000003"
+    assert load_refusal(folder, **MODEL, **MOMENT) == ""
+    lacks = load_refusal(folder, **MODEL, **MOMENT, model__more__weight=(1,))
+    assert "does not fit this run: model.more.weight is not in it. Fix" in lacks
+    over = load_refusal(folder, model__embedding__weight=(8, 5))
+    assert "model.output.weight is in it, and not in this model. Fix" in over
+    shape = load_refusal(folder, **(MODEL | {"model__output__weight": (8, 6)}))
+    assert "model.output.weight has shape (8, 5), this model needs (8, 6)" in shape
+
+
+def test_weights_alone_are_taken_without_the_optimizers_tensors(three):
+    assert load_refusal(three / "iter_0000003", **MODEL) == ""
