@@ -13,6 +13,7 @@ BENCHMARKS = {
     "lease": "tools.bench.gpu.lease",
     "memory": "tools.bench.memory",
     "recompute": "tools.bench.recompute",
+    "restart": "tools.bench.restart",
     "step": "tools.bench.step",
     "traffic": "tools.bench.traffic",
 }

@@ -1,0 +1,180 @@
+"""Time from a SIGKILL to the first new step, and that of a phase crossing:
+`bash launch/ithaca.sh bench restart`.
+
+A small run on two layouts is killed again and again; what it says of each way back (the event
+`recovered`) is split into its parts: to notice, to end, to launch, imports, plan, groups, state,
+first step. Beside them stands what a part must take: the imports alone in a fresh process. From the
+measured parts follows on paper what share of the time a run of 1,024 GPUs trains.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+import yaml
+
+from tools.bench.report import bar, bar_at_least, describe_machine, markdown_table, publish
+from tools.faults.kills import Killer
+from tools.faults.launched_run import LaunchedRun
+
+PART = re.compile(r"([\d.]+) s ([a-z][a-z ]*[a-z])")
+"""A part of the event `recovered`, as pretrain/processes/recovery.py writes it."""
+SAVE_INTERVAL = 5
+STEPS_PER_KILL = 12
+TOKENS_PER_STEP = 256
+SECONDS_PER_HOUR = 3600
+OURS = 1.2
+"""Times what it must be, at most, for a part that is ours."""
+SHARE_BAR = 0.98
+IMPORTS = "import pretrain.train"
+
+
+@dataclass(kw_only=True)
+class AtScale:
+    """What is assumed of a run on many GPUs."""
+
+    mean_hours_to_failure: float = 7.9
+    """Of 1,024 GPUs: Llama 3's 419 failures in 54 days on 16,384, scaled."""
+    notice_seconds: float = 30
+    """Until a rank that hangs is found; one that dies is known at once."""
+    groups_seconds: float = 60
+    """To make the groups of all ranks; on this machine far less."""
+    read_gigabytes_per_second: float = 1
+    """Of a checkpoint, for each node."""
+    state_gigabytes_per_node: float = 80
+    """Of 70B parameters over 8 x 4 ranks: the fp32 weights of a stage (70 GB), and a node's share
+    of the moments and of the files to verify."""
+    save_minutes: float = 5
+    """Between saves; half of it is trained again after a failure."""
+    stall_seconds: float = 0.2
+    """That a save keeps the steps waiting."""
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    kills: int = 5
+    """Kills; the middle one counts of each part."""
+    processes: int = 2
+    """Processes of the run."""
+    at_scale: AtScale = field(default_factory=AtScale)
+    """What the estimate for 1,024 GPUs assumes."""
+    output: str | None = None
+    """Also append the report to this file."""
+
+
+def read_parts(text: str) -> dict[str, float]:
+    """Read the parts of a way back: "back at step 8 after 9.1 s: 0.1 s to notice, ..."."""
+    return {name: float(seconds) for seconds, name in PART.findall(text.partition(":")[2])}
+
+
+def middle_of(ways: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Take the median of each part."""
+    values = defaultdict(list)
+    for way in ways:
+        for name, seconds in way.items():
+            values[name].append(seconds)
+    return {name: median(each) for name, each in values.items()}
+
+
+def estimate(parts: dict[str, float], assumed: AtScale) -> tuple[float, list[str]]:
+    """Estimate the share of the time in which a large run trains; also as lines of arithmetic."""
+    # Ours as measured; what depends on the cluster's size as assumed.
+    replaced = ("to notice", "groups", "state")
+    own = sum(seconds for name, seconds in parts.items() if name not in replaced)
+    load = assumed.state_gigabytes_per_node / assumed.read_gigabytes_per_second
+    restart = assumed.notice_seconds + own + assumed.groups_seconds + load
+    again = assumed.save_minutes * 60 / 2
+    per_failure = (restart + again) / (assumed.mean_hours_to_failure * SECONDS_PER_HOUR)
+    per_save = assumed.stall_seconds / (assumed.save_minutes * 60)
+    share = 1 - per_failure - per_save
+    lines = [
+        f"away per failure: {assumed.notice_seconds:.0f} s to notice + {own:.1f} s of ours "
+        f"(measured) + {assumed.groups_seconds:.0f} s groups + {load:.0f} s to read and verify "
+        f"{assumed.state_gigabytes_per_node:.0f} GB = {restart:.0f} s",
+        f"trained again: half of {assumed.save_minutes:.0f} min = {again:.0f} s",
+        f"lost to failures: ({restart:.0f} + {again:.0f}) s in "
+        f"{assumed.mean_hours_to_failure} h = {100 * per_failure:.2f} %",
+        f"lost to saves: {assumed.stall_seconds} s in {assumed.save_minutes:.0f} min = "
+        f"{100 * per_save:.2f} %",
+        f"effective training time: {100 * share:.2f} %",
+    ]
+    return share, lines
+
+
+def time_imports(count: int) -> float:
+    """Time the imports of the trainer in a fresh process; the median of `count`."""
+    seconds = []
+    for _ in range(count):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-c", IMPORTS], check=True, stdout=subprocess.DEVNULL)
+        seconds.append(time.perf_counter() - began)
+    return median(seconds)
+
+
+def run(arguments: Arguments) -> int:
+    """Kill a run, print where the time went; 0 if the bars hold."""
+    with tempfile.TemporaryDirectory(prefix="ithaca-restart-") as folder:
+        events = _killed_run(Path(folder), arguments)
+    ways = [read_parts(event["text"]) for event in events if event["event"] == "recovered"]
+    failures = middle_of(way for way in ways if "to notice" in way)
+    crossings = middle_of(way for way in ways if "to notice" not in way)
+    rows = [
+        [part, *(f"{parts[part]:.1f}" if part in parts else "" for parts in (failures, crossings))]
+        for part in {**failures, **crossings}
+    ]
+    totals = [f"{sum(parts.values()):.1f}" for parts in (failures, crossings)]
+    imports = time_imports(3)
+    ratio = failures.get("imports", 0) / imports
+    share, lines = estimate(failures, arguments.at_scale)
+    publish(
+        "\n".join(
+            [
+                describe_machine(()),
+                "",
+                markdown_table(
+                    ["seconds", "SIGKILL to the first new step", "phase crossing"],
+                    [*rows, ["all", *totals]],
+                ),
+                "",
+                f"The imports alone, in a fresh process: {imports:.1f} s.",
+                bar("imports over that", ratio, OURS),
+                *(f"- {line}" for line in lines),
+                bar_at_least("effective training time", share, SHARE_BAR),
+            ]
+        ),
+        arguments.output,
+    )
+    return 0 if share >= SHARE_BAR and ratio <= OURS and failures and crossings else 1
+
+
+def _killed_run(folder: Path, arguments: Arguments) -> list[dict]:
+    """Train a small model on two layouts, with kills; returns the events of the run."""
+    steps = STEPS_PER_KILL * (arguments.kills + 1)
+    phases = [
+        {"name": "one", "train_tokens": steps * TOKENS_PER_STEP},
+        {
+            "name": "two",
+            "train_tokens": steps * TOKENS_PER_STEP // 4,
+            "tensor_model_parallel_size": arguments.processes,
+        },
+    ]
+    config = folder / "run.yaml"
+    config.write_text(yaml.safe_dump({"phases": phases}))
+    flags = f"""--config {config} --model tiny --mock-data --vocab-size 4096 --seq-length 64
+        --global-batch-size 4 --lr 1e-3 --eval-iters 0 --save-interval {SAVE_INTERVAL}"""
+    killed = LaunchedRun(flags.split(), folder / "save", arguments.processes)
+    try:
+        killer = Killer(killed, ["step"], 1, cache=None, save_interval=SAVE_INTERVAL)
+        killer.kill_all(arguments.kills)
+        killer.revive()
+        killed.wait_until_done()
+    finally:
+        killed.end()
+    return killed.events()
