@@ -7,6 +7,7 @@ one is taken), stopped (signal or --exit-...), unstarted (signal
 before the first step), refused (bad input).
 """
 
+import gc
 import sys
 import time
 
@@ -209,6 +210,7 @@ class Trainer:
             report_failure(error, self.loop.state.step)
             raise
         finally:
+            gc.unfreeze()
             self.loop.saver.close(finish=False)
             self.loop.reporter.close()
             if lock is not None:

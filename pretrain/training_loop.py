@@ -86,10 +86,10 @@ class TrainingLoop:
         """Run the phases that share this layout, saving after each -> the outcome."""
         state = self.state
         world = self.layout.world
-        # What lives for the whole run is no garbage: collecting what came since takes no time.
-        gc.collect()
-        gc.freeze()
         if self.config.schedule.manual_gc:
+            # What lives for the whole run is no garbage: collecting what came since takes no time.
+            gc.collect()
+            gc.freeze()
             gc.disable()
         while True:
             with out_of_memory_explained(phase, self.plan, world.rank, world.size):
