@@ -8,6 +8,7 @@ import tyro
 
 BENCHMARKS = {
     "attention": "tools.bench.attention",
+    "checkpoint": "tools.bench.checkpoint",
     "data": "tools.bench.data",
     "disturbed": "tools.bench.disturbed",
     "lease": "tools.bench.gpu.lease",
