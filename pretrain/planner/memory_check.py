@@ -64,10 +64,13 @@ def check_memory(
         needs = PhaseMemory(phase, config, world_size, model, machine)
         memory = needs.memory
         where = f"phase {phase.name!r}: "
+        copies = needs.copies_of_node
+        beside = f"; copies for saves {show_bytes(copies)} of a node's memory" if copies else ""
         report.lines.append(
-            f"phase {phase.name}: estimated memory of a process {memory.describe()}"
+            f"phase {phase.name}: estimated memory of a process {memory.describe()}{beside}"
         )
-        report.problems.extend(where + problem for problem in needs.host_problems())
+        problems = [*needs.host_problems(), *needs.copy_problems()]
+        report.problems.extend(where + problem for problem in problems)
         text = f"seq_length = {phase.seq_length}: needs {memory.describe()}"
         if memory.total > device.memory_bytes:
             # What is offered must fit with the margin that a choice would keep.

@@ -56,6 +56,31 @@ class PhaseMemory:
             f"Fix: {fix}, or more --cpu-offloading-host-memory where the node has it."
         ]
 
+    @property
+    def copies_of_node(self) -> int:
+        """Bytes of a node's host that the copies of its processes take, which saves write.
+
+        On a CPU they are in each process's own estimate.
+        """
+        if not self.model.on_gpu:
+            return 0
+        load = Workload.of_phase(self.phase, self.world_size)
+        return self.model.estimate_copies_of_node(load, self.machine.local_processes)
+
+    def copy_problems(self) -> list[str]:
+        """Say where the copies of the state do not fit into the host beside what is offloaded."""
+        offloaded = self.host_of_node(self.phase, self.world_size)
+        free = self.machine.host_bytes - offloaded
+        if not self.copies_of_node or self.copies_of_node <= free or free < 0:
+            return []
+        beside = f" beside {show_bytes(offloaded)} that are offloaded" if offloaded else ""
+        return [
+            f"async_save = True: the copies of the state that saves write take "
+            f"{show_bytes(self.copies_of_node)} of a node's memory with "
+            f"{self.machine.local_processes} processes on it{beside}, beyond "
+            f"{self.machine.host_limit}. Fix: --no-async-save, which waits for each save."
+        ]
+
     def _host_holds(self, num_layers: int) -> bool:
         """Tell whether the host holds this many offloaded layers."""
         changed = self.phase.with_memory(cpu_offloading_num_layers=num_layers)

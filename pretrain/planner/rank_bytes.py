@@ -43,6 +43,9 @@ class RankMemory:
     """What backward needs of the logits."""
     buffers: int
     """The most that comes and goes beside it: temporaries, exchanges, gradients on their way."""
+    copy: int = 0
+    """Of a CPU: the copy of parameters and moments that saves write. A GPU's is on the host, beside
+    what is offloaded (`MemoryModel.copy_bytes`)."""
     host: int = 0
     """What is offloaded, in the host's memory and not in the device's."""
 
@@ -54,7 +57,9 @@ class RankMemory:
     def describe(self) -> str:
         """Write the total, and what it is made of."""
         parts = ", ".join(
-            f"{name} {show_bytes(size)}" for name, size in asdict(self).items() if name != "host"
+            f"{name} {show_bytes(size)}"
+            for name, size in asdict(self).items()
+            if name != "host" and (size or name != "copy")
         )
         beside = f" and {show_bytes(self.host)} of the host's" if self.host else ""
         return f"{show_bytes(self.total)} ({parts}){beside}"
@@ -72,6 +77,7 @@ class MemoryModel:
         compute_bytes: int = 2,
         on_gpu: bool = True,
         optimizer_on_host: bool = False,
+        copied_values: int = 0,
     ):
         """
         Args:
@@ -80,6 +86,8 @@ class MemoryModel:
             on_gpu: with the GPU's kernels, and a host beside the device.
             optimizer_on_host: master weights, their gradients and moments live there
                 (parallel/shard.py); on a GPU.
+            copied_values: values of each parameter that saves copy: none, the weight, or the weight
+                and its moments.
         """
         self.config = config
         self.vocab_size = vocab_size
@@ -88,6 +96,7 @@ class MemoryModel:
         self.compute_bytes = compute_bytes
         self.on_gpu = on_gpu
         self.optimizer_on_host = optimizer_on_host and on_gpu
+        self.copied_values = copied_values
         # A layout search asks for the same parts of thousands of layouts.
         self._pieces = cache(self._find_pieces)
         self.count_elements = cache(self._count_elements)
@@ -96,6 +105,8 @@ class MemoryModel:
     def of_run(config: Config, vocab_size: int, hardware: Hardware) -> "MemoryModel":
         """Return the model of a run's ranks on that hardware."""
         master = 8 if config.optimizer.fp64 else 4
+        saves = config.checkpoint
+        copied = 1 if saves.no_save_optim else 3
         return MemoryModel(
             config.model,
             vocab_size,
@@ -103,6 +114,7 @@ class MemoryModel:
             compute_bytes=2 if config.optimizer.bf16 else master,
             on_gpu=hardware is not CPU,
             optimizer_on_host=config.optimizer.optimizer_cpu_offload,
+            copied_values=copied if saves.save and saves.async_save else 0,
         )
 
     # ------------------------------------------------------------ parameters of a rank
@@ -179,21 +191,25 @@ class MemoryModel:
         return max(estimates, key=lambda memory: memory.total)
 
     def estimate_host_of_node(self, load: Workload, processes: int) -> int:
-        """Return the bytes of a host's memory that `processes` consecutive ranks take at most."""
+        """Return the bytes of a host that `processes` consecutive ranks offload to at most."""
         if not (self.optimizer_on_host or load.memory.cpu_offloading_num_layers):
             return 0
-        tp, pp, cp = load.layout.sizes
-        # Ranks of one pipeline stage are consecutive.
-        ranks_of_stage = tp * cp * load.data_parallel_size
-        world = ranks_of_stage * pp
+        pp = load.layout.pipeline_model_parallel_size
         of_stage = [self.estimate_rank(load, pp_rank).host for pp_rank in range(pp)]
-        return max(
-            sum(
-                of_stage[rank // ranks_of_stage]
-                for rank in range(first, min(first + processes, world))
-            )
-            for first in range(0, world, processes)
-        )
+        return _most_of_node(load, processes, of_stage)
+
+    def estimate_copies_of_node(self, load: Workload, processes: int) -> int:
+        """Return the bytes of a host that the copies of `processes` consecutive ranks take."""
+        pp = load.layout.pipeline_model_parallel_size
+        of_stage = [self.copy_bytes(load, pp_rank) for pp_rank in range(pp)]
+        return _most_of_node(load, processes, of_stage)
+
+    def copy_bytes(self, load: Workload, pp_rank: int) -> int:
+        """Return the bytes of a pipeline rank's copy of what saves write."""
+        tp = load.layout.tensor_model_parallel_size
+        parts = sum(self.parts_of_rank(load.layout, pp_rank), Counter())
+        shard = self._elements_of(parts, tp, load.shards)
+        return self.copied_values * self.master_bytes * shard
 
     def estimate_rank(self, load: Workload, pp_rank: int) -> RankMemory:
         """Estimate one pipeline rank: of its tp, cp and dp ranks the one with the most.
@@ -237,6 +253,7 @@ class MemoryModel:
             activations=activations,
             loss=loss,
             buffers=max(0, buffers),
+            copy=0 if self.on_gpu else self.copy_bytes(load, pp_rank),
             host=in_flight * max(offloaded) * layers.on_host,
         )
         if self.optimizer_on_host:
@@ -306,3 +323,17 @@ class MemoryModel:
 def held(parts: Parts) -> list[tuple[str, int]]:
     """Return the parts that are there, with how many of each."""
     return [(part, count) for part, count in parts.items() if count]
+
+
+def _most_of_node(load: Workload, processes: int, of_stage: list[int]) -> int:
+    """Return the most bytes that consecutive ranks have together.
+
+    Args:
+        of_stage: bytes of a rank of each pipeline stage.
+    """
+    # Ranks of one pipeline stage are consecutive.
+    tp, pp, cp = load.layout.sizes
+    ranks_of_stage = tp * cp * load.data_parallel_size
+    world = ranks_of_stage * pp
+    of_ranks = [of_stage[rank // ranks_of_stage] for rank in range(world)]
+    return max(sum(of_ranks[first : first + processes]) for first in range(0, world, processes))

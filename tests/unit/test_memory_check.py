@@ -315,3 +315,45 @@ def test_settings_that_the_schedule_refuses_are_not_offered():
     )
     report = check(made)
     assert "recompute" not in report.problems[0].split("Fix: ")[1]
+
+
+def test_the_copy_that_saves_write_is_counted_where_it_is():
+    """On a GPU in the memory of its node, on a CPU in the process's own."""
+    plain = given("llama3-8b", {}, pipeline_model_parallel_size=2)
+    runs = {"plain": plain}
+    for name, values in (
+        ("saving", {}),
+        ("waiting", {"async_save": False}),
+        ("weights", {"no_save_optim": True}),
+    ):
+        saves = dataclasses.replace(plain.checkpoint, save="somewhere", **values)
+        runs[name] = dataclasses.replace(plain, checkpoint=saves)
+    saving = runs["saving"]
+    waiting = runs["waiting"]
+    (phase,) = resolve_phases(plain)
+    load = Workload.of_phase(phase, 8)
+    copies = {}
+    for name, made in runs.items():
+        model = MemoryModel.of_run(made, VOCABULARY, H200.hardware)
+        copies[name] = model.estimate_copies_of_node(load, 8)
+        assert model.estimate_worst(load).copy == 0
+    # 8.03e9 parameters, each 4 bytes and two moments of 4 bytes; rows of padding beside.
+    assert copies["plain"] == copies["waiting"] == 0
+    assert copies["saving"] == pytest.approx(12 * 8.03e9, rel=0.01)
+    assert copies["weights"] == pytest.approx(4 * 8.03e9, rel=0.01)
+
+    here = dataclasses.replace(machine(), local_processes=8, host_bytes=89 * GIB)
+    (line,) = check(saving, on=here).problems
+    assert "async_save = True: the copies of the state that saves write take 8" in line, line
+    assert line.endswith("Fix: --no-async-save, which waits for each save."), line
+    assert check(waiting, on=here).problems == []
+    enough = dataclasses.replace(here, host_bytes=90 * GIB)
+    report = check(saving, on=enough)
+    assert not report.problems and "; copies for saves 89." in report.lines[0], report.lines
+
+    on_cpu = MemoryModel.of_run(saving, VOCABULARY, CPU)
+    memory = on_cpu.estimate_worst(load)
+    assert memory.copy == pytest.approx(memory.parameters + memory.optimizer, rel=1e-6)
+    assert f", copy {memory.copy / GIB:.1f} GiB" in memory.describe()
+    without = MemoryModel.of_run(waiting, VOCABULARY, CPU).estimate_worst(load)
+    assert memory.total == without.total + memory.copy

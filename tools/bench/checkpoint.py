@@ -215,7 +215,7 @@ class Bench:
         folder.mkdir()
         with open(folder / "bytes", "wb", buffering=0) as file:
             for tensor in self.live.values():
-                view = memoryview(_local(tensor).view(-1).numpy()).cast("B")
+                view = _local(tensor).view(-1).numpy().data.cast("B")
                 for begin in range(0, len(view), BLOCK_BYTES):
                     file.write(view[begin : begin + BLOCK_BYTES])
             os.fsync(file.fileno())
