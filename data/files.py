@@ -79,13 +79,14 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 # ---------------------------------------------------------------- locks
 
 
-def lock_file(file: IO, *, wait: bool = False) -> None:
+def lock_file(file: IO, *, wait: bool = False) -> bool:
     """Lock an open file until it is closed or the process ends.
-
-    Does nothing on a file system without locks.
 
     Args:
         wait: wait until another process releases the lock, instead of raising.
+
+    Returns:
+        False where the file system has no locks, and nothing was done.
 
     Raises:
         BlockingIOError: another process holds the lock.
@@ -96,6 +97,8 @@ def lock_file(file: IO, *, wait: bool = False) -> None:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
+        return False
+    return True
 
 
 def lock_if_possible(file: IO) -> None:

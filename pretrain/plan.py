@@ -5,7 +5,6 @@ In stages, each of which takes what the ones before it found: the settings by th
 """
 
 import dataclasses
-import os
 from pathlib import Path
 
 from data.forecast import Forecast
@@ -20,6 +19,7 @@ from pretrain.checkpointing.resume_contract import (
     refusals,
     weights_changes,
 )
+from pretrain.checkpointing.save_folder import DiskReport, check_disk, require_writable
 from pretrain.checkpointing.setting_changes import Change
 from pretrain.checkpointing.start import Start, find_start
 from pretrain.config.config import Config
@@ -70,6 +70,8 @@ class Plan:
     """A line for each phase whose layout was chosen."""
     memory: MemoryReport
     """What each phase is estimated to need (planner/memory_check.py)."""
+    disk: DiskReport
+    """What the checkpoints are estimated to need (checkpointing/save_folder.py)."""
     changes: list[Change]
     """What differs from the checkpoint that is started from (checkpointing/resume_contract.py)."""
 
@@ -107,9 +109,13 @@ def make_plan(config: Config, world_size: int, *, only_print: bool = False) -> P
     origin = _find_origin(config)
     placed = _place_phases(settings, origin, world_size)
     data = _open_data(settings, placed.phases, origin)
-    # The only thing that is made on disk, when all else is well.
+    # The only thing that is made on disk, when all else is well. Where a plan is only printed, the
+    # disk is perhaps another machine's.
+    disk = DiskReport()
     if config.checkpoint.save and not only_print:
-        _check_writable(Path(config.checkpoint.save))
+        require_writable(Path(config.checkpoint.save))
+        disk = check_disk(config, placed.phases, settings.vocab_size, origin.clock)
+        refuse_all(disk.problems)
     return Plan(
         config=config,
         phases=placed.phases,
@@ -125,20 +131,9 @@ def make_plan(config: Config, world_size: int, *, only_print: bool = False) -> P
         layouts=placed.layouts,
         layout_lines=placed.layout_lines,
         memory=placed.memory,
+        disk=disk,
         changes=data.changes,
     )
-
-
-def _check_writable(folder: Path) -> None:
-    """Raise ValueError unless the folder exists or can be made, and can be written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(13, "no permission to write")
-    except OSError as error:
-        raise ValueError(
-            f"save = {folder}: cannot be written ({error.strerror}). Fix: give another --save."
-        ) from None
 
 
 # ---------------------------------------------------------------- where the run starts

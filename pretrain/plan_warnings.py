@@ -22,6 +22,7 @@ def warnings_about(plan: Plan) -> list[str]:
         *rope_warnings(plan.phases),
         *length_warnings(plan.phases),
         *plan.memory.warnings,
+        *plan.disk.warnings,
         *_warnings_on_cpu(plan),
         *_warnings_of_restart(plan),
         *_warnings_of_start(plan),

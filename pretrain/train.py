@@ -253,6 +253,7 @@ class Trainer:
             return
         plan = self.plan
         lines = [describe(plan.phases, self.world.size), *plan.layout_lines, *plan.memory.lines]
+        lines += plan.disk.lines
         if plan.changes:
             lines.append(describe_changes(plan.changes))
         if phase is not None:

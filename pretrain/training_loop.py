@@ -137,8 +137,8 @@ class TrainingLoop:
         self.saver.wait_published()
         self.reporter.say(text)
         self.report(outcome, text)
-        # Who asked to stop is not kept waiting; what is due is done after the next save.
-        self.saver.close(finish=outcome in ("done", "again"))
+        # Where the run goes on, what is due is done after the next save.
+        self.saver.close(finish=outcome == "done")
         return outcome
 
     def report(self, kind: str, text: str) -> None:

@@ -11,6 +11,9 @@ import torch.distributed as dist
 from data.files import lock_file
 from parallel.layout import Axis
 from pretrain.checkpointing.damage import find_restart
+from pretrain.config.load import warn
+
+_SIGNATURE = re.compile(r"process \d+ on .*")
 
 
 class FolderLock:
@@ -41,10 +44,18 @@ class FolderLock:
         except OSError as error:
             return _unwritable(error)
         try:
-            lock_file(file)
+            is_locked = lock_file(file)
             file.seek(0)
+            holder = file.read()
+            if not is_locked:
+                # Many clusters mount theirs so: refusing would leave no folder to train into.
+                last = f"; the last run here was {holder}" if _SIGNATURE.fullmatch(holder) else ""
+                warn(
+                    f"save = {root}: its file system has no locks, so that nothing keeps a second "
+                    f"run out of the folder{last}"
+                )
             # The file of another program keeps its content.
-            if re.fullmatch(r"(process \d+ on .*)?", file.read()):
+            if not holder or _SIGNATURE.fullmatch(holder):
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}")
                 file.flush()

@@ -10,7 +10,7 @@ import shutil
 import threading
 import uuid
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from data.files import sync_path
@@ -32,6 +32,8 @@ SHOWN_FOLDERS = 8
 READERS = 8
 """Threads that read a checkpoint's files again: checksums leave the interpreter free."""
 
+END_SECONDS = 120.0
+"""What the end of a run waits for its last deletion: other nodes wait for this one."""
 MOST_SHARES = 256
 """Parts in which a checkpoint is read; between two of them a reader looks whether the run ends."""
 
@@ -196,11 +198,13 @@ class Retention:
         """End the thread.
 
         Args:
-            finish: delete first what is due, instead of leaving it to the next save.
+            finish: delete first what is due, as far as that takes no longer than a while, instead
+                of leaving it to the next save.
         """
-        if not finish:
-            self._leaving.set()
-        self._thread.shutdown(wait=True, cancel_futures=not finish)
+        if finish and self._last is not None:
+            wait([self._last], timeout=END_SECONDS)
+        self._leaving.set()
+        self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _work(self, folder: Path) -> None:
         """Do what follows from a published checkpoint; a failure is said and ends nothing."""

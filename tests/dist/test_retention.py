@@ -9,7 +9,11 @@ from parallel.layout import World
 from pretrain.checkpointing.folders import iteration_folder
 from pretrain.checkpointing.manifest import verify_files
 from pretrain.checkpointing.progress import Progress
+from pretrain.checkpointing.save_folder import checkpoint_bytes
 from pretrain.checkpointing.save_schedule import SaveSchedule
+from pretrain.config.flags import spell
+from pretrain.config.load import load_config
+from pretrain.plan import make_plan
 from tests.dist.training import base_arguments, losses, stored, train, write_corpus
 
 
@@ -80,6 +84,11 @@ def test_a_run_keeps_the_last_ones_and_the_ends_of_phases_through_a_restart(pool
     assert set(progress) == {3, 5, 9, 10} | best
     assert events(save, "deleted")[-1][0] == 10
     assert losses(save) == losses(kept_all)
+
+    # The plan's estimate of one: the padded vocabulary and the counts of steps are left out.
+    size = sum(tensor.nbytes for tensor in stored(save).values())
+    plan = make_plan(load_config(spell(argv)), 2)
+    assert checkpoint_bytes(plan.config, plan.vocab_size) == pytest.approx(size, rel=0.1)
 
 
 def train_with_clock(world: World, argv: list[str], late_after: dict[int, int]) -> str:
