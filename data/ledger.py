@@ -59,6 +59,16 @@ class StoredLedger:
         return StoredLedger(sources, [segment.renamed(names) for segment in self.segments])
 
 
+@dataclass(frozen=True)
+class Window:
+    """Data that a run passes over: what it would draw between two positions of the clock."""
+
+    start: int
+    end: int
+    rewind: int | None = None
+    """Number of the rewind that asks for it; None = --skip-data does."""
+
+
 class Ledger:
     """The segments of a run, over the sources that its settings name.
 
@@ -146,8 +156,12 @@ class Ledger:
         if self.open.phase == before:
             self._open = replace(self.open, phase=now)
 
-    def skip(self, clock: int, until: int) -> None:
-        """Pass over what the window [clock, until) would have drawn, and go on after it."""
+    def skip(self, clock: int, until: int, rewind: int | None = None) -> None:
+        """Pass over what the window [clock, until) would have drawn, and go on after it.
+
+        Args:
+            rewind: number of the rewind that asks for it.
+        """
         phase = self.open.phase
         settings = self.open.settings
         self._close(clock)
@@ -156,12 +170,26 @@ class Ledger:
         samples = max(0, -(-(until - clock) // settings.seq_length))
         self.mixture().check(samples)
         drawn = self.mixture().draw(samples)
-        self._closed.append(self.open.closed(drawn, skipped_until=until))
+        self._closed.append(self.open.closed(drawn, skipped_until=until, rewind=rewind))
         self._begin(clock, phase, settings)
 
     def has_skipped(self, until: int) -> bool:
-        """Was the window that ends at `until` passed over?"""
-        return any(segment.skipped_until == until for segment in self._closed)
+        """Was the window of --skip-data that ends at `until` passed over?"""
+        return any(
+            segment.skipped_until == until and segment.rewind is None for segment in self._closed
+        )
+
+    @property
+    def rewinds_passed(self) -> list[int]:
+        """Numbers of the rewinds whose windows were passed over."""
+        return [segment.rewind for segment in self._closed if segment.rewind is not None]
+
+    def has_passed(self, window: Window) -> bool:
+        """Was the window passed over?"""
+        if window.rewind is not None:
+            return window.rewind in self.rewinds_passed
+        # One of --skip-data is known by its end; its start moves to the first step in it.
+        return self.has_skipped(window.end)
 
     def as_of(self, clock: int) -> "Ledger":
         """Return the ledger as it stood at an earlier clock, its segment of that time open."""

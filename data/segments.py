@@ -120,7 +120,13 @@ class OpenSegment(_Segment):
     saved: Saved | None = None
     """From the checkpoint that the run goes on from."""
 
-    def closed(self, drawn: DrawnBySource, *, skipped_until: int | None = None) -> "ClosedSegment":
+    def closed(
+        self,
+        drawn: DrawnBySource,
+        *,
+        skipped_until: int | None = None,
+        rewind: int | None = None,
+    ) -> "ClosedSegment":
         """Return the segment as it stays after its end."""
         return ClosedSegment(
             start=self.start,
@@ -129,6 +135,7 @@ class OpenSegment(_Segment):
             fills=self.fills,
             drawn=drawn,
             skipped_until=skipped_until,
+            rewind=rewind,
         )
 
     def sources_drawn(self) -> list[str]:
@@ -155,7 +162,10 @@ class ClosedSegment(_Segment):
 
     drawn: DrawnBySource
     skipped_until: int | None = None
-    """End of the window (--skip-data) that was passed over; None where the model received it."""
+    """End of the window that was passed over (--skip-data, or a rewind's); None where the model
+    received it."""
+    rewind: int | None = None
+    """Number of the rewind for which it was passed over."""
 
     def reopened(self) -> OpenSegment:
         """Return the segment as it was before it closed."""
@@ -169,6 +179,8 @@ class ClosedSegment(_Segment):
 
     def to_json(self) -> dict[str, Any]:
         skipped = {} if self.skipped_until is None else {"skipped_until": self.skipped_until}
+        if self.rewind is not None:
+            skipped |= {"rewind": self.rewind}
         return self._to_json() | skipped | {"drawn": _drawn_to_json(self.drawn)}
 
     def renamed(self, names: dict[str, str]) -> Self:
@@ -194,6 +206,7 @@ def read_segment(stored: dict[str, Any]) -> Segment:
             fills=fills,
             drawn=_drawn_from_json(stored["drawn"]),
             skipped_until=stored.get("skipped_until"),
+            rewind=stored.get("rewind"),
         )
     # An open segment is stored with what it had drawn at the save.
     saved = None

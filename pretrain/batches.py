@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from data.batch import Batch
 from data.config import DataConfig, parse_windows
 from data.first_pass import FirstPass
-from data.ledger import Ledger
+from data.ledger import Ledger, Window
 from data.loader import Loader
 from data.mixture import Mixture
 from data.segments import DataSettings
 from data.sources import Corpus
 from parallel.context import token_pieces
 from parallel.layout import Layout
+from pretrain.guards.rewinds import Rewind
 from pretrain.schedule.phases import Phase
 
 SHOWN_SOURCES = 32
@@ -30,6 +31,7 @@ class Feed:
         *,
         eod: int | None,
         vocab_size: int,
+        rewinds: Sequence[Rewind] = (),
     ):
         self.config = config
         self.corpus = corpus
@@ -37,7 +39,7 @@ class Feed:
         self.layout = layout
         self.eod = eod
         self.vocab_size = vocab_size
-        self._windows = parse_windows(config.skip_data)
+        self._windows = windows_of(config, rewinds)
         self._phase: Phase | None = None
         self._loader: Loader | None = None
 
@@ -77,7 +79,8 @@ class Feed:
     def read(self, clock: int) -> list[Batch]:
         """Read the microbatches of the step at `clock`.
 
-        The first step at or after a window of --skip-data passes it over.
+        The first step at or after the start of a window, of --skip-data or of a rewind, passes it
+        over.
         """
         if _pass_over(self.ledger, self._windows, clock):
             self._check(clock)
@@ -175,6 +178,7 @@ def ledger_at(
     begun: int,
     phases: Sequence[Phase],
     clock: int,
+    rewinds: Sequence[Rewind] = (),
 ) -> Ledger:
     """Return the ledger as a run has it, or will have it, at the step at `clock`.
 
@@ -183,7 +187,7 @@ def ledger_at(
     """
     if clock < begun:
         return ledger.as_of(clock)
-    windows = parse_windows(config.skip_data)
+    windows = windows_of(config, rewinds)
     for phase in phases:
         if phase.end <= begun or phase.start > clock:
             continue  # over already, or not begun by then
@@ -191,16 +195,21 @@ def ledger_at(
         entered = max(begun, phase.start)
         ledger.enter(entered, phase.name, settings_of(phase, corpus))
         for window in windows:
-            at = phase.first_step_from(window[0])
+            at = max(entered, phase.first_step_from(window.start))
             if entered <= at < phase.end and at <= clock:
                 _pass_over(ledger, [window], at)
     return ledger
 
 
-def _pass_over(ledger: Ledger, windows: list[tuple[int, int]], clock: int) -> bool:
+def windows_of(config: DataConfig, rewinds: Sequence[Rewind]) -> list[Window]:
+    """List all data that the run passes over: those of --skip-data, and those of its rewinds."""
+    given = [Window(start, end) for start, end in parse_windows(config.skip_data)]
+    return given + [rewind.window for rewind in rewinds]
+
+
+def _pass_over(ledger: Ledger, windows: Sequence[Window], clock: int) -> bool:
     """Skip the windows whose time has come at the step at `clock` -> were there any?"""
-    # A window is known by its end; its start moves to the first step in it.
-    due = [end for start, end in windows if start <= clock and not ledger.has_skipped(end)]
-    for end in due:
-        ledger.skip(clock, end)
+    due = [window for window in windows if window.start <= clock and not ledger.has_passed(window)]
+    for window in due:
+        ledger.skip(clock, window.end, window.rewind)
     return bool(due)

@@ -31,6 +31,7 @@ from pretrain.data_outlook import (
     target_problems,
 )
 from pretrain.evaluation.lengths import check_lengths
+from pretrain.guards.rewinds import Rewind, read_rewinds
 from pretrain.plan_settings import (
     SettledSettings,
     check_settings,
@@ -74,6 +75,8 @@ class Plan:
     """What the checkpoints are estimated to need (checkpointing/save_folder.py)."""
     changes: list[Change]
     """What differs from the checkpoint that is started from (checkpointing/resume_contract.py)."""
+    rewinds: tuple[Rewind, ...]
+    """What the run passes over, since data in it were followed by a spike."""
 
     @property
     def resumed(self) -> Progress | None:
@@ -133,6 +136,7 @@ def make_plan(config: Config, world_size: int, *, only_print: bool = False) -> P
         memory=placed.memory,
         disk=disk,
         changes=data.changes,
+        rewinds=read_rewinds(config.checkpoint.save),
     )
 
 

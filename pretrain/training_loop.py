@@ -13,6 +13,7 @@ from pretrain.checkpointing.saver import Saver
 from pretrain.config.load import warn
 from pretrain.evaluation.evaluate import Evaluator, score_of
 from pretrain.guards.guards import Guards
+from pretrain.guards.rewinds import RewindAsked
 from pretrain.logs.measured import Measured, measure
 from pretrain.logs.metrics import Reporter
 from pretrain.logs.slow_ranks import SlowRanks
@@ -73,6 +74,7 @@ class TrainingLoop:
             layout,
             eod=plan.tokenizer.eod if plan.tokenizer else None,
             vocab_size=plan.vocab_size,
+            rewinds=plan.rewinds,
         )
         self.evaluator = Evaluator(plan.config, self.feed, plan.tokenizer)
         self.tally = StepTally.resume(plan.resumed)
@@ -93,7 +95,10 @@ class TrainingLoop:
             gc.disable()
         while True:
             with out_of_memory_explained(phase, self.plan, world.rank, world.size):
-                is_stopped = self._run_phase(phase)
+                try:
+                    is_stopped = self._run_phase(phase)
+                except RewindAsked as asked:
+                    return self.end("again", str(asked))
             following = phase_at(self.plan.phases, state.clock)
             is_over = state.clock >= phase.end
             self._require_success(phase, is_over=is_over)

@@ -112,7 +112,8 @@ def weights_changes(
 def _windows_to_come(words: list[str], progress: Progress) -> list[tuple[int, int]]:
     """Return the windows of --skip-data that the checkpoint's run had not passed over."""
     assert progress.data is not None, "a run that continues has a ledger"
-    passed = {segment.get("skipped_until") for segment in progress.data["segments"]}
+    segments = progress.data["segments"]
+    passed = {each.get("skipped_until") for each in segments if "rewind" not in each}
     return [window for window in parse_windows(words) if window[1] not in passed]
 
 

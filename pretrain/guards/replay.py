@@ -47,7 +47,7 @@ class Replay:
         first = self._trace(stepper, taken)
         second = self._trace(stepper, taken)
         own = self._compare(first, second, self._compared.get(phase))
-        if not any_rank(True in own.differs, self.layout):
+        if not any_rank(self.layout, found=True in own.differs):
             return
         everyone = gather(own, self.layout.world)
         origins = find_origins(everyone)

@@ -21,9 +21,9 @@ def place_of(rank: int) -> str:
     return f"rank {rank} on {socket.gethostname()}"
 
 
-def any_rank(is_found: bool, layout: Layout) -> bool:
+def any_rank(layout: Layout, *, found: bool) -> bool:
     """Tell whether any rank of the world found something; collective, the host waits."""
-    count = torch.tensor(int(is_found), device=layout.device)
+    count = torch.tensor(int(found), device=layout.device)
     return int(all_reduce(count, layout.world)) > 0
 
 

@@ -64,7 +64,7 @@ class WeightCheck:
         here = place_of(self.layout.world.rank)
         flipped = [tensor.name for tensor, is_new in zip(held, changed, strict=True) if is_new]
         suspects = self._compare_copies(held, now)
-        if not any_rank(bool(flipped or suspects), self.layout):
+        if not any_rank(self.layout, found=bool(flipped or suspects)):
             return
         everyone = gather((here, flipped, suspects), self.layout.world)
         raise WrongNumbers(describe_flips(everyone))

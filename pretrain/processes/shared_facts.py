@@ -65,6 +65,7 @@ def shared_by_all(plan: Plan) -> Shared:
     # Where the run starts, and what follows from both.
     clock = plan.progress.clock if plan.progress else 0
     start = {"start": f"{plan.start.reason}, token {clock:,}"}
+    start["rewinds"] = str([rewind.window for rewind in plan.rewinds])
     derived = {"vocab_size": str(plan.vocab_size), "choice of layouts": str(plan.layouts)}
     for phase in plan.phases:
         derived |= phase_texts(phase)

@@ -13,6 +13,8 @@ import torch
 from model.gpt import GPTStage
 from parallel.layout import World
 from pretrain.batches import Feed
+from pretrain.guards import guards
+from pretrain.guards.rewinds import read_rewinds
 from tests.dist.training import base_arguments, losses, stored, train, write_corpus
 
 BAD_CLOCKS = (6 * 256, 9 * 256)
@@ -96,6 +98,94 @@ def test_a_spike_that_is_only_warned_of_trains_as_any_other(pool, corpus, tmp_pa
     assert pool.run(train_on_bad_data, 1, argv) == ["done"]
     assert skipped_steps(tmp_path) == []
     assert events(tmp_path, "spike") == [7, 10]
+
+
+# ---------------------------------------------------------------- rewinds
+
+
+class Killed(Exception):
+    """Stands for a process that was killed."""
+
+
+def train_and_die(world: World, argv: list[str], *, before_note: bool) -> str:
+    """Train on bad data; all processes are gone around the writing of a rewind's note."""
+    write = guards.write_rewinds
+
+    def die(*args) -> None:
+        if not before_note:
+            write(*args)
+        raise Killed
+
+    with mock.patch.object(guards, "write_rewinds", die):
+        try:
+            return train_on_bad_data(world, argv)
+        except Killed:
+            return "killed"
+
+
+def train_and_die_before(world: World, argv: list[str]) -> str:
+    return train_and_die(world, argv, before_note=True)
+
+
+def train_and_die_after(world: World, argv: list[str]) -> str:
+    return train_and_die(world, argv, before_note=False)
+
+
+def passed_over(save) -> list[dict]:
+    """Rows of the last account of data that were passed over."""
+    last = json.loads((save / "ledger.jsonl").read_text().splitlines()[-1])
+    return [row for row in last["account"] if row["skipped"]]
+
+
+def test_a_spike_goes_back_and_passes_over_its_data_and_kills_change_nothing(
+    pool, corpus, tmp_path
+):
+    whole = spiking_arguments(corpus, tmp_path / "whole", "rewind", save_interval=4)
+    outcomes = [pool.run(train_on_bad_data, 1, whole)[0] for _ in range(3)]
+    assert outcomes == ["again", "again", "done"]
+    assert skipped_steps(tmp_path / "whole") == [], "lines of steps that are done again are gone"
+    assert len(losses(tmp_path / "whole")) == 12
+    assert events(tmp_path / "whole", "rewind") == [7, 7]
+    # From the checkpoint of step 4 to the end of step 7, twice: 3 steps of 4 samples each.
+    assert [row["samples"] for row in passed_over(tmp_path / "whole")] == [12, 12]
+
+    cut = spiking_arguments(corpus, tmp_path / "cut", "rewind", save_interval=4)
+    runs = (
+        (train_and_die_before, "killed"),
+        (train_and_die_after, "killed"),
+        (train_on_bad_data, "again"),
+        (train_on_bad_data, "done"),
+    )
+    for function, outcome in runs:
+        assert pool.run(function, 1, cut) == [outcome]
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    one = stored(tmp_path / "whole")
+    other = stored(tmp_path / "cut")
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+    assert passed_over(tmp_path / "cut") == passed_over(tmp_path / "whole")
+
+
+def test_only_the_last_steps_before_a_spike_are_passed_over_on_all_ranks(pool, corpus, tmp_path):
+    argv = spiking_arguments(
+        corpus,
+        tmp_path,
+        "rewind",
+        rewind_skip_steps=1,
+        max_rewinds=1,
+        pipeline_model_parallel_size=2,
+    )
+    assert pool.run(train_on_bad_data, 2, argv) == ["again"] * 2
+    # The spike of step 7 is passed over: the second one comes a step earlier, and is one too many.
+    for text in pool.run(_outcome_of_bad_data, 2, argv):
+        assert text.startswith("refused: step 9 of phase main: spike, "), text
+        assert "the run went back 1 times already (max_rewinds)" in text
+    rewinds = read_rewinds(str(tmp_path))
+    assert [(rewind.start, rewind.end) for rewind in rewinds] == [(6 * 256, 7 * 256)]
+
+
+def _outcome_of_bad_data(world: World, argv: list[str]) -> str:
+    with bad_data():
+        return _outcome(world, argv)
 
 
 # ---------------------------------------------------------------- a loss that is not finite

@@ -53,7 +53,9 @@ def describe_batch(flags: list[str], world_size: int, name: str, batch: int) -> 
     # The ledger as it will be at that step: what the run has drawn until then.
     clock = phase.start_of_step(batch)
     begun = plan.progress.clock if plan.progress and not plan.start.weights_only else 0
-    ledger = ledger_at(plan.config.data, plan.corpus, plan.ledger, begun, plan.phases, clock)
+    ledger = ledger_at(
+        plan.config.data, plan.corpus, plan.ledger, begun, plan.phases, clock, plan.rewinds
+    )
     mixture = ledger.mixture()
     first = ledger.samples_at(clock)
     count = phase.batch_at(clock) // phase.seq_length
