@@ -27,6 +27,7 @@ from launch.records import errors_folder
 from launch.settings import Settings
 from launch.stop import HeardStop, Interrupted, part_as_node_0, part_as_other
 from launch.store import Node0, open_store
+from launch.story import Story
 from launch.tether import StopAsked
 from launch.watch import Watch
 from launch.watchdog import Watchdog, watched
@@ -43,12 +44,7 @@ PART_SECONDS = 10.0
 
 
 def run(
-    settings: Settings,
-    addresses: list[str],
-    listening: socket.socket | None,
-    workers: Workers,
-    records: Path,
-    asked: StopAsked,
+    launch: "Launch", addresses: list[str], listening: socket.socket | None, records: Path
 ) -> int:
     """Meet the other nodes, then let the processes train -> the exit code of `launch.node`.
 
@@ -57,7 +53,8 @@ def run(
         listening: where node 0 answers; None on the others.
         records: the folder of what each rank does.
     """
-    launch = Launch(settings, workers, asked)
+    settings = launch.settings
+    asked = launch.asked
     store = None if listening is None else open_store(listening)
     node0 = None
     if settings.nnodes > 1:
@@ -96,18 +93,18 @@ def run(
         write_outcome(UNSTARTED)
         return 128 + number
     finally:
-        workers.kill()
+        launch.workers.kill()
         del store  # it must live as long as the processes
 
 
 class Launch:
     """Follows this node's processes from their gate to their end."""
 
-    def __init__(self, settings: Settings, workers: Workers, asked: StopAsked):
+    def __init__(self, settings: Settings, workers: Workers, asked: StopAsked, story: Story):
         self.settings = settings
         self.workers = workers
         self.asked = asked
-        self.story = stories.begin()
+        self.story = story
         self.shown = ""
         """The folder in which the user finds what went wrong; the same on all nodes with --save."""
         self.watch: Watch | None = None

@@ -10,6 +10,7 @@ import os
 import sys
 
 from launch import network
+from launch import story as stories
 from launch.outcome import give_up, say, say_that_it_hears
 from launch.records import open_records
 from launch.settings import Settings, parse
@@ -19,6 +20,7 @@ from launch.workers import Workers
 
 def main(argv: list[str] | None = None) -> int:
     """Run this node's processes once -> the exit code."""
+    story = stories.begin()
     settings = parse(argv)
     # No process may go on when train.sh is gone.
     if not end_with_parent(settings.parent):
@@ -39,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     workers = Workers(settings, port)
     from launch import agent  # torch takes seconds, in which the processes import it, too
 
-    return agent.run(settings, addresses, listening, workers, records, asked)
+    launch = agent.Launch(settings, workers, asked, story)
+    return agent.run(launch, addresses, listening, records)
 
 
 def _choose_interface(settings: Settings) -> list[str]:
@@ -68,4 +71,7 @@ def _set_interface(chosen: network.Interface | None, nnodes: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stderr.flush()
+    # The next launch need not wait until Python has taken torch down.
+    os._exit(code)

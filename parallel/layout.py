@@ -236,7 +236,7 @@ def build_layout(config: LayoutConfig, world: World) -> Layout:
         raise ValueError(problem)
     # Megatron-Core makes the groups; each becomes an axis.
     two_levels = config.context_levels[1] > 1
-    parallel_state = _parallel_state()
+    parallel_state = import_parallel_state()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
@@ -330,13 +330,16 @@ def single_process_layout(device: torch.device) -> Layout:
 
 def end_world() -> None:
     """Leave every group; without this gloo aborts the process at exit."""
-    _parallel_state().destroy_model_parallel()
+    import_parallel_state().destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _parallel_state() -> ModuleType:
-    """Import Megatron-Core's groups, when they are made: tools of one process need no megatron."""
+def import_parallel_state() -> ModuleType:
+    """Import Megatron-Core's groups when they are needed: tools of one process need no megatron.
+
+    That takes seconds, which a trainer spends while it waits for its launcher.
+    """
     with warnings.catch_warnings():
         # It warns of missing packages (fused optimizers, norms) for parts that are not used here.
         warnings.simplefilter("ignore")
@@ -361,5 +364,5 @@ def _embedding_axis(pp: Axis, schedule: ScheduleName) -> Axis:
     """
     holds_an_end = pp.size > 1 and (pp.is_first or pp.is_last)
     if holds_an_end and not SCHEDULES[schedule].is_v_shaped:
-        return _axis("embedding", _parallel_state().get_embedding_group())
+        return _axis("embedding", import_parallel_state().get_embedding_group())
     return Axis("embedding", 0, 1, (dist.get_rank(),), pp.group)

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 
+from parallel.layout import import_parallel_state
 from pretrain.config.load import has_gate
 
 
@@ -61,6 +62,7 @@ def wait_at_gate() -> Recovery:
     """Wait until the launcher lets this process through -> how it came to this start."""
     if not has_gate():
         return Recovery()
+    import_parallel_state()
     imported = time.time()
     line = sys.stdin.readline()
     if not line:  # the launcher has changed its mind
