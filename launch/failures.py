@@ -76,6 +76,8 @@ class Ending:
     node_rank: int
     host: str
     failure: Failure
+    is_gone: bool = False
+    """True where the others say it of a node that says nothing any more."""
 
     def describe(self) -> str:
         """Say it in a line for the users of the other nodes."""
@@ -89,7 +91,8 @@ class Ending:
     def from_text(cls, text: bytes) -> "Ending":
         """Read what `to_text` wrote."""
         found = json.loads(text)
-        return cls(found["node_rank"], found["host"], Failure(**found["failure"]))
+        failure = Failure(**found.pop("failure"))
+        return cls(failure=failure, **found)
 
 
 def read_records(ranks: Sequence[int]) -> dict[int, Record]:

@@ -213,7 +213,7 @@ launch() {  # number of the launch, then the trainer's arguments; returns the la
   set +m
   forward  # a signal that came while we were starting
   # `wait` returns early, with a code above 128, whenever a trap runs.
-  wait "$child"
+  wait "$child" 2>/dev/null
   code=$?
   if [[ -n $signal ]]; then
     wait_for_stop

@@ -113,7 +113,7 @@ class Watch(threading.Thread):
             return
         host = json.loads(store.get(MEMBERS))[longest]
         text = f"its launcher is gone: no sign of life for {silence[longest]:.0f} s"
-        self._post(Ending(longest, host, Failure(text, time=time.time())))
+        self._post(Ending(longest, host, Failure(text, time=time.time()), is_gone=True))
 
     def _lost_node_0(self, error: dist.DistError) -> bool:
         """Tell whether node 0 is gone for good, after an error of the store."""
@@ -137,7 +137,7 @@ class Watch(threading.Thread):
         failure = Failure(
             f"its launcher is gone: {reason or str(error).splitlines()[0]}", time=time.time()
         )
-        self.heard = Ending(0, self.node0.describe(), failure)
+        self.heard = Ending(0, self.node0.master, failure)
         return True
 
     def _require_store(self) -> dist.TCPStore:
@@ -207,4 +207,6 @@ class Watch(threading.Thread):
         """Say no more; node 0 keeps the store until the others have read the last word."""
         self.is_over.set()
         with suppress(dist.DistError):
-            leave_store(self._require_store(), self.node_rank, self.nnodes)
+            is_one_gone = self.heard is not None and self.heard.is_gone
+            present = self.nnodes - 1 if is_one_gone else self.nnodes
+            leave_store(self._require_store(), self.node_rank, present)

@@ -314,3 +314,92 @@ def test_nodes_whose_own_name_is_127_0_1_1_reach_each_other(launches, networks):
     assert (launches.folder / "sum.1").read_text() == "3 over bond0.7"
     assert "gloo use eth7 (10.77.0.1): MASTER_ADDR node0 is 127.0.1.1 here" in errors[0]
     assert "gloo use bond0.7 (10.77.0.2): it reaches MASTER_ADDR node0 (10.77.0.1)" in errors[1]
+
+
+def both(launches, second: dict[str, str] | None = None, **settings: str) -> list:
+    """Start both nodes of a launch, node 1 with settings of its own."""
+    settings = two_nodes(MASTER_PORT=str(free_port())) | settings
+    return [
+        launches.start(NODE_RANK=str(rank), **settings | (second or {} if rank else {}))
+        for rank in range(2)
+    ]
+
+
+def launcher_of(process: subprocess.Popen) -> int:
+    """Return the process id of train.sh's launcher."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    wait_until(lambda: children.read_text() != "", "train.sh starts its launcher")
+    return int(children.read_text().split()[0])
+
+
+@pytest.mark.parametrize(
+    "rank, name", [(1, "SIGTERM"), pytest.param(0, "SIGUSR1", marks=pytest.mark.long)]
+)
+def test_a_stop_of_one_node_stops_both_and_says_which(launches, rank, name):
+    nodes = both(launches, ACTION="train")
+    launches.pid(0)
+    launches.pid(1)
+    nodes[rank].send_signal(getattr(signal, name))
+    ends = [finish(node) for node in nodes]
+    assert [code for code, _ in ends] == [75, 75], ends
+    told = f"train.sh: node {rank} ({socket.gethostname()}) is asked to stop ({name}): this node"
+    assert told in ends[1 - rank][1]
+    assert told not in ends[rank][1]
+    for _, err in ends:
+        assert err.count("asking the run to save and stop") == 1, err
+        assert err.endswith("stopped before the first step; the same command goes on"), err
+
+
+def test_the_same_error_twice_ends_both_nodes_with_the_reason(launches):
+    nodes = both(launches, ACTION="crash", MAX_RESTARTS="9")
+    for node in nodes:
+        code, err = finish(node)
+        assert code == 1, err
+        assert "the same error twice at the same step, without a new checkpoint in between" in err
+        assert err.endswith(
+            "RuntimeError in trainer.py: main before the first step: the loss is a pear"
+        )
+
+
+@pytest.mark.long  # test_meeting.py has both sides of it
+def test_a_stop_while_a_restart_waits_stops_both(launches):
+    nodes = both(launches, ACTION="killed", MAX_RESTARTS="9", RETRY_WAIT="60")
+    for line in nodes[1].stderr:
+        if "restart 2 of 9 in 60 s" in line:
+            break
+    nodes[1].send_signal(signal.SIGTERM)
+    ends = [finish(node) for node in nodes]
+    assert [code for code, _ in ends] == [75, 75], ends
+    assert f"node 1 ({socket.gethostname()}) is asked to stop (SIGTERM)" in ends[0][1]
+
+
+def test_a_node_whose_launcher_is_killed_is_named_and_comes_back(launches):
+    nodes = both(launches, ACTION="train once", MAX_RESTARTS="1")
+    launches.pid(0)
+    launches.pid(1)
+    os.kill(launcher_of(nodes[1]), signal.SIGKILL)
+    ends = [finish(node) for node in nodes]
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert "error: node 1 (" in ends[0][1]
+    assert "its launcher" in ends[0][1] and "is gone" in ends[0][1]
+
+
+@pytest.mark.long  # the test before has the other node
+def test_node_0_that_is_killed_is_named_and_waited_for(launches):
+    nodes = both(launches, ACTION="train once", MAX_RESTARTS="1")
+    launches.pid(0)
+    launches.pid(1)
+    nodes[0].kill()
+    for line in nodes[1].stderr:
+        if "restart 1 of 1" in line:
+            break
+        if "error:" in line:
+            assert "node 0 (localhost) ended this launch: its launcher is gone" in line
+    settings = dict(
+        pair.split("=", 1)
+        for pair in Path(f"/proc/{nodes[1].pid}/environ").read_text().split("\0")
+        if "=" in pair
+    )
+    code, err = launches.run(**settings | {"NODE_RANK": "0"})
+    assert code == 0, err
+    assert finish(nodes[1])[0] == 0

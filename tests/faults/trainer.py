@@ -17,9 +17,11 @@ def main() -> int:
     is_first_here = os.environ["LOCAL_RANK"] == "0"
     here = Path(os.environ["HERE"])
     outcome = Path(os.environ["ITHACA_OUTCOME_FILE"])
+    action = os.environ.get("ACTION", "done")
+    if action == "train once":
+        action = "done" if (here / f"ready.{rank}").exists() else "train"
     (here / f"pid.{rank}").write_text(str(os.getpid()))
     (here / f"ready.{rank}").touch()
-    action = os.environ.get("ACTION", "done")
     if action == "done":
         if is_first_here:
             outcome.write_text("done")
