@@ -73,6 +73,8 @@ class RankView:
     """Seconds of the longest usual silence so far."""
     watchdog_seconds: float | None
     """The limit that the user set; None = not known yet."""
+    slow_seconds: float
+    """Seconds that what may be slow may take."""
     device: str
     wait: Wait | None
     collectives: list[Collective] = field(default_factory=list)
@@ -149,6 +151,7 @@ def _starting(rank: int, pid: int, node: int) -> RankView:
         silence=0.0,
         longest_gap=0.0,
         watchdog_seconds=None,
+        slow_seconds=0.0,
         device="",
         wait=None,
     )
@@ -201,6 +204,7 @@ def read_record(content: bytes, node: int, now: int | None = None) -> RankView:
         silence=_age(state["life"], now),
         longest_gap=state["longest_gap"] / 1e9,
         watchdog_seconds=about.get("watchdog_seconds"),
+        slow_seconds=about.get("slow_seconds", 0.0),
         device=about.get("device", ""),
         wait=wait,
         # One that never began says nothing.

@@ -46,8 +46,10 @@ def judge(views: Sequence[RankView], silent_nodes: Sequence[str] = ()) -> Verdic
     waited_for = set().union(*waits_for.values()) if waits_for else set()
     roots = [view for view in views if view.rank in waited_for and not waits_for.get(view.rank)]
     busy = [view for view in roots if view.wait is None]
-    if busy or roots:
-        return _blame(busy or roots, waits_for)
+    if busy:
+        return _blame(busy, waits_for)
+    if roots:
+        return _describe_standstill(roots)
     if mismatch := _find_mismatch(views):
         return mismatch
     if waits_for:
@@ -195,11 +197,11 @@ def _describe_standstill(views: Sequence[RankView]) -> Verdict:
     waiting = [view for view in views if view.wait is not None]
     if waiting:
         places = sorted({describe_wait(view).rsplit(" for ", 1)[0] for view in waiting})
-        hosts = len({view.host for view in views})
-        between = f" between {hosts} hosts" if hosts > 1 else ""
+        hosts = sorted({view.host for view in views})
+        of_hosts = f" of {', '.join(hosts[:4])}" + (", ..." if len(hosts) > 4 else "")
         text = (
-            f"{count_ranks(len(waiting))} wait in {', '.join(places[:3])}, and nobody is missing: "
-            f"the network{between} stands"
+            f"{count_ranks(len(waiting))} wait{'s' if len(waiting) == 1 else ''} in "
+            f"{', '.join(places[:3])}, and nobody is missing: the network{of_hosts} stands"
         )
         return Verdict((), (text,))
     if views and all(view.activity == WAITING_FOR_DEVICE for view in views):
@@ -209,6 +211,11 @@ def _describe_standstill(views: Sequence[RankView]) -> Verdict:
         )
         return Verdict((), (text,))
     return _blame(views, {})
+
+
+def is_network_down(views: Sequence[RankView]) -> bool:
+    """Tell whether all ranks wait in collectives to which all have come."""
+    return all(view.wait is not None for view in views) and not judge(views).ranks
 
 
 def count_ranks(count: int) -> str:

@@ -6,7 +6,8 @@ also when they cannot say anything. Node 0 decides, after it has asked the other
 
 - a rank that a signal has stopped for --watchdog-seconds;
 - no rank of the run has shown a sign of life for that long, nor for three times the longest usual
-  silence, nor for as long as a slow activity (a start, a save, a compilation) may take.
+  silence, nor for as long as a slow activity (a start, a save, a compilation) may take, nor, where
+  all ranks wait in the same collectives and nobody is missing, for as long as a network may.
 
 Then everybody's stacks are written, the page goes to the folder of errors, and all nodes end their
 ranks, so that train.sh starts again.
@@ -29,7 +30,7 @@ from launch.rank_view import RankView, find_starting, read_ranks
 from launch.records import errors_folder
 from launch.stacks import dump_flight_recorders, dump_stacks, kill_ranks
 from launch.store import Node0, connect
-from launch.verdict import describe_wait, judge, who_waits_for_whom
+from launch.verdict import describe_wait, is_network_down, judge, who_waits_for_whom
 
 POLL_SECONDS = 1.0
 """The seconds between two looks."""
@@ -213,6 +214,9 @@ def is_standing(views: Sequence[RankView], limit: float) -> bool:
         return False  # some ranks are starting, which takes as long as it takes
     usual = GAP_FACTOR * max(view.longest_gap for view in views)
     patience = max(view.patience for view in views)
+    if is_network_down(views):
+        # It may come back, and no rank would be better off after a restart.
+        patience = max(view.slow_seconds for view in views)
     return min(view.silence for view in views) >= max(limit, usual, patience)
 
 

@@ -47,7 +47,7 @@ def loop_in_the_reader() -> None:
     mark = Path(os.environ["HERE"]) / "has_looped"
 
     def act(feed: Feed, clock: int) -> None:
-        if launched_rank() == FAULTY_RANK and clock >= 5 * 128 and not mark.exists():
+        if launched_rank() == FAULTY_RANK and clock >= 5 * 256 and not mark.exists():
             mark.touch()
             while True:
                 time.sleep(0.01)

@@ -19,7 +19,7 @@ STEPS = 60
 SETTINGS = dict(
     train_iters=STEPS,
     save_interval=10,
-    global_batch_size=2,
+    global_batch_size=4,
     seq_length=64,
     log_interval=1,
     eval_iters=0,
@@ -116,7 +116,7 @@ def test_a_stopped_rank_is_named_with_its_place_and_the_run_ends_as_if_nothing_w
 
 @pytest.mark.long
 def test_a_rank_that_never_comes_back_from_reading_is_named(pool, tmp_path, start):
-    argv = arguments(tmp_path, watchdog_seconds=3)
+    argv = arguments(tmp_path, watchdog_seconds=3, tensor_model_parallel_size=2)
     run = start(argv, processes=4, hook="loop in the reader")
     (said,) = run.finish()
     verdict = verdict_of(said)

@@ -33,6 +33,7 @@ def rank_view(rank: int, **values) -> RankView:
         silence=20.0,
         longest_gap=0.5,
         watchdog_seconds=30.0,
+        slow_seconds=540.0,
         device="cpu",
         wait=None,
         collectives=[],
@@ -97,6 +98,7 @@ ON_DEVICES = [
 ]
 PIPELINE = [pairs(0, "recv", 1), pairs(1, "recv", 2), pairs(2, "recv", 3), busy(3, "forward")]
 ALL_THERE = [waits(rank, "world", 8) for rank in WORLD]
+LOST_ANSWER = [*(waits(rank, "world", 9) for rank in (0, 1, 2)), waits(3, "world", 8)]
 
 SITUATIONS = {
     "a rank reads data for ever": (STUCK_READER, (3,), "rank 3 (host1, process 1003) has been"),
@@ -104,7 +106,8 @@ SITUATIONS = {
     "a rank calls another collective": (OTHER_KINDS, (3,), "do not agree on collective 8 of world"),
     "a rank of one host hands out less": (ON_DEVICES, (3,), "has been forward for 21 s"),
     "the last stage computes": (PIPELINE, (3,), "has been forward for 21 s"),
-    "all wait, nobody is missing": (ALL_THERE, (), "the network between 2 hosts stands"),
+    "all wait, nobody is missing": (ALL_THERE, (), "the network of host0, host1 stands"),
+    "an answer is lost": (LOST_ANSWER, (), "1 rank waits in all_reduce 8 on world, and nobody"),
     "all read data": ([busy(rank) for rank in WORLD], (0, 1, 2, 3), "has been reading data"),
 }
 
@@ -155,7 +158,7 @@ def test_a_message_that_both_sides_wait_for_blames_nobody():
 
 
 def silent(seconds: float, **values) -> list[RankView]:
-    return [replace(view, silence=seconds, **values) for view in ALL_THERE]
+    return [replace(view, silence=seconds, **values) for view in STUCK_READER]
 
 
 def test_silence_ends_the_run_after_the_limit():
@@ -185,6 +188,15 @@ def test_a_stopped_rank_is_found_also_in_a_slow_activity():
     views = silent(5, patience=540.0)
     views[1] = replace(views[1], stopped_seconds=30.0)
     assert is_standing(views, 30)
+
+
+def test_a_network_that_stands_has_the_time_of_what_is_slow():
+    """It may come back, and no rank is at fault; a device that stands does not come back."""
+    views = [replace(view, silence=60.0) for view in ALL_THERE]
+    assert not is_standing(views, 30)
+    assert is_standing([replace(view, silence=541.0) for view in views], 30)
+    on_devices = [replace(ON_DEVICES[0], rank=rank, silence=31.0) for rank in WORLD]
+    assert is_standing(on_devices, 30)
 
 
 def test_ranks_that_start_are_not_silent():
