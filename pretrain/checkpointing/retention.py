@@ -17,6 +17,7 @@ from data.files import sync_path
 from data.units import show_bytes
 from pretrain.checkpointing import manifest
 from pretrain.checkpointing.folders import (
+    clear,
     complete_steps,
     is_checkpoint_folder,
     iteration_folder,
@@ -38,7 +39,6 @@ MOST_SHARES = 256
 """Parts in which a checkpoint is read; between two of them a reader looks whether the run ends."""
 
 _DELETED = re.compile(r"\.iter_\d{7,}\.deleted")
-_PARTIAL = re.compile(r"\.iter_(\d{7,})\.partial")
 
 Report = Callable[[str, int, int, str], None]
 """Takes the kind of an event, its step, its clock and its text."""
@@ -86,29 +86,17 @@ def delete_checkpoint(folder: Path) -> int | None:
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     # From the renaming on no load finds it, however little of it is left.
     hidden = folder.with_name(f".{folder.name}.deleted")
-    if os.path.lexists(hidden):
-        shutil.rmtree(hidden)
+    clear(hidden)
     os.rename(folder, hidden)
     sync_path(folder.parent)
     shutil.rmtree(hidden)
     return size
 
 
-def remove_leftovers(root: Path, run_id: str, published: int) -> None:
-    """Remove what is left of deletions that were cut short, and of this run's saves that were.
-
-    Args:
-        published: step of the newest checkpoint; a save of a later one may be under way.
-    """
+def remove_leftovers(root: Path) -> None:
+    """Remove what is left of deletions that were cut short."""
     for folder in root.glob(".iter_*.deleted"):
         if _DELETED.fullmatch(folder.name) and is_checkpoint_folder(folder):
-            shutil.rmtree(folder)
-    for folder in root.glob(".iter_*.partial"):
-        match = _PARTIAL.fullmatch(folder.name)
-        if match is None or int(match[1]) >= published or not is_checkpoint_folder(folder):
-            continue
-        progress = _read_progress(folder)
-        if progress is not None and progress.run_id == run_id:
             shutil.rmtree(folder)
 
 
@@ -222,7 +210,7 @@ class Retention:
         if step not in found or read_pointer(self.root) != step:
             return  # somebody has set the run back meanwhile
         self._place = (step, found[step].clock)
-        remove_leftovers(self.root, self.run_id, step)
+        remove_leftovers(self.root)
 
         # Reading takes long: first see whether anything would go.
         choice = what_to_delete(

@@ -369,17 +369,6 @@ def test_a_kill_in_the_middle_leaves_each_checkpoint_whole_or_gone(tmp_path):
     raise AssertionError("never came to its end")
 
 
-def test_a_save_that_was_cut_short_is_removed_if_it_is_this_runs_and_past(tmp_path):
-    for name, step, run_id in (("past", 1, RUN), ("other", 2, OTHER), ("coming", 9, RUN)):
-        shutil.move(save(tmp_path / name, step, run_id), tmp_path / f".iter_000000{step}.partial")
-        (tmp_path / f".iter_000000{step}.partial" / "manifest.json").unlink()
-        shutil.rmtree(tmp_path / name)
-    save(tmp_path, 5)
-    retain(tmp_path)
-    hidden = sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("."))
-    assert hidden == [".iter_0000002.partial", ".iter_0000009.partial"]
-
-
 def test_deleting_never_touches_what_no_save_wrote(tmp_path):
     folder = save(tmp_path, 1)
     (folder / "notes").write_text("mine")
