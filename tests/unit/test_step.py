@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain.guards.spikes import Limits
-from pretrain.step import train_step
+from pretrain.guards.spikes import NO_LIMITS, Limits
+from pretrain.step import is_good_step, train_step
 from tools.bench.contenders import OPTIMIZER, BenchModel, Ours, make_sample, one_process
 
 VOCABULARY = 64
@@ -105,3 +105,12 @@ def test_a_step_beyond_its_limit_changes_nothing_and_one_at_it_does(trainer, lim
     assert torch.equal(weight, before)
     assert not step(reached).skipped
     assert not torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_loss_or_norm_that_is_not_finite_is_never_good(value):
+    one = torch.tensor(1.0, dtype=torch.float64)
+    other = torch.tensor(value, dtype=torch.float64)
+    assert bool(is_good_step(one, one, NO_LIMITS))
+    assert not bool(is_good_step(other, one, NO_LIMITS))
+    assert not bool(is_good_step(one, other, NO_LIMITS))
