@@ -1,9 +1,11 @@
 """The real trainer with a fault in it: `HOOK` in the environment names one of `HOOKS`."""
 
+import errno
 import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,19 @@ def loop_in_the_reader() -> None:
     before(Feed, "read", act)
 
 
+def fail_in_the_reader(error: Exception, *, once_only: bool) -> None:
+    """One rank's reader raises when it comes to step 5, in each launch or in the first."""
+    mark = Path(os.environ["HERE"]) / "has_failed"
+
+    def act(feed: Feed, clock: int) -> None:
+        if launched_rank() != FAULTY_RANK or clock < 4 * 128 or (once_only and mark.exists()):
+            return
+        mark.touch()
+        raise error
+
+    before(Feed, "read", act)
+
+
 def be_slow_where_it_is_allowed() -> None:
     """Rank 0 takes long to plan, in its first evaluation, its first step and each save."""
 
@@ -80,6 +95,12 @@ def be_slow_in_every_step() -> None:
 
 HOOKS = {
     "loop in the reader": loop_in_the_reader,
+    "fail in the reader": partial(
+        fail_in_the_reader, RuntimeError("the corpus is a pear"), once_only=False
+    ),
+    "fail once in the reader": partial(
+        fail_in_the_reader, OSError(errno.EIO, "the disk is a pear"), once_only=True
+    ),
     "slow parts": be_slow_where_it_is_allowed,
     "slow rank": be_slow_in_every_step,
 }
