@@ -139,6 +139,7 @@ class TrainingLoop:
 
     def end(self, outcome: str, text: str) -> str:
         """Say how the run ends, when everything is published, and hand its outcome on."""
+        self.heartbeat.enter_slow("waiting for the last save")
         self.saver.wait_published()
         self.reporter.say(text)
         self.report(outcome, text)
@@ -271,6 +272,7 @@ class TrainingLoop:
             has_failed_save=self.saver.has_failed,
         )
         if measured.has_failed_save:
+            self.heartbeat.enter_slow("waiting for the save that failed")
             self.saver.raise_failure()
         self.slow_ranks.note(measured.busy_seconds, self.report)
         flops = self.model_size.step_flops(batch_tokens, measured.causal_pairs)
