@@ -7,6 +7,7 @@ a checkpoint says is taken at the moment of the save. Without --async-save the s
 the live tensors while training waits.
 """
 
+import copy
 import dataclasses
 import gc
 import time
@@ -155,6 +156,8 @@ class Saver:
         progress = self._progress(phase, tally, evaluation_due, ends_phase=ends_phase)
         assert progress.data is not None
         self.reporter.account(state.step, state.clock, progress.data["account"])
+        # Counts go on while the thread writes: it gets them as they are now.
+        progress = copy.deepcopy(progress)
         captured = Captured(progress, tied_differences(state.stages, self.layout), began)
         # From here on this is what the last checkpoint says; if it fails, so does the run.
         tally.note_save()
@@ -209,9 +212,9 @@ class Saver:
 
     # ------------------------------------------------------------ in the background
 
-    def _write_copy(self, captured: Captured, copy: StateCopy) -> None:
-        copy.wait_until_readable()
-        self._write(captured, copy.tensors)
+    def _write_copy(self, captured: Captured, copied: StateCopy) -> None:
+        copied.wait_until_readable()
+        self._write(captured, copied.tensors)
 
     def _write(self, captured: Captured, tensors: dict[str, torch.Tensor]) -> None:
         """Check, write and publish a checkpoint, and say so."""

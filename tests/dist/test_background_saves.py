@@ -1,5 +1,6 @@
 """Saves in the background: what they hold, and how they fail."""
 
+import dataclasses
 import errno
 import os
 import signal
@@ -91,7 +92,9 @@ def test_a_late_copy_holds_what_a_waiting_save_holds(pool, corpus, tmp_path, wor
         found = read_whole_tensors(tmp_path / "beside" / name, names)
         differing = [key for key in names if not np.array_equal(expected[key], found[key])]
         assert not differing, (step, differing)
-        assert Progress.read(tmp_path / "beside" / name).step == step
+        progress = [Progress.read(tmp_path / run / name) for run in ("waiting", "beside")]
+        one, other = (dataclasses.replace(each, run_id=None) for each in progress)
+        assert one == other and one.step == step
     # Were the steps alike, a copy of a later one would not be noticed.
     first = read_whole_tensors(tmp_path / "waiting" / "iter_0000001", ["model.embedding.weight"])
     last = stored(tmp_path / "waiting")["model.embedding.weight"]

@@ -114,7 +114,7 @@ class Bench:
         feed.enter(self.phase, 0)
         self.batch = [part.to(self.layout.device) for part in feed.read(0)]
         reporter = Reporter(config, 0, None, is_writer=False)
-        self.tally = StepTally(0)
+        self.tally = StepTally()
         self.saver = Saver(self.plan, self.layout, self.state, reporter, None)
         self.live = checkpoint_tensors(self.state, with_optimizer=True)
         self.num_bytes = sum(tensor.nbytes for tensor in map(_local, self.live.values()))
@@ -157,7 +157,7 @@ class Bench:
 
     def _save_as_a_run(self, timed: Timed) -> None:
         began = time.perf_counter()
-        self.saver.save(self.phase, self.tally, None, ends_phase=False)
+        self.saver.save(self.phase, self.tally, None, ends_phase=False, is_last=False)
         timed.stalls.append(time.perf_counter() - began)
         step = self.state.step
         timed.hiding.append(self.step())
