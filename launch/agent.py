@@ -82,13 +82,15 @@ def run(
         say(heard.stop.describe())
         write_outcome(UNSTARTED)
         return 128 + heard.stop.number
-    except Interrupted:
+    except Interrupted as interrupted:
         number = asked.number
         assert number is not None
         seconds = min(settings.grace, PART_SECONDS)
-        if store is not None and node0 is not None:
+        if interrupted.is_told or node0 is None:
+            pass
+        elif store is not None:
             part_as_node_0(store, settings.nnodes, number, seconds)
-        elif node0 is not None:
+        else:
             part_as_other(node0, settings.node_rank, number, seconds)
         write_outcome(UNSTARTED)
         return 128 + number
@@ -138,7 +140,7 @@ class Launch:
                 if self.watch is not None:
                     self.watch.announce_stop(self.asked.number)
                     self.watch.part()
-                raise Interrupted
+                raise Interrupted(is_told=self.watch is not None)
             if self.watch is not None and self.watch.stop is not None:
                 stop = self.watch.stop
                 self.watch.part()

@@ -19,6 +19,15 @@ from launch.store import LEFT, NNODES, STOP, Node0, connect, leave_store
 class Interrupted(Exception):
     """Reports that this node is asked to stop, before its processes train."""
 
+    def __init__(self, *, is_told: bool = False):
+        """Report it.
+
+        Args:
+            is_told: whether the other nodes have been told.
+        """
+        super().__init__()
+        self.is_told = is_told
+
 
 @dataclass(frozen=True)
 class Stop:

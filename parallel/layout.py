@@ -106,7 +106,7 @@ class Layout:
 
 
 def launched_world_size() -> int:
-    """Read how many processes the launcher started (torchrun's WORLD_SIZE); 1 without one."""
+    """Read how many processes the launcher started (WORLD_SIZE); 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
