@@ -9,6 +9,7 @@ On GPUs `Work.wait` lets the stream wait and not the host. There the record says
 the host has handed to the device, and NCCL's own flight recorder what the device has done.
 """
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -63,7 +64,7 @@ class CollectiveLog:
         """Collectives of each slot so far."""
         self._pending: dict[int, tuple[int, bytes, int, int]] = {}
         """Slot, op, number and peer by the id of the Work that is to be waited for."""
-        self._originals: list[tuple[type, str, Callable[..., Any]]] = []
+        self._originals: list[tuple[type, str, Any]] = []
 
     def listen(self) -> None:
         """Hear every collective from now on."""
@@ -103,7 +104,8 @@ class CollectiveLog:
     ) -> None:
         original = getattr(owner, name, None)
         if original is not None:
-            self._originals.append((owner, name, original))
+            # As the class holds it: what getattr returns would no longer take `self` when put back.
+            self._originals.append((owner, name, inspect.getattr_static(owner, name)))
             setattr(owner, name, wrap(original))
 
     def _noting(self, op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
