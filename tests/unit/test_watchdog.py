@@ -75,7 +75,8 @@ def test_two_nodes_find_the_rank_that_never_comes(tmp_path, store, start_rank, c
     dogs = []
     for node, waiting in ((0, True), (1, False)):
         folder = start_rank(node, waiting=waiting)
-        dogs.append(Watchdog(folder, tmp_path / "errors", Exchange(client(store), node, 2), 1))
+        to_others = Exchange(client(store), node, 2)
+        dogs.append(Watchdog(folder, tmp_path / "errors", "shown", to_others, 1))
     for dog in dogs:
         dog.start()
     for dog in dogs:
@@ -132,7 +133,7 @@ def test_verdict_and_stacks_travel_between_the_nodes(store):
 def test_a_watchdog_that_slept_calls_nobody_silent(tmp_path, start_rank):
     """A machine that stood still wakes up with old records; the ranks get their time again."""
     folder = start_rank(0, waiting=True)
-    dog = Watchdog(folder, tmp_path / "errors", Exchange(None, 0, 1), 1)
+    dog = Watchdog(folder, tmp_path / "errors", "shown", Exchange(None, 0, 1), 1)
     dog._last_look = time.monotonic() - 2 * watchdog.PAUSE_SECONDS
     dog._resumed_at = 0.0
     (view,) = dog._read()
