@@ -78,7 +78,8 @@ class WeightCheck:
                 axes = []
                 if isinstance(parameter.placements[-1], Replicate):
                     axes.append(self.layout.tp)
-                if name == "embedding.weight":
+                # Without tied embeddings the last stage has none.
+                if name == "embedding.weight" and stage.tied:
                     axes.append(self.layout.embedding)
                 shared = tuple(axis for axis in axes if axis.size > 1)
                 yield Held(f"model.{name}", own_shard(parameter), shared)

@@ -118,14 +118,20 @@ def test_a_copy_of_a_tied_embedding_is_compared_over_the_pipeline(pool, corpus, 
         assert "rank 1 on " in text and ": model.embedding.weight is not the same" in text, text
 
 
-def test_a_healthy_run_is_never_stopped(pool, corpus, tmp_path):
+@pytest.mark.parametrize(
+    "layout",
+    [{}, {"pipeline_model_parallel_size": 2, "untie_embeddings_and_output_weights": True}],
+    ids=["dp2", "pp2 untied"],
+)
+def test_a_healthy_run_is_never_stopped(pool, corpus, tmp_path, layout):
     argv = base_arguments(
         corpus,
         save=str(tmp_path),
-        train_iters=4,
+        train_iters=3,
         eval_iters=1,
         tensor_model_parallel_size=2,
         save_interval=2,
+        **layout,
         **{FLAG: 1},
     )
     assert pool.run(train, 4, argv) == ["done"] * 4
