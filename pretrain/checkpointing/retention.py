@@ -200,8 +200,9 @@ class Retention:
             self._delete_old(folder)
         except Left:
             pass
-        except (OSError, ValueError) as error:
-            self._say("retention", f"no older checkpoint is deleted: {error}")
+        except Exception as error:
+            what = f"{error}" if isinstance(error, OSError | ValueError) else repr(error)
+            self._say("retention", f"no older checkpoint is deleted: {what}")
 
     def _delete_old(self, folder: Path) -> None:
         """Delete what is due after a checkpoint was published."""

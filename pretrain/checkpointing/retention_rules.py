@@ -4,6 +4,7 @@ The last --keep-last stay, the ends of phases, and what --keep-every, --save-ret
 --keep-best name. What another run wrote is never chosen.
 """
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -121,7 +122,8 @@ def _best(past: list[CheckpointFacts], count: int) -> list[CheckpointFacts]:
     """Find the `count` lowest losses of each set and length: others do not compare."""
     contests: dict[tuple[str, int], list[tuple[float, int, CheckpointFacts]]] = {}
     for facts in past:
-        if facts.score is not None:
+        # A loss that is no number is nobody's best, and would spoil the order of the others.
+        if facts.score is not None and math.isfinite(facts.score.loss):
             key = (facts.score.set, facts.score.seq_length)
             contests.setdefault(key, []).append((facts.score.loss, facts.step, facts))
     # Of equal losses the earlier one: a later one does not push it out.

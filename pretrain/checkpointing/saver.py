@@ -199,7 +199,8 @@ class Saver:
         """
         try:
             self._background.wait(WAIT_AFTER_FAILURE_SECONDS)
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:
+            # Training has ended already, with an error of its own or in order.
             self.reporter.say(f"warning: {error}")
         if self.retention is not None:
             self.retention.close(finish=finish)

@@ -1,11 +1,13 @@
 """Old checkpoints go, and never one that is needed or that the run did not write."""
 
 import json
+import math
 import os
 import shutil
 import threading
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -76,6 +78,14 @@ def test_the_best_of_each_length_stays_and_of_equal_ones_the_earlier():
         5: "best loss 2.5000 of valid at 128 tokens",
         8: "last 1",
     }
+
+
+@pytest.mark.parametrize("spoilt", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_no_number_is_never_the_best(spoilt):
+    losses = {1: 2.0, 2: spoilt, 3: 1.5, 4: spoilt, 5: 1.8}
+    found = [facts(step, score=ValidationScore("valid", 64, loss)) for step, loss in losses.items()]
+    choice = choose([*found, facts(8)], keep_best=2, keep_last=1)
+    assert sorted(choice.kept) == [3, 5, 8]
 
 
 def test_nothing_goes_before_the_newest_is_verified_nor_with_keep_all():
@@ -317,6 +327,14 @@ def test_a_failing_disk_is_said_and_ends_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(retention.os, "rename", fail)
     ((kind, _, _, text),) = retain(tmp_path)
     assert kind == "retention" and "Input/output error" in text
+    assert iterations(tmp_path) == [1, 2, 3, 4, 5]
+
+
+def test_what_nobody_expects_of_a_checkpoint_is_said(tmp_path):
+    for step in range(1, 6):
+        save(tmp_path, step, ends_phase=step == 1, phase={})
+    ((kind, _, _, text),) = retain(tmp_path)
+    assert kind == "retention" and text == "no older checkpoint is deleted: KeyError('name')"
     assert iterations(tmp_path) == [1, 2, 3, 4, 5]
 
 
