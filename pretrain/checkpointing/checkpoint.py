@@ -73,7 +73,11 @@ def save(
     final = iteration_folder(root, step)
     partial = final.with_name(f".{final.name}.partial")
     needed = sum(gather(sum(map(stored_bytes, tensors.values())), world))
-    place = SavePlace(final, needed, free_bytes(Path(root)))
+    free: int | None = None
+    # A disk that does not even say this fails in `begin`, for all ranks.
+    with contextlib.suppress(OSError):
+        free = free_bytes(Path(root))
+    place = SavePlace(final, needed, free)
 
     def begin() -> None:
         # One rank writes the small files, into a hidden folder that no load looks into.
@@ -144,6 +148,8 @@ def _write_small_files(
         path = folder / CARRIED / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
+    for path in [*folder.rglob("*"), folder]:
+        sync_path(path)
 
 
 def _publish(partial: Path, final: Path) -> None:

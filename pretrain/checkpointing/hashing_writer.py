@@ -119,4 +119,6 @@ class _HashingFile(io.RawIOBase):
         return self.file.tell()
 
     def fileno(self) -> int:
+        # DCP syncs by this number, without a flush: what is still here would miss that.
+        self.flush()
         return self.file.fileno()

@@ -51,8 +51,8 @@ class SavePlace:
 
     folder: Path
     needed_bytes: int
-    free_bytes: int
-    """When the save began."""
+    free_bytes: int | None
+    """When the save began; None = the file system did not say."""
 
     def error_of(self, failures: list[Failure]) -> Exception:
         """Make the error that all ranks raise, of what ended some of them."""
@@ -60,9 +60,10 @@ class SavePlace:
         ranks = f"rank {first.rank}" + (f" and {len(failures) - 1} more" if failures[1:] else "")
         if first.number not in FINAL_ERRORS:
             return SaveFailed(f"checkpoint {self.folder}: not written ({ranks}: {first.text})")
+        free = "?" if self.free_bytes is None else show_bytes(self.free_bytes)
         return Refused(
             f"checkpoint {self.folder}: not written ({ranks}: {first.text}); it needs "
-            f"{show_bytes(self.needed_bytes)}, and {show_bytes(self.free_bytes)} were free. The "
+            f"{show_bytes(self.needed_bytes)}, and {free} were free. The "
             "checkpoints before it are untouched. Fix: free space there, or give --save another "
             "folder."
         )

@@ -108,5 +108,18 @@ def test_any_other_failure_may_be_tried_again(tmp_path, monkeypatch):
     require_untouched(tmp_path)
 
 
+def test_a_file_system_that_tells_no_free_space_ends_the_save_on_all_ranks(tmp_path, monkeypatch):
+    """As a network file system does that has lost its server: in words that go to all ranks."""
+    save(tmp_path, 1)
+
+    def fail(_):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(space.shutil, "disk_usage", fail)
+    with pytest.raises(SaveFailed, match=r"iter_0000002: not written \(rank 0: Stale file handle"):
+        save(tmp_path, 2)
+    require_untouched(tmp_path)
+
+
 def test_free_space_is_that_of_the_folder_above_one_that_is_not_there(tmp_path):
     assert space.free_bytes(tmp_path / "a" / "b") > 0
