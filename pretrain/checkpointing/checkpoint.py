@@ -31,6 +31,7 @@ from pretrain.checkpointing.folders import (
     TOKENIZER,
     clear,
     iteration_folder,
+    replaced_folder,
     write_pointer,
 )
 from pretrain.checkpointing.hashing_writer import HashingWriter
@@ -102,7 +103,7 @@ def save(
             write_durably(partial / MANIFEST, manifest.to_text(checksums))
             _publish(partial, final)
             write_pointer(Path(root), step)
-            clear(_replaced(final))
+            clear(replaced_folder(final))
 
     try:
         run_together(begin, place, world)
@@ -155,15 +156,12 @@ def _write_small_files(
 def _publish(partial: Path, final: Path) -> None:
     """Give a whole checkpoint its name; one that has the name already is moved aside."""
     sync_path(partial)
-    clear(_replaced(final))
+    clear(replaced_folder(final))
     if os.path.lexists(final):
-        os.rename(final, _replaced(final))
+        # A kill from here to the next line is mended by the next start (restore_replaced).
+        os.rename(final, replaced_folder(final))
     os.rename(partial, final)
     sync_path(final.parent)
-
-
-def _replaced(final: Path) -> Path:
-    return final.with_name(f".{final.name}.replaced")
 
 
 # ---------------------------------------------------------------- reading

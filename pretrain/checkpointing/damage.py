@@ -19,6 +19,7 @@ from pretrain.checkpointing.folders import (
     find_published,
     iteration_folder,
     read_pointer,
+    restore_replaced,
 )
 from pretrain.checkpointing.manifest import (
     describe_damage,
@@ -67,6 +68,7 @@ def find_restart(save: str | os.PathLike | None) -> Restart:
     if save is None:
         return Restart(None)
     root = existing_path(save)
+    restore_replaced(root)
     steps = complete_steps(root)
     latest, problem = _read_latest(root, steps)
     if not steps:

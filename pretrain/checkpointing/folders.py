@@ -6,6 +6,7 @@ DIR/iter_0000050.damaged/              one that was found damaged, kept (checkpo
 DIR/latest_checkpointed_iteration.txt  100
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -36,6 +37,11 @@ _FILES_OF_A_SAVE = re.compile(
 def iteration_folder(root: str | os.PathLike, step: int) -> Path:
     """Name the folder of iteration `step`."""
     return Path(root) / f"iter_{step:07d}"
+
+
+def replaced_folder(folder: Path) -> Path:
+    """Name the place of a checkpoint while another of the same step takes its name."""
+    return folder.with_name(f".{folder.name}.replaced")
 
 
 def step_of(folder: Path) -> int | None:
@@ -182,3 +188,28 @@ def clear_unfinished(root: str | os.PathLike) -> None:
     """Remove what saves left under `root` that were cut short by a kill."""
     for partial in Path(root).glob(".iter_*.partial"):
         clear(partial)
+    for folder in Path(root).glob("iter_*"):
+        if step_of(folder) is not None and is_complete(folder):
+            clear(replaced_folder(folder))
+
+
+# ---------------------------------------------------------------- what a kill left without a name
+
+
+def restore_replaced(root: Path) -> None:
+    """Give a checkpoint its name back, where a kill struck before another could take it.
+
+    All processes of a start may do so at once: one of them is first.
+    """
+    for moved in root.glob(".iter_*.replaced"):
+        folder = moved.with_name(moved.name.removeprefix(".").removesuffix(".replaced"))
+        if step_of(folder) is None or os.path.lexists(folder) or not is_complete(moved):
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(moved, folder)
+            print(
+                f"warning: {folder} has its name back: a save of the same step was killed while "
+                "it was to take it",
+                file=sys.stderr,
+                flush=True,
+            )

@@ -11,11 +11,13 @@ import torch
 from data.files import write_atomically
 from parallel.layout import single_process_layout
 from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.damage import find_restart
 from pretrain.checkpointing.folder_lock import FolderLock
 from pretrain.checkpointing.folders import (
     CARRIED,
     LATEST,
     MANIFEST,
+    clear_unfinished,
     find_published,
     is_checkpoint_folder,
     iteration_folder,
@@ -136,13 +138,15 @@ def test_atomic_write_leaves_no_temporary_file(tmp_path):
 # ---------------------------------------------------------------- what a save removes
 
 
-def save(root, step=1, value=1.0, **options):
+def save(root, step=1, value=1.0, tokenizer_files=(), **options):
     world = single_process_layout(torch.device("cpu")).world
     tensors = {"model.weight": torch.full((3,), value)}
     progress = Progress(
         step=step, clock=0, phase={}, longest_seq_length=0, data=None, tokenizer=None
     )
-    return checkpoint.save(root, step, tensors, progress, "", [], world, **options)
+    return checkpoint.save(
+        root, step, tensors, progress, "", list(tokenizer_files), world, **options
+    )
 
 
 def read(folder):
@@ -158,6 +162,55 @@ def test_a_save_replaces_its_own_folders_and_leaves_no_other(tmp_path):
     assert read(save(tmp_path, value=2.0)) == [2.0] * 3
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"iter_0000001", LATEST}
+
+
+def test_a_kill_while_a_step_is_published_again_loses_no_checkpoint(tmp_path, monkeypatch):
+    folder = save(tmp_path)
+    rename = os.rename
+
+    def die_before_the_new_one_has_the_name(source, target):
+        if str(source).endswith(".partial"):
+            raise KeyboardInterrupt  # like a kill: nothing is cleaned up
+        rename(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", die_before_the_new_one_has_the_name)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, value=2.0)
+    assert not folder.exists()
+    found = find_restart(tmp_path)
+    assert found.folder == folder and not found.is_pointer_wrong, found
+    assert read(folder) == [1.0] * 3
+    clear_unfinished(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"iter_0000001", LATEST}
+
+
+def test_a_start_removes_what_a_killed_save_had_replaced(tmp_path):
+    folder = save(tmp_path)
+    shutil.copytree(folder, tmp_path / ".iter_0000001.replaced")
+    shutil.copytree(folder, tmp_path / ".iter_0000002.replaced")
+    clear_unfinished(tmp_path)
+    # That of step 2 is the only one of its step.
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"iter_0000001", ".iter_0000002.replaced", LATEST}
+
+
+def test_every_byte_of_a_checkpoint_is_synced(tmp_path, monkeypatch):
+    tokenizer = tmp_path / "tok.model"
+    tokenizer.write_bytes(b"words")
+    synced = {}
+    sync = os.fsync
+
+    def note(descriptor):
+        synced[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    root = tmp_path / "run"
+    folder = save(root, tokenizer_files=[str(tokenizer)], carried={"templates/a.jinja": b"{{ x }}"})
+    for path in [*folder.rglob("*"), folder, root]:
+        assert path.stat().st_ino in synced, path
+        assert path.is_dir() or synced[path.stat().st_ino] == path.stat().st_size, path
 
 
 @pytest.mark.parametrize(
