@@ -5,8 +5,11 @@ file and for itself.
 """
 
 import dataclasses
+import errno
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import xxhash
@@ -20,6 +23,10 @@ FORMAT = 2
 misread what a save writes. 1 had no number and no seal."""
 SEAL = "checksum"
 """Key of the manifest's own checksum."""
+READERS = 4
+"""Files that a process compares at once: checksums leave the interpreter free."""
+DISK_ERRORS = (errno.EIO, errno.EBADMSG, errno.EUCLEAN)
+"""What a file system says where the disk has lost what was written."""
 SHOWN_PROBLEMS = 4
 """Files or tensors that a message about a checkpoint names."""
 
@@ -122,6 +129,10 @@ def read_manifest(folder: Path) -> Manifest:
         raise
     except FileNotFoundError:
         raise DamagedCheckpoint(folder, [f"{path} is missing"]) from None
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise DamagedCheckpoint(folder, [_unreadable(path, error)]) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(folder, [f"{path} cannot be used ({error})"]) from None
     return Manifest(files, is_sealed=not is_first_format)
@@ -154,9 +165,33 @@ def verify_files(folder: Path, rank: int = 0, size: int = 1) -> list[str]:
         return damage.problems if rank == 0 else []
     # Rank 0 looks for files that the others cannot miss.
     problems = _unlisted_problems(folder, manifest) if rank == 0 else []
-    for name, expected in list(manifest.files.items())[rank::size]:
-        problems += _file_problems(folder, name, expected, manifest)
-    return problems
+    names = share_of_rank(manifest.files, rank, size)
+
+    def compare(name: str) -> list[str]:
+        return _file_problems(folder, name, manifest.files[name], manifest)
+
+    with ThreadPoolExecutor(READERS, thread_name_prefix="checksum") as pool:
+        return problems + [problem for found in pool.map(compare, names) for problem in found]
+
+
+def share_of_rank(names: Iterable[str], rank: int, size: int) -> list[str]:
+    """Choose the files that a rank compares; each file is one rank's.
+
+    A rank compares what a rank of its number wrote: it then loads most of its tensors from the same
+    files, which its node has in memory.
+    """
+    share = []
+    others = 0
+    for name in names:
+        writer = re.fullmatch(r"__(\d+)_\d+\.distcp", name)
+        if writer is None:
+            number = others
+            others += 1
+        else:
+            number = int(writer[1])
+        if number % size == rank:
+            share.append(name)
+    return share
 
 
 def verify_small_files(folder: Path) -> list[str]:
@@ -203,12 +238,21 @@ def _file_problems(folder: Path, name: str, expected: str, manifest: Manifest) -
     """Say what is wrong with one file, and which tensors lie there."""
     path = folder / name
     is_there = path.is_file()
-    if is_there and checksum(path) == expected:
-        return []
+    try:
+        if is_there and checksum(path) == expected:
+            return []
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        return [_unreadable(path, error)]
     text = f"{path} differs from its checksum in {MANIFEST}" if is_there else f"{path} is missing"
     if name.endswith(".distcp") and _is_intact(folder, METADATA, manifest):
         text += f" ({name_damaged_tensors(folder, name)})"
     return [text]
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    return f"{path} cannot be read ({error.strerror})"
 
 
 def _is_intact(folder: Path, name: str, manifest: Manifest) -> bool:

@@ -1,6 +1,8 @@
 """A restart takes the newest checkpoint that is not damaged, and keeps those that are."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 from parallel.layout import Axis
-from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing import checkpoint, manifest
 from pretrain.checkpointing.damage import find_restart
 from pretrain.checkpointing.folders import LATEST, MANIFEST, find_published, read_pointer
 from pretrain.checkpointing.manifest import DamagedCheckpoint, read_manifest, verify_files
@@ -51,6 +53,32 @@ def test_a_restart_passes_over_a_checkpoint_with_a_damaged_small_file(run, name)
     assert found.folder == run / "iter_0000002" and found.is_restart and found.needs_mending
     (note,) = found.notes
     assert f"{run / 'iter_0000003' / name} " in note and f"taken: {found.folder}" in note
+
+
+@pytest.mark.parametrize("name", ["config.yaml", MANIFEST])
+def test_a_file_that_the_disk_has_lost_is_damage(run, monkeypatch, name):
+    lost = run / "iter_0000003" / name
+
+    def read(self, *args, **more):
+        if Path(self) == lost:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
+        return original(self, *args, **more)
+
+    place, attribute = (Path, "read_bytes") if name == MANIFEST else (manifest, "checksum")
+    original = getattr(place, attribute)
+    monkeypatch.setattr(place, attribute, read)
+    found = start(save=run)
+    assert found.folder == run / "iter_0000002"
+    assert f"{lost} cannot be read (Input/output error)" in found.notes[0], found.notes
+
+
+def test_other_errors_of_the_file_system_are_no_damage(run, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(manifest, "checksum", refuse)
+    with pytest.raises(PermissionError):
+        start(save=run)
 
 
 def test_several_damaged_ones_in_a_row_are_passed_over(run):
@@ -231,3 +259,23 @@ def test_tensors_that_a_checkpoint_lacks_or_has_over_are_refused(three):
 
 def test_weights_alone_are_taken_without_the_optimizers_tensors(three):
     assert load_refusal(three / "iter_0000003", **MODEL) == ""
+
+
+def test_a_damaged_checkpoint_changes_no_tensor_before_it_is_refused(run):
+    folder = run / "iter_0000003"
+    path = folder / "__0_0.distcp"
+    flip(path, 8 * path.stat().st_size - 1)
+    tensors = {name: torch.full((8, 5), 7.0) for name in NAMES}
+    with pytest.raises(DamagedCheckpoint, match="__0_0.distcp differs from its checksum"):
+        checkpoint.load(folder, tensors, RANK_0)
+    assert all((tensor == 7.0).all() for tensor in tensors.values())
+
+
+def test_each_file_is_compared_by_one_rank_and_a_shard_by_that_of_its_number():
+    shards = [f"__{rank}_{part}.distcp" for rank in range(5) for part in range(2)]
+    names = sorted([".metadata", "config.yaml", "progress.json", "tokenizer/tok.model", *shards])
+    for size in (1, 2, 3, 5, 8):
+        shares = [manifest.share_of_rank(names, rank, size) for rank in range(size)]
+        assert sorted(name for share in shares for name in share) == names, size
+        for rank in range(5):
+            assert f"__{rank}_1.distcp" in shares[rank % size], (size, shares)
