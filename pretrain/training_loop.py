@@ -79,9 +79,9 @@ class TrainingLoop:
         self.evaluator = Evaluator(plan.config, self.feed, plan.tokenizer)
         self.tally = StepTally.resume(plan.resumed)
         self.stop = StopRequest(signals, layout.world, layout.device)
-        self.saver = Saver(plan, layout, state, reporter, evaluation_due)
-        self.save_schedule = SaveSchedule(plan.config.checkpoint)
         self.guards = Guards(plan, layout, state, reporter)
+        self.saver = Saver(plan, layout, state, reporter, evaluation_due, self.guards.weights)
+        self.save_schedule = SaveSchedule(plan.config.checkpoint)
         self.slow_ranks = SlowRanks(layout)
 
     def run(self, phase: Phase) -> str:

@@ -27,6 +27,7 @@ from pretrain.checkpointing.retention import Retention, choose_run_id
 from pretrain.checkpointing.shared_errors import SaveFailed
 from pretrain.checkpointing.state_copy import StateCopy
 from pretrain.config.config_yaml import dump_yaml
+from pretrain.guards.weight_check import WeightCheck, check_saved
 from pretrain.logs.metrics import Reporter
 from pretrain.logs.tally import StepTally
 from pretrain.plan import Plan
@@ -49,6 +50,8 @@ class Captured:
     """Tied copies that differ on this rank."""
     began: float
     """By time.perf_counter."""
+    left: dict[str, int] | None = None
+    """Name -> fingerprint of what the last update left, where weights are checked at this step."""
 
 
 class Saver:
@@ -56,6 +59,7 @@ class Saver:
 
     Args:
         evaluation_due: the phase of a due evaluation, as the checkpoint of the start has it.
+        weights: knows what is to be saved, at the steps at which it looks.
     """
 
     def __init__(
@@ -65,12 +69,14 @@ class Saver:
         state: TrainState,
         reporter: Reporter,
         evaluation_due: str | None,
+        weights: WeightCheck | None = None,
     ):
         self.plan = plan
         self.layout = layout
         self.state = state
         self.reporter = reporter
         self.saved_evaluation_due = evaluation_due
+        self.weights = weights
         self.root = plan.config.checkpoint.save
         self.score: tuple[int, ValidationScore | None] = (0, None)
         """Step and loss of the last evaluation."""
@@ -158,7 +164,9 @@ class Saver:
         self.reporter.account(state.step, state.clock, progress.data["account"])
         # Counts go on while the thread writes: it gets them as they are now.
         progress = copy.deepcopy(progress)
-        captured = Captured(progress, tied_differences(state.stages, self.layout), began)
+        problems = tied_differences(state.stages, self.layout)
+        left = self.weights.left_by_update() if self.weights else None
+        captured = Captured(progress, problems, began, left)
         # From here on this is what the last checkpoint says; if it fails, so does the run.
         tally.note_save()
         self.saved_evaluation_due = evaluation_due
@@ -223,6 +231,8 @@ class Saver:
         progress = captured.progress
         # Copies that are no longer the same must not be published.
         check_copies(tensors, self.layout, captured.problems, self._axis)
+        if captured.left is not None:
+            check_saved(tensors, captured.left, self._axis)
         folder = checkpoint.save(
             self.root,
             progress.step,

@@ -6,7 +6,7 @@ replicated over tp, the copies of a tied embedding) must be the same on all of t
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from parallel.collectives import gather_rows
 from parallel.layout import Axis, Layout
 from parallel.shard import own_shard
+from pretrain.checkpointing.state_copy import own_part
 from pretrain.guards.fingerprint import fingerprint
 from pretrain.guards.verdict import WrongNumbers, any_rank, gather, place_of
 from pretrain.optimizer import state_of
@@ -48,6 +49,18 @@ class WeightCheck:
     def after_update(self) -> None:
         """Take the fingerprints of everything; nothing waits for them."""
         self._left = self._fingerprints(list(self._held()))
+
+    def left_by_update(self) -> dict[str, int] | None:
+        """Return name -> fingerprint of what the last update left; the host waits.
+
+        None where the next update compares nothing.
+        """
+        if self._left is None:
+            return None
+        found: dict[str, int] = {}
+        for tensor, value in zip(self._held(), self._left.tolist(), strict=True):
+            found.setdefault(tensor.name, value)  # of a tied embedding the first copy is saved
+        return found
 
     def before_update(self) -> None:
         """Compare everything with what the last update left, and with its copies.
@@ -118,6 +131,23 @@ class WeightCheck:
             for tensor, value in zip(held, values, strict=True)
             if first.setdefault(tensor.name, value) != value
         ]
+
+
+def check_saved(tensors: Mapping[str, torch.Tensor], left: Mapping[str, int], world: Axis) -> None:
+    """Compare what is about to be saved with what the last update left; collective over `world`.
+
+    A run that a flip ends goes on from its last checkpoint: that one must not have the flip.
+
+    Raises:
+        WrongNumbers: on all ranks, naming ranks and tensors.
+    """
+    flipped = [
+        name for name, tensor in tensors.items() if int(fingerprint(own_part(tensor))) != left[name]
+    ]
+    everyone: list[tuple[str, list[str], list[str]]]
+    everyone = gather((place_of(world.rank), flipped, []), world)
+    if any(names for _, names, _ in everyone):
+        raise WrongNumbers(f"{describe_flips(everyone)} Nothing is saved.")
 
 
 def is_suspect(copies: list[int], own: int) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from parallel.layout import World
+from pretrain.checkpointing.folders import find_published
 from pretrain.guards.weight_check import WeightCheck
 from pretrain.optimizer import state_of
 from tests.dist.training import base_arguments, train, write_corpus
@@ -86,7 +87,7 @@ REPLICATED = "layers.0.attention_norm.weight"
 def test_what_changes_between_two_updates_names_the_rank(
     pool, corpus, tmp_path, layout, rank, name, moment
 ):
-    argv = arguments(corpus, tmp_path, **layout)
+    argv = arguments(corpus, tmp_path, save_interval=2, **layout)
     texts = pool.run(train_with_a_flip, 2, argv, rank, name, moment, "between")
     tensor = f"optimizer.{name}.{moment}" if moment else f"model.{name}"
     for text in texts:
@@ -94,6 +95,7 @@ def test_what_changes_between_two_updates_names_the_rank(
         assert f": {tensor} changed since the last update wrote it" in text, text
         assert f"rank {1 - rank} on" not in text, text
     assert found_event(tmp_path) == texts[0]
+    assert find_published(tmp_path) is None, "a start would go on with the flip"
 
 
 def test_copies_that_differ_are_voted_on_and_two_are_both_named(pool, corpus, tmp_path):
