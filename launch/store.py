@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -18,6 +18,10 @@ import torch.distributed as dist
 
 CONNECT_SECONDS = 5.0
 """The seconds after which a connection attempt counts as failed."""
+DEAD_SECONDS = 15
+"""The seconds without an answer of the other machine after which the kernel ends a connection."""
+PROBE_SECONDS = 5
+"""The seconds between two questions of the kernel whether the other machine is there."""
 PREFIX = "ithaca/meeting/"
 """The beginning of our keys in the store, which the workers fill, too."""
 NNODES = f"{PREFIX}nnodes"
@@ -41,6 +45,7 @@ OVER = f"{PREFIX}over"
 0's word that all are."""
 LEFT = f"{PREFIX}left"
 """The counter of the nodes that need the store no more."""
+_stderr_lock = threading.Lock()
 LINGER_SECONDS = 5.0
 """The seconds that node 0 keeps its store for nodes that have not read the last word yet."""
 
@@ -110,24 +115,51 @@ def _open_client(node0: Node0, answers: queue.SimpleQueue[dist.TCPStore | None])
             wait_for_workers=False,
             timeout=timedelta(seconds=CONNECT_SECONDS),
         )
+        end_dead_connections(node0.port)
     except dist.DistError:
         store = None
     answers.put(store)
+
+
+def end_dead_connections(port: int) -> None:
+    """Let the kernel end this process's connections to a port once the network behind them is cut.
+
+    torch reads an answer of the store without a limit, and by itself the kernel waits for a
+    quarter of an hour, or for ever if nothing is on its way. torch does not show its socket, so all
+    that this process has open are looked through.
+    """
+    for name in os.listdir("/proc/self/fd"):
+        # It is closed already, is no socket, or belongs to nobody.
+        with (
+            suppress(OSError),
+            socket.fromfd(int(name), socket.AF_INET, socket.SOCK_STREAM) as ours,
+        ):
+            if ours.getpeername()[1:2] != (port,):
+                continue
+            # What was sent is not acknowledged for so long.
+            milliseconds = 1000 * DEAD_SECONDS
+            ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+            # Nothing is sent: then the kernel asks, and counts the same time.
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, PROBE_SECONDS)
+            ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, PROBE_SECONDS)
 
 
 @contextmanager
 def _silence() -> Iterator[None]:
     """Drop what torch prints to stderr before it raises: C++ frames, of an error that is caught."""
     # torch writes past sys.stderr, so the file descriptor itself is redirected for the while.
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+    # Of two threads, the second would keep the first one's way to nowhere.
+    with _stderr_lock:
+        sys.stderr.flush()
+        kept = os.dup(2)
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def leave_store(

@@ -36,6 +36,8 @@ SILENT_SECONDS = 20.0
 """The seconds without a sign of life after which a node counts as gone."""
 SUSPECT_SECONDS = 4.0
 """The same where processes have just lost their connections to it."""
+GONE = "its launcher is gone, or the network to it is cut"
+"""What is known of a node that says nothing."""
 
 
 class Watch(threading.Thread):
@@ -112,7 +114,7 @@ class Watch(threading.Thread):
         if self.node_rank != 0 or longest == 0 or not is_silent:
             return
         host = json.loads(store.get(MEMBERS))[longest]
-        text = f"its launcher is gone: no sign of life for {silence[longest]:.0f} s"
+        text = f"{GONE}: no sign of life for {silence[longest]:.0f} s"
         self._post(Ending(longest, host, Failure(text, time=time.time()), is_gone=True))
 
     def _lost_node_0(self, error: dist.DistError) -> bool:
@@ -134,9 +136,8 @@ class Watch(threading.Thread):
         is_gone = self.store is not None or reason == os.strerror(errno.ECONNREFUSED)
         if not is_gone and silence < SILENT_SECONDS:
             return False
-        failure = Failure(
-            f"its launcher is gone: {reason or str(error).splitlines()[0]}", time=time.time()
-        )
+        text = "its launcher is gone" if is_gone else GONE
+        failure = Failure(f"{text}: {reason or str(error).splitlines()[0]}", time=time.time())
         self.heard = Ending(0, self.node0.master, failure)
         return True
 

@@ -18,7 +18,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch.distributed import DistError
@@ -52,7 +52,13 @@ class Watchdog(threading.Thread):
     """Watches the ranks of this node until `close`."""
 
     def __init__(
-        self, records: Path, errors: Path, shown: str, exchange: Exchange, nproc_per_node: int
+        self,
+        records: Path,
+        errors: Path,
+        shown: str,
+        exchange: Exchange,
+        nproc_per_node: int,
+        node0: Node0 | None = None,
     ):
         """Make the watchdog of a node.
 
@@ -60,12 +66,14 @@ class Watchdog(threading.Thread):
             records: the folder of the ranks' records.
             errors: the folder of the pages.
             shown: where the user finds them.
+            node0: where the exchange connects again after a cut; None where it has no need to.
         """
         super().__init__(name="watchdog", daemon=True)
         self.records = records
         self.errors = errors
         self.shown = shown
         self.exchange = exchange
+        self.node0 = node0
         self.nproc_per_node = nproc_per_node
         self.verdict: str | None = None
         """Why the ranks were ended, in a line; None while they were not."""
@@ -82,11 +90,14 @@ class Watchdog(threading.Thread):
 
     def run(self) -> None:
         """Look once a second."""
-        try:
-            while not self._is_over.wait(POLL_SECONDS) and self.verdict is None:
+        while not self._is_over.wait(POLL_SECONDS) and self.verdict is None:
+            if self.exchange.store is None and self.node0 is not None:
+                self.exchange.store = connect(self.node0)
+            try:
                 self.look()
-        except DistError:
-            return  # node 0 is gone: launch/watch.py says so
+            except DistError:
+                # Node 0 is gone, which launch/watch.py says, or a network that comes back.
+                self.exchange.store = None
 
     def look(self) -> None:
         """Look at the ranks once, and do what follows."""
@@ -194,7 +205,8 @@ class Watchdog(threading.Thread):
         if lines is None:
             return
         self.verdict = lines[0]
-        self.exchange.send_stacks(self._dump(views))
+        with suppress(DistError):  # these ranks end all the same
+            self.exchange.send_stacks(self._dump(views))
         _say_verdict(lines)
         say("what every rank did, and its Python stack: in the file that node 0 names")
         kill_ranks(views)
@@ -254,7 +266,7 @@ def watched(
     """
     store = None if node0 is None else connect(node0)
     exchange = Exchange(store, node_rank, nnodes)
-    watchdog = Watchdog(records, errors_folder(), shown, exchange, nproc)
+    watchdog = Watchdog(records, errors_folder(), shown, exchange, nproc, node0)
     watchdog.start()
     try:
         yield watchdog

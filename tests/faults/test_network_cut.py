@@ -11,6 +11,9 @@ from tools.faults.launched_run import LaunchedRun
 
 SHORT_CUT_SECONDS = 4
 STEPS = 400
+ENDS_WITHIN_SECONDS = 120
+"""Seconds in which both nodes know that the wire is cut for good, and have ended: the kernel alone
+would take a quarter of an hour."""
 
 
 def launch(folder: Path, networks: list[str], *flags: str, **environment: str) -> LaunchedRun:
@@ -47,3 +50,22 @@ def test_a_wire_that_comes_back_costs_nothing_but_time(networks, tmp_path):
     starts = [event["event"] for event in run.events() if event["event"] in ("start", "restart")]
     assert starts == ["start"], "no restart was needed"
     assert run.last_step() == STEPS
+
+
+@pytest.mark.long
+def test_a_wire_that_stays_cut_is_found_and_ends_both_nodes(networks, tmp_path):
+    run = launch(tmp_path, networks, MAX_RESTARTS="0", JOIN_WAIT="5")
+    try:
+        assert run.wait_until(lambda: run.last_step() >= 5), "".join(run.lines)
+        set_wire(networks[0], "down")
+        ends = run.wait_for_all(ENDS_WITHIN_SECONDS)
+        left = run.workers()
+    finally:
+        run.end()
+    for number, (code, said) in enumerate(ends):
+        assert code == 1, said
+        (line,) = [line for line in said.splitlines() if "ended this launch" in line]
+        assert f"error: node {1 - number} (" in line
+        assert "the network to it is cut: " in line
+        assert "Traceback" not in said
+    assert not left

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from launch import exchange, watchdog
 from launch.exchange import Exchange
 from launch.stacks import NO_ANSWER, dump_stacks, group_stacks
+from launch.store import Node0
 from launch.watchdog import Watchdog
 from tests.unit.test_verdict import busy, waits
 
@@ -106,6 +107,27 @@ def test_node_0_says_which_node_does_not_answer(store, monkeypatch):
         time.sleep(0.05)
     assert found.silent == [1]
     assert [view.rank for view in found.views] == [2]
+
+
+class _CutOff:
+    """A store behind a network that is cut."""
+
+    def check(self, keys):
+        raise dist.DistNetworkError("No route to host")
+
+
+def test_a_watchdog_speaks_again_once_a_cut_network_is_back(tmp_path, store):
+    exchange = Exchange(_CutOff(), 1, 2)
+    dog = Watchdog(
+        tmp_path, tmp_path, "shown", exchange, 1, Node0("127.0.0.1", "127.0.0.1", store.port)
+    )
+    dog.start()
+    asking = Exchange(client(store), 0, 2)
+    limit = time.monotonic() + 20
+    while asking.ask().missing and time.monotonic() < limit:
+        time.sleep(0.1)
+    dog.close()
+    assert asking.ask().missing == []
 
 
 def test_an_answer_of_a_question_long_ago_counts_for_nothing(store):
