@@ -133,7 +133,7 @@ class Watchdog(threading.Thread):
 
     def _lead(self, views: Sequence[RankView]) -> None:
         """Ask the others where something seems wrong, report, and end what stands still."""
-        limit = _limit(views)
+        limit = silence_limit(views)
         early = min(REPORT_SECONDS, limit / 2) if limit else REPORT_SECONDS
         is_suspicious = (
             min(view.silence for view in views) >= early
@@ -212,10 +212,11 @@ class Watchdog(threading.Thread):
         kill_ranks(views)
 
 
-def _limit(views: Sequence[RankView]) -> float:
+def silence_limit(views: Sequence[RankView]) -> float:
     """Return the seconds of silence that the user allows; 0 = any."""
     known = [view.watchdog_seconds for view in views if view.watchdog_seconds is not None]
-    return max(known, default=USUAL_SECONDS)
+    # The plan refuses a negative number, but the ranks tell it before.
+    return max(0.0, max(known, default=USUAL_SECONDS))
 
 
 def is_standing(views: Sequence[RankView], limit: float) -> bool:

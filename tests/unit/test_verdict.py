@@ -6,7 +6,7 @@ import pytest
 
 from launch.rank_view import Collective, RankView, Wait
 from launch.verdict import WAITING_FOR_DEVICE, judge, who_waits_for_whom
-from launch.watchdog import describe_wait_of_all, is_standing
+from launch.watchdog import describe_wait_of_all, is_standing, silence_limit
 
 WORLD = [0, 1, 2, 3]
 GROUPS = {
@@ -197,6 +197,11 @@ def test_a_network_that_stands_has_the_time_of_what_is_slow():
     assert is_standing([replace(view, silence=541.0) for view in views], 30)
     on_devices = [replace(ON_DEVICES[0], rank=rank, silence=31.0) for rank in WORLD]
     assert is_standing(on_devices, 30)
+
+
+def test_a_negative_limit_which_the_plan_refuses_ends_nothing_before():
+    views = [replace(view, watchdog_seconds=-1.0) for view in silent(0)]
+    assert silence_limit(views) == 0  # as where the watchdog is off
 
 
 def test_ranks_that_start_are_not_silent():
