@@ -40,3 +40,12 @@ def test_each_quoted_line_is_in_the_code(quote):
 
 def test_the_page_quotes_something():
     assert len(quotes()) > 25
+
+
+def test_the_page_lists_each_kind_of_event():
+    calls = r'(?:[rR]eport|event|[sS]ay)\(\s*(?:root, )?"([a-z ]+)",|\.end\(\s*"([a-z]+)"'
+    reported = {first or second for first, second in re.findall(calls, CODE)}
+    assert {"save", "spike", "rewind", "recovered", "deleted", "done"} <= reported
+    listed = PAGE.read_text().split("Kinds:")[1].split("\n3.")[0]
+    missing = [kind for kind in sorted(reported) if f"`{kind}`" not in listed]
+    assert not missing, f"not in {PAGE.name}: {missing}"
