@@ -26,7 +26,7 @@ class Rewind:
     """One rewind of a run."""
 
     number: int
-    """Of the run's rewinds, from 1 on."""
+    """Its number among the run's rewinds, from 1 on."""
     start: int
     """Consumed tokens from which on data are passed over."""
     end: int

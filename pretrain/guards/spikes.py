@@ -72,7 +72,7 @@ class SpikeHistory:
 
     phase: str = ""
     batch_tokens: int = 0
-    """Of the last step."""
+    """The batch of the last step."""
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
 

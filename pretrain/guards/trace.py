@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pretrain.guards.fingerprint import fingerprint
 
 NAMESPACES = ("c10d", "_c10d_functional")
-"""Of torch's operators that send or receive."""
+"""The namespaces of torch's operators that send or receive."""
 RECEIVES = ("recv_", "recv_any_source_", "irecv", "barrier")
 """Operators whose tensors are not sent."""
 Key = tuple[Any, ...]
@@ -41,7 +41,7 @@ class Trace(TorchDispatchMode):
         self.rank = rank
         self.passages: list[Passage] = []
         self.fingerprints: list[torch.Tensor] = []
-        """Of what each passage sends; 0 where it only receives."""
+        """One for each passage, of what it sends; 0 where it only receives."""
         self._counts: Counter[Key] = Counter()
 
     @classmethod
@@ -137,7 +137,7 @@ class Comparison:
     """Its rank on the pipeline axis."""
     passages: list[Passage]
     differs: list[bool]
-    """Of each passage: whether the two runs sent something else."""
+    """For each passage, whether the two runs sent something else."""
 
     @property
     def first(self) -> int | None:

@@ -44,7 +44,7 @@ class RankMemory:
     buffers: int
     """The most that comes and goes beside it: temporaries, exchanges, gradients on their way."""
     copy: int = 0
-    """Of a CPU: the copy of parameters and moments that saves write. A GPU's is on the host, beside
+    """The copy of parameters and moments that saves write, on a CPU. A GPU's is on the host, beside
     what is offloaded (`MemoryModel.copy_bytes`)."""
     host: int = 0
     """What is offloaded, in the host's memory and not in the device's."""

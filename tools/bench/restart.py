@@ -41,20 +41,20 @@ class AtScale:
     """What is assumed of a run on many GPUs."""
 
     mean_hours_to_failure: float = 7.9
-    """Of 1,024 GPUs: Llama 3's 419 failures in 54 days on 16,384, scaled."""
+    """The mean of 1,024 GPUs: Llama 3's 419 failures in 54 days on 16,384, scaled."""
     notice_seconds: float = 30
-    """Until a rank that hangs is found; one that dies is known at once."""
+    """The time until a rank that hangs is found; one that dies is known at once."""
     groups_seconds: float = 60
-    """To make the groups of all ranks; on this machine far less."""
+    """The time to make the groups of all ranks; on this machine far less."""
     read_gigabytes_per_second: float = 1
-    """Of a checkpoint, for each node."""
+    """The rate at which each node reads a checkpoint."""
     state_gigabytes_per_node: float = 80
-    """Of 70B parameters over 8 x 4 ranks: the fp32 weights of a stage (70 GB), and a node's share
-    of the moments and of the files to verify."""
+    """What a node reads of 70B parameters over 8 x 4 ranks: the fp32 weights of a stage (70 GB),
+    and its share of the moments and of the files to verify."""
     save_minutes: float = 5
-    """Between saves; half of it is trained again after a failure."""
+    """The time between saves; half of it is trained again after a failure."""
     stall_seconds: float = 0.2
-    """That a save keeps the steps waiting."""
+    """The time that a save keeps the steps waiting."""
 
 
 @dataclass(kw_only=True)
