@@ -4,7 +4,7 @@ They start before the nodes have met: importing torch takes each of them seconds
 the launcher does the same, looks for the other nodes and waits. At their gate, a line on their
 standard input, they then wait for the word that all nodes are there.
 
-torchrun would start them, too. But its agent waits 300 s for nodes that have left, which nothing in
+torchrun could start them. But its agent waits 300 s for nodes that have left, which nothing in
 torch 2.11 or 2.13 can set from outside, gives workers that lost a peer as long to end as workers
 that save, and starts workers only after its own import of torch.
 """

@@ -2,7 +2,7 @@
 `bash launch/ithaca.sh bench disturbed`.
 
 Both runs go through launch/train.sh with the same configuration, at the same time. Of the one,
-random processes get SIGKILL: a trainer, all of them, torchrun, train.sh, a whole node; while it
+random processes get SIGKILL: a trainer, all of them, the launcher, train.sh, a whole node; while it
 starts, makes an index of its data, trains, copies the state, writes and publishes a checkpoint,
 deletes an old one, starts again on the next phase's layout. What each kill hit is counted by what
 it left on disk. Every step's data digest and loss, also of steps that a kill made undone, and the

@@ -18,8 +18,8 @@ from tools.faults.traces import KINDS, Kind, Traces, name_kind, published_step, 
 Victim = Literal["rank", "all ranks", "launcher", "train.sh", "node"]
 
 VICTIMS: dict[Victim, int] = {"rank": 6, "all ranks": 2, "launcher": 1, "train.sh": 1, "node": 1}
-"""Who is killed, and how often among all kills: one trainer, all of them, torchrun, the script that
-starts it, or everything on a node at once."""
+"""Who is killed, and how often among all kills: one trainer, all of them, the launcher that starts
+them, the script above it, or everything on a node at once."""
 
 GONE_SECONDS = 180
 """Seconds in which the processes of a run must be gone after one of them was killed."""

@@ -60,7 +60,7 @@ class Node:
         return self.process.poll() is None
 
     def launcher(self) -> int | None:
-        """Find the process id of launch.node, in which torchrun runs; None where there is none."""
+        """Find the process id of the launcher (launch.node); None where there is none."""
         for child in children_of(self.process.pid):
             if b"launch.node" in command_of(child):
                 return child
