@@ -11,6 +11,7 @@ from data.forecast import Forecast
 from data.ledger import Ledger
 from data.sources import Corpus, open_corpus
 from data.tokenizers.tokenizer import Tokenizer
+from pretrain.checkpointing.folders import is_complete
 from pretrain.checkpointing.phase_changes import begun_phase
 from pretrain.checkpointing.progress import Progress
 from pretrain.checkpointing.resume_contract import (
@@ -167,8 +168,18 @@ def _find_origin(config: Config) -> _Origin:
     start = find_start(config.checkpoint)
     if start.folder is None:
         return _Origin(start, None, None)
-    progress = Progress.read(start.folder)
-    return _Origin(start, progress, read_config_yaml(str(start.folder / "config.yaml")))
+    try:
+        progress = Progress.read(start.folder)
+        return _Origin(start, progress, read_config_yaml(str(start.folder / "config.yaml")))
+    except (ValueError, OSError):
+        # Plans are made before the folder is locked.
+        if start.is_restart and not is_complete(start.folder):
+            raise ValueError(
+                f"save = {config.checkpoint.save}: {start.folder.name} was deleted while this run "
+                "read it, so that another run trains into the folder. Fix: stop that run, or give "
+                "another --save."
+            ) from None
+        raise
 
 
 # ---------------------------------------------------------------- layouts and memory

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from parallel.layout import Axis
+from pretrain import plan
 from pretrain.checkpointing import checkpoint, manifest
 from pretrain.checkpointing.damage import find_restart
 from pretrain.checkpointing.folders import LATEST, MANIFEST, find_published, read_pointer
@@ -53,6 +54,21 @@ def test_a_restart_passes_over_a_checkpoint_with_a_damaged_small_file(run, name)
     assert found.folder == run / "iter_0000002" and found.is_restart and found.needs_mending
     (note,) = found.notes
     assert f"{run / 'iter_0000003' / name} " in note and f"taken: {found.folder}" in note
+
+
+def test_a_checkpoint_that_goes_while_it_is_read_tells_of_another_run(run, monkeypatch):
+    """Plans are made before the folder is locked: the run that holds it deletes old ones."""
+
+    def find_and_lose(settings):
+        found = find_start(settings)
+        shutil.rmtree(found.folder)
+        return found
+
+    monkeypatch.setattr(plan, "find_start", find_and_lose)
+    argv = ["--model", "tiny", "--mock-data", "--vocab-size", "100", "--seq-length", "64"]
+    argv += ["--global-batch-size", "4", "--train-iters", "5", "--lr", "1e-3", "--save", str(run)]
+    with pytest.raises(ValueError, match="iter_0000003 was deleted .* another run trains into"):
+        plan.make_plan(load_config(argv), 1)
 
 
 @pytest.mark.parametrize("name", ["config.yaml", MANIFEST])
