@@ -307,7 +307,7 @@ plan_restart() {  # the launcher's exit code; sets pause, or gives up
   if [[ $failures -gt 1 ]]; then
     pause=$((failures <= 7 ? RETRY_WAIT << (failures - 2) : RETRY_WAIT << 5))
   fi
-  say "failed without an outcome (exit code $1); restart $failures of $MAX_RESTARTS in $pause s"
+  say "the run failed (exit code $1); restart $failures of $MAX_RESTARTS in $pause s"
 }
 
 # --- from top to bottom ---------------------------------------------------------------------------
