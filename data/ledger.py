@@ -180,6 +180,15 @@ class Ledger:
         )
 
     @property
+    def skip_starts(self) -> list[int]:
+        """Consumed tokens at which windows of --skip-data were passed over."""
+        return [
+            segment.start
+            for segment in self._closed
+            if segment.skipped_until is not None and segment.rewind is None
+        ]
+
+    @property
     def rewinds_passed(self) -> list[int]:
         """Numbers of the rewinds whose windows were passed over."""
         return [segment.rewind for segment in self._closed if segment.rewind is not None]

@@ -194,8 +194,9 @@ def ledger_at(
         # What the run does: enter the phase, then skip each window at its first step.
         entered = max(begun, phase.start)
         ledger.enter(entered, phase.name, settings_of(phase, corpus))
-        for window in windows:
-            at = max(entered, phase.first_step_from(window.start))
+        places = [(max(entered, phase.first_step_from(window.start)), window) for window in windows]
+        # In the order of the steps; at one step those of --skip-data come first, as in a run.
+        for at, window in sorted(places, key=lambda place: place[0]):
             if entered <= at < phase.end and at <= clock:
                 _pass_over(ledger, [window], at)
     return ledger

@@ -94,7 +94,7 @@ class Guards:
             step=self.state.step,
             end=self.state.clock,
             skip_tokens=self.settings.rewind_skip_steps * self.state.last_batch,
-            phase_start=phase.start,
+            earliest=max([phase.start, *self.plan.ledger.skip_starts]),
             reason=reason,
         )
         save = self.plan.config.checkpoint.save

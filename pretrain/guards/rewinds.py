@@ -76,22 +76,24 @@ def plan_rewind(
     step: int,
     end: int,
     skip_tokens: int,
-    phase_start: int,
+    earliest: int,
     reason: str,
 ) -> Rewind:
     """Decide what the next rewind passes over.
 
     Windows begin in the order of their numbers: one that begins before an earlier one would move
-    the data that the earlier one was about. None begins before its phase, whose start is saved.
+    the data that the earlier one was about.
 
     Args:
         passed: numbers of the rewinds that the ledger has passed over; another run's may be among
             them, from which this one was started.
         end: consumed tokens after the spike.
         skip_tokens: the most that is passed over.
+        earliest: consumed tokens before which no window begins: at the start of the phase, which is
+            saved, and after it where --skip-data has passed over data.
     """
     known = [rewind.number for rewind in rewinds]
     number = 1 + max([*known, *passed], default=0)
-    earliest = max([phase_start, *(rewind.start for rewind in rewinds)])
-    start = min(max(end - skip_tokens, earliest), end)
+    start = max([end - skip_tokens, earliest, *(rewind.start for rewind in rewinds)])
+    start = min(start, end)
     return Rewind(number, start, end, step, reason)

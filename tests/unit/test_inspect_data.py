@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import yaml
 
+from data.segments import ClosedSegment
 from data.tokenizers.tokenizer import NullTokenizer
 from data.writers.indexed_writer import IndexedWriter
 from pretrain.batches import Feed, ledger_at
 from pretrain.config.flags import spell
 from pretrain.config.load import load_config
+from pretrain.guards.rewinds import Rewind
 from pretrain.plan import make_plan
 from tools.inspect_data import main
 
@@ -131,6 +133,22 @@ def test_a_batch_is_the_one_that_is_trained(config, capsys):
     assert (
         ledger_at(plan.config.data, plan.corpus, plan.ledger, 3072, plan.phases, 0).open.start == 0
     )
+
+
+def test_windows_are_passed_over_in_the_order_of_their_steps(config):
+    """That of --skip-data, 300:600, is listed before those of rewinds."""
+    plan = make_plan(load_config(spell(["--config", config])), 8)
+    rewind = Rewind(number=1, start=0, end=64, step=1, reason="spike")
+    ledger = ledger_at(
+        plan.config.data, plan.corpus, plan.ledger, 0, plan.phases, 1024, rewinds=[rewind]
+    )
+    passed = [
+        (segment.start, segment.rewind)
+        for segment in ledger.segments
+        if isinstance(segment, ClosedSegment) and segment.skipped_until is not None
+    ]
+    (skipped,) = ledger.skip_starts
+    assert passed == [(0, 1), (skipped, None)] and skipped >= 300, passed
 
 
 def test_a_batch_without_a_target_is_said(config, tmp_path, capsys):

@@ -5,21 +5,21 @@ import pytest
 from pretrain.guards.rewinds import FILE, Rewind, plan_rewind, read_rewinds, write_rewinds
 
 
-def planned(rewinds=(), passed=(), end=1000, skip_tokens=200, phase_start=0) -> Rewind:
+def planned(rewinds=(), passed=(), end=1000, skip_tokens=200, earliest=0) -> Rewind:
     return plan_rewind(
         rewinds,
         passed,
         step=7,
         end=end,
         skip_tokens=skip_tokens,
-        phase_start=phase_start,
+        earliest=earliest,
         reason="loss",
     )
 
 
 def test_the_window_ends_with_the_spike_and_never_begins_before_its_phase():
     assert (planned().start, planned().end) == (800, 1000)
-    assert planned(phase_start=900).start == 900
+    assert planned(earliest=900).start == 900
 
 
 def test_windows_begin_in_the_order_of_their_numbers():
