@@ -221,10 +221,10 @@ def _outcome(world: World, argv: list[str]) -> str:
 
 
 LAYOUTS = (
-    {},
+    pytest.param({}, marks=pytest.mark.long),
     {"tensor_model_parallel_size": 2},
     {"pipeline_model_parallel_size": 2},
-    {"context_parallel_size": 2},
+    pytest.param({"context_parallel_size": 2}, marks=pytest.mark.long),
 )
 
 
