@@ -25,8 +25,8 @@
 # Local rank 0 says how the run ended in the file ITHACA_OUTCOME_FILE:
 #
 #   done      exit 0
-#   again     start again at once (the next phase has another layout, or the newest checkpoint is
-#             damaged and an earlier one is taken)
+#   again     start again at once (the next phase has another layout, the newest checkpoint is
+#             damaged and an earlier one is taken, or a spike goes back)
 #   stopped   exit 75, "try again later": a signal or --exit-interval; the state is saved
 #   unstarted exit 75: a signal came before the first step
 #   refused   exit 2: the configuration is wrong, so another try can't help

@@ -2,9 +2,9 @@
 
 Reads top to bottom: check everything, join the processes, build or load the state, and hand it to
 the training loop (training_loop.py). The process ends with an outcome that the launcher reads:
-done, again (the next phase needs another layout, or the newest checkpoint is damaged and an earlier
-one is taken), stopped (signal or --exit-...), unstarted (signal
-before the first step), refused (bad input).
+done, again (the next phase needs another layout, the newest checkpoint is damaged and an earlier
+one is taken, or a spike goes back), stopped (signal or --exit-...), unstarted (signal before the
+first step), refused (bad input).
 """
 
 import gc
@@ -274,10 +274,10 @@ class Trainer:
         # The plan was made before the lock was taken.
         start = self.plan.start
         planned = start.folder if start.is_restart else None
-        if not same_start_on_all_ranks(root, planned, self.layout.world):
+        if not same_start_on_all_ranks(root, planned, self.layout.world, self.plan.rewinds):
             raise RuntimeError(
-                f"{root} got another checkpoint while this run was starting; starting again picks "
-                "it up"
+                f"{root} got another checkpoint, or a rewind, while this run was starting; "
+                "starting again picks it up"
             )
         mend_save_folder(start, self.layout.world)
         return lock

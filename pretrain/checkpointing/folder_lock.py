@@ -3,6 +3,7 @@
 import os
 import re
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -12,6 +13,7 @@ from data.files import lock_file
 from parallel.layout import Axis
 from pretrain.checkpointing.damage import find_restart
 from pretrain.config.load import warn
+from pretrain.guards.rewinds import Rewind, read_rewinds
 
 _SIGNATURE = re.compile(r"process \d+ on .*")
 
@@ -77,22 +79,25 @@ def _unwritable(error: OSError) -> str:
     return f"cannot be written ({error.strerror}). Fix: give another --save."
 
 
-def same_start_on_all_ranks(root: str | os.PathLike, planned: Path | None, world: Axis) -> bool:
-    """Tell whether `planned` is still the checkpoint to go on from for every rank; collective.
+def same_start_on_all_ranks(
+    root: str | os.PathLike, planned: Path | None, world: Axis, rewinds: Sequence[Rewind] = ()
+) -> bool:
+    """Tell whether every rank goes on from what is in the folder now; collective.
 
     Plans are made before the processes meet and before the folder is locked.
 
     Args:
-        planned: None where there was none.
+        planned: the checkpoint of this rank's plan; None where there was none.
+        rewinds: those of its plan. A run that has ended since may have noted another.
     """
     # Rank 0 looks, and every rank compares with its own plan.
-    latest: list[Path | str | None] = [None]
+    latest: list[tuple[Path | None, tuple[Rewind, ...]] | str | None] = [None]
     if world.rank == 0:
         try:
-            latest[0] = find_restart(root).folder
+            latest[0] = (find_restart(root).folder, read_rewinds(str(root)))
         except ValueError as error:
             latest[0] = str(error)  # unlike any plan: the next start refuses it
     dist.broadcast_object_list(latest, src=0, group=world.group)
     answers = [False] * world.size
-    dist.all_gather_object(answers, latest[0] == planned, group=world.group)
+    dist.all_gather_object(answers, latest[0] == (planned, tuple(rewinds)), group=world.group)
     return all(answers)

@@ -14,6 +14,7 @@ from pretrain.checkpointing.folder_lock import FolderLock, same_start_on_all_ran
 from pretrain.checkpointing.folders import LATEST, find_published
 from pretrain.checkpointing.progress import Progress
 from pretrain.config.load import load_config
+from pretrain.guards.rewinds import Rewind, write_rewinds
 from pretrain.plan import make_plan
 from pretrain.plan_warnings import warnings_about
 from tools.audit_data import audit
@@ -432,16 +433,23 @@ def start_changes(world, root) -> list[bool]:
 
     axis = build_layout(LayoutConfig(), world).world
     current = find_published(root)
-    return [
+    found = [
         same_start_on_all_ranks(root, planned, axis)
         for planned in (current, None if axis.rank == 1 else current, None)
     ]
+    # The run that held the folder until now went back for a spike.
+    rewind = Rewind(number=1, start=0, end=64, step=1, reason="spike")
+    if axis.rank == 0:
+        write_rewinds(root, [rewind])
+    found.append(same_start_on_all_ranks(root, current, axis))
+    found.append(same_start_on_all_ranks(root, current, axis, [rewind]))
+    return found
 
 
-def test_a_checkpoint_published_while_starting_is_noticed_on_all_ranks(pool, corpus, tmp_path):
+def test_a_checkpoint_or_rewind_that_comes_while_starting_is_noticed_on_all_ranks(pool, corpus, tmp_path):
     save = str(tmp_path / "save")
     pool.run(train, 1, base_arguments(corpus, save=save, train_iters=2))
-    assert pool.run(start_changes, 2, save) == [[True, False, False]] * 2
+    assert pool.run(start_changes, 2, save) == [[True, False, False, False, True]] * 2
 
 
 def hold_lock(world, root) -> str:
