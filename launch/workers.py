@@ -12,6 +12,7 @@ that save, and starts workers only after its own import of torch.
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,10 +20,14 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from launch.outcome import say
 from launch.records import errors_folder
 from launch.settings import Settings
 from launch.story import Story
 from launch.tether import STOP_SIGNALS
+
+KILL_SECONDS = 20.0
+"""The seconds in which a killed process must be gone; in a driver's wait it may never be."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class Workers:
         self.settings = settings
         self.first_rank = settings.node_rank * settings.nproc_per_node
         self.ended: list[Ended] = []
+        self._said_left = ""
         # A worker answers a stop signal once it has imported torch: it inherits this mask.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
@@ -115,8 +121,19 @@ class Workers:
         running = [process for process in self.processes if process.poll() is None]
         for process in running:
             process.kill()
+        # Whoever was waited for once is not waited for again.
+        limit = time.monotonic() + (0.0 if self._said_left else KILL_SECONDS)
         for process in running:
-            process.wait()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, limit - time.monotonic()))
+        # The kernel ends such a process once the disk or the driver answers; it trains no more.
+        left = ", ".join(str(process.pid) for process in running if process.poll() is None)
+        if left and left != self._said_left:
+            say(
+                f"warning: killed, and still there after {KILL_SECONDS:.0f} s: process {left} on "
+                f"{socket.gethostname()}. A disk or a driver does not answer there (see dmesg)"
+            )
+            self._said_left = left
 
     def error_file(self, rank: int) -> Path:
         """Return where a rank leaves what went wrong in it."""
