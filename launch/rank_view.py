@@ -125,7 +125,11 @@ def find_starting(folder: Path, node: int) -> list[RankView]:
     """
     views = []
     for path in Path("/proc/self/task").glob("*/children"):
-        for word in path.read_text().split():
+        try:
+            children = path.read_text().split()
+        except OSError:  # a thread that has just ended
+            continue
+        for word in children:
             pid = int(word)
             environment = _environment(pid)
             rank = environment.get("RANK")

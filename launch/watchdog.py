@@ -30,7 +30,13 @@ from launch.rank_view import RankView, find_starting, read_ranks
 from launch.records import errors_folder
 from launch.stacks import dump_flight_recorders, dump_stacks, kill_ranks
 from launch.store import Node0, connect
-from launch.verdict import describe_wait, is_network_down, judge, who_waits_for_whom
+from launch.verdict import (
+    count_ranks,
+    describe_wait,
+    is_network_down,
+    judge,
+    who_waits_for_whom,
+)
 
 POLL_SECONDS = 1.0
 """The seconds between two looks."""
@@ -38,6 +44,8 @@ USUAL_SECONDS = 30.0
 """The seconds of --watchdog-seconds until the ranks have read their settings."""
 REPORT_SECONDS = 10.0
 """The seconds between two lines about ranks that wait."""
+SLOW_REPORT_SECONDS = 60.0
+"""The seconds between two lines about what takes long while nobody waits for another rank."""
 GAP_FACTOR = 3
 """How many times the longest usual silence is waited for."""
 PAUSE_SECONDS = 5.0
@@ -98,6 +106,9 @@ class Watchdog(threading.Thread):
             except DistError:
                 # Node 0 is gone, which launch/watch.py says, or a network that comes back.
                 self.exchange.store = None
+            except Exception as error:
+                say(f"warning: the watchdog of this node has ended, and none is left: {error!r}")
+                return
 
     def look(self) -> None:
         """Look at the ranks once, and do what follows."""
@@ -155,9 +166,17 @@ class Watchdog(threading.Thread):
         elif silence < early and not any(view.is_stopped for view in everyone):
             self.exchange.rest()
         elif silence >= REPORT_SECONDS and time.monotonic() >= self._next_report:
-            self._next_report = time.monotonic() + REPORT_SECONDS
-            for text in describe_wait_of_all(everyone, silent):
-                say(text)
+            self._report(everyone, silent, silence)
+
+    def _report(self, everyone: Sequence[RankView], silent: Sequence[str], silence: float) -> None:
+        """Say for whom ranks wait; or, less often, what takes so long."""
+        texts = describe_wait_of_all(everyone, silent)
+        self._next_report = time.monotonic() + REPORT_SECONDS
+        if not texts and silence >= SLOW_REPORT_SECONDS:
+            texts = describe_slow(everyone)
+            self._next_report = time.monotonic() + SLOW_REPORT_SECONDS
+        for text in texts:
+            say(text)
 
     def _end(
         self,
@@ -245,6 +264,19 @@ def describe_wait_of_all(views: Sequence[RankView], silent: Sequence[str]) -> li
         place = f" in {describe_wait(first)}"
     lines = judge(views, silent).lines
     return [f"ranks wait{place}: {lines[0]}", *lines[1:3]]
+
+
+def describe_slow(views: Sequence[RankView]) -> list[str]:
+    """Say in a line what takes long and may; nothing for a step, which reports itself."""
+    slow: dict[str, list[RankView]] = {}
+    for view in views:
+        if view.patience > 0:
+            slow.setdefault(view.activity, []).append(view)
+    parts = []
+    for activity, members in slow.items():
+        seconds = max(view.activity_seconds for view in members)
+        parts.append(f"{count_ranks(len(members))} {activity} for {seconds:.0f} s")
+    return [f"this takes long: {'; '.join(parts)}"] if parts else []
 
 
 def _say_verdict(lines: Sequence[str]) -> None:

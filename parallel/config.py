@@ -74,8 +74,8 @@ class LayoutConfig:
     """Seconds after which a stopped rank, or a run in which no rank shows a sign of life, is ended
     and started again, with a page that says who is at fault and where every rank is. Silences of
     three times the longest usual one are waited for, too, and slow parts of a run (its start, a
-    save, a phase's first steps and evaluation) for nearly --distributed-timeout-minutes. 0 switches
-    the watchdog off."""
+    phase's first steps and evaluation) for nearly --distributed-timeout-minutes, a save for nearly
+    an hour, an index of the data for as long as it takes. 0 switches the watchdog off."""
 
     @property
     def sizes(self) -> tuple[int, int, int]:

@@ -84,7 +84,7 @@ def _main(argv: list[str], signals: StopSignals, recovery: Recovery) -> int:
         heartbeat.set_limits(
             config.layout.watchdog_seconds, config.layout.distributed_timeout_minutes
         )
-        heartbeat.enter_slow("making the plan")
+        heartbeat.enter_plan()
         if config.checkpoint.exit_signal_handler and not only_print:
             signals.listen(before_end=say_stopped_at_start)
         else:

@@ -139,7 +139,7 @@ class TrainingLoop:
 
     def end(self, outcome: str, text: str) -> str:
         """Say how the run ends, when everything is published, and hand its outcome on."""
-        self.heartbeat.enter_slow("waiting for the last save")
+        self.heartbeat.enter_save("waiting for the last save")
         self.saver.wait_published()
         self.reporter.say(text)
         self.report(outcome, text)
@@ -272,7 +272,7 @@ class TrainingLoop:
             has_failed_save=self.saver.has_failed,
         )
         if measured.has_failed_save:
-            self.heartbeat.enter_slow("waiting for the save that failed")
+            self.heartbeat.enter_save("waiting for the save that failed")
             self.saver.raise_failure()
         self.slow_ranks.note(measured.busy_seconds, self.report)
         flops = self.model_size.step_flops(batch_tokens, measured.causal_pairs)
@@ -383,7 +383,7 @@ class TrainingLoop:
 
     def _save(self, phase: Phase, *, ends_phase: bool, is_last: bool) -> None:
         """Write a checkpoint, where there is something to save."""
-        self.heartbeat.enter_slow("saving")
+        self.heartbeat.enter_save("saving")
         self.saver.save(
             phase, self.tally, self.evaluation_due, ends_phase=ends_phase, is_last=is_last
         )

@@ -5,12 +5,14 @@ life (reading an index, compiling, a save) is entered with more patience.
 """
 
 import faulthandler
+import math
 import signal
 from pathlib import Path
 from typing import TextIO
 
 from parallel.collective_log import CollectiveLog
 from parallel.layout import (
+    HOST_AXIS_TIMEOUT,
     Axis,
     Layout,
     launched_local_rank,
@@ -27,7 +29,6 @@ SHARE_OF_TIMEOUT = 0.9
 comes before the collectives of the other ranks give up."""
 UNUSUAL_STEPS = 2
 """The steps of a phase that may compile."""
-
 EVALUATION_FACTOR = 3
 """How many times the longest silence of the evaluations so far may pass in the next one."""
 EVALUATING = "evaluating"
@@ -88,6 +89,18 @@ class Heartbeat:
     def enter_slow(self, activity: str) -> None:
         """Begin what may take long, and at a time of its own on each rank."""
         self.record.enter(activity, patience=self._slow_seconds, counts_gaps=False)
+
+    def enter_plan(self) -> None:
+        """Begin to plan: the index of a large corpus takes as long as it takes.
+
+        No other rank waits in a collective meanwhile.
+        """
+        self.record.enter("making the plan", patience=math.inf, counts_gaps=False)
+
+    def enter_save(self, activity: str) -> None:
+        """Begin to save, or to wait for a save: as patient as the ranks that write it together."""
+        seconds = max(self._slow_seconds, SHARE_OF_TIMEOUT * HOST_AXIS_TIMEOUT.total_seconds())
+        self.record.enter(activity, patience=seconds, counts_gaps=False)
 
     def enter(self, activity: str) -> None:
         """Begin a part of a step."""

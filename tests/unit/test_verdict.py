@@ -1,12 +1,13 @@
 """launch/verdict.py: who is at fault, by what all ranks do; a table of situations."""
 
+import math
 from dataclasses import replace
 
 import pytest
 
 from launch.rank_view import Collective, RankView, Wait
 from launch.verdict import WAITING_FOR_DEVICE, judge, who_waits_for_whom
-from launch.watchdog import describe_wait_of_all, is_standing, silence_limit
+from launch.watchdog import describe_slow, describe_wait_of_all, is_standing, silence_limit
 
 WORLD = [0, 1, 2, 3]
 GROUPS = {
@@ -208,6 +209,14 @@ def test_ranks_that_start_are_not_silent():
     views = silent(500)
     views[1] = replace(views[1], watchdog_seconds=None)
     assert not is_standing(views, 30)
+
+
+def test_a_line_says_what_takes_long_but_not_of_a_step():
+    views = [replace(view, activity="making the plan", patience=math.inf) for view in silent(500)]
+    (line,) = describe_slow(views)
+    assert line == f"this takes long: {len(views)} ranks making the plan for 21 s"
+    assert not is_standing(views, 30), "an index takes as long as it takes"
+    assert describe_slow(silent(500)) == []
 
 
 def test_a_line_says_for_whom_ranks_wait():
