@@ -163,8 +163,10 @@ class Launch:
         while not workers.are_over():
             time.sleep(POLL_SECONDS)
             self._pass_stop_on()
-            if self.watch is not None and self.watch.heard is not None:
-                return self.watch.heard.failure
+            if self.watch is not None:
+                self.watch.notice_silence()
+                if self.watch.heard is not None:
+                    return self.watch.heard.failure
             if self._has_failed(workers.poll()):
                 return self._choose_failure()
             if self._is_late():
@@ -287,7 +289,9 @@ class Launch:
         """Print the error that explains the others, and where these are."""
         write_signature(failure.signature)
         folder = publish_errors(self.shown)
-        if failure.details:
+        # Many nodes may share a console: where it failed, and node 0's, are enough for all lines.
+        heard = self.watch is not None and self.watch.heard is not None
+        if failure.details and (self.settings.node_rank == 0 or not heard):
             print(failure.details, file=sys.stderr, flush=True)
         if self.watchdog is None or self.watchdog.verdict is None:  # it has said so itself
             say(f"error: {text}")

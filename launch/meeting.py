@@ -36,6 +36,8 @@ from launch.tether import StopAsked
 
 REPORT_SECONDS = 10.0
 """The seconds between two lines of a node that waits."""
+SHOWN_NODES = 16
+"""Most nodes that a line names."""
 POLL_SECONDS = 0.2
 """The seconds between two looks at the store."""
 SUSPECT_SECONDS = 4.0
@@ -118,7 +120,9 @@ def launch_name() -> str:
 def _describe_missing(store: dist.TCPStore, nnodes: int) -> str:
     """Say for whom the nodes wait."""
     ranks = [rank for rank in range(nnodes) if not store.check([_place(rank)])]
-    return f"for {_nodes(ranks)} of {nnodes} (NODE_RANK {', '.join(map(str, ranks))})"
+    named = ", ".join(map(str, ranks[:SHOWN_NODES]))
+    more = ", ..." if len(ranks) > SHOWN_NODES else ""
+    return f"for {_nodes(ranks)} of {nnodes} (NODE_RANK {named}{more})"
 
 
 def meet_as_other(node0: Node0, settings: Settings, patience: Patience) -> str:

@@ -12,6 +12,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from launch.stop import Stop, announce_stop, read_stop
 from launch.store import (
     BEAT,
     ENDED,
+    LINGER_SECONDS,
     MEMBERS,
     OVER,
     Node0,
@@ -34,6 +36,10 @@ POLL_SECONDS = 0.5
 """The seconds between two looks at the store, and between two signs of life."""
 SILENT_SECONDS = 20.0
 """The seconds without a sign of life after which a node counts as gone."""
+PAUSE_SECONDS = 5.0
+"""A look that comes this late means that this launcher stood still, and not node 0."""
+ANSWER_SECONDS = 5.0
+"""The seconds in which node 0's store answers, also where the machine is busy."""
 SUSPECT_SECONDS = 4.0
 """The same where processes have just lost their connections to it."""
 GONE = "its launcher is gone, or the network to it is cut"
@@ -61,6 +67,9 @@ class Watch(threading.Thread):
         self._alive_at = [time.monotonic()] * nnodes
         """When each node's sign of life last changed; only node 0 looks at all of them."""
         self._lock = threading.Lock()
+        self._noticed_at = time.monotonic()
+        self._woke_at = self._noticed_at
+        """When this launcher last went on after it had stood still itself."""
 
     # ------------------------------------------------------------ while processes run
 
@@ -146,12 +155,28 @@ class Watch(threading.Thread):
             raise dist.DistNetworkError("no connection to node 0")
         return self.store
 
+    def notice_silence(self) -> None:
+        """Take node 0 to be gone where its store has not answered for long.
+
+        The thread cannot tell: where node 0's launcher is stopped, its kernel holds the connection,
+        and the answer does not come.
+        """
+        now = time.monotonic()
+        if now - self._noticed_at > PAUSE_SECONDS:
+            self._woke_at = now
+        self._noticed_at = now
+        silence = now - max(self._alive_at[0], self._woke_at)
+        if self.node_rank == 0 or self.heard is not None or silence < SILENT_SECONDS:
+            return
+        failure = Failure(f"{GONE}: no answer for {silence:.0f} s", time=time.time())
+        self.heard = Ending(0, self.node0.master, failure, is_gone=True)
+
     # ------------------------------------------------------------ what this node says
 
     def announce(self, failure: Failure) -> None:
         """Tell the other nodes that this one's launch failed; only the first failure is stored."""
-        with suppress(dist.DistError):  # node 0 is gone, and nobody is there to tell
-            self._post(Ending(self.node_rank, socket.gethostname(), failure))
+        # Where node 0 is gone, nobody is there to tell.
+        _within(ANSWER_SECONDS, self._post, Ending(self.node_rank, socket.gethostname(), failure))
 
     def _post(self, ending: Ending) -> None:
         store = self._require_store()
@@ -160,8 +185,10 @@ class Watch(threading.Thread):
     def announce_stop(self, number: int) -> None:
         """Tell the other nodes that this one is asked to stop."""
         if self.stop is None:
-            with suppress(dist.DistError):
-                self.stop = announce_stop(self._require_store(), self.node_rank, number)
+            _within(ANSWER_SECONDS, self._announce_stop, number)
+
+    def _announce_stop(self, number: int) -> None:
+        self.stop = announce_stop(self._require_store(), self.node_rank, number)
 
     def wait_for_word(self, seconds: float) -> None:
         """Wait for another node to say what failed, where here only connections were lost."""
@@ -178,10 +205,10 @@ class Watch(threading.Thread):
 
         When this returns, `stop` is known alike on all nodes.
         """
-        try:
-            self._wait_until_all_are_over(seconds)
-        except dist.DistError:
-            pass  # node 0 has left, which it does when all have
+        if not _within(seconds + ANSWER_SECONDS, self._wait_until_all_are_over, seconds):
+            say("node 0 does not answer: leaving alone")
+            self.is_over.set()
+            return
         self.part()
 
     def _wait_until_all_are_over(self, seconds: float) -> None:
@@ -207,7 +234,25 @@ class Watch(threading.Thread):
     def part(self) -> None:
         """Say no more; node 0 keeps the store until the others have read the last word."""
         self.is_over.set()
+        is_one_gone = self.heard is not None and self.heard.is_gone
+        present = self.nnodes - 1 if is_one_gone else self.nnodes
+        _within(LINGER_SECONDS + ANSWER_SECONDS, self._leave_store, present)
+
+    def _leave_store(self, present: int) -> None:
+        leave_store(self._require_store(), self.node_rank, present)
+
+
+def _within(seconds: float, function: Callable[..., None], *args: object) -> bool:
+    """Call a function that uses the store -> False where it goes on after some seconds.
+
+    A store that is gone ends it: node 0 has left, which it does when all others may.
+    """
+
+    def call() -> None:
         with suppress(dist.DistError):
-            is_one_gone = self.heard is not None and self.heard.is_gone
-            present = self.nnodes - 1 if is_one_gone else self.nnodes
-            leave_store(self._require_store(), self.node_rank, present)
+            function(*args)
+
+    thread = threading.Thread(target=call, name="last word", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()

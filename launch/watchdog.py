@@ -52,6 +52,8 @@ PAUSE_SECONDS = 5.0
 """A look that comes this late means that this machine stood still, and not the ranks."""
 STACK_SECONDS = 8.0
 """The seconds that node 0 waits for the stacks of the other nodes."""
+CLOSE_SECONDS = 30.0
+"""The seconds in which a page that is being written must be finished."""
 SHOWN_LINES = 9
 """Lines of a verdict on the console; the page has all."""
 
@@ -94,7 +96,7 @@ class Watchdog(threading.Thread):
     def close(self) -> None:
         """Stop watching: the processes have ended."""
         self._is_over.set()
-        self.join()
+        self.join(CLOSE_SECONDS)  # not for a node 0 that does not answer any more
 
     def run(self) -> None:
         """Look once a second."""
@@ -226,7 +228,7 @@ class Watchdog(threading.Thread):
         self.verdict = lines[0]
         with suppress(DistError):  # these ranks end all the same
             self.exchange.send_stacks(self._dump(views))
-        _say_verdict(lines)
+        _say_verdict(lines[:1])  # many nodes may share a console: node 0 says all
         say("what every rank did, and its Python stack: in the file that node 0 names")
         kill_ranks(views)
 
