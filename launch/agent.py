@@ -139,11 +139,11 @@ class Launch:
             if self.asked.number is not None:
                 if self.watch is not None:
                     self.watch.announce_stop(self.asked.number)
-                    self.watch.part()
+                    self.watch.leave(self.settings.grace)  # others may train already
                 raise Interrupted(is_told=self.watch is not None)
             if self.watch is not None and self.watch.stop is not None:
                 stop = self.watch.stop
-                self.watch.part()
+                self.watch.leave(self.settings.grace)
                 raise HeardStop(stop)
             time.sleep(POLL_SECONDS)
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
 
-from launch.store import LEFT, NNODES, STOP, Node0, connect, leave_store
+from launch.store import LEFT, NNODES, OVER, STOP, Node0, connect, leave_store
 
 
 class Interrupted(Exception):
@@ -72,8 +72,17 @@ def require_no_stop(store: dist.TCPStore, node_rank: int) -> None:
     stop = read_stop(store)
     if stop is not None and stop.node_rank != node_rank:
         if node_rank > 0:
-            store.add(LEFT, 1)
+            leave_unstarted(store, node_rank)
         raise HeardStop(stop)
+
+
+def leave_unstarted(store: dist.TCPStore, node_rank: int) -> None:
+    """Leave the store of a launch in which this node starts nothing.
+
+    Node 0 may have counted it among those that have met, and would wait for its processes to end.
+    """
+    store.set(f"{OVER}/{node_rank}", "")
+    store.add(LEFT, 1)
 
 
 def part_as_node_0(store: dist.TCPStore, nnodes: int, number: int, seconds: float) -> None:
@@ -91,7 +100,7 @@ def part_as_other(node0: Node0, node_rank: int, number: int, seconds: float) -> 
         if store is not None:
             with suppress(dist.DistError):  # it has just ended: another one may come
                 announce_stop(store, node_rank, number)
-                store.add(LEFT, 1)
+                leave_unstarted(store, node_rank)
                 return
         if time.monotonic() >= limit:
             return

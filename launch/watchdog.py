@@ -26,7 +26,7 @@ from torch.distributed import DistError
 from launch.exchange import Exchange
 from launch.outcome import say
 from launch.page import write_page
-from launch.rank_view import RankView, find_starting, read_ranks
+from launch.rank_view import GONE, RankView, find_starting, read_ranks
 from launch.records import errors_folder
 from launch.stacks import dump_flight_recorders, dump_stacks, kill_ranks
 from launch.store import Node0, connect
@@ -146,6 +146,8 @@ class Watchdog(threading.Thread):
 
     def _lead(self, views: Sequence[RankView]) -> None:
         """Ask the others where something seems wrong, report, and end what stands still."""
+        if all(view.process_state in GONE for view in views):
+            return  # over, and the launcher waits for those of the other nodes
         limit = silence_limit(views)
         early = min(REPORT_SECONDS, limit / 2) if limit else REPORT_SECONDS
         is_suspicious = (

@@ -219,6 +219,8 @@ def test_a_node_that_is_asked_to_stop_while_it_waits_tells_node_0(store, node0):
     heard = waiting.finish()
     assert isinstance(heard, stop.HeardStop)
     assert heard.stop.node_rank == 1
+    # Had the nodes just met, node 0 would wait for the end of its processes.
+    assert store.check([f"{stores.OVER}/1"])
 
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])

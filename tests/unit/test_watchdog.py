@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,14 @@ def test_a_watchdog_that_slept_calls_nobody_silent(tmp_path, start_rank):
     dog._resumed_at = 0.0
     (view,) = dog._read()
     assert view.silence > 0.0
+
+
+def test_ranks_that_have_ended_are_no_reason_to_ask_the_others(tmp_path, store):
+    dog = Watchdog(tmp_path, tmp_path / "errors", "shown", Exchange(client(store), 0, 2), 1)
+    dog._lead([replace(busy(0), process_state="Z", silence=500.0)])
+    assert not store.check([exchange.ASKED])
+    dog._lead([replace(busy(0), silence=500.0)])
+    assert store.check([exchange.ASKED])
 
 
 def test_stacks_of_ranks_that_do_the_same_are_written_once(tmp_path):
