@@ -120,6 +120,8 @@ def launch_name() -> str:
 def _describe_missing(store: dist.TCPStore, nnodes: int) -> str:
     """Say for whom the nodes wait."""
     ranks = [rank for rank in range(nnodes) if not store.check([_place(rank)])]
+    if not ranks:
+        return "for node 0's word that all nodes are there"
     named = ", ".join(map(str, ranks[:SHOWN_NODES]))
     more = ", ..." if len(ranks) > SHOWN_NODES else ""
     return f"for {_nodes(ranks)} of {nnodes} (NODE_RANK {named}{more})"
