@@ -134,6 +134,14 @@ class Progress:
         """Read progress.json of a published checkpoint."""
         return Progress.from_json(json.loads((folder / FILE).read_text(encoding="utf-8")))
 
+    @staticmethod
+    def read_if_whole(folder: Path) -> "Progress | None":
+        """Read progress.json of a checkpoint that may be damaged; None where that fails."""
+        try:
+            return Progress.read(folder)
+        except (OSError, ValueError, TypeError, AttributeError):
+            return None
+
     def to_text(self) -> str:
         """Write the content of progress.json."""
         return json.dumps(dataclasses.asdict(self), indent=1)

@@ -62,7 +62,7 @@ def read_facts(root: Path) -> dict[int, CheckpointFacts]:
     found = {}
     for step in complete_steps(root):
         folder = iteration_folder(root, step)
-        progress = _read_progress(folder)
+        progress = Progress.read_if_whole(folder)
         if progress is None or progress.step != step:
             continue  # damaged, or renamed by somebody
         found[progress.step] = CheckpointFacts(
@@ -98,14 +98,6 @@ def remove_leftovers(root: Path) -> None:
     for folder in root.glob(".iter_*.deleted"):
         if _DELETED.fullmatch(folder.name) and is_checkpoint_folder(folder):
             shutil.rmtree(folder)
-
-
-def _read_progress(folder: Path) -> Progress | None:
-    """Read a checkpoint's progress.json; None where that cannot be done."""
-    try:
-        return Progress.read(folder)
-    except (OSError, ValueError, TypeError, AttributeError):
-        return None
 
 
 class Left(Exception):

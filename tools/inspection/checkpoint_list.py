@@ -92,7 +92,7 @@ def _describe(folder: Path, *, all_files: bool) -> Iterator[Finding]:
         problems = [str(error)]
         notes = []
     state = "damaged" if problems else f"{'all' if all_files else 'small'} files verified"
-    progress = _read_progress(folder)
+    progress = Progress.read_if_whole(folder)
     if progress is not None and progress.ends_phase:
         state += f"; the end of phase {progress.phase_name}"
     yield _row(folder, progress, state), bool(problems)
@@ -113,14 +113,6 @@ def _row(folder: Path, progress: Progress | None, state: str) -> str:
     saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(written))
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return f"{name:>10}{tokens:>20}  {phase:<14}{saved:<21}{size:>18,}  {state}"
-
-
-def _read_progress(folder: Path) -> Progress | None:
-    """Read how far the run was; None where a damaged file does not say it."""
-    try:
-        return Progress.read(folder)
-    except (OSError, ValueError, TypeError, AttributeError):
-        return None
 
 
 def _describe_pointer(root: Path) -> Finding:
