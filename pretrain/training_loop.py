@@ -5,6 +5,7 @@ import time
 
 import torch
 
+from data.batch import Batch
 from parallel.layout import Layout
 from parallel.shard import reshard
 from pretrain.batches import SHOWN_SOURCES, Feed
@@ -241,13 +242,7 @@ class TrainingLoop:
         clip_grad = self.config.optimizer.clip_grad
         limits = self.guards.before_step(phase, batch_tokens, stepper, microbatches)
         result = train_step(
-            stepper,
-            state.optimizer,
-            microbatches,
-            lr,
-            clip_grad,
-            limits,
-            self._before_update,
+            stepper, state.optimizer, microbatches, lr, clip_grad, limits, self._before_update
         )
         self.guards.after_step(result)
 
@@ -262,19 +257,7 @@ class TrainingLoop:
         # What only all ranks together know.
         waited = self.heartbeat.end_step()
         seconds = time.perf_counter() - began
-        measured = measure(
-            microbatches,
-            self.layout,
-            wants_stop=self._wants_stop(),
-            wants_save=self.save_schedule.is_late,
-            data_seconds=data_seconds,
-            busy_seconds=seconds - waited,
-            has_failed_save=self.saver.has_failed,
-        )
-        if measured.has_failed_save:
-            self.heartbeat.enter_save("waiting for the save that failed")
-            self.saver.raise_failure()
-        self.slow_ranks.note(measured.busy_seconds, self.report)
+        measured = self._ask_all(microbatches, data_seconds, busy_seconds=seconds - waited)
         flops = self.model_size.step_flops(batch_tokens, measured.causal_pairs)
         record = StepRecord(
             step=state.step,
@@ -298,6 +281,25 @@ class TrainingLoop:
             spike=self.guards.spike is not None,
         )
         return record, measured
+
+    def _ask_all(
+        self, microbatches: list[Batch], data_seconds: float, *, busy_seconds: float
+    ) -> Measured:
+        """Exchange what this rank knows of the step; a save that failed anywhere ends the run."""
+        measured = measure(
+            microbatches,
+            self.layout,
+            wants_stop=self._wants_stop(),
+            wants_save=self.save_schedule.is_late,
+            data_seconds=data_seconds,
+            busy_seconds=busy_seconds,
+            has_failed_save=self.saver.has_failed,
+        )
+        if measured.has_failed_save:
+            self.heartbeat.enter_save("waiting for the save that failed")
+            self.saver.raise_failure()
+        self.slow_ranks.note(measured.busy_seconds, self.report)
+        return measured
 
     def _before_update(self) -> None:
         """Look at the weights before they change, and let a save have its copy of them."""

@@ -9,6 +9,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial as bind
 from pathlib import Path
 from types import MappingProxyType
 
@@ -73,35 +74,18 @@ def save(
     """
     final = iteration_folder(root, step)
     partial = final.with_name(f".{final.name}.partial")
-    needed = sum(gather(sum(map(stored_bytes, tensors.values())), world))
-    free: int | None = None
-    # A disk that does not even say this fails in `begin`, for all ranks.
-    with contextlib.suppress(OSError):
-        free = free_bytes(Path(root))
-    place = SavePlace(final, needed, free)
+    place = _measure_place(final, tensors, world)
 
     def begin() -> None:
         # One rank writes the small files, into a hidden folder that no load looks into.
         if world.rank == 0:
             clear(partial)
-            require_space(final, needed)
+            require_space(final, place.needed_bytes)
             _write_small_files(partial, progress, config_yaml, tokenizer_files, carried)
 
-    def write_tensors() -> None:
-        with _quiet_alone(world):
-            dcp.save(
-                tensors,
-                storage_writer=writer,
-                process_group=world.group,
-                no_dist=world.group is None,
-            )
-
     def publish() -> None:
-        # The manifest last: where it is, everything is.
         if world.rank == 0:
-            checksums = manifest.list_checksums(partial, written)
-            write_durably(partial / MANIFEST, manifest.to_text(checksums))
-            _publish(partial, final)
+            _publish(partial, final, written)
             write_pointer(Path(root), step)
             clear(replaced_folder(final))
 
@@ -109,7 +93,7 @@ def save(
         run_together(begin, place, world)
         # The tensors: each rank writes its own shards.
         writer = HashingWriter(partial, on_host=all(tensor.is_cpu for tensor in tensors.values()))
-        run_together(write_tensors, place, world)
+        run_together(bind(_write_tensors, tensors, writer, world), place, world)
         written = dict(pair for part in gather(writer.checksums, world) for pair in part.items())
         run_together(publish, place, world)
     except (Refused, SaveFailed):
@@ -118,6 +102,27 @@ def save(
             clear(partial)
         raise
     return final
+
+
+def _measure_place(final: Path, tensors: dict[str, torch.Tensor], world: Axis) -> SavePlace:
+    """Count the bytes that all ranks will write, and those that are free; collective."""
+    needed = sum(gather(sum(map(stored_bytes, tensors.values())), world))
+    free: int | None = None
+    # A disk that does not even say this fails when the save begins, for all ranks.
+    with contextlib.suppress(OSError):
+        free = free_bytes(final.parent)
+    return SavePlace(final, needed, free)
+
+
+def _write_tensors(tensors: dict[str, torch.Tensor], writer: HashingWriter, world: Axis) -> None:
+    """Write this rank's shards, and rank 0 the list of all."""
+    with _quiet_alone(world):
+        dcp.save(
+            tensors,
+            storage_writer=writer,
+            process_group=world.group,
+            no_dist=world.group is None,
+        )
 
 
 @contextlib.contextmanager
@@ -153,8 +158,15 @@ def _write_small_files(
         sync_path(path)
 
 
-def _publish(partial: Path, final: Path) -> None:
-    """Give a whole checkpoint its name; one that has the name already is moved aside."""
+def _publish(partial: Path, final: Path, written: Mapping[str, str]) -> None:
+    """Give a whole checkpoint its name; one that has the name already is moved aside.
+
+    Args:
+        written: file -> checksum of what was meant to be written into it.
+    """
+    # The manifest last: where it is, everything is.
+    checksums = manifest.list_checksums(partial, written)
+    write_durably(partial / MANIFEST, manifest.to_text(checksums))
     sync_path(partial)
     clear(replaced_folder(final))
     if os.path.lexists(final):

@@ -75,6 +75,7 @@ CASES = {
     "--save-retain-interval 5": ("without --save", "--save folder"),
     "--keep-best 2 --save x --eval-iters 0": ("without --eval-iters above 0", None),
     "--keep-all": ("without --save", "--save folder"),
+    "--async-save": ("without --save", "--save folder"),
     "--no-save-optim": ("without --save", None),
     "--max-rewinds 2": ("without --spike-policy rewind", "--spike-policy rewind --save folder"),
     "--rewind-skip-steps 2": (

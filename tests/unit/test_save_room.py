@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from parallel.layout import single_process_layout
-from pretrain.checkpointing import checkpoint, save_folder
+from pretrain.checkpointing import save_folder
 from pretrain.checkpointing.folder_lock import FolderLock
 from pretrain.checkpointing.save_folder import (
     check_disk,
@@ -137,7 +138,7 @@ def test_a_folder_without_rights_and_a_read_only_one_are_refused(tmp_path, monke
 
 @pytest.fixture
 def world(monkeypatch):
-    monkeypatch.setattr(checkpoint.dist, "broadcast_object_list", lambda *args, **kwargs: None)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda *args, **kwargs: None)
     return single_process_layout(torch.device("cpu")).world
 
 

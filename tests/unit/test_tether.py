@@ -6,13 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-TETHER = Path(__file__).resolve().parents[2] / "launch" / "tether.py"
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = """
+import sys
+from launch.tether import end_with_parent
+end_with_parent(int(sys.argv[1]))
+print("trained")
+"""
 
 
 def run(parent: int, *before: str) -> subprocess.CompletedProcess:
-    """Run `echo trained`, tied to `parent`."""
-    words = [*before, sys.executable, "-I", "-S", str(TETHER), str(parent), "echo", "trained"]
-    return subprocess.run(words, capture_output=True, text=True, timeout=60)
+    """Run a process that prints "trained" once it is tied to `parent`."""
+    words = [*before, sys.executable, "-c", PROGRAM, str(parent)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(words, capture_output=True, text=True, timeout=60, env=environment)
 
 
 def test_a_child_of_the_named_process_runs():
