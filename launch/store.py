@@ -6,6 +6,7 @@ The meeting and the watch leave their words in it; the workers find each other b
 import os
 import queue
 import socket
+import stat
 import sys
 import threading
 import time
@@ -130,19 +131,24 @@ def end_dead_connections(port: int) -> None:
     """
     for name in os.listdir("/proc/self/fd"):
         # It is closed already, is no socket, or belongs to nobody.
-        with (
-            suppress(OSError),
-            socket.fromfd(int(name), socket.AF_INET, socket.SOCK_STREAM) as ours,
-        ):
-            if ours.getpeername()[1:2] != (port,):
+        with suppress(OSError):
+            # `fromfd` makes a second descriptor first, which stays open where it is no socket.
+            if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
                 continue
-            # What was sent is not acknowledged for so long.
-            milliseconds = 1000 * DEAD_SECONDS
-            ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
-            # Nothing is sent: then the kernel asks, and counts the same time.
-            ours.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, PROBE_SECONDS)
-            ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, PROBE_SECONDS)
+            _end_when_dead(int(name), port)
+
+
+def _end_when_dead(descriptor: int, port: int) -> None:
+    """Set the limits of one socket, if it is a connection to this port."""
+    with socket.fromfd(descriptor, socket.AF_INET, socket.SOCK_STREAM) as ours:
+        if ours.getpeername()[1:2] != (port,):
+            return
+        # What was sent is not acknowledged for so long.
+        ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * DEAD_SECONDS)
+        # Nothing is sent: then the kernel asks, and counts the same time.
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, PROBE_SECONDS)
+        ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, PROBE_SECONDS)
 
 
 @contextmanager

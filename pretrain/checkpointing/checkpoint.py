@@ -85,7 +85,10 @@ def save(
 
     def publish() -> None:
         if world.rank == 0:
-            _publish(partial, final, written)
+            # The manifest last: where it is, everything is.
+            checksums = manifest.list_checksums(partial, written)
+            write_durably(partial / MANIFEST, manifest.to_text(checksums))
+            _publish(partial, final)
             write_pointer(Path(root), step)
             clear(replaced_folder(final))
 
@@ -158,15 +161,8 @@ def _write_small_files(
         sync_path(path)
 
 
-def _publish(partial: Path, final: Path, written: Mapping[str, str]) -> None:
-    """Give a whole checkpoint its name; one that has the name already is moved aside.
-
-    Args:
-        written: file -> checksum of what was meant to be written into it.
-    """
-    # The manifest last: where it is, everything is.
-    checksums = manifest.list_checksums(partial, written)
-    write_durably(partial / MANIFEST, manifest.to_text(checksums))
+def _publish(partial: Path, final: Path) -> None:
+    """Give a whole checkpoint its name; one that has the name already is moved aside."""
     sync_path(partial)
     clear(replaced_folder(final))
     if os.path.lexists(final):

@@ -50,3 +50,13 @@ def test_two_threads_that_connect_leave_stderr_where_it_was():
         event.set()
         thread.join(10)
     assert os.readlink("/proc/self/fd/2") == before
+
+
+def test_looking_for_connections_leaves_no_descriptor_open():
+    read_end, write_end = os.pipe()
+    before = len(os.listdir("/proc/self/fd"))
+    with open(os.devnull):
+        stores.end_dead_connections(29500)
+    os.close(read_end)
+    os.close(write_end)
+    assert len(os.listdir("/proc/self/fd")) == before - 2
