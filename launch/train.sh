@@ -266,7 +266,7 @@ act_on_outcome() {  # the outcome and the launcher's exit code
       # Other nodes may have gone on before the signal came: the next launch tells them.
       [[ -n $signal ]] && { [[ $NNODES -eq 1 || $code -ge 128 ]] || return; }
       if [[ -n $signal ]]; then
-        say "stopped between two layouts; the same command goes on"
+        say "stopped between two starts; the same command goes on"
         exit 75
       fi
       say "starting again, as the run says above"

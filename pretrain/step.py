@@ -310,7 +310,7 @@ def train_step(
     if clip_grad > 0:
         clip_gradients(stages, norm, clip_grad)
     if before_update is not None:
-        stepper.heartbeat.enter("waiting for the copy of a save")
+        stepper.heartbeat.enter("before the update")
         before_update()
     stepper.heartbeat.enter("updating the weights")
     update(optimizer, lr, is_good_step(loss, norm, limits))

@@ -69,7 +69,7 @@ SITES = {
     "gradient of a weight": (mlp_module, "_gradients", 2),
 }
 NUMBER = 1
-"""Of the call that is wrong: every rank of the cases makes two or more."""
+"""The wrong call, counted from 0: every rank of the cases makes two calls or more."""
 
 
 def replay_with_faults(world: World, case: Case) -> dict:
