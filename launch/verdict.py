@@ -41,7 +41,7 @@ def judge(views: Sequence[RankView], silent_nodes: Sequence[str] = ()) -> Verdic
     stopped = [view for view in views if view.is_stopped]
     waits_for = who_waits_for_whom(views)
     if stopped:
-        return _blame(stopped, waits_for)
+        return _blame(stopped, _add_stopped(views, stopped, waits_for))
     # Whoever is waited for, and does not wait.
     waited_for = set().union(*waits_for.values()) if waits_for else set()
     roots = [view for view in views if view.rank in waited_for and not waits_for.get(view.rank)]
@@ -86,6 +86,25 @@ def who_waits_for_whom(views: Sequence[RankView]) -> dict[int, set[int]]:
         missing.discard(view.rank)
         if missing:
             found[view.rank] = missing
+    return found
+
+
+def _add_stopped(
+    views: Sequence[RankView], stopped: Sequence[RankView], waits_for: dict[int, set[int]]
+) -> dict[int, set[int]]:
+    """Let all who wait in a group of a stopped rank wait for it, though it has come there.
+
+    What it began goes no further while it is stopped: its threads send and receive no more.
+    """
+    found = {rank: set(others) for rank, others in waits_for.items()}
+    for view in views:
+        for each in view.collectives:
+            if view.wait is None or view.wait.axis != each.axis:
+                continue
+            group = {view.wait.peer} if view.wait.peer >= 0 else set(each.ranks)
+            missing = {one.rank for one in stopped if one.rank in group} - {view.rank}
+            if missing:
+                found.setdefault(view.rank, set()).update(missing)
     return found
 
 

@@ -126,6 +126,18 @@ def test_the_verdict_counts_who_waits_also_by_way_of_others():
     assert "3 ranks wait for it" in judge(PIPELINE).lines[0]
 
 
+def test_ranks_wait_for_a_stopped_one_that_has_begun_their_collective():
+    # It began the collective, and was stopped before its bytes were sent.
+    views = [waits(0, "dp_cp", 1204), waits(1, "dp_cp", 1204), waits(2, "dp_cp", 1204)]
+    stopped = replace(waits(3, "dp_cp", 1204), process_state="T", stopped_seconds=31.0)
+    (line,) = judge([*views, stopped]).lines
+    # Rank 1 is of its group on dp_cp; 0 and 2 are of the other.
+    assert line.startswith("rank 3 ") and line.endswith("; 1 rank waits for it"), line
+    stopped = replace(pairs(3, "send", 2), process_state="T", stopped_seconds=31.0)
+    (line,) = judge([pairs(0, "recv", 1), pairs(1, "recv", 2), pairs(2, "recv", 3), stopped]).lines
+    assert line.endswith("; 3 ranks wait for it"), line
+
+
 def test_ranks_that_take_two_collectives_in_another_order_are_named_as_a_circle():
     # 0 waits for 1 on tp, 1 for 3 on dp_cp, 3 for 2 on tp, 2 for 0 on dp_cp.
     assert who_waits_for_whom(OTHER_ORDER) == {0: {1}, 1: {3}, 3: {2}, 2: {0}}
