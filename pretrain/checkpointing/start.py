@@ -94,6 +94,6 @@ def _refuse_huggingface(name: str, folder: str) -> None:
     path = Path(folder)
     if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
         raise ValueError(
-            f"{name} = {folder}: is a Hugging Face folder. Fix: python -m tools.import_hf "
+            f"{name} = {folder}: is a Hugging Face folder. Fix: bash launch/ithaca.sh import "
             f"--hf {folder} --save DIR, then --pretrained-checkpoint DIR."
         )

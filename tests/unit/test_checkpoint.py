@@ -91,7 +91,7 @@ def test_missing_sources_are_fatal(tmp_path):
         (tmp_path / name).write_text("{}")
     for settings in (dict(load=tmp_path), dict(pretrained_checkpoint=tmp_path)):
         with pytest.raises(
-            ValueError, match=f"python -m tools.import_hf --hf {tmp_path} --save DIR, then"
+            ValueError, match=f"bash launch/ithaca.sh import --hf {tmp_path} --save DIR, then"
         ):
             start(save=tmp_path / "save", **settings)
     publish(tmp_path / "load")
