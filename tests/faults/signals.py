@@ -7,7 +7,6 @@ end the run that was stopped so often must be the same, bit for bit, as one left
 
 import argparse
 import random
-import shutil
 import signal
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from pathlib import Path
 import yaml
 
 from tests.dist.training import write_corpus
-from tests.faults.soak import SAVE_INTERVAL, Course, flags_of, phases_of
+from tests.faults.soak import SAVE_INTERVAL, Course, finish, flags_of, phases_of
 from tools.faults.comparison import differences
 from tools.faults.launched_run import LaunchedRun, Node, is_running
 from tools.faults.moments import Moment, Moments
@@ -209,12 +208,7 @@ def main(argv: list[str] | None = None) -> int:
         stops = -(-arguments.stops // len(courses))
         place = folder / course.name.replace(" ", "_")
         is_well = stop_course(course, place, corpus, stops, arguments.seed) and is_well
-    print(f"signals: {'well' if is_well else 'NOT well'}")
-    if is_well and arguments.folder is None:
-        shutil.rmtree(folder)
-    else:
-        print(f"the runs are in {folder}")
-    return 0 if is_well else 1
+    return finish("signals", is_well, folder, keep=arguments.folder is not None)
 
 
 if __name__ == "__main__":

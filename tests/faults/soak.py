@@ -124,8 +124,14 @@ def main(argv: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     is_well = soak(folder, arguments.kills, arguments.seed, courses)
-    print(f"soak: {'well' if is_well else 'NOT well'}, {time.monotonic() - began:.0f} s")
-    if is_well and arguments.folder is None:
+    print(f"{time.monotonic() - began:.0f} s")
+    return finish("soak", is_well, folder, keep=arguments.folder is not None)
+
+
+def finish(name: str, is_well: bool, folder: Path, *, keep: bool) -> int:
+    """Say how all runs ended, and delete them where nobody needs them -> exit code."""
+    print(f"{name}: {'well' if is_well else 'NOT well'}")
+    if is_well and not keep:
         shutil.rmtree(folder)
     else:
         print(f"the runs are in {folder}")
