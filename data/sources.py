@@ -239,7 +239,8 @@ def _own_validation(
     for name, blend in blends:
         if name in sets:
             raise ValueError(
-                f"valid_data_path: the name {name!r} stands twice. Fix: give each set its own name."
+                f"valid_data_path: the name {name!r} is given twice. "
+                "Fix: give each set its own name."
             )
         sets[name] = []
         for weight, source in parse_blend(blend, "valid_data_path"):

@@ -315,7 +315,7 @@ def _changes_of_data(
 ) -> list[Change]:
     """List how the data differ from what the checkpoint drew; keep the ledger's phase its name."""
     changes = [
-        Change(f"data of {name}", "other tokens or another order", "begins anew", "data")
+        Change(f"data of {name}", "other tokens or another order", "begins again", "data")
         for name in ledger.begun_anew
     ]
     # The phase that goes on may have another name, and another blend of the same sources.

@@ -23,7 +23,7 @@ class _TextLoader(yaml.BaseLoader):
         if twice:
             lines = " and ".join(str(line) for _, line in twice)
             raise ValueError(
-                f"{self.name}: {twice[0][0]}: stands twice, in lines {lines}. Fix: keep one."
+                f"{self.name}: {twice[0][0]}: is given twice, in lines {lines}. Fix: keep one."
             )
         return super().construct_mapping(node, deep)
 

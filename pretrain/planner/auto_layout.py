@@ -165,4 +165,4 @@ def _why_again(before: LayoutRecord | None, asked: dict[str, Any]) -> str:
     then = before.asked_with_defaults
     changed = [f"{name} was {then.get(name)}" for name in asked if then.get(name) != asked[name]]
     was = " ".join(f"{short} {before.chosen[name]}" for short, name in SIZE_FIELDS.items())
-    return f" (chosen anew, since {', '.join(changed)}; it was {was})"
+    return f" (chosen again, since {', '.join(changed)}; it was {was})"

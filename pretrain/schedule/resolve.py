@@ -23,7 +23,7 @@ def resolve_phases(config: Config) -> list[Phase]:
     entries = config.schedule.entries
     names = [entry.name for entry in entries]
     problems = [
-        f"phases: the name {name!r} stands twice. Fix: give each phase its own name."
+        f"phases: the name {name!r} is given twice. Fix: give each phase its own name."
         for name in sorted({name for name in names if names.count(name) > 1})
     ]
     # Each phase begins where the one before ended, in whole steps.

@@ -125,7 +125,7 @@ def test_a_run_chooses_its_layouts_once(pool, tmp_path, monkeypatch):
     assert kept.keys() == {"short", "long"} and kept["long"]["chosen"]["context_parallel_size"] == 2
 
     # The stored choice wins over an estimate that has changed; another world or another phase is
-    # chosen anew.
+    # chosen again.
     monkeypatch.setattr(
         layout_candidates, "step_seconds", lambda model, load, hardware: 1.0 / load.layout.sizes[0]
     )
@@ -137,11 +137,11 @@ def test_a_run_chooses_its_layouts_once(pool, tmp_path, monkeypatch):
     other = make_plan(load_config(argv), 4)
     assert sizes(other) == [(4, 1, 1), (4, 1, 1)]
     assert other.layout_lines[1].endswith(
-        "(chosen anew, since world_size was 2; it was tp 1 pp 1 cp 2)"
+        "(chosen again, since world_size was 2; it was tp 1 pp 1 cp 2)"
     )
     changed = make_plan(
         load_config(phased(tmp_path, corpus, "changed", 0.037, pipeline_model_parallel_size=1)), 2
     )
     assert sizes(changed) == [(1, 1, 1), (2, 1, 1)]
     assert "(kept from the checkpoint)" in changed.layout_lines[0]
-    assert "(chosen anew, since open was [" in changed.layout_lines[1]
+    assert "(chosen again, since open was [" in changed.layout_lines[1]

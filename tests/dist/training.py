@@ -66,7 +66,7 @@ def train(world: World, argv: list[str]) -> str:
 
 
 def losses(save: str | Path) -> dict[int, float]:
-    """Step -> loss from metrics.jsonl; a step that stands twice is an error."""
+    """Step -> loss from metrics.jsonl; a step that is there twice is an error."""
     lines = [json.loads(line) for line in (Path(save) / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines]
     assert steps == sorted(set(steps)), f"steps not exactly once: {steps}"

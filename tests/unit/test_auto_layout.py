@@ -187,10 +187,10 @@ def test_the_stored_choice_wins_until_the_question_changes():
     fresh, _, _ = settle(made, 64, device=smaller)
     assert fresh[0].layout != phases[0].layout, "or the stored choice would prove nothing"
     _, _, lines = settle(made, 128, stored)
-    assert "(chosen anew, since world_size was 64; it was tp 1 pp 1 cp " in lines[0]
+    assert "(chosen again, since world_size was 64; it was tp 1 pp 1 cp " in lines[0]
     made.schedule.phases[0].seq_length = 65536
     _, _, lines = settle(made, 64, stored)
-    assert "(chosen anew, since seq_length was 131072;" in lines[0]
+    assert "(chosen again, since seq_length was 131072;" in lines[0]
 
 
 def test_choices_of_earlier_versions_are_kept():
@@ -202,7 +202,7 @@ def test_choices_of_earlier_versions_are_kept():
     again, _, lines = settle(made, 64, stored, device=Device(TABLE["H100"], 60 * GIB))
     assert again == phases and lines[0].endswith("(kept from the checkpoint)")
     made.schedule.phases[0].mlp_tiles = 4
-    assert "(chosen anew, since mlp_tiles was 1;" in settle(made, 64, stored)[2][0]
+    assert "(chosen again, since mlp_tiles was 1;" in settle(made, 64, stored)[2][0]
 
 
 def test_offloaded_layers_need_a_level_that_keeps_inputs():

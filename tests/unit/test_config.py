@@ -176,7 +176,7 @@ def test_bad_yaml_files(tmp_path):
         load_config(["--config", write(tmp_path, "- a\n")])
     with pytest.raises(ValueError, match="phases: the list is empty"):
         load_config(["--config", write(tmp_path, "phases: []\n")])
-    with pytest.raises(ValueError, match="lr: stands twice, in lines 1 and 3"):
+    with pytest.raises(ValueError, match="lr: is given twice, in lines 1 and 3"):
         load_config(["--config", write(tmp_path, "lr: 1\nseed: 2\nlr: 3\n")])
     with pytest.raises(ValueError, match="settings are not nested"):
         load_config(["--config", write(tmp_path, "model:\n  num_layers: 2\n")])

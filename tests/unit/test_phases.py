@@ -243,7 +243,7 @@ def test_all_phase_problems_are_reported_at_once():
     with pytest.raises(ValueError) as error:
         resolve_phases(broken)
     text = str(error.value)
-    assert "stands twice" in text
+    assert "is given twice" in text
     assert "seq_length = None" in text and "global_batch_tokens = None: must be given" in text
 
 

@@ -125,7 +125,7 @@ def test_validation_sets(tmp_path):
             ValueError, match="holds the documents of .*web, which is trained on. Fix"
         ):
             open_corpus(DataConfig(train_data_path=[web], valid_data_path=[path]), 1, 100)
-    with pytest.raises(ValueError, match="the name 'a' stands twice"):
+    with pytest.raises(ValueError, match="the name 'a' is given twice"):
         open_corpus(
             DataConfig(train_data_path=[web], valid_data_path=[f"a={held}", f"a={code}"]), 1, 100
         )
