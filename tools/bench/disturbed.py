@@ -11,10 +11,11 @@ restart must begin at the newest published checkpoint; then tools.audit_data cou
 the disturbed run.
 """
 
+import json
 import shlex
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from pretrain.config.load import load_config
@@ -75,6 +76,7 @@ def run(arguments: Arguments) -> int:
     finally:
         disturbed.end()
         alone.end()
+    (output / "kills.jsonl").write_text("".join(f"{json.dumps(asdict(kill))}\n" for kill in kills))
     print("\n".join(describe_kills(kills)))
     print(f"{disturbed.last_step()} steps, {time.monotonic() - began:.0f} s", flush=True)
     found = [

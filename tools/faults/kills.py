@@ -21,6 +21,8 @@ VICTIMS: dict[Victim, int] = {"rank": 6, "all ranks": 2, "launcher": 1, "train.s
 """Who is killed, and how often among all kills: one trainer, all of them, the launcher that starts
 them, the script above it, or everything on a node at once."""
 
+STARTS = ("start", "restart")
+"""Events with which a run begins."""
 GONE_SECONDS = 180
 """Seconds in which the processes of a run must be gone after one of them was killed."""
 
@@ -100,22 +102,20 @@ class Killer:
         victim = self._choose_victim()
         node = self.chance.choice(self.run.nodes)
         # Found before the moment: it may be over in less time than that takes.
-        workers = [pid for each in self.run.nodes for pid in each.workers()]
+        workers = self.run.trainers()
         victims = self._find(victim, node)
         if not self.moments.wait_for(kind, launched):
             return False
         if not all(is_running(pid) for pid in victims):
             # A restart for another layout has replaced them.
-            workers = [pid for each in self.run.nodes for pid in each.workers()]
+            workers = self.run.trainers()
             victims = self._find(victim, node)
         now = time.time()
         for pid in victims:
             kill(pid)
         after = read_traces(self.run.save, self.cache)
         self._note(kind, victim, now, before, after)
-        self._wait_until_gone([*workers, *victims])
-        self.kills[-1].pointer = published_step(self.run.save)
-        self.kills[-1].newest = read_traces(self.run.save, self.cache).newest
+        self._wait_until_gone(workers, victims)
         # A start on the next layout that was killed is tried again.
         hit = self.kills[-1].hit
         self.moments.forget("crossing" if hit == "crossing" else "start")
@@ -139,7 +139,7 @@ class Killer:
         if victim == "rank":
             return [self.chance.choice(node.workers() or [node.process.pid])]
         if victim == "all ranks":
-            return [pid for each in self.run.nodes for pid in each.workers()]
+            return self.run.trainers()
         if victim == "launcher":
             return [launcher or node.process.pid]
         return [node.process.pid] if victim == "train.sh" else node.tree()
@@ -165,24 +165,42 @@ class Killer:
             begun=self.moments.begun,
             is_due=last_due > (after.pointer or 0),
         )
-        self.kills.append(Kill(kind, victim, hit, now, step))
+        self.kills.append(Kill(kind, victim, hit, now, step, after.pointer, after.newest))
         for line in read_steps(self.run.save):
             self.seen.setdefault(line["step"], set()).add(line["loss"])
 
-    def _wait_until_gone(self, pids: list[int]) -> None:
-        """Wait until processes are gone.
+    def _wait_until_gone(self, workers: list[int], victims: list[int]) -> None:
+        """Wait until processes are gone, and note what is published then.
+
+        Nodes that have not met yet need not start again with the one that was killed: their workers
+        may stay, and train with it.
 
         Raises:
-            RuntimeError: one stays.
+            RuntimeError: one stays that should not.
         """
+        last = self.kills[-1]
         limit = time.monotonic() + GONE_SECONDS
-        while left := [pid for pid in pids if is_running(pid)]:
+        while True:
+            pointer = published_step(self.run.save)
+            newest = read_traces(self.run.save, self.cache).newest
+            left = [pid for pid in {*workers, *victims} if is_running(pid)]
+            if self._has_begun_after(last) and set(left) <= set(self.run.trainers()):
+                return  # what is published now may be of this start; what was is noted
+            last.pointer = pointer
+            last.newest = newest
+            if not left:
+                return
             if time.monotonic() > limit:
                 raise RuntimeError(
-                    f"{GONE_SECONDS} s after a kill ({self.kills[-1]}) these processes still run: "
-                    f"{left}"
+                    f"{GONE_SECONDS} s after a kill ({last}) these processes still run: {left}"
                 )
             time.sleep(POLL_SECONDS)
+
+    def _has_begun_after(self, last: Kill) -> bool:
+        """Tell whether the run has begun once more since a kill."""
+        return any(
+            event["event"] in STARTS and event["time"] > last.time for event in self.run.events()
+        )
 
 
 def wrong_starts(kills: list[Kill], events: list[dict]) -> list[str]:
@@ -191,7 +209,7 @@ def wrong_starts(kills: list[Kill], events: list[dict]) -> list[str]:
     Args:
         events: of the killed run's events.jsonl.
     """
-    starts = [event for event in events if event["event"] in ("start", "restart")]
+    starts = [event for event in events if event["event"] in STARTS]
     ends = [each.time for each in kills[1:]] + [float("inf")]
     found = []
     for each, end in zip(kills, ends, strict=True):

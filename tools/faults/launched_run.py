@@ -164,6 +164,10 @@ class LaunchedRun:
         """Count the restarts for another layout so far."""
         return sum("needs another layout: starting again" in line for line in self.lines)
 
+    def trainers(self) -> list[int]:
+        """List the process ids of the trainers that the nodes' launchers have started."""
+        return [pid for node in self.nodes for pid in node.workers()]
+
     def workers(self) -> list[int]:
         """List the process ids of this run's trainers, also of those whose launcher is gone."""
         found = []
