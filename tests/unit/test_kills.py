@@ -19,6 +19,7 @@ class OtherRun:
     save: Path
     begun: list[dict] = field(default_factory=list)
     current: list[int] = field(default_factory=list)
+    nodes: tuple = ()
 
     def events(self) -> list[dict]:
         return self.begun

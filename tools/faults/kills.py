@@ -181,6 +181,8 @@ class Killer:
         last = self.kills[-1]
         limit = time.monotonic() + GONE_SECONDS
         while True:
+            # Those who have not met it wait for it.
+            self.revive()
             pointer = published_step(self.run.save)
             newest = read_traces(self.run.save, self.cache).newest
             left = [pid for pid in {*workers, *victims} if is_running(pid)]
