@@ -6,7 +6,7 @@ A checksum then says what was meant to be written, and no file is read back for 
 import io
 import os
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -120,7 +120,9 @@ class _HashingFile(io.RawIOBase):
         """Have the disk begin with what is written; waits for nothing."""
         # "Not needed again" makes the kernel write these pages now, so that it can drop them.
         num_bytes = self.num_written - self.num_sent
-        os.posix_fadvise(self.file.fileno(), self.num_sent, num_bytes, os.POSIX_FADV_DONTNEED)
+        # A file system that does not take the hint loses speed, and no save.
+        with suppress(OSError):
+            os.posix_fadvise(self.file.fileno(), self.num_sent, num_bytes, os.POSIX_FADV_DONTNEED)
         self.num_sent = self.num_written
 
     def flush(self) -> None:
