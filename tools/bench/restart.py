@@ -33,7 +33,12 @@ SECONDS_PER_HOUR = 3600
 OURS = 1.2
 """Times what it must be, at most, for a part that is ours."""
 SHARE_BAR = 0.98
-IMPORTS = "import pretrain.train"
+IMPORTS = """
+import pretrain.train
+from parallel.layout import import_parallel_state
+import_parallel_state()
+"""
+"""What a worker imports before it says that it is ready: pretrain/processes/recovery.py."""
 
 
 @dataclass(kw_only=True)
