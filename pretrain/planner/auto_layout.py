@@ -115,7 +115,7 @@ def settle_layouts(
     if problems:
         raise ValueError("\n".join(problems))
     if is_any_chosen:
-        lines.append(describe_assumptions(config.model))
+        lines.append(describe_assumptions(config.model, device.hardware))
     return SettledLayouts(settled, records, lines)
 
 

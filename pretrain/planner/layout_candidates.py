@@ -18,7 +18,7 @@ from pretrain.planner.hardware import Hardware
 from pretrain.planner.layout_search import sizes_of_world, with_sizes
 from pretrain.planner.machine import Device
 from pretrain.planner.rank_bytes import MemoryModel, RankMemory
-from pretrain.planner.step_time import step_seconds
+from pretrain.planner.step_time import StepTime, estimate_step
 from pretrain.planner.workload import Workload
 from pretrain.schedule.phases import Phase
 
@@ -55,7 +55,12 @@ class Candidate:
     phase: Phase
     dp: int
     memory: RankMemory
-    seconds: float
+    step: StepTime
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of a step."""
+        return self.step.total
 
     @property
     def simplicity(self) -> tuple[int, ...]:
@@ -125,9 +130,18 @@ def choose_layout(
 
 
 def candidates(
-    phase: Phase, config: Config, world_size: int, model: MemoryModel, hardware: Hardware
+    phase: Phase,
+    config: Config,
+    world_size: int,
+    model: MemoryModel,
+    hardware: Hardware,
+    pairs_per_token: float | None = None,
 ) -> Iterator[Candidate]:
-    """Yield every legal layout that keeps what the phase gives."""
+    """Yield every legal layout that keeps what the phase gives.
+
+    Args:
+        pairs_per_token: as `Workload` has it.
+    """
     strategies = _strategies(phase)
     levels = _recompute_levels(phase)
     for layout in _layouts(phase, config, world_size):
@@ -148,7 +162,7 @@ def candidates(
                 changed = dataclasses.replace(phase, layout=sharded)
                 changed = changed.with_memory(recompute_granularity=level)
                 if not check_phase_layout(changed, config, world_size, model.vocab_size):
-                    yield estimate(changed, world_size, model, hardware)
+                    yield estimate(changed, world_size, model, hardware, pairs_per_token)
 
 
 def _strategies(phase: Phase) -> tuple[ShardingStrategy, ...]:
@@ -188,11 +202,17 @@ def _layouts(phase: Phase, config: Config, world_size: int) -> Iterator[LayoutCo
             yield with_sizes(asked, config.model.num_attention_heads, tp, pp, cp)
 
 
-def estimate(phase: Phase, world_size: int, model: MemoryModel, hardware: Hardware) -> Candidate:
+def estimate(
+    phase: Phase,
+    world_size: int,
+    model: MemoryModel,
+    hardware: Hardware,
+    pairs_per_token: float | None = None,
+) -> Candidate:
     """Estimate the memory and the time of a phase with its layout."""
-    load = Workload.of_phase(phase, world_size)
+    load = Workload.of_phase(phase, world_size, pairs_per_token)
     memory = model.estimate_worst(load)
-    return Candidate(phase, load.data_parallel_size, memory, step_seconds(model, load, hardware))
+    return Candidate(phase, load.data_parallel_size, memory, estimate_step(model, load, hardware))
 
 
 def _choose_best(fitting: list[Candidate]) -> LayoutChoice:

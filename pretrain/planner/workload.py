@@ -17,9 +17,11 @@ class Workload:
     micro_batch_size: int
     num_microbatches: int
     memory: MemorySettings = MemorySettings()
+    pairs_per_token: float | None = None
+    """Tokens that a token sees on average; None = each sample is one document."""
 
     @staticmethod
-    def of_phase(phase: Phase, world_size: int) -> "Workload":
+    def of_phase(phase: Phase, world_size: int, pairs_per_token: float | None = None) -> "Workload":
         """Return what a phase asks of each of `world_size` ranks."""
         return Workload(
             phase.layout,
@@ -28,7 +30,13 @@ class Workload:
             phase.micro_batch_size,
             phase.num_microbatches(world_size),
             phase.memory,
+            pairs_per_token,
         )
+
+    @property
+    def mean_pairs(self) -> float:
+        """Tokens that a token sees on average, itself included."""
+        return (self.seq_length + 1) / 2 if self.pairs_per_token is None else self.pairs_per_token
 
     @property
     def shards(self) -> int:

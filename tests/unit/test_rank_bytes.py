@@ -15,13 +15,10 @@ from parallel.config import LayoutConfig
 from parallel.layout import single_process_layout
 from parallel.schedule import accepts, chunks_in_flight, idle_share
 from pretrain.planner.hardware import TABLE, find_hardware, peak_flops
+from pretrain.planner.pass_counts import PassCounts
 from pretrain.planner.rank_bytes import MemoryModel
-from pretrain.planner.step_time import (
-    PassCounts,
-    RankGroup,
-    attention_efficiency,
-    step_seconds,
-)
+from pretrain.planner.rank_group import RankGroup
+from pretrain.planner.step_time import attention_efficiency, step_seconds
 from pretrain.planner.workload import Workload
 from tests.live_memory import LiveMemory
 from tests.unit.test_phases import torch_schedule
@@ -347,7 +344,7 @@ def test_the_estimate_is_near_what_an_h100_took(changes, tokens, samples, measur
 @pytest.mark.parametrize("size, reached", [(32, 0.35), (64, 0.35), (96, 0.35), (256, 0.46)])
 def test_a_head_size_that_was_not_measured_counts_as_the_next_smaller_one(size, reached):
     config = ModelConfig(**PRESETS["tiny"] | {"kv_channels": size})
-    assert attention_efficiency(config) == reached
+    assert attention_efficiency(config, TABLE["H100"]) == reached
 
 
 def test_passes_of_the_levels():

@@ -1,0 +1,168 @@
+"""The parts of a step: their sum is what it was, and each is what a count by hand says."""
+
+import dataclasses
+
+import pytest
+
+from model.activation_memory.settings import MemorySettings
+from model.config import PRESETS, ModelConfig
+from parallel.config import LayoutConfig
+from pretrain.planner.hardware import TABLE, Hardware, find_hardware
+from pretrain.planner.rank_bytes import MemoryModel
+from pretrain.planner.rank_group import RankGroup
+from pretrain.planner.step_time import estimate_step
+from pretrain.planner.traffic import step_traffic
+from pretrain.planner.workload import Workload
+
+VOCABULARY = 128_256
+
+
+def model_of(preset: str) -> MemoryModel:
+    return MemoryModel(ModelConfig(**PRESETS[preset]), VOCABULARY)
+
+
+def load_of(layout: dict, dp: int, length: int, micro: int, count: int, memory=None) -> Workload:
+    return Workload(LayoutConfig(**layout), dp, length, micro, count, memory or MemorySettings())
+
+
+RECORDED = [
+    ("llama3-8b", "H100", dict(tensor_model_parallel_size=2), (32, 8192, 2, 4), None, 3.4668590),
+    (
+        "llama3-70b",
+        "H100",
+        dict(tensor_model_parallel_size=8, pipeline_model_parallel_size=4, sequence_parallel=True),
+        (32, 8192, 1, 16),
+        MemorySettings("selective"),
+        6.1918594,
+    ),
+    (
+        "llama3-70b",
+        "B200",
+        dict(
+            tensor_model_parallel_size=8,
+            pipeline_model_parallel_size=4,
+            pipeline_schedule="interleaved",
+        ),
+        (4, 8192, 1, 8),
+        MemorySettings("full"),
+        1.6888032,
+    ),
+    (
+        "llama3-8b",
+        "A100",
+        dict(
+            context_parallel_size=64,
+            cp_comm_type="a2a+allgather",
+            hierarchical_context_parallel_sizes=[8, 8],
+            data_parallel_sharding_strategy="optim_grads_params",
+        ),
+        (2, 1 << 20, 1, 2),
+        MemorySettings("attention_kept"),
+        203.7593001,
+    ),
+    (
+        "qwen3-8b",
+        "H800",
+        dict(context_parallel_size=3, data_parallel_sharding_strategy="optim"),
+        (5, 49152, 1, 3),
+        MemorySettings("full", attention_head_chunks=2),
+        12.2943546,
+    ),
+    ("llama3-8b", "H200", dict(tensor_model_parallel_size=16), (8, 8192, 1, 1), None, 0.17067846),
+]
+
+
+@pytest.mark.parametrize("preset, gpu, layout, shape, memory, seconds", RECORDED)
+def test_the_parts_sum_up_to_what_a_step_took_before_it_had_parts(
+    preset, gpu, layout, shape, memory, seconds
+):
+    step = estimate_step(model_of(preset), load_of(layout, *shape, memory), TABLE[gpu])
+    assert step.total == pytest.approx(seconds, rel=1e-7)
+    assert step.total == pytest.approx(
+        step.compute
+        + step.tensor
+        + step.context
+        + step.pipeline
+        + step.bubble
+        + step.sharding_exposed
+        + step.sharding_slowdown
+        + step.update
+    )
+
+
+def test_what_is_sent_has_the_bytes_that_a_count_by_hand_gives():
+    """Llama-3-8B: hidden 4096, 32 layers, 32 heads of 128, 8 of keys; 2 bytes an activation."""
+    layout = dict(
+        tensor_model_parallel_size=2, pipeline_model_parallel_size=2, context_parallel_size=4
+    )
+    found = {
+        (each.axis, each.what): each
+        for each in step_traffic(model_of("llama3-8b"), load_of(layout, 4, 8192, 1, 2), H100)
+    }
+    sent = {key: each.sent_bytes for key, each in found.items()}
+    layers = 16 * 2  # of a stage, for two microbatches
+    tokens = 8192 // 4
+    # An all-reduce of 2 ranks sends half of the tensor twice; four a layer.
+    tp = found["tp", "activations between the parts of a layer"]
+    assert (tp.calls, tp.sent_bytes) == (4 * layers, 4 * layers * tokens * 4096 * 2)
+    # 16 query heads of a tp rank go to 4 ranks, and of its 4 key heads 1 to each; 3/4 leave.
+    head = tokens * 128 * 2
+    assert sent["cp", "q, k, v to heads"] == 2 * layers * head * (16 + 2 * 4) * 3 / 4
+    assert sent["cp", "attention's output to tokens"] == 2 * layers * head * 16 * 3 / 4
+    assert sent["pp", "activations and their gradients between stages"] == (
+        2 * 2 * tokens * 4096 * 2
+    )
+    # A stage's half of the layers, its half of the vocabulary's rows on the ends, over 16 shards.
+    layer = 4096 * (4096 + 1024 + 1024 + 4096 + 3 * 14336)
+    held = 16 * (layer // 2 + 2 * 4096) + VOCABULARY // 2 * 4096 + 4096
+    assert sent["dp_cp", "gradients"] == pytest.approx(held * 4 * 15 / 16)
+    assert sent["dp_cp", "parameters"] == pytest.approx(held * 2 * 15 / 16)
+
+
+H100 = TABLE["H100"]
+
+
+def test_a_part_goes_over_the_network_where_its_group_leaves_the_node():
+    assert RankGroup(8, 1).is_inside_node(H100) and not RankGroup(8, 2).is_inside_node(H100)
+    # Of 7 others 3 are in the node; a ring's neighbours in the next node get it over 4 cards.
+    assert RankGroup(8, 2).exchanged_between_nodes(700, H100) == pytest.approx(400)
+    assert RankGroup(8, 2).ringed_between_nodes(700, H100) == pytest.approx(175)
+    assert RankGroup(8, 1).exchanged_between_nodes(700, H100) == 0
+    assert RankGroup(8, 1).ringed_between_nodes(700, H100) == 0
+
+
+def test_without_a_switch_few_peers_have_few_links():
+    mi300x = TABLE["MI300X"]
+    assert find_hardware("AMD Instinct MI300X") is mi300x
+    assert mi300x.rate_inside_node(1) == 64e9 and mi300x.rate_inside_node(7) == 448e9
+    assert H100.rate_inside_node(1) == H100.rate_inside_node(7) == 450e9
+    quiet = dataclasses.replace(
+        mi300x,
+        efficiency=dataclasses.replace(mi300x.efficiency, links=1, collective_latency_seconds=0),
+    )
+    assert RankGroup(2, 1).ring_seconds(64e9, quiet) == pytest.approx(1)
+    assert RankGroup(8, 1).exchange_seconds(448e9, quiet) == pytest.approx(1)
+
+
+def test_short_documents_cost_attention_what_their_pairs_do():
+    model = model_of("llama3-8b")
+    whole = load_of(dict(), 8, 8192, 1, 1)
+    packed = dataclasses.replace(whole, pairs_per_token=8193 / 4)
+    one = estimate_step(model, whole, H100)
+    half = estimate_step(model, packed, H100)
+    assert half.attention == pytest.approx(one.attention / 2)
+    assert half.products == one.products
+
+
+def test_a_share_of_the_rates_acts_on_its_part_alone():
+    model = model_of("llama3-8b")
+    load = load_of(dict(tensor_model_parallel_size=2), 4, 8192, 1, 2)
+
+    def with_(**shares) -> Hardware:
+        return dataclasses.replace(H100, efficiency=dataclasses.replace(H100.efficiency, **shares))
+
+    plain = estimate_step(model, load, H100)
+    slow = estimate_step(model, load, with_(products=0.275))
+    assert slow.products == pytest.approx(2 * plain.products)
+    assert slow.attention == plain.attention and slow.tensor == plain.tensor
+    assert estimate_step(model, load, with_(memory=0.425)).update == pytest.approx(2 * plain.update)
