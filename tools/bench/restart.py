@@ -23,13 +23,19 @@ import yaml
 from tools.bench.report import bar, bar_at_least, describe_machine, markdown_table, publish
 from tools.faults.kills import Killer
 from tools.faults.launched_run import LaunchedRun
+from tools.shared.effective_time import (
+    GIGABYTE,
+    GROUPS_SECONDS,
+    NOTICE_SECONDS,
+    SECONDS_PER_MINUTE,
+    FailureCosts,
+)
 
 PART = re.compile(r"([\d.]+) s ([a-z][a-z ]*[a-z])")
 """A part of the event `recovered`, as pretrain/processes/recovery.py writes it."""
 SAVE_INTERVAL = 5
 STEPS_PER_KILL = 12
 TOKENS_PER_STEP = 256
-SECONDS_PER_HOUR = 3600
 OURS = 1.2
 """Times what it must be, at most, for a part that is ours."""
 SHARE_BAR = 0.98
@@ -46,10 +52,10 @@ class AtScale:
     """What is assumed of a run on many GPUs."""
 
     mean_hours_to_failure: float = 7.9
-    """The mean of 1,024 GPUs: Llama 3's 419 failures in 54 days on 16,384, scaled."""
-    notice_seconds: float = 30
+    """The mean of jobs of 1,024 GPUs on Meta's research clusters (arXiv 2410.21680)."""
+    notice_seconds: float = NOTICE_SECONDS
     """The time until a rank that hangs is found; one that dies is known at once."""
-    groups_seconds: float = 60
+    groups_seconds: float = GROUPS_SECONDS
     """The time to make the groups of all ranks; on this machine far less."""
     read_gigabytes_per_second: float = 1
     """The rate at which each node reads a checkpoint."""
@@ -92,25 +98,17 @@ def estimate(parts: dict[str, float], assumed: AtScale) -> tuple[float, list[str
     """Estimate the share of the time in which a large run trains; also as lines of arithmetic."""
     # Ours as measured; what depends on the cluster's size as assumed.
     replaced = ("to notice", "groups", "state")
-    own = sum(seconds for name, seconds in parts.items() if name not in replaced)
-    load = assumed.state_gigabytes_per_node / assumed.read_gigabytes_per_second
-    restart = assumed.notice_seconds + own + assumed.groups_seconds + load
-    again = assumed.save_minutes * 60 / 2
-    per_failure = (restart + again) / (assumed.mean_hours_to_failure * SECONDS_PER_HOUR)
-    per_save = assumed.stall_seconds / (assumed.save_minutes * 60)
-    share = 1 - per_failure - per_save
-    lines = [
-        f"away per failure: {assumed.notice_seconds:.0f} s to notice + {own:.1f} s of ours "
-        f"(measured) + {assumed.groups_seconds:.0f} s groups + {load:.0f} s to read and verify "
-        f"{assumed.state_gigabytes_per_node:.0f} GB = {restart:.0f} s",
-        f"trained again: half of {assumed.save_minutes:.0f} min = {again:.0f} s",
-        f"lost to failures: ({restart:.0f} + {again:.0f}) s in "
-        f"{assumed.mean_hours_to_failure} h = {100 * per_failure:.2f} %",
-        f"lost to saves: {assumed.stall_seconds} s in {assumed.save_minutes:.0f} min = "
-        f"{100 * per_save:.2f} %",
-        f"effective training time: {100 * share:.2f} %",
-    ]
-    return share, lines
+    costs = FailureCosts(
+        hours_to_failure=assumed.mean_hours_to_failure,
+        notice_seconds=assumed.notice_seconds,
+        own_seconds=sum(seconds for name, seconds in parts.items() if name not in replaced),
+        groups_seconds=assumed.groups_seconds,
+        read_bytes=assumed.state_gigabytes_per_node * GIGABYTE,
+        read_bytes_per_second=assumed.read_gigabytes_per_second * GIGABYTE,
+        save_seconds=assumed.save_minutes * SECONDS_PER_MINUTE,
+        stall_seconds=assumed.stall_seconds,
+    )
+    return costs.effective_share, costs.arithmetic()
 
 
 def time_imports(count: int) -> float:
