@@ -42,6 +42,7 @@ from pretrain.plan_settings import (
 )
 from pretrain.planner.auto_layout import settle_layouts
 from pretrain.planner.loss_chunks import choose_loss_chunks
+from pretrain.planner.machine import Machine
 from pretrain.planner.memory_check import MemoryReport, check_memory
 from pretrain.problems import attempt
 from pretrain.schedule.learning_rate import LearningRate
@@ -60,6 +61,10 @@ class Plan:
     start: Start
     progress: Progress | None
     """How far the checkpoint that is started from had come; None = fresh weights."""
+    machine: Machine
+    """What each process computes on."""
+    has_data: bool
+    """Was the data looked at? Else corpus, ledger and forecast are empty."""
     corpus: Corpus
     ledger: Ledger
     forecast: list[Forecast]
@@ -98,21 +103,33 @@ class Plan:
         return self.config.checkpoint.no_load_optim and is_forgotten
 
 
-def make_plan(config: Config, world_size: int, *, only_print: bool = False) -> Plan:
+def make_plan(
+    config: Config,
+    world_size: int,
+    *,
+    only_print: bool = False,
+    machine: Machine | None = None,
+    with_data: bool = True,
+) -> Plan:
     """Check the whole configuration against the world and the disk.
 
     Args:
         only_print: make no folder.
+        machine: what the processes will compute on; by default this process's.
+        with_data: False = tokenizer and data are on another machine, and are not opened.
 
     Raises:
         ValueError: every problem found, a line each.
     """
     # Each stage refuses all of its problems at once, and the next takes what it found.
-    settings = check_settings(with_data_args(config), world_size)
+    machine = machine or Machine.here(config)
+    if with_data:
+        config = with_data_args(config)
+    settings = check_settings(config, world_size, machine, with_tokenizer=with_data)
     config = settings.config
     origin = _find_origin(config)
-    placed = _place_phases(settings, origin, world_size)
-    data = _open_data(settings, placed.phases, origin)
+    placed = _place_phases(settings, origin, world_size, machine)
+    data = _open_data(settings, placed.phases, origin, with_data=with_data)
     # The only thing that is made on disk, when all else is well. Where a plan is only printed, the
     # disk is perhaps another machine's.
     disk = DiskReport()
@@ -128,6 +145,8 @@ def make_plan(config: Config, world_size: int, *, only_print: bool = False) -> P
         tokenizer=settings.tokenizer,
         start=origin.start,
         progress=origin.progress,
+        machine=machine,
+        has_data=with_data,
         corpus=data.corpus,
         ledger=data.ledger,
         forecast=data.forecast,
@@ -195,7 +214,9 @@ class _PlacedPhases:
     memory: MemoryReport
 
 
-def _place_phases(settings: SettledSettings, origin: _Origin, world_size: int) -> _PlacedPhases:
+def _place_phases(
+    settings: SettledSettings, origin: _Origin, world_size: int, machine: Machine
+) -> _PlacedPhases:
     """Choose the layouts that are left to us, and check that every phase fits into memory.
 
     Raises:
@@ -206,11 +227,11 @@ def _place_phases(settings: SettledSettings, origin: _Origin, world_size: int) -
     kept = origin.resumed.layouts if origin.resumed else {}
     # Layouts that an earlier start chose hold, as long as what they followed from does.
     phases, layouts, layout_lines = settle_layouts(
-        settings.phases, config, world_size, vocab_size, kept, origin.clock
+        settings.phases, config, world_size, vocab_size, kept, origin.clock, machine.device
     )
     # With a layout, what a phase needs is known: loss chunks take what is left.
-    phases = choose_loss_chunks(phases, config, world_size, vocab_size)
-    memory = check_memory(phases, config, world_size, vocab_size, origin.clock)
+    phases = choose_loss_chunks(phases, config, world_size, vocab_size, machine)
+    memory = check_memory(phases, config, world_size, vocab_size, origin.clock, machine)
 
     problems = handover_problems(phases, config)
     # Layouts that a checkpoint kept have not been checked against this run's lengths.
@@ -234,8 +255,13 @@ class _Data:
     changes: list[Change]
 
 
-def _open_data(settings: SettledSettings, phases: list[Phase], origin: _Origin) -> _Data:
+def _open_data(
+    settings: SettledSettings, phases: list[Phase], origin: _Origin, *, with_data: bool
+) -> _Data:
     """Open the data, and compare everything with the checkpoint that is started from.
+
+    Args:
+        with_data: False = compare the settings alone.
 
     Raises:
         ValueError: every difference that may not be or is not accepted, a line each; or phases
@@ -250,6 +276,9 @@ def _open_data(settings: SettledSettings, phases: list[Phase], origin: _Origin) 
 
     # What differs from the checkpoint: settings first, then data, which must be open for that.
     changes = _changes_of_settings(settings, phases, origin)
+    if not with_data:
+        refuse_all(refusals(changes, config.checkpoint))
+        return _Data(Corpus({}, {}), Ledger({}), [], changes)
     sources = [phase.data_path for phase in phases if phase.data_path]
     corpus = attempt(
         problems,

@@ -13,6 +13,7 @@ from pretrain.config.config import Config
 from pretrain.config.facts import problems_of
 from pretrain.evaluation.lengths import check_passkeys
 from pretrain.planner.check_phases import check_phases
+from pretrain.planner.machine import Machine
 from pretrain.planner.memory_check import memory_filter
 from pretrain.problems import attempt
 from pretrain.schedule.learning_rate import LearningRate
@@ -36,10 +37,15 @@ class SettledSettings:
         return self.tokenizer.describe() if self.tokenizer else None
 
 
-def check_settings(config: Config, world_size: int) -> SettledSettings:
+def check_settings(
+    config: Config, world_size: int, machine: Machine, *, with_tokenizer: bool = True
+) -> SettledSettings:
     """Check what the configuration says by itself and for this number of processes.
 
     Each check is made as soon as what it reads is sound, so that one answer names all problems.
+
+    Args:
+        with_tokenizer: False = vocab_size stands for it.
 
     Raises:
         ValueError: every problem found, a line each.
@@ -57,17 +63,15 @@ def check_settings(config: Config, world_size: int) -> SettledSettings:
     tokenizer = None
     vocab_size = None
     if not problems_of(config.data):
-        tokenizer, vocab_size = attempt(problems, lambda: _open_tokenizer(config.data)) or (
-            None,
-            None,
-        )
+        opened = attempt(problems, lambda: _open_tokenizer(config.data, is_here=with_tokenizer))
+        tokenizer, vocab_size = opened or (None, None)
     sections = (config.model, config.memory, config.layout)
     if phases and not any(problems_of(section) for section in sections):
-        fits = memory_filter(config, world_size, vocab_size)
+        fits = memory_filter(config, world_size, vocab_size, machine)
         problems += check_phases(phases, config, world_size, vocab_size, fits)
 
     # What takes the tokenizer's texts, and packages that may be missing.
-    if not problems:
+    if not problems and with_tokenizer:
         problems += check_passkeys(config.logging, tokenizer)
     if config.logging.tensorboard_dir and importlib.util.find_spec("tensorboard") is None:
         problems.append(
@@ -104,8 +108,15 @@ def handover_problems(phases: list[Phase], config: Config) -> list[str]:
     return problems
 
 
-def _open_tokenizer(data: DataConfig) -> tuple[Tokenizer | None, int | None]:
+def _open_tokenizer(data: DataConfig, *, is_here: bool) -> tuple[Tokenizer | None, int | None]:
     """Open the tokenizer, None for mock data -> with the model's vocabulary size."""
+    if not is_here:
+        if data.vocab_size is None:
+            raise ValueError(
+                f"vocab_size = None: must be given where tokenizer_model = {data.tokenizer_model} "
+                "is not looked at. Fix: give --vocab-size, the number of its ids."
+            )
+        return None, data.vocab_size
     # Mock data are random ids; a text's ids must all be rows of the embedding.
     if data.mock_data:
         return None, data.vocab_size

@@ -2,7 +2,6 @@
 
 import os
 
-from parallel.layout import device_here
 from pretrain.checkpointing.resume_contract import needless_acceptance
 from pretrain.checkpointing.setting_changes import is_same
 from pretrain.config.config_yaml import read_config_yaml
@@ -35,7 +34,7 @@ def warnings_about(plan: Plan) -> list[str]:
 
 def _warnings_on_cpu(plan: Plan) -> list[str]:
     """Warn of settings that move tensors to the host's memory, where all tensors are already."""
-    if device_here()[0] != "cpu":
+    if not plan.machine.device.hardware.is_cpu:
         return []
     found = ["optimizer_cpu_offload = True"] if plan.config.optimizer.optimizer_cpu_offload else []
     for phase in plan.phases:
@@ -105,6 +104,8 @@ def _warnings_of_start(plan: Plan) -> list[str]:
 
 def _warnings_of_data(plan: Plan) -> list[str]:
     """Warn of documents that are never drawn, drawn again, or give nothing to learn."""
+    if not plan.has_data:
+        return []
     # In the order in which they matter: not drawn, drawn twice, drawn for nothing.
     never_drawn = [
         f"{prefix}: {count:,} documents have no token and are never drawn"
@@ -130,6 +131,6 @@ def _warnings_of_decay(plan: Plan) -> list[str]:
 def _warnings_without_validation(plan: Plan) -> list[str]:
     """Warn of evaluations that have nothing to measure."""
     # Evaluations are on by default; a run without documents for them should know.
-    if not plan.config.logging.eval_iters or plan.corpus.validation:
+    if not plan.config.logging.eval_iters or plan.corpus.validation or not plan.has_data:
         return []
     return ["there are no validation documents (--split, --valid-data-path): nothing is evaluated"]

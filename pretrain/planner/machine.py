@@ -37,6 +37,13 @@ class Device:
         gib = config.device_memory_gib or memory // GIB
         return Device(hardware, int(gib * GIB))
 
+    @staticmethod
+    def of(hardware: Hardware, config: LayoutConfig) -> "Device":
+        """Return a device of that kind, with --device-memory-gib for its memory if given."""
+        memory = hardware.memory_bytes or host_memory()
+        gib = config.device_memory_gib or memory // GIB
+        return Device(hardware, int(gib * GIB))
+
     @property
     def usable(self) -> int:
         """Bytes that a layout may fill."""
@@ -79,5 +86,5 @@ class Machine:
             limit = f"the machine's {show_bytes(host_bytes)}"
         device = Device.here(config.layout)
         # A CPU has no fused kernels, and its estimates know that.
-        is_fused = device.hardware is CPU or compiled.obstacle() is None
+        is_fused = device.hardware.is_cpu or compiled.obstacle() is None
         return Machine(device, launched_local_world_size(), host_bytes, limit, is_fused)

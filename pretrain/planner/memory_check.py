@@ -86,11 +86,12 @@ def check_memory(
     return report
 
 
-def memory_filter(config: Config, world_size: int, vocab_size: int | None) -> FitsMemory | None:
-    """Return what says whether a phase fits this machine's memory; None = it is not checked."""
+def memory_filter(
+    config: Config, world_size: int, vocab_size: int | None, machine: Machine
+) -> FitsMemory | None:
+    """Return what says whether a phase fits the machine's memory; None = it is not checked."""
     if vocab_size is None:
         return None
-    machine = Machine.here(config)
     model = MemoryModel.of_run(config, vocab_size, machine.device.hardware)
     if not is_checked(config, model):
         return None

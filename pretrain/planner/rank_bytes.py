@@ -16,7 +16,7 @@ from parallel.config import LayoutConfig
 from parallel.schedule import chunks_in_flight, layers_of_stage, stages_of_rank
 from pretrain.config.config import Config
 from pretrain.planner.activation_bytes import LayerMemory, pinned_bytes
-from pretrain.planner.hardware import CPU, Hardware
+from pretrain.planner.hardware import Hardware
 from pretrain.planner.model_size import ModelSize
 from pretrain.planner.workload import Workload
 
@@ -112,7 +112,7 @@ class MemoryModel:
             vocab_size,
             master_bytes=master,
             compute_bytes=2 if config.optimizer.bf16 else master,
-            on_gpu=hardware is not CPU,
+            on_gpu=not hardware.is_cpu,
             optimizer_on_host=config.optimizer.optimizer_cpu_offload,
             copied_values=copied if saves.save and saves.async_save else 0,
         )
