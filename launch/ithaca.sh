@@ -14,7 +14,7 @@ root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd -P)
 commands() {
   cat <<'TABLE'
 train              | train.sh                 | train on this node: --config FILE [--flags]
-plan               | plan                     | check a run, do not start it: --config FILE [--flags]
+plan               | plan                     | check a run and estimate it: --config FILE [--flags]
 train-tokenizer    | tools.train_tokenizer    | train a SentencePiece tokenizer on text
 preprocess         | tools.preprocess_data    | turn text into token files (.bin, .idx)
 inspect            | tools.inspect_data       | show what tokens, a batch or a run's data hold
@@ -64,27 +64,19 @@ refuse_unknown() {
   refuse "$1: no such command. Fix: ${match:+$match, or }one of $(names | paste -sd ' ' -)"
 }
 
-# Check a run and print its settings. --world-size stands for NNODES x NPROC_PER_NODE, for a plan of
-# other machines.
+# Check a run and estimate it, as many processes as train.sh would start; --world-size is for other
+# machines.
 plan() {
-  local arguments=()
-  local world=""
-  while [[ $# -gt 0 ]]; do
-    case $1 in
-      --world-size | --world_size)
-        world=${2:-nothing}
-        shift ;;
-      --world-size=* | --world_size=*) world=${1#*=} ;;
-      *) arguments+=("$1") ;;
-    esac
-    shift
-  done
-  if [[ -n $world ]]; then
-    [[ $world =~ ^[1-9][0-9]*$ ]] ||
-      refuse "--world-size = $world: must be a whole number, at least 1"
-    export NNODES=1 NPROC_PER_NODE=$world
-  fi
-  exec bash "$root/launch/train.sh" --print-config "${arguments[@]}"
+  # shellcheck source=launch/devices.sh
+  . "$root/launch/devices.sh"
+  # shellcheck source=launch/environment.sh
+  . "$root/launch/environment.sh" || exit 1
+  local processes=${NPROC_PER_NODE:-$(count_gpus)}
+  local nodes=${NNODES:-1}
+  [[ $processes != 0 ]] || processes=1
+  [[ $processes =~ ^[1-9][0-9]*$ && $nodes =~ ^[1-9][0-9]*$ ]] ||
+    refuse "NNODES = $nodes, NPROC_PER_NODE = $processes: must be whole numbers, at least 1"
+  WORLD_SIZE=$((nodes * processes)) exec "$PYTHON" -m tools.plan "$@"
 }
 
 case ${1-} in

@@ -85,6 +85,30 @@ def read_arguments(
         raise ValueError(f"{_first_message(said.getvalue())} {help_fix}") from None
 
 
+def split_words(kind: type, words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split a command line into the flags of `kind` with their values, and all other words.
+
+    --help is of `kind`.
+    """
+    types = get_type_hints(kind)
+    # Flag -> whether a value follows it.
+    known = dict.fromkeys(_HELP, False)
+    for field in fields(kind):
+        takes_value = types[field.name] is not bool
+        known |= dict.fromkeys(_spellings(kind, field), takes_value)
+    own = []
+    others = []
+    place = 0
+    while place < len(words):
+        word = words[place]
+        flag = _flag_of(word) if word.startswith("-") else ""
+        part = own if flag in known else others
+        count = 2 if known.get(flag) and "=" not in word else 1
+        part += words[place : place + count]
+        place += count
+    return own, others
+
+
 def _flag_problems(kind: type, words: list[str], help_fix: str) -> list[str]:
     """Name the flags that the command does not have, and those that it needs and did not get."""
     # To tyro, too, dashes and a letter are a flag wherever they stand; "-- a list" is a value.

@@ -1,0 +1,177 @@
+"""Plan a run: what it needs, how fast it is, what it costs.
+
+    bash launch/ithaca.sh plan --config FILE [--flags of the run] [--world-size N]
+
+Checks everything that the trainer checks before its processes meet, starts nothing, and needs no
+GPU. All flags of the trainer are taken (pretrain/config/FLAGS.md), and those below. With
+--world-size or --hardware the plan is for other machines: tokenizer and data that are not here are
+not looked at, which one line says; without, they must be here.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from data.files import write_atomically
+from parallel.layout import launched_world_size
+from pretrain.config.config import Config
+from pretrain.config.flags import spell
+from pretrain.config.load import load_config
+from pretrain.plan import make_plan
+from tools.planning.absent import absent_data, describe_absent
+from tools.planning.cluster import Cluster, find_cluster
+from tools.planning.report import RunPlan
+from tools.planning.run_plan import make_run_plan
+from tools.planning.text import describe_plan
+from tools.planning.totals import DEVICE_HOURS_TO_FAILURE, Assumed
+from tools.shared.door import run_door, split_words, warn
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    """Hold the options of the command line that are not the run's."""
+
+    world_size: int | None = None
+    """Processes, one per device; by default NNODES x NPROC_PER_NODE of the environment."""
+    hardware: str | None = None
+    """Devices to plan for: h100, h200, a100, b200, mi300x, ...; by default this machine's."""
+    hardware_file: str | None = None
+    """YAML file with a row for the devices (tools/planning/hardware_file.py)."""
+    gpus_per_node: int | None = None
+    """Devices of a node; by default 8."""
+    host_memory_gib: float | None = None
+    """Memory of a node's host in GiB; by default this machine's, of named hardware 2,048."""
+    price_per_gpu_hour: float | None = None
+    """Price of one device for an hour, in any currency; without it no price is shown."""
+    mtbf_hours: float | None = None
+    """Mean hours between failures of the whole run; by default 7.9 with 1,024 devices (arXiv
+    2410.21680), and more with fewer."""
+    node_mtbf_hours: float | None = None
+    """The same of one node."""
+    disk_gigabytes_per_second: float = 1.0
+    """What a node reads and writes of the shared file system."""
+    document_tokens: int | None = None
+    """Length of documents, where the data is not here to count them; by default a sample is one."""
+    without_data: bool = False
+    """Do not look at tokenizer and data, also where they are here; needs --vocab-size."""
+    search: bool = False
+    """Rank the layouts that each phase could have."""
+    json: str | None = None
+    """Also write the plan to this JSON file."""
+
+
+def validate(arguments: Arguments) -> list[str]:
+    """List options that are out of range or contradict each other."""
+    problems = []
+    for field in fields(arguments):
+        value = getattr(arguments, field.name)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and not 0 < value < float("inf"):
+            problems.append(
+                f"{field.name} = {value}: must be above 0. Fix: give a positive number."
+            )
+    if arguments.mtbf_hours is not None and arguments.node_mtbf_hours is not None:
+        problems.append(
+            f"node_mtbf_hours = {arguments.node_mtbf_hours:g}: cannot be combined with mtbf_hours. "
+            "Fix: remove one of them."
+        )
+    return problems
+
+
+def plan_run(arguments: Arguments, words: list[str]) -> RunPlan:
+    """Check the run and estimate it.
+
+    Args:
+        words: the command line of the run.
+
+    Raises:
+        ValueError: everything that is wrong, a line each.
+    """
+    problems = validate(arguments)
+    if problems:
+        raise ValueError("\n".join(problems))
+    config = load_config(spell(words))
+    cluster = find_cluster(
+        config,
+        arguments.world_size or launched_world_size(),
+        hardware=arguments.hardware,
+        hardware_file=arguments.hardware_file,
+        devices_per_node=arguments.gpus_per_node,
+        host_memory_gib=arguments.host_memory_gib,
+    )
+    note = _why_without_data(arguments, config)
+    plan = make_plan(
+        config,
+        cluster.world_size,
+        only_print=True,
+        machine=cluster.machine,
+        with_data=note is None,
+    )
+    return make_run_plan(
+        plan,
+        cluster,
+        _assumed(arguments, cluster),
+        config_name=_config_name(words),
+        document_tokens=arguments.document_tokens,
+        notes=() if note is None else (note,),
+        with_search=arguments.search,
+    )
+
+
+def _why_without_data(arguments: Arguments, config: Config) -> str | None:
+    """Say why tokenizer and data are not looked at; None where they are."""
+    if arguments.without_data:
+        return "data: not looked at (--without-data); a sample is taken as one document"
+    # A plan for this machine needs them here, as the run does.
+    if arguments.world_size is None and arguments.hardware is None:
+        return None
+    names = absent_data(config)
+    return describe_absent(names) if names else None
+
+
+def _assumed(arguments: Arguments, cluster: Cluster) -> Assumed:
+    """Return what is assumed of the cluster."""
+    hours = DEVICE_HOURS_TO_FAILURE / cluster.world_size
+    if arguments.node_mtbf_hours is not None:
+        hours = arguments.node_mtbf_hours / cluster.nodes
+    if arguments.mtbf_hours is not None:
+        hours = arguments.mtbf_hours
+    return Assumed(arguments.disk_gigabytes_per_second, hours, arguments.price_per_gpu_hour)
+
+
+def _config_name(words: list[str]) -> str:
+    """Return the run's file as it was named."""
+    for word, following in zip(words, [*words[1:], ""]):
+        if word == "--config":
+            return following
+        if word.startswith("--config="):
+            return word.partition("=")[2]
+    return "a run without a file"
+
+
+def act(arguments: Arguments, words: list[str]) -> None:
+    """Print the plan, and write what was asked for."""
+    report = plan_run(arguments, words)
+    for text in (*report.notes, *report.warnings):
+        warn(text)
+    print(describe_plan(report))
+    if arguments.json is not None:
+        write_atomically(Path(arguments.json), json.dumps(report.to_json(), indent=1) + "\n")
+        print(f"\nwrote {arguments.json}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    own, of_run = split_words(Arguments, words)
+    return run_door(
+        Arguments,
+        lambda arguments: act(arguments, of_run),
+        name="tools.plan",
+        description=__doc__,
+        argv=own,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
