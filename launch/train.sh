@@ -22,6 +22,8 @@
 #                    the first one comes at once
 #   ITHACA_PYTHON    see launch/setup.sh
 #
+# Of the first five, PET_NNODES and so on count where these are not set: launch/KUBERNETES.md.
+#
 # Local rank 0 says how the run ended in the file ITHACA_OUTCOME_FILE:
 #
 #   done      exit 0
@@ -55,6 +57,30 @@ require_number() {  # NAME smallest
 }
 
 # --- the processes --------------------------------------------------------------------------------
+# Where these settings are not given, take what an operator of Kubernetes gives: torchrun's own names
+# with PET_ before them, or, as older ones do, WORLD_SIZE and RANK of the pods.
+read_operator() {
+  local name given taken=""
+  for name in NNODES NODE_RANK NPROC_PER_NODE MASTER_ADDR MASTER_PORT; do
+    given=PET_$name
+    given=${!given:-}
+    # "auto", "gpu" and "cpu" leave the number of processes to us.
+    [[ $name == NPROC_PER_NODE && ! $given =~ ^[0-9] ]] && continue
+    if [[ -z ${!name:-} && -n $given ]]; then
+      printf -v "$name" %s "$given"
+      taken+=" PET_$name = $given"
+    fi
+  done
+  # A process that torchrun has started has these names, too, but with LOCAL_RANK.
+  if [[ -z ${NNODES:-}${LOCAL_RANK:-} && -n ${MASTER_ADDR:-} && -n ${WORLD_SIZE:-} &&
+    -n ${RANK:-} ]]; then
+    NNODES=$WORLD_SIZE
+    NODE_RANK=${NODE_RANK:-$RANK}
+    taken+=" WORLD_SIZE = $WORLD_SIZE nodes RANK = $RANK"
+  fi
+  [[ -z $taken ]] || say "from the environment:$taken"
+}
+
 read_counts() {
   if [[ -z ${NPROC_PER_NODE:-} ]]; then
     NPROC_PER_NODE=$(count_gpus)
@@ -315,6 +341,7 @@ if [[ $# -eq 0 ]]; then
   sed -n '2,/^set /{/^#/s/^# \{0,1\}//p;}' "${BASH_SOURCE[0]}"
   exit 2
 fi
+read_operator
 read_counts
 is_question "$@" || read_settings
 set_environment
