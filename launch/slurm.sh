@@ -5,6 +5,10 @@
 #   sbatch --nodes 4 launch/slurm.sh --config FILE [--flags]
 #
 # Give --save on a file system that all nodes see: a requeued job goes on from its last checkpoint.
+# Partition, account and quality of service are flags of sbatch, before the script's name.
+#
+#   CONTAINER_IMAGE   run in this container (pyxis: srun --container-image), with its own packages
+#   CONTAINER_MOUNTS  further folders in it, as pyxis writes them: /data:/data,/shared:/shared
 #SBATCH --job-name=ithaca
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -25,8 +29,16 @@ if [[ ! -f $ITHACA_ROOT/launch/train.sh ]]; then
     "Submit from the repository's root or set ITHACA_ROOT." >&2
   exit 2
 fi
-# Once, before all nodes look at the same folder.
-bash "$ITHACA_ROOT/launch/setup.sh" || exit 1
+container=()
+if [[ -n ${CONTAINER_IMAGE:-} ]]; then
+  mounts="$ITHACA_ROOT:$ITHACA_ROOT,$PWD:$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
+  container=(--container-image "$CONTAINER_IMAGE" --container-mounts "$mounts"
+    --container-workdir "$PWD")
+  export ITHACA_PYTHON=${ITHACA_PYTHON:-python3}  # the image has the packages
+else
+  # Once, before all nodes look at the same folder.
+  bash "$ITHACA_ROOT/launch/setup.sh" || exit 1
+fi
 
 NNODES=$SLURM_JOB_NUM_NODES
 GRACE=${GRACE:-240}
@@ -42,6 +54,7 @@ fi
 # others' save, so nothing is killed on a bad exit, and the rest gets GRACE and a little to follow.
 # shellcheck disable=SC2016  # SLURM_NODEID is each task's own
 srun --nodes "$NNODES" --ntasks-per-node 1 --kill-on-bad-exit=0 --wait $((GRACE + 60)) \
+  ${container[@]+"${container[@]}"} \
   bash -c 'NODE_RANK=$SLURM_NODEID exec bash "$ITHACA_ROOT/launch/train.sh" "$@"' train.sh "$@"
 code=$?
 
