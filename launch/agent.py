@@ -9,9 +9,15 @@ import os
 import socket
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
+import torch.distributed as dist
+
+from launch import comparison
 from launch import story as stories
+from launch.comparison import Comparison
 from launch.failures import Failure, find_first, publish_errors, read_records
 from launch.meeting import Patience, launch_name, meet_as_node_0, meet_as_other
 from launch.outcome import (
@@ -28,6 +34,7 @@ from launch.settings import Settings
 from launch.stop import HeardStop, Interrupted, part_as_node_0, part_as_other
 from launch.store import Node0, open_store
 from launch.story import Story
+from launch.surroundings import RunFacts, Surroundings, gather
 from launch.tether import StopAsked
 from launch.watch import Watch
 from launch.watchdog import Watchdog, watched
@@ -99,11 +106,31 @@ def run(
         del store  # it must live as long as the processes
 
 
+class _Failed(Exception):
+    """Reports that another node has failed while the nodes are compared."""
+
+
 class Launch:
     """Follows this node's processes from their gate to their end."""
 
-    def __init__(self, settings: Settings, workers: Workers, asked: StopAsked, story: Story):
+    def __init__(
+        self,
+        settings: Settings,
+        workers: Workers,
+        asked: StopAsked,
+        story: Story,
+        address: str = "",
+    ):
         self.settings = settings
+        self.save = Path(settings.errors).parent if settings.errors else None
+        """Where the run saves."""
+        # nvidia-smi may take seconds, in which the nodes meet.
+        self._gathered = ThreadPoolExecutor(1).submit(
+            gather,
+            address,
+            settings.nproc_per_node,
+            self.save if settings.nnodes > 1 else None,  # on one node the trainer says it
+        )
         self.workers = workers
         self.asked = asked
         self.story = story
@@ -118,6 +145,7 @@ class Launch:
     def run(self) -> int:
         """Let the processes train, to their end -> the exit code."""
         self.story.met = time.time()
+        self._compare()
         self._pause()
         self.story.opened = time.time()
         self._say_start()
@@ -128,6 +156,51 @@ class Launch:
             return self._fail(failure)
         return self._end_in_order()
 
+    def _compare(self) -> None:
+        """Find out whether what surrounds the nodes, and what they are to train, fits together.
+
+        Raises:
+            ValueError: it does not; on all nodes.
+            NotMet: a node did not tell in time.
+            Interrupted, HeardStop: this node, or another one, is asked to stop.
+        """
+        settings = self.settings
+        if self.watch is None:
+            if problems := self._gathered.result().problems:
+                raise ValueError("\n".join(problems))
+            return
+        try:
+            compared = Comparison(
+                self.watch.require_store(),
+                settings.node_rank,
+                settings.nnodes,
+                self.save,
+                self._own_surroundings,
+            )
+            nodes = compared.wait(Patience(settings.join_wait), self._require_company)
+        except (ValueError, NotMet):
+            self.watch.part()
+            raise
+        except (dist.DistError, _Failed):
+            return  # a process here has failed, or another node is gone: what follows says it
+        if nodes and settings.number == 1:
+            meeting = f"{settings.master} port {settings.port}"
+            comparison.show(nodes, settings.nproc_per_node, meeting, str(self.save or ""))
+
+    def _own_surroundings(self) -> Surroundings | None:
+        """Return what this node has gathered; None while it is not complete."""
+        run = RunFacts.read(self.workers.facts)
+        if run is None and not self.workers.poll():
+            return None
+        # A process that has ended says nothing of its run.
+        return replace(self._gathered.result(), run=run or RunFacts())
+
+    def _require_company(self) -> None:
+        """Leave the comparison where there is nothing left to compare."""
+        self._require_no_stop()
+        if self.watch is not None and self.watch.heard is not None:
+            raise _Failed
+
     def _pause(self) -> None:
         """Wait before processes that have just failed train again.
 
@@ -136,16 +209,25 @@ class Launch:
         """
         limit = time.monotonic() + self.settings.pause
         while time.monotonic() < limit or self.asked.number is not None:
-            if self.asked.number is not None:
-                if self.watch is not None:
-                    self.watch.announce_stop(self.asked.number)
-                    self.watch.leave(self.settings.grace)  # others may train already
-                raise Interrupted(is_told=self.watch is not None)
-            if self.watch is not None and self.watch.stop is not None:
-                stop = self.watch.stop
-                self.watch.leave(self.settings.grace)
-                raise HeardStop(stop)
+            self._require_no_stop()
             time.sleep(POLL_SECONDS)
+
+    def _require_no_stop(self) -> None:
+        """Leave before the processes train.
+
+        Raises:
+            Interrupted, HeardStop: this node, or another one, is asked to stop.
+        """
+        watch = self.watch
+        if self.asked.number is not None:
+            if watch is not None:
+                watch.announce_stop(self.asked.number)
+                watch.leave(self.settings.grace)  # others may train already
+            raise Interrupted(is_told=watch is not None)
+        if watch is not None and watch.stop is not None:
+            stop = watch.stop
+            watch.leave(self.settings.grace)
+            raise HeardStop(stop)
 
     def _say_start(self) -> None:
         settings = self.settings

@@ -186,6 +186,13 @@ def interface_settings(chosen: Interface | None, given: dict[str, str]) -> dict[
     return {name: value for name, value in settings.items() if not given.get(name)}
 
 
+def shown_address(environment: dict[str, str]) -> str:
+    """Name the address and the interface that gloo tells the other nodes, for the user."""
+    name = environment.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
+    found = [address for address, interface in local_addresses().items() if interface == name]
+    return f"{found[0]} ({name})" if found else "unknown"
+
+
 def listen(port: int) -> socket.socket:
     """Open a port of this node for the store; 0 lets the kernel choose one.
 

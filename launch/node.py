@@ -32,16 +32,17 @@ def main(argv: list[str] | None = None) -> int:
     say_that_it_hears()
     try:
         addresses = _choose_interface(settings)
+        address = network.shown_address(dict(os.environ))
         # The nodes meet on node 0.
         listening = network.listen(settings.port) if settings.node_rank == 0 else None
     except ValueError as error:
         return give_up(error)
     port = settings.port if listening is None else listening.getsockname()[1]
     records = open_records()
-    workers = Workers(settings, port)
+    workers = Workers(settings, port, records / "facts.json")
     from launch import agent  # torch takes seconds, in which the processes import it, too
 
-    launch = agent.Launch(settings, workers, asked, story)
+    launch = agent.Launch(settings, workers, asked, story, address)
     return agent.run(launch, addresses, listening, records)
 
 

@@ -24,7 +24,8 @@ def say(text: str) -> None:
 
 def give_up(error: Exception) -> int:
     """Say why nothing was started, and tell train.sh -> the exit code."""
-    say(f"error: {error}")
+    for line in str(error).splitlines():
+        say(f"error: {line}")
     if isinstance(error, NotMet):
         write_outcome("unmet")
         return 1

@@ -44,6 +44,15 @@ ENDED = f"{PREFIX}ended"
 OVER = f"{PREFIX}over"
 """The beginning of the keys under which nodes say that their processes are over; by itself, node
 0's word that all are."""
+FACTS = f"{PREFIX}facts/"
+"""The beginning of the keys under which nodes say what surrounds them."""
+MARK = f"{PREFIX}mark"
+"""The key of the file that node 0 has left where the run saves."""
+CLOCK = f"{PREFIX}clock"
+"""The key of the time on node 0, which it writes again and again while nodes are compared."""
+VERDICT = f"{PREFIX}verdict"
+"""The key of the reasons for which the nodes cannot train together; an empty list if there are
+none."""
 LEFT = f"{PREFIX}left"
 """The counter of the nodes that need the store no more."""
 _stderr_lock = threading.Lock()

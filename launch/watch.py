@@ -88,7 +88,7 @@ class Watch(threading.Thread):
                 return
 
     def _look(self, number: int) -> None:
-        store = self._require_store()
+        store = self.require_store()
         store.set(f"{BEAT}{self.node_rank}", str(number))
         self.stop = self.stop or read_stop(store)
         if store.check([ENDED]):
@@ -114,7 +114,7 @@ class Watch(threading.Thread):
 
     def blame_silent(self, limit: float) -> None:
         """Let every node hear on node 0 that a node is gone, where one is silent for `limit` s."""
-        store = self._require_store()
+        store = self.require_store()
         with self._lock:
             silence = [time.monotonic() - at for at in self._alive_at]
         longest = max(range(self.nnodes), key=silence.__getitem__)
@@ -150,7 +150,8 @@ class Watch(threading.Thread):
         self.heard = Ending(0, self.node0.master, failure)
         return True
 
-    def _require_store(self) -> dist.TCPStore:
+    def require_store(self) -> dist.TCPStore:
+        """Return the connection to node 0's store; raise DistNetworkError without one."""
         if self.store is None:
             raise dist.DistNetworkError("no connection to node 0")
         return self.store
@@ -179,7 +180,7 @@ class Watch(threading.Thread):
         _within(ANSWER_SECONDS, self._post, Ending(self.node_rank, socket.gethostname(), failure))
 
     def _post(self, ending: Ending) -> None:
-        store = self._require_store()
+        store = self.require_store()
         self._hear(store.compare_set(ENDED, "", ending.to_text()))
 
     def announce_stop(self, number: int) -> None:
@@ -188,7 +189,7 @@ class Watch(threading.Thread):
             _within(ANSWER_SECONDS, self._announce_stop, number)
 
     def _announce_stop(self, number: int) -> None:
-        self.stop = announce_stop(self._require_store(), self.node_rank, number)
+        self.stop = announce_stop(self.require_store(), self.node_rank, number)
 
     def wait_for_word(self, seconds: float) -> None:
         """Wait for another node to say what failed, where here only connections were lost."""
@@ -212,7 +213,7 @@ class Watch(threading.Thread):
         self.part()
 
     def _wait_until_all_are_over(self, seconds: float) -> None:
-        store = self._require_store()
+        store = self.require_store()
         store.set(f"{OVER}/{self.node_rank}", "")
         limit = time.monotonic() + seconds
         if self.node_rank == 0:
@@ -239,7 +240,7 @@ class Watch(threading.Thread):
         _within(LINGER_SECONDS + ANSWER_SECONDS, self._leave_store, present)
 
     def _leave_store(self, present: int) -> None:
-        leave_store(self._require_store(), self.node_rank, present)
+        leave_store(self.require_store(), self.node_rank, present)
 
 
 def _within(seconds: float, function: Callable[..., None], *args: object) -> bool:

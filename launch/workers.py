@@ -49,9 +49,15 @@ class Workers:
     The kernel ties their lives to the thread that makes this object.
     """
 
-    def __init__(self, settings: Settings, port: int):
-        """Start them, with `port` as the one on which node 0's store answers."""
+    def __init__(self, settings: Settings, port: int, facts: Path):
+        """Start them.
+
+        Args:
+            port: the one on which node 0's store answers.
+            facts: where local rank 0 writes what it is about to train, for other nodes to compare.
+        """
         self.settings = settings
+        self.facts = facts
         self.first_rank = settings.node_rank * settings.nproc_per_node
         self.ended: list[Ended] = []
         self._said_left = ""
@@ -80,6 +86,8 @@ class Workers:
             "TORCHELASTIC_RESTART_COUNT": 0,
             "ITHACA_GATE": "stdin",
         }
+        if local_rank == 0 and settings.nnodes > 1:
+            environment["ITHACA_FACTS"] = str(self.facts)
         return subprocess.Popen(
             [*command, *settings.arguments],
             env=os.environ | {name: str(value) for name, value in environment.items()},

@@ -53,6 +53,7 @@ from pretrain.processes.outcome import (
 from pretrain.processes.recovery import Recovery, wait_at_gate
 from pretrain.processes.shared_facts import shared_by_all
 from pretrain.processes.shared_folder import require_shared_folder
+from pretrain.processes.start_facts import tell_launcher
 from pretrain.processes.stop import StopSignals, defer_together, let_signals_through
 from pretrain.schedule.phase_table import describe
 from pretrain.schedule.phases import Phase, phase_at
@@ -67,10 +68,12 @@ def main(argv: list[str] | None = None) -> int:
 
     0 for an end that the launcher reads from the outcome file, 2 for bad input without a launcher.
     """
+    arguments = spell(sys.argv[1:] if argv is None else argv)
+    tell_launcher(arguments)
     recovery = wait_at_gate()
     signals = StopSignals()
     try:
-        return _main(spell(sys.argv[1:] if argv is None else argv), signals, recovery)
+        return _main(arguments, signals, recovery)
     finally:
         signals.close()
 

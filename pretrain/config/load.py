@@ -131,6 +131,11 @@ def has_gate() -> bool:
     return os.environ.get("ITHACA_GATE") == "stdin"
 
 
+def facts_path() -> str | None:
+    """Return the file in which the launcher wants to read what this node is about to train."""
+    return os.environ.get("ITHACA_FACTS")
+
+
 def warn(text: str) -> None:
     """Print a warning on standard error."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
