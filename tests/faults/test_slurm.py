@@ -22,7 +22,7 @@ from tools.faults.launched_run import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SLURM_SH = ROOT / "launch" / "slurm.sh"
-SECONDS = 300
+SECONDS = 600
 
 SBATCH = r"""#!/usr/bin/env bash
 while [[ $1 == -* ]]; do
@@ -117,7 +117,7 @@ class Cluster:
             "MASTER_PORT": str(free_port()),
             "NPROC_PER_NODE": "1",
             "OMP_NUM_THREADS": "1",
-            "GRACE": "60",
+            "GRACE": "120",
         }
         self.programs = programs
 
