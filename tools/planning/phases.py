@@ -163,11 +163,13 @@ class PhaseEstimate:
 
     def traffic(self) -> tuple[TrafficPlan, ...]:
         """List what a rank sends in the largest step, by purpose."""
+        inside = {axis.name: axis.is_inside_node for axis in self.layout().axes}
         return tuple(
-            self._traffic_plan(each) for each in step_traffic(self.model, self.load, self.hardware)
+            self._traffic_plan(each, is_inside_node=inside[each.axis])
+            for each in step_traffic(self.model, self.load, self.hardware)
         )
 
-    def _traffic_plan(self, traffic: Traffic) -> TrafficPlan:
+    def _traffic_plan(self, traffic: Traffic, *, is_inside_node: bool) -> TrafficPlan:
         return TrafficPlan(
             axis=traffic.axis,
             what=traffic.what,
@@ -175,7 +177,7 @@ class PhaseEstimate:
             collectives=traffic.calls,
             sent_bytes=traffic.sent_bytes,
             between_nodes_bytes=traffic.between_nodes_bytes,
-            is_inside_node=traffic.group.is_inside_node(self.hardware),
+            is_inside_node=is_inside_node,
             seconds=traffic.seconds,
             is_overlapped=traffic.axis == "dp_cp",
         )

@@ -9,6 +9,7 @@ from pretrain.planner.layout_candidates import ALL_OPEN, Candidate
 from pretrain.schedule.phases import Phase
 from tools.planning.phases import PhaseEstimate
 from tools.planning.report import CandidatePlan, SearchPlan
+from tools.planning.text import show_seconds
 
 MOST_ROWS = 5
 """Layouts of different sizes that are shown."""
@@ -120,4 +121,4 @@ def why_slower(candidate: Candidate, best: Candidate) -> str:
     slower = candidate.seconds / best.seconds - 1
     if more[name] <= 0:
         return "as fast"
-    return f"{100 * slower:.1f} % slower: {more[name]:.3g} s more for {PART_WORDS[name]}"
+    return f"{100 * slower:.1f} % slower: {show_seconds(more[name])} more for {PART_WORDS[name]}"

@@ -107,8 +107,9 @@ class Totals:
 
     def costs_of_failures(self, saved: CheckpointPlan | None) -> FailureCosts:
         """Return what one failure and one save cost; without saves the run begins again."""
-        train = self.train_seconds
         size = saved.size_bytes if saved else 0
+        stall = saved.stall_seconds if saved else 0.0
+        between = self.train_seconds / (saved.saves if saved else 1)
         return FailureCosts(
             hours_to_failure=self.assumed.hours_to_failure,
             notice_seconds=NOTICE_SECONDS,
@@ -116,8 +117,8 @@ class Totals:
             groups_seconds=GROUPS_SECONDS,
             read_bytes=READS * size / self.nodes,
             read_bytes_per_second=self.assumed.disk_gigabytes_per_second * GIGABYTE,
-            save_seconds=train / saved.saves if saved else train,
-            stall_seconds=saved.stall_seconds if saved else 0,
+            save_seconds=between + stall,
+            stall_seconds=stall,
         )
 
     def failures(self, costs: FailureCosts) -> FailurePlan:

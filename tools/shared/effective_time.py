@@ -28,7 +28,8 @@ class FailureCosts:
     read_bytes_per_second: float
     """The rate at which a node reads it."""
     save_seconds: float
-    """The time between two saves; half of it is trained again after a failure."""
+    """The time between two saves, with one of them; half of it is trained again after a
+    failure."""
     stall_seconds: float
     """The time that a save keeps the steps waiting."""
 
