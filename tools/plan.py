@@ -4,8 +4,8 @@
 
 Checks everything that the trainer checks before its processes meet, starts nothing, and needs no
 GPU. All flags of the trainer are taken (pretrain/config/FLAGS.md), and those below. With
---world-size or --hardware the plan is for other machines: tokenizer and data that are not here are
-not looked at, which one line says; without, they must be here.
+--world-size or --hardware the plan is for other machines: tokenizer, data and checkpoints that are
+not here are not looked at, which a line says; without, they must be here.
 """
 
 import json
@@ -19,7 +19,7 @@ from pretrain.config.config import Config
 from pretrain.config.flags import spell
 from pretrain.config.load import load_config
 from pretrain.plan import make_plan
-from tools.planning.absent import absent_data, describe_absent
+from tools.planning.absent import absent_data, describe_absent, without_absent_start
 from tools.planning.cluster import Cluster, find_cluster
 from tools.planning.report import RunPlan
 from tools.planning.run_plan import make_run_plan
@@ -100,7 +100,12 @@ def plan_run(arguments: Arguments, words: list[str]) -> RunPlan:
         devices_per_node=arguments.gpus_per_node,
         host_memory_gib=arguments.host_memory_gib,
     )
+    # What is on the other machines is not looked at.
     note = _why_without_data(arguments, config)
+    notes = [] if note is None else [note]
+    if _is_elsewhere(arguments):
+        config, lines = without_absent_start(config)
+        notes += lines
     plan = make_plan(
         config,
         cluster.world_size,
@@ -114,9 +119,15 @@ def plan_run(arguments: Arguments, words: list[str]) -> RunPlan:
         _assumed(arguments, cluster),
         config_name=_config_name(words),
         document_tokens=arguments.document_tokens,
-        notes=() if note is None else (note,),
+        notes=tuple(notes),
         with_search=arguments.search,
     )
+
+
+def _is_elsewhere(arguments: Arguments) -> bool:
+    """Tell whether the plan is for other machines than this one."""
+    named = (arguments.world_size, arguments.hardware, arguments.hardware_file)
+    return any(value is not None for value in named)
 
 
 def _why_without_data(arguments: Arguments, config: Config) -> str | None:
@@ -124,7 +135,7 @@ def _why_without_data(arguments: Arguments, config: Config) -> str | None:
     if arguments.without_data:
         return "data: not looked at (--without-data); a sample is taken as one document"
     # A plan for this machine needs them here, as the run does.
-    if arguments.world_size is None and arguments.hardware is None:
+    if not _is_elsewhere(arguments):
         return None
     names = absent_data(config)
     return describe_absent(names) if names else None

@@ -234,6 +234,15 @@ def test_data_that_is_elsewhere_is_said_in_a_line_and_stops_no_plan_of_other_mac
     assert "llama.model" in line and "Fix: " in line
 
 
+def test_a_checkpoint_that_is_elsewhere_is_said_and_stops_no_plan_of_other_machines(capsys):
+    words = [*MOCK, "--pretrained-checkpoint", "/nonexistent/llama"]
+    assert planned(words).notes == (
+        "start: /nonexistent/llama is not on this machine; planned from the first token",
+    )
+    (line,) = refused(words, capsys)
+    assert line.startswith("error: pretrained_checkpoint = /nonexistent/llama: no checkpoint is")
+
+
 def test_without_data_the_vocabulary_must_be_given(capsys):
     words = [*RUN, "--data-path", "corpora/web", "--tokenizer-model", "llama.model"]
     place = words.index("--vocab-size")

@@ -1,6 +1,7 @@
-"""What a run's settings name that is not on this machine: a plan does without it, and says so."""
+"""What a run names that is not on this machine: a plan of others does without, and says so."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from data.blend import parse_blend
@@ -34,6 +35,21 @@ def _prefixes(words: Sequence[str]) -> list[str]:
         return [source.prefix for _, source in parse_blend(words, "data_path")] if words else []
     except ValueError:
         return []
+
+
+def without_absent_start(config: Config) -> tuple[Config, list[str]]:
+    """Leave out a checkpoint to start from that is not here; returns also a line that says so."""
+    settings = config.checkpoint
+    lines = []
+    for name in ("load", "pretrained_checkpoint"):
+        folder = getattr(settings, name)
+        if folder is None or folder == settings.save or Path(folder).exists():
+            continue
+        settings = replace(settings, **{name: None})
+        if name == "load":
+            settings = replace(settings, finetune=False, no_load_optim=False, ckpt_step=None)
+        lines.append(f"start: {folder} is not on this machine; planned from the first token")
+    return replace(config, checkpoint=settings), lines
 
 
 def describe_absent(names: Sequence[str]) -> str:
