@@ -26,6 +26,7 @@ import             | tools.import_hf          | make a checkpoint of a Hugging F
 export             | tools.export_hf          | make a Hugging Face folder of a checkpoint
 generate           | tools.generate           | continue a text with a Hugging Face folder
 report             | tools.report             | show a run on one page
+watch              | tools.watch              | see in the terminal what a run is doing: DIR
 bench              | tools.bench              | compare this code with its peers on this machine
 TABLE
 }

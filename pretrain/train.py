@@ -8,19 +8,27 @@ first step), refused (bad input).
 """
 
 import gc
+import os
+import socket
 import sys
 import time
+from pathlib import Path
+
+import torch
 
 from model import compiled
 from parallel.layout import (
     World,
     build_layout,
+    device_here,
     end_world,
     has_bf16_units,
     launched_local_rank,
+    launched_local_world_size,
     launched_on_one_machine,
     launched_rank,
     launched_world_size,
+    record_folder,
     start_world,
 )
 from pretrain.attention_backend import attention_of_run
@@ -33,6 +41,7 @@ from pretrain.config.flags import spell
 from pretrain.config.load import load_config, warn
 from pretrain.data_outlook import describe_forecast
 from pretrain.logs.metrics import Reporter
+from pretrain.logs.run_facts import PhaseFacts, RunFacts, describe_cpu
 from pretrain.logs.tally import StepTally
 from pretrain.plan import Plan, make_plan
 from pretrain.plan_warnings import warnings_about
@@ -158,6 +167,8 @@ class Trainer:
         self.evaluation_due: str | None = None
         """The phase of an evaluation that a stop cut short or left out; the next start makes up for
         it."""
+        self.code = ""
+        """Which code trains; known on rank 0 only."""
         self.in_steps = False
         """From now on an error may be this rank's alone."""
 
@@ -264,7 +275,8 @@ class Trainer:
         print("\n".join(lines), flush=True)
         for text in warnings_about(plan):
             warn(text)
-        print(f"code: {describe_code()}", flush=True)
+        self.code = describe_code()
+        print(f"code: {self.code}", flush=True)
 
     def _lock_save_folder(self) -> FolderLock | None:
         """Keep other runs out of --save; None without it. Collective."""
@@ -325,7 +337,31 @@ class Trainer:
             f"start: {start.reason}, step {loop.state.step:,}, phase {phase.name}, {layout}, "
             f"{parameters:,} parameters; {attention}; {compiled.describe(self.layout.device)}"
         )
+        if self.world.rank == 0 and self.config.checkpoint.save:
+            self._facts(layout).write(Path(self.config.checkpoint.save))
         loop.report("restart" if start.is_restart else "start", f"{start.reason}; {layout}")
+
+    def _facts(self, layout: str) -> RunFacts:
+        """Describe this start for those who look at the run from outside."""
+        name, _ = device_here()
+        phases = [
+            PhaseFacts(phase.name, phase.seq_length, phase.start, phase.end)
+            for phase in self.plan.phases
+        ]
+        return RunFacts(
+            time=time.time(),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            records=record_folder(),
+            device=describe_cpu() if name == "cpu" else name,
+            world_size=self.world.size,
+            machines=-(-self.world.size // launched_local_world_size()),
+            layout=layout,
+            code=self.code,
+            torch=torch.__version__,
+            phases=phases,
+            settings=dump_yaml(self.config),
+        )
 
 
 if __name__ == "__main__":

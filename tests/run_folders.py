@@ -7,6 +7,7 @@ from pretrain.checkpointing.manifest import to_text
 from pretrain.checkpointing.progress import Progress
 from pretrain.config.config_yaml import dump_yaml
 from pretrain.config.load import load_config
+from pretrain.logs.run_facts import PhaseFacts, RunFacts
 
 
 def write_lines(path, lines):
@@ -137,6 +138,34 @@ def write_long_run(folder, steps=400):
         folder / "ledger.jsonl", [{"step": len(lines), "tokens": tokens, "account": account}]
     )
     write_checkpoint(folder, len(lines), tokens)
+    write_facts(folder, lines)
+
+
+def write_facts(folder, steps, **changes):
+    """What the last start said of itself, with the phases of these steps."""
+    ends = {}
+    for step in steps:
+        ends[step["phase"], step["seq_length"]] = step["tokens"]
+    starts = [0, *list(ends.values())[:-1]]
+    phases = [
+        PhaseFacts(name, length, start, end)
+        for ((name, length), end), start in zip(ends.items(), starts, strict=True)
+    ]
+    values = {
+        "time": 1.79e9,
+        "host": "node-0",
+        "pid": 4711,
+        "records": None,
+        "device": "NVIDIA H100 80GB HBM3",
+        "world_size": 128,
+        "machines": 16,
+        "layout": "tp 2 x pp 1 x cp 64 x dp 1 on cuda",
+        "code": "0123456789ab, commit fedcba9876+",
+        "torch": "2.13.0",
+        "phases": phases,
+        "settings": "",
+    } | changes
+    RunFacts(**values).write(folder)
 
 
 def _evaluations(lines, tokens, name, length, index):

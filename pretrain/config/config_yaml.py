@@ -63,3 +63,18 @@ def dump_yaml(config: Config) -> str:
 def read_config_yaml(path: str) -> Config:
     """Return a configuration that `dump_yaml` wrote."""
     return from_flat(read_yaml(path), path)
+
+
+def read_config_text(text: str, origin: str) -> Config:
+    """Return a configuration from text that `dump_yaml` wrote.
+
+    Args:
+        origin: where the text stood, for messages.
+
+    Raises:
+        ValueError: it is not one of this version.
+    """
+    try:
+        return from_flat(yaml.load(text, Loader=_TextLoader), origin)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{origin}: not valid YAML: {error}") from None

@@ -126,7 +126,9 @@ def _flag_problems(kind: type, words: list[str], help_fix: str) -> list[str]:
     needed = [
         _spellings(kind, field)
         for field in fields(kind)
-        if field.default is MISSING and field.default_factory is MISSING
+        if field.default is MISSING
+        and field.default_factory is MISSING
+        and not _is_positional(kind, field)  # tyro itself asks for these
     ]
     missing = [flags[0] for flags in needed if not set(flags) & set(given)]
     # One message is enough for a needed flag that is misspelled.
@@ -165,6 +167,12 @@ def _spellings(kind: type, field: Field) -> list[str]:
     for note in getattr(annotation, "__metadata__", ()):
         flags += getattr(note, "aliases", None) or ()
     return flags
+
+
+def _is_positional(kind: type, field: Field) -> bool:
+    """Tell whether a field is a word of its own, without a flag."""
+    annotation: Any = get_type_hints(kind, include_extras=True)[field.name]
+    return tyro.conf.Positional in getattr(annotation, "__metadata__", ())
 
 
 def _flag_of(word: str) -> str:

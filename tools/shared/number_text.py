@@ -1,5 +1,7 @@
 """Spell numbers as people read them in tables and on axes."""
 
+from datetime import UTC, datetime
+
 NOTHING = "–"
 """What a table shows where there is no value."""
 
@@ -35,6 +37,26 @@ def loss_text(value: float | None) -> str:
 def gain_text(record: dict) -> str:
     """Spell a context gain, with its interval if known: "+0.120 [+0.100, +0.140]"."""
     return " ".join(filter(None, (f"{record['gain']:+.3f}", interval_text(record))))
+
+
+def includes_zero(record: dict) -> bool:
+    """Tell whether the 95 % interval of a context gain is known and holds 0."""
+    low = record.get("gain_low")
+    high = record.get("gain_high")
+    return low is not None and high is not None and low <= 0 <= high
+
+
+def duration(seconds: float) -> str:
+    """Spell a time in its largest unit of which there are two: 5400 -> "90.0 minutes"."""
+    for limit, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * limit:
+            return f"{seconds / limit:.1f} {unit}"
+    return f"{seconds:.1f} seconds"
+
+
+def moment(seconds: float) -> str:
+    """Spell a time of day in UTC, given in seconds since 1970."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def interval_text(record: dict) -> str:
