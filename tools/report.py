@@ -1,12 +1,16 @@
-"""Show a run: `bash launch/ithaca.sh report --load DIR [--output FILE.html]`.
+"""Show a run: `bash launch/ithaca.sh report --load DIR [--output FILE.html] [--follow]`.
 
 Reads what the run wrote into its --save folder (metrics.jsonl, validation.jsonl, ledger.jsonl,
 events.jsonl and the latest checkpoint's settings) and writes one page that needs nothing else, with
 each of its charts as a PNG beside it (FILE-loss.png, ...). With `--output FILE.png` it writes one
 picture instead: loss, throughput and learning rate over tokens. Prints the run in a few lines.
+With `--follow` it writes the page again and again until the run ends, and the page reads itself
+again in the browser.
 """
 
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +23,8 @@ from tools.reporting.run_record import RunRecord, read_run, summary
 from tools.shared.door import run_door
 
 MAKER = "tools.report"
+HEAD_BYTES = 1 << 16
+"""Bytes in which the first line of metrics.jsonl ends."""
 
 
 @dataclass(kw_only=True)
@@ -29,6 +35,11 @@ class Arguments:
     """Folder of a run's checkpoints (its --save), with metrics.jsonl in it."""
     output: str | None = None
     """HTML file to write (by default report.html in that folder), or a PNG file for one picture."""
+    follow: bool = False
+    """Write the page again every --interval seconds until the run is done, stopped or refused; its
+    charts as PNGs only then."""
+    interval: int = 60
+    """Seconds between two pages of --follow."""
 
 
 def chart_path(output: Path, name: str) -> Path:
@@ -65,8 +76,36 @@ def write_page(run: RunRecord, output: Path) -> None:
     write_atomically(output, page(run))
 
 
-def write_report(arguments: Arguments) -> None:
+def follow(folder: Path, place: Path, interval: int, sleep: Callable[[float], None]) -> None:
+    """Write the page until the run ends, or until Ctrl-C; the caller writes the last one."""
+    print(f"writing {place} every {interval} s until the run ends; Ctrl-C ends it, too", flush=True)
+    try:
+        while True:
+            # Before its first step a run has nothing to show.
+            if has_steps(folder):
+                run = read_run(folder)
+                if run.outcome() is not None:
+                    return
+                write_atomically(place, page(run, refresh_seconds=interval))
+            sleep(interval)
+    except KeyboardInterrupt:
+        print()
+
+
+def has_steps(folder: Path) -> bool:
+    """Tell whether a run has written a step into the folder."""
+    metrics = folder / "metrics.jsonl"
+    if not metrics.is_file():
+        return False
+    with open(metrics, "rb") as file:
+        return b"\n" in file.read(HEAD_BYTES)
+
+
+def write_report(arguments: Arguments, sleep: Callable[[float], None] = time.sleep) -> None:
     """Write the page or the picture, and print the run in a few lines.
+
+    Args:
+        sleep: waits between two pages of --follow.
 
     Raises:
         ValueError: nothing to read, or a place that may not be written.
@@ -78,7 +117,16 @@ def write_report(arguments: Arguments) -> None:
             f"output = {output}: a page or a picture is written. "
             "Fix: end the name in .html or .png."
         )
+    if arguments.follow and output.suffix.lower() == ".png":
+        raise ValueError(f"follow = True: refreshes a page, not {output}. Fix: leave it out.")
+    if arguments.interval < 1:
+        raise ValueError(f"interval = {arguments.interval}: must be at least 1. Fix: 60.")
     place = check_outputs(output)
+    if arguments.follow:
+        if not folder.is_dir():
+            raise ValueError(f"load = {folder}: no such folder. Fix: give the --save of a run.")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        follow(folder, place, arguments.interval, sleep)
     run = read_run(folder)
     place.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix.lower() == ".png":

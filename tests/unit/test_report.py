@@ -1,5 +1,6 @@
 """tools/report.py: what it reads, what it says, that it draws, what it refuses."""
 
+import json
 import sys
 
 import pytest
@@ -191,6 +192,56 @@ def test_restarts_for_another_layout_are_told_apart():
 )
 def test_short_numbers(number, text):
     assert number_text.short(number) == text
+
+
+# ---------------------------------------------------------------- while the run goes on
+
+
+def test_follow_refreshes_the_page_until_the_run_ends(tmp_path):
+    """Before the first step there is nothing to show; the last page reads itself no more."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    page = folder / "report.html"
+    seen = []
+
+    def sleep(seconds):
+        seen.append((seconds, page.exists() and 'http-equiv="refresh"' in page.read_text()))
+        if len(seen) == 1:
+            write_run(folder)
+        if len(seen) == 2:
+            ending = {"time": 1.79e9, "event": "done", "step": 40, "tokens": 40_000_000}
+            (folder / "events.jsonl").write_text(json.dumps(ending) + "\n")
+
+    report.write_report(report.Arguments(load=str(folder), follow=True, interval=7), sleep)
+    assert seen == [(7, False), (7, True)]
+    assert 'http-equiv="refresh"' not in page.read_text()
+    assert "The run is done since " in page.read_text()
+    assert (folder / "report-loss.png").exists()
+
+
+def test_ctrl_c_ends_following_with_a_page_that_stays(tmp_path, capsys):
+    write_run(tmp_path)
+
+    def sleep(_):
+        raise KeyboardInterrupt
+
+    report.write_report(report.Arguments(load=str(tmp_path), follow=True), sleep)
+    assert 'http-equiv="refresh"' not in (tmp_path / "report.html").read_text()
+    assert "wrote " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--follow", "--output", "{folder}/a.png"], "refreshes a page, not "),
+        (["--follow", "--interval", "0"], "interval = 0: must be at least 1"),
+    ],
+)
+def test_follow_refuses_what_it_cannot_do(tmp_path, monkeypatch, capsys, words, message):
+    write_run(tmp_path)
+    words = [word.format(folder=tmp_path) for word in words]
+    assert call(monkeypatch, "--load", tmp_path, *words) == 2
+    assert message in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- what stands at the output

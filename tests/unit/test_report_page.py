@@ -3,6 +3,7 @@ of."""
 
 import dataclasses
 import json
+import os
 import re
 import sys
 from html.parser import HTMLParser
@@ -244,6 +245,104 @@ def test_a_minimal_run_says_what_is_missing(tmp_path):
     ):
         assert heading in page.words
     assert page.row("base", "8Ki")[3:] == ["1,000,000", "–", "–", "100K", "–", "–", "–"]
+
+
+def test_what_the_run_is_and_runs_on_is_told(long_page):
+    text = Reader(long_page).text
+    for fact in (
+        "learning rate up to 0.0003, cosine down to 0",
+        "optimizer AdamW, betas 0.9 and 0.95, weight decay 0.1, gradients clipped at 1; "
+        "computes in fp32; seed 1234",
+        "batch 2Mi tokens (256 × 8Ki), then … , then 4Mi tokens (4 × 1Mi)".replace("… , ", "…, "),
+        "data synthetic documents (mock data); attention within documents; windows of the stream",
+        "devices NVIDIA H100 80GB HBM3; 128 processes on 16 machines, tp 2 x pp 1 x cp 64 x dp 1",
+        "host of rank 0 node-0",
+        "code 0123456789ab, commit fedcba9876+; PyTorch 2.13.0",
+        "2026-09-21 14:13:20 to ",
+    ):
+        assert fact in text, fact
+
+
+def test_the_wall_time_is_from_the_first_start_to_the_last_line(tmp_path):
+    write_run(tmp_path)
+    write_lines(tmp_path / "events.jsonl", [event("start", 0), event("save", 500)])
+    os.utime(tmp_path / "metrics.jsonl", (1.79e9 + 800, 1.79e9 + 800))
+    text = Reader(report_page.page(run_record.read_run(tmp_path))).text
+    # 40 steps of 10 s.
+    assert "wall time 13.3 minutes, 2026-09-21 14:13:20 to 2026-09-21 14:26:40 UTC" in text
+    assert "; steps that count took 50 % of it" in text
+
+
+def event(kind, seconds, text=""):
+    return {"time": 1.79e9 + seconds, "event": kind, "step": 1, "tokens": 1, "text": text}
+
+
+@pytest.mark.parametrize(
+    "last, state",
+    [
+        ("save", "No event says that the run has ended."),
+        ("done", "The run is done since 2026-09-21 14:13:29 UTC: why."),
+        ("stopped", "The run was stopped since 2026-09-21 14:13:29 UTC: why."),
+    ],
+)
+def test_the_page_says_when_it_was_made_and_whether_the_run_goes_on(tmp_path, last, state):
+    write_run(tmp_path)
+    write_lines(tmp_path / "events.jsonl", [event("start", 0), event(last, 9, "why")])
+    page = Reader(report_page.page(run_record.read_run(tmp_path)))
+    assert "This page was made at 20" in page.text
+    assert state in page.text
+
+
+def test_a_gain_whose_interval_holds_0_is_not_called_one(long_run):
+    tile = lambda run: next(tile for tile in report_page.tiles(run) if tile[0] == "context gain")  # noqa: E731
+    gains = [dict(record) for record in long_run.gains]
+    for record in gains:
+        record |= {"gain": -0.003, "gain_low": -0.01, "gain_high": 0.004}
+    run = dataclasses.replace(long_run, gains=gains)
+    words = "[-0.010, +0.004]: not distinguishable from 0"
+    assert tile(run)[1:] == ("-0.003", f"at 1Mi, {words}")
+    assert words.replace("]:", "],") in " ".join(report_page.lead(run))
+    # One that is above 0 on both ends is.
+    assert "distinguishable" not in " ".join((*tile(long_run), *report_page.lead(long_run)))
+
+
+def test_what_has_nothing_to_show_has_no_panel_but_a_sentence(tmp_path):
+    write_run(tmp_path)
+    page = Reader(report_page.page(run_record.read_run(tmp_path)))
+    assert "MFU is not known: metrics.jsonl has it as null" in page.text
+    assert "Model FLOPs utilization" not in page.text
+    assert "Throughput" in page.text
+
+
+def test_every_chart_has_a_text_alternative_with_its_numbers(long_page):
+    page = Reader(long_page)
+    labels = [value for name, value in page.attributes if name == "aria-label"]
+    assert len(labels) == page.tags.count("svg") == len(report_charts.CHARTS) + 1
+    (rate,) = [label for label in labels if label.startswith("Throughput:")]
+    assert re.fullmatch(
+        r"Throughput: tokens / s over tokens \(positions consumed\)\. "
+        r"from [\d.]+M to [\d.]+K, between [\d.]+K and [\d.]+M\.",
+        rate,
+    ), rate
+    assert all(re.search(r"\d", label) for label in labels)
+    (loss, _) = [label for label in labels if label.startswith("Loss:")]
+    assert "7 marks: restart for another layout." in loss
+    (found,) = [label for label in labels if label.startswith("Passkey retrieval, last")]
+    assert "5 rows and 5 columns, between 0 % and 100 %" in found
+
+
+@pytest.mark.parametrize("name", report_charts.CHARTS)
+def test_nothing_is_drawn_outside_the_picture(long_run, name):
+    for width, height in ((9.4, 4.3), (4.7, 3.9)):
+        figure = report_charts.chart_figure(
+            report_charts.CHARTS[name], long_run, LIGHT, width, height
+        )
+        figure.draw_without_rendering()
+        drawn = figure.get_tightbbox()
+        slack = 0.01
+        assert drawn.x0 > -slack and drawn.y0 > -slack, drawn
+        assert drawn.x1 < figure.get_figwidth() + slack, drawn
+        assert drawn.y1 < figure.get_figheight() + slack, drawn
 
 
 def test_a_damaged_checkpoint_is_told_and_not_fatal(tmp_path):

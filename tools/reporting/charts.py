@@ -18,7 +18,6 @@ from tools.reporting.axes import (
     Palette,
     TokenScale,
     column,
-    distinct,
     label_phases,
     new_figure,
     prepare,
@@ -27,6 +26,7 @@ from tools.reporting.axes import (
     thin,
     window_of,
 )
+from tools.reporting.event_charts import draw_progress, mark_events
 from tools.reporting.run_record import RunRecord
 from tools.reporting.step_charts import (
     draw_batch,
@@ -94,7 +94,7 @@ def draw_loss(axes: Axes, run: RunRecord, palette: Palette) -> None:
         axes.plot(tokens, losses, color=palette.series(0), linewidth=1.8, label="training")
     # A spike of one step may leave the picture, the curve may not.
     _limit(axes, [*smoothed, *_mark_validation(axes, run, palette)])
-    _mark_events(axes, run, palette, scale)
+    mark_events(axes, run, palette, scale)
     axes.set_ylabel("loss (nats per token)")
     axes.yaxis.set_major_locator(MaxNLocator(6))
 
@@ -153,37 +153,6 @@ def _mark_validation(axes: Axes, run: RunRecord, palette: Palette) -> list[float
             label="validation" if name == "valid" else f"validation: {name}",
         )
     return [record["valid_loss"] for record in own]
-
-
-def _mark_events(axes: Axes, run: RunRecord, palette: Palette, scale: TokenScale) -> None:
-    """Mark saves and skipped steps along the lower edge, restarts along the upper one."""
-    skipped = [step["tokens"] for step in run.steps if step.get("skipped")]
-    unplanned, planned = run.restarts()
-    saves = [event["tokens"] for event in run.events_of("save")]
-    interruptions = [event["tokens"] for event in unplanned]
-    layouts = [event["tokens"] for event in planned]
-    # tokens, height in the picture, marker, colour, label
-    marks_of = (
-        (skipped, 0.02, "x", "ink", "skipped step"),
-        (saves, 0.0, "|", "muted", "checkpoint"),
-        (interruptions, 0.975, "v", "series-3", "restart"),
-        (layouts, 0.975, "d", "series-2", "restart for another layout"),
-    )
-    for tokens, height, marker, color, label in marks_of:
-        # A kind without any event has no entry in the legend.
-        if tokens:
-            marks = distinct(tokens, scale)
-            axes.plot(
-                marks,
-                [height] * len(marks),
-                marker,
-                color=palette[color],
-                markersize=6,
-                clip_on=False,
-                transform=axes.get_xaxis_transform(),
-                label=label,
-                zorder=6,
-            )
 
 
 # ---------------------------------------------------------------- the list
@@ -286,6 +255,14 @@ CHARTS = {
             _no_field("grad_norm", "metrics.jsonl holds no finite grad_norm."),
         ),
         Chart("batch", "Global batch", draw_batch, lambda run: None),
+        Chart(
+            "progress",
+            "Tokens over the time of day",
+            draw_progress,
+            _no_record("events", "No time of day is known: events.jsonl is missing or empty."),
+            "Between events the line is straight; where it falls, steps were done again.",
+            over_tokens=False,
+        ),
     )
 }
 

@@ -1,19 +1,30 @@
 """Fill the page of a report (template: page.html): its words, tables and charts."""
 
 import statistics
-from datetime import UTC, datetime
+import time
 from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
 
-from pretrain.planner.model_size import ModelSize
+from tools.reporting.alt_text import describe_figure
 from tools.reporting.axes import VARIABLES, TokenScale, style_rules, to_svg
 from tools.reporting.charts import CHARTS, Chart, chart_figure
+from tools.reporting.facts_table import about, parameters
 from tools.reporting.phase_table import phase_rows
 from tools.reporting.run_record import RunRecord, before_and_after, repeated_tokens, series_of
 from tools.reporting.validation_charts import last_passkeys
-from tools.shared.number_text import NOTHING, gain_text, interval_text, length, loss_text, short
+from tools.shared.number_text import (
+    NOTHING,
+    duration,
+    gain_text,
+    includes_zero,
+    interval_text,
+    length,
+    loss_text,
+    moment,
+    short,
+)
 
 WIDE = (9.4, 4.3)
 """Size of a chart across the page, in inches."""
@@ -27,8 +38,16 @@ MOST_EVENTS = 2000
 """Events beyond these are not listed, the oldest first."""
 
 
-def page(run: RunRecord) -> str:
-    """Make the whole page as HTML. Everything that comes from the run is escaped."""
+HOW_IT_RAN = ("rate", "mfu", "memory", "time", "learning-rate", "gradient", "batch", "progress")
+"""Charts of the section of that name."""
+
+
+def page(run: RunRecord, refresh_seconds: int | None = None) -> str:
+    """Make the whole page as HTML. Everything that comes from the run is escaped.
+
+    Args:
+        refresh_seconds: the browser reads the page again after this time; None = never.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -43,6 +62,8 @@ def page(run: RunRecord) -> str:
         light=light,
         dark=dark,
         tiles=tiles(run),
+        state=state_text(run, time.time(), refresh_seconds),
+        refresh_seconds=refresh_seconds,
         lead=lead(run),
         about=about(run),
         phases=phase_rows(run),
@@ -50,6 +71,8 @@ def page(run: RunRecord) -> str:
         charts={name: chart_html(CHARTS[name], run) for name in CHARTS},
         captions={name: chart.caption for name, chart in CHARTS.items()},
         titles={name: chart.title for name, chart in CHARTS.items()},
+        how_it_ran=[name for name in HOW_IT_RAN if not CHARTS[name].missing(run)],
+        left_out=[why for name in HOW_IT_RAN if (why := CHARTS[name].missing(run))],
         gains=gain_rows(run),
         repeats=repeats(run),
         drawn=[
@@ -72,7 +95,8 @@ def chart_html(chart: Chart, run: RunRecord) -> Markup:
     for size, inches in sizes(chart, run).items():
         figure = chart_figure(chart, run, VARIABLES, *inches)
         # to_svg escapes what it is given.
-        svg = Markup(to_svg(figure, f"{chart.name}-{size}", chart.title))
+        text = describe_figure(figure, chart.title)
+        svg = Markup(to_svg(figure, f"{chart.name}-{size}", text))
         parts.append(Markup('<div class="chart {}">{}</div>').format(size, svg))
     return Markup("").join(parts)
 
@@ -118,7 +142,7 @@ def tiles(run: RunRecord) -> list[tuple[str, str, str]]:
             (
                 "context gain",
                 f"{records[-1]['gain']:+.3f}",
-                f"{_at(seq_length, ', ')}nats per token",
+                f"{_at(seq_length, ', ')}{_doubt(records[-1])}",
             )
         )
     if run.passkeys:
@@ -131,6 +155,27 @@ def tiles(run: RunRecord) -> list[tuple[str, str, str]]:
         )
     speeds = [step["tokens_per_second"] for step in run.steps_of(phases[-1])]
     return [*found, ("tokens / s", short(statistics.median(speeds)), "median of the last phase")]
+
+
+def _doubt(record: dict) -> str:
+    """Say how sure a context gain is, in the few words that a tile has room for."""
+    interval = interval_text(record)
+    if not interval:
+        return "nats per token; no interval"
+    return f"{interval}: not distinguishable from 0" if includes_zero(record) else interval
+
+
+def state_text(run: RunRecord, now: float, refresh_seconds: int | None) -> str:
+    """Say when the page was made, and whether the run went on then."""
+    made = f"This page was made at {moment(now)} UTC"
+    outcome = run.outcome()
+    if outcome is not None:
+        ended = {"done": "is done", "stopped": "was stopped"}.get(outcome["event"], "was refused")
+        text = f": {outcome['text']}" if outcome.get("text") else ""
+        return f"{made}. The run {ended} since {moment(outcome['time'])} UTC{text}."
+    if refresh_seconds is not None:
+        return f"{made} while the run goes on, and reads itself again every {refresh_seconds} s."
+    return f"{made}. No event says that the run has ended."
 
 
 def _main_series(run: RunRecord, records: list[dict]) -> tuple[tuple[str, int | None], list[dict]]:
@@ -156,7 +201,8 @@ def lead(run: RunRecord) -> list[str]:
         interval = interval_text(records[-1])
         said.append(
             f"The context gain {_at(seq_length, ' ')}is {gain_text(records[-1])}"
-            f"{'' if interval else ' (no interval: too few documents)'}: "
+            f"{'' if interval else ' (no interval: too few documents)'}"
+            f"{', not distinguishable from 0' if includes_zero(records[-1]) else ''}: "
             "with the whole context the loss per token is this many nats lower than with its last "
             f"{length(records[-1]['cut'])}."
         )
@@ -174,47 +220,8 @@ def lead(run: RunRecord) -> list[str]:
     # Older records have no times.
     seconds = sum(step.get("step_seconds") or 0 for step in run.steps)
     if seconds:
-        said.append(
-            f"The steps took {_duration(seconds)}, without evaluations, saves and restarts."
-        )
+        said.append(f"The steps took {duration(seconds)}, without evaluations, saves and restarts.")
     return said
-
-
-def parameters(run: RunRecord) -> str | None:
-    """Spell the number of parameters; None where the configuration is not known."""
-    if run.config is None or run.config.data.vocab_size is None:
-        return None
-    return short(ModelSize(run.config.model, run.config.data.vocab_size).num_parameters)
-
-
-def about(run: RunRecord) -> list[tuple[str, str]]:
-    """List (what, value) of the model and the latest checkpoint."""
-    rows = []
-    # Without a readable checkpoint, only what the steps say is known.
-    if run.config is not None:
-        model = run.config.model
-        vocab_size = run.config.data.vocab_size
-        exact = ModelSize(model, vocab_size).num_parameters if vocab_size else None
-        rows += [
-            ("parameters", f"{exact:,}" if exact else "not known"),
-            (
-                "model",
-                f"{f'{model.model}: ' if model.model else ''}{model.num_layers} layers, "
-                f"width {model.hidden_size:,}, {model.num_attention_heads} heads, "
-                f"{model.num_kv_heads} key/value heads, "
-                f"vocabulary {run.config.data.vocab_size or 0:,}",
-            ),
-        ]
-    trained = f"{run.steps[-1]['tokens']:,} positions"
-    real = run.steps[-1].get("real_tokens")
-    if real is not None:
-        trained += f", {real:,} of them not padding"
-    rows.append(("tokens trained", trained))
-    if run.progress is not None:
-        world = run.progress.world_size
-        by = f", written by {world:,} process{'' if world == 1 else 'es'}" if world else ""
-        rows.append(("latest checkpoint", f"step {run.progress.step:,}{by}"))
-    return rows
 
 
 def _at(seq_length: int | None, end: str) -> str:
@@ -224,13 +231,6 @@ def _at(seq_length: int | None, end: str) -> str:
 
 def _times(count: int) -> str:
     return {0: "not at all", 1: "once", 2: "twice"}.get(count, f"{count:,} times")
-
-
-def _duration(seconds: float) -> str:
-    for limit, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= 2 * limit:
-            return f"{seconds / limit:.1f} {unit}"
-    return f"{seconds:.1f} seconds"
 
 
 # ---------------------------------------------------------------- tables
@@ -299,7 +299,7 @@ def event_rows(run: RunRecord) -> list[dict]:
     """List the last `MOST_EVENTS` events as texts, newest last."""
     return [
         {
-            "time": datetime.fromtimestamp(event["time"], UTC).strftime("%Y-%m-%d %H:%M:%S"),
+            "time": moment(event["time"]),
             "step": f"{event['step']:,}",
             "tokens": short(event["tokens"]),
             "event": event["event"],

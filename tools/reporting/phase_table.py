@@ -13,7 +13,7 @@ from tools.shared.number_text import NOTHING, gain_text, gibibytes, length, shor
 
 def phase_rows(run: RunRecord) -> list[dict]:
     """Make a row of texts per span of the run; a cell with several lines is a list."""
-    planned = _planned_phases(run)
+    planned = planned_phases(run)
     batch_of = dict(zip((step["tokens"] for step in run.steps), run.batches(), strict=True))
     return [_phase_row(run, span, planned.get(span.name), batch_of) for span in run.phases()]
 
@@ -67,7 +67,7 @@ def _changes(
     return lines
 
 
-def _planned_phases(run: RunRecord) -> dict[str, Phase]:
+def planned_phases(run: RunRecord) -> dict[str, Phase]:
     """Map names to phases of the checkpoint's configuration; empty where that is not known."""
     if run.config is None:
         return {}

@@ -14,7 +14,8 @@ from typing import NamedTuple
 from pretrain.checkpointing.damage import find_verified
 from pretrain.checkpointing.progress import Progress
 from pretrain.config.config import Config
-from pretrain.config.config_yaml import read_config_yaml
+from pretrain.config.config_yaml import read_config_text, read_config_yaml
+from pretrain.logs.run_facts import RunFacts
 from tools.shared.number_text import length, short
 
 NEEDED = {
@@ -26,6 +27,10 @@ NEEDED = {
     "account": ("step", "tokens", "account"),
 }
 """Kind of line -> fields that it must have."""
+STARTS = ("start", "restart")
+"""Events with which processes begin."""
+OUTCOMES = ("done", "stopped", "refused")
+"""Events with which a run ends; after "again" it starts by itself."""
 
 
 class PhaseSpan(NamedTuple):
@@ -55,9 +60,13 @@ class RunRecord:
     account_tokens: int = 0
     """Clock of the account."""
     config: Config | None = None
-    """Configuration of the latest checkpoint; None = not known."""
+    """Configuration of the latest checkpoint, or of the last start; None = not known."""
     progress: Progress | None = None
     """progress.json of the latest checkpoint; None = not known."""
+    facts: RunFacts | None = None
+    """What the last start said of itself; None = not known."""
+    written: float | None = None
+    """Seconds since 1970 at which the last step was written; None = not known."""
     notes: list[str] = field(default_factory=list)
     """What could not be read, a sentence each."""
 
@@ -110,6 +119,22 @@ class RunRecord:
     def events_of(self, kind: str) -> list[dict]:
         """List the events of one kind."""
         return [event for event in self.events if event["event"] == kind]
+
+    def outcome(self) -> dict | None:
+        """Find the event with which the run ended; None where it goes on, or none says so."""
+        for event in reversed(self.events):
+            if event["event"] in OUTCOMES:
+                return event
+            if event["event"] in STARTS:
+                break
+        return None
+
+    def wall_times(self) -> tuple[float, float] | None:
+        """Find when the run first started and when it last wrote something; None = not known."""
+        if not self.events:
+            return None
+        times = [event["time"] for event in self.events]
+        return times[0], max(times[-1], self.written or 0)
 
 
 def series_of(records: list[dict]) -> dict[tuple[str, int | None], list[dict]]:
@@ -222,6 +247,9 @@ def read_run(folder: Path) -> RunRecord:
     event_file = folder / "events.jsonl"
     events = _checked(event_file, _read_optional(event_file, notes), "event")
     config, progress = _read_checkpoint(folder, notes)
+    facts = _read_facts(folder, notes)
+    if config is None and facts is not None:
+        config = _read_settings(facts, notes)
     # The last save's account, or that of the checkpoint where ledger.jsonl is missing.
     account: list[dict] = []
     account_tokens = 0
@@ -243,6 +271,8 @@ def read_run(folder: Path) -> RunRecord:
         account_tokens=account_tokens,
         config=config,
         progress=progress,
+        facts=facts,
+        written=metrics.stat().st_mtime,
         notes=notes,
     )
 
@@ -273,6 +303,27 @@ def _read_checkpoint(folder: Path, notes: list[str]) -> tuple[Config | None, Pro
     except (ValueError, OSError) as error:
         notes.append(f"The latest checkpoint could not be read whole: {error}")
     return config, progress
+
+
+def _read_facts(folder: Path, notes: list[str]) -> RunFacts | None:
+    """Read run.json; None, with a note, where it is missing or is not ours."""
+    try:
+        facts = RunFacts.read(folder)
+    except (ValueError, OSError) as error:
+        notes.append(f"run.json could not be read: {error}")
+        return None
+    if facts is None:
+        notes.append("There is no run.json in the folder: device, host and code are not known.")
+    return facts
+
+
+def _read_settings(facts: RunFacts, notes: list[str]) -> Config | None:
+    """Read the settings of the last start; None, with a note, where they are another version's."""
+    try:
+        return read_config_text(facts.settings, "run.json")
+    except ValueError as error:
+        notes.append(f"The settings in run.json could not be read: {error}")
+        return None
 
 
 def summary(run: RunRecord) -> str:
