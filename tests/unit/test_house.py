@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "data": set(),
     "model": {"parallel"},
     "pretrain": {"model", "parallel", "data"},
-    "tools": {"pretrain", "model", "parallel", "data"},
+    "tools": {"launch", "pretrain", "model", "parallel", "data"},
     "launch": set(),
     "tests": {"launch", "tools", "pretrain", "model", "parallel", "data"},
 }

@@ -133,8 +133,11 @@ class RunRecord:
         """Find when the run first started and when it last wrote something; None = not known."""
         if not self.events:
             return None
-        times = [event["time"] for event in self.events]
-        return times[0], max(times[-1], self.written or 0)
+        begun = self.events[0]["time"]
+        # Copying a folder may change when its files were written.
+        if outcome := self.outcome():
+            return begun, outcome["time"]
+        return begun, max(self.events[-1]["time"], self.written or 0)
 
 
 def series_of(records: list[dict]) -> dict[tuple[str, int | None], list[dict]]:
