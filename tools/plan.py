@@ -19,6 +19,7 @@ from pretrain.config.config import Config
 from pretrain.config.flags import spell
 from pretrain.config.load import load_config
 from pretrain.plan import make_plan
+from tools.outputs.files import check_file, is_own_page
 from tools.planning.absent import absent_data, describe_absent, without_absent_start
 from tools.planning.cluster import Cluster, find_cluster
 from tools.planning.report import RunPlan
@@ -59,6 +60,8 @@ class Arguments:
     """Rank the layouts that each phase could have."""
     json: str | None = None
     """Also write the plan to this JSON file."""
+    html: str | None = None
+    """Also write the plan as a page: pictures of the layout, of a step and of the memory."""
 
 
 def validate(arguments: Arguments) -> list[str]:
@@ -163,6 +166,9 @@ def _config_name(words: list[str]) -> str:
 
 def act(arguments: Arguments, words: list[str]) -> None:
     """Print the plan, and write what was asked for."""
+    page = None
+    if arguments.html is not None:
+        page = check_file("html", Path(arguments.html), "tools.plan", is_own_page)
     report = plan_run(arguments, words)
     for text in (*report.notes, *report.warnings):
         warn(text)
@@ -170,6 +176,13 @@ def act(arguments: Arguments, words: list[str]) -> None:
     if arguments.json is not None:
         write_atomically(Path(arguments.json), json.dumps(report.to_json(), indent=1) + "\n")
         print(f"\nwrote {arguments.json}")
+    if page is not None:
+        # The drawing library takes a second to import.
+        from tools.planning.page import plan_page
+
+        page.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(page, plan_page(report))
+        print(f"\nwrote {arguments.html}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -52,6 +52,15 @@ POINTS = 800
 """Most points of a drawn line."""
 NARROWEST = 0.06
 """Least share of the horizontal scale that a phase gets."""
+RIGHT_MARGIN = 0.012
+"""Share of the horizontal scale that stays free behind the last token, for the last marks."""
+ROUND_STEPS = (1, 2, 2.5, 5, 10)
+"""Distances between ticks, times a power of ten."""
+
+
+def round_ticks(most: int) -> MaxNLocator:
+    """Choose at most so many ticks, at numbers that people count in."""
+    return MaxNLocator(most, steps=ROUND_STEPS)
 
 
 @dataclass(frozen=True)
@@ -96,21 +105,29 @@ class TokenScale:
         if self.is_stretched:
             shares = np.maximum(shares, least)
         self.places = np.concatenate(([0.0], np.cumsum(shares / shares.sum())))
+        # Behind its end the last phase goes on at its scale.
+        self.far_knots = np.append(self.knots, 2 * self.knots[-1] - self.knots[-2])
+        self.far_places = np.append(self.places, 2 * self.places[-1] - self.places[-2])
 
     def place(self, tokens):
         """Map a token count, or an array of them, to its place."""
-        return np.interp(tokens, self.knots, self.places)
+        return np.interp(tokens, self.far_knots, self.far_places)
+
+    def tokens(self, place):
+        """Map a place, or an array of them, to its token count."""
+        return np.interp(place, self.far_places, self.far_knots)
 
     def apply(self, axes: Axes) -> None:
         """Give the chart this horizontal scale, with few and readable ticks."""
-        axes.set_xlim(self.knots[0], self.knots[-1])
-        axes.xaxis.set_major_locator(MaxNLocator(6))
+        right = self.tokens(1 + RIGHT_MARGIN)
+        axes.set_xlim(self.knots[0], right)
+        axes.xaxis.set_major_locator(round_ticks(6))
         if self.is_stretched:
             axes.set_xscale(
                 "function",
-                functions=(self.place, lambda place: np.interp(place, self.places, self.knots)),
+                functions=(self.place, self.tokens),
             )
-            axes.set_xlim(self.knots[0], self.knots[-1])
+            axes.set_xlim(self.knots[0], right)
             # Ticks at the ends of phases, from the right, where there is room for their text.
             shown = [self.knots[-1]]
             for knot in self.knots[-2::-1]:
@@ -158,7 +175,7 @@ def label_phases(axes: Axes, run: RunRecord, palette: Palette, scale: TokenScale
     figure = axes.get_figure(root=True)
     assert figure is not None
     # The charts' frames take about a seventh of the width.
-    width = figure.get_size_inches()[0] * 0.86
+    width = figure.get_size_inches()[0] * 0.86 / (1 + RIGHT_MARGIN)
     # Where the last text of each row ends, in inches.
     ends: list[float] = []
     for phase in run.phases():
@@ -174,7 +191,7 @@ def label_phases(axes: Axes, run: RunRecord, palette: Palette, scale: TokenScale
         ends[row : row + 1] = [center + half]
         axes.annotate(
             text,
-            (center / width, 1),
+            (center / width / (1 + RIGHT_MARGIN), 1),
             xycoords="axes fraction",
             xytext=(0, 5 + 14 * row),
             textcoords="offset points",

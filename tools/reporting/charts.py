@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from tools.reporting.axes import (
     LIGHT,
@@ -21,6 +20,7 @@ from tools.reporting.axes import (
     label_phases,
     new_figure,
     prepare,
+    round_ticks,
     running_median,
     settings,
     thin,
@@ -96,7 +96,7 @@ def draw_loss(axes: Axes, run: RunRecord, palette: Palette) -> None:
     _limit(axes, [*smoothed, *_mark_validation(axes, run, palette)])
     mark_events(axes, run, palette, scale)
     axes.set_ylabel("loss (nats per token)")
-    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.yaxis.set_major_locator(round_ticks(6))
 
 
 def draw_late_loss(axes: Axes, run: RunRecord, palette: Palette) -> None:
@@ -111,7 +111,7 @@ def draw_late_loss(axes: Axes, run: RunRecord, palette: Palette) -> None:
     tenth = phases[0].begin + 0.1 * (phases[-1].end - phases[0].begin)
     _limit(axes, smoothed[tokens[centers] > tenth])
     axes.set_ylabel("loss (nats per token)")
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(round_ticks(5))
 
 
 def _limit(axes: Axes, values: Iterable[float]) -> None:

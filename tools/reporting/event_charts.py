@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter
 
-from tools.reporting.axes import Palette, TokenScale, clothe, distinct
+from tools.reporting.axes import Palette, TokenScale, clothe, distinct, round_ticks
 from tools.reporting.run_record import RunRecord
 from tools.shared.number_text import short
 
@@ -109,6 +109,6 @@ def draw_progress(axes: Axes, run: RunRecord, palette: Palette) -> None:
     axes.set_ylim(bottom=0)
     axes.set_xlabel(f"{name} since the first start")
     axes.set_ylabel("tokens")
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_locator(round_ticks(6))
+    axes.yaxis.set_major_locator(round_ticks(4))
     axes.yaxis.set_major_formatter(FuncFormatter(short))

@@ -4,13 +4,13 @@ import statistics
 import time
 from pathlib import Path
 
-import jinja2
 from markupsafe import Markup
 
 from tools.reporting.alt_text import describe_figure
-from tools.reporting.axes import VARIABLES, TokenScale, style_rules, to_svg
+from tools.reporting.axes import VARIABLES, TokenScale, to_svg
 from tools.reporting.charts import CHARTS, Chart, chart_figure
 from tools.reporting.facts_table import about, parameters
+from tools.reporting.html import render
 from tools.reporting.phase_table import phase_rows
 from tools.reporting.run_record import RunRecord, before_and_after, repeated_tokens, series_of
 from tools.reporting.validation_charts import last_passkeys
@@ -48,19 +48,9 @@ def page(run: RunRecord, refresh_seconds: int | None = None) -> str:
     Args:
         refresh_seconds: the browser reads the page again after this time; None = never.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    # Declarations of CSS and drawings are ours; everything else is escaped by autoescape.
-    light, dark = map(Markup, style_rules())
-    return environment.get_template("page.html").render(
+    return render(
+        Path(__file__).with_name("page.html"),
         run=run,
-        light=light,
-        dark=dark,
         tiles=tiles(run),
         state=state_text(run, time.time(), refresh_seconds),
         refresh_seconds=refresh_seconds,

@@ -2,11 +2,12 @@
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, PercentFormatter
 
 from tools.reporting.axes import (
     Palette,
     column,
+    round_ticks,
     running_median,
     thin,
 )
@@ -35,8 +36,9 @@ def draw_memory(axes: Axes, run: RunRecord, palette: Palette) -> None:
     kept = thin(values)
     axes.plot(tokens[kept], values[kept], color=palette.series(3))
     axes.set_ylim(0, 1.1 * float(np.nanmax(values)) or 1)
+    axes.ticklabel_format(axis="y", useOffset=False, style="plain")
     axes.set_ylabel("GiB")
-    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.yaxis.set_major_locator(round_ticks(4))
 
 
 def draw_time(axes: Axes, run: RunRecord, palette: Palette) -> None:
@@ -54,7 +56,7 @@ def draw_learning(axes: Axes, run: RunRecord, palette: Palette) -> None:
     axes.plot(tokens[kept], rates[kept], color=palette.series(3))
     axes.set_ylabel("learning rate")
     axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_locator(MaxNLocator(3))
+    axes.yaxis.set_major_locator(round_ticks(3))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.1e}" if value else "0"))
 
 
@@ -86,7 +88,7 @@ def draw_batch(axes: Axes, run: RunRecord, palette: Palette) -> None:
     # Each batch size has a tick, unless there are many or two are close.
     used = np.unique(batches)
     far_apart = len(used) <= 5 and (np.diff(used) > 0.1 * used[-1]).all()
-    axes.yaxis.set_major_locator(FixedLocator(used.tolist()) if far_apart else MaxNLocator(4))
+    axes.yaxis.set_major_locator(FixedLocator(used.tolist()) if far_apart else round_ticks(4))
     axes.yaxis.set_major_formatter(
         FuncFormatter(lambda value, _: length(int(value)) if value % 1024 == 0 else short(value))
     )
@@ -115,4 +117,4 @@ def _draw_steps(
         # The slow few, as a first step or one that saved, may leave the picture.
         high = np.nanquantile(np.append(values[np.isfinite(values)], np.nanmax(medians)), 0.99)
         axes.set_ylim(0, 1.15 * max(float(high), float(np.nanmax(medians))) or 1)
-        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.yaxis.set_major_locator(round_ticks(4))

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from tools.reporting.axes import (
     MARKERS,
     Palette,
     clothe,
+    round_ticks,
     thin,
 )
 from tools.reporting.run_record import RunRecord, series_of
@@ -37,7 +38,7 @@ def draw_validation(axes: Axes, run: RunRecord, palette: Palette) -> None:
     for records, style, label in _styled(series, palette):
         _plot_marks(axes, records, "valid_loss", style, label)
     axes.set_ylabel("loss (nats per token)")
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(round_ticks(5))
 
 
 def draw_gain(axes: Axes, run: RunRecord, palette: Palette) -> None:
@@ -59,7 +60,7 @@ def draw_gain(axes: Axes, run: RunRecord, palette: Palette) -> None:
             )
     axes.axhline(0, color=palette["muted"], linewidth=1)
     axes.set_ylabel("gain (nats per token)")
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(round_ticks(5))
 
 
 def _interval(record: dict) -> tuple[float, float] | None:
