@@ -273,6 +273,18 @@ def test_the_wall_time_is_from_the_first_start_to_the_last_line(tmp_path):
     assert "; steps that count took 50 % of it" in text
 
 
+def test_the_time_of_day_goes_on_to_the_last_step_unless_the_run_has_ended(tmp_path):
+    write_run(tmp_path)
+    os.utime(tmp_path / "metrics.jsonl", (1.79e9 + 800, 1.79e9 + 800))
+    chart = report_charts.CHARTS["progress"]
+    for last, minutes, tokens in (("save", 800 / 60, 40_000_000), ("done", 500 / 60, 1)):
+        write_lines(tmp_path / "events.jsonl", [event("start", 0), event(last, 500)])
+        run = run_record.read_run(tmp_path)
+        line = report_charts.chart_figure(chart, run, LIGHT, 5, 3).axes[0].lines[0]
+        assert line.get_xdata()[-1] == pytest.approx(minutes)
+        assert line.get_ydata()[-1] == tokens
+
+
 def event(kind, seconds, text=""):
     return {"time": 1.79e9 + seconds, "event": kind, "step": 1, "tokens": 1, "text": text}
 

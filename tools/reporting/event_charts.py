@@ -78,8 +78,9 @@ def draw_progress(axes: Axes, run: RunRecord, palette: Palette) -> None:
     """Draw the tokens consumed over the time since the first start, with the events on the line."""
     begun = run.events[0]["time"]
     points = [(event["time"], event["tokens"]) for event in run.events]
-    # What was trained since the last event.
-    if run.written is not None and run.written > points[-1][0]:
+    # What was trained since the last event of a run that goes on.
+    goes_on = run.outcome() is None
+    if goes_on and run.written is not None and run.written > points[-1][0]:
         points.append((run.written, run.steps[-1]["tokens"]))
     span = points[-1][0] - begun
     unit, name = next(
