@@ -109,6 +109,8 @@ def plan_run(arguments: Arguments, words: list[str]) -> RunPlan:
     if _is_elsewhere(arguments):
         config, lines = without_absent_start(config)
         notes += lines
+        if cluster.hardware.is_cpu and not (arguments.hardware or arguments.hardware_file):
+            notes.append("hardware: CPUs as of this machine; --hardware h100 plans for GPUs")
     plan = make_plan(
         config,
         cluster.world_size,

@@ -243,6 +243,12 @@ def test_a_checkpoint_that_is_elsewhere_is_said_and_stops_no_plan_of_other_machi
     assert line.startswith("error: pretrained_checkpoint = /nonexistent/llama: no checkpoint is")
 
 
+def test_a_plan_for_many_processes_says_where_it_takes_this_machines_cpu_for_theirs():
+    (note,) = planned(MOCK, hardware=None).notes
+    assert note == "hardware: CPUs as of this machine; --hardware h100 plans for GPUs"
+    assert planned(MOCK, hardware="cpu").notes == ()
+
+
 def test_without_data_the_vocabulary_must_be_given(capsys):
     words = [*RUN, "--data-path", "corpora/web", "--tokenizer-model", "llama.model"]
     place = words.index("--vocab-size")
