@@ -301,6 +301,29 @@ def train_step(
         limits: of loss and gradient norm, beyond which nothing is updated.
         before_update: is called when nothing has written to the weights since the last update.
     """
+    values = queue_step(stepper, optimizer, microbatches, lr, clip_grad, limits, before_update)
+    # One transfer for all three: here the host waits.
+    stepper.heartbeat.enter(WAITING_FOR_DEVICE)
+    loss_value, norm_value, target_count = values.tolist()
+    is_finite = math.isfinite(loss_value) and math.isfinite(norm_value)
+    is_good = is_finite and limits.allow(loss_value, norm_value)
+    return StepResult(loss_value, int(target_count), norm_value, skipped=not is_good)
+
+
+def queue_step(
+    stepper: Stepper,
+    optimizer: torch.optim.Optimizer,
+    microbatches: Sequence[CountedMicrobatch],
+    lr: float,
+    clip_grad: float,
+    limits: Limits = NO_LIMITS,
+    before_update: Callable[[], None] | None = None,
+) -> torch.Tensor:
+    """Do what `train_step` does without waiting for the device.
+
+    Returns:
+        Loss, gradient norm and number of targets: fp64 [3] on the device.
+    """
     stages = stepper.stages
     layout = stepper.layout
     loss, num_targets = stepper.start(microbatches, train=True)
@@ -315,12 +338,7 @@ def train_step(
     stepper.heartbeat.enter("updating the weights")
     update(optimizer, lr, is_good_step(loss, norm, limits))
     optimizer.zero_grad(set_to_none=True)
-    # One transfer for all three: here the host waits.
-    stepper.heartbeat.enter(WAITING_FOR_DEVICE)
-    loss_value, norm_value, target_count = torch.stack([loss, norm, num_targets.to(norm)]).tolist()
-    is_finite = math.isfinite(loss_value) and math.isfinite(norm_value)
-    is_good = is_finite and limits.allow(loss_value, norm_value)
-    return StepResult(loss_value, int(target_count), norm_value, skipped=not is_good)
+    return torch.stack([loss, norm, num_targets.to(norm)])
 
 
 def is_good_step(loss: torch.Tensor, norm: torch.Tensor, limits: Limits) -> torch.Tensor:
