@@ -47,7 +47,7 @@ class PassCounts:
                 to_heads=2 + again,
                 gathers=2 + again,
             )
-        sums = 5 + 2 * gathered_again
+        sums = 5 + gathered_again
         if level == "full":
             again = 1 + int(in_chunks)
             return PassCounts(
