@@ -43,6 +43,9 @@ class RankMemory:
     """What backward needs of the logits."""
     buffers: int
     """The most that comes and goes beside it: temporaries, exchanges, gradients on their way."""
+    messages: int = 0
+    """What stages hand on: buffers for what neighbours send, and outputs that wait for a
+    gradient."""
     copy: int = 0
     """The copy of parameters and moments that saves write, on a CPU. A GPU's is on the host, beside
     what is offloaded (`MemoryModel.copy_bytes`)."""
@@ -59,7 +62,7 @@ class RankMemory:
         parts = ", ".join(
             f"{name} {show_bytes(size)}"
             for name, size in asdict(self).items()
-            if name != "host" and (size or name != "copy")
+            if name != "host" and (size or name not in ("copy", "messages"))
         )
         beside = f" and {show_bytes(self.host)} of the host's" if self.host else ""
         return f"{show_bytes(self.total)} ({parts}){beside}"
@@ -242,7 +245,8 @@ class MemoryModel:
         )
         has_loss = any(stage["final_norm"] for stage in stages)
         loss = layers.kept_of_loss if has_loss else 0
-        buffers = layers.working_set(has_loss=has_loss)
+        # Gradients that are kept whole are added up when their layer's backward is over.
+        buffers = layers.working_set(has_loss=has_loss, with_gradients=load.whole_gradients)
         if not load.whole_gradients:
             buffers = self._with_sent_gradients(buffers, activations + loss, stages, tp)
         memory = RankMemory(
@@ -253,6 +257,7 @@ class MemoryModel:
             activations=activations,
             loss=loss,
             buffers=max(0, buffers),
+            messages=layers.input * _messages(load, pp_rank, in_flight),
             copy=0 if self.on_gpu else self.copy_bytes(load, pp_rank),
             host=in_flight * max(offloaded) * layers.on_host,
         )
@@ -318,6 +323,25 @@ class MemoryModel:
             # The master weights and their gradients; Adam's moments are not pinned.
             host=memory.host + 2 * shards + memory.optimizer,
         )
+
+
+def _messages(load: Workload, pp_rank: int, in_flight: int) -> int:
+    """Count the activations that a rank of a pipeline holds beside those of its layers.
+
+    torch.distributed.pipelining makes the buffers of all microbatches at the start of a phase, for
+    what the stage before sends and for the gradient of what the stage after got. A stage's output
+    stays until its gradient has come; the input of its first layer is the buffer itself.
+    """
+    layout = load.layout
+    pp = layout.pipeline_model_parallel_size
+    if pp == 1:
+        return 0
+    stages = stages_of_rank(layout.schedule, pp_rank, pp, layout.stages_per_rank)
+    last = pp * layout.stages_per_rank - 1
+    before = sum(number > 0 for number in stages)
+    after = sum(number < last for number in stages)
+    buffers = load.num_microbatches * (before + after)
+    return buffers + in_flight * (after - before) // len(stages)
 
 
 def held(parts: Parts) -> list[tuple[str, int]]:

@@ -21,7 +21,7 @@ from pretrain.config.config import OptimizerConfig
 from pretrain.checkpointing.replicas import check_replicas
 from pretrain.optimizer import build_optimizer
 from pretrain.step import Stepper, train_step
-from tests.dist.recorder import Recorder
+from tools.plan_verify.recorder import Recorder
 from tests.documents import Documents
 
 VOCABULARY = 101  # no multiple of the padding: the last rows of the embedding hold no token

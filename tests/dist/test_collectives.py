@@ -15,7 +15,7 @@ from parallel.ulysses import HeadSplit, heads_to_seq, seq_to_heads
 from pretrain.step import train_step
 from tests.dist.leaks import probe
 from tests.dist.parity import Case
-from tests.dist.recorder import Call, Recorder, first_difference
+from tools.plan_verify.recorder import Call, Recorder, first_difference
 from tests.marks import cases
 from tests.mutations.mutations import MUTATIONS
 

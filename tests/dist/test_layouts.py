@@ -13,7 +13,7 @@ from parallel.layout import World
 from tests.dist.layout_table import AXES, LAYOUTS, NEEDS_AXIS, OPTIONS, make_case, make_table
 from tests.dist.leaks import probe
 from tests.dist.parity import Case, check_replicas_equal, compare, run_built
-from tests.dist.recorder import Call, Recorder, first_difference
+from tools.plan_verify.recorder import Call, Recorder, first_difference
 from tests.marks import cases
 
 CASES, REFUSED, COVERED, POSSIBLE = make_table()

@@ -14,7 +14,7 @@ from pretrain.planner.rank_bytes import MemoryModel
 from pretrain.planner.workload import Workload
 from tests.dist.parity import VOCABULARY, Case, memory_stream
 from tests.documents import windows
-from tests.live_memory import LiveMemory
+from tools.plan_verify.live_memory import LiveMemory
 
 MODEL = dict(num_layers=4, hidden_size=64, ffn_hidden_size=176, num_attention_heads=8)
 
