@@ -4,7 +4,7 @@ Source: tiled MLP of ALST (arXiv 2506.13996). There each tile's backward adds to
 gradients; here the tiles are added up in at least fp32 inside one node of the graph, so each weight
 gets one gradient.
 
-Legend: t tokens, D hidden, F MLP width of this tp rank.
+Legend: t tokens, c those of a tile, D hidden, F MLP width of this tp rank.
 """
 
 from collections.abc import Sequence
@@ -115,18 +115,29 @@ def _gradients(
         projections: gate(x) and up(x) where they were kept, else nothing.
         grad_x_tD: where the gradient of x is written; it may be x.
     """
-    gate_FD, up_FD, down_DF = weights
     # Tile by tile, each from its own gate and up.
     sums = _Sums(weights, several=tiles > 1)
     for rows in _tiles(x_tD.shape[0], tiles):
-        x = x_tD[rows]
-        grad = grad_tD[rows]
-        gate_and_up = projections or (x @ gate_FD.T, x @ up_FD.T)
-        hidden, grad_gate, grad_up = gated_gradients(grad @ down_DF, *gate_and_up)
-        # Before x's gradient is written, which may take the place of x.
-        sums.add((grad_gate.T, x), (grad_up.T, x), (grad.T, hidden))
-        torch.mm(grad_gate, gate_FD, out=grad_x_tD[rows]).addmm_(grad_up, up_FD)
+        # A function of its own: a tile's tensors are gone before the next one's are made.
+        _one_tile(grad_tD[rows], x_tD[rows], weights, projections, sums, grad_x_tD[rows])
     return grad_x_tD, *sums.narrow(x_tD.dtype)
+
+
+def _one_tile(
+    grad_cD: torch.Tensor,
+    x_cD: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    projections: Sequence[torch.Tensor],
+    sums: "_Sums",
+    grad_x_cD: torch.Tensor,
+) -> None:
+    """Add a tile's part of the weights' gradients to `sums`, and write that of its rows of x."""
+    gate_FD, up_FD, down_DF = weights
+    gate_and_up = projections or (x_cD @ gate_FD.T, x_cD @ up_FD.T)
+    hidden, grad_gate, grad_up = gated_gradients(grad_cD @ down_DF, *gate_and_up)
+    # Before x's gradient is written, which may take the place of x.
+    sums.add((grad_gate.T, x_cD), (grad_up.T, x_cD), (grad_cD.T, hidden))
+    torch.mm(grad_gate, gate_FD, out=grad_x_cD).addmm_(grad_up, up_FD)
 
 
 class _Sums:
