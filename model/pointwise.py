@@ -20,8 +20,8 @@ They stay in a core's cache, and nothing wide of [t, D] exists."""
 
 
 def _blocks(x: torch.Tensor) -> list[slice]:
-    """Cut the rows of `x` into blocks; a fused kernel needs none."""
-    if torch.compiler.is_compiling():
+    """Cut the rows of `x` into blocks; a fused kernel needs none, nor do shapes without values."""
+    if torch.compiler.is_compiling() or x.is_meta:
         return [slice(None)]
     # As many whole rows as a block has elements for, at least one.
     size = max(1, BLOCK * x.shape[0] // max(1, x.numel()))

@@ -207,6 +207,19 @@ def start_world(
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
 
+def start_world_on_meta(rank: int, world_size: int) -> World:
+    """Be one rank of a world of which no other process exists.
+
+    Tensors live on device meta, where they have shapes and no memory, and collectives of torch's
+    backend "fake" send nothing. `build_layout` makes the same groups as in a real world.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    backend = "cpu:fake,meta:fake"
+    dist.init_process_group(backend, store=FakeStore(), rank=rank, world_size=world_size)
+    return World(rank, world_size, 0, torch.device("meta"))
+
+
 def _raise_open_files_limit() -> None:
     """Allow as many open files as the system does.
 
@@ -286,9 +299,11 @@ def _mesh_of_stage(world: World, dp_cp: Axis, tp: Axis, pp: Axis) -> DeviceMesh:
     ranks_per_stage = world.size // pp.size
     first_rank = pp.rank * ranks_per_stage
     ranks = first_rank + torch.arange(ranks_per_stage, device="cpu")
+    # Device meta has no meshes of its own.
+    device_type = "cpu" if world.device.type == "meta" else world.device.type
     return DeviceMesh.from_group(
         [dp_cp.group, tp.group],
-        world.device.type,
+        device_type,
         mesh=ranks.view(dp_cp.size, tp.size),
         mesh_dim_names=("dp_cp", "tp"),
     )

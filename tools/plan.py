@@ -18,8 +18,9 @@ from parallel.layout import launched_world_size
 from pretrain.config.config import Config
 from pretrain.config.flags import spell
 from pretrain.config.load import load_config
-from pretrain.plan import make_plan
+from pretrain.plan import Plan, make_plan
 from tools.outputs.files import check_file, is_own_page
+from tools.plan_verify.verify import PlannedRun, verify
 from tools.planning.absent import absent_data, describe_absent, without_absent_start
 from tools.planning.cluster import Cluster, find_cluster
 from tools.planning.report import RunPlan
@@ -58,6 +59,10 @@ class Arguments:
     """Do not look at tokenizer and data, also where they are here; needs --vocab-size."""
     search: bool = False
     """Rank the layouts that each phase could have."""
+    verify: bool = False
+    """Rehearse a step of each phase on a sample of ranks: the run's own code, with tensors that
+    have shapes and no memory. Groups, the order of collectives, bytes and memory are compared; exit
+    code 1 where something is wrong."""
     json: str | None = None
     """Also write the plan to this JSON file."""
     html: str | None = None
@@ -82,8 +87,31 @@ def validate(arguments: Arguments) -> list[str]:
     return problems
 
 
-def plan_run(arguments: Arguments, words: list[str]) -> RunPlan:
-    """Check the run and estimate it.
+@dataclass(frozen=True)
+class CheckedRun:
+    """Holds a run that was checked, and where it is to run."""
+
+    plan: Plan
+    cluster: Cluster
+    notes: tuple[str, ...]
+    """What was not looked at."""
+
+    @property
+    def to_verify(self) -> PlannedRun:
+        """Return the phases that are still to be trained, for a rehearsal."""
+        clock = self.plan.resumed.clock if self.plan.resumed else 0
+        return PlannedRun(
+            self.plan.config,
+            [phase for phase in self.plan.phases if phase.end > clock],
+            self.plan.vocab_size,
+            self.cluster.world_size,
+            self.cluster.hardware,
+            self.cluster.machine.device.memory_bytes,
+        )
+
+
+def check_run(arguments: Arguments, words: list[str]) -> CheckedRun:
+    """Check the run as the trainer would.
 
     Args:
         words: the command line of the run.
@@ -118,13 +146,35 @@ def plan_run(arguments: Arguments, words: list[str]) -> RunPlan:
         machine=cluster.machine,
         with_data=note is None,
     )
+    checked = CheckedRun(plan, cluster, tuple(notes))
+    # What cannot be verified is said before anything else.
+    problems = checked.to_verify.validate() if arguments.verify else []
+    if problems:
+        raise ValueError("\n".join(problems))
+    return checked
+
+
+def plan_run(arguments: Arguments, words: list[str]) -> RunPlan:
+    """Check the run and estimate it.
+
+    Args:
+        words: the command line of the run.
+
+    Raises:
+        ValueError: everything that is wrong, a line each.
+    """
+    return estimate_run(check_run(arguments, words), arguments, words)
+
+
+def estimate_run(checked: CheckedRun, arguments: Arguments, words: list[str]) -> RunPlan:
+    """Estimate a run that was checked."""
     return make_run_plan(
-        plan,
-        cluster,
-        _assumed(arguments, cluster),
+        checked.plan,
+        checked.cluster,
+        _assumed(arguments, checked.cluster),
         config_name=_config_name(words),
         document_tokens=arguments.document_tokens,
-        notes=tuple(notes),
+        notes=checked.notes,
         with_search=arguments.search,
     )
 
@@ -166,12 +216,13 @@ def _config_name(words: list[str]) -> str:
     return "a run without a file"
 
 
-def act(arguments: Arguments, words: list[str]) -> None:
-    """Print the plan, and write what was asked for."""
+def act(arguments: Arguments, words: list[str]) -> int:
+    """Print the plan, write and verify what was asked for -> the exit code."""
     page = None
     if arguments.html is not None:
         page = check_file("html", Path(arguments.html), "tools.plan", is_own_page)
-    report = plan_run(arguments, words)
+    checked = check_run(arguments, words)
+    report = estimate_run(checked, arguments, words)
     for text in (*report.notes, *report.warnings):
         warn(text)
     print(describe_plan(report))
@@ -185,6 +236,14 @@ def act(arguments: Arguments, words: list[str]) -> None:
         page.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(page, plan_page(report))
         print(f"\nwrote {arguments.html}")
+    if not arguments.verify:
+        return 0
+    print(flush=True)
+    found = verify(checked.to_verify, say=lambda line: print(line, flush=True))
+    print(found.describe())
+    for problem in found.problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return 1 if found.problems else 0
 
 
 def main(argv: list[str] | None = None) -> int:
