@@ -17,6 +17,7 @@ import numba
 import numpy as np
 import torch
 
+from data.source_runs import NO_SOURCE, SourceRun, source_runs
 from data.stream import DocumentStream, Spans
 
 IGNORE = -100
@@ -34,6 +35,8 @@ class Sample(NamedTuple):
     following: int = -1
     """Position in the stream of the token that comes next; -1 = there is none. Asked for without
     document masking."""
+    source: int = NO_SOURCE
+    """Number of the source in its blend, where that is asked for."""
 
 
 @dataclass
@@ -52,6 +55,8 @@ class Batch:
     """Targets of this slice; counted when not given."""
     digest: int = 0
     """`digest` of this slice."""
+    source_runs: tuple[SourceRun, ...] = ()
+    """Which source gave which tokens of this slice; empty where that is not asked for."""
 
     def __post_init__(self) -> None:
         if self.num_targets < 0:
@@ -67,6 +72,7 @@ class Batch:
             self.cu_seqlens,
             self.num_targets,
             self.digest,
+            self.source_runs,
         )
 
 
@@ -200,12 +206,14 @@ def read_batch(
     tokens, labels, targets = _read_pieces(located, seq_length, pieces, rules)
     positions = np.empty(len(tokens), dtype=np.int64)
     fill_positions(cu_seqlens, np.array(pieces, dtype=np.int64), positions)
+    sources = [sample.source for sample in samples]
     return Batch(
         torch.from_numpy(tokens),
         torch.from_numpy(labels),
         torch.from_numpy(positions),
         torch.from_numpy(cu_seqlens.astype(np.int32)),
         targets,
+        source_runs=source_runs(sources, seq_length, pieces, labels != IGNORE),
     )
 
 

@@ -94,9 +94,14 @@ class Mixture:
             first = min(numbers)
             sources, places = self.order.draw(first, max(numbers) + 1 - first)
             return [
-                self.packers[int(sources[number - first])].sample(int(places[number - first]))
+                self._sample(int(sources[number - first]), int(places[number - first]))
                 for number in numbers
             ]
+
+    def _sample(self, source: int, place: int) -> Sample:
+        """Give a source's own sample `place`, with the source's number where there are several."""
+        sample = self.packers[source].sample(place)
+        return sample._replace(source=source) if len(self.packers) > 1 else sample
 
     def counts(self, samples: int) -> list[tuple[str, Packer, int]]:
         """Tell how many of the first `samples` each source gives: name, packer and number."""

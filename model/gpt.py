@@ -50,6 +50,11 @@ class Microbatch(Protocol):
     positions: torch.Tensor  # int64 [t], restarting per document
     cu_seqlens: torch.Tensor  # int32 [documents + 1] on the host, over all T tokens
 
+    @property
+    def source_runs(self) -> Sequence[tuple[int, int, int, int]]:
+        """List which source gave which tokens of the slice: begin, end, source, targets."""
+        ...
+
 
 class Layer(nn.Module):
     """One pre-norm transformer layer: a = x + attention(norm(x)), then a + mlp(norm(a))."""
@@ -153,12 +158,14 @@ class GPTStage(nn.Module):
         self.loss_scale: torch.Tensor | float = 1.0
         self.next_microbatch = 0
         self.scores: list[torch.Tensor] | None = None
+        self.source_losses: torch.Tensor | None = None
 
     def begin_step(
         self,
         microbatches: Sequence[Microbatch],
         num_targets: torch.Tensor | int,
         scores: list[torch.Tensor] | None = None,
+        source_losses: torch.Tensor | None = None,
     ) -> None:
         """Set what `forward` looks up: this rank's slices, and the targets of the global batch.
 
@@ -166,10 +173,13 @@ class GPTStage(nn.Module):
             num_targets: a number, or an int64 scalar on the device, which is not waited for.
             scores: the last stage appends, per microbatch, fp64 [3]: sum of its slice's target
                 losses in nats, its targets, and how many of those had the largest logit.
+            source_losses: fp64 [sources]; the last stage adds the sum of the target losses in nats
+                of its slice's tokens of each source, where there are no scores.
         """
         self.microbatches = microbatches
         self.next_microbatch = 0
         self.scores = scores
+        self.source_losses = source_losses
         if isinstance(num_targets, torch.Tensor):
             self.loss_scale = num_targets.clamp(min=1).double().reciprocal()
         else:
@@ -197,11 +207,31 @@ class GPTStage(nn.Module):
         inputs = *self.head_inputs(x_tD), microbatch.labels
         settings = LossSettings(self.layout.tp, self.vocab_size, self.memory.loss_tokens)
         if self.scores is None:
-            return fused_loss(*inputs, self.loss_scale, settings)
+            return self._loss(microbatch, *inputs, settings)
         loss, hits = score(*inputs, settings)
         targets = (microbatch.labels != IGNORED_LABEL).sum()
         self.scores.append(torch.stack([value.double() for value in (loss, targets, hits)]))
         return loss * self.loss_scale
+
+    def _loss(
+        self,
+        microbatch: Microbatch,
+        x_tD: torch.Tensor,
+        weight_vD: torch.Tensor,
+        labels_t: torch.Tensor,
+        settings: LossSettings,
+    ) -> torch.Tensor:
+        """Compute the scaled loss, and add up the losses of each source where that is asked for."""
+        losses_t = None
+        if self.source_losses is not None:
+            dtype = torch.promote_types(x_tD.dtype, torch.float32)
+            losses_t = torch.empty(labels_t.shape, dtype=dtype, device=labels_t.device)
+        loss = fused_loss(x_tD, weight_vD, labels_t, self.loss_scale, settings, losses_t)
+        if self.source_losses is not None and losses_t is not None:
+            # A sum for each run, in a fixed order: scattered adds of a GPU would come in any.
+            for begin, end, source, _ in microbatch.source_runs:
+                self.source_losses[source] += losses_t[begin:end].sum(dtype=torch.float64)
+        return loss
 
     def hidden(self, x: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
         """Run the embedding (first stage) and the layers -> [t, D] ([t / tp, D] by Megatron-SP)."""

@@ -38,12 +38,12 @@ class _FusedLoss(torch.autograd.Function):
     """Computes the gradients with the loss, and keeps them instead of the logits."""
 
     @staticmethod
-    def forward(ctx, x_tD, weight_vD, labels_t, scale, settings):
+    def forward(ctx, x_tD, weight_vD, labels_t, scale, settings, losses_t):
         # The chunks' parts of the weight's gradient are summed up in at least fp32.
         grad_x_tD = torch.empty_like(x_tD)
         grad_weight_vD = torch.zeros_like(weight_vD, dtype=_wide(x_tD))
         grads = (grad_x_tD, grad_weight_vD)
-        loss, _ = _by_chunks(x_tD, weight_vD, labels_t, settings, scale, grads)
+        loss, _ = _by_chunks(x_tD, weight_vD, labels_t, settings, scale, grads, losses_t)
         ctx.save_for_backward(grad_x_tD, grad_weight_vD.to(weight_vD.dtype))
         return loss.mul_(scale)
 
@@ -51,7 +51,7 @@ class _FusedLoss(torch.autograd.Function):
     def backward(ctx, *grads):
         (grad,) = grads
         # Not in place: a schedule that splits the backward comes twice.
-        return *(kept * grad for kept in ctx.saved_tensors), None, None, None
+        return *(kept * grad for kept in ctx.saved_tensors), None, None, None, None
 
 
 def fused_loss(
@@ -60,6 +60,7 @@ def fused_loss(
     labels_t: torch.Tensor,
     scale: torch.Tensor | float,
     settings: LossSettings,
+    losses_t: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return scale * the sum of the targets' cross entropies in nats.
 
@@ -71,10 +72,11 @@ def fused_loss(
         labels_t: IGNORED_LABEL where there is no target; without any, the result is 0, with
             gradients of 0.
         scale: a number, or a scalar on the device.
+        losses_t: is filled with each token's cross entropy, 0 without a target.
     """
     if torch.is_grad_enabled():
-        return _FusedLoss.apply(x_tD, weight_vD, labels_t, scale, settings)
-    return _by_chunks(x_tD, weight_vD, labels_t, settings)[0].mul_(scale)
+        return _FusedLoss.apply(x_tD, weight_vD, labels_t, scale, settings, losses_t)
+    return _by_chunks(x_tD, weight_vD, labels_t, settings, losses_t=losses_t)[0].mul_(scale)
 
 
 def score(
@@ -99,6 +101,7 @@ def _by_chunks(
     settings: LossSettings,
     scale: torch.Tensor | float = 1.0,
     grads: tuple[torch.Tensor, torch.Tensor] | None = None,
+    losses_t: torch.Tensor | None = None,
     *,
     count_hits: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,6 +110,7 @@ def _by_chunks(
     Args:
         grads: the scaled gradients of x, which are overwritten, and of the weight, which are added
             to.
+        losses_t: each token's loss, which is overwritten.
     """
     total = torch.zeros((), dtype=_wide(x_tD), device=x_tD.device)
     hits = torch.zeros((), dtype=torch.int64, device=x_tD.device)
@@ -120,6 +124,7 @@ def _by_chunks(
             settings,
             scale,
             grads and (grads[0][rows], grads[1]),
+            None if losses_t is None else losses_t[rows],
             count_hits=count_hits,
         )
         total += loss
@@ -134,10 +139,11 @@ def _one_chunk(
     settings: LossSettings,
     scale: torch.Tensor | float,
     grads: tuple[torch.Tensor, torch.Tensor] | None,
+    out_c: torch.Tensor | None,
     *,
     count_hits: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | int]:
-    """Return the sums of losses and hits of one chunk, and fill its gradients."""
+    """Return the sums of losses and hits of one chunk, and fill its gradients and its losses."""
     logits_cv = x_cD @ weight_vD.T
     if not compiled.is_fused(logits_cv):
         logits_cv = logits_cv.to(_wide(logits_cv))
@@ -153,7 +159,10 @@ def _one_chunk(
         grad_cv = softmax.gradient(has_target_c.to(softmax.sums_c.dtype).mul_(scale)).to(x_cD.dtype)
         torch.mm(grad_cv, weight_vD, out=grads[0])
         add_product(grads[1], grad_cv.T, x_cD)
-    return softmax.losses(labels_c).sum(), hits
+    losses_c = softmax.losses(labels_c)
+    if out_c is not None:
+        out_c.copy_(losses_c)
+    return losses_c.sum(), hits
 
 
 class _Softmax:

@@ -113,15 +113,23 @@ class Stepper:
         return float(loss), int(num_targets)
 
     def start(
-        self, microbatches: Sequence[CountedMicrobatch], *, train: bool
+        self,
+        microbatches: Sequence[CountedMicrobatch],
+        *,
+        train: bool,
+        source_losses: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Do what `run` does without waiting for the device.
+
+        Args:
+            source_losses: fp64 [sources]; ranks of the last stage add their slices' sums of target
+                losses, by source.
 
         Returns:
             Loss (fp64) and number of targets (int64), scalars on the device.
         """
         num_targets = count_targets(microbatches, self.layout)
-        share = self._forward(microbatches, num_targets, train=train)
+        share = self._forward(microbatches, num_targets, train=train, source_losses=source_losses)
         return self._global_loss(share), num_targets
 
     def score(self, microbatches: Sequence[CountedMicrobatch]) -> Scores:
@@ -149,6 +157,7 @@ class Stepper:
         *,
         train: bool,
         scores: list[torch.Tensor] | None = None,
+        source_losses: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """Run all microbatches through this rank's stages, and back.
 
@@ -156,7 +165,7 @@ class Stepper:
             The last stage's share of the loss; None on ranks without the last stage.
         """
         for stage in self.stages:
-            stage.begin_step(microbatches, num_targets, scores)
+            stage.begin_step(microbatches, num_targets, scores, source_losses)
         try:
             if self.layout.pp.size > 1:
                 self._check_stop()
@@ -292,6 +301,7 @@ def train_step(
     clip_grad: float,
     limits: Limits = NO_LIMITS,
     before_update: Callable[[], None] | None = None,
+    source_losses: torch.Tensor | None = None,
 ) -> StepResult:
     """Run forward, backward, reduction, clipping, and update with learning rate `lr`.
 
@@ -300,8 +310,11 @@ def train_step(
     Args:
         limits: of loss and gradient norm, beyond which nothing is updated.
         before_update: is called when nothing has written to the weights since the last update.
+        source_losses: see `Stepper.start`.
     """
-    values = queue_step(stepper, optimizer, microbatches, lr, clip_grad, limits, before_update)
+    values = queue_step(
+        stepper, optimizer, microbatches, lr, clip_grad, limits, before_update, source_losses
+    )
     # One transfer for all three: here the host waits.
     stepper.heartbeat.enter(WAITING_FOR_DEVICE)
     loss_value, norm_value, target_count = values.tolist()
@@ -318,6 +331,7 @@ def queue_step(
     clip_grad: float,
     limits: Limits = NO_LIMITS,
     before_update: Callable[[], None] | None = None,
+    source_losses: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Do what `train_step` does without waiting for the device.
 
@@ -326,7 +340,7 @@ def queue_step(
     """
     stages = stepper.stages
     layout = stepper.layout
-    loss, num_targets = stepper.start(microbatches, train=True)
+    loss, num_targets = stepper.start(microbatches, train=True, source_losses=source_losses)
     stepper.heartbeat.enter("reducing gradients")
     sum_tied_gradients(stages, layout)
     norm = global_grad_norm(stages, layout)
