@@ -122,6 +122,13 @@ class Feed:
             found[name] = loader, samples
         return found
 
+    @property
+    def shown_sources(self) -> list[str]:
+        """The sources whose losses are reported, by their numbers in the blend; empty if there is
+        one, which the loss is of, or too many."""
+        names = self.ledger.mixture().names
+        return names if 1 < len(names) <= SHOWN_SOURCES else []
+
     def tokens_by_source(self, clock: int) -> dict[str, int]:
         """Count the real tokens of each source that the model received before `clock`."""
         return self.ledger.tokens_by_source(clock)

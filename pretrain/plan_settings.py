@@ -20,6 +20,17 @@ from pretrain.schedule.learning_rate import LearningRate
 from pretrain.schedule.phases import Phase
 from pretrain.schedule.resolve import resolve_phases
 
+PACKAGES = {
+    "tensorboard_dir": ("tensorboard", "install it (requirements.txt has the version)"),
+    "wandb_project": ("wandb", "install it (requirements.txt has the version)"),
+    "trackio_project": ("trackio", "pip install trackio"),
+    "otlp_endpoint": (
+        "opentelemetry.exporter.otlp.proto.http",
+        "pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http",
+    ),
+}
+"""Setting -> the package that it needs, and how to get it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class SettledSettings:
@@ -73,16 +84,31 @@ def check_settings(
     # What takes the tokenizer's texts, and packages that may be missing.
     if not problems and with_tokenizer:
         problems += check_passkeys(config.logging, tokenizer)
-    if config.logging.tensorboard_dir and importlib.util.find_spec("tensorboard") is None:
-        problems.append(
-            f"tensorboard_dir = {config.logging.tensorboard_dir}: needs the package tensorboard. "
-            "Fix: install it (requirements.txt has the version), or leave the flag out."
-        )
+    problems += missing_packages(config)
     refuse_all(problems)
     assert learning_rate is not None and vocab_size is not None
     data = dataclasses.replace(config.data, vocab_size=vocab_size)
     config = dataclasses.replace(config, data=data)
     return SettledSettings(config, phases, learning_rate, tokenizer, vocab_size)
+
+
+def missing_packages(config: Config) -> list[str]:
+    """List the places for a run's numbers that were asked for and whose package is not here."""
+    problems = []
+    for name, (package, fix) in PACKAGES.items():
+        value = getattr(config.logging, name)
+        if value is not None and not _is_installed(package):
+            problems.append(
+                f"{name} = {value}: needs the package {package}. Fix: {fix}, or leave the flag out."
+            )
+    return problems
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # not even the package that it is part of
+        return False
 
 
 def refuse_all(problems: list[str]) -> None:

@@ -8,6 +8,7 @@ from pretrain.config.config_yaml import read_config_yaml
 from pretrain.config.effects import effect_warnings
 from pretrain.data_outlook import forecast_warnings, target_warnings
 from pretrain.evaluation.lengths import length_warnings as evaluation_warnings
+from pretrain.logs.wandb_sink import wandb_warnings
 from pretrain.plan import Plan
 from pretrain.planner.check_phases import length_warnings, rope_warnings
 
@@ -29,6 +30,7 @@ def warnings_about(plan: Plan) -> list[str]:
         *evaluation_warnings(config.logging, plan.phases),
         *_warnings_of_decay(plan),
         *_warnings_without_validation(plan),
+        *wandb_warnings(config),
     ]
 
 

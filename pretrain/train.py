@@ -64,7 +64,7 @@ from pretrain.processes.shared_facts import shared_by_all
 from pretrain.processes.shared_folder import require_shared_folder
 from pretrain.processes.start_facts import tell_launcher
 from pretrain.processes.stop import StopSignals, defer_together, let_signals_through
-from pretrain.schedule.phase_table import describe
+from pretrain.schedule.phase_table import describe, describe_place
 from pretrain.schedule.phases import Phase, phase_at
 from pretrain.state import build_state, compute_dtype
 from pretrain.training_loop import TrainingLoop
@@ -266,17 +266,28 @@ class Trainer:
         if self.world.rank != 0:
             return
         plan = self.plan
+        if plan.start.is_restart and plan.resumed and phase is not None and not plan.changes:
+            # The first start has printed the plan, which is the same.
+            resumed = plan.resumed
+            lines = [describe_place(plan.phases, phase, resumed.clock, resumed.step)]
+        else:
+            lines = self._plan_lines(phase)
+        print("\n".join(lines), flush=True)
+        for text in warnings_about(plan):
+            warn(text)
+        self.code = describe_code()
+        print(f"code: {self.code}", flush=True)
+
+    def _plan_lines(self, phase: Phase | None) -> list[str]:
+        """Return the plan as tables and lines."""
+        plan = self.plan
         lines = [describe(plan.phases, self.world.size), *plan.layout_lines, *plan.memory.lines]
         lines += plan.disk.lines
         if plan.changes:
             lines.append(describe_changes(plan.changes))
         if phase is not None:
             lines.append(describe_forecast(plan.forecast))
-        print("\n".join(lines), flush=True)
-        for text in warnings_about(plan):
-            warn(text)
-        self.code = describe_code()
-        print(f"code: {self.code}", flush=True)
+        return lines
 
     def _lock_save_folder(self) -> FolderLock | None:
         """Keep other runs out of --save; None without it. Collective."""

@@ -11,15 +11,15 @@ from parallel.shard import reshard
 from pretrain.batches import SHOWN_SOURCES, Feed
 from pretrain.checkpointing.save_schedule import SaveSchedule
 from pretrain.checkpointing.saver import Saver
-from pretrain.config.load import warn
 from pretrain.evaluation.evaluate import Evaluator, score_of
 from pretrain.guards.guards import Guards
 from pretrain.guards.rewinds import RewindAsked
 from pretrain.logs.measured import Measured, measure
 from pretrain.logs.metrics import Reporter
 from pretrain.logs.slow_ranks import SlowRanks
-from pretrain.logs.step_record import StepRecord, flops_utilization
-from pretrain.logs.tally import NOT_FINITE, StepTally
+from pretrain.logs.step_record import StepRecord, record_step
+from pretrain.logs.step_reports import StepReports
+from pretrain.logs.tally import NOT_FINITE, StepTally, refuse_endless_skips
 from pretrain.plan import Plan
 from pretrain.planner.model_size import ModelSize
 from pretrain.processes.agreement import Refused, known_to_all
@@ -63,7 +63,6 @@ class TrainingLoop:
         self.signals = signals
         self.heartbeat = heartbeat
         self.started = started
-        self.recovery = recovery or Recovery()
         self.evaluation_due = evaluation_due
         """The phase of an evaluation that a stop cut short or left out; the next start makes up for
         it."""
@@ -84,6 +83,7 @@ class TrainingLoop:
         self.saver = Saver(plan, layout, state, reporter, evaluation_due, self.guards.weights)
         self.save_schedule = SaveSchedule(plan.config.checkpoint)
         self.slow_ranks = SlowRanks(layout)
+        self.step_reports = StepReports(reporter, self.tally, recovery or Recovery(), plan.phases)
 
     def run(self, phase: Phase) -> str:
         """Run the phases that share this layout, saving after each -> the outcome."""
@@ -171,7 +171,7 @@ class TrainingLoop:
                 self._give_up_step(stepper)
                 return True
             is_stopped = measured.is_stopped
-            self._report_step(record)
+            self.step_reports.report(record)
             self.guards.report(phase)
             if self._should_evaluate(phase):
                 self.evaluation_due = phase.name
@@ -241,8 +241,17 @@ class TrainingLoop:
         batch_tokens = phase.batch_at(state.clock)
         clip_grad = self.config.optimizer.clip_grad
         limits = self.guards.before_step(phase, batch_tokens, stepper, microbatches)
+        shown_sources = self.feed.shown_sources
+        source_losses = self._source_losses(len(shown_sources))
         result = train_step(
-            stepper, state.optimizer, microbatches, lr, clip_grad, limits, self._before_update
+            stepper,
+            state.optimizer,
+            microbatches,
+            lr,
+            clip_grad,
+            limits,
+            self._before_update,
+            source_losses,
         )
         self.guards.after_step(result)
 
@@ -252,38 +261,41 @@ class TrainingLoop:
         self.tally.note(result)
         sources = self.feed.tokens_by_source(state.clock) if self.layout.world.is_first else {}
         state.real_tokens = sum(sources.values())
-        self._refuse_endless_skips(result.loss)
+        limit = self.config.optimizer.max_skipped_steps
+        refuse_endless_skips(state.skipped_in_a_row, limit, result.loss)
 
         # What only all ranks together know.
         waited = self.heartbeat.end_step()
         seconds = time.perf_counter() - began
-        measured = self._ask_all(microbatches, data_seconds, busy_seconds=seconds - waited)
-        flops = self.model_size.step_flops(batch_tokens, measured.causal_pairs)
-        record = StepRecord(
-            step=state.step,
-            tokens=state.clock,
-            real_tokens=state.real_tokens,
-            phase=phase.name,
-            seq_length=phase.seq_length,
-            global_batch_tokens=batch_tokens,
-            loss=result.loss,
-            grad_norm=result.grad_norm,
+        measured = self._ask_all(
+            microbatches, data_seconds, source_losses, busy_seconds=seconds - waited
+        )
+        record = record_step(
+            state,
+            phase,
+            result,
+            measured,
+            self.layout,
+            seconds=seconds,
+            flops=self.model_size.step_flops(batch_tokens, measured.causal_pairs),
             lr=lr,
-            num_targets=result.num_targets,
-            tokens_per_second=batch_tokens / seconds,
-            mfu=flops_utilization(flops, seconds, self.layout),
-            peak_memory_bytes=measured.peak_memory_bytes,
-            step_seconds=seconds,
-            data_seconds=measured.data_seconds,
-            skipped=result.skipped,
-            data_digest=measured.data_digest,
             sources=sources if len(sources) <= SHOWN_SOURCES else None,
+            source_names=shown_sources,
             spike=self.guards.spike is not None,
         )
         return record, measured
 
+    def _source_losses(self, count: int) -> torch.Tensor | None:
+        """Make what a step adds the losses of each source to; None where none are asked for."""
+        return torch.zeros(count, dtype=torch.float64, device=self.layout.device) if count else None
+
     def _ask_all(
-        self, microbatches: list[Batch], data_seconds: float, *, busy_seconds: float
+        self,
+        microbatches: list[Batch],
+        data_seconds: float,
+        source_losses: torch.Tensor | None,
+        *,
+        busy_seconds: float,
     ) -> Measured:
         """Exchange what this rank knows of the step; a save that failed anywhere ends the run."""
         measured = measure(
@@ -294,6 +306,7 @@ class TrainingLoop:
             data_seconds=data_seconds,
             busy_seconds=busy_seconds,
             has_failed_save=self.saver.has_failed,
+            source_losses=source_losses,
         )
         if measured.has_failed_save:
             self.heartbeat.enter_save("waiting for the save that failed")
@@ -311,15 +324,6 @@ class TrainingLoop:
         self.state.optimizer.zero_grad(set_to_none=True)
         reshard(stepper.stages)
 
-    def _refuse_endless_skips(self, loss: float) -> None:
-        count = self.state.skipped_in_a_row
-        if count > self.config.optimizer.max_skipped_steps:
-            raise RuntimeError(
-                f"{count} steps in a row were skipped, since loss or gradient were not finite or "
-                f"spikes; the last loss was {loss}. Lower the learning rate or look at the data of "
-                "these steps."
-            )
-
     def _wants_stop(self) -> bool:
         """Tell whether this rank wants to stop after the step that was just trained."""
         settings = self.config.checkpoint
@@ -328,27 +332,6 @@ class TrainingLoop:
         is_late = limit is not None and minutes >= limit
         is_last = _is_multiple(self.state.step, settings.exit_interval)
         return self.signals.asked or is_late or is_last
-
-    def _report_step(self, record: StepRecord) -> None:
-        if text := self.recovery.describe(record.step):
-            self.reporter.say(text)
-            self.report("recovered", text)
-        self.reporter.step(record, self.plan.phases[-1].end - self.state.clock)
-        if record.skipped:
-            self.report("skipped", f"loss {record.loss}, gradient norm {record.grad_norm}")
-        if record.num_targets == 0:
-            self._report_no_target()
-
-    def _report_no_target(self) -> None:
-        count = self.tally.of_process.steps - self.tally.of_process.with_targets
-        text = (
-            f"step {self.state.step:,}: no document of its batch gives a target; {count:,} such "
-            "steps since the start"
-        )
-        self.report("no target", text)
-        # On the console the first, second, fourth, eighth ... of them.
-        if self.layout.world.is_first and count & (count - 1) == 0:
-            warn(text)
 
     # ------------------------------------------------------------ evaluating, saving
 

@@ -62,6 +62,9 @@ ASKS_PASSKEYS = Condition(
 WANDB = Condition(
     lambda config: config.logging.wandb_project is not None, " without --wandb-project"
 )
+TRACKIO = Condition(
+    lambda config: config.logging.trackio_project is not None, " without --trackio-project"
+)
 SAVES = Condition(lambda config: config.checkpoint.save is not None, " without --save")
 REWINDS = Condition(
     lambda config: config.guards.spike_policy == "rewind", " without --spike-policy rewind"
@@ -121,6 +124,7 @@ CONDITIONS: dict[str, tuple[Condition, ...]] = {
     "wandb_exp_name": (WANDB,),
     "wandb_entity": (WANDB,),
     "wandb_save_dir": (WANDB,),
+    "trackio_name": (TRACKIO,),
     "save_interval": (SAVES,),
     "save_interval_in_mins": (SAVES,),
     "keep_last": (SAVES, DELETES),

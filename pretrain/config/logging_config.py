@@ -1,6 +1,7 @@
 """Settings of what is measured beside the training loss, and where it is written."""
 
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 from pretrain.config.facts import setting
 from pretrain.config.token_count import Tokens
@@ -46,13 +47,37 @@ class LoggingConfig:
     """wandb entity."""
     wandb_save_dir: str | None = setting(None, is_path=True)
     """Folder of wandb's files; by default inside --save."""
+    trackio_project: str | None = None
+    """Log to this trackio project (`pip install trackio`); trackio's own variables say where it
+    is."""
+    trackio_name: str | None = None
+    """Name of the trackio run, which a restart goes on with; by default that of the --save
+    folder."""
+    otlp_endpoint: str | None = None
+    """Send metrics to this OpenTelemetry collector by OTLP over HTTP, for example
+    http://collector:4318; OTEL_METRIC_EXPORT_INTERVAL has the milliseconds in between."""
 
     def validate(self) -> list[str]:
-        """List depths that are no places of a text, as `name = value: rule. Fix: ...`."""
+        """List what is no place of a text or no address, as `name = value: rule. Fix: ...`."""
+        problems = []
         depths = self.eval_passkey_depths
-        if depths and all(0 <= depth <= 1 for depth in depths):
-            return []
-        return [
-            f"eval_passkey_depths = {' '.join(map(str, depths))}: must be numbers from 0 to 1. "
-            "Fix: for example 0.1 0.5 0.9."
-        ]
+        if not depths or not all(0 <= depth <= 1 for depth in depths):
+            problems.append(
+                f"eval_passkey_depths = {' '.join(map(str, depths))}: must be numbers from 0 to 1. "
+                "Fix: for example 0.1 0.5 0.9."
+            )
+        if self.otlp_endpoint is not None and not _is_url(self.otlp_endpoint):
+            problems.append(
+                f"otlp_endpoint = {self.otlp_endpoint}: must be a URL with http:// or https:// and "
+                "a host. Fix: for example http://localhost:4318."
+            )
+        return problems
+
+
+def _is_url(text: str) -> bool:
+    """Tell whether the text is the address of a server that speaks HTTP."""
+    try:
+        url = urlsplit(text)
+        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:  # a port that is no number
+        return False

@@ -13,6 +13,10 @@ RECENT_STEPS = 9
 """Steps whose median rate is shown: one that waited for a network says nothing of the next ones."""
 
 
+SHOWN_SHARE = 0.05
+"""Part of a step that waits for other ranks or for data must take to be shown."""
+
+
 class RecentRate:
     """Keeps the tokens per second of a phase's last steps."""
 
@@ -30,11 +34,12 @@ class RecentRate:
         return statistics.median_high(self._rates)
 
 
-def console_line(record: StepRecord, rate: float, remaining_tokens: int) -> str:
+def console_line(record: StepRecord, rate: float, phase_seconds: float, run_seconds: float) -> str:
     """Describe a step in one readable line.
 
     Args:
         rate: tokens per second, of this step or of several.
+        phase_seconds, run_seconds: to the end of the phase and of the run.
     """
     # What a person looks at, from left to right: where, how well, how fast, how full.
     parts = [
@@ -49,9 +54,16 @@ def console_line(record: StepRecord, rate: float, remaining_tokens: int) -> str:
     ]
     if record.mfu is not None:
         parts.append(f"MFU {100 * record.mfu:.1f} %")
+    # Where the time goes besides computing, if that is much.
+    for share, what in ((record.communication_share, "waiting"), (record.data_share, "data")):
+        if share is not None and share >= SHOWN_SHARE:
+            parts.append(f"{what} {100 * share:.0f} %")
     if record.skipped:
         parts.append("SKIPPED: spike" if record.spike else "SKIPPED: gradient not finite")
-    return " | ".join(parts) + f" | ETA {_duration(remaining_tokens / rate)}"
+    parts.append(f"ETA {describe_duration(run_seconds)}")
+    # The last phase ends with the run.
+    of_phase = f" (phase {describe_duration(phase_seconds)})" if phase_seconds < run_seconds else ""
+    return " | ".join(parts) + of_phase
 
 
 def evaluation_line(record: dict[str, Any]) -> str:
@@ -109,7 +121,8 @@ def _short(number: float) -> str:
     return f"{number:.0f}"
 
 
-def _duration(seconds: float) -> str:
+def describe_duration(seconds: float) -> str:
+    """Write a time as hours and minutes, or as minutes and seconds."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

@@ -3,6 +3,7 @@
 import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,9 @@ from data.batch import Batch
 from data.digest import DIGEST_BITS
 from parallel.collectives import all_reduce
 from parallel.layout import Layout
+
+STATM = Path("/proc/self/statm")
+"""The kernel's count of this process's pages; the second number are those in memory."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,14 @@ class Measured:
     """Has the background write of a checkpoint failed on any rank?"""
     busy_seconds: list[float]
     """Seconds of the step in which a rank did not wait for others, in the order of the ranks."""
+    peak_reserved_bytes: int | None
+    """What the GPU's allocator held at most, on the rank with the most; None on a CPU."""
+    host_memory_bytes: int
+    """What the process has in the host's memory now, on the rank with the most."""
+    losses_by_source: list[float]
+    """Sum of the target losses in nats that each source's tokens had; empty where not asked for."""
+    targets_by_source: list[int]
+    """Targets that each source gave."""
 
 
 def measure(
@@ -44,8 +56,13 @@ def measure(
     data_seconds: float,
     has_failed_save: bool,
     busy_seconds: float,
+    source_losses: torch.Tensor | None = None,
 ) -> Measured:
-    """Sum up over all ranks; collective over the world."""
+    """Sum up over all ranks; collective over the world.
+
+    Args:
+        source_losses: this rank's (see `step.py: Stepper.start`); None = they are not asked for.
+    """
     lengths = [batch.cu_seqlens.diff().double() for batch in microbatches]
     own_pairs = sum(float((n * (n + 1) / 2).sum()) for n in lengths)
     own_digest = sum(batch.digest for batch in microbatches) % 2**DIGEST_BITS
@@ -57,6 +74,8 @@ def measure(
     # A rank's own time is a sum, too: the others add nothing at its place.
     busy = [0.0] * layout.world.size
     busy[layout.world.rank] = busy_seconds
+    num_sources = 0 if source_losses is None else len(source_losses)
+    targets = _targets_by_source(microbatches, num_sources)
     to_sum = [
         own_pairs if has_own_lengths else 0,
         own_digest if has_own_slice else 0,
@@ -64,12 +83,19 @@ def measure(
         wants_save,
         has_failed_save,
         *busy,
+        *(targets if has_own_slice else [0] * num_sources),
     ]
-    to_compare = [peak_memory(layout), data_seconds]
+    to_compare = [peak_memory(layout), data_seconds, _reserved_memory(layout) or 0, host_memory()]
     sums = torch.tensor(to_sum, dtype=torch.float64, device=layout.device)
+    if source_losses is not None:
+        # Those of the last stage are the same on its tp ranks. The host does not look at them here.
+        counted = source_losses if layout.tp.is_first else torch.zeros_like(source_losses)
+        sums = torch.cat([sums, counted])
     highest = torch.tensor(to_compare, dtype=torch.float64, device=layout.device)
-    pairs, digest, stops, saves, failed_saves, *busy = all_reduce(sums, layout.world).tolist()
-    memory, slowest = all_reduce(highest, layout.world, dist.ReduceOp.MAX).tolist()
+    pairs, digest, stops, saves, failed_saves, *rest = all_reduce(sums, layout.world).tolist()
+    memory, slowest, reserved, host = all_reduce(highest, layout.world, dist.ReduceOp.MAX).tolist()
+    busy = rest[: layout.world.size]
+    by_source = rest[layout.world.size :]
 
     # A sum of digests does not depend on the order in which the slices were read.
     text = f"{int(digest) % 2**DIGEST_BITS:010x}"
@@ -82,7 +108,21 @@ def measure(
         data_seconds=slowest,
         has_failed_save=failed_saves > 0,
         busy_seconds=busy,
+        peak_reserved_bytes=None if _reserved_memory(layout) is None else int(reserved),
+        host_memory_bytes=int(host),
+        losses_by_source=by_source[num_sources:],
+        targets_by_source=[int(count) for count in by_source[:num_sources]],
     )
+
+
+def _targets_by_source(microbatches: Sequence[Batch], num_sources: int) -> list[int]:
+    """Count the targets of this rank's slices by the source that gave them."""
+    counts = [0] * num_sources
+    if num_sources:
+        for batch in microbatches:
+            for run in batch.source_runs:
+                counts[run.source] += run.num_targets
+    return counts
 
 
 def peak_memory(layout: Layout) -> int:
@@ -90,3 +130,16 @@ def peak_memory(layout: Layout) -> int:
     if layout.device.type == "cuda":
         return torch.cuda.max_memory_allocated(layout.device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _reserved_memory(layout: Layout) -> int | None:
+    """Return the most bytes so far that the GPU's allocator held; None on a CPU."""
+    if layout.device.type != "cuda":
+        return None
+    return torch.cuda.max_memory_reserved(layout.device)
+
+
+def host_memory() -> int:
+    """Return the bytes that this process has in the host's memory now."""
+    pages = int(STATM.read_text().split()[1])
+    return pages * resource.getpagesize()

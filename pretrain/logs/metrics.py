@@ -6,15 +6,18 @@ removed first. events.jsonl keeps everything that happened, in the order of the 
 
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from data.files import write_atomically
 from pretrain.config.config import Config
-from pretrain.logs.lines import RecentRate, console_line, evaluation_line, evaluation_values
-from pretrain.logs.sinks import Sink, open_sinks
+from pretrain.logs.console import Console, Outlook
+from pretrain.logs.lines import evaluation_line, evaluation_values
+from pretrain.logs.sinks import SafeSink, Told, open_sinks
 from pretrain.logs.step_record import StepRecord
+from pretrain.logs.wandb_sink import read_run_id, write_run_id
 
 EVALUATION_KEY = ("kind", "step", "phase", "set", "seq_length", "cut", "depth")
 """Fields of a line of validation.jsonl that say what was measured; the others are results."""
@@ -26,11 +29,17 @@ class JsonLines:
     def __init__(self, path: Path):
         self.path = path
 
-    def rewind(self, last_step: float) -> None:
-        """Drop the lines of later steps, and a last line that a kill cut short."""
+    def rewind(self, last_step: float) -> int:
+        """Drop the lines of later steps, and a last line that a kill cut short.
+
+        Returns:
+            The last step that there was; 0 without any.
+        """
+        found = self.read()
         if self.path.exists():
-            kept = [line for line in self.read() if line["step"] <= last_step]
+            kept = [line for line in found if line["step"] <= last_step]
             write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        return max((line["step"] for line in found), default=0)
 
     def read(self) -> list[dict[str, Any]]:
         """Read the whole lines; none where there is no file yet."""
@@ -72,8 +81,8 @@ class Reporter:
         self, config: Config, last_step: int, wandb_run_id: str | None, *, is_writer: bool
     ):
         self.is_writer = is_writer
-        self.recent_rate = RecentRate()
-        self.interval = config.logging.log_interval
+        is_terminal = is_writer and sys.stdout.isatty()
+        self.console = Console(config.logging.log_interval, is_terminal=is_terminal)
         self.has_lengths = bool(config.logging.eval_seq_lengths)
         self.metrics: JsonLines | None = None
         self.validation: JsonLines | None = None
@@ -81,34 +90,41 @@ class Reporter:
         self.events: JsonLines | None = None
         self.evaluated: set[tuple] = set()
         """What validation.jsonl has already."""
-        self.sinks: list[Sink] = []
+        self.sinks: list[SafeSink] = []
         self.wandb_run_id = wandb_run_id
         if not is_writer:
             return
+        told = Told(last_step, last_step)
         if config.checkpoint.save:
-            self._open(Path(config.checkpoint.save), last_step)
-        self.sinks, self.wandb_run_id = open_sinks(config, last_step, wandb_run_id)
+            told = self._open(Path(config.checkpoint.save), last_step)
+            # A run that was killed before its first checkpoint has no other note of it.
+            wandb_run_id = wandb_run_id or read_run_id(config.checkpoint.save)
+        self.sinks, self.wandb_run_id = open_sinks(config, told, wandb_run_id)
+        if config.checkpoint.save and self.wandb_run_id:
+            write_run_id(config.checkpoint.save, self.wandb_run_id)
 
-    def _open(self, folder: Path, last_step: int) -> None:
-        """Open the files in the --save folder, as they were at `last_step`."""
+    def _open(self, folder: Path, last_step: int) -> Told:
+        """Open the files in the --save folder, as they were at `last_step`.
+
+        Returns:
+            What an earlier start has told the sinks.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self.metrics = JsonLines(folder / "metrics.jsonl")
         self.validation = JsonLines(folder / "validation.jsonl")
         self.ledger = JsonLines(folder / "ledger.jsonl")
         self.events = JsonLines(folder / "events.jsonl")
         # Steps after the checkpoint are done again, and write their lines again.
-        for lines in (self.metrics, self.validation, self.ledger):
+        told_until = self.metrics.rewind(last_step)
+        for lines in (self.validation, self.ledger):
             lines.rewind(last_step)
         # What happened is never dropped; only a line that was cut short goes.
         self.events.rewind(math.inf)
         self.evaluated = {evaluation_key(line) for line in self.validation.read()}
+        return Told(last_step, told_until)
 
-    def step(self, record: StepRecord, remaining_tokens: int) -> None:
-        """Write one optimizer step.
-
-        Args:
-            remaining_tokens: to the end of the run, for the time that is left.
-        """
+    def step(self, record: StepRecord, outlook: Outlook) -> None:
+        """Write one optimizer step."""
         if not self.is_writer:
             return
         line = record.to_json()
@@ -120,11 +136,14 @@ class Reporter:
             for name, value in line.items()
             if value is not None and not isinstance(value, dict)
         }
-        by_source = {f"sources/{name}": tokens for name, tokens in (record.sources or {}).items()}
+        by_source = {
+            f"{key}/{name}": value
+            for key in ("sources", "source_losses")
+            for name, value in (line[key] or {}).items()
+            if value is not None
+        }
         self._log(values | by_source, record.step)
-        rate = self.recent_rate.after(record)
-        if record.step % self.interval == 0:
-            print(console_line(record, rate, remaining_tokens), flush=True)
+        self.console.step(record, outlook)
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """Write one result of evaluation/evaluate.py: a line of validation.jsonl.
@@ -142,7 +161,7 @@ class Reporter:
                 self.validation.append(record)
             values = evaluation_values(record, has_lengths=self.has_lengths)
             self._log(values, record["step"])
-        print(evaluation_line(record), flush=True)
+        self.console.say(evaluation_line(record))
 
     def event(self, kind: str, step: int, clock: int, text: str) -> None:
         """Write something that happened to the run, with the time of day; it is never removed.
@@ -163,9 +182,11 @@ class Reporter:
     def say(self, text: str) -> None:
         """Print a line."""
         if self.is_writer:
-            print(text, flush=True)
+            self.console.say(text)
 
     def close(self) -> None:
+        """Close the bar, and what sends the numbers elsewhere."""
+        self.console.close()
         for sink in self.sinks:
             sink.close()
 

@@ -1,116 +1,117 @@
-"""Where a run's numbers also go: Weights & Biases and TensorBoard.
+"""Where a run's numbers also go: wandb, TensorBoard, trackio, OpenTelemetry.
 
-Each is imported only when its flag is given.
+Each is imported only when its flag is given, and gets the same numbers under the same names, those
+of metrics.jsonl. None of them can end a run: what one does not take is counted and said.
 """
 
-import os
-import socket
-from typing import Any, Literal, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from pretrain.config.config import Config
-from pretrain.config.flat import to_flat
 from pretrain.config.load import warn
+from pretrain.logs.otlp_sink import Otlp
+from pretrain.logs.tensorboard_sink import TensorBoard
+from pretrain.logs.trackio_sink import Trackio
+from pretrain.logs.wandb_sink import Wandb
 
-HTTPS_PORT = 443
-REACHABLE_SECONDS = 5
+Values = dict[str, float | str | bool]
+"""Numbers by the names of their curves."""
 
 
 class Sink(Protocol):
     """A place outside of the run's own files where its numbers go."""
 
-    def log(self, values: dict[str, float | str | bool], step: int) -> None:
+    def log(self, values: Values, step: int) -> None:
         """Take the numbers of one step, by the names of their curves."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Hand on what was taken."""
+        ...
+
+
+S = TypeVar("S", bound=Sink)
+
+
+@dataclass(frozen=True)
+class Told:
+    """How far a run is, for sinks that keep what an earlier start of it told them."""
+
+    last_step: int
+    """Step of the checkpoint that the run starts from: later ones will be done again."""
+    until: int
+    """The last step that an earlier start has told; sinks that cannot go back have it already."""
+
+
+class SafeSink:
+    """A sink whose errors are warned of once, and counted, and never raised."""
+
+    def __init__(self, name: str, sink: Sink):
+        self.name = name
+        self.sink = sink
+        self.taken = 0
+        self.lost = 0
+
+    def log(self, values: Values, step: int) -> None:
+        try:
+            self.sink.log(values, step)
+            self.taken += 1
+        except Exception as error:
+            if not self.lost:
+                warn(
+                    f"{self.name}: does not take step {step:,} ({_shown(error)}); the run goes on, "
+                    "and metrics.jsonl has all numbers"
+                )
+            self.lost += 1
+
+    def close(self) -> None:
+        try:
+            self.sink.close()
+        except Exception as error:
+            warn(f"{self.name}: may lack its last numbers ({_shown(error)})")
+        if self.lost:
+            total = self.lost + self.taken
+            warn(f"{self.name}: did not take {self.lost:,} of {total:,} records")
 
 
 def open_sinks(
-    config: Config, last_step: int, wandb_run_id: str | None
-) -> tuple[list[Sink], str | None]:
+    config: Config, told: Told, wandb_run_id: str | None
+) -> tuple[list[SafeSink], str | None]:
     """Open what the flags ask for.
 
     Args:
-        last_step: step of the checkpoint that the run starts from: later ones will be done again.
+        wandb_run_id: of the wandb run that goes on; None = a new one.
 
     Returns:
         The sinks, and the id of the wandb run for the next start.
     """
-    sinks: list[Sink] = []
-    if config.logging.wandb_project:
-        wandb_sink = Wandb(config, wandb_run_id)
-        sinks.append(wandb_sink)
-        wandb_run_id = wandb_sink.id
-    if config.logging.tensorboard_dir:
-        sinks.append(TensorBoard(config.logging.tensorboard_dir, last_step))
+    logging = config.logging
+    sinks: list[SafeSink] = []
+    if logging.wandb_project:
+        wandb_sink = _open(sinks, "wandb", lambda: Wandb(config, wandb_run_id, told.until))
+        if wandb_sink is not None:
+            wandb_run_id = wandb_sink.id
+    if folder := logging.tensorboard_dir:
+        _open(sinks, "TensorBoard", lambda: TensorBoard(folder, told.last_step))
+    if logging.trackio_project:
+        _open(sinks, "trackio", lambda: Trackio(config, told.until))
+    if endpoint := logging.otlp_endpoint:
+        _open(sinks, "OpenTelemetry", lambda: Otlp(endpoint))
     return sinks, wandb_run_id
 
 
-class TensorBoard:
-    """Numbers of each step under their names.
-
-    After a restart, steps that are done again are not shown twice.
-    """
-
-    def __init__(self, folder: str, last_step: int):
-        from torch.utils.tensorboard import SummaryWriter
-
-        # TensorBoard drops what earlier files say of purge_step and later ones.
-        self.writer = SummaryWriter(folder, purge_step=last_step + 1)
-
-    def log(self, values: dict[str, float | str | bool], step: int) -> None:
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self.writer.add_scalar(name, value, step)
-        # A killed run does not come back to write what it had before its last checkpoint.
-        self.writer.flush()
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-class Wandb:
-    """The wandb run, started or continued.
-
-    Offline where its server cannot be reached or no key is known.
-    """
-
-    def __init__(self, config: Config, run_id: str | None):
-        import wandb
-
-        # None leaves the mode to WANDB_MODE and to wandb's own default, online.
-        mode: Literal["offline"] | None = None
-        if "WANDB_MODE" not in os.environ and not _is_reachable(wandb):
-            warn("wandb: no key or no network; logging offline, `wandb sync` uploads it later")
-            mode = "offline"
-        logging = config.logging
-        # With the id of the checkpoint's run it goes on, without one it begins.
-        self.run = wandb.init(
-            project=logging.wandb_project,
-            name=logging.wandb_exp_name,
-            entity=logging.wandb_entity,
-            dir=logging.wandb_save_dir or config.checkpoint.save,
-            id=run_id,
-            resume="allow",
-            mode=mode,
-            config=to_flat(config),
-        )
-        self.id: str = self.run.id
-
-    def log(self, values: dict[str, float | str | bool], step: int) -> None:
-        self.run.log(values, step=step)
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-def _is_reachable(wandb: Any) -> bool:
-    """Tell whether there is a key and the server answers."""
-    if not wandb.api.api_key:
-        return False
-    host = wandb.Settings().base_url.split("//")[-1].split("/")[0].split(":")[0]
+def _open(sinks: list[SafeSink], name: str, make: Callable[[], S]) -> S | None:
+    """Open a sink and add it; None with a warning where it cannot be opened."""
     try:
-        socket.create_connection((host, HTTPS_PORT), timeout=REACHABLE_SECONDS).close()
-    except OSError:
-        return False
-    return True
+        sink = make()
+    except Exception as error:
+        warn(f"{name}: cannot be opened ({_shown(error)}); the run goes on without it")
+        return None
+    sinks.append(SafeSink(name, sink))
+    return sink
+
+
+def _shown(error: Exception) -> str:
+    """Describe an error in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -107,3 +107,13 @@ class StepTally:
         if not parts:
             return ""
         return f"; of {counts.steps:,} steps since the start {' and '.join(parts)}"
+
+
+def refuse_endless_skips(count: int, limit: int, last_loss: float) -> None:
+    """Raise RuntimeError where more than `limit` steps in a row were skipped."""
+    if count > limit:
+        raise RuntimeError(
+            f"{count} steps in a row were skipped, since loss or gradient were not finite or "
+            f"spikes; the last loss was {last_loss}. Lower the learning rate or look at the data "
+            "of these steps."
+        )

@@ -45,6 +45,23 @@ def describe(phases: list[Phase], world_size: int) -> str:
     return "\n".join(lines)
 
 
+def describe_place(phases: list[Phase], phase: Phase, clock: int, step: int) -> str:
+    """Say in one line where a run goes on, in place of the table that its first start printed."""
+    left = sum(_steps_left(later, clock) for later in phases)
+    return (
+        f"phase {phase.name} ({phase.index + 1} of {len(phases)}), step {step:,} of "
+        f"{step + left:,}, {clock:,} of {phases[-1].end:,} tokens"
+    )
+
+
+def _steps_left(phase: Phase, clock: int) -> int:
+    """Count the steps of a phase that begin at `clock` or later."""
+    left = 0
+    for start, end, batch in phase.stretches:
+        left += max(0, end - max(start, clock)) // batch
+    return left
+
+
 def _phase_lines(phase: Phase, world_size: int) -> list[str]:
     """Write a phase's row, and below it its batches where there are several."""
     layout = phase.layout

@@ -67,6 +67,7 @@ CASES = {
     "--eval-passkey-trials 3": ("without --eval-passkey-lengths", "--eval-passkey-lengths 64"),
     "--wandb-exp-name x": ("without --wandb-project", "--wandb-project y"),
     "--wandb-entity x": ("without --wandb-project", "--wandb-project y"),
+    "--trackio-name n": ("without --trackio-project", "--trackio-project p"),
     "--wandb-save-dir x": ("without --wandb-project", "--wandb-project y"),
     "--save-interval 5": ("without --save", "--save folder"),
     "--save-interval-in-mins 5": ("without --save", "--save folder"),
