@@ -85,11 +85,23 @@ def check_settings(
     if not problems and with_tokenizer:
         problems += check_passkeys(config.logging, tokenizer)
     problems += missing_packages(config)
+    problems += ranks_that_are_none(config, world_size)
     refuse_all(problems)
     assert learning_rate is not None and vocab_size is not None
     data = dataclasses.replace(config.data, vocab_size=vocab_size)
     config = dataclasses.replace(config, data=data)
     return SettledSettings(config, phases, learning_rate, tokenizer, vocab_size)
+
+
+def ranks_that_are_none(config: Config, world_size: int) -> list[str]:
+    """List ranks that are to be profiled and that the run does not have."""
+    beyond = [rank for rank in config.logging.profile_ranks if rank >= world_size]
+    if not beyond or not (config.logging.profile or config.logging.record_memory_history):
+        return []
+    return [
+        f"profile_ranks = {' '.join(map(str, beyond))}: must be ranks of the run, 0 to "
+        f"{world_size - 1}. Fix: --profile-ranks 0."
+    ]
 
 
 def missing_packages(config: Config) -> list[str]:

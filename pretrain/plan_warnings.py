@@ -39,11 +39,16 @@ def _warnings_on_cpu(plan: Plan) -> list[str]:
     if not plan.machine.device.hardware.is_cpu:
         return []
     found = ["optimizer_cpu_offload = True"] if plan.config.optimizer.optimizer_cpu_offload else []
+    history = []
+    if plan.config.logging.record_memory_history:
+        history.append(
+            "record_memory_history = True: has no effect on a CPU, whose memory torch does not keep"
+        )
     for phase in plan.phases:
         if phase.memory.cpu_offloading_num_layers:
             layers = phase.memory.cpu_offloading_num_layers
             found.append(f"phase {phase.name!r}: cpu_offloading_num_layers = {layers}")
-    return [
+    return history + [
         f"{text}: changes nothing on a CPU, where all tensors are in the host's memory"
         for text in found
     ]

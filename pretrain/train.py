@@ -41,6 +41,7 @@ from pretrain.config.flags import spell
 from pretrain.config.load import load_config, warn
 from pretrain.data_outlook import describe_forecast
 from pretrain.logs.metrics import Reporter
+from pretrain.logs.profiler import begin_memory_history, print_line, write_memory_snapshot
 from pretrain.logs.run_facts import PhaseFacts, RunFacts, describe_cpu
 from pretrain.logs.tally import StepTally
 from pretrain.plan import Plan, make_plan
@@ -225,10 +226,21 @@ class Trainer:
             raise
         finally:
             gc.unfreeze()
+            self.loop.profiler.close()
+            self._write_memory_history()
             self.loop.saver.close(finish=False)
             self.loop.reporter.close()
             if lock is not None:
                 lock.release()
+
+    def _write_memory_history(self) -> None:
+        """Write who allocated memory on this rank's GPU, where that was asked for."""
+        path = write_memory_snapshot(self.config, self.world.rank, is_out_of_memory=False)
+        if path is not None:
+            print_line(
+                f"memory history: rank {self.world.rank}: {path} (open it at "
+                "pytorch.org/memory_viz)"
+            )
 
     def _require_success(self) -> None:
         """Raise Refused where there is nothing left to train and the last phase came to nothing."""
@@ -314,6 +326,7 @@ class Trainer:
         plan = self.plan
         config = self.config
         dtype = compute_dtype(config.optimizer)
+        begin_memory_history(config, self.layout)
         with out_of_memory_explained(phase, plan, self.world.rank, self.world.size):
             attend, attention = attention_of_run(config, plan.phases, phase, self.layout, dtype)
             is_emulated = config.optimizer.bf16 and not has_bf16_units(self.layout.device)

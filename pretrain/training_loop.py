@@ -16,6 +16,7 @@ from pretrain.guards.guards import Guards
 from pretrain.guards.rewinds import RewindAsked
 from pretrain.logs.measured import Measured, measure
 from pretrain.logs.metrics import Reporter
+from pretrain.logs.profiler import StepProfiler, print_line
 from pretrain.logs.slow_ranks import SlowRanks
 from pretrain.logs.step_record import StepRecord, record_step
 from pretrain.logs.step_reports import StepReports
@@ -83,6 +84,7 @@ class TrainingLoop:
         self.saver = Saver(plan, layout, state, reporter, evaluation_due, self.guards.weights)
         self.save_schedule = SaveSchedule(plan.config.checkpoint)
         self.slow_ranks = SlowRanks(layout)
+        self.profiler = StepProfiler(self.config, layout, heartbeat, say=print_line)
         self.step_reports = StepReports(reporter, self.tally, recovery or Recovery(), plan.phases)
 
     def run(self, phase: Phase) -> str:
@@ -165,11 +167,13 @@ class TrainingLoop:
             return True
 
         while state.clock < phase.end:
+            self.profiler.begin_step(state.step + 1)
             try:
                 record, measured = self._step(stepper, phase)
             except Interrupted:
                 self._give_up_step(stepper)
                 return True
+            self.profiler.end_step(state.step)
             is_stopped = measured.is_stopped
             self.step_reports.report(record)
             self.guards.report(phase)

@@ -62,6 +62,7 @@ class Config:
         problems += self._unused_rope_parameters()
         problems += self._passkeys_without_text()
         problems += self._rewinds_without_save()
+        problems += self._profile_without_folder()
         return problems + self._contradicting_offload()
 
     @property
@@ -103,6 +104,20 @@ class Config:
         return [
             "spike_policy = rewind: goes back to a checkpoint of --save, which is not given. Fix: "
             "give --save, or --spike-policy skip."
+        ]
+
+    def _profile_without_folder(self) -> list[str]:
+        """List a profile or a memory history that has no place to be written to."""
+        logging = self.logging
+        if logging.profile_dir or self.checkpoint.save:
+            return []
+        asked = ["profile"] if logging.profile else []
+        if logging.record_memory_history and not logging.memory_snapshot_path:
+            asked.append("record_memory_history")
+        return [
+            f"{name} = True: is written inside --save, which is not given. Fix: --profile-dir DIR, "
+            "or --save."
+            for name in asked
         ]
 
     def _unused_rope_parameters(self) -> list[str]:

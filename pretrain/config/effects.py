@@ -62,6 +62,14 @@ ASKS_PASSKEYS = Condition(
 WANDB = Condition(
     lambda config: config.logging.wandb_project is not None, " without --wandb-project"
 )
+PROFILES = Condition(lambda config: config.logging.profile, " without --profile")
+RECORDS_MEMORY = Condition(
+    lambda config: config.logging.record_memory_history, " without --record-memory-history"
+)
+WRITES_PROFILE = Condition(
+    lambda config: config.logging.profile or config.logging.record_memory_history,
+    " without --profile or --record-memory-history",
+)
 TRACKIO = Condition(
     lambda config: config.logging.trackio_project is not None, " without --trackio-project"
 )
@@ -125,6 +133,11 @@ CONDITIONS: dict[str, tuple[Condition, ...]] = {
     "wandb_entity": (WANDB,),
     "wandb_save_dir": (WANDB,),
     "trackio_name": (TRACKIO,),
+    "profile_step_start": (PROFILES,),
+    "profile_step_end": (PROFILES,),
+    "profile_ranks": (WRITES_PROFILE,),
+    "profile_dir": (WRITES_PROFILE,),
+    "memory_snapshot_path": (RECORDS_MEMORY,),
     "save_interval": (SAVES,),
     "save_interval_in_mins": (SAVES,),
     "keep_last": (SAVES, DELETES),

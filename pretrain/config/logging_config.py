@@ -57,6 +57,25 @@ class LoggingConfig:
     """Send metrics to this OpenTelemetry collector by OTLP over HTTP, for example
     http://collector:4318; OTEL_METRIC_EXPORT_INTERVAL has the milliseconds in between."""
 
+    profile: bool = False
+    """Record steps with torch's profiler: a trace per rank, for ui.perfetto.dev. It changes no
+    number of the run."""
+    profile_step_start: int = setting(10, at_least=0)
+    """Steps before those that --profile records."""
+    profile_step_end: int = setting(12, above=0)
+    """The last step that --profile records."""
+    profile_ranks: list[int] = field(default_factory=lambda: [0], metadata=dict(at_least=0))
+    """Global ranks that --profile records, and whose memory history is written at the
+    end."""
+    profile_dir: str | None = setting(None, is_path=True)
+    """Folder of traces and memory snapshots; by default `profile` inside --save."""
+    record_memory_history: bool = False
+    """Keep who allocates and frees memory on each GPU, and write it at the end and when it runs
+    out, for pytorch.org/memory_viz."""
+    memory_snapshot_path: str | None = setting(None, is_path=True)
+    """File of the memory history, `-rankN` added to its name; by default memory.pickle in the
+    folder of --profile-dir."""
+
     def validate(self) -> list[str]:
         """List what is no place of a text or no address, as `name = value: rule. Fix: ...`."""
         problems = []
@@ -70,6 +89,11 @@ class LoggingConfig:
             problems.append(
                 f"otlp_endpoint = {self.otlp_endpoint}: must be a URL with http:// or https:// and "
                 "a host. Fix: for example http://localhost:4318."
+            )
+        if self.profile and self.profile_step_end <= self.profile_step_start:
+            problems.append(
+                f"profile_step_end = {self.profile_step_end}: must be above profile_step_start = "
+                f"{self.profile_step_start}. Fix: {self.profile_step_start + 2} records two steps."
             )
         return problems
 

@@ -7,6 +7,7 @@ life (reading an index, compiling, a save) is entered with more patience.
 import faulthandler
 import math
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
@@ -51,6 +52,8 @@ class Heartbeat:
         self._evaluated: set[str] = set()
         self._stacks: TextIO | None = None
         self._waited_before = 0
+        self.on_activity: Callable[[str], None] | None = None
+        """Hears of every activity as it begins."""
         if path is not None:
             # Written by the signal's handler in C, also while Python waits in a collective.
             self._stacks = open(path.with_suffix(".stacks"), "w", encoding="utf-8")  # noqa: SIM115
@@ -86,28 +89,33 @@ class Heartbeat:
 
     # ------------------------------------------------------------ what the rank does
 
+    def _enter(self, activity: str, *, patience: float, counts_gaps: bool) -> None:
+        self.record.enter(activity, patience=patience, counts_gaps=counts_gaps)
+        if self.on_activity is not None:
+            self.on_activity(activity)
+
     def enter_slow(self, activity: str) -> None:
         """Begin what may take long, and at a time of its own on each rank."""
-        self.record.enter(activity, patience=self._slow_seconds, counts_gaps=False)
+        self._enter(activity, patience=self._slow_seconds, counts_gaps=False)
 
     def enter_plan(self) -> None:
         """Begin to plan: the index of a large corpus takes as long as it takes.
 
         No other rank waits in a collective meanwhile.
         """
-        self.record.enter("making the plan", patience=math.inf, counts_gaps=False)
+        self._enter("making the plan", patience=math.inf, counts_gaps=False)
 
     def enter_save(self, activity: str) -> None:
         """Begin to save, or to wait for a save: as patient as the ranks that write it together."""
         seconds = max(self._slow_seconds, SHARE_OF_TIMEOUT * HOST_AXIS_TIMEOUT.total_seconds())
-        self.record.enter(activity, patience=seconds, counts_gaps=False)
+        self._enter(activity, patience=seconds, counts_gaps=False)
 
     def enter(self, activity: str) -> None:
         """Begin a part of a step."""
         # A phase's first step compiles; the second may, but its pace is typical otherwise.
         left = self._unusual_steps
         patience = self._slow_seconds if left else 0.0
-        self.record.enter(activity, patience=patience, counts_gaps=left < UNUSUAL_STEPS)
+        self._enter(activity, patience=patience, counts_gaps=left < UNUSUAL_STEPS)
 
     def enter_evaluation(self, phase: str) -> None:
         """Begin an evaluation; a phase's first one meets its shapes for the first time."""
@@ -117,7 +125,7 @@ class Heartbeat:
             longest = self.record.gaps.get(EVALUATING, 0) / 1e9
             patience = min(patience, EVALUATION_FACTOR * longest)
         self._evaluated.add(phase)
-        self.record.enter(EVALUATING, patience=patience, counts_gaps=False)
+        self._enter(EVALUATING, patience=patience, counts_gaps=False)
 
     def begin_phase(self) -> None:
         """Expect the pace of other shapes, and compilations."""

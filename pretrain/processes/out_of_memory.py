@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
+from pretrain.logs.profiler import write_memory_snapshot
 from pretrain.plan import Plan
 from pretrain.planner.machine import Machine
 from pretrain.planner.memory_check import describe_out_of_memory
@@ -28,4 +29,7 @@ def out_of_memory_explained(phase: Phase, plan: Plan, rank: int, world_size: int
             phase, rank, figures, plan.config, world_size, plan.vocab_size, machine
         )
         print(f"error: {text}", file=sys.stderr, flush=True)
+        path = write_memory_snapshot(plan.config, rank, is_out_of_memory=True)
+        if path is not None:
+            print(f"memory history: rank {rank}: {path}", file=sys.stderr, flush=True)
         raise

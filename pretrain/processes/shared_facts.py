@@ -25,6 +25,8 @@ MAY_DIFFER = {
     "tokenizer_model": "a path; the tokenizer itself is compared by its fingerprint",
     "tensorboard_dir": "written by rank 0 alone",
     "wandb_save_dir": "written by rank 0 alone",
+    "profile_dir": "written by each rank for itself",
+    "memory_snapshot_path": "written by each rank for itself",
 }
 """Setting -> why nodes may differ in it."""
 

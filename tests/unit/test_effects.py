@@ -67,6 +67,17 @@ CASES = {
     "--eval-passkey-trials 3": ("without --eval-passkey-lengths", "--eval-passkey-lengths 64"),
     "--wandb-exp-name x": ("without --wandb-project", "--wandb-project y"),
     "--wandb-entity x": ("without --wandb-project", "--wandb-project y"),
+    "--profile-step-start 5": ("without --profile", "--profile --profile-dir d"),
+    "--profile-step-end 15": ("without --profile", "--profile --profile-dir d"),
+    "--profile-ranks 0 1": (
+        "without --profile or --record-memory-history",
+        "--profile --profile-dir d",
+    ),
+    "--profile-dir d": ("without --profile or --record-memory-history", "--profile"),
+    "--memory-snapshot-path m": (
+        "without --record-memory-history",
+        "--record-memory-history",
+    ),
     "--trackio-name n": ("without --trackio-project", "--trackio-project p"),
     "--wandb-save-dir x": ("without --wandb-project", "--wandb-project y"),
     "--save-interval 5": ("without --save", "--save folder"),
