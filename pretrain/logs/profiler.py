@@ -5,6 +5,7 @@ Perfetto (ui.perfetto.dev) and chrome://tracing open.
 """
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,11 +100,11 @@ class StepProfiler:
         # The step before the first one warms up, where it is trained by this process.
         warmup = int(step < self.first)
         active = self.last - max(step, self.first) + 1
-        self._profile = profile(
-            activities=activities,
-            schedule=schedule(wait=0, warmup=warmup, active=active, repeat=1),
-            on_trace_ready=self._write,
-        )
+        with warnings.catch_warnings():
+            # Of a first step without one before it: nothing can be done about it.
+            warnings.filterwarnings("ignore", message=".*won't be using warmup.*")
+            steps = schedule(wait=0, warmup=warmup, active=active, repeat=1)
+        self._profile = profile(activities=activities, schedule=steps, on_trace_ready=self._write)
         self._profile.start()
         self.heartbeat.on_activity = self._enter
 
