@@ -3,7 +3,7 @@
 import os
 import socket
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import urlsplit
 
 from data.files import write_atomically
@@ -79,8 +79,7 @@ def _why_offline() -> str | None:
 
     if "WANDB_MODE" in os.environ:
         return None
-    api: Any = wandb.api
-    if not api.api_key:
+    if not wandb.login(prompt=False, verify=False):
         return "no key is known"
     url = urlsplit(wandb.Settings().base_url)
     port = url.port or PORTS[url.scheme]

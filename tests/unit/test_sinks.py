@@ -194,13 +194,13 @@ def test_wandb_offline_is_said_with_the_reason_the_host_and_the_fix(monkeypatch)
 
 def test_wandb_without_a_key_or_a_network_is_offline(monkeypatch):
     module = types.ModuleType("wandb")
-    module.api = types.SimpleNamespace(api_key=None)
+    module.login = lambda *, prompt, verify: False
     # Nothing listens on this port.
     module.Settings = lambda: types.SimpleNamespace(base_url="http://127.0.0.1:9")
     monkeypatch.setitem(sys.modules, "wandb", module)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     assert wandb_sink._why_offline() == "no key is known"
-    module.api.api_key = "key"
+    module.login = lambda *, prompt, verify: True
     assert wandb_sink._why_offline().startswith("127.0.0.1:9 cannot be reached")
     monkeypatch.setenv("WANDB_MODE", "online")
     assert wandb_sink._why_offline() is None, "who says the mode has decided"
