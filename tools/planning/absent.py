@@ -45,9 +45,12 @@ def without_absent_start(config: Config) -> tuple[Config, list[str]]:
         folder = getattr(settings, name)
         if folder is None or folder == settings.save or Path(folder).exists():
             continue
-        settings = replace(settings, **{name: None})
         if name == "load":
-            settings = replace(settings, finetune=False, no_load_optim=False, ckpt_step=None)
+            settings = replace(
+                settings, load=None, finetune=False, no_load_optim=False, ckpt_step=None
+            )
+        else:
+            settings = replace(settings, pretrained_checkpoint=None)
         lines.append(f"start: {folder} is not on this machine; planned from the first token")
     return replace(config, checkpoint=settings), lines
 
