@@ -13,13 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import torch.distributed as dist
-
 from launch import comparison
 from launch import story as stories
 from launch.comparison import Comparison
 from launch.failures import Failure, find_first, publish_errors, read_records
-from launch.meeting import Patience, launch_name, meet_as_node_0, meet_as_other
+from launch.meeting import REPORT_SECONDS, Patience, launch_name, meet_as_node_0, meet_as_other
 from launch.outcome import (
     UNSTARTED,
     NotMet,
@@ -46,6 +44,8 @@ FOLLOW_SECONDS = 2.0
 """The seconds in which processes that lose a peer may still say so before they are ended."""
 WORD_SECONDS = 5.0
 """The seconds in which another node may say what failed, or processes here find it themselves."""
+GATHER_SECONDS = 60.0
+"""The seconds in which a machine that trains alone is looked at; a driver may never answer."""
 PART_SECONDS = 10.0
 """The seconds that a node which is asked to stop looks for others that it has not met yet."""
 
@@ -166,31 +166,43 @@ class Launch:
         """
         settings = self.settings
         if self.watch is None:
-            if problems := self._gathered.result().problems:
-                raise ValueError("\n".join(problems))
+            self._look_at_own()
             return
+        patience = Patience(
+            settings.join_wait,
+            remedy="look at the output there, give it the same code",
+            first_report=REPORT_SECONDS,  # all nodes import torch for some seconds
+        )
+        compared = Comparison(
+            settings.node_rank, settings.nnodes, self.save, self._own_surroundings
+        )
         try:
-            compared = Comparison(
-                self.watch.require_store(),
-                settings.node_rank,
-                settings.nnodes,
-                self.save,
-                self._own_surroundings,
-            )
-            nodes = compared.wait(Patience(settings.join_wait), self._require_company)
+            nodes = compared.wait(self.watch.require_store, patience, self._require_company)
         except (ValueError, NotMet):
             self.watch.part()
             raise
-        except (dist.DistError, _Failed):
-            return  # a process here has failed, or another node is gone: what follows says it
+        except _Failed:
+            return  # what follows says it
         if nodes and settings.number == 1:
             meeting = f"{settings.master} port {settings.port}"
             comparison.show(nodes, settings.nproc_per_node, meeting, str(self.save or ""))
 
+    def _look_at_own(self) -> None:
+        """Raise ValueError where this node, which trains alone, cannot."""
+        limit = time.monotonic() + GATHER_SECONDS
+        while not self._gathered.done():
+            self._require_no_stop()
+            if time.monotonic() > limit:
+                say(f"warning: nvidia-smi does not answer within {GATHER_SECONDS:.0f} s")
+                return
+            time.sleep(POLL_SECONDS)
+        if problems := self._gathered.result().problems:
+            raise ValueError("\n".join(problems))
+
     def _own_surroundings(self) -> Surroundings | None:
         """Return what this node has gathered; None while it is not complete."""
         run = RunFacts.read(self.workers.facts)
-        if run is None and not self.workers.poll():
+        if not self._gathered.done() or (run is None and not self.workers.poll()):
             return None
         # A process that has ended says nothing of its run.
         return replace(self._gathered.result(), run=run or RunFacts())

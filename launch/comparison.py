@@ -7,7 +7,7 @@ leaves its verdict, which all read: they go on together, or say the same lines a
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -35,7 +35,6 @@ SHOWN_ADDRESSES = 4
 class Comparison:
     """One node's part in the comparison."""
 
-    store: dist.TCPStore
     node_rank: int
     nnodes: int
     save: Path | None
@@ -46,24 +45,44 @@ class Comparison:
     """The file that node 0 has left where it saves."""
     clock_ahead: float | None = None
     """Seconds that this node's clock is ahead of node 0's; None before it is known."""
+    store: dist.TCPStore = field(init=False)
+    """That of the meeting, on node 0."""
     _clock: bytes = b""
     _has_told: bool = False
 
-    def wait(self, patience: Patience, require_no_stop: Callable[[], None]) -> list[Surroundings]:
+    def wait(
+        self,
+        connection: Callable[[], dist.TCPStore],
+        patience: Patience,
+        require_company: Callable[[], None],
+    ) -> list[Surroundings]:
         """Tell and hear, until node 0 has judged -> all nodes on node 0, nothing on the others.
+
+        Args:
+            connection: gives the connection to node 0; another one where the last was lost.
+            require_company: raises where there is nothing left to compare.
 
         Raises:
             ValueError: the nodes do not fit together, a line for each reason.
             NotMet: a node did not tell in time.
-            dist.DistError: node 0 is gone.
         """
+        while True:
+            try:
+                self.store = connection()
+                return self._wait(patience, require_company)
+            except dist.DistError:
+                require_company()
+                patience.wait(lambda: "for the connection to node 0", POLL_SECONDS)
+
+    def _wait(self, patience: Patience, require_company: Callable[[], None]) -> list[Surroundings]:
+        """Do it through one connection; raise DistError where that is lost."""
         if self.node_rank == 0:
             self.mark = "" if self.save is None else leave_mark(self.save)
             self.store.set(MARK, self.mark)
         nodes: list[Surroundings] = []
         try:
             while not self.store.check([VERDICT]):
-                require_no_stop()
+                require_company()
                 self._tell()
                 if self.node_rank == 0:
                     nodes = self._judge()

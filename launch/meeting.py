@@ -36,6 +36,8 @@ from launch.tether import StopAsked
 
 REPORT_SECONDS = 10.0
 """The seconds between two lines of a node that waits."""
+SOON_SECONDS = 2.0
+"""The seconds before the first line of a node that waits for others to come."""
 SHOWN_NODES = 16
 """Most nodes that a line names."""
 POLL_SECONDS = 0.2
@@ -44,20 +46,37 @@ SUSPECT_SECONDS = 4.0
 """The seconds of silence after which a node that comes back takes its place to be free."""
 
 
+COME = (
+    "start the same command there with its NODE_RANK, look at MASTER_ADDR, MASTER_PORT and the "
+    "firewall"
+)
+"""What to do where a node does not come."""
+
+
 class Patience:
     """Waits for something, up to a limit in seconds, and says from time to time for what."""
 
-    def __init__(self, limit: float, asked: StopAsked | None = None):
+    def __init__(
+        self,
+        limit: float,
+        asked: StopAsked | None = None,
+        *,
+        remedy: str = COME,
+        first_report: float = SOON_SECONDS,
+    ):
         """Begin to wait.
 
         Args:
             limit: in seconds.
             asked: whether this node is asked to stop.
+            remedy: what to do where the limit has passed.
+            first_report: the seconds after which it is first said for what.
         """
         self.asked = asked
+        self.remedy = remedy
         self.started = time.monotonic()
         self.limit = limit
-        self.next_report = self.started + min(2.0, REPORT_SECONDS)  # the first one soon
+        self.next_report = self.started + min(first_report, REPORT_SECONDS)
 
     def wait(self, for_what: Callable[[], str], seconds: float = POLL_SECONDS) -> None:
         """Sleep for some seconds, and report if a report is due.
@@ -72,9 +91,8 @@ class Patience:
         waited = now - self.started
         if waited >= self.limit:
             raise NotMet(
-                f"waited {waited:.0f} s {for_what()}. Fix: start the same command "
-                "there with its NODE_RANK, look at MASTER_ADDR, MASTER_PORT and the firewall, or "
-                f"raise JOIN_WAIT = {self.limit:.0f}."
+                f"waited {waited:.0f} s {for_what()}. Fix: {self.remedy}, or raise JOIN_WAIT = "
+                f"{self.limit:.0f}."
             )
         if now >= self.next_report:
             say(f"waiting {for_what()} ({waited:.0f} s of {self.limit:.0f})")

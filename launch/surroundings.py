@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 SMI_SECONDS = 20.0
 """The seconds in which nvidia-smi answers, also on a machine of eight GPUs that has just booted."""
@@ -72,7 +73,7 @@ class Surroundings:
     """What they are, with their driver."""
     software: str
     free_bytes: int | None
-    """What is free where the run saves; None without --save."""
+    """What is free where the run saves; None without --save, or where it cannot be written."""
     run: RunFacts = field(default_factory=RunFacts)
     problems: list[str] = field(default_factory=list)
     """What is wrong with this node by itself."""
@@ -103,13 +104,16 @@ def gather(address: str, nproc_per_node: int, save: Path | None) -> Surroundings
     free = None
     if save is not None:
         folder = existing_part(save)
-        problems += [text for text in [folder_problem(save, folder)] if text is not None]
-        free = shutil.disk_usage(folder).free
+        problem = folder_problem(save, folder)
+        if problem is None:
+            free = shutil.disk_usage(folder).free
+        else:
+            problems.append(problem)
     return Surroundings(
         host=socket.gethostname(),
         address=address,
         gpus=gpus,
-        gpu_names=count_alike(names) or "none",
+        gpu_names=describe_gpus(gpus, names),
         software=software(),
         free_bytes=free,
         problems=problems,
@@ -117,7 +121,11 @@ def gather(address: str, nproc_per_node: int, save: Path | None) -> Surroundings
 
 
 def list_gpus() -> list[str]:
-    """Ask nvidia-smi for the name and the driver of each GPU that this process may see."""
+    """Ask nvidia-smi for the name and the driver of each GPU of this machine.
+
+    Returns:
+        None of them where CUDA_VISIBLE_DEVICES hides all, or there is no nvidia-smi.
+    """
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return []
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
@@ -128,6 +136,14 @@ def list_gpus() -> list[str]:
     except (OSError, subprocess.SubprocessError):
         return []
     return [line.replace(", ", ", driver ") for line in result.stdout.splitlines() if line]
+
+
+def describe_gpus(gpus: int, names: Sequence[str]) -> str:
+    """Name the GPUs that torch finds, of those that nvidia-smi lists."""
+    if not names:
+        return f"{gpus} that nvidia-smi does not list" if gpus else "none"
+    hidden = f"{gpus} of " if gpus < len(names) else ""
+    return hidden + count_alike(names)
 
 
 def count_alike(names: Sequence[str]) -> str:
@@ -153,7 +169,7 @@ def gpu_problems(gpus: int, names: Sequence[str], nproc_per_node: int) -> list[s
 def software() -> str:
     """Name the versions of what exchanges and computes numbers."""
     parts = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
-    if torch.version.cuda is not None or torch.version.hip is not None:
+    if dist.is_nccl_available():
         version = torch.cuda.nccl.version()
         parts.append("NCCL " + ".".join(map(str, version)))
     return ", ".join(parts)
@@ -161,8 +177,13 @@ def software() -> str:
 
 def existing_part(folder: Path) -> Path:
     """Find the nearest folder around `folder` that exists, or the file that is in the way."""
+    # What may not be looked at counts as absent here: Path.exists would raise.
+    return next(place for place in _with_parents(folder) if os.path.exists(place))
+
+
+def _with_parents(folder: Path) -> list[Path]:
     whole = folder.absolute()
-    return next(place for place in (whole, *whole.parents) if place.exists())
+    return [whole, *whole.parents]
 
 
 def folder_problem(save: Path, existing: Path) -> str | None:
@@ -194,7 +215,9 @@ def leave_mark(save: Path) -> str:
 
 def mark_problem(save: Path, mark: str) -> str | None:
     """Say that the folder in which this node saves is not node 0's."""
-    if not mark or (existing_part(save) / Path(mark).name).exists():
+    name = Path(mark).name
+    # The folder itself may have been made since node 0 left the mark beside its place.
+    if not mark or any(os.path.exists(place / name) for place in _with_parents(save)):
         return None
     return (
         f"save = {save}: must be one folder for all nodes; what node 0 wrote to "

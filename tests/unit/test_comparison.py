@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from launch import comparison, network
 from launch import store as stores
@@ -43,8 +44,12 @@ class Nodes:
         self.ends: dict[int, object] = {}
 
     def part(self, rank: int, found: Surroundings | None) -> Comparison:
+        return Comparison(rank, len(self.saves), self.saves[rank], lambda: found)
+
+    def connection(self, rank: int) -> dist.TCPStore:
         store = self.store if rank == 0 else connect(self.place)
-        return Comparison(store, rank, len(self.saves), self.saves[rank], lambda: found)
+        assert store is not None
+        return store
 
     def compare(self, found: list[Surroundings | None], limit: float = 20.0) -> dict[int, object]:
         """Let all compare -> what each returned or raised."""
@@ -52,7 +57,9 @@ class Nodes:
         def run(rank: int) -> None:
             try:
                 part = self.part(rank, found[rank])
-                self.ends[rank] = part.wait(Patience(limit), lambda: None)
+                self.ends[rank] = part.wait(
+                    lambda: self.connection(rank), Patience(limit), lambda: None
+                )
             except (ValueError, NotMet) as error:
                 self.ends[rank] = error
 
@@ -99,9 +106,30 @@ def test_a_node_that_does_not_tell_is_named(monkeypatch, capsys):
     assert "train.sh: waiting for NODE_RANK 1 to import torch" in capsys.readouterr().err
 
 
+def test_a_node_that_loses_its_connection_compares_by_the_next_one():
+    nodes = Nodes([None, None])
+    connections = [None, nodes.connection(1)]
+
+    def connection() -> dist.TCPStore:
+        found = connections.pop(0)
+        if found is None:
+            raise dist.DistNetworkError("no connection to node 0")
+        return found
+
+    part = nodes.part(1, node(1))
+    waits = (connection, Patience(20.0), lambda: None)
+    thread = threading.Thread(target=part.wait, args=waits)
+    thread.start()
+    first = nodes.part(0, node(0)).wait(lambda: nodes.store, Patience(20.0), lambda: None)
+    thread.join(20)
+    assert not thread.is_alive()
+    assert [found.host for found in first] == ["host0", "host1"]
+
+
 def test_a_clock_is_compared_with_node_0s_as_it_writes_it():
     nodes = Nodes([None, None])
     part = nodes.part(1, node(1))
+    part.store = nodes.connection(1)
     nodes.store.set(stores.MARK, "")
     nodes.store.set(stores.CLOCK, str(time.time() - 900))
     part._tell()

@@ -1,5 +1,6 @@
 """launch/surroundings.py: what keeps nodes from training together, and how it is said."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from launch.surroundings import (
     RunFacts,
     Surroundings,
     count_alike,
+    describe_gpus,
     existing_part,
     folder_problem,
     gpu_problems,
@@ -136,6 +138,21 @@ def test_equal_gpus_are_counted():
     assert count_alike(["H100", "H100", "A100"]) == "2 x H100; 1 x A100"
 
 
+@pytest.mark.parametrize(
+    "gpus, names, expected",
+    [
+        (0, [], "none"),
+        (2, ["H100", "H100"], "2 x H100"),
+        (1, ["H100", "H100"], "1 of 2 x H100"),
+        (7, ["H100"], "1 x H100"),
+        (8, [], "8 that nvidia-smi does not list"),
+    ],
+)
+def test_the_table_names_the_gpus_that_torch_finds(gpus, names, expected):
+    """CUDA_VISIBLE_DEVICES hides some; parts of one GPU count by themselves; others are AMD's."""
+    assert describe_gpus(gpus, names) == expected
+
+
 def test_nodes_are_named_in_ranges():
     hosts = [f"host{rank}" for rank in range(10)]
     assert name_nodes([3], hosts) == "node 3 (host3)"
@@ -159,6 +176,28 @@ def test_the_mark_of_node_0_is_found_in_the_same_folder_alone(tmp_path):
     assert Path(mark).parent == ours.parent
     assert mark_problem(ours, mark) is None
     assert f"save = {theirs}: must be one folder for all nodes" in str(mark_problem(theirs, mark))
+
+
+def test_the_mark_is_found_where_the_folder_is_made_after_it(tmp_path):
+    ours = tmp_path / "run"
+    mark = leave_mark(ours)
+    ours.mkdir()
+    assert mark_problem(ours, mark) is None
+
+
+def test_a_folder_that_may_not_be_entered_is_no_place_to_save_in(tmp_path):
+    save = tmp_path / "closed" / "run"
+    save.parent.mkdir(mode=0)
+    user = os.geteuid()
+    if user == 0:  # who may enter everything
+        os.seteuid(65534)
+    try:
+        folder = existing_part(save)
+        problem = folder_problem(save, folder)
+        assert "cannot be written (Permission denied)" in str(problem)
+        assert "must be one folder" in str(mark_problem(save, str(save.parent / "mark")))
+    finally:
+        os.seteuid(user)
 
 
 def test_a_file_in_the_way_is_no_folder_to_save_in(tmp_path):
