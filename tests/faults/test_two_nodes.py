@@ -77,7 +77,8 @@ def settings(folder: Path, corpus: str, **overrides) -> list[str]:
     )
 
 
-@pytest.mark.parametrize("late", [3, pytest.param(40, marks=pytest.mark.long)])
+@pytest.mark.long  # two starts of two nodes; test_nodes.py has them with a trainer without torch
+@pytest.mark.parametrize("late", [3, 40])
 def test_two_nodes_cross_from_one_layout_to_another_and_end(networks, tmp_path, late):
     corpus = write_corpus(tmp_path / "corpus", documents=60)
     config = tmp_path / "run.yaml"
