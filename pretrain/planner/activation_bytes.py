@@ -62,16 +62,19 @@ class LayerMemory:
         *,
         compute_bytes: int,
         on_gpu: bool,
+        with_kernels: bool = True,
     ):
         """
         Args:
             vocabulary_rows: v: rows of the embedding on this tp rank.
             on_gpu: with the GPU's kernels, whose norms make nothing wide.
+            with_kernels: count what a GPU's attention kernel takes beside its results.
         """
         layout = load.layout
         self.settings = load.memory
         self.load = load
         self.on_gpu = on_gpu
+        self.with_kernels = with_kernels
         self.b = compute_bytes
         self.W = max(4, compute_bytes)
         self.v = vocabulary_rows
@@ -335,7 +338,7 @@ class LayerMemory:
         of_q = self.s * m * self.H
         of_kv = 2 * self.T * k * self.H
         gradients = 2 * self.b * (of_q + of_kv)
-        if not self.on_gpu:
+        if not self.on_gpu or not self.with_kernels:
             return gradients
         ungrouped = 2 * self.b * self.T * m * self.H if m > k else 0
         return gradients + 4 * of_q + max(ungrouped, self.b * of_q)

@@ -81,6 +81,7 @@ class MemoryModel:
         on_gpu: bool = True,
         optimizer_on_host: bool = False,
         copied_values: int = 0,
+        with_kernels: bool = True,
     ):
         """
         Args:
@@ -89,6 +90,7 @@ class MemoryModel:
             on_gpu: with the GPU's kernels, and a host beside the device.
             optimizer_on_host: master weights, their gradients and moments live there
                 (parallel/shard.py); on a GPU.
+            with_kernels: count what a GPU's attention kernel takes beside its results.
             copied_values: values of each parameter that saves copy: none, the weight, or the weight
                 and its moments.
         """
@@ -100,12 +102,15 @@ class MemoryModel:
         self.on_gpu = on_gpu
         self.optimizer_on_host = optimizer_on_host and on_gpu
         self.copied_values = copied_values
+        self.with_kernels = with_kernels
         # A layout search asks for the same parts of thousands of layouts.
         self._pieces = cache(self._find_pieces)
         self.count_elements = cache(self._count_elements)
 
     @staticmethod
-    def of_run(config: Config, vocab_size: int, hardware: Hardware) -> "MemoryModel":
+    def of_run(
+        config: Config, vocab_size: int, hardware: Hardware, *, with_kernels: bool = True
+    ) -> "MemoryModel":
         """Return the model of a run's ranks on that hardware."""
         master = 8 if config.optimizer.fp64 else 4
         saves = config.checkpoint
@@ -118,6 +123,7 @@ class MemoryModel:
             on_gpu=not hardware.is_cpu,
             optimizer_on_host=config.optimizer.optimizer_cpu_offload,
             copied_values=copied if saves.save and saves.async_save else 0,
+            with_kernels=with_kernels,
         )
 
     # ------------------------------------------------------------ parameters of a rank
@@ -182,6 +188,7 @@ class MemoryModel:
             load,
             compute_bytes=self.compute_bytes,
             on_gpu=self.on_gpu,
+            with_kernels=self.with_kernels,
         )
 
     def estimate_worst(self, load: Workload) -> RankMemory:

@@ -80,7 +80,7 @@ def with_fault(traces: list[RankTrace], faulty: RankTrace) -> list[RankTrace]:
 
 def memory_of(job: RankJob) -> tuple[MemoryModel, Workload]:
     load = Workload.of_phase(job.phase, WORLD)
-    model = MemoryModel.of_run(job.config, VOCABULARY, TABLE["H100"])
+    model = MemoryModel.of_run(job.config, VOCABULARY, TABLE["H100"], with_kernels=False)
     return model, dataclasses.replace(load, num_microbatches=job.num_microbatches)
 
 
