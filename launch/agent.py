@@ -46,6 +46,8 @@ WORD_SECONDS = 5.0
 """The seconds in which another node may say what failed, or processes here find it themselves."""
 GATHER_SECONDS = 60.0
 """The seconds in which a machine that trains alone is looked at; a driver may never answer."""
+IMPORT_SECONDS = 600.0
+"""The seconds in which processes import torch on nodes that have met, however short JOIN_WAIT."""
 PART_SECONDS = 10.0
 """The seconds that a node which is asked to stop looks for others that it has not met yet."""
 
@@ -169,7 +171,7 @@ class Launch:
             self._look_at_own()
             return
         patience = Patience(
-            settings.join_wait,
+            max(settings.join_wait, IMPORT_SECONDS),
             remedy="look at the output there, give it the same code",
             first_report=REPORT_SECONDS,  # all nodes import torch for some seconds
         )
