@@ -41,7 +41,7 @@ from pretrain.config.flags import spell
 from pretrain.config.load import load_config, warn
 from pretrain.data_outlook import describe_forecast
 from pretrain.logs.metrics import Reporter
-from pretrain.logs.profiler import begin_memory_history, print_line, write_memory_snapshot
+from pretrain.logs.profiler import begin_memory_history, write_memory_snapshot
 from pretrain.logs.run_facts import PhaseFacts, RunFacts, describe_cpu
 from pretrain.logs.tally import StepTally
 from pretrain.plan import Plan, make_plan
@@ -227,20 +227,11 @@ class Trainer:
         finally:
             gc.unfreeze()
             self.loop.profiler.close()
-            self._write_memory_history()
+            write_memory_snapshot(self.config, self.world.rank, is_out_of_memory=False)
             self.loop.saver.close(finish=False)
             self.loop.reporter.close()
             if lock is not None:
                 lock.release()
-
-    def _write_memory_history(self) -> None:
-        """Write who allocated memory on this rank's GPU, where that was asked for."""
-        path = write_memory_snapshot(self.config, self.world.rank, is_out_of_memory=False)
-        if path is not None:
-            print_line(
-                f"memory history: rank {self.world.rank}: {path} (open it at "
-                "pytorch.org/memory_viz)"
-            )
 
     def _require_success(self) -> None:
         """Raise Refused where there is nothing left to train and the last phase came to nothing."""

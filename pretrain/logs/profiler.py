@@ -85,13 +85,27 @@ class StepProfiler:
     def close(self) -> None:
         """Write what was recorded; say so where the steps never came."""
         if self._profile is not None:
-            self.heartbeat.on_activity = None
             self._end_range()
-            self._profile.stop()
+            self._stop(self._profile)
             self._profile = None
-        elif self._waits:
-            self._waits = False
-            self.say(f"profile: this start ended before step {self.first:,}: nothing is recorded")
+        elif not self._waits:
+            return
+        self._waits = False
+        if not self._recorded:
+            self.say(
+                f"profile: this start ended before one of the steps {self.first:,} to "
+                f"{self.last:,} was done: nothing is recorded"
+            )
+
+    def _stop(self, running: profile) -> None:
+        """End the recording, which writes the trace; an error there ends no run."""
+        self.heartbeat.on_activity = None
+        # A large trace takes minutes, and the other ranks wait for this one.
+        self.heartbeat.enter_slow("writing a trace")
+        try:
+            running.stop()
+        except (OSError, RuntimeError) as error:
+            self.say(f"profile: rank {self.rank} cannot write {self._path} ({error})")
 
     def _start(self, step: int) -> None:
         activities = [ProfilerActivity.CPU]
@@ -105,6 +119,7 @@ class StepProfiler:
             warnings.filterwarnings("ignore", message=".*won't be using warmup.*")
             steps = schedule(wait=0, warmup=warmup, active=active, repeat=1)
         self._profile = profile(activities=activities, schedule=steps, on_trace_ready=self._write)
+        self.heartbeat.enter_slow("starting the profiler")
         self._profile.start()
         self.heartbeat.on_activity = self._enter
 
@@ -121,17 +136,29 @@ class StepProfiler:
 
     def _write(self, recorded: profile) -> None:
         """Write the trace, whole or not at all."""
-        steps = f"{self._recorded[0]}-{self._recorded[-1]}" if self._recorded else "none"
-        path = self._folder / f"steps{steps}-rank{self.rank}.json.gz"
+        if not self._recorded:
+            return  # a step that was cut short
+        path = self._path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f".{path.name}")
             recorded.export_chrome_trace(str(part))
             os.replace(part, path)
-        except (OSError, RuntimeError) as error:
-            self.say(f"profile: rank {self.rank} cannot write {path} ({error})")
-            return
-        self.say(f"profile: rank {self.rank}, steps {steps}: {path} (open it at ui.perfetto.dev)")
+        finally:
+            part.unlink(missing_ok=True)
+        self.say(
+            f"profile: rank {self.rank}, steps {self._shown_steps}: {path} (open it at "
+            "ui.perfetto.dev)"
+        )
+
+    @property
+    def _path(self) -> Path:
+        return self._folder / f"steps{self._shown_steps}-rank{self.rank}.json.gz"
+
+    @property
+    def _shown_steps(self) -> str:
+        """The first and the last step that are recorded whole."""
+        return f"{self._recorded[0]}-{self._recorded[-1]}" if self._recorded else "none"
 
 
 # ---------------------------------------------------------------- memory
@@ -143,23 +170,25 @@ def begin_memory_history(config: Config, layout: Layout) -> None:
         torch.cuda.memory._record_memory_history(max_entries=MOST_MEMORY_EVENTS, stacks="python")
 
 
-def write_memory_snapshot(config: Config, rank: int, *, is_out_of_memory: bool) -> Path | None:
-    """Write the history of this rank's GPU for pytorch.org/memory_viz -> its file.
+def write_memory_snapshot(config: Config, rank: int, *, is_out_of_memory: bool) -> None:
+    """Write the history of this rank's GPU, where it is kept, and say where.
 
-    At a run's end the ranks of --profile-ranks do so, and whichever runs out of memory.
-
-    Returns:
-        None where no history is kept, or this rank has none to write.
+    At a run's end the ranks of --profile-ranks do so, and whichever runs out of memory. What goes
+    wrong meanwhile is said, and hides no other error.
     """
     settings = config.logging
     if not settings.record_memory_history or not torch.cuda.is_available():
-        return None
+        return
     if not is_out_of_memory and rank not in settings.profile_ranks:
-        return None
+        return
     path = snapshot_path(config, rank, is_out_of_memory=is_out_of_memory)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.cuda.memory._dump_snapshot(str(path))
-    return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.cuda.memory._dump_snapshot(str(path))
+    except (OSError, RuntimeError) as error:
+        print_line(f"memory history: rank {rank} cannot write {path} ({error})")
+        return
+    print_line(f"memory history: rank {rank}: {path} (open it at pytorch.org/memory_viz)")
 
 
 def snapshot_path(config: Config, rank: int, *, is_out_of_memory: bool) -> Path:

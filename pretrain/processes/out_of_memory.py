@@ -29,7 +29,5 @@ def out_of_memory_explained(phase: Phase, plan: Plan, rank: int, world_size: int
             phase, rank, figures, plan.config, world_size, plan.vocab_size, machine
         )
         print(f"error: {text}", file=sys.stderr, flush=True)
-        path = write_memory_snapshot(plan.config, rank, is_out_of_memory=True)
-        if path is not None:
-            print(f"memory history: rank {rank}: {path}", file=sys.stderr, flush=True)
+        write_memory_snapshot(plan.config, rank, is_out_of_memory=True)
         raise

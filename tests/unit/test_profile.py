@@ -52,9 +52,51 @@ def test_steps_that_never_come_are_said_once(tmp_path):
         "profile: steps 4 to 6 were over when this start began, with step 7: nothing is recorded"
     ]
     assert run_steps(settings, range(1, 3)) == [
-        "profile: this start ended before step 4: nothing is recorded"
+        "profile: this start ended before one of the steps 4 to 6 was done: nothing is recorded"
+    ]
+    # The step before the first one only warms up.
+    assert run_steps(settings, range(1, 4)) == [
+        "profile: this start ended before one of the steps 4 to 6 was done: nothing is recorded"
     ]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_step_that_is_cut_short_leaves_no_trace(tmp_path):
+    settings = config(
+        profile=True, profile_step_start=1, profile_step_end=3, profile_dir=str(tmp_path)
+    )
+    said: list[str] = []
+    layout = single_process_layout(torch.device("cpu"))
+    for begun in ([1], [1, 2], [2]):
+        profiling = StepProfiler(settings, layout, Heartbeat(), said.append)
+        for step in begun:
+            profiling.begin_step(step)
+            if step != begun[-1]:
+                profiling.end_step(step)
+        profiling.close()
+        (line,) = said
+        assert line.endswith("steps 2 to 3 was done: nothing is recorded"), begun
+        said.clear()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_watchdog_is_patient_while_a_rank_writes_its_trace(tmp_path):
+    settings = config(
+        profile=True, profile_step_start=0, profile_step_end=1, profile_dir=str(tmp_path)
+    )
+    slow: list[tuple[str, int]] = []
+
+    class Noting(Heartbeat):
+        def enter_slow(self, activity: str) -> None:
+            slow.append((activity, len(list(tmp_path.iterdir()))))
+
+    layout = single_process_layout(torch.device("cpu"))
+    profiling = StepProfiler(settings, layout, Noting(), lambda text: None)
+    profiling.begin_step(1)
+    profiling.end_step(1)
+    # Before the file is there.
+    assert slow == [("starting the profiler", 0), ("writing a trace", 0)]
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_folder_that_cannot_be_written_ends_no_run(tmp_path):
@@ -102,22 +144,35 @@ def test_ranks_that_the_run_does_not_have_are_refused():
 
 
 def test_a_memory_snapshot_is_written_by_chosen_ranks_and_by_whoever_runs_out(
-    tmp_path, monkeypatch
+    tmp_path, monkeypatch, capsys
 ):
     written = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", written.append)
     settings = config(record_memory_history=True, save=str(tmp_path))
-    assert write_memory_snapshot(settings, 3, is_out_of_memory=False) is None
+    write_memory_snapshot(settings, 3, is_out_of_memory=False)
     write_memory_snapshot(settings, 0, is_out_of_memory=False)
     write_memory_snapshot(settings, 3, is_out_of_memory=True)
     assert written == [
         str(tmp_path / "profile" / "memory-rank0.pickle"),
         str(tmp_path / "profile" / "memory-rank3-out-of-memory.pickle"),
     ]
-    assert write_memory_snapshot(config(save=str(tmp_path)), 0, is_out_of_memory=True) is None
+    write_memory_snapshot(config(save=str(tmp_path)), 0, is_out_of_memory=True)
+    assert len(written) == 2 and capsys.readouterr().out.count("memory history: rank") == 2
     given = config(record_memory_history=True, memory_snapshot_path="out/m.pickle")
     assert str(snapshot_path(given, 2, is_out_of_memory=False)) == "out/m-rank2.pickle"
+
+
+def test_a_memory_snapshot_that_cannot_be_written_is_said_and_hides_no_error(
+    tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    settings = config(record_memory_history=True, profile_dir=str(tmp_path / "file"))
+    write_memory_snapshot(settings, 0, is_out_of_memory=True)
+    path = tmp_path / "file" / "memory-rank0-out-of-memory.pickle"
+    said = capsys.readouterr().out
+    assert said.startswith(f"memory history: rank 0 cannot write {path} ("), said
 
 
 def test_memory_is_recorded_on_gpus_alone(monkeypatch):
