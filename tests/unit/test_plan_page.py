@@ -1,5 +1,7 @@
 """The page of a plan: what stands in its words, tables, bars and pictures."""
 
+import dataclasses
+import itertools
 import os
 import re
 from html.parser import HTMLParser
@@ -9,7 +11,7 @@ import pytest
 
 from tools import plan
 from tools.planning import page
-from tools.planning.layout_picture import coordinates, ordinal
+from tools.planning.layout_picture import coordinates, layout_picture, ordinal
 
 PHASES = """
 phases:
@@ -144,6 +146,28 @@ def test_the_picture_fills_in_the_group_of_rank_0_and_nothing_leaves_the_view(ht
     filled = re.findall(r'fill:var\(--ground\);font-size:\d+px">(\d+)<', row)
     assert filled == ["0", "8", "16", "24"]
     assert re.findall(r">node (\d+)<", row) == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize("per_node, nodes", [(1, 4), (4, 4), (8, 4), (16, 2), (72, 2)])
+def test_nodes_of_any_size_stay_within_the_picture(report, per_node, nodes):
+    (phase, _) = report.phases
+    axis = dataclasses.replace(
+        phase.layout.axes[-1],
+        size=1024,
+        first_group=tuple(number * per_node for number in range(16)),
+        nodes_of_first_group=tuple(range(16)),
+    )
+    layout = dataclasses.replace(phase.layout, axes=[axis])
+    drawing = layout_picture(dataclasses.replace(phase, layout=layout), 16 * per_node, per_node)
+    (width,) = re.findall(r'viewBox="0 0 (\d+) ', drawing)
+    boxes = re.findall(r'<rect x="([\d.]+)" y="6" width="([\d.]+)"', drawing)
+    assert len(boxes) == nodes
+    ends = [float(x) + float(wide) for x, wide in boxes]
+    assert ends[-1] < float(width) - 40, "the dots have room"
+    # No name of a node reaches into the next one: some 6 units a letter.
+    names = re.findall(r'<text x="([\d.]+)" y="50"[^>]*>([^<]*)<', drawing)
+    for (x, name), (next_x, _) in itertools.pairwise(names):
+        assert float(x) + 6 * len(name) < float(next_x), name
 
 
 def test_a_rank_stands_on_the_axes_as_the_layout_counts(report):

@@ -15,13 +15,17 @@ CELL = 22
 GAP = 10
 """Room between two nodes."""
 MOST_NODES = 4
-"""Nodes that are drawn of an axis; of more, how many there are."""
+"""Nodes that are drawn of an axis at most; dots stand for the others."""
 MOST_CELLS = 16
 """Ranks that are drawn of a node."""
 LABEL_WIDTH = 92
 """Room for the name of an axis, left of its nodes."""
+NODES_WIDTH = 4 * (8 * CELL + GAP)
+"""Room for the nodes of an axis: four of 8 ranks."""
+LEAST_NODE_WIDTH = 76
+"""Room for the name of a node, which has few ranks."""
 ROW_HEIGHT = 58
-WIDTH = LABEL_WIDTH + MOST_NODES * (8 * CELL + GAP) + 60
+WIDTH = LABEL_WIDTH + NODES_WIDTH + 60
 AXIS_COLORS = {
     "tp": "series-0",
     "cp": "series-2",
@@ -92,7 +96,9 @@ def _axis_row(axis: AxisPlan, world_size: int, per_node: int) -> Markup:
         _text(0, 37, f"{axis.size:,} ranks"),
     ]
     x = LABEL_WIDTH
-    shown = axis.nodes_of_first_group[:MOST_NODES]
+    # Nodes of many ranks are wide: fewer are drawn.
+    node_width = max(min(per_node, MOST_CELLS) * CELL, LEAST_NODE_WIDTH) + GAP
+    shown = axis.nodes_of_first_group[: min(MOST_NODES, NODES_WIDTH // node_width)]
     members = set(axis.first_group)
     for node in shown:
         first = node * per_node
@@ -101,7 +107,7 @@ def _axis_row(axis: AxisPlan, world_size: int, per_node: int) -> Markup:
         shapes.append(_node(x, drawn, members, color))
         more = "" if len(cells) == len(drawn) else f", first {len(drawn)} of {len(cells)} ranks"
         shapes.append(_text(x, 50, f"node {node:,}{more}"))
-        x += len(drawn) * CELL + GAP
+        x += node_width
     if axis.size > len(members & _ranks_of(shown, per_node)):
         shapes.append(_text(x, 26, "…"))
     return Markup("").join(shapes)
