@@ -7,7 +7,7 @@ rank exists: torch's backend "fake" answers every collective at once.
 import dataclasses
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -88,6 +88,7 @@ class Slice:
     positions: torch.Tensor
     cu_seqlens: torch.Tensor
     num_targets: int
+    source_runs: Sequence[tuple[int, int, int, int]] = ()
 
     @staticmethod
     def of_phase(phase: Phase) -> "Slice":
