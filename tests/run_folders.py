@@ -79,6 +79,10 @@ def _step_line(done, tokens, name, index, batch, steps):
         "step_seconds": 2.0 + wave,
         "data_seconds": 0.05 + abs(wave),
         "skipped": done in (20, 21),
+        "communication_share": 0.3 + wave,
+        "data_share": 0.02 + abs(wave),
+        # Every third step has no target of the rare source.
+        "source_losses": {"web": 2.3 + wave, "code": None if done % 3 else 1.5 + wave},
     }
 
 

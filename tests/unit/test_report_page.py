@@ -343,6 +343,50 @@ def test_every_chart_has_a_text_alternative_with_its_numbers(long_page):
     assert "5 rows and 5 columns, between 0 % and 100 %" in found
 
 
+def test_each_source_has_a_curve_that_steps_without_a_target_do_not_break(tmp_path):
+    write_run(tmp_path)
+    steps = run_record.read_run(tmp_path).steps
+    for step in steps:
+        # In some steps only, and never.
+        found = {"web": 3.0, "code": 1.0 if step["step"] % 2 else None, "books": None}
+        step["source_losses"] = found
+    run = run_record.RunRecord("run", steps)
+    chart = report_charts.CHARTS["source-loss"]
+    axes = report_charts.chart_figure(chart, run, LIGHT, 5, 3).axes[0]
+    lines = {line.get_label(): line for line in axes.lines if line.get_label()[0] != "_"}
+    assert {name: set(line.get_ydata()) for name, line in lines.items()} == {
+        "web": {3.0},
+        "code": {1.0},
+    }
+    assert len(lines["code"].get_xdata()) == 20, "one point a step that has a target"
+
+
+def test_a_run_that_tells_no_loss_of_a_source_has_no_such_chart(tmp_path, long_page):
+    write_run(tmp_path)
+    page = Reader(report_page.page(run_record.read_run(tmp_path)))
+    assert "Training loss of each source" in Reader(long_page).text
+    assert "Training loss of each source" not in page.text
+    assert "metrics.jsonl holds no data_share." in page.text
+
+
+def test_waiting_is_a_share_of_the_step_and_a_gpu_has_that_for_data_alone(tmp_path):
+    write_run(tmp_path)
+    steps = run_record.read_run(tmp_path).steps
+    for step in steps:
+        step |= {"data_share": 0.25, "communication_share": None}
+    chart = report_charts.CHARTS["waits"]
+
+    def labels() -> list[str]:
+        run = run_record.RunRecord("run", steps)
+        axes = report_charts.chart_figure(chart, run, LIGHT, 5, 3).axes[0]
+        assert axes.get_ylim() == (0, 1)
+        return axes.get_legend_handles_labels()[1]
+
+    assert labels() == ["data"]
+    steps[0]["communication_share"] = 0.5
+    assert labels() == ["other ranks", "data"]
+
+
 @pytest.mark.parametrize("name", report_charts.CHARTS)
 def test_nothing_is_drawn_outside_the_picture(long_run, name):
     for width, height in ((9.4, 4.3), (4.7, 3.9)):

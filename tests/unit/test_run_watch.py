@@ -74,6 +74,19 @@ def test_a_run_that_goes_on_is_one_screen(folder):
     assert row(text, "events").endswith("start     step 0: fresh weights")
 
 
+def test_waits_and_the_losses_of_sources_are_the_median_of_the_last_steps(folder):
+    steps = read_steps(folder)
+    assert "sources" not in seen(folder)
+    for number, step in enumerate(steps[-3:]):
+        step["communication_share"] = (0.2, 0.4, 0.9)[number]
+        step["source_losses"] = {"web": (2.0, 3.0, 9.0)[number], "code": (None, 1.5, None)[number]}
+    write_lines(folder / "metrics.jsonl", steps)
+    set_times(folder, metrics=400)
+    text = seen(folder)
+    assert row(text, "speed").endswith("waiting for data, 40.0 % for other ranks")
+    assert row(text, "sources") == "web 3.0000, code 1.5000"
+
+
 def test_the_times_left_need_no_run_json_to_be_left_out(folder):
     (folder / "run.json").unlink()
     text = seen(folder)

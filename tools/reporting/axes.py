@@ -9,6 +9,7 @@ import io
 import math
 import re
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -203,7 +204,24 @@ def label_phases(axes: Axes, run: RunRecord, palette: Palette, scale: TokenScale
     return len(ends)
 
 
+def fit_scale(axes: Axes, values: Iterable[float]) -> None:
+    """Fit the vertical scale to the finite values."""
+    # A diverged run has infinities and NaN.
+    shown = [value for value in values if math.isfinite(value)]
+    if shown:
+        low = min(shown)
+        high = max(shown)
+        margin = 0.06 * (high - low) or 0.1
+        axes.set_ylim(low - margin, high + margin)
+
+
 # ---------------------------------------------------------------- values
+
+
+def first_tenth(run: RunRecord) -> float:
+    """Return the tokens at which a tenth of the run is over: its loss has fallen by then."""
+    phases = run.phases()
+    return phases[0].begin + 0.1 * (phases[-1].end - phases[0].begin)
 
 
 def column(run: RunRecord, name: str, factor: float = 1.0) -> np.ndarray:

@@ -3,11 +3,9 @@
 The curves of single steps are in step_charts.py, those of evaluations in validation_charts.py.
 """
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -17,6 +15,8 @@ from tools.reporting.axes import (
     Palette,
     TokenScale,
     column,
+    first_tenth,
+    fit_scale,
     label_phases,
     new_figure,
     prepare,
@@ -35,7 +35,11 @@ from tools.reporting.step_charts import (
     draw_memory,
     draw_mfu,
     draw_rate,
+    draw_source_losses,
     draw_time,
+    draw_waits,
+    has_numbers,
+    source_names,
 )
 from tools.reporting.validation_charts import (
     draw_gain,
@@ -93,7 +97,7 @@ def draw_loss(axes: Axes, run: RunRecord, palette: Palette) -> None:
     else:
         axes.plot(tokens, losses, color=palette.series(0), linewidth=1.8, label="training")
     # A spike of one step may leave the picture, the curve may not.
-    _limit(axes, [*smoothed, *_mark_validation(axes, run, palette)])
+    fit_scale(axes, [*smoothed, *_mark_validation(axes, run, palette)])
     mark_events(axes, run, palette, scale)
     axes.set_ylabel("loss (nats per token)")
     axes.yaxis.set_major_locator(round_ticks(6))
@@ -107,22 +111,9 @@ def draw_late_loss(axes: Axes, run: RunRecord, palette: Palette) -> None:
     centers, smoothed = running_median(run, losses)
     axes.plot(tokens[kept], losses[kept], color=palette["raw"], linewidth=0.8)
     axes.plot(tokens[centers], smoothed, color=palette.series(0), linewidth=1.6)
-    phases = run.phases()
-    tenth = phases[0].begin + 0.1 * (phases[-1].end - phases[0].begin)
-    _limit(axes, smoothed[tokens[centers] > tenth])
+    fit_scale(axes, smoothed[tokens[centers] > first_tenth(run)])
     axes.set_ylabel("loss (nats per token)")
     axes.yaxis.set_major_locator(round_ticks(5))
-
-
-def _limit(axes: Axes, values: Iterable[float]) -> None:
-    """Fit the vertical scale to the finite values."""
-    # A diverged run has infinities and NaN.
-    shown = [value for value in values if math.isfinite(value)]
-    if shown:
-        low = min(shown)
-        high = max(shown)
-        margin = 0.06 * (high - low) or 0.1
-        axes.set_ylim(low - margin, high + margin)
 
 
 def _mark_validation(axes: Axes, run: RunRecord, palette: Palette) -> list[float]:
@@ -162,11 +153,7 @@ def _no_field(name: str, text: str = "") -> Callable[[RunRecord], str | None]:
     """Make the check of a chart of one field of metrics.jsonl."""
 
     def missing(run: RunRecord) -> str | None:
-        return (
-            None
-            if np.isfinite(column(run, name)).any()
-            else text or f"metrics.jsonl holds no {name}."
-        )
+        return None if has_numbers(run, name) else text or f"metrics.jsonl holds no {name}."
 
     return missing
 
@@ -190,6 +177,14 @@ CHARTS = {
             draw_late_loss,
             lambda run: None,
             "The scale fits what comes after the first tenth of the tokens.",
+        ),
+        Chart(
+            "source-loss",
+            "Training loss of each source",
+            draw_source_losses,
+            lambda run: None if source_names(run) else "metrics.jsonl holds no loss per source.",
+            "The running median of the steps in which the source had a target; the scale fits what "
+            "comes after the first tenth of the tokens.",
         ),
         Chart(
             "validation",
@@ -246,6 +241,14 @@ CHARTS = {
             draw_time,
             _no_field("step_seconds"),
             "Waiting for data: of the slowest rank.",
+        ),
+        Chart(
+            "waits",
+            "Waiting",
+            draw_waits,
+            _no_field("data_share"),
+            "For data: the slowest rank. For other ranks, in collectives: the mean of all ranks, "
+            "which is not known on GPUs.",
         ),
         Chart("learning-rate", "Learning rate", draw_learning, _no_field("lr")),
         Chart(

@@ -38,7 +38,17 @@ MOST_EVENTS = 2000
 """Events beyond these are not listed, the oldest first."""
 
 
-HOW_IT_RAN = ("rate", "mfu", "memory", "time", "learning-rate", "gradient", "batch", "progress")
+HOW_IT_RAN = (
+    "rate",
+    "mfu",
+    "memory",
+    "time",
+    "waits",
+    "learning-rate",
+    "gradient",
+    "batch",
+    "progress",
+)
 """Charts of the section of that name."""
 
 
@@ -61,6 +71,7 @@ def page(run: RunRecord, refresh_seconds: int | None = None) -> str:
         charts={name: chart_html(CHARTS[name], run) for name in CHARTS},
         captions={name: chart.caption for name, chart in CHARTS.items()},
         titles={name: chart.title for name, chart in CHARTS.items()},
+        has_sources=not CHARTS["source-loss"].missing(run),
         how_it_ran=[name for name in HOW_IT_RAN if not CHARTS[name].missing(run)],
         left_out=[why for name in HOW_IT_RAN if (why := CHARTS[name].missing(run))],
         gains=gain_rows(run),
@@ -205,7 +216,7 @@ def lead(run: RunRecord) -> list[str]:
         said.append(f"It was interrupted and started again {_times(len(unplanned))}{crossed}.")
     said.append(
         f"{skipped or 'No'} {'step was' if skipped == 1 else 'steps were'} skipped for "
-        "a gradient that is not finite."
+        "a spike, or a loss or gradient that is not finite."
     )
     # Older records have no times.
     seconds = sum(step.get("step_seconds") or 0 for step in run.steps)

@@ -1,18 +1,28 @@
 """Draw what each training step recorded: rate, memory, time, gradient, batch."""
 
+import math
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, PercentFormatter
 
 from tools.reporting.axes import (
+    SERIES,
     Palette,
     column,
+    first_tenth,
+    fit_scale,
     round_ticks,
     running_median,
     thin,
 )
 from tools.reporting.run_record import RunRecord
 from tools.shared.number_text import length, short
+
+LINE_STYLES = ("-", "--", ":", "-.")
+"""Of curves whose colours repeat."""
+LONGEST_NAME = 40
+"""Characters of a source's name that a chart has room for, its last ones."""
 
 
 def draw_rate(axes: Axes, run: RunRecord, palette: Palette) -> None:
@@ -46,6 +56,61 @@ def draw_time(axes: Axes, run: RunRecord, palette: Palette) -> None:
     _draw_steps(axes, run, palette, "step_seconds", 0, "step")
     _draw_steps(axes, run, palette, "data_seconds", 1, "of it waiting for data", from_zero=False)
     axes.set_ylabel("seconds")
+
+
+def draw_waits(axes: Axes, run: RunRecord, palette: Palette) -> None:
+    """Draw the shares of a step that wait for data, and in collectives for other ranks."""
+    if has_numbers(run, "communication_share"):
+        _draw_steps(axes, run, palette, "communication_share", 4, "other ranks", from_zero=False)
+    _draw_steps(axes, run, palette, "data_share", 1, "data", from_zero=False)
+    axes.set_ylabel("share of the step")
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+
+
+def draw_source_losses(axes: Axes, run: RunRecord, palette: Palette) -> None:
+    """Draw the running median of each source's training loss."""
+    tokens = column(run, "tokens")
+    late: list[float] = []
+    for number, name in enumerate(source_names(run)):
+        # A step without a target of the source has no value, and breaks no line.
+        losses = np.array([_source_loss(step, name) for step in run.steps])
+        centers, medians = running_median(run, losses)
+        known = np.isfinite(medians)
+        late += medians[tokens[centers] > first_tenth(run)].tolist()
+        axes.plot(
+            tokens[centers[known]],
+            medians[known],
+            color=palette.series(number),
+            linestyle=LINE_STYLES[number // SERIES % len(LINE_STYLES)],
+            linewidth=1.6,
+            label=name if len(name) <= LONGEST_NAME else "…" + name[1 - LONGEST_NAME :],
+        )
+    fit_scale(axes, late)
+    axes.set_ylabel("loss (nats per token)")
+    axes.yaxis.set_major_locator(round_ticks(5))
+
+
+def source_names(run: RunRecord) -> list[str]:
+    """List the sources whose losses some step tells, in the order in which they first come."""
+    names = (
+        name
+        for step in run.steps
+        for name in step.get("source_losses") or {}
+        if math.isfinite(_source_loss(step, name))
+    )
+    return list(dict.fromkeys(names))
+
+
+def _source_loss(step: dict, name: str) -> float:
+    """Return a source's loss in a step; NaN where it had no target, or is not told."""
+    value = (step.get("source_losses") or {}).get(name)
+    return math.nan if value is None else value
+
+
+def has_numbers(run: RunRecord, name: str) -> bool:
+    """Tell whether some step has a finite number in a field."""
+    return bool(np.isfinite(column(run, name)).any())
 
 
 def draw_learning(axes: Axes, run: RunRecord, palette: Palette) -> None:

@@ -57,16 +57,16 @@ def last_event(files: RunFiles, kind: str) -> Record | None:
     return next((each for each in reversed(files.events) if each["event"] == kind), None)
 
 
+def recent_steps(files: RunFiles) -> list[Record]:
+    """List the last steps of the present phase."""
+    return [
+        step for step in files.steps[-RECENT_STEPS:] if step["phase"] == files.steps[-1]["phase"]
+    ]
+
+
 def median_of_steps(files: RunFiles, name: str) -> float | None:
     """Take the median of a field over the last steps of the present phase; None = not known."""
-    if not files.steps:
-        return None
-    phase = files.steps[-1]["phase"]
-    values = [
-        step[name]
-        for step in files.steps[-RECENT_STEPS:]
-        if step["phase"] == phase and step.get(name) is not None
-    ]
+    values = [step[name] for step in recent_steps(files) if step.get(name) is not None]
     return statistics.median(values) if values else None
 
 

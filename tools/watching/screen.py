@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import statistics
 from dataclasses import dataclass
 
 from tools.shared.number_text import gibibytes, moment, short
@@ -13,6 +14,7 @@ from tools.watching.run_state import (
     describe_state,
     last_event,
     median_of_steps,
+    recent_steps,
     remaining_of_phase,
     remaining_of_run,
 )
@@ -21,6 +23,7 @@ LABEL_COLUMNS = 12
 BAR_COLUMNS = 24
 SPARK_COLUMNS = 48
 SHOWN_EVENTS = 6
+SHOWN_SOURCES = 6
 NARROWEST = 40
 """Columns that a screen has at least."""
 
@@ -149,6 +152,8 @@ def _step_rows(files: RunFiles, signs: Signs) -> list[tuple[str, str]]:
             f"{', SKIPPED' if step.get('skipped') else ''}",
         )
     )
+    if sources := _source_text(files):
+        rows.append(("sources", sources))
     rate = median_of_steps(files, "tokens_per_second")
     speed = [f"{short(rate)} tokens/s"] if rate else []
     mfu = median_of_steps(files, "mfu")
@@ -157,10 +162,28 @@ def _step_rows(files: RunFiles, signs: Signs) -> list[tuple[str, str]]:
     waited = _waited_share(files.steps)
     if waited is not None:
         speed.append(f"{100 * waited:.1f} % of the time waiting for data")
+    # Not known on GPUs.
+    others = median_of_steps(files, "communication_share")
+    if others is not None:
+        speed.append(f"{100 * others:.1f} % for other ranks")
     rows.append(("speed", ", ".join(speed) or "not known"))
     if step.get("peak_memory_bytes") is not None:
         rows.append(("memory", f"{gibibytes(step['peak_memory_bytes'])} on the fullest rank"))
     return rows
+
+
+def _source_text(files: RunFiles) -> str:
+    """Write the median loss of each source over the last steps; empty where there is none."""
+    steps = recent_steps(files)
+    names = list(dict.fromkeys(name for step in steps for name in step.get("source_losses") or {}))
+    parts = []
+    for name in names[:SHOWN_SOURCES]:
+        found = [(step.get("source_losses") or {}).get(name) for step in steps]
+        losses = [loss for loss in found if loss is not None]
+        if losses:
+            parts.append(f"{name} {statistics.median(losses):.4f}")
+    more = len(names) - SHOWN_SOURCES
+    return ", ".join(parts) + (f", {more} more" if more > 0 else "")
 
 
 def _waited_share(steps: list[Record]) -> float | None:
