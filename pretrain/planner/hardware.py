@@ -3,6 +3,7 @@
 One table, for the share of a GPU's rate that a run uses, for the choice of layouts and for plans.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -107,15 +108,17 @@ _ROWS = (
     Hardware("MI300X", 192 * 10**9, 1307.4e12, 5.3e12, 7 * 64e9, 50e9, peer_bytes_per_second=64e9),
 )
 TABLE = {hardware.name: hardware for hardware in _ROWS}
-"""GPUs by a part of the name that they report."""
+"""GPUs by a word of the name that they report."""
 # No data sheet: a core and a loopback's order of magnitude, so that computing and sending weigh
 # about as on a GPU.
 CPU = Hardware("cpu", None, 100e9, 20e9, 2e9, 1e9, host_bytes_per_second=20e9)
 
 
 def find_hardware(device_name: str) -> Hardware | None:
-    """Find the row of a device by a part of its name, case aside; None where it is not known."""
-    return next((row for name, row in TABLE.items() if name in device_name.upper()), None)
+    """Find the row of a device by a word of its name, case aside; None where it is not known."""
+    # As a word: a GH200 is no H200, and an A100X no A100.
+    words = re.split(r"\W+", device_name.upper())
+    return next((row for name, row in TABLE.items() if name in words), None)
 
 
 def peak_flops(device_name: str) -> float | None:

@@ -368,6 +368,9 @@ def test_passes_of_the_levels():
     assert of("full", attention_head_chunks=2).to_heads == 4
 
 
-def test_hardware_is_found_by_a_part_of_its_name():
+def test_hardware_is_found_by_a_word_of_its_name():
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12 and peak_flops("Some GPU") is None
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
     assert find_hardware("h200").memory_bytes == 141 * 10**9
+    for other in ("NVIDIA GH200 480GB", "NVIDIA GB200", "NVIDIA A100X", "NVIDIA H20"):
+        assert find_hardware(other) is None, other
