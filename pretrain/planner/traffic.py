@@ -1,7 +1,7 @@
 """What a rank sends in a step, by purpose: bytes, calls, and how long they take alone.
 
-What is smaller by far is left out: the embedding's and the loss's sums over tp, the numbers that
-all ranks compare, a tied embedding's gradient.
+What is smaller by far is left out: the loss's numbers for each token, those that all ranks compare,
+a tied embedding's gradient.
 """
 
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ def layers_of_slowest_rank(model: MemoryModel, load: Workload) -> int:
 
 
 def tensor_traffic(model: MemoryModel, load: Workload, hardware: Hardware) -> Traffic:
-    """Return the sums over tp of the layers.
+    """Return the sums over tp of the layers, and one each of the embedding and the logits.
 
     Under sequence_parallel each is an all-gather and a reduce-scatter of together the same bytes.
     """
@@ -60,8 +60,11 @@ def tensor_traffic(model: MemoryModel, load: Workload, hardware: Hardware) -> Tr
     sent = 2 * (tp - 1) / tp * model.compute_bytes * load.tokens * model.config.hidden_size
     passes = PassCounts.make(load.memory, sequence_parallel=layout.sequence_parallel)
     operation = "all-gather + reduce-scatter" if layout.sequence_parallel else "all-reduce"
-    calls = passes.sums * layers_of_slowest_rank(model, load) * load.num_microbatches
-    what = "activations between the parts of a layer"
+    # The embedding sums in forward and the logits in backward; of a pipeline's ranks each has one.
+    around = 1 if layout.pipeline_model_parallel_size > 1 else 2
+    sums = passes.sums * layers_of_slowest_rank(model, load) + around
+    what = "activations between the parts of a layer, and at both ends of the model"
+    calls = sums * load.num_microbatches
     return _ring("tp", what, operation, RankGroup(tp, 1), calls, sent, hardware)
 
 

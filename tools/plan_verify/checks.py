@@ -10,7 +10,7 @@ from parallel.config import LayoutConfig
 from parallel.schedule import stages_of_rank
 from pretrain.planner.hardware import Hardware
 from pretrain.planner.rank_bytes import MemoryModel
-from pretrain.planner.traffic import step_traffic, tensor_traffic
+from pretrain.planner.traffic import step_traffic
 from pretrain.planner.workload import Workload
 from tools.plan_verify.recorder import first_difference
 from tools.plan_verify.rehearsal import RankTrace
@@ -115,13 +115,7 @@ def check_bytes(
     expected: dict[str, float] = {}
     for traffic in step_traffic(model, load, hardware):
         expected[traffic.axis] = expected.get(traffic.axis, 0) + traffic.sent_bytes
-    # The plan leaves the embedding's sum over tp and the loss's out: of few layers they are a part.
-    pp = load.layout.pipeline_model_parallel_size
-    tensor = tensor_traffic(model, load, hardware)
-    if tensor.group.size > 1:
-        each = tensor.sent_bytes / tensor.calls
-        expected["tp"] += each * load.num_microbatches * (2 if pp == 1 else 1)
-    if pp > 1:
+    if load.layout.pipeline_model_parallel_size > 1:
         expected["pp"] *= _share_of_neighbours(load.layout)
     problems = []
     shares = []
