@@ -77,7 +77,8 @@ plan() {
   [[ $processes != 0 ]] || processes=1
   [[ $processes =~ ^[1-9][0-9]*$ && $nodes =~ ^[1-9][0-9]*$ ]] ||
     refuse "NNODES = $nodes, NPROC_PER_NODE = $processes: must be whole numbers, at least 1"
-  WORLD_SIZE=$((nodes * processes)) exec "$PYTHON" -m tools.plan "$@"
+  LOCAL_WORLD_SIZE=$processes WORLD_SIZE=$((nodes * processes)) \
+    exec "$PYTHON" -m tools.plan "$@"
 }
 
 case ${1-} in

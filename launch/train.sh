@@ -348,7 +348,8 @@ set_environment
 # shellcheck source=launch/environment.sh
 . "$root/launch/environment.sh" || exit 1
 if is_question "$@"; then
-  RANK=0 LOCAL_RANK=0 WORLD_SIZE=$((NNODES * NPROC_PER_NODE)) exec "$PYTHON" -m pretrain.train "$@"
+  RANK=0 LOCAL_RANK=0 LOCAL_WORLD_SIZE=$NPROC_PER_NODE WORLD_SIZE=$((NNODES * NPROC_PER_NODE)) \
+    exec "$PYTHON" -m pretrain.train "$@"
 fi
 scratch=$(mktemp -d "${TMPDIR:-/tmp}/ithaca.XXXXXX") || exit 1
 has_failed=""  # whether the last launch did

@@ -6,7 +6,12 @@ from dataclasses import dataclass
 from data.units import GIB, show_bytes
 from model import compiled
 from parallel.config import LayoutConfig
-from parallel.layout import device_here, host_memory, launched_local_world_size
+from parallel.layout import (
+    device_here,
+    host_memory,
+    launched_local_world_size,
+    launched_on_one_machine,
+)
 from pretrain.config.config import Config
 from pretrain.planner.hardware import CPU, TABLE, Hardware, find_hardware
 
@@ -34,6 +39,10 @@ class Device:
         name, memory = device_here()
         known = CPU if name == "cpu" else find_hardware(name)
         hardware = known or dataclasses.replace(TABLE["A100"], name=name)
+        # Of several nodes, each has what the launcher started on this one.
+        if not launched_on_one_machine():
+            per_node = launched_local_world_size()
+            hardware = dataclasses.replace(hardware, devices_per_node=per_node)
         gib = config.device_memory_gib or memory // GIB
         return Device(hardware, int(gib * GIB))
 

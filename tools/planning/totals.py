@@ -1,5 +1,6 @@
 """What a whole run takes: checkpoints, failures, days, device hours and price."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,18 +57,17 @@ class Totals:
     def saves_of(self, estimate: PhaseEstimate) -> int:
         """Count the checkpoints of a phase: those of its intervals, and the one at its end."""
         settings = self.plan.config.checkpoint
-        seconds = estimate.train_seconds
-        step_seconds = seconds / estimate.steps
-        intervals = []
+        # In steps, so that an interval that divides them does so without a rounding error.
+        intervals: list[float] = []
         if settings.save_interval is not None:
-            intervals.append(settings.save_interval * step_seconds)
+            intervals.append(settings.save_interval)
         if settings.save_interval_in_mins is not None:
-            intervals.append(settings.save_interval_in_mins * SECONDS_PER_MINUTE)
+            step_seconds = estimate.train_seconds / estimate.steps
+            intervals.append(settings.save_interval_in_mins * SECONDS_PER_MINUTE / step_seconds)
         if not intervals:
             return 1
         # Nothing is due twice at the phase's end.
-        interval = max(min(intervals), step_seconds)
-        return max(1, -int(-seconds // interval))
+        return math.ceil(estimate.steps / max(1, min(intervals)))
 
     def checkpoints(self) -> CheckpointPlan | None:
         """Describe the run's checkpoints; None without --save."""
