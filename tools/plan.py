@@ -59,6 +59,8 @@ class Arguments:
     """Do not look at tokenizer and data, also where they are here; needs --vocab-size."""
     search: bool = False
     """Rank the layouts that each phase could have."""
+    across_nodes: bool = False
+    """With --search: rank layouts whose tp or all-to-all leaves a node as well."""
     verify: bool = False
     """Rehearse a step of each phase on a sample of ranks: the run's own code, with tensors that
     have shapes and no memory. Groups, the order of collectives, bytes and memory are compared; exit
@@ -83,6 +85,10 @@ def validate(arguments: Arguments) -> list[str]:
         problems.append(
             f"node_mtbf_hours = {arguments.node_mtbf_hours:g}: cannot be combined with mtbf_hours. "
             "Fix: remove one of them."
+        )
+    if arguments.across_nodes and not arguments.search:
+        problems.append(
+            "across_nodes = True: is about what --search ranks. Fix: give --search as well."
         )
     return problems
 
@@ -176,6 +182,7 @@ def estimate_run(checked: CheckedRun, arguments: Arguments, words: list[str]) ->
         document_tokens=arguments.document_tokens,
         notes=checked.notes,
         with_search=arguments.search,
+        across_nodes=arguments.across_nodes,
     )
 
 

@@ -15,7 +15,7 @@ from pretrain.config.config import Config
 from pretrain.planner.at_fault import Situation, layouts_that_work
 from pretrain.planner.check_layout import check_phase_layout
 from pretrain.planner.hardware import Hardware
-from pretrain.planner.layout_search import sizes_of_world, with_sizes
+from pretrain.planner.layout_search import is_inside_node, sizes_of_world, with_sizes
 from pretrain.planner.machine import Device
 from pretrain.planner.rank_bytes import MemoryModel, RankMemory
 from pretrain.planner.step_time import StepTime, estimate_step
@@ -90,10 +90,14 @@ class LayoutChoice:
     best: Candidate
     next_best: Candidate | None
     """The fastest that fits with other sizes."""
+    leaves_node: bool = False
+    """Does its tp or its all-to-all leave a node, for want of another layout?"""
 
     def describe(self) -> str:
         """Write both with their memory, and how much slower the next is."""
         text = f"{self.best.describe()}, {show_bytes(self.best.memory.total)} per rank"
+        if self.leaves_node:
+            text += "; nothing fits whose tp and all-to-all stay inside a node"
         if self.next_best is None:
             return f"{text}; nothing else fits"
         slower = self.next_best.seconds / self.best.seconds
@@ -114,19 +118,71 @@ def choose_layout(
     """
     # Every legal layout is estimated, so that a refusal can name the one that needs least.
     model = MemoryModel.of_run(config, vocab_size, device.hardware)
-    found = list(candidates(phase, config, world_size, model, device.hardware))
-    if not found:
+    found = find_candidates(phase, config, world_size, model, device)
+    if not found.legal:
         raise ValueError(_none_is_legal(phase, config, world_size, vocab_size))
-    fitting = [candidate for candidate in found if candidate.memory.total <= device.usable]
-    if not fitting:
-        least = min(found, key=lambda candidate: (candidate.memory.total, candidate.simplicity))
+    if not found.fitting:
+        least = min(
+            found.legal, key=lambda candidate: (candidate.memory.total, candidate.simplicity)
+        )
         changes = _what_would_fit(phase, config, world_size, model, device)
         raise ValueError(
             f"phase {phase.name!r}: layout = auto: nothing fits {world_size} processes with "
             f"{device.describe()} each. The least is {least.describe()} with "
             f"{least.memory.describe()}. Fix: {'; or '.join(changes) or 'a smaller model'}."
         )
-    return _choose_best(fitting)
+    return _choose_best(found)
+
+
+@dataclass(frozen=True)
+class FoundCandidates:
+    """The layouts of a phase that are considered."""
+
+    legal: list[Candidate]
+    fitting: list[Candidate]
+    """Those of them that fit into memory."""
+    leave_node: bool
+    """Are there some among them whose tp or all-to-all leaves a node?"""
+
+
+def find_candidates(
+    phase: Phase,
+    config: Config,
+    world_size: int,
+    model: MemoryModel,
+    device: Device,
+    pairs_per_token: float | None = None,
+    *,
+    across_nodes: bool = False,
+) -> FoundCandidates:
+    """Find the layouts of a phase that can be used, and those that fit.
+
+    Where nothing fits whose tp and all-to-all stay inside a node, those that leave one are found.
+
+    Args:
+        pairs_per_token: as `Workload` has it.
+        across_nodes: tp and the all-to-all may leave a node anyway.
+    """
+    node_size = device.hardware.devices_per_node
+    legal: list[Candidate] = []
+    # In one node nothing leaves it.
+    is_one_node = world_size <= node_size
+    for limit in (None,) if across_nodes or is_one_node else (node_size, None):
+        legal = list(
+            candidates(
+                phase,
+                config,
+                world_size,
+                model,
+                device.hardware,
+                pairs_per_token,
+                node_size=limit,
+            )
+        )
+        fitting = [candidate for candidate in legal if candidate.memory.total <= device.usable]
+        if fitting:
+            return FoundCandidates(legal, fitting, limit is None and not is_one_node)
+    return FoundCandidates(legal, [], not is_one_node)
 
 
 def candidates(
@@ -136,15 +192,19 @@ def candidates(
     model: MemoryModel,
     hardware: Hardware,
     pairs_per_token: float | None = None,
+    *,
+    node_size: int | None = None,
 ) -> Iterator[Candidate]:
     """Yield every legal layout that keeps what the phase gives.
 
     Args:
         pairs_per_token: as `Workload` has it.
+        node_size: processes of a node, which neither tp nor an all-to-all leaves unless the phase
+            gives its size; None = they may.
     """
     strategies = _strategies(phase)
     levels = _recompute_levels(phase)
-    for layout in _layouts(phase, config, world_size):
+    for layout in _layouts(phase, config, world_size, node_size):
         # Where the sizes alone are refused, no strategy and no recompute helps.
         plain = dataclasses.replace(phase, layout=layout).with_memory(recompute_granularity=None)
         if not layout.combination_problems() and check_phase_layout(
@@ -182,9 +242,12 @@ def _recompute_levels(phase: Phase) -> tuple[Recompute | None, ...]:
     return RECOMPUTE_LEVELS
 
 
-def _layouts(phase: Phase, config: Config, world_size: int) -> Iterator[LayoutConfig]:
+def _layouts(
+    phase: Phase, config: Config, world_size: int, node_size: int | None
+) -> Iterator[LayoutConfig]:
     """Yield the layouts of the world with the sizes that the phase gives."""
     asked = phase.layout
+    is_tp_open = SIZE_FIELDS["tp"] in phase.auto
     for sizes in sizes_of_world(world_size):
         is_another = any(
             name not in phase.auto and size != given
@@ -193,13 +256,16 @@ def _layouts(phase: Phase, config: Config, world_size: int) -> Iterator[LayoutCo
         if is_another:
             continue
         tp, pp, cp = sizes
+        if is_tp_open and not is_inside_node(tp, node_size):
+            continue
         # Levels of cp that are given come with cp itself.
         if asked.hierarchical_context_parallel_sizes and cp > 1:
             yield dataclasses.replace(
                 asked, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp
             )
         else:
-            yield with_sizes(asked, config.model.num_attention_heads, tp, pp, cp)
+            heads = config.model.num_attention_heads
+            yield with_sizes(asked, heads, tp, pp, cp, node_size=node_size)
 
 
 def estimate(
@@ -215,8 +281,9 @@ def estimate(
     return Candidate(phase, load.data_parallel_size, memory, estimate_step(model, load, hardware))
 
 
-def _choose_best(fitting: list[Candidate]) -> LayoutChoice:
-    """Choose the simplest of the fastest, and the fastest with other sizes."""
+def _choose_best(found: FoundCandidates) -> LayoutChoice:
+    """Choose the simplest of the fastest that fit, and the fastest with other sizes."""
+    fitting = found.fitting
     # The estimate is not good enough to tell small differences apart.
     fastest = min(candidate.seconds for candidate in fitting)
     as_fast = [each for each in fitting if each.seconds <= EQUAL_TIME_FACTOR * fastest]
@@ -224,7 +291,7 @@ def _choose_best(fitting: list[Candidate]) -> LayoutChoice:
     sizes = best.phase.layout.sizes
     others = [each for each in fitting if each.phase.layout.sizes != sizes]
     following = min(others, key=lambda each: (each.seconds, each.simplicity), default=None)
-    return LayoutChoice(best, following)
+    return LayoutChoice(best, following, found.leave_node)
 
 
 # ---------------------------------------------------------------- where there is none
@@ -268,13 +335,9 @@ def _what_would_fit(
     # Each change by itself, with the best layout that it opens.
     found = []
     for what, changed, world in changes:
-        fitting = [
-            candidate
-            for candidate in candidates(changed, config, world, model, device.hardware)
-            if candidate.memory.total <= device.usable
-        ]
-        if fitting:
-            best = _choose_best(fitting).best
+        others = find_candidates(changed, config, world, model, device)
+        if others.fitting:
+            best = _choose_best(others).best
             found.append(f"{what} ({best.describe()}, {show_bytes(best.memory.total)})")
             if world > world_size:  # the fewest more processes are enough
                 break

@@ -39,11 +39,21 @@ def sizes_of_world(world_size: int) -> Iterator[Sizes]:
                 yield tp, pp, cp
 
 
-def with_sizes(layout: LayoutConfig, num_heads: int, tp: int, pp: int, cp: int) -> LayoutConfig:
-    """Return the same layout with other sizes, in two levels where cp is beyond the heads."""
+def with_sizes(
+    layout: LayoutConfig, num_heads: int, tp: int, pp: int, cp: int, *, node_size: int | None = None
+) -> LayoutConfig:
+    """Return the same layout with other sizes, in two levels where cp is beyond the heads.
+
+    Args:
+        node_size: processes of a node, which no all-to-all leaves; None = it may.
+    """
     # As many ranks as possible exchange heads; the others gather keys and values.
     most = max(1, num_heads // tp)
-    exchanging = max((n for n in range(1, most + 1) if cp % n == 0), default=1)
+    exchanging = max(
+        n
+        for n in range(1, most + 1)
+        if cp % n == 0 and (n == 1 or is_inside_node(tp * n, node_size))
+    )
     levels = [exchanging, cp // exchanging] if exchanging < cp else []
     return dataclasses.replace(
         layout,
@@ -53,6 +63,11 @@ def with_sizes(layout: LayoutConfig, num_heads: int, tp: int, pp: int, cp: int) 
         cp_comm_type="a2a+allgather" if levels else "a2a",
         hierarchical_context_parallel_sizes=levels,
     )
+
+
+def is_inside_node(ranks: int, node_size: int | None) -> bool:
+    """Tell whether all groups of this many neighbouring ranks are inside nodes of `node_size`."""
+    return node_size is None or node_size % ranks == 0
 
 
 def nearest_layouts(

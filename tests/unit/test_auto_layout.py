@@ -68,6 +68,33 @@ def test_a_million_tokens_get_many_ranks_and_a_short_phase_none():
         assert choice.next_best.phase.layout.sizes != choice.best.phase.layout.sizes
 
 
+def test_tp_and_the_all_to_all_stay_inside_a_node_unless_told_otherwise():
+    long = {"seq_length": 1 << 20}
+    for node_size in (4, 8):
+        hardware = dataclasses.replace(TABLE["H200"], devices_per_node=node_size)
+        (choice,) = choose(
+            config("llama3-8b", long), 1024, Device(hardware, TABLE["H200"].memory_bytes)
+        )
+        for candidate in (choice.best, choice.next_best):
+            layout = candidate.phase.layout
+            together = layout.tensor_model_parallel_size * layout.context_levels[0]
+            assert node_size % together == 0, candidate.describe()
+        assert "inside a node" not in choice.describe()
+    # A size that is given is kept.
+    (wide,) = choose(config("llama3-8b", long | {"tensor_model_parallel_size": 16}), 1024)
+    assert wide.best.phase.layout.tensor_model_parallel_size == 16
+
+
+def test_a_layout_leaves_a_node_where_no_other_fits_and_says_so():
+    # A 70B on 16 GPUs of 64 GiB, two to a node, with neither a pipeline nor context parallelism.
+    hardware = dataclasses.replace(TABLE["H100"], devices_per_node=2)
+    sizes = {"pipeline_model_parallel_size": 1, "context_parallel_size": 1}
+    made = config("llama3-70b", sizes | {"data_parallel_sharding_strategy": "optim"})
+    (choice,) = choose(made, 16, Device(hardware, 150 * GIB))
+    assert choice.best.phase.layout.tensor_model_parallel_size > 2
+    assert "nothing fits whose tp and all-to-all stay inside a node" in choice.describe()
+
+
 def test_a_large_model_is_split_and_a_small_one_is_not():
     (large,) = choose(config("llama3-70b", {}), 64)
     (small,) = choose(config("125m", {}), 64)
@@ -185,7 +212,8 @@ def test_the_stored_choice_wins_until_the_question_changes():
     assert again == phases and kept == stored and lines[0].endswith("(kept from the checkpoint)")
     assert len(lines) == 1, "what was kept was not compared"
     fresh, _, _ = settle(made, 64, device=smaller)
-    assert fresh[0].layout != phases[0].layout, "or the stored choice would prove nothing"
+    chosen = [(phase.layout, phase.memory) for phase in (fresh[0], phases[0])]
+    assert chosen[0] != chosen[1], "or the stored choice would prove nothing"
     _, _, lines = settle(made, 128, stored)
     assert "(chosen again, since world_size was 64; it was tp 1 pp 1 cp " in lines[0]
     made.schedule.phases[0].seq_length = 65536

@@ -99,6 +99,21 @@ def test_a_node_that_fails_counts_for_the_whole_run():
     assert planned(MOCK, world_size=4).failures.hours_to_failure == pytest.approx(7.9 * 256)
 
 
+def test_an_interval_that_divides_the_steps_saves_that_often():
+    # Of 9 steps.
+    words = [word.replace("8192", "9216") for word in [*MOCK, "--save", "runs/x"]]
+    for interval, saves in ((1, 9), (3, 3), (4, 3), (9, 1), (100, 1)):
+        saved = planned([*words, "--save-interval", str(interval)]).checkpoints
+        assert saved is not None and saved.saves == saves
+
+
+def test_a_plan_of_what_the_launcher_starts_has_its_nodes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    plan = planned(MOCK, hardware=None, world_size=None)
+    assert (plan.world_size, plan.devices_per_node, plan.nodes) == (4, 2, 2)
+
+
 def test_failures_that_leave_no_time_are_refused():
     with pytest.raises(ValueError, match="mtbf_hours = 0.01: a failure costs .* never ends. Fix"):
         planned(MOCK, mtbf_hours=0.01)
@@ -272,6 +287,7 @@ def test_a_layout_that_cannot_run_is_refused_as_by_the_trainer(capsys):
         (["--world-size", "many"], "--world-size"),
         (["--price-per-gpu-hour", "-1"], "price_per_gpu_hour = -1.0: must be above 0"),
         (["--mtbf-hours", "1", "--node-mtbf-hours", "1"], "cannot be combined with mtbf_hours"),
+        (["--across-nodes"], "across_nodes = True: is about what --search ranks"),
         (["--hardware-file", "/nonexistent"], "hardware_file = /nonexistent: cannot be read"),
         (["--wrold-size", "8"], "--wrold-size: no such flag"),
     ],

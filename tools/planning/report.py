@@ -202,6 +202,8 @@ class SearchPlan:
     """Layouts that can run the phase, with all strategies and levels of recompute."""
     fitting: int
     """Those of them that fit into memory."""
+    leaves_node: bool
+    """May tp and the all-to-all leave a node, as was asked for or since nothing else fits?"""
     rows: tuple[CandidatePlan, ...]
 
 

@@ -10,7 +10,7 @@ from pretrain.planner.step_time import attention_efficiency
 from tools.planning.axes import crossing_warnings
 from tools.planning.cluster import Cluster
 from tools.planning.phases import PhaseEstimate, mean_pairs
-from tools.planning.report import CheckpointPlan, PhasePlan, RunPlan
+from tools.planning.report import CheckpointPlan, PhasePlan, RunPlan, SearchPlan, SourcePlan
 from tools.planning.search import search_layouts
 from tools.planning.totals import Assumed, Totals
 from tools.shared.effective_time import GROUPS_SECONDS, NOTICE_SECONDS, FailureCosts
@@ -58,12 +58,14 @@ def make_run_plan(
     document_tokens: int | None = None,
     notes: tuple[str, ...] = (),
     with_search: bool = False,
+    across_nodes: bool = False,
 ) -> RunPlan:
     """Put together everything that the plan knows.
 
     Args:
         config_name: the run's file, as it was named.
         notes: what was not looked at.
+        across_nodes: the search also ranks layouts whose tp or all-to-all leaves a node.
 
     Raises:
         ValueError: nothing is left to train, or failures leave no time for it.
@@ -74,7 +76,13 @@ def make_run_plan(
     costs = totals.costs_of_failures(saved)
     failures = totals.failures(costs)
     phases = tuple(
-        _phase_plan(estimate, plan, totals, costs, with_search=with_search)
+        _phase_plan(
+            estimate,
+            totals,
+            costs,
+            estimate.sources(plan.forecast),
+            search_layouts(estimate, across_nodes=across_nodes) if with_search else None,
+        )
         for estimate in estimates
     )
     return RunPlan(
@@ -102,11 +110,10 @@ def make_run_plan(
 
 def _phase_plan(
     estimate: PhaseEstimate,
-    plan: Plan,
     totals: Totals,
     costs: FailureCosts,
-    *,
-    with_search: bool,
+    sources: tuple[SourcePlan, ...],
+    search: SearchPlan | None,
 ) -> PhasePlan:
     return PhasePlan(
         name=estimate.phase.name,
@@ -116,8 +123,8 @@ def _phase_plan(
         speed=estimate.speed(),
         traffic=estimate.traffic(),
         cost=totals.cost([estimate], costs),
-        sources=estimate.sources(plan.forecast),
-        search=search_layouts(estimate) if with_search else None,
+        sources=sources,
+        search=search,
     )
 
 

@@ -27,27 +27,26 @@ PART_WORDS = {
 }
 
 
-def search_layouts(estimate: PhaseEstimate) -> SearchPlan:
+def search_layouts(estimate: PhaseEstimate, *, across_nodes: bool) -> SearchPlan:
     """Rank the layouts of a phase: those that fit, the fastest first, one row for each size.
 
     The phase's own layout has a row even where it is slow, and so has one that would be faster than
     all of them and does not fit.
+
+    Args:
+        across_nodes: tp and the all-to-all may leave a node also where others fit.
     """
-    found = list(
-        layout_candidates.candidates(
-            opened(estimate.phase),
-            estimate.config,
-            estimate.world_size,
-            estimate.model,
-            estimate.hardware,
-            estimate.pairs_per_token,
-        )
+    found = layout_candidates.find_candidates(
+        opened(estimate.phase),
+        estimate.config,
+        estimate.world_size,
+        estimate.model,
+        estimate.machine.device,
+        estimate.pairs_per_token,
+        across_nodes=across_nodes,
     )
     usable = estimate.machine.device.usable
-    fitting = sorted(
-        (each for each in found if each.memory.total <= usable),
-        key=lambda each: (each.seconds, each.simplicity),
-    )
+    fitting = sorted(found.fitting, key=lambda each: (each.seconds, each.simplicity))
     own = layout_candidates.estimate(
         estimate.phase,
         estimate.world_size,
@@ -60,7 +59,7 @@ def search_layouts(estimate: PhaseEstimate) -> SearchPlan:
     if own.describe() not in [each.describe() for each in rows]:
         rows.append(own)
     # What would win if it only fitted.
-    faster = [each for each in found if each.memory.total > usable]
+    faster = [each for each in found.legal if each.memory.total > usable]
     if best is not None:
         faster = [each for each in faster if each.seconds < best.seconds]
     if faster:
@@ -68,8 +67,9 @@ def search_layouts(estimate: PhaseEstimate) -> SearchPlan:
         if fastest.describe() != own.describe():
             rows.append(fastest)
     return SearchPlan(
-        legal=len(found),
+        legal=len(found.legal),
         fitting=len(fitting),
+        leaves_node=found.leave_node,
         rows=tuple(_row(each, best, own, usable) for each in rows),
     )
 

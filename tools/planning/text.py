@@ -186,7 +186,11 @@ def _search_table(search: SearchPlan) -> list[str]:
         ]
         for row in search.rows
     ]
-    title = f"layouts: {search.fitting:,} of {search.legal:,} fit; * = this plan's"
+    where = "also leave" if search.leaves_node else "stay inside"
+    title = (
+        f"layouts: {search.fitting:,} of {search.legal:,} fit (tp and the all-to-all {where} a "
+        "node); * = this plan's"
+    )
     return [title, *table(["  layout", "step", "memory", "why not"], rows, left=(0, 3))]
 
 
