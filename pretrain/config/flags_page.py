@@ -1,6 +1,6 @@
 """Write FLAGS.md, the reference of all flags, from the dataclasses and from megatron_flags.yaml.
 
-`python -m pretrain.config.flags_page` writes it and SETTINGS.md beside this file.
+`python -m pretrain.config.flags_page` writes it, SETTINGS.md and FROM_DEEPSPEED.md beside it.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ from typing import get_type_hints
 
 from pretrain.config import megatron_flags
 from pretrain.config.config import section_types
+from pretrain.config.deepspeed_page import DEEPSPEED_PAGE, make_deepspeed_page
 from pretrain.config.effects import CONDITIONS, NEEDS_SIZE
 from pretrain.config.facts import facts_of
 from pretrain.config.page_parts import (
@@ -171,3 +172,4 @@ def _flags(names: Iterable[str]) -> str:
 if __name__ == "__main__":
     PAGE.write_text(make_page(), encoding="utf-8")
     SETTINGS_PAGE.write_text(make_settings_page(), encoding="utf-8")
+    DEEPSPEED_PAGE.write_text(make_deepspeed_page(), encoding="utf-8")

@@ -340,7 +340,8 @@ def wrong_pointers(root: Path, page: Path) -> list[str]:
             path = next((path for path in places if path.is_file()), None)
             if path is None:
                 wrong.append(file)
-            elif name and name not in names_in(path):
+            # In a block, what stands behind a script's name and a colon is what it says.
+            elif name and "\n" not in code and name not in names_in(path):
                 wrong.append(f"{file}: {name}")
     return wrong
 
@@ -351,7 +352,8 @@ def module_exists(root: Path, module: str) -> bool:
 
 
 def pages() -> list[str]:
-    inner = [path for folder in MAY_IMPORT for path in (ROOT / folder).rglob("README.md")]
+    inner = [path for folder in MAY_IMPORT for path in (ROOT / folder).rglob("*.md")]
+    inner = [path for path in inner if path.name not in ("FLAGS.md", "SETTINGS.md", "RESULTS.md")]
     own = [path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md") if path.is_file()]
     return [path.relative_to(ROOT).as_posix() for path in own + sorted(inner)]
 

@@ -14,7 +14,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FOLDERS = ("data", "launch", "model", "parallel", "pretrain", "tests", "tools")
-PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"{name}/README.md" for name in FOLDERS))
+PAGES = tuple(
+    page.relative_to(ROOT).as_posix()
+    for page in (*ROOT.glob("*.md"), *(p for name in FOLDERS for p in (ROOT / name).rglob("*.md")))
+)
 GPU_GIB = "80"
 """What README names beside the run file."""
 
@@ -87,7 +90,7 @@ def test_the_commands_to_train_your_own_run_in_order(place, said):
 
 @pytest.mark.long  # the same run file, and a whole start of Python more
 def test_the_command_for_several_nodes_takes_the_same_run_file(place, said):
-    (script,) = [text for text in blocks("launch/README.md", "bash") if "NNODES=4" in text]
+    (script,) = [text for text in blocks("launch/MANY_MACHINES.md", "bash") if "NNODES=4" in text]
     (first, *_) = script.splitlines()
     assert re.search("^long +128Ki ", run(place, first, NPROC_PER_NODE="8"), re.MULTILINE)
 
@@ -101,7 +104,7 @@ def test_the_run_file_is_refused_for_another_number_of_processes(place, said):
     assert "6 processes" in run(place, command)
 
 
-@pytest.mark.parametrize("file", ["README.md", "launch/README.md"])
+@pytest.mark.parametrize("file", ["README.md", "launch/FIRST_RUN.md", "launch/MANY_MACHINES.md"])
 def test_every_script_that_is_named_exists(file):
     named = set(re.findall(r"(?:bash|source) ([\w/]+\.sh)", "\n".join(blocks(file, "bash"))))
     assert named, "a page without a command"
