@@ -210,7 +210,10 @@ def _assumed(arguments: Arguments, cluster: Cluster) -> Assumed:
         hours = arguments.node_mtbf_hours / cluster.nodes
     if arguments.mtbf_hours is not None:
         hours = arguments.mtbf_hours
-    return Assumed(arguments.disk_gigabytes_per_second, hours, arguments.price_per_gpu_hour)
+    are_given = arguments.mtbf_hours is not None or arguments.node_mtbf_hours is not None
+    return Assumed(
+        arguments.disk_gigabytes_per_second, hours, arguments.price_per_gpu_hour, are_given
+    )
 
 
 def _config_name(words: list[str]) -> str:

@@ -119,6 +119,16 @@ def test_failures_that_leave_no_time_are_refused():
         planned(MOCK, mtbf_hours=0.01)
 
 
+def test_failures_that_are_assumed_and_leave_no_time_are_left_out_with_a_line():
+    # 1000T tokens without a save on the way, on a CPU.
+    flags = [*MOCK, "--train-tokens", "1000T", "--save", "runs/x"]
+    plan = planned(flags, hardware="cpu", world_size=1)
+    (line,) = [text for text in plan.warnings if text.startswith("failures are left out")]
+    assert "never end" in line and "Fix: save more often" in line
+    assert (plan.failures.failures, plan.total.failure_seconds) == (0, 0)
+    assert plan.total.days == pytest.approx(plan.total.train_seconds / 86400, rel=1e-3)
+
+
 def test_the_effective_share_is_that_of_the_arithmetic_by_hand():
     costs = FailureCosts(
         hours_to_failure=10,

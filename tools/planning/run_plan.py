@@ -73,7 +73,7 @@ def make_run_plan(
     estimates = estimate_phases(plan, cluster, document_tokens)
     totals = Totals(plan, estimates, cluster.nodes, assumed)
     saved = totals.checkpoints()
-    costs = totals.costs_of_failures(saved)
+    costs, left_out = totals.with_time_left(totals.costs_of_failures(saved))
     failures = totals.failures(costs)
     phases = tuple(
         _phase_plan(
@@ -104,6 +104,7 @@ def make_run_plan(
             *warnings_about(plan),
             *_crossings(phases, cluster.hardware),
             *_warnings_of_saves(saved),
+            *left_out,
         ),
     )
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pretrain.checkpointing.save_folder import MOMENTS, checkpoint_bytes, most_kept
 from pretrain.checkpointing.save_schedule import SECONDS_PER_MINUTE
@@ -36,6 +36,8 @@ class Assumed:
     hours_to_failure: float
     """Mean hours between two failures of the whole run."""
     price_per_device_hour: float | None
+    are_hours_given: bool = False
+    """Are the hours of this cluster, and not those that are assumed of any?"""
 
 
 @dataclass(frozen=True)
@@ -121,22 +123,34 @@ class Totals:
             stall_seconds=stall,
         )
 
-    def failures(self, costs: FailureCosts) -> FailurePlan:
-        """Describe what failures take, and what is left.
+    def with_time_left(self, costs: FailureCosts) -> tuple[FailureCosts, list[str]]:
+        """Return costs that let the run end, and a line that says what was left out for that.
 
         Raises:
-            ValueError: nothing is left.
+            ValueError: the given failures let it make no progress.
         """
-        share = costs.effective_share
-        if share <= 0:
+        if costs.effective_share > 0:
+            return costs, []
+        hours = costs.hours_to_failure
+        seconds = costs.restart_seconds + costs.again_seconds
+        fix = "save more often (--save-interval, --save-interval-in-mins), or fewer nodes"
+        if self.assumed.are_hours_given:
             raise ValueError(
-                f"mtbf_hours = {costs.hours_to_failure:g}: a failure costs "
-                f"{costs.restart_seconds + costs.again_seconds:,.0f} s, so that the run never ends."
-                " Fix: save more often (--save-interval, --save-interval-in-mins), or fewer nodes."
+                f"mtbf_hours = {hours:g}: a failure costs {seconds:,.0f} s, so that the run never "
+                f"ends. Fix: {fix}."
             )
+        line = (
+            f"failures are left out: one is assumed in {hours:.3g} h and costs {seconds:,.0f} s, "
+            f"so that the run would never end. Fix: {fix}"
+        )
+        return replace(costs, hours_to_failure=math.inf), [line]
+
+    def failures(self, costs: FailureCosts) -> FailurePlan:
+        """Describe what failures take, and what is left."""
+        share = costs.effective_share
         hours = self.train_seconds / share / SECONDS_PER_HOUR
         return FailurePlan(
-            hours_to_failure=costs.hours_to_failure,
+            hours_to_failure=self.assumed.hours_to_failure,
             failures=hours / costs.hours_to_failure,
             restart_seconds=costs.restart_seconds,
             again_seconds=costs.again_seconds,
