@@ -131,11 +131,19 @@ def test_a_watchdog_speaks_again_once_a_cut_network_is_back(tmp_path, store):
     assert asking.ask().missing == []
 
 
+def has_arrived(exchange: Exchange) -> None:
+    """Wait until the store has what was set: it answers nothing to that, but what is asked next."""
+    assert exchange.store is not None
+    exchange.store.check(["anything"])
+
+
 def test_an_answer_of_a_question_long_ago_counts_for_nothing(store):
     asking = Exchange(client(store), 0, 2)
     answering = Exchange(client(store), 1, 2)
     asking.ask()
+    has_arrived(asking)
     answering.answer([waits(1, "world", 3)])
+    has_arrived(answering)
     assert [view.wait.number for view in asking.ask().views] == [3]
     asking.rest()
     assert asking.ask().views == []
@@ -146,6 +154,7 @@ def test_verdict_and_stacks_travel_between_the_nodes(store):
     following = Exchange(client(store), 1, 2)
     assert following.heard_verdict() is None
     leading.tell_verdict(["one", "two"])
+    has_arrived(leading)
     assert following.heard_verdict() == ["one", "two"]
     sender = threading.Thread(target=following.send_stacks, args=({5: "here"},))
     sender.start()
