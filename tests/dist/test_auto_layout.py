@@ -1,6 +1,7 @@
 """Predicted bytes against real tensors on several layouts, and runs with `layout: auto`."""
 
 import json
+from dataclasses import fields
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from pretrain.config.load import load_config
 from pretrain.plan import make_plan
 from pretrain.planner import layout_candidates
 from pretrain.planner.rank_bytes import MemoryModel
+from pretrain.planner.step_time import StepTime
 from pretrain.planner.workload import Workload
 from pretrain.step import train_step
 from tests.dist.parity import VOCABULARY, Case, named
@@ -126,9 +128,11 @@ def test_a_run_chooses_its_layouts_once(pool, tmp_path, monkeypatch):
 
     # The stored choice wins over an estimate that has changed; another world or another phase is
     # chosen again.
-    monkeypatch.setattr(
-        layout_candidates, "step_seconds", lambda model, load, hardware: 1.0 / load.layout.sizes[0]
-    )
+    def shorter_with_tp(model, load, hardware):
+        parts = dict.fromkeys((each.name for each in fields(StepTime)), 0.0)
+        return StepTime(**parts | {"products": 1.0 / load.layout.sizes[0]})
+
+    monkeypatch.setattr(layout_candidates, "estimate_step", shorter_with_tp)
     again = make_plan(load_config(argv), 2)
     assert sizes(again) == sizes(plan) and all(
         "(kept from the checkpoint)" in line for line in again.layout_lines

@@ -71,7 +71,7 @@ def labels_shifted_after_slicing(batch, *_):
 
 def labels_across_documents(batch, samples, pieces):
     tokens = np.concatenate(
-        [stream.read(intervals[0, 0] + 1, intervals[0, 1]) for stream, intervals, _ in samples]
+        [stream.read(intervals[0, 0] + 1, intervals[0, 1]) for stream, intervals, *_ in samples]
     )
     labels = np.concatenate([tokens[low:high] for low, high in pieces])
     return dataclasses.replace(batch, labels=torch.from_numpy(labels), num_targets=-1)
