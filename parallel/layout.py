@@ -6,8 +6,11 @@ the only one that chooses the device. Rank order is Megatron's (tp fastest, then
     rank = tp + TP * (cp + CP * (dp + DP * pp))
 """
 
+import functools
+import importlib.util
 import os
 import resource
+import sys
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -350,15 +353,29 @@ def end_world() -> None:
         dist.destroy_process_group()
 
 
+@functools.cache
 def import_parallel_state() -> ModuleType:
     """Import Megatron-Core's groups when they are needed: tools of one process need no megatron.
 
-    That takes seconds, which a trainer spends while it waits for its launcher.
+    Only this module of it is imported. The package's own __init__ imports all of Megatron-Core, and
+    with it torch's compiler and wandb: two seconds in every process of a run.
     """
-    with warnings.catch_warnings():
-        # It warns of missing packages (fused optimizers, norms) for parts that are not used here.
-        warnings.simplefilter("ignore")
-        from megatron.core import parallel_state
+    name = "megatron.core"
+    is_imported = name in sys.modules
+    if not is_imported:
+        spec = importlib.util.find_spec(name)
+        if spec is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        with warnings.catch_warnings():
+            # It warns of missing packages (fused optimizers, norms) that are not used here.
+            warnings.simplefilter("ignore")
+            from megatron.core import parallel_state
+    finally:
+        # Whoever imports the package itself gets all of it.
+        if not is_imported:
+            del sys.modules[name]
     return parallel_state
 
 

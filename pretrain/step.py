@@ -7,7 +7,7 @@ before the first forward; gradients are then summed over all ranks that saw diff
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -19,12 +19,15 @@ from model.gpt import GPTStage, Microbatch
 from parallel.collectives import all_reduce
 from parallel.config import ShardingStrategy
 from parallel.layout import Layout
-from parallel.pipeline import Pipeline
 from parallel.shard import own_shard, set_microbatch
 from pretrain.guards.spikes import NO_LIMITS, Limits
 from pretrain.optimizer import update
 from pretrain.processes.heartbeat import WAITING_FOR_DEVICE, Heartbeat
 from pretrain.processes.stop import StopRequest
+
+if TYPE_CHECKING:
+    # It brings torch's compiler, of a second: a run without pipeline stages needs neither.
+    from parallel.pipeline import Pipeline
 
 CLIP_EPSILON = 1e-6
 """Added to the norm before dividing by it, as torch's clip_grad_norm_ does."""
@@ -181,8 +184,12 @@ class Stepper:
         if self.stop is not None:
             self.stop.check()
 
-    def _pipeline_for(self, microbatches: Sequence[CountedMicrobatch], *, train: bool) -> Pipeline:
+    def _pipeline_for(
+        self, microbatches: Sequence[CountedMicrobatch], *, train: bool
+    ) -> "Pipeline":
         """Build the pipeline of this shape, or take the one that was built before."""
+        from parallel.pipeline import Pipeline
+
         key = self._pipeline_key(microbatches, train=train)
         if key not in self.pipelines:
             self.pipelines[key] = Pipeline(

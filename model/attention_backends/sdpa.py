@@ -20,7 +20,6 @@ heads, H head size.
 """
 
 import torch
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from model.attention_backends.backend import Attend, Backend
@@ -68,6 +67,9 @@ def _one_by_one(
         if q.shape[2] == k.shape[2]:
             out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         else:
+            # It takes a second to import, and most runs never come here.
+            from torch.nn.attention.bias import causal_lower_right
+
             mask = causal_lower_right(q.shape[2], k.shape[2])
             out = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
         outputs.append(_tokens_first(out))

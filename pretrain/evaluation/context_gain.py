@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import ndtri, stdtrit
 
 from data.blend import BlendOrder
 from data.excerpts import Excerpt
@@ -196,7 +195,10 @@ def _student_widening(documents: int) -> float:
     """Divide the width of Student's 95 % interval of a mean by that of the bootstrap."""
     free = documents - 1
     upper = INTERVAL_PERCENTILES[1] / 100
-    # Quantiles of Student's t and of the normal distribution (scipy.stats takes long to import).
+    # Half a second to import, and scipy.stats takes longer.
+    from scipy.special import ndtri, stdtrit
+
+    # Quantiles of Student's t and of the normal distribution.
     quantiles = float(stdtrit(free, upper) / ndtri(upper))
     # The bootstrap divides the variance by the number of documents, Student by one less.
     return quantiles * (documents / free) ** 0.5
