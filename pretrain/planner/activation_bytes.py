@@ -208,16 +208,22 @@ class LayerMemory:
             with_gradients: count the gradients of the parameters at work, and that of a tied
                 embedding, which waits for its other half.
         """
+        of_layers = self.layers_working_set(has_loss=has_loss, with_gradients=with_gradients)
+        return max(of_layers, self.loss_working_set) if has_loss else of_layers
+
+    def layers_working_set(self, *, has_loss: bool, with_gradients: bool = False) -> int:
+        """Return the same while a layer's backward runs."""
         loss = self.kept_of_loss if has_loss else 0
         waiting = self.b * self.v * self.D if has_loss and self.tied else 0
-        found = [
+        return max(
             point.made - point.freed - loss + with_gradients * (point.gradients + waiting)
             for point in self.peak_candidates
-        ]
-        if has_loss:
-            # While the loss computes, and while its kept gradients are multiplied by the scale.
-            found += [self.loss_at_work, self.read + self.b * self.v * self.D]
-        return max(found)
+        )
+
+    @property
+    def loss_working_set(self) -> int:
+        """The same while the loss computes, and while its gradients are multiplied by the scale."""
+        return max(self.loss_at_work, self.read + self.b * self.v * self.D)
 
     @cached_property
     def peak_candidates(self) -> list[PeakCandidate]:

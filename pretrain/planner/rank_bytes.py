@@ -18,6 +18,7 @@ from pretrain.config.config import Config
 from pretrain.planner.activation_bytes import LayerMemory, pinned_bytes
 from pretrain.planner.hardware import Hardware
 from pretrain.planner.model_size import ModelSize
+from pretrain.planner.step_moments import GradientSizes, StepMoments
 from pretrain.planner.workload import Workload
 
 Parts = Counter[str]
@@ -34,7 +35,8 @@ class RankMemory:
     optimizer: int
     """Adam's moments and step counts of that shard."""
     gradients: int
-    """Those of the shard, or of the whole stage where they are reduced once per step."""
+    """Those of the shard, or of the whole stage where they are reduced once per step; 0 where most
+    is held before the first of them is made."""
     gathered: int
     """Parameters in the compute dtype, put together for forward and backward."""
     activations: int
@@ -252,18 +254,27 @@ class MemoryModel:
         )
         has_loss = any(stage["final_norm"] for stage in stages)
         loss = layers.kept_of_loss if has_loss else 0
-        # Gradients that are kept whole are added up when their layer's backward is over.
-        buffers = layers.working_set(has_loss=has_loss, with_gradients=load.whole_gradients)
-        if not load.whole_gradients:
-            buffers = self._with_sent_gradients(buffers, activations + loss, stages, tp)
-        memory = RankMemory(
-            parameters=self.master_bytes * shard,
-            optimizer=2 * self.master_bytes * shard + 4 * tensors,
-            gradients=self.master_bytes * (whole if load.whole_gradients else shard),
+        moments = StepMoments(
+            layers,
+            self._gradient_sizes(load, stages),
             gathered=self.compute_bytes * self._gathered(layout, stages, whole),
             activations=activations,
             loss=loss,
-            buffers=max(0, buffers),
+            gradients=self.master_bytes * (whole if load.whole_gradients else shard),
+            in_flight=in_flight,
+        )
+        most = moments.fullest(
+            load.num_microbatches * layout.stages_per_rank,
+            has_pipeline=layout.pipeline_model_parallel_size > 1,
+        )
+        memory = RankMemory(
+            parameters=self.master_bytes * shard,
+            optimizer=2 * self.master_bytes * shard + 4 * tensors,
+            gradients=most.gradients,
+            gathered=most.gathered,
+            activations=most.activations,
+            loss=most.loss,
+            buffers=most.buffers,
             messages=layers.input * _messages(load, pp_rank, in_flight),
             copy=0 if self.on_gpu else self.copy_bytes(load, pp_rank),
             host=in_flight * max(offloaded) * layers.on_host,
@@ -289,21 +300,19 @@ class MemoryModel:
         two_layers = min(2, num_layers) * self.count_elements("layers", tp)
         return self._around_layers(stages, tp) + two_layers
 
-    def _with_sent_gradients(self, buffers: int, kept: int, stages: list[Parts], tp: int) -> int:
-        """Return the buffers of a rank that reduces its gradients in every microbatch.
-
-        Args:
-            buffers: without those gradients.
-            kept: bytes that wait for backward; they are gone when the last gradients are sent.
-        """
-        layer = self.count_elements("layers", tp)
+    def _gradient_sizes(self, load: Workload, stages: list[Parts]) -> GradientSizes:
+        """Count the gradients that are on their way at once."""
+        tp = load.layout.tensor_model_parallel_size
         has_output = any(stage["output"] for stage in stages)
-        # The output's gradient waits for the embedding's; a layer's is copied to be sent while
-        # the next is made.
-        waiting = self.count_elements("output" if has_output else "embedding", tp)
-        on_the_way = 2 * self.master_bytes * layer + self.compute_bytes * (layer + waiting)
-        at_the_end = (self.master_bytes + self.compute_bytes) * self._around_layers(stages, tp)
-        return max(buffers + on_the_way, at_the_end - kept)
+        return GradientSizes(
+            layer=self.count_elements("layers", tp),
+            around=self._around_layers(stages, tp),
+            waiting=self.count_elements("output" if has_output else "embedding", tp),
+            master_bytes=self.master_bytes,
+            compute_bytes=self.compute_bytes,
+            shards=1 if load.whole_gradients else load.shards,
+            are_whole=load.whole_gradients,
+        )
 
     def _with_optimizer_on_host(
         self, memory: RankMemory, load: Workload, parts: Parts

@@ -178,3 +178,34 @@ def test_what_is_left_out_is_said(jobs):
     part = rehearsed_part(config, phase, WORLD)
     assert part.num_microbatches == 4
     assert part.note == "4 of 32 microbatches"
+
+
+SMALL = (
+    "--model tiny --mock-data --lr 1e-3 --train-iters 2 --seq-length 512 --num-layers 4 "
+    "--micro-batch-size 1 --vocab-size"
+).split()
+SMALL_RUNS = {
+    "one microbatch of many weights": ("16384 --bf16 --hidden-size 512 --global-batch-size 2", 2),
+    "two microbatches of many weights": ("16384 --bf16 --hidden-size 256 --global-batch-size 2", 1),
+    "one microbatch in fp32": ("4096 --hidden-size 256 --global-batch-size 1", 1),
+    "two microbatches over two stages": (
+        "4096 --hidden-size 256 --pipeline-model-parallel-size 2 --global-batch-size 2",
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SMALL_RUNS)
+def test_the_formula_holds_where_weights_need_more_than_activations(name):
+    flags, world_size = SMALL_RUNS[name]
+    config = load_config([*SMALL, *flags.split(), "--ffn-hidden-size", "512"])
+    (phase,) = resolve_phases(config)
+    vocabulary = config.data.vocab_size
+    load = Workload.of_phase(phase, world_size)
+    job = RankJob(config, phase, vocabulary, world_size, 0, load.num_microbatches)
+    trace = rehearse_here(job)
+    model = MemoryModel.of_run(config, vocabulary, TABLE["H100"], with_kernels=False)
+    memory = model.estimate_rank(load, 0)
+    # Before the step there is nothing but the shards of parameters and of both moments.
+    assert trace.state_bytes == memory.parameters + memory.optimizer
+    assert memory.total == pytest.approx(trace.peak_bytes, rel=0.1)

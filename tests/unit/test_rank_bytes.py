@@ -89,7 +89,8 @@ def test_activations_are_what_is_alive(dtype, shape, level):
     config = ModelConfig(**sizes)
     for tiles, chunks, loss_chunk in ((1, 1, 2048), (4, 1, 100), (1, 2, 64), (3, 4, 384)):
         settings = MemorySettings(level, 0, tiles, chunks, loss_chunk)
-        load = Workload(LayoutConfig(), 1, 384, 1, 1, settings)
+        # Of the second of two microbatches: a single one's gradients come while this goes.
+        load = Workload(LayoutConfig(), 1, 384, 1, 2, settings)
         model = MemoryModel(config, vocabulary, compute_bytes=dtype.itemsize, on_gpu=False)
         memory = model.estimate_worst(load)
         kept, peak = real_bytes(config, vocabulary, dtype, (0, 100, 250, 384), settings)
@@ -195,10 +196,9 @@ def test_each_setting_saves_what_it_is_for():
     assert sharded.gathered < plain.gathered / 4 and sharded.parameters == plain.parameters
     once = model.estimate_worst(load(data_parallel_sharding_strategy="optim"))
     assert once.gradients == 8 * plain.gradients
-    assert (
-        model.estimate_worst(load(count=1, data_parallel_sharding_strategy="optim")).gradients
-        == plain.gradients
-    )
+    # Of a single microbatch most is held before its first gradient.
+    alone = model.estimate_worst(load(count=1, data_parallel_sharding_strategy="optim"))
+    assert alone.gradients == 0 and alone.total < plain.total
     split = model.estimate_worst(load(context_parallel_size=8, dp=1))
     assert split.parameters == plain.parameters and split.activations < 1.2 * plain.activations / 8
     tp = dict(tensor_model_parallel_size=8, dp=1)
@@ -208,7 +208,7 @@ def test_each_setting_saves_what_it_is_for():
         with_sp.activations < without.activations < plain.activations / 2
         and without.loss < plain.loss / 4
     )
-    staged = model.estimate_worst(load(pipeline_model_parallel_size=4, dp=2))
+    staged = model.estimate_worst(load(count=8, pipeline_model_parallel_size=4, dp=2))
     assert plain.gathered / 5 < staged.gathered < plain.gathered / 2.5
     assert (
         plain.activations * 0.9 < staged.activations < plain.activations * 1.1

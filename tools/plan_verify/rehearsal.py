@@ -154,15 +154,18 @@ def _run_step(job: RankJob, layout: Layout, live: LiveMemory) -> int:
     """Build the rank's state and train a step -> the bytes of the state."""
     config = job.config
     phase = job.phase
-    stages = build_stages(
-        config.model,
-        job.vocab_size,
-        layout,
-        attention_on_meta(config, phase),
-        strategy=phase.layout.sharding_strategy,
-        master_dtype=master_dtype(config.optimizer),
-        compute_dtype=compute_dtype(config.optimizer),
-    )
+    # A run makes its parameters on meta, too, where they take no memory: these are not counted.
+    with live.paused():
+        stages = build_stages(
+            config.model,
+            job.vocab_size,
+            layout,
+            attention_on_meta(config, phase),
+            strategy=phase.layout.sharding_strategy,
+            master_dtype=master_dtype(config.optimizer),
+            compute_dtype=compute_dtype(config.optimizer),
+        )
+    live.add([parameter for stage in stages for parameter in stage.parameters()])
     # Offloaded layers wait in the host's memory on a GPU alone.
     memory = dataclasses.replace(phase.memory, cpu_offloading_num_layers=0)
     for stage in stages:
