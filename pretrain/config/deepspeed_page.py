@@ -28,7 +28,7 @@ HEAD = """# Moving from DeepSpeed
 
 ```bash
 # The file below, checked and estimated for 8 GPUs, on any machine; then `train`, not `plan`.
-bash launch/ithaca.sh plan --config run.yaml --world-size 8 --hardware h100
+bash launch/ithaca.sh plan --config run.yaml --save out/checkpoints --world-size 8 --hardware h100
 ```
 There is no script of yours around it: model, loop, data and checkpoints are here, and a run is one
 YAML file. What DeepSpeed's JSON file said, and what your script gave to `deepspeed.initialize`:
