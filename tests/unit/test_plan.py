@@ -69,7 +69,7 @@ def test_days_and_price_follow_from_the_steps_and_the_failures():
     assert saved is not None
     assert (saved.size_bytes, saved.saves) == (size, 4)
     assert saved.write_seconds == pytest.approx(size / 0.5e9)
-    restart = 30 + 7.5 + 60 + 2 * size / 0.5e9
+    restart = 30 + 4.5 + 60 + 2 * size / 0.5e9
     between = seconds / 4 + saved.stall_seconds
     share = 1 - (restart + between / 2) / 3.6e6 - saved.stall_seconds / between
     assert plan.failures.effective_share == pytest.approx(share)

@@ -20,7 +20,7 @@ from tools.shared.effective_time import (
 HOURS_PER_DAY = 24
 DEVICE_HOURS_TO_FAILURE = 7.9 * 1024
 """Mean hours to a failure of a job, times its GPUs: 7.9 hours with 1,024 (arXiv 2410.21680)."""
-OWN_RESTART_SECONDS = 7.5
+OWN_RESTART_SECONDS = 4.5
 """What the launcher and the trainer take of a restart: to end, launch, import, plan and make the
 first step. Measured on two cores (launch/README.md, "How fast it comes back")."""
 READS = 2
