@@ -106,7 +106,7 @@ def tiles(plan: RunPlan) -> list[tuple[str, str, str]]:
         ("devices", f"{plan.world_size:,}", f"{plan.hardware.name}, {plan.nodes:,} nodes"),
         ("tokens", short(plan.total.tokens), f"{plan.total.steps:,} steps"),
         ("days", f"{plan.total.days:,.1f}", f"{plan.total.device_hours:,.0f} GPU hours"),
-        ("MFU", f"{low} %" if low == high else f"{low} to {high} %", "expected, by phase"),
+        ("MFU", f"{low} %" if low == high else f"{low}–{high}\u00a0%", "expected, by phase"),
         ("memory", show_bytes(fullest.memory.total_bytes), f"of {limit}, phase {fullest.name}"),
         (
             "effective time",
