@@ -1,5 +1,7 @@
 """A command of tools/ refuses wrong arguments in one line each, with exit code 2."""
 
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -127,3 +129,32 @@ def test_the_help_prints_and_ends_well(capsys):
 @pytest.mark.parametrize("number, expected", [(0, "0 files"), (1, "1 file"), (2000, "2,000 files")])
 def test_counts_have_the_right_plural(number, expected):
     assert count_of(number, "file") == expected
+
+
+TALKER = """
+import sys
+from tests.unit.test_door import NEEDED, run
+def act(arguments):
+    for number in range(100_000):
+        print(number)
+sys.exit(run(*NEEDED, act=act))
+"""
+
+
+def test_a_reader_that_has_enough_of_the_output_is_no_error():
+    talker = subprocess.Popen(
+        [sys.executable, "-c", TALKER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert talker.stdout is not None and talker.stderr is not None
+    assert talker.stdout.readline() == "0\n"
+    talker.stdout.close()
+    said = talker.stderr.read()
+    assert (talker.wait(60), said) == (141, "")
+
+
+def test_another_broken_pipe_is_an_error(capsys):
+    def act(arguments):
+        raise BrokenPipeError("a worker is gone")
+
+    assert run(*NEEDED, act=act) == 2
+    assert capsys.readouterr().err == "error: a worker is gone\n"

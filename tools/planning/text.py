@@ -12,6 +12,7 @@ from tools.planning.report import (
     SearchPlan,
     TrafficPlan,
 )
+from tools.shared.message_text import count_of
 from tools.shared.number_text import short
 
 SECONDS_PER_DAY = 86_400
@@ -64,9 +65,10 @@ def show_seconds(seconds: float) -> str:
 
 def _head(plan: RunPlan) -> str:
     hardware = plan.hardware
+    nodes = count_of(plan.nodes, "node")
     return (
         f"plan of {plan.config}: {plan.model}, {plan.parameters:,} parameters, on "
-        f"{plan.world_size:,} x {hardware.name} ({plan.nodes:,} nodes of {plan.devices_per_node})"
+        f"{plan.world_size:,} x {hardware.name} ({nodes} of {plan.devices_per_node})"
     )
 
 

@@ -1,12 +1,15 @@
 """What the commands share: reading their arguments, and refusing bad input in one line each.
 
 A door of tools/ is a dataclass of arguments and a function that acts on them; `run_door` does the
-rest. Exit codes: 0, what the function returns, or 2 for bad input.
+rest. Exit codes: 0, what the function returns, 2 for bad input, 141 where nobody reads
+the output any more.
 """
 
 import contextlib
 import difflib
 import io
+import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
@@ -15,6 +18,11 @@ from typing import Any, TypeVar, get_type_hints
 import tyro
 
 Arguments = TypeVar("Arguments")
+
+STDOUT = 1
+"""File descriptor of the standard output."""
+READER_GONE = 141
+"""Exit code where the output's reader has gone: a shell's own of SIGPIPE."""
 
 _HELP = ("-h", "--help")
 """Flags that print the help."""
@@ -48,11 +56,24 @@ def run_door(
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         arguments = read_arguments(kind, words, name=name, description=description)
-        return act(arguments) or 0
+        code = act(arguments) or 0
+        sys.stdout.flush()
+        return code
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _has_lost_reader():
+            # What Python still holds for it goes nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
+            return READER_GONE
         for line in str(error).splitlines() or [type(error).__name__]:
             print(f"error: {line}", file=sys.stderr)
         return 2
+
+
+def _has_lost_reader() -> bool:
+    """Tell whether who read the output, like `head`, has enough of it."""
+    poll = select.poll()
+    poll.register(STDOUT, 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def warn(text: str) -> None:
