@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 NO_SOURCE = -1
-"""Of a sample whose source nobody asks for: there is only one, or it is a validation set's."""
+"""Stands for a source that nobody asks for: there is only one, or it is a validation set's."""
 
 
 class SourceRun(NamedTuple):

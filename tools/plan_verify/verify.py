@@ -88,7 +88,7 @@ class PlannedRun:
     world_size: int
     hardware: Hardware
     memory_bytes: int
-    """Of one device."""
+    """Memory of one device."""
 
     def validate(self) -> list[str]:
         """List why this cannot be verified."""

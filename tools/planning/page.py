@@ -56,7 +56,7 @@ class BarPart:
     name: str
     color: str
     share: float
-    """Of the whole bar."""
+    """Share of the whole bar."""
     value: str
 
     @property

@@ -20,7 +20,7 @@ from tools.reporting.run_record import RunRecord
 from tools.shared.number_text import length, short
 
 LINE_STYLES = ("-", "--", ":", "-.")
-"""Of curves whose colours repeat."""
+"""Styles of lines that tell curves of one colour apart."""
 LONGEST_NAME = 40
 """Characters of a source's name that a chart has room for, its last ones."""
 
