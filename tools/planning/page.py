@@ -5,8 +5,8 @@ from pathlib import Path
 
 from data.units import show_bytes, show_tokens
 from tools.planning.layout_picture import first_node_rows, layout_picture
-from tools.planning.report import CostPlan, MemoryPlan, PhasePlan, RunPlan, TrafficPlan
-from tools.planning.text import show_seconds
+from tools.planning.report import MemoryPlan, PhasePlan, RunPlan, TrafficPlan
+from tools.planning.text import cost_rows, show_seconds
 from tools.reporting.html import render
 from tools.shared.number_text import short
 
@@ -198,26 +198,6 @@ def traffic_row(each: TrafficPlan) -> list[str]:
         show_seconds(each.seconds),
         "inside a node" if each.is_inside_node else "between nodes",
         each.what + (", beside computing" if each.is_overlapped else ""),
-    ]
-
-
-def cost_rows(plan: RunPlan) -> list[list[str]]:
-    """Make a row of cost per phase, and one for all of them."""
-    rows = [_cost_row(phase.name, phase.cost) for phase in plan.phases]
-    return [*rows, _cost_row("all", plan.total)] if len(rows) > 1 else rows
-
-
-def _cost_row(name: str, cost: CostPlan) -> list[str]:
-    return [
-        name,
-        short(cost.tokens),
-        f"{cost.steps:,}",
-        show_seconds(cost.train_seconds),
-        show_seconds(cost.save_seconds),
-        show_seconds(cost.failure_seconds),
-        f"{cost.days:,.2f}",
-        f"{cost.device_hours:,.0f}",
-        "–" if cost.price is None else f"{cost.price:,.0f}",
     ]
 
 

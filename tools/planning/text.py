@@ -200,13 +200,17 @@ def _search_table(search: SearchPlan) -> list[str]:
 
 
 def _totals(plan: RunPlan) -> list[str]:
-    rows = [_cost_row(phase.name, phase.cost) for phase in plan.phases]
-    if len(rows) > 1:
-        rows.append(_cost_row("all", plan.total))
+    rows = cost_rows(plan)
     header = ["cost", "tokens", "steps", "training", "saves", "failures", "days", "GPU hours"]
     if plan.price_per_device_hour is None:
         return table(header, [row[:-1] for row in rows])
     return table([*header, f"price at {plan.price_per_device_hour:g}/h"], rows)
+
+
+def cost_rows(plan: RunPlan) -> list[list[str]]:
+    """Make a row of cost per phase, and one for all of them."""
+    rows = [_cost_row(phase.name, phase.cost) for phase in plan.phases]
+    return [*rows, _cost_row("all", plan.total)] if len(rows) > 1 else rows
 
 
 def _cost_row(name: str, cost: CostPlan) -> list[str]:
@@ -219,7 +223,7 @@ def _cost_row(name: str, cost: CostPlan) -> list[str]:
         show_seconds(cost.failure_seconds),
         f"{cost.days:,.2f}",
         f"{cost.device_hours:,.0f}",
-        "" if cost.price is None else f"{cost.price:,.0f}",
+        "–" if cost.price is None else f"{cost.price:,.0f}",
     ]
 
 
