@@ -76,21 +76,21 @@ class StepMoments:
     def _in_the_middle(self) -> Moment:
         """A backward after others."""
         sizes = self.sizes
-        whole = sizes.are_whole
+        layers = self.layers
         has_loss = self.loss > 0
-        buffers = self.layers.layers_working_set(has_loss=has_loss, with_gradients=whole)
-        of_loss = self.layers.loss_working_set if has_loss else 0
-        if not whole:
-            buffers += self._copied
+        if sizes.are_whole:
+            buffers = layers.working_set(has_loss=has_loss, with_gradients=True)
+        else:
             # The last copy of the backward before is kept until the next one is made.
-            of_loss += sizes.master_bytes * sizes.around
+            sent_before = sizes.master_bytes * sizes.around
+            of_loss = layers.loss_working_set + sent_before if has_loss else 0
             # What waits for backward is gone when the last gradients are sent; their shard is added
             # to that of the backwards before.
             shard = sizes.master_bytes * sizes.around // sizes.shards
             at_the_end = self._sent_at_the_end + shard - self.activations - self.loss
-            buffers = max(buffers, at_the_end)
-        most = max(0, buffers, of_loss)
-        return Moment(self.gathered, self.activations, self.loss, self.gradients, most)
+            of_layers = layers.layers_working_set(has_loss=has_loss) + self._copied
+            buffers = max(of_layers, of_loss, at_the_end)
+        return Moment(self.gathered, self.activations, self.loss, self.gradients, max(0, buffers))
 
     def _first_layer(self) -> Moment:
         """The loss or the first layer of the first backward: no gradients yet."""
