@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 class Efficiency:
     """Says which shares of a device's rates a run reaches.
 
-    The defaults of computing are those of one H100 (torch 2.11, cuDNN; tools/bench/RESULTS.md, "On
-    one NVIDIA H100"), and are taken for every device: nothing else has been measured.
+    The defaults of computing are those of one H100, and of one H200 for flash_attention (torch 2.11;
+    tools/bench/RESULTS.md, "On one NVIDIA ..."). They are taken for every device: nothing else has
+    been measured.
     """
 
     products: float = 0.55
@@ -36,6 +37,12 @@ class Efficiency:
     Measured alone: 279 TFLOP/s with heads of 128 on one document of 262,144 tokens, 228 with heads
     of 64 on one of 16,128.
     """
+    flash_attention: Mapping[int, float] = field(default_factory=lambda: {64: 0.46, 128: 0.53})
+    """The same of flash-attn's own release for Hopper and later.
+
+    Measured inside a step on an H200 with FlashAttention 4: 529 TFLOP/s with heads of 128 on
+    1,048,576 tokens, 457 with heads of 64 on 131,072.
+    """
     memory: float = 0.85
     """Share of the memory's bandwidth that the update reaches. Assumed, not measured."""
     links: float = 0.8
@@ -49,9 +56,14 @@ class Efficiency:
     """Time that a collective takes before its first byte, for each doubling of its size. Assumed,
     not measured."""
 
-    def of_attention(self, head_size: int, *, by_varlen: bool) -> float:
-        """Return the share that attention reaches with heads of this size."""
-        by_head_size = self.varlen_attention if by_varlen else self.attention
+    def of_attention(self, head_size: int, backend: str) -> float:
+        """Return the share that attention reaches with heads of this size.
+
+        Args:
+            backend: the setting attention_backend; all but `varlen` and `flash` count as cuDNN.
+        """
+        measured = {"varlen": self.varlen_attention, "flash": self.flash_attention}
+        by_head_size = measured.get(backend, self.attention)
         # A head size between two that were measured counts as the smaller one.
         reached = [size for size in by_head_size if size <= head_size]
         return by_head_size[max(reached, default=min(by_head_size))]

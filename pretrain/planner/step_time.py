@@ -107,8 +107,7 @@ def step_seconds(model: MemoryModel, load: Workload, hardware: Hardware) -> floa
 
 def attention_efficiency(config: ModelConfig, hardware: Hardware) -> float:
     """Return the share of the data sheet's FLOP/s that the model's attention should reach."""
-    by_varlen = config.attention_backend == "varlen"
-    return hardware.efficiency.of_attention(config.head_size, by_varlen=by_varlen)
+    return hardware.efficiency.of_attention(config.head_size, config.attention_backend)
 
 
 def describe_assumptions(config: ModelConfig, hardware: Hardware) -> str:

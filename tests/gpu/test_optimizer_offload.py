@@ -20,8 +20,11 @@ SIZES = dict(
     num_attention_heads=8,
     num_query_groups=2,
     bf16=True,
-    lr=1e-3,
+    lr=1e-4,
 )
+"""At a learning rate of 1e-3 noise of 0.1 % in a gradient, as kernels that add in no fixed order make
+it, moves the loss of the fifth step by 0.15; at 1e-4 by less than 0.001."""
+TOLERANCE = 5e-3
 
 
 def run(argv: list[str]) -> tuple[set[str], int]:
@@ -71,7 +74,9 @@ def test_the_run_is_the_same_and_the_device_smaller(tmp_path, strategy):
     assert places == {"cpu"} and with_host < 0.4 * on_device
     kept = losses(tmp_path / "device")
     offloaded = losses(tmp_path / "host")
-    assert kept.keys() == offloaded.keys() and all(abs(kept[n] - offloaded[n]) < 2e-2 for n in kept)
+    assert kept.keys() == offloaded.keys() and all(
+        abs(kept[n] - offloaded[n]) < TOLERANCE for n in kept
+    )
 
 
 def test_a_checkpoint_goes_on_from_either_place(tmp_path):
@@ -85,4 +90,4 @@ def test_a_checkpoint_goes_on_from_either_place(tmp_path):
         run(arguments(folder, load=str(tmp_path / "first"), optimizer_cpu_offload=on_host))
     a = losses(tmp_path / "to-device")
     b = losses(tmp_path / "to-host")
-    assert a.keys() == b.keys() == {4, 5, 6} and all(abs(a[n] - b[n]) < 2e-2 for n in a)
+    assert a.keys() == b.keys() == {4, 5, 6} and all(abs(a[n] - b[n]) < TOLERANCE for n in a)

@@ -280,12 +280,11 @@ def test_bad_input_is_one_line(capsys, changes, expected):
 def test_the_order_is_that_of_value():
     assert [one.name for one in LEASE] == [
         "tests",
-        "quickstart",
+        "tests-compiled",
         "product",
         "attention",
         "documents",
         "3b-8k",
-        "tests-compiled",
         "1b-8k",
         "norm",
         "frontier",

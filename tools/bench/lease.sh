@@ -37,4 +37,9 @@ if ! reason=$("$python" -c 'import numba' 2>&1); then
   echo "lease.sh: numba refuses (${reason##*$'\n'}): $(basename "${numpy[0]}") goes before the machine's numpy" >&2
   install "${numpy[@]}" || refuse "pip could not install ${numpy[*]}"
 fi
+
+# Installed beside the machine's packages, a wheel's .pth file is not read: what it would add.
+if [[ -d $site/nvidia_cutlass_dsl/dsl_packages ]]; then
+  export PYTHONPATH="$site/nvidia_cutlass_dsl/dsl_packages:$PYTHONPATH"
+fi
 exec "$python" -m tools.bench lease "$@"

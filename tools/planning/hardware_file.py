@@ -16,7 +16,7 @@ import yaml
 
 from pretrain.planner.hardware import CPU, TABLE, Efficiency, Hardware
 
-BY_HEAD_SIZE = ("attention", "varlen_attention")
+BY_HEAD_SIZE = ("attention", "varlen_attention", "flash_attention")
 """Shares that depend on the size of a head."""
 
 

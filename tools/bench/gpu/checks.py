@@ -2,6 +2,7 @@
 
 import importlib
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -28,6 +29,15 @@ PACKAGES = (
     "liger-kernel",
 )
 """Further packages that items need."""
+OPTIONAL = (
+    "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
+    "nvidia-cutlass-dsl",
+    "nvidia-cudnn-frontend",
+    "transformer-engine",
+)
+"""Packages of further attention backends; the items that need one say where it is missing."""
 COMPILED_FILES = ("test_step.py", "test_optimizer_offload.py")
 """Files of tests/gpu that compile kernels or start processes which do: 97 of 152 seconds on a
 machine that has compiled nothing yet."""
@@ -47,6 +57,9 @@ def probe(card: Card, scale: Scale, report: Report) -> None:
             found[package] = version(package)
         except PackageNotFoundError:
             report.fail("not installed", case=package)
+    for package in OPTIONAL:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
     report.add("memory", card.capacity() / GIB, "GiB")
     report.add("versions", ", ".join(f"{name} {number}" for name, number in found.items()))
 

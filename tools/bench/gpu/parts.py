@@ -16,7 +16,7 @@ from tools.bench.fresh import measured, trim
 
 SEED = 1234
 GIB = 2**30
-ATTENTION_BACKENDS = ("sdpa", "varlen", "mixed")
+ATTENTION_BACKENDS = ("flash", "sdpa", "varlen", "mixed")
 """Kernels that are compared, by their names as attention_backend."""
 ASSUMED = "assumed"
 """Where a crossover is from that was not measured."""
