@@ -22,9 +22,10 @@ from pretrain.plan import Plan, make_plan
 from tools.outputs.files import check_file, is_own_page
 from tools.plan_verify.verify import PlannedRun, verify
 from tools.planning.absent import absent_data, describe_absent, without_absent_start
+from tools.planning.calibrate import calibrate, is_own_row
 from tools.planning.cluster import Cluster, find_cluster
 from tools.planning.report import RunPlan
-from tools.planning.run_plan import make_run_plan
+from tools.planning.run_plan import estimate_phases, make_run_plan
 from tools.planning.text import describe_plan
 from tools.planning.totals import DEVICE_HOURS_TO_FAILURE, Assumed
 from tools.shared.door import run_door, split_words, warn
@@ -65,6 +66,9 @@ class Arguments:
     """Rehearse a step of each phase on a sample of ranks: the run's own code, with tensors that
     have shapes and no memory. Groups, the order of collectives, bytes and memory are compared; exit
     code 1 where something is wrong."""
+    calibrate: str | None = None
+    """Measure this machine instead, with --world-size processes and the shapes of the run's model,
+    and write the row for --hardware-file to this YAML file."""
     json: str | None = None
     """Also write the plan to this JSON file."""
     html: str | None = None
@@ -226,8 +230,31 @@ def _config_name(words: list[str]) -> str:
     return "a run without a file"
 
 
+def calibrate_here(arguments: Arguments, words: list[str]) -> int:
+    """Measure this machine at the shapes of the run's next phase -> the exit code.
+
+    Raises:
+        ValueError: what is asked for beside it, or what is wrong with the run.
+    """
+    assert arguments.calibrate is not None
+    for name in ("hardware", "hardware_file", "verify", "search", "json", "html"):
+        if getattr(arguments, name):
+            raise ValueError(
+                f"{name} = {getattr(arguments, name)}: cannot be combined with calibrate, which "
+                "measures this machine and plans nothing. Fix: remove it, and plan afterwards."
+            )
+    path = check_file("calibrate", Path(arguments.calibrate), "tools.plan", is_own_row)
+    checked = check_run(arguments, words)
+    estimate = estimate_phases(checked.plan, checked.cluster, arguments.document_tokens)[0]
+    print(calibrate(path, estimate), end="")
+    print(f"\nwrote {path}: plan with --hardware-file {path}")
+    return 0
+
+
 def act(arguments: Arguments, words: list[str]) -> int:
     """Print the plan, write and verify what was asked for -> the exit code."""
+    if arguments.calibrate is not None:
+        return calibrate_here(arguments, words)
     page = None
     if arguments.html is not None:
         page = check_file("html", Path(arguments.html), "tools.plan", is_own_page)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 class Efficiency:
     """Says which shares of a device's rates a run reaches.
 
-    The defaults of computing are those of one H100, and of one H200 for flash_attention (torch 2.11;
+    The defaults of computing are those of one H100, for flash_attention of one H200 (torch 2.11;
     tools/bench/RESULTS.md, "On one NVIDIA ..."). They are taken for every device: nothing else has
     been measured.
     """
@@ -43,6 +43,9 @@ class Efficiency:
     Measured inside a step on an H200 with FlashAttention 4: 529 TFLOP/s with heads of 128 on
     1,048,576 tokens, 457 with heads of 64 on 131,072.
     """
+    loss: float | None = None
+    """Share of the data sheet's FLOP/s of the logits' products, with softmax and loss between them;
+    None = as `products`."""
     memory: float = 0.85
     """Share of the memory's bandwidth that the update reaches. Assumed, not measured."""
     links: float = 0.8
@@ -52,6 +55,25 @@ class Efficiency:
 
     Both use the device's memory and multiprocessors. Assumed, not measured.
     """
+    exchanges: float | None = None
+    """Share of a link's bytes per second that all-to-alls and sends reach; None = as `links`."""
+    reductions: float | None = None
+    """The same of reduce-scatters; None = as `links`."""
+    pointwise: float | None = None
+    """Share of the memory's bandwidth that norms, gates, rotations and the loss reach.
+
+    None = their time is in `products`, as where `products` was measured inside a step.
+    """
+    weights: float | None = None
+    """Share of the memory's bandwidth that copies of weights reach; None = as `memory`."""
+    layer_overhead_seconds: float = 0.0
+    """Time of a layer's forward and backward in which the device waits for the host's calls.
+
+    0 = the host runs ahead, as it does of a GPU with long samples.
+    """
+    step_factor: float = 1.0
+    """What a step takes over the sum of its parts: ranks wait for each other, and memory is written
+    for the first time. 1 = nothing, as long as it is not measured."""
     collective_latency_seconds: float = 15e-6
     """Time that a collective takes before its first byte, for each doubling of its size. Assumed,
     not measured."""
@@ -89,7 +111,22 @@ class Hardware:
     """From one device to one other of its node, one direction; None = all of it, by a switch."""
     host_bytes_per_second: float = 64e9
     """Between the device and its host's memory, one direction."""
+    crowding: float = 1.0
+    """Threads of all processes over the cores, at which a CPU's rates were measured.
+
+    Above 1 the cores of a process that waits compute for the others.
+    """
     efficiency: Efficiency = Efficiency()
+
+    @property
+    def reduction_share(self) -> float:
+        """Share of a link's bytes per second that reduce-scatters reach."""
+        return self.efficiency.reductions or self.efficiency.links
+
+    @property
+    def exchange_share(self) -> float:
+        """Share of a link's bytes per second that all-to-alls and sends reach."""
+        return self.efficiency.exchanges or self.efficiency.links
 
     @property
     def is_cpu(self) -> bool:

@@ -22,11 +22,14 @@ class RankGroup:
         """Return how many ranks of the group a node holds."""
         return min(self.size, max(1, hardware.devices_per_node // self.stride))
 
-    def ring_seconds(self, sent_bytes: float, hardware: Hardware) -> float:
+    def ring_seconds(
+        self, sent_bytes: float, hardware: Hardware, share: float | None = None
+    ) -> float:
         """Estimate one all-gather, reduce-scatter or all-reduce.
 
         Args:
             sent_bytes: by each rank.
+            share: of the link's bytes per second that it reaches; None = that of `links`.
         """
         if self.size == 1:
             return 0.0
@@ -36,7 +39,8 @@ class RankGroup:
             rate = hardware.rate_inside_node(inside - 1)
         if inside < self.size:
             rate = min(rate, inside * hardware.network_bytes_per_second)
-        return sent_bytes / (rate * hardware.efficiency.links) + self._latency(hardware)
+        rate *= share or hardware.efficiency.links
+        return sent_bytes / rate + self._latency(hardware)
 
     def exchange_seconds(self, sent_bytes: float, hardware: Hardware) -> float:
         """Estimate one all-to-all.
@@ -51,7 +55,7 @@ class RankGroup:
         if inside:
             near = (sent_bytes - far) / hardware.rate_inside_node(inside)
             slower = max(near, slower)
-        return slower / hardware.efficiency.links + self._latency(hardware)
+        return slower / hardware.exchange_share + self._latency(hardware)
 
     def is_inside_node(self, hardware: Hardware) -> bool:
         """Tell whether a node holds the whole group."""

@@ -11,6 +11,7 @@ from pretrain.planner.hardware import Hardware
 from pretrain.planner.head_counts import HeadCounts
 from pretrain.planner.model_size import ATTENTION_OUTPUT, MLP, QKV
 from pretrain.planner.pass_counts import PassCounts
+from pretrain.planner.pointwise import WEIGHT, ends_bytes, layer_bytes
 from pretrain.planner.rank_bytes import MemoryModel
 from pretrain.planner.traffic import (
     context_traffic,
@@ -35,6 +36,10 @@ class StepTime:
     attention: float
     logits: float
     """The output projection and the loss."""
+    pointwise: float
+    """Norms, gates, rotations, sums and the loss, where the hardware's row tells them apart."""
+    overhead: float
+    """Waiting for the host's calls."""
     tensor: float
     """Sums over tp."""
     context: float
@@ -42,7 +47,10 @@ class StepTime:
     pipeline: float
     """Handing on to the next stage."""
     bubble: float
-    """Waiting for the other stages."""
+    """Waiting for the other stages.
+
+    Where processes share cores, only what the others' computing does not fill.
+    """
     sharding_exposed: float
     """Gathers and reductions over dp x cp that have no computing to run beside."""
     sharding_slowdown: float
@@ -55,7 +63,7 @@ class StepTime:
     @property
     def compute(self) -> float:
         """Seconds of computing, without the update."""
-        return self.products + self.attention + self.logits
+        return self.products + self.attention + self.logits + self.pointwise + self.overhead
 
     @property
     def parts(self) -> dict[str, float]:
@@ -74,7 +82,8 @@ def estimate_step(model: MemoryModel, load: Workload, hardware: Hardware) -> Ste
     count = load.num_microbatches
     # Computing, then what is sent inside a layer, then what stages hand on.
     products, attention, logits = _compute_seconds(model, load, hardware)
-    compute = products + attention + logits
+    pointwise, overhead = _beside_products_seconds(model, load, hardware)
+    compute = products + attention + logits + pointwise + overhead
     tensor = tensor_traffic(model, load, hardware).seconds
     context = sum(each.seconds for each in context_traffic(model, load, hardware))
     pipeline = pipeline_traffic(model, load, hardware).seconds
@@ -84,20 +93,26 @@ def estimate_step(model: MemoryModel, load: Workload, hardware: Hardware) -> Ste
     # Parameters and gradients travel while layers compute; what is more than the computing has
     # nothing to hide behind.
     sharded = sum(each.seconds for each in sharding_traffic(model, load, hardware))
-    hidden = min(sharded, compute)
-    return StepTime(
+    # gloo and FSDP2 on a CPU send in the thread that computes: nothing is hidden.
+    hidden = 0.0 if hardware.is_cpu else min(sharded, compute)
+    found = StepTime(
         products=products,
         attention=attention,
         logits=logits,
+        pointwise=pointwise,
+        overhead=overhead,
         tensor=tensor,
         context=context,
         pipeline=pipeline,
-        bubble=busy * waiting,
+        # On shared cores a step takes the longer of its longest chain, and of all its computing.
+        bubble=busy * max(0.0, (1 + waiting) / hardware.crowding - 1),
         sharding_exposed=sharded - hidden,
         sharding_slowdown=hardware.efficiency.overlap_slowdown * hidden,
         update=_update_seconds(model, load, hardware),
         sharding_hidden=hidden,
     )
+    factor = hardware.efficiency.step_factor
+    return StepTime(**{name: factor * seconds for name, seconds in vars(found).items()})
 
 
 def step_seconds(model: MemoryModel, load: Workload, hardware: Hardware) -> float:
@@ -152,16 +167,42 @@ def _compute_seconds(
     rate = hardware.flops * tp * cp / load.num_microbatches
     product_rate = rate * hardware.efficiency.products
     attention_rate = rate * attention_efficiency(config, hardware)
+    loss_rate = rate * (hardware.efficiency.loss or hardware.efficiency.products)
+    # Cores that processes share work for the last stage while the other stages wait.
+    share = 1 / load.layout.pipeline_model_parallel_size if hardware.crowding > 1 else 1
     return (
         layers * products / product_rate,
         layers * attention * passes.attention / attention_rate,
-        logits / product_rate,
+        share * logits / loss_rate,
     )
+
+
+def _beside_products_seconds(
+    model: MemoryModel, load: Workload, hardware: Hardware
+) -> tuple[float, float]:
+    """Estimate what the slowest rank does between its products: by the memory, and by the host."""
+    efficiency = hardware.efficiency
+    layers = layers_of_slowest_rank(model, load)
+    count = load.num_microbatches
+    overhead = efficiency.layer_overhead_seconds * layers * count
+    if efficiency.pointwise is None:
+        return 0.0, overhead
+    of_activations = layers * layer_bytes(model, load) + ends_bytes(model, load)
+    of_weights = WEIGHT * _most_parameters(model, load)
+    memory = hardware.memory_bytes_per_second
+    weights_share = efficiency.weights or efficiency.memory
+    seconds = of_activations / efficiency.pointwise + of_weights / weights_share
+    return count * seconds / memory, overhead
 
 
 def _update_seconds(model: MemoryModel, load: Workload, hardware: Hardware) -> float:
     """Estimate clipping and the optimizer's update of the parameters that a rank holds."""
-    _, pp, _ = load.layout.sizes
-    held = max(model.count_parameters(load.layout, rank) for rank in {0, pp - 1}) / load.shards
+    held = _most_parameters(model, load) / load.shards
     rate = hardware.memory_bytes_per_second * hardware.efficiency.memory
     return UPDATE_BYTES * held / rate
+
+
+def _most_parameters(model: MemoryModel, load: Workload) -> int:
+    """Count the parameters of the pipeline's fullest stage on a tensor-parallel rank."""
+    pp = load.layout.pipeline_model_parallel_size
+    return max(model.count_parameters(load.layout, rank) for rank in {0, pp - 1})

@@ -148,7 +148,14 @@ def sharding_traffic(model: MemoryModel, load: Workload, hardware: Hardware) -> 
     parameters = model.compute_bytes * sent / layers
     return [
         _ring(
-            "dp_cp", "gradients", "reduce-scatter", group, reductions * layers, gradients, hardware
+            "dp_cp",
+            "gradients",
+            "reduce-scatter",
+            group,
+            reductions * layers,
+            gradients,
+            hardware,
+            hardware.reduction_share,
         ),
         _ring("dp_cp", "parameters", "all-gather", group, gathers * layers, parameters, hardware),
     ]
@@ -162,6 +169,7 @@ def _ring(
     calls: float,
     sent_bytes: float,
     hardware: Hardware,
+    share: float | None = None,
 ) -> Traffic:
     """Describe `calls` collectives that go round, of `sent_bytes` each."""
     return Traffic(
@@ -172,7 +180,7 @@ def _ring(
         calls,
         calls * sent_bytes,
         calls * group.ringed_between_nodes(sent_bytes, hardware),
-        calls * group.ring_seconds(sent_bytes, hardware),
+        calls * group.ring_seconds(sent_bytes, hardware, share),
     )
 
 

@@ -22,8 +22,8 @@ SIZES = dict(
     bf16=True,
     lr=1e-4,
 )
-"""At a learning rate of 1e-3 noise of 0.1 % in a gradient, as kernels that add in no fixed order make
-it, moves the loss of the fifth step by 0.15; at 1e-4 by less than 0.001."""
+"""At a learning rate of 1e-3 noise of 0.1 % in a gradient, as kernels make it that add in no fixed
+order, moves the loss of the fifth step by 0.15; at 1e-4 by less than 0.001."""
 TOLERANCE = 5e-3
 
 

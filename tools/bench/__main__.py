@@ -13,6 +13,7 @@ BENCHMARKS = {
     "disturbed": "tools.bench.disturbed",
     "lease": "tools.bench.gpu.lease",
     "memory": "tools.bench.memory",
+    "predictions": "tools.bench.predictions",
     "recompute": "tools.bench.recompute",
     "restart": "tools.bench.restart",
     "step": "tools.bench.step",

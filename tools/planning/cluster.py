@@ -63,7 +63,7 @@ def find_cluster(
         here,
         device=device,
         local_processes=min(world_size, row.devices_per_node),
-        is_fused=here.is_fused if is_here else True,
+        is_fused=here.is_fused if is_here else not row.is_cpu,
     )
     return Cluster(world_size, _with_host(machine, config, host_memory_gib, is_here=is_here))
 

@@ -14,6 +14,8 @@ STEP_COLORS = {
     "products": "series-0",
     "attention": "series-5",
     "logits": "series-7",
+    "pointwise": "series-6",
+    "overhead": "raw",
     "tensor": "series-1",
     "context": "series-4",
     "pipeline": "series-3",
@@ -26,6 +28,8 @@ STEP_COLORS = {
 STEP_WORDS = {
     "products": "matrix products",
     "logits": "output projection and loss",
+    "pointwise": "norms, gates, rotations, loss",
+    "overhead": "waiting for the host",
     "tensor": "sums over tp",
     "context": "exchanges over cp",
     "pipeline": "handing on over pp",

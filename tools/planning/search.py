@@ -17,6 +17,8 @@ PART_WORDS = {
     "products": "computing",
     "attention": "attention",
     "logits": "logits",
+    "pointwise": "norms, gates and the loss",
+    "overhead": "waiting for the host",
     "tensor": "sums over tp",
     "context": "exchanges over cp",
     "pipeline": "handing on between stages",

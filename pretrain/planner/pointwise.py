@@ -1,0 +1,87 @@
+"""How many bytes a step moves beside its matrix products and its attention, on a CPU.
+
+Norms, gates, rotations and residual sums compute little for each byte, so that the memory
+sets their time. On a GPU they run as fused kernels, and their time is in the share that products
+reach (hardware.py).
+"""
+
+from dataclasses import dataclass
+
+from pretrain.planner.head_counts import HeadCounts
+from pretrain.planner.pass_counts import PassCounts
+from pretrain.planner.rank_bytes import MemoryModel
+from pretrain.planner.workload import Workload
+
+
+@dataclass(frozen=True)
+class BytesPerElement:
+    """Holds the bytes that a layer's forward and backward read and write, per element."""
+
+    hidden: float
+    """Of [tokens, hidden size]: two norms, two sums, and what gradients are added to."""
+    mlp: float
+    """Of [tokens, width of the MLP]: the gate."""
+    heads: float
+    """Of [tokens, query, key and value heads]: rotation, and copies for the kernel."""
+
+
+# All of these were counted with `tools/bench/traffic.py: Traffic` on steps of one process in nine
+# shapes, which sums of these elements explain to 0.2 %; tests/unit/test_pointwise.py counts again.
+LAYER = {
+    2: {
+        None: BytesPerElement(258, 28.6, 28.5),
+        "selective": BytesPerElement(291, 28.6, 28.6),
+        "full": BytesPerElement(334, 26.9, 42.2),
+        "attention_kept": BytesPerElement(334, 26.9, 46.2),
+    },
+    4: {
+        None: BytesPerElement(289, 65.6, 65.0),
+        "selective": BytesPerElement(317, 65.6, 65.0),
+        "full": BytesPerElement(367, 62.1, 92.2),
+        "attention_kept": BytesPerElement(367, 62.1, 100.2),
+    },
+}
+"""Bytes of a value in computing -> level of recompute -> what a layer moves."""
+ENDS = {2: 117, 4: 86}
+"""The same of [tokens, hidden size] at both ends: the embedding, the last norm."""
+EXCHANGED = 4
+"""The same for each byte that an all-to-all trades: it is copied before and after."""
+WEIGHT = 33
+"""The same for each parameter in each microbatch: casts, copies of FSDP2, sums of gradients."""
+
+
+def layer_bytes(model: MemoryModel, load: Workload) -> float:
+    """Count the pointwise bytes of one layer of a rank, forward and backward of a microbatch."""
+    config = model.config
+    tp = load.layout.tensor_model_parallel_size
+    counted, scale = _counted_size(model)
+    each = LAYER[counted][load.memory.recompute_granularity]
+    # Between the tensor-parallel parts a rank has all of the hidden size, inside them a part.
+    hidden = each.hidden * load.tokens_between * config.hidden_size
+    mlp = each.mlp * load.tokens * config.ffn_hidden_size / tp
+    heads = config.num_attention_heads + 2 * config.num_kv_heads
+    attention = each.heads * load.tokens * heads * config.head_size / tp
+    return scale * (hidden + mlp + attention) + _exchanged_bytes(model, load)
+
+
+def _exchanged_bytes(model: MemoryModel, load: Workload) -> float:
+    """Count the copies of what a layer trades over cp: q, k and v, and the output."""
+    if load.layout.context_levels[0] == 1:
+        return 0.0
+    heads = HeadCounts.make(model.config, load.layout)
+    passes = PassCounts.make(load.memory, sequence_parallel=load.layout.sequence_parallel)
+    traded = passes.to_heads * (heads.N + 2 * heads.K) + passes.to_tokens * heads.N
+    return EXCHANGED * model.compute_bytes * load.tokens * model.config.head_size * traded
+
+
+def ends_bytes(model: MemoryModel, load: Workload) -> float:
+    """Count those of the embedding and the last norm in one microbatch, without the loss."""
+    counted, scale = _counted_size(model)
+    return scale * ENDS[counted] * load.tokens_between * model.config.hidden_size
+
+
+def _counted_size(model: MemoryModel) -> tuple[int, float]:
+    """Return the size of a value that was counted, and what that is to be multiplied by."""
+    # fp64 moves twice what fp32 does.
+    counted = min(model.compute_bytes, max(LAYER))
+    return counted, model.compute_bytes / counted
