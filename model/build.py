@@ -97,7 +97,7 @@ def parameter_shapes(config: ModelConfig, vocab_size: int) -> dict[str, torch.Si
     return {name: parameter.shape for name, parameter in stage.named_parameters()}
 
 
-def _attend_to_nothing(_q, _k, _v, _documents, /) -> torch.Tensor:
+def _attend_to_nothing(_q, _k, _v, _documents, _window=None, /) -> torch.Tensor:
     raise AssertionError("a stage on the meta device is asked for its shapes only")
 
 

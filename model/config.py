@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from model.rope import PARAMETERS, Rope, RopeType
+from model.windows import Window, layer_windows, window_problems
 
 _SIZE = dict(at_least=1, fix="give it, or name a preset with --model")
 """Facts about sizes that a preset gives."""
@@ -95,6 +96,12 @@ class ModelConfig:
     """Accepted at 0 only: there is no dropout."""
     hidden_dropout: float = field(default=0.0, metadata=dict(resume="free", only=0.0))
     """Accepted at 0 only: there is no dropout."""
+    window_size: list[int] = field(default_factory=list)
+    """Tokens of its document that a token sees before it, and 0: 1023 0 is a window of 1,024
+    tokens, itself included. By default a token sees all of its document before it."""
+    window_attn_skip_freq: list[int] = field(default_factory=list)
+    """Which layers have no window: every so many one, or for each layer 1 (window) or 0 (none); by
+    default all have one."""
     attention_backend: Literal["auto", "sdpa", "varlen", "mixed", "flash", "te", "cudnn"] = field(
         default="auto", metadata=dict(resume="free", of_weights=False)
     )
@@ -116,6 +123,11 @@ class ModelConfig:
     def head_size(self) -> int:
         """Width of one head."""
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """Window of each layer in tokens, its own included; None = a token sees all before it."""
+        return layer_windows(self.window_size, self.window_attn_skip_freq, self.num_layers)
 
     @property
     def num_kv_heads(self) -> int:
@@ -160,6 +172,7 @@ class ModelConfig:
                 f"backend mixed, but attention_backend = {self.attention_backend}. Fix: remove one "
                 "of them."
             )
+        problems += window_problems(self.window_size, self.window_attn_skip_freq, self.num_layers)
         # Heads are compared where their numbers and sizes are legal by themselves.
         kv_channels = 1 if self.kv_channels is None else self.kv_channels
         if min(self.num_attention_heads, self.hidden_size, kv_channels) >= 1:

@@ -40,22 +40,37 @@ def huggingface_name(name: str) -> str:
     return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}" if match else _TOP_NAMES[name]
 
 
-def architecture(config: ModelConfig) -> tuple[str, str]:
+def architecture(config: ModelConfig, imported_as: str | None = None) -> tuple[str, str]:
     """Return (class name, model_type) of the architecture that has this model's parts.
+
+    Args:
+        imported_as: model_type of the folder that the model is from: without windows, Llama and
+            Mistral are the same model.
 
     Raises:
         ValueError: no architecture of transformers that we know has them all.
     """
+    windows = set(config.windows)
+    if windows != {None} and not (config.qk_layernorm or config.add_qkv_bias):
+        if None in windows:
+            raise ValueError(
+                f"window_attn_skip_freq = {config.window_attn_skip_freq}: no architecture of "
+                "transformers that we know has windows in some layers, but neither norms nor "
+                "biases on q and k. Fix: train with windows in all layers, or with qk_layernorm."
+            )
+        return "MistralForCausalLM", "mistral"
     if config.qk_layernorm and config.add_qkv_bias:
         raise ValueError(
             "qk_layernorm = True with add_qkv_bias = True: no architecture of transformers that we "
             "know has both. Fix: train with one of them."
         )
-    # All three have RMSNorm, SwiGLU, rope and grouped heads.
+    # All have RMSNorm, SwiGLU, rope and grouped heads.
     if config.qk_layernorm:
         return "Qwen3ForCausalLM", "qwen3"
     if config.add_qkv_bias:
         return "Qwen2ForCausalLM", "qwen2"
+    if imported_as == "mistral":
+        return "MistralForCausalLM", "mistral"
     return "LlamaForCausalLM", "llama"
 
 
@@ -79,45 +94,73 @@ def huggingface_config(
     max_position_embeddings: int,
     dtype: str,
     eos_token_id: int | None,
+    imported_as: str | None = None,
 ) -> dict:
-    """Return the content of config.json."""
-    class_name, model_type = architecture(config)
+    """Return the content of config.json; imported_as: see `architecture`."""
+    class_name, model_type = architecture(config, imported_as)
     # Names and values are transformers' own already.
     scaling = {"rope_type": rope.type} | rope.parameters
     # Where transformers before version 5 and other engines read the rope.
     older = {"rope_theta": rope.base}
     if rope.type != "default":
         older |= {"rope_scaling": scaling}
-    return older | {
-        "architectures": [class_name],
-        "model_type": model_type,
-        "vocab_size": vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.ffn_hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_size,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "attention_dropout": 0.0,
-        "use_sliding_window": False,
-        "rms_norm_eps": config.norm_epsilon,
-        "initializer_range": config.init_method_std,
-        "max_position_embeddings": max_position_embeddings,
-        # Where transformers reads it from version 5 on.
-        "rope_parameters": {"rope_theta": rope.base} | scaling,
-        "tie_word_embeddings": not config.untie_embeddings_and_output_weights,
-        "torch_dtype": dtype,
-        "bos_token_id": None,
-        "eos_token_id": eos_token_id,
-        "pad_token_id": None,
-        "use_cache": True,
+    return (
+        older
+        | _window_keys(config, model_type)
+        | {
+            "architectures": [class_name],
+            "model_type": model_type,
+            "vocab_size": vocab_size,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.ffn_hidden_size,
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_attention_heads,
+            "num_key_value_heads": config.num_kv_heads,
+            "head_dim": config.head_size,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "attention_dropout": 0.0,
+            "rms_norm_eps": config.norm_epsilon,
+            "initializer_range": config.init_method_std,
+            "max_position_embeddings": max_position_embeddings,
+            # Where transformers reads it from version 5 on.
+            "rope_parameters": {"rope_theta": rope.base} | scaling,
+            "tie_word_embeddings": not config.untie_embeddings_and_output_weights,
+            "torch_dtype": dtype,
+            "bos_token_id": None,
+            "eos_token_id": eos_token_id,
+            "pad_token_id": None,
+            "use_cache": True,
+        }
+    )
+
+
+def _window_keys(config: ModelConfig, model_type: str) -> dict:
+    """Return the keys of config.json that say which layers have a window."""
+    window = config.window_size[0] + 1 if config.window_size else None
+    # Mistral has one window for all layers, or none.
+    if model_type == "mistral":
+        return {"sliding_window": window}
+    if window is None:
+        return {"use_sliding_window": False}
+    types = ["full_attention" if each is None else "sliding_attention" for each in config.windows]
+    # Where transformers reads no layer_types, it has a number of layers without, then those with.
+    first = types.index("sliding_attention")
+    return {
+        "use_sliding_window": True,
+        "sliding_window": window,
+        "max_window_layers": first,
+        "layer_types": types,
     }
 
 
-ARCHITECTURES = {"llama": {}, "qwen2": {"add_qkv_bias": True}, "qwen3": {"qk_layernorm": True}}
+ARCHITECTURES = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {"add_qkv_bias": True},
+    "qwen3": {"qk_layernorm": True},
+}
 """model_type -> the settings that tell the architectures apart in an import."""
 
 

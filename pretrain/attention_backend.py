@@ -44,7 +44,12 @@ def attention_of_run(
     on_tape = any(each.attention_on_tape for each in phases)
     heads = heads_of_call(config, phase)
     backend, why = pick_backend(
-        config.model.attention_backend, layout.device, compute_dtype, heads, on_tape=on_tape
+        config.model.attention_backend,
+        layout.device,
+        compute_dtype,
+        heads,
+        on_tape=on_tape,
+        windowed=bool(config.model.window_size),
     )
     line = f"attention: {backend.name} ({why})"
     asked = config.model.attention_crossover_tokens

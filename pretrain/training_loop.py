@@ -305,6 +305,7 @@ class TrainingLoop:
         measured = measure(
             microbatches,
             self.layout,
+            self.model_size.config.windows,
             wants_stop=self._wants_stop(),
             wants_save=self.save_schedule.is_late,
             data_seconds=data_seconds,

@@ -1,12 +1,13 @@
 """What an attention backend is: one function behind one signature, and what it needs to run.
 
-    attend(q [n, m, H], k [s, k, H], v [s, k, H], documents) -> [n, m, H]
+    attend(q [n, m, H], k [s, k, H], v [s, k, H], documents, window) -> [n, m, H]
 
-Causal within each document, nothing across documents, softmax scale 1 / sqrt(H). Query head i reads
-key/value head i // (m // k). The queries are a range of the sample's tokens; the keys begin where
-the first of their documents begins, and end with the queries: a document's last query and last key
-are the same token ("bottom right"). Each backend is a file of this folder, which imports an
-optional package only inside the function that makes its attend function.
+Causal within each document, nothing across documents, softmax scale 1 / sqrt(H). With a window of W
+tokens a query sees its own key and the W - 1 before it; None = all of its document's. Query head i
+reads key/value head i // (m // k). The queries are a range of the sample's tokens; the keys begin
+where the first of their documents begins, and end with the queries: a document's last query and
+last key are the same token ("bottom right"). Each backend is a file of this folder, which imports
+an optional package only inside the function that makes its attend function.
 
 Legend: n queries and s keys of a call, m query and k key/value heads of a rank, H head size.
 """
@@ -19,6 +20,7 @@ from typing import Protocol
 import torch
 
 from model.attention_backends.documents import PackedDocuments
+from model.windows import Window
 
 HOPPER = 9
 """Major compute capability of Hopper; later architectures have higher ones."""
@@ -37,11 +39,16 @@ class Attend(Protocol):
         k_skH: torch.Tensor,
         v_skH: torch.Tensor,
         documents: PackedDocuments,
+        window: Window = None,
         /,
     ) -> torch.Tensor: ...
 
 
 def _no_obstacle(_device: torch.device, _dtype: torch.dtype, _heads: HeadShape) -> None:
+    return None
+
+
+def _windows_are_there() -> None:
     return None
 
 
@@ -66,6 +73,8 @@ class Backend:
     """Is its graph good after q, k and v were freed and filled again?
 
     (activation_memory/saved_attention.py does so.)"""
+    why_no_windows: Callable[[], str | None] = _windows_are_there
+    """Say why its layers can have no sliding window, or None."""
     obstacle: Callable[[torch.device, torch.dtype, HeadShape], str | None] = _no_obstacle
     """Say why the installed release cannot run on this GPU, or None."""
     why_behind: Callable[[torch.device], str | None] = _first_everywhere
@@ -78,11 +87,13 @@ class Backend:
         heads: HeadShape = USUAL_HEADS,
         *,
         on_tape: bool = False,
+        windowed: bool = False,
     ) -> str | None:
         """Say why it cannot run here, or None.
 
         Args:
             on_tape: are q, k and v freed between a call's forward and backward?
+            windowed: has a layer a sliding window?
         """
         # What the device and the settings rule out comes first: it needs no package to be found.
         if self.needs_gpu and device.type != "cuda":
@@ -96,6 +107,9 @@ class Backend:
             )
         if self.modules and not any(is_installed(name) for name in self.modules):
             return f"the package {' or '.join(self.modules)} is not installed"
+        reason = self.why_no_windows() if windowed else None
+        if reason:
+            return reason
         # The backend's own reason may run its kernels, so it is asked last.
         return self.obstacle(device, dtype, heads)
 

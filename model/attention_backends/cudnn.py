@@ -11,7 +11,8 @@ def make_cudnn(_crossover: int) -> Attend:
     # pyrefly: ignore[missing-import]  (an optional package)
     from cudnn import sdpa_torch
 
-    def attend(q, k, v, documents, /):
+    def attend(q, k, v, documents, window=None, /):
+        assert window is None, "Backend.missing was asked before"
         # The log-sum-exp is asked for since the backward needs it.
         out, _ = sdpa_torch(
             q,
@@ -31,5 +32,9 @@ def make_cudnn(_crossover: int) -> Attend:
 
 
 BACKEND = Backend(
-    name="cudnn", make=make_cudnn, modules=("cudnn.sdpa.fwd.torch_op",), keeps_graph=False
+    name="cudnn",
+    make=make_cudnn,
+    modules=("cudnn.sdpa.fwd.torch_op",),
+    keeps_graph=False,
+    why_no_windows=lambda: "sliding windows are not proven with cuDNN's front end",
 )

@@ -41,7 +41,7 @@ def make_flash(_crossover: int) -> Attend:
     # Releases differ in the arguments that they know.
     known = inspect.signature(function).parameters
 
-    def attend(q, k, v, documents, /):
+    def attend(q, k, v, documents, window=None, /):
         lengths = {
             "cu_seqlens_q": documents.cu_q,
             "cu_seqlens_k": documents.cu_k,
@@ -50,6 +50,9 @@ def make_flash(_crossover: int) -> Attend:
         }
         # Early releases of 4 find the longest document themselves.
         taken = {name: value for name, value in lengths.items() if name in known}
+        # All releases count the tokens before the query, and after it.
+        if window is not None:
+            taken["window_size"] = (window - 1, 0)
         out = function(q, k, v, causal=True, **taken)
         # 3 and 4 may return the log-sum-exp as well.
         return out[0] if isinstance(out, tuple) else out

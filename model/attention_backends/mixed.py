@@ -29,6 +29,7 @@ import torch
 from model.attention_backends.backend import Attend, Backend, HeadShape, is_hopper_or_later
 from model.attention_backends.documents import KernelCall
 from model.attention_backends.kernel_calls import GRANULE_TOKENS, split_documents
+from model.attention_backends.varlen import make_varlen, why_no_windows
 
 Kept = tuple[torch.Tensor | None, ...]
 """What a kernel's backward needs beside q, k, v and the output: log-sum-exps, unused seeds."""
@@ -53,10 +54,16 @@ class Kernels:
 
 
 def mixed_attention(crossover: int, kernels: Kernels | None = None) -> Attend:
-    """Make the attend function whose documents of at least `crossover` tokens go to cuDNN."""
+    """Make the attend function whose documents of at least `crossover` tokens go to cuDNN.
+
+    In a layer with a window all go to the varlen op, unless none is longer than the window.
+    """
     kernels = kernels or GPU_KERNELS
 
-    def attend(q_smH, k_skH, v_skH, documents, /):
+    def attend(q_smH, k_skH, v_skH, documents, window=None, /):
+        # cuDNN takes no window through torch. Where no document is longer, it changes nothing.
+        if window is not None and documents.max_k > window:
+            return make_varlen(crossover)(q_smH, k_skH, v_skH, documents, window)
         calls = split_documents(documents, crossover)
         return _Mixed.apply(q_smH, k_skH, v_skH, calls, kernels)
 
@@ -279,4 +286,5 @@ BACKEND = Backend(
     make=mixed_attention,
     obstacle=why_mixed_cannot_run,
     why_behind=_behind_flash_attention,
+    why_no_windows=why_no_windows,
 )

@@ -23,6 +23,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from model.attention_backends.backend import Attend, Backend
+from model.attention_backends.windowed import heads_first, tokens_first, windowed_attention
+from model.windows import Window
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -34,12 +36,17 @@ def sdpa_attention(
     v_skH: torch.Tensor,
     rows_q: list[slice],
     rows_k: list[slice],
+    window: Window = None,
 ) -> torch.Tensor:
     """Attend causally inside each document -> [n, m, H].
 
     Args:
         rows_q, rows_k: of each document; its queries are its last positions.
+        window: tokens that a token sees, itself included; None = all of its document.
     """
+    # Where no document is longer, the window changes nothing.
+    if window is not None and any(rows.stop - rows.start > window for rows in rows_k):
+        return windowed_attention(q_nmH, k_skH, v_skH, rows_q, rows_k, window)
     if q_nmH.device.type == "cpu":
         return _DocumentsOnCPU.apply(q_nmH, k_skH, v_skH, rows_q, rows_k)
     return _one_by_one(q_nmH, k_skH, v_skH, rows_q, rows_k)
@@ -62,7 +69,7 @@ def _one_by_one(
     outputs = []
     for document in documents:
         # torch's causal flag is for as many keys as queries.
-        q, k, v = (_heads_first(x) for x in document)
+        q, k, v = (heads_first(x) for x in document)
         grouped = q.shape[1] != k.shape[1]
         if q.shape[2] == k.shape[2]:
             out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
@@ -72,7 +79,7 @@ def _one_by_one(
 
             mask = causal_lower_right(q.shape[2], k.shape[2])
             out = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
-        outputs.append(_tokens_first(out))
+        outputs.append(tokens_first(out))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -88,14 +95,14 @@ class _DocumentsOnCPU(torch.autograd.Function):
         ctx.log_sums = []
         for of_q, of_k in zip(rows_q, rows_k, strict=True):
             part, log_sum = _document(
-                _heads_first(q_nmH[of_q]), _heads_first(k_skH[of_k]), _heads_first(v_skH[of_k])
+                heads_first(q_nmH[of_q]), heads_first(k_skH[of_k]), heads_first(v_skH[of_k])
             )
             # A single document's output is the whole; several are written in their places.
             if len(rows_q) == 1:
-                out_nmH = _tokens_first(part)
+                out_nmH = tokens_first(part)
             else:
                 out_nmH = torch.empty_like(q_nmH) if out_nmH is None else out_nmH
-                out_nmH[of_q] = _tokens_first(part)
+                out_nmH[of_q] = tokens_first(part)
             ctx.log_sums.append(log_sum)
         ctx.rows_q = rows_q
         ctx.rows_k = rows_k
@@ -109,26 +116,16 @@ class _DocumentsOnCPU(torch.autograd.Function):
         wholes = [torch.empty_like(x) for x in (q_nmH, k_skH, v_skH)]
         for of_q, of_k, log_sum in zip(ctx.rows_q, ctx.rows_k, ctx.log_sums, strict=True):
             parts = _document_gradients(
-                _heads_first(grad_nmH[of_q]),
-                _heads_first(q_nmH[of_q]),
-                _heads_first(k_skH[of_k]),
-                _heads_first(v_skH[of_k]),
-                _heads_first(out_nmH[of_q]),
+                heads_first(grad_nmH[of_q]),
+                heads_first(q_nmH[of_q]),
+                heads_first(k_skH[of_k]),
+                heads_first(v_skH[of_k]),
+                heads_first(out_nmH[of_q]),
                 log_sum,
             )
             for whole, rows, part in zip(wholes, (of_q, of_k, of_k), parts, strict=True):
-                whole[rows] = _tokens_first(part)
+                whole[rows] = tokens_first(part)
         return *wholes, None, None
-
-
-def _heads_first(x_LmH: torch.Tensor) -> torch.Tensor:
-    """View [L, m, H] as the kernels' [1, m, L, H]."""
-    return x_LmH.transpose(0, 1)[None]
-
-
-def _tokens_first(x_mLH: torch.Tensor) -> torch.Tensor:
-    """View [1, m, L, H] as [L, m, H]."""
-    return x_mLH[0].transpose(0, 1)
 
 
 def _document(q, k, v) -> tuple[torch.Tensor, torch.Tensor]:
@@ -182,10 +179,10 @@ def make_sdpa(_crossover: int) -> Attend:
     def rows_between(bounds: list[int]) -> list[slice]:
         return [slice(begin, end) for begin, end in zip(bounds, bounds[1:], strict=False)]
 
-    def attend(q, k, v, documents, /):
+    def attend(q, k, v, documents, window=None, /):
         rows_q = rows_between(documents.bounds_q)
         rows_k = rows_between(documents.bounds_k)
-        return sdpa_attention(q, k, v, rows_q, rows_k)
+        return sdpa_attention(q, k, v, rows_q, rows_k, window)
 
     return attend
 

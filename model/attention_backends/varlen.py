@@ -6,16 +6,19 @@ from collections.abc import Callable
 import torch
 
 from model.attention_backends.backend import Attend, Backend
+from model.windows import Window
 
 
-def varlen_options(varlen_attn: Callable) -> dict:
-    """Spell "causal" and "grouped heads" as this release of torch's varlen_attn wants them.
+def varlen_options(varlen_attn: Callable, window: Window = None) -> dict:
+    """Spell "causal", a window and "grouped heads" as this release of torch's varlen_attn does.
 
     Where it has no flag for grouped heads (torch 2.11) it passes them on to an operator that takes
     them.
     """
     known = inspect.signature(varlen_attn).parameters
-    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    before = -1 if window is None else window - 1
+    causal = {"window_size": (before, 0)} if "window_size" in known else {"is_causal": True}
+    assert window is None or "window_size" in known, "Backend.missing was asked before"
     return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
 
 
@@ -23,9 +26,8 @@ def make_varlen(_crossover: int) -> Attend:
     """Make the attend function."""
     from torch.nn.attention.varlen import varlen_attn
 
-    options = varlen_options(varlen_attn)
-
-    def attend(q, k, v, documents, /):
+    def attend(q, k, v, documents, window=None, /):
+        options = varlen_options(varlen_attn, window)
         out = varlen_attn(
             q, k, v, documents.cu_q, documents.cu_k, documents.max_q, documents.max_k, **options
         )
@@ -35,4 +37,18 @@ def make_varlen(_crossover: int) -> Attend:
     return attend
 
 
-BACKEND = Backend(name="varlen", make=make_varlen, modules=("torch.nn.attention.varlen",))
+def why_no_windows() -> str | None:
+    """Say why torch's varlen_attn takes no window, or None."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if "window_size" in inspect.signature(varlen_attn).parameters:
+        return None
+    return f"varlen_attn of torch {torch.__version__} takes no window"
+
+
+BACKEND = Backend(
+    name="varlen",
+    make=make_varlen,
+    modules=("torch.nn.attention.varlen",),
+    why_no_windows=why_no_windows,
+)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from data.batch import Batch
 from data.digest import DIGEST_BITS
+from model.windows import Window, mean_pairs_seen
 from parallel.collectives import all_reduce
 from parallel.layout import Layout
 
@@ -22,7 +23,7 @@ class Measured:
     """One step, as all ranks know it."""
 
     causal_pairs: float
-    """Pairs of a query and a key in the documents of the global batch."""
+    """Pairs of a query and a key in the global batch's documents and windows, a layer's mean."""
     is_stopped: bool
     """Does any rank want to stop?"""
     is_save_due: bool
@@ -50,6 +51,7 @@ class Measured:
 def measure(
     microbatches: Sequence[Batch],
     layout: Layout,
+    windows: Sequence[Window],
     *,
     wants_stop: bool,
     wants_save: bool,
@@ -61,10 +63,11 @@ def measure(
     """Sum up over all ranks; collective over the world.
 
     Args:
+        windows: of the model's layers.
         source_losses: this rank's (see `step.py: Stepper.start`); None = they are not asked for.
     """
     lengths = [batch.cu_seqlens.diff().double() for batch in microbatches]
-    own_pairs = sum(float((n * (n + 1) / 2).sum()) for n in lengths)
+    own_pairs = float(sum(mean_pairs_seen(n.numpy(), windows).sum() for n in lengths))
     own_digest = sum(batch.digest for batch in microbatches) % 2**DIGEST_BITS
 
     # Each slice counts once: all tp and pp ranks have the same ones. All cp ranks have the lengths

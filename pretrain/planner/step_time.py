@@ -150,7 +150,7 @@ def _compute_seconds(
     # An uneven split of heads makes the rank with most heads the slowest.
     heads = HeadCounts.make(config, load.layout)
     imbalance = heads.m * load.layout.context_levels[0] / heads.N
-    causal_pairs = tokens * load.mean_pairs
+    causal_pairs = tokens * load.tokens_seen(config.windows)
     attention = 4 * config.num_attention_heads * config.head_size * causal_pairs * imbalance
     products = (
         2

@@ -1,8 +1,12 @@
 """What a rank is asked to train."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from model.activation_memory.settings import MemorySettings
+from model.windows import Window, mean_pairs_seen
 from parallel.config import LayoutConfig
 from pretrain.schedule.phases import Phase
 
@@ -18,7 +22,7 @@ class Workload:
     num_microbatches: int
     memory: MemorySettings = MemorySettings()
     pairs_per_token: float | None = None
-    """Tokens that a token sees on average; None = each sample is one document."""
+    """Tokens that a token sees on average over the layers; None = each sample is one document."""
 
     @staticmethod
     def of_phase(phase: Phase, world_size: int, pairs_per_token: float | None = None) -> "Workload":
@@ -33,10 +37,16 @@ class Workload:
             pairs_per_token,
         )
 
-    @property
-    def mean_pairs(self) -> float:
-        """Tokens that a token sees on average, itself included."""
-        return (self.seq_length + 1) / 2 if self.pairs_per_token is None else self.pairs_per_token
+    def tokens_seen(self, windows: Sequence[Window]) -> float:
+        """Return how many tokens a token sees on average, itself included.
+
+        Args:
+            windows: of the model's layers.
+        """
+        if self.pairs_per_token is not None:
+            return self.pairs_per_token
+        whole = np.array([self.seq_length])
+        return float(mean_pairs_seen(whole, windows)[0]) / self.seq_length
 
     @property
     def shards(self) -> int:

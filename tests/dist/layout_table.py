@@ -34,6 +34,7 @@ OPTIONS = {
     "schedule": ("1F1B", "interleaved", "zero-bubble", "zero-bubble x 2", "ZBV"),
     "context": ("a2a", "two levels"),
     "sequence_parallel": (False, True),
+    "windows": ("none", "all", "some"),
 }
 NEEDS_AXIS = {"schedule": "pp", "context": "cp", "sequence_parallel": "tp"}
 """Options that mean something only where an axis is in use."""
@@ -82,6 +83,9 @@ def make_case(layout: tuple[int, int, int, int], options: dict) -> Case | None:
         untie_embeddings_and_output_weights=not options["tied"],
         qk_layernorm=options["qk_norm"],
         add_qkv_bias=options["bias"],
+        # Shorter than the documents; layers of both kinds on every stage that has two.
+        window_size=[] if options["windows"] == "none" else [4, 0],
+        window_attn_skip_freq=[2] if options["windows"] == "some" else [],
     )
     config = ModelConfig(**model)
     if (

@@ -29,6 +29,10 @@ MODELS = {
         use_rope_scaling=True,
         original_max_position_embeddings=64,
     ),
+    "MistralForCausalLM": dict(window_size="39,0", num_query_groups=1),
+    "Qwen3ForCausalLM windows": dict(
+        qk_layernorm=True, window_size="31,0", window_attn_skip_freq=2
+    ),
     "Qwen2ForCausalLM": dict(
         add_qkv_bias=True, norm_epsilon=1e-6, rope_type="linear", rope_scaling_factor=4.0
     ),

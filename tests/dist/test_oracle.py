@@ -113,6 +113,12 @@ CASES = {
     "qwen3 tied tp2 cp2 dp2 zero3": Case(
         tp=2, cp=2, dp=2, strategy="optim_grads_params", model=dict(qk_layernorm=True)
     ),
+    "mistral windows pp2 cp2": Case(pp=2, cp=2, model=dict(window_size=[4, 0])),
+    "qwen3 windows in some layers tp2 cp2": Case(
+        tp=2,
+        cp=2,
+        model=dict(qk_layernorm=True, window_size=[5, 0], window_attn_skip_freq=[2]),
+    ),
 }
 
 

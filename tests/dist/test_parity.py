@@ -116,6 +116,19 @@ CASES = {
     "cp4 two levels no masking": Case(
         cp=4, context_levels=(2, 2), document_masking=False, memory=MemorySettings("full")
     ),
+    "tp2 cp2 windows": Case(
+        tp=2, cp=2, model=dict(window_size=[4, 0]), memory=MemorySettings("selective")
+    ),
+    "pp2 cp2 windows in some layers": Case(
+        pp=2, cp=2, model=QWEN3 | dict(window_size=[6, 0], window_attn_skip_freq=[2])
+    ),
+    "cp4 two levels windows attention kept": Case(
+        cp=4,
+        context_levels=(2, 2),
+        lengths=(400,),
+        model=UNTIED | dict(window_size=[9, 0]),
+        memory=MemorySettings("attention_kept", attention_head_chunks=2),
+    ),
     "cp4 one-token documents": Case(cp=4, lengths=(1,) * 40 + (30,)),
     "cp8 two levels one-token documents": Case(
         cp=8, context_levels=(2, 4), lengths=(1,) * 40 + (30,)

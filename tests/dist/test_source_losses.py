@@ -37,6 +37,7 @@ def losses_by_source(world, case: Case) -> dict:
     measured = measure(
         batches,
         layout,
+        (None,),
         wants_stop=False,
         wants_save=False,
         data_seconds=0.0,

@@ -30,10 +30,12 @@ LLAMA3 = dict(
 YARN = dict(rope_type="yarn", rope_theta=1e4, factor=3.0, original_max_position_embeddings=32)
 MODELS = {
     "llama": dict(head_dim=4, rope_parameters=LLAMA3),
+    "mistral": dict(sliding_window=7),
     "qwen2": dict(tie_word_embeddings=True),
     "qwen3": dict(head_dim=8, rope_parameters=YARN),
 }
-"""model_type -> settings beside SHAPE: three ropes, tied and untied, a head size of its own."""
+"""model_type -> settings beside SHAPE: three ropes, tied and untied, a head size of its own, a
+window."""
 
 
 def write_folder(folder: Path, kind: str, **changes) -> Path:

@@ -77,6 +77,17 @@ def labels_across_documents(batch, samples, pieces):
     return dataclasses.replace(batch, labels=torch.from_numpy(labels), num_targets=-1)
 
 
+def window_across_documents(original):
+    """All documents of a call as one."""
+
+    def mutated(q, k, v, rows_q, rows_k, window):
+        whole_q = slice(rows_q[0].start, rows_q[-1].stop)
+        whole_k = slice(rows_k[0].start, rows_k[-1].stop)
+        return original(q, k, v, [whole_q], [whole_k], window)
+
+    return mutated
+
+
 def one_big_document(batch, *_):
     total = int(batch.cu_seqlens[-1])
     return dataclasses.replace(batch, cu_seqlens=torch.tensor([0, total], dtype=torch.int32))
@@ -295,6 +306,24 @@ MUTATIONS = {
             lambda names, config, tp, sequence_parallel: original(names, config, tp, False)
         ),
         Case(tp=2, sequence_parallel=True),
+    ),
+    "window a token too long": Mutation(
+        "model.config",
+        "ModelConfig.windows",
+        lambda original: property(lambda self: (self.window_size[0] + 2,) * self.num_layers),
+        Case(tp=2, model=dict(window_size=[4, 0])),
+    ),
+    "window left out of the first layer": Mutation(
+        "model.config",
+        "ModelConfig.windows",
+        lambda original: property(lambda self: (None, *original.fget(self)[1:])),
+        Case(cp=2, model=dict(window_size=[4, 0])),
+    ),
+    "window across documents": Mutation(
+        "model.attention_backends.sdpa",
+        "windowed_attention",
+        window_across_documents,
+        Case(tp=2, model=dict(window_size=[4, 0])),
     ),
     "tied embedding's two gradients not summed": Mutation(
         "pretrain.step",

@@ -1,6 +1,7 @@
 """plan --calibrate: what processes measured becomes a row, and a row is read back as it was."""
 
 import dataclasses
+import subprocess
 
 import pytest
 
@@ -138,6 +139,23 @@ def test_a_machine_is_measured_and_its_row_predicts(tmp_path, quick, capsys, pro
     file.write_text("base: h100\n")
     (line,) = refused([*words, "--calibrate", str(file), "--world-size", "1"], capsys)
     assert str(file) in line and file.read_text() == "base: h100\n"
+
+
+def test_a_process_that_fails_ends_the_others(tmp_path, quick, monkeypatch, capsys):
+    original = subprocess.Popen
+    started = []
+
+    def start(command, **options):
+        # The second one ends at once, while the first waits for it.
+        is_second = options.get("env", {}).get("RANK") == "1"
+        started.append(original(["false"] if is_second else command, **options))
+        return started[-1]
+
+    monkeypatch.setattr(calibrate.subprocess, "Popen", start)
+    words = [*MOCK, "--calibrate", str(tmp_path / "row.yaml"), "--world-size", "2"]
+    line = refused(words, capsys)[-1]
+    assert "calibrate: the processes that measure ended with codes [None, 1]" in line
+    assert all(process.poll() is not None for process in started)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from model import hf
+from model.hf import architecture
 from pretrain.checkpointing.folders import LATEST, find_published
 from pretrain.config.config_yaml import read_config_yaml
 from tests.huggingface.imports import IDS, POSITIONS, assert_same_model, our_logits, refusal, run
@@ -70,7 +71,8 @@ def test_swish_is_silu(folder):
         ("llama", dict(is_causal=False), "is_causal = False: only True is built"),
         ("llama", dict(attention_bias=True), "attention_bias = True: only False is built"),
         ("llama", dict(mlp_bias=True), "mlp_bias = True: only False is built"),
-        ("llama", dict(sliding_window=16), "sliding_window = 16: only full attention"),
+        ("llama", dict(sliding_window=16), "sliding_window = 16: transformers' Llama has full"),
+        ("mistral", dict(sliding_window=0), "sliding_window = 0: must be a whole number"),
         ("llama", dict(layer_types=["sliding_attention", "full_attention"]), "layer_types = "),
         ("llama", dict(quantization_config={"quant_method": "fp8"}), "quantization_config = "),
         ("llama", dict(attn_logit_softcapping=30.0), "attn_logit_softcapping = 30.0: only None"),
@@ -101,11 +103,16 @@ def test_swish_is_silu(folder):
         ),
         ("llama", dict(pad_token_id=67), "pad_token_id = 67: is not in the vocabulary of 67"),
         ("llama", dict(max_position_embeddings=0), "max_position_embeddings = 0: must be from 1"),
-        ("llama", dict(model_type="mistral"), "model_type = mistral: not built here"),
+        ("llama", dict(model_type="gpt2"), "model_type = gpt2: not built here"),
         (
             "qwen2",
-            dict(use_sliding_window=True, max_window_layers=1, sliding_window=8),
-            "layer_types = ",
+            dict(layer_types=["chunked_attention", "full_attention"]),
+            "layer_types has chunked_attention: only full_attention and sliding_attention",
+        ),
+        (
+            "qwen2",
+            dict(layer_types=["sliding_attention"] * 2),
+            "sliding_window = null: layer_types",
         ),
         ("qwen2", dict(head_dim=None), "head_dim = None: must be an even whole number"),
         ("qwen3", dict(attention_bias=True), "attention_bias = True: only False is built"),
@@ -114,8 +121,6 @@ def test_swish_is_silu(folder):
 )
 def test_what_would_be_another_model_is_refused_by_name(tmp_path, capsys, kind, changes, message):
     folder = write_folder(tmp_path / "hf", kind)
-    if changes.get("use_sliding_window"):
-        change_config(folder, drop=("layer_types",))
     change_config(folder, **changes)
     assert message in refusal(folder, capsys)
 
@@ -156,6 +161,33 @@ def test_a_window_that_no_layer_uses_is_read(tmp_path):
         sliding_window=4,
     )
     assert_same_model(folder)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_windows_of_the_last_layers_are_read(tmp_path, kind):
+    folder = write_folder(tmp_path / "hf", kind)
+    window = dict(use_sliding_window=True, max_window_layers=1, sliding_window=4)
+    change_config(folder, drop=("layer_types",), **window)
+    assert_same_model(folder)
+    config = read_config_yaml(str(find_published(tmp_path / "imported") / "config.yaml"))
+    assert config.model.windows == (None, 4)
+
+
+def test_mistral_has_its_window_in_all_layers(tmp_path):
+    folder = write_folder(tmp_path / "hf", "mistral", sliding_window=5)
+    assert_same_model(folder)
+    config = read_config_yaml(str(find_published(tmp_path / "imported") / "config.yaml"))
+    assert config.model.windows == (5, 5)
+
+
+def test_mistral_without_a_window_is_read(tmp_path):
+    folder = write_folder(tmp_path / "hf", "mistral", sliding_window=None)
+    assert_same_model(folder)
+    config = read_config_yaml(str(find_published(tmp_path / "imported") / "config.yaml"))
+    assert config.model.window_size == []
+    # It leaves as what it came as; a model that began here would be a Llama.
+    assert architecture(config.model, "mistral") == ("MistralForCausalLM", "mistral")
+    assert architecture(config.model) == ("LlamaForCausalLM", "llama")
 
 
 def test_yarn_with_truncate_null_does_not_truncate(tmp_path):

@@ -146,7 +146,9 @@ def test_the_effective_share_is_that_of_the_arithmetic_by_hand():
 
 def test_documents_beyond_a_sample_are_cut_into_samples():
     pairs = 10 * 11 / 2 + 256 * 257 / 2 + 44 * 45 / 2
-    assert pairs_of_lengths(np.array([10, 300], np.int32), 256) == pytest.approx(pairs / 310)
+    assert pairs_of_lengths(np.array([10, 300], np.int32), 256, (None,)) == pytest.approx(
+        pairs / 310
+    )
 
 
 def test_the_data_says_how_long_documents_are_and_how_many_epochs_are_drawn():

@@ -23,7 +23,7 @@ def batch(edges: list[int], runs: tuple[SourceRun, ...] = ()) -> Batch:
     return Batch(tokens, tokens, tokens, torch.tensor(edges, dtype=torch.int32), source_runs=runs)
 
 
-def measured(batches: list[Batch], layout: Layout = CPU, **changes) -> Measured:
+def measured(batches: list[Batch], layout: Layout = CPU, windows=(None,), **changes) -> Measured:
     arguments = dict(
         wants_stop=False,
         wants_save=False,
@@ -31,7 +31,7 @@ def measured(batches: list[Batch], layout: Layout = CPU, **changes) -> Measured:
         has_failed_save=False,
         busy_seconds=0.0,
     )
-    return measure(batches, layout, **(arguments | changes))
+    return measure(batches, layout, windows, **(arguments | changes))
 
 
 def test_mfu_counts_the_causal_pairs_inside_documents(monkeypatch):
@@ -55,6 +55,12 @@ def test_mfu_counts_the_causal_pairs_inside_documents(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     assert flops_utilization(flops, 2e-9, GPU) == pytest.approx(by_hand / (2e-9 * 989e12))
     assert flops_utilization(flops, 1.0, CPU) is None
+
+
+def test_pairs_are_those_that_a_layer_sees_on_average():
+    # Windows of 2 tokens in one of two layers: 3 tokens see 1 + 2 + 2, 7 see 13, 10 see 19.
+    found = measured([batch([0, 3, 10]), batch([0, 10])], windows=(None, 2))
+    assert found.causal_pairs == (89 + 5 + 13 + 19) / 2
 
 
 def test_losses_are_means_over_the_targets_that_each_source_gave():

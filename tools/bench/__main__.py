@@ -18,6 +18,7 @@ BENCHMARKS = {
     "restart": "tools.bench.restart",
     "step": "tools.bench.step",
     "traffic": "tools.bench.traffic",
+    "windows": "tools.bench.windows",
 }
 """Name -> module with its options, `Arguments`, and `run(arguments)`, which gives the exit code."""
 

@@ -152,11 +152,11 @@ class TimedAttend:
         event.record()
         return event
 
-    def __call__(self, q, k, v, segments):
+    def __call__(self, q, k, v, segments, window=None):
         # Backward runs through here last, and through _Enter first.
         q, k, v = _Leave.apply(self, q, k, v)
         begun = self.look()
-        out = self.attend(q, k, v, segments)
+        out = self.attend(q, k, v, segments, window)
         self.spans.append((begun, self.look()))
         return _Enter.apply(self, out)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from model.hf import ARCHITECTURES
+from model.windows import shortest_skip
 from tools.huggingface.keys import ANOTHER, CORRECT, sort_keys
 from tools.huggingface.rope_config import rope_form_problems, rope_settings
 from tools.shared.message_text import one_line, short
@@ -84,7 +85,7 @@ def interpret_config(content: dict[str, Any]) -> FolderConfig:
         raise ValueError("\n".join(problems))
     rope = rope_settings(parsed)
     warnings += _remarks(content, parsed)
-    model = ARCHITECTURES[kind] | _shape_settings(parsed) | rope
+    model = ARCHITECTURES[kind] | _shape_settings(parsed) | _window_settings(parsed) | rope
     return FolderConfig(model, parsed.vocab_size, parsed.max_position_embeddings, warnings)
 
 
@@ -216,15 +217,50 @@ def _part_problems(parsed: Any) -> list[str]:
         found.append(
             f"rms_norm_eps = {parsed.rms_norm_eps}: must be a finite number above 0. {CORRECT}"
         )
-    layer_types = getattr(parsed, "layer_types", None)
-    if layer_types is not None and set(map(str, layer_types)) != {"full_attention"}:
-        found.append(f"layer_types = {short(layer_types)}: only full_attention is built. {ANOTHER}")
-    if layer_types is None and getattr(parsed, "sliding_window", None) is not None:
-        found.append(
-            f"sliding_window = {short(parsed.sliding_window)}: only full attention is built. "
-            f"{ANOTHER}"
-        )
-    return found
+    return found + _window_problems(parsed)
+
+
+FULL = "full_attention"
+SLIDING = "sliding_attention"
+
+
+def _window_problems(parsed: Any) -> list[str]:
+    """Find kinds of attention that are not built here, and windows that no layer can have."""
+    kinds = set(map(str, getattr(parsed, "layer_types", None) or [FULL]))
+    if not kinds <= {FULL, SLIDING}:
+        others = ", ".join(sorted(kinds - {FULL, SLIDING}))
+        return [f"layer_types has {others}: only {FULL} and {SLIDING} are built. {ANOTHER}"]
+    window = getattr(parsed, "sliding_window", None)
+    if parsed.model_type == "llama" and (window is not None or SLIDING in kinds):
+        name = "layer_types" if SLIDING in kinds else "sliding_window"
+        return [
+            f"{name} = {short(getattr(parsed, name))}: transformers' Llama has full attention in "
+            f"all layers. Fix: model_type mistral, or remove it from config.json."
+        ]
+    if SLIDING in kinds and window is None:
+        return [f"sliding_window = null: layer_types has {SLIDING}, which needs it. {CORRECT}"]
+    if window is not None and not (type(window) is int and 1 <= window <= LARGEST_SIZE):
+        return [
+            f"sliding_window = {short(window)}: must be a whole number from 1 to {LARGEST_SIZE}. "
+            f"{CORRECT}"
+        ]
+    return []
+
+
+def _window_settings(parsed: Any) -> dict[str, Any]:
+    """Translate which layers have a window; nothing where none has."""
+    window = getattr(parsed, "sliding_window", None)
+    types = getattr(parsed, "layer_types", None)
+    # Mistral names no types: its window is that of all layers.
+    if types is None:
+        types = [FULL if window is None else SLIDING] * parsed.num_hidden_layers
+    pattern = [int(kind == SLIDING) for kind in types]
+    if not any(pattern):
+        return {}
+    assert window is not None, "refused before"
+    settings = {"window_size": [window - 1, 0]}
+    skip = shortest_skip(pattern)
+    return settings | ({"window_attn_skip_freq": skip} if skip else {})
 
 
 def _shape_settings(parsed: Any) -> dict[str, Any]:

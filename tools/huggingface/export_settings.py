@@ -52,7 +52,13 @@ def write_settings(
     # config.json: the source's, with what training changed.
     theirs = export_files.parse_json(stored.carried.get(CONFIG))
     ours = huggingface_config(
-        stored.config.model, stored.vocab_size, stored.rope, declared, dtype, eod
+        stored.config.model,
+        stored.vocab_size,
+        stored.rope,
+        declared,
+        dtype,
+        eod,
+        imported_as=theirs.get("model_type"),
     )
     config, changes = export_files.merge_config(ours, theirs)
     changes += export_files.rope_change(theirs, stored.rope)

@@ -13,6 +13,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -115,8 +116,9 @@ def measure_machine(work: Work, job: ReferenceJob, processes: Processes) -> Rate
             )
         )
     try:
-        said, _ = started[0].communicate()
-        codes = [process.wait() for process in started]
+        # Where one of them fails, the others would wait for it.
+        while None in (codes := [process.poll() for process in started]) and not any(codes):
+            time.sleep(0.05)
     finally:
         # Where this one is stopped, so are they.
         for process in started:
@@ -129,7 +131,8 @@ def measure_machine(work: Work, job: ReferenceJob, processes: Processes) -> Rate
             f"calibrate: the processes that measure ended with codes {codes}. Fix: what they said "
             "stands above; a smaller model or fewer processes where memory did not suffice."
         )
-    return Rates(**json.loads(said.splitlines()[-1]))
+    assert started[0].stdout is not None
+    return Rates(**json.loads(started[0].stdout.read().splitlines()[-1]))
 
 
 def row_of(work: Work, rates: Rates, processes: Processes, base: Hardware) -> Hardware:
@@ -241,6 +244,10 @@ def work_of(estimate: PhaseEstimate) -> Work:
     heads = max(1, config.num_attention_heads // tp)
     groups = max(1, config.num_kv_heads // tp)
     dtype = compute_dtype(estimate.config.optimizer)
+    # A token of a document of n sees (n + 1) / 2 on average; windows say nothing of documents.
+    document_tokens = phase.seq_length
+    if not config.window_size:
+        document_tokens = round(2 * estimate.load.tokens_seen(config.windows) - 1)
     untied = ["output"] if config.untie_embeddings_and_output_weights else []
     return Work(
         layers=layers_of_slowest_rank(estimate.model, estimate.load),
@@ -252,8 +259,7 @@ def work_of(estimate: PhaseEstimate) -> Work:
         vocabulary_rows=config.padded_vocab_size(estimate.model.vocab_size) // tp,
         loss_tokens=phase.memory.loss_tokens,
         tokens=tokens,
-        # A token of a document of n sees (n + 1) / 2 on average.
-        document_tokens=max(1, min(tokens, round(2 * estimate.load.mean_pairs - 1))),
+        document_tokens=max(1, min(tokens, document_tokens)),
         dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
         attention_backend=config.attention_backend,
         gathered_elements=estimate.model.count_elements("layers", tp),

@@ -7,6 +7,7 @@ import numpy as np
 
 from data.forecast import Forecast
 from data.sources import Corpus
+from model.windows import Window, mean_pairs_seen
 from parallel.schedule import layers_of_stage
 from pretrain.config.config import Config
 from pretrain.planner.hardware import Hardware
@@ -142,7 +143,7 @@ class PhaseEstimate:
             global_batch_tokens=self.phase.global_batch_tokens,
             micro_batch_size=load.micro_batch_size,
             num_microbatches=load.num_microbatches,
-            pairs_per_token=load.mean_pairs,
+            pairs_per_token=load.tokens_seen(self.config.model.windows),
         )
 
     def speed(self) -> SpeedPlan:
@@ -150,7 +151,9 @@ class PhaseEstimate:
         load = self.load
         step = estimate_step(self.model, load, self.hardware)
         tokens = self.phase.global_batch_tokens
-        flops = self.model.size.step_flops(tokens, tokens * load.mean_pairs)
+        flops = self.model.size.step_flops(
+            tokens, tokens * load.tokens_seen(self.config.model.windows)
+        )
         rate = self.hardware.flops * self.world_size
         return SpeedPlan(
             parts_seconds=step,
@@ -201,24 +204,29 @@ class PhaseEstimate:
 # ---------------------------------------------------------------- documents
 
 
-def mean_pairs(phase: Phase, corpus: Corpus, forecast: Sequence[Forecast]) -> float | None:
+def mean_pairs(
+    phase: Phase, corpus: Corpus, forecast: Sequence[Forecast], windows: Sequence[Window]
+) -> float | None:
     """Return how many tokens a token sees on average in a phase; None without data or masking.
 
-    A document longer than a sample is cut into samples; that others are cut where a sample ends is
-    left out.
+    The average is also over the layers, whose windows are given. A document longer than a sample is
+    cut into samples; that others are cut where a sample ends is left out.
     """
     rows = [row for row in forecast if row.phase == phase.name and row.tokens]
     if not phase.document_masking or not rows:
         return None
     total = sum(row.tokens for row in rows)
     return sum(
-        row.tokens / total * pairs_of_lengths(corpus.train[row.source].lengths, phase.seq_length)
+        row.tokens
+        / total
+        * pairs_of_lengths(corpus.train[row.source].lengths, phase.seq_length, windows)
         for row in rows
     )
 
 
-def pairs_of_lengths(lengths: np.ndarray, seq_length: int) -> float:
+def pairs_of_lengths(lengths: np.ndarray, seq_length: int, windows: Sequence[Window]) -> float:
     """Return the causal pairs per token of documents, those beyond a sample cut into samples."""
     whole, rest = np.divmod(lengths.astype(np.float64), seq_length)
-    pairs = whole * (seq_length * (seq_length + 1) / 2) + rest * (rest + 1) / 2
+    of_sample = mean_pairs_seen(np.array([seq_length]), windows)
+    pairs = whole * of_sample + mean_pairs_seen(rest, windows)
     return float(pairs.sum() / lengths.sum(dtype=np.float64))

@@ -33,7 +33,7 @@ def estimate_phases(
     for phase in plan.phases:
         if phase.end <= clock:
             continue
-        pairs = mean_pairs(phase, plan.corpus, plan.forecast)
+        pairs = mean_pairs(phase, plan.corpus, plan.forecast, plan.config.model.windows)
         if document_tokens is not None and phase.document_masking:
             pairs = (min(document_tokens, phase.seq_length) + 1) / 2
         estimates.append(

@@ -1,0 +1,160 @@
+"""Attention with a sliding window, by blocks of queries: what torch's SDPA computes with.
+
+A block of queries reads the keys of its window only, so that the work grows with tokens x window.
+The mask inside a block is the same for all blocks of one size.
+
+Legend: n queries and s keys of a call, m query and k key/value heads, H head size; b queries and c
+keys of a block.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+BLOCK = 256
+"""Queries of a block. A larger block scores more pairs outside the window, W + b - 1 for each query
+instead of W; a smaller one makes more calls."""
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some queries of a document, and the keys that they see."""
+
+    rows_q: slice
+    rows_k: slice
+
+
+def blocks_of_document(rows_q: slice, rows_k: slice, window: int) -> list[Block]:
+    """Cut a document into blocks; its queries are the last positions of its keys."""
+    earlier = (rows_k.stop - rows_k.start) - (rows_q.stop - rows_q.start)
+    blocks = []
+    for begin in range(rows_q.start, rows_q.stop, BLOCK):
+        end = min(begin + BLOCK, rows_q.stop)
+        # Positions of the block's queries, counted from the document's first key.
+        first = earlier + begin - rows_q.start
+        last = earlier + end - rows_q.start
+        first_seen = max(0, first - window + 1)
+        seen = slice(rows_k.start + first_seen, rows_k.start + last)
+        blocks.append(Block(slice(begin, end), seen))
+    return blocks
+
+
+@lru_cache(maxsize=8)
+def window_mask(
+    queries: int, keys: int, window: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Return what is added to a block's scores [b, c]: 0 where a key is seen, else -inf.
+
+    The last query and the last key are the same token.
+    """
+    query = torch.arange(keys - queries, keys, device=device)[:, None]
+    key = torch.arange(keys, device=device)[None, :]
+    is_seen = (key <= query) & (key > query - window)
+    mask = torch.zeros(queries, keys, dtype=dtype, device=device)
+    return mask.masked_fill_(~is_seen, float("-inf"))
+
+
+def _mask_of(block: Block, window: int, q: torch.Tensor) -> torch.Tensor:
+    queries = block.rows_q.stop - block.rows_q.start
+    keys = block.rows_k.stop - block.rows_k.start
+    return window_mask(queries, keys, window, q.dtype, q.device)
+
+
+def windowed_attention(
+    q_nmH: torch.Tensor,
+    k_skH: torch.Tensor,
+    v_skH: torch.Tensor,
+    rows_q: list[slice],
+    rows_k: list[slice],
+    window: int,
+) -> torch.Tensor:
+    """Attend to the last `window` tokens of each token's document, itself included -> [n, m, H].
+
+    Args:
+        rows_q, rows_k: of each document; its queries are its last positions.
+    """
+    blocks = [
+        block
+        for of_q, of_k in zip(rows_q, rows_k, strict=True)
+        for block in blocks_of_document(of_q, of_k, window)
+    ]
+    if q_nmH.device.type == "cpu":
+        return _BlocksOnCPU.apply(q_nmH, k_skH, v_skH, blocks, window)
+    outputs = []
+    for block in blocks:
+        q, k, v = (
+            heads_first(x) for x in (q_nmH[block.rows_q], k_skH[block.rows_k], v_skH[block.rows_k])
+        )
+        mask = _mask_of(block, window, q_nmH)
+        grouped = q.shape[1] != k.shape[1]
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+        outputs.append(tokens_first(out))
+    return torch.cat(outputs)
+
+
+class _BlocksOnCPU(torch.autograd.Function):
+    """All blocks of a call as one node, over the kernel under scaled_dot_product_attention.
+
+    Results are written where they belong, and what blocks share of the keys' gradients is added up
+    there.
+    """
+
+    @staticmethod
+    def forward(ctx, q_nmH, k_skH, v_skH, blocks: list[Block], window: int):
+        out_nmH = torch.empty_like(q_nmH)
+        ctx.log_sums = []
+        for block in blocks:
+            part, log_sum = _forward(
+                heads_first(q_nmH[block.rows_q]),
+                heads_first(k_skH[block.rows_k]),
+                heads_first(v_skH[block.rows_k]),
+                attn_mask=_mask_of(block, window, q_nmH),
+            )
+            out_nmH[block.rows_q] = tokens_first(part)
+            ctx.log_sums.append(log_sum)
+        ctx.blocks = blocks
+        ctx.window = window
+        ctx.save_for_backward(q_nmH, k_skH, v_skH, out_nmH)
+        return out_nmH
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (grad_nmH,) = grads
+        q_nmH, k_skH, v_skH, out_nmH = ctx.saved_tensors
+        grad_q = torch.empty_like(q_nmH)
+        # Several blocks add to a key's gradients: in fp32, as sums of bf16 would lose digits.
+        wide = torch.promote_types(k_skH.dtype, torch.float32)
+        grad_k = torch.zeros_like(k_skH, dtype=wide)
+        grad_v = torch.zeros_like(v_skH, dtype=wide)
+        no_dropout = 0.0
+        for block, log_sum in zip(ctx.blocks, ctx.log_sums, strict=True):
+            of_q, of_k, of_v = _backward(
+                heads_first(grad_nmH[block.rows_q]),
+                heads_first(q_nmH[block.rows_q]),
+                heads_first(k_skH[block.rows_k]),
+                heads_first(v_skH[block.rows_k]),
+                heads_first(out_nmH[block.rows_q]),
+                log_sum,
+                no_dropout,
+                False,
+                attn_mask=_mask_of(block, ctx.window, q_nmH),
+            )
+            grad_q[block.rows_q] = tokens_first(of_q)
+            grad_k[block.rows_k] += tokens_first(of_k)
+            grad_v[block.rows_k] += tokens_first(of_v)
+        return grad_q, grad_k.to(k_skH.dtype), grad_v.to(v_skH.dtype), None, None
+
+
+def heads_first(x_LmH: torch.Tensor) -> torch.Tensor:
+    """View [L, m, H] as the kernels' [1, m, L, H]."""
+    return x_LmH.transpose(0, 1)[None]
+
+
+def tokens_first(x_mLH: torch.Tensor) -> torch.Tensor:
+    """View [1, m, L, H] as [L, m, H]."""
+    return x_mLH[0].transpose(0, 1)

@@ -1,0 +1,225 @@
+"""Sliding windows: which layers have one, what their attention computes, and what it costs."""
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.transformer.utils import is_layer_window_attention
+
+from model.attention_backends import varlen
+from model.attention_backends.choice import BACKENDS, choose_attention, pick_backend
+from model.attention_backends.documents import pack_documents
+from model.attention_backends.mixed import mixed_attention
+from model.config import ModelConfig
+from model.windows import layer_windows, mean_pairs_seen, pairs_seen, shortest_skip, window_problems
+from parallel.context import group_pieces
+from pretrain.planner.model_size import ModelSize
+
+CPU = torch.device("cpu")
+HEAD_SIZE = 8
+
+
+# ---- which layers
+
+
+@pytest.mark.parametrize("skip", [[], [2], [3], [6], [7], [1, 1, 0, 1, 0, 1]])
+def test_the_layers_with_a_window_are_those_of_megatron(skip):
+    theirs = None if not skip else skip[0] if len(skip) == 1 else skip
+    expected = [
+        8 if is_layer_window_attention((7, 0), theirs, number) else None for number in range(1, 7)
+    ]
+    assert list(layer_windows([7, 0], skip, 6)) == expected
+
+
+def test_without_a_size_no_layer_has_a_window():
+    assert layer_windows([], [], 3) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    "size, skip, said",
+    [
+        ([7], [], "window_size = [7]: must be two numbers"),
+        ([7, 1], [], "window_size = [7, 1]: must be two numbers"),
+        ([-1, 0], [], "window_size = [-1, 0]: must be two numbers"),
+        ([], [2], "window_attn_skip_freq = [2]: says which layers have a window, but window_size"),
+        ([7, 0], [1], "window_attn_skip_freq = 1: every so many layers"),
+        ([7, 0], [4], "window_attn_skip_freq = 4: every so many layers"),
+        (
+            [7, 0],
+            [1, 0],
+            "window_attn_skip_freq = [1, 0]: must be one number, or for each of the 3",
+        ),
+        ([7, 0], [1, 0, 2], "window_attn_skip_freq = [1, 0, 2]: must be one number"),
+    ],
+)
+def test_what_cannot_be_is_refused(size, skip, said):
+    (problem,) = window_problems(size, skip, 3)
+    assert problem.startswith(said) and "Fix: " in problem
+
+
+@pytest.mark.parametrize(
+    "pattern, skip",
+    [
+        ([1, 1, 1, 1], []),
+        ([1, 0, 1, 0], [2]),
+        ([1, 1, 0, 1], [3]),
+        ([1, 1, 1, 0], [4]),
+        ([0, 1, 1, 1], [0, 1, 1, 1]),
+        ([1, 1, 0, 0], [1, 1, 0, 0]),
+    ],
+)
+def test_a_pattern_is_spelled_shortly_and_means_the_same(pattern, skip):
+    assert shortest_skip(pattern) == skip
+    assert [int(each is not None) for each in layer_windows([7, 0], skip, 4)] == pattern
+
+
+# ---- what is computed
+
+
+def definition(q, k, v, bounds: list[int], window: int) -> torch.Tensor:
+    """Softmax over a mask of all pairs: same document, not later, closer than the window."""
+    position = torch.arange(len(q))
+    document = torch.bucketize(position, torch.tensor(bounds[1:]), right=True)
+    distance = position[:, None] - position[None, :]
+    is_seen = (document[:, None] == document[None, :]) & (distance >= 0) & (distance < window)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("qmh,kmh->mqk", q, k) / HEAD_SIZE**0.5
+    shares = scores.masked_fill(~is_seen, float("-inf")).softmax(-1)
+    return torch.einsum("mqk,kmh->qmh", shares, v)
+
+
+def draw(tokens: int, kv_heads: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(
+            tokens, heads, HEAD_SIZE, dtype=torch.float64, generator=generator
+        ).requires_grad_()
+        for heads in (4, kv_heads, kv_heads)
+    ]
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("window", [1, 2, 7, 256, 257, 300, 5000])
+def test_a_window_is_what_its_definition_says(window, kv_heads, groups):
+    """Documents shorter and longer than a block and than the window; queries of parts of them."""
+    bounds = [0, 1, 6, 262, 520, 1320]
+    q, k, v = draw(bounds[-1], kv_heads)
+    expected = definition(q, k, v, bounds, window)
+    weight = torch.randn_like(expected)
+    expected_grads = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    attend, _ = choose_attention("sdpa", CPU, torch.float64, windowed=True)
+    grads = [torch.zeros_like(x) for x in (q, k, v)]
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    for group in range(groups):
+        pieces = group_pieces(bounds[-1], group, groups)
+        rows = torch.cat([torch.arange(begin, end) for begin, end in pieces])
+        own = q[rows]
+        found = torch.cat(
+            [
+                attend(own[part.queries], k[part.keys], v[part.keys], part, window)
+                for part in pack_documents(cu_seqlens, pieces, CPU)
+            ]
+        )
+        torch.testing.assert_close(found, expected[rows], rtol=0, atol=1e-12)
+        for total, grad in zip(
+            grads, torch.autograd.grad((found * weight[rows]).sum(), (q, k, v)), strict=True
+        ):
+            total += grad
+    for found, expected in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_nothing_comes_from_beyond_the_window_bit_for_bit():
+    window = 100
+    bounds = torch.tensor([0, 300, 1000], dtype=torch.int32)
+    (documents,) = pack_documents(bounds, [(0, 1000)], CPU)
+    attend, _ = choose_attention("sdpa", CPU, torch.float64, windowed=True)
+    with torch.no_grad():
+        q, k, v = draw(1000, 2)
+        before = attend(q, k, v, documents, window)
+        # A token in the middle of a document, and the last of another.
+        for changed in (299, 600):
+            k[changed] = 1e3
+            v[changed] = -1e3
+            after = attend(q, k, v, documents, window)
+            is_equal = (before == after).all(dim=(1, 2))
+            end = 300 if changed < 300 else changed + window
+            assert is_equal[:changed].all() and is_equal[end:].all()
+            assert not is_equal[changed:end].any()
+            before = after
+
+
+def test_keys_of_several_blocks_get_their_gradient_in_fp32():
+    """In bf16 the sum of five blocks' gradients would lose digits of each."""
+    tokens = 2048
+    (documents,) = pack_documents(torch.tensor([0, tokens], dtype=torch.int32), [(0, tokens)], CPU)
+    attend, _ = choose_attention("sdpa", CPU, torch.bfloat16, windowed=True)
+    exact = draw(tokens, 4)
+    rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
+    same = [x.detach().double().requires_grad_() for x in rounded]
+    weight = torch.randn(tokens, 4, HEAD_SIZE, dtype=torch.float64).bfloat16()
+    found = torch.autograd.grad(attend(*rounded, documents, 1024), rounded, weight)
+    expected = torch.autograd.grad(attend(*same, documents, 1024), same, weight.double())
+    for ours, theirs in zip(found, expected, strict=True):
+        assert float((ours.double() - theirs).norm() / theirs.norm()) < 0.006
+
+
+# ---- backends
+
+
+@pytest.mark.parametrize("name", ["te", "cudnn"])
+def test_a_backend_that_is_not_proven_with_windows_says_so(name, monkeypatch):
+    monkeypatch.setattr("model.attention_backends.backend.is_installed", lambda _name: True)
+    missing = BACKENDS[name].missing(torch.device("cuda"), torch.bfloat16, windowed=True)
+    assert missing is not None and missing.startswith("sliding windows are not proven with ")
+
+
+def test_auto_takes_a_backend_with_windows():
+    backend, _ = pick_backend("auto", CPU, torch.float32, windowed=True)
+    assert backend.name == "sdpa"
+
+
+def test_varlen_gets_the_tokens_before_the_query():
+    def new(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size=(-1, -1)): ...
+    def old(q, k, v, cu_q, cu_k, max_q, max_k, is_causal=False): ...
+
+    assert varlen.varlen_options(new, 8) == {"window_size": (7, 0)}
+    assert varlen.varlen_options(new) == {"window_size": (-1, 0)}
+    with pytest.raises(AssertionError):
+        varlen.varlen_options(old, 8)
+
+
+def test_mixed_gives_a_layer_with_a_window_to_the_varlen_op(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "model.attention_backends.mixed.make_varlen",
+        lambda _crossover: lambda q, _k, _v, _documents, window: asked.append(window) or q,
+    )
+    (documents,) = pack_documents(torch.tensor([0, 50], dtype=torch.int32), [(0, 50)], CPU)
+    q, k, v = draw(50, 4)
+    mixed_attention(1)(q, k, v, documents, 49)
+    assert asked == [49]
+
+
+# ---- what it costs
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 10, 11, 50])
+def test_the_pairs_are_those_of_the_mask(window):
+    for length in (0, 1, 2, 10, 11, 37):
+        distance = np.arange(length)[:, None] - np.arange(length)[None, :]
+        seen = (distance >= 0) & (distance < (window or length + 1))
+        assert pairs_seen(np.array([length]), window)[0] == seen.sum()
+
+
+def test_flops_count_each_layers_own_window():
+    model = dict(num_layers=4, hidden_size=32, ffn_hidden_size=32, num_attention_heads=4)
+    config = ModelConfig(**model, window_size=[9, 0], window_attn_skip_freq=[4])
+    whole = ModelConfig(**model)
+    pairs = float(mean_pairs_seen(np.array([100]), config.windows)[0])
+    difference = ModelSize(whole, 64).step_flops(100, 5050) - ModelSize(config, 64).step_flops(
+        100, pairs
+    )
+    # Three layers see 10 tokens each, but for the first nine: 955 pairs of 5,050; two products of
+    # 2 operations for each of 32 channels, three times.
+    assert difference == 3 * 3 * 4 * 32 * (5050 - 955)
