@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+PAST_WINDOW = 64
+"""Tokens beyond a window that a comparison has."""
 Window = int | None
 """Tokens that a token sees, itself included; None = all of its document up to itself."""
 
@@ -44,6 +46,12 @@ def shortest_skip(pattern: Sequence[int]) -> list[int]:
         if list(pattern) == [int(number % every > 0) for number in range(1, len(pattern) + 1)]:
             return [every]
     return list(pattern)
+
+
+def tokens_beyond(windows: Sequence[Window], least: int) -> int:
+    """Return how many tokens show what the windows do, at least `least`."""
+    longest = max((window for window in windows if window is not None), default=0)
+    return max(least, longest + PAST_WINDOW if longest else 0)
 
 
 def window_problems(size: Sequence[int], skip: Sequence[int], num_layers: int) -> list[str]:

@@ -131,7 +131,9 @@ def _read_verified(
         ValueError: weights that cannot be read, or other logits than transformers'.
     """
     # No sequences: no comparison.
-    sequences = [] if longest is None else compared_sequences(vocab_size, longest)
+    sequences = []
+    if longest is not None:
+        sequences = compared_sequences(vocab_size, longest, config.model.windows)
     # transformers first: its model is freed before ours is read, so that memory holds one of them.
     expected = transformers_logits(folder, sequences) if sequences else []
     tensors = weights.read()

@@ -24,10 +24,12 @@ CALLS = [
 """(backend, tokens from which on `mixed` gives a document to cuDNN)."""
 
 
-def backend(name: str, crossover: int):
+def backend(name: str, crossover: int, *, windowed: bool = False):
     """The backend in bf16 on the GPU, or a skip that says what is missing."""
     device = torch.device("cuda")
-    missing = BACKENDS[name].missing(device, torch.bfloat16, heads=(HEADS, HEADS, HEAD_SIZE))
+    missing = BACKENDS[name].missing(
+        device, torch.bfloat16, heads=(HEADS, HEADS, HEAD_SIZE), windowed=windowed
+    )
     if missing:
         pytest.skip(missing)
     return choose_attention(name, device, torch.bfloat16, crossover=crossover)[0]
@@ -78,6 +80,28 @@ def test_backend_equals_the_definition(name, crossover, kv_heads, groups):
             total += grad
     for grad, wanted in zip(grads, expected_grads, strict=True):
         assert relative(grad, wanted) < 0.02
+
+
+@pytest.mark.parametrize("window", [1, 64, 300])
+@pytest.mark.parametrize("name, crossover", CALLS)
+def test_a_window_is_that_of_the_cpu(name, crossover, window):
+    """Output and gradients, against the blocks of a CPU in fp64."""
+    attend = backend(name, crossover, windowed=True)
+    qkv = inputs(2)
+    exact = [x.detach().cpu().double().requires_grad_() for x in qkv]
+    cu_seqlens = torch.tensor(BOUNDS, dtype=torch.int32)
+    pieces = [(0, BOUNDS[-1])]
+    (here,) = pack_documents(cu_seqlens, pieces, qkv[0].device)
+    (on_cpu,) = pack_documents(cu_seqlens, pieces, torch.device("cpu"))
+    reference, _ = choose_attention("sdpa", torch.device("cpu"), torch.float64, windowed=True)
+    expected = reference(*exact, on_cpu, window)
+    found = attend(*qkv, here, window)
+    weight = torch.randn_like(expected)
+    assert relative(found.cpu(), expected) < 0.01
+    ours = torch.autograd.grad(found, qkv, weight.cuda().to(found.dtype))
+    theirs = torch.autograd.grad(expected, exact, weight)
+    for grad, wanted in zip(ours, theirs, strict=True):
+        assert relative(grad.cpu(), wanted) < 0.02
 
 
 @pytest.mark.parametrize("name, crossover", CALLS)

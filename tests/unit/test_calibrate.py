@@ -4,17 +4,28 @@ import dataclasses
 import subprocess
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from pretrain.planner.hardware import CPU
 from pretrain.planner.step_time import UPDATE_BYTES
 from tests.unit.test_plan import MOCK, planned, refused
 from tools.bench import predictions
-from tools.plan import Arguments, main, plan_run
+from tools.plan import Arguments, check_run, main, plan_run
 from tools.planning import calibrate
-from tools.planning.calibrate import Processes, is_own_row, pointwise_bytes, row_of, split_rest
+from tools.planning.calibrate import (
+    Processes,
+    document_tokens_of,
+    is_own_row,
+    row_of,
+    split_rest,
+)
 from tools.planning.hardware_file import read_hardware
 from tools.planning.machine_rates import SHORT, Rates, middle
 from tools.planning.rank_work import Work
+from tools.planning.reference_step import ReferenceJob, make_slice
+from tools.planning.run_plan import estimate_phases
+from tools.planning.sending_rates import Sending
 
 WORK = Work(
     layers=2,
@@ -103,6 +114,39 @@ def test_two_lengths_tell_the_hosts_calls_from_the_memory():
     assert split_rest(WORK, rates, with_overhead=False) == pytest.approx((memory + host, 0.0))
 
 
+def test_an_all_reduce_sends_everything_twice(monkeypatch):
+    """Each collective takes a second beyond its latency; two ranks, 100 elements for each."""
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    sending = Sending(WORK, torch.device("cpu"))
+    monkeypatch.setattr(sending, "_between_products", lambda call: 1.5 if call else 0.5)
+    makers = dict.fromkeys(("_sum_of", "_exchange_of", "_gather_of", "_reduction_of"))
+    for name in makers:
+        monkeypatch.setattr(sending, name, lambda elements: elements > 512)
+    found = sending.rates()
+    tokens = WORK.exchanged_elements // 2
+    assert found["exchange_bytes_per_second"] == 4 * tokens
+    shards = [(WORK.gathered_elements // 2, WORK.layers), (WORK.around_elements // 2, 1)]
+    gathered = 4 * sum(each * times for each, times in shards) / (WORK.layers + 1)
+    assert found["reduction_bytes_per_second"] == gathered
+    assert found["ring_bytes_per_second"] == (gathered + 2 * 4 * tokens) / 2
+
+
+def test_a_reference_step_has_the_documents_and_pairs_of_its_prediction():
+    words = [*MOCK, "--context-parallel-size", "2", "--num-layers", "4"]
+    arguments = Arguments(world_size=2, hardware="cpu", document_tokens=100)
+    checked = check_run(arguments, words)
+    (estimate,) = estimate_phases(checked.plan, checked.cluster, 100)
+    job = ReferenceJob.of(estimate, document_tokens_of(estimate))
+    assert (job.config.model.num_layers, job.document_tokens) == (1, 100)
+    slices = [make_slice(job, rank, torch.device("cpu")) for rank in range(2)]
+    assert all(each.cu_seqlens.tolist() == [0, 100, 200, 256] for each in slices)
+    positions = torch.cat([each.positions for each in slices])
+    expected = torch.cat([torch.arange(100), torch.arange(100), torch.arange(56)])
+    assert torch.equal(positions, expected)
+    # What a token sees is what its position says.
+    assert job.load.tokens_seen((None,)) == float((positions + 1).double().mean())
+
+
 def test_the_middle_of_processes_is_that_of_each_figure():
     others = [dataclasses.replace(RATES, plain_flops=x, loss_flops=-x) for x in (1.0, 9.0, 4.0)]
     found = middle(others)
@@ -161,6 +205,7 @@ def test_a_process_that_fails_ends_the_others(tmp_path, quick, monkeypatch, caps
 @pytest.mark.parametrize(
     "argv, message",
     [
+        (["--window-size", "7", "0"], "window_size = [7, 0]: attention with a window is not"),
         (["--verify"], "verify = True: cannot be combined with calibrate"),
         (["--hardware", "h100"], "hardware = h100: cannot be combined with calibrate"),
         (
@@ -173,11 +218,6 @@ def test_what_cannot_be_is_one_line(tmp_path, capsys, argv, message):
     *_, line = refused([*MOCK, "--calibrate", str(tmp_path / "row.yaml"), *argv], capsys)
     assert message in line and " Fix: " in line
     assert not (tmp_path / "row.yaml").exists()
-
-
-def test_the_pointwise_bytes_are_those_of_the_work():
-    half = dataclasses.replace(WORK, tokens=32)
-    assert pointwise_bytes(WORK) == pytest.approx(2 * pointwise_bytes(half))
 
 
 # ---------------------------------------------------------------- predictions

@@ -151,6 +151,13 @@ def test_documents_beyond_a_sample_are_cut_into_samples():
     )
 
 
+def test_a_given_length_of_documents_keeps_the_windows():
+    words = [*MOCK, "--window-size", "9", "0"]
+    (phase,) = planned(words, document_tokens=100).phases
+    # A token sees 10, the first nine of a document fewer.
+    assert phase.batch.pairs_per_token == (55 + 90 * 10) / 100
+
+
 def test_the_data_says_how_long_documents_are_and_how_many_epochs_are_drawn():
     (phase,) = planned(MOCK).phases
     (source,) = phase.sources

@@ -1,16 +1,25 @@
 """Sliding windows: which layers have one, what their attention computes, and what it costs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from megatron.core.transformer.utils import is_layer_window_attention
 
-from model.attention_backends import varlen
+from model.attention_backends import choice, varlen
 from model.attention_backends.choice import BACKENDS, choose_attention, pick_backend
 from model.attention_backends.documents import pack_documents
 from model.attention_backends.mixed import mixed_attention
 from model.config import ModelConfig
-from model.windows import layer_windows, mean_pairs_seen, pairs_seen, shortest_skip, window_problems
+from model.windows import (
+    layer_windows,
+    mean_pairs_seen,
+    pairs_seen,
+    shortest_skip,
+    tokens_beyond,
+    window_problems,
+)
 from parallel.context import group_pieces
 from pretrain.planner.model_size import ModelSize
 
@@ -164,6 +173,11 @@ def test_keys_of_several_blocks_get_their_gradient_in_fp32():
         assert float((ours.double() - theirs).norm() / theirs.norm()) < 0.006
 
 
+def test_a_comparison_is_longer_than_every_window():
+    assert tokens_beyond((None, 4096), 256) == 4096 + 64
+    assert tokens_beyond((None, 8), 256) == 256 and tokens_beyond((None,), 256) == 256
+
+
 # ---- backends
 
 
@@ -174,9 +188,13 @@ def test_a_backend_that_is_not_proven_with_windows_says_so(name, monkeypatch):
     assert missing is not None and missing.startswith("sliding windows are not proven with ")
 
 
-def test_auto_takes_a_backend_with_windows():
-    backend, _ = pick_backend("auto", CPU, torch.float32, windowed=True)
-    assert backend.name == "sdpa"
+def test_auto_passes_over_a_backend_without_windows(monkeypatch):
+    sdpa = BACKENDS["sdpa"]
+    without = replace(sdpa, name="other", why_no_windows=lambda: "it has none")
+    monkeypatch.setattr(choice, "BACKENDS", {"other": without, "sdpa": sdpa})
+    assert pick_backend("auto", CPU, torch.float32)[0].name == "other"
+    found, why = pick_backend("auto", CPU, torch.float32, windowed=True)
+    assert (found.name, why) == ("sdpa", "other: it has none")
 
 
 def test_varlen_gets_the_tokens_before_the_query():
@@ -199,6 +217,9 @@ def test_mixed_gives_a_layer_with_a_window_to_the_varlen_op(monkeypatch):
     q, k, v = draw(50, 4)
     mixed_attention(1)(q, k, v, documents, 49)
     assert asked == [49]
+    # A window that reaches over all of it changes nothing: the kernels of the whole document.
+    monkeypatch.setattr("model.attention_backends.mixed._Mixed.apply", lambda *_args: "whole")
+    assert mixed_attention(1)(q, k, v, documents, 50) == "whole" and asked == [49]
 
 
 # ---- what it costs

@@ -1,10 +1,11 @@
 """Attention with a sliding window against attention to the whole document: does its time fall with
 the window?
 
-One process's attention, forward and backward, through the backend that a run would take here. All
-windows and lengths run in turns, in an order that turns from round to round.
+One process's attention on the CPU, forward and backward, through the backend that a run would take
+there. All windows and lengths run in turns, in an order that turns from round to round.
 """
 
+import sys
 import time
 from dataclasses import dataclass
 from statistics import median
@@ -54,7 +55,15 @@ class Case:
 
 
 def run(arguments: Arguments) -> int:
-    """Time all cases, print the table; 0."""
+    """Time all cases, print the table; 0 if the bar holds, 2 where there is nothing to judge."""
+    longest = max(arguments.lengths)
+    if arguments.windows[0] >= longest:
+        print(
+            f"error: windows = {arguments.windows[0]}: the first must be below the longest of "
+            f"lengths = {longest}. Fix: a shorter one.",
+            file=sys.stderr,
+        )
+        return 2
     torch.set_num_threads(usable_cores())
     machine = describe_machine(())
     cases = [
@@ -74,7 +83,6 @@ def run(arguments: Arguments) -> int:
                 times[case].append(time.perf_counter() - start)
     seconds = {case: median(each) for case, each in times.items()}
     rows = [row_of(case, seconds) for case in cases]
-    longest = max(arguments.lengths)
     judged = seconds[Case(longest, arguments.windows[0])] / seconds[Case(longest, None)]
     header = ["tokens", "window", "seconds", "of the whole", "pairs of the whole"]
     name = f"time with a window of {arguments.windows[0]:,} at {longest:,} tokens over the whole's"
@@ -82,7 +90,7 @@ def run(arguments: Arguments) -> int:
         "\n".join([machine, "", markdown_table(header, rows), "", bar(name, judged, RATIO_BAR)]),
         arguments.output,
     )
-    return 0
+    return 0 if judged <= RATIO_BAR else 1
 
 
 def make_call(case: Case, arguments: Arguments):

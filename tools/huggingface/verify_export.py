@@ -15,6 +15,7 @@ from data.sources import open_corpus
 from model.attention_backends.choice import choose_attention
 from model.build import build_whole_model
 from model.gpt import GPTStage
+from model.windows import tokens_beyond
 from pretrain.checkpointing.stored_tensors import read_whole_tensors, tensor_names
 from tools.huggingface.compare_logits import (
     ComparedSequence,
@@ -47,8 +48,15 @@ def verify_export(
         ValueError: the logits, or the token ids, differ.
     """
     # The same text at both ends of the context.
-    ids = _real_text(stored, text_file)
-    window = min(WINDOW, max_positions, len(ids))
+    # Longer than the layers' windows, so that a wrong one shows.
+    asked = tokens_beyond(stored.config.model.windows, WINDOW)
+    ids = _real_text(stored, text_file, asked)
+    window = min(asked, max_positions, len(ids))
+    if window < asked and stored.config.model.window_size:
+        print(
+            f"note: verify: {window:,} tokens are compared, which may not reach beyond the layers' "
+            "windows; --verify-text with a longer text would"
+        )
     ids = torch.from_numpy(ids[:window])
     sequences = []
     for start in dict.fromkeys((0, max_positions - window)):
@@ -71,8 +79,8 @@ def verify_export(
 # ---------------------------------------------------------------- the text
 
 
-def _real_text(stored: StoredModel, text_file: str | None) -> np.ndarray:
-    """Read token ids of real text, int64 [T]: of a file, or of the run's own data."""
+def _real_text(stored: StoredModel, text_file: str | None, tokens: int) -> np.ndarray:
+    """Read ids of real text, int64 [T]: all of a file, or some tokens of the run's own data."""
     if text_file is not None:
         return _encode_file(stored, text_file)
     try:
@@ -83,7 +91,7 @@ def _real_text(stored: StoredModel, text_file: str | None) -> np.ndarray:
         ) from None
     validation = [stream for blend in corpus.validation.values() for _, stream in blend]
     stream = (validation or list(corpus.train.values()))[0]
-    return stream.read(0, min(WINDOW, stream.tokens_per_epoch))
+    return stream.read(0, min(tokens, stream.tokens_per_epoch))
 
 
 def _encode_file(stored: StoredModel, text_file: str) -> np.ndarray:

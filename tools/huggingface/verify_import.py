@@ -3,24 +3,30 @@
 What differences are allowed: tools/huggingface/compare_logits.py.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from model.attention_backends.choice import choose_attention
 from model.build import build_whole_model
 from model.config import ModelConfig
+from model.windows import Window, tokens_beyond
 from tools.huggingface.compare_logits import ComparedSequence, compute_in_double, find_differences
 
 WINDOW = 256
-"""Tokens of each sequence that is compared."""
+"""Tokens of each sequence that is compared, unless a layer has a longer window."""
 
 
-def compared_sequences(vocab_size: int, longest: int) -> list[ComparedSequence]:
+def compared_sequences(
+    vocab_size: int, longest: int, windows: Sequence[Window]
+) -> list[ComparedSequence]:
     """Draw random tokens at the first positions, the last ones, and spread over the context.
 
     Args:
+        windows: of the model's layers: the sequences are longer.
         longest: the context length that the folder declares.
     """
-    length = min(WINDOW, longest)
+    length = min(tokens_beyond(windows, WINDOW), longest)
     generator = torch.Generator().manual_seed(0)
     positions = {f"positions 0 to {length - 1:,}": torch.arange(length)}
     if longest > length:

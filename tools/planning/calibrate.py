@@ -104,18 +104,14 @@ def measure_machine(work: Work, job: ReferenceJob, processes: Processes) -> Rate
     file = Path(folder.name) / "work.pickle"
     file.write_bytes(pickle.dumps((work, job)))
     command = [sys.executable, "-m", "tools.planning.machine_rates", str(file)]
-    started = []
-    for rank in range(processes.count):
-        started.append(
-            subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-                text=True,
-            )
-        )
+    started: list[subprocess.Popen] = []
     try:
+        for rank in range(processes.count):
+            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            # What they print is not the answer: rank 0 writes it into a file.
+            started.append(
+                subprocess.Popen(command, cwd=ROOT, env=common | ranks, stdout=subprocess.DEVNULL)
+            )
         # Where one of them fails, the others would wait for it.
         while None in (codes := [process.poll() for process in started]) and not any(codes):
             time.sleep(0.05)
@@ -125,14 +121,15 @@ def measure_machine(work: Work, job: ReferenceJob, processes: Processes) -> Rate
             if process.poll() is None:
                 process.kill()
                 process.wait()
+        answer = Path(f"{file}.json")
+        said = answer.read_text() if answer.exists() else ""
         folder.cleanup()
     if any(codes):
         raise ValueError(
             f"calibrate: the processes that measure ended with codes {codes}. Fix: what they said "
             "stands above; a smaller model or fewer processes where memory did not suffice."
         )
-    assert started[0].stdout is not None
-    return Rates(**json.loads(started[0].stdout.read().splitlines()[-1]))
+    return Rates(**json.loads(said))
 
 
 def row_of(work: Work, rates: Rates, processes: Processes, base: Hardware) -> Hardware:
@@ -244,10 +241,6 @@ def work_of(estimate: PhaseEstimate) -> Work:
     heads = max(1, config.num_attention_heads // tp)
     groups = max(1, config.num_kv_heads // tp)
     dtype = compute_dtype(estimate.config.optimizer)
-    # A token of a document of n sees (n + 1) / 2 on average; windows say nothing of documents.
-    document_tokens = phase.seq_length
-    if not config.window_size:
-        document_tokens = round(2 * estimate.load.tokens_seen(config.windows) - 1)
     untied = ["output"] if config.untie_embeddings_and_output_weights else []
     return Work(
         layers=layers_of_slowest_rank(estimate.model, estimate.load),
@@ -259,7 +252,7 @@ def work_of(estimate: PhaseEstimate) -> Work:
         vocabulary_rows=config.padded_vocab_size(estimate.model.vocab_size) // tp,
         loss_tokens=phase.memory.loss_tokens,
         tokens=tokens,
-        document_tokens=max(1, min(tokens, document_tokens)),
+        document_tokens=min(tokens, document_tokens_of(estimate)),
         dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
         attention_backend=config.attention_backend,
         gathered_elements=estimate.model.count_elements("layers", tp),
@@ -268,6 +261,15 @@ def work_of(estimate: PhaseEstimate) -> Work:
         ),
         exchanged_elements=tokens * (heads + 2 * groups) * config.head_size,
     )
+
+
+def document_tokens_of(estimate: PhaseEstimate) -> int:
+    """Return the length of a phase's documents, if all were of one length.
+
+    A token of a document of n tokens sees (n + 1) / 2 on average.
+    """
+    seen = estimate.load.tokens_seen((None,))
+    return max(1, min(estimate.phase.seq_length, round(2 * seen - 1)))
 
 
 def base_here() -> Hardware:
@@ -293,10 +295,13 @@ def is_own_row(path: Path) -> bool:
 
 
 def with_step_factor(
-    row: Hardware, rates: Rates, estimate: PhaseEstimate, job: ReferenceJob
+    row: Hardware, rates: Rates, model: MemoryModel, job: ReferenceJob
 ) -> Hardware:
-    """Set how much longer a step takes than its measured parts say."""
-    model = estimate.model
+    """Set how much longer a step takes than its measured parts say.
+
+    Args:
+        model: of the run, with all its layers.
+    """
     few = MemoryModel(
         job.config.model,
         job.vocab_size,
@@ -305,7 +310,7 @@ def with_step_factor(
         on_gpu=model.on_gpu,
         optimizer_on_host=model.optimizer_on_host,
     )
-    predicted = estimate_step(few, estimate.load, row).total
+    predicted = estimate_step(few, job.load, row).total
     efficiency = replace(row.efficiency, step_factor=rates.step_seconds / predicted)
     return replace(row, efficiency=efficiency)
 
@@ -316,6 +321,11 @@ def calibrate(path: Path, estimate: PhaseEstimate) -> str:
     Raises:
         ValueError: more processes than this machine can run, or a GPU without a row.
     """
+    if estimate.config.model.window_size:
+        raise ValueError(
+            f"window_size = {estimate.config.model.window_size}: attention with a window is not "
+            "measured yet. Fix: calibrate without it; a plan with the row counts the windows."
+        )
     base = base_here()
     count = estimate.world_size
     if not base.is_cpu and count > torch.cuda.device_count():
@@ -331,9 +341,9 @@ def calibrate(path: Path, estimate: PhaseEstimate) -> str:
             f"cores. Fix: at most {most}."
         )
     work = work_of(estimate)
-    job = ReferenceJob.of(estimate, work.document_tokens)
+    job = ReferenceJob.of(estimate, document_tokens_of(estimate))
     rates = measure_machine(work, job, processes)
-    row = with_step_factor(row_of(work, rates, processes, base), rates, estimate, job)
+    row = with_step_factor(row_of(work, rates, processes, base), rates, estimate.model, job)
     text = write_row(row, work, rates, processes)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")

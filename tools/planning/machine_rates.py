@@ -1,8 +1,8 @@
 """Measures what the processes of a machine reach, all of them at once: the figures of a row.
 
-Each runs this in a process of its own, `python -m tools.planning.machine_rates FILE`; the last line
-that rank 0 prints is JSON. Every figure is taken while all processes do the same, so that what they
-share (cores, memory, links) is shared as in a run.
+Each runs this in a process of its own, `python -m tools.planning.machine_rates FILE`; the file says
+what is to be measured, and rank 0 writes FILE.json. Every figure is taken while all processes do
+the same, so that what they share (cores, memory, links) is shared as in a run.
 """
 
 import json
@@ -119,7 +119,7 @@ def main() -> int:
     work, job = pickle.loads(Path(sys.argv[1]).read_bytes())
     rates = measure_here(work, job)
     if rates is not None:
-        print(json.dumps(asdict(rates)), flush=True)
+        Path(f"{sys.argv[1]}.json").write_text(json.dumps(asdict(rates)))
     return 0
 
 

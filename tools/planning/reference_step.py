@@ -9,6 +9,7 @@ import statistics
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -16,9 +17,11 @@ from data.batch import Batch
 from model.attention_backends.choice import choose_attention
 from model.build import build_stages
 from model.init import initialize
+from model.windows import pairs_seen
 from parallel.layout import World, build_layout
 from pretrain.config.config import Config
 from pretrain.optimizer import build_optimizer
+from pretrain.planner.workload import Workload
 from pretrain.schedule.phases import Phase
 from pretrain.state import compute_dtype, master_dtype
 from pretrain.step import Stepper, train_step
@@ -27,6 +30,10 @@ from tools.planning.phases import PhaseEstimate
 WARM_STEPS = 2
 """Steps at the start that are not counted: they make moments and buffers."""
 STEPS = 5
+MOST_TOKENS = 8192
+"""Tokens of a sample at most."""
+MOST_MICROBATCHES = 4
+"""Microbatches for each pipeline stage at most."""
 
 
 @dataclass(frozen=True)
@@ -36,20 +43,35 @@ class ReferenceJob:
     config: Config
     phase: Phase
     vocab_size: int
-    num_microbatches: int
+    load: Workload
+    """What a step asks of a rank."""
     document_tokens: int
+    """Tokens of each document; the last one of a sample may be shorter."""
 
     @staticmethod
     def of(estimate: PhaseEstimate, document_tokens: int) -> "ReferenceJob":
         """Reduce a phase's run to one layer in each stage."""
-        layout = estimate.phase.layout
+        phase = estimate.phase
+        layout = phase.layout
+        # Long samples and many microbatches take long and say no more.
+        length = min(phase.seq_length, MOST_TOKENS)
+        lengths = _document_lengths(length, document_tokens)
+        load = dataclasses.replace(
+            estimate.load,
+            seq_length=length,
+            num_microbatches=min(
+                estimate.load.num_microbatches,
+                MOST_MICROBATCHES * layout.pipeline_model_parallel_size,
+            ),
+            pairs_per_token=float(pairs_seen(lengths, None).sum()) / length,
+        )
         layers = layout.pipeline_model_parallel_size * layout.stages_per_rank
         model = dataclasses.replace(estimate.config.model, num_layers=layers)
         return ReferenceJob(
             dataclasses.replace(estimate.config, model=model),
-            estimate.phase,
+            phase,
             estimate.model.vocab_size,
-            estimate.load.num_microbatches,
+            load,
             document_tokens,
         )
 
@@ -78,7 +100,7 @@ def time_step(job: ReferenceJob, world: World) -> float:
     stepper = Stepper(
         stages, layout, job.config.model.hidden_size, dtype, job.phase.layout.sharding_strategy
     )
-    batches = [make_slice(job, layout.cp.rank, world.device)] * job.num_microbatches
+    batches = [make_slice(job, layout.cp.rank, world.device)] * job.load.num_microbatches
     seconds = []
     for number in range(WARM_STEPS + STEPS):
         dist.barrier()
@@ -91,12 +113,19 @@ def time_step(job: ReferenceJob, world: World) -> float:
 
 def make_slice(job: ReferenceJob, rank: int, device: torch.device) -> Batch:
     """Make a context-parallel rank's slice of a microbatch of random tokens."""
-    total = job.phase.seq_length * job.phase.micro_batch_size
-    own = total // job.phase.layout.context_parallel_size
+    lengths = np.tile(
+        _document_lengths(job.load.seq_length, job.document_tokens), job.load.micro_batch_size
+    )
+    bounds = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
+    own = job.load.tokens
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(job.vocab_size, (own,), generator=generator)
-    starts = torch.arange(0, total, job.document_tokens)
-    bounds = torch.cat([starts, torch.tensor([total])])
     numbers = torch.arange(rank * own, (rank + 1) * own)
     first = bounds[torch.searchsorted(bounds, numbers, right=True) - 1]
     return Batch(tokens, tokens, numbers - first, bounds.int()).to(device)
+
+
+def _document_lengths(seq_length: int, document_tokens: int) -> np.ndarray:
+    """Return the lengths of the documents of a sample."""
+    whole, rest = divmod(seq_length, document_tokens)
+    return np.array([document_tokens] * whole + ([rest] if rest else []), dtype=np.int64)

@@ -1,5 +1,8 @@
 """The plan of a whole run, from what was checked (pretrain/plan.py) and where it is to run."""
 
+import numpy as np
+
+from model.windows import mean_pairs_seen
 from pretrain.plan import Plan
 from pretrain.plan_warnings import warnings_about
 from pretrain.planner.hardware import Hardware
@@ -35,7 +38,9 @@ def estimate_phases(
             continue
         pairs = mean_pairs(phase, plan.corpus, plan.forecast, plan.config.model.windows)
         if document_tokens is not None and phase.document_masking:
-            pairs = (min(document_tokens, phase.seq_length) + 1) / 2
+            length = min(document_tokens, phase.seq_length)
+            seen = mean_pairs_seen(np.array([length]), plan.config.model.windows)
+            pairs = float(seen[0]) / length
         estimates.append(
             PhaseEstimate(
                 phase, plan.config, cluster.world_size, cluster.machine, model, clock, pairs

@@ -22,7 +22,8 @@ class Sending(Clock):
         work = self.work
         latency = self._between_products(self._sum_of(TINY_ELEMENTS * self.world_size))
         tokens = max(2 * TINY_ELEMENTS, work.exchanged_elements // self.world_size)
-        sums = self._rate([(tokens, 2)], self._sum_of, latency)
+        # A ring sends each part twice: to be added up, and the sum.
+        sums = 2 * self._rate([(tokens, 1)], self._sum_of, latency)
         exchanges = self._rate([(tokens, 1)], self._exchange_of, latency)
         shards = [(elements // self.world_size, times) for elements, times in work.units]
         gathers = self._rate(shards, self._gather_of, latency)
