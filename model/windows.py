@@ -18,6 +18,8 @@ Window = int | None
 def layer_windows(size: Sequence[int], skip: Sequence[int], num_layers: int) -> tuple[Window, ...]:
     """Return the window of each layer.
 
+    Megatron-LM's name `skip` is about layers without a window, its pattern about those with one.
+
     Args:
         size: window_size, tokens on the left and on the right; empty = no layer has a window.
         skip: window_attn_skip_freq. One number n: every n-th layer sees its whole document.

@@ -1,7 +1,7 @@
-"""Attention with a sliding window, by blocks of queries: what torch's SDPA computes with.
+"""Attention with a sliding window over torch's SDPA, a block of queries at a time.
 
 A block of queries reads the keys of its window only, so that the work grows with tokens x window.
-The mask inside a block is the same for all blocks of one size.
+One mask serves all blocks: a smaller one takes its last rows and columns.
 
 Legend: n queries and s keys of a call, m query and k key/value heads, H head size; b queries and c
 keys of a block.

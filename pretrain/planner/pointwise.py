@@ -18,11 +18,12 @@ class BytesPerElement:
     """Holds the bytes that a layer's forward and backward read and write, per element."""
 
     hidden: float
-    """Of [tokens, hidden size]: two norms, two sums, and what gradients are added to."""
+    """Bytes for each element of [tokens, hidden size]: two norms, two sums, and what gradients are
+    added to."""
     mlp: float
-    """Of [tokens, width of the MLP]: the gate."""
+    """Bytes for each element of [tokens, width of the MLP]: the gate."""
     heads: float
-    """Of [tokens, query, key and value heads]: rotation, and copies for the kernel."""
+    """Bytes for each element of q, k and v: rotation, and copies for the kernel."""
 
 
 # All of these were counted with `tools/bench/traffic.py: Traffic` on steps of one process in nine

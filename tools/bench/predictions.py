@@ -42,7 +42,7 @@ class Arguments:
     configurations: int = 20
     """Runs, on 1, 2 and 4 processes in turns."""
     seed: int = 0
-    """Of the draws."""
+    """Seed of the random draws."""
     first: int = 0
     """The number of the first run, to go on where a benchmark ended."""
     output: str | None = None

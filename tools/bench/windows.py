@@ -21,7 +21,7 @@ from tools.bench.report import bar, describe_machine, markdown_table, publish
 
 CPU = torch.device("cpu")
 RATIO_BAR = 0.2
-"""Of the whole document's time, with the first of the windows at the longest length."""
+"""Share of the whole document's time that the first window may take at the longest length."""
 
 
 @dataclass(kw_only=True)

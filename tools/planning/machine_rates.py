@@ -60,9 +60,9 @@ class Rates:
     exchange_bytes_per_second: float | None = None
     """Sent in all-to-alls."""
     step_seconds: float = math.nan
-    """A step with one layer in each stage."""
+    """A training step with one layer in each stage."""
     latency_seconds: float | None = None
-    """Of a collective of a few bytes."""
+    """What a collective of a few bytes takes."""
 
 
 def measure_rates(work: Work, device: torch.device) -> list[Rates]:
