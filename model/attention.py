@@ -19,7 +19,7 @@ from model.attention_core import AttentionCore, Projections
 from model.config import ModelConfig
 from model.parts import RMSNorm, Weight, enter_tensor_parallel, leave_tensor_parallel
 from model.positions import Positions
-from model.windows import Window
+from model.scoring import Scoring
 from parallel.layout import Layout
 from parallel.ulysses import HeadSplit, head_rounds, heads_to_seq, seq_to_heads
 
@@ -27,7 +27,7 @@ from parallel.ulysses import HeadSplit, head_rounds, heads_to_seq, seq_to_heads
 class Attention(nn.Module):
     """A layer's attention: projections, exchange, kernel, exchange back, output projection."""
 
-    def __init__(self, config: ModelConfig, layout: Layout, attend: Attend, window: Window):
+    def __init__(self, config: ModelConfig, layout: Layout, attend: Attend, scoring: Scoring):
         super().__init__()
         D = config.hidden_size
         H = config.head_size
@@ -53,7 +53,7 @@ class Attention(nn.Module):
         pairing = self.split.kv_of_query(layout.cp_a2a.rank)
         uses = [pairing.count(head) for head in range(pairing[-1] + 1)]
         kv_uses = uses if len(set(uses)) > 1 else None
-        self.core = AttentionCore(H, config.norm_epsilon, attend, window, layout, kv_uses)
+        self.core = AttentionCore(H, config.norm_epsilon, attend, scoring, layout, kv_uses)
 
     def forward(
         self, x_tD: torch.Tensor, positions: Positions, head_chunks: int, tape: AttentionTape | None

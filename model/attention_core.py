@@ -19,7 +19,7 @@ from model.attention_backends.documents import PackedDocuments
 from model.pointwise import HeadSizes, rms_norm, rotate, split_heads
 from model.positions import Positions
 from model.products import joined_linear
-from model.windows import Window
+from model.scoring import Scoring
 from parallel.context import gather_keys
 from parallel.layout import Layout
 
@@ -56,7 +56,7 @@ class AttentionCore:
     epsilon: float
     """Epsilon of the norms over each head of q and k."""
     attend: Attend
-    window: Window
+    scoring: Scoring
     layout: Layout
     kv_uses: list[int] | None
     """How many query heads read each key/value head, where an uneven split makes them differ.
@@ -152,11 +152,11 @@ class AttentionCore:
         ) -> list[torch.Tensor]:
             if len(calls) == 1:
                 # All rows: even a slice of all of them copies the gradients once more.
-                return [self.attend(q_smH, k_TkH, v_TkH, calls[0], self.window)]
+                return [self.attend(q_smH, k_TkH, v_TkH, calls[0], self.scoring)]
             # Each range of queries attends to the keys up to its own end.
             return [
                 self.attend(
-                    q_smH[each.queries], k_TkH[each.keys], v_TkH[each.keys], each, self.window
+                    q_smH[each.queries], k_TkH[each.keys], v_TkH[each.keys], each, self.scoring
                 )
                 for each in calls
             ]

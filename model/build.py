@@ -6,6 +6,7 @@ from torch import nn
 from model.attention_backends.backend import Attend
 from model.config import ModelConfig
 from model.gpt import GPTStage
+from model.scoring import PLAIN
 from model.sharding import shardings_for
 from parallel.config import LayoutConfig, ShardingStrategy
 from parallel.layout import Layout, single_process_layout
@@ -97,7 +98,7 @@ def parameter_shapes(config: ModelConfig, vocab_size: int) -> dict[str, torch.Si
     return {name: parameter.shape for name, parameter in stage.named_parameters()}
 
 
-def _attend_to_nothing(_q, _k, _v, _documents, _window=None, /) -> torch.Tensor:
+def _attend_to_nothing(_q, _k, _v, _documents, _scoring=PLAIN, _sinks=None, /) -> torch.Tensor:
     raise AssertionError("a stage on the meta device is asked for its shapes only")
 
 

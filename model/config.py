@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from model.rope import PARAMETERS, Rope, RopeType
+from model.scoring import Scoring, ScoringNeeds
 from model.windows import Window, layer_windows, window_problems
 
 _SIZE = dict(at_least=1, fix="give it, or name a preset with --model")
@@ -102,6 +103,15 @@ class ModelConfig:
     window_attn_skip_freq: list[int] = field(default_factory=list)
     """Which layers have no window: every so many one, or for each layer 1 (window) or 0 (none); by
     default all have one."""
+    softmax_type: Literal["vanilla", "learnable"] = "vanilla"
+    """learnable: a query head has a sink, a learned logit in its softmax's sum that no value
+    follows (gpt-oss)."""
+    softmax_scale: float | None = field(default=None, metadata=dict(above=0))
+    """Factor on attention's scores; by default 1 / sqrt(head size)."""
+    attn_logit_softcapping: float | None = field(default=None, metadata=dict(above=0))
+    """Bound on attention's scores: cap * tanh(score / cap) (Gemma 2); by default none."""
+    final_logit_softcapping: float | None = field(default=None, metadata=dict(above=0))
+    """The same bound on the output's logits (Gemma 2); by default none."""
     attention_backend: Literal["auto", "sdpa", "varlen", "mixed", "flash", "te", "cudnn"] = field(
         default="auto", metadata=dict(resume="free", of_weights=False)
     )
@@ -128,6 +138,28 @@ class ModelConfig:
     def windows(self) -> tuple[Window, ...]:
         """Window of each layer in tokens, its own included; None = a token sees all before it."""
         return layer_windows(self.window_size, self.window_attn_skip_freq, self.num_layers)
+
+    @property
+    def scorings(self) -> tuple[Scoring, ...]:
+        """How each layer's attention scores its pairs."""
+        return tuple(
+            Scoring(window, self.softmax_scale, self.attn_logit_softcapping)
+            for window in self.windows
+        )
+
+    @property
+    def has_sinks(self) -> bool:
+        """Has each query head a learned logit in its softmax's sum?"""
+        return self.softmax_type == "learnable"
+
+    @property
+    def scoring_needs(self) -> ScoringNeeds:
+        """What the attention backend must be able to compute."""
+        return ScoringNeeds(
+            windows=bool(self.window_size),
+            softcap=self.attn_logit_softcapping is not None,
+            sinks=self.has_sinks,
+        )
 
     @property
     def num_kv_heads(self) -> int:

@@ -36,7 +36,7 @@ from model.parts import (
 )
 from model.positions import Positions
 from model.rope import rotary_tables
-from model.windows import Window
+from model.scoring import Scoring
 from parallel.context import group_pieces
 from parallel.layout import Layout
 from parallel.schedule import layers_of_stage
@@ -60,10 +60,10 @@ class Microbatch(Protocol):
 class Layer(nn.Module):
     """One pre-norm transformer layer: a = x + attention(norm(x)), then a + mlp(norm(a))."""
 
-    def __init__(self, config: ModelConfig, layout: Layout, attend: Attend, window: Window):
+    def __init__(self, config: ModelConfig, layout: Layout, attend: Attend, scoring: Scoring):
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
-        self.attention = Attention(config, layout, attend, window)
+        self.attention = Attention(config, layout, attend, scoring)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
         self.mlp = MLP(config.hidden_size, config.ffn_hidden_size)
         self.layout = layout
@@ -142,10 +142,10 @@ class GPTStage(nn.Module):
         if self.is_first or (self.is_last and self.tied):
             self.embedding = Weight(rows, config.hidden_size)
         # Keyed by the global layer number, so that a parameter has one name in every layout.
-        windows = config.windows
+        scorings = config.scorings
         self.layers = nn.ModuleDict(
             {
-                str(i): Layer(config, layout, attend, windows[i])
+                str(i): Layer(config, layout, attend, scorings[i])
                 for i in layers_of_stage(config.num_layers, number, layout.num_stages)
             }
         )

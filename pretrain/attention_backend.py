@@ -49,7 +49,7 @@ def attention_of_run(
         compute_dtype,
         heads,
         on_tape=on_tape,
-        windowed=bool(config.model.window_size),
+        needs=config.model.scoring_needs,
     )
     line = f"attention: {backend.name} ({why})"
     asked = config.model.attention_crossover_tokens

@@ -1,9 +1,10 @@
 """What an attention backend is: one function behind one signature, and what it needs to run.
 
-    attend(q [n, m, H], k [s, k, H], v [s, k, H], documents, window) -> [n, m, H]
+    attend(q [n, m, H], k [s, k, H], v [s, k, H], documents, scoring, sinks [m]) -> [n, m, H]
 
-Causal within each document, nothing across documents, softmax scale 1 / sqrt(H). With a window of W
-tokens a query sees its own key and the W - 1 before it; None = all of its document's. Query head i
+Causal within each document, nothing across documents. Scores are those of model/scoring.py: with a
+window of W tokens a query sees its own key and the W - 1 before it; a sink is one more term in the
+sum of its head's softmax, and None = no head has one. Query head i
 reads key/value head i // (m // k). The queries are a range of the sample's tokens; the keys begin
 where the first of their documents begins, and end with the queries: a document's last query and
 last key are the same token ("bottom right"). Each backend is a file of this folder, which imports
@@ -20,7 +21,7 @@ from typing import Protocol
 import torch
 
 from model.attention_backends.documents import PackedDocuments
-from model.windows import Window
+from model.scoring import NO_NEEDS, PLAIN, Scoring, ScoringNeeds
 
 HOPPER = 9
 """Major compute capability of Hopper; later architectures have higher ones."""
@@ -39,7 +40,8 @@ class Attend(Protocol):
         k_skH: torch.Tensor,
         v_skH: torch.Tensor,
         documents: PackedDocuments,
-        window: Window = None,
+        scoring: Scoring = PLAIN,
+        sinks_m: torch.Tensor | None = None,
         /,
     ) -> torch.Tensor: ...
 
@@ -48,7 +50,7 @@ def _no_obstacle(_device: torch.device, _dtype: torch.dtype, _heads: HeadShape) 
     return None
 
 
-def _windows_are_there() -> None:
+def _scores_all(_needs: ScoringNeeds, _device: torch.device) -> None:
     return None
 
 
@@ -73,8 +75,8 @@ class Backend:
     """Is its graph good after q, k and v were freed and filled again?
 
     (activation_memory/saved_attention.py does so.)"""
-    why_no_windows: Callable[[], str | None] = _windows_are_there
-    """Say why its layers can have no sliding window, or None."""
+    why_not_scored: Callable[[ScoringNeeds, torch.device], str | None] = _scores_all
+    """Say why it cannot compute what a model's layers need, or None; asked where they need any."""
     obstacle: Callable[[torch.device, torch.dtype, HeadShape], str | None] = _no_obstacle
     """Say why the installed release cannot run on this GPU, or None."""
     why_behind: Callable[[torch.device], str | None] = _first_everywhere
@@ -87,13 +89,13 @@ class Backend:
         heads: HeadShape = USUAL_HEADS,
         *,
         on_tape: bool = False,
-        windowed: bool = False,
+        needs: ScoringNeeds = NO_NEEDS,
     ) -> str | None:
         """Say why it cannot run here, or None.
 
         Args:
             on_tape: are q, k and v freed between a call's forward and backward?
-            windowed: has a layer a sliding window?
+            needs: what some layer has beside plain scores.
         """
         # What the device and the settings rule out comes first: it needs no package to be found.
         if self.needs_gpu and device.type != "cuda":
@@ -107,7 +109,7 @@ class Backend:
             )
         if self.modules and not any(is_installed(name) for name in self.modules):
             return f"the package {' or '.join(self.modules)} is not installed"
-        reason = self.why_no_windows() if windowed else None
+        reason = None if needs == NO_NEEDS else self.why_not_scored(needs, device)
         if reason:
             return reason
         # The backend's own reason may run its kernels, so it is asked last.

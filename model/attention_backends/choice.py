@@ -9,6 +9,7 @@ import torch
 from model.attention_backends import cudnn, flash, mixed, sdpa, te, varlen
 from model.attention_backends.backend import USUAL_HEADS, Attend, Backend, HeadShape
 from model.attention_backends.kernel_calls import assumed_crossover
+from model.scoring import NO_NEEDS, ScoringNeeds
 
 BACKENDS: dict[str, Backend] = {
     each.BACKEND.name: each.BACKEND for each in (flash, mixed, te, varlen, sdpa, cudnn)
@@ -25,21 +26,21 @@ def pick_backend(
     heads: HeadShape = USUAL_HEADS,
     *,
     on_tape: bool = False,
-    windowed: bool = False,
+    needs: ScoringNeeds = NO_NEEDS,
 ) -> tuple[Backend, str]:
     """Return the backend for `name`, and why it is that one.
 
     Args:
         heads: what a call of this rank has.
         on_tape: do calls go through activation_memory/saved_attention.py?
-        windowed: has a layer a sliding window?
+        needs: what some layer has beside plain scores.
 
     Raises:
         ValueError: an explicitly named backend cannot run here.
     """
     # A backend asked for by name runs, or the run is refused.
     if name != "auto":
-        reason = BACKENDS[name].missing(device, dtype, heads, on_tape=on_tape, windowed=windowed)
+        reason = BACKENDS[name].missing(device, dtype, heads, on_tape=on_tape, needs=needs)
         if reason:
             # A missing package can be put there; all else needs another backend.
             install = ", or install it" if reason.endswith("is not installed") else ""
@@ -51,7 +52,7 @@ def pick_backend(
     passed_over = []
     for backend in BACKENDS.values():
         behind = backend.why_behind(device) if device.type == "cuda" else None
-        reason = behind or backend.missing(device, dtype, heads, on_tape=on_tape, windowed=windowed)
+        reason = behind or backend.missing(device, dtype, heads, on_tape=on_tape, needs=needs)
         if reason is None:
             return backend, "; ".join(passed_over) or "first choice"
         passed_over.append(f"{backend.name}: {reason}")
@@ -65,7 +66,7 @@ def choose_attention(
     heads: HeadShape = USUAL_HEADS,
     *,
     on_tape: bool = False,
-    windowed: bool = False,
+    needs: ScoringNeeds = NO_NEEDS,
     crossover: int | None = None,
 ) -> tuple[Attend, str]:
     """Return the attend function for `name`, and one line that says what was chosen and why.
@@ -77,7 +78,7 @@ def choose_attention(
     Raises:
         ValueError: an explicitly named backend cannot run here.
     """
-    backend, why = pick_backend(name, device, dtype, heads, on_tape=on_tape, windowed=windowed)
+    backend, why = pick_backend(name, device, dtype, heads, on_tape=on_tape, needs=needs)
     if crossover is None:
         crossover = assumed_crossover(heads)
     return backend.make(crossover), f"attention: {backend.name} ({why})"

@@ -4,6 +4,7 @@ It makes a plan for each new count of documents and longest document, so `auto` 
 """
 
 from model.attention_backends.backend import Attend, Backend
+from model.scoring import PLAIN, Scoring
 
 
 def make_cudnn(_crossover: int) -> Attend:
@@ -11,13 +12,15 @@ def make_cudnn(_crossover: int) -> Attend:
     # pyrefly: ignore[missing-import]  (an optional package)
     from cudnn import sdpa_torch
 
-    def attend(q, k, v, documents, window=None, /):
-        assert window is None, "Backend.missing was asked before"
+    def attend(q, k, v, documents, scoring=PLAIN, sinks=None, /):
+        assert scoring == Scoring(scale=scoring.scale), "Backend.missing was asked before"
+        assert sinks is None, "Backend.missing was asked before"
         # The log-sum-exp is asked for since the backward needs it.
         out, _ = sdpa_torch(
             q,
             k,
             v,
+            scale=scoring.scale,
             is_causal=True,
             causal_bottom_right=documents.bounds_q != documents.bounds_k,
             cu_seqlens_q=documents.cu_q,
@@ -36,5 +39,5 @@ BACKEND = Backend(
     make=make_cudnn,
     modules=("cudnn.sdpa.fwd.torch_op",),
     keeps_graph=False,
-    why_no_windows=lambda: "sliding windows are not proven with cuDNN's front end",
+    why_not_scored=lambda needs, _: f"{needs.named()} are not proven with cuDNN's front end",
 )

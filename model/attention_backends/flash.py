@@ -14,6 +14,7 @@ from model.attention_backends.backend import (
     is_hopper_or_later,
     is_installed,
 )
+from model.scoring import PLAIN, ScoringNeeds
 
 FLASH = {3: "flash_attn_interface", 4: "flash_attn.cute", 2: "flash_attn"}
 """Major version of flash-attn -> the module that has its flash_attn_varlen_func."""
@@ -41,7 +42,8 @@ def make_flash(_crossover: int) -> Attend:
     # Releases differ in the arguments that they know.
     known = inspect.signature(function).parameters
 
-    def attend(q, k, v, documents, window=None, /):
+    def attend(q, k, v, documents, scoring=PLAIN, sinks=None, /):
+        assert sinks is None and scoring.softcap is None, "Backend.missing was asked before"
         lengths = {
             "cu_seqlens_q": documents.cu_q,
             "cu_seqlens_k": documents.cu_k,
@@ -51,9 +53,9 @@ def make_flash(_crossover: int) -> Attend:
         # Early releases of 4 find the longest document themselves.
         taken = {name: value for name, value in lengths.items() if name in known}
         # All releases count the tokens before the query, and after it.
-        if window is not None:
-            taken["window_size"] = (window - 1, 0)
-        out = function(q, k, v, causal=True, **taken)
+        if scoring.window is not None:
+            taken["window_size"] = (scoring.window - 1, 0)
+        out = function(q, k, v, causal=True, softmax_scale=scoring.scale, **taken)
         # 3 and 4 may return the log-sum-exp as well.
         return out[0] if isinstance(out, tuple) else out
 
@@ -63,6 +65,13 @@ def make_flash(_crossover: int) -> Attend:
 def _no_release_for(device: torch.device, _dtype: torch.dtype, _heads: HeadShape) -> str | None:
     if installed_flash_version(device) is None:
         return "the release of flash-attn that is installed is not for this GPU"
+    return None
+
+
+def _not_scored(needs: ScoringNeeds, _device: torch.device) -> str | None:
+    """Say why flash-attn cannot compute what is needed, or None."""
+    if needs.softcap or needs.sinks:
+        return f"{needs.named()} are not built with flash-attn"
     return None
 
 
@@ -76,6 +85,7 @@ BACKEND = Backend(
     name="flash",
     make=make_flash,
     modules=tuple(FLASH.values()),
+    why_not_scored=_not_scored,
     obstacle=_no_release_for,
     why_behind=_behind_cudnn,
 )

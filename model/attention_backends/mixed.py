@@ -22,14 +22,13 @@ kernel call.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from model.attention_backends.backend import Attend, Backend, HeadShape, is_hopper_or_later
 from model.attention_backends.documents import KernelCall
-from model.attention_backends.kernel_calls import GRANULE_TOKENS, split_documents
-from model.attention_backends.varlen import make_varlen, why_no_windows
+from model.attention_backends.kernel_calls import GRANULE_TOKENS, NEVER, split_documents
+from model.scoring import PLAIN, Scoring, ScoringNeeds
 
 Kept = tuple[torch.Tensor | None, ...]
 """What a kernel's backward needs beside q, k, v and the output: log-sum-exps, unused seeds."""
@@ -41,16 +40,14 @@ Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 class Kernels:
     """The two kernels under the backend. Tests put others in their place."""
 
-    long_forward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, Kept]]
-    """(q [n, m, L, H], k [n, k, L, H], v) -> the output [n, m, L, H], and what is kept."""
+    long_forward: Callable[..., tuple[torch.Tensor, Kept]]
+    """(q [n, m, L, H], k [n, k, L, H], v, scoring) -> the output [n, m, L, H], and what is kept."""
     long_backward: Callable[..., Gradients]
-    """(the output's gradient, q, k, v, the output, what was kept) -> those of q, k and v."""
-    short_forward: Callable[
-        [torch.Tensor, torch.Tensor, torch.Tensor, KernelCall], tuple[torch.Tensor, Kept]
-    ]
-    """The same of packed documents [s, m, H], whose bounds the kernel call has."""
+    """(gradient of the output, q, k, v, output, what was kept, scoring) -> those of q, k and v."""
+    short_forward: Callable[..., tuple[torch.Tensor, Kept]]
+    """The same of packed documents [s, m, H]; the call with their bounds comes before scoring."""
     short_backward: Callable[..., Gradients]
-    """The same of packed documents; the kernel call is its last argument."""
+    """The same of packed documents; the kernel call and the scoring are its last arguments."""
 
 
 def mixed_attention(crossover: int, kernels: Kernels | None = None) -> Attend:
@@ -60,12 +57,13 @@ def mixed_attention(crossover: int, kernels: Kernels | None = None) -> Attend:
     """
     kernels = kernels or GPU_KERNELS
 
-    def attend(q_smH, k_skH, v_skH, documents, window=None, /):
+    def attend(q_smH, k_skH, v_skH, documents, scoring=PLAIN, sinks=None, /):
+        assert sinks is None and scoring.softcap is None, "Backend.missing was asked before"
         # cuDNN takes no window through torch. Where no document is longer, it changes nothing.
-        if window is not None and documents.max_k > window:
-            return make_varlen(crossover)(q_smH, k_skH, v_skH, documents, window)
-        calls = split_documents(documents, crossover)
-        return _Mixed.apply(q_smH, k_skH, v_skH, calls, kernels)
+        window = scoring.window
+        is_cut = window is not None and documents.max_k > window
+        calls = split_documents(documents, NEVER if is_cut else crossover)
+        return _Mixed.apply(q_smH, k_skH, v_skH, calls, kernels, scoring)
 
     return attend
 
@@ -74,11 +72,13 @@ class _Mixed(torch.autograd.Function):
     """Computes all documents of a call as one node; each part's result is written in its place."""
 
     @staticmethod
-    def forward(ctx, q_smH, k_skH, v_skH, calls: list[KernelCall], kernels: Kernels):
+    def forward(
+        ctx, q_smH, k_skH, v_skH, calls: list[KernelCall], kernels: Kernels, scoring: Scoring
+    ):
         out_smH = None if _is_whole(calls) else q_smH.new_empty(q_smH.shape)
         kept = []
         for call in calls:
-            result, kept_of_call = _forward(q_smH, k_skH, v_skH, call, kernels)
+            result, kept_of_call = _forward(q_smH, k_skH, v_skH, call, kernels, scoring)
             kept.append(kept_of_call)
             if out_smH is None:
                 out_smH = result
@@ -88,6 +88,7 @@ class _Mixed(torch.autograd.Function):
             del result  # not beside the next call's
         ctx.calls = calls
         ctx.kernels = kernels
+        ctx.scoring = scoring
         # Kept flat, as autograd wants it, with the number of each call's tensors.
         ctx.kept_counts = [len(each) for each in kept]
         ctx.save_for_backward(q_smH, k_skH, v_skH, out_smH, *(x for each in kept for x in each))
@@ -106,16 +107,16 @@ class _Mixed(torch.autograd.Function):
             kept_of_call = tuple(kept[:count])
             kept = kept[count:]
             found = _backward(
-                grad_smH, q_smH, k_skH, v_skH, out_smH, kept_of_call, call, ctx.kernels
+                grad_smH, q_smH, k_skH, v_skH, out_smH, kept_of_call, call, ctx.kernels, ctx.scoring
             )
             if is_whole:
-                return *found, None, None
+                return *found, None, None, None
             # Write each gradient in its place, then free it before the next call.
             rows_of_qkv = (call.rows_q, call.rows_k, call.rows_k)
             for whole, rows, gradient in zip(wholes, rows_of_qkv, found, strict=True):
                 whole[rows] = gradient
             del found, gradient
-        return *wholes, None, None
+        return *wholes, None, None, None
 
 
 def _is_whole(calls: list[KernelCall]) -> bool:
@@ -123,20 +124,23 @@ def _is_whole(calls: list[KernelCall]) -> bool:
     return len(calls) == 1 and not calls[0].is_padded
 
 
-def _forward(q, k, v, call: KernelCall, kernels: Kernels) -> tuple[torch.Tensor, Kept]:
+def _forward(
+    q, k, v, call: KernelCall, kernels: Kernels, scoring: Scoring
+) -> tuple[torch.Tensor, Kept]:
     """Compute a kernel call's output [s, m, H] from the whole attention call's q, k and v."""
     if not call.is_long:
-        return kernels.short_forward(q[call.rows_q], k[call.rows_k], v[call.rows_k], call)
+        return kernels.short_forward(q[call.rows_q], k[call.rows_k], v[call.rows_k], call, scoring)
     out, kept = kernels.long_forward(
         _long_rows(q, call.rows_q, call),
         _long_rows(k, call.rows_k, call),
         _long_rows(v, call.rows_k, call),
+        scoring,
     )
     return _to_tokens_first(out, call), kept
 
 
 def _backward(
-    grad, q, k, v, out, kept: Kept, call: KernelCall, kernels: Kernels
+    grad, q, k, v, out, kept: Kept, call: KernelCall, kernels: Kernels, scoring: Scoring
 ) -> tuple[torch.Tensor, ...]:
     """Compute the gradients of a kernel call's q, k and v."""
     rows_q = call.rows_q
@@ -144,7 +148,7 @@ def _backward(
     # The varlen op takes packed rows, cuDNN documents of one length.
     if not call.is_long:
         return kernels.short_backward(
-            grad[rows_q], q[rows_q], k[rows_k], v[rows_k], out[rows_q], kept, call
+            grad[rows_q], q[rows_q], k[rows_k], v[rows_k], out[rows_q], kept, call, scoring
         )
     found = kernels.long_backward(
         _long_rows(grad, rows_q, call, is_gradient=True),
@@ -153,6 +157,7 @@ def _backward(
         _long_rows(v, rows_k, call),
         _long_rows(out, rows_q, call),
         kept,
+        scoring,
     )
     return tuple(_to_tokens_first(x, call) for x in found)
 
@@ -183,18 +188,23 @@ def _to_tokens_first(x_nmLH: torch.Tensor, call: KernelCall) -> torch.Tensor:
 # and 2.13.
 _NO_DROPOUT = 0.0
 _IS_CAUSAL = True
-_WINDOW: dict[str, Any] = {"window_size_left": -1, "window_size_right": 0}
 
 
-def _cudnn_forward(q, k, v) -> tuple[torch.Tensor, Kept]:
+def _window_of(scoring: Scoring) -> dict[str, int]:
+    """Spell a window as the varlen op does: how many tokens are seen on the left and right."""
+    left = -1 if scoring.window is None else scoring.window - 1
+    return {"window_size_left": left, "window_size_right": 0}
+
+
+def _cudnn_forward(q, k, v, scoring: Scoring) -> tuple[torch.Tensor, Kept]:
     found = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        q, k, v, None, True, _NO_DROPOUT, _IS_CAUSAL, False
+        q, k, v, None, True, _NO_DROPOUT, _IS_CAUSAL, False, scale=scoring.scale
     )
     out, log_sums, _, _, _, _, seed, offset, _ = found
     return out, (log_sums, seed, offset)
 
 
-def _cudnn_backward(grad, q, k, v, out, kept: Kept) -> Gradients:
+def _cudnn_backward(grad, q, k, v, out, kept: Kept, scoring: Scoring) -> Gradients:
     log_sums, seed, offset = kept
     no_bias = no_bounds = None
     return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
@@ -213,10 +223,11 @@ def _cudnn_backward(grad, q, k, v, out, kept: Kept) -> Gradients:
         k.shape[2],
         _NO_DROPOUT,
         _IS_CAUSAL,
+        scale=scoring.scale,
     )
 
 
-def _varlen_forward(q, k, v, call: KernelCall) -> tuple[torch.Tensor, Kept]:
+def _varlen_forward(q, k, v, call: KernelCall, scoring: Scoring) -> tuple[torch.Tensor, Kept]:
     out, log_sums, seed, offset, _ = torch.ops.aten._flash_attention_forward(
         q,
         k,
@@ -228,12 +239,15 @@ def _varlen_forward(q, k, v, call: KernelCall) -> tuple[torch.Tensor, Kept]:
         _NO_DROPOUT,
         _IS_CAUSAL,
         False,
-        **_WINDOW,
+        scale=scoring.scale,
+        **_window_of(scoring),
     )
     return out, (log_sums, seed, offset)
 
 
-def _varlen_backward(grad, q, k, v, out, kept: Kept, call: KernelCall) -> Gradients:
+def _varlen_backward(
+    grad, q, k, v, out, kept: Kept, call: KernelCall, scoring: Scoring
+) -> Gradients:
     log_sums, seed, offset = kept
     return torch.ops.aten._flash_attention_backward(
         grad,
@@ -250,7 +264,8 @@ def _varlen_backward(grad, q, k, v, out, kept: Kept, call: KernelCall) -> Gradie
         _IS_CAUSAL,
         seed,
         offset,
-        **_WINDOW,
+        scale=scoring.scale,
+        **_window_of(scoring),
     )
 
 
@@ -267,11 +282,18 @@ def why_mixed_cannot_run(device: torch.device, dtype: torch.dtype, heads: HeadSh
     for name, length in (("cuDNN", GRANULE_TOKENS), ("torch's varlen op", 0)):
         call = KernelCall(rows, rows, 1, length, length, cu, cu, GRANULE_TOKENS, GRANULE_TOKENS)
         try:
-            out, kept = _forward(q, k, k, call, GPU_KERNELS)
-            _backward(out, q, k, k, out, kept, call, GPU_KERNELS)
+            out, kept = _forward(q, k, k, call, GPU_KERNELS, PLAIN)
+            _backward(out, q, k, k, out, kept, call, GPU_KERNELS, PLAIN)
         except RuntimeError as error:
             shape = f"{query_heads} query and {kv_heads} key/value heads of size {size}"
             return f"{name} does not run here with {shape}: {str(error).splitlines()[0]}"
+    return None
+
+
+def _not_scored(needs: ScoringNeeds, _device: torch.device) -> str | None:
+    """Say why neither kernel can compute what is needed, or None."""
+    if needs.softcap or needs.sinks:
+        return f"{needs.named()} are not built with cuDNN and torch's varlen op"
     return None
 
 
@@ -286,5 +308,5 @@ BACKEND = Backend(
     make=mixed_attention,
     obstacle=why_mixed_cannot_run,
     why_behind=_behind_flash_attention,
-    why_no_windows=why_no_windows,
+    why_not_scored=_not_scored,
 )

@@ -24,7 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from model.attention_backends.backend import Attend, Backend
 from model.attention_backends.windowed import heads_first, tokens_first, windowed_attention
-from model.windows import Window
+from model.scoring import PLAIN, Scoring, ScoringNeeds
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -36,20 +36,22 @@ def sdpa_attention(
     v_skH: torch.Tensor,
     rows_q: list[slice],
     rows_k: list[slice],
-    window: Window = None,
+    scoring: Scoring = PLAIN,
 ) -> torch.Tensor:
     """Attend causally inside each document -> [n, m, H].
 
     Args:
         rows_q, rows_k: of each document; its queries are its last positions.
-        window: tokens that a token sees, itself included; None = all of its document.
+        scoring: how pairs are scored.
     """
+    window = scoring.window
+    scale = scoring.scale
     # Where no document is longer, the window changes nothing.
     if window is not None and any(rows.stop - rows.start > window for rows in rows_k):
-        return windowed_attention(q_nmH, k_skH, v_skH, rows_q, rows_k, window)
+        return windowed_attention(q_nmH, k_skH, v_skH, rows_q, rows_k, window, scale)
     if q_nmH.device.type == "cpu":
-        return _DocumentsOnCPU.apply(q_nmH, k_skH, v_skH, rows_q, rows_k)
-    return _one_by_one(q_nmH, k_skH, v_skH, rows_q, rows_k)
+        return _DocumentsOnCPU.apply(q_nmH, k_skH, v_skH, rows_q, rows_k, scale)
+    return _one_by_one(q_nmH, k_skH, v_skH, rows_q, rows_k, scale)
 
 
 def _one_by_one(
@@ -58,6 +60,7 @@ def _one_by_one(
     v_skH: torch.Tensor,
     rows_q: list[slice],
     rows_k: list[slice],
+    scale: float | None = None,
 ) -> torch.Tensor:
     """Attend document by document, each with autograd's own graph, and join the outputs."""
     # Split, not sliced: the gradient of each slice would be as large as that of the whole.
@@ -72,13 +75,17 @@ def _one_by_one(
         q, k, v = (heads_first(x) for x in document)
         grouped = q.shape[1] != k.shape[1]
         if q.shape[2] == k.shape[2]:
-            out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+            out = scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=scale, enable_gqa=grouped
+            )
         else:
             # It takes a second to import, and most runs never come here.
             from torch.nn.attention.bias import causal_lower_right
 
             mask = causal_lower_right(q.shape[2], k.shape[2])
-            out = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+            out = scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped
+            )
         outputs.append(tokens_first(out))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -90,12 +97,12 @@ class _DocumentsOnCPU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q_nmH, k_skH, v_skH, rows_q, rows_k):
+    def forward(ctx, q_nmH, k_skH, v_skH, rows_q, rows_k, scale):
         out_nmH = None
         ctx.log_sums = []
         for of_q, of_k in zip(rows_q, rows_k, strict=True):
             part, log_sum = _document(
-                heads_first(q_nmH[of_q]), heads_first(k_skH[of_k]), heads_first(v_skH[of_k])
+                heads_first(q_nmH[of_q]), heads_first(k_skH[of_k]), heads_first(v_skH[of_k]), scale
             )
             # A single document's output is the whole; several are written in their places.
             if len(rows_q) == 1:
@@ -106,6 +113,7 @@ class _DocumentsOnCPU(torch.autograd.Function):
             ctx.log_sums.append(log_sum)
         ctx.rows_q = rows_q
         ctx.rows_k = rows_k
+        ctx.scale = scale
         ctx.save_for_backward(q_nmH, k_skH, v_skH, out_nmH)
         return out_nmH
 
@@ -122,13 +130,14 @@ class _DocumentsOnCPU(torch.autograd.Function):
                 heads_first(v_skH[of_k]),
                 heads_first(out_nmH[of_q]),
                 log_sum,
+                ctx.scale,
             )
             for whole, rows, part in zip(wholes, (of_q, of_k, of_k), parts, strict=True):
                 whole[rows] = tokens_first(part)
-        return *wholes, None, None
+        return *wholes, None, None, None
 
 
-def _document(q, k, v) -> tuple[torch.Tensor, torch.Tensor]:
+def _document(q, k, v, scale: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute one document's output and log-sum-exp.
 
     Where keys came before the queries: attention to the earlier and to the own keys, merged by
@@ -139,10 +148,10 @@ def _document(q, k, v) -> tuple[torch.Tensor, torch.Tensor]:
     """
     earlier = k.shape[2] - q.shape[2]
     if earlier == 0:
-        return _forward(q, k, v, is_causal=True)
+        return _forward(q, k, v, is_causal=True, scale=scale)
     # All of the earlier keys, then causally the own ones.
-    before, before_sum = _forward(q, k[:, :, :earlier], v[:, :, :earlier])
-    own, own_sum = _forward(q, k[:, :, earlier:], v[:, :, earlier:], is_causal=True)
+    before, before_sum = _forward(q, k[:, :, :earlier], v[:, :, :earlier], scale=scale)
+    own, own_sum = _forward(q, k[:, :, earlier:], v[:, :, earlier:], is_causal=True, scale=scale)
     # Each share of the softmax's sum weighs its part of the output.
     log_sum = torch.logaddexp(before_sum, own_sum)
     before_share = (before_sum - log_sum).exp()[..., None]
@@ -152,13 +161,23 @@ def _document(q, k, v) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _document_gradients(
-    grad, q, k, v, out, log_sum
+    grad, q, k, v, out, log_sum, scale: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute the gradients of `_document`'s q, k and v."""
 
     def gradients(rows: slice, *, is_causal: bool):
         no_dropout = 0.0
-        return _backward(grad, q, k[:, :, rows], v[:, :, rows], out, log_sum, no_dropout, is_causal)
+        return _backward(
+            grad,
+            q,
+            k[:, :, rows],
+            v[:, :, rows],
+            out,
+            log_sum,
+            no_dropout,
+            is_causal,
+            scale=scale,
+        )
 
     earlier = k.shape[2] - q.shape[2]
     if earlier == 0:
@@ -179,12 +198,19 @@ def make_sdpa(_crossover: int) -> Attend:
     def rows_between(bounds: list[int]) -> list[slice]:
         return [slice(begin, end) for begin, end in zip(bounds, bounds[1:], strict=False)]
 
-    def attend(q, k, v, documents, window=None, /):
+    def attend(q, k, v, documents, scoring=PLAIN, sinks=None, /):
+        assert sinks is None and scoring.softcap is None, "Backend.missing was asked before"
         rows_q = rows_between(documents.bounds_q)
         rows_k = rows_between(documents.bounds_k)
-        return sdpa_attention(q, k, v, rows_q, rows_k, window)
+        return sdpa_attention(q, k, v, rows_q, rows_k, scoring)
 
     return attend
 
 
-BACKEND = Backend(name="sdpa", make=make_sdpa, needs_gpu=False)
+def _not_scored(needs: ScoringNeeds, _device: torch.device) -> str | None:
+    if needs.softcap or needs.sinks:
+        return f"{needs.named()} are not built yet"
+    return None
+
+
+BACKEND = Backend(name="sdpa", make=make_sdpa, needs_gpu=False, why_not_scored=_not_scored)

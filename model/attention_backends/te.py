@@ -1,20 +1,22 @@
 """The attention backend over transformer-engine."""
 
 from model.attention_backends.backend import Attend, Backend
+from model.scoring import PLAIN, Scoring
 
 
 def make_te(_crossover: int) -> Attend:
     """Make the attend function."""
     from transformer_engine.pytorch import DotProductAttention
 
-    modules = {}  # a module is made for one shape of heads and one mask
+    modules = {}  # a module is made for one shape of heads, one mask and one scale
 
-    def attend(q, k, v, documents, window=None, /):
-        assert window is None, "Backend.missing was asked before"
+    def attend(q, k, v, documents, scoring=PLAIN, sinks=None, /):
+        assert scoring == Scoring(scale=scoring.scale), "Backend.missing was asked before"
+        assert sinks is None, "Backend.missing was asked before"
         # A document that began on an earlier rank has more keys than queries.
         has_all_keys = documents.bounds_q == documents.bounds_k
         mask = "padding_causal" if has_all_keys else "padding_causal_bottom_right"
-        key = (q.shape[1], k.shape[1], q.shape[2], mask)
+        key = (q.shape[1], k.shape[1], q.shape[2], mask, scoring.scale)
         if key not in modules:
             modules[key] = DotProductAttention(
                 q.shape[1],
@@ -23,6 +25,7 @@ def make_te(_crossover: int) -> Attend:
                 qkv_format="thd",
                 attn_mask_type=mask,
                 attention_dropout=0.0,
+                softmax_scale=scoring.scale,
             )
         out = modules[key](
             q,
@@ -43,5 +46,5 @@ BACKEND = Backend(
     make=make_te,
     modules=("transformer_engine",),
     keeps_graph=False,
-    why_no_windows=lambda: "sliding windows are not proven with transformer-engine",
+    why_not_scored=lambda needs, _: f"{needs.named()} are not proven with transformer-engine",
 )

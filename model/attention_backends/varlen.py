@@ -2,23 +2,29 @@
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from model.attention_backends.backend import Attend, Backend
-from model.windows import Window
+from model.scoring import PLAIN, Scoring, ScoringNeeds
 
 
-def varlen_options(varlen_attn: Callable, window: Window = None) -> dict:
-    """Spell "causal", a window and "grouped heads" as this release of torch's varlen_attn does.
+def varlen_options(varlen_attn: Callable, scoring: Scoring = PLAIN) -> dict:
+    """Spell "causal", the scoring and "grouped heads" as this release of torch's varlen_attn does.
 
     Where it has no flag for grouped heads (torch 2.11) it passes them on to an operator that takes
     them.
     """
     known = inspect.signature(varlen_attn).parameters
+    window = scoring.window
     before = -1 if window is None else window - 1
-    causal = {"window_size": (before, 0)} if "window_size" in known else {"is_causal": True}
+    causal: dict[str, Any] = (
+        {"window_size": (before, 0)} if "window_size" in known else {"is_causal": True}
+    )
     assert window is None or "window_size" in known, "Backend.missing was asked before"
+    if scoring.scale is not None:
+        causal["scale"] = scoring.scale
     return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
 
 
@@ -26,8 +32,9 @@ def make_varlen(_crossover: int) -> Attend:
     """Make the attend function."""
     from torch.nn.attention.varlen import varlen_attn
 
-    def attend(q, k, v, documents, window=None, /):
-        options = varlen_options(varlen_attn, window)
+    def attend(q, k, v, documents, scoring=PLAIN, sinks=None, /):
+        assert sinks is None and scoring.softcap is None, "Backend.missing was asked before"
+        options = varlen_options(varlen_attn, scoring)
         out = varlen_attn(
             q, k, v, documents.cu_q, documents.cu_k, documents.max_q, documents.max_k, **options
         )
@@ -37,11 +44,13 @@ def make_varlen(_crossover: int) -> Attend:
     return attend
 
 
-def why_no_windows() -> str | None:
-    """Say why torch's varlen_attn takes no window, or None."""
+def why_not_scored(needs: ScoringNeeds, _device: torch.device) -> str | None:
+    """Say why torch's varlen_attn cannot compute what is needed, or None."""
     from torch.nn.attention.varlen import varlen_attn
 
-    if "window_size" in inspect.signature(varlen_attn).parameters:
+    if needs.softcap or needs.sinks:
+        return f"{needs.named()} are not built with torch's varlen_attn"
+    if not needs.windows or "window_size" in inspect.signature(varlen_attn).parameters:
         return None
     return f"varlen_attn of torch {torch.__version__} takes no window"
 
@@ -50,5 +59,5 @@ BACKEND = Backend(
     name="varlen",
     make=make_varlen,
     modules=("torch.nn.attention.varlen",),
-    why_no_windows=why_no_windows,
+    why_not_scored=why_not_scored,
 )

@@ -73,6 +73,7 @@ def windowed_attention(
     rows_q: list[slice],
     rows_k: list[slice],
     window: int,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """Attend to the last `window` tokens of each token's document, itself included -> [n, m, H].
 
@@ -85,7 +86,7 @@ def windowed_attention(
         for block in blocks_of_document(of_q, of_k, window)
     ]
     if q_nmH.device.type == "cpu":
-        return _BlocksOnCPU.apply(q_nmH, k_skH, v_skH, blocks, window)
+        return _BlocksOnCPU.apply(q_nmH, k_skH, v_skH, blocks, window, scale)
     outputs = []
     for block in blocks:
         q, k, v = (
@@ -93,7 +94,7 @@ def windowed_attention(
         )
         mask = _mask_of(block, window, q_nmH)
         grouped = q.shape[1] != k.shape[1]
-        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
         outputs.append(tokens_first(out))
     return torch.cat(outputs)
 
@@ -106,7 +107,7 @@ class _BlocksOnCPU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q_nmH, k_skH, v_skH, blocks: list[Block], window: int):
+    def forward(ctx, q_nmH, k_skH, v_skH, blocks: list[Block], window: int, scale: float | None):
         out_nmH = torch.empty_like(q_nmH)
         ctx.log_sums = []
         for block in blocks:
@@ -115,11 +116,13 @@ class _BlocksOnCPU(torch.autograd.Function):
                 heads_first(k_skH[block.rows_k]),
                 heads_first(v_skH[block.rows_k]),
                 attn_mask=_mask_of(block, window, q_nmH),
+                scale=scale,
             )
             out_nmH[block.rows_q] = tokens_first(part)
             ctx.log_sums.append(log_sum)
         ctx.blocks = blocks
         ctx.window = window
+        ctx.scale = scale
         ctx.save_for_backward(q_nmH, k_skH, v_skH, out_nmH)
         return out_nmH
 
@@ -144,11 +147,12 @@ class _BlocksOnCPU(torch.autograd.Function):
                 no_dropout,
                 False,
                 attn_mask=_mask_of(block, ctx.window, q_nmH),
+                scale=ctx.scale,
             )
             grad_q[block.rows_q] = tokens_first(of_q)
             grad_k[block.rows_k] += tokens_first(of_k)
             grad_v[block.rows_k] += tokens_first(of_v)
-        return grad_q, grad_k.to(k_skH.dtype), grad_v.to(v_skH.dtype), None, None
+        return grad_q, grad_k.to(k_skH.dtype), grad_v.to(v_skH.dtype), None, None, None
 
 
 def heads_first(x_LmH: torch.Tensor) -> torch.Tensor:

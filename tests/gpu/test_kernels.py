@@ -7,6 +7,7 @@ import torch
 from model.attention_backends.choice import BACKENDS, choose_attention
 from model.attention_backends.documents import pack_documents
 from model.attention_backends.kernel_calls import NEVER, split_documents
+from model.scoring import NO_NEEDS, Scoring, ScoringNeeds
 from parallel.context import group_pieces
 from tests.unit.test_model import masked_attention
 
@@ -24,11 +25,11 @@ CALLS = [
 """(backend, tokens from which on `mixed` gives a document to cuDNN)."""
 
 
-def backend(name: str, crossover: int, *, windowed: bool = False):
+def backend(name: str, crossover: int, *, needs: ScoringNeeds = NO_NEEDS):
     """The backend in bf16 on the GPU, or a skip that says what is missing."""
     device = torch.device("cuda")
     missing = BACKENDS[name].missing(
-        device, torch.bfloat16, heads=(HEADS, HEADS, HEAD_SIZE), windowed=windowed
+        device, torch.bfloat16, heads=(HEADS, HEADS, HEAD_SIZE), needs=needs
     )
     if missing:
         pytest.skip(missing)
@@ -86,16 +87,18 @@ def test_backend_equals_the_definition(name, crossover, kv_heads, groups):
 @pytest.mark.parametrize("name, crossover", CALLS)
 def test_a_window_is_that_of_the_cpu(name, crossover, window):
     """Output and gradients, against the blocks of a CPU in fp64."""
-    attend = backend(name, crossover, windowed=True)
+    attend = backend(name, crossover, needs=ScoringNeeds(windows=True))
     qkv = inputs(2)
     exact = [x.detach().cpu().double().requires_grad_() for x in qkv]
     cu_seqlens = torch.tensor(BOUNDS, dtype=torch.int32)
     pieces = [(0, BOUNDS[-1])]
     (here,) = pack_documents(cu_seqlens, pieces, qkv[0].device)
     (on_cpu,) = pack_documents(cu_seqlens, pieces, torch.device("cpu"))
-    reference, _ = choose_attention("sdpa", torch.device("cpu"), torch.float64, windowed=True)
-    expected = reference(*exact, on_cpu, window)
-    found = attend(*qkv, here, window)
+    reference, _ = choose_attention(
+        "sdpa", torch.device("cpu"), torch.float64, needs=ScoringNeeds(windows=True)
+    )
+    expected = reference(*exact, on_cpu, Scoring(window))
+    found = attend(*qkv, here, Scoring(window))
     weight = torch.randn_like(expected)
     assert relative(found.cpu(), expected) < 0.01
     ours = torch.autograd.grad(found, qkv, weight.cuda().to(found.dtype))

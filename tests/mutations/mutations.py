@@ -80,10 +80,10 @@ def labels_across_documents(batch, samples, pieces):
 def window_across_documents(original):
     """All documents of a call as one."""
 
-    def mutated(q, k, v, rows_q, rows_k, window):
+    def mutated(q, k, v, rows_q, rows_k, *scoring):
         whole_q = slice(rows_q[0].start, rows_q[-1].stop)
         whole_k = slice(rows_k[0].start, rows_k[-1].stop)
-        return original(q, k, v, [whole_q], [whole_k], window)
+        return original(q, k, v, [whole_q], [whole_k], *scoring)
 
     return mutated
 

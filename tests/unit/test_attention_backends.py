@@ -53,26 +53,26 @@ class StandIns:
             self.long_forward, self.long_backward, self.short_forward, self.short_backward
         )
 
-    def long_forward(self, q, k, v):
+    def long_forward(self, q, k, v, scoring):
         assert q.shape[2] == k.shape[2], "cuDNN's causal mask is for as many keys as queries"
         self.long.append((q.shape[0], q.shape[2]))
-        out, log_sums = dense_forward(q, k, v, is_causal=True)
+        out, log_sums = dense_forward(q, k, v, is_causal=True, scale=scoring.scale)
         return out, (log_sums, None, None)
 
-    def long_backward(self, grad, q, k, v, out, kept):
-        return dense_backward(grad, q, k, v, out, kept[0], 0.0, True)
+    def long_backward(self, grad, q, k, v, out, kept, scoring):
+        return dense_backward(grad, q, k, v, out, kept[0], 0.0, True, scale=scoring.scale)
 
-    def short_forward(self, q, k, v, part: KernelCall):
+    def short_forward(self, q, k, v, part: KernelCall, scoring):
         self.short.append(part.cu_q.tolist())
         found = [
-            _document(*(x.transpose(0, 1)[None] for x in document))
+            _document(*(x.transpose(0, 1)[None] for x in document), scoring.scale)
             for document in self.documents(part, q, k, v)
         ]
         return torch.cat([out[0].transpose(0, 1) for out, _ in found]), tuple(
             log_sums for _, log_sums in found
         )
 
-    def short_backward(self, grad, q, k, v, out, kept, part: KernelCall):
+    def short_backward(self, grad, q, k, v, out, kept, part: KernelCall, scoring):
         documents = zip(
             self.documents(part, q, k, v),
             grad.split(part.cu_q.diff().tolist()),
@@ -81,7 +81,9 @@ class StandIns:
             strict=True,
         )
         found = [
-            _document_gradients(*(x.transpose(0, 1)[None] for x in (g, *qkv, o)), log_sums)
+            _document_gradients(
+                *(x.transpose(0, 1)[None] for x in (g, *qkv, o)), log_sums, scoring.scale
+            )
             for qkv, g, o, log_sums in documents
         ]
         return tuple(

@@ -371,7 +371,7 @@ def test_equal_documents_are_one_call_of_cudnn_beside_one_of_varlen(tmp_path, mo
     asked = set()
 
     def stand_in(crossover):
-        def attend(q, k, v, packed, window=None):
+        def attend(q, k, v, packed):
             calls = split_documents(packed, crossover)
             asked.add((crossover, len(calls), calls[0].documents, packed.max_q))
             return q * 1.0 + 0.0 * (k.sum() + v.sum())

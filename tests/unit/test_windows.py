@@ -12,6 +12,7 @@ from model.attention_backends.choice import BACKENDS, choose_attention, pick_bac
 from model.attention_backends.documents import pack_documents
 from model.attention_backends.mixed import mixed_attention
 from model.config import ModelConfig
+from model.scoring import Scoring, ScoringNeeds
 from model.windows import (
     layer_windows,
     mean_pairs_seen,
@@ -116,7 +117,7 @@ def test_a_window_is_what_its_definition_says(window, kv_heads, groups):
     expected = definition(q, k, v, bounds, window)
     weight = torch.randn_like(expected)
     expected_grads = torch.autograd.grad((expected * weight).sum(), (q, k, v))
-    attend, _ = choose_attention("sdpa", CPU, torch.float64, windowed=True)
+    attend, _ = choose_attention("sdpa", CPU, torch.float64, needs=ScoringNeeds(windows=True))
     grads = [torch.zeros_like(x) for x in (q, k, v)]
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
     for group in range(groups):
@@ -125,7 +126,7 @@ def test_a_window_is_what_its_definition_says(window, kv_heads, groups):
         own = q[rows]
         found = torch.cat(
             [
-                attend(own[part.queries], k[part.keys], v[part.keys], part, window)
+                attend(own[part.queries], k[part.keys], v[part.keys], part, Scoring(window))
                 for part in pack_documents(cu_seqlens, pieces, CPU)
             ]
         )
@@ -142,15 +143,15 @@ def test_nothing_comes_from_beyond_the_window_bit_for_bit():
     window = 100
     bounds = torch.tensor([0, 300, 1000], dtype=torch.int32)
     (documents,) = pack_documents(bounds, [(0, 1000)], CPU)
-    attend, _ = choose_attention("sdpa", CPU, torch.float64, windowed=True)
+    attend, _ = choose_attention("sdpa", CPU, torch.float64, needs=ScoringNeeds(windows=True))
     with torch.no_grad():
         q, k, v = draw(1000, 2)
-        before = attend(q, k, v, documents, window)
+        before = attend(q, k, v, documents, Scoring(window))
         # A token in the middle of a document, and the last of another.
         for changed in (299, 600):
             k[changed] = 1e3
             v[changed] = -1e3
-            after = attend(q, k, v, documents, window)
+            after = attend(q, k, v, documents, Scoring(window))
             is_equal = (before == after).all(dim=(1, 2))
             end = 300 if changed < 300 else changed + window
             assert is_equal[:changed].all() and is_equal[end:].all()
@@ -162,13 +163,13 @@ def test_keys_of_several_blocks_get_their_gradient_in_fp32():
     """In bf16 the sum of five blocks' gradients would lose digits of each."""
     tokens = 2048
     (documents,) = pack_documents(torch.tensor([0, tokens], dtype=torch.int32), [(0, tokens)], CPU)
-    attend, _ = choose_attention("sdpa", CPU, torch.bfloat16, windowed=True)
+    attend, _ = choose_attention("sdpa", CPU, torch.bfloat16, needs=ScoringNeeds(windows=True))
     exact = draw(tokens, 4)
     rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
     same = [x.detach().double().requires_grad_() for x in rounded]
     weight = torch.randn(tokens, 4, HEAD_SIZE, dtype=torch.float64).bfloat16()
-    found = torch.autograd.grad(attend(*rounded, documents, 1024), rounded, weight)
-    expected = torch.autograd.grad(attend(*same, documents, 1024), same, weight.double())
+    found = torch.autograd.grad(attend(*rounded, documents, Scoring(1024)), rounded, weight)
+    expected = torch.autograd.grad(attend(*same, documents, Scoring(1024)), same, weight.double())
     for ours, theirs in zip(found, expected, strict=True):
         assert float((ours.double() - theirs).norm() / theirs.norm()) < 0.006
 
@@ -184,16 +185,18 @@ def test_a_comparison_is_longer_than_every_window():
 @pytest.mark.parametrize("name", ["te", "cudnn"])
 def test_a_backend_that_is_not_proven_with_windows_says_so(name, monkeypatch):
     monkeypatch.setattr("model.attention_backends.backend.is_installed", lambda _name: True)
-    missing = BACKENDS[name].missing(torch.device("cuda"), torch.bfloat16, windowed=True)
+    missing = BACKENDS[name].missing(
+        torch.device("cuda"), torch.bfloat16, needs=ScoringNeeds(windows=True)
+    )
     assert missing is not None and missing.startswith("sliding windows are not proven with ")
 
 
 def test_auto_passes_over_a_backend_without_windows(monkeypatch):
     sdpa = BACKENDS["sdpa"]
-    without = replace(sdpa, name="other", why_no_windows=lambda: "it has none")
+    without = replace(sdpa, name="other", why_not_scored=lambda *_: "it has none")
     monkeypatch.setattr(choice, "BACKENDS", {"other": without, "sdpa": sdpa})
     assert pick_backend("auto", CPU, torch.float32)[0].name == "other"
-    found, why = pick_backend("auto", CPU, torch.float32, windowed=True)
+    found, why = pick_backend("auto", CPU, torch.float32, needs=ScoringNeeds(windows=True))
     assert (found.name, why) == ("sdpa", "other: it has none")
 
 
@@ -201,25 +204,25 @@ def test_varlen_gets_the_tokens_before_the_query():
     def new(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size=(-1, -1)): ...
     def old(q, k, v, cu_q, cu_k, max_q, max_k, is_causal=False): ...
 
-    assert varlen.varlen_options(new, 8) == {"window_size": (7, 0)}
+    assert varlen.varlen_options(new, Scoring(8)) == {"window_size": (7, 0)}
     assert varlen.varlen_options(new) == {"window_size": (-1, 0)}
     with pytest.raises(AssertionError):
-        varlen.varlen_options(old, 8)
+        varlen.varlen_options(old, Scoring(8))
 
 
 def test_mixed_gives_a_layer_with_a_window_to_the_varlen_op(monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        "model.attention_backends.mixed.make_varlen",
-        lambda _crossover: lambda q, _k, _v, _documents, window: asked.append(window) or q,
-    )
     (documents,) = pack_documents(torch.tensor([0, 50], dtype=torch.int32), [(0, 50)], CPU)
     q, k, v = draw(50, 4)
-    mixed_attention(1)(q, k, v, documents, 49)
-    assert asked == [49]
-    # A window that reaches over all of it changes nothing: the kernels of the whole document.
-    monkeypatch.setattr("model.attention_backends.mixed._Mixed.apply", lambda *_args: "whole")
-    assert mixed_attention(1)(q, k, v, documents, 50) == "whole" and asked == [49]
+    asked = []
+
+    def note(_q, _k, _v, calls, _kernels, scoring):
+        asked.append((scoring.window, [call.is_long for call in calls]))
+
+    monkeypatch.setattr("model.attention_backends.mixed._Mixed.apply", note)
+    mixed_attention(1)(q, k, v, documents, Scoring(49))
+    # A window that reaches over all of it changes nothing: cuDNN takes the whole document.
+    mixed_attention(1)(q, k, v, documents, Scoring(50))
+    assert asked == [(49, [False]), (50, [True])]
 
 
 # ---- what it costs

@@ -152,11 +152,11 @@ class TimedAttend:
         event.record()
         return event
 
-    def __call__(self, q, k, v, segments, window=None):
+    def __call__(self, q, k, v, segments, *scoring):
         # Backward runs through here last, and through _Enter first.
         q, k, v = _Leave.apply(self, q, k, v)
         begun = self.look()
-        out = self.attend(q, k, v, segments, window)
+        out = self.attend(q, k, v, segments, *scoring)
         self.spans.append((begun, self.look()))
         return _Enter.apply(self, out)
 

@@ -16,6 +16,7 @@ import torch
 from data.stream import usable_cores
 from model.attention_backends.choice import choose_attention
 from model.attention_backends.documents import pack_documents
+from model.scoring import Scoring, ScoringNeeds
 from model.windows import Window, pairs_seen
 from tools.bench.report import bar, describe_machine, markdown_table, publish
 
@@ -95,7 +96,7 @@ def run(arguments: Arguments) -> int:
 
 def make_call(case: Case, arguments: Arguments):
     """Make a call's forward and backward, on tensors of its own."""
-    attend, _ = choose_attention("auto", CPU, torch.float32, windowed=True)
+    attend, _ = choose_attention("auto", CPU, torch.float32, needs=ScoringNeeds(windows=True))
     q, k, v = (
         torch.randn(case.length, heads, arguments.head_size).requires_grad_()
         for heads in (arguments.heads, arguments.kv_heads, arguments.kv_heads)
@@ -104,8 +105,10 @@ def make_call(case: Case, arguments: Arguments):
     (documents,) = pack_documents(edges, [(0, case.length)], CPU)
     gradient = torch.randn(case.length, arguments.heads, arguments.head_size)
 
+    scoring = Scoring(case.window)
+
     def call() -> None:
-        torch.autograd.grad(attend(q, k, v, documents, case.window), (q, k, v), gradient)
+        torch.autograd.grad(attend(q, k, v, documents, scoring), (q, k, v), gradient)
 
     return call
 
