@@ -14,7 +14,6 @@ from typing import Literal
 
 import torch
 
-from model.hf import architecture
 from pretrain.config.config import Config
 from tools.huggingface.export_settings import choose_context, write_settings
 from tools.huggingface.export_weights import write_weights
@@ -107,7 +106,7 @@ def export(arguments: Arguments) -> None:
     new = NewFolder("output", output, MAKER, inputs=inputs, overwrite=arguments.overwrite)
     stored = open_stored_model(arguments.load, arguments.ckpt_step)
     new.refuse_inputs(inputs_of_run(stored.config))
-    architecture(stored.config.model)  # refuses a model that Hugging Face has no name for
+    _ = stored.architecture  # refuses a model that transformers has no architecture for
     declared = choose_context(stored, arguments.max_position_embeddings)
 
     # The new folder takes its name only once all of it is written and compared.

@@ -65,7 +65,7 @@ def import_folder(arguments: Arguments) -> Path:
 
     # The settings and the weights have to mean the same model; shapes only, no values yet.
     settings = interpret_config(content)
-    weights = open_weights(folder)
+    weights = open_weights(folder, settings.architecture)
     warnings = settings.warnings + weights.warnings
     weights, is_tied, tie_warnings = settle_tie(settings, weights)
     model = settings.model | {"untie_embeddings_and_output_weights": not is_tied}
@@ -76,7 +76,7 @@ def import_folder(arguments: Arguments) -> Path:
         vocab_multiple=arguments.make_vocab_size_divisible_by,
         ids_from=arguments.tokenizer_ids_from,
     )
-    check_fit(config.model, settings.vocab_size, weights)
+    check_fit(config.model, settings.vocab_size, weights, settings.architecture)
     tokenizer = describe_tokenizer(config)
     for text in warnings + tie_warnings:
         warn(text)

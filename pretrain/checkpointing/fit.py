@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from model.hf import VOCABULARY_ROWS
+from model.hf.architecture import VOCABULARY_ROWS
 from parallel.collectives import all_reduce
 from parallel.layout import Axis
 

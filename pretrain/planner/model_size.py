@@ -10,7 +10,7 @@ from math import prod
 
 from model.build import parameter_shapes
 from model.config import ModelConfig
-from model.hf import VOCABULARY_ROWS
+from model.hf.architecture import VOCABULARY_ROWS
 
 QKV = ("attention.q", "attention.k", "attention.v")
 """The layer's projections before its attention kernel."""

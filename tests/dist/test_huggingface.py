@@ -2,13 +2,14 @@
 
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from data.batch import IGNORE, Batch
-from model import hf
+from model.hf.architectures import ARCHITECTURES
 from pretrain.checkpointing.folders import find_published
 from pretrain.checkpointing.stored_tensors import read_whole_tensors, tensor_names
 from pretrain.config.flat import field_table
@@ -123,11 +124,11 @@ def test_declared_context_of_yarn(trained, tmp_path, capsys):
 
 
 def test_verification_catches_swapped_weights(trained, tmp_path, monkeypatch):
-    names = hf._LAYER_NAMES
-    gate = names["mlp.gate.weight"]
-    up = names["mlp.up.weight"]
-    swapped = names | {"mlp.gate.weight": up, "mlp.up.weight": gate}
-    monkeypatch.setattr(hf, "_LAYER_NAMES", swapped)
+    row = ARCHITECTURES["llama"]
+    swapped = dict(row.layer_names)
+    swapped["mlp.gate.weight"] = row.layer_names["mlp.up.weight"]
+    swapped["mlp.up.weight"] = row.layer_names["mlp.gate.weight"]
+    monkeypatch.setitem(ARCHITECTURES, "llama", replace(row, layer_names=swapped))
     with pytest.raises(ValueError, match="verification of the export failed"):
         export(
             Arguments(

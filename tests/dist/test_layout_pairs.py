@@ -10,7 +10,7 @@ import pytest
 import xxhash
 from torch.distributed.tensor import DTensor
 
-from model.hf import VOCABULARY_ROWS
+from model.hf.architecture import VOCABULARY_ROWS
 from parallel.layout import World
 from pretrain.config.flags import spell
 from pretrain.config.load import load_config

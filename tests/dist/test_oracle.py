@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from data.batch import IGNORE, read_batch
-from model.hf import VOCABULARY_ROWS, huggingface_config, huggingface_name
+from model.hf.architecture import VOCABULARY_ROWS
+from model.hf.choice import architecture_of
+from model.hf.config_json import huggingface_config
 from model.rope import Rope
 from parallel.layout import World
 from pretrain.config.config import OptimizerConfig
@@ -42,14 +44,18 @@ def oracle_model(case: Case, weights: dict):
     """transformers' model in fp64 with our initial weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = huggingface_config(case.model_config(), VOCABULARY, Rope(), 4096, "float64", None)
+    config = case.model_config()
+    architecture = architecture_of(config)
+    settings = huggingface_config(
+        architecture, config, VOCABULARY, Rope(), 4096, "float64", None
+    )
     kind = settings.pop("model_type")
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(kind, **settings), attn_implementation="sdpa"
     )
     model = model.to(torch.float64)
     state = {
-        huggingface_name(name): torch.from_numpy(
+        architecture.huggingface_name(name): torch.from_numpy(
             tensor[:VOCABULARY] if name in VOCABULARY_ROWS else tensor
         )
         for name, tensor in weights.items()

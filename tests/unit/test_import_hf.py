@@ -1,11 +1,12 @@
 """An import is what transformers makes of config.json, or it is refused by name."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from model import hf
-from model.hf import architecture
+from model.hf.architectures import ARCHITECTURES
+from model.hf.choice import architecture_of
 from pretrain.checkpointing.folders import LATEST, find_published
 from pretrain.config.config_yaml import read_config_yaml
 from tests.huggingface.imports import IDS, POSITIONS, assert_same_model, our_logits, refusal, run
@@ -71,7 +72,11 @@ def test_swish_is_silu(folder):
         ("llama", dict(is_causal=False), "is_causal = False: only True is built"),
         ("llama", dict(attention_bias=True), "attention_bias = True: only False is built"),
         ("llama", dict(mlp_bias=True), "mlp_bias = True: only False is built"),
-        ("llama", dict(sliding_window=16), "sliding_window = 16: transformers' Llama has full"),
+        (
+            "llama",
+            dict(sliding_window=16),
+            "sliding_window = 16: transformers' LlamaForCausalLM has full",
+        ),
         ("mistral", dict(sliding_window=0), "sliding_window = 0: must be a whole number"),
         ("llama", dict(layer_types=["sliding_attention", "full_attention"]), "layer_types = "),
         ("llama", dict(quantization_config={"quant_method": "fp8"}), "quantization_config = "),
@@ -186,8 +191,8 @@ def test_mistral_without_a_window_is_read(tmp_path):
     config = read_config_yaml(str(find_published(tmp_path / "imported") / "config.yaml"))
     assert config.model.window_size == []
     # It leaves as what it came as; a model that began here would be a Llama.
-    assert architecture(config.model, "mistral") == ("MistralForCausalLM", "mistral")
-    assert architecture(config.model) == ("LlamaForCausalLM", "llama")
+    assert architecture_of(config.model, "mistral").class_name == "MistralForCausalLM"
+    assert architecture_of(config.model).class_name == "LlamaForCausalLM"
 
 
 def test_yarn_with_truncate_null_does_not_truncate(tmp_path):
@@ -201,10 +206,11 @@ def test_yarn_with_truncate_null_does_not_truncate(tmp_path):
 
 
 def test_a_wrong_conversion_is_noticed_and_leaves_nothing(folder, capsys, monkeypatch):
-    swapped = dict(hf._BACK_LAYER)
-    swapped["mlp.gate_proj.weight"] = "mlp.up.weight"
-    swapped["mlp.up_proj.weight"] = "mlp.gate.weight"
-    monkeypatch.setattr(hf, "_BACK_LAYER", swapped)
+    row = ARCHITECTURES["llama"]
+    swapped = dict(row.layer_names)
+    swapped["mlp.gate.weight"] = "mlp.up_proj.weight"
+    swapped["mlp.up.weight"] = "mlp.gate_proj.weight"
+    monkeypatch.setitem(ARCHITECTURES, "llama", replace(row, layer_names=swapped))
     assert "verification of the import failed" in refusal(folder, capsys)
     code, save = run(folder, "--no-verify")
     assert code == 0 and find_published(save)

@@ -9,7 +9,8 @@ from data.batch import IGNORE, Batch
 from model.attention_backends.choice import choose_attention
 from model.build import build_whole_model, parameter_shapes
 from model.config import ModelConfig
-from model.hf import context_to_declare, huggingface_config, huggingface_name
+from model.hf.choice import architecture_of
+from model.hf.config_json import context_to_declare, huggingface_config
 from model.init import normal_rows
 from model.pointwise import rotate
 from model.rope import PARAMETERS, Rope, inverse_frequencies, rotary_tables
@@ -72,7 +73,8 @@ def model_config(rope: dict, **changes) -> ModelConfig:
 def exported(config: ModelConfig, **changes) -> dict:
     """The config.json of an export."""
     declared = context_to_declare(config.rope, 2**20)
-    return huggingface_config(config, 128, config.rope, declared, "float32", None) | changes
+    row = architecture_of(config)
+    return huggingface_config(row, config, 128, config.rope, declared, "float32", None) | changes
 
 
 @pytest.mark.parametrize("head_size", [128, 96, 2])
@@ -355,7 +357,8 @@ def test_logits_are_those_of_transformers_up_to_a_million_positions(name, form):
     else:
         written.pop("rope_parameters")
     theirs = LlamaForCausalLM(LlamaConfig(**written)).eval()
-    theirs.load_state_dict({huggingface_name(key): tensor for key, tensor in tensors.items()})
+    named = architecture_of(config).huggingface_name
+    theirs.load_state_dict({named(key): tensor for key, tensor in tensors.items()})
     ours = build_whole_model(
         config, 128, tensors, choose_attention("sdpa", cpu, torch.float32)[0], cpu
     )

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from data.batch import IGNORE, Batch
 from model.config import ModelConfig
-from model.hf import architecture, huggingface_config, huggingface_name
+from model.hf.choice import architecture_of
+from model.hf.config_json import huggingface_config
 from parallel.layout import Layout
 from tools.bench.contenders import (
     ALST,
@@ -74,7 +75,10 @@ class Transformers:
         import transformers
 
         # transformers' own class for the same model.
-        theirs = huggingface_config(config, vocab_size, config.rope, longest, "float32", None)
+        architecture = architecture_of(config)
+        theirs = huggingface_config(
+            architecture, config, vocab_size, config.rope, longest, "float32", None
+        )
         settings = transformers.AutoConfig.for_model(theirs.pop("model_type"), **theirs)
         settings._attn_implementation = "sdpa"
         self.way = way
@@ -88,16 +92,18 @@ class Transformers:
             torch.device(device),
             _default_dtype(torch.float32 if self.autocast else getattr(torch, dtype)),
         ):
-            self.model = getattr(transformers, architecture(config)[0])(settings).train()
+            self.model = getattr(transformers, architecture.class_name)(settings).train()
         named = dict(self.model.named_parameters())
         masters: dict[str, nn.Parameter] = {}
         for name, weight in initial_weights(config, vocab_size, seed, device):
             # Our weights, under their names.
-            parameter = named.pop(huggingface_name(name))
+            parameter = named.pop(architecture.huggingface_name(name))
             parameter.data.copy_(weight[: parameter.shape[0]])
             # bf16 weights are copies of fp32 masters, which AdamW updates.
             if optimizer and parameter.dtype != torch.float32:
-                masters[huggingface_name(name)] = nn.Parameter(weight[: parameter.shape[0]])
+                masters[architecture.huggingface_name(name)] = nn.Parameter(
+                    weight[: parameter.shape[0]]
+                )
         # Every parameter has its weights.
         assert not named, named.keys()
         self.parameters = list(self.model.parameters())

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from model.hf import ARCHITECTURES
+from model.hf.architecture import Architecture
+from model.hf.architectures import ARCHITECTURES, head_size_of
+from model.hf.config_json import FULL, SLIDING
 from model.windows import shortest_skip
 from tools.huggingface.keys import ANOTHER, CORRECT, sort_keys
 from tools.huggingface.rope_config import rope_form_problems, rope_settings
@@ -28,6 +30,7 @@ MOST_LAYERS = 100_000
 class FolderConfig:
     """Holds the settings that one config.json means."""
 
+    architecture: Architecture
     model: dict[str, Any]
     """Settings of our model, by name; whether weights are tied is what the file says."""
     vocab_size: int
@@ -69,9 +72,10 @@ def interpret_config(content: dict[str, Any]) -> FolderConfig:
         raise ValueError(
             f"model_type = {short(kind)}: not built here. Fix: one of {', '.join(ARCHITECTURES)}."
         )
+    architecture = ARCHITECTURES[kind]
     # The file as written: its keys and forms.
     parser = _configuration_class(kind)
-    problems, warnings = sort_keys(content, kind, parser)
+    problems, warnings = sort_keys(content, architecture, parser)
     problems += _auto_map_problems(content) + rope_form_problems(content)
     layers = content.get("num_hidden_layers")
     if isinstance(layers, int) and layers > MOST_LAYERS:
@@ -80,13 +84,20 @@ def interpret_config(content: dict[str, Any]) -> FolderConfig:
         raise ValueError("\n".join(problems))
     # The values as transformers understands them.
     parsed = _parse(content, parser)
-    problems = _size_problems(parsed) + _part_problems(parsed)
+    problems = _size_problems(parsed)
+    problems += _value_problems(parsed, architecture) + _window_problems(parsed, architecture)
     if problems:
         raise ValueError("\n".join(problems))
-    rope = rope_settings(parsed)
-    warnings += _remarks(content, parsed)
-    model = ARCHITECTURES[kind] | _shape_settings(parsed) | _window_settings(parsed) | rope
-    return FolderConfig(model, parsed.vocab_size, parsed.max_position_embeddings, warnings)
+    model = architecture.fixed_settings(parsed.hidden_size)
+    model |= {setting.ours: setting.our_value(parsed) for setting in architecture.settings}
+    model |= _window_settings(parsed, architecture) | rope_settings(parsed)
+    return FolderConfig(
+        architecture=architecture,
+        model=model,
+        vocab_size=parsed.vocab_size,
+        max_position_embeddings=parsed.max_position_embeddings,
+        warnings=warnings + _remarks(content, parsed, architecture),
+    )
 
 
 def _configuration_class(kind: str) -> type:
@@ -109,7 +120,7 @@ def _auto_map_problems(content: dict[str, Any]) -> list[str]:
     return [f"auto_map = {short(given)}: must be an object of class names. {CORRECT}"]
 
 
-def _remarks(content: dict[str, Any], parsed: Any) -> list[str]:
+def _remarks(content: dict[str, Any], parsed: Any, architecture: Architecture) -> list[str]:
     """Name settings that have no effect and that somebody might count on."""
     found = []
     if parsed.attention_dropout:
@@ -117,7 +128,7 @@ def _remarks(content: dict[str, Any], parsed: Any) -> list[str]:
             f"attention_dropout = {parsed.attention_dropout}: there is no dropout here; "
             "no logit depends on it, but training would"
         )
-    expected = f"{type(parsed).__name__.removesuffix('Config')}ForCausalLM"
+    expected = architecture.class_name
     named = content.get("architectures")
     if named not in (None, [expected]):
         found.append(
@@ -188,7 +199,7 @@ def _size_problems(parsed: Any) -> list[str]:
         found.append(
             f"num_key_value_heads = {groups}: must divide num_attention_heads = {heads}. {CORRECT}"
         )
-    head_size = _head_size(parsed)
+    head_size = head_size_of(parsed)
     is_size = type(head_size) is int and 1 <= head_size <= LARGEST_SIZE
     if not is_size or head_size % 2:  # the rope turns pairs of numbers
         found.append(
@@ -203,39 +214,29 @@ def _size_problems(parsed: Any) -> list[str]:
     return found
 
 
-def _head_size(parsed: Any) -> Any:
-    """Return the size of a head as the modeling files take it: an attribute counts, even a null."""
-    return getattr(parsed, "head_dim", parsed.hidden_size // parsed.num_attention_heads)
-
-
-def _part_problems(parsed: Any) -> list[str]:
-    """Find parts of an architecture that are not built here."""
+def _value_problems(parsed: Any, architecture: Architecture) -> list[str]:
+    """Find values of an architecture's keys that no model can have."""
     found = []
-    if parsed.hidden_act not in ("silu", "swish"):
-        found.append(f"hidden_act = {short(parsed.hidden_act)}: only silu is built. {ANOTHER}")
-    if not _is_positive(parsed.rms_norm_eps):
-        found.append(
-            f"rms_norm_eps = {parsed.rms_norm_eps}: must be a finite number above 0. {CORRECT}"
-        )
-    return found + _window_problems(parsed)
+    for setting in architecture.settings:
+        value = getattr(parsed, setting.theirs, None)
+        if setting.is_above_zero and not _is_positive(value):
+            found.append(f"{setting.theirs} = {value}: must be a finite number above 0. {CORRECT}")
+    return found
 
 
-FULL = "full_attention"
-SLIDING = "sliding_attention"
-
-
-def _window_problems(parsed: Any) -> list[str]:
+def _window_problems(parsed: Any, architecture: Architecture) -> list[str]:
     """Find kinds of attention that are not built here, and windows that no layer can have."""
     kinds = set(map(str, getattr(parsed, "layer_types", None) or [FULL]))
     if not kinds <= {FULL, SLIDING}:
         others = ", ".join(sorted(kinds - {FULL, SLIDING}))
         return [f"layer_types has {others}: only {FULL} and {SLIDING} are built. {ANOTHER}"]
     window = getattr(parsed, "sliding_window", None)
-    if parsed.model_type == "llama" and (window is not None or SLIDING in kinds):
+    if architecture.windows == "none" and (window is not None or SLIDING in kinds):
         name = "layer_types" if SLIDING in kinds else "sliding_window"
         return [
-            f"{name} = {short(getattr(parsed, name))}: transformers' Llama has full attention in "
-            f"all layers. Fix: model_type mistral, or remove it from config.json."
+            f"{name} = {short(getattr(parsed, name))}: transformers' {architecture.class_name} has "
+            "full attention in all layers. Fix: the right model_type, or remove it from "
+            "config.json."
         ]
     if SLIDING in kinds and window is None:
         return [f"sliding_window = null: layer_types has {SLIDING}, which needs it. {CORRECT}"]
@@ -247,8 +248,10 @@ def _window_problems(parsed: Any) -> list[str]:
     return []
 
 
-def _window_settings(parsed: Any) -> dict[str, Any]:
+def _window_settings(parsed: Any, architecture: Architecture) -> dict[str, Any]:
     """Translate which layers have a window; nothing where none has."""
+    if architecture.windows == "none":
+        return {}
     window = getattr(parsed, "sliding_window", None)
     types = getattr(parsed, "layer_types", None)
     # Mistral names no types: its window is that of all layers.
@@ -263,23 +266,6 @@ def _window_settings(parsed: Any) -> dict[str, Any]:
     return settings | ({"window_attn_skip_freq": skip} if skip else {})
 
 
-def _shape_settings(parsed: Any) -> dict[str, Any]:
-    """Translate sizes and the like into our names."""
-    settings = {
-        "num_layers": parsed.num_hidden_layers,
-        "hidden_size": parsed.hidden_size,
-        "ffn_hidden_size": parsed.intermediate_size,
-        "num_attention_heads": parsed.num_attention_heads,
-        "num_query_groups": parsed.num_key_value_heads,
-        "kv_channels": _head_size(parsed),
-        "norm_epsilon": parsed.rms_norm_eps,
-        "untie_embeddings_and_output_weights": not parsed.tie_word_embeddings,
-    }
-    if _is_positive(parsed.initializer_range):
-        settings["init_method_std"] = parsed.initializer_range
-    return settings
-
-
-def _is_positive(value: float) -> bool:
+def _is_positive(value: float | None) -> bool:
     """Tell whether a number is finite and above 0."""
-    return math.isfinite(value) and value > 0
+    return value is not None and math.isfinite(value) and value > 0

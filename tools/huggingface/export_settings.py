@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from model.hf import context_to_declare, huggingface_config
+from model.hf.config_json import context_to_declare, huggingface_config
 from pretrain.checkpointing.model_files import CONFIG
 from tools.huggingface import export_files
 from tools.huggingface.stored_model import StoredModel
@@ -52,13 +52,13 @@ def write_settings(
     # config.json: the source's, with what training changed.
     theirs = export_files.parse_json(stored.carried.get(CONFIG))
     ours = huggingface_config(
+        stored.architecture,
         stored.config.model,
         stored.vocab_size,
         stored.rope,
         declared,
         dtype,
         eod,
-        imported_as=theirs.get("model_type"),
     )
     config, changes = export_files.merge_config(ours, theirs)
     changes += export_files.rope_change(theirs, stored.rope)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from model.hf import VOCABULARY_ROWS, huggingface_name
+from model.hf.architecture import VOCABULARY_ROWS
 from pretrain.checkpointing.stored_tensors import (
     SafeReader,
     read_whole_tensors,
@@ -47,7 +47,7 @@ def _read_shard(
         name = stored_name.removeprefix("model.")
         if name in VOCABULARY_ROWS:
             tensor = tensor[: stored.vocab_size]  # without the rows of padding
-        tensors[huggingface_name(name)] = tensor.to(dtype).contiguous()
+        tensors[stored.architecture.huggingface_name(name)] = tensor.to(dtype).contiguous()
     return tensors
 
 

@@ -4,7 +4,7 @@ import torch
 
 from model.build import parameter_shapes
 from model.config import ModelConfig
-from model.hf import VOCABULARY_ROWS, huggingface_name
+from model.hf.architecture import VOCABULARY_ROWS, Architecture
 from tools.huggingface.config import FolderConfig
 from tools.huggingface.weights import EMBEDDING, OUTPUT, Entry, Weights
 
@@ -57,13 +57,15 @@ def _are_equal(entries: dict[str, Entry]) -> bool:
     return torch.equal(pair[EMBEDDING], pair[OUTPUT])
 
 
-def check_fit(config: ModelConfig, vocab_size: int, weights: Weights) -> None:
+def check_fit(
+    config: ModelConfig, vocab_size: int, weights: Weights, architecture: Architecture
+) -> None:
     """Compare names and shapes with the model that the settings describe.
 
     Raises:
         ValueError: a tensor is missing, left over, or has another shape.
     """
-    problems = _size_misfits(config, vocab_size, weights)
+    problems = _size_misfits(config, vocab_size, weights, architecture)
     if not problems:
         shapes = parameter_shapes(config, vocab_size)
         # The folder's rows are not padded.
@@ -73,7 +75,8 @@ def check_fit(config: ModelConfig, vocab_size: int, weights: Weights) -> None:
         # Every name of one side must be on the other, with the same shape.
         entries = weights.entries
         problems += [
-            f"{huggingface_name(name)} is missing" for name in shapes.keys() - entries.keys()
+            f"{architecture.huggingface_name(name)} is missing"
+            for name in shapes.keys() - entries.keys()
         ]
         problems += [
             f"{entries[name].name} is left over" for name in entries.keys() - shapes.keys()
@@ -94,7 +97,9 @@ def _misfit(entry: Entry, shape: tuple[int, ...]) -> str:
     return f"{entry.name} has shape {entry.shape}, config.json means {shape}"
 
 
-def _size_misfits(model: ModelConfig, vocab_size: int, weights: Weights) -> list[str]:
+def _size_misfits(
+    model: ModelConfig, vocab_size: int, weights: Weights, architecture: Architecture
+) -> list[str]:
     """Compare the sizes alone, before a model is described: a typing error may make it huge."""
     if weights.num_layers != model.num_layers:
         return [
@@ -117,7 +122,7 @@ def _size_misfits(model: ModelConfig, vocab_size: int, weights: Weights) -> list
         if entry is not None and entry.shape != shape:
             found.append(_misfit(entry, shape))
         elif entry is None and name != OUTPUT:
-            found.append(f"{huggingface_name(name)} is missing")
+            found.append(f"{architecture.huggingface_name(name)} is missing")
     return found
 
 

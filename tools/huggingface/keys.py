@@ -8,6 +8,7 @@ there, and here with a warning.
 from dataclasses import fields
 from typing import Any
 
+from model.hf.architecture import Architecture
 from tools.shared.message_text import short
 
 ANOTHER = "Fix: another model."
@@ -16,17 +17,7 @@ CORRECT = "Fix: correct config.json, or download it again."
 READ = {
     "model_type",
     "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "rms_norm_eps",
-    "initializer_range",
     "max_position_embeddings",
-    "tie_word_embeddings",
     "pad_token_id",
     "rope_theta",
     "rope_scaling",
@@ -41,7 +32,7 @@ READ = {
     "architectures",
     "auto_map",
 }
-"""Keys that tools/huggingface/config.py and rope_config.py read."""
+"""Keys that tools/huggingface/config.py and rope_config.py read, beside an architecture's own."""
 
 WITHOUT_EFFECT = {
     # notes of whoever saved the file
@@ -140,27 +131,28 @@ ONLY: dict[str, tuple[Any, ...]] = {
 }
 """Keys that would change the numbers -> the values that do not; others are refused."""
 
-ALWAYS_BIASED = {"qwen2": {"attention_bias", "qkv_bias"}}
-"""Architectures whose query, key and value biases no key can turn off."""
 
-
-def sort_keys(content: dict[str, Any], kind: str, parser: type) -> tuple[list[str], list[str]]:
+def sort_keys(
+    content: dict[str, Any], architecture: Architecture, parser: type
+) -> tuple[list[str], list[str]]:
     """Sort the keys of a config.json -> (those refused, those that are ignored), a line each.
 
     Args:
-        kind: the model_type.
-        parser: transformers' configuration class of it.
+        parser: transformers' configuration class.
     """
+    read = READ | {setting.theirs for setting in architecture.settings}
+    known = read | WITHOUT_EFFECT | architecture.harmless
+    only = {**ONLY, **architecture.only}
     defaults = {item.name: item.default for item in fields(parser)}
     problems = []
     warnings = []
     for key, value in content.items():
         # Known ones first, then what only transformers knows.
-        if key in READ or key in WITHOUT_EFFECT or key in ALWAYS_BIASED.get(kind, ()):
+        if key in known:
             continue
-        if key in ONLY:
-            if value not in ONLY[key]:
-                problems.append(f"{key} = {short(value)}: only {ONLY[key][0]} is built. {ANOTHER}")
+        if key in only:
+            if value not in only[key]:
+                problems.append(f"{key} = {short(value)}: only {only[key][0]} is built. {ANOTHER}")
         elif key in defaults:
             if value != defaults[key]:
                 problems.append(

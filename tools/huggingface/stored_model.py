@@ -1,16 +1,20 @@
 """The model in a published checkpoint, with all that an export needs to know of it."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from data.tokenizers.tokenizer import Tokenizer, build_tokenizer
+from model.hf.architecture import Architecture
+from model.hf.choice import architecture_of
 from model.rope import Rope
 from pretrain.checkpointing.folders import LATEST, find_published
 from pretrain.checkpointing.manifest import refuse_damage, verify_files
-from pretrain.checkpointing.model_files import read_carried
+from pretrain.checkpointing.model_files import CONFIG, read_carried
 from pretrain.checkpointing.progress import Progress
 from pretrain.config.config import Config
 from pretrain.config.config_yaml import read_config_yaml
+from tools.huggingface.export_files import parse_json
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,16 @@ class StoredModel:
         size = self.config.data.vocab_size
         assert size is not None, f"{self.folder}: its config.yaml has no vocab_size"
         return size
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """The architecture of transformers that an export has.
+
+        Raises:
+            ValueError: none has the model's parts.
+        """
+        source = parse_json(self.carried.get(CONFIG))
+        return architecture_of(self.config.model, source.get("model_type"))
 
     @property
     def rope(self) -> Rope:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from model.hf import our_name
+from model.hf.architecture import Architecture
 from tools.shared.message_text import count_of
 
 SINGLE = "model.safetensors"
@@ -85,7 +85,7 @@ class Weights:
         return tensors
 
 
-def open_weights(folder: Path) -> Weights:
+def open_weights(folder: Path, architecture: Architecture) -> Weights:
     """Find the folder's tensors.
 
     Raises:
@@ -120,7 +120,7 @@ def open_weights(folder: Path) -> Weights:
                         f"{file}: tensor {name}: the index does not say that it is here. {_AGAIN}"
                     )
                     continue
-                problems += _take(entries, opened, file, name)
+                problems += _take(entries, architecture, opened, file, name)
     # And the other way round.
     found = {entry.name for entry in entries.values()}
     absent = sorted(name for name in located if name not in found and not BUFFERS.search(name))
@@ -139,7 +139,13 @@ def open_weights(folder: Path) -> Weights:
     return Weights(entries, warnings)
 
 
-def _take(entries: dict[str, Entry], opened: safe_open, file: Path, name: str) -> list[str]:
+def _take(
+    entries: dict[str, Entry],
+    architecture: Architecture,
+    opened: safe_open,
+    file: Path,
+    name: str,
+) -> list[str]:
     """Add one tensor to `entries` -> what is wrong with it, a line or none."""
     tensor = opened.get_slice(name)
     if tensor.get_dtype() not in DTYPES:
@@ -149,7 +155,7 @@ def _take(entries: dict[str, Entry], opened: safe_open, file: Path, name: str) -
         ]
     # Two stored names may mean one part: with and without `model.`.
     try:
-        ours = our_name(name)
+        ours = architecture.our_name(name)
     except KeyError:
         return [f"{file}: tensor {name}: our model has no such part. Fix: another model."]
     if ours in entries:
