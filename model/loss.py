@@ -43,7 +43,7 @@ class _FusedLoss(torch.autograd.Function):
         grad_x_tD = torch.empty_like(x_tD)
         grad_weight_vD = torch.zeros_like(weight_vD, dtype=_wide(x_tD))
         grads = (grad_x_tD, grad_weight_vD)
-        loss, _ = _by_chunks(x_tD, weight_vD, labels_t, settings, scale, grads, losses_t)
+        loss = _by_chunks(x_tD, weight_vD, labels_t, settings, scale, grads, losses_t)
         ctx.save_for_backward(grad_x_tD, grad_weight_vD.to(weight_vD.dtype))
         return loss.mul_(scale)
 
@@ -76,7 +76,7 @@ def fused_loss(
     """
     if torch.is_grad_enabled():
         return _FusedLoss.apply(x_tD, weight_vD, labels_t, scale, settings, losses_t)
-    return _by_chunks(x_tD, weight_vD, labels_t, settings, losses_t=losses_t)[0].mul_(scale)
+    return _by_chunks(x_tD, weight_vD, labels_t, settings, losses_t=losses_t).mul_(scale)
 
 
 def score(
@@ -86,7 +86,22 @@ def score(
 
     There are no gradients.
     """
-    return _by_chunks(x_tD, weight_vD, labels_t, settings, count_hits=True)
+    hits_t = torch.empty(labels_t.shape, dtype=torch.bool, device=labels_t.device)
+    total = _by_chunks(x_tD, weight_vD, labels_t, settings, hits_t=hits_t)
+    return total, hits_t.sum()
+
+
+def score_each(
+    x_tD: torch.Tensor, weight_vD: torch.Tensor, labels_t: torch.Tensor, settings: LossSettings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return each target's cross entropy in nats, and whether it had the largest logit: two [t].
+
+    There are no gradients. Without a target they are 0 and False.
+    """
+    losses_t = torch.empty(labels_t.shape, dtype=_wide(x_tD), device=labels_t.device)
+    hits_t = torch.empty(labels_t.shape, dtype=torch.bool, device=labels_t.device)
+    _by_chunks(x_tD, weight_vD, labels_t, settings, losses_t=losses_t, hits_t=hits_t)
+    return losses_t, hits_t
 
 
 def _wide(x: torch.Tensor) -> torch.dtype:
@@ -102,22 +117,21 @@ def _by_chunks(
     scale: torch.Tensor | float = 1.0,
     grads: tuple[torch.Tensor, torch.Tensor] | None = None,
     losses_t: torch.Tensor | None = None,
-    *,
-    count_hits: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sums of losses and hits, chunk by chunk.
+    hits_t: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the sum of the losses, computed chunk by chunk.
 
     Args:
         grads: the scaled gradients of x, which are overwritten, and of the weight, which are added
             to.
         losses_t: each token's loss, which is overwritten.
+        hits_t: whether each target has the largest logit; it is overwritten.
     """
     total = torch.zeros((), dtype=_wide(x_tD), device=x_tD.device)
-    hits = torch.zeros((), dtype=torch.int64, device=x_tD.device)
     for start in range(0, x_tD.shape[0], settings.chunk_tokens):
         rows = slice(start, start + settings.chunk_tokens)
         # A function of its own: its tensors are gone before the next chunk's are made.
-        loss, found = _one_chunk(
+        total += _one_chunk(
             x_tD[rows],
             weight_vD,
             labels_t[rows],
@@ -125,11 +139,9 @@ def _by_chunks(
             scale,
             grads and (grads[0][rows], grads[1]),
             None if losses_t is None else losses_t[rows],
-            count_hits=count_hits,
+            None if hits_t is None else hits_t[rows],
         )
-        total += loss
-        hits += found
-    return total, hits
+    return total
 
 
 def _one_chunk(
@@ -140,10 +152,9 @@ def _one_chunk(
     scale: torch.Tensor | float,
     grads: tuple[torch.Tensor, torch.Tensor] | None,
     out_c: torch.Tensor | None,
-    *,
-    count_hits: bool,
-) -> tuple[torch.Tensor, torch.Tensor | int]:
-    """Return the sums of losses and hits of one chunk, and fill its gradients and its losses."""
+    hits_c: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return the sum of losses of one chunk, and fill its gradients, its losses and its hits."""
     logits_cv = x_cD @ weight_vD.T
     if not compiled.is_fused(logits_cv):
         logits_cv = logits_cv.to(_wide(logits_cv))
@@ -151,7 +162,8 @@ def _one_chunk(
     num_real = max(0, settings.vocab_size - settings.tp.rank * weight_vD.shape[0])
     if num_real < weight_vD.shape[0]:
         logits_cv[:, num_real:] = float("-inf")
-    hits = (vocab_parallel_argmax(logits_cv, settings.tp) == labels_c).sum() if count_hits else 0
+    if hits_c is not None:
+        torch.eq(vocab_parallel_argmax(logits_cv, settings.tp), labels_c, out=hits_c)
     softmax = _Softmax(logits_cv, labels_c, settings.tp)
     # The gradient is put in the place of the logits and used up at once.
     if grads is not None:
@@ -162,7 +174,7 @@ def _one_chunk(
     losses_c = softmax.losses(labels_c)
     if out_c is not None:
         out_c.copy_(losses_c)
-    return losses_c.sum(), hits
+    return losses_c.sum()
 
 
 class _Softmax:
