@@ -126,10 +126,7 @@ class LayoutConfig:
     def token_multiple(self) -> int:
         """A number that must divide a microbatch's tokens, so that all ranks get equally many."""
         tp, _, cp = self.sizes
-        groups = self.context_levels[1]
-        # With two levels each group holds two chunks, one from each end of the sample.
-        multiple = lcm(cp, 2 * groups) if groups > 1 else cp
-        return lcm(multiple, cp * tp) if self.sequence_parallel else multiple
+        return token_multiple(cp, self.context_levels[1], tp if self.sequence_parallel else 1)
 
     def describe(self) -> str:
         """Write what distinguishes one layout from another, in a few words."""
@@ -220,6 +217,18 @@ class LayoutConfig:
                 "or --pipeline-schedule interleaved."
             ]
         return []
+
+
+def token_multiple(cp: int, groups: int, tokens_over_tp: int) -> int:
+    """Return a number that must divide a microbatch's tokens, so that all ranks get equally many.
+
+    Args:
+        groups: that gather keys and values from each other; 1 with one level of cp.
+        tokens_over_tp: ranks that split the tokens of a cp rank: those of tp under Megatron-SP.
+    """
+    # With two levels each group holds two chunks, one from each end of the sample.
+    multiple = lcm(cp, 2 * groups) if groups > 1 else cp
+    return lcm(multiple, cp * tokens_over_tp)
 
 
 def check_world_size(world_size: int, tp: int, pp: int, cp: int) -> str | None:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from parallel.config import LayoutConfig, check_world_size
+from parallel.config import LayoutConfig, check_world_size, token_multiple
 from parallel.schedule import SCHEDULES, ScheduleName, stages_of_rank
 
 HOST_AXIS_TIMEOUT = timedelta(hours=1)
@@ -95,6 +95,12 @@ class Layout:
     """[dp_cp, tp] of this pipeline stage; parameters are DTensors on it."""
     device: torch.device
 
+    @property
+    def token_multiple(self) -> int:
+        """A number that must divide a microbatch's tokens, so that all ranks get equally many."""
+        over_tp = self.tp.size if self.sequence_parallel else 1
+        return token_multiple(self.cp.size, self.cp_gather.size, over_tp)
+
     def describe(self) -> str:
         """Write the sizes of the axes in one line, and of each what is not the default."""
         tp_note = " (sequence parallel)" if self.sequence_parallel else ""
@@ -162,6 +168,21 @@ def device_here() -> tuple[str, int]:
     return "cpu", host_memory() // launched_local_world_size()
 
 
+def choose_device() -> torch.device:
+    """Choose where this process's tensors live: on its GPU where the machine has them.
+
+    This is the one place where the device is chosen.
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda", launched_local_rank())
+    return torch.device("cpu")
+
+
+def is_launched() -> bool:
+    """Tell whether a launcher started this process and its peers."""
+    return "RANK" in os.environ
+
+
 def has_bf16_units(device: torch.device) -> bool:
     """Tell whether the device multiplies bf16 in hardware; else bf16 is slower than fp32."""
     if device.type != "cpu":
@@ -182,16 +203,14 @@ def start_world(
     form several worlds one after the other).
     """
     local_rank = launched_local_rank()
+    device = choose_device()
     # gloo for CPU tensors also on GPUs: asynchronous saves need it.
-    has_cuda = torch.cuda.is_available()
-    device_type = "cuda" if has_cuda else "cpu"
+    has_cuda = device.type == "cuda"
     if config.distributed_backend not in ("auto", "nccl" if has_cuda else "gloo"):
         raise ValueError(
             f"distributed_backend = {config.distributed_backend}: this machine's tensors live on "
-            f"{device_type}. Fix: leave it at auto."
+            f"{device.type}. Fix: leave it at auto."
         )
-    # The one place where the device is chosen.
-    device = torch.device("cuda", local_rank) if has_cuda else torch.device("cpu")
     if has_cuda:
         torch.cuda.set_device(device)
     options = {
@@ -203,7 +222,7 @@ def start_world(
     if store is not None:
         assert rank is not None and world_size is not None
         dist.init_process_group(store=store, rank=rank, world_size=world_size, **options)
-    elif "RANK" in os.environ:
+    elif is_launched():
         dist.init_process_group(**options)
     else:
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **options)

@@ -122,6 +122,12 @@ class HuggingFace:
         self.eod = self._id_of(self._made.eos_token)
         self.bos = self._id_of(self._made.bos_token)
 
+    @property
+    def prefix_id(self) -> int | None:
+        """Id that transformers puts before every text; None = it puts none there."""
+        added = self._made.encode("", add_special_tokens=True)
+        return added[0] if added else None
+
     def _id_of(self, token: str | None) -> int | None:
         """Find the id of a token; None where there is none."""
         if token is None:

@@ -13,6 +13,24 @@ from tools.huggingface import export_files
 from tools.huggingface.stored_model import StoredModel
 
 
+def declared_context(stored: StoredModel, asked: int | None = None) -> int:
+    """Return the longest context that the model is for.
+
+    Args:
+        asked: what somebody wants to declare instead.
+    """
+    longest = stored.progress.longest_seq_length
+    asked = asked or stored.config.model.max_position_embeddings
+    if asked:
+        return asked
+    theirs = export_files.parse_json(stored.carried.get(CONFIG))
+    before = theirs.get("max_position_embeddings")
+    # Training on shorter samples takes no context away from a model whose rope is the source's.
+    if isinstance(before, int) and export_files.source_rope(theirs) == stored.rope:
+        return max(before, longest)
+    return context_to_declare(stored.rope, longest)
+
+
 def choose_context(stored: StoredModel, asked: int | None) -> int:
     """Choose the max_position_embeddings to declare.
 
@@ -21,14 +39,7 @@ def choose_context(stored: StoredModel, asked: int | None) -> int:
     Args:
         asked: --max-position-embeddings.
     """
-    longest = stored.progress.longest_seq_length
-    asked = asked or stored.config.model.max_position_embeddings
-    declared = asked or context_to_declare(stored.rope, longest)
-    theirs = export_files.parse_json(stored.carried.get(CONFIG))
-    before = theirs.get("max_position_embeddings")
-    # Training on shorter samples takes no context away from a model whose rope is the source's.
-    if not asked and isinstance(before, int) and export_files.source_rope(theirs) == stored.rope:
-        declared = max(before, longest)
+    declared = declared_context(stored, asked)
     if stored.rope.type == "yarn" and declared != stored.rope.scaled_length:
         print(
             f"warning: max_position_embeddings = {declared}: transformers before 5 divides it by "

@@ -51,8 +51,11 @@ class StoredModel:
         return self.progress.rope
 
 
-def open_stored_model(root: str, step: int | None) -> StoredModel:
+def open_stored_model(root: str, step: int | None, *, verify: bool = True) -> StoredModel:
     """Find, verify and open the checkpoint of a step, or the latest one.
+
+    Args:
+        verify: compare the files with their checksums; of several processes one is enough.
 
     Raises:
         ValueError: there is none, or its files are damaged.
@@ -64,7 +67,8 @@ def open_stored_model(root: str, step: int | None) -> StoredModel:
             "Fix: give the --save folder of a run."
         )
     # A folder may have been cut short by a copy: its checksums say so.
-    refuse_damage(folder, verify_files(folder))
+    if verify:
+        refuse_damage(folder, verify_files(folder))
     config = read_config_yaml(str(folder / "config.yaml"))
     # No weights yet: those are read a file at a time.
     return StoredModel(
@@ -76,8 +80,14 @@ def open_stored_model(root: str, step: int | None) -> StoredModel:
     )
 
 
-def stored_tokenizer(folder: Path, config: Config) -> Tokenizer | None:
-    """Build the tokenizer from the files beside the weights; None where the run had none."""
+def stored_tokenizer(
+    folder: Path, config: Config, *, keep_special: bool = False
+) -> Tokenizer | None:
+    """Build the tokenizer from the files beside the weights; None where the run had none.
+
+    Args:
+        keep_special: special tokens that are written in a text are those tokens, and not text.
+    """
     files = sorted((folder / "tokenizer").iterdir())
     if not files:
         return None
@@ -86,5 +96,9 @@ def stored_tokenizer(folder: Path, config: Config) -> Tokenizer | None:
     is_one_file = len(files) == 1 and data.tokenizer_type != "HuggingFaceTokenizer"
     model = files[0] if is_one_file else folder / "tokenizer"
     return build_tokenizer(
-        data.tokenizer_type, str(model), data.vocab_size, ids_from=data.tokenizer_ids_from
+        data.tokenizer_type,
+        str(model),
+        data.vocab_size,
+        ids_from=data.tokenizer_ids_from,
+        keep_special=keep_special,
     )
