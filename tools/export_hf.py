@@ -2,7 +2,7 @@
 DIR [--verify]`.
 
 Needs no GPU and no process group. The folder appears whole or not at all; with --verify only after
-transformers' logits have been compared with ours (tools/huggingface/verify_export.py). Besides
+it was compared with transformers (tools/huggingface/verify_export.py). Besides
 weights it holds what the model's own Hugging Face folder held (generation, chat templates); what
 training changed is named.
 """
@@ -41,8 +41,8 @@ class Arguments:
     """Context length to declare; by default the longest that was trained, or yarn's factor x
     original context."""
     verify: bool = False
-    """Compare transformers' logits with ours on real text before publishing; fail if they
-    differ."""
+    """Compare weights, and transformers' logits and greedy text with ours on real text, before
+    publishing; fail if they differ."""
     verify_text: str | None = None
     """Text file to compare on; by default documents of the run's own data."""
     tokenizer: bool = True

@@ -23,11 +23,11 @@ from pretrain.checkpointing.progress import Progress
 from pretrain.config.config import Config
 from pretrain.config.config_yaml import dump_yaml
 from pretrain.planner.model_size import ModelSize
-from tools.huggingface.compare_logits import transformers_logits
 from tools.huggingface.config import interpret_config, read_config_file
 from tools.huggingface.fit import check_fit, pad_vocabulary, settle_tie
 from tools.huggingface.import_settings import describe_tokenizer, make_config, progress_of_import
-from tools.huggingface.verify_import import compared_sequences, verify_import
+from tools.huggingface.transformers_answers import ask_transformers
+from tools.huggingface.verify_import import questions_about, verify_import, verify_stored
 from tools.huggingface.weights import Weights, open_weights
 from tools.outputs.files import Input, check_root
 from tools.shared.door import run_door, warn
@@ -46,8 +46,9 @@ class Arguments:
     """Rows of the embedding are padded to a multiple of this, which tensor parallelism must divide.
     A run may choose another one when it loads the checkpoint."""
     verify: bool | None = None
-    """--verify or --no-verify: compare transformers' logits on the folder with ours before
-    publishing. By default yes below 10B parameters."""
+    """--verify or --no-verify: compare transformers' logits and greedy text on the folder with ours
+    before publishing, and then the stored weights bit for bit. By default yes below 10B
+    parameters."""
     tokenizer_ids_from: IdsFrom | None = None
     """Which of the folder's definitions of its tokenizer gives the ids; needed where they
     differ."""
@@ -89,7 +90,10 @@ def import_folder(arguments: Arguments) -> Path:
         folder, config, settings.vocab_size, weights, longest if is_verified else None
     )
     progress = progress_of_import(config, tokenizer, longest)
-    return _publish(root, folder, config, progress, tensors)
+    published = _publish(root, folder, config, progress, tensors)
+    if is_verified:
+        verify_stored(published, weights.entries, settings.vocab_size)
+    return published
 
 
 def _check_output(arguments: Arguments) -> Path:
@@ -130,16 +134,15 @@ def _read_verified(
     Raises:
         ValueError: weights that cannot be read, or other logits than transformers'.
     """
-    # No sequences: no comparison.
-    sequences = []
-    if longest is not None:
-        sequences = compared_sequences(vocab_size, longest, config.model.windows)
     # transformers first: its model is freed before ours is read, so that memory holds one of them.
-    expected = transformers_logits(folder, sequences) if sequences else []
+    questions = answers = None
+    if longest is not None:
+        questions = questions_about(config, vocab_size, longest)
+        answers = ask_transformers(folder, questions)
     tensors = weights.read()
     pad_vocabulary(tensors, config.model.padded_vocab_size(vocab_size))
-    if sequences:
-        verify_import(config.model, vocab_size, tensors, sequences, expected)
+    if questions is not None and answers is not None:
+        verify_import(config.model, vocab_size, tensors, questions, answers)
     return tensors
 
 

@@ -7,7 +7,8 @@ import torch
 from parallel.config import LayoutConfig
 from parallel.layout import World, build_layout, single_process_layout
 from tests.huggingface.model_folders import SHAPE, write_folder
-from tools.huggingface.compare_logits import ComparedSequence, transformers_logits
+from tools.huggingface.questions import ComparedSequence, Questions
+from tools.huggingface.transformers_answers import ask_transformers
 from tools.inference.open_model import open_model
 from tools.inference.scores import score_texts
 
@@ -38,7 +39,8 @@ def expected_scores(folder) -> list[tuple[np.ndarray, np.ndarray]]:
         ComparedSequence("", torch.tensor(text), torch.arange(len(text))) for text in texts()
     ]
     found = []
-    for logits, sequence in zip(transformers_logits(folder, sequences), sequences, strict=True):
+    answers = ask_transformers(folder, Questions(sequences, sequences[0].ids, new_tokens=0))
+    for logits, sequence in zip(answers.double, sequences, strict=True):
         following = sequence.ids[1:]
         logs = logits[:-1].log_softmax(dim=-1)
         chosen = logs.gather(1, following[:, None])[:, 0]

@@ -9,6 +9,7 @@ from pretrain.checkpointing.stored_tensors import read_whole_tensors, tensor_nam
 from tests.huggingface.model_folders import SHAPE, transformers_logits, transformers_model
 from tools import import_hf
 from tools.huggingface import compare_logits
+from tools.huggingface.questions import ComparedSequence
 from tools.huggingface.stored_model import StoredModel, open_stored_model
 from tools.huggingface.verify_export import model_of_checkpoint
 
@@ -54,5 +55,5 @@ def checkpoint_logits(
 ) -> torch.Tensor:
     """Logits [t, V] of our model, its weights rounded to the dtype of the exported folder."""
     model = model_of_checkpoint(stored, exported)
-    sequence = compare_logits.ComparedSequence("", ids, positions)
+    sequence = ComparedSequence("", ids, positions)
     return compare_logits.our_logits(model, stored.vocab_size, sequence)

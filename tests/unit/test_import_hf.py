@@ -4,11 +4,14 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
+from data.tokenizers.tokenizer import build_tokenizer
 from model.hf.architectures import ARCHITECTURES
 from model.hf.choice import architecture_of
 from pretrain.checkpointing.folders import LATEST, find_published
 from pretrain.config.config_yaml import read_config_yaml
+from tests.huggingface import chat_folders
 from tests.huggingface.imports import IDS, POSITIONS, assert_same_model, our_logits, refusal, run
 from tests.huggingface.model_folders import (
     change_config,
@@ -18,6 +21,7 @@ from tests.huggingface.model_folders import (
     write_folder,
 )
 from tools import import_hf
+from tools.huggingface import compare_weights, import_settings, verify_import
 from tools.huggingface.config import interpret_config
 
 
@@ -248,10 +252,46 @@ def test_rounding_alone_is_no_difference(tmp_path, kind):
 def test_positions_are_compared_over_the_whole_declared_context(tmp_path, capsys):
     folder = write_folder(tmp_path / "hf", "qwen3", max_position_embeddings=100_000)
     assert run(folder)[0] == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if "verify: " in line]
-    assert ["ok" in line for line in lines] == [True, True, True], lines
-    assert "positions 99,744 to 99,999" in lines[1], lines
-    assert "each 392th position" in lines[2], lines
+    lines = [line for line in capsys.readouterr().out.splitlines() if " logits, " in line]
+    assert [line.split("  ok  ")[1:] != [] for line in lines] == [True] * len(lines), lines
+    for precision in ("fp32", "fp64"):
+        for place in (
+            "positions 0 to 255",
+            "positions 32 to 287",
+            "positions 49,872 to 50,127",
+            "positions 99,744 to 99,999",
+            "each 392th position to 99,960",
+        ):
+            assert any(f"{precision} logits, {place} " in line for line in lines), (place, lines)
+    assert len(lines) == 10
+
+
+def test_a_checkpoint_that_stores_other_weights_than_the_folder_is_removed(
+    folder, capsys, monkeypatch
+):
+    read = compare_weights.StoredTensors.read
+
+    def read_with_fault(self, name):
+        tensor = read(self, name)
+        if name == "model.layers.1.attention.k.weight":
+            tensor.view(torch.int32)[0, 3] ^= 1
+        return tensor
+
+    monkeypatch.setattr(compare_weights.StoredTensors, "read", read_with_fault)
+    code, save = run(folder)
+    assert code == 2 and list(save.iterdir()) == []
+    assert "layers.1.attention.k.weight differs in 1 of 128 numbers" in capsys.readouterr().err
+
+
+def test_real_text_is_compared_where_the_folder_has_a_tokenizer(tmp_path):
+    folder = chat_folders.write_tokenizer(chat_folders.write_model(tmp_path / "hf"))
+    sizes = dict(num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1)
+    config = import_settings.make_config(sizes, 320, folder, vocab_multiple=1, ids_from=None)
+    questions = verify_import.questions_about(config, 320, 1000)
+    text = build_tokenizer("HuggingFaceTokenizer", str(folder), None).decode(
+        questions.sequences[0].ids.tolist()
+    )
+    assert len(text) > 256 and text in verify_import.TEXT.read_text(encoding="utf-8")
 
 
 def test_a_folder_that_transformers_cannot_run_is_one_line(folder, capsys, monkeypatch):

@@ -46,4 +46,5 @@ def test_an_export_is_verified_whatever_memory_settings_the_run_had(
     save = imported_run(tmp_path, SETTINGS[name])
     output = str(tmp_path / "exported")
     export_hf.export(export_hf.Arguments(load=save, output=output, verify=True))
-    assert ": ok" in capsys.readouterr().out
+    rows = [line for line in capsys.readouterr().out.splitlines() if "  ok" in line]
+    assert len(rows) == 2 + 2 * 4, rows

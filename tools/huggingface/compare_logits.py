@@ -1,143 +1,84 @@
-"""Is our model the one that transformers makes of a folder? Logits of both, in fp64.
+"""Is our model the one that transformers makes of a folder? Its answers to the same questions.
 
-In fp32, rounding alone moves logits by 1e-6 to 2e-5 of the largest one, in transformers as here,
-and hides small faults: rms_norm_eps 1e-5 for 1e-6 moved those of a random model by 5e-6 only. In
-fp64 the same models differ by 1e-15, and that fault stands out.
+- fp64 logits: all but rounding is a fault, so that 1e-8 of the largest logit is allowed.
+- fp32 logits, in which the model is used: 4 times what two ways of transformers itself differ.
+- 64 tokens that follow a text, the largest logit each: the same ids, unless two logits are equal
+  but for rounding.
 
-Shapes: T tokens, V vocabulary.
+Shapes: T tokens, t of them that are compared, V vocabulary.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
 import torch
-from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from data.batch import IGNORE, Batch
 from model.gpt import GPTStage
-from tools.shared.message_text import one_line
+from tools.huggingface.comparison_table import ComparisonTable
+from tools.huggingface.double import compute_in_double
+from tools.huggingface.questions import ComparedSequence, Questions
+from tools.huggingface.transformers_answers import Answers
+from tools.shared.message_text import count_of
 
 ALLOWED_SHARE = 1e-8
-"""Share of the largest logit by which ours may differ.
+"""Share of the largest logit by which ours may differ in fp64.
 
 Angles are rounded to fp32 in both models, since that rounding belongs to the model: one rounded
 otherwise in a few places stays below this.
 """
+MULTIPLE_OF_WAYS = 4
+"""Multiple of the difference between transformers' sdpa and eager that ours may have in fp32."""
+MULTIPLE_OF_ROUNDING = 2
+"""Multiple of the difference between transformers' fp32 and fp64 that ours may have in fp32.
+
+Two models that round differently are each that far from fp64. It allows more than the ways do only
+where all parts of a model round much more than its attention.
+"""
+TINY_PARAMETERS = 10_000_000
+"""Parameters below which fp32 rounds little."""
+TINY_SHARE = 1e-5
+"""Share of the largest logit that a tiny model may differ by in fp32, if transformers itself rounds
+less."""
 
 
-@dataclass(frozen=True)
-class ComparedSequence:
-    """Holds tokens at positions, which both models see as one document."""
+def compare_answers(
+    table: ComparisonTable,
+    model: GPTStage,
+    vocab_size: int,
+    questions: Questions,
+    answers: Answers,
+) -> None:
+    """Add our model's answers to the table, beside transformers'; the model ends in fp64.
 
-    name: str
-    ids: torch.Tensor
-    """int64 [T]."""
-    positions: torch.Tensor
-    """int64 [T], rising; with gaps too."""
-
-
-# ---------------------------------------------------------------- fp64
-
-
-def compute_in_double(model: nn.Module, layers: Iterable[nn.Module]) -> None:
-    """Make a model compute in fp64 with the weights that it has.
-
-    The weights of a layer are fp64 while it computes, so that memory holds one layer twice; those
-    beside the layers stay fp64. Buffers (the rope's frequencies) keep their dtype.
+    Args:
+        model: computes in fp32.
     """
-    inside = set()
-    for layer in layers:
-        parameters = list(layer.parameters())
-        inside |= set(parameters)
-        _widen_while_computing(layer, parameters)
-    for parameter in model.parameters():
-        if parameter not in inside:
-            parameter.data = parameter.data.double()
+    columns = answers.double[0].shape[1]
+    if columns != vocab_size:
+        problem = f"transformers' model has {columns:,} token ids, ours {vocab_size:,}"
+        table.add("token ids", f"{columns:,} ids", f"{vocab_size:,} ids", problem)
+        return
+    table.remark(f"transformers' own logits: {answers.describe()}")
+    # fp32 first: a model that was made to compute in fp64 stays so.
+    is_tiny = sum(parameter.numel() for parameter in model.parameters()) < TINY_PARAMETERS
+    for sequence, logits in zip(questions.sequences, answers.single, strict=True):
+        allowed = allowed_in_single(answers, float(logits.abs().max()), is_tiny=is_tiny)
+        _add_logits(table, "fp32", model, sequence, logits, allowed)
+    if questions.new_tokens:
+        _add_continuation(table, model, vocab_size, questions, answers)
+
+    compute_in_double(model, model.layers.values())
+    for sequence, logits in zip(questions.sequences, answers.double, strict=True):
+        allowed = ALLOWED_SHARE * float(logits.abs().max())
+        _add_logits(table, "fp64", model, sequence, logits, allowed)
 
 
-def _widen_while_computing(layer: nn.Module, parameters: list[nn.Parameter]) -> None:
-    """Hook a layer so that its weights are fp64 during its forward pass only."""
-    stored = [parameter.data for parameter in parameters]
+def our_logits(
+    model: GPTStage, vocab_size: int, sequence: ComparedSequence, rows: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Compute logits [t, V] of one sequence with our whole model, without padded ids.
 
-    def widen(*_: Any) -> None:
-        for parameter, values in zip(parameters, stored):
-            parameter.data = values.double()
-
-    def narrow(*_: Any) -> None:
-        for parameter, values in zip(parameters, stored):
-            parameter.data = values
-
-    layer.register_forward_pre_hook(widen)
-    layer.register_forward_hook(narrow, always_call=True)
-
-
-class _KeepDouble(TorchFunctionMode):
-    """Keeps fp64 where code asks for fp32, as transformers' norms do to gain precision."""
-
-    def __torch_function__(self, func, types, args: tuple[Any, ...] = (), kwargs=None):
-        kwargs = kwargs or {}
-        if func is torch.Tensor.to and args[0].dtype == torch.float64:
-            if torch.float32 in (*args[1:], *kwargs.values()):
-                return args[0]
-        return func(*args, **kwargs)
-
-
-# ---------------------------------------------------------------- logits
-
-
-def transformers_logits(folder: Path, sequences: Sequence[ComparedSequence]) -> list[torch.Tensor]:
-    """Compute fp64 logits [T, V] of each sequence with transformers; the folder is loaded once.
-
-    Raises:
-        ValueError: transformers cannot load or run it; in one line.
+    Args:
+        rows: places of the tokens to compute them for; None = all.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        # trust_remote_code: the folder's own code is never run, and nobody is asked.
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            attn_implementation="sdpa",
-            dtype=torch.float32,
-            trust_remote_code=False,
-            output_attentions=False,
-            return_dict=True,
-            local_files_only=True,
-        ).eval()
-        compute_in_double(model, model.model.layers)
-        with _KeepDouble():
-            return [_transformers_logits(model, sequence) for sequence in sequences]
-    except Exception as error:  # loading runs much code of others, which may raise anything
-        raise ValueError(
-            f"{folder}: transformers cannot run it ({one_line(error)}). Fix: correct "
-            "config.json, or download the folder again."
-        ) from None
-    finally:
-        logging.set_verbosity(verbosity)
-
-
-def _transformers_logits(model: nn.Module, sequence: ComparedSequence) -> torch.Tensor:
-    """Compute the logits [T, V] of one sequence with a model of transformers."""
-    # With a mask given, a gap between positions is not taken for the beginning of another document.
-    with torch.no_grad():
-        return model(
-            input_ids=sequence.ids[None],
-            position_ids=sequence.positions[None],
-            attention_mask=torch.ones_like(sequence.ids[None]),
-            use_cache=False,
-            return_dict=True,
-        ).logits[0]
-
-
-def our_logits(model: GPTStage, vocab_size: int, sequence: ComparedSequence) -> torch.Tensor:
-    """Compute the logits [T, V] of one sequence with our whole model, without padded ids."""
     ids = sequence.ids
     batch = Batch(
         tokens=ids,
@@ -146,38 +87,99 @@ def our_logits(model: GPTStage, vocab_size: int, sequence: ComparedSequence) -> 
         cu_seqlens=torch.tensor([0, len(ids)], dtype=torch.int32),
     )
     with torch.no_grad():
-        return model.logits(model.hidden(ids, batch))[:, :vocab_size]
+        hidden = model.hidden(ids, batch)
+        return model.logits(hidden if rows is None else hidden[rows])[:, :vocab_size]
 
 
-# ---------------------------------------------------------------- comparison
+# ---------------------------------------------------------------- logits
 
 
-def find_differences(
+def allowed_in_single(answers: Answers, largest: float, *, is_tiny: bool) -> float:
+    """Return how far our fp32 logits may be from transformers'.
+
+    Args:
+        largest: of the logits.
+    """
+    allowed = MULTIPLE_OF_ROUNDING * answers.rounding
+    own = answers.rounding
+    if answers.between_ways is not None:
+        allowed = max(allowed, MULTIPLE_OF_WAYS * answers.between_ways)
+        own = max(own, answers.between_ways)
+    if is_tiny and own <= TINY_SHARE * largest:
+        return min(allowed, TINY_SHARE * largest)
+    return allowed
+
+
+def _add_logits(
+    table: ComparisonTable,
+    precision: str,
+    model: GPTStage,
+    sequence: ComparedSequence,
+    theirs: torch.Tensor,
+    allowed: float,
+) -> None:
+    """Add the comparison of one sequence."""
+    vocab_size = theirs.shape[1]
+    differences = (our_logits(model, vocab_size, sequence, sequence.rows) - theirs).abs()
+    difference = float(differences.max())
+    place, token = divmod(int(differences.argmax()), vocab_size)
+    position = int(sequence.positions[sequence.rows[place]])
+    where = f"position {position:,}, token id {token:,}"
+    problem = None
+    # Written so that "not a number" fails, too.
+    if not difference <= allowed:
+        problem = (
+            f"{precision} logits at {sequence.name} differ by {difference:.2e} ({where}), allowed "
+            f"{allowed:.2e}"
+        )
+    largest = float(theirs.abs().max())
+    table.add(
+        f"{precision} logits, {sequence.name}",
+        f"{difference:.2e}",
+        f"{allowed:.2e}",
+        problem,
+        note=f"at {where}; largest logit {largest:.2f}",
+    )
+
+
+# ---------------------------------------------------------------- text that follows
+
+
+def _add_continuation(
+    table: ComparisonTable,
     model: GPTStage,
     vocab_size: int,
-    sequences: Sequence[ComparedSequence],
-    expected: Sequence[torch.Tensor],
-) -> list[str]:
-    """Compare our model with transformers' logits, and print each comparison -> what is wrong."""
-    problems = []
-    for sequence, theirs in zip(sequences, expected, strict=True):
-        problem = _judge(sequence, our_logits(model, vocab_size, sequence), theirs)
-        if problem:
-            problems.append(problem)
-    return problems
+    questions: Questions,
+    answers: Answers,
+) -> None:
+    """Add whether ours, too, takes each token that transformers' generate took.
 
+    One pass over prompt and continuation shows it: if each token is the first choice after those
+    before it, generating one after the other gives the same.
+    """
+    ids = answers.continued
+    begin = len(questions.prompt)
+    text = ComparedSequence("", ids, torch.arange(len(ids)))
+    # The choice of a token is made where the one before it is.
+    choices = our_logits(model, vocab_size, text, torch.arange(begin - 1, len(ids) - 1))
+    taken = ids[begin:]
+    best = choices.max(dim=1)
+    gaps = best.values - choices.gather(1, taken[:, None])[:, 0]
+    differ = best.indices != taken
+    allowed = allowed_in_single(answers, float(choices.abs().max()), is_tiny=False)
+    wrong = differ & ~(gaps <= allowed)
 
-def _judge(sequence: ComparedSequence, ours: torch.Tensor, theirs: torch.Tensor) -> str | None:
-    """Print the comparison of one sequence -> what is wrong, or None."""
-    largest = float(theirs.abs().max())
-    difference = float((ours - theirs).abs().max())
-    allowed = ALLOWED_SHARE * largest
-    is_same = difference <= allowed
-    print(
-        f"verify: {sequence.name}: ours - transformers {difference:.2e}, allowed {allowed:.2e}, "
-        f"largest logit {largest:.2f}: {'ok' if is_same else 'DIFFERENT'}",
-        flush=True,
-    )
-    if is_same:
-        return None
-    return f"logits at {sequence.name} differ by {difference:.2e}, allowed {allowed:.2e}"
+    note = f"after {count_of(begin, 'token')} of text"
+    ties = int((differ & ~wrong).sum())
+    if ties:
+        note += f"; {count_of(ties, 'tie')}: two logits equal but for rounding"
+    problem = None
+    if wrong.any():
+        first = int(wrong.nonzero()[0, 0])
+        problem = (
+            f"{int(wrong.sum())} of {len(taken)} tokens that follow a text differ, the first at "
+            f"position {begin + first:,}: {int(best.indices[first]):,} instead of "
+            f"{int(taken[first]):,}"
+        )
+    what = f"greedy continuation, {count_of(len(taken), 'token')}"
+    table.add(what, count_of(int(wrong.sum()), "token"), "0 tokens", problem, note=note)

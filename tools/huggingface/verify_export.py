@@ -1,7 +1,7 @@
-"""Is an exported folder the same model? Logits of transformers against ours, in fp64, on real text.
+"""Is an exported folder the same model? Weights bit for bit, and transformers' answers beside ours.
 
-Compared at the first positions and at the last ones of the declared context, where rotary angles
-are largest. What differences are allowed: tools/huggingface/compare_logits.py.
+The text is real. What is compared: tools/huggingface/questions.py; what may differ:
+tools/huggingface/compare_logits.py.
 """
 
 import json
@@ -12,21 +12,26 @@ import numpy as np
 import torch
 
 from data.sources import open_corpus
+from data.tokenizers.tokenizer import Tokenizer
 from model.attention_backends.choice import choose_attention
 from model.build import build_whole_model
 from model.gpt import GPTStage
 from model.windows import tokens_beyond
 from pretrain.checkpointing.stored_tensors import read_whole_tensors, tensor_names
-from tools.huggingface.compare_logits import (
-    ComparedSequence,
-    compute_in_double,
-    find_differences,
-    transformers_logits,
-)
+from tools.huggingface.compare_logits import compare_answers
+from tools.huggingface.compare_weights import compare_weights
+from tools.huggingface.comparison_table import ComparisonTable
+from tools.huggingface.double import compute_in_double
+from tools.huggingface.questions import choose_questions
 from tools.huggingface.stored_model import StoredModel
+from tools.huggingface.transformers_answers import ask_transformers
+from tools.huggingface.weights import open_weights
+from tools.shared.message_text import count_of
 
-WINDOW = 1024
-"""Tokens of a sequence that is compared."""
+WINDOW = 512
+"""Tokens of a sequence at either end of the context, unless a layer has a longer window."""
+TEXT_TOKENS = 4096
+"""Tokens of text from which all sequences are taken, at least where there are as many."""
 
 
 def verify_export(
@@ -45,35 +50,40 @@ def verify_export(
         with_tokenizer: compare the token ids of the exported tokenizer as well.
 
     Raises:
-        ValueError: the logits, or the token ids, differ.
+        ValueError: the weights, the logits, the text that follows or the token ids differ.
     """
-    # The same text at both ends of the context.
-    # Longer than the layers' windows, so that a wrong one shows.
-    asked = tokens_beyond(stored.config.model.windows, WINDOW)
-    ids = _real_text(stored, text_file, asked)
-    window = min(asked, max_positions, len(ids))
-    if window < asked and stored.config.model.window_size:
-        print(
-            f"note: verify: {window:,} tokens are compared, which may not reach beyond the layers' "
-            "windows; --verify-text with a longer text would"
-        )
-    ids = torch.from_numpy(ids[:window])
-    sequences = []
-    for start in dict.fromkeys((0, max_positions - window)):
-        name = f"positions {start:,} to {start + window - 1:,}"
-        sequences.append(ComparedSequence(name, ids, torch.arange(start, start + window)))
-
+    ids = _text_beyond_windows(stored, text_file, max_positions)
+    windows = stored.config.model.windows
+    questions = choose_questions(ids, max_positions, windows, stored.rope, WINDOW)
+    table = ComparisonTable()
+    dtype = getattr(torch, json.loads((exported / "config.json").read_text())["torch_dtype"])
+    entries = open_weights(exported, stored.architecture).entries
+    compare_weights(table, stored.folder, entries, stored.vocab_size, exported_as=dtype)
     # transformers first: its model is freed before ours is built.
-    expected = transformers_logits(exported, sequences)
-    model = model_of_checkpoint(stored, exported)
-    problems = find_differences(model, stored.vocab_size, sequences, expected)
-    if with_tokenizer:
-        problems += _tokenizer_problems(stored, exported, ids)
-    if problems:
-        raise ValueError(
-            f"verification of the export failed: {'; '.join(problems)}. "
-            "Fix: this is a defect of the conversion; nothing was published."
+    try:
+        answers = ask_transformers(exported, questions)
+    except ValueError as error:
+        table.add("transformers", "does not run", "", str(error))
+    else:
+        model = _build(stored, dtype)
+        compare_answers(table, model, stored.vocab_size, questions, answers)
+    if with_tokenizer and stored.tokenizer is not None:
+        _add_tokenizer(table, stored.tokenizer, exported, ids[:WINDOW])
+    table.raise_problems("export", "this is a defect of the conversion; nothing was published")
+
+
+def _text_beyond_windows(
+    stored: StoredModel, text_file: str | None, max_positions: int
+) -> torch.Tensor:
+    """Read real text, int64 [T], if possible so long that a wrong window shows."""
+    beyond = tokens_beyond(stored.config.model.windows, WINDOW)
+    ids = torch.from_numpy(_real_text(stored, text_file, max(beyond, TEXT_TOKENS)))
+    if min(max_positions, len(ids)) < beyond and stored.config.model.window_size:
+        print(
+            f"note: verify: {min(max_positions, len(ids)):,} tokens are compared, which may not "
+            "reach beyond the layers' windows; --verify-text with a longer text would"
         )
+    return ids
 
 
 # ---------------------------------------------------------------- the text
@@ -124,6 +134,13 @@ def model_of_checkpoint(stored: StoredModel, exported: Path) -> GPTStage:
     It computes in fp64.
     """
     dtype = getattr(torch, json.loads((exported / "config.json").read_text())["torch_dtype"])
+    model = _build(stored, dtype)
+    compute_in_double(model, model.layers.values())
+    return model
+
+
+def _build(stored: StoredModel, dtype: torch.dtype) -> GPTStage:
+    """Build our model from the checkpoint, its weights rounded to `dtype`; it computes in fp32."""
     names = tensor_names(stored.folder)
     tensors = {
         name.removeprefix("model."): tensor.to(dtype).float()
@@ -134,23 +151,23 @@ def model_of_checkpoint(stored: StoredModel, exported: Path) -> GPTStage:
     model = build_whole_model(stored.config.model, stored.vocab_size, tensors, attend, device)
     # The rope of the phase that was saved, which may differ from the run's first.
     model.rope = stored.rope
-    compute_in_double(model, model.layers.values())
     return model
 
 
 # ---------------------------------------------------------------- the tokenizer
 
 
-def _tokenizer_problems(stored: StoredModel, exported: Path, ids: torch.Tensor) -> list[str]:
-    """Say whether the exported tokenizer gives other ids than ours for the compared text."""
-    tokenizer = stored.tokenizer
-    if tokenizer is None:
-        return []
+def _add_tokenizer(
+    table: ComparisonTable, tokenizer: Tokenizer, exported: Path, ids: torch.Tensor
+) -> None:
+    """Add whether the exported tokenizer gives our ids for the compared text."""
     from transformers import AutoTokenizer
 
     text = tokenizer.decode([token for token in ids.tolist() if token != tokenizer.eod])
     exported_tokenizer: Any = AutoTokenizer.from_pretrained(exported)
-    theirs = exported_tokenizer.encode(text, add_special_tokens=False)
-    if theirs == tokenizer.encode(text):
-        return []
-    return ["the exported tokenizer gives other token ids than the one trained with"]
+    ours = tokenizer.encode(text)
+    problem = None
+    if exported_tokenizer.encode(text, add_special_tokens=False) != ours:
+        problem = "the exported tokenizer gives other token ids than the one trained with"
+    what = f"ids of the tokenizer, {count_of(len(ours), 'token')}"
+    table.add(what, "different" if problem else "none", "none", problem)

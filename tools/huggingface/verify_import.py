@@ -1,58 +1,83 @@
-"""Is an imported checkpoint the model of its Hugging Face folder? Logits in fp64, on random tokens.
+"""Is an imported checkpoint its Hugging Face folder's model? transformers' answers beside ours.
 
-What differences are allowed: tools/huggingface/compare_logits.py.
+What is compared: tools/huggingface/questions.py; what may differ:
+tools/huggingface/compare_logits.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
+from data.config import DataConfig
+from data.tokenizers.tokenizer import build_tokenizer
 from model.attention_backends.choice import choose_attention
 from model.build import build_whole_model
 from model.config import ModelConfig
-from model.windows import Window, tokens_beyond
-from tools.huggingface.compare_logits import ComparedSequence, compute_in_double, find_differences
+from model.windows import tokens_beyond
+from pretrain.checkpointing.folders import LATEST
+from pretrain.checkpointing.retention import delete_checkpoint
+from pretrain.config.config import Config
+from tools.huggingface.compare_logits import compare_answers
+from tools.huggingface.compare_weights import compare_weights
+from tools.huggingface.comparison_table import ComparisonTable
+from tools.huggingface.questions import Questions, choose_questions
+from tools.huggingface.transformers_answers import Answers
+from tools.huggingface.weights import Entry
 
 WINDOW = 256
 """Tokens of each sequence that is compared, unless a layer has a longer window."""
+TEXT_TOKENS = 1024
+"""Tokens of text from which the sequences are taken, at least."""
+TEXT = Path(__file__).parents[2] / "README.md"
+"""The text: sentences, tables and code."""
 
 
-def compared_sequences(
-    vocab_size: int, longest: int, windows: Sequence[Window]
-) -> list[ComparedSequence]:
-    """Draw random tokens at the first positions, the last ones, and spread over the context.
+def questions_about(config: Config, vocab_size: int, longest: int) -> Questions:
+    """Choose what is compared: a real text, or random tokens where the folder has no tokenizer.
 
     Args:
-        windows: of the model's layers: the sequences are longer.
         longest: the context length that the folder declares.
     """
-    length = min(tokens_beyond(windows, WINDOW), longest)
-    generator = torch.Generator().manual_seed(0)
-    positions = {f"positions 0 to {length - 1:,}": torch.arange(length)}
-    if longest > length:
-        last = f"positions {longest - length:,} to {longest - 1:,}"
-        positions[last] = torch.arange(longest - length, longest)
-        step = (longest - 1) // max(1, length - 1)
-        spread = f"each {step:,}th position to {step * (length - 1):,}"
-        positions[spread] = torch.arange(length) * step
-    return [
-        ComparedSequence(name, torch.randint(vocab_size, (length,), generator=generator), places)
-        for name, places in positions.items()
-    ]
+    model = config.model
+    length = max(TEXT_TOKENS, tokens_beyond(model.windows, WINDOW))
+    ids = _encode_text(config.data, vocab_size)
+    if ids is None:
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(vocab_size, (length,), generator=generator)
+        print("verify: on random tokens, since the folder has no tokenizer that can be read")
+    ids = ids.repeat(-(-length // len(ids)))
+    return choose_questions(ids, longest, model.windows, model.rope, WINDOW)
+
+
+def _encode_text(data: DataConfig, vocab_size: int) -> torch.Tensor | None:
+    """Encode TEXT with the folder's tokenizer, int64 [T]; None where there is none that can."""
+    if data.tokenizer_model is None:
+        return None
+    try:
+        tokenizer = build_tokenizer(
+            data.tokenizer_type, data.tokenizer_model, None, ids_from=data.tokenizer_ids_from
+        )
+    except ValueError:  # warned of when the tokenizer was described
+        return None
+    ids = torch.tensor(tokenizer.encode(TEXT.read_text(encoding="utf-8")), dtype=torch.long)
+    # A tokenizer may have more ids than the model.
+    ids = ids[ids < vocab_size]
+    return ids if len(ids) else None
 
 
 def verify_import(
     config: ModelConfig,
     vocab_size: int,
     tensors: dict[str, torch.Tensor],
-    sequences: list[ComparedSequence],
-    expected: list[torch.Tensor],
+    questions: Questions,
+    answers: Answers,
 ) -> None:
     """Compare the model to be published with what transformers makes of the folder.
 
     Args:
         tensors: our weights by name.
-        expected: transformers' logits of each sequence.
+        answers: transformers', from the folder.
 
     Raises:
         ValueError: they are not the same model.
@@ -60,10 +85,27 @@ def verify_import(
     device = torch.device("cpu")
     attend, _ = choose_attention("sdpa", device, torch.float64)
     model = build_whole_model(config, vocab_size, tensors, attend, device)
-    compute_in_double(model, model.layers.values())
-    problems = find_differences(model, vocab_size, sequences, expected)
-    if problems:
-        raise ValueError(
-            f"verification of the import failed: {'; '.join(problems)}. Fix: this is a defect of "
-            "the conversion, or of the folder; nothing was published."
-        )
+    table = ComparisonTable()
+    compare_answers(table, model, vocab_size, questions, answers)
+    table.raise_problems(
+        "import",
+        "this is a defect of the conversion, or of the folder; nothing was published",
+    )
+
+
+def verify_stored(checkpoint: Path, entries: Mapping[str, Entry], vocab_size: int) -> None:
+    """Compare what the published checkpoint stores with the folder, bit for bit; else remove it.
+
+    Args:
+        entries: the folder's tensors by our names.
+
+    Raises:
+        ValueError: they differ.
+    """
+    table = ComparisonTable()
+    compare_weights(table, checkpoint, entries, vocab_size)
+    if table.problems:
+        # The pointer first: it must not name what is gone.
+        (checkpoint.parent / LATEST).unlink()
+        delete_checkpoint(checkpoint)
+    table.raise_problems("import", "try again, on another disk; the checkpoint was removed")
