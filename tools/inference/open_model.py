@@ -252,14 +252,14 @@ def _of_folder(folder: Path, ids_from: IdsFrom | None) -> _Source:
     """Say what a Hugging Face folder holds."""
     content = read_config_file(folder)
     settings = interpret_config(content)
-    weights = open_weights(folder)
+    weights = open_weights(folder, settings.architecture)
     notes = settings.warnings + weights.warnings
     weights, is_tied, tie_warnings = settle_tie(settings, weights)
     model = ModelConfig(
         **settings.model | {"untie_embeddings_and_output_weights": not is_tied},
         make_vocab_size_divisible_by=1,
     )
-    check_fit(model, settings.vocab_size, weights)
+    check_fit(model, settings.vocab_size, weights, settings.architecture)
 
     def tokenizer(keep_special: bool) -> Tokenizer | None:
         if not tokenizer_files(folder):
