@@ -19,7 +19,6 @@ from model.attention_core import AttentionCore, Projections
 from model.config import ModelConfig
 from model.parts import RMSNorm, Weight, enter_tensor_parallel, leave_tensor_parallel
 from model.positions import Positions
-from model.scoring import Scoring
 from parallel.layout import Layout
 from parallel.ulysses import HeadSplit, head_rounds, heads_to_seq, seq_to_heads
 
@@ -27,7 +26,11 @@ from parallel.ulysses import HeadSplit, head_rounds, heads_to_seq, seq_to_heads
 class Attention(nn.Module):
     """A layer's attention: projections, exchange, kernel, exchange back, output projection."""
 
-    def __init__(self, config: ModelConfig, layout: Layout, attend: Attend, scoring: Scoring):
+    def __init__(self, config: ModelConfig, layout: Layout, attend: Attend, number: int):
+        """
+        Args:
+            number: of the layer in the whole model, from 0.
+        """
         super().__init__()
         D = config.hidden_size
         H = config.head_size
@@ -38,8 +41,11 @@ class Attention(nn.Module):
         self.k = Weight(kv_heads * H, D, bias=config.add_qkv_bias)
         self.v = Weight(kv_heads * H, D, bias=config.add_qkv_bias)
         self.o = Weight(D, heads * H)
-        self.q_norm = RMSNorm(H, config.norm_epsilon) if config.qk_layernorm else None
-        self.k_norm = RMSNorm(H, config.norm_epsilon) if config.qk_layernorm else None
+        self.norms_all_heads = config.norms_all_heads
+        self.q_norm = self.k_norm = None
+        if config.qk_layernorm:
+            self.q_norm = RMSNorm(heads * H if self.norms_all_heads else H, config)
+            self.k_norm = RMSNorm(kv_heads * H if self.norms_all_heads else H, config)
         self.layout = layout
         self.kv_rows: slice | None = None
         if kv_heads < tp.size:
@@ -53,7 +59,16 @@ class Attention(nn.Module):
         pairing = self.split.kv_of_query(layout.cp_a2a.rank)
         uses = [pairing.count(head) for head in range(pairing[-1] + 1)]
         kv_uses = uses if len(set(uses)) > 1 else None
-        self.core = AttentionCore(H, config.norm_epsilon, attend, scoring, layout, kv_uses)
+        self.core = AttentionCore(
+            head_size=H,
+            epsilon=config.norm_epsilon,
+            attend=attend,
+            scoring=config.scorings[number],
+            rope=config.layer_ropes[number],
+            layout=layout,
+            kv_uses=kv_uses,
+            norms_all_heads=self.norms_all_heads,
+        )
 
     def forward(
         self, x_tD: torch.Tensor, positions: Positions, head_chunks: int, tape: AttentionTape | None
@@ -101,6 +116,7 @@ class Attention(nn.Module):
         def rows(x: torch.Tensor | None) -> torch.Tensor | None:
             return x if x is None or self.kv_rows is None else x[self.kv_rows]
 
+        k_norm = None if self.k_norm is None else self.k_norm.local_weight()
         return Projections(
             q_rD=self.q.local_weight(),
             k_rD=rows(self.k.local_weight()),
@@ -109,5 +125,6 @@ class Attention(nn.Module):
             k_bias=rows(self.k.local_bias()),
             v_bias=rows(self.v.local_bias()),
             q_norm=None if self.q_norm is None else self.q_norm.local_weight(),
-            k_norm=None if self.k_norm is None else self.k_norm.local_weight(),
+            # A norm of a single head is the same for all heads.
+            k_norm=rows(k_norm) if self.norms_all_heads else k_norm,
         )

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from model.activation_memory.saved_attention import AttentionTape, join
 from model.attention_backends.backend import Attend
 from model.attention_backends.documents import PackedDocuments
+from model.layer_ropes import LayerRope
+from model.norm_over_heads import norm_over_heads
 from model.pointwise import HeadSizes, rms_norm, rotate, split_heads
 from model.positions import Positions
 from model.products import joined_linear
@@ -54,14 +56,17 @@ class AttentionCore:
 
     head_size: int
     epsilon: float
-    """Epsilon of the norms over each head of q and k."""
+    """Epsilon of the norms of q and k."""
     attend: Attend
     scoring: Scoring
+    rope: LayerRope
     layout: Layout
     kv_uses: list[int] | None
     """How many query heads read each key/value head, where an uneven split makes them differ.
 
     None = `attend` pairs query head i with key/value head i // group, and that is right."""
+    norms_all_heads: bool = False
+    """Norms of q and k are over all heads of all tp ranks at once, not over each."""
 
     def project(
         self, x_tD: torch.Tensor, positions: Positions, weights: Projections
@@ -80,9 +85,29 @@ class AttentionCore:
         # Cut the product into heads, norm and rotate them.
         H = self.head_size
         heads = HeadSizes(q_rD.shape[0] // H, k_rD.shape[0] // H, H)
-        return split_heads(
-            qkv_tR, heads, (q_norm, k_norm), self.epsilon, positions.cos_tH, positions.sin_tH
-        )
+        if self.norms_all_heads:
+            assert q_norm is not None and k_norm is not None
+            return self._norm_all_heads(qkv_tR, heads, (q_norm, k_norm), positions)
+        tables = positions.tables[self.rope]
+        return split_heads(qkv_tR, heads, (q_norm, k_norm), self.epsilon, *tables)
+
+    def _norm_all_heads(
+        self,
+        qkv_tR: torch.Tensor,
+        heads: HeadSizes,
+        norms: tuple[torch.Tensor, torch.Tensor],
+        positions: Positions,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Norm q and k over all heads, cut q, k and v into heads, and rotate q and k."""
+        q_tnH, k_tkH, v_tkH = heads.split(qkv_tR)
+
+        def norm_and_rotate(x_tnH: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            normed = norm_over_heads(x_tnH.flatten(1), weight, self.epsilon, self.layout.tp)
+            return rotate(normed.view(x_tnH.shape), *positions.tables[self.rope])
+
+        q_norm, k_norm = norms
+        # Each with memory of its own.
+        return norm_and_rotate(q_tnH, q_norm), norm_and_rotate(k_tkH, k_norm), v_tkH.clone()
 
     def project_q(
         self,
@@ -122,8 +147,9 @@ class AttentionCore:
         # The rows are those of q or of k, so their shape says how many heads there are.
         x_tnH = x_tr.view(x_tr.shape[0], -1, self.head_size)
         if norm is not None:
+            assert not self.norms_all_heads, "no group has all heads"
             x_tnH = rms_norm(x_tnH, norm, self.epsilon)
-        return rotate(x_tnH, positions.cos_tH, positions.sin_tH)
+        return rotate(x_tnH, *positions.tables[self.rope])
 
     def gather(self, k_skH: torch.Tensor, v_skH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys and values of all tokens, as the kernel pairs them with the query heads."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from model.layer_ropes import LayerRope, layer_ropes, no_rope_problems
 from model.rope import PARAMETERS, Rope, RopeType
 from model.scoring import Scoring, ScoringNeeds
 from model.windows import Window, layer_windows, window_problems
@@ -43,13 +44,23 @@ class ModelConfig:
     )
     """Longest context that exports declare; by default the longest phase. Must cover all phases."""
     swiglu: bool = field(default=True, metadata=dict(only=True))
-    """SwiGLU MLP; the only one built."""
+    """Gated MLP; the only one built."""
+    activation_func: Literal["silu", "gelu_tanh"] = "silu"
+    """Activation of the MLP's gate: silu (SwiGLU), or gelu by its tanh formula (Gemma)."""
     normalization: Literal["RMSNorm"] = "RMSNorm"
     """The only normalization built."""
+    norm_placement: Literal["pre", "post", "both"] = "pre"
+    """Norms of a layer's attention and MLP: of what they read (pre), of what they add (post: OLMo 2
+    and 3), or of both (Gemma 2 and 3)."""
+    apply_layernorm_1p: bool = False
+    """RMSNorm multiplies by 1 + weight (Gemma); initial weights are 0 then."""
     norm_epsilon: float = field(default=1e-5, metadata=dict(above=0))
     """Added to the mean square inside RMSNorm."""
     qk_layernorm: bool = False
-    """RMSNorm over each query and key head (Qwen3)."""
+    """RMSNorm of queries and keys (Qwen3, Gemma 3, OLMo 2 and 3)."""
+    qk_layernorm_scope: Literal["head", "all_heads"] = "head"
+    """What qk_layernorm norms at once: each head (Qwen3, Gemma 3), or the heads of a token side by
+    side (OLMo 2 and 3)."""
     add_qkv_bias: bool = False
     """Bias on the query, key and value projections (Qwen2)."""
     disable_bias_linear: bool = field(default=True, metadata=dict(only=True))
@@ -61,6 +72,12 @@ class ModelConfig:
     softmax. May differ from a checkpoint's: rows of padding are cut or filled with zeros."""
     init_method_std: float = field(default=0.02, metadata=dict(resume="free", above=0))
     """Standard deviation of initial weights; residual projections: over sqrt(2 num_layers)."""
+    embedding_multiplier: float = field(default=1.0, metadata=dict(above=0))
+    """Factor on the embedding of each token (Granite; Gemma: the root of hidden_size)."""
+    residual_multiplier: float = field(default=1.0, metadata=dict(above=0))
+    """Factor on what each attention and MLP adds to the residual stream (Granite)."""
+    logits_scaling: float = field(default=1.0, metadata=dict(above=0))
+    """The logits are divided by it (Granite)."""
     # Where a token is: the rotary embedding, which a phase may change.
     position_embedding_type: Literal["rope"] = "rope"
     """Rotary position embedding; the only one built."""
@@ -90,6 +107,12 @@ class ModelConfig:
     """yarn: the same in its denominator."""
     yarn_correction_range_round_to_int: bool | None = field(default=None, metadata=_ROPE)
     """yarn: round the bounds of kept dims to whole dims (transformers' truncate); default true."""
+    window_rotary_base: float | None = field(default=None, metadata=dict(above=0))
+    """Base of a rotary embedding without scaling in layers with a window (Gemma 3, OLMo 3); by
+    default they have that of the others. A phase changes that of the others only."""
+    no_rope_freq: list[int] = field(default_factory=list)
+    """Layers without rotary embedding (SmolLM3): every so many one, or for each layer 1 (without)
+    or 0 (with)."""
     rotary_percent: float = field(default=1.0, metadata=dict(only=1.0))
     """Share of each head that is rotated; only 1.0 is built."""
     # How attention is computed.
@@ -162,6 +185,17 @@ class ModelConfig:
         )
 
     @property
+    def norms_all_heads(self) -> bool:
+        """Are queries and keys normed over all heads of a token at once?"""
+        return self.qk_layernorm and self.qk_layernorm_scope == "all_heads"
+
+    @property
+    def layer_ropes(self) -> tuple[LayerRope, ...]:
+        """Which rotary embedding each layer has."""
+        has_own = self.window_rotary_base is not None
+        return layer_ropes(self.windows, self.no_rope_freq, windows_have_own=has_own)
+
+    @property
     def num_kv_heads(self) -> int:
         """Key/value heads of a layer."""
         return self.num_query_groups or self.num_attention_heads
@@ -174,6 +208,11 @@ class ModelConfig:
             self.rope_type or ("llama3" if self.use_rope_scaling else "default"),
             {name: getattr(self, setting) for setting, (name, _) in PARAMETERS.items()},
         )
+
+    @property
+    def window_rope(self) -> Rope | None:
+        """The rotary embedding of layers with a window, where they have one of their own."""
+        return None if self.window_rotary_base is None else Rope(self.window_rotary_base)
 
     def rope_problems(self) -> list[str]:
         """List why the rotary embedding cannot be trained or exported.
@@ -205,6 +244,7 @@ class ModelConfig:
                 "of them."
             )
         problems += window_problems(self.window_size, self.window_attn_skip_freq, self.num_layers)
+        problems += no_rope_problems(self.no_rope_freq, self.num_layers)
         # Heads are compared where their numbers and sizes are legal by themselves.
         kv_channels = 1 if self.kv_channels is None else self.kv_channels
         if min(self.num_attention_heads, self.hidden_size, kv_channels) >= 1:

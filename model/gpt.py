@@ -22,10 +22,11 @@ from model.activation_memory.saved_attention import AttentionTape
 from model.activation_memory.settings import MemorySettings
 from model.attention import Attention
 from model.attention_backends.backend import Attend
-from model.attention_backends.documents import pack_documents
+from model.attention_backends.documents import PackedDocuments, pack_documents
 from model.config import ModelConfig
+from model.layer_ropes import LayerRope
 from model.loss import IGNORED_LABEL, LossSettings, fused_loss, score
-from model.mlp import MLP, swiglu_gradients
+from model.mlp import MLP, gated_mlp_gradients
 from model.parts import (
     RMSNorm,
     Weight,
@@ -34,9 +35,8 @@ from model.parts import (
     gradient_before_leaving,
     leave_tensor_parallel,
 )
-from model.positions import Positions
+from model.positions import Positions, RotaryTables
 from model.rope import rotary_tables
-from model.scoring import Scoring
 from parallel.context import group_pieces
 from parallel.layout import Layout
 from parallel.schedule import layers_of_stage
@@ -58,14 +58,28 @@ class Microbatch(Protocol):
 
 
 class Layer(nn.Module):
-    """One pre-norm transformer layer: a = x + attention(norm(x)), then a + mlp(norm(a))."""
+    """One transformer layer: a = x + attention(norm(x)), then a + mlp(norm(a)).
 
-    def __init__(self, config: ModelConfig, layout: Layout, attend: Attend, scoring: Scoring):
+    The norms may come after the attention and the MLP instead, or as well (norm_placement). A
+    factor on what is added is residual_multiplier.
+    """
+
+    def __init__(self, config: ModelConfig, layout: Layout, attend: Attend, number: int):
+        """
+        Args:
+            number: of the layer in the whole model, from 0.
+        """
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
-        self.attention = Attention(config, layout, attend, scoring)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
-        self.mlp = MLP(config.hidden_size, config.ffn_hidden_size)
+        placement = config.norm_placement
+        self.attention_norm = None if placement == "post" else RMSNorm(config.hidden_size, config)
+        self.attention = Attention(config, layout, attend, number)
+        self.attention_post_norm = (
+            None if placement == "pre" else RMSNorm(config.hidden_size, config)
+        )
+        self.mlp_norm = None if placement == "post" else RMSNorm(config.hidden_size, config)
+        self.mlp = MLP(config.hidden_size, config.ffn_hidden_size, config.activation_func)
+        self.mlp_post_norm = None if placement == "pre" else RMSNorm(config.hidden_size, config)
+        self.residual_multiplier = config.residual_multiplier
         self.layout = layout
 
     def forward(
@@ -81,14 +95,23 @@ class Layer(nn.Module):
         tape: AttentionTape | None,
     ) -> torch.Tensor:
         """Compute the first half of the layer: x + attention(norm(x))."""
-        return x_tD + self.attention(
-            self.attention_norm(x_tD), positions, settings.attention_head_chunks, tape
+        added_tD = self.attention(
+            _normed(self.attention_norm, x_tD), positions, settings.attention_head_chunks, tape
         )
+        return self._add(x_tD, _normed(self.attention_post_norm, added_tD))
 
     def after_mlp(self, a_tD: torch.Tensor, settings: MemorySettings) -> torch.Tensor:
         """Compute the second half of the layer: a + mlp(norm(a))."""
-        x_tD = enter_tensor_parallel(self.mlp_norm(a_tD), self.layout)
-        return a_tD + leave_tensor_parallel(self.mlp(x_tD, settings.mlp_tiles), self.layout)
+        return self._add(a_tD, self._added_by_mlp(a_tD, settings))
+
+    def _added_by_mlp(self, a_tD: torch.Tensor, settings: MemorySettings) -> torch.Tensor:
+        x_tD = enter_tensor_parallel(_normed(self.mlp_norm, a_tD), self.layout)
+        added_tD = leave_tensor_parallel(self.mlp(x_tD, settings.mlp_tiles), self.layout)
+        return _normed(self.mlp_post_norm, added_tD)
+
+    def _add(self, stream_tD: torch.Tensor, added_tD: torch.Tensor) -> torch.Tensor:
+        """Add to the residual stream."""
+        return torch.add(stream_tD, added_tD, alpha=self.residual_multiplier)
 
     def mlp_gradient(
         self, a_tD: torch.Tensor, grad_tD: torch.Tensor, settings: MemorySettings
@@ -99,6 +122,30 @@ class Layer(nn.Module):
         norm or the next stage made it for this one.
         """
         a_tD = a_tD.requires_grad_()
+        grad_added_tD = grad_tD
+        if self.residual_multiplier != 1.0:
+            grad_added_tD = grad_tD * self.residual_multiplier
+        if self.mlp_post_norm is None:
+            self._mlp_gradient_without_result(a_tD, grad_added_tD, settings)
+        else:
+            # The norm after the MLP reads its result: all of it is made again.
+            with torch.enable_grad():
+                added_tD = self._added_by_mlp(a_tD, settings)
+            edge = get_gradient_edge(added_tD)
+            del added_tD  # only its place in the graph is needed from here on
+            torch.autograd.backward(edge, grad_added_tD)
+        assert a_tD.grad is not None
+        return grad_tD.add_(a_tD.grad)
+
+    def _mlp_gradient_without_result(
+        self, a_tD: torch.Tensor, grad_tD: torch.Tensor, settings: MemorySettings
+    ) -> None:
+        """Add the gradients of the MLP and of its norm to `a_tD.grad` and the parameters'.
+
+        Args:
+            grad_tD: the gradient of what the MLP adds.
+        """
+        assert self.mlp_norm is not None
         with torch.enable_grad():
             normed_tD = self.mlp_norm(a_tD)
             weights = self.mlp.local_weights()
@@ -106,14 +153,19 @@ class Layer(nn.Module):
         x_tD = enter_tensor_parallel(normed_tD.detach(), self.layout)
         del normed_tD  # only its place in the graph is needed from here on
         grad_partial_tD = gradient_before_leaving(grad_tD, self.layout)
-        grad_x, *grad_weights = swiglu_gradients(grad_partial_tD, x_tD, weights, settings.mlp_tiles)
+        grad_x, *grad_weights = gated_mlp_gradients(
+            grad_partial_tD, x_tD, weights, settings.mlp_tiles, self.mlp.activation
+        )
         # Their memory is not held while the norm is worked on.
         del x_tD, grad_partial_tD
         grad_normed = gradient_before_entering(grad_x, self.layout)
         del grad_x
         torch.autograd.backward(edges, [grad_normed, *grad_weights])
-        assert a_tD.grad is not None
-        return grad_tD.add_(a_tD.grad)
+
+
+def _normed(norm: RMSNorm | None, x: torch.Tensor) -> torch.Tensor:
+    """Apply a norm that the layer may not have."""
+    return x if norm is None else norm(x)
 
 
 class GPTStage(nn.Module):
@@ -142,18 +194,17 @@ class GPTStage(nn.Module):
         if self.is_first or (self.is_last and self.tied):
             self.embedding = Weight(rows, config.hidden_size)
         # Keyed by the global layer number, so that a parameter has one name in every layout.
-        scorings = config.scorings
-        self.layers = nn.ModuleDict(
-            {
-                str(i): Layer(config, layout, attend, scorings[i])
-                for i in layers_of_stage(config.num_layers, number, layout.num_stages)
-            }
-        )
+        numbers = layers_of_stage(config.num_layers, number, layout.num_stages)
+        self.layers = nn.ModuleDict({str(i): Layer(config, layout, attend, i) for i in numbers})
         if self.is_last:
-            self.final_norm = RMSNorm(config.hidden_size, config.norm_epsilon)
+            self.final_norm = RMSNorm(config.hidden_size, config)
             if not self.tied:
                 self.output = Weight(rows, config.hidden_size)
+        self.embedding_multiplier = config.embedding_multiplier
+        self.logits_scaling = config.logits_scaling
         self.rope = config.rope
+        self.window_rope = config.window_rope
+        self.rope_kinds = tuple(dict.fromkeys(config.layer_ropes[i] for i in numbers))
         self.memory = MemorySettings()
         self.host = Host(layout.device)
         self.microbatches: Sequence[Microbatch] = ()
@@ -243,13 +294,13 @@ class GPTStage(nn.Module):
                 microbatch.tokens, self.embedding.local_weight(), self.layout.tp
             )
             x = leave_tensor_parallel(x, self.layout)
+            if self.embedding_multiplier != 1.0:
+                x = x * self.embedding_multiplier
         # What every layer needs: the documents of this rank's queries, and the rotary tables.
         gather = self.layout.cp_gather
         pieces = group_pieces(int(microbatch.cu_seqlens[-1]), gather.rank, gather.size)
-        positions = Positions(
-            *rotary_tables(microbatch.positions, self.head_size, self.rope, x.dtype),
-            pack_documents(microbatch.cu_seqlens, pieces, x.device),
-        )
+        documents = pack_documents(microbatch.cu_seqlens, pieces, x.device)
+        positions = self.make_positions(microbatch.positions, documents, x.dtype)
         self.host.begin()
         for number, layer in enumerate(self.layers.values()):
             offload = number < self.memory.cpu_offloading_num_layers
@@ -257,9 +308,30 @@ class GPTStage(nn.Module):
         self.host.finish_sending()  # not beside the loss
         return x
 
+    def make_positions(
+        self, positions_t: torch.Tensor, documents: list[PackedDocuments], dtype: torch.dtype
+    ) -> Positions:
+        """Return what the layers are told of where their tokens are."""
+        tables = {kind: self._tables(kind, positions_t, dtype) for kind in self.rope_kinds}
+        return Positions(tables, documents)
+
+    def _tables(
+        self, kind: LayerRope, positions_t: torch.Tensor, dtype: torch.dtype
+    ) -> RotaryTables:
+        """Make the tables that some layers turn their heads by."""
+        if kind == "none":
+            return RotaryTables.without_turning(positions_t, self.head_size, dtype)
+        rope = self.rope if kind == "main" else self.window_rope
+        assert rope is not None
+        return RotaryTables(*rotary_tables(positions_t, self.head_size, rope, dtype))
+
     def head_inputs(self, x_tD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what the output projection reads [t, D], and its weight [v, D]."""
-        x_tD = enter_tensor_parallel(self.final_norm(x_tD), self.layout)
+        x_tD = self.final_norm(x_tD)
+        if self.logits_scaling != 1.0:
+            # Here, and not [t, v] logits: the product is linear.
+            x_tD = x_tD / self.logits_scaling
+        x_tD = enter_tensor_parallel(x_tD, self.layout)
         return x_tD, (self.embedding if self.tied else self.output).local_weight()
 
     def logits(self, x_tD: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ block by block, each block from its own generator, so a rank draws only the bloc
 part. They are always drawn on the CPU in fp32: the same on every device.
 
 Source of the scheme: GPT-2 / Megatron-LM: normal(0, std), residual output projections
-normal(0, std / sqrt(2 * num_layers)), norms 1, biases 0.
+normal(0, std / sqrt(2 * num_layers)), norms 1 (0 where they multiply by 1 + weight), biases 0.
 """
 
 import math
@@ -31,7 +31,8 @@ def initialize(stages: list[GPTStage], config: ModelConfig, layout: Layout, seed
         rows, columns = _local_window(parameter, layout)
         with torch.no_grad():
             if std is None:
-                local.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+                is_factor = name.endswith("norm.weight") and not config.apply_layernorm_1p
+                local.fill_(1.0 if is_factor else 0.0)
             elif rows.start < rows.stop:  # the last shards of a small parameter are empty
                 values = normal_rows(seed, name, parameter.shape, rows.start, rows.stop)
                 local.copy_(values[:, columns] * std)

@@ -1,4 +1,4 @@
-"""The SwiGLU MLP in tiles of the sequence: nothing of [t, F] outlives a tile.
+"""The gated MLP in tiles of the sequence: nothing of [t, F] outlives a tile.
 
 Source: tiled MLP of ALST (arXiv 2506.13996). There each tile's backward adds to the parameters'
 gradients; here the tiles are added up in at least fp32 inside one node of the graph, so each weight
@@ -13,15 +13,16 @@ import torch
 from torch import nn
 
 from model.parts import Weight
-from model.pointwise import gated, gated_gradients
+from model.pointwise import Activation, gated, gated_gradients
 from model.products import add_product
 
 
 class MLP(nn.Module):
-    """SwiGLU (arXiv 2002.05202), its width split over tp."""
+    """Gated MLP (arXiv 2002.05202: SwiGLU, GEGLU), its width split over tp."""
 
-    def __init__(self, hidden_size: int, width: int):
+    def __init__(self, hidden_size: int, width: int, activation: Activation):
         super().__init__()
+        self.activation: Activation = activation
         self.gate = Weight(width, hidden_size)
         self.up = Weight(width, hidden_size)
         self.down = Weight(hidden_size, width)
@@ -32,31 +33,33 @@ class MLP(nn.Module):
 
     def forward(self, x_tD: torch.Tensor, tiles: int) -> torch.Tensor:
         """Compute this tp rank's part of the sum: [t, D] -> [t, D]."""
-        return swiglu(x_tD, *self.local_weights(), tiles=tiles)
+        return gated_mlp(x_tD, *self.local_weights(), tiles, self.activation)
 
 
-def swiglu(
+def gated_mlp(
     x_tD: torch.Tensor,
     gate_FD: torch.Tensor,
     up_FD: torch.Tensor,
     down_DF: torch.Tensor,
     tiles: int,
+    activation: Activation = "silu",
 ) -> torch.Tensor:
     """Compute down(silu(gate(x)) * up(x)): [t, D] -> [t, D], to be summed over tp by the caller.
 
     Args:
         tiles: parts of the sequence; with more than one, backward computes gate and up again.
     """
-    return _SwiGLU.apply(x_tD, gate_FD, up_FD, down_DF, tiles)
+    return _GatedMLP.apply(x_tD, gate_FD, up_FD, down_DF, tiles, activation)
 
 
-def swiglu_gradients(
+def gated_mlp_gradients(
     grad_tD: torch.Tensor,
     x_tD: torch.Tensor,
     weights: Sequence[torch.Tensor],
     tiles: int,
+    activation: Activation,
 ) -> tuple[torch.Tensor, ...]:
-    """Compute the gradients of `swiglu`'s x, gate, up and down without its result.
+    """Compute the gradients of `gated_mlp`'s x, gate, up and down without its result.
 
     The forward's last product is left out, since no gradient reads it. No graph is made.
 
@@ -65,21 +68,22 @@ def swiglu_gradients(
         weights: gate, up and down.
     """
     with torch.no_grad():
-        return _gradients(grad_tD, x_tD, weights, tiles, projections=(), grad_x_tD=x_tD)
+        return _gradients(grad_tD, x_tD, weights, tiles, activation, projections=(), grad_x_tD=x_tD)
 
 
-class _SwiGLU(torch.autograd.Function):
+class _GatedMLP(torch.autograd.Function):
     """Keeps its input, and with one tile the two projections as well."""
 
     @staticmethod
-    def forward(ctx, x_tD, gate_FD, up_FD, down_DF, tiles):
+    def forward(ctx, x_tD, gate_FD, up_FD, down_DF, tiles, activation):
         out_tD = torch.empty_like(x_tD)
         projections = ()
         for rows in _tiles(x_tD.shape[0], tiles):
             # [t, F] of one tile, until the next tile's take their name.
             projections = (x_tD[rows] @ gate_FD.T, x_tD[rows] @ up_FD.T)
-            torch.mm(gated(*projections), down_DF.T, out=out_tD[rows])
+            torch.mm(gated(*projections, activation=activation), down_DF.T, out=out_tD[rows])
         ctx.tiles = tiles
+        ctx.activation = activation
         # With one tile they are whole, and not computed again.
         kept = projections if tiles == 1 else ()
         ctx.save_for_backward(x_tD, gate_FD, up_FD, down_DF, *kept)
@@ -94,10 +98,11 @@ class _SwiGLU(torch.autograd.Function):
             x_tD,
             (gate_FD, up_FD, down_DF),
             ctx.tiles,
+            ctx.activation,
             projections=projections,
             grad_x_tD=torch.empty_like(x_tD),
         )
-        return *found, None
+        return *found, None, None
 
 
 def _gradients(
@@ -105,6 +110,7 @@ def _gradients(
     x_tD: torch.Tensor,
     weights: Sequence[torch.Tensor],
     tiles: int,
+    activation: Activation,
     *,
     projections: Sequence[torch.Tensor],
     grad_x_tD: torch.Tensor,
@@ -119,7 +125,9 @@ def _gradients(
     sums = _Sums(weights, several=tiles > 1)
     for rows in _tiles(x_tD.shape[0], tiles):
         # A function of its own: a tile's tensors are gone before the next one's are made.
-        _one_tile(grad_tD[rows], x_tD[rows], weights, projections, sums, grad_x_tD[rows])
+        _one_tile(
+            grad_tD[rows], x_tD[rows], weights, projections, activation, sums, grad_x_tD[rows]
+        )
     return grad_x_tD, *sums.narrow(x_tD.dtype)
 
 
@@ -128,13 +136,16 @@ def _one_tile(
     x_cD: torch.Tensor,
     weights: Sequence[torch.Tensor],
     projections: Sequence[torch.Tensor],
+    activation: Activation,
     sums: "_Sums",
     grad_x_cD: torch.Tensor,
 ) -> None:
     """Add a tile's part of the weights' gradients to `sums`, and write that of its rows of x."""
     gate_FD, up_FD, down_DF = weights
     gate_and_up = projections or (x_cD @ gate_FD.T, x_cD @ up_FD.T)
-    hidden, grad_gate, grad_up = gated_gradients(grad_cD @ down_DF, *gate_and_up)
+    hidden, grad_gate, grad_up = gated_gradients(
+        grad_cD @ down_DF, *gate_and_up, activation=activation
+    )
     # Before x's gradient is written, which may take the place of x.
     sums.add((grad_gate.T, x_cD), (grad_up.T, x_cD), (grad_cD.T, hidden))
     torch.mm(grad_gate, gate_FD, out=grad_x_cD).addmm_(grad_up, up_FD)

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from model.config import ModelConfig
 from model.pointwise import rms_norm
 from parallel.collectives import (
     all_reduce,
@@ -48,16 +49,21 @@ class Weight(nn.Module):
 class RMSNorm(nn.Module):
     """Root mean square layer normalization (arXiv 1910.07467) over the last dim, in fp32."""
 
-    def __init__(self, size: int, epsilon: float):
+    def __init__(self, size: int, config: ModelConfig):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, device="meta"))
-        self.epsilon = epsilon
+        self.epsilon = config.norm_epsilon
+        self.one_plus = config.apply_layernorm_1p
         # parallel/tensor.py sets it, from the sharding table.
         self.partial_gradient = False
 
     def local_weight(self) -> torch.Tensor:
-        """Return the whole weight, which every tp rank holds."""
-        return local_part(self.weight, partial_gradient=self.partial_gradient)
+        """Return what this tp rank multiplies by: of most norms the same on all ranks."""
+        weight = local_part(self.weight, partial_gradient=self.partial_gradient)
+        if not self.one_plus:
+            return weight
+        # In bf16 a small weight would be lost beside the 1.
+        return 1.0 + weight.to(torch.promote_types(weight.dtype, torch.float32))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.local_weight(), self.epsilon)

@@ -6,7 +6,7 @@ Legend: t tokens, n heads, N query and K key/value heads of this tp rank, H head
 R = (N + 2 K) H rows of the weights before the attention.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -252,17 +252,26 @@ def split_heads(
     return _SplitHeads.apply(qkv_tR, heads, q_norm, k_norm, epsilon, cos_tH, sin_tH)
 
 
-def _gated(gate_tF: torch.Tensor, up_tF: torch.Tensor) -> torch.Tensor:
+Activation = Literal["silu", "gelu_tanh"]
+"""What is applied to the gate of an MLP."""
+
+
+def _silu_gated(gate_tF: torch.Tensor, up_tF: torch.Tensor) -> torch.Tensor:
     # In place: a third of [t, F] would be made else.
     return F.silu(gate_tF).mul_(up_tF)
 
 
-def gated(gate_tF: torch.Tensor, up_tF: torch.Tensor) -> torch.Tensor:
-    """Return silu(gate) * up."""
-    return compiled.run(_gated, gate_tF, up_tF)
+def _gelu_gated(gate_tF: torch.Tensor, up_tF: torch.Tensor) -> torch.Tensor:
+    return F.gelu(gate_tF, approximate="tanh").mul_(up_tF)
 
 
-def _gated_gradients(
+def gated(gate_tF: torch.Tensor, up_tF: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """Return activation(gate) * up."""
+    function = _silu_gated if activation == "silu" else _gelu_gated
+    return compiled.run(function, gate_tF, up_tF)
+
+
+def _silu_gated_gradients(
     grad_tF: torch.Tensor, gate_tF: torch.Tensor, up_tF: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     # In this order no more than six of [t, F] exist at once.
@@ -272,8 +281,18 @@ def _gated_gradients(
     return activated.mul_(up_tF), grad_gate, grad_up
 
 
-def gated_gradients(
+def _gelu_gated_gradients(
     grad_tF: torch.Tensor, gate_tF: torch.Tensor, up_tF: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """Backward of `gated`: return silu(gate) * up again, and the gradients of gate and of up."""
-    return compiled.run(_gated_gradients, grad_tF, gate_tF, up_tF)
+    grad_gate = torch.ops.aten.gelu_backward(grad_tF * up_tF, gate_tF, approximate="tanh")
+    activated = F.gelu(gate_tF, approximate="tanh")
+    grad_up = grad_tF * activated
+    return activated.mul_(up_tF), grad_gate, grad_up
+
+
+def gated_gradients(
+    grad_tF: torch.Tensor, gate_tF: torch.Tensor, up_tF: torch.Tensor, activation: Activation
+) -> tuple[torch.Tensor, ...]:
+    """Backward of `gated`: return activation(gate) * up again, and gradients of gate and of up."""
+    function = _silu_gated_gradients if activation == "silu" else _gelu_gated_gradients
+    return compiled.run(function, grad_tF, gate_tF, up_tF)

@@ -5,14 +5,29 @@ from typing import NamedTuple
 import torch
 
 from model.attention_backends.documents import PackedDocuments
+from model.layer_ropes import LayerRope
 
 
-class Positions(NamedTuple):
-    """Rotary tables of this rank's tokens, and the documents of its attention calls.
-
-    Shapes: tables [t, H], for t tokens and heads of size H.
-    """
+class RotaryTables(NamedTuple):
+    """Cosines and sines of the angles by which the heads of t tokens are turned."""
 
     cos_tH: torch.Tensor
     sin_tH: torch.Tensor
+
+    @staticmethod
+    def without_turning(
+        positions_t: torch.Tensor, head_size: int, dtype: torch.dtype
+    ) -> "RotaryTables":
+        """Return tables of the angle 0, which leave a head as it is, bit for bit."""
+        # Views of one number: they take no memory.
+        shape = (positions_t.shape[0], head_size)
+        one = torch.ones((), dtype=dtype, device=positions_t.device)
+        return RotaryTables(one.expand(shape), torch.zeros_like(one).expand(shape))
+
+
+class Positions(NamedTuple):
+    """Rotary tables of this rank's tokens, and the documents of its attention calls."""
+
+    tables: dict[LayerRope, RotaryTables]
+    """Those that the layers of this stage use."""
     documents: list[PackedDocuments]

@@ -24,15 +24,21 @@ def sharding_table(
     kv = _ROWS if config.num_kv_heads >= tp_size else _REPLICATED_PARTIAL
     # With the tokens split over tp, each rank's norms see only its part of them.
     norm = _REPLICATED_PARTIAL if sequence_parallel else _REPLICATED
+    # A norm of a single head is the same for all, one over all heads is cut as they are.
+    q_norm = k_norm = _REPLICATED_PARTIAL
+    if config.norms_all_heads:
+        q_norm = _ROWS
+        k_norm = kv
     return [
         (r"embedding\.weight|output\.weight", _ROWS),
         (r"layers\.\d+\.attention\.q\.(weight|bias)", _ROWS),
         (r"layers\.\d+\.attention\.[kv]\.(weight|bias)", kv),
         (r"layers\.\d+\.attention\.o\.weight", _COLUMNS),
-        (r"layers\.\d+\.attention\.[qk]_norm\.weight", _REPLICATED_PARTIAL),
+        (r"layers\.\d+\.attention\.q_norm\.weight", q_norm),
+        (r"layers\.\d+\.attention\.k_norm\.weight", k_norm),
         (r"layers\.\d+\.mlp\.(gate|up)\.weight", _ROWS),
         (r"layers\.\d+\.mlp\.down\.weight", _COLUMNS),
-        (r"layers\.\d+\.(attention|mlp)_norm\.weight|final_norm\.weight", norm),
+        (r"layers\.\d+\.(attention|mlp)(_post)?_norm\.weight|final_norm\.weight", norm),
     ]
 
 

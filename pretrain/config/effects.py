@@ -107,8 +107,25 @@ BATCH_IS_OPEN = Condition(
     ),
     ", since every phase gives a batch of its own",
 )
+NORMS_QK = Condition(lambda config: config.model.qk_layernorm, " without --qk-layernorm")
+HAS_MAIN_ROPE = Condition(
+    lambda config: "main" in config.model.layer_ropes, ", since no layer uses this rope"
+)
+HAS_WINDOW_ROPE = Condition(
+    lambda config: "window" in config.model.layer_ropes,
+    ", since no layer has both a window and a rope",
+)
+SKIPS_ROPE = Condition(
+    lambda config: "none" in config.model.layer_ropes, ", since it names no layer"
+)
 
 CONDITIONS: dict[str, tuple[Condition, ...]] = {
+    # The model
+    "qk_layernorm_scope": (NORMS_QK,),
+    "rotary_base": (HAS_MAIN_ROPE,),
+    "rope_type": (HAS_MAIN_ROPE,),
+    "window_rotary_base": (HAS_WINDOW_ROPE,),
+    "no_rope_freq": (SKIPS_ROPE,),
     # The learning rate
     "lr_wsd_decay_style": (WSD,),
     "lr_wsd_decay_iters": (WSD,),

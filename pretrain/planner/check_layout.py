@@ -3,11 +3,10 @@
 from model.build import check_layout
 from parallel.config import check_microbatches, check_world_size
 from parallel.schedule import SCHEDULES
-from parallel.ulysses import chunk_counts
 from pretrain.config.config import Config
 from pretrain.config.facts import problems_of
 from pretrain.evaluation.lengths import check_lengths
-from pretrain.planner.head_counts import head_split
+from pretrain.planner.head_counts import allowed_head_chunks
 from pretrain.schedule.batch_words import BatchWords
 from pretrain.schedule.phases import Phase
 
@@ -92,9 +91,14 @@ def _head_chunk_problems(phase: Phase, config: Config) -> list[str]:
     """Check that the heads of a rank can be split into attention_head_chunks."""
     chunks = phase.memory.attention_head_chunks
     layout = phase.layout
-    possible = chunk_counts(head_split(config.model, layout))
+    possible = allowed_head_chunks(config.model, layout)
     if chunks in possible or chunks < 1:  # below 1 is said elsewhere
         return []
+    if config.model.norms_all_heads:
+        return [
+            f"attention_head_chunks = {chunks}: qk_layernorm_scope all_heads norms all heads of a "
+            "token at once, and a chunk has a part of them. Fix: 1."
+        ]
     below = max((n for n in possible if n < chunks), default=None)
     above = min((n for n in possible if n > chunks), default=None)
     nearest = [str(n) for n in (below, above) if n is not None]

@@ -39,6 +39,12 @@ def head_split(config: ModelConfig, layout: LayoutConfig) -> HeadSplit:
     return _split(query, kv, layout.context_levels[0])
 
 
+def allowed_head_chunks(config: ModelConfig, layout: LayoutConfig) -> list[int]:
+    """List in how many groups the heads of a rank may run (attention_head_chunks)."""
+    # A norm over all heads needs them all at once.
+    return [1] if config.norms_all_heads else chunk_counts(head_split(config, layout))
+
+
 _split = cache(HeadSplit.make)
 
 

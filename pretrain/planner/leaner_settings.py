@@ -6,10 +6,9 @@ from typing import Any, NamedTuple, get_args
 
 from data.units import show_bytes
 from model.activation_memory.settings import KEEPS_INPUT_ONLY, Recompute
-from parallel.ulysses import chunk_counts
 from pretrain.planner.check_layout import check_phase_layout
 from pretrain.planner.check_phases import check_phase_memory
-from pretrain.planner.head_counts import head_split
+from pretrain.planner.head_counts import allowed_head_chunks
 from pretrain.planner.layout_search import with_sizes
 from pretrain.planner.phase_memory import PhaseMemory
 from pretrain.schedule.phases import Phase
@@ -81,7 +80,7 @@ def _memory_alternatives(needs: PhaseMemory) -> Iterator[list[Alternative]]:
     A level of recompute is also combined with the others.
     """
     settings = needs.phase.memory
-    head_chunks = chunk_counts(head_split(needs.config.model, needs.phase.layout))
+    head_chunks = allowed_head_chunks(needs.config.model, needs.phase.layout)
     loss_chunks: list[Settings] = [
         {"loss_chunk_tokens": n} for n in TRIED_LOSS_CHUNK_TOKENS if n < settings.loss_tokens
     ]

@@ -111,6 +111,23 @@ CASES = {
         "without pipeline_model_parallel_size above 1",
         "--pipeline-model-parallel-size 2",
     ),
+    "--qk-layernorm-scope all_heads": ("without --qk-layernorm", "--qk-layernorm"),
+    "--window-rotary-base 1e4": (
+        ", since no layer has both a window and a rope",
+        "--window-size 7 0",
+    ),
+    "--rotary-base 5e5 --window-size 7 0 --window-rotary-base 1e4": (
+        ", since no layer uses this rope",
+        "--window-attn-skip-freq 2",
+    ),
+    "--rope-type linear --rope-scaling-factor 2 --no-rope-freq 1": (
+        ", since no layer uses this rope",
+        None,
+    ),
+    "--no-rope-freq 0 0 0 0 0 0 0 0": (
+        ", since it names no layer",
+        None,
+    ),
     "--cp-comm-type a2a": ("without context_parallel_size above 1", "--context-parallel-size 2"),
     "--hierarchical-context-parallel-sizes 2 2": (
         "without context_parallel_size above 1",

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import compiled, loss, pointwise
+from model import compiled, loss, norm_over_heads, pointwise
 from model.loss import IGNORED_LABEL, LossSettings, fused_loss
 from model.pointwise import HeadSizes, rms_norm, rotate, split_heads
 from model.products import add_product, joined_linear
@@ -141,11 +141,18 @@ def arguments_of_compiled_functions() -> dict[str, tuple]:
     scales = (torch.ones(TOKENS, HEADS.queries, 1), torch.ones(TOKENS, HEADS.keys, 1))
     ids = torch.arange(TOKENS) % 16
     rows = torch.ones(TOKENS)
+    column = torch.ones(TOKENS, 1)
     return {
         "_norm": (x, torch.ones(16), 1e-5),
         "_norm_backward": (other, x, torch.ones(16), torch.ones(TOKENS, 1)),
-        "_gated": (x, other),
-        "_gated_gradients": (x, other, third),
+        "_silu_gated": (x, other),
+        "_silu_gated_gradients": (x, other, third),
+        "_gelu_gated": (x, other),
+        "_gelu_gated_gradients": (x, other, third),
+        "_mean_square": (x,),
+        "_scaled": (x, torch.ones(16), column, 1e-5),
+        "_own_share": (other, x, torch.ones(16), column),
+        "_scaled_backward": (other, x, torch.ones(16), column, column),
         "_turn": (q, *tables),
         "_turn_back": (q, *tables),
         "_split_and_turn": (qkv, HEADS, *tables),
@@ -166,7 +173,8 @@ def clones(value):
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", arguments_of_compiled_functions())
 def test_each_compiled_function_is_one_graph_with_the_same_result(name, backend):
-    function = getattr(pointwise, name, None) or getattr(loss, name)
+    modules = (pointwise, loss, norm_over_heads)
+    function = next(getattr(module, name) for module in modules if hasattr(module, name))
     given = arguments_of_compiled_functions()[name]
     plain = clones(given)
     by_compiler = clones(given)
@@ -249,7 +257,11 @@ def test_the_table_above_has_every_compiled_function(monkeypatch):
 
     monkeypatch.setattr(compiled, "is_fused", lambda x: True)
     monkeypatch.setattr(compiled, "_compile", note)
-    one_step(MemorySettings(), [0, 12], qk_layernorm=True)
+    one_step(MemorySettings(), [0, 12], qk_layernorm=True, activation_func="gelu_tanh")
+    # It is used with several tensor-parallel ranks only.
+    x = randn(TOKENS, 16).requires_grad_()
+    tp = single_process_layout(torch.device("cpu")).tp
+    norm_over_heads._NormOverHeads.apply(x, torch.ones(16), 1e-5, tp).sum().backward()
     one_step(MemorySettings("full", attention_head_chunks=2), [0, 12])
     one_step(MemorySettings(), [0, 12])
     assert names == set(arguments_of_compiled_functions())

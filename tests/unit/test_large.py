@@ -10,7 +10,7 @@ import torch
 
 from data.batch import IGNORE
 from model.loss import LossSettings, fused_loss
-from model.mlp import swiglu
+from model.mlp import gated_mlp
 from model.pointwise import rms_norm, rotate
 from parallel.layout import single_process_layout
 from parallel.tensor import vocab_parallel_embedding
@@ -73,7 +73,9 @@ def test_mlp_in_tiles():
     gate = weights(8, WIDTH)
     up = weights(8, WIDTH)
     down = weights(WIDTH, 8)
-    assert_last_rows_as_alone(lambda x: swiglu(x, gate, up, down, 64 if len(x) > 8 else 1), large())
+    assert_last_rows_as_alone(
+        lambda x: gated_mlp(x, gate, up, down, 64 if len(x) > 8 else 1), large()
+    )
 
 
 def test_embedding():

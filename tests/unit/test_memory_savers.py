@@ -21,7 +21,7 @@ from model.attention_backends.sdpa import _one_by_one, sdpa_attention
 from model.config import ModelConfig
 from model.gpt import GPTStage
 from model.loss import LossSettings, fused_loss, score
-from model.mlp import swiglu
+from model.mlp import gated_mlp
 from model.pointwise import BLOCK, rms_norm, rotate
 from parallel.collectives import start_all_to_all
 from parallel.layout import Axis, single_process_layout
@@ -95,7 +95,7 @@ def test_the_loss_may_be_asked_twice_for_its_gradient():
 def test_swiglu_in_tiles(tiles):
     inputs = leaves((10, 6), (12, 6), (12, 6), (6, 12))
     x, gate, up, down = inputs
-    assert_same(swiglu(*inputs, tiles), (F.silu(x @ gate.T) * (x @ up.T)) @ down.T, inputs)
+    assert_same(gated_mlp(*inputs, tiles), (F.silu(x @ gate.T) * (x @ up.T)) @ down.T, inputs)
 
 
 def test_tiles_add_their_gradients_in_fp32():
@@ -105,11 +105,11 @@ def test_tiles_add_their_gradients_in_fp32():
         for x in leaves((512, 16), (32, 16), (32, 16), (16, 32))
     ]
     grads = {
-        tiles: torch.autograd.grad(swiglu(*inputs, tiles).sum(), inputs[1])[0].double()
+        tiles: torch.autograd.grad(gated_mlp(*inputs, tiles).sum(), inputs[1])[0].double()
         for tiles in (1, 64)
     }
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    expected = torch.autograd.grad(swiglu(*exact, 1).sum(), exact[1])[0]
+    expected = torch.autograd.grad(gated_mlp(*exact, 1).sum(), exact[1])[0]
     errors = {
         tiles: float((grad - expected).norm() / expected.norm()) for tiles, grad in grads.items()
     }

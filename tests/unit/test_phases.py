@@ -463,6 +463,29 @@ def test_impossible_layouts_are_refused(change, world, message):
     assert all(problem.startswith("phase 'a': ") for problem in problems)
 
 
+def test_head_chunks_are_refused_beside_a_norm_over_all_heads():
+    made = config(
+        phases=[
+            PhaseConfig(
+                name="a",
+                seq_length=128,
+                train_tokens=1000,
+                global_batch_tokens=256,
+                attention_head_chunks=2,
+            )
+        ]
+    )
+    assert check_phases(resolve_phases(made), made, 1, vocab_size=100) == []
+    made.model.qk_layernorm_scope = "all_heads"
+    assert check_phases(resolve_phases(made), made, 1, vocab_size=100) == [], "there is no norm"
+    made.model.qk_layernorm = True
+    problem, *_ = check_phases(resolve_phases(made), made, 1, vocab_size=100)
+    assert problem == (
+        "phase 'a': attention_head_chunks = 2: qk_layernorm_scope all_heads norms all heads of a "
+        "token at once, and a chunk has a part of them. Fix: 1."
+    )
+
+
 @pytest.mark.parametrize(
     "setting", [dict(recompute_granularity="attention_kept"), dict(attention_head_chunks=2)]
 )

@@ -27,8 +27,6 @@ from model.attention_backends.choice import choose_attention
 from model.attention_backends.documents import pack_documents
 from model.config import ModelConfig
 from model.gpt import GPTStage
-from model.positions import Positions
-from model.rope import rotary_tables
 from parallel.layout import has_bf16_units, single_process_layout
 from tools.bench.report import markdown_table
 
@@ -110,9 +108,8 @@ class Layers:
         length = arguments.tokens // arguments.documents
         bounds = torch.arange(arguments.documents + 1, dtype=torch.int32, device=CPU) * length
         numbers = torch.arange(arguments.tokens, device=CPU) % length
-        tables = rotary_tables(numbers, config.head_size, config.rope, dtype)
         documents = pack_documents(bounds, [(0, arguments.tokens)], CPU)
-        self.positions = Positions(*tables, documents)
+        self.positions = self.stage.make_positions(numbers, documents, dtype)
 
     def ours(self, level: Recompute, x_tD: torch.Tensor) -> torch.Tensor:
         """Run the layers under one of our levels."""

@@ -7,8 +7,6 @@ from model.attention_backends.choice import choose_attention
 from model.attention_backends.documents import PackedDocuments, pack_documents
 from model.gpt import GPTStage
 from model.loss import LossSettings, fused_loss
-from model.positions import Positions
-from model.rope import rotary_tables
 from parallel.layout import single_process_layout
 from tools.planning.clock import Clock
 from tools.planning.rank_work import LAYERS
@@ -74,8 +72,7 @@ class Computing(Clock):
         """Measure a layer's forward and backward."""
         config = self.work.config
         numbers = torch.arange(tokens, device=self.device)
-        tables = rotary_tables(numbers, config.head_size, config.rope, self.dtype)
-        positions = Positions(*tables, self._documents(tokens))
+        positions = stage.make_positions(numbers, self._documents(tokens), self.dtype)
         given = self.random(tokens, config.hidden_size)
         gradient = self.random(tokens, config.hidden_size)
 
