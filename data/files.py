@@ -17,6 +17,8 @@ import xxhash
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 """What flock says on a file system without locks, as some network file systems are."""
+SENT_BYTES = 16 << 20
+"""Bytes that are written before the kernel is asked to bring them to the disk."""
 CHECKSUM_BLOCK_BYTES = 1 << 20
 """Bytes that are read and hashed at once: few enough to stay in the CPU's cache."""
 
@@ -44,6 +46,31 @@ def write_durably(path: Path, text: str) -> None:
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
         sync_file(file)
+
+
+class WriteBehind:
+    """Has the disk write a large file while it grows, so that the sync at its end is short.
+
+    Without it the disk has nothing to do until then, and memory fills with what waits for it.
+    """
+
+    def __init__(self, file: IO):
+        self._file = file
+        self._num_written = 0
+        self._num_sent = 0
+        """Bytes that the kernel has been asked to bring to the disk."""
+
+    def wrote(self, num_bytes: int) -> None:
+        """Note that more was written, and ask the kernel from time to time; waits for nothing."""
+        self._num_written += num_bytes
+        if self._num_written - self._num_sent < SENT_BYTES:
+            return
+        # "Not needed again" makes the kernel write these pages now, so that it can drop them.
+        num_bytes = self._num_written - self._num_sent
+        # A file system that does not take the hint loses speed, and no file.
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self._file.fileno(), self._num_sent, num_bytes, os.POSIX_FADV_DONTNEED)
+        self._num_sent = self._num_written
 
 
 # ---------------------------------------------------------------- whole or not at all

@@ -36,6 +36,7 @@ from pretrain.checkpointing.folders import (
     write_pointer,
 )
 from pretrain.checkpointing.hashing_writer import HashingWriter
+from pretrain.checkpointing.late_tensors import LatePlanner, ReadTensor
 from pretrain.checkpointing.progress import FILE as PROGRESS_FILE
 from pretrain.checkpointing.progress import Progress
 from pretrain.checkpointing.shared_errors import SaveFailed, SavePlace, gather, run_together
@@ -55,6 +56,8 @@ def save(
     tokenizer_files: list[str],
     world: Axis,
     carried: Mapping[str, bytes] = MappingProxyType({}),
+    *,
+    read: ReadTensor | None = None,
 ) -> Path:
     """Write and publish iteration `step`; collective over `world`, in whichever thread.
 
@@ -63,6 +66,7 @@ def save(
     Args:
         tensors: flat name -> DTensor or plain tensor (pretrain/state.py: checkpoint_tensors).
         carried: name -> content of what the model's Hugging Face folder held besides weights.
+        read: reads a tensor when it is written; then `tensors` are on device `meta`.
 
     Returns:
         The published folder.
@@ -95,8 +99,10 @@ def save(
     try:
         run_together(begin, place, world)
         # The tensors: each rank writes its own shards.
-        writer = HashingWriter(partial, on_host=all(tensor.is_cpu for tensor in tensors.values()))
-        run_together(bind(_write_tensors, tensors, writer, world), place, world)
+        on_host = read is not None or all(tensor.is_cpu for tensor in tensors.values())
+        writer = HashingWriter(partial, on_host=on_host)
+        planner = LatePlanner(read) if read is not None else None
+        run_together(bind(_write_tensors, tensors, writer, planner, world), place, world)
         written = dict(pair for part in gather(writer.checksums, world) for pair in part.items())
         run_together(publish, place, world)
     except (Refused, SaveFailed):
@@ -117,12 +123,18 @@ def _measure_place(final: Path, tensors: dict[str, torch.Tensor], world: Axis) -
     return SavePlace(final, needed, free)
 
 
-def _write_tensors(tensors: dict[str, torch.Tensor], writer: HashingWriter, world: Axis) -> None:
+def _write_tensors(
+    tensors: dict[str, torch.Tensor],
+    writer: HashingWriter,
+    planner: LatePlanner | None,
+    world: Axis,
+) -> None:
     """Write this rank's shards, and rank 0 the list of all."""
     with _quiet_alone(world):
         dcp.save(
             tensors,
             storage_writer=writer,
+            planner=planner,
             process_group=world.group,
             no_dist=world.group is None,
         )

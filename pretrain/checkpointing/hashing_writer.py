@@ -6,7 +6,7 @@ A checksum then says what was meant to be written, and no file is read back for 
 import io
 import os
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -19,12 +19,10 @@ from torch.futures import Future
 from torch.serialization import get_crc32_options, set_crc32_options
 from typing_extensions import Buffer
 
+from data.files import WriteBehind
+
 HASHED_BLOCK_BYTES = 1 << 20
 """Bytes that are hashed and then written while they are still in the CPU's cache."""
-
-SENT_BYTES = 16 << 20
-"""Bytes that are written before the kernel is asked to bring them to the disk. Without it, the disk
-has nothing to do until the sync at the end, which then waits for everything."""
 
 COPIED_AHEAD_BYTES = 10_000_000
 """Bytes that are on their way from a GPU while others are written; DCP's default."""
@@ -92,9 +90,7 @@ class _HashingFile(io.RawIOBase):
     def __init__(self, file: BinaryIO):
         self.file = file
         self.digest = xxhash.xxh3_128()
-        self.num_written = 0
-        self.num_sent = 0
-        """Bytes that the kernel has been asked to bring to the disk."""
+        self._behind = WriteBehind(file)
         self.error: OSError | None = None
         """What the file system said first."""
 
@@ -108,22 +104,11 @@ class _HashingFile(io.RawIOBase):
                 block = view[begin : begin + HASHED_BLOCK_BYTES]
                 self.digest.update(block)
                 self.file.write(block)
-                self.num_written += len(block)
-                if self.num_written - self.num_sent >= SENT_BYTES:
-                    self._send()
+                self._behind.wrote(len(block))
         except OSError as error:
             self.error = self.error or error
             raise
         return len(view)
-
-    def _send(self) -> None:
-        """Have the disk begin with what is written; waits for nothing."""
-        # "Not needed again" makes the kernel write these pages now, so that it can drop them.
-        num_bytes = self.num_written - self.num_sent
-        # A file system that does not take the hint loses speed, and no save.
-        with suppress(OSError):
-            os.posix_fadvise(self.file.fileno(), self.num_sent, num_bytes, os.POSIX_FADV_DONTNEED)
-        self.num_sent = self.num_written
 
     def flush(self) -> None:
         if self.file.closed:
