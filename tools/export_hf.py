@@ -16,10 +16,10 @@ import torch
 
 from pretrain.config.config import Config
 from tools.huggingface.export_settings import choose_context, write_settings
-from tools.huggingface.export_weights import write_weights
+from tools.huggingface.export_weights import WeightsExport
 from tools.huggingface.stored_model import open_stored_model
 from tools.huggingface.verify_export import verify_export
-from tools.outputs.files import Input
+from tools.outputs.files import Input, require_room
 from tools.outputs.folder import NewFolder
 from tools.shared.door import run_door
 
@@ -35,8 +35,9 @@ class Arguments:
     """Folder to write."""
     ckpt_step: int | None = None
     """Iteration to export, instead of the latest."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the written weights; training keeps them in float32."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the written weights; training keeps them in float32. An error where a number is
+    beyond the largest of float16."""
     max_position_embeddings: int | None = None
     """Context length to declare; by default the longest that was trained, or yarn's factor x
     original context."""
@@ -104,15 +105,17 @@ def export(arguments: Arguments) -> None:
         inputs.append(Input("--verify-text", Path(arguments.verify_text)))
     output = Path(arguments.output)
     new = NewFolder("output", output, MAKER, inputs=inputs, overwrite=arguments.overwrite)
-    stored = open_stored_model(arguments.load, arguments.ckpt_step)
+    stored = open_stored_model(arguments.load, arguments.ckpt_step, compare_weights=False)
     new.refuse_inputs(inputs_of_run(stored.config))
     _ = stored.architecture  # refuses a model that transformers has no architecture for
     declared = choose_context(stored, arguments.max_position_embeddings)
 
+    weights = WeightsExport(stored, getattr(torch, arguments.dtype), arguments.max_shard_bytes)
+    require_room("output", output, weights.num_bytes)
+
     # The new folder takes its name only once all of it is written and compared.
     with new:
-        dtype = getattr(torch, arguments.dtype)
-        write_weights(stored, new.path, dtype, arguments.max_shard_bytes)
+        weights.write(new.path)
         config = write_settings(
             stored, new.path, declared, arguments.dtype, with_tokenizer=arguments.tokenizer
         )

@@ -2,10 +2,11 @@
 
 Llama, Qwen2 and Qwen3 architectures; rope default, linear, llama3 or yarn. The result is weights:
 start a run from it with --pretrained-checkpoint DIR and your own --save. Needs no GPU and no
-process group; the whole model is held in memory in fp32. Nothing is published unless its logits are
-those of transformers on the folder.
+process group, and memory for one tensor; the comparison with transformers holds the whole model in
+fp32. Nothing is published unless its logits are those of transformers on the folder.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -15,25 +16,32 @@ from pathlib import Path
 import torch
 
 from data.tokenizers.folder import IdsFrom, tokenizer_files
+from model.build import parameter_shapes
 from parallel.layout import single_process_layout
 from pretrain.checkpointing import checkpoint
 from pretrain.checkpointing.folders import find_published, iteration_folder
 from pretrain.checkpointing.model_files import GENERATION, read_model_files
 from pretrain.checkpointing.progress import Progress
+from pretrain.checkpointing.shared_errors import SaveFailed
 from pretrain.config.config import Config
 from pretrain.config.config_yaml import dump_yaml
 from pretrain.planner.model_size import ModelSize
+from pretrain.processes.agreement import Refused
 from tools.huggingface.config import interpret_config, read_config_file
-from tools.huggingface.fit import check_fit, pad_vocabulary, settle_tie
+from tools.huggingface.fit import check_fit, padded_rows, settle_tie
 from tools.huggingface.import_settings import describe_tokenizer, make_config, progress_of_import
 from tools.huggingface.transformers_answers import ask_transformers
 from tools.huggingface.verify_import import questions_about, verify_import, verify_stored
 from tools.huggingface.weights import Weights, open_weights
-from tools.outputs.files import Input, check_root
+from tools.outputs.files import Input, check_root, require_room
 from tools.shared.door import run_door, warn
 
 VERIFIED_BELOW = 10e9
 """Parameters from which on --verify must be asked for: transformers' fp32 copy takes 40 GB."""
+
+
+FLOAT32_BYTES = 4
+"""Bytes of a number in a checkpoint."""
 
 
 @dataclass(kw_only=True)
@@ -82,15 +90,16 @@ def import_folder(arguments: Arguments) -> Path:
     for text in warnings + tie_warnings:
         warn(text)
 
-    # The values: the only step that takes memory for the whole model.
+    # The values: compared first, where that is asked for, then written one tensor at a time.
     longest = settings.max_position_embeddings
+    shapes = parameter_shapes(config.model, settings.vocab_size)
+    require_room("save", root, sum(shape.numel() for shape in shapes.values()) * FLOAT32_BYTES)
     parameters = ModelSize(config.model, settings.vocab_size).num_parameters
     is_verified = should_verify(arguments.verify, parameters)
-    tensors = _read_verified(
-        folder, config, settings.vocab_size, weights, longest if is_verified else None
-    )
+    if is_verified:
+        _compare(folder, config, settings.vocab_size, weights, longest)
     progress = progress_of_import(config, tokenizer, longest)
-    published = _publish(root, folder, config, progress, tensors)
+    published = _publish(root, folder, config, progress, weights)
     if is_verified:
         verify_stored(published, weights.entries, settings.vocab_size)
     return published
@@ -123,53 +132,71 @@ def should_verify(asked: bool | None, parameters: int) -> bool:
     return parameters < VERIFIED_BELOW if asked is None else asked
 
 
-def _read_verified(
-    folder: Path, config: Config, vocab_size: int, weights: Weights, longest: int | None
-) -> dict[str, torch.Tensor]:
-    """Read the weights by our names, with a padded vocabulary, and compare their logits.
+def _compare(folder: Path, config: Config, vocab_size: int, weights: Weights, longest: int) -> None:
+    """Compare the model with transformers' of the folder; memory holds it whole.
 
     Args:
-        longest: the context length to compare up to; None for no comparison.
+        longest: the context length to compare up to.
 
     Raises:
         ValueError: weights that cannot be read, or other logits than transformers'.
     """
     # transformers first: its model is freed before ours is read, so that memory holds one of them.
-    questions = answers = None
-    if longest is not None:
-        questions = questions_about(config, vocab_size, longest)
-        answers = ask_transformers(folder, questions)
-    tensors = weights.read()
-    pad_vocabulary(tensors, config.model.padded_vocab_size(vocab_size))
-    if questions is not None and answers is not None:
-        verify_import(config.model, vocab_size, tensors, questions, answers)
-    return tensors
+    questions = questions_about(config, vocab_size, longest)
+    answers = ask_transformers(folder, questions)
+    tensors = weights.read_all(padded_rows(config.model, vocab_size, weights))
+    verify_import(config.model, vocab_size, tensors, questions, answers)
 
 
 def _publish(
-    root: Path,
-    folder: Path,
-    config: Config,
-    progress: Progress,
-    tensors: dict[str, torch.Tensor],
+    root: Path, folder: Path, config: Config, progress: Progress, weights: Weights
 ) -> Path:
-    """Write the checkpoint of step 0, with the folder's small files -> its path."""
+    """Write the checkpoint of step 0, with the folder's small files -> its path.
+
+    Raises:
+        ValueError: weights that cannot be read; nothing is left at `root`.
+    """
     # Kept in every checkpoint, so that the export can write them again.
     carried = read_model_files(folder)
     if is_broken_json(carried.get(GENERATION, b"{}")):
         warn(
             f"{folder / GENERATION}: is not valid JSON; kept as it is, but transformers ignores it"
         )
-    return checkpoint.save(
-        root,
-        0,
-        {f"model.{name}": tensor for name, tensor in tensors.items()},
-        progress,
-        dump_yaml(config),
-        tokenizer_files(folder),
-        single_process_layout(torch.device("cpu")).world,
-        carried,
-    )
+    vocab_size = config.data.vocab_size
+    assert vocab_size is not None, "make_config sets it"
+    rows = padded_rows(config.model, vocab_size, weights)
+    problems = []
+
+    def read(stored_name: str) -> torch.Tensor:
+        name = stored_name.removeprefix("model.")
+        try:
+            return weights.read(name, rows.get(name))
+        except ValueError as error:
+            problems.append(error)  # a save wraps it in words of its own
+            raise
+
+    shapes = parameter_shapes(config.model, vocab_size)
+    made = [place for place in (root, *root.parents) if not place.exists()]
+    try:
+        return checkpoint.save(
+            root,
+            0,
+            # In the order in which they lie in the folder.
+            {f"model.{name}": torch.empty(shapes[name], device="meta") for name in weights.entries},
+            progress,
+            dump_yaml(config),
+            tokenizer_files(folder),
+            single_process_layout(torch.device("cpu")).world,
+            carried,
+            read=read,
+        )
+    except (Refused, SaveFailed):
+        for place in made:
+            with contextlib.suppress(OSError):
+                place.rmdir()
+        if problems:
+            raise problems[0] from None
+        raise
 
 
 def is_broken_json(content: bytes) -> bool:

@@ -41,7 +41,9 @@ def settle_tie(settings: FolderConfig, weights: Weights) -> tuple[Weights, bool,
     if present == {OUTPUT}:
         entries[EMBEDDING] = entries.pop(OUTPUT)
     elif present == {EMBEDDING, OUTPUT}:
-        if entries[EMBEDDING].shape != entries[OUTPUT].shape or not _are_equal(entries):
+        if entries[EMBEDDING].shape != entries[OUTPUT].shape or not weights.are_equal(
+            EMBEDDING, OUTPUT
+        ):
             warning = (
                 "tie_word_embeddings = true, but lm_head.weight differs from "
                 "model.embed_tokens.weight: read as two tensors, as transformers does"
@@ -49,12 +51,6 @@ def settle_tie(settings: FolderConfig, weights: Weights) -> tuple[Weights, bool,
             return weights, False, [warning]
         entries.pop(OUTPUT)
     return Weights(entries), True, []
-
-
-def _are_equal(entries: dict[str, Entry]) -> bool:
-    """Tell whether the embedding and the head hold the same numbers."""
-    pair = Weights({name: entries[name] for name in (EMBEDDING, OUTPUT)}).read()
-    return torch.equal(pair[EMBEDDING], pair[OUTPUT])
 
 
 def check_fit(
@@ -126,8 +122,7 @@ def _size_misfits(
     return found
 
 
-def pad_vocabulary(tensors: dict[str, torch.Tensor], rows: int) -> None:
-    """Add rows of zeros to the embedding and the head, in place, up to `rows`."""
-    for name in set(VOCABULARY_ROWS) & tensors.keys():
-        missing = rows - tensors[name].shape[0]
-        tensors[name] = torch.nn.functional.pad(tensors[name], (0, 0, 0, missing))
+def padded_rows(config: ModelConfig, vocab_size: int, weights: Weights) -> dict[str, int]:
+    """Return the rows, padding included, of the tensors that have one for each token."""
+    rows = config.padded_vocab_size(vocab_size)
+    return {name: rows for name in VOCABULARY_ROWS if name in weights.entries}

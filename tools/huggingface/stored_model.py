@@ -9,7 +9,7 @@ from model.hf.architecture import Architecture
 from model.hf.choice import architecture_of
 from model.rope import Rope
 from pretrain.checkpointing.folders import LATEST, find_published
-from pretrain.checkpointing.manifest import refuse_damage, verify_files
+from pretrain.checkpointing.manifest import refuse_damage, verify_files, verify_small_files
 from pretrain.checkpointing.model_files import CONFIG, read_carried
 from pretrain.checkpointing.progress import Progress
 from pretrain.config.config import Config
@@ -51,11 +51,15 @@ class StoredModel:
         return self.progress.rope
 
 
-def open_stored_model(root: str, step: int | None, *, verify: bool = True) -> StoredModel:
+def open_stored_model(
+    root: str, step: int | None, *, verify: bool = True, compare_weights: bool = True
+) -> StoredModel:
     """Find, verify and open the checkpoint of a step, or the latest one.
 
     Args:
         verify: compare the files with their checksums; of several processes one is enough.
+        compare_weights: compare those of weights, too, which reads them whole; whoever reads them
+            with a VerifyingReader does so himself.
 
     Raises:
         ValueError: there is none, or its files are damaged.
@@ -68,7 +72,8 @@ def open_stored_model(root: str, step: int | None, *, verify: bool = True) -> St
         )
     # A folder may have been cut short by a copy: its checksums say so.
     if verify:
-        refuse_damage(folder, verify_files(folder))
+        compare = verify_files if compare_weights else verify_small_files
+        refuse_damage(folder, compare(folder))
     config = read_config_yaml(str(folder / "config.yaml"))
     # No weights yet: those are read a file at a time.
     return StoredModel(

@@ -6,6 +6,8 @@ model.safetensors.index.json names. Nothing is read beside that, and what is lef
 
 import json
 import re
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +38,8 @@ OTHER_FORMATS = (
 """Files of weights that are not read: pickle may run code."""
 DTYPES = {"F64", "F32", "F16", "BF16"}
 """Types of safetensors that are read; others hold parts of a quantized model."""
+COMPARED_ROWS = 4096
+"""Rows of two tensors that are compared at once."""
 EMBEDDING = "embedding.weight"
 OUTPUT = "output.weight"
 _AGAIN = "Fix: download the folder again."
@@ -64,25 +68,47 @@ class Weights:
         numbers = [int(name.split(".")[1]) for name in self.entries if name.startswith("layers.")]
         return max(numbers, default=-1) + 1
 
-    def read(self) -> dict[str, torch.Tensor]:
-        """Read all tensors, in fp32.
+    def read(self, name: str, num_rows: int | None = None) -> torch.Tensor:
+        """Read one tensor, in fp32, into memory of its own.
+
+        Args:
+            num_rows: rows to return: those that the folder lacks are zeros. By default its own.
 
         Raises:
             ValueError: a file that cannot be read, or numbers that are not finite.
         """
-        tensors = {}
-        problems = []
-        files = sorted({entry.file for entry in self.entries.values()})
-        # Each file is opened once.
-        for file in tqdm(files, desc="reading weights", unit="file", leave=False):
-            with _open(file) as opened:
-                for name, entry in self.entries.items():
-                    if entry.file == file:
-                        tensors[name] = _read_tensor(opened, entry)
-                        problems += _not_finite(entry, tensors[name])
-        if problems:
-            raise ValueError("\n".join(problems))
-        return tensors
+        entry = self.entries[name]
+        shape = entry.shape if num_rows is None else (num_rows, *entry.shape[1:])
+        tensor = torch.empty(shape, dtype=torch.float32, device="cpu")
+        own = tensor[: entry.shape[0]]
+        # Opened for each tensor: what was read of a file stays in memory until it is closed.
+        with _open(entry.file) as opened:
+            try:
+                own.copy_(opened.get_tensor(entry.name))
+            except (SafetensorError, OSError) as error:
+                raise ValueError(
+                    f"{entry.file}: tensor {entry.name} cannot be read ({error}). {_AGAIN}"
+                ) from None
+        tensor[entry.shape[0] :] = 0
+        _refuse_not_finite(entry, own)
+        return tensor
+
+    def read_all(self, num_rows: Mapping[str, int]) -> dict[str, torch.Tensor]:
+        """Read all tensors; num_rows: those of the tensors that get more than the folder has."""
+        names = tqdm(self.entries, desc="reading weights", unit="tensor", leave=False)
+        return {name: self.read(name, num_rows.get(name)) for name in names}
+
+    def are_equal(self, one: str, other: str) -> bool:
+        """Tell whether two tensors of one shape hold the same numbers, read some rows at a time."""
+        entries = [self.entries[name] for name in (one, other)]
+        with ExitStack() as opened:
+            slices = [
+                opened.enter_context(_open(entry.file)).get_slice(entry.name) for entry in entries
+            ]
+            return all(
+                torch.equal(*(part[begin : begin + COMPARED_ROWS].float() for part in slices))
+                for begin in range(0, entries[0].shape[0], COMPARED_ROWS)
+            )
 
 
 def open_weights(folder: Path, architecture: Architecture) -> Weights:
@@ -229,25 +255,13 @@ def _open(file: Path) -> safe_open:
         raise ValueError(f"{file}: is not a whole safetensors file ({error}). {_AGAIN}") from None
 
 
-# ---------------------------------------------------------------- values
-
-
-def _read_tensor(opened: safe_open, entry: Entry) -> torch.Tensor:
-    """Read one tensor in fp32."""
-    try:
-        return opened.get_tensor(entry.name).float()
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{entry.file}: tensor {entry.name} cannot be read ({error}). {_AGAIN}"
-        ) from None
-
-
-def _not_finite(entry: Entry, tensor: torch.Tensor) -> list[str]:
-    """Say how many numbers of a tensor are NaN or infinite, a line or none."""
+def _refuse_not_finite(entry: Entry, tensor: torch.Tensor) -> None:
+    """Raise ValueError where numbers of a tensor are NaN or infinite."""
+    low, high = tensor.aminmax()
+    if torch.isfinite(low) and torch.isfinite(high):
+        return
     count = tensor.numel() - int(torch.isfinite(tensor).sum())
-    if count == 0:
-        return []
-    return [
+    raise ValueError(
         f"{entry.file}: tensor {entry.name}: {count:,} of {tensor.numel():,} numbers are NaN or "
         "infinite. Fix: another checkpoint of that model."
-    ]
+    )

@@ -202,8 +202,8 @@ def _tensors_of_checkpoint(folder: Path) -> Tensors:
 
 def _tensors_of_folder(weights: Weights) -> Tensors:
     """Read the weights of a Hugging Face folder, one after the other."""
-    for name, entry in weights.entries.items():
-        yield name, Weights({name: entry}).read()[name]
+    for name in weights.entries:
+        yield name, weights.read(name)
 
 
 # ---------------------------------------------------------------- where it comes from

@@ -9,6 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.units import show_bytes
+from pretrain.checkpointing.space import free_bytes
+
 
 @dataclass(frozen=True)
 class Input:
@@ -68,6 +71,16 @@ def refuse_inputs(
                 f"{name} = {output}: {found} {source.label} ({source.path}), which is read. "
                 "Fix: give a place of its own."
             )
+
+
+def require_room(name: str, output: Path, needed_bytes: int) -> None:
+    """Raise ValueError where fewer bytes are free than will be written at `output`."""
+    free = free_bytes(output)
+    if free < needed_bytes:
+        raise ValueError(
+            f"{name} = {output}: takes {show_bytes(needed_bytes)}, and {show_bytes(free)} are free "
+            "there. Fix: free space, or give another place."
+        )
 
 
 def refuse_parents(name: str, output: Path) -> None:
