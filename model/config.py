@@ -185,6 +185,16 @@ class ModelConfig:
         )
 
     @property
+    def has_norms_before(self) -> bool:
+        """Do an attention and an MLP read what is normed?"""
+        return self.norm_placement in ("pre", "both")
+
+    @property
+    def has_norms_after(self) -> bool:
+        """Is what an attention and an MLP add normed?"""
+        return self.norm_placement in ("post", "both")
+
+    @property
     def norms_all_heads(self) -> bool:
         """Are queries and keys normed over all heads of a token at once?"""
         return self.qk_layernorm and self.qk_layernorm_scope == "all_heads"

@@ -70,15 +70,15 @@ class Layer(nn.Module):
             number: of the layer in the whole model, from 0.
         """
         super().__init__()
-        placement = config.norm_placement
-        self.attention_norm = None if placement == "post" else RMSNorm(config.hidden_size, config)
+        D = config.hidden_size
+        before = config.has_norms_before
+        after = config.has_norms_after
+        self.attention_norm = RMSNorm(D, config) if before else None
         self.attention = Attention(config, layout, attend, number)
-        self.attention_post_norm = (
-            None if placement == "pre" else RMSNorm(config.hidden_size, config)
-        )
-        self.mlp_norm = None if placement == "post" else RMSNorm(config.hidden_size, config)
-        self.mlp = MLP(config.hidden_size, config.ffn_hidden_size, config.activation_func)
-        self.mlp_post_norm = None if placement == "pre" else RMSNorm(config.hidden_size, config)
+        self.attention_post_norm = RMSNorm(D, config) if after else None
+        self.mlp_norm = RMSNorm(D, config) if before else None
+        self.mlp = MLP(D, config.ffn_hidden_size, config.activation_func)
+        self.mlp_post_norm = RMSNorm(D, config) if after else None
         self.residual_multiplier = config.residual_multiplier
         self.layout = layout
 

@@ -12,43 +12,14 @@ H head size, F inner width of a tp rank's MLP, v vocabulary rows of a tp rank, N
 head_counts.py), b bytes of the compute dtype, W of the wider of it and fp32.
 """
 
-from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
 
 from model.config import ModelConfig
 from model.pointwise import BLOCK
 from pretrain.planner.head_counts import HeadCounts
+from pretrain.planner.kept_bytes import KeptBytes, PeakCandidate, pinned_bytes
 from pretrain.planner.workload import Workload
-
-
-def pinned_bytes(size: int) -> int:
-    """Return what a tensor takes in pinned memory.
-
-    torch's allocator for the host hands it out in powers of two.
-    """
-    return 2 ** (size - 1).bit_length() if size else 0
-
-
-@dataclass(frozen=True)
-class KeptBytes:
-    """Bytes that wait for backward."""
-
-    device: int
-    host: int = 0
-    """The part of them that moves to the host's memory where the layer is offloaded."""
-
-
-@dataclass(frozen=True)
-class PeakCandidate:
-    """A point of a layer's backward at which much is held, beside what all layers keep."""
-
-    freed: int
-    """Bytes that the layer at work kept and that are no longer there."""
-    made: int
-    """Bytes made for it."""
-    gradients: int
-    """Bytes of the parameters' gradients, before FSDP2 takes them."""
 
 
 class LayerMemory:
@@ -82,7 +53,7 @@ class LayerMemory:
         self.D = config.hidden_size
         self.H = config.head_size
         self.F = config.ffn_hidden_size // layout.tensor_model_parallel_size
-        self.has_qk_norm = config.qk_layernorm
+        self.config = config
         self.tied = not config.untie_embeddings_and_output_weights
         self.t = load.tokens
         self.u = load.tokens_between
@@ -107,6 +78,30 @@ class LayerMemory:
     def _scales(self) -> int:
         """A norm's number per row."""
         return self.W * self.u
+
+    @property
+    def _stream(self) -> int:
+        """The input of a half of a layer, where something in it keeps that."""
+        is_kept = self.config.has_norms_before or self.u == self.t
+        return self.input if is_kept else 0
+
+    @property
+    def _normed(self) -> int:
+        """What a half's projections keep of their input, beside `_stream`."""
+        if self.config.has_norms_before:
+            return self._scales + self.read
+        # They read the stream itself, gathered over tp under Megatron-SP.
+        return self.read if self.u < self.t else 0
+
+    @property
+    def _before_norm_after(self) -> int:
+        """What the norm after a half keeps: what that half adds."""
+        return self.input + self._scales if self.config.has_norms_after else 0
+
+    @property
+    def _multiplied(self) -> int:
+        """The gradient of what a half adds, where it is not the stream's own."""
+        return self.input if self.config.residual_multiplier != 1.0 else 0
 
     @cached_property
     def _exchanged(self) -> int:
@@ -138,37 +133,39 @@ class LayerMemory:
     def _attention_inputs(self) -> int:
         """From the layer's norm to the kernel, without the layer's input."""
         if self.chunks > 1:
-            return self._scales + self.read
-        return self._scales + self.read + self._head_norms + self._exchanged
+            return self._normed
+        return self._normed + self._head_norms + self._exchanged
 
     @property
     def _head_norms(self) -> int:
-        """What qk-norm keeps: q, k and v as they were before it, and a number per head."""
-        if not self.has_qk_norm:
+        """What qk-norm keeps: q, k and v as they were before it, and a number per normed row."""
+        if not self.config.qk_layernorm:
             return 0
         heads = self.heads
         joined = self.b * self.H * self.t * (heads.N + 2 * heads.K)
-        return joined + self.W * self.t * (heads.N + heads.K)
+        rows = 2 if self.config.norms_all_heads else heads.N + heads.K
+        return joined + self.W * self.t * rows
 
     @property
     def _attention(self) -> int:
         """All that an attention keeps, without the layer's input."""
-        return self._attention_inputs + self._results + self._log_sums + self._to_project
+        kernel = self._results + self._log_sums
+        return self._attention_inputs + kernel + self._to_project + self._before_norm_after
 
     @property
     def _mlp(self) -> int:
         """What the second half keeps beside its input."""
         projections = 2 * self.b * self.t * self.F if self.settings.mlp_tiles == 1 else 0
-        return self._scales + self.read + projections
+        return self._normed + projections + self._before_norm_after
 
     @cached_property
     def kept(self) -> KeptBytes:
         """What a layer keeps of a microbatch."""
         level = self.settings.recompute_granularity
         if level is None:
-            return KeptBytes(2 * self.input + self._attention + self._mlp)
+            return KeptBytes(2 * self._stream + self._attention + self._mlp)
         if level == "selective":
-            return KeptBytes(2 * self.input + self._attention)
+            return KeptBytes(self._stream + self.input + self._attention)
         if level == "full":
             return KeptBytes(self.input, self.input)
         # attention_kept: the log-sum-exp stays on the device.
@@ -190,7 +187,9 @@ class LayerMemory:
     @property
     def tables(self) -> int:
         """What a microbatch keeps once for all layers: cosines and sines, tokens."""
-        return 2 * self.b * self.t * self.H + 8 * self.t
+        # Layers without rope have tables of one number; a stage may have fewer kinds of layers.
+        kinds = set(self.config.layer_ropes) - {"none"}
+        return 2 * len(kinds) * self.b * self.t * self.H + 8 * self.t
 
     @property
     def kept_of_loss(self) -> int:
@@ -228,7 +227,12 @@ class LayerMemory:
     @cached_property
     def peak_candidates(self) -> list[PeakCandidate]:
         """The points of a layer's backward at which most is held."""
-        return [self._mlp_backward(), *self._attention_backward(), self._norm_backward()]
+        points = [self._mlp_backward(), *self._attention_backward()]
+        if self.config.has_norms_before:
+            points.append(self._norm_backward())
+        if self.config.has_norms_after:
+            points.append(self._norm_after_backward())
+        return points
 
     @property
     def loss_at_work(self) -> int:
@@ -261,7 +265,8 @@ class LayerMemory:
         if level == "full":
             return self._attention + self._fetched
         if level == "attention_kept":
-            return self._attention_inputs + self._to_project + self._fetched
+            outputs = self._to_project + self._before_norm_after
+            return self._attention_inputs + outputs + self._fetched
         return 0
 
     @property
@@ -279,6 +284,14 @@ class LayerMemory:
         # made again.
         at_once = b * rows * F * (6 if tiles > 1 or self._recomputes_mlp else 4)
         made = at_once + self.input + self.read  # the gradients of the output and of x
+        made += self._multiplied
+        freed = 0
+        if self.config.has_norms_after:
+            made += self.input  # the gradient of what the norm reads
+            if self._recomputes_mlp:
+                made += self._normed  # x, whose gradient has a place of its own
+            else:
+                freed = self._before_norm_after
         if self.u < self.t:
             made += self.read  # the gradient, gathered over tp
         if self._recomputes_mlp:
@@ -288,16 +301,28 @@ class LayerMemory:
         gradients = 3 * b * D * F
         # In fp32 the tiles' sums are the gradients themselves.
         sums = 3 * self.W * D * F if tiles > 1 and b < self.W else 0
-        return PeakCandidate(0, made + sums, gradients)
+        return PeakCandidate(freed, made + sums, gradients)
+
+    def _norm_after_backward(self) -> PeakCandidate:
+        """Backward of the norm after the second half, before that of the MLP."""
+        made = 2 * self.input + self._multiplied + self._wide_norm + self._recomputed
+        if self._recomputes_mlp:
+            made += self._mlp
+        if self._recomputes_attention:
+            made += self.input
+        return PeakCandidate(0, made, 0)
+
+    @property
+    def _wide_norm(self) -> int:
+        """What a norm's backward widens: on a CPU blocks of rows."""
+        return 0 if self.on_gpu else 4 * self.W * min(self.u * self.D, max(BLOCK, self.D))
 
     def _norm_backward(self) -> PeakCandidate:
         """Backward of the second half's norm."""
-        # A CPU's norm works in wide blocks of rows.
-        wide = 0 if self.on_gpu else 4 * self.W * min(self.u * self.D, max(BLOCK, self.D))
-        made = 2 * self.input + self.read + wide + self._recomputed
+        made = 2 * self.input + self.read + self._multiplied + self._wide_norm + self._recomputed
         if self._recomputes_attention:
             made += self.input
-        freed = 0 if self._recomputes_mlp else self._mlp - self._scales - self.read
+        freed = 0 if self._recomputes_mlp else self._mlp - self._normed
         return PeakCandidate(freed, made, 0)
 
     def _attention_backward(self) -> list[PeakCandidate]:
@@ -307,7 +332,9 @@ class LayerMemory:
         # The gradients of the output and of a; where the MLP is recomputed, the second is in the
         # place of the first.
         residual = (1 if self._recomputes_mlp else 2) * self.input
-        freed = self._to_project + (0 if self._recomputes_mlp else self._mlp + self.input)
+        freed = self._to_project + self._before_norm_after
+        if not self._recomputes_mlp:
+            freed += self._mlp + self._stream
         if self._recomputes_mlp and not self._recomputes_attention:
             freed += self.input
         weights = self.b * D * H * (2 * heads.N + 2 * heads.K)

@@ -8,7 +8,7 @@ reach (hardware.py).
 from dataclasses import dataclass
 
 from pretrain.planner.head_counts import HeadCounts
-from pretrain.planner.pass_counts import PassCounts
+from pretrain.planner.pass_counts import count_passes
 from pretrain.planner.rank_bytes import MemoryModel
 from pretrain.planner.workload import Workload
 
@@ -43,6 +43,15 @@ LAYER = {
     },
 }
 """Bytes of a value in computing -> level of recompute -> what a layer moves."""
+NORMS_AFTER = {
+    2: {None: 237, "selective": 269, "full": 301, "attention_kept": 301},
+    4: {None: 225, "selective": 253, "full": 281, "attention_kept": 281},
+}
+"""The same of [tokens, hidden size] for two norms beside two others (norm_placement both)."""
+GATE_AGAIN = {2: 10, 4: 20}
+"""The same of [tokens, width of the MLP] where a norm after the MLP has all of it made again."""
+MULTIPLIED = {2: 8, 4: 16}
+"""The same of [tokens, hidden size] for the gradients of what is added with a multiplier."""
 ENDS = {2: 117, 4: 86}
 """The same of [tokens, hidden size] at both ends: the embedding, the last norm."""
 EXCHANGED = 4
@@ -56,10 +65,19 @@ def layer_bytes(model: MemoryModel, load: Workload) -> float:
     config = model.config
     tp = load.layout.tensor_model_parallel_size
     counted, scale = _counted_size(model)
-    each = LAYER[counted][load.memory.recompute_granularity]
+    level = load.memory.recompute_granularity
+    each = LAYER[counted][level]
+    of_hidden = each.hidden
+    of_mlp = each.mlp
+    if config.norm_placement == "both":
+        of_hidden += NORMS_AFTER[counted][level]
+    if config.has_norms_after and level is not None:
+        of_mlp += GATE_AGAIN[counted]
+    if config.residual_multiplier != 1.0:
+        of_hidden += MULTIPLIED[counted]
     # Between the tensor-parallel parts a rank has all of the hidden size, inside them a part.
-    hidden = each.hidden * load.tokens_between * config.hidden_size
-    mlp = each.mlp * load.tokens * config.ffn_hidden_size / tp
+    hidden = of_hidden * load.tokens_between * config.hidden_size
+    mlp = of_mlp * load.tokens * config.ffn_hidden_size / tp
     heads = config.num_attention_heads + 2 * config.num_kv_heads
     attention = each.heads * load.tokens * heads * config.head_size / tp
     return scale * (hidden + mlp + attention) + _exchanged_bytes(model, load)
@@ -70,7 +88,7 @@ def _exchanged_bytes(model: MemoryModel, load: Workload) -> float:
     if load.layout.context_levels[0] == 1:
         return 0.0
     heads = HeadCounts.make(model.config, load.layout)
-    passes = PassCounts.make(load.memory, sequence_parallel=load.layout.sequence_parallel)
+    passes = count_passes(model.config, load)
     traded = passes.to_heads * (heads.N + 2 * heads.K) + passes.to_tokens * heads.N
     return EXCHANGED * model.compute_bytes * load.tokens * model.config.head_size * traded
 

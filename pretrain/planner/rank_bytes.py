@@ -15,8 +15,9 @@ from model.sharding import shardings_for
 from parallel.config import LayoutConfig
 from parallel.schedule import chunks_in_flight, layers_of_stage, stages_of_rank
 from pretrain.config.config import Config
-from pretrain.planner.activation_bytes import LayerMemory, pinned_bytes
+from pretrain.planner.activation_bytes import LayerMemory
 from pretrain.planner.hardware import Hardware
+from pretrain.planner.kept_bytes import pinned_bytes
 from pretrain.planner.model_size import ModelSize
 from pretrain.planner.step_moments import GradientSizes, StepMoments
 from pretrain.planner.workload import Workload

@@ -10,7 +10,7 @@ from parallel.schedule import idle_share
 from pretrain.planner.hardware import Hardware
 from pretrain.planner.head_counts import HeadCounts
 from pretrain.planner.model_size import ATTENTION_OUTPUT, MLP, QKV
-from pretrain.planner.pass_counts import PassCounts
+from pretrain.planner.pass_counts import count_passes
 from pretrain.planner.pointwise import WEIGHT, ends_bytes, layer_bytes
 from pretrain.planner.rank_bytes import MemoryModel
 from pretrain.planner.traffic import (
@@ -146,7 +146,7 @@ def _compute_seconds(
     size = model.size
     tp, _, cp = load.layout.sizes
     tokens = load.seq_length * load.micro_batch_size
-    passes = PassCounts.make(load.memory, sequence_parallel=load.layout.sequence_parallel)
+    passes = count_passes(model.config, load)
     # An uneven split of heads makes the rank with most heads the slowest.
     heads = HeadCounts.make(config, load.layout)
     imbalance = heads.m * load.layout.context_levels[0] / heads.N

@@ -1,14 +1,14 @@
 """What a rank sends in a step, by purpose: bytes, calls, and how long they take alone.
 
-What is smaller by far is left out: the loss's numbers for each token, those that all ranks compare,
-a tied embedding's gradient.
+What is smaller by far is left out: the loss's numbers for each token, those of a norm over all
+heads, those that all ranks compare, a tied embedding's gradient.
 """
 
 from dataclasses import dataclass
 
 from pretrain.planner.hardware import Hardware
 from pretrain.planner.head_counts import HeadCounts
-from pretrain.planner.pass_counts import PassCounts
+from pretrain.planner.pass_counts import count_passes
 from pretrain.planner.rank_bytes import MemoryModel
 from pretrain.planner.rank_group import RankGroup
 from pretrain.planner.workload import Workload
@@ -58,7 +58,7 @@ def tensor_traffic(model: MemoryModel, load: Workload, hardware: Hardware) -> Tr
     layout = load.layout
     tp = layout.tensor_model_parallel_size
     sent = 2 * (tp - 1) / tp * model.compute_bytes * load.tokens * model.config.hidden_size
-    passes = PassCounts.make(load.memory, sequence_parallel=layout.sequence_parallel)
+    passes = count_passes(model.config, load)
     operation = "all-gather + reduce-scatter" if layout.sequence_parallel else "all-reduce"
     # The embedding sums in forward and the logits in backward; of a pipeline's ranks each has one.
     around = 1 if layout.pipeline_model_parallel_size > 1 else 2
@@ -77,7 +77,7 @@ def context_traffic(model: MemoryModel, load: Workload, hardware: Hardware) -> l
     tp = layout.tensor_model_parallel_size
     a2a, gather = layout.context_levels
     heads = HeadCounts.make(model.config, layout)
-    passes = PassCounts.make(load.memory, sequence_parallel=layout.sequence_parallel)
+    passes = count_passes(model.config, load)
     # Bytes of one head of all this rank's tokens.
     head = model.compute_bytes * load.tokens * model.config.head_size
     to_heads = (a2a - 1) / a2a * head * (heads.N + 2 * heads.k * a2a)

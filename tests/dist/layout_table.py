@@ -15,7 +15,7 @@ from model.config import ModelConfig
 from model.activation_memory.settings import MemorySettings
 from parallel.config import LayoutConfig, check_microbatches
 from parallel.schedule import SCHEDULES, accepts
-from parallel.ulysses import HeadSplit, chunk_counts
+from pretrain.planner.head_counts import allowed_head_chunks
 from tests.dist.parity import VOCABULARY, Case
 
 OPTIONS = {
@@ -35,7 +35,21 @@ OPTIONS = {
     "context": ("a2a", "two levels"),
     "sequence_parallel": (False, True),
     "windows": ("none", "all", "some"),
+    "parts": ("llama", "gemma", "olmo", "granite"),
 }
+PARTS = {
+    "llama": {},
+    "gemma": dict(
+        norm_placement="both",
+        apply_layernorm_1p=True,
+        activation_func="gelu_tanh",
+        embedding_multiplier=5.5,
+        window_rotary_base=100.0,
+    ),
+    "olmo": dict(norm_placement="post", qk_layernorm_scope="all_heads"),
+    "granite": dict(embedding_multiplier=5.5, residual_multiplier=0.4, logits_scaling=3.0),
+}
+"""What the layers have that Llama's have not."""
 NEEDS_AXIS = {"schedule": "pp", "context": "cp", "sequence_parallel": "tp"}
 """Options that mean something only where an axis is in use."""
 SIZES = range(1, 9)
@@ -86,6 +100,9 @@ def make_case(layout: tuple[int, int, int, int], options: dict) -> Case | None:
         # Shorter than the documents; layers of both kinds on every stage that has two.
         window_size=[] if options["windows"] == "none" else [4, 0],
         window_attn_skip_freq=[2] if options["windows"] == "some" else [],
+        # Without a rope and a norm, a bias of the keys changes no softmax: its gradient is noise.
+        no_rope_freq=[3] if options["parts"] == "olmo" and not options["bias"] else [],
+        **PARTS[options["parts"]],
     )
     config = ModelConfig(**model)
     if (
@@ -94,10 +111,7 @@ def make_case(layout: tuple[int, int, int, int], options: dict) -> Case | None:
         or check_layout(config, VOCABULARY, settings)
     ):
         return None
-    memory = make_memory(
-        options,
-        HeadSplit.make(heads // tp, max(1, config.num_kv_heads // tp), settings.context_levels[0]),
-    )
+    memory = make_memory(options, allowed_head_chunks(config, settings))
     if (
         memory is None
         or pp > 1
@@ -130,8 +144,8 @@ def make_case(layout: tuple[int, int, int, int], options: dict) -> Case | None:
     )
 
 
-def make_memory(options: dict, split: HeadSplit) -> MemorySettings | None:
-    chunks = max(chunk_counts(split)) if options["head_chunks"] else 1
+def make_memory(options: dict, chunk_counts: list[int]) -> MemorySettings | None:
+    chunks = max(chunk_counts) if options["head_chunks"] else 1
     if options["head_chunks"] and chunks == 1:
         return None
     return MemorySettings(

@@ -10,7 +10,7 @@ import random
 import pytest
 
 from parallel.layout import World
-from tests.dist.layout_table import AXES, LAYOUTS, NEEDS_AXIS, OPTIONS, make_case, make_table
+from tests.dist.layout_table import AXES, LAYOUTS, NEEDS_AXIS, OPTIONS, PARTS, make_case, make_table
 from tests.dist.leaks import probe
 from tests.dist.parity import Case, check_replicas_equal, compare, run_built
 from tools.plan_verify.recorder import Call, Recorder, first_difference
@@ -106,7 +106,9 @@ def describe(name: str, case: Case) -> str:
         "sequence parallel" if case.sequence_parallel else "",
         "untied" if model["untie_embeddings_and_output_weights"] else "tied",
         "qk-norm" if model["qk_layernorm"] else "",
+        "no rope in some layers" if model["no_rope_freq"] else "",
         "bias" if model["add_qkv_bias"] else "",
+        *[name for name, parts in PARTS.items() if parts and parts.items() <= model.items()],
         case.strategy,
         case.memory.recompute_granularity or "",
         "tiles" if case.memory.mlp_tiles > 1 else "",

@@ -16,6 +16,18 @@ from tests.marks import cases
 QWEN3 = dict(qk_layernorm=True, kv_channels=12)
 QWEN2_TIED = dict(add_qkv_bias=True, num_query_groups=1)
 UNTIED = dict(untie_embeddings_and_output_weights=True)
+GEMMA3 = dict(
+    norm_placement="both",
+    apply_layernorm_1p=True,
+    activation_func="gelu_tanh",
+    embedding_multiplier=5.5,
+    qk_layernorm=True,
+    window_size=[4, 0],
+    window_attn_skip_freq=[2],
+    window_rotary_base=100.0,
+)
+OLMO = dict(norm_placement="post", qk_layernorm=True, qk_layernorm_scope="all_heads")
+GRANITE = dict(embedding_multiplier=5.5, residual_multiplier=0.4, logits_scaling=3.0)
 
 CASES = {
     "tp2": Case(tp=2, model=UNTIED),
@@ -129,6 +141,62 @@ CASES = {
         model=UNTIED | dict(window_size=[9, 0]),
         memory=MemorySettings("attention_kept", attention_head_chunks=2),
     ),
+    "tp2 cp2 gemma full": Case(tp=2, cp=2, model=GEMMA3, memory=MemorySettings("full", 1)),
+    "tp2 sequence parallel gemma selective tiles": Case(
+        tp=2,
+        sequence_parallel=True,
+        model=GEMMA3 | UNTIED,
+        memory=MemorySettings("selective", mlp_tiles=3),
+    ),
+    "cp2 gemma attention kept chunks tiles": Case(
+        cp=2, model=GEMMA3, memory=MemorySettings("attention_kept", 1, 3, 2, 5)
+    ),
+    "pp2 cp2 gemma": Case(pp=2, cp=2, model=GEMMA3, strategy="optim_grads_params"),
+    "cp4 two levels gemma": Case(
+        cp=4, context_levels=(2, 2), model=GEMMA3, memory=MemorySettings("selective")
+    ),
+    # Norms over all heads begin with equal weights: a part that is not this rank's own shows after
+    # a step.
+    "tp4 olmo kv2 full": Case(tp=4, model=OLMO, memory=MemorySettings("full", 1), steps=3),
+    "tp2 sequence parallel olmo kv1": Case(
+        tp=2,
+        cp=2,
+        sequence_parallel=True,
+        model=OLMO | QWEN2_TIED,
+        memory=MemorySettings("selective", mlp_tiles=3),
+        steps=3,
+    ),
+    "tp2 pp2 olmo attention kept": Case(
+        tp=2, pp=2, model=OLMO | UNTIED, memory=MemorySettings("attention_kept", 1), steps=3
+    ),
+    "tp2 dp2 zero1 olmo": Case(tp=2, dp=2, strategy="optim", model=OLMO, steps=3),
+    "tp2 pp2 granite full": Case(
+        tp=2, pp=2, model=GRANITE, memory=MemorySettings("full", 1, mlp_tiles=3)
+    ),
+    "tp2 cp2 sequence parallel granite attention kept": Case(
+        tp=2,
+        cp=2,
+        sequence_parallel=True,
+        model=GRANITE | UNTIED | dict(num_attention_heads=8, hidden_size=64),
+        memory=MemorySettings("attention_kept", 1, attention_head_chunks=2),
+    ),
+    "pp2 ZBV granite": Case(pp=2, schedule="ZBV", model=GRANITE | dict(num_layers=4)),
+    "pp2 cp2 two ropes and none": Case(
+        pp=2,
+        cp=2,
+        model=dict(
+            num_layers=4,
+            window_size=[6, 0],
+            window_attn_skip_freq=[1, 0, 1, 0],
+            window_rotary_base=100.0,
+            no_rope_freq=[0, 0, 1, 0],
+        ),
+    ),
+    "cp4 none of the layers has a rope": Case(
+        cp=4,
+        model=dict(no_rope_freq=[1], num_attention_heads=8, hidden_size=64),
+        memory=MemorySettings("full", attention_head_chunks=2),
+    ),
     "cp4 one-token documents": Case(cp=4, lengths=(1,) * 40 + (30,)),
     "cp8 two levels one-token documents": Case(
         cp=8, context_levels=(2, 4), lengths=(1,) * 40 + (30,)
@@ -222,6 +290,16 @@ WITH_ALL = {
     "head chunks of whole groups",
     "pp2 interleaved 3 stages dp2 zero3 recompute",
     "cp4 gather only",
+    "tp2 cp2 gemma full",
+    "tp2 sequence parallel gemma selective tiles",
+    "pp2 cp2 gemma",
+    "cp4 two levels gemma",
+    "tp4 olmo kv2 full",
+    "tp2 pp2 olmo attention kept",
+    "tp2 dp2 zero1 olmo",
+    "tp2 cp2 sequence parallel granite attention kept",
+    "pp2 ZBV granite",
+    "cp4 none of the layers has a rope",
 }
 assert set(CASES) > WITH_ALL
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from model.activation_memory.settings import MemorySettings
 from parallel.layout import World
 from pretrain.planner.hardware import TABLE
 from pretrain.planner.rank_bytes import MemoryModel
@@ -18,6 +19,16 @@ CASES = {
     "tp2 dp2": Case(tp=2, dp=2),
     "tp2 dp2 sequence parallel": Case(tp=2, dp=2, sequence_parallel=True),
     "tp2 cp2": Case(tp=2, cp=2),
+    "tp2 dp2 norms after the MLP": Case(
+        tp=2, dp=2, model=dict(norm_placement="both"), memory=MemorySettings("selective")
+    ),
+    "tp2 cp2 sequence parallel norms after the MLP": Case(
+        tp=2,
+        cp=2,
+        sequence_parallel=True,
+        model=dict(norm_placement="post"),
+        memory=MemorySettings("full"),
+    ),
     "pp2 dp2": Case(pp=2, dp=2),
     "cp4 two levels": Case(cp=4, context_levels=(2, 2)),
     "tp2 dp2 zero3": Case(tp=2, dp=2, strategy="optim_grads_params"),
@@ -57,7 +68,13 @@ def elements(calls: list, operation: str, ranks: tuple[int, ...]) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "name", cases(CASES, lambda name: name in ("tp2 dp2", "pp2 dp2", "cp4 two levels"))
+    "name",
+    cases(
+        CASES,
+        lambda name: (
+            name in ("tp2 dp2", "pp2 dp2", "cp4 two levels") or name.endswith("after the MLP")
+        ),
+    ),
 )
 def test_the_plan_counts_what_the_processes_send(pool, name):
     case = CASES[name]

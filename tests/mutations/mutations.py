@@ -15,11 +15,26 @@ import numpy as np
 import torch
 
 from data.batch import IGNORE
+from model import parts
 from model.activation_memory.settings import MemorySettings
 from tests.dist.parity import Case
 
 UNTIED = dict(untie_embeddings_and_output_weights=True)
 MANY_KV = dict(num_attention_heads=4, num_query_groups=4)
+OTHER_PARTS = Case(
+    tp=2,
+    model=dict(
+        norm_placement="post",
+        qk_layernorm=True,
+        qk_layernorm_scope="all_heads",
+        residual_multiplier=0.4,
+        window_size=[4, 0],
+        window_attn_skip_freq=[2],
+        window_rotary_base=100.0,
+    ),
+    memory=MemorySettings("full"),
+)
+"""Layers of parts that Llama does not have."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +101,35 @@ def window_across_documents(original):
         return original(q, k, v, [whole_q], [whole_k], *scoring)
 
     return mutated
+
+
+def norm_before_the_sum(original):
+    """Each tp rank norms its part of what the MLP adds."""
+
+    def mutated(layer, a_tD, settings):
+        added_tD = layer.mlp(parts.enter_tensor_parallel(a_tD, layer.layout), settings.mlp_tiles)
+        return parts.leave_tensor_parallel(layer.mlp_post_norm(added_tD), layer.layout)
+
+    return mutated
+
+
+def multiplier_of_one(original):
+    """The second half's hand-written backward without residual_multiplier."""
+
+    def mutated(layer, *args):
+        kept = layer.residual_multiplier
+        layer.residual_multiplier = 1.0
+        try:
+            return original(layer, *args)
+        finally:
+            layer.residual_multiplier = kept
+
+    return mutated
+
+
+def ropes_swapped(original):
+    swapped = {"main": "window", "window": "main"}
+    return property(lambda self: tuple(swapped[kind] for kind in original.fget(self)))
 
 
 def one_big_document(batch, *_):
@@ -324,6 +368,21 @@ MUTATIONS = {
         "windowed_attention",
         window_across_documents,
         Case(tp=2, model=dict(window_size=[4, 0])),
+    ),
+    "norm after the MLP before the sum over tp": Mutation(
+        "model.gpt", "Layer._added_by_mlp", norm_before_the_sum, OTHER_PARTS
+    ),
+    "norm over all heads by each tp rank for its own": Mutation(
+        "model.norm_over_heads",
+        "_mean_over",
+        lambda original: lambda own_t1, tp: own_t1,
+        OTHER_PARTS,
+    ),
+    "residual multiplier left out of the MLP's hand-written backward": Mutation(
+        "model.gpt", "Layer.mlp_gradient", multiplier_of_one, OTHER_PARTS
+    ),
+    "ropes of layers with a window and without swapped": Mutation(
+        "model.config", "ModelConfig.layer_ropes", ropes_swapped, OTHER_PARTS
     ),
     "tied embedding's two gradients not summed": Mutation(
         "pretrain.step",

@@ -15,7 +15,10 @@ VOCABULARY = 512
 TOKENS = 512
 
 
-def counted(layers: int, dtype: str, recompute: str | None) -> tuple[float, int]:
+OTHER_PARTS = dict(norm_placement="both", activation_func="gelu_tanh", residual_multiplier=0.4)
+
+
+def counted(layers: int, dtype: str, recompute: str | None, parts: dict) -> tuple[float, int]:
     """(pointwise bytes of one step, parameters of the model)."""
     config = preset(
         "tiny",
@@ -26,6 +29,7 @@ def counted(layers: int, dtype: str, recompute: str | None) -> tuple[float, int]
         num_query_groups=3,
         kv_channels=32,
         recompute_granularity=recompute,
+        **parts,
     )
     # Backward in this thread, where the mode sees it.
     with one_process() as layout, torch.autograd.set_multithreading_enabled(False):
@@ -39,11 +43,17 @@ def counted(layers: int, dtype: str, recompute: str | None) -> tuple[float, int]
     return traffic.groups()["pointwise"], parameters
 
 
-@pytest.mark.parametrize("recompute", [None, "full"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_layer_moves_what_the_table_says(dtype, recompute):
-    few, parameters_of_few = counted(1, dtype, recompute)
-    more, parameters_of_more = counted(3, dtype, recompute)
+@pytest.mark.parametrize(
+    "dtype, recompute, parts",
+    [
+        *[(dtype, level, {}) for dtype in ("bfloat16", "float32") for level in (None, "full")],
+        ("bfloat16", "selective", OTHER_PARTS),
+        ("float32", "full", OTHER_PARTS),
+    ],
+)
+def test_a_layer_moves_what_the_table_says(dtype, recompute, parts):
+    few, parameters_of_few = counted(1, dtype, recompute, parts)
+    more, parameters_of_more = counted(3, dtype, recompute, parts)
     config = preset(
         "tiny",
         num_layers=1,
@@ -52,6 +62,7 @@ def test_a_layer_moves_what_the_table_says(dtype, recompute):
         num_attention_heads=6,
         num_query_groups=3,
         kv_channels=32,
+        **parts,
     )
     model = MemoryModel(config, VOCABULARY, compute_bytes=2 if dtype == "bfloat16" else 4)
     load = Workload(LayoutConfig(), 1, TOKENS, 1, 1, MemorySettings(recompute))

@@ -15,6 +15,7 @@ from parallel.config import LayoutConfig
 from parallel.layout import single_process_layout
 from parallel.schedule import accepts, chunks_in_flight, idle_share
 from pretrain.planner.hardware import TABLE, find_hardware, peak_flops
+from pretrain.planner.head_counts import allowed_head_chunks
 from pretrain.planner.pass_counts import PassCounts
 from pretrain.planner.rank_bytes import MemoryModel
 from pretrain.planner.rank_group import RankGroup
@@ -76,6 +77,36 @@ SHAPES = {
         101,
     ),
     "large vocabulary": (DEEP | dict(num_layers=2), 4000),
+    "gemma": (
+        DEEP
+        | dict(
+            num_layers=2,
+            norm_placement="both",
+            apply_layernorm_1p=True,
+            activation_func="gelu_tanh",
+            embedding_multiplier=8.0,
+            window_size=[31, 0],
+            window_attn_skip_freq=[2],
+            window_rotary_base=100.0,
+        ),
+        101,
+    ),
+    "olmo": (
+        DEEP
+        | dict(
+            num_layers=3,
+            num_query_groups=2,
+            norm_placement="post",
+            qk_layernorm=True,
+            qk_layernorm_scope="all_heads",
+            no_rope_freq=[1],
+        ),
+        101,
+    ),
+    "granite": (
+        DEEP | dict(num_layers=2, residual_multiplier=0.4, logits_scaling=3.0, ffn_hidden_size=64),
+        101,
+    ),
 }
 
 
@@ -88,6 +119,8 @@ def test_activations_are_what_is_alive(dtype, shape, level):
     problems = []
     config = ModelConfig(**sizes)
     for tiles, chunks, loss_chunk in ((1, 1, 2048), (4, 1, 100), (1, 2, 64), (3, 4, 384)):
+        if chunks not in allowed_head_chunks(config, LayoutConfig()):
+            continue
         settings = MemorySettings(level, 0, tiles, chunks, loss_chunk)
         # Of the second of two microbatches: a single one's gradients come while this goes.
         load = Workload(LayoutConfig(), 1, 384, 1, 2, settings)
@@ -348,9 +381,11 @@ def test_a_head_size_that_was_not_measured_counts_as_the_next_smaller_one(size, 
 
 
 def test_passes_of_the_levels():
-    def of(level, sequence_parallel=False, **settings) -> PassCounts:
+    def of(level, sequence_parallel=False, has_norms_after=False, **settings) -> PassCounts:
         return PassCounts.make(
-            MemorySettings(level, **settings), sequence_parallel=sequence_parallel
+            MemorySettings(level, **settings),
+            sequence_parallel=sequence_parallel,
+            has_norms_after=has_norms_after,
         )
 
     assert of(None) == PassCounts() and of(None, sequence_parallel=True) == PassCounts()
@@ -366,6 +401,12 @@ def test_passes_of_the_levels():
         == 4
     )
     assert of("full", attention_head_chunks=2).to_heads == 4
+    # A norm after the MLP reads its result: the third product again, and the sum over tp.
+    after = dict(has_norms_after=True)
+    assert of(None, **after) == PassCounts()
+    assert of("selective", **after).mlp == 4 and of("selective", **after).sums == 5
+    assert of("full", mlp_tiles=2, **after).mlp == pytest.approx(4 + 2 / 3)
+    assert of("full", **after).sums == of("full", sequence_parallel=True, **after).sums == 6
 
 
 def test_hardware_is_found_by_a_word_of_its_name():
