@@ -24,7 +24,7 @@ split              | tools.split_dataset      | cut one token file into several
 audit              | tools.audit_data         | count whether a run drew each token exactly once
 import             | tools.import_hf          | make a checkpoint of a Hugging Face folder
 export             | tools.export_hf          | make a Hugging Face folder of a checkpoint
-generate           | tools.generate           | continue a text with a Hugging Face folder
+generate           | tools.generate           | continue texts with a checkpoint or a Hugging Face folder
 report             | tools.report             | show a run on one page
 watch              | tools.watch              | see in the terminal what a run is doing: DIR
 bench              | tools.bench              | compare this code with its peers on this machine

@@ -6,6 +6,9 @@
 In chunks (`head_chunks` > 1) the line is walked once per group of query heads, and again for each
 group in backward, so that q, k and v of all heads never exist at once.
 
+While a model generates, the keys and values of a prompt are kept after the exchange, and each token
+after it attends to those (key_cache.py).
+
 Legend: see attention_core.py.
 """
 
@@ -17,10 +20,11 @@ from model.attention_backends.backend import Attend
 from model.attention_chunks import attend_in_chunks
 from model.attention_core import AttentionCore, Projections
 from model.config import ModelConfig
+from model.key_cache import KeyCache
 from model.parts import RMSNorm, Weight, enter_tensor_parallel, leave_tensor_parallel
 from model.positions import Positions
 from parallel.layout import Layout
-from parallel.ulysses import HeadSplit, head_rounds, heads_to_seq, seq_to_heads
+from parallel.ulysses import HeadSplit, gather_heads, head_rounds, heads_to_seq, seq_to_heads
 
 
 class Attention(nn.Module):
@@ -47,6 +51,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(heads * H if self.norms_all_heads else H, config)
             self.k_norm = RMSNorm(kv_heads * H if self.norms_all_heads else H, config)
         self.layout = layout
+        self.number = number
         self.kv_rows: slice | None = None
         if kv_heads < tp.size:
             # The weights of all key/value heads are here; this rank's queries read one of them.
@@ -82,7 +87,9 @@ class Attention(nn.Module):
         """
         x_tD = enter_tensor_parallel(x_tD, self.layout)
         weights = self._projections()
-        if head_chunks > 1:
+        if positions.cache is not None and positions.cache.places is not None:
+            o_tNH = self._attend_to_cache(x_tD, positions, positions.cache, weights)
+        elif head_chunks > 1:
             rounds = head_rounds(self.split, head_chunks)
             o_tNH = attend_in_chunks(self.core, x_tD, positions, rounds, tape, weights)
         else:
@@ -104,11 +111,31 @@ class Attention(nn.Module):
             *core.project(x_tD, positions, weights), self.split, axis
         )
         k_TkH, v_TkH = core.gather(k_skH, v_skH)
+        if positions.cache is not None:
+            positions.cache.fill(self.number, k_TkH, v_TkH)
+        k_TkH, v_TkH = core.pair(k_TkH, v_TkH)
         o_smH = core.attend_to(q_smH, k_TkH, v_TkH, positions.documents, tape)
         if tape is not None and not tape.playing:
             # The tape keeps the output; q, k and v are made again before it is played.
             free_storage(q_smH, k_TkH, v_TkH)
         return heads_to_seq(o_smH, self.split, axis)
+
+    def _attend_to_cache(
+        self, x_bD: torch.Tensor, positions: Positions, cache: KeyCache, weights: Projections
+    ) -> torch.Tensor:
+        """Attend with the next token of each sequence to those that are kept -> [b, N, H].
+
+        Every rank of cp has these tokens, attends with its heads, and gets those of the others.
+        """
+        axis = self.layout.cp_a2a
+        q0, q1 = self.split.query[axis.rank]
+        k0, k1 = self.split.kv[axis.rank]
+        q_bNH, k_bKH, v_bKH = self.core.project(x_bD, positions, weights)
+        assert cache.places is not None
+        o_bmH = cache.layers[self.number].attend(
+            q_bNH[:, q0:q1], k_bKH[:, k0:k1], v_bKH[:, k0:k1], cache.places
+        )
+        return gather_heads(o_bmH, self.split, axis)
 
     def _projections(self) -> Projections:
         """Gather this rank's weights, of the key/value heads only those that its queries read."""

@@ -152,8 +152,11 @@ class AttentionCore:
         return rotate(x_tnH, *positions.tables[self.rope])
 
     def gather(self, k_skH: torch.Tensor, v_skH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values of all tokens, as the kernel pairs them with the query heads."""
-        k_TkH, v_TkH = gather_keys(k_skH, v_skH, self.layout.cp_gather)
+        """Return keys and values of all tokens."""
+        return gather_keys(k_skH, v_skH, self.layout.cp_gather)
+
+    def pair(self, k_TkH: torch.Tensor, v_TkH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values as the kernel pairs them with the query heads."""
         if self.kv_uses is None:
             return k_TkH, v_TkH
         return _repeat_heads(k_TkH, self.kv_uses), _repeat_heads(v_TkH, self.kv_uses)

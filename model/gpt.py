@@ -24,6 +24,7 @@ from model.attention import Attention
 from model.attention_backends.backend import Attend
 from model.attention_backends.documents import PackedDocuments, pack_documents
 from model.config import ModelConfig
+from model.key_cache import KeyCache
 from model.layer_ropes import LayerRope
 from model.loss import IGNORED_LABEL, LossSettings, fused_loss, score
 from model.mlp import MLP, gated_mlp_gradients
@@ -286,21 +287,21 @@ class GPTStage(nn.Module):
                 self.source_losses[source] += losses_t[begin:end].sum(dtype=torch.float64)
         return loss
 
-    def hidden(self, x: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
-        """Run the embedding (first stage) and the layers -> [t, D] ([t / tp, D] by Megatron-SP)."""
+    def hidden(
+        self, x: torch.Tensor, microbatch: Microbatch, cache: KeyCache | None = None
+    ) -> torch.Tensor:
+        """Run the embedding (first stage) and the layers -> [t, D] ([t / tp, D] by Megatron-SP).
+
+        Args:
+            cache: gets the keys and values of all documents.
+        """
         if self.is_first:
-            # Each tp rank finds the tokens of its rows: their sum is the embedding.
-            x = vocab_parallel_embedding(
-                microbatch.tokens, self.embedding.local_weight(), self.layout.tp
-            )
-            x = leave_tensor_parallel(x, self.layout)
-            if self.embedding_multiplier != 1.0:
-                x = x * self.embedding_multiplier
+            x = self._embed(microbatch.tokens)
         # What every layer needs: the documents of this rank's queries, and the rotary tables.
         gather = self.layout.cp_gather
         pieces = group_pieces(int(microbatch.cu_seqlens[-1]), gather.rank, gather.size)
         documents = pack_documents(microbatch.cu_seqlens, pieces, x.device)
-        positions = self.make_positions(microbatch.positions, documents, x.dtype)
+        positions = self.make_positions(microbatch.positions, documents, x.dtype, cache)
         self.host.begin()
         for number, layer in enumerate(self.layers.values()):
             offload = number < self.memory.cpu_offloading_num_layers
@@ -308,12 +309,37 @@ class GPTStage(nn.Module):
         self.host.finish_sending()  # not beside the loss
         return x
 
+    def hidden_of_next(self, tokens_b: torch.Tensor, cache: KeyCache) -> torch.Tensor:
+        """Run the next token of each cached sequence through the layers of a whole model -> [b, D].
+
+        The cache keeps their keys and values. Every rank of cp has the same tokens; without
+        Megatron-SP.
+        """
+        places = cache.begin_step()
+        x_bD = self._embed(tokens_b)
+        positions = self.make_positions(places.positions_b, [], x_bD.dtype, cache)
+        for layer in self.layers.values():
+            x_bD = layer(x_bD, positions, self.memory, None)
+        cache.end_step()
+        return x_bD
+
+    def _embed(self, tokens_t: torch.Tensor) -> torch.Tensor:
+        """Look tokens up and enter the residual stream: [t, D] ([t / tp, D] by Megatron-SP)."""
+        # Each tp rank finds the tokens of its rows: their sum is the embedding.
+        x_tD = vocab_parallel_embedding(tokens_t, self.embedding.local_weight(), self.layout.tp)
+        x_tD = leave_tensor_parallel(x_tD, self.layout)
+        return x_tD if self.embedding_multiplier == 1.0 else x_tD * self.embedding_multiplier
+
     def make_positions(
-        self, positions_t: torch.Tensor, documents: list[PackedDocuments], dtype: torch.dtype
+        self,
+        positions_t: torch.Tensor,
+        documents: list[PackedDocuments],
+        dtype: torch.dtype,
+        cache: KeyCache | None = None,
     ) -> Positions:
         """Return what the layers are told of where their tokens are."""
         tables = {kind: self._tables(kind, positions_t, dtype) for kind in self.rope_kinds}
-        return Positions(tables, documents)
+        return Positions(tables, documents, cache)
 
     def _tables(
         self, kind: LayerRope, positions_t: torch.Tensor, dtype: torch.dtype

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from model.attention_backends.documents import PackedDocuments
+from model.key_cache import KeyCache
 from model.layer_ropes import LayerRope
 
 
@@ -31,3 +32,5 @@ class Positions(NamedTuple):
     tables: dict[LayerRope, RotaryTables]
     """Those that the layers of this stage use."""
     documents: list[PackedDocuments]
+    cache: KeyCache | None = None
+    """Keeps the keys and values while a model generates; None in training."""

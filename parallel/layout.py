@@ -155,6 +155,19 @@ def host_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that this process may still take of its device's memory.
+
+    On CPUs they are an equal share of what the machine can give away.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with open("/proc/meminfo", encoding="ascii") as file:
+        sizes = dict(line.split(":", 1) for line in file)
+    kibibytes = int(sizes["MemAvailable"].split()[0])
+    return kibibytes * 1024 // launched_local_world_size()
+
+
 def device_here() -> tuple[str, int]:
     """Return the name and the bytes of memory of this process's device.
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from parallel.collectives import all_to_all, start_all_to_all
+from parallel.collectives import all_reduce, all_to_all, start_all_to_all
 from parallel.layout import Axis
 
 
@@ -58,6 +58,15 @@ class HeadSplit:
         q0, q1 = self.query[rank]
         k0, k1 = self.kv[rank]
         return (q1 - q0) + 2 * (k1 - k0)
+
+    def query_padding(self, rank: int) -> tuple[int, int]:
+        """Count the query heads before and after those of `rank` that read its key/value heads.
+
+        They belong to other ranks.
+        """
+        q0, q1 = self.query[rank]
+        k0, k1 = self.kv[rank]
+        return q0 - k0 * self.group, k1 * self.group - q1
 
     def kv_of_query(self, rank: int) -> list[int]:
         """List, for each query head of `rank`, its key/value head among those it received."""
@@ -267,3 +276,18 @@ def gradient_of_heads(grad_tNH: torch.Tensor, split: HeadSplit, axis: Axis) -> t
         block.view(t, -1, H).copy_(grad_tNH[:, start:stop])
     received = all_to_all(send, sizes, [sizes[axis.rank]] * axis.size, axis)
     return received.view(axis.size * t, -1, H)
+
+
+def gather_heads(o_bmH: torch.Tensor, split: HeadSplit, axis: Axis) -> torch.Tensor:
+    """Join the heads of all ranks, for tokens that each of them has: [b, m, H] -> [b, N, H].
+
+    There is no gradient.
+    """
+    if axis.size == 1:
+        return o_bmH
+    b, _, H = o_bmH.shape
+    q0, q1 = split.query[axis.rank]
+    # A sum with zeros is exact, whatever the numbers of heads.
+    o_bNH = o_bmH.new_zeros(b, split.query[-1][1], H)
+    o_bNH[:, q0:q1] = o_bmH
+    return all_reduce(o_bNH, axis)

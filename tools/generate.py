@@ -1,229 +1,268 @@
-"""Continue a text with an exported model: `bash launch/ithaca.sh generate --load HF_DIR --prompt
-TEXT`.
+"""Continue texts with a run's checkpoint or a Hugging Face folder: `bash launch/ithaca.sh generate
+--load DIR --prompt TEXT`.
 
-The folder's own generation settings decide where it stops. A folder without a tokenizer takes the
-prompt as token ids, `--prompt "5 17 3"`, and prints ids.
+One prompt is continued in the terminal as its tokens come. Several (--prompt A B, --prompts FILE)
+are continued in batches, and printed as JSON lines in their order. Without a tokenizer, prompts and
+results are token ids. --tensor-model-parallel-size and --context-parallel-size share the model and
+the prompts among processes that the command starts, so that a model is tried at the length that it
+was trained for.
 """
 
+import json
 import math
 import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
 
-import torch
-
-from data.tokenizers.tokenizer import HUGGINGFACE_FILES, NullTokenizer
-from tools.shared.door import run_door
-from tools.shared.message_text import one_line
+from data.tokenizers.folder import IdsFrom
+from data.units import show_bytes
+from parallel.layout import Layout
+from tools.inference.decoding import Continuation, batches, check_memory, continue_batch
+from tools.inference.generation_settings import GenerationSettings
+from tools.inference.open_model import OpenModel, Precision, open_model
+from tools.inference.processes import ProcessArguments, run_door_on_processes, tell_all
+from tools.inference.prompts import (
+    STDIN,
+    Prompt,
+    encode_prompt,
+    prompts_of_arguments,
+    read_prompts,
+    tokenizer_of,
+)
+from tools.inference.sampling import Sampling
+from tools.inference.text_stream import TextStream
+from tools.shared.message_text import count_of
 
 LEAST_TEMPERATURE = 1e-4
 """Smallest temperature above 0; logits divided by a smaller one overflow."""
-
-OWN_CODE_ONLY = {"trust_remote_code": False, "local_files_only": True}
-"""The folder's own code is never run, and nobody is asked whether it may be."""
+USUAL_TEMPERATURE = 0.8
+"""Taken where neither the user nor the model's source says one."""
 
 
 @dataclass(kw_only=True)
-class Arguments:
+class Arguments(ProcessArguments):
     load: str
-    """A Hugging Face folder (the command `export` writes one)."""
-    prompt: str = ""
-    """Text to continue; token ids where the folder has no tokenizer."""
+    """The --save folder of a run, or a Hugging Face folder."""
+    ckpt_step: int | None = None
+    """Iteration of the run, instead of the latest."""
+    prompt: list[str] = field(default_factory=list)
+    """Texts to continue, one or several; token ids where there is no tokenizer. By default an empty
+    one."""
+    prompts: str | None = None
+    """File of prompts, a line each; - is standard input. In .jsonl files, and in lines of standard
+    input that begin with {": {"prompt": "text"} or {"ids": [5, 17]}."""
     max_new_tokens: int = 80
-    """Tokens to add."""
-    temperature: float = 0.8
-    """0 = always the likeliest token."""
+    """Tokens to add at most."""
+    temperature: float | None = None
+    """0 = always the likeliest token. By default what the model's source says, else 0.8."""
+    top_k: int | None = None
+    """Draw from this many of the likeliest tokens; 0 = from all. By default what the source
+    says."""
+    top_p: float | None = None
+    """Draw from the fewest likeliest tokens whose probabilities reach this. By default what the
+    source says."""
+    repetition_penalty: float | None = None
+    """Above 1 makes tokens that came before less likely. By default what the source says."""
     seed: int = 1234
-    """Seed of the sampling."""
+    """Seed of the draws; a prompt's depend on it and on the prompt's number."""
+    ignore_eos: bool = False
+    """Go on after an end of text."""
+    batch_size: int = 8
+    """Prompts that are continued at once."""
+    json: bool = False
+    """Print JSON lines for a single prompt, too."""
+    dtype: Precision = "auto"
+    """Of weights and products; auto = the source's, and fp32 on a CPU without units for bf16."""
+    attention_backend: str = "auto"
+    """Kernel that reads the prompts, as in training."""
+    tokenizer_ids_from: IdsFrom | None = None
+    """Which definition of a Hugging Face folder's tokenizer gives the ids; needed where they
+    differ."""
 
 
 def check_arguments(arguments: Arguments) -> None:
     """Raise ValueError for settings that no model can follow."""
-    if not (Path(arguments.load) / "config.json").is_file():
+    if arguments.prompt and arguments.prompts is not None:
         raise ValueError(
-            f"load = {arguments.load}: no Hugging Face folder (no config.json). "
-            "Fix: export one with tools.export_hf."
+            f"prompts = {arguments.prompts}: cannot be combined with --prompt. Fix: remove one."
         )
-    try:
-        arguments.prompt.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"prompt = {arguments.prompt!r}: is not valid UTF-8 ({error.reason}). Fix: give text."
-        ) from None
-    if arguments.max_new_tokens < 0:
-        raise ValueError(
-            f"max_new_tokens = {arguments.max_new_tokens}: must be at least 0. Fix: for example 80."
-        )
+    prompts_of_arguments(arguments.prompt)
+    # What must hold of a value that is given.
     temperature = arguments.temperature
-    if temperature != 0 and not LEAST_TEMPERATURE <= temperature < math.inf:
-        raise ValueError(
-            f"temperature = {temperature}: must be 0 (always the likeliest token) or a finite "
-            f"number of at least {LEAST_TEMPERATURE}. Fix: for example 0.8."
-        )
-    if not 0 <= arguments.seed < 2**63:
-        raise ValueError(f"seed = {arguments.seed}: must be in [0, 2**63). Fix: for example 1234.")
+    rules = {
+        "max_new_tokens": (arguments.max_new_tokens >= 0, "at least 0", "80"),
+        "batch_size": (arguments.batch_size >= 1, "at least 1", "8"),
+        "seed": (0 <= arguments.seed < 2**63, "in [0, 2**63)", "1234"),
+        "temperature": (
+            temperature in (None, 0) or LEAST_TEMPERATURE <= temperature < math.inf,
+            f"0 (always the likeliest token) or a finite number of at least {LEAST_TEMPERATURE}",
+            "0.8",
+        ),
+        "top_k": (arguments.top_k is None or arguments.top_k >= 0, "at least 0", "50"),
+        "top_p": (
+            arguments.top_p is None or 0 < arguments.top_p <= 1,
+            "above 0 and at most 1",
+            "0.9",
+        ),
+        "repetition_penalty": (
+            arguments.repetition_penalty is None or 0 < arguments.repetition_penalty < math.inf,
+            "a finite number above 0",
+            "1.1",
+        ),
+    }
+    problems = [
+        f"{name} = {getattr(arguments, name)}: must be {rule}. Fix: for example {example}."
+        for name, (holds, rule, example) in rules.items()
+        if not holds
+    ]
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
-def open_tokenizer(folder: Path) -> Any:
-    """Open the folder's tokenizer; without one, say on standard error that ids are used -> None."""
-    from transformers import AutoTokenizer
-
-    if any((folder / name).is_file() for name in HUGGINGFACE_FILES):
-        return AutoTokenizer.from_pretrained(folder, **OWN_CODE_ONLY)
-    print(f"note: {folder} has no tokenizer: the prompt and what follows are ids", file=sys.stderr)
-    return None
-
-
-def encode_prompt(arguments: Arguments, tokenizer: Any, model: Any) -> list[int]:
-    """Encode the prompt; an empty one as the token that documents begin after.
+def generate(arguments: Arguments, layout: Layout) -> None:
+    """Open the model, continue all prompts and print them; every process of the layout calls it.
 
     Raises:
-        ValueError: ids that the model does not have, or an empty prompt that nothing can begin.
+        ValueError: nothing that can be opened, or prompts that the model cannot continue.
     """
-    vocab_size = model.config.vocab_size
-    if tokenizer is None:
-        ids = NullTokenizer(vocab_size).encode(arguments.prompt)
-    else:
-        ids = tokenizer.encode(arguments.prompt, add_special_tokens=False)
-    ids = ids or _beginning(tokenizer, model)
-    if not ids:
-        raise ValueError(
-            f"prompt = {arguments.prompt!r}: is empty, and {arguments.load} names no token to "
-            "begin with. Fix: give a prompt."
-        )
-    if max(ids) >= vocab_size:
-        raise ValueError(
-            f"prompt: the tokenizer gives id {max(ids)}, and the model has {vocab_size} ids. "
-            "Fix: put the model's own tokenizer into the folder."
-        )
-    return ids
+    model = open_model(
+        arguments.load,
+        layout,
+        step=arguments.ckpt_step,
+        precision=arguments.dtype,
+        attention_backend=arguments.attention_backend,
+        ids_from=arguments.tokenizer_ids_from,
+    )
+    for line in model.notes:
+        note(line)
+    if model.tokenizer is None:
+        note(f"{model.source} has no tokenizer: the prompts and what follows are ids")
+    prompts = _all_prompts(arguments, layout)
+    continuations = [
+        Continuation(number, ids, _tokens_to_add(arguments.max_new_tokens, ids, prompt, model))
+        for number, prompt in enumerate(prompts)
+        for ids in [encode_prompt(prompt, model)]
+    ]
+    sampling = choose_sampling(arguments, model.generation)
+    note(f"tokens: {sampling.describe()}")
+    size = min(arguments.batch_size, len(continuations))
+    needed = check_memory(model, continuations, size)
+    note(f"keys and values of {count_of(size, 'prompt')} at once: {show_bytes(needed)} per process")
+    stop_ids = () if arguments.ignore_eos else model.stop_ids
+    if len(continuations) == 1 and not arguments.json:
+        _stream(model, continuations[0], sampling, stop_ids)
+        return
+    for batch in batches(continuations, size):
+        continue_batch(model, batch, sampling, stop_ids=stop_ids)
+        for each in batch:
+            print(json.dumps(_record(model, each), ensure_ascii=False), flush=True)
 
 
-def _beginning(tokenizer: Any, model: Any) -> list[int]:
-    """Return the token that begins a text: the tokenizer's, else that which ends documents."""
-    own = tokenizer.encode("", add_special_tokens=True) if tokenizer is not None else []
-    settings = model.generation_config
-    others = _as_list(settings.eos_token_id) + _as_list(settings.bos_token_id)
-    # Some folders say -1 where they mean none.
-    return own[:1] or [token for token in others if token >= 0][:1]
+def note(text: str) -> None:
+    """Print a note on standard error."""
+    print(f"note: {text}", file=sys.stderr)
 
 
-def _as_list(ids: int | list[int] | None) -> list[int]:
-    """Return the ids of a setting that may hold one, several or none."""
-    if ids is None:
-        return []
-    return list(ids) if isinstance(ids, list | tuple) else [ids]
+def choose_sampling(arguments: Arguments, source: GenerationSettings) -> Sampling:
+    """Combine what the user asks for with what the model's source says; notes say what is not used.
+
+    A source that says `do_sample: false` means the likeliest tokens.
+    """
+    if source.unfollowed:
+        note(f"generation_config.json: not followed: {', '.join(source.unfollowed)}")
+    temperature = arguments.temperature
+    if temperature is None:
+        of_source = 0.0 if source.do_sample is False else source.temperature
+        temperature = USUAL_TEMPERATURE if of_source is None else of_source
+    # A smaller one would overflow.
+    if 0 < temperature < LEAST_TEMPERATURE:
+        temperature = 0.0
+
+    def first_given(*values, default):
+        return next((value for value in values if value is not None), default)
+
+    return Sampling(
+        temperature=float(temperature),
+        top_k=first_given(arguments.top_k, source.top_k, default=0),
+        top_p=first_given(arguments.top_p, source.top_p, default=1.0),
+        repetition_penalty=first_given(
+            arguments.repetition_penalty, source.repetition_penalty, default=1.0
+        ),
+        seed=arguments.seed,
+    )
 
 
-def tokens_to_add(arguments: Arguments, prompt_length: int, model: Any) -> int:
-    """Return how many tokens fit after the prompt; say so where they are fewer than asked.
+def _all_prompts(arguments: Arguments, layout: Layout) -> list[Prompt]:
+    """Collect the prompts; standard input is read by one process, which tells the others."""
+    if arguments.prompts is None:
+        return prompts_of_arguments(arguments.prompt or [""])
+    if arguments.prompts != STDIN:
+        return read_prompts(arguments.prompts)
+    return tell_all(lambda: read_prompts(STDIN), layout)
+
+
+def _tokens_to_add(asked: int, ids: list[int], prompt: Prompt, model: OpenModel) -> int:
+    """Return how many tokens fit after a prompt; say so where they are fewer than asked.
 
     Raises:
         ValueError: the prompt alone fills the model's context.
     """
-    context = getattr(model.config, "max_position_embeddings", None) or math.inf
-    if arguments.max_new_tokens and prompt_length >= context:
+    context = model.context_length
+    if asked and len(ids) >= context:
         raise ValueError(
-            f"prompt: {prompt_length:,} tokens, and the model's context is {context:,}. "
+            f"{prompt.name}: {len(ids):,} tokens, and the model's context is {context:,}. "
             "Fix: a shorter prompt."
         )
-    # A context that is not named has no end.
-    room = min(arguments.max_new_tokens, max(0, context - prompt_length))
-    if room < arguments.max_new_tokens:
-        print(
-            f"note: max_new_tokens = {arguments.max_new_tokens}: {room} fit into the model's "
-            f"context of {context:,}",
-            file=sys.stderr,
+    room = min(asked, max(0, context - len(ids)))
+    if room < asked:
+        note(
+            f"max_new_tokens = {asked}: {room} fit into the model's context of {context:,} "
+            f"after {prompt.name}"
         )
-    return int(room)
+    return room
 
 
-def continue_prompt(arguments: Arguments, tokenizer: Any, model: Any) -> list[int]:
-    """Generate -> the token ids of the prompt and what the model adds.
+# ---------------------------------------------------------------- what is printed
 
-    Raises:
-        ValueError: bad input, settings in the folder that transformers cannot follow, or logits
-            that are not numbers.
-    """
-    # Nothing to add: the prompt alone, also where it fills the context.
-    ids = encode_prompt(arguments, tokenizer, model)
-    count = tokens_to_add(arguments, len(ids), model)
-    if count == 0:
-        return ids
-    settings = model.generation_config
-    if settings.pad_token_id is None:
-        # One text needs no padding; without an id the library warns.
-        settings.pad_token_id = (_as_list(settings.eos_token_id) or [0])[0]
-    # The folder's settings decide about the rest, like stop ids and top_p.
-    options: dict[str, Any] = {
-        "do_sample": False,
-        "num_return_sequences": 1,
-        "return_dict_in_generate": False,
+
+def _stream(
+    model: OpenModel, continuation: Continuation, sampling: Sampling, stop_ids: tuple[int, ...]
+) -> None:
+    """Print the prompt and what follows it, token by token."""
+    text = TextStream(tokenizer_of(model))
+
+    def write(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    def on_token(each: Continuation) -> None:
+        write(text.add(each.added[-1:], is_last=each.is_finished))
+
+    write(text.add(continuation.prompt, is_last=continuation.is_finished))
+    continue_batch(model, [continuation], sampling, stop_ids=stop_ids, on_token=on_token)
+    write("\n")
+
+
+def _record(model: OpenModel, each: Continuation) -> dict:
+    """Describe a finished prompt, for a JSON line."""
+    tokenizer = tokenizer_of(model)
+    whole = tokenizer.decode(each.prompt + each.added)
+    prompt = tokenizer.decode(each.prompt)
+    return {
+        "prompt": prompt,
+        "continuation": whole[len(prompt) :] if whole.startswith(prompt) else whole,
+        "ids": each.added,
+        "ended": "stop id" if each.is_stopped else "length",
     }
-    if arguments.temperature > 0:
-        options |= {"do_sample": True, "temperature": float(arguments.temperature)}
-    torch.manual_seed(arguments.seed)
-    prompt = torch.tensor([ids])
-    try:
-        out = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=count,
-            logits_processor=[_refuse_nan],
-            **options,
-        )
-    except Exception as error:  # a folder's settings may lead to errors of any kind
-        raise ValueError(
-            f"load = {arguments.load}: transformers cannot generate with it ({one_line(error)}). "
-            "Fix: correct its generation_config.json, or export it again."
-        ) from None
-    return out[0].tolist()
-
-
-def _refuse_nan(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Stop where logits are not numbers: the likeliest token would be the first of those."""
-    if logits.isnan().any():
-        raise ValueError("its logits are NaN")
-    return logits
-
-
-def generate(arguments: Arguments) -> str:
-    """Continue the prompt -> it and its continuation, as text or as ids.
-
-    Raises:
-        ValueError: bad input, or a folder that transformers cannot read.
-    """
-    check_arguments(arguments)
-    # Imported late: it takes seconds, and bad arguments are refused before.
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    folder = Path(arguments.load)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, **OWN_CODE_ONLY).eval()
-        tokenizer = open_tokenizer(folder)
-    except Exception as error:  # transformers raises many kinds for a bad folder
-        raise ValueError(
-            f"load = {folder}: transformers cannot read it ({one_line(error)}). "
-            "Fix: export it again."
-        ) from None
-    ids = continue_prompt(arguments, tokenizer, model)
-    if tokenizer is None:
-        return " ".join(map(str, ids))
-    return tokenizer.decode(ids)
-
-
-def print_continuation(arguments: Arguments) -> None:
-    """Print the prompt and its continuation."""
-    print(generate(arguments))
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_door(
-        Arguments, print_continuation, name="tools.generate", description=__doc__, argv=argv
+    return run_door_on_processes(
+        Arguments,
+        generate,
+        check=check_arguments,
+        name="tools.generate",
+        description=__doc__,
+        argv=argv,
     )
 
 

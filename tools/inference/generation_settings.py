@@ -71,7 +71,7 @@ def read_generation_settings(
 
     Args:
         folder: with these files; None where the model has no such folder.
-        eod: the tokenizer's end-of-document id, which counts where no file names one.
+        eod: the tokenizer's end-of-document id, which counts for a model without such a folder.
 
     Raises:
         ValueError: values that mean nothing, a line each.
@@ -91,7 +91,7 @@ def read_generation_settings(
     problems += stop_problems + begin_problems
     if problems:
         raise ValueError("\n".join(f"{folder}: {problem}" for problem in problems))
-    if not stop_ids and eod is not None:
+    if folder is None and eod is not None:
         stop_ids = [eod]
     own = tokenizer.prefix_id if isinstance(tokenizer, HuggingFace) else None
     candidates = [*([own] if own is not None else []), *stop_ids, *begin_ids]

@@ -25,7 +25,7 @@ from model.rope import Rope
 from model.sharding import shardings_for
 from parallel.config import LayoutConfig
 from parallel.layout import Layout, has_bf16_units
-from pretrain.checkpointing.folders import CARRIED, find_published
+from pretrain.checkpointing.folders import CARRIED, LATEST, find_published
 from pretrain.checkpointing.stored_tensors import StoredTensors
 from pretrain.planner.head_counts import HeadCounts
 from pretrain.state import compute_dtype
@@ -212,11 +212,11 @@ def _tensors_of_folder(weights: Weights) -> Tensors:
 def _find(load: str, step: int | None, layout: Layout, ids_from: IdsFrom | None) -> _Source:
     """Find out what `load` is, and read its settings."""
     folder = Path(load)
-    # A run's folder may hold anything beside its checkpoints, so they are looked for first.
-    if find_published(folder, step) is not None:
+    is_folder_of_files = (folder / "config.json").is_file() and not (folder / LATEST).exists()
+    if not is_folder_of_files and find_published(folder, step) is not None:
         # Checksums are compared once; who finds damage ends all processes.
         return _of_checkpoint(open_stored_model(load, step, verify=layout.world.is_first))
-    if not (folder / "config.json").is_file():
+    if not is_folder_of_files:
         found = "nothing to open" if folder.is_dir() else "no such folder"
         raise ValueError(
             f"load = {load}: {found}. Fix: give the --save folder of a run, or a Hugging Face "

@@ -98,6 +98,7 @@ class ProcessArguments:
 
 
 Arguments = TypeVar("Arguments", bound=ProcessArguments)
+Found = TypeVar("Found")
 
 
 def run_door_on_processes(
@@ -232,3 +233,12 @@ def _act_as_rank(
             os._exit(2)
         end_world()
     return code
+
+
+def tell_all(find: Callable[[], Found], layout: Layout) -> Found:
+    """Let the first process find something, and give it to all; what it raises ends all of them."""
+    if layout.world.size == 1:
+        return find()
+    box: list[Any] = [find() if layout.world.is_first else None]
+    dist.broadcast_object_list(box, src=0, group=layout.world.group)
+    return box[0]
