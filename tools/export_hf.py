@@ -14,12 +14,13 @@ from typing import Literal
 
 import torch
 
+from pretrain.checkpointing.folders import EXPORTS
 from pretrain.config.config import Config
 from tools.huggingface.export_settings import choose_context, write_settings
 from tools.huggingface.export_weights import WeightsExport
 from tools.huggingface.stored_model import open_stored_model
 from tools.huggingface.verify_export import verify_export
-from tools.outputs.files import Input, require_room
+from tools.outputs.files import Input, real_path, require_room
 from tools.outputs.folder import NewFolder
 from tools.shared.door import run_door
 
@@ -92,6 +93,12 @@ def inputs_of_run(config: Config) -> list[Input]:
     return inputs + [Input("the run's data", Path(f"{prefix}.bin")) for prefix in prefixes]
 
 
+def beside_exports(inputs: list[Input], output: Path) -> list[Input]:
+    """Leave out the --save folder that has the output in its place for exports, DIR/hf/NAME."""
+    folder = real_path(output).parent
+    return [each for each in inputs if real_path(each.path) / EXPORTS != folder]
+
+
 def export(arguments: Arguments) -> None:
     """Write, optionally verify, then publish by renaming.
 
@@ -104,9 +111,10 @@ def export(arguments: Arguments) -> None:
     if arguments.verify_text is not None:
         inputs.append(Input("--verify-text", Path(arguments.verify_text)))
     output = Path(arguments.output)
+    inputs = beside_exports(inputs, output)
     new = NewFolder("output", output, MAKER, inputs=inputs, overwrite=arguments.overwrite)
     stored = open_stored_model(arguments.load, arguments.ckpt_step, compare_weights=False)
-    new.refuse_inputs(inputs_of_run(stored.config))
+    new.refuse_inputs(beside_exports(inputs_of_run(stored.config), output))
     _ = stored.architecture  # refuses a model that transformers has no architecture for
     declared = choose_context(stored, arguments.max_position_embeddings)
 

@@ -3,6 +3,7 @@
 DIR/iter_0000100/                      DCP files, manifest.json, config.yaml, progress.json,
                                        tokenizer/; huggingface/ if the model was imported
 DIR/iter_0000050.damaged/              one that was found damaged, kept (checkpointing/damage.py)
+DIR/hf/step_00000100/                  an export to Hugging Face (checkpointing/exports.py)
 DIR/latest_checkpointed_iteration.txt  100
 """
 
@@ -24,6 +25,9 @@ MANIFEST = "manifest.json"
 CARRIED = "huggingface"
 """Folder in a checkpoint for the files of its Hugging Face source that are no weights
 (checkpointing/model_files.py)."""
+EXPORTS = "hf"
+"""Folder in --save for exports to Hugging Face, unless --hf-export-dir names another
+(checkpointing/exports.py)."""
 TOKENIZER = "tokenizer"
 """Folder in a checkpoint for the files of its tokenizer."""
 

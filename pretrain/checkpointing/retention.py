@@ -9,7 +9,7 @@ import re
 import shutil
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -143,6 +143,7 @@ class Retention:
         run_id: of the run, as its checkpoints have it.
         started_from: the checkpoint that this process began with.
         report: writes an event of the run.
+        in_use: finds the steps of checkpoints that somebody is reading.
     """
 
     def __init__(
@@ -152,11 +153,13 @@ class Retention:
         run_id: str,
         started_from: Path | None,
         report: Report,
+        in_use: Callable[[], Collection[int]] = tuple,
     ):
         self.root = root
         self.settings = settings
         self.run_id = run_id
         self.report = report
+        self.in_use = in_use
         self.started_from = _step_in(root, started_from)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="retention")
         self._leaving = threading.Event()
@@ -213,6 +216,7 @@ class Retention:
             published=step,
             verified={step},
             started_from=self.started_from,
+            in_use=self.in_use(),
         )
         if choice.foreign:
             names = _shorten([f"iter_{old:07d}" for old in choice.foreign])

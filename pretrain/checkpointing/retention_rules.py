@@ -48,6 +48,7 @@ def what_to_delete(
     published: int,
     verified: Collection[int],
     started_from: int | None = None,
+    in_use: Collection[int] = (),
 ) -> Choice:
     """Choose the checkpoints that are no longer needed.
 
@@ -59,6 +60,7 @@ def what_to_delete(
         verified: steps whose files were read again and are whole; without `published` among
             them nothing goes.
         started_from: step of the checkpoint that this process began with.
+        in_use: steps that are being exported, or are to be.
     """
     ours = sorted(
         (facts for facts in found if facts.run_id == run_id), key=lambda facts: facts.step
@@ -71,6 +73,8 @@ def what_to_delete(
             reasons.setdefault(facts.step, []).append("later than the published one")
         elif facts.step == started_from:
             reasons.setdefault(facts.step, []).append("this run started from it")
+        if facts.step in in_use:
+            reasons.setdefault(facts.step, []).append("its export is not done")
     # The one that is to be relied on must be there, whole, and this run's own.
     is_safe = published in verified and published in {facts.step for facts in past}
     if settings.keep_all or not is_safe:

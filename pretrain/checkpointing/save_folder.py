@@ -80,6 +80,8 @@ def check_disk(config: Config, phases: Sequence[Phase], vocab_size: int, clock: 
         f"checkpoints: {show_bytes(size)} each, at most {count:,} at once, together "
         f"{show_bytes(count * size)}; {present:,} are there, and {show_bytes(free)} are free"
     )
+    if settings.exports:
+        report.lines.append(_describe_exports(config, phases, vocab_size))
     if free < size:
         report.problems.append(
             f"save = {root}: a checkpoint takes {show_bytes(size)}, and {show_bytes(free)} are "
@@ -91,6 +93,20 @@ def check_disk(config: Config, phases: Sequence[Phase], vocab_size: int, clock: 
             f"and {show_bytes(free)} are free there; --keep-last and its like say how many stay"
         )
     return report
+
+
+def _describe_exports(config: Config, phases: Sequence[Phase], vocab_size: int) -> str:
+    """Say what the exports to Hugging Face of the whole run take."""
+    settings = config.checkpoint
+    number_bytes = 2 if settings.hf_export_dtype == "bfloat16" else 4
+    size = number_bytes * ModelSize(config.model, vocab_size).num_parameters
+    count = len(phases)
+    if settings.hf_export_interval is not None:
+        count += sum(phase.steps for phase in phases) // settings.hf_export_interval
+    return (
+        f"exports: {show_bytes(size)} each, up to {count:,} of them, together "
+        f"{show_bytes(count * size)}; none is ever deleted"
+    )
 
 
 def checkpoint_bytes(config: Config, vocab_size: int) -> int:

@@ -19,6 +19,7 @@ import torch
 from parallel.layout import Axis, Layout, add_host_axis, drop_axis
 from pretrain.checkpointing import checkpoint
 from pretrain.checkpointing.background import Background
+from pretrain.checkpointing.exports import Exporter, open_exporter
 from pretrain.checkpointing.folders import clear_unfinished
 from pretrain.checkpointing.model_files import read_carried
 from pretrain.checkpointing.progress import Progress, ValidationScore
@@ -83,6 +84,9 @@ class Saver:
         start = plan.start
         self.run_id = choose_run_id(is_restart=start.is_restart, stored=plan.progress)
         self.retention: Retention | None = None
+        self.exporter: Exporter | None = None
+        self._published: Path | None = None
+        """The newest checkpoint that this process has published."""
         self._background = Background("save")
         self._copy: StateCopy | None = None
         self._axis: Axis | None = None
@@ -96,8 +100,14 @@ class Saver:
         settings = plan.config.checkpoint
         if is_first:
             clear_unfinished(self.root)
+            self.exporter = open_exporter(settings, reporter.event, self._look_through)
             self.retention = Retention(
-                Path(self.root), settings, self.run_id, start.folder, reporter.event
+                Path(self.root),
+                settings,
+                self.run_id,
+                start.folder,
+                reporter.event,
+                in_use=self.exporter.in_use if self.exporter else tuple,
             )
         if settings.async_save:
             self._copy = StateCopy(self._live_tensors(), layout.device)
@@ -203,13 +213,16 @@ class Saver:
         After a failure of training, a save that is under way may still be published.
 
         Args:
-            finish: delete old checkpoints first, as at an orderly end that nobody waits for.
+            finish: export what is due and delete old checkpoints first, as at an orderly end that
+                nobody waits for.
         """
         try:
             self._background.wait(WAIT_AFTER_FAILURE_SECONDS)
         except Exception as error:
             # Training has ended already, with an error of its own or in order.
             self.reporter.say(f"warning: {error}")
+        if self.exporter is not None:
+            self.exporter.close(finish=finish)
         if self.retention is not None:
             self.retention.close(finish=finish)
         if self._axis is None or self._background.is_at_work:
@@ -246,8 +259,17 @@ class Saver:
         text = f"saved {folder} in {time.perf_counter() - captured.began:.1f} s"
         self.reporter.say(text)
         self.reporter.event("save", progress.step, progress.clock, text)
-        if self.retention is not None:
-            self.retention.after_publish(folder)
+        self._published = folder
+        # First the one that holds on to checkpoints, then the one that deletes them.
+        if self.exporter is not None:
+            ends_phase = progress.ends_phase
+            self.exporter.after_publish(folder, progress.clock, ends_phase=ends_phase)
+        self._look_through()
+
+    def _look_through(self) -> None:
+        """Delete the checkpoints that are no longer needed, now that this may have changed."""
+        if self.retention is not None and self._published is not None:
+            self.retention.after_publish(self._published)
 
     # ------------------------------------------------------------ what is captured
 

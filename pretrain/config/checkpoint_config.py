@@ -63,6 +63,17 @@ class CheckpointConfig:
     async_save: bool = True
     """Write checkpoints in the background, from a copy of the state in the host's memory; without
     it training waits until each is published, and needs no copy."""
+    hf_export_interval: int | None = setting(None, above=0)
+    """Steps between exports to Hugging Face's format, a multiple of --save-interval; there is one
+    at each phase's end, too. A process of its own writes them from published checkpoints, at the
+    lowest priority and without a GPU, while training goes on."""
+    hf_export_phase_ends: bool = False
+    """Export to Hugging Face's format at the end of each phase; --hf-export-interval does so,
+    too."""
+    hf_export_dir: str | None = setting(None, is_path=True)
+    """Folder of these exports, step_00001000 and so on; by default `hf` in --save."""
+    hf_export_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the weights in these exports; checkpoints keep them in float32."""
     exit_interval: int | None = setting(None, above=0)
     """Save and stop when the step is a multiple of this."""
     exit_duration_in_mins: int | None = setting(None, above=0)
@@ -96,15 +107,30 @@ class CheckpointConfig:
                 "use_checkpoint_opt_param_scheduler takes the checkpoint's. Fix: remove one of "
                 "them."
             )
-        return problems + self._unreachable_interval()
+        return problems + self._unreachable_intervals()
 
-    def _unreachable_interval(self) -> list[str]:
-        """List a --save-retain-interval whose steps are not saved."""
-        kept = self.save_retain_interval
+    @property
+    def exports(self) -> bool:
+        """Are checkpoints exported to Hugging Face's format?"""
+        return self.hf_export_interval is not None or self.hf_export_phase_ends
+
+    def _unreachable_intervals(self) -> list[str]:
+        """List intervals that choose among steps that are not saved."""
+        if self.hf_export_interval is not None and self.save_interval is None:
+            return [
+                f"hf_export_interval = {self.hf_export_interval}: exports checkpoints of these "
+                "steps, and save_interval is not given. Fix: give it, or --hf-export-phase-ends "
+                "alone."
+            ]
         saved = self.save_interval
-        if kept is None or saved is None or saved < 1 or kept % saved == 0:
+        if saved is None or saved < 1:
             return []
-        return [
-            f"save_retain_interval = {kept}: must be a multiple of save_interval = {saved}, whose "
-            f"steps are saved. Fix: for example {(kept // saved + 1) * saved}."
-        ]
+        found = []
+        for name in ("save_retain_interval", "hf_export_interval"):
+            chosen = getattr(self, name)
+            if chosen is not None and chosen % saved:
+                found.append(
+                    f"{name} = {chosen}: must be a multiple of save_interval = {saved}, whose "
+                    f"steps are saved. Fix: for example {(chosen // saved + 1) * saved}."
+                )
+        return found

@@ -12,6 +12,7 @@ import tyro
 from data.config import DataConfig
 from model.activation_memory.settings import MemoryConfig
 from model.config import ModelConfig
+from model.hf.choice import architecture_of
 from model.rope import PARAMETERS
 from parallel.config import LayoutConfig
 from pretrain.config.checkpoint_config import CheckpointConfig
@@ -63,6 +64,7 @@ class Config:
         problems += self._passkeys_without_text()
         problems += self._rewinds_without_save()
         problems += self._profile_without_folder()
+        problems += self._exports_without_architecture()
         return problems + self._contradicting_offload()
 
     @property
@@ -105,6 +107,21 @@ class Config:
             "spike_policy = rewind: goes back to a checkpoint of --save, which is not given. Fix: "
             "give --save, or --spike-policy skip."
         ]
+
+    def _exports_without_architecture(self) -> list[str]:
+        """List exports to Hugging Face of a model that no architecture of transformers is."""
+        settings = self.checkpoint
+        if not settings.exports or problems_of(self.model):
+            return []
+        try:
+            architecture_of(self.model)
+        except ValueError as error:
+            name = "hf_export_phase_ends"
+            if settings.hf_export_interval is not None:
+                name = "hf_export_interval"
+            given = f"{name} = {getattr(settings, name)}"
+            return [f"{given}: cannot export, {line}" for line in str(error).splitlines()]
+        return []
 
     def _profile_without_folder(self) -> list[str]:
         """List a profile or a memory history that has no place to be written to."""

@@ -74,6 +74,14 @@ TRACKIO = Condition(
     lambda config: config.logging.trackio_project is not None, " without --trackio-project"
 )
 SAVES = Condition(lambda config: config.checkpoint.save is not None, " without --save")
+EXPORTS = Condition(
+    lambda config: config.checkpoint.exports,
+    " without --hf-export-interval or --hf-export-phase-ends",
+)
+EXPORTS_NO_STEPS = Condition(
+    lambda config: config.checkpoint.hf_export_interval is None,
+    ", since --hf-export-interval exports the ends of phases, too",
+)
 REWINDS = Condition(
     lambda config: config.guards.spike_policy == "rewind", " without --spike-policy rewind"
 )
@@ -163,6 +171,10 @@ CONDITIONS: dict[str, tuple[Condition, ...]] = {
     "keep_best": (SAVES, DELETES, EVALUATES),
     "keep_all": (SAVES,),
     "no_save_optim": (SAVES,),
+    "hf_export_interval": (SAVES,),
+    "hf_export_phase_ends": (SAVES, EXPORTS_NO_STEPS),
+    "hf_export_dir": (SAVES, EXPORTS),
+    "hf_export_dtype": (SAVES, EXPORTS),
     "max_rewinds": (REWINDS,),
     "rewind_skip_steps": (REWINDS,),
     "async_save": (SAVES,),

@@ -168,8 +168,9 @@ class Reporter:
 
         Args:
             kind: start, restart, recovered, phase, save, unsaved, deleted, damaged, retention,
-                skipped, spike, rewind, flip, replay, no target, slow rank, rank well again,
-                refused, stopped, again or done; damaged at a start is written by `append_event`.
+                export, export failed, export left, skipped, spike, rewind, flip, replay, no target,
+                slow rank, rank well again, refused, stopped, again or done; damaged at a start is
+                written by `append_event`.
         """
         if self.events:
             self.events.append(_event(kind, step, clock, text))

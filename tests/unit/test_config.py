@@ -255,6 +255,13 @@ CHECKS = [
     ("keep_every", 0, "keep_every = 0: must be above 0"),
     ("keep_best", -1, "keep_best = -1: must be at least 0"),
     ("save_retain_interval", 0, "save_retain_interval = 0: must be above 0"),
+    ("hf_export_interval", 0, "hf_export_interval = 0: must be above 0"),
+    (
+        "hf_export_interval",
+        5,
+        "hf_export_interval = 5: exports checkpoints of these steps, and save_interval is not "
+        "given. Fix: give it, or --hf-export-phase-ends alone.",
+    ),
     ("fp64", True, "bf16 = True: cannot be combined with fp64"),
     ("accumulate_allreduce_grads_in_fp32", False, "gradients are always reduced in fp32"),
     ("lr_decay_iters", 0, "lr_decay_iters = 0: must be above 0"),
@@ -330,6 +337,30 @@ CHECKS = [
         "global_batch_size = 5, global_batch_tokens = 512: at most one of these",
     ),
 ]
+
+
+def test_an_export_interval_is_a_multiple_of_the_save_interval():
+    config = valid_config()
+    config.checkpoint.save_interval = 4
+    config.checkpoint.hf_export_interval = 6
+    assert problems_of(config) == [
+        "hf_export_interval = 6: must be a multiple of save_interval = 4, whose steps are saved. "
+        "Fix: for example 8."
+    ]
+    config.checkpoint.hf_export_interval = 8
+    assert problems_of(config) == []
+
+
+def test_exports_of_a_model_that_transformers_does_not_have_are_refused():
+    config = valid_config()
+    config.model.qk_layernorm = True
+    config.model.add_qkv_bias = True
+    assert problems_of(config) == []
+    config.checkpoint.hf_export_phase_ends = True
+    (problem,) = problems_of(config)
+    assert problem.startswith("hf_export_phase_ends = True: cannot export, ") and "Fix: " in problem
+    config.model.add_qkv_bias = False
+    assert problems_of(config) == []
 
 
 def valid_config() -> Config:

@@ -89,6 +89,17 @@ CASES = {
     "--keep-all": ("without --save", "--save folder"),
     "--async-save": ("without --save", "--save folder"),
     "--no-save-optim": ("without --save", None),
+    "--hf-export-interval 4": ("without --save", "--save folder"),
+    "--hf-export-phase-ends": ("without --save", "--save folder"),
+    "--hf-export-phase-ends --save x --save-interval 2 --hf-export-interval 4": (
+        ", since --hf-export-interval exports the ends of phases, too",
+        None,
+    ),
+    "--hf-export-dir y --save x": ("without --hf-export-interval", "--hf-export-phase-ends"),
+    "--hf-export-dtype float32 --save x": (
+        "without --hf-export-interval or --hf-export-phase-ends",
+        "--hf-export-phase-ends",
+    ),
     "--max-rewinds 2": ("without --spike-policy rewind", "--spike-policy rewind --save folder"),
     "--rewind-skip-steps 2": (
         "without --spike-policy rewind",

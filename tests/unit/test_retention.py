@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import settings as config
 from hypothesis import strategies as st
 
 from parallel.layout import single_process_layout
@@ -31,7 +32,7 @@ def facts(step, **more) -> CheckpointFacts:
     return CheckpointFacts(**{"step": step, "clock": 100 * step, "run_id": RUN} | more)
 
 
-def choose(found, published=None, verified=None, started_from=None, **settings):
+def choose(found, published=None, verified=None, started_from=None, in_use=(), **settings):
     newest = max((each.step for each in found), default=0) if published is None else published
     return what_to_delete(
         found,
@@ -40,6 +41,7 @@ def choose(found, published=None, verified=None, started_from=None, **settings):
         published=newest,
         verified={newest} if verified is None else verified,
         started_from=started_from,
+        in_use=in_use,
     )
 
 
@@ -114,6 +116,14 @@ def test_what_the_process_started_from_stays():
     assert choice.kept[2] == "this run started from it"
 
 
+def test_what_is_being_exported_stays_until_that_is_done():
+    found = [facts(step) for step in range(1, 9)]
+    choice = choose(found, in_use={3, 8})
+    assert choice.delete == [1, 2, 4, 5]
+    assert choice.kept[3] == "its export is not done"
+    assert choose(found).delete == [1, 2, 3, 4, 5]
+
+
 def test_checkpoints_of_another_or_of_no_run_stay_and_are_named():
     found = [facts(1, run_id=None), facts(2, run_id=OTHER), *(facts(step) for step in range(3, 9))]
     choice = choose(found)
@@ -150,6 +160,7 @@ SETTINGS = st.builds(
 )
 
 
+@config(deadline=None)
 @given(data=st.data(), found=CHECKPOINTS, settings=SETTINGS)
 def test_whatever_the_checkpoints_are_what_is_needed_stays(data, found, settings):
     steps = [each.step for each in found]

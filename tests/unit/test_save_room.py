@@ -45,6 +45,17 @@ def test_the_plan_says_what_checkpoints_take(tmp_path, monkeypatch):
     assert found.disk.warnings == []
 
 
+def test_the_plan_says_what_exports_take(tmp_path):
+    flags = "--save-interval 10 --hf-export-interval 20".split()
+    found = plan(tmp_path / "new", *flags)
+    # 100 steps: 5 of the interval, and the end of the phase; 2 bytes a number instead of 12.
+    size = checkpoint_bytes(found.config, found.vocab_size) / 6
+    assert found.disk.lines[1] == (
+        f"exports: {size / 2**20:.1f} MiB each, up to 6 of them, together "
+        f"{6 * size / 2**20:.1f} MiB; none is ever deleted"
+    )
+
+
 def test_the_size_follows_from_what_is_stored(tmp_path):
     """tests/dist/test_retention.py compares it with a real checkpoint."""
 
