@@ -36,7 +36,8 @@ def _has_no_rope(no_rope_freq: Sequence[int], number: int) -> bool:
         return False
     if len(no_rope_freq) == 1:
         return number % no_rope_freq[0] == 0
-    return bool(no_rope_freq[number - 1])
+    # A model of other depth, made for a comparison, repeats the pattern.
+    return bool(no_rope_freq[(number - 1) % len(no_rope_freq)])
 
 
 def shortest_no_rope(pattern: Sequence[int]) -> list[int]:
