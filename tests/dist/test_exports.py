@@ -150,7 +150,7 @@ def test_a_restart_exports_what_a_stop_cut_short(pool, corpus, tmp_path):
     assert pool.run(train_and_leave_at_once, 2, with_stop) == ["stopped"] * 2
     save = tmp_path / "save"
     assert events(save, "export left") == [2] and events(save, "export") == []
-    assert not any((save / "hf").glob("*")) and complete_steps(save) == [2]
+    assert not any((save / "hf").glob("*")) and 2 in complete_steps(save)
     assert pool.run(train, 2, argv) == ["done"] * 2
     assert events(save, "export") == [2, 3, 4, 6, 7]
 
