@@ -3,8 +3,8 @@ DIR [--verify]`.
 
 Needs no GPU and no process group. The folder appears whole or not at all; with --verify only after
 it was compared with transformers (tools/huggingface/verify_export.py). Besides
-weights it holds what the model's own Hugging Face folder held (generation, chat templates); what
-training changed is named.
+weights it holds what the model's own Hugging Face folder held (generation, chat templates), and a
+model card with the facts of the training; what training changed is named.
 """
 
 import sys
@@ -18,11 +18,13 @@ from pretrain.checkpointing.folders import EXPORTS
 from pretrain.config.config import Config
 from tools.huggingface.export_settings import choose_context, write_settings
 from tools.huggingface.export_weights import WeightsExport
+from tools.huggingface.model_card import HUB_NAME, write_model_card
 from tools.huggingface.stored_model import open_stored_model
 from tools.huggingface.verify_export import verify_export
 from tools.outputs.files import Input, real_path, require_room
 from tools.outputs.folder import NewFolder
 from tools.shared.door import run_door
+from tools.shared.message_text import short
 
 MAKER = "tools.export_hf"
 """What an exported folder says of who wrote it."""
@@ -50,6 +52,9 @@ class Arguments:
     tokenizer: bool = True
     """Write the tokenizer too; an error if transformers would give other ids than the one trained
     with."""
+    base_model: str | None = None
+    """Name on the Hub of the model that training began with, for the model card; by default what
+    its config.json says."""
     overwrite: bool = False
     """Replace an earlier export at the output; only a folder that this tool wrote, with nothing
     else in it."""
@@ -67,6 +72,11 @@ def check_arguments(arguments: Arguments) -> None:
     if arguments.max_shard_bytes < 1:
         raise ValueError(
             f"max_shard_bytes = {arguments.max_shard_bytes}: must be at least 1. Fix: leave it out."
+        )
+    if arguments.base_model is not None and not HUB_NAME.fullmatch(arguments.base_model):
+        raise ValueError(
+            f"base_model = {short(arguments.base_model)}: must be owner/model. Fix: the model's "
+            "name on the Hub, or leave it out."
         )
     # A setting without effect is an error: it was meant to do something.
     if arguments.verify_text is not None and not arguments.verify:
@@ -123,10 +133,12 @@ def export(arguments: Arguments) -> None:
 
     # The new folder takes its name only once all of it is written and compared.
     with new:
-        weights.write(new.path)
+        # The weights last: what is wrong with the small files shows in seconds.
         config = write_settings(
             stored, new.path, declared, arguments.dtype, with_tokenizer=arguments.tokenizer
         )
+        write_model_card(stored, new.path, config, output.name, arguments.base_model)
+        weights.write(new.path)
         if arguments.verify:
             verify_export(
                 stored,

@@ -19,7 +19,11 @@ from data.tokenizers.folder import IdsFrom, tokenizer_files
 from model.build import parameter_shapes
 from parallel.layout import single_process_layout
 from pretrain.checkpointing import checkpoint
-from pretrain.checkpointing.folders import find_published, iteration_folder
+from pretrain.checkpointing.folders import (
+    find_published,
+    is_checkpoint_folder,
+    iteration_folder,
+)
 from pretrain.checkpointing.model_files import GENERATION, read_model_files
 from pretrain.checkpointing.progress import Progress
 from pretrain.checkpointing.shared_errors import SaveFailed
@@ -29,7 +33,13 @@ from pretrain.planner.model_size import ModelSize
 from pretrain.processes.agreement import Refused
 from tools.huggingface.config import interpret_config, read_config_file
 from tools.huggingface.fit import check_fit, padded_rows, settle_tie
-from tools.huggingface.import_settings import describe_tokenizer, make_config, progress_of_import
+from tools.huggingface.import_settings import (
+    IMPORTED_PHASE,
+    describe_tokenizer,
+    make_config,
+    progress_of_import,
+)
+from tools.huggingface.not_carried import describe_left_behind
 from tools.huggingface.transformers_answers import ask_transformers
 from tools.huggingface.verify_import import questions_about, verify_import, verify_stored
 from tools.huggingface.weights import Weights, open_weights
@@ -110,12 +120,23 @@ def _check_output(arguments: Arguments) -> Path:
     child = iteration_folder(arguments.save, 0)
     inputs = [Input("--hf", Path(arguments.hf))]
     root = check_root("save", Path(arguments.save), child, inputs)
-    # Also one that no file names: a save would take it for what it left itself, and replace it.
-    if find_published(arguments.save) or os.path.lexists(root / child.name):
+    # Also one that no file names, unless it is an import that was killed before it could name it.
+    is_in_the_way = os.path.lexists(root / child.name) and not _is_unnamed_import(root / child.name)
+    if find_published(arguments.save) or is_in_the_way:
         raise ValueError(
             f"save = {arguments.save}: holds a checkpoint already. Fix: give another folder."
         )
     return root
+
+
+def _is_unnamed_import(folder: Path) -> bool:
+    """Tell whether an import wrote a checkpoint; with no file that names it, it was killed."""
+    progress = Progress.read_if_whole(folder)
+    return (
+        progress is not None
+        and progress.phase.get("name") == IMPORTED_PHASE
+        and is_checkpoint_folder(folder)
+    )
 
 
 def should_verify(asked: bool | None, parameters: int) -> bool:
@@ -158,6 +179,8 @@ def _publish(
     """
     # Kept in every checkpoint, so that the export can write them again.
     carried = read_model_files(folder)
+    for line in describe_left_behind(folder, carried):
+        print(line)
     if is_broken_json(carried.get(GENERATION, b"{}")):
         warn(
             f"{folder / GENERATION}: is not valid JSON; kept as it is, but transformers ignores it"

@@ -15,6 +15,10 @@ from pretrain.checkpointing.folders import CARRIED
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
 TEMPLATE = "chat_template.jinja"
+CARD = "README.md"
+"""The model card; of the source's an export keeps license and language."""
+LEGAL = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
+"""Files that must go wherever the model goes."""
 MORE_TEMPLATES = "additional_chat_templates"
 """Folder of named chat templates."""
 LARGEST_FILE = 64 << 20
@@ -23,7 +27,8 @@ LARGEST_FILE = 64 << 20
 
 def read_model_files(folder: Path) -> dict[str, bytes]:
     """Read the small files of a Hugging Face folder -> relative name and content of each."""
-    names = [CONFIG, GENERATION, *HUGGINGFACE_FILES, "chat_template.json"]
+    names = [CONFIG, GENERATION, *HUGGINGFACE_FILES, "chat_template.json", CARD]
+    names += [path.name for pattern in LEGAL for path in sorted(folder.glob(pattern))]
     more = sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
     names += [f"{MORE_TEMPLATES}/{path.name}" for path in more]
     paths = {name: folder / name for name in dict.fromkeys(names)}

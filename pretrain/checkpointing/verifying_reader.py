@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -179,10 +180,10 @@ class _HashedFile:
             self._hash_until(file, None)
         return self._digest.hexdigest()
 
-    def _open(self) -> BinaryIO:
+    def _open(self) -> BufferedReader:
         return open(self._path, "rb")
 
-    def _hash_until(self, file: BinaryIO, end: int | None) -> None:
+    def _hash_until(self, file: BufferedReader, end: int | None) -> None:
         """Hash the bytes up to `end`, or to the end of the file."""
         file.seek(self._num_hashed)
         while end is None or self._num_hashed < end:

@@ -288,3 +288,16 @@ def test_folders_that_cannot_be_imported_are_refused(trained, tmp_path):
     refuse("has shape", intermediate_size=64)
     with pytest.raises(ValueError, match="no config.json in it"):
         import_folder(ImportArguments(hf=str(tmp_path), save=str(tmp_path / "imported")))
+
+
+def test_the_model_card_has_the_facts_of_the_training(trained, tmp_path):
+    run = trained["Qwen3ForCausalLM"]
+    export(Arguments(load=str(run), output=str(tmp_path / "hf"), dtype="bfloat16"))
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "tags:\n- ithaca\n- qwen3\n- pretraining\n" in card
+    assert "Trained from scratch." in card
+    assert "| checkpoint | step 3, after 3,072 tokens |" in card
+    assert f"| training loss of the last step | {losses(run)[3]:.4f} |" in card
+    assert "| main | 256 | 3,072 | 1,024 tokens | 0.01 | corpus 100.0% |" in card, card
+    # Nothing of this machine.
+    assert str(tmp_path.parent) not in card and "/" not in card.replace("key/value", "")

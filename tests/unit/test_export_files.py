@@ -1,11 +1,13 @@
 """What an export holds besides weights is the source's own, but for what training changed."""
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from data.tokenizers.tokenizer import build_tokenizer
 from model.rope import Rope
@@ -47,6 +49,10 @@ def source(tmp_path_factory) -> Path:
     folders.write_tokenizer(folder)
     folders.write_generation(folder)
     folders.edit_json(folder / "config.json", foo=3, _name_or_path="maker/model", use_cache=False)
+    (folder / "LICENSE.txt").write_text("Do what you like.\n")
+    (folder / "README.md").write_text(
+        "---\nlicense: mit\nlanguage:\n- en\ntags:\n- old\n---\n# Old\n"
+    )
     return folder
 
 
@@ -83,6 +89,7 @@ def test_an_unchanged_model_comes_back_with_all_its_files(source, imported, tmp_
     expected = names_in(source)
     assert written == expected | {"ithaca_made.json"}
     others = expected - {"config.json", "model.safetensors", "additional_chat_templates"}
+    others.remove("README.md")
     for name in sorted(others):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes(), name
     theirs = read(source / "config.json")
@@ -90,6 +97,47 @@ def test_an_unchanged_model_comes_back_with_all_its_files(source, imported, tmp_
     assert {name: ours[name] for name in theirs} == theirs
     assert "changed since the import" not in capsys.readouterr().out
     assert chat_templates(tmp_path / "out") == {"default": folders.CHAT, "tool": folders.TOOL_CHAT}
+
+
+def front_matter(folder: Path) -> dict:
+    return yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
+
+
+def test_the_model_card_names_what_the_model_is_from(imported, tmp_path):
+    export(Arguments(load=str(imported), output=str(tmp_path / "out")))
+    assert front_matter(tmp_path / "out") == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "license": "mit",
+        "language": ["en"],
+        "base_model": "maker/model",
+        "tags": ["ithaca", "llama", "continued-pretraining"],
+    }
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "The weights of maker/model, not trained since; its model card is not repeated" in card
+    export(Arguments(load=str(imported), output=str(tmp_path / "named"), base_model="my/start"))
+    assert front_matter(tmp_path / "named")["base_model"] == "my/start"
+
+
+def test_what_an_import_leaves_behind_is_named(source, tmp_path, capsys):
+    folder = tmp_path / "hf"
+    shutil.copytree(source, folder)
+    for name in (
+        "modeling_x.py",
+        "preprocessor_config.json",
+        "pytorch_model.bin",
+        ".gitattributes",
+    ):
+        (folder / name).write_text("")
+    (folder / "original").mkdir()
+    import_folder(ImportArguments(hf=str(folder), save=str(tmp_path / "save"), verify=False))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "not carried" in line]
+    assert lines == [
+        "not carried: modeling_x.py: code, which is never run",
+        "not carried: pytorch_model.bin: weights in a format that is not read",
+        "not carried: original/, preprocessor_config.json: neither the model nor its tokenizer "
+        "needs it",
+    ]
 
 
 def test_generation_stops_where_the_sources_does(source, imported, tmp_path):
@@ -262,6 +310,7 @@ def test_an_end_of_document_that_does_not_stop_generation_is_said(source, tmp_pa
     [
         (dict(max_position_embeddings=-5), "max_position_embeddings = -5: must be at least 1"),
         (dict(max_position_embeddings=0), "max_position_embeddings = 0: must be at least 1"),
+        (dict(base_model="a\nb"), "base_model = a b: must be owner/model"),
         (dict(max_shard_bytes=0), "max_shard_bytes = 0: must be at least 1"),
         (dict(verify_text="text"), "verify_text = text: has an effect with --verify only"),
         (dict(verify_text="text", verify=True), "verify_text = text: is not text in UTF-8"),

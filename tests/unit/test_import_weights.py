@@ -63,6 +63,20 @@ def test_a_missing_shard_is_named(folder, capsys):
     assert f"{files[1]}: is missing, and the index names it" in refusal(folder, capsys)
 
 
+@pytest.mark.parametrize("place", ["", ".cache/huggingface/download"])
+def test_a_download_that_is_not_finished_is_refused(folder, capsys, place):
+    (folder / place).mkdir(parents=True, exist_ok=True)
+    (folder / place / "aBc=.0123.incomplete").write_bytes(b"")
+    assert "its download is not finished" in refusal(folder, capsys)
+
+
+def test_a_shard_that_is_cut_short_is_named(folder, capsys):
+    files = shard(folder)
+    data = (folder / files[2]).read_bytes()
+    (folder / files[2]).write_bytes(data[:-1])
+    assert f"{files[2]}: is not a whole safetensors file" in refusal(folder, capsys)
+
+
 def test_a_tensor_that_is_not_in_its_shard_is_named(folder, capsys):
     files = shard(folder)
     places = json.loads((folder / INDEX).read_text())["weight_map"]

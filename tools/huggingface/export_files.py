@@ -7,13 +7,14 @@ in one line.
 
 import json
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from data.tokenizers.tokenizer import HUGGINGFACE_FILES, Tokenizer
 from model.config import ModelConfig
 from model.rope import Rope
-from pretrain.checkpointing.model_files import CONFIG, GENERATION, MORE_TEMPLATES, TEMPLATE
+from pretrain.checkpointing.model_files import CONFIG, GENERATION, LEGAL, MORE_TEMPLATES, TEMPLATE
 from tools.huggingface.config import interpret_config
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -127,6 +128,16 @@ def stop_ids(folder: Path) -> list[int]:
         if found is not None:
             return list(found) if isinstance(found, list) else [found]
     return []
+
+
+# ---------------------------------------------------------------- license
+
+
+def write_legal_files(folder: Path, carried: dict[str, bytes]) -> None:
+    """Write the source's license and the like."""
+    for name, content in carried.items():
+        if any(fnmatch(name, pattern) for pattern in LEGAL):
+            (folder / name).write_bytes(content)
 
 
 # ---------------------------------------------------------------- tokenizer

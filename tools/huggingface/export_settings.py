@@ -87,6 +87,7 @@ def write_settings(
         config |= ids
         export_files.write_json(folder / CONFIG, config)
     export_files.write_generation(folder, stored.carried, ids)
+    export_files.write_legal_files(folder, stored.carried)
 
     for change in changes:
         print(f"changed since the import: {change}")

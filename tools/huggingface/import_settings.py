@@ -12,6 +12,9 @@ from pretrain.config.config import Config
 from pretrain.config.facts import problems_of
 from tools.shared.door import warn
 
+IMPORTED_PHASE = "imported"
+"""What a checkpoint that an import wrote calls the phase of its last step."""
+
 
 def make_config(
     model: Mapping[str, Any],
@@ -57,7 +60,7 @@ def progress_of_import(config: Config, tokenizer: dict | None, longest: int) -> 
         longest: the context length that the Hugging Face folder declares.
     """
     phase = {
-        "name": "imported",
+        "name": IMPORTED_PHASE,
         "index": 0,
         "seq_length": longest,
         "rope": asdict(config.model.rope),

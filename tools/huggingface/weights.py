@@ -123,6 +123,7 @@ def open_weights(folder: Path, architecture: Architecture) -> Weights:
             f"hf = {folder}: adapter_config.json: transformers adds an adapter to the "
             "weights. Fix: merge it (peft: merge_and_unload), and give that folder."
         )
+    _refuse_unfinished_download(folder)
     located = _locate(folder)
     warnings = []
     present = {file.name for file in folder.glob("*.safetensors")}
@@ -191,6 +192,17 @@ def _take(
 
 
 # ---------------------------------------------------------------- files
+
+
+def _refuse_unfinished_download(folder: Path) -> None:
+    """Raise ValueError where `hf download` left a part of a file: another one may be missing."""
+    parts = [*folder.glob("*.incomplete"), *folder.glob(".cache/**/*.incomplete")]
+    if parts:
+        raise ValueError(
+            f"hf = {folder}: its download is not finished ({parts[0].relative_to(folder)}). Fix: "
+            "run the same download again, which goes on where it stopped; or remove that file, "
+            "where the folder is whole."
+        )
 
 
 def _locate(folder: Path) -> dict[str, Path]:
