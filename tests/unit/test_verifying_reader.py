@@ -63,6 +63,7 @@ def test_each_byte_of_the_shards_is_read_once(tmp_path, monkeypatch):
     assert counted["bytes"] == sum(path.stat().st_size for path in folder.glob("*.distcp"))
 
 
+@pytest.mark.filterwarnings("ignore:.*(is disabled|an existing checkpoint)")
 def test_a_tensor_that_is_not_contiguous_in_its_file_is_read(tmp_path):
     """DCP keeps the strides of what it saves."""
     folder = save(tmp_path, 1)
