@@ -24,6 +24,7 @@ from model.key_cache import KeyCache
 from model.parts import RMSNorm, Weight, enter_tensor_parallel, leave_tensor_parallel
 from model.positions import Positions
 from parallel.layout import Layout
+from parallel.tensor import local_part
 from parallel.ulysses import HeadSplit, gather_heads, head_rounds, heads_to_seq, seq_to_heads
 
 
@@ -50,6 +51,7 @@ class Attention(nn.Module):
         if config.qk_layernorm:
             self.q_norm = RMSNorm(heads * H if self.norms_all_heads else H, config)
             self.k_norm = RMSNorm(kv_heads * H if self.norms_all_heads else H, config)
+        self.sinks = nn.Parameter(torch.empty(heads, device="meta")) if config.has_sinks else None
         self.layout = layout
         self.number = number
         self.kv_rows: slice | None = None
@@ -114,7 +116,8 @@ class Attention(nn.Module):
         if positions.cache is not None:
             positions.cache.fill(self.number, k_TkH, v_TkH)
         k_TkH, v_TkH = core.pair(k_TkH, v_TkH)
-        o_smH = core.attend_to(q_smH, k_TkH, v_TkH, positions.documents, tape)
+        sinks_m = core.sinks_here(weights.sinks, self.split)
+        o_smH = core.attend_to(q_smH, k_TkH, v_TkH, positions.documents, tape, sinks_m)
         if tape is not None and not tape.playing:
             # The tape keeps the output; q, k and v are made again before it is played.
             free_storage(q_smH, k_TkH, v_TkH)
@@ -133,7 +136,11 @@ class Attention(nn.Module):
         q_bNH, k_bKH, v_bKH = self.core.project(x_bD, positions, weights)
         assert cache.places is not None
         o_bmH = cache.layers[self.number].attend(
-            q_bNH[:, q0:q1], k_bKH[:, k0:k1], v_bKH[:, k0:k1], cache.places
+            q_bNH[:, q0:q1],
+            k_bKH[:, k0:k1],
+            v_bKH[:, k0:k1],
+            cache.places,
+            self.core.sinks_here(weights.sinks, self.split),
         )
         return gather_heads(o_bmH, self.split, axis)
 
@@ -154,4 +161,5 @@ class Attention(nn.Module):
             q_norm=None if self.q_norm is None else self.q_norm.local_weight(),
             # A norm of a single head is the same for all heads.
             k_norm=rows(k_norm) if self.norms_all_heads else k_norm,
+            sinks=None if self.sinks is None else local_part(self.sinks),
         )

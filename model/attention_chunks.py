@@ -27,7 +27,7 @@ from parallel.ulysses import (
     start_seq_to_heads,
 )
 
-Q_FIELDS = ("q_rD", "q_bias", "q_norm")
+Q_FIELDS = ("q_rD", "q_bias", "q_norm", "sinks")
 KV_FIELDS = ("k_rD", "v_rD", "k_bias", "v_bias", "k_norm")
 
 
@@ -81,7 +81,8 @@ def _forward(path: _Path, x_tD: torch.Tensor, weights: Projections) -> torch.Ten
                 o_tNH[:, _index(heads, o_tNH.device)] = heads_to_seq(o_smH, each.query_split, axis)
         return o_tNH
     for each, heads, q_smH, k_TkH, v_TkH, is_last in _exchanged(path, x_tD, weights):
-        o_smH = core.attend_to(q_smH, k_TkH, v_TkH, positions.documents, tape)
+        sinks_m = core.sinks_here(_sinks_of(weights, heads), each.query_split)
+        o_smH = core.attend_to(q_smH, k_TkH, v_TkH, positions.documents, tape, sinks_m)
         if tape is not None:
             free_storage(q_smH, *((k_TkH, v_TkH) if is_last else ()))
         o_tNH[:, _index(heads, o_tNH.device)] = heads_to_seq(o_smH, each.query_split, axis)
@@ -193,7 +194,10 @@ def _chunk_gradients(
     with torch.enable_grad():
         q_smH = _exchange_q(path, each, part, gradients)
         k_TkH, v_TkH = kv
-        o_smH = path.core.attend_to(q_smH, k_TkH, v_TkH, path.positions.documents, path.tape)
+        sinks_m = path.core.sinks_here(part.sinks, each.query_split)
+        o_smH = path.core.attend_to(
+            q_smH, k_TkH, v_TkH, path.positions.documents, path.tape, sinks_m
+        )
     grad_of_heads = grad_tNH[:, _index(heads, grad_tNH.device)]
     grad_smH = gradient_of_heads(grad_of_heads, each.query_split, path.core.layout.cp_a2a)
     *found, grad_k, grad_v = torch.autograd.grad(o_smH, [*leaves, *kv], grad_smH)
@@ -289,7 +293,7 @@ class _Gradients:
             if name.endswith("_norm"):
                 total.add_(grad)  # one for all heads
             else:
-                by_head = total.view(-1, self.head_size, *total.shape[1:])
+                by_head = _by_head(name, total, self.head_size)
                 # No head is in two groups.
                 by_head[_index(heads, by_head.device)] = grad.view(-1, *by_head.shape[1:])
 
@@ -306,10 +310,20 @@ def _part(
         # A norm is the same for all heads.
         if weight is None or name.endswith("_norm"):
             return weight
-        by_head = weight.view(-1, head_size, *weight.shape[1:])
-        return by_head[_index(heads, weight.device)].flatten(0, 1)
+        return _by_head(name, weight, head_size)[_index(heads, weight.device)].flatten(0, 1)
 
     return Projections(*(cut(name) for name in weights._fields))
+
+
+def _sinks_of(weights: Projections, heads: tuple[int, ...]) -> torch.Tensor | None:
+    """Cut the sinks of some heads out."""
+    return None if weights.sinks is None else weights.sinks[_index(heads, weights.sinks.device)]
+
+
+def _by_head(name: str, weight: torch.Tensor, head_size: int) -> torch.Tensor:
+    """View a weight's rows by their heads; a sink is one row."""
+    rows = 1 if name == "sinks" else head_size
+    return weight.view(-1, rows, *weight.shape[1:])
 
 
 @cache

@@ -24,6 +24,7 @@ from model.products import joined_linear
 from model.scoring import Scoring
 from parallel.context import gather_keys
 from parallel.layout import Layout
+from parallel.ulysses import HeadSplit
 
 
 class Linear(Protocol):
@@ -48,6 +49,8 @@ class Projections(NamedTuple):
     v_bias: torch.Tensor | None
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
+    sinks: torch.Tensor | None
+    """A logit for each query head [n]; it comes with q."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class AttentionCore:
         Its gradient of x needs no sum of three.
         """
         # One product for all heads of q, k and v.
-        q_rD, k_rD, v_rD, q_bias, k_bias, v_bias, q_norm, k_norm = weights
+        q_rD, k_rD, v_rD, q_bias, k_bias, v_bias, q_norm, k_norm, _ = weights
         assert q_rD is not None and k_rD is not None and v_rD is not None
         bias_R = None
         if q_bias is not None and k_bias is not None and v_bias is not None:
@@ -161,6 +164,17 @@ class AttentionCore:
             return k_TkH, v_TkH
         return _repeat_heads(k_TkH, self.kv_uses), _repeat_heads(v_TkH, self.kv_uses)
 
+    def sinks_here(self, sinks_n: torch.Tensor | None, split: HeadSplit) -> torch.Tensor | None:
+        """Return the sinks of the query heads that this rank attends with after the exchange.
+
+        Args:
+            sinks_n: of the call's heads, in the order of the exchange that `split` describes.
+        """
+        if sinks_n is None:
+            return None
+        start, stop = split.query[self.layout.cp_a2a.rank]
+        return sinks_n[start:stop]
+
     def attend_to(
         self,
         q_smH: torch.Tensor,
@@ -168,31 +182,41 @@ class AttentionCore:
         v_TkH: torch.Tensor,
         calls: list[PackedDocuments],
         tape: AttentionTape | None,
+        sinks_m: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attend with the group's queries to the keys of all tokens -> [s, m, H].
 
         Args:
+            sinks_m: `sinks_here`.
             calls: an attention call each, whose queries together are all of q.
             tape: keeps the calls' results, or has them.
         """
 
         def attend_in_parts(
-            q_smH: torch.Tensor, k_TkH: torch.Tensor, v_TkH: torch.Tensor
+            q_smH: torch.Tensor,
+            k_TkH: torch.Tensor,
+            v_TkH: torch.Tensor,
+            sinks_m: torch.Tensor | None = None,
         ) -> list[torch.Tensor]:
             if len(calls) == 1:
                 # All rows: even a slice of all of them copies the gradients once more.
-                return [self.attend(q_smH, k_TkH, v_TkH, calls[0], self.scoring)]
+                return [self.attend(q_smH, k_TkH, v_TkH, calls[0], self.scoring, sinks_m)]
             # Each range of queries attends to the keys up to its own end.
             return [
                 self.attend(
-                    q_smH[each.queries], k_TkH[each.keys], v_TkH[each.keys], each, self.scoring
+                    q_smH[each.queries],
+                    k_TkH[each.keys],
+                    v_TkH[each.keys],
+                    each,
+                    self.scoring,
+                    sinks_m,
                 )
                 for each in calls
             ]
 
         if tape is None:
-            return join(attend_in_parts(q_smH, k_TkH, v_TkH))
-        return tape.attend(attend_in_parts, q_smH, k_TkH, v_TkH)
+            return join(attend_in_parts(q_smH, k_TkH, v_TkH, sinks_m))
+        return tape.attend(attend_in_parts, q_smH, k_TkH, v_TkH, sinks_m)
 
 
 def _repeat_heads(x_TkH: torch.Tensor, uses: list[int]) -> torch.Tensor:

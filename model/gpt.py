@@ -192,6 +192,7 @@ class GPTStage(nn.Module):
         self.layout = layout
         self.head_size = config.head_size
         self.vocab_size = vocab_size
+        self.softcap = config.final_logit_softcapping
         if self.is_first or (self.is_last and self.tied):
             self.embedding = Weight(rows, config.hidden_size)
         # Keyed by the global layer number, so that a parameter has one name in every layout.
@@ -259,7 +260,9 @@ class GPTStage(nn.Module):
         if not self.is_last:
             return x_tD
         inputs = *self.head_inputs(x_tD), microbatch.labels
-        settings = LossSettings(self.layout.tp, self.vocab_size, self.memory.loss_tokens)
+        settings = LossSettings(
+            self.layout.tp, self.vocab_size, self.memory.loss_tokens, self.softcap
+        )
         if self.scores is None:
             return self._loss(microbatch, *inputs, settings)
         loss, hits = score(*inputs, settings)
@@ -368,6 +371,8 @@ class GPTStage(nn.Module):
         """
         x_tD, weight_vD = self.head_inputs(x_tD)
         logits_tv = x_tD @ weight_vD.T
+        if self.softcap is not None:
+            logits_tv = (logits_tv / self.softcap).tanh() * self.softcap
         columns = (
             torch.arange(logits_tv.shape[1], device=x_tD.device)
             + self.layout.tp.rank * logits_tv.shape[1]

@@ -5,7 +5,8 @@ block by block, each block from its own generator, so a rank draws only the bloc
 part. They are always drawn on the CPU in fp32: the same on every device.
 
 Source of the scheme: GPT-2 / Megatron-LM: normal(0, std), residual output projections
-normal(0, std / sqrt(2 * num_layers)), norms 1 (0 where they multiply by 1 + weight), biases 0.
+normal(0, std / sqrt(2 * num_layers)), norms 1 (0 where they multiply by 1 + weight), biases and
+sinks 0.
 """
 
 import math
@@ -39,8 +40,8 @@ def initialize(stages: list[GPTStage], config: ModelConfig, layout: Layout, seed
 
 
 def _std(name: str, config: ModelConfig) -> float | None:
-    """Return the standard deviation of a random parameter; None for norms and biases."""
-    if name.endswith(("norm.weight", ".bias")):
+    """Return the standard deviation of a random parameter; None for norms, biases and sinks."""
+    if name.endswith(("norm.weight", ".bias", ".sinks")):
         return None
     # Each layer adds two of these products to the residual stream.
     if name.endswith((".attention.o.weight", ".mlp.down.weight")):

@@ -32,6 +32,8 @@ class LossSettings:
     """Tokens that exist; the weight's rows beyond them are padding and take no part."""
     chunk_tokens: int
     """Tokens of a chunk (c); the same on all tp ranks."""
+    softcap: float | None = None
+    """Bound that tanh puts on the logits; None = none."""
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -158,6 +160,11 @@ def _one_chunk(
     logits_cv = x_cD @ weight_vD.T
     if not compiled.is_fused(logits_cv):
         logits_cv = logits_cv.to(_wide(logits_cv))
+    # Another tensor of the logits' size: the softmax overwrites what the slope could be made from.
+    slopes_cv = None
+    if settings.softcap is not None:
+        cap = _cap if compiled.is_fused(logits_cv) else _cap_
+        logits_cv, slopes_cv = compiled.run(cap, logits_cv, settings.softcap)
     # The rows after the vocabulary are padding: no probability falls on them.
     num_real = max(0, settings.vocab_size - settings.tp.rank * weight_vD.shape[0])
     if num_real < weight_vD.shape[0]:
@@ -168,13 +175,30 @@ def _one_chunk(
     # The gradient is put in the place of the logits and used up at once.
     if grads is not None:
         has_target_c = labels_c != IGNORED_LABEL
-        grad_cv = softmax.gradient(has_target_c.to(softmax.sums_c.dtype).mul_(scale)).to(x_cD.dtype)
+        grad_cv = softmax.gradient(has_target_c.to(softmax.sums_c.dtype).mul_(scale))
+        if slopes_cv is not None:
+            grad_cv.mul_(slopes_cv)
+        grad_cv = grad_cv.to(x_cD.dtype)
         torch.mm(grad_cv, weight_vD, out=grads[0])
         add_product(grads[1], grad_cv.T, x_cD)
     losses_c = softmax.losses(labels_c)
     if out_c is not None:
         out_c.copy_(losses_c)
     return losses_c.sum()
+
+
+def _cap_(logits_cv: torch.Tensor, cap: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cap * tanh(logit / cap), in the logits' place, and its slope at each."""
+    logits_cv.div_(cap).tanh_()
+    slopes_cv = logits_cv.square().neg_().add_(1)
+    return logits_cv.mul_(cap), slopes_cv
+
+
+def _cap(logits_cv: torch.Tensor, cap: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the same, computed in at least fp32 and rounded once."""
+    shares_cv = (logits_cv.to(_wide(logits_cv)) / cap).tanh()
+    slopes_cv = 1 - shares_cv.square()
+    return (shares_cv * cap).to(logits_cv.dtype), slopes_cv.to(logits_cv.dtype)
 
 
 class _Softmax:

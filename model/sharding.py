@@ -33,6 +33,7 @@ def sharding_table(
         (r"embedding\.weight|output\.weight", _ROWS),
         (r"layers\.\d+\.attention\.q\.(weight|bias)", _ROWS),
         (r"layers\.\d+\.attention\.[kv]\.(weight|bias)", kv),
+        (r"layers\.\d+\.attention\.sinks", _ROWS),
         (r"layers\.\d+\.attention\.o\.weight", _COLUMNS),
         (r"layers\.\d+\.attention\.q_norm\.weight", q_norm),
         (r"layers\.\d+\.attention\.k_norm\.weight", k_norm),

@@ -16,9 +16,9 @@ from collections.abc import Callable
 
 import torch
 
-PartsOfOutput = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], list[torch.Tensor]]
-"""Differentiable attention (q, k, v) -> the output in parts: the rows of each of the kernel's
-calls, in order."""
+PartsOfOutput = Callable[..., list[torch.Tensor]]
+"""Differentiable attention (q, k, v), or (q, k, v, sinks), -> the output in parts: the rows of each
+of the kernel's calls, in order."""
 
 
 def join(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -33,8 +33,18 @@ class KeptCall:
     copy.
     """
 
-    def __init__(self, attend: PartsOfOutput, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor):
+    def __init__(
+        self,
+        attend: PartsOfOutput,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None = None,
+    ):
         self.inputs = tuple(x.detach().requires_grad_() for x in (q, k, v))
+        if sinks is not None:
+            # A copy: the parameter's memory may be freed before the backward (FSDP2).
+            self.inputs += (sinks.detach().clone().requires_grad_(),)
         with torch.enable_grad():
             self.parts = attend(*self.inputs)
 
@@ -65,13 +75,13 @@ class KeptCall:
     def gradients(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """Return the gradients of q, k and v; once.
+        """Return the gradients of q, k and v, and of the sinks where there are some; once.
 
         Args:
             q, k, v: the values as they were, made again; their memory is taken over.
             grad: the gradient of the output.
         """
-        for values, storage in zip(_storages((q, k, v)), _storages(self.inputs), strict=True):
+        for values, storage in zip(_storages((q, k, v)), _storages(self.inputs[:3]), strict=True):
             # Else an earlier call with the same k and v has filled it.
             if storage.nbytes() == 0:
                 _move(values, storage)
@@ -108,7 +118,8 @@ class _Replay(torch.autograd.Function):
     """A kept call's output, as a function of the recomputed q, k and v."""
 
     @staticmethod
-    def forward(ctx, q, k, v, kept: KeptCall):
+    def forward(ctx, q, k, v, sinks, kept: KeptCall):
+        ctx.has_sinks = sinks is not None
         ctx.kept = kept
         ctx.save_for_backward(q, k, v)
         return kept.output
@@ -116,7 +127,8 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         (grad,) = grads
-        return *ctx.kept.gradients(*ctx.saved_tensors, grad), None
+        found = ctx.kept.gradients(*ctx.saved_tensors, grad)
+        return (*found, None) if ctx.has_sinks else (*found, None, None)
 
 
 class AttentionTape:
@@ -146,7 +158,12 @@ class AttentionTape:
         return self.calls[self.position - 1]
 
     def attend(
-        self, attend: PartsOfOutput, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+        self,
+        attend: PartsOfOutput,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the output of `attend`, run now or played.
 
@@ -154,6 +171,6 @@ class AttentionTape:
         only to be played: `free_storage` them as soon as nothing else reads them.
         """
         if self.playing:
-            return _Replay.apply(q, k, v, self.next_call())
-        self.calls.append(KeptCall(attend, q, k, v))
+            return _Replay.apply(q, k, v, sinks, self.next_call())
+        self.calls.append(KeptCall(attend, q, k, v, sinks))
         return self.calls[-1].output

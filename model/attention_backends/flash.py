@@ -18,6 +18,10 @@ from model.scoring import PLAIN, ScoringNeeds
 
 FLASH = {3: "flash_attn_interface", 4: "flash_attn.cute", 2: "flash_attn"}
 """Major version of flash-attn -> the module that has its flash_attn_varlen_func."""
+WITH_SINKS = 4
+"""The one major version that takes sinks."""
+BACKWARD = "_flash_attn_bwd"
+"""Release 4's backward; asked only whether it takes sinks."""
 
 
 def flash_version(capability: tuple[int, int], present: Callable[[str], bool]) -> int | None:
@@ -43,7 +47,6 @@ def make_flash(_crossover: int) -> Attend:
     known = inspect.signature(function).parameters
 
     def attend(q, k, v, documents, scoring=PLAIN, sinks=None, /):
-        assert sinks is None and scoring.softcap is None, "Backend.missing was asked before"
         lengths = {
             "cu_seqlens_q": documents.cu_q,
             "cu_seqlens_k": documents.cu_k,
@@ -55,6 +58,10 @@ def make_flash(_crossover: int) -> Attend:
         # All releases count the tokens before the query, and after it.
         if scoring.window is not None:
             taken["window_size"] = (scoring.window - 1, 0)
+        if scoring.softcap is not None:
+            taken["softcap"] = scoring.softcap
+        if sinks is not None:
+            taken["learnable_sink"] = sinks
         out = function(q, k, v, causal=True, softmax_scale=scoring.scale, **taken)
         # 3 and 4 may return the log-sum-exp as well.
         return out[0] if isinstance(out, tuple) else out
@@ -68,11 +75,26 @@ def _no_release_for(device: torch.device, _dtype: torch.dtype, _heads: HeadShape
     return None
 
 
-def _not_scored(needs: ScoringNeeds, _device: torch.device) -> str | None:
-    """Say why flash-attn cannot compute what is needed, or None."""
-    if needs.softcap or needs.sinks:
-        return f"{needs.named()} are not built with flash-attn"
+def _not_scored(needs: ScoringNeeds, device: torch.device) -> str | None:
+    """Say why the installed release cannot compute what is needed, or None."""
+    version = installed_flash_version(device)
+    if version is None:
+        return None  # said by _no_release_for
+    module = importlib.import_module(FLASH[version])
+    known = inspect.signature(module.flash_attn_varlen_func).parameters
+    if needs.softcap and "softcap" not in known:
+        return f"this release of flash-attn {version} caps no scores"
+    if needs.sinks and not has_sink_gradients(version):
+        return f"this release of flash-attn {version} has no gradient of attention sinks"
     return None
+
+
+def has_sink_gradients(version: int) -> bool:
+    """Tell whether the installed release of this major version trains sinks; 4 began so later."""
+    if version != WITH_SINKS:
+        return False
+    backward = getattr(importlib.import_module(f"{FLASH[version]}.interface"), BACKWARD, None)
+    return backward is not None and "learnable_sink" in inspect.signature(backward).parameters
 
 
 def _behind_cudnn(device: torch.device) -> str | None:

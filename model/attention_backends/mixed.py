@@ -28,6 +28,7 @@ import torch
 from model.attention_backends.backend import Attend, Backend, HeadShape, is_hopper_or_later
 from model.attention_backends.documents import KernelCall
 from model.attention_backends.kernel_calls import GRANULE_TOKENS, NEVER, split_documents
+from model.attention_backends.sinks import SinkGradients, put_sinks
 from model.scoring import PLAIN, Scoring, ScoringNeeds
 
 Kept = tuple[torch.Tensor | None, ...]
@@ -58,12 +59,12 @@ def mixed_attention(crossover: int, kernels: Kernels | None = None) -> Attend:
     kernels = kernels or GPU_KERNELS
 
     def attend(q_smH, k_skH, v_skH, documents, scoring=PLAIN, sinks=None, /):
-        assert sinks is None and scoring.softcap is None, "Backend.missing was asked before"
+        assert scoring.softcap is None, "Backend.missing was asked before"
         # cuDNN takes no window through torch. Where no document is longer, it changes nothing.
         window = scoring.window
         is_cut = window is not None and documents.max_k > window
         calls = split_documents(documents, NEVER if is_cut else crossover)
-        return _Mixed.apply(q_smH, k_skH, v_skH, calls, kernels, scoring)
+        return _Mixed.apply(q_smH, k_skH, v_skH, sinks, calls, kernels, scoring)
 
     return attend
 
@@ -73,12 +74,19 @@ class _Mixed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, q_smH, k_skH, v_skH, calls: list[KernelCall], kernels: Kernels, scoring: Scoring
+        ctx,
+        q_smH,
+        k_skH,
+        v_skH,
+        sinks_m,
+        calls: list[KernelCall],
+        kernels: Kernels,
+        scoring: Scoring,
     ):
         out_smH = None if _is_whole(calls) else q_smH.new_empty(q_smH.shape)
         kept = []
         for call in calls:
-            result, kept_of_call = _forward(q_smH, k_skH, v_skH, call, kernels, scoring)
+            result, kept_of_call = _forward(q_smH, k_skH, v_skH, sinks_m, call, kernels, scoring)
             kept.append(kept_of_call)
             if out_smH is None:
                 out_smH = result
@@ -91,13 +99,16 @@ class _Mixed(torch.autograd.Function):
         ctx.scoring = scoring
         # Kept flat, as autograd wants it, with the number of each call's tensors.
         ctx.kept_counts = [len(each) for each in kept]
-        ctx.save_for_backward(q_smH, k_skH, v_skH, out_smH, *(x for each in kept for x in each))
+        ctx.save_for_backward(
+            q_smH, k_skH, v_skH, sinks_m, out_smH, *(x for each in kept for x in each)
+        )
         return out_smH
 
     @staticmethod
     def backward(ctx, *grads):
         (grad_smH,) = grads
-        q_smH, k_skH, v_skH, out_smH, *kept = ctx.saved_tensors
+        q_smH, k_skH, v_skH, sinks_m, out_smH, *kept = ctx.saved_tensors
+        grad_sinks = SinkGradients(sinks_m)
         # torch finds cuDNN's plans by the layout of q, k and v alone: the gradient needs one
         # layout.
         grad_smH = grad_smH.contiguous()
@@ -107,16 +118,21 @@ class _Mixed(torch.autograd.Function):
             kept_of_call = tuple(kept[:count])
             kept = kept[count:]
             found = _backward(
-                grad_smH, q_smH, k_skH, v_skH, out_smH, kept_of_call, call, ctx.kernels, ctx.scoring
+                (grad_smH, q_smH, k_skH, v_skH, out_smH),
+                kept_of_call,
+                call,
+                ctx.kernels,
+                ctx.scoring,
+                grad_sinks,
             )
             if is_whole:
-                return *found, None, None, None
+                return *found, grad_sinks.total(), None, None, None
             # Write each gradient in its place, then free it before the next call.
             rows_of_qkv = (call.rows_q, call.rows_k, call.rows_k)
             for whole, rows, gradient in zip(wholes, rows_of_qkv, found, strict=True):
                 whole[rows] = gradient
             del found, gradient
-        return *wholes, None, None, None
+        return *wholes, grad_sinks.total(), None, None, None
 
 
 def _is_whole(calls: list[KernelCall]) -> bool:
@@ -125,37 +141,64 @@ def _is_whole(calls: list[KernelCall]) -> bool:
 
 
 def _forward(
-    q, k, v, call: KernelCall, kernels: Kernels, scoring: Scoring
+    q, k, v, sinks_m: torch.Tensor | None, call: KernelCall, kernels: Kernels, scoring: Scoring
 ) -> tuple[torch.Tensor, Kept]:
     """Compute a kernel call's output [s, m, H] from the whole attention call's q, k and v."""
     if not call.is_long:
-        return kernels.short_forward(q[call.rows_q], k[call.rows_k], v[call.rows_k], call, scoring)
+        out, kept = kernels.short_forward(
+            q[call.rows_q], k[call.rows_k], v[call.rows_k], call, scoring
+        )
+        return out, _with_sinks(out.transpose(0, 1), kept, sinks_m)
     out, kept = kernels.long_forward(
         _long_rows(q, call.rows_q, call),
         _long_rows(k, call.rows_k, call),
         _long_rows(v, call.rows_k, call),
         scoring,
     )
-    return _to_tokens_first(out, call), kept
+    return _to_tokens_first(out, call), _with_sinks(out, kept, sinks_m)
+
+
+def _with_sinks(out_mLH: torch.Tensor, kept: Kept, sinks_m: torch.Tensor | None) -> Kept:
+    """Put sinks into a kernel's output; return what is kept with its log-sum-exps so, too."""
+    log_sums, *rest = kept
+    if sinks_m is None or log_sums is None:
+        return kept
+    # cuDNN's have one more dim, of size 1.
+    with_sinks = put_sinks(out_mLH, log_sums.view(out_mLH.shape[:-1]), sinks_m)
+    return with_sinks.view(log_sums.shape), *rest
 
 
 def _backward(
-    grad, q, k, v, out, kept: Kept, call: KernelCall, kernels: Kernels, scoring: Scoring
+    tensors: tuple[torch.Tensor, ...],
+    kept: Kept,
+    call: KernelCall,
+    kernels: Kernels,
+    scoring: Scoring,
+    grad_sinks: SinkGradients,
 ) -> tuple[torch.Tensor, ...]:
-    """Compute the gradients of a kernel call's q, k and v."""
+    """Compute the gradients of a kernel call's q, k and v, and add that of its sinks.
+
+    Args:
+        tensors: the output's gradient, q, k, v and the output of the whole attention call.
+    """
+    grad, q, k, v, out = tensors
     rows_q = call.rows_q
     rows_k = call.rows_k
     # The varlen op takes packed rows, cuDNN documents of one length.
     if not call.is_long:
+        grad_sinks.add(grad[rows_q].transpose(0, 1), out[rows_q].transpose(0, 1), kept[0])
         return kernels.short_backward(
             grad[rows_q], q[rows_q], k[rows_k], v[rows_k], out[rows_q], kept, call, scoring
         )
+    grad_long = _long_rows(grad, rows_q, call, is_gradient=True)
+    out_long = _long_rows(out, rows_q, call)
+    grad_sinks.add(grad_long, out_long, kept[0])
     found = kernels.long_backward(
-        _long_rows(grad, rows_q, call, is_gradient=True),
+        grad_long,
         _long_rows(q, rows_q, call),
         _long_rows(k, rows_k, call),
         _long_rows(v, rows_k, call),
-        _long_rows(out, rows_q, call),
+        out_long,
         kept,
         scoring,
     )
@@ -191,7 +234,10 @@ _IS_CAUSAL = True
 
 
 def _window_of(scoring: Scoring) -> dict[str, int]:
-    """Spell a window as the varlen op does: how many tokens are seen on the left and right."""
+    """Spell a window as the varlen op does: how many tokens are seen on the left and right.
+
+    With one, the op is not told that it is causal, as torch's varlen_attn calls it.
+    """
     left = -1 if scoring.window is None else scoring.window - 1
     return {"window_size_left": left, "window_size_right": 0}
 
@@ -237,7 +283,7 @@ def _varlen_forward(q, k, v, call: KernelCall, scoring: Scoring) -> tuple[torch.
         call.max_q,
         call.max_k,
         _NO_DROPOUT,
-        _IS_CAUSAL,
+        scoring.window is None,
         False,
         scale=scoring.scale,
         **_window_of(scoring),
@@ -261,7 +307,7 @@ def _varlen_backward(
         call.max_q,
         call.max_k,
         _NO_DROPOUT,
-        _IS_CAUSAL,
+        scoring.window is None,
         seed,
         offset,
         scale=scoring.scale,
@@ -282,8 +328,8 @@ def why_mixed_cannot_run(device: torch.device, dtype: torch.dtype, heads: HeadSh
     for name, length in (("cuDNN", GRANULE_TOKENS), ("torch's varlen op", 0)):
         call = KernelCall(rows, rows, 1, length, length, cu, cu, GRANULE_TOKENS, GRANULE_TOKENS)
         try:
-            out, kept = _forward(q, k, k, call, GPU_KERNELS, PLAIN)
-            _backward(out, q, k, k, out, kept, call, GPU_KERNELS, PLAIN)
+            out, kept = _forward(q, k, k, None, call, GPU_KERNELS, PLAIN)
+            _backward((out, q, k, k, out), kept, call, GPU_KERNELS, PLAIN, SinkGradients(None))
         except RuntimeError as error:
             shape = f"{query_heads} query and {kv_heads} key/value heads of size {size}"
             return f"{name} does not run here with {shape}: {str(error).splitlines()[0]}"
@@ -292,9 +338,7 @@ def why_mixed_cannot_run(device: torch.device, dtype: torch.dtype, heads: HeadSh
 
 def _not_scored(needs: ScoringNeeds, _device: torch.device) -> str | None:
     """Say why neither kernel can compute what is needed, or None."""
-    if needs.softcap or needs.sinks:
-        return f"{needs.named()} are not built with cuDNN and torch's varlen op"
-    return None
+    return "cuDNN and torch's varlen op cap no scores" if needs.softcap else None
 
 
 def _behind_flash_attention(device: torch.device) -> str | None:

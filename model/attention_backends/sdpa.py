@@ -23,8 +23,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from model.attention_backends.backend import Attend, Backend
+from model.attention_backends.sinks import SinkGradients, put_sinks
+from model.attention_backends.tiled import tiled_attention
 from model.attention_backends.windowed import heads_first, tokens_first, windowed_attention
-from model.scoring import PLAIN, Scoring, ScoringNeeds
+from model.scoring import PLAIN, Scoring
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -37,20 +39,26 @@ def sdpa_attention(
     rows_q: list[slice],
     rows_k: list[slice],
     scoring: Scoring = PLAIN,
+    sinks_m: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend causally inside each document -> [n, m, H].
 
     Args:
         rows_q, rows_k: of each document; its queries are its last positions.
         scoring: how pairs are scored.
+        sinks_m: of the query heads.
     """
     window = scoring.window
     scale = scoring.scale
+    is_on_cpu = q_nmH.device.type == "cpu"
+    # torch has no kernel for caps, and gives no log-sum-exps of its kernels for a GPU.
+    if scoring.softcap is not None or (sinks_m is not None and not is_on_cpu):
+        return tiled_attention(q_nmH, k_skH, v_skH, rows_q, rows_k, scoring, sinks_m)
     # Where no document is longer, the window changes nothing.
     if window is not None and any(rows.stop - rows.start > window for rows in rows_k):
-        return windowed_attention(q_nmH, k_skH, v_skH, rows_q, rows_k, window, scale)
-    if q_nmH.device.type == "cpu":
-        return _DocumentsOnCPU.apply(q_nmH, k_skH, v_skH, rows_q, rows_k, scale)
+        return windowed_attention(q_nmH, k_skH, v_skH, rows_q, rows_k, window, scale, sinks_m)
+    if is_on_cpu:
+        return _DocumentsOnCPU.apply(q_nmH, k_skH, v_skH, sinks_m, rows_q, rows_k, scale)
     return _one_by_one(q_nmH, k_skH, v_skH, rows_q, rows_k, scale)
 
 
@@ -97,13 +105,15 @@ class _DocumentsOnCPU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q_nmH, k_skH, v_skH, rows_q, rows_k, scale):
+    def forward(ctx, q_nmH, k_skH, v_skH, sinks_m, rows_q, rows_k, scale):
         out_nmH = None
         ctx.log_sums = []
         for of_q, of_k in zip(rows_q, rows_k, strict=True):
             part, log_sum = _document(
                 heads_first(q_nmH[of_q]), heads_first(k_skH[of_k]), heads_first(v_skH[of_k]), scale
             )
+            if sinks_m is not None:
+                log_sum = put_sinks(part, log_sum, sinks_m)
             # A single document's output is the whole; several are written in their places.
             if len(rows_q) == 1:
                 out_nmH = tokens_first(part)
@@ -114,27 +124,31 @@ class _DocumentsOnCPU(torch.autograd.Function):
         ctx.rows_q = rows_q
         ctx.rows_k = rows_k
         ctx.scale = scale
-        ctx.save_for_backward(q_nmH, k_skH, v_skH, out_nmH)
+        ctx.save_for_backward(q_nmH, k_skH, v_skH, out_nmH, sinks_m)
         return out_nmH
 
     @staticmethod
     def backward(ctx, *grads):
         (grad_nmH,) = grads
-        q_nmH, k_skH, v_skH, out_nmH = ctx.saved_tensors
+        q_nmH, k_skH, v_skH, out_nmH, sinks_m = ctx.saved_tensors
+        grad_sinks = SinkGradients(sinks_m)
         wholes = [torch.empty_like(x) for x in (q_nmH, k_skH, v_skH)]
         for of_q, of_k, log_sum in zip(ctx.rows_q, ctx.rows_k, ctx.log_sums, strict=True):
+            grad = heads_first(grad_nmH[of_q])
+            out = heads_first(out_nmH[of_q])
+            grad_sinks.add(grad, out, log_sum)
             parts = _document_gradients(
-                heads_first(grad_nmH[of_q]),
+                grad,
                 heads_first(q_nmH[of_q]),
                 heads_first(k_skH[of_k]),
                 heads_first(v_skH[of_k]),
-                heads_first(out_nmH[of_q]),
+                out,
                 log_sum,
                 ctx.scale,
             )
             for whole, rows, part in zip(wholes, (of_q, of_k, of_k), parts, strict=True):
                 whole[rows] = tokens_first(part)
-        return *wholes, None, None, None
+        return *wholes, grad_sinks.total(), None, None, None
 
 
 def _document(q, k, v, scale: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -199,18 +213,11 @@ def make_sdpa(_crossover: int) -> Attend:
         return [slice(begin, end) for begin, end in zip(bounds, bounds[1:], strict=False)]
 
     def attend(q, k, v, documents, scoring=PLAIN, sinks=None, /):
-        assert sinks is None and scoring.softcap is None, "Backend.missing was asked before"
         rows_q = rows_between(documents.bounds_q)
         rows_k = rows_between(documents.bounds_k)
-        return sdpa_attention(q, k, v, rows_q, rows_k, scoring)
+        return sdpa_attention(q, k, v, rows_q, rows_k, scoring, sinks)
 
     return attend
 
 
-def _not_scored(needs: ScoringNeeds, _device: torch.device) -> str | None:
-    if needs.softcap or needs.sinks:
-        return f"{needs.named()} are not built yet"
-    return None
-
-
-BACKEND = Backend(name="sdpa", make=make_sdpa, needs_gpu=False, why_not_scored=_not_scored)
+BACKEND = Backend(name="sdpa", make=make_sdpa, needs_gpu=False)

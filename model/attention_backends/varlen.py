@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from model.attention_backends.backend import Attend, Backend
+from model.attention_backends.kernel_calls import NEVER
+from model.attention_backends.mixed import mixed_attention
 from model.scoring import PLAIN, Scoring, ScoringNeeds
 
 
@@ -32,8 +34,13 @@ def make_varlen(_crossover: int) -> Attend:
     """Make the attend function."""
     from torch.nn.attention.varlen import varlen_attn
 
+    with_sinks = mixed_attention(NEVER)
+
     def attend(q, k, v, documents, scoring=PLAIN, sinks=None, /):
-        assert sinks is None and scoring.softcap is None, "Backend.missing was asked before"
+        assert scoring.softcap is None, "Backend.missing was asked before"
+        # varlen_attn keeps its log-sum-exps to itself; the operator under it takes others.
+        if sinks is not None:
+            return with_sinks(q, k, v, documents, scoring, sinks)
         options = varlen_options(varlen_attn, scoring)
         out = varlen_attn(
             q, k, v, documents.cu_q, documents.cu_k, documents.max_q, documents.max_k, **options
@@ -48,8 +55,8 @@ def why_not_scored(needs: ScoringNeeds, _device: torch.device) -> str | None:
     """Say why torch's varlen_attn cannot compute what is needed, or None."""
     from torch.nn.attention.varlen import varlen_attn
 
-    if needs.softcap or needs.sinks:
-        return f"{needs.named()} are not built with torch's varlen_attn"
+    if needs.softcap:
+        return "torch's varlen_attn caps no scores"
     if not needs.windows or "window_size" in inspect.signature(varlen_attn).parameters:
         return None
     return f"varlen_attn of torch {torch.__version__} takes no window"

@@ -13,6 +13,9 @@ from functools import lru_cache
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from model.attention_backends.sinks import SinkGradients, put_sinks
+from model.windows import Window
+
 BLOCK = 256
 """Queries of a block. A larger block scores more pairs outside the window, W + b - 1 for each query
 instead of W; a smaller one makes more calls."""
@@ -29,7 +32,7 @@ class Block:
     rows_k: slice
 
 
-def blocks_of_document(rows_q: slice, rows_k: slice, window: int) -> list[Block]:
+def blocks_of_document(rows_q: slice, rows_k: slice, window: Window) -> list[Block]:
     """Cut a document into blocks; its queries are the last positions of its keys."""
     earlier = (rows_k.stop - rows_k.start) - (rows_q.stop - rows_q.start)
     blocks = []
@@ -38,7 +41,7 @@ def blocks_of_document(rows_q: slice, rows_k: slice, window: int) -> list[Block]
         # Positions of the block's queries, counted from the document's first key.
         first = earlier + begin - rows_q.start
         last = earlier + end - rows_q.start
-        first_seen = max(0, first - window + 1)
+        first_seen = 0 if window is None else max(0, first - window + 1)
         seen = slice(rows_k.start + first_seen, rows_k.start + last)
         blocks.append(Block(slice(begin, end), seen))
     return blocks
@@ -74,11 +77,13 @@ def windowed_attention(
     rows_k: list[slice],
     window: int,
     scale: float | None = None,
+    sinks_m: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend to the last `window` tokens of each token's document, itself included -> [n, m, H].
 
     Args:
         rows_q, rows_k: of each document; its queries are its last positions.
+        sinks_m: on a CPU only.
     """
     blocks = [
         block
@@ -86,7 +91,8 @@ def windowed_attention(
         for block in blocks_of_document(of_q, of_k, window)
     ]
     if q_nmH.device.type == "cpu":
-        return _BlocksOnCPU.apply(q_nmH, k_skH, v_skH, blocks, window, scale)
+        return _BlocksOnCPU.apply(q_nmH, k_skH, v_skH, sinks_m, blocks, window, scale)
+    assert sinks_m is None, "other devices have another path"
     outputs = []
     for block in blocks:
         q, k, v = (
@@ -107,7 +113,9 @@ class _BlocksOnCPU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q_nmH, k_skH, v_skH, blocks: list[Block], window: int, scale: float | None):
+    def forward(
+        ctx, q_nmH, k_skH, v_skH, sinks_m, blocks: list[Block], window: int, scale: float | None
+    ):
         out_nmH = torch.empty_like(q_nmH)
         ctx.log_sums = []
         for block in blocks:
@@ -118,31 +126,37 @@ class _BlocksOnCPU(torch.autograd.Function):
                 attn_mask=_mask_of(block, window, q_nmH),
                 scale=scale,
             )
+            if sinks_m is not None:
+                log_sum = put_sinks(part, log_sum, sinks_m)
             out_nmH[block.rows_q] = tokens_first(part)
             ctx.log_sums.append(log_sum)
         ctx.blocks = blocks
         ctx.window = window
         ctx.scale = scale
-        ctx.save_for_backward(q_nmH, k_skH, v_skH, out_nmH)
+        ctx.save_for_backward(q_nmH, k_skH, v_skH, out_nmH, sinks_m)
         return out_nmH
 
     @staticmethod
     def backward(ctx, *grads):
         (grad_nmH,) = grads
-        q_nmH, k_skH, v_skH, out_nmH = ctx.saved_tensors
+        q_nmH, k_skH, v_skH, out_nmH, sinks_m = ctx.saved_tensors
         grad_q = torch.empty_like(q_nmH)
         # Several blocks add to a key's gradients: in fp32, as sums of bf16 would lose digits.
         wide = torch.promote_types(k_skH.dtype, torch.float32)
         grad_k = torch.zeros_like(k_skH, dtype=wide)
         grad_v = torch.zeros_like(v_skH, dtype=wide)
         no_dropout = 0.0
+        grad_sinks = SinkGradients(sinks_m)
         for block, log_sum in zip(ctx.blocks, ctx.log_sums, strict=True):
+            grad = heads_first(grad_nmH[block.rows_q])
+            out = heads_first(out_nmH[block.rows_q])
+            grad_sinks.add(grad, out, log_sum)
             of_q, of_k, of_v = _backward(
-                heads_first(grad_nmH[block.rows_q]),
+                grad,
                 heads_first(q_nmH[block.rows_q]),
                 heads_first(k_skH[block.rows_k]),
                 heads_first(v_skH[block.rows_k]),
-                heads_first(out_nmH[block.rows_q]),
+                out,
                 log_sum,
                 no_dropout,
                 False,
@@ -152,7 +166,8 @@ class _BlocksOnCPU(torch.autograd.Function):
             grad_q[block.rows_q] = tokens_first(of_q)
             grad_k[block.rows_k] += tokens_first(of_k)
             grad_v[block.rows_k] += tokens_first(of_v)
-        return grad_q, grad_k.to(k_skH.dtype), grad_v.to(v_skH.dtype), None, None, None
+        grads_kv = (grad_k.to(k_skH.dtype), grad_v.to(v_skH.dtype))
+        return grad_q, *grads_kv, grad_sinks.total(), None, None, None
 
 
 def heads_first(x_LmH: torch.Tensor) -> torch.Tensor:

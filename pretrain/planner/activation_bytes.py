@@ -15,6 +15,7 @@ head_counts.py), b bytes of the compute dtype, W of the wider of it and fp32.
 from functools import cached_property
 from math import ceil
 
+from model.attention_backends.tiled import bytes_at_work
 from model.config import ModelConfig
 from model.pointwise import BLOCK
 from pretrain.planner.head_counts import HeadCounts
@@ -246,9 +247,10 @@ class LayerMemory:
         # Fused kernels put the gradient in the logits' place. Without them there are wide logits,
         # and beside them what the product wrote or reads in the compute dtype.
         logit = b if self.on_gpu else W + (b if b < W else 0)
-        chunk = rows * self.v * logit
+        if self.config.final_logit_softcapping:
+            logit += b if self.on_gpu else W  # the cap's slopes
         sums = W * self.v * self.D if b < W else 0
-        return self.read + chunk + sums
+        return self.read + rows * self.v * logit + sums
 
     @property
     def _recomputes_mlp(self) -> bool:
@@ -372,6 +374,8 @@ class LayerMemory:
         of_q = self.s * m * self.H
         of_kv = 2 * self.T * k * self.H
         gradients = 2 * self.b * (of_q + of_kv)
+        if self.config.attn_logit_softcapping and not self.on_gpu:
+            gradients += bytes_at_work(m, self.s, self.T, self.W) + (self.W - self.b) * of_kv
         if not self.on_gpu or not self.with_kernels:
             return gradients
         ungrouped = 2 * self.b * self.T * m * self.H if m > k else 0

@@ -28,6 +28,9 @@ GEMMA3 = dict(
 )
 OLMO = dict(norm_placement="post", qk_layernorm=True, qk_layernorm_scope="all_heads")
 GRANITE = dict(embedding_multiplier=5.5, residual_multiplier=0.4, logits_scaling=3.0)
+SINKS = dict(softmax_type="learnable")
+# Low caps, so that they change much: scores and logits are about 1.
+CAPPED = dict(attn_logit_softcapping=0.7, final_logit_softcapping=0.9)
 
 CASES = {
     "tp2": Case(tp=2, model=UNTIED),
@@ -197,6 +200,39 @@ CASES = {
         model=dict(no_rope_freq=[1], num_attention_heads=8, hidden_size=64),
         memory=MemorySettings("full", attention_head_chunks=2),
     ),
+    "tp2 cp2 sinks": Case(
+        tp=2, cp=2, model=SINKS | dict(window_size=[4, 0], window_attn_skip_freq=[2])
+    ),
+    "pp2 cp2 capped scores and logits": Case(
+        pp=2, cp=2, model=CAPPED | dict(softmax_scale=0.5), memory=MemorySettings("full")
+    ),
+    "cp4 two levels sinks capped windows attention kept": Case(
+        cp=4,
+        context_levels=(2, 2),
+        lengths=(400,),
+        model=UNTIED | SINKS | CAPPED | dict(window_size=[9, 0]),
+        memory=MemorySettings("attention_kept", 1, attention_head_chunks=2),
+    ),
+    "cp3 sinks of uneven heads selective": Case(
+        cp=3,
+        seq_length=36,
+        model=SINKS | dict(num_attention_heads=8, num_query_groups=2, hidden_size=64),
+        memory=MemorySettings("selective"),
+    ),
+    "tp2 cp2 sinks head chunks full zero3": Case(
+        tp=2,
+        cp=2,
+        strategy="optim_grads_params",
+        model=SINKS | dict(num_attention_heads=8, num_query_groups=4, hidden_size=64),
+        memory=MemorySettings("full", attention_head_chunks=2),
+    ),
+    "tp2 cp2 sinks attention kept zero3": Case(
+        tp=2,
+        cp=2,
+        strategy="optim_grads_params",
+        model=SINKS | CAPPED,
+        memory=MemorySettings("attention_kept", loss_chunk_tokens=5),
+    ),
     "cp4 one-token documents": Case(cp=4, lengths=(1,) * 40 + (30,)),
     "cp8 two levels one-token documents": Case(
         cp=8, context_levels=(2, 4), lengths=(1,) * 40 + (30,)
@@ -300,6 +336,9 @@ WITH_ALL = {
     "tp2 cp2 sequence parallel granite attention kept",
     "pp2 ZBV granite",
     "cp4 none of the layers has a rope",
+    "cp3 sinks of uneven heads selective",
+    "tp2 cp2 sinks head chunks full zero3",
+    "tp2 cp2 sinks attention kept zero3",
 }
 assert set(CASES) > WITH_ALL
 

@@ -57,10 +57,10 @@ class StandIns:
         assert q.shape[2] == k.shape[2], "cuDNN's causal mask is for as many keys as queries"
         self.long.append((q.shape[0], q.shape[2]))
         out, log_sums = dense_forward(q, k, v, is_causal=True, scale=scoring.scale)
-        return out, (log_sums, None, None)
+        return out, (log_sums[..., None], None, None)
 
     def long_backward(self, grad, q, k, v, out, kept, scoring):
-        return dense_backward(grad, q, k, v, out, kept[0], 0.0, True, scale=scoring.scale)
+        return dense_backward(grad, q, k, v, out, kept[0][..., 0], 0.0, True, scale=scoring.scale)
 
     def short_forward(self, q, k, v, part: KernelCall, scoring):
         self.short.append(part.cu_q.tolist())
@@ -68,21 +68,20 @@ class StandIns:
             _document(*(x.transpose(0, 1)[None] for x in document), scoring.scale)
             for document in self.documents(part, q, k, v)
         ]
-        return torch.cat([out[0].transpose(0, 1) for out, _ in found]), tuple(
-            log_sums for _, log_sums in found
-        )
+        log_sums = torch.cat([each[0] for _, each in found], dim=1)
+        return torch.cat([out[0].transpose(0, 1) for out, _ in found]), (log_sums, None, None)
 
     def short_backward(self, grad, q, k, v, out, kept, part: KernelCall, scoring):
         documents = zip(
             self.documents(part, q, k, v),
             grad.split(part.cu_q.diff().tolist()),
             out.split(part.cu_q.diff().tolist()),
-            kept,
+            kept[0].split(part.cu_q.diff().tolist(), dim=1),
             strict=True,
         )
         found = [
             _document_gradients(
-                *(x.transpose(0, 1)[None] for x in (g, *qkv, o)), log_sums, scoring.scale
+                *(x.transpose(0, 1)[None] for x in (g, *qkv, o)), log_sums[None], scoring.scale
             )
             for qkv, g, o, log_sums in documents
         ]

@@ -159,6 +159,7 @@ def arguments_of_compiled_functions() -> dict[str, tuple]:
         "_join_turned": (q, k, v, *tables),
         "_split_norm_and_turn": (qkv, HEADS, norm, norm, 1e-5, *tables),
         "_join_turned_and_normed": (qkv, HEADS, q, k, v, norm, norm, *scales, *tables),
+        "_cap": (x, 0.7),
         "_exp_sums": (x, ids),
         "_softmax_gradient_": (x, ids, rows, rows, rows),
     }
@@ -257,7 +258,13 @@ def test_the_table_above_has_every_compiled_function(monkeypatch):
 
     monkeypatch.setattr(compiled, "is_fused", lambda x: True)
     monkeypatch.setattr(compiled, "_compile", note)
-    one_step(MemorySettings(), [0, 12], qk_layernorm=True, activation_func="gelu_tanh")
+    one_step(
+        MemorySettings(),
+        [0, 12],
+        qk_layernorm=True,
+        activation_func="gelu_tanh",
+        final_logit_softcapping=9.0,
+    )
     # It is used with several tensor-parallel ranks only.
     x = randn(TOKENS, 16).requires_grad_()
     tp = single_process_layout(torch.device("cpu")).tp

@@ -107,6 +107,10 @@ SHAPES = {
         DEEP | dict(num_layers=2, residual_multiplier=0.4, logits_scaling=3.0, ffn_hidden_size=64),
         101,
     ),
+    "sinks, capped logits": (
+        DEEP | dict(num_layers=2, softmax_type="learnable", final_logit_softcapping=5.0),
+        2000,
+    ),
 }
 
 
@@ -137,6 +141,21 @@ def test_activations_are_what_is_alive(dtype, shape, level):
                 "the real"
             )
     assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles_of_capped_scores_are_counted(dtype):
+    """The longest document decides how large a tile is: here there is one."""
+    config = ModelConfig(**DEEP, attn_logit_softcapping=5.0)
+    settings = MemorySettings("full")
+    load = Workload(LayoutConfig(), 1, 512, 1, 2, settings)
+    model = MemoryModel(config, 101, compute_bytes=dtype.itemsize, on_gpu=False)
+    memory = model.estimate_worst(load)
+    predicted = memory.activations + memory.loss
+    working = model.layer_memory(load).working_set(has_loss=True, with_gradients=True)
+    kept, peak = real_bytes(config, 101, dtype, (0, 512), settings)
+    assert predicted == pytest.approx(kept, rel=0.1)
+    assert predicted + working == pytest.approx(peak, rel=0.15)
 
 
 def pipeline_orders():

@@ -215,7 +215,7 @@ def test_mixed_gives_a_layer_with_a_window_to_the_varlen_op(monkeypatch):
     q, k, v = draw(50, 4)
     asked = []
 
-    def note(_q, _k, _v, calls, _kernels, scoring):
+    def note(_q, _k, _v, _sinks, calls, _kernels, scoring):
         asked.append((scoring.window, [call.is_long for call in calls]))
 
     monkeypatch.setattr("model.attention_backends.mixed._Mixed.apply", note)
