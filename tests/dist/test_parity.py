@@ -377,8 +377,19 @@ def bf16_step(world, case: Case) -> dict:
         Case(cp=2, dp=2, strategy="optim"),
         Case(tp=2, dp=2, strategy="optim_grads_params"),
         Case(cp=2, dp=2, memory=MemorySettings("attention_kept", 1, 3, 2, 5)),
+        Case(
+            tp=2,
+            model=GEMMA3 | dict(qk_layernorm_scope="all_heads", residual_multiplier=0.4),
+            memory=MemorySettings("full"),
+        ),
     ],
-    ids=["tp2 pp2", "cp2 dp2 zero1", "tp2 dp2 zero3", "attention kept, chunks and tiles"],
+    ids=[
+        "tp2 pp2",
+        "cp2 dp2 zero1",
+        "tp2 dp2 zero3",
+        "attention kept, chunks and tiles",
+        "tp2 other parts than Llama's",
+    ],
 )
 def test_bf16_with_fp32_master_is_close_to_fp64(pool, single, case):
     """bf16 rounds to 3 digits: a wrong or missing reduction shows as tens of percent, rounding as a

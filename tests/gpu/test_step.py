@@ -5,9 +5,9 @@ import warnings
 import pytest
 import torch
 
-from model import compiled, loss, pointwise
+from model import compiled
 from model.products import add_product
-from tests.unit.test_fused import arguments_of_compiled_functions, clones
+from tests.unit.test_fused import arguments_of_compiled_functions, clones, compiled_function
 
 pytestmark = pytest.mark.gpu
 MOST_SYNCS = 2
@@ -33,7 +33,7 @@ def round_to(dtype: torch.dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", arguments_of_compiled_functions())
 def test_fused_kernels_give_what_the_cpu_gives(name, dtype):
-    function = getattr(pointwise, name, None) or getattr(loss, name)
+    function = compiled_function(name)
     given = arguments_of_compiled_functions()[name]
     on_gpu = to_gpu(given, dtype)
     # The same rounded numbers, computed in fp32.

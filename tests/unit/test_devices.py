@@ -90,11 +90,18 @@ MODELS = {
         qk_layernorm=True,
         add_qkv_bias=True,
     ),
-    "one key/value head, yarn": dict(
+    "one key/value head, yarn, other parts than Llama's": dict(
         num_query_groups=1,
         rope_type="yarn",
         rope_scaling_factor=4.0,
         original_max_position_embeddings=4096,
+        norm_placement="both",
+        apply_layernorm_1p=True,
+        activation_func="gelu_tanh",
+        embedding_multiplier=5.5,
+        residual_multiplier=0.4,
+        logits_scaling=3.0,
+        no_rope_freq=[2],
     ),
 }
 BOUNDARIES = {

@@ -165,6 +165,12 @@ def arguments_of_compiled_functions() -> dict[str, tuple]:
     }
 
 
+def compiled_function(name: str):
+    """Find one of them by its name."""
+    modules = (pointwise, loss, norm_over_heads)
+    return next(getattr(module, name) for module in modules if hasattr(module, name))
+
+
 def clones(value):
     return torch.utils._pytree.tree_map(
         lambda x: x.clone() if isinstance(x, torch.Tensor) else x, value
@@ -174,8 +180,7 @@ def clones(value):
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", arguments_of_compiled_functions())
 def test_each_compiled_function_is_one_graph_with_the_same_result(name, backend):
-    modules = (pointwise, loss, norm_over_heads)
-    function = next(getattr(module, name) for module in modules if hasattr(module, name))
+    function = compiled_function(name)
     given = arguments_of_compiled_functions()[name]
     plain = clones(given)
     by_compiler = clones(given)
