@@ -14,7 +14,9 @@ import torch
 from tests.huggingface.model_folders import SHAPE, change_config, change_weights, write_folder
 from tools import export_hf, import_hf
 from tools.huggingface import verify_export
+from tools.huggingface.questions import Questions
 from tools.huggingface.stored_model import open_stored_model
+from tools.huggingface.transformers_answers import Answers
 
 CONTEXT = SHAPE["max_position_embeddings"]
 IDS = torch.randint(SHAPE["vocab_size"], (200,), generator=torch.Generator().manual_seed(5))
@@ -167,3 +169,34 @@ def test_the_table_says_what_was_compared_and_where_it_differs_most(
     for precision in ("fp32", "fp64"):
         found = [row for row in rows if f"{precision} logits, positions 0 to " in row]
         assert found and "at position " in found[0] and "token id " in found[0], text
+
+
+def test_two_equal_logits_are_a_tie_and_another_token_is_a_difference(
+    tmp_path, monkeypatch, capsys
+):
+    source = write_folder(tmp_path / "hf", "llama")
+
+    def double_head(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"][33:66] = tensors["lm_head.weight"][:33]
+
+    change_weights(source, double_head)
+    save = tmp_path / "run"
+    output = tmp_path / "exported"
+    assert import_hf.main(["--hf", str(source), "--save", str(save), "--no-verify"]) == 0
+    export_hf.export(export_hf.Arguments(load=str(save), output=str(output)))
+    ask = verify_export.ask_transformers
+
+    def verify_with_last_token_moved(by: int) -> None:
+        def answer(folder: Path, questions: Questions) -> Answers:
+            answers = ask(folder, questions)
+            answers.continued[-1] = (answers.continued[-1] + by) % 66
+            return answers
+
+        monkeypatch.setattr(verify_export, "ask_transformers", answer)
+        verify((save, output), output, monkeypatch)
+
+    verify_with_last_token_moved(33)
+    assert "; 1 tie: two logits equal but for rounding" in capsys.readouterr().out
+    message = "1 of 64 tokens that follow a text differ, the first at position 95"
+    with pytest.raises(ValueError, match=message):
+        verify_with_last_token_moved(1)

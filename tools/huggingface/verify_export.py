@@ -76,12 +76,13 @@ def _text_beyond_windows(
     stored: StoredModel, text_file: str | None, max_positions: int
 ) -> torch.Tensor:
     """Read real text, int64 [T], if possible so long that a wrong window shows."""
-    beyond = tokens_beyond(stored.config.model.windows, WINDOW)
-    ids = torch.from_numpy(_real_text(stored, text_file, max(beyond, TEXT_TOKENS)))
-    if min(max_positions, len(ids)) < beyond and stored.config.model.window_size:
+    windows = stored.config.model.windows
+    ids = torch.from_numpy(_real_text(stored, text_file, tokens_beyond(windows, TEXT_TOKENS)))
+    compared = min(max_positions, len(ids))
+    if compared < tokens_beyond(windows, 0):
         print(
-            f"note: verify: {min(max_positions, len(ids)):,} tokens are compared, which may not "
-            "reach beyond the layers' windows; --verify-text with a longer text would"
+            f"note: verify: {compared:,} tokens are compared, which may not reach beyond the "
+            "layers' windows; --verify-text with a longer text would"
         )
     return ids
 
