@@ -1,9 +1,9 @@
 """Make a checkpoint of a Hugging Face folder: `bash launch/ithaca.sh import --hf DIR --save DIR`.
 
-Llama, Qwen2 and Qwen3 architectures; rope default, linear, llama3 or yarn. The result is weights:
-start a run from it with --pretrained-checkpoint DIR and your own --save. Needs no GPU and no
-process group, and memory for one tensor; the comparison with transformers holds the whole model in
-fp32. Nothing is published unless its logits are those of transformers on the folder.
+Architectures: model/hf/architectures.py; rope default, linear, llama3 or yarn. The result is
+weights: start a run from it with --pretrained-checkpoint DIR and your own --save. Needs no GPU and
+no process group, and memory for one tensor; the comparison with transformers holds the whole model
+in fp32. Nothing is published unless its logits are those of transformers on the folder.
 """
 
 import contextlib

@@ -19,9 +19,10 @@ _TOP_NAMES = {
     "output.weight": "lm_head.weight",
 }
 
-Windows = Literal["none", "same", "by_layer"]
+Windows = Literal["none", "same", "by_layer", "switched"]
 """Where an architecture has sliding windows: nowhere; in all layers or none, told by sliding_window
-alone; or in the layers that layer_types names."""
+alone (same); in the layers that layer_types names (by_layer), there only if use_sliding_window is
+on (switched)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +39,10 @@ class Setting:
     """Makes the key's value of our settings; by default both are the same."""
     can_write: Callable[[ModelConfig], bool] = lambda config: True
     """Tells whether the key can hold our value."""
+    values: tuple[Any, ...] = ()
+    """Values of the key that are built; by default all that transformers' class accepts."""
     is_above_zero: bool = False
-    """The key must be a finite number above 0 (or null, where transformers allows that)."""
+    """The key must be a finite number above 0, or null where transformers accepts that."""
 
     def our_value(self, parsed: Any) -> Any:
         """Read our setting from transformers' configuration object."""
@@ -67,11 +70,15 @@ class Architecture:
     settings: tuple[Setting, ...]
     """Our settings that a key of config.json holds."""
     windows: Windows = "none"
+    has_two_ropes: bool = False
+    """Layers with a window have a rotary embedding of their own: window_rotary_base."""
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Keys of config.json that would change the numbers -> the values that are built. An export
     writes the first."""
     harmless: frozenset[str] = frozenset()
     """Keys that change no number of this architecture, though they do of others."""
+    older: frozenset[str] = frozenset()
+    """Keys of older files that transformers' configuration class translates into the others."""
 
     def huggingface_name(self, name: str) -> str:
         """Translate layers.7.attention.q.weight to model.layers.7.self_attn.q_proj.weight."""

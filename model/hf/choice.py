@@ -7,8 +7,8 @@ from model.config import ModelConfig
 from model.hf.architecture import Architecture
 from model.hf.architectures import ARCHITECTURES
 
-_WRITTEN_APART = {"window_size", "window_attn_skip_freq"}
-"""Settings that are compared by the windows of layers that they mean."""
+_COMPARED_APART = {"window_size", "window_attn_skip_freq", "window_rotary_base"}
+"""Settings whose effect on the layers is compared."""
 
 
 def architecture_of(config: ModelConfig, imported_as: str | None = None) -> Architecture:
@@ -40,6 +40,8 @@ def architecture_of(config: ModelConfig, imported_as: str | None = None) -> Arch
 def misfits(row: Architecture, config: ModelConfig) -> list[str]:
     """List our settings that an architecture has no place for, as `name = value: what it has`."""
     fixed = row.fixed_settings(config.hidden_size)
+    if not config.qk_layernorm:
+        fixed = fixed | {"qk_layernorm_scope": config.qk_layernorm_scope}  # without effect
     carried = {setting.ours: setting for setting in row.settings}
     found = []
     for item in fields(ModelConfig):
@@ -64,7 +66,7 @@ def _is_part(item: Any) -> bool:
     """
     facts = item.metadata
     is_rope = bool(facts.get("per_phase"))
-    return item.name not in _WRITTEN_APART and not is_rope and facts.get("resume") != "free"
+    return item.name not in _COMPARED_APART and not is_rope and facts.get("resume") != "free"
 
 
 def _default(item: Any) -> Any:
@@ -75,7 +77,14 @@ def _default(item: Any) -> Any:
 def _window_misfits(row: Architecture, config: ModelConfig) -> list[str]:
     """Say which windows an architecture has no place for."""
     windows = set(config.windows)
-    if windows == {None} or row.windows == "by_layer":
+    if windows == {None}:
+        return []
+    if config.window_rotary_base is not None and not row.has_two_ropes:
+        return [
+            f"window_rotary_base = {config.window_rotary_base}: {row.class_name} has one rotary "
+            "embedding for all layers"
+        ]
+    if row.windows in ("by_layer", "switched"):
         return []
     if row.windows == "none":
         return [f"window_size = {config.window_size}: {row.class_name} has no windows"]

@@ -5,6 +5,7 @@ from typing import Any
 from model.config import ModelConfig
 from model.hf.architecture import Architecture
 from model.rope import Rope
+from model.windows import shortest_skip
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"
@@ -42,7 +43,7 @@ def huggingface_config(
     settings = {setting.theirs: setting.their_value(config) for setting in architecture.settings}
     settings |= {key: values[0] for key, values in architecture.only.items()}
     return (
-        _rope_keys(rope)
+        _rope_keys(architecture, rope, config.window_rope)
         | _window_keys(architecture, config)
         | settings
         | {
@@ -60,8 +61,12 @@ def huggingface_config(
     )
 
 
-def _rope_keys(rope: Rope) -> dict[str, Any]:
-    """Return the keys of config.json that say how positions turn queries and keys."""
+def _rope_keys(architecture: Architecture, rope: Rope, window_rope: Rope | None) -> dict[str, Any]:
+    """Return the keys of config.json that say how positions turn queries and keys.
+
+    Args:
+        window_rope: of layers with a window; None = the same as of the others.
+    """
     # Names and values are transformers' own already.
     scaling = {"rope_type": rope.type} | rope.parameters
     # Where transformers before version 5 and other engines read the rope.
@@ -69,7 +74,15 @@ def _rope_keys(rope: Rope) -> dict[str, Any]:
     if rope.type != "default":
         older["rope_scaling"] = scaling
     # Where transformers reads it from version 5 on.
-    return older | {"rope_parameters": {"rope_theta": rope.base} | scaling}
+    newer = {"rope_theta": rope.base} | scaling
+    if not architecture.has_two_ropes:
+        return older | {"rope_parameters": newer}
+    windowed = newer
+    if window_rope is not None:
+        windowed = {"rope_theta": window_rope.base, "rope_type": window_rope.type}
+    if "rope_local_base_freq" in architecture.older:
+        older["rope_local_base_freq"] = windowed["rope_theta"]
+    return older | {"rope_parameters": {FULL: newer, SLIDING: windowed}}
 
 
 def _window_keys(architecture: Architecture, config: ModelConfig) -> dict[str, Any]:
@@ -79,9 +92,13 @@ def _window_keys(architecture: Architecture, config: ModelConfig) -> dict[str, A
         return {}
     if architecture.windows == "same":
         return {"sliding_window": window}
+    types = [FULL if each is None else SLIDING for each in config.windows]
+    if architecture.windows == "by_layer":
+        # Without a window transformers' default stays, which its masks need and no layer uses.
+        size = {} if window is None else {"sliding_window": window}
+        return size | {"layer_types": types} | _pattern_key(architecture, types)
     if window is None:
         return {"use_sliding_window": False}
-    types = [FULL if each is None else SLIDING for each in config.windows]
     return {
         "use_sliding_window": True,
         "sliding_window": window,
@@ -90,3 +107,11 @@ def _window_keys(architecture: Architecture, config: ModelConfig) -> dict[str, A
         "max_window_layers": types.index(SLIDING),
         "layer_types": types,
     }
+
+
+def _pattern_key(architecture: Architecture, types: list[str]) -> dict[str, Any]:
+    """Return how often a layer has no window, for versions that read no layer_types."""
+    every = shortest_skip([int(kind == SLIDING) for kind in types])
+    if "sliding_window_pattern" not in architecture.older or len(every) != 1:
+        return {}
+    return {"sliding_window_pattern": every[0]}

@@ -27,28 +27,47 @@ LLAMA3 = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=24,
 )
+LINEAR = dict(rope_type="linear", rope_theta=1e4, factor=2.0)
 YARN = dict(rope_type="yarn", rope_theta=1e4, factor=3.0, original_max_position_embeddings=32)
 MODELS = {
     "llama": dict(head_dim=4, rope_parameters=LLAMA3),
     "mistral": dict(sliding_window=7),
     "qwen2": dict(tie_word_embeddings=True),
     "qwen3": dict(head_dim=8, rope_parameters=YARN),
+    "olmo2": dict(eos_token_id=None, rope_parameters=LINEAR),
+    "olmo3": dict(
+        num_hidden_layers=4,
+        eos_token_id=None,
+        sliding_window=7,
+        rope_parameters=dict(
+            full_attention=YARN, sliding_attention=dict(rope_type="default", rope_theta=1e4)
+        ),
+    ),
+    "gemma3_text": dict(
+        num_hidden_layers=3, sliding_window_pattern=2, head_dim=8, sliding_window=7
+    ),
+    "granite": dict(
+        embedding_multiplier=3.0,
+        logits_scaling=2.0,
+        residual_multiplier=0.4,
+        attention_multiplier=0.3,
+    ),
 }
-"""model_type -> settings beside SHAPE: three ropes, tied and untied, a head size of its own, a
-window."""
+"""model_type -> settings beside SHAPE: all ropes, tied and untied, head sizes of their own,
+windows."""
 
 
 def write_folder(folder: Path, kind: str, **changes) -> Path:
     """Write a folder of this architecture with random weights."""
-    return Path(shutil.copytree(_saved(kind, tuple(sorted(changes.items()))), folder))
+    return Path(shutil.copytree(_saved(kind, json.dumps(changes, sort_keys=True)), folder))
 
 
 @cache
-def _saved(kind: str, settings: tuple) -> str:
+def _saved(kind: str, settings: str) -> str:
     """Save a model as transformers saves it, once; large weights, so that logits differ."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    changes = dict(settings)
+    changes = json.loads(settings)
     config = AutoConfig.for_model(kind, **(SHAPE | MODELS[kind] | changes))
     model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(7)

@@ -87,7 +87,11 @@ def test_swish_is_silu(folder):
         ("llama", dict(attn_logit_softcapping=30.0), "attn_logit_softcapping = 30.0: only None"),
         ("llama", dict(clip_qkv=8.0), "clip_qkv = 8.0: only None"),
         ("llama", dict(logit_scale=0.25), "logit_scale = 0.25"),
-        ("llama", dict(hidden_act="gelu"), "hidden_act = gelu: only silu is built"),
+        (
+            "llama",
+            dict(hidden_act="gelu"),
+            "hidden_act = gelu: only silu, swish, gelu_pytorch_tanh",
+        ),
         (
             "llama",
             dict(partial_rotary_factor=0.5),

@@ -77,6 +77,7 @@ OTHER_VALUES = [
     "silu",
     "swish",
     "gelu",
+    "gelu_pytorch_tanh",
     "default",
     "linear",
     "llama3",
@@ -123,8 +124,19 @@ UNKNOWN = [
     "is_decoder",
     "validate",
     "factor",
+    "hidden_activation",
+    "query_pre_attn_scalar",
+    "final_logit_softcapping",
+    "attention_multiplier",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+    "sliding_window_pattern",
+    "rope_local_base_freq",
+    "use_bidirectional_attention",
+    "cache_implementation",
 ]
-KINDS = ["llama", "qwen2", "qwen3", "mistral", "gpt2", "Llama", "", None, 3]
+KINDS = [*MODELS, "gemma3", "gpt2", "Llama", "", None, 3]
 ROPE_KEYS = [
     "rope_type",
     "type",
@@ -143,6 +155,7 @@ ROPE_KEYS = [
     "mrope_section",
     "long_factor",
     "full_attention",
+    "sliding_attention",
     "finetuned",
 ]
 values = st.sampled_from(WRONG_TYPES + OTHER_VALUES)
@@ -169,6 +182,9 @@ def mutations(draw, content: dict) -> dict:
             )
         elif how == "rope" and isinstance(rope := content.get("rope_parameters"), dict):
             place = draw(st.sampled_from(ROPE_KEYS))
+            # One of the two, where a kind of layer has its own.
+            parts = [part for part in rope.values() if isinstance(part, dict)]
+            rope = draw(st.sampled_from([rope, *parts]))
             rope.pop(place, None)
             if draw(st.booleans()):
                 rope[place] = draw(values)

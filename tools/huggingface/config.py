@@ -76,7 +76,7 @@ def interpret_config(content: dict[str, Any]) -> FolderConfig:
     # The file as written: its keys and forms.
     parser = _configuration_class(kind)
     problems, warnings = sort_keys(content, architecture, parser)
-    problems += _auto_map_problems(content) + rope_form_problems(content)
+    problems += _auto_map_problems(content) + rope_form_problems(content, architecture)
     layers = content.get("num_hidden_layers")
     if isinstance(layers, int) and layers > MOST_LAYERS:
         problems.append(f"num_hidden_layers = {short(layers)}: is above {MOST_LAYERS}. {CORRECT}")
@@ -90,7 +90,8 @@ def interpret_config(content: dict[str, Any]) -> FolderConfig:
         raise ValueError("\n".join(problems))
     model = architecture.fixed_settings(parsed.hidden_size)
     model |= {setting.ours: setting.our_value(parsed) for setting in architecture.settings}
-    model |= _window_settings(parsed, architecture) | rope_settings(parsed)
+    windows = _window_settings(parsed, architecture)
+    model |= windows | rope_settings(parsed, architecture, has_windows=bool(windows))
     return FolderConfig(
         architecture=architecture,
         model=model,
@@ -219,7 +220,10 @@ def _value_problems(parsed: Any, architecture: Architecture) -> list[str]:
     found = []
     for setting in architecture.settings:
         value = getattr(parsed, setting.theirs, None)
-        if setting.is_above_zero and not _is_positive(value):
+        if setting.values and value not in setting.values:
+            built = ", ".join(setting.values)
+            found.append(f"{setting.theirs} = {short(value)}: only {built} are built. {ANOTHER}")
+        if setting.is_above_zero and value is not None and not _is_positive(value):
             found.append(f"{setting.theirs} = {value}: must be a finite number above 0. {CORRECT}")
     return found
 
@@ -266,6 +270,9 @@ def _window_settings(parsed: Any, architecture: Architecture) -> dict[str, Any]:
     return settings | ({"window_attn_skip_freq": skip} if skip else {})
 
 
-def _is_positive(value: float | None) -> bool:
+def _is_positive(value: float) -> bool:
     """Tell whether a number is finite and above 0."""
-    return value is not None and math.isfinite(value) and value > 0
+    try:
+        return math.isfinite(value) and value > 0
+    except OverflowError:  # an integer that no float holds
+        return False

@@ -20,9 +20,22 @@ from tools.huggingface.config import interpret_config
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Settings that name the tokens of a role."""
-_SOURCES_OWN = (*TOKEN_IDS, "use_cache", "attention_dropout", "initializer_range", "hidden_act")
+_SOURCES_OWN = (
+    *TOKEN_IDS,
+    "use_cache",
+    "attention_dropout",
+    "initializer_range",
+    "hidden_act",
+    "hidden_activation",
+)
 """Keys of config.json that training never changes: the source's value stays, or its silence."""
-_ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
+_ROPE_KEYS = (
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "original_max_position_embeddings",
+    "rope_local_base_freq",
+)
 """Keys that hold a rope in any form: ours replace the source's."""
 _CODE = ("auto_map",)
 """Keys that name Python code, which is not carried."""

@@ -45,6 +45,7 @@ WITHOUT_EFFECT = {
     "dtype",
     "torch_dtype",
     "use_cache",
+    "cache_implementation",
     "pretraining_tp",
     "attn_implementation",
     "_attn_implementation",
@@ -91,6 +92,7 @@ WITHOUT_EFFECT = {
 ONLY: dict[str, tuple[Any, ...]] = {
     # another kind of model
     "is_causal": (True,),
+    "use_bidirectional_attention": (False, None),
     "is_encoder_decoder": (False,),
     "add_cross_attention": (False,),
     # biases and norms
@@ -140,7 +142,7 @@ def sort_keys(
     Args:
         parser: transformers' configuration class.
     """
-    read = READ | {setting.theirs for setting in architecture.settings}
+    read = READ | architecture.older | {setting.theirs for setting in architecture.settings}
     known = read | WITHOUT_EFFECT | architecture.harmless
     only = {**ONLY, **architecture.only}
     defaults = {item.name: item.default for item in fields(parser)}
