@@ -332,6 +332,7 @@ WITH_ALL = {
     "cp4 two levels gemma",
     "tp4 olmo kv2 full",
     "tp2 pp2 olmo attention kept",
+    "tp2 pp2 granite full",
     "tp2 dp2 zero1 olmo",
     "tp2 cp2 sequence parallel granite attention kept",
     "pp2 ZBV granite",

@@ -53,7 +53,14 @@ GEMMA = dict(
 OLMO = dict(norm_placement="post", qk_layernorm=True, qk_layernorm_scope="all_heads")
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=8)
 OURS = {
-    "gemma2": GEMMA | dict(rotary_base=1000.0),
+    "gemma2": GEMMA
+    | dict(
+        rotary_base=1000.0,
+        # Low, so that they bend the scores and logits of this model.
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+        softmax_scale=20**-0.5,
+    ),
     "gemma3_text": GEMMA
     | dict(
         qk_layernorm=True,
@@ -78,6 +85,7 @@ OURS = {
         residual_multiplier=0.22,
         logits_scaling=6.0,
         rotary_base=1000.0,
+        softmax_scale=0.4,
     ),
     "smollm3": dict(no_rope_freq=[3], rotary_base=1000.0),
 }
@@ -85,9 +93,9 @@ THEIRS = {
     "gemma2": dict(
         layer_types=KINDS,
         sliding_window=5,
-        query_pre_attn_scalar=12,
-        attn_logit_softcapping=None,
-        final_logit_softcapping=None,
+        query_pre_attn_scalar=20,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
         rope_parameters=dict(rope_type="default", rope_theta=1000.0),
     ),
     "gemma3_text": dict(
@@ -117,7 +125,7 @@ THEIRS = {
         embedding_multiplier=12.0,
         residual_multiplier=0.22,
         logits_scaling=6.0,
-        attention_multiplier=12**-0.5,
+        attention_multiplier=0.4,
         rope_parameters=dict(rope_type="default", rope_theta=1000.0),
     ),
     "smollm3": dict(

@@ -1,5 +1,6 @@
 """The memory model against what autograd really keeps, and torch's own schedules."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -85,6 +86,8 @@ SHAPES = {
             apply_layernorm_1p=True,
             activation_func="gelu_tanh",
             embedding_multiplier=8.0,
+            residual_multiplier=0.4,
+            logits_scaling=3.0,
             window_size=[31, 0],
             window_attn_skip_freq=[2],
             window_rotary_base=100.0,
@@ -103,10 +106,6 @@ SHAPES = {
         ),
         101,
     ),
-    "granite": (
-        DEEP | dict(num_layers=2, residual_multiplier=0.4, logits_scaling=3.0, ffn_hidden_size=64),
-        101,
-    ),
     "sinks, capped logits": (
         DEEP | dict(num_layers=2, softmax_type="learnable", final_logit_softcapping=5.0),
         2000,
@@ -114,9 +113,18 @@ SHAPES = {
 }
 
 
+WITH_ALL = {(torch.float32, "gemma"), (torch.float32, "olmo")}
+DTYPES = (torch.float32, torch.bfloat16)
+
+
 @pytest.mark.parametrize("level", [None, "selective", "full", "attention_kept"])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype, shape",
+    [
+        pytest.param(*case, marks=[pytest.mark.long] if case in WITH_ALL else [])
+        for case in itertools.product(DTYPES, SHAPES)
+    ],
+)
 def test_activations_are_what_is_alive(dtype, shape, level):
     """Kept bytes within 10 %, the peak within 15 %."""
     sizes, vocabulary = SHAPES[shape]
