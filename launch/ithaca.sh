@@ -25,6 +25,7 @@ audit              | tools.audit_data         | count whether a run drew each to
 import             | tools.import_hf          | make a checkpoint of a Hugging Face folder
 export             | tools.export_hf          | make a Hugging Face folder of a checkpoint
 generate           | tools.generate           | continue texts with a checkpoint or a Hugging Face folder
+evaluate           | tools.evaluate           | measure a model at long contexts: probes, RULER, lm-eval
 report             | tools.report             | show a run on one page
 watch              | tools.watch              | see in the terminal what a run is doing: DIR
 bench              | tools.bench              | compare this code with its peers on this machine

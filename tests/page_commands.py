@@ -25,6 +25,8 @@ NOT_RUN = {
     "bash launch/ithaca.sh train --config longer.yaml --save out/longest": "needs a run file with "
     "the imported model's tokenizer; launch/extend.sh trains one",
     "bash launch/ithaca.sh bench": "takes minutes; each has a test of its own in small",
+    "bash launch/ithaca.sh evaluate": "its lengths are those of a trained model; "
+    "tests/dist/test_evaluate.py runs it in small",
     "bash launch/quickstart.sh": "takes minutes; its commands are those of the README in order",
 }
 """Start of a command that a page names and no test of pages runs -> why."""
