@@ -36,7 +36,17 @@ OPTIONS = {
     "sequence_parallel": (False, True),
     "windows": ("none", "all", "some"),
     "parts": ("llama", "gemma", "olmo", "granite"),
+    "scores": ("plain", "sinks", "capped"),
 }
+SCORES = {
+    "plain": {},
+    "sinks": dict(softmax_type="learnable", softmax_scale=0.4),
+    # Low caps, so that they change much: scores and logits are about 1.
+    "capped": dict(
+        softmax_type="learnable", attn_logit_softcapping=0.7, final_logit_softcapping=0.9
+    ),
+}
+"""How attention scores pairs of tokens, and what happens to the output's logits."""
 PARTS = {
     "llama": {},
     "gemma": dict(
@@ -103,6 +113,7 @@ def make_case(layout: tuple[int, int, int, int], options: dict) -> Case | None:
         # Without a rope and a norm, a bias of the keys changes no softmax: its gradient is noise.
         no_rope_freq=[3] if options["parts"] == "olmo" and not options["bias"] else [],
         **PARTS[options["parts"]],
+        **SCORES[options["scores"]],
     )
     config = ModelConfig(**model)
     if (

@@ -10,7 +10,8 @@ import random
 import pytest
 
 from parallel.layout import World
-from tests.dist.layout_table import AXES, LAYOUTS, NEEDS_AXIS, OPTIONS, PARTS, make_case, make_table
+from tests.dist.layout_table import AXES, LAYOUTS, NEEDS_AXIS, OPTIONS, PARTS, SCORES
+from tests.dist.layout_table import make_case, make_table
 from tests.dist.leaks import probe
 from tests.dist.parity import Case, check_replicas_equal, compare, run_built
 from tools.plan_verify.recorder import Call, Recorder, first_difference
@@ -109,6 +110,7 @@ def describe(name: str, case: Case) -> str:
         "no rope in some layers" if model["no_rope_freq"] else "",
         "bias" if model["add_qkv_bias"] else "",
         *[name for name, parts in PARTS.items() if parts and parts.items() <= model.items()],
+        *[name for name, scores in SCORES.items() if scores and scores.items() <= model.items()],
         case.strategy,
         case.memory.recompute_granularity or "",
         "tiles" if case.memory.mlp_tiles > 1 else "",

@@ -132,6 +132,33 @@ def ropes_swapped(original):
     return property(lambda self: tuple(swapped[kind] for kind in original.fget(self)))
 
 
+def sinks_of_the_next_rank(original):
+    def mutated(self, sinks, split):
+        axis = self.layout.cp_a2a
+        start, stop = split.query[(axis.rank + 1) % axis.size]
+        return sinks[start:stop]
+
+    return mutated
+
+
+def no_sinks_in_the_first_layer(original):
+    """So low that they count for nothing; the parameter is still in the graph."""
+
+    def mutated(self):
+        weights = original(self)
+        return weights if self.number else weights._replace(sinks=weights.sinks * 0 - 1e4)
+
+    return mutated
+
+
+def last_part_only(original):
+    def mutated(self, *part):
+        self.sum_m = None
+        original(self, *part)
+
+    return mutated
+
+
 def one_big_document(batch, *_):
     total = int(batch.cu_seqlens[-1])
     return dataclasses.replace(batch, cu_seqlens=torch.tensor([0, total], dtype=torch.int32))
@@ -264,6 +291,7 @@ def contiguous_pieces(original):
 
 
 ACROSS_EDGES = Case(cp=2, model=UNTIED)
+SINKS = Case(cp=2, model=dict(softmax_type="learnable"))
 TWO_LEVELS = Case(cp=4, context_levels=(2, 2))
 MUTATIONS = {
     "loss divided by this rank's targets (Megatron-LM#7513)": Mutation(
@@ -362,6 +390,27 @@ MUTATIONS = {
         "ModelConfig.windows",
         lambda original: property(lambda self: (None, *original.fget(self)[1:])),
         Case(cp=2, model=dict(window_size=[4, 0])),
+    ),
+    "sinks of another rank's heads": Mutation(
+        "model.attention_core", "AttentionCore.sinks_here", sinks_of_the_next_rank, SINKS
+    ),
+    "sinks ignored in one layer": Mutation(
+        "model.attention", "Attention._projections", no_sinks_in_the_first_layer, SINKS
+    ),
+    "gradient of the sinks from the last document only": Mutation(
+        "model.attention_backends.sinks", "SinkGradients.add", last_part_only, SINKS
+    ),
+    "cap on the scores ignored in the gradient": Mutation(
+        "model.attention_backends.tiled",
+        "_scores",
+        lambda original: lambda *given, **options: (original(*given, **options)[0], None),
+        Case(tp=2, model=dict(attn_logit_softcapping=0.7)),
+    ),
+    "cap on the logits ignored in the gradient": Mutation(
+        "model.loss",
+        "_cap_",
+        lambda original: lambda logits, cap: (original(logits, cap)[0], torch.ones_like(logits)),
+        Case(tp=2, model=dict(final_logit_softcapping=0.9)),
     ),
     "window across documents": Mutation(
         "model.attention_backends.sdpa",
