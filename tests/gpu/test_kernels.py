@@ -83,25 +83,44 @@ def test_backend_equals_the_definition(name, crossover, kv_heads, groups):
         assert relative(grad, wanted) < 0.02
 
 
-@pytest.mark.parametrize("window", [1, 64, 300])
+WAYS = {
+    "window of 1": (Scoring(1), False),
+    "window of 64": (Scoring(64), False),
+    "window of 300": (Scoring(300), False),
+    "scale": (Scoring(scale=0.2), False),
+    "scale, window": (Scoring(64, 0.2), False),
+    "cap": (Scoring(softcap=1.5), False),
+    "cap, window": (Scoring(64, 0.2, 1.5), False),
+    "sinks": (Scoring(), True),
+    "sinks, window": (Scoring(64, 0.2), True),
+    "sinks, cap, window": (Scoring(300, 0.2, 1.5), True),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name, crossover", CALLS)
-def test_a_window_is_that_of_the_cpu(name, crossover, window):
-    """Output and gradients, against the blocks of a CPU in fp64."""
-    attend = backend(name, crossover, needs=ScoringNeeds(windows=True))
-    qkv = inputs(2)
-    exact = [x.detach().cpu().double().requires_grad_() for x in qkv]
+def test_scores_are_those_of_the_cpu(name, crossover, way):
+    """Output and all gradients, against a CPU in fp64."""
+    scoring, with_sinks = WAYS[way]
+    needs = ScoringNeeds(
+        windows=scoring.window is not None, softcap=scoring.softcap is not None, sinks=with_sinks
+    )
+    attend = backend(name, crossover, needs=needs)
+    leaves = inputs(2)
+    if with_sinks:
+        sinks = torch.linspace(-1, 2, HEADS, device="cuda", dtype=torch.bfloat16)
+        leaves.append(sinks.requires_grad_())
+    exact = [x.detach().cpu().double().requires_grad_() for x in leaves]
     cu_seqlens = torch.tensor(BOUNDS, dtype=torch.int32)
     pieces = [(0, BOUNDS[-1])]
-    (here,) = pack_documents(cu_seqlens, pieces, qkv[0].device)
+    (here,) = pack_documents(cu_seqlens, pieces, leaves[0].device)
     (on_cpu,) = pack_documents(cu_seqlens, pieces, torch.device("cpu"))
-    reference, _ = choose_attention(
-        "sdpa", torch.device("cpu"), torch.float64, needs=ScoringNeeds(windows=True)
-    )
-    expected = reference(*exact, on_cpu, Scoring(window))
-    found = attend(*qkv, here, Scoring(window))
+    reference, _ = choose_attention("sdpa", torch.device("cpu"), torch.float64)
+    expected = reference(*exact[:3], on_cpu, scoring, *exact[3:])
+    found = attend(*leaves[:3], here, scoring, *leaves[3:])
     weight = torch.randn_like(expected)
     assert relative(found.cpu(), expected) < 0.01
-    ours = torch.autograd.grad(found, qkv, weight.cuda().to(found.dtype))
+    ours = torch.autograd.grad(found, leaves, weight.cuda().to(found.dtype))
     theirs = torch.autograd.grad(expected, exact, weight)
     for grad, wanted in zip(ours, theirs, strict=True):
         assert relative(grad.cpu(), wanted) < 0.02

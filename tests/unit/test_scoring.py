@@ -14,6 +14,7 @@ from model.attention_backends.documents import pack_documents
 from model.attention_backends.kernel_calls import NEVER
 from model.attention_backends.mixed import mixed_attention
 from model.config import ModelConfig
+from model.key_cache import LayerCache, Places, slots_of_window
 from model.loss import IGNORED_LABEL, LossSettings, fused_loss, score
 from model.scoring import PLAIN, Scoring, ScoringNeeds
 from parallel.context import group_pieces
@@ -203,6 +204,22 @@ def test_capped_scores_in_bf16_are_near_those_in_fp64():
     for found, expected in zip(ours, theirs, strict=True):
         assert found.dtype == torch.bfloat16
         assert float((found.double() - expected).norm() / expected.norm()) < 0.01
+
+
+@pytest.mark.parametrize("way", ["cap, window", "sinks", "sinks, window", "sinks, cap"])
+def test_tokens_are_scored_so_while_a_model_generates(way):
+    """Token after token with a cache, a ring where there is a window, as all of them at once."""
+    scoring, with_sinks = WAYS[way]
+    q, k, v, *rest = (x.detach() for x in draw(60, 2, with_sinks=with_sinks))
+    attend, _ = choose_attention("sdpa", CPU, torch.float64)
+    expected = attend(q, k, v, as_one_document(60), scoring, *rest)
+    slots = slots_of_window(scoring.window, 60)
+    cache = LayerCache((1, 2, slots, HEAD_SIZE), scoring, (0, 0), torch.float64, CPU)
+    cache.fill(k[:20], v[:20], [0, 20])
+    for token in range(20, 60):
+        of_token = [x[token : token + 1] for x in (q, k, v)]
+        found = cache.attend(*of_token, Places([token], CPU), *rest)
+        torch.testing.assert_close(found[0], expected[token], rtol=0, atol=1e-12)
 
 
 # ---- the output's logits
