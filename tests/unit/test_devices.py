@@ -102,6 +102,8 @@ MODELS = {
         residual_multiplier=0.4,
         logits_scaling=3.0,
         no_rope_freq=[2],
+        softmax_type="learnable",
+        final_logit_softcapping=9.0,
     ),
 }
 BOUNDARIES = {

@@ -326,6 +326,11 @@ def calibrate(path: Path, estimate: PhaseEstimate) -> str:
             f"window_size = {estimate.config.model.window_size}: attention with a window is not "
             "measured yet. Fix: calibrate without it; a plan with the row counts the windows."
         )
+    if estimate.config.model.attn_logit_softcapping:
+        raise ValueError(
+            f"attn_logit_softcapping = {estimate.config.model.attn_logit_softcapping}: attention "
+            "with capped scores is not measured yet. Fix: calibrate without it."
+        )
     base = base_here()
     count = estimate.world_size
     if not base.is_cpu and count > torch.cuda.device_count():

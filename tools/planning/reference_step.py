@@ -81,7 +81,10 @@ def time_step(job: ReferenceJob, world: World) -> float:
     layout = build_layout(job.phase.layout, world)
     optimizer_config = job.config.optimizer
     dtype = compute_dtype(optimizer_config)
-    attend, _ = choose_attention(job.config.model.attention_backend, world.device, dtype)
+    model = job.config.model
+    attend, _ = choose_attention(
+        model.attention_backend, world.device, dtype, needs=model.scoring_needs
+    )
     stages = build_stages(
         job.config.model,
         job.vocab_size,
