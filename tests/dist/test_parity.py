@@ -377,7 +377,12 @@ def bf16_step(world, case: Case) -> dict:
         Case(tp=2, pp=2, model=QWEN2_TIED | dict(qk_layernorm=True)),
         Case(cp=2, dp=2, strategy="optim"),
         Case(tp=2, dp=2, strategy="optim_grads_params"),
-        Case(cp=2, dp=2, memory=MemorySettings("attention_kept", 1, 3, 2, 5)),
+        Case(
+            cp=2,
+            dp=2,
+            memory=MemorySettings("attention_kept", 1, 3, 2, 5),
+            model=SINKS | CAPPED | dict(window_size=[9, 0]),
+        ),
         Case(
             tp=2,
             model=GEMMA3 | dict(qk_layernorm_scope="all_heads", residual_multiplier=0.4),
@@ -388,7 +393,7 @@ def bf16_step(world, case: Case) -> dict:
         "tp2 pp2",
         "cp2 dp2 zero1",
         "tp2 dp2 zero3",
-        "attention kept, chunks and tiles",
+        "attention kept, chunks and tiles, sinks, caps",
         "tp2 other parts than Llama's",
     ],
 )
