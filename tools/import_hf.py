@@ -187,13 +187,11 @@ def _publish(
         )
     vocab_size = config.data.vocab_size
     assert vocab_size is not None, "make_config sets it"
-    rows = padded_rows(config.model, vocab_size, weights)
     problems = []
 
-    def read(stored_name: str) -> torch.Tensor:
-        name = stored_name.removeprefix("model.")
+    def fill(stored_name: str, tensor: torch.Tensor) -> None:
         try:
-            return weights.read(name, rows.get(name))
+            weights.fill(stored_name.removeprefix("model."), tensor)
         except ValueError as error:
             problems.append(error)  # a save wraps it in words of its own
             raise
@@ -211,7 +209,7 @@ def _publish(
             tokenizer_files(folder),
             single_process_layout(torch.device("cpu")).world,
             carried,
-            read=read,
+            fill=fill,
         )
     except (Refused, SaveFailed):
         for place in made:

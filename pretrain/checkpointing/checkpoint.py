@@ -36,7 +36,7 @@ from pretrain.checkpointing.folders import (
     write_pointer,
 )
 from pretrain.checkpointing.hashing_writer import HashingWriter
-from pretrain.checkpointing.late_tensors import LatePlanner, ReadTensor
+from pretrain.checkpointing.late_tensors import FillTensor, LatePlanner
 from pretrain.checkpointing.progress import FILE as PROGRESS_FILE
 from pretrain.checkpointing.progress import Progress
 from pretrain.checkpointing.shared_errors import SaveFailed, SavePlace, gather, run_together
@@ -57,7 +57,7 @@ def save(
     world: Axis,
     carried: Mapping[str, bytes] = MappingProxyType({}),
     *,
-    read: ReadTensor | None = None,
+    fill: FillTensor | None = None,
 ) -> Path:
     """Write and publish iteration `step`; collective over `world`, in whichever thread.
 
@@ -66,7 +66,7 @@ def save(
     Args:
         tensors: flat name -> DTensor or plain tensor (pretrain/state.py: checkpoint_tensors).
         carried: name -> content of what the model's Hugging Face folder held besides weights.
-        read: reads a tensor when it is written; then `tensors` are on device `meta`.
+        fill: reads a tensor's content when it is written; then `tensors` are on device `meta`.
 
     Returns:
         The published folder.
@@ -99,9 +99,9 @@ def save(
     try:
         run_together(begin, place, world)
         # The tensors: each rank writes its own shards.
-        on_host = read is not None or all(tensor.is_cpu for tensor in tensors.values())
+        on_host = fill is not None or all(tensor.is_cpu for tensor in tensors.values())
         writer = HashingWriter(partial, on_host=on_host)
-        planner = LatePlanner(read) if read is not None else None
+        planner = LatePlanner(fill) if fill is not None else None
         run_together(bind(_write_tensors, tensors, writer, planner, world), place, world)
         written = dict(pair for part in gather(writer.checksums, world) for pair in part.items())
         run_together(publish, place, world)

@@ -68,18 +68,13 @@ class Weights:
         numbers = [int(name.split(".")[1]) for name in self.entries if name.startswith("layers.")]
         return max(numbers, default=-1) + 1
 
-    def read(self, name: str, num_rows: int | None = None) -> torch.Tensor:
-        """Read one tensor, in fp32, into memory of its own.
-
-        Args:
-            num_rows: rows to return: those that the folder lacks are zeros. By default its own.
+    def fill(self, name: str, tensor: torch.Tensor) -> None:
+        """Read one tensor into `tensor`; rows that the folder lacks become zeros.
 
         Raises:
             ValueError: a file that cannot be read, or numbers that are not finite.
         """
         entry = self.entries[name]
-        shape = entry.shape if num_rows is None else (num_rows, *entry.shape[1:])
-        tensor = torch.empty(shape, dtype=torch.float32, device="cpu")
         own = tensor[: entry.shape[0]]
         # Opened for each tensor: what was read of a file stays in memory until it is closed.
         with _open(entry.file) as opened:
@@ -91,6 +86,17 @@ class Weights:
                 ) from None
         tensor[entry.shape[0] :] = 0
         _refuse_not_finite(entry, own)
+
+    def read(self, name: str, num_rows: int | None = None) -> torch.Tensor:
+        """Read one tensor, in fp32; with `num_rows` as many rows, else those of the folder.
+
+        Raises:
+            ValueError: as `fill`.
+        """
+        shape = self.entries[name].shape
+        rows = shape[0] if num_rows is None else num_rows
+        tensor = torch.empty((rows, *shape[1:]), dtype=torch.float32, device="cpu")
+        self.fill(name, tensor)
         return tensor
 
     def read_all(self, num_rows: Mapping[str, int]) -> dict[str, torch.Tensor]:
