@@ -1,5 +1,7 @@
 """A checkpoint with other rows of padding in its vocabulary trains on as if nothing had changed."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -82,34 +84,47 @@ def check_tensors(expected: dict, found: dict, multiple: int) -> None:
         assert np.allclose(tensor, other, rtol=1e-9, atol=1e-12), name
 
 
+def train_imported(pool, folder: Path, corpus: str, at_import: int, at_start: int | None, tp: int):
+    """Import with a padding, train 2 steps with another -> the losses."""
+    place = folder.parent / f"{at_import} {at_start} {tp}"
+    padding = ["--make-vocab-size-divisible-by", str(at_import)]
+    imported = str(place / "imported")
+    words = ["--hf", str(folder), "--save", imported, "--no-verify", *padding]
+    assert import_hf.main(words) == 0
+    argv = [
+        *["--use-checkpoint-args", "--pretrained-checkpoint", imported],
+        *["--save", str(place / "run"), "--data-path", corpus, "--tokenizer-type", "NullTokenizer"],
+        *"--seq-length 64 --fp64 --global-batch-size 4 --train-iters 2 --lr 1e-2".split(),
+        *f"--eval-iters 1 --no-bf16 --lr-decay-style constant".split(),
+        *["--tensor-model-parallel-size", str(tp)],
+    ]
+    if at_start is not None:
+        argv += ["--make-vocab-size-divisible-by", str(at_start)]
+    assert pool.run(train, tp, argv) == ["done"] * tp
+    return losses(str(place / "run"))
+
+
+@pytest.mark.parametrize(
+    "heads, paddings, tp",
+    [
+        # 3 does not divide 128 rows
+        ((6, 3), [(128, 6), (3, None)], 3),
+        pytest.param((4, 2), [(1, 4), (7, 4), (256, None)], 4, marks=pytest.mark.long),
+    ],
+    ids=["tp 3", "tp 4"],
+)
 def test_an_imported_model_trains_with_a_tensor_parallelism_that_its_padding_stops(
-    pool, corpus, tmp_path
+    pool, corpus, tmp_path, heads, paddings, tp
 ):
-    """3 does not divide 128 rows; another padding, at the start or at the import, changes no
-    loss."""
-    shape = dict(
-        num_attention_heads=6, num_key_value_heads=3, vocab_size=VOCABULARY, hidden_size=24
-    )
-    folder = str(write_folder(tmp_path / "hf", "llama", **shape))
-    found = []
-    for number, (at_import, at_start, tp) in enumerate(((128, 128, 1), (128, 6, 3), (3, None, 3))):
-        imported = str(tmp_path / f"imported{number}")
-        padding = ["--make-vocab-size-divisible-by", str(at_import)]
-        assert import_hf.main(["--hf", folder, "--save", imported, "--no-verify", *padding]) == 0
-        save = str(tmp_path / f"run{number}")
-        argv = [
-            *f"--use-checkpoint-args --pretrained-checkpoint {imported} --save {save}".split(),
-            *f"--data-path {corpus} --tokenizer-type NullTokenizer --seq-length 64 --fp64".split(),
-            *f"--global-batch-size 4 --train-iters 2 --lr 1e-2 --eval-iters 1 --no-bf16".split(),
-            *f"--lr-decay-style constant --tensor-model-parallel-size {tp}".split(),
-        ]
-        if at_start is not None:
-            argv += ["--make-vocab-size-divisible-by", str(at_start)]
-        assert pool.run(train, tp, argv) == ["done"] * tp
-        found.append(losses(save))
-    for other in found[1:]:
-        assert sorted(other) == [1, 2], found
-        assert max(abs(other[step] - found[0][step]) for step in other) < 1e-10, found
+    """Another padding, at the start or at the import, changes no loss."""
+    shape = dict(vocab_size=VOCABULARY, hidden_size=24)
+    shape |= dict(num_attention_heads=heads[0], num_key_value_heads=heads[1])
+    folder = write_folder(tmp_path / "hf", "llama", **shape)
+    expected = train_imported(pool, folder, corpus, 128, 128, 1)
+    assert sorted(expected) == [1, 2]
+    for at_import, at_start in paddings:
+        found = train_imported(pool, folder, corpus, at_import, at_start, tp)
+        assert max(abs(found[step] - expected[step]) for step in expected) < 1e-10, found
 
 
 def test_padding_that_tensor_parallelism_cannot_split_is_refused_with_the_fix(corpus, tmp_path):
