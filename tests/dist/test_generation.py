@@ -27,6 +27,8 @@ LENGTHS = (1, 30, 5)
 WINDOWS = {
     "llama": {},
     "mistral": {},
+    "gemma3_text": {},
+    "olmo3": {},
     "qwen3": dict(
         num_hidden_layers=3,
         use_sliding_window=True,
@@ -34,7 +36,7 @@ WINDOWS = {
         max_window_layers=1,
     ),
 }
-"""Architectures, one of them with windows in some layers."""
+"""Architectures, some of them with windows in some layers and with a rope of their own there."""
 
 
 def prompts() -> list[list[int]]:
