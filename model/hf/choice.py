@@ -76,21 +76,19 @@ def _default(item: Any) -> Any:
 
 def _window_misfits(row: Architecture, config: ModelConfig) -> list[str]:
     """Say which windows an architecture has no place for."""
-    windows = set(config.windows)
-    if windows == {None}:
+    if set(config.windows) == {None}:
         return []
+    found = []
     if config.window_rotary_base is not None and not row.has_two_ropes:
-        return [
+        found.append(
             f"window_rotary_base = {config.window_rotary_base}: {row.class_name} has one rotary "
             "embedding for all layers"
-        ]
-    if row.windows in ("by_layer", "switched"):
-        return []
+        )
     if row.windows == "none":
-        return [f"window_size = {config.window_size}: {row.class_name} has no windows"]
-    if None in windows:
-        return [
+        found.append(f"window_size = {config.window_size}: {row.class_name} has no windows")
+    if row.windows in ("none", "same") and None in config.windows:
+        found.append(
             f"window_attn_skip_freq = {config.window_attn_skip_freq}: {row.class_name} has windows "
             "in all layers or in none"
-        ]
-    return []
+        )
+    return found

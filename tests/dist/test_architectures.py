@@ -45,9 +45,14 @@ PLAIN = dict(rope_type="default", rope_theta=5e4)
 LAYOUTS = (dict(tp=2, pp=2), dict(cp=4))
 PADDED_TO = 2
 """What a run pads the embedding's rows to, whatever the import did."""
-NOT_CARRIED = {"transformers_version", "dtype", "_name_or_path", "rope_parameters"}
-"""Keys of a configuration that an export need not have as the source: of the rope, it writes the
-defaults too."""
+NOT_CARRIED = {
+    "transformers_version",
+    "dtype",
+    "_name_or_path",
+    "rope_parameters",  # an export writes its defaults, too
+    "use_bidirectional_attention",  # null is false
+}
+"""Keys of a configuration that an export need not have as the source."""
 SHAPE = dict(
     vocab_size=VOCABULARY,
     hidden_size=32,

@@ -43,6 +43,13 @@ MODELS = {
             full_attention=YARN, sliding_attention=dict(rope_type="default", rope_theta=1e4)
         ),
     ),
+    "gemma2": dict(
+        head_dim=6,
+        query_pre_attn_scalar=5,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+        sliding_window=7,
+    ),
     "gemma3_text": dict(
         num_hidden_layers=3, sliding_window_pattern=2, head_dim=8, sliding_window=7
     ),
