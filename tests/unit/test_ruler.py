@@ -6,6 +6,7 @@ import re
 import pytest
 
 from tests.documents import Letters
+from tools.evaluation import needles
 from tools.evaluation.fill import fill
 from tools.evaluation.ruler import TASKS, match_all, match_part, write_sample
 from tools.evaluation.ruler_run import RulerRun
@@ -70,11 +71,11 @@ def test_a_sample_has_its_length_and_its_answers_can_be_read_from_it(name):
 def test_each_answer_stands_in_one_needle_at_its_depth(name):
     sample = sample_of(name, 6000)
     context = sample.prompt.split("\n\nQuestion: ")[0].split("\n\n", 1)[1]
-    needles = NEEDLE.findall(context)
-    own = [value for _, value in needles if value in sample.answers]
+    found = NEEDLE.findall(context)
+    own = [value for _, value in found if value in sample.answers]
     assert len(own) == len(sample.answers) == len(sample.depths)
     expected = WORDS_OF_NEEDLES.get(name, 1)
-    assert len(needles) == expected or (TASKS[name].haystack == "needles" and len(needles) > 20)
+    assert len(found) == expected or (TASKS[name].haystack == "needles" and len(found) > 20)
     # Answers are in the order of the question; depths in that of the needles.
     places = sorted(context.index(value) / len(context) for value in sample.answers)
     for place, depth in zip(places, sorted(sample.depths), strict=True):
@@ -137,10 +138,19 @@ def test_a_text_is_filled_to_the_last_unit_that_has_room(room, units):
     assert len(calls) <= 5, calls
 
 
-def test_uneven_units_are_filled_too():
+@pytest.mark.parametrize("room", range(300, 5000, 317))
+def test_uneven_units_are_filled_too(room):
     words = [7 if number % 50 < 25 else 1 for number in range(4000)]
-    found = fill(lambda count: "x" * sum(words[:count]), list, 5000)
-    assert len(found.ids) <= 5000 < sum(words[: found.units + 1])
+    found = fill(lambda count: "x" * sum(words[:count]), list, room)
+    assert len(found.ids) <= room < sum(words[: found.units + 1])
+
+
+def test_needles_of_a_haystack_have_neither_the_key_nor_the_value_that_is_asked_for(monkeypatch):
+    """Also where the draws come to them."""
+    drawn = iter(["own-key", "other-key", "1111111", "2222222"])
+    monkeypatch.setattr(needles, "draw", lambda kind, generator: next(drawn))
+    line = needles._OtherNeedles(TASKS["niah_multikey_2"], 0.5, {"own-key", "1111111"})(0)
+    assert NEEDLE.findall(line) == [("other-key", "2222222")]
 
 
 def test_a_model_that_reads_scores_one_and_one_that_guesses_zero():

@@ -42,7 +42,7 @@ def harness_table(records: Sequence[Record]) -> list[str]:
             if "_stderr" in name:
                 continue
             error = metrics.get(f"{name}_stderr")
-            cells.append([record["task"], name, f"{value:.4f}", loss_text(error)])
+            cells.append([record["task"], name, f"{value:.6g}", loss_text(error)])
     return _align(cells)
 
 
