@@ -23,6 +23,7 @@ from model.config import ModelConfig
 from model.key_cache import KeyCache
 from model.parts import RMSNorm, Weight, enter_tensor_parallel, leave_tensor_parallel
 from model.positions import Positions
+from model.products import linears_side_by_side
 from parallel.layout import Layout
 from parallel.tensor import local_part
 from parallel.ulysses import HeadSplit, gather_heads, head_rounds, heads_to_seq, seq_to_heads
@@ -133,7 +134,7 @@ class Attention(nn.Module):
         axis = self.layout.cp_a2a
         q0, q1 = self.split.query[axis.rank]
         k0, k1 = self.split.kv[axis.rank]
-        q_bNH, k_bKH, v_bKH = self.core.project(x_bD, positions, weights)
+        q_bNH, k_bKH, v_bKH = self.core.project(x_bD, positions, weights, linears_side_by_side)
         assert cache.places is not None
         o_bmH = cache.layers[self.number].attend(
             q_bNH[:, q0:q1],

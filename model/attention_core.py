@@ -7,6 +7,7 @@ group (all T without a second level), D hidden, N query and K key/value heads of
 k those of one call, m query heads after the exchange, H head size, r or R rows of some weights.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -32,6 +33,18 @@ class Linear(Protocol):
 
     def __call__(
         self, x_tD: torch.Tensor, weight_rD: torch.Tensor, bias_r: torch.Tensor | None, /
+    ) -> torch.Tensor: ...
+
+
+class Linears(Protocol):
+    """Several linear layers of one input: x [t, D], weights [r, D], bias [R] -> [t, R]."""
+
+    def __call__(
+        self,
+        x_tD: torch.Tensor,
+        weights: Sequence[torch.Tensor],
+        bias_R: torch.Tensor | None,
+        /,
     ) -> torch.Tensor: ...
 
 
@@ -72,19 +85,24 @@ class AttentionCore:
     """Norms of q and k are over all heads of all tp ranks at once, not over each."""
 
     def project(
-        self, x_tD: torch.Tensor, positions: Positions, weights: Projections
+        self,
+        x_tD: torch.Tensor,
+        positions: Positions,
+        weights: Projections,
+        linears: Linears = joined_linear,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Make q [t, N, H], k [t, K, H] and v [t, K, H] by one product.
+        """Make q [t, N, H], k [t, K, H] and v [t, K, H].
 
-        Its gradient of x needs no sum of three.
+        Args:
+            linears: by default one product, whose gradient of x needs no sum of three.
         """
-        # One product for all heads of q, k and v.
+        # All heads of q, k and v side by side.
         q_rD, k_rD, v_rD, q_bias, k_bias, v_bias, q_norm, k_norm, _ = weights
         assert q_rD is not None and k_rD is not None and v_rD is not None
         bias_R = None
         if q_bias is not None and k_bias is not None and v_bias is not None:
             bias_R = torch.cat([q_bias, k_bias, v_bias])
-        qkv_tR = joined_linear(x_tD, [q_rD, k_rD, v_rD], bias_R)
+        qkv_tR = linears(x_tD, [q_rD, k_rD, v_rD], bias_R)
         # Cut the product into heads, norm and rotate them.
         H = self.head_size
         heads = HeadSizes(q_rD.shape[0] // H, k_rD.shape[0] // H, H)

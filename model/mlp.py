@@ -49,6 +49,8 @@ def gated_mlp(
     Args:
         tiles: parts of the sequence; with more than one, backward computes gate and up again.
     """
+    if not torch.is_grad_enabled():
+        return _forward(x_tD, gate_FD, up_FD, down_DF, tiles, activation)[0]
     return _GatedMLP.apply(x_tD, gate_FD, up_FD, down_DF, tiles, activation)
 
 
@@ -76,12 +78,7 @@ class _GatedMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_tD, gate_FD, up_FD, down_DF, tiles, activation):
-        out_tD = torch.empty_like(x_tD)
-        projections = ()
-        for rows in _tiles(x_tD.shape[0], tiles):
-            # [t, F] of one tile, until the next tile's take their name.
-            projections = (x_tD[rows] @ gate_FD.T, x_tD[rows] @ up_FD.T)
-            torch.mm(gated(*projections, activation=activation), down_DF.T, out=out_tD[rows])
+        out_tD, projections = _forward(x_tD, gate_FD, up_FD, down_DF, tiles, activation)
         ctx.tiles = tiles
         ctx.activation = activation
         # With one tile they are whole, and not computed again.
@@ -103,6 +100,24 @@ class _GatedMLP(torch.autograd.Function):
             grad_x_tD=torch.empty_like(x_tD),
         )
         return *found, None, None
+
+
+def _forward(
+    x_tD: torch.Tensor,
+    gate_FD: torch.Tensor,
+    up_FD: torch.Tensor,
+    down_DF: torch.Tensor,
+    tiles: int,
+    activation: Activation,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Compute `gated_mlp`, and gate(x) and up(x) of the last tile."""
+    out_tD = torch.empty_like(x_tD)
+    projections: tuple[torch.Tensor, ...] = ()
+    for rows in _tiles(x_tD.shape[0], tiles):
+        # [t, F] of one tile, until the next tile's take their name.
+        projections = (x_tD[rows] @ gate_FD.T, x_tD[rows] @ up_FD.T)
+        torch.mm(gated(*projections, activation=activation), down_DF.T, out=out_tD[rows])
+    return out_tD, projections
 
 
 def _gradients(

@@ -86,6 +86,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
 
     Statistics are in at least fp32.
     """
+    # A graph's bookkeeping takes as long as the norm of a single token.
+    if not torch.is_grad_enabled():
+        return compiled.run(_norm, x, weight, epsilon)[0]
     return _RMSNorm.apply(x, weight, epsilon)
 
 
@@ -209,13 +212,9 @@ class _SplitHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv_tR, heads, q_norm, k_norm, epsilon, cos_tH, sin_tH):
         ctx.heads = heads
-        if q_norm is None:
-            ctx.save_for_backward(cos_tH, sin_tH)
-            return compiled.run(_split_and_turn, qkv_tR, heads, cos_tH, sin_tH)
-        q, k, v, *scales = compiled.run(
-            _split_norm_and_turn, qkv_tR, heads, q_norm, k_norm, epsilon, cos_tH, sin_tH
-        )
-        ctx.save_for_backward(cos_tH, sin_tH, qkv_tR, q_norm, k_norm, *scales)
+        q, k, v, *scales = _split_heads(qkv_tR, heads, q_norm, k_norm, epsilon, cos_tH, sin_tH)
+        kept = (qkv_tR, q_norm, k_norm, *scales) if scales else ()
+        ctx.save_for_backward(cos_tH, sin_tH, *kept)
         return q, k, v
 
     @staticmethod
@@ -230,6 +229,17 @@ class _SplitHeads(torch.autograd.Function):
             _join_turned_and_normed, qkv_tR, ctx.heads, *grads, *norms_and_scales, cos_tH, sin_tH
         )
         return grad_qkv, None, grad_q_norm, grad_k_norm, None, None, None
+
+
+def _split_heads(
+    qkv_tR, heads, q_norm, k_norm, epsilon, cos_tH, sin_tH
+) -> tuple[torch.Tensor, ...]:
+    """Return what `split_heads` does, and with norms what their backward needs."""
+    if q_norm is None:
+        return compiled.run(_split_and_turn, qkv_tR, heads, cos_tH, sin_tH)
+    return compiled.run(
+        _split_norm_and_turn, qkv_tR, heads, q_norm, k_norm, epsilon, cos_tH, sin_tH
+    )
 
 
 def split_heads(
@@ -249,6 +259,9 @@ def split_heads(
         q [t, N, H], k [t, K, H] and v [t, K, H], each with memory of its own.
     """
     q_norm, k_norm = norms
+    if not torch.is_grad_enabled():
+        q, k, v, *_ = _split_heads(qkv_tR, heads, q_norm, k_norm, epsilon, cos_tH, sin_tH)
+        return q, k, v
     return _SplitHeads.apply(qkv_tR, heads, q_norm, k_norm, epsilon, cos_tH, sin_tH)
 
 

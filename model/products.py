@@ -31,6 +31,18 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
         total.add_(left @ right)
 
 
+def linears_side_by_side(
+    x_bD: torch.Tensor, weights: Sequence[torch.Tensor], bias_R: torch.Tensor | None
+) -> torch.Tensor:
+    """Apply several weights [r, D] to a few tokens, one after the other: [b, D] -> [b, R].
+
+    It does what `joined_linear` does, which copies the weights: that takes longer than the products
+    of a few tokens. There is no gradient.
+    """
+    product_bR = torch.cat([F.linear(x_bD, weight) for weight in weights], dim=1)
+    return product_bR if bias_R is None else product_bR.add_(bias_R)
+
+
 def joined_linear(
     x_tD: torch.Tensor, weights: Sequence[torch.Tensor], bias_R: torch.Tensor | None
 ) -> torch.Tensor:

@@ -1,9 +1,14 @@
 """What a model continues prompts with is what transformers makes of them, on any tp x cp."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from model.attention_backends.choice import choose_attention
+from model.build import build_whole_model, parameter_shapes
+from model.config import ModelConfig
 from parallel.config import LayoutConfig
 from parallel.layout import Layout, World, build_layout, single_process_layout
 from tests.huggingface.model_folders import SHAPE, transformers_model, write_folder
@@ -16,7 +21,8 @@ from tools.inference.decoding import (
     continue_batch,
     make_cache,
 )
-from tools.inference.open_model import open_model
+from tools.inference.generation_settings import GenerationSettings
+from tools.inference.open_model import OpenModel, open_model
 from tools.inference.sampling import Sampling
 
 CPU = torch.device("cpu")
@@ -80,11 +86,68 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path, kind):
         assert tokens == greedy_of_transformers(folder, ids, NEW_TOKENS)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("kind", WINDOWS)
 def test_logits_of_every_step_are_those_without_a_cache(tmp_path, kind):
     folder = write_folder(tmp_path / "hf", kind, **WINDOWS[kind])
-    model = open_model(str(folder), single_process_layout(CPU), precision="fp64")
+    assert_cached_logits_are_right(open_model(str(folder), single_process_layout(CPU), precision="fp64"))
+
+
+PARTS = {
+    "sinks": dict(softmax_type="learnable", window_size=[6, 0], window_attn_skip_freq=[2]),
+    "caps": dict(attn_logit_softcapping=2.0, final_logit_softcapping=3.0, softmax_scale=0.3),
+    "all": dict(
+        softmax_type="learnable",
+        attn_logit_softcapping=5.0,
+        window_size=[6, 0],
+        window_attn_skip_freq=[2],
+        window_rotary_base=500.0,
+        no_rope_freq=[3],
+        norm_placement="both",
+        apply_layernorm_1p=True,
+        qk_layernorm=True,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.5,
+        logits_scaling=2.0,
+    ),
+}
+"""Parts of layers beside those of Llama, which a cache must not lose."""
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_logits_of_every_step_are_right_with_other_parts(parts):
+    config = ModelConfig(
+        num_layers=3,
+        hidden_size=32,
+        ffn_hidden_size=48,
+        num_attention_heads=4,
+        num_query_groups=2,
+        **PARTS[parts],
+    )
+    vocabulary = SHAPE["vocab_size"]
+    generator = torch.Generator().manual_seed(2)
+    tensors = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64) * 0.4
+        for name, shape in parameter_shapes(config, vocabulary).items()
+    }
+    attend, _ = choose_attention("sdpa", CPU, torch.float64)
+    stage = build_whole_model(config, vocabulary, tensors, attend, CPU)
+    model = OpenModel(
+        stage=stage,
+        config=config,
+        vocab_size=vocabulary,
+        context_length=96,
+        tokenizer=None,
+        generation=GenerationSettings(),
+        dtype=torch.float64,
+        source=Path(),
+        notes=(),
+    )
+    assert_cached_logits_are_right(model)
+
+
+@torch.no_grad()
+def assert_cached_logits_are_right(model: OpenModel) -> None:
+    """Compare the logits of each step with those of all its tokens at once."""
     batch = continuations()
     cache = make_cache(model, batch)
     x_bD = _read_prompts(model, batch, cache)
@@ -132,4 +195,33 @@ def test_every_layout_gives_the_tokens_of_one_process(pool, tmp_path, sizes):
     assert expected[0] != expected[1]
     count = sizes.get("tensor_model_parallel_size", 1) * sizes.get("context_parallel_size", 1)
     for found in pool.run(continued_on_ranks, count, folder, sizes, samplings):
+        assert found == expected
+
+
+LONG_PROMPT = 32768
+"""Tokens of the prompt that four processes share."""
+
+
+def continued_long(load: str, layout: Layout) -> list[int]:
+    generator = np.random.default_rng(1)
+    ids = generator.integers(0, SHAPE["vocab_size"], size=LONG_PROMPT).tolist()
+    batch = [Continuation(0, ids, 16)]
+    continue_batch(open_model(load, layout, precision="fp32"), batch, Sampling())
+    return batch[0].added
+
+
+def continued_long_on_ranks(world: World, load: str, sizes: dict) -> list[int]:
+    return continued_long(load, build_layout(LayoutConfig(**sizes), world))
+
+
+@pytest.mark.long
+def test_a_long_prompt_on_cp_gives_the_tokens_of_one_process(pool, tmp_path):
+    folder = str(
+        write_folder(
+            tmp_path / "hf", "llama", max_position_embeddings=LONG_PROMPT + 16, rope_parameters=None
+        )
+    )
+    expected = continued_long(folder, single_process_layout(CPU))
+    assert len(set(expected)) > 1
+    for found in pool.run(continued_long_on_ranks, 4, folder, dict(context_parallel_size=4)):
         assert found == expected

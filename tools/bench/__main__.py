@@ -11,6 +11,7 @@ BENCHMARKS = {
     "checkpoint": "tools.bench.checkpoint",
     "data": "tools.bench.data",
     "disturbed": "tools.bench.disturbed",
+    "generate": "tools.bench.generate",
     "lease": "tools.bench.gpu.lease",
     "memory": "tools.bench.memory",
     "predictions": "tools.bench.predictions",

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import uuid
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -156,6 +157,8 @@ def _start_processes(module: str, words: list[str], count: int) -> int:
         local_addr="localhost",
         max_restarts=0,
     )
+    # As training sets it: torch's C++ warns of groups that it made itself.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # The launcher reports each process that ends; what went wrong is said once, below.
     logging.disable(logging.CRITICAL)
     try:
@@ -207,6 +210,8 @@ def _act_as_rank(
     count = config.tensor_model_parallel_size * config.context_parallel_size
     # Without a limit each process would take all cores.
     torch.set_num_threads(max(1, usable_cores() // launched_local_world_size()))
+    # Names that newer releases of torch have for its collectives are no concern of the user.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed")
     with contextlib.ExitStack() as stack:
         if launched_rank() != 0:
             nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
