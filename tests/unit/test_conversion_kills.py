@@ -63,8 +63,9 @@ def in_child(act: Convert, kill_at: int | None = None) -> int:
 
 
 def draw_points(count: int, kills: int) -> list[int]:
-    """Draw the operations at which to kill, and those at the end."""
-    drawn = random.Random(count).sample(range(1, count - LAST), kills - LAST)
+    """Draw the operations at which to kill, and those at the end; all, where there are fewer."""
+    others = range(1, count - LAST)
+    drawn = random.Random(count).sample(others, min(kills - LAST, len(others)))
     return [*drawn, *range(count - LAST, count)]
 
 
