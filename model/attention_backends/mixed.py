@@ -148,14 +148,17 @@ def _forward(
         out, kept = kernels.short_forward(
             q[call.rows_q], k[call.rows_k], v[call.rows_k], call, scoring
         )
-        return out, _with_sinks(out.transpose(0, 1), kept, sinks_m)
+        kept = _with_sinks(out.transpose(0, 1), kept, sinks_m)
+        return out, kept
     out, kept = kernels.long_forward(
         _long_rows(q, call.rows_q, call),
         _long_rows(k, call.rows_k, call),
         _long_rows(v, call.rows_k, call),
         scoring,
     )
-    return _to_tokens_first(out, call), _with_sinks(out, kept, sinks_m)
+    # Before the change of layout, which may copy.
+    kept = _with_sinks(out, kept, sinks_m)
+    return _to_tokens_first(out, call), kept
 
 
 def _with_sinks(out_mLH: torch.Tensor, kept: Kept, sinks_m: torch.Tensor | None) -> Kept:

@@ -135,6 +135,22 @@ def test_mixed_scores_so_with_both_kernels(way, crossover):
         torch.testing.assert_close(grad, wanted, rtol=0, atol=1e-11)
 
 
+def test_mixed_puts_sinks_into_an_output_of_any_memory_layout():
+    stand_ins = StandIns()
+
+    def heads_before_tokens(*inputs):
+        out, kept = stand_ins.long_forward(*inputs)
+        return out.contiguous(), kept
+
+    bounds = [0, 256, 512]
+    q, k, v, sinks = draw(bounds[-1], 2, with_sinks=True)
+    kernels = replace(stand_ins.kernels, long_forward=heads_before_tokens)
+    (documents,) = pack_documents(torch.tensor(bounds, dtype=torch.int32), [(0, bounds[-1])], CPU)
+    found = mixed_attention(1, kernels)(q, k, v, documents, PLAIN, sinks)
+    assert stand_ins.long == [(2, 256)]
+    torch.testing.assert_close(found, definition(q, k, v, bounds, PLAIN, sinks), rtol=0, atol=1e-12)
+
+
 def as_one_document(tokens: int):
     return pack_documents(torch.tensor([0, tokens], dtype=torch.int32), [(0, tokens)], CPU)[0]
 
