@@ -26,7 +26,7 @@ class ModelConfig:
     hidden_size: int = field(default=0, metadata=_SIZE)
     """Width of the residual stream."""
     ffn_hidden_size: int = field(default=0, metadata=_SIZE)
-    """Inner width of the SwiGLU MLP."""
+    """Inner width of the MLP."""
     num_attention_heads: int = field(default=0, metadata=_SIZE)
     """Query heads."""
     group_query_attention: bool | None = field(
@@ -111,8 +111,8 @@ class ModelConfig:
     """Base of a rotary embedding without scaling in layers with a window (Gemma 3, OLMo 3); by
     default they have that of the others. A phase changes that of the others only."""
     no_rope_freq: list[int] = field(default_factory=list)
-    """Layers without rotary embedding (SmolLM3): every so many one, or for each layer 1 (without)
-    or 0 (with)."""
+    """Layers without rotary embedding (SmolLM3): a number N for every N-th, or for each layer 1
+    (without) or 0 (with)."""
     rotary_percent: float = field(default=1.0, metadata=dict(only=1.0))
     """Share of each head that is rotated; only 1.0 is built."""
     # How attention is computed.
@@ -124,8 +124,8 @@ class ModelConfig:
     """Tokens of its document that a token sees before it, and 0: 1023 0 is a window of 1,024
     tokens, itself included. By default a token sees all of its document before it."""
     window_attn_skip_freq: list[int] = field(default_factory=list)
-    """Which layers have no window: every so many one, or for each layer 1 (window) or 0 (none); by
-    default all have one."""
+    """Which layers have no window: a number N for every N-th, or for each layer 1 (window) or 0
+    (none); by default all have one."""
     softmax_type: Literal["vanilla", "learnable"] = "vanilla"
     """learnable: a query head has a sink, a learned logit in its softmax's sum that no value
     follows (gpt-oss)."""

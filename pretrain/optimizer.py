@@ -17,7 +17,7 @@ from pretrain.config.config import OptimizerConfig
 
 
 def build_optimizer(stages: Sequence[GPTStage], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Build AdamW over this rank's shards; matrices decay, norms and biases do not."""
+    """Build AdamW over this rank's shards; matrices decay; norms, biases and sinks do not."""
     parameters = [p for stage in stages for p in stage.parameters()]
     matrices = [p for p in parameters if p.dim() > 1]
     vectors = [p for p in parameters if p.dim() <= 1]

@@ -55,7 +55,7 @@ class OptimizerConfig:
     adam_eps: float = setting(1e-8, above=0)
     """Added to the root of the second moment."""
     weight_decay: float = setting(0.1, resume="scheduler", at_least=0)
-    """Decoupled weight decay on matrices; norms and biases have none."""
+    """Decoupled weight decay on matrices; norms, biases and sinks have none."""
     clip_grad: float = setting(1.0, at_least=0)
     """Largest global gradient norm; 0 switches clipping off."""
     bf16: bool = False
