@@ -152,6 +152,8 @@ class Exporter:
     def _export(self, step: int, clock: int) -> bool:
         """Export one checkpoint -> False where the run ended it."""
         output = self.folder / f"step_{step:08d}"
+        partial = output.with_name(f".{output.name}.partial")
+        was_there = partial.exists()
         began = time.perf_counter()
         with tempfile.TemporaryFile() as said:
             with self._changed:
@@ -167,8 +169,10 @@ class Exporter:
                 text = f"exported step {step:,} to {output} in {seconds:.1f} s"
                 self._say("export", step, clock, text)
                 return True
-            # What a killed process left; one that fails removes it itself.
-            shutil.rmtree(output.with_name(f".{output.name}.partial"), ignore_errors=True)
+            # What a killed process left; one that fails removes it itself. What was there before
+            # may be another export, which is still writing it.
+            if code < 0 and not was_there:
+                shutil.rmtree(partial, ignore_errors=True)
             if is_ended:
                 return False
             said.seek(0)

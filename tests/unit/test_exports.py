@@ -131,6 +131,17 @@ def test_a_process_that_fails_says_why_in_one_line(tmp_path, monkeypatch):
     assert event == ("export failed", 2, 200, f"step 2 is not exported: {why}")
 
 
+def test_a_folder_that_another_export_is_writing_stays(tmp_path, monkeypatch):
+    theirs = tmp_path / "hf" / ".step_00000002.partial" / "model.safetensors"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("weights")
+    run = Run(tmp_path, monkeypatch)
+    run.publish(2)
+    run.exporter.close(finish=True)
+    assert [event[:2] for event in run.events] == [("export failed", 2)]
+    assert theirs.read_text() == "weights"
+
+
 def test_what_a_stop_cuts_short_is_exported_by_the_next_start(tmp_path, monkeypatch):
     run = Run(tmp_path, monkeypatch)
     for step in (2, 4, 6):
