@@ -137,6 +137,16 @@ def test_a_llama_2_folder_is_read():
         ("granite", dict(logits_scaling=float("inf")), "logits_scaling = inf: must be a finite"),
         ("granite", dict(residual_multiplier="0.2"), "expected"),
         ("olmo2", dict(sliding_window=8), "sliding_window = 8: transformers' Olmo2ForCausalLM has"),
+        (
+            "mistral",
+            dict(layer_types=["full_attention", "sliding_attention"]),
+            "transformers' MistralForCausalLM has sliding_attention in all layers",
+        ),
+        (
+            "mistral",
+            dict(sliding_window=None, layer_types=["sliding_attention"] * 2),
+            "transformers' MistralForCausalLM has full_attention in all layers",
+        ),
         ("llama", dict(embedding_multiplier=12.0), "embedding_multiplier = 12.0: only None"),
         ("llama", dict(final_logit_softcapping=30.0), "final_logit_softcapping = 30.0: only None"),
     ],

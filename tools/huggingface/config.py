@@ -242,6 +242,15 @@ def _window_problems(parsed: Any, architecture: Architecture) -> list[str]:
             "full attention in all layers. Fix: the right model_type, or remove it from "
             "config.json."
         ]
+    if architecture.windows == "same" and getattr(parsed, "layer_types", None) is not None:
+        # Its modeling file reads sliding_window alone.
+        kind = FULL if window is None else SLIDING
+        if kinds != {kind}:
+            return [
+                f"layer_types = {short(parsed.layer_types)}: transformers' "
+                f"{architecture.class_name} has {kind} in all layers, as sliding_window = {window} "
+                "says. Fix: the right model_type, or remove it from config.json."
+            ]
     if SLIDING in kinds and window is None:
         return [f"sliding_window = null: layer_types has {SLIDING}, which needs it. {CORRECT}"]
     if window is not None and not (type(window) is int and 1 <= window <= LARGEST_SIZE):
