@@ -21,6 +21,7 @@ from pretrain.checkpointing.stored_tensors import read_whole_tensors, tensor_nam
 from pretrain.config.config_yaml import dump_yaml, read_config_yaml
 from tests.huggingface import chat_folders as folders
 from tools.export_hf import Arguments, export
+from tools.huggingface.model_card import read_front_matter
 from tools.import_hf import Arguments as ImportArguments
 from tools.import_hf import import_folder
 from tools.train_tokenizer import Arguments as TrainArguments
@@ -117,6 +118,11 @@ def test_the_model_card_names_what_the_model_is_from(imported, tmp_path):
     assert "The weights of maker/model, not trained since; its model card is not repeated" in card
     export(Arguments(load=str(imported), output=str(tmp_path / "named"), base_model="my/start"))
     assert front_matter(tmp_path / "named")["base_model"] == "my/start"
+
+
+@pytest.mark.parametrize("line", [b"date: 2024-13-45", b"license: \xff", b"a: b: c"], ids=str)
+def test_a_card_of_the_source_that_cannot_be_read_gives_nothing(line):
+    assert read_front_matter(b"---\nlanguage: en\n" + line + b"\n---\n# Model\n") == {}
 
 
 def test_what_an_import_leaves_behind_is_named(source, tmp_path, capsys):

@@ -77,7 +77,7 @@ def read_front_matter(card: bytes) -> dict[str, Any]:
     match = re.match(rb"---\r?\n(.*?)\r?\n---\s", card, re.DOTALL)
     try:
         content = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # ValueError: a date that there is not
         return {}
     return content if isinstance(content, dict) else {}
 
