@@ -48,7 +48,8 @@ class Arguments:
     """Compare weights, and transformers' logits and greedy text with ours on real text, before
     publishing; fail if they differ."""
     verify_text: str | None = None
-    """Text file to compare on; by default documents of the run's own data."""
+    """Text file to compare on; by default documents of the run's own data. Of an import that was
+    not trained: a page of this project, or random tokens without a tokenizer."""
     tokenizer: bool = True
     """Write the tokenizer too; an error if transformers would give other ids than the one trained
     with."""

@@ -21,7 +21,7 @@ from tests.huggingface.model_folders import (
     write_folder,
 )
 from tools import import_hf
-from tools.huggingface import compare_weights, import_settings, verify_import
+from tools.huggingface import compare_weights, import_settings, sample_text, verify_import
 from tools.huggingface.config import interpret_config
 
 
@@ -287,6 +287,15 @@ def test_a_checkpoint_that_stores_other_weights_than_the_folder_is_removed(
     assert "layers.1.attention.k.weight differs in 1 of 128 numbers" in capsys.readouterr().err
 
 
+def test_a_checkpoint_that_cannot_be_read_again_is_not_left(folder, capsys, monkeypatch):
+    def fail(stored, name):
+        raise OSError(5, "Input/output error", "0.distcp")
+
+    monkeypatch.setattr(compare_weights.StoredTensors, "read", fail)
+    code, save = run(folder)
+    assert code != 0 and list(save.iterdir()) == []
+
+
 def test_real_text_is_compared_where_the_folder_has_a_tokenizer(tmp_path):
     folder = chat_folders.write_tokenizer(chat_folders.write_model(tmp_path / "hf"))
     sizes = dict(num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1)
@@ -295,7 +304,7 @@ def test_real_text_is_compared_where_the_folder_has_a_tokenizer(tmp_path):
     text = build_tokenizer("HuggingFaceTokenizer", str(folder), None).decode(
         questions.sequences[0].ids.tolist()
     )
-    assert len(text) > 256 and text in verify_import.TEXT.read_text(encoding="utf-8")
+    assert len(text) > 256 and text in sample_text.TEXT.read_text(encoding="utf-8")
 
 
 def test_a_folder_that_transformers_cannot_run_is_one_line(folder, capsys, monkeypatch):

@@ -7,6 +7,7 @@ from data.files import checksum
 from pretrain.checkpointing.folders import MANIFEST, find_published
 from pretrain.checkpointing.manifest import read_manifest, to_text
 from pretrain.config.config_yaml import dump_yaml, read_config_yaml
+from tests.huggingface import chat_folders
 from tests.huggingface.model_folders import write_folder
 from tools import export_hf, import_hf
 from tools.huggingface import verify_export
@@ -48,3 +49,17 @@ def test_an_export_is_verified_whatever_memory_settings_the_run_had(
     export_hf.export(export_hf.Arguments(load=save, output=output, verify=True))
     rows = [line for line in capsys.readouterr().out.splitlines() if "  ok" in line]
     assert len(rows) == 2 + 2 * 4, rows
+
+
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+def test_an_import_that_was_not_trained_is_verified_without_a_text(tmp_path, capsys, has_tokenizer):
+    folder = chat_folders.write_model(tmp_path / "hf")
+    if has_tokenizer:
+        chat_folders.write_tokenizer(folder)
+    save = str(tmp_path / "run")
+    assert import_hf.main(["--hf", str(folder), "--save", save, "--no-verify"]) == 0
+    output = str(tmp_path / "exported")
+    assert export_hf.main(["--load", save, "--output", output, "--verify"]) == 0
+    said = capsys.readouterr().out
+    assert ("on random tokens" in said) != has_tokenizer
+    assert "fp64 logits" in said and "DIFFERENT" not in said

@@ -23,6 +23,7 @@ from tools.huggingface.compare_weights import compare_weights
 from tools.huggingface.comparison_table import ComparisonTable
 from tools.huggingface.double import compute_in_double
 from tools.huggingface.questions import choose_questions
+from tools.huggingface.sample_text import sample_ids
 from tools.huggingface.stored_model import StoredModel
 from tools.huggingface.transformers_answers import ask_transformers
 from tools.huggingface.weights import open_weights
@@ -91,9 +92,11 @@ def _text_beyond_windows(
 
 
 def _real_text(stored: StoredModel, text_file: str | None, tokens: int) -> np.ndarray:
-    """Read ids of real text, int64 [T]: all of a file, or some tokens of the run's own data."""
+    """Read ids of text, int64 [T]: all of a file, or some tokens of the run's own data."""
     if text_file is not None:
         return _encode_file(stored, text_file)
+    if stored.progress.data is None:  # an import, which was trained on nothing
+        return sample_ids(stored.tokenizer, stored.vocab_size, tokens).numpy()
     try:
         corpus = open_corpus(stored.config.data, stored.config.optimizer.seed, stored.vocab_size)
     except ValueError as error:

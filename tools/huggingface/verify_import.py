@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from data.config import DataConfig
-from data.tokenizers.tokenizer import build_tokenizer
+from data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from model.attention_backends.choice import choose_attention
 from model.build import build_whole_model
 from model.config import ModelConfig
@@ -22,6 +22,7 @@ from tools.huggingface.compare_logits import compare_answers
 from tools.huggingface.compare_weights import compare_weights
 from tools.huggingface.comparison_table import ComparisonTable
 from tools.huggingface.questions import Questions, choose_questions
+from tools.huggingface.sample_text import sample_ids
 from tools.huggingface.transformers_answers import Answers
 from tools.huggingface.weights import Entry
 
@@ -29,8 +30,6 @@ WINDOW = 256
 """Tokens of each sequence that is compared, unless a layer has a longer window."""
 TEXT_TOKENS = 1024
 """Tokens of text from which the sequences are taken, at least."""
-TEXT = Path(__file__).parents[2] / "README.md"
-"""The text: sentences, tables and code."""
 
 
 def questions_about(config: Config, vocab_size: int, longest: int) -> Questions:
@@ -41,29 +40,20 @@ def questions_about(config: Config, vocab_size: int, longest: int) -> Questions:
     """
     model = config.model
     length = max(TEXT_TOKENS, tokens_beyond(model.windows, WINDOW))
-    ids = _encode_text(config.data, vocab_size)
-    if ids is None:
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(vocab_size, (length,), generator=generator)
-        print("verify: on random tokens, since the folder has no tokenizer that can be read")
-    ids = ids.repeat(-(-length // len(ids)))
+    ids = sample_ids(_open_tokenizer(config.data), vocab_size, length)
     return choose_questions(ids, longest, model.windows, model.rope, WINDOW)
 
 
-def _encode_text(data: DataConfig, vocab_size: int) -> torch.Tensor | None:
-    """Encode TEXT with the folder's tokenizer, int64 [T]; None where there is none that can."""
+def _open_tokenizer(data: DataConfig) -> Tokenizer | None:
+    """Open the folder's tokenizer; None where there is none that can be read."""
     if data.tokenizer_model is None:
         return None
     try:
-        tokenizer = build_tokenizer(
+        return build_tokenizer(
             data.tokenizer_type, data.tokenizer_model, None, ids_from=data.tokenizer_ids_from
         )
     except ValueError:  # warned of when the tokenizer was described
         return None
-    ids = torch.tensor(tokenizer.encode(TEXT.read_text(encoding="utf-8")), dtype=torch.long)
-    # A tokenizer may have more ids than the model.
-    ids = ids[ids < vocab_size]
-    return ids if len(ids) else None
 
 
 def verify_import(
@@ -103,9 +93,11 @@ def verify_stored(checkpoint: Path, entries: Mapping[str, Entry], vocab_size: in
         ValueError: they differ.
     """
     table = ComparisonTable()
-    compare_weights(table, checkpoint, entries, vocab_size)
-    if table.problems:
+    try:
+        compare_weights(table, checkpoint, entries, vocab_size)
+        table.raise_problems("import", "try again, on another disk; the checkpoint was removed")
+    except BaseException:  # also what could not be read, or was not read to its end
         # The pointer first: it must not name what is gone.
         (checkpoint.parent / LATEST).unlink()
         delete_checkpoint(checkpoint)
-    table.raise_problems("import", "try again, on another disk; the checkpoint was removed")
+        raise
