@@ -55,7 +55,7 @@ def assert_same(found, expected) -> None:
         assert (hits == expected_hits).all()
 
 
-@pytest.mark.parametrize("kind", ["mistral", "qwen2"])
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "gemma2", "granite"])
 def test_scores_are_those_of_transformers(tmp_path, kind):
     folder = write_folder(tmp_path / "hf", kind)
     assert_same(scores_of(str(folder), single_process_layout(CPU)), expected_scores(folder))

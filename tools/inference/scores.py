@@ -38,7 +38,7 @@ def score_texts(model: OpenModel, texts: Sequence[Sequence[int]]) -> list[TextSc
     layout = model.layout
     batch = pack_texts(texts, layout)
     x_tD, weight_vD = stage.head_inputs(stage.hidden(batch.tokens, batch))
-    settings = LossSettings(layout.tp, model.vocab_size, stage.memory.loss_tokens)
+    settings = LossSettings(layout.tp, model.vocab_size, stage.memory.loss_tokens, stage.softcap)
     losses_t, hits_t = score_each(x_tD, weight_vD, batch.labels, settings)
     # Each rank puts its tokens' scores in their places; the others' are 0 there.
     total = int(batch.cu_seqlens[-1])
