@@ -161,7 +161,9 @@ def free_memory(device: torch.device) -> int:
     On CPUs they are an equal share of what the machine can give away.
     """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What torch keeps for later tensors is free for them.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     with open("/proc/meminfo", encoding="ascii") as file:
         sizes = dict(line.split(":", 1) for line in file)
     kibibytes = int(sizes["MemAvailable"].split()[0])

@@ -27,7 +27,7 @@ from model.attention_backends.documents import pack_documents
 from model.config import ModelConfig
 from model.gpt import GPTStage
 from model.sharding import shardings_for
-from parallel.layout import Axis, Layout, single_process_layout
+from parallel.layout import Axis, Layout, free_memory, single_process_layout
 from tests.unit.test_model import masked_attention
 
 META = torch.device("meta")
@@ -434,3 +434,10 @@ def test_a_value_that_is_read_back_is_noticed(monkeypatch):
             lambda *given: original(*given) * original(*given).item(),
             MemorySettings(),
         )
+
+
+def test_what_torch_keeps_for_later_tensors_is_free_memory(monkeypatch):
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (100, 1000))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda _: 700)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda _: 300)
+    assert free_memory(torch.device("cuda")) == 500
