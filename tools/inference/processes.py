@@ -40,7 +40,7 @@ from parallel.layout import (
     single_process_layout,
     start_world,
 )
-from tools.shared.door import run_door
+from tools.shared.door import READER_GONE, run_door
 
 BAD_INPUT = ("ValueError: ", "OSError: ", "FileNotFoundError: ", "PermissionError: ")
 """Beginnings of messages that are for the user as they are; others come with a traceback."""
@@ -178,13 +178,23 @@ def _tell(failures: list[ProcessFailure]) -> int:
     Raises:
         ValueError: what the user can mend; it is said as every command says it.
     """
+    if any(failure.exitcode == READER_GONE for failure in failures):
+        return READER_GONE
     # When one has failed, the others lose their peer: its message is the one that explains.
     for failure in failures:
         text = _message_of(failure)
         for beginning in BAD_INPUT:
             if text.startswith(beginning):
                 raise ValueError(text.removeprefix(beginning))
-    first = min(failures, key=lambda each: (each.exitcode >= 0, each.timestamp))
+    # A process that was killed cannot say so. With SIGTERM the launcher ends those that are left.
+    first = min(
+        failures,
+        key=lambda each: (
+            each.exitcode == -signal.SIGTERM,
+            each.exitcode >= 0,
+            each.timestamp,
+        ),
+    )
     trace = ""
     if isinstance(first.message, dict):
         trace = first.message.get("extraInfo", {}).get("py_callstack", "")
@@ -228,6 +238,9 @@ def _act_as_rank(
             sys.stdout.flush()
         except KeyboardInterrupt:
             os._exit(SIGNALLED + signal.SIGINT)
+        except BrokenPipeError:
+            # Whoever read the output has enough of it.
+            os._exit(READER_GONE)
         except Exception as error:
             # Whoever started the processes reads it, ends the others and says it once. No group is
             # left in order: the others may be waiting in it.
