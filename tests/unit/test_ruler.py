@@ -10,7 +10,7 @@ from tools.evaluation import needles
 from tools.evaluation.fill import fill
 from tools.evaluation.ruler import TASKS, match_all, match_part, write_sample
 from tools.evaluation.ruler_run import RulerRun
-from tools.evaluation.tables import results_table
+from tools.evaluation.tables import harness_table, results_table
 from tools.evaluation.task_names import choose_tasks
 
 TEXT = " ".join(f"Sentence number {number} of the book says little." for number in range(90))
@@ -90,6 +90,15 @@ def test_numbers_of_keys_values_and_queries_are_rulers():
     assert "Sentence number 3" in text
     assert "The road is long" in sample_of("niah_single_1").prompt
     assert "The road is long" in sample_of("niah_single_2", text=None).prompt
+
+
+def test_a_text_without_spaces_fills_a_length_too():
+    text = "敏捷的狐狸跳过了懒狗。" * 30
+    sample = sample_of("niah_single_2", text=text)
+    assert 3000 - 16 <= len(sample.ids) + sample.answer_tokens <= 3000
+    (answer,) = sample.answers
+    place = sample.prompt.index(answer) / len(sample.prompt)
+    assert abs(place - sample.depths[0]) < 0.1
 
 
 def test_samples_follow_from_the_seed_and_ask_the_same_at_every_length():
@@ -188,3 +197,17 @@ def test_tasks_are_chosen_by_name_and_group_and_unknown_ones_refused():
         ValueError, match=r"^tasks = niah_singel_1: no such task. Fix: did you mean"
     ):
         choose_tasks(["niah_singel_1"], has_documents=False, has_others=False)
+
+
+def test_errors_of_the_harness_stand_beside_their_metric():
+    metrics = {
+        "acc": 0.5,
+        "acc_stderr": 0.25,
+        "exact_match,strict": 1.0,
+        "exact_match_stderr,strict": 0.125,
+    }
+    _, *rows = harness_table([{"task": "sums", "metrics": metrics}])
+    assert [row.split() for row in rows] == [
+        ["sums", "acc", "0.5", "0.2500"],
+        ["sums", "exact_match,strict", "1", "0.1250"],
+    ]

@@ -10,7 +10,9 @@ from typing import NamedTuple, Protocol
 
 from tools.evaluation.ruler_texts import NOISE
 
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])\s*")
+_UNIT = re.compile(r" [^ ]{1,16}|[^ ]{1,16}")
+"""A word with the space before it; of a long one, or of a script without spaces, some letters."""
 
 
 class Hidden(NamedTuple):
@@ -50,11 +52,11 @@ class Words:
     """
 
     def __init__(self, text: str):
-        self.words = text.split()
+        self.units = _UNIT.findall(" " + " ".join(text.split()))
 
     def write(self, units: int, hidden: Sequence[Hidden]) -> str:
-        rounds = -(-units // len(self.words))
-        text = " ".join((self.words * rounds)[:units])
+        rounds = -(-units // len(self.units))
+        text = "".join((self.units * rounds)[:units]).strip()
         return " ".join(_hide(_SENTENCE_END.split(text), hidden))
 
 

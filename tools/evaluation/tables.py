@@ -41,7 +41,9 @@ def harness_table(records: Sequence[Record]) -> list[str]:
         for name, value in metrics.items():
             if "_stderr" in name:
                 continue
-            error = metrics.get(f"{name}_stderr")
+            # The harness's `metric,filter`, without the filter where it is `none`.
+            metric, comma, chosen = name.partition(",")
+            error = metrics.get(f"{metric}_stderr{comma}{chosen}")
             cells.append([record["task"], name, f"{value:.6g}", loss_text(error)])
     return _align(cells)
 
