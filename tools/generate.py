@@ -12,6 +12,7 @@ import json
 import math
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from data.tokenizers.folder import IdsFrom
 from data.units import show_bytes
@@ -86,6 +87,10 @@ def check_arguments(arguments: Arguments) -> None:
             f"prompts = {arguments.prompts}: cannot be combined with --prompt. Fix: remove one."
         )
     prompts_of_arguments(arguments.prompt)
+    file = arguments.prompts
+    # A bad file is found before the model is read; a pipe can be read only once.
+    if file is not None and file != STDIN and not Path(file).is_fifo():
+        read_prompts(file)
     # What must hold of a value that is given.
     temperature = arguments.temperature
     rules = {

@@ -285,6 +285,12 @@ def test_bad_files_of_prompts_are_one_line(bare_model, tmp_path, capsys, content
     assert message in only_error(err)
 
 
+def test_a_file_of_prompts_is_read_before_the_model(tmp_path, capsys):
+    code, out, err = answer(capsys, "--load", tmp_path / "x", "--prompts", tmp_path / "none.txt")
+    assert (code, out) == (2, "")
+    assert "none.txt: cannot be read (No such file or directory)" in only_error(err)
+
+
 def test_new_tokens_end_with_the_context(bare_model, capsys):
     code, out, err = answer(capsys, "--load", bare_model, "--prompt", "7 " * 60)
     assert code == 0
@@ -346,6 +352,15 @@ def test_a_model_of_nan_generates_nothing(chat_copy, capsys, temperature):
     assert code == 2
     assert out in ("", "the")
     assert "its logits are NaN" in only_error(err)
+
+
+def test_infinite_logits_choose_no_token(bare_model, capsys, monkeypatch):
+    logits_bV = torch.ones(1, 320)
+    logits_bV[0, 5] = float("inf")
+    monkeypatch.setattr("tools.inference.decoding.all_logits", lambda *_: logits_bV)
+    code, _, err = answer(capsys, "--load", bare_model, "--prompt", "7", "--temperature", 1)
+    assert code == 2
+    assert "its logits are NaN or infinite" in only_error(err)
 
 
 def test_nobody_is_asked_about_the_folders_own_code(chat_copy, capsys, monkeypatch):

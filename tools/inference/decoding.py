@@ -70,7 +70,7 @@ def continue_batch(
     """Add tokens to each prompt until a stop id or its limit; every process calls it.
 
     Raises:
-        ValueError: logits that are not numbers.
+        ValueError: logits that are not finite numbers.
     """
     growing = [each for each in batch if not each.is_finished]
     if not growing:
@@ -188,9 +188,10 @@ def _next_tokens(
     """Choose the next token of each sequence; all processes take what the first one chose."""
     layout = model.layout
     logits_bV = all_logits(model, x_bD)
-    if logits_bV.isnan().any():
+    if not logits_bV.isfinite().all():
         raise ValueError(
-            f"load = {model.source}: its logits are NaN. Fix: another checkpoint, or --dtype fp32."
+            f"load = {model.source}: its logits are NaN or infinite. Fix: another checkpoint, or "
+            "--dtype fp32."
         )
     tokens_b = choose_tokens(
         logits_bV,

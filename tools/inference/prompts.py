@@ -56,6 +56,10 @@ def read_prompts(source: str) -> list[Prompt]:
         raise ValueError(
             f"prompts = {source}: is not valid UTF-8 ({error.reason}). Fix: give a text file."
         ) from None
+    except OSError as error:
+        raise ValueError(
+            f"prompts = {source}: cannot be read ({error.strerror}). Fix: give a text file."
+        ) from None
     # Not splitlines: other separators belong to the text.
     lines = [line.removesuffix("\r") for line in content.split("\n")]
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
