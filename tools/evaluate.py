@@ -140,6 +140,41 @@ def is_own_result(path: Path) -> bool:
     return isinstance(content, dict) and content.get("made_by") == MAKER
 
 
+def without_effect(arguments: Arguments, names: TaskNames) -> list[str]:
+    """Name the settings that were given and that nothing of what is run reads."""
+    has_lengths = ("a task of --tasks", bool(names.probes or names.ruler))
+    ruler = ("a task of RULER", bool(names.ruler))
+    loss = ("loss", "loss" in names.probes)
+    gain = ("context_gain", "context_gain" in names.probes)
+    passkey = ("passkey", "passkey" in names.probes)
+    ours = ("lm_eval_model = ithaca", arguments.lm_eval_model == "ithaca")
+    text = ("a probe or a task with a text", bool(names.probes or names.with_text))
+    # Setting -> what reads it, and whether that is run.
+    readers = {
+        "lengths": has_lengths,
+        "beyond_context": has_lengths,
+        "data_path": ("a probe", bool(names.probes)),
+        "text_file": text,
+        "loss_tokens": loss,
+        "context_gain_cut": gain,
+        "context_gain_documents": gain,
+        "eval_passkey_depths": passkey,
+        "eval_passkey_trials": passkey,
+        "samples": ruler,
+        "ckpt_step": ours,
+        "attention_backend": ours,
+        "tokenizer_ids_from": ours,
+    }
+    usual = Arguments(load=arguments.load)
+    lines = []
+    for name, (reader, is_run) in readers.items():
+        value = getattr(arguments, name)
+        if not is_run and value != getattr(usual, name):
+            shown = " ".join(map(str, value)) if isinstance(value, list) else value
+            lines.append(f"{name} = {shown}: is without effect: it needs {reader}")
+    return lines
+
+
 # ---------------------------------------------------------------- with the model
 
 
@@ -151,6 +186,8 @@ def evaluate(arguments: Arguments, layout: Layout) -> None:
     """
     began = time.monotonic()
     names = _names(arguments)
+    for line in without_effect(arguments, names):
+        warn(line)
     lengths: list[int] = []
     facts: Record = {}
     if arguments.lm_eval_model == "hf":

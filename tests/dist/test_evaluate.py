@@ -16,6 +16,7 @@ from tools.evaluation.opened import OpenedModel
 from tools.evaluation.probe_data import encode_blend
 from tools.evaluation.probes import Probes, ProbeSettings
 from tools.evaluation.ruler_run import RulerRun
+from tools.evaluation.task_names import choose_tasks
 from tools.inference.open_model import OpenModel, open_model
 from tools.inference.scores import score_texts
 
@@ -154,6 +155,24 @@ def test_bad_input_is_refused_in_one_line(folder, monkeypatch, capsys, name):
     lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
     assert len(lines) == 1, lines
     assert lines[0].startswith(f"error: {message}"), lines
+
+
+def test_settings_that_nothing_reads_are_named():
+    def said(**settings) -> list[str]:
+        arguments = evaluate.Arguments(load="x", **settings)
+        names = choose_tasks(
+            arguments.tasks, has_documents=False, has_others=bool(arguments.lm_eval_tasks)
+        )
+        return [line.split(":")[0] for line in evaluate.without_effect(arguments, names)]
+
+    assert said() == []
+    given = dict(data_path=["a"], loss_tokens=5, samples=3, lengths=[64])
+    assert said(tasks=["vt"], **given) == ["data_path = a", "loss_tokens = 5"]
+    assert said(tasks=["loss"], **given) == ["samples = 3"]
+    of_harness = said(lm_eval_tasks=["x"], lm_eval_model="hf", ckpt_step=2, **given)
+    assert of_harness[0] == "lengths = 64"
+    assert of_harness[-1] == "ckpt_step = 2"
+    assert len(of_harness) == 5
 
 
 def test_without_a_tokenizer_the_tasks_that_need_one_are_refused(folder, capsys):
