@@ -84,7 +84,7 @@ class Attention(nn.Module):
         """Attend over each token's document: [t, D] -> [t, D].
 
         Args:
-            x_tD: normed; [t / tp, D] under Megatron-SP, as the result.
+            x_tD: [t, D], or [t / tp, D] under Megatron-SP, as the result.
             head_chunks: groups of query heads, a number out of parallel/ulysses.py: chunk_counts.
             tape: keeps the attention's results, or has them.
         """
@@ -92,7 +92,7 @@ class Attention(nn.Module):
         weights = self._projections()
         if positions.cache is not None and positions.cache.places is not None:
             o_tNH = self._attend_to_cache(x_tD, positions, positions.cache, weights)
-        elif head_chunks > 1:
+        elif head_chunks > 1 and positions.cache is None:  # a cache takes all heads at once
             rounds = head_rounds(self.split, head_chunks)
             o_tNH = attend_in_chunks(self.core, x_tD, positions, rounds, tape, weights)
         else:

@@ -9,6 +9,7 @@ import torch
 from model.attention_backends.choice import choose_attention
 from model.build import build_whole_model, parameter_shapes
 from model.config import ModelConfig
+from model.activation_memory.settings import MemorySettings
 from parallel.config import LayoutConfig
 from parallel.layout import Layout, World, build_layout, single_process_layout
 from tests.huggingface.model_folders import SHAPE, transformers_model, write_folder
@@ -163,6 +164,16 @@ def assert_cached_logits_are_right(model: OpenModel) -> None:
             each.added.append(int(logits.argmax()))
         x_bD = model.stage.hidden_of_next(found.argmax(dim=1), cache)
     assert compared == NEW_TOKENS * len(LENGTHS)
+
+
+def test_head_chunks_leave_no_part_of_the_cache_empty(tmp_path):
+    folder = write_folder(tmp_path / "hf", "llama")
+    expected = continued(str(folder), single_process_layout(CPU), Sampling())
+    model = open_model(str(folder), single_process_layout(CPU), precision="fp64")
+    model.stage.memory = MemorySettings(attention_head_chunks=2)
+    batch = continuations()
+    continue_batch(model, batch, Sampling())
+    assert [each.added for each in batch] == expected
 
 
 def test_a_layer_with_a_window_keeps_no_more_than_the_window(tmp_path):
