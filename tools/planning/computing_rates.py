@@ -3,7 +3,6 @@
 import torch
 
 from model.activation_memory.settings import MemorySettings
-from model.attention_backends.backend import Attend
 from model.attention_backends.choice import choose_attention
 from model.attention_backends.documents import PackedDocuments, pack_documents
 from model.gpt import GPTStage
@@ -40,7 +39,7 @@ class Computing(Clock):
     def attention(self, tokens: int) -> tuple[float, str]:
         """Measure the attention's forward and backward -> seconds, and the backend."""
         config = self.work.config
-        attend, chosen = self._choose_attention()
+        attend, chosen = choose_attention(self.work.attention_backend, self.device, self.dtype)
         q = self.random(tokens, config.num_attention_heads, config.head_size).requires_grad_()
         k = self.random(tokens, config.num_kv_heads, config.head_size).requires_grad_()
         v = self.random(tokens, config.num_kv_heads, config.head_size).requires_grad_()
@@ -53,11 +52,6 @@ class Computing(Clock):
 
         return self.seconds_of(step), chosen
 
-    def _choose_attention(self) -> tuple[Attend, str]:
-        work = self.work
-        needs = work.config.scoring_needs
-        return choose_attention(work.attention_backend, self.device, self.dtype, needs=needs)
-
     def _documents(self, tokens: int) -> list[PackedDocuments]:
         """Describe the documents, in one attention call."""
         bounds = torch.from_numpy(self.work.bounds(tokens))
@@ -65,7 +59,7 @@ class Computing(Clock):
 
     def make_stage(self) -> GPTStage:
         """Make some layers with small random weights."""
-        attend, _ = self._choose_attention()
+        attend, _ = choose_attention(self.work.attention_backend, self.device, self.dtype)
         layout = single_process_layout(self.device)
         stage = GPTStage(self.work.config, self.work.vocabulary_rows, layout, attend)
         stage = stage.to_empty(device=self.device).to(self.dtype)

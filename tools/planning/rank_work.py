@@ -46,7 +46,7 @@ class Work:
 
     @property
     def config(self) -> ModelConfig:
-        """The model whose layers run."""
+        """The model whose layers run: at the run's shapes, with Llama's parts."""
         return ModelConfig(
             num_layers=LAYERS,
             hidden_size=self.hidden_size,
