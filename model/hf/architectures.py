@@ -82,20 +82,20 @@ _COMMON = (
 # ---------------------------------------------------------------- settings of some
 
 
-_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 """transformers' names of activations -> activation_func. Of two names for one the first is
 written."""
 
 
 def _activation(key: str) -> Setting:
     """Pair the activation of the MLP's gate with its key."""
-    names = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
+    names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     return Setting(
         ours="activation_func",
         theirs=key,
-        read=lambda parsed: _ACTIVATIONS[getattr(parsed, key)],
+        read=lambda parsed: ACTIVATIONS[getattr(parsed, key)],
         write=lambda config: names[config.activation_func],
-        values=tuple(_ACTIVATIONS),
+        values=tuple(ACTIVATIONS),
     )
 
 

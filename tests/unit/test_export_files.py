@@ -21,6 +21,7 @@ from pretrain.checkpointing.stored_tensors import read_whole_tensors, tensor_nam
 from pretrain.config.config_yaml import dump_yaml, read_config_yaml
 from tests.huggingface import chat_folders as folders
 from tools.export_hf import Arguments, export
+from tools.huggingface.export_files import merge_config
 from tools.huggingface.model_card import read_front_matter
 from tools.import_hf import Arguments as ImportArguments
 from tools.import_hf import import_folder
@@ -118,6 +119,24 @@ def test_the_model_card_names_what_the_model_is_from(imported, tmp_path):
     assert "The weights of maker/model, not trained since; its model card is not repeated" in card
     export(Arguments(load=str(imported), output=str(tmp_path / "named"), base_model="my/start"))
     assert front_matter(tmp_path / "named")["base_model"] == "my/start"
+
+
+@pytest.mark.parametrize(
+    "theirs, ours, written, changes",
+    [
+        (
+            "silu",
+            "gelu_pytorch_tanh",
+            "gelu_pytorch_tanh",
+            ["hidden_act silu -> gelu_pytorch_tanh"],
+        ),
+        ("swish", "silu", "swish", []),
+    ],
+)
+def test_the_activation_is_the_trained_one(theirs, ours, written, changes):
+    trained = dict(hidden_act=ours, torch_dtype="float32")
+    source = dict(hidden_act=theirs, torch_dtype="float32")
+    assert merge_config(trained, source) == (source | {"hidden_act": written}, changes)
 
 
 @pytest.mark.parametrize("line", [b"date: 2024-13-45", b"license: \xff", b"a: b: c"], ids=str)

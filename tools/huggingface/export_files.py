@@ -13,6 +13,7 @@ from typing import Any
 
 from data.tokenizers.tokenizer import HUGGINGFACE_FILES, Tokenizer
 from model.config import ModelConfig
+from model.hf.architectures import ACTIVATIONS
 from model.rope import Rope
 from pretrain.checkpointing.model_files import CONFIG, GENERATION, LEGAL, MORE_TEMPLATES, TEMPLATE
 from tools.huggingface.config import interpret_config
@@ -25,10 +26,10 @@ _SOURCES_OWN = (
     "use_cache",
     "attention_dropout",
     "initializer_range",
-    "hidden_act",
-    "hidden_activation",
 )
 """Keys of config.json that training never changes: the source's value stays, or its silence."""
+_ACTIVATION_KEYS = ("hidden_act", "hidden_activation")
+"""Keys of the activation: the source's spelling stays while it means the same."""
 _ROPE_KEYS = (
     "rope_theta",
     "rope_scaling",
@@ -75,6 +76,8 @@ def merge_config(ours: dict[str, Any], source: dict[str, Any]) -> tuple[dict[str
         if name in _SOURCES_OWN:
             continue
         old = source.get(name)
+        if name in _ACTIVATION_KEYS and ACTIVATIONS.get(old) == ACTIVATIONS[value]:
+            continue
         if old is not None and old != value and name not in compared_by_meaning:
             changes.append(f"{name} {_spell(old)} -> {_spell(value)}")
         merged[name] = value
