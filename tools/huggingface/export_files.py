@@ -76,7 +76,7 @@ def merge_config(ours: dict[str, Any], source: dict[str, Any]) -> tuple[dict[str
         if name in _SOURCES_OWN:
             continue
         old = source.get(name)
-        if name in _ACTIVATION_KEYS and ACTIVATIONS.get(old) == ACTIVATIONS[value]:
+        if name in _ACTIVATION_KEYS and ACTIVATIONS.get(str(old)) == ACTIVATIONS[value]:
             continue
         if old is not None and old != value and name not in compared_by_meaning:
             changes.append(f"{name} {_spell(old)} -> {_spell(value)}")
