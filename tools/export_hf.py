@@ -85,6 +85,11 @@ def check_arguments(arguments: Arguments) -> None:
             f"verify_text = {arguments.verify_text}: has an effect with --verify only. "
             "Fix: add --verify."
         )
+    # Said now, and not once all weights are written.
+    if arguments.verify_text is not None and not Path(arguments.verify_text).is_file():
+        raise ValueError(
+            f"verify_text = {arguments.verify_text}: no such file. Fix: give a text file."
+        )
 
 
 def inputs_of_run(config: Config) -> list[Input]:

@@ -170,7 +170,7 @@ def test_bad_input_leaves_nothing(trained, tmp_path):
         (dict(load=run, output=str(tmp_path / "taken")), "exists already"),
         (dict(load=run, output=str(tmp_path / "out"), ckpt_step=9), "missing or not complete"),
         (
-            dict(load=run, output=str(tmp_path / "out"), verify=True, verify_text="x"),
+            dict(load=run, output=str(tmp_path / "out"), verify=True, verify_text=__file__),
             "has no tokenizer",
         ),
     ):

@@ -63,3 +63,10 @@ def test_an_import_that_was_not_trained_is_verified_without_a_text(tmp_path, cap
     said = capsys.readouterr().out
     assert ("on random tokens" in said) != has_tokenizer
     assert "fp64 logits" in said and "DIFFERENT" not in said
+
+
+def test_a_text_that_is_missing_is_said_before_anything_is_read(tmp_path, capsys):
+    missing = str(tmp_path / "text.txt")
+    words = ["--load", str(tmp_path / "run"), "--output", str(tmp_path / "out"), "--verify"]
+    assert export_hf.main([*words, "--verify-text", missing]) == 2
+    assert f"verify_text = {missing}: no such file. Fix: " in capsys.readouterr().err

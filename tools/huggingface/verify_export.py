@@ -114,11 +114,8 @@ def _encode_file(stored: StoredModel, text_file: str) -> np.ndarray:
         raise ValueError(
             f"verify_text = {text_file}: the checkpoint has no tokenizer. Fix: leave it out."
         )
-    path = Path(text_file)
-    if not path.is_file():
-        raise ValueError(f"verify_text = {text_file}: no such file. Fix: give a text file.")
     try:
-        ids = stored.tokenizer.encode(path.read_text(encoding="utf-8"))
+        ids = stored.tokenizer.encode(Path(text_file).read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(
             f"verify_text = {text_file}: is not text in UTF-8 ({error.reason}). "
