@@ -43,6 +43,8 @@ class Setting:
     """Values of the key that are built; by default all that transformers' class accepts."""
     is_above_zero: bool = False
     """The key must be a finite number above 0, or null where transformers accepts that."""
+    is_by_layer: bool = False
+    """The key must be a list with an item for each layer; transformers passes over further ones."""
 
     def our_value(self, parsed: Any) -> Any:
         """Read our setting from transformers' configuration object."""

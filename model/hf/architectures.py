@@ -10,6 +10,7 @@ import numpy as np
 
 from model.config import ModelConfig
 from model.hf.architecture import Architecture, Setting
+from model.layer_ropes import shortest_no_rope
 
 # ---------------------------------------------------------------- parameters of a layer
 
@@ -132,6 +133,12 @@ def _has_query_scalar(config: ModelConfig) -> bool:
 def _root_in_fp32(hidden_size: int) -> float:
     """Return the root of the width as transformers keeps it: in fp32."""
     return float(np.float32(math.sqrt(hidden_size)))
+
+
+def _layers_without_rope(parsed: Any) -> list[int]:
+    """Return which layers have no rope; of theirs 0 is such a layer, and of ours 1."""
+    has_rope = parsed.no_rope_layers[: parsed.num_hidden_layers]
+    return shortest_no_rope([int(not each) for each in has_rope])
 
 
 _USUAL = (*_COMMON, _activation("hidden_act"))
@@ -277,6 +284,25 @@ _ROWS = (
             _number("logits_scaling"),
         ),
         only={"attention_bias": (False,), "mlp_bias": (False,)},
+    ),
+    Architecture(
+        model_type="smollm3",
+        class_name="SmolLM3ForCausalLM",
+        layer_names=_LLAMA_LAYER,
+        fixed={},
+        settings=(
+            *_USUAL,
+            Setting(
+                ours="no_rope_freq",
+                theirs="no_rope_layers",
+                read=_layers_without_rope,
+                write=lambda config: [int(rope != "none") for rope in config.layer_ropes],
+                is_by_layer=True,
+            ),
+        ),
+        windows="switched",
+        only={"attention_bias": (False,), "mlp_bias": (False,)},
+        older=frozenset({"no_rope_layer_interval"}),
     ),
 )
 ARCHITECTURES = {row.model_type: row for row in _ROWS}

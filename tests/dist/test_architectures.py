@@ -119,6 +119,15 @@ CASES = {
         residual_multiplier=0.4,
         attention_multiplier=0.3,
     ),
+    "smollm3 tied gqa windows without rope padded": dict(
+        num_hidden_layers=4,
+        tie_word_embeddings=True,
+        num_key_value_heads=2,
+        no_rope_layers=[1, 0, 1, 0],
+        use_sliding_window=True,
+        sliding_window=6,
+        rope_parameters=PLAIN,
+    ),
 }
 """First word: model_type; `padded`: the import pads the embedding's rows."""
 

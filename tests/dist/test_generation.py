@@ -36,6 +36,7 @@ WINDOWS = {
     "mistral": {},
     "gemma3_text": {},
     "olmo3": {},
+    "smollm3": {},
     "qwen3": dict(
         num_hidden_layers=3,
         use_sliding_window=True,
@@ -43,7 +44,8 @@ WINDOWS = {
         max_window_layers=1,
     ),
 }
-"""Architectures, some of them with windows in some layers and with a rope of their own there."""
+"""Architectures, some of them with windows in some layers and with a rope of their own there
+or layers without one."""
 
 
 def prompts() -> list[list[int]]:

@@ -59,6 +59,23 @@ MODELS = {
         residual_multiplier=0.4,
         attention_multiplier=0.3,
     ),
+    "smollm3": dict(
+        num_hidden_layers=4,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+        tie_word_embeddings=False,
+        no_rope_layers=[1, 0, 0, 1],
+        use_sliding_window=True,
+        sliding_window=7,
+        layer_types=[
+            "full_attention",
+            "sliding_attention",
+            "full_attention",
+            "sliding_attention",
+        ],
+        rope_parameters=LINEAR,
+    ),
 }
 """model_type -> settings beside SHAPE: all ropes, tied and untied, head sizes of their own,
 windows."""

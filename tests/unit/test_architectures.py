@@ -115,6 +115,31 @@ def test_a_llama_2_folder_is_read():
 
 
 @pytest.mark.parametrize(
+    "changes, windows, ropes",
+    [
+        (dict(), (None,) * 4, ("main", "none") * 2),
+        (dict(no_rope_layer_interval=3), (None,) * 4, ("main", "main", "none", "main")),
+        # A list wins over the interval; what it has beyond the layers is nobody's.
+        (dict(no_rope_layers=[0, 5, 1, 1, 0]), (None,) * 4, ("none", "main", "main", "main")),
+        # Without layer_types the layers without rope have the window.
+        (dict(use_sliding_window=True), (None, 7) * 2, ("main", "none") * 2),
+        (dict(use_sliding_window=True, sliding_window=None), (None,) * 4, ("main", "none") * 2),
+    ],
+    ids=str,
+)
+def test_smollm_3_has_layers_without_rope_by_list_or_interval(changes, windows, ropes):
+    content = content_of(
+        "smollm3",
+        drop=("no_rope_layers", "layer_types"),
+        no_rope_layer_interval=2,
+        use_sliding_window=False,
+    )
+    config = model_of(content | changes)
+    assert config.windows == windows
+    assert config.layer_ropes == ropes
+
+
+@pytest.mark.parametrize(
     "kind, changes, message",
     [
         ("gemma3", dict(), "model_type = gemma3: not built here"),
@@ -147,6 +172,11 @@ def test_a_llama_2_folder_is_read():
             dict(sliding_window=None, layer_types=["sliding_attention"] * 2),
             "transformers' MistralForCausalLM has full_attention in all layers",
         ),
+        ("smollm3", dict(attention_bias=True), "attention_bias = True: only False"),
+        ("smollm3", dict(mlp_bias=True), "mlp_bias = True: only False"),
+        ("smollm3", dict(no_rope_layers=[1, 0]), "no_rope_layers = [1, 0]: must have an item for"),
+        ("smollm3", dict(use_sliding_window=False), "use_sliding_window = False: but layer_types"),
+        ("llama", dict(no_rope_layers=[1, 0]), "no_rope_layers = [1, 0]: only None"),
         ("llama", dict(embedding_multiplier=12.0), "embedding_multiplier = 12.0: only None"),
         ("llama", dict(final_logit_softcapping=30.0), "final_logit_softcapping = 30.0: only None"),
     ],
@@ -180,6 +210,9 @@ def llama_with(**settings) -> ModelConfig:
         (dict(softmax_scale=0.1), None, "granite"),
         (dict(activation_func="gelu_tanh"), None, "llama"),
         (dict(window_size=[7, 0]), None, "mistral"),
+        (dict(window_size=[7, 0], window_attn_skip_freq=[2]), None, "smollm3"),
+        (dict(no_rope_freq=[4]), None, "smollm3"),
+        (dict(), "smollm3", "smollm3"),
         (dict(window_size=[7, 0], window_attn_skip_freq=[2], qk_layernorm=True), None, "qwen3"),
         (
             dict(qk_layernorm=True, qk_layernorm_scope="all_heads", norm_placement="post"),
@@ -197,10 +230,13 @@ def test_an_export_takes_the_architecture_that_has_all_parts(settings, imported_
     "settings, named",
     [
         (dict(qk_layernorm=True, add_qkv_bias=True), "= True: Qwen"),
-        (dict(window_size=[7, 0], window_attn_skip_freq=[2]), "window_attn_skip_freq = [2]: Mist"),
+        (
+            dict(window_size=[7, 0], residual_multiplier=0.5, logits_scaling=2.0),
+            "window_size = [7, 0]: GraniteForCausalLM has no windows",
+        ),
         (dict(softmax_type="learnable"), "softmax_type = learnable: Llama"),
         (dict(norm_placement="post"), "norm_placement = post: Llama"),
-        (dict(no_rope_freq=[4]), "no_rope_freq = [4]: "),
+        (dict(no_rope_freq=[4], qk_layernorm=True), "no_rope_freq = [4]: Qwen3ForCausalLM has"),
         (
             dict(window_size=[7, 0], window_rotary_base=1e4),
             "window_rotary_base = 10000.0: MistralForCausalLM has one rotary embedding",

@@ -135,6 +135,8 @@ UNKNOWN = [
     "rope_local_base_freq",
     "use_bidirectional_attention",
     "cache_implementation",
+    "no_rope_layers",
+    "no_rope_layer_interval",
 ]
 KINDS = [*MODELS, "gemma3", "gpt2", "Llama", "", None, 3]
 ROPE_KEYS = [

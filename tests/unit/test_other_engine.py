@@ -2,8 +2,8 @@
 
 CTranslate2 (`pip install ctranslate2==4.8.5`, a wheel for CPUs; not among the requirements) reads
 folders by its own tables of names and settings. What it does not know is left out of the models
-here: soft caps on scores, yarn, windows of Qwen and Gemma 2, a prompt longer than a window, OLMo
-and Granite. Its llama3 scaling gives other text than transformers does.
+here: soft caps on scores, yarn, windows of Qwen and Gemma 2, a prompt longer than a window, OLMo,
+Granite and SmolLM3. Its llama3 scaling gives other text than transformers does.
 """
 
 from pathlib import Path

@@ -225,6 +225,11 @@ def _value_problems(parsed: Any, architecture: Architecture) -> list[str]:
             found.append(f"{setting.theirs} = {short(value)}: only {built} are built. {ANOTHER}")
         if setting.is_above_zero and value is not None and not _is_positive(value):
             found.append(f"{setting.theirs} = {value}: must be a finite number above 0. {CORRECT}")
+        if setting.is_by_layer and len(value or []) < parsed.num_hidden_layers:
+            found.append(
+                f"{setting.theirs} = {short(value)}: must have an item for each of the "
+                f"{parsed.num_hidden_layers} layers. {CORRECT}"
+            )
     return found
 
 
@@ -253,6 +258,12 @@ def _window_problems(parsed: Any, architecture: Architecture) -> list[str]:
             ]
     if SLIDING in kinds and window is None:
         return [f"sliding_window = null: layer_types has {SLIDING}, which needs it. {CORRECT}"]
+    is_on = architecture.windows != "switched" or parsed.use_sliding_window
+    if SLIDING in kinds and not is_on:
+        return [
+            f"use_sliding_window = {parsed.use_sliding_window}: but layer_types has {SLIDING}; of "
+            f"transformers' attention kernels some follow the one, some the other. {CORRECT}"
+        ]
     if window is not None and not (type(window) is int and 1 <= window <= LARGEST_SIZE):
         return [
             f"sliding_window = {short(window)}: must be a whole number from 1 to {LARGEST_SIZE}. "
