@@ -101,6 +101,12 @@ def test_a_text_without_spaces_fills_a_length_too():
     assert abs(place - sample.depths[0]) < 0.1
 
 
+def test_a_text_without_sentences_hides_needles_at_their_depth_too():
+    sample = sample_of("niah_single_2", text="a list of words " * 50)
+    place = sample.prompt.index(sample.answers[0]) / len(sample.prompt)
+    assert abs(place - sample.depths[0]) < 0.1, (place, sample.depths)
+
+
 def test_samples_follow_from_the_seed_and_ask_the_same_at_every_length():
     one = sample_of("niah_multiquery")
     assert sample_of("niah_multiquery") == one

@@ -13,6 +13,8 @@ from tools.evaluation.ruler_texts import NOISE
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])\s*")
 _UNIT = re.compile(r" [^ ]{1,16}|[^ ]{1,16}")
 """A word with the space before it; of a long one, or of a script without spaces, some letters."""
+MOST_WORDS = 200
+"""Words of a sentence on average; a text with longer ones has none, like code or a list."""
 
 
 class Hidden(NamedTuple):
@@ -48,7 +50,7 @@ def noise() -> Lines:
 class Words:
     """A haystack of a text's words, from its beginning, again and again where it is short.
 
-    Pieces are hidden between its sentences.
+    Pieces are hidden between its sentences, in a text without any between its words.
     """
 
     def __init__(self, text: str):
@@ -57,7 +59,10 @@ class Words:
     def write(self, units: int, hidden: Sequence[Hidden]) -> str:
         rounds = -(-units // len(self.units))
         text = "".join((self.units * rounds)[:units]).strip()
-        return " ".join(_hide(_SENTENCE_END.split(text), hidden))
+        pieces = _SENTENCE_END.split(text)
+        if len(pieces) * MOST_WORDS < units:
+            pieces = text.split(" ")
+        return " ".join(_hide(pieces, hidden))
 
 
 def _hide(pieces: list[str], hidden: Sequence[Hidden]) -> list[str]:
