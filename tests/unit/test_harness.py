@@ -11,10 +11,11 @@ import torch
 from parallel.layout import single_process_layout
 from tests.huggingface.chat_folders import FOX, write_model, write_tokenizer
 from tools.evaluation import harness
-from tools.evaluation.harness_model import make_harness_model
+from tools.evaluation.harness_model import Answers, make_harness_model
 from tools.evaluation.harness_tasks import questions
 from tools.evaluation.opened import OpenedModel
 from tools.inference.open_model import open_model
+from tools.inference.scores import TextScores
 
 needs_harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm_eval")
 CONTEXT = 96
@@ -129,3 +130,23 @@ def test_sums_have_one_right_choice():
         total = questions.NUMBERS.index(first) + questions.NUMBERS.index(second)
         assert question["choices"][question["label"]] == questions.NUMBERS[total]
         assert len(set(question["choices"])) == questions.CHOICES
+
+
+class MinusOne:
+    """Finds every token as likely."""
+
+    context_length = 10
+    batch_tokens = 100
+
+    def score(self, texts):
+        return [
+            TextScores(torch.full((len(text) - 1,), -1.0), torch.zeros(len(text) - 1).bool())
+            for text in texts
+        ]
+
+
+def test_only_the_tokens_of_the_continuation_count():
+    """None of an empty one."""
+    requests = [(None, [1, 2, 3], []), (None, [1], [2, 3])]
+    found = Answers(MinusOne())._loglikelihood_tokens(requests)
+    assert found == [(0.0, True), (-2.0, False)]

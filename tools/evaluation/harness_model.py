@@ -76,9 +76,9 @@ class Answers:
         for numbers in _batches(texts, self.model.batch_tokens):
             scores = self.model.score([texts[number] for number in numbers])
             for number, score in zip(numbers, scores, strict=True):
-                count = len(requests[number][2])
-                total = score.log_probabilities[-count:].double().sum()
-                found[number] = float(total), bool(score.are_likeliest[-count:].all())
+                begin = max(0, len(score.are_likeliest) - len(requests[number][2]))
+                total = score.log_probabilities[begin:].double().sum()
+                found[number] = float(total), bool(score.are_likeliest[begin:].all())
         return found
 
     def loglikelihood_rolling(
