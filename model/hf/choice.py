@@ -42,6 +42,8 @@ def misfits(row: Architecture, config: ModelConfig) -> list[str]:
     fixed = row.fixed_settings(config.hidden_size)
     if not config.qk_layernorm:
         fixed = fixed | {"qk_layernorm_scope": config.qk_layernorm_scope}  # without effect
+    if config.softmax_scale == config.head_size**-0.5:
+        fixed = fixed | {"softmax_scale": config.softmax_scale}  # the usual one, written out
     carried = {setting.ours: setting for setting in row.settings}
     found = []
     for item in fields(ModelConfig):

@@ -226,6 +226,11 @@ def test_an_export_takes_the_architecture_that_has_all_parts(settings, imported_
     assert architecture_of(llama_with(**settings), imported_as).model_type == expected
 
 
+def test_the_usual_scale_written_out_is_still_llama():
+    head_size = llama_with().head_size
+    assert architecture_of(llama_with(softmax_scale=head_size**-0.5)).model_type == "llama"
+
+
 @pytest.mark.parametrize(
     "settings, named",
     [

@@ -210,6 +210,10 @@ def test_a_process_that_fails_ends_the_others(tmp_path, quick, monkeypatch, caps
             ["--attn-logit-softcapping", "50"],
             "attn_logit_softcapping = 50.0: attention with capped scores is not measured yet",
         ),
+        (
+            ["--softmax-type", "learnable"],
+            "softmax_type = learnable: attention with sinks is not measured yet",
+        ),
         (["--verify"], "verify = True: cannot be combined with calibrate"),
         (["--hardware", "h100"], "hardware = h100: cannot be combined with calibrate"),
         (

@@ -331,6 +331,11 @@ def calibrate(path: Path, estimate: PhaseEstimate) -> str:
             f"attn_logit_softcapping = {estimate.config.model.attn_logit_softcapping}: attention "
             "with capped scores is not measured yet. Fix: calibrate without it."
         )
+    if estimate.config.model.has_sinks:
+        raise ValueError(
+            "softmax_type = learnable: attention with sinks is not measured yet. Fix: calibrate "
+            "without it."
+        )
     base = base_here()
     count = estimate.world_size
     if not base.is_cpu and count > torch.cuda.device_count():
