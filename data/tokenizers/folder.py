@@ -125,8 +125,11 @@ class HuggingFace:
     @property
     def prefix_id(self) -> int | None:
         """Id that transformers puts before every text; None = it puts none there."""
-        added = self._made.encode("", add_special_tokens=True)
-        return added[0] if added else None
+        text = "a"
+        plain = self._made.encode(text, add_special_tokens=False)
+        whole = self._made.encode(text, add_special_tokens=True)
+        # Some put an id behind a text only.
+        return None if whole[:1] == plain[:1] else whole[0]
 
     def _id_of(self, token: str | None) -> int | None:
         """Find the id of a token; None where there is none."""

@@ -4,9 +4,12 @@ import json
 import shutil
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from data.tokenizers.identity import same_tokenizer
 from data.tokenizers.tokenizer import build_tokenizer
+from tests.huggingface.chat_folders import write_tokenizer
 from tests.unit.test_tokenizer_doors import LLAMA3, byte_level, sentencepiece_model
 
 TEXT = "def f(self) e\u0301"
@@ -216,3 +219,15 @@ def test_a_choice_without_effect_is_refused(tmp_path):
     (tmp_path / "t" / "tokenizer.json").rename(tmp_path / "t" / "vocab.json")
     with pytest.raises(ValueError, match="tokenizer"):
         build(tmp_path / "t", "tokenizer.json")
+
+
+@pytest.mark.parametrize("template, prefix", [("{0} $A", 2), ("$A {0}", None), ("{0} $A {0}", 2)])
+def test_only_an_id_before_a_text_is_its_prefix(tmp_path, template, prefix):
+    path = write_tokenizer(tmp_path) / "tokenizer.json"
+    backend = Tokenizer.from_file(str(path))
+    text = backend.id_to_token(2)
+    backend.post_processor = TemplateProcessing(
+        single=template.format(text), special_tokens=[(text, 2)]
+    )
+    backend.save(str(path))
+    assert build(tmp_path).prefix_id == prefix
