@@ -98,6 +98,9 @@ class Arguments(ProcessArguments):
     tokenizer_ids_from: IdsFrom | None = None
     """Which definition of a Hugging Face folder's tokenizer gives the ids; needed where they
     differ."""
+    prepend_bos: bool | None = None
+    """--prepend-bos or --no-prepend-bos: begin each text with the tokenizer's token for that. By
+    default as the tokenizer of a Hugging Face folder does; not for a run that began here."""
 
 
 def _names(arguments: Arguments) -> TaskNames:
@@ -200,6 +203,7 @@ def evaluate(arguments: Arguments, layout: Layout) -> None:
             precision=arguments.dtype,
             attention_backend=arguments.attention_backend,
             ids_from=arguments.tokenizer_ids_from,
+            prepend_bos=arguments.prepend_bos,
         )
         for note in model.notes:
             print(note, flush=True)

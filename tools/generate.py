@@ -78,6 +78,9 @@ class Arguments(ProcessArguments):
     tokenizer_ids_from: IdsFrom | None = None
     """Which definition of a Hugging Face folder's tokenizer gives the ids; needed where they
     differ."""
+    prepend_bos: bool | None = None
+    """--prepend-bos or --no-prepend-bos: begin each text with the tokenizer's token for that. By
+    default as the tokenizer of a Hugging Face folder does; not for a run that began here."""
 
 
 def check_arguments(arguments: Arguments) -> None:
@@ -136,6 +139,7 @@ def generate(arguments: Arguments, layout: Layout) -> None:
         precision=arguments.dtype,
         attention_backend=arguments.attention_backend,
         ids_from=arguments.tokenizer_ids_from,
+        prepend_bos=arguments.prepend_bos,
     )
     for line in model.notes:
         note(line)
@@ -242,16 +246,23 @@ def _stream(
     def on_token(each: Continuation) -> None:
         write(text.add(each.added[-1:], is_last=each.is_finished))
 
-    write(text.add(continuation.prompt, is_last=continuation.is_finished))
+    write(text.add(_words_of(model, continuation.prompt), is_last=continuation.is_finished))
     continue_batch(model, [continuation], sampling, stop_ids=stop_ids, on_token=on_token)
     write("\n")
+
+
+def _words_of(model: OpenModel, prompt: list[int]) -> list[int]:
+    """Return a prompt's ids without those that every text begins with."""
+    begin = len(model.first_ids)
+    return prompt[begin:] if tuple(prompt[:begin]) == model.first_ids else prompt
 
 
 def _record(model: OpenModel, each: Continuation) -> dict:
     """Describe a finished prompt, for a JSON line."""
     tokenizer = tokenizer_of(model)
-    whole = tokenizer.decode(each.prompt + each.added)
-    prompt = tokenizer.decode(each.prompt)
+    words = _words_of(model, each.prompt)
+    whole = tokenizer.decode(words + each.added)
+    prompt = tokenizer.decode(words)
     return {
         "prompt": prompt,
         "continuation": whole[len(prompt) :] if whole.startswith(prompt) else whole,

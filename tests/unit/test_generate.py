@@ -80,6 +80,45 @@ def test_greedy_is_transformers_own(chat_model, capsys):
     assert max(lengths) == 40, lengths
 
 
+def put_before_texts(folder, token: str) -> None:
+    """Let the folder's tokenizer put a token before every text, as Gemma's does."""
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    number = next(each["id"] for each in content["added_tokens"] if each["content"] == token)
+    special = {"SpecialToken": {"id": token, "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [special, first],
+        "pair": [special, first, second],
+        "special_tokens": {token: {"id": token, "ids": [number], "tokens": [token]}},
+    }
+    path.write_text(json.dumps(content))
+
+
+def test_a_text_begins_as_the_folders_tokenizer_has_it(chat_copy, capsys):
+    from transformers import AutoTokenizer
+
+    put_before_texts(chat_copy, "<|im_start|>")
+    tokenizer = AutoTokenizer.from_pretrained(chat_copy)
+    ids = tokenizer.encode("the quick")
+    assert tokenizer.decode(ids[:1]) == "<|im_start|>"
+    begun = tokenizer.decode(greedy_of_transformers(chat_copy, ids, 12)[1:])
+    plain = tokenizer.decode(greedy_of_transformers(chat_copy, ids[1:], 12))
+    assert begun != plain
+    words = ("--prompt", "the quick", "--max-new-tokens", 12, *GREEDY)
+    assert continued(capsys, chat_copy, *words) == begun
+    assert continued(capsys, chat_copy, *words, "--no-prepend-bos") == plain
+    # No second one where the prompt has it.
+    written = ("--prompt", "<|im_start|>the quick", "--max-new-tokens", 12, *GREEDY)
+    assert continued(capsys, chat_copy, *written) == begun
+    # An import goes on to be that model.
+    code, save = run_import(chat_copy, "--no-verify")
+    assert code == 0 and continued(capsys, save, *words) == begun
+    code, _, err = answer(capsys, "--load", chat_copy, *words)
+    assert code == 0 and "texts begin with id 1 (--no-prepend-bos: they do not)" in err
+
+
 def test_each_id_of_a_list_stops(chat_copy, capsys):
     """The first token that greedy generation gives is made a stop id, alone and in a list."""
     from transformers import AutoTokenizer

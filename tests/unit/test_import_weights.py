@@ -237,12 +237,14 @@ def test_nan_and_infinity_are_named_with_their_count(folder, capsys):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_floating_point_dtypes_are_read(folder, dtype):
+def test_floating_point_dtypes_are_read(folder, capsys, dtype):
     def convert(tensors):
         tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()})
 
     change_weights(folder, convert)
     assert_same_model(folder)
+    is_rounded = "of F64 are rounded to fp32" in capsys.readouterr().err
+    assert is_rounded == (dtype == torch.float64)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])

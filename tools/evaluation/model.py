@@ -30,7 +30,7 @@ class LanguageModel(Protocol):
     batch_tokens: int
     """Tokens of prompts or texts that are given together, but for a single longer one."""
     first_ids: list[int]
-    """What a prompt begins with: the id that the tokenizer puts before a text, or nothing."""
+    """Ids that a prompt begins with, before those of its words."""
 
     @property
     def tokenizer(self) -> Tokenizer: ...

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 
-from data.tokenizers.folder import HuggingFace
 from data.tokenizers.tokenizer import Tokenizer
 from data.units import show_bytes
 from parallel.layout import free_memory
@@ -19,9 +18,7 @@ class OpenedModel:
         self.model = model
         self.batch_tokens = batch_tokens
         self.context_length = model.context_length
-        tokenizer = model.tokenizer
-        prefix = tokenizer.prefix_id if isinstance(tokenizer, HuggingFace) else None
-        self.first_ids = [] if prefix is None else [prefix]
+        self.first_ids = list(model.first_ids)
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -6,7 +6,7 @@ from model.build import parameter_shapes
 from model.config import ModelConfig
 from model.hf.architecture import VOCABULARY_ROWS, Architecture
 from tools.huggingface.config import FolderConfig
-from tools.huggingface.weights import EMBEDDING, OUTPUT, Entry, Weights
+from tools.huggingface.weights import EMBEDDING, OUTPUT, Entry, Weights, first_few
 
 _AGAIN = "Fix: download the folder again."
 
@@ -83,9 +83,8 @@ def check_fit(
             if name in entries and entries[name].shape != shape
         ]
     if problems:
-        raise ValueError(
-            f"the weights do not fit config.json: {'; '.join(sorted(problems)[:4])}. {_AGAIN}"
-        )
+        named = "; ".join(first_few(sorted(problems)))
+        raise ValueError(f"the weights do not fit config.json: {named}. {_AGAIN}")
 
 
 def _misfit(entry: Entry, shape: tuple[int, ...]) -> str:

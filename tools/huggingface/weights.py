@@ -6,7 +6,7 @@ model.safetensors.index.json names. Nothing is read beside that, and what is lef
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +43,8 @@ COMPARED_ROWS = 4096
 EMBEDDING = "embedding.weight"
 OUTPUT = "output.weight"
 _AGAIN = "Fix: download the folder again."
+SHOWN = 4
+"""Problems of one kind that are said; the others are counted."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Entry:
     name: str
     """Its name in the file."""
     shape: tuple[int, ...]
+    dtype: str
+    """As safetensors names it: F32."""
 
 
 @dataclass(frozen=True)
@@ -160,16 +164,28 @@ def open_weights(folder: Path, architecture: Architecture) -> Weights:
     if absent and not problems:
         problems = [
             f"{located[name]}: tensor {name} is not in it, but the index says so. {_AGAIN}"
-            for name in absent[:4]
+            for name in absent
         ]
     if problems:
-        raise ValueError("\n".join(problems[:4]))
+        raise ValueError("\n".join(first_few(problems)))
+    doubles = sum(entry.dtype == "F64" for entry in entries.values())
+    if doubles:
+        warnings.append(
+            f"{folder}: {count_of(doubles, 'tensor')} of F64 are rounded to fp32, in which a "
+            "checkpoint keeps weights"
+        )
     if buffers:
         warnings.append(
             f"{folder}: {count_of(buffers, 'buffer')} (rotary_emb.inv_freq and the like) are "
             "computed by the model; not read"
         )
     return Weights(entries, warnings)
+
+
+def first_few(problems: Sequence[str]) -> list[str]:
+    """Return some of many problems, and how many more there are."""
+    shown = list(problems[:SHOWN])
+    return shown + ([f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else [])
 
 
 def _take(
@@ -193,7 +209,7 @@ def _take(
         return [f"{file}: tensor {name}: our model has no such part. Fix: another model."]
     if ours in entries:
         return [f"{file}: tensors {entries[ours].name} and {name} are the same part. {_AGAIN}"]
-    entries[ours] = Entry(file, name, tuple(tensor.get_shape()))
+    entries[ours] = Entry(file, name, tuple(tensor.get_shape()), tensor.get_dtype())
     return []
 
 

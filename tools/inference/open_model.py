@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from data.tokenizers.folder import IdsFrom, tokenizer_files
+from data.tokenizers.folder import HuggingFace, IdsFrom, tokenizer_files
 from data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from model.attention_backends.choice import choose_attention
 from model.build import check_layout
@@ -59,6 +59,8 @@ class OpenModel:
     """Longest context that the source declares, or was trained on."""
     tokenizer: Tokenizer | None
     """None where the source has none: texts are then token ids."""
+    first_ids: tuple[int, ...]
+    """Ids that a text begins with, before those of its words."""
     generation: GenerationSettings
     """Ids that end a text, and what the source says of sampling."""
     dtype: torch.dtype
@@ -104,6 +106,7 @@ def open_model(
     precision: Precision = "auto",
     attention_backend: str = "auto",
     ids_from: IdsFrom | None = None,
+    prepend_bos: bool | None = None,
 ) -> OpenModel:
     """Open a run's checkpoint or a Hugging Face folder; every process of the layout calls it.
 
@@ -113,6 +116,9 @@ def open_model(
         precision: dtype of weights and products; auto = the source's, and fp32 on a CPU without
             units for bf16.
         ids_from: which definition of a Hugging Face tokenizer gives the ids.
+        prepend_bos: do texts begin with a token of their own? None = as the tokenizer has it, where
+            the model is from a Hugging Face folder; the data of a run that began here has none
+            unless it was prepared so.
 
     Raises:
         ValueError: nothing that can be opened, or a layout that the model cannot have.
@@ -145,17 +151,45 @@ def open_model(
     _fill(stage, model, source, dtype)
     tokenizer = _build_tokenizer(source.tokenizer)
     eod = tokenizer.eod if tokenizer is not None else None
+    if prepend_bos is None and source.generation is None:
+        prepend_bos = False
+    first_ids = _first_ids(tokenizer, prepend_bos)
+    notes = [*source.notes, line]
+    if first_ids:
+        notes.append(f"texts begin with id {first_ids[0]} (--no-prepend-bos: they do not)")
     return OpenModel(
         stage=stage.eval(),
         config=model,
         vocab_size=source.vocab_size,
         context_length=source.context_length,
         tokenizer=tokenizer,
+        first_ids=first_ids,
         generation=read_generation_settings(source.generation, eod, tokenizer),
         dtype=dtype,
         source=source.folder,
-        notes=(*source.notes, line),
+        notes=tuple(notes),
     )
+
+
+def _first_ids(tokenizer: Tokenizer | None, prepend_bos: bool | None) -> tuple[int, ...]:
+    """Return the ids that a text begins with.
+
+    Args:
+        prepend_bos: None = what the tokenizer puts there by itself.
+
+    Raises:
+        ValueError: it is asked for, and there is no such id.
+    """
+    if tokenizer is None or prepend_bos is False:
+        return ()
+    found = tokenizer.prefix_id if isinstance(tokenizer, HuggingFace) else None
+    if found is None and prepend_bos:
+        found = tokenizer.bos
+    if found is None and prepend_bos:
+        raise ValueError(
+            "prepend_bos = True: the tokenizer has no beginning-of-sequence token. Fix: remove it."
+        )
+    return () if found is None else (found,)
 
 
 def _choose_dtype(precision: Precision, stored: torch.dtype, device: torch.device) -> torch.dtype:

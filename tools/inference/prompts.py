@@ -101,6 +101,10 @@ def encode_prompt(prompt: Prompt, model: OpenModel) -> list[int]:
     ids = list(prompt.ids)
     if prompt.text is not None:
         ids = tokenizer_of(model).encode(prompt.text)
+        begin = list(model.first_ids)
+        # A text that has the token already gets no second one.
+        if ids[: len(begin)] != begin:
+            ids = [*begin, *ids]
     first = model.generation.first_id
     if not ids and first is not None and first < model.vocab_size:
         return [first]
