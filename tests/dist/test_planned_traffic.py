@@ -1,5 +1,7 @@
 """What a plan says of groups and bytes, against what the processes of a layout really do."""
 
+from dataclasses import replace
+
 import pytest
 
 from model.activation_memory.settings import MemorySettings
@@ -97,6 +99,17 @@ def test_the_plan_counts_what_the_processes_send(pool, name):
     if "pp" in axes:
         check_pipeline(case, calls, plan)
     check_sharding(case, calls, axes["dp_cp"], plan)
+
+
+@pytest.mark.parametrize("name", ["cp2", pytest.param("cp4 two levels", marks=pytest.mark.long)])
+def test_a_window_changes_nothing_that_is_sent(pool, name):
+    plain = CASES[name] if name in CASES else Case(cp=2)
+    windowed = replace(plain, model=dict(window_size=[2, 0]))
+    expected = pool.run(recorded, plain.world_size, plain)
+    found = pool.run(recorded, windowed.world_size, windowed)
+    for (_, calls), (_, calls_of_plain) in zip(found, expected, strict=True):
+        assert any(call.operation.startswith("alltoall") for call in calls)
+        assert calls == calls_of_plain
 
 
 def check_tensor(case: Case, calls, ranks, plan) -> None:
