@@ -508,7 +508,7 @@ MUTATIONS = {
     "padded rows of the vocabulary take part in the softmax (Megatron-Bridge#5375)": Mutation(
         "model.gpt",
         "LossSettings",
-        lambda original: lambda tp, vocab_size, chunk_tokens: original(tp, 1 << 30, chunk_tokens),
+        lambda original: lambda tp, _vocab_size, *others: original(tp, 1 << 30, *others),
         Case(tp=2),
     ),
     "the last tokens of an MLP in tiles dropped (TransformerEngine#1930)": Mutation(

@@ -22,6 +22,9 @@ ALLOWED = {
     "model/attention_backends/documents.py: _on_device: from_numpy": (
         "found on the host; sent on in the same line"
     ),
+    "pretrain/checkpointing/late_tensors.py: lookup_object: frombuffer": (
+        "pages of the host's memory, on their way to a file"
+    ),
     "pretrain/checkpointing/state_copy.py: _address: frombuffer": "only asked for its address",
     "pretrain/checkpointing/state_copy.py: _lay_out: frombuffer": (
         "the copy of the state is in the host's memory on purpose"

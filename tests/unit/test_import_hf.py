@@ -372,9 +372,19 @@ def test_the_same_folder_is_not_imported_twice(folder, capsys):
     assert "holds a checkpoint already" in capsys.readouterr().err
 
 
+def test_an_import_that_was_killed_before_a_file_named_it_is_made_again(folder):
+    _, save = run(folder)
+    (save / LATEST).unlink()
+    assert run(folder)[0] == 0
+    assert (save / LATEST).is_file()
+
+
 def test_a_checkpoint_that_no_file_names_is_not_replaced(folder, capsys):
     _, save = run(folder)
     (save / LATEST).unlink()
+    # A run's own checkpoint, not one that an import left.
+    progress = save / "iter_0000000" / "progress.json"
+    progress.write_text(progress.read_text().replace('"imported"', '"base"'))
     before = (save / "iter_0000000" / "config.yaml").stat().st_ino
     assert run(folder)[0] == 2
     assert "holds a checkpoint already" in capsys.readouterr().err
