@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from data.files import write_atomically
-from data.tokenizers.folder import IdsFrom
 from parallel.layout import Layout, choose_device
 from pretrain.config.token_count import Tokens
 from tools.evaluation.check_arguments import check_model, check_numbers, check_sources
@@ -32,8 +31,8 @@ from tools.evaluation.probes import Probes, ProbeSettings
 from tools.evaluation.ruler_run import RulerRun
 from tools.evaluation.tables import describe_record, harness_table, results_table
 from tools.evaluation.task_names import TaskNames, choose_tasks
-from tools.inference.open_model import DTYPES, OpenModel, Precision, open_model
-from tools.inference.processes import ProcessArguments, run_door_on_processes
+from tools.inference.open_model import DTYPES, ModelArguments, OpenModel, open_model
+from tools.inference.processes import run_door_on_processes
 from tools.outputs.files import Input, check_file
 from tools.shared.door import warn
 
@@ -43,7 +42,7 @@ Record = dict[str, Any]
 
 
 @dataclass(kw_only=True)
-class Arguments(ProcessArguments):
+class Arguments(ModelArguments):
     load: str
     """The --save folder of a run, or a Hugging Face folder."""
     ckpt_step: int | None = None
@@ -91,16 +90,6 @@ class Arguments(ProcessArguments):
     """JSON file for all results, with every answer."""
     batch_tokens: Tokens = 32768
     """Tokens of prompts and texts that are read together, but for a single longer one."""
-    dtype: Precision = "auto"
-    """Of weights and products; auto = the source's, and fp32 on a CPU without units for bf16."""
-    attention_backend: str = "auto"
-    """Kernel that reads the prompts, as in training."""
-    tokenizer_ids_from: IdsFrom | None = None
-    """Which definition of a Hugging Face folder's tokenizer gives the ids; needed where they
-    differ."""
-    prepend_bos: bool | None = None
-    """--prepend-bos or --no-prepend-bos: begin each text with the tokenizer's token for that. By
-    default as the tokenizer of a Hugging Face folder does; not for a run that began here."""
 
 
 def _names(arguments: Arguments) -> TaskNames:

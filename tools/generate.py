@@ -14,13 +14,12 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.tokenizers.folder import IdsFrom
 from data.units import show_bytes
 from parallel.layout import Layout
 from tools.inference.decoding import Continuation, batches, check_memory, continue_batch
 from tools.inference.generation_settings import GenerationSettings
-from tools.inference.open_model import OpenModel, Precision, open_model
-from tools.inference.processes import ProcessArguments, run_door_on_processes, tell_all
+from tools.inference.open_model import ModelArguments, OpenModel, open_model
+from tools.inference.processes import run_door_on_processes, tell_all
 from tools.inference.prompts import (
     STDIN,
     Prompt,
@@ -40,7 +39,7 @@ USUAL_TEMPERATURE = 0.8
 
 
 @dataclass(kw_only=True)
-class Arguments(ProcessArguments):
+class Arguments(ModelArguments):
     load: str
     """The --save folder of a run, or a Hugging Face folder."""
     ckpt_step: int | None = None
@@ -71,16 +70,6 @@ class Arguments(ProcessArguments):
     """Prompts that are continued at once."""
     json: bool = False
     """Print JSON lines for a single prompt, too."""
-    dtype: Precision = "auto"
-    """Of weights and products; auto = the source's, and fp32 on a CPU without units for bf16."""
-    attention_backend: str = "auto"
-    """Kernel that reads the prompts, as in training."""
-    tokenizer_ids_from: IdsFrom | None = None
-    """Which definition of a Hugging Face folder's tokenizer gives the ids; needed where they
-    differ."""
-    prepend_bos: bool | None = None
-    """--prepend-bos or --no-prepend-bos: begin each text with the tokenizer's token for that. By
-    default as the tokenizer of a Hugging Face folder does; not for a run that began here."""
 
 
 def check_arguments(arguments: Arguments) -> None:

@@ -75,7 +75,7 @@ def test_a_checkpoint_and_its_hugging_face_folder_have_the_same_results(folder, 
 
 
 def test_the_loss_is_that_of_the_scored_tokens(folder):
-    """Of one document that is one sample, with texts scored by other means."""
+    """One document is one sample, whose tokens are scored by other means."""
     model = opened(str(folder / "hf"), single_process_layout(torch.device("cpu")))
     blend = encode_blend([folder / "fox.txt"], 1, model.tokenizer)
     ids = model.tokenizer.encode((folder / "fox.txt").read_text())

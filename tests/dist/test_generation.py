@@ -140,6 +140,7 @@ def test_logits_of_every_step_are_right_with_other_parts(parts):
         vocab_size=vocabulary,
         context_length=96,
         tokenizer=None,
+        first_ids=(),
         generation=GenerationSettings(),
         dtype=torch.float64,
         source=Path(),

@@ -73,7 +73,9 @@ def swap_gate_and_up(folder: Path) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         for name in [name for name in tensors if "gate_proj" in name]:
             up = name.replace("gate_proj", "up_proj")
-            tensors[name], tensors[up] = tensors[up], tensors[name]
+            gate = tensors[name]
+            tensors[name] = tensors[up]
+            tensors[up] = gate
 
     change_weights(folder, change)
 

@@ -32,7 +32,7 @@ class Continuation:
     """Holds one prompt and what was added to it."""
 
     number: int
-    """Of the prompt, in the order given: draws depend on it."""
+    """Number of the prompt, in the order given: draws depend on it."""
     prompt: list[int]
     limit: int
     """Tokens to add at most."""

@@ -35,6 +35,7 @@ from tools.huggingface.fit import check_fit, settle_tie
 from tools.huggingface.stored_model import StoredModel, open_stored_model, stored_tokenizer
 from tools.huggingface.weights import Weights, open_weights
 from tools.inference.generation_settings import GenerationSettings, read_generation_settings
+from tools.inference.processes import ProcessArguments
 
 Precision = Literal["auto", "fp64", "fp32", "bf16", "fp16"]
 DTYPES: dict[str, torch.dtype] = {
@@ -96,6 +97,22 @@ class _Source:
     generation: Path | None
     """The Hugging Face folder that holds generation settings; None where there is none."""
     notes: list[str]
+
+
+@dataclass(kw_only=True)
+class ModelArguments(ProcessArguments):
+    """Holds how a model is opened: settings of every command that runs one."""
+
+    dtype: Precision = "auto"
+    """Type to compute in; auto = the source's, and fp32 on a CPU without units for bf16."""
+    attention_backend: str = "auto"
+    """Kernel that reads the prompts, as in training."""
+    tokenizer_ids_from: IdsFrom | None = None
+    """Which definition of a Hugging Face folder's tokenizer gives the ids; needed where they
+    differ."""
+    prepend_bos: bool | None = None
+    """--prepend-bos or --no-prepend-bos: begin each text with the tokenizer's token for that. By
+    default as the tokenizer of a Hugging Face folder does; not for a run that began here."""
 
 
 def open_model(
