@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.huggingface.imports import assert_same_model, refusal
+from tests.huggingface.imports import assert_same_model, refusal, run
 from tests.huggingface.model_folders import SHAPE, change_config, change_weights, write_folder
 from tools.huggingface.weights import INDEX, SINGLE
 
@@ -223,6 +223,17 @@ def test_a_part_that_is_not_built_is_named(folder, capsys):
     assert "tensor model.layers.0.mlp.gate_proj.bias: our model has no such part" in refusal(
         folder, capsys
     )
+
+
+def test_of_many_problems_some_are_said_and_the_others_counted(folder, capsys):
+    strangers = {f"model.layers.0.stranger{i}": torch.ones(2) for i in range(6)}
+    change_weights(folder, lambda tensors: tensors.update(strangers))
+    capsys.readouterr()
+    assert run(folder)[0] == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "stranger" in line]
+    assert len(lines) == 4 and all(" Fix: " in line for line in lines)
+    assert lines[-1].endswith("(and 2 more)")
+    assert not any("more)" in line for line in lines[:-1])
 
 
 def test_nan_and_infinity_are_named_with_their_count(folder, capsys):

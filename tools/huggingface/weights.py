@@ -183,9 +183,12 @@ def open_weights(folder: Path, architecture: Architecture) -> Weights:
 
 
 def first_few(problems: Sequence[str]) -> list[str]:
-    """Return some of many problems, and how many more there are."""
+    """Return some of many problems; the last one says how many more there are."""
     shown = list(problems[:SHOWN])
-    return shown + ([f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else [])
+    more = len(problems) - SHOWN
+    if more > 0:
+        shown[-1] += f" (and {more} more)"
+    return shown
 
 
 def _take(
