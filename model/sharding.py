@@ -1,12 +1,28 @@
-"""The sharding table: how each parameter of the GPT is cut over the tp axis.
+"""The sharding table: how each parameter of the GPT is cut over the tp axis, and its role.
 
-One table feeds the modules' gradients, initialisation, the gradient norm, checkpoints and export.
+One table feeds the modules' gradients, initialisation, the optimizer, the gradient norm,
+checkpoints and export.
 """
 
 import re
+from typing import Literal, NamedTuple
 
 from model.config import ModelConfig
 from parallel.tensor import ParameterSharding
+
+Role = Literal["embedding", "output", "hidden", "vector"]
+"""What a parameter is for: a row per token id on the way in, or on the way out (a tied one is an
+embedding); a matrix between two hidden vectors; a norm, a bias or a sink."""
+
+
+class Row(NamedTuple):
+    """What the parameters of one pattern have in common."""
+
+    pattern: str
+    """Regular expression of their whole names."""
+    sharding: ParameterSharding
+    role: Role
+
 
 _REPLICATED = ParameterSharding()
 _ROWS = ParameterSharding(dim=0)
@@ -15,10 +31,8 @@ _COLUMNS = ParameterSharding(dim=1)
 _REPLICATED_PARTIAL = ParameterSharding(partial_gradient=True)
 
 
-def sharding_table(
-    config: ModelConfig, tp_size: int, sequence_parallel: bool
-) -> list[tuple[str, ParameterSharding]]:
-    """Return patterns of whole parameter names with their sharding; the first match wins."""
+def sharding_table(config: ModelConfig, tp_size: int, sequence_parallel: bool) -> list[Row]:
+    """Return the rows of the table; the first whose pattern matches a name is its row."""
     # Fewer key/value heads than tp ranks: each rank holds all of them and slices out the one it
     # needs.
     kv = _ROWS if config.num_kv_heads >= tp_size else _REPLICATED_PARTIAL
@@ -30,16 +44,20 @@ def sharding_table(
         q_norm = _ROWS
         k_norm = kv
     return [
-        (r"embedding\.weight|output\.weight", _ROWS),
-        (r"layers\.\d+\.attention\.q\.(weight|bias)", _ROWS),
-        (r"layers\.\d+\.attention\.[kv]\.(weight|bias)", kv),
-        (r"layers\.\d+\.attention\.sinks", _ROWS),
-        (r"layers\.\d+\.attention\.o\.weight", _COLUMNS),
-        (r"layers\.\d+\.attention\.q_norm\.weight", q_norm),
-        (r"layers\.\d+\.attention\.k_norm\.weight", k_norm),
-        (r"layers\.\d+\.mlp\.(gate|up)\.weight", _ROWS),
-        (r"layers\.\d+\.mlp\.down\.weight", _COLUMNS),
-        (r"layers\.\d+\.(attention|mlp)(_post)?_norm\.weight|final_norm\.weight", norm),
+        Row(r"embedding\.weight", _ROWS, "embedding"),
+        Row(r"output\.weight", _ROWS, "output"),
+        Row(r"layers\.\d+\.attention\.q\.weight", _ROWS, "hidden"),
+        Row(r"layers\.\d+\.attention\.q\.bias", _ROWS, "vector"),
+        Row(r"layers\.\d+\.attention\.[kv]\.weight", kv, "hidden"),
+        Row(r"layers\.\d+\.attention\.[kv]\.bias", kv, "vector"),
+        Row(r"layers\.\d+\.attention\.sinks", _ROWS, "vector"),
+        Row(r"layers\.\d+\.attention\.o\.weight", _COLUMNS, "hidden"),
+        Row(r"layers\.\d+\.attention\.q_norm\.weight", q_norm, "vector"),
+        Row(r"layers\.\d+\.attention\.k_norm\.weight", k_norm, "vector"),
+        Row(r"layers\.\d+\.mlp\.(gate|up)\.weight", _ROWS, "hidden"),
+        Row(r"layers\.\d+\.mlp\.down\.weight", _COLUMNS, "hidden"),
+        Row(r"layers\.\d+\.(attention|mlp)(_post)?_norm\.weight", norm, "vector"),
+        Row(r"final_norm\.weight", norm, "vector"),
     ]
 
 
@@ -48,9 +66,16 @@ def shardings_for(
 ) -> dict[str, ParameterSharding]:
     """Look up the sharding of each named parameter; every name must match a pattern."""
     table = sharding_table(config, tp_size, sequence_parallel)
-    found = {}
-    for name in names:
-        matches = [sharding for pattern, sharding in table if re.fullmatch(pattern, name)]
-        assert matches, f"no row of the sharding table matches {name}"
-        found[name] = matches[0]
-    return found
+    return {name: _row_of(name, table).sharding for name in names}
+
+
+def role_of(name: str, config: ModelConfig) -> Role:
+    """Look up the role of a parameter; it is the same in every layout."""
+    return _row_of(name, sharding_table(config, 1, sequence_parallel=False)).role
+
+
+def _row_of(name: str, table: list[Row]) -> Row:
+    for row in table:
+        if re.fullmatch(row.pattern, name):
+            return row
+    raise AssertionError(f"no row of the sharding table matches {name}")

@@ -11,28 +11,27 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from model.config import ModelConfig
 from model.gpt import GPTStage
 from parallel.shard import own_shard
 from pretrain.config.config import OptimizerConfig
+from pretrain.parameter_groups import parameter_groups
 
 
-def build_optimizer(stages: Sequence[GPTStage], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Build AdamW over this rank's shards; matrices decay; norms, biases and sinks do not."""
-    parameters = [p for stage in stages for p in stage.parameters()]
-    matrices = [p for p in parameters if p.dim() > 1]
-    vectors = [p for p in parameters if p.dim() <= 1]
+def build_optimizer(
+    stages: Sequence[GPTStage], model: ModelConfig, config: OptimizerConfig
+) -> torch.optim.Optimizer:
+    """Build AdamW over this rank's shards."""
     optimizer = torch.optim.AdamW(
-        [
-            {"params": matrices, "weight_decay": config.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ],
+        # Torch's type for a group is a plain dict.
+        [dict(group) for group in parameter_groups(stages, model, config)],
         lr=config.lr,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_eps,
         fused=True,
     )
     # The moments exist from the start, so that loading a checkpoint fills them in place.
-    for parameter in parameters:
+    for parameter in (p for stage in stages for p in stage.parameters()):
         # The dtype that torch itself gives to `step`, on the parameter's device as the fused kernel
         # wants it.
         device = own_shard(parameter).device
@@ -59,7 +58,7 @@ def update(optimizer: torch.optim.Optimizer, lr: float, is_good: torch.Tensor) -
         is_good: a truth value on the device, the same on all ranks.
     """
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
     first = own_shard(optimizer.param_groups[0]["params"][0])
     found_inf = (~is_good).to(first.device, torch.float32)
     # The name under which the fused kernel looks for it.

@@ -85,7 +85,7 @@ def build_state(plan: Plan, phase: Phase, layout: Layout, attend: Attend) -> Tra
         optimizer_on_host=config.optimizer.optimizer_cpu_offload,
     )
     # The state of the optimizer exists before a load fills it.
-    state = TrainState(stages, build_optimizer(stages, config.optimizer))
+    state = TrainState(stages, build_optimizer(stages, config.model, config.optimizer))
     folder = plan.start.folder
     if folder is None:
         initialize(stages, config.model, layout, config.optimizer.seed)

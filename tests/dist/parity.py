@@ -132,7 +132,7 @@ class Case:
             eod_mask_loss=False,
             vocab_size=VOCABULARY,
         )
-        return layout, stages, build_optimizer(stages, OptimizerConfig(lr=1e-3)), stepper, loader
+        return layout, stages, build_optimizer(stages, config, OptimizerConfig(lr=1e-3)), stepper, loader
 
 
 def named(stages: list, attribute: str | None = None) -> list[tuple[str, torch.Tensor]]:

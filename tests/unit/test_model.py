@@ -12,7 +12,7 @@ from model.attention_backends.choice import choose_attention
 from model.attention_backends.documents import pack_documents
 from model.config import ModelConfig
 from model.init import BLOCK_ELEMENTS, normal_rows
-from model.sharding import shardings_for
+from model.sharding import role_of, shardings_for
 from parallel.context import group_pieces
 from parallel.schedule import layers_of_stage
 from parallel.ulysses import HeadSplit
@@ -214,6 +214,19 @@ def test_each_kind_of_parameter_is_split_as_the_table_says():
     config = MODELS["untied"]
     found = shardings_for(list(expected), config, 2)
     assert {name: sharding.dim for name, sharding in found.items()} == expected
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_each_parameter_has_a_role_and_vectors_are_those_with_one_dim(model):
+    config = MODELS[model]
+    shapes = build.parameter_shapes(config, 1000)
+    roles = {name: role_of(name, config) for name in shapes}
+    assert all((roles[name] == "vector") == (len(shape) == 1) for name, shape in shapes.items())
+    others = {name: role for name, role in roles.items() if not name.startswith("layers.")}
+    ends = {"embedding.weight": "embedding", "final_norm.weight": "vector"}
+    if config.untie_embeddings_and_output_weights:
+        ends["output.weight"] = "output"
+    assert others == ends
 
 
 def test_key_value_heads_fewer_than_ranks_are_held_by_all():

@@ -192,7 +192,9 @@ class Ours:
                 parameter: Any = parameters[name]
                 local = parameter.to_local()
                 local.copy_(weight[: local.shape[0]])
-        self.optimizer = build_optimizer(self.stages, OPTIMIZER) if optimizer else None
+        self.optimizer = None
+        if optimizer:
+            self.optimizer = build_optimizer(self.stages, config, OPTIMIZER)
         self.stepper = Stepper(self.stages, layout, config.hidden_size, compute_dtype, strategy)
 
     def forward_backward(self, sample: Batch) -> float:

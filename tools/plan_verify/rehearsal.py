@@ -171,7 +171,7 @@ def _run_step(job: RankJob, layout: Layout, live: LiveMemory) -> int:
     for stage in stages:
         stage.memory = memory
         stage.rope = phase.rope
-    optimizer = build_optimizer(stages, config.optimizer)
+    optimizer = build_optimizer(stages, config.model, config.optimizer)
     gc.collect()
     live.peak = live.now
     state_bytes = live.now

@@ -99,7 +99,7 @@ def time_step(job: ReferenceJob, world: World) -> float:
         stage.memory = job.phase.memory
         stage.rope = job.phase.rope
     initialize(stages, job.config.model, layout, optimizer_config.seed)
-    optimizer = build_optimizer(stages, optimizer_config)
+    optimizer = build_optimizer(stages, job.config.model, optimizer_config)
     stepper = Stepper(
         stages, layout, job.config.model.hidden_size, dtype, job.phase.layout.sharding_strategy
     )
