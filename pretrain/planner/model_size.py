@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cached_property
 from math import prod
 
+from data.document_cost import DocumentCost, count_windows
 from model.build import parameter_shapes
 from model.config import ModelConfig
 from model.hf.architecture import VOCABULARY_ROWS
@@ -18,6 +19,13 @@ ATTENTION_OUTPUT = ("attention.o",)
 """The layer's projection after its attention kernel."""
 MLP = ("mlp.gate", "mlp.up", "mlp.down")
 """The layer's products after its attention."""
+KERNEL_TILE = 128
+"""Queries, and keys, that attention kernels take together."""
+HALF_EMPTY_PAIRS = 3 * KERNEL_TILE**2 // 8
+"""Pairs that kernels compute for each document, beyond those that grow with its length.
+
+A causal document of n tiles takes n (n + 1) / 2 of them, and n is length / KERNEL_TILE rounded up,
+half a tile more on average: that leaves 3/8 of a tile whatever the length."""
 
 
 class ModelSize:
@@ -57,11 +65,26 @@ class ModelSize:
             causal_pairs: pairs of tokens of which one sees the other: the sum over documents of
                 length * (length + 1) / 2.
         """
+        cost = self.document_cost
+        return cost.per_token * tokens + self.config.num_layers * cost.per_pair * causal_pairs
+
+    @cached_property
+    def document_cost(self) -> DocumentCost:
+        """What documents add to a step, in FLOPs of forward and backward (`step_flops`)."""
         config = self.config
         layer = self.layer_weights(*QKV, *ATTENTION_OUTPUT, *MLP)
         weights = config.num_layers * layer + self.vocab_size * config.hidden_size
-        # Two products per pair, of queries with keys and of scores with values.
-        attention_width = config.num_attention_heads * config.head_size
-        attention = 4 * config.num_layers * attention_width * causal_pairs
-        # A backward is two forwards.
-        return 6.0 * weights * tokens + 3.0 * attention
+        # Two products per pair, of queries with keys and of scores with values, each with a
+        # multiplication and an addition; a backward is two forwards.
+        per_pair = 3.0 * 4 * config.num_attention_heads * config.head_size
+        return DocumentCost(
+            per_token=6.0 * weights,
+            per_document=config.num_layers * per_pair * HALF_EMPTY_PAIRS,
+            per_pair=per_pair,
+            windows=count_windows(config.windows),
+        )
+
+
+def document_cost_of(config: ModelConfig, vocab_size: int) -> DocumentCost:
+    """Make the cost of documents for a model, in FLOPs."""
+    return ModelSize(config, vocab_size).document_cost
