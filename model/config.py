@@ -1,15 +1,19 @@
-"""Settings of the model, and the presets by name."""
+"""Settings of the model."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+import math
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self
 
 from model.layer_ropes import LayerRope, layer_ropes, no_rope_problems
 from model.rope import PARAMETERS, Rope, RopeType
 from model.scoring import Scoring, ScoringNeeds
+from model.width_scaling import FanIn, width_problems
 from model.windows import Window, layer_windows, window_problems
 
 _SIZE = dict(at_least=1, fix="give it, or name a preset with --model")
 """Facts about sizes that a preset gives."""
+_BASE = dict(at_least=1, fix="give that of the base model, or leave it out")
+"""Facts about the sizes of muP's base model."""
 _ROPE = dict(per_phase=True, resume="effect")
 """Facts about every setting of the rotary embedding."""
 
@@ -78,6 +82,21 @@ class ModelConfig:
     """Factor on what each attention and MLP adds to the residual stream (Granite)."""
     logits_scaling: float = field(default=1.0, metadata=dict(above=0))
     """The logits are divided by it (Granite)."""
+    # A model that is wider than the one whose learning rate was searched.
+    use_mup: bool = False
+    """muP: initial weights, learning rates, logits and attention's scores are scaled by the width,
+    so that a learning rate found at mup_base_hidden_size is right at hidden_size."""
+    mup_base_hidden_size: int | None = field(default=None, metadata=_BASE)
+    """Width at which muP scales nothing; must divide hidden_size, which is the default."""
+    mup_base_ffn_hidden_size: int | None = field(default=None, metadata=_BASE)
+    """Inner width of the base model's MLP; by default in proportion to the width."""
+    mup_base_num_attention_heads: int | None = field(default=None, metadata=_BASE)
+    """Query heads of the base model; by default all its heads are in proportion to the width."""
+    mup_base_head_dim: float | None = field(default=None, metadata=dict(above=0))
+    """Size of a base model's head: muP's scores are multiplied by its root. With that of all widths
+    they are as without muP."""
+    mup_attn_scale_power: float = field(default=1.0, metadata=dict(above=0))
+    """muP divides scores by this power of the head size; 0.5 is the usual root."""
     # Where a token is: the rotary embedding, which a phase may change.
     position_embedding_type: Literal["rope"] = "rope"
     """Rotary position embedding; the only one built."""
@@ -166,8 +185,49 @@ class ModelConfig:
     def scorings(self) -> tuple[Scoring, ...]:
         """How each layer's attention scores its pairs."""
         return tuple(
-            Scoring(window, self.softmax_scale, self.attn_logit_softcapping)
+            Scoring(window, self.score_scale, self.attn_logit_softcapping)
             for window in self.windows
+        )
+
+    @property
+    def score_scale(self) -> float | None:
+        """Factor on attention's scores; None = 1 / sqrt(head size)."""
+        if self.softmax_scale is not None or not self.use_mup:
+            return self.softmax_scale
+        scale = math.sqrt(self.mup_base_head_dim or 1) / self.head_size**self.mup_attn_scale_power
+        return None if math.isclose(scale, self.head_size**-0.5, rel_tol=1e-12) else scale
+
+    @property
+    def logits_divisor(self) -> float:
+        """What the logits are divided by: muP's divisor is part of it."""
+        return self.logits_scaling * self.width_ratio
+
+    @property
+    def width_ratio(self) -> float:
+        """The width over that of muP's base model; 1 without muP."""
+        base = self.mup_base_hidden_size if self.use_mup else None
+        return self.hidden_size / base if base else 1.0
+
+    def fan_in_ratio(self, fan_in: FanIn) -> float:
+        """Return what a matrix sums over what the base model's sums; 1 without muP."""
+        if fan_in == "ffn" and self.use_mup and self.mup_base_ffn_hidden_size:
+            return self.ffn_hidden_size / self.mup_base_ffn_hidden_size
+        if fan_in == "heads" and self.use_mup and self.mup_base_num_attention_heads:
+            base_size = self.mup_base_head_dim or self.head_size
+            base = self.mup_base_num_attention_heads * base_size
+            return self.num_attention_heads * self.head_size / base
+        return self.width_ratio
+
+    def without_mup(self) -> Self:
+        """Return settings of the same function, with muP's factors written out."""
+        bases = [name for name in vars(self) if name.startswith("mup_base_")]
+        return replace(
+            self,
+            use_mup=False,
+            mup_attn_scale_power=1.0,
+            softmax_scale=self.score_scale,
+            logits_scaling=self.logits_divisor,
+            **dict.fromkeys(bases),
         )
 
     @property
@@ -255,6 +315,7 @@ class ModelConfig:
             )
         problems += window_problems(self.window_size, self.window_attn_skip_freq, self.num_layers)
         problems += no_rope_problems(self.no_rope_freq, self.num_layers)
+        problems += width_problems(self.hidden_size, self.mup_base_hidden_size)
         # Heads are compared where their numbers and sizes are legal by themselves.
         kv_channels = 1 if self.kv_channels is None else self.kv_channels
         if min(self.num_attention_heads, self.hidden_size, kv_channels) >= 1:
@@ -292,60 +353,3 @@ class ModelConfig:
                 "must be even. Fix: an even head size."
             )
         return problems
-
-
-# Each preset gives the fields that differ from the defaults.
-PRESETS: dict[str, dict] = {
-    # About 10M parameters with an 8K vocabulary: for laptops, tests and the quick start.
-    "tiny": dict(
-        num_layers=8,
-        hidden_size=256,
-        ffn_hidden_size=704,
-        num_attention_heads=8,
-        num_query_groups=4,
-        untie_embeddings_and_output_weights=True,
-    ),
-    # The smallest model of GPT-3 (arXiv 2005.14165, table 2.1), with SwiGLU.
-    "125m": dict(num_layers=12, hidden_size=768, ffn_hidden_size=2048, num_attention_heads=12),
-    # Llama 3.2 1B's shape without its rope scaling (huggingface: meta-llama/Llama-3.2-1B
-    # config.json).
-    "1b": dict(
-        num_layers=16,
-        hidden_size=2048,
-        ffn_hidden_size=8192,
-        num_attention_heads=32,
-        num_query_groups=8,
-        rotary_base=500000.0,
-    ),
-    # Shapes as published in the models' config.json.
-    "llama3-8b": dict(
-        num_layers=32,
-        hidden_size=4096,
-        ffn_hidden_size=14336,
-        num_attention_heads=32,
-        num_query_groups=8,
-        untie_embeddings_and_output_weights=True,
-        rotary_base=500000.0,
-    ),
-    "llama3-70b": dict(
-        num_layers=80,
-        hidden_size=8192,
-        ffn_hidden_size=28672,
-        num_attention_heads=64,
-        num_query_groups=8,
-        untie_embeddings_and_output_weights=True,
-        rotary_base=500000.0,
-    ),
-    "qwen3-8b": dict(
-        num_layers=36,
-        hidden_size=4096,
-        ffn_hidden_size=12288,
-        num_attention_heads=32,
-        num_query_groups=8,
-        kv_channels=128,
-        qk_layernorm=True,
-        norm_epsilon=1e-6,
-        untie_embeddings_and_output_weights=True,
-        rotary_base=1000000.0,
-    ),
-}

@@ -203,7 +203,7 @@ class GPTStage(nn.Module):
             if not self.tied:
                 self.output = Weight(rows, config.hidden_size)
         self.embedding_multiplier = config.embedding_multiplier
-        self.logits_scaling = config.logits_scaling
+        self.logits_divisor = config.logits_divisor
         self.rope = config.rope
         self.window_rope = config.window_rope
         self.rope_kinds = tuple(dict.fromkeys(config.layer_ropes[i] for i in numbers))
@@ -357,9 +357,9 @@ class GPTStage(nn.Module):
     def head_inputs(self, x_tD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what the output projection reads [t, D], and its weight [v, D]."""
         x_tD = self.final_norm(x_tD)
-        if self.logits_scaling != 1.0:
+        if self.logits_divisor != 1.0:
             # Here, and not [t, v] logits: the product is linear.
-            x_tD = x_tD / self.logits_scaling
+            x_tD = x_tD / self.logits_divisor
         x_tD = enter_tensor_parallel(x_tD, self.layout)
         return x_tD, (self.embedding if self.tied else self.output).local_weight()
 

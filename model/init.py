@@ -6,7 +6,7 @@ part. They are always drawn on the CPU in fp32: the same on every device.
 
 Source of the scheme: GPT-2 / Megatron-LM: normal(0, std), residual output projections
 normal(0, std / sqrt(2 * num_layers)), norms 1 (0 where they multiply by 1 + weight), biases and
-sinks 0.
+sinks 0. With muP hidden matrices have std over the root of the width's ratio (width_scaling.py).
 """
 
 import math
@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from model.config import ModelConfig
 from model.gpt import GPTStage
+from model.sharding import row_of, scaling_of
 from parallel.layout import Layout
 
 BLOCK_ELEMENTS = 1 << 20
@@ -43,10 +44,11 @@ def _std(name: str, config: ModelConfig) -> float | None:
     """Return the standard deviation of a random parameter; None for norms, biases and sinks."""
     if name.endswith(("norm.weight", ".bias", ".sinks")):
         return None
+    std = config.init_method_std * scaling_of(row_of(name, config), config).init
     # Each layer adds two of these products to the residual stream.
     if name.endswith((".attention.o.weight", ".mlp.down.weight")):
-        return config.init_method_std / math.sqrt(2 * config.num_layers)
-    return config.init_method_std
+        return std / math.sqrt(2 * config.num_layers)
+    return std
 
 
 def normal_rows(seed: int, name: str, shape: torch.Size, start: int, stop: int) -> torch.Tensor:

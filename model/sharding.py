@@ -1,18 +1,15 @@
 """The sharding table: how each parameter of the GPT is cut over the tp axis, and its role.
 
 One table feeds the modules' gradients, initialisation, the optimizer, the gradient norm,
-checkpoints and export.
+checkpoints and export. What a role means where muP widens a model: width_scaling.py.
 """
 
 import re
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from model.config import ModelConfig
+from model.width_scaling import FanIn, Role, Scaling, scaling_of_role
 from parallel.tensor import ParameterSharding
-
-Role = Literal["embedding", "output", "hidden", "vector"]
-"""What a parameter is for: a row per token id on the way in, or on the way out (a tied one is an
-embedding); a matrix between two hidden vectors; a norm, a bias or a sink."""
 
 
 class Row(NamedTuple):
@@ -22,6 +19,8 @@ class Row(NamedTuple):
     """Regular expression of their whole names."""
     sharding: ParameterSharding
     role: Role
+    fan_in: FanIn = "hidden"
+    """What a hidden matrix reads."""
 
 
 _REPLICATED = ParameterSharding()
@@ -51,11 +50,11 @@ def sharding_table(config: ModelConfig, tp_size: int, sequence_parallel: bool) -
         Row(r"layers\.\d+\.attention\.[kv]\.weight", kv, "hidden"),
         Row(r"layers\.\d+\.attention\.[kv]\.bias", kv, "vector"),
         Row(r"layers\.\d+\.attention\.sinks", _ROWS, "vector"),
-        Row(r"layers\.\d+\.attention\.o\.weight", _COLUMNS, "hidden"),
+        Row(r"layers\.\d+\.attention\.o\.weight", _COLUMNS, "hidden", "heads"),
         Row(r"layers\.\d+\.attention\.q_norm\.weight", q_norm, "vector"),
         Row(r"layers\.\d+\.attention\.k_norm\.weight", k_norm, "vector"),
         Row(r"layers\.\d+\.mlp\.(gate|up)\.weight", _ROWS, "hidden"),
-        Row(r"layers\.\d+\.mlp\.down\.weight", _COLUMNS, "hidden"),
+        Row(r"layers\.\d+\.mlp\.down\.weight", _COLUMNS, "hidden", "ffn"),
         Row(r"layers\.\d+\.(attention|mlp)(_post)?_norm\.weight", norm, "vector"),
         Row(r"final_norm\.weight", norm, "vector"),
     ]
@@ -69,9 +68,19 @@ def shardings_for(
     return {name: _row_of(name, table).sharding for name in names}
 
 
+def row_of(name: str, config: ModelConfig) -> Row:
+    """Look up a parameter's row in the table of one process; role and fan-in are all layouts'."""
+    return _row_of(name, sharding_table(config, 1, sequence_parallel=False))
+
+
 def role_of(name: str, config: ModelConfig) -> Role:
     """Look up the role of a parameter; it is the same in every layout."""
-    return _row_of(name, sharding_table(config, 1, sequence_parallel=False)).role
+    return row_of(name, config).role
+
+
+def scaling_of(row: Row, config: ModelConfig) -> Scaling:
+    """Return the factors that muP puts on the initial weights and updates of a row's parameters."""
+    return scaling_of_role(row.role, config.fan_in_ratio(row.fan_in), config.width_ratio)
 
 
 def _row_of(name: str, table: list[Row]) -> Row:

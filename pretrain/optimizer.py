@@ -59,8 +59,9 @@ def update(optimizer: torch.optim.Optimizer, lr: float, is_good: torch.Tensor) -
     """
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
-    first = own_shard(optimizer.param_groups[0]["params"][0])
-    found_inf = (~is_good).to(first.device, torch.float32)
+    # A stage may have no parameter of the first group.
+    first = next(p for group in optimizer.param_groups for p in group["params"])
+    found_inf = (~is_good).to(own_shard(first).device, torch.float32)
     # The name under which the fused kernel looks for it.
     optimizer.found_inf = found_inf  # pyrefly: ignore[missing-attribute]
     optimizer.step()

@@ -22,6 +22,7 @@ def architecture_of(config: ModelConfig, imported_as: str | None = None) -> Arch
         ValueError: no architecture of transformers that we know has them all; the settings that
             keep the model from being the nearest one are named.
     """
+    config = config.without_mup()
     # The one that it came from first, then in the order of the table.
     rows = sorted(ARCHITECTURES.values(), key=lambda row: row.model_type != imported_as)
     found = [(row, misfits(row, config)) for row in rows]

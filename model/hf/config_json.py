@@ -40,6 +40,7 @@ def huggingface_config(
         architecture: one that has the model's parts (choice.py).
         rope: of the phase that is exported.
     """
+    config = config.without_mup()
     settings = {setting.theirs: setting.their_value(config) for setting in architecture.settings}
     settings |= {key: values[0] for key, values in architecture.only.items()}
     return (

@@ -116,6 +116,10 @@ BATCH_IS_OPEN = Condition(
     ", since every phase gives a batch of its own",
 )
 NORMS_QK = Condition(lambda config: config.model.qk_layernorm, " without --qk-layernorm")
+MUP = Condition(lambda config: config.model.use_mup, " without --use-mup")
+MUP_SCALES_SCORES = Condition(
+    lambda config: config.model.softmax_scale is None, ", since --softmax-scale says it"
+)
 HAS_MAIN_ROPE = Condition(
     lambda config: "main" in config.model.layer_ropes, ", since no layer uses this rope"
 )
@@ -130,6 +134,11 @@ SKIPS_ROPE = Condition(
 CONDITIONS: dict[str, tuple[Condition, ...]] = {
     # The model
     "qk_layernorm_scope": (NORMS_QK,),
+    "mup_base_hidden_size": (MUP,),
+    "mup_base_ffn_hidden_size": (MUP,),
+    "mup_base_num_attention_heads": (MUP,),
+    "mup_base_head_dim": (MUP, MUP_SCALES_SCORES),
+    "mup_attn_scale_power": (MUP, MUP_SCALES_SCORES),
     "rotary_base": (HAS_MAIN_ROPE,),
     "rope_type": (HAS_MAIN_ROPE,),
     "window_rotary_base": (HAS_WINDOW_ROPE,),

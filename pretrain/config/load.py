@@ -9,7 +9,8 @@ from typing import Any
 
 import tyro
 
-from model.config import PRESETS, ModelConfig
+from model.config import ModelConfig
+from model.presets import PRESETS
 from model.rope import PARAMETERS, Rope
 from pretrain.checkpointing.learning_rate_changes import stored_scheduler
 from pretrain.checkpointing.progress import Progress

@@ -57,7 +57,15 @@ PARTS = {
         window_rotary_base=100.0,
     ),
     "olmo": dict(norm_placement="post", qk_layernorm_scope="all_heads"),
-    "granite": dict(embedding_multiplier=5.5, residual_multiplier=0.4, logits_scaling=3.0),
+    # With muP's factors beside its own.
+    "granite": dict(
+        embedding_multiplier=5.5,
+        residual_multiplier=0.4,
+        logits_scaling=3.0,
+        use_mup=True,
+        mup_base_hidden_size=12,
+        mup_base_ffn_hidden_size=16,
+    ),
 }
 """What the layers have that Llama's have not."""
 NEEDS_AXIS = {"schedule": "pp", "context": "cp", "sequence_parallel": "tp"}

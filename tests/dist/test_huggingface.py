@@ -234,6 +234,37 @@ def test_import_gives_back_the_same_weights_and_settings(trained, tmp_path, name
     assert configs[0].model.rope == configs[1].model.rope
 
 
+def test_mups_factors_are_written_out_and_come_back(pool, tmp_path, capsys):
+    """A model with muP is Granite's in transformers: the same logits, and a plain model again."""
+    from transformers import AutoModelForCausalLM
+
+    from pretrain.config.config_yaml import read_config_yaml
+
+    corpus = write_corpus(tmp_path / "corpus")
+    mup = dict(use_mup=True, mup_base_hidden_size=16, init_method_std=0.2)
+    argv = base_arguments(corpus, save=str(tmp_path / "run"), train_iters=2, **mup)
+    assert pool.run(train, 1, argv) == ["done"]
+    output = tmp_path / "hf"
+    export(Arguments(load=str(tmp_path / "run"), output=str(output), verify=True))
+    assert capsys.readouterr().out.count("  ok") == 4
+    config = json.loads((output / "config.json").read_text())
+    assert config["architectures"] == ["GraniteForCausalLM"]
+    # Heads of 8, and twice the base's width.
+    assert (config["logits_scaling"], config["attention_multiplier"]) == (2.0, 1 / 8)
+    folder = import_folder(ImportArguments(hf=str(output), save=str(tmp_path / "imported")))
+    imported = read_config_yaml(str(folder / "config.yaml")).model
+    assert (imported.use_mup, imported.logits_scaling, imported.softmax_scale) == (False, 2.0, 0.125)
+    # One divisor the less is seen.
+    (output / "config.json").write_text(json.dumps(config | {"logits_scaling": 1.0}))
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, VOCABULARY, 40))
+    theirs = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    with torch.no_grad():
+        logits = theirs(input_ids=ids[None]).logits[0]
+    source = open_stored_model(str(tmp_path / "run"), None)
+    found = checkpoint_logits(source, output, ids, torch.arange(40))
+    torch.testing.assert_close(found * 2, logits, rtol=1e-4, atol=1e-5)
+
+
 def test_a_run_starts_from_an_imported_model(pool, trained, tmp_path):
     """The first loss of the new run is the imported model's loss, on another layout, with and
     without the flags that describe the model."""

@@ -28,6 +28,14 @@ GEMMA3 = dict(
 )
 OLMO = dict(norm_placement="post", qk_layernorm=True, qk_layernorm_scope="all_heads")
 GRANITE = dict(embedding_multiplier=5.5, residual_multiplier=0.4, logits_scaling=3.0)
+# Four times as wide as its base; the insides of attention and MLP have other ratios.
+MUP = dict(
+    use_mup=True,
+    mup_base_hidden_size=8,
+    mup_base_ffn_hidden_size=16,
+    mup_base_num_attention_heads=2,
+    mup_base_head_dim=4.0,
+)
 SINKS = dict(softmax_type="learnable")
 # Low caps, so that they change much: scores and logits are about 1.
 CAPPED = dict(attn_logit_softcapping=0.7, final_logit_softcapping=0.9)
@@ -183,6 +191,8 @@ CASES = {
         model=GRANITE | UNTIED | dict(num_attention_heads=8, hidden_size=64),
         memory=MemorySettings("attention_kept", 1, attention_head_chunks=2),
     ),
+    "tp2 pp2 muP tied": Case(tp=2, pp=2, model=MUP | QWEN2_TIED),
+    "cp2 dp2 muP zero3": Case(cp=2, dp=2, model=MUP | UNTIED, strategy="optim_grads_params"),
     "pp2 ZBV granite": Case(pp=2, schedule="ZBV", model=GRANITE | dict(num_layers=4)),
     "pp2 cp2 two ropes and none": Case(
         pp=2,
@@ -336,6 +346,7 @@ WITH_ALL = {
     "tp2 dp2 zero1 olmo",
     "tp2 cp2 sequence parallel granite attention kept",
     "pp2 ZBV granite",
+    "cp2 dp2 muP zero3",
     "cp4 none of the layers has a rope",
     "cp3 sinks of uneven heads selective",
     "tp2 cp2 sinks head chunks full zero3",

@@ -228,6 +228,16 @@ def last_microbatch_not_reduced(original):
     return mutated
 
 
+def fan_in_of_this_rank(original):
+    """Scale o and down by their columns on this rank."""
+
+    def mutated(config, fan_in):
+        ratio = original(config, fan_in)
+        return ratio if fan_in == "hidden" else ratio / torch.distributed.get_world_size()
+
+    return mutated
+
+
 def norm_of_this_rank(original):
     def mutated(stages, layout):
         grads = [p.grad.to_local() for stage in stages for p in stage.parameters()]
@@ -378,6 +388,12 @@ MUTATIONS = {
             lambda names, config, tp, sequence_parallel: original(names, config, tp, False)
         ),
         Case(tp=2, sequence_parallel=True),
+    ),
+    "muP by what a rank's own columns sum": Mutation(
+        "model.config",
+        "ModelConfig.fan_in_ratio",
+        fan_in_of_this_rank,
+        Case(tp=2, model=dict(use_mup=True, mup_base_hidden_size=8)),
     ),
     "window a token too long": Mutation(
         "model.config",

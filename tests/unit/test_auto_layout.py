@@ -6,7 +6,7 @@ import time
 import pytest
 
 from data.units import GIB
-from model.config import PRESETS
+from model.presets import PRESETS
 from pretrain.config.config import Config, GivenSettings
 from pretrain.config.config_yaml import dump_yaml
 from pretrain.config.effects import effect_warnings

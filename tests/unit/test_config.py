@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from model.config import PRESETS
+from model.presets import PRESETS
 from pretrain.config.config import Config
 from pretrain.config.config_yaml import dump_yaml, read_config_yaml
 from pretrain.config.effects import effect_warnings

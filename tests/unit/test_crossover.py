@@ -11,7 +11,8 @@ import torch
 from model.activation_memory.settings import MemorySettings
 from model.attention_backends import crossover
 from model.attention_backends.kernel_calls import NEVER, assumed_crossover, padded_length
-from model.config import PRESETS, ModelConfig
+from model.config import ModelConfig
+from model.presets import PRESETS
 from parallel.config import LayoutConfig
 from parallel.layout import Axis, single_process_layout
 from pretrain import attention_backend as attention

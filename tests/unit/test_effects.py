@@ -122,6 +122,15 @@ CASES = {
         "without pipeline_model_parallel_size above 1",
         "--pipeline-model-parallel-size 2",
     ),
+    "--mup-base-hidden-size 64": ("without --use-mup", "--use-mup"),
+    "--mup-base-ffn-hidden-size 176": ("without --use-mup", "--use-mup"),
+    "--mup-base-num-attention-heads 2": ("without --use-mup", "--use-mup"),
+    "--mup-base-head-dim 32": ("without --use-mup", "--use-mup"),
+    "--mup-attn-scale-power 0.5": ("without --use-mup", "--use-mup"),
+    "--mup-attn-scale-power 0.5 --use-mup --softmax-scale 1": (
+        ", since --softmax-scale says it",
+        None,
+    ),
     "--qk-layernorm-scope all_heads": ("without --qk-layernorm", "--qk-layernorm"),
     "--window-rotary-base 1e4": (
         ", since no layer has both a window and a rope",

@@ -10,8 +10,9 @@ from torch.distributed.pipelining.schedules import BACKWARD_WEIGHT, FORWARD, FUL
 
 from model.activation_memory.settings import MemorySettings
 from model.attention_backends.choice import choose_attention
-from model.config import PRESETS, ModelConfig
+from model.config import ModelConfig
 from model.gpt import GPTStage
+from model.presets import PRESETS
 from parallel.config import LayoutConfig
 from parallel.layout import single_process_layout
 from parallel.schedule import accepts, chunks_in_flight, idle_share

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from model.activation_memory.settings import MemorySettings
-from model.config import PRESETS, ModelConfig
+from model.config import ModelConfig
+from model.presets import PRESETS
 from parallel.config import LayoutConfig
 from pretrain.planner.hardware import TABLE, Hardware, find_hardware
 from pretrain.planner.rank_bytes import MemoryModel

@@ -24,7 +24,8 @@ from model.activation_memory.settings import MemoryConfig
 from model.attention_backends.backend import Attend
 from model.attention_backends.choice import choose_attention
 from model.build import build_stages, parameter_shapes
-from model.config import PRESETS, ModelConfig
+from model.config import ModelConfig
+from model.presets import PRESETS
 from parallel.config import LayoutConfig, ShardingStrategy
 from parallel.layout import Layout, has_bf16_units, single_process_layout, start_world
 from parallel.ulysses import HeadSplit, chunk_counts
