@@ -74,6 +74,8 @@ class Attention(nn.Module):
             scoring=config.scorings[number],
             rope=config.layer_ropes[number],
             layout=layout,
+            number=number,
+            first_head=tp.rank * (heads // tp.size),
             kv_uses=kv_uses,
             norms_all_heads=self.norms_all_heads,
         )
@@ -117,6 +119,7 @@ class Attention(nn.Module):
         if positions.cache is not None:
             positions.cache.fill(self.number, k_TkH, v_TkH)
         k_TkH, v_TkH = core.pair(k_TkH, v_TkH)
+        core.measure_logits(q_smH, k_TkH, positions, self.split.query[axis.rank][0])
         sinks_m = core.sinks_here(weights.sinks, self.split)
         o_smH = core.attend_to(q_smH, k_TkH, v_TkH, positions.documents, tape, sinks_m)
         if tape is not None and not tape.playing:

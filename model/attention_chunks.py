@@ -81,6 +81,9 @@ def _forward(path: _Path, x_tD: torch.Tensor, weights: Projections) -> torch.Ten
                 o_tNH[:, _index(heads, o_tNH.device)] = heads_to_seq(o_smH, each.query_split, axis)
         return o_tNH
     for each, heads, q_smH, k_TkH, v_TkH, is_last in _exchanged(path, x_tD, weights):
+        # The heads of one rank are neighbours.
+        first_head = heads[each.query_split.query[axis.rank][0]]
+        core.measure_logits(q_smH, k_TkH, positions, first_head)
         sinks_m = core.sinks_here(_sinks_of(weights, heads), each.query_split)
         o_smH = core.attend_to(q_smH, k_TkH, v_TkH, positions.documents, tape, sinks_m)
         if tape is not None:

@@ -77,6 +77,10 @@ class AttentionCore:
     scoring: Scoring
     rope: LayerRope
     layout: Layout
+    number: int
+    """Number of the layer in the whole model."""
+    first_head: int
+    """Number of this tp rank's first query head in the whole model."""
     kv_uses: list[int] | None
     """How many query heads read each key/value head, where an uneven split makes them differ.
 
@@ -192,6 +196,19 @@ class AttentionCore:
             return None
         start, stop = split.query[self.layout.cp_a2a.rank]
         return sinks_n[start:stop]
+
+    def measure_logits(
+        self, q_smH: torch.Tensor, k_TkH: torch.Tensor, positions: Positions, first_head: int
+    ) -> None:
+        """Note the largest logits of what `attend_to` gets, where they are asked for.
+
+        Args:
+            first_head: number of the first query head among those of this tp rank.
+        """
+        if positions.logits is not None:
+            head = self.first_head + first_head
+            documents = positions.documents
+            positions.logits.note(self.number, head, q_smH, k_TkH, documents, self.scoring)
 
     def attend_to(
         self,

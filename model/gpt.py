@@ -23,6 +23,7 @@ from model.activation_memory.settings import MemorySettings
 from model.attention import Attention
 from model.attention_backends.backend import Attend
 from model.attention_backends.documents import PackedDocuments, pack_documents
+from model.attention_logits import LargestLogits
 from model.config import ModelConfig
 from model.key_cache import KeyCache
 from model.layer_ropes import LayerRope
@@ -214,6 +215,7 @@ class GPTStage(nn.Module):
         self.next_microbatch = 0
         self.scores: list[torch.Tensor] | None = None
         self.source_losses: torch.Tensor | None = None
+        self.largest_logits: LargestLogits | None = None
 
     def begin_step(
         self,
@@ -221,6 +223,7 @@ class GPTStage(nn.Module):
         num_targets: torch.Tensor | int,
         scores: list[torch.Tensor] | None = None,
         source_losses: torch.Tensor | None = None,
+        largest_logits: LargestLogits | None = None,
     ) -> None:
         """Set what `forward` looks up: this rank's slices, and the targets of the global batch.
 
@@ -230,11 +233,13 @@ class GPTStage(nn.Module):
                 losses in nats, its targets, and how many of those had the largest logit.
             source_losses: fp64 [sources]; the last stage adds the sum of the target losses in nats
                 of its slice's tokens of each source, where there are no scores.
+            largest_logits: get those of this stage's layers and heads over its slices.
         """
         self.microbatches = microbatches
         self.next_microbatch = 0
         self.scores = scores
         self.source_losses = source_losses
+        self.largest_logits = largest_logits
         if isinstance(num_targets, torch.Tensor):
             self.loss_scale = num_targets.clamp(min=1).double().reciprocal()
         else:
@@ -305,6 +310,7 @@ class GPTStage(nn.Module):
         pieces = group_pieces(int(microbatch.cu_seqlens[-1]), gather.rank, gather.size)
         documents = pack_documents(microbatch.cu_seqlens, pieces, x.device)
         positions = self.make_positions(microbatch.positions, documents, x.dtype, cache)
+        positions = positions._replace(logits=self.largest_logits)
         self.host.begin()
         for number, layer in enumerate(self.layers.values()):
             offload = number < self.memory.cpu_offloading_num_layers

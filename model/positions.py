@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from model.attention_backends.documents import PackedDocuments
+from model.attention_logits import LargestLogits
 from model.key_cache import KeyCache
 from model.layer_ropes import LayerRope
 
@@ -34,3 +35,5 @@ class Positions(NamedTuple):
     documents: list[PackedDocuments]
     cache: KeyCache | None = None
     """Keeps the keys and values while a model generates; None in training."""
+    logits: LargestLogits | None = None
+    """Gets the largest attention logits, where they are measured."""

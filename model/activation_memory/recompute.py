@@ -71,7 +71,8 @@ class _Layer(torch.autograd.Function):
         host: Host | None,
     ):
         ctx.layer = layer
-        ctx.positions = positions
+        # What was measured in the forward is not measured again.
+        ctx.positions = positions._replace(logits=None)
         ctx.settings = settings
         ctx.tape = AttentionTape() if settings.recompute_granularity == "attention_kept" else None
         a_tD = layer.after_attention(x_tD, positions, settings, ctx.tape)

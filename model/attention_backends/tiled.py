@@ -212,15 +212,15 @@ def _heads(x_ckH: torch.Tensor) -> torch.Tensor:
 def _product(left_kgbx: torch.Tensor, right_kxy: torch.Tensor) -> torch.Tensor:
     """Multiply all query heads of each key/value head by its matrix, in at least fp32."""
     k, g, b, _ = left_kgbx.shape
-    return _wide_bmm(left_kgbx.reshape(k, g * b, -1), right_kxy).view(k, g, b, -1)
+    return wide_bmm(left_kgbx.reshape(k, g * b, -1), right_kxy).view(k, g, b, -1)
 
 
 def _sum_of_queries(left_kgbc: torch.Tensor, right_kgbH: torch.Tensor) -> torch.Tensor:
     """Sum left^T right over a key/value head's queries and query heads -> [k, c, H]."""
-    return _wide_bmm(left_kgbc.flatten(1, 2).transpose(1, 2), right_kgbH.flatten(1, 2))
+    return wide_bmm(left_kgbc.flatten(1, 2).transpose(1, 2), right_kgbH.flatten(1, 2))
 
 
-def _wide_bmm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def wide_bmm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Multiply batches of matrices; the result is in at least fp32.
 
     A GPU multiplies bf16 and gives fp32 in one kernel; one factor may be wide already, and is
