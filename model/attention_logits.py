@@ -131,7 +131,9 @@ def _tiles(
             yield slice(first, last), None
             continue
         key_c = torch.arange(first, last, dtype=torch.int32, device=first_seen_n.device)
-        own_b1 = torch.arange(begin + earlier, stop, dtype=torch.int32, device=key_c.device)[:, None]
+        own_b1 = torch.arange(begin + earlier, stop, dtype=torch.int32, device=key_c.device)[
+            :, None
+        ]
         is_hidden_bc = (key_c > own_b1) | (key_c < first_seen_n[begin:end, None])
         yield slice(first, last), is_hidden_bc
 

@@ -1,4 +1,4 @@
-"""QK-clip: after an update, heads whose attention logits grew too large get smaller q and k weights.
+"""QK-clip: after an update, heads with too large attention logits get smaller weights of q and k.
 
     eta = min(1, threshold / largest logit of the step)     of a key head and all that read it
     q *= eta ** alpha, k *= eta ** (1 - alpha)              weights and biases
@@ -12,8 +12,10 @@ Source: MuonClip of Kimi K2 (arXiv 2507.20534). It goes with any optimizer.
 Legend: L layers, N query and K key/value heads of the whole model.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 import torch.distributed as dist
@@ -26,7 +28,7 @@ from model.gpt import GPTStage
 from parallel.collectives import all_reduce
 from parallel.layout import Layout
 from parallel.shard import own_shard
-from pretrain.config.optimizer_config import OptimizerConfig
+from pretrain.config.config import Config
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,13 @@ class _Projection:
     is_query: bool
     kv_heads: torch.Tensor
     """The key/value head that each row of this rank belongs to or reads, int64 [rows]."""
+
+
+class LogitFacts(TypedDict):
+    """What a step's result says of its attention logits (pretrain/step.py: StepResult)."""
+
+    max_attention_logit: float
+    qk_clipped_heads: int | None
 
 
 class LogitWatch:
@@ -75,34 +84,24 @@ class LogitWatch:
 
     @staticmethod
     def make(
-        config: OptimizerConfig,
-        stages: Sequence[GPTStage],
-        model: ModelConfig,
-        layout: Layout,
-        compute_dtype: torch.dtype,
-        *,
-        log_largest: bool,
+        config: Config, stages: Sequence[GPTStage], layout: Layout, compute_dtype: torch.dtype
     ) -> "LogitWatch | None":
-        """Make what the settings ask for; None where they ask for nothing.
-
-        Args:
-            log_largest: measure without QK-clip, too.
-        """
-        if not (config.qk_clip or log_largest):
+        """Make what the settings ask for; None where they ask for nothing."""
+        settings = config.optimizer
+        if not (settings.qk_clip or config.logging.log_max_attention_logit):
             return None
         return LogitWatch(
             stages,
-            model,
+            config.model,
             layout,
             compute_dtype,
-            threshold=config.qk_clip_threshold if config.qk_clip else None,
-            alpha=config.qk_clip_alpha,
+            threshold=settings.qk_clip_threshold if settings.qk_clip else None,
+            alpha=settings.qk_clip_alpha,
         )
 
-    def begin_step(self) -> LargestLogits:
-        """Return what the step's forwards fill."""
+    def begin_step(self) -> None:
+        """Forget the logits of the step before."""
         self.largest.clear()
-        return self.largest
 
     @torch.no_grad()
     def after_update(self, is_good: torch.Tensor) -> list[torch.Tensor]:
@@ -128,6 +127,11 @@ class LogitWatch:
         num_clipped = (eta_LK < 1).sum() * queries_per_key
         return [values_LN.max().double(), num_clipped.double()]
 
+    def describe(self, largest: float, num_clipped: float) -> LogitFacts:
+        """Name what `after_update` returned, once the host has it."""
+        clipped = None if self.threshold is None else int(num_clipped)
+        return LogitFacts(max_attention_logit=largest, qk_clipped_heads=clipped)
+
     def _eta(self, values_LN: torch.Tensor, is_good: torch.Tensor) -> torch.Tensor:
         """Compute the factor on the logits of each key/value head; 1 = as they are -> [L, K]."""
         largest_LK = values_LN.unflatten(1, (self.num_kv_heads, -1)).amax(-1)
@@ -145,15 +149,14 @@ def _projections(
     """Yield the weights and biases of q and k in this rank's layers."""
     queries_per_key = model.num_attention_heads // model.num_kv_heads
     for stage in stages:
-        for number, layer in stage.layers.items():
-            for name, parameter in layer.attention.named_parameters():
-                which, _, _ = name.partition(".")
-                if which not in ("q", "k"):
-                    continue
-                is_query = which == "q"
-                rows = model.head_size * (queries_per_key if is_query else 1)
-                kv_heads = _own_rows(parameter, layout) // rows
-                yield _Projection(parameter, int(number), is_query, kv_heads)
+        for name, parameter in stage.named_parameters():
+            found = re.fullmatch(r"layers\.(\d+)\.attention\.([qk])\.(weight|bias)", name)
+            if found is None:
+                continue
+            is_query = found[2] == "q"
+            rows = model.head_size * (queries_per_key if is_query else 1)
+            kv_heads = _own_rows(parameter, layout) // rows
+            yield _Projection(parameter, int(found[1]), is_query, kv_heads)
 
 
 def _own_rows(parameter: nn.Parameter, layout: Layout) -> torch.Tensor:

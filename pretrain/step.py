@@ -4,6 +4,7 @@ The loss is the sum over targets divided by the target count of the whole global
 before the first forward; gradients are then summed over all ranks that saw different tokens.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from pretrain.guards.spikes import NO_LIMITS, Limits
 from pretrain.optimizer import update
 from pretrain.processes.heartbeat import WAITING_FOR_DEVICE, Heartbeat
 from pretrain.processes.stop import StopRequest
+from pretrain.qk_clip import LogitWatch
 
 if TYPE_CHECKING:
     # It brings torch's compiler, of a second: a run without pipeline stages needs neither.
@@ -50,6 +52,10 @@ class StepResult:
     """Global L2 norm before clipping."""
     skipped: bool
     """True = nothing was updated: the loss or the norm was not finite, or beyond its limit."""
+    max_attention_logit: float | None = None
+    """The largest of all heads, before any cap; None where it is not measured."""
+    qk_clipped_heads: int | None = None
+    """Query heads that QK-clip scaled down; None without it."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +102,10 @@ class Stepper:
         strategy: ShardingStrategy,
         stop: StopRequest | None = None,
         heartbeat: Heartbeat | None = None,
+        logit_watch: LogitWatch | None = None,
     ):
         self.stop = stop
+        self.logit_watch = logit_watch
         self.heartbeat = heartbeat or Heartbeat()
         self.stages = stages
         self.layout = layout
@@ -167,8 +175,10 @@ class Stepper:
         Returns:
             The last stage's share of the loss; None on ranks without the last stage.
         """
+        watch = self.logit_watch if train else None
+        largest_logits = watch.largest if watch else None
         for stage in self.stages:
-            stage.begin_step(microbatches, num_targets, scores, source_losses)
+            stage.begin_step(microbatches, num_targets, scores, source_losses, largest_logits)
         try:
             if self.layout.pp.size > 1:
                 self._check_stop()
@@ -324,10 +334,12 @@ def train_step(
     )
     # One transfer for all three: here the host waits.
     stepper.heartbeat.enter(WAITING_FOR_DEVICE)
-    loss_value, norm_value, target_count = values.tolist()
+    loss_value, norm_value, target_count, *logits = values.tolist()
     is_finite = math.isfinite(loss_value) and math.isfinite(norm_value)
     is_good = is_finite and limits.allow(loss_value, norm_value)
-    return StepResult(loss_value, int(target_count), norm_value, skipped=not is_good)
+    result = StepResult(loss_value, int(target_count), norm_value, skipped=not is_good)
+    watch = stepper.logit_watch
+    return result if watch is None else dataclasses.replace(result, **watch.describe(*logits))
 
 
 def queue_step(
@@ -343,10 +355,14 @@ def queue_step(
     """Do what `train_step` does without waiting for the device.
 
     Returns:
-        Loss, gradient norm and number of targets: fp64 [3] on the device.
+        Loss, gradient norm and number of targets, and what the stepper's `logit_watch` found:
+        fp64 [3 or more] on the device.
     """
     stages = stepper.stages
     layout = stepper.layout
+    watch = stepper.logit_watch
+    if watch is not None:
+        watch.begin_step()
     loss, num_targets = stepper.start(microbatches, train=True, source_losses=source_losses)
     stepper.heartbeat.enter("reducing gradients")
     sum_tied_gradients(stages, layout)
@@ -357,9 +373,11 @@ def queue_step(
         stepper.heartbeat.enter("before the update")
         before_update()
     stepper.heartbeat.enter("updating the weights")
-    update(optimizer, lr, is_good_step(loss, norm, limits))
+    is_good = is_good_step(loss, norm, limits)
+    update(optimizer, lr, is_good)
+    logits = [] if watch is None else watch.after_update(is_good)
     optimizer.zero_grad(set_to_none=True)
-    return torch.stack([loss, norm, num_targets.to(norm)])
+    return torch.stack([loss, norm, num_targets.to(norm), *logits])
 
 
 def is_good_step(loss: torch.Tensor, norm: torch.Tensor, limits: Limits) -> torch.Tensor:

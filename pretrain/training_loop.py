@@ -28,6 +28,7 @@ from pretrain.processes.heartbeat import Heartbeat
 from pretrain.processes.out_of_memory import out_of_memory_explained
 from pretrain.processes.recovery import Recovery
 from pretrain.processes.stop import Interrupted, StopRequest, StopSignals
+from pretrain.qk_clip import LogitWatch
 from pretrain.schedule.phases import Phase, phase_at
 from pretrain.state import TrainState, compute_dtype, weights_are_finite
 from pretrain.step import Stepper, train_step
@@ -201,14 +202,16 @@ class TrainingLoop:
             stage.rope = phase.rope
             stage.memory = phase.memory
         self.stop.restart()
+        dtype = compute_dtype(self.config.optimizer)
         return Stepper(
             self.state.stages,
             self.layout,
             self.config.model.hidden_size,
-            compute_dtype(self.config.optimizer),
+            dtype,
             phase.layout.sharding_strategy,
             self.stop,
             self.heartbeat,
+            LogitWatch.make(self.config, self.state.stages, self.layout, dtype),
         )
 
     def _begin_phase(self, stepper: Stepper, phase: Phase) -> bool:

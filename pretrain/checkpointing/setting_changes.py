@@ -17,8 +17,13 @@ from pretrain.config.config import Config, section_types
 from pretrain.config.facts import Resume, facts_of_section
 from pretrain.config.phase_config import PhaseConfig
 
-EFFECTIVE = {"kv_channels": "head_size", "num_query_groups": "num_kv_heads"}
-"""Model settings with a default -> the property that says what they come to."""
+EFFECTIVE = {
+    "kv_channels": "head_size",
+    "num_query_groups": "num_kv_heads",
+    "qk_clip_alpha": "effective_qk_clip_alpha",
+    "qk_clip_threshold": "effective_qk_clip_threshold",
+}
+"""Settings that have a default, or act beside others only -> the property of what they come to."""
 MAX_VALUE_CHARACTERS = 160
 """Characters of a value that a message shows."""
 

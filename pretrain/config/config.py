@@ -65,6 +65,7 @@ class Config:
         problems += self._rewinds_without_save()
         problems += self._profile_without_folder()
         problems += self._exports_without_architecture()
+        problems += self._qk_clip_behind_norms()
         return problems + self._contradicting_offload()
 
     @property
@@ -122,6 +123,16 @@ class Config:
             given = f"{name} = {getattr(settings, name)}"
             return [f"{given}: cannot export, {line}" for line in str(error).splitlines()]
         return []
+
+    def _qk_clip_behind_norms(self) -> list[str]:
+        """List a clip of weights whose size the norms behind them take out again."""
+        if not (self.optimizer.qk_clip and self.model.qk_layernorm):
+            return []
+        return [
+            "qk_clip = True: the norms of qk_layernorm take any factor on the weights before them "
+            "out again, so that the logits stay as they are. Fix: remove one of them; "
+            "--log-max-attention-logit measures the logits."
+        ]
 
     def _profile_without_folder(self) -> list[str]:
         """List a profile or a memory history that has no place to be written to."""

@@ -115,6 +115,7 @@ BATCH_IS_OPEN = Condition(
     ),
     ", since every phase gives a batch of its own",
 )
+CLIPS_QK = Condition(lambda config: config.optimizer.qk_clip, " without --qk-clip")
 NORMS_QK = Condition(lambda config: config.model.qk_layernorm, " without --qk-layernorm")
 MUP = Condition(lambda config: config.model.use_mup, " without --use-mup")
 MUP_SCALES_SCORES = Condition(
@@ -153,6 +154,9 @@ CONDITIONS: dict[str, tuple[Condition, ...]] = {
     "lr_decay_tokens": (DECAYS,),
     "min_lr": (DECAYS,),
     "lr_warmup_init": (WARMS_UP,),
+    # The update
+    "qk_clip_alpha": (CLIPS_QK,),
+    "qk_clip_threshold": (CLIPS_QK,),
     # Evaluations and logs
     "eval_interval": (EVALUATES,),
     "eval_seq_lengths": (EVALUATES,),

@@ -37,6 +37,8 @@ class LoggingConfig:
     """Where in the text the number is hidden, 0 = at its beginning, 1 = at its end."""
     eval_passkey_trials: int = setting(2, above=0)
     """Numbers hidden at each depth of each length."""
+    log_max_attention_logit: bool = False
+    """Measure the largest attention logit of each step; --qk-clip does so by itself."""
     tensorboard_dir: str | None = setting(None, is_path=True)
     """Folder for TensorBoard's files."""
     wandb_project: str | None = None

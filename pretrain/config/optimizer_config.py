@@ -58,6 +58,14 @@ class OptimizerConfig:
     """Decoupled weight decay on matrices; norms, biases and sinks have none."""
     clip_grad: float = setting(1.0, at_least=0)
     """Largest global gradient norm; 0 switches clipping off."""
+    qk_clip: bool = False
+    """After each update, scale the query and key weights of heads whose largest attention logit of
+    the step is above --qk-clip-threshold (MuonClip, arXiv 2507.20534); query heads that share a key
+    head go together."""
+    qk_clip_alpha: float = setting(0.5, at_least=0)
+    """The query's part of QK-clip's factor, as an exponent; the key gets the rest."""
+    qk_clip_threshold: float = setting(100.0, above=0)
+    """Attention logit above which QK-clip acts."""
     bf16: bool = False
     """Compute in bf16 over fp32 master weights and optimizer state."""
     fp64: bool = setting(False, resume="forbidden")
@@ -76,6 +84,16 @@ class OptimizerConfig:
     seed: int = setting(1234, resume="data", at_least=0)
     """Seed of initial weights, document order and data split."""
 
+    @property
+    def effective_qk_clip_alpha(self) -> float | None:
+        """QK-clip's exponent; None without QK-clip."""
+        return self.qk_clip_alpha if self.qk_clip else None
+
+    @property
+    def effective_qk_clip_threshold(self) -> float | None:
+        """QK-clip's threshold; None without QK-clip."""
+        return self.qk_clip_threshold if self.qk_clip else None
+
     def validate(self) -> list[str]:
         """List the problems of these settings, as `name = value: rule. Fix: ...`."""
         problems = [
@@ -85,6 +103,11 @@ class OptimizerConfig:
         ]
         if self.bf16 and self.fp64:
             problems.append("bf16 = True: cannot be combined with fp64. Fix: remove one of them.")
+        if self.qk_clip_alpha > 1:
+            problems.append(
+                f"qk_clip_alpha = {self.qk_clip_alpha}: must be at most 1. Fix: 0.5 shares the "
+                "factor equally."
+            )
         # A flag of Megatron-LM that we cannot turn off.
         if not self.accumulate_allreduce_grads_in_fp32:
             problems.append(

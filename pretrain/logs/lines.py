@@ -54,6 +54,10 @@ def console_line(record: StepRecord, rate: float, phase_seconds: float, run_seco
     ]
     if record.mfu is not None:
         parts.append(f"MFU {100 * record.mfu:.1f} %")
+    if record.max_attention_logit is not None:
+        parts.append(f"logit {record.max_attention_logit:.1f}")
+    if record.qk_clipped_heads:
+        parts.append(f"QK-clip {record.qk_clipped_heads} heads")
     # Where the time goes besides computing, if that is much.
     for share, what in ((record.communication_share, "waiting"), (record.data_share, "data")):
         if share is not None and share >= SHOWN_SHARE:

@@ -62,6 +62,10 @@ class StepRecord:
     """What the GPU's allocator held at most, on the rank with the most; None on a CPU."""
     host_memory_bytes: int | None = None
     """What a process has in the host's memory, on the rank with the most."""
+    max_attention_logit: float | None = None
+    """The largest attention logit of the step; None where it is not measured."""
+    qk_clipped_heads: int | None = None
+    """Query heads that QK-clip scaled down; None without it."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the line of metrics.jsonl, its keys in order."""
@@ -114,6 +118,8 @@ def record_step(
         data_share=min(1.0, measured.data_seconds / seconds),
         peak_reserved_bytes=measured.peak_reserved_bytes,
         host_memory_bytes=measured.host_memory_bytes,
+        max_attention_logit=result.max_attention_logit,
+        qk_clipped_heads=result.qk_clipped_heads,
     )
 
 

@@ -37,6 +37,7 @@ OPTIONS = {
     "windows": ("none", "all", "some"),
     "parts": ("llama", "gemma", "olmo", "granite"),
     "scores": ("plain", "sinks", "capped"),
+    "qk_clip": (False, True),
 }
 SCORES = {
     "plain": {},
@@ -133,6 +134,7 @@ def make_case(layout: tuple[int, int, int, int], options: dict) -> Case | None:
     memory = make_memory(options, allowed_head_chunks(config, settings))
     if (
         memory is None
+        or (options["qk_clip"] and options["qk_norm"])
         or pp > 1
         and SCHEDULES[schedule].splits_backward
         and memory != MemorySettings()
@@ -159,6 +161,7 @@ def make_case(layout: tuple[int, int, int, int], options: dict) -> Case | None:
         document_masking=options["masking"],
         memory=memory,
         sequence_parallel=settings.sequence_parallel,
+        qk_clip=0.3 if options["qk_clip"] else None,
         steps=3,
     )
 

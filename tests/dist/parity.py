@@ -20,6 +20,7 @@ from parallel.layout import World, build_layout
 from pretrain.config.config import OptimizerConfig
 from pretrain.checkpointing.replicas import check_replicas
 from pretrain.optimizer import build_optimizer
+from pretrain.qk_clip import LogitWatch
 from pretrain.step import Stepper, train_step
 from tools.plan_verify.recorder import Recorder
 from tests.documents import Documents
@@ -58,6 +59,7 @@ class Case:
     memory: MemorySettings = MemorySettings()
     sequence_parallel: bool = False
     clip_grad: float = 1.0
+    qk_clip: float | None = None
     steps: int = 1
 
     @property
@@ -73,6 +75,7 @@ class Case:
             samples=self.samples,
             document_masking=self.document_masking,
             clip_grad=self.clip_grad,
+            qk_clip=self.qk_clip,
             steps=self.steps,
         )
 
@@ -118,7 +121,12 @@ class Case:
         initialize(stages, config, layout, seed)
         for stage in stages:
             stage.memory = self.memory
-        stepper = Stepper(stages, layout, config.hidden_size, compute, self.strategy)
+        watch = None
+        if self.qk_clip is not None:
+            watch = LogitWatch(stages, config, layout, compute, threshold=self.qk_clip)
+        stepper = Stepper(
+            stages, layout, config.hidden_size, compute, self.strategy, logit_watch=watch
+        )
         mixture = fresh_mixture([(1.0, memory_stream(self.lengths, seed))], self.seq_length)
         loader = Loader(
             mixture,
@@ -163,11 +171,13 @@ def run_built(case: Case, built: tuple, recorder: Recorder | None = None) -> dic
 
     optimizer.register_step_pre_hook(capture)
     batch_tokens = case.samples * case.seq_length
+    clipped = []
     for step in range(case.steps):
         with recorder if recorder and step < 2 else nullcontext():
             result = train_step(
                 stepper, optimizer, loader.read(step * batch_tokens), 1e-3, case.clip_grad
             )
+        clipped.append(result.qk_clipped_heads)
         if recorder:
             recorder.step += 1
     weights = {name: p.full_tensor().detach().numpy() for name, p in named(stages)}
@@ -176,6 +186,8 @@ def run_built(case: Case, built: tuple, recorder: Recorder | None = None) -> dic
         check_replicas(stages, layout)
     except RuntimeError as error:
         drift = str(error)
+    watch = stepper.logit_watch
+    largest = None if watch is None else watch.largest.values_LN.numpy().copy()
     with recorder or nullcontext():
         valid, _ = stepper.run(loader.read(case.steps * batch_tokens), train=False)
     return {
@@ -183,6 +195,8 @@ def run_built(case: Case, built: tuple, recorder: Recorder | None = None) -> dic
         "grad_norm": result.grad_norm,
         "num_targets": result.num_targets,
         "valid": valid,
+        "largest_logits": largest,
+        "clipped": clipped,
         "gradients": gradients,
         "weights": weights,
         "drift": drift,
@@ -207,6 +221,12 @@ def compare(results: list[dict], expected: dict) -> None:
         for key in ("loss", "grad_norm", "valid"):
             assert abs(result[key] - expected[key]) <= TOLERANCE * abs(expected[key]), (
                 f"rank {rank}: {key} {result[key]}, expected {expected[key]}"
+            )
+        if expected["largest_logits"] is not None:
+            error = relative_error(result["largest_logits"], expected["largest_logits"])
+            assert error <= TOLERANCE, f"rank {rank}: largest logits: relative error {error:.1e}"
+            assert result["clipped"] == expected["clipped"] and any(expected["clipped"]), (
+                f"rank {rank}: {result['clipped']} heads clipped, expected {expected['clipped']}"
             )
         for kind in ("gradients", "weights"):
             for name, tensor in result[kind].items():

@@ -295,10 +295,52 @@ CASES = {
         model=QWEN2_TIED | dict(num_attention_heads=8, hidden_size=64),
     ),
     "tp2 pp2 cp2 untied": Case(tp=2, pp=2, cp=2, model=UNTIED | QWEN3),
+    "tp4 kv2 QK-clip zero3": Case(
+        tp=4, qk_clip=0.5, steps=3, strategy="optim_grads_params", model=dict(add_qkv_bias=True)
+    ),
+    "cp4 two levels QK-clip windows head chunks full": Case(
+        cp=4,
+        context_levels=(2, 2),
+        qk_clip=0.5,
+        steps=3,
+        lengths=(400,),
+        model=dict(window_size=[9, 0], window_attn_skip_freq=[2], num_query_groups=4),
+        memory=MemorySettings("full", attention_head_chunks=2),
+    ),
+    "pp2 dp2 QK-clip zero1": Case(pp=2, dp=2, qk_clip=0.5, steps=3, strategy="optim"),
+    "tp2 cp2 QK-clip uneven heads": Case(
+        tp=2,
+        cp=2,
+        qk_clip=0.5,
+        steps=3,
+        model=dict(num_attention_heads=6, num_query_groups=2, hidden_size=48),
+    ),
+    "cp2 QK-clip attention kept": Case(
+        cp=2,
+        qk_clip=0.5,
+        steps=3,
+        model=dict(num_query_groups=4, attn_logit_softcapping=0.7),
+        memory=MemorySettings("attention_kept"),
+    ),
+    "cp2 QK-clip head chunks": Case(
+        cp=2,
+        qk_clip=0.5,
+        steps=3,
+        model=dict(num_attention_heads=8, num_query_groups=2, hidden_size=64),
+        memory=MemorySettings(attention_head_chunks=4),
+    ),
+    "pp2 ZBV QK-clip": Case(pp=2, schedule="ZBV", qk_clip=0.5, steps=3, model=dict(num_layers=4)),
+    "tp2 cp2 dp2 QK-clip kv1 micro2": Case(
+        tp=2, cp=2, dp=2, qk_clip=0.5, steps=3, micro_batch_size=2, model=QWEN2_TIED
+    ),
 }
 
 
 WITH_ALL = {
+    "cp2 QK-clip attention kept",
+    "cp2 QK-clip head chunks",
+    "pp2 ZBV QK-clip",
+    "tp2 cp2 dp2 QK-clip kv1 micro2",
     # Each differs from a case above that always runs in a setting that another such case has.
     "dp2",
     "cp4 kv1",

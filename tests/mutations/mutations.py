@@ -300,6 +300,14 @@ def contiguous_pieces(original):
     return mutated
 
 
+def watched_over_dp_only(original):
+    def mutated(self, is_good):
+        self.layout = dataclasses.replace(self.layout, world=self.layout.dp)
+        return original(self, is_good)
+
+    return mutated
+
+
 ACROSS_EDGES = Case(cp=2, model=UNTIED)
 SINKS = Case(cp=2, model=dict(softmax_type="learnable"))
 TWO_LEVELS = Case(cp=4, context_levels=(2, 2))
@@ -538,5 +546,23 @@ MUTATIONS = {
         "_Linear.backward",
         last_chunk_only,
         Case(cp=2, model=MANY_KV, memory=MemorySettings(attention_head_chunks=2)),
+    ),
+    "largest logits of this data rank's documents only": Mutation(
+        "pretrain.qk_clip",
+        "all_reduce",
+        lambda original: lambda x, axis, op: x,
+        Case(dp=2, qk_clip=0.5),
+    ),
+    "largest logits not compared over cp": Mutation(
+        "pretrain.qk_clip",
+        "LogitWatch.after_update",
+        watched_over_dp_only,
+        Case(cp=2, context_levels=(1, 2), qk_clip=0.5),
+    ),
+    "rows of q and k scaled by the factors of other heads": Mutation(
+        "pretrain.qk_clip",
+        "_own_rows",
+        lambda original: lambda parameter, layout: original(parameter, layout) * 0,
+        Case(tp=2, qk_clip=0.5),
     ),
 }

@@ -119,3 +119,14 @@ def test_a_restart_says_in_one_line_where_it_goes_on(clock, index, number, place
     # 8 steps of 256 tokens and 10 of 512.
     text = describe_place(phases, phases[index], clock, number)
     assert text == place
+
+
+def test_the_largest_logit_and_the_heads_that_were_clipped_are_shown_where_they_are_known(capsys):
+    console = Console(1, is_terminal=False)
+    console.step(step(1), OUTLOOK)
+    console.step(step(2, max_attention_logit=61.04, qk_clipped_heads=0), OUTLOOK)
+    console.step(step(3, max_attention_logit=123.46, qk_clipped_heads=8), OUTLOOK)
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert "logit" not in first and "QK-clip" not in first
+    assert "| logit 61.0 |" in second and "QK-clip" not in second
+    assert "| logit 123.5 | QK-clip 8 heads |" in third

@@ -24,6 +24,8 @@ MOCK = (
 ).split()
 # flag -> (what is missing, what makes it act)
 CASES = {
+    "--qk-clip-alpha 0.4": ("without --qk-clip", "--qk-clip"),
+    "--qk-clip-threshold 50": ("without --qk-clip", "--qk-clip"),
     "--lr-wsd-decay-style linear": ("without --lr-decay-style WSD", "--lr-decay-style WSD"),
     "--lr-wsd-decay-iters 5": ("without --lr-decay-style WSD", "--lr-decay-style WSD"),
     "--lr-wsd-decay-samples 5": ("without --lr-decay-style WSD", "--lr-decay-style WSD"),
