@@ -68,7 +68,8 @@ class World:
 class Layout:
     """Every axis of this rank.
 
-    `dp_cp` shards parameters, `world` sums what is summed once over everything.
+    `dp_cp` shards parameters, `dp_cp_tp` has all parts of each, `world` sums what is summed once
+    over everything.
     """
 
     world: Axis
@@ -81,6 +82,8 @@ class Layout:
     cp_gather: Axis
     """The cp ranks that gather keys and values: with two levels one of each group, else itself."""
     dp_cp: Axis
+    dp_cp_tp: Axis
+    """All ranks of this rank's pipeline stages, those of tp next to each other."""
     embedding: Axis
     """The two ranks that hold a tied embedding's copies.
 
@@ -319,6 +322,10 @@ def build_layout(config: LayoutConfig, world: World) -> Layout:
         cp_a2a=cp_a2a,
         cp_gather=cp_gather,
         dp_cp=dp_cp,
+        dp_cp_tp=_axis(
+            "dp_cp_tp",
+            parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
+        ),
         embedding=_embedding_axis(pp_axis, config.schedule),
         schedule=config.schedule,
         stages=stages,
@@ -368,7 +375,9 @@ def single_process_layout(device: torch.device) -> Layout:
     Tools that read or run a model by themselves use it.
     """
     # Every axis is of size 1, so that no collective looks at its group.
-    names = ("world", "tp", "pp", "dp", "cp", "cp_a2a", "cp_gather", "dp_cp", "embedding")
+    levels = ("cp_a2a", "cp_gather")
+    joined = ("world", "dp_cp", "dp_cp_tp", "embedding")
+    names = ("tp", "pp", "dp", "cp", *levels, *joined)
     return Layout(
         **{name: Axis(name, 0, 1, (0,), None) for name in names},
         schedule="1F1B",

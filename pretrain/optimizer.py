@@ -1,4 +1,4 @@
-"""The optimizer: fused AdamW over this rank's shards.
+"""The optimizer: fused AdamW over this rank's shards, or Muon beside it (muon/).
 
 To add another, choose it in `build_optimizer` by a setting, and give its state from the start:
 whatever `state_of` returns for a parameter is saved and loaded by its name, sharded like the
@@ -6,7 +6,9 @@ parameter or as a plain tensor. An optimizer that keeps more or less than two mo
 bytes in planner/rank_bytes.py.
 """
 
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,23 +17,35 @@ from model.config import ModelConfig
 from model.gpt import GPTStage
 from parallel.shard import own_shard
 from pretrain.config.config import OptimizerConfig
+from pretrain.muon.muon import Muon
 from pretrain.parameter_groups import parameter_groups
 
 
 def build_optimizer(
     stages: Sequence[GPTStage], model: ModelConfig, config: OptimizerConfig
 ) -> torch.optim.Optimizer:
-    """Build AdamW over this rank's shards."""
-    optimizer = torch.optim.AdamW(
+    """Build the optimizer over this rank's shards, with all of its state."""
+    groups = parameter_groups(stages, model, config)
+
+    def make_adamw(of_groups: list[dict[str, Any]]) -> torch.optim.AdamW:
+        return _build_adamw(of_groups, config)
+
+    if config.optimizer == "adam":
         # Torch's type for a group is a plain dict.
-        [dict(group) for group in parameter_groups(stages, model, config)],
+        return make_adamw([dict(group) for group in groups])
+    return Muon(groups, make_adamw, stages[0].layout, config, lambda name: _heads_of(name, model))
+
+
+def _build_adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
+    optimizer = torch.optim.AdamW(
+        groups,
         lr=config.lr,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_eps,
         fused=True,
     )
     # The moments exist from the start, so that loading a checkpoint fills them in place.
-    for parameter in (p for stage in stages for p in stage.parameters()):
+    for parameter in (parameter for group in groups for parameter in group["params"]):
         # The dtype that torch itself gives to `step`, on the parameter's device as the fused kernel
         # wants it.
         device = own_shard(parameter).device
@@ -43,6 +57,14 @@ def build_optimizer(
     return optimizer
 
 
+def _heads_of(name: str, model: ModelConfig) -> int:
+    """Count the heads whose rows a parameter has one under the other; 1 for all others."""
+    found = re.fullmatch(r"layers\.\d+\.attention\.([qkv])\.weight", name)
+    if found is None:
+        return 1
+    return model.num_attention_heads if found[1] == "q" else model.num_kv_heads
+
+
 def state_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
     """Return what the optimizer keeps of a parameter, by its names in a checkpoint."""
     return optimizer.state[parameter]
@@ -51,8 +73,8 @@ def state_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[
 def update(optimizer: torch.optim.Optimizer, lr: float, is_good: torch.Tensor) -> None:
     """Take an optimizer step with learning rate `lr`, or none where `is_good` is false.
 
-    The fused kernel reads that from the device, as torch.amp.GradScaler tells it: parameters,
-    moments and their step counts then stay unchanged.
+    AdamW's fused kernel and Muon read that from the device, as torch.amp.GradScaler tells it:
+    parameters, moments and their step counts then stay unchanged.
 
     Args:
         is_good: a truth value on the device, the same on all ranks.
@@ -62,6 +84,6 @@ def update(optimizer: torch.optim.Optimizer, lr: float, is_good: torch.Tensor) -
     # A stage may have no parameter of the first group.
     first = next(p for group in optimizer.param_groups for p in group["params"])
     found_inf = (~is_good).to(own_shard(first).device, torch.float32)
-    # The name under which the fused kernel looks for it.
+    # The name under which they look for it.
     optimizer.found_inf = found_inf  # pyrefly: ignore[missing-attribute]
     optimizer.step()

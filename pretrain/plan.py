@@ -90,13 +90,18 @@ class Plan:
         return None if self.start.weights_only else self.progress
 
     @property
+    def changes_optimizer(self) -> bool:
+        """Were the checkpoint's moments another optimizer's?"""
+        return any(change.name == "optimizer" for change in self.changes)
+
+    @property
     def starts_fresh_optimizer(self) -> bool:
         """Do moments start at zero although the checkpoint's weights are taken?
 
         A restart continues them, whatever the flags of the first launch said, unless they were not
-        saved.
+        saved. Those of another optimizer are no use.
         """
-        if self.start.weights_only:
+        if self.start.weights_only or self.changes_optimizer:
             return True
         was_saved = self.progress is not None and self.progress.has_optimizer
         is_forgotten = not self.start.is_restart or not was_saved

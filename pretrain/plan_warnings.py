@@ -106,6 +106,11 @@ def _warnings_of_start(plan: Plan) -> list[str]:
             "use_checkpoint_opt_param_scheduler = True: has no effect, since no checkpoint's clock "
             "goes on"
         )
+    if plan.resumed is not None and plan.changes_optimizer:
+        found.append(
+            f"optimizer = {plan.config.optimizer.optimizer}: all moments start at zero, since the "
+            "checkpoint's are of another optimizer"
+        )
     return found
 
 

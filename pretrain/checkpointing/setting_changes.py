@@ -24,6 +24,10 @@ EFFECTIVE = {
     "qk_clip_threshold": "effective_qk_clip_threshold",
 }
 """Settings that have a default, or act beside others only -> the property of what they come to."""
+MEANINGS = {
+    "optimizer": "the checkpoint's moments are of another optimizer, and would start at zero",
+}
+"""Setting -> what a change means, where its kind does not say it all."""
 MAX_VALUE_CHARACTERS = 160
 """Characters of a value that a message shows."""
 
@@ -118,7 +122,8 @@ def setting_changes(stored: Config, config: Config) -> list[Change]:
             if name == "phases":
                 found += _entry_changes(before, now)
             elif not is_same(name, before, now):
-                found.append(Change(name, before, now, "free" if kind == "effect" else kind))
+                effective: Resume = "free" if kind == "effect" else kind
+                found.append(Change(name, before, now, effective, MEANINGS.get(name, "")))
     return found
 
 

@@ -116,6 +116,7 @@ BATCH_IS_OPEN = Condition(
     ", since every phase gives a batch of its own",
 )
 CLIPS_QK = Condition(lambda config: config.optimizer.qk_clip, " without --qk-clip")
+MUON = Condition(lambda config: config.optimizer.optimizer == "muon", " without --optimizer muon")
 NORMS_QK = Condition(lambda config: config.model.qk_layernorm, " without --qk-layernorm")
 MUP = Condition(lambda config: config.model.use_mup, " without --use-mup")
 MUP_SCALES_SCORES = Condition(
@@ -157,6 +158,14 @@ CONDITIONS: dict[str, tuple[Condition, ...]] = {
     # The update
     "qk_clip_alpha": (CLIPS_QK,),
     "qk_clip_threshold": (CLIPS_QK,),
+    "muon_momentum": (MUON,),
+    "muon_nesterov": (MUON,),
+    "muon_num_ns_steps": (MUON,),
+    "muon_coefficient_type": (MUON,),
+    "muon_scale_mode": (MUON,),
+    "muon_extra_scale_factor": (MUON,),
+    "muon_fp32_matmul_prec": (MUON,),
+    "muon_per_head": (MUON,),
     # Evaluations and logs
     "eval_interval": (EVALUATES,),
     "eval_seq_lengths": (EVALUATES,),

@@ -11,8 +11,9 @@ from pretrain.config.token_count import Tokens
 class OptimizerConfig:
     """How weights are updated, at which rate and in which precision."""
 
-    optimizer: Literal["adam"] = "adam"
-    """AdamW (decoupled weight decay, arXiv 1711.05101), Megatron-LM's adam."""
+    optimizer: Literal["adam", "muon"] = "adam"
+    """adam = AdamW (decoupled weight decay, arXiv 1711.05101); muon = Muon (arXiv 2502.16982) for
+    the layers' matrices, AdamW for embedding, output, norms and biases."""
     lr: float = setting(3e-4, per_phase=True, resume="effect", above=0)
     """Highest learning rate; a phase may change it."""
     min_lr: float = setting(0.0, per_phase=True, resume="effect", at_least=0)
@@ -54,6 +55,26 @@ class OptimizerConfig:
     """Decay of the second moment."""
     adam_eps: float = setting(1e-8, above=0)
     """Added to the root of the second moment."""
+    muon_momentum: float = 0.95
+    """Decay of Muon's momentum."""
+    muon_nesterov: bool = True
+    """Look a step ahead of the momentum (Nesterov)."""
+    muon_num_ns_steps: int = setting(5, at_least=1)
+    """Steps of Newton-Schulz, which makes Muon's updates nearly orthogonal."""
+    muon_coefficient_type: Literal["simple", "quintic"] = "simple"
+    """Coefficients of Newton-Schulz: simple = the same in every step (arXiv 2502.16982), quintic =
+    each step has its own, closer to orthogonal."""
+    muon_scale_mode: Literal["spectral", "shape_scaling", "unit_rms_norm"] = "spectral"
+    """Scale of an orthogonal [rows, columns] update: spectral = root of the larger side,
+    shape_scaling = root of rows / columns, at least 1, unit_rms_norm = root of rows / columns."""
+    muon_extra_scale_factor: float = setting(0.2, above=0)
+    """Multiplies that scale; spectral and 0.2 give the size of AdamW's updates, so that its
+    learning rate and weight decay carry over."""
+    muon_fp32_matmul_prec: Literal["medium", "highest"] = "medium"
+    """Precision of Newton-Schulz: medium = bf16 where the device has units for it, highest =
+    fp32."""
+    muon_per_head: bool = False
+    """Orthogonalize q, k and v head by head, and not each as a whole."""
     weight_decay: float = setting(0.1, resume="scheduler", at_least=0)
     """Decoupled weight decay on matrices; norms, biases and sinks have none."""
     clip_grad: float = setting(1.0, at_least=0)
@@ -97,8 +118,9 @@ class OptimizerConfig:
     def validate(self) -> list[str]:
         """List the problems of these settings, as `name = value: rule. Fix: ...`."""
         problems = [
-            f"{name} = {value}: must be in [0, 1). Fix: 0.9 and 0.95 are common."
-            for name, value in (("adam_beta1", self.adam_beta1), ("adam_beta2", self.adam_beta2))
+            f"{name} = {value}: must be in [0, 1). Fix: 0.9 or 0.95 is common."
+            for name in ("adam_beta1", "adam_beta2", "muon_momentum")
+            for value in [getattr(self, name)]
             if not 0 <= value < 1
         ]
         if self.bf16 and self.fp64:

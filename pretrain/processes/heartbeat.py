@@ -84,7 +84,7 @@ class Heartbeat:
     def name_axes(self, layout: Layout) -> None:
         """Note the collectives of every axis from now on."""
         axes = (layout.tp, layout.cp, layout.cp_a2a, layout.cp_gather, layout.dp, layout.dp_cp)
-        self.log.name_axes([*axes, layout.pp, layout.embedding])
+        self.log.name_axes([*axes, layout.dp_cp_tp, layout.pp, layout.embedding])
         self.record.tell(device=layout.device.type, stage=layout.pp.rank)
 
     # ------------------------------------------------------------ what the rank does

@@ -61,6 +61,8 @@ class Case:
     clip_grad: float = 1.0
     qk_clip: float | None = None
     steps: int = 1
+    optimizer: dict = field(default_factory=dict)
+    """Settings of the optimizer."""
 
     @property
     def world_size(self) -> int:
@@ -77,6 +79,7 @@ class Case:
             clip_grad=self.clip_grad,
             qk_clip=self.qk_clip,
             steps=self.steps,
+            optimizer=self.optimizer,
         )
 
     def model_config(self) -> ModelConfig:
@@ -140,7 +143,8 @@ class Case:
             eod_mask_loss=False,
             vocab_size=VOCABULARY,
         )
-        return layout, stages, build_optimizer(stages, config, OptimizerConfig(lr=1e-3)), stepper, loader
+        optimizer = build_optimizer(stages, config, OptimizerConfig(lr=1e-3, **self.optimizer))
+        return layout, stages, optimizer, stepper, loader
 
 
 def named(stages: list, attribute: str | None = None) -> list[tuple[str, torch.Tensor]]:

@@ -401,7 +401,9 @@ def test_a_public_llama3_script_runs_with_every_flag_accepted_or_warned_of():
     "words, fix",
     [
         ("--attention-backend fused", "Fix: cudnn, which is cuDNN's attention."),
-        ("--optimizer sgd", "Fix: adam (AdamW); no other optimizer is built."),
+        ("--optimizer sgd", "Fix: adam (AdamW) or muon; no other optimizer is built."),
+        ("--optimizer dist_muon", "Fix: muon, whose state and work are always shared out."),
+        ("--muon-fp32-matmul-prec high", "Fix: medium (bf16) or highest (fp32); TF32 is not used."),
         ("--normalization LayerNorm", "Fix: RMSNorm; LayerNorm is not built."),
         ("--normalization rmsnorm", "Fix: RMSNorm."),
         ("--lr-decay-style wsd", "Fix: WSD."),

@@ -157,6 +157,7 @@ def test_nothing_changed_is_nothing():
             "--adam-beta2 0.9 --adam-eps 1e-6",
             [("adam_beta2", "optimization"), ("adam_eps", "optimization")],
         ),
+        ("--optimizer muon", [("optimizer", "optimization")]),
         ("--clip-grad 2 --bf16", [("clip_grad", "optimization"), ("bf16", "optimization")]),
         ("--weight-decay 0.2", [("weight_decay", "scheduler")]),
         ("--rotary-base 5e5", [("phase 'main': rope", "optimization")]),
