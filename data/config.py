@@ -74,6 +74,11 @@ class DataConfig:
     packing: Packing = field(default="concat", metadata=dict(per_phase=True, resume="effect"))
     """Samples are windows of the concatenated documents, or bins of whole documents (only those
     longer than a sample are cut); a phase may change it."""
+    max_documents_per_sample: int | None = field(
+        default=None, metadata=dict(per_phase=True, resume="effect", at_least=1)
+    )
+    """Documents of a sample at most, with --packing best_fit, so that no step has very many tiny
+    ones; a sample that may hold no more is padded. A phase may change it."""
     data_exhausted: Exhausted = field(
         default="repeat", metadata=dict(per_phase=True, resume="effect")
     )

@@ -144,9 +144,9 @@ class Ledger:
 
     def enter(self, clock: int, phase: str, settings: DataSettings) -> None:
         """Draw by `settings` from `clock` on, in a new segment unless the open one has the same."""
-        # The same settings go on in the same segment.
+        # The same settings go on in the same segment, and with its coefficients of the cost.
         if self._open is not None:
-            if (self._open.phase, self._open.settings) == (phase, settings):
+            if self._open.phase == phase and self._open.settings.agrees_with(settings):
                 return
             self._close(clock)
         self._begin(clock, phase, settings)
@@ -249,13 +249,7 @@ class Ledger:
         for segment in self._closed:
             drawn = segment.drawn.get(name)
             if drawn and drawn.samples:
-                packer = make_packer(
-                    segment.settings.packing,
-                    self.streams[name],
-                    place,
-                    segment.settings.seq_length,
-                    drawn.mark,
-                )
+                packer = make_packer(segment.settings, self.streams[name], place, drawn.mark)
                 place = packer.after(drawn.samples)
         return place
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Self, TypeVar
 
 from data.config import Exhausted, Packing
+from data.document_cost import DocumentCost
 from data.packing.place import Mark
 
 Value = TypeVar("Value")
@@ -27,15 +28,35 @@ class DataSettings:
     packing: Packing = "concat"
     exhausted: Exhausted = "repeat"
     """At the end of a source's epoch: the next epoch; draw no more from it; or refuse the run."""
+    max_documents_per_sample: int | None = None
+    """For best_fit; None = any number."""
+    equal_cost: DocumentCost | None = None
+    """For best_fit: what its samples shall cost nearly the same of; None = they are only full. As
+    it was when the segment began, whatever the model's formula has become."""
 
     @staticmethod
     def from_json(stored: dict[str, Any]) -> "DataSettings":
         # JSON has no tuples, and settings are compared.
         blend = tuple((weight, name) for weight, name in stored["blend"])
-        return DataSettings(stored["seq_length"], blend, stored["packing"], stored["exhausted"])
+        cost = stored.get("equal_cost")
+        return DataSettings(
+            stored["seq_length"],
+            blend,
+            stored["packing"],
+            stored["exhausted"],
+            max_documents_per_sample=stored.get("max_documents_per_sample"),
+            equal_cost=None if cost is None else DocumentCost.from_json(cost),
+        )
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"blend": [list(entry) for entry in self.blend]}
+        # What is not asked for is left out, as it was before it could be asked for.
+        stored = {key: value for key, value in asdict(self).items() if value is not None}
+        return stored | {"blend": [list(entry) for entry in self.blend]}
+
+    def agrees_with(self, other: "DataSettings") -> bool:
+        """Tell whether two settings ask for the same, be their formulas of the cost other ones."""
+        are_equal = (self.equal_cost is None) == (other.equal_cost is None)
+        return are_equal and self == replace(other, equal_cost=self.equal_cost)
 
     def renamed(self, names: dict[str, str]) -> "DataSettings":
         """Return the same with other names of sources; names: name now -> new name."""

@@ -46,6 +46,7 @@ class Corpus:
         field: str,
         packing: Packing,
         exhausted: Exhausted,
+        max_documents_per_sample: int | None = None,
     ) -> DataSettings:
         """Make the settings of a segment that draws from `words`, without any from mock data.
 
@@ -56,7 +57,7 @@ class Corpus:
         blend = tuple(
             (_weight(weight, self.train[str(source)]), str(source)) for weight, source in entries
         )
-        return DataSettings(seq_length, blend, packing, exhausted)
+        return DataSettings(seq_length, blend, packing, exhausted, max_documents_per_sample)
 
 
 def _weight(given: float | None, stream: DocumentStream) -> float:

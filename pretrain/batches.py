@@ -175,6 +175,7 @@ def settings_of(phase: Phase, corpus: Corpus) -> DataSettings:
         f"phase {phase.name!r}: data_path",
         phase.packing,
         phase.data_exhausted,
+        phase.max_documents_per_sample,
     )
 
 

@@ -3,7 +3,8 @@
 Best-fit decreasing (bins.py) over windows of the stream of about WINDOW_BINS samples, each within
 one epoch. A window holds the documents that begin in it; one longer than a sample is cut into full
 samples and a rest that is packed like a document. Source of the idea: "Fewer Truncations Improve
-Language Modeling" (arXiv 2404.10830).
+Language Modeling" (arXiv 2404.10830). Samples may be asked to cost nearly the same, too
+(even_bins.py).
 """
 
 from bisect import bisect_right
@@ -13,7 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 from data.batch import Sample
-from data.packing.bins import numbers_by_bin, pack
+from data.document_cost import DocumentCost
+from data.packing.bins import NO_LIMIT, numbers_by_bin, pack
+from data.packing.even_bins import pack_evenly, pack_with_limit
 from data.packing.place import Mark, Place
 from data.permutation import Permutation
 from data.stream import DocumentStream, Spans, usable_cores
@@ -61,10 +64,21 @@ class BestFit:
         place: Place,
         seq_length: int,
         mark: Mark | None = None,
+        *,
+        max_documents: int | None = None,
+        cost: DocumentCost | None = None,
     ):
+        """
+        Args:
+            mark: from `mark` of an earlier packer of the same settings at the same place.
+            max_documents: documents of a sample at most; None = any number.
+            cost: what samples shall cost nearly the same of; None = they are only full.
+        """
         self.stream = stream
         self.place = place
         self.seq_length = seq_length
+        self.max_documents = max_documents
+        self.cost = cost
         begin = mark or Mark(0, 0)
         self._first = begin.window
         self._before = [begin.samples_before]  # samples before window self._first + i
@@ -182,7 +196,7 @@ class BestFit:
         if number == 0:
             unread = np.concatenate([self.place.held, unread])
         intervals = _cut(unread, self.stream.locate(unread), self.seq_length)
-        bins = pack(intervals[:, 1], self.seq_length)
+        bins = self._pack_lengths(intervals[:, 1])
         # The bins come longest documents first: a seeded order mixes them.
         count = int(bins.max()) + 1 if len(bins) else 0
         if count:
@@ -191,6 +205,15 @@ class BestFit:
         begins = np.zeros(count + 1, dtype=np.int64)
         np.cumsum(np.bincount(bins, minlength=count), out=begins[1:])
         return _Window(intervals, numbers_by_bin(bins, begins), begins, end)
+
+    def _pack_lengths(self, lengths: np.ndarray) -> np.ndarray:
+        """Put documents of these lengths into samples -> the sample of each, int32 [documents]."""
+        most = NO_LIMIT if self.max_documents is None else self.max_documents
+        if self.cost is not None:
+            return pack_evenly(lengths, self.cost.of_documents(lengths), self.seq_length, most)
+        if self.max_documents is not None:
+            return pack_with_limit(lengths, self.seq_length, most)
+        return pack(lengths, self.seq_length)
 
 
 def _cut(unread: np.ndarray, spans: Spans, seq_length: int) -> np.ndarray:

@@ -18,17 +18,25 @@ DEBRUIJN = np.array(
 DEBRUIJN_FACTOR = np.uint64(0x03F79D71B4CB0A89)
 
 
-def pack(lengths: np.ndarray, capacity: int) -> np.ndarray:
+NO_LIMIT = np.iinfo(np.int32).max
+"""Items of a bin where nothing bounds them."""
+
+
+def pack(lengths: np.ndarray, capacity: int, most: int = NO_LIMIT) -> np.ndarray:
     """Put each item, longest first, into the fullest bin that still has room for it.
 
     Args:
         lengths: int64 [items], each in [1, capacity].
+        most: items that a bin holds at most.
     Returns:
         The bin of each item, int32 [items]; bins are numbered from 0 in the order they are opened.
     """
     lengths = np.ascontiguousarray(lengths, dtype=np.int64)
     assert len(lengths) == 0 or (lengths.min() >= 1 and lengths.max() <= capacity), capacity
-    return _pack(lengths, capacity)
+    bins = np.full(len(lengths), -1, dtype=np.int32)
+    nothing = np.empty(0, dtype=np.int64)
+    fill_up(longest_first(lengths, capacity), lengths, capacity, most, bins, nothing, nothing)
+    return bins
 
 
 @numba.njit(nogil=True, cache=True)
@@ -43,26 +51,30 @@ def numbers_by_bin(bins, begins):
 
 
 @numba.njit(nogil=True, cache=True)
-def _pack(lengths, capacity):
-    """Pack with a list of bins per room (free tokens), and a set of the rooms that have one."""
-    # Levels of the set: bits for rooms, 64 to a word, then bits for the words that are not 0, ...
-    levels = [0]
-    size = capacity + 1
-    while True:
-        size = (size + 63) >> 6
-        levels.append(levels[-1] + size)
-        if size == 1:
-            break
-    starts = np.array(levels)
-    words = np.zeros(starts[-1], dtype=np.uint64)
+def fill_up(order, lengths, capacity, most, bins, rooms, items):
+    """Put the items that have no bin yet each into the fullest one that has room, by best fit.
+
+    Keeps a list of bins per room (free tokens), and a set of the rooms that have one.
+
+    Args:
+        order: numbers of the items, longest first.
+        bins: int32 [items], filled in; -1 = in none yet.
+        rooms, items: int64 [bins], of the bins that there are: free tokens, and items in them.
+    """
+    starts, words = _empty_set(capacity)
     heads = np.full(capacity + 1, -1, dtype=np.int32)  # room -> a bin with it
-    following = np.empty(len(lengths), dtype=np.int32)  # bin -> another with the same room
-    bins = np.empty(len(lengths), dtype=np.int32)
-    count = 0
-    for item in _longest_first(lengths, capacity):
-        length = lengths[item]
+    following = np.empty(len(rooms) + len(lengths), dtype=np.int32)  # bin -> another with the room
+    held = np.zeros(len(following), dtype=np.int32)
+    held[: len(items)] = items
+    count = len(rooms)
+    for number in range(count):
+        if rooms[number] > 0 and held[number] < most:
+            _list_bin(number, rooms[number], heads, following, words, starts)
+    for item in order:
+        if bins[item] >= 0:
+            continue
         # The fullest bin that has room has the smallest room that is enough.
-        room = _next_in_set(words, starts, length)
+        room = _next_in_set(words, starts, lengths[item])
         if room < 0:
             target = count
             room = capacity
@@ -73,18 +85,24 @@ def _pack(lengths, capacity):
             if heads[room] < 0:
                 _remove_from_set(words, starts, room)
         bins[item] = target
+        held[target] += 1
         # The bin moves to the list of the room that it has now.
-        room -= length
-        if room > 0:
-            if heads[room] < 0:
-                _add_to_set(words, starts, room)
-            following[target] = heads[room]
-            heads[room] = target
-    return bins
+        room -= lengths[item]
+        if room > 0 and held[target] < most:
+            _list_bin(target, room, heads, following, words, starts)
 
 
 @numba.njit(nogil=True, cache=True)
-def _longest_first(lengths, capacity):
+def _list_bin(number, room, heads, following, words, starts):
+    """Put a bin at the head of the list of its room."""
+    if heads[room] < 0:
+        _add_to_set(words, starts, room)
+    following[number] = heads[room]
+    heads[room] = number
+
+
+@numba.njit(nogil=True, cache=True)
+def longest_first(lengths, capacity):
     """Sort item numbers by falling length, equal ones in order (counting sort)."""
     counts = np.zeros(capacity + 2, dtype=np.int32)
     for length in lengths:
@@ -102,6 +120,19 @@ def _longest_first(lengths, capacity):
 # ---------------------------------------------------------------- a set of small numbers
 # Words of 64 bits; those of level l lie at words[levels[l]:levels[l + 1]]. A bit of level 0 says
 # that a number is in the set, a bit of a higher level that the word below it is not 0.
+
+
+@numba.njit(nogil=True, cache=True)
+def _empty_set(largest):
+    """Make a set for numbers up to `largest` -> where its levels begin, and its words."""
+    levels = [0]
+    size = largest + 1
+    while True:
+        size = (size + 63) >> 6
+        levels.append(levels[-1] + size)
+        if size == 1:
+            break
+    return np.array(levels), np.zeros(levels[-1], dtype=np.uint64)
 
 
 @numba.njit(inline="always")

@@ -1,20 +1,27 @@
 """The packings that a run may choose from, by the name of the setting `packing`."""
 
-from data.config import Packing
 from data.packing.best_fit import BestFit
 from data.packing.concat import Concat
 from data.packing.place import Mark, Packer, Place
+from data.segments import DataSettings
 from data.stream import DocumentStream
-
-PACKERS: dict[Packing, type[Concat] | type[BestFit]] = {"concat": Concat, "best_fit": BestFit}
 
 
 def make_packer(
-    packing: Packing, stream: DocumentStream, place: Place, seq_length: int, mark: Mark | None
+    settings: DataSettings, stream: DocumentStream, place: Place, mark: Mark | None = None
 ) -> Packer:
     """Make the packer that turns what is unread of a stream into samples.
 
     Args:
         mark: from `Packer.mark` of an earlier packer at the same place; saves packing again.
     """
-    return PACKERS[packing](stream, place, seq_length, mark)
+    if settings.packing == "concat":
+        return Concat(stream, place, settings.seq_length, mark)
+    return BestFit(
+        stream,
+        place,
+        settings.seq_length,
+        mark,
+        max_documents=settings.max_documents_per_sample,
+        cost=settings.equal_cost,
+    )

@@ -37,7 +37,13 @@ def phase_changes(stored: Config, progress: Progress, phases: list[Phase]) -> li
 def _field_changes(progress: Progress, current: Phase) -> list[Change]:
     """List the fields of the phase that differ, of those whose declaration gives a kind."""
     now = json.loads(json.dumps(dataclasses.asdict(current)))  # as progress.json writes it
-    before = progress.phase
+    # A setting that is newer than the checkpoint had its default then.
+    defaults = {
+        field.name: field.default
+        for field in dataclasses.fields(Phase)
+        if field.default is not dataclasses.MISSING
+    }
+    before = defaults | progress.phase
     return [
         Change(f"phase {current.name!r}: {name}", before[name], now[name], facts.resume)
         for name, facts in facts_of_section(Phase).items()

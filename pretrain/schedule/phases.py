@@ -58,6 +58,9 @@ class Phase:
     min_lr: float
     lr_schedule: str
     lr_warmup_tokens: int
+    # What samples are asked for, which older checkpoints do not say.
+    max_documents_per_sample: int | None = field(default=None, metadata=dict(resume="data"))
+    """None = any number."""
     auto: tuple[str, ...] = ()
     """Settings that `layout: auto` chooses (planner/auto_layout.py); empty = all are given."""
     predicted_bytes: int | None = None

@@ -74,6 +74,7 @@ def _resolve(config: Config, entry: PhaseConfig, index: int, start: int) -> Phas
     problems += _micro_batch_problems(
         BatchWords.make(config, entry, seq_length), batches, micro, seq_length
     )
+    problems += _packing_problems(config, entry)
     if problems:
         raise ValueError("\n".join(problems))
     assert tokens is not None
@@ -112,6 +113,7 @@ def _make_phase(
         rope=entry.with_rope(config.model).rope,
         document_masking=pick("document_masking", config.data),
         packing=pick("packing", config.data),
+        max_documents_per_sample=pick("max_documents_per_sample", config.data),
         data_exhausted=pick("data_exhausted", config.data),
         data_path=tuple(entry.data_path or config.data.data_path or config.data.train_data_path),
         lr=pick("lr", config.optimizer),
@@ -120,6 +122,18 @@ def _make_phase(
         lr_warmup_tokens=entry.lr_warmup_tokens or 0,
         auto=config.open_settings(entry),
     )
+
+
+def _packing_problems(config: Config, entry: PhaseConfig) -> list[str]:
+    """List what samples are asked for that the phase's packing cannot make."""
+    packing = entry.packing or config.data.packing
+    most = entry.max_documents_per_sample or config.data.max_documents_per_sample
+    if most is None or packing != "concat":
+        return []
+    return [
+        f"max_documents_per_sample = {most}: packing = concat takes the documents as they come. "
+        "Fix: --packing best_fit, or leave it out (phases may give their own)."
+    ]
 
 
 def _micro_batch_problems(

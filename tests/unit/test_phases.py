@@ -121,6 +121,11 @@ def test_flat_settings_are_one_phase():
         ),
         (dict(micro_batch_size=0), "micro_batch_size = 0: must be at least 1"),
         (
+            dict(max_documents_per_sample=64),
+            "max_documents_per_sample = 64: packing = concat takes the documents as they come. "
+            "Fix: --packing best_fit",
+        ),
+        (
             dict(rampup_batch_size=[1, 1]),
             "rampup_batch_size = 1 1: must be START INCREMENT SAMPLES",
         ),

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from pretrain.checkpointing.phase_changes import phase_changes
 from pretrain.checkpointing.progress import Progress
 from pretrain.checkpointing.resume_contract import (
     continuation_changes,
@@ -109,6 +110,7 @@ def test_the_fields_of_a_phase_that_matter_on_continuing():
         "rope": "optimization",
         "document_masking": "data",
         "packing": "data",
+        "max_documents_per_sample": "data",
         "data_exhausted": "data",
     }
     # A new field is added here, or declares its kind: none is free without a decision.
@@ -134,6 +136,16 @@ def test_nothing_changed_is_nothing():
     assert changes(asked(), asked()) == []
 
 
+def test_a_checkpoint_from_before_a_setting_had_its_default():
+    config = asked("--packing best_fit")
+    progress = progress_of(config, 40 * 256)
+    del progress.phase["max_documents_per_sample"]
+    assert phase_changes(config, progress, resolve_phases(config)) == []
+    limited = asked("--packing best_fit --max-documents-per-sample 64")
+    (change,) = phase_changes(config, progress, resolve_phases(limited))
+    assert (change.theirs, change.ours, change.kind) == (None, 64, "data")
+
+
 @pytest.mark.parametrize(
     "flags, expected",
     [
@@ -149,6 +161,13 @@ def test_nothing_changed_is_nothing():
         ("--split 90,10,0", [("split", "data")]),
         ("--eod-mask-loss", [("eod_mask_loss", "data")]),
         ("--packing best_fit", [("phase 'main': packing", "data")]),
+        (
+            "--packing best_fit --max-documents-per-sample 64",
+            [
+                ("phase 'main': packing", "data"),
+                ("phase 'main': max_documents_per_sample", "data"),
+            ],
+        ),
         ("--no-document-masking", [("phase 'main': document_masking", "data")]),
         ("--data-exhausted stop", [("phase 'main': data_exhausted", "data")]),
         ("--seq-length 128 --global-batch-size 2", [("phase 'main': seq_length", "data")]),

@@ -14,13 +14,14 @@ Expected of every token t, at the end of each phase:
 
 import json
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from data.batch import Batch
 from data.config import Packing
+from data.document_cost import DocumentCost
 from data.indexed import IndexedReader
 from data.ledger import Ledger
 from data.loader import Loader
@@ -35,6 +36,9 @@ PHASES = 20
 
 
 PACKINGS: tuple[Packing, ...] = ("concat", "best_fit")
+SAMPLE_COST = DocumentCost(1.0, 1.0, 1e-3, ((None, 1),))
+"""What samples cost where they are asked to cost the same: attention as much as the rest at 2,000
+tokens of a document."""
 
 
 @dataclass
@@ -187,7 +191,7 @@ class Trial:
             blend = tuple((round(self.chance.uniform(0.1, 1), 3), name) for name in names)
             # Best-fit samples are meant to keep documents apart.
             masking = packing == "best_fit" or self.chance.random() < 0.7
-            if not self._enter(DataSettings(seq_length, blend, packing, "error")):
+            if not self._enter(self._settings(seq_length, blend, packing)):
                 failures += 1
                 continue
             failures = 0
@@ -208,6 +212,17 @@ class Trial:
         left = {name: int(intervals[:, 1].sum()) for name, intervals in self._unread().items()}
         if any(left.values()) and not self.outcome.problems:
             self.outcome.problems.append(f"not drawn at the end of the epoch: {left}")
+
+    def _settings(
+        self, seq_length: int, blend: tuple[tuple[float, str], ...], packing: Packing
+    ) -> DataSettings:
+        """Draw what else samples are asked for: few documents, or equal cost."""
+        settings = DataSettings(seq_length, blend, packing, "error")
+        if packing == "concat":
+            return settings
+        most = self.chance.choice([None, None, 4, 32])
+        cost = self.chance.choice([None, SAMPLE_COST])
+        return replace(settings, max_documents_per_sample=most, equal_cost=cost)
 
     def _enter(self, settings: DataSettings) -> bool:
         """Open a segment of the ledger; False where it has no sample left."""
