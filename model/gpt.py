@@ -38,6 +38,7 @@ from model.parts import (
     leave_tensor_parallel,
 )
 from model.positions import Positions, RotaryTables
+from model.products import linear
 from model.rope import rotary_tables
 from parallel.context import group_pieces
 from parallel.layout import Layout
@@ -376,7 +377,7 @@ class GPTStage(nn.Module):
         holds the logits at once.
         """
         x_tD, weight_vD = self.head_inputs(x_tD)
-        logits_tv = x_tD @ weight_vD.T
+        logits_tv = linear(x_tD, weight_vD)
         if self.softcap is not None:
             logits_tv = (logits_tv / self.softcap).tanh() * self.softcap
         columns = (

@@ -14,7 +14,7 @@ from torch import nn
 
 from model.parts import Weight
 from model.pointwise import Activation, gated, gated_gradients
-from model.products import add_product
+from model.products import add_product, linear, linears
 
 
 class MLP(nn.Module):
@@ -111,6 +111,10 @@ def _forward(
     activation: Activation,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Compute `gated_mlp`, and gate(x) and up(x) of the last tile."""
+    if tiles == 1:
+        gate_and_up = linears(x_tD, (gate_FD, up_FD))
+        hidden_tF = gated(*gate_and_up, activation=activation)
+        return linear(hidden_tF, down_DF), tuple(gate_and_up)
     out_tD = torch.empty_like(x_tD)
     projections: tuple[torch.Tensor, ...] = ()
     for rows in _tiles(x_tD.shape[0], tiles):

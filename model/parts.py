@@ -2,10 +2,10 @@
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from model.config import ModelConfig
 from model.pointwise import rms_norm
+from model.products import linear
 from parallel.collectives import (
     all_reduce,
     copy_to,
@@ -43,7 +43,7 @@ class Weight(nn.Module):
         return local_part(self.bias, partial_gradient=self.partial_gradient)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.local_weight(), self.local_bias())
+        return linear(x, self.local_weight(), self.local_bias())
 
 
 class RMSNorm(nn.Module):

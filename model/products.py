@@ -1,8 +1,10 @@
 """Matrix products that torch.nn.functional does not have.
 
-One adds to a wider sum, the other multiplies by several weights at once.
+One adds to a wider sum, one multiplies by several weights at once, and one takes oneDNN for a few
+tokens on a CPU.
 
-Legend: t tokens, D hidden, r rows of one weight, R those of all.
+Legend: t tokens, b sequences of which each has one token, D hidden, r rows of one weight, R those
+of all.
 """
 
 from collections.abc import Sequence
@@ -10,6 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
+
+FEW_TOKENS = 64
+"""Up to this many tokens, reading the weights takes longer than multiplying by them."""
 
 
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -31,6 +36,45 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
         total.add_(left @ right)
 
 
+def linears(x_tD: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Apply several weights [r, D] to one input, each by a product: [t, D] -> [t, r] each."""
+    if not _is_for_onednn(x_tD, weights[0]):
+        return [F.linear(x_tD, weight) for weight in weights]
+    x_in_its_layout = x_tD.to_mkldnn()
+    return [F.linear(x_in_its_layout, weight).to_dense() for weight in weights]
+
+
+def linear(
+    x_tD: torch.Tensor, weight_rD: torch.Tensor, bias_r: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Apply a weight [r, D] and a bias, as F.linear does: [t, D] -> [t, r]."""
+    if not _is_for_onednn(x_tD, weight_rD):
+        return F.linear(x_tD, weight_rD, bias_r)
+    return F.linear(x_tD.to_mkldnn(), weight_rD, bias_r).to_dense()
+
+
+def _is_for_onednn(x_tD: torch.Tensor, weight_rD: torch.Tensor) -> bool:
+    """Return whether a product of a few fp32 tokens on a CPU goes through oneDNN.
+
+    So it is while a model generates; weights that are trained have no such products. torch gives
+    fp32 to MKL, which multiplies a single row on one core of an AMD CPU (pytorch/pytorch#96643);
+    bf16 and fp16 it gives to oneDNN itself. 36 weights of [2048, 768], two cores of an EPYC 9004,
+    in ms:
+
+        tokens         1      2      4      8
+        MKL        18.41  32.33  25.59  23.08
+        oneDNN     10.66  13.41  14.31  16.21
+    """
+    return (
+        x_tD.device.type == "cpu"
+        and x_tD.dtype == torch.float32
+        and x_tD.shape[0] <= FEW_TOKENS
+        and not weight_rD.requires_grad
+        and not torch.is_grad_enabled()
+        and torch.backends.mkldnn.is_available()
+    )
+
+
 def linears_side_by_side(
     x_bD: torch.Tensor, weights: Sequence[torch.Tensor], bias_R: torch.Tensor | None
 ) -> torch.Tensor:
@@ -39,7 +83,7 @@ def linears_side_by_side(
     It does what `joined_linear` does, which copies the weights: that takes longer than the products
     of a few tokens. There is no gradient.
     """
-    product_bR = torch.cat([F.linear(x_bD, weight) for weight in weights], dim=1)
+    product_bR = torch.cat(linears(x_bD, weights), dim=1)
     return product_bR if bias_R is None else product_bR.add_(bias_R)
 
 
