@@ -85,6 +85,7 @@ class MemoryModel:
         optimizer_on_host: bool = False,
         copied_values: int = 0,
         with_kernels: bool = True,
+        measures_logits: bool = False,
     ):
         """
         Args:
@@ -96,6 +97,7 @@ class MemoryModel:
             with_kernels: count what a GPU's attention kernel takes beside its results.
             copied_values: values of each parameter that saves copy: none, the weight, or the weight
                 and its moments.
+            measures_logits: attention's largest logits are computed beside it; it takes time.
         """
         self.config = config
         self.vocab_size = vocab_size
@@ -106,6 +108,7 @@ class MemoryModel:
         self.optimizer_on_host = optimizer_on_host and on_gpu
         self.copied_values = copied_values
         self.with_kernels = with_kernels
+        self.measures_logits = measures_logits
         # A layout search asks for the same parts of thousands of layouts.
         self._pieces = cache(self._find_pieces)
         self.count_elements = cache(self._count_elements)
@@ -127,6 +130,7 @@ class MemoryModel:
             optimizer_on_host=config.optimizer.optimizer_cpu_offload,
             copied_values=copied if saves.save and saves.async_save else 0,
             with_kernels=with_kernels,
+            measures_logits=config.optimizer.qk_clip or config.logging.log_max_attention_logit,
         )
 
     # ------------------------------------------------------------ parameters of a rank

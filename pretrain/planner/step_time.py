@@ -162,6 +162,8 @@ def _compute_seconds(
         )
     )
     logits = 3 * 2 * config.padded_vocab_size(model.vocab_size) * config.hidden_size * tokens
+    # Measuring multiplies queries and keys once more: one of a forward's two products.
+    attention_passes = passes.attention + 0.5 * model.measures_logits
     # FLOPs over what the ranks that share a microbatch do in a second.
     layers = layers_of_slowest_rank(model, load)
     rate = hardware.flops * tp * cp / load.num_microbatches
@@ -172,7 +174,7 @@ def _compute_seconds(
     share = 1 / load.layout.pipeline_model_parallel_size if hardware.crowding > 1 else 1
     return (
         layers * products / product_rate,
-        layers * attention * passes.attention / attention_rate,
+        layers * attention * attention_passes / attention_rate,
         share * logits / loss_rate,
     )
 

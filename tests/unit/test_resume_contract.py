@@ -579,3 +579,13 @@ def test_every_setting_that_names_files_is_known_as_one():
     """By their names and explanations; a new one is declared with is_path=True."""
     named = {name for name in field_table() if name.endswith(("_path", "_dir"))}
     assert named | {"save", "load", "pretrained_checkpoint", "tokenizer_model"} == path_settings()
+
+
+def test_qk_clip_is_optimization_and_its_numbers_matter_only_with_it():
+    assert stopping(asked("--qk-clip-threshold 50")) == []
+    clipped = asked("--qk-clip")
+    assert stopping(asked("--qk-clip --qk-clip-alpha 0.5"), clipped) == []
+    assert stopping(asked("--qk-clip --qk-clip-threshold 50"), clipped) == [
+        ("qk_clip_threshold", "optimization")
+    ]
+    assert ("qk_clip", "optimization") in stopping(clipped)

@@ -168,3 +168,13 @@ def test_a_share_of_the_rates_acts_on_its_part_alone():
     assert slow.products == pytest.approx(2 * plain.products)
     assert slow.attention == plain.attention and slow.tensor == plain.tensor
     assert estimate_step(model, load, with_(memory=0.425)).update == pytest.approx(2 * plain.update)
+
+
+def test_measuring_logits_costs_half_of_attention_s_forward():
+    load = load_of(dict(), 8, 8192, 1, 1)
+    plain = model_of("llama3-8b")
+    measuring = MemoryModel(plain.config, VOCABULARY, measures_logits=True)
+    one = estimate_step(plain, load, H100)
+    other = estimate_step(measuring, load, H100)
+    assert other.attention == pytest.approx(one.attention * 3.5 / 3)
+    assert other.products == one.products
