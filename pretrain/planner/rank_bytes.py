@@ -19,7 +19,8 @@ from pretrain.planner.activation_bytes import LayerMemory
 from pretrain.planner.hardware import Hardware
 from pretrain.planner.kept_bytes import pinned_bytes
 from pretrain.planner.model_size import ModelSize
-from pretrain.planner.step_moments import GradientSizes, StepMoments
+from pretrain.planner.muon_cost import MuonCost
+from pretrain.planner.step_moments import GradientSizes, Moment, StepMoments
 from pretrain.planner.workload import Workload
 
 Parts = Counter[str]
@@ -34,7 +35,7 @@ class RankMemory:
     parameters: int
     """Its shard of the master weights."""
     optimizer: int
-    """Adam's moments and step counts of that shard."""
+    """The optimizer's moments and step counts of that shard."""
     gradients: int
     """Those of the shard, or of the whole stage where they are reduced once per step; 0 where most
     is held before the first of them is made."""
@@ -86,6 +87,7 @@ class MemoryModel:
         copied_values: int = 0,
         with_kernels: bool = True,
         measures_logits: bool = False,
+        muon: MuonCost | None = None,
     ):
         """
         Args:
@@ -98,6 +100,7 @@ class MemoryModel:
             copied_values: values of each parameter that saves copy: none, the weight, or the weight
                 and its moments.
             measures_logits: attention's largest logits are computed beside it; it takes time.
+            muon: what it takes where it updates the hidden matrices; None = AdamW updates all.
         """
         self.config = config
         self.vocab_size = vocab_size
@@ -109,6 +112,7 @@ class MemoryModel:
         self.copied_values = copied_values
         self.with_kernels = with_kernels
         self.measures_logits = measures_logits
+        self.muon = muon
         # A layout search asks for the same parts of thousands of layouts.
         self._pieces = cache(self._find_pieces)
         self.count_elements = cache(self._count_elements)
@@ -131,6 +135,7 @@ class MemoryModel:
             copied_values=copied if saves.save and saves.async_save else 0,
             with_kernels=with_kernels,
             measures_logits=config.optimizer.qk_clip or config.logging.log_max_attention_logit,
+            muon=MuonCost.of_run(config, vocab_size, on_gpu=not hardware.is_cpu),
         )
 
     # ------------------------------------------------------------ parameters of a rank
@@ -226,7 +231,10 @@ class MemoryModel:
         tp = load.layout.tensor_model_parallel_size
         parts = sum(self.parts_of_rank(load.layout, pp_rank), Counter())
         shard = self._elements_of(parts, tp, load.shards)
-        return self.copied_values * self.master_bytes * shard
+        copy = self.copied_values * self.master_bytes * shard
+        if self.muon is not None and self.copied_values > 1:
+            copy -= self.muon.of_rank(parts["layers"], tp, load.shards, self.master_bytes).saved
+        return copy
 
     def estimate_rank(self, load: Workload, pp_rank: int) -> RankMemory:
         """Estimate one pipeline rank: of its tp, cp and dp ranks the one with the most.
@@ -272,9 +280,16 @@ class MemoryModel:
             load.num_microbatches * layout.stages_per_rank,
             has_pipeline=layout.pipeline_model_parallel_size > 1,
         )
+        optimizer = 2 * self.master_bytes * shard + 4 * tensors
+        if self.muon is not None:
+            muon = self.muon.of_rank(parts["layers"], tp, load.shards, self.master_bytes)
+            optimizer -= muon.saved
+            # The gradients' shards and Muon's buffers, when all else is gone.
+            update = Moment(0, 0, 0, self.master_bytes * shard, muon.buffers)
+            most = max(most, update, key=lambda moment: moment.total)
         memory = RankMemory(
             parameters=self.master_bytes * shard,
-            optimizer=2 * self.master_bytes * shard + 4 * tensors,
+            optimizer=optimizer,
             gradients=most.gradients,
             gathered=most.gathered,
             activations=most.activations,

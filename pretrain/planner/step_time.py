@@ -201,7 +201,12 @@ def _update_seconds(model: MemoryModel, load: Workload, hardware: Hardware) -> f
     """Estimate clipping and the optimizer's update of the parameters that a rank holds."""
     held = _most_parameters(model, load) / load.shards
     rate = hardware.memory_bytes_per_second * hardware.efficiency.memory
-    return UPDATE_BYTES * held / rate
+    seconds = UPDATE_BYTES * held / rate
+    if model.muon is not None:
+        layers = layers_of_slowest_rank(model, load)
+        operations = model.muon.flops(layers, load.layout.tensor_model_parallel_size, load.shards)
+        seconds += operations / (hardware.flops * hardware.efficiency.products)
+    return seconds
 
 
 def _most_parameters(model: MemoryModel, load: Workload) -> int:

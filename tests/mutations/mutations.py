@@ -36,6 +36,9 @@ OTHER_PARTS = Case(
 )
 """Layers of parts that Llama does not have."""
 
+MUON = Case(dp=2, steps=2, optimizer=dict(optimizer="muon"))
+"""Each rank holds half of the rows of every matrix."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Mutation:
@@ -63,6 +66,24 @@ class Mutation:
             yield
         finally:
             setattr(owner, leaf, original)
+
+
+def orthogonalized_by_halves(original):
+    """The rows of each of two ranks by themselves."""
+
+    def mutated(blocks, steps):
+        halves = [block.chunk(2, dim=1) for block in blocks]
+        return [torch.cat(original(pair, steps), dim=1) for pair in halves]
+
+    return mutated
+
+
+def embedding_among_the_hidden(original):
+    def mutated(row, model, config):
+        row = row._replace(role="hidden") if row.role == "embedding" else row
+        return original(row, model, config)
+
+    return mutated
 
 
 def change_batch(change: Callable) -> Callable:
@@ -564,5 +585,25 @@ MUTATIONS = {
         "_own_rows",
         lambda original: lambda parameter, layout: original(parameter, layout) * 0,
         Case(tp=2, qk_clip=0.5),
+    ),
+    "Muon: a rank's own rows orthogonalized by themselves": Mutation(
+        "pretrain.muon.muon", "orthogonalize_all", orthogonalized_by_halves, MUON
+    ),
+    "Muon: the update's scale by its rows, where it is wider": Mutation(
+        "pretrain.muon.muon",
+        "scale_of",
+        lambda original: lambda rows, columns, *others: original(rows, rows, *others),
+        MUON,
+    ),
+    "Muon: the rows of an update given back in another order": Mutation(
+        "pretrain.muon.exchange",
+        "Bucket.shards_of",
+        lambda original: (
+            lambda bucket, pieces, like: [shard.flip(0) for shard in original(bucket, pieces, like)]
+        ),
+        MUON,
+    ),
+    "Muon: the embedding among the hidden matrices": Mutation(
+        "pretrain.parameter_groups", "_treatment", embedding_among_the_hidden, MUON
     ),
 }

@@ -18,6 +18,8 @@ from parallel.layout import single_process_layout
 from parallel.schedule import accepts, chunks_in_flight, idle_share
 from pretrain.planner.hardware import TABLE, find_hardware, peak_flops
 from pretrain.planner.head_counts import allowed_head_chunks
+from pretrain.planner.model_size import ModelSize
+from pretrain.planner.muon_cost import MuonCost
 from pretrain.planner.pass_counts import PassCounts
 from pretrain.planner.rank_bytes import MemoryModel
 from pretrain.planner.rank_group import RankGroup
@@ -274,6 +276,27 @@ def test_each_setting_saves_what_it_is_for():
     assert (
         plain.activations * 0.9 < staged.activations < plain.activations * 1.1
     )  # a quarter, four times
+
+
+def test_muon_keeps_one_moment_of_a_hidden_matrix_and_works_in_bounded_buffers():
+    plain = MemoryModel(MODEL, 128256)
+    muon = MemoryModel(MODEL, 128256, muon=MuonCost(ModelSize(MODEL, 128256), 2, 5))
+    of_plain = plain.estimate_worst(load())
+    of_muon = muon.estimate_worst(load())
+    # q, o; k, v; gate, up, down of Llama 3 8B, sharded over 8 ranks.
+    hidden = 2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096
+    assert of_plain.optimizer - of_muon.optimizer == 32 * (4 * hidden // 8 + 4 * 7)
+    # While it works the activations are gone: the fullest moment is another.
+    assert of_plain.total - of_muon.total == of_plain.optimizer - of_muon.optimizer
+    # A matrix of the MLP is larger than a bucket; more ranks do not make it smaller.
+    few, many = (muon.muon.of_rank(32, 1, shards, 4).buffers for shards in (8, 128))
+    assert 8 * 2 * 14336 * 4096 < many <= few < 18 * 2 * 14336 * 4096
+    # Copies that saves write hold it, too.
+    copies = [
+        MemoryModel(MODEL, 128256, copied_values=3, muon=cost).copy_bytes(load(), 0)
+        for cost in (None, muon.muon)
+    ]
+    assert copies[0] - copies[1] == of_plain.optimizer - of_muon.optimizer
 
 
 def test_levels_are_in_order():

@@ -145,11 +145,14 @@ def _run_rows(stored: StoredModel) -> list[Row]:
     """Describe the run as a whole."""
     progress = stored.progress
     optimizer = stored.config.optimizer
+    muon = ""
+    if optimizer.optimizer == "muon":
+        muon = f"Muon of the layers' matrices, momentum {optimizer.muon_momentum}; for the rest "
     rows = [
         ("checkpoint", f"step {progress.step:,}, after {progress.clock:,} tokens"),
         (
             "optimizer",
-            f"AdamW, betas {optimizer.adam_beta1} and {optimizer.adam_beta2}, epsilon "
+            f"{muon}AdamW, betas {optimizer.adam_beta1} and {optimizer.adam_beta2}, epsilon "
             f"{optimizer.adam_eps}, weight decay {optimizer.weight_decay}, gradients clipped at "
             f"norm {optimizer.clip_grad}",
         ),

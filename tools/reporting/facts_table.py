@@ -93,8 +93,11 @@ def _optimizer_text(config: Config) -> str:
     settings = config.optimizer
     precision = "fp64" if settings.fp64 else "bf16" if settings.bf16 else "fp32"
     clip = f"gradients clipped at {settings.clip_grad:g}" if settings.clip_grad else "no clipping"
+    muon = ""
+    if settings.optimizer == "muon":
+        muon = f"Muon, momentum {settings.muon_momentum:g}, and "
     return (
-        f"AdamW, betas {settings.adam_beta1:g} and {settings.adam_beta2:g}, weight decay "
+        f"{muon}AdamW, betas {settings.adam_beta1:g} and {settings.adam_beta2:g}, weight decay "
         f"{settings.weight_decay:g}, {clip}; computes in {precision}; seed {settings.seed}"
     )
 

@@ -1,0 +1,85 @@
+"""What Muon's update takes of a rank: moments, buffers and operations, from numbers alone."""
+
+from functools import cache
+from math import ceil
+from typing import NamedTuple
+
+from model.sharding import row_of, shardings_for
+from pretrain.config.config import Config
+from pretrain.muon.owners import BUCKET_ELEMENTS, Matrix
+from pretrain.planner.model_size import ModelSize
+
+WHOLE_COPIES = 8
+"""Most copies of an owner's bucket that exist at once: two that arrive, the matrices put together,
+their batch, and what Newton-Schulz and the way back hold."""
+SHARD_COPIES = 3
+"""Most copies of a rank's shards of a bucket at once: on the way there, and back from two buckets.
+As many are in the weights' dtype: gradients as they count, looked-ahead ones, and updates."""
+
+STEP_BYTES = 4
+"""Size of AdamW's count of a parameter's steps."""
+
+
+class MuonMemory(NamedTuple):
+    """Bytes of a rank."""
+
+    saved: int
+    """Of second moments and step counts, which Muon does not keep."""
+    buffers: int
+    """What comes and goes in an update."""
+
+
+class MuonCost:
+    """Counts what the update of the hidden matrices takes."""
+
+    def __init__(self, size: ModelSize, element_bytes: int, steps: int):
+        """
+        Args:
+            element_bytes: size of an element of a matrix that is gathered.
+            steps: of Newton-Schulz.
+        """
+        self.size = size
+        self.element_bytes = element_bytes
+        self.steps = steps
+        # A layout search asks for the same ones of thousands of layouts.
+        self.matrices = cache(self._find_matrices)
+
+    @staticmethod
+    def of_run(config: Config, vocab_size: int, *, on_gpu: bool) -> "MuonCost | None":
+        """Return the cost in a run; None where AdamW updates everything."""
+        optimizer = config.optimizer
+        if optimizer.optimizer != "muon":
+            return None
+        master_bytes = 8 if optimizer.fp64 else 4
+        is_bf16 = on_gpu and not optimizer.fp64 and optimizer.muon_fp32_matmul_prec == "medium"
+        size = ModelSize(config.model, vocab_size)
+        return MuonCost(size, 2 if is_bf16 else master_bytes, optimizer.muon_num_ns_steps)
+
+    def of_rank(self, layers: int, tp: int, shards: int, master_bytes: int) -> MuonMemory:
+        """Count the bytes of a rank that holds these layers, of those that share them the most."""
+        matrices = self.matrices(tp)
+        pieces = [matrix.piece_shape(shards, tp) for matrix in matrices]
+        held = layers * sum(rows * columns for rows, columns in pieces)
+        saved = master_bytes * held + STEP_BYTES * layers * len(matrices)
+        # What an owner gathers at a time; all owners' buckets are cut over all ranks.
+        share = ceil(layers * sum(matrix.elements for matrix in matrices) / (tp * shards))
+        largest = max(matrix.elements for matrix in matrices)
+        owned = max(largest, min(BUCKET_ELEMENTS, share))
+        of_shards = SHARD_COPIES * (self.element_bytes + master_bytes) * min(owned, held)
+        return MuonMemory(saved, WHOLE_COPIES * self.element_bytes * owned + of_shards)
+
+    def flops(self, layers: int, tp: int, shards: int) -> int:
+        """Count the operations of the busiest owner."""
+        costs = [matrix.cost() for matrix in self.matrices(tp)]
+        return self.steps * max(max(costs), ceil(layers * sum(costs) / (tp * shards)))
+
+    def _find_matrices(self, tp: int) -> list[Matrix]:
+        """List the hidden matrices of a layer."""
+        config = self.size.config
+        table = shardings_for(list(self.size.shapes), config, tp)
+        found = []
+        for name, shape in self.size.shapes.items():
+            if row_of(name, config).role == "hidden":
+                rows, columns = shape
+                found.append(Matrix(rows, columns, table[name].dim))
+        return found
