@@ -15,6 +15,8 @@ from typing import Literal
 import numba
 import numpy as np
 
+from data.document_cost import DocumentCost
+
 Meeting = Literal["microbatch", "step"]
 """How often data ranks wait for each other: in each microbatch (weights gathered or gradients
 reduced there: ZeRO-2 and 3), or once a step (ZeRO-1, and gradients kept by a pipeline)."""
@@ -22,6 +24,26 @@ ROUNDS_PER_PART = 4
 """Most rounds of exchanges that refine a division, for each part of a group; usually few help."""
 LEAST_GAIN = 1e-6
 """Of the largest part: what an exchange has to win."""
+
+
+@dataclass(frozen=True)
+class Dealing:
+    """Describes what a step's samples are dealt by."""
+
+    cost: DocumentCost
+    meeting: Meeting
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """Holds how a step's samples were dealt."""
+
+    slots: np.ndarray
+    """int64 [samples]: the sample of each slot, counted from the step's first."""
+    imbalance: float | None = None
+    """What the step waits for over the mean of its ranks (`imbalance`); None = not known."""
+    imbalance_in_order: float | None = None
+    """The same, had the samples been dealt in their order."""
 
 
 @dataclass(frozen=True, kw_only=True)

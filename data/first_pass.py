@@ -7,9 +7,9 @@ import numpy as np
 from data.batch import Sample
 from data.blend import BlendOrder
 from data.packing.concat import Concat
-from data.packing.place import Place
+from data.packing.place import Place, find_document_lengths
 from data.segments import DataSettings
-from data.stream import DocumentStream
+from data.stream import DocumentLengths, DocumentStream
 
 
 class FirstPass:
@@ -46,6 +46,20 @@ class FirstPass:
             else empty
             for number in numbers
         ]
+
+    def document_lengths(self, first: int, count: int) -> list[tuple[np.ndarray, DocumentLengths]]:
+        """List how many tokens of each document samples [first, first + count) hold; see
+        `Mixture.document_lengths`. Empty samples are left out."""
+        last = min(first + count, self.num_samples)
+        if last <= first:
+            return []
+        sources, places = self._order.draw(first, last - first)
+        found = []
+        for source in np.unique(sources):
+            which = np.flatnonzero(sources == source)
+            samples = [self._sample(int(source), int(place)) for place in places[which]]
+            found.append((which, find_document_lengths(samples)))
+        return found
 
     def _sample(self, source: int, place: int) -> Sample:
         """Give a source's own sample `place`, without what lies beyond its first epoch."""

@@ -3,13 +3,15 @@
 import threading
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from data.batch import Sample
 from data.blend import BlendOrder
 from data.config import Exhausted, Packing
 from data.packing.packers import make_packer
 from data.packing.place import Mark, Packer, Place
 from data.segments import DataSettings, Drawn, DrawnBySource
-from data.stream import DocumentStream
+from data.stream import DocumentLengths, DocumentStream
 
 
 class Mixture:
@@ -91,6 +93,21 @@ class Mixture:
                 self._sample(int(sources[number - first]), int(places[number - first]))
                 for number in numbers
             ]
+
+    def document_lengths(self, first: int, count: int) -> list[tuple[np.ndarray, DocumentLengths]]:
+        """List how many tokens of each document samples [first, first + count) hold.
+
+        Returns:
+            For each source that gives some: which of the samples, int64, counted from 0; theirs.
+        """
+        with self._lock:
+            sources, places = self.order.draw(first, count)
+            found = []
+            for source in np.unique(sources):
+                which = np.flatnonzero(sources == source)
+                packer = self.packers[int(source)]
+                found.append((which, packer.document_lengths(places[which].tolist())))
+            return found
 
     def _sample(self, source: int, place: int) -> Sample:
         """Give a source's own sample `place`, with the source's number where there are several."""

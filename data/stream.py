@@ -2,13 +2,13 @@
 
 Epoch e is a permutation of the source's documents, seeded by (seed, e); the stream is the epochs
 one after another. The permutation needs no table (permutation.py), and a prefix offset is kept for
-each block of 16 permuted documents, so an epoch of n documents costs n / 2 bytes. A stream position
-is found by a binary search over the blocks and a walk in one of them; reading is a pure function of
-the position.
+each block of 16 permuted documents, so an epoch of n documents costs n / 2 bytes. locating.py finds
+a stream position with them; reading is a pure function of the position.
 """
 
 import os
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
@@ -17,12 +17,11 @@ import numpy as np
 import xxhash
 
 from data.cache import IndexCache
-from data.permutation import BATCH, Permutation, permuted, permuted_batch
+from data.locating import BLOCK, find_document, find_lengths, find_spans
+from data.permutation import BATCH, Permutation, permuted_batch
 
 KEPT_EPOCHS = 2
 """Epochs whose offsets stay in memory: the one under way and the next."""
-BLOCK = 16
-"""Documents per prefix offset."""
 SCANNED_TOKENS = 1 << 20
 """Tokens of a stream that a scan looks at together."""
 EPOCH_PURPOSE = 2
@@ -59,6 +58,15 @@ class Spans(NamedTuple):
     """Tokens of the document after the span; 0 = the span ends its document."""
     intervals: np.ndarray
     """Which of the intervals asked for the span belongs to."""
+
+
+class DocumentLengths(NamedTuple):
+    """How many tokens of each document some samples, or intervals of a stream, hold, in order."""
+
+    lengths: np.ndarray
+    """int64 [documents], above 0."""
+    begins: np.ndarray
+    """int64 [samples + 1]: where those of each sample begin, then their end."""
 
 
 class _Epoch(NamedTuple):
@@ -125,22 +133,47 @@ class DocumentStream:
         """
         intervals = np.asarray(intervals, dtype=np.int64).reshape(-1, 2)
         assert (intervals >= 0).all(), intervals
+        nothing = np.empty(0, dtype=np.int64)
+        parts = [Spans(nothing, nothing, nothing, nothing, nothing)]
+        parts += [self._locate_in(*part) for part in self._by_epoch(intervals)]
+        if len(parts) == 2:
+            return parts[1]
+        return Spans._make(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+
+    def find_lengths(self, intervals: np.ndarray) -> DocumentLengths:
+        """Find how many tokens of each document lie in the given intervals of the stream, in order.
+
+        Args:
+            intervals: as of `locate`.
+        """
+        intervals = np.asarray(intervals, dtype=np.int64).reshape(-1, 2)
+        counts = np.zeros(len(intervals), dtype=np.int64)
+        parts = [np.empty(0, dtype=np.int64)]
+        for epoch, pieces, numbers in self._by_epoch(intervals):
+            permutation, blocks = self._epoch(epoch)
+            starts = pieces[:, 0] - epoch * self.tokens_per_epoch
+            lengths, begins = find_lengths(starts, pieces[:, 1], self.lengths, permutation, blocks)
+            parts.append(lengths)
+            np.add.at(counts, numbers, np.diff(begins))
+        lengths = parts[1] if len(parts) == 2 else np.concatenate(parts)
+        return DocumentLengths(lengths, np.concatenate([[0], np.cumsum(counts)]))
+
+    def _by_epoch(self, intervals: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Cut intervals at the ends of epochs -> an epoch, intervals in it, and their numbers."""
         # The usual case: all in one epoch.
         first_epochs = intervals[:, 0] // self.tokens_per_epoch
         last_epochs = (intervals.sum(axis=1) - 1) // self.tokens_per_epoch
         if len(intervals) and first_epochs.min() == last_epochs.max():
-            return self._locate_in(int(first_epochs[0]), intervals, np.arange(len(intervals)))
-        # Otherwise one interval after another, cut at the ends of epochs.
-        nothing = np.empty(0, dtype=np.int64)
-        parts = [Spans(nothing, nothing, nothing, nothing, nothing)]
+            yield int(first_epochs[0]), intervals, np.arange(len(intervals))
+            return
+        # Otherwise one interval after another.
         for number, (start, length) in enumerate(intervals.tolist()):
             while length > 0:
                 epoch, local = divmod(start, self.tokens_per_epoch)
                 count = min(length, self.tokens_per_epoch - local)
-                parts.append(self._locate_in(epoch, np.array([[start, count]]), np.array([number])))
+                yield epoch, np.array([[start, count]]), np.array([number])
                 start = start + count
                 length = length - count
-        return Spans._make(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
     def spans(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Find document, offset in it and length of each span at stream positions [start, start +
@@ -161,7 +194,7 @@ class DocumentStream:
         if local == 0:
             return before
         permutation, blocks = self._epoch(epoch)
-        place, _, _ = _find_document(local - 1, self.lengths, permutation, blocks)
+        place, _, _ = find_document(local - 1, self.lengths, permutation, blocks)
         return before + int(place) + 1
 
     def first_documents(self, count: int, at_least: int) -> list[int]:
@@ -186,7 +219,7 @@ class DocumentStream:
         if local == 0:
             return position
         permutation, blocks = self._epoch(epoch)
-        _, document, start = _find_document(local, self.lengths, permutation, blocks)
+        _, document, start = find_document(local, self.lengths, permutation, blocks)
         end = int(start) + int(self.lengths[document])
         return position if start == local else epoch * self.tokens_per_epoch + end
 
@@ -206,7 +239,7 @@ class DocumentStream:
         """Find the spans of intervals that lie in one epoch; `numbers`: what to call them."""
         permutation, blocks = self._epoch(epoch)
         starts = intervals[:, 0] - epoch * self.tokens_per_epoch
-        documents, offsets, lengths, rests, found = _find_spans(
+        documents, offsets, lengths, rests, found = find_spans(
             starts, intervals[:, 1], self.lengths, permutation, blocks
         )
         # From numbers among the stream's documents to those of the reader.
@@ -282,71 +315,3 @@ def _sum_blocks(lengths, permutation, first, out):
         permuted_batch(batch, permutation, low, high, documents[:count])
         for i in range(count):
             out[(batch + i - start) // BLOCK] += lengths[documents[i]]
-
-
-@numba.njit(nogil=True, cache=True)
-def _find_document(position, lengths, permutation, blocks):
-    """Find the document at a position -> (place in the epoch's order, document, its beginning)."""
-    # The block by binary search, the document by a walk in it.
-    block = np.searchsorted(blocks, position, side="right") - 1
-    place = block * BLOCK
-    start = blocks[block]
-    document = permuted(place, permutation)
-    while start + lengths[document] <= position:
-        start += lengths[document]
-        place += 1
-        document = permuted(place, permutation)
-    return place, document, start
-
-
-@numba.njit(nogil=True, cache=True)
-def _find_spans(starts, counts, lengths, permutation, blocks):
-    """Find the spans at positions [starts, starts + counts) of the epoch -> documents, offsets,
-    lengths, rests and the number of their interval."""
-    # Five rows, in the order of the result; they grow when they are full.
-    room = 2 * len(starts) + 64
-    out = np.empty((5, room), dtype=np.int64)
-    used = 0
-    low = np.empty(BATCH, dtype=np.uint32)
-    high = np.empty(BATCH, dtype=np.uint32)
-    batch = np.empty(BATCH, dtype=np.int64)
-    for i in range(len(starts)):
-        if counts[i] == 0:
-            continue
-        position = starts[i]
-        end = starts[i] + counts[i]
-        place, document, start = _find_document(position, lengths, permutation, blocks)
-        # Document after document; a batch pays where an interval has many of them.
-        first_batched = place + BLOCK
-        next_batch = first_batched
-        size = 0
-        while True:
-            # Write the span down, and make room for it first.
-            if used == room:
-                room *= 2
-                larger = np.empty((5, room), dtype=np.int64)
-                larger[:, :used] = out
-                out = larger
-            stop = min(end, start + lengths[document])
-            out[0, used] = document
-            out[1, used] = position - start
-            out[2, used] = stop - position
-            out[3, used] = start + lengths[document] - stop
-            out[4, used] = i
-            used += 1
-            if stop == end:
-                break
-            # The next document begins where this one ends.
-            position = stop
-            start = stop
-            place += 1
-            if place < first_batched:
-                document = permuted(place, permutation)
-            else:
-                if place == next_batch:
-                    size = min(BATCH, permutation.size - place)
-                    permuted_batch(place, permutation, low, high, batch[:size])
-                    next_batch = place + size
-                document = batch[place - next_batch + size]
-    out = out[:, :used]
-    return out[0], out[1], out[2], out[3], out[4]

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from data.batch import Batch
 from data.config import DataConfig, parse_windows
+from data.dealing import Dealing, Dealt
+from data.document_cost import DocumentCost
 from data.first_pass import FirstPass
 from data.ledger import Ledger, Window
 from data.loader import Loader
@@ -31,6 +33,7 @@ class Feed:
         *,
         eod: int | None,
         vocab_size: int,
+        cost: DocumentCost,
         rewinds: Sequence[Rewind] = (),
     ):
         self.config = config
@@ -39,6 +42,7 @@ class Feed:
         self.layout = layout
         self.eod = eod
         self.vocab_size = vocab_size
+        self.cost = cost
         self._windows = windows_of(config, rewinds)
         self._phase: Phase | None = None
         self._loader: Loader | None = None
@@ -96,6 +100,7 @@ class Feed:
                 global_batch_tokens=batch_tokens,
                 document_masking=phase.document_masking,
                 prefetch=True,
+                dealing=self.dealing(phase, train=True),
             )
         return self._loader.read(clock)
 
@@ -118,9 +123,20 @@ class Feed:
                 global_batch_tokens=global_batch_tokens,
                 document_masking=phase.document_masking,
                 prefetch=False,
+                dealing=self.dealing(phase, train=False),
             )
             found[name] = loader, samples
         return found
+
+    def dealing(self, phase: Phase, *, train: bool) -> Dealing | None:
+        """Find what a phase's samples are dealt by (`dealing_of`)."""
+        return dealing_of(phase, self.layout.dp.size, self.cost, train=train)
+
+    @property
+    def dealt(self) -> Dealt:
+        """How the step that was read last was dealt."""
+        assert self._loader is not None, "read a step first"
+        return self._loader.dealt
 
     @property
     def shown_sources(self) -> list[str]:
@@ -142,6 +158,7 @@ class Feed:
         global_batch_tokens: int,
         document_masking: bool,
         prefetch: bool,
+        dealing: Dealing | None,
     ) -> Loader:
         """Make a loader of this rank's slices.
 
@@ -164,7 +181,26 @@ class Feed:
             eod=self.eod,
             eod_mask_loss=self.config.eod_mask_loss,
             vocab_size=self.vocab_size,
+            dealing=dealing,
         )
+
+
+def dealing_of(phase: Phase, dp_size: int, cost: DocumentCost, *, train: bool) -> Dealing | None:
+    """Find what the samples of a phase's steps are dealt by; None = they stay in their order.
+
+    Args:
+        train: is there a backward?
+    """
+    layout = phase.layout
+    in_pipeline = layout.pipeline_model_parallel_size > 1
+    if phase.balance == "none" or (dp_size == 1 and not in_pipeline):
+        return None
+    # ZeRO-3 gathers weights in each microbatch, and ZeRO-2 reduces gradients there, unless a
+    # pipeline keeps them to the step's end (parallel/shard.py).
+    strategy = layout.sharding_strategy
+    reduces = strategy == "optim_grads" and train and not in_pipeline
+    meets_often = strategy == "optim_grads_params" or reduces
+    return Dealing(cost, "microbatch" if meets_often else "step")
 
 
 def settings_of(phase: Phase, corpus: Corpus) -> DataSettings:

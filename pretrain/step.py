@@ -60,7 +60,10 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of a global batch: one entry per microbatch and dp rank, in the samples' order."""
+    """The scores of a global batch: one entry per microbatch and dp rank.
+
+    That of microbatch j of data rank d is number j x dp_size + d.
+    """
 
     loss_sums: np.ndarray
     """fp64, nats, summed over the microbatch's targets."""
@@ -68,6 +71,15 @@ class Scores:
     """int64."""
     num_correct: np.ndarray
     """int64, targets to which the model gave the largest logit of all ids."""
+
+    def in_order(self, numbers: np.ndarray) -> "Scores":
+        """Sort the entries by what they are of, where that was dealt by cost.
+
+        Args:
+            numbers: of what each entry is, int64 [entries].
+        """
+        order = np.argsort(numbers)
+        return Scores(self.loss_sums[order], self.num_targets[order], self.num_correct[order])
 
 
 # ---------------------------------------------------------------- forward and backward
@@ -144,10 +156,7 @@ class Stepper:
         return self._global_loss(share), num_targets
 
     def score(self, microbatches: Sequence[CountedMicrobatch]) -> Scores:
-        """Score every microbatch of the global batch, without gradients, on every rank.
-
-        Microbatch j of data rank d is number j x dp_size + d, as the loader deals the samples.
-        """
+        """Score every microbatch of the global batch, without gradients, on every rank."""
         layout = self.layout
         parts: list[torch.Tensor] = []
         self._forward(microbatches, 1, train=False, scores=parts)

@@ -76,6 +76,7 @@ class TrainingLoop:
             layout,
             eod=plan.tokenizer.eod if plan.tokenizer else None,
             vocab_size=plan.vocab_size,
+            cost=self.model_size.document_cost,
             rewinds=plan.rewinds,
         )
         self.evaluator = Evaluator(plan.config, self.feed, plan.tokenizer)
@@ -286,6 +287,7 @@ class TrainingLoop:
             seconds=seconds,
             flops=self.model_size.step_flops(batch_tokens, measured.causal_pairs),
             lr=lr,
+            dealt=self.feed.dealt,
             sources=sources if len(sources) <= SHOWN_SOURCES else None,
             source_names=shown_sources,
             spike=self.guards.spike is not None,

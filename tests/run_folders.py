@@ -81,6 +81,8 @@ def _step_line(done, tokens, name, index, batch, steps):
         "skipped": done in (20, 21),
         "communication_share": 0.3 + wave,
         "data_share": 0.02 + abs(wave),
+        "imbalance": 1.02 + abs(wave),
+        "imbalance_in_order": 1.7 + wave,
         # Every third step has no target of the rare source.
         "source_losses": {"web": 2.3 + wave, "code": None if done % 3 else 1.5 + wave},
     }

@@ -246,7 +246,7 @@ def _compare_steps(run: Audited) -> list[int]:
                 eod=run.eod,
                 eod_mask_loss=run.config.data.eod_mask_loss,
             )
-            total += digest(batch, [(0, length)], number * length)
+            total += digest(batch, [(0, length)], [number * length], length)
             run.counters.add_drawn(sample)
         if f"{total % 2**DIGEST_BITS:010x}" != step["data_digest"]:
             wrong.append(step["step"])

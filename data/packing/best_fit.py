@@ -8,6 +8,7 @@ Language Modeling" (arXiv 2404.10830). Samples may be asked to cost nearly the s
 """
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from data.packing.bins import NO_LIMIT, numbers_by_bin, pack
 from data.packing.even_bins import pack_evenly, pack_with_limit
 from data.packing.place import Mark, Place
 from data.permutation import Permutation
-from data.stream import DocumentStream, Spans, usable_cores
+from data.stream import DocumentLengths, DocumentStream, Spans, usable_cores
 
 WINDOW_BINS = 1024
 """Samples of a window: the half-empty one at its end is less than a thousandth of it."""
@@ -93,6 +94,17 @@ class BestFit:
         window, place = self._find(number)
         packed = self._window(window)
         return Sample(self.stream, packed.intervals_of(place, place + 1))
+
+    def document_lengths(self, numbers: Sequence[int]) -> DocumentLengths:
+        # The packing knows them: each interval is a document, or a piece of one.
+        parts = []
+        for number in numbers:
+            window, place = self._find(number)
+            packed = self._window(window)
+            own = packed.order[packed.begins[place] : packed.begins[place + 1]]
+            parts.append(packed.intervals[own, 1])
+        begins = np.cumsum([0, *(len(part) for part in parts)])
+        return DocumentLengths(np.concatenate(parts), begins)
 
     def tokens(self, samples: int) -> int:
         if samples == 0:

@@ -1,10 +1,12 @@
 """`concat`: the stream is cut into samples of one length, across documents."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from data.batch import Sample
-from data.packing.place import Mark, Place
-from data.stream import DocumentStream
+from data.packing.place import Mark, Place, find_document_lengths
+from data.stream import DocumentLengths, DocumentStream
 
 
 class Concat:
@@ -42,6 +44,9 @@ class Concat:
         next_held = self._held_part(stop, stop + 1)
         following = int(next_held[0, 0]) if len(next_held) else self._position_of(stop)
         return Sample(self.stream, np.concatenate(parts), following)
+
+    def document_lengths(self, numbers: Sequence[int]) -> DocumentLengths:
+        return find_document_lengths([self.sample(number) for number in numbers])
 
     def tokens(self, samples: int) -> int:
         return samples * self.seq_length

@@ -1,12 +1,13 @@
 """A place in a source's stream, and what a packing does: turn what is unread there into samples."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from data.batch import Sample
-from data.stream import DocumentStream
+from data.stream import DocumentLengths, DocumentStream
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ class Packer(Protocol):
         """Find sample `number`, counted from the place."""
         ...
 
+    def document_lengths(self, numbers: Sequence[int]) -> DocumentLengths:
+        """List how many tokens of each document these samples hold."""
+        ...
+
     def tokens(self, samples: int) -> int:
         """Count the tokens that the first `samples` hold, without padding."""
         ...
@@ -73,3 +78,13 @@ class Packer(Protocol):
     def mark(self, samples: int) -> Mark | None:
         """Find the mark from which a packer that goes on after the first `samples` may count."""
         ...
+
+
+def find_document_lengths(samples: Sequence[Sample]) -> DocumentLengths:
+    """Find how many tokens of each document some samples of one stream hold."""
+    intervals = np.concatenate([sample.intervals for sample in samples])
+    counts = [len(sample.intervals) for sample in samples]
+    found = samples[0].stream.find_lengths(intervals)
+    # From where each interval begins to where each sample does.
+    firsts = np.concatenate([[0], np.cumsum(counts)])
+    return DocumentLengths(found.lengths, found.begins[firsts])

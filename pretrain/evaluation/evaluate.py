@@ -182,6 +182,7 @@ class Evaluator:
             token_multiple=phase.layout.token_multiple,
             padding=self.feed.eod or 0,
             vocab_size=self.feed.vocab_size,
+            dealing=self.feed.dealing(phase, train=False),
         )
 
     def _long_documents(self, name: str, phase: Phase) -> list[context_gain.Document]:

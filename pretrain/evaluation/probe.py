@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from data.batch import Batch
+from data.dealing import Dealing, StepShape, deal
 from data.excerpts import Excerpt, lay_out
 from parallel.context import token_pieces
 from pretrain.evaluation.lengths import microbatch_count
@@ -19,6 +22,8 @@ class ProbeShape:
     padding: int
     """Token id that fills the rest."""
     vocab_size: int
+    dealing: Dealing | None = None
+    """What probes are dealt to the data ranks by; None = they are dealt in turn."""
 
 
 def score_probes(
@@ -47,11 +52,32 @@ def score_probes(
         batch = lay_out(excerpts, total, pieces, padding=shape.padding, vocab_size=shape.vocab_size)
         return batch.to(layout.device)
 
-    # Dealt to the data-parallel ranks in turn, as the loader deals samples.
-    numbers = range(layout.dp.rank, count * layout.dp.size, layout.dp.size)
-    scores = stepper.score([read(number) for number in numbers])
+    numbers = _deal_probes(probes, count, layout.dp.size, shape.dealing)
+    own = numbers[layout.dp.rank :: layout.dp.size]
+    scores = stepper.score([read(number) for number in own.tolist()]).in_order(numbers)
     return Scores(
         scores.loss_sums[: len(probes)],
         scores.num_targets[: len(probes)],
         scores.num_correct[: len(probes)],
     )
+
+
+def _deal_probes(
+    probes: Sequence[Sequence[Excerpt]], count: int, dp_size: int, dealing: Dealing | None
+) -> np.ndarray:
+    """Deal probes and what makes up their number -> the number in each slot (data/dealing.py).
+
+    Args:
+        count: microbatches of each data rank.
+    """
+    if dealing is None:
+        return np.arange(count * dp_size)
+    # All have as many tokens, with their padding: what differs is their attention.
+    costs = np.zeros(count * dp_size)
+    for number, excerpts in enumerate(probes):
+        lengths = np.array([excerpt.length for excerpt in excerpts], dtype=np.int64)
+        costs[number] = dealing.cost.of_documents(lengths).sum()
+    shape = StepShape(
+        dp_size=dp_size, num_microbatches=count, micro_batch_size=1, meeting=dealing.meeting
+    )
+    return deal(costs, shape)

@@ -2,6 +2,9 @@
 
 import dataclasses
 
+import numpy as np
+import torch
+
 from data.batch import IGNORE, Batch
 from data.loader import Loader
 from pretrain.step import Stepper
@@ -20,11 +23,9 @@ def validation_loss(stepper: Stepper, loader: Loader, samples: int) -> tuple[flo
     targets = 0
     for first in range(0, samples, batch_samples):
         microbatches = []
-        for j, batch in enumerate(loader.read(first * loader.seq_length)):
-            # The loader deals microbatches to the data-parallel ranks in turn.
-            number = j * loader.dp_size + loader.dp_rank
-            begin = first + number * loader.micro_batch_size
-            kept = _keep_samples(batch, samples - begin, loader)
+        batches = loader.read(first * loader.seq_length)
+        for batch, numbers in zip(batches, loader.own_samples(), strict=True):
+            kept = _keep_samples(batch, first + numbers < samples, loader)
             microbatches.append(kept.to(stepper.layout.device))
         loss, count = stepper.run(microbatches, train=False)
         loss_sum += loss * count
@@ -32,16 +33,16 @@ def validation_loss(stepper: Stepper, loader: Loader, samples: int) -> tuple[flo
     return loss_sum / max(1, targets), targets
 
 
-def _keep_samples(batch: Batch, count: int, loader: Loader) -> Batch:
-    """Take the targets out of all but the first `count` samples of a microbatch."""
-    if count >= loader.micro_batch_size:
+def _keep_samples(batch: Batch, is_kept: np.ndarray, loader: Loader) -> Batch:
+    """Take the targets out of those samples of a microbatch that are not kept.
+
+    Args:
+        is_kept: bool [micro_batch_size].
+    """
+    if is_kept.all():
         return batch
-    labels = batch.labels.clone()
-    end_of_kept = count * loader.seq_length
-    at = 0
     # This rank's slice consists of pieces [low, high) of the whole microbatch.
-    for low, high in loader.pieces:
-        kept = min(max(end_of_kept - low, 0), high - low)
-        labels[at + kept : at + high - low] = IGNORE
-        at += high - low
+    of_token = np.repeat(is_kept, loader.seq_length)
+    of_slice = np.concatenate([of_token[low:high] for low, high in loader.pieces])
+    labels = batch.labels.where(torch.from_numpy(of_slice), IGNORE)
     return dataclasses.replace(batch, labels=labels, num_targets=-1)

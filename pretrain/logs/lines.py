@@ -62,6 +62,10 @@ def console_line(record: StepRecord, rate: float, phase_seconds: float, run_seco
     for share, what in ((record.communication_share, "waiting"), (record.data_share, "data")):
         if share is not None and share >= SHOWN_SHARE:
             parts.append(f"{what} {100 * share:.0f} %")
+    if record.imbalance is not None and record.imbalance_in_order is not None:
+        if record.imbalance_in_order >= 1 + SHOWN_SHARE:
+            undealt = record.imbalance_in_order
+            parts.append(f"slowest rank {record.imbalance:.2f}x mean ({undealt:.2f}x undealt)")
     if record.skipped:
         parts.append("SKIPPED: spike" if record.spike else "SKIPPED: gradient not finite")
     parts.append(f"ETA {describe_duration(run_seconds)}")

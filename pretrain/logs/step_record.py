@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from data.dealing import Dealt
 from parallel.layout import Layout
 from pretrain.logs.measured import Measured
 from pretrain.planner.hardware import peak_flops
@@ -66,6 +67,11 @@ class StepRecord:
     """The largest attention logit of the step; None where it is not measured."""
     qk_clipped_heads: int | None = None
     """Query heads that QK-clip scaled down; None without it."""
+    imbalance: float | None = None
+    """Computing that the step waits for, on the slowest data ranks, over the mean of the ranks, by
+    the samples' FLOPs; None where the samples are not dealt by them."""
+    imbalance_in_order: float | None = None
+    """The same, had the samples been dealt in the order in which they were drawn."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the line of metrics.jsonl, its keys in order."""
@@ -82,6 +88,7 @@ def record_step(
     seconds: float,
     flops: float,
     lr: float,
+    dealt: Dealt,
     sources: dict[str, int] | None,
     source_names: Sequence[str],
     spike: bool,
@@ -90,6 +97,7 @@ def record_step(
 
     Args:
         flops: of the model, in the whole world.
+        dealt: how its samples were dealt to the data ranks.
         sources: consumed real tokens of each source.
         source_names: of the sources whose losses were measured, in the blend's order.
     """
@@ -120,6 +128,8 @@ def record_step(
         host_memory_bytes=measured.host_memory_bytes,
         max_attention_logit=result.max_attention_logit,
         qk_clipped_heads=result.qk_clipped_heads,
+        imbalance=dealt.imbalance,
+        imbalance_in_order=dealt.imbalance_in_order,
     )
 
 

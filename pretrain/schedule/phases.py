@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from data.config import Exhausted, Packing
+from data.config import Balance, Exhausted, Packing
 from model.activation_memory.settings import MemorySettings
 from model.rope import Rope
 from parallel.config import LayoutConfig
@@ -53,6 +53,7 @@ class Phase:
     data_path: tuple[str, ...]
     """Words of the blend; empty for mock data."""
     data_exhausted: Exhausted = field(metadata=dict(resume="data"))
+    balance: Balance
     # How fast it learns.
     lr: float
     min_lr: float

@@ -115,6 +115,7 @@ def _make_phase(
         packing=pick("packing", config.data),
         max_documents_per_sample=pick("max_documents_per_sample", config.data),
         data_exhausted=pick("data_exhausted", config.data),
+        balance=pick("balance", config.data),
         data_path=tuple(entry.data_path or config.data.data_path or config.data.train_data_path),
         lr=pick("lr", config.optimizer),
         min_lr=pick("min_lr", config.optimizer),

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from data.dealing import Dealing, Meeting
 from data.loader import Loader
 from data.mixture import fresh_mixture
 from data.stream import DocumentStream
@@ -21,6 +22,7 @@ from pretrain.config.config import OptimizerConfig
 from pretrain.checkpointing.replicas import check_replicas
 from pretrain.optimizer import build_optimizer
 from pretrain.qk_clip import LogitWatch
+from pretrain.planner.model_size import document_cost_of
 from pretrain.step import Stepper, train_step
 from tools.plan_verify.recorder import Recorder
 from tests.documents import Documents
@@ -63,6 +65,8 @@ class Case:
     steps: int = 1
     optimizer: dict = field(default_factory=dict)
     """Settings of the optimizer."""
+    meeting: Meeting | None = None
+    """Samples are dealt by their cost, to ranks that meet as often; None = in their order."""
 
     @property
     def world_size(self) -> int:
@@ -130,6 +134,10 @@ class Case:
         stepper = Stepper(
             stages, layout, config.hidden_size, compute, self.strategy, logit_watch=watch
         )
+        stepper = Stepper(stages, layout, config.hidden_size, compute, self.strategy)
+        dealing = None
+        if self.meeting is not None:
+            dealing = Dealing(document_cost_of(config, VOCABULARY), self.meeting)
         mixture = fresh_mixture([(1.0, memory_stream(self.lengths, seed))], self.seq_length)
         loader = Loader(
             mixture,
@@ -142,6 +150,7 @@ class Case:
             eod=None,
             eod_mask_loss=False,
             vocab_size=VOCABULARY,
+            dealing=dealing,
         )
         optimizer = build_optimizer(stages, config, OptimizerConfig(lr=1e-3, **self.optimizer))
         return layout, stages, optimizer, stepper, loader

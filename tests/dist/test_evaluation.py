@@ -13,6 +13,7 @@ from data.sources import Corpus
 from data.stream import DocumentStream
 from parallel.layout import Axis
 from parallel.tensor import vocab_parallel_argmax
+from pretrain.planner.model_size import document_cost_of
 from pretrain.batches import Feed
 from pretrain.checkpointing.folders import LATEST
 from pretrain.config.load import load_config
@@ -137,6 +138,7 @@ def evaluate(world, case: Case) -> list[dict]:
         layout,
         eod=None,
         vocab_size=VOCABULARY,
+        cost=document_cost_of(case.model_config(), VOCABULARY),
     )
     return list(Evaluator(config, feed, FoldedLetters()).run(stepper, phase))
 

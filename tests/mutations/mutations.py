@@ -35,6 +35,7 @@ OTHER_PARTS = Case(
     memory=MemorySettings("full"),
 )
 """Layers of parts that Llama does not have."""
+DEALT = Case(dp=2, meeting="microbatch")
 
 MUON = Case(dp=2, steps=2, optimizer=dict(optimizer="muon"))
 """Each rank holds half of the rows of every matrix."""
@@ -92,6 +93,19 @@ def change_batch(change: Callable) -> Callable:
     def replace(original):
         def mutated(samples, seq_length, pieces, **options):
             return change(original(samples, seq_length, pieces, **options), samples, pieces)
+
+        return mutated
+
+    return replace
+
+
+def change_dealing(change: Callable) -> Callable:
+    """A `Loader._deal` whose slots go through `change(slots, dp_rank)`."""
+
+    def replace(original):
+        def mutated(self, number):
+            dealt = original(self, number)
+            return dataclasses.replace(dealt, slots=change(dealt.slots, self.dp_rank))
 
         return mutated
 
@@ -540,6 +554,18 @@ MUTATIONS = {
             )
         ),
         TWO_LEVELS,
+    ),
+    "data ranks deal a step's samples differently": Mutation(
+        "data.loader",
+        "Loader._deal",
+        change_dealing(lambda slots, dp_rank: np.roll(slots, dp_rank)),
+        DEALT,
+    ),
+    "a sample dealt twice and another one not at all": Mutation(
+        "data.loader",
+        "Loader._deal",
+        change_dealing(lambda slots, _: np.where(slots == 3, 2, slots)),
+        DEALT,
     ),
     "gradients divided by the number of microbatches under pp": Mutation(
         "parallel.pipeline", "torch_schedule", scaled_gradients, Case(pp=2)

@@ -325,7 +325,7 @@ def test_the_digest_of_a_global_batch_is_the_same_however_it_is_cut(stream):
     assert of_layout(1, 1, 1, document_masking=False) != whole, "the same inputs, other labels"
     batch = make_loader(stream, micro_batch_size=1).read(0)[0]
     swapped = Batch(batch.tokens.flip(0), batch.labels, batch.positions, batch.cu_seqlens)
-    assert digest(swapped, [(0, 8)], 0) != digest(batch, [(0, 8)], 0) == batch.digest, (
+    assert digest(swapped, [(0, 8)], [0], 8) != digest(batch, [(0, 8)], [0], 8) == batch.digest, (
         "the same tokens in other places"
     )
 

@@ -84,6 +84,16 @@ def test_waits_are_shown_where_they_are_much(capsys):
     assert "| data 50 % | ETA" in second
 
 
+def test_the_slowest_ranks_are_shown_where_dealing_had_much_to_do(capsys):
+    console = Console(1, is_terminal=False)
+    console.step(step(1, imbalance=1.021, imbalance_in_order=1.87), OUTLOOK)
+    console.step(step(2, imbalance=1.0, imbalance_in_order=1.04), OUTLOOK)
+    console.step(step(3), OUTLOOK)
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert "| slowest rank 1.02x mean (1.87x undealt) | ETA" in first
+    assert "slowest" not in second + third
+
+
 @pytest.mark.parametrize(
     "clock, index, number, place",
     [

@@ -14,6 +14,7 @@ from pretrain.config.flags import spell
 from pretrain.config.load import load_config
 from pretrain.guards.rewinds import Rewind
 from pretrain.plan import make_plan
+from pretrain.planner.model_size import document_cost_of
 from tools.inspect_data import main
 
 VOCABULARY = 97
@@ -113,7 +114,15 @@ def test_a_batch_is_the_one_that_is_trained(config, capsys):
     class Layout:
         dp = cp = cp_a2a = cp_gather = Place
 
-    feed = Feed(plan.config.data, plan.corpus, plan.ledger, Layout, eod=None, vocab_size=VOCABULARY)
+    feed = Feed(
+        plan.config.data,
+        plan.corpus,
+        plan.ledger,
+        Layout,
+        eod=None,
+        vocab_size=VOCABULARY,
+        cost=document_cost_of(plan.config.model, VOCABULARY),
+    )
     read = []
     steps = {}
     for phase in plan.phases:
@@ -124,12 +133,12 @@ def test_a_batch_is_the_one_that_is_trained(config, capsys):
     expected = steps["long", 1024 + 512]
     assert "clock 1,536" in out and out.count("  dp ") == 2 * 4 * 2
     begins = re.findall(
-        r"dp (\d) cp 0 microbatch (\d): tokens \[0:32\] of.*\n    '([\d ]+) ?' ...", out
+        r"cp 0 microbatch \d: samples (\d), tokens \[0:32\] of.*\n    '([\d ]+) ?' ...", out
     )
     assert len(begins) == 4
-    for dp, microbatch, text in begins:
-        sample = expected[int(microbatch) * 2 + int(dp)]
-        assert text.split() == [str(token) for token in sample[:12].tolist()]
+    assert sorted(number for number, _ in begins) == ["0", "1", "2", "3"]
+    for number, text in begins:
+        assert text.split() == [str(token) for token in expected[int(number)][:12].tolist()]
     assert (
         ledger_at(plan.config.data, plan.corpus, plan.ledger, 3072, plan.phases, 0).open.start == 0
     )

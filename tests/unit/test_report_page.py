@@ -387,6 +387,15 @@ def test_waiting_is_a_share_of_the_step_and_a_gpu_has_that_for_data_alone(tmp_pa
     assert labels() == ["other ranks", "data"]
 
 
+def test_the_work_of_the_slowest_ranks_is_drawn_dealt_and_in_order(tmp_path, long_run):
+    chart = report_charts.CHARTS["imbalance"]
+    axes = report_charts.chart_figure(chart, long_run, LIGHT, 5, 3).axes[0]
+    assert axes.get_legend_handles_labels()[1] == ["in the order drawn", "dealt by cost"]
+    write_run(tmp_path)
+    page = Reader(report_page.page(run_record.read_run(tmp_path)))
+    assert "Samples were not dealt by their cost: --balance none, or one data rank." in page.text
+
+
 @pytest.mark.parametrize("name", report_charts.CHARTS)
 def test_nothing_is_drawn_outside_the_picture(long_run, name):
     for width, height in ((9.4, 4.3), (4.7, 3.9)):

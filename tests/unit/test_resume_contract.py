@@ -116,7 +116,8 @@ def test_the_fields_of_a_phase_that_matter_on_continuing():
     # A new field is added here, or declares its kind: none is free without a decision.
     assert {name for name, kind in kinds.items() if kind is None} == {
         *("name", "index", "start", "end", "tokens", "micro_batch_size", "layout", "memory"),
-        *("auto", "predicted_bytes"),
+        # Who computes what changes no number of a step.
+        *("auto", "predicted_bytes", "balance"),
         # Judged by what they come to: the batch, the blend, the learning rate.
         *("global_batch_tokens", "stretches", "data_path"),
         *("lr", "min_lr", "lr_schedule", "lr_warmup_tokens"),

@@ -32,6 +32,7 @@ from pretrain.config.load import load_config
 from pretrain.logs.metrics import Reporter
 from pretrain.logs.tally import StepTally
 from pretrain.plan import make_plan
+from pretrain.planner.model_size import document_cost_of
 from pretrain.state import TrainState, build_state, checkpoint_tensors, compute_dtype
 from pretrain.step import Stepper, train_step
 from tools.bench.report import bar, bar_at_least, describe_machine, markdown_table, publish
@@ -115,6 +116,7 @@ class Bench:
             self.layout,
             eod=None,
             vocab_size=VOCABULARY,
+            cost=document_cost_of(config.model, VOCABULARY),
         )
         feed.enter(self.phase, 0)
         self.batch = [part.to(self.layout.device) for part in feed.read(0)]

@@ -21,6 +21,7 @@ import numpy as np
 
 from data.batch import Batch
 from data.config import Packing
+from data.dealing import Dealing
 from data.document_cost import DocumentCost
 from data.indexed import IndexedReader
 from data.ledger import Ledger
@@ -39,6 +40,8 @@ PACKINGS: tuple[Packing, ...] = ("concat", "best_fit")
 SAMPLE_COST = DocumentCost(1.0, 1.0, 1e-3, ((None, 1),))
 """What samples cost where they are asked to cost the same: attention as much as the rest at 2,000
 tokens of a document."""
+DEALINGS = (None, Dealing(SAMPLE_COST, "step"), Dealing(SAMPLE_COST, "microbatch"))
+"""What a step's samples are dealt by."""
 
 
 @dataclass
@@ -143,6 +146,7 @@ class Trial:
     ) -> None:
         """Read one step, as each of its dp x cp ranks does."""
         total = seq_length * micro_batch_size
+        dealing = self.chance.choice(DEALINGS)
         for dp_rank in range(dp_size):
             boundaries: list[list] = []
             for cp_rank in range(cp_size):
@@ -163,6 +167,7 @@ class Trial:
                     pieces=pieces,
                     document_masking=document_masking,
                     prefetch=False,
+                    dealing=dealing,
                 )
                 batches = loader.read(self.clock)
                 boundaries.append([batch.cu_seqlens.tolist() for batch in batches])

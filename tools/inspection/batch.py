@@ -9,11 +9,12 @@ from data.loader import Loader
 from data.mixture import Mixture
 from data.tokenizers.tokenizer import Tokenizer
 from parallel.context import rank_pieces
-from pretrain.batches import ledger_at
+from pretrain.batches import dealing_of, ledger_at
 from pretrain.config.flags import spell
 from pretrain.config.load import load_config
 from pretrain.data_outlook import describe_forecast, forecast_warnings
 from pretrain.plan import Plan, make_plan
+from pretrain.planner.model_size import document_cost_of
 from pretrain.schedule.phase_table import describe
 from pretrain.schedule.phases import Phase
 
@@ -117,6 +118,7 @@ def _describe_ranks(
     a2a, gather = phase.layout.context_levels
     tokenizer = plan.tokenizer
     data = plan.config.data
+    cost = document_cost_of(plan.config.model, plan.vocab_size)
     for dp_rank in range(dp):
         for cp_rank in range(a2a * gather):
             pieces = rank_pieces(
@@ -140,13 +142,18 @@ def _describe_ranks(
                 eod=tokenizer.eod if tokenizer else None,
                 eod_mask_loss=data.eod_mask_loss,
                 vocab_size=plan.vocab_size,
+                dealing=dealing_of(phase, dp, cost, train=True),
             )
-            for number, batch in enumerate(loader.read(clock)):
+            batches = loader.read(clock)
+            for number, (batch, own) in enumerate(
+                zip(batches, loader.own_samples().tolist(), strict=True)
+            ):
                 places = " and ".join(f"[{low:,}:{high:,}]" for low, high in pieces)
                 begun = int((batch.positions == 0).sum())
                 line = (
-                    f"  dp {dp_rank} cp {cp_rank} microbatch {number}: tokens {places} of its "
-                    f"microbatch, {batch.num_targets:,} targets, {begun:,} segments begin"
+                    f"  dp {dp_rank} cp {cp_rank} microbatch {number}: samples "
+                    f"{' '.join(map(str, own))}, tokens {places} of its microbatch, "
+                    f"{batch.num_targets:,} targets, {begun:,} segments begin"
                 )
                 yield line, batch.num_targets
                 first = _show(batch.tokens[:SHOWN_TOKENS], tokenizer)

@@ -31,6 +31,7 @@ from tools.reporting.run_record import RunRecord
 from tools.reporting.step_charts import (
     draw_batch,
     draw_gradient,
+    draw_imbalance,
     draw_learning,
     draw_memory,
     draw_mfu,
@@ -249,6 +250,16 @@ CHARTS = {
             _no_field("data_share"),
             "For data: the slowest rank. For other ranks, in collectives: the mean of all ranks, "
             "which is not known on GPUs.",
+        ),
+        Chart(
+            "imbalance",
+            "Work of the slowest ranks",
+            draw_imbalance,
+            _no_field(
+                "imbalance",
+                "Samples were not dealt by their cost: --balance none, or one data rank.",
+            ),
+            "FLOPs that a step waits for, over the mean of the data ranks.",
         ),
         Chart("learning-rate", "Learning rate", draw_learning, _no_field("lr")),
         Chart(

@@ -44,6 +44,7 @@ HOW_IT_RAN = (
     "memory",
     "time",
     "waits",
+    "imbalance",
     "learning-rate",
     "gradient",
     "batch",

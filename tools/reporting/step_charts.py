@@ -68,6 +68,16 @@ def draw_waits(axes: Axes, run: RunRecord, palette: Palette) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
 
 
+def draw_imbalance(axes: Axes, run: RunRecord, palette: Palette) -> None:
+    """Draw what the slowest ranks of a step compute over the mean, dealt and in order."""
+    for name, series, label in (
+        ("imbalance_in_order", 3, "in the order drawn"),
+        ("imbalance", 2, "dealt by cost"),
+    ):
+        _draw_steps(axes, run, palette, name, series, label, from_zero=False)
+    axes.set_ylabel("slowest ranks / mean")
+
+
 def draw_source_losses(axes: Axes, run: RunRecord, palette: Palette) -> None:
     """Draw the running median of each source's training loss."""
     tokens = column(run, "tokens")

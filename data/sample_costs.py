@@ -1,0 +1,39 @@
+"""What a step's samples cost, from the lengths of their documents alone: no token is read."""
+
+import numpy as np
+
+from data.batch import PADDING_SEQUENCE_TOKENS
+from data.document_cost import DocumentCost
+from data.first_pass import FirstPass
+from data.mixture import Mixture
+from data.stream import DocumentLengths
+
+
+def sample_costs(
+    samples: Mixture | FirstPass,
+    first: int,
+    count: int,
+    cost: DocumentCost,
+    *,
+    document_masking: bool,
+) -> np.ndarray:
+    """Compute the costs of samples [first, first + count) -> float64 [count].
+
+    Args:
+        document_masking: does attention stop at the ends of documents?
+    """
+    costs = np.zeros(count)
+    tokens = np.zeros(count, dtype=np.int64)
+    # Each source has its own stream, and so looks its lengths up by itself.
+    for which, documents in samples.document_lengths(first, count):
+        ends = np.concatenate([[0], np.cumsum(documents.lengths)])[documents.begins]
+        tokens[which] = np.diff(ends)
+        if not document_masking:
+            # A whole sample is one sequence.
+            documents = DocumentLengths(tokens[which], np.arange(len(which) + 1))
+        costs[which] = cost.of_samples(*documents)
+    # Padding is computed, too, in sequences of its own.
+    padding = samples.settings.seq_length - tokens
+    whole, rest = np.divmod(padding, PADDING_SEQUENCE_TOKENS)
+    (of_whole,) = cost.of_documents(np.array([PADDING_SEQUENCE_TOKENS]))
+    return costs + whole * of_whole + np.where(rest > 0, cost.of_documents(rest), 0.0)
