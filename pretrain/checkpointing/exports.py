@@ -204,13 +204,31 @@ class Exporter:
     # ------------------------------------------------------------ what it leaves and says
 
     def _read_pending(self) -> dict[int, int]:
-        """Read what an earlier process of the run left to be exported, as far as it is there."""
+        """Read what an earlier process of the run left to be exported, as far as it is there.
+
+        A line says what is not exported any more.
+        """
+        path = self.root / PENDING
         try:
-            content = json.loads((self.root / PENDING).read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
             found = {int(step): int(clock) for step, clock in content.items()}
-        except (OSError, ValueError, AttributeError, TypeError):
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            print(
+                f"warning: {path}: cannot be read ({error}); checkpoints that it named are not "
+                "exported: bash launch/ithaca.sh export does it",
+                flush=True,
+            )
             return {}
         complete = complete_steps(self.root)
+        gone = [step for step in found if step not in complete]
+        if gone:
+            print(
+                f"warning: {path}: no complete checkpoint of step "
+                f"{', '.join(f'{step:,}' for step in gone)} is there any more: not exported",
+                flush=True,
+            )
         return {step: clock for step, clock in found.items() if step in complete}
 
     def _write_pending(self) -> None:

@@ -142,7 +142,24 @@ def test_a_folder_that_another_export_is_writing_stays(tmp_path, monkeypatch):
     assert theirs.read_text() == "weights"
 
 
-def test_what_a_stop_cuts_short_is_exported_by_the_next_start(tmp_path, monkeypatch):
+@pytest.mark.parametrize("content", ["{", "[2, 4]", '{"2": null}', '{"two": 200}', b"\xff"])
+def test_a_damaged_list_of_pending_exports_is_said_in_one_line(
+    content, tmp_path, monkeypatch, capsys
+):
+    damaged = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / PENDING).write_bytes(damaged)
+    run = Run(tmp_path, monkeypatch)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert f"{tmp_path / PENDING}: cannot be read" in line and "are not exported" in line
+    # What is published from here on is exported.
+    run.publish(2)
+    assert pending(tmp_path) == {"2": 200}
+    run.release(2).write_text("")
+    run.exporter.close(finish=True)
+    assert [event[:2] for event in run.events] == [("export", 2)]
+
+
+def test_what_a_stop_cuts_short_is_exported_by_the_next_start(tmp_path, monkeypatch, capsys):
     run = Run(tmp_path, monkeypatch)
     for step in (2, 4, 6):
         run.publish(step)
@@ -160,6 +177,8 @@ def test_what_a_stop_cuts_short_is_exported_by_the_next_start(tmp_path, monkeypa
     (iteration_folder(tmp_path, 4) / MANIFEST).unlink()
     following = Run(tmp_path, monkeypatch)
     assert following.exporter.in_use() == {2, 6}
+    said = "no complete checkpoint of step 4 is there any more: not exported"
+    assert said in capsys.readouterr().out
     for step in (2, 6):
         following.release(step).write_text("")
     following.exporter.close(finish=True)
