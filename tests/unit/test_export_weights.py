@@ -16,6 +16,7 @@ from pretrain.checkpointing import checkpoint
 from pretrain.checkpointing.folders import find_published
 from pretrain.checkpointing.progress import Progress
 from pretrain.checkpointing.stored_tensors import read_whole_tensors, tensor_names
+from pretrain.checkpointing.verifying_reader import VerifyingReader
 from tests.damaged import flip
 from tests.huggingface.model_folders import write_folder
 from tools.export_hf import Arguments, export
@@ -70,7 +71,12 @@ def change_weight(start: Path, root: Path, value: float) -> Path:
         (float("-inf"), "bfloat16", "up_proj.weight: 1 numbers are NaN or infinite"),
     ],
 )
-def test_numbers_that_the_dtype_cannot_hold_are_named(imported, tmp_path, value, dtype, message):
+@pytest.mark.parametrize("is_cut_by_rows", [True, False])
+def test_numbers_that_the_dtype_cannot_hold_are_named(
+    imported, tmp_path, monkeypatch, is_cut_by_rows, value, dtype, message
+):
+    """Also where a tensor is put together of parts before it is written."""
+    monkeypatch.setattr(VerifyingReader, "is_cut_by_rows", lambda reader, name: is_cut_by_rows)
     run = change_weight(imported, tmp_path / "run", value)
     with pytest.raises(ValueError, match=re.escape(message)):
         export(Arguments(load=str(run), output=str(tmp_path / "out"), dtype=dtype))

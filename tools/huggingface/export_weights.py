@@ -115,6 +115,8 @@ class WeightsExport:
             return
         whole = torch.empty(tensor.shape, dtype=self._dtype, device="cpu")
         for place, values in parts:
+            # Rounding would make infinity of what is too large.
+            _refuse_unwritable(tensor, values, self._dtype)
             whole[place] = values[: rows - place[0].start]
         yield whole
 
@@ -156,18 +158,23 @@ def _write_values(
     Raises:
         ValueError: numbers that are not finite, or would not be in `dtype`.
     """
-    largest = torch.finfo(dtype).max
     for block in values.split(BLOCK_NUMBERS):
-        low, high = block.aminmax()
-        if not (-largest <= low and high <= largest):  # so written, NaN is found, too
-            raise ValueError(_not_finite(tensor, values, dtype))
+        _refuse_unwritable(tensor, block, dtype)
         content: Any = block.to(dtype).view(torch.uint8).numpy()
         file.write(content)
         behind.wrote(content.nbytes)
 
 
-def _not_finite(tensor: WrittenTensor, values: torch.Tensor, dtype: torch.dtype) -> str:
-    """Say which numbers of a tensor cannot be written."""
+def _refuse_unwritable(tensor: WrittenTensor, values: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError for numbers of a part of a tensor that are not finite, or not in `dtype`."""
+    largest = torch.finfo(dtype).max
+    low, high = values.aminmax()
+    if not (-largest <= low and high <= largest):  # so written, NaN is found, too
+        raise ValueError(_why_unwritable(tensor, values, dtype))
+
+
+def _why_unwritable(tensor: WrittenTensor, values: torch.Tensor, dtype: torch.dtype) -> str:
+    """Say which numbers of a part of a tensor cannot be written."""
     not_finite = values.numel() - int(torch.isfinite(values).sum())
     if not_finite:
         return (
