@@ -10,6 +10,7 @@ was trained for.
 
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -252,9 +253,11 @@ def _record(model: OpenModel, each: Continuation) -> dict:
     words = _words_of(model, each.prompt)
     whole = tokenizer.decode(words + each.added)
     prompt = tokenizer.decode(words)
+    # Ids may end within a character, which the next one completes.
+    begin = len(os.path.commonprefix([prompt, whole]))
     return {
         "prompt": prompt,
-        "continuation": whole[len(prompt) :] if whole.startswith(prompt) else whole,
+        "continuation": whole[begin:],
         "ids": each.added,
         "ended": "stop id" if each.is_stopped else "length",
     }

@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tests.huggingface import chat_folders as folders
 from tests.huggingface.imports import run as run_import
 from tests.huggingface.model_folders import change_weights
 from tools import generate
+from tools.inference.decoding import Continuation
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +221,19 @@ def test_lines_of_a_file_of_arguments_and_of_stdin_are_prompts(
     content = b'the quick\n{"prompt": "{\\"a\\": b"}\n'
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
     assert continued(capsys, chat_model, "--prompts", "-", *GREEDY) == lines
+
+
+def test_a_prompt_that_ends_within_a_character_is_not_said_again():
+    class Bytes:
+        def decode(self, ids) -> str:
+            return bytes(ids).decode(errors="replace")
+
+    model = SimpleNamespace(tokenizer=Bytes(), first_ids=())
+    cafe = "café!".encode()
+    record = generate._record(model, Continuation(0, list(cafe[:4]), 2, list(cafe[4:])))
+    assert (record["prompt"], record["continuation"]) == ("caf\ufffd", "é!")
+    record = generate._record(model, Continuation(0, list(cafe[:3]), 3, list(cafe[3:])))
+    assert (record["prompt"], record["continuation"]) == ("caf", "é!")
 
 
 def test_a_stop_id_ends_one_prompt_of_a_batch(bare_model, tmp_path, capsys):
