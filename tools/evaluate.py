@@ -140,6 +140,8 @@ def without_effect(arguments: Arguments, names: TaskNames) -> list[str]:
     gain = ("context_gain", "context_gain" in names.probes)
     passkey = ("passkey", "passkey" in names.probes)
     ours = ("lm_eval_model = ithaca", arguments.lm_eval_model == "ithaca")
+    has_prompts = bool(names.ruler) or (bool(arguments.lm_eval_tasks) and ours[1])
+    prompts = ("a task of RULER or of --lm-eval-model ithaca", has_prompts)
     text = ("a probe or a task with a text", bool(names.probes or names.with_text))
     # Setting -> what reads it, and whether that is run.
     readers = {
@@ -156,6 +158,8 @@ def without_effect(arguments: Arguments, names: TaskNames) -> list[str]:
         "ckpt_step": ours,
         "attention_backend": ours,
         "tokenizer_ids_from": ours,
+        "prepend_bos": ours,
+        "batch_tokens": prompts,
     }
     usual = Arguments(load=arguments.load)
     lines = []

@@ -173,6 +173,11 @@ def test_settings_that_nothing_reads_are_named():
     assert of_harness[0] == "lengths = 64"
     assert of_harness[-1] == "ckpt_step = 2"
     assert len(of_harness) == 5
+    asked = dict(prepend_bos=False, batch_tokens=64)
+    assert said(tasks=["loss"], **asked) == ["batch_tokens = 64"]
+    assert said(lm_eval_tasks=["x"], **asked) == []
+    of_harness = said(lm_eval_tasks=["x"], lm_eval_model="hf", **asked)
+    assert of_harness == ["prepend_bos = False", "batch_tokens = 64"]
 
 
 def test_without_a_tokenizer_the_tasks_that_need_one_are_refused(folder, capsys):
