@@ -50,8 +50,8 @@ class Reader:
         self.reads = reads
         self.asked = []
 
-    def continue_prompts(self, prompts, max_new_tokens, should_stop=None):
-        self.asked += [(len(ids), max_new_tokens) for ids in prompts]
+    def continue_prompts(self, prompts, new_tokens, should_stop=None):
+        self.asked += [(len(ids), limit) for ids, limit in zip(prompts, new_tokens, strict=True)]
         answers = [answers_in(self.tokenizer.decode(ids)) for ids in prompts]
         return [", ".join(each) if self.reads else "none of them" for each in answers]
 
@@ -180,6 +180,19 @@ def test_a_model_that_reads_scores_one_and_one_that_guesses_zero():
         table = results_table(records, [2500])
         assert table[0].split() == ["task", "2,500"]
         assert table[-1].split() == ["mean", "of", "RULER's", f"{expected:.3f}"]
+
+
+def test_each_sample_may_add_its_own_number_of_tokens(monkeypatch):
+    model = Reader(reads=False)
+    run = RulerRun(model, seed=3, samples=4, text=TEXT)
+    # Names are of random letters: some take more tokens than others.
+    monkeypatch.setattr(run, "encode", lambda text: Letters().encode(text.replace("A", "AA")))
+    model.batch_tokens = 4 * 2500
+    run.run("vt", 2500)
+    samples = [write_sample("vt", 2500, n, 3, run.encode, TEXT) for n in range(4)]
+    limits = [sample.answer_tokens for sample in samples]
+    assert len(set(limits)) > 1
+    assert model.asked == [(len(sample.ids), sample.answer_tokens) for sample in samples]
 
 
 def test_a_length_without_room_names_the_task_and_what_it_needs():

@@ -99,7 +99,7 @@ def run_tasks(
             torch_random_seed=seed,
             fewshot_random_seed=seed,
         )
-    except (OSError, ConnectionError) as error:
+    except OSError as error:
         raise ValueError(
             f"lm_eval_tasks = {' '.join(names)}: a task's data cannot be read without the network "
             f"({error}). Fix: a task file whose data lies on this machine."

@@ -131,7 +131,7 @@ class Answers:
         ids = self.tok_encode(context)
         self.truncated += len(ids) > room
         (text,) = self.model.continue_prompts(
-            [ids[-room:]], new_tokens, lambda text: any(stop in text for stop in stops)
+            [ids[-room:]], [new_tokens], lambda text: any(stop in text for stop in stops)
         )
         for stop in stops:
             text = text.split(stop)[0]

@@ -42,12 +42,13 @@ class LanguageModel(Protocol):
     def continue_prompts(
         self,
         prompts: Sequence[list[int]],
-        max_new_tokens: int,
+        new_tokens: Sequence[int],
         should_stop: Callable[[str], bool] | None = None,
     ) -> list[str]:
         """Continue prompts greedily, each up to an id that ends a text.
 
         Args:
+            new_tokens: what each may add at most.
             should_stop: tells of a continuation's text so far that no more is needed.
         """
         ...

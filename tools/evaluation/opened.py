@@ -31,7 +31,7 @@ class OpenedModel:
     def continue_prompts(
         self,
         prompts: Sequence[list[int]],
-        max_new_tokens: int,
+        new_tokens: Sequence[int],
         should_stop: Callable[[str], bool] | None = None,
     ) -> list[str]:
         stop_ids = self.model.stop_ids
@@ -41,7 +41,8 @@ class OpenedModel:
                 continuation.limit = len(continuation.added)
 
         batch = [
-            Continuation(number, prompt, max_new_tokens) for number, prompt in enumerate(prompts)
+            Continuation(number, prompt, limit)
+            for number, (prompt, limit) in enumerate(zip(prompts, new_tokens, strict=True))
         ]
         needed = planned_bytes(self.model, batch)
         free = free_memory(self.model.layout.device)

@@ -41,8 +41,10 @@ class RulerRun:
         """Ask all samples of a task at a length -> its record."""
         details = []
         for batch in self._batches(name, length):
-            most = max(sample.answer_tokens for sample in batch)
-            outputs = self.model.continue_prompts([sample.ids for sample in batch], most)
+            # Each its own number: a sample's score must not depend on what else is in the batch.
+            outputs = self.model.continue_prompts(
+                [sample.ids for sample in batch], [sample.answer_tokens for sample in batch]
+            )
             details += [_judge(sample, output) for sample, output in zip(batch, outputs)]
         scores = [detail["score"] for detail in details]
         return {
