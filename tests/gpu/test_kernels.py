@@ -7,6 +7,7 @@ import torch
 from model.attention_backends.choice import BACKENDS, choose_attention
 from model.attention_backends.documents import pack_documents
 from model.attention_backends.kernel_calls import NEVER, split_documents
+from model.attention_logits import largest_logits
 from model.scoring import NO_NEEDS, Scoring, ScoringNeeds
 from parallel.context import group_pieces
 from tests.unit.test_model import masked_attention
@@ -172,3 +173,20 @@ def test_grouped_heads_are_not_repeated_for_the_varlen_op():
     made = torch.cuda.max_memory_allocated() - before
     of_output = out.nbytes + tokens * heads * 4
     assert made < 1.1 * of_output, f"{made:,} bytes for an output of {of_output:,}"
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("kv_heads", [1, 8])
+def test_the_largest_logits_are_those_of_the_cpu(kv_heads, window):
+    q, k, _ = (x.detach() for x in inputs(kv_heads))
+    bounds = torch.tensor(BOUNDS, dtype=torch.int32)
+    found, expected = (
+        largest_logits(
+            q.to(device),
+            k.to(device),
+            pack_documents(bounds, [(0, BOUNDS[-1])], torch.device(device))[0],
+            Scoring(window),
+        )
+        for device in ("cuda", "cpu")
+    )
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=0)

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from model import compiled
+from model.config import ModelConfig
+from model.presets import PRESETS
 from model.products import add_product
+from pretrain.qk_clip import LogitWatch
 from tests.unit.test_fused import arguments_of_compiled_functions, clones, compiled_function
 
 pytestmark = pytest.mark.gpu
@@ -68,8 +71,19 @@ def trainer():
         yield ours, sample
 
 
-def test_the_host_waits_at_most_twice_in_a_step(trainer):
+@pytest.mark.parametrize("threshold", [None, 1e-3])
+def test_the_host_waits_at_most_twice_in_a_step(trainer, threshold):
     ours, sample = trainer
+    if threshold is not None:
+        # Heads are clipped in each step.
+        ours.stepper.logit_watch = LogitWatch(
+            ours.stages,
+            ModelConfig(**PRESETS["tiny"]),
+            ours.stepper.layout,
+            torch.bfloat16,
+            threshold=threshold,
+        )
+        ours.step(sample)
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as found:

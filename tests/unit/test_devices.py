@@ -28,6 +28,7 @@ from model.config import ModelConfig
 from model.gpt import GPTStage
 from model.sharding import shardings_for
 from parallel.layout import Axis, Layout, free_memory, single_process_layout
+from pretrain.qk_clip import LogitWatch
 from tests.unit.test_model import masked_attention
 
 META = torch.device("meta")
@@ -219,6 +220,20 @@ def test_logits_are_made_on_their_device():
     with torch.no_grad(), OneDevice():
         logits = stage.logits(stage.hidden(torch.empty(0, device=META), microbatch((0, TOKENS))))
     assert logits.device == META and logits.shape[0] == TOKENS, logits
+
+
+@SETTINGS_IN_PARTS
+@pytest.mark.parametrize("windows", [{}, dict(window_size=[4, 0])])
+def test_the_largest_logits_are_measured_and_judged_on_their_device(settings, windows):
+    config = model_config(num_query_groups=2, **windows)
+    layout = single_process_layout(META)
+    stage = make_stage(config, layout, settings)
+    watch = LogitWatch([], config, layout, DTYPE, threshold=1.0)
+    stage.begin_step([microbatch((0, 1, 12, TOKENS))], 1, largest_logits=watch.largest)
+    with OneDevice():
+        stage(torch.empty(0, device=META)).backward()
+        found = watch.after_update(torch.ones((), dtype=torch.bool, device=META))
+    assert [value.device for value in found] == [META, META]
 
 
 @SETTINGS_IN_PARTS
