@@ -19,6 +19,7 @@ from model.config import ModelConfig
 from model.gpt import GPTStage
 from model.sharding import row_of, scaling_of
 from parallel.layout import Layout
+from parallel.tensor import tp_placement
 
 BLOCK_ELEMENTS = 1 << 20
 """Values that one generator draws, about: whole rows of the parameter."""
@@ -76,10 +77,9 @@ def _local_window(parameter: DTensor, layout: Layout) -> tuple[slice, slice]:
     """
     rows = [0, parameter.shape[0]]
     columns = [0, parameter.shape[1] if parameter.dim() > 1 else 1]
-    # The mesh is (dp_cp, tp), so the last placement is tensor parallelism's.
-    tp_placement = parameter.placements[-1]
-    if isinstance(tp_placement, Shard):
-        bounds = rows if tp_placement.dim == 0 else columns
+    placement = tp_placement(parameter)
+    if isinstance(placement, Shard):
+        bounds = rows if placement.dim == 0 else columns
         part = (bounds[1] - bounds[0]) // layout.tp.size
         bounds[:] = [layout.tp.rank * part, (layout.tp.rank + 1) * part]
     first, end = rows

@@ -95,7 +95,7 @@ class Layout:
     sequence_parallel: bool
     """Are activations between the tensor-parallel parts split over tp by tokens (Megatron-SP)?"""
     mesh: DeviceMesh | None
-    """[dp_cp, tp] of this pipeline stage; parameters are DTensors on it."""
+    """[dp_cp, tp] of this pipeline stage; parameters are DTensors on it, on [dp_cp] if tp is 1."""
     device: torch.device
 
     @property

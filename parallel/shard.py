@@ -112,4 +112,6 @@ def reshard(modules: Iterable[nn.Module]) -> None:
 def own_shard(tensor: torch.Tensor | None) -> torch.Tensor:
     """Return this rank's part of a sharded parameter, of its gradient or of its moments."""
     assert isinstance(tensor, DTensor), f"{type(tensor)} is not sharded"
-    return tensor.to_local()
+    # Nobody differentiates through it, and a node of the graph takes longer.
+    with torch.no_grad():
+        return tensor.to_local()

@@ -3,7 +3,8 @@
 A module is written with its full shapes and made on the meta device; `distribute_parameters` then
 replaces each parameter by this rank's part, following a table of `ParameterSharding`. The layers
 that use them state their collectives explicitly (parallel/collectives.py): no DTensor operator
-runs.
+runs. On an axis of one rank parameters stay plain tensors: a DTensor's way into the graph and back
+takes longer than the work on a small parameter.
 
 Source of the column / row split and of the vocabulary split: Megatron-LM (arXiv 1909.08053).
 
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from parallel.collectives import all_reduce
 from parallel.layout import Axis
@@ -37,7 +38,8 @@ def distribute_parameters(
 ) -> None:
     """Replace every (meta) parameter of `module` by a DTensor that holds this rank's part.
 
-    Each owning module also gets `partial_gradient`, to be passed to `local_part`.
+    Each owning module also gets `partial_gradient`, to be passed to `local_part`. On one rank
+    nothing is replaced.
 
     Args:
         shardings: parameter name -> sharding; a missing name is an error (KeyError).
@@ -45,8 +47,10 @@ def distribute_parameters(
     size = tp_mesh.size()
     rank = tp_mesh.get_local_rank()
     for name, parameter in list(module.named_parameters()):
-        # Cut this rank's part out, or keep the whole.
         sharding = shardings[name]
+        if size == 1:
+            continue
+        # Cut this rank's part out, or keep the whole.
         local = parameter.data
         placement = Replicate()
         if sharding.dim is not None:
@@ -63,11 +67,17 @@ def distribute_parameters(
         vars(owner)["partial_gradient"] = sharding.partial_gradient
 
 
+def tp_placement(parameter: DTensor) -> Placement:
+    """Return how a parameter that FSDP2 has sharded (parallel/shard.py) is placed over tp."""
+    # The mesh is [dp_cp, tp], or [dp_cp] where tp is one rank.
+    return parameter.placements[1] if len(parameter.placements) > 1 else Replicate()
+
+
 def local_part(parameter: nn.Parameter, *, partial_gradient: bool = False) -> torch.Tensor:
     """Return this tp rank's part of a parameter, as a plain tensor that carries the gradient back.
 
     Without `partial_gradient` the gradient of a replicated parameter must be the same on all tp
-    ranks. A parameter that was never distributed (one process, no groups) is returned unchanged.
+    ranks. A parameter that was not distributed (tp is one rank) is returned unchanged.
     """
     if not isinstance(parameter, DTensor):
         return parameter

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.adamw import adamw
 
 from model.config import ModelConfig
 from model.gpt import GPTStage
@@ -19,6 +20,42 @@ from parallel.shard import own_shard
 from pretrain.config.config import OptimizerConfig
 from pretrain.muon.muon import Muon
 from pretrain.parameter_groups import parameter_groups
+
+
+class ShardedAdamW(torch.optim.AdamW):
+    """torch's fused AdamW, given this rank's shards as plain tensors.
+
+    As DTensors their lists pass through a dispatcher that takes longer than the kernel.
+    """
+
+    found_inf: torch.Tensor | None = None
+    """1.0 where the step must change nothing, as torch.amp.GradScaler tells a fused optimizer."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyrefly: ignore[bad-override]
+        """Update every shard from its gradient."""
+        assert closure is None, "a step runs forward and backward by itself"
+        for group in self.param_groups:
+            parameters = group["params"]
+            states = [self.state[parameter] for parameter in parameters]
+            beta1, beta2 = group["betas"]
+            adamw(
+                [own_shard(parameter) for parameter in parameters],
+                [own_shard(parameter.grad) for parameter in parameters],
+                [own_shard(state["exp_avg"]) for state in states],
+                [own_shard(state["exp_avg_sq"]) for state in states],
+                [],
+                [state["step"] for state in states],
+                fused=True,
+                found_inf=self.found_inf,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
 
 
 def build_optimizer(
@@ -37,7 +74,7 @@ def build_optimizer(
 
 
 def _build_adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
-    optimizer = torch.optim.AdamW(
+    optimizer = ShardedAdamW(
         groups,
         lr=config.lr,
         betas=(config.adam_beta1, config.adam_beta2),

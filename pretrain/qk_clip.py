@@ -28,6 +28,7 @@ from model.gpt import GPTStage
 from parallel.collectives import all_reduce
 from parallel.layout import Layout
 from parallel.shard import own_shard
+from parallel.tensor import tp_placement
 from pretrain.config.config import Config
 
 
@@ -165,7 +166,7 @@ def _own_rows(parameter: nn.Parameter, layout: Layout) -> torch.Tensor:
     # tp cuts the rows first (model/sharding.py), then FSDP2 cuts what is left.
     rows = parameter.shape[0]
     begin = 0
-    if isinstance(parameter.placements[-1], Shard):
+    if isinstance(tp_placement(parameter), Shard):
         rows //= layout.tp.size
         begin = layout.tp.rank * rows
     # The first ranks have equal parts, one may have fewer, and those after it none.

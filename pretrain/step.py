@@ -21,6 +21,7 @@ from parallel.collectives import all_reduce
 from parallel.config import ShardingStrategy
 from parallel.layout import Layout
 from parallel.shard import own_shard, set_microbatch
+from parallel.tensor import tp_placement
 from pretrain.guards.spikes import NO_LIMITS, Limits
 from pretrain.optimizer import update
 from pretrain.processes.heartbeat import WAITING_FOR_DEVICE, Heartbeat
@@ -296,7 +297,7 @@ def global_grad_norm(stages: list[GPTStage], layout: Layout) -> torch.Tensor:
         for name, parameter in stage.named_parameters():
             assert isinstance(parameter, DTensor)
             is_copy_of_first_stage = name == "embedding.weight" and not stage.is_first
-            is_replicated = not isinstance(parameter.placements[-1], Shard)
+            is_replicated = not isinstance(tp_placement(parameter), Shard)
             if not is_copy_of_first_stage and (layout.tp.is_first or not is_replicated):
                 grads.append(own_shard(parameter.grad))
     norm = torch.zeros((), device=layout.device)

@@ -17,6 +17,7 @@ from model.gpt import GPTStage
 from parallel.collectives import all_reduce
 from parallel.layout import Axis, Layout
 from parallel.shard import own_shard
+from parallel.tensor import tp_placement
 from pretrain.checkpointing.shared_errors import gather
 
 SHOWN_PARAMETERS = 5
@@ -67,7 +68,7 @@ def check_copies(
             continue
         parameter = name.removeprefix("model.")
         holders = set()
-        if isinstance(tensor.placements[-1], Replicate):
+        if isinstance(tp_placement(tensor), Replicate):
             holders.add(layout.tp.ranks)
         if parameter == "embedding.weight":
             holders.add(layout.embedding.ranks)
@@ -110,7 +111,7 @@ def _refuse(problems: list[str]) -> None:
 def _is_replicated(parameter: nn.Parameter) -> bool:
     """Tell whether every tp rank holds the whole parameter."""
     assert isinstance(parameter, DTensor)
-    return isinstance(parameter.placements[-1], Replicate)
+    return isinstance(tp_placement(parameter), Replicate)
 
 
 def _differences(

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from parallel.collectives import gather_rows
 from parallel.layout import Axis, Layout
 from parallel.shard import own_shard
+from parallel.tensor import tp_placement
 from pretrain.checkpointing.state_copy import own_part
 from pretrain.guards.fingerprint import fingerprint
 from pretrain.guards.verdict import WrongNumbers, any_rank, gather, place_of
@@ -89,7 +90,7 @@ class WeightCheck:
                 assert isinstance(parameter, DTensor)
                 # Every tp rank holds the whole parameter, or each a part of it.
                 axes = []
-                if isinstance(parameter.placements[-1], Replicate):
+                if isinstance(tp_placement(parameter), Replicate):
                     axes.append(self.layout.tp)
                 # Without tied embeddings the last stage has none.
                 if name == "embedding.weight" and stage.tied:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from parallel.layout import Layout, has_bf16_units
 from parallel.shard import own_shard
+from parallel.tensor import tp_placement
 from pretrain.config.optimizer_config import OptimizerConfig
 from pretrain.muon.exchange import Bucket
 from pretrain.muon.newton_schulz import orthogonalize_all, steps_of
@@ -117,7 +118,7 @@ class Muon(torch.optim.Optimizer):
             )
         assert isinstance(parameter, DTensor)
         rows, columns = parameter.shape
-        cut = parameter.placements[-1]
+        cut = tp_placement(parameter)
         tp_dim = cut.dim if isinstance(cut, Shard) and layout.tp.size > 1 else None
         blocks = heads(name) if config.muon_per_head else 1
         matrix = Matrix(rows, columns, tp_dim, blocks)
