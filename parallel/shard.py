@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from parallel.config import ShardingStrategy
 from parallel.layout import Layout
+from parallel.one_rank import skip_copies
 
 
 def shard_module(
@@ -63,6 +64,8 @@ def shard_module(
         if layout.dp_cp.size > 1:
             # One rank divides by nothing, and would divide by 1.0 in a pass of its own.
             unit.set_gradient_divide_factor(1.0)
+        else:
+            skip_copies(unit)
 
 
 def _sharded_units(modules: Iterable[nn.Module]) -> Iterator[FSDPModule]:

@@ -270,7 +270,7 @@ class MemoryModel:
         moments = StepMoments(
             layers,
             self._gradient_sizes(load, stages),
-            gathered=self.compute_bytes * self._gathered(layout, stages, whole),
+            gathered=self.compute_bytes * self._gathered(load, stages, whole),
             activations=activations,
             loss=loss,
             gradients=self.master_bytes * (whole if load.whole_gradients else shard),
@@ -307,8 +307,12 @@ class MemoryModel:
         """Count the parameters that the largest stage has around its layers."""
         return max(self._elements_of(Counter({**stage, "layers": 0}), tp) for stage in stages)
 
-    def _gathered(self, layout: LayoutConfig, stages: list[Parts], whole: int) -> int:
+    def _gathered(self, load: Workload, stages: list[Parts], whole: int) -> int:
         """Count the parameters that are put together at once."""
+        layout = load.layout
+        is_cast = self.compute_bytes != self.master_bytes
+        if load.shards == 1 and not is_cast and not self.optimizer_on_host:
+            return 0  # one rank uses its shard (parallel/one_rank.py)
         if layout.sharding_strategy != "optim_grads_params":
             return whole
         tp = layout.tensor_model_parallel_size
@@ -332,6 +336,7 @@ class MemoryModel:
             compute_bytes=self.compute_bytes,
             shards=1 if load.whole_gradients else load.shards,
             are_whole=load.whole_gradients,
+            is_one_rank=load.shards == 1,
         )
 
     def _with_optimizer_on_host(

@@ -42,6 +42,13 @@ class GradientSizes:
     """Ranks that share them once they are reduced; 1 where they are kept whole."""
     are_whole: bool
     """Are they reduced once per step?"""
+    is_one_rank: bool
+    """Is a unit's buffer of a reduction the gradient itself (parallel/one_rank.py)?"""
+
+    @property
+    def result(self) -> int:
+        """Bytes of an element that a reduction gives, beside what it is given."""
+        return 0 if self.is_one_rank else self.master_bytes
 
 
 @dataclass(frozen=True)
@@ -67,14 +74,14 @@ class StepMoments:
             microbatches: pairs of a stage of this rank and a microbatch, in a step.
         """
         if microbatches > self.in_flight:
-            return self._in_the_middle()
+            return self._in_the_middle(follows_first=microbatches == self.in_flight + 1)
         moments = [self._first_layer(), self._last_layer(has_pipeline=has_pipeline)]
         if not self.sizes.are_whole:
             moments.append(self._end())
         return max(moments, key=lambda moment: moment.total)
 
-    def _in_the_middle(self) -> Moment:
-        """A backward after others."""
+    def _in_the_middle(self, *, follows_first: bool) -> Moment:
+        """A backward after others, or after one."""
         sizes = self.sizes
         layers = self.layers
         has_loss = self.loss > 0
@@ -82,11 +89,13 @@ class StepMoments:
             buffers = layers.working_set(has_loss=has_loss, with_gradients=True)
         else:
             # The last copy of the backward before is kept until the next one is made.
-            sent_before = sizes.master_bytes * sizes.around
+            # The first one's copy is the gradient where it is the result.
+            kept = sizes.result if follows_first else sizes.master_bytes
+            sent_before = kept * sizes.around
             of_loss = layers.loss_working_set + sent_before if has_loss else 0
             # What waits for backward is gone when the last gradients are sent; their shard is added
             # to that of the backwards before.
-            shard = sizes.master_bytes * sizes.around // sizes.shards
+            shard = sizes.result * sizes.around // sizes.shards
             at_the_end = self._sent_at_the_end + shard - self.activations - self.loss
             of_layers = layers.layers_working_set(has_loss=has_loss) + self._copied
             buffers = max(of_layers, of_loss, at_the_end)
@@ -101,7 +110,7 @@ class StepMoments:
             sizes = self.sizes
             buffers += sizes.compute_bytes * (sizes.layer + sizes.waiting)
             # Of the second layer: the first one's copy is on its way, and its activations are gone.
-            sent = sizes.master_bytes * (sizes.layer + sizes.layer // sizes.shards)
+            sent = sizes.master_bytes * sizes.layer + sizes.result * sizes.layer // sizes.shards
             buffers += max(0, sent - self.layers.kept.device)
         if has_loss:
             buffers = max(buffers, self.layers.loss_working_set)
@@ -115,7 +124,7 @@ class StepMoments:
         gathered = self.gathered
         if not sizes.are_whole:
             # The copy of the layer before, on its way.
-            buffers += sizes.master_bytes * sizes.layer + sizes.compute_bytes * sizes.waiting
+            buffers += sizes.result * sizes.layer + sizes.compute_bytes * sizes.waiting
         if not has_pipeline:
             # A layer's parameters are freed after its last backward.
             gathered = min(gathered, sizes.compute_bytes * (sizes.around + sizes.layer))
@@ -126,7 +135,9 @@ class StepMoments:
     def _end(self) -> Moment:
         """The gradients around the layers, when nothing waits any more."""
         gathered = self.gathered if self.in_flight > 1 else 0
-        return Moment(gathered, 0, 0, self.gradients, self._sent_at_the_end)
+        sizes = self.sizes
+        sent = (sizes.result + sizes.compute_bytes) * sizes.around
+        return Moment(gathered, 0, 0, self.gradients, sent)
 
     @property
     def _copied(self) -> int:

@@ -1,0 +1,85 @@
+"""FSDP2 on an axis of one rank, without the copies that only several ranks need.
+
+FSDP2 keeps its steps there (gather, free, reduce) and copies in each of them. Here a parameter is
+cast by one pass, or not copied at all where its stored dtype is the one it is used in; and a
+gradient is brought to the reduction's buffer once, which then is the result.
+
+FSDP2's own names that this relies on are pinned by tests/unit/test_one_rank.py.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
+
+def skip_copies(unit: FSDPModule) -> None:
+    """Spare a unit whose parameters nobody shares the copies of a gather and of a reduction."""
+    group = unit._get_fsdp_state()._fsdp_param_group
+    if group is None:  # a unit without parameters of its own
+        return
+    unit.set_custom_reduce_scatter(_SumOfOne())
+    for parameter in group.fsdp_params:
+        parameter.__class__ = _WholeParameter
+
+
+class _SumOfOne:
+    """A reduction over one rank: what goes in comes out, in the same memory.
+
+    FSDP2 asks for the buffer of what goes in, then for that of what comes out.
+    """
+
+    def __init__(self):
+        self.waiting: torch.Tensor | None = None
+
+    def allocate(
+        self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        """Return a new buffer for what goes in, and the same one for what comes out."""
+        buffer = self.waiting
+        self.waiting = None
+        if buffer is None or (buffer.shape, buffer.dtype) != (torch.Size(size), dtype):
+            buffer = torch.empty(*size, dtype=dtype, device=device)
+            self.waiting = buffer
+        return buffer
+
+    def __call__(self, *_, **__) -> None:
+        """Leave the buffer as it is."""
+
+
+class _WholeParameter(FSDPParam):
+    """A parameter whose shard is the whole."""
+
+    @property
+    def all_gather_inputs(self) -> list[torch.Tensor]:
+        """Return the shard in its stored dtype: FSDP2 casts it by copying it to the output."""
+        shard = self._sharded_param_data
+        return [shard.to(self.device, non_blocking=True) if self.offload_to_cpu else shard]
+
+    def init_all_gather_outputs(
+        self,
+        all_gather_input_numels: list[int],
+        all_gather_input_dtypes: list[torch.dtype],
+        world_size: int,
+        device: torch.device,
+    ) -> None:
+        """Make the output, or take the shard itself, which FSDP2's copy then leaves unchanged."""
+        if not self._is_used_in_place:
+            dtypes = [self.param_dtype or dtype for dtype in all_gather_input_dtypes]
+            super().init_all_gather_outputs(all_gather_input_numels, dtypes, world_size, device)
+            return
+        shard = self._sharded_param_data
+        if self.all_gather_outputs and self.all_gather_outputs[0] is not shard:
+            # Somebody has put another shard in the parameter's place.
+            del self._unsharded_param
+        self.all_gather_outputs = [shard]
+
+    def free_unsharded_param(self) -> None:
+        """Free the output, unless it is the shard."""
+        if not self._is_used_in_place:
+            super().free_unsharded_param()
+
+    @property
+    def _is_used_in_place(self) -> bool:
+        return self.param_dtype is None and not self.offload_to_cpu
