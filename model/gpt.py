@@ -311,7 +311,7 @@ class GPTStage(nn.Module):
         pieces = group_pieces(int(microbatch.cu_seqlens[-1]), gather.rank, gather.size)
         documents = pack_documents(microbatch.cu_seqlens, pieces, x.device)
         positions = self.make_positions(microbatch.positions, documents, x.dtype, cache)
-        positions = positions._replace(logits=self.largest_logits)
+        positions.logits = self.largest_logits
         self.host.begin()
         for number, layer in enumerate(self.layers.values()):
             offload = number < self.memory.cpu_offloading_num_layers

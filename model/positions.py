@@ -27,13 +27,31 @@ class RotaryTables(NamedTuple):
         return RotaryTables(one.expand(shape), torch.zeros_like(one).expand(shape))
 
 
-class Positions(NamedTuple):
-    """Rotary tables of this rank's tokens, and the documents of its attention calls."""
+class Positions:
+    """Rotary tables of this rank's tokens, and the documents of its attention calls.
 
-    tables: dict[LayerRope, RotaryTables]
-    """Those that the layers of this stage use."""
-    documents: list[PackedDocuments]
-    cache: KeyCache | None = None
-    """Keeps the keys and values while a model generates; None in training."""
-    logits: LargestLogits | None = None
-    """Gets the largest attention logits, where they are measured."""
+    It is a plain class on purpose: FSDP2 looks for gradients in whatever tuples and dataclasses a
+    layer is given, and would walk through the bounds of all documents, twice in each layer.
+    """
+
+    def __init__(
+        self,
+        tables: dict[LayerRope, RotaryTables],
+        documents: list[PackedDocuments],
+        cache: KeyCache | None = None,
+        logits: LargestLogits | None = None,
+    ):
+        """
+        Args:
+            tables: those that the layers of this stage use.
+            cache: keeps the keys and values while a model generates; None in training.
+            logits: gets the largest attention logits, where they are measured.
+        """
+        self.tables = tables
+        self.documents = documents
+        self.cache = cache
+        self.logits = logits
+
+    def without_logits(self) -> "Positions":
+        """Return the same, for a pass that measures no logits."""
+        return Positions(self.tables, self.documents, self.cache)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
 
@@ -24,7 +25,7 @@ def skip_copies(unit: FSDPModule) -> None:
         parameter.__class__ = _WholeParameter
 
 
-class _SumOfOne:
+class _SumOfOne(ReduceScatter):
     """A reduction over one rank: what goes in comes out, in the same memory.
 
     FSDP2 asks for the buffer of what goes in, then for that of what comes out.
@@ -34,12 +35,12 @@ class _SumOfOne:
         self.waiting: torch.Tensor | None = None
 
     def allocate(
-        self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device
+        self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:
         """Return a new buffer for what goes in, and the same one for what comes out."""
         buffer = self.waiting
         self.waiting = None
-        if buffer is None or (buffer.shape, buffer.dtype) != (torch.Size(size), dtype):
+        if buffer is None or (tuple(buffer.shape), buffer.dtype) != (tuple(size), dtype):
             buffer = torch.empty(*size, dtype=dtype, device=device)
             self.waiting = buffer
         return buffer

@@ -115,6 +115,5 @@ def reshard(modules: Iterable[nn.Module]) -> None:
 def own_shard(tensor: torch.Tensor | None) -> torch.Tensor:
     """Return this rank's part of a sharded parameter, of its gradient or of its moments."""
     assert isinstance(tensor, DTensor), f"{type(tensor)} is not sharded"
-    # Nobody differentiates through it, and a node of the graph takes longer.
-    with torch.no_grad():
-        return tensor.to_local()
+    # Not `to_local`: nobody differentiates through it, and a node of the graph takes longer.
+    return tensor._local_tensor

@@ -72,7 +72,7 @@ class _Layer(torch.autograd.Function):
     ):
         ctx.layer = layer
         # What was measured in the forward is not measured again.
-        ctx.positions = positions._replace(logits=None)
+        ctx.positions = positions.without_logits()
         ctx.settings = settings
         ctx.tape = AttentionTape() if settings.recompute_granularity == "attention_kept" else None
         a_tD = layer.after_attention(x_tD, positions, settings, ctx.tape)
