@@ -98,11 +98,10 @@ def _deal_and_fill(
     tokens_dealt = int(before[dealt - 1]) if dealt else 0
     # Each bin keeps room for its part of it.
     spare = (int(before[-1]) - tokens_dealt) // count
-    spare_items = -(-(len(order) - dealt) // count)
     bins = np.full(len(lengths), -1, dtype=np.int32)
     rooms = np.full(count, capacity, dtype=np.int64)
     items = np.zeros(count, dtype=np.int64)
-    _deal(order[:dealt], lengths, costs, spare, max(1, most - spare_items), bins, rooms, items)
+    _deal(order[:dealt], lengths, costs, spare, most, bins, rooms, items)
     fill_up(order, lengths, capacity, most, bins, rooms, items)
     # A bin may have stayed empty where there are few items.
     used = np.bincount(bins) > 0
