@@ -308,10 +308,11 @@ CASES = {
         memory=MemorySettings("full", attention_head_chunks=2),
     ),
     "pp2 dp2 QK-clip zero1": Case(pp=2, dp=2, qk_clip=0.5, steps=3, strategy="optim"),
-    "tp2 cp2 QK-clip uneven heads": Case(
+    "tp2 cp2 QK-clip uneven heads Muon": Case(
         tp=2,
         cp=2,
         qk_clip=0.5,
+        optimizer=dict(optimizer="muon"),
         steps=3,
         model=dict(num_attention_heads=6, num_query_groups=2, hidden_size=48),
     ),
