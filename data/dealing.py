@@ -14,6 +14,7 @@ from typing import Literal
 
 import numba
 import numpy as np
+import xxhash
 
 from data.document_cost import DocumentCost
 
@@ -44,6 +45,11 @@ class Dealt:
     """What the step waits for over the mean of its ranks (`imbalance`); None = not known."""
     imbalance_in_order: float | None = None
     """The same, had the samples been dealt in their order."""
+
+    @property
+    def hash(self) -> int:
+        """A number below 2^40 that is the same for the same slots only."""
+        return xxhash.xxh3_64_intdigest(self.slots.tobytes()) >> 24
 
 
 @dataclass(frozen=True, kw_only=True)

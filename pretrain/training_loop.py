@@ -317,6 +317,7 @@ class TrainingLoop:
             busy_seconds=busy_seconds,
             has_failed_save=self.saver.has_failed,
             source_losses=source_losses,
+            deal_hash=self.feed.dealt.hash,
         )
         if measured.has_failed_save:
             self.heartbeat.enter_save("waiting for the save that failed")

@@ -13,6 +13,7 @@ from data.digest import DIGEST_BITS
 from model.windows import Window, mean_pairs_seen
 from parallel.collectives import all_reduce
 from parallel.layout import Layout
+from pretrain.processes.agreement import Refused
 
 STATM = Path("/proc/self/statm")
 """The kernel's count of this process's pages; the second number are those in memory."""
@@ -59,12 +60,17 @@ def measure(
     has_failed_save: bool,
     busy_seconds: float,
     source_losses: torch.Tensor | None = None,
+    deal_hash: int = 0,
 ) -> Measured:
     """Sum up over all ranks; collective over the world.
 
     Args:
         windows: of the model's layers.
         source_losses: this rank's (see `step.py: Stepper.start`); None = they are not asked for.
+        deal_hash: of how this rank found the step's samples dealt.
+
+    Raises:
+        Refused: ranks found them dealt in different ways; on all ranks.
     """
     lengths = [batch.cu_seqlens.diff().double() for batch in microbatches]
     own_pairs = float(sum(mean_pairs_seen(n.numpy(), windows).sum() for n in lengths))
@@ -89,6 +95,8 @@ def measure(
         *(targets if has_own_slice else [0] * num_sources),
     ]
     to_compare = [peak_memory(layout), data_seconds, _reserved_memory(layout) or 0, host_memory()]
+    # Both ends of what the ranks found, as the highest of it and of its negative.
+    to_compare += [deal_hash, -deal_hash]
     sums = torch.tensor(to_sum, dtype=torch.float64, device=layout.device)
     if source_losses is not None:
         # Those of the last stage are the same on its tp ranks. The host does not look at them here.
@@ -96,7 +104,16 @@ def measure(
         sums = torch.cat([sums, counted])
     highest = torch.tensor(to_compare, dtype=torch.float64, device=layout.device)
     pairs, digest, stops, saves, failed_saves, *rest = all_reduce(sums, layout.world).tolist()
-    memory, slowest, reserved, host = all_reduce(highest, layout.world, dist.ReduceOp.MAX).tolist()
+    memory, slowest, reserved, host, *deals = all_reduce(
+        highest, layout.world, dist.ReduceOp.MAX
+    ).tolist()
+    if deals[0] != -deals[1]:
+        raise Refused(
+            "balance = deal: ranks gave the samples of this step to each other in different ways, "
+            "so that some were read twice and others not at all. The order follows from the "
+            "lengths of the documents. Fix: the same data files and the same code on every node; "
+            "the last checkpoint is sound."
+        )
     busy = rest[: layout.world.size]
     by_source = rest[layout.world.size :]
 

@@ -5,6 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
+from data.dealing import Dealt
+from parallel.config import LayoutConfig
+from parallel.layout import build_layout
+from pretrain.logs.measured import measure
+from pretrain.processes.agreement import Refused
 from tests.dist.parity import Case, relative_error, run_built
 from tests.marks import cases
 
@@ -27,6 +32,35 @@ def run_dealt(world, case: Case) -> dict:
     loader = built[-1]
     digests = sum(batch.digest for batch in loader.read(0))
     return run_built(case, built) | {"slots": loader.dealt.slots.tolist(), "digest": digests}
+
+
+def compare_deals(world, differs: bool) -> str:
+    """What the exchange after a step says where the last rank found samples dealt otherwise."""
+    layout = build_layout(LayoutConfig(), world)
+    slots = np.arange(8)
+    if differs and world.rank == world.size - 1:
+        slots[[0, 1]] = slots[[1, 0]]
+    try:
+        measure(
+            [],
+            layout,
+            (None,),
+            wants_stop=False,
+            wants_save=False,
+            data_seconds=0.0,
+            has_failed_save=False,
+            busy_seconds=0.0,
+            deal_hash=Dealt(slots).hash,
+        )
+    except Refused as refused:
+        return str(refused)
+    return ""
+
+
+def test_a_rank_that_deals_otherwise_ends_the_run_on_all_ranks(pool):
+    assert pool.run(compare_deals, 2, False) == ["", ""]
+    for text in pool.run(compare_deals, 2, True):
+        assert text.startswith("balance = deal: ranks gave the samples") and "Fix: " in text
 
 
 @pytest.mark.parametrize("name", cases(CASES, lambda name: name not in ALWAYS))
