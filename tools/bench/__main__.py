@@ -14,6 +14,7 @@ BENCHMARKS = {
     "generate": "tools.bench.generate",
     "lease": "tools.bench.gpu.lease",
     "memory": "tools.bench.memory",
+    "optimizers": "tools.bench.optimizers",
     "predictions": "tools.bench.predictions",
     "recompute": "tools.bench.recompute",
     "restart": "tools.bench.restart",
