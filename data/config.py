@@ -11,7 +11,7 @@ from data.tokenizers.folder import IdsFrom
 from data.units import parse_tokens
 
 Packing = Literal["concat", "best_fit"]
-Balance = Literal["none", "deal"]
+Balance = Literal["none", "deal", "window"]
 Exhausted = Literal["repeat", "stop", "error"]
 TokenizerType = Literal[
     "SentencePieceTokenizer",
@@ -80,10 +80,12 @@ class DataConfig:
     )
     """Documents of a sample at most, with --packing best_fit, so that no step has very many tiny
     ones; a sample that may hold no more is padded. A phase may change it."""
-    balance: Balance = field(default="deal", metadata=dict(per_phase=True, resume="free"))
+    balance: Balance = field(default="deal", metadata=dict(per_phase=True, resume="effect"))
     """Deal each step's samples to data ranks and microbatches by what they cost, so that the ranks
-    wait little for each other, or in the order in which they are drawn; changes no step's loss,
-    gradient or data. A phase may change it."""
+    wait little for each other, or in the order in which they are drawn (none); changes no step's
+    loss, gradient or data. With window --packing best_fit also makes samples of nearly equal cost,
+    for steps of few samples per rank: other samples, each token once as ever. A phase may change
+    it."""
     data_exhausted: Exhausted = field(
         default="repeat", metadata=dict(per_phase=True, resume="effect")
     )

@@ -9,6 +9,7 @@ import numpy as np
 from data.blend import SourceName, parse_blend
 from data.cache import IndexCache
 from data.config import DataConfig, Exhausted, Packing, are_named, parse_split
+from data.document_cost import DocumentCost
 from data.document_split import SPLITS, split_documents
 from data.idx_format import read_side_file
 from data.indexed import IndexedReader, OpenFiles
@@ -47,6 +48,7 @@ class Corpus:
         packing: Packing,
         exhausted: Exhausted,
         max_documents_per_sample: int | None = None,
+        equal_cost: DocumentCost | None = None,
     ) -> DataSettings:
         """Make the settings of a segment that draws from `words`, without any from mock data.
 
@@ -57,7 +59,9 @@ class Corpus:
         blend = tuple(
             (_weight(weight, self.train[str(source)]), str(source)) for weight, source in entries
         )
-        return DataSettings(seq_length, blend, packing, exhausted, max_documents_per_sample)
+        return DataSettings(
+            seq_length, blend, packing, exhausted, max_documents_per_sample, equal_cost
+        )
 
 
 def _weight(given: float | None, stream: DocumentStream) -> float:

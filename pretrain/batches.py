@@ -65,7 +65,7 @@ class Feed:
         # A phase that goes on after a restart has a segment already.
         self._phase = phase
         begins = all(segment.phase != phase.name for segment in self.ledger.segments)
-        self.ledger.enter(clock, phase.name, settings_of(phase, self.corpus))
+        self.ledger.enter(clock, phase.name, settings_of(phase, self.corpus, self.cost))
         self._check(clock)
         self._loader = None
         return begins
@@ -203,8 +203,12 @@ def dealing_of(phase: Phase, dp_size: int, cost: DocumentCost, *, train: bool) -
     return Dealing(cost, "microbatch" if meets_often else "step")
 
 
-def settings_of(phase: Phase, corpus: Corpus) -> DataSettings:
-    """Make the data settings of a phase, over the sources that the run has opened."""
+def settings_of(phase: Phase, corpus: Corpus, cost: DocumentCost | None = None) -> DataSettings:
+    """Make the data settings of a phase, over the sources that the run has opened.
+
+    Args:
+        cost: of the model's documents; None where no samples are packed.
+    """
     return corpus.settings(
         phase.seq_length,
         phase.data_path,
@@ -212,6 +216,7 @@ def settings_of(phase: Phase, corpus: Corpus) -> DataSettings:
         phase.packing,
         phase.data_exhausted,
         phase.max_documents_per_sample,
+        cost if phase.has_equal_samples else None,
     )
 
 
@@ -223,11 +228,14 @@ def ledger_at(
     phases: Sequence[Phase],
     clock: int,
     rewinds: Sequence[Rewind] = (),
+    *,
+    cost: DocumentCost,
 ) -> Ledger:
     """Return the ledger as a run has it, or will have it, at the step at `clock`.
 
     Args:
         ledger: as it is at clock `begun`; it is changed where `clock` is later.
+        cost: of the model's documents.
     """
     if clock < begun:
         return ledger.as_of(clock)
@@ -237,7 +245,7 @@ def ledger_at(
             continue  # over already, or not begun by then
         # What the run does: enter the phase, then skip each window at its first step.
         entered = max(begun, phase.start)
-        ledger.enter(entered, phase.name, settings_of(phase, corpus))
+        ledger.enter(entered, phase.name, settings_of(phase, corpus, cost))
         places = [(max(entered, phase.first_step_from(window.start)), window) for window in windows]
         # In the order of the steps; at one step those of --skip-data come first, as in a run.
         for at, window in sorted(places, key=lambda place: place[0]):

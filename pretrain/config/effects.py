@@ -246,6 +246,7 @@ def effect_warnings(config: Config) -> list[str]:
     found = [text for name in CONDITIONS for text in _unmet(config, name)]
     found += [*_size_warnings(config), *_phase_warnings(config), *_replaced_by_phases(config)]
     found += [text for given in config.given.megatron.values() for text in [given.warning] if text]
+    found += _window_warnings(config)
     # Settings that act, but not as a user may think.
     if set(config.memory.recompute_modules) == {"core_attn"} and SELECTS.is_met(config):
         found.append(
@@ -346,6 +347,17 @@ def _phase_warnings(config: Config) -> Iterator[str]:
         if phase.min_lr and not DECAYS.is_met(config):
             given = f"phase {phase.name!r}: min_lr = {phase.min_lr:g}"
             yield f"{given}: has no effect{DECAYS.otherwise}"
+
+
+def _window_warnings(config: Config) -> Iterator[str]:
+    """Yield phases whose samples cannot be packed to cost the same, though that is asked for."""
+    for phase in config.schedule.entries:
+        data = phase.over(config.data)
+        given = f"phase {phase.name!r}: balance = window: deals samples as deal does, and no more, "
+        if data.balance == "window" and data.packing != "best_fit":
+            yield given + "without --packing best_fit"
+        elif data.balance == "window" and not data.document_masking:
+            yield given + "since samples cost the same without document masking"
 
 
 def _replaced_by_phases(config: Config) -> Iterator[str]:

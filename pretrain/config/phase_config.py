@@ -22,7 +22,7 @@ _SECTIONS = (
     DataConfig,
     OptimizerConfig,
 )
-SomeSection = TypeVar("SomeSection", LayoutConfig, MemoryConfig, ModelConfig)
+SomeSection = TypeVar("SomeSection", LayoutConfig, MemoryConfig, ModelConfig, DataConfig)
 
 
 def _settings_of_a_phase() -> list[tuple[str, Any, Any]]:

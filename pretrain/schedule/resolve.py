@@ -98,6 +98,11 @@ def _make_phase(
         return value if value is not None else getattr(section, name)
 
     stretches = cut_into_stretches(start, tokens, batches)
+    balance = pick("balance", config.data)
+    packing = pick("packing", config.data)
+    document_masking = pick("document_masking", config.data)
+    # Without masking a sample is one sequence, and all cost the same.
+    has_equal_samples = balance == "window" and packing == "best_fit" and document_masking
     return Phase(
         name=entry.name,
         index=index,
@@ -111,11 +116,12 @@ def _make_phase(
         layout=entry.over(config.layout),
         memory=entry.with_memory(config.memory),
         rope=entry.with_rope(config.model).rope,
-        document_masking=pick("document_masking", config.data),
-        packing=pick("packing", config.data),
+        document_masking=document_masking,
+        packing=packing,
         max_documents_per_sample=pick("max_documents_per_sample", config.data),
         data_exhausted=pick("data_exhausted", config.data),
-        balance=pick("balance", config.data),
+        balance=balance,
+        has_equal_samples=has_equal_samples,
         data_path=tuple(entry.data_path or config.data.data_path or config.data.train_data_path),
         lr=pick("lr", config.optimizer),
         min_lr=pick("min_lr", config.optimizer),

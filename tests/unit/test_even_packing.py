@@ -14,7 +14,13 @@ from data.packing import best_fit
 from data.packing.bins import pack
 from data.packing.even_bins import pack_evenly, pack_with_limit
 from data.segments import DataSettings
+from data.sources import MOCK, Corpus
 from data.stream import DocumentStream
+from pretrain.batches import settings_of
+from pretrain.config.effects import effect_warnings
+from pretrain.config.flags import spell
+from pretrain.config.load import load_config
+from pretrain.schedule.resolve import resolve_phases
 from tests.documents import Documents
 
 CAPACITY = 32768
@@ -190,3 +196,27 @@ def test_what_is_not_asked_for_is_not_stored():
     assert DataSettings.from_json(plain.to_json()) == plain
     assert DataSettings.from_json(json.loads(json.dumps(SETTINGS.to_json()))) == SETTINGS
     assert not plain.agrees_with(SETTINGS) and not SETTINGS.agrees_with(plain)
+
+
+@pytest.mark.parametrize(
+    "flags, packs, warning",
+    [
+        ("--balance window --packing best_fit", True, None),
+        ("--balance deal --packing best_fit", False, None),
+        ("--packing best_fit", False, None),
+        ("--balance window", False, "without --packing best_fit"),
+        (
+            "--balance window --packing best_fit --no-document-masking",
+            False,
+            "since samples cost the same without document masking",
+        ),
+    ],
+)
+def test_samples_cost_the_same_where_that_is_asked_for_and_can_be(streams, flags, packs, warning):
+    base = "--mock-data --vocab-size 64 --seq-length 64 --global-batch-size 4 --train-iters 4"
+    config = load_config(spell([*base.split(), *flags.split()]))
+    (phase,) = resolve_phases(config)
+    settings = settings_of(phase, Corpus({MOCK: streams["a"]}, {}), COST)
+    assert settings.equal_cost == (COST if packs else None)
+    found = [line for line in effect_warnings(config) if "balance = window" in line]
+    assert len(found) == (warning is not None) and all(warning in line for line in found)

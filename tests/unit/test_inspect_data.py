@@ -139,9 +139,10 @@ def test_a_batch_is_the_one_that_is_trained(config, capsys):
     assert sorted(number for number, _ in begins) == ["0", "1", "2", "3"]
     for number, text in begins:
         assert text.split() == [str(token) for token in expected[int(number)][:12].tolist()]
-    assert (
-        ledger_at(plan.config.data, plan.corpus, plan.ledger, 3072, plan.phases, 0).open.start == 0
+    ledger = ledger_at(
+        plan.config.data, plan.corpus, plan.ledger, 3072, plan.phases, 0, cost=feed.cost
     )
+    assert ledger.open.start == 0
 
 
 def test_windows_are_passed_over_in_the_order_of_their_steps(config):
@@ -149,7 +150,14 @@ def test_windows_are_passed_over_in_the_order_of_their_steps(config):
     plan = make_plan(load_config(spell(["--config", config])), 8)
     rewind = Rewind(number=1, start=0, end=64, step=1, reason="spike")
     ledger = ledger_at(
-        plan.config.data, plan.corpus, plan.ledger, 0, plan.phases, 1024, rewinds=[rewind]
+        plan.config.data,
+        plan.corpus,
+        plan.ledger,
+        0,
+        plan.phases,
+        1024,
+        rewinds=[rewind],
+        cost=document_cost_of(plan.config.model, plan.vocab_size),
     )
     passed = [
         (segment.start, segment.rewind)

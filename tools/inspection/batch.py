@@ -55,7 +55,14 @@ def describe_batch(flags: list[str], world_size: int, name: str, batch: int) -> 
     clock = phase.start_of_step(batch)
     begun = plan.progress.clock if plan.progress and not plan.start.weights_only else 0
     ledger = ledger_at(
-        plan.config.data, plan.corpus, plan.ledger, begun, plan.phases, clock, plan.rewinds
+        plan.config.data,
+        plan.corpus,
+        plan.ledger,
+        begun,
+        plan.phases,
+        clock,
+        plan.rewinds,
+        cost=document_cost_of(plan.config.model, plan.vocab_size),
     )
     mixture = ledger.mixture()
     first = ledger.samples_at(clock)
