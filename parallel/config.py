@@ -92,6 +92,18 @@ class LayoutConfig:
         default = "optim" if self.use_distributed_optimizer else "optim_grads"
         return self.data_parallel_sharding_strategy or default
 
+    def meets_in_microbatches(self, *, train: bool) -> bool:
+        """Tell whether data ranks wait for each other in every microbatch, and not once a step.
+
+        Args:
+            train: is there a backward?
+        """
+        # ZeRO-3 gathers weights in each microbatch, and ZeRO-2 reduces gradients there, unless a
+        # pipeline keeps them to the step's end (parallel/shard.py).
+        in_pipeline = self.pipeline_model_parallel_size > 1
+        reduces = self.sharding_strategy == "optim_grads" and train and not in_pipeline
+        return self.sharding_strategy == "optim_grads_params" or reduces
+
     @property
     def schedule(self) -> ScheduleName:
         """The pipeline schedule that the settings mean; without a pipeline none matters."""

@@ -195,11 +195,7 @@ def dealing_of(phase: Phase, dp_size: int, cost: DocumentCost, *, train: bool) -
     in_pipeline = layout.pipeline_model_parallel_size > 1
     if phase.balance == "none" or (dp_size == 1 and not in_pipeline):
         return None
-    # ZeRO-3 gathers weights in each microbatch, and ZeRO-2 reduces gradients there, unless a
-    # pipeline keeps them to the step's end (parallel/shard.py).
-    strategy = layout.sharding_strategy
-    reduces = strategy == "optim_grads" and train and not in_pipeline
-    meets_often = strategy == "optim_grads_params" or reduces
+    meets_often = layout.meets_in_microbatches(train=train)
     return Dealing(cost, "microbatch" if meets_often else "step")
 
 

@@ -1,18 +1,36 @@
 """What a run's phases will draw, known before the first step: forecast, checks and warnings."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from data.blend import SourceName
 from data.config import DataConfig, parse_windows
+from data.document_cost import DocumentCost
 from data.forecast import Forecast, forecast
 from data.ledger import Ledger
+from data.mixture import Mixture
+from data.packing.best_fit import WINDOW_BINS
+from data.packing.place import Place
+from data.sample_costs import sample_costs
+from data.segments import DataSettings
 from data.sources import Corpus
 from data.stream import DocumentStream
 from pretrain.batches import settings_of
+from pretrain.planner.documents import StepCosts
 from pretrain.schedule.phases import Phase
 
 SHOWN_SOURCES = 32
 """Most sources of a phase that the forecast prints."""
+DRAWN_STEPS = 8
+"""Most steps of a phase whose samples a plan draws."""
+DRAWN_SAMPLES = 4096
+"""Most samples of them, where a step has fewer."""
+DRAWN_SECONDS = 2.0
+"""Most seconds that drawing may take of a plan."""
+ORDERED_PER_SECOND = 30e6
+"""Documents of a source whose order and offsets are made in a second, measured on a core."""
+PACKED_PER_SECOND = 1e6
+"""Documents that are found and packed in a second, measured on a core."""
 
 # ---------------------------------------------------------------- the forecast
 
@@ -165,3 +183,58 @@ def target_warnings(corpus: Corpus, phases: Sequence[Phase]) -> list[str]:
 def _gives_targets(stream: DocumentStream) -> bool:
     """Tell whether a document has a token after its first one."""
     return int(stream.lengths.max()) > 1
+
+
+# ---------------------------------------------------------------- how unequal samples are
+
+
+def draw_step_costs(
+    phase: Phase, corpus: Corpus, rows: Sequence[Forecast], cost: DocumentCost
+) -> tuple[StepCosts | None, str]:
+    """Draw the samples of a phase's first steps, and compute what each of them costs.
+
+    No token is read. A phase that comes later begins where the forecast says, as if all before it
+    was read in order.
+
+    Args:
+        rows: the forecast.
+        cost: of a document to the model.
+    Returns:
+        The costs; or None, and why they are taken as equal.
+    """
+    places = {
+        row.source: Place(round(row.from_epoch * row.epoch_tokens))
+        for row in rows
+        if row.phase == phase.name
+    }
+    if not places:
+        return None, "the data was not looked at"
+    if not phase.document_masking:
+        return None, "without document masking each sample is one document"
+    samples = phase.global_batch_tokens // phase.seq_length
+    of_phase = (phase.end - phase.start) // phase.global_batch_tokens
+    steps = max(1, min(DRAWN_STEPS, DRAWN_SAMPLES // samples, of_phase))
+    # Whoever draws past the end repeats: counting all samples would pack the whole source.
+    settings = replace(settings_of(phase, corpus), exhausted="repeat")
+    streams = {name: corpus.train[name] for name in places}
+    seconds = _seconds_to_draw(settings, list(streams.values()), steps * samples)
+    if seconds > DRAWN_SECONDS:
+        return None, f"drawing a step of them would take about {seconds:.0f} s"
+    mixture = Mixture(settings, streams, places)
+    costs = sample_costs(mixture, 0, steps * samples, cost, document_masking=True)
+    return StepCosts(costs.reshape(steps, samples)), ""
+
+
+def _seconds_to_draw(
+    settings: DataSettings, streams: Sequence[DocumentStream], samples: int
+) -> float:
+    """Estimate how long samples take to be drawn, on one core."""
+    tokens = samples * settings.seq_length
+    if settings.packing == "best_fit":
+        tokens = max(tokens, WINDOW_BINS * settings.seq_length)
+    seconds = 0.0
+    for stream in streams:
+        mean = stream.tokens_per_epoch / stream.num_documents
+        seconds += stream.num_documents / ORDERED_PER_SECOND
+        seconds += min(stream.num_documents, tokens / mean) / PACKED_PER_SECOND
+    return seconds

@@ -14,6 +14,7 @@ from parallel.config import LayoutConfig, ShardingStrategy
 from pretrain.config.config import Config
 from pretrain.planner.at_fault import Situation, layouts_that_work
 from pretrain.planner.check_layout import check_phase_layout
+from pretrain.planner.documents import UNKNOWN_DOCUMENTS, PhaseDocuments
 from pretrain.planner.hardware import Hardware
 from pretrain.planner.layout_search import is_inside_node, sizes_of_world, with_sizes
 from pretrain.planner.machine import Device
@@ -151,7 +152,7 @@ def find_candidates(
     world_size: int,
     model: MemoryModel,
     device: Device,
-    pairs_per_token: float | None = None,
+    documents: PhaseDocuments = UNKNOWN_DOCUMENTS,
     *,
     across_nodes: bool = False,
 ) -> FoundCandidates:
@@ -160,7 +161,7 @@ def find_candidates(
     Where nothing fits whose tp and all-to-all stay inside a node, those that leave one are found.
 
     Args:
-        pairs_per_token: as `Workload` has it.
+        documents: of the phase; without them every sample is one document.
         across_nodes: tp and the all-to-all may leave a node anyway.
     """
     node_size = device.hardware.devices_per_node
@@ -175,7 +176,7 @@ def find_candidates(
                 world_size,
                 model,
                 device.hardware,
-                pairs_per_token,
+                documents,
                 node_size=limit,
             )
         )
@@ -191,14 +192,14 @@ def candidates(
     world_size: int,
     model: MemoryModel,
     hardware: Hardware,
-    pairs_per_token: float | None = None,
+    documents: PhaseDocuments = UNKNOWN_DOCUMENTS,
     *,
     node_size: int | None = None,
 ) -> Iterator[Candidate]:
     """Yield every legal layout that keeps what the phase gives.
 
     Args:
-        pairs_per_token: as `Workload` has it.
+        documents: of the phase; without them every sample is one document.
         node_size: processes of a node, which neither tp nor an all-to-all leaves unless the phase
             gives its size; None = they may.
     """
@@ -222,7 +223,7 @@ def candidates(
                 changed = dataclasses.replace(phase, layout=sharded)
                 changed = changed.with_memory(recompute_granularity=level)
                 if not check_phase_layout(changed, config, world_size, model.vocab_size):
-                    yield estimate(changed, world_size, model, hardware, pairs_per_token)
+                    yield estimate(changed, world_size, model, hardware, documents)
 
 
 def _strategies(phase: Phase) -> tuple[ShardingStrategy, ...]:
@@ -273,10 +274,10 @@ def estimate(
     world_size: int,
     model: MemoryModel,
     hardware: Hardware,
-    pairs_per_token: float | None = None,
+    documents: PhaseDocuments = UNKNOWN_DOCUMENTS,
 ) -> Candidate:
     """Estimate the memory and the time of a phase with its layout."""
-    load = Workload.of_phase(phase, world_size, pairs_per_token)
+    load = Workload.of_phase(phase, world_size, documents)
     memory = model.estimate_worst(load)
     return Candidate(phase, load.data_parallel_size, memory, estimate_step(model, load, hardware))
 

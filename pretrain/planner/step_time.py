@@ -46,10 +46,13 @@ class StepTime:
     """Exchanges and gathers over cp."""
     pipeline: float
     """Handing on to the next stage."""
+    imbalance: float
+    """Waiting for the data rank whose documents take longest."""
     bubble: float
     """Waiting for the other stages.
 
-    Where processes share cores, only what the others' computing does not fill.
+    Where processes share cores, of both kinds of waiting only what the others' computing does not
+    fill.
     """
     sharding_exposed: float
     """Gathers and reductions over dp x cp that have no computing to run beside."""
@@ -78,8 +81,6 @@ class StepTime:
 
 def estimate_step(model: MemoryModel, load: Workload, hardware: Hardware) -> StepTime:
     """Estimate one optimizer step by its parts."""
-    layout = load.layout
-    count = load.num_microbatches
     # Computing, then what is sent inside a layer, then what stages hand on.
     products, attention, logits = _compute_seconds(model, load, hardware)
     pointwise, overhead = _beside_products_seconds(model, load, hardware)
@@ -88,8 +89,7 @@ def estimate_step(model: MemoryModel, load: Workload, hardware: Hardware) -> Ste
     context = sum(each.seconds for each in context_traffic(model, load, hardware))
     pipeline = pipeline_traffic(model, load, hardware).seconds
     busy = compute + tensor + context + pipeline
-    pp = layout.pipeline_model_parallel_size
-    waiting = idle_share(layout.schedule, pp, layout.stages_per_rank, count)
+    imbalance, bubble = _waiting_seconds(load, hardware, compute, busy)
     # Parameters and gradients travel while layers compute; what is more than the computing has
     # nothing to hide behind.
     sharded = sum(each.seconds for each in sharding_traffic(model, load, hardware))
@@ -104,8 +104,8 @@ def estimate_step(model: MemoryModel, load: Workload, hardware: Hardware) -> Ste
         tensor=tensor,
         context=context,
         pipeline=pipeline,
-        # On shared cores a step takes the longer of its longest chain, and of all its computing.
-        bubble=busy * max(0.0, (1 + waiting) / hardware.crowding - 1),
+        imbalance=imbalance,
+        bubble=bubble,
         sharding_exposed=sharded - hidden,
         sharding_slowdown=hardware.efficiency.overlap_slowdown * hidden,
         update=_update_seconds(model, load, hardware),
@@ -133,6 +133,25 @@ def describe_assumptions(config: ModelConfig, hardware: Hardware) -> str:
         f"matrix products, {attention_efficiency(config, hardware):g} in attention (as measured on "
         f"an H100) and {efficiency.links:g} of the links"
     )
+
+
+def _waiting_seconds(
+    load: Workload, hardware: Hardware, compute: float, busy: float
+) -> tuple[float, float]:
+    """Estimate what the slowest rank's step takes beside its work: imbalance, bubble.
+
+    Args:
+        compute, busy: seconds of an average data rank, without and with what is sent.
+    """
+    layout = load.layout
+    pp = layout.pipeline_model_parallel_size
+    waiting = idle_share(layout.schedule, pp, layout.stages_per_rank, load.num_microbatches)
+    # Tokens are the same on every rank, and so is what is sent: only computing differs.
+    slowest = busy + (load.slowest_over_mean - 1) * compute
+    # On shared cores a step takes the longer of its longest chain, and of all its computing.
+    imbalance = max(0.0, slowest / hardware.crowding - busy)
+    whole = max(0.0, slowest * (1 + waiting) / hardware.crowding - busy)
+    return imbalance, whole - imbalance
 
 
 def _compute_seconds(

@@ -1,13 +1,15 @@
 """What a rank is asked to train."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from data.dealing import StepShape
 from model.activation_memory.settings import MemorySettings
 from model.windows import Window, mean_pairs_seen
 from parallel.config import LayoutConfig
+from pretrain.planner.documents import UNKNOWN_DOCUMENTS, PhaseDocuments
 from pretrain.schedule.phases import Phase
 
 
@@ -23,18 +25,33 @@ class Workload:
     memory: MemorySettings = MemorySettings()
     pairs_per_token: float | None = None
     """Tokens that a token sees on average over the layers; None = each sample is one document."""
+    slowest_over_mean: float = 1.0
+    """Work of the data rank that a step waits for over that of the average one."""
 
     @staticmethod
-    def of_phase(phase: Phase, world_size: int, pairs_per_token: float | None = None) -> "Workload":
-        """Return what a phase asks of each of `world_size` ranks."""
-        return Workload(
+    def of_phase(
+        phase: Phase, world_size: int, documents: PhaseDocuments = UNKNOWN_DOCUMENTS
+    ) -> "Workload":
+        """Return what the largest step of a phase asks of each of `world_size` ranks."""
+        load = Workload(
             phase.layout,
             phase.data_parallel_size(world_size),
             phase.seq_length,
             phase.micro_batch_size,
             phase.num_microbatches(world_size),
             phase.memory,
-            pairs_per_token,
+            documents.pairs_per_token,
+        )
+        return replace(load, slowest_over_mean=documents.slowest_over_mean(load.step_shape))
+
+    @property
+    def step_shape(self) -> StepShape:
+        """How a step's samples are cut, and who waits for whom."""
+        return StepShape(
+            dp_size=self.data_parallel_size,
+            num_microbatches=self.num_microbatches,
+            micro_batch_size=self.micro_batch_size,
+            meeting="microbatch" if self.layout.meets_in_microbatches(train=True) else "step",
         )
 
     def tokens_seen(self, windows: Sequence[Window]) -> float:

@@ -234,7 +234,18 @@ def test_the_json_has_these_names(tmp_path, capsys):
     }
     (phase,) = plan["phases"]
     assert set(phase) == {
-        *("name", "layout", "memory", "batch", "speed", "traffic", "cost", "sources", "search")
+        *(
+            "name",
+            "layout",
+            "memory",
+            "batch",
+            "balance",
+            "speed",
+            "traffic",
+            "cost",
+            "sources",
+            "search",
+        )
     }
     assert phase["memory"]["parts_bytes"]["parameters"] > 0
     total = sum(

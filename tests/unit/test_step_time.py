@@ -156,6 +156,29 @@ def test_short_documents_cost_attention_what_their_pairs_do():
     assert half.products == one.products
 
 
+def test_a_step_waits_for_the_computing_of_the_slowest_data_rank():
+    model = model_of("llama3-8b")
+    even = load_of(dict(pipeline_model_parallel_size=4), 8, 8192, 1, 8)
+    uneven = dataclasses.replace(even, slowest_over_mean=1.25)
+    step = estimate_step(model, even, H100)
+    slow = estimate_step(model, uneven, H100)
+    assert step.imbalance == 0
+    assert slow.imbalance == pytest.approx(0.25 * step.compute)
+    # The slowest rank's pipeline has its bubble: 3 of 8 microbatches.
+    assert slow.bubble - step.bubble == pytest.approx(slow.imbalance * 3 / 8)
+    assert slow.total == pytest.approx(step.total + slow.imbalance * 11 / 8)
+
+
+def test_cores_that_processes_share_compute_for_those_that_wait():
+    model = model_of("llama3-8b")
+    uneven = dataclasses.replace(load_of(dict(), 8, 8192, 1, 8), slowest_over_mean=1.5)
+    shared = dataclasses.replace(H100, crowding=1.25)
+    alone = estimate_step(model, uneven, H100)
+    crowded = estimate_step(model, uneven, shared)
+    assert crowded.imbalance == pytest.approx((1.5 / 1.25 - 1) * alone.compute)
+    assert estimate_step(model, uneven, dataclasses.replace(H100, crowding=2.0)).imbalance == 0
+
+
 def test_a_share_of_the_rates_acts_on_its_part_alone():
     model = model_of("llama3-8b")
     load = load_of(dict(tensor_model_parallel_size=2), 4, 8192, 1, 2)

@@ -19,6 +19,7 @@ STEP_COLORS = {
     "tensor": "series-1",
     "context": "series-4",
     "pipeline": "series-3",
+    "imbalance": "grid",
     "bubble": "grid",
     "sharding_exposed": "series-6",
     "sharding_slowdown": "raw",
@@ -33,6 +34,7 @@ STEP_WORDS = {
     "tensor": "sums over tp",
     "context": "exchanges over cp",
     "pipeline": "handing on over pp",
+    "imbalance": "waiting for the slowest data rank",
     "bubble": "pipeline bubble",
     "sharding_exposed": "gathers and reductions, exposed",
     "sharding_slowdown": "computing slowed by those that are hidden",
@@ -142,6 +144,7 @@ def phase_values(phase: PhasePlan, plan: RunPlan) -> dict:
 
 def phase_row(phase: PhasePlan) -> list[tuple[str, str]]:
     """List the (name, value) of a phase that are asked about first."""
+    slowest = phase.balance.slowest_over_mean
     return [
         ("context", show_tokens(phase.batch.seq_length)),
         ("batch", show_tokens(phase.batch.global_batch_tokens)),
@@ -152,6 +155,7 @@ def phase_row(phase: PhasePlan) -> list[tuple[str, str]]:
         ("memory", show_bytes(phase.memory.total_bytes)),
         ("days", f"{phase.cost.days:,.2f}"),
         ("layout", phase.layout.description),
+        *([("slowest data rank", f"{slowest:.2f} of the mean")] if phase.balance.steps else []),
     ]
 
 

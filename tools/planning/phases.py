@@ -10,6 +10,7 @@ from data.sources import Corpus
 from model.windows import Window, mean_pairs_seen
 from parallel.schedule import layers_of_stage
 from pretrain.config.config import Config
+from pretrain.planner.documents import PhaseDocuments
 from pretrain.planner.hardware import Hardware
 from pretrain.planner.machine import Machine
 from pretrain.planner.memory_check import is_checked
@@ -21,6 +22,7 @@ from pretrain.planner.workload import Workload
 from pretrain.schedule.phases import Phase
 from tools.planning.axes import groups_of_layout
 from tools.planning.report import (
+    BalancePlan,
     BatchPlan,
     LayoutPlan,
     MemoryPlan,
@@ -41,8 +43,8 @@ class PhaseEstimate:
     model: MemoryModel
     clock: int
     """Consumed tokens where the run starts."""
-    pairs_per_token: float | None
-    """Tokens that a token sees on average; None = each sample is one document."""
+    documents: PhaseDocuments
+    """What is known of the documents that the phase draws."""
 
     @property
     def hardware(self) -> Hardware:
@@ -52,7 +54,7 @@ class PhaseEstimate:
     @property
     def load(self) -> Workload:
         """What the largest step asks of a rank."""
-        return Workload.of_phase(self.phase, self.world_size, self.pairs_per_token)
+        return Workload.of_phase(self.phase, self.world_size, self.documents)
 
     @property
     def steps(self) -> int:
@@ -144,6 +146,22 @@ class PhaseEstimate:
             micro_batch_size=load.micro_batch_size,
             num_microbatches=load.num_microbatches,
             pairs_per_token=load.tokens_seen(self.config.model.windows),
+        )
+
+    def balance(self) -> BalancePlan:
+        """Compare what the data ranks have to compute in a step."""
+        shape = self.load.step_shape
+        costs = self.documents.costs
+        if shape.dp_size == 1:
+            return BalancePlan(False, 1.0, 1.0, 0, "one data rank")
+        if costs is None:
+            return BalancePlan(False, 1.0, 1.0, 0, self.documents.why_equal)
+        return BalancePlan(
+            is_dealt=self.documents.is_dealt,
+            slowest_over_mean=self.documents.slowest_over_mean(shape),
+            slowest_over_mean_in_order=costs.slowest_over_mean(shape, is_dealt=False),
+            steps=costs.steps,
+            why_equal="",
         )
 
     def speed(self) -> SpeedPlan:

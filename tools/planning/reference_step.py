@@ -64,6 +64,8 @@ class ReferenceJob:
                 MOST_MICROBATCHES * layout.pipeline_model_parallel_size,
             ),
             pairs_per_token=float(pairs_seen(lengths, None).sum()) / length,
+            # Every rank is given the same documents.
+            slowest_over_mean=1.0,
         )
         layers = layout.pipeline_model_parallel_size * layout.stages_per_rank
         model = dataclasses.replace(estimate.config.model, num_layers=layers)

@@ -129,6 +129,22 @@ class BatchPlan:
 
 
 @dataclass(frozen=True)
+class BalancePlan:
+    """Says how long the data ranks of a phase wait for the one with most work."""
+
+    is_dealt: bool
+    """Are a step's samples dealt by their cost?"""
+    slowest_over_mean: float
+    """Work that a step waits for over that of the average data rank; 1 = nobody waits."""
+    slowest_over_mean_in_order: float
+    """The same of samples that are dealt in the order of the stream."""
+    steps: int
+    """Steps at the start of the phase that were drawn for it; 0 = all ranks are taken as equal."""
+    why_equal: str
+    """Why they are; empty where steps were drawn."""
+
+
+@dataclass(frozen=True)
 class SpeedPlan:
     """Estimates how fast the largest step of a phase is."""
 
@@ -215,6 +231,7 @@ class PhasePlan:
     layout: LayoutPlan
     memory: MemoryPlan
     batch: BatchPlan
+    balance: BalancePlan
     speed: SpeedPlan
     traffic: tuple[TrafficPlan, ...]
     cost: CostPlan

@@ -3,13 +3,16 @@
 import numpy as np
 
 from model.windows import mean_pairs_seen
+from pretrain.data_outlook import draw_step_costs
 from pretrain.plan import Plan
 from pretrain.plan_warnings import warnings_about
+from pretrain.planner.documents import PhaseDocuments
 from pretrain.planner.hardware import Hardware
 from pretrain.planner.machine import MEMORY_MARGIN
 from pretrain.planner.model_size import ModelSize
 from pretrain.planner.rank_bytes import MemoryModel
 from pretrain.planner.step_time import attention_efficiency
+from pretrain.schedule.phases import Phase
 from tools.planning.axes import crossing_warnings
 from tools.planning.cluster import Cluster
 from tools.planning.phases import PhaseEstimate, mean_pairs
@@ -36,14 +39,10 @@ def estimate_phases(
     for phase in plan.phases:
         if phase.end <= clock:
             continue
-        pairs = mean_pairs(phase, plan.corpus, plan.forecast, plan.config.model.windows)
-        if document_tokens is not None and phase.document_masking:
-            length = min(document_tokens, phase.seq_length)
-            seen = mean_pairs_seen(np.array([length]), plan.config.model.windows)
-            pairs = float(seen[0]) / length
+        documents = _documents(plan, phase, model, document_tokens)
         estimates.append(
             PhaseEstimate(
-                phase, plan.config, cluster.world_size, cluster.machine, model, clock, pairs
+                phase, plan.config, cluster.world_size, cluster.machine, model, clock, documents
             )
         )
     if not estimates:
@@ -52,6 +51,20 @@ def estimate_phases(
             "on, or give another --save."
         )
     return estimates
+
+
+def _documents(
+    plan: Plan, phase: Phase, model: MemoryModel, document_tokens: int | None
+) -> PhaseDocuments:
+    """Find out what can be known of the documents of a phase."""
+    windows = plan.config.model.windows
+    if document_tokens is not None and phase.document_masking:
+        length = min(document_tokens, phase.seq_length)
+        pairs = float(mean_pairs_seen(np.array([length]), windows)[0]) / length
+        return PhaseDocuments(pairs, why_equal="all documents have the length that was given")
+    pairs = mean_pairs(phase, plan.corpus, plan.forecast, windows)
+    costs, why = draw_step_costs(phase, plan.corpus, plan.forecast, model.size.document_cost)
+    return PhaseDocuments(pairs, costs, is_dealt=phase.balance != "none", why_equal=why)
 
 
 def make_run_plan(
@@ -126,6 +139,7 @@ def _phase_plan(
         layout=estimate.layout(),
         memory=estimate.memory(),
         batch=estimate.batch(),
+        balance=estimate.balance(),
         speed=estimate.speed(),
         traffic=estimate.traffic(),
         cost=totals.cost([estimate], costs),

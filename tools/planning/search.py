@@ -22,6 +22,7 @@ PART_WORDS = {
     "tensor": "sums over tp",
     "context": "exchanges over cp",
     "pipeline": "handing on between stages",
+    "imbalance": "the slowest data rank",
     "bubble": "the pipeline's bubble",
     "sharding_exposed": "gathers and reductions over dp x cp",
     "sharding_slowdown": "gathers and reductions beside computing",
@@ -44,7 +45,7 @@ def search_layouts(estimate: PhaseEstimate, *, across_nodes: bool) -> SearchPlan
         estimate.world_size,
         estimate.model,
         estimate.machine.device,
-        estimate.pairs_per_token,
+        estimate.documents,
         across_nodes=across_nodes,
     )
     usable = estimate.machine.device.usable
@@ -54,7 +55,7 @@ def search_layouts(estimate: PhaseEstimate, *, across_nodes: bool) -> SearchPlan
         estimate.world_size,
         estimate.model,
         estimate.hardware,
-        estimate.pairs_per_token,
+        estimate.documents,
     )
     best = fitting[0] if fitting else None
     rows = [] if best is None else _of_each_size(fitting)[:MOST_ROWS]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from data.units import show_bytes, show_tokens
 from tools.planning.report import (
+    BalancePlan,
     CheckpointPlan,
     CostPlan,
     FailurePlan,
@@ -127,11 +128,24 @@ def _phase_block(phase: PhasePlan, devices_per_node: int) -> list[str]:
         f"{short(phase.batch.pairs_per_token)} others; "
         f"microbatches {phase.batch.num_microbatches} x {phase.batch.micro_batch_size} samples"
     )
+    lines.append(f"  {describe_balance(phase.balance)}")
     lines += _indent(_traffic_table(phase.traffic))
     lines += _indent(_source_table(phase))
     if phase.search is not None:
         lines += _indent(_search_table(phase.search))
     return lines
+
+
+def describe_balance(balance: BalancePlan) -> str:
+    """Say in one line how long data ranks wait for the slowest."""
+    if not balance.steps:
+        return f"work of the data ranks: taken as equal ({balance.why_equal})"
+    in_order = f"{balance.slowest_over_mean_in_order:.3f}"
+    found = f"{balance.slowest_over_mean:.3f} of the mean, dealt by cost ({in_order} in order"
+    if not balance.is_dealt:
+        found = f"{in_order} of the mean (dealt in order"
+    drawn = count_of(balance.steps, "step")
+    return f"work of the slowest data rank: {found}; the phase's first {drawn})"
 
 
 def _indent(lines: Sequence[str]) -> list[str]:
