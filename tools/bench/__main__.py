@@ -8,6 +8,7 @@ import tyro
 
 BENCHMARKS = {
     "attention": "tools.bench.attention",
+    "balance": "tools.bench.balance",
     "checkpoint": "tools.bench.checkpoint",
     "data": "tools.bench.data",
     "disturbed": "tools.bench.disturbed",
