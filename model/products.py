@@ -78,13 +78,32 @@ def _is_for_onednn(x_tD: torch.Tensor, weight_rD: torch.Tensor) -> bool:
 def linears_side_by_side(
     x_bD: torch.Tensor, weights: Sequence[torch.Tensor], bias_R: torch.Tensor | None
 ) -> torch.Tensor:
-    """Apply several weights [r, D] to a few tokens, one after the other: [b, D] -> [b, R].
+    """Apply several weights [r, D] to a few tokens: [b, D] -> [b, R].
 
-    It does what `joined_linear` does, which copies the weights: that takes longer than the products
-    of a few tokens. There is no gradient.
+    It does what `joined_linear` does without copying weights, which takes longer than the products
+    of a few tokens: it is one product where the weights are rows of one tensor. There is no
+    gradient.
     """
-    product_bR = torch.cat(linears(x_bD, weights), dim=1)
+    joined_RD = _as_one(weights)
+    if joined_RD is None:
+        product_bR = torch.cat(linears(x_bD, weights), dim=1)
+    else:
+        product_bR = linear(x_bD, joined_RD)
     return product_bR if bias_R is None else product_bR.add_(bias_R)
+
+
+def _as_one(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Return weights that follow each other in one memory as one, without a copy; else None."""
+    first = weights[0]
+    memory = first.untyped_storage().data_ptr()
+    place = first.storage_offset()
+    for weight in weights:
+        is_next = weight.storage_offset() == place and weight.is_contiguous()
+        if not is_next or weight.untyped_storage().data_ptr() != memory:
+            return None
+        place += weight.numel()
+    rows = sum(weight.shape[0] for weight in weights)
+    return first.as_strided((rows, first.shape[1]), first.stride())
 
 
 def joined_linear(
@@ -95,6 +114,9 @@ def joined_linear(
     Their results stand side by side. The joined weight is made again for backward: kept, it would
     be a second copy of the weights in every layer, which ZeRO-3 could not free.
     """
+    # A model that generates has them joined.
+    if not torch.is_grad_enabled() and (placed_RD := _as_one(weights)) is not None:
+        return F.linear(x_tD, placed_RD, bias_R)
     joined_RD = torch.cat(list(weights))
     parts = [weight.detach() for weight in weights]
     # Autograd keeps the joined weight, or a view of it: the hooks know it by its memory.

@@ -4,16 +4,19 @@ import io
 import json
 import shutil
 import sys
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from parallel.layout import single_process_layout
 from tests.huggingface import chat_folders as folders
 from tests.huggingface.imports import run as run_import
 from tests.huggingface.model_folders import change_weights
 from tools import generate
 from tools.inference.decoding import Continuation
+from tools.inference.open_model import open_model
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +224,14 @@ def test_lines_of_a_file_of_arguments_and_of_stdin_are_prompts(
     content = b'the quick\n{"prompt": "{\\"a\\": b"}\n'
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
     assert continued(capsys, chat_model, "--prompts", "-", *GREEDY) == lines
+
+
+def test_the_weights_of_a_layers_q_k_and_v_are_rows_of_one_tensor(bare_model):
+    stage = open_model(str(bare_model), single_process_layout(torch.device("cpu"))).stage
+    for layer in stage.layers.values():
+        parts = (layer.attention.q, layer.attention.k, layer.attention.v)
+        for one, other in pairwise(part.weight for part in parts):
+            assert one.data_ptr() + one.nbytes == other.data_ptr()
 
 
 def test_a_prompt_that_ends_within_a_character_is_not_said_again():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.products import FEW_TOKENS, linear, linears, linears_side_by_side
+from model.products import FEW_TOKENS, joined_linear, linear, linears, linears_side_by_side
 
 
 class Operators(TorchDispatchMode):
@@ -64,3 +64,28 @@ def test_products_of_a_few_tokens_are_right(tokens):
     one = linear(x, weights[0], bias[:16])
     other = linear(x, weights[1], bias[16:])
     assert_close(torch.cat([one, other], dim=1), without_bias + bias)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_that_are_rows_of_one_tensor_take_one_product(dtype):
+    joined = randn(40, 32, seed=6).to(dtype)
+    weights = joined[3:27].split([16, 2, 6])
+    x = randn(5, 32, seed=7).to(dtype)
+    expected = x.double() @ joined[3:27].double().T
+    for product in (linears_side_by_side, joined_linear):
+        with Operators() as operators:
+            found = product(x, weights, None)
+        assert "cat" not in operators.names
+        assert_close(found.float(), expected)
+    # Not in their order, with a gap, and of two tensors.
+    others = [
+        weights[::-1],
+        [weights[0], weights[2]],
+        [weights[0], randn(40, 32, seed=8).to(dtype)[19:]],
+    ]
+    for separate in others:
+        with Operators() as operators:
+            found = linears_side_by_side(x, separate, None)
+        assert "cat" in operators.names
+        assert_close(found.float(), x.double() @ torch.cat(list(separate)).double().T)

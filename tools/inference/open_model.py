@@ -19,7 +19,7 @@ from data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from model.attention_backends.choice import choose_attention
 from model.build import check_layout
 from model.config import ModelConfig
-from model.gpt import GPTStage
+from model.gpt import GPTStage, Layer
 from model.hf.architecture import VOCABULARY_ROWS
 from model.rope import Rope
 from model.sharding import shardings_for
@@ -166,6 +166,7 @@ def open_model(
     stage = GPTStage(model, source.vocab_size, layout, attend)
     stage.rope = source.rope
     _fill(stage, model, source, dtype)
+    _place_side_by_side(stage)
     tokenizer = _build_tokenizer(source.tokenizer)
     eod = tokenizer.eod if tokenizer is not None else None
     if prepend_bos is None and source.generation is None:
@@ -241,6 +242,18 @@ def _fill(stage: GPTStage, model: ModelConfig, source: _Source, dtype: torch.dty
         owner = stage.get_submodule(owner_name)
         setattr(owner, leaf, nn.Parameter(local, requires_grad=False))
     assert not shapes, f"{source.folder} holds no {', '.join(shapes)}"
+
+
+def _place_side_by_side(stage: GPTStage) -> None:
+    """Make q, k and v of each layer rows of one tensor: one product gives all three."""
+    for layer in stage.layers.values():
+        assert isinstance(layer, Layer)
+        attention = layer.attention
+        parts = (attention.q, attention.k, attention.v)
+        joined = torch.cat([part.weight for part in parts])
+        all_rows = joined.split([part.weight.shape[0] for part in parts])
+        for part, rows in zip(parts, all_rows, strict=True):
+            part.weight = nn.Parameter(rows, requires_grad=False)
 
 
 def _tensors_of_checkpoint(folder: Path) -> Tensors:
