@@ -212,7 +212,7 @@ def settings_of(phase: Phase, corpus: Corpus, cost: DocumentCost | None = None) 
         phase.packing,
         phase.data_exhausted,
         phase.max_documents_per_sample,
-        cost if phase.has_equal_samples else None,
+        cost if phase.balance_window else None,
     )
 
 

@@ -62,7 +62,7 @@ class Phase:
     # What samples are asked for, which older checkpoints do not say.
     max_documents_per_sample: int | None = field(default=None, metadata=dict(resume="data"))
     """None = any number."""
-    has_equal_samples: bool = field(default=False, metadata=dict(resume="data"))
+    balance_window: bool = field(default=False, metadata=dict(resume="data"))
     """Whether samples are packed to cost nearly the same."""
     auto: tuple[str, ...] = ()
     """Settings that `layout: auto` chooses (planner/auto_layout.py); empty = all are given."""

@@ -102,7 +102,7 @@ def _make_phase(
     packing = pick("packing", config.data)
     document_masking = pick("document_masking", config.data)
     # Without masking a sample is one sequence, and all cost the same.
-    has_equal_samples = balance == "window" and packing == "best_fit" and document_masking
+    balance_window = balance == "window" and packing == "best_fit" and document_masking
     return Phase(
         name=entry.name,
         index=index,
@@ -121,7 +121,7 @@ def _make_phase(
         max_documents_per_sample=pick("max_documents_per_sample", config.data),
         data_exhausted=pick("data_exhausted", config.data),
         balance=balance,
-        has_equal_samples=has_equal_samples,
+        balance_window=balance_window,
         data_path=tuple(entry.data_path or config.data.data_path or config.data.train_data_path),
         lr=pick("lr", config.optimizer),
         min_lr=pick("min_lr", config.optimizer),

@@ -111,7 +111,7 @@ def test_the_fields_of_a_phase_that_matter_on_continuing():
         "document_masking": "data",
         "packing": "data",
         "max_documents_per_sample": "data",
-        "has_equal_samples": "data",
+        "balance_window": "data",
         "data_exhausted": "data",
     }
     # A new field is added here, or declares its kind: none is free without a decision.
@@ -174,7 +174,7 @@ def test_a_checkpoint_from_before_a_setting_had_its_default():
         ("--balance window", []),  # packs as before without best_fit
         (
             "--packing best_fit --balance window",
-            [("phase 'main': packing", "data"), ("phase 'main': has_equal_samples", "data")],
+            [("phase 'main': packing", "data"), ("phase 'main': balance_window", "data")],
         ),
         ("--no-document-masking", [("phase 'main': document_masking", "data")]),
         ("--data-exhausted stop", [("phase 'main': data_exhausted", "data")]),
