@@ -26,6 +26,7 @@ import             | tools.import_hf          | make a checkpoint of a Hugging F
 export             | tools.export_hf          | make a Hugging Face folder of a checkpoint
 generate           | tools.generate           | continue texts with a checkpoint or a Hugging Face folder
 evaluate           | tools.evaluate           | measure a model at long contexts: probes, RULER, lm-eval
+coordinate-check   | tools.coordinate_check   | check muP: train a model at several widths, or sweep rates
 report             | tools.report             | show a run on one page
 watch              | tools.watch              | see in the terminal what a run is doing: DIR
 bench              | tools.bench              | compare this code with its peers on this machine

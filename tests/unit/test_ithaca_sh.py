@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ITHACA_SH = ROOT / "launch" / "ithaca.sh"
 COMMANDS = (
     "train plan train-tokenizer preprocess inspect inspect-checkpoint merge split audit import "
-    "export generate evaluate report watch bench"
+    "export generate evaluate coordinate-check report watch bench"
 ).split()
 UNSET = {"PYTHONPATH", "PYTHONSAFEPATH", "NNODES", "NODE_RANK", "NPROC_PER_NODE", "MASTER_ADDR"}
 

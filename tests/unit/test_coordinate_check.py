@@ -1,0 +1,95 @@
+"""The coordinate check and the sweep: a model at several widths, what is measured, what is said."""
+
+import re
+
+import pytest
+
+from model.config import ModelConfig
+from tests.unit.test_width_scaling import PLAIN
+from tools.coordinate_check import main
+from tools.outputs.files import is_own_picture
+from tools.width_check.activations import KINDS
+from tools.width_check.tables import best_rate, spread, steps_between
+from tools.width_check.widths import at_width
+
+SMALL = "-- --seq-length 16 --global-batch-size 4 --micro-batch-size 2 --vocab-size 40".split()
+
+
+def test_sizes_grow_with_the_width_and_heads_keep_theirs():
+    model = ModelConfig(
+        num_layers=2,
+        hidden_size=64,
+        ffn_hidden_size=176,
+        num_attention_heads=4,
+        num_query_groups=2,
+    )
+    wide = at_width(model, 256, 64, mup=True)
+    assert (wide.ffn_hidden_size, wide.num_attention_heads, wide.num_query_groups) == (704, 16, 8)
+    assert wide.head_size == 16 and wide.score_scale is None
+    assert wide.width_ratio == wide.fan_in_ratio("ffn") == wide.fan_in_ratio("heads") == 4
+    assert at_width(model, 256, 64, mup=False).width_ratio == 1
+
+
+def test_a_width_that_the_model_cannot_have_is_refused():
+    with pytest.raises(ValueError, match="widths = 40: the model has num_attention_heads = 8 at"):
+        at_width(PLAIN, 40, 40, mup=True)
+
+
+def test_a_check_shows_every_kind_with_and_without_and_draws(tmp_path, capsys):
+    plot = tmp_path / "check.png"
+    words = f"--widths 64 128 --steps 2 --seeds 1 --tolerance 100 --plot {plot}".split()
+    assert main([*words, *SMALL]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shown = {}
+    for line in lines:
+        if found := re.match(r"(with muP|without), mean (size|change) +64 +128 +spread$", line):
+            title = found.groups()
+        elif found := re.match(r"  (\w+) +([\d.]+) +([\d.]+) *([\d.]+) %$", line):
+            shown[*title, found[1]] = [float(value) for value in found.groups()[1:]]
+    assert len(shown) == 2 * 2 * len(KINDS)
+    # At the base width muP is nothing; at another the updates are smaller.
+    for what in ("size", "change"):
+        for kind in KINDS:
+            assert shown["with muP", what, kind][0] == shown["without", what, kind][0]
+    assert shown["with muP", "change", "stream"][1] < shown["without", "change", "stream"][1] / 1.5
+    assert is_own_picture(plot)
+    # A picture of ours may be drawn again; nothing is flat within nothing.
+    words[words.index("100")] = "0"
+    assert main([*words, *SMALL]) == 1
+    assert "not flat within 0 % with muP: embedding" in capsys.readouterr().out
+
+
+def test_a_sweep_marks_the_best_rate_of_each_width(tmp_path, capsys):
+    plot = tmp_path / "sweep.png"
+    words = f"--sweep --widths 64 128 --steps 4 --learning-rates 1e-5 1e-2 --plot {plot}".split()
+    assert main([*words, *SMALL]) == 0
+    out = capsys.readouterr().out
+    assert out.count("*") == 2 + 4, out  # a legend and two widths, twice
+    assert re.search("with muP: best rates [01] apart; without: ", out) and is_own_picture(plot)
+
+
+def test_spreads_and_best_rates_by_hand():
+    assert spread({64: 2.0, 128: 3.0}) == 0.5
+    assert spread({64: 0.0, 128: 3.0}) == float("inf")
+    losses = {64: {0.1: 2.0, 0.2: 1.0, 0.4: float("nan")}, 128: {0.1: 1.0, 0.2: 2.0, 0.4: 3.0}}
+    assert best_rate(losses[64]) == 0.2
+    assert steps_between([0.1, 0.2, 0.4], losses) == 1
+
+
+@pytest.mark.parametrize(
+    "words, problem",
+    [
+        ("--widths 64 64", "widths = 64 64: must be two or more different widths above 0."),
+        ("--widths 128 192", "mup_base_hidden_size = 128: must divide hidden_size = 192."),
+        ("--widths 64 40", "widths = 40: the model has num_attention_heads = 8"),
+        ("--steps 0", "steps = 0: must be at least 1."),
+        ("--sweep --learning-rates 0", "learning_rates = 0.0: must be above 0."),
+        ("--plot {folder}/text", "plot = {folder}/text"),
+    ],
+)
+def test_bad_input_is_one_error_before_any_training(words, problem, tmp_path, capsys):
+    (tmp_path / "text").write_text("of somebody")
+    assert main(words.format(folder=tmp_path).split()) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith(f"error: {problem.format(folder=tmp_path)}")
+    assert said.err.count("\n") == 1 and "Fix: " in said.err

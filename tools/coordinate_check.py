@@ -1,0 +1,228 @@
+"""Does muP hold for a model? `bash launch/ithaca.sh coordinate-check [--plot F.png]` trains it at
+several widths for a few steps, with muP and without, and shows how large its activations are and by
+how much they changed. With muP they are as large at any width.
+
+`--sweep` trains two widths with several learning rates instead: with muP the best one is the same.
+
+The model is the preset tiny with two layers on synthetic text, or that of `--config RUN.yaml`, with
+flags of the run after `--` (its learning rate, its data). Heads keep their size.
+
+Exit code 0: the activations are flat within `--tolerance`, or the best rates are the same or
+neighbours; 1: they are not; 2: nothing was trained.
+"""
+
+import statistics
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from model.config import ModelConfig
+from parallel.layout import Layout
+from pretrain.config.flags import spell
+from pretrain.config.load import load_config
+from pretrain.plan import Plan, make_plan
+from tools.bench.contenders import one_process
+from tools.outputs.files import check_file, is_own_picture
+from tools.shared.door import run_door, warn
+from tools.width_check.activations import KINDS, mean_change, mean_size
+from tools.width_check.plot import plot_check, plot_sweep
+from tools.width_check.tables import (
+    Found,
+    check_lines,
+    spread,
+    steps_between,
+    sweep_lines,
+)
+from tools.width_check.widths import Data, Trainer, at_width, read_data
+
+NAME = "tools.coordinate_check"
+WITH = "with muP"
+WITHOUT = "without"
+RUN = (
+    "--model tiny --num-layers 2 --init-method-std 0.1 --lr 4e-3 --mock-data --vocab-size 16 "
+    "--seq-length 128 --global-batch-size 8 --micro-batch-size 8 --train-iters 1000000 "
+    "--eval-iters 0"
+).split()
+"""The run without --config: 1,024 tokens a step. The vocabulary is small beside the least width,
+since the rows of more tokens than dims overlap by chance, which is less at larger widths."""
+LAST_SHARE = 0.2
+"""Share of a sweep's steps, its last ones, whose mean loss is compared."""
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    widths: list[int] = field(default_factory=list)
+    """Values of hidden_size; the first is muP's base. By default 64 to 1,024, and 64 and 256 for
+    --sweep."""
+    steps: int | None = None
+    """Steps to train; by default 10, and 100 for --sweep."""
+    seeds: int = 3
+    """Seeds of initial weights, whose mean is shown; --sweep takes one."""
+    zero_output: bool = True
+    """Start an untied output's weight at 0, as "Tensor Programs V" (appendix D.2) advises: random
+    logits at the start fade as the root of the width, and hide what muP keeps flat."""
+    sweep: bool = False
+    """Search the best learning rate of each width."""
+    learning_rates: list[float] = field(
+        default_factory=lambda: [2.0**power for power in range(-11, -2)]
+    )
+    """Learning rates of --sweep, in order."""
+    tolerance: float = 0.1
+    """How much an activation's largest mean size may exceed its smallest, as a share."""
+    config: str | None = None
+    """A run's YAML file."""
+    plot: str | None = None
+    """PNG file to draw."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    # What follows "--" are flags of the run.
+    own = words[: words.index("--")] if "--" in words else words
+    run_flags = words[len(own) + 1 :]
+    return run_door(
+        Arguments,
+        lambda arguments: run(arguments, run_flags),
+        name=NAME,
+        description=__doc__,
+        argv=own,
+    )
+
+
+def run(arguments: Arguments, run_flags: list[str]) -> int:
+    """Check, or sweep, as the arguments say -> the exit code.
+
+    Raises:
+        ValueError: the model, the run or the arguments cannot be.
+    """
+    check_arguments(arguments)
+    if arguments.plot:
+        check_file("plot", Path(arguments.plot), NAME, is_own_picture)
+    base = ["--config", arguments.config] if arguments.config else RUN
+    plan = make_plan(load_config(spell([*base, *run_flags])), 1, only_print=True)
+    widths = arguments.widths or ([64, 256] if arguments.sweep else [64, 128, 256, 512, 1024])
+    steps = arguments.steps or (100 if arguments.sweep else 10)
+    # All widths are legal before the first is trained.
+    for width in widths:
+        problems = at_width(plan.config.model, width, widths[0], mup=True).validate()
+        if problems:
+            raise ValueError("\n".join(problems))
+    if arguments.zero_output and not plan.config.model.untie_embeddings_and_output_weights:
+        warn("zero_output = True: has no effect, since the output's weight is the embedding's")
+    with one_process() as layout, torch.random.fork_rng(devices=[]):
+        data = read_data(plan, layout, steps)
+        if arguments.sweep:
+            return sweep(arguments, plan, layout, data, widths)
+        return check(arguments, plan, layout, data, widths)
+
+
+def check_arguments(arguments: Arguments) -> None:
+    """Raise ValueError for numbers that are not legal."""
+    if any(width < 1 for width in arguments.widths) or len(set(arguments.widths)) == 1:
+        raise ValueError(
+            f"widths = {' '.join(map(str, arguments.widths))}: must be two or more different "
+            "widths above 0. Fix: --widths 64 128 256."
+        )
+    rates = arguments.learning_rates
+    if not rates or not all(rate > 0 for rate in rates):
+        raise ValueError(
+            f"learning_rates = {' '.join(map(str, rates))}: must be above 0. Fix: leave them out."
+        )
+    for name in ("steps", "seeds"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} = {value}: must be at least 1. Fix: leave it out.")
+
+
+def check(arguments: Arguments, plan: Plan, layout: Layout, data: Data, widths: list[int]) -> int:
+    """Train all widths with and without muP, and show how large activations are."""
+    lr = plan.config.optimizer.lr
+    found = {}
+    print(
+        f"{len(data.steps)} steps at learning rate {lr:g}, mean of {arguments.seeds} seeds; "
+        f"spread = largest / smallest - 1"
+    )
+    for name in (WITH, WITHOUT):
+        found[name] = measure(arguments, plan, layout, data, widths, mup=name == WITH)
+        print("\n".join(check_lines(name, found[name])), flush=True)
+    if arguments.plot:
+        plot_check(found, Path(arguments.plot))
+        print(f"wrote {arguments.plot}")
+    wide = [kind for kind in KINDS if spread(found[WITH].sizes[kind]) > arguments.tolerance]
+    allowed = f"{100 * arguments.tolerance:g} %"
+    if wide:
+        print(f"not flat within {allowed} with muP: {', '.join(wide)}")
+        return 1
+    print(f"flat within {allowed} with muP: {', '.join(KINDS)}")
+    return 0
+
+
+def measure(
+    arguments: Arguments, plan: Plan, layout: Layout, data: Data, widths: list[int], *, mup: bool
+) -> Found:
+    """Measure the activations of all widths, each the mean over the seeds."""
+    sizes: dict[str, dict[int, float]] = defaultdict(dict)
+    changes: dict[str, dict[int, float]] = defaultdict(dict)
+    for width in widths:
+        model = at_width(plan.config.model, width, widths[0], mup=mup)
+        of_seeds = [
+            one_check(plan, make_trainer(arguments, plan, model, layout, seed), data)
+            for seed in range(arguments.seeds)
+        ]
+        for kind in KINDS:
+            sizes[kind][width] = statistics.fmean(size[kind] for size, _ in of_seeds)
+            changes[kind][width] = statistics.fmean(change[kind] for _, change in of_seeds)
+    return Found(sizes, changes)
+
+
+def make_trainer(
+    arguments: Arguments, plan: Plan, model: ModelConfig, layout: Layout, seed: int
+) -> Trainer:
+    """Build the model of one width and seed."""
+    trainer = Trainer(plan, model, layout, seed)
+    if arguments.zero_output and model.untie_embeddings_and_output_weights:
+        trainer.clear_output()
+    return trainer
+
+
+def one_check(plan: Plan, trainer: Trainer, data: Data) -> tuple[dict, dict]:
+    """Train one model -> size and change of each kind of activation."""
+    before = trainer.activations(data.probe)
+    for _ in trainer.losses(data.steps, plan.config.optimizer.lr):
+        pass
+    after = trainer.activations(data.probe)
+    return (
+        {kind: mean_size(after[kind]) for kind in KINDS},
+        {kind: mean_change(before, after, kind) for kind in KINDS},
+    )
+
+
+def sweep(arguments: Arguments, plan: Plan, layout: Layout, data: Data, widths: list[int]) -> int:
+    """Train all widths with all learning rates, with and without muP."""
+    rates = arguments.learning_rates
+    last = max(1, round(LAST_SHARE * len(data.steps)))
+    found: dict[str, dict[int, dict[float, float]]] = {}
+    for name in (WITH, WITHOUT):
+        found[name] = {}
+        for width in widths:
+            model = at_width(plan.config.model, width, widths[0], mup=name == WITH)
+            found[name][width] = {}
+            for rate in rates:
+                trainer = make_trainer(arguments, plan, model, layout, plan.config.optimizer.seed)
+                losses = list(trainer.losses(data.steps, rate))
+                found[name][width][rate] = statistics.fmean(losses[-last:])
+        print(f"{name}: mean loss of the last {last} of {len(data.steps)} steps; * = the best")
+        print("\n".join(sweep_lines(rates, found[name])), flush=True)
+    if arguments.plot:
+        plot_sweep(rates, found, Path(arguments.plot))
+        print(f"wrote {arguments.plot}")
+    apart = {name: steps_between(rates, losses) for name, losses in found.items()}
+    print("; ".join(f"{name}: best rates {count} apart" for name, count in apart.items()))
+    return int(apart[WITH] > 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""What a coordinate check and a sweep found, as text."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from tools.width_check.activations import KINDS
+
+Row = Mapping[int, float]
+"""Width -> a mean absolute value."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Holds what was measured of a parametrization, over all widths."""
+
+    sizes: Mapping[str, Row]
+    """Kind -> its size after the last step."""
+    changes: Mapping[str, Row]
+    """Kind -> the size of its change since the start."""
+
+
+def spread(row: Row) -> float:
+    """Return by how much the largest value exceeds the smallest, as a share of it."""
+    smallest = min(row.values())
+    return max(row.values()) / smallest - 1 if smallest > 0 else float("inf")
+
+
+def check_lines(name: str, found: Found) -> Iterator[str]:
+    """Show a parametrization's activations."""
+    for what, rows in (("mean size", found.sizes), ("mean change", found.changes)):
+        widths = list(rows[KINDS[0]])
+        yield f"{f'{name}, {what}':<28}" + "".join(f"{width:>10,}" for width in widths) + "  spread"
+        for kind in KINDS:
+            values = "".join(f"{rows[kind][width]:>10.4f}" for width in widths)
+            yield f"  {kind:<26}{values}{100 * spread(rows[kind]):>6.1f} %"
+
+
+def sweep_lines(rates: Sequence[float], losses: Mapping[int, Mapping[float, float]]) -> list[str]:
+    """Show a sweep's last losses, the best of each width marked."""
+    lines = [f"{'width':<10}" + "".join(f"{rate:>11.2g}" for rate in rates)]
+    for width, row in losses.items():
+        best = best_rate(row)
+        values = [f"{row[rate]:.4f}{'*' if rate == best else ' '}" for rate in rates]
+        lines.append(f"{width:<10,}" + "".join(f"{value:>11}" for value in values))
+    return lines
+
+
+def best_rate(row: Mapping[float, float]) -> float:
+    """Return the learning rate with the smallest loss; one that is not finite is never it."""
+    return min(row, key=lambda rate: row[rate] if row[rate] == row[rate] else float("inf"))
+
+
+def steps_between(rates: Sequence[float], losses: Mapping[int, Mapping[float, float]]) -> int:
+    """Return how many places of the list lie between the best rates of the widths."""
+    places = [rates.index(best_rate(row)) for row in losses.values()]
+    return max(places) - min(places)
