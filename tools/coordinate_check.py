@@ -71,7 +71,7 @@ class Arguments:
     )
     """Learning rates of --sweep, in order."""
     tolerance: float = 0.1
-    """How much an activation's largest mean size may exceed its smallest, as a share."""
+    """How far an activation's size may be from the mean of the widths, as a share."""
     config: str | None = None
     """A run's YAML file."""
     plot: str | None = None
@@ -143,7 +143,7 @@ def check(arguments: Arguments, plan: Plan, layout: Layout, data: Data, widths: 
     found = {}
     print(
         f"{len(data.steps)} steps at learning rate {lr:g}, mean of {arguments.seeds} seeds; "
-        f"spread = largest / smallest - 1"
+        "spread = largest distance from the mean of the widths"
     )
     for name in (WITH, WITHOUT):
         found[name] = measure(arguments, plan, layout, data, widths, mup=name == WITH)

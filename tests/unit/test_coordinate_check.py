@@ -69,8 +69,8 @@ def test_a_sweep_marks_the_best_rate_of_each_width(tmp_path, capsys):
 
 
 def test_spreads_and_best_rates_by_hand():
-    assert spread({64: 2.0, 128: 3.0}) == 0.5
-    assert spread({64: 0.0, 128: 3.0}) == float("inf")
+    assert spread({64: 2.0, 128: 3.0, 256: 7.0}) == 0.75
+    assert spread({64: 0.0, 128: 0.0}) == float("inf")
     losses = {64: {0.1: 2.0, 0.2: 1.0, 0.4: float("nan")}, 128: {0.1: 1.0, 0.2: 2.0, 0.4: 3.0}}
     assert best_rate(losses[64]) == 0.2
     assert steps_between([0.1, 0.2, 0.4], losses) == 1

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from tools.width_check.activations import KINDS
 
@@ -20,9 +21,9 @@ class Found:
 
 
 def spread(row: Row) -> float:
-    """Return by how much the largest value exceeds the smallest, as a share of it."""
-    smallest = min(row.values())
-    return max(row.values()) / smallest - 1 if smallest > 0 else float("inf")
+    """Return the largest distance from the mean of the widths, as a share of it."""
+    mean = fmean(row.values())
+    return max(abs(value - mean) for value in row.values()) / mean if mean > 0 else float("inf")
 
 
 def check_lines(name: str, found: Found) -> Iterator[str]:

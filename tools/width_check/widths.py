@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from parallel.layout import Layout
 from parallel.shard import own_shard
 from pretrain.batches import Feed
 from pretrain.plan import Plan
+from pretrain.planner.model_size import document_cost_of
 from pretrain.state import TrainState, build_state, compute_dtype
 from pretrain.step import Stepper, train_step
 from tools.width_check.activations import Activations, recorded
@@ -30,7 +32,7 @@ def at_width(model: ModelConfig, width: int, base: int, *, mup: bool) -> ModelCo
     Raises:
         ValueError: a size of the model would not be whole.
     """
-    sizes: dict[str, int] = {}
+    sizes: dict[str, Any] = {}
     for name in SCALED:
         size = getattr(model, name)
         if size is None:
@@ -69,7 +71,13 @@ def read_data(plan: Plan, layout: Layout, count: int) -> Data:
     """Read the batches of the run's first steps, as training does."""
     eod = plan.tokenizer.eod if plan.tokenizer else None
     feed = Feed(
-        plan.config.data, plan.corpus, plan.ledger, layout, eod=eod, vocab_size=plan.vocab_size
+        plan.config.data,
+        plan.corpus,
+        plan.ledger,
+        layout,
+        eod=eod,
+        vocab_size=plan.vocab_size,
+        cost=document_cost_of(plan.config.model, plan.vocab_size),
     )
     phase = plan.phases[0]
     feed.enter(phase, 0)
