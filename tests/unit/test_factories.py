@@ -29,6 +29,9 @@ ALLOWED = {
     "pretrain/checkpointing/state_copy.py: _lay_out: frombuffer": (
         "the copy of the state is in the host's memory on purpose"
     ),
+    "pretrain/evaluation/validation_loss.py: _keep_samples: from_numpy": (
+        "the batch is on the host until its targets are taken out"
+    ),
 }
 """`file: function: factory` -> why it may leave the device out."""
 
