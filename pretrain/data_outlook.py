@@ -215,7 +215,7 @@ def draw_step_costs(
     of_phase = (phase.end - phase.start) // phase.global_batch_tokens
     steps = max(1, min(DRAWN_STEPS, DRAWN_SAMPLES // samples, of_phase))
     # Whoever draws past the end repeats: counting all samples would pack the whole source.
-    settings = replace(settings_of(phase, corpus), exhausted="repeat")
+    settings = replace(settings_of(phase, corpus, cost), exhausted="repeat")
     streams = {name: corpus.train[name] for name in places}
     seconds = _seconds_to_draw(settings, list(streams.values()), steps * samples)
     if seconds > DRAWN_SECONDS:
