@@ -134,7 +134,6 @@ class Case:
         stepper = Stepper(
             stages, layout, config.hidden_size, compute, self.strategy, logit_watch=watch
         )
-        stepper = Stepper(stages, layout, config.hidden_size, compute, self.strategy)
         dealing = None
         if self.meeting is not None:
             dealing = Dealing(document_cost_of(config, VOCABULARY), self.meeting)
@@ -200,6 +199,7 @@ def run_built(case: Case, built: tuple, recorder: Recorder | None = None) -> dic
     except RuntimeError as error:
         drift = str(error)
     watch = stepper.logit_watch
+    assert (watch is None) == (case.qk_clip is None), "the stepper and the case differ"
     largest = None if watch is None else watch.largest.values_LN.numpy().copy()
     with recorder or nullcontext():
         valid, _ = stepper.run(loader.read(case.steps * batch_tokens), train=False)
