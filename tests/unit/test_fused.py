@@ -138,7 +138,8 @@ def arguments_of_compiled_functions() -> dict[str, tuple]:
     x, other, third = (randn(TOKENS, 16, seed=seed, dtype=torch.float32) for seed in range(3))
     qkv = randn(TOKENS, 8 * HEADS.size, dtype=torch.float32)
     q, k, v = HEADS.split(qkv)
-    tables = randn(2, TOKENS, HEADS.size, dtype=torch.float32).unbind()
+    # Both halves of a row are the same angles, as in every table of a rotation.
+    tables = randn(2, TOKENS, HEADS.size // 2, dtype=torch.float32).repeat(1, 1, 2).unbind()
     norm = torch.ones(HEADS.size)
     scales = (torch.ones(TOKENS, HEADS.queries, 1), torch.ones(TOKENS, HEADS.keys, 1))
     ids = torch.arange(TOKENS) % 16
