@@ -220,8 +220,13 @@ def sweep(arguments: Arguments, plan: Plan, layout: Layout, data: Data, widths: 
         plot_sweep(rates, found, Path(arguments.plot))
         print(f"wrote {arguments.plot}")
     apart = {name: steps_between(rates, losses) for name, losses in found.items()}
-    print("; ".join(f"{name}: best rates {count} apart" for name, count in apart.items()))
-    return int(apart[WITH] > 1)
+    print("; ".join(f"{name}: {_describe(count)}" for name, count in apart.items()))
+    return int(apart[WITH] is None or apart[WITH] > 1)
+
+
+def _describe(apart: int | None) -> str:
+    """Say how far apart the best rates of the widths are."""
+    return "a width diverged at every rate" if apart is None else f"best rates {apart} apart"
 
 
 if __name__ == "__main__":

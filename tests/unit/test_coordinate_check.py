@@ -74,6 +74,10 @@ def test_spreads_and_best_rates_by_hand():
     losses = {64: {0.1: 2.0, 0.2: 1.0, 0.4: float("nan")}, 128: {0.1: 1.0, 0.2: 2.0, 0.4: 3.0}}
     assert best_rate(losses[64]) == 0.2
     assert steps_between([0.1, 0.2, 0.4], losses) == 1
+    # A width without a finite loss has no best rate, and is no proof that rates agree.
+    diverged = {0.1: float("nan"), 0.2: float("inf"), 0.4: float("nan")}
+    assert best_rate(diverged) is None
+    assert steps_between([0.1, 0.2, 0.4], {**losses, 256: diverged}) is None
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What a coordinate check and a sweep found, as text."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -46,12 +47,19 @@ def sweep_lines(rates: Sequence[float], losses: Mapping[int, Mapping[float, floa
     return lines
 
 
-def best_rate(row: Mapping[float, float]) -> float:
-    """Return the learning rate with the smallest loss; one that is not finite is never it."""
-    return min(row, key=lambda rate: row[rate] if row[rate] == row[rate] else float("inf"))
+def best_rate(row: Mapping[float, float]) -> float | None:
+    """Return the learning rate with the smallest loss; None where no loss is finite."""
+    finite = [rate for rate, loss in row.items() if math.isfinite(loss)]
+    return min(finite, key=lambda rate: row[rate], default=None)
 
 
-def steps_between(rates: Sequence[float], losses: Mapping[int, Mapping[float, float]]) -> int:
-    """Return how many places of the list lie between the best rates of the widths."""
-    places = [rates.index(best_rate(row)) for row in losses.values()]
-    return max(places) - min(places)
+def steps_between(
+    rates: Sequence[float], losses: Mapping[int, Mapping[float, float]]
+) -> int | None:
+    """Return how many places of the list lie between the best rates of the widths.
+
+    None: a width diverged at every rate.
+    """
+    best = [best_rate(row) for row in losses.values()]
+    places = [rates.index(rate) for rate in best if rate is not None]
+    return max(places) - min(places) if len(places) == len(best) else None
