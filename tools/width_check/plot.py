@@ -1,6 +1,7 @@
 """Plot activations or losses over the width, with and without muP."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def plot_sweep(
     """Plot the last loss over the learning rate, a panel for each parametrization."""
     figure, panels = _panels(1, len(losses))
     for axes, (name, of_width) in zip(panels[0], losses.items(), strict=True):
-        for (width, row), color in zip(of_width.items(), COLORS, strict=False):
+        for (width, row), color in zip(of_width.items(), cycle(COLORS), strict=False):
             values = [row[rate] for rate in rates]
             axes.plot(rates, values, marker="o", color=color, label=f"width {width:,}")
         axes.set_xscale("log")
