@@ -11,10 +11,12 @@ Exit code 0: the activations are flat within `--tolerance`, or the best rates ar
 neighbours; 1: they are not; 2: nothing was trained.
 """
 
+import math
 import statistics
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -69,7 +71,7 @@ class Arguments:
     learning_rates: list[float] = field(
         default_factory=lambda: [2.0**power for power in range(-11, -2)]
     )
-    """Learning rates of --sweep, in order."""
+    """Learning rates of --sweep, from the smallest."""
     tolerance: float = 0.1
     """How far an activation's size may be from the mean of the widths, as a share."""
     config: str | None = None
@@ -99,6 +101,8 @@ def run(arguments: Arguments, run_flags: list[str]) -> int:
         ValueError: the model, the run or the arguments cannot be.
     """
     check_arguments(arguments)
+    for line in without_effect(arguments):
+        warn(line)
     if arguments.plot:
         check_file("plot", Path(arguments.plot), NAME, is_own_picture)
     base = ["--config", arguments.config] if arguments.config else RUN
@@ -121,20 +125,46 @@ def run(arguments: Arguments, run_flags: list[str]) -> int:
 
 def check_arguments(arguments: Arguments) -> None:
     """Raise ValueError for numbers that are not legal."""
-    if any(width < 1 for width in arguments.widths) or len(set(arguments.widths)) == 1:
+    widths = arguments.widths
+    is_repeated = len(set(widths)) < len(widths)
+    if any(width < 1 for width in widths) or len(widths) == 1 or is_repeated:
         raise ValueError(
-            f"widths = {' '.join(map(str, arguments.widths))}: must be two or more different "
-            "widths above 0. Fix: --widths 64 128 256."
+            f"widths = {' '.join(map(str, widths))}: must be two or more different widths above "
+            "0. Fix: --widths 64 128 256."
         )
     rates = arguments.learning_rates
-    if not rates or not all(rate > 0 for rate in rates):
+    # Places in the list tell how far apart the best ones are.
+    is_rising = all(low < high for low, high in pairwise([0.0, *rates, math.inf]))
+    if not rates or not is_rising:
         raise ValueError(
-            f"learning_rates = {' '.join(map(str, rates))}: must be above 0. Fix: leave them out."
+            f"learning_rates = {' '.join(map(str, rates))}: must be above 0 and rise. "
+            "Fix: leave them out."
+        )
+    if not 0 <= arguments.tolerance < math.inf:
+        raise ValueError(
+            f"tolerance = {arguments.tolerance}: must be a number of at least 0. Fix: leave it out."
         )
     for name in ("steps", "seeds"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ValueError(f"{name} = {value}: must be at least 1. Fix: leave it out.")
+
+
+def without_effect(arguments: Arguments) -> list[str]:
+    """Name the settings that were given and that what is run does not read."""
+    if arguments.sweep:
+        unread = ("seeds", "tolerance")
+        where = "with --sweep"
+    else:
+        unread = ("learning_rates",)
+        where = "without --sweep"
+    usual = Arguments()
+    values = {name: getattr(arguments, name) for name in unread}
+    return [
+        f"{name} = {value}: has no effect {where}"
+        for name, value in values.items()
+        if value != getattr(usual, name)
+    ]
 
 
 def check(arguments: Arguments, plan: Plan, layout: Layout, data: Data, widths: list[int]) -> int:

@@ -6,7 +6,7 @@ import pytest
 
 from model.config import ModelConfig
 from tests.unit.test_width_scaling import PLAIN
-from tools.coordinate_check import main
+from tools.coordinate_check import Arguments, main, without_effect
 from tools.outputs.files import is_own_picture
 from tools.width_check.activations import KINDS
 from tools.width_check.tables import best_rate, spread, steps_between
@@ -81,13 +81,33 @@ def test_spreads_and_best_rates_by_hand():
 
 
 @pytest.mark.parametrize(
+    "given, lines",
+    [
+        (dict(seeds=2, tolerance=0.2), []),
+        (dict(learning_rates=[0.5]), ["learning_rates = [0.5]: has no effect without --sweep"]),
+        (dict(sweep=True, learning_rates=[0.5]), []),
+        (
+            dict(sweep=True, seeds=2, tolerance=0.2),
+            [f"{name}: has no effect with --sweep" for name in ("seeds = 2", "tolerance = 0.2")],
+        ),
+    ],
+)
+def test_a_setting_that_is_not_read_is_named(given, lines):
+    assert without_effect(Arguments(**given)) == lines
+
+
+@pytest.mark.parametrize(
     "words, problem",
     [
+        ("--widths 64", "widths = 64: must be two or more different widths above 0."),
+        ("--widths 64 64 128", "widths = 64 64 128: must be two or more different widths"),
         ("--widths 64 64", "widths = 64 64: must be two or more different widths above 0."),
         ("--widths 128 192", "mup_base_hidden_size = 128: must divide hidden_size = 192."),
         ("--widths 64 40", "widths = 40: the model has num_attention_heads = 8"),
         ("--steps 0", "steps = 0: must be at least 1."),
-        ("--sweep --learning-rates 0", "learning_rates = 0.0: must be above 0."),
+        ("--sweep --learning-rates 0", "learning_rates = 0.0: must be above 0 and rise."),
+        ("--sweep --learning-rates 2 1", "learning_rates = 2.0 1.0: must be above 0 and rise."),
+        ("--tolerance nan", "tolerance = nan: must be a number of at least 0."),
         ("--plot {folder}/text", "plot = {folder}/text"),
     ],
 )
