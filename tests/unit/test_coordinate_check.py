@@ -3,14 +3,20 @@
 import re
 
 import pytest
+import torch
 
 from model.config import ModelConfig
+from pretrain.batches import settings_of
+from pretrain.config.flags import spell
+from pretrain.config.load import load_config
+from pretrain.plan import Plan, make_plan
 from tests.unit.test_width_scaling import PLAIN
-from tools.coordinate_check import Arguments, main, without_effect
+from tools.bench.contenders import one_process
+from tools.coordinate_check import RUN, Arguments, main, without_effect
 from tools.outputs.files import is_own_picture
 from tools.width_check.activations import KINDS
 from tools.width_check.tables import best_rate, spread, steps_between
-from tools.width_check.widths import at_width
+from tools.width_check.widths import at_width, read_data
 
 SMALL = "-- --seq-length 16 --global-batch-size 4 --micro-batch-size 2 --vocab-size 40".split()
 
@@ -33,6 +39,22 @@ def test_sizes_grow_with_the_width_and_heads_keep_theirs():
 def test_a_width_that_the_model_cannot_have_is_refused():
     with pytest.raises(ValueError, match="widths = 40: the model has num_attention_heads = 8 at"):
         at_width(PLAIN, 40, 40, mup=True)
+
+
+def test_the_first_steps_are_read_of_a_run_that_has_gone_on():
+    def plan() -> Plan:
+        return make_plan(load_config(spell([*RUN, *SMALL[1:]])), 1, only_print=True)
+
+    gone_on = plan()
+    settings = settings_of(gone_on.phases[0], gone_on.corpus)
+    for clock, name in ((0, gone_on.phases[0].name), (256, "later")):
+        gone_on.ledger.enter(clock, name, settings)
+    with one_process() as layout:
+        expected = read_data(plan(), layout, 2).steps
+        found = read_data(gone_on, layout, 2).steps
+    for ours, theirs in zip(found, expected, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert torch.equal(one.tokens, other.tokens)
 
 
 def test_a_check_shows_every_kind_with_and_without_and_draws(tmp_path, capsys):

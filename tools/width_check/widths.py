@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from data.batch import Batch
+from data.ledger import Ledger
 from model.attention_backends.choice import choose_attention
 from model.config import ModelConfig
 from parallel.layout import Layout
@@ -73,7 +74,8 @@ def read_data(plan: Plan, layout: Layout, count: int) -> Data:
     feed = Feed(
         plan.config.data,
         plan.corpus,
-        plan.ledger,
+        # Not the plan's, which goes on where a run with checkpoints is.
+        Ledger(plan.corpus.train),
         layout,
         eod=eod,
         vocab_size=plan.vocab_size,
