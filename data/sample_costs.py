@@ -32,8 +32,15 @@ def sample_costs(
             # A whole sample is one sequence.
             documents = DocumentLengths(tokens[which], np.arange(len(which) + 1))
         costs[which] = cost.of_samples(*documents)
-    # Padding is computed, too, in sequences of its own.
-    padding = samples.settings.seq_length - tokens
-    whole, rest = np.divmod(padding, PADDING_SEQUENCE_TOKENS)
+    return costs + padding_costs(samples.settings.seq_length - tokens, cost)
+
+
+def padding_costs(tokens: np.ndarray, cost: DocumentCost) -> np.ndarray:
+    """Compute what padding costs, which is computed in sequences of its own -> float64 [samples].
+
+    Args:
+        tokens: padding of each sample, int64 [samples].
+    """
+    whole, rest = np.divmod(tokens, PADDING_SEQUENCE_TOKENS)
     (of_whole,) = cost.of_documents(np.array([PADDING_SEQUENCE_TOKENS]))
-    return costs + whole * of_whole + np.where(rest > 0, cost.of_documents(rest), 0.0)
+    return whole * of_whole + np.where(rest > 0, cost.of_documents(rest), 0.0)

@@ -7,7 +7,9 @@ import numpy as np
 
 from data.batch import Batch
 from data.dealing import Dealing, StepShape, deal
+from data.document_cost import DocumentCost
 from data.excerpts import Excerpt, lay_out
+from data.sample_costs import padding_costs
 from parallel.context import token_pieces
 from pretrain.evaluation.lengths import microbatch_count
 from pretrain.step import Scores, Stepper
@@ -52,7 +54,7 @@ def score_probes(
         batch = lay_out(excerpts, total, pieces, padding=shape.padding, vocab_size=shape.vocab_size)
         return batch.to(layout.device)
 
-    numbers = _deal_probes(probes, count, layout.dp.size, shape.dealing)
+    numbers = _deal_probes(probes, total, count, layout.dp.size, shape.dealing)
     own = numbers[layout.dp.rank :: layout.dp.size]
     scores = stepper.score([read(number) for number in own.tolist()]).in_order(numbers)
     return Scores(
@@ -63,21 +65,34 @@ def score_probes(
 
 
 def _deal_probes(
-    probes: Sequence[Sequence[Excerpt]], count: int, dp_size: int, dealing: Dealing | None
+    probes: Sequence[Sequence[Excerpt]],
+    total: int,
+    count: int,
+    dp_size: int,
+    dealing: Dealing | None,
 ) -> np.ndarray:
     """Deal probes and what makes up their number -> the number in each slot (data/dealing.py).
 
     Args:
+        total: tokens of a microbatch, with its padding.
         count: microbatches of each data rank.
     """
+    slots = count * dp_size
     if dealing is None:
-        return np.arange(count * dp_size)
-    # All have as many tokens, with their padding: what differs is their attention.
-    costs = np.zeros(count * dp_size)
-    for number, excerpts in enumerate(probes):
-        lengths = np.array([excerpt.length for excerpt in excerpts], dtype=np.int64)
-        costs[number] = dealing.cost.of_documents(lengths).sum()
+        return np.arange(slots)
+    # What makes up their number is padding alone.
+    filled = [*probes, *[()] * (slots - len(probes))]
     shape = StepShape(
         dp_size=dp_size, num_microbatches=count, micro_batch_size=1, meeting=dealing.meeting
     )
-    return deal(costs, shape)
+    return deal(probe_costs(filled, total, dealing.cost), shape)
+
+
+def probe_costs(probes: Sequence[Sequence[Excerpt]], total: int, cost: DocumentCost) -> np.ndarray:
+    """Compute what each probe costs, padded to `total` tokens -> float64 [probes]."""
+    lengths = [excerpt.length for excerpts in probes for excerpt in excerpts]
+    begins = np.cumsum([0, *map(len, probes)])
+    # Tokens before each excerpt, and from them those of each probe.
+    before = np.cumsum([0, *lengths])
+    padding = total - np.diff(before[begins])
+    return cost.of_samples(np.array(lengths, dtype=np.int64), begins) + padding_costs(padding, cost)

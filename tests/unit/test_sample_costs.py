@@ -7,11 +7,13 @@ from data.batch import read_batch
 from data.dealing import Dealing
 from data.digest import DIGEST_BITS
 from data.document_cost import DocumentCost
+from data.excerpts import Excerpt, lay_out
 from data.first_pass import FirstPass
 from data.loader import Loader
 from data.mixture import Mixture, fresh_mixture
 from data.sample_costs import sample_costs
 from data.stream import DocumentStream
+from pretrain.evaluation.probe import probe_costs
 from tests.documents import Documents
 
 COST = DocumentCost(1000.0, 50.0, 3.0, ((None, 2), (40, 1)))
@@ -48,6 +50,20 @@ def test_costs_are_those_of_the_batches_that_are_read(name, masking):
             for batch in [read_batch([sample], SEQ_LENGTH, document_masking=masking)]
         ]
         np.testing.assert_allclose(found, expected, rtol=1e-13)
+
+
+def test_costs_of_probes_are_those_of_the_batches_laid_out():
+    def excerpt(length: int) -> Excerpt:
+        return Excerpt(lambda _, count: np.zeros(count), 0, length, np.empty((0, 2), np.int64))
+
+    # The third one makes up the number of microbatches.
+    probes = [[excerpt(2000)], [excerpt(300), excerpt(40)], [], [excerpt(2048)]]
+    expected = [
+        COST.of_documents(np.diff(batch.cu_seqlens.numpy())).sum()
+        for probe in probes
+        for batch in [lay_out(probe, 2048, [(0, 2048)], padding=0, vocab_size=1)]
+    ]
+    np.testing.assert_allclose(probe_costs(probes, 2048, COST), expected, rtol=1e-13)
 
 
 def test_lengths_found_are_those_of_the_spans():
