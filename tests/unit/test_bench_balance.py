@@ -99,6 +99,8 @@ def test_both_dealings_are_timed_and_described():
         ({"steps": 0}, "steps = 0: must be at least 1"),
         ({"models": ("8B",)}, "models = 8B: is not known. Fix: 32K or 128K."),
         ({"processes": (0,)}, "processes = (0,): must be at least 1 each"),
+        ({"dp_sizes": ()}, "dp_sizes = (): must be at least 1 each. Fix: 16 64."),
+        ({"dealt_samples": 1000}, "dealt_samples = 1000: the step that is dealt has 16 samples"),
         ({"samples": 512}, "samples = 512: a step has 16 microbatches on 64 ranks. Fix: at least"),
     ],
 )

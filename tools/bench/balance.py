@@ -101,6 +101,13 @@ def find_problem(arguments: Arguments) -> str | None:
         return f"models = {unknown[0]}: is not known. Fix: {' or '.join(MODELS)}."
     if min(arguments.processes, default=1) < 1:
         return f"processes = {arguments.processes}: must be at least 1 each. Fix: 2 4."
+    if min(arguments.dp_sizes, default=0) < 1:
+        return f"dp_sizes = {arguments.dp_sizes}: must be at least 1 each. Fix: 16 64."
+    if arguments.dealt_samples % 16:
+        return (
+            f"dealt_samples = {arguments.dealt_samples}: the step that is dealt has 16 samples on "
+            "each rank. Fix: a multiple of 16."
+        )
     most = max(16 * dp_size for dp_size in arguments.dp_sizes)
     if arguments.samples < most:
         return (
