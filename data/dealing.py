@@ -42,7 +42,8 @@ class Dealt:
     slots: np.ndarray
     """int64 [samples]: the sample of each slot, counted from the step's first."""
     imbalance: float | None = None
-    """What the step waits for over the mean of its ranks (`imbalance`); None = not known."""
+    """What the step waits for over the mean of its ranks (`imbalance`); None = not known, or there
+    is one rank."""
     imbalance_in_order: float | None = None
     """The same, had the samples been dealt in their order."""
 

@@ -148,6 +148,8 @@ class Loader:
             document_masking=self.document_masking,
         )
         slots = deal(costs, shape)
+        if shape.dp_size == 1:
+            return Dealt(slots)  # nobody waits for another rank
         return Dealt(slots, imbalance(costs, slots, shape), imbalance(costs, None, shape))
 
     def _read_microbatch(self, samples: Sequence[Sample]) -> Batch:

@@ -118,3 +118,19 @@ def test_dealt_ranks_read_each_sample_once_and_the_same_ones_after_a_restart(mic
                 assert tokens.tolist() == expected.tokens[at : at + SEQ_LENGTH].tolist()
     assert sorted(samples) == list(range(16))
     assert digests % 2**DIGEST_BITS == expected.digest
+
+
+def test_one_data_rank_of_a_pipeline_waits_for_no_other():
+    loader = Loader(
+        mixtures()["two sources"],
+        micro_batch_size=1,
+        global_batch_tokens=8 * SEQ_LENGTH,
+        dp_rank=0,
+        dp_size=1,
+        prefetch=False,
+        dealing=Dealing(COST, "step"),
+    )
+    loader.read(0)
+    slots = loader.dealt.slots.tolist()
+    assert slots != sorted(slots) == list(range(8)), "cheap microbatches come first and last"
+    assert (loader.dealt.imbalance, loader.dealt.imbalance_in_order) == (None, None)
