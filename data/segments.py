@@ -54,9 +54,9 @@ class DataSettings:
         return stored | {"blend": [list(entry) for entry in self.blend]}
 
     def agrees_with(self, other: "DataSettings") -> bool:
-        """Tell whether two settings ask for the same, be their formulas of the cost other ones."""
-        are_equal = (self.equal_cost is None) == (other.equal_cost is None)
-        return are_equal and self == replace(other, equal_cost=self.equal_cost)
+        """Tell whether two settings ask for the same, whatever the coefficients of their costs."""
+        both_or_none = (self.equal_cost is None) == (other.equal_cost is None)
+        return both_or_none and self == replace(other, equal_cost=self.equal_cost)
 
     def renamed(self, names: dict[str, str]) -> "DataSettings":
         """Return the same with other names of sources; names: name now -> new name."""
