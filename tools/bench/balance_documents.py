@@ -9,7 +9,7 @@ from data.synthetic import SyntheticReader
 from tools.bench.data_engine.corpus import draw_lengths
 
 MEAN_TOKENS = 1000
-"""Mean of the lognormal documents."""
+"""Mean of the lognormal documents, whose spread is that of data_engine/corpus.py."""
 LONG_FROM = 32 * 1024
 """Tokens of a long document at least; the logarithm of their lengths is uniform."""
 LONG_UP_TO = 256 * 1024

@@ -12,6 +12,7 @@ from data.units import show_tokens
 from tools.bench.balance_documents import MEAN_TOKENS
 from tools.bench.balance_estimate import Documents, Waits, cost_of_8b
 from tools.bench.balance_step import DEALT, IN_ORDER, Job, Timed, ratio
+from tools.bench.data_engine.corpus import SPREAD
 from tools.bench.report import bar, markdown_table
 
 STEP_BAR = 0.75
@@ -50,8 +51,8 @@ def describe(
         "",
         machine,
         "",
-        f"Documents: lognormal with a mean of {MEAN_TOKENS:,} tokens; where some are long, their "
-        "lengths are uniform in the logarithm. Packed by best_fit.",
+        f"Documents: lognormal with a mean of {MEAN_TOKENS:,} tokens and sigma {SPREAD:g}; where "
+        "some are long, their lengths are uniform in the logarithm. Packed by best_fit.",
     ]
     if timed:
         parts += ["", *describe_steps(timed)]
