@@ -2,7 +2,7 @@
 
 FSDP2 keeps its steps there (gather, free, reduce) and copies in each of them. Here a parameter is
 cast by one pass, or not copied at all where its stored dtype is the one it is used in; and a
-gradient is brought to the reduction's buffer once, which then is the result.
+step's first gradient is brought to the reduction's buffer once, which then is the result.
 
 FSDP2's own names that this relies on are pinned by tests/unit/test_one_rank.py.
 """
@@ -13,6 +13,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 
 def skip_copies(unit: FSDPModule) -> None:
@@ -20,30 +21,45 @@ def skip_copies(unit: FSDPModule) -> None:
     group = unit._get_fsdp_state()._fsdp_param_group
     if group is None:  # a unit without parameters of its own
         return
-    unit.set_custom_reduce_scatter(_SumOfOne())
+    unit.set_custom_reduce_scatter(_SumOfOne(group))
     for parameter in group.fsdp_params:
         parameter.__class__ = _WholeParameter
 
 
 class _SumOfOne(ReduceScatter):
-    """A reduction over one rank: what goes in comes out, in the same memory.
+    """A reduction over one rank: what goes in comes out, in the same memory where it may stay.
 
     FSDP2 asks for the buffer of what goes in, then for that of what comes out.
     """
 
-    def __init__(self):
+    def __init__(self, group: FSDPParamGroup):
+        self.group = group
         self.waiting: torch.Tensor | None = None
 
     def allocate(
         self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:
-        """Return a new buffer for what goes in, and the same one for what comes out."""
+        """Return a new buffer for what goes in, and the same one for what comes out if it stays."""
         buffer = self.waiting
         self.waiting = None
         if buffer is None or (tuple(buffer.shape), buffer.dtype) != (tuple(size), dtype):
             buffer = torch.empty(*size, dtype=dtype, device=device)
-            self.waiting = buffer
+            if self._becomes_gradient(dtype):
+                self.waiting = buffer
         return buffer
+
+    def _becomes_gradient(self, dtype: torch.dtype) -> bool:
+        """Tell whether what comes out is kept as the gradient, neither added, cast nor moved.
+
+        FSDP2 reads it for these on a stream of its own, while the stream that computes may already
+        write something else to the memory of what went in.
+        """
+        return not any(
+            parameter.sharded_param.grad is not None
+            or parameter.orig_dtype != dtype
+            or parameter.offload_to_cpu
+            for parameter in self.group.fsdp_params
+        )
 
     def __call__(self, *_, **__) -> None:
         """Leave the buffer as it is."""

@@ -336,7 +336,7 @@ class MemoryModel:
             compute_bytes=self.compute_bytes,
             shards=1 if load.whole_gradients else load.shards,
             are_whole=load.whole_gradients,
-            is_one_rank=load.shards == 1,
+            is_first_in_place=load.shards == 1 and not self.optimizer_on_host,
         )
 
     def _with_optimizer_on_host(

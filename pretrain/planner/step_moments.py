@@ -42,13 +42,13 @@ class GradientSizes:
     """Ranks that share them once they are reduced; 1 where they are kept whole."""
     are_whole: bool
     """Are they reduced once per step?"""
-    is_one_rank: bool
-    """Is a unit's buffer of a reduction the gradient itself (parallel/one_rank.py)?"""
+    is_first_in_place: bool
+    """Is the buffer of a unit's first reduction the gradient itself (parallel/one_rank.py)?"""
 
     @property
     def result(self) -> int:
-        """Bytes of an element that a reduction gives, beside what it is given."""
-        return 0 if self.is_one_rank else self.master_bytes
+        """Bytes of an element that a first reduction gives, beside what it is given."""
+        return 0 if self.is_first_in_place else self.master_bytes
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class StepMoments:
             of_loss = layers.loss_working_set + sent_before if has_loss else 0
             # What waits for backward is gone when the last gradients are sent; their shard is added
             # to that of the backwards before.
-            shard = sizes.result * sizes.around // sizes.shards
+            shard = sizes.master_bytes * sizes.around // sizes.shards
             at_the_end = self._sent_at_the_end + shard - self.activations - self.loss
             of_layers = layers.layers_working_set(has_loss=has_loss) + self._copied
             buffers = max(of_layers, of_loss, at_the_end)

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel.shard import own_shard, reshard
@@ -80,6 +81,35 @@ def test_parameters_are_cast_by_one_pass():
     # The sum that the loss makes of the output's gradient, in fp32.
     assert copies.found.pop(("_to_copy", "float32", "bfloat16")) == 1
     assert copies.found == {("copy_", "float32", "bfloat16"): matrices, ("chunk_cat",): UNITS}
+
+
+def test_what_is_added_to_a_gradient_has_a_buffer_of_its_own():
+    """A GPU adds it on another stream than the one that computes (ZeRO-2 and 3)."""
+    samples = [make_sample([6, 4], VOCABULARY, seed) for seed in (1, 2, 3)]
+    with one_process() as layout:
+        trainer = make_trainer(layout, "float32")
+        trainer.step(samples[0])
+        with Copies() as copies:
+            trainer.stepper.run(samples, train=True)
+    assert copies.found == {("chunk_cat",): 3 * UNITS, ("copy_", "float32", "float32"): 2 * UNITS}
+
+
+def test_a_gradient_that_goes_to_the_host_has_a_buffer_of_its_own():
+    """A GPU copies it to the host on another stream than the one that computes."""
+    sample = make_sample([6, 4], VOCABULARY, 1)
+    with one_process() as layout:
+        trainer = make_trainer(layout, "float32")
+        for unit in trainer.stages[0].modules():
+            if isinstance(unit, FSDPModule):
+                for parameter in unit._get_fsdp_state()._fsdp_param_group.fsdp_params:
+                    parameter.offload_to_cpu = True
+        trainer.step(sample)
+        matrices = count_matrices(trainer)
+        with Copies() as copies:
+            trainer.forward_backward(sample)
+    # A weight is copied from the host, and a gradient to its own buffer.
+    copied = ("copy_", "float32", "float32")
+    assert copies.found == {("chunk_cat",): UNITS, copied: matrices + UNITS}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
