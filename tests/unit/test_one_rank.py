@@ -146,11 +146,12 @@ def test_weights_that_are_put_in_place_of_others_are_used(dtype, strategy):
         assert trainer.forward_backward(sample) == second
 
 
-def test_gradients_of_microbatches_are_added_up():
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_gradients_of_microbatches_are_added_up(strategy):
     """The buffer of a reduction is a gradient: the next reduction must not write to it."""
     samples = [make_sample([6, 4], VOCABULARY, seed) for seed in (1, 2, 3)]
     with one_process() as layout:
-        trainer = make_trainer(layout, "float32")
+        trainer = make_trainer(layout, "float32", strategy)
         parameters = dict(trainer.stages[0].named_parameters())
         sums = {name: torch.zeros_like(own_shard(p)) for name, p in parameters.items()}
         targets = [sample.num_targets for sample in samples]
