@@ -139,5 +139,5 @@ def _tiles(
 
 
 def _earlier_keys(documents: PackedDocuments) -> int:
-    """Count the keys before the first query's own: a query's own key is so many rows further."""
+    """Count the keys before the first query's own: a query's own key is this many rows further."""
     return documents.bounds_k[-1] - documents.bounds_q[-1]

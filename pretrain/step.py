@@ -342,7 +342,7 @@ def train_step(
     values = queue_step(
         stepper, optimizer, microbatches, lr, clip_grad, limits, before_update, source_losses
     )
-    # One transfer for all three: here the host waits.
+    # One transfer for all of them: here the host waits.
     stepper.heartbeat.enter(WAITING_FOR_DEVICE)
     loss_value, norm_value, target_count, *logits = values.tolist()
     is_finite = math.isfinite(loss_value) and math.isfinite(norm_value)

@@ -148,7 +148,7 @@ def train_without_momentum(world: World, argv: list[str]) -> str:
 
 
 def test_another_layout_goes_on_with_the_momentum(pool, corpus, tmp_path):
-    """Momenta are cut anew: the next losses are the same, and others without them."""
+    """Momenta are cut for it: the next losses are the same, and others without them."""
     save = str(tmp_path / "save")
     common = dict(optimizer="muon", fp64=True, train_iters=5, **TIED)
     tp2 = dict(tensor_model_parallel_size=2)
