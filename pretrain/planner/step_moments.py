@@ -94,8 +94,8 @@ class StepMoments:
             sent_before = kept * sizes.around
             of_loss = layers.loss_working_set + sent_before if has_loss else 0
             # What waits for backward is gone when the last gradients are sent; their shard is added
-            # to that of the backwards before.
-            shard = sizes.master_bytes * sizes.around // sizes.shards
+            # to that of the backwards before. On one rank it does not show in a run's peak.
+            shard = sizes.result * sizes.around // sizes.shards
             at_the_end = self._sent_at_the_end + shard - self.activations - self.loss
             of_layers = layers.layers_working_set(has_loss=has_loss) + self._copied
             buffers = max(of_layers, of_loss, at_the_end)
