@@ -24,7 +24,7 @@ reduced there: ZeRO-2 and 3), or once a step (ZeRO-1, and gradients kept by a pi
 ROUNDS_PER_PART = 4
 """Most rounds of exchanges that refine a division, for each part of a group; usually few help."""
 LEAST_GAIN = 1e-6
-"""Of the largest part: what an exchange has to win."""
+"""Share of the largest part that an exchange has to win."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class StepShape:
 
     dp_size: int
     num_microbatches: int
-    """Of each data rank."""
+    """Microbatches of each data rank."""
     micro_batch_size: int
     meeting: Meeting
 
@@ -265,9 +265,12 @@ def _largest_three(numbers):
     third = -1
     for i in range(len(numbers)):
         if first < 0 or numbers[i] > numbers[first]:
-            first, second, third = i, first, second
+            third = second
+            second = first
+            first = i
         elif second < 0 or numbers[i] > numbers[second]:
-            second, third = i, second
+            third = second
+            second = i
         elif third < 0 or numbers[i] > numbers[third]:
             third = i
     return first, second, third

@@ -24,7 +24,7 @@ class DocumentCost:
     per_token: float
     per_document: float
     per_pair: float
-    """Of a pair of tokens of which one sees the other, in one layer."""
+    """Cost of a pair of tokens of which one sees the other, in one layer."""
     windows: tuple[tuple[int | None, int], ...]
     """(tokens that a token sees, itself included; None = its document up to itself), and how many
     layers have that window."""

@@ -20,9 +20,9 @@ class Powers(NamedTuple):
     """Powers of a ratio: the numbers that a hidden matrix sums over those of the base model's."""
 
     init: float
-    """Of the standard deviation of initial weights."""
+    """Power for the standard deviation of initial weights."""
     learning_rate: float
-    """Of the learning rate, with Adam."""
+    """Power for the learning rate, with Adam."""
 
 
 TABLE: dict[Role, Powers] = {

@@ -53,7 +53,8 @@ class LogitFacts(TypedDict):
 class LogitWatch:
     """Measures the attention logits of each step, and clips the weights behind them if asked to.
 
-    All ranks take part alike, and the host never waits for the device.
+    All ranks take part alike, and the host does not wait for the device, unless the weights are in
+    its memory.
     """
 
     def __init__(

@@ -25,8 +25,8 @@ COEFFICIENTS: dict[CoefficientType, tuple[Coefficients, ...]] = {
         (2.8366, -3.0525, 1.2012),
     ),
 }
-"""Of a, b and c in X <- a X + b (X X^T) X + c (X X^T)^2 X, step by step; further steps repeat the
-last."""
+"""Factors a, b and c in X <- a X + b (X X^T) X + c (X X^T)^2 X, step by step; further steps repeat
+the last."""
 SMALLEST_NORM = 1e-7
 """A matrix of a smaller norm is divided by this instead, as torch.optim.Muon does."""
 

@@ -24,7 +24,7 @@ class MuonMemory(NamedTuple):
     """Bytes of a rank."""
 
     saved: int
-    """Of second moments and step counts, which Muon does not keep."""
+    """Bytes of second moments and step counts, which Muon does not keep."""
     buffers: int
     """What comes and goes in an update."""
 
