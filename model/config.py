@@ -14,6 +14,8 @@ _SIZE = dict(at_least=1, fix="give it, or name a preset with --model")
 """Facts about sizes that a preset gives."""
 _BASE = dict(at_least=1, fix="give that of the base model, or leave it out")
 """Facts about the sizes of muP's base model."""
+_OF_UPDATES = dict(resume="optimization")
+"""Facts about sizes that change no number of the model: only its initial weights and updates."""
 _ROPE = dict(per_phase=True, resume="effect")
 """Facts about every setting of the rotary embedding."""
 
@@ -88,9 +90,9 @@ class ModelConfig:
     so that a learning rate found at mup_base_hidden_size is right at hidden_size."""
     mup_base_hidden_size: int | None = field(default=None, metadata=_BASE)
     """Width at which muP scales nothing; must divide hidden_size, which is the default."""
-    mup_base_ffn_hidden_size: int | None = field(default=None, metadata=_BASE)
+    mup_base_ffn_hidden_size: int | None = field(default=None, metadata=_BASE | _OF_UPDATES)
     """Inner width of the base model's MLP; by default in proportion to the width."""
-    mup_base_num_attention_heads: int | None = field(default=None, metadata=_BASE)
+    mup_base_num_attention_heads: int | None = field(default=None, metadata=_BASE | _OF_UPDATES)
     """Query heads of the base model; by default all its heads are in proportion to the width."""
     mup_base_head_dim: float | None = field(default=None, metadata=dict(above=0))
     """Size of a base model's head: muP's scores are multiplied by its root. With that of all widths
@@ -203,10 +205,14 @@ class ModelConfig:
         return self.logits_scaling * self.width_ratio
 
     @property
+    def base_hidden_size(self) -> int:
+        """Width of muP's base model; that of this one without muP."""
+        return (self.mup_base_hidden_size if self.use_mup else None) or self.hidden_size
+
+    @property
     def width_ratio(self) -> float:
         """The width over that of muP's base model; 1 without muP."""
-        base = self.mup_base_hidden_size if self.use_mup else None
-        return self.hidden_size / base if base else 1.0
+        return self.hidden_size / self.base_hidden_size if self.hidden_size else 1.0
 
     def fan_in_ratio(self, fan_in: FanIn) -> float:
         """Return what a matrix sums over what the base model's sums; 1 without muP."""

@@ -30,11 +30,11 @@ def phase_changes(stored: Config, progress: Progress, phases: list[Phase]) -> li
     current = begun_phase(phases, progress)
     found = []
     if current is not None:
-        found += _field_changes(progress, current) + _batch_changes(progress, current)
+        found += _field_changes(stored, progress, current) + _batch_changes(progress, current)
     return found + _past_changes(stored, progress, phases, current)
 
 
-def _field_changes(progress: Progress, current: Phase) -> list[Change]:
+def _field_changes(stored: Config, progress: Progress, current: Phase) -> list[Change]:
     """List the fields of the phase that differ, of those whose declaration gives a kind."""
     now = json.loads(json.dumps(dataclasses.asdict(current)))  # as progress.json writes it
     # A setting that is newer than the checkpoint had its default then.
@@ -44,10 +44,13 @@ def _field_changes(progress: Progress, current: Phase) -> list[Change]:
         if field.default is not dataclasses.MISSING
     }
     before = defaults | progress.phase
+    # A rope that no layer uses turns nothing.
+    unused = set() if "main" in stored.model.layer_ropes else {"rope"}
     return [
         Change(f"phase {current.name!r}: {name}", before[name], now[name], facts.resume)
         for name, facts in facts_of_section(Phase).items()
-        if facts.resume is not None and name in before and before[name] != now[name]
+        if facts.resume is not None and name not in unused
+        if name in before and before[name] != now[name]
     ]
 
 

@@ -14,16 +14,16 @@ from typing import Any
 
 from data.config import are_named
 from pretrain.config.config import Config, section_types
+from pretrain.config.effects import can_act
 from pretrain.config.facts import Resume, facts_of_section
 from pretrain.config.phase_config import PhaseConfig
 
 EFFECTIVE = {
     "kv_channels": "head_size",
     "num_query_groups": "num_kv_heads",
-    "qk_clip_alpha": "effective_qk_clip_alpha",
-    "qk_clip_threshold": "effective_qk_clip_threshold",
+    "mup_base_hidden_size": "base_hidden_size",
 }
-"""Settings that have a default, or act beside others only -> the property of what they come to."""
+"""Settings that have a default -> the property of what they come to."""
 MEANINGS = {
     "optimizer": "the checkpoint's moments are of another optimizer, and would start at zero",
 }
@@ -107,7 +107,8 @@ def _plain_word(word: str) -> float | str:
 def setting_changes(stored: Config, config: Config) -> list[Change]:
     """List the settings that differ, section by section, by their kind.
 
-    Those whose effect is judged elsewhere ("effect") are "free" here.
+    Those whose effect is judged elsewhere ("effect") are "free" here. A setting that does nothing
+    in either run (pretrain/config/effects.py) is no difference.
     """
     found = []
     for section in section_types():
@@ -121,10 +122,15 @@ def setting_changes(stored: Config, config: Config) -> list[Change]:
             kind = kind_of(section, name)
             if name == "phases":
                 found += _entry_changes(before, now)
-            elif not is_same(name, before, now):
+            elif not is_same(name, before, now) and _acts_in_either(name, stored, config):
                 effective: Resume = "free" if kind == "effect" else kind
                 found.append(Change(name, before, now, effective, MEANINGS.get(name, "")))
     return found
+
+
+def _acts_in_either(name: str, stored: Config, config: Config) -> bool:
+    """Return whether a setting does something in one of two configurations, or in both."""
+    return can_act(stored, name) or can_act(config, name)
 
 
 def _entry_changes(theirs: list[PhaseConfig], ours: list[PhaseConfig]) -> list[Change]:

@@ -275,6 +275,11 @@ def _unmet(config: Config, name: str) -> list[str]:
     ]
 
 
+def can_act(config: Config, name: str) -> bool:
+    """Return whether all that a setting needs holds; True where the table says nothing of it."""
+    return all(condition.is_met(config) for condition in CONDITIONS.get(name, ()))
+
+
 def is_asked_for(config: Config, name: str) -> bool:
     """Return whether somebody gave the setting, with a value that asks for something."""
     value = value_of(config, name)

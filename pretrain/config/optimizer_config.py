@@ -105,16 +105,6 @@ class OptimizerConfig:
     seed: int = setting(1234, resume="data", at_least=0)
     """Seed of initial weights, document order and data split."""
 
-    @property
-    def effective_qk_clip_alpha(self) -> float | None:
-        """QK-clip's exponent; None without QK-clip."""
-        return self.qk_clip_alpha if self.qk_clip else None
-
-    @property
-    def effective_qk_clip_threshold(self) -> float | None:
-        """QK-clip's threshold; None without QK-clip."""
-        return self.qk_clip_threshold if self.qk_clip else None
-
     def validate(self) -> list[str]:
         """List the problems of these settings, as `name = value: rule. Fix: ...`."""
         problems = [

@@ -596,4 +596,82 @@ def test_qk_clip_is_optimization_and_its_numbers_matter_only_with_it():
     assert stopping(asked("--qk-clip --qk-clip-threshold 50"), clipped) == [
         ("qk_clip_threshold", "optimization")
     ]
-    assert ("qk_clip", "optimization") in stopping(clipped)
+    assert stopping(clipped) == [("qk_clip", "optimization")]
+
+
+@pytest.mark.parametrize(
+    "flags, switch",
+    [
+        (
+            "--muon-momentum 0.9 --no-muon-nesterov --muon-num-ns-steps 6 --muon-per-head "
+            "--muon-coefficient-type quintic --muon-scale-mode shape_scaling "
+            "--muon-extra-scale-factor 1 --muon-fp32-matmul-prec highest",
+            "--optimizer muon",
+        ),
+        ("--qk-clip-threshold 50 --qk-clip-alpha 0.4", "--qk-clip"),
+        (
+            "--mup-base-hidden-size 64 --mup-base-ffn-hidden-size 88 --mup-base-head-dim 16 "
+            "--mup-base-num-attention-heads 2 --mup-attn-scale-power 0.5",
+            "--use-mup",
+        ),
+        ("--qk-layernorm-scope all_heads", "--qk-layernorm"),
+        ("--window-rotary-base 1e6", "--window-size 7 0 --window-attn-skip-freq 2"),
+        ("--keep-last 5 --hf-export-dtype float32", "--save run --hf-export-phase-ends"),
+    ],
+)
+def test_a_setting_that_does_nothing_in_either_run_is_no_change(flags, switch):
+    assert changes(asked(flags), asked()) == []
+    names = [word[2:].replace("-", "_") for word in flags.split() if word.startswith("--")]
+    found = [change.name for change in changes(asked(switch, flags), asked(switch))]
+    assert sorted(found) == sorted(name.removeprefix("no_") for name in names)
+
+
+def test_a_split_of_data_that_is_not_split_is_no_change():
+    def trained_whole(*flags: str) -> Config:
+        config = asked(*flags)
+        config.data.train_data_path = config.data.data_path
+        config.data.data_path = []
+        return config
+
+    assert changes(trained_whole("--split 90,10,0"), trained_whole()) == []
+
+
+def test_a_rope_that_no_layer_has_is_no_change():
+    rope = "--rope-type linear --rope-scaling-factor 4 --rotary-base 5e5"
+    without = "--no-rope-freq 1"
+    assert stopping(asked(without, rope), asked(without)) == []
+    half = "--no-rope-freq 2"
+    assert stopping(asked(half, rope), asked(half)) == [("phase 'main': rope", "optimization")]
+
+
+MUP = "--use-mup --mup-base-hidden-size 64 --mup-base-head-dim 32"
+
+
+@pytest.mark.parametrize(
+    "flags, forbidden, accepted",
+    [
+        # Other factors on logits and scores: another function of the same weights.
+        ("", ["use_mup", "mup_base_hidden_size", "mup_base_head_dim"], []),
+        ("--use-mup --mup-base-head-dim 32", ["mup_base_hidden_size"], []),
+        (MUP.replace("64", "128"), ["mup_base_hidden_size"], []),
+        (MUP.replace("32", "16"), ["mup_base_head_dim"], []),
+        (f"{MUP} --mup-attn-scale-power 0.5", ["mup_attn_scale_power"], []),
+        # Other learning rates alone.
+        (f"{MUP} --mup-base-ffn-hidden-size 88", [], ["mup_base_ffn_hidden_size"]),
+        (f"{MUP} --mup-base-num-attention-heads 4", [], ["mup_base_num_attention_heads"]),
+    ],
+)
+def test_other_mup_settings_stop_a_run(flags, forbidden, accepted):
+    """No flag accepts what gives the checkpoint's weights another meaning."""
+    found = changes(asked(flags), asked(MUP))
+
+    def refused(*kinds: str) -> list[str]:
+        lines = refusals(found, CheckpointConfig(accept_changes=list(kinds)))
+        return [line.split(":")[0] for line in lines]
+
+    assert refused() == [*forbidden, *accepted]
+    assert refused("data", "tokenizer", "optimization") == forbidden
+
+
+def test_the_base_width_that_is_the_default_may_be_written_out():
+    assert changes(asked("--use-mup --mup-base-hidden-size 256"), asked("--use-mup")) == []
