@@ -12,6 +12,7 @@ from data.excerpts import Excerpt, lay_out
 from data.sample_costs import padding_costs
 from parallel.context import token_pieces
 from pretrain.evaluation.lengths import microbatch_count
+from pretrain.processes.deals import require_same_deals
 from pretrain.step import Scores, Stepper
 
 
@@ -42,6 +43,9 @@ def score_probes(
 
     Returns:
         The scores of each probe, on every rank.
+
+    Raises:
+        Refused: ranks dealt the probes in different ways; on all ranks.
     """
     layout = stepper.layout
     total = -(-longest // shape.token_multiple) * shape.token_multiple
@@ -55,6 +59,8 @@ def score_probes(
         return batch.to(layout.device)
 
     numbers = _deal_probes(probes, total, count, layout.dp.size, shape.dealing)
+    if shape.dealing is not None:
+        require_same_deals([numbers], layout, "an evaluation")
     own = numbers[layout.dp.rank :: layout.dp.size]
     scores = stepper.score([read(number) for number in own.tolist()]).in_order(numbers)
     return Scores(

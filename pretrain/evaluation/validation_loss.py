@@ -7,6 +7,7 @@ import torch
 
 from data.batch import IGNORE, Batch
 from data.loader import Loader
+from pretrain.processes.deals import require_same_deals
 from pretrain.step import Stepper
 
 
@@ -17,19 +18,26 @@ def validation_loss(stepper: Stepper, loader: Loader, samples: int) -> tuple[flo
 
     Returns:
         The loss in nats, 0 without any target; the number of targets.
+
+    Raises:
+        Refused: ranks found the samples dealt in different ways; on all ranks.
     """
     batch_samples = loader.global_batch_tokens // loader.seq_length
     loss_sum = 0.0
     targets = 0
+    slots = []
     for first in range(0, samples, batch_samples):
         microbatches = []
         batches = loader.read(first * loader.seq_length)
+        slots.append(loader.dealt.slots)
         for batch, numbers in zip(batches, loader.own_samples(), strict=True):
             kept = _keep_samples(batch, first + numbers < samples, loader)
             microbatches.append(kept.to(stepper.layout.device))
         loss, count = stepper.run(microbatches, train=False)
         loss_sum += loss * count
         targets += count
+    if loader.dealing is not None and slots:
+        require_same_deals(slots, stepper.layout, "an evaluation")
     return loss_sum / max(1, targets), targets
 
 

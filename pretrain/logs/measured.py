@@ -13,7 +13,7 @@ from data.digest import DIGEST_BITS
 from model.windows import Window, mean_pairs_seen
 from parallel.collectives import all_reduce
 from parallel.layout import Layout
-from pretrain.processes.agreement import Refused
+from pretrain.processes.deals import other_deals
 
 STATM = Path("/proc/self/statm")
 """The kernel's count of this process's pages; the second number are those in memory."""
@@ -108,12 +108,7 @@ def measure(
         highest, layout.world, dist.ReduceOp.MAX
     ).tolist()
     if deals[0] != -deals[1]:
-        raise Refused(
-            "balance = deal: ranks gave the samples of this step to each other in different ways, "
-            "so that some were read twice and others not at all. The order follows from the "
-            "lengths of the documents. Fix: the same data files and the same code on every node; "
-            "the last checkpoint is sound."
-        )
+        raise other_deals("this step")
     busy = rest[: layout.world.size]
     by_source = rest[layout.world.size :]
 

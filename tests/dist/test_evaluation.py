@@ -3,12 +3,14 @@ gain, passkey."""
 
 import dataclasses
 import json
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 
 from data.config import DataConfig
+from data.dealing import deal
 from data.sources import Corpus
 from data.stream import DocumentStream
 from parallel.layout import Axis
@@ -18,6 +20,7 @@ from pretrain.batches import Feed
 from pretrain.checkpointing.folders import LATEST
 from pretrain.config.load import load_config
 from pretrain.evaluation.evaluate import Evaluator
+from pretrain.processes.agreement import Refused
 from pretrain.schedule.resolve import resolve_phases
 from tests.dist.parity import TOLERANCE, VOCABULARY, Case
 from tests.dist.training import base_arguments, losses, train, write_corpus
@@ -182,6 +185,29 @@ def test_evaluations_equal_one_process(pool, name):
                     else (ours[key] == value)
                 )
                 assert close, f"{key} of {theirs}: {ours[key]}"
+
+
+def evaluate_dealt_otherwise(world, case: Case, place: str, differs: bool) -> str:
+    """What an evaluation says where the last rank's samples or probes are dealt otherwise."""
+
+    def deal_otherwise(costs, shape):
+        slots = deal(costs, shape)
+        return np.roll(slots, 1) if differs and world.rank == world.size - 1 else slots
+
+    with patch(f"{place}.deal", deal_otherwise):
+        try:
+            evaluate(world, case)
+        except Refused as refused:
+            return str(refused)
+    return ""
+
+
+@pytest.mark.parametrize("place", ["data.loader", "pretrain.evaluation.probe"])
+def test_ranks_that_deal_an_evaluation_otherwise_end_the_run(pool, place):
+    assert pool.run(evaluate_dealt_otherwise, 2, Case(dp=2), place, False) == ["", ""]
+    for text in pool.run(evaluate_dealt_otherwise, 2, Case(dp=2), place, True):
+        assert text.startswith("balance = deal: ranks gave the samples of an evaluation"), text
+        assert "Fix: the same data files" in text
 
 
 def test_a_restart_writes_no_record_twice(pool, tmp_path):
