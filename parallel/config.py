@@ -104,6 +104,10 @@ class LayoutConfig:
         reduces = self.sharding_strategy == "optim_grads" and train and not in_pipeline
         return self.sharding_strategy == "optim_grads_params" or reduces
 
+    def can_deal(self, dp_size: int) -> bool:
+        """Tell whether a sample has another data rank, or another place in a pipeline, to go to."""
+        return dp_size > 1 or self.pipeline_model_parallel_size > 1
+
     @property
     def schedule(self) -> ScheduleName:
         """The pipeline schedule that the settings mean; without a pipeline none matters."""

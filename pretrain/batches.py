@@ -192,8 +192,7 @@ def dealing_of(phase: Phase, dp_size: int, cost: DocumentCost, *, train: bool) -
         train: is there a backward?
     """
     layout = phase.layout
-    in_pipeline = layout.pipeline_model_parallel_size > 1
-    if phase.balance == "none" or (dp_size == 1 and not in_pipeline):
+    if phase.balance == "none" or not layout.can_deal(dp_size):
         return None
     meets_often = layout.meets_in_microbatches(train=train)
     return Dealing(cost, "microbatch" if meets_often else "step")

@@ -61,6 +61,8 @@ class Plan:
     start: Start
     progress: Progress | None
     """How far the checkpoint that is started from had come; None = fresh weights."""
+    world_size: int
+    """Processes of the run."""
     machine: Machine
     """What each process computes on."""
     has_data: bool
@@ -150,6 +152,7 @@ def make_plan(
         tokenizer=settings.tokenizer,
         start=origin.start,
         progress=origin.progress,
+        world_size=world_size,
         machine=machine,
         has_data=with_data,
         corpus=data.corpus,

@@ -5,12 +5,15 @@ import os
 from pretrain.checkpointing.resume_contract import needless_acceptance
 from pretrain.checkpointing.setting_changes import is_same
 from pretrain.config.config_yaml import read_config_yaml
-from pretrain.config.effects import effect_warnings
+from pretrain.config.effects import effect_warnings, is_asked_for
 from pretrain.data_outlook import forecast_warnings, target_warnings
 from pretrain.evaluation.lengths import length_warnings as evaluation_warnings
 from pretrain.logs.wandb_sink import wandb_warnings
 from pretrain.plan import Plan
 from pretrain.planner.check_phases import length_warnings, rope_warnings
+
+_DOES_NOT = {"deal": "has no effect", "window": "deals no samples"}
+"""Value of --balance -> what is said of it where there is nobody to deal samples to."""
 
 
 def warnings_about(plan: Plan) -> list[str]:
@@ -27,6 +30,7 @@ def warnings_about(plan: Plan) -> list[str]:
         *_warnings_of_restart(plan),
         *_warnings_of_start(plan),
         *_warnings_of_data(plan),
+        *_warnings_of_dealing(plan),
         *evaluation_warnings(config.logging, plan.phases),
         *_warnings_of_decay(plan),
         *_warnings_without_validation(plan),
@@ -125,6 +129,29 @@ def _warnings_of_data(plan: Plan) -> list[str]:
     ]
     repeated = forecast_warnings(plan.ledger, plan.forecast)
     return never_drawn + repeated + target_warnings(plan.corpus, plan.phases)
+
+
+def _warnings_of_dealing(plan: Plan) -> list[str]:
+    """Warn of dealing by cost that was asked for where no rank waits for another one."""
+    config = plan.config
+    pairs = list(zip(config.schedule.entries, plan.phases, strict=True))
+    # The run's own setting needs one phase where it acts, a phase's needs that phase.
+    asked = [
+        (f"phase {phase.name!r}: ", entry.balance, [phase])
+        for entry, phase in pairs
+        if entry.balance is not None
+    ]
+    if is_asked_for(config, "balance"):
+        taking = [phase for entry, phase in pairs if entry.balance is None]
+        asked.insert(0, ("", config.data.balance, taking))
+    return [
+        f"{where}balance = {balance}: {_DOES_NOT[balance]} with one data rank and no pipeline"
+        for where, balance, phases in asked
+        if balance in _DOES_NOT and phases
+        if not any(
+            each.layout.can_deal(each.data_parallel_size(plan.world_size)) for each in phases
+        )
+    ]
 
 
 def _warnings_of_decay(plan: Plan) -> list[str]:

@@ -314,3 +314,41 @@ def test_what_a_start_from_weights_leaves_without_effect_is_named():
     assert "init_method_std = 0.01: has no effect, since the weights are those of base" in found
     assert "no_load_optim = True: has no effect, since the run starts from weights alone" in found
     assert not [text for text in warnings_about(plan) if "init_method_std" in text]
+
+
+def warnings_of_balance(flags: str, world_size: int, balances: tuple[str | None, ...] = ()) -> list:
+    config = load_config([*MOCK, *flags.split()])
+    if balances:
+        config.schedule.train_tokens = None
+        config.schedule.phases = [
+            PhaseConfig(name=f"p{number}", train_tokens=1024, balance=balance)
+            for number, balance in enumerate(balances)
+        ]
+    found = warnings_about(make_plan(config, world_size, only_print=True))
+    return [text for text in found if "data rank" in text]
+
+
+def test_dealing_that_is_asked_for_without_a_rank_to_deal_to_is_named():
+    text = "balance = deal: has no effect with one data rank and no pipeline"
+    assert warnings_of_balance("--balance deal", 1) == [text]
+    assert warnings_of_balance("--balance deal --tensor-model-parallel-size 2", 2) == [text]
+    window = "balance = window: deals no samples with one data rank and no pipeline"
+    assert warnings_of_balance("--balance window --packing best_fit", 1) == [window]
+    # Not of the default, of what deals nothing, or where there is another rank or a pipeline.
+    for flags, world_size in (
+        ("", 1),
+        ("--balance none", 1),
+        ("--balance deal", 2),
+        ("--balance deal --pipeline-model-parallel-size 2", 2),
+    ):
+        assert warnings_of_balance(flags, world_size) == [], flags
+
+
+def test_dealing_of_a_phase_without_a_rank_to_deal_to_is_named():
+    assert warnings_of_balance("", 1, ("deal", None, "none")) == [
+        "phase 'p0': balance = deal: has no effect with one data rank and no pipeline"
+    ]
+    assert warnings_of_balance("--balance deal", 1, (None, "none")) == [
+        "balance = deal: has no effect with one data rank and no pipeline"
+    ]
+    assert warnings_of_balance("", 2, ("deal", "window")) == []
