@@ -13,7 +13,8 @@ class StepCosts:
     def __init__(self, costs: np.ndarray):
         """
         Args:
-            costs: float64 [steps, samples of a step], in the order of the stream.
+            costs: FLOPs of forward and backward, float64 [steps, samples of a step], in the order
+                of the stream.
         """
         self.costs = costs
         # A search asks for the same shape again with every strategy and level of recompute.
@@ -23,6 +24,12 @@ class StepCosts:
     def steps(self) -> int:
         """Steps that were drawn."""
         return len(self.costs)
+
+    def extra_per_sample(self, shape: StepShape, *, is_dealt: bool) -> float:
+        """Return what the steps wait for beyond the mean data rank, over the samples of a rank."""
+        # The mean rank has samples of the mean cost.
+        more = self.slowest_over_mean(shape, is_dealt=is_dealt) - 1
+        return more * float(self.costs.mean())
 
     def slowest_over_mean(self, shape: StepShape, *, is_dealt: bool) -> float:
         """Compare what the steps wait for with the mean of the data ranks: 1.0 = nobody waits.
@@ -59,6 +66,15 @@ class PhaseDocuments:
         if self.costs is None:
             return 1.0
         return self.costs.slowest_over_mean(shape, is_dealt=self.is_dealt)
+
+    def extra_flops_per_sample(self, shape: StepShape) -> float:
+        """Return the FLOPs of the data rank that a step waits for beyond those of the average one.
+
+        They are of forward and backward, over the samples of a rank.
+        """
+        if self.costs is None:
+            return 0.0
+        return self.costs.extra_per_sample(shape, is_dealt=self.is_dealt)
 
 
 UNKNOWN_DOCUMENTS = PhaseDocuments()

@@ -65,8 +65,12 @@ class ModelSize:
             causal_pairs: pairs of tokens of which one sees the other: the sum over documents of
                 length * (length + 1) / 2.
         """
-        cost = self.document_cost
-        return cost.per_token * tokens + self.config.num_layers * cost.per_pair * causal_pairs
+        return self.document_cost.per_token * tokens + self.pair_flops * causal_pairs
+
+    @property
+    def pair_flops(self) -> float:
+        """FLOPs of forward and backward for a pair of tokens that all layers see."""
+        return self.config.num_layers * self.document_cost.per_pair
 
     @cached_property
     def document_cost(self) -> DocumentCost:

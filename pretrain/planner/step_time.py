@@ -82,14 +82,18 @@ class StepTime:
 def estimate_step(model: MemoryModel, load: Workload, hardware: Hardware) -> StepTime:
     """Estimate one optimizer step by its parts."""
     # Computing, then what is sent inside a layer, then what stages hand on.
-    products, attention, logits = _compute_seconds(model, load, hardware)
+    products, logits = _product_seconds(model, load, hardware)
+    seen = load.tokens_seen(model.config.windows)
+    attention = _attention_seconds(model, load, hardware, seen)
     pointwise, overhead = _beside_products_seconds(model, load, hardware)
     compute = products + attention + logits + pointwise + overhead
     tensor = tensor_traffic(model, load, hardware).seconds
     context = sum(each.seconds for each in context_traffic(model, load, hardware))
     pipeline = pipeline_traffic(model, load, hardware).seconds
     busy = compute + tensor + context + pipeline
-    imbalance, bubble = _waiting_seconds(load, hardware, compute, busy)
+    more_seen = load.extra_flops_per_sample / (model.size.pair_flops * load.seq_length)
+    extra = _attention_seconds(model, load, hardware, more_seen)
+    imbalance, bubble = _waiting_seconds(load, hardware, busy, extra)
     # Parameters and gradients travel while layers compute; what is more than the computing has
     # nothing to hide behind.
     sharded = sum(each.seconds for each in sharding_traffic(model, load, hardware))
@@ -136,41 +140,34 @@ def describe_assumptions(config: ModelConfig, hardware: Hardware) -> str:
 
 
 def _waiting_seconds(
-    load: Workload, hardware: Hardware, compute: float, busy: float
+    load: Workload, hardware: Hardware, busy: float, extra: float
 ) -> tuple[float, float]:
-    """Estimate what the slowest rank's step takes beside its work: imbalance, bubble.
+    """Estimate what a step takes beside the work of an average data rank: imbalance, bubble.
 
     Args:
-        compute, busy: seconds of an average data rank, without and with what is sent.
+        busy: seconds of an average data rank, with what is sent.
+        extra: seconds of attention that the slowest one has beyond it.
     """
     layout = load.layout
     pp = layout.pipeline_model_parallel_size
     waiting = idle_share(layout.schedule, pp, layout.stages_per_rank, load.num_microbatches)
-    # Tokens are the same on every rank, and so is what is sent: only computing differs.
-    slowest = busy + (load.slowest_over_mean - 1) * compute
+    # Tokens are the same on every rank, and so is all else that is computed and sent.
+    slowest = busy + extra
     # On shared cores a step takes the longer of its longest chain, and of all its computing.
     imbalance = max(0.0, slowest / hardware.crowding - busy)
     whole = max(0.0, slowest * (1 + waiting) / hardware.crowding - busy)
     return imbalance, whole - imbalance
 
 
-def _compute_seconds(
-    model: MemoryModel, load: Workload, hardware: Hardware
-) -> tuple[float, float, float]:
-    """Estimate the computing of a step on the pipeline's slowest rank: products, attention, logits.
+def _product_seconds(model: MemoryModel, load: Workload, hardware: Hardware) -> tuple[float, float]:
+    """Estimate the matrix products of a step on the pipeline's slowest rank: layers', logits'.
 
     It has its layers, and on the last rank the logits.
     """
     config = model.config
     size = model.size
-    tp, _, cp = load.layout.sizes
     tokens = load.seq_length * load.micro_batch_size
     passes = count_passes(model.config, load)
-    # An uneven split of heads makes the rank with most heads the slowest.
-    heads = HeadCounts.make(config, load.layout)
-    imbalance = heads.m * load.layout.context_levels[0] / heads.N
-    causal_pairs = tokens * load.tokens_seen(config.windows)
-    attention = 4 * config.num_attention_heads * config.head_size * causal_pairs * imbalance
     products = (
         2
         * tokens
@@ -181,21 +178,43 @@ def _compute_seconds(
         )
     )
     logits = 3 * 2 * config.padded_vocab_size(model.vocab_size) * config.hidden_size * tokens
-    # Measuring multiplies queries and keys once more: one of a forward's two products.
-    attention_passes = passes.attention + 0.5 * model.measures_logits
-    # FLOPs over what the ranks that share a microbatch do in a second.
     layers = layers_of_slowest_rank(model, load)
-    rate = hardware.flops * tp * cp / load.num_microbatches
+    rate = _flops_of_microbatch(load, hardware)
     product_rate = rate * hardware.efficiency.products
-    attention_rate = rate * attention_efficiency(config, hardware)
     loss_rate = rate * (hardware.efficiency.loss or hardware.efficiency.products)
     # Cores that processes share work for the last stage while the other stages wait.
     share = 1 / load.layout.pipeline_model_parallel_size if hardware.crowding > 1 else 1
-    return (
-        layers * products / product_rate,
-        layers * attention * attention_passes / attention_rate,
-        share * logits / loss_rate,
-    )
+    return layers * products / product_rate, share * logits / loss_rate
+
+
+def _attention_seconds(
+    model: MemoryModel, load: Workload, hardware: Hardware, pairs_per_token: float
+) -> float:
+    """Estimate the attention of a step on the pipeline's slowest rank.
+
+    Args:
+        pairs_per_token: tokens that a token sees on average over the layers.
+    """
+    config = model.config
+    pairs = load.seq_length * load.micro_batch_size * pairs_per_token
+    # An uneven split of heads makes the rank with most heads the slowest.
+    heads = HeadCounts.make(config, load.layout)
+    imbalance = heads.m * load.layout.context_levels[0] / heads.N
+    forward = 4 * config.num_attention_heads * config.head_size * pairs * imbalance
+    # Measuring multiplies queries and keys once more: one of a forward's two products.
+    passes = count_passes(config, load).attention + 0.5 * model.measures_logits
+    layers = layers_of_slowest_rank(model, load)
+    rate = _flops_of_microbatch(load, hardware) * attention_efficiency(config, hardware)
+    return layers * forward * passes / rate
+
+
+def _flops_of_microbatch(load: Workload, hardware: Hardware) -> float:
+    """Return what the ranks that share a microbatch do in a second, over the microbatches.
+
+    FLOPs of one microbatch divided by it are the seconds of a step.
+    """
+    tp, _, cp = load.layout.sizes
+    return hardware.flops * tp * cp / load.num_microbatches
 
 
 def _beside_products_seconds(

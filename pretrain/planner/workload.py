@@ -25,8 +25,12 @@ class Workload:
     memory: MemorySettings = MemorySettings()
     pairs_per_token: float | None = None
     """Tokens that a token sees on average over the layers; None = each sample is one document."""
-    slowest_over_mean: float = 1.0
-    """Work of the data rank that a step waits for over that of the average one."""
+    extra_flops_per_sample: float = 0.0
+    """FLOPs of forward and backward by which the data rank that a step waits for exceeds the
+    average one, over its samples.
+
+    They are all attention's: every rank has the same number of tokens.
+    """
 
     @staticmethod
     def of_phase(
@@ -42,7 +46,8 @@ class Workload:
             phase.memory,
             documents.pairs_per_token,
         )
-        return replace(load, slowest_over_mean=documents.slowest_over_mean(load.step_shape))
+        extra = documents.extra_flops_per_sample(load.step_shape)
+        return replace(load, extra_flops_per_sample=extra)
 
     @property
     def step_shape(self) -> StepShape:

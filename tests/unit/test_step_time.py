@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from model.activation_memory.settings import MemorySettings
 from model.config import ModelConfig
 from model.presets import PRESETS
 from parallel.config import LayoutConfig
+from pretrain.planner.documents import PhaseDocuments, StepCosts
 from pretrain.planner.hardware import TABLE, Hardware, find_hardware
 from pretrain.planner.rank_bytes import MemoryModel
 from pretrain.planner.rank_group import RankGroup
@@ -156,26 +158,54 @@ def test_short_documents_cost_attention_what_their_pairs_do():
     assert half.products == one.products
 
 
-def test_a_step_waits_for_the_computing_of_the_slowest_data_rank():
+@pytest.mark.parametrize("level, passes", [(None, 3), ("full", 4)])
+def test_a_step_waits_for_the_attention_of_the_slowest_data_rank(level, passes):
+    """Of two data ranks one has whole documents, and the other documents of an eighth."""
     model = model_of("llama3-8b")
-    even = load_of(dict(pipeline_model_parallel_size=4), 8, 8192, 1, 8)
-    uneven = dataclasses.replace(even, slowest_over_mean=1.25)
+    memory = MemorySettings(level)
+    even = load_of(dict(pipeline_model_parallel_size=4), 2, 8192, 1, 8, memory)
+    # 32 layers with 32 heads of 128: pairs of queries and keys, and all else that tokens cost.
+    whole = 8192 * 8193 / 2
+    short = 8 * 1024 * 1025 / 2
+    pair = 4 * 32 * 128
+    tokens = 6 * 8e9 * 8192
+    costs = [tokens + 3 * 32 * pair * pairs for pairs in (whole, short)]
+    documents = PhaseDocuments(costs=StepCosts(np.array([costs * 8])), is_dealt=False)
+    extra = documents.extra_flops_per_sample(even.step_shape)
+    uneven = dataclasses.replace(even, extra_flops_per_sample=extra)
     step = estimate_step(model, even, H100)
     slow = estimate_step(model, uneven, H100)
     assert step.imbalance == 0
-    assert slow.imbalance == pytest.approx(0.25 * step.compute)
+    # A stage has 8 layers, a rank 8 samples, and attention reaches 0.46 of 989 TFLOP/s.
+    beyond_mean = (whole - short) / 2
+    assert slow.imbalance == pytest.approx(8 * 8 * passes * pair * beyond_mean / (0.46 * 989e12))
     # The slowest rank's pipeline has its bubble: 3 of 8 microbatches.
     assert slow.bubble - step.bubble == pytest.approx(slow.imbalance * 3 / 8)
     assert slow.total == pytest.approx(step.total + slow.imbalance * 11 / 8)
 
 
+def test_the_wait_grows_with_the_microbatches_and_falls_with_attention_s_rate():
+    model = model_of("llama3-8b")
+    load = dataclasses.replace(load_of(dict(), 2, 8192, 1, 4), extra_flops_per_sample=1e12)
+    longer = dataclasses.replace(load, num_microbatches=8)
+    slower = dataclasses.replace(
+        H100, efficiency=dataclasses.replace(H100.efficiency, attention={128: 0.23})
+    )
+    wait = estimate_step(model, load, H100).imbalance
+    assert wait == pytest.approx(4 * 1e12 / (0.46 * 989e12))
+    assert estimate_step(model, longer, H100).imbalance == pytest.approx(2 * wait)
+    assert estimate_step(model, load, slower).imbalance == pytest.approx(2 * wait)
+
+
 def test_cores_that_processes_share_compute_for_those_that_wait():
     model = model_of("llama3-8b")
-    uneven = dataclasses.replace(load_of(dict(), 8, 8192, 1, 8), slowest_over_mean=1.5)
+    uneven = dataclasses.replace(load_of(dict(), 8, 8192, 1, 8), extra_flops_per_sample=2e14)
     shared = dataclasses.replace(H100, crowding=1.25)
     alone = estimate_step(model, uneven, H100)
     crowded = estimate_step(model, uneven, shared)
-    assert crowded.imbalance == pytest.approx((1.5 / 1.25 - 1) * alone.compute)
+    slowest = alone.compute + alone.imbalance
+    assert crowded.imbalance == pytest.approx(slowest / 1.25 - alone.compute)
+    assert crowded.imbalance > 0
     assert estimate_step(model, uneven, dataclasses.replace(H100, crowding=2.0)).imbalance == 0
 
 

@@ -65,7 +65,7 @@ class ReferenceJob:
             ),
             pairs_per_token=float(pairs_seen(lengths, None).sum()) / length,
             # Every rank is given the same documents.
-            slowest_over_mean=1.0,
+            extra_flops_per_sample=0.0,
         )
         layers = layout.pipeline_model_parallel_size * layout.stages_per_rank
         model = dataclasses.replace(estimate.config.model, num_layers=layers)
