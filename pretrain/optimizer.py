@@ -6,7 +6,6 @@ parameter or as a plain tensor. An optimizer that keeps more or less than two mo
 bytes in planner/rank_bytes.py.
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from model.gpt import GPTStage
 from parallel.shard import own_shard
 from pretrain.config.config import OptimizerConfig
 from pretrain.muon.muon import Muon
+from pretrain.muon.owners import heads_of
 from pretrain.parameter_groups import parameter_groups
 
 
@@ -70,7 +70,7 @@ def build_optimizer(
     if config.optimizer == "adam":
         # Torch's type for a group is a plain dict.
         return make_adamw([dict(group) for group in groups])
-    return Muon(groups, make_adamw, stages[0].layout, config, lambda name: _heads_of(name, model))
+    return Muon(groups, make_adamw, stages[0].layout, config, lambda name: heads_of(name, model))
 
 
 def _build_adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.AdamW:
@@ -92,14 +92,6 @@ def _build_adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch
             "exp_avg_sq": torch.zeros_like(parameter),
         }
     return optimizer
-
-
-def _heads_of(name: str, model: ModelConfig) -> int:
-    """Count the heads whose rows a parameter has one under the other; 1 for all others."""
-    found = re.fullmatch(r"layers\.\d+\.attention\.([qkv])\.weight", name)
-    if found is None:
-        return 1
-    return model.num_attention_heads if found[1] == "q" else model.num_kv_heads
 
 
 def state_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, torch.Tensor]:

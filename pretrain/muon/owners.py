@@ -5,10 +5,12 @@ Everything here is the same on all of these ranks.
 """
 
 import heapq
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from model.config import ModelConfig
 from pretrain.muon.newton_schulz import count_flops
 
 BUCKET_ELEMENTS = 32 * 1024**2
@@ -49,6 +51,14 @@ class Matrix:
         rows = self.rows // tp if self.tp_dim == 0 else self.rows
         columns = self.columns // tp if self.tp_dim == 1 else self.columns
         return ceil(rows / dp_cp), columns
+
+
+def heads_of(name: str, model: ModelConfig) -> int:
+    """Count the heads whose rows a parameter has one under the other; 1 for all others."""
+    found = re.fullmatch(r"layers\.\d+\.attention\.([qkv])\.weight", name)
+    if found is None:
+        return 1
+    return model.num_attention_heads if found[1] == "q" else model.num_kv_heads
 
 
 def assign_owners(costs: Sequence[int], ranks: int) -> list[int]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from model.sharding import row_of, shardings_for
 from pretrain.config.config import Config
-from pretrain.muon.owners import BUCKET_ELEMENTS, Matrix
+from pretrain.muon.owners import BUCKET_ELEMENTS, Matrix, heads_of
 from pretrain.planner.model_size import ModelSize
 
 WHOLE_COPIES = 8
@@ -32,15 +32,19 @@ class MuonMemory(NamedTuple):
 class MuonCost:
     """Counts what the update of the hidden matrices takes."""
 
-    def __init__(self, size: ModelSize, element_bytes: int, steps: int):
+    def __init__(
+        self, size: ModelSize, element_bytes: int, steps: int, *, is_per_head: bool = False
+    ):
         """
         Args:
             element_bytes: size of an element of a matrix that is gathered.
             steps: of Newton-Schulz.
+            is_per_head: each head of q, k and v is orthogonalized by itself.
         """
         self.size = size
         self.element_bytes = element_bytes
         self.steps = steps
+        self.is_per_head = is_per_head
         # A layout search asks for the same ones of thousands of layouts.
         self.matrices = cache(self._find_matrices)
 
@@ -53,7 +57,12 @@ class MuonCost:
         master_bytes = 8 if optimizer.fp64 else 4
         is_bf16 = on_gpu and not optimizer.fp64 and optimizer.muon_fp32_matmul_prec == "medium"
         size = ModelSize(config.model, vocab_size)
-        return MuonCost(size, 2 if is_bf16 else master_bytes, optimizer.muon_num_ns_steps)
+        return MuonCost(
+            size,
+            2 if is_bf16 else master_bytes,
+            optimizer.muon_num_ns_steps,
+            is_per_head=optimizer.muon_per_head,
+        )
 
     def of_rank(self, layers: int, tp: int, shards: int, master_bytes: int) -> MuonMemory:
         """Count the bytes of a rank that holds these layers, of those that share them the most."""
@@ -81,5 +90,6 @@ class MuonCost:
         for name, shape in self.size.shapes.items():
             if row_of(name, config).role == "hidden":
                 rows, columns = shape
-                found.append(Matrix(rows, columns, table[name].dim))
+                blocks = heads_of(name, config) if self.is_per_head else 1
+                found.append(Matrix(rows, columns, table[name].dim, blocks))
         return found
