@@ -107,6 +107,8 @@ class Hardware:
     network_bytes_per_second: float
     """From one device to other nodes, one direction: a network card for each device."""
     devices_per_node: int = 8
+    fp32_flops: float | None = None
+    """FLOP/s of fp32 products, whose factors are not rounded to TF32; None = as `flops`."""
     peer_bytes_per_second: float | None = None
     """From one device to one other of its node, one direction; None = all of it, by a switch."""
     host_bytes_per_second: float = 64e9
@@ -128,6 +130,11 @@ class Hardware:
         """Share of a link's bytes per second that all-to-alls and sends reach."""
         return self.efficiency.exchanges or self.efficiency.links
 
+    def product_flops(self, element_bytes: int) -> float:
+        """Return the dense FLOP/s of products of elements of this size; fp64 counts as fp32."""
+        is_narrow = element_bytes <= 2
+        return self.flops if is_narrow else self.fp32_flops or self.flops
+
     @property
     def is_cpu(self) -> bool:
         """Do its processes share the memory of the machine?"""
@@ -141,20 +148,47 @@ class Hardware:
 
 
 # Sources: NVIDIA's data sheets (H200, H100 SXM, A100 80GB SXM, HGX B200) for memory, its bandwidth,
-# dense bf16 and NVLink (published as the sum of both directions); DGX data sheets for the network
-# cards (400 Gb/s per GPU, DGX A100 200 Gb/s). The H800 and A800 are the H100 and the A100 with
-# NVLink cut to 400 GB/s. AMD's data sheet (Instinct MI300X) for its memory, dense bf16 and Infinity
-# Fabric: a link of 128 GB/s, both directions together, to each of the 7 others; 400 Gb/s per GPU as
-# in AMD's reference design. To the host: PCIe 5 x16 (64 GB/s one direction), of the A100 and A800
-# PCIe 4 x16.
+# dense bf16, fp32 and NVLink (published as the sum of both directions); DGX data sheets for the
+# network cards (400 Gb/s per GPU, DGX A100 200 Gb/s). The H800 and A800 are the H100 and the A100
+# with NVLink cut to 400 GB/s. AMD's data sheet (Instinct MI300X) for its memory, dense bf16, fp32
+# and Infinity Fabric: a link of 128 GB/s, both directions together, to each of the 7 others; 400
+# Gb/s per GPU as in AMD's reference design. To the host: PCIe 5 x16 (64 GB/s one direction), of the
+# A100 and A800 PCIe 4 x16.
 _ROWS = (
-    Hardware("H200", 141 * 10**9, 989e12, 4.8e12, 450e9, 50e9),
-    Hardware("H100", 80 * 10**9, 989e12, 3.35e12, 450e9, 50e9),
-    Hardware("H800", 80 * 10**9, 989e12, 3.35e12, 200e9, 50e9),
-    Hardware("A100", 80 * 10**9, 312e12, 2.039e12, 300e9, 25e9, host_bytes_per_second=32e9),
-    Hardware("A800", 80 * 10**9, 312e12, 2.039e12, 200e9, 25e9, host_bytes_per_second=32e9),
-    Hardware("B200", 180 * 10**9, 2250e12, 8e12, 900e9, 50e9),
-    Hardware("MI300X", 192 * 10**9, 1307.4e12, 5.3e12, 7 * 64e9, 50e9, peer_bytes_per_second=64e9),
+    Hardware("H200", 141 * 10**9, 989e12, 4.8e12, 450e9, 50e9, fp32_flops=67e12),
+    Hardware("H100", 80 * 10**9, 989e12, 3.35e12, 450e9, 50e9, fp32_flops=67e12),
+    Hardware("H800", 80 * 10**9, 989e12, 3.35e12, 200e9, 50e9, fp32_flops=67e12),
+    Hardware(
+        "A100",
+        80 * 10**9,
+        312e12,
+        2.039e12,
+        300e9,
+        25e9,
+        fp32_flops=19.5e12,
+        host_bytes_per_second=32e9,
+    ),
+    Hardware(
+        "A800",
+        80 * 10**9,
+        312e12,
+        2.039e12,
+        200e9,
+        25e9,
+        fp32_flops=19.5e12,
+        host_bytes_per_second=32e9,
+    ),
+    Hardware("B200", 180 * 10**9, 2250e12, 8e12, 900e9, 50e9, fp32_flops=75e12),
+    Hardware(
+        "MI300X",
+        192 * 10**9,
+        1307.4e12,
+        5.3e12,
+        7 * 64e9,
+        50e9,
+        fp32_flops=163.4e12,
+        peer_bytes_per_second=64e9,
+    ),
 )
 TABLE = {hardware.name: hardware for hardware in _ROWS}
 """GPUs by a word of the name that they report."""

@@ -243,7 +243,8 @@ def _update_seconds(model: MemoryModel, load: Workload, hardware: Hardware) -> f
     if model.muon is not None:
         layers = layers_of_slowest_rank(model, load)
         operations = model.muon.flops(layers, load.layout.tensor_model_parallel_size, load.shards)
-        seconds += operations / (hardware.flops * hardware.efficiency.products)
+        rate = hardware.product_flops(model.muon.element_bytes)
+        seconds += operations / (rate * hardware.efficiency.products)
     return seconds
 
 
