@@ -179,7 +179,7 @@ def _product_seconds(model: MemoryModel, load: Workload, hardware: Hardware) -> 
     )
     logits = 3 * 2 * config.padded_vocab_size(model.vocab_size) * config.hidden_size * tokens
     layers = layers_of_slowest_rank(model, load)
-    rate = _flops_of_microbatch(load, hardware)
+    rate = _flops_of_microbatch(model, load, hardware)
     product_rate = rate * hardware.efficiency.products
     loss_rate = rate * (hardware.efficiency.loss or hardware.efficiency.products)
     # Cores that processes share work for the last stage while the other stages wait.
@@ -204,17 +204,17 @@ def _attention_seconds(
     # Measuring multiplies queries and keys once more: one of a forward's two products.
     passes = count_passes(config, load).attention + 0.5 * model.measures_logits
     layers = layers_of_slowest_rank(model, load)
-    rate = _flops_of_microbatch(load, hardware) * attention_efficiency(config, hardware)
+    rate = _flops_of_microbatch(model, load, hardware) * attention_efficiency(config, hardware)
     return layers * forward * passes / rate
 
 
-def _flops_of_microbatch(load: Workload, hardware: Hardware) -> float:
+def _flops_of_microbatch(model: MemoryModel, load: Workload, hardware: Hardware) -> float:
     """Return what the ranks that share a microbatch do in a second, over the microbatches.
 
     FLOPs of one microbatch divided by it are the seconds of a step.
     """
     tp, _, cp = load.layout.sizes
-    return hardware.flops * tp * cp / load.num_microbatches
+    return hardware.product_flops(model.compute_bytes) * tp * cp / load.num_microbatches
 
 
 def _beside_products_seconds(

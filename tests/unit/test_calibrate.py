@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pretrain.planner.hardware import CPU
+from pretrain.planner.hardware import CPU, TABLE
 from pretrain.planner.step_time import UPDATE_BYTES
 from tests.unit.test_plan import MOCK, planned, refused
 from tools.bench import predictions
@@ -84,6 +84,17 @@ def test_a_row_holds_what_was_measured_and_the_rest_of_its_base():
     # Four ranks double twice.
     assert shares.collective_latency_seconds == 1e-3
     assert row.network_bytes_per_second == CPU.network_bytes_per_second
+
+
+def test_a_gpus_shares_are_of_its_rate_for_the_dtype():
+    """What fp32 reached is no share of an H100's 989 TFLOP/s in bf16, but of 67."""
+    h100 = TABLE["H100"]
+    for dtype, peak in (("float32", 67e12), ("bfloat16", 989e12)):
+        work = dataclasses.replace(WORK, dtype=dtype)
+        row = row_of(work, RATES, Processes(count=2, cores=2), h100)
+        assert row.efficiency.products == pytest.approx(80e9 / peak), dtype
+        assert row.efficiency.attention == pytest.approx({16: 25e9 / peak}), dtype
+        assert (row.flops, row.fp32_flops) == (h100.flops, h100.fp32_flops)
 
 
 def test_one_process_sends_nothing():

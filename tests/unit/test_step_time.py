@@ -10,7 +10,7 @@ from model.config import ModelConfig
 from model.presets import PRESETS
 from parallel.config import LayoutConfig
 from pretrain.planner.documents import PhaseDocuments, StepCosts
-from pretrain.planner.hardware import TABLE, Hardware, find_hardware
+from pretrain.planner.hardware import CPU, TABLE, Hardware, find_hardware
 from pretrain.planner.rank_bytes import MemoryModel
 from pretrain.planner.rank_group import RankGroup
 from pretrain.planner.step_time import estimate_step
@@ -221,6 +221,20 @@ def test_a_share_of_the_rates_acts_on_its_part_alone():
     assert slow.products == pytest.approx(2 * plain.products)
     assert slow.attention == plain.attention and slow.tensor == plain.tensor
     assert estimate_step(model, load, with_(memory=0.425)).update == pytest.approx(2 * plain.update)
+
+
+def test_products_and_attention_of_fp32_run_at_fp32_s_rate():
+    """An H100 multiplies fp32 at 67 TFLOP/s, without TF32, and bf16 at 989."""
+    load = load_of(dict(), 8, 8192, 1, 1)
+    narrow = model_of("llama3-8b")
+    wide = MemoryModel(narrow.config, VOCABULARY, compute_bytes=4)
+    bf16 = estimate_step(narrow, load, H100)
+    fp32 = estimate_step(wide, load, H100)
+    for part in ("products", "attention", "logits"):
+        assert fp32.parts[part] == pytest.approx(bf16.parts[part] * 989 / 67), part
+    # A CPU's row is for whatever its run computes in.
+    parts = [estimate_step(model, load, CPU).products for model in (narrow, wide)]
+    assert parts[0] == parts[1]
 
 
 def test_measuring_logits_costs_half_of_attention_s_forward():

@@ -137,9 +137,11 @@ def row_of(work: Work, rates: Rates, processes: Processes, base: Hardware) -> Ha
     flops = base.flops
     if base.is_cpu:
         flops = max(rates.plain_flops, rates.product_flops)
-    shares: dict[str, Any] = {"products": rates.product_flops / flops}
-    shares["loss"] = rates.loss_flops / flops
-    by_head_size = {work.config.head_size: rates.attention_flops / flops}
+    # What the shares are of: a GPU has another rate for each dtype, a CPU that of the run's.
+    peak = flops if base.is_cpu else base.product_flops(element_bytes(work))
+    shares: dict[str, Any] = {"products": rates.product_flops / peak}
+    shares["loss"] = rates.loss_flops / peak
+    by_head_size = {work.config.head_size: rates.attention_flops / peak}
     # The line that says which backend was chosen begins with its name.
     backend = rates.attention_backend.removeprefix("attention: ").split()[0]
     kind = f"{backend}_attention" if backend in ("varlen", "flash") else "attention"
@@ -190,9 +192,13 @@ def split_rest(work: Work, rates: Rates, *, with_overhead: bool) -> tuple[float,
 
 def pointwise_bytes(work: Work) -> float:
     """Count what one layer moves, as the plan counts it."""
-    size = torch.finfo(getattr(torch, work.dtype)).bits // 8
-    model = MemoryModel(work.config, work.vocabulary_rows, compute_bytes=size)
+    model = MemoryModel(work.config, work.vocabulary_rows, compute_bytes=element_bytes(work))
     return layer_bytes(model, Workload(LayoutConfig(), 1, work.tokens, 1, 1))
+
+
+def element_bytes(work: Work) -> int:
+    """Return the size of an activation."""
+    return torch.finfo(getattr(torch, work.dtype)).bits // 8
 
 
 def write_row(row: Hardware, work: Work, rates: Rates, processes: Processes) -> str:

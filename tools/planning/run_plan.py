@@ -172,9 +172,10 @@ def _assumptions(plan: Plan, cluster: Cluster, assumed: Assumed) -> tuple[str, .
     """Say what the figures rest on, a line each."""
     hardware = cluster.hardware
     efficiency = hardware.efficiency
+    fp32 = f" and {hardware.fp32_flops / 1e12:g} fp32" if hardware.fp32_flops else ""
     measured = "as measured on an H100" if efficiency == type(efficiency)() else "of the file"
     return (
-        f"{hardware.name}: {hardware.flops / 1e12:g} TFLOP/s dense bf16, memory "
+        f"{hardware.name}: {hardware.flops / 1e12:g} TFLOP/s dense bf16{fp32}, memory "
         f"{hardware.memory_bytes_per_second / 1e12:g} TB/s, to the devices of a node "
         f"{hardware.node_bytes_per_second / 1e9:g} GB/s, to other nodes "
         f"{hardware.network_bytes_per_second / 1e9:g} GB/s (data sheets, one direction)",
