@@ -1,12 +1,18 @@
-"""What Muon's update takes of a rank: moments, buffers and operations, from numbers alone."""
+"""What Muon's update takes of a rank, from numbers alone: memory, operations and exchanges."""
 
 from functools import cache
-from math import ceil
+from math import ceil, prod
 from typing import NamedTuple
 
 from model.sharding import row_of, shardings_for
 from pretrain.config.config import Config
-from pretrain.muon.owners import BUCKET_ELEMENTS, Matrix, heads_of
+from pretrain.muon.owners import (
+    BUCKET_ELEMENTS,
+    Matrix,
+    assign_owners,
+    heads_of,
+    make_buckets,
+)
 from pretrain.planner.model_size import ModelSize
 
 WHOLE_COPIES = 8
@@ -29,6 +35,27 @@ class MuonMemory(NamedTuple):
     """What comes and goes in an update."""
 
 
+class MuonExchange(NamedTuple):
+    """What the ranks of a stage exchange in an update.
+
+    Every rank has a piece of each matrix, all of one shape.
+    """
+
+    others: int
+    """Ranks that a rank exchanges with."""
+    pieces: int
+    """Elements of a rank's pieces of all matrices."""
+    owned: tuple[int, ...]
+    """Rank -> elements of its pieces of the matrices that it owns; those after it own none."""
+    fullest: tuple[int, ...]
+    """Bucket -> elements of its pieces of its own on the owner that has most: the others wait."""
+
+    def sent_by(self, rank: int) -> int:
+        """Count the elements that a rank sends to others, both ways."""
+        owned = self.owned[rank] if rank < len(self.owned) else 0
+        return self.pieces - owned + self.others * owned
+
+
 class MuonCost:
     """Counts what the update of the hidden matrices takes."""
 
@@ -47,6 +74,7 @@ class MuonCost:
         self.is_per_head = is_per_head
         # A layout search asks for the same ones of thousands of layouts.
         self.matrices = cache(self._find_matrices)
+        self.exchange = cache(self._find_exchange)
 
     @staticmethod
     def of_run(config: Config, vocab_size: int, *, on_gpu: bool) -> "MuonCost | None":
@@ -81,6 +109,23 @@ class MuonCost:
         """Count the operations of the busiest owner."""
         costs = [matrix.cost() for matrix in self.matrices(tp)]
         return self.steps * max(max(costs), ceil(layers * sum(costs) / (tp * shards)))
+
+    def _find_exchange(self, layers: int, tp: int, shards: int) -> MuonExchange:
+        """Share the matrices of these layers out among the ranks of a stage, as muon.py does."""
+        matrices = layers * self.matrices(tp)
+        pieces = [prod(matrix.piece_shape(shards, tp)) for matrix in matrices]
+        # The first ranks take a matrix each before one takes two.
+        ranks = min(tp * shards, len(matrices))
+        owners = assign_owners([matrix.cost() for matrix in matrices], ranks)
+        owned = [0] * ranks
+        for owner, size in zip(owners, pieces, strict=True):
+            owned[owner] += size
+        buckets = make_buckets(matrices, owners, ranks, BUCKET_ELEMENTS)
+        fullest = [
+            max(sum(pieces[number] for number in numbers) for numbers in by_owner)
+            for by_owner in buckets
+        ]
+        return MuonExchange(tp * shards - 1, sum(pieces), tuple(owned), tuple(fullest))
 
     def _find_matrices(self, tp: int) -> list[Matrix]:
         """List the hidden matrices of a layer."""

@@ -16,6 +16,7 @@ from pretrain.planner.rank_bytes import MemoryModel
 from pretrain.planner.traffic import (
     context_traffic,
     layers_of_slowest_rank,
+    muon_traffic,
     pipeline_traffic,
     sharding_traffic,
     tensor_traffic,
@@ -59,7 +60,7 @@ class StepTime:
     sharding_slowdown: float
     """What computing loses to those that run beside it."""
     update: float
-    """Clipping and the optimizer."""
+    """Clipping and the optimizer, with what Muon's exchanges take beside its computing."""
     sharding_hidden: float
     """Gathers and reductions that run beside computing: no part of the total."""
 
@@ -240,12 +241,25 @@ def _update_seconds(model: MemoryModel, load: Workload, hardware: Hardware) -> f
     held = _most_parameters(model, load) / load.shards
     rate = hardware.memory_bytes_per_second * hardware.efficiency.memory
     seconds = UPDATE_BYTES * held / rate
-    if model.muon is not None:
-        layers = layers_of_slowest_rank(model, load)
-        operations = model.muon.flops(layers, load.layout.tensor_model_parallel_size, load.shards)
-        rate = hardware.product_flops(model.muon.element_bytes)
-        seconds += operations / (rate * hardware.efficiency.products)
-    return seconds
+    return seconds + _muon_seconds(model, load, hardware)
+
+
+def _muon_seconds(model: MemoryModel, load: Workload, hardware: Hardware) -> float:
+    """Estimate Newton-Schulz on the busiest owner, and what its exchanges take beside it."""
+    muon = model.muon
+    if muon is None:
+        return 0.0
+    layers = layers_of_slowest_rank(model, load)
+    operations = muon.flops(layers, load.layout.tensor_model_parallel_size, load.shards)
+    rate = hardware.product_flops(muon.element_bytes) * hardware.efficiency.products
+    computing = operations / rate
+    traffic = muon_traffic(model, load, hardware)
+    sent = sum(each.seconds for each in traffic)
+    # While a bucket is computed the next one arrives and the last one goes back: the first that
+    # arrives and the last that goes back have nothing beside them.
+    beside = sent * (1 - 1 / traffic[0].calls)
+    hidden = 0.0 if hardware.is_cpu else min(computing, beside)
+    return computing + sent - hidden + hardware.efficiency.overlap_slowdown * hidden
 
 
 def _most_parameters(model: MemoryModel, load: Workload) -> int:

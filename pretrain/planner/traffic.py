@@ -40,6 +40,7 @@ def step_traffic(model: MemoryModel, load: Workload, hardware: Hardware) -> list
         *context_traffic(model, load, hardware),
         pipeline_traffic(model, load, hardware),
         *sharding_traffic(model, load, hardware),
+        *muon_traffic(model, load, hardware),
     ]
     return [traffic for traffic in found if traffic.group.size > 1]
 
@@ -158,6 +159,39 @@ def sharding_traffic(model: MemoryModel, load: Workload, hardware: Hardware) -> 
             hardware.reduction_share,
         ),
         _ring("dp_cp", "parameters", "all-gather", group, gathers * layers, parameters, hardware),
+    ]
+
+
+def muon_traffic(model: MemoryModel, load: Workload, hardware: Hardware) -> list[Traffic]:
+    """List the exchanges of Muon's matrices, of the rank that owns most; none without Muon."""
+    muon = model.muon
+    if muon is None:
+        return []
+    tp = load.layout.tensor_model_parallel_size
+    group = RankGroup(tp * load.shards, 1)
+    exchange = muon.exchange(layers_of_slowest_rank(model, load), tp, load.shards)
+    # An owner gets its pieces of the others, and gives back as much.
+    seconds = sum(
+        group.exchange_seconds(muon.element_bytes * exchange.others * owned, hardware)
+        for owned in exchange.fullest
+    )
+    most = max(exchange.owned)
+    sent = {
+        "matrices to their owners": muon.element_bytes * (exchange.pieces - most),
+        "updates from the owners": muon.element_bytes * exchange.others * most,
+    }
+    return [
+        Traffic(
+            "dp_cp_tp",
+            what,
+            "all-to-all",
+            group,
+            len(exchange.fullest),
+            size,
+            group.exchanged_between_nodes(size, hardware),
+            seconds,
+        )
+        for what, size in sent.items()
     ]
 
 

@@ -1,12 +1,16 @@
 """What a plan says of groups and bytes, against what the processes of a layout really do."""
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 
 from model.activation_memory.settings import MemorySettings
 from parallel.layout import World
+from pretrain.muon.owners import make_buckets
+from pretrain.planner import muon_cost
 from pretrain.planner.hardware import TABLE
+from pretrain.planner.model_size import ModelSize
 from pretrain.planner.rank_bytes import MemoryModel
 from pretrain.planner.traffic import Traffic, step_traffic
 from pretrain.planner.workload import Workload
@@ -37,6 +41,16 @@ CASES = {
 }
 
 
+MUON = dict(optimizer="muon")
+MUON_CASES = {
+    "tp2 dp2": Case(tp=2, dp=2, optimizer=MUON),
+    "dp4 uneven": Case(dp=4, model=dict(ffn_hidden_size=46), optimizer=MUON),
+    "pp2 dp2": Case(pp=2, dp=2, model=dict(num_layers=4), optimizer=MUON),
+}
+SMALL_BUCKET = 2_000
+"""Elements of a bucket: a matrix or two."""
+
+
 def recorded(world: World, case: Case) -> tuple[dict[str, tuple[int, ...]], list]:
     """(the ranks of each axis, the collectives of one step) of this process."""
     layout, _, optimizer, stepper, loader = case.build(world)
@@ -50,14 +64,60 @@ def recorded(world: World, case: Case) -> tuple[dict[str, tuple[int, ...]], list
     return {name: group for name, group in ranks.items() if len(group) > 1}, recorder.calls
 
 
-def planned(case: Case) -> dict[tuple[str, str], Traffic]:
+def planned(
+    case: Case, muon: muon_cost.MuonCost | None = None
+) -> dict[tuple[str, str], Traffic]:
     """What the plan says, by axis and operation or purpose."""
     model = MemoryModel(
-        case.model_config(), VOCABULARY, master_bytes=FP64_BYTES, compute_bytes=FP64_BYTES
+        case.model_config(),
+        VOCABULARY,
+        master_bytes=FP64_BYTES,
+        compute_bytes=FP64_BYTES,
+        muon=muon,
     )
     count = case.samples // case.dp // case.micro_batch_size
     load = Workload(case.layout_config(), case.dp, case.seq_length, 1, count, case.memory)
     return {(each.axis, each.what): each for each in step_traffic(model, load, TABLE["H100"])}
+
+
+def recorded_exchanges(world: World, case: Case) -> list:
+    """The all-to-alls of one step over all ranks of this process's stage."""
+
+    def small(matrices, owners, ranks) -> list[list[list[int]]]:
+        return make_buckets(matrices, owners, ranks, SMALL_BUCKET)
+
+    with mock.patch("pretrain.muon.muon.make_buckets", small):
+        layout, _, optimizer, stepper, loader = case.build(world)
+    with Recorder() as recorder:
+        train_step(stepper, optimizer, loader.read(0), lr=1e-3, clip_grad=1.0)
+    return [
+        call
+        for call in recorder.calls
+        if call.operation.startswith("alltoall") and call.ranks == layout.dp_cp_tp.ranks
+    ]
+
+
+@pytest.mark.parametrize("name", MUON_CASES)
+def test_the_plan_counts_the_matrices_that_muon_exchanges(pool, name):
+    case = MUON_CASES[name]
+    results = pool.run(recorded_exchanges, case.world_size, case)
+    with mock.patch.object(muon_cost, "BUCKET_ELEMENTS", SMALL_BUCKET):
+        cost = muon_cost.MuonCost(ModelSize(case.model_config(), VOCABULARY), FP64_BYTES, 5)
+        plan = planned(case, cost)
+    there = plan["dp_cp_tp", "matrices to their owners"]
+    back = plan["dp_cp_tp", "updates from the owners"]
+    (first, *_) = results
+    assert len(first) == there.calls + back.calls and there.calls >= 3
+    layers = case.model_config().num_layers // case.pp
+    exchange = cost.exchange(layers, case.tp, case.dp)
+    stage = case.tp * case.dp
+    sent = [sum(call.sent_bytes for call in calls) for calls in results]
+    for rank, size in enumerate(sent):
+        assert size == FP64_BYTES * exchange.sent_by(rank % stage), f"rank {rank}"
+    assert max(sent) == there.sent_bytes + back.sent_bytes
+    # On the way there a rank sends each owner its piece, on the way back it gets one of each.
+    most = sorted(max(call.sent_parts + call.received_parts) for call in first)
+    assert most == sorted(2 * exchange.fullest)
 
 
 def elements(calls: list, operation: str, ranks: tuple[int, ...]) -> list[int]:

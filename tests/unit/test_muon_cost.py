@@ -1,4 +1,6 @@
-"""What the plan says of Muon's update: its operations, counted by hand."""
+"""What the plan says of Muon's update: operations and exchanges, counted by hand."""
+
+import dataclasses
 
 import pytest
 
@@ -6,10 +8,11 @@ from model.config import ModelConfig
 from model.presets import PRESETS
 from parallel.config import LayoutConfig
 from pretrain.config.load import load_config
-from pretrain.planner.hardware import TABLE
+from pretrain.planner.hardware import TABLE, Hardware
 from pretrain.planner.muon_cost import MuonCost
 from pretrain.planner.rank_bytes import MemoryModel
 from pretrain.planner.step_time import StepTime, estimate_step
+from pretrain.planner.traffic import Traffic, step_traffic
 from pretrain.planner.workload import Workload
 
 VOCABULARY = 128_256
@@ -63,3 +66,73 @@ def step_of_one_rank(muon: MuonCost | None) -> StepTime:
     """A step of one rank that has all layers: nothing is sent."""
     load = Workload(LayoutConfig(), 1, 8192, 1, 1)
     return estimate_step(MemoryModel(MODEL, VOCABULARY, muon=muon), load, TABLE["H100"])
+
+
+# ---------------------------------------------------------------- exchanges
+
+HIDDEN = 2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096
+"""Elements of a layer's matrices: q, o; k, v; gate, up, down."""
+EIGHT = Workload(LayoutConfig(), 8, 8192, 1, 1)
+"""Eight ranks share the parameters: each owns four of the 32 layers' matrices."""
+BUCKETS = 12 + 4 + 1
+"""Matrices of the MLP alone, q and o in pairs, k and v by eight: at most 32 Mi elements each."""
+
+
+def exchanges_of(hardware: Hardware) -> list[Traffic]:
+    model = MemoryModel(MODEL, VOCABULARY, muon=cost_of())
+    found = step_traffic(model, EIGHT, hardware)
+    return [each for each in found if each.axis == "dp_cp_tp"]
+
+
+def test_matrices_go_to_their_owners_and_back():
+    there, back = exchanges_of(TABLE["H100"])
+    assert (there.what, back.what) == ("matrices to their owners", "updates from the owners")
+    for each in (there, back):
+        assert each.operation == "all-to-all" and each.group.size == 8
+        assert each.calls == BUCKETS
+        # A rank's eighth of all matrices in bf16, but for those that it owns; as much comes back.
+        assert each.sent_bytes == 2 * 32 * HIDDEN / 8 * 7 / 8
+        assert each.between_nodes_bytes == 0
+        # 0.8 of NVLink's 450 GB/s, and 15 us for each of three doublings of the ranks.
+        alone = each.sent_bytes / 360e9
+        assert each.seconds == pytest.approx(alone + BUCKETS * 3 * 15e-6)
+
+
+def test_a_run_of_one_rank_and_one_without_muon_exchange_no_matrices():
+    one = dataclasses.replace(EIGHT, data_parallel_size=1)
+    for muon, load in ((None, EIGHT), (cost_of(), one)):
+        found = step_traffic(MemoryModel(MODEL, VOCABULARY, muon=muon), load, TABLE["H100"])
+        assert "dp_cp_tp" not in {each.axis for each in found}
+
+
+def test_the_rank_that_owns_most_is_waited_for():
+    """Of 256 ranks 96 own a matrix of the MLP, and nobody owns two of them."""
+    load = dataclasses.replace(EIGHT, data_parallel_size=256)
+    model = MemoryModel(MODEL, VOCABULARY, muon=cost_of())
+    there, back = (
+        each for each in step_traffic(model, load, TABLE["H100"]) if each.axis == "dp_cp_tp"
+    )
+    largest = 14336 * 4096
+    assert back.calls == 1 and back.sent_bytes == 2 * largest * 255 / 256
+    assert there.sent_bytes == 2 * (32 * HIDDEN - largest) / 256
+    # Of 255 others 248 are behind its network card of 50 GB/s, of which 0.8 is reached.
+    assert back.between_nodes_bytes == pytest.approx(back.sent_bytes * 248 / 255)
+    seconds = back.between_nodes_bytes / 40e9 + 8 * 15e-6
+    assert there.seconds == back.seconds == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("links", [0.8, 0.001])
+def test_all_but_the_first_and_the_last_bucket_travel_beside_the_products(links):
+    efficiency = dataclasses.replace(TABLE["H100"].efficiency, links=links)
+    hardware = dataclasses.replace(TABLE["H100"], efficiency=efficiency)
+    plain, muon = (
+        estimate_step(MemoryModel(MODEL, VOCABULARY, muon=cost), EIGHT, hardware).update
+        for cost in (None, cost_of())
+    )
+    layer = 2 * step_of(4096, 4096) + 2 * step_of(1024, 4096) + 3 * step_of(4096, 14336)
+    computing = 5 * 4 * layer / (0.55 * 989e12)
+    sent = sum(each.seconds for each in exchanges_of(hardware))
+    hidden = min(computing, sent * (BUCKETS - 1) / BUCKETS)
+    assert (hidden == computing) == (links < 0.1), "both kinds are tried"
+    # Computing loses a fifth of what runs beside it.
+    assert muon - plain == pytest.approx(computing + sent - hidden + 0.2 * hidden)

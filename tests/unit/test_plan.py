@@ -180,6 +180,19 @@ def test_the_groups_of_a_layout_are_megatrons():
     assert found["dp"].plan(4).nodes_of_first_group == (0, 1)
 
 
+def test_all_ranks_of_a_stage_exchange_what_muon_updates():
+    words = [*MOCK, "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
+    (plain,) = planned(words, world_size=8).phases
+    (phase,) = planned([*words, "--optimizer", "muon"], world_size=8).phases
+    assert "dp_cp_tp" not in {axis.name for axis in plain.layout.axes}
+    (axis,) = [axis for axis in phase.layout.axes if axis.name == "dp_cp_tp"]
+    assert (axis.size, axis.num_groups, axis.first_group) == (4, 2, (0, 1, 2, 3))
+    there, back = [each for each in phase.traffic if each.axis == "dp_cp_tp"]
+    assert phase.speed.parts_seconds.update > plain.speed.parts_seconds.update
+    # Of a single bucket nothing travels while another one is computed.
+    assert (there.collectives, there.is_overlapped, back.is_overlapped) == (1, False, False)
+
+
 def test_a_group_that_leaves_its_node_is_warned_of():
     words = [*MOCK, "--tensor-model-parallel-size", "2"]
     crossing = planned(words, world_size=4, gpus_per_node=1)

@@ -3,6 +3,7 @@
 A problem is one line: which rank, which axis, what was expected and what was found.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from data.units import show_bytes
@@ -31,7 +32,7 @@ def expected_axes(layout: LayoutConfig, world_size: int, rank: int) -> dict[str,
     a2a, _ = layout.context_levels
     group, place = divmod(cp, a2a)
     along_cp = [sizes.rank(tp, other, dp, pp) for other in range(sizes.cp)]
-    axes = {
+    return {
         "tp": tuple(sizes.rank(other, cp, dp, pp) for other in range(sizes.tp)),
         "cp": tuple(along_cp),
         "dp": tuple(sizes.rank(tp, cp, other, pp) for other in range(sizes.dp)),
@@ -43,8 +44,13 @@ def expected_axes(layout: LayoutConfig, world_size: int, rank: int) -> dict[str,
             for other_dp in range(sizes.dp)
             for other_cp in range(sizes.cp)
         ),
+        "dp_cp_tp": tuple(
+            sizes.rank(other_tp, other_cp, other_dp, pp)
+            for other_dp in range(sizes.dp)
+            for other_cp in range(sizes.cp)
+            for other_tp in range(sizes.tp)
+        ),
     }
-    return axes
 
 
 def check_groups(
@@ -117,6 +123,9 @@ def check_bytes(
         expected[traffic.axis] = expected.get(traffic.axis, 0) + traffic.sent_bytes
     if load.layout.pipeline_model_parallel_size > 1:
         expected["pp"] *= _share_of_neighbours(load.layout)
+    if "dp_cp_tp" in expected:
+        # The plan counts the rank that owns most, which may not be among these.
+        expected["dp_cp_tp"] = max(_sent_by_muon(trace, model, load) for trace in traces)
     problems = []
     shares = []
     for axis, size in expected.items():
@@ -144,6 +153,16 @@ def _share_of_neighbours(layout: LayoutConfig) -> float:
         for stages in (stages_of_rank(layout.schedule, rank, pp, per_rank) for rank in range(pp))
     ]
     return max(edges) / (2 * per_rank)
+
+
+def _sent_by_muon(trace: RankTrace, model: MemoryModel, load: Workload) -> float:
+    """Count the bytes of matrices and updates that one rank sends, by those that it owns."""
+    assert model.muon is not None, "the axis is Muon's alone"
+    parts = sum(model.parts_of_rank(load.layout, trace.pp_rank), Counter())
+    tp = load.layout.tensor_model_parallel_size
+    exchange = model.muon.exchange(parts["layers"], tp, load.shards)
+    place = trace.axes["dp_cp_tp"].index(trace.rank)
+    return model.muon.element_bytes * exchange.sent_by(place)
 
 
 def check_memory(

@@ -34,7 +34,18 @@ from tools.plan_verify.on_meta import (
 )
 from tools.plan_verify.recorder import Call, Recorder
 
-AXES = ("tp", "cp", "cp_a2a", "cp_gather", "dp_cp", "dp", "pp", "embedding", "world")
+AXES = (
+    "tp",
+    "cp",
+    "cp_a2a",
+    "cp_gather",
+    "dp_cp",
+    "dp",
+    "dp_cp_tp",
+    "pp",
+    "embedding",
+    "world",
+)
 """Axes of a layout; where two are the same group, the first one names what is sent."""
 
 

@@ -36,14 +36,20 @@ class AxisGroups:
         )
 
 
-def groups_of_layout(layout: LayoutConfig, world_size: int) -> list[AxisGroups]:
+def groups_of_layout(
+    layout: LayoutConfig, world_size: int, *, has_muon: bool = False
+) -> list[AxisGroups]:
     """List the groups of every axis of more than one rank, the fastest axis first.
 
     The order of the ranks is that of parallel/layout.py.
+
+    Args:
+        has_muon: all ranks of a stage exchange the matrices that Muon updates.
     """
     tp, pp, cp = layout.sizes
     dp = world_size // (tp * pp * cp)
     a2a, gather = layout.context_levels
+    muon = "matrices that Muon updates: brings them to their owners and back"
     tokens = "tokens of a sample: trades them for heads around attention"
     rows = [
         ("tp", tp, 1, "heads, MLP width and vocabulary: sums activations in every layer"),
@@ -52,6 +58,7 @@ def groups_of_layout(layout: LayoutConfig, world_size: int) -> list[AxisGroups]:
         ("cp_gather", gather, tp * a2a, "tokens of a sample: gathers keys and values"),
         ("dp_cp", dp * cp, tp, "parameters, gradients and optimizer: gathers and reduces them"),
         ("dp", dp, tp * cp, "samples of the global batch: nothing by itself (dp_cp reduces)"),
+        *([("dp_cp_tp", dp * cp * tp, 1, muon)] if has_muon else []),
         ("pp", pp, tp * cp * dp, "layers: hands activations and gradients to its neighbours"),
     ]
     return [

@@ -33,6 +33,7 @@ AXIS_COLORS = {
     "cp_gather": "series-4",
     "dp": "series-5",
     "dp_cp": "series-1",
+    "dp_cp_tp": "series-6",
     "pp": "series-3",
 }
 """Axis -> the variable of its colour (tools/reporting/axes.py)."""

@@ -113,7 +113,10 @@ class PhaseEstimate:
             recompute_granularity=self.phase.memory.recompute_granularity,
             is_chosen=bool(self.phase.auto),
             axes=tuple(
-                groups.plan(per_node) for groups in groups_of_layout(layout, self.world_size)
+                groups.plan(per_node)
+                for groups in groups_of_layout(
+                    layout, self.world_size, has_muon=self.model.muon is not None
+                )
             ),
         )
 
@@ -200,7 +203,7 @@ class PhaseEstimate:
             between_nodes_bytes=traffic.between_nodes_bytes,
             is_inside_node=is_inside_node,
             seconds=traffic.seconds,
-            is_overlapped=traffic.axis == "dp_cp",
+            is_overlapped=_is_overlapped(traffic),
         )
 
     def sources(self, forecast: Sequence[Forecast]) -> tuple[SourcePlan, ...]:
@@ -217,6 +220,11 @@ class PhaseEstimate:
             for row in forecast
             if row.phase == self.phase.name
         )
+
+
+def _is_overlapped(traffic: Traffic) -> bool:
+    """Tell whether a rank computes while it sends: layers, or Muon's bucket before this one."""
+    return traffic.axis == "dp_cp" or (traffic.axis == "dp_cp_tp" and traffic.calls > 1)
 
 
 # ---------------------------------------------------------------- documents

@@ -23,7 +23,7 @@ class AxisPlan:
     """Describes one process axis: who talks to whom about what."""
 
     name: str
-    """tp, cp, cp_a2a, cp_gather, dp, dp_cp or pp, as in parallel/layout.py."""
+    """tp, cp, cp_a2a, cp_gather, dp, dp_cp, dp_cp_tp or pp, as in parallel/layout.py."""
     size: int
     """Ranks of a group."""
     stride: int
