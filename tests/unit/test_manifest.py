@@ -33,14 +33,17 @@ def flips(content: bytes):
 
 
 def test_no_bit_of_a_manifest_changes_unnoticed(tmp_path):
+    # The folder has a parent of its own: each refusal looks for other checkpoints there.
+    folder = iteration_folder(tmp_path, 1)
+    folder.mkdir()
     content = to_text(CHECKSUMS).encode()
-    (tmp_path / MANIFEST).write_bytes(content)
-    assert read_manifest(tmp_path).files == CHECKSUMS
+    (folder / MANIFEST).write_bytes(content)
+    assert read_manifest(folder).files == CHECKSUMS
     caught = 0
     for changed in flips(content):
-        (tmp_path / MANIFEST).write_bytes(changed)
+        (folder / MANIFEST).write_bytes(changed)
         with pytest.raises(DamagedCheckpoint, match="manifest.json cannot be used"):
-            read_manifest(tmp_path)
+            read_manifest(folder)
         caught += 1
     assert caught == 8 * len(content) > 1000
 
