@@ -15,6 +15,7 @@ from tests.unit.test_preprocess import ROOT
 from tools.merge_datasets import Arguments as MergeArguments
 from tools.merge_datasets import merge
 from tools.split_dataset import Arguments as SplitArguments
+from tools.split_dataset import main as split_main
 from tools.split_dataset import split
 
 TOKENIZER = {"type": "NullTokenizer", "vocab_size": 300, "fingerprint": "f"}
@@ -120,34 +121,15 @@ def test_merging_holds_a_few_bytes_per_document(tmp_path, monkeypatch):
     assert peak < 40 * documents + 4 * (64 << 10)
 
 
-def test_command_lines(tmp_path):
+def test_command_lines(tmp_path, capsys):
     a = write(tmp_path / "a", [[1, 2], [3]])
     b = write(tmp_path / "b", [[4]])
-
-    def run(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
-        )
-
-    done = run("tools.merge_datasets", "--input", a, b, "--output-prefix", tmp_path / "c")
+    c = str(tmp_path / "c")
+    d = str(tmp_path / "d")
+    command = [sys.executable, "-m", "tools.merge_datasets", "--input", a, b, "--output-prefix", c]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "3 documents, 4 tokens of 2 inputs" in done.stdout, done.stderr
-    done = run(
-        "tools.split_dataset",
-        "--input",
-        tmp_path / "c",
-        "--output-prefix",
-        tmp_path / "d",
-        "--parts",
-        2,
-    )
-    assert done.returncode == 0 and "wrote 2 parts" in done.stdout, done.stderr
-    failed = run(
-        "tools.split_dataset",
-        "--input",
-        tmp_path / "c",
-        "--output-prefix",
-        tmp_path / "d",
-        "--parts",
-        9,
-    )
-    assert failed.returncode == 2 and "error: parts = 9" in failed.stderr
+    assert split_main(["--input", c, "--output-prefix", d, "--parts", "2"]) == 0
+    assert "wrote 2 parts" in capsys.readouterr().out
+    assert split_main(["--input", c, "--output-prefix", d, "--parts", "9"]) == 2
+    assert "error: parts = 9" in capsys.readouterr().err

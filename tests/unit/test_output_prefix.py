@@ -3,8 +3,6 @@
 import hashlib
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +10,7 @@ import pytest
 from data.indexed import IndexedReader, OpenFiles
 from data.writers.indexed_writer import IndexedWriter
 from data.writers.output_prefix import check_output
-from tests.unit.test_preprocess import ROOT, lines, null
+from tests.unit.test_preprocess import lines, null
 from tools import preprocess_data
 from tools.merge_datasets import Arguments as MergeArguments
 from tools.merge_datasets import merge
@@ -229,22 +227,13 @@ def test_open_readers_keep_the_files_that_were_replaced(tmp_path):
         reader.read(0, 0, 3)
 
 
-def test_the_command_answers_in_one_line(tmp_path):
+def test_the_command_answers_in_one_line(tmp_path, capsys):
     path = tmp_path / "x.jsonl"
     path.write_text(lines("1 2"))
-    command = [
-        sys.executable,
-        "-m",
-        "tools.preprocess_data",
-        "--tokenizer-type",
-        "NullTokenizer",
-        "--vocab-size",
-    ]
-    command += ["10", "--input", str(path), "--output-prefix", str(tmp_path / "c")]
-    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 2, again.stderr
-    assert (
-        len(again.stderr.splitlines()) == 1
-        and "c.bin exists (1 documents, 2 tokens)" in again.stderr
-    )
+    words = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "10"]
+    words += ["--input", str(path), "--output-prefix", str(tmp_path / "c")]
+    assert preprocess_data.main(words) == 0
+    capsys.readouterr()
+    assert preprocess_data.main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "c.bin exists (1 documents, 2 tokens)" in line

@@ -10,7 +10,7 @@ import pytest
 
 from data.idx_format import read_side_file
 from data.indexed import IndexedReader
-from tools.preprocess_data import Arguments, preprocess
+from tools.preprocess_data import Arguments, main, preprocess
 from tools.preprocessing import tasks
 from tools.preprocessing.find_files import find_files
 from tools.preprocessing.input_kinds import EXTENSIONS
@@ -229,40 +229,23 @@ def test_text_comes_back_byte_for_byte(tmp_path):
     assert read_side_file(prefix)["tokenizer"] == tokenizer.describe()
 
 
-def test_command_line(tmp_path):
-    write(tmp_path / "x.jsonl", GOOD * 10), write(tmp_path / "bad.jsonl", GOOD + "{\n")
-
-    def run(*arguments):
-        return subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "tools.preprocess_data",
-                "--tokenizer_type",
-                "NullTokenizer",
-                "--vocab-size",
-                "10",
-                *map(str, arguments),
-            ],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-
-    done = run(
-        "--input",
-        tmp_path / "x.jsonl",
-        "--output_prefix",
-        tmp_path / "c",
-        "--append-eod",
-        "--workers",
-        2,
+def test_command_line(tmp_path, capfd):
+    x = write(tmp_path / "x.jsonl", GOOD * 10)
+    bad = write(tmp_path / "bad.jsonl", GOOD + "{\n")
+    flags = ["--tokenizer_type", "NullTokenizer", "--vocab-size", "10", "--workers", "2"]
+    words = [*flags, "--input", str(x), "--output_prefix", str(tmp_path / "c"), "--append-eod"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.preprocess_data", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert "10 documents, 30 tokens" in done.stdout and "c.idx" in done.stdout and done.stderr == ""
-    failed = run(
-        "--input", tmp_path / "bad.jsonl", "--output-prefix", tmp_path / "d", "--workers", 2
-    )
-    assert failed.returncode == 2 and "bad.jsonl:2: not JSON" in failed.stderr
-    assert len(failed.stderr.strip().splitlines()) == 1 and not list(tmp_path.glob("d.*"))
-    assert run("--output-prefix", tmp_path / "d").returncode == 2
+    # The same function as the process calls.
+    prefix = ["--output-prefix", str(tmp_path / "d")]
+    assert main([*flags, "--input", str(bad), *prefix]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "bad.jsonl:2: not JSON" in line
+    assert not list(tmp_path.glob("d.*"))
+    assert main([*flags, *prefix]) == 2

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data.tokenizers.tokenizer import SAMPLE_TEXT, SentencePiece, build_tokenizer
-from tools.train_tokenizer import Arguments, sample_texts, train_tokenizer
+from tools.train_tokenizer import Arguments, main, sample_texts, train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(
@@ -207,33 +207,29 @@ def test_inputs_without_text_are_refused(tmp_path):
         train_on(tmp_path, "x.ids", "1 2 3\n")
 
 
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "tools.train_tokenizer", *map(str, arguments)],
+def test_command_line(tmp_path, capfd):
+    """The command trains a model, and what it refuses is one line of stderr and exit 2."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.train_tokenizer", "--input", str(ROOT / "data")]
+        + ["--vocab-size", "512", "--output_prefix", str(tmp_path / "new" / "t")],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
-
-
-def test_command_line(tmp_path):
-    done = run(
-        "--input", ROOT / "data", "--vocab-size", 512, "--output_prefix", tmp_path / "new" / "t"
-    )
     assert done.returncode == 0 and "wrote" in done.stdout and done.stderr == ""
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["t.model"]
     (tmp_path / "tiny.txt").write_text("abc\n")
+    tiny = ["--input", str(tmp_path / "tiny.txt")]
     for options, message in (
-        (("--input", tmp_path / "none"), "no such file or folder. Fix"),
-        (("--input", tmp_path / "tiny.txt"), "SentencePiece refuses it for this text"),
-        (("--input", tmp_path / "tiny.txt", "--max-bytes", 0), "max_bytes = 0: must be at least"),
-        (("--input", tmp_path / "tiny.txt", "--json-keys", "a", "b"), "must be one key"),
+        (["--input", str(tmp_path / "none")], "no such file or folder. Fix"),
+        (tiny, "SentencePiece refuses it for this text"),
+        ([*tiny, "--max-bytes", "0"], "max_bytes = 0: must be at least"),
+        ([*tiny, "--json-keys", "a", "b"], "must be one key"),
     ):
-        failed = run(*options, "--output-prefix", tmp_path / "x")
-        assert (
-            failed.returncode == 2 and message in failed.stderr and "Traceback" not in failed.stderr
-        )
-        assert len(failed.stderr.strip().splitlines()) == 1
+        assert main([*options, "--output-prefix", str(tmp_path / "x")]) == 2
+        said = capfd.readouterr().err
+        assert message in said and "Traceback" not in said
+        assert len(said.strip().splitlines()) == 1
     assert not list(tmp_path.glob("x*"))
 
 
