@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -200,24 +201,32 @@ def test_each_compiled_function_is_one_graph_with_the_same_result(name, backend)
             torch.testing.assert_close(one, other, rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("variable", ["TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"])
-def test_torchs_switches_are_noticed(variable):
+SWITCHES = [("1", "TORCH_COMPILE_DISABLE or TORCHDYNAMO_DISABLE is set"), ("0", "None")]
+"""A value of a switch, and the obstacle that it is."""
+
+
+@pytest.mark.parametrize("value, expected", SWITCHES)
+def test_the_switch_that_torch_reads_as_it_is_imported_is_noticed(value, expected):
     program = (
         "from types import SimpleNamespace as N; from model import compiled; "
         "compiled.importlib = N(util=N(find_spec=lambda name: name)); print(compiled.obstacle())"
     )
-    for value, expected in (
-        ("1", "TORCH_COMPILE_DISABLE or TORCHDYNAMO_DISABLE is set"),
-        ("0", "None"),
-    ):
-        found = subprocess.run(
-            [sys.executable, "-c", program],
-            env={**os.environ, variable: value},
-            text=True,
-            capture_output=True,
-            check=True,
-        )
-        assert found.stdout.strip() == expected
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "TORCH_COMPILE_DISABLE": value},
+        text=True,
+        capture_output=True,
+        check=True,
+    )
+    assert found.stdout.strip() == expected
+
+
+@pytest.mark.parametrize("value, expected", SWITCHES)
+def test_the_switch_that_torch_reads_at_each_call_is_noticed(monkeypatch, value, expected):
+    found = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: name))
+    monkeypatch.setattr(compiled, "importlib", found)
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", value)
+    assert str(compiled.obstacle.__wrapped__()) == expected
 
 
 def test_other_lengths_heads_and_gradients_are_compiled_for_a_few_times_only(monkeypatch):
