@@ -149,8 +149,8 @@ def test_an_item_that_cannot_be_killed_does_not_hold_the_others_up(monkeypatch):
 
 @pytest.fixture(scope="module")
 def two_items(tmp_path_factory):
-    """(the lines that two items leave, the table after each); the lease knows its card's name only
-    before the second."""
+    """(the folder in which two items leave their lines, the table after each); the lease knows its
+    card's name only before the second."""
     folder = tmp_path_factory.mktemp("two")
     made = make_lease(folder)
     tables = []
@@ -159,19 +159,25 @@ def two_items(tmp_path_factory):
         made.run_item(replace(ITEMS["product"], function=f"{HERE}:good", options=options))
         tables.append((folder / lease.TABLE).read_text())
         made.card = "a card"
-    return read_lines(folder / lease.LINES), tables
+    return folder, tables
 
 
 def test_only_the_probe_asks_for_the_card_s_name(two_items):
     """Asking makes a context on the card, which some items leave to processes of their own."""
-    lines, _ = two_items
-    assert [found.card for found in lines] == ["CPU", "a card"]
+    folder, _ = two_items
+    assert [found.card for found in read_lines(folder / lease.LINES)] == ["CPU", "a card"]
 
 
 def test_the_table_is_there_after_each_item(two_items):
     _, (first, second) = two_items
     assert "| 8192^3 bf16 product |  | answer 1 s |" in first
     assert "| 8192^3 bf16 product |  | answer 2 s |" in second
+
+
+def test_the_table_is_printed_from_the_lines(two_items, capsys):
+    folder, (_, table) = two_items
+    assert lease.run(lease.Arguments(table=str(folder / lease.LINES))) == 0
+    assert capsys.readouterr().out == table
 
 
 def test_an_item_that_needs_more_than_is_left_is_skipped_and_a_shorter_one_runs(tmp_path):
@@ -220,6 +226,7 @@ def test_a_machine_without_growing_segments_is_probed_again(tmp_path, monkeypatc
     assert made.card == "a card"
 
 
+@pytest.mark.long  # two starts of Python more; the tests above have each part
 def test_a_whole_lease_writes_lines_log_and_table(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
