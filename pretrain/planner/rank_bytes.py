@@ -17,7 +17,7 @@ from parallel.schedule import chunks_in_flight, layers_of_stage, stages_of_rank
 from pretrain.config.config import Config
 from pretrain.planner.activation_bytes import LayerMemory
 from pretrain.planner.hardware import Hardware
-from pretrain.planner.kept_bytes import pinned_bytes
+from pretrain.planner.kept_bytes import count_messages, pinned_bytes
 from pretrain.planner.model_size import ModelSize
 from pretrain.planner.muon_cost import MuonCost
 from pretrain.planner.step_moments import GradientSizes, Moment, StepMoments
@@ -295,7 +295,7 @@ class MemoryModel:
             activations=most.activations,
             loss=most.loss,
             buffers=most.buffers,
-            messages=layers.input * _messages(load, pp_rank, in_flight),
+            messages=layers.input * count_messages(load, pp_rank, in_flight),
             copy=0 if self.on_gpu else self.copy_bytes(load, pp_rank),
             host=in_flight * max(offloaded) * layers.on_host,
         )
@@ -364,25 +364,6 @@ class MemoryModel:
             # The master weights and their gradients; Adam's moments are not pinned.
             host=memory.host + 2 * shards + memory.optimizer,
         )
-
-
-def _messages(load: Workload, pp_rank: int, in_flight: int) -> int:
-    """Count the activations that a rank of a pipeline holds beside those of its layers.
-
-    torch.distributed.pipelining makes the buffers of all microbatches at the start of a phase, for
-    what the stage before sends and for the gradient of what the stage after got. A stage's output
-    stays until its gradient has come; the input of its first layer is the buffer itself.
-    """
-    layout = load.layout
-    pp = layout.pipeline_model_parallel_size
-    if pp == 1:
-        return 0
-    stages = stages_of_rank(layout.schedule, pp_rank, pp, layout.stages_per_rank)
-    last = pp * layout.stages_per_rank - 1
-    before = sum(number > 0 for number in stages)
-    after = sum(number < last for number in stages)
-    buffers = load.num_microbatches * (before + after)
-    return buffers + in_flight * (after - before) // len(stages)
 
 
 def held(parts: Parts) -> list[tuple[str, int]]:
