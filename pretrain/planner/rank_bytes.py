@@ -19,7 +19,7 @@ from pretrain.planner.activation_bytes import LayerMemory
 from pretrain.planner.hardware import Hardware
 from pretrain.planner.kept_bytes import count_messages, pinned_bytes
 from pretrain.planner.model_size import ModelSize
-from pretrain.planner.muon_cost import MuonCost
+from pretrain.planner.muon_cost import STEP_BYTES, MuonCost
 from pretrain.planner.step_moments import GradientSizes, Moment, StepMoments
 from pretrain.planner.workload import Workload
 
@@ -228,13 +228,26 @@ class MemoryModel:
 
     def copy_bytes(self, load: Workload, pp_rank: int) -> int:
         """Return the bytes of a pipeline rank's copy of what saves write."""
-        tp = load.layout.tensor_model_parallel_size
+        if not self.copied_values:
+            return 0
+        return self.saved_bytes(load, pp_rank, with_optimizer=self.copied_values > 1)
+
+    def saved_bytes(self, load: Workload, pp_rank: int, *, with_optimizer: bool) -> int:
+        """Return the bytes of a pipeline rank's state that a checkpoint holds."""
         parts = sum(self.parts_of_rank(load.layout, pp_rank), Counter())
+        tp = load.layout.tensor_model_parallel_size
+        weights = self.master_bytes * self._elements_of(parts, tp, load.shards)
+        return weights + (self._optimizer_bytes(load, parts) if with_optimizer else 0)
+
+    def _optimizer_bytes(self, load: Workload, parts: Parts) -> int:
+        """Count what the optimizer keeps of the parts of a rank: moments and step counts."""
+        tp = load.layout.tensor_model_parallel_size
         shard = self._elements_of(parts, tp, load.shards)
-        copy = self.copied_values * self.master_bytes * shard
-        if self.muon is not None and self.copied_values > 1:
-            copy -= self.muon.of_rank(parts["layers"], tp, load.shards, self.master_bytes).saved
-        return copy
+        tensors = sum(count * len(self._pieces(tp)[part]) for part, count in held(parts))
+        size = 2 * self.master_bytes * shard + STEP_BYTES * tensors
+        if self.muon is not None:
+            size -= self.muon.of_rank(parts["layers"], tp, load.shards, self.master_bytes).saved
+        return size
 
     def estimate_rank(self, load: Workload, pp_rank: int) -> RankMemory:
         """Estimate one pipeline rank: of its tp, cp and dp ranks the one with the most.
@@ -248,7 +261,6 @@ class MemoryModel:
         # Parameters: the shard that the optimizer updates, and what forward gathers of all shards.
         shard = self._elements_of(parts, tp, load.shards)
         whole = self.count_parameters(layout, pp_rank)
-        tensors = sum(count * len(self._pieces(tp)[part]) for part, count in held(parts))
         # Activations: of each pair of stage and microbatch in flight, as many as the largest has.
         layers = self.layer_memory(load)
         in_flight = chunks_in_flight(
@@ -280,16 +292,14 @@ class MemoryModel:
             load.num_microbatches * layout.stages_per_rank,
             has_pipeline=layout.pipeline_model_parallel_size > 1,
         )
-        optimizer = 2 * self.master_bytes * shard + 4 * tensors
         if self.muon is not None:
             muon = self.muon.of_rank(parts["layers"], tp, load.shards, self.master_bytes)
-            optimizer -= muon.saved
             # The gradients' shards and Muon's buffers, when all else is gone.
             update = Moment(0, 0, 0, self.master_bytes * shard, muon.buffers)
             most = max(most, update, key=lambda moment: moment.total)
         memory = RankMemory(
             parameters=self.master_bytes * shard,
-            optimizer=optimizer,
+            optimizer=self._optimizer_bytes(load, parts),
             gradients=most.gradients,
             gathered=most.gathered,
             activations=most.activations,

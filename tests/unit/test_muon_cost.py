@@ -3,17 +3,23 @@
 import dataclasses
 
 import pytest
+import torch
 
 from model.config import ModelConfig
 from model.presets import PRESETS
 from parallel.config import LayoutConfig
+from pretrain.checkpointing.state_copy import own_part
+from pretrain.config.config import OptimizerConfig
 from pretrain.config.load import load_config
+from pretrain.optimizer import build_optimizer
 from pretrain.planner.hardware import TABLE, Hardware
+from pretrain.planner.model_size import ModelSize
 from pretrain.planner.muon_cost import MuonCost
 from pretrain.planner.rank_bytes import MemoryModel
 from pretrain.planner.step_time import StepTime, estimate_step
 from pretrain.planner.traffic import Traffic, step_traffic
 from pretrain.planner.workload import Workload
+from tools.bench.contenders import BenchModel, Ours, one_process
 
 VOCABULARY = 128_256
 MODEL = ModelConfig(**PRESETS["llama3-8b"])
@@ -66,6 +72,35 @@ def step_of_one_rank(muon: MuonCost | None) -> StepTime:
     """A step of one rank that has all layers: nothing is sent."""
     load = Workload(LayoutConfig(), 1, 8192, 1, 1)
     return estimate_step(MemoryModel(MODEL, VOCABULARY, muon=muon), load, TABLE["H100"])
+
+
+# ---------------------------------------------------------------- what is kept
+
+
+@pytest.mark.parametrize("name", ["adam", "muon"])
+def test_the_copy_that_saves_write_has_the_bytes_of_a_trainers_state(name):
+    """Weights, moments and step counts, of a real model and its optimizer in fp64."""
+    config = BenchModel(
+        num_layers=2,
+        hidden_size=64,
+        ffn_hidden_size=96,
+        num_attention_heads=4,
+        num_query_groups=2,
+    )
+    with one_process() as layout:
+        ours = Ours(config, 64, "float64", layout, seed=1, master_dtype=torch.float64)
+        settings = OptimizerConfig(optimizer=name, fp64=True)
+        optimizer = build_optimizer(ours.stages, config, settings)
+        weights = sum(own_part(each).nbytes for each in ours.stages[0].parameters())
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        kept = sum(own_part(value).nbytes for value in states)
+    muon = MuonCost(ModelSize(config, 64), 8, 5) if name == "muon" else None
+    load = Workload(LayoutConfig(), 1, 64, 1, 1)
+    for copied_values, expected in ((0, 0), (1, weights), (3, weights + kept)):
+        model = MemoryModel(
+            config, 64, master_bytes=8, compute_bytes=8, copied_values=copied_values, muon=muon
+        )
+        assert model.copy_bytes(load, 0) == expected, copied_values
 
 
 # ---------------------------------------------------------------- exchanges
