@@ -10,10 +10,11 @@ from pretrain.checkpointing.folders import complete_steps
 from pretrain.checkpointing.space import free_bytes
 from pretrain.config.config import Config
 from pretrain.planner.model_size import ModelSize
+from pretrain.planner.muon_cost import hidden_elements
 from pretrain.schedule.phases import Phase
 
 MOMENTS = 2
-"""Tensors that the optimizer keeps of a parameter."""
+"""Tensors that AdamW keeps of a parameter; Muon keeps one of a matrix."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,14 @@ def _describe_exports(config: Config, phases: Sequence[Phase], vocab_size: int) 
 
 def checkpoint_bytes(config: Config, vocab_size: int) -> int:
     """Estimate the size of a checkpoint: weights and moments, in the master weights' precision."""
-    tensors = 1 if config.checkpoint.no_save_optim else 1 + MOMENTS
+    size = ModelSize(config.model, vocab_size)
+    values = size.num_parameters
+    if not config.checkpoint.no_save_optim:
+        values += MOMENTS * size.num_parameters
+        if config.optimizer.optimizer == "muon":
+            values -= hidden_elements(size)
     master_bytes = 8 if config.optimizer.fp64 else 4
-    return tensors * master_bytes * ModelSize(config.model, vocab_size).num_parameters
+    return master_bytes * values
 
 
 def most_kept(config: Config, phases: Sequence[Phase]) -> int:

@@ -26,6 +26,16 @@ STEP_BYTES = 4
 """Size of AdamW's count of a parameter's steps."""
 
 
+def hidden_elements(size: ModelSize) -> int:
+    """Count the elements of all matrices that Muon updates, of which it keeps one moment."""
+    layer = sum(
+        prod(shape)
+        for name, shape in size.shapes.items()
+        if row_of(name, size.config).role == "hidden"
+    )
+    return size.config.num_layers * layer
+
+
 class MuonMemory(NamedTuple):
     """Bytes of a rank."""
 

@@ -8,6 +8,7 @@ import torch
 from model.config import ModelConfig
 from model.presets import PRESETS
 from parallel.config import LayoutConfig
+from pretrain.checkpointing.save_folder import checkpoint_bytes
 from pretrain.checkpointing.state_copy import own_part
 from pretrain.config.config import OptimizerConfig
 from pretrain.config.load import load_config
@@ -23,6 +24,10 @@ from tools.bench.contenders import BenchModel, Ours, one_process
 
 VOCABULARY = 128_256
 MODEL = ModelConfig(**PRESETS["llama3-8b"])
+HIDDEN = 2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096
+"""Elements of a layer's matrices: q, o; k, v; gate, up, down."""
+EIGHT = Workload(LayoutConfig(), 8, 8192, 1, 1)
+"""Eight ranks share the parameters: each owns four of the 32 layers' matrices."""
 WORDS = "--model llama3-8b --optimizer muon --bf16 --lr 1e-3 --mock-data".split()
 
 
@@ -103,12 +108,24 @@ def test_the_copy_that_saves_write_has_the_bytes_of_a_trainers_state(name):
         assert model.copy_bytes(load, 0) == expected, copied_values
 
 
+def test_a_checkpoint_has_one_moment_of_a_matrix_and_two_of_all_else():
+    """Of 8.03e9 parameters, all but 32 layers' matrices are AdamW's."""
+    sizes = {}
+    for words in ([], ["--no-save-optim"], ["--optimizer", "adam"]):
+        config = load_config([*WORDS, *words])
+        sizes[" ".join(words)] = checkpoint_bytes(config, VOCABULARY)
+    parameters = 32 * (HIDDEN + 2 * 4096) + 2 * VOCABULARY * 4096 + 4096
+    assert sizes["--no-save-optim"] == 4 * parameters
+    assert sizes["--optimizer adam"] == 12 * parameters
+    assert sizes[""] == 12 * parameters - 4 * 32 * HIDDEN
+    # Each of eight ranks writes its part, and the step counts of all that is AdamW's.
+    model = MemoryModel(MODEL, VOCABULARY, muon=cost_of())
+    saved = model.saved_bytes(EIGHT, 0, with_optimizer=True)
+    assert saved == sizes[""] / 8 + 4 * (32 * 2 + 3)
+
+
 # ---------------------------------------------------------------- exchanges
 
-HIDDEN = 2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096
-"""Elements of a layer's matrices: q, o; k, v; gate, up, down."""
-EIGHT = Workload(LayoutConfig(), 8, 8192, 1, 1)
-"""Eight ranks share the parameters: each owns four of the 32 layers' matrices."""
 BUCKETS = 12 + 4 + 1
 """Matrices of the MLP alone, q and o in pairs, k and v by eight: at most 32 Mi elements each."""
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from pretrain.checkpointing.save_folder import MOMENTS, checkpoint_bytes, most_kept
+from pretrain.checkpointing.save_folder import checkpoint_bytes, most_kept
 from pretrain.checkpointing.save_schedule import SECONDS_PER_MINUTE
 from pretrain.plan import Plan
 from tools.planning.phases import PhaseEstimate
@@ -101,9 +101,11 @@ class Totals:
         """Return what the rank that writes most writes of a checkpoint."""
         load = estimate.load
         pp = load.layout.pipeline_model_parallel_size
-        held = max(estimate.model.count_parameters(load.layout, rank) for rank in {0, pp - 1})
-        tensors = 1 if self.plan.config.checkpoint.no_save_optim else 1 + MOMENTS
-        return tensors * estimate.model.master_bytes * -(-held // load.shards)
+        with_optimizer = not self.plan.config.checkpoint.no_save_optim
+        return max(
+            estimate.model.saved_bytes(load, rank, with_optimizer=with_optimizer)
+            for rank in {0, pp - 1}
+        )
 
     # ------------------------------------------------------------ failures
 
