@@ -72,45 +72,24 @@ def measure(
     Raises:
         Refused: ranks found them dealt in different ways; on all ranks.
     """
-    lengths = [batch.cu_seqlens.diff().double() for batch in microbatches]
-    own_pairs = float(sum(mean_pairs_seen(n.numpy(), windows).sum() for n in lengths))
-    own_digest = sum(batch.digest for batch in microbatches) % 2**DIGEST_BITS
-
-    # Each slice counts once: all tp and pp ranks have the same ones. All cp ranks have the lengths
-    # of the whole microbatch.
-    has_own_slice = layout.tp.is_first and layout.pp.is_first
-    has_own_lengths = has_own_slice and layout.cp.is_first
-    # A rank's own time is a sum, too: the others add nothing at its place.
-    busy = [0.0] * layout.world.size
-    busy[layout.world.rank] = busy_seconds
     num_sources = 0 if source_losses is None else len(source_losses)
-    targets = _targets_by_source(microbatches, num_sources)
-    to_sum = [
-        own_pairs if has_own_lengths else 0,
-        own_digest if has_own_slice else 0,
-        wants_stop,
-        wants_save,
-        has_failed_save,
-        *busy,
-        *(targets if has_own_slice else [0] * num_sources),
-    ]
+    own_pairs, own_digest, own_targets = _own_data(microbatches, layout, windows, num_sources)
+    # A rank's own time is a sum, too: the others add nothing at its place.
+    own_busy = [0.0] * layout.world.size
+    own_busy[layout.world.rank] = busy_seconds
+    flags = [wants_stop, wants_save, has_failed_save]
+    to_sum = [own_pairs, own_digest, *flags, *own_busy, *own_targets]
     to_compare = [peak_memory(layout), data_seconds, _reserved_memory(layout) or 0, host_memory()]
     # Both ends of what the ranks found, as the highest of it and of its negative.
     to_compare += [deal_hash, -deal_hash]
-    sums = torch.tensor(to_sum, dtype=torch.float64, device=layout.device)
-    if source_losses is not None:
-        # Those of the last stage are the same on its tp ranks. The host does not look at them here.
-        counted = source_losses if layout.tp.is_first else torch.zeros_like(source_losses)
-        sums = torch.cat([sums, counted])
-    highest = torch.tensor(to_compare, dtype=torch.float64, device=layout.device)
-    pairs, digest, stops, saves, failed_saves, *rest = all_reduce(sums, layout.world).tolist()
-    memory, slowest, reserved, host, *deals = all_reduce(
-        highest, layout.world, dist.ReduceOp.MAX
-    ).tolist()
-    if deals[0] != -deals[1]:
-        raise other_deals("this step")
+
+    sums = _sum_over_ranks(to_sum, source_losses, layout)
+    pairs, digest, stops, saves, failed_saves, *rest = sums
     busy = rest[: layout.world.size]
     by_source = rest[layout.world.size :]
+    memory, slowest, reserved, host, *deals = _highest_over_ranks(to_compare, layout)
+    if deals[0] != -deals[1]:
+        raise other_deals("this step")
 
     # A sum of digests does not depend on the order in which the slices were read.
     text = f"{int(digest) % 2**DIGEST_BITS:010x}"
@@ -130,6 +109,26 @@ def measure(
     )
 
 
+def _own_data(
+    microbatches: Sequence[Batch], layout: Layout, windows: Sequence[Window], num_sources: int
+) -> tuple[float, int, list[int]]:
+    """Return what this rank adds to the step's pairs, its digest and the targets of each source.
+
+    Each slice counts once: all tp and pp ranks have the same ones. All cp ranks have the lengths of
+    the whole microbatch.
+    """
+    has_own_slice = layout.tp.is_first and layout.pp.is_first
+    if not has_own_slice:
+        return 0.0, 0, [0] * num_sources
+    digest = sum(batch.digest for batch in microbatches) % 2**DIGEST_BITS
+    targets = _targets_by_source(microbatches, num_sources)
+    if not layout.cp.is_first:
+        return 0.0, digest, targets
+    lengths = [batch.cu_seqlens.diff().double() for batch in microbatches]
+    pairs = float(sum(mean_pairs_seen(n.numpy(), windows).sum() for n in lengths))
+    return pairs, digest, targets
+
+
 def _targets_by_source(microbatches: Sequence[Batch], num_sources: int) -> list[int]:
     """Count the targets of this rank's slices by the source that gave them."""
     counts = [0] * num_sources
@@ -138,6 +137,24 @@ def _targets_by_source(microbatches: Sequence[Batch], num_sources: int) -> list[
             for run in batch.source_runs:
                 counts[run.source] += run.num_targets
     return counts
+
+
+def _sum_over_ranks(
+    values: Sequence[float], source_losses: torch.Tensor | None, layout: Layout
+) -> list[float]:
+    """Add up each value over all ranks, and behind them the losses by source where there are."""
+    sums = torch.tensor(values, dtype=torch.float64, device=layout.device)
+    if source_losses is not None:
+        # Those of the last stage are the same on its tp ranks. The host does not look at them here.
+        counted = source_losses if layout.tp.is_first else torch.zeros_like(source_losses)
+        sums = torch.cat([sums, counted])
+    return all_reduce(sums, layout.world).tolist()
+
+
+def _highest_over_ranks(values: Sequence[float], layout: Layout) -> list[float]:
+    """Find the highest of each value over all ranks."""
+    highest = torch.tensor(values, dtype=torch.float64, device=layout.device)
+    return all_reduce(highest, layout.world, dist.ReduceOp.MAX).tolist()
 
 
 def peak_memory(layout: Layout) -> int:
