@@ -84,29 +84,83 @@ def make_case(layout: tuple[int, int, int, int], options: dict) -> Case | None:
     """The parity case of a layout with these options, or None where the model or the layout
     refuses."""
     tp, pp, cp, dp = layout
+    settings = make_layout_config(layout, options)
+    model = make_model(options, num_stages=pp * settings.stages_per_rank)
+    config = ModelConfig(**model)
+    if (
+        config.validate()
+        or settings.combination_problems()
+        or check_layout(config, VOCABULARY, settings)
+    ):
+        return None
+    memory = make_memory(options, allowed_head_chunks(config, settings))
+    splits_backward = SCHEDULES[settings.schedule].splits_backward
+    if (
+        memory is None
+        or (options["qk_clip"] and options["qk_norm"])
+        or (pp > 1 and splits_backward and memory != MemorySettings())
+    ):
+        return None
+    count = count_microbatches(options, settings)
+    if check_microbatches(settings, count):
+        return None
+    length = -(-32 // settings.token_multiple) * settings.token_multiple
+    return Case(
+        tp,
+        pp,
+        cp,
+        dp,
+        schedule=settings.schedule,
+        stages_per_rank=settings.stages_per_rank,
+        context_levels=tuple(settings.hierarchical_context_parallel_sizes),
+        strategy=options["strategy"],
+        model=model,
+        seq_length=length,
+        samples=dp * options["micro_batch_size"] * count,
+        micro_batch_size=options["micro_batch_size"],
+        document_masking=options["masking"],
+        memory=memory,
+        sequence_parallel=settings.sequence_parallel,
+        qk_clip=0.3 if options["qk_clip"] else None,
+        steps=3,
+    )
+
+
+def make_layout_config(layout: tuple[int, int, int, int], options: dict) -> LayoutConfig:
+    """The settings of a layout with these options; nothing is checked here."""
+    tp, pp, cp, _ = layout
     schedule, _, several = options.get("schedule", "1F1B").partition(" x ")
-    heads = options["heads"]
-    levels: tuple[int, ...] = ()
+    levels: list[int] = []
     if options.get("context") == "two levels":
-        divisors = [
-            n for n in range(1, cp + 1) if cp % n == 0 and heads % tp == 0 and n <= heads // tp
-        ]
-        a2a = next((n for n in reversed(divisors) if n < cp), 1)
-        levels = (a2a, cp // a2a)
-    settings = LayoutConfig(
+        levels = context_levels(tp, cp, options["heads"])
+    return LayoutConfig(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         context_parallel_size=cp,
         pipeline_schedule=schedule,
         num_virtual_stages_per_pipeline_rank=int(several) if several else None,
         cp_comm_type="a2a+allgather" if levels else "a2a",
-        hierarchical_context_parallel_sizes=list(levels),
+        hierarchical_context_parallel_sizes=levels,
         data_parallel_sharding_strategy=options["strategy"],
         sequence_parallel=options.get("sequence_parallel", False),
     )
-    stages = pp * settings.stages_per_rank
-    model = dict(
-        num_layers=max(3, stages + (1 < stages < 8)),
+
+
+def context_levels(tp: int, cp: int, heads: int) -> list[int]:
+    """The two levels of a context of `cp` ranks: the most head ranks below cp that the heads of a
+    tp rank allow, or one."""
+    divisors = [
+        n for n in range(1, cp + 1) if cp % n == 0 and heads % tp == 0 and n <= heads // tp
+    ]
+    a2a = next((n for n in reversed(divisors) if n < cp), 1)
+    return [a2a, cp // a2a]
+
+
+def make_model(options: dict, num_stages: int) -> dict:
+    """The model's fields by these options, with a layer or more for each stage."""
+    heads = options["heads"]
+    return dict(
+        num_layers=max(3, num_stages + (1 < num_stages < 8)),
         hidden_size=48,
         ffn_hidden_size=48,
         num_attention_heads=heads,
@@ -124,46 +178,14 @@ def make_case(layout: tuple[int, int, int, int], options: dict) -> Case | None:
         **PARTS[options["parts"]],
         **SCORES[options["scores"]],
     )
-    config = ModelConfig(**model)
-    if (
-        config.validate()
-        or settings.combination_problems()
-        or check_layout(config, VOCABULARY, settings)
-    ):
-        return None
-    memory = make_memory(options, allowed_head_chunks(config, settings))
-    if (
-        memory is None
-        or (options["qk_clip"] and options["qk_norm"])
-        or pp > 1
-        and SCHEDULES[schedule].splits_backward
-        and memory != MemorySettings()
-    ):
-        return None
-    fewest = next(n for n in itertools.count(1) if accepts(schedule, pp, n))
-    count = max(2, pp) + 1 if options["microbatches"] == "more" else fewest
-    if check_microbatches(settings, count):
-        return None
-    length = -(-32 // settings.token_multiple) * settings.token_multiple
-    return Case(
-        tp,
-        pp,
-        cp,
-        dp,
-        schedule=settings.schedule,
-        stages_per_rank=settings.stages_per_rank,
-        context_levels=levels,
-        strategy=options["strategy"],
-        model=model,
-        seq_length=length,
-        samples=dp * options["micro_batch_size"] * count,
-        micro_batch_size=options["micro_batch_size"],
-        document_masking=options["masking"],
-        memory=memory,
-        sequence_parallel=settings.sequence_parallel,
-        qk_clip=0.3 if options["qk_clip"] else None,
-        steps=3,
-    )
+
+
+def count_microbatches(options: dict, settings: LayoutConfig) -> int:
+    """The microbatches of a step: the fewest that the schedule accepts, or more."""
+    pp = settings.pipeline_model_parallel_size
+    if options["microbatches"] == "more":
+        return max(2, pp) + 1
+    return next(n for n in itertools.count(1) if accepts(settings.schedule, pp, n))
 
 
 def make_memory(options: dict, chunk_counts: list[int]) -> MemorySettings | None:
