@@ -204,5 +204,7 @@ def _sift_down(heap, size, keys, place):
             child += 1
         if keys[heap[child]] >= keys[heap[place]]:
             return
-        heap[place], heap[child] = heap[child], heap[place]
+        lower = heap[child]
+        heap[child] = heap[place]
+        heap[place] = lower
         place = child
