@@ -145,6 +145,8 @@ class Exporter:
             if not is_over:
                 return
             with self._changed:
+                if step not in self._due:
+                    return  # `close` waited no longer, and left it to the next start
                 del self._due[step]
                 self._write_pending()
             self.done()

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -184,6 +185,35 @@ def test_what_a_stop_cuts_short_is_exported_by_the_next_start(tmp_path, monkeypa
     following.exporter.close(finish=True)
     assert [event[:3] for event in following.events] == [("export", 2, 200), ("export", 6, 600)]
     assert pending(tmp_path) == {}
+
+
+def test_an_export_that_ends_after_its_run_is_left_to_the_next_start(tmp_path, monkeypatch):
+    run = Run(tmp_path, monkeypatch)
+    monkeypatch.setattr(exports, "KILL_SECONDS", 0.1)
+    failures = []
+    monkeypatch.setattr(threading, "excepthook", failures.append)
+    is_reporting = threading.Event()
+    is_slow = threading.Event()
+
+    def report_slowly(*event) -> None:
+        if event[0] == "export":
+            is_reporting.set()
+            is_slow.wait(30)
+        run.events.append(event)
+
+    run.exporter.report = report_slowly
+    run.release(2).write_text("")
+    run.publish(2)
+    run.publish(4)
+    assert is_reporting.wait(30)
+    run.exporter.close(finish=False)
+    assert [event[:2] for event in run.events] == [("export left", 2), ("export left", 4)]
+    # The thread goes on only now: it neither fails nor forgets one of the two.
+    is_slow.set()
+    run.exporter._thread.join(30)
+    assert not run.exporter._thread.is_alive()
+    assert failures == [], failures
+    assert pending(tmp_path) == {"2": 200, "4": 400}
 
 
 @pytest.mark.parametrize(
