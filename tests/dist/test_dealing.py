@@ -8,10 +8,10 @@ import pytest
 from data.dealing import Dealt
 from parallel.config import LayoutConfig
 from parallel.layout import build_layout
-from pretrain.logs.measured import measure
 from pretrain.processes.agreement import Refused
 from tests.dist.parity import Case, relative_error, run_built
 from tests.marks import cases
+from tests.measuring import measured
 
 CASES = {
     "dp2 pp2 zero1": Case(dp=2, pp=2, strategy="optim", meeting="step", samples=16),
@@ -41,17 +41,7 @@ def compare_deals(world, differs: bool) -> str:
     if differs and world.rank == world.size - 1:
         slots[[0, 1]] = slots[[1, 0]]
     try:
-        measure(
-            [],
-            layout,
-            (None,),
-            wants_stop=False,
-            wants_save=False,
-            data_seconds=0.0,
-            has_failed_save=False,
-            busy_seconds=0.0,
-            deal_hash=Dealt(slots).hash,
-        )
+        measured([], layout, deal_hash=Dealt(slots).hash)
     except Refused as refused:
         return str(refused)
     return ""

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from data.mixture import fresh_mixture
-from pretrain.logs.measured import measure
 from tests.dist.parity import TOLERANCE, Case, memory_stream
 from tests.dist.training import base_arguments, train, write_corpus
 from tests.marks import cases
+from tests.measuring import measured
 
 WEIGHTS = (0.5, 0.2, 0.3)
 LAYOUTS = {
@@ -34,20 +34,10 @@ def losses_by_source(world, case: Case) -> dict:
     batches = loader.read(0)
     source_losses = torch.zeros(len(WEIGHTS), dtype=torch.float64)
     loss, num_targets = stepper.start(batches, train=True, source_losses=source_losses)
-    measured = measure(
-        batches,
-        layout,
-        (None,),
-        wants_stop=False,
-        wants_save=False,
-        data_seconds=0.0,
-        has_failed_save=False,
-        busy_seconds=0.0,
-        source_losses=source_losses,
-    )
+    found = measured(batches, layout, source_losses=source_losses)
     return {
-        "losses": measured.losses_by_source,
-        "targets": measured.targets_by_source,
+        "losses": found.losses_by_source,
+        "targets": found.targets_by_source,
         "whole": (float(loss), int(num_targets)),
     }
 

@@ -8,10 +8,10 @@ import torch
 from data.batch import Batch
 from data.source_runs import SourceRun
 from model.config import ModelConfig
-from parallel.layout import Layout, single_process_layout
-from pretrain.logs.measured import Measured, measure
+from parallel.layout import single_process_layout
 from pretrain.logs.step_record import communication_share, flops_utilization, mean_losses
 from pretrain.planner.model_size import ModelSize
+from tests.measuring import measured
 
 CPU = single_process_layout(torch.device("cpu"))
 GPU = single_process_layout(torch.device("cuda:0"))
@@ -23,20 +23,9 @@ def batch(edges: list[int], runs: tuple[SourceRun, ...] = ()) -> Batch:
     return Batch(tokens, tokens, tokens, torch.tensor(edges, dtype=torch.int32), source_runs=runs)
 
 
-def measured(batches: list[Batch], layout: Layout = CPU, windows=(None,), **changes) -> Measured:
-    arguments = dict(
-        wants_stop=False,
-        wants_save=False,
-        data_seconds=0.0,
-        has_failed_save=False,
-        busy_seconds=0.0,
-    )
-    return measure(batches, layout, windows, **(arguments | changes))
-
-
 def test_mfu_counts_the_causal_pairs_inside_documents(monkeypatch):
     # Documents of 3 and 7 tokens, and one of 10: 6 + 28 + 55 pairs, not the 55 + 55 of whole rows.
-    found = measured([batch([0, 3, 10]), batch([0, 10])])
+    found = measured([batch([0, 3, 10]), batch([0, 10])], CPU)
     assert found.causal_pairs == 89
     config = ModelConfig(
         num_layers=2,
@@ -59,20 +48,21 @@ def test_mfu_counts_the_causal_pairs_inside_documents(monkeypatch):
 
 def test_pairs_are_those_that_a_layer_sees_on_average():
     # Windows of 2 tokens in one of two layers: 3 tokens see 1 + 2 + 2, 7 see 13, 10 see 19.
-    found = measured([batch([0, 3, 10]), batch([0, 10])], windows=(None, 2))
+    found = measured([batch([0, 3, 10]), batch([0, 10])], CPU, windows=(None, 2))
     assert found.causal_pairs == (89 + 5 + 13 + 19) / 2
 
 
 def test_losses_are_means_over_the_targets_that_each_source_gave():
     runs = (SourceRun(0, 4, 0, 3), SourceRun(4, 10, 2, 5))
-    found = measured([batch([0, 10], runs)], source_losses=torch.tensor([6.0, 0.0, 20.0]).double())
+    losses = torch.tensor([6.0, 0.0, 20.0]).double()
+    found = measured([batch([0, 10], runs)], CPU, source_losses=losses)
     assert found.targets_by_source == [3, 0, 5]
     assert mean_losses(["a", "b", "c"], found) == {"a": 2.0, "b": None, "c": 4.0}
-    assert mean_losses([], measured([batch([0, 10], runs)])) is None
+    assert mean_losses([], measured([batch([0, 10], runs)], CPU)) is None
 
 
 def test_waiting_is_averaged_over_the_ranks_and_not_known_on_gpus():
-    found = dataclasses.replace(measured([batch([0, 10])]), busy_seconds=[10.0, 6.0, 5.0, 5.0])
+    found = dataclasses.replace(measured([batch([0, 10])], CPU), busy_seconds=[10.0, 6.0, 5.0, 5.0])
     assert communication_share(found, 10.0, CPU) == pytest.approx(0.35)
     assert communication_share(found, 10.0, GPU) is None
     # Ranks do not end a step at the same moment: a share stays a share.
@@ -80,7 +70,7 @@ def test_waiting_is_averaged_over_the_ranks_and_not_known_on_gpus():
 
 
 def test_memory_of_the_host_is_what_the_process_has_now():
-    before = measured([batch([0, 10])]).host_memory_bytes
+    before = measured([batch([0, 10])], CPU).host_memory_bytes
     held = torch.ones(2**25)  # 128 MiB that are touched
-    assert measured([batch([0, 10])]).host_memory_bytes - before > 100 * 2**20
+    assert measured([batch([0, 10])], CPU).host_memory_bytes - before > 100 * 2**20
     del held
