@@ -37,7 +37,7 @@ def test_the_bar_is_the_ratio_of_medians():
 @pytest.mark.parametrize(
     "changes, text",
     [
-        ({"repeats": 0}, "--repeats 0: too few. Fix: at least 1."),
+        ({"repeats": 0}, "--repeats 0: must be at least 1. Fix: give 1 or more."),
         ({"tokens": 1}, "--tokens 1: a document needs 2 tokens."),
         ({"quickstart": "/nowhere"}, "--quickstart /nowhere: has no data/corpus.idx. Fix: "),
     ],

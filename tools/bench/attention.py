@@ -44,6 +44,7 @@ from tools.bench.attention_report import (
 )
 from tools.bench.counted_collectives import counted_collectives
 from tools.bench.fresh import KEEP_MEMORY
+from tools.bench.option_checks import find_too_small
 from tools.bench.report import describe_machine, publish
 
 TOLERANCE = 1e-5
@@ -102,15 +103,13 @@ def find_problem(arguments: Arguments) -> str | None:
             "deepspeed is not installed, and this benchmark compares with it. "
             "Fix: pip install -r tools/bench/requirements.txt"
         )
-    if arguments.repeats < 1 or arguments.warm_ups < 0:
-        return (
-            f"repeats = {arguments.repeats}, warm_ups = {arguments.warm_ups}: too few. Fix: at "
-            "least 1 and 0."
-        )
+    too_small = find_too_small(arguments, repeats=1, warm_ups=0, processes=2)
+    if too_small:
+        return too_small
     # A count of processes must divide the heads of every shape.
     common = math.gcd(*(shape.heads for shape in SHAPES))
     for processes in arguments.processes:
-        if processes < 2 or common % processes:
+        if common % processes:
             return (
                 f"processes = {processes}: DeepSpeed splits heads evenly, and there are multiples "
                 f"of {common}. "

@@ -7,6 +7,7 @@ One process trains a model on one thread and saves in turns as the trainer does,
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from pretrain.plan import make_plan
 from pretrain.planner.model_size import document_cost_of
 from pretrain.state import TrainState, build_state, checkpoint_tensors, compute_dtype
 from pretrain.step import Stepper, train_step
+from tools.bench.option_checks import find_too_small
 from tools.bench.report import bar, bar_at_least, describe_machine, markdown_table, publish
 
 BYTES_PER_PARAMETER = 12
@@ -43,6 +45,8 @@ BLOCK_BYTES = 1 << 20
 """Bytes of a bare write or read. Larger ones are slower: the kernel holds back who writes 16 MiB at
 once, and the bare write took twice as long as ours."""
 VOCABULARY = 1000
+HEADS = 8
+"""Heads of the model."""
 STALL_SECONDS_PER_GB = 0.025
 """0.05 s for 2 GB of state."""
 HIDING_STEP_RATIO = 1.1
@@ -263,8 +267,8 @@ def _flags(arguments: Arguments, folder: Path) -> list[str]:
         "num-layers": max(1, round(parameters / of_layer)),
         "hidden-size": hidden,
         "ffn-hidden-size": 4 * hidden,
-        "num-attention-heads": 8,
-        "num-query-groups": 8,
+        "num-attention-heads": HEADS,
+        "num-query-groups": HEADS,
         "vocab-size": VOCABULARY,
         "seq-length": arguments.tokens,
         "global-batch-size": 1,
@@ -304,7 +308,11 @@ def _hash(path: Path) -> str:
 
 
 def run(arguments: Arguments) -> int:
-    """Run the benchmark and print its report; returns 0."""
+    """Run the benchmark and print its report; returns 0, or 2 where it cannot run."""
+    problem = find_problem(arguments)
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
     machine = describe_machine([])
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="ithaca-bench-") as folder:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -318,6 +326,23 @@ def run(arguments: Arguments) -> int:
     text = describe(machine, bench.num_bytes, steps, ours, theirs, written, read)
     publish(text, arguments.output)
     return 0
+
+
+def find_problem(arguments: Arguments) -> str | None:
+    """Say why the benchmark cannot run, with a fix; None = it can."""
+    too_small = find_too_small(
+        arguments, state_gb=0, hidden=1, tokens=1, rounds=1, file_rounds=1, threads=1
+    )
+    if too_small:
+        return too_small
+    # A rope turns pairs of a head's channels.
+    multiple = 2 * HEADS
+    if arguments.hidden % multiple:
+        return (
+            f"--hidden {arguments.hidden}: must be a multiple of {multiple}, for {HEADS} heads. "
+            "Fix: for example 1024."
+        )
+    return None
 
 
 def describe(

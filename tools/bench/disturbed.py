@@ -13,6 +13,7 @@ the disturbed run.
 
 import json
 import shlex
+import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from pretrain.config.load import load_config
 from tools.audit_data import audit
+from tools.bench.option_checks import find_too_small
 from tools.faults.comparison import differences
 from tools.faults.kills import Killer, describe_kills, other_losses, wrong_starts
 from tools.faults.launched_run import LaunchedRun
@@ -47,13 +49,19 @@ class Arguments:
 
 
 def run(arguments: Arguments) -> int:
-    """Run twice at the same time, once disturbed, and compare; 0, or 1 where the two differ."""
+    """Run twice at the same time, once disturbed, and compare.
+
+    Returns:
+        the exit code: 0, 1 where the two differ, 2 where it cannot run.
+    """
+    problem = find_problem(arguments)
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
     output = Path(arguments.output)
-    argv = ["--config", arguments.config, *shlex.split(arguments.flags)]
+    argv = words_of(arguments)
     save_interval = load_config(argv).checkpoint.save_interval
-    if not save_interval:
-        raise ValueError("save_interval: a run that does not save cannot go on. Fix: set it")
-    # It must be new: nothing of another run is compared, or written over.
+    assert save_interval, "find_problem has seen it"
     output.mkdir(parents=True)
     cache = output / "index"
     cache.mkdir()
@@ -99,6 +107,28 @@ def run(arguments: Arguments) -> int:
     lines, well = audit(str(output / "disturbed"))
     print("\n".join(lines))
     return 1 if found or not well else 0
+
+
+def find_problem(arguments: Arguments) -> str | None:
+    """Say why the benchmark cannot run, with a fix; None = it can."""
+    too_small = find_too_small(arguments, kills=1, processes=1, nodes=1)
+    if too_small:
+        return too_small
+    if not arguments.kinds:
+        return f"--kinds: has no value. Fix: leave it out, or give some of {', '.join(KINDS)}."
+    # Nothing of another run is compared, or written over.
+    if Path(arguments.output).exists():
+        return f"--output {arguments.output}: exists already. Fix: a new folder."
+    try:
+        saves = bool(load_config(words_of(arguments)).checkpoint.save_interval)
+    except ValueError as error:
+        return str(error)
+    return None if saves else "save_interval: a run that does not save cannot go on. Fix: set it."
+
+
+def words_of(arguments: Arguments) -> list[str]:
+    """Write the trainer's command line, as far as both runs share it."""
+    return ["--config", arguments.config, *shlex.split(arguments.flags)]
 
 
 def _missing(arguments: Arguments, hits: Counter[Kind]) -> list[str]:

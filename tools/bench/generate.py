@@ -17,6 +17,7 @@ import torch
 
 from data.stream import usable_cores
 from parallel.layout import single_process_layout
+from tools.bench.option_checks import find_too_small
 from tools.bench.report import bar_at_least, describe_machine, markdown_table, publish
 from tools.inference.decoding import Continuation, continue_batch
 from tools.inference.open_model import OpenModel, open_model
@@ -54,7 +55,11 @@ class Arguments:
 
 
 def run(arguments: Arguments) -> int:
-    """Time both, print the table; 0 if the bar holds in every case."""
+    """Time both, print the table; 0 if the bar holds in every case, 2 where it cannot run."""
+    problem = find_problem(arguments)
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
     torch.set_num_threads(arguments.threads or usable_cores())
     machine = describe_machine(("transformers",))
     with tempfile.TemporaryDirectory() as folder:
@@ -82,6 +87,38 @@ def run(arguments: Arguments) -> int:
     text = [machine, "", describe(arguments), "", markdown_table(header, rows), "", *bars]
     publish("\n".join(text), arguments.output)
     return 0 if is_reached else 1
+
+
+def find_problem(arguments: Arguments) -> str | None:
+    """Say why the benchmark cannot run, with a fix; None = it can."""
+    too_small = find_too_small(
+        arguments,
+        layers=1,
+        hidden_size=1,
+        ffn_hidden_size=1,
+        heads=1,
+        kv_heads=1,
+        vocab_size=1,
+        batch_sizes=1,
+        prompt_tokens=1,
+        new_tokens=1,
+        repeats=1,
+        threads=1,
+    )
+    if too_small:
+        return too_small
+    # A rope turns pairs of a head's channels.
+    if arguments.hidden_size % (2 * arguments.heads):
+        return (
+            f"--hidden-size {arguments.hidden_size}: must be a multiple of two for each of --heads "
+            f"{arguments.heads}. Fix: for example {64 * arguments.heads}."
+        )
+    if arguments.heads % arguments.kv_heads:
+        return (
+            f"--kv-heads {arguments.kv_heads}: must divide --heads {arguments.heads}. "
+            "Fix: for example 1."
+        )
+    return None
 
 
 def describe(arguments: Arguments) -> str:

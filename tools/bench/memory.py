@@ -33,6 +33,7 @@ from tools.bench.contenders import (
 from tools.bench.fresh import RETURN_MEMORY, measured, run_fresh, trim
 from tools.bench.memory_cells import MIB, Cell, label
 from tools.bench.memory_plot import draw
+from tools.bench.option_checks import find_too_small
 from tools.bench.peers import LOSS_TOLERANCES, PEERS, make_contender
 from tools.bench.report import bar, describe_machine, markdown_table, publish
 from tools.bench.step_arguments import show_tokens
@@ -135,13 +136,10 @@ def find_problem(arguments: Arguments) -> str | None:
     unknown = [name for name in arguments.without if name not in names]
     if unknown:
         return f"--without {' '.join(unknown)}: no such rung. Fix: of {', '.join(names)}."
-    if arguments.repeats < 1 or not arguments.lengths or min(arguments.lengths) < 2:
-        return (
-            f"--repeats {arguments.repeats} --lengths {arguments.lengths}: too few. Fix: at least "
-            "1, and lengths "
-            "of 2 tokens or more."
-        )
-    if arguments.documents < 1 or any(tokens % arguments.documents for tokens in arguments.lengths):
+    too_small = find_too_small(arguments, repeats=1, lengths=2, documents=1, num_layers=1)
+    if too_small:
+        return too_small
+    if any(tokens % arguments.documents for tokens in arguments.lengths):
         return (
             f"--documents {arguments.documents}: must divide the lengths {arguments.lengths}. Fix: "
             "a power of two."

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from data.stream import usable_cores
+from data.units import parse_tokens
 from pretrain.config.config import OptimizerConfig
 from pretrain.optimizer import build_optimizer
 from tools.bench.contenders import (
@@ -28,6 +29,7 @@ from tools.bench.contenders import (
     preset,
 )
 from tools.bench.fresh import KEEP_MEMORY, ROOT, run_fresh
+from tools.bench.option_checks import find_too_small
 from tools.bench.report import bar, describe_machine, markdown_table, publish
 from tools.bench.step_work import CPU, in_turns, seconds_of
 
@@ -93,11 +95,20 @@ def run(arguments: Arguments) -> int:
 
 def find_problem(arguments: Arguments) -> str | None:
     """Say why the benchmark cannot run, with a fix; None = it can."""
-    if arguments.repeats < 1:
-        return f"--repeats {arguments.repeats}: too few. Fix: at least 1."
+    too_small = find_too_small(arguments, repeats=1)
+    if too_small:
+        return too_small
     if arguments.tokens == 1 or arguments.tokens < 0:
         return f"--tokens {arguments.tokens}: a document needs 2 tokens. Fix: 2 or more, or 0."
+    if not arguments.tokens and not arguments.quickstart:
+        return "--tokens 0: nothing is measured without --quickstart. Fix: give one of them."
     if arguments.quickstart:
+        if not arguments.seeds:
+            return "--seeds: has no value, and each is a pair of runs. Fix: give at least one."
+        try:
+            parse_tokens(arguments.train_tokens)
+        except ValueError as error:
+            return f"--train-tokens: {error}. Fix: for example 320Ki."
         folder = Path(arguments.quickstart)
         for part in ("data/corpus.idx", "tokenizer/spm.model"):
             if not (folder / part).is_file():

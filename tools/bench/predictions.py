@@ -8,6 +8,7 @@ needs most, whose step is rehearsed as `plan --verify` does.
 
 import json
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from pretrain.planner.hardware import TABLE
 from pretrain.planner.rank_bytes import MemoryModel
 from pretrain.planner.workload import Workload
 from tools import plan
+from tools.bench.option_checks import find_too_small
 from tools.bench.report import bar, describe_machine, markdown_table, publish
 from tools.faults.launched_run import LaunchedRun
 from tools.plan_verify.rehearsal import RankJob, rehearse
@@ -231,7 +233,11 @@ def train(configuration: Configuration, save: Path) -> float:
 
 
 def run(arguments: Arguments) -> int:
-    """Compare all runs, print the table; 0 if the bars hold."""
+    """Compare all runs, print the table; 0 if the bars hold, 2 where there is no run."""
+    problem = find_problem(arguments)
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
     began = time.monotonic()
     machine = describe_machine(("megatron-core",))
     found = []
@@ -269,3 +275,16 @@ def run(arguments: Arguments) -> int:
         median(errors) <= MEDIAN_BAR and max(errors) <= WORST_BAR and max(memory) <= MEMORY_BAR
     )
     return 0 if reached else 1
+
+
+def find_problem(arguments: Arguments) -> str | None:
+    """Say why the benchmark cannot run, with a fix; None = it can."""
+    too_small = find_too_small(arguments, configurations=1, first=0)
+    if too_small:
+        return too_small
+    if arguments.first >= arguments.configurations:
+        return (
+            f"--first {arguments.first}: must be below --configurations "
+            f"{arguments.configurations}. Fix: more of these."
+        )
+    return None

@@ -6,6 +6,7 @@ torch's policy keeps the attention operator (create_selective_checkpoint_context
 """
 
 import statistics
+import sys
 import time
 import weakref
 from collections.abc import Callable
@@ -28,10 +29,13 @@ from model.attention_backends.documents import pack_documents
 from model.config import ModelConfig
 from model.gpt import GPTStage
 from parallel.layout import has_bf16_units, single_process_layout
+from tools.bench.option_checks import find_too_small
 from tools.bench.report import markdown_table
 
 CPU = torch.device("cpu")
 MIB = 2**20
+HEADS = 8
+"""Query heads of the layers."""
 ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 """The operator under our attention on a CPU, whose results torch's policy keeps."""
 
@@ -92,7 +96,7 @@ class Layers:
             num_layers=arguments.layers,
             hidden_size=arguments.hidden,
             ffn_hidden_size=3 * arguments.hidden,
-            num_attention_heads=8,
+            num_attention_heads=HEADS,
             num_query_groups=2,
         )
         attend, _ = choose_attention("sdpa", CPU, dtype)
@@ -192,10 +196,34 @@ def compare(arguments: Arguments, dtype: torch.dtype) -> list[list[str]]:
 
 
 def run(arguments: Arguments) -> int:
-    """Print the table; returns the exit code."""
+    """Print the table; returns the exit code: 0, or 2 where it cannot run."""
+    problem = find_problem(arguments)
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
     head = ["dtype", "way", "kept MiB", "peak MiB", "step ms (median)", "time / ours (median)"]
     rows = [row for dtype in (torch.float32, torch.bfloat16) for row in compare(arguments, dtype)]
     print(markdown_table(head, rows))
     if not has_bf16_units(CPU):
         print("This CPU has no bf16 units: its bf16 times say nothing about a GPU's.")
     return 0
+
+
+def find_problem(arguments: Arguments) -> str | None:
+    """Say why the benchmark cannot run, with a fix; None = it can."""
+    too_small = find_too_small(arguments, layers=1, hidden=1, tokens=1, documents=1)
+    if too_small:
+        return too_small
+    # A rope turns pairs of a head's channels.
+    multiple = 2 * HEADS
+    if arguments.hidden % multiple:
+        return (
+            f"--hidden {arguments.hidden}: must be a multiple of {multiple}, for {HEADS} heads. "
+            "Fix: for example 256."
+        )
+    if arguments.tokens % arguments.documents:
+        return (
+            f"--documents {arguments.documents}: must divide --tokens {arguments.tokens}. "
+            "Fix: for example 2."
+        )
+    return None

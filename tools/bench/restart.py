@@ -20,6 +20,7 @@ from statistics import median
 
 import yaml
 
+from tools.bench.option_checks import find_too_small
 from tools.bench.report import bar, bar_at_least, describe_machine, markdown_table, publish
 from tools.faults.kills import Killer
 from tools.faults.launched_run import LaunchedRun
@@ -122,7 +123,12 @@ def time_imports(count: int) -> float:
 
 
 def run(arguments: Arguments) -> int:
-    """Kill a run, print where the time went; 0 if the bars hold."""
+    """Kill a run, print where the time went; 0 if the bars hold, 2 where it cannot run."""
+    # The second phase cuts the model over all processes, which one process cannot do.
+    problem = find_too_small(arguments, kills=1, processes=2)
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
     with tempfile.TemporaryDirectory(prefix="ithaca-restart-") as folder:
         events = _killed_run(Path(folder), arguments)
     ways = [read_parts(event["text"]) for event in events if event["event"] == "recovered"]

@@ -16,6 +16,7 @@ from tools.bench.contenders import (
     default_dtype,
 )
 from tools.bench.fresh import KEEP_MEMORY, RETURN_MEMORY, run_fresh
+from tools.bench.option_checks import find_too_small
 from tools.bench.report import describe_machine, publish
 from tools.bench.step_arguments import Arguments
 from tools.bench.step_report import LEAN_FROM, Row, Shape, Share, describe
@@ -56,13 +57,9 @@ def run(arguments: Arguments) -> int:
 
 def find_problem(arguments: Arguments) -> str | None:
     """Say why the benchmark cannot run, with a fix; None = it can."""
-    if arguments.repeats < 1:
-        return f"--repeats {arguments.repeats}: too few. Fix: at least 1."
-    if not arguments.lengths or min(arguments.lengths) < 2:
-        return (
-            f"--lengths {arguments.lengths}: a document needs 2 tokens. Fix: at least one length "
-            "of 2 or more."
-        )
+    too_small = find_too_small(arguments, repeats=1, lengths=2, num_layers=1)
+    if too_small:
+        return too_small
     if arguments.packed and (
         arguments.documents < 2
         or arguments.packed % arguments.documents

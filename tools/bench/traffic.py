@@ -25,6 +25,7 @@ from model import compiled
 from tools.bench.contenders import Ours, make_sample, one_process
 from tools.bench.fresh import ROOT
 from tools.bench.gpu.parts import MODELS, SEED, Card, Scale, missing_backend
+from tools.bench.option_checks import find_too_small
 from tools.bench.products import PRODUCTS
 
 Group = Literal["products", "attention", "optimizer", "pointwise"]
@@ -115,11 +116,11 @@ def find_problem(arguments: Arguments) -> str | None:
         return "--device cpu --scale full: would take hours. Fix: --scale toy."
     if arguments.device == "cuda" and not torch.cuda.is_available():
         return "--device cuda: there is no GPU. Fix: --device cpu --scale toy, to try the code out."
-    if arguments.samples < 1 or arguments.seq_length < 2:
-        return (
-            f"--samples {arguments.samples} --seq-length {arguments.seq_length}: too few. "
-            "Fix: at least 1 sample of 2 tokens."
-        )
+    too_small = find_too_small(
+        arguments, samples=1, seq_length=2, num_layers=1, loss_chunk_tokens=1
+    )
+    if too_small:
+        return too_small
     card = Card(torch.device(arguments.device))
     missing = missing_backend(arguments.attention_backend, card, Scale(arguments.scale == "toy"))
     if missing:

@@ -18,6 +18,7 @@ from model.attention_backends.choice import choose_attention
 from model.attention_backends.documents import pack_documents
 from model.scoring import Scoring, ScoringNeeds
 from model.windows import Window, pairs_seen
+from tools.bench.option_checks import find_too_small
 from tools.bench.report import bar, describe_machine, markdown_table, publish
 
 CPU = torch.device("cpu")
@@ -57,14 +58,11 @@ class Case:
 
 def run(arguments: Arguments) -> int:
     """Time all cases, print the table; 0 if the bar holds, 2 where there is nothing to judge."""
-    longest = max(arguments.lengths)
-    if arguments.windows[0] >= longest:
-        print(
-            f"error: windows = {arguments.windows[0]}: the first must be below the longest of "
-            f"lengths = {longest}. Fix: a shorter one.",
-            file=sys.stderr,
-        )
+    problem = find_problem(arguments)
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
         return 2
+    longest = max(arguments.lengths)
     torch.set_num_threads(usable_cores())
     machine = describe_machine(())
     cases = [
@@ -92,6 +90,27 @@ def run(arguments: Arguments) -> int:
         arguments.output,
     )
     return 0 if judged <= RATIO_BAR else 1
+
+
+def find_problem(arguments: Arguments) -> str | None:
+    """Say why the benchmark cannot run, with a fix; None = it can."""
+    too_small = find_too_small(
+        arguments, lengths=1, windows=1, heads=1, kv_heads=1, head_size=1, repeats=1
+    )
+    if too_small:
+        return too_small
+    longest = max(arguments.lengths)
+    if arguments.windows[0] >= longest:
+        return (
+            f"--windows {arguments.windows[0]}: the first must be below the longest of --lengths, "
+            f"{longest}. Fix: a shorter one."
+        )
+    if arguments.heads % arguments.kv_heads:
+        return (
+            f"--kv-heads {arguments.kv_heads}: must divide --heads {arguments.heads}. "
+            "Fix: for example 1."
+        )
+    return None
 
 
 def make_call(case: Case, arguments: Arguments):

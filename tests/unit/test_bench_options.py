@@ -1,0 +1,67 @@
+"""Options of the benchmarks: what cannot be measured is refused in one line at the start."""
+
+import importlib.util
+
+import pytest
+
+from tools.bench.__main__ import load
+from tools.bench.option_checks import find_too_small
+
+BAD = [
+    ("attention", dict(processes=()), "--processes: has no value. Fix: give at least one."),
+    ("attention", dict(processes=(1,)), "--processes 1: must be at least 2"),
+    ("attention", dict(warm_ups=-1), "--warm-ups -1: must be at least 0"),
+    ("checkpoint", dict(rounds=0), "--rounds 0: must be at least 1"),
+    ("checkpoint", dict(file_rounds=0), "--file-rounds 0: must be at least 1"),
+    ("checkpoint", dict(hidden=1000), "--hidden 1000: must be a multiple of 16"),
+    ("disturbed", dict(kills=0), "--kills 0: must be at least 1"),
+    ("disturbed", dict(kinds=[]), "--kinds: has no value. Fix: leave it out"),
+    ("disturbed", dict(output="/tmp"), "--output /tmp: exists already. Fix: a new folder."),
+    ("disturbed", dict(flags="--no-such-flag 1"), "no-such-flag"),
+    ("generate", dict(batch_sizes=()), "--batch-sizes: has no value. Fix: give at least one."),
+    ("generate", dict(batch_sizes=(8, 0)), "--batch-sizes 8 0: must be at least 1"),
+    ("generate", dict(threads=0), "--threads 0: must be at least 1"),
+    ("generate", dict(hidden_size=100), "--hidden-size 100: must be a multiple of two for each"),
+    ("generate", dict(kv_heads=5), "--kv-heads 5: must divide --heads 12"),
+    ("memory", dict(lengths=()), "--lengths: has no value. Fix: give at least one."),
+    ("memory", dict(num_layers=0), "--num-layers 0: must be at least 1"),
+    ("memory", dict(documents=3), "--documents 3: must divide the lengths"),
+    ("optimizers", dict(quickstart="q", seeds=()), "--seeds: has no value"),
+    ("optimizers", dict(quickstart="q", train_tokens="x"), "--train-tokens: 'x' is no token count"),
+    ("optimizers", dict(tokens=0), "--tokens 0: nothing is measured without --quickstart"),
+    ("predictions", dict(configurations=0), "--configurations 0: must be at least 1"),
+    ("predictions", dict(first=20), "--first 20: must be below --configurations 20"),
+    ("recompute", dict(layers=0), "--layers 0: must be at least 1"),
+    ("recompute", dict(documents=0), "--documents 0: must be at least 1"),
+    ("recompute", dict(documents=3), "--documents 3: must divide --tokens 1024"),
+    ("recompute", dict(hidden=100), "--hidden 100: must be a multiple of 16"),
+    ("restart", dict(kills=0), "--kills 0: must be at least 1"),
+    ("restart", dict(processes=1), "--processes 1: must be at least 2"),
+    ("step", dict(lengths=()), "--lengths: has no value. Fix: give at least one."),
+    ("step", dict(num_layers=0), "--num-layers 0: must be at least 1"),
+    ("traffic", dict(device="cpu", scale="toy", num_layers=0), "--num-layers 0: must be at least"),
+    ("windows", dict(lengths=()), "--lengths: has no value. Fix: give at least one."),
+    ("windows", dict(windows=()), "--windows: has no value. Fix: give at least one."),
+    ("windows", dict(windows=(16384,)), "--windows 16384: the first must be below the longest"),
+    ("windows", dict(repeats=0), "--repeats 0: must be at least 1"),
+    ("windows", dict(kv_heads=3), "--kv-heads 3: must divide --heads 8"),
+]
+NEEDED = {"disturbed": dict(config="", output="/none")}
+"""Options without a default."""
+
+
+@pytest.mark.parametrize("name, changes, expected", BAD)
+def test_what_cannot_be_measured_is_refused_in_one_line(
+    name, changes, expected, monkeypatch, capsys
+):
+    module = load(name)
+    # As if deepspeed were installed.
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: package)
+    assert module.run(module.Arguments(**(NEEDED.get(name, {}) | changes))) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: ") and expected in text and text.count("\n") == 1, text
+
+
+def test_an_option_that_was_not_given_is_not_checked():
+    arguments = load("step").Arguments(num_layers=None, lengths=(2, 3))
+    assert find_too_small(arguments, num_layers=1, lengths=2, repeats=5) is None
