@@ -3,7 +3,7 @@
     eta = min(1, threshold / largest logit of the step)     of a key head and all that read it
     q *= eta ** alpha, k *= eta ** (1 - alpha)              weights and biases
 
-so that the logits of the same inputs, times eta, are at most the threshold. Query heads that share
+The same inputs then have eta times their logits: at most the threshold. Query heads that share
 a key head are clipped together, as in Megatron-LM: the key's weights serve them all. A logit is
 taken before any cap, over all pairs that the step attended to, on all ranks.
 
@@ -34,7 +34,7 @@ from pretrain.config.config import Config
 
 @dataclass(frozen=True)
 class _Projection:
-    """A weight or bias of q or k, of which this rank holds some rows."""
+    """Describes a weight or bias of q or k, of which this rank holds some rows."""
 
     parameter: nn.Parameter
     layer: int
@@ -44,7 +44,7 @@ class _Projection:
 
 
 class LogitFacts(TypedDict):
-    """What a step's result says of its attention logits (pretrain/step.py: StepResult)."""
+    """Holds what a step's result says of its attention logits (pretrain/step.py: StepResult)."""
 
     max_attention_logit: float
     qk_clipped_heads: int | None
@@ -70,7 +70,7 @@ class LogitWatch:
         """
         Args:
             threshold: of QK-clip; None = only measure.
-            alpha: the part of the logarithm of eta that the query's weights get.
+            alpha: power of eta that scales the query's weights; the key's get the rest of it.
         """
         self.layout = layout
         self.num_kv_heads = model.num_kv_heads
@@ -116,7 +116,7 @@ class LogitWatch:
             The largest logit of the model and the number of query heads that were clipped, fp64
             scalars on the device, the same on all ranks.
         """
-        # Ranks of the same heads saw other tokens, and others have other heads or layers.
+        # Other ranks saw other tokens, or have other heads or layers.
         values_LN = all_reduce(self.largest.values_LN, self.layout.world, dist.ReduceOp.MAX)
         eta_LK = self._eta(values_LN, is_good)
         if self.threshold is not None:
@@ -135,12 +135,13 @@ class LogitWatch:
         return LogitFacts(max_attention_logit=largest, qk_clipped_heads=clipped)
 
     def _eta(self, values_LN: torch.Tensor, is_good: torch.Tensor) -> torch.Tensor:
-        """Compute the factor on the logits of each key/value head; 1 = as they are -> [L, K]."""
+        """Compute the factor on the logits of each key/value head; 1 = unchanged -> [L, K]."""
         largest_LK = values_LN.unflatten(1, (self.num_kv_heads, -1)).amax(-1)
         ones_LK = torch.ones_like(largest_LK)
         if self.threshold is None:
             return ones_LK
-        # Most heads are below, or even negative. A cap may hide an infinite logit from the loss.
+        # A negative largest logit gives no factor. Nor does an infinite one, which a cap may have
+        # hidden from the loss: its factor would be 0.
         is_above = (largest_LK > self.threshold) & torch.isfinite(largest_LK)
         return torch.where(is_above & is_good, self.threshold / largest_LK, ones_LK)
 

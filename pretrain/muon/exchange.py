@@ -19,8 +19,8 @@ class Bucket:
     """Exchanges the matrices of a bucket between the ranks of a pipeline stage.
 
     Args:
-        matrices: of all ranks of the stage, in any order that they share.
-        by_owner: rank -> the numbers of its matrices.
+        matrices: all that the ranks of the stage hold, in an order that is the same on each.
+        by_owner: rank -> numbers of the matrices in this bucket that it owns.
         dtype: on the wire, and of the whole matrices.
     """
 
@@ -49,13 +49,13 @@ class Bucket:
         """Start to send this rank's shards to the owners.
 
         Args:
-            shards: of `numbers`, this rank's rows and columns; in the host's memory or on the
-                device.
+            shards: this rank's rows and columns of each matrix in `numbers`; in the host's memory
+                or on the device.
 
         Returns:
-            A function that waits for this rank's own matrices, whole.
+            A function that waits for the exchange and returns the matrices in `owned`, whole.
         """
-        # Zeros where a shard has fewer rows than the others'.
+        # A shard with fewer rows than a piece is followed by zeros.
         sent = torch.zeros(sum(self.send_sizes), dtype=self.dtype, device=self.device)
         for piece, shard in zip(self._pieces(sent), shards, strict=True):
             piece[: shard.shape[0]].copy_(shard)
@@ -74,10 +74,11 @@ class Bucket:
         """Start to send the owners' results to everyone.
 
         Args:
-            wholes: of `owned`.
+            wholes: the result for each matrix in `owned`.
 
         Returns:
-            A function that waits for this rank's pieces, one after the other (`shards_of`).
+            A function that waits for the exchange and returns this rank's pieces, flat, one after
+            the other; `shards_of` takes them apart.
         """
         sent = torch.zeros(sum(self.receive_sizes), dtype=self.dtype, device=self.device)
         blocks = self._owned_blocks(sent)
@@ -86,7 +87,11 @@ class Bucket:
         return start_all_to_all(sent, self.receive_sizes, self.send_sizes, self.axis)
 
     def shards_of(self, pieces: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return views of the shards in `pieces`, without the rows that fill them up."""
+        """Return views of the shards in `pieces`, without the zeros after their rows.
+
+        Args:
+            like: tensors of the shards' shapes.
+        """
         return [
             piece[: shard.shape[0]] for piece, shard in zip(self._pieces(pieces), like, strict=True)
         ]
@@ -120,13 +125,13 @@ class Bucket:
         """Put a matrix together from all ranks' pieces."""
         tp = self.grid[1]
         if matrix.tp_dim == 0:
-            # Each tp rank's rows are together, those that fill them up at their end.
+            # The rows of a tp rank follow each other, and zeros follow them.
             rows_TRC = block_DTrc.transpose(0, 1).reshape(tp, -1, matrix.columns)
             return rows_TRC[:, : matrix.rows // tp].reshape(matrix.rows, matrix.columns)
         if matrix.tp_dim == 1:
             rows_RC = block_DTrc.transpose(1, 2).reshape(-1, matrix.columns)
         else:
-            # The tp ranks have sent the same.
+            # All tp ranks have sent the same rows: those of one are enough.
             rows_RC = block_DTrc[:, self.tp_rank].reshape(-1, matrix.columns)
         return rows_RC[: matrix.rows]
 
@@ -141,6 +146,6 @@ class Bucket:
         if matrix.tp_dim == 1:
             pieces_DTrc = rows_TRC.view(dp_cp, piece_rows, tp, columns).transpose(1, 2)
         else:
-            # Where tp does not cut, all of its ranks get the same.
+            # Where tp does not cut the rows, all of its ranks get the same.
             pieces_DTrc = rows_TRC.view(cut_rows, dp_cp, piece_rows, columns).transpose(0, 1)
         block_DTrc.copy_(pieces_DTrc)

@@ -2,8 +2,8 @@
 
 An update is the momentum of a whole matrix, made nearly orthogonal, times a scale that gives it the
 size of AdamW's updates, so that learning rate and weight decay carry over. Momentum is sharded as
-the weights are; bucket by bucket the owners gather whole matrices (exchange.py), orthogonalize them
-(newton_schulz.py) and give the results back. What comes next is on its way meanwhile.
+the weights are. Bucket by bucket the owners gather whole matrices (exchange.py), orthogonalize them
+(newton_schulz.py) and give the results back; the next bucket is sent while one is computed.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -55,12 +55,12 @@ def dtype_of_products(
 
 @dataclass(frozen=True)
 class Hidden:
-    """A matrix that Muon updates."""
+    """Describes a matrix that Muon updates."""
 
     parameter: nn.Parameter
     matrix: Matrix
     group: dict[str, Any]
-    """Its learning rate and weight decay."""
+    """The parameter group, which has its learning rate and weight decay."""
     scale: float
 
 
@@ -83,10 +83,10 @@ class Muon(torch.optim.Optimizer):
         """
         Args:
             groups: of this rank's parameters; the groups and their order are the same on all ranks.
-            heads: name of a parameter -> how many matrices of rows it is to be cut into.
+            heads: name of a parameter -> the heads that its rows are made of, 1 where it has none.
         """
         super().__init__([dict(group) for group in groups], {"lr": config.lr})
-        # It updates the same group objects, and keeps its moments beside the momenta.
+        # AdamW has some of the same group objects, and its state holds the momenta, too.
         self.adamw = make_adamw([group for group in self.param_groups if not group["by_muon"]])
         self.state = self.adamw.state
         self.momentum = config.muon_momentum
@@ -144,8 +144,8 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyrefly: ignore[bad-override]
-        """Update everything by the gradients that are there."""
-        assert closure is None, "a step runs forward and backward by itself"
+        """Update all parameters by their gradients."""
+        assert closure is None, "forward and backward run before the step, not in it"
         # The name under which the fused kernel looks for it.
         self.adamw.found_inf = self.found_inf  # pyrefly: ignore[missing-attribute]
         self.adamw.step()
@@ -162,29 +162,30 @@ class Muon(torch.optim.Optimizer):
             pieces = bucket.scatter(self._orthogonalize(bucket, wholes))
             if scattered is not None:
                 scattered()
-            scattered = self._later(bucket, pieces)
+            scattered = self._make_add(bucket, pieces)
         assert scattered is not None
         scattered()
 
     def _decay(self) -> None:
-        """Shrink the weights, where the step counts."""
+        """Apply the weight decay to the matrices of Muon, unless the step is skipped."""
         for group in self.param_groups:
             shards = [own_shard(parameter) for parameter in group["params"]]
             if group["by_muon"] and shards:
                 is_good = (self.found_inf == 0).to(shards[0].dtype)
                 torch._foreach_mul_(shards, 1 - is_good * (group["lr"] * group["weight_decay"]))
 
-    def _of(self, bucket: Bucket) -> list[Hidden]:
+    def _hidden_of(self, bucket: Bucket) -> list[Hidden]:
         return [self.hidden[number] for number in bucket.numbers]
 
     def _start(self, bucket: Bucket) -> Callable[[], list[torch.Tensor]]:
         """Update the momenta of a bucket, and start to gather them."""
         is_good = self.found_inf == 0
-        momenta = [own_shard(self.state[each.parameter][MOMENTUM]) for each in self._of(bucket)]
-        # A step that does not count has the momentum for a gradient, and leaves it as it is.
+        hiddens = self._hidden_of(bucket)
+        momenta = [own_shard(self.state[each.parameter][MOMENTUM]) for each in hiddens]
+        # In a skipped step the momentum takes the gradient's place, which leaves it unchanged.
         grads = [
             torch.where(is_good, own_shard(each.parameter.grad), momentum)
-            for each, momentum in zip(self._of(bucket), momenta, strict=True)
+            for each, momentum in zip(hiddens, momenta, strict=True)
         ]
         torch._foreach_lerp_(momenta, grads, 1 - self.momentum)
         if self.nesterov:
@@ -199,16 +200,16 @@ class Muon(torch.optim.Optimizer):
         ]
         return [found.flatten(0, 1) for found in orthogonalize_all(blocks, self.steps)]
 
-    def _later(self, bucket: Bucket, finish: Callable[[], torch.Tensor]) -> Callable[[], None]:
-        """Return a function that waits for this rank's parts of a bucket and adds them."""
+    def _make_add(self, bucket: Bucket, finish: Callable[[], torch.Tensor]) -> Callable[[], None]:
+        """Make a function that waits for this rank's updates of a bucket and adds them."""
 
         def add() -> None:
-            hiddens = self._of(bucket)
+            hiddens = self._hidden_of(bucket)
             weights = [own_shard(hidden.parameter) for hidden in hiddens]
             pieces = finish().to(weights[0].device, weights[0].dtype)
             shards = bucket.shards_of(pieces, weights)
             torch._foreach_mul_(shards, [-each.group["lr"] * each.scale for each in hiddens])
-            # Adding -0 changes no bit of a number.
+            # In a skipped step -0 is added, which changes no bit of a weight.
             pieces = torch.where(self.found_inf == 0, pieces, -0.0)
             torch._foreach_add_(weights, bucket.shards_of(pieces, weights))
 

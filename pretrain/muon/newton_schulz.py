@@ -16,7 +16,7 @@ Coefficients = tuple[float, float, float]
 COEFFICIENTS: dict[CoefficientType, tuple[Coefficients, ...]] = {
     # Keller Jordan's, which arXiv 2502.16982 and torch.optim.Muon use in every step.
     "simple": ((3.4445, -4.7750, 2.0315),),
-    # You Jiacheng's, of which each step has its own; Megatron-LM's default.
+    # You Jiacheng's, others in each step; Megatron-LM's default.
     "quintic": (
         (4.0848, -6.8946, 2.9270),
         (3.9505, -6.3029, 2.6377),
@@ -40,7 +40,7 @@ def steps_of(kind: CoefficientType, count: int) -> list[Coefficients]:
 def orthogonalize(x_KMN: torch.Tensor, steps: Sequence[Coefficients]) -> torch.Tensor:
     """Orthogonalize K matrices that have at most as many rows as columns.
 
-    The products are of the side with fewer rows. They are in the dtype of the matrices; those of
+    X X^T then has the size of the shorter side. Products are in the dtype of the matrices; those of
     bf16 are summed in fp32.
     """
     assert x_KMN.shape[1] <= x_KMN.shape[2], "the caller transposes"
@@ -63,15 +63,15 @@ def orthogonalize_all(
     A shape and its transpose count as the same.
     """
     batches: dict[torch.Size, list[int]] = {}
-    flat = [matrix if matrix.shape[1] <= matrix.shape[2] else matrix.mT for matrix in matrices]
-    for number, matrix in enumerate(flat):
+    wide = [matrix if matrix.shape[1] <= matrix.shape[2] else matrix.mT for matrix in matrices]
+    for number, matrix in enumerate(wide):
         batches.setdefault(matrix.shape[1:], []).append(number)
     found = list(matrices)
     for numbers in batches.values():
-        batch = torch.cat([flat[number] for number in numbers])
-        parts = orthogonalize(batch, steps).split([flat[number].shape[0] for number in numbers])
+        batch = torch.cat([wide[number] for number in numbers])
+        parts = orthogonalize(batch, steps).split([wide[number].shape[0] for number in numbers])
         for number, part in zip(numbers, parts, strict=True):
-            is_transposed = flat[number] is not matrices[number]
+            is_transposed = wide[number] is not matrices[number]
             found[number] = part.mT if is_transposed else part
     return found
 

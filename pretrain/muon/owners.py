@@ -1,7 +1,7 @@
-"""Who orthogonalizes which matrix, and which of them at a time.
+"""Assign to each matrix the rank that orthogonalizes it, and cut the work into buckets.
 
 A matrix is cut over the ranks of a pipeline stage, and one of them, its owner, gathers it whole.
-Everything here is the same on all of these ranks.
+All of these ranks compute the same here.
 """
 
 import heapq
@@ -19,15 +19,15 @@ BUCKET_ELEMENTS = 32 * 1024**2
 
 @dataclass(frozen=True)
 class Matrix:
-    """The shape of a matrix, and how tp cuts it."""
+    """Describes the shape of a matrix, and how tp cuts it."""
 
     rows: int
     columns: int
     tp_dim: int | None
     """0 = tp cuts its rows, 1 = its columns, None = each tp rank has all of it."""
     blocks: int = 1
-    """Matrices that it is made of, one under the other: heads that are orthogonalized by
-    themselves."""
+    """Heads that it is made of, one under the other, each orthogonalized by itself; 1 = it as a
+    whole."""
 
     @property
     def elements(self) -> int:
@@ -64,14 +64,14 @@ def heads_of(name: str, model: ModelConfig) -> int:
 def assign_owners(costs: Sequence[int], ranks: int) -> list[int]:
     """Give each matrix an owner such that all ranks compute about equally long.
 
-    The costliest comes first, and always goes to the rank that has least.
+    Matrices come by falling cost; each goes to the rank with the least work so far.
     """
-    load = [(0, rank) for rank in range(ranks)]
+    loads = [(0, rank) for rank in range(ranks)]
     owners = [0] * len(costs)
     for number in sorted(range(len(costs)), key=lambda number: -costs[number]):
-        least, rank = load[0]
+        least, rank = loads[0]
         owners[number] = rank
-        heapq.heapreplace(load, (least + costs[number], rank))
+        heapq.heapreplace(loads, (least + costs[number], rank))
     return owners
 
 
@@ -83,16 +83,17 @@ def make_buckets(
 ) -> list[list[list[int]]]:
     """Cut the owners' work into buckets: bucket -> rank -> numbers of its matrices.
 
-    In a bucket each rank gathers at most `limit` elements, or one matrix; its costliest come first,
-    so that ranks compute about equally long in each of them.
+    In a bucket each rank gathers at most `limit` elements, or one matrix. The costliest come first
+    on every rank, so that all compute about equally long in each bucket.
     """
     queues: list[list[int]] = [[] for _ in range(ranks)]
     for number in sorted(range(len(matrices)), key=lambda number: -matrices[number].cost()):
         queues[owners[number]].append(number)
-    of_rank = [_cut(queue, matrices, limit) for queue in queues]
-    count = max(map(len, of_rank), default=0)
+    cuts_by_rank = [_cut(queue, matrices, limit) for queue in queues]
+    count = max(map(len, cuts_by_rank), default=0)
     return [
-        [cuts[place] if place < len(cuts) else [] for cuts in of_rank] for place in range(count)
+        [cuts[place] if place < len(cuts) else [] for cuts in cuts_by_rank]
+        for place in range(count)
     ]
 
 
