@@ -22,9 +22,9 @@ Meeting = Literal["microbatch", "step"]
 """How often data ranks wait for each other: in each microbatch (weights gathered or gradients
 reduced there: ZeRO-2 and 3), or once a step (ZeRO-1, and gradients kept by a pipeline)."""
 ROUNDS_PER_PART = 4
-"""Most rounds of exchanges that refine a division, for each part of a group; usually few help."""
+"""Limit of the rounds of exchanges, for each part of a group; usually a few are enough."""
 LEAST_GAIN = 1e-6
-"""Share of the largest part that an exchange has to win."""
+"""Smallest gain for which items are exchanged, as a share of the largest part's sum."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Dealt:
 
     @property
     def hash(self) -> int:
-        """A number below 2^40 that is the same for the same slots only."""
+        """A number below 2^40 that differs, but for chance, where the slots do."""
         return xxhash.xxh3_64_intdigest(self.slots.tobytes()) >> 24
 
 
@@ -146,7 +146,7 @@ def _deal_per_step(costs: np.ndarray, falling: np.ndarray, shape: StepShape) -> 
     )
     (by_rank,) = divide(costs[falling], 1, shape.dp_size)
     for rank, own in enumerate(by_rank):
-        # A rank's samples by falling cost, then in nearly equal microbatches.
+        # A rank's samples by falling cost; then they are divided into nearly equal microbatches.
         samples = falling[np.sort(own)]
         (cells,) = samples[divide(costs[samples], 1, shape.num_microbatches)]
         sums = costs[cells].sum(1)
@@ -177,13 +177,13 @@ def divide(costs: np.ndarray, groups: int, parts: int) -> np.ndarray:
 
 @numba.njit(nogil=True, cache=True)
 def _divide(costs, groups, parts, per_part):
-    """Do what `divide` says."""
+    """Divide items as `divide` describes."""
     members = np.empty((groups, parts, per_part), dtype=np.int64)
     used = np.zeros((groups, parts), dtype=np.int64)
     sums = np.zeros((groups, parts))
     for item in range(len(costs)):
         group = item // (parts * per_part)
-        # The least sum of those that have room, of equal ones the first.
+        # The part with the least sum among those that have room; of equal ones the first.
         target = -1
         for part in range(parts):
             has_room = used[group, part] < per_part
@@ -204,14 +204,17 @@ def _divide(costs, groups, parts, per_part):
 
 @numba.njit(nogil=True, cache=True)
 def _exchange(costs, members, sums, group):
-    """Exchange an item of a group's largest part for a cheaper one of any part -> does it help?
+    """Exchange an item of a group's largest part for a cheaper one of any part of any group.
 
-    The exchange is the one that helps most, of equal ones the first.
+    Of all exchanges the one with the largest gain is made; of equal ones the first.
+
+    Returns:
+        Was there an exchange with a gain?
     """
     groups, parts, per_part = members.shape
     first, second, third = _largest_three(sums[group])
     largest = sums[group, first]
-    # What has to be won, or rounding could go round in circles.
+    # A gain must be larger than this: with rounding errors alone exchanges would never end.
     best = LEAST_GAIN * abs(largest)
     best_group = -1
     best_part = -1
@@ -222,9 +225,10 @@ def _exchange(costs, members, sums, group):
         for part in range(parts):
             if other_group == group and part == first:
                 continue
-            # What the group's other parts hold it at.
-            at = third if other_group == group and part == second else second
-            rest = sums[group, at] if at >= 0 else 0.0
+            # The largest part that takes no part in the exchange: the group's largest sum stays
+            # at least as large.
+            untouched = third if other_group == group and part == second else second
+            rest = sums[group, untouched] if untouched >= 0 else 0.0
             if largest - rest <= best:
                 continue
             for own in range(per_part):
@@ -251,7 +255,7 @@ def _exchange(costs, members, sums, group):
     other_item = members[best_group, best_part, best_other]
     members[group, first, best_own] = other_item
     members[best_group, best_part, best_other] = item
-    # Summed again: differences would add up rounding errors.
+    # Summed again from the items: adding differences would add up rounding errors.
     sums[group, first] = _sum_of(costs, members[group, first])
     sums[best_group, best_part] = _sum_of(costs, members[best_group, best_part])
     return True

@@ -2,7 +2,7 @@
 
 Packed samples have the same number of tokens, and a long document in one of them has many times the
 pairs of many short ones. The coefficients come from the model (pretrain/planner/model_size.py),
-since this folder knows none.
+which this folder does not know.
 """
 
 from collections.abc import Sequence
@@ -26,18 +26,19 @@ class DocumentCost:
     per_pair: float
     """Cost of a pair of tokens of which one sees the other, in one layer."""
     windows: tuple[tuple[int | None, int], ...]
-    """(tokens that a token sees, itself included; None = its document up to itself), and how many
-    layers have that window."""
+    """Each window, and the number of layers that have it. A window is the number of tokens that a
+    token sees, itself included; None = its document up to itself."""
 
     def of_documents(self, lengths: np.ndarray) -> np.ndarray:
         """Compute the cost of each document -> float64 [documents].
 
         Args:
-            lengths: tokens of each, int64 [documents]; those of a document that a sample cuts are
-                those in the sample.
+            lengths: tokens of each, int64 [documents]; of a document that a sample cuts, the tokens
+                in the sample.
         """
-        numbers = np.arange(len(lengths) + 1)
-        return self.of_samples(lengths, numbers)
+        # Each document is a sample of its own.
+        begins = np.arange(len(lengths) + 1)
+        return self.of_samples(lengths, begins)
 
     def of_samples(self, lengths: np.ndarray, begins: np.ndarray) -> np.ndarray:
         """Add up the costs of the documents of each sample -> float64 [samples].
@@ -59,7 +60,7 @@ class DocumentCost:
 
     @cached_property
     def _limits(self) -> np.ndarray:
-        """The windows, int64 [windows]."""
+        """Tokens of each window, int64 [windows]."""
         limits = [NO_WINDOW if window is None else window for window, _ in self.windows]
         return np.array(limits, dtype=np.int64)
 
@@ -74,7 +75,7 @@ class DocumentCost:
 
     @staticmethod
     def from_json(stored: dict[str, Any]) -> "DocumentCost":
-        """Read what `to_json` returned, before or after it was JSON."""
+        """Read what `to_json` returned, whether or not it was written as JSON meanwhile."""
         return DocumentCost(
             per_token=stored["per_token"],
             per_document=stored["per_document"],
@@ -99,7 +100,8 @@ def _add_costs(lengths, begins, coefficients, limits, layers, costs):
             length = lengths[document]
             tokens += length
             for i in range(len(limits)):
-                # Token t of a document sees t, itself included, and at most its window's.
+                # Token t of a document, counted from 1, sees t tokens until the window is full, and
+                # then as many as the window has.
                 growing = float(min(length, limits[i]))
                 full = float(length) - growing
                 pairs += layers[i] * (growing * (growing + 1.0) / 2.0)

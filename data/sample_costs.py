@@ -24,10 +24,10 @@ def sample_costs(
     """
     costs = np.zeros(count)
     tokens = np.zeros(count, dtype=np.int64)
-    # Each source has its own stream, and so looks its lengths up by itself.
+    # A source at a time: each has a stream of its own, which knows its lengths.
     for which, documents in samples.document_lengths(first, count):
-        ends = np.concatenate([[0], np.cumsum(documents.lengths)])[documents.begins]
-        tokens[which] = np.diff(ends)
+        tokens_before = np.concatenate([[0], np.cumsum(documents.lengths)])
+        tokens[which] = np.diff(tokens_before[documents.begins])
         if not document_masking:
             # A whole sample is one sequence.
             documents = DocumentLengths(tokens[which], np.arange(len(which) + 1))
@@ -36,7 +36,7 @@ def sample_costs(
 
 
 def padding_costs(tokens: np.ndarray, cost: DocumentCost) -> np.ndarray:
-    """Compute what padding costs, which is computed in sequences of its own -> float64 [samples].
+    """Compute the cost of padding, which is cut into sequences of its own -> float64 [samples].
 
     Args:
         tokens: padding of each sample, int64 [samples].
