@@ -3,7 +3,7 @@
 A learning rate that was found on a narrow model is then right for a wide one: every update changes
 the activations by as much at any width. Source of the table: "Tensor Programs V" (arXiv 2203.03466,
 table 8). It treats the output weight as it does the embedding, and divides the logits by the
-width's ratio (`ModelConfig.logits_divisor`): so a tied embedding needs no rule of its own.
+width's ratio (`ModelConfig.logits_divisor`), so that a tied embedding needs no rule of its own.
 """
 
 from typing import Literal, NamedTuple
@@ -17,7 +17,8 @@ FanIn = Literal["hidden", "heads", "ffn"]
 
 
 class Powers(NamedTuple):
-    """Powers of a ratio: the numbers that a hidden matrix sums over those of the base model's."""
+    """Holds powers of one ratio: how many numbers a hidden matrix sums, over how many the base
+    model's does."""
 
     init: float
     """Power for the standard deviation of initial weights."""
@@ -28,20 +29,21 @@ class Powers(NamedTuple):
 TABLE: dict[Role, Powers] = {
     "embedding": Powers(init=0.0, learning_rate=0.0),
     "output": Powers(init=0.0, learning_rate=0.0),
-    # A sum of n independent numbers grows as the root of n, one of n updates that agree as n.
+    # A sum of n independent numbers grows as the root of n; a sum of n updates that all point the
+    # same way grows as n.
     "hidden": Powers(init=-0.5, learning_rate=-1.0),
     "vector": Powers(init=0.0, learning_rate=0.0),
 }
 
 
 class Scaling(NamedTuple):
-    """Factors of one parameter; all are 1 at the base width, and without muP."""
+    """Holds the factors of one parameter; all are 1 at the base width, and without muP."""
 
     init: float
     """On the standard deviation of its initial weights."""
     learning_rate: float
     weight_decay: float
-    """Decay is learning rate x weight decay a step: this keeps the product."""
+    """A step shrinks weights by learning rate x weight decay; this factor keeps that product."""
     epsilon: float
     """On Adam's epsilon: gradients of all roles shrink as the logits' divisor grows."""
 
@@ -50,7 +52,7 @@ def scaling_of_role(role: Role, fan_in_ratio: float, width_ratio: float) -> Scal
     """Return the factors of a parameter.
 
     Args:
-        fan_in_ratio: what the parameter sums over what the base model's sums.
+        fan_in_ratio: how many numbers the parameter sums, over how many the base model's does.
         width_ratio: hidden_size over the base model's.
     """
     powers = TABLE[role]
