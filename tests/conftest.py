@@ -1,6 +1,8 @@
 """What all tests share: `--all` for the long ones, the pool of worker processes, how tests are
 spread over two processes of pytest, and tables for the end of the output."""
 
+import gc
+
 import pytest
 
 TABLES = pytest.StashKey[list[str]]()
@@ -25,6 +27,12 @@ def pytest_collection_modifyitems(config, items):
     outside = sorted(file for file in alone if scope_of(file) != POOL_SCOPE)
     if outside:
         raise pytest.UsageError(f"{outside} use the pool: name them in tests/conftest.py: scope_of")
+
+
+def pytest_collection_finish():
+    """Spare later collections of garbage the walk over all that is imported by now."""
+    gc.collect()
+    gc.freeze()
 
 
 def skip_without_gpu(items):

@@ -8,22 +8,11 @@ workers are replaced.
 
 import multiprocessing
 import os
-import shutil
-import tempfile
 import traceback
 from multiprocessing.connection import Connection, wait
 
-PRELOADED = [
-    "torch",
-    "torch.distributed.checkpoint",
-    "torch.distributed.tensor",
-    "torch.distributed.pipelining",
-    "parallel.layout",
-    "pretrain.train",
-]
 
-
-def _serve(connection: Connection, rank: int) -> None:
+def _serve(connection: Connection, rank: int, port: int) -> None:
     import faulthandler
     import gc
 
@@ -41,17 +30,21 @@ def _serve(connection: Connection, rank: int) -> None:
 
     faulthandler.enable()  # a crash leaves its stack on stderr
     torch.set_num_threads(1)
+    # What is imported stays: no collection of garbage has to walk over it.
+    gc.freeze()
+    # A file as the store would cost each group some hundredths of a second of waiting.
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     while True:
         try:
             job = connection.recv()
         except EOFError:
             return
-        function, world_size, store_path, args = job
+        function, world_size, name, args = job
         try:
             os.environ["LOCAL_RANK"] = str(rank)
             world = start_world(
                 LayoutConfig(distributed_timeout_minutes=10),
-                dist.FileStore(store_path, world_size),
+                dist.PrefixStore(name, store),
                 rank,
                 world_size,
             )
@@ -66,6 +59,9 @@ def _serve(connection: Connection, rank: int) -> None:
                 _gen_transform_infos.cache_clear()
                 MeshTopoInfo.build_from_mesh.cache_clear()
                 clear_redistribute_planner_cache()
+                # So does what the job was the first to import: to walk over all of it takes
+                # longer than a step of a small model.
+                gc.freeze()
             connection.send((True, result))
         except BaseException:
             connection.send((False, traceback.format_exc()))
@@ -75,9 +71,11 @@ class WorkerPool:
     """Up to eight workers, one thread each."""
 
     def __init__(self):
+        import torch.distributed as dist
+
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(PRELOADED)
-        self.folder = tempfile.mkdtemp(prefix="ithaca-pool-")
+        self.context.set_forkserver_preload(["tests.dist.preloaded"])
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.workers: list[tuple] = []
         self.jobs = 0
 
@@ -85,7 +83,7 @@ class WorkerPool:
         while len(self.workers) < size:
             ours, theirs = self.context.Pipe()
             process = self.context.Process(
-                target=_serve, args=(theirs, len(self.workers)), daemon=True
+                target=_serve, args=(theirs, len(self.workers), self.store.port), daemon=True
             )
             process.start()
             theirs.close()
@@ -95,11 +93,10 @@ class WorkerPool:
         """Results by rank. Raises AssertionError with the first failing rank's traceback."""
         self._grow(world_size)
         self.jobs += 1
-        store = os.path.join(self.folder, f"store{self.jobs}")
         pending = {}
         for rank in range(world_size):
             connection = self.workers[rank][1]
-            connection.send((function, world_size, store, args))
+            connection.send((function, world_size, f"job{self.jobs}", args))
             pending[connection] = rank
         results = [None] * world_size
         while pending:
@@ -132,4 +129,4 @@ class WorkerPool:
 
     def close(self) -> None:
         self.close_workers()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        del self.store
