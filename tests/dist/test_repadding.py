@@ -9,7 +9,8 @@ from pretrain.config.flags import spell
 from pretrain.config.load import load_config
 from pretrain.plan import make_plan
 from pretrain.checkpointing.setting_changes import vocabulary_changes
-from tests.dist.training import VOCABULARY, base_arguments, losses, stored, train, write_corpus
+from tests.dist.training import VOCABULARY, base_arguments, losses, refusal, stored, train
+from tests.dist.training import write_corpus
 from tests.huggingface.model_folders import write_folder
 from tools import import_hf
 
@@ -150,7 +151,4 @@ def test_a_larger_vocabulary_is_not_padding(pool, corpus, tmp_path):
     first = base_arguments(corpus, save=save, make_vocab_size_divisible_by=1, exit_interval=3)
     assert pool.run(train, 1, first) == ["stopped"]
     other = base_arguments(corpus, save=save, make_vocab_size_divisible_by=1, vocab_size=98)
-    with pytest.raises(
-        AssertionError, match="the checkpoint's embedding has 97 rows, this run's 98"
-    ):
-        pool.run(train, 1, other)
+    assert "the checkpoint's embedding has 97 rows, this run's 98" in refusal(pool, other)

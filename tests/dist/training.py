@@ -65,6 +65,22 @@ def train(world: World, argv: list[str]) -> str:
     return Trainer(make_plan(load_config(spell(argv)), world.size), world).run()
 
 
+def _refused(world: World, argv: list[str]) -> str:
+    """Say why a launch is refused: an error that left the worker would cost the session a new
+    one."""
+    try:
+        return f"not refused: {train(world, argv)}"
+    except ValueError as error:
+        return str(error)
+
+
+def refusal(pool, argv: list[str], processes: int = 1) -> str:
+    """Why all processes of a launch refuse it."""
+    (text, *others) = pool.run(_refused, processes, argv)
+    assert others == [text] * (processes - 1)
+    return text
+
+
 def losses(save: str | Path) -> dict[int, float]:
     """Step -> loss from metrics.jsonl; a step that is there twice is an error."""
     lines = [json.loads(line) for line in (Path(save) / "metrics.jsonl").read_text().splitlines()]
