@@ -15,19 +15,18 @@ from tests.dist.oracle import train_transformers, widen_parameters
 from tests.dist.parity import VOCABULARY, Case, named
 from tests.marks import cases
 
-STEPS = 20
 LEARNING_RATE = 3e-3
 
 
-def our_curve(world: World, case: Case) -> tuple[list[float], dict]:
-    """(losses of 20 steps, initial weights by name) on the case's layout."""
+def our_curve(world: World, case: Case, steps: int) -> tuple[list[float], dict]:
+    """(losses of the steps, initial weights by name) on the case's layout."""
     _, stages, optimizer, stepper, loader = case.build(world)
     weights = {name: p.full_tensor().detach().numpy().copy() for name, p in named(stages)}
     losses = [
         train_step(
             stepper, optimizer, loader.read(step * loader.global_batch_tokens), LEARNING_RATE, 1.0
         ).loss
-        for step in range(STEPS)
+        for step in range(steps)
     ]
     return losses, weights
 
@@ -75,11 +74,12 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", cases(CASES, lambda name: "zero3" in name or "some layers" in name))
-def test_loss_curve_equals_transformers(pool, name):
+@pytest.mark.parametrize("steps", [8, pytest.param(20, marks=pytest.mark.long)])
+def test_loss_curve_equals_transformers(pool, name, steps):
     case = CASES[name]
-    results = pool.run(our_curve, case.world_size, case)
+    results = pool.run(our_curve, case.world_size, case, steps)
     weights = {name: tensor for _, part in results for name, tensor in part.items()}
-    expected = train_transformers(oracle_model(case, weights), case, STEPS, LEARNING_RATE)
+    expected = train_transformers(oracle_model(case, weights), case, steps, LEARNING_RATE)
     assert expected[-1] < 0.9 * expected[0], "the curve must go somewhere"
     for losses, _ in results:
         worst = max(abs(a - b) / b for a, b in zip(losses, expected, strict=True))
