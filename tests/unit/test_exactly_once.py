@@ -10,13 +10,13 @@ from tools.bench import exactly_once
 
 
 @pytest.mark.parametrize(
-    "seed", [1, 2, *(pytest.param(seed, marks=pytest.mark.long) for seed in (3, 4))]
+    "seed", [1, *(pytest.param(seed, marks=pytest.mark.long) for seed in (2, 3, 4))]
 )
 def test_random_phases_draw_each_token_once(tmp_path, monkeypatch, seed):
     monkeypatch.setattr(best_fit, "WINDOW_BINS", 16)
-    outcome = exactly_once.run(tmp_path, tokens=400_000, seed=seed, longest=4096)
+    outcome = exactly_once.run(tmp_path, tokens=200_000, seed=seed, longest=4096)
     assert outcome.problems == []
-    assert outcome.drawn > 300_000 and outcome.restarts > 3 and outcome.phases > 10
+    assert outcome.drawn > 150_000 and outcome.restarts > 3 and outcome.phases > 10
 
 
 def test_the_count_can_fail(tmp_path, monkeypatch):
