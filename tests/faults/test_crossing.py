@@ -79,7 +79,7 @@ def arguments(corpus: str, **overrides) -> list[str]:
 SHORT = (
     [PHASES[0], PHASES[5] | {"context_parallel_size": 2}],
     2,
-    2048,
+    1024,
     1,
     ["crossing"],
 )

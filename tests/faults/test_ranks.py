@@ -58,7 +58,8 @@ DIFFERENT = {
 """Setting -> its value on the second node, and what both nodes say."""
 
 
-@pytest.mark.parametrize("name", ["clip_grad", pytest.param("lr", marks=pytest.mark.long)])
+@pytest.mark.long  # two starts of torch; dist/test_agreement.py has it without a launcher
+@pytest.mark.parametrize("name", DIFFERENT)
 def test_two_nodes_that_differ_are_refused_once_and_not_tried_again(tmp_path, name):
     value, expected = DIFFERENT[name]
     corpus = write_corpus(tmp_path / "corpus", documents=40)

@@ -15,7 +15,7 @@ from tests.dist.training import base_arguments, losses, stored, train, write_cor
 from tools.faults.launched_run import LaunchedRun
 
 SECONDS = 240
-STEPS = 60
+STEPS = 40
 SETTINGS = dict(
     train_iters=STEPS,
     save_interval=10,
