@@ -15,14 +15,16 @@ import math
 import statistics
 import sys
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
 from model.config import ModelConfig
 from parallel.layout import Layout
+from pretrain.config.config import CheckpointConfig, Config
 from pretrain.config.flags import spell
 from pretrain.config.load import load_config
 from pretrain.plan import Plan, make_plan
@@ -106,7 +108,7 @@ def run(arguments: Arguments, run_flags: list[str]) -> int:
     if arguments.plot:
         check_file("plot", Path(arguments.plot), NAME, is_own_picture)
     base = ["--config", arguments.config] if arguments.config else RUN
-    plan = make_plan(load_config(spell([*base, *run_flags])), 1, only_print=True)
+    plan = plan_fresh(load_config(spell([*base, *run_flags])))
     widths = arguments.widths or ([64, 256] if arguments.sweep else [64, 128, 256, 512, 1024])
     steps = arguments.steps or (100 if arguments.sweep else 10)
     # All widths are legal before the first is trained.
@@ -116,11 +118,29 @@ def run(arguments: Arguments, run_flags: list[str]) -> int:
             raise ValueError("\n".join(problems))
     if arguments.zero_output and not plan.config.model.untie_embeddings_and_output_weights:
         warn("zero_output = True: has no effect, since the output's weight is the embedding's")
+    first = plan.phases[0]
+    if steps > first.steps:
+        warn(
+            f"steps = {steps}: phase {first.name!r}, the run's first, has {first.steps}; the "
+            "others read on in its data, at its length"
+        )
     with one_process() as layout, torch.random.fork_rng(devices=[]):
         data = read_data(plan, layout, steps)
         if arguments.sweep:
             return sweep(arguments, plan, layout, data, widths)
         return check(arguments, plan, layout, data, widths)
+
+
+def plan_fresh(config: Config) -> Plan:
+    """Plan a run as if it had not begun, and were to start from fresh weights.
+
+    Raises:
+        ValueError: the run cannot be.
+    """
+    # Some settings need a folder for checkpoints: an empty one stands for the run's.
+    with TemporaryDirectory() as empty:
+        fresh = replace(config, checkpoint=CheckpointConfig(save=empty))
+        return make_plan(fresh, 1, only_print=True)
 
 
 def check_arguments(arguments: Arguments) -> None:

@@ -1,12 +1,17 @@
 """The coordinate check and the sweep: a model at several widths, what is measured, what is said."""
 
+import dataclasses
 import re
 
 import pytest
 import torch
 
 from model.config import ModelConfig
+from parallel.layout import single_process_layout
 from pretrain.batches import settings_of
+from pretrain.checkpointing import checkpoint
+from pretrain.checkpointing.progress import Progress
+from pretrain.config.config_yaml import dump_yaml
 from pretrain.config.flags import spell
 from pretrain.config.load import load_config
 from pretrain.plan import Plan, make_plan
@@ -88,6 +93,50 @@ def test_a_sweep_marks_the_best_rate_of_each_width(tmp_path, capsys):
     out = capsys.readouterr().out
     assert out.count("*") == 2 + 4, out  # a legend and two widths, twice
     assert re.search("with muP: best rates [01] apart; without: ", out) and is_own_picture(plot)
+
+
+def test_a_run_with_checkpoints_is_checked_at_another_learning_rate(tmp_path, capsys):
+    run = tmp_path / "run"
+    words = spell([*RUN, *SMALL[1:], "--save", str(run)])
+    config = load_config(words)
+    plan = make_plan(config, 1, only_print=True)
+    phase = plan.phases[0]
+    plan.ledger.enter(0, phase.name, settings_of(phase, plan.corpus))
+    checkpoint.save(
+        run,
+        3,
+        {"model.embedding.weight": torch.zeros(1)},
+        Progress(
+            step=3,
+            clock=3 * 64,
+            phase=dataclasses.asdict(phase),
+            longest_seq_length=16,
+            data=plan.ledger.to_json(3 * 64),
+            tokenizer=plan.tokenizer_description,
+        ),
+        dump_yaml(config),
+        [],
+        single_process_layout(torch.device("cpu")).world,
+    )
+    given = load_config([*words, "--lr", "1e-3"])
+    with pytest.raises(ValueError, match="learning rate at token 192"):
+        make_plan(given, 1, only_print=True)
+    file = tmp_path / "run.yaml"
+    file.write_text(dump_yaml(config))
+    check = f"--config {file} --widths 64 128 --steps 1 --seeds 1 --tolerance 9".split()
+    assert main([*check, "--", "--lr", "1e-3"]) == 0
+    said = capsys.readouterr()
+    assert "1 steps at learning rate 0.001," in said.out and not said.err
+
+
+def test_steps_beyond_the_first_phase_are_told(capsys):
+    words = "--widths 64 128 --steps 3 --seeds 1 --tolerance 9".split()
+    assert main([*words, *SMALL, "--train-iters", "2"]) == 0
+    said = capsys.readouterr()
+    assert said.err == (
+        "warning: steps = 3: phase 'main', the run's first, has 2; the others read on in its data, "
+        "at its length\n"
+    )
 
 
 def test_spreads_and_best_rates_by_hand():
