@@ -35,10 +35,13 @@ from tools.width_check.activations import KINDS, mean_change, mean_size
 from tools.width_check.plot import plot_check, plot_sweep
 from tools.width_check.tables import (
     Found,
+    Losses,
     check_lines,
+    losses_line,
+    mean_losses,
+    rates_line,
     spread,
     steps_between,
-    sweep_lines,
 )
 from tools.width_check.widths import Data, Trainer, at_width, read_data
 
@@ -64,7 +67,7 @@ class Arguments:
     steps: int | None = None
     """Steps to train; by default 10, and 100 for --sweep."""
     seeds: int = 3
-    """Seeds of initial weights, whose mean is shown; --sweep takes one."""
+    """Seeds of initial weights, whose mean is shown."""
     zero_output: bool = True
     """Start an untied output's weight at 0, as "Tensor Programs V" (appendix D.2) advises: random
     logits at the start fade as the root of the width, and hide what muP keeps flat."""
@@ -75,7 +78,8 @@ class Arguments:
     )
     """Learning rates of --sweep, from the smallest."""
     tolerance: float = 0.1
-    """How far an activation's size may be from the mean of the widths, as a share."""
+    """How far an activation's size may be from the mean of the widths, as a share; --sweep has
+    none."""
     config: str | None = None
     """A run's YAML file."""
     plot: str | None = None
@@ -173,7 +177,7 @@ def check_arguments(arguments: Arguments) -> None:
 def without_effect(arguments: Arguments) -> list[str]:
     """Name the settings that were given and that what is run does not read."""
     if arguments.sweep:
-        unread = ("seeds", "tolerance")
+        unread = ("tolerance",)
         where = "with --sweep"
     else:
         unread = ("learning_rates",)
@@ -254,24 +258,40 @@ def sweep(arguments: Arguments, plan: Plan, layout: Layout, data: Data, widths: 
     """Train all widths with all learning rates, with and without muP."""
     rates = arguments.learning_rates
     last = max(1, round(LAST_SHARE * len(data.steps)))
-    found: dict[str, dict[int, dict[float, float]]] = {}
+    found: dict[str, dict[int, Losses]] = {}
     for name in (WITH, WITHOUT):
         found[name] = {}
+        print(
+            f"{name}: mean loss of the last {last} of {len(data.steps)} steps over "
+            f"{arguments.seeds} seeds; * = the best"
+        )
+        print(rates_line(rates), flush=True)
         for width in widths:
             model = at_width(plan.config.model, width, widths[0], mup=name == WITH)
-            found[name][width] = {}
-            for rate in rates:
-                trainer = make_trainer(arguments, plan, model, layout, plan.config.optimizer.seed)
-                losses = list(trainer.losses(data.steps, rate))
-                found[name][width][rate] = statistics.fmean(losses[-last:])
-        print(f"{name}: mean loss of the last {last} of {len(data.steps)} steps; * = the best")
-        print("\n".join(sweep_lines(rates, found[name])), flush=True)
+            of_seeds = [
+                one_sweep(arguments, plan, model, layout, data, seed)
+                for seed in range(arguments.seeds)
+            ]
+            found[name][width] = mean_losses(of_seeds)
+            print(losses_line(width, found[name][width], of_seeds), flush=True)
     if arguments.plot:
         plot_sweep(rates, found, Path(arguments.plot))
         print(f"wrote {arguments.plot}")
     apart = {name: steps_between(rates, losses) for name, losses in found.items()}
     print("; ".join(f"{name}: {_describe(count)}" for name, count in apart.items()))
     return int(apart[WITH] is None or apart[WITH] > 1)
+
+
+def one_sweep(
+    arguments: Arguments, plan: Plan, model: ModelConfig, layout: Layout, data: Data, seed: int
+) -> Losses:
+    """Train a model of one seed with each learning rate -> mean loss of the last steps."""
+    last = max(1, round(LAST_SHARE * len(data.steps)))
+    losses = {}
+    for rate in arguments.learning_rates:
+        trainer = make_trainer(arguments, plan, model, layout, seed)
+        losses[rate] = statistics.fmean(list(trainer.losses(data.steps, rate))[-last:])
+    return losses
 
 
 def _describe(apart: int | None) -> str:

@@ -1,6 +1,7 @@
 """The coordinate check and the sweep: a model at several widths, what is measured, what is said."""
 
 import dataclasses
+import math
 import re
 
 import pytest
@@ -20,7 +21,7 @@ from tools.bench.contenders import one_process
 from tools.coordinate_check import RUN, Arguments, main, without_effect
 from tools.outputs.files import is_own_picture
 from tools.width_check.activations import KINDS
-from tools.width_check.tables import best_rate, spread, steps_between
+from tools.width_check.tables import best_rate, losses_line, mean_losses, spread, steps_between
 from tools.width_check.widths import at_width, read_data
 
 SMALL = "-- --seq-length 16 --global-batch-size 4 --micro-batch-size 2 --vocab-size 40".split()
@@ -88,11 +89,19 @@ def test_a_check_shows_every_kind_with_and_without_and_draws(tmp_path, capsys):
 
 def test_a_sweep_marks_the_best_rate_of_each_width(tmp_path, capsys):
     plot = tmp_path / "sweep.png"
-    words = f"--sweep --widths 64 128 --steps 4 --learning-rates 1e-5 1e-2 --plot {plot}".split()
-    assert main([*words, *SMALL]) == 0
+    words = "--sweep --widths 64 128 --steps 4 --learning-rates 1e-5 1e-2 --seeds 1".split()
+    assert main([*words, "--plot", str(plot), *SMALL]) == 0
     out = capsys.readouterr().out
     assert out.count("*") == 2 + 4, out  # a legend and two widths, twice
     assert re.search("with muP: best rates [01] apart; without: ", out) and is_own_picture(plot)
+
+
+def test_a_sweep_shows_the_mean_of_its_seeds_and_the_best_of_each():
+    of_seeds = [{0.1: 2.0, 0.2: 1.0}, {0.1: 1.5, 0.2: 3.0}, {0.1: math.nan, 0.2: math.inf}]
+    losses = mean_losses(of_seeds[:2])
+    assert losses == {0.1: 1.75, 0.2: 2.0}
+    words = losses_line(256, losses, of_seeds).split()
+    assert words == ["256", "1.7500*", "2.0000", "0.2", "0.1", "none"]
 
 
 def test_a_run_with_checkpoints_is_checked_at_another_learning_rate(tmp_path, capsys):
@@ -159,7 +168,7 @@ def test_spreads_and_best_rates_by_hand():
         (dict(sweep=True, learning_rates=[0.5]), []),
         (
             dict(sweep=True, seeds=2, tolerance=0.2),
-            [f"{name}: has no effect with --sweep" for name in ("seeds = 2", "tolerance = 0.2")],
+            ["tolerance = 0.2: has no effect with --sweep"],
         ),
     ],
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 from tools.outputs.files import PNG_METADATA
 from tools.width_check.activations import KINDS
-from tools.width_check.tables import Found
+from tools.width_check.tables import Found, Losses
 
 COLORS = ("#1f4e8c", "#c8401d", "#2f7d4f", "#7a4ea3", "#b8860b", "#4a4a4a")
 
@@ -32,7 +32,7 @@ def plot_check(found: Mapping[str, Found], path: Path) -> None:
 
 
 def plot_sweep(
-    rates: Sequence[float], losses: Mapping[str, Mapping[int, Mapping[float, float]]], path: Path
+    rates: Sequence[float], losses: Mapping[str, Mapping[int, Losses]], path: Path
 ) -> None:
     """Plot the last loss over the learning rate, a panel for each parametrization."""
     figure, panels = _panels(1, len(losses))

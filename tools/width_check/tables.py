@@ -10,6 +10,9 @@ from tools.width_check.activations import KINDS
 Row = Mapping[int, float]
 """Width -> a mean absolute value."""
 
+Losses = Mapping[float, float]
+"""Learning rate -> a mean loss."""
+
 
 @dataclass(frozen=True)
 class Found:
@@ -37,25 +40,32 @@ def check_lines(name: str, found: Found) -> Iterator[str]:
             yield f"  {kind:<26}{values}{100 * spread(rows[kind]):>6.1f} %"
 
 
-def sweep_lines(rates: Sequence[float], losses: Mapping[int, Mapping[float, float]]) -> list[str]:
-    """Show a sweep's last losses, the best of each width marked."""
-    lines = [f"{'width':<10}" + "".join(f"{rate:>11.2g}" for rate in rates)]
-    for width, row in losses.items():
-        best = best_rate(row)
-        values = [f"{row[rate]:.4f}{'*' if rate == best else ' '}" for rate in rates]
-        lines.append(f"{width:<10,}" + "".join(f"{value:>11}" for value in values))
-    return lines
+def mean_losses(of_seeds: Sequence[Losses]) -> Losses:
+    """Return the mean over the seeds, at each rate."""
+    return {rate: fmean(losses[rate] for losses in of_seeds) for rate in of_seeds[0]}
 
 
-def best_rate(row: Mapping[float, float]) -> float | None:
+def rates_line(rates: Sequence[float]) -> str:
+    """Title the columns of a sweep."""
+    return f"{'width':<10}" + "".join(f"{rate:>11.2g}" for rate in rates) + "   best of each seed"
+
+
+def losses_line(width: int, losses: Losses, of_seeds: Sequence[Losses]) -> str:
+    """Show a width's losses, with a star at the best, and where that of each seed is."""
+    best = best_rate(losses)
+    values = [f"{loss:.4f}{'*' if rate == best else ' '}" for rate, loss in losses.items()]
+    of_each = [best_rate(row) for row in of_seeds]
+    names = " ".join("none" if rate is None else f"{rate:.2g}" for rate in of_each)
+    return f"{width:<10,}" + "".join(f"{value:>11}" for value in values) + f"   {names}"
+
+
+def best_rate(losses: Losses) -> float | None:
     """Return the learning rate with the smallest loss; None where no loss is finite."""
-    finite = [rate for rate, loss in row.items() if math.isfinite(loss)]
-    return min(finite, key=lambda rate: row[rate], default=None)
+    finite = [rate for rate, loss in losses.items() if math.isfinite(loss)]
+    return min(finite, key=lambda rate: losses[rate], default=None)
 
 
-def steps_between(
-    rates: Sequence[float], losses: Mapping[int, Mapping[float, float]]
-) -> int | None:
+def steps_between(rates: Sequence[float], losses: Mapping[int, Losses]) -> int | None:
     """Return how many places of the list lie between the best rates of the widths.
 
     None: a width diverged at every rate.
