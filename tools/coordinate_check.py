@@ -1,6 +1,6 @@
 """Does muP hold for a model? `bash launch/ithaca.sh coordinate-check [--plot F.png]` trains it at
 several widths for a few steps, with muP and without, and shows how large its activations are and by
-how much they changed. With muP they are as large at any width.
+how much they changed, as root mean squares. With muP they are as large at any width.
 
 `--sweep` trains two widths with several learning rates instead: with muP the best one is the same.
 
@@ -31,7 +31,7 @@ from pretrain.plan import Plan, make_plan
 from tools.bench.contenders import one_process
 from tools.outputs.files import check_file, is_own_picture
 from tools.shared.door import run_door, warn
-from tools.width_check.activations import KINDS, mean_change, mean_size
+from tools.width_check.activations import KINDS, MeanSquares
 from tools.width_check.plot import plot_check, plot_sweep
 from tools.width_check.tables import (
     Found,
@@ -196,8 +196,9 @@ def check(arguments: Arguments, plan: Plan, layout: Layout, data: Data, widths: 
     lr = plan.config.optimizer.lr
     found = {}
     print(
-        f"{len(data.steps)} steps at learning rate {lr:g}, mean of {arguments.seeds} seeds; "
-        "spread = largest distance from the mean of the widths"
+        f"{len(data.steps)} steps at learning rate {lr:g}, root mean squares over "
+        f"{arguments.seeds} seeds; spread = largest distance from the mean of the widths, "
+        "last = from the second widest to the widest"
     )
     for name in (WITH, WITHOUT):
         found[name] = measure(arguments, plan, layout, data, widths, mup=name == WITH)
@@ -217,7 +218,7 @@ def check(arguments: Arguments, plan: Plan, layout: Layout, data: Data, widths: 
 def measure(
     arguments: Arguments, plan: Plan, layout: Layout, data: Data, widths: list[int], *, mup: bool
 ) -> Found:
-    """Measure the activations of all widths, each the mean over the seeds."""
+    """Measure the activations of all widths, each over all seeds."""
     sizes: dict[str, dict[int, float]] = defaultdict(dict)
     changes: dict[str, dict[int, float]] = defaultdict(dict)
     for width in widths:
@@ -227,8 +228,9 @@ def measure(
             for seed in range(arguments.seeds)
         ]
         for kind in KINDS:
-            sizes[kind][width] = statistics.fmean(size[kind] for size, _ in of_seeds)
-            changes[kind][width] = statistics.fmean(change[kind] for _, change in of_seeds)
+            of_kind = [each[kind] for each in of_seeds]
+            sizes[kind][width] = math.sqrt(statistics.fmean(each.size for each in of_kind))
+            changes[kind][width] = math.sqrt(statistics.fmean(each.change for each in of_kind))
     return Found(sizes, changes)
 
 
@@ -242,16 +244,12 @@ def make_trainer(
     return trainer
 
 
-def one_check(plan: Plan, trainer: Trainer, data: Data) -> tuple[dict, dict]:
-    """Train one model -> size and change of each kind of activation."""
-    before = trainer.activations(data.probe)
+def one_check(plan: Plan, trainer: Trainer, data: Data) -> dict[str, MeanSquares]:
+    """Train one model -> mean squares of each kind of activation."""
+    before = trainer.activations(data)
     for _ in trainer.losses(data.steps, plan.config.optimizer.lr):
         pass
-    after = trainer.activations(data.probe)
-    return (
-        {kind: mean_size(after[kind]) for kind in KINDS},
-        {kind: mean_change(before, after, kind) for kind in KINDS},
-    )
+    return trainer.mean_squares(data, before)
 
 
 def sweep(arguments: Arguments, plan: Plan, layout: Layout, data: Data, widths: list[int]) -> int:

@@ -20,9 +20,16 @@ from tests.unit.test_width_scaling import PLAIN
 from tools.bench.contenders import one_process
 from tools.coordinate_check import RUN, Arguments, main, without_effect
 from tools.outputs.files import is_own_picture
-from tools.width_check.activations import KINDS
-from tools.width_check.tables import best_rate, losses_line, mean_losses, spread, steps_between
-from tools.width_check.widths import at_width, read_data
+from tools.width_check.activations import KINDS, MEASURED_TOKENS, draw_measured
+from tools.width_check.tables import (
+    best_rate,
+    last_growth,
+    losses_line,
+    mean_losses,
+    spread,
+    steps_between,
+)
+from tools.width_check.widths import Trainer, at_width, read_data
 
 SMALL = "-- --seq-length 16 --global-batch-size 4 --micro-batch-size 2 --vocab-size 40".split()
 
@@ -47,16 +54,17 @@ def test_a_width_that_the_model_cannot_have_is_refused():
         at_width(PLAIN, 40, 40, mup=True)
 
 
-def test_the_first_steps_are_read_of_a_run_that_has_gone_on():
-    def plan() -> Plan:
-        return make_plan(load_config(spell([*RUN, *SMALL[1:]])), 1, only_print=True)
+def small_plan() -> Plan:
+    return make_plan(load_config(spell([*RUN, *SMALL[1:]])), 1, only_print=True)
 
-    gone_on = plan()
+
+def test_the_first_steps_are_read_of_a_run_that_has_gone_on():
+    gone_on = small_plan()
     settings = settings_of(gone_on.phases[0], gone_on.corpus)
     for clock, name in ((0, gone_on.phases[0].name), (256, "later")):
         gone_on.ledger.enter(clock, name, settings)
     with one_process() as layout:
-        expected = read_data(plan(), layout, 2).steps
+        expected = read_data(small_plan(), layout, 2).steps
         found = read_data(gone_on, layout, 2).steps
     for ours, theirs in zip(found, expected, strict=True):
         for one, other in zip(ours, theirs, strict=True):
@@ -70,9 +78,9 @@ def test_a_check_shows_every_kind_with_and_without_and_draws(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     shown = {}
     for line in lines:
-        if found := re.match(r"(with muP|without), mean (size|change) +64 +128 +spread$", line):
+        if found := re.match(r"(with muP|without), (size|change) +64 +128 +spread +last$", line):
             title = found.groups()
-        elif found := re.match(r"  (\w+) +([\d.]+) +([\d.]+) *([\d.]+) %$", line):
+        elif found := re.match(r"  (\w+) +([\d.]+) +([\d.]+) *([\d.]+) % *([-+][\d.]+) %$", line):
             shown[*title, found[1]] = [float(value) for value in found.groups()[1:]]
     assert len(shown) == 2 * 2 * len(KINDS)
     # At the base width muP is nothing; at another the updates are smaller.
@@ -102,6 +110,52 @@ def test_a_sweep_shows_the_mean_of_its_seeds_and_the_best_of_each():
     assert losses == {0.1: 1.75, 0.2: 2.0}
     words = losses_line(256, losses, of_seeds).split()
     assert words == ["256", "1.7500*", "2.0000", "0.2", "0.1", "none"]
+
+
+def test_measured_tokens_are_bounded_and_in_order():
+    assert [places.tolist() for places in draw_measured([3, 2])] == [[0, 1, 2], [0, 1]]
+    drawn = draw_measured([100_000, 50_000])
+    assert [len(places) for places in drawn] == [MEASURED_TOKENS // 2] * 2
+    for places, tokens in zip(drawn, (100_000, 50_000), strict=True):
+        assert (places.diff() > 0).all() and 0 <= places[0] and places[-1] < tokens
+    # Of more microbatches than tokens each has one.
+    assert [len(places) for places in draw_measured([5] * 4, limit=3)] == [1] * 4
+
+
+def test_sizes_and_changes_are_those_of_the_measured_tokens():
+    """Beside the embedding's rows, and the logits by hand from the last of the stream."""
+    plan = small_plan()
+    model = at_width(plan.config.model, 128, 64, mup=True)
+    places = [torch.tensor([3, 17]), torch.tensor([0])]
+    with one_process() as layout:
+        data = dataclasses.replace(read_data(plan, layout, 2), measured=places)
+        trainer = Trainer(plan, model, layout, seed=0)
+        rows = []
+        kept = []
+        for steps in ([], data.steps):
+            for _ in trainer.losses(steps, 0.01):
+                pass
+            kept.append(trainer.activations(data))
+            (stage,) = trainer.state.stages
+            # After a pass the stage holds whole weights; a state dict has the shards.
+            shards = stage.state_dict().items()
+            weights = {name: shard.full_tensor().clone() for name, shard in shards}
+            tokens = [batch.tokens[at] for batch, at in zip(data.probe, places, strict=True)]
+            rows.append(weights["embedding.weight"][torch.cat(tokens)])
+        after = {kind: list(tensors) for kind, tensors in kept[1].items()}
+        found = trainer.mean_squares(data, kept[0])
+    # Of two layers and two microbatches, three tokens; and nothing is held afterwards.
+    assert {kind: len(tensors) for kind, tensors in after.items()} == dict(
+        embedding=2, attention=4, mlp=4, stream=2, logits=2
+    )
+    assert set(kept[0]) == set(KINDS) and not any(kept[0].values())
+    assert float(rows[1].square().mean()) == pytest.approx(found["embedding"].size, rel=1e-5)
+    moved = (rows[1] - rows[0]).square().mean()
+    assert float(moved) == pytest.approx(found["embedding"].change, rel=1e-5)
+    stream = torch.cat(after["stream"])
+    normed = stream / (stream.square().mean(1, keepdim=True) + model.norm_epsilon).sqrt()
+    logits = (normed * weights["final_norm.weight"] / 2) @ weights["output.weight"][:40].T
+    assert float(logits.square().mean()) == pytest.approx(found["logits"].size, rel=1e-5)
 
 
 def test_a_run_with_checkpoints_is_checked_at_another_learning_rate(tmp_path, capsys):
@@ -151,6 +205,8 @@ def test_steps_beyond_the_first_phase_are_told(capsys):
 def test_spreads_and_best_rates_by_hand():
     assert spread({64: 2.0, 128: 3.0, 256: 7.0}) == 0.75
     assert spread({64: 0.0, 128: 0.0}) == float("inf")
+    assert last_growth({128: 4.0, 64: 1.0, 256: 5.0}) == 0.25
+    assert last_growth({64: 0.0, 128: 1.0}) == float("inf")
     losses = {64: {0.1: 2.0, 0.2: 1.0, 0.4: float("nan")}, 128: {0.1: 1.0, 0.2: 2.0, 0.4: 3.0}}
     assert best_rate(losses[64]) == 0.2
     assert steps_between([0.1, 0.2, 0.4], losses) == 1

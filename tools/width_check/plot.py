@@ -22,8 +22,10 @@ def plot_check(found: Mapping[str, Found], path: Path) -> None:
                 points = rows[kind]
                 axes.plot([*points], [*points.values()], marker="o", color=color, label=kind)
             axes.set_xscale("log", base=2)
+            widths = [*rows[KINDS[0]]]
+            axes.set_xticks(widths, [f"{width:,}" for width in widths])
             axes.set_yscale("log", base=2)
-            axes.set_ylabel(("mean size", "mean change")[row])
+            axes.set_ylabel(("size", "change")[row] + " (root mean square)")
         panels[0][column].set_title(name)
         panels[1][column].set_xlabel("width")
     _match_heights(panels)

@@ -8,7 +8,7 @@ from statistics import fmean
 from tools.width_check.activations import KINDS
 
 Row = Mapping[int, float]
-"""Width -> a mean absolute value."""
+"""Width -> a root mean square."""
 
 Losses = Mapping[float, float]
 """Learning rate -> a mean loss."""
@@ -30,14 +30,29 @@ def spread(row: Row) -> float:
     return max(abs(value - mean) for value in row.values()) / mean if mean > 0 else float("inf")
 
 
+def last_growth(row: Row) -> float:
+    """Return by what share the widest width's value is above the next one's.
+
+    What narrow widths have by chance is gone there; a wrong power of the width is not.
+    """
+    *_, before, widest = sorted(row)
+    return row[widest] / row[before] - 1 if row[before] > 0 else float("inf")
+
+
 def check_lines(name: str, found: Found) -> Iterator[str]:
     """Show a parametrization's activations."""
-    for what, rows in (("mean size", found.sizes), ("mean change", found.changes)):
+    for what, rows in (("size", found.sizes), ("change", found.changes)):
         widths = list(rows[KINDS[0]])
-        yield f"{f'{name}, {what}':<28}" + "".join(f"{width:>10,}" for width in widths) + "  spread"
+        yield (
+            f"{f'{name}, {what}':<28}"
+            + "".join(f"{width:>10,}" for width in widths)
+            + "  spread    last"
+        )
         for kind in KINDS:
             values = "".join(f"{rows[kind][width]:>10.4f}" for width in widths)
-            yield f"  {kind:<26}{values}{100 * spread(rows[kind]):>6.1f} %"
+            distance = f"{100 * spread(rows[kind]):>6.1f} %"
+            growth = 100 * last_growth(rows[kind])
+            yield f"  {kind:<26}{values}{distance}{growth:>+6.1f} %"
 
 
 def mean_losses(of_seeds: Sequence[Losses]) -> Losses:

@@ -1,6 +1,7 @@
 """One model at several widths: what each width's settings are, and a few steps of the trainer."""
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,14 @@ from pretrain.plan import Plan
 from pretrain.planner.model_size import document_cost_of
 from pretrain.state import TrainState, build_state, compute_dtype
 from pretrain.step import Stepper, train_step
-from tools.width_check.activations import Activations, recorded
+from tools.width_check.activations import (
+    Activations,
+    Comparison,
+    Keep,
+    MeanSquares,
+    draw_measured,
+    observed,
+)
 
 SCALED = ("ffn_hidden_size", "num_attention_heads", "num_query_groups")
 """Sizes that grow with the width; heads keep their size."""
@@ -66,6 +74,8 @@ class Data:
     steps: list[list[Batch]]
     probe: list[Batch]
     """Microbatches of a step that is not trained, on which activations are measured."""
+    measured: list[torch.Tensor]
+    """Places of the tokens of each of them whose activations are measured."""
 
 
 def read_data(plan: Plan, layout: Layout, count: int) -> Data:
@@ -88,7 +98,8 @@ def read_data(plan: Plan, layout: Layout, count: int) -> Data:
     for _ in range(count + 1):
         batches.append([part.to(layout.device) for part in feed.read(clock)])
         clock += phase.batch_at(clock)
-    return Data(batches[:-1], batches[-1])
+    probe = batches[-1]
+    return Data(batches[:-1], probe, draw_measured([len(batch.tokens) for batch in probe]))
 
 
 class Trainer:
@@ -124,9 +135,23 @@ class Trainer:
             optimizer = self.state.optimizer
             yield train_step(self.stepper, optimizer, batches, lr, self.clip_grad).loss
 
-    def activations(self, batches: list[Batch]) -> Activations:
-        """Run forward and return the activations by kind."""
+    def activations(self, data: Data) -> Activations:
+        """Run forward on the probe and return the activations of its measured tokens."""
+        kept: Activations = defaultdict(list)
+        self._observe(data, lambda kind, x: kept[kind].append(x))
+        return kept
+
+    def mean_squares(self, data: Data, before: Activations) -> dict[str, MeanSquares]:
+        """Run forward on the probe and measure the activations of its measured tokens.
+
+        Args:
+            before: those of an earlier pass, which are freed.
+        """
+        comparison = Comparison(before)
+        self._observe(data, comparison.add)
+        return comparison.mean_squares()
+
+    def _observe(self, data: Data, keep: Keep) -> None:
         (stage,) = self.state.stages
-        with recorded(stage) as found:
-            self.stepper.run(batches, train=False)
-        return found
+        with observed(stage, data.measured, keep):
+            self.stepper.run(data.probe, train=False)
