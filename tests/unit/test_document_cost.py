@@ -45,6 +45,26 @@ def test_costs_are_the_flops_of_the_models_own_formula(fields):
     np.testing.assert_allclose(plain, flops, rtol=1e-14)
 
 
+def test_a_document_costs_the_tiles_that_kernels_compute_for_it_on_average():
+    """Of causal tiles of 128 x 128, over lengths of every kind: all that tokens do not explain."""
+    lengths = np.arange(1, 100_000)
+    share = lengths**2 * np.exp(-lengths / 700)
+    share /= share.sum()
+    # A row of tiles reaches to its last query, and the last row may have few of them.
+    rows = -(-lengths // 128)
+    computed = 128**2 * rows * (rows + 1) / 2
+    seen = lengths * (lengths + 1) / 2
+    # A query computes 63.5 pairs on average that lie beyond it in its tile; the 63.5 queries that
+    # the last row lacks on average compute a pair with each token.
+    for_tokens = 127 * lengths
+    for_document = float((share * (computed - seen - for_tokens)).sum())
+    config = small_model()
+    cost = document_cost_of(config, 64)
+    assert cost.per_document / config.num_layers / cost.per_pair == pytest.approx(
+        for_document, rel=0.015
+    )
+
+
 def test_a_sample_costs_the_sum_of_its_documents():
     cost = document_cost_of(small_model(**WINDOWED), 64)
     begins = np.array([0, 3, 3, 8])
