@@ -131,7 +131,10 @@ def export(arguments: Arguments) -> None:
     new = NewFolder("output", output, MAKER, inputs=inputs, overwrite=arguments.overwrite)
     stored = open_stored_model(arguments.load, arguments.ckpt_step, compare_weights=False)
     new.refuse_inputs(beside_exports(inputs_of_run(stored.config), output))
-    _ = stored.architecture  # refuses a model that transformers has no architecture for
+    # A model that transformers has no architecture for is refused.
+    for part, factor in stored.form.factors.items():
+        class_name = stored.architecture.class_name
+        print(f"note: {part} is multiplied by {factor:g}, for which {class_name} has no key")
     declared = choose_context(stored, arguments.max_position_embeddings)
 
     weights = WeightsExport(stored, getattr(torch, arguments.dtype), arguments.max_shard_bytes)

@@ -19,6 +19,9 @@ _TOP_NAMES = {
     "output.weight": "lm_head.weight",
 }
 
+LAYER_NAME = re.compile(r"layers\.(\d+)\.(.+)")
+"""Our name of a layer's parameter: the layer's number, and what it is of the layer."""
+
 Windows = Literal["none", "same", "by_layer", "switched"]
 """Where an architecture has sliding windows: nowhere; in all layers or none, told by sliding_window
 alone (same); in the layers that layer_types names (by_layer), there only if use_sliding_window is
@@ -84,7 +87,7 @@ class Architecture:
 
     def huggingface_name(self, name: str) -> str:
         """Translate layers.7.attention.q.weight to model.layers.7.self_attn.q_proj.weight."""
-        match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
+        match = LAYER_NAME.fullmatch(name)
         if match:
             return f"model.layers.{match[1]}.{self.layer_names[match[2]]}"
         return _TOP_NAMES[name]
@@ -114,6 +117,12 @@ class Architecture:
             name: value(hidden_size) if callable(value) else value
             for name, value in self.fixed.items()
         }
+
+
+def part_of(name: str) -> str:
+    """Return what a parameter is of its layer, or of the model: attention.q.weight of any layer."""
+    match = LAYER_NAME.fullmatch(name)
+    return match[2] if match else name
 
 
 _OUR_TOP_NAMES = {theirs: ours for ours, theirs in _TOP_NAMES.items()}

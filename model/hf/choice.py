@@ -1,41 +1,112 @@
 """Which architecture of transformers has a model's parts."""
 
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from model.config import ModelConfig
 from model.hf.architecture import Architecture
 from model.hf.architectures import ARCHITECTURES
+from model.hf.folding import fold
 
 _COMPARED_APART = {"window_size", "window_attn_skip_freq", "window_rotary_base"}
 """Settings whose effect on the layers is compared."""
 
 
-def architecture_of(config: ModelConfig, imported_as: str | None = None) -> Architecture:
-    """Return the architecture that has this model's parts.
+@dataclass(frozen=True)
+class ExportForm:
+    """Describes how a model is written in an architecture of transformers."""
+
+    architecture: Architecture
+    config: ModelConfig
+    """What config.json says, without muP."""
+    factors: Mapping[str, float] = field(default_factory=dict)
+    """Part of the model -> what its weights are multiplied by (folding.py)."""
+
+
+def export_form(config: ModelConfig, imported_as: str | None = None) -> ExportForm:
+    """Choose how to write a model: by its settings alone, else with factors in its weights.
 
     Args:
         imported_as: model_type of the folder that the model is from: without windows, Llama and
             Mistral are the same model.
 
     Raises:
-        ValueError: no architecture of transformers that we know has them all; the settings that
+        ValueError: no architecture of transformers that we know has all parts; the settings that
             keep the model from being the nearest one are named.
     """
-    config = config.without_mup()
+    plain = config.without_mup()
+    row, problems = _nearest(plain, imported_as)
+    if not problems:
+        return ExportForm(row, plain)
+    folded, factors = fold(plain)
+    row, problems = _nearest(folded, imported_as)
+    if not problems:
+        return ExportForm(row, folded, factors)
+    raise _no_architecture(row, problems, config)
+
+
+def architecture_of(config: ModelConfig, imported_as: str | None = None) -> Architecture:
+    """Return the architecture that has this model's parts, with its weights as they are.
+
+    Args:
+        imported_as: as in `export_form`.
+
+    Raises:
+        ValueError: there is none, as in `export_form`.
+    """
+    row, problems = _nearest(config.without_mup(), imported_as)
+    if problems:
+        raise _no_architecture(row, problems, config)
+    return row
+
+
+def _nearest(config: ModelConfig, imported_as: str | None) -> tuple[Architecture, list[str]]:
+    """Find the architecture with the fewest misfits -> it and these; the earliest of several."""
     # The one that it came from first, then in the order of the table.
     rows = sorted(ARCHITECTURES.values(), key=lambda row: row.model_type != imported_as)
     found = [(row, misfits(row, config)) for row in rows]
-    nearest, problems = min(found, key=lambda pair: len(pair[1]))
-    if not problems:
-        return nearest
-    raise ValueError(
-        "\n".join(
+    return min(found, key=lambda pair: len(pair[1]))
+
+
+def _no_architecture(nearest: Architecture, problems: list[str], config: ModelConfig) -> ValueError:
+    """Make the error of a model that no architecture has all parts of.
+
+    Args:
+        problems: of the nearest one.
+        config: as it was given, with muP's settings.
+    """
+    lines = []
+    for problem in problems:
+        name = problem.split(" = ")[0]
+        fix = f"train with what {nearest.class_name} has"
+        by_mup = _said_by_mup(name, config)
+        if by_mup is not None:
+            # The user gave other settings, from which this one follows.
+            given, fix = by_mup
+            problem = f"{given}: makes {problem.replace(': ', ', and ', 1)}"
+        lines.append(
             f"{problem}, and no other architecture of transformers that we know has the model's "
-            f"other parts. Fix: train with what {nearest.class_name} has."
-            for problem in problems
+            f"other parts. Fix: {fix}."
         )
-    )
+    return ValueError("\n".join(lines))
+
+
+def _said_by_mup(name: str, config: ModelConfig) -> tuple[str, str] | None:
+    """Return the settings of muP that make another one, and the fix; None where they do not."""
+    if not config.use_mup:
+        return None
+    if name == "logits_scaling" and config.width_ratio != 1:
+        given = f"use_mup = True, mup_base_hidden_size = {config.base_hidden_size}"
+        return given, f"--mup-base-hidden-size {config.hidden_size}, or train without --use-mup"
+    if name == "softmax_scale" and config.softmax_scale is None:
+        base = config.mup_base_head_dim
+        power = config.mup_attn_scale_power
+        given = f"use_mup = True, mup_base_head_dim = {base}, mup_attn_scale_power = {power}"
+        # The base with which scores are as without muP.
+        usual = config.head_size ** (2 * power - 1)
+        return given, f"--mup-base-head-dim {usual:g}, or train without --use-mup"
+    return None
 
 
 def misfits(row: Architecture, config: ModelConfig) -> list[str]:

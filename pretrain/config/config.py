@@ -12,7 +12,7 @@ import tyro
 from data.config import DataConfig
 from model.activation_memory.settings import MemoryConfig
 from model.config import ModelConfig
-from model.hf.choice import architecture_of
+from model.hf.choice import export_form
 from model.rope import PARAMETERS
 from parallel.config import LayoutConfig
 from pretrain.config.checkpoint_config import CheckpointConfig
@@ -115,7 +115,7 @@ class Config:
         if not settings.exports or problems_of(self.model):
             return []
         try:
-            architecture_of(self.model)
+            export_form(self.model)
         except ValueError as error:
             name = "hf_export_phase_ends"
             if settings.hf_export_interval is not None:

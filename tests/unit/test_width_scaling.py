@@ -8,7 +8,7 @@ import torch
 
 from model.build import parameter_shapes
 from model.config import ModelConfig
-from model.hf.choice import architecture_of
+from model.hf.choice import architecture_of, export_form
 from model.init import initialize
 from model.sharding import row_of, scaling_of
 from pretrain.config.facts import problems_of
@@ -135,8 +135,75 @@ def test_an_export_writes_the_factors_out():
     at_base = replace(llama, mup_base_hidden_size=None)
     assert architecture_of(at_base).model_type == "llama"
     assert architecture_of(replace(at_base, mup_base_head_dim=None)).model_type == "granite"
-    with pytest.raises(ValueError, match="logits_scaling = 4.0: Qwen3ForCausalLM has"):
+    with pytest.raises(ValueError, match="makes logits_scaling = 4.0, and Qwen3ForCausalLM has"):
         architecture_of(replace(llama, qk_layernorm=True))
+
+
+GEMMA = dict(
+    norm_placement="both",
+    apply_layernorm_1p=True,
+    embedding_multiplier=11.313708305358887,
+    add_qkv_bias=False,
+)
+
+
+@pytest.mark.parametrize(
+    "settings, model_type, factors",
+    [
+        (dict(qk_layernorm=True), "qwen3", {"final_norm.weight": 0.25}),
+        (dict(), "qwen2", {"final_norm.weight": 0.25}),
+        # Granite has both as settings.
+        (dict(add_qkv_bias=False, mup_base_head_dim=4.0), "granite", {}),
+        (
+            dict(mup_base_head_dim=4.0, mup_base_hidden_size=None),
+            "qwen2",
+            {"attention.q.weight": 0.5, "attention.q.bias": 0.5},
+        ),
+        # Roots that are no floats: sqrt(32) / 128 over 1 / sqrt(128) is a half all the same.
+        (
+            dict(qk_layernorm=True, kv_channels=128, mup_base_head_dim=32.0),
+            "qwen3",
+            {"final_norm.weight": 0.25, "attention.q_norm.weight": 0.5},
+        ),
+        (dict(qk_layernorm=True, mup_base_hidden_size=128), "qwen3", {}),
+    ],
+)
+def test_factors_without_a_setting_go_into_weights(settings, model_type, factors):
+    bias = not settings.get("qk_layernorm", False)
+    form = export_form(replace(WIDE, **(dict(add_qkv_bias=bias) | settings)))
+    assert (form.architecture.model_type, form.factors) == (model_type, factors)
+    assert not form.config.use_mup
+    if factors:
+        assert (form.config.logits_scaling, form.config.softmax_scale) == (1.0, None)
+
+
+@pytest.mark.parametrize(
+    "settings, refusal",
+    [
+        (
+            GEMMA,
+            "use_mup = True, mup_base_hidden_size = 32: makes logits_scaling = 4.0, and "
+            "Gemma2ForCausalLM has logits_scaling = 1.0, and no other architecture of transformers "
+            "that we know has the model's other parts. Fix: --mup-base-hidden-size 128, or train "
+            "without --use-mup.",
+        ),
+        (
+            dict(mup_base_hidden_size=None, mup_base_head_dim=3.0),
+            "use_mup = True, mup_base_head_dim = 3.0, mup_attn_scale_power = 1.0: makes "
+            "softmax_scale = 0.10825317547305482, and Qwen2ForCausalLM has softmax_scale = None, "
+            "and no other architecture of transformers that we know has the model's other parts. "
+            "Fix: --mup-base-head-dim 16, or train without --use-mup.",
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_exported_is_refused_by_the_flags_of_mup(settings, refusal):
+    config = replace(WIDE, **settings)
+    with pytest.raises(ValueError) as raised:
+        export_form(config)
+    assert str(raised.value) == refusal
+    # The fix is one.
+    flags = dict(mup_base_hidden_size=None, mup_base_head_dim=16.0)
+    assert export_form(replace(config, **flags)).factors == {}
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,10 @@ import torch
 from safetensors import safe_open
 
 from model.hf.architecture import VOCABULARY_ROWS
+from model.hf.folding import factor_of
 from pretrain.checkpointing.stored_tensors import StoredTensors
 from tools.huggingface.comparison_table import ComparisonTable
+from tools.huggingface.export_weights import multiplied
 from tools.huggingface.weights import Entry
 from tools.shared.message_text import count_of
 
@@ -30,6 +32,7 @@ def compare_weights(
     vocab_size: int,
     *,
     exported_as: torch.dtype | None = None,
+    factors: Mapping[str, float] | None = None,
 ) -> None:
     """Add whether each tensor of the folder is in the checkpoint, and the other way round.
 
@@ -37,13 +40,14 @@ def compare_weights(
         entries: the folder's tensors by our names.
         exported_as: the type that an export rounds to; None for an import, which only widens, and
             whose padded rows are zeros.
+        factors: what an export multiplies into weights (model/hf/folding.py).
     """
     stored = StoredTensors(checkpoint)
     names = {name.removeprefix(PREFIX) for name in stored.entries if name.startswith(PREFIX)}
     wrong = [f"{name} is only in the checkpoint" for name in sorted(names - entries.keys())]
     wrong += [f"{name} is only in the folder" for name in sorted(entries.keys() - names)]
     for name in sorted(names & entries.keys()):
-        ours = stored.read(PREFIX + name)
+        ours = multiplied(stored.read(PREFIX + name), factor_of(name, factors or {}))
         reason = _difference(name, ours, _read(entries[name]), vocab_size, exported_as)
         if reason is not None:
             wrong.append(f"{name} {reason}")

@@ -64,7 +64,7 @@ def write_settings(
     theirs = export_files.parse_json(stored.carried.get(CONFIG))
     ours = huggingface_config(
         stored.architecture,
-        stored.config.model,
+        stored.form.config,
         stored.vocab_size,
         stored.rope,
         declared,

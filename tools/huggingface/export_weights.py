@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from data.files import WriteBehind
 from model.hf.architecture import VOCABULARY_ROWS
+from model.hf.folding import factor_of
 from pretrain.checkpointing.verifying_reader import VerifyingReader
 from tools.huggingface.stored_model import StoredModel
 from tools.huggingface.weights import INDEX, SINGLE
@@ -38,6 +39,8 @@ class WrittenTensor:
     """Name in Hugging Face's files."""
     shape: tuple[int, ...]
     """Without the rows of padding."""
+    factor: float
+    """What its numbers are multiplied by, before they are rounded."""
 
     def num_bytes(self, dtype: torch.dtype) -> int:
         return math.prod(self.shape) * dtype.itemsize
@@ -111,14 +114,20 @@ class WeightsExport:
         # Most checkpoints are cut by rows: nothing has to be put together.
         if self._reader.is_cut_by_rows(tensor.stored_name):
             for (begin, *_), values in parts:
-                yield values[: rows - begin.start]
+                yield multiplied(values[: rows - begin.start], tensor.factor)
             return
         whole = torch.empty(tensor.shape, dtype=self._dtype, device="cpu")
-        for place, values in parts:
+        for place, stored_values in parts:
+            values = multiplied(stored_values, tensor.factor)
             # Rounding would make infinity of what is too large.
             _refuse_unwritable(tensor, values, self._dtype)
             whole[place] = values[: rows - place[0].start]
         yield whole
+
+
+def multiplied(values: torch.Tensor, factor: float) -> torch.Tensor:
+    """Multiply numbers by a power of two, which rounds none; by 1 they stay where they are."""
+    return values if factor == 1.0 else values * factor
 
 
 def _describe(stored_name: str, shape: tuple[int, ...], stored: StoredModel) -> WrittenTensor:
@@ -126,7 +135,12 @@ def _describe(stored_name: str, shape: tuple[int, ...], stored: StoredModel) -> 
     name = stored_name.removeprefix("model.")
     if name in VOCABULARY_ROWS:
         shape = (stored.vocab_size, *shape[1:])
-    return WrittenTensor(stored_name, stored.architecture.huggingface_name(name), shape)
+    return WrittenTensor(
+        stored_name,
+        stored.architecture.huggingface_name(name),
+        shape,
+        factor_of(name, stored.form.factors),
+    )
 
 
 def _header(shard: list[WrittenTensor], dtype: torch.dtype) -> bytes:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from model.hf.architecture import Architecture
-from model.hf.choice import architecture_of
+from model.hf.choice import ExportForm, export_form
 from model.rope import Rope
 from pretrain.checkpointing.folders import LATEST, find_published
 from pretrain.checkpointing.manifest import refuse_damage, verify_files, verify_small_files
@@ -36,14 +36,19 @@ class StoredModel:
         return size
 
     @cached_property
-    def architecture(self) -> Architecture:
-        """The architecture of transformers that an export has.
+    def form(self) -> ExportForm:
+        """How an export writes the model.
 
         Raises:
-            ValueError: none has the model's parts.
+            ValueError: no architecture of transformers has the model's parts.
         """
         source = parse_json(self.carried.get(CONFIG))
-        return architecture_of(self.config.model, source.get("model_type"))
+        return export_form(self.config.model, source.get("model_type"))
+
+    @property
+    def architecture(self) -> Architecture:
+        """The architecture of transformers that an export has."""
+        return self.form.architecture
 
     @property
     def rope(self) -> Rope:

@@ -16,12 +16,14 @@ from data.tokenizers.tokenizer import Tokenizer
 from model.attention_backends.choice import choose_attention
 from model.build import build_whole_model
 from model.gpt import GPTStage
+from model.hf.folding import factor_of
 from model.windows import tokens_beyond
 from pretrain.checkpointing.stored_tensors import read_whole_tensors, tensor_names
 from tools.huggingface.compare_logits import compare_answers
 from tools.huggingface.compare_weights import compare_weights
 from tools.huggingface.comparison_table import ComparisonTable
 from tools.huggingface.double import compute_in_double
+from tools.huggingface.export_weights import multiplied
 from tools.huggingface.questions import choose_questions
 from tools.huggingface.sample_text import sample_ids
 from tools.huggingface.stored_model import StoredModel
@@ -59,7 +61,14 @@ def verify_export(
     table = ComparisonTable()
     dtype = getattr(torch, json.loads((exported / "config.json").read_text())["torch_dtype"])
     entries = open_weights(exported, stored.architecture).entries
-    compare_weights(table, stored.folder, entries, stored.vocab_size, exported_as=dtype)
+    compare_weights(
+        table,
+        stored.folder,
+        entries,
+        stored.vocab_size,
+        exported_as=dtype,
+        factors=stored.form.factors,
+    )
     # transformers first: its model is freed before ours is built.
     try:
         answers = ask_transformers(exported, questions)
@@ -141,12 +150,18 @@ def model_of_checkpoint(stored: StoredModel, exported: Path) -> GPTStage:
 
 
 def _build(stored: StoredModel, dtype: torch.dtype) -> GPTStage:
-    """Build our model from the checkpoint, its weights rounded to `dtype`; it computes in fp32."""
+    """Build our model from the checkpoint, its weights rounded as in the folder, in `dtype`.
+
+    It computes in fp32, with its own factors of logits and scores.
+    """
+    tensors = {}
     names = tensor_names(stored.folder)
-    tensors = {
-        name.removeprefix("model."): tensor.to(dtype).float()
-        for name, tensor in read_whole_tensors(stored.folder, names).items()
-    }
+    for stored_name, tensor in read_whole_tensors(stored.folder, names).items():
+        name = stored_name.removeprefix("model.")
+        # What the folder has multiplied in is rounded with it, and taken out again.
+        factor = factor_of(name, stored.form.factors)
+        rounded = multiplied(tensor, factor).to(dtype).float()
+        tensors[name] = multiplied(rounded, 1 / factor)
     device = torch.device("cpu")
     attend, _ = choose_attention("sdpa", device, torch.float64)
     model = build_whole_model(stored.config.model, stored.vocab_size, tensors, attend, device)
