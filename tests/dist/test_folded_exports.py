@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from model.hf.architectures import ARCHITECTURES
@@ -89,3 +90,11 @@ def test_rounded_weights_are_compared_as_they_are_written(trained, tmp_path, nam
     output = tmp_path / "hf"
     export(Arguments(load=str(trained / name), output=str(output), dtype="bfloat16", verify=True))
     assert load_file(output / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+
+
+def test_the_model_card_names_mup_and_muon(trained, tmp_path):
+    export(Arguments(load=str(trained / "qwen3"), output=str(tmp_path / "hf")))
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---\n")[1])["tags"] == ["ithaca", "qwen3", "pretraining"]
+    assert "| muP | learning rate of a base of width 16 |" in card, card
+    assert "| optimizer | Muon of the layers' matrices, momentum 0.95; for the rest AdamW," in card

@@ -113,7 +113,7 @@ def test_the_model_card_names_what_the_model_is_from(imported, tmp_path):
         "license": "mit",
         "language": ["en"],
         "base_model": "maker/model",
-        "tags": ["ithaca", "llama", "continued-pretraining"],
+        "tags": ["ithaca", "llama"],
     }
     card = (tmp_path / "out" / "README.md").read_text()
     assert "The weights of maker/model, not trained since; its model card is not repeated" in card

@@ -15,6 +15,7 @@ import yaml
 from data.blend import SourceName
 from data.ledger import StoredLedger
 from data.segments import ClosedSegment, Segment
+from model.config import ModelConfig
 from pretrain.checkpointing.model_files import CARD, CONFIG
 from pretrain.logs.run_facts import FILE as RUN_FILE
 from pretrain.logs.run_facts import RunFacts
@@ -68,8 +69,14 @@ def _front_matter(
     base_model = base_model or _base_model(stored)
     if base_model is not None:
         front["base_model"] = base_model
-    kind = "continued-pretraining" if _is_imported(stored) else "pretraining"
-    return front | {"tags": ["ithaca", str(config["model_type"]), kind]}
+    return front | {"tags": ["ithaca", str(config["model_type"]), *_kind_of_training(stored)]}
+
+
+def _kind_of_training(stored: StoredModel) -> list[str]:
+    """Return the tag of the training; none where an import was not trained."""
+    if not _is_imported(stored):
+        return ["pretraining"]
+    return [] if stored.progress.data is None else ["continued-pretraining"]
 
 
 def read_front_matter(card: bytes) -> dict[str, Any]:
@@ -158,6 +165,11 @@ def _run_rows(stored: StoredModel) -> list[Row]:
         ),
         ("precision", "bfloat16, fp32 master weights" if optimizer.bf16 else _full(optimizer.fp64)),
     ]
+    if stored.config.model.use_mup:
+        rows.append(("muP", _describe_base(stored.config.model)))
+    if optimizer.qk_clip:
+        limit = f"attention logits above {optimizer.qk_clip_threshold:g}"
+        rows.append(("QK-clip", f"queries and keys of heads with {limit} are scaled"))
     loss = _training_loss(stored)
     if loss is not None:
         rows.append(("training loss of the last step", f"{loss:.4f}"))
@@ -166,6 +178,17 @@ def _run_rows(stored: StoredModel) -> list[Row]:
         place = f"{short_source(score.set)} at {score.seq_length:,} tokens"
         rows.append(("validation", f"loss {score.loss:.4f} of {place}"))
     return [*rows, ("code", _trained_with(stored)), ("exported with", describe_code())]
+
+
+def _describe_base(model: ModelConfig) -> str:
+    """Describe the model whose learning rate muP carries over to this one."""
+    given = {
+        "MLP": model.mup_base_ffn_hidden_size,
+        "heads": model.mup_base_num_attention_heads,
+        "head size": model.mup_base_head_dim,
+    }
+    parts = [f", {name} {value:g}" for name, value in given.items() if value is not None]
+    return f"learning rate of a base of width {model.base_hidden_size:,}{''.join(parts)}"
 
 
 def _full(is_fp64: bool) -> str:
