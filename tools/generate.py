@@ -234,7 +234,9 @@ def _stream(
         sys.stdout.flush()
 
     def on_token(each: Continuation) -> None:
-        write(text.add(each.added[-1:], is_last=each.is_finished))
+        # A stop id says that the text ends, and is none of it.
+        new = [] if each.is_stopped else each.added[-1:]
+        write(text.add(new, is_last=each.is_finished))
 
     write(text.add(_words_of(model, continuation.prompt), is_last=continuation.is_finished))
     continue_batch(model, [continuation], sampling, stop_ids=stop_ids, on_token=on_token)
@@ -251,7 +253,7 @@ def _record(model: OpenModel, each: Continuation) -> dict:
     """Describe a finished prompt, for a JSON line."""
     tokenizer = tokenizer_of(model)
     words = _words_of(model, each.prompt)
-    whole = tokenizer.decode(words + each.added)
+    whole = tokenizer.decode(words + each.text_ids)
     prompt = tokenizer.decode(words)
     # Ids may end within a character, which the next one completes.
     begin = len(os.path.commonprefix([prompt, whole]))

@@ -135,8 +135,14 @@ def test_each_id_of_a_list_stops(chat_copy, capsys):
         folders.write_generation(chat_copy, eos_token_id=stops)
         expected = greedy_of_transformers(chat_copy, ids, 80)
         assert len(expected) == len(ids) + 1, stops
+        # A stop id ends the text, and is none of it.
         found = continued(capsys, chat_copy, "--prompt", "the quick", *GREEDY)
-        assert found == tokenizer.decode(expected)
+        assert found == tokenizer.decode(ids)
+        record = json.loads(
+            continued(capsys, chat_copy, "--prompt", "the quick", "--json", *GREEDY)
+        )
+        assert (record["ids"], record["continuation"]) == ([first], "")
+        assert record["ended"] == "stop id"
     words = ("--prompt", "the quick", "--max-new-tokens", 5, "--ignore-eos", "--json")
     record = json.loads(continued(capsys, chat_copy, *words, *GREEDY))
     assert len(record["ids"]) == 5 and record["ids"][0] == first

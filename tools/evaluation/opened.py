@@ -57,6 +57,5 @@ class OpenedModel:
         return [self._text_of(continuation) for continuation in batch]
 
     def _text_of(self, continuation: Continuation) -> str:
-        """Decode what was added, without the id that ended it."""
-        ids = continuation.added[:-1] if continuation.is_stopped else continuation.added
-        return self.tokenizer.decode(ids)
+        """Decode what was added."""
+        return self.tokenizer.decode(continuation.text_ids)

@@ -45,6 +45,11 @@ class Continuation:
         return self.is_stopped or len(self.added) >= self.limit
 
     @property
+    def text_ids(self) -> list[int]:
+        """What was added and has a text: without the id that ended it."""
+        return self.added[:-1] if self.is_stopped else self.added
+
+    @property
     def length(self) -> int:
         """Tokens so far."""
         return len(self.prompt) + len(self.added)
