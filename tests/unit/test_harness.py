@@ -3,7 +3,9 @@ it."""
 
 import json
 import random
+import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -150,3 +152,30 @@ def test_only_the_tokens_of_the_continuation_count():
     requests = [(None, [1, 2, 3], []), (None, [1], [2, 3])]
     found = Answers(MinusOne())._loglikelihood_tokens(requests)
     assert found == [(0.0, True), (-2.0, False)]
+
+
+def test_an_empty_stop_text_stops_nothing(monkeypatch):
+    harness_utils = SimpleNamespace(
+        handle_stop_sequences=lambda until, eos: until,
+        normalize_gen_kwargs=lambda settings, tokens: settings | {"max_gen_toks": tokens},
+    )
+    monkeypatch.setitem(sys.modules, "lm_eval.models.utils", harness_utils)
+
+    def continuation(stops: list[str]) -> str:
+        """Return the answer of a model that adds "a.b.c" letter by letter."""
+        said = "a.b.c"
+
+        def continue_prompts(prompts, new_tokens, should_stop):
+            ends = [end for end in range(len(said)) if should_stop(said[:end])]
+            return [said[: ends[0]] if ends else said]
+
+        model = SimpleNamespace(
+            context_length=1000,
+            first_ids=[],
+            tokenizer=SimpleNamespace(encode=lambda text: [1]),
+            continue_prompts=continue_prompts,
+        )
+        return Answers(model)._continue("asked", {"until": stops})
+
+    assert continuation([""]) == "a.b.c"
+    assert continuation(["", "."]) == continuation(["."]) == "a"

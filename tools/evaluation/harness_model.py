@@ -120,7 +120,9 @@ class Answers:
                 "generation_kwargs: do_sample = true: only greedy continuations are made here. "
                 "Fix: do_sample: false in the task, or --lm-eval-model hf."
             )
-        stops = handle_stop_sequences(values.get("until"), eos=None)
+        # An empty text is in every text: it can stop none.
+        given = handle_stop_sequences(values.get("until"), eos=None)
+        stops = [stop for stop in given if stop]
         new_tokens = values["max_gen_toks"]
         room = self.max_length - new_tokens
         if room < 1:
