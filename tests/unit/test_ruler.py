@@ -205,6 +205,28 @@ def test_a_length_without_room_names_the_task_and_what_it_needs():
     assert not RulerRun(Reader(), 1, 1, TEXT).check(["niah_single_1"], [needed])
 
 
+def test_a_length_without_room_for_a_later_sample_is_named(monkeypatch):
+    run = RulerRun(Reader(), seed=4, samples=6, text=TEXT)
+    # Names are of random letters: some take more tokens than others.
+    monkeypatch.setattr(run, "encode", lambda text: Letters().encode(text.replace("A", "AA")))
+
+    def least_length(number: int) -> int:
+        """Return the shortest length at which a sample is written, from below."""
+        length = 400
+        while True:
+            try:
+                write_sample("vt", length, number, 4, run.encode, TEXT)
+                return length
+            except ValueError:
+                length += 1
+
+    needed = [least_length(number) for number in range(6)]
+    assert needed[0] < max(needed)
+    assert run.check(["vt"], [max(needed)]) == []
+    (problem,) = run.check(["vt"], [max(needed) - 1])
+    assert f"vt takes {max(needed):,} tokens" in problem
+
+
 def test_tasks_are_chosen_by_name_and_group_and_unknown_ones_refused():
     chosen = choose_tasks(["vt", "probes"], has_documents=False, has_others=False)
     assert (chosen.probes, chosen.ruler) == (["loss", "context_gain", "passkey"], ["vt"])

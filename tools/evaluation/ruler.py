@@ -62,16 +62,8 @@ def write_sample(
     Raises:
         ValueError: the length does not even have room for the question.
     """
-    task = TASKS[name]
-    generator = Random(f"{seed} {name} {number}")
-    if isinstance(task, NeedleTask):
-        draft = NeedleDraft(task, generator, text)
-        usual_tokens = NEEDLE_ANSWER_TOKENS
-    else:
-        draft = VariableDraft(task, generator)
-        usual_tokens = VARIABLE_ANSWER_TOKENS
-    own_tokens = len(encode(" " + ", ".join(draft.answers))) + ANSWER_SLACK
-    answer_tokens = max(usual_tokens, own_tokens)
+    draft = _draft(name, number, seed, text)
+    answer_tokens = _answer_tokens(draft, encode)
 
     # As much haystack as there is room for.
     room = length - answer_tokens
@@ -81,12 +73,45 @@ def write_sample(
         units = filled.units
         filled = fill(lambda filler: draft.write(units, filler), encode, room)
     if len(filled.ids) > room:
-        raise ValueError(
-            f"lengths = {length}: {name} takes {len(filled.ids) + answer_tokens:,} tokens without "
-            f"any haystack. Fix: at least {2 * (len(filled.ids) + answer_tokens):,}, or leave the "
-            "task out."
-        )
+        raise ValueError(too_short(name, length, len(filled.ids) + answer_tokens))
     return Sample(number, filled.text, filled.ids, draft.answers, answer_tokens, draft.depths)
+
+
+def tokens_without_haystack(
+    name: str, number: int, seed: int, encode: Encode, *, has_text: bool
+) -> int:
+    """Count the tokens of a sample that has no haystack, and its answer: its shortest length.
+
+    Args:
+        has_text: the haystack of the tasks that have one of text is a text.
+    """
+    # None of the text is in it, whichever it is.
+    draft = _draft(name, number, seed, "text" if has_text else None)
+    return len(encode(draft.write(0))) + _answer_tokens(draft, encode)
+
+
+def too_short(name: str, length: int, needed: int) -> str:
+    """Say that a length does not have room for a task, as `name = value: rule. Fix: ...`."""
+    return (
+        f"lengths = {length}: {name} takes {needed:,} tokens without any haystack. Fix: at least "
+        f"{2 * needed:,}, or leave the task out."
+    )
+
+
+def _draft(name: str, number: int, seed: int, text: str | None) -> NeedleDraft | VariableDraft:
+    """Draw sample `number` of a task, without its haystack."""
+    task = TASKS[name]
+    generator = Random(f"{seed} {name} {number}")
+    if isinstance(task, NeedleTask):
+        return NeedleDraft(task, generator, text)
+    return VariableDraft(task, generator)
+
+
+def _answer_tokens(draft: NeedleDraft | VariableDraft, encode: Encode) -> int:
+    """Count the tokens that the model may add to a sample."""
+    is_needle = isinstance(draft, NeedleDraft)
+    usual = NEEDLE_ANSWER_TOKENS if is_needle else VARIABLE_ANSWER_TOKENS
+    return max(usual, len(encode(" " + ", ".join(draft.answers))) + ANSWER_SLACK)
 
 
 # ---------------------------------------------------------------- scores

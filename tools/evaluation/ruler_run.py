@@ -5,7 +5,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tools.evaluation.model import LanguageModel
-from tools.evaluation.ruler import Sample, match_all, match_part, write_sample
+from tools.evaluation.ruler import (
+    Sample,
+    match_all,
+    match_part,
+    tokens_without_haystack,
+    too_short,
+    write_sample,
+)
 
 
 class RulerRun:
@@ -28,14 +35,18 @@ class RulerRun:
 
     def check(self, names: Sequence[str], lengths: Sequence[int]) -> list[str]:
         """Name the tasks and lengths that do not fit, as `name = value: rule. Fix: ...`."""
+        # The shortest length decides; a message for each longer one would say the same.
+        shortest = min(lengths)
         problems = []
         for name in names:
-            # The shortest length decides; a message for each longer one would say the same.
-            try:
-                write_sample(name, min(lengths), 0, self.seed, self.encode, self.text)
-            except ValueError as error:
-                problems.append(str(error))
+            needed = max(self._tokens_without_haystack(name, n) for n in range(self.samples))
+            if needed > shortest:
+                problems.append(too_short(name, shortest, needed))
         return problems
+
+    def _tokens_without_haystack(self, name: str, number: int) -> int:
+        has_text = self.text is not None
+        return tokens_without_haystack(name, number, self.seed, self.encode, has_text=has_text)
 
     def run(self, name: str, length: int) -> dict[str, Any]:
         """Ask all samples of a task at a length -> its record."""
