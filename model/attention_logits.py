@@ -2,16 +2,17 @@
 
 Kernels of attention keep their scores to themselves, so these are computed once more, by tiles that
 are read and dropped: only pairs that are attended count, of one document, causal, inside the
-window. It costs a half of attention's forward in products, more where a device writes scores slower
-than it multiplies, and the memory of a tile.
+window. In products it costs a half of attention's forward; a GPU takes longer, since it writes the
+scores to its memory and reads them again (pretrain/planner/step_time.py).
 
 Legend: n queries and s keys of a call, m query and k key/value heads, g = m / k query heads of a
-key/value head, H head size; b queries of a block and c keys of a tile; L layers and N query heads
-of the whole model.
+key/value head, H head size; b queries of a block and c keys of a tile.
 """
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import isqrt
 
 import torch
 
@@ -19,12 +20,48 @@ from model.attention_backends.documents import PackedDocuments
 from model.attention_backends.tiled import wide_bmm
 from model.scoring import Scoring
 
-BLOCK_QUERIES = 256
-"""Queries of a block, whatever their documents are."""
-TILE_SCORES = 1 << 22
-"""Scores of a tile over all heads: in fp32 16 MiB, which a data-center GPU keeps in its cache."""
+LEAST_QUERIES = 256
+"""Queries of a block, whatever their documents are; a GPU may have more."""
 LEAST_KEYS = 256
 """Keys of a tile, however many heads there are."""
+LEAST_SCORES = 1 << 22
+"""Scores of a tile over all heads: 16 MiB in fp32."""
+MOST_SCORES_ON_GPU = 1 << 25
+"""Scores of a tile on a GPU: 128 MiB in fp32. At 3 TB/s it writes and reads them in 90 microseconds
+(estimated, not measured), longer than a host needs for the three kernels of a tile; with tiles of
+16 MiB it would wait for the host."""
+
+
+@dataclass(frozen=True)
+class TileSize:
+    """Says how many queries and keys the scores of a tile are of, over all heads of a call."""
+
+    queries: int
+    keys: int
+
+    @staticmethod
+    def choose(
+        queries: int, heads: int, head_size: int, itemsize: int, *, on_gpu: bool
+    ) -> "TileSize":
+        """Choose the tile of a call.
+
+        On a GPU it grows with the attention's output, which does not exist yet when logits are
+        measured: up to its size a tile makes no step's peak higher.
+
+        Args:
+            itemsize: bytes of an element of q.
+        """
+        if not on_gpu:
+            keys = LEAST_SCORES // (heads * LEAST_QUERIES)
+            return TileSize(LEAST_QUERIES, max(LEAST_KEYS, keys))
+        # Scores are in at least fp32, and a mask of all heads may stand beside them.
+        bytes_of_pair = heads * max(4, itemsize) + 1
+        like_output = queries * heads * head_size * itemsize // bytes_of_pair
+        least = LEAST_SCORES // heads
+        pairs = min(max(least, like_output), MOST_SCORES_ON_GPU // heads)
+        # About square: long blocks score pairs that are not attended, short ones read keys often.
+        block = max(LEAST_QUERIES, isqrt(pairs) // LEAST_QUERIES * LEAST_QUERIES)
+        return TileSize(block, max(LEAST_KEYS, pairs // block))
 
 
 class LargestLogits:
@@ -72,72 +109,70 @@ def largest_logits(
     k = k_skH.shape[1]
     wide = torch.promote_types(q_nmH.dtype, torch.float32)
     largest_m = q_nmH.new_full((m,), float("-inf"), dtype=wide)
-    first_seen_n = _first_seen(n, documents, scoring, q_nmH.device)
+    size = TileSize.choose(n, m, H, q_nmH.itemsize, on_gpu=q_nmH.is_cuda)
+    pairs = _SeenPairs(documents, scoring, q_nmH.device)
     k_kHs = k_skH.permute(1, 2, 0)
-    for begin in range(0, n, BLOCK_QUERIES):
-        end = min(begin + BLOCK_QUERIES, n)
+    for begin in range(0, n, size.queries):
+        end = min(begin + size.queries, n)
         b = end - begin
         # [k, g b, H]: the query heads of a key/value head are rows of one product.
         q_krH = q_nmH[begin:end].unflatten(1, (k, m // k)).permute(1, 2, 0, 3).reshape(k, -1, H)
-        for keys, is_hidden_bc in _tiles(begin, end, m, first_seen_n, documents, scoring):
+        for keys, is_hidden_bc in pairs.tiles(begin, end, size.keys):
             scores_mbc = wide_bmm(q_krH, k_kHs[..., keys]).view(m, b, -1)
             if is_hidden_bc is not None:
                 scores_mbc.masked_fill_(is_hidden_bc, float("-inf"))
             torch.maximum(largest_m, scores_mbc.flatten(1).amax(1), out=largest_m)
+            # Its memory is free before the next tile is made.
+            del scores_mbc
     # The scale is above 0, so it may come last.
     return largest_m.mul_(scoring.factor(H))
 
 
-def _first_seen(
-    n: int, documents: PackedDocuments, scoring: Scoring, device: torch.device
-) -> torch.Tensor:
-    """Return the row of the first key that each query sees [n], without asking the device."""
-    query_n = torch.arange(n, dtype=torch.int32, device=device)
-    document_n = torch.searchsorted(documents.cu_q, query_n, right=True) - 1
-    first_n = documents.cu_k[document_n]
-    if scoring.window is None:
-        return first_n
-    in_window_n = query_n + (_earlier_keys(documents) - scoring.window + 1)
-    return torch.maximum(first_n, in_window_n)
+class _SeenPairs:
+    """Tells which keys of a call its queries see, without asking the device."""
 
+    def __init__(self, documents: PackedDocuments, scoring: Scoring, device: torch.device):
+        self.documents = documents
+        self.scoring = scoring
+        # A query's own key is this many rows further: keys came before the first query's own.
+        self.earlier = documents.bounds_k[-1] - documents.bounds_q[-1]
+        self.row_s = torch.arange(documents.bounds_k[-1], dtype=torch.int32, device=device)
+        self.first_seen_n = self._first_seen_by_each()
 
-def _tiles(
-    begin: int,
-    end: int,
-    heads: int,
-    first_seen_n: torch.Tensor,
-    documents: PackedDocuments,
-    scoring: Scoring,
-) -> Iterator[tuple[slice, torch.Tensor | None]]:
-    """Yield the keys of each tile for queries [begin, end), and which of [b, c] are not seen.
+    def _first_seen_by_each(self) -> torch.Tensor:
+        """Return the row of the first key that each query sees [n]."""
+        query_n = self.row_s[: self.documents.bounds_q[-1]]
+        document_n = torch.searchsorted(self.documents.cu_q, query_n, right=True) - 1
+        first_n = self.documents.cu_k[document_n]
+        if self.scoring.window is None:
+            return first_n
+        in_window_n = query_n + (self.earlier - self.scoring.window + 1)
+        return torch.maximum(first_n, in_window_n)
 
-    None = all are seen.
-    """
-    earlier = _earlier_keys(documents)
-
-    def first_seen(query: int) -> int:
+    def _first_seen(self, query: int) -> int:
         """Compute on the host what `first_seen_n` says of one query."""
-        first = documents.bounds_k[bisect_right(documents.bounds_q, query) - 1]
-        if scoring.window is None:
+        bounds = self.documents
+        first = bounds.bounds_k[bisect_right(bounds.bounds_q, query) - 1]
+        if self.scoring.window is None:
             return first
-        return max(first, query + earlier - scoring.window + 1)
+        return max(first, query + self.earlier - self.scoring.window + 1)
 
-    size = max(LEAST_KEYS, TILE_SCORES // (heads * BLOCK_QUERIES))
-    stop = end + earlier
-    oldest_seen_by_all = first_seen(end - 1)
-    for first in range(first_seen(begin), stop, size):
-        last = min(first + size, stop)
-        if first >= oldest_seen_by_all and last <= begin + earlier + 1:
-            yield slice(first, last), None
-            continue
-        key_c = torch.arange(first, last, dtype=torch.int32, device=first_seen_n.device)
-        own_b1 = torch.arange(begin + earlier, stop, dtype=torch.int32, device=key_c.device)[
-            :, None
-        ]
-        is_hidden_bc = (key_c > own_b1) | (key_c < first_seen_n[begin:end, None])
-        yield slice(first, last), is_hidden_bc
+    def tiles(self, begin: int, end: int, size: int) -> Iterator[tuple[slice, torch.Tensor | None]]:
+        """Yield the keys of each tile for queries [begin, end), and which of [b, c] are not seen.
 
+        None = all are seen.
 
-def _earlier_keys(documents: PackedDocuments) -> int:
-    """Count the keys before the first query's own: a query's own key is this many rows further."""
-    return documents.bounds_k[-1] - documents.bounds_q[-1]
+        Args:
+            size: keys of a tile.
+        """
+        own = slice(begin + self.earlier, end + self.earlier)
+        oldest_seen_by_all = self._first_seen(end - 1)
+        for first in range(self._first_seen(begin), own.stop, size):
+            keys = slice(first, min(first + size, own.stop))
+            if first >= oldest_seen_by_all and keys.stop <= own.start + 1:
+                yield keys, None
+                continue
+            key_c = self.row_s[keys]
+            is_hidden_bc = key_c > self.row_s[own, None]
+            is_hidden_bc |= key_c < self.first_seen_n[begin:end, None]
+            yield keys, is_hidden_bc

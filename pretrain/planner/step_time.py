@@ -5,6 +5,7 @@ It counts what is computed, what is sent over which link (traffic.py), and the p
 
 from dataclasses import dataclass
 
+from model.attention_logits import TileSize
 from model.config import ModelConfig
 from parallel.schedule import idle_share
 from pretrain.planner.hardware import Hardware
@@ -26,6 +27,8 @@ from pretrain.planner.workload import Workload
 UPDATE_BYTES = 40
 """Bytes that clipping and AdamW read and write for each parameter that a rank holds: the gradient,
 the weight and both moments in fp32, counted by `bench traffic`."""
+SCORE_BYTES = 8
+"""Bytes that a GPU writes and reads for each attention score, in fp32, to find the largest."""
 
 
 @dataclass(frozen=True)
@@ -202,11 +205,13 @@ def _attention_seconds(
     heads = HeadCounts.make(config, load.layout)
     imbalance = heads.m * load.layout.context_levels[0] / heads.N
     forward = 4 * config.num_attention_heads * config.head_size * pairs * imbalance
-    # Measuring multiplies queries and keys once more: one of a forward's two products.
-    passes = count_passes(config, load).attention + 0.5 * model.measures_logits
     layers = layers_of_slowest_rank(model, load)
     rate = _flops_of_microbatch(model, load, hardware) * attention_efficiency(config, hardware)
-    return layers * forward * passes / rate
+    of_forward = forward / rate
+    of_layer = of_forward * count_passes(config, load).attention
+    if model.measures_logits:
+        of_layer += _measuring_seconds(model, load, hardware, of_forward, pairs_per_token)
+    return layers * of_layer
 
 
 def _flops_of_microbatch(model: MemoryModel, load: Workload, hardware: Hardware) -> float:
@@ -216,6 +221,36 @@ def _flops_of_microbatch(model: MemoryModel, load: Workload, hardware: Hardware)
     """
     tp, _, cp = load.layout.sizes
     return hardware.product_flops(model.compute_bytes) * tp * cp / load.num_microbatches
+
+
+def _measuring_seconds(
+    model: MemoryModel,
+    load: Workload,
+    hardware: Hardware,
+    of_forward: float,
+    pairs_per_token: float,
+) -> float:
+    """Estimate the measuring of a layer's largest attention logits on the slowest rank.
+
+    It multiplies queries by keys once more: one of a forward's two products. A GPU also writes the
+    scores to its memory and reads them, which takes longer; a CPU has a tile of them in its cache.
+
+    Args:
+        of_forward: seconds of attention's forward.
+        pairs_per_token: tokens that a token sees on average over the layers.
+    """
+    product = of_forward / 2
+    if hardware.is_cpu:
+        return product
+    config = model.config
+    heads = HeadCounts.make(config, load.layout).m
+    queries = load.seq_length * load.micro_batch_size // load.layout.context_levels[1]
+    tile = TileSize.choose(queries, heads, config.head_size, model.compute_bytes, on_gpu=True)
+    # A query is multiplied by all keys that another one of its block sees.
+    keys = pairs_per_token + tile.queries
+    scores = heads * queries * keys * load.num_microbatches
+    rate = hardware.memory_bytes_per_second * hardware.efficiency.memory
+    return max(product, SCORE_BYTES * scores / rate)
 
 
 def _beside_products_seconds(

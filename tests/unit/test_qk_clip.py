@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from model import attention_logits
 from model.attention_backends.documents import pack_documents
-from model.attention_logits import LargestLogits, largest_logits
+from model.attention_logits import LargestLogits, TileSize, largest_logits
 from model.scoring import Scoring
 from parallel.context import group_pieces
 from parallel.shard import own_shard
@@ -52,12 +51,15 @@ def by_definition(
     return scores.masked_fill(~seen, -math.inf)[:, queries].amax((1, 2))
 
 
-@pytest.mark.parametrize("tile_scores", [1, attention_logits.TILE_SCORES])
+SIZES = [TileSize(256, 100), TileSize(256, 1024), TileSize(50, 33), TileSize(512, 512)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size.queries} by {size.keys}")
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("window", [None, 1, 20, 300])
-def test_the_largest_logits_are_those_of_the_definition(window, groups, tile_scores, monkeypatch):
-    monkeypatch.setattr(attention_logits, "TILE_SCORES", tile_scores)
-    monkeypatch.setattr(attention_logits, "LEAST_KEYS", 100)
+def test_the_largest_logits_are_those_of_the_definition(window, groups, size, monkeypatch):
+    """Tiles smaller and larger than documents, than the window and than all of it."""
+    monkeypatch.setattr(TileSize, "choose", lambda *_, **__: size)
     generator = torch.Generator().manual_seed(5)
     q = torch.randn(sum(LENGTHS), 6, 8, generator=generator, dtype=torch.float64)
     k = torch.randn(sum(LENGTHS), 3, 8, generator=generator, dtype=torch.float64)
@@ -80,6 +82,38 @@ def test_logits_of_bf16_are_those_of_the_rounded_values():
     expected = by_definition(q, k, [50, 40], slice(None), Scoring())
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+
+
+MIB = 2**20
+
+
+def test_a_tile_on_a_cpu_does_not_depend_on_the_length():
+    """Another one would round other sums: a run that goes on would not be the same bit for bit."""
+    for tokens in (64, 1 << 20):
+        assert TileSize.choose(tokens, 4, 128, 2, on_gpu=False) == TileSize(256, 4096)
+        assert TileSize.choose(tokens, 64, 128, 4, on_gpu=False) == TileSize(256, 256)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 8, 32, 64])
+@pytest.mark.parametrize("tokens", [1000, 8192, 131_072, 1 << 20])
+def test_a_tile_on_a_gpu_is_no_larger_than_the_output_that_comes_after_it(tokens, heads):
+    size = TileSize.choose(tokens, heads, 128, 2, on_gpu=True)
+    pairs = size.queries * size.keys
+    scores = 4 * heads * pairs
+    output = 2 * tokens * heads * 128
+    assert scores <= 128 * MIB, f"{size}: {scores:,} bytes"
+    assert scores <= 16 * MIB or scores + pairs <= output, f"{size}: {scores:,} bytes and a mask"
+
+
+@pytest.mark.parametrize("heads", [1, 2, 8, 32])
+def test_a_gpu_writes_and_reads_a_tile_of_a_long_document_longer_than_its_host_starts_it(heads):
+    """A tile is three kernels, of some 10 microseconds each for the host; 5 TB/s are an H200's."""
+    size = TileSize.choose(1 << 20, heads, 128, 2, on_gpu=True)
+    seconds = 2 * 4 * heads * size.queries * size.keys / 5e12
+    assert seconds > 3 * 10e-6, f"{size}: {seconds * 1e6:.0f} microseconds"
+    # Neither side of a tile is much longer than the other: each key is read often, or much of a
+    # block on the diagonal is scored for nothing.
+    assert size.queries <= size.keys <= 2 * size.queries
 
 
 def test_a_forward_that_runs_twice_changes_nothing():

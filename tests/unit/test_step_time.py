@@ -237,11 +237,32 @@ def test_products_and_attention_of_fp32_run_at_fp32_s_rate():
     assert parts[0] == parts[1]
 
 
-def test_measuring_logits_costs_half_of_attention_s_forward():
+def test_measuring_logits_costs_a_cpu_half_of_attention_s_forward():
     load = load_of(dict(), 8, 8192, 1, 1)
     plain = model_of("llama3-8b")
     measuring = MemoryModel(plain.config, VOCABULARY, measures_logits=True)
-    one = estimate_step(plain, load, H100)
-    other = estimate_step(measuring, load, H100)
+    one = estimate_step(plain, load, CPU)
+    other = estimate_step(measuring, load, CPU)
     assert other.attention == pytest.approx(one.attention * 3.5 / 3)
     assert other.products == one.products
+
+
+def test_measuring_logits_costs_a_gpu_the_way_of_the_scores_through_its_memory():
+    plain = model_of("llama3-8b")
+    measuring = MemoryModel(plain.config, VOCABULARY, measures_logits=True)
+    load = load_of(dict(context_parallel_size=2), 4, 8192, 1, 3)
+    one = estimate_step(plain, load, H100)
+    other = estimate_step(measuring, load, H100)
+    # 16 of the 32 heads, 3 microbatches, 32 layers. A tile of 16 heads in as many bytes as the
+    # output, 32 MiB, has 8 Mi scores: 512 queries by 1,024 keys.
+    scores = 32 * 3 * 16 * 8192 * (8193 / 2 + 512)
+    # Each is written and read in fp32.
+    expected = 2 * 4 * scores / (3.35e12 * 0.85)
+    assert other.attention - one.attention == pytest.approx(expected)
+    assert other.products == one.products
+    # A device of much faster memory waits for the product.
+    fast = dataclasses.replace(H100, memory_bytes_per_second=3.35e15)
+    added = (
+        estimate_step(measuring, load, fast).attention - estimate_step(plain, load, fast).attention
+    )
+    assert added == pytest.approx(one.attention / 6)
