@@ -93,16 +93,80 @@ def windowed_attention(
     if q_nmH.device.type == "cpu":
         return _BlocksOnCPU.apply(q_nmH, k_skH, v_skH, sinks_m, blocks, window, scale)
     assert sinks_m is None, "other devices have another path"
-    outputs = []
-    for block in blocks:
-        q, k, v = (
-            heads_first(x) for x in (q_nmH[block.rows_q], k_skH[block.rows_k], v_skH[block.rows_k])
-        )
-        mask = _mask_of(block, window, q_nmH)
-        grouped = q.shape[1] != k.shape[1]
-        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
-        outputs.append(tokens_first(out))
-    return torch.cat(outputs)
+    return attend_by_blocks(q_nmH, k_skH, v_skH, blocks, window, scale)
+
+
+def attend_by_blocks(
+    q_nmH: torch.Tensor,
+    k_skH: torch.Tensor,
+    v_skH: torch.Tensor,
+    blocks: list[Block],
+    window: int,
+    scale: float | None,
+) -> torch.Tensor:
+    """Attend block by block with a kernel that torch chooses, on any device -> [n, m, H]."""
+    return _Blocks.apply(q_nmH, k_skH, v_skH, blocks, window, scale)
+
+
+class _Blocks(torch.autograd.Function):
+    """All blocks of a call as one node, whose backward computes each block once more.
+
+    A block's gradients are of its rows, and are added up where they belong: in one graph over
+    slices, each slice's gradient would be as large as that of the whole. No block keeps anything:
+    of the kernels that torch may choose, one would keep all of its scores.
+    """
+
+    @staticmethod
+    def forward(ctx, q_nmH, k_skH, v_skH, blocks: list[Block], window: int, scale: float | None):
+        out_nmH = torch.empty_like(q_nmH)
+        for block in blocks:
+            mask_bc = _mask_of(block, window, q_nmH)
+            rows_k = block.rows_k
+            out_nmH[block.rows_q] = _one_block(
+                q_nmH[block.rows_q], k_skH[rows_k], v_skH[rows_k], mask_bc, scale
+            )
+        ctx.blocks = blocks
+        ctx.window = window
+        ctx.scale = scale
+        ctx.save_for_backward(q_nmH, k_skH, v_skH)
+        return out_nmH
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (grad_nmH,) = grads
+        q_nmH, k_skH, v_skH = ctx.saved_tensors
+        grad_q = torch.empty_like(q_nmH)
+        # Several blocks add to a key's gradients: in fp32, as sums of bf16 would lose digits.
+        wide = torch.promote_types(k_skH.dtype, torch.float32)
+        grad_k = torch.zeros_like(k_skH, dtype=wide)
+        grad_v = torch.zeros_like(v_skH, dtype=wide)
+        for block in ctx.blocks:
+            mask_bc = _mask_of(block, ctx.window, q_nmH)
+            q_bmH = q_nmH[block.rows_q].detach().requires_grad_()
+            k_ckH = k_skH[block.rows_k].detach().requires_grad_()
+            v_ckH = v_skH[block.rows_k].detach().requires_grad_()
+            with torch.enable_grad():
+                part_bmH = _one_block(q_bmH, k_ckH, v_ckH, mask_bc, ctx.scale)
+            leaves = (q_bmH, k_ckH, v_ckH)
+            of_q, of_k, of_v = torch.autograd.grad(part_bmH, leaves, grad_nmH[block.rows_q])
+            grad_q[block.rows_q] = of_q
+            grad_k[block.rows_k] += of_k
+            grad_v[block.rows_k] += of_v
+        return grad_q, grad_k.to(k_skH.dtype), grad_v.to(v_skH.dtype), None, None, None
+
+
+def _one_block(
+    q_bmH: torch.Tensor,
+    k_ckH: torch.Tensor,
+    v_ckH: torch.Tensor,
+    mask_bc: torch.Tensor,
+    scale: float | None,
+) -> torch.Tensor:
+    """Attend with a block's queries to its keys -> [b, m, H]."""
+    q, k, v = (heads_first(x) for x in (q_bmH, k_ckH, v_ckH))
+    grouped = q.shape[1] != k.shape[1]
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask_bc, scale=scale, enable_gqa=grouped)
+    return tokens_first(out)
 
 
 class _BlocksOnCPU(torch.autograd.Function):

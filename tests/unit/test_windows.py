@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from megatron.core.transformer.utils import is_layer_window_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.attention_backends import choice, varlen
 from model.attention_backends.choice import BACKENDS, choose_attention, pick_backend
 from model.attention_backends.documents import pack_documents
 from model.attention_backends.mixed import mixed_attention
+from model.attention_backends.windowed import attend_by_blocks, blocks_of_document
 from model.config import ModelConfig
 from model.scoring import Scoring, ScoringNeeds
 from model.windows import (
@@ -23,6 +25,7 @@ from model.windows import (
 )
 from parallel.context import group_pieces
 from pretrain.planner.model_size import ModelSize
+from tools.plan_verify.live_memory import LiveMemory
 
 CPU = torch.device("cpu")
 HEAD_SIZE = 8
@@ -107,17 +110,40 @@ def draw(tokens: int, kv_heads: int) -> list[torch.Tensor]:
     ]
 
 
+def attend_on_cpu(q, k, v, documents, scoring: Scoring) -> torch.Tensor:
+    attend, _ = choose_attention("sdpa", CPU, q.dtype, needs=ScoringNeeds(windows=True))
+    return attend(q, k, v, documents, scoring)
+
+
+def attend_as_on_a_gpu(q, k, v, documents, scoring: Scoring) -> torch.Tensor:
+    """What the backend does on other devices than a CPU."""
+    blocks = []
+    for number in range(len(documents.bounds_q) - 1):
+        rows_q = slice(*documents.bounds_q[number : number + 2])
+        rows_k = slice(*documents.bounds_k[number : number + 2])
+        blocks += blocks_of_document(rows_q, rows_k, scoring.window)
+    return attend_by_blocks(q, k, v, blocks, scoring.window, scoring.scale)
+
+
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("kv_heads", [1, 4])
 @pytest.mark.parametrize("window", [1, 2, 7, 256, 257, 300, 5000])
 def test_a_window_is_what_its_definition_says(window, kv_heads, groups):
+    check_definition(attend_on_cpu, window, kv_heads, groups)
+
+
+@pytest.mark.parametrize("window, kv_heads, groups", [(2, 4, 4), (300, 1, 1), (300, 2, 4)])
+def test_a_window_on_other_devices_is_what_its_definition_says(window, kv_heads, groups):
+    check_definition(attend_as_on_a_gpu, window, kv_heads, groups)
+
+
+def check_definition(attend, window: int, kv_heads: int, groups: int) -> None:
     """Documents shorter and longer than a block and than the window; queries of parts of them."""
     bounds = [0, 1, 6, 262, 520, 1320]
     q, k, v = draw(bounds[-1], kv_heads)
     expected = definition(q, k, v, bounds, window)
     weight = torch.randn_like(expected)
     expected_grads = torch.autograd.grad((expected * weight).sum(), (q, k, v))
-    attend, _ = choose_attention("sdpa", CPU, torch.float64, needs=ScoringNeeds(windows=True))
     grads = [torch.zeros_like(x) for x in (q, k, v)]
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
     for group in range(groups):
@@ -159,11 +185,11 @@ def test_nothing_comes_from_beyond_the_window_bit_for_bit():
             before = after
 
 
-def test_keys_of_several_blocks_get_their_gradient_in_fp32():
+@pytest.mark.parametrize("attend", [attend_on_cpu, attend_as_on_a_gpu])
+def test_keys_of_several_blocks_get_their_gradient_in_fp32(attend):
     """In bf16 the sum of five blocks' gradients would lose digits of each."""
     tokens = 2048
     (documents,) = pack_documents(torch.tensor([0, tokens], dtype=torch.int32), [(0, tokens)], CPU)
-    attend, _ = choose_attention("sdpa", CPU, torch.bfloat16, needs=ScoringNeeds(windows=True))
     exact = draw(tokens, 4)
     rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
     same = [x.detach().double().requires_grad_() for x in rounded]
@@ -172,6 +198,44 @@ def test_keys_of_several_blocks_get_their_gradient_in_fp32():
     expected = torch.autograd.grad(attend(*same, documents, Scoring(1024)), same, weight.double())
     for ours, theirs in zip(found, expected, strict=True):
         assert float((ours.double() - theirs).norm() / theirs.norm()) < 0.006
+
+
+class LargeResults(TorchDispatchMode):
+    """Notes the operators that give tensors of at least as many elements."""
+
+    def __init__(self, elements: int):
+        super().__init__()
+        self.elements = elements
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        if isinstance(result, torch.Tensor) and result.numel() >= self.elements:
+            self.found.append(func.overloadpacket.__name__)
+        return result
+
+
+def test_a_gpu_makes_gradients_of_a_block_s_rows_only():
+    """Those of slices would be as large as those of all tokens: here 16 blocks of q, k and v."""
+    tokens = 4096
+    (documents,) = pack_documents(torch.tensor([0, tokens], dtype=torch.int32), [(0, tokens)], CPU)
+    q, k, v = (torch.randn(tokens, 1, 64, requires_grad=True) for _ in range(3))
+    out = attend_as_on_a_gpu(q, k, v, documents, Scoring(50))
+    weight = torch.randn_like(out)
+    with LargeResults(k.numel()) as large:
+        torch.autograd.grad(out, (q, k, v), weight)
+    assert len(large.found) <= 8, large.found
+
+
+def test_a_gpu_keeps_nothing_of_a_block_for_its_backward():
+    """With a key head for several query heads torch may choose a kernel that keeps all scores."""
+    tokens = 1024
+    (documents,) = pack_documents(torch.tensor([0, tokens], dtype=torch.int32), [(0, tokens)], CPU)
+    q, k, v = draw(tokens, 2)
+    attend_as_on_a_gpu(q, k, v, documents, Scoring(50))  # makes the mask
+    with LiveMemory() as memory:
+        out = attend_as_on_a_gpu(q, k, v, documents, Scoring(50))
+        assert memory.now == out.nbytes
 
 
 def test_a_comparison_is_longer_than_every_window():
