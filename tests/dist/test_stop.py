@@ -129,7 +129,7 @@ CASES = {
     "step, pipeline": (PIPELINE, ("step", 3, 1)),
 }
 """Name -> (settings, where the signal comes)."""
-IN_EVERY_RUN = ("evaluation", "last evaluation", "step, zero 3")
+IN_EVERY_RUN = ("evaluation", "step, zero 3")
 STRAIGHT: dict[str, object] = {}
 
 
