@@ -176,7 +176,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(calibrate, "work_of", short)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_a_machine_is_measured_and_its_row_predicts(tmp_path, quick, capsys, processes):
     file = tmp_path / "row.yaml"
     words = [*MOCK, "--context-parallel-size", str(processes)]
