@@ -44,10 +44,24 @@ SLOW = tuple(name for name in ITEMS if name not in QUICK)
 CPU = torch.device("cpu")
 
 
-def test_a_rank_of_many_sends_what_real_ranks_would():
+@pytest.fixture(scope="module")
+def of_a_rank() -> dict:
+    """What one rank of several does, in two worlds of a process that makes worlds for nobody
+    else."""
+    return run_fresh(steps_of_ranks, 1)
+
+
+def steps_of_ranks() -> dict:
+    return {
+        "step": step_of_a_rank(ranks=4, tokens=32),
+        "blocks": blocks_of_a_rank(ranks=2, tokens=64),
+    }
+
+
+def test_a_rank_of_many_sends_what_real_ranks_would(of_a_rank):
     """FSDP2's gathers and Ulysses' exchanges go through the stand-ins, and their bytes are
     counted."""
-    found = run_fresh(step_of_a_rank, 1, ranks=4, tokens=32)
+    found = of_a_rank["step"]
     config = preset("tiny", num_layers=1)
     heads = config.num_attention_heads
     kv = config.num_kv_heads
@@ -68,8 +82,8 @@ def step_of_a_rank(ranks: int, tokens: int) -> dict:
     return {"sent": sent, "loss": loss, "norm": norm}
 
 
-def test_a_rank_keeps_the_blocks_that_are_pinned_ahead():
-    found = run_fresh(blocks_of_a_rank, 1, ranks=2, tokens=64)
+def test_a_rank_keeps_the_blocks_that_are_pinned_ahead(of_a_rank):
+    found = of_a_rank["blocks"]
     config = preset("tiny", num_layers=2, attention_head_chunks=2)
     assert sorted(found["sent"]) == sorted(offloaded_bytes(config, 64, 2, 4))
 

@@ -59,8 +59,18 @@ def test_elements_that_a_tensor_repeats_count_once():
     assert size_of(torch.empty(0, 3)) == 0
 
 
-def test_adamw_moves_28_bytes_a_parameter_also_of_distributed_tensors():
-    assert run_fresh(adamw_bytes, 1) == {"plain": 28 * 200, "distributed": 28 * 200}
+@pytest.fixture(scope="module")
+def steps() -> dict:
+    """What steps move that need a world, in a process of their own."""
+    return run_fresh(count_steps, 1)
+
+
+def count_steps() -> dict:
+    return {"adamw": adamw_bytes(), "whole": toy_step()}
+
+
+def test_adamw_moves_28_bytes_a_parameter_also_of_distributed_tensors(steps):
+    assert steps["adamw"] == {"plain": 28 * 200, "distributed": 28 * 200}
 
 
 def adamw_bytes() -> dict:
@@ -121,8 +131,8 @@ def test_operators_are_grouped(name, group):
     assert group_of(name) == group
 
 
-def test_a_whole_step_is_counted():
-    found = run_fresh(toy_step, 1)
+def test_a_whole_step_is_counted(steps):
+    found = steps["whole"]
     assert found["groups"]["products"] > 0 and found["groups"]["attention"] > 0
     assert found["groups"]["optimizer"] > 28 * found["parameters"]
     assert found["optimizer_calls"] > 0
