@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from model import compiled
-from model.products import add_product
+from model.products import add_product, linear
 from parallel.collectives import all_reduce
 from parallel.layout import Axis
 from parallel.tensor import vocab_parallel_argmax
@@ -157,7 +157,7 @@ def _one_chunk(
     hits_c: torch.Tensor | None,
 ) -> torch.Tensor:
     """Return the sum of losses of one chunk, and fill its gradients, its losses and its hits."""
-    logits_cv = x_cD @ weight_vD.T
+    logits_cv = linear(x_cD, weight_vD)
     if not compiled.is_fused(logits_cv):
         logits_cv = logits_cv.to(_wide(logits_cv))
     # Another tensor of the logits' size: the softmax overwrites what the slope could be made from.

@@ -14,7 +14,7 @@ from torch import nn
 
 from model.parts import Weight
 from model.pointwise import Activation, gated, gated_gradients
-from model.products import add_product, linear, linears
+from model.products import add_product, linear
 
 
 class MLP(nn.Module):
@@ -112,14 +112,14 @@ def _forward(
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """Compute `gated_mlp`, and gate(x) and up(x) of the last tile."""
     if tiles == 1:
-        gate_and_up = linears(x_tD, (gate_FD, up_FD))
+        gate_and_up = (linear(x_tD, gate_FD), linear(x_tD, up_FD))
         hidden_tF = gated(*gate_and_up, activation=activation)
-        return linear(hidden_tF, down_DF), tuple(gate_and_up)
+        return linear(hidden_tF, down_DF), gate_and_up
     out_tD = torch.empty_like(x_tD)
     projections: tuple[torch.Tensor, ...] = ()
     for rows in _tiles(x_tD.shape[0], tiles):
         # [t, F] of one tile, until the next tile's take their name.
-        projections = (x_tD[rows] @ gate_FD.T, x_tD[rows] @ up_FD.T)
+        projections = (linear(x_tD[rows], gate_FD), linear(x_tD[rows], up_FD))
         torch.mm(gated(*projections, activation=activation), down_DF.T, out=out_tD[rows])
     return out_tD, projections
 
@@ -161,7 +161,7 @@ def _one_tile(
 ) -> None:
     """Add a tile's part of the weights' gradients to `sums`, and write that of its rows of x."""
     gate_FD, up_FD, down_DF = weights
-    gate_and_up = projections or (x_cD @ gate_FD.T, x_cD @ up_FD.T)
+    gate_and_up = projections or (linear(x_cD, gate_FD), linear(x_cD, up_FD))
     hidden, grad_gate, grad_up = gated_gradients(
         grad_cD @ down_DF, *gate_and_up, activation=activation
     )

@@ -1,7 +1,6 @@
 """Matrix products that torch.nn.functional does not have.
 
-One adds to a wider sum, one multiplies by several weights at once, and one takes oneDNN for a few
-tokens on a CPU.
+One adds to a wider sum, one multiplies by several weights at once, and one takes oneDNN on a CPU.
 
 Legend: t tokens, b sequences of which each has one token, D hidden, r rows of one weight, R those
 of all.
@@ -12,9 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
-
-FEW_TOKENS = 64
-"""Up to this many tokens, reading the weights takes longer than multiplying by them."""
 
 
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -36,40 +32,31 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
         total.add_(left @ right)
 
 
-def linears(x_tD: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Apply several weights [r, D] to one input, each by a product: [t, D] -> [t, r] each."""
-    if not _is_for_onednn(x_tD, weights[0]):
-        return [F.linear(x_tD, weight) for weight in weights]
-    x_in_its_layout = x_tD.to_mkldnn()
-    return [F.linear(x_in_its_layout, weight).to_dense() for weight in weights]
-
-
 def linear(
     x_tD: torch.Tensor, weight_rD: torch.Tensor, bias_r: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Apply a weight [r, D] and a bias, as F.linear does: [t, D] -> [t, r]."""
-    if not _is_for_onednn(x_tD, weight_rD):
-        return F.linear(x_tD, weight_rD, bias_r)
-    return F.linear(x_tD.to_mkldnn(), weight_rD, bias_r).to_dense()
+    """Apply a weight [r, D] and a bias, as F.linear does: [t, D] -> [t, r].
 
+    On a CPU fp32 goes through oneDNN where there is no gradient to keep: while a model generates
+    or is evaluated, and inside functions that write their own backward. torch gives fp32 to MKL,
+    which multiplies a single row on one core of an AMD CPU (pytorch/pytorch#96643) and is slower
+    with many rows too; bf16 and fp16 it gives to oneDNN itself. Two cores of an EPYC 9004, ms of 36
+    products with [2048, 768] and GFLOP/s of 2,048 tokens:
 
-def _is_for_onednn(x_tD: torch.Tensor, weight_rD: torch.Tensor) -> bool:
-    """Return whether a product of a few fp32 tokens on a CPU goes through oneDNN.
-
-    So it is while a model generates; weights that are trained have no such products. torch gives
-    fp32 to MKL, which multiplies a single row on one core of an AMD CPU (pytorch/pytorch#96643);
-    bf16 and fp16 it gives to oneDNN itself. 36 weights of [2048, 768], two cores of an EPYC 9004,
-    in ms:
-
-        tokens         1      2      4      8
-        MKL        18.41  32.33  25.59  23.08
-        oneDNN     10.66  13.41  14.31  16.21
+        tokens         1      2      4      8   [704, 256]   [8192, 256]
+        MKL        18.41  32.33  25.59  23.08          194           123
+        oneDNN     10.66  13.41  14.31  16.21          204           142
     """
+    if not _is_for_onednn(x_tD):
+        return F.linear(x_tD, weight_rD, bias_r)
+    # torch's compiler calls the same operator; it has no gradient.
+    return torch.ops.mkldnn._linear_pointwise(x_tD, weight_rD, bias_r, "none", [], None)
+
+
+def _is_for_onednn(x_tD: torch.Tensor) -> bool:
     return (
         x_tD.device.type == "cpu"
         and x_tD.dtype == torch.float32
-        and x_tD.shape[0] <= FEW_TOKENS
-        and not weight_rD.requires_grad
         and not torch.is_grad_enabled()
         and torch.backends.mkldnn.is_available()
     )
@@ -86,7 +73,7 @@ def linears_side_by_side(
     """
     joined_RD = _as_one(weights)
     if joined_RD is None:
-        product_bR = torch.cat(linears(x_bD, weights), dim=1)
+        product_bR = torch.cat([linear(x_bD, weight) for weight in weights], dim=1)
     else:
         product_bR = linear(x_bD, joined_RD)
     return product_bR if bias_R is None else product_bR.add_(bias_R)
@@ -116,7 +103,7 @@ def joined_linear(
     """
     # A model that generates has them joined.
     if not torch.is_grad_enabled() and (placed_RD := _as_one(weights)) is not None:
-        return F.linear(x_tD, placed_RD, bias_R)
+        return linear(x_tD, placed_RD, bias_R)
     joined_RD = torch.cat(list(weights))
     parts = [weight.detach() for weight in weights]
     # Autograd keeps the joined weight, or a view of it: the hooks know it by its memory.

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from data.batch import IGNORE
 from model.attention_backends.choice import choose_attention
 from model.attention_backends.documents import pack_documents
+from model.products import linear
 from tools.bench import contenders, memory, peers, step_report, step_work
 from tools.bench.contenders import (
     ALST,
@@ -121,9 +122,11 @@ def test_products_and_attention_are_counted_as_called():
         F.linear(x, weight).square().sum().backward()
 
     calls = record(run)
-    assert (
-        product_flops(calls) == 3 * 2 * 6 * 4 * 5
-    )  # forward, and a gradient each of x and of the weight
+    # Forward, and a gradient each of x and of the weight.
+    assert product_flops(calls) == 3 * 2 * 6 * 4 * 5
+    with torch.no_grad():
+        assert product_flops(record(lambda: linear(x, weight))) == 2 * 6 * 4 * 5
+        assert product_flops(record(lambda: linear(x, weight, torch.ones(5)))) == 2 * 6 * 4 * 5
     q = torch.randn(1, 2, 8, 4, requires_grad=True)
     calls = record(lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward())
     kinds = [kind_of(func) for (func, *_), count in calls.items() for _ in range(count)]

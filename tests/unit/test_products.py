@@ -1,11 +1,16 @@
-"""Products of a few tokens while a model generates: which library computes them, and that it does
-so with any input that a layer gives it."""
+"""Products without a gradient to keep: which library computes them, and that it does so with any
+input that a layer gives it."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.products import FEW_TOKENS, joined_linear, linear, linears, linears_side_by_side
+from model.loss import LossSettings, fused_loss
+from model.mlp import gated_mlp
+from model.products import joined_linear, linear, linears_side_by_side
+from parallel.layout import Axis
 
 
 class Operators(TorchDispatchMode):
@@ -28,38 +33,49 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
 
 
-def goes_through_onednn(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def operators_of(run: Callable[[], object]) -> set[str]:
     with Operators() as operators:
-        linear(x, weight)
-        linears(x, [weight, weight])
-    found = operators.names & {"mkldnn_linear", "mm"}
-    assert len(found) == 1, found
-    return found == {"mkldnn_linear"}
+        run()
+    return operators.names & {"_linear_pointwise", "mm"}
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
-def test_onednn_multiplies_a_few_fp32_tokens_that_nothing_is_trained_on():
-    weight = randn(6, 4, seed=0)
-    few = randn(FEW_TOKENS, 4, seed=1)
-    trained = torch.nn.Parameter(weight)
+onednn_only = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="torch without oneDNN"
+)
+
+
+@onednn_only
+def test_onednn_multiplies_fp32_where_there_is_no_gradient_to_keep():
+    weight = torch.nn.Parameter(randn(6, 4, seed=0))
+    x = randn(3, 4, seed=1)
+    assert operators_of(lambda: linear(x, weight)) == {"mm"}
     with torch.no_grad():
-        assert goes_through_onednn(few, weight)
-        assert not goes_through_onednn(randn(FEW_TOKENS + 1, 4, seed=1), weight)
-        assert not goes_through_onednn(few.double(), weight.double())
-        assert not goes_through_onednn(few.to("meta"), weight.to("meta"))
-        assert not goes_through_onednn(few, trained)
-    assert not goes_through_onednn(few, weight)
+        assert operators_of(lambda: linear(x, weight)) == {"_linear_pointwise"}
+        assert operators_of(lambda: linear(x.double(), weight.double())) == {"mm"}
+        assert operators_of(lambda: linear(x.to("meta"), weight.to("meta"))) == {"mm"}
+
+
+@onednn_only
+def test_functions_with_a_backward_of_their_own_take_it_too():
+    x = randn(4, 8, seed=1)
+    gate = randn(6, 8, seed=2).requires_grad_()
+    down = randn(8, 6, seed=3).requires_grad_()
+    for tiles in (1, 2):
+        found = operators_of(lambda tiles=tiles: gated_mlp(x, gate, gate, down, tiles))
+        assert "_linear_pointwise" in found
+    settings = LossSettings(Axis("tp", 0, 1, (0,), None), vocab_size=6, chunk_tokens=4)
+    labels = torch.zeros(4, dtype=torch.long)
+    assert "_linear_pointwise" in operators_of(lambda: fused_loss(x, gate, labels, 1.0, settings))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("tokens", [1, 3, FEW_TOKENS, FEW_TOKENS + 1])
-def test_products_of_a_few_tokens_are_right(tokens):
+@pytest.mark.parametrize("tokens", [0, 1, 3, 65])
+def test_products_are_right(tokens):
     """Rows cut out of a wider tensor, and a weight cut out of a longer one."""
     x = randn(tokens, 40, seed=2)[:, 3:35]
     weights = [randn(30, 32, seed=3)[4:20], randn(8, 32, seed=4)]
     bias = randn(24, seed=5)
     without_bias = x.double() @ torch.cat(weights).double().T
-    assert_close(torch.cat(linears(x, weights), dim=1), without_bias)
     assert_close(linears_side_by_side(x, weights, bias), without_bias + bias)
     one = linear(x, weights[0], bias[:16])
     other = linear(x, weights[1], bias[16:])

@@ -15,7 +15,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"}
+ONEDNN_LINEAR = "mkldnn::_linear_pointwise"
+"""The product that model/products.py takes on a CPU: of x and the weight's rows."""
+PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", ONEDNN_LINEAR}
 ATTENTION_PREFIX = "_scaled_dot_product_"
 KINDS = ("products", "attention")
 """What is recorded and timed, apart from each other."""
@@ -127,12 +129,18 @@ class Replay:
 def product_flops(calls: Counter) -> int:
     """Count the floating-point operations of the recorded matrix products."""
     total = 0
-    # Two operations per multiply-add.
     for (func, args, _), count in calls.items():
-        if kind_of(func) == "products":
-            # The last two tensors: addmm has the sum before them.
-            left, right = [value[0] for value in args if isinstance(value, _Shape)][-2:]
-            total += 2 * math.prod(left) * right[-1] * count
+        if kind_of(func) != "products":
+            continue
+        sizes = [value[0] for value in args if isinstance(value, _Shape)]
+        if func._schema.name == ONEDNN_LINEAR:
+            # A bias may follow.
+            left, (columns, _) = sizes[:2]
+        else:
+            # addmm has the sum before its two factors.
+            left, (*_, columns) = sizes[-2:]
+        # Two operations per multiply-add.
+        total += 2 * math.prod(left) * columns * count
     return total
 
 
