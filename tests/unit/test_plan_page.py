@@ -4,14 +4,18 @@ import dataclasses
 import itertools
 import os
 import re
+from dataclasses import fields
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from pretrain.planner.rank_bytes import RankMemory
+from pretrain.planner.step_time import StepTime
 from tools import plan
 from tools.planning import page
 from tools.planning.layout_picture import coordinates, layout_picture, ordinal
+from tools.reporting.axes import COLORS
 
 PHASES = """
 phases:
@@ -26,6 +30,10 @@ phases:
     pipeline_model_parallel_size: 2
     recompute_granularity: full
 """
+
+
+PARTS_OF_STEP = [each.name for each in fields(StepTime) if each.name != "sharding_hidden"]
+PARTS_OF_MEMORY = [each.name for each in fields(RankMemory) if each.name != "host"]
 
 
 class Reader(HTMLParser):
@@ -125,6 +133,18 @@ def test_bars_fill_their_width(html):
         widths = [float(width) for width in re.findall(r"width:([\d.]+)%", bar)]
         # Parts that are too thin to draw are left out.
         assert 99.5 < sum(widths) < 100.01, widths
+
+
+def test_every_part_of_a_bar_has_a_colour_of_its_own():
+    """By what is drawn: no two names share a colour, on a light ground or on a dark one."""
+    of_step = {name: page.STEP_COLORS[name] for name in PARTS_OF_STEP}
+    of_memory = {name: page.MEMORY_COLORS[name] for name in PARTS_OF_MEMORY}
+    # Free memory and the margin stand in the same bar.
+    of_memory |= {"free": "ground", "margin": "grid"}
+    for parts in (of_step, of_memory):
+        for ground in (0, 1):
+            drawn = [COLORS[color][ground] for color in parts.values()]
+            assert len(set(drawn)) == len(drawn), parts
 
 
 def test_the_picture_fills_in_the_group_of_rank_0_and_nothing_leaves_the_view(html):

@@ -91,7 +91,7 @@ def first_node_rows(phase: PhasePlan, world_size: int, devices_per_node: int) ->
 
 def _axis_row(axis: AxisPlan, world_size: int, per_node: int) -> Markup:
     """Draw the first nodes that hold rank 0's group."""
-    color = AXIS_COLORS.get(axis.name, "series-7")
+    color = AXIS_COLORS[axis.name]
     shapes = [
         _text(0, 20, axis.name, bold=True),
         _text(0, 37, f"{axis.size:,} ranks"),

@@ -14,18 +14,19 @@ STEP_COLORS = {
     "products": "series-0",
     "attention": "series-5",
     "logits": "series-7",
-    "pointwise": "series-6",
+    "pointwise": "part-1",
     "overhead": "raw",
     "tensor": "series-1",
     "context": "series-4",
     "pipeline": "series-3",
-    "imbalance": "grid",
+    "imbalance": "part-0",
     "bubble": "grid",
     "sharding_exposed": "series-6",
-    "sharding_slowdown": "raw",
+    "sharding_slowdown": "part-2",
     "update": "series-2",
 }
-"""Part of a step -> the variable of its colour; computing is blue, what is sent is warm."""
+"""Part of a step -> the variable of its colour: blue for computing, warm for what is sent, grey for
+waiting."""
 STEP_WORDS = {
     "products": "matrix products",
     "logits": "output projection and loss",
@@ -48,6 +49,7 @@ MEMORY_COLORS = {
     "activations": "series-3",
     "loss": "series-4",
     "buffers": "series-6",
+    "messages": "raw",
     "copy": "series-7",
 }
 """Part of a rank's memory -> the variable of its colour."""
@@ -165,7 +167,7 @@ def step_bar(phase: PhasePlan) -> Bar:
     parts = [
         BarPart(
             STEP_WORDS.get(name, name),
-            STEP_COLORS.get(name, "series-7"),
+            STEP_COLORS[name],
             value / step.total,
             show_seconds(value),
         )
@@ -181,7 +183,7 @@ def memory_bar(memory: MemoryPlan) -> Bar:
     whole = max(memory.limit_bytes, memory.total_bytes) if memory.is_checked else memory.total_bytes
     sizes = {name: size for name, size in asdict(memory.parts_bytes).items() if name != "host"}
     parts = [
-        BarPart(name, MEMORY_COLORS.get(name, "series-7"), size / whole, show_bytes(size))
+        BarPart(name, MEMORY_COLORS[name], size / whole, show_bytes(size))
         for name, size in sizes.items()
         if size
     ]

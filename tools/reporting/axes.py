@@ -46,6 +46,10 @@ COLORS = {
     "series-5": ("#3d8fb8", "#a8dcf7"),
     "series-6": ("#b5657f", "#f3b6c9"),
     "series-7": ("#4f5358", "#c3c7cc"),
+    # For bars that have more parts than there are series.
+    "part-0": ("#94979c", "#7d838b"),
+    "part-1": ("#9fa8e8", "#5660b8"),
+    "part-2": ("#e0a878", "#96602f"),
 }
 MARKERS = "os^Dv<>P"
 SERIES = 8
