@@ -31,6 +31,11 @@ IGNORED_LAYOUT_FIELDS = ("distributed_backend", "distributed_timeout_minutes", "
 """Fields of the layout that no choice depends on."""
 NO_LIMIT_BYTES = 2**63
 """More than any device has."""
+WITHOUT_DATA = (
+    "layout auto: no data is looked at: each sample counts as one document, and data ranks as "
+    "equally loaded; plan --search compares layouts with the documents and waits of the data"
+)
+"""Line beside a choice, which follows from settings alone."""
 
 
 class SettledLayouts(NamedTuple):
@@ -40,7 +45,7 @@ class SettledLayouts(NamedTuple):
     records: dict[str, dict]
     """What a checkpoint keeps of the choices, by phase name (progress.json: layouts)."""
     lines: list[str]
-    """A line for each choice, and one of what their times assume."""
+    """A line for each choice, and those of what their times assume."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ def settle_layouts(
     if problems:
         raise ValueError("\n".join(problems))
     if is_any_chosen:
-        lines.append(describe_assumptions(config.model, device.hardware))
+        lines += [describe_assumptions(config.model, device.hardware), WITHOUT_DATA]
     return SettledLayouts(settled, records, lines)
 
 

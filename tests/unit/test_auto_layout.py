@@ -201,11 +201,15 @@ def settle(
 def test_the_stored_choice_wins_until_the_question_changes():
     made = config("llama3-8b", {"seq_length": 131072}, {"layout": "given"})
     phases, stored, lines = settle(made, 64)
-    assert stored.keys() == {"phase0"} and len(lines) == 2 and "; next tp " in lines[0]
+    assert stored.keys() == {"phase0"} and len(lines) == 3 and "; next tp " in lines[0]
     assert lines[1] == (
         "layout auto: step times assume 0.55 of the data sheet's FLOP/s in matrix products, 0.46 "
         "in attention (as measured on an H100) and 0.8 of the links"
     )
+    assert lines[2].startswith(
+        "layout auto: no data is looked at: each sample counts as one document"
+    )
+    assert "data ranks as equally loaded" in lines[2]
     assert check_phases(phases, made, 64, VOCABULARY) == []
     smaller = Device(TABLE["H100"], 60 * GIB)
     again, kept, lines = settle(made, 64, stored, device=smaller)

@@ -85,6 +85,17 @@ def test_the_search_counts_the_wait_of_every_number_of_data_ranks():
         assert (wait > 0) == (" dp 1 " not in description), waits
 
 
+def test_a_plan_says_that_its_layout_was_chosen_without_the_data():
+    """The step's time knows who waits for whom; the choice of the layout did not."""
+    arguments = Arguments(hardware="h100", world_size=WORLD)
+    given = plan_run(arguments, RUN)
+    chosen = plan_run(arguments, [*RUN, "--layout", "auto"])
+    assert chosen.phases[0].balance.steps == STEPS
+    found = [text for text in chosen.assumptions if text not in given.assumptions]
+    assert len(found) == 3 and found[0].startswith("phase main: layout auto: tp 1 pp 1 cp 1 dp 4")
+    assert "data ranks as equally loaded" in found[2]
+
+
 @pytest.mark.parametrize(
     "arguments, why",
     [

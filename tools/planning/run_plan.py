@@ -188,4 +188,6 @@ def _assumptions(plan: Plan, cluster: Cluster, assumed: Assumed) -> tuple[str, .
         f"files: {assumed.disk_gigabytes_per_second:g} GB/s per node, read and written",
         f"failures: one in {assumed.hours_to_failure:.3g} h, {NOTICE_SECONDS} s to notice it, "
         f"{GROUPS_SECONDS} s for the groups",
+        # What `layout: auto` chose, and what it took for granted.
+        *plan.layout_lines,
     )
