@@ -80,7 +80,8 @@ def test_a_run_over_two_sources_writes_the_loss_of_each(pool, tmp_path):
         losses = record["source_losses"]
         assert set(losses) == set(record["sources"]), losses
         assert min(losses.values()) <= record["loss"] <= max(losses.values()), losses
-        assert 0 < record["communication_share"] < 1, record["communication_share"]
+        # 0 where ranks were busy all the time, as on a machine with other work.
+        assert 0 <= record["communication_share"] < 1, record["communication_share"]
         assert 0 < record["data_share"] <= 1, record["data_share"]
         assert record["host_memory_bytes"] > 50 * 2**20, record["host_memory_bytes"]
         assert record["peak_reserved_bytes"] is None
