@@ -84,8 +84,9 @@ class DataConfig:
     """Deal each step's samples to data ranks and microbatches by what they cost, so that the ranks
     wait little for each other, or in the order in which they are drawn (none); changes no step's
     loss, gradient or data. With window --packing best_fit also makes samples of nearly equal cost,
-    for steps of few samples per rank: other samples, each token once as ever. A phase may change
-    it."""
+    for steps of few samples per rank, and steps of samples of like cost: those with long documents
+    come together, in some steps. Other samples in another order, each token once as ever. A phase
+    may change it."""
     data_exhausted: Exhausted = field(
         default="repeat", metadata=dict(per_phase=True, resume="effect")
     )

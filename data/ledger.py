@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from data.mixture import Mixture
+from data.mixture import Mixture, source_shares
 from data.packing.packers import make_packer
 from data.packing.place import Place
 from data.segments import (
@@ -250,6 +250,8 @@ class Ledger:
             drawn = segment.drawn.get(name)
             if drawn and drawn.samples:
                 packer = make_packer(segment.settings, self.streams[name], place, drawn.mark)
+                if segment.fills is not None:
+                    packer.take_share(source_shares(segment.settings, segment.fills)[name])
                 place = packer.after(drawn.samples)
         return place
 

@@ -1,5 +1,6 @@
 """The samples of one segment: those of its sources, mixed by the weights of its blend."""
 
+import math
 import threading
 from collections.abc import Mapping, Sequence
 
@@ -55,9 +56,12 @@ class Mixture:
         self.fills = fills or dict.fromkeys(self.names, 1.0)
         # Under "stop" a source that ends is left out; under "error" `check` refuses instead.
         self.order = BlendOrder(
-            [weight / self.fills[name] for weight, name in settings.blend],
+            _weights_of_samples(settings, self.fills),
             self.limits if settings.exhausted == "stop" else [None] * len(self.limits),
         )
+        shares = source_shares(settings, self.fills)
+        for name, packer in zip(self.names, self.packers, strict=True):
+            packer.take_share(shares[name])
 
     def check(self, samples: int) -> None:
         """Raise ValueError unless the sources have that many samples, as `exhausted` asks."""
@@ -142,6 +146,24 @@ def _drawn(packer: Packer, samples: int) -> Drawn:
         epochs=place.tokens_read / stream.tokens_per_epoch,
         mark=packer.mark(samples),
     )
+
+
+def _weights_of_samples(settings: DataSettings, fills: Mapping[str, float]) -> list[float]:
+    """Weigh the sources of a blend by samples, whose weights are by tokens."""
+    return [weight / fills[name] for weight, name in settings.blend]
+
+
+def source_shares(settings: DataSettings, fills: Mapping[str, float]) -> dict[str, float]:
+    """Compute the share of the samples that each source gives, while none has ended.
+
+    Args:
+        fills: as in Mixture.
+    """
+    weights = _weights_of_samples(settings, fills)
+    # Rounded once, so that it is the same on every machine.
+    total = math.fsum(weights)
+    names = [name for _, name in settings.blend]
+    return {name: weight / total for name, weight in zip(names, weights, strict=True)}
 
 
 def fresh_mixture(

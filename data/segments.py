@@ -33,6 +33,9 @@ class DataSettings:
     equal_cost: DocumentCost | None = None
     """For best_fit: what its samples shall cost nearly the same of; None = they are only full. As
     it was when the segment began, whatever the model's formula has become."""
+    samples_per_step: int | None = None
+    """With `equal_cost`: the global batch by which samples of like cost come in the same steps, as
+    it was when the segment began; None = they come in a random order."""
 
     @staticmethod
     def from_json(stored: dict[str, Any]) -> "DataSettings":
@@ -46,6 +49,7 @@ class DataSettings:
             stored["exhausted"],
             max_documents_per_sample=stored.get("max_documents_per_sample"),
             equal_cost=None if cost is None else DocumentCost.from_json(cost),
+            samples_per_step=stored.get("samples_per_step"),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -54,9 +58,15 @@ class DataSettings:
         return stored | {"blend": [list(entry) for entry in self.blend]}
 
     def agrees_with(self, other: "DataSettings") -> bool:
-        """Tell whether two settings ask for the same, whatever the coefficients of their costs."""
+        """Tell whether two settings ask for the same.
+
+        The coefficients of costs and the batch, by which samples are balanced, may differ.
+        """
         both_or_none = (self.equal_cost is None) == (other.equal_cost is None)
-        return both_or_none and self == replace(other, equal_cost=self.equal_cost)
+        balanced_alike = replace(
+            other, equal_cost=self.equal_cost, samples_per_step=self.samples_per_step
+        )
+        return both_or_none and self == balanced_alike
 
     def renamed(self, names: dict[str, str]) -> "DataSettings":
         """Return the same with other names of sources; names: name now -> new name."""

@@ -49,6 +49,7 @@ class Corpus:
         exhausted: Exhausted,
         max_documents_per_sample: int | None = None,
         equal_cost: DocumentCost | None = None,
+        samples_per_step: int | None = None,
     ) -> DataSettings:
         """Make the settings of a segment that draws from `words`, without any from mock data.
 
@@ -60,7 +61,13 @@ class Corpus:
             (_weight(weight, self.train[str(source)]), str(source)) for weight, source in entries
         )
         return DataSettings(
-            seq_length, blend, packing, exhausted, max_documents_per_sample, equal_cost
+            seq_length,
+            blend,
+            packing,
+            exhausted,
+            max_documents_per_sample,
+            equal_cost,
+            samples_per_step,
         )
 
 

@@ -212,6 +212,7 @@ def settings_of(phase: Phase, corpus: Corpus, cost: DocumentCost | None = None) 
         phase.data_exhausted,
         phase.max_documents_per_sample,
         cost if phase.balance_window else None,
+        phase.global_batch_tokens // phase.seq_length if phase.balance_window else None,
     )
 
 

@@ -9,7 +9,7 @@ from data.document_cost import DocumentCost
 from data.forecast import Forecast, forecast
 from data.ledger import Ledger
 from data.mixture import Mixture
-from data.packing.best_fit import WINDOW_BINS
+from data.packing.best_fit import samples_of_window
 from data.packing.place import Place
 from data.sample_costs import sample_costs
 from data.segments import DataSettings
@@ -231,7 +231,8 @@ def _seconds_to_draw(
     """Estimate how long samples take to be drawn, on one core."""
     tokens = samples * settings.seq_length
     if settings.packing == "best_fit":
-        tokens = max(tokens, WINDOW_BINS * settings.seq_length)
+        window = samples_of_window(settings.seq_length, settings.samples_per_step)
+        tokens = max(tokens, window * settings.seq_length)
     seconds = 0.0
     for stream in streams:
         mean = stream.tokens_per_epoch / stream.num_documents

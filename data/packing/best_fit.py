@@ -4,7 +4,7 @@ Best-fit decreasing (bins.py) over windows of the stream of about WINDOW_BINS sa
 one epoch. A window holds the documents that begin in it; one longer than a sample is cut into full
 samples and a rest that is packed like a document. Source of the idea: "Fewer Truncations Improve
 Language Modeling" (arXiv 2404.10830). Samples may be asked to cost nearly the same, too
-(even_bins.py).
+(even_bins.py), and those of like cost to come in the same steps (sample_order.py).
 """
 
 from bisect import bisect_right
@@ -19,15 +19,40 @@ from data.document_cost import DocumentCost
 from data.packing.bins import NO_LIMIT, numbers_by_bin, pack
 from data.packing.even_bins import pack_evenly, pack_with_limit
 from data.packing.place import Mark, Place
-from data.permutation import Permutation
+from data.packing.sample_order import places_by_step, random_places
 from data.stream import DocumentLengths, DocumentStream, Spans, usable_cores
 
 WINDOW_BINS = 1024
 """Samples of a window: the half-empty one at its end is less than a thousandth of it."""
+WINDOW_STEPS = 32
+"""Steps of a window where samples of like cost come in the same steps: the more there are, the more
+alike they cost."""
+WINDOW_TOKENS = 1 << 31
+"""Tokens up to which such a window grows beyond WINDOW_BINS samples: about 2 million documents."""
 KEPT_WINDOWS = 2
 """Packed windows in memory, this and the next; some 25 MB per million documents each."""
-ORDER_PURPOSE = 3
-"""Keeps the seed of the order of samples apart from those in stream.py."""
+
+
+def samples_of_window(seq_length: int, samples_per_step: int | None) -> int:
+    """Compute about how many samples a window has."""
+    if samples_per_step is None:
+        return WINDOW_BINS
+    most = max(WINDOW_BINS, WINDOW_TOKENS // seq_length)
+    return max(WINDOW_BINS, min(WINDOW_STEPS * samples_per_step, most))
+
+
+class _Packed(NamedTuple):
+    """The documents of a window, and the samples that they were put into, in no order yet."""
+
+    intervals: np.ndarray
+    """int64 [pieces, 2]: stream position and tokens of each document, or piece of a long one."""
+    bins: np.ndarray
+    """int32 [pieces]: the sample of each."""
+    samples: int
+    low: int
+    """Stream position of the window."""
+    end: int
+    """Stream position after it."""
 
 
 class _Window(NamedTuple):
@@ -68,18 +93,24 @@ class BestFit:
         *,
         max_documents: int | None = None,
         cost: DocumentCost | None = None,
+        samples_per_step: int | None = None,
     ):
         """
         Args:
             mark: from `mark` of an earlier packer of the same settings at the same place.
             max_documents: documents of a sample at most; None = any number.
             cost: what samples shall cost nearly the same of; None = they are only full.
+            samples_per_step: of all sources together, with a cost: samples of like cost come in the
+                same steps; None = in a random order.
         """
         self.stream = stream
         self.place = place
         self.seq_length = seq_length
         self.max_documents = max_documents
         self.cost = cost
+        self._window_samples = samples_of_window(seq_length, samples_per_step)
+        self._samples_per_step = samples_per_step
+        self._share = 1.0
         begin = mark or Mark(0, 0)
         self._first = begin.window
         self._before = [begin.samples_before]  # samples before window self._first + i
@@ -87,6 +118,13 @@ class BestFit:
         self._windows_in_rest = self._window_count(self._epoch_end - place.position)
         self._windows_in_epoch = self._window_count(stream.tokens_per_epoch)
         self._kept: dict[int, _Window] = {}
+
+    def take_share(self, share: float) -> None:
+        """Say that this source gives only a share of each step's samples."""
+        if self._samples_per_step is not None and share != self._share:
+            # Samples come in other steps now.
+            self._kept.clear()
+        self._share = share
 
     # ---------------------------------------------------------------- what a packer does
 
@@ -147,13 +185,13 @@ class BestFit:
 
     def _window_count(self, tokens: int) -> int:
         """Compute into how many windows a range of the stream is cut."""
-        return max(1, round(tokens / (WINDOW_BINS * self.seq_length)))
+        return max(1, round(tokens / (self._window_samples * self.seq_length)))
 
     def _find(self, number: int) -> tuple[int, int]:
         """Find the window of a sample, and its number in it."""
         assert number >= self._before[0], "a mark beyond the sample"
         while number >= self._before[-1]:
-            missing = (number + 1 - self._before[-1]) // WINDOW_BINS
+            missing = (number + 1 - self._before[-1]) // self._window_samples
             self._count(max(1, missing - 1))
         index = bisect_right(self._before, number) - 1
         return self._first + index, number - self._before[index]
@@ -175,7 +213,7 @@ class BestFit:
         """Give a packed window, from memory or packed now."""
         packed = self._kept.get(number)
         if packed is None:
-            packed = self._pack(number)
+            packed = self._in_order(self._pack(number), number)
             while len(self._kept) >= KEPT_WINDOWS:
                 self._kept.pop(next(iter(self._kept)), None)
             self._kept[number] = packed
@@ -196,7 +234,7 @@ class BestFit:
             start = self._epoch_end + epoch * size
         return start + size * place // parts, start + size * (place + 1) // parts
 
-    def _pack(self, number: int) -> _Window:
+    def _pack(self, number: int) -> _Packed:
         """Pack the documents of a window into samples."""
         low, high = self._edges(number)
         # What is unread: from the first document that begins in the window to the first one after
@@ -209,14 +247,33 @@ class BestFit:
             unread = np.concatenate([self.place.held, unread])
         intervals = _cut(unread, self.stream.locate(unread), self.seq_length)
         bins = self._pack_lengths(intervals[:, 1])
-        # The bins come longest documents first: a seeded order mixes them.
-        count = int(bins.max()) + 1 if len(bins) else 0
-        if count:
-            order = Permutation.make(count, self.stream.seed, ORDER_PURPOSE, low, self.seq_length)
-            bins = order.values(0, count)[bins]
-        begins = np.zeros(count + 1, dtype=np.int64)
-        np.cumsum(np.bincount(bins, minlength=count), out=begins[1:])
-        return _Window(intervals, numbers_by_bin(bins, begins), begins, end)
+        samples = int(bins.max()) + 1 if len(bins) else 0
+        return _Packed(intervals, bins, samples, low, end)
+
+    def _in_order(self, packed: _Packed, number: int) -> _Window:
+        """Put a window's samples into the order in which they are drawn."""
+        bins = packed.bins
+        if packed.samples:
+            # The bins come longest documents first: a seeded order mixes them.
+            bins = self._places(packed, self._before[number - self._first])[bins]
+        begins = np.zeros(packed.samples + 1, dtype=np.int64)
+        np.cumsum(np.bincount(bins, minlength=packed.samples), out=begins[1:])
+        return _Window(packed.intervals, numbers_by_bin(bins, begins), begins, packed.end)
+
+    def _places(self, packed: _Packed, first: int) -> np.ndarray:
+        """Give each of a window's samples its place in the order -> int64 [samples].
+
+        Args:
+            first: samples before the window.
+        """
+        seed = self.stream.seed
+        places = random_places(packed.samples, seed, packed.low, self.seq_length)
+        if self._samples_per_step is None:
+            return places
+        assert self.cost is not None, "steps are formed by cost"
+        costs = np.bincount(packed.bins, weights=self.cost.of_documents(packed.intervals[:, 1]))
+        own_samples = self._samples_per_step * self._share
+        return places_by_step(costs, first, own_samples, places, seed)
 
     def _pack_lengths(self, lengths: np.ndarray) -> np.ndarray:
         """Put documents of these lengths into samples -> the sample of each, int32 [documents]."""

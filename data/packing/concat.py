@@ -64,6 +64,10 @@ class Concat:
     def fill(self) -> float:
         return 1.0
 
+    def take_share(self, share: float) -> None:
+        # Samples are cut from the stream as it comes, whatever step they are in.
+        pass
+
     def mark(self, samples: int) -> Mark | None:
         return None
 

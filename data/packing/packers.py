@@ -24,4 +24,5 @@ def make_packer(
         mark,
         max_documents=settings.max_documents_per_sample,
         cost=settings.equal_cost,
+        samples_per_step=settings.samples_per_step,
     )

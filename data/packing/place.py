@@ -75,6 +75,10 @@ class Packer(Protocol):
         """Estimate the share of a sample that its documents take; padding is the rest."""
         ...
 
+    def take_share(self, share: float) -> None:
+        """Hear which share of each step's samples this source gives; without it, all."""
+        ...
+
     def mark(self, samples: int) -> Mark | None:
         """Find the mark from which a packer that goes on after the first `samples` may count."""
         ...

@@ -40,7 +40,7 @@ class Arguments:
     """Microbatches of each rank."""
     dp_sizes: tuple[int, ...] = (16, 64)
     """Data ranks of the estimate."""
-    samples: int = 4096
+    samples: int = 16384
     """Samples of 128K of the estimate; of 1M a quarter of them."""
     dealt_samples: int = 1024
     """Samples of 1M of the step whose dealing is timed."""
@@ -144,6 +144,7 @@ def estimates(arguments: Arguments) -> list[Waits]:
         # Documents as long as a sample: no packing makes others as costly.
         (Documents(long, long_up_to=long), 1, arguments.samples // 4),
     ):
-        drawn = draw(documents, samples, arguments.seed)
-        found += [waits_of(drawn, dp_size, count) for dp_size in arguments.dp_sizes]
+        for dp_size in arguments.dp_sizes:
+            drawn = draw(documents, samples, dp_size * count, arguments.seed)
+            found.append(waits_of(drawn, dp_size, count))
     return found

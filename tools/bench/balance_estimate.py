@@ -56,13 +56,10 @@ class DrawnSamples:
     packed: np.ndarray
     """float64 [samples], packed without a look at their cost."""
     even: np.ndarray
-    """The same, packed with `balance: window`."""
-    alone: np.ndarray
-    """float64 [samples]: the costliest document of each of `even`, in a sample that has no other
-    attention."""
+    """The same, packed with `balance: window` for the steps in which they are drawn."""
 
 
-def draw(documents: Documents, samples: int, seed: int) -> DrawnSamples:
+def draw(documents: Documents, samples: int, samples_per_step: int, seed: int) -> DrawnSamples:
     """Draw samples as the loader does."""
     cost = cost_of_8b()
     length = documents.seq_length
@@ -76,16 +73,15 @@ def draw(documents: Documents, samples: int, seed: int) -> DrawnSamples:
     settings = DataSettings(length, ((1.0, "documents"),), "best_fit")
     packed, even = (
         Mixture(each, {"documents": stream}, {"documents": Place()})
-        for each in (settings, replace(settings, equal_cost=cost))
+        for each in (
+            settings,
+            replace(settings, equal_cost=cost, samples_per_step=samples_per_step),
+        )
     )
-    longest = np.zeros(samples, dtype=np.int64)
-    for which, found in even.document_lengths(0, samples):
-        longest[which] = np.maximum.reduceat(found.lengths, found.begins[:-1])
     return DrawnSamples(
         documents,
         packed=_costs_of(packed, samples, cost),
         even=_costs_of(even, samples, cost),
-        alone=cost.of_documents(longest) + cost.per_token * (length - longest),
     )
 
 
@@ -115,8 +111,6 @@ class Waits:
     """Dealt, where ranks wait for each other once a step."""
     even: float
     """Dealt, of samples that were packed with `balance: window`."""
-    alone: float
-    """The rank with the costliest document of a step, if it had no other attention."""
 
 
 def waits_of(drawn: DrawnSamples, dp_size: int, num_microbatches: int) -> Waits:
@@ -134,9 +128,6 @@ def waits_of(drawn: DrawnSamples, dp_size: int, num_microbatches: int) -> Waits:
     once = shape_of("step")
     costs = steps_of(drawn.packed, shape)
     even = steps_of(drawn.even, shape)
-    # Other microbatches of the rank with the costliest document have tokens at least.
-    tokens = cost_of_8b().per_token * drawn.documents.seq_length * (num_microbatches - 1)
-    alone = [step.max() + tokens for step in steps_of(drawn.alone, shape)]
     least = [least_of_any_dealing(step, shape) for step in costs]
     return Waits(
         documents=drawn.documents,
@@ -148,7 +139,6 @@ def waits_of(drawn: DrawnSamples, dp_size: int, num_microbatches: int) -> Waits:
         least_dealt=over_mean(least, costs, dp_size),
         met_once=over_mean(dealt_waits(costs, once), costs, dp_size),
         even=over_mean(dealt_waits(even, shape), even, dp_size),
-        alone=over_mean(alone, even, dp_size),
     )
 
 

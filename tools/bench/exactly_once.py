@@ -221,13 +221,16 @@ class Trial:
     def _settings(
         self, seq_length: int, blend: tuple[tuple[float, str], ...], packing: Packing
     ) -> DataSettings:
-        """Draw what else samples are asked for: few documents, or equal cost."""
+        """Draw what else samples are asked for: few documents, equal cost, steps by cost."""
         settings = DataSettings(seq_length, blend, packing, "error")
         if packing == "concat":
             return settings
         most = self.chance.choice([None, None, 4, 32])
         cost = self.chance.choice([None, SAMPLE_COST])
-        return replace(settings, max_documents_per_sample=most, equal_cost=cost)
+        step = self.chance.choice([None, 1, 6]) if cost else None
+        return replace(
+            settings, max_documents_per_sample=most, equal_cost=cost, samples_per_step=step
+        )
 
     def _enter(self, settings: DataSettings) -> bool:
         """Open a segment of the ledger; False where it has no sample left."""

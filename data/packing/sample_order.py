@@ -1,0 +1,70 @@
+"""The order in which the samples of a packed window are drawn: at random, or by like cost.
+
+A step waits for its most expensive sample, and a long document makes a sample that no packing can
+make cheaper. Where such samples come in the same steps, all other steps are done sooner. Which step
+of a window gets the expensive samples is random.
+"""
+
+import numpy as np
+
+from data.permutation import Permutation
+
+ORDER_PURPOSE = 3
+"""Keeps the seed of the order of samples apart from those in stream.py."""
+STEP_PURPOSE = 4
+"""The same, for which of the steps come with expensive samples."""
+STEPS = 2**32
+"""Steps that may have a place of their own among all steps."""
+
+
+def random_places(count: int, seed: int, low: int, seq_length: int) -> np.ndarray:
+    """Give each of a window's samples a place in a random order -> int64 [samples].
+
+    Args:
+        seed, low, seq_length: the stream's, the window's place in it and a sample's tokens: what
+            makes one window's order differ from another's.
+    """
+    return Permutation.make(count, seed, ORDER_PURPOSE, low, seq_length).values(0, count)
+
+
+def places_by_step(
+    costs: np.ndarray, first: int, samples_per_step: float, places: np.ndarray, seed: int
+) -> np.ndarray:
+    """Give each of a window's samples a place such that steps get samples of like cost.
+
+    Steps that reach into the window before or after get the cheapest samples, since the samples
+    from there cost something else.
+
+    Args:
+        costs: float64 [samples].
+        first: the source's own number of the window's first sample.
+        samples_per_step: samples that the source gives to a step, on average.
+        places: a random order of the samples.
+        seed: of the order of steps; sources of one seed have their expensive samples in the same
+            steps.
+    Returns:
+        int64 [samples], a permutation.
+    """
+    count = len(costs)
+    steps = step_of(np.arange(first - 1, first + count + 1), samples_per_step)
+    own = steps[1:-1]
+    is_shared = (own == steps[0]) | (own == steps[-1])
+    if is_shared.all():
+        return places
+    # Which step comes first when the most expensive samples are given out.
+    ranks = Permutation.make(STEPS, seed, STEP_PURPOSE).values(int(own[0]), int(own[-1]) + 1)
+    rank_of_place = np.where(is_shared, STEPS, ranks[own - own[0]])
+    # Within a step the order stays random.
+    by_rank = places[np.argsort(rank_of_place[places], kind="stable")]
+    found = np.empty(count, dtype=np.int64)
+    found[np.argsort(-costs, kind="stable")] = by_rank
+    return found
+
+
+def step_of(numbers: np.ndarray, samples_per_step: float) -> np.ndarray:
+    """Find the step that gets each sample of a source -> int64 [samples].
+
+    By the blend's order (blend.py): sample j of a source with a share s of the samples is about
+    number (j + 1/2) / s of them all. One before the first belongs to no step: -1.
+    """
+    return np.floor((numbers + 0.5) / samples_per_step).astype(np.int64)

@@ -1,0 +1,167 @@
+"""Samples of like cost come in the same steps: of one source or several, also after a restart."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from data.document_cost import DocumentCost
+from data.ledger import Ledger
+from data.mixture import Mixture
+from data.packing import best_fit
+from data.packing.best_fit import samples_of_window
+from data.packing.place import Place
+from data.packing.sample_order import places_by_step, random_places
+from data.sample_costs import sample_costs
+from data.segments import DataSettings
+from data.stream import DocumentStream
+from tests.documents import Documents
+
+COST = DocumentCost(per_token=1.0, per_document=2.0, per_pair=2 / 64, windows=((None, 1),))
+LENGTH = 256
+STEP = 6
+SETTINGS = DataSettings(LENGTH, ((1.0, "a"),), "best_fit", equal_cost=COST, samples_per_step=STEP)
+
+
+def place_by_step(costs, first, per_step, seed=7):
+    places = random_places(len(costs), seed, first, LENGTH)
+    return places_by_step(np.asarray(costs, dtype=float), first, per_step, places, seed)
+
+
+def make_stream(seed: int) -> DocumentStream:
+    """Make a stream of documents of which one in ten costs more than a mean sample."""
+    chance = np.random.default_rng(seed)
+    lengths = np.clip(chance.lognormal(3.0, 1.2, 6000), 1, 120).astype(int)
+    lengths[chance.random(6000) < 0.03] = LENGTH
+    return DocumentStream(Documents(lengths.tolist()), None, seed=4)
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    monkeypatch.setattr(best_fit, "WINDOW_BINS", 60)
+    return {name: make_stream(seed) for seed, name in enumerate("ab")}
+
+
+def costs_of(settings: DataSettings, streams: dict, samples: int) -> np.ndarray:
+    mixture = Mixture(settings, streams, dict.fromkeys(streams, Place()))
+    return sample_costs(mixture, 0, samples, COST, document_masking=True)
+
+
+def waits_of(costs: np.ndarray) -> float:
+    """Add up the most expensive sample of each step, over the mean."""
+    steps = costs.reshape(-1, STEP)
+    return float(steps.max(axis=1).sum() / steps.mean(axis=1).sum())
+
+
+# ---------------------------------------------------------------- the order
+
+
+def test_steps_get_samples_that_are_neighbours_by_cost():
+    """Samples 10 to 21 in steps of 5: the first step is whole, the last reaches beyond them."""
+    costs = np.random.default_rng(0).permutation(12)
+    places = place_by_step(costs, 10, 5)
+    by_place = np.empty(12)
+    by_place[places] = costs
+    whole = sorted([sorted(by_place[:5].tolist()), sorted(by_place[5:10].tolist())])
+    assert whole == [[2, 3, 4, 5, 6], [7, 8, 9, 10, 11]]
+    assert sorted(by_place[10:].tolist()) == [0, 1]
+
+
+def test_steps_that_the_neighbours_share_get_the_cheapest():
+    costs = np.random.default_rng(0).permutation(14)
+    by_place = np.empty(14)
+    # Numbers 8, 9 belong to step 1, 20 and 21 to step 4.
+    by_place[place_by_step(costs, 8, 5)] = costs
+    assert sorted([*by_place[:2], *by_place[12:]]) == [0, 1, 2, 3]
+
+
+def test_the_expensive_steps_are_drawn_at_random():
+    """Of 8 steps each is the most expensive one with some seed."""
+    firsts = {int(place_by_step(np.arange(40), 0, 5, seed)[39]) // 5 for seed in range(60)}
+    assert firsts == set(range(8))
+
+
+def test_within_a_step_the_order_is_random():
+    tops = {int(place_by_step(np.arange(40), 0, 5, seed)[39]) % 5 for seed in range(60)}
+    assert tops == set(range(5))
+
+
+@pytest.mark.parametrize("per_step", [0.3, 1.0, 2.5, 7.3, 40.0, 1000.0])
+@pytest.mark.parametrize("first", [0, 3, 1000])
+def test_each_sample_has_one_place(per_step, first):
+    places = place_by_step(np.random.default_rng(1).random(37), first, per_step)
+    assert sorted(places.tolist()) == list(range(37))
+
+
+def test_a_window_within_one_step_is_in_random_order():
+    costs = np.arange(37)
+    assert np.array_equal(place_by_step(costs, 3, 1000.0), random_places(37, 7, 3, LENGTH))
+
+
+# ---------------------------------------------------------------- windows
+
+
+def test_a_window_holds_steps_up_to_a_limit_of_tokens():
+    assert samples_of_window(1 << 20, None) == 1024
+    # 32 steps of 16 or 64 samples of 1M; 2^31 tokens hold no more than 2,048 of them.
+    assert samples_of_window(1 << 20, 16) == 1024
+    assert samples_of_window(1 << 20, 64) == 2048
+    assert samples_of_window(1 << 20, 1024) == 2048
+    # 128K: 32 steps of 256 samples; of 1,024 samples as many as 2^31 tokens hold.
+    assert samples_of_window(1 << 17, 256) == 8192
+    assert samples_of_window(1 << 17, 1024) == 16384
+
+
+# ---------------------------------------------------------------- in a run
+
+
+def test_steps_wait_for_less(streams):
+    random = costs_of(replace(SETTINGS, samples_per_step=None), {"a": streams["a"]}, 50 * STEP)
+    found = costs_of(SETTINGS, {"a": streams["a"]}, 50 * STEP)
+    assert waits_of(random) > 1.5
+    assert waits_of(found) - 1 < 0.35 * (waits_of(random) - 1)
+
+
+def test_steps_of_several_sources_wait_for_less(streams):
+    """Sources have their expensive samples in the same steps, whatever their shares."""
+    blend = replace(SETTINGS, blend=((2.0, "a"), (1.0, "b")))
+    random = costs_of(replace(blend, samples_per_step=None), streams, 50 * STEP)
+    found = costs_of(blend, streams, 50 * STEP)
+    assert waits_of(found) - 1 < 0.5 * (waits_of(random) - 1)
+
+
+def test_the_samples_of_a_window_are_the_same_ones(streams):
+    """A window of no more samples than without steps is packed alike: only the order differs."""
+    found = []
+    for samples_per_step in (3, None):
+        settings = replace(SETTINGS, samples_per_step=samples_per_step)
+        packer = Mixture(settings, {"a": streams["a"]}, {"a": Place()}).packers[0]
+        count = packer._window(0).samples
+        found.append([packer.sample(number).intervals.tolist() for number in range(count)])
+    assert found[0] != found[1]
+    assert sorted(found[0]) == sorted(found[1])
+
+
+def test_a_run_goes_on_in_the_middle_of_a_window(streams):
+    blend = replace(SETTINGS, blend=((2.0, "a"), (1.0, "b")))
+    whole = Ledger(streams)
+    whole.enter(0, "one", blend)
+    expected = [sample.intervals.tolist() for sample in whole.mixture().samples(range(300))]
+    for steps in (7, 23):
+        clock = LENGTH * STEP * steps
+        again = Ledger(streams, json.loads(json.dumps(whole.to_json(clock))))
+        # The batch may have changed: the open segment keeps its order.
+        again.enter(clock, "one", replace(blend, samples_per_step=2 * STEP))
+        assert len(again.segments) == 1
+        numbers = range(STEP * steps, 300)
+        found = [sample.intervals.tolist() for sample in again.mixture().samples(numbers)]
+        assert found == expected[STEP * steps :]
+
+
+def test_settings_of_an_earlier_version_have_no_steps():
+    stored = SETTINGS.to_json()
+    assert stored.pop("samples_per_step") == STEP
+    earlier = DataSettings.from_json(json.loads(json.dumps(stored)))
+    assert earlier.samples_per_step is None
+    assert earlier.agrees_with(SETTINGS) and SETTINGS.agrees_with(earlier)
