@@ -20,6 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from data.source_runs import SourceRun
 from model import gpt
 from model.activation_memory.settings import KEEPS_INPUT_ONLY, MemorySettings
 from model.attention_backends.choice import BACKENDS, choose_attention
@@ -213,6 +214,19 @@ def test_scores_are_made_on_their_device(settings):
         stage(torch.empty(0, device=META))
     (score,) = scores
     assert score.device == META and score.shape == (3,), score
+
+
+@SETTINGS_IN_PARTS
+def test_losses_by_source_are_summed_on_their_device(settings):
+    stage = make_stage(model_config(), single_process_layout(META), settings)
+    batch = microbatch((0, 1, 12, TOKENS))
+    batch.source_runs = (SourceRun(0, 12, 0, 10), SourceRun(12, TOKENS, 1, TOKENS - 13))
+    sums = torch.zeros(2, dtype=torch.float64, device=META)
+    stage.begin_step([batch], 1, source_losses=sums)
+    with OneDevice():
+        loss = stage(torch.empty(0, device=META))
+        loss.backward()
+    assert loss.device == META, loss
 
 
 def test_logits_are_made_on_their_device():
