@@ -6,6 +6,7 @@ import pytest
 
 from tools.bench.__main__ import load
 from tools.bench.option_checks import find_too_small
+from tools.bench.restart import AtScale
 
 BAD = [
     ("attention", dict(processes=()), "--processes: has no value. Fix: give at least one."),
@@ -14,6 +15,7 @@ BAD = [
     ("checkpoint", dict(rounds=0), "--rounds 0: must be at least 1"),
     ("checkpoint", dict(file_rounds=0), "--file-rounds 0: must be at least 1"),
     ("checkpoint", dict(hidden=1000), "--hidden 1000: must be a multiple of 16"),
+    ("data", dict(text_bytes=0), "--text-bytes 0: too few. Fix: at least 1"),
     ("disturbed", dict(kills=0), "--kills 0: must be at least 1"),
     ("disturbed", dict(kinds=[]), "--kinds: has no value. Fix: leave it out"),
     ("disturbed", dict(output="/tmp"), "--output /tmp: exists already. Fix: a new folder."),
@@ -37,6 +39,11 @@ BAD = [
     ("recompute", dict(hidden=100), "--hidden 100: must be a multiple of 16"),
     ("restart", dict(kills=0), "--kills 0: must be at least 1"),
     ("restart", dict(processes=1), "--processes 1: must be at least 2"),
+    (
+        "restart",
+        dict(at_scale=AtScale(save_minutes=0)),
+        "--at-scale.save-minutes 0: must be above 0",
+    ),
     ("step", dict(lengths=()), "--lengths: has no value. Fix: give at least one."),
     ("step", dict(num_layers=0), "--num-layers 0: must be at least 1"),
     ("traffic", dict(device="cpu", scale="toy", num_layers=0), "--num-layers 0: must be at least"),
@@ -65,3 +72,12 @@ def test_what_cannot_be_measured_is_refused_in_one_line(
 def test_an_option_that_was_not_given_is_not_checked():
     arguments = load("step").Arguments(num_layers=None, lengths=(2, 3))
     assert find_too_small(arguments, num_layers=1, lengths=2, repeats=5) is None
+
+
+@pytest.mark.parametrize(
+    "name", sorted({name for name, *_ in BAD} - {"data", "disturbed", "traffic"})
+)
+def test_the_defaults_can_be_measured(name, monkeypatch):
+    module = load(name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: package)
+    assert module.find_problem(module.Arguments()) is None

@@ -68,6 +68,7 @@ def find_problem(arguments: Arguments, folder: Path) -> str | None:
         "packed_documents": 1,
         "counted_tokens": 64 * MILLION,
         "read_tokens": (max(arguments.samples, SLICE_SAMPLES) + 3) * MILLION,
+        "text_bytes": 1,
         "repeats": 1,
         "samples": 1,
     }

@@ -124,8 +124,7 @@ def time_imports(count: int) -> float:
 
 def run(arguments: Arguments) -> int:
     """Kill a run, print where the time went; 0 if the bars hold, 2 where it cannot run."""
-    # The second phase cuts the model over all processes, which one process cannot do.
-    problem = find_too_small(arguments, kills=1, processes=2)
+    problem = find_problem(arguments)
     if problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
@@ -161,6 +160,21 @@ def run(arguments: Arguments) -> int:
         arguments.output,
     )
     return 0 if share >= SHARE_BAR and ratio <= OURS and failures and crossings else 1
+
+
+def find_problem(arguments: Arguments) -> str | None:
+    """Say why the benchmark cannot run, with a fix; None = it can."""
+    # The second phase cuts the model over all processes, which one process cannot do.
+    too_small = find_too_small(arguments, kills=1, processes=2)
+    if too_small:
+        return too_small
+    # The estimate divides by these.
+    for name in ("mean_hours_to_failure", "read_gigabytes_per_second", "save_minutes"):
+        value = getattr(arguments.at_scale, name)
+        if not value > 0:
+            flag = f"--at-scale.{name.replace('_', '-')}"
+            return f"{flag} {value:g}: must be above 0. Fix: leave it out."
+    return None
 
 
 def _killed_run(folder: Path, arguments: Arguments) -> list[dict]:
