@@ -1,7 +1,7 @@
 """What Muon's update takes of a rank, from numbers alone: memory, operations and exchanges."""
 
 from functools import cache
-from math import ceil, prod
+from math import prod
 from typing import NamedTuple
 
 from model.sharding import row_of, shardings_for
@@ -45,12 +45,16 @@ class MuonMemory(NamedTuple):
     """What comes and goes in an update."""
 
 
-class MuonExchange(NamedTuple):
-    """What the ranks of a stage exchange in an update.
+class MuonOwners(NamedTuple):
+    """What the owners of a stage's matrices compute, hold and exchange in an update.
 
     Every rank has a piece of each matrix, all of one shape.
     """
 
+    operations: int
+    """Operations of a step of Newton-Schulz on the owner that has most to compute."""
+    bucket_elements: int
+    """Elements of the matrices that an owner gathers at a time, at most."""
     others: int
     """Ranks that a rank exchanges with."""
     pieces: int
@@ -84,7 +88,7 @@ class MuonCost:
         self.is_per_head = is_per_head
         # A layout search asks for the same ones of thousands of layouts.
         self.matrices = cache(self._find_matrices)
-        self.exchange = cache(self._find_exchange)
+        self.owners = cache(self._find_owners)
 
     @staticmethod
     def of_run(config: Config, vocab_size: int, *, on_gpu: bool) -> "MuonCost | None":
@@ -108,34 +112,47 @@ class MuonCost:
         pieces = [matrix.piece_shape(shards, tp) for matrix in matrices]
         held = layers * sum(rows * columns for rows, columns in pieces)
         saved = master_bytes * held + STEP_BYTES * layers * len(matrices)
-        # What an owner gathers at a time; all owners' buckets are cut over all ranks.
-        share = ceil(layers * sum(matrix.elements for matrix in matrices) / (tp * shards))
-        largest = max(matrix.elements for matrix in matrices)
-        owned = max(largest, min(BUCKET_ELEMENTS, share))
+        owned = self.owners(layers, tp, shards).bucket_elements
         of_shards = SHARD_COPIES * (self.element_bytes + master_bytes) * min(owned, held)
         return MuonMemory(saved, WHOLE_COPIES * self.element_bytes * owned + of_shards)
 
     def flops(self, layers: int, tp: int, shards: int) -> int:
         """Count the operations of the busiest owner."""
-        costs = [matrix.cost() for matrix in self.matrices(tp)]
-        return self.steps * max(max(costs), ceil(layers * sum(costs) / (tp * shards)))
+        return self.steps * self.owners(layers, tp, shards).operations
 
-    def _find_exchange(self, layers: int, tp: int, shards: int) -> MuonExchange:
+    def _find_owners(self, layers: int, tp: int, shards: int) -> MuonOwners:
         """Share the matrices of these layers out among the ranks of a stage, as muon.py does."""
         matrices = layers * self.matrices(tp)
+        costs = [matrix.cost() for matrix in matrices]
         pieces = [prod(matrix.piece_shape(shards, tp)) for matrix in matrices]
         # The first ranks take a matrix each before one takes two.
         ranks = min(tp * shards, len(matrices))
-        owners = assign_owners([matrix.cost() for matrix in matrices], ranks)
+        owners = assign_owners(costs, ranks)
+        computed = [0] * ranks
         owned = [0] * ranks
-        for owner, size in zip(owners, pieces, strict=True):
+        for owner, cost, size in zip(owners, costs, pieces, strict=True):
+            computed[owner] += cost
             owned[owner] += size
+        # A stage without layers has no matrices, and no buckets.
         buckets = make_buckets(matrices, owners, ranks, BUCKET_ELEMENTS)
-        fullest = [
-            max(sum(pieces[number] for number in numbers) for numbers in by_owner)
-            for by_owner in buckets
-        ]
-        return MuonExchange(tp * shards - 1, sum(pieces), tuple(owned), tuple(fullest))
+        return MuonOwners(
+            operations=max(computed, default=0),
+            bucket_elements=max(
+                (
+                    sum(matrices[number].elements for number in numbers)
+                    for by_owner in buckets
+                    for numbers in by_owner
+                ),
+                default=0,
+            ),
+            others=tp * shards - 1,
+            pieces=sum(pieces),
+            owned=tuple(owned),
+            fullest=tuple(
+                max(sum(pieces[number] for number in numbers) for numbers in by_owner)
+                for by_owner in buckets
+            ),
+        )
 
     def _find_matrices(self, tp: int) -> list[Matrix]:
         """List the hidden matrices of a layer."""

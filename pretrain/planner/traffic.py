@@ -169,16 +169,16 @@ def muon_traffic(model: MemoryModel, load: Workload, hardware: Hardware) -> list
         return []
     tp = load.layout.tensor_model_parallel_size
     group = RankGroup(tp * load.shards, 1)
-    exchange = muon.exchange(layers_of_slowest_rank(model, load), tp, load.shards)
+    owners = muon.owners(layers_of_slowest_rank(model, load), tp, load.shards)
     # An owner gets its pieces of the others, and gives back as much.
     seconds = sum(
-        group.exchange_seconds(muon.element_bytes * exchange.others * owned, hardware)
-        for owned in exchange.fullest
+        group.exchange_seconds(muon.element_bytes * owners.others * owned, hardware)
+        for owned in owners.fullest
     )
-    most = max(exchange.owned)
+    most = max(owners.owned)
     sent = {
-        "matrices to their owners": muon.element_bytes * (exchange.pieces - most),
-        "updates from the owners": muon.element_bytes * exchange.others * most,
+        "matrices to their owners": muon.element_bytes * (owners.pieces - most),
+        "updates from the owners": muon.element_bytes * owners.others * most,
     }
     return [
         Traffic(
@@ -186,7 +186,7 @@ def muon_traffic(model: MemoryModel, load: Workload, hardware: Hardware) -> list
             what,
             "all-to-all",
             group,
-            len(exchange.fullest),
+            len(owners.fullest),
             size,
             group.exchanged_between_nodes(size, hardware),
             seconds,

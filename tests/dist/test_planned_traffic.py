@@ -109,15 +109,15 @@ def test_the_plan_counts_the_matrices_that_muon_exchanges(pool, name):
     (first, *_) = results
     assert len(first) == there.calls + back.calls and there.calls >= 3
     layers = case.model_config().num_layers // case.pp
-    exchange = cost.exchange(layers, case.tp, case.dp)
+    owners = cost.owners(layers, case.tp, case.dp)
     stage = case.tp * case.dp
     sent = [sum(call.sent_bytes for call in calls) for calls in results]
     for rank, size in enumerate(sent):
-        assert size == FP64_BYTES * exchange.sent_by(rank % stage), f"rank {rank}"
+        assert size == FP64_BYTES * owners.sent_by(rank % stage), f"rank {rank}"
     assert max(sent) == there.sent_bytes + back.sent_bytes
     # On the way there a rank sends each owner its piece, on the way back it gets one of each.
     most = sorted(max(call.sent_parts + call.received_parts) for call in first)
-    assert most == sorted(2 * exchange.fullest)
+    assert most == sorted(2 * owners.fullest)
 
 
 def elements(calls: list, operation: str, ranks: tuple[int, ...]) -> list[int]:

@@ -53,6 +53,11 @@ def test_the_owner_of_all_matrices_makes_each_step_of_each():
     assert cost_of("--muon-num-ns-steps", "3").flops(32, 1, 1) == 3 * 32 * layer
 
 
+def test_the_busiest_of_some_owners_has_whole_matrices():
+    """Of 64 ranks 32 have two of 96 matrices of the MLP; the others get all else, which is less."""
+    assert cost_of().flops(32, 1, 64) == 5 * 2 * step_of(4096, 14336)
+
+
 def test_heads_that_are_orthogonalized_by_themselves_are_counted_one_by_one():
     # 32 heads of q and 8 each of k and v, of 128 rows; o and the MLP's stay whole.
     heads = (32 + 2 * 8) * step_of(128, 4096)
@@ -79,7 +84,29 @@ def step_of_one_rank(muon: MuonCost | None) -> StepTime:
     return estimate_step(MemoryModel(MODEL, VOCABULARY, muon=muon), load, TABLE["H100"])
 
 
-# ---------------------------------------------------------------- what is kept
+# ---------------------------------------------------------------- what is held and kept
+
+
+def test_an_owner_of_cheap_matrices_gathers_more_than_its_share():
+    """One of two owners has two matrices of the MLP, and the other all else: cut into heads, q, k
+    and v cost little, and have as many elements."""
+    config = BenchModel(
+        num_layers=1,
+        hidden_size=64,
+        ffn_hidden_size=96,
+        num_attention_heads=4,
+        num_query_groups=2,
+    )
+    cost = MuonCost(ModelSize(config, 64), 2, 5, is_per_head=True)
+    mlp = 96 * 64
+    others = mlp + 2 * 64 * 64 + 2 * 32 * 64
+    # Eight copies of what it gathers in bf16, three of its shards in bf16 and in fp32.
+    shards = (2 * mlp + others) // 2
+    assert cost.of_rank(1, 1, 2, 4).buffers == 8 * 2 * others + 3 * (2 + 4) * shards
+
+
+def test_a_stage_without_layers_holds_nothing_for_muon():
+    assert cost_of().of_rank(0, 1, 2, 4) == (0, 0)
 
 
 @pytest.mark.parametrize("name", ["adam", "muon"])

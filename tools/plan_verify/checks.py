@@ -160,9 +160,9 @@ def _sent_by_muon(trace: RankTrace, model: MemoryModel, load: Workload) -> float
     assert model.muon is not None, "the axis is Muon's alone"
     parts = sum(model.parts_of_rank(load.layout, trace.pp_rank), Counter())
     tp = load.layout.tensor_model_parallel_size
-    exchange = model.muon.exchange(parts["layers"], tp, load.shards)
+    owners = model.muon.owners(parts["layers"], tp, load.shards)
     place = trace.axes["dp_cp_tp"].index(trace.rank)
-    return model.muon.element_bytes * exchange.sent_by(place)
+    return model.muon.element_bytes * owners.sent_by(place)
 
 
 def check_memory(
