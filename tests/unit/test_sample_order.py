@@ -131,8 +131,9 @@ def test_steps_of_several_sources_wait_for_less(streams):
     assert waits_of(found) - 1 < 0.5 * (waits_of(random) - 1)
 
 
-def test_the_samples_of_a_window_are_the_same_ones(streams):
+def test_the_samples_of_a_window_are_the_same_ones(streams, monkeypatch):
     """A window of no more samples than without steps is packed alike: only the order differs."""
+    monkeypatch.setattr(best_fit, "WINDOW_STEPS", 16)
     found = []
     for samples_per_step in (3, None):
         settings = replace(SETTINGS, samples_per_step=samples_per_step)
