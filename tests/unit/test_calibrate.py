@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 from pretrain.planner.hardware import CPU, TABLE
-from pretrain.planner.step_time import UPDATE_BYTES
+from pretrain.planner.rank_bytes import MemoryModel
+from pretrain.planner.step_time import UPDATE_BYTES, estimate_step
 from tests.unit.test_plan import MOCK, planned, refused
 from tools.bench import predictions
 from tools.plan import Arguments, check_run, main, plan_run
@@ -19,6 +20,7 @@ from tools.planning.calibrate import (
     is_own_row,
     row_of,
     split_rest,
+    with_step_factor,
 )
 from tools.planning.hardware_file import read_hardware
 from tools.planning.machine_rates import SHORT, Rates, middle
@@ -156,6 +158,19 @@ def test_a_reference_step_has_the_documents_and_pairs_of_its_prediction():
     assert torch.equal(positions, expected)
     # What a token sees is what its position says.
     assert job.load.tokens_seen((None,)) == float((positions + 1).double().mean())
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_a_reference_step_is_compared_with_a_step_of_the_same_optimizer(optimizer):
+    """Three times as long as its parts say: of Muon's step they have Newton-Schulz, too."""
+    words = [*MOCK, "--num-layers", "4", "--optimizer", optimizer]
+    checked = check_run(Arguments(world_size=1, hardware="cpu", document_tokens=100), words)
+    (estimate,) = estimate_phases(checked.plan, checked.cluster, 100)
+    job = ReferenceJob.of(estimate, document_tokens_of(estimate))
+    parts = estimate_step(MemoryModel.of_run(job.config, job.vocab_size, CPU), job.load, CPU)
+    rates = dataclasses.replace(RATES, step_seconds=3 * parts.total)
+    row = with_step_factor(CPU, rates, estimate.model, job)
+    assert row.efficiency.step_factor == pytest.approx(3)
 
 
 def test_the_middle_of_processes_is_that_of_each_figure():

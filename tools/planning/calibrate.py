@@ -26,6 +26,7 @@ from data.units import show_bytes
 from parallel.config import LayoutConfig
 from parallel.layout import device_here
 from pretrain.planner.hardware import CPU, TABLE, Hardware, find_hardware
+from pretrain.planner.muon_cost import MuonCost
 from pretrain.planner.pointwise import layer_bytes
 from pretrain.planner.rank_bytes import MemoryModel
 from pretrain.planner.step_time import UPDATE_BYTES, estimate_step
@@ -315,6 +316,7 @@ def with_step_factor(
         compute_bytes=model.compute_bytes,
         on_gpu=model.on_gpu,
         optimizer_on_host=model.optimizer_on_host,
+        muon=MuonCost.of_run(job.config, job.vocab_size, on_gpu=model.on_gpu),
     )
     predicted = estimate_step(few, job.load, row).total
     efficiency = replace(row.efficiency, step_factor=rates.step_seconds / predicted)
