@@ -60,7 +60,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_muon_equals_one_process_after_three_steps(pool, single, name):
-    check(pool, single, dataclasses.replace(CASES[name], steps=3))
+    check(pool, single, dataclasses.replace(CASES[name], steps=3, samples=4))
 
 
 @pytest.mark.parametrize("name", cases(TABLE, lambda name: True))
@@ -150,7 +150,9 @@ def train_without_momentum(world: World, argv: list[str]) -> str:
 ZBV = dict(pipeline_model_parallel_size=2, pipeline_schedule="ZBV")
 
 
-@pytest.mark.parametrize("other", [{}, pytest.param(ZBV, marks=pytest.mark.long)], ids=["dp2", "zbv"])
+@pytest.mark.parametrize(
+    "other", [{}, pytest.param(ZBV, marks=pytest.mark.long)], ids=["dp2", "zbv"]
+)
 def test_another_layout_goes_on_with_the_momentum(pool, corpus, tmp_path, other):
     """Momenta are cut for it: the next losses are the same, and others without them."""
     save = str(tmp_path / "save")

@@ -176,6 +176,7 @@ CASES = {
         model=OLMO | QWEN2_TIED,
         memory=MemorySettings("selective", mlp_tiles=3),
         steps=3,
+        samples=4,
     ),
     "tp2 pp2 olmo attention kept": Case(
         tp=2, pp=2, model=OLMO | UNTIED, memory=MemorySettings("attention_kept", 1), steps=3
@@ -296,24 +297,31 @@ CASES = {
     ),
     "tp2 pp2 cp2 untied": Case(tp=2, pp=2, cp=2, model=UNTIED | QWEN3),
     "tp4 kv2 QK-clip zero3": Case(
-        tp=4, qk_clip=0.5, steps=3, strategy="optim_grads_params", model=dict(add_qkv_bias=True)
+        tp=4,
+        qk_clip=0.5,
+        steps=3,
+        samples=4,
+        strategy="optim_grads_params",
+        model=dict(add_qkv_bias=True),
     ),
     "cp4 two levels QK-clip windows head chunks full": Case(
         cp=4,
         context_levels=(2, 2),
         qk_clip=0.5,
         steps=3,
+        samples=4,
         lengths=(400,),
         model=dict(window_size=[9, 0], window_attn_skip_freq=[2], num_query_groups=4),
         memory=MemorySettings("full", attention_head_chunks=2),
     ),
-    "pp2 dp2 QK-clip zero1": Case(pp=2, dp=2, qk_clip=0.5, steps=3, strategy="optim"),
+    "pp2 dp2 QK-clip zero1": Case(pp=2, dp=2, qk_clip=0.5, steps=3, samples=4, strategy="optim"),
     "tp2 cp2 QK-clip uneven heads Muon": Case(
         tp=2,
         cp=2,
         qk_clip=0.5,
         optimizer=dict(optimizer="muon"),
         steps=3,
+        samples=4,
         model=dict(num_attention_heads=6, num_query_groups=2, hidden_size=48),
     ),
     "cp2 QK-clip attention kept": Case(
