@@ -69,7 +69,7 @@ def score(world, case: Case) -> dict:
 )
 def test_scores_equal_one_process(pool, name):
     # An untrained model is right about once in 101 targets
-    case = dataclasses.replace(LAYOUTS[name], samples=32)
+    case = dataclasses.replace(LAYOUTS[name], samples=16)
     (expected,) = pool.run(score, 1, case.single())
     sums, targets, hits = expected["scores"]
     assert (

@@ -124,11 +124,13 @@ PARTS = {
 LEVELS = (None, "selective", "full", "attention_kept")
 
 
-def memory_settings() -> Iterator[MemorySettings]:
+def memory_settings() -> Iterator:
+    """Yield every level as a parameter, with and without offload; in many parts with --all only."""
     for level in LEVELS:
         for offloaded in (0, 1) if level in KEEPS_INPUT_ONLY else (0,):
-            for parts in PARTS.values():
-                yield MemorySettings(level, offloaded, **parts)
+            for name, parts in PARTS.items():
+                settings = MemorySettings(level, offloaded, **parts)
+                yield pytest.param(settings, marks=pytest.mark.long if name == "many parts" else ())
 
 
 def name_of(settings: MemorySettings) -> str:
