@@ -22,7 +22,6 @@ from data.dealing import Dealing
 from data.document_cost import DocumentCost
 from data.loader import Loader
 from data.mixture import fresh_mixture
-from data.stream import usable_cores
 from model.attention_backends.choice import choose_attention
 from model.build import build_stages
 from model.config import ModelConfig
@@ -115,7 +114,8 @@ def run_processes(job: Job) -> dict[str, Timed]:
 
 def work(rank: int, job: Job, folder: str) -> None:
     """Time the steps as one process of a world; rank 0 leaves the results in `folder`."""
-    torch.set_num_threads(max(1, usable_cores() // job.processes))
+    # The clock of a thread (_note) counts no other thread's time.
+    torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), job.processes)
     world = start_world(LayoutConfig(), store, rank, job.processes)
     try:
