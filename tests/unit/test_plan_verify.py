@@ -43,8 +43,8 @@ RANKS = (0, 1, FAULTY_RANK, 8)
 """0 and 1 share a group of tp, 1 and 5 one of cp, 0 and 8 one of pp."""
 
 
-def make_jobs() -> list[RankJob]:
-    config = load_config([*FLAGS, "--vocab-size", str(VOCABULARY)])
+def make_jobs(*words: str) -> list[RankJob]:
+    config = load_config([*FLAGS, "--vocab-size", str(VOCABULARY), *words])
     (phase,) = resolve_phases(config)
     part = rehearsed_part(config, phase, WORLD)
     return [
@@ -95,6 +95,19 @@ def test_a_right_plan_has_no_problems(jobs, traces):
     assert problems == [], result
     assert {"tp", "cp", "pp", "dp_cp"} <= traces[0].sent_bytes.keys(), traces[0].sent_bytes
     assert min(len(trace.calls) for trace in traces) > 50
+
+
+def test_what_muon_exchanges_is_compared_by_the_matrices_that_each_rank_owns():
+    jobs = [job for job in make_jobs("--optimizer", "muon") if job.rank in (1, FAULTY_RANK)]
+    traces = [rehearse_here(job) for job in jobs]
+    model, load = memory_of(jobs[0])
+    sent, problems = check_bytes(traces, model, load, TABLE["H100"])
+    assert problems == [] and "dp_cp_tp 1.000" in sent, sent
+    # In fp32 as many elements are twice the bytes.
+    assert model.muon is not None
+    model.muon.element_bytes *= 2
+    (problem,) = check_bytes(traces, model, load, TABLE["H100"])[1]
+    assert "dp_cp_tp: expected" in problem
 
 
 def test_a_shifted_context_parallel_group_is_found(jobs, traces):
