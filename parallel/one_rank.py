@@ -90,6 +90,11 @@ class _WholeParameter(FSDPParam):
         if self.all_gather_outputs and self.all_gather_outputs[0] is not shard:
             # Somebody has put another shard in the parameter's place.
             del self._unsharded_param
+        memory = shard.untyped_storage().nbytes()
+        assert memory == shard.nbytes, (
+            f"{self._param_fqn}: its shard is {shard.nbytes:,} of {memory:,} bytes of one memory, "
+            "and FSDP2 would cut that to the shard's size. Fix: give the shard memory of its own"
+        )
         self.all_gather_outputs = [shard]
 
     def free_unsharded_param(self) -> None:

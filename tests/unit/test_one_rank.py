@@ -164,3 +164,23 @@ def test_gradients_of_microbatches_are_added_up(strategy):
         trainer.stepper.run(samples, train=True)
         for name, parameter in parameters.items():
             torch.testing.assert_close(own_shard(parameter.grad), sums[name], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_shard_that_is_a_part_of_other_memory_is_refused(is_first):
+    """FSDP2 cuts the memory of what it gathers into to its size, and reads from the beginning."""
+    sample = make_sample([6, 4], VOCABULARY, 1)
+    with one_process() as layout:
+        trainer = make_trainer(layout, "float32")
+        weight = trainer.stages[0].final_norm.weight
+        shard = own_shard(weight)
+        memory = torch.ones(3 * shard.numel())
+        number = 0 if is_first else 1
+        weight._local_tensor = memory.view(3, -1)[number]
+        with pytest.raises(AssertionError) as refused:
+            trainer.forward_backward(sample)
+        assert memory.untyped_storage().nbytes() == 3 * shard.nbytes, "nothing is cut"
+    said = (
+        "final_norm.weight: its shard is 256 of 768 bytes of one memory, and FSDP2 would cut that"
+    )
+    assert said in str(refused.value) and "Fix: " in str(refused.value)
