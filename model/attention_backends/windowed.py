@@ -52,7 +52,8 @@ def window_mask(window: int, dtype: torch.dtype, device: torch.device) -> torch.
     """Return what is added to a whole block's scores: 0 where a key is seen, else -inf.
 
     Its last query and its last key are the same token: [BLOCK, window + BLOCK - 1]. In fp32 a
-    window of 4,096 tokens takes 4 MiB, one of 131,072 takes 128.
+    window of 4,096 tokens takes 4 MiB, one of 131,072 takes 128. Up to four masks stay, those of
+    the latest windows and dtypes; a run has one of each size of window, and of its dtype.
     """
     keys = window + BLOCK - 1
     query = torch.arange(keys - BLOCK, keys, device=device)[:, None]
@@ -67,6 +68,19 @@ def _mask_of(block: Block, window: int, q: torch.Tensor) -> torch.Tensor:
     queries = block.rows_q.stop - block.rows_q.start
     keys = block.rows_k.stop - block.rows_k.start
     return window_mask(window, q.dtype, q.device)[-queries:, -keys:]
+
+
+def _aligned_mask_of(block: Block, window: int, q: torch.Tensor) -> torch.Tensor:
+    """Return a block's mask [b, c] with memory of its own, where it is not that of a whole block.
+
+    A GPU's kernel refuses a mask that begins at an odd place. torch copies a mask whose rows are
+    not aligned, but does not look at where the first one begins.
+    """
+    mask_bc = _mask_of(block, window, q)
+    if mask_bc.storage_offset() == 0:
+        return mask_bc
+    # Not `contiguous`, which keeps a single row where it is.
+    return mask_bc.clone(memory_format=torch.contiguous_format)
 
 
 def windowed_attention(
@@ -120,7 +134,7 @@ class _Blocks(torch.autograd.Function):
     def forward(ctx, q_nmH, k_skH, v_skH, blocks: list[Block], window: int, scale: float | None):
         out_nmH = torch.empty_like(q_nmH)
         for block in blocks:
-            mask_bc = _mask_of(block, window, q_nmH)
+            mask_bc = _aligned_mask_of(block, window, q_nmH)
             rows_k = block.rows_k
             out_nmH[block.rows_q] = _one_block(
                 q_nmH[block.rows_q], k_skH[rows_k], v_skH[rows_k], mask_bc, scale
@@ -141,7 +155,7 @@ class _Blocks(torch.autograd.Function):
         grad_k = torch.zeros_like(k_skH, dtype=wide)
         grad_v = torch.zeros_like(v_skH, dtype=wide)
         for block in ctx.blocks:
-            mask_bc = _mask_of(block, ctx.window, q_nmH)
+            mask_bc = _aligned_mask_of(block, ctx.window, q_nmH)
             q_bmH = q_nmH[block.rows_q].detach().requires_grad_()
             k_ckH = k_skH[block.rows_k].detach().requires_grad_()
             v_ckH = v_skH[block.rows_k].detach().requires_grad_()

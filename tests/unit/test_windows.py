@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from megatron.core.transformer.utils import is_layer_window_attention
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.attention_backends import choice, varlen
+from model.attention_backends import choice, varlen, windowed
 from model.attention_backends.choice import BACKENDS, choose_attention, pick_backend
 from model.attention_backends.documents import pack_documents
 from model.attention_backends.mixed import mixed_attention
@@ -225,6 +226,27 @@ def test_a_gpu_makes_gradients_of_a_block_s_rows_only():
     with LargeResults(k.numel()) as large:
         torch.autograd.grad(out, (q, k, v), weight)
     assert len(large.found) <= 8, large.found
+
+
+def test_a_gpu_s_masks_begin_where_their_kernels_can_read_them(monkeypatch):
+    """A window of 265 and a block of 256 make rows of 520: aligned, from wherever they begin."""
+    masks = []
+
+    def listen(*args, attn_mask: torch.Tensor, **kwargs):
+        masks.append((attn_mask.data_ptr() % 16, attn_mask.stride(0), attn_mask.shape[1]))
+        return scaled_dot_product_attention(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(windowed, "scaled_dot_product_attention", listen)
+    # A last block of one query is contiguous wherever it is.
+    bounds = [0, 300, 557, 1200]
+    q, k, v = draw(bounds[-1], 4)
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    (documents,) = pack_documents(cu_seqlens, [(0, bounds[-1])], CPU)
+    q, k, v = (x.detach().bfloat16().requires_grad_() for x in (q, k, v))
+    attend_as_on_a_gpu(q, k, v, documents, Scoring(265)).sum().backward()
+    # torch copies those whose rows are not aligned.
+    misplaced = [mask for mask in masks if mask[1] % 8 == 0 and mask[0] != 0]
+    assert len(masks) == 2 * 7 and not misplaced, misplaced
 
 
 def test_a_gpu_keeps_nothing_of_a_block_for_its_backward():
