@@ -127,6 +127,28 @@ def test_scores_are_those_of_the_cpu(name, crossover, way):
         assert relative(grad.cpu(), wanted) < 0.02
 
 
+@pytest.mark.parametrize("kv_heads", [2, HEADS])
+@pytest.mark.parametrize("window", [64, 265])
+def test_windows_of_sdpa_are_those_of_the_cpu(window, kv_heads):
+    """With a key head for each query head torch takes another kernel; 265 aligns a mask's rows."""
+    attend = backend("sdpa", NEVER, needs=ScoringNeeds(windows=True))
+    leaves = inputs(kv_heads)
+    exact = [x.detach().cpu().double().requires_grad_() for x in leaves]
+    cu_seqlens = torch.tensor(BOUNDS, dtype=torch.int32)
+    pieces = [(0, BOUNDS[-1])]
+    (here,) = pack_documents(cu_seqlens, pieces, leaves[0].device)
+    (on_cpu,) = pack_documents(cu_seqlens, pieces, torch.device("cpu"))
+    reference, _ = choose_attention("sdpa", torch.device("cpu"), torch.float64)
+    expected = reference(*exact, on_cpu, Scoring(window))
+    found = attend(*leaves, here, Scoring(window))
+    weight = torch.randn_like(expected)
+    assert relative(found.cpu(), expected) < 0.01
+    ours = torch.autograd.grad(found, leaves, weight.cuda().to(found.dtype))
+    theirs = torch.autograd.grad(expected, exact, weight)
+    for grad, wanted in zip(ours, theirs, strict=True):
+        assert relative(grad.cpu(), wanted) < 0.02
+
+
 @pytest.mark.parametrize("name, crossover", CALLS)
 def test_backend_keeps_documents_apart_bit_for_bit(name, crossover):
     attend = backend(name, crossover)
@@ -190,3 +212,31 @@ def test_the_largest_logits_are_those_of_the_cpu(kv_heads, window):
         for device in ("cuda", "cpu")
     )
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("window", [None, 5000])
+@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (8, 2)])
+def test_the_largest_logit_of_a_long_document_is_found_wherever_it_is(heads, kv_heads, window):
+    """One pair of each head has a logit, at the edge of what is seen; larger ones are not seen."""
+    begin = 1000
+    tokens = 150_000
+    q = torch.zeros(tokens, heads, HEAD_SIZE, device="cuda", dtype=torch.bfloat16)
+    k = torch.zeros(tokens, kv_heads, HEAD_SIZE, device="cuda", dtype=torch.bfloat16)
+    for head in range(heads):
+        query = tokens - 2 - 17_000 * head
+        first = begin if window is None else query - window + 1
+        q[query, head, head] = 1
+        key_head = k[:, head * kv_heads // heads, head]
+        key_head[first] = 1 + head
+        # Of an earlier document or beyond the window, and of a later token.
+        key_head[first - 1] = 100
+        key_head[query + 1] = 100
+    bounds = torch.tensor([0, begin, tokens], dtype=torch.int32)
+    (call,) = pack_documents(bounds, [(0, tokens)], q.device)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = largest_logits(q, k, call, Scoring(window, scale=1.0))
+    made = torch.cuda.max_memory_allocated() - before
+    assert found.tolist() == [1 + head for head in range(heads)]
+    # What comes next is the attention's output, as large as q.
+    assert made < max(1.2 * q.nbytes, 20 * 2**20), f"{made:,} bytes beside a q of {q.nbytes:,}"

@@ -50,8 +50,16 @@ def run(argv: list[str]) -> tuple[set[str], int]:
         end_world()
 
 
+OPTIMIZERS = {
+    "adam": {},
+    "muon": dict(optimizer="muon"),
+    "muon in fp32": dict(optimizer="muon", muon_fp32_matmul_prec="highest"),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("strategy", ["optim", "optim_grads", "optim_grads_params"])
-def test_the_run_is_the_same_and_the_device_smaller(tmp_path, strategy):
+def test_the_run_is_the_same_and_the_device_smaller(tmp_path, strategy, optimizer):
     corpus = write_corpus(tmp_path / "corpus")
 
     def arguments(folder: str, **changes) -> list[str]:
@@ -59,6 +67,7 @@ def test_the_run_is_the_same_and_the_device_smaller(tmp_path, strategy):
             corpus,
             **(
                 SIZES
+                | OPTIMIZERS[optimizer]
                 | dict(
                     save=str(tmp_path / folder),
                     micro_batch_size=2,
