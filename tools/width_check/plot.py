@@ -43,6 +43,9 @@ def plot_sweep(
             values = [row[rate] for rate in rates]
             axes.plot(rates, values, marker="o", color=color, label=f"width {width:,}")
         axes.set_xscale("log")
+        # The rates that were trained, not powers of ten between them.
+        axes.set_xticks(rates, [f"{rate:.2g}" for rate in rates], fontsize=8)
+        axes.minorticks_off()
         axes.set(title=name, xlabel="learning rate", ylabel="loss (nats)")
     _match_heights(panels)
     panels[0][0].legend(fontsize=9, frameon=False)
