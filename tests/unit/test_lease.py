@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -147,25 +148,38 @@ def test_an_item_that_cannot_be_killed_does_not_hold_the_others_up(monkeypatch):
     assert waits == [lease.KILL_SECONDS]
 
 
+def answer(_: lease.Lease, item: Item, report: Report, deadline: float) -> int:
+    """Do what the process of `good` does, without a start of Python."""
+    report.add("answer", item.options["value"], "s")
+    return 0
+
+
 @pytest.fixture(scope="module")
 def two_items(tmp_path_factory):
     """(the folder in which two items leave their lines, the table after each); the lease knows its
-    card's name only before the second."""
+    card's name before the second, which is a process."""
     folder = tmp_path_factory.mktemp("two")
     made = make_lease(folder)
-    tables = []
-    for value in (1.0, 2.0):
-        options = {"value": value}
-        made.run_item(replace(ITEMS["product"], function=f"{HERE}:good", options=options))
-        tables.append((folder / lease.TABLE).read_text())
-        made.card = "a card"
+    first, second = (
+        replace(ITEMS["product"], function=f"{HERE}:good", options={"value": value}, deadline=120)
+        for value in (1.0, 2.0)
+    )
+    # The date tells two runs of an item apart: it counts seconds.
+    earlier = mock.patch.object(lease, "now", lambda: "2026-01-01 00:00:00")
+    with mock.patch.object(lease.Lease, "run_process", answer), earlier:
+        made.run_item(first)
+    tables = [(folder / lease.TABLE).read_text()]
+    made.card = "a card"
+    made.run_item(second)
+    tables.append((folder / lease.TABLE).read_text())
     return folder, tables
 
 
 def test_only_the_probe_asks_for_the_card_s_name(two_items):
-    """Asking makes a context on the card, which some items leave to processes of their own."""
+    """Asking makes a context on the card, which some items leave to processes of their own; an item
+    that is not told the name asks (the test of failures above)."""
     folder, _ = two_items
-    assert [found.card for found in read_lines(folder / lease.LINES)] == ["CPU", "a card"]
+    assert [found.card for found in read_lines(folder / lease.LINES)] == ["", "a card"]
 
 
 def test_the_table_is_there_after_each_item(two_items):
@@ -180,7 +194,10 @@ def test_the_table_is_printed_from_the_lines(two_items, capsys):
     assert capsys.readouterr().out == table
 
 
-def test_an_item_that_needs_more_than_is_left_is_skipped_and_a_shorter_one_runs(tmp_path):
+def test_an_item_that_needs_more_than_is_left_is_skipped_and_a_shorter_one_runs(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(lease.Lease, "run_process", answer)
     made = make_lease(tmp_path, seconds=60)
     made.run_item(item("long", "good", seconds=100, value=1.0))
     made.run_item(item("short", "good", seconds=5, value=2.0))
