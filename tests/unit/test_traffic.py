@@ -118,6 +118,7 @@ def test_a_call_that_is_compiled_counts_as_one_and_what_it_runs_does_not(monkeyp
     [
         ("mm", "products"),
         ("addmm_", "products"),
+        ("mkldnn::_linear_pointwise", "products"),
         ("_scaled_dot_product_cudnn_attention", "attention"),
         ("_varlen_attn_backward", "attention"),
         ("_flash_attention_forward", "attention"),

@@ -165,7 +165,7 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        name = func._schema.name.partition("::")[2]
+        name = func._schema.name.removeprefix("aten::")
         # Views and allocations move nothing, and are no calls.
         moved = self.bytes_of(func, name, args, kwargs, out)
         if moved:
