@@ -31,6 +31,7 @@ from pretrain.plan import Plan, make_plan
 from tools.bench.contenders import one_process
 from tools.outputs.files import check_file, is_own_picture
 from tools.shared.door import run_door, warn
+from tools.shared.message_text import count_of
 from tools.width_check.activations import KINDS, MeanSquares
 from tools.width_check.plot import plot_check, plot_sweep
 from tools.width_check.tables import (
@@ -196,8 +197,9 @@ def check(arguments: Arguments, plan: Plan, layout: Layout, data: Data, widths: 
     lr = plan.config.optimizer.lr
     found = {}
     print(
-        f"{len(data.steps)} steps at learning rate {lr:g}, root mean squares over "
-        f"{arguments.seeds} seeds; spread = largest distance from the mean of the widths, "
+        f"{count_of(len(data.steps), 'step')} at learning rate {lr:g}, root mean squares over "
+        f"{count_of(arguments.seeds, 'seed')}\n"
+        "spread = largest distance from the mean of the widths, "
         "last = from the second widest to the widest"
     )
     for name in (WITH, WITHOUT):
@@ -260,8 +262,8 @@ def sweep(arguments: Arguments, plan: Plan, layout: Layout, data: Data, widths: 
     for name in (WITH, WITHOUT):
         found[name] = {}
         print(
-            f"{name}: mean loss of the last {last} of {len(data.steps)} steps over "
-            f"{arguments.seeds} seeds; * = the best"
+            f"{name}: mean loss of the last {last} of {count_of(len(data.steps), 'step')} over "
+            f"{count_of(arguments.seeds, 'seed')}; * = the best"
         )
         print(rates_line(rates), flush=True)
         for width in widths:

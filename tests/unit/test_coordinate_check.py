@@ -189,7 +189,10 @@ def test_a_run_with_checkpoints_is_checked_at_another_learning_rate(tmp_path, ca
     check = f"--config {file} --widths 64 128 --steps 1 --seeds 1 --tolerance 9".split()
     assert main([*check, "--", "--lr", "1e-3"]) == 0
     said = capsys.readouterr()
-    assert "1 steps at learning rate 0.001," in said.out and not said.err
+    assert (
+        "1 step at learning rate 0.001, root mean squares over 1 seed\n" in said.out
+        and not said.err
+    )
 
 
 def test_steps_beyond_the_first_phase_are_told(capsys):

@@ -46,13 +46,13 @@ def check_lines(name: str, found: Found) -> Iterator[str]:
         yield (
             f"{f'{name}, {what}':<28}"
             + "".join(f"{width:>10,}" for width in widths)
-            + "  spread    last"
+            + "  spread      last"
         )
         for kind in KINDS:
             values = "".join(f"{rows[kind][width]:>10.4f}" for width in widths)
             distance = f"{100 * spread(rows[kind]):>6.1f} %"
             growth = 100 * last_growth(rows[kind])
-            yield f"  {kind:<26}{values}{distance}{growth:>+6.1f} %"
+            yield f"  {kind:<26}{values}{distance}{growth:>+8.1f} %"
 
 
 def mean_losses(of_seeds: Sequence[Losses]) -> Losses:
