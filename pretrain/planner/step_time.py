@@ -96,7 +96,7 @@ def estimate_step(model: MemoryModel, load: Workload, hardware: Hardware) -> Ste
     pipeline = pipeline_traffic(model, load, hardware).seconds
     busy = compute + tensor + context + pipeline
     more_seen = load.extra_flops_per_sample / (model.size.pair_flops * load.seq_length)
-    extra = _attention_seconds(model, load, hardware, more_seen)
+    extra = _attention_seconds(model, load, hardware, seen + more_seen) - attention
     imbalance, bubble = _waiting_seconds(load, hardware, busy, extra)
     # Parameters and gradients travel while layers compute; what is more than the computing has
     # nothing to hide behind.

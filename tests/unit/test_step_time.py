@@ -197,6 +197,22 @@ def test_the_wait_grows_with_the_microbatches_and_falls_with_attention_s_rate():
     assert estimate_step(model, load, slower).imbalance == pytest.approx(2 * wait)
 
 
+def test_nobody_waits_for_logits_that_every_rank_measures():
+    """A GPU scores whole tiles: of a rank's tiles only the keys are more where documents are."""
+    config = ModelConfig(**PRESETS["llama3-8b"])
+    measuring = MemoryModel(config, VOCABULARY, measures_logits=True)
+    even = load_of(dict(), 2, 8192, 1, 4)
+    assert estimate_step(measuring, even, H100).imbalance == 0
+    # The slowest rank's tokens see 1,000 tokens more on average.
+    pair = 4 * 32 * 128
+    extra = 3 * 32 * pair * 8192 * 1000
+    step = estimate_step(measuring, dataclasses.replace(even, extra_flops_per_sample=extra), H100)
+    # Their scores of 32 heads are written and read in fp32, in 32 layers of 4 microbatches.
+    scores = 32 * 32 * 4 * 8192 * 1000
+    measured = 2 * 4 * scores / (3.35e12 * 0.85)
+    assert step.imbalance == pytest.approx(4 * extra / (0.46 * 989e12) + measured)
+
+
 def test_cores_that_processes_share_compute_for_those_that_wait():
     model = model_of("llama3-8b")
     uneven = dataclasses.replace(load_of(dict(), 8, 8192, 1, 8), extra_flops_per_sample=2e14)
