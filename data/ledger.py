@@ -225,7 +225,9 @@ class Ledger:
         self._mixture = None
 
     def _close(self, clock: int) -> None:
-        self._closed.append(self.open.closed(self.drawn_so_far(clock)))
+        # This may mix the segment, and so give it its fills: it closes with them.
+        drawn = self.drawn_so_far(clock)
+        self._closed.append(self.open.closed(drawn))
         self._open = None
 
     # ---------------------------------------------------------------- what comes next

@@ -171,8 +171,10 @@ class BestFit:
         return self._before[windows - self._first]
 
     def fill(self) -> float:
-        # The average over the first window that has any sample.
-        window = next(self._window(number) for number in range(3) if self._window(number).samples)
+        # The average over the window of the first sample: those before it are empty.
+        assert self._first == 0, "a checkpoint stores the fill with the mark"
+        number, _ = self._find(0)
+        window = self._window(number)
         return int(window.intervals[:, 1].sum()) / (window.samples * self.seq_length)
 
     def mark(self, samples: int) -> Mark | None:

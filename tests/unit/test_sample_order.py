@@ -160,6 +160,33 @@ def test_a_run_goes_on_in_the_middle_of_a_window(streams):
         assert found == expected[STEP * steps :]
 
 
+def test_a_segment_that_closes_unused_leaves_its_sources_where_it_should(streams):
+    """A next segment draws the same whether or not the one before it was drawn from."""
+    blend = replace(SETTINGS, blend=((2.0, "a"), (1.0, "b")))
+    found = []
+    for is_drawn_from in (True, False):
+        ledger = Ledger(streams)
+        ledger.enter(0, "one", blend)
+        if is_drawn_from:
+            ledger.mixture()
+        ledger.enter(LENGTH * STEP * 7, "two", replace(blend, seq_length=2 * LENGTH))
+        places = [ledger.place(name) for name in "ab"]
+        found.append([(place.position, place.held.tolist()) for place in places])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("samples_per_step", [None, STEP])
+def test_a_segment_may_begin_where_a_source_ends_an_epoch(streams, samples_per_step):
+    """The rest of the epoch is a window without samples."""
+    blend = ((2.0, "a"), (1.0, "b"))
+    settings = replace(SETTINGS, blend=blend, samples_per_step=samples_per_step)
+    at_end = Place(streams["a"].tokens_per_epoch)
+    mixture = Mixture(settings, streams, {"a": at_end, "b": Place()})
+    first = mixture.packers[0].sample(0).intervals
+    assert first[0, 0] >= at_end.position
+    assert 0.9 < mixture.fills["a"] <= 1
+
+
 def test_settings_of_an_earlier_version_have_no_steps():
     stored = SETTINGS.to_json()
     assert stored.pop("samples_per_step") == STEP
