@@ -122,6 +122,13 @@ MUP = Condition(lambda config: config.model.use_mup, " without --use-mup")
 MUP_SCALES_SCORES = Condition(
     lambda config: config.model.softmax_scale is None, ", since --softmax-scale says it"
 )
+MUP_TAKES_HEAD_SIZE = Condition(
+    # With the base's heads it is the width that attention's output had: a learning rate's factor.
+    lambda config: (
+        config.model.softmax_scale is None or bool(config.model.mup_base_num_attention_heads)
+    ),
+    ", since --softmax-scale says it",
+)
 HAS_MAIN_ROPE = Condition(
     lambda config: "main" in config.model.layer_ropes, ", since no layer uses this rope"
 )
@@ -139,7 +146,7 @@ CONDITIONS: dict[str, tuple[Condition, ...]] = {
     "mup_base_hidden_size": (MUP,),
     "mup_base_ffn_hidden_size": (MUP,),
     "mup_base_num_attention_heads": (MUP,),
-    "mup_base_head_dim": (MUP, MUP_SCALES_SCORES),
+    "mup_base_head_dim": (MUP, MUP_TAKES_HEAD_SIZE),
     "mup_attn_scale_power": (MUP, MUP_SCALES_SCORES),
     "rotary_base": (HAS_MAIN_ROPE,),
     "rope_type": (HAS_MAIN_ROPE,),

@@ -137,6 +137,10 @@ CASES = {
     "--mup-base-num-attention-heads 2": ("without --use-mup", "--use-mup"),
     "--mup-base-head-dim 32": ("without --use-mup", "--use-mup"),
     "--mup-attn-scale-power 0.5": ("without --use-mup", "--use-mup"),
+    "--mup-base-head-dim 32 --use-mup --softmax-scale 1": (
+        ", since --softmax-scale says it",
+        "--mup-base-num-attention-heads 2",  # a head's size tells the width of the base's output
+    ),
     "--mup-attn-scale-power 0.5 --use-mup --softmax-scale 1": (
         ", since --softmax-scale says it",
         None,

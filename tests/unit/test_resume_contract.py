@@ -673,5 +673,17 @@ def test_other_mup_settings_stop_a_run(flags, forbidden, accepted):
     assert refused("data", "tokenizer", "optimization") == forbidden
 
 
+def test_a_base_head_size_counts_where_scores_or_learning_rates_take_it():
+    """With --softmax-scale it is still a part of the base's width, where that has heads."""
+    given = "--use-mup --mup-base-hidden-size 64 --softmax-scale 0.1"
+    heads = f"{given} --mup-base-num-attention-heads 2"
+    for flags, expected in ((given, []), (heads, ["mup_base_head_dim"])):
+        other = asked(f"{flags} --mup-base-head-dim 16")
+        stored = asked(f"{flags} --mup-base-head-dim 32")
+        assert [name for name, _ in stopping(other, stored)] == expected
+        ratios = {each.model.fan_in_ratio("heads") for each in (other, stored)}
+        assert (len(ratios) > 1) == bool(expected)
+
+
 def test_the_base_width_that_is_the_default_may_be_written_out():
     assert changes(asked("--use-mup --mup-base-hidden-size 256"), asked("--use-mup")) == []
