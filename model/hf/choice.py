@@ -103,9 +103,9 @@ def _said_by_mup(name: str, config: ModelConfig) -> tuple[str, str] | None:
         base = config.mup_base_head_dim
         power = config.mup_attn_scale_power
         given = f"use_mup = True, mup_base_head_dim = {base}, mup_attn_scale_power = {power}"
-        # The base with which scores are as without muP.
+        # The base with which scores are as without muP, with all its digits: scores are compared.
         usual = config.head_size ** (2 * power - 1)
-        return given, f"--mup-base-head-dim {usual:g}, or train without --use-mup"
+        return given, f"--mup-base-head-dim {usual:.17g}, or train without --use-mup"
     return None
 
 

@@ -1,7 +1,8 @@
 """Factors of logits and scores, multiplied into weights where an architecture has no key for them.
 
 Both are linear in one weight each: the logits in that of the last norm, the scores in what the
-queries are made with. Only powers of two are: their product is exact in every type of numbers.
+queries are made with. Only powers of two go there: their product is exact in every type of numbers
+(but for what float16 is too coarse for near zero).
 """
 
 import math

@@ -1,6 +1,7 @@
 """muP: what each role's parameters get in a model four times as wide as its base."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -204,6 +205,16 @@ def test_a_model_that_cannot_be_exported_is_refused_by_the_flags_of_mup(settings
     # The fix is one.
     flags = dict(mup_base_hidden_size=None, mup_base_head_dim=16.0)
     assert export_form(replace(config, **flags)).factors == {}
+
+
+def test_the_base_head_size_of_a_refusal_is_exact_enough_to_be_taken():
+    """16^0.7 is no short number: rounded to six digits it would be refused again."""
+    config = replace(WIDE, mup_base_head_dim=3.0, mup_attn_scale_power=0.85)
+    with pytest.raises(ValueError) as raised:
+        export_form(config)
+    (given,) = re.findall(r"Fix: --mup-base-head-dim (\S+),", str(raised.value))
+    form = export_form(replace(config, mup_base_head_dim=float(given)))
+    assert form.factors == {"final_norm.weight": 0.25} and form.config.softmax_scale is None
 
 
 @pytest.mark.parametrize(
