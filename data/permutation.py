@@ -50,6 +50,10 @@ class Permutation(NamedTuple):
         fill_permuted(self, start, out)
         return out
 
+    def values_of(self, numbers: np.ndarray) -> np.ndarray:
+        """Compute where any numbers below size go -> int64 [numbers]."""
+        return _permute_each(self, numbers)
+
 
 def hash_numbers(numbers: np.ndarray) -> np.ndarray:
     """Hash uint64 numbers by SplitMix64 (Steele, Lea, Flood, 2014)."""
@@ -135,3 +139,12 @@ def fill_permuted(permutation, start, out):
     for first in range(0, len(out), BATCH):
         part = out[first : first + BATCH]
         permuted_batch(start + first, permutation, low, high, part)
+
+
+@numba.njit(nogil=True, cache=True)
+def _permute_each(permutation, numbers):
+    """Compute where each of some numbers goes."""
+    out = np.empty(len(numbers), dtype=np.int64)
+    for i in range(len(numbers)):
+        out[i] = permuted(numbers[i], permutation)
+    return out

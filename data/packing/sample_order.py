@@ -14,7 +14,7 @@ ORDER_PURPOSE = 3
 STEP_PURPOSE = 4
 """The same, for which of the steps come with expensive samples."""
 STEPS = 2**32
-"""Steps that may have a place of their own among all steps."""
+"""Steps that have a rank of their own; those after them have the ranks of the first ones again."""
 
 
 def random_places(count: int, seed: int, low: int, seq_length: int) -> np.ndarray:
@@ -51,9 +51,10 @@ def places_by_step(
     is_shared = (own == steps[0]) | (own == steps[-1])
     if is_shared.all():
         return places
-    # Which step comes first when the most expensive samples are given out.
-    ranks = Permutation.make(STEPS, seed, STEP_PURPOSE).values(int(own[0]), int(own[-1]) + 1)
-    rank_of_place = np.where(is_shared, STEPS, ranks[own - own[0]])
+    # Which step comes first when the most expensive samples are given out. Of a source with a tiny
+    # share a window reaches over very many steps: only those that get a sample of it are looked at.
+    ranks = Permutation.make(STEPS, seed, STEP_PURPOSE).values_of(own % STEPS)
+    rank_of_place = np.where(is_shared, STEPS, ranks)
     # Within a step the order stays random.
     by_rank = places[np.argsort(rank_of_place[places], kind="stable")]
     found = np.empty(count, dtype=np.int64)

@@ -1,6 +1,7 @@
 """Samples of like cost come in the same steps: of one source or several, also after a restart."""
 
 import json
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -92,6 +93,24 @@ def test_within_a_step_the_order_is_random():
 def test_each_sample_has_one_place(per_step, first):
     places = place_by_step(np.random.default_rng(1).random(37), first, per_step)
     assert sorted(places.tolist()) == list(range(37))
+
+
+@pytest.mark.parametrize("per_step", [1e-6, 1e-12])
+def test_a_source_with_a_tiny_share_takes_no_memory_for_the_steps_between(per_step):
+    """Its window reaches over 40 million steps, or more than there are memory for or ranks of."""
+    costs = np.arange(40)
+    tracemalloc.start()
+    places = place_by_step(costs, 3, per_step)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sorted(places.tolist()) == list(range(40))
+    assert peak < 100_000, f"{peak:,} bytes"
+
+
+def test_the_order_is_frozen():
+    """A run is continued years later: this order may never change."""
+    found = place_by_step(np.arange(20) % 7, 3, 4.5).tolist()
+    assert found == [10, 11, 18, 9, 8, 1, 3, 19, 12, 15, 16, 6, 5, 2, 0, 13, 14, 17, 7, 4]
 
 
 def test_a_window_within_one_step_is_in_random_order():

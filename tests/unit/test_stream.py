@@ -113,6 +113,8 @@ def test_permutation_is_one_at_any_place(size):
         assert np.array_equal(
             Permutation.make(size, seed).values(size // 2, size), values[size // 2 :]
         )
+        falling = np.arange(size)[::-2]
+        assert np.array_equal(Permutation.make(size, seed).values_of(falling), values[falling])
 
 
 def test_permutations_are_spread_evenly():
