@@ -98,7 +98,11 @@ def _said_by_mup(name: str, config: ModelConfig) -> tuple[str, str] | None:
         return None
     if name == "logits_scaling" and config.width_ratio != 1:
         given = f"use_mup = True, mup_base_hidden_size = {config.base_hidden_size}"
-        return given, f"--mup-base-hidden-size {config.hidden_size}, or train without --use-mup"
+        fix = f"--mup-base-hidden-size {config.hidden_size}, or train without --use-mup"
+        if config.logits_scaling != 1:
+            given += f", logits_scaling = {config.logits_scaling}"
+            fix = f"--logits-scaling 1; and {fix}"
+        return given, fix
     if name == "softmax_scale" and config.softmax_scale is None:
         base = config.mup_base_head_dim
         power = config.mup_attn_scale_power

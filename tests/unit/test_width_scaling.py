@@ -189,6 +189,13 @@ def test_factors_without_a_setting_go_into_weights(settings, model_type, factors
             "without --use-mup.",
         ),
         (
+            dict(logits_scaling=3.0),
+            "use_mup = True, mup_base_hidden_size = 32, logits_scaling = 3.0: makes logits_scaling "
+            "= 12.0, and Qwen2ForCausalLM has logits_scaling = 1.0, and no other architecture of "
+            "transformers that we know has the model's other parts. Fix: --logits-scaling 1; and "
+            "--mup-base-hidden-size 128, or train without --use-mup.",
+        ),
+        (
             dict(mup_base_hidden_size=None, mup_base_head_dim=3.0),
             "use_mup = True, mup_base_head_dim = 3.0, mup_attn_scale_power = 1.0: makes "
             "softmax_scale = 0.10825317547305482, and Qwen2ForCausalLM has softmax_scale = None, "
@@ -203,7 +210,7 @@ def test_a_model_that_cannot_be_exported_is_refused_by_the_flags_of_mup(settings
         export_form(config)
     assert str(raised.value) == refusal
     # The fix is one.
-    flags = dict(mup_base_hidden_size=None, mup_base_head_dim=16.0)
+    flags = dict(mup_base_hidden_size=None, mup_base_head_dim=16.0, logits_scaling=1.0)
     assert export_form(replace(config, **flags)).factors == {}
 
 
