@@ -193,6 +193,17 @@ def test_all_ranks_of_a_stage_exchange_what_muon_updates():
     assert (there.collectives, there.is_overlapped, back.is_overlapped) == (1, False, False)
 
 
+@pytest.mark.parametrize("hardware, is_overlapped", [("h100", True), ("cpu", False)])
+def test_only_gpus_send_beside_computing(hardware, is_overlapped):
+    (phase,) = planned(MOCK, hardware=hardware).phases
+    found = [each for each in phase.traffic if each.axis == "dp_cp"]
+    assert [each.is_overlapped for each in found] == [is_overlapped] * 2
+    # What the traffic's lines say is what the step's time has.
+    alone = sum(each.seconds for each in found)
+    exposed = phase.speed.parts_seconds.sharding_exposed
+    assert exposed < alone if is_overlapped else exposed == pytest.approx(alone)
+
+
 def test_a_group_that_leaves_its_node_is_warned_of():
     words = [*MOCK, "--tensor-model-parallel-size", "2"]
     crossing = planned(words, world_size=4, gpus_per_node=1)

@@ -203,7 +203,7 @@ class PhaseEstimate:
             between_nodes_bytes=traffic.between_nodes_bytes,
             is_inside_node=is_inside_node,
             seconds=traffic.seconds,
-            is_overlapped=_is_overlapped(traffic),
+            is_overlapped=_is_overlapped(traffic, self.hardware),
         )
 
     def sources(self, forecast: Sequence[Forecast]) -> tuple[SourcePlan, ...]:
@@ -222,8 +222,11 @@ class PhaseEstimate:
         )
 
 
-def _is_overlapped(traffic: Traffic) -> bool:
+def _is_overlapped(traffic: Traffic, hardware: Hardware) -> bool:
     """Tell whether a rank computes while it sends: layers, or Muon's bucket before this one."""
+    # A CPU sends in the thread that computes (step_time.py).
+    if hardware.is_cpu:
+        return False
     return traffic.axis == "dp_cp" or (traffic.axis == "dp_cp_tp" and traffic.calls > 1)
 
 
