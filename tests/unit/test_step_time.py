@@ -4,10 +4,14 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
 from model.activation_memory.settings import MemorySettings
+from model.attention_backends.documents import pack_documents
+from model.attention_logits import TileSize, _SeenPairs
 from model.config import ModelConfig
 from model.presets import PRESETS
+from model.scoring import Scoring
 from parallel.config import LayoutConfig
 from pretrain.planner.documents import PhaseDocuments, StepCosts
 from pretrain.planner.hardware import CPU, TABLE, Hardware, find_hardware
@@ -282,3 +286,27 @@ def test_measuring_logits_costs_a_gpu_the_way_of_the_scores_through_its_memory()
         estimate_step(measuring, load, fast).attention - estimate_step(plain, load, fast).attention
     )
     assert added == pytest.approx(one.attention / 6)
+
+
+@pytest.mark.parametrize("documents", [[8192], [300] * 27 + [92], [50, 3000, 1200, 3942]])
+def test_the_scores_of_the_plan_are_about_those_that_the_tiles_have(documents):
+    """Within an eighth: the plan does not know where in a block of queries documents begin."""
+    plain = model_of("llama3-8b")
+    measuring = MemoryModel(plain.config, VOCABULARY, measures_logits=True)
+    pairs = sum(length * (length + 1) / 2 for length in documents)
+    load = dataclasses.replace(load_of(dict(), 1, 8192, 1, 1), pairs_per_token=pairs / 8192)
+    added = (
+        estimate_step(measuring, load, H100).attention - estimate_step(plain, load, H100).attention
+    )
+    planned = added * (3.35e12 * 0.85) / (2 * 4) / (32 * 32)
+
+    bounds = torch.tensor([0, *np.cumsum(documents)], dtype=torch.int32)
+    (call,) = pack_documents(bounds, [(0, 8192)], torch.device("cpu"))
+    seen = _SeenPairs(call, Scoring(), torch.device("cpu"))
+    tile = TileSize.choose(8192, 32, 128, 2, on_gpu=True)
+    scored = 0
+    for begin in range(0, 8192, tile.queries):
+        end = min(begin + tile.queries, 8192)
+        keys = sum(keys.stop - keys.start for keys, _ in seen.tiles(begin, end, tile.keys))
+        scored += (end - begin) * keys
+    assert planned == pytest.approx(scored, rel=0.12)
