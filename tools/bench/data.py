@@ -14,6 +14,7 @@ from pathlib import Path
 from tools.bench.data_engine import corpus as data_corpus
 from tools.bench.data_engine.arguments import CORES, SIZES, Arguments
 from tools.bench.data_engine.rows import INDEX_LENGTH, MEAN, MILLION, ROWS, SLICE_SAMPLES
+from tools.bench.option_checks import find_too_small
 from tools.bench.report import describe_machine, publish
 
 
@@ -62,23 +63,25 @@ def find_problem(arguments: Arguments, folder: Path) -> str | None:
     unknown = [name for name in arguments.only if name not in ROWS]
     if unknown:
         return f"--only {' '.join(unknown)}: no such row. Fix: of {', '.join(ROWS)}."
-    least = {
-        "documents": 1000,
-        "tokens": 100 * INDEX_LENGTH,
-        "packed_documents": 1,
-        "counted_tokens": 64 * MILLION,
-        "read_tokens": (max(arguments.samples, SLICE_SAMPLES) + 3) * MILLION,
-        "text_bytes": 1,
-        "repeats": 1,
-        "samples": 1,
-    }
-    for name, fewest in least.items():
-        if getattr(arguments, name) < fewest:
-            return (
-                f"--{name.replace('_', '-')} {getattr(arguments, name)}: too few. Fix: at least "
-                f"{fewest} (reading "
-                "takes a sample of 1Mi tokens for each of --samples, and some before)."
-            )
+    too_small = find_too_small(
+        arguments,
+        documents=1000,
+        tokens=100 * INDEX_LENGTH,
+        packed_documents=1,
+        counted_tokens=64 * MILLION,
+        text_bytes=1,
+        repeats=1,
+        samples=1,
+    )
+    if too_small:
+        return too_small
+    # Reading takes a sample of 1Mi tokens for each of --samples, and some before.
+    fewest = (max(arguments.samples, SLICE_SAMPLES) + 3) * MILLION
+    if arguments.read_tokens < fewest:
+        return (
+            f"--read-tokens {arguments.read_tokens}: too few for --samples {arguments.samples}. "
+            f"Fix: at least {fewest}."
+        )
     if not data_corpus.SHORTEST <= arguments.tokens / arguments.documents <= 100_000:
         return (
             f"--tokens {arguments.tokens} over --documents {arguments.documents}: not a mean "

@@ -120,6 +120,10 @@ def find_problem(arguments: Arguments) -> str | None:
     if Path(arguments.output).exists():
         return f"--output {arguments.output}: exists already. Fix: a new folder."
     try:
+        shlex.split(arguments.flags)
+    except ValueError as error:
+        return f"--flags {arguments.flags}: {error}. Fix: close every quotation."
+    try:
         saves = bool(load_config(words_of(arguments)).checkpoint.save_interval)
     except ValueError as error:
         return str(error)
