@@ -68,7 +68,7 @@ class Arguments:
     steps: int | None = None
     """Steps to train; by default 10, and 100 for --sweep."""
     seeds: int = 3
-    """Seeds of initial weights, whose mean is shown."""
+    """Seeds of initial weights, 0 and up, whose mean is shown; the run's own is not taken."""
     zero_output: bool = True
     """Start an untied output's weight at 0, as "Tensor Programs V" (appendix D.2) advises: random
     logits at the start fade as the root of the width, and hide what muP keeps flat."""

@@ -25,8 +25,8 @@ STEP_COLORS = {
     "sharding_slowdown": "part-2",
     "update": "series-2",
 }
-"""Part of a step -> the variable of its colour: blue for computing, warm for what is sent, grey for
-waiting."""
+"""Part of a step -> the variable of its colour: mostly blue for the layers, warm for what is sent,
+light grey for ranks that wait."""
 STEP_WORDS = {
     "products": "matrix products",
     "logits": "output projection and loss",

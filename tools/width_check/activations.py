@@ -1,6 +1,6 @@
 """The size of activations by kind, taken beside the model's own code.
 
-Only some tokens are looked at, and only a first pass is kept: what is held in memory does not grow
+Only some tokens are looked at, and only a first pass is kept: what is held for it does not grow
 with the context. A size is a root mean square, which narrow widths disturb least: what unrelated
 vectors of n dims share by chance adds 1/n to a mean square, and up to 1/sqrt(n) to a mean |x|.
 """
