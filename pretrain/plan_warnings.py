@@ -12,7 +12,7 @@ from pretrain.logs.wandb_sink import wandb_warnings
 from pretrain.plan import Plan
 from pretrain.planner.check_phases import length_warnings, rope_warnings
 
-_DOES_NOT = {"deal": "has no effect", "window": "deals no samples"}
+_EFFECT_ALONE = {"deal": "has no effect", "window": "deals no samples"}
 """Value of --balance -> what is said of it where there is nobody to deal samples to."""
 
 
@@ -145,9 +145,9 @@ def _warnings_of_dealing(plan: Plan) -> list[str]:
         taking = [phase for entry, phase in pairs if entry.balance is None]
         asked.insert(0, ("", config.data.balance, taking))
     return [
-        f"{where}balance = {balance}: {_DOES_NOT[balance]} with one data rank and no pipeline"
+        f"{where}balance = {balance}: {_EFFECT_ALONE[balance]} with one data rank and no pipeline"
         for where, balance, phases in asked
-        if balance in _DOES_NOT and phases
+        if balance in _EFFECT_ALONE and phases
         if not any(
             each.layout.can_deal(each.data_parallel_size(plan.world_size)) for each in phases
         )
