@@ -24,6 +24,9 @@ LEAST_QUERIES = 256
 """Queries of a block, whatever their documents are; a GPU may have more."""
 LEAST_KEYS = 256
 """Keys of a tile, however many heads there are."""
+KEYS_MULTIPLE_ON_GPU = 64
+"""Keys of a tile come in multiples of this: each row of its scores begins at an aligned place, as
+a GPU's fastest products ask of what they write."""
 LEAST_SCORES = 1 << 22
 """Scores of a tile over all heads: 16 MiB in fp32."""
 MOST_SCORES_ON_GPU = 1 << 25
@@ -61,7 +64,8 @@ class TileSize:
         pairs = min(max(least, like_output), MOST_SCORES_ON_GPU // heads)
         # About square: long blocks score pairs that are not attended, short ones read keys often.
         block = max(LEAST_QUERIES, isqrt(pairs) // LEAST_QUERIES * LEAST_QUERIES)
-        return TileSize(block, max(LEAST_KEYS, pairs // block))
+        keys = pairs // block // KEYS_MULTIPLE_ON_GPU * KEYS_MULTIPLE_ON_GPU
+        return TileSize(block, max(LEAST_KEYS, keys))
 
 
 class LargestLogits:

@@ -105,6 +105,14 @@ def test_a_tile_on_a_gpu_is_no_larger_than_the_output_that_comes_after_it(tokens
     assert scores <= 16 * MIB or scores + pairs <= output, f"{size}: {scores:,} bytes and a mask"
 
 
+@pytest.mark.parametrize("heads", [1, 2, 8, 12, 64])
+@pytest.mark.parametrize("tokens", [1000, 8192, 100_003, 1 << 20])
+def test_rows_of_a_tile_on_a_gpu_begin_at_aligned_places(tokens, heads):
+    """A row of fp32 scores that begins off a multiple of 16 bytes takes a slower product."""
+    size = TileSize.choose(tokens, heads, 128, 2, on_gpu=True)
+    assert 4 * size.keys % 16 == 0, f"{size}"
+
+
 @pytest.mark.parametrize("heads", [1, 2, 8, 32])
 def test_a_gpu_writes_and_reads_a_tile_of_a_long_document_longer_than_its_host_starts_it(heads):
     """A tile is three kernels, of some 10 microseconds each for the host; 5 TB/s are an H200's."""
