@@ -20,7 +20,7 @@ def other_deals(what: str) -> Refused:
     """Make the error of ranks that dealt differently.
 
     Args:
-        what: the samples were of.
+        what: what the samples are of, as "this step".
     """
     return Refused(
         f"balance = deal: ranks gave the samples of {what} to each other in different ways, so "
@@ -35,7 +35,7 @@ def require_same_deals(slots: Sequence[np.ndarray], layout: Layout, what: str) -
 
     Args:
         slots: of one step after another, as this rank dealt them.
-        what: the samples are of.
+        what: what the samples are of, as "an evaluation".
 
     Raises:
         Refused: ranks dealt them in different ways; on all ranks.
