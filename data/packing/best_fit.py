@@ -120,7 +120,7 @@ class BestFit:
         self._kept: dict[int, _Window] = {}
 
     def take_share(self, share: float) -> None:
-        """Say that this source gives only a share of each step's samples."""
+        """Take note of the share of each step's samples that this source gives."""
         if self._samples_per_step is not None and share != self._share:
             # Samples come in other steps now.
             self._kept.clear()

@@ -76,7 +76,7 @@ class Packer(Protocol):
         ...
 
     def take_share(self, share: float) -> None:
-        """Hear which share of each step's samples this source gives; without it, all."""
+        """Take note of the share of each step's samples that this source gives; 1 until then."""
         ...
 
     def mark(self, samples: int) -> Mark | None:

@@ -12,7 +12,7 @@ from data.permutation import Permutation
 ORDER_PURPOSE = 3
 """Keeps the seed of the order of samples apart from those in stream.py."""
 STEP_PURPOSE = 4
-"""The same, for which of the steps come with expensive samples."""
+"""Keeps the seed of the ranks of steps apart from those of all other orders."""
 STEPS = 2**32
 """Steps that have a rank of their own; those after them have the ranks of the first ones again."""
 
@@ -42,6 +42,7 @@ def places_by_step(
         places: a random order of the samples.
         seed: of the order of steps; sources of one seed have their expensive samples in the same
             steps.
+
     Returns:
         int64 [samples], a permutation.
     """
