@@ -188,6 +188,31 @@ class BlendOrder:
             places[mine] = before[source] + np.arange(int(mine.sum()))
         return sources, places
 
+    def numbers_of(self, source: int, own: np.ndarray) -> np.ndarray:
+        """Find which sample of all sources each of a source's own is; -1 stays -1.
+
+        Args:
+            own: the source's numbers of its samples, int64 [samples]; none beyond its limit.
+        """
+        return _numbers_of(self.weights, self._limits, source, own)
+
+
+@numba.njit(nogil=True, cache=True)
+def _numbers_of(weights, limits, source, own):
+    """Count the samples of all sources that come before each of a source's own."""
+    numbers = own.copy()
+    for j in range(len(own)):
+        if own[j] < 0:
+            continue
+        key = (own[j] + 0.5) / weights[source]
+        for i in range(len(weights)):
+            if i < source:
+                numbers[j] += _up_to(weights[i], limits[i], key)
+            elif i > source:
+                # Of equal keys the earlier source's comes first.
+                numbers[j] += _up_to(weights[i], limits[i], np.nextafter(key, 0.0))
+    return numbers
+
 
 @numba.njit(nogil=True, cache=True)
 def _counts_below(weights, limits, samples):

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from data.mixture import Mixture, source_shares
+from data.mixture import Mixture, numbers_of_source
 from data.packing.packers import make_packer
 from data.packing.place import Place
 from data.segments import (
@@ -253,7 +253,7 @@ class Ledger:
             if drawn and drawn.samples:
                 packer = make_packer(segment.settings, self.streams[name], place, drawn.mark)
                 if segment.fills is not None:
-                    packer.take_share(source_shares(segment.settings, segment.fills)[name])
+                    packer.take_numbers(numbers_of_source(segment.settings, segment.fills, name))
                 place = packer.after(drawn.samples)
         return place
 

@@ -1,8 +1,8 @@
 """The samples of one segment: those of its sources, mixed by the weights of its blend."""
 
-import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -59,9 +59,9 @@ class Mixture:
             _weights_of_samples(settings, self.fills),
             self.limits if settings.exhausted == "stop" else [None] * len(self.limits),
         )
-        shares = source_shares(settings, self.fills)
-        for name, packer in zip(self.names, self.packers, strict=True):
-            packer.take_share(shares[name])
+        if len(self.packers) > 1:
+            for name, packer in zip(self.names, self.packers, strict=True):
+                packer.take_numbers(numbers_of_source(settings, self.fills, name))
 
     def check(self, samples: int) -> None:
         """Raise ValueError unless the sources have that many samples, as `exhausted` asks."""
@@ -153,17 +153,19 @@ def _weights_of_samples(settings: DataSettings, fills: Mapping[str, float]) -> l
     return [weight / fills[name] for weight, name in settings.blend]
 
 
-def source_shares(settings: DataSettings, fills: Mapping[str, float]) -> dict[str, float]:
-    """Compute the share of the samples that each source gives, while none has ended.
+def numbers_of_source(
+    settings: DataSettings, fills: Mapping[str, float], name: str
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function that tells which sample of all sources each of a source's own is, while
+    none has ended.
 
     Args:
         fills: as in Mixture.
     """
     weights = _weights_of_samples(settings, fills)
-    # Rounded once, so that it is the same on every machine.
-    total = math.fsum(weights)
-    names = [name for _, name in settings.blend]
-    return {name: weight / total for name, weight in zip(names, weights, strict=True)}
+    order = BlendOrder(weights, [None] * len(weights))
+    source = [each for _, each in settings.blend].index(name)
+    return partial(order.numbers_of, source)
 
 
 def fresh_mixture(

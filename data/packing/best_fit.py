@@ -8,7 +8,7 @@ Language Modeling" (arXiv 2404.10830). Samples may be asked to cost nearly the s
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -110,7 +110,8 @@ class BestFit:
         self.cost = cost
         self._window_samples = samples_of_window(seq_length, samples_per_step)
         self._samples_per_step = samples_per_step
-        self._share = 1.0
+        # One source alone gives every sample.
+        self._numbers_of: Callable[[np.ndarray], np.ndarray] = lambda own: own
         begin = mark or Mark(0, 0)
         self._first = begin.window
         self._before = [begin.samples_before]  # samples before window self._first + i
@@ -119,12 +120,12 @@ class BestFit:
         self._windows_in_epoch = self._window_count(stream.tokens_per_epoch)
         self._kept: dict[int, _Window] = {}
 
-    def take_share(self, share: float) -> None:
-        """Take note of the share of each step's samples that this source gives."""
-        if self._samples_per_step is not None and share != self._share:
+    def take_numbers(self, numbers_of: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Take note of which sample of all sources each of its own is."""
+        if self._samples_per_step is not None:
             # Samples come in other steps now.
             self._kept.clear()
-        self._share = share
+        self._numbers_of = numbers_of
 
     # ---------------------------------------------------------------- what a packer does
 
@@ -274,8 +275,8 @@ class BestFit:
             return places
         assert self.cost is not None, "steps are formed by cost"
         costs = np.bincount(packed.bins, weights=self.cost.of_documents(packed.intervals[:, 1]))
-        own_samples = self._samples_per_step * self._share
-        return places_by_step(costs, first, own_samples, places, seed)
+        numbers = self._numbers_of(np.arange(first - 1, first + packed.samples + 1))
+        return places_by_step(costs, numbers // self._samples_per_step, places, seed)
 
     def _pack_lengths(self, lengths: np.ndarray) -> np.ndarray:
         """Put documents of these lengths into samples -> the sample of each, int32 [documents]."""

@@ -1,6 +1,6 @@
 """`concat`: the stream is cut into samples of one length, across documents."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -64,7 +64,7 @@ class Concat:
     def fill(self) -> float:
         return 1.0
 
-    def take_share(self, share: float) -> None:
+    def take_numbers(self, numbers_of: Callable[[np.ndarray], np.ndarray]) -> None:
         # Samples are cut from the stream as it comes, whatever step they are in.
         pass
 

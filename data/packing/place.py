@@ -1,6 +1,6 @@
 """A place in a source's stream, and what a packing does: turn what is unread there into samples."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -75,8 +75,8 @@ class Packer(Protocol):
         """Estimate the share of a sample that its documents take; padding is the rest."""
         ...
 
-    def take_share(self, share: float) -> None:
-        """Take note of the share of each step's samples that this source gives; 1 until then."""
+    def take_numbers(self, numbers_of: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Take note of which sample of all sources each of its own is; the same until then."""
         ...
 
     def mark(self, samples: int) -> Mark | None:

@@ -28,7 +28,7 @@ def random_places(count: int, seed: int, low: int, seq_length: int) -> np.ndarra
 
 
 def places_by_step(
-    costs: np.ndarray, first: int, samples_per_step: float, places: np.ndarray, seed: int
+    costs: np.ndarray, steps: np.ndarray, places: np.ndarray, seed: int
 ) -> np.ndarray:
     """Give each of a window's samples a place such that steps get samples of like cost.
 
@@ -37,8 +37,8 @@ def places_by_step(
 
     Args:
         costs: float64 [samples].
-        first: the source's own number of the window's first sample.
-        samples_per_step: samples that the source gives to a step, on average.
+        steps: the step of each place, and before and after them those of the source's neighbouring
+            samples, int64 [samples + 2]; -1 where there is none.
         places: a random order of the samples.
         seed: of the order of steps; sources of one seed have their expensive samples in the same
             steps.
@@ -47,7 +47,6 @@ def places_by_step(
         int64 [samples], a permutation.
     """
     count = len(costs)
-    steps = step_of(np.arange(first - 1, first + count + 1), samples_per_step)
     own = steps[1:-1]
     is_shared = (own == steps[0]) | (own == steps[-1])
     if is_shared.all():
@@ -61,12 +60,3 @@ def places_by_step(
     found = np.empty(count, dtype=np.int64)
     found[np.argsort(-costs, kind="stable")] = by_rank
     return found
-
-
-def step_of(numbers: np.ndarray, samples_per_step: float) -> np.ndarray:
-    """Find the step that gets each sample of a source -> int64 [samples].
-
-    By the blend's order (blend.py): sample j of a source with a share s of the samples is about
-    number (j + 1/2) / s of them all. One before the first belongs to no step: -1.
-    """
-    return np.floor((numbers + 0.5) / samples_per_step).astype(np.int64)

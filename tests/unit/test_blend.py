@@ -44,6 +44,17 @@ def test_samples_do_not_depend_on_where_one_begins():
     assert far.sum() == 10**12 and np.abs(far / 1e12 - weights / weights.sum()).max() < 1e-9
 
 
+@pytest.mark.parametrize("weights", [[1.0], [1.0, 1.0, 1.0], [0.7, 0.2, 0.1], [3e-4, 5.0, 1.0]])
+def test_a_sample_of_a_source_knows_its_number_among_all(weights):
+    """Equal weights have equal keys, of which the earlier source's comes first."""
+    order = BlendOrder(weights, [None] * len(weights))
+    sources, places = order.draw(0, 20_000)
+    for source in range(len(weights)):
+        expected = np.flatnonzero(sources == source)
+        own = np.concatenate([[-1], places[expected]])
+        assert order.numbers_of(source, own).tolist() == [-1, *expected]
+
+
 def test_a_source_that_ends_leaves_its_share_to_the_others():
     order = BlendOrder([3, 1, 1], [6, None, 20])
     sources, _ = order.draw(0, 60)

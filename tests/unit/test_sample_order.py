@@ -27,7 +27,9 @@ SETTINGS = DataSettings(LENGTH, ((1.0, "a"),), "best_fit", equal_cost=COST, samp
 
 def place_by_step(costs, first, per_step, seed=7):
     places = random_places(len(costs), seed, first, LENGTH)
-    return places_by_step(np.asarray(costs, dtype=float), first, per_step, places, seed)
+    own = np.arange(first - 1, first + len(costs) + 1)
+    steps = np.floor((own + 0.5) / per_step).astype(np.int64)
+    return places_by_step(np.asarray(costs, dtype=float), steps, places, seed)
 
 
 def make_stream(seed: int) -> DocumentStream:
@@ -148,6 +150,18 @@ def test_steps_of_several_sources_wait_for_less(streams):
     random = costs_of(replace(blend, samples_per_step=None), streams, 50 * STEP)
     found = costs_of(blend, streams, 50 * STEP)
     assert waits_of(found) - 1 < 0.5 * (waits_of(random) - 1)
+
+
+def test_no_step_of_many_sources_gets_an_expensive_sample_of_its_neighbour(monkeypatch):
+    """Where a source's samples fall is known to the sample, not only by its share."""
+    monkeypatch.setattr(best_fit, "WINDOW_BINS", 60)
+    sources = {name: make_stream(seed) for seed, name in enumerate("abcde")}
+    shares = (0.4, 0.27, 0.17, 0.11, 0.05)
+    settings = replace(
+        SETTINGS, blend=tuple(zip(shares, sources, strict=True)), samples_per_step=32
+    )
+    costs = costs_of(settings, sources, 90 * 32).reshape(-1, 32)
+    assert costs.max(axis=1).sum() / costs.mean(axis=1).sum() < 1.07
 
 
 def test_the_samples_of_a_window_are_the_same_ones(streams, monkeypatch):
