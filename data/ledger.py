@@ -251,7 +251,7 @@ class Ledger:
         for segment in self._closed:
             drawn = segment.drawn.get(name)
             if drawn and drawn.samples:
-                packer = make_packer(segment.settings, self.streams[name], place, drawn.mark)
+                packer = make_packer(segment.settings, name, self.streams[name], place, drawn.mark)
                 if segment.fills is not None:
                     packer.take_numbers(numbers_of_source(segment.settings, segment.fills, name))
                 place = packer.after(drawn.samples)

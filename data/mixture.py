@@ -37,7 +37,7 @@ class Mixture:
         self.names = [name for _, name in settings.blend]
         self._lock = threading.RLock()
         self.packers: list[Packer] = [
-            make_packer(settings, streams[name], places[name], (marks or {}).get(name))
+            make_packer(settings, name, streams[name], places[name], (marks or {}).get(name))
             for name in self.names
         ]
         # How many samples each source has; None = without end.

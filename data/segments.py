@@ -6,6 +6,7 @@ them (progress.json: data.segments); `read_segment` reads them back, those of ea
 """
 
 from dataclasses import asdict, dataclass, replace
+from math import fsum
 from typing import Any, Self, TypeVar
 
 from data.config import Exhausted, Packing
@@ -36,6 +37,12 @@ class DataSettings:
     samples_per_step: int | None = None
     """With `equal_cost`: the global batch by which samples of like cost come in the same steps, as
     it was when the segment began; None = they come in a random order."""
+
+    def share_of(self, name: str) -> float:
+        """Compute the share of the tokens that a source of the blend gives."""
+        weights = {source: weight for weight, source in self.blend}
+        # Rounded once, so that it is the same on every machine.
+        return weights[name] / fsum(weights.values())
 
     @staticmethod
     def from_json(stored: dict[str, Any]) -> "DataSettings":

@@ -1,6 +1,6 @@
 """What a run's phases will draw, known before the first step: forecast, checks and warnings."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from data.blend import SourceName
@@ -217,7 +217,7 @@ def draw_step_costs(
     # Whoever draws past the end repeats: counting all samples would pack the whole source.
     settings = replace(settings_of(phase, corpus, cost), exhausted="repeat")
     streams = {name: corpus.train[name] for name in places}
-    seconds = _seconds_to_draw(settings, list(streams.values()), steps * samples)
+    seconds = _seconds_to_draw(settings, streams, steps * samples)
     if seconds > DRAWN_SECONDS:
         return None, f"drawing a step of them would take about {seconds:.0f} s"
     mixture = Mixture(settings, streams, places)
@@ -226,15 +226,16 @@ def draw_step_costs(
 
 
 def _seconds_to_draw(
-    settings: DataSettings, streams: Sequence[DocumentStream], samples: int
+    settings: DataSettings, streams: Mapping[str, DocumentStream], samples: int
 ) -> float:
     """Estimate how long samples take to be drawn, on one core."""
-    tokens = samples * settings.seq_length
-    if settings.packing == "best_fit":
-        window = samples_of_window(settings.seq_length, settings.samples_per_step)
-        tokens = max(tokens, window * settings.seq_length)
     seconds = 0.0
-    for stream in streams:
+    for name, stream in streams.items():
+        tokens = samples * settings.seq_length
+        if settings.packing == "best_fit":
+            share = settings.share_of(name)
+            window = samples_of_window(settings.seq_length, settings.samples_per_step, share)
+            tokens = max(tokens, window * settings.seq_length)
         mean = stream.tokens_per_epoch / stream.num_documents
         seconds += stream.num_documents / ORDERED_PER_SECOND
         seconds += min(stream.num_documents, tokens / mean) / PACKED_PER_SECOND

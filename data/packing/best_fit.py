@@ -10,6 +10,7 @@ Language Modeling" (arXiv 2404.10830). Samples may be asked to cost nearly the s
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from math import ceil
 from typing import NamedTuple
 
 import numpy as np
@@ -33,12 +34,18 @@ KEPT_WINDOWS = 2
 """Packed windows in memory, this and the next; some 25 MB per million documents each."""
 
 
-def samples_of_window(seq_length: int, samples_per_step: int | None) -> int:
-    """Compute about how many samples a window has."""
+def samples_of_window(seq_length: int, samples_per_step: int | None, share: float = 1.0) -> int:
+    """Compute about how many samples a window has.
+
+    Args:
+        samples_per_step: as in BestFit.
+        share: of the blend that the source is, so that the windows of many sources together take
+            no more memory than one source's.
+    """
     if samples_per_step is None:
         return WINDOW_BINS
     most = max(WINDOW_BINS, WINDOW_TOKENS // seq_length)
-    return max(WINDOW_BINS, min(WINDOW_STEPS * samples_per_step, most))
+    return max(WINDOW_BINS, min(ceil(WINDOW_STEPS * samples_per_step * share), most))
 
 
 class _Packed(NamedTuple):
@@ -94,6 +101,7 @@ class BestFit:
         max_documents: int | None = None,
         cost: DocumentCost | None = None,
         samples_per_step: int | None = None,
+        share: float = 1.0,
     ):
         """
         Args:
@@ -102,13 +110,14 @@ class BestFit:
             cost: what samples shall cost nearly the same of; None = they are only full.
             samples_per_step: of all sources together, with a cost: samples of like cost come in the
                 same steps; None = in a random order.
+            share: of the blend's tokens that come from this source.
         """
         self.stream = stream
         self.place = place
         self.seq_length = seq_length
         self.max_documents = max_documents
         self.cost = cost
-        self._window_samples = samples_of_window(seq_length, samples_per_step)
+        self._window_samples = samples_of_window(seq_length, samples_per_step, share)
         self._samples_per_step = samples_per_step
         # One source alone gives every sample.
         self._numbers_of: Callable[[np.ndarray], np.ndarray] = lambda own: own

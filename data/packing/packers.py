@@ -8,11 +8,16 @@ from data.stream import DocumentStream
 
 
 def make_packer(
-    settings: DataSettings, stream: DocumentStream, place: Place, mark: Mark | None = None
+    settings: DataSettings,
+    name: str,
+    stream: DocumentStream,
+    place: Place,
+    mark: Mark | None = None,
 ) -> Packer:
     """Make the packer that turns what is unread of a stream into samples.
 
     Args:
+        name: of the source, in the blend.
         mark: from `Packer.mark` of an earlier packer at the same place; saves packing again.
     """
     if settings.packing == "concat":
@@ -25,4 +30,5 @@ def make_packer(
         max_documents=settings.max_documents_per_sample,
         cost=settings.equal_cost,
         samples_per_step=settings.samples_per_step,
+        share=settings.share_of(name),
     )

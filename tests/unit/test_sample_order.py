@@ -134,6 +134,20 @@ def test_a_window_holds_steps_up_to_a_limit_of_tokens():
     assert samples_of_window(1 << 17, 1024) == 16384
 
 
+def test_windows_of_many_sources_hold_together_what_one_source_s_does():
+    """Each rank keeps windows of every source: ten such windows would take ten times as much."""
+    shares = (0.5, 0.25, 0.125, 0.125)
+    found = [samples_of_window(1 << 13, 1024, share) for share in shares]
+    assert found == [16384, 8192, 4096, 4096]
+    assert sum(found) == samples_of_window(1 << 13, 1024)
+    blend = tuple((2 * share, name) for share, name in zip(shares, "abcd", strict=True))
+    settings = replace(SETTINGS, blend=blend, samples_per_step=1024)
+    streams = {name: make_stream(0) for name in "abcd"}
+    mixture = Mixture(settings, streams, dict.fromkeys("abcd", Place()))
+    windows = [packer._window_samples for packer in mixture.packers]
+    assert windows == found
+
+
 # ---------------------------------------------------------------- in a run
 
 
