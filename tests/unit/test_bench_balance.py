@@ -6,6 +6,10 @@ import numpy as np
 import pytest
 
 from data.dealing import StepShape
+from data.document_cost import DocumentCost
+from model.config import ModelConfig
+from model.presets import PRESETS
+from pretrain.planner.model_size import document_cost_of
 from tools.bench.balance import PACKINGS, Arguments, find_problem, job_of
 from tools.bench.balance_documents import LONG_FROM, draw_long, make_stream
 from tools.bench.balance_estimate import (
@@ -60,15 +64,21 @@ def test_samples_are_drawn_as_they_are_packed():
     assert spread_of_steps < 0.1 * spread
 
 
-def test_the_timed_models_have_the_attention_of_an_8b():
+def test_the_timed_models_have_the_attention_that_they_stand_for():
     from tools.bench.balance_estimate import cost_of_8b
 
-    large = cost_of_8b()
-    for name, model in MODELS.items():
-        length = int(name.removesuffix("K")) * 1024
-        share = large.of_documents(np.array([length])) / (large.per_token * length)
-        own = model.cost.of_documents(np.array([32 * 1024])) / (model.cost.per_token * 32 * 1024)
-        assert own == pytest.approx(share, rel=0.02)
+    def share_of(cost: DocumentCost, length: int) -> float:
+        return float(cost.of_documents(np.array([length]))[0]) / (cost.per_token * length)
+
+    length = 32 * 1024
+    tiny = document_cost_of(ModelConfig(**PRESETS["tiny"]), 8192)
+    expected = {
+        "32K": share_of(cost_of_8b(), length),
+        "128K": share_of(cost_of_8b(), 4 * length),
+        "tiny": share_of(tiny, length),
+    }
+    found = {name: share_of(model.cost, length) for name, model in MODELS.items()}
+    assert found == pytest.approx(expected, rel=0.02)
 
 
 def test_dealing_is_timed_on_the_loaders_own_parts():
@@ -101,7 +111,7 @@ def test_both_dealings_are_timed_and_described():
     "changes, message",
     [
         ({"steps": 0}, "steps = 0: must be at least 1"),
-        ({"models": ("8B",)}, "models = 8B: is not known. Fix: 32K or 128K."),
+        ({"models": ("8B",)}, "models = 8B: is not known. Fix: 32K, 128K, tiny."),
         ({"processes": (0,)}, "processes = (0,): must be at least 1 each"),
         ({"dp_sizes": ()}, "dp_sizes = (): must be at least 1 each. Fix: 16 64."),
         ({"dealt_samples": 1000}, "dealt_samples = 1000: the step that is dealt has 16 samples"),

@@ -31,9 +31,9 @@ class Arguments:
     """Data ranks of the timed steps; none = no step is timed."""
     steps: int = 2
     """Timed steps of each."""
-    models: tuple[str, ...] = ("32K", "128K")
-    """Models of the timed steps: that whose attention has the share of an 8B model's at 32K, at
-    128K (balance_step.py: MODELS)."""
+    models: tuple[str, ...] = ("32K", "128K", "tiny")
+    """Models of the timed steps: that whose attention has the share of an 8B model's at 32K or at
+    128K, or of the preset tiny's at 32K (balance_step.py: MODELS)."""
     seq_length: int = 32 * 1024
     """Tokens of their samples."""
     num_microbatches: int = 4
@@ -98,7 +98,7 @@ def find_problem(arguments: Arguments) -> str | None:
             return f"{field.name} = {value}: must be at least 1. Fix: give more."
     unknown = [model for model in arguments.models if model not in MODELS]
     if unknown:
-        return f"models = {unknown[0]}: is not known. Fix: {' or '.join(MODELS)}."
+        return f"models = {unknown[0]}: is not known. Fix: {', '.join(MODELS)}."
     if min(arguments.processes, default=1) < 1:
         return f"processes = {arguments.processes}: must be at least 1 each. Fix: 2 4."
     if min(arguments.dp_sizes, default=0) < 1:

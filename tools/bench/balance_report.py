@@ -11,7 +11,7 @@ from data.stream import usable_cores
 from data.units import show_tokens
 from tools.bench.balance_documents import MEAN_TOKENS
 from tools.bench.balance_estimate import Documents, Waits, cost_of_8b
-from tools.bench.balance_step import DEALT, IN_ORDER, Job, Timed, ratio
+from tools.bench.balance_step import DEALT, IN_ORDER, Job, Timed, ratio, whose_attention
 from tools.bench.data_engine.corpus import SPREAD
 from tools.bench.report import bar, markdown_table
 
@@ -64,14 +64,14 @@ def describe(
 
 def describe_steps(timed: Sequence[TimedJob]) -> list[str]:
     """Write the table of timed steps, and judge them."""
-    header = ["attention as 8B at", "data ranks", "dealing", "step s", "of in order"]
+    header = ["attention as", "data ranks", "dealing", "step s", "of in order"]
     header += ["a core each, CPU s", "of in order", "slowest / mean by cost"]
     rows = []
     for each in timed:
         in_order = each.times[IN_ORDER]
         rows += [
             [
-                each.model,
+                whose_attention(each.model),
                 str(each.job.processes),
                 name,
                 f"{statistics.median(found.seconds):.2f}",
@@ -83,9 +83,10 @@ def describe_steps(timed: Sequence[TimedJob]) -> list[str]:
             for name, found in each.times.items()
         ]
     job = timed[0].job
+    jobs = {whose_attention(each.model): each.job for each in timed}
     costs = ", ".join(
-        f"{_whole_over_short(each.job.model.cost, job.seq_length):.2f} (8B at {each.model})"
-        for each in {each.model: each for each in timed}.values()
+        f"{_whole_over_short(each.model.cost, job.seq_length):.2f} ({whose})"
+        for whose, each in jobs.items()
     )
     large = _whole_over_short(cost_of_8b(), job.seq_length)
     documents = Documents(job.seq_length, job.long_share).describe()
@@ -105,7 +106,8 @@ def _bars_of_steps(timed: TimedJob) -> list[str]:
     """Judge timed steps; what no dealing can reach is said beside it."""
     dealt = timed.times[DEALT]
     in_order = timed.times[IN_ORDER]
-    name = f"attention as 8B at {timed.model}, {timed.job.processes} data ranks: dealt / in order"
+    whose = whose_attention(timed.model)
+    name = f"attention as {whose}, {timed.job.processes} data ranks: dealt / in order"
     # No dealing does better than ranks that never wait.
     least = statistics.median(1 / each for each in in_order.imbalance)
     bound = f" (by cost nobody would wait at {least:.3f})"

@@ -72,9 +72,14 @@ class ModelShape:
         return document_cost_of(self.config, self.vocab_size)
 
 
-MODELS = {"32K": ModelShape(128, 2176), "128K": ModelShape(64, 1000)}
+MODELS = {"32K": ModelShape(128, 2176), "128K": ModelShape(64, 1000), "tiny": ModelShape(32, 454)}
 """Length -> a model whose attention to a document of 32K tokens has the share of the FLOPs that an
-8B model's has at that length."""
+8B model's has at that length; "tiny" -> the share that the preset tiny's has at 32K."""
+
+
+def whose_attention(model: str) -> str:
+    """Say whose share of attention one of MODELS has."""
+    return "the tiny preset at 32K" if model == "tiny" else f"8B at {model}"
 
 
 @dataclass(frozen=True)
