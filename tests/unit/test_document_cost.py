@@ -46,7 +46,7 @@ def test_costs_are_the_flops_of_the_models_own_formula(fields):
 
 
 def test_a_document_costs_the_tiles_that_kernels_compute_for_it_on_average():
-    """Of causal tiles of 128 x 128, over lengths of every kind: all that tokens do not explain."""
+    """Lengths of every kind, in causal tiles of 128 x 128: all that tokens do not explain."""
     lengths = np.arange(1, 100_000)
     share = lengths**2 * np.exp(-lengths / 700)
     share /= share.sum()

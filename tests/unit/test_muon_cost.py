@@ -54,7 +54,7 @@ def test_the_owner_of_all_matrices_makes_each_step_of_each():
 
 
 def test_the_busiest_of_some_owners_has_whole_matrices():
-    """Of 64 ranks 32 have two of 96 matrices of the MLP; the others get all else, which is less."""
+    """The MLPs have 96 matrices: 32 of 64 ranks own two, the others all else, which is less."""
     assert cost_of().flops(32, 1, 64) == 5 * 2 * step_of(4096, 14336)
 
 
@@ -136,7 +136,7 @@ def test_the_copy_that_saves_write_has_the_bytes_of_a_trainers_state(name):
 
 
 def test_a_checkpoint_has_one_moment_of_a_matrix_and_two_of_all_else():
-    """Of 8.03e9 parameters, all but 32 layers' matrices are AdamW's."""
+    """The model has 8.03e9 parameters; all but the matrices of its 32 layers are AdamW's."""
     sizes = {}
     for words in ([], ["--no-save-optim"], ["--optimizer", "adam"]):
         config = load_config([*WORDS, *words])
@@ -185,7 +185,7 @@ def test_a_run_of_one_rank_and_one_without_muon_exchange_no_matrices():
 
 
 def test_the_rank_that_owns_most_is_waited_for():
-    """Of 256 ranks 96 own a matrix of the MLP, and nobody owns two of them."""
+    """A matrix of the MLP belongs to 96 of 256 ranks, and nobody owns two of them."""
     load = dataclasses.replace(EIGHT, data_parallel_size=256)
     model = MemoryModel(MODEL, VOCABULARY, muon=cost_of())
     there, back = (

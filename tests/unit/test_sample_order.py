@@ -80,7 +80,7 @@ def test_steps_that_the_neighbours_share_get_the_cheapest():
 
 
 def test_the_expensive_steps_are_drawn_at_random():
-    """Of 8 steps each is the most expensive one with some seed."""
+    """Each of 8 steps is the most expensive one with some seed."""
     firsts = {int(place_by_step(np.arange(40), 0, 5, seed)[39]) // 5 for seed in range(60)}
     assert firsts == set(range(8))
 

@@ -164,7 +164,7 @@ def test_short_documents_cost_attention_what_their_pairs_do():
 
 @pytest.mark.parametrize("level, passes", [(None, 3), ("full", 4)])
 def test_a_step_waits_for_the_attention_of_the_slowest_data_rank(level, passes):
-    """Of two data ranks one has whole documents, and the other documents of an eighth."""
+    """One data rank has whole documents, the other one documents of an eighth."""
     model = model_of("llama3-8b")
     memory = MemorySettings(level)
     even = load_of(dict(pipeline_model_parallel_size=4), 2, 8192, 1, 8, memory)
