@@ -12,6 +12,7 @@ import re
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,9 @@ class _MetadataUnpickler(pickle.Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
+        # As Python 3.11.0 to 3.11.3 writes the member of an enum: an attribute of its class.
+        if (module, name) == ("builtins", "getattr"):
+            return _member_of
         # Dtypes are attributes of torch like its functions, which must not be called.
         is_dtype = (
             module == "torch"
@@ -65,6 +69,20 @@ class _MetadataUnpickler(pickle.Unpickler):
                 "Fix: do not load this folder; it may be harmful."
             )
         return super().find_class(module, name)
+
+
+def _member_of(kind: Any, name: Any) -> Enum:
+    """Return the member of an enum; in a pickle it stands for getattr, which could return anything.
+
+    Raises:
+        ValueError: it is no member of an enum.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__):
+        raise ValueError(
+            f"checkpoint metadata names attribute {name!r} of {kind!r}, which no checkpoint of "
+            "ours holds. Fix: do not load this folder; it may be harmful."
+        )
+    return kind[name]
 
 
 class SafeReader(dcp.FileSystemReader):

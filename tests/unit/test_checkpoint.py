@@ -1,12 +1,15 @@
 """Start rules, publication and the restricted unpickler."""
 
+import io
 import json
 import os
 import pickle
 import shutil
+from enum import Enum
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from data.files import write_atomically
 from parallel.layout import single_process_layout
@@ -193,6 +196,43 @@ def test_a_start_removes_what_a_killed_save_had_replaced(tmp_path):
     # That of step 2 is the only one of its step.
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"iter_0000001", ".iter_0000002.replaced", LATEST}
+
+
+class OfPython3112(pickle.Pickler):
+    """Writes members of enums as Python 3.11.0 to 3.11.3 do: as attributes of their class."""
+
+    def reducer_override(self, item):
+        if isinstance(item, Enum):
+            return getattr, (type(item), item.name)
+        return NotImplemented
+
+
+def test_metadata_of_an_earlier_python_is_read(tmp_path):
+    folder = save(tmp_path)
+    expected = SafeReader(folder).read_metadata()
+    buffer = io.BytesIO()
+    OfPython3112(buffer).dump(expected)
+    assert b"getattr" in buffer.getvalue()
+    (folder / ".metadata").write_bytes(buffer.getvalue())
+    found = SafeReader(folder).read_metadata()
+    assert found.state_dict_metadata == expected.state_dict_metadata
+
+
+class Attribute:
+    """Is pickled as an attribute of something that a table of tensors may name."""
+
+    def __init__(self, owner, name):
+        self.arguments = (owner, name)
+
+    def __reduce__(self):
+        return getattr, self.arguments
+
+
+@pytest.mark.parametrize("attribute", [(torch.Size, "numel"), (_MEM_FORMAT_ENCODING, "mro")])
+def test_metadata_with_any_other_attribute_is_refused(tmp_path, attribute):
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Attribute(*attribute)))
+    with pytest.raises(ValueError, match=f"names attribute '{attribute[1]}' of .* harmful"):
+        SafeReader(tmp_path).read_metadata()
 
 
 def test_every_byte_of_a_checkpoint_is_synced(tmp_path, monkeypatch):
