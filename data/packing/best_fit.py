@@ -44,8 +44,8 @@ def samples_of_window(seq_length: int, samples_per_step: int | None, share: floa
     """
     if samples_per_step is None:
         return WINDOW_BINS
-    most = max(WINDOW_BINS, WINDOW_TOKENS // seq_length)
-    return max(WINDOW_BINS, min(ceil(WINDOW_STEPS * samples_per_step * share), most))
+    of_all = min(WINDOW_STEPS * samples_per_step, WINDOW_TOKENS // seq_length)
+    return max(WINDOW_BINS, ceil(of_all * share))
 
 
 class _Packed(NamedTuple):

@@ -132,6 +132,8 @@ def test_a_window_holds_steps_up_to_a_limit_of_tokens():
     # 128K: 32 steps of 256 samples; of 1,024 samples as many as 2^31 tokens hold.
     assert samples_of_window(1 << 17, 256) == 8192
     assert samples_of_window(1 << 17, 1024) == 16384
+    # Sources share the tokens, too.
+    assert samples_of_window(1 << 17, 1024, share=0.25) == 4096
 
 
 def test_windows_of_many_sources_hold_together_what_one_source_s_does():
