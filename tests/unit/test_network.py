@@ -14,6 +14,7 @@ from launch.network import (
     own_address_towards,
     resolve,
 )
+from tools.faults.launched_run import free_port
 
 MACHINE = {
     "127.0.0.1": "lo",
@@ -166,8 +167,8 @@ def test_a_port_in_use_is_refused(monkeypatch):
 
 
 def test_a_port_that_becomes_free_is_waited_for():
-    server = socket.create_server(("127.0.0.1", 0))
-    port = server.getsockname()[1]
+    port = free_port()
+    server = socket.create_server(("127.0.0.1", port))
     threading.Timer(0.2, server.close).start()
     with network.listen(port) as listening:
         assert listening.getsockname()[1] == port

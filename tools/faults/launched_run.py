@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -15,14 +16,26 @@ ROOT = Path(__file__).resolve().parents[2]
 TRAIN_SH = ROOT / "launch" / "train.sh"
 POLL_SECONDS = 0.05
 """Seconds between two looks at a run: shorter than a save, and its cores are left to the run."""
+PORTS = (20_000, 32_768)
+"""Where a port is looked for: below those that Linux gives to connections by itself."""
 END_SECONDS = 90
 """Seconds that a run may take to end in order before it is killed."""
 
 
 def free_port() -> int:
-    """Ask the kernel for a port that nobody has."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+    """Find a port that nobody has, and that the kernel gives to nobody either.
+
+    A port that the kernel chose may go to the next connection of any program as soon as it is
+    closed here, long before the run opens it.
+    """
+    while True:
+        port = random.SystemRandom().randrange(*PORTS)
+        try:
+            with socket.create_server(("127.0.0.1", port)):
+                return port
+        except OSError:
+            # Somebody has it.
+            continue
 
 
 class Node:

@@ -33,7 +33,6 @@ from pretrain.planner.step_time import UPDATE_BYTES, estimate_step
 from pretrain.planner.traffic import layers_of_slowest_rank
 from pretrain.planner.workload import Workload
 from pretrain.state import compute_dtype
-from tools.faults.launched_run import free_port
 from tools.planning.machine_rates import SHORT, Rates
 from tools.planning.phases import PhaseEstimate
 from tools.planning.rank_work import Work
@@ -92,12 +91,9 @@ def measure_machine(work: Work, job: ReferenceJob, processes: Processes) -> Rate
     Raises:
         ValueError: one of them failed; what it said stands on stderr.
     """
-    port = str(free_port())
     common = os.environ | {
         "WORLD_SIZE": str(processes.count),
         "LOCAL_WORLD_SIZE": str(processes.count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": str(processes.threads),
     }

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.config import LayoutConfig
-from parallel.layout import end_world, start_world
+from parallel.layout import end_world, launched_rank, launched_world_size, start_world
 from tools.planning.computing_rates import Computing
 from tools.planning.rank_work import Work
 from tools.planning.reference_step import ReferenceJob, time_step
@@ -103,9 +103,16 @@ def middle(rates: list[Rates]) -> Rates:
     return Rates(**middles)
 
 
-def measure_here(work: Work, job: ReferenceJob) -> Rates | None:
-    """Join the processes that the environment names, and measure; rank 0 gets the figures."""
-    world = start_world(LayoutConfig())
+def measure_here(work: Work, job: ReferenceJob, meeting: Path) -> Rates | None:
+    """Join the processes that the environment names, and measure; rank 0 gets the figures.
+
+    Args:
+        meeting: a file that is not there yet, of all processes: there they find each other, so
+            that no port is needed, which another program could take first.
+    """
+    processes = launched_world_size()
+    store = dist.FileStore(str(meeting), processes)
+    world = start_world(LayoutConfig(), store, launched_rank(), processes)
     try:
         found = measure_rates(work, world.device)
         step_seconds = time_step(job, world)
@@ -116,10 +123,11 @@ def measure_here(work: Work, job: ReferenceJob) -> Rates | None:
 
 def main() -> int:
     # Written by the process that started this one (calibrate.py).
-    work, job = pickle.loads(Path(sys.argv[1]).read_bytes())
-    rates = measure_here(work, job)
+    file = sys.argv[1]
+    work, job = pickle.loads(Path(file).read_bytes())
+    rates = measure_here(work, job, Path(f"{file}.meeting"))
     if rates is not None:
-        Path(f"{sys.argv[1]}.json").write_text(json.dumps(asdict(rates)))
+        Path(f"{file}.json").write_text(json.dumps(asdict(rates)))
     return 0
 
 
