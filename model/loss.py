@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from model import compiled
-from model.products import add_product, linear
+from model.products import add_product, linear, write_products
 from parallel.collectives import all_reduce
 from parallel.layout import Axis
 from parallel.tensor import vocab_parallel_argmax
@@ -179,7 +179,7 @@ def _one_chunk(
         if slopes_cv is not None:
             grad_cv.mul_(slopes_cv)
         grad_cv = grad_cv.to(x_cD.dtype)
-        torch.mm(grad_cv, weight_vD, out=grads[0])
+        write_products(grads[0], (grad_cv, weight_vD))
         add_product(grads[1], grad_cv.T, x_cD)
     losses_c = softmax.losses(labels_c)
     if out_c is not None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from model.parts import Weight
 from model.pointwise import Activation, gated, gated_gradients
-from model.products import add_product, linear
+from model.products import add_product, linear, multiply, write_products
 
 
 class MLP(nn.Module):
@@ -163,11 +163,11 @@ def _one_tile(
     gate_FD, up_FD, down_DF = weights
     gate_and_up = projections or (linear(x_cD, gate_FD), linear(x_cD, up_FD))
     hidden, grad_gate, grad_up = gated_gradients(
-        grad_cD @ down_DF, *gate_and_up, activation=activation
+        multiply(grad_cD, down_DF), *gate_and_up, activation=activation
     )
     # Before x's gradient is written, which may take the place of x.
     sums.add((grad_gate.T, x_cD), (grad_up.T, x_cD), (grad_cD.T, hidden))
-    torch.mm(grad_gate, gate_FD, out=grad_x_cD).addmm_(grad_up, up_FD)
+    write_products(grad_x_cD, (grad_gate, gate_FD), (grad_up, up_FD))
 
 
 class _Sums:

@@ -1,6 +1,6 @@
 """Matrix products that torch.nn.functional does not have.
 
-One adds to a wider sum, one multiplies by several weights at once, and one takes oneDNN on a CPU.
+They add to a wider sum, multiply by several weights at once, and take oneDNN on a CPU.
 
 Legend: t tokens, b sequences of which each has one token, D hidden, r rows of one weight, R those
 of all.
@@ -9,7 +9,6 @@ of all.
 from collections.abc import Sequence
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 
@@ -37,11 +36,10 @@ def linear(
 ) -> torch.Tensor:
     """Apply a weight [r, D] and a bias, as F.linear does: [t, D] -> [t, r].
 
-    On a CPU fp32 goes through oneDNN where there is no gradient to keep: while a model generates
-    or is evaluated, and inside functions that write their own backward. torch gives fp32 to MKL,
-    which multiplies a single row on one core of an AMD CPU (pytorch/pytorch#96643) and is slower
-    with many rows too; bf16 and fp16 it gives to oneDNN itself. Two cores of an EPYC 9004, ms of 36
-    products with [2048, 768] and GFLOP/s of 2,048 tokens:
+    On a CPU fp32 goes through oneDNN. torch gives it to MKL, which multiplies a single row on one
+    core of an AMD CPU (pytorch/pytorch#96643) and is slower with many rows too; bf16 and fp16 it
+    gives to oneDNN itself. Two cores of an EPYC 9004, ms of 36 products with [2048, 768] and
+    GFLOP/s of 2,048 tokens:
 
         tokens         1      2      4      8   [704, 256]   [8192, 256]
         MKL        18.41  32.33  25.59  23.08          194           123
@@ -49,17 +47,46 @@ def linear(
     """
     if not _is_for_onednn(x_tD):
         return F.linear(x_tD, weight_rD, bias_r)
+    if torch.is_grad_enabled():
+        return _Linear.apply(x_tD, bias_r, weight_rD)
+    return _onednn_linear(x_tD, weight_rD, bias_r)
+
+
+def multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return left [m, k] @ right [k, n], without a gradient; fp32 on a CPU through oneDNN."""
+    if not _is_for_onednn(left):
+        return left @ right
+    return _onednn_linear(left, right.T)
+
+
+def write_products(out: torch.Tensor, *pairs: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Write the sum of the pairs' products, left [m, k] @ right [k, n], into `out` [m, n].
+
+    There is no gradient.
+    """
+    (left, right), *others = pairs
+    if not _is_for_onednn(left):
+        torch.mm(left, right, out=out)
+        for left, right in others:
+            out.addmm_(left, right)
+        return
+    # oneDNN's operator writes into memory of its own.
+    out.copy_(multiply(left, right))
+    for left, right in others:
+        out.add_(multiply(left, right))
+
+
+def _is_for_onednn(x: torch.Tensor) -> bool:
+    return (
+        x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    )
+
+
+def _onednn_linear(
+    x_tD: torch.Tensor, weight_rD: torch.Tensor, bias_r: torch.Tensor | None = None
+) -> torch.Tensor:
     # torch's compiler calls the same operator; it has no gradient.
     return torch.ops.mkldnn._linear_pointwise(x_tD, weight_rD, bias_r, "none", [], None)
-
-
-def _is_for_onednn(x_tD: torch.Tensor) -> bool:
-    return (
-        x_tD.device.type == "cpu"
-        and x_tD.dtype == torch.float32
-        and not torch.is_grad_enabled()
-        and torch.backends.mkldnn.is_available()
-    )
 
 
 def linears_side_by_side(
@@ -101,26 +128,33 @@ def joined_linear(
     Their results stand side by side. The joined weight is made again for backward: kept, it would
     be a second copy of the weights in every layer, which ZeRO-3 could not free.
     """
+    if torch.is_grad_enabled():
+        return _Linear.apply(x_tD, bias_R, *weights)
     # A model that generates has them joined.
-    if not torch.is_grad_enabled() and (placed_RD := _as_one(weights)) is not None:
-        return linear(x_tD, placed_RD, bias_R)
-    joined_RD = torch.cat(list(weights))
-    parts = [weight.detach() for weight in weights]
-    # Autograd keeps the joined weight, or a view of it: the hooks know it by its memory.
-    memory = joined_RD.untyped_storage()._cdata
-    strides = joined_RD.stride()
+    placed_RD = _as_one(weights)
+    return linear(x_tD, torch.cat(list(weights)) if placed_RD is None else placed_RD, bias_R)
 
-    def pack(kept: torch.Tensor) -> torch.Tensor | bool:
-        if kept.untyped_storage()._cdata != memory:
-            return kept
-        # What stands for the joined weight: is it transposed?
-        return kept.stride() != strides
 
-    def unpack(packed: torch.Tensor | bool) -> torch.Tensor:
-        if isinstance(packed, torch.Tensor):
-            return packed
-        again_RD = torch.cat(parts)
-        return again_RD.T if packed else again_RD
+class _Linear(torch.autograd.Function):
+    """Keeps its input and the weights, none of them joined."""
 
-    with saved_tensors_hooks(pack, unpack):
-        return F.linear(x_tD, joined_RD, bias_R)
+    @staticmethod
+    def forward(ctx, x_tD, bias_R, *weights):
+        ctx.has_bias = bias_R is not None
+        ctx.save_for_backward(x_tD, *weights)
+        return linear(x_tD, _join(weights), bias_R)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (grad_tR,) = grads
+        x_tD, *weights = ctx.saved_tensors
+        grad_x_tD = multiply(grad_tR, _join(weights))
+        grad_bias_R = grad_tR.sum(0) if ctx.has_bias else None
+        # Not through oneDNN, which is slower with a transposed left factor.
+        rows = [weight.shape[0] for weight in weights]
+        return grad_x_tD, grad_bias_R, *(grad_tR.T @ x_tD).split(rows)
+
+
+def _join(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Put weights [r, D] below each other: [R, D]; one alone is not copied."""
+    return weights[0] if len(weights) == 1 else torch.cat(list(weights))

@@ -1,5 +1,4 @@
-"""Products without a gradient to keep: which library computes them, and that it does so with any
-input that a layer gives it."""
+"""Products: which library computes them, and that it does so with any input that a layer gives."""
 
 from collections.abc import Callable
 
@@ -9,7 +8,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.loss import LossSettings, fused_loss
 from model.mlp import gated_mlp
-from model.products import joined_linear, linear, linears_side_by_side
+from model.products import (
+    joined_linear,
+    linear,
+    linears_side_by_side,
+    multiply,
+    write_products,
+)
 from parallel.layout import Axis
 
 
@@ -45,14 +50,68 @@ onednn_only = pytest.mark.skipif(
 
 
 @onednn_only
-def test_onednn_multiplies_fp32_where_there_is_no_gradient_to_keep():
+def test_onednn_multiplies_fp32_on_a_cpu():
     weight = torch.nn.Parameter(randn(6, 4, seed=0))
     x = randn(3, 4, seed=1)
-    assert operators_of(lambda: linear(x, weight)) == {"mm"}
+    assert operators_of(lambda: linear(x, weight)) == {"_linear_pointwise"}
     with torch.no_grad():
         assert operators_of(lambda: linear(x, weight)) == {"_linear_pointwise"}
-        assert operators_of(lambda: linear(x.double(), weight.double())) == {"mm"}
-        assert operators_of(lambda: linear(x.to("meta"), weight.to("meta"))) == {"mm"}
+    assert operators_of(lambda: linear(x.double(), weight.double())) == {"mm"}
+    assert operators_of(lambda: linear(x.to("meta"), weight.to("meta"))) == {"mm"}
+
+
+@onednn_only
+def test_a_layer_computed_again_for_backward_rounds_as_before():
+    """The first pass keeps no graph, the second one does."""
+    x = randn(65, 40, seed=2)
+    weights = [randn(rows, 40, seed=rows) for rows in (16, 8, 8)]
+    with torch.no_grad():
+        first = joined_linear(x, weights, None)
+        one = linear(x, weights[0])
+    for weight in weights:
+        weight.requires_grad_()
+    assert torch.equal(joined_linear(x, weights, None), first)
+    assert torch.equal(linear(x, weights[0]), one)
+
+
+def one_by_one(x, weights, bias):
+    parts = bias.split([len(weight) for weight in weights]) if bias is not None else [None] * 2
+    return torch.cat([linear(x, *each) for each in zip(weights, parts, strict=True)], dim=1)
+
+
+@pytest.mark.parametrize("product", [joined_linear, one_by_one])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gradients_of_products_are_right(product, with_bias):
+    x = randn(65, 40, seed=2).requires_grad_()
+    weights = [randn(rows, 40, seed=rows).requires_grad_() for rows in (16, 8)]
+    bias = randn(24, seed=5).requires_grad_() if with_bias else None
+    inputs = [each for each in (x, *weights, bias) if each is not None]
+    found = product(x, weights, bias)
+    # By autograd, in fp64.
+    wide_x, *wide_weights = wide = [each.detach().double().requires_grad_() for each in inputs]
+    expected = wide_x @ torch.cat(wide_weights[:2]).T
+    if with_bias:
+        expected = expected + wide[-1]
+    assert_close(found, expected)
+    grad = randn(65, 24, seed=6)
+    wanted = torch.autograd.grad(expected, wide, grad.double())
+    for one, other in zip(torch.autograd.grad(found, inputs, grad), wanted, strict=True):
+        torch.testing.assert_close(one, other.float(), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_products_are_written_where_they_are_asked_for(dtype):
+    pairs = [(randn(7, k, seed=k).to(dtype), randn(k, 5, seed=9).to(dtype)) for k in (3, 4)]
+    exact = sum(left.double() @ right.double() for left, right in pairs)
+    out = torch.full((9, 5), float("nan"), dtype=dtype)
+    write_products(out[1:8], *pairs)
+    tolerance = dict(rtol=2e-2, atol=5e-2) if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(out[1:8], exact.to(dtype), **tolerance)
+    assert out[[0, 8]].isnan().all()
+    torch.testing.assert_close(
+        multiply(*pairs[0]), (pairs[0][0].double() @ pairs[0][1].double()).to(dtype), **tolerance
+    )
 
 
 @onednn_only
