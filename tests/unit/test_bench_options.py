@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from tools.bench.__main__ import load
+from tools.bench.__main__ import load, main, run
 from tools.bench.option_checks import find_too_small
 from tools.bench.restart import AtScale
 
@@ -32,6 +32,7 @@ BAD = [
     ("memory", dict(documents=3), "--documents 3: must divide the lengths"),
     ("optimizers", dict(quickstart="q", seeds=()), "--seeds: has no value"),
     ("optimizers", dict(quickstart="q", train_tokens="x"), "--train-tokens: 'x' is no token count"),
+    ("optimizers", dict(quickstart="q", train_tokens="0"), "--train-tokens 0: no run trains on"),
     ("optimizers", dict(tokens=0), "--tokens 0: nothing is measured without --quickstart"),
     ("predictions", dict(configurations=0), "--configurations 0: must be at least 1"),
     ("predictions", dict(first=20), "--first 20: must be below --configurations 20"),
@@ -69,6 +70,42 @@ def test_what_cannot_be_measured_is_refused_in_one_line(
     assert module.run(module.Arguments(**(NEEDED.get(name, {}) | changes))) == 2
     text = capsys.readouterr().err
     assert text.startswith("error: ") and expected in text and text.count("\n") == 1, text
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (["--repeat", "3"], "--repeat: no such flag. Fix: did you mean --repeats?"),
+        (["--repeats", "x"], "Error parsing --repeats"),
+        (["--repeats", "0"], "--repeats 0: must be at least 1"),
+    ],
+)
+def test_bad_words_are_one_line_too(options, expected, capsys):
+    assert run("step", options) == 2
+    text = capsys.readouterr().err
+    assert text.startswith(f"error: {expected}") and text.count("\n") == 1, text
+
+
+def test_flags_of_a_group_are_known(capsys):
+    assert run("restart", ["--kills", "0", "--at-scale.save-minutes", "5"]) == 2
+    assert capsys.readouterr().err.startswith("error: --kills 0: ")
+    assert run("restart", ["--at-scale.save-minute", "5"]) == 2
+    assert "did you mean --at-scale.save-minutes?" in capsys.readouterr().err
+
+
+def test_what_a_benchmark_raises_is_one_line(monkeypatch, capsys):
+    def fail(arguments):
+        raise ValueError("tokens = 3: must be even. Fix: 4.")
+
+    monkeypatch.setattr(load("step"), "run", fail)
+    assert run("step", []) == 2
+    assert capsys.readouterr().err == "error: tokens = 3: must be even. Fix: 4.\n"
+
+
+def test_a_name_that_is_none_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench", "steps"])
+    assert main() == 2
+    assert capsys.readouterr().err.startswith("error: steps: no such benchmark. Fix: one of attent")
 
 
 def test_an_option_that_was_not_given_is_not_checked():

@@ -6,6 +6,8 @@ from types import ModuleType
 
 import tyro
 
+from tools.shared.door import run_door
+
 BENCHMARKS = {
     "attention": "tools.bench.attention",
     "balance": "tools.bench.balance",
@@ -28,10 +30,17 @@ BENCHMARKS = {
 
 def main() -> int:
     """Run the named benchmark and return its exit code, or print the list of names."""
-    if sys.argv[1:2] and sys.argv[1] in BENCHMARKS:
+    name, *options = sys.argv[1:] or [""]
+    if name in BENCHMARKS:
         # Only this one is imported: the packages of the others need not be installed.
-        return run(sys.argv[1], sys.argv[2:])
-    # No name, --help or a wrong name: tyro prints the list, or what is wrong, and exits.
+        return run(name, options)
+    if name and not name.startswith("-"):
+        print(
+            f"error: {name}: no such benchmark. Fix: one of {', '.join(BENCHMARKS)}.",
+            file=sys.stderr,
+        )
+        return 2
+    # No name or --help: tyro prints the list and exits.
     application = tyro.extras.SubcommandApp()
     for name in BENCHMARKS:
         module = load(name)
@@ -48,13 +57,13 @@ def load(name: str) -> ModuleType:
 def run(name: str, options: list[str]) -> int:
     """Run one benchmark with the options of its command line; returns its exit code."""
     module = load(name)
-    arguments = tyro.cli(
+    return run_door(
         module.Arguments,
-        prog=f"tools.bench {name}",
+        module.run,
+        name=f"tools.bench {name}",
         description=module.__doc__,
-        args=options,
+        argv=options,
     )
-    return module.run(arguments)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,8 @@ def find_problem(arguments: Arguments) -> str | None:
         if not arguments.seeds:
             return "--seeds: has no value, and each is a pair of runs. Fix: give at least one."
         try:
-            parse_tokens(arguments.train_tokens)
+            if parse_tokens(arguments.train_tokens) < 1:
+                return "--train-tokens 0: no run trains on nothing. Fix: for example 320Ki."
         except ValueError as error:
             return f"--train-tokens: {error}. Fix: for example 320Ki."
         folder = Path(arguments.quickstart)

@@ -12,7 +12,7 @@ import os
 import select
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, TypeVar, get_type_hints
 
 import tyro
@@ -136,7 +136,7 @@ def _flag_problems(kind: type, words: list[str], help_fix: str) -> list[str]:
     given = [
         _flag_of(word) for word in words if word.startswith("--") and _begins_with_letter(word)
     ]
-    known = [flag for field in fields(kind) for flag in _spellings(kind, field)]
+    known = _known_flags(kind)
     problems = []
     for flag in dict.fromkeys(given):
         if flag in known or flag in _OF_TYRO:
@@ -156,6 +156,19 @@ def _flag_problems(kind: type, words: list[str], help_fix: str) -> list[str]:
     if missing and not problems:
         problems.append(f"{', '.join(missing)}: must be given. {help_fix}")
     return problems
+
+
+def _known_flags(kind: type) -> list[str]:
+    """List the flags of a command, with those of a field that is a dataclass (`--field.name`)."""
+    types = get_type_hints(kind)
+    known = []
+    for field in fields(kind):
+        flags = _spellings(kind, field)
+        known += flags
+        if is_dataclass(types[field.name]):
+            inner = _known_flags(types[field.name])
+            known += [f"{flags[0]}.{flag.removeprefix('--')}" for flag in inner]
+    return known
 
 
 def spell_switches(kind: type, words: list[str]) -> list[str]:
