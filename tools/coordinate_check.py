@@ -257,7 +257,7 @@ def one_check(plan: Plan, trainer: Trainer, data: Data) -> dict[str, MeanSquares
 def sweep(arguments: Arguments, plan: Plan, layout: Layout, data: Data, widths: list[int]) -> int:
     """Train all widths with all learning rates, with and without muP."""
     rates = arguments.learning_rates
-    last = max(1, round(LAST_SHARE * len(data.steps)))
+    last = compared_steps(data)
     found: dict[str, dict[int, Losses]] = {}
     for name in (WITH, WITHOUT):
         found[name] = {}
@@ -282,11 +282,16 @@ def sweep(arguments: Arguments, plan: Plan, layout: Layout, data: Data, widths: 
     return int(apart[WITH] is None or apart[WITH] > 1)
 
 
+def compared_steps(data: Data) -> int:
+    """Count the last steps of a run whose mean loss is compared."""
+    return max(1, round(LAST_SHARE * len(data.steps)))
+
+
 def one_sweep(
     arguments: Arguments, plan: Plan, model: ModelConfig, layout: Layout, data: Data, seed: int
 ) -> Losses:
     """Train a model of one seed with each learning rate -> mean loss of the last steps."""
-    last = max(1, round(LAST_SHARE * len(data.steps)))
+    last = compared_steps(data)
     losses = {}
     for rate in arguments.learning_rates:
         trainer = make_trainer(arguments, plan, model, layout, seed)
