@@ -14,11 +14,11 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 from model.activation_memory.saved_attention import AttentionTape, free_storage
 from model.attention_core import AttentionCore, Projections
 from model.positions import Positions
-from model.products import linear
 from parallel.ulysses import (
     HeadRound,
     gradient_of_heads,
@@ -223,14 +223,14 @@ def _widen(grad: torch.Tensor) -> torch.Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """`linear` whose backward adds the gradient of x to `sum_tD`, and makes no second [t, D]."""
+    """F.linear whose backward adds the gradient of x to `sum_tD`, and makes no second [t, D]."""
 
     @staticmethod
     def forward(ctx, x_tD, weight_rD, bias, sum_tD):
         ctx.sum_tD = sum_tD
         ctx.has_bias = bias is not None
         ctx.save_for_backward(x_tD, weight_rD)
-        return linear(x_tD, weight_rD, bias)
+        return F.linear(x_tD, weight_rD, bias)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -271,7 +271,7 @@ class _Gradients:
     def linear(
         self, x_tD: torch.Tensor, weight_rD: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """Apply a weight and a bias; its backward adds to `of_x`."""
+        """Apply F.linear; its backward adds to `of_x`."""
         return _Linear.apply(x_tD, weight_rD, bias, self.of_x)
 
     def narrow_weights(self) -> list[torch.Tensor | None]:

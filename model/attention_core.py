@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
+from torch.nn import functional as F
 
 from model.activation_memory.saved_attention import AttentionTape, join
 from model.attention_backends.backend import Attend
@@ -20,7 +21,7 @@ from model.layer_ropes import LayerRope
 from model.norm_over_heads import norm_over_heads
 from model.pointwise import HeadSizes, rms_norm, rotate, split_heads
 from model.positions import Positions
-from model.products import joined_linear, linear
+from model.products import joined_linear
 from model.scoring import Scoring
 from parallel.context import gather_keys
 from parallel.layout import Layout
@@ -138,7 +139,7 @@ class AttentionCore:
         x_tD: torch.Tensor,
         positions: Positions,
         weights: Projections,
-        linear: Linear = linear,
+        linear: Linear = F.linear,
     ) -> torch.Tensor:
         """Make q [t, n, H], as many heads as the weights have."""
         # Groups of heads project q apart from k and v, which several groups may share.
@@ -151,7 +152,7 @@ class AttentionCore:
         x_tD: torch.Tensor,
         positions: Positions,
         weights: Projections,
-        linear: Linear = linear,
+        linear: Linear = F.linear,
     ) -> torch.Tensor:
         """Make k [t, k, H], as many heads as the weights have."""
         assert weights.k_rD is not None
@@ -159,7 +160,7 @@ class AttentionCore:
         return self._norm_and_rotate(k_tr, weights.k_norm, positions)
 
     def project_v(
-        self, x_tD: torch.Tensor, weights: Projections, linear: Linear = linear
+        self, x_tD: torch.Tensor, weights: Projections, linear: Linear = F.linear
     ) -> torch.Tensor:
         """Make v [t, k, H], as many heads as the weights have."""
         assert weights.v_rD is not None

@@ -32,7 +32,7 @@ BAD = [
     ("memory", dict(documents=3), "--documents 3: must divide the lengths"),
     ("optimizers", dict(quickstart="q", seeds=()), "--seeds: has no value"),
     ("optimizers", dict(quickstart="q", train_tokens="x"), "--train-tokens: 'x' is no token count"),
-    ("optimizers", dict(quickstart="q", train_tokens="0"), "--train-tokens 0: no run trains on"),
+    ("optimizers", dict(quickstart="q", train_tokens="0"), "--train-tokens 0: a run trains on at"),
     ("optimizers", dict(tokens=0), "--tokens 0: nothing is measured without --quickstart"),
     ("predictions", dict(configurations=0), "--configurations 0: must be at least 1"),
     ("predictions", dict(first=20), "--first 20: must be below --configurations 20"),
@@ -93,19 +93,35 @@ def test_flags_of_a_group_are_known(capsys):
     assert "did you mean --at-scale.save-minutes?" in capsys.readouterr().err
 
 
-def test_what_a_benchmark_raises_is_one_line(monkeypatch, capsys):
+def run_and_raise(message: str, monkeypatch, capsys) -> str:
+    """Let a benchmark raise a ValueError -> what is printed."""
+
     def fail(arguments):
-        raise ValueError("tokens = 3: must be even. Fix: 4.")
+        raise ValueError(message)
 
     monkeypatch.setattr(load("step"), "run", fail)
     assert run("step", []) == 2
-    assert capsys.readouterr().err == "error: tokens = 3: must be even. Fix: 4.\n"
+    return capsys.readouterr().err
 
 
-def test_a_name_that_is_none_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["bench", "steps"])
+def test_bad_input_that_a_benchmark_finds_late_is_one_line(monkeypatch, capsys):
+    said = run_and_raise("tokens = 3: must be even. Fix: 4.", monkeypatch, capsys)
+    assert said == "error: tokens = 3: must be even. Fix: 4.\n"
+
+
+def test_a_fault_of_a_benchmark_shows_where_it_stands(monkeypatch, capsys):
+    said = run_and_raise("zip() argument 2 is longer than argument 1", monkeypatch, capsys)
+    assert said.startswith("Traceback") and "in fail" in said
+    assert said.endswith("error: zip() argument 2 is longer than argument 1\n")
+
+
+@pytest.mark.parametrize("word", ["steps", "--repeats"])
+def test_an_unknown_benchmark_is_refused_in_one_line(word, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench", word, "3"])
     assert main() == 2
-    assert capsys.readouterr().err.startswith("error: steps: no such benchmark. Fix: one of attent")
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {word}: no such benchmark. Fix: one of attention, ")
+    assert said.count("\n") == 1
 
 
 def test_an_option_that_was_not_given_is_not_checked():

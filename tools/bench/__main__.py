@@ -2,7 +2,9 @@
 
 import importlib
 import sys
+import traceback
 from types import ModuleType
+from typing import Any
 
 import tyro
 
@@ -30,23 +32,21 @@ BENCHMARKS = {
 
 def main() -> int:
     """Run the named benchmark and return its exit code, or print the list of names."""
-    name, *options = sys.argv[1:] or [""]
-    if name in BENCHMARKS:
+    first, *options = sys.argv[1:] or ["--help"]
+    if first in BENCHMARKS:
         # Only this one is imported: the packages of the others need not be installed.
-        return run(name, options)
-    if name and not name.startswith("-"):
-        print(
-            f"error: {name}: no such benchmark. Fix: one of {', '.join(BENCHMARKS)}.",
-            file=sys.stderr,
-        )
+        return run(first, options)
+    if first not in ("-h", "--help"):
+        known = ", ".join(BENCHMARKS)
+        print(f"error: {first}: no such benchmark. Fix: one of {known}.", file=sys.stderr)
         return 2
-    # No name or --help: tyro prints the list and exits.
     application = tyro.extras.SubcommandApp()
     for name in BENCHMARKS:
         module = load(name)
         application.command(module.Arguments, name=name, help=module.__doc__)
-    application.cli(prog="tools.bench", description=__doc__)
-    return 2
+    # It prints the list and exits.
+    application.cli(prog="tools.bench", description=__doc__, args=["--help"])
+    return 0
 
 
 def load(name: str) -> ModuleType:
@@ -57,9 +57,19 @@ def load(name: str) -> ModuleType:
 def run(name: str, options: list[str]) -> int:
     """Run one benchmark with the options of its command line; returns its exit code."""
     module = load(name)
+
+    def measure(arguments: Any) -> int:
+        try:
+            return module.run(arguments)
+        except ValueError as error:
+            # Without a fix it is no bad input but a fault of the code, after hours perhaps.
+            if "Fix:" not in str(error):
+                traceback.print_exc()
+            raise
+
     return run_door(
         module.Arguments,
-        module.run,
+        measure,
         name=f"tools.bench {name}",
         description=module.__doc__,
         argv=options,

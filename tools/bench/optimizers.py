@@ -107,7 +107,10 @@ def find_problem(arguments: Arguments) -> str | None:
             return "--seeds: has no value, and each is a pair of runs. Fix: give at least one."
         try:
             if parse_tokens(arguments.train_tokens) < 1:
-                return "--train-tokens 0: no run trains on nothing. Fix: for example 320Ki."
+                return (
+                    f"--train-tokens {arguments.train_tokens}: a run trains on at least one token. "
+                    "Fix: for example 320Ki."
+                )
         except ValueError as error:
             return f"--train-tokens: {error}. Fix: for example 320Ki."
         folder = Path(arguments.quickstart)
