@@ -45,8 +45,8 @@ GRACE=${GRACE:-240}
 export NNODES GRACE
 if [[ $NNODES -gt 1 ]]; then
   MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-  # Another port for another job, in case two share a node; below 32768, from where on Linux gives
-  # ports to connections by itself.
+  # Another port for another job, in case two share a node. By default Linux gives those from 32768
+  # to connections.
   MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12000))}
   export MASTER_ADDR MASTER_PORT
 fi

@@ -190,17 +190,21 @@ def test_the_time_before_the_limit_is_enough_for_the_grace_period():
     assert "#SBATCH --open-mode=append" in text, "a requeued job keeps the output before"
 
 
-def test_a_container_has_the_code_and_the_folder_of_the_job(tmp_path):
+def test_a_container_has_the_code_and_the_folder_of_the_job_and_a_port(tmp_path):
     cluster = Cluster(tmp_path, [])
-    (tmp_path / "bin" / "srun").write_text('#!/usr/bin/env bash\necho "$*" > "$SPOOL/srun"\n')
-    job = cluster.submit(
-        "--config", "run.yaml", CONTAINER_IMAGE="ithaca.sqsh", CONTAINER_MOUNTS="/data:/data"
+    (tmp_path / "bin" / "srun").write_text(
+        '#!/usr/bin/env bash\necho "$MASTER_PORT $*" > "$SPOOL/srun"\n'
     )
+    settings = {"CONTAINER_IMAGE": "ithaca.sqsh", "CONTAINER_MOUNTS": "/data:/data"}
+    job = cluster.submit("--config", "run.yaml", **settings, MASTER_PORT="")
     said, _ = job.communicate(timeout=60)
     assert job.returncode == 0, said
     mounts = f"--container-mounts {ROOT}:{ROOT},{ROOT}:{ROOT},/data:/data"
     asked = f"--container-image ithaca.sqsh {mounts} --container-workdir {ROOT} bash -c"
-    assert asked in (cluster.spool / "srun").read_text()
+    given = (cluster.spool / "srun").read_text()
+    assert asked in given
+    # A port of the job's own, by its number.
+    assert given.startswith(f"{20_000 + 4711} ")
 
 
 @pytest.mark.long

@@ -1,5 +1,6 @@
 """A run of launch/train.sh in the background, on one node or on several nodes of this machine."""
 
+import errno
 import json
 import os
 import random
@@ -17,13 +18,13 @@ TRAIN_SH = ROOT / "launch" / "train.sh"
 POLL_SECONDS = 0.05
 """Seconds between two looks at a run: shorter than a save, and its cores are left to the run."""
 PORTS = (20_000, 32_768)
-"""Where a port is looked for: below those that Linux gives to connections by itself."""
+"""Where a port is looked for: below those that Linux gives to connections by default."""
 END_SECONDS = 90
 """Seconds that a run may take to end in order before it is killed."""
 
 
 def free_port() -> int:
-    """Find a port that nobody has, and that the kernel gives to nobody either.
+    """Find a port that nobody has, and that the kernel gives to nobody by itself.
 
     A port that the kernel chose may go to the next connection of any program as soon as it is
     closed here, long before the run opens it.
@@ -31,11 +32,11 @@ def free_port() -> int:
     while True:
         port = random.SystemRandom().randrange(*PORTS)
         try:
-            with socket.create_server(("127.0.0.1", port)):
+            with socket.create_server(("", port)):
                 return port
-        except OSError:
-            # Somebody has it.
-            continue
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
 
 
 class Node:

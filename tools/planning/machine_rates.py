@@ -1,8 +1,9 @@
 """Measures what the processes of a machine reach, all of them at once: the figures of a row.
 
 Each runs this in a process of its own, `python -m tools.planning.machine_rates FILE`; the file says
-what is to be measured, and rank 0 writes FILE.json. Every figure is taken while all processes do
-the same, so that what they share (cores, memory, links) is shared as in a run.
+what is to be measured, the processes find each other by FILE.meeting, and rank 0 writes FILE.json.
+Every figure is taken while all processes do the same, so that what they share (cores, memory,
+links) is shared as in a run.
 """
 
 import json
@@ -107,8 +108,8 @@ def measure_here(work: Work, job: ReferenceJob, meeting: Path) -> Rates | None:
     """Join the processes that the environment names, and measure; rank 0 gets the figures.
 
     Args:
-        meeting: a file that is not there yet, of all processes: there they find each other, so
-            that no port is needed, which another program could take first.
+        meeting: path of a file by which the processes find each other; it must not exist. A port
+            agreed on before could be taken by another program until it is opened.
     """
     processes = launched_world_size()
     store = dist.FileStore(str(meeting), processes)
