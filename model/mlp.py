@@ -120,7 +120,7 @@ def _forward(
     for rows in _tiles(x_tD.shape[0], tiles):
         # [t, F] of one tile, until the next tile's take their name.
         projections = (linear(x_tD[rows], gate_FD), linear(x_tD[rows], up_FD))
-        torch.mm(gated(*projections, activation=activation), down_DF.T, out=out_tD[rows])
+        write_products(out_tD[rows], (gated(*projections, activation=activation), down_DF.T))
     return out_tD, projections
 
 

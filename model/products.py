@@ -9,6 +9,7 @@ of all.
 from collections.abc import Sequence
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 
@@ -36,33 +37,49 @@ def linear(
 ) -> torch.Tensor:
     """Apply a weight [r, D] and a bias, as F.linear does: [t, D] -> [t, r].
 
-    On a CPU fp32 goes through oneDNN. torch gives it to MKL, which multiplies a single row on one
-    core of an AMD CPU (pytorch/pytorch#96643) and is slower with many rows too; bf16 and fp16 it
-    gives to oneDNN itself. Two cores of an EPYC 9004, ms of 36 products with [2048, 768] and
-    GFLOP/s of 2,048 tokens:
+    On a CPU fp32 goes through oneDNN where there is no gradient to keep: while a model generates
+    or is evaluated, and inside functions that write their own backward. torch gives fp32 to MKL,
+    which multiplies a single row on one core of an AMD CPU (pytorch/pytorch#96643) and is slower
+    with many rows too; bf16 and fp16 it gives to oneDNN itself. Two cores of an EPYC 9004, ms of 36
+    products with [2048, 768] and GFLOP/s of 2,048 tokens:
 
         tokens         1      2      4      8   [704, 256]   [8192, 256]
         MKL        18.41  32.33  25.59  23.08          194           123
         oneDNN     10.66  13.41  14.31  16.21          204           142
     """
-    if not _is_for_onednn(x_tD):
+    if torch.is_grad_enabled() or not _is_for_onednn(x_tD):
         return F.linear(x_tD, weight_rD, bias_r)
-    if torch.is_grad_enabled():
-        return _Linear.apply(x_tD, bias_r, weight_rD)
-    return _onednn_linear(x_tD, weight_rD, bias_r)
+    # torch's compiler calls the same operator; it has no gradient.
+    return torch.ops.mkldnn._linear_pointwise(x_tD, weight_rD, bias_r, "none", [], None)
 
 
+@torch.no_grad()
 def multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Return left [m, k] @ right [k, n], without a gradient; fp32 on a CPU through oneDNN."""
+    """Return left [m, k] @ right [k, n], as a backward needs it: there is no gradient.
+
+    On a CPU fp32 goes through oneDNN, as in `linear`. GFLOP/s of [2048, k] @ [k, 256] on the same
+    cores:
+
+        k           256    704    768   8192
+        MKL         202    202    200    194
+        oneDNN      220    222    221    206
+
+    The gradient of a weight is not for it: [768, 2048] @ [2048, 256], the left one transposed in
+    memory, reaches 198 with MKL and 151 with oneDNN.
+    """
     if not _is_for_onednn(left):
         return left @ right
-    return _onednn_linear(left, right.T)
+    return linear(left, right.T)
 
 
+@torch.no_grad()
 def write_products(out: torch.Tensor, *pairs: tuple[torch.Tensor, torch.Tensor]) -> None:
     """Write the sum of the pairs' products, left [m, k] @ right [k, n], into `out` [m, n].
 
-    There is no gradient.
+    There is no gradient. On a CPU fp32 goes through oneDNN, which takes another [m, n] of memory.
+
+    Args:
+        out: of the factors' dtype, and none of them.
     """
     (left, right), *others = pairs
     if not _is_for_onednn(left):
@@ -70,7 +87,8 @@ def write_products(out: torch.Tensor, *pairs: tuple[torch.Tensor, torch.Tensor])
         for left, right in others:
             out.addmm_(left, right)
         return
-    # oneDNN's operator writes into memory of its own.
+    # `copy_` and `add_` would also take another dtype, and repeat a single row.
+    assert out.dtype == left.dtype and out.shape == (left.shape[0], right.shape[1])
     out.copy_(multiply(left, right))
     for left, right in others:
         out.add_(multiply(left, right))
@@ -80,13 +98,6 @@ def _is_for_onednn(x: torch.Tensor) -> bool:
     return (
         x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
     )
-
-
-def _onednn_linear(
-    x_tD: torch.Tensor, weight_rD: torch.Tensor, bias_r: torch.Tensor | None = None
-) -> torch.Tensor:
-    # torch's compiler calls the same operator; it has no gradient.
-    return torch.ops.mkldnn._linear_pointwise(x_tD, weight_rD, bias_r, "none", [], None)
 
 
 def linears_side_by_side(
@@ -128,33 +139,26 @@ def joined_linear(
     Their results stand side by side. The joined weight is made again for backward: kept, it would
     be a second copy of the weights in every layer, which ZeRO-3 could not free.
     """
-    if torch.is_grad_enabled():
-        return _Linear.apply(x_tD, bias_R, *weights)
     # A model that generates has them joined.
-    placed_RD = _as_one(weights)
-    return linear(x_tD, torch.cat(list(weights)) if placed_RD is None else placed_RD, bias_R)
+    if not torch.is_grad_enabled() and (placed_RD := _as_one(weights)) is not None:
+        return linear(x_tD, placed_RD, bias_R)
+    joined_RD = torch.cat(list(weights))
+    parts = [weight.detach() for weight in weights]
+    # Autograd keeps the joined weight, or a view of it: the hooks know it by its memory.
+    memory = joined_RD.untyped_storage()._cdata
+    strides = joined_RD.stride()
 
+    def pack(kept: torch.Tensor) -> torch.Tensor | bool:
+        if kept.untyped_storage()._cdata != memory:
+            return kept
+        # What stands for the joined weight: is it transposed?
+        return kept.stride() != strides
 
-class _Linear(torch.autograd.Function):
-    """Keeps its input and the weights, none of them joined."""
+    def unpack(packed: torch.Tensor | bool) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        again_RD = torch.cat(parts)
+        return again_RD.T if packed else again_RD
 
-    @staticmethod
-    def forward(ctx, x_tD, bias_R, *weights):
-        ctx.has_bias = bias_R is not None
-        ctx.save_for_backward(x_tD, *weights)
-        return linear(x_tD, _join(weights), bias_R)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        (grad_tR,) = grads
-        x_tD, *weights = ctx.saved_tensors
-        grad_x_tD = multiply(grad_tR, _join(weights))
-        grad_bias_R = grad_tR.sum(0) if ctx.has_bias else None
-        # Not through oneDNN, which is slower with a transposed left factor.
-        rows = [weight.shape[0] for weight in weights]
-        return grad_x_tD, grad_bias_R, *(grad_tR.T @ x_tD).split(rows)
-
-
-def _join(weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Put weights [r, D] below each other: [R, D]; one alone is not copied."""
-    return weights[0] if len(weights) == 1 else torch.cat(list(weights))
+    with saved_tensors_hooks(pack, unpack):
+        return F.linear(x_tD, joined_RD, bias_R)

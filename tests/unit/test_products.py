@@ -1,5 +1,6 @@
-"""Products: which library computes them, and that it does so with any input that a layer gives."""
+"""Products: which library computes them, and that it takes whatever a layer gives it."""
 
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -17,16 +18,22 @@ from model.products import (
 )
 from parallel.layout import Axis
 
+PRODUCTS = ("_linear_pointwise", "mm", "addmm_")
+
 
 class Operators(TorchDispatchMode):
-    """Notes the operators that run."""
+    """Notes the operators that run, and counts the products among them."""
 
     def __init__(self):
         super().__init__()
         self.names: set[str] = set()
+        self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func.overloadpacket.__name__)
+        name = func.overloadpacket.__name__
+        self.names.add(name)
+        if name in PRODUCTS:
+            self.counts[name] += 1
         return func(*args, **kwargs or {})
 
 
@@ -41,7 +48,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
 def operators_of(run: Callable[[], object]) -> set[str]:
     with Operators() as operators:
         run()
-    return operators.names & {"_linear_pointwise", "mm"}
+    return operators.names & set(PRODUCTS)
 
 
 onednn_only = pytest.mark.skipif(
@@ -50,53 +57,46 @@ onednn_only = pytest.mark.skipif(
 
 
 @onednn_only
-def test_onednn_multiplies_fp32_on_a_cpu():
+def test_onednn_multiplies_fp32_where_there_is_no_gradient_to_keep():
     weight = torch.nn.Parameter(randn(6, 4, seed=0))
     x = randn(3, 4, seed=1)
-    assert operators_of(lambda: linear(x, weight)) == {"_linear_pointwise"}
+    assert operators_of(lambda: linear(x, weight)) == {"mm"}
     with torch.no_grad():
         assert operators_of(lambda: linear(x, weight)) == {"_linear_pointwise"}
-    assert operators_of(lambda: linear(x.double(), weight.double())) == {"mm"}
-    assert operators_of(lambda: linear(x.to("meta"), weight.to("meta"))) == {"mm"}
+        assert operators_of(lambda: linear(x.double(), weight.double())) == {"mm"}
+        assert operators_of(lambda: linear(x.to("meta"), weight.to("meta"))) == {"mm"}
 
 
 @onednn_only
-def test_a_layer_computed_again_for_backward_rounds_as_before():
-    """The first pass keeps no graph, the second one does."""
-    x = randn(65, 40, seed=2)
-    weights = [randn(rows, 40, seed=rows) for rows in (16, 8, 8)]
-    with torch.no_grad():
-        first = joined_linear(x, weights, None)
-        one = linear(x, weights[0])
-    for weight in weights:
-        weight.requires_grad_()
-    assert torch.equal(joined_linear(x, weights, None), first)
-    assert torch.equal(linear(x, weights[0]), one)
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_the_mlp_takes_it_for_all_but_the_gradients_of_weights(tiles):
+    x = randn(4, 8, seed=1).requires_grad_()
+    weights = [randn(*shape, seed=2).requires_grad_() for shape in ((6, 8), (6, 8), (8, 6))]
+    counted = Operators()
+    with counted:
+        out = gated_mlp(x, *weights, tiles)
+    # Gate, up and down.
+    assert counted.counts == {"_linear_pointwise": 3 * tiles}
+    counted = Operators()
+    with counted:
+        torch.autograd.grad(out, [x, *weights], torch.ones_like(out))
+    # Of each tile the gradients of the gated and, twice, of x; several compute gate and up again.
+    again = 2 if tiles > 1 else 0
+    assert counted.counts["_linear_pointwise"] == (3 + again) * tiles
+    assert counted.counts["mm"] + counted.counts["addmm_"] == 3 * tiles
 
 
-def one_by_one(x, weights, bias):
-    parts = bias.split([len(weight) for weight in weights]) if bias is not None else [None] * 2
-    return torch.cat([linear(x, *each) for each in zip(weights, parts, strict=True)], dim=1)
-
-
-@pytest.mark.parametrize("product", [joined_linear, one_by_one])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_gradients_of_products_are_right(product, with_bias):
-    x = randn(65, 40, seed=2).requires_grad_()
-    weights = [randn(rows, 40, seed=rows).requires_grad_() for rows in (16, 8)]
-    bias = randn(24, seed=5).requires_grad_() if with_bias else None
-    inputs = [each for each in (x, *weights, bias) if each is not None]
-    found = product(x, weights, bias)
-    # By autograd, in fp64.
-    wide_x, *wide_weights = wide = [each.detach().double().requires_grad_() for each in inputs]
-    expected = wide_x @ torch.cat(wide_weights[:2]).T
-    if with_bias:
-        expected = expected + wide[-1]
-    assert_close(found, expected)
-    grad = randn(65, 24, seed=6)
-    wanted = torch.autograd.grad(expected, wide, grad.double())
-    for one, other in zip(torch.autograd.grad(found, inputs, grad), wanted, strict=True):
-        torch.testing.assert_close(one, other.float(), rtol=1e-4, atol=1e-4)
+@onednn_only
+def test_the_loss_takes_it_for_the_logits_and_the_gradient_of_its_input():
+    x = randn(4, 8, seed=1).requires_grad_()
+    weight = randn(6, 8, seed=2).requires_grad_()
+    settings = LossSettings(Axis("tp", 0, 1, (0,), None), vocab_size=6, chunk_tokens=2)
+    labels = torch.zeros(4, dtype=torch.long)
+    counted = Operators()
+    with counted:
+        fused_loss(x, weight, labels, 1.0, settings)
+    # Two chunks.
+    assert counted.counts == {"_linear_pointwise": 4, "addmm_": 2}
 
 
 @torch.no_grad()
@@ -114,17 +114,12 @@ def test_products_are_written_where_they_are_asked_for(dtype):
     )
 
 
-@onednn_only
-def test_functions_with_a_backward_of_their_own_take_it_too():
-    x = randn(4, 8, seed=1)
-    gate = randn(6, 8, seed=2).requires_grad_()
-    down = randn(8, 6, seed=3).requires_grad_()
-    for tiles in (1, 2):
-        found = operators_of(lambda tiles=tiles: gated_mlp(x, gate, gate, down, tiles))
-        assert "_linear_pointwise" in found
-    settings = LossSettings(Axis("tp", 0, 1, (0,), None), vocab_size=6, chunk_tokens=4)
-    labels = torch.zeros(4, dtype=torch.long)
-    assert "_linear_pointwise" in operators_of(lambda: fused_loss(x, gate, labels, 1.0, settings))
+def test_a_product_is_never_repeated_to_fill_its_place():
+    row = randn(1, 3, seed=1)
+    with pytest.raises((AssertionError, RuntimeError)):
+        write_products(torch.zeros(4, 5), (row, randn(3, 5, seed=2)))
+    with pytest.raises((AssertionError, RuntimeError)):
+        write_products(torch.zeros(1, 5, dtype=torch.float64), (row, randn(3, 5, seed=2)))
 
 
 @torch.no_grad()
