@@ -11,6 +11,7 @@ import sys
 
 from launch import network
 from launch import story as stories
+from launch.console import outlive_console
 from launch.outcome import give_up, say, say_that_it_hears
 from launch.records import open_records
 from launch.settings import Settings, parse
@@ -72,6 +73,7 @@ def _set_interface(chosen: network.Interface | None, nnodes: int) -> None:
 
 
 if __name__ == "__main__":
+    outlive_console()
     code = main()
     sys.stderr.flush()
     # The next launch need not wait until Python has taken torch down.

@@ -204,6 +204,8 @@ end_leftovers() {
 
 set_traps() {
   local name
+  # Bash would die of a line that nobody reads any more.
+  trap '' PIPE
   for name in TERM INT HUP USR1; do
     # shellcheck disable=SC2064  # the name is meant now
     trap "on_signal $name" "$name"

@@ -19,6 +19,7 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
+from launch.console import outlive_console
 from launch.tether import end_with_parent
 
 STEP_NOTE = re.compile(r"^after step ([\d,]+)$")
@@ -29,6 +30,7 @@ def main() -> None:
     """Become the module that the command line names."""
     launcher, module, *arguments = sys.argv[1:]
     end_with_parent(int(launcher))
+    outlive_console()
     keep_errors(Path(os.environ["ITHACA_ERRORS"]), int(os.environ["RANK"]))
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -83,6 +83,7 @@ class Reporter:
         self.is_writer = is_writer
         is_terminal = is_writer and sys.stdout.isatty()
         self.console = Console(config.logging.log_interval, is_terminal=is_terminal)
+        self.has_lost_console = False
         self.has_lengths = bool(config.logging.eval_seq_lengths)
         self.metrics: JsonLines | None = None
         self.validation: JsonLines | None = None
@@ -144,6 +145,16 @@ class Reporter:
         }
         self._log(values | by_source, record.step)
         self.console.step(record, outlook)
+        self._note_lost_console(record)
+
+    def _note_lost_console(self, record: StepRecord) -> None:
+        """Write once that nobody sees the lines any more."""
+        # The launcher gives its processes streams that know it: launch/console.py.
+        reason = getattr(sys.stdout, "lost", "")
+        if reason and not self.has_lost_console:
+            self.has_lost_console = True
+            text = f"standard output takes no more lines ({reason}); the run goes on without them"
+            self.event("console lost", record.step, record.tokens, text)
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """Write one result of evaluation/evaluate.py: a line of validation.jsonl.
@@ -169,8 +180,8 @@ class Reporter:
         Args:
             kind: start, restart, recovered, phase, save, unsaved, deleted, damaged, retention,
                 export, export failed, export left, skipped, spike, rewind, flip, replay, no target,
-                slow rank, rank well again, refused, stopped, again or done; damaged at a start is
-                written by `append_event`.
+                slow rank, rank well again, console lost, refused, stopped, again or done; damaged
+                at a start is written by `append_event`.
         """
         if self.events:
             self.events.append(_event(kind, step, clock, text))

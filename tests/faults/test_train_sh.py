@@ -298,6 +298,17 @@ def test_an_error_after_a_new_checkpoint_is_another_one(fake):
     assert len(fake.starts()) == 4
 
 
+def test_lines_that_nobody_reads_end_nothing(fake):
+    """As in `train ... 2>&1 | head`: a shell that writes there dies of SIGPIPE by default."""
+    fake.plan("again", "nothing", "done")
+    process = fake.start()
+    process.stderr.close()
+    assert process.wait(timeout=30) == 0
+    assert len(fake.starts()) == 3
+    process.stdout.close()
+    fake.assert_clean()
+
+
 def test_a_signal_after_a_failure_asks_to_be_called_again(fake):
     """Nothing trains then, and the last checkpoint counts."""
     fake.plan("slow failure")

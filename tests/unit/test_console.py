@@ -1,12 +1,15 @@
 """pretrain/logs/console.py and the plan's table: what a person reads of a run."""
 
 import dataclasses
+import json
+import sys
 
 import pytest
 
 from pretrain.config.config import Config
 from pretrain.config.flat import from_flat
 from pretrain.logs.console import Console, Outlook
+from pretrain.logs.metrics import Reporter
 from pretrain.logs.step_record import StepRecord
 from pretrain.schedule.phase_table import describe_place
 from pretrain.schedule.resolve import resolve_phases
@@ -140,3 +143,17 @@ def test_the_largest_logit_and_the_heads_that_were_clipped_are_shown_where_they_
     assert "logit" not in first and "QK-clip" not in first
     assert "| logit 61.0 |" in second and "QK-clip" not in second
     assert "| logit 123.5 | QK-clip 8 heads |" in third
+
+
+def test_a_console_that_is_gone_is_an_event_once(tmp_path, monkeypatch):
+    reporter = Reporter(
+        from_flat({"save": str(tmp_path)}, "test", Config()), 0, None, is_writer=True
+    )
+    reporter.step(step(1), OUTLOOK)
+    monkeypatch.setattr(sys.stdout, "lost", "Broken pipe", raising=False)
+    reporter.step(step(2), OUTLOOK)
+    reporter.step(step(3), OUTLOOK)
+    reporter.close()
+    (event,) = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
+    assert (event["event"], event["step"], event["tokens"]) == ("console lost", 2, 2000)
+    assert "Broken pipe" in event["text"]

@@ -1,0 +1,48 @@
+"""Let a process outlive its console: what nobody can read any more is dropped.
+
+A terminal goes away with its connection, `| head` has read enough, the disk of a log file is full:
+none of these is a reason to lose what was trained.
+"""
+
+import io
+import sys
+from typing import Any, TextIO
+
+
+class _DroppingFile(io.FileIO):
+    """A console's bytes, of which those are dropped that it does not take."""
+
+    lost = ""
+    """Why a write failed; nothing while all were taken."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.lost = error.strerror or type(error).__name__
+            return len(data)
+
+
+class ConsoleStream(io.TextIOWrapper):
+    """A standard stream whose writes never fail."""
+
+    def __init__(self, stream: TextIO):
+        stream.flush()
+        self._file = _DroppingFile(stream.fileno(), "wb", closefd=False)
+        super().__init__(
+            io.BufferedWriter(self._file),
+            encoding=stream.encoding,
+            errors=stream.errors,
+            line_buffering=True,
+        )
+
+    @property
+    def lost(self) -> str:
+        """Why the console took something no more; nothing while it took everything."""
+        return self._file.lost
+
+
+def outlive_console() -> None:
+    """Replace this process's standard output and error by streams that drop what nobody reads."""
+    sys.stdout = ConsoleStream(sys.stdout)
+    sys.stderr = ConsoleStream(sys.stderr)
