@@ -287,7 +287,7 @@ act_on_outcome() {  # the outcome and the launcher's exit code
       say "stopped before the first step; the same command goes on"
       exit 75 ;;
     stopped)
-      say "stopped; the same command goes on from the last checkpoint"
+      say "stopped; $goes_on"
       exit 75 ;;
     again)
       failures=0
@@ -303,14 +303,14 @@ act_on_outcome() {  # the outcome and the launcher's exit code
     *) say "error: unknown outcome '$outcome'" ;;
   esac
   if [[ -n $signal && $code -ge 128 ]]; then
-    say "ended by SIG$signal without an orderly stop; the last checkpoint counts"
+    say "ended by SIG$signal without an orderly stop${save:+; the last checkpoint counts}"
     exit $((128 + $(kill -l "$signal")))
   fi
   has_failed=yes
   if [[ -z $signal ]]; then
     plan_restart "$code"
   elif [[ $NNODES -eq 1 ]]; then
-    say "stopped after a failure; the same command goes on from the last checkpoint"
+    say "stopped after a failure; $goes_on"
     exit 75
   fi  # else the next launch tells the other nodes, which may wait for this one
 }
@@ -358,6 +358,8 @@ has_failed=""  # whether the last launch did
 save=""
 set_traps
 save=$("$PYTHON" "$root/launch/save_folder.py" "$@")
+goes_on="the same command goes on from the last checkpoint"
+[[ -n $save ]] || goes_on="nothing is saved without --save: the same command begins again"
 
 failures=0     # since the last new checkpoint
 last_error=""  # of the failure before

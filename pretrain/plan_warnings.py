@@ -4,6 +4,7 @@ import os
 
 from pretrain.checkpointing.resume_contract import needless_acceptance
 from pretrain.checkpointing.setting_changes import is_same
+from pretrain.config.checkpoint_config import CheckpointConfig
 from pretrain.config.config_yaml import read_config_yaml
 from pretrain.config.effects import effect_warnings, is_asked_for
 from pretrain.data_outlook import forecast_warnings, target_warnings
@@ -21,6 +22,7 @@ def warnings_about(plan: Plan) -> list[str]:
     config = plan.config
     return [
         *plan.start.notes,
+        *_warnings_without_save(config.checkpoint),
         *effect_warnings(config),
         *rope_warnings(plan.phases),
         *length_warnings(plan.phases),
@@ -36,6 +38,13 @@ def warnings_about(plan: Plan) -> list[str]:
         *_warnings_without_validation(plan),
         *wandb_warnings(config),
     ]
+
+
+def _warnings_without_save(settings: CheckpointConfig) -> list[str]:
+    """Warn of a run of which nothing stays."""
+    if settings.save:
+        return []
+    return ["there is no --save: nothing is saved, and whatever ends the run loses its state"]
 
 
 def _warnings_on_cpu(plan: Plan) -> list[str]:

@@ -199,6 +199,15 @@ def test_stopped_asks_to_be_called_again(fake, outcome):
     assert len(fake.starts()) == 1
 
 
+def test_a_stop_says_whether_the_same_command_goes_on(fake):
+    fake.plan("stopped")
+    saved = fake.run("--config", "run.yaml", "--save", "save")[2]
+    assert "stopped; the same command goes on from the last checkpoint" in saved
+    unsaved = fake.run("--config", "run.yaml")[2]
+    assert "stopped; nothing is saved without --save: the same command begins again" in unsaved
+    assert "goes on" not in unsaved
+
+
 def test_refused_is_not_tried_again(fake):
     fake.plan("refused")
     assert fake.run()[0] == 2
@@ -312,7 +321,7 @@ def test_lines_that_nobody_reads_end_nothing(fake):
 def test_a_signal_after_a_failure_asks_to_be_called_again(fake):
     """Nothing trains then, and the last checkpoint counts."""
     fake.plan("slow failure")
-    process = fake.start()
+    process = fake.start("--save", "save")
     fake.wait_until_ready()
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=20)

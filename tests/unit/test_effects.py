@@ -356,3 +356,11 @@ def test_dealing_of_a_phase_without_a_rank_to_deal_to_is_named():
         "balance = deal: has no effect with one data rank and no pipeline"
     ]
     assert warnings_of_balance("", 2, ("deal", "window")) == []
+
+
+def test_a_run_of_which_nothing_stays_is_warned_of(tmp_path):
+    text = "there is no --save: nothing is saved, and whatever ends the run loses its state"
+    plan = make_plan(load_config(MOCK), 1, only_print=True)
+    assert warnings_about(plan).count(text) == 1
+    plan = make_plan(load_config([*MOCK, "--save", str(tmp_path / "save")]), 1, only_print=True)
+    assert text not in warnings_about(plan)
