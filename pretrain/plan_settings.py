@@ -187,4 +187,5 @@ def with_data_args(config: Config) -> Config:
             "of --data-path."
         ) from None
     data = dataclasses.replace(config.data, data_path=words, data_args_path=None)
-    return dataclasses.replace(config, data=data)
+    given = config.given.renamed("data_args_path", "data_path")
+    return dataclasses.replace(config, data=data, given=given)

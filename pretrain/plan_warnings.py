@@ -4,9 +4,10 @@ import os
 
 from pretrain.checkpointing.resume_contract import needless_acceptance
 from pretrain.checkpointing.setting_changes import is_same
+from pretrain.config.asked import is_asked_for
 from pretrain.config.checkpoint_config import CheckpointConfig
 from pretrain.config.config_yaml import read_config_yaml
-from pretrain.config.effects import effect_warnings, is_asked_for
+from pretrain.config.effects import effect_warnings
 from pretrain.data_outlook import forecast_warnings, target_warnings
 from pretrain.evaluation.lengths import length_warnings as evaluation_warnings
 from pretrain.logs.wandb_sink import wandb_warnings

@@ -4,7 +4,7 @@ Precedence: preset < YAML file < flags. The sections belong to the folders that 
 """
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, get_type_hints
 
 import tyro
@@ -32,6 +32,14 @@ class GivenSettings:
     """Names of settings; not what a preset or a checkpoint gave."""
     megatron: dict[str, Given] = field(default_factory=dict)
     """Flags of Megatron-LM that are no settings here but are accepted (megatron_flags.yaml)."""
+    flags: frozenset[str] = frozenset()
+    """Those of the settings that were given as flags."""
+
+    def renamed(self, name: str, to: str) -> "GivenSettings":
+        """Return the record where the value of one setting has become that of another one."""
+        settings = frozenset(to if each == name else each for each in self.settings)
+        flags = frozenset(to if each == name else each for each in self.flags)
+        return replace(self, settings=settings, flags=flags)
 
 
 @dataclass(kw_only=True)

@@ -5,11 +5,11 @@ says. A setting that is switched off asks for nothing.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
+from pretrain.config.asked import is_asked_for, text_of, value_text
 from pretrain.config.config import Config
-from pretrain.config.phase_config import PhaseConfig
+from pretrain.config.replaced_by_phases import replaced_by_phases
 
 
 @dataclass(frozen=True)
@@ -234,24 +234,12 @@ NEEDS_SIZE = {
 }
 """Setting -> the size that must be above 1 in some phase, or in the phase that gives it."""
 
-NOT_REPLACED = (
-    "name",
-    "train_tokens",
-    "lr_warmup_tokens",
-    "data_path",
-    *NEEDS_SIZE,
-    "rampup_batch_size",
-    "step_batch_size_schedule",
-    "global_batch_tokens",
-)
-"""Fields of a phase beside which the run's setting still acts, or has another rule."""
-
 
 def effect_warnings(config: Config) -> list[str]:
     """Return a line for each setting that was given and does nothing, or less than it seems to."""
     # By the tables, then by phases, then Megatron-LM's own.
     found = [text for name in CONDITIONS for text in _unmet(config, name)]
-    found += [*_size_warnings(config), *_phase_warnings(config), *_replaced_by_phases(config)]
+    found += [*_size_warnings(config), *_phase_warnings(config), *replaced_by_phases(config)]
     found += [text for given in config.given.megatron.values() for text in [given.warning] if text]
     found += _window_warnings(config)
     # Settings that act, but not as a user may think.
@@ -277,45 +265,13 @@ def _unmet(config: Config, name: str) -> list[str]:
     # One reason is enough.
     unmet = [condition for condition in CONDITIONS[name] if not condition.is_met(config)]
     return [
-        f"{name} = {_text(value_of(config, name))}: has no effect{condition.otherwise}"
-        for condition in unmet[:1]
+        f"{value_text(config, name)}: has no effect{condition.otherwise}" for condition in unmet[:1]
     ]
 
 
 def can_act(config: Config, name: str) -> bool:
     """Return whether all that a setting needs holds; True where the table says nothing of it."""
     return all(condition.is_met(config) for condition in CONDITIONS.get(name, ()))
-
-
-def is_asked_for(config: Config, name: str) -> bool:
-    """Return whether somebody gave the setting, with a value that asks for something."""
-    value = value_of(config, name)
-    if not value:  # switched off
-        return False
-    if config.given.settings:
-        return name in config.given.settings
-    return value != default_of(config, name)  # a configuration that was made in code
-
-
-def value_of(config: Config, name: str) -> Any:
-    """Return the setting's value, whichever section has it."""
-    return getattr(_section_of(config, name), name)
-
-
-def default_of(config: Config, name: str) -> Any:
-    """Return the setting's default."""
-    return getattr(type(_section_of(config, name))(), name)
-
-
-def _section_of(config: Config, name: str) -> Any:
-    return next(section for section in vars(config).values() if name in vars(section))
-
-
-def _text(value: Any) -> str:
-    """Return a value as a user writes it."""
-    if isinstance(value, list):
-        return " ".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _offloaded_layers(config: Config) -> list[int]:
@@ -347,10 +303,10 @@ def _size_warnings(config: Config) -> Iterator[str]:
         ]
         # The run's own needs one phase where it acts, a phase's needs that phase.
         if is_asked_for(config, name) and max(sizes) == 1:
-            yield f"{name} = {_text(getattr(config.layout, name))}: {without}"
+            yield f"{name} = {text_of(getattr(config.layout, name))}: {without}"
         for phase, its_size in zip(phases, sizes, strict=True):
             if getattr(phase, name, None) is not None and its_size == 1:
-                yield f"phase {phase.name!r}: {name} = {_text(getattr(phase, name))}: {without}"
+                yield f"phase {phase.name!r}: {name} = {text_of(getattr(phase, name))}: {without}"
 
 
 def _phase_warnings(config: Config) -> Iterator[str]:
@@ -370,15 +326,3 @@ def _window_warnings(config: Config) -> Iterator[str]:
             yield given + "without --packing best_fit"
         elif data.balance == "window" and not data.document_masking:
             yield given + "since samples cost the same without document masking"
-
-
-def _replaced_by_phases(config: Config) -> Iterator[str]:
-    """Yield settings of the run that no phase takes, since each gives its own."""
-    phases = config.schedule.phases
-    if not phases:
-        return
-    for name in (field.name for field in fields(PhaseConfig) if field.name not in NOT_REPLACED):
-        # A phase that leaves it out takes the run's.
-        if all(getattr(phase, name) is not None for phase in phases) and is_asked_for(config, name):
-            given = f"{name} = {_text(value_of(config, name))}"
-            yield f"{given}: has no effect, since every phase gives its own"

@@ -29,8 +29,9 @@ HEAD = """# Flags
 Written by `python -m pretrain.config.flags_page` from the settings' own declarations; edit those.
 
 A setting, a key of the YAML file and a flag are one name: `seq_length: 8Ki` in the file is
-`--seq-length 8Ki`. Hyphens and underscores mean the same in flags; flags win over the file, the
-file over a preset (`--model`). A switch is turned off by `--no-...`. Counts of tokens take K, M, B,
+`--seq-length 8Ki`. Hyphens and underscores mean the same in flags; flags win over the run's keys
+of the file, these over a preset (`--model`), and a phase's own keys over all (a flag that a phase
+does not take is warned of). A switch is turned off by `--no-...`. Counts of tokens take K, M, B,
 T (powers of ten), Ki and Mi. **phase** marks what an entry of `phases:` may say for itself. A
 setting that is given and cannot act is warned of.
 """

@@ -47,7 +47,10 @@ def load_config(argv: list[str]) -> Config:
         # What a preset says was not given by the user.
         with_preset = dataclasses.replace(with_preset, given=base.given)
         with_file = from_flat(values, path, with_preset) if path is not None else with_preset
-        return from_flat(flags, "command line", with_file)
+        with_flags = from_flat(flags, "command line", with_file)
+        names = with_flags.given.settings & flags.keys()
+        given = dataclasses.replace(with_flags.given, flags=names)
+        return dataclasses.replace(with_flags, given=given)
 
     return with_translated_flags(_with_checkpoint(given_over(Config()), given_over))
 

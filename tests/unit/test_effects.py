@@ -7,11 +7,13 @@ import pytest
 
 from pretrain.checkpointing.start import Start
 from pretrain.config.config_yaml import dump_yaml, read_config_yaml
-from pretrain.config.effects import CONDITIONS, NEEDS_SIZE, NOT_REPLACED, effect_warnings
+from pretrain.config.effects import CONDITIONS, NEEDS_SIZE, effect_warnings
 from pretrain.config.flat import field_table
 from pretrain.config.load import load_config
 from pretrain.config.phase_config import PhaseConfig
+from pretrain.config.replaced_by_phases import OTHER_RULES, REPLACED_AS, STILL_ACTS
 from pretrain.plan import make_plan
+from pretrain.plan_settings import with_data_args
 from pretrain.plan_warnings import warnings_about
 
 RUN = (
@@ -234,13 +236,16 @@ def test_every_condition_has_a_case():
     }
     assert tested | by_themselves == CONDITIONS.keys() | NEEDS_SIZE.keys()
     assert CONDITIONS.keys() | NEEDS_SIZE.keys() <= field_table().keys(), "settings that are gone"
-    assert set(NOT_REPLACED) <= PhaseConfig.__dataclass_fields__.keys(), "fields that are gone"
+    fields_of_phases = PhaseConfig.__dataclass_fields__.keys()
+    assert set(OTHER_RULES) <= fields_of_phases, "fields that are gone"
+    assert {key for keys in REPLACED_AS.values() for key in keys} <= fields_of_phases
+    assert REPLACED_AS.keys() | set(STILL_ACTS) <= field_table().keys(), "settings that are gone"
 
 
-def write(tmp_path, text: str):
+def write(tmp_path, text: str, *flags: str):
     path = tmp_path / "run.yaml"
     path.write_text("model: llama3-8b\nmock_data: true\nvocab_size: 100\n" + text)
-    return load_config(["--config", str(path)])
+    return load_config(["--config", str(path), *flags])
 
 
 def test_settings_of_the_run_that_every_phase_replaces_are_named(tmp_path):
@@ -266,6 +271,66 @@ def test_settings_of_the_run_that_every_phase_replaces_are_named(tmp_path):
         write(tmp_path, "rotary_base: 5e5\n" + phases.replace(", rotary_base: 1e7", ""))
     )
     assert found == []
+
+
+KEPT = "since a flag wins over the run's keys of the YAML file, not over a phase's"
+
+
+@pytest.mark.parametrize(
+    "flags, keys, keeping",
+    [
+        ("--data-path other", "data_path: [own]", "data_path = other"),
+        ("--packing best_fit", "packing: concat", "packing = best_fit"),
+        ("--no-document-masking", "document_masking: true", "document_masking = False"),
+        ("--seq-length 64", "seq_length: 128", "seq_length = 64"),
+        ("--global-batch-size 2", "global_batch_tokens: 512", "global_batch_size = 2"),
+        ("--rampup-batch-size 1 1 8", "global_batch_tokens: 512", "rampup_batch_size = 1 1 8"),
+        ("--rope-type default", "use_rope_scaling: true", "rope_type = default"),
+        (
+            "--no-recompute-activations",
+            "recompute_granularity: full",
+            "recompute_activations = False",
+        ),
+        (
+            "--tensor-model-parallel-size 2 --no-sequence-parallel",
+            "sequence_parallel: true",
+            "sequence_parallel = False",
+        ),
+    ],
+)
+def test_a_flag_that_some_phases_do_not_take_names_them(tmp_path, flags, keys, keeping):
+    phases = f"phases:\n  - {{name: a}}\n  - {{name: b, {keys}}}\n  - {{name: c, {keys}}}\n"
+    found = effect_warnings(write(tmp_path, phases, *flags.split()))
+    assert found == [f"{keeping}: phases 'b', 'c' each keep its own, {KEPT}"]
+    one = phases.replace(f"name: c, {keys}", "name: c")
+    found = effect_warnings(write(tmp_path, one, *flags.split()))
+    assert found == [f"{keeping}: phase 'b' keeps its own, {KEPT}"]
+    # The YAML file's own key of the run is what phases differ from.
+    name, value = keeping.split(" = ")
+    if " " not in value and "sequence" not in name:
+        text = f"{name}: [{value}]\n" if name == "data_path" else f"{name}: {value}\n"
+        assert effect_warnings(write(tmp_path, text + phases)) == []
+
+
+def test_a_flag_that_phases_agree_with_needs_no_warning(tmp_path):
+    phases = "phases:\n  - {name: a}\n  - {name: b, packing: best_fit, data_path: [x]}\n"
+    flags = "--packing best_fit --data-path x --train-tokens 5 --lr-warmup-tokens 1".split()
+    assert effect_warnings(write(tmp_path, phases, *flags)) == []
+
+
+def test_a_flag_that_every_phase_replaces_is_named_also_where_it_still_acts(tmp_path):
+    phases = "phases:\n  - {name: a, data_path: [x]}\n  - {name: b, data_path: [y]}\n"
+    found = effect_warnings(write(tmp_path, phases, "--data-path", "z"))
+    assert found == [f"data_path = z: phases 'a', 'b' each keep its own, {KEPT}"]
+    words = tmp_path / "words.txt"
+    words.write_text("z")
+    config = with_data_args(write(tmp_path, phases, "--data-args-path", str(words)))
+    assert effect_warnings(config) == found
+    off = phases.replace("data_path: [x]", "document_masking: true")
+    off = off.replace("data_path: [y]", "document_masking: true")
+    assert effect_warnings(write(tmp_path, off, "--no-document-masking")) == [
+        "document_masking = False: has no effect, since every phase gives its own"
+    ]
 
 
 def test_a_phases_lowest_rate_without_a_decay_is_named(tmp_path):
