@@ -22,6 +22,7 @@ from pretrain.checkpointing.resume_contract import (
 )
 from pretrain.checkpointing.save_folder import DiskReport, check_disk, require_writable
 from pretrain.checkpointing.setting_changes import Change
+from pretrain.checkpointing.spent_tokens import spent_tokens_problems
 from pretrain.checkpointing.start import Start, find_start
 from pretrain.config.config import Config
 from pretrain.config.config_yaml import read_config_yaml
@@ -135,6 +136,7 @@ def make_plan(
     settings = check_settings(config, world_size, machine, with_tokenizer=with_data)
     config = settings.config
     origin = _find_origin(config)
+    refuse_all(spent_tokens_problems(origin.start, origin.resumed, settings.phases[-1].end))
     placed = _place_phases(settings, origin, world_size, machine)
     data = _open_data(settings, placed.phases, origin, with_data=with_data)
     # The only thing that is made on disk, when all else is well. Where a plan is only printed, the

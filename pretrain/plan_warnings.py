@@ -4,6 +4,7 @@ import os
 
 from pretrain.checkpointing.resume_contract import needless_acceptance
 from pretrain.checkpointing.setting_changes import is_same
+from pretrain.checkpointing.spent_tokens import spent_tokens_warnings
 from pretrain.config.asked import is_asked_for
 from pretrain.config.checkpoint_config import CheckpointConfig
 from pretrain.config.config_yaml import read_config_yaml
@@ -32,6 +33,7 @@ def warnings_about(plan: Plan) -> list[str]:
         *_warnings_on_cpu(plan),
         *_warnings_of_restart(plan),
         *_warnings_of_start(plan),
+        *spent_tokens_warnings(plan.start, plan.resumed, plan.phases[-1].end),
         *_warnings_of_data(plan),
         *_warnings_of_dealing(plan),
         *evaluation_warnings(config.logging, plan.phases),
