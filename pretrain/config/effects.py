@@ -250,6 +250,11 @@ def effect_warnings(config: Config) -> list[str]:
         )
     if config.checkpoint.no_save_optim and config.checkpoint.save:
         found.append("no_save_optim = True: a run that stops cannot go on with its optimizer state")
+    if is_asked_for(config, "use_mup") and not _has_mup_base(config):
+        found.append(
+            "use_mup = True: nothing is scaled by width, since without --mup-base-hidden-size the "
+            "base is as wide as the model itself"
+        )
     if not config.optimizer.calculate_per_token_loss:
         found.append(
             "calculate_per_token_loss = False: the loss is always the sum over targets / the "
@@ -272,6 +277,19 @@ def _unmet(config: Config, name: str) -> list[str]:
 def can_act(config: Config, name: str) -> bool:
     """Return whether all that a setting needs holds; True where the table says nothing of it."""
     return all(condition.is_met(config) for condition in CONDITIONS.get(name, ()))
+
+
+def _has_mup_base(config: Config) -> bool:
+    """Return whether any size of muP's base model is given."""
+    model = config.model
+    return any(
+        (
+            model.mup_base_hidden_size,
+            model.mup_base_ffn_hidden_size,
+            model.mup_base_num_attention_heads,
+            model.mup_base_head_dim,
+        )
+    )
 
 
 def _offloaded_layers(config: Config) -> list[int]:

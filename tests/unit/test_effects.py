@@ -138,12 +138,15 @@ CASES = {
     "--mup-base-ffn-hidden-size 176": ("without --use-mup", "--use-mup"),
     "--mup-base-num-attention-heads 2": ("without --use-mup", "--use-mup"),
     "--mup-base-head-dim 32": ("without --use-mup", "--use-mup"),
-    "--mup-attn-scale-power 0.5": ("without --use-mup", "--use-mup"),
+    "--mup-attn-scale-power 0.5": (
+        "without --use-mup",
+        "--use-mup --mup-base-hidden-size 64",
+    ),
     "--mup-base-head-dim 32 --use-mup --softmax-scale 1": (
         ", since --softmax-scale says it",
         "--mup-base-num-attention-heads 2",  # a head's size tells the width of the base's output
     ),
-    "--mup-attn-scale-power 0.5 --use-mup --softmax-scale 1": (
+    "--mup-attn-scale-power 0.5 --use-mup --mup-base-hidden-size 64 --softmax-scale 1": (
         ", since --softmax-scale says it",
         None,
     ),
@@ -363,6 +366,18 @@ def test_the_loss_and_a_checkpoint_without_optimizer_are_warned_of():
         load_config([*RUN, "--save", "x", "--no-save-optim", "--no-calculate-per-token-loss"])
     )
     assert [text.split(" = ")[0] for text in found] == ["no_save_optim", "calculate_per_token_loss"]
+
+
+def test_mup_without_a_base_is_named():
+    text = (
+        "use_mup = True: nothing is scaled by width, since without --mup-base-hidden-size the base "
+        "is as wide as the model itself"
+    )
+    assert effect_warnings(load_config([*RUN, "--use-mup"])) == [text]
+    assert effect_warnings(load_config([*RUN, "--no-use-mup"])) == []
+    for base in ("hidden-size 64", "ffn-hidden-size 176", "num-attention-heads 2", "head-dim 32"):
+        flags = f"--use-mup --mup-base-{base}".split()
+        assert effect_warnings(load_config([*RUN, *flags])) == [], flags
 
 
 def test_a_fresh_start_has_no_optimizer_state_to_leave():
