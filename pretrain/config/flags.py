@@ -1,5 +1,6 @@
 """The command line as a flat dict of texts; what they mean is decided as for a YAML file."""
 
+import shlex
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +38,7 @@ def read_flags(argv: list[str]) -> dict[str, Any]:
     """Return flags as a flat dict of texts, `config` among them; the last of a repeated flag wins.
 
     Raises:
-        ValueError: unknown flags, stray words and missing values, all at once, with the nearest
+        ValueError: unknown flags, stray words, and missing values, all at once, with the nearest
         flag.
     """
     types_by_key = {name: annotation for name, (_, annotation) in field_table().items()}
@@ -97,5 +98,12 @@ def _take_unknown(
     elif positive in known:  # --no- before a setting that is no switch
         found.problems.append(f"{flag}: no such flag. Fix: leave it out; {positive} takes a value.")
     else:
-        advice = megatron_flags.advice(flag, list(known))
+        advice = _advice_on_word(flag, list(known))
         found.problems.append(f"{flag}: no such flag. Fix: {advice}")
+
+
+def _advice_on_word(word: str, known: list[str]) -> str:
+    """Say what to do about a word that is no flag: nearly one, or one without its dashes."""
+    if word.endswith((".yaml", ".yml")):
+        return f"did you mean --config {shlex.quote(word)}?"
+    return megatron_flags.advice("--" + word.lstrip("-"), known)

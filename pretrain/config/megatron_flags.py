@@ -5,7 +5,6 @@ changes no number of the run), accepted in silence (it asks for what is so here 
 translated into a setting.
 """
 
-import difflib
 import functools
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,11 +13,11 @@ from typing import Literal
 
 import yaml
 
+from pretrain.config.near_names import nearest_name
+
 TABLE_FILE = Path(__file__).with_suffix(".yaml")
 PREFIXES = {"no-": "false", "disable-": "false", "enable-": "true"}
 """Prefix of a switch's name -> the value that the switch without it gets."""
-LEAST_LIKENESS = 0.84
-"""difflib's ratio of a near miss: below it, a suggestion may do harm."""
 
 Kind = Literal["refused", "ignored", "translated"]
 
@@ -101,10 +100,9 @@ def fix_for_value(setting: str, value: object, choices: tuple) -> str | None:
     if theirs is not None:
         return theirs
     # Another case, or a near miss.
-    near = [str(choice) for choice in choices if str(choice).lower() == str(value).lower()]
     names = [str(choice) for choice in choices]
-    near += difflib.get_close_matches(str(value), names, 1, LEAST_LIKENESS)
-    return near[0] if near else None
+    near = [name for name in names if name.lower() == str(value).lower()]
+    return near[0] if near else nearest_name(str(value), names)
 
 
 def _read_table() -> dict:
@@ -195,13 +193,13 @@ def advice(name: str, known: list[str]) -> str:
         if "*" not in flag
     ]
     spelled = name if is_flag else name.replace("-", "_")
-    near = difflib.get_close_matches(spelled, [*known, *theirs], 1, LEAST_LIKENESS)
-    if not near:
+    near = nearest_name(spelled, [*known, *theirs])
+    if near is None:
         return "see --help." if is_flag else "remove it."
-    text = f"did you mean {near[0]}?"
-    if near[0] in known:
+    text = f"did you mean {near}?"
+    if near in known:
         return text
     # One of Megatron-LM's: say what it would come to.
-    given = find(near[0])
+    given = find(near)
     assert given is not None, "the names are those of the table"
     return f"{text} {given.problem or given.warning or 'It is accepted, and always so here.'}"

@@ -76,6 +76,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(
     "options, expected",
     [
         (["--repeat", "3"], "--repeat: no such flag. Fix: did you mean --repeats?"),
+        (["--nope", "3"], "--nope: no such flag. Fix: see "),
         (["--repeats", "x"], "Error parsing --repeats"),
         (["--repeats", "0"], "--repeats 0: must be at least 1"),
     ],

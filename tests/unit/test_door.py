@@ -42,6 +42,14 @@ def run(*words: str, act=lambda arguments: None) -> int:
             ("--inptu", "a", "--output-prefix", "c"),
             "error: --inptu: no such flag. Fix: did you mean --input?",
         ),
+        (
+            (*NEEDED, "--patrs", "3"),
+            "error: --patrs: no such flag. Fix: did you mean --parts?",
+        ),
+        (
+            (*NEEDED, "--nope", "3"),
+            "error: --nope: no such flag. Fix: see tools.test --help.",
+        ),
         ((*NEEDED, "--zzz=3"), "error: --zzz: no such flag. Fix: see tools.test --help."),
         (
             (),

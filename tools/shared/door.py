@@ -6,7 +6,6 @@ the output any more.
 """
 
 import contextlib
-import difflib
 import io
 import os
 import select
@@ -16,6 +15,8 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, TypeVar, get_type_hints
 
 import tyro
+
+from pretrain.config.near_names import nearest_name
 
 Arguments = TypeVar("Arguments")
 
@@ -141,8 +142,8 @@ def _flag_problems(kind: type, words: list[str], help_fix: str) -> list[str]:
     for flag in dict.fromkeys(given):
         if flag in known or flag in _OF_TYRO:
             continue
-        near = difflib.get_close_matches(flag, known, 1)
-        fix = f"Fix: did you mean {near[0]}?" if near else help_fix
+        near = nearest_name(flag, known)
+        fix = f"Fix: did you mean {near}?" if near else help_fix
         problems.append(f"{flag}: no such flag. {fix}")
     needed = [
         _spellings(kind, field)
