@@ -38,8 +38,8 @@ def read_flags(argv: list[str]) -> dict[str, Any]:
     """Return flags as a flat dict of texts, `config` among them; the last of a repeated flag wins.
 
     Raises:
-        ValueError: unknown flags, stray words, and missing values, all at once, with the nearest
-        flag.
+        ValueError: unknown flags, stray words, missing values and lists that are given twice, all
+        at once, with the nearest flag.
     """
     types_by_key = {name: annotation for name, (_, annotation) in field_table().items()}
     del types_by_key["phases"]  # YAML only
@@ -79,11 +79,19 @@ def _take(flag: str, given: list[str], known: dict[str, tuple[str, Any]], found:
             fix = f"{positive} or --no-{positive[2:]}"
             found.problems.append(f"{flag} {words}: takes no value. Fix: {fix}.")
     elif takes(annotation, list):
-        found.values[name] = given
+        _take_list(flag, name, given, found)
     elif len(given) == 1:
         found.values[name] = given[0]
     else:
         found.problems.append(f"{flag} {words}: takes one value, got {len(given)}. Fix: give one.")
+
+
+def _take_list(flag: str, name: str, given: list[str], found: _Found) -> None:
+    """Put a list into `found`; given twice, its first values would be lost without a word."""
+    before = found.values.setdefault(name, given)
+    if before is not given:
+        fix = f"one {flag} with all that is meant, like {flag} {shlex.join([*before, *given])}"
+        found.problems.append(f"{flag} {' '.join(given)}: is given twice. Fix: {fix}.")
 
 
 def _take_unknown(

@@ -73,7 +73,9 @@ def test_a_run_over_two_sources_writes_the_loss_of_each(pool, tmp_path):
     first = write_corpus(tmp_path / "first", documents=40)
     second = write_corpus(tmp_path / "second", documents=40, seed=4)
     argv = base_arguments(first, train_iters=2, save=str(tmp_path / "save"), eval_iters=0)
-    argv += ["--data-path", "0.5", first, "0.5", second, "--micro-batch-size", "2"]
+    at = argv.index(first)
+    argv[at : at + 1] = ["0.5", first, "0.5", second]
+    argv += ["--micro-batch-size", "2"]
     assert pool.run(train, 2, argv) == ["done", "done"]
     for line in (tmp_path / "save" / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
