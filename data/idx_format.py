@@ -151,7 +151,7 @@ def _check_present(prefix: str, files: list[Path]) -> None:
             hint = " The prefix has no ending." if prefix.endswith((".bin", ".idx")) else ""
             raise ValueError(
                 f"{file}: no such file.{hint} Fix: give the prefix of a .bin/.idx pair, as "
-                "tools.preprocess_data writes it."
+                "bash launch/ithaca.sh preprocess writes it."
             )
 
 
@@ -164,8 +164,8 @@ def _read_header(idx: Path) -> _Header:
     # Any of these means another program's file, or half a copy.
     if magic != MAGIC or version != VERSION:
         raise ValueError(
-            f"{idx}: not an index of version {VERSION}. Fix: make it with tools.preprocess_data or "
-            "Megatron-LM's preprocess_data.py."
+            f"{idx}: not an index of version {VERSION}. Fix: make it with bash "
+            "launch/ithaca.sh preprocess or Megatron-LM's preprocess_data.py."
         )
     if code not in DTYPES:
         raise ValueError(

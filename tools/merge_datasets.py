@@ -81,8 +81,8 @@ def _common_tokenizer(arguments: Arguments) -> dict[str, Any] | None:
         if tokenizer is None and not arguments.accept_unknown_tokenizers:
             raise ValueError(
                 f"input = {prefix}: no {prefix}.json that names its tokenizer. Fix: make it with "
-                "tools.preprocess_data, or --accept-unknown-tokenizers if you know that it is the "
-                "same."
+                "bash launch/ithaca.sh preprocess, or --accept-unknown-tokenizers if you know that "
+                "it is the same."
             )
         if tokenizer and found[first] and not same_tokenizer(tokenizer, found[first]):
             raise ValueError(

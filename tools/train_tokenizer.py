@@ -252,7 +252,7 @@ def train_tokenizer(arguments: Arguments) -> str:
     if counts.bad:
         print(
             f"left out: {counts.bad:,} lines or rows without text under {key!r} "
-            "(tools.preprocess_data names them)",
+            "(bash launch/ithaca.sh preprocess names them)",
             flush=True,
         )
     path.parent.mkdir(parents=True, exist_ok=True)

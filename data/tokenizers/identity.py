@@ -101,7 +101,7 @@ def compare_with_huggingface(
         f"{folder}: transformers' {theirs.__class__.__name__} gives other ids than the tokenizer "
         f"trained with, {other} (model_type {kind}). Fix: transformers ties some model types, "
         "qwen2 among them, to a tokenizer class of their own; otherwise only BPE models trained by "
-        "tools.train_tokenizer are sure to convert."
+        "bash launch/ithaca.sh train-tokenizer are sure to convert."
     )
 
 

@@ -22,7 +22,7 @@ class SentencePiece:
         if not Path(model).is_file():
             raise ValueError(
                 f"tokenizer_model = {model}: no such file. Fix: give SentencePiece's .model file, "
-                "or train one with tools.train_tokenizer."
+                "or train one with bash launch/ithaca.sh train-tokenizer."
             )
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=model)

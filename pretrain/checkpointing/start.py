@@ -8,6 +8,7 @@ checkpointing/resume_contract.py.
 """
 
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def _nearest_source(folder: Path) -> str:
     """Say how to name a checkpoint that is there, though none is published in the folder."""
     step = step_of(folder)
     if step is not None:
-        return f"--load {folder.parent} --ckpt-step {step}"
+        return f"--load {shlex.quote(str(folder.parent))} --ckpt-step {step}"
     complete = complete_steps(folder)
     return f"--ckpt-step {complete[0]}" if complete else "give a folder that holds one"
 
@@ -95,5 +96,5 @@ def _refuse_huggingface(name: str, folder: str) -> None:
     if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
         raise ValueError(
             f"{name} = {folder}: is a Hugging Face folder. Fix: bash launch/ithaca.sh import "
-            f"--hf {folder} --save DIR, then --pretrained-checkpoint DIR."
+            f"--hf {shlex.quote(folder)} --save DIR, then --pretrained-checkpoint DIR."
         )

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import pytest
 import tyro
 
+from tools.shared.command_names import command_of
 from tools.shared.door import run_door, spell_switches
 from tools.shared.message_text import count_of
 
@@ -166,3 +167,15 @@ def test_another_broken_pipe_is_an_error(capsys):
 
     assert run(*NEEDED, act=act) == 2
     assert capsys.readouterr().err == "error: a worker is gone\n"
+
+
+def test_messages_name_a_command_as_users_call_it(capsys):
+    """Each row of `ithaca.sh`'s table names its command; any other module keeps its name."""
+    assert command_of("tools.preprocess_data") == "bash launch/ithaca.sh preprocess"
+    assert command_of("tools.plan") == "bash launch/ithaca.sh plan"
+    assert command_of("tools.coordinate_check") == "bash launch/ithaca.sh coordinate-check"
+    assert command_of("tools.bench step") == "bash launch/ithaca.sh bench step"
+    assert command_of("tools.bench.step") == "tools.bench.step"
+    assert run_door(Arguments, print, name="tools.watch", description="", argv=["--zzz"]) == 2
+    fix = "Fix: see bash launch/ithaca.sh watch --help.\n"
+    assert capsys.readouterr().err == f"error: --zzz: no such flag. {fix}"

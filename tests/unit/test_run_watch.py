@@ -225,7 +225,7 @@ def test_a_terminal_gets_the_screen_in_place_and_ctrl_c_ends_it(folder):
         (["{folder}/none", "--once"], "no such folder. Fix: "),
         (["{folder}/metrics.jsonl"], "is not a folder. Fix: "),
         (["{folder}", "--interval", "0"], "interval = 0.0: must be above 0. Fix: "),
-        ([], "Missing from tools.watch"),
+        ([], "Missing from bash launch/ithaca.sh watch"),
     ],
 )
 def test_bad_input_is_one_line(folder, capsys, words, message):

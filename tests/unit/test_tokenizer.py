@@ -195,7 +195,9 @@ def test_lines_without_text_are_counted(tmp_path, capsys):
     source = (ROOT / "data" / "indexed.py").read_text()
     content = json.dumps({"text": source}) + "\n" + '{"text": 5}\n' + '{"body": "x"}\n'
     train_on(tmp_path, "x.jsonl", content)
-    message = "left out: 2 lines or rows without text under 'text' (tools.preprocess_data names"
+    message = (
+        "left out: 2 lines or rows without text under 'text' (bash launch/ithaca.sh preprocess"
+    )
     assert message in capsys.readouterr().out
 
 

@@ -17,6 +17,7 @@ from typing import Any, TypeVar, get_type_hints
 import tyro
 
 from pretrain.config.near_names import nearest_name
+from tools.shared.command_names import command_of
 
 Arguments = TypeVar("Arguments")
 
@@ -50,7 +51,7 @@ def run_door(
     Args:
         kind: the dataclass of the arguments.
         act: does the work; returns an exit code, or None for 0.
-        name: the command as messages name it, like `tools.generate`.
+        name: the module of the command, like `tools.generate`; messages name it as users call it.
         description: the text above the flags in --help.
         argv: the words of the command line; by default those of this process.
     """
@@ -90,7 +91,7 @@ def read_arguments(
     Raises:
         ValueError: unknown or missing flags, all of them, a line each; or a value of another type.
     """
-    help_fix = f"Fix: see {name} --help."
+    help_fix = f"Fix: see {command_of(name)} --help."
     if not set(words) & set(_HELP):
         problems = _flag_problems(kind, words, help_fix)
         if problems:
@@ -100,7 +101,7 @@ def read_arguments(
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, prog=name, description=description, args=words)
+            return tyro.cli(kind, prog=command_of(name), description=description, args=words)
     except SystemExit as stop:
         if not stop.code:
             raise  # the help was printed
