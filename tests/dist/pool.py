@@ -59,7 +59,10 @@ def _serve(connection: Connection, rank: int, port: int) -> None:
                 _gen_transform_infos.cache_clear()
                 MeshTopoInfo.build_from_mesh.cache_clear()
                 clear_redistribute_planner_cache()
-                # So does what the job was the first to import: to walk over all of it takes
+                # What was in a circle with them goes now: what is frozen is never collected, and
+                # each group that stays keeps threads that wake up a hundred times a second.
+                gc.collect()
+                # What the job was the first to import stays as well: to walk over all of it takes
                 # longer than a step of a small model.
                 gc.freeze()
             connection.send((True, result))
