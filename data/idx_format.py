@@ -260,13 +260,53 @@ def _sum_ranges(lengths, first, ends):
 
 
 def read_side_file(prefix: str) -> dict[str, Any] | None:
-    """Read PREFIX.json (documents, tokens, max_token_id, tokenizer); None if none is ours."""
+    """Read PREFIX.json (documents, tokens, max_token_id, tokenizer); None if none is ours.
+
+    Raises:
+        ValueError: it cannot be read, or is damaged. It says which tokenizer made the corpus: taken
+            for absent, it would switch that check off.
+    """
+    path = Path(f"{prefix}.json")
     try:
-        side = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        text = path.read_text(encoding="utf-8-sig").strip()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
-    is_ours = isinstance(side, dict) and {"documents", "tokens", "max_token_id"} <= side.keys()
-    return side if is_ours else None
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error.strerror}). Fix: its permissions, or copy it again."
+        ) from None
+    except UnicodeDecodeError:
+        raise _damaged_side_file(path, "no text") from None
+    try:
+        side, end = json.JSONDecoder().raw_decode(text)
+    except ValueError as error:
+        raise _damaged_side_file(path, f"no JSON: {error}") from None
+    # Another program's JSON, or a corpus of one JSON per line.
+    if not isinstance(side, dict) or not side.keys() >= {"documents", "tokens", "max_token_id"}:
+        return None
+    if end < len(text):
+        raise _damaged_side_file(path, "goes on after its end")
+    for name, kind in _SIDE_KINDS.items():
+        if not isinstance(side.get(name), kind):
+            raise _damaged_side_file(path, f"{name} = {side.get(name)!r}")
+    return side
+
+
+_SIDE_KINDS = {
+    "documents": int,
+    "tokens": int,
+    "max_token_id": int,
+    "tokenizer": dict | None,
+    "text": dict | None,
+}
+"""Key of PREFIX.json -> the kinds of its value."""
+
+
+def _damaged_side_file(path: Path, fault: str) -> ValueError:
+    return ValueError(
+        f"{path}: damaged ({fault}); it says which tokenizer made the corpus. Fix: copy it again, "
+        "or make the corpus again; or move it away, and nothing is known of its tokenizer."
+    )
 
 
 def describe_one_token_documents(count: int, documents: int) -> str:

@@ -39,6 +39,8 @@ class Corpus:
     """Name of a validation set -> its blend."""
     empty: dict[str, int] = field(default_factory=dict)
     """Prefix -> documents without a token, which are never drawn; only those that have some."""
+    unknown_tokenizers: list[str] = field(default_factory=list)
+    """Prefixes of which nothing says which tokenizer made them, where the run has one."""
 
     def settings(
         self,
@@ -122,7 +124,7 @@ def open_corpus(
         validation = _own_validation(config.valid_data_path, opener, train)
     else:
         validation = _split_validation(valid_parts)
-    return Corpus(train, validation, opener.empty)
+    return Corpus(train, validation, opener.empty, opener.unknown_tokenizers)
 
 
 class _Opener:
@@ -137,6 +139,8 @@ class _Opener:
         self.files = OpenFiles()
         self.empty: dict[str, int] = {}
         """Prefix -> documents without a token; only those that have some."""
+        self.unknown_tokenizers: list[str] = []
+        """Prefixes whose tokenizer cannot be compared with the run's."""
         self._readers: dict[str, IndexedReader] = {}
 
     def reader(self, prefix: str) -> IndexedReader:
@@ -212,8 +216,11 @@ class _Opener:
         size = (reader.num_documents, reader.num_tokens)
         if side and (side["documents"], side["tokens"]) != size:
             side = None
-        if side and self.tokenizer and side.get("tokenizer"):
-            _check_tokenizer(prefix, side["tokenizer"], self.tokenizer)
+        recorded = side.get("tokenizer") if side else None
+        if recorded and self.tokenizer:
+            _check_tokenizer(prefix, recorded, self.tokenizer)
+        elif self.tokenizer and self.tokenizer["type"] != "NullTokenizer":
+            self.unknown_tokenizers.append(prefix)
         # Ids are legal by the dtype, by a scan of a small file, or by what the .json says.
         limits = np.iinfo(reader.dtype)
         low = 0

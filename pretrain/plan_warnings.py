@@ -131,16 +131,23 @@ def _warnings_of_start(plan: Plan) -> list[str]:
 
 
 def _warnings_of_data(plan: Plan) -> list[str]:
-    """Warn of documents that are never drawn, drawn again, or give nothing to learn."""
+    """Warn of a tokenizer that cannot be compared, and of documents that are never drawn, drawn
+    again, or give nothing to learn."""
     if not plan.has_data:
         return []
+    # Corpora of Megatron-LM have no record, so that this is no error.
+    not_compared = [
+        f"{prefix}: has no record of the tokenizer that made it ({prefix}.json), so that it cannot "
+        "be compared with this run's"
+        for prefix in plan.corpus.unknown_tokenizers
+    ]
     # In the order in which they matter: not drawn, drawn twice, drawn for nothing.
     never_drawn = [
         f"{prefix}: {count:,} documents have no token and are never drawn"
         for prefix, count in plan.corpus.empty.items()
     ]
     repeated = forecast_warnings(plan.ledger, plan.forecast)
-    return never_drawn + repeated + target_warnings(plan.corpus, plan.phases)
+    return not_compared + never_drawn + repeated + target_warnings(plan.corpus, plan.phases)
 
 
 def _warnings_of_dealing(plan: Plan) -> list[str]:

@@ -216,10 +216,48 @@ def test_missing_files(tmp_path):
         IndexedReader(str(tmp_path / "c"))
 
 
+SIDE = '{"documents": 1, "tokens": 2, "max_token_id": 3, "tokenizer": null}'
+
+
 def test_side_file_of_someone_else_is_ignored(tmp_path):
-    for text in ("{", "[]", '{"documents": 1}'):
+    assert read_side_file(str(tmp_path / "c")) is None
+    (tmp_path / "d.json").mkdir()
+    assert read_side_file(str(tmp_path / "d")) is None
+    # Other JSON, and a corpus of a text per line.
+    for text in ("[]", '{"documents": 1}', '{"text": "a"}\n{"text": "b"}\n', '\ufeff{"a": 1}'):
         (tmp_path / "c.json").write_text(text)
-        assert read_side_file(str(tmp_path / "c")) is None
+        assert read_side_file(str(tmp_path / "c")) is None, text
+    (tmp_path / "c.json").write_text(SIDE)
+    assert read_side_file(str(tmp_path / "c")) == json.loads(SIDE)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        SIDE[:-9].encode(),
+        bytes(len(SIDE)),
+        b"\xff" + SIDE.encode(),
+        SIDE.encode() * 2,
+        SIDE.replace("2", '"2"').encode(),
+        SIDE.replace("null", '"Llama"').encode(),
+    ],
+)
+def test_a_damaged_side_file_is_refused(tmp_path, content):
+    """It is no absent one: that would switch off the comparison of tokenizers."""
+    (tmp_path / "c.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"c\.json: damaged \(.*Fix: copy it again"):
+        read_side_file(str(tmp_path / "c"))
+
+
+def test_a_side_file_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.read_text", refuse)
+    with pytest.raises(ValueError, match=r"c\.json: cannot be read \(Permission denied\). Fix"):
+        read_side_file(str(tmp_path / "c"))
 
 
 def test_beyond_two_to_the_31(tmp_path):

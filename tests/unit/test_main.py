@@ -1,6 +1,9 @@
 """The door of the trainer: bad input is refused before any process group is made, and the launcher
 is told."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch.distributed as dist
@@ -190,6 +193,48 @@ def test_a_corpus_of_another_tokenizer_is_refused(tmp_path):
         open_corpus(
             config, 1, 9, {"type": "SentencePieceTokenizer", "vocab_size": 9, "fingerprint": "bb"}
         )
+
+
+@pytest.mark.parametrize("kind", ["none", "absent", "of another corpus", "damaged"])
+def test_a_corpus_whose_tokenizer_is_unknown_is_named_and_a_damaged_record_refused(tmp_path, kind):
+    from data.config import DataConfig
+    from data.ledger import Ledger
+    from data.sources import Corpus, open_corpus
+    from data.writers.indexed_writer import IndexedWriter
+    from pretrain.plan_warnings import _warnings_of_data
+
+    prefix = str(tmp_path / "c")
+    side = tmp_path / "c.json"
+    theirs = {"type": "SentencePieceTokenizer", "vocab_size": 9, "fingerprint": "aa"}
+    ours = theirs | {"fingerprint": "bb"}
+    with IndexedWriter(prefix, np.uint16) as writer:
+        writer.add_document([1, 2, 3])
+        writer.finish(None if kind == "none" else theirs)
+    if kind == "absent":
+        side.unlink()
+    elif kind == "of another corpus":
+        side.write_text(side.read_text().replace('"tokens": 3', '"tokens": 4'))
+    elif kind == "damaged":
+        side.write_text("{")
+    config = DataConfig(data_path=[prefix])
+    if kind == "damaged":
+        with pytest.raises(ValueError, match="c.json: damaged"):
+            open_corpus(config, 1, 9, ours)
+        return
+    assert open_corpus(config, 1, 9, ours).unknown_tokenizers == [prefix]
+    plan: Any = SimpleNamespace(
+        has_data=True,
+        corpus=Corpus({}, {}, unknown_tokenizers=[prefix]),
+        ledger=Ledger({}),
+        forecast=[],
+        phases=[],
+    )
+    (line,) = _warnings_of_data(plan)
+    assert line.startswith(f"{prefix}: has no record of the tokenizer that made it ({prefix}.json)")
+    # Without a tokenizer of its own, or with bare ids, a run has nothing to compare.
+    bare = {"type": "NullTokenizer", "vocab_size": 9, "fingerprint": "cc"}
+    for described in (None, bare):
+        assert open_corpus(config, 1, 9, described).unknown_tokenizers == []
 
 
 def test_print_config_shows_the_resolved_run_and_trains_nothing(corpus, capsys):
