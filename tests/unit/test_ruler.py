@@ -202,7 +202,10 @@ def test_a_length_without_room_names_the_task_and_what_it_needs():
         "lengths = 300: vt",
     ]
     needed = int(re.findall(r"at least ([\d,]+)", problems[0])[0].replace(",", ""))
+    # The fix names the least length that is taken.
     assert not RulerRun(Reader(), 1, 1, TEXT).check(["niah_single_1"], [needed])
+    assert RulerRun(Reader(), 1, 1, TEXT).check(["niah_single_1"], [needed - 1])
+    assert "--tasks with the others" in problems[0], problems
 
 
 def test_a_length_without_room_for_a_later_sample_is_named(monkeypatch):

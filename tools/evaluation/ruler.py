@@ -94,7 +94,7 @@ def too_short(name: str, length: int, needed: int) -> str:
     """Say that a length does not have room for a task, as `name = value: rule. Fix: ...`."""
     return (
         f"lengths = {length}: {name} takes {needed:,} tokens without any haystack. Fix: at least "
-        f"{2 * needed:,}, or leave the task out."
+        f"{needed:,} ({2 * needed:,} make half of it haystack), or --tasks with the others alone."
     )
 
 
