@@ -205,6 +205,22 @@ def test_a_log_gets_a_line_where_there_is_something_new_until_the_run_is_done(fo
     assert lines[1].endswith(": 40 steps")
 
 
+def test_a_log_says_at_once_that_it_waits_for_a_folder_that_is_not_there(tmp_path):
+    class Pipe(io.StringIO):
+        flushed = ""
+
+        def flush(self):
+            self.flushed = self.getvalue()
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    out = Pipe()
+    watch.watch(watch.Arguments(folder=tmp_path / "misspelled"), out, interrupt)
+    said = f"the folder does not exist ({tmp_path / 'misspelled'}); waiting for it"
+    assert said in out.flushed, out.getvalue()
+
+
 def test_a_terminal_gets_the_screen_in_place_and_ctrl_c_ends_it(folder):
     class Terminal(io.StringIO):
         def isatty(self):

@@ -73,7 +73,7 @@ def median_of_steps(files: RunFiles, name: str) -> float | None:
 def describe_state(files: RunFiles, now: float, clock: Clock) -> str:
     """Say in one line what the run does, or waits for."""
     if not files.exists:
-        return "nothing there yet: the folder does not exist"
+        return f"nothing there yet: the folder does not exist ({files.folder}); waiting for it"
     turn = last_turn(files)
     if turn is None and not files.steps:
         return "nothing there yet: no run has started in this folder"
