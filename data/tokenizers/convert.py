@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from data.tokenizers.identity import differing_parts
+
 if TYPE_CHECKING:
     # protobuf makes these classes at import time.
     # pyrefly: ignore[missing-module-attribute]
@@ -176,6 +178,16 @@ def unsupported_settings(proto: ModelProto) -> str | None:
     if any(piece.type == piece.UNUSED for piece in proto.pieces):
         return "unused pieces"
     return None
+
+
+def is_exact_conversion(model: str, definition: str) -> bool:
+    """Tell whether a tokenizer.json provably gives every text the ids of a model."""
+    try:
+        refuse_inexact_conversion(model)
+        converted, _ = convert_sentencepiece(model)
+    except ValueError:
+        return False
+    return not differing_parts(definition, converted.to_str())
 
 
 def refuse_inexact_conversion(model: str) -> None:

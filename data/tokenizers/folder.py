@@ -12,10 +12,12 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from data.tokenizers.convert import is_exact_conversion
 from data.tokenizers.identity import (
     SAMPLE_TEXT,
     compare_with_huggingface,
@@ -25,10 +27,10 @@ from data.tokenizers.identity import (
     hash_text,
     source_texts,
 )
+from data.tokenizers.sentencepiece_model import SentencePiece
 
 if TYPE_CHECKING:
     from data.tokenizers.rules import FastRules
-    from data.tokenizers.sentencepiece_model import SentencePiece
 
 IdsFrom = Literal["tokenizer.json", "AutoTokenizer"]
 """Which of a folder's two definitions gives the ids."""
@@ -175,7 +177,25 @@ class HuggingFace:
             )
         if self.ids_from == "AutoTokenizer":
             found["transformers"] = version("transformers")
+        if self._sentencepiece is not None:
+            found["sentencepiece"] = self._sentencepiece
         return found
+
+    @cached_property
+    def _sentencepiece(self) -> str | None:
+        """Fingerprint of the folder's tokenizer.model, if it provably gives every text the same
+        ids; else None."""
+        model = next((file for file in self.files if Path(file).name == "tokenizer.model"), None)
+        if model is None or self._backend is None or self._keep_special:
+            return None
+        try:
+            pieces = SentencePiece(model)
+        except (ImportError, ValueError):  # another kind of file; no run needs it beside the folder
+            return None
+        if (pieces.vocab_size, pieces.eod, pieces.bos) != (self.vocab_size, self.eod, self.bos):
+            return None
+        is_same = is_exact_conversion(model, self._backend.to_str())
+        return pieces.describe()["fingerprint"] if is_same else None
 
     def fast_rules(self) -> FastRules:
         from data.tokenizers.rules import rules_of_tokenizer_json

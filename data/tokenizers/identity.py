@@ -9,10 +9,13 @@ A description is what `Tokenizer.describe` returns and what corpora and checkpoi
     ids_from      where those ids are defined: tokenizer.json or AutoTokenizer
     eod           the id that ends a document (Hugging Face folders only)
     transformers  its version, where AutoTokenizer made the tokenizer
+    sentencepiece fingerprint of the .model file that gives every text the same ids, where that is
+                  proven (Hugging Face folders only)
 
 `eod` decides no id of a text, but which id ends documents in a corpus and generation in a model:
 folders of one tokenizer.json may differ in it. Descriptions without `ids` were stored before it
-existed, and are compared by the fingerprint of the files.
+existed, and are compared by the fingerprint of the files. A .model file and the folder that an
+export made of it are one tokenizer, known by `sentencepiece`.
 """
 
 import json
@@ -37,6 +40,11 @@ def same_tokenizer(theirs: dict | None, ours: dict | None) -> bool:
     """Tell whether two descriptions are those of one tokenizer."""
     if not theirs or not ours:
         return theirs == ours
+    # A folder that was proven to give the ids of the other's .model file.
+    if {theirs.get("type"), ours.get("type")} == {"SentencePieceTokenizer", "HuggingFaceTokenizer"}:
+        pieces, folder = sorted((theirs, ours), key=lambda each: each["type"], reverse=True)
+        is_made_of_it = folder.get("sentencepiece") == pieces["fingerprint"]
+        return is_made_of_it and folder["vocab_size"] == pieces["vocab_size"]
     both = theirs.keys() & ours.keys()
     # What both have: older descriptions lack `ids` and `eod`.
     compared = ["type", "vocab_size", "ids" if "ids" in both else "fingerprint"]

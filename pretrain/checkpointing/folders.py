@@ -43,6 +43,17 @@ def iteration_folder(root: str | os.PathLike, step: int) -> Path:
     return Path(root) / f"iter_{step:07d}"
 
 
+def tokenizer_model_in(folder: Path, tokenizer_type: str) -> str | None:
+    """Find what --tokenizer-model is for the tokenizer beside a checkpoint's weights; None where
+    the run had none."""
+    files = sorted((folder / TOKENIZER).glob("*"))
+    if not files:
+        return None
+    # SentencePiece is one file; a Hugging Face tokenizer is its folder.
+    is_one_file = len(files) == 1 and tokenizer_type != "HuggingFaceTokenizer"
+    return str(files[0] if is_one_file else folder / TOKENIZER)
+
+
 def replaced_folder(folder: Path) -> Path:
     """Name the place of a checkpoint while another of the same step takes its name."""
     return folder.with_name(f".{folder.name}.replaced")

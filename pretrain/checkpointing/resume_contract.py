@@ -33,7 +33,8 @@ MEANING: dict[Resume, tuple[str, str]] = {
     ),
     "tokenizer": (
         "the ids mean other text",
-        "the checkpoint's tokenizer, or --accept-changes tokenizer",
+        "the checkpoint's tokenizer (--use-checkpoint-args takes it where no --tokenizer-... is "
+        "given), or --accept-changes tokenizer",
     ),
     "data": (
         "other tokens come next, or in another order",

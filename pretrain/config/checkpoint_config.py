@@ -27,7 +27,8 @@ class CheckpointConfig:
     """Leave the optimizer state out of checkpoints; none of them can go on without
     --no-load-optim."""
     use_checkpoint_args: bool = False
-    """Take settings of the model that are not given from the checkpoint that is started from."""
+    """Take settings of the model that are not given from the checkpoint that is started from, and
+    its tokenizer where no --tokenizer-... is given."""
     accept_changes: list[Literal["data", "tokenizer", "optimization"]] = field(default_factory=list)
     """Continue although this changed since the checkpoint; a changed corpus is drawn from its
     beginning."""

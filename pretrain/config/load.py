@@ -9,9 +9,11 @@ from typing import Any
 
 import tyro
 
+from data.config import DataConfig
 from model.config import ModelConfig
 from model.presets import PRESETS
 from model.rope import PARAMETERS, Rope
+from pretrain.checkpointing.folders import tokenizer_model_in
 from pretrain.checkpointing.learning_rate_changes import stored_scheduler
 from pretrain.checkpointing.progress import Progress
 from pretrain.checkpointing.start import find_start
@@ -71,6 +73,11 @@ def _with_checkpoint(config: Config, given_over: Callable[[Config], Config]) -> 
     if settings.use_checkpoint_args:
         if start.weights_only:  # the weights know the rope of the phase that was trained last
             _set_rope(stored.model, Progress.read(start.folder).rope)
+        # Another run's tokenizer is read from beside the weights. A run that goes on by itself
+        # keeps its path: its own checkpoints are deleted in time.
+        if not start.is_restart:
+            kind = stored.data.tokenizer_type
+            stored.data.tokenizer_model = tokenizer_model_in(start.folder, kind)
         config = _over_checkpoint(stored, given_over)
     if settings.use_checkpoint_opt_param_scheduler and not start.weights_only:
         config.optimizer = dataclasses.replace(config.optimizer, **stored_scheduler(stored))
@@ -78,8 +85,9 @@ def _with_checkpoint(config: Config, given_over: Callable[[Config], Config]) -> 
 
 
 def _over_checkpoint(stored: Config, given_over: Callable[[Config], Config]) -> Config:
-    """Return what the user gave over the checkpoint's model and vocabulary."""
+    """Return what the user gave over the checkpoint's model, vocabulary and tokenizer."""
     base = Config(data=dataclasses.replace(Config().data, vocab_size=stored.data.vocab_size))
+    _set_tokenizer(base.data, stored.data, given_over(base))
     for name, facts in facts_of_section(ModelConfig).items():
         if facts.of_weights:
             setattr(base.model, name, getattr(stored.model, name))
@@ -93,6 +101,20 @@ def _over_checkpoint(stored: Config, given_over: Callable[[Config], Config]) -> 
         if not types & set(users):
             setattr(base.model, setting, None)
     return given_over(base)
+
+
+def _set_tokenizer(data: DataConfig, stored: DataConfig, config: Config) -> None:
+    """Set the checkpoint's tokenizer, whole, unless the user gave a part of one or needs none.
+
+    Args:
+        config: what the user gave.
+    """
+    names = ("tokenizer_type", "tokenizer_model", "tokenizer_ids_from")
+    is_known = stored.tokenizer_model or stored.tokenizer_type == "NullTokenizer"
+    if config.data.mock_data or not is_known or config.given.settings & set(names):
+        return
+    for name in names:
+        setattr(data, name, getattr(stored, name))
 
 
 def _set_rope(model: ModelConfig, rope: Rope) -> None:

@@ -511,6 +511,42 @@ def test_use_checkpoint_args_takes_what_is_not_given(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "kind, files, expected",
+    [
+        ("SentencePieceTokenizer", ["spm.model"], "tokenizer/spm.model"),
+        ("HuggingFaceTokenizer", ["tokenizer.json"], "tokenizer"),
+        ("HuggingFaceTokenizer", ["tokenizer.json", "tokenizer.model"], "tokenizer"),
+    ],
+)
+def test_use_checkpoint_args_takes_the_tokenizer_where_none_is_given(
+    tmp_path, monkeypatch, kind, files, expected
+):
+    # The files are no tokenizer, and no manifest has their checksums.
+    monkeypatch.setattr("pretrain.checkpointing.damage.verify_small_files", lambda _: [])
+    choice = " --tokenizer-ids-from AutoTokenizer" if kind == "HuggingFaceTokenizer" else ""
+    stored = asked(f"--no-mock-data --tokenizer-type {kind} --tokenizer-model /gone{choice}")
+    root = published_run(tmp_path, stored)
+    folder = next((tmp_path / "load").glob("iter_*"))
+    (folder / "tokenizer").mkdir(exist_ok=True)
+    for name in files:
+        (folder / "tokenizer" / name).write_text("a")
+
+    def taken(*flags):
+        data = load_config([*flags, "--use-checkpoint-args"]).data
+        return data.tokenizer_type, data.tokenizer_model, data.tokenizer_ids_from
+
+    ids_from = stored.data.tokenizer_ids_from
+    # Beside the weights, wherever the file was; a restart keeps its path, as its checkpoints go.
+    assert taken("--load", root) == (kind, str(folder / expected), ids_from)
+    assert taken("--pretrained-checkpoint", root) == (kind, str(folder / expected), ids_from)
+    assert taken("--save", root) == (kind, "/gone", ids_from)
+    # One that is given is given whole, and mock data has none.
+    given = ("SentencePieceTokenizer", "mine.model", None)
+    assert taken("--load", root, "--tokenizer-model", "mine.model") == given
+    assert taken("--load", root, "--mock-data") == ("SentencePieceTokenizer", None, None)
+
+
 def test_use_checkpoint_scheduler_takes_its_learning_rate(tmp_path):
     stored = asked("--weight-decay 0.3 --clip-grad 5")
     flags = (

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from data.tokenizers.identity import same_tokenizer
 from data.tokenizers.tokenizer import SAMPLE_TEXT, SentencePiece, build_tokenizer
 from tools.train_tokenizer import Arguments, main, sample_texts, train_tokenizer
 
@@ -76,6 +77,48 @@ def test_same_ids_in_transformers(model, tmp_path, model_type):
     again.mkdir()
     ours.save_huggingface(str(again))
     assert build_tokenizer("HuggingFaceTokenizer", str(again), None).describe() == ours.describe()
+    # A run on the .model file and one on the folder are of one tokenizer.
+    assert same_tokenizer(ours.describe(), tokenizer.describe())
+    assert same_tokenizer(tokenizer.describe(), ours.describe())
+
+
+def test_a_folder_is_a_model_only_where_its_ids_are_proven_to_be(model, tmp_path):
+    pytest.importorskip("transformers")
+    tokenizer = SentencePiece(model)
+    tokenizer.save_huggingface(str(tmp_path))
+    definition = tmp_path / "tokenizer.json"
+    parts = json.loads(definition.read_text())
+
+    def is_model():
+        # Read as AutoTokenizer reads it, where a changed file leaves a choice.
+        folder = build_tokenizer(
+            "HuggingFaceTokenizer", str(tmp_path), None, ids_from="tokenizer.json"
+        )
+        return same_tokenizer(folder.describe(), tokenizer.describe())
+
+    assert is_model()
+    # Two merges in the other order; two pieces with each other's ids.
+    merges = parts["model"]["merges"]
+    other = parts | {"model": parts["model"] | {"merges": merges[1::-1] + merges[2:]}}
+    definition.write_text(json.dumps(other))
+    assert not is_model()
+    pieces = list(parts["model"]["vocab"].items())
+    (first, low), (second, high) = pieces[-2:]
+    vocabulary = dict(pieces[:-2]) | {first: high, second: low}
+    definition.write_text(json.dumps(parts | {"model": parts["model"] | {"vocab": vocabulary}}))
+    assert not is_model()
+    # The same pieces, and another one that ends documents.
+    definition.write_text(json.dumps(parts))
+    settings = tmp_path / "tokenizer_config.json"
+    before = settings.read_text()
+    settings.write_text(json.dumps(json.loads(before) | {"eos_token": "<s>"}))
+    assert not is_model()
+    settings.write_text(before)
+    # Another model's file beside it, or none.
+    (tmp_path / "tokenizer.model").write_bytes(b"another tokenizer's format")
+    assert not is_model()
+    (tmp_path / "tokenizer.model").unlink()
+    assert not is_model()
 
 
 def test_other_ids_in_transformers_are_refused(model, tmp_path):

@@ -8,7 +8,7 @@ from data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from model.hf.architecture import Architecture
 from model.hf.choice import ExportForm, export_form
 from model.rope import Rope
-from pretrain.checkpointing.folders import LATEST, find_published
+from pretrain.checkpointing.folders import LATEST, find_published, tokenizer_model_in
 from pretrain.checkpointing.manifest import refuse_damage, verify_files, verify_small_files
 from pretrain.checkpointing.model_files import CONFIG, read_carried
 from pretrain.checkpointing.progress import Progress
@@ -98,16 +98,13 @@ def stored_tokenizer(
     Args:
         keep_special: special tokens that are written in a text are those tokens, and not text.
     """
-    files = sorted((folder / "tokenizer").iterdir())
-    if not files:
-        return None
     data = config.data
-    # SentencePiece is one file; a Hugging Face tokenizer is its folder.
-    is_one_file = len(files) == 1 and data.tokenizer_type != "HuggingFaceTokenizer"
-    model = files[0] if is_one_file else folder / "tokenizer"
+    model = tokenizer_model_in(folder, data.tokenizer_type)
+    if model is None:
+        return None
     return build_tokenizer(
         data.tokenizer_type,
-        str(model),
+        model,
         data.vocab_size,
         ids_from=data.tokenizer_ids_from,
         keep_special=keep_special,
