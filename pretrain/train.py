@@ -9,6 +9,7 @@ first step), refused (bad input).
 
 import gc
 import os
+import signal
 import socket
 import sys
 import time
@@ -380,4 +381,7 @@ class Trainer:
 
 
 if __name__ == "__main__":
+    # Who asks a question may read the first lines only (`--help | head`).
+    if {"-h", "--help", "--print-config", "--print_config"} & set(sys.argv):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())

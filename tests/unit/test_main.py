@@ -1,6 +1,9 @@
 """The door of the trainer: bad input is refused before any process group is made, and the launcher
 is told."""
 
+import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -263,3 +266,17 @@ def test_one_process_without_a_launcher_trains(corpus, capsys, tmp_path, monkeyp
     out = capsys.readouterr().out
     assert "step      2 | main 64" in out and "ETA" in out and "evaluation at step 0" in out
     assert list((tmp_path / "save" / "wandb").glob("offline-run-*"))
+
+
+def test_who_reads_the_first_lines_of_the_help_only_gets_no_error():
+    asked = subprocess.Popen(
+        [sys.executable, "-m", "pretrain.train", "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert asked.stdout is not None and asked.stderr is not None
+    asked.stdout.close()
+    said = asked.stderr.read()
+    assert asked.wait(60) == -signal.SIGPIPE, said
+    assert "rror" not in said
