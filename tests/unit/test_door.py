@@ -179,3 +179,11 @@ def test_messages_name_a_command_as_users_call_it(capsys):
     assert run_door(Arguments, print, name="tools.watch", description="", argv=["--zzz"]) == 2
     fix = "Fix: see bash launch/ithaca.sh watch --help.\n"
     assert capsys.readouterr().err == f"error: --zzz: no such flag. {fix}"
+
+
+def test_an_interrupt_is_one_line(capsys):
+    def act(arguments):
+        raise KeyboardInterrupt
+
+    assert run(*NEEDED, act=act) == 130
+    assert capsys.readouterr().err == "stopped by Ctrl-C\n"

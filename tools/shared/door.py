@@ -1,8 +1,8 @@
 """What the commands share: reading their arguments, and refusing bad input in one line each.
 
 A door of tools/ is a dataclass of arguments and a function that acts on them; `run_door` does the
-rest. Exit codes: 0, what the function returns, 2 for bad input, 141 where nobody reads
-the output any more.
+rest. Exit codes: 0, what the function returns, 2 for bad input, 130 after Ctrl-C, 141 where nobody
+reads the output any more.
 """
 
 import contextlib
@@ -25,6 +25,8 @@ STDOUT = 1
 """File descriptor of the standard output."""
 READER_GONE = 141
 """Exit code where the output's reader has gone: a shell's own of SIGPIPE."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: a shell's own of SIGINT."""
 
 _HELP = ("-h", "--help")
 """Flags that print the help."""
@@ -61,6 +63,9 @@ def run_door(
         code = act(arguments) or 0
         sys.stdout.flush()
         return code
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return INTERRUPTED
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and _has_lost_reader():
             # What Python still holds for it goes nowhere.
