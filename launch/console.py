@@ -5,6 +5,7 @@ none of these is a reason to lose what was trained.
 """
 
 import io
+import os
 import sys
 from typing import Any, TextIO
 
@@ -44,5 +45,10 @@ class ConsoleStream(io.TextIOWrapper):
 
 def outlive_console() -> None:
     """Replace this process's standard output and error by streams that drop what nobody reads."""
-    sys.stdout = ConsoleStream(sys.stdout)
-    sys.stderr = ConsoleStream(sys.stderr)
+    sys.stdout = ConsoleStream(_opened(sys.stdout))
+    sys.stderr = ConsoleStream(_opened(sys.stderr))
+
+
+def _opened(stream: TextIO | None) -> TextIO:
+    """Return a stream, also where the process began with a closed one (`>&-`)."""
+    return open(os.devnull, "w", encoding="utf-8") if stream is None else stream

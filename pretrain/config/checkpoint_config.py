@@ -28,7 +28,7 @@ class CheckpointConfig:
     --no-load-optim."""
     use_checkpoint_args: bool = False
     """Take settings of the model that are not given from the checkpoint that is started from, and
-    its tokenizer where no --tokenizer-... is given."""
+    its tokenizer where none is given."""
     accept_changes: list[Literal["data", "tokenizer", "optimization"]] = field(default_factory=list)
     """Continue although this changed since the checkpoint; a changed corpus is drawn from its
     beginning."""

@@ -90,3 +90,20 @@ def test_a_worker_whose_console_is_gone_goes_on(lose, tmp_path):
     os.close(descriptor)
     assert done.returncode == 0
     assert (tmp_path / "trained").read_text() == os.strerror(number)
+
+
+def test_a_process_that_began_without_a_console_goes_on():
+    """As `train >&- 2>&-`: Python then has no stream at all."""
+    script = (
+        "from launch.console import outlive_console\n"
+        "import sys\n"
+        "outlive_console()\n"
+        "print('a line', flush=True)\n"
+        "print('an error', file=sys.stderr, flush=True)\n"
+        "sys.exit(0 if not sys.stdout.isatty() else 1)\n"
+    )
+    command = f'{sys.executable} -c "$SCRIPT" >&- 2>&-'
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, env=os.environ | {"SCRIPT": script}, check=False
+    )
+    assert done.returncode == 0
