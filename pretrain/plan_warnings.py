@@ -14,6 +14,7 @@ from pretrain.evaluation.lengths import length_warnings as evaluation_warnings
 from pretrain.logs.wandb_sink import wandb_warnings
 from pretrain.plan import Plan
 from pretrain.planner.check_phases import length_warnings, rope_warnings
+from pretrain.schedule.phases import Phase
 
 _EFFECT_ALONE = {"deal": "has no effect", "window": "deals no samples"}
 """Value of --balance -> what is said of it where there is nobody to deal samples to."""
@@ -28,6 +29,7 @@ def warnings_about(plan: Plan) -> list[str]:
         *effect_warnings(config),
         *rope_warnings(plan.phases),
         *length_warnings(plan.phases),
+        *_warnings_of_one_step(plan.phases),
         *plan.memory.warnings,
         *plan.disk.warnings,
         *_warnings_on_cpu(plan),
@@ -48,6 +50,17 @@ def _warnings_without_save(settings: CheckpointConfig) -> list[str]:
     if settings.save:
         return []
     return ["there is no --save: nothing is saved, and whatever ends the run loses its state"]
+
+
+def _warnings_of_one_step(phases: list[Phase]) -> list[str]:
+    """Warn of phases whose first step alone is far more than the tokens that are asked for."""
+    return [
+        f"phase {phase.name!r}: train_tokens = {phase.tokens:,}: one step has "
+        f"{phase.global_batch_tokens:,}, and is trained whole: "
+        f"{phase.global_batch_tokens / phase.tokens:.0f} times what was asked for"
+        for phase in phases
+        if phase.global_batch_tokens >= 2 * phase.tokens
+    ]
 
 
 def _warnings_on_cpu(plan: Plan) -> list[str]:

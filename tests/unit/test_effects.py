@@ -400,6 +400,22 @@ def test_what_a_start_from_weights_leaves_without_effect_is_named():
     assert not [text for text in warnings_about(plan) if "init_method_std" in text]
 
 
+@pytest.mark.parametrize(
+    "tokens, times", [(8, 64), (255, 2), (256, 2), (257, None), (512, None), (1000, None)]
+)
+def test_a_step_of_many_times_the_tokens_is_named(tokens, times):
+    plan = make_plan(load_config([*MOCK, "--train-tokens", str(tokens)]), 1, only_print=True)
+    found = [text for text in warnings_about(plan) if "one step has" in text]
+    assert found == (
+        [
+            f"phase 'main': train_tokens = {tokens}: one step has 512, and is trained whole: "
+            f"{times} times what was asked for"
+        ]
+        if times
+        else []
+    )
+
+
 def warnings_of_balance(flags: str, world_size: int, balances: tuple[str | None, ...] = ()) -> list:
     config = load_config([*MOCK, *flags.split()])
     if balances:
