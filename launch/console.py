@@ -6,6 +6,7 @@ none of these is a reason to lose what was trained.
 
 import io
 import os
+import select
 import sys
 from typing import Any, TextIO
 
@@ -14,11 +15,15 @@ class _DroppingFile(io.FileIO):
     """A console's bytes, of which those are dropped that it does not take."""
 
     lost = ""
-    """Why a write failed; nothing while all were taken."""
+    """Why the last write that was lost failed; empty while none was."""
 
     def write(self, data: Any, /) -> int:
         try:
-            return super().write(data)
+            taken = super().write(data)
+            while taken is None:  # it is full, and somebody has made it non-blocking
+                select.select([], [self], [])
+                taken = super().write(data)
+            return taken
         except OSError as error:
             self.lost = error.strerror or type(error).__name__
             return len(data)
@@ -28,6 +33,8 @@ class ConsoleStream(io.TextIOWrapper):
     """A standard stream whose writes never fail."""
 
     def __init__(self, stream: TextIO):
+        # Nobody else may hold it, and with it its descriptor would be closed.
+        self._stream = stream
         stream.flush()
         self._file = _DroppingFile(stream.fileno(), "wb", closefd=False)
         super().__init__(
@@ -39,7 +46,7 @@ class ConsoleStream(io.TextIOWrapper):
 
     @property
     def lost(self) -> str:
-        """Why the console took something no more; nothing while it took everything."""
+        """Why the last write that was lost failed; empty while none was."""
         return self._file.lost
 
 

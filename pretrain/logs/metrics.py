@@ -153,7 +153,7 @@ class Reporter:
         reason = getattr(sys.stdout, "lost", "")
         if reason and not self.has_lost_console:
             self.has_lost_console = True
-            text = f"standard output takes no more lines ({reason}); the run goes on without them"
+            text = f"standard output did not take a line ({reason}); the run goes on without them"
             self.event("console lost", record.step, record.tokens, text)
 
     def evaluation(self, record: dict[str, Any]) -> None:

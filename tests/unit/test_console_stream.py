@@ -4,8 +4,10 @@ import errno
 import io
 import os
 import pty
+import shlex
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -92,18 +94,42 @@ def test_a_worker_whose_console_is_gone_goes_on(lose, tmp_path):
     assert (tmp_path / "trained").read_text() == os.strerror(number)
 
 
-def test_a_process_that_began_without_a_console_goes_on():
-    """As `train >&- 2>&-`: Python then has no stream at all."""
-    script = (
-        "from launch.console import outlive_console\n"
-        "import sys\n"
-        "outlive_console()\n"
-        "print('a line', flush=True)\n"
-        "print('an error', file=sys.stderr, flush=True)\n"
-        "sys.exit(0 if not sys.stdout.isatty() else 1)\n"
-    )
-    command = f'{sys.executable} -c "$SCRIPT" >&- 2>&-'
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=ROOT, env=os.environ | {"SCRIPT": script}, check=False
-    )
+WITHOUT_CONSOLE = """
+from launch.console import outlive_console
+import sys
+outlive_console()
+file = open(sys.argv[1], "w")
+print("a line", flush=True)
+print("an error", file=sys.stderr, flush=True)
+sys.exit(1 if sys.stdout.isatty() else 0)
+"""
+
+
+def test_a_process_that_began_without_a_console_goes_on(tmp_path):
+    """As `train >&- 2>&-`: Python then has no stream, and the next file could get its number."""
+    file = tmp_path / "file"
+    words = [sys.executable, "-c", WITHOUT_CONSOLE, str(file)]
+    done = subprocess.run(["bash", "-c", f"{shlex.join(words)} >&- 2>&-"], cwd=ROOT)
     assert done.returncode == 0
+    assert file.read_text() == ""
+
+
+def test_a_full_console_that_does_not_block_is_waited_for():
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    text = "a line\n" * 30_000
+    found: list[bytes] = []
+
+    def read() -> None:
+        while part := os.read(reader, 4096):
+            found.append(part)
+
+    reading = threading.Thread(target=read)
+    with io.TextIOWrapper(io.FileIO(writer, "wb")) as kept:
+        stream = ConsoleStream(kept)
+        threading.Timer(0.1, reading.start).start()
+        print(text, end="", file=stream, flush=True)
+        assert stream.lost == ""
+    reading.join(20)
+    os.close(reader)
+    assert b"".join(found).decode() == text
