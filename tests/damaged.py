@@ -27,7 +27,7 @@ def save(root: Path, step: int, value: float = 1.0) -> Path:
         {name: torch.full((8, 5), value) for name in NAMES},
         progress,
         dump_yaml(load_config(["--model", "tiny", "--vocab-size", "100"])),
-        [str(tokenizer)],
+        {tokenizer.name: tokenizer.read_bytes()},
         single_process_layout(torch.device("cpu")).world,
         {"generation_config.json": b"{}"},
     )

@@ -24,7 +24,7 @@ from pretrain.checkpointing.folders import (
     is_checkpoint_folder,
     iteration_folder,
 )
-from pretrain.checkpointing.model_files import GENERATION, read_model_files
+from pretrain.checkpointing.model_files import GENERATION, contents_of, read_model_files
 from pretrain.checkpointing.progress import Progress
 from pretrain.checkpointing.shared_errors import SaveFailed
 from pretrain.config.config import Config
@@ -206,7 +206,7 @@ def _publish(
             {f"model.{name}": torch.empty(shapes[name], device="meta") for name in weights.entries},
             progress,
             dump_yaml(config),
-            tokenizer_files(folder),
+            contents_of(tokenizer_files(folder)),
             single_process_layout(torch.device("cpu")).world,
             carried,
             fill=fill,

@@ -6,7 +6,6 @@ text file name it. A load compares every checksum first. All ranks must see the 
 
 import contextlib
 import os
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import partial as bind
@@ -53,7 +52,7 @@ def save(
     tensors: dict[str, torch.Tensor],
     progress: Progress,
     config_yaml: str,
-    tokenizer_files: list[str],
+    tokenizer: Mapping[str, bytes],
     world: Axis,
     carried: Mapping[str, bytes] = MappingProxyType({}),
     *,
@@ -65,6 +64,7 @@ def save(
 
     Args:
         tensors: flat name -> DTensor or plain tensor (pretrain/state.py: checkpoint_tensors).
+        tokenizer: name -> content of the tokenizer's files.
         carried: name -> content of what the model's Hugging Face folder held besides weights.
         fill: reads a tensor's content when it is written; then `tensors` are on device `meta`.
 
@@ -85,7 +85,7 @@ def save(
         if world.rank == 0:
             clear(partial)
             require_space(final, place.needed_bytes)
-            _write_small_files(partial, progress, config_yaml, tokenizer_files, carried)
+            _write_small_files(partial, progress, config_yaml, tokenizer, carried)
 
     def publish() -> None:
         if world.rank == 0:
@@ -156,15 +156,15 @@ def _write_small_files(
     folder: Path,
     progress: Progress,
     config_yaml: str,
-    tokenizer_files: list[str],
+    tokenizer: Mapping[str, bytes],
     carried: Mapping[str, bytes],
 ) -> None:
     """Write everything of a checkpoint but its tensors into a new folder."""
     (folder / TOKENIZER).mkdir(parents=True)
     write_durably(folder / "config.yaml", config_yaml)
     write_durably(folder / PROGRESS_FILE, progress.to_text())
-    for file in tokenizer_files:
-        shutil.copy(file, folder / TOKENIZER / Path(file).name)
+    for name, content in tokenizer.items():
+        (folder / TOKENIZER / name).write_bytes(content)
     for name, content in carried.items():
         path = folder / CARRIED / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ and only what training changed is changed.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from data.tokenizers.tokenizer import HUGGINGFACE_FILES
@@ -42,3 +43,8 @@ def read_model_files(folder: Path) -> dict[str, bytes]:
 def read_carried(checkpoint: Path | None) -> dict[str, bytes]:
     """Read the files that a published checkpoint carries; none where its model began here."""
     return read_model_files(checkpoint / CARRIED) if checkpoint is not None else {}
+
+
+def contents_of(files: Iterable[str]) -> dict[str, bytes]:
+    """Read files whole -> name without the folder -> content."""
+    return {Path(file).name: Path(file).read_bytes() for file in files}

@@ -21,7 +21,7 @@ from pretrain.checkpointing import checkpoint
 from pretrain.checkpointing.background import Background
 from pretrain.checkpointing.exports import Exporter, open_exporter
 from pretrain.checkpointing.folders import clear_unfinished
-from pretrain.checkpointing.model_files import read_carried
+from pretrain.checkpointing.model_files import contents_of, read_carried
 from pretrain.checkpointing.progress import Progress, ValidationScore
 from pretrain.checkpointing.replicas import check_copies, tied_differences
 from pretrain.checkpointing.retention import Retention, choose_run_id
@@ -96,6 +96,8 @@ class Saver:
         # Only rank 0 writes them. Read now: the folder that the run starts from may go away later.
         is_first = layout.world.is_first
         self._carried = read_carried(start.folder) if is_first else {}
+        tokenizer = plan.tokenizer if is_first else None
+        self._tokenizer_files = contents_of(tokenizer.files) if tokenizer is not None else {}
         self._config_yaml = dump_yaml(plan.config)
         settings = plan.config.checkpoint
         if is_first:
@@ -252,7 +254,7 @@ class Saver:
             tensors,
             progress,
             self._config_yaml,
-            self.plan.tokenizer.files if self.plan.tokenizer else [],
+            self._tokenizer_files,
             self._axis,
             self._carried,
         )

@@ -74,8 +74,9 @@ def _with_checkpoint(config: Config, given_over: Callable[[Config], Config]) -> 
         if start.weights_only:  # the weights know the rope of the phase that was trained last
             _set_rope(stored.model, Progress.read(start.folder).rope)
         # Another run's tokenizer is read from beside the weights. A run that goes on by itself
-        # keeps its path: its own checkpoints are deleted in time.
-        if not start.is_restart:
+        # keeps its path, since its own checkpoints are deleted in time, unless nothing is there.
+        path = stored.data.tokenizer_model
+        if not start.is_restart or (path and not os.path.exists(path)):
             kind = stored.data.tokenizer_type
             stored.data.tokenizer_model = tokenizer_model_in(start.folder, kind)
         config = _over_checkpoint(stored, given_over)

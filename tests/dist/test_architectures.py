@@ -159,7 +159,7 @@ def train_imported(
         {name: tensor.float() for name, tensor in tensors.items()},
         dataclasses.replace(stored.progress, step=STEPS),
         dump_yaml(stored.config),
-        [],
+        {},
         layout.world,
         stored.carried,
     )

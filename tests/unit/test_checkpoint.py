@@ -26,7 +26,7 @@ from pretrain.checkpointing.folders import (
     iteration_folder,
 )
 from pretrain.checkpointing.manifest import verify_files
-from pretrain.checkpointing.model_files import read_carried
+from pretrain.checkpointing.model_files import contents_of, read_carried
 from pretrain.checkpointing.progress import Progress
 from pretrain.checkpointing.start import find_start
 from pretrain.checkpointing.stored_tensors import SafeReader, read_whole_tensors
@@ -141,15 +141,13 @@ def test_atomic_write_leaves_no_temporary_file(tmp_path):
 # ---------------------------------------------------------------- what a save removes
 
 
-def save(root, step=1, value=1.0, tokenizer_files=(), **options):
+def save(root, step=1, value=1.0, tokenizer=None, **options):
     world = single_process_layout(torch.device("cpu")).world
     tensors = {"model.weight": torch.full((3,), value)}
     progress = Progress(
         step=step, clock=0, phase={}, longest_seq_length=0, data=None, tokenizer=None
     )
-    return checkpoint.save(
-        root, step, tensors, progress, "", list(tokenizer_files), world, **options
-    )
+    return checkpoint.save(root, step, tensors, progress, "", tokenizer or {}, world, **options)
 
 
 def read(folder):
@@ -247,7 +245,9 @@ def test_every_byte_of_a_checkpoint_is_synced(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", note)
     root = tmp_path / "run"
-    folder = save(root, tokenizer_files=[str(tokenizer)], carried={"templates/a.jinja": b"{{ x }}"})
+    folder = save(
+        root, tokenizer=contents_of([str(tokenizer)]), carried={"templates/a.jinja": b"{{ x }}"}
+    )
     for path in [*folder.rglob("*"), folder, root]:
         assert path.stat().st_ino in synced, path
         assert path.is_dir() or synced[path.stat().st_ino] == path.stat().st_size, path

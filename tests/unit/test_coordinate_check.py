@@ -178,7 +178,7 @@ def test_a_run_with_checkpoints_is_checked_at_another_learning_rate(tmp_path, ca
             tokenizer=plan.tokenizer_description,
         ),
         dump_yaml(config),
-        [],
+        {},
         single_process_layout(torch.device("cpu")).world,
     )
     given = load_config([*words, "--lr", "1e-3"])

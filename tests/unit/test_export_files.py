@@ -15,7 +15,7 @@ from parallel.layout import single_process_layout
 from pretrain.checkpointing import checkpoint
 from pretrain.checkpointing.folders import CARRIED, MANIFEST, find_published
 from pretrain.checkpointing.manifest import read_manifest, to_text
-from pretrain.checkpointing.model_files import read_carried
+from pretrain.checkpointing.model_files import contents_of, read_carried
 from pretrain.checkpointing.progress import Progress
 from pretrain.checkpointing.stored_tensors import read_whole_tensors, tensor_names
 from pretrain.config.config_yaml import dump_yaml, read_config_yaml
@@ -80,7 +80,14 @@ def continue_run(start: Path, root: Path, *, tokenizer=None, tokenizer_type=None
     tensors = read_whole_tensors(folder, names)
     world = single_process_layout(torch.device("cpu")).world
     checkpoint.save(
-        root, 7, tensors, progress, dump_yaml(config), files, world, carried=read_carried(folder)
+        root,
+        7,
+        tensors,
+        progress,
+        dump_yaml(config),
+        contents_of(files),
+        world,
+        carried=read_carried(folder),
     )
     return root
 

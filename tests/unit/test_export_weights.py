@@ -54,7 +54,7 @@ def change_weight(start: Path, root: Path, value: float) -> Path:
     tensors["model.layers.1.mlp.up.weight"][3, 5] = value
     world = single_process_layout(torch.device("cpu")).world
     text = (folder / "config.yaml").read_text()
-    checkpoint.save(root, 1, tensors, Progress.read(folder), text, [], world)
+    checkpoint.save(root, 1, tensors, Progress.read(folder), text, {}, world)
     return root
 
 

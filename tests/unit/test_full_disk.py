@@ -27,7 +27,7 @@ def save(root, step, mib=1.0, value=1.0):
     progress = Progress(
         step=step, clock=0, phase={}, longest_seq_length=0, data=None, tokenizer=None
     )
-    return checkpoint.save(root, step, tensors, progress, "", [], world)
+    return checkpoint.save(root, step, tensors, progress, "", {}, world)
 
 
 def require_untouched(root):

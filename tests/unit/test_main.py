@@ -233,7 +233,10 @@ def test_a_corpus_whose_tokenizer_is_unknown_is_named_and_a_damaged_record_refus
         phases=[],
     )
     (line,) = _warnings_of_data(plan)
-    assert line.startswith(f"{prefix}: has no record of the tokenizer that made it ({prefix}.json)")
+    assert line.startswith(f"{prefix}: no .json beside it says which tokenizer made it")
+    plan.corpus.unknown_tokenizers.extend(["b", "c"])
+    (line,) = _warnings_of_data(plan)
+    assert line.startswith(f"{prefix} and 2 other corpora: no .json")
     # Without a tokenizer of its own, or with bare ids, a run has nothing to compare.
     bare = {"type": "NullTokenizer", "vocab_size": 9, "fingerprint": "cc"}
     for described in (None, bare):
@@ -266,6 +269,22 @@ def test_one_process_without_a_launcher_trains(corpus, capsys, tmp_path, monkeyp
     out = capsys.readouterr().out
     assert "step      2 | main 64" in out and "ETA" in out and "evaluation at step 0" in out
     assert list((tmp_path / "save" / "wandb").glob("offline-run-*"))
+
+
+def test_a_tokenizer_that_is_deleted_while_a_run_trains_is_saved(corpus, tmp_path, monkeypatch):
+    """It may lie in another run's checkpoint, which that run deletes."""
+    from data.tokenizers.tokenizer import NullTokenizer
+    from pretrain.logs.console import Console
+
+    file = tmp_path / "words.model"
+    file.write_bytes(b"words")
+    files = property(lambda _: [str(file)], lambda *_: None)
+    monkeypatch.setattr(NullTokenizer, "files", files, raising=False)
+    monkeypatch.setattr(Console, "step", lambda *_: file.unlink(missing_ok=True))
+    save = tmp_path / "save"
+    assert main(base_arguments(corpus, save=str(save), train_iters=1, eval_iters=0)) == 0
+    assert not file.exists()
+    assert (save / "iter_0000001" / "tokenizer" / "words.model").read_bytes() == b"words"
 
 
 def test_who_reads_the_first_lines_of_the_help_only_gets_no_error():

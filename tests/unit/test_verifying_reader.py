@@ -128,7 +128,7 @@ def test_a_tensor_is_read_when_it_is_written_and_its_memory_given_back_by_the_ne
         {name: torch.empty(40, 50, device="meta") for name in names},
         Progress.read(template),
         (template / "config.yaml").read_text(),
-        [],
+        {},
         single_process_layout(torch.device("cpu")).world,
         fill=fill,
     )

@@ -235,7 +235,7 @@ class Bench:
         progress = Progress(
             step=1, clock=0, phase={}, longest_seq_length=0, data=None, tokenizer=None
         )
-        return checkpoint.save(folder, 1, self.live, progress, "", [], self._axis)
+        return checkpoint.save(folder, 1, self.live, progress, "", {}, self._axis)
 
     def read_in_turns(self) -> dict[str, list[float]]:
         """Read what `write_in_turns` left, from the disk: bare bytes with a checksum, and ours."""
