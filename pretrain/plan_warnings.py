@@ -149,11 +149,13 @@ def _warnings_of_data(plan: Plan) -> list[str]:
     if not plan.has_data:
         return []
     # Corpora of Megatron-LM have no record, so that this is no error.
-    not_compared = [
-        f"{prefix}: has no record of the tokenizer that made it ({prefix}.json), so that it cannot "
-        "be compared with this run's"
-        for prefix in plan.corpus.unknown_tokenizers
-    ]
+    not_compared = []
+    if unknown := plan.corpus.unknown_tokenizers:
+        others = f" and {len(unknown) - 1:,} other corpora" if len(unknown) > 1 else ""
+        not_compared = [
+            f"{unknown[0]}{others}: no .json beside it says which tokenizer made it, so that it "
+            "cannot be compared with this run's"
+        ]
     # In the order in which they matter: not drawn, drawn twice, drawn for nothing.
     never_drawn = [
         f"{prefix}: {count:,} documents have no token and are never drawn"

@@ -43,8 +43,9 @@ def same_tokenizer(theirs: dict | None, ours: dict | None) -> bool:
     # A folder that was proven to give the ids of the other's .model file.
     if {theirs.get("type"), ours.get("type")} == {"SentencePieceTokenizer", "HuggingFaceTokenizer"}:
         pieces, folder = sorted((theirs, ours), key=lambda each: each["type"], reverse=True)
-        is_made_of_it = folder.get("sentencepiece") == pieces["fingerprint"]
-        return is_made_of_it and folder["vocab_size"] == pieces["vocab_size"]
+        made_of = folder.get("sentencepiece")
+        is_made_of_it = made_of is not None and made_of == pieces.get("fingerprint")
+        return is_made_of_it and folder.get("vocab_size") == pieces.get("vocab_size")
     both = theirs.keys() & ours.keys()
     # What both have: older descriptions lack `ids` and `eod`.
     compared = ["type", "vocab_size", "ids" if "ids" in both else "fingerprint"]

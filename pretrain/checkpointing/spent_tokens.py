@@ -3,10 +3,8 @@
 from pretrain.checkpointing.progress import Progress
 from pretrain.checkpointing.start import Start
 
-MORE_TOKENS = (
-    "more tokens (phases that are trained stay in the YAML file, before the new ones), or "
-    "--finetune to begin anew with the weights"
-)
+MORE_TOKENS = "more tokens (phases that are trained stay in the YAML file, before the new ones)"
+BEGIN_ANEW = "--finetune to begin anew with the weights"
 
 
 def spent_tokens_problems(start: Start, resumed: Progress | None, end: int) -> list[str]:
@@ -18,7 +16,7 @@ def spent_tokens_problems(start: Start, resumed: Progress | None, end: int) -> l
     """
     if resumed is None or start.is_restart or end >= resumed.clock:
         return []
-    return [f"{_rule(resumed, end)}. Fix: {MORE_TOKENS}."]
+    return [f"{_rule(resumed, end)}. Fix: {MORE_TOKENS}, or {BEGIN_ANEW}."]
 
 
 def spent_tokens_warnings(start: Start, resumed: Progress | None, end: int) -> list[str]:
@@ -27,7 +25,10 @@ def spent_tokens_warnings(start: Start, resumed: Progress | None, end: int) -> l
         return []
     if start.is_restart and end == resumed.clock:
         return []
-    return [f"{_rule(resumed, end)}: nothing is trained. Fix: {MORE_TOKENS}"]
+    # A checkpoint in --save wins over --finetune.
+    anew = f"another --save, --load of this one and {BEGIN_ANEW}"
+    fix = f"{MORE_TOKENS}, or {anew if start.is_restart else BEGIN_ANEW}"
+    return [f"{_rule(resumed, end)}: nothing is trained. Fix: {fix}"]
 
 
 def _rule(resumed: Progress, end: int) -> str:

@@ -90,7 +90,7 @@ def _take_list(flag: str, name: str, given: list[str], found: _Found) -> None:
     """Put a list into `found`; given twice, its first values would be lost without a word."""
     before = found.values.setdefault(name, given)
     if before is not given:
-        fix = f"one {flag} with all that is meant, like {flag} {shlex.join([*before, *given])}"
+        fix = f"give it once; the first was {flag} {shlex.join(before)}"
         found.problems.append(f"{flag} {' '.join(given)}: is given twice. Fix: {fix}.")
 
 
@@ -112,6 +112,6 @@ def _take_unknown(
 
 def _advice_on_word(word: str, known: list[str]) -> str:
     """Say what to do about a word that is no flag: nearly one, or one without its dashes."""
-    if word.endswith((".yaml", ".yml")):
+    if word.endswith((".yaml", ".yml")) and not word.startswith("-"):
         return f"did you mean --config {shlex.quote(word)}?"
     return megatron_flags.advice("--" + word.lstrip("-"), known)

@@ -29,6 +29,12 @@ REPLACED_AS = {
     "use_distributed_optimizer": ("data_parallel_sharding_strategy",),
 }
 """Setting -> the keys of a phase that replace it, where that is not its own name alone."""
+SAME_AS = {
+    ("use_distributed_optimizer", True): ("data_parallel_sharding_strategy", "optim"),
+    ("recompute_activations", True): ("recompute_granularity", "selective"),
+    ("use_rope_scaling", True): ("rope_type", "llama3"),
+}
+"""Setting and value -> the key and value of a phase that mean the same."""
 STILL_ACTS = (
     "data_path",
     "train_data_path",
@@ -79,7 +85,13 @@ def _has_other(config: Config, phase: PhaseConfig, name: str) -> bool:
     """Return whether the phase replaces the setting, and not by the same value."""
     if not _has_own(phase, name):
         return False
-    return getattr(phase, name, None) != value_of(config, name)
+    value = value_of(config, name)
+    if name == "train_data_path":
+        return phase.data_path != value
+    if not isinstance(value, list) and (name, value) in SAME_AS:
+        key, same = SAME_AS[name, value]
+        return getattr(phase, key) != same
+    return getattr(phase, name, None) != value
 
 
 def _listed(phases: list[PhaseConfig]) -> str:

@@ -164,13 +164,12 @@ def test_all_yaml_errors_at_once(tmp_path):
         (["-save", "x"], "-save: no such flag. Fix: did you mean --save?"),
         (
             ["--accept-changes", "optimization", "--accept-changes", "data"],
-            "--accept-changes data: is given twice. Fix: one --accept-changes with all that is "
-            "meant, like --accept-changes optimization data.",
+            "--accept-changes data: is given twice. Fix: give it once; the first was "
+            "--accept-changes optimization.",
         ),
         (
             ["--data-path", "a b", "--lr", "1", "--data-path=c"],
-            "--data-path c: is given twice. Fix: one --data-path with all that is meant, like "
-            "--data-path 'a b' c.",
+            "--data-path c: is given twice. Fix: give it once; the first was --data-path 'a b'.",
         ),
         (["--lr=--x"], "command line: lr = '--x': must be a number"),
         (["--phases", "x"], "--phases: no such flag"),

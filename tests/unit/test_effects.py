@@ -321,6 +321,20 @@ def test_a_flag_that_phases_agree_with_needs_no_warning(tmp_path):
     assert effect_warnings(write(tmp_path, phases, *flags)) == []
 
 
+@pytest.mark.parametrize(
+    "flags, keys",
+    [
+        ("--use-distributed-optimizer", "data_parallel_sharding_strategy: optim"),
+        ("--recompute-activations", "recompute_granularity: selective"),
+        ("--train-data-path x", "data_path: [x]"),
+    ],
+)
+def test_a_flag_that_a_phase_says_in_other_words_needs_no_warning(tmp_path, flags, keys):
+    phases = f"phases:\n  - {{name: a}}\n  - {{name: b, {keys}}}\n"
+    found = effect_warnings(write(tmp_path, phases, *flags.split()))
+    assert not [text for text in found if "keeps its own" in text]
+
+
 def test_a_flag_that_every_phase_replaces_is_named_also_where_it_still_acts(tmp_path):
     phases = "phases:\n  - {name: a, data_path: [x]}\n  - {name: b, data_path: [y]}\n"
     found = effect_warnings(write(tmp_path, phases, "--data-path", "z"))

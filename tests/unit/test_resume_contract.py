@@ -37,7 +37,13 @@ BASE = (
 
 
 def asked(*flags: str) -> Config:
-    return load_config(spell([*BASE, *" ".join(flags).split()]))
+    given = " ".join(flags).split()
+    base = BASE
+    if "--data-path" in given:
+        # A list is given once.
+        at = BASE.index("--data-path")
+        base = BASE[:at] + BASE[at + 2 :]
+    return load_config(spell([*base, *given]))
 
 
 def progress_of(config: Config, clock: int, tokenizer=TOKENIZER) -> Progress:
@@ -537,10 +543,15 @@ def test_use_checkpoint_args_takes_the_tokenizer_where_none_is_given(
         return data.tokenizer_type, data.tokenizer_model, data.tokenizer_ids_from
 
     ids_from = stored.data.tokenizer_ids_from
-    # Beside the weights, wherever the file was; a restart keeps its path, as its checkpoints go.
+    # Beside the weights, wherever the file was; a restart keeps a path where something is.
     assert taken("--load", root) == (kind, str(folder / expected), ids_from)
     assert taken("--pretrained-checkpoint", root) == (kind, str(folder / expected), ids_from)
-    assert taken("--save", root) == (kind, "/gone", ids_from)
+    assert taken("--save", root) == (kind, str(folder / expected), ids_from)
+    present = tmp_path / "present"
+    present.mkdir()
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("/gone", str(present)))
+    assert taken("--save", root) == (kind, str(present), ids_from)
     # One that is given is given whole, and mock data has none.
     given = ("SentencePieceTokenizer", "mine.model", None)
     assert taken("--load", root, "--tokenizer-model", "mine.model") == given

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -211,6 +212,8 @@ _encoder: TextEncoder | IdsEncoder | None = None
 def _start_worker(job: Job) -> None:
     """Prepare a worker process."""
     global _encoder
+    # Ctrl-C reaches the whole group: the parent answers it, and its end is this one's.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _encoder = build_encoder(job)
 
