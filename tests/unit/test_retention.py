@@ -237,7 +237,7 @@ def save(root, step, run_id=RUN, **more) -> Path:
         | more
     )
     return checkpoint.save(
-        root, step, {"model.weight": torch.full((3,), float(step))}, progress, "", [], world
+        root, step, {"model.weight": torch.full((3,), float(step))}, progress, "", {}, world
     )
 
 
