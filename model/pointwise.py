@@ -19,12 +19,15 @@ BLOCK = 2**18
 They stay in a core's cache, and nothing wide of [t, D] exists."""
 
 
-def _blocks(x: torch.Tensor) -> list[slice]:
-    """Cut the rows of `x` into blocks; a fused kernel needs none, nor do shapes without values."""
-    if torch.compiler.is_compiling() or x.is_meta:
+def row_blocks(x: torch.Tensor, elements: int | None = None) -> list[slice]:
+    """Cut the rows of `x` into blocks of about `elements`, by default BLOCK.
+
+    A fused kernel needs none, nor do shapes without values.
+    """
+    if torch.compiler.is_compiling() or compiled.is_fused(x) or x.is_meta:
         return [slice(None)]
     # As many whole rows as a block has elements for, at least one.
-    size = max(1, BLOCK * x.shape[0] // max(1, x.numel()))
+    size = max(1, (elements or BLOCK) * x.shape[0] // max(1, x.numel()))
     return [slice(start, start + size) for start in range(0, x.shape[0], size)]
 
 
@@ -35,7 +38,7 @@ def _norm(
     wide_dtype = torch.promote_types(x.dtype, torch.float32)
     out = torch.empty_like(x)
     scale = x.new_empty(*x.shape[:-1], 1, dtype=wide_dtype)
-    for rows in _blocks(x):
+    for rows in row_blocks(x):
         # Statistics in the wide dtype; the result is rounded once.
         part = x[rows].to(wide_dtype)
         mean_square = (
@@ -52,7 +55,7 @@ def _norm_backward(
     """Return the gradients of `_norm`'s input and of its weight."""
     grad_x = torch.empty_like(x)
     grad_weight = torch.zeros_like(weight, dtype=scale.dtype)
-    for rows in _blocks(x):
+    for rows in row_blocks(x):
         normed = x[rows] * scale[rows]  # in the scale's dtype, at least fp32
         wide = grad[rows].to(scale.dtype)
         grad_weight += (wide * normed).flatten(0, -2).sum(0)

@@ -20,6 +20,7 @@ from model.config import ModelConfig
 from model.pointwise import BLOCK
 from pretrain.planner.head_counts import HeadCounts
 from pretrain.planner.kept_bytes import KeptBytes, PeakCandidate, pinned_bytes
+from pretrain.planner.loss_bytes import LossBytes
 from pretrain.planner.workload import Workload
 
 
@@ -237,20 +238,18 @@ class LayerMemory:
 
     @property
     def loss_at_work(self) -> int:
-        """What the loss holds beside `kept_of_loss`.
-
-        It is the normed input, a chunk's logits and the sum of the weight's gradient.
-        """
-        b = self.b
-        W = self.W
-        rows = min(self.t, self.settings.loss_tokens)
-        # Fused kernels put the gradient in the logits' place. Without them there are wide logits,
-        # and beside them what the product wrote or reads in the compute dtype.
-        logit = b if self.on_gpu else W + (b if b < W else 0)
-        if self.config.final_logit_softcapping:
-            logit += b if self.on_gpu else W  # the cap's slopes
-        sums = W * self.v * self.D if b < W else 0
-        return self.read + rows * self.v * logit + sums
+        """What the loss holds beside `kept_of_loss`: the normed input, and what LossBytes says."""
+        loss = LossBytes(
+            tokens=self.t,
+            chunk=self.settings.loss_tokens,
+            hidden=self.D,
+            vocabulary=self.v,
+            value=self.b,
+            wide=self.W,
+            is_capped=bool(self.config.final_logit_softcapping),
+            on_gpu=self.on_gpu,
+        )
+        return self.read + loss.at_work
 
     @property
     def _recomputes_mlp(self) -> bool:

@@ -293,7 +293,8 @@ def test_the_chunk_of_the_loss_leaves_the_phase_within_the_memory():
             phase.with_memory(loss_chunk_tokens=tokens), made, 8, model, machine()
         ).memory.total
 
-    assert needs(2048) < needs(4096) < needs(8192)
+    # The weight's gradient, brought to bf16 at the end, takes as much as 4,096 tokens' logits.
+    assert needs(2048) == needs(4096) < needs(8192)
     for room, expected in ((needs(8192), 8192), (needs(8192) - 1, 4096), (needs(4096) - 1, None)):
         assert chunks_on(device_with(room), made) == [expected]
 
