@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from model.parts import Weight
-from model.pointwise import Activation, gated, gated_gradients
+from model.pointwise import Activation, gated, gated_gradients_
 from model.products import add_product, linear, multiply, write_products
 
 
@@ -162,9 +162,9 @@ def _one_tile(
     """Add a tile's part of the weights' gradients to `sums`, and write that of its rows of x."""
     gate_FD, up_FD, down_DF = weights
     gate_and_up = projections or (linear(x_cD, gate_FD), linear(x_cD, up_FD))
-    hidden, grad_gate, grad_up = gated_gradients(
-        multiply(grad_cD, down_DF), *gate_and_up, activation=activation
-    )
+    # The gradient of the hidden values, in whose place that of up comes.
+    grad_up = multiply(grad_cD, down_DF)
+    hidden, grad_gate = gated_gradients_(grad_up, *gate_and_up, activation=activation)
     # Before x's gradient is written, which may take the place of x.
     sums.add((grad_gate.T, x_cD), (grad_up.T, x_cD), (grad_cD.T, hidden))
     write_products(grad_x_cD, (grad_gate, gate_FD), (grad_up, up_FD))

@@ -55,7 +55,7 @@ class _Tiles(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q_nmH, k_skH, v_skH, sinks_m, blocks: list[Block], scoring: Scoring):
-        out_nmH = torch.empty_like(q_nmH)
+        out_nmH = q_nmH.new_empty(q_nmH.shape)
         wide = torch.promote_types(q_nmH.dtype, torch.float32)
         log_sums_nm = q_nmH.new_empty(q_nmH.shape[:2], dtype=wide)
         for block in blocks:

@@ -132,7 +132,7 @@ class _Blocks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q_nmH, k_skH, v_skH, blocks: list[Block], window: int, scale: float | None):
-        out_nmH = torch.empty_like(q_nmH)
+        out_nmH = q_nmH.new_empty(q_nmH.shape)
         for block in blocks:
             mask_bc = _aligned_mask_of(block, window, q_nmH)
             rows_k = block.rows_k
@@ -194,7 +194,7 @@ class _BlocksOnCPU(torch.autograd.Function):
     def forward(
         ctx, q_nmH, k_skH, v_skH, sinks_m, blocks: list[Block], window: int, scale: float | None
     ):
-        out_nmH = torch.empty_like(q_nmH)
+        out_nmH = q_nmH.new_empty(q_nmH.shape)
         ctx.log_sums = []
         for block in blocks:
             part, log_sum = _forward(

@@ -281,9 +281,9 @@ class LayerMemory:
         D = self.D
         F = self.F
         rows = ceil(self.t / tiles)
-        # The hidden values, their gradient and those of gate and up; gate and up where they are
-        # made again.
-        at_once = b * rows * F * (6 if tiles > 1 or self._recomputes_mlp else 4)
+        # The hidden values and the gradients of gate and up; gate and up where they are made
+        # again.
+        at_once = b * rows * F * (5 if tiles > 1 or self._recomputes_mlp else 3)
         made = at_once + self.input + self.read  # the gradients of the output and of x
         made += self._multiplied
         freed = 0
@@ -316,7 +316,7 @@ class LayerMemory:
     @property
     def _wide_norm(self) -> int:
         """What a norm's backward widens: on a CPU blocks of rows."""
-        return 0 if self.on_gpu else 4 * self.W * min(self.u * self.D, max(BLOCK, self.D))
+        return 0 if self.on_gpu else 3 * self.W * min(self.u * self.D, max(BLOCK, self.D))
 
     def _norm_backward(self) -> PeakCandidate:
         """Backward of the second half's norm."""

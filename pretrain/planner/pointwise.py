@@ -27,25 +27,25 @@ class BytesPerElement:
 
 
 # All of these were counted with `tools/bench/traffic.py: Traffic` on steps of one process in nine
-# shapes, which sums of these elements explain to 0.2 %; tests/unit/test_pointwise.py counts again.
+# shapes, which sums of these elements explain to 4 %; tests/unit/test_pointwise.py counts again.
 LAYER = {
     2: {
-        None: BytesPerElement(258, 28.6, 37.5),
-        "selective": BytesPerElement(291, 28.6, 37.6),
-        "full": BytesPerElement(334, 26.9, 55.7),
-        "attention_kept": BytesPerElement(334, 26.9, 59.7),
+        None: BytesPerElement(197, 26.6, 47.6),
+        "selective": BytesPerElement(238, 30.7, 44.0),
+        "full": BytesPerElement(275, 30.7, 63.4),
+        "attention_kept": BytesPerElement(276, 30.6, 64.8),
     },
     4: {
-        None: BytesPerElement(289, 65.6, 83.0),
-        "selective": BytesPerElement(317, 65.6, 83.0),
-        "full": BytesPerElement(367, 62.1, 119.2),
-        "attention_kept": BytesPerElement(367, 62.1, 127.2),
+        None: BytesPerElement(225, 68.2, 84.0),
+        "selective": BytesPerElement(270, 76.2, 77.0),
+        "full": BytesPerElement(309, 76.2, 115.6),
+        "attention_kept": BytesPerElement(311, 76.1, 118.4),
     },
 }
 """Bytes of a value in computing -> level of recompute -> what a layer moves."""
 NORMS_AFTER = {
-    2: {None: 237, "selective": 269, "full": 301, "attention_kept": 301},
-    4: {None: 225, "selective": 253, "full": 281, "attention_kept": 281},
+    2: {None: 213, "selective": 235, "full": 267, "attention_kept": 267},
+    4: {None: 185, "selective": 192, "full": 220, "attention_kept": 220},
 }
 """The same of [tokens, hidden size] for two norms beside two others (norm_placement both)."""
 GATE_AGAIN = {2: 10, 4: 20}

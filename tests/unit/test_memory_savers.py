@@ -1,6 +1,7 @@
 """What is computed in pieces, or again, or kept elsewhere: the same numbers, and really less."""
 
 import gc
+import itertools
 import weakref
 from collections import Counter
 from types import SimpleNamespace
@@ -13,16 +14,17 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data.batch import IGNORE
+from model import pointwise
 from model.activation_memory.saved_attention import AttentionTape, KeptCall, free_storage
 from model.activation_memory.settings import MemorySettings
+from model.attention_backends import sdpa
 from model.attention_backends.choice import choose_attention
 from model.attention_backends.sdpa import _one_by_one, sdpa_attention
 from model.config import ModelConfig
 from model.gpt import GPTStage
-from model.loss import LossSettings, fused_loss, score
 from model.mlp import gated_mlp
-from model.pointwise import BLOCK, rms_norm, rotate
+from model.pointwise import rms_norm, rotate
+from model.scoring import PLAIN, Scoring
 from parallel.collectives import start_all_to_all
 from parallel.layout import Axis, single_process_layout
 from parallel.ulysses import HeadSplit, chunk_counts, head_rounds
@@ -53,42 +55,6 @@ def assert_same(
     ]
     for a, b in pairs:
         assert (a - b).abs().max() <= tolerance * b.abs().max()
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 30, 2048])
-@pytest.mark.parametrize("vocabulary", [17, 13])
-def test_the_fused_loss_is_cross_entropy_over_the_real_tokens(chunk, vocabulary):
-    x, weight = leaves((30, 8), (17, 8))
-    labels = torch.arange(30) % vocabulary
-    labels[::4] = IGNORE
-    settings = LossSettings(LAYOUT.tp, vocabulary, chunk)
-    found = fused_loss(x, weight, labels, 0.25, settings)
-    logits = x @ weight[:vocabulary].T
-    assert_same(
-        found,
-        0.25 * F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum"),
-        [x, weight],
-    )
-    with torch.no_grad():
-        total, hits = score(x, weight, labels, settings)
-    assert torch.allclose(total, 4 * found) and hits == (logits.argmax(1) == labels).sum() > 0
-
-
-def test_a_loss_without_targets_is_zero_with_gradients_of_zero():
-    x, weight = leaves((6, 8), (17, 8))
-    found = fused_loss(x, weight, torch.full((6,), IGNORE), 1.0, LossSettings(LAYOUT.tp, 17, 4))
-    assert found == 0 and all((grad == 0).all() for grad in torch.autograd.grad(found, [x, weight]))
-
-
-def test_the_loss_may_be_asked_twice_for_its_gradient():
-    """A schedule that splits the backward does."""
-    x, weight = leaves((6, 8), (17, 8))
-    found = fused_loss(x, weight, torch.arange(6), 1.0, LossSettings(LAYOUT.tp, 17, 4))
-    first, second = (
-        torch.autograd.grad(found, [x, weight], torch.tensor(3.0).double(), retain_graph=True)
-        for _ in range(2)
-    )
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("tiles", [1, 3, 4, 50])
@@ -288,16 +254,68 @@ def test_each_level_computes_again_what_it_says(settings, forwards, products):
     ],
     ids=str,
 )
-def test_the_peak_of_a_step(settings, most):
+def test_the_peak_of_a_step(settings, most, monkeypatch):
     """In units of all tokens' hidden states: one more that outlives its use, and the step is above
     it."""
     width = 64
-    tokens = 4 * BLOCK // 64
+    tokens = 16384
+    # What a norm widens is small beside all tokens.
+    monkeypatch.setattr(pointwise, "BLOCK", tokens * width // 4)
     gc.collect()
     with MemTracker() as tracker:
         one_step(settings, list(range(0, tokens + 1, 2048)), hidden_size=width, ffn_hidden_size=128)
     peak = sum(parts["Total"] for parts in tracker.get_tracker_snapshot("peak").values())
     assert peak < most * 4 * tokens * width, peak / (4 * tokens * width)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_norm_in_blocks_of_rows_is_that_of_all(dtype, monkeypatch):
+    x, weight, grad = (a.detach().to(dtype) for a in leaves((30, 8), (8,), (30, 8)))
+    inputs = (x.requires_grad_(), weight.requires_grad_())
+    found = {}
+    for block in (1, 7 * 8, 2**20):
+        monkeypatch.setattr(pointwise, "BLOCK", block)
+        out = rms_norm(*inputs, 1e-5)
+        found[block] = (out, *torch.autograd.grad(out, inputs, grad))
+    wide = [a.detach().double().requires_grad_() for a in inputs]
+    expected = F.rms_norm(wide[0], (8,), wide[1], 1e-5)
+    exact = (expected, *torch.autograd.grad(expected, wide, grad.double()))
+    tolerance = 1e-14 if dtype == torch.float64 else 2**-7
+    for results in found.values():
+        for one, other in zip(results, exact, strict=True):
+            assert (one.double() - other).abs().max() <= tolerance * other.abs().max()
+
+
+@pytest.mark.parametrize("scoring", [PLAIN, Scoring(window=3), Scoring(softcap=0.9)], ids=str)
+@pytest.mark.parametrize(
+    "bounds", [([0, 12], [0, 12]), ([0, 9], [0, 12]), ([0, 2, 8, 9], [0, 5, 11, 12])]
+)
+def test_heads_lie_in_memory_as_they_like(bounds, scoring, monkeypatch):
+    """Spread or together, copied or not: the same bits, in an output whose tokens lie together."""
+    rows_q, rows_k = ([slice(a, b) for a, b in zip(x, x[1:], strict=False)] for x in bounds)
+    shapes = ((rows_q[-1].stop, 4, 8), (12, 2, 8), (12, 2, 8))
+    spread = [x.detach() for x in leaves(*shapes)]
+    together = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in spread]
+    found = []
+    for inputs, copied_from in itertools.product((spread, together), (1, 512)):
+        monkeypatch.setattr(sdpa, "SPREAD_TOKENS", copied_from)
+        given = [x.clone().requires_grad_() for x in inputs]
+        out = sdpa_attention(*given, rows_q, rows_k, scoring)
+        assert out.is_contiguous()
+        found.append((out, *torch.autograd.grad(out.square().sum(), given)))
+    for others in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gradients_of_the_gate_leave_what_is_kept_unchanged(activation):
+    """Backward may come twice, and reads gate and up again."""
+    inputs = leaves((10, 6), (12, 6), (12, 6), (6, 12))
+    out = gated_mlp(*inputs, 1, activation)
+    first, second = (
+        torch.autograd.grad(out.square().sum(), inputs, retain_graph=True) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_documents_one_by_one_are_those_together():
