@@ -1,6 +1,7 @@
 """The step and memory benchmarks at toy size: what they compare, count and judge."""
 
 import types
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from data.batch import IGNORE
 from model.attention_backends.choice import choose_attention
 from model.attention_backends.documents import pack_documents
 from model.products import linear
-from tools.bench import contenders, memory, peers, step_report, step_work
+from tools.bench import contenders, memory, peers, step, step_report
 from tools.bench.contenders import (
     ALST,
     CHECKPOINTED,
@@ -34,19 +35,81 @@ def test_contenders_agree_and_are_timed():
     names = {OURS: LAYERS, THEIRS: LAYERS, CHECKPOINTED: LAYERS}
     if _has_deepspeed():
         names[ALST] = LAYERS
-    found = run_fresh(
-        step_work.time_steps,
-        1,
-        settings=names,
-        lengths=[40, 24],
-        dtype="float32",
-        repeats=2,
-        seed=1,
-    )
+    found = time_steps_of(names)
     assert set(found["seconds"]) == set(names)
     assert all(len(times) == 2 and min(times) > 0 for times in found["seconds"].values())
-    assert set(found["own"]) == {OURS} and min(found["own"][OURS]["attention"]) > 0
+    assert set(found["own"]) == {OURS}
+    assert all(len(times) == 2 and min(times) > 0 for times in found["own"][OURS].values())
+    assert len(found["plain_gflops"]) == 2
     assert 8 < found["loss"] < 10  # ln(8192) = 9.01
+
+
+def test_contenders_that_differ_are_not_timed():
+    with pytest.raises(RuntimeError, match="loss of step 1: .* with ours, .* with ours, wider"):
+        time_steps_of({OURS: LAYERS, "ours, wider": LAYERS | {"init_method_std": 0.2}})
+
+
+def test_a_contender_that_fails_is_named(capfd):
+    with pytest.raises(RuntimeError, match="^ours, broken: its process ended with code 1$"):
+        time_steps_of({OURS: LAYERS, "ours, broken": {"no_such_setting": 1}})
+    assert "no_such_setting" in capfd.readouterr().err
+
+
+def test_a_failure_ends_the_benchmark_with_code_1_and_one_line(monkeypatch, capsys):
+    def fail(*arguments, **options):
+        raise RuntimeError("transformers: its process ended with code 1")
+
+    monkeypatch.setattr(step, "time_steps", fail)
+    assert step.run(step.Arguments(lengths=(256,), packed=0)) == 1
+    said = capsys.readouterr().err
+    assert said == "256 ...\nerror: transformers: its process ended with code 1\n"
+
+
+def time_steps_of(settings: dict[str, dict]) -> dict:
+    """Time two rounds of a tiny sample on one core."""
+    return step.time_steps(settings, lengths=[40, 24], dtype="float32", repeats=2, seed=1, cores=1)
+
+
+def test_each_contender_has_a_process_and_they_step_one_at_a_time(monkeypatch):
+    """Workers that only note who is asked: the order of the rounds, and no heap in common."""
+    started = []
+    asked = []
+
+    @contextmanager
+    def start(function, *, title, **options):
+        started.append((function.__name__, title))
+
+        def ask(call, *arguments):
+            asked.append((title, call, *arguments))
+            answers = {"losses": [9.0, 8.5], "replay": {"products": 2.0, "attention": 3.0}}
+            return answers.get(call, 1.0)
+
+        yield types.SimpleNamespace(ask=ask)
+        started.append("end")
+
+    monkeypatch.setattr(step, "start_fresh", start)
+    found = time_steps_of({OURS: {}, THEIRS: {}})
+    alone = "what is timed alone"
+    assert started == [
+        ("serve_contender", OURS),
+        ("serve_contender", THEIRS),
+        ("serve_alone", alone),
+        *["end"] * 3,
+    ]
+    before = [(OURS, "losses"), (THEIRS, "losses"), (alone, "plain_gflops")]
+    turns = [
+        (OURS, "seconds"),
+        (THEIRS, "seconds"),
+        (alone, "replay", OURS),
+        (alone, "plain_gflops"),
+    ]
+    assert asked == [*before, *turns, *turns[::-1]]
+    assert found == {
+        "seconds": {OURS: [1.0, 1.0], THEIRS: [1.0, 1.0]},
+        "own": {OURS: {"products": [2.0, 2.0], "attention": [3.0, 3.0]}},
+        "plain_gflops": [1.0, 1.0],
+        "loss": 9.0,
+    }
 
 
 def _has_deepspeed() -> bool:
@@ -72,16 +135,6 @@ def test_peaks_follow_the_length():
     assert short["loss"] != long["loss"]
 
 
-class Fixed:
-    """A contender with given losses."""
-
-    def __init__(self, *losses: float):
-        self.losses = list(losses)
-
-    def step(self, sample):
-        return self.losses.pop(0)
-
-
 @pytest.mark.parametrize(
     "losses, wrong",
     [
@@ -93,12 +146,12 @@ class Fixed:
     ],
 )
 def test_losses_that_differ_are_refused(losses, wrong):
-    contenders = {"one": Fixed(9.0, 8.5), "other": Fixed(*losses)}
+    found = {"one": [9.0, 8.5], "other": list(losses)}
     if wrong is None:
-        assert check_losses(contenders, None)["other"] == list(losses)
+        check_losses(found)
     else:
-        with pytest.raises(ValueError, match=wrong):
-            check_losses(contenders, None)
+        with pytest.raises(RuntimeError, match=wrong):
+            check_losses(found)
 
 
 def test_samples_keep_documents_apart():

@@ -1,5 +1,9 @@
 """Run one contender in an interpreter of its own, so that its memory is its own.
 
+`run_fresh` is one call; `start_fresh` keeps the process as a worker, which does what it is asked,
+a call at a time, and waits on a pipe in between. A request is a line of JSON, [call, *arguments];
+so is the answer, what the call returned.
+
 Memory is resident pages, the peak that Linux keeps for the process's address space (VmHWM, reset
 before the measured part; getrusage's ru_maxrss would also hold what the parent had at the fork).
 "Above" = beyond what was resident after the imports and a warm-up. Files that are read through a
@@ -11,13 +15,15 @@ import gc
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,31 +54,108 @@ def run_fresh(
     Raises:
         RuntimeError: it failed; its own message stands on stderr.
     """
-    threads = {
-        name: str(cores) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
-    }
-    task = json.dumps(
-        {
-            "module": function.__module__,
-            "name": function.__name__,
-            "cores": cores,
-            "options": options,
-        }
-    )
-    # A process that sees no GPU makes no context on it.
-    hidden = {} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}
     found = subprocess.run(
-        [sys.executable, "-m", "tools.bench.fresh", task],
+        _command("call", function, cores, options),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, **threads, **hidden, **(environment or {})},
+        env=_variables(cores, environment, on_gpu=on_gpu),
     )
     if found.returncode:
         raise RuntimeError(
             f"{function.__module__}.{function.__name__} ended with code {found.returncode}"
         )
-    return json.loads(found.stdout.splitlines()[-1])
+    return json.loads(found.stdout)
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Hold a process that waits for calls."""
+
+    title: str
+    """What messages call it."""
+    process: subprocess.Popen[str]
+
+    def ask(self, call: str, *arguments: Any) -> Any:
+        """Have the process make a call; waits for what it returns.
+
+        Args:
+            call: a name of those that the process offers.
+            arguments: for the call, JSON-able.
+
+        Raises:
+            RuntimeError: the process ended instead; its own message, if any, stands on stderr.
+        """
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            print(json.dumps([call, *arguments]), file=self.process.stdin, flush=True)
+        except BrokenPipeError:
+            # It has ended: nothing is left to read, either.
+            pass
+        answer = self.process.stdout.readline()
+        # A process that is killed while it answers leaves a part of a line.
+        if answer.endswith("\n"):
+            return json.loads(answer)
+        code = self.process.wait()
+        why = " (SIGKILL, as where memory runs out)" if code == -signal.SIGKILL else ""
+        raise RuntimeError(f"{self.title}: its process ended with code {code}{why}")
+
+
+@contextmanager
+def start_fresh(
+    function: Callable[..., AbstractContextManager[dict[str, Callable]]],
+    cores: int,
+    *,
+    title: str,
+    environment: dict[str, str] | None = None,
+    **options: Any,
+) -> Iterator[Worker]:
+    """Start a worker on `cores` cores, without a GPU; it is killed when the block ends.
+
+    Args:
+        function: a module's function, called in the fresh interpreter. Its context gives the calls
+            that the worker offers, by name; what they return must be JSON-able.
+        title: what messages call the worker.
+        environment: variables for it beside ours, or instead of ours.
+        options: arguments of the function, JSON-able.
+    """
+    process = subprocess.Popen(
+        _command("serve", function, cores, options),
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=_variables(cores, environment),
+    )
+    try:
+        yield Worker(title, process)
+    finally:
+        process.kill()
+        # Closes both pipes and waits for the end.
+        process.communicate()
+
+
+def _command(kind: str, function: Callable, cores: int, options: dict) -> list[str]:
+    """Make the command line of a fresh interpreter that calls or serves a function."""
+    task = {
+        "module": function.__module__,
+        "name": function.__name__,
+        "cores": cores,
+        "options": options,
+    }
+    return [sys.executable, "-m", "tools.bench.fresh", kind, json.dumps(task)]
+
+
+def _variables(
+    cores: int, environment: dict[str, str] | None, *, on_gpu: bool = False
+) -> dict[str, str]:
+    """Make the environment of a fresh interpreter."""
+    threads = {
+        name: str(cores) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+    }
+    # A process that sees no GPU makes no context on it.
+    hidden = {} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, **threads, **hidden, **(environment or {})}
 
 
 def trim() -> None:
@@ -113,16 +196,33 @@ def _resident(field: str) -> int:
     raise ValueError(f"/proc/self/status has no {field}: this benchmark needs Linux")
 
 
-def _work(text: str) -> None:
-    """Do the task of this process, and print the answer as the last line."""
-    task = json.loads(text)
+def _call(task: dict, answers: TextIO) -> None:
+    """Call the function, and print what it returns."""
+    print(json.dumps(_function_of(task)(**task["options"])), file=answers, flush=True)
+
+
+def _serve(task: dict, answers: TextIO) -> None:
+    """Make calls, one per line of stdin, until the parent closes it, and print what they return."""
+    # Ctrl-C reaches every process of the terminal; the parent ends its workers, and says so once.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with _function_of(task)(**task["options"]) as calls:
+        for line in sys.stdin:
+            name, *arguments = json.loads(line)
+            print(json.dumps(calls[name](*arguments)), file=answers, flush=True)
+
+
+def _function_of(task: dict) -> Callable:
+    """Keep this process to its cores, and import the function of its task."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: task["cores"]])
-    answer = sys.stdout
-    # Whatever a library prints is no part of the answer.
-    sys.stdout = sys.stderr
-    function = getattr(importlib.import_module(task["module"]), task["name"])
-    print(json.dumps(function(**task["options"])), file=answer, flush=True)
+    return getattr(importlib.import_module(task["module"]), task["name"])
+
+
+def _take_stdout() -> TextIO:
+    """Keep stdout for the answers: whatever a library prints goes to stderr."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return answers
 
 
 if __name__ == "__main__":
-    _work(sys.argv[1])
+    {"call": _call, "serve": _serve}[sys.argv[1]](json.loads(sys.argv[2]), _take_stdout())

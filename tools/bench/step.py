@@ -1,11 +1,14 @@
 """Measure tokens per second of a step beside transformers and beside the step's own products.
 
-One process on all cores. Contenders take the same weights, tokens and AdamW; their losses are
-compared before anything is timed. See README.md for what each figure means.
+Each contender in a process of its own on all cores, one step at a time in turns. They take the same
+weights, tokens and AdamW; their losses are compared before anything is timed. See README.md for
+what each figure means.
 """
 
 import statistics
 import sys
+from contextlib import ExitStack
+from functools import partial
 
 from data.stream import usable_cores
 from tools.bench.contenders import (
@@ -15,12 +18,21 @@ from tools.bench.contenders import (
     Dtype,
     default_dtype,
 )
-from tools.bench.fresh import KEEP_MEMORY, RETURN_MEMORY, run_fresh
+from tools.bench.fresh import KEEP_MEMORY, RETURN_MEMORY, Worker, run_fresh, start_fresh
 from tools.bench.option_checks import find_too_small
+from tools.bench.peers import PEERS, check_losses
+from tools.bench.products import KINDS
 from tools.bench.report import describe_machine, publish
 from tools.bench.step_arguments import Arguments
 from tools.bench.step_report import LEAN_FROM, Row, Shape, Share, describe
-from tools.bench.step_work import CPU, attention_times, peak_of_step, time_steps
+from tools.bench.step_work import (
+    CPU,
+    attention_times,
+    in_turns,
+    peak_of_step,
+    serve_alone,
+    serve_contender,
+)
 
 RECOMPUTING = {"ours, selective": "selective", "ours, attention kept": "attention_kept"}
 """Contenders that keep less, and their levels of recompute; memory.py has the whole ladder."""
@@ -90,22 +102,14 @@ def contenders_of(shape: Shape, arguments: Arguments) -> dict[str, dict]:
 
 
 def measure(shape: Shape, settings: dict[str, dict], dtype: Dtype, arguments: Arguments) -> Row:
-    """Measure one row: times in turns, then the peak of each contender in a process of its own."""
+    """Measure one row: times in turns, then the peak of each contender."""
     common = {
         "lengths": list(shape.lengths),
         "dtype": dtype,
         "seed": arguments.seed,
         "autocast": arguments.autocast,
     }
-    # Freed memory stays with the process, as on a GPU.
-    timed = run_fresh(
-        time_steps,
-        usable_cores(),
-        environment=KEEP_MEMORY,
-        settings=settings,
-        repeats=arguments.repeats,
-        **common,
-    )
+    timed = time_steps(settings, cores=usable_cores(), repeats=arguments.repeats, **common)
     print(timed, file=sys.stderr, flush=True)
     # Freed memory goes back at once, so that the peak is what is in use.
     peaks = {
@@ -132,6 +136,79 @@ def measure(shape: Shape, settings: dict[str, dict], dtype: Dtype, arguments: Ar
         median(timed["plain_gflops"]),
         timed["loss"],
     )
+
+
+def time_steps(
+    settings: dict[str, dict],
+    lengths: list[int],
+    dtype: Dtype,
+    repeats: int,
+    seed: int,
+    cores: int,
+    autocast: bool = False,
+) -> dict:
+    """Time each contender's step, our products and attention, and a plain product, in turns.
+
+    Each contender has a process of its own, and what is timed alone has one more: in a common one
+    each would get the heap that the others leave. In each round everything runs once, in an order
+    that turns from round to round, while the other processes wait.
+
+    Raises:
+        RuntimeError: a process failed, or losses differ.
+    """
+    # Freed memory stays with each process, as on a GPU.
+    start = partial(
+        start_fresh,
+        cores=cores,
+        environment=KEEP_MEMORY,
+        lengths=lengths,
+        dtype=dtype,
+        seed=seed,
+    )
+    with ExitStack() as stack:
+        workers: dict[str, Worker] = {}
+        losses: dict[str, list[float]] = {}
+        # First the results, then the times; these steps warm up, too.
+        for name, changes in settings.items():
+            contender = start(
+                serve_contender, title=name, name=name, changes=changes, autocast=autocast
+            )
+            workers[name] = stack.enter_context(contender)
+            losses[name] = workers[name].ask("losses")
+        check_losses(losses)
+        ours = {name: changes for name, changes in settings.items() if name not in PEERS}
+        alone = stack.enter_context(start(serve_alone, title="what is timed alone", settings=ours))
+        # It has warmed up when it answers. From then on only the one that is asked computes.
+        alone.ask("plain_gflops")
+        return take_times(workers, alone, list(ours), repeats) | {"loss": losses[OURS][0]}
+
+
+def take_times(
+    workers: dict[str, Worker], alone: Worker, recorded: list[str], repeats: int
+) -> dict:
+    """Ask every worker for its times, one after another in each round."""
+    seconds: dict[str, list[float]] = {name: [] for name in workers}
+    own: dict[str, dict[str, list[float]]] = {
+        name: {kind: [] for kind in KINDS} for name in recorded
+    }
+    rates: list[float] = []
+
+    def time_one(name: str) -> None:
+        seconds[name].append(workers[name].ask("seconds"))
+
+    def replay_one(name: str) -> None:
+        for kind, found in alone.ask("replay", name).items():
+            own[name][kind].append(found)
+
+    in_turns(
+        [
+            *(lambda name=name: time_one(name) for name in workers),
+            *(lambda name=name: replay_one(name) for name in recorded),
+            lambda: rates.append(alone.ask("plain_gflops")),
+        ],
+        repeats,
+    )
+    return {"seconds": seconds, "own": own, "plain_gflops": rates}
 
 
 def measure_documents(dtype: Dtype, arguments: Arguments) -> Share:

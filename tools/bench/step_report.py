@@ -122,17 +122,14 @@ def describe(
         "",
         machine,
         "",
-        f"tiny preset ({config.num_layers} layers, vocabulary {VOCABULARY:,}), one process on "
-        f"{usable_cores()} cores, "
+        f"tiny preset ({config.num_layers} layers, vocabulary {VOCABULARY:,}), each contender in a "
+        f"process of its own on {usable_cores()} cores, "
         f"{dtype} ({why}{f'; transformers: {peers_way}' if dtype == 'bfloat16' else ''}), sdpa; "
-        "forward, backward, "
-        f"clip, fused AdamW. Medians of {arguments.repeats} steps in turns. Model GFLOP/s: the "
-        "causal half of the "
-        "attention, no recompute. Peak: resident memory of one step above the built model and "
-        "optimizer, in a process "
-        "of its own. Alone: the step's own matrix products and attention kernels, recompute "
-        "included, at the same "
-        "shapes.",
+        f"forward, backward, clip, fused AdamW. Medians of {arguments.repeats} steps in turns. "
+        "Model GFLOP/s: the causal half of the attention, no recompute. Peak: resident memory of "
+        "one step above the built model and optimizer, in a further process. Alone: the step's own "
+        "matrix products and attention kernels, recompute included, at the same shapes, in a "
+        "process without a contender.",
         "",
         table(rows, config),
         "",

@@ -5,14 +5,18 @@ The step benchmark runs these functions in fresh processes.
 
 import gc
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
+from data.batch import Batch
 from model.attention_backends.choice import choose_attention
+from parallel.layout import Layout
 from tools.bench.contenders import (
-    OURS,
     VOCABULARY,
+    Contender,
     Dtype,
     Ours,
     make_sample,
@@ -20,82 +24,95 @@ from tools.bench.contenders import (
     preset,
 )
 from tools.bench.fresh import measured, trim
-from tools.bench.peers import PEERS, check_losses, make_contender
-from tools.bench.products import KINDS, Replay, TimedAttend, record
+from tools.bench.peers import LOSS_TOLERANCES, make_contender
+from tools.bench.products import Replay, TimedAttend, record
 
 CPU = torch.device("cpu")
 PLAIN_SIZE = 2048
 """Rows, columns and depth of the plain product."""
 
 
-def time_steps(
-    settings: dict[str, dict],
-    lengths: list[int],
-    dtype: Dtype,
-    repeats: int,
-    seed: int,
-    autocast: bool = False,
-) -> dict:
-    """Time each contender's step, our products and attention, and a plain product, in turns.
+@contextmanager
+def serve_contender(
+    name: str, changes: dict, lengths: list[int], dtype: Dtype, seed: int, autocast: bool = False
+) -> Iterator[dict[str, Callable]]:
+    """Offer one contender's calls: the losses of its first steps, and the seconds of one more."""
+    with one_process() as layout:
+        contender = _make_tiny(name, changes, dtype, layout, seed, autocast)
+        sample = make_sample(lengths, VOCABULARY, seed)
 
-    In each round everything runs once, in an order that turns from round to round.
+        def seconds() -> float:
+            with no_collector():
+                return seconds_of(lambda: contender.step(sample))
 
-    Raises:
-        ValueError: losses differ.
-    """
+        yield {
+            "losses": lambda: [contender.step(sample) for _ in LOSS_TOLERANCES],
+            "seconds": seconds,
+        }
+
+
+@contextmanager
+def serve_alone(
+    settings: dict[str, dict], lengths: list[int], dtype: Dtype, seed: int
+) -> Iterator[dict[str, Callable]]:
+    """Offer what is timed alone: the products and kernels of each of our modes, a plain product."""
     with one_process() as layout:
         sample = make_sample(lengths, VOCABULARY, seed)
-        contenders = {
-            name: make_contender(
-                name, preset("tiny", **changes), VOCABULARY, dtype, layout, seed, autocast=autocast
-            )
+        calls = {
+            name: _record_step(_make_tiny(name, changes, dtype, layout, seed), sample)
             for name, changes in settings.items()
         }
-        # First the results, then the times; these steps warm up, too.
-        losses = check_losses(contenders, sample)
-        # The products and kernels that each of our modes calls, to be run alone.
-        replays = {
-            name: Replay(record(lambda contender=contender: contender.step(sample)))
-            for name, contender in contenders.items()
-            if name not in PEERS
-        }
-        plain = PlainProduct(PLAIN_SIZE, dtype)
-        seconds: dict[str, list[float]] = {name: [] for name in contenders}
-        own: dict[str, dict[str, list[float]]] = {
-            name: {kind: [] for kind in KINDS} for name in replays
-        }
-        rates: list[float] = []
-        # Warm up what is timed alone.
-        for replay in replays.values():
-            replay.run()
-        plain.gflops()
+    # The contenders are gone, and so is their memory.
+    trim()
+    replays = {name: Replay(found) for name, found in calls.items()}
+    plain = PlainProduct(PLAIN_SIZE, dtype)
 
-        def time_one(name: str) -> None:
-            seconds[name].append(seconds_of(lambda: contenders[name].step(sample)))
+    def replay(name: str) -> dict[str, float]:
+        with no_collector():
+            return replays[name].run()
 
-        def replay_one(name: str) -> None:
-            for kind, found in replays[name].run().items():
-                own[name][kind].append(found)
+    def gflops() -> float:
+        with no_collector():
+            return plain.gflops()
 
-        in_turns(
-            [
-                *(lambda name=name: time_one(name) for name in contenders),
-                *(lambda name=name: replay_one(name) for name in replays),
-                lambda: rates.append(plain.gflops()),
-            ],
-            repeats,
-        )
-    return {"seconds": seconds, "own": own, "plain_gflops": rates, "loss": losses[OURS][0]}
+    # Warm up.
+    for name in replays:
+        replay(name)
+    gflops()
+    yield {"replay": replay, "plain_gflops": gflops}
+
+
+def _make_tiny(
+    name: str, changes: dict, dtype: Dtype, layout: Layout, seed: int, autocast: bool = False
+) -> Contender:
+    """Make a contender that trains the tiny preset."""
+    config = preset("tiny", **changes)
+    return make_contender(name, config, VOCABULARY, dtype, layout, seed, autocast=autocast)
+
+
+def _record_step(contender: Contender, sample: Batch) -> Counter:
+    """Record the calls of a contender's second step, when all that is made once is there."""
+    contender.step(sample)
+    return record(lambda: contender.step(sample))
 
 
 def in_turns(tasks: list[Callable[[], None]], rounds: int) -> None:
     """Run every task once a round, in an order that turns, without the garbage collector."""
     for number in range(rounds):
         for task in tasks[:: -1 if number % 2 else 1]:
-            gc.collect()
-            gc.disable()
-            task()
-            gc.enable()
+            with no_collector():
+                task()
+
+
+@contextmanager
+def no_collector() -> Iterator[None]:
+    """Collect garbage now, and not inside."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def seconds_of(task: Callable[[], object]) -> float:
@@ -127,9 +144,7 @@ def peak_of_step(
 ) -> dict:
     """Measure one step's seconds and its peak above the built model and optimizer."""
     with one_process() as layout:
-        contender = make_contender(
-            name, preset("tiny", **changes), VOCABULARY, dtype, layout, seed, autocast=autocast
-        )
+        contender = _make_tiny(name, changes, dtype, layout, seed, autocast)
         # A first step makes the moments, and what is made once.
         contender.step(make_sample([64], VOCABULARY, seed))
         sample = make_sample(lengths, VOCABULARY, seed)
