@@ -78,8 +78,6 @@ def test_parameters_are_cast_by_one_pass():
         matrices = count_matrices(trainer)
         with Copies() as copies:
             trainer.forward_backward(sample)
-    # The sum that the loss makes of the output's gradient, in fp32.
-    assert copies.found.pop(("_to_copy", "float32", "bfloat16")) == 1
     assert copies.found == {("copy_", "float32", "bfloat16"): matrices, ("chunk_cat",): UNITS}
 
 
