@@ -159,7 +159,7 @@ class _DocumentsOnCPU(torch.autograd.Function):
             if len(ctx.rows_q) == 1:
                 wholes = [tokens_first(part) for part in parts]
             else:
-                wholes = wholes or [torch.empty_like(x) for x in (q_nmH, k_skH, v_skH)]
+                wholes = wholes or [x.new_empty(x.shape) for x in (q_nmH, k_skH, v_skH)]
                 for whole, rows, part in zip(wholes, (of_q, of_k, of_k), parts, strict=True):
                     whole[rows] = tokens_first(part)
         assert wholes is not None, "a call has at least one document"
