@@ -21,7 +21,7 @@ from tools.bench.contenders import (
     make_sample,
     preset,
 )
-from tools.bench.fresh import RETURN_MEMORY, run_fresh
+from tools.bench.fresh import KEEP_MEMORY, RETURN_MEMORY, run_fresh
 from tools.bench.peers import PeerOptions, Transformers, check_losses
 from tools.bench.products import Replay, TimedAttend, kind_of, product_flops, record
 
@@ -333,3 +333,17 @@ def test_tiles_of_a_peer_hold_as_many_tokens_as_the_model_is_wide(monkeypatch):
     for shape in ((1, 1024), (4, 1024)):
         mlp(torch.zeros(*shape, preset("tiny").hidden_size))
     assert counts == [4, 16]
+
+
+@pytest.mark.parametrize("choice, expected", [("kept", KEEP_MEMORY), ("default", None)])
+def test_what_is_timed_keeps_freed_memory_where_it_is_asked_to(choice, expected, monkeypatch):
+    environments = []
+
+    def times(*_, environment, **__):
+        environments.append(environment)
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr(step, "time_steps", times)
+    arguments = step.Arguments(lengths=(8,), packed=0, dtype="float32", freed_memory=choice)
+    assert step.run(arguments) == 1
+    assert environments == [expected]

@@ -109,7 +109,13 @@ def measure(shape: Shape, settings: dict[str, dict], dtype: Dtype, arguments: Ar
         "seed": arguments.seed,
         "autocast": arguments.autocast,
     }
-    timed = time_steps(settings, cores=usable_cores(), repeats=arguments.repeats, **common)
+    timed = time_steps(
+        settings,
+        cores=usable_cores(),
+        repeats=arguments.repeats,
+        environment=_memory_environment(arguments),
+        **common,
+    )
     print(timed, file=sys.stderr, flush=True)
     # Freed memory goes back at once, so that the peak is what is in use.
     peaks = {
@@ -138,6 +144,11 @@ def measure(shape: Shape, settings: dict[str, dict], dtype: Dtype, arguments: Ar
     )
 
 
+def _memory_environment(arguments: Arguments) -> dict[str, str] | None:
+    """Return the variables that make a process keep freed memory, where it is asked to."""
+    return KEEP_MEMORY if arguments.freed_memory == "kept" else None
+
+
 def time_steps(
     settings: dict[str, dict],
     lengths: list[int],
@@ -146,6 +157,7 @@ def time_steps(
     seed: int,
     cores: int,
     autocast: bool = False,
+    environment: dict[str, str] | None = None,
 ) -> dict:
     """Time each contender's step, our products and attention, and a plain product, in turns.
 
@@ -156,11 +168,10 @@ def time_steps(
     Raises:
         RuntimeError: a process failed, or losses differ.
     """
-    # Freed memory stays with each process, as on a GPU.
     start = partial(
         start_fresh,
         cores=cores,
-        environment=KEEP_MEMORY,
+        environment=environment,
         lengths=lengths,
         dtype=dtype,
         seed=seed,
@@ -218,7 +229,7 @@ def measure_documents(dtype: Dtype, arguments: Arguments) -> Share:
     found = run_fresh(
         attention_times,
         usable_cores(),
-        environment=KEEP_MEMORY,
+        environment=_memory_environment(arguments),
         shapes=[list(packed.lengths), list(whole.lengths)],
         dtype=dtype,
         repeats=arguments.repeats,

@@ -16,7 +16,7 @@ from tools.bench.contenders import (
     preset,
 )
 from tools.bench.report import bar, bar_at_least, markdown_table
-from tools.bench.step_arguments import Arguments, show_tokens
+from tools.bench.step_arguments import Arguments, FreedMemory, show_tokens
 
 SHORT = 2048
 """Tokens at which transformers must be left behind."""
@@ -29,6 +29,12 @@ BARS = {
     "checkpointing": 1.3,
     "documents": 1.15,
 }
+
+FREED_MEMORY: dict[FreedMemory, str] = {
+    "kept": "freed memory kept for the process",
+    "default": "freed memory by glibc's own rule",
+}
+"""How the report names the choices of --freed-memory."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,8 @@ def describe(
         f"tiny preset ({config.num_layers} layers, vocabulary {VOCABULARY:,}), each contender in a "
         f"process of its own on {usable_cores()} cores, "
         f"{dtype} ({why}{f'; transformers: {peers_way}' if dtype == 'bfloat16' else ''}), sdpa; "
-        f"forward, backward, clip, fused AdamW. Medians of {arguments.repeats} steps in turns. "
+        f"forward, backward, clip, fused AdamW. Medians of {arguments.repeats} steps in turns, "
+        f"{FREED_MEMORY[arguments.freed_memory]}. "
         "Model GFLOP/s: the causal half of the attention, no recompute. Peak: resident memory of "
         "one step above the built model and optimizer, in a further process. Alone: the step's own "
         "matrix products and attention kernels, recompute included, at the same shapes, in a "
