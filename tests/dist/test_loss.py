@@ -12,7 +12,7 @@ from parallel.config import LayoutConfig
 from parallel.layout import World, build_layout
 
 VOCABULARY = 21
-"""Of 24 rows: the last rank of two has three of padding."""
+"""The weight has 24 rows: the last rank of two has three of padding."""
 CAP = 0.9
 
 
