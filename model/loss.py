@@ -174,8 +174,10 @@ def _one_chunk(
     # The rows after the vocabulary are padding.
     num_real = max(0, settings.vocab_size - settings.tp.rank * weight_vD.shape[0])
     # A GPU takes all rows at once. The ranks of tp cut alike: each block has its exchanges.
-    is_on_cpu = logits_cv.device.type == "cpu"
-    for rows in row_blocks(logits_cv, BLOCK) if is_on_cpu else [slice(None)]:
+    blocks = [slice(None)]
+    if logits_cv.device.type == "cpu":
+        blocks = row_blocks(logits_cv, BLOCK)
+    for rows in blocks:
         losses_c[rows] = _cross_entropy_(
             logits_cv[rows],
             labels_c[rows],
