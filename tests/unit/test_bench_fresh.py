@@ -104,10 +104,13 @@ def test_a_worker_that_ended_before_it_was_asked_is_named():
 
 
 PARENT = """
+import signal
 import time
 from contextlib import ExitStack
 from tests.unit.test_bench_fresh import start_two
 
+# What the test runner ignores in the background would be ignored here, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with ExitStack() as stack:
     print(*(worker.process.pid for worker in start_two(stack)), flush=True)
     time.sleep(60)
