@@ -228,8 +228,8 @@ def test_only_modes_that_take_no_more_memory_count_against_checkpointing():
     )
     assert lines[2].endswith("NOT reached")
     assert len(step_report.bars_of(row({}, seconds, lengths=(2048,)))) == 2
-    assert step_report.bars_of(row({}, seconds | {OURS: 1.0}, lengths=(2048,)))[1].endswith(
-        "bar at least 1.3: NOT reached"
+    assert step_report.bars_of(row({}, seconds | {OURS: 1.3}, lengths=(2048,)))[1].endswith(
+        "bar at least 1.0: NOT reached"
     )
 
 

@@ -24,9 +24,9 @@ class Arguments:
     autocast: bool = False
     """Run transformers in bfloat16 by torch.autocast over fp32 weights; by default its weights are
     bf16 copies."""
-    freed_memory: FreedMemory = "kept"
-    """What happens to memory that a timed process frees: it is all kept, as torch's allocator does
-    on a GPU; or glibc decides by its own rule, as in every program that sets nothing."""
+    freed_memory: FreedMemory = "default"
+    """What happens to memory that a timed process frees: glibc decides by its own rule, as in every
+    program that sets nothing; or it is all kept, as torch's allocator does on a GPU."""
     repeats: int = 5
     """Timed steps of each contender; the median counts."""
     num_layers: int | None = None

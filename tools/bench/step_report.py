@@ -18,14 +18,11 @@ from tools.bench.contenders import (
 from tools.bench.report import bar, bar_at_least, markdown_table
 from tools.bench.step_arguments import Arguments, FreedMemory, show_tokens
 
-SHORT = 2048
-"""Tokens at which transformers must be left behind."""
 LEAN_FROM = 8192
 """Tokens from which memory counts, too."""
 BARS = {
     "products": 1.25,
     "transformers": 1.0,
-    "short": 1.3,
     "checkpointing": 1.3,
     "documents": 1.15,
 }
@@ -203,11 +200,11 @@ def bars_of(row: Row) -> list[str]:
     shape = row.shape
     seconds = row.seconds
     lines = [bar(f"{shape}: step / (products + attention)", row.over_own(OURS), BARS["products"])]
-    # Short samples are where overhead shows most.
-    limit = BARS["short"] if shape.tokens == SHORT else BARS["transformers"]
     lines.append(
         bar_at_least(
-            f"{shape}: times transformers' tokens/s", seconds[THEIRS] / seconds[OURS], limit
+            f"{shape}: times transformers' tokens/s",
+            seconds[THEIRS] / seconds[OURS],
+            BARS["transformers"],
         )
     )
     # Short samples and packed ones have no memory bar.
