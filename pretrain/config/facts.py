@@ -89,11 +89,13 @@ def problems_of(section: Section) -> list[str]:
     problems = []
     for name, facts in facts_of_section(section).items():
         value = getattr(section, name)
+        if isinstance(value, float) and not isfinite(value):
+            # Its bounds would say no more.
+            problems.append(f"{name} = {value}: must be a finite number. Fix: give one.")
+            continue
         # A setting that was left out (None) is legal.
         items = value if isinstance(value, list) else [] if value is None else [value]
         problems += [text for item in items if (text := facts.problem(name, item))]
-        if isinstance(value, float) and not isfinite(value):
-            problems.append(f"{name} = {value}: must be a finite number. Fix: give one.")
     return problems + section.validate()
 
 

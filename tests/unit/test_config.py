@@ -256,7 +256,7 @@ CHECKS = [
     ),
     ("use_distributed_optimizer", False, "the optimizer is always sharded"),
     ("lr", 0.0, "lr = 0.0: must be above 0"),
-    ("lr", float("nan"), "lr = nan: must be above 0"),
+    ("lr", float("nan"), "lr = nan: must be a finite number"),
     ("min_lr", 1.0, "min_lr = 1.0: must not exceed lr"),
     ("clip_grad", -1.0, "clip_grad = -1.0: must be at least 0"),
     ("adam_beta2", 1.0, "adam_beta2 = 1.0: must be in [0, 1)"),
@@ -406,6 +406,13 @@ def test_validate_reports_everything_at_once():
     config.optimizer.clip_grad = -1.0
     config.optimizer.lr = -1.0
     assert len(config.validate()) == 4  # the fourth: min_lr now exceeds lr
+
+
+def test_a_number_that_is_not_finite_is_reported_once():
+    config = valid_config()
+    config.optimizer.lr = float("nan")
+    problems = [problem for problem in config.validate() if problem.startswith("lr = ")]
+    assert problems == ["lr = nan: must be a finite number. Fix: give one."]
 
 
 @pytest.mark.parametrize(

@@ -244,10 +244,10 @@ def test_the_base_head_size_of_a_refusal_is_exact_enough_to_be_taken():
         ),
         (
             dict(mup_base_head_dim=math.nan),
-            "mup_base_head_dim = nan: must be above 0. Fix: give a positive number.",
+            "mup_base_head_dim = nan: must be a finite number. Fix: give one.",
         ),
     ],
 )
 def test_a_base_that_cannot_be_is_one_error(settings, problem):
     found = problems_of(replace(PLAIN, use_mup=True, **settings))
-    assert found[:1] == [problem] and len(found) <= 2, found
+    assert found == [problem]
