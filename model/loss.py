@@ -5,7 +5,8 @@ gradient of the input and of the weight. Source: Liger Kernel's fused linear cro
 2410.10989) and ALST's tiled loss (arXiv 2506.13996), here over a vocabulary split over tp
 (Megatron-LM, arXiv 1909.08053) and as a sum over targets.
 
-Legend: t tokens, c those of a chunk, D hidden, v this tp rank's part of the vocabulary.
+Legend: t tokens, c those of a chunk, r those of a block of a chunk, D hidden, v this tp rank's part
+of the vocabulary.
 """
 
 from dataclasses import dataclass
@@ -20,11 +21,11 @@ from parallel.collectives import all_reduce
 from parallel.layout import Axis
 from parallel.tensor import vocab_parallel_argmax
 
-BLOCK = 2**21
+BLOCK_LOGITS = 2**21
 """Logits that a CPU widens at once.
 
-Its cache holds them: 2,048 tokens and 8,192 ids in bf16 take 87 ms, forward and backward, in blocks
-of 2**21, 98 in those of 2**18 and 94 at once."""
+The CPU's cache holds them: 2,048 tokens and 8,192 ids in bf16 take 87 ms, forward and backward, in
+blocks of 2**21, 98 in those of 2**18 and 94 at once."""
 IGNORED_LABEL = -100
 """torch's own convention for a token without a target."""
 
@@ -176,7 +177,7 @@ def _one_chunk(
     # A GPU takes all rows at once. The ranks of tp cut alike: each block has its exchanges.
     blocks = [slice(None)]
     if logits_cv.device.type == "cpu":
-        blocks = row_blocks(logits_cv, BLOCK)
+        blocks = row_blocks(logits_cv, BLOCK_LOGITS)
     for rows in blocks:
         losses_c[rows] = _cross_entropy_(
             logits_cv[rows],
@@ -242,7 +243,7 @@ def _cap_(logits_cv: torch.Tensor, cap: float) -> tuple[torch.Tensor, torch.Tens
 
 
 def _cap(logits_cv: torch.Tensor, cap: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the same, computed in at least fp32 and rounded once."""
+    """Return what `_cap_` does, in new tensors, computed in at least fp32 and rounded once."""
     shares_cv = (logits_cv.to(_wide(logits_cv)) / cap).tanh()
     slopes_cv = 1 - shares_cv.square()
     return (shares_cv * cap).to(logits_cv.dtype), slopes_cv.to(logits_cv.dtype)
@@ -308,7 +309,7 @@ def _exp_sums_(logits_cv: torch.Tensor, ids_c: torch.Tensor) -> tuple[torch.Tens
 
 
 def _exp_sums(logits_cv: torch.Tensor, ids_c: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return the same and leave the logits unchanged.
+    """Return what `_exp_sums_` does and leave the logits unchanged.
 
     In this form the compiler reads each row once.
     """

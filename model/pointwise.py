@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from model import compiled
 
-BLOCK = 2**19
+BLOCK_ELEMENTS = 2**19
 """Elements that a function over rows widens at once on a CPU.
 
 They stay in the cache, and nothing wide of the whole tensor's size exists. In bf16 the norms of a
@@ -22,14 +22,14 @@ tokens 40 % longer in 2**18."""
 
 
 def row_blocks(x: torch.Tensor, elements: int | None = None) -> list[slice]:
-    """Cut the rows of `x` into blocks of about `elements`, by default BLOCK.
+    """Cut the rows of `x` into blocks of about `elements`, by default BLOCK_ELEMENTS.
 
     A fused kernel needs none, nor do shapes without values.
     """
     if torch.compiler.is_compiling() or compiled.is_fused(x) or x.is_meta:
         return [slice(None)]
     # As many whole rows as a block has elements for, at least one.
-    size = max(1, (elements or BLOCK) * x.shape[0] // max(1, x.numel()))
+    size = max(1, (elements or BLOCK_ELEMENTS) * x.shape[0] // max(1, x.numel()))
     return [slice(start, start + size) for start in range(0, x.shape[0], size)]
 
 
@@ -338,7 +338,7 @@ Activation = Literal["silu", "gelu_tanh"]
 
 
 def _silu_gated(gate_tF: torch.Tensor, up_tF: torch.Tensor) -> torch.Tensor:
-    # In place: a third of [t, F] would be made else.
+    # In place: otherwise a third tensor [t, F] would be made.
     return F.silu(gate_tF).mul_(up_tF)
 
 
@@ -355,7 +355,7 @@ def gated(gate_tF: torch.Tensor, up_tF: torch.Tensor, activation: Activation) ->
 def _silu_gated_gradients_(
     grad_tF: torch.Tensor, gate_tF: torch.Tensor, up_tF: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    # In place wherever something has had its last use: five of [t, F] exist at most.
+    # In place wherever something has had its last use: five tensors [t, F] exist at most.
     grad_gate = grad_tF * up_tF
     torch.ops.aten.silu_backward(grad_gate, gate_tF, grad_input=grad_gate)
     activated = F.silu(gate_tF)

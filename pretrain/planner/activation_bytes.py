@@ -17,7 +17,7 @@ from math import ceil
 
 from model.attention_backends.tiled import bytes_at_work
 from model.config import ModelConfig
-from model.pointwise import BLOCK
+from model.pointwise import BLOCK_ELEMENTS
 from pretrain.planner.head_counts import HeadCounts
 from pretrain.planner.kept_bytes import KeptBytes, PeakCandidate, pinned_bytes
 from pretrain.planner.loss_bytes import LossBytes
@@ -316,7 +316,7 @@ class LayerMemory:
     @property
     def _wide_norm(self) -> int:
         """What a norm's backward widens: on a CPU blocks of rows."""
-        return 0 if self.on_gpu else 3 * self.W * min(self.u * self.D, max(BLOCK, self.D))
+        return 0 if self.on_gpu else 3 * self.W * min(self.u * self.D, max(BLOCK_ELEMENTS, self.D))
 
     def _norm_backward(self) -> PeakCandidate:
         """Backward of the second half's norm."""

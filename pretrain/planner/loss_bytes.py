@@ -5,7 +5,7 @@ model/loss.py puts the gradient of the logits in their place, so that they exist
 
 from dataclasses import dataclass
 
-from model.loss import BLOCK
+from model.loss import BLOCK_LOGITS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,5 +47,5 @@ class LossBytes:
         if self.on_gpu:
             return 2 * self.value * all_logits if self.is_capped else 0
         # A CPU takes a block of rows at a time, one row at least.
-        block = self.wide * min(all_logits, max(BLOCK, self.vocabulary))
+        block = self.wide * min(all_logits, max(BLOCK_LOGITS, self.vocabulary))
         return block * ((self.value < self.wide) + self.is_capped)

@@ -31,7 +31,7 @@ def loss_of_rank(world: World, block: int, cap: float | None) -> dict:
     own = weight.chunk(tp.size)[tp.rank].clone().requires_grad_()
     x.requires_grad_()
     settings = LossSettings(tp, VOCABULARY, 13, cap)
-    with mock.patch.object(loss, "BLOCK", block):
+    with mock.patch.object(loss, "BLOCK_LOGITS", block):
         found = fused_loss(x, own, labels, 1.0, settings)
         grad_x, grad_weight = torch.autograd.grad(found, (x, own))
         with torch.no_grad():

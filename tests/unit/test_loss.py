@@ -16,7 +16,7 @@ from tests.unit.test_memory_savers import LAYOUT, assert_same, leaves
 def test_the_fused_loss_is_cross_entropy_over_the_real_tokens(
     chunk, vocabulary, block, monkeypatch
 ):
-    monkeypatch.setattr(loss, "BLOCK", block)
+    monkeypatch.setattr(loss, "BLOCK_LOGITS", block)
     x, weight = leaves((30, 8), (17, 8))
     labels = torch.arange(30) % vocabulary
     labels[::4] = IGNORE
@@ -35,7 +35,7 @@ def test_the_fused_loss_is_cross_entropy_over_the_real_tokens(
 
 @pytest.mark.parametrize("block", [1, 3 * 17, 2**21])
 def test_a_soft_cap_is_taken_by_rows(block, monkeypatch):
-    monkeypatch.setattr(loss, "BLOCK", block)
+    monkeypatch.setattr(loss, "BLOCK_LOGITS", block)
     x, weight = leaves((30, 8), (17, 8))
     labels = torch.arange(30) % 17
     found = fused_loss(x, weight, labels, 1.0, LossSettings(LAYOUT.tp, 17, 7, softcap=0.9))

@@ -260,7 +260,7 @@ def test_the_peak_of_a_step(settings, most, monkeypatch):
     width = 64
     tokens = 16384
     # What a norm widens is small beside all tokens.
-    monkeypatch.setattr(pointwise, "BLOCK", tokens * width // 4)
+    monkeypatch.setattr(pointwise, "BLOCK_ELEMENTS", tokens * width // 4)
     gc.collect()
     with MemTracker() as tracker:
         one_step(settings, list(range(0, tokens + 1, 2048)), hidden_size=width, ffn_hidden_size=128)
@@ -274,7 +274,7 @@ def test_a_norm_in_blocks_of_rows_is_that_of_all(dtype, monkeypatch):
     inputs = (x.requires_grad_(), weight.requires_grad_())
     found = {}
     for block in (1, 7 * 8, 2**20):
-        monkeypatch.setattr(pointwise, "BLOCK", block)
+        monkeypatch.setattr(pointwise, "BLOCK_ELEMENTS", block)
         out = rms_norm(*inputs, 1e-5)
         found[block] = (out, *torch.autograd.grad(out, inputs, grad))
     wide = [a.detach().double().requires_grad_() for a in inputs]
