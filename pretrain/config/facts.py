@@ -45,11 +45,12 @@ class Facts:
         given = f"{name} = {value}"
         if self.only is not None and value != self.only:
             return f"{given}: only {self.only} is built. Fix: remove it."
-        # Written so that "not a number" fails, too.
-        if self.above is not None and not value > self.above:
+        if isinstance(value, float) and not isfinite(value):
+            return f"{given}: must be a finite number. Fix: {self.fix or 'give one'}."
+        if self.above is not None and value <= self.above:
             fix = self.fix or "give a positive number"
             return f"{given}: must be above {self.above}. Fix: {fix}."
-        if self.at_least is not None and not value >= self.at_least:
+        if self.at_least is not None and value < self.at_least:
             fix = self.fix or f"give {self.at_least} or more"
             return f"{given}: must be at least {self.at_least}. Fix: {fix}."
         return None
@@ -89,10 +90,6 @@ def problems_of(section: Section) -> list[str]:
     problems = []
     for name, facts in facts_of_section(section).items():
         value = getattr(section, name)
-        if isinstance(value, float) and not isfinite(value):
-            # Its bounds would say no more.
-            problems.append(f"{name} = {value}: must be a finite number. Fix: give one.")
-            continue
         # A setting that was left out (None) is legal.
         items = value if isinstance(value, list) else [] if value is None else [value]
         problems += [text for item in items if (text := facts.problem(name, item))]
