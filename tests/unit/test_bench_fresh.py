@@ -109,7 +109,7 @@ import time
 from contextlib import ExitStack
 from tests.unit.test_bench_fresh import start_two
 
-# What the test runner ignores in the background would be ignored here, too.
+# A shell starts a command in the background with SIGINT ignored, and this process inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 with ExitStack() as stack:
     print(*(worker.process.pid for worker in start_two(stack)), flush=True)

@@ -335,8 +335,11 @@ def test_tiles_of_a_peer_hold_as_many_tokens_as_the_model_is_wide(monkeypatch):
     assert counts == [4, 16]
 
 
-@pytest.mark.parametrize("choice, expected", [("kept", KEEP_MEMORY), ("default", None)])
-def test_what_is_timed_keeps_freed_memory_where_it_is_asked_to(choice, expected, monkeypatch):
+@pytest.mark.parametrize(
+    "given, expected",
+    [({}, None), ({"freed_memory": "glibc"}, None), ({"freed_memory": "kept"}, KEEP_MEMORY)],
+)
+def test_what_is_timed_keeps_freed_memory_where_it_is_asked_to(given, expected, monkeypatch):
     environments = []
 
     def times(*_, environment, **__):
@@ -344,6 +347,6 @@ def test_what_is_timed_keeps_freed_memory_where_it_is_asked_to(choice, expected,
         raise RuntimeError("seen")
 
     monkeypatch.setattr(step, "time_steps", times)
-    arguments = step.Arguments(lengths=(8,), packed=0, dtype="float32", freed_memory=choice)
+    arguments = step.Arguments(lengths=(8,), packed=0, dtype="float32", **given)
     assert step.run(arguments) == 1
     assert environments == [expected]

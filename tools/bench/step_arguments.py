@@ -5,7 +5,7 @@ from typing import Literal
 
 from tools.bench.contenders import Dtype
 
-FreedMemory = Literal["kept", "default"]
+FreedMemory = Literal["glibc", "kept"]
 
 
 @dataclass(kw_only=True)
@@ -24,9 +24,10 @@ class Arguments:
     autocast: bool = False
     """Run transformers in bfloat16 by torch.autocast over fp32 weights; by default its weights are
     bf16 copies."""
-    freed_memory: FreedMemory = "default"
-    """What happens to memory that a timed process frees: glibc decides by its own rule, as in every
-    program that sets nothing; or it is all kept, as torch's allocator does on a GPU."""
+    freed_memory: FreedMemory = "glibc"
+    """What happens to memory that a timed process frees: it goes by glibc's own rule (glibc), as in
+    every program that sets nothing; or all of it is kept (kept), as torch's allocator does on a
+    GPU."""
     repeats: int = 5
     """Timed steps of each contender; the median counts."""
     num_layers: int | None = None

@@ -28,8 +28,8 @@ BARS = {
 }
 
 FREED_MEMORY: dict[FreedMemory, str] = {
+    "glibc": "freed memory left to glibc's own rule",
     "kept": "freed memory kept for the process",
-    "default": "freed memory by glibc's own rule",
 }
 """How the report names the choices of --freed-memory."""
 
